@@ -1,0 +1,50 @@
+"""Argument checks: every message names the argument, what it must be and what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def one_of(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    allowed = tuple(choices)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; it was {value!r}")
+
+
+def is_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; it was {type(value).__name__}")
+
+
+def is_float(name: str, value: torch.Tensor) -> None:
+    """Raise TypeError unless ``value`` is a tensor of a supported floating dtype."""
+    is_tensor(name, value)
+    if value.dtype not in FLOAT_DTYPES:
+        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{name} must have a floating dtype ({supported}); it was {value.dtype}")
+
+
+def is_bool(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a plain bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; it was {value!r}")
+
+
+def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Raise ValueError unless both tensors live on one device."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}; it was on {value.device}"
+        )
+
+
+def shape_is(name: str, value: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """Raise ValueError unless ``value`` has exactly the ``expected`` shape; ``meaning`` says where it comes from."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {tuple(expected)} ({meaning}); it was {tuple(value.shape)}")
