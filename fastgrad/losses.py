@@ -1,0 +1,288 @@
+"""The loss table: the one place where the mathematics of a loss lives.
+
+A classifier ends in ``z = W h + b`` and a loss ``L(z, y)`` with ``delta = dL/dz``. Every last-layer gradient of one
+sample is rank one, so its squared norm is ``||delta||^2 (||h||^2 + 1)`` and only ``delta`` depends on the loss. For
+the contrast class ``k`` (label ``e_k``), summed over classes:
+
+=============  ==================================  ==========================================
+loss           ``delta_j``                         ``||delta||^2``
+=============  ==================================  ==========================================
+cross_entropy  ``p_j - [j = k]``                   ``T + 1 - 2 p_k``, ``T = sum p_j^2``
+bce            ``s_j - [j = k]``                   ``T + 1 - 2 s_k``, ``T = sum s_j^2``
+mse            ``2 (z_j - [j = k])``               ``4 (T + 1 - 2 z_k)``, ``T = sum z_j^2``
+brier          ``2 p_j (p_j - [j = k] - S2 + p_k)``  a cubic in ``p_k``
+=============  ==================================  ==========================================
+
+with ``p = softmax(z)``, ``s = sigmoid(z)``, ``S2 = sum p_j^2``. These forms are well conditioned for every class but
+the largest logit ``i``: there a confident network makes them cancel to nothing. That entry is computed from
+*leave-one-out* sums, which never form ``p_i - 1`` and in which all terms have one sign. Detectors take logarithms of
+these numbers, so relative accuracy is what counts, and ``log=True`` stays in log space where the square underflows.
+
+All functions are differentiable with respect to the logits and work on any leading shape; float16, bfloat16 and
+float32 are computed in float32, float64 in float64. Arguments are assumed to be checked (see ``functional``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, one_hot
+
+LOSSES = ("cross_entropy", "bce", "mse", "brier")
+TARGETS = ("ones", "uniform", "predicted")
+REDUCTIONS = ("sum", "mean")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which features of ``dtype`` are computed and returned: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _upcast(logits: Tensor) -> Tensor:
+    return logits.to(compute_dtype(logits.dtype))
+
+
+class _LeaveOneOut(NamedTuple):
+    """Softmax seen from its largest logit ``i``; ``(..., 1)`` unless noted. ``second`` is the next largest logit."""
+
+    top: Tensor  # (..., N) bool, true at i only, also under ties
+    log_rho: Tensor  # second - z_i <= 0
+    f: Tensor  # (..., N) exp(z_j - second), 0 at i
+    gap: Tensor  # (..., N) 1 - exp(z_j - z_i) >= 0, 0 at i
+    a: Tensor  # sum_j exp(z_j - z_i) >= 1
+
+    @property
+    def p_others(self) -> Tensor:
+        """(..., N) softmax with the entry i set to 0."""
+        return self.f * (self.log_rho.exp() / self.a)
+
+
+def _top(z: Tensor) -> Tensor:
+    index = z.detach().argmax(-1, keepdim=True)
+    return torch.zeros_like(z, dtype=torch.bool).scatter(-1, index, True)
+
+
+def _leave_one_out(z: Tensor) -> _LeaveOneOut:
+    top = _top(z)
+    peak = torch.where(top, z, 0).sum(-1, keepdim=True)
+    others = z.masked_fill(top, -torch.inf)
+    # The reference point of f cancels mathematically, so it needs no gradient. It must be finite: N = 1 has no
+    # second logit, and a masked vocabulary may have no finite one.
+    second = others.detach().amax(-1, keepdim=True)
+    second = torch.where(second == -torch.inf, peak.detach(), second)
+    f = torch.exp(others - second)
+    log_rho = second - peak
+    gap = -torch.expm1(torch.where(top, 0, z - peak))
+    return _LeaveOneOut(top, log_rho, f, gap, 1 + log_rho.exp() * f.sum(-1, keepdim=True))
+
+
+def _soft_target(z: Tensor, target: str | Tensor) -> Tensor:
+    """The label as a distribution-like tensor broadcastable to ``(..., N)``."""
+    if isinstance(target, Tensor):
+        if target.is_floating_point():
+            return target.to(z.dtype)
+        return one_hot(target.long(), z.shape[-1]).to(z.dtype)
+    if target == "ones":
+        return torch.ones_like(z)
+    if target == "uniform":
+        return torch.full_like(z, 1 / z.shape[-1])
+    return _top(z).to(z.dtype)
+
+
+def _cross_entropy_delta(z: Tensor, target: str | Tensor) -> Tensor:
+    loo = _leave_one_out(z)
+    p_others = loo.p_others
+    y = _soft_target(z, target)
+    y_others = torch.where(loo.top, 0, y)
+    mass = y.sum(-1, keepdim=True)
+    # sum_j delta_j = 0 gives the entry i without forming Y p_i - y_i.
+    at_top = y_others.sum(-1, keepdim=True) - mass * p_others.sum(-1, keepdim=True)
+    delta = torch.where(loo.top, at_top, mass * p_others - y)
+    if isinstance(target, str) and target in ("ones", "uniform"):
+        # N p_j - 1 cancels where the logits are nearly equal; centring 1 - exp(z_j - z_i) does not.
+        scale = 1.0 if target == "ones" else 1 / z.shape[-1]
+        centred = (loo.gap.mean(-1, keepdim=True) - loo.gap) * (scale * z.shape[-1] / loo.a)
+        delta = torch.where(loo.gap.amax(-1, keepdim=True) < 0.4, centred, delta)
+    return delta
+
+
+def _bce_delta(z: Tensor, target: str | Tensor) -> Tensor:
+    y = _soft_target(z, target)
+    return torch.where(z > 0, (1 - y) - torch.sigmoid(-z), torch.sigmoid(z) - y)
+
+
+def _mse_delta(z: Tensor, target: str | Tensor) -> Tensor:
+    return 2 * (z - _soft_target(z, target))
+
+
+def _brier_delta(z: Tensor, target: str | Tensor) -> Tensor:
+    # With g = p - y: delta_j = 2 p_j sum_l p_l (g_j - g_l). Seen from i, only D_l = g_i - g_l is needed.
+    loo = _leave_one_out(z)
+    y = _soft_target(z, target)
+    step = torch.where(loo.top, y, 0).sum(-1, keepdim=True) - y  # y_i - y_l, exactly 0 at i
+    e_others = loo.f * loo.log_rho.exp()
+    near = loo.gap - loo.a * step
+    far = (1 - step) - e_others - (loo.a - 1) * step  # the same number, arranged for step near 1
+    difference = torch.where(loo.top, 0, torch.where(step > 0.5, far, near)) / loo.a
+    mean = (loo.p_others * difference).sum(-1, keepdim=True)
+    p = torch.where(loo.top, 1 / loo.a, loo.p_others)
+    return 2 * p * (mean - difference)
+
+
+_DELTA = {
+    "cross_entropy": _cross_entropy_delta,
+    "bce": _bce_delta,
+    "mse": _mse_delta,
+    "brier": _brier_delta,
+}
+
+
+def delta(logits: Tensor, target: str | Tensor, *, loss: str, reduction: str = "sum") -> Tensor:
+    """Gradient of the loss with respect to the logits, relatively accurate also where the network is confident.
+
+    Args:
+        logits: ``(..., N)``.
+        target: ``"ones"``, ``"uniform"``, ``"predicted"``, class indices ``(...)`` or soft targets ``(..., N)``.
+        loss: one of ``LOSSES``.
+        reduction: over classes, ``"sum"`` or ``"mean"`` (divides by N).
+
+    Returns:
+        ``(..., N)``, float32 (float64 for float64 logits).
+    """
+    z = _upcast(logits)
+    result = _DELTA[loss](z, target)
+    return result / z.shape[-1] if reduction == "mean" else result
+
+
+def contrast_delta(logits: Tensor, *, loss: str, reduction: str = "sum") -> Tensor:
+    """``delta`` of every one-hot contrast: ``(..., N, N)`` with ``[..., k, :]`` belonging to contrast ``k``."""
+    classes = logits.shape[-1]
+    labels = torch.eye(classes, device=logits.device, dtype=compute_dtype(logits.dtype))
+    every = logits.unsqueeze(-2).expand(*logits.shape, classes)
+    return delta(every, labels, loss=loss, reduction=reduction)
+
+
+def contrast_diagonal(logits: Tensor, *, loss: str) -> Tensor:
+    """The entry ``k`` of the ``delta`` of contrast ``k``, for all k: ``(..., N)``; the scale of introspective rows."""
+    z = _upcast(logits)
+    if loss == "bce":
+        return -torch.sigmoid(-z)
+    if loss == "mse":
+        return 2 * (z - 1)
+    loo = _leave_one_out(z)
+    p = loo.p_others
+    missing = p.sum(-1, keepdim=True)  # 1 - p_i
+    if loss == "cross_entropy":
+        return -torch.where(loo.top, missing, 1 - p)
+    s2_others = (p * p).sum(-1, keepdim=True)
+    at_top = (missing * missing + s2_others) / loo.a
+    s2 = s2_others + loo.a**-2
+    return -2 * torch.where(loo.top, at_top, p * (1 + s2 - 2 * p))
+
+
+def _linear_form(u: Tensor, total: Tensor, top: Tensor, at_top: Tensor, log: bool) -> Tensor:
+    """``T + 1 - 2 u_k`` off the top, ``at_top`` (already logarithmic if asked for) on it."""
+    rest = total + 1 - 2 * u
+    return torch.where(top, at_top, torch.where(top, 1, rest).log() if log else rest)
+
+
+def _cross_entropy_norms(z: Tensor, log: bool) -> Tensor:
+    loo = _leave_one_out(z)
+    p = loo.p_others
+    total = (p * p).sum(-1, keepdim=True) + loo.a**-2
+    t1, t2 = loo.f.sum(-1, keepdim=True), (loo.f * loo.f).sum(-1, keepdim=True)
+    if log:
+        at_top = 2 * loo.log_rho + (t1 * t1 + t2).log() - 2 * loo.a.log()
+    else:
+        at_top = (t1 * t1 + t2) * (loo.log_rho.exp() / loo.a) ** 2
+    return _linear_form(p, total, loo.top, at_top, log)
+
+
+def _bce_norms(z: Tensor, log: bool) -> Tensor:
+    top = _top(z)
+    s = torch.sigmoid(z)
+    # Turning the sign of z_i turns its term into the leave-one-out one.
+    turned = torch.where(top, -z, z)
+    if log:
+        at_top = torch.logsumexp(2 * logsigmoid(turned), -1, keepdim=True)
+    else:
+        at_top = torch.sigmoid(turned).square().sum(-1, keepdim=True)
+    return _linear_form(s, s.square().sum(-1, keepdim=True), top, at_top, log)
+
+
+def _mse_norms(z: Tensor, log: bool) -> Tensor:
+    top = _top(z)
+    at_top = torch.where(top, z - 1, z).square().sum(-1, keepdim=True)
+    if log:
+        at_top = at_top.log()
+    result = _linear_form(z, z.square().sum(-1, keepdim=True), top, at_top, log)
+    return result + math.log(4) if log else 4 * result
+
+
+def _brier_norms(z: Tensor, log: bool) -> Tensor:
+    # Everything off the top carries rho^2 and the top carries rho^4, so both are formed without them first.
+    loo = _leave_one_out(z)
+    rho, a, f = loo.log_rho.exp(), loo.a, loo.f
+    c1 = (f * loo.gap).sum(-1, keepdim=True) / a  # sum_l p_l q_l, q = p_i - p, without rho / a
+    t1, t2, t3, t4 = (f.pow(n).sum(-1, keepdim=True) for n in (1, 2, 3, 4))
+    at_top = (t4 + 2 * c1 * t3 + c1 * c1 * t2 + ((t1 * t1 + t2) / a) ** 2) / a**4
+
+    p = rho * f / a
+    s2 = (p * p).sum(-1, keepdim=True) + a**-2
+    q = loo.gap / a
+    mean_q = rho * (f * f * q).sum(-1, keepdim=True) / (a * a * s2)  # p^2-weighted mean of q, without rho
+    spread = (mean_q / a).square() + (f * (q - rho * mean_q) / a).square().sum(-1, keepdim=True)
+    rest = s2 * ((c1 + f) / a - mean_q).square() + spread + (f / a).square() * (1 - 4 * p + 2 * s2)
+    if log:
+        log_rest = 2 * loo.log_rho + torch.where(loo.top, 1, rest).log()
+        return math.log(4) + torch.where(loo.top, 4 * loo.log_rho + at_top.log(), log_rest)
+    return 4 * torch.where(loo.top, rho**4 * at_top, rho**2 * rest)
+
+
+_NORMS = {
+    "cross_entropy": _cross_entropy_norms,
+    "bce": _bce_norms,
+    "mse": _mse_norms,
+    "brier": _brier_norms,
+}
+
+
+def contrast_norms(logits: Tensor, *, loss: str, reduction: str = "sum", log: bool = False) -> Tensor:
+    """``||delta^(k)||^2`` of every one-hot contrast ``k``: ``(..., N)``, or its logarithm.
+
+    A plain value below the smallest normal number of the dtype loses digits (cross_entropy at a logit margin of 44
+    in float32, brier at 22); its logarithm does not.
+    """
+    result = _NORMS[loss](_upcast(logits), log)
+    return _reduced(result, logits.shape[-1], reduction, log)
+
+
+def target_norms(
+    logits: Tensor, target: str | Tensor, *, loss: str, reduction: str = "sum", log: bool = False
+) -> Tensor:
+    """``||delta||^2`` for one label a sample: ``(...)``, or its logarithm; ``target`` as in :func:`delta`."""
+    if isinstance(target, Tensor) and not target.is_floating_point():
+        every = contrast_norms(logits, loss=loss, reduction=reduction, log=log)
+        return every.gather(-1, target.long().unsqueeze(-1)).squeeze(-1)
+    if isinstance(target, str) and target == "predicted":
+        return target_norms(logits, logits.detach().argmax(-1), loss=loss, reduction=reduction, log=log)
+    z = _upcast(logits)
+    if not log:
+        result = _DELTA[loss](z, target).square().sum(-1)
+    elif loss == "bce" and isinstance(target, str) and target == "ones":
+        result = torch.logsumexp(2 * logsigmoid(-z), -1)
+    else:
+        d = _DELTA[loss](z, target)
+        largest = d.detach().abs().amax(-1, keepdim=True)
+        largest = torch.where(largest == 0, 1, largest)
+        result = (d / largest).square().sum(-1).log() + 2 * largest.squeeze(-1).log()
+    return _reduced(result, logits.shape[-1], reduction, log)
+
+
+def _reduced(value: Tensor, classes: int, reduction: str, log: bool) -> Tensor:
+    if reduction == "sum":
+        return value
+    return value - 2 * math.log(classes) if log else value / classes**2
