@@ -1,0 +1,17 @@
+"""Challenging inputs made from a network and its clean images, for detectors that have seen nothing else."""
+
+from __future__ import annotations
+
+from fastgrad.challenges.attacks import fgsm, pgd
+from fastgrad.challenges.generate import CHALLENGES, challenge_names, generate_challenges, iter_challenges
+from fastgrad.challenges.pixels import PixelRange
+
+__all__ = [
+    "CHALLENGES",
+    "PixelRange",
+    "challenge_names",
+    "fgsm",
+    "generate_challenges",
+    "iter_challenges",
+    "pgd",
+]

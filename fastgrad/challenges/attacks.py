@@ -1,0 +1,108 @@
+"""Gradient attacks that need no labels: they push the network away from its own prediction.
+
+They climb ``logsumexp(z_j, j != k) - z_k`` with k the predicted class. Its gradient is that of cross-entropy
+divided by ``1 - p_k``, so the sign steps are the published ones (Goodfellow et al. 2015, Madry et al. 2018),
+but it does not vanish for confident predictions, where float32 cross-entropy has no gradient left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Generator, Tensor, nn
+
+from fastgrad.challenges.pixels import PixelRange
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode again afterwards, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits in a classifier's output: the tensor itself, or its ``logits`` field (Hugging Face)."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise ValueError(
+            "model must return logits of shape (B, N), or an object with them as .logits; "
+            f"it returned {type(output).__name__}"
+            + (f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "")
+        )
+    return logits
+
+
+def _away_from(logits: Tensor, predicted: Tensor) -> Tensor:
+    """How far each prediction has been pushed: ``logsumexp`` of the other logits minus the predicted one."""
+    if logits.shape[1] == 1:
+        # One logit: its sign is the prediction.
+        return -logits[:, 0] * (2 * predicted - 1).to(logits)
+    own = logits.gather(1, predicted[:, None])[:, 0]
+    others = logits.scatter(1, predicted[:, None], -torch.inf)
+    return others.logsumexp(1) - own
+
+
+def _prediction(logits: Tensor) -> Tensor:
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+
+
+def _ascend(
+    model: nn.Module, unit: Tensor, start: Tensor, pixels: PixelRange, epsilon: float, step: float, steps: int
+) -> Tensor:
+    """``steps`` sign steps of size ``step`` within ``epsilon`` of ``unit``, from ``start``."""
+    with torch.no_grad():
+        predicted = _prediction(logits_of(model(pixels.from_unit(unit))))
+    current = start
+    for _ in range(steps):
+        with torch.enable_grad():
+            point = current.detach().requires_grad_()
+            objective = _away_from(logits_of(model(pixels.from_unit(point))), predicted).sum()
+            # With respect to the input alone: no parameter's .grad is touched.
+            (slope,) = torch.autograd.grad(objective, point)
+        moved = current + step * slope.sign()
+        current = torch.maximum(torch.minimum(moved, unit + epsilon), unit - epsilon).clamp(0, 1)
+    return current.detach()
+
+
+def fgsm(
+    model: nn.Module, unit: Tensor, epsilon: float, generator: Generator, *, pixels: PixelRange
+) -> Tensor:
+    """Fast gradient sign method (Goodfellow et al. 2015): one step of ``epsilon`` per pixel.
+
+    Args:
+        model: classifier in evaluation mode, taking images in their own range.
+        unit: images ``(B, C, H, W)`` in the unit range.
+        epsilon: step in the unit range (8/255 is the customary one).
+        generator: unused; FGSM draws nothing.
+        pixels: maps the unit range to the one that the model expects.
+
+    Returns:
+        Attacked images in the unit range.
+    """
+    return _ascend(model, unit, unit, pixels, epsilon, epsilon, 1)
+
+
+def pgd(
+    model: nn.Module,
+    unit: Tensor,
+    epsilon: float,
+    generator: Generator,
+    *,
+    pixels: PixelRange,
+    steps: int = 10,
+) -> Tensor:
+    """Projected gradient descent (Madry et al. 2018): random start, ``steps`` of ``2.5 epsilon / steps``.
+
+    Arguments and result as for :func:`fgsm`; ``generator`` draws the start.
+    """
+    offset = (2 * torch.rand(unit.shape, generator=generator) - 1).to(unit)
+    start = (unit + epsilon * offset).clamp(0, 1)
+    return _ascend(model, unit, start, pixels, epsilon, 2.5 * epsilon / steps, steps)

@@ -1,0 +1,115 @@
+"""Corruptions of unit images ``(B, C, H, W)``: black is 0, white is 1; each takes a strength and a generator.
+
+They are simple on purpose. They stand in for what a deployed network meets, and are not the published
+common corruptions, so that a detector trained on these can still be tested on those.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+def _uniform(unit: Tensor, shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Random numbers drawn on the CPU, so that a seed means the same on every device."""
+    return torch.rand(shape, generator=generator).to(unit)
+
+
+def noise(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
+    """White Gaussian noise of standard deviation ``sigma``."""
+    return unit + sigma * torch.randn(unit.shape, generator=generator).to(unit)
+
+
+def blur(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
+    """Gaussian blur; ``sigma`` in pixels of an image 32 pixels wide, larger images in proportion."""
+    height, width = unit.shape[-2:]
+    pixels = sigma * min(height, width) / 32
+    radius = max(1, math.ceil(3 * pixels))
+    taps = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (taps / pixels) ** 2)
+    kernel = (kernel / kernel.sum()).to(unit)
+    channels = unit.shape[1]
+    # Replicated borders: no dark frame that a detector could learn instead of the blur.
+    padded = F.pad(unit, (radius,) * 4, mode="replicate")
+    rows = F.conv2d(padded, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+    return F.conv2d(rows, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+
+def contrast(unit: Tensor, factor: float, generator: Generator) -> Tensor:
+    """Distances from each image's mean multiplied by ``factor``."""
+    mean = unit.mean((1, 2, 3), keepdim=True)
+    return mean + factor * (unit - mean)
+
+
+def brightness(unit: Tensor, shift: float, generator: Generator) -> Tensor:
+    """``shift`` added to or, with equal chance, subtracted from every pixel of an image."""
+    sign = torch.where(_uniform(unit, (unit.shape[0], 1, 1, 1), generator) < 0.5, -1.0, 1.0)
+    return unit + shift * sign.to(unit)
+
+
+def compression(unit: Tensor, quality: float, generator: Generator) -> Tensor:
+    """One pass through JPEG at ``quality``; channels beyond three, or two, are compressed one by one as grey.
+
+    Raises:
+        ImportError: where Pillow is missing.
+    """
+    # Pillow is imported here because nothing else needs it.
+    from PIL import Image
+
+    as_bytes = (unit.detach() * 255).round().to(torch.uint8).cpu()
+    if unit.shape[1] == 3:
+        pictures = [picture.permute(1, 2, 0).numpy() for picture in as_bytes]
+    else:
+        pictures = [plane.numpy() for plane in as_bytes.flatten(0, 1)]
+    decoded = []
+    for picture in pictures:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "JPEG", quality=round(quality))
+        with Image.open(buffer) as image:
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        decoded.append(pixels.view(picture.shape))
+    if not decoded:
+        return unit
+    stacked = torch.stack(decoded)
+    stacked = stacked.permute(0, 3, 1, 2) if unit.shape[1] == 3 else stacked.view(unit.shape)
+    return stacked.to(unit) / 255
+
+
+def shuffle(unit: Tensor, grid: float, generator: Generator) -> Tensor:
+    """Each image cut into ``grid`` x ``grid`` patches, which change places; left-over rows and columns stay."""
+    batch, channels, height, width = unit.shape
+    cells = min(round(grid), height, width)
+    h, w = height // cells, width // cells
+    inner = unit[:, :, : h * cells, : w * cells]
+    patches = inner.reshape(batch, channels, cells, h, cells, w).permute(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(batch, cells * cells, channels, h, w)
+    # One random cyclic order per image: no patch keeps its place by chance.
+    order = torch.rand((batch, cells * cells), generator=generator).argsort(1)
+    source = torch.empty_like(order).scatter_(1, order, order.roll(1, 1)).to(unit.device)
+    moved = patches.gather(1, source[:, :, None, None, None].expand_as(patches))
+    moved = moved.view(batch, cells, cells, channels, h, w).permute(0, 3, 1, 4, 2, 5)
+    result = unit.clone()
+    result[:, :, : h * cells, : w * cells] = moved.reshape(inner.shape)
+    return result
+
+
+def inversion(unit: Tensor, amount: float, generator: Generator) -> Tensor:
+    """The negative, blended in by ``amount`` (1 is the plain negative)."""
+    return (1 - amount) * unit + amount * (1 - unit)
+
+
+def mixture(unit: Tensor, share: float, generator: Generator) -> Tensor:
+    """Each image mixed with another one of the batch, which keeps ``1 - share``.
+
+    A batch of one has no other image; its own mirror image takes that place.
+    """
+    batch = unit.shape[0]
+    if batch < 2:
+        return (1 - share) * unit + share * unit.flip(-1)
+    order = torch.randperm(batch, generator=generator)
+    partner = torch.empty_like(order).scatter_(0, order, order.roll(1)).to(unit.device)
+    return (1 - share) * unit + share * unit[partner]

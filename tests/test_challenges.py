@@ -1,0 +1,234 @@
+"""Challenges are what they claim, seeded, in range, and leave the model alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastgrad.challenges import CHALLENGES, PixelRange, challenge_names, generate_challenges, iter_challenges
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+
+
+def small_net(channels: int = 3, scale: float = 1.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(channels, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, 5),
+    )
+    with torch.no_grad():
+        net[-1].weight.mul_(scale)
+    return net
+
+
+def photos(batch: int = 6, channels: int = 3, size: int = 16, seed: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, channels, size, size, generator=generator)
+
+
+def normalised(unit: torch.Tensor) -> torch.Tensor:
+    return (unit - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+
+
+def test_all_challenges_have_the_form_of_the_images_and_differ_from_them() -> None:
+    images = normalised(photos())
+    made = generate_challenges(small_net(), images, mean=MEAN, std=STD)
+    assert list(made) == challenge_names()
+    assert {name.partition("-")[0] for name in made} == set(CHALLENGES)
+    low, high = ((c - torch.tensor(MEAN)) / torch.tensor(STD) for c in (0, 1))
+    for name, challenge in made.items():
+        assert challenge.shape == images.shape
+        assert challenge.dtype == images.dtype
+        assert not challenge.requires_grad
+        # One rounding of the affine map each way.
+        assert bool((challenge >= low.view(1, 3, 1, 1) - 1e-6).all()), name
+        assert bool((challenge <= high.view(1, 3, 1, 1) + 1e-6).all()), name
+        assert bool(((challenge - images).abs().amax((1, 2, 3)) > 1e-3).all()), name
+
+
+def test_same_seed_same_challenges_whatever_else_is_made() -> None:
+    net, images = small_net(), photos()
+    everything = generate_challenges(net, images, seed=5)
+    state = torch.get_rng_state()
+    again = dict(iter_challenges(net, images, names=["pgd-2", "noise", "shuffle-3"], seed=5))
+    assert torch.equal(state, torch.get_rng_state())
+    assert list(again) == ["pgd-2", "noise-1", "noise-2", "noise-3", "shuffle-3"]
+    for name, challenge in again.items():
+        assert torch.equal(challenge, everything[name]), name
+    other = generate_challenges(net, images, names=["pgd-2", "noise-1", "shuffle-3"], seed=6)
+    assert not any(torch.equal(challenge, everything[name]) for name, challenge in other.items())
+
+
+def test_severity_orders_the_distance() -> None:
+    images = photos(batch=12)
+    made = generate_challenges(
+        small_net(), images, names=["noise", "contrast", "brightness", "fgsm", "mixture"]
+    )
+    for kind in ("noise", "contrast", "brightness", "fgsm", "mixture"):
+        distances = [float((made[f"{kind}-{n}"] - images).square().mean()) for n in (1, 2, 3)]
+        assert distances == sorted(distances), kind
+    assert list(generate_challenges(None, images, names=["noise", "inversion"], severities=[2])) == [
+        "noise-2"
+    ]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    net = small_net()
+    net.train()
+    net[1].eval()
+    net(photos()).sum().backward()
+    before = copy.deepcopy(net.state_dict())
+    grads = [p.grad.clone() for p in net.parameters()]
+    modes = [m.training for m in net.modules()]
+    with torch.no_grad():
+        generate_challenges(net, photos())
+    assert [m.training for m in net.modules()] == modes
+    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), grads, strict=True))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert all(p.requires_grad for p in net.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in net.modules())
+
+
+def test_modes_return_after_an_error() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no")
+
+    net = nn.Sequential(Broken()).train()
+    with pytest.raises(RuntimeError, match="no"):
+        generate_challenges(net, photos(), names=["fgsm-1"])
+    assert net.training
+    assert net[0].training
+
+
+@pytest.mark.parametrize("kind", ["fgsm", "pgd"])
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_attacks_stay_in_their_ball_and_move_the_prediction(kind: str, scale: float) -> None:
+    # At scale 1000 the margins pass 17, where float32 cross-entropy has no gradient.
+    net = small_net(scale=scale).eval()
+    images = photos(batch=10)
+    made = generate_challenges(net, images, names=[kind])
+    with torch.no_grad():
+        clean = net(images)
+        top = clean.argmax(1, keepdim=True)
+
+        def margin(logits: torch.Tensor) -> torch.Tensor:
+            others = logits.scatter(1, top, -torch.inf).logsumexp(1)
+            return logits.gather(1, top)[:, 0] - others
+
+        margins = [margin(clean)] + [margin(net(made[f"{kind}-{n}"])) for n in (1, 2, 3)]
+    for n, epsilon in enumerate(CHALLENGES[kind], 1):
+        # float32 rounding of values below one.
+        assert float((made[f"{kind}-{n}"] - images).abs().max()) <= epsilon + 2e-7
+        assert bool((margins[n] < margins[0]).all())
+
+
+def test_attack_is_the_published_step() -> None:
+    net = small_net().double().eval()
+    images = photos(batch=4).double()
+    point = images.clone().requires_grad_()
+    logits = net(point)
+    loss = nn.functional.cross_entropy(logits, logits.argmax(1), reduction="sum")
+    (slope,) = torch.autograd.grad(loss, point)
+    expected = (images + 8 / 255 * slope.sign()).clamp(0, 1)
+    made = generate_challenges(net, images, names=["fgsm-3"])["fgsm-3"]
+    torch.testing.assert_close(made, expected, rtol=0, atol=4e-16)
+
+
+def test_normalised_and_unit_images_get_the_same_attack() -> None:
+    class Normalise(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return normalised(x)
+
+    net = small_net()
+    unit = photos()
+    inside = generate_challenges(nn.Sequential(Normalise(), net), unit, names=["fgsm-2", "contrast-2"])
+    outside = generate_challenges(net, normalised(unit), names=["fgsm-2", "contrast-2"], mean=MEAN, std=STD)
+    for name, challenge in inside.items():
+        torch.testing.assert_close(outside[name], normalised(challenge), rtol=0, atol=2e-5)
+
+
+def test_range_is_read_from_the_data() -> None:
+    unit = photos()
+    for scaled, low, high in ((unit, 0, 1), (unit * 255, 0, 255), (unit * 0.3, 0, 1)):
+        pixels = PixelRange.of(scaled)
+        assert (float(pixels.low), float(pixels.high)) == (low, high)
+    ready = normalised(unit)
+    pixels = PixelRange.of(ready)
+    assert torch.equal(pixels.low.flatten(), ready.amin((0, 2, 3)))
+    assert torch.equal(pixels.high.flatten(), ready.amax((0, 2, 3)))
+    flat = PixelRange.of(torch.full((2, 1, 4, 4), -3.0))
+    assert float(flat.high - flat.low) == 1
+    told = PixelRange.of(ready, clip=(0, 255), mean=[127.0] * 3, std=[64.0] * 3)
+    assert float(told.low[0, 0]) == pytest.approx(-127 / 64)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_any_batch_and_channel_number(batch: int, channels: int) -> None:
+    images = photos(batch, channels, size=9)
+    made = generate_challenges(small_net(channels), images)
+    assert all(c.shape == images.shape and bool(torch.isfinite(c).all()) for c in made.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    images = photos().to(dtype)
+    made = generate_challenges(small_net().to(dtype), images, severities=[2])
+    assert all(c.dtype == dtype and bool(torch.isfinite(c).all()) for c in made.values())
+
+
+def test_shuffle_moves_every_patch_and_keeps_all_pixels() -> None:
+    images = photos(size=16)
+    made = generate_challenges(None, images, names=["shuffle-2"])["shuffle-2"]
+    assert torch.equal(made.flatten(2).sort(2).values, images.flatten(2).sort(2).values)
+    patches = (made != images).reshape(6, 3, 4, 4, 4, 4).any(5).any(3).any(1)
+    assert bool(patches.all())
+
+
+def test_blur_and_compression_do_what_they_say() -> None:
+    constant = torch.full((1, 3, 32, 32), 0.5)
+    made = generate_challenges(None, constant, names=["blur", "compression"])
+    for name, challenge in made.items():
+        # JPEG rounds to bytes.
+        assert float((challenge - constant).abs().max()) <= (1e-6 if "blur" in name else 2 / 255)
+    rough = photos(size=32)
+    roughness = [
+        float(c.diff(dim=-1).square().mean())
+        for c in generate_challenges(None, rough, names=["blur"]).values()
+    ]
+    assert roughness == sorted(roughness, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"names": ["fog"]}, ValueError, "names must be one of"),
+        ({"names": ["noise-9"]}, ValueError, "noise-9"),
+        ({"names": "noise"}, TypeError, "sequence"),
+        ({"severities": [4]}, ValueError, "severities"),
+        ({"clip": (1, 0)}, ValueError, "clip"),
+        ({"mean": [0.5] * 3}, ValueError, "together"),
+        ({"mean": [0.5], "std": [0.5]}, ValueError, "per channel"),
+        ({"mean": [0.5] * 3, "std": [0.0] * 3}, ValueError, "std"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"model": None}, ValueError, "fgsm, pgd"),
+        ({"model": "resnet"}, TypeError, "model"),
+        ({"images": torch.zeros(3, 8, 8)}, ValueError, "B, C, H, W"),
+        ({"images": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, TypeError, "images"),
+        ({"images": torch.full((1, 3, 8, 8), torch.nan)}, ValueError, "finite"),
+    ],
+)
+def test_errors_name_the_argument(kwargs: dict, error: type[Exception], words: str) -> None:
+    arguments = {"model": small_net(), "images": photos()} | kwargs
+    with pytest.raises(error, match=words):
+        # Raised at the call, before anything is made.
+        iter_challenges(arguments.pop("model"), arguments.pop("images"), **arguments)
