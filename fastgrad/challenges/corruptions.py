@@ -80,7 +80,7 @@ def compression(unit: Tensor, quality: float, generator: Generator) -> Tensor:
 
 
 def shuffle(unit: Tensor, grid: float, generator: Generator) -> Tensor:
-    """Each image cut into ``grid`` x ``grid`` patches, which change places; left-over rows and columns stay."""
+    """Each image cut into ``grid`` x ``grid`` patches, which change places; left-over borders stay."""
     batch, channels, height, width = unit.shape
     cells = min(round(grid), height, width)
     h, w = height // cells, width // cells
