@@ -1,0 +1,114 @@
+"""Conformal p-values: what a score means, measured on clean data that took no part in fitting it.
+
+A score s has the p-value "share of clean calibration samples that score at least s". If the calibration
+samples and a new clean sample are exchangeable, that p-value is at most a with probability at most a, whatever
+the score (Vovk, Gammerman and Shafer, 2005). All p-values are kept as logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .fitted import Fitted
+
+
+class UpperTail(Fitted):
+    """Natural logarithm of the conformal p-value of a score, large scores being unusual.
+
+    Between calibration scores the p-value is interpolated, never below the conformal one, so that it stays
+    strictly monotone. Beyond the highest scores, a share ``tail`` of them, an exponential takes over: it keeps
+    the order of extreme values, which counting cannot.
+    """
+
+    scores: Tensor
+    log_p: Tensor
+    start: Tensor
+    start_log_p: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fit(cls, scores: Tensor, tail: float = 0.05) -> UpperTail:
+        """From calibration ``scores`` ``(n,)``; ``tail`` in (0, 1) is the share beyond which the exponential holds."""
+        ordered = torch.sort(scores.double()).values
+        n = len(ordered)
+        # Score i of n (from 0) has n - i scores at or above it; one more for the sample in question.
+        log_p = torch.log(torch.arange(n + 1, 1, -1, dtype=torch.float64) / (n + 1))
+        first = min(n - 1, max(0, n - max(1, math.ceil(tail * n))))
+        excess = ordered[first + 1 :] - ordered[first]
+        scale = excess.mean() if len(excess) else ordered.new_zeros(())
+        # Equal scores leave no scale; that of all scores, or one, keeps the map monotone.
+        if float(scale) <= 0:
+            scale = (
+                ordered.std(correction=0) if float(ordered.std(correction=0)) > 0 else ordered.new_ones(())
+            )
+        # Of tied scores the first counts all the others.
+        start_log_p = log_p[int(torch.searchsorted(ordered, ordered[first]))]
+        return cls(scores=ordered, log_p=log_p, start=ordered[first], start_log_p=start_log_p, scale=scale)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """Log p-values ``(B,)`` of ``scores`` ``(B,)``."""
+        scores = scores.double()
+        last = self.scores.shape[0] - 1
+        upper = torch.searchsorted(self.scores, scores.contiguous()).clamp(max=last)
+        lower = (upper - 1).clamp(min=0)
+        low, high = self.scores[lower], self.scores[upper]
+        share = ((scores - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
+        p_low, p_high = self.log_p[lower].exp(), self.log_p[upper].exp()
+        # Tied calibration scores: the first of them counts all the others, so the tie takes its p-value.
+        body = torch.log(p_low + share * (p_high - p_low))
+        body = torch.where(scores == high, self.log_p[upper], body)
+        tail = self.start_log_p - (scores - self.start) / self.scale
+        return torch.where(scores > self.start, tail, body)
+
+
+class OneSided(Fitted):
+    """Log p-value of a score that is suspicious when high."""
+
+    upper: UpperTail
+
+    @classmethod
+    def fit(cls, scores: Tensor, tail: float = 0.05) -> OneSided:
+        """From calibration ``scores`` ``(n,)``."""
+        return cls(upper=UpperTail.fit(scores, tail))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """Log p-values ``(B,)``."""
+        result: Tensor = self.upper(scores)
+        return result
+
+
+class TwoSided(Fitted):
+    """Log of the typicality 2 min(p, 1 - p): too good to be true is as suspicious as too bad.
+
+    An attack that overshoots makes a network more certain than any clean image does; one-sided, confidence
+    and energy call it safe.
+    """
+
+    upper: UpperTail
+    lower: UpperTail
+
+    @classmethod
+    def fit(cls, scores: Tensor, tail: float = 0.05) -> TwoSided:
+        """From calibration ``scores`` ``(n,)``."""
+        return cls(upper=UpperTail.fit(scores, tail), lower=UpperTail.fit(-scores, tail))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """Log typicalities ``(B,)``, at most 0."""
+        smaller = torch.minimum(self.upper(scores), self.lower(-scores))
+        return (smaller + math.log(2.0)).clamp(max=0.0)
+
+
+def fisher(log_p: Tensor, cap: float) -> Tensor:
+    """Sum over scores of -log p, each at most ``cap``: ``(B, K)`` to ``(B,)`` (Fisher's method)."""
+    return (-log_p).clamp(max=cap).sum(-1)
+
+
+def harmonic(log_p: Tensor, cap: float) -> Tensor:
+    """Minus the log of the harmonic mean of K p-values, each at least exp(-``cap``): ``(B, K)`` to ``(B,)``."""
+    return torch.logsumexp((-log_p).clamp(max=cap), -1) - math.log(log_p.shape[-1])
+
+
+COMBINATIONS = {"fisher": fisher, "harmonic": harmonic}

@@ -1,0 +1,337 @@
+"""`UncertaintyDetector`: how far a prediction can be trusted, from gradient features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import issparse
+from sklearn.base import BaseEstimator
+from sklearn.utils import Tags, check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from .. import checks
+from .blocks import are_contrasts, check_blocks, check_squared, to_array
+from .conformal import COMBINATIONS, OneSided, TwoSided
+from .fitted import Sequence
+from .oneclass import Energy, GaussianMixture, Mahalanobis, NearestNeighbours
+from .preprocessing import Rows
+from .scoring import DetectorModule, Score
+from .supervised import fit_perceptron
+
+Array = NDArray[np.float64]
+Blocks = Mapping[str, ArrayLike]
+
+
+class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
+    """Scores how far each sample lies from clean data; higher is less reliable.
+
+    Without labels, which is the usual case, one-class scores (Gaussian mixtures on the log norms; energy,
+    nearest neighbours and Mahalanobis distance where logits and features are given) become conformal p-values,
+    two-sided where a score can be too good to be true, and are combined. With labels a classifier H joins
+    them; the one-class scores stand guard beside it, so that a challenge unlike those it was trained on is not
+    scored as safe.
+
+    The score is ``-log(p)``, p being the probability that a clean sample looks at least so unusual, calibrated
+    on clean data that nothing else was fitted on. So ``threshold(a) == -log(a)`` flags a share a of clean data.
+
+    Feature matrices are arrays or mappings of named blocks (see `fastgrad.estimators.blocks`): a mapping says
+    what is what; for a plain array the ``contrasts`` parameter does.
+
+    Args:
+        contrasts: For a plain array, whether axis 1 runs over contrast classes, to be ordered by logit rank
+            (without logits, by the norm itself, which ranks alike). ``"auto"`` decides by the rule of
+            `fastgrad.estimators.blocks.are_contrasts`; the decision is in ``contrasts_``.
+        log: True when X holds squared norms, False when it already holds their logarithms.
+        supervised: H's shape: ``"network"`` (two layers) or ``"logistic"``.
+        hidden: Width of the network's hidden layer.
+        guard: Whether the one-class scores stand beside H.
+        combine: ``"fisher"`` or ``"harmonic"``.
+        cap: Largest -log p that one score may contribute.
+        components: Gaussians in the mixture; fewer where there is little data.
+        dimensions: Principal components of the log norms that the mixture sees, at most.
+        neighbours: k of the nearest neighbours.
+        calibration_fraction: Share of the clean data held out for calibration, half of it for the single
+            scores and half for their combination.
+        false_alarm_rate: Share of clean data that `predict` flags.
+        random_state: Seed of the split, the mixtures and H.
+
+    Attributes:
+        classes_: The two labels, reliable and unreliable.
+        contrasts_: Whether a plain X was taken as contrasts; None for named blocks.
+        module_: The fitted `DetectorModule`.
+    """
+
+    def __init__(
+        self,
+        *,
+        contrasts: bool | str = "auto",
+        log: bool = True,
+        supervised: str = "network",
+        hidden: int = 64,
+        guard: bool = True,
+        combine: str = "fisher",
+        cap: float = 20.0,
+        components: int = 8,
+        dimensions: int = 64,
+        neighbours: int = 10,
+        calibration_fraction: float = 0.4,
+        false_alarm_rate: float = 0.05,
+        random_state: Any = 0,
+    ) -> None:
+        self.contrasts = contrasts
+        self.log = log
+        self.supervised = supervised
+        self.hidden = hidden
+        self.guard = guard
+        self.combine = combine
+        self.cap = cap
+        self.components = components
+        self.dimensions = dimensions
+        self.neighbours = neighbours
+        self.calibration_fraction = calibration_fraction
+        self.false_alarm_rate = false_alarm_rate
+        self.random_state = random_state
+
+    def fit(self, X: ArrayLike | Blocks, y: ArrayLike | None = None) -> UncertaintyDetector:
+        """Fit on features of clean samples, or of clean and challenging ones.
+
+        Args:
+            X: Feature matrix ``(B, N)``, ``(B, P)``, ``(B, S, P)``, ``(B, N, P)``, or named blocks. Use samples
+                that the network was not trained on where you can: it is more certain of its training data.
+            y: ``(B,)``, 0 for in-distribution, 1 for challenging; None when all are in-distribution.
+
+        Returns:
+            The detector itself.
+
+        Raises:
+            ValueError: X or y is malformed, or there are fewer than 4 in-distribution samples.
+        """
+        self._check_parameters()
+        blocks = self._blocks(X, reset=True)
+        count = len(next(iter(blocks.values())))
+        challenging = self._labels(y, count)
+        clean = np.flatnonzero(~challenging)
+        if len(clean) < 4:
+            raise ValueError(
+                f"X must have at least 4 in-distribution samples; it had {len(clean)} (n_samples = {count})"
+            )
+        random = check_random_state(self.random_state)
+        seed = int(random.randint(2**31 - 1))
+        order = random.permutation(clean)
+        held_out = min(max(2, round(self.calibration_fraction * len(clean))), len(clean) - 2)
+        final, maps, fitting = np.split(order, [held_out // 2, held_out])
+        chosen = {name: array[fitting] for name, array in blocks.items()}
+        calibration = _tensors({name: array[maps] for name, array in blocks.items()})
+
+        scores: dict[str, Score] = {}
+        with torch.no_grad():
+            guarded = self.guard or not challenging.any()
+            for name, (rows, score, meaning) in (self._one_class(chosen, seed) if guarded else {}).items():
+                scores[name] = Score(rows=rows, score=score, meaning=meaning.fit(score(rows(calibration))))
+            if challenging.any():
+                rows = self._labelled_rows(chosen)
+                picked = np.concatenate([fitting, np.flatnonzero(challenging)])
+                training = rows(_tensors({name: array[picked] for name, array in blocks.items()})).numpy()
+                hidden = self.hidden if self.supervised == "network" else None
+                score = fit_perceptron(training, challenging[picked], hidden=hidden, seed=seed)
+                scores["labels"] = Score(
+                    rows=rows, score=score, meaning=OneSided.fit(score(rows(calibration)))
+                )
+            module = DetectorModule(scores=Sequence(**scores), combine=self.combine, cap=float(self.cap))
+            combined = module.combined(_tensors({name: array[final] for name, array in blocks.items()}))
+            # Beyond the ten highest scores (or 5 %) the tail is extrapolated; below, the rate is counted.
+            module.add_module("final", OneSided.fit(combined, min(0.05, 10 / len(combined))))
+        self.module_ = module.eval()
+        return self
+
+    def decision_function(self, X: ArrayLike | Blocks) -> Array:
+        """Unreliability ``(B,)``: -log of the p-value. Higher is less reliable; compare with `threshold`."""
+        check_is_fitted(self, "module_")
+        blocks = self._blocks(X, reset=False)
+        with torch.no_grad():
+            scores = [self.module_(_tensors(part)) for part in _chunks(blocks)]
+        result: Array = torch.cat(scores).numpy()
+        return result
+
+    def predict_proba(self, X: ArrayLike | Blocks) -> Array:
+        """``(B, 2)``: the p-value "a clean sample looks at least so unusual", and one minus it."""
+        p = np.exp(-self.decision_function(X))
+        return np.stack([p, 1 - p], 1)
+
+    def predict(self, X: ArrayLike | Blocks) -> NDArray[Any]:
+        """``(B,)``: the label of "unreliable" where a sample exceeds the threshold, else that of "reliable"."""
+        flagged = self.decision_function(X) > self.threshold()
+        result: NDArray[Any] = self.classes_[flagged.astype(np.intp)]
+        return result
+
+    def threshold(self, false_alarm_rate: float | None = None) -> float:
+        """The `decision_function` value that a share ``false_alarm_rate`` of clean data exceeds.
+
+        Args:
+            false_alarm_rate: In (0, 1); the estimator's own when None.
+        """
+        check_is_fitted(self, "module_")
+        rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
+        return -math.log(check_rate(rate))
+
+    def score(self, X: ArrayLike | Blocks, y: ArrayLike) -> float:
+        """AUROC of `decision_function` for labels ``y``: what model selection maximises."""
+        from sklearn.metrics import roc_auc_score
+
+        scores = self.decision_function(X)
+        values = np.asarray(y).ravel()
+        if len(values) != len(scores):
+            raise ValueError(f"y must have one label per row of X, {len(scores)}; it had {len(values)}")
+        return float(roc_auc_score(values == self.classes_[1], scores))
+
+    def explain(self, X: ArrayLike | Blocks) -> dict[str, Array]:
+        """Each part's own -log p ``(B,)`` by name: what made a sample suspicious."""
+        check_is_fitted(self, "module_")
+        with torch.no_grad():
+            parts = self.module_.parts(_tensors(self._blocks(X, reset=False)))
+        return {name: values.numpy() for name, values in parts.items()}
+
+    def to_module(self) -> DetectorModule:
+        """The fitted detector as a traceable module: named blocks of tensors in, `decision_function` out."""
+        check_is_fitted(self, "module_")
+        return self.module_
+
+    def __sklearn_tags__(self) -> Tags:
+        from sklearn.utils import ClassifierTags
+
+        tags = super().__sklearn_tags__()
+        tags.input_tags.positive_only = bool(self.log)
+        tags.input_tags.three_d_array = True
+        tags.target_tags.required = False
+        tags.classifier_tags = ClassifierTags(multi_class=False)
+        return tags
+
+    def _check_parameters(self) -> None:
+        checks.one_of("contrasts", self.contrasts, ("auto", True, False))
+        checks.is_bool("log", self.log)
+        checks.is_bool("guard", self.guard)
+        checks.one_of("supervised", self.supervised, ("network", "logistic"))
+        checks.one_of("combine", self.combine, COMBINATIONS)
+        for name in ("hidden", "components", "dimensions", "neighbours"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1; it was {value!r}")
+        if not float(self.cap) > 0:
+            raise ValueError(f"cap must be greater than 0; it was {self.cap!r}")
+        if not 0 < float(self.calibration_fraction) < 1:
+            raise ValueError(f"calibration_fraction must lie in (0, 1); it was {self.calibration_fraction!r}")
+        check_rate(self.false_alarm_rate)
+
+    def _blocks(self, X: ArrayLike | Blocks, *, reset: bool) -> dict[str, Array]:
+        """X as named blocks, checked against those seen in `fit` unless ``reset``."""
+        # One of SciPy's sparse formats is a dictionary.
+        if isinstance(X, Mapping) and not issparse(X):
+            blocks = check_blocks(X, log=self.log)
+            if reset:
+                self.contrasts_ = None
+        else:
+            if getattr(X, "ndim", None) == 3:
+                array = to_array("X", X)
+                if array.size == 0:
+                    raise ValueError(f"X must not be empty; it had shape {array.shape}")
+                if reset:
+                    self.n_features_in_ = int(np.prod(array.shape[1:]))
+            else:
+                if isinstance(X, torch.Tensor):
+                    X = to_array("X", X)
+                array = validate_data(self, X, reset=reset, dtype=np.float64)
+            if self.log:
+                check_squared("X", array)
+            if reset:
+                self.contrasts_ = are_contrasts(array) if self.contrasts == "auto" else bool(self.contrasts)
+            blocks = {"contrasts" if self.contrasts_ else "gradients": array}
+        shapes = {name: array.shape[1:] for name, array in blocks.items()}
+        if reset:
+            self.shapes_ = shapes
+        elif shapes != self.shapes_:
+            raise ValueError(f"X must have the blocks and shapes of fit, {self.shapes_}; it had {shapes}")
+        return blocks
+
+    def _labels(self, y: ArrayLike | None, count: int) -> NDArray[np.bool_]:
+        """Which samples are challenging; sets ``classes_``."""
+        self.classes_: NDArray[Any] = np.array([0, 1])
+        if y is None:
+            return np.zeros(count, dtype=bool)
+        values = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
+        if values.ndim == 2 and values.shape[1] == 1:
+            from sklearn.utils.validation import column_or_1d
+
+            values = column_or_1d(values, warn=True)
+        if values.shape != (count,):
+            raise ValueError(f"y must have shape ({count},), one label per row of X; it was {values.shape}")
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError("y must be finite; it contains NaN or infinity")
+        classes = np.unique(values)
+        if classes.tolist() == [-1, 1]:
+            raise ValueError(
+                "y must be 0 (in-distribution) and 1 (challenging); it was scikit-learn's -1 and 1"
+            )
+        if len(classes) == 1 and bool(classes[0] == 0):
+            return np.zeros(count, dtype=bool)
+        if len(classes) != 2:
+            raise ValueError(
+                "Only binary classification is supported: y must hold two labels, 0 (in-distribution) and 1 "
+                f"(challenging), or be None; it held {len(classes)} class(es): {classes[:5].tolist()}"
+            )
+        self.classes_ = classes
+        result: NDArray[np.bool_] = values == classes[1]
+        return result
+
+    def _one_class(self, blocks: Mapping[str, Array], seed: int) -> dict[str, tuple[Any, Any, Any]]:
+        """Name to (rows, fitted score, kind of meaning) for every one-class score that the blocks allow."""
+        parts: dict[str, tuple[Any, Any, Any]] = {}
+        count = len(next(iter(blocks.values())))
+        for name in ("gradients", "contrasts"):
+            if name in blocks:
+                dimensions = min(self.dimensions, max(1, count // 10))
+                rows = Rows.fit(blocks, name, rank=name == "contrasts", log=self.log, dimensions=dimensions)
+                values = rows(_tensors(blocks)).numpy()
+                components = max(1, min(self.components, count // (5 * values.shape[1])))
+                mixture = GaussianMixture.fit(values, components, 1e-2, seed)
+                parts[f"{name}_mixture"] = (rows, mixture, TwoSided)
+        if "logits" in blocks:
+            rows = Rows.fit(blocks, "logits", standardise=False)
+            parts["energy"] = (rows, Energy(), TwoSided)
+        if "features" in blocks:
+            rows = Rows.fit(blocks, "features")
+            values = rows(_tensors(blocks)).numpy()
+            parts["features_mahalanobis"] = (rows, Mahalanobis.fit(values), TwoSided)
+            unit = Rows.fit(blocks, "features", unit=True, standardise=False)
+            bank = unit(_tensors(blocks)).numpy()
+            parts["features_neighbours"] = (unit, NearestNeighbours.fit(bank, self.neighbours), OneSided)
+        return parts
+
+    def _labelled_rows(self, blocks: Mapping[str, Array]) -> Rows:
+        """The rows that H sees: the richest gradient block, or else the features or logits."""
+        for name in ("contrasts", "gradients", "features", "logits"):
+            if name in blocks:
+                squared = name in ("contrasts", "gradients")
+                return Rows.fit(blocks, name, rank=name == "contrasts", log=squared and self.log)
+        raise AssertionError("blocks were checked to be non-empty")
+
+
+def check_rate(rate: float) -> float:
+    """``rate`` as a float in (0, 1)."""
+    if not isinstance(rate, (int, float, np.floating)) or not 0 < rate < 1:
+        raise ValueError(f"false_alarm_rate must lie in (0, 1); it was {rate!r}")
+    return float(rate)
+
+
+def _tensors(blocks: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    return {name: torch.as_tensor(array) for name, array in blocks.items()}
+
+
+def _chunks(blocks: Mapping[str, Array], rows: int = 4096) -> list[dict[str, Array]]:
+    """Slices of all blocks, so that a large set needs little memory."""
+    count = len(next(iter(blocks.values())))
+    return [{name: array[i : i + rows] for name, array in blocks.items()} for i in range(0, count, rows)]

@@ -1,0 +1,92 @@
+"""Fitted parts as modules: arrays and options in, an ``nn.Module`` that can be traced, moved and stored.
+
+Scikit-learn fits, these modules score. A fitted detector is then one graph for `torch.export`, one state
+dictionary for safetensors, and the scikit-learn estimator scores through the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+class Fitted(nn.Module):
+    """A module whose whole state is named tensors, JSON options and other `Fitted` children.
+
+    Arguments become buffers (tensors), children (modules) or ``options`` (anything JSON can hold), so a
+    subclass needs no code of its own to be stored and restored. Floating buffers keep their dtype when the
+    module is moved: a detector inside a half-precision network still scores in float64.
+    """
+
+    kinds: ClassVar[dict[str, type[Fitted]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Fitted.kinds[cls.__name__] = cls
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {}
+        for name, value in parts.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value)
+            elif isinstance(value, nn.Module):
+                self.add_module(name, value)
+            else:
+                self.options[name] = value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fitted:
+        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
+        originals = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if buffer.dtype != dtypes[name]:
+                setattr(self, name, originals[name].to(buffer.device))
+        return self
+
+    def spec(self) -> dict[str, Any]:
+        """What JSON must hold to rebuild this module around its stored tensors."""
+        return {
+            "kind": type(self).__name__,
+            "options": self.options,
+            "tensors": sorted(name for name, _ in self.named_buffers(recurse=False)),
+            "children": {
+                name: child.spec() for name, child in self.named_children() if isinstance(child, Fitted)
+            },
+        }
+
+
+class Sequence(Fitted):
+    """An ordered list of `Fitted` modules that can be stored."""
+
+    def __init__(self, *modules: Fitted, **named: Fitted) -> None:
+        super().__init__(**({f"{index}": module for index, module in enumerate(modules)} | named))
+
+    def __iter__(self) -> Any:
+        return iter(self.children())
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def rebuild(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> Fitted:
+    """The module that `Fitted.spec` described, around ``tensors`` named as in its state dictionary.
+
+    Raises:
+        ValueError: The description names an unknown kind or a tensor that is not there.
+    """
+    kind = Fitted.kinds.get(str(spec.get("kind")))
+    if kind is None:
+        raise ValueError(f"the stored estimator has an unknown part {spec.get('kind')!r}")
+    parts: dict[str, Any] = dict(spec["options"])
+    for name in spec["tensors"]:
+        if prefix + name not in tensors:
+            raise ValueError(f"the stored estimator lacks the tensor {prefix + name!r}")
+        parts[name] = tensors[prefix + name]
+    for name, child in spec["children"].items():
+        parts[name] = rebuild(child, tensors, f"{prefix}{name}.")
+    module = kind.__new__(kind)
+    Fitted.__init__(module, **parts)
+    return module

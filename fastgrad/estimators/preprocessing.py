@@ -1,0 +1,108 @@
+"""From a block to rows for a score: order by logit rank, logarithm, standardisation, projection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .fitted import Fitted
+
+Array = NDArray[np.float64]
+
+# Squared norms that underflowed to zero get the logarithm of the smallest normal float32, a value no
+# measured norm lies below: they stay extreme without being infinite.
+SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+def order_by_rank(contrasts: Tensor, logits: Tensor) -> Tensor:
+    """Contrasts with the class axis in the order of falling logits, so that no feature depends on class names.
+
+    Args:
+        contrasts: ``(B, N)``, ``(B, N, P)`` or ``(B, S, N, P)``.
+        logits: ``(B, N)``, or anything that orders the classes alike.
+
+    Returns:
+        The shape of ``contrasts``.
+    """
+    order = torch.argsort(logits, dim=-1, descending=True, stable=True)
+    if contrasts.dim() == 4:
+        order = order.unsqueeze(1)
+    if contrasts.dim() > 2:
+        order = order.unsqueeze(-1)
+    return torch.gather(contrasts, 2 if contrasts.dim() == 4 else 1, order.expand_as(contrasts))
+
+
+class Rows(Fitted):
+    """Rows ``(B, d)`` for a score, from the named blocks.
+
+    Options: ``block``, the block's name; ``rank``, whether to order its class axis by logit rank; ``log``,
+    whether to take logarithms; ``unit``, whether to scale each row to unit length.
+    Buffers: ``mean`` and ``scale`` ``(d,)`` of the clean rows after the logarithm, and ``projection`` ``(d, e)``.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    projection: Tensor
+
+    @classmethod
+    def fit(
+        cls,
+        blocks: Mapping[str, Array],
+        block: str,
+        *,
+        rank: bool = False,
+        log: bool = False,
+        unit: bool = False,
+        standardise: bool = True,
+        dimensions: int | None = None,
+    ) -> Rows:
+        """From clean ``blocks``; ``dimensions`` keeps that many whitened principal components."""
+        by_logits = "logits" in blocks
+        rows = cls(block=block, rank=rank, log=log, unit=unit, by_logits=by_logits)
+        flat = rows.flat({name: torch.as_tensor(array) for name, array in blocks.items()})
+        mean, scale = (
+            torch.zeros(flat.shape[1], dtype=torch.float64),
+            torch.ones(flat.shape[1], dtype=torch.float64),
+        )
+        if standardise:
+            mean, spread = flat.mean(0), flat.std(0, correction=0)
+            # A constant column says nothing while it stays constant; any change then counts in its own unit.
+            scale = torch.where(spread > 1e-12 * (1 + mean.abs()), spread, torch.ones_like(spread))
+        parts = {"mean": mean, "scale": scale}
+        if dimensions is not None and dimensions < flat.shape[1]:
+            _, values, vectors = torch.linalg.svd((flat - mean) / scale, full_matrices=False)
+            spread = (values / max(1, len(flat) - 1) ** 0.5)[:dimensions]
+            keep = spread > 1e-6 * spread[0]
+            parts["projection"] = vectors[:dimensions][keep].T / spread[keep]
+        return cls(block=block, rank=rank, log=log, unit=unit, by_logits=by_logits, **parts)
+
+    def flat(self, blocks: Mapping[str, Tensor]) -> Tensor:
+        """The block before standardisation, ``(B, d)``."""
+        values = blocks[self.options["block"]].double()
+        if self.options["rank"]:
+            if self.options["by_logits"]:
+                order_by = blocks["logits"].double()
+            else:
+                # The last parameter set is as a rule the last layer's bias, whose squared norm falls as the
+                # contrast's logit rises.
+                order_by = (
+                    -values.reshape(*values.shape[:2], -1)[..., -1]
+                    if values.dim() < 4
+                    else -values[:, -1, :, -1]
+                )
+            values = order_by_rank(values, order_by)
+        values = values.flatten(1)
+        if self.options["log"]:
+            values = values.clamp(min=SMALLEST).log()
+        if self.options["unit"]:
+            values = values / values.norm(dim=-1, keepdim=True).clamp(min=SMALLEST)
+        return values
+
+    def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
+        """Rows ``(B, d)`` or ``(B, e)``, float64."""
+        rows = (self.flat(blocks) - self.mean) / self.scale
+        return rows @ self.projection if "projection" in self._buffers else rows
