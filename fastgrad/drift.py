@@ -1,0 +1,219 @@
+"""Drift: has the incoming data left the training distribution?
+
+One uncertain image says little; a thousand slightly too uncertain ones say that the camera has moved. The monitor
+reads a stream of uncertainty scores, one number an image, and raises an alarm with a stated error rate:
+
+- Every score becomes a *conformal p-value*: its randomised rank among the calibration scores and all scores seen so
+  far. While the stream is exchangeable with the calibration images these p-values are independent and uniform,
+  whatever the distribution of the scores (Vovk, Nouretdinov & Gammerman, ICML 2003).
+- A family of Beta densities *bets* against uniformity: each multiplies its capital by its density at the p-value.
+  Under uniformity no bet gains on average. High scores, low scores (an attack can look too certain), both tails and
+  a pile-up in one place (a frozen camera) each have bets that grow exponentially on them.
+- A fresh share of capital starts at every image, so a change after a million good images is found about as fast as
+  one after a hundred.
+
+``form="ever"``: the total capital is a martingale that starts at 1, so by Ville's inequality the probability of *ever*
+raising a false alarm, on a stream of any length, is at most ``false_alarm_rate``. ``form="average"``: the
+Shiryaev-Roberts sum over start times; the *average* number of images before a false alarm is at least
+``1 / false_alarm_rate`` (Shin, Ramdas & Rinaldo 2023), in exchange for shorter delays; reset it after each alarm.
+
+Both statements need images that could have come in any order. Frames of one video cannot: feed the monitor every
+k-th frame, or one score a scene.
+
+Only NumPy is needed; memory and time per score do not grow with the stream.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastgrad import checks
+
+FloatArray = NDArray[np.float64]
+
+# Beta(a, b) shapes. a < 1 grows on small p-values (scores too high), b < 1 on large ones (too low), both below 1 on
+# both tails, both above 1 on a pile-up in the middle. Small exponents find extreme shifts in a few images, exponents
+# near 1 find slight shifts over many.
+_BETS = np.array(
+    [(k, 1.0) for k in (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)]
+    + [(1.0, k) for k in (0.3, 0.5, 0.7, 0.9)]
+    + [(k, k) for k in (0.4, 0.7, 2.0, 6.0)]
+)
+_LOG_NORMALIZER = np.array([math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) for a, b in _BETS])
+# Sharing the prior by direction: slight and strong rises in uncertainty are the usual case.
+_PRIOR = np.array([0.6 / 6] * 6 + [0.2 / 4] * 4 + [0.2 / 4] * 4)
+_LARGEST = 1e300
+
+
+@dataclass(frozen=True)
+class ScoreReference:
+    """In-distribution scores, as the counts of ``K`` bins.
+
+    Attributes:
+        edges: ``(K - 1,)`` increasing inner bin edges; bin ``i`` holds ``edges[i-1] <= score < edges[i]``.
+        counts: ``(K,)`` how many calibration scores fell into each bin.
+    """
+
+    edges: FloatArray
+    counts: FloatArray
+
+    def __post_init__(self) -> None:
+        edges = np.asarray(self.edges, dtype=np.float64)
+        counts = np.asarray(self.counts, dtype=np.float64)
+        if edges.ndim != 1 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
+            raise ValueError(
+                f"edges must be finite and increasing in one dimension; they had shape {edges.shape}"
+            )
+        if counts.shape != (len(edges) + 1,) or (counts < 0).any() or not np.isfinite(counts).all():
+            raise ValueError(
+                f"counts must be {len(edges) + 1} non-negative numbers, one more than edges; "
+                f"their shape was {counts.shape}"
+            )
+        object.__setattr__(self, "edges", edges)
+        object.__setattr__(self, "counts", counts)
+
+    @classmethod
+    def from_scores(cls, scores: ArrayLike, *, bins: int = 256, seed: int = 0) -> ScoreReference:
+        """Make a reference from the scores of held-out in-distribution images.
+
+        A random half places the bin edges (at its quantiles), the other half is counted. The split is what keeps the
+        p-values exactly uniform: edges laid through the very scores that are counted would not be.
+
+        Args:
+            scores: one-dimensional, finite, at least 20. Images that trained the detector must not be among them.
+            bins: at most this many bins, fewer when there are not enough scores.
+            seed: of the split.
+
+        Raises:
+            ValueError: fewer than 20 scores, or scores that are not finite.
+        """
+        values = _finite_scores("scores", scores)
+        if len(values) < 20:
+            raise ValueError(f"scores must hold at least 20 in-distribution scores; there were {len(values)}")
+        if bins < 2:
+            raise ValueError(f"bins must be at least 2; it was {bins}")
+        shuffled = np.random.default_rng(seed).permutation(values)
+        half = len(values) // 2
+        levels = np.linspace(0, 1, min(bins, half) + 1)[1:-1]
+        edges = np.unique(np.quantile(shuffled[:half], levels))
+        places = np.searchsorted(edges, shuffled[half:], side="right")
+        return cls(edges, np.bincount(places, minlength=len(edges) + 1).astype(np.float64))
+
+
+class DriftMonitor:
+    """A sequential test on a stream of uncertainty scores.
+
+    Args:
+        reference: a `ScoreReference`, or the held-out in-distribution scores themselves.
+        false_alarm_rate: ``alpha`` in (0, 1): the bound on the probability of ever raising a false alarm
+            (``form="ever"``), or one over the least average number of images before one (``form="average"``).
+        form: ``"ever"`` or ``"average"``, see the module's description.
+        seed: of the tie-breaking random numbers; two monitors with one seed agree on the same stream.
+
+    Attributes:
+        count: scores seen since the start or the last `reset`.
+        evidence: the capital ``e`` now: how much a bet of 1 against "nothing has changed" has become.
+        alarm_at: number of the score (from 1) at which the alarm was raised, or None. An alarm stays.
+
+    Raises:
+        ValueError: a rate outside (0, 1), an unknown form, or an unusable reference.
+    """
+
+    def __init__(
+        self,
+        reference: ScoreReference | ArrayLike,
+        *,
+        false_alarm_rate: float = 0.01,
+        form: Literal["ever", "average"] = "ever",
+        seed: int = 0,
+    ) -> None:
+        if not 0 < false_alarm_rate < 1:
+            raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
+        checks.one_of("form", form, ("ever", "average"))
+        self.reference = (
+            reference if isinstance(reference, ScoreReference) else ScoreReference.from_scores(reference)
+        )
+        self.false_alarm_rate = float(false_alarm_rate)
+        self.form = form
+        self._seed = seed
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the stream; keep the reference."""
+        self._random = np.random.default_rng(self._seed)
+        self._counts = self.reference.counts.copy()
+        self._total = float(self._counts.sum())
+        self._capital = np.zeros(len(_BETS))
+        self._peak = 0.0
+        self.count = 0
+        self.evidence = 0.0 if self.form == "average" else 1.0
+        self.alarm_at: int | None = None
+
+    @property
+    def alarm(self) -> bool:
+        """Whether an alarm has been raised since the last `reset`."""
+        return self.alarm_at is not None
+
+    @property
+    def p_value(self) -> float:
+        """Bound, valid at any time, on the probability of evidence this high if nothing has changed (``"ever"``)."""
+        return min(1.0, 1.0 / max(self._peak, 1.0))
+
+    def update(self, scores: ArrayLike) -> bool:
+        """Read one score or a one-dimensional array of scores, in their order of arrival; return `alarm`.
+
+        Raises:
+            ValueError: a score is not finite (nothing of the array has been read then).
+        """
+        values = _finite_scores("scores", scores)
+        bins = np.searchsorted(self.reference.edges, values, side="right")
+        for bin_, tie in zip(bins.tolist(), self._random.random(len(bins)).tolist(), strict=True):
+            self._step(bin_, tie)
+        return self.alarm
+
+    def _step(self, bin_: int, tie: float) -> None:
+        # The new score is itself one of those among which it is ranked: that is what makes p exactly uniform.
+        self._counts[bin_] += 1
+        self._total += 1
+        above = float(self._counts[bin_ + 1 :].sum())
+        p = (above + tie * float(self._counts[bin_])) / self._total
+        log_p, log_1p = math.log(max(p, 1e-300)), math.log(max(1.0 - p, 1e-17))
+        factors = np.exp(_LOG_NORMALIZER + (_BETS[:, 0] - 1) * log_p + (_BETS[:, 1] - 1) * log_1p)
+
+        self.count += 1
+        # Ever: shares 1/(t (t + 1)) sum to 1, what has not started yet, 1/(t + 1), lies idle. Average: 1 at each step.
+        share = 1.0 if self.form == "average" else 1.0 / (self.count * (self.count + 1))
+        idle = 0.0 if self.form == "average" else 1.0 / (self.count + 1)
+        self._capital = np.minimum((self._capital + share * _PRIOR) * factors, _LARGEST)
+        self.evidence = float(self._capital.sum()) + idle
+        self._peak = max(self._peak, self.evidence)
+        if self.alarm_at is None and self.evidence >= 1.0 / self.false_alarm_rate:
+            self.alarm_at = self.count
+
+    def state(self) -> dict[str, Any]:
+        """The numbers a dashboard shows: count, evidence, p_value, alarm, alarm_at, false_alarm_rate, form."""
+        return {
+            "count": self.count,
+            "evidence": self.evidence,
+            "p_value": self.p_value,
+            "alarm": self.alarm,
+            "alarm_at": self.alarm_at,
+            "false_alarm_rate": self.false_alarm_rate,
+            "form": self.form,
+        }
+
+
+def _finite_scores(name: str, scores: ArrayLike) -> FloatArray:
+    values = np.atleast_1d(np.asarray(scores, dtype=np.float64))
+    if values.ndim != 1:
+        raise ValueError(f"{name} must be one number or one-dimensional; the shape was {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"{name} must be finite; {int((~np.isfinite(values)).sum())} of {len(values)} were not"
+        )
+    return values
