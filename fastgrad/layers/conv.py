@@ -1,0 +1,83 @@
+"""Convolutions of one to three dimensions, ordinary and transposed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from fastgrad.layers.reduce import sqnorm, upcast
+from fastgrad.layers.registry import register_rule
+
+
+def conv_sqnorm(
+    a: Tensor,
+    g: Tensor,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Squared norm of each sample's weight gradient, ``(B,)``, by one weight gradient with the batch as groups."""
+    a, g = upcast(a, g)
+    if transposed:  # the weight gradient of the convolution that maps g to a
+        a, g = g, a
+    samples = a.shape[0]
+    folded_a = a.reshape(1, samples * a.shape[1], *a.shape[2:])
+    folded_g = g.reshape(1, samples * g.shape[1], *g.shape[2:])
+    weight = a.new_empty(()).expand(samples * g.shape[1], a.shape[1] // groups, *kernel_size)
+    zeros = [0] * len(kernel_size)
+    grad = torch.ops.aten.convolution_backward(
+        folded_g, folded_a, weight, None, list(stride), list(padding), list(dilation), False, zeros,
+        samples * groups, [False, True, False],
+    )[1]  # fmt: skip
+    return sqnorm(grad.reshape(samples, -1))
+
+
+def _padded(module: _ConvNd, a: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input as the convolution sees it, and the zero padding still to be done."""
+    rank = len(module.kernel_size)
+    if module.padding_mode != "zeros":
+        return F.pad(a, module._reversed_padding_repeated_twice, mode=module.padding_mode), (0,) * rank
+    if module.padding == "valid":
+        return a, (0,) * rank
+    if module.padding == "same":
+        pads = module._reversed_padding_repeated_twice
+        left, right = tuple(pads[::2][::-1]), tuple(pads[1::2][::-1])
+        return (a, left) if left == right else (F.pad(a, pads), (0,) * rank)
+    assert not isinstance(module.padding, str)
+    return a, tuple(module.padding)
+
+
+@register_rule(
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    name="convolution",
+    in_place=True,
+)
+def convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Rule for all convolutions of ``torch.nn``."""
+    assert isinstance(module, _ConvNd)
+    norms = {}
+    if module.bias is not None:
+        norms["bias"] = sqnorm(upcast(g)[0].flatten(2).sum(2))
+    a, padding = _padded(module, a)
+    norms["weight"] = conv_sqnorm(
+        a,
+        g,
+        tuple(module.kernel_size),
+        tuple(module.stride),
+        padding,
+        tuple(module.dilation),
+        module.groups,
+        transposed=isinstance(module, _ConvTransposeNd),
+    )
+    return norms

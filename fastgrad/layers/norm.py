@@ -1,0 +1,97 @@
+"""Normalisation layers: the weight's gradient is the sum over positions of ``g * xhat``, the bias's that of ``g``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from fastgrad.layers.reduce import positions_first, sqnorm, upcast
+from fastgrad.layers.registry import register_rule
+
+
+def _channel_norms(xhat: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Norms of per-channel affine parameters from ``(B, C, *)`` tensors."""
+    if g.dim() == 2:
+        return {"weight": sqnorm(g * xhat), "bias": sqnorm(g)}
+    g = g.flatten(2)
+    return {"weight": sqnorm((g * xhat.flatten(2)).sum(2)), "bias": sqnorm(g.sum(2))}
+
+
+def mixes_samples(module: nn.Module) -> bool:
+    """Whether a batch norm would normalise with the statistics of the batch."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+@register_rule(_BatchNorm, name="batch norm (evaluation)", in_place=True)
+def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Rule for batch norm with running statistics."""
+    assert isinstance(module, _NormBase)
+    a, g = upcast(a, g)
+    mean, var = module.running_mean, module.running_var
+    assert mean is not None
+    assert var is not None
+    mean, var = mean.to(a.dtype), var.to(a.dtype)
+    if a.dim() == 2:
+        return _channel_norms((a - mean) * torch.rsqrt(var + module.eps), g)
+    samples, channels = a.shape[:2]
+    # Samples folded into channels, the ordinary reduction over (batch, positions) becomes one per sample, and
+    # one pass over the two tensors gives both sums.
+    _, weight, bias = torch.ops.aten.native_batch_norm_backward(
+        g.reshape(1, samples * channels, -1),
+        a.reshape(1, samples * channels, -1),
+        None,
+        mean.repeat(samples),
+        var.repeat(samples),
+        None,
+        None,
+        False,
+        module.eps,
+        [False, True, True],
+    )
+    return {"weight": sqnorm(weight.view(samples, channels)), "bias": sqnorm(bias.view(samples, channels))}
+
+
+@register_rule(_InstanceNorm, name="instance norm", in_place=True)
+def instance_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Rule for instance norm, with the statistics of the instance or running ones."""
+    assert isinstance(module, _NormBase)
+    a, g = upcast(a, g)
+    if module.running_mean is not None:
+        return batch_norm(module, a, g)
+    return _channel_norms(F.instance_norm(a, eps=module.eps), g)
+
+
+@register_rule(nn.GroupNorm, name="group norm", in_place=True)
+def group_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Rule for group norm."""
+    assert isinstance(module, nn.GroupNorm)
+    a, g = upcast(a, g)
+    return _channel_norms(F.group_norm(a, module.num_groups, eps=module.eps), g)
+
+
+def _positionwise(xhat: Tensor, g: Tensor, trailing: int) -> dict[str, Tensor]:
+    """Norms of affine parameters over the last ``trailing`` dimensions."""
+    g, product = positions_first(g, trailing), positions_first(g * xhat, trailing)
+    return {"weight": sqnorm(product.sum(1)), "bias": sqnorm(g.sum(1))}
+
+
+@register_rule(nn.LayerNorm, name="layer norm", positions=True, in_place=True)
+def layer_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Rule for layer norm over the last dimensions."""
+    assert isinstance(module, nn.LayerNorm)
+    a, g = upcast(a, g)
+    shape = list(module.normalized_shape)
+    return _positionwise(F.layer_norm(a, shape, eps=module.eps), g, len(shape))
+
+
+@register_rule(nn.RMSNorm, name="RMS norm", positions=True, in_place=True)
+def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Rule for RMS norm over the last dimensions."""
+    assert isinstance(module, nn.RMSNorm)
+    eps = module.eps if module.eps is not None else torch.finfo(a.dtype).eps
+    a, g = upcast(a, g)
+    shape = list(module.normalized_shape)
+    return _positionwise(F.rms_norm(a, shape, eps=eps), g, len(shape))

@@ -1,0 +1,34 @@
+"""Reductions every rule shares; sums run in float32 at least."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in their common accumulation dtype (no copy where they have it already)."""
+    dtype = accumulate_dtype(*tensors)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def sqnorm(x: Tensor) -> Tensor:
+    """Squared L2 norm over everything but dimension 0: ``(B, ...) -> (B,)``."""
+    flat = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+    return flat.square().sum(1)
+
+
+def positions_first(x: Tensor, trailing: int) -> Tensor:
+    """Flatten what stands between the batch and the last ``trailing`` dimensions: ``(B, T, *trailing)``.
+
+    ``T`` is 1 where there is nothing between.
+    """
+    keep = x.dim() - trailing
+    if keep == 1:
+        return x.unsqueeze(1)
+    return x if keep == 2 else x.flatten(1, keep - 1)

@@ -1,0 +1,152 @@
+"""The registry of layer rules, looked up along the class hierarchy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+#: ``(module, input, output gradient) -> {parameter name: (B,) squared norms}``, batch in dimension 0.
+RuleFunction = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
+#: ``(module, args, kwargs, output gradients) -> {parameter name: (B,) squared norms}``.
+ReplayFunction = Callable[
+    [nn.Module, tuple[Any, ...], dict[str, Any], Sequence[Tensor]], Mapping[str, Tensor]
+]
+#: ``module -> reason`` why this very module cannot use the rule, or None.
+Unsupported = Callable[[nn.Module], "str | None"]
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """How one family of layers turns (input, output gradient) into squared norms.
+
+    Attributes:
+        name: The family, as it appears in ``GradientFeatures.report()``.
+        function: ``(module, input, output gradient) -> {own parameter: (B,)}``. Both tensors carry the batch
+            in dimension 0; the module is a private copy in evaluation mode which shares the user's tensors.
+        positions: Whether further dimensions may stand between the batch and the layer's own dimensions, as
+            they do when a network folds windows or frames into the batch.
+        unsupported: Says why a particular module needs the general fallback, or None.
+        in_place: Whether the layer's output may be handed on without a copy: true where the operation that
+            makes it does not need it for its own backward pass.
+    """
+
+    name: str
+    function: RuleFunction
+    positions: bool = False
+    unsupported: Unsupported | None = None
+    in_place: bool = False
+
+
+@dataclass(frozen=True)
+class ReplayRule:
+    """How a layer whose parameters act in the middle of its computation gets its squared norms.
+
+    Such a layer (attention, recurrent) is computed once more in the backward pass, from its recorded inputs.
+
+    Attributes:
+        name: The family, as it appears in ``GradientFeatures.report()``.
+        function: ``(module, args, kwargs, output gradients) -> {parameter: (B,)}``; the gradients are those of
+            the floating-point tensors among the outputs, in order.
+        children: Parameters of child modules which this module uses itself, by dotted name.
+        unsupported: As in `LayerRule`.
+    """
+
+    name: str
+    function: ReplayFunction
+    children: tuple[str, ...] = ()
+    unsupported: Unsupported | None = None
+
+
+Rule = LayerRule | ReplayRule
+_RULES: dict[type[nn.Module] | str, Rule] = {}
+
+
+def register_rule(
+    *module_types: type[nn.Module] | str,
+    name: str | None = None,
+    positions: bool = False,
+    unsupported: Unsupported | None = None,
+    in_place: bool = False,
+) -> Callable[[RuleFunction], RuleFunction]:
+    """Register the decorated function as the rule for modules of these types and their subclasses.
+
+    The rule of the nearest class in a module's method resolution order is taken. It does not reach subclasses
+    that override ``forward``: what they compute is unknown, so they need a rule of their own or take the
+    general fallback.
+
+    Args:
+        *module_types: The ``torch.nn.Module`` subclasses the rule is for, or their full dotted names where the
+            library that defines them need not be installed. A later registration replaces an earlier one.
+        name: The family's name in reports; the function's name by default.
+        positions: See `LayerRule`.
+        unsupported: See `LayerRule`.
+        in_place: See `LayerRule`.
+
+    Returns:
+        The decorator, which returns the function unchanged.
+
+    Raises:
+        TypeError: If no type is given or one is not a ``torch.nn.Module`` subclass.
+
+    Example::
+
+        @fastgrad.layers.register_rule(MyScale)
+        def my_scale(module, input, grad_output):
+            return {"scale": (grad_output * input).flatten(1).sum(1).square()}
+    """
+    if not module_types:
+        raise TypeError("register_rule needs at least one torch.nn.Module subclass; it was given none")
+    for module_type in module_types:
+        if not isinstance(module_type, str) and not (
+            isinstance(module_type, type) and issubclass(module_type, nn.Module)
+        ):
+            raise TypeError(
+                f"module_types must be torch.nn.Module subclasses or names; one was {module_type!r}"
+            )
+
+    def decorate(function: RuleFunction) -> RuleFunction:
+        rule = LayerRule(
+            name or getattr(function, "__name__", "rule"), function, positions, unsupported, in_place
+        )
+        for module_type in module_types:
+            _RULES[module_type] = rule
+        return function
+
+    return decorate
+
+
+def register_replay(
+    *module_types: type[nn.Module] | str,
+    name: str,
+    children: tuple[str, ...] = (),
+    unsupported: Unsupported | None = None,
+) -> Callable[[ReplayFunction], ReplayFunction]:
+    """Register the decorated function as a `ReplayRule`, found like the rules of `register_rule`."""
+
+    def decorate(function: ReplayFunction) -> ReplayFunction:
+        for module_type in module_types:
+            _RULES[module_type] = ReplayRule(name, function, children, unsupported)
+        return function
+
+    return decorate
+
+
+def find_rule(module: nn.Module) -> tuple[Rule | None, str]:
+    """Find the rule for a module along its class hierarchy.
+
+    Returns:
+        The rule and an empty string, or None and the reason why the general fallback is needed.
+    """
+    if "forward" in vars(module):
+        return None, "its forward method was replaced on the instance"
+    for cls in type(module).__mro__:
+        rule = _RULES.get(cls) or _RULES.get(f"{cls.__module__}.{cls.__qualname__}")
+        if rule is not None:
+            reason = rule.unsupported(module) if rule.unsupported is not None else None
+            return (None, reason) if reason is not None else (rule, "")
+        if "forward" in vars(cls):
+            return None, f"{cls.__name__} has no rule"
+    return None, f"{type(module).__name__} has no rule"

@@ -1,0 +1,57 @@
+"""The identity node that lets a layer's squared norms leave the backward pass as the gradient of a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: ``(saved tensors, output gradients) -> (B, m)`` squared norms.
+Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+
+class _Tap(torch.autograd.Function):
+    """``outputs -> outputs``; backward passes the gradients on and gives the probe the squared norms."""
+
+    @staticmethod
+    def forward(ctx: Any, norms: Norms, count: int, in_place: bool, *tensors: Tensor) -> Any:  # type: ignore[override]
+        # The outputs come first: autograd takes the first input of a node that modifies a view for that view.
+        outputs, saved = tensors[:count], tensors[count + 1 :]
+        ctx.norms, ctx.saved_count = norms, len(saved)
+        ctx.save_for_backward(*saved)
+        if in_place:
+            # Returned as if modified in place: neither a copy nor a view, so a later in-place activation may
+            # overwrite it.
+            ctx.mark_dirty(*outputs)
+        else:
+            outputs = tuple(output.clone() for output in outputs)
+        return outputs[0] if count == 1 else outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        # Reduced precision is for the network; the norms are summed in float32 whatever the caller's context.
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            norms = ctx.norms(ctx.saved_tensors, gradients)
+        return (None, None, None, *gradients, norms, *(None for _ in range(ctx.saved_count)))
+
+
+def tap(
+    outputs: Sequence[Tensor], saved: Sequence[Tensor], probe: Tensor, norms: Norms, *, in_place: bool
+) -> list[Tensor]:
+    """Route ``outputs`` through an identity node.
+
+    Args:
+        outputs: A layer's floating-point outputs.
+        saved: What ``norms`` needs of the forward pass; kept by reference, checked against later modification.
+        probe: Zeros of shape ``(B, m)`` that require gradients; their gradient will be the squared norms.
+        norms: Computes them from ``saved`` and the output gradients; may run under ``vmap`` over gradients.
+        in_place: Whether the outputs may be passed on as they are. Only where the operation that made them did
+            not save them for its own backward; otherwise they are copied.
+
+    Returns:
+        The outputs to go on with.
+    """
+    passed = _Tap.apply(norms, len(outputs), in_place, *outputs, probe, *(t.detach() for t in saved))  # type: ignore[no-untyped-call]
+    return [passed] if len(outputs) == 1 else list(passed)
