@@ -1,0 +1,72 @@
+"""Shared by all tests: where the kernels run, and seeds.
+
+With a GPU the kernels run on it; without one they run in Triton's interpreter, which must be chosen before the first
+kernel is decorated.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+# Tests share tests/oracles.py and the like; importlib mode puts no folder on the path.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # numpy, on which the interpreter runs, warns where a device computes a NaN or an infinity.
+    for message in ("invalid value", "divide by zero", "overflow", "underflow", "All-NaN"):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.markexpr:
+        return
+    without_gpu = pytest.mark.skip(reason="needs a GPU")
+    slow = pytest.mark.skip(reason="slow; run with -m slow")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(without_gpu)
+        if "slow" in item.keywords:
+            item.add_marker(slow)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernel tests run: the GPU, or the CPU under Triton's interpreter."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill what the launchers allocate with NaN, so that an element no kernel wrote shows."""
+    from fastgrad.ops.triton import launch
+
+    plain = launch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        out: torch.Tensor = plain(*args, **kwargs)  # type: ignore[arg-type]
+        return out.fill_(float("nan")) if out.dtype.is_floating_point else out
+
+    monkeypatch.setattr(launch, "empty", poisoned)
+    yield
+
+
+@pytest.fixture(autouse=True)
+def _quiet_numpy() -> Iterator[None]:
+    with np.errstate(all="ignore"):
+        yield
