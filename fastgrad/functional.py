@@ -1,0 +1,361 @@
+"""Public stateless functions on the last layer: squared gradient norms of all contrasts, introspective rows.
+
+Shapes: ``B`` stands for any leading shape, ``N`` for the classes, ``D`` for the features that enter the last layer
+``z = W h + b``. For one sample every gradient of that layer is rank one, ``delta h^T`` with ``delta = dL/dz``, so all
+of this follows from features and logits alone: no backward pass, no graph, no ``(N, D)`` gradient. The losses and
+their numerics are described in :mod:`fastgrad.losses`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrad import checks, losses
+from fastgrad.ops import contrast as contrast_op
+from fastgrad.ops import linear_contrast as linear_op
+from fastgrad.ops import rows as rows_op
+from fastgrad.ops import target as target_op
+from fastgrad.ops.implementation import choose
+
+ROWS = ("diagonal", "full")
+
+
+class ContrastStats(NamedTuple):
+    """Statistics over the N contrasts of a sample's squared norms; each of the leading shape, float32.
+
+    ``expected`` weighs contrast k by its softmax probability; ``predicted`` is the contrast of the predicted class.
+    """
+
+    min: Tensor
+    max: Tensor
+    mean: Tensor
+    expected: Tensor
+    predicted: Tensor
+
+
+def contrast_sqnorm(
+    features: Tensor,
+    logits: Tensor,
+    *,
+    loss: str = "cross_entropy",
+    bias: bool = True,
+    reduction: str = "sum",
+    log: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Squared L2 norm of the last layer's gradient for every one-hot contrast: "why P, rather than k?".
+
+    Relatively accurate to a few units in the last place of float32 also where the network is confident and
+    autograd in the same dtype has no correct digit. Differentiable with respect to both tensors.
+
+    Args:
+        features: ``(..., D)``, the input ``h`` of the last layer; float16, bfloat16, float32 or float64; any strides.
+        logits: ``(..., N)``, its output; same leading shape and device.
+        loss: ``"cross_entropy"``, ``"bce"`` (with logits), ``"mse"`` (on logits) or ``"brier"`` (mse on softmax).
+        bias: Whether the layer's bias gradient belongs to the norm: ``||delta||^2 (||h||^2 + 1)`` or without the 1.
+        reduction: Of the loss over classes, ``"sum"`` or ``"mean"``.
+        log: Return the natural logarithm, computed in log space, so that nothing underflows.
+        impl: ``"auto"``, ``"triton"`` or ``"eager"``; an explicit choice never falls back.
+
+    Returns:
+        ``(..., N)``, float32 (float64 for float64 logits). NaN or infinity in one row reaches that row only.
+
+    Raises:
+        TypeError: A tensor is missing or not floating.
+        ValueError: Shapes or devices do not fit, an option is unknown, or ``impl="triton"`` cannot serve the tensors.
+    """
+    _options(loss, reduction, bias=bias, log=log)
+    leading = _head_pair(features, logits)
+    choose(impl, logits)
+    norms = contrast_op.contrast_sqnorm(_matrix(features), _matrix(logits), bias, loss, reduction, log, impl)
+    return norms.reshape(*leading, logits.shape[-1])
+
+
+def target_sqnorm(
+    features: Tensor,
+    logits: Tensor,
+    target: str | Tensor,
+    *,
+    loss: str = "cross_entropy",
+    bias: bool = True,
+    reduction: str = "sum",
+    log: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Squared L2 norm of the last layer's gradient for one label a sample.
+
+    Args:
+        features: ``(..., D)``.
+        logits: ``(..., N)``.
+        target: ``"ones"`` (the confounding label, 1 for every class; with cross_entropy the sum over all one-hot
+            labels), ``"uniform"`` (1/N), ``"predicted"``, class indices ``(...)`` or soft targets ``(..., N)``.
+        loss: As in :func:`contrast_sqnorm`, like ``bias``, ``reduction``, ``log`` and ``impl``.
+        bias: See there.
+        reduction: See there.
+        log: See there.
+        impl: See there.
+
+    Returns:
+        ``(...)``, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: A tensor is missing or has the wrong kind of dtype.
+        ValueError: A label is out of range, or as in :func:`contrast_sqnorm`.
+    """
+    _options(loss, reduction, bias=bias, log=log)
+    leading = _head_pair(features, logits)
+    check_target(target, logits)
+    choose(impl, logits)
+    if isinstance(target, str):
+        kind, label = target, None
+    elif target.is_floating_point():
+        kind, label = "soft", _matrix(target)
+    else:
+        kind, label = "indices", target.reshape(-1)
+    norms = target_op.target_sqnorm(
+        _matrix(features), _matrix(logits), label, kind, bias, loss, reduction, log, impl
+    )
+    return norms.reshape(leading)
+
+
+def linear_contrast_sqnorm(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    loss: str = "cross_entropy",
+    reduction: str = "sum",
+    log: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The last layer and all its contrasts in one launch: ``(logits, contrast_sqnorm(features, logits))``.
+
+    Args:
+        features: ``(..., D)``.
+        weight: ``(N, D)``, of the same dtype and device.
+        bias: ``(N,)`` or None; its gradient belongs to the norm where it is given.
+        loss: As in :func:`contrast_sqnorm`, like ``reduction``, ``log`` and ``impl``.
+        reduction: See there.
+        log: See there.
+        impl: See there.
+
+    Returns:
+        Logits ``(..., N)`` in the dtype of the features, and the squared norms ``(..., N)`` of exactly these logits,
+        float32 (float64 for float64).
+
+    Raises:
+        TypeError: A tensor is missing, not floating, or of another dtype than the features.
+        ValueError: As in :func:`contrast_sqnorm`.
+    """
+    _options(loss, reduction, log=log)
+    _linear(features, weight, bias)
+    choose(impl, features)
+    logits, norms = linear_op.linear_contrast_sqnorm(
+        _matrix(features), weight, bias, loss, reduction, log, impl
+    )
+    shape = (*features.shape[:-1], weight.shape[0])
+    return logits.reshape(shape), norms.reshape(shape)
+
+
+def linear_contrast_stats(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    loss: str = "cross_entropy",
+    reduction: str = "sum",
+    impl: str = "auto",
+) -> ContrastStats:
+    """Statistics over all contrasts without ever storing ``(..., N)``: for vocabularies of 128k and more.
+
+    The Triton kernel needs memory in proportion to B; the eager form holds a few rows of logits at a time.
+
+    Args:
+        features: ``(..., D)``.
+        weight: ``(N, D)``, of the same dtype and device.
+        bias: ``(N,)`` or None.
+        loss: As in :func:`contrast_sqnorm`, like ``reduction`` and ``impl``.
+        reduction: See there.
+        impl: See there.
+
+    Returns:
+        :class:`ContrastStats` of tensors ``(...)``, float32 (float64 for float64).
+
+    Raises:
+        TypeError: As in :func:`linear_contrast_sqnorm`.
+        ValueError: As in :func:`linear_contrast_sqnorm`.
+    """
+    _options(loss, reduction)
+    _linear(features, weight, bias)
+    choose(impl, features)
+    stats = linear_op.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction, impl)
+    return ContrastStats(*stats.reshape(*features.shape[:-1], 5).unbind(-1))
+
+
+def contrast_rows(features: Tensor, logits: Tensor, *, loss: str = "mse", rows: str = "diagonal") -> Tensor:
+    """Introspective features: for every contrast k the row k of its weight gradient, ``delta^(k)_k h``.
+
+    For ``bce`` and ``mse`` these rows are exactly the rows of the one gradient under the all-ones label; for
+    ``cross_entropy`` and ``brier`` they are not. The rows left out are not small in general: ``rows="full"`` gives
+    the whole gradient of every contrast.
+
+    Args:
+        features: ``(..., D)``.
+        logits: ``(..., N)``.
+        loss: As in :func:`contrast_sqnorm`.
+        rows: ``"diagonal"`` or ``"full"``.
+
+    Returns:
+        ``(..., N, D)``, or ``(..., N, N, D)`` for ``"full"`` with ``[..., k, j, :]`` the row j of contrast k; float32
+        (float64 for float64 logits).
+
+    Raises:
+        TypeError: As in :func:`contrast_sqnorm`.
+        ValueError: As in :func:`contrast_sqnorm`.
+    """
+    _options(loss)
+    checks.one_of("rows", rows, ROWS)
+    _head_pair(features, logits)
+    h = features.to(losses.compute_dtype(logits.dtype))
+    if rows == "diagonal":
+        return losses.contrast_diagonal(logits, loss=loss).unsqueeze(-1) * h.unsqueeze(-2)
+    return losses.contrast_delta(logits, loss=loss).unsqueeze(-1) * h.unsqueeze(-2).unsqueeze(-2)
+
+
+def contrast_rows_linear(
+    features: Tensor,
+    logits: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    loss: str = "mse",
+    impl: str = "auto",
+) -> Tensor:
+    """A linear layer over the flattened :func:`contrast_rows`, which are never stored.
+
+    Equal to ``linear(contrast_rows(features, logits).flatten(-2), weight, bias)``; the left operand of the product is
+    formed on chip (Triton) or a few classes at a time (eager), in the backward pass too.
+
+    Args:
+        features: ``(..., D)``.
+        logits: ``(..., N)``.
+        weight: ``(U, N * D)``, on the same device.
+        bias: ``(U,)`` or None.
+        loss: As in :func:`contrast_sqnorm`, like ``impl``.
+        impl: See there.
+
+    Returns:
+        ``(..., U)``, float32 (float64 for float64 features).
+
+    Raises:
+        TypeError: As in :func:`contrast_sqnorm`.
+        ValueError: As in :func:`contrast_sqnorm`.
+    """
+    _options(loss)
+    leading = _head_pair(features, logits)
+    checks.is_float("weight", weight)
+    checks.same_device("weight", weight, "features", features)
+    width = features.shape[-1] * logits.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(f"weight must have shape (U, N * D) with N * D = {width}; it was {tuple(weight.shape)}")
+    _bias(bias, weight)
+    choose(impl, features)
+    diagonal = losses.contrast_diagonal(_matrix(logits), loss=loss)
+    out = rows_op.rows_linear(_matrix(features), diagonal, weight, bias, impl)
+    return out.reshape(*leading, weight.shape[0])
+
+
+def check_target(target: str | Tensor, logits: Tensor) -> None:
+    """Raise unless ``target`` is a known label name, class indices ``(...)`` or soft targets ``(..., N)``."""
+    if isinstance(target, str):
+        checks.one_of("target", target, losses.TARGETS)
+        return
+    if not isinstance(target, torch.Tensor):
+        names = ", ".join(map(repr, losses.TARGETS))
+        raise TypeError(f"target must be {names} or a torch.Tensor; it was {type(target).__name__}")
+    checks.same_device("target", target, "logits", logits)
+    if target.is_floating_point():
+        checks.is_float("target", target)
+        checks.shape_is("target", target, tuple(logits.shape), "soft targets, the shape of logits")
+        return
+    if target.dtype == torch.bool or target.dtype.is_complex:
+        raise TypeError(f"target must hold class indices (integers) or soft targets (floats); it was {target.dtype}")
+    checks.shape_is("target", target, tuple(logits.shape[:-1]), "class indices, the leading shape of logits")
+    if target.numel() == 0:
+        return
+    classes = logits.shape[-1]
+    if target.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not torch.Tensor:
+        # Reading the labels here would synchronise with the device or break the graph; this check runs with them.
+        inside = ((target >= 0) & (target < classes)).all()
+        torch._assert_async(inside, f"target must hold class indices from 0 to {classes - 1}")
+        return
+    low, high = (int(edge) for edge in torch.aminmax(target))
+    if low < 0 or high >= classes:
+        worst = low if low < 0 else high
+        raise ValueError(f"target must hold class indices from 0 to {classes - 1}; it held {worst}")
+
+
+def _options(loss: str, reduction: str = "sum", **flags: object) -> None:
+    checks.one_of("loss", loss, losses.LOSSES)
+    checks.one_of("reduction", reduction, losses.REDUCTIONS)
+    for name, value in flags.items():
+        checks.is_bool(name, value)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """``(..., M)`` as ``(B, M)``; a view wherever the strides allow one."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def _head_pair(features: Tensor, logits: Tensor) -> tuple[int, ...]:
+    """Check features against logits and return their leading shape."""
+    checks.is_float("features", features)
+    checks.is_float("logits", logits)
+    if features.dim() < 1:
+        raise ValueError("features must have shape (..., D); it was a scalar")
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must have shape (..., N) with N >= 1; it was {tuple(logits.shape)}")
+    if features.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"features must have the leading shape of logits, {tuple(logits.shape[:-1])}; "
+            f"it was {tuple(features.shape[:-1])} (features {tuple(features.shape)}, logits {tuple(logits.shape)})"
+        )
+    checks.same_device("features", features, "logits", logits)
+    if (features.dtype == torch.float64) != (logits.dtype == torch.float64):
+        raise TypeError(
+            f"features and logits must both be float64 or neither; they were {features.dtype} and {logits.dtype}"
+        )
+    return tuple(logits.shape[:-1])
+
+
+def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    checks.is_float("features", features)
+    checks.is_float("weight", weight)
+    if features.dim() < 1:
+        raise ValueError("features must have shape (..., D); it was a scalar")
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != features.shape[-1]:
+        raise ValueError(
+            f"weight must have shape (N, D) with N >= 1 and D = {features.shape[-1]}, the features' last size; "
+            f"it was {tuple(weight.shape)}"
+        )
+    _same_dtype("weight", weight, features)
+    checks.same_device("weight", weight, "features", features)
+    _bias(bias, weight)
+    if bias is not None:
+        _same_dtype("bias", bias, features)
+
+
+def _bias(bias: Tensor | None, weight: Tensor) -> None:
+    if bias is None:
+        return
+    checks.is_float("bias", bias)
+    checks.shape_is("bias", bias, (weight.shape[0],), "one entry for each row of weight")
+    checks.same_device("bias", bias, "weight", weight)
+
+
+def _same_dtype(name: str, tensor: Tensor, features: Tensor) -> None:
+    if tensor.dtype != features.dtype:
+        raise TypeError(f"{name} must have the dtype of features, {features.dtype}; it was {tensor.dtype}")

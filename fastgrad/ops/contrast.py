@@ -1,0 +1,110 @@
+"""All-contrast squared norms of the last layer from its input and its logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrad import losses
+
+from . import library  # noqa: F401  (defines the schema)
+from .implementation import choose
+
+# Rows are worked on in pieces of at most this many elements, which stay in the caches of a CPU core.
+_CHUNK = 1 << 20
+
+
+def scale_of(features: Tensor, bias: bool) -> Tensor:
+    """``||h||^2 + 1``, the factor between ``||delta||^2`` and the squared norm: ``(B, 1)``; without the 1 if no bias."""
+    h = features.to(losses.compute_dtype(features.dtype))
+    squares = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square()
+    return squares + 1 if bias else squares
+
+
+def differentiable(features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool) -> Tensor:
+    """The definition in plain torch, differentiable to any order; ``(B, N)``."""
+    norms = losses.contrast_norms(logits, loss=loss, reduction=reduction, log=log)
+    h = features.to(norms.dtype)
+    scale = h.square().sum(-1, keepdim=True) + (1 if bias else 0)
+    return norms + scale.log() if log else norms * scale
+
+
+def eager(features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool) -> Tensor:
+    """The same numbers for inference on any device: fewer passes, in place where the memory is ours."""
+    if loss == "cross_entropy" and not log and logits.numel():
+        scale = scale_of(features, bias)
+        if reduction == "mean":
+            scale = scale / logits.shape[-1] ** 2
+        return _cross_entropy(scale.to(losses.compute_dtype(logits.dtype)), logits)
+    return differentiable(features, logits, bias, loss, reduction, log)
+
+
+def _cross_entropy(scale: Tensor, logits: Tensor) -> Tensor:
+    dtype = losses.compute_dtype(logits.dtype)
+    rows = max(1, _CHUNK // logits.shape[-1])
+    if logits.device.type != "cpu" or torch.compiler.is_compiling() or logits.shape[0] <= rows:
+        return _cross_entropy_chunk(scale, logits.to(dtype))
+    pieces = zip(scale.split(rows), logits.split(rows), strict=True)
+    return torch.cat([_cross_entropy_chunk(s, z.to(dtype)) for s, z in pieces])
+
+
+def _cross_entropy_chunk(scale: Tensor, z: Tensor) -> Tensor:
+    # Comparing with the maximum costs a fraction of an argmax. Where several logits tie, the formula of the top
+    # holds for each of them, provided that its sums keep the others: hence the count.
+    p = torch.softmax(z, -1)
+    peak = p.amax(-1, keepdim=True)
+    top = p == peak
+    p.masked_fill_(top, 0)
+    ties = top.sum(-1, keepdim=True) - 1
+    s1 = p.sum(-1, keepdim=True).addcmul_(ties, peak)
+    s2 = torch.linalg.vector_norm(p, dim=-1, keepdim=True).square_().addcmul_(ties, peak.square_())
+    at_top = s1.square().add_(s2).mul_(scale)
+    total = s1.neg_().add_(1).square_().add_(s2).add_(1).mul_(scale)
+    p.mul_(scale * -2).add_(total)
+    return torch.where(top, at_top, p)
+
+
+def _forward(
+    features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool, impl: str
+) -> Tensor:
+    if choose(impl, logits) == "eager":
+        return eager(features, logits, bias, loss, reduction, log)
+    from .triton import contrast as launcher
+
+    return launcher.contrast_sqnorm(features, logits, loss, bias, log, reduction == "mean")
+
+
+torch.library.impl("fastgrad::contrast_sqnorm", "CompositeExplicitAutograd", _forward)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, logits, *options, _ = inputs
+    ctx.save_for_backward(features, logits)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiates the definition, whose leave-one-out form keeps the gradient relatively accurate too."""
+    features, logits = (saved.detach().requires_grad_() for saved in ctx.saved_tensors)
+    with torch.enable_grad():
+        value = differentiable(features, logits, *ctx.options)
+    grads = torch.autograd.grad(value, (features, logits), grad, allow_unused=True)
+    return (*grads, None, None, None, None, None)
+
+
+torch.library.register_autograd("fastgrad::contrast_sqnorm", _backward, setup_context=_setup)
+
+
+def contrast_sqnorm(
+    features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool, impl: str
+) -> Tensor:
+    """Route ``(B, D)`` features and ``(B, N)`` logits to the implementation that serves them."""
+    if choose(impl, logits) == "triton":
+        result: Tensor = torch.ops.fastgrad.contrast_sqnorm(features, logits, bias, loss, reduction, log, "triton")
+        return result
+    if torch.is_grad_enabled() and (features.requires_grad or logits.requires_grad):
+        return differentiable(features, logits, bias, loss, reduction, log)
+    return eager(features, logits, bias, loss, reduction, log)
+
