@@ -1,0 +1,208 @@
+"""Detection and calibration metrics on arrays or tensors; scikit-learn is imported where it is used.
+
+Scores follow the estimators of this package: higher means less reliable. ``challenging`` is the positive
+class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+
+def _array(name: str, values: ArrayLike | Tensor) -> Array:
+    """A float64 array; tensors come from any device."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    array = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite; it held NaN or infinity")
+    return array
+
+
+def _two_samples(
+    clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor
+) -> tuple[Array, NDArray[np.int64]]:
+    first, second = _array("clean", clean), _array("challenging", challenging)
+    for name, array in (("clean", first), ("challenging", second)):
+        if array.ndim != 1 or not len(array):
+            raise ValueError(f"{name} must be a non-empty vector of scores; its shape was {array.shape}")
+    labels = np.concatenate([np.zeros(len(first), np.int64), np.ones(len(second), np.int64)])
+    return np.concatenate([first, second]), labels
+
+
+def auroc(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
+    """Area under the ROC curve: chance that a challenging sample scores above a clean one, ties count half.
+
+    Args:
+        clean: scores of clean samples ``(n,)``.
+        challenging: scores of challenging samples ``(m,)``.
+
+    Raises:
+        ValueError: an empty, not one-dimensional or not finite argument.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    scores, labels = _two_samples(clean, challenging)
+    return float(roc_auc_score(labels, scores))
+
+
+def aupr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
+    """Area under the precision-recall curve, challenging as the positive class (average precision)."""
+    from sklearn.metrics import average_precision_score
+
+    scores, labels = _two_samples(clean, challenging)
+    return float(average_precision_score(labels, scores))
+
+
+def fpr_at_tpr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor, tpr: float = 0.95) -> float:
+    """Share of clean samples flagged at the largest threshold that flags ``tpr`` of the challenging."""
+    if not 0 < tpr <= 1:
+        raise ValueError(f"tpr must be in (0, 1]; it was {tpr}")
+    scores, labels = _two_samples(clean, challenging)
+    # The k-th largest challenging score is the largest threshold that still flags k of them.
+    positive = np.sort(scores[labels == 1])[::-1]
+    needed = int(np.ceil(tpr * len(positive) - 1e-9))
+    return float((scores[labels == 0] >= positive[needed - 1]).mean())
+
+
+def detection_accuracy(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
+    """Largest ``(TPR + TNR) / 2`` over all thresholds: accuracy when both classes are equally likely."""
+    from sklearn.metrics import roc_curve
+
+    scores, labels = _two_samples(clean, challenging)
+    false_alarms, hits, _ = roc_curve(labels, scores, drop_intermediate=False)
+    return float(((hits + 1 - false_alarms) / 2).max())
+
+
+def detection_report(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> dict[str, float]:
+    """All four detection metrics: ``auroc``, ``aupr``, ``fpr95``, ``accuracy``."""
+    return {
+        "auroc": auroc(clean, challenging),
+        "aupr": aupr(clean, challenging),
+        "fpr95": fpr_at_tpr(clean, challenging),
+        "accuracy": detection_accuracy(clean, challenging),
+    }
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Bins of equal width over the confidence of the predicted class (Guo et al. 2017).
+
+    Attributes:
+        edges: ``(bins + 1,)`` bin edges from 0 to 1.
+        counts: ``(bins,)`` samples per bin.
+        confidence: ``(bins,)`` mean confidence; NaN in an empty bin.
+        accuracy: ``(bins,)`` share of right predictions; NaN in an empty bin.
+    """
+
+    edges: Array
+    counts: NDArray[np.int64]
+    confidence: Array
+    accuracy: Array
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: the gap between confidence and accuracy, weighted by counts."""
+        filled = self.counts > 0
+        gaps = np.abs(self.confidence - self.accuracy)[filled]
+        return float((gaps * self.counts[filled]).sum() / self.counts.sum())
+
+    @property
+    def mce(self) -> float:
+        """Maximum calibration error: the largest gap of a bin that holds a sample."""
+        return float(np.nanmax(np.abs(self.confidence - self.accuracy)))
+
+
+def _probabilities(
+    probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor
+) -> tuple[Array, NDArray[np.int64]]:
+    p = _array("probabilities", probabilities)
+    y: NDArray[Any] = _array("labels", labels)
+    if p.ndim != 2 or not len(p) or p.shape[1] < 2:
+        raise ValueError(f"probabilities must have shape (B, N), B >= 1, N >= 2; it was {p.shape}")
+    if y.shape != (len(p),):
+        raise ValueError(f"labels must have shape ({len(p)},), one per row; it was {y.shape}")
+    if p.min() < 0 or p.max() > 1 + 1e-6:
+        raise ValueError(f"probabilities must lie in [0, 1]; they were in [{p.min():g}, {p.max():g}]")
+    indices = y.astype(np.int64)
+    if (indices != y).any() or indices.min() < 0 or indices.max() >= p.shape[1]:
+        raise ValueError(
+            f"labels must be class indices 0 to {p.shape[1] - 1}; they were in [{y.min():g}, {y.max():g}]"
+        )
+    return p, indices
+
+
+def reliability(
+    probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *, bins: int = 15
+) -> Reliability:
+    """Confidence and accuracy per bin of confidence.
+
+    Args:
+        probabilities: ``(B, N)`` in [0, 1]; rows of a softmax, or of an introspective network's sigmoids.
+        labels: ``(B,)`` class indices.
+        bins: number of bins of equal width; bins are open on the left, ``(a, b]``.
+
+    Raises:
+        ValueError: wrong shapes, values out of range, fewer than one bin.
+    """
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1; it was {bins}")
+    p, y = _probabilities(probabilities, labels)
+    confidence = np.minimum(p.max(1), 1)
+    right = (p.argmax(1) == y).astype(np.float64)
+    which = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    counts = np.bincount(which, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        mean_confidence = np.bincount(which, confidence, bins) / counts
+        mean_accuracy = np.bincount(which, right, bins) / counts
+    return Reliability(np.linspace(0, 1, bins + 1), counts, mean_confidence, mean_accuracy)
+
+
+def ece(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *, bins: int = 15) -> float:
+    """Expected calibration error; arguments as for :func:`reliability`."""
+    return reliability(probabilities, labels, bins=bins).ece
+
+
+def mce(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *, bins: int = 15) -> float:
+    """Maximum calibration error; arguments as for :func:`reliability`."""
+    return reliability(probabilities, labels, bins=bins).mce
+
+
+def brier(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
+    """Mean over samples of ``sum_j (p_j - [j = y])^2``, from 0 to 2 (Brier 1950)."""
+    p, y = _probabilities(probabilities, labels)
+    own = p[np.arange(len(p)), y]
+    # Leaving p_y out of the sum of squares keeps the digits of a nearly perfect forecast.
+    others = p.copy()
+    others[np.arange(len(p)), y] = 0
+    return float(((1 - own) ** 2 + (others**2).sum(1)).mean())
+
+
+def nll(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
+    """Mean negative log-likelihood in nats of normalised rows; zeros count as the smallest normal float."""
+    p, y = _probabilities(probabilities, labels)
+    own = p[np.arange(len(p)), y]
+    tiny = np.finfo(np.float64).tiny
+    return float((np.log(np.maximum(p.sum(1), tiny)) - np.log(np.maximum(own, tiny))).mean())
+
+
+def calibration_report(
+    probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *, bins: int = 15
+) -> dict[str, float]:
+    """``accuracy``, ``ece``, ``mce``, ``brier``, ``nll``."""
+    p, y = _probabilities(probabilities, labels)
+    found = reliability(p, y, bins=bins)
+    return {
+        "accuracy": float((p.argmax(1) == y).mean()),
+        "ece": found.ece,
+        "mce": found.mce,
+        "brier": brier(p, y),
+        "nll": nll(p, y),
+    }

@@ -1,0 +1,234 @@
+"""Figures for scores, calibration and gradient features; matplotlib is imported where it is used.
+
+Every function draws on the axes it is given, or on a new figure, and returns the axes; nothing touches the
+global state of ``pyplot``, so that the functions work on servers and in threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from fastgrad import metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: Blue for clean data, then colours that differ in grey too (Okabe and Ito 2008).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def new_axes(width: float = 5.0, height: float = 3.4) -> Axes:
+    """Empty axes on a figure of its own, ``width`` x ``height`` inches, drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def save(axes: Axes, path: str | Path, *, dpi: int = 110) -> None:
+    """Write the figure that ``axes`` belong to; the suffix of ``path`` chooses the format."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(path, dpi=dpi)
+
+
+def _values(values: ArrayLike | Tensor) -> NDArray[np.float64]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def score_histograms(
+    scores: Mapping[str, ArrayLike | Tensor], *, reference: str | None = None, axes: Axes | None = None
+) -> Axes:
+    """Outlines of the score distributions, with the AUROC against the reference in the legend.
+
+    Args:
+        scores: name to scores ``(n,)``; higher means less reliable.
+        reference: the name that holds the clean scores; the first one if None.
+        axes: where to draw; a new figure if None.
+
+    Raises:
+        ValueError: no scores, or a reference that is not among them.
+    """
+    if not scores:
+        raise ValueError("scores must hold at least one set; it was empty")
+    reference = next(iter(scores)) if reference is None else reference
+    if reference not in scores:
+        raise ValueError(f"reference must be one of {', '.join(scores)}; it was {reference!r}")
+    axes = axes or new_axes()
+    arrays = {name: _values(values) for name, values in scores.items()}
+    together = np.concatenate(list(arrays.values()))
+    # The outermost half per cent would squeeze everything else into a few bins.
+    low, high = np.quantile(together, [0.005, 0.995])
+    edges = np.linspace(low, high if high > low else low + 1, 41).tolist()
+    for i, (name, array) in enumerate(arrays.items()):
+        label = name if name == reference else f"{name} ({metrics.auroc(arrays[reference], array):.2f})"
+        clipped = np.clip(array, edges[0], edges[-1])
+        style = {"histtype": "stepfilled", "alpha": 0.35} if name == reference else {"histtype": "step"}
+        axes.hist(clipped, edges, density=True, color=COLOURS[i % len(COLOURS)], label=label, lw=1.5, **style)
+    axes.set(xlabel="uncertainty score", ylabel="density")
+    axes.legend(frameon=False, fontsize=8, title="set (AUROC)", title_fontsize=8)
+    return axes
+
+
+def reliability_diagram(
+    probabilities: Mapping[str, ArrayLike | Tensor],
+    labels: ArrayLike | Tensor,
+    *,
+    bins: int = 15,
+    axes: Axes | None = None,
+) -> Axes:
+    """Accuracy over confidence, one line per model, marker area in proportion to the samples of a bin.
+
+    Args:
+        probabilities: name to ``(B, N)``.
+        labels: ``(B,)`` class indices.
+        bins: bins of equal width.
+        axes: where to draw; a new figure if None.
+    """
+    axes = axes or new_axes(3.8, 3.6)
+    axes.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--", label="perfect")
+    for i, (name, values) in enumerate(probabilities.items()):
+        found = metrics.reliability(values, labels, bins=bins)
+        filled = found.counts > 0
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(
+            found.confidence[filled],
+            found.accuracy[filled],
+            color=colour,
+            lw=1.3,
+            label=f"{name} (ECE {found.ece:.3f})",
+        )
+        area = 120 * found.counts[filled] / found.counts.sum()
+        axes.scatter(found.confidence[filled], found.accuracy[filled], s=area + 4, color=colour)
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    return axes
+
+
+def layer_norms(
+    sqnorms: Mapping[str, ArrayLike | Tensor], names: Sequence[str], *, axes: Axes | None = None
+) -> Axes:
+    """Squared L2 norms of every parameter set's gradient: median, band from the 10th to the 90th percentile.
+
+    Args:
+        sqnorms: name of a set of samples to squared norms ``(B, P)``.
+        names: the P parameter names, in the order of the columns.
+        axes: where to draw; a new figure if None.
+
+    Raises:
+        ValueError: a matrix whose number of columns differs from the number of names.
+    """
+    axes = axes or new_axes(max(5.0, 0.16 * len(names) + 2), 4.2)
+    positions = np.arange(len(names))
+    for i, (name, values) in enumerate(sqnorms.items()):
+        matrix = _values(values)
+        if matrix.ndim != 2 or matrix.shape[1] != len(names):
+            raise ValueError(
+                f"sqnorms[{name!r}] must have shape (B, {len(names)}), column per name; it was {matrix.shape}"
+            )
+        low, middle, high = np.quantile(matrix, [0.1, 0.5, 0.9], axis=0)
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(positions, middle, color=colour, lw=1.4, marker="o", ms=3, label=name)
+        axes.fill_between(positions, low, high, color=colour, alpha=0.15, lw=0)
+    axes.set_yscale("log")
+    axes.set(
+        ylabel="squared L2 norm of the gradient", title="squared L2 distances for different parameter sets"
+    )
+    axes.set_xticks(positions, names, rotation=90, fontsize=6)
+    axes.margins(x=0.01)
+    axes.legend(frameon=False, fontsize=8)
+    return axes
+
+
+def manifold(
+    score: Callable[[Tensor], ArrayLike | Tensor],
+    points: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 0.6,
+    resolution: int = 120,
+    title: str = "",
+    axes: Axes | None = None,
+) -> Axes:
+    """The toy manifold figure: the score of a 2-D classifier's inputs as a map over the plane.
+
+    Args:
+        score: maps points ``(n, 2)`` to uncertainty ``(n,)``.
+        points: training points ``(n, 2)``, drawn on the map.
+        labels: their classes ``(n,)``.
+        margin: how far the map reaches beyond the points, in their ranges.
+        resolution: points of the map along each axis.
+        title: written above the map.
+        axes: where to draw; a new figure if None.
+
+    Raises:
+        ValueError: points that are not two-dimensional.
+    """
+    if points.dim() != 2 or points.shape[1] != 2:
+        raise ValueError(f"points must have shape (n, 2); it was {tuple(points.shape)}")
+    axes = axes or new_axes(4.4, 3.6)
+    low, high = points.amin(0), points.amax(0)
+    reach = margin * (high - low)
+    xs, ys = (
+        torch.linspace(float(low[i] - reach[i]), float(high[i] + reach[i]), resolution) for i in range(2)
+    )
+    grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2).to(points)
+    values = _values(score(grid)).reshape(resolution, resolution)
+    image = axes.pcolormesh(
+        xs.numpy(), ys.numpy(), values, cmap="viridis", shading="nearest", rasterized=True
+    )
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.colorbar(image, ax=axes, label="uncertainty")
+    for i, label in enumerate(torch.unique(labels).tolist()):
+        inside = points[labels == label].cpu()
+        colour = ("white", "#E69F00", "#CC79A7", "#56B4E9")[i % 4]
+        axes.scatter(inside[:, 0], inside[:, 1], s=7, color=colour, edgecolors="black", linewidths=0.3)
+    axes.set(title=title, xticks=[], yticks=[])
+    return axes
+
+
+def contrast_sparsity(gradients: Mapping[str, ArrayLike | Tensor], *, axes: Axes | None = None) -> Axes:
+    """Share of the squared norm of contrast gradients over the share of their largest entries.
+
+    Args:
+        gradients: name (say "before training" and "after training") to gradients ``(..., E)``; every vector
+            of E entries is sorted by itself and the curves are averaged. Contrast rows ``(B, N, D)`` are one
+            choice.
+        axes: where to draw; a new figure if None.
+
+    The legend gives the Gini index of the squared entries: 0 if all are equal, near 1 if one carries all.
+    """
+    axes = axes or new_axes(4.4, 3.4)
+    for i, (name, values) in enumerate(gradients.items()):
+        energy = np.sort(_values(values).reshape(-1, np.shape(values)[-1]) ** 2, axis=1)[:, ::-1]
+        energy = energy[energy.sum(1) > 0]
+        if not len(energy):
+            raise ValueError(f"gradients[{name!r}] must hold a vector that is not zero; all were")
+        shares = np.cumsum(energy, 1) / energy.sum(1, keepdims=True)
+        curve = np.concatenate([[0.0], shares.mean(0)])
+        entries = np.linspace(0, 1, len(curve))
+        gini = 2 * float(((curve[1:] + curve[:-1]) / 2).mean()) - 1
+        axes.plot(entries, curve, color=COLOURS[i % len(COLOURS)], lw=1.5, label=f"{name} (Gini {gini:.2f})")
+    axes.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--")
+    axes.set(
+        xlabel="share of the entries, largest first",
+        ylabel="share of the squared norm",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return axes

@@ -1,0 +1,110 @@
+"""Metrics against their definitions, written out in loops, and against torchmetrics where it is installed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fastgrad import metrics
+
+
+def scores(seed: int, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    clean, hard = rng.normal(size=37), rng.normal(0.8, 1.4, size=23)
+    return (clean.round(), hard.round()) if ties else (clean, hard)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("ties", [False, True])
+def test_auroc_is_the_chance_of_the_right_order(seed: int, ties: bool) -> None:
+    clean, hard = scores(seed, ties)
+    pairs = [float(h > c) + 0.5 * float(h == c) for c in clean for h in hard]
+    assert metrics.auroc(clean, hard) == pytest.approx(np.mean(pairs), abs=1e-12)
+    assert metrics.auroc(hard, clean) == pytest.approx(1 - np.mean(pairs), abs=1e-12)
+    assert metrics.auroc(torch.tensor(clean), torch.tensor(hard)) == metrics.auroc(clean, hard)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("tpr", [0.5, 0.95, 1.0])
+def test_threshold_metrics_by_trying_every_threshold(ties: bool, tpr: float) -> None:
+    clean, hard = scores(2, ties)
+    thresholds = np.concatenate([clean, hard, [np.inf]])
+    rates = [((hard >= t).mean(), (clean >= t).mean()) for t in thresholds]
+    assert metrics.fpr_at_tpr(clean, hard, tpr) == min(fpr for hit, fpr in rates if hit >= tpr)
+    best = max((hit + 1 - fpr) / 2 for hit, fpr in rates)
+    assert metrics.detection_accuracy(clean, hard) == pytest.approx(best, abs=1e-12)
+
+
+def test_perfect_and_useless_scores() -> None:
+    report = metrics.detection_report([0.0, 1.0], [2.0, 3.0])
+    assert report == {"auroc": 1.0, "aupr": 1.0, "fpr95": 0.0, "accuracy": 1.0}
+    report = metrics.detection_report([1.0] * 4, [1.0] * 4)
+    assert report == {"auroc": 0.5, "aupr": 0.5, "fpr95": 1.0, "accuracy": 0.5}
+
+
+def probabilities(seed: int, samples: int = 200, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    p = (2 * torch.randn(samples, classes, generator=generator, dtype=torch.float64)).softmax(1)
+    return p, torch.randint(0, classes, (samples,), generator=generator)
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15])
+def test_calibration_error_by_its_definition(bins: int) -> None:
+    p, y = probabilities(3)
+    confidence, prediction = p.max(1)
+    total, worst = 0.0, 0.0
+    for b in range(bins):
+        inside = (confidence > b / bins) & (confidence <= (b + 1) / bins)
+        if inside.any():
+            gap = float((confidence[inside].mean() - (prediction == y)[inside].double().mean()).abs())
+            total += gap * float(inside.double().mean())
+            worst = max(worst, gap)
+    assert metrics.ece(p, y, bins=bins) == pytest.approx(total, abs=1e-12)
+    assert metrics.mce(p, y, bins=bins) == pytest.approx(worst, abs=1e-12)
+    found = metrics.reliability(p, y, bins=bins)
+    assert found.counts.sum() == len(y)
+    assert found.edges.shape == (bins + 1,)
+
+
+def test_calibration_error_agrees_with_torchmetrics() -> None:
+    functional = pytest.importorskip("torchmetrics.functional.classification")
+    p, y = probabilities(4)
+    for norm, ours in (("l1", metrics.ece), ("max", metrics.mce)):
+        theirs = functional.multiclass_calibration_error(p.float(), y, 5, n_bins=15, norm=norm)
+        # torchmetrics works in float32.
+        assert ours(p, y) == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_brier_and_nll() -> None:
+    p, y = probabilities(5)
+    onehot = torch.nn.functional.one_hot(y, 5)
+    assert metrics.brier(p, y) == pytest.approx(float((p - onehot).square().sum(1).mean()), rel=1e-12)
+    assert metrics.nll(p, y) == pytest.approx(float(-p.log().gather(1, y[:, None]).mean()), rel=1e-12)
+    assert metrics.nll(p * 0.5, y) == pytest.approx(metrics.nll(p, y), rel=1e-12)
+    sure = np.array([[1 - 1e-12, 1e-12]])
+    assert metrics.brier(sure, [0]) == pytest.approx(2e-24, rel=1e-3)
+    assert np.isfinite(metrics.nll([[1.0, 0.0]], [1]))
+    report = metrics.calibration_report(p, y)
+    assert set(report) == {"accuracy", "ece", "mce", "brier", "nll"}
+    assert report["accuracy"] == float((p.argmax(1) == y).double().mean())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: metrics.auroc([], [1.0]), "clean must be"),
+        (lambda: metrics.auroc([1.0], [[1.0]]), "challenging must be"),
+        (lambda: metrics.auroc([np.nan], [1.0]), "clean must be finite"),
+        (lambda: metrics.fpr_at_tpr([1.0], [1.0], 0.0), "tpr"),
+        (lambda: metrics.ece([0.5, 0.5], [0]), "probabilities must have shape"),
+        (lambda: metrics.ece([[0.5, 0.5]], [0, 1]), "labels must have shape"),
+        (lambda: metrics.ece([[0.5, 1.5]], [0]), "lie in"),
+        (lambda: metrics.ece([[0.5, 0.5]], [2]), "class indices"),
+        (lambda: metrics.brier([[0.5, 0.5]], [0.5]), "class indices"),
+        (lambda: metrics.reliability([[0.5, 0.5]], [0], bins=0), "bins"),
+    ],
+)
+def test_errors_name_the_argument(call, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -1,0 +1,87 @@
+"""Figures draw what they are given, without a display and without touching pyplot."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastgrad import metrics, plots
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def drawn(axes, tmp_path: Path) -> None:
+    """The file is a picture of more than one colour."""
+    from matplotlib import image
+
+    path = tmp_path / "figure.png"
+    plots.save(axes, path, dpi=60)
+    assert image.imread(path).std() > 0.01
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_score_histograms_show_the_auroc(rng: np.random.Generator, tmp_path: Path) -> None:
+    sets = {"clean": rng.normal(size=200), "noise": torch.tensor(rng.normal(2, 1, size=100))}
+    axes = plots.score_histograms(sets)
+    drawn(axes, tmp_path)
+    texts = [t.get_text() for t in axes.get_legend().get_texts()]
+    assert texts == ["clean", f"noise ({metrics.auroc(sets['clean'], sets['noise']):.2f})"]
+    plots.score_histograms({"same": [1.0, 1.0]})
+    with pytest.raises(ValueError, match="reference"):
+        plots.score_histograms(sets, reference="fog")
+    with pytest.raises(ValueError, match="scores"):
+        plots.score_histograms({})
+
+
+def test_reliability_diagram_plots_the_bins(rng: np.random.Generator, tmp_path: Path) -> None:
+    p = rng.dirichlet(np.full(4, 0.4), size=300)
+    y = rng.integers(0, 4, size=300)
+    axes = plots.reliability_diagram({"plain": p, "again": torch.tensor(p)}, y, bins=10)
+    drawn(axes, tmp_path)
+    found = metrics.reliability(p, y, bins=10)
+    line = axes.lines[1]
+    np.testing.assert_array_equal(line.get_xdata(), found.confidence[found.counts > 0])
+    np.testing.assert_array_equal(line.get_ydata(), found.accuracy[found.counts > 0])
+
+
+def test_layer_norms_plot_the_median(rng: np.random.Generator, tmp_path: Path) -> None:
+    norms = rng.lognormal(size=(50, 3))
+    axes = plots.layer_norms({"clean": norms, "noise": 2 * norms}, ["a.weight", "a.bias", "b.weight"])
+    drawn(axes, tmp_path)
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), np.median(norms, 0))
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["a.weight", "a.bias", "b.weight"]
+    with pytest.raises(ValueError, match="column"):
+        plots.layer_norms({"clean": norms}, ["a"])
+
+
+def test_manifold_maps_the_plane(tmp_path: Path) -> None:
+    points = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.5, 1.0]])
+    axes = plots.manifold(lambda x: x.square().sum(1), points, torch.tensor([0, 1, 1]), resolution=20)
+    drawn(axes, tmp_path)
+    values = axes.collections[0].get_array().reshape(20, 20)
+    xs, ys = torch.linspace(-0.6, 1.6, 20), torch.linspace(-1.2, 3.2, 20)
+    expected = xs.square()[None, :] + ys.square()[:, None]
+    np.testing.assert_allclose(values, expected.numpy(), rtol=1e-5)
+    with pytest.raises(ValueError, match="points"):
+        plots.manifold(lambda x: x, torch.zeros(3, 3), torch.zeros(3))
+
+
+def test_contrast_sparsity_curves(tmp_path: Path) -> None:
+    one = torch.zeros(4, 3, 50)
+    one[..., 7] = 2.0
+    axes = plots.contrast_sparsity({"dense": torch.ones(4, 3, 50), "sparse": one})
+    drawn(axes, tmp_path)
+    dense, sparse = axes.lines[:2]
+    np.testing.assert_allclose(dense.get_ydata(), np.linspace(0, 1, 51), atol=1e-12)
+    assert sparse.get_ydata()[1] == 1
+    assert dense.get_label() == "dense (Gini 0.00)"
+    assert sparse.get_label() == "sparse (Gini 0.98)"
+    with pytest.raises(ValueError, match="not zero"):
+        plots.contrast_sparsity({"zero": torch.zeros(2, 5)})
