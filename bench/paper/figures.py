@@ -1,0 +1,92 @@
+"""Figures of the tables that the package itself does not need: matrices and grouped bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastgrad.plots import COLOURS, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def heatmap(
+    values: ArrayLike,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    label: str = "AUROC",
+    limits: tuple[float, float] = (0.5, 1.0),
+    axes: Axes | None = None,
+) -> Axes:
+    """A matrix of numbers in [0, 1] with every entry written into its cell, in hundredths.
+
+    Args:
+        values: ``(len(rows), len(columns))``; NaN cells stay empty.
+        rows: names of the rows.
+        columns: names of the columns.
+        label: what the colours mean.
+        limits: values at the ends of the colour scale.
+        axes: where to draw; a new figure if None.
+    """
+    matrix = np.asarray(values, dtype=np.float64)
+    if matrix.shape != (len(rows), len(columns)):
+        raise ValueError(f"values must have shape ({len(rows)}, {len(columns)}); it was {matrix.shape}")
+    axes = axes or new_axes(1.9 + 0.36 * len(columns), 1.5 + 0.26 * len(rows))
+    image = axes.imshow(matrix, cmap="viridis", vmin=limits[0], vmax=limits[1], aspect="auto")
+    middle = (limits[0] + limits[1]) / 2
+    for (r, c), value in np.ndenumerate(matrix):
+        if np.isfinite(value):
+            ink = "black" if value > middle else "white"
+            axes.text(c, r, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color=ink)
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(rows)), rows, fontsize=7)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.colorbar(image, ax=axes, label=label)
+    return axes
+
+
+def grouped_bars(
+    values: Mapping[str, Sequence[float]],
+    groups: Sequence[str],
+    *,
+    errors: Mapping[str, Sequence[float]] | None = None,
+    label: str = "AUROC",
+    floor: float = 0.0,
+    axes: Axes | None = None,
+) -> Axes:
+    """Bars side by side: one group per case, one colour per method.
+
+    Args:
+        values: method to one number per group.
+        groups: names of the groups.
+        errors: method to one half-width of an error bar per group.
+        label: of the vertical axis.
+        floor: where the vertical axis starts.
+        axes: where to draw; a new figure if None.
+    """
+    for name, numbers in values.items():
+        if len(numbers) != len(groups):
+            raise ValueError(f"values[{name!r}] must have {len(groups)} numbers; it had {len(numbers)}")
+    axes = axes or new_axes(max(5.0, 1.6 + 0.13 * len(groups) * len(values)), 3.4)
+    width = 0.84 / max(1, len(values))
+    places = np.arange(len(groups))
+    for i, (name, numbers) in enumerate(values.items()):
+        bars = errors.get(name) if errors else None
+        offset = (i - (len(values) - 1) / 2) * width
+        colour = COLOURS[i % len(COLOURS)] if len(values) <= len(COLOURS) else None
+        axes.bar(places + offset, numbers, width, yerr=bars, color=colour, label=name, error_kw={"lw": 0.7})
+    axes.set_xticks(
+        places, groups, rotation=30 if len(groups) > 4 else 0, ha="right" if len(groups) > 4 else "center"
+    )
+    axes.set(ylabel=label, ylim=(floor, 1.0))
+    axes.tick_params(labelsize=8)
+    axes.legend(
+        frameon=False, fontsize=7, ncols=min(4, len(values)), loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )
+    return axes
