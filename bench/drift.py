@@ -1,9 +1,9 @@
 """Drift monitor: measured false-alarm rate and delay, beside a threshold on the moving mean.
 
-Run ``python bench/drift.py`` (two minutes on one core; ``--quick`` for a look). The scores are standard normal in
-distribution; the monitor sees ranks only, so its false alarms do not depend on that choice. The thresholds on the mean
-know mean and spread of the calibration scores; "tuned" ones have moreover been set, on the true distribution, to the
-monitor's own measured false-alarm rate, which nobody can do in production.
+Run ``python bench/drift.py`` (two minutes on one core; ``--quick`` for a look). The scores are standard
+normal in distribution; the monitor sees ranks only, so its false alarms do not depend on that choice. The
+thresholds on the mean know mean and spread of the calibration scores; "tuned" ones have moreover been set,
+on the true distribution, to the monitor's own measured false-alarm rate, which nobody can do in production.
 """
 
 from __future__ import annotations

@@ -1,24 +1,27 @@
 """Drift: has the incoming data left the training distribution?
 
-One uncertain image says little; a thousand slightly too uncertain ones say that the camera has moved. The monitor
-reads a stream of uncertainty scores, one number an image, and raises an alarm with a stated error rate:
+One uncertain image says little; a thousand slightly too uncertain ones say that the camera has moved. The
+monitor reads a stream of uncertainty scores, one number an image, and raises an alarm with a stated error
+rate:
 
-- Every score becomes a *conformal p-value*: its randomised rank among the calibration scores and all scores seen so
-  far. While the stream is exchangeable with the calibration images these p-values are independent and uniform,
-  whatever the distribution of the scores (Vovk, Nouretdinov & Gammerman, ICML 2003).
-- A family of Beta densities *bets* against uniformity: each multiplies its capital by its density at the p-value.
-  Under uniformity no bet gains on average. High scores, low scores (an attack can look too certain), both tails and
-  a pile-up in one place (a frozen camera) each have bets that grow exponentially on them.
-- A fresh share of capital starts at every image, so a change after a million good images is found about as fast as
-  one after a hundred.
+- Every score becomes a *conformal p-value*: its randomised rank among the calibration scores and all scores
+  seen so far. While the stream is exchangeable with the calibration images these p-values are independent
+  and uniform, whatever the distribution of the scores (Vovk, Nouretdinov & Gammerman, ICML 2003).
+- A family of Beta densities *bets* against uniformity: each multiplies its capital by its density at the
+  p-value. Under uniformity no bet gains on average. High scores, low scores (an attack can look too
+  certain), both tails and a pile-up in one place (a frozen camera) each have bets that grow exponentially
+  on them.
+- A fresh share of capital starts at every image, so a change after a million good images is found about as
+  fast as one after a hundred.
 
-``form="ever"``: the total capital is a martingale that starts at 1, so by Ville's inequality the probability of *ever*
-raising a false alarm, on a stream of any length, is at most ``false_alarm_rate``. ``form="average"``: the
-Shiryaev-Roberts sum over start times; the *average* number of images before a false alarm is at least
-``1 / false_alarm_rate`` (Shin, Ramdas & Rinaldo 2023), in exchange for shorter delays; reset it after each alarm.
+``form="ever"``: the total capital is a martingale that starts at 1, so by Ville's inequality the
+probability of *ever* raising a false alarm, on a stream of any length, is at most ``false_alarm_rate``.
+``form="average"``: the Shiryaev-Roberts sum over start times; the *average* number of images before a false
+alarm is at least ``1 / false_alarm_rate`` (Shin, Ramdas & Rinaldo 2023), in exchange for shorter delays;
+reset it after each alarm.
 
-Both statements need images that could have come in any order. Frames of one video cannot: feed the monitor every
-k-th frame, or one score a scene.
+Both statements need images that could have come in any order. Frames of one video cannot: feed the monitor
+every k-th frame, or one score a scene.
 
 Only NumPy is needed; memory and time per score do not grow with the stream.
 """
@@ -36,9 +39,9 @@ from fastgrad import checks
 
 FloatArray = NDArray[np.float64]
 
-# Beta(a, b) shapes. a < 1 grows on small p-values (scores too high), b < 1 on large ones (too low), both below 1 on
-# both tails, both above 1 on a pile-up in the middle. Small exponents find extreme shifts in a few images, exponents
-# near 1 find slight shifts over many.
+# Beta(a, b) shapes. a < 1 grows on small p-values (scores too high), b < 1 on large ones (too low), both
+# below 1 on both tails, both above 1 on a pile-up in the middle. Small exponents find extreme shifts in a
+# few images, exponents near 1 find slight shifts over many.
 _BETS = np.array(
     [(k, 1.0) for k in (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)]
     + [(1.0, k) for k in (0.3, 0.5, 0.7, 0.9)]
@@ -81,11 +84,13 @@ class ScoreReference:
     def from_scores(cls, scores: ArrayLike, *, bins: int = 256, seed: int = 0) -> ScoreReference:
         """Make a reference from the scores of held-out in-distribution images.
 
-        A random half places the bin edges (at its quantiles), the other half is counted. The split is what keeps the
-        p-values exactly uniform: edges laid through the very scores that are counted would not be.
+        A random half places the bin edges (at its quantiles), the other half is counted. The split is what
+        keeps the p-values exactly uniform: edges laid through the very scores that are counted would not
+        be.
 
         Args:
-            scores: one-dimensional, finite, at least 20. Images that trained the detector must not be among them.
+            scores: one-dimensional, finite, at least 20. Images that trained the detector must not be among
+                them.
             bins: at most this many bins, fewer when there are not enough scores.
             seed: of the split.
 
@@ -161,7 +166,7 @@ class DriftMonitor:
 
     @property
     def p_value(self) -> float:
-        """Bound, valid at any time, on the probability of evidence this high if nothing has changed (``"ever"``)."""
+        """Bound on the probability of evidence this high if nothing has changed, valid at any time."""
         return min(1.0, 1.0 / max(self._peak, 1.0))
 
     def update(self, scores: ArrayLike) -> bool:
@@ -186,7 +191,8 @@ class DriftMonitor:
         factors = np.exp(_LOG_NORMALIZER + (_BETS[:, 0] - 1) * log_p + (_BETS[:, 1] - 1) * log_1p)
 
         self.count += 1
-        # Ever: shares 1/(t (t + 1)) sum to 1, what has not started yet, 1/(t + 1), lies idle. Average: 1 at each step.
+        # Ever: shares 1/(t (t + 1)) sum to 1, what has not started yet, 1/(t + 1), lies idle. Average: 1 at
+        # each step.
         share = 1.0 if self.form == "average" else 1.0 / (self.count * (self.count + 1))
         idle = 0.0 if self.form == "average" else 1.0 / (self.count + 1)
         self._capital = np.minimum((self._capital + share * _PRIOR) * factors, _LARGEST)
@@ -196,7 +202,7 @@ class DriftMonitor:
             self.alarm_at = self.count
 
     def state(self) -> dict[str, Any]:
-        """The numbers a dashboard shows: count, evidence, p_value, alarm, alarm_at, false_alarm_rate, form."""
+        """What a dashboard shows: count, evidence, p_value, alarm, alarm_at, false_alarm_rate, form."""
         return {
             "count": self.count,
             "evidence": self.evidence,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -70,3 +71,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _quiet_numpy() -> Iterator[None]:
     with np.errstate(all="ignore"):
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_package() -> pathlib.Path:
+    """A small exported model, compiled once."""
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("compiling a model needs a C++ compiler")
+    from deploy_models import export_tiny
+
+    return export_tiny()

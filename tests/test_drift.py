@@ -14,7 +14,8 @@ def binomial_upper(rate: float, trials: int, sigmas: float = 4.0) -> float:
 
 
 def test_every_bet_is_fair() -> None:
-    # With p = sigmoid(v) the integrand is smooth and falls like exp(-0.1 |v|): the trapezoid rule is exact here.
+    # With p = sigmoid(v) the integrand is smooth and falls like exp(-0.1 |v|): the trapezoid rule is exact
+    # here.
     v = np.linspace(-400, 400, 80_001)
     log_p, log_1p = -np.logaddexp(0, -v), -np.logaddexp(0, v)
     for (a, b), log_normalizer in zip(_BETS, _LOG_NORMALIZER, strict=True):
@@ -57,7 +58,8 @@ def test_average_run_length_form() -> None:
         monitor = DriftMonitor(random.normal(size=200), false_alarm_rate=rate, form="average", seed=i)
         monitor.update(random.normal(size=400))
         lengths.append(monitor.alarm_at or 400)
-    # Run lengths are censored at 400, so the true mean is at least the measured one; its error is at most 400/sqrt(60).
+    # Run lengths are censored at 400, so the true mean is at least the measured one; its error is at most
+    # 400/sqrt(60).
     assert np.mean(lengths) + 4 * np.std(lengths) / 60**0.5 >= 1 / rate
 
 

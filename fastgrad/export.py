@@ -1,0 +1,289 @@
+"""One file for deployment: network, backward pass, squared norms and detector as one compiled graph.
+
+The extraction calls ``torch.autograd.grad`` inside ``forward``, which no exporter follows. So it is
+unrolled first: ``make_fx`` runs the module once on a fake batch of symbolic size and records every
+operation, those of the backward pass among them, as one flat graph without autograd. `torch.export` then
+checks that graph for every batch size, and AOTInductor compiles it to native code in a ``.pt2``.
+`fastgrad.package` says how to read the file.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastgrad import checks
+from fastgrad.drift import ScoreReference
+from fastgrad.package import Description, replace_atomically, write_description
+
+RATES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+
+
+def export(
+    two_stage: nn.Module,
+    example_input: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    labels: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    false_alarm_rate: float = 0.05,
+    scores: Tensor | np.ndarray[Any, Any] | None = None,
+    max_batch: int = 1024,
+) -> Path:
+    """Write ``two_stage`` as one ``.pt2`` file that runs without fastgrad and without autograd.
+
+    The file's graph takes a batch of any size from 1 to ``max_batch`` and returns logits, probabilities and
+    uncertainty, equal to those of the live module up to rounding. It runs on the kind of device that holds
+    ``example_input``, and on processors with at least this one's vector instructions.
+
+    Args:
+        two_stage: a fitted `TwoStageModel` (whole network or last layer only), or any module in evaluation
+            mode that returns ``(logits (B, N), probabilities (B, N), uncertainty (B,))``.
+        example_input: ``(B, ...)``, at least one input; only its shape, dtype and device matter.
+        path: where to write, ending in ``.pt2``. The file appears whole or not at all.
+        labels: N class names.
+        mean: per-channel mean of the normalization that turned pixels (0 to 1) into inputs.
+        std: per-channel standard deviation of the same.
+        false_alarm_rate: the share of in-distribution inputs that the file's threshold flags.
+        scores: uncertainties of held-out in-distribution inputs, ``(n,)``; by default those that the module
+            was calibrated on (its ``calibration_scores``). They give the histogram and the drift monitor's
+            reference, and the thresholds of a module without ``threshold``.
+        max_batch: largest batch size.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: ``two_stage`` is no module or ``example_input`` no floating tensor.
+        ValueError: an argument does not fit the model; the module is in training mode.
+        RuntimeError: no C++ compiler is installed, or the module's graph depends on the batch size.
+    """
+    target = Path(path)
+    description = _describe(
+        two_stage, example_input, target, labels, mean, std, false_alarm_rate, scores, max_batch
+    )
+    compile_function(
+        lambda x: tuple(two_stage(x)),
+        example_input,
+        target,
+        max_batch=max_batch,
+        finish=lambda file: write_description(file, description),
+    )
+    return target
+
+
+def compile_function(
+    function: Callable[[Tensor], Any],
+    example_input: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    max_batch: int = 1024,
+    finish: Callable[[Path], None] = lambda file: None,
+) -> None:
+    """Trace ``function`` of one batch of any size, compile it, write it to ``path``.
+
+    Args:
+        function: from a tensor ``(B, ...)`` to a tensor or tuple of tensors; may call `torch.autograd.grad`.
+        example_input: gives shape, dtype, device.
+        path: a ``.pt2``.
+        max_batch: largest batch size.
+        finish: called with the finished file before it is moved to ``path``.
+
+    Raises:
+        RuntimeError: no C++ compiler, or the graph depends on the batch size.
+    """
+    require_compiler()
+    import torch._inductor
+
+    program = trace(function, example_input, max_batch=max_batch)
+
+    def make(file: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=str(file),
+                inductor_configs={
+                    # Otherwise the number of this machine's cores would be compiled in.
+                    "cpp.dynamic_threads": True,
+                    # Pays off after many compilations; this is one, of two files.
+                    "cpp_cache_precompile_headers": False,
+                },
+            )
+        finish(file)
+
+    replace_atomically(make, path)
+
+
+def trace(function: Callable[[Tensor], Any], example_input: Tensor, *, max_batch: int = 1024) -> Any:
+    """Unroll ``function`` with its backward pass; return a `torch.export.ExportedProgram` of dynamic batch.
+
+    Raises:
+        RuntimeError: the graph depends on the batch size.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    # Three samples: sizes 0 and 1 are special to the tracer.
+    batch = example_input.detach()[:1].expand(3, *example_input.shape[1:]).contiguous()
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+    context: Any = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (batch.ndim - 1)
+    )
+    fake = mode.from_tensor(batch, symbolic_context=context)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with mode:
+            graph = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(fake)
+        size = torch.export.Dim("batch", min=1, max=max_batch)
+        try:
+            return torch.export.export(graph, (batch,), dynamic_shapes=({0: size},))
+        except Exception as error:
+            if "constraint" in str(error).lower() or "speciali" in str(error).lower():
+                raise RuntimeError(
+                    "the model's computation depends on the batch size, so it cannot be exported for a "
+                    f"dynamic batch: {error}"
+                ) from error
+            raise
+
+
+def require_compiler() -> None:
+    """Raise RuntimeError with a plain message unless a C++ compiler is installed."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        raise RuntimeError(
+            "export compiles native code and found no C++ compiler; install one (Debian and Ubuntu: "
+            "apt-get install g++) or name it in the environment variable CXX"
+        ) from error
+
+
+def _describe(
+    two_stage: nn.Module,
+    example_input: Tensor,
+    path: Path,
+    labels: Sequence[str] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    false_alarm_rate: float,
+    scores: Tensor | np.ndarray[Any, Any] | None,
+    max_batch: int,
+) -> Description:
+    """Check every argument, run the model once, and collect what travels in the file."""
+    if not isinstance(two_stage, nn.Module):
+        raise TypeError(f"two_stage must be a torch.nn.Module; it was {type(two_stage).__name__}")
+    checks.is_float("example_input", example_input)
+    if example_input.ndim < 2 or example_input.numel() == 0:
+        raise ValueError(
+            f"example_input must be a batch (B, ...) of at least one input; "
+            f"its shape was {tuple(example_input.shape)}"
+        )
+    if path.suffix != ".pt2":
+        raise ValueError(f"path must end in .pt2; it was {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"path must lie in an existing folder; there is no {str(path.parent)!r}")
+    if not isinstance(max_batch, int) or max_batch < 1:
+        raise ValueError(f"max_batch must be a positive int; it was {max_batch!r}")
+    if not 0 < false_alarm_rate < 1:
+        raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
+    if any(module.training for module in two_stage.modules()):
+        raise ValueError("two_stage must be in evaluation mode; call two_stage.eval() first")
+    channels = example_input.shape[1] if example_input.ndim == 4 else None
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None:
+            continue
+        if channels is None:
+            raise ValueError(f"{name} needs an example_input of images (B, C, H, W)")
+        if len(values) != channels or not all(np.isfinite(float(value)) for value in values):
+            raise ValueError(
+                f"{name} must be {channels} finite numbers, one a channel; it was {list(values)!r}"
+            )
+    if std is not None and not all(value > 0 for value in std):
+        raise ValueError(f"std must be positive; it was {list(std)!r}")
+
+    outputs = two_stage(example_input[:1])
+    if not isinstance(outputs, tuple) or len(outputs) != 3 or outputs[0].ndim != 2 or outputs[2].ndim != 1:
+        raise ValueError("two_stage must return (logits (B, N), probabilities (B, N), uncertainty (B,))")
+    classes = outputs[0].shape[1]
+    if labels is not None and len(labels) != classes:
+        raise ValueError(f"labels must be {classes} names, one a class; there were {len(labels)}")
+
+    calibration = _scores(two_stage, scores)
+    threshold, thresholds = _thresholds(two_stage, calibration, false_alarm_rate)
+    histogram = reference = None
+    if calibration is not None:
+        edges = np.histogram_bin_edges(calibration, bins=40)
+        histogram = {"edges": edges.tolist(), "counts": np.histogram(calibration, edges)[0].tolist()}
+        bins = ScoreReference.from_scores(calibration)
+        reference = {"edges": bins.edges.tolist(), "counts": bins.counts.tolist()}
+    try:
+        own = version("fastgrad")
+    except PackageNotFoundError:
+        own = "unknown"
+    return Description(
+        input_shape=tuple(example_input.shape[1:]),
+        input_dtype=str(example_input.dtype).removeprefix("torch."),
+        classes=classes,
+        max_batch=max_batch,
+        device=example_input.device.type,
+        labels=None if labels is None else [str(label) for label in labels],
+        mean=None if mean is None else [float(value) for value in mean],
+        std=None if std is None else [float(value) for value in std],
+        false_alarm_rate=None if threshold is None else false_alarm_rate,
+        threshold=threshold,
+        thresholds=thresholds,
+        histogram=histogram,
+        reference=reference,
+        versions={
+            "fastgrad": own,
+            "torch": str(torch.__version__),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+        },
+    )
+
+
+def _scores(two_stage: nn.Module, scores: Any) -> np.ndarray[Any, Any] | None:
+    if scores is None:
+        scores = getattr(two_stage, "calibration_scores", None)
+        if scores is None:
+            return None
+    if isinstance(scores, Tensor):
+        scores = scores.detach().cpu().numpy()
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 20 or not np.isfinite(values).all():
+        raise ValueError(
+            f"scores must be at least 20 finite numbers in one dimension; the shape was {values.shape}"
+        )
+    return values
+
+
+def _thresholds(
+    two_stage: nn.Module, scores: np.ndarray[Any, Any] | None, rate: float
+) -> tuple[float | None, list[tuple[float, float]]]:
+    rates = sorted({*RATES, rate})
+    own = getattr(two_stage, "threshold", None)
+    if callable(own):
+        pairs = [(value, float(own(value))) for value in rates]
+    elif scores is not None:
+        # The conformal quantile: the smallest score with at most rate * (n + 1) - 1 scores at or above it.
+        n = len(scores)
+        ordered = np.sort(scores)
+        pairs = [
+            (value, float(ordered[min(n - 1, int(np.ceil((1 - value) * (n + 1))) - 1)])) for value in rates
+        ]
+    else:
+        return None, []
+    return dict(pairs)[rate], pairs

@@ -1,0 +1,80 @@
+"""A small model and its exported file for the tests of the outer rooms."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Out(NamedTuple):
+    logits: Tensor
+    probabilities: Tensor
+    uncertainty: Tensor
+
+
+class TinyTwoStage(nn.Module):
+    """A network whose uncertainty is its first layer's log gradient norm, by autograd in ``forward``."""
+
+    def __init__(self, channels: int = 3, size: int = 8, classes: int = 4) -> None:
+        super().__init__()
+        self.shape = (channels, size, size)
+        self.first = nn.Linear(channels * size * size, 8)
+        self.last = nn.Linear(8, classes)
+        self.requires_grad_(False).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+                )
+        self.register_buffer(
+            "calibration_scores", self(torch.randn(200, *self.shape, generator=generator))[2]
+        )
+
+    def forward(self, x: Tensor) -> Out:
+        with torch.enable_grad():
+            flat = x.flatten(1)
+            hidden = self.first(flat).requires_grad_()
+            logits = self.last(torch.relu(hidden))
+            (gradient,) = torch.autograd.grad(logits, hidden, torch.sigmoid(logits.detach()) - 1)
+        logits = logits.detach()
+        norms = gradient.square().sum(1) * (flat.square().sum(1) + 1)
+        return Out(logits, logits.softmax(1), norms.clamp_min(1e-30).log())
+
+    def threshold(self, false_alarm_rate: float) -> float:
+        scores = self.calibration_scores
+        assert isinstance(scores, Tensor)
+        return float(torch.quantile(scores, 1 - false_alarm_rate))
+
+
+@functools.cache
+def export_tiny() -> Path:
+    """Export `TinyTwoStage` once for all test modules; compiling takes seconds."""
+    import torch._inductor.config
+
+    from fastgrad.export import export
+
+    folder = Path(tempfile.mkdtemp(prefix="fastgrad-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with (
+        warnings.catch_warnings(),
+        torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}),
+    ):
+        warnings.simplefilter("ignore")
+        return export(
+            TinyTwoStage(),
+            torch.zeros(1, 3, 8, 8),
+            folder / "tiny.pt2",
+            labels=["cat", "dog", "cow", "hen"],
+            mean=[0.5] * 3,
+            std=[0.25] * 3,
+            max_batch=64,
+        )
