@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,14 +12,20 @@ from torch.utils import _pytree as pytree
 
 from fastgrad import losses
 from fastgrad.checks import is_bool, one_of
-from fastgrad.layers.plan import SAMPLES, Plan, Planner, Route, Site, refuse_mixing
-from fastgrad.layers.registry import LayerRule
-from fastgrad.layers.run import Run, gather
-from fastgrad.layers.shadow import Shadow, attach, ordinary
+from fastgrad.layers.network import (
+    Network,
+    batch_size,
+    batched_squared_norms,
+    input_tensors,
+    squared_norms,
+    take,
+)
+from fastgrad.layers.plan import Plan, Route, refuse_mixing
+from fastgrad.layers.run import Run
+from fastgrad.layers.shadow import Shadow, ordinary
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.
 Target = str | int | Tensor | Callable[[Tensor], Tensor]
-_PLANS_KEPT = 16
 
 
 def logits_of(output: Any) -> Tensor:
@@ -118,8 +122,7 @@ class GradientFeatures:
         self.layers = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
         self._names()
         refuse_mixing(self.model, training=False)
-        self._plans: OrderedDict[Any, Plan] = OrderedDict()
-        self._lock = threading.Lock()
+        self._network = Network(self.model, self._names, lambda output: [logits_of(output)])
 
     @property
     def names(self) -> list[str]:
@@ -154,17 +157,17 @@ class GradientFeatures:
         """
         with torch.inference_mode(False):
             args, kwargs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
-            samples = _batch_size(args, kwargs)
+            samples = batch_size(args, kwargs)
             if samples == 0:
                 return self._empty(args, kwargs)
-            plan = self._plan(args, kwargs, samples)
+            plan = self._network.plan(args, kwargs, samples)
             chunk = self._chunk(plan, args, kwargs, samples)
             if chunk is None:
                 return self._extract(plan, args, kwargs, samples)
             parts = []
             for start in range(0, samples, chunk):
                 index = slice(start, min(start + chunk, samples))
-                part_args, part_kwargs = _take((args, kwargs), index, samples)
+                part_args, part_kwargs = take((args, kwargs), index, samples)
                 parts.append(self._extract(plan, part_args, part_kwargs, index.stop - start))
             return torch.cat([logits for logits, _ in parts]), torch.cat([f for _, f in parts])
 
@@ -174,73 +177,30 @@ class GradientFeatures:
         Raises:
             RuntimeError: Before the first call.
         """
-        with self._lock:
-            if not self._plans:
-                raise RuntimeError(
-                    "report needs one call of the extractor first: routes depend on the inputs"
-                )
-            plan = next(reversed(self._plans.values()))
-        return [plan.routes[name] for name in plan.names]
+        return self._network.routes()
 
-    def _extract(
-        self,
-        plan: Plan,
-        args: Any,
-        kwargs: Any,
-        samples: int,
-        deltas: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def _extract(self, plan: Plan, args: Any, kwargs: Any, samples: int) -> tuple[Tensor, Tensor]:
         run = Run(samples)
         with torch.enable_grad():
-            output = self._forward(plan, run, args, kwargs)
+            output = self._network.forward(plan, run, args, kwargs)
             logits = logits_of(output)
             _check_logits(logits, samples)
             z = logits.detach()
-            delta = deltas(z) if deltas is not None else self._deltas(z)
+            delta = self._deltas(z)
             # The backward pass is linear in delta: a unit-sized one keeps every intermediate square in range.
             scale = delta.abs().amax(-1, keepdim=True)
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-            features = self._backward(run, logits, (delta / scale).to(logits.dtype), plan.names)
+            unit = (delta / scale).to(logits.dtype)
+            if unit.shape[0] == 1:
+                features = squared_norms(run, [logits], [unit[0]], plan.names, z).unsqueeze(0)
+            else:
+                features = batched_squared_norms(run, logits, unit, plan.names)
         scale = scale.to(features.dtype)
         if self.log:
             features = features.clamp_min(torch.finfo(features.dtype).tiny).log() + 2 * scale.log()
         else:
             features = features * scale.square()
         return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
-
-    def _forward(self, plan: Plan, run: Run, args: Any, kwargs: Any) -> Any:
-        shadow = Shadow(self.model)
-        parameters = {name: p for name, p in self.model.named_parameters()}
-        for site in plan.sites:
-            original = self.model.get_submodule(site.path)
-            copy = shadow.modules[id(original)]
-            if isinstance(site.rule, LayerRule):
-                attach(copy, run.layer_hook(site, site.rule))
-            else:
-                before, after = run.replay_hooks(
-                    site, original, [parameters[name] for name in site.parameters]
-                )
-                attach(copy, before, before=True)
-                attach(copy, after)
-        return shadow.root(*args, **kwargs)
-
-    def _backward(self, run: Run, logits: Tensor, deltas: Tensor, names: Sequence[str]) -> Tensor:
-        """``(S, B, N)`` output gradients to ``(S, B, P)`` squared norms."""
-        signals = deltas.shape[0]
-        probes = [probe for _, probe in run.probes]
-        if not probes or not logits.requires_grad:
-            return gather(run, [], names, logits.detach(), (signals,))
-        if signals == 1:
-            found = torch.autograd.grad(logits, probes, deltas[0], allow_unused=True)
-            found = [_or_zero(f, p).unsqueeze(0) for f, p in zip(found, probes, strict=True)]
-        else:
-
-            def back(delta: Tensor) -> list[Tensor]:
-                grads = torch.autograd.grad(logits, probes, delta, retain_graph=True, allow_unused=True)
-                return [_or_zero(f, p) for f, p in zip(grads, probes, strict=True)]
-
-            found = torch.func.vmap(back)(deltas)
-        return gather(run, found, names, logits.detach(), (signals,))
 
     def _deltas(self, logits: Tensor) -> Tensor:
         """Output gradients of all signals, ``(S, B, N)``."""
@@ -263,64 +223,10 @@ class GradientFeatures:
             deltas.append(losses.delta(logits, value, loss=loss, reduction=self.reduction))
         return torch.stack(deltas)
 
-    def _plan(self, args: Any, kwargs: Any, samples: int) -> Plan:
-        key = (_structure(args, kwargs), tuple(map(id, self.model.modules())), tuple(self._names().items()))
-        with self._lock:
-            plan = self._plans.get(key)
-        if plan is None:
-            plan = self._make_plan(args, kwargs, samples)
-            with self._lock:
-                self._plans[key] = plan
-                while len(self._plans) > _PLANS_KEPT:
-                    self._plans.popitem(last=False)
-        return plan
-
-    def _make_plan(self, args: Any, kwargs: Any, samples: int) -> Plan:
-        index = torch.arange(SAMPLES) % samples
-        three = _take((args, kwargs), index, samples)
-        two = _take((args, kwargs), index[: SAMPLES - 1], samples)
-        planner = Planner(self.model, self._names(), {id(m): path for path, m in self.model.named_modules()})
-        planner.observe(*three, *two)
-        logits = logits_of(planner.three.output)
-        _check_logits(logits, SAMPLES)
-        delta = torch.cos(torch.arange(logits.shape[1], device=logits.device) * 1.7 + 0.3).to(logits.dtype)
-        row = torch.zeros_like(logits)
-        row[1] = delta
-        truth = planner.backward([logits], [row])
-        loops: frozenset[str] = frozenset()
-        forced: frozenset[str] = frozenset()
-        problem = ""
-        for _ in range(3):
-            plan = planner.plan(forced, loops)
-            try:
-                _, features = self._trial(plan, three, row)
-            except Exception as error:
-                vectorized = [s.path for s in plan.sites if s.rule is None and s.vectorize]
-                if not vectorized:
-                    raise
-                problem, loops = str(error), loops | frozenset(vectorized)
-                continue
-            wrong = _disagreeing(plan, features, truth)
-            if not wrong:
-                return plan
-            problem = f"squared norms of {', '.join(sorted(wrong))} disagree with autograd"
-            if wrong <= forced:
-                break
-            forced = forced | wrong
-        raise ValueError(
-            f"model must treat the samples of a batch independently and alike each time: {problem}"
-        )
-
-    def _trial(self, plan: Plan, inputs: Any, row: Tensor) -> tuple[Tensor, Tensor]:
-        run = Run(SAMPLES)
-        with torch.enable_grad():
-            logits = logits_of(self._forward(plan, run, *inputs))
-            return logits, self._backward(run, logits, row.unsqueeze(0), plan.names)[0]
-
     def _chunk(self, plan: Plan, args: Any, kwargs: Any, samples: int) -> int | None:
         chunk = self.chunk_size
         if chunk is None and self.memory_budget is not None:
-            elements = sum(t.numel() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+            elements = sum(t.numel() for t in input_tensors(args, kwargs))
             # Layer outputs stay for the backward pass, whose gradients and scratch take about as much again.
             per_sample = 2 * plan.bytes_per_element * elements / samples
             chunk = max(1, int(self.memory_budget / max(1.0, per_sample)))
@@ -343,42 +249,6 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
 
 
-def _or_zero(gradient: Tensor | None, probe: Tensor) -> Tensor:
-    return torch.zeros_like(probe) if gradient is None else gradient
-
-
-def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-
-
-def _batch_size(args: Any, kwargs: Any) -> int:
-    tensors = [t for t in _tensors(args, kwargs) if t.dim()]
-    if not tensors:
-        raise ValueError("inputs must hold a tensor with the batch in dimension 0; there was none")
-    return tensors[0].shape[0]
-
-
-def _take(tree: Any, index: Any, samples: int) -> Any:
-    """Some samples of every tensor that carries the batch."""
-
-    def take(t: Tensor) -> Tensor:
-        if t.dim() == 0 or t.shape[0] != samples:
-            return t
-        return t[index.to(t.device) if isinstance(index, Tensor) else index]
-
-    return pytree.tree_map_only(Tensor, take, tree)
-
-
-def _structure(args: Any, kwargs: Any) -> Any:
-    """What a plan depends on: the structure of the inputs, not their sizes."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    kinds = tuple(
-        (leaf.dim(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves
-    )
-    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
-    return str(spec), kinds, tuple(torch.is_autocast_enabled(device) for device in sorted(devices))
-
-
 def _check_logits(logits: Tensor, samples: int) -> None:
     if logits.dim() != 2 or logits.shape[0] != samples or not logits.is_floating_point():
         raise ValueError(
@@ -387,26 +257,4 @@ def _check_logits(logits: Tensor, samples: int) -> None:
         )
 
 
-def _disagreeing(plan: Plan, features: Tensor, truth: dict[str, Tensor]) -> frozenset[str]:
-    """Parameters whose squared norms are not those of the middle sample's true gradient."""
-    dtype = features.dtype
-    true = torch.stack(
-        [
-            truth[name].to(dtype).square().sum()
-            if name in truth
-            else torch.zeros((), dtype=dtype, device=features.device)
-            for name in plan.names
-        ]
-    )
-    precision = max((torch.finfo(g.dtype).eps for g in truth.values()), default=torch.finfo(dtype).eps)
-    # A wrong route is wrong by a factor; this is no test of accuracy. Gradients that vanish in exact arithmetic
-    # (an attention's key bias) are rounding errors of the largest.
-    tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
-    floor = (1e3 * precision) ** 2 * true.max()
-    expected = torch.zeros_like(features)
-    expected[1] = true
-    wrong = ((features - expected).abs() > tolerance * expected + floor).any(0)
-    return frozenset(name for name, bad in zip(plan.names, wrong.tolist(), strict=True) if bad)
-
-
-__all__ = ["GradientFeatures", "Route", "Site", "logits_of"]
+__all__ = ["GradientFeatures", "Route", "logits_of"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fastgrad.layers.reduce import positions_first, sqnorm, upcast
+from fastgrad.layers.reduce import is_batched, positions_first, sqnorm, upcast
 from fastgrad.layers.registry import register_rule
 
 
@@ -25,7 +25,15 @@ def mixes_samples(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
-@register_rule(_BatchNorm, name="batch norm (evaluation)", in_place=True)
+@register_rule(
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    _BatchNorm,
+    name="batch norm (evaluation)",
+    in_place=True,
+)
 def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for batch norm with running statistics."""
     assert isinstance(module, _NormBase)
@@ -34,8 +42,9 @@ def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     assert mean is not None
     assert var is not None
     mean, var = mean.to(a.dtype), var.to(a.dtype)
-    if a.dim() == 2:
-        return _channel_norms((a - mean) * torch.rsqrt(var + module.eps), g)
+    if a.dim() == 2 or is_batched(g):
+        shape = (1, -1) + (1,) * (a.dim() - 2)
+        return _channel_norms((a - mean.view(shape)) * torch.rsqrt(var + module.eps).view(shape), g)
     samples, channels = a.shape[:2]
     # Samples folded into channels, the ordinary reduction over (batch, positions) becomes one per sample, and
     # one pass over the two tensors gives both sums.

@@ -280,6 +280,7 @@ class Planner:
         with torch.no_grad():
             two = Observation(self.model, fewer_args, fewer_kwargs, self.paths, everything)
         self.two = {(call.path, call.ordinal): call for call in two.calls}
+        self.two_output = two.output
         self.times: dict[int, int] = {}
         for call in self.three.calls:
             self.times[id(call.module)] = self.times.get(id(call.module), 0) + 1

@@ -32,3 +32,8 @@ def positions_first(x: Tensor, trailing: int) -> Tensor:
     if keep == 1:
         return x.unsqueeze(1)
     return x if keep == 2 else x.flatten(1, keep - 1)
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether ``x`` runs under ``torch.func.vmap``, as the gradients of several signals do."""
+    return bool(torch._C._functorch.is_batchedtensor(x))

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastgrad.layers.shadow import Redirect
+
 #: ``(module, input, output gradient) -> {parameter name: (B,) squared norms}``, batch in dimension 0.
 RuleFunction = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
 #: ``(module, args, kwargs, output gradients) -> {parameter name: (B,) squared norms}``.
@@ -140,7 +142,7 @@ def find_rule(module: nn.Module) -> tuple[Rule | None, str]:
     Returns:
         The rule and an empty string, or None and the reason why the general fallback is needed.
     """
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not isinstance(vars(module)["forward"], Redirect):
         return None, "its forward method was replaced on the instance"
     for cls in type(module).__mro__:
         rule = _RULES.get(cls) or _RULES.get(f"{cls.__module__}.{cls.__qualname__}")

@@ -30,8 +30,32 @@ def ordinary(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x.detach()
 
 
+class Redirect:
+    """What stands in for ``forward`` of a user's module while a thread records it.
+
+    Args:
+        module: The module; in other threads its own ``forward`` runs.
+        call: Called with the module, its own ``forward`` and the inputs.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self._own = module.__dict__.get("forward")
+        self._forward = module.forward
+        self._module, self._call = module, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self._module, self._forward, args, kwargs)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back the ``forward`` which ``state``, a module's ``__dict__``, had before."""
+        if self._own is None:
+            state.pop("forward", None)
+        else:
+            state["forward"] = self._own
+
+
 class Shadow:
-    """A copy of ``model``'s module tree in evaluation mode, sharing parameters and buffers.
+    """A copy of ``model``'s module tree, in evaluation mode by default, sharing parameters and buffers.
 
     Modules, parameters and bound methods of the tree are replaced wherever an attribute holds them, also inside
     lists, tuples, dicts and ``functools.partial``. Forward hooks of the user stay (they may change outputs),
@@ -41,10 +65,17 @@ class Shadow:
         model: The module to copy; it is only read.
         parameter: Called with each parameter once; what the copy holds in its place. By default the detached
             parameter, so that autograd computes no weight gradient.
+        training: Whether modules keep their own mode instead of evaluation mode.
     """
 
-    def __init__(self, model: nn.Module, parameter: Callable[[nn.Parameter], Tensor] | None = None) -> None:
-        self._parameter = parameter or ordinary
+    def __init__(
+        self,
+        model: nn.Module,
+        parameter: Callable[[nn.Parameter], Tensor] = ordinary,
+        *,
+        training: bool = False,
+    ) -> None:
+        self._parameter, self._training = parameter, training
         self._copies: dict[int, Any] = {}
         #: The copy of each module by the id of the original, in the order they were met.
         self.modules: dict[int, nn.Module] = {}
@@ -64,7 +95,11 @@ class Shadow:
         state = module.__dict__.copy()
         copy.__dict__ = state
         self.modules[id(module)] = copy
-        state["training"] = False
+        if not self._training:
+            state["training"] = False
+        forward = state.get("forward")
+        if isinstance(forward, Redirect):
+            forward.restore(state)
         for name in _HOOK_TABLES:
             table = state.get(name)
             if table:
