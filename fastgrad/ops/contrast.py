@@ -51,19 +51,35 @@ def _cross_entropy(scale: Tensor, logits: Tensor) -> Tensor:
 
 
 def _cross_entropy_chunk(scale: Tensor, z: Tensor) -> Tensor:
-    # Comparing with the maximum costs a fraction of an argmax. Where several logits tie, the formula of the top
-    # holds for each of them, provided that its sums keep the others: hence the count.
     p = torch.softmax(z, -1)
-    peak = p.amax(-1, keepdim=True)
-    top = p == peak
-    p.masked_fill_(top, 0)
-    ties = top.sum(-1, keepdim=True) - 1
-    s1 = p.sum(-1, keepdim=True).addcmul_(ties, peak)
-    s2 = torch.linalg.vector_norm(p, dim=-1, keepdim=True).square_().addcmul_(ties, peak.square_())
+    top = _argmax(p)
+    p.scatter_(-1, top, 0)
+    s1 = p.sum(-1, keepdim=True)
+    s2 = torch.linalg.vector_norm(p, dim=-1, keepdim=True).square_()
     at_top = s1.square().add_(s2).mul_(scale)
     total = s1.neg_().add_(1).square_().add_(s2).add_(1).mul_(scale)
     p.mul_(scale * -2).add_(total)
-    return torch.where(top, at_top, p)
+    return p.scatter_(-1, top, at_top)
+
+
+def _argmax(p: Tensor) -> Tensor:
+    """``p.argmax(-1, keepdim=True)`` of a matrix.
+
+    On a CPU the maximum is vectorised and its index is not, so the index is looked for in one block of about
+    ``sqrt(N)`` columns, the one with the largest maximum.
+    """
+    classes = p.shape[-1]
+    if p.device.type != "cpu" or torch.compiler.is_compiling() or classes < 256:
+        return p.argmax(-1, keepdim=True)
+    width = 1 << (classes.bit_length() // 2)
+    whole = classes // width * width
+    best = p[:, :whole].unflatten(-1, (-1, width)).amax(-1)
+    if whole < classes:
+        best = torch.cat([best, p[:, whole:].amax(-1, keepdim=True)], -1)
+    columns = best.argmax(-1, keepdim=True) * width + torch.arange(width)
+    # The last block may be short; repeating the last column does not move the first maximum.
+    columns.clamp_(max=classes - 1)
+    return columns.gather(-1, p.gather(-1, columns).argmax(-1, keepdim=True))
 
 
 def _forward(
