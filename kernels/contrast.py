@@ -32,7 +32,7 @@ def features_factor(square, N, BIAS: tl.constexpr, LOG: tl.constexpr, MEAN: tl.c
     if BIAS:
         square = square + 1.0
     if MEAN:
-        n = N.to(tl.float32)
+        n = tl.zeros_like(square) + N
         square = square / n / n
     if LOG:
         square = tl.log(square)
@@ -53,7 +53,7 @@ def square_sum(h_ptrs, valid, start, stop, stride_d, ROWS: tl.constexpr, BLOCK_D
     return tl.sum(total, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N_units"])
 def contrast_rows_kernel(
     h_ptr,
     z_ptr,
@@ -149,7 +149,7 @@ def sweep_values(
         tl.store(out_row + offs, v, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N_units"])
 def contrast_stream_kernel(
     h_ptr,
     z_ptr,
@@ -227,7 +227,7 @@ def load_moments(ptrs, stride, mask, LOSS: tl.constexpr, STATS: tl.constexpr):
     return m, m2, a1, a2, a3, a4, a5, a6, a7
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N_units", "splits"])
 def contrast_moments_kernel(
     h_ptr,
     z_ptr,
@@ -272,7 +272,7 @@ def contrast_moments_kernel(
     store_moments(at, plane, rows >= 0, m, m2, a1, a2, a3, a4, a5, a6, a7, LOSS, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N_units", "splits"])
 def contrast_finish_kernel(
     z_ptr,
     work_ptr,

@@ -357,8 +357,8 @@ def contrast_statistics(m, m2, a1, a2, a3, a4, a5, N, top, base, c0, c1, c2, c3,
     For brier the value is a cubic of the probability, so that its extremes are not those of the logits: the first
     two results are then the predicted class' value, to be combined with a sweep over the other contrasts.
     """
-    others = N.to(tl.float32) - 1.0
-    rho, r, err = margin(m, m2)
+    others = tl.zeros_like(m) + (N - 1)
+    rho, _, _ = margin(m, m2)
     rho = tl.where(tl.abs(m) < float("inf"), rho, float("nan"))
     inv = 1.0 / (1.0 + rho * a1)
     low = top

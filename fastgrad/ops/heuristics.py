@@ -102,6 +102,98 @@ def contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> 
     return ContrastConfig("stream", block, block_d, num_warps=warps)
 
 
+@dataclass(frozen=True)
+class LinearConfig:
+    """How a fused last layer runs: product tiles and what becomes of their moments.
+
+    Attributes:
+        block_m, block_n, block_k: Tile of samples, classes and features.
+        group_m: Row blocks whose tiles follow each other, so that they share the weight's tiles in the cache.
+        chunks: Programs that turn the logits of a row block into norms; 0: the last tile to arrive does it.
+        block_f: Columns per step of that.
+        parts: Partial moments merged per step.
+        tiles_per_split: Tiles one program walks through (statistics only).
+        precision: ``input_precision`` of the product; matters for float32 alone.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    chunks: int
+    block_f: int
+    parts: int
+    tiles_per_split: int
+    norm_in_loop: bool
+    precision: str
+    num_warps: int
+    num_stages: int
+
+
+def _product(B: int, N: int, dtype: torch.dtype, arch: Architecture) -> tuple[int, int, int, int, int]:
+    """Tile, warps and stages of a product of ``(B, D)`` and ``(N, D)``."""
+    wide = dtype == torch.float32
+    block_m = 16 if B <= 16 else 32 if B <= 32 else 64 if B <= 64 or wide else 128
+    if block_m == 128:
+        block_n, block_k, warps = 128, 64, 8
+    else:
+        # Few rows: the weight is read once at memory speed, which takes many programs with deep queues of loads.
+        block_n, block_k, warps = 64, 128, 4
+        if wide:
+            block_k = 32 if block_m == 64 else 64
+        while block_n > 16 and cdiv(N, block_n) * cdiv(B, block_m) < arch.processors:
+            block_n //= 2
+    element = 4 if wide else 2
+    stage = (block_m + block_n) * block_k * element
+    stages = max(1, min(2 if arch.backend == "hip" else 4, (arch.shared_memory - 4096) // stage))
+    return block_m, block_n, block_k, warps, stages
+
+
+def _precision(dtype: torch.dtype, arch: Architecture) -> str:
+    """Three TF32 products keep float32 accuracy on NVIDIA's tensor cores; AMD's multiply float32 as it is."""
+    return "tf32x3" if dtype == torch.float32 and arch.backend == "cuda" else "ieee"
+
+
+def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
+    """Choose for features ``(B, D)`` and weight ``(N, D)``."""
+    pinned = _pinned("linear_contrast")
+    if pinned is not None:
+        return pinned
+    block_m, block_n, block_k, warps, stages = _product(B, N, dtype, arch)
+    tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
+    # One program converts some 64 thousand logits in a few microseconds; more of them are shared out.
+    chunks = 0 if block_m * N <= 1 << 16 else cdiv(N, max(1024, (1 << 19) // block_m))
+    # Two groups at least, so that one group's norms are written while the next one's product runs.
+    group_m = max(1, min(8, tiles_m // 2))
+    block_f = max(16, min(power_of_two(N), 1024 * warps // block_m))
+    return LinearConfig(
+        block_m, block_n, block_k, group_m, chunks, block_f,
+        parts=_parts(tiles_n, block_m, warps), tiles_per_split=1,
+        norm_in_loop=block_m <= 32 or tiles_n <= 4, precision=_precision(dtype, arch),
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def linear_stats(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
+    """Choose for features ``(B, D)`` and weight ``(N, D)`` when only statistics over the contrasts are wanted."""
+    pinned = _pinned("linear_stats")
+    if pinned is not None:
+        return pinned
+    block_m, block_n, block_k, warps, stages = _product(B, N, dtype, arch)
+    tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
+    per_split = max(1, tiles_n * tiles_m // (4 * arch.processors))
+    return LinearConfig(
+        block_m, block_n, block_k, 1, 0, 0,
+        parts=_parts(cdiv(tiles_n, per_split), block_m, warps), tiles_per_split=per_split,
+        norm_in_loop=False, precision=_precision(dtype, arch), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def _parts(parts: int, block_m: int, warps: int) -> int:
+    """Partial moments merged at once: four per thread, or nine numbers each would not fit its registers."""
+    return max(2, min(power_of_two(parts), 128 * warps // block_m))
+
+
 @dataclass
 class _Pins:
     configs: dict[str, Any] = field(default_factory=dict)
@@ -136,4 +228,4 @@ def override(**configs: Any) -> Iterator[None]:
         _PINS.configs = before
 
 
-NAMES = ("contrast",)
+NAMES = ("contrast", "linear_contrast", "linear_stats", "rows_linear", "target")

@@ -68,3 +68,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, like: torch.Tensor) -> torch
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make the tensor's device current, as a launch needs."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def upcast(tensor: torch.Tensor) -> bool:
+    """Whether operands of a product must become float32 first: the interpreter multiplies bfloat16 wrongly."""
+    return INTERPRETED and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16

@@ -1,0 +1,400 @@
+"""Compile every kernel for GPUs that need not be there, and read what came out of it.
+
+    python -m bench.compile_report                        # table on the terminal
+    python -m bench.compile_report --out                  # also bench/results/compile.json and compile.md
+    python -m bench.compile_report --only contrast --arch sm_90
+
+A case calls a launcher on meta tensors, which have a shape but no memory. The launches it makes are caught before
+they reach a device, and each is compiled exactly as it would be launched: same heuristics, same constants, same
+facts about divisibility. Registers, spills, local and shared memory, the widest loads and stores and the matrix
+instructions are then read from the machine code: the cubin, through the tools that ship with Triton, or AMD's
+assembly.
+
+To add a kernel, append a ``Case`` to ``cases()``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    raise ImportError(
+        "bench.compile_report needs the compiler: run it in a process without TRITON_INTERPRET=1"
+    )
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastgrad.ops import heuristics
+from fastgrad.ops.triton import launch
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of a launcher.
+
+    Attributes:
+        name: What the table says; starts with the operator's name.
+        call: Runs the launcher on meta tensors.
+        product: Whether matrix instructions must appear.
+        wide: Whether 16-byte loads and stores must appear; they need rows of a multiple of 16 bytes.
+        quick: Whether the case belongs to the short list that every test run compiles.
+    """
+
+    name: str
+    call: Callable[[], object]
+    product: bool = False
+    wide: bool = True
+    quick: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A caught launch: what the compiler needs to know of it."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was read from the machine code of one kernel."""
+
+    case: str
+    kernel: str
+    arch: str
+    warps: int
+    registers: int
+    spills: int
+    local: int
+    shared: int
+    wide_loads: int
+    wide_stores: int
+    matrix: int
+    instructions: int
+    expects_matrix: bool
+    expects_wide: bool
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def cases() -> list[Case]:
+    """The shapes that the heuristics treat differently, for every kernel."""
+    from fastgrad.ops.triton import contrast, linear_contrast
+
+    losses = ("cross_entropy", "bce", "mse", "brier")
+    half, single = torch.bfloat16, torch.float32
+    found: list[Case] = []
+
+    def contrasts(B: int, N: int, D: int, dtype: torch.dtype, loss: str, log: bool, **kinds: bool) -> None:
+        found.append(
+            Case(
+                f"contrast_sqnorm B={B} N={N} D={D} {DTYPES[dtype]} {loss}{' log' if log else ''}",
+                lambda: contrast.contrast_sqnorm(
+                    meta(B, D, dtype=dtype), meta(B, N, dtype=dtype), loss, True, log, False
+                ),
+                **kinds,
+            )
+        )
+
+    for loss in losses:
+        for log in (False, True):
+            contrasts(4096, 1000, 512, half, loss, log, quick=not log)
+            contrasts(
+                4096, 16384, 4096, single, loss, log, quick=not log and loss in ("cross_entropy", "brier")
+            )
+            contrasts(
+                4096, 262144, 4096, half, loss, log, quick=not log and loss in ("cross_entropy", "brier")
+            )
+            contrasts(8, 131072, 4096, half, loss, log, quick=loss == "brier" and log)
+    for N, dtype in ((16, single), (128, half), (1000, single), (4096, half), (8192, single)):
+        contrasts(4096, N, 512, dtype, "cross_entropy", False, quick=N == 16)
+    contrasts(4096, 10, 512, single, "cross_entropy", False, wide=False)
+
+    def linear(
+        B: int, N: int, D: int, dtype: torch.dtype, loss: str, log: bool, stats: bool, **kinds: bool
+    ) -> None:
+        x, w, b = (meta(B, D, dtype=dtype), meta(N, D, dtype=dtype), meta(N, dtype=dtype))
+        name = "linear_contrast_stats" if stats else "linear_contrast_sqnorm"
+        found.append(
+            Case(
+                f"{name} B={B} N={N} D={D} {DTYPES[dtype]} {loss}{' log' if log else ''}",
+                lambda: (
+                    linear_contrast.linear_contrast_stats(x, w, b, loss, False)
+                    if stats
+                    else linear_contrast.linear_contrast_sqnorm(x, w, b, loss, log, False)
+                ),
+                product=True,
+                **kinds,
+            )
+        )
+
+    for loss in losses:
+        for B, N, D, dtype in (
+            (1, 1000, 2048, half), (32, 1000, 2048, half), (64, 32000, 4096, half), (1024, 32000, 4096, half),
+            (32, 1000, 2048, single), (1024, 1000, 2048, single),
+        ):  # fmt: skip
+            brief = loss in ("cross_entropy", "brier") and (B, dtype) in (
+                (32, half),
+                (1024, half),
+                (1024, single),
+            )
+            linear(B, N, D, dtype, loss, False, False, quick=brief)
+            linear(B, N, D, dtype, loss, True, False, quick=False)
+        for B, N, D, dtype in (
+            (8, 128256, 4096, half),
+            (1024, 128256, 4096, half),
+            (256, 32000, 4096, single),
+        ):
+            linear(
+                B,
+                N,
+                D,
+                dtype,
+                loss,
+                False,
+                True,
+                quick=loss in ("bce", "brier") and (B, dtype) == (1024, half),
+            )
+    return found
+
+
+@contextlib.contextmanager
+def _catching(arch: str, caught: list[Launch]) -> Iterator[None]:
+    """Collect launches instead of making them, as if the tensors were on a device of the given architecture."""
+    jit = triton.runtime.jit.JITFunction
+    saved = (jit.run, launch.architecture, launch.check)
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        caught.append(_describe(kernel, args, kwargs))
+
+    jit.run = run
+    launch.architecture = lambda tensor: heuristics.KNOWN_ARCHITECTURES[arch]
+    launch.check = lambda **tensors: None
+    try:
+        yield
+    finally:
+        jit.run, launch.architecture, launch.check = saved
+
+
+def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """Specialise arguments as Triton's launcher does: 1 is a constant, multiples of 16 and fresh pointers are known."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    options = {}
+    for name, value in kwargs.items():
+        (values if name in kernel.arg_names else options)[name] = value
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or (value is None) or (isinstance(value, int) and value == 1 and not plain):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + DTYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not plain:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return Launch(kernel, signature, constants, attributes, options)
+
+
+def launches(case: Case, arch: str) -> list[Launch]:
+    """The launches a case makes on an architecture."""
+    caught: list[Launch] = []
+    with _catching(arch, caught):
+        case.call()
+    return caught
+
+
+def compile_launch(one: Launch, arch: str) -> Any:
+    """Compile a caught launch for an architecture."""
+    source = ASTSource(one.kernel, one.signature, constexprs=one.constants, attrs=one.attributes)
+    return triton.compile(source, target=TARGETS[arch], options=one.options)
+
+
+def _tool(name: str) -> str:
+    return str(pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _read_cubin(cubin: bytes) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True
+        )
+        code = subprocess.run(
+            [_tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True
+        ).stdout
+    numbers = {
+        key: max(map(int, re.findall(rf"\b{key}:(\d+)", usage.stdout)), default=0)
+        for key in ("REG", "STACK", "LOCAL")
+    }
+    return {
+        "registers": numbers["REG"],
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "local": numbers["STACK"] + numbers["LOCAL"],
+        # Asynchronous copies to shared memory are loads too.
+        "wide_loads": len(
+            re.findall(r"\b(?:LDG\.E\S*\.128|LDGSTS\S*\.128|UTMALDG|LDG\.E\S*\.ENL2\.256)", code)
+        ),
+        "wide_stores": len(re.findall(r"\b(?:STG\.E\S*\.128|UTMASTG|STG\.E\S*\.ENL2\.256)", code)),
+        "matrix": len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|UTCMMA|UTC\w*MMA)\b", code)),
+        "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+\S", code)),
+    }
+
+
+def _read_amdgcn(code: str) -> dict[str, int]:
+    def number(key: str) -> int:
+        return max(map(int, re.findall(rf"\.{key}:\s+(\d+)", code)), default=0)
+
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "local": number("private_segment_fixed_size"),
+        "wide_loads": len(re.findall(r"\b(?:global|buffer|flat)_load_(?:dwordx4|b128)", code)),
+        "wide_stores": len(re.findall(r"\b(?:global|buffer|flat)_store_(?:dwordx4|b128)", code)),
+        "matrix": len(re.findall(r"\bv_mfma", code)),
+        "instructions": len(re.findall(r"^\t[a-z]\w+", code, re.MULTILINE)),
+    }
+
+
+def read(case: Case, one: Launch, arch: str) -> Row:
+    """Compile one launch and read its machine code."""
+    compiled = compile_launch(one, arch)
+    numbers = (
+        _read_amdgcn(compiled.asm["amdgcn"]) if arch.startswith("gfx") else _read_cubin(compiled.asm["cubin"])
+    )
+    return Row(
+        case=case.name, kernel=one.kernel.__name__, arch=arch, warps=compiled.metadata.num_warps,
+        shared=compiled.metadata.shared, expects_matrix=case.product, expects_wide=case.wide, **numbers,
+    )  # fmt: skip
+
+
+def faults(row: Row) -> list[str]:
+    """What a row does not keep of the promises made for every kernel."""
+    found = []
+    if row.spills or row.local:
+        found.append(f"{row.spills} spills, {row.local} bytes of local memory")
+    limit = heuristics.KNOWN_ARCHITECTURES[row.arch].shared_memory
+    if row.shared > limit:
+        found.append(f"{row.shared} bytes of shared memory, {limit} there")
+    if row.expects_matrix and not row.matrix:
+        found.append("no matrix instruction")
+    if row.expects_wide and not row.wide_loads:
+        found.append("no 16-byte load")
+    if row.expects_wide and not row.wide_stores and row.kernel in WIDE_STORES:
+        found.append("no 16-byte store")
+    return found
+
+
+# Kernels that write whole rows; the others write one number per row or tile.
+WIDE_STORES = {
+    "contrast_rows_kernel", "contrast_stream_kernel", "contrast_finish_kernel", "linear_contrast_kernel",
+}  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    head = (
+        "case | kernel | arch | warps | registers | spills | local B | shared B | 16 B loads | 16 B stores | "
+        "matrix instr. | instructions | faults"
+    )
+    lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
+    for r in rows:
+        cells = (
+            r.case, r.kernel, r.arch, r.warps, r.registers, r.spills, r.local, r.shared, r.wide_loads, r.wide_stores,
+            r.matrix, r.instructions, "; ".join(faults(r)) or "none",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def report(only: str = "", archs: tuple[str, ...] = tuple(TARGETS), quick: bool = False) -> list[Row]:
+    """Compile the cases whose name contains ``only``; equal launches are compiled once."""
+    rows = []
+    seen = set()
+    for case in cases():
+        if only not in case.name or (quick and not case.quick):
+            continue
+        for arch in archs:
+            for one in launches(case, arch):
+                key = (
+                    one.kernel.__name__,
+                    arch,
+                    str((one.signature, one.constants, one.attributes, one.options)),
+                )
+                if key not in seen:
+                    seen.add(key)
+                    rows.append(read(case, one, arch))
+                    print(f"{arch} {case.name} {one.kernel.__name__}", file=sys.stderr)
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--arch", action="append", choices=list(TARGETS), help="may be repeated; default all")
+    parser.add_argument("--quick", action="store_true", help="the short list of the tests")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--out", action="store_true", help=f"write compile.json and compile.md to {RESULTS.name}/"
+    )
+    options = parser.parse_args()
+    rows = report(options.only, tuple(options.arch or TARGETS), options.quick)
+    text = json.dumps(
+        {
+            "triton": triton.__version__,
+            "torch": torch.__version__,
+            "rows": [dataclasses.asdict(r) for r in rows],
+        },
+        indent=1,
+    )
+    print(text if options.json else table(rows))
+    if options.out:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "compile.json").write_text(text + "\n")
+        (RESULTS / "compile.md").write_text(
+            f"# Kernels as compiled by Triton {triton.__version__}\n\n"
+            "Made by `python -m bench.compile_report --out`; no GPU is needed.\n\n" + table(rows) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Launchers of the fused last layer: logits with all contrast norms, or statistics over the contrasts alone."""
+
+from __future__ import annotations
+
+import torch
+
+from fastgrad.kernels import linear_contrast as kernels
+
+from .. import heuristics
+from . import launch
+
+
+def _check(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    launch.check(features=features, weight=weight)
+    if bias is not None:
+        launch.check(bias=bias)
+    if weight.dtype != features.dtype:
+        raise ValueError(
+            f"weight must have the dtype of features, {features.dtype}, for impl='triton'; it was {weight.dtype}"
+        )
+
+
+def _slice(D: int, parts: int, step: int) -> int:
+    """Features whose squares each of ``parts`` programs adds up: whole steps, so that vector loads stay aligned."""
+    return heuristics.cdiv(heuristics.cdiv(D, max(parts, 1)), step) * step
+
+
+def linear_contrast_sqnorm(
+    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, loss: str, log: bool, mean: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a linear layer and the squared norms of its gradients for every one-hot contrast, in one launch.
+
+    The norms are those of the logits as returned, after rounding to their dtype: the result equals
+    ``contrast_sqnorm(features, logits)`` up to the order of sums.
+
+    Args:
+        features: ``(B, D)``; any strides.
+        weight: ``(N, D)`` of the same dtype; any strides.
+        bias: ``(N,)`` or None; with it the norm includes the bias gradient.
+        loss: One of ``fastgrad.losses.LOSSES``.
+        log: Return logarithms, computed in log space.
+        mean: Whether the loss averages over classes instead of summing.
+
+    Returns:
+        ``(B, N)`` logits in the dtype of ``features`` and ``(B, N)`` float32.
+    """
+    _check(features, weight, bias)
+    (B, D), N = features.shape, weight.shape[0]
+    logits = launch.empty((B, N), features.dtype, features)
+    out = launch.empty((B, N), torch.float32, features)
+    if B == 0 or N == 0:
+        return logits, out
+    config = heuristics.linear_contrast(B, N, D, features.dtype, launch.architecture(features))
+    tiles_m, tiles_n = heuristics.cdiv(B, config.block_m), heuristics.cdiv(N, config.block_n)
+    groups = heuristics.cdiv(tiles_m, config.group_m)
+    stride_xb, align_x = launch.rows_alignment(features)
+    stride_wn, align_w = launch.rows_alignment(weight)
+    align_n = launch.alignment(N)
+    with launch.device_guard(features):
+        work = launch.empty((10, tiles_n + 1, B), torch.float32, features)
+        sync = torch.zeros(1 + 2 * tiles_m, dtype=torch.int32, device=features.device)
+        kernels.linear_contrast_kernel[(groups * config.group_m * (tiles_n + config.chunks),)](
+            features, weight, bias.contiguous() if bias is not None else weight, logits, out, work, sync,
+            B, N // align_n, D, stride_xb, features.stride(1), stride_wn, weight.stride(1),
+            _slice(D, tiles_n, config.block_k),
+            heuristics.cdiv(heuristics.cdiv(N, max(config.chunks, 1)), config.block_f) * config.block_f,
+            LOSS=loss, LOG=log, MEAN=mean, HAS_BIAS=bias is not None,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
+            BLOCK_F=config.block_f, PARTS=config.parts, CHUNKS=config.chunks, NORM_IN_LOOP=config.norm_in_loop,
+            EVEN_K=D % config.block_k == 0, PRECISION=config.precision, UPCAST=launch.upcast(features),
+            ALIGN_X=align_x, ALIGN_W=align_w, ALIGN_N=align_n,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return logits, out
+
+
+def linear_contrast_stats(
+    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, loss: str, mean: bool
+) -> torch.Tensor:
+    """Statistics of the contrast norms of a linear layer whose logits are never written.
+
+    Args:
+        features: ``(B, D)``; any strides.
+        weight: ``(N, D)`` of the same dtype; any strides.
+        bias: ``(N,)`` or None; with it the norm includes the bias gradient.
+        loss: One of ``fastgrad.losses.LOSSES``. Brier takes a second launch that repeats the product.
+        mean: Whether the loss averages over classes instead of summing.
+
+    Returns:
+        ``(B, 5)`` float32: minimum, maximum, mean, expectation under ``softmax(logits)``, predicted class.
+    """
+    _check(features, weight, bias)
+    (B, D), N = features.shape, weight.shape[0]
+    out = launch.empty((B, 5), torch.float32, features)
+    if B == 0:
+        return out
+    config = heuristics.linear_stats(B, N, D, features.dtype, launch.architecture(features))
+    tiles_m, tiles_n = heuristics.cdiv(B, config.block_m), heuristics.cdiv(N, config.block_n)
+    splits = heuristics.cdiv(tiles_n, config.tiles_per_split)
+    stride_xb, align_x = launch.rows_alignment(features)
+    stride_wn, align_w = launch.rows_alignment(weight)
+    passes = (False, True) if loss == "brier" else (False,)
+    with launch.device_guard(features):
+        work = launch.empty((10, splits, B), torch.float32, features)
+        state = launch.empty((9, B if loss == "brier" else 0), torch.float32, features)
+        sync = torch.zeros(len(passes), tiles_m, dtype=torch.int32, device=features.device)
+        for i, extremes in enumerate(passes):
+            kernels.linear_stats_kernel[(tiles_m * splits,)](
+                features, weight, bias.contiguous() if bias is not None else weight, out, work, state, sync[i],
+                B, N, D, stride_xb, features.stride(1), stride_wn, weight.stride(1),
+                splits, config.tiles_per_split, _slice(D, splits, config.block_k),
+                LOSS=loss, MEAN=mean, HAS_BIAS=bias is not None, EXTREMES=extremes,
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, PARTS=config.parts,
+                EVEN_K=D % config.block_k == 0, PRECISION=config.precision, UPCAST=launch.upcast(features),
+                ALIGN_X=align_x, ALIGN_W=align_w, num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+    return out
