@@ -1,0 +1,127 @@
+"""The one form every convolution is brought to before its per-sample squared norms are taken.
+
+The weight gradient of any convolution, transposed or not, of any dimension, is a correlation of two images
+per sample, ``G[o, c, d] = sum_t g[o, t] a[c, stride * t + dilation * d]`` with ``t`` over positions and ``d``
+over the kernel. This module finds those two images: it swaps the roles for a transposed convolution and works
+out how much to pad or crop ``a`` so that it holds exactly the positions that some window reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgrad import checks
+
+Ints = tuple[int, ...]
+
+
+class Problem(NamedTuple):
+    """A correlation of two images per sample.
+
+    Attributes:
+        a: ``(B, G * C, *size)``, not padded yet: padding a chunk while it is in cache is cheaper.
+        g: ``(K, B, G * O, *T)`` with K gradients (contrasts) per sample.
+        kernel: kernel size per axis.
+        stride: stride per axis.
+        dilation: dilation per axis.
+        pads: zeros before and after each axis of ``a`` (negative crops), after which its size is exactly
+            ``(T - 1) * stride + dilation * (kernel - 1) + 1``.
+        groups: G.
+    """
+
+    a: Tensor
+    g: Tensor
+    kernel: Ints
+    stride: Ints
+    dilation: Ints
+    pads: tuple[tuple[int, int], ...]
+    groups: int
+
+    def padded(self) -> Tensor:
+        """``a`` with the zeros written out."""
+        flat = [side for pair in reversed(self.pads) for side in pair]
+        return F.pad(self.a, flat) if any(flat) else self.a
+
+
+def per_axis(name: str, value: int | Sequence[int], axes: int) -> Ints:
+    """Expand an int to one per spatial axis, or check the length of a sequence."""
+    if isinstance(value, int):
+        return (value,) * axes
+    result = tuple(value)
+    if len(result) != axes:
+        raise ValueError(f"{name} must be an int or {axes} ints, one per spatial axis; it was {result}")
+    return result
+
+
+def canonical(
+    a: Tensor,
+    g: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    transposed: bool,
+) -> Problem:
+    """Check the arguments and bring the convolution to canonical form.
+
+    Args:
+        a: input of the layer, ``(B, C_in, *spatial)``.
+        g: gradient at its output, ``(B, C_out, *spatial)`` or ``(K, B, C_out, *spatial)``.
+        kernel_size: per axis or one int for all.
+        stride: likewise.
+        padding: zeros added on both sides of each axis, as in ``torch.nn.Conv2d``.
+        dilation: likewise.
+        groups: number of channel groups.
+        transposed: whether the layer is a transposed convolution.
+
+    Raises:
+        TypeError: if ``a`` or ``g`` is no floating tensor.
+        ValueError: naming the argument whose shape does not fit.
+    """
+    checks.is_float("a", a)
+    checks.is_float("g", g)
+    checks.same_device("g", g, "a", a)
+    axes = a.dim() - 2
+    if axes not in (1, 2, 3):
+        raise ValueError(
+            f"a must be (B, C, *spatial) with 1 to 3 spatial axes; its shape was {tuple(a.shape)}"
+        )
+    if g.dim() == a.dim():
+        g = g.unsqueeze(0)
+    if g.dim() != a.dim() + 1:
+        raise ValueError(
+            f"g must have as many dimensions as a, or one more in front for several gradients per sample; "
+            f"its shape was {tuple(g.shape)} beside {tuple(a.shape)}"
+        )
+    if groups < 1 or a.shape[1] % groups or g.shape[2] % groups:
+        raise ValueError(
+            f"groups must divide the channels of a, {a.shape[1]}, and of g, {g.shape[2]}; it was {groups}"
+        )
+    kernel = per_axis("kernel_size", kernel_size, axes)
+    strides = per_axis("stride", stride, axes)
+    pads = per_axis("padding", padding, axes)
+    dilations = per_axis("dilation", dilation, axes)
+    if transposed:
+        # y = conv_transpose(x): dL/dW[i, o, d] = sum_t x[i, t] gy[o, stride t + d]; the two swap roles.
+        # Several gradients then share no activation, so they join the batch.
+        count, batch = g.shape[0], g.shape[1]
+        x = a.expand(count, *a.shape) if count > 1 else a.unsqueeze(0)
+        a, g = g.reshape(count * batch, *g.shape[2:]), x.reshape(1, count * batch, *a.shape[1:])
+    if g.shape[1] != a.shape[0]:
+        raise ValueError(f"g must have the batch size of a, {a.shape[0]}; its shape was {tuple(g.shape)}")
+    pairs = []
+    for axis in range(axes):
+        size, out = a.shape[2 + axis], g.shape[3 + axis]
+        need = (out - 1) * strides[axis] + dilations[axis] * (kernel[axis] - 1) + 1
+        if need > size + 2 * pads[axis]:
+            raise ValueError(
+                f"{'a' if transposed else 'g'} must fit the convolution: its {out} positions on axis {axis} "
+                f"reach over {need} of {size + 2 * pads[axis]} padded ones"
+            )
+        pairs.append((pads[axis], need - size - pads[axis]))
+    return Problem(a, g, kernel, strides, dilations, tuple(pairs), groups)

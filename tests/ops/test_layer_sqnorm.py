@@ -1,0 +1,196 @@
+"""Per-sample squared weight-gradient norms against float64 autograd, every route."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgrad.ops import conv_cost, conv_routes
+from fastgrad.ops.conv_geometry import canonical
+from fastgrad.ops.layer_sqnorm import conv_sqnorm, linear_sqnorm
+
+CONVS = {
+    False: (F.conv1d, F.conv2d, F.conv3d),
+    True: (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+}
+
+
+def oracle(a, g, weight_shape, *, transposed, **options):
+    """Norms ``(K, B)`` from one float64 weight gradient per sample and gradient."""
+    a, g = a.double(), g.double()
+    conv = CONVS[transposed][a.dim() - 3]
+    norms = torch.empty(g.shape[0], a.shape[0], dtype=torch.float64)
+    for k, b in itertools.product(range(g.shape[0]), range(a.shape[0])):
+        weight = torch.zeros(weight_shape, dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(conv(a[b : b + 1], weight, **options), weight, g[k, b : b + 1])
+        norms[k, b] = gradient.square().sum()
+    return norms
+
+
+@st.composite
+def problems(draw):
+    axes = draw(st.integers(1, 3))
+    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(axes))  # noqa: E731
+    groups = draw(st.integers(1, 3))
+    depthwise = draw(st.booleans())
+    inputs = groups * (1 if depthwise else draw(st.integers(1, 3)))
+    outputs = groups * draw(st.integers(1, 3))
+    kernel, stride, dilation = each(1, 3), each(1, 3), each(1, 2)
+    padding = tuple(draw(st.integers(0, d * (k - 1))) for k, d in zip(kernel, dilation, strict=True))
+    size = tuple(d * (k - 1) + 1 + draw(st.integers(0, 4)) for k, d in zip(kernel, dilation, strict=True))
+    transposed = draw(st.booleans())
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    if transposed:
+        options["output_padding"] = tuple(
+            draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
+        )
+    weight = (inputs, outputs // groups, *kernel) if transposed else (outputs, inputs // groups, *kernel)
+    return {
+        "a": (draw(st.integers(1, 3)), inputs, *size),
+        "weight": weight,
+        "transposed": transposed,
+        "options": options,
+        "count": draw(st.integers(1, 2)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def make(case, dtype):
+    torch.manual_seed(case["seed"])
+    a = torch.randn(case["a"], dtype=torch.float64)
+    weight = torch.randn(case["weight"], dtype=torch.float64)
+    output = CONVS[case["transposed"]][a.dim() - 3](a, weight, **case["options"])
+    g = torch.randn(case["count"], *output.shape, dtype=torch.float64)
+    return a.to(dtype), g.to(dtype)
+
+
+@given(problems())
+@settings(deadline=None, max_examples=60)
+def test_every_route_equals_autograd(case):
+    # The sum of n products of unit normals cancels by at most the guard's factor 100 (float32 Gram routes),
+    # so 100 roundings, a few units each; float64 is not guarded, 1e-10 leaves six digits for cancellation.
+    for dtype, budget in ((torch.float32, 100 * 8 * 2**-24), (torch.float64, 1e-10)):
+        a, g = make(case, dtype)
+        options = {k: v for k, v in case["options"].items() if k != "output_padding"}
+        expected = oracle(a, g, case["weight"], transposed=case["transposed"], **case["options"])
+        kernel = case["weight"][2:]
+        p = canonical(a, g, kernel, transposed=case["transposed"], **options)
+        for route in (None, *conv_routes.ROUTES):
+            if route is not None and conv_routes.applicable(route, p) is not None:
+                continue
+            result = conv_sqnorm(a, g, kernel, transposed=case["transposed"], route=route, **options)
+            assert result.dtype == dtype
+            assert result.shape == expected.shape
+            named = lambda m, r=route: f"{r}: {m}"  # noqa: E731
+            torch.testing.assert_close(result.double(), expected, rtol=budget, atol=0, msg=named)
+            one = conv_sqnorm(a, g[0], kernel, transposed=case["transposed"], route=route, **options)
+            assert one.shape == (a.shape[0],)
+
+
+@pytest.mark.parametrize("route", conv_routes.ROUTES[:3] + tuple(conv_routes.GRAM))
+@pytest.mark.parametrize("kind", ["constant input", "opposed gradients", "zero"])
+def test_cancellation(route, kind):
+    """Gradients that nearly vanish (1e4 times smaller than their terms, squared) keep their digits."""
+    torch.manual_seed(3)
+    a, g = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 8, 8)
+    if kind == "constant input":
+        a = 1 + 1e-2 * a
+        g = g - g.mean((2, 3), keepdim=True)
+    elif kind == "opposed gradients":
+        g[:, :, 4:] = -g[:, :, :4]
+        a[:, :, 4:] = a[:, :, :4] * (1 + 1e-2 * torch.rand(3, 4, 4, 8))
+    else:
+        g.zero_()
+    expected = oracle(a, g[None], (5, 4, 1, 1), transposed=False)[0]
+    result = conv_sqnorm(a, g, 1, route=route)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("route", conv_routes.GRAM)
+def test_only_cancelling_samples_leave_the_gram_route(route, monkeypatch):
+    torch.manual_seed(4)
+    a, g = torch.randn(4, 3, 6, 6), torch.randn(4, 5, 6, 6)
+    a[2] = 1
+    g[2] -= g[2].mean((1, 2), keepdim=True) * (1 - 1e-3)
+    seen = []
+    monkeypatch.setitem(
+        conv_routes.DIRECT, "patch", lambda p: seen.append(p.a.shape[0]) or conv_routes.patch(p)
+    )
+    monkeypatch.setattr(conv_cost, "choose_direct", lambda shape: "patch")
+    result = conv_sqnorm(a, g, 1, route=route)
+    assert seen == [1]
+    expected = oracle(a, g[None], (5, 3, 1, 1), transposed=False)[0]
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_accumulates_in_float32(dtype):
+    torch.manual_seed(5)
+    a, g = torch.randn(2, 8, 9, 9).to(dtype), torch.randn(2, 6, 9, 9).to(dtype)
+    expected = oracle(a, g[None], (6, 8, 3, 3), transposed=False, padding=1)[0]
+    for route in (None, "patch", "rows", "grouped", "patch_gram", "box_gram"):
+        result = conv_sqnorm(a, g, 3, padding=1, route=route)
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("t", [1, 5, 40])
+def test_linear_with_positions(t):
+    torch.manual_seed(t)
+    a, g = torch.randn(3, t, 7), torch.randn(2, 3, t, 9)
+    expected = torch.einsum("kbto,btc->kboc", g.double(), a.double()).square().sum((2, 3))
+    for route in (None, "patch", "rows", "grouped", "patch_gram"):
+        torch.testing.assert_close(linear_sqnorm(a, g, route=route).double(), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            linear_sqnorm(a, g[1], route=route).double(), expected[1], rtol=1e-5, atol=0
+        )
+
+
+def test_chunks_and_layout_do_not_matter(monkeypatch):
+    torch.manual_seed(6)
+    a, g = torch.randn(5, 8, 6, 6), torch.randn(2, 5, 8, 6, 6)
+    whole = conv_sqnorm(a, g, 3, padding=1, route="patch")
+    strided = g.transpose(1, 2).contiguous().transpose(1, 2)
+    last = conv_sqnorm(a.to(memory_format=torch.channels_last), strided, 3, padding=1)
+    monkeypatch.setattr(conv_cost, "CHUNK_BYTES", 1)
+    for route in conv_routes.ROUTES:
+        if route != "taps":
+            torch.testing.assert_close(conv_sqnorm(a, g, 3, padding=1, route=route), whole, rtol=1e-5, atol=0)
+    torch.testing.assert_close(last, whole, rtol=1e-5, atol=0)
+
+
+def test_empty_batch():
+    assert conv_sqnorm(torch.randn(0, 3, 5, 5), torch.randn(0, 4, 5, 5), 3, padding=1).shape == (0,)
+    assert linear_sqnorm(torch.randn(0, 5, 3), torch.randn(2, 0, 5, 4)).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"g": torch.zeros(2, 4, 9, 9)}, "g must fit"),
+        ({"g": torch.zeros(3, 4, 6, 6)}, "g must have the batch"),
+        ({"g": torch.zeros(4, 6)}, "g must have as many"),
+        ({"a": torch.zeros(2, 3)}, "a must be"),
+        ({"a": torch.zeros(2, 3, 6, 6, dtype=torch.int64)}, "a must have a floating"),
+        ({"groups": 2}, "groups must divide"),
+        ({"stride": (1, 2, 3)}, "stride must be"),
+        ({"route": "fast"}, "route must be one of"),
+        ({"route": "taps"}, "route must suit"),
+        ({"route": "rows", "stride": 2, "g": torch.zeros(2, 4, 3, 3)}, "route must suit"),
+    ],
+)
+def test_bad_arguments(change, word):
+    arguments = {
+        "a": torch.zeros(2, 3, 6, 6),
+        "g": torch.zeros(2, 4, 6, 6),
+        "kernel_size": 3,
+        "padding": 1,
+        **change,
+    }
+    with pytest.raises((ValueError, TypeError), match=word):
+        conv_sqnorm(**arguments)
