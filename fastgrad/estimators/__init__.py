@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .classifier import IntrospectiveClassifier
 from .detector import UncertaintyDetector
 
-__all__ = ["UncertaintyDetector"]
+__all__ = ["IntrospectiveClassifier", "UncertaintyDetector"]

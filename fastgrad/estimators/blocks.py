@@ -4,6 +4,7 @@
 |-------------|-----------------------------------------|----------------------------------------------------|
 | `gradients` | `(B, P)`, `(B, S, P)`                   | squared norms, one per parameter set (and signal)  |
 | `contrasts` | `(B, N)`, `(B, N, P)`, `(B, S, N, P)`   | squared norms, one per contrast class (and set)    |
+| `ranked`    | `(B, K, P)`                             | contrasts of the K highest logits, in their order  |
 | `logits`    | `(B, N)`                                | the network's logits                               |
 | `features`  | `(B, D)`                                | what enters the last layer                         |
 """
@@ -14,17 +15,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy.sparse import issparse
+from torch import Tensor
 
 Array = NDArray[np.float64]
 
 BLOCKS: dict[str, tuple[tuple[int, ...], str]] = {
     "gradients": ((2, 3), "(B, P) or (B, S, P)"),
     "contrasts": ((2, 3, 4), "(B, N), (B, N, P) or (B, S, N, P)"),
+    "ranked": ((3,), "(B, K, P)"),
     "logits": ((2,), "(B, N)"),
     "features": ((2,), "(B, D)"),
 }
-SQUARED_NORMS = ("gradients", "contrasts")
+SQUARED_NORMS = ("gradients", "contrasts", "ranked")
 
 
 def to_array(name: str, value: Any) -> Array:
@@ -34,13 +39,8 @@ def to_array(name: str, value: Any) -> Array:
         TypeError: It is sparse, complex or not numeric.
         ValueError: It holds NaN or infinity.
     """
-    import torch
-    from scipy.sparse import issparse
-
     if issparse(value):
-        raise TypeError(
-            f"{name} must be a dense array; it was a sparse {type(value).__name__}: use .toarray()"
-        )
+        raise TypeError(f"{name} must be dense; it was a sparse {type(value).__name__}: use .toarray()")
     if isinstance(value, torch.Tensor):
         value = value.detach().to("cpu", torch.float64).numpy()
     array = np.asarray(value)
@@ -55,9 +55,14 @@ def to_array(name: str, value: Any) -> Array:
         rows = np.unique(np.argwhere(~finite)[:, 0]) if array.ndim else np.zeros(1, dtype=np.int64)
         kind = "NaN" if np.isnan(array).any() else "infinity"
         raise ValueError(
-            f"{name} must be finite; it contains {kind} (NaN or inf) in {len(rows)} row(s), the first is row {rows[0]}"
+            f"{name} must be finite; it contains {kind} (NaN or inf) in {len(rows)} rows, as in row {rows[0]}"
         )
     return array
+
+
+def as_tensor(array: Array) -> Tensor:
+    """``array`` as a tensor, copied only where it is read-only memory."""
+    return torch.as_tensor(array if array.flags.writeable else array.copy())
 
 
 def check_blocks(X: Mapping[str, Any], *, log: bool) -> dict[str, Array]:
@@ -88,7 +93,7 @@ def check_blocks(X: Mapping[str, Any], *, log: bool) -> dict[str, Array]:
         classes, contrasts = arrays["logits"].shape[1], contrast_axis(arrays["contrasts"])
         if arrays["contrasts"].shape[contrasts] != classes:
             raise ValueError(
-                f"X['contrasts'] must have one entry per class on axis {contrasts}, {classes} as in X['logits']; "
+                f"X['contrasts'] must have one entry per class on axis {contrasts}, {classes} like X['logits']; "
                 f"it was {arrays['contrasts'].shape}"
             )
     return arrays
@@ -113,7 +118,7 @@ def are_contrasts(array: Array) -> bool:
     """Whether axis 1 of ``array`` ``(B, N)`` or ``(B, N, P)`` runs over contrast classes.
 
     The smallest squared norm of a sample belongs to the class that the network predicts, so over a data set
-    of several classes its place moves. Over parameter sets or signals, each with a scale of its own, it stays.
+    of several classes its place moves. Over parameter sets or signals, each with its own scale, it stays.
     The rule: the place's entropy is more than half of the largest possible one.
     """
     if array.shape[1] < 2:

@@ -1,13 +1,14 @@
 """Conformal p-values: what a score means, measured on clean data that took no part in fitting it.
 
 A score s has the p-value "share of clean calibration samples that score at least s". If the calibration
-samples and a new clean sample are exchangeable, that p-value is at most a with probability at most a, whatever
-the score (Vovk, Gammerman and Shafer, 2005). All p-values are kept as logarithms.
+samples and a new clean sample are exchangeable, that p-value is at most a with probability at most a,
+whatever the score (Vovk, Gammerman and Shafer, 2005). All p-values are kept as logarithms.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ class UpperTail(Fitted):
     """Natural logarithm of the conformal p-value of a score, large scores being unusual.
 
     Between calibration scores the p-value is interpolated, never below the conformal one, so that it stays
-    strictly monotone. Beyond the highest scores, a share ``tail`` of them, an exponential takes over: it keeps
-    the order of extreme values, which counting cannot.
+    strictly monotone. Beyond the highest scores, a share ``tail`` of them, an exponential takes over: it
+    keeps the order of extreme values, which counting cannot.
     """
 
     scores: Tensor
@@ -31,7 +32,7 @@ class UpperTail(Fitted):
 
     @classmethod
     def fit(cls, scores: Tensor, tail: float = 0.05) -> UpperTail:
-        """From calibration ``scores`` ``(n,)``; ``tail`` in (0, 1) is the share beyond which the exponential holds."""
+        """From calibration ``scores`` ``(n,)``; beyond the share ``tail`` in (0, 1) the exponential holds."""
         ordered = torch.sort(scores.double()).values
         n = len(ordered)
         # Score i of n (from 0) has n - i scores at or above it; one more for the sample in question.
@@ -101,14 +102,15 @@ class TwoSided(Fitted):
         return (smaller + math.log(2.0)).clamp(max=0.0)
 
 
-def fisher(log_p: Tensor, cap: float) -> Tensor:
-    """Sum over scores of -log p, each at most ``cap``: ``(B, K)`` to ``(B,)`` (Fisher's method)."""
-    return (-log_p).clamp(max=cap).sum(-1)
+def fisher(log_p: Tensor, cap: float, weights: Sequence[float]) -> Tensor:
+    """Weighted sum of -log p, each at most ``cap``: ``(B, K)`` to ``(B,)`` (Fisher's method)."""
+    return ((-log_p).clamp(max=cap) * log_p.new_tensor(weights)).sum(-1)
 
 
-def harmonic(log_p: Tensor, cap: float) -> Tensor:
-    """Minus the log of the harmonic mean of K p-values, each at least exp(-``cap``): ``(B, K)`` to ``(B,)``."""
-    return torch.logsumexp((-log_p).clamp(max=cap), -1) - math.log(log_p.shape[-1])
+def harmonic(log_p: Tensor, cap: float, weights: Sequence[float]) -> Tensor:
+    """Minus the log of the p-values' weighted harmonic mean, each at least exp(-``cap``)."""
+    log_shares = torch.log(log_p.new_tensor(weights) / sum(weights))
+    return torch.logsumexp((-log_p).clamp(max=cap) + log_shares, -1)
 
 
 COMBINATIONS = {"fisher": fisher, "harmonic": harmonic}

@@ -15,13 +15,12 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .. import checks
-from .blocks import are_contrasts, check_blocks, check_squared, to_array
-from .conformal import COMBINATIONS, OneSided, TwoSided
+from .blocks import are_contrasts, as_tensor, check_blocks, check_squared, to_array
+from .conformal import COMBINATIONS, OneSided
 from .fitted import Sequence
-from .oneclass import Energy, GaussianMixture, Mahalanobis, NearestNeighbours
-from .preprocessing import Rows
+from .parts import joint_rows, one_class_scores
 from .scoring import DetectorModule, Score
-from .supervised import fit_perceptron
+from .supervised import fit_perceptrons
 
 Array = NDArray[np.float64]
 Blocks = Mapping[str, ArrayLike]
@@ -31,13 +30,14 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
     """Scores how far each sample lies from clean data; higher is less reliable.
 
     Without labels, which is the usual case, one-class scores (Gaussian mixtures on the log norms; energy,
-    nearest neighbours and Mahalanobis distance where logits and features are given) become conformal p-values,
-    two-sided where a score can be too good to be true, and are combined. With labels a classifier H joins
-    them; the one-class scores stand guard beside it, so that a challenge unlike those it was trained on is not
-    scored as safe.
+    nearest neighbours and Mahalanobis distance where logits and features are given) become conformal
+    p-values, two-sided where a score can be too good to be true, and are combined. With labels a classifier H
+    joins them; the one-class scores stand guard beside it, so that a challenge unlike those it was trained on
+    is not scored as safe.
 
-    The score is ``-log(p)``, p being the probability that a clean sample looks at least so unusual, calibrated
-    on clean data that nothing else was fitted on. So ``threshold(a) == -log(a)`` flags a share a of clean data.
+    The score is ``-log(p)``, p being the probability that a clean sample looks at least so unusual,
+    calibrated on clean data that nothing else was fitted on: ``threshold(a)``, which is -log(a), flags a share a of clean
+    data.
 
     Feature matrices are arrays or mappings of named blocks (see `fastgrad.estimators.blocks`): a mapping says
     what is what; for a plain array the ``contrasts`` parameter does.
@@ -49,6 +49,9 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         log: True when X holds squared norms, False when it already holds their logarithms.
         supervised: H's shape: ``"network"`` (two layers) or ``"logistic"``.
         hidden: Width of the network's hidden layer.
+        members: Networks whose scores H averages.
+        label_weight: H's weight beside a one-class score's 1; ``"auto"`` trusts it the more, the more kinds
+            of challenge it has seen.
         guard: Whether the one-class scores stand beside H.
         combine: ``"fisher"`` or ``"harmonic"``.
         cap: Largest -log p that one score may contribute.
@@ -73,11 +76,13 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         log: bool = True,
         supervised: str = "network",
         hidden: int = 64,
+        members: int = 3,
+        label_weight: float | str = "auto",
         guard: bool = True,
         combine: str = "fisher",
         cap: float = 20.0,
         components: int = 8,
-        dimensions: int = 64,
+        dimensions: int = 24,
         neighbours: int = 10,
         calibration_fraction: float = 0.4,
         false_alarm_rate: float = 0.05,
@@ -87,6 +92,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         self.log = log
         self.supervised = supervised
         self.hidden = hidden
+        self.members = members
+        self.label_weight = label_weight
         self.guard = guard
         self.combine = combine
         self.cap = cap
@@ -97,13 +104,23 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         self.false_alarm_rate = false_alarm_rate
         self.random_state = random_state
 
-    def fit(self, X: ArrayLike | Blocks, y: ArrayLike | None = None) -> UncertaintyDetector:
+    def fit(
+        self,
+        X: ArrayLike | Blocks,
+        y: ArrayLike | None = None,
+        *,
+        kinds: ArrayLike | None = None,
+        held_out: ArrayLike | None = None,
+    ) -> UncertaintyDetector:
         """Fit on features of clean samples, or of clean and challenging ones.
 
         Args:
-            X: Feature matrix ``(B, N)``, ``(B, P)``, ``(B, S, P)``, ``(B, N, P)``, or named blocks. Use samples
-                that the network was not trained on where you can: it is more certain of its training data.
+            X: Feature matrix ``(B, N)``, ``(B, P)``, ``(B, S, P)``, ``(B, N, P)``, or named blocks. Prefer
+                samples that the network was not trained on: it is more certain of its training data.
             y: ``(B,)``, 0 for in-distribution, 1 for challenging; None when all are in-distribution.
+            kinds: ``(B,)``, names or numbers that tell kinds of challenge apart; clean samples' are not read.
+                H learns more from ten kinds than from one label, and is trusted more.
+            held_out: ``(B,)`` of bool, the in-distribution samples to calibrate on; random when None.
 
         Returns:
             The detector itself.
@@ -115,34 +132,48 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         blocks = self._blocks(X, reset=True)
         count = len(next(iter(blocks.values())))
         challenging = self._labels(y, count)
-        clean = np.flatnonzero(~challenging)
-        if len(clean) < 4:
-            raise ValueError(
-                f"X must have at least 4 in-distribution samples; it had {len(clean)} (n_samples = {count})"
-            )
+        codes = self._kinds(kinds, challenging)
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
-        order = random.permutation(clean)
-        held_out = min(max(2, round(self.calibration_fraction * len(clean))), len(clean) - 2)
-        final, maps, fitting = np.split(order, [held_out // 2, held_out])
+        fitting, maps, final = self._split(challenging, held_out, random)
         chosen = {name: array[fitting] for name, array in blocks.items()}
         calibration = _tensors({name: array[maps] for name, array in blocks.items()})
 
         scores: dict[str, Score] = {}
+        weights: dict[str, float] = {}
         with torch.no_grad():
-            guarded = self.guard or not challenging.any()
-            for name, (rows, score, meaning) in (self._one_class(chosen, seed) if guarded else {}).items():
-                scores[name] = Score(rows=rows, score=score, meaning=meaning.fit(score(rows(calibration))))
+            if self.guard or not challenging.any():
+                for name, rows, score, meaning in one_class_scores(
+                    chosen,
+                    log=self.log,
+                    components=self.components,
+                    dimensions=self.dimensions,
+                    neighbours=self.neighbours,
+                    seed=seed,
+                ):
+                    scores[name] = Score(
+                        rows=rows, score=score, meaning=meaning.fit(score(rows(calibration)))
+                    )
+                    weights[name] = 1.0
             if challenging.any():
-                rows = self._labelled_rows(chosen)
+                joint = joint_rows(chosen, log=self.log)
                 picked = np.concatenate([fitting, np.flatnonzero(challenging)])
-                training = rows(_tensors({name: array[picked] for name, array in blocks.items()})).numpy()
-                hidden = self.hidden if self.supervised == "network" else None
-                score = fit_perceptron(training, challenging[picked], hidden=hidden, seed=seed)
-                scores["labels"] = Score(
-                    rows=rows, score=score, meaning=OneSided.fit(score(rows(calibration)))
+                training = joint(_tensors({name: array[picked] for name, array in blocks.items()})).numpy()
+                h = fit_perceptrons(
+                    training,
+                    codes[picked],
+                    hidden=self.hidden if self.supervised == "network" else None,
+                    members=self.members,
+                    seed=seed,
                 )
-            module = DetectorModule(scores=Sequence(**scores), combine=self.combine, cap=float(self.cap))
+                scores["labels"] = Score(rows=joint, score=h, meaning=OneSided.fit(h(joint(calibration))))
+                weights["labels"] = self._label_weight(codes)
+            module = DetectorModule(
+                scores=Sequence(**scores),
+                weights=list(weights.values()),
+                combine=self.combine,
+                cap=float(self.cap),
+            )
             combined = module.combined(_tensors({name: array[final] for name, array in blocks.items()}))
             # Beyond the ten highest scores (or 5 %) the tail is extrapolated; below, the rate is counted.
             module.add_module("final", OneSided.fit(combined, min(0.05, 10 / len(combined))))
@@ -164,7 +195,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         return np.stack([p, 1 - p], 1)
 
     def predict(self, X: ArrayLike | Blocks) -> NDArray[Any]:
-        """``(B,)``: the label of "unreliable" where a sample exceeds the threshold, else that of "reliable"."""
+        """``(B,)``: the label of "unreliable" above the threshold, else that of "reliable"."""
         flagged = self.decision_function(X) > self.threshold()
         result: NDArray[Any] = self.classes_[flagged.astype(np.intp)]
         return result
@@ -217,7 +248,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         checks.is_bool("guard", self.guard)
         checks.one_of("supervised", self.supervised, ("network", "logistic"))
         checks.one_of("combine", self.combine, COMBINATIONS)
-        for name in ("hidden", "components", "dimensions", "neighbours"):
+        for name in ("hidden", "members", "components", "dimensions", "neighbours"):
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1; it was {value!r}")
@@ -225,6 +256,9 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"cap must be greater than 0; it was {self.cap!r}")
         if not 0 < float(self.calibration_fraction) < 1:
             raise ValueError(f"calibration_fraction must lie in (0, 1); it was {self.calibration_fraction!r}")
+        weight = self.label_weight
+        if weight != "auto" and (isinstance(weight, str) or not 0 < float(weight) < math.inf):
+            raise ValueError(f"label_weight must be 'auto' or a number greater than 0; it was {weight!r}")
         check_rate(self.false_alarm_rate)
 
     def _blocks(self, X: ArrayLike | Blocks, *, reset: bool) -> dict[str, Array]:
@@ -274,7 +308,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         classes = np.unique(values)
         if classes.tolist() == [-1, 1]:
             raise ValueError(
-                "y must be 0 (in-distribution) and 1 (challenging); it was scikit-learn's -1 and 1"
+                "y must be 0 (in-distribution) or 1 (challenging); it was scikit-learn's -1 and 1"
             )
         if len(classes) == 1 and bool(classes[0] == 0):
             return np.zeros(count, dtype=bool)
@@ -287,37 +321,55 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         result: NDArray[np.bool_] = values == classes[1]
         return result
 
-    def _one_class(self, blocks: Mapping[str, Array], seed: int) -> dict[str, tuple[Any, Any, Any]]:
-        """Name to (rows, fitted score, kind of meaning) for every one-class score that the blocks allow."""
-        parts: dict[str, tuple[Any, Any, Any]] = {}
-        count = len(next(iter(blocks.values())))
-        for name in ("gradients", "contrasts"):
-            if name in blocks:
-                dimensions = min(self.dimensions, max(1, count // 10))
-                rows = Rows.fit(blocks, name, rank=name == "contrasts", log=self.log, dimensions=dimensions)
-                values = rows(_tensors(blocks)).numpy()
-                components = max(1, min(self.components, count // (5 * values.shape[1])))
-                mixture = GaussianMixture.fit(values, components, 1e-2, seed)
-                parts[f"{name}_mixture"] = (rows, mixture, TwoSided)
-        if "logits" in blocks:
-            rows = Rows.fit(blocks, "logits", standardise=False)
-            parts["energy"] = (rows, Energy(), TwoSided)
-        if "features" in blocks:
-            rows = Rows.fit(blocks, "features")
-            values = rows(_tensors(blocks)).numpy()
-            parts["features_mahalanobis"] = (rows, Mahalanobis.fit(values), TwoSided)
-            unit = Rows.fit(blocks, "features", unit=True, standardise=False)
-            bank = unit(_tensors(blocks)).numpy()
-            parts["features_neighbours"] = (unit, NearestNeighbours.fit(bank, self.neighbours), OneSided)
-        return parts
+    def _kinds(self, kinds: ArrayLike | None, challenging: NDArray[np.bool_]) -> NDArray[np.intp]:
+        """0 for clean samples, 1 and up for kinds of challenge."""
+        if kinds is None:
+            return challenging.astype(np.intp)
+        values = np.asarray(kinds)
+        if values.shape != challenging.shape:
+            raise ValueError(f"kinds must have shape {challenging.shape}, like y; it was {values.shape}")
+        codes = np.zeros(len(values), dtype=np.intp)
+        codes[challenging] = 1 + np.unique(values[challenging], return_inverse=True)[1]
+        return codes
 
-    def _labelled_rows(self, blocks: Mapping[str, Array]) -> Rows:
-        """The rows that H sees: the richest gradient block, or else the features or logits."""
-        for name in ("contrasts", "gradients", "features", "logits"):
-            if name in blocks:
-                squared = name in ("contrasts", "gradients")
-                return Rows.fit(blocks, name, rank=name == "contrasts", log=squared and self.log)
-        raise AssertionError("blocks were checked to be non-empty")
+    def _label_weight(self, codes: NDArray[np.intp]) -> float:
+        """The weight of H beside a one-class score.
+
+        H generalises from many kinds of challenge to others; from a single kind it does not, and calls what
+        it has not seen safe. Its weight therefore grows with the kinds.
+        """
+        if self.label_weight != "auto":
+            return float(self.label_weight)
+        kinds = len(np.unique(codes)) - 1
+        return min(3.0, 0.3 * kinds)
+
+    def _split(
+        self, challenging: NDArray[np.bool_], held_out: ArrayLike | None, random: np.random.RandomState
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+        """Clean samples to fit the scores, to calibrate each score, and to calibrate their combination."""
+        order = random.permutation(np.flatnonzero(~challenging))
+        if len(order) < 4:
+            raise ValueError(
+                f"X must have at least 4 in-distribution samples; it had {len(order)} "
+                f"(n_samples = {len(challenging)})"
+            )
+        if held_out is None:
+            share = min(max(2, round(self.calibration_fraction * len(order))), len(order) - 2)
+            kept, fitting = np.split(order, [share])
+        else:
+            mask = np.asarray(held_out)
+            if mask.shape != challenging.shape or mask.dtype != bool:
+                raise ValueError(
+                    f"held_out must be a Boolean array of shape {challenging.shape}; it was {mask.dtype}, {mask.shape}"
+                )
+            kept, fitting = order[mask[order]], order[~mask[order]]
+            if len(kept) < 2 or len(fitting) < 2:
+                raise ValueError(
+                    "held_out must leave at least 2 in-distribution samples on each side; it left "
+                    f"{len(kept)} held out and {len(fitting)} to fit on"
+                )
+        half = len(kept) // 2
+        return fitting, kept[:half], kept[half:]
 
 
 def check_rate(rate: float) -> float:
@@ -328,7 +380,7 @@ def check_rate(rate: float) -> float:
 
 
 def _tensors(blocks: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-    return {name: torch.as_tensor(array) for name, array in blocks.items()}
+    return {name: as_tensor(array) for name, array in blocks.items()}
 
 
 def _chunks(blocks: Mapping[str, Array], rows: int = 4096) -> list[dict[str, Array]]:

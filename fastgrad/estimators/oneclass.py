@@ -1,4 +1,4 @@
-"""One-class scores: how far a sample lies from clean data. Higher is less usual; each is a traceable module."""
+"""One-class scores: how far a sample lies from clean data, higher is less usual, as traceable modules."""
 
 from __future__ import annotations
 

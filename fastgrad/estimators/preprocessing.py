@@ -19,7 +19,7 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def order_by_rank(contrasts: Tensor, logits: Tensor) -> Tensor:
-    """Contrasts with the class axis in the order of falling logits, so that no feature depends on class names.
+    """Contrasts with the classes in the order of falling logits, so that no feature depends on class names.
 
     Args:
         contrasts: ``(B, N)``, ``(B, N, P)`` or ``(B, S, N, P)``.
@@ -40,8 +40,9 @@ class Rows(Fitted):
     """Rows ``(B, d)`` for a score, from the named blocks.
 
     Options: ``block``, the block's name; ``rank``, whether to order its class axis by logit rank; ``log``,
-    whether to take logarithms; ``unit``, whether to scale each row to unit length.
-    Buffers: ``mean`` and ``scale`` ``(d,)`` of the clean rows after the logarithm, and ``projection`` ``(d, e)``.
+    whether to take logarithms; ``unit``, whether to scale each row to unit length; ``top``, how many of the
+    largest entries to keep, in falling order (0 for all, as they come).
+    Buffers: ``mean`` and ``scale`` ``(d,)`` of the clean rows after the logarithm, ``projection`` ``(d, e)``.
     """
 
     mean: Tensor
@@ -57,28 +58,24 @@ class Rows(Fitted):
         rank: bool = False,
         log: bool = False,
         unit: bool = False,
+        top: int = 0,
         standardise: bool = True,
         dimensions: int | None = None,
     ) -> Rows:
         """From clean ``blocks``; ``dimensions`` keeps that many whitened principal components."""
         by_logits = "logits" in blocks
-        rows = cls(block=block, rank=rank, log=log, unit=unit, by_logits=by_logits)
+        options = {"block": block, "rank": rank, "log": log, "unit": unit, "top": top, "by_logits": by_logits}
+        rows = cls(**options)
         flat = rows.flat({name: torch.as_tensor(array) for name, array in blocks.items()})
-        mean, scale = (
-            torch.zeros(flat.shape[1], dtype=torch.float64),
-            torch.ones(flat.shape[1], dtype=torch.float64),
-        )
+        mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
         if standardise:
             mean, spread = flat.mean(0), flat.std(0, correction=0)
             # A constant column says nothing while it stays constant; any change then counts in its own unit.
             scale = torch.where(spread > 1e-12 * (1 + mean.abs()), spread, torch.ones_like(spread))
         parts = {"mean": mean, "scale": scale}
         if dimensions is not None and dimensions < flat.shape[1]:
-            _, values, vectors = torch.linalg.svd((flat - mean) / scale, full_matrices=False)
-            spread = (values / max(1, len(flat) - 1) ** 0.5)[:dimensions]
-            keep = spread > 1e-6 * spread[0]
-            parts["projection"] = vectors[:dimensions][keep].T / spread[keep]
-        return cls(block=block, rank=rank, log=log, unit=unit, by_logits=by_logits, **parts)
+            parts["projection"] = whitening((flat - mean) / scale, dimensions)
+        return cls(**options, **parts)
 
     def flat(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """The block before standardisation, ``(B, d)``."""
@@ -98,6 +95,8 @@ class Rows(Fitted):
         values = values.flatten(1)
         if self.options["log"]:
             values = values.clamp(min=SMALLEST).log()
+        if self.options["top"]:
+            values = torch.topk(values, min(self.options["top"], values.shape[-1]), dim=-1).values
         if self.options["unit"]:
             values = values / values.norm(dim=-1, keepdim=True).clamp(min=SMALLEST)
         return values
@@ -106,3 +105,16 @@ class Rows(Fitted):
         """Rows ``(B, d)`` or ``(B, e)``, float64."""
         rows = (self.flat(blocks) - self.mean) / self.scale
         return rows @ self.projection if "projection" in self._buffers else rows
+
+
+def whitening(rows: Tensor, dimensions: int) -> Tensor:
+    """Projection ``(d, e)`` of standardised ``rows`` on their principal components, each of unit variance."""
+    from sklearn.decomposition import PCA
+
+    components = min(dimensions, *rows.shape)
+    pca = PCA(components, svd_solver="auto", random_state=0).fit(rows.numpy())
+    spread = np.sqrt(pca.explained_variance_)
+    keep = spread > 1e-6 * max(float(spread[0]), 1e-300)
+    if not keep.any():
+        return torch.zeros(rows.shape[1], 1, dtype=torch.float64)
+    return torch.as_tensor(np.ascontiguousarray((pca.components_[keep] / spread[keep, None]).T))

@@ -43,7 +43,7 @@ class DetectorModule(Fitted):
     def combined(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """The combined statistic ``(B,)`` before its own calibration."""
         log_p = torch.stack([score(blocks) for score in self.scores], -1)
-        return COMBINATIONS[self.options["combine"]](log_p, self.options["cap"])
+        return COMBINATIONS[self.options["combine"]](log_p, self.options["cap"], self.options["weights"])
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Unreliability ``(B,)``, at least 0."""
