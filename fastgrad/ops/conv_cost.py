@@ -34,7 +34,7 @@ class Shape:
         stride: Stride per axis.
         itemsize: Bytes per element of the dtype computed in (4 or 8).
         guarded: Whether a Gram route may look at values; if not it computes in float64.
-        chunked: Whether the batch may be cut into chunks.
+        budget: Bytes of one chunk's intermediates; None if the batch cannot be cut, being symbolic.
     """
 
     batch: int
@@ -48,7 +48,7 @@ class Shape:
     stride: tuple[int, ...]
     itemsize: int = 4
     guarded: bool = True
-    chunked: bool = True
+    budget: int | None = CHUNK_BYTES
 
 
 class Machine(NamedTuple):
@@ -108,9 +108,9 @@ def _form(s: Shape) -> int:
 
 def chunk_size(route: str, s: Shape) -> int:
     """Samples at a time."""
-    if not s.chunked:
+    if s.budget is None:
         return s.batch
-    return max(1, min(s.batch, CHUNK_BYTES // chunk_bytes(route, s)))
+    return max(1, min(s.batch, s.budget // chunk_bytes(route, s)))
 
 
 def candidates(s: Shape) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ def candidates(s: Shape) -> tuple[str, ...]:
             found.append("rows")
     if s.inputs == 1:
         found.append("taps")
-    if s.itemsize == 4 and s.chunked:
+    if s.itemsize == 4 and s.budget is not None:
         # oneDNN has no float64 convolution, and one per sample cannot be traced for an unknown batch.
         found.append("grouped")
     return tuple(found)

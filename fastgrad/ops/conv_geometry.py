@@ -71,7 +71,7 @@ def canonical(
 
     Args:
         a: input of the layer, ``(B, C_in, *spatial)``.
-        g: gradient at its output, ``(B, C_out, *spatial)`` or ``(K, B, C_out, *spatial)``.
+        g: gradients at its output, ``(K, B, C_out, *spatial)``.
         kernel_size: per axis or one int for all.
         stride: likewise.
         padding: zeros added on both sides of each axis, as in ``torch.nn.Conv2d``.
@@ -80,24 +80,10 @@ def canonical(
         transposed: whether the layer is a transposed convolution.
 
     Raises:
-        TypeError: if ``a`` or ``g`` is no floating tensor.
         ValueError: naming the argument whose shape does not fit.
     """
-    checks.is_float("a", a)
-    checks.is_float("g", g)
     checks.same_device("g", g, "a", a)
     axes = a.dim() - 2
-    if axes not in (1, 2, 3):
-        raise ValueError(
-            f"a must be (B, C, *spatial) with 1 to 3 spatial axes; its shape was {tuple(a.shape)}"
-        )
-    if g.dim() == a.dim():
-        g = g.unsqueeze(0)
-    if g.dim() != a.dim() + 1:
-        raise ValueError(
-            f"g must have as many dimensions as a, or one more in front for several gradients per sample; "
-            f"its shape was {tuple(g.shape)} beside {tuple(a.shape)}"
-        )
     if groups < 1 or a.shape[1] % groups or g.shape[2] % groups:
         raise ValueError(
             f"groups must divide the channels of a, {a.shape[1]}, and of g, {g.shape[2]}; it was {groups}"
@@ -116,7 +102,7 @@ def canonical(
         raise ValueError(f"g must have the batch size of a, {a.shape[0]}; its shape was {tuple(g.shape)}")
     pairs = []
     for axis in range(axes):
-        size, out = a.shape[2 + axis], g.shape[3 + axis]
+        size, out = int(a.shape[2 + axis]), int(g.shape[3 + axis])
         need = (out - 1) * strides[axis] + dilations[axis] * (kernel[axis] - 1) + 1
         if need > size + 2 * pads[axis]:
             raise ValueError(

@@ -1,12 +1,17 @@
 """Per-sample squared norms of the weight gradients of convolutions and of linear layers with positions.
 
-On the CPU these are compositions of ATen operators: ``torch.compile``, ``torch.export`` and ``make_fx`` see
-through them, and an exported file needs nothing of this package.
+``fastgrad::conv_sqnorm`` and ``fastgrad::linear_sqnorm`` are composite operators: their implementation is
+made of ATen operators, which ``make_fx``, ``torch.compile`` and ahead-of-time compilation see through, so
+that compilers fuse it and an exported file needs nothing of this package. They are operators at all for the
+sake of their batching rule: under ``vmap`` (``is_grads_batched=True``) the gradients of one sample stay
+together as the K of one call, which shares everything that depends on the activation alone; batching the
+composition operator by operator would not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +21,19 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastgrad import checks
 from fastgrad.ops import conv_cost, conv_routes
-from fastgrad.ops.conv_geometry import Problem, canonical
+from fastgrad.ops.conv_geometry import Problem, canonical, per_axis
 
 #: Batch size assumed by the cost model where a tracer keeps the batch symbolic.
 TRACED_BATCH = 16
+#: While tracing, chunks become copies of the graph: fewer and larger ones.
+TRACED_CHUNK_BYTES = 64 * 2**20
+
+torch.library.define(
+    "fastgrad::conv_sqnorm",
+    "(Tensor a, Tensor g, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, "
+    "bool transposed, str? route) -> Tensor",
+)
+torch.library.define("fastgrad::linear_sqnorm", "(Tensor a, Tensor g, str? route) -> Tensor")
 
 
 def _readable(*tensors: Tensor) -> bool:
@@ -31,29 +45,35 @@ def _readable(*tensors: Tensor) -> bool:
     )
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is tracing; it would keep a composite operator as it is."""
+    exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
+    return exporting is not None and bool(exporting())
+
+
 def shape_of(p: Problem, *, guarded: bool = True) -> conv_cost.Shape:
-    """The static description the cost model works from."""
+    """What the cost model works from: all sizes as ints, a symbolic batch as `TRACED_BATCH`."""
     batch = p.a.shape[0]
     symbolic = isinstance(batch, torch.SymInt)
     return conv_cost.Shape(
         batch=TRACED_BATCH if symbolic else batch,
-        count=p.g.shape[0],
+        count=int(p.g.shape[0]),
         groups=p.groups,
-        inputs=p.a.shape[1] // p.groups,
-        outputs=p.g.shape[2] // p.groups,
-        size=tuple(n + sum(pair) for n, pair in zip(p.a.shape[2:], p.pads, strict=True)),
-        positions=tuple(p.g.shape[3:]),
+        inputs=int(p.a.shape[1]) // p.groups,
+        outputs=int(p.g.shape[2]) // p.groups,
+        size=tuple(int(n) + sum(pair) for n, pair in zip(p.a.shape[2:], p.pads, strict=True)),
+        positions=tuple(int(n) for n in p.g.shape[3:]),
         kernel=p.kernel,
         stride=p.stride,
         itemsize=8 if torch.float64 in (p.a.dtype, p.g.dtype) else 4,
         guarded=guarded,
-        chunked=not symbolic,
+        budget=None if symbolic else conv_cost.CHUNK_BYTES if guarded else TRACED_CHUNK_BYTES,
     )
 
 
 def _solve(p: Problem, route: str | None) -> Tensor:
     """``(K, B)`` by the given or the cheapest route, chunk by chunk."""
-    guarded = _readable(p.a, p.g) and p.a.device.type == "cpu"
+    guarded = _readable(p.a, p.g) and p.a.device.type == "cpu"  # elsewhere a look would wait for the device
     shape = shape_of(p, guarded=guarded)
     if route is None:
         route = conv_cost.choose_route(shape)
@@ -67,7 +87,7 @@ def _solve(p: Problem, route: str | None) -> Tensor:
         return p.a.new_zeros((shape.count, 0), dtype=dtype)
     direct = conv_cost.choose_direct(shape)
     step = conv_cost.chunk_size(route, shape)
-    if not shape.chunked or step >= shape.batch:
+    if step >= shape.batch:
         return conv_routes.run(
             route, p._replace(a=p.a.to(dtype), g=p.g.to(dtype)), guarded=guarded, fallback=direct
         )
@@ -76,6 +96,58 @@ def _solve(p: Problem, route: str | None) -> Tensor:
         part = p._replace(a=p.a[start : start + step].to(dtype), g=p.g[:, start : start + step].to(dtype))
         parts.append(conv_routes.run(route, part, guarded=guarded, fallback=direct))
     return torch.cat(parts, 1)
+
+
+def _conv_eager(
+    a: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    route: str | None,
+) -> Tensor:
+    count, batch = g.shape[:2]
+    p = canonical(a, g, kernel_size, stride, padding, dilation, groups, transposed)
+    return _solve(p, route).reshape(count, batch)
+
+
+def _linear_eager(a: Tensor, g: Tensor, route: str | None) -> Tensor:
+    p = canonical(a.transpose(1, 2), g.transpose(2, 3), 1, 1, 0, 1, 1, False)
+    return _solve(p, route)
+
+
+torch.library.impl("fastgrad::conv_sqnorm", "CompositeImplicitAutograd", _conv_eager)
+torch.library.impl("fastgrad::linear_sqnorm", "CompositeImplicitAutograd", _linear_eager)
+_CONV = torch.ops.fastgrad.conv_sqnorm.default
+_LINEAR = torch.ops.fastgrad.linear_sqnorm.default
+
+
+def _batched(
+    op: Callable[..., Tensor], size: int, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *rest: object
+) -> tuple[Tensor, int]:
+    """Fold a mapped dimension into K where only ``g`` carries it, else into the batch."""
+    a_dim, g_dim = in_dims[:2]
+    g = g.unsqueeze(0).expand(size, *g.shape) if g_dim is None else g.movedim(g_dim, 0)
+    count, batch = g.shape[1:3]
+    if a_dim is None:
+        norms = op(a, g.flatten(0, 1), *rest)
+        return norms.reshape(size, count, batch), 0
+    a = a.movedim(a_dim, 0)
+    norms = op(a.flatten(0, 1), g.transpose(0, 1).flatten(1, 2), *rest)
+    return norms.reshape(count, size, batch), 1
+
+
+@torch.library.register_vmap("fastgrad::conv_sqnorm")
+def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    return _batched(_CONV, info.batch_size, in_dims, *args)
+
+
+@torch.library.register_vmap("fastgrad::linear_sqnorm")
+def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    return _batched(_LINEAR, info.batch_size, in_dims, *args)
 
 
 def conv_sqnorm(
@@ -113,9 +185,29 @@ def conv_sqnorm(
         TypeError: If ``a`` or ``g`` is no floating tensor.
         ValueError: Naming the argument whose shape does not fit.
     """
-    p = canonical(a, g, kernel_size, stride, padding, dilation, groups, transposed)
-    norms = _solve(p, route)
-    return norms.reshape(g.shape[: g.dim() - a.dim() + 1]) if transposed or g.dim() == a.dim() else norms
+    checks.is_float("a", a)
+    checks.is_float("g", g)
+    axes = a.dim() - 2
+    if axes not in (1, 2, 3):
+        raise ValueError(f"a must be (B, C, *spatial), 1 to 3 spatial axes; its shape was {tuple(a.shape)}")
+    if g.dim() not in (a.dim(), a.dim() + 1):
+        raise ValueError(
+            f"g must have as many dimensions as a, or one more in front for several gradients per sample; "
+            f"its shape was {tuple(g.shape)} beside {tuple(a.shape)}"
+        )
+    op = _conv_eager if is_exporting() else _CONV
+    norms = op(
+        a,
+        g if g.dim() > a.dim() else g.unsqueeze(0),
+        per_axis("kernel_size", kernel_size, axes),
+        per_axis("stride", stride, axes),
+        per_axis("padding", padding, axes),
+        per_axis("dilation", dilation, axes),
+        groups,
+        transposed,
+        route,
+    )
+    return norms if g.dim() > a.dim() else norms.squeeze(0)
 
 
 def linear_sqnorm(a: Tensor, g: Tensor, *, route: str | None = None) -> Tensor:
@@ -135,4 +227,6 @@ def linear_sqnorm(a: Tensor, g: Tensor, *, route: str | None = None) -> Tensor:
         raise ValueError(f"a must be (B, T, C); its shape was {tuple(a.shape)}")
     if g.dim() not in (3, 4):
         raise ValueError(f"g must be (B, T, O) or (K, B, T, O); its shape was {tuple(g.shape)}")
-    return conv_sqnorm(a.transpose(1, 2), g.transpose(-1, -2), 1, route=route)
+    op = _linear_eager if is_exporting() else _LINEAR
+    norms = op(a, g if g.dim() == 4 else g.unsqueeze(0), route)
+    return norms if g.dim() == 4 else norms.squeeze(0)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastgrad.ops import conv_cost, conv_routes
+from fastgrad.ops import conv_cost, conv_routes, layer_sqnorm
 from fastgrad.ops.conv_geometry import canonical
 from fastgrad.ops.layer_sqnorm import conv_sqnorm, linear_sqnorm
 
@@ -194,3 +195,73 @@ def test_bad_arguments(change, word):
     }
     with pytest.raises((ValueError, TypeError), match=word):
         conv_sqnorm(**arguments)
+
+
+@pytest.mark.parametrize("route", [None, "patch", "rows", "box_gram"])
+def test_opcheck(route):
+    torch.manual_seed(7)
+    a, g = torch.randn(2, 3, 5, 5), torch.randn(2, 2, 4, 5, 5)
+    options = ([3, 3], [1, 1], [1, 1], [1, 1], 1, False, route)
+    torch.library.opcheck(torch.ops.fastgrad.conv_sqnorm.default, (a, g, *options))
+
+
+def test_opcheck_linear():
+    a, g = torch.randn(2, 5, 3), torch.randn(2, 2, 5, 4)
+    torch.library.opcheck(torch.ops.fastgrad.linear_sqnorm.default, (a, g, None))
+
+
+@pytest.mark.parametrize("which", ["g", "a", "both"])
+def test_vmap(which):
+    torch.manual_seed(8)
+    a, g = torch.randn(3, 2, 4, 6, 6), torch.randn(3, 2, 5, 6, 6)
+    in_dims = {"g": (None, 0), "a": (0, None), "both": (0, 0)}[which]
+    args = [x if d == 0 else x[0] for x, d in zip((a, g), in_dims, strict=True)]
+    mapped = torch.func.vmap(lambda a, g: conv_sqnorm(a, g, 3, padding=1), in_dims)(*args)
+    pairs = [(a[i if in_dims[0] == 0 else 0], g[i if in_dims[1] == 0 else 0]) for i in range(3)]
+    one_by_one = torch.stack([conv_sqnorm(*pair, 3, padding=1) for pair in pairs])
+    torch.testing.assert_close(mapped, one_by_one, rtol=1e-5, atol=0)
+
+
+def test_vmap_keeps_the_gradients_of_a_sample_together(monkeypatch):
+    counts = []
+    solve = layer_sqnorm._solve
+    monkeypatch.setattr(
+        layer_sqnorm, "_solve", lambda p, route: counts.append(p.g.shape[0]) or solve(p, route)
+    )
+    a, g = torch.randn(2, 3, 4), torch.randn(7, 2, 3, 5)
+    torch.func.vmap(lambda g: linear_sqnorm(a, g))(g)
+    assert counts == [7]
+
+
+@pytest.mark.parametrize("size", [4, 12])
+def test_traced_with_a_dynamic_batch_to_aten_alone(size):
+    torch.manual_seed(9)
+    a, g = torch.randn(3, 6, size, size), torch.randn(3, 8, size, size)
+
+    class Norms(torch.nn.Module):
+        def forward(self, a, g):
+            t = a.flatten(2).transpose(1, 2), g.flatten(2).transpose(1, 2)
+            return conv_sqnorm(a, g, 3, padding=1), linear_sqnorm(*t)
+
+    flat = make_fx(Norms(), tracing_mode="symbolic")(a, g)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    dynamic = {"a": {0: batch}, "g": {0: batch}}
+    exported = torch.export.export(Norms(), (a, g), dynamic_shapes=dynamic).module()
+    compiled = torch.compile(Norms(), fullgraph=True, backend="aot_eager", dynamic=True)
+    for module in (flat, exported):
+        targets = {str(node.target) for node in module.graph.nodes if node.op == "call_function"}
+        assert not any("fastgrad" in target for target in targets)
+    for samples in (3, 7):
+        a, g = torch.randn(samples, 6, size, size), torch.randn(samples, 8, size, size)
+        for function in (flat, exported, compiled):
+            torch.testing.assert_close(function(a, g), Norms()(a, g), rtol=1e-5, atol=0)
+
+
+def test_differentiable():
+    torch.manual_seed(10)
+    a = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    for route in ("patch", "rows", "patch_gram", "box_gram"):
+        assert torch.autograd.gradcheck(
+            lambda a, g, r=route: conv_sqnorm(a, g, 3, padding=1, route=r), (a, g)
+        )
