@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import register_rule
-
-
-def conv_sqnorm(
-    a: Tensor,
-    g: Tensor,
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-    *,
-    transposed: bool = False,
-) -> Tensor:
-    """Squared norm of each sample's weight gradient, ``(B,)``, by one weight gradient with the batch as groups."""
-    a, g = upcast(a, g)
-    if transposed:  # the weight gradient of the convolution that maps g to a
-        a, g = g, a
-    samples = a.shape[0]
-    folded_a = a.reshape(1, samples * a.shape[1], *a.shape[2:])
-    folded_g = g.reshape(1, samples * g.shape[1], *g.shape[2:])
-    weight = a.new_empty(()).expand(samples * g.shape[1], a.shape[1] // groups, *kernel_size)
-    zeros = [0] * len(kernel_size)
-    grad = torch.ops.aten.convolution_backward(
-        folded_g, folded_a, weight, None, list(stride), list(padding), list(dilation), False, zeros,
-        samples * groups, [False, True, False],
-    )[1]  # fmt: skip
-    return sqnorm(grad.reshape(samples, -1))
+from fastgrad.ops.layer_sqnorm import conv_sqnorm
 
 
 def _padded(module: _ConvNd, a: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.layers.registry import register_rule
-
-#: Bytes of per-sample weight gradients held at once on the direct route: a chunk that stays in cache.
-_CHUNK_BYTES = 16 * 2**20
+from fastgrad.ops.layer_sqnorm import linear_sqnorm
 
 
 def weight_sqnorm(a: Tensor, g: Tensor) -> Tensor:
     """Squared norm of the weight gradient ``sum_t g_t a_t^T`` of each sample.
-
-    One position needs only ``||a||^2 ||g||^2``. With more, the direct route forms ``g^T a`` (cost ``2 T C O``)
-    a few samples at a time, the Gram route ``sum((a a^T) * (g g^T))`` (cost ``T^2 (C + O)``), whose last
-    reduction runs in float64 because its terms have both signs.
 
     Args:
         a: Inputs ``(B, T, C)``.
@@ -26,21 +19,10 @@ def weight_sqnorm(a: Tensor, g: Tensor) -> Tensor:
     Returns:
         ``(B,)``, float32 (float64 for float64 tensors).
     """
-    a, g = upcast(a, g)
-    samples, t, c = a.shape
-    o = g.shape[2]
-    if t == 1:
+    if a.shape[1] == 1:
+        a, g = upcast(a, g)
         return sqnorm(a) * sqnorm(g)
-    if t * (c + o) < c * o:
-        gram = torch.bmm(a, a.transpose(1, 2)) * torch.bmm(g, g.transpose(1, 2))
-        return gram.sum((1, 2), dtype=torch.float64).to(a.dtype)
-    if isinstance(samples, torch.SymInt):  # being traced with a dynamic batch: no chunks
-        return sqnorm(torch.bmm(g.transpose(1, 2), a))
-    step = max(1, _CHUNK_BYTES // (c * o * a.element_size()))
-    parts = [
-        sqnorm(torch.bmm(g[i : i + step].transpose(1, 2), a[i : i + step])) for i in range(0, samples, step)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return linear_sqnorm(a, g)
 
 
 def bias_sqnorm(g: Tensor) -> Tensor:
