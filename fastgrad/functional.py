@@ -260,7 +260,9 @@ def contrast_rows_linear(
     checks.same_device("weight", weight, "features", features)
     width = features.shape[-1] * logits.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(f"weight must have shape (U, N * D) with N * D = {width}; it was {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must have shape (U, N * D) with N * D = {width}; it was {tuple(weight.shape)}"
+        )
     _bias(bias, weight)
     choose(impl, features)
     diagonal = losses.contrast_diagonal(_matrix(logits), loss=loss)
@@ -273,16 +275,16 @@ def check_target(target: str | Tensor, logits: Tensor) -> None:
     if isinstance(target, str):
         checks.one_of("target", target, losses.TARGETS)
         return
-    if not isinstance(target, torch.Tensor):
-        names = ", ".join(map(repr, losses.TARGETS))
-        raise TypeError(f"target must be {names} or a torch.Tensor; it was {type(target).__name__}")
+    checks.is_tensor("target", target)
     checks.same_device("target", target, "logits", logits)
     if target.is_floating_point():
         checks.is_float("target", target)
         checks.shape_is("target", target, tuple(logits.shape), "soft targets, the shape of logits")
         return
     if target.dtype == torch.bool or target.dtype.is_complex:
-        raise TypeError(f"target must hold class indices (integers) or soft targets (floats); it was {target.dtype}")
+        raise TypeError(
+            f"target must hold class indices (integers) or soft targets (floats); it was {target.dtype}"
+        )
     checks.shape_is("target", target, tuple(logits.shape[:-1]), "class indices, the leading shape of logits")
     if target.numel() == 0:
         return

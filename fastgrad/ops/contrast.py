@@ -17,13 +17,15 @@ _CHUNK = 1 << 20
 
 
 def scale_of(features: Tensor, bias: bool) -> Tensor:
-    """``||h||^2 + 1``, the factor between ``||delta||^2`` and the squared norm: ``(B, 1)``; without the 1 if no bias."""
+    """The factor of ``||delta||^2`` in the squared norm, ``||h||^2 + 1`` (no 1 without bias): ``(B, 1)``."""
     h = features.to(losses.compute_dtype(features.dtype))
-    squares = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square()
+    squares: Tensor = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square()
     return squares + 1 if bias else squares
 
 
-def differentiable(features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool) -> Tensor:
+def differentiable(
+    features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool
+) -> Tensor:
     """The definition in plain torch, differentiable to any order; ``(B, N)``."""
     norms = losses.contrast_norms(logits, loss=loss, reduction=reduction, log=log)
     h = features.to(norms.dtype)
@@ -70,16 +72,18 @@ def _argmax(p: Tensor) -> Tensor:
     """
     classes = p.shape[-1]
     if p.device.type != "cpu" or torch.compiler.is_compiling() or classes < 256:
-        return p.argmax(-1, keepdim=True)
+        plain: Tensor = p.argmax(-1, keepdim=True)
+        return plain
     width = 1 << (classes.bit_length() // 2)
     whole = classes // width * width
     best = p[:, :whole].unflatten(-1, (-1, width)).amax(-1)
     if whole < classes:
         best = torch.cat([best, p[:, whole:].amax(-1, keepdim=True)], -1)
-    columns = best.argmax(-1, keepdim=True) * width + torch.arange(width)
+    columns: Tensor = best.argmax(-1, keepdim=True) * width + torch.arange(width)
     # The last block may be short; repeating the last column does not move the first maximum.
     columns.clamp_(max=classes - 1)
-    return columns.gather(-1, p.gather(-1, columns).argmax(-1, keepdim=True))
+    inside: Tensor = p.gather(-1, columns).argmax(-1, keepdim=True)
+    return columns.gather(-1, inside)
 
 
 def _forward(
@@ -118,9 +122,10 @@ def contrast_sqnorm(
 ) -> Tensor:
     """Route ``(B, D)`` features and ``(B, N)`` logits to the implementation that serves them."""
     if choose(impl, logits) == "triton":
-        result: Tensor = torch.ops.fastgrad.contrast_sqnorm(features, logits, bias, loss, reduction, log, "triton")
+        result: Tensor = torch.ops.fastgrad.contrast_sqnorm(
+            features, logits, bias, loss, reduction, log, "triton"
+        )
         return result
     if torch.is_grad_enabled() and (features.requires_grad or logits.requires_grad):
         return differentiable(features, logits, bias, loss, reduction, log)
     return eager(features, logits, bias, loss, reduction, log)
-

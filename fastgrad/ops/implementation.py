@@ -10,8 +10,15 @@ import torch
 IMPLEMENTATIONS = ("auto", "triton", "eager")
 
 
-# Looks for Triton without importing it.
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+def _installed(package: str) -> bool:
+    """Whether a package can be found, without importing it; a broken or blocked one cannot."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+TRITON_INSTALLED = _installed("triton")
 
 
 def interpreting() -> bool:

@@ -34,7 +34,9 @@ def _paired(features: Tensor, logits: Tensor) -> None:
     torch._check(logits.dim() == 2, lambda: f"logits must be 2-D; it was {logits.dim()}-D")
     torch._check(
         features.shape[0] == logits.shape[0],
-        lambda: f"features and logits must have one row a sample; they had {features.shape[0]}, {logits.shape[0]}",
+        lambda: (
+            f"features and logits must have one row a sample; they had {features.shape[0]}, {logits.shape[0]}"
+        ),
     )
 
 
@@ -81,9 +83,7 @@ def _(
 
 
 @torch.library.register_fake("fastgrad::linear_contrast_stats")
-def _(
-    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, impl: str
-) -> Tensor:
+def _(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, impl: str) -> Tensor:
     _head(features, weight)
     return features.new_empty((features.shape[0], 5), dtype=compute_dtype(features.dtype))
 

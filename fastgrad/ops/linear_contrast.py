@@ -25,9 +25,7 @@ def eager(
     return logits, norms
 
 
-def _statistics(
-    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str
-) -> Tensor:
+def _statistics(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str) -> Tensor:
     logits = linear(features, weight, bias)
     norms = contrast.contrast_sqnorm(features, logits, bias is not None, loss, reduction, False, "eager")
     p = logits.to(norms.dtype).softmax(-1)
@@ -36,9 +34,7 @@ def _statistics(
     return torch.stack(columns, -1)
 
 
-def eager_stats(
-    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str
-) -> Tensor:
+def eager_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str) -> Tensor:
     """``(B, 5)``: min, max, mean, expected and predicted, a few rows at a time.
 
     With gradients wanted, each piece is computed again in the backward pass instead of being kept.
@@ -49,7 +45,8 @@ def eager_stats(
     pieces = features.split(rows)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (features, weight, bias)):
         parts = [
-            checkpoint(_statistics, piece, weight, bias, loss, reduction, use_reentrant=False) for piece in pieces
+            checkpoint(_statistics, piece, weight, bias, loss, reduction, use_reentrant=False)
+            for piece in pieces
         ]
     else:
         parts = [_statistics(piece, weight, bias, loss, reduction) for piece in pieces]
@@ -97,7 +94,7 @@ def _backward(ctx: Any, grad_logits: Tensor | None, grad_norms: Tensor | None) -
     assert weight is not None
     with torch.enable_grad():
         outputs = eager(features, weight, bias, *ctx.options)
-    grads = torch.autograd.grad(outputs, wanted, (grad_logits, grad_norms))  # type: ignore[arg-type]
+    grads = torch.autograd.grad(outputs, wanted, (grad_logits, grad_norms))
     return (*grads, *([None] if bias is None else []), None, None, None, None)
 
 

@@ -1,0 +1,67 @@
+"""The demo's figure: score histograms above, example images with their scores below."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Scores = NDArray[np.float64]
+_CLEAN, _CHALLENGE = "#3b6ea8", "#d1602f"
+
+
+def draw(
+    path: Path,
+    clean: Scores,
+    scores: dict[str, Scores],
+    auroc: dict[str, float],
+    images: dict[str, Tensor],
+    threshold: float,
+) -> None:
+    """Write the figure.
+
+    Args:
+        path: of the PNG.
+        clean: scores of the clean digits.
+        scores: scores of each challenging set.
+        auroc: of each challenging set against the clean digits.
+        images: clean digits under ``"clean digits"``, and each challenging set; ``(n, 1, 28, 28)``.
+        threshold: the score above which 5 % of clean images lie.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns, examples = len(scores), 3
+    figure = Figure(figsize=(3.3 * columns, 7.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.1), squeeze=False)[:, 0]
+    top.suptitle(
+        "Uncertainty score, -log p (right of the dashed line: flagged, 5 % of clean images)", fontsize=11
+    )
+    edges = np.linspace(0, max(clean.max(), *(s.max() for s in scores.values())), 40)
+    for axis, (name, values) in zip(top.subplots(1, columns, sharey=True), scores.items(), strict=True):
+        for data, colour, label in ((clean, _CLEAN, "clean digits"), (values, _CHALLENGE, "challenging")):
+            weights = np.full(len(data), 1 / len(data))
+            axis.hist(data, edges, weights=weights, color=colour, alpha=0.65, label=label)
+        axis.axvline(threshold, color="black", linestyle="--", linewidth=1)
+        axis.set_title(f"{name}\nAUROC {auroc[name]:.3f}", fontsize=10)
+        axis.set_xlabel("score")
+    top.axes[0].set_ylabel("share of images")
+    top.axes[0].legend(fontsize=8)
+
+    bottom.suptitle("First images of each set with their scores (orange: flagged)", fontsize=11)
+    rows = {"clean digits": clean, **scores}
+    grid = bottom.subplots(examples, len(rows))
+    for column, (name, values) in enumerate(rows.items()):
+        for row in range(examples):
+            axis = grid[row, column]
+            axis.imshow(images[name][row, 0].numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            flagged = values[row] > threshold
+            axis.set_xlabel(f"{values[row]:.1f}", fontsize=9, color=_CHALLENGE if flagged else "black")
+            if row == 0:
+                axis.set_title(name, fontsize=9)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,67 @@
+"""Schemas, shape contracts, autograd registration and both implementations of every operator of the last layer."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from fastgrad.losses import LOSSES
+from fastgrad.ops import contrast, linear_contrast, rows, target  # noqa: F401  (define the operators)
+
+OPS = torch.ops.fastgrad
+
+
+def arguments(name: str, device: torch.device, requires_grad: bool, loss: str) -> tuple[Any, ...]:
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, requires_grad=requires_grad)
+
+    h, z, weight, b = leaf(3, 5), leaf(3, 6), leaf(6, 5), leaf(6)
+    return {
+        "contrast_sqnorm": (h, z, True, loss, "sum", False),
+        "target_sqnorm": (h, z, torch.tensor([0, 5, 2], device=device), "indices", True, loss, "mean", False),
+        "linear_contrast_sqnorm": (h, weight, b, loss, "sum", True),
+        "linear_contrast_stats": (h, weight, None, loss, "sum"),
+        "rows_linear": (h, leaf(3, 6), leaf(4, 30), leaf(4)),
+    }[name]
+
+
+NAMES = ("contrast_sqnorm", "target_sqnorm", "linear_contrast_sqnorm", "linear_contrast_stats", "rows_linear")
+
+
+@pytest.mark.parametrize(("name", "impl"), list(itertools.product(NAMES, ("eager", "triton"))))
+def test_opcheck(name: str, impl: str, device: torch.device) -> None:
+    for requires_grad in (False, True):
+        opcheck(getattr(OPS, name).default, (*arguments(name, device, requires_grad, "cross_entropy"), impl))
+
+
+@pytest.mark.parametrize(("name", "loss"), list(itertools.product(NAMES, LOSSES)))
+def test_triton_equals_eager_and_so_do_the_gradients(name: str, loss: str, device: torch.device) -> None:
+    inputs = arguments(name, device, True, loss)
+    leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    results = []
+    for impl in ("eager", "triton"):
+        out = getattr(OPS, name)(*inputs, impl)
+        outs = out if isinstance(out, tuple) else (out,)
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.randn(o.shape, generator=generator).to(device) for o in outs]
+        grads = torch.autograd.grad(outs, leaves, weights)
+        results.append([*outs, *grads])
+    for eager, triton in zip(*results, strict=True):
+        # Two orders of summation of a dozen float32 terms.
+        torch.testing.assert_close(triton, eager, rtol=2e-5, atol=2e-5)
+
+
+def test_shape_contract_refuses_what_does_not_fit() -> None:
+    with torch.device("meta"), pytest.raises(RuntimeError, match="one row a sample"):
+        OPS.contrast_sqnorm(torch.empty(3, 5), torch.empty(4, 6), True, "mse", "sum", False, "eager")
+
+
+def test_meta_tensors_of_more_than_two_billion_elements() -> None:
+    z = torch.empty(40_000, 60_000, device="meta", dtype=torch.bfloat16)
+    out = OPS.contrast_sqnorm(z[:, :8], z, True, "bce", "sum", False, "triton")
+    assert out.shape == z.shape
+    assert out.dtype == torch.float32

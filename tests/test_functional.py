@@ -1,0 +1,229 @@
+"""The public functions: values, shapes, dtypes, strides, gradients, compilation, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+
+import fastgrad
+from fastgrad.losses import LOSSES
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def head(
+    *leading: int, D: int = 7, N: int = 11, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, ...]:
+    return torch.randn(*leading, D, dtype=dtype), torch.randn(N, D, dtype=dtype), torch.randn(N, dtype=dtype)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_autograd_through_a_real_head(loss: str, bias: bool) -> None:
+    h, weight, offset = head(3, D=5, N=6, dtype=torch.float64)
+    b = offset if bias else None
+    expected = oracles.contrast_autograd(h, weight, b, loss)
+    logits, norms = fastgrad.linear_contrast_sqnorm(h, weight, b, loss=loss)
+    torch.testing.assert_close(logits, linear(h, weight, b))
+    torch.testing.assert_close(norms, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        fastgrad.contrast_sqnorm(h, logits, loss=loss, bias=bias), expected, rtol=1e-9, atol=1e-12
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    leading=st.lists(st.integers(0, 3), max_size=3),
+    D=st.integers(1, 9),
+    N=st.integers(1, 300),
+    loss=st.sampled_from(LOSSES),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    log=st.booleans(),
+    mean=st.booleans(),
+)
+def test_any_leading_shape_and_dtype(
+    leading: list[int], D: int, N: int, loss: str, dtype: torch.dtype, log: bool, mean: bool
+) -> None:
+    h, z = torch.randn(*leading, D).to(dtype), torch.randn(*leading, N).to(dtype)
+    reduction = "mean" if mean else "sum"
+    got = fastgrad.contrast_sqnorm(h, z, loss=loss, log=log, reduction=reduction)
+    assert got.shape == z.shape
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = fastgrad.contrast_sqnorm(h.double(), z.double(), loss=loss, reduction=reduction)
+    # The inputs are the same numbers, so only the arithmetic differs: a sum of N terms and a squared exponential.
+    rtol = (64 + N) * EPS
+    torch.testing.assert_close((got.double().exp() if log else got.double()), wide, rtol=rtol, atol=1e-30)
+
+
+@pytest.mark.parametrize("N", [255, 1000, 1027])
+def test_top_class_is_found_wherever_it_is(N: int) -> None:
+    z = torch.randn(8, N)
+    for row, place in enumerate([0, N - 1, N // 2, 31, 32, N - 2, 1, 33]):
+        z[row, place] = z[row].max() + 15
+    got = fastgrad.contrast_sqnorm(torch.zeros(8, 1), z).double()
+    exact = fastgrad.contrast_sqnorm(torch.zeros(8, 1).double(), z.double())
+    assert ((got - exact).abs() / exact).max() <= 1e-5
+
+
+def test_strides_do_not_matter() -> None:
+    h, z = torch.randn(7, 4).t(), torch.randn(4, 22)[:, ::2]
+    expected = fastgrad.contrast_sqnorm(h.contiguous(), z.contiguous())
+    assert torch.equal(fastgrad.contrast_sqnorm(h, z), expected)
+    before = z.clone()
+    fastgrad.contrast_sqnorm(h, z)
+    assert torch.equal(z, before)
+
+
+def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgrad.ops import linear_contrast
+
+    monkeypatch.setattr(linear_contrast, "_CHUNK", 25)
+    for loss in LOSSES:
+        h, weight, b = head(2, 3, dtype=torch.float64)
+        logits, norms = fastgrad.linear_contrast_sqnorm(h, weight, b, loss=loss)
+        stats = fastgrad.linear_contrast_stats(h, weight, b, loss=loss)
+        torch.testing.assert_close(stats.min, norms.amin(-1))
+        torch.testing.assert_close(stats.max, norms.amax(-1))
+        torch.testing.assert_close(stats.mean, norms.mean(-1))
+        torch.testing.assert_close(stats.expected, (logits.softmax(-1) * norms).sum(-1))
+        torch.testing.assert_close(
+            stats.predicted, norms.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
+        )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rows(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgrad.ops import rows
+
+    monkeypatch.setattr(rows, "_CHUNK", 60)
+    h, weight, b = head(2, 2, dtype=torch.float64)
+    z = linear(h, weight, b)
+    full = fastgrad.contrast_rows(h, z, loss=loss, rows="full")
+    torch.testing.assert_close(
+        full.square().sum((-1, -2)),
+        fastgrad.contrast_sqnorm(h, z, loss=loss, bias=False),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+    diagonal = fastgrad.contrast_rows(h, z, loss=loss)
+    torch.testing.assert_close(diagonal, full.diagonal(dim1=-3, dim2=-2).transpose(-1, -2))
+    V, c = torch.randn(5, 77, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    for offset in (c, None):
+        got = fastgrad.contrast_rows_linear(h, z, V, offset, loss=loss)
+        torch.testing.assert_close(got, linear(diagonal.flatten(-2), V, offset))
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+def test_rows_are_those_of_the_all_ones_gradient(loss: str) -> None:
+    h, weight, b = head(1, dtype=torch.float64)
+    w = weight.clone().requires_grad_()
+    z = linear(h, w, b)
+    (gradient,) = torch.autograd.grad(oracles.loss_value(z, torch.ones_like(z), loss).sum(), w)
+    torch.testing.assert_close(fastgrad.contrast_rows(h, z.detach(), loss=loss)[0], gradient)
+
+
+def test_one_bad_row_stays_one_bad_row() -> None:
+    h, z = torch.randn(4, 3), torch.randn(4, 300)
+    clean = fastgrad.contrast_sqnorm(h, z)
+    z[1, 5], h[2, 0] = float("nan"), float("inf")
+    got = fastgrad.contrast_sqnorm(h, z)
+    assert torch.equal(got[[0, 3]], clean[[0, 3]])
+    assert not got[1].isfinite().any()
+    assert not got[2].isfinite().any()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_differentiable_in_everything(loss: str) -> None:
+    h, weight, b = (t.requires_grad_() for t in head(2, D=3, N=4, dtype=torch.float64))
+    V = torch.randn(2, 12, dtype=torch.float64).requires_grad_()
+    check = torch.autograd.gradcheck
+    assert check(lambda *a: fastgrad.linear_contrast_sqnorm(*a, loss=loss), (h, weight, b))
+    assert check(lambda *a: fastgrad.linear_contrast_sqnorm(*a, loss=loss, log=True)[1], (h, weight, b))
+    assert check(lambda *a: tuple(fastgrad.linear_contrast_stats(*a, loss=loss)), (h, weight, b))
+    assert check(lambda a, v: fastgrad.contrast_rows_linear(a, linear(a, weight), v, loss=loss), (h, V))
+    z = linear(h, weight).detach().requires_grad_()
+    for target in ("ones", "uniform", "predicted", torch.tensor([0, 3])):
+        assert check(lambda a, y, t=target: fastgrad.target_sqnorm(a, y, t, loss=loss), (h, z))
+
+
+def _everything(
+    h: torch.Tensor, weight: torch.Tensor, b: torch.Tensor, V: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    z, norms = fastgrad.linear_contrast_sqnorm(h, weight, b)
+    return (
+        norms,
+        fastgrad.contrast_sqnorm(h, z, loss="bce", log=True),
+        fastgrad.target_sqnorm(h, z, "ones"),
+        fastgrad.target_sqnorm(h, z, z.argmax(-1)),
+        fastgrad.linear_contrast_stats(h, weight, b).expected,
+        fastgrad.contrast_rows_linear(h, z, V),
+    )
+
+
+def test_compiles_without_graph_breaks_at_dynamic_batch() -> None:
+    compiled = torch.compile(_everything, fullgraph=True, dynamic=True, backend="aot_eager")
+    weight, b, V = torch.randn(11, 7), torch.randn(11), torch.randn(3, 77)
+    for B in (2, 5, 9):
+        h = torch.randn(B, 7)
+        for got, expected in zip(compiled(h, weight, b, V), _everything(h, weight, b, V), strict=True):
+            torch.testing.assert_close(got, expected, rtol=64 * EPS, atol=64 * EPS)
+
+
+def test_training_penalty_compiles() -> None:
+    h, weight, b = (t.requires_grad_() for t in head(4))
+    penalty = lambda: fastgrad.linear_contrast_sqnorm(h, weight, b, log=True)[1].mean()  # noqa: E731
+    expected = torch.autograd.grad(penalty(), (h, weight, b))
+    got = torch.autograd.grad(torch.compile(penalty, fullgraph=True, backend="aot_eager")(), (h, weight, b))
+    for a, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
+
+
+H, Z, W = torch.randn(4, 7), torch.randn(4, 11), torch.randn(11, 7)
+BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: fastgrad.contrast_sqnorm(H[0, 0], Z), ValueError, "features"),
+    (lambda: fastgrad.contrast_sqnorm(H, Z[0, 0]), ValueError, "logits"),
+    (lambda: fastgrad.contrast_sqnorm(H, Z[:, :0]), ValueError, "logits.*N >= 1"),
+    (lambda: fastgrad.contrast_sqnorm(H[:2], Z), ValueError, r"features.*\(4,\).*\(2,\)"),
+    (lambda: fastgrad.contrast_sqnorm(H, Z.long()), TypeError, "logits.*int64"),
+    (lambda: fastgrad.contrast_sqnorm(H.tolist(), Z), TypeError, "features.*list"),  # type: ignore[arg-type]
+    (lambda: fastgrad.contrast_sqnorm(H, Z.double()), TypeError, "float64"),
+    (lambda: fastgrad.contrast_sqnorm(H, Z.to("meta")), ValueError, "features.*meta.*cpu"),
+    (lambda: fastgrad.contrast_sqnorm(H, Z, loss="hinge"), ValueError, "loss.*brier.*hinge"),
+    (lambda: fastgrad.contrast_sqnorm(H, Z, reduction="none"), ValueError, "reduction.*none"),
+    (lambda: fastgrad.contrast_sqnorm(H, Z, bias=1), TypeError, "bias"),  # type: ignore[arg-type]
+    (lambda: fastgrad.contrast_sqnorm(H, Z, impl="cuda"), ValueError, "impl.*cuda"),
+    (lambda: fastgrad.contrast_sqnorm(H.double(), Z.double(), impl="triton"), ValueError, "impl.*float64"),
+    (lambda: fastgrad.target_sqnorm(H, Z, "zeros"), ValueError, "target.*zeros"),
+    (lambda: fastgrad.target_sqnorm(H, Z, 3), TypeError, "target.*int"),  # type: ignore[arg-type]
+    (lambda: fastgrad.target_sqnorm(H, Z, torch.tensor([0, 1, 2, 11])), ValueError, "target.*0 to 10.*11"),
+    (lambda: fastgrad.target_sqnorm(H, Z, torch.tensor([0, 1, 2, -1])), ValueError, "target.*-1"),
+    (lambda: fastgrad.target_sqnorm(H, Z, torch.tensor([0, 1])), ValueError, "target"),
+    (lambda: fastgrad.target_sqnorm(H, Z, torch.rand(4, 3)), ValueError, "target"),
+    (lambda: fastgrad.target_sqnorm(H, Z, torch.ones(4, dtype=torch.bool)), TypeError, "target.*bool"),
+    (lambda: fastgrad.linear_contrast_sqnorm(H, W[:, :3]), ValueError, r"weight.*7.*\(11, 3\)"),
+    (lambda: fastgrad.linear_contrast_sqnorm(H, W, torch.randn(3)), ValueError, "bias"),
+    (lambda: fastgrad.linear_contrast_sqnorm(H, W.half()), TypeError, "weight.*float16"),
+    (lambda: fastgrad.linear_contrast_stats(H, W[0]), ValueError, "weight"),
+    (lambda: fastgrad.contrast_rows(H, Z, rows="none"), ValueError, "rows"),
+    (lambda: fastgrad.contrast_rows_linear(H, Z, torch.randn(5, 76)), ValueError, "weight.*77.*76"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_input_is_named(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"impl.*cpu.*TRITON_INTERPRET"):
+        fastgrad.contrast_sqnorm(H, Z, impl="triton")
+    assert fastgrad.contrast_sqnorm(H, Z, impl="auto").shape == Z.shape
