@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from fastgrad.layers import (
-    activation as activation,
-)
-from fastgrad.layers import conv as conv
-from fastgrad.layers import embedding as embedding
-from fastgrad.layers import linear as linear
-from fastgrad.layers import norm as norm
-from fastgrad.layers.registry import LayerRule as LayerRule
-from fastgrad.layers.registry import find_rule as find_rule
-from fastgrad.layers.registry import register_rule as register_rule
+from fastgrad.layers import activation, attention, conv, embedding, linear, norm, recurrent
+from fastgrad.layers.registry import LayerRule, ReplayRule, find_rule, register_replay, register_rule
 
-__all__ = ["LayerRule", "find_rule", "register_rule"]
+# Imported for the rules they register.
+_FAMILIES = (activation, attention, conv, embedding, linear, norm, recurrent)
+
+__all__ = ["LayerRule", "ReplayRule", "find_rule", "register_replay", "register_rule"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,20 +25,31 @@ class Network:
     """Runs a model with probes; only reads it.
 
     Args:
-        model: The user's model.
-        names: Gives the wanted parameters, name by id, in order.
+        model: The user's model; held weakly.
+        names: Gives the wanted parameters, name by id, in order; all by default.
         tensors: The tensors in an output whose gradients matter.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        names: Callable[[], dict[int, str]],
+        names: Callable[[], dict[int, str]] | None = None,
         tensors: Callable[[Any], list[Tensor]] = floating,
     ) -> None:
-        self.model, self.names, self.tensors = model, names, tensors
+        self._model = weakref.ref(model)
+        self.names, self.tensors = names or self._all_names, tensors
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's model."""
+        model = self._model()
+        assert model is not None
+        return model
+
+    def _all_names(self) -> dict[int, str]:
+        return {id(p): name for name, p in self.model.named_parameters()}
 
     def plan(self, args: Any, kwargs: Any, samples: int) -> Plan:
         """The plan for inputs of this structure, made and checked at their first appearance.

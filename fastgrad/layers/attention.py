@@ -1,0 +1,125 @@
+"""Multi-head attention, whose projections are parameters of its own rather than linear layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgrad.layers.linear import bias_sqnorm, weight_sqnorm
+from fastgrad.layers.reduce import accumulate_dtype
+from fastgrad.layers.registry import register_replay
+
+_OPTIONS = (
+    "query",
+    "key",
+    "value",
+    "key_padding_mask",
+    "need_weights",
+    "attn_mask",
+    "average_attn_weights",
+    "is_causal",
+)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as a term of the attention scores; boolean masks are true where attention is forbidden."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+    return mask.to(dtype)
+
+
+class _Projections:
+    """The projection weights of a module, packed or separate, in the accumulation dtype."""
+
+    def __init__(self, module: nn.MultiheadAttention, dtype: torch.dtype) -> None:
+        self.packed = module.in_proj_weight is not None
+        weights: Sequence[Tensor]
+        if self.packed:
+            weights = module.in_proj_weight.chunk(3)
+        else:
+            weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        self.weights = [w.to(dtype) for w in weights]
+        bias = module.in_proj_bias
+        self.biases = [None] * 3 if bias is None else [b.to(dtype) for b in bias.chunk(3)]
+
+    def __call__(self, i: int, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[i], self.biases[i])
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """``(B, T, H E)`` to ``(B, H, T, E)``."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+@register_replay(
+    nn.MultiheadAttention, name="multi-head attention", children=("out_proj.weight", "out_proj.bias")
+)
+def multihead_attention(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Rule for ``torch.nn.MultiheadAttention``.
+
+    Attention is computed again from its projected queries, keys and values; their gradients, and that of the
+    output projection, are gradients at the outputs of four linear maps.
+    """
+    assert isinstance(module, nn.MultiheadAttention)
+    given = dict(zip(_OPTIONS, args, strict=False)) | kwargs
+    dtype = accumulate_dtype(gradients[0])
+    inputs = [given[name].to(dtype) for name in ("query", "key", "value")]
+    grad = gradients[0].to(dtype)
+    if not module.batch_first:
+        inputs, grad = [x.transpose(0, 1) for x in inputs], grad.transpose(0, 1)
+    samples, length = inputs[0].shape[:2]
+    heads = module.num_heads
+    project = _Projections(module, dtype)
+    with torch.enable_grad():
+        leaves = [project(i, x.detach()).detach().requires_grad_() for i, x in enumerate(inputs)]
+        query, key, value = leaves
+        extra: dict[str, Tensor] = {}
+        padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
+        scores_mask = None if mask is None else _additive(mask, dtype)
+        if scores_mask is not None and scores_mask.dim() == 3:
+            scores_mask = scores_mask.reshape(samples, heads, *scores_mask.shape[1:])
+        appended = 0
+        if module.bias_k is not None and module.bias_v is not None:
+            for name, bias in (("bias_k", module.bias_k), ("bias_v", module.bias_v)):
+                extra[name] = bias.detach().to(dtype).expand(samples, 1, -1).contiguous().requires_grad_()
+            key, value = torch.cat([key, extra["bias_k"]], 1), torch.cat([value, extra["bias_v"]], 1)
+            appended += 1
+        if module.add_zero_attn:
+            key, value = (torch.cat([x, x.new_zeros(samples, 1, x.shape[2])], 1) for x in (key, value))
+            appended += 1
+        query, key, value = (_heads(x, heads) for x in (query, key, value))
+        scores = query @ key.transpose(-1, -2) / math.sqrt(module.head_dim)
+        if scores_mask is not None:
+            scores = scores + F.pad(scores_mask, (0, appended))
+        if padding is not None:
+            scores = scores + F.pad(_additive(padding, dtype), (0, appended))[:, None, None, :]
+        weights = scores.softmax(-1)
+        context = (weights @ value).transpose(1, 2).reshape(samples, length, -1)
+        out = F.linear(context, module.out_proj.weight.to(dtype), None)
+        outputs, grads = [out], [grad]
+        if len(gradients) > 1:
+            averaged = given.get("average_attn_weights", True)
+            outputs.append(weights.mean(1) if averaged else weights)
+            grads.append(gradients[1].to(dtype))
+        wanted = [*leaves, *extra.values()]
+        found = torch.autograd.grad(outputs, wanted, grads)
+    per_projection = [weight_sqnorm(x, g) for x, g in zip(inputs, found[:3], strict=True)]
+    norms = {
+        "out_proj.weight": weight_sqnorm(context.detach(), grad),
+        "out_proj.bias": bias_sqnorm(grad),
+        "in_proj_bias": sum((bias_sqnorm(g) for g in found[1:3]), bias_sqnorm(found[0])),
+    }
+    if project.packed:
+        norms["in_proj_weight"] = per_projection[0] + per_projection[1] + per_projection[2]
+    else:
+        norms |= dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), per_projection, strict=True))
+    for name, g in zip(extra, found[3:], strict=True):
+        norms[name] = bias_sqnorm(g)
+    return norms

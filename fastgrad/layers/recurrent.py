@@ -1,0 +1,135 @@
+"""Recurrent layers: RNN, LSTM and GRU, bidirectional, stacked, with projections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastgrad.layers.linear import bias_sqnorm, weight_sqnorm
+from fastgrad.layers.reduce import accumulate_dtype
+from fastgrad.layers.registry import register_replay
+
+
+class _Direction:
+    """One direction of one layer, unrolled in time.
+
+    Zeros are added to the pre-activations of every step, on the input's and on the hidden state's side (and to
+    the projected state); their gradients are the gradients at the outputs of the linear maps.
+    """
+
+    def __init__(self, module: nn.RNNBase, suffix: str, dtype: torch.dtype) -> None:
+        self.module, self.suffix, self.dtype = module, suffix, dtype
+        self.inputs: dict[str, Tensor] = {}
+        self.added: dict[str, Tensor] = {}
+
+    def _parameter(self, name: str) -> Tensor | None:
+        value = getattr(self.module, f"{name}_{self.suffix}", None)
+        return None if value is None else value.to(self.dtype)
+
+    def run(
+        self, x: Tensor, hidden: Tensor, cell: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``x`` ``(B, T, C)`` and the initial state; returns all hidden states and the last state."""
+        samples, steps = x.shape[:2]
+        w_ih, w_hh, w_hr = (self._parameter(f"weight_{name}") for name in ("ih", "hh", "hr"))
+        assert w_ih is not None
+        assert w_hh is not None
+        self.added["ih"] = x.new_zeros(samples, steps, w_ih.shape[0]).requires_grad_()
+        projected = F.linear(x, w_ih, self._parameter("bias_ih")) + self.added["ih"]
+        mode = self.module.mode
+        if mode == "GRU":
+            self.added["hh"] = torch.zeros_like(self.added["ih"]).requires_grad_()
+        if w_hr is not None:
+            self.added["hr"] = x.new_zeros(samples, steps, w_hr.shape[0]).requires_grad_()
+        b_hh = self._parameter("bias_hh")
+        before, unprojected = [hidden] * steps, [hidden] * steps
+        states = [hidden] * steps
+        for t in reversed(range(steps)) if reverse else range(steps):
+            before[t] = hidden
+            recurrent = F.linear(hidden, w_hh, b_hh)
+            if mode == "LSTM":
+                assert cell is not None
+                i, f, g, o = (projected[:, t] + recurrent).chunk(4, 1)
+                cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+                hidden = torch.sigmoid(o) * torch.tanh(cell)
+                if w_hr is not None:
+                    unprojected[t] = hidden
+                    hidden = F.linear(hidden, w_hr) + self.added["hr"][:, t]
+            elif mode == "GRU":
+                recurrent = recurrent + self.added["hh"][:, t]
+                r, z, n = projected[:, t].chunk(3, 1)
+                r_h, z_h, n_h = recurrent.chunk(3, 1)
+                z = torch.sigmoid(z + z_h)
+                n = torch.tanh(n + torch.sigmoid(r + r_h) * n_h)
+                hidden = (1 - z) * n + z * hidden
+            else:
+                activation = torch.tanh if mode == "RNN_TANH" else torch.relu
+                hidden = activation(projected[:, t] + recurrent)
+            states[t] = hidden
+        self.inputs = {"ih": x.detach(), "hh": torch.stack(before, 1).detach()}
+        if w_hr is not None:
+            self.inputs["hr"] = torch.stack(unprojected, 1).detach()
+        return torch.stack(states, 1), hidden, cell
+
+    def norms(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Squared norms from the gradients of what was added."""
+        gradients = {"hh": gradients["ih"], **gradients}
+        norms = {}
+        for name, a in self.inputs.items():
+            norms[f"weight_{name}_{self.suffix}"] = weight_sqnorm(a, gradients[name])
+            norms[f"bias_{name}_{self.suffix}"] = bias_sqnorm(gradients[name])
+        return norms
+
+
+@register_replay(nn.RNN, nn.LSTM, nn.GRU, name="recurrent")
+def recurrent(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Rule for ``torch.nn.RNN``, ``LSTM`` and ``GRU``, computed again step by step."""
+    assert isinstance(module, nn.RNNBase)
+    given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
+    x, state = given["input"], given.get("hx")
+    if isinstance(x, PackedSequence):
+        raise ValueError("input of a recurrent layer must be a padded tensor; it was a PackedSequence")
+    dtype = accumulate_dtype(gradients[0])
+    x = x.to(dtype) if module.batch_first else x.to(dtype).transpose(0, 1)
+    both = 2 if module.bidirectional else 1
+    width = module.proj_size or module.hidden_size
+    if state is None:
+        hiddens, cells = [x.new_zeros(x.shape[0], width)] * (both * module.num_layers), None
+        if module.mode == "LSTM":
+            cells = [x.new_zeros(x.shape[0], module.hidden_size)] * (both * module.num_layers)
+    elif module.mode == "LSTM":
+        hiddens, cells = list(state[0].to(dtype).unbind(0)), list(state[1].to(dtype).unbind(0))
+    else:
+        hiddens, cells = list(state.to(dtype).unbind(0)), None
+    directions: list[_Direction] = []
+    last_hidden, last_cell = [], []
+    with torch.enable_grad():
+        for layer in range(module.num_layers):
+            parts = []
+            for reverse in range(both):
+                direction = _Direction(module, f"l{layer}" + ("_reverse" if reverse else ""), dtype)
+                index = layer * both + reverse
+                cell = None if cells is None else cells[index]
+                states, hidden, cell = direction.run(x, hiddens[index], cell, bool(reverse))
+                directions.append(direction)
+                parts.append(states)
+                last_hidden.append(hidden)
+                if cell is not None:
+                    last_cell.append(cell)
+            x = torch.cat(parts, -1) if both == 2 else parts[0]
+        outputs = [x if module.batch_first else x.transpose(0, 1), torch.stack(last_hidden)]
+        if last_cell:
+            outputs.append(torch.stack(last_cell))
+        leaves = [leaf for direction in directions for leaf in direction.added.values()]
+        found = iter(torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in gradients]))
+    norms: dict[str, Tensor] = {}
+    for direction in directions:
+        norms |= direction.norms({name: next(found) for name in direction.added})
+    return norms

@@ -1,0 +1,250 @@
+"""``record`` and ``grad_sqnorm``: per-sample squared gradient norms where ``torch.autograd.grad`` was."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrad.layers.network import Network, batch_size
+from fastgrad.layers.plan import refuse_mixing
+from fastgrad.layers.registry import LayerRule
+from fastgrad.layers.run import Run
+from fastgrad.layers.shadow import Redirect
+
+_active = threading.local()
+# Redirections by the id of the module: how many recordings of it are open, in all threads.
+_open: dict[int, tuple[Redirect, int]] = {}
+_networks: weakref.WeakKeyDictionary[nn.Module, Network] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+class record:  # noqa: N801 - reads as a statement: ``with record(model):``
+    """Context in which calls of ``model``, or of its submodules, by this thread can be asked for squared norms.
+
+    Inside, ordinary calls and ordinary backward passes work as always, and modules keep their mode (batch norm
+    must be in evaluation mode). While the context is open, ``forward`` of the model's modules is redirected on
+    the instances; other threads run through to the original, and leaving the context puts it back, also after
+    an exception.
+
+    Args:
+        model: The model to be called inside.
+
+    Raises:
+        TypeError: If ``model`` is not an ordinary ``torch.nn.Module``.
+        ValueError: If it has batch norm in training mode, which mixes the samples of a batch.
+
+    Example::
+
+        with fastgrad.record(model):
+            loss = F.cross_entropy(model(x), y, reduction="sum")
+            sqnorms = fastgrad.grad_sqnorm(loss, list(model.parameters()))
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(f"model must be an ordinary torch.nn.Module; it was {type(model).__name__}")
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            raise TypeError("model must be the module that was given to torch.compile, not its compiled form")
+        self.model = model
+        #: Of each call the names within the model by the names within the called module, and its probes.
+        self.runs: list[tuple[dict[str, str], Run]] = []
+
+    def __enter__(self) -> record:
+        refuse_mixing(self.model, training=True)
+        self._modules = list(self.model.modules())
+        with _lock:
+            for module in self._modules:
+                redirect, count = _open.get(id(module), (None, 0))
+                if redirect is None:
+                    redirect = Redirect(module, _dispatch)
+                    module.__dict__["forward"] = redirect
+                _open[id(module)] = (redirect, count + 1)
+        stack = _stack()
+        stack.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _stack().remove(self)
+        self.runs.clear()
+        with _lock:
+            for module in self._modules:
+                redirect, count = _open.pop(id(module))
+                if count > 1:
+                    _open[id(module)] = (redirect, count - 1)
+                else:
+                    redirect.restore(module.__dict__)
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether ``module`` belongs to the recorded model."""
+        return any(module is own for own in self._modules)
+
+    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run one call from outside with probes."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        renamed = {local: names[id(p)] for local, p in module.named_parameters()}
+        with _lock:
+            network = _networks.get(module)
+            if network is None:
+                network = _networks[module] = Network(module)
+        samples = batch_size(args, kwargs)
+        detached = _detached(args), _detached(kwargs)
+        plan = network.plan(*detached, samples)
+        for site in plan.sites:
+            part = module.get_submodule(site.path)
+            if not isinstance(site.rule, LayerRule) and any(m.training for m in part.modules()):
+                raise ValueError(
+                    f"model must be in evaluation mode, because {site.path or type(module).__name__!r} is computed "
+                    "again in the backward pass and would draw other random numbers; call model.eval()"
+                )
+        run = Run(samples)
+        self.runs.append((renamed, run))
+        return network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
+
+
+def _stack() -> list[record]:
+    stack: list[record] | None = getattr(_active, "stack", None)
+    if stack is None:
+        stack = _active.stack = []
+    return stack
+
+
+def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+    for recording in reversed(_stack()):
+        if recording.owns(module):
+            if not torch.is_grad_enabled() or not any(True for _ in module.parameters()):
+                break
+            return recording.call(module, args, kwargs)
+    return forward(*args, **kwargs)
+
+
+def _detached(tree: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, torch.Tensor.detach, tree)
+
+
+def grad_sqnorm(
+    outputs: Tensor | Sequence[Tensor],
+    params: nn.Parameter | Sequence[nn.Parameter],
+    *,
+    grad_outputs: Tensor | Sequence[Tensor] | None = None,
+    is_grads_batched: bool = False,
+    retain_graph: bool | None = None,
+) -> tuple[Tensor, ...]:
+    """Squared L2 norm of each sample's gradient, where ``torch.autograd.grad`` would give the sum of gradients.
+
+    Args:
+        outputs: What is differentiated: a loss that is a *sum* over samples (``reduction="sum"``; a mean divides
+            every gradient by B), or any tensors computed from the recorded model's outputs.
+        params: Parameters of the recorded model, in any order.
+        grad_outputs: As in ``torch.autograd.grad``.
+        is_grads_batched: Whether ``grad_outputs`` has a leading dimension S of several gradients; what depends
+            on activations alone is then computed once for all of them.
+        retain_graph: Whether to keep the graph for another call.
+
+    Returns:
+        One tensor per parameter, ``(B,)``, or ``(S, B)`` for batched gradients; float32 (float64 for a float64
+        model). Zeros for a parameter the outputs do not depend on. Only gradients that flow through calls of the
+        model count: a weight decay added to the loss has no gradient per sample.
+
+    Raises:
+        RuntimeError: Outside of ``record``, or if no recorded call leads to ``outputs``.
+        ValueError: If a parameter is not the recorded model's, or took part in several calls (its gradients
+            would have to be added before the norm is taken).
+    """
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    wanted = [params] if isinstance(params, Tensor) else list(params)
+    gradients = [grad_outputs] if isinstance(grad_outputs, Tensor) else grad_outputs
+    if is_grads_batched and gradients is None:
+        raise ValueError("grad_outputs must be given when is_grads_batched is True; it was None")
+    stack = _stack()
+    if not stack:
+        raise RuntimeError("grad_sqnorm must be called inside record(model)")
+    recording = stack[-1]
+    names = {id(p): name for name, p in recording.model.named_parameters()}
+    for i, p in enumerate(wanted):
+        if id(p) not in names:
+            raise ValueError(f"params must be parameters of the recorded model; number {i} is not one")
+    if not recording.runs or not any(out.requires_grad for out in outputs):
+        raise RuntimeError(
+            "outputs must be computed from calls of the recorded model, with gradients enabled"
+        )
+    # Only the probes of sites that serve a wanted parameter: the backward pass need not go further.
+    asked = {names[id(p)] for p in wanted}
+    probes = [
+        ([renamed[name] for name in site.parameters], probe)
+        for renamed, run in recording.runs
+        for site, probe in run.probes
+        if any(renamed[name] in asked for name in site.parameters)
+    ]
+    tensors = [probe for _, probe in probes]
+
+    leading: tuple[int, ...] = ()
+    if not tensors:
+        found: list[Tensor | None] = []
+    elif is_grads_batched:
+        assert gradients is not None
+        leading = (gradients[0].shape[0],)
+        used = [i for i, f in enumerate(_connected(outputs, tensors)) if f]
+        batched = _batched(outputs, [tensors[i] for i in used], list(gradients), bool(retain_graph))
+        found = [None] * len(tensors)
+        for i, value in zip(used, batched, strict=True):
+            found[i] = value
+    else:
+        found = list(
+            torch.autograd.grad(outputs, tensors, gradients, retain_graph=retain_graph, allow_unused=True)
+        )
+    by_name: dict[str, Tensor] = {}
+    for (served, _), value in zip(probes, found, strict=True):
+        if value is None:
+            continue
+        for column, name in enumerate(served):
+            if name not in asked:
+                continue
+            if name in by_name:
+                raise ValueError(
+                    f"params must each take part in one call of the recorded model; {name!r} took part in several, "
+                    "so its gradients would have to be added before the norm is taken"
+                )
+            by_name[name] = value[..., column]
+    like = recording.runs[-1][1]
+    zero_like = outputs[0].detach()
+    dtype = torch.float64 if zero_like.dtype == torch.float64 else torch.float32
+    zeros = zero_like.new_zeros((*leading, like.samples), dtype=dtype)
+    return tuple(by_name.get(names[id(p)], zeros) for p in wanted)
+
+
+def _connected(outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[bool]:
+    """Which leaves the outputs depend on, from the graph alone."""
+    leaves = {id(t): i for i, t in enumerate(tensors)}
+    found = [False] * len(tensors)
+    pending = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in leaves:
+            found[leaves[id(variable)]] = True
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return found
+
+
+def _batched(
+    outputs: Sequence[Tensor], tensors: Sequence[Tensor], gradients: Sequence[Tensor], retain_graph: bool
+) -> list[Tensor]:
+    if not tensors:
+        return []
+
+    def back(*grads: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(list(outputs), list(tensors), list(grads), retain_graph=retain_graph)
+
+    return list(torch.func.vmap(back)(*gradients))

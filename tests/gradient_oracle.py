@@ -1,0 +1,84 @@
+"""Per-sample squared gradient norms by a plain float64 autograd loop, and the comparison with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fastgrad
+
+
+def doubled(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)
+
+
+def true_norms(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    gradient: Callable[[int, Tensor], Tensor],
+    *,
+    output: Callable[[Any], Tensor] = lambda out: out,
+    dtype: torch.dtype = torch.float64,
+    **kwargs: Any,
+) -> Tensor:
+    """``(B, P)``; ``gradient(i, output)`` gives the output gradient of sample i."""
+    model = copy.deepcopy(model).to(dtype).eval()
+    parameters = [p.requires_grad_() for p in model.parameters()]
+    samples = next(t for t in pytree.tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)).shape[0]
+    rows = []
+    for i in range(samples):
+        one = pytree.tree_map_only(
+            Tensor,
+            lambda t: t[i : i + 1] if t.dim() and t.shape[0] == samples else t,
+            (inputs, kwargs),  # noqa: B023
+        )
+        args, keywords = pytree.tree_map_only(
+            Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, one
+        )
+        out = output(model(*args, **keywords))
+        grads = torch.autograd.grad(out, parameters, gradient(i, out.detach()).to(out), allow_unused=True)
+        rows.append(
+            torch.stack(
+                [
+                    torch.zeros((), dtype=torch.float64) if g is None else g.double().square().sum()
+                    for g in grads
+                ]
+            )
+        )
+    return torch.stack(rows)
+
+
+def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:
+    """Largest relative error of each column.
+
+    A gradient that vanishes in exact arithmetic (an attention's key bias) is only rounding errors of the sums
+    it is made of, so below ``(100 eps)^2`` times the sample's largest squared norm the error is taken relative
+    to that.
+    """
+    floor = (100 * eps) ** 2 * truth.amax(1, keepdim=True)
+    return ((value.double() - truth).abs() / torch.maximum(truth, floor).clamp_min(1e-300)).amax(0)
+
+
+def check_module(module: nn.Module, x: Tensor, *, eps: float | None = None, seed: int = 0) -> None:
+    """Compare ``grad_sqnorm`` on one module with the loop, for a random output gradient."""
+    module = module.eval()
+    with torch.no_grad():
+        out = module(x)
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    with fastgrad.record(module):
+        found = fastgrad.grad_sqnorm(
+            module(x), list(module.parameters()), grad_outputs=gradient.to(out.dtype)
+        )
+    truth = true_norms(module, (x,), lambda i, _: gradient[i : i + 1])
+    eps = torch.finfo(out.dtype).eps if eps is None else eps
+    # Sums of up to some thousand products, each rounded to eps, and squares of their sums.
+    error = relative_error(torch.stack(found, 1), truth, eps)
+    assert error.max() <= 500 * eps, dict(
+        zip((n for n, _ in module.named_parameters()), error.tolist(), strict=True)
+    )
