@@ -225,8 +225,10 @@ def _describe(
     threshold, thresholds = _thresholds(two_stage, calibration, false_alarm_rate)
     histogram = reference = None
     if calibration is not None:
-        edges = np.histogram_bin_edges(calibration, bins=40)
-        histogram = {"edges": edges.tolist(), "counts": np.histogram(calibration, edges)[0].tolist()}
+        # The few most extreme scores join the outermost bins, or one of them could leave all others in one bin.
+        bulk = np.clip(calibration, *np.quantile(calibration, (0.002, 0.998)))
+        counts, edges = np.histogram(bulk, bins=40)
+        histogram = {"edges": edges.tolist(), "counts": counts.tolist()}
         bins = ScoreReference.from_scores(calibration)
         reference = {"edges": bins.edges.tolist(), "counts": bins.counts.tolist()}
     try:

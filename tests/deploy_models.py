@@ -43,7 +43,7 @@ class TinyTwoStage(nn.Module):
         with torch.enable_grad():
             flat = x.flatten(1)
             hidden = self.first(flat).requires_grad_()
-            logits = self.last(torch.relu(hidden))
+            logits = self.last(torch.tanh(hidden))
             (gradient,) = torch.autograd.grad(logits, hidden, torch.sigmoid(logits.detach()) - 1)
         logits = logits.detach()
         norms = gradient.square().sum(1) * (flat.square().sum(1) + 1)
