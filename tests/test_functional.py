@@ -75,7 +75,8 @@ def test_top_class_is_found_wherever_it_is(N: int) -> None:
 def test_strides_do_not_matter() -> None:
     h, z = torch.randn(7, 4).t(), torch.randn(4, 22)[:, ::2]
     expected = fastgrad.contrast_sqnorm(h.contiguous(), z.contiguous())
-    assert torch.equal(fastgrad.contrast_sqnorm(h, z), expected)
+    # Another layout sums in another order.
+    torch.testing.assert_close(fastgrad.contrast_sqnorm(h, z), expected, rtol=16 * EPS, atol=0)
     before = z.clone()
     fastgrad.contrast_sqnorm(h, z)
     assert torch.equal(z, before)
