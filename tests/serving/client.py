@@ -21,7 +21,7 @@ import numpy as np
 
 COMMAND = """
 import argparse, sys
-from fastgrad import serve
+from fastgrad.serving import command as serve
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)

@@ -158,7 +158,7 @@ def test_drift_reaches_the_metrics(tiny_package: Path) -> None:
 def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import argparse
 
-    from fastgrad import serve
+    from fastgrad.serving import command as serve
 
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
