@@ -183,7 +183,10 @@ def linear_contrast_kernel(
         # Rows past the end repeat the last one: no masks in the product, and nothing of them is stored.
         x_rows = x_ptr + tl.minimum(rows, B - 1) * stride_xb * ALIGN_X
         w_rows = w_ptr + tl.minimum(cols, N - 1).to(tl.int64) * stride_wn * ALIGN_W
-        acc, square = product_tile(
+        if NORM_IN_LOOP == 0:
+            start = tl.minimum(tile_n * slice_d, D)
+            part = square_sum(x_rows, valid, start, tl.minimum(start + slice_d, D), stride_xd, BLOCK_M, 16)
+        acc, seen = product_tile(
             x_rows, w_rows, D, stride_xd, stride_wd, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, UPCAST,
             NORM_IN_LOOP,
         )  # fmt: skip
@@ -192,15 +195,10 @@ def linear_contrast_kernel(
         tl.store(z_rows[:, None] + cols.to(tl.int64)[None, :], rounded, mask=inside)
         m, m2, a1, a2, a3, a4, a5, a6, a7 = tile_moments(rounded.to(tl.float32), inside, LOSS, LOG, False)
         if NORM_IN_LOOP:
-            square = tl.where(tile_n == 0, square, 0.0)
-        else:
-            start = tl.minimum(tile_n * slice_d, D)
-            square = square_sum(
-                x_rows, valid, start, tl.minimum(start + slice_d, D), stride_xd, BLOCK_M, BLOCK_K
-            )  # fmt: skip
+            part = tl.where(tile_n == 0, seen, 0.0)
         at = work_ptr + tile_n.to(tl.int64) * B + rows
         store_moments(at, plane, valid, m, m2, a1, a2, a3, a4, a5, a6, a7, LOSS, False)
-        tl.store(at + 9 * plane, square, mask=valid)
+        tl.store(at + 9 * plane, part, mask=valid)
 
         if arrive(arrivals) == tiles_n - 1:
             m, m2, a1, a2, a3, a4, a5, a6, a7, square = merge_parts(
@@ -327,7 +325,7 @@ def linear_stats_kernel(
         tl.store(at + plane, high, mask=valid)
     else:
         start = tl.minimum(split * slice_d, D)
-        square = square_sum(x_rows, valid, start, tl.minimum(start + slice_d, D), stride_xd, BLOCK_M, BLOCK_K)
+        square = square_sum(x_rows, valid, start, tl.minimum(start + slice_d, D), stride_xd, BLOCK_M, 16)
         store_moments(at, plane, valid, m, m2, a1, a2, a3, a4, a5, a6, a7, LOSS, True)
         tl.store(at + 9 * plane, square, mask=valid)
 

@@ -145,7 +145,8 @@ def _product(B: int, N: int, dtype: torch.dtype, arch: Architecture) -> tuple[in
             block_n //= 2
     element = 4 if wide else 2
     stage = (block_m + block_n) * block_k * element
-    stages = max(1, min(2 if arch.backend == "hip" else 4, (arch.shared_memory - 4096) // stage))
+    # AMD's pipeline keeps the stage after next in registers, so two stages take the shared memory of one.
+    stages = 2 if arch.backend == "hip" else max(1, min(4, (arch.shared_memory - 4096) // stage))
     return block_m, block_n, block_k, warps, stages
 
 
@@ -165,7 +166,7 @@ def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architectu
     chunks = 0 if block_m * N <= 1 << 16 else cdiv(N, max(1024, (1 << 19) // block_m))
     # Two groups at least, so that one group's norms are written while the next one's product runs.
     group_m = max(1, min(8, tiles_m // 2))
-    block_f = max(16, min(power_of_two(N), 1024 * warps // block_m))
+    block_f = max(16, min(power_of_two(N), 512 * warps // block_m))
     return LinearConfig(
         block_m, block_n, block_k, group_m, chunks, block_f,
         parts=_parts(tiles_n, block_m, warps), tiles_per_split=1,
@@ -186,6 +187,68 @@ def linear_stats(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture)
         block_m, block_n, block_k, 1, 0, 0,
         parts=_parts(cdiv(tiles_n, per_split), block_m, warps), tiles_per_split=per_split,
         norm_in_loop=False, precision=_precision(dtype, arch), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """How ``target_sqnorm`` runs: ``rows`` rows a program, swept in blocks of ``block_n`` logits."""
+
+    rows: int
+    block_n: int
+    block_d: int
+    num_warps: int
+
+
+def target(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> TargetConfig:
+    """Choose for features ``(B, D)`` and logits ``(B, N)``; rows up to 2048 logits are one block."""
+    pinned = _pinned("target")
+    if pinned is not None:
+        return pinned
+    block = min(max(power_of_two(N), 16), 2048)
+    rows = max(1, 512 // block)
+    while rows > 1 and cdiv(B, rows) < 2 * arch.processors:
+        rows //= 2
+    width = rows * block
+    warps = 1 if width <= 256 else 2 if width <= 512 else 4
+    block_d = min(max(power_of_two(D), 16), max(16, 2048 // rows))
+    return TargetConfig(rows, block, block_d, max(1, warps // 2) if arch.backend == "hip" else warps)
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """How ``contrast_rows_linear`` runs: output tile, features per step, programs that share an output tile."""
+
+    block_m: int
+    block_u: int
+    block_k: int
+    parts: int
+    precision: str
+    num_warps: int
+    num_stages: int
+
+
+def rows_linear(B: int, N: int, D: int, U: int, dtype: torch.dtype, arch: Architecture) -> RowsConfig:
+    """Choose for features ``(B, D)``, ``N`` contrasts and a weight ``(U, N * D)``.
+
+    The weight is by far the largest operand and is read once per row block, so row blocks are as tall as the batch
+    allows; the long sum over (contrast, feature) is shared out until the device is full.
+    """
+    pinned = _pinned("rows_linear")
+    if pinned is not None:
+        return pinned
+    wide = dtype == torch.float32
+    block_m = 16 if B <= 16 else 32 if B <= 32 else 64 if B <= 64 or wide else 128
+    block_u = 64 if U > 32 else 32 if U > 16 else 16
+    block_k = 32 if wide else 64
+    while block_k > 16 and block_k // 2 >= D:
+        block_k //= 2
+    tiles = cdiv(B, block_m) * cdiv(U, block_u)
+    steps = cdiv(D, block_k) * N
+    parts = max(1, min(cdiv(2 * arch.processors, tiles), steps // 16, 64))
+    return RowsConfig(
+        block_m, block_u, block_k, parts, _precision(dtype, arch), 8 if block_m == 128 else 4,
+        2 if arch.backend == "hip" else 4,
     )  # fmt: skip
 
 

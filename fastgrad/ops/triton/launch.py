@@ -15,6 +15,9 @@ from ..heuristics import INTERPRETER, Architecture
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+# Compiler options of every launch. Fused multiply-adds are wanted, and Triton 3.9 warns where nobody says so.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 @functools.lru_cache
 def _architecture(index: int) -> Architecture:

@@ -1,0 +1,69 @@
+"""Launcher of the squared norms for one fixed target per sample."""
+
+from __future__ import annotations
+
+import torch
+
+from fastgrad.kernels import target as kernels
+
+from .. import heuristics
+from . import launch
+
+KINDS = ("ones", "uniform", "predicted", "indices", "soft")
+
+
+def target_sqnorm(
+    features: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor | None,
+    kind: str,
+    loss: str,
+    bias: bool,
+    log: bool,
+    mean: bool,
+) -> torch.Tensor:
+    """Squared norm of the last layer's gradient for one target per sample.
+
+    Args:
+        features: ``(B, D)``, input of the last layer; any strides.
+        logits: ``(B, N)``; any strides.
+        target: ``(B,)`` int64 for ``indices``, ``(B, N)`` of a floating dtype for ``soft``, else None. An index
+            outside ``[0, N)`` gives NaN: reading it back to raise would wait for the device.
+        kind: One of ``KINDS``.
+        loss: One of ``fastgrad.losses.LOSSES``.
+        bias: Whether the layer's bias gradient belongs to the norm.
+        log: Return logarithms; in log space where the squared norm itself could underflow.
+        mean: Whether the loss averages over classes instead of summing.
+
+    Returns:
+        ``(B,)`` float32.
+    """
+    launch.check(features=features, logits=logits)
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; it was {kind!r}")
+    if kind == "soft" and target is not None:
+        launch.check(target=target)
+    (B, D), N = features.shape, logits.shape[1]
+    out = launch.empty((B,), torch.float32, logits)
+    if B == 0:
+        return out
+    if kind in ("indices", "soft"):
+        if target is None:
+            raise ValueError(f"target must be a tensor for kind={kind!r}; it was None")
+        y = target
+    else:
+        y = logits
+    config = heuristics.target(B, N, D, logits.dtype, launch.architecture(logits))
+    stride_hb, align_h = launch.rows_alignment(features)
+    stride_zb, align_z = launch.rows_alignment(logits)
+    stride_yb, align_y = launch.rows_alignment(y)
+    align_n = launch.alignment(N)
+    with launch.device_guard(logits):
+        kernels.target_sqnorm_kernel[(heuristics.cdiv(B, config.rows),)](
+            features, logits, y, out, B, N // align_n, D,
+            stride_hb, features.stride(1), stride_zb, logits.stride(1), stride_yb, y.stride(-1),
+            LOSS=loss, KIND=kind, BIAS=bias, LOG=log, MEAN=mean,
+            ROWS=config.rows, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
+            ALIGN_H=align_h, ALIGN_Z=align_z, ALIGN_Y=align_y, ALIGN_N=align_n, num_warps=config.num_warps, **launch.OPTIONS,
+        )  # fmt: skip
+    return out
