@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastgrad import functional
 from fastgrad.checks import one_of
 from fastgrad.features import GradientFeatures, logits_of
-from fastgrad.layers.shadow import Shadow, attach, ordinary
+from fastgrad.layers.shadow import Shadow, attach
 
 GRADIENTS = ("auto", "contrasts", "signals", "last_layer")
 #: The joined signals: three gradients that say different things about a sample.
@@ -25,9 +25,17 @@ _FEW_CLASSES = 16
 
 
 class Box:
-    """Carries what a module sees out of one forward pass."""
+    """Carries what a module sees out of a forward pass."""
 
-    features: Tensor | None = None
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def features(self, samples: int) -> Tensor | None:
+        """The last input seen with one row for each sample; trial batches come before it."""
+        for value in reversed(self.seen):
+            if value.shape[0] == samples:
+                return value.detach()
+        return self.seen[-1][:0].detach() if self.seen and samples == 0 else None
 
 
 class Tapped(nn.Module):
@@ -46,8 +54,9 @@ class Tapped(nn.Module):
         if self.head is not None:
 
             def keep(_: nn.Module, inputs: Any, __: Any) -> None:
-                if box.features is None:
-                    box.features = inputs[0]
+                # Replays of single layers under vmap are not the batch.
+                if not torch._C._functorch.is_batchedtensor(inputs[0]):
+                    box.seen.append(inputs[0])
 
             attach(self.model.get_submodule(self.head), keep, before=True)
         return self.model(*args, **kwargs)
@@ -90,8 +99,9 @@ class Extraction:
             logits, blocks = self._last_layer(box, args, kwargs)
         else:
             logits, blocks = self._whole_network(box, args, kwargs)
-        if box.features is not None:
-            blocks["features"] = box.features.detach()[: len(logits)]
+        features = box.features(logits.shape[0])
+        if features is not None:
+            blocks["features"] = features
         return logits, {"logits": logits, **blocks}
 
     def probe(self, x: Tensor | Mapping[str, Any]) -> None:
@@ -104,7 +114,8 @@ class Extraction:
         args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
         self._prepare(args, kwargs)
         box = Box()
-        return self._forward(box, args, kwargs), box.features
+        logits = self._forward(box, args, kwargs)
+        return logits, box.features(logits.shape[0])
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with self._lock:
@@ -137,12 +148,6 @@ class Extraction:
     def _whole_network(self, box: Box, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         extractor = self._extractor
         assert extractor is not None  # made by _prepare
-        samples = _samples(args, kwargs)
-        if samples:
-            # The first call on a kind of input runs trial batches; they get a box of their own.
-            with torch.inference_mode(False):
-                trial = torch.utils._pytree.tree_map_only(Tensor, ordinary, ((Box(), *args), kwargs))
-                extractor._plan(*trial, samples)
         logits, features = extractor(box, *args, **kwargs)
         blocks = {"gradients": features[:, self.ranks :]}
         if self.ranks:
@@ -156,7 +161,7 @@ class Extraction:
 
     def _last_layer(self, box: Box, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self._forward(box, args, kwargs)
-        features = box.features
+        features = box.features(logits.shape[0])
         if features is None or self.head is None:
             raise RuntimeError("the last layer was not called")
         bias = getattr(self.model.get_submodule(self.head), "bias", None) is not None
@@ -197,11 +202,3 @@ def find_head(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[str | None, 
         if same and torch.equal(output.to(logits.dtype), logits):
             return path, logits.shape[1]
     return None, logits.shape[1]
-
-
-def _samples(args: Any, kwargs: Any) -> int:
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    batched = [leaf for leaf in leaves if leaf.dim()]
-    if not batched:
-        raise ValueError("x must hold a tensor with the batch in dimension 0; there was none")
-    return int(batched[0].shape[0])

@@ -93,8 +93,8 @@ def check_blocks(X: Mapping[str, Any], *, log: bool) -> dict[str, Array]:
         classes, contrasts = arrays["logits"].shape[1], contrast_axis(arrays["contrasts"])
         if arrays["contrasts"].shape[contrasts] != classes:
             raise ValueError(
-                f"X['contrasts'] must have one entry per class on axis {contrasts}, {classes} like X['logits']; "
-                f"it was {arrays['contrasts'].shape}"
+                f"X['contrasts'] must have one entry per class on axis {contrasts}, {classes} like "
+                f"X['logits']; it was {arrays['contrasts'].shape}"
             )
     return arrays
 

@@ -246,10 +246,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         width = int(np.prod([np.prod(shape) for shape in shapes]))
         pairs = len(shapes) == 2 and len(self.shapes_) == 2
         if width != self.n_features_in_ or (pairs and shapes != self.shapes_):
-            raise ValueError(
-                f"R must have the shape of fit, {self.shapes_} per sample ({self.n_features_in_} row entries); it "
-                f" had {shapes}"
-            )
+            raise ValueError(f"R must have the shape of fit, {self.shapes_} per sample; it had {shapes}")
 
     def _labels(self, y: ArrayLike, count: int) -> NDArray[Any]:
         values = column_or_1d(np.asarray(y.cpu() if isinstance(y, Tensor) else y), warn=True)

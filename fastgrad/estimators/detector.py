@@ -36,8 +36,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
     is not scored as safe.
 
     The score is ``-log(p)``, p being the probability that a clean sample looks at least so unusual,
-    calibrated on clean data that nothing else was fitted on: ``threshold(a)``, which is -log(a), flags a share a of clean
-    data.
+    calibrated on clean data that nothing else was fitted on: above ``threshold(a)``, which is -log(a), lies a
+    share a of clean data.
 
     Feature matrices are arrays or mappings of named blocks (see `fastgrad.estimators.blocks`): a mapping says
     what is what; for a plain array the ``contrasts`` parameter does.
@@ -50,8 +50,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         supervised: H's shape: ``"network"`` (two layers) or ``"logistic"``.
         hidden: Width of the network's hidden layer.
         members: Networks whose scores H averages.
-        label_weight: H's weight beside a one-class score's 1; ``"auto"`` trusts it the more, the more kinds
-            of challenge it has seen.
+        trust: How much H counts beside the one-class scores: ``"full"``, or ``"cautious"``, where only its
+            strong evidence does; ``"auto"`` is full from 8 kinds of challenge on.
         guard: Whether the one-class scores stand beside H.
         combine: ``"fisher"`` or ``"harmonic"``.
         cap: Largest -log p that one score may contribute.
@@ -77,7 +77,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         supervised: str = "network",
         hidden: int = 64,
         members: int = 3,
-        label_weight: float | str = "auto",
+        trust: str = "auto",
         guard: bool = True,
         combine: str = "fisher",
         cap: float = 20.0,
@@ -93,7 +93,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         self.supervised = supervised
         self.hidden = hidden
         self.members = members
-        self.label_weight = label_weight
+        self.trust = trust
         self.guard = guard
         self.combine = combine
         self.cap = cap
@@ -141,6 +141,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
 
         scores: dict[str, Score] = {}
         weights: dict[str, float] = {}
+        relevant: dict[str, float] = {}
         with torch.no_grad():
             if self.guard or not challenging.any():
                 for name, rows, score, meaning in one_class_scores(
@@ -154,7 +155,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                     scores[name] = Score(
                         rows=rows, score=score, meaning=meaning.fit(score(rows(calibration)))
                     )
-                    weights[name] = 1.0
+                    weights[name] = relevant[name] = 1.0
             if challenging.any():
                 joint = joint_rows(chosen, log=self.log)
                 picked = np.concatenate([fitting, np.flatnonzero(challenging)])
@@ -167,12 +168,13 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                     seed=seed,
                 )
                 scores["labels"] = Score(rows=joint, score=h, meaning=OneSided.fit(h(joint(calibration))))
-                weights["labels"] = self._label_weight(codes)
+                weights["labels"], relevant["labels"] = self._trust(codes)
             module = DetectorModule(
                 scores=Sequence(**scores),
-                weights=list(weights.values()),
                 combine=self.combine,
                 cap=float(self.cap),
+                weights=list(weights.values()),
+                relevant=list(relevant.values()),
             )
             combined = module.combined(_tensors({name: array[final] for name, array in blocks.items()}))
             # Beyond the ten highest scores (or 5 %) the tail is extrapolated; below, the rate is counted.
@@ -256,9 +258,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"cap must be greater than 0; it was {self.cap!r}")
         if not 0 < float(self.calibration_fraction) < 1:
             raise ValueError(f"calibration_fraction must lie in (0, 1); it was {self.calibration_fraction!r}")
-        weight = self.label_weight
-        if weight != "auto" and (isinstance(weight, str) or not 0 < float(weight) < math.inf):
-            raise ValueError(f"label_weight must be 'auto' or a number greater than 0; it was {weight!r}")
+        checks.one_of("trust", self.trust, ("auto", "full", "cautious"))
         check_rate(self.false_alarm_rate)
 
     def _blocks(self, X: ArrayLike | Blocks, *, reset: bool) -> dict[str, Array]:
@@ -332,16 +332,16 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         codes[challenging] = 1 + np.unique(values[challenging], return_inverse=True)[1]
         return codes
 
-    def _label_weight(self, codes: NDArray[np.intp]) -> float:
-        """The weight of H beside a one-class score.
+    def _trust(self, codes: NDArray[np.intp]) -> tuple[float, float]:
+        """H's weight beside a one-class score's 1, and the p-value below which it counts at all.
 
-        H generalises from many kinds of challenge to others; from a single kind it does not, and calls what
-        it has not seen safe. Its weight therefore grows with the kinds.
+        H generalises from many kinds of challenge to others. From a few it does not: it calls what it has not
+        seen safe, and would outvote the guard. Then only p-values below 0.1 count, so that nine tenths of the
+        clean samples, and whatever H takes for clean, are judged by the guard alone.
         """
-        if self.label_weight != "auto":
-            return float(self.label_weight)
-        kinds = len(np.unique(codes)) - 1
-        return min(3.0, 0.3 * kinds)
+        few = len(np.unique(codes)) - 1 < 8
+        cautious = self.trust == "cautious" or (self.trust == "auto" and few)
+        return (1.5, 0.1) if cautious and self.guard else (3.0, 1.0)
 
     def _split(
         self, challenging: NDArray[np.bool_], held_out: ArrayLike | None, random: np.random.RandomState
@@ -360,7 +360,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             mask = np.asarray(held_out)
             if mask.shape != challenging.shape or mask.dtype != bool:
                 raise ValueError(
-                    f"held_out must be a Boolean array of shape {challenging.shape}; it was {mask.dtype}, {mask.shape}"
+                    f"held_out must be bool of shape {challenging.shape}; it was {mask.dtype}, {mask.shape}"
                 )
             kept, fitting = order[mask[order]], order[~mask[order]]
             if len(kept) < 2 or len(fitting) < 2:

@@ -31,7 +31,8 @@ class Fitted(nn.Module):
         self.options: dict[str, Any] = {}
         for name, value in parts.items():
             if isinstance(value, Tensor):
-                self.register_buffer(name, value)
+                # One memory layout before and after storage: products round alike.
+                self.register_buffer(name, value.contiguous())
             elif isinstance(value, nn.Module):
                 self.add_module(name, value)
             else:

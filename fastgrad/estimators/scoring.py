@@ -43,6 +43,8 @@ class DetectorModule(Fitted):
     def combined(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """The combined statistic ``(B,)`` before its own calibration."""
         log_p = torch.stack([score(blocks) for score in self.scores], -1)
+        # A score counts from the p-value on that its "relevant" names; 1 is every p-value.
+        log_p = (log_p - log_p.new_tensor(self.options["relevant"]).log()).clamp(max=0)
         return COMBINATIONS[self.options["combine"]](log_p, self.options["cap"], self.options["weights"])
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:

@@ -98,7 +98,7 @@ class Trainer:
             labels = labels.to(self.device)
             loss = F.cross_entropy(self.logits(self._move(inputs)), labels)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             total, count = total + float(loss.detach()) * len(labels), count + len(labels)
         return total / max(1, count)

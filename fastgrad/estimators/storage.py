@@ -1,0 +1,109 @@
+"""Fitted modules on disk: safetensors with JSON metadata and a digest over every byte. No pickle, no code.
+
+The file is an ordinary ``.safetensors``. Its metadata has one entry, ``fastgrad``, a JSON text with the
+SHA-256 of the whole file, computed with 64 zeros in the digest's own place, the format number, the description
+of the modules (`fastgrad.estimators.fitted.Fitted.spec`), and whatever else the caller stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .fitted import Fitted, rebuild
+
+FORMAT = 1
+_KEY = "fastgrad"
+_EMPTY = "0" * 64
+
+
+def save(path: str | os.PathLike[str], modules: Mapping[str, Fitted], extra: Mapping[str, Any]) -> Path:
+    """Write ``modules`` and ``extra`` (JSON) to ``path``; the file appears whole or not at all."""
+    from safetensors.torch import save as serialise
+
+    tensors = {
+        f"{name}.{key}": value.detach().cpu().contiguous().clone()
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
+    # A file without tensors has no header to speak of.
+    tensors[_KEY] = torch.zeros(1, dtype=torch.uint8)
+    content = {
+        "digest": _EMPTY,
+        "format": FORMAT,
+        "modules": {name: module.spec() for name, module in modules.items()},
+        "extra": dict(extra),
+    }
+    data = serialise(tensors, {_KEY: json.dumps(content)})
+    digest = hashlib.sha256(data).hexdigest()
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.replace(_EMPTY.encode(), digest.encode(), 1))
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return target
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Fitted], dict[str, Any]]:
+    """Modules and extras of a file written by `save`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file was not written by `save`, by another version of it, or has been changed since.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load as deserialise
+
+    data = Path(path).read_bytes()
+    foreign = f"path must be a file written by TwoStageModel.save; {str(path)!r} is not one"
+    try:
+        length = int.from_bytes(data[:8], "little")
+        if length > len(data) - 8:
+            raise ValueError("header longer than the file")
+        header = json.loads(data[8 : 8 + length])
+        content = json.loads(header["__metadata__"][_KEY])
+        digest, number = content["digest"], content["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(foreign) from error
+    if not isinstance(digest, str) or len(digest) != 64:
+        raise ValueError(foreign)
+    original = data.replace(digest.encode(), _EMPTY.encode(), 1)
+    if hashlib.sha256(original).hexdigest() != digest:
+        raise ValueError(
+            f"{str(path)!r} has been changed or damaged since it was saved: its digest does not match"
+        )
+    if number != FORMAT:
+        raise ValueError(
+            f"{str(path)!r} has format {number!r}; this version of fastgrad reads format {FORMAT}"
+        )
+    try:
+        tensors: dict[str, Tensor] = deserialise(data)
+    except SafetensorError as error:
+        raise ValueError(foreign) from error
+    modules = {name: rebuild(spec, tensors, f"{name}.") for name, spec in content["modules"].items()}
+    extra: dict[str, Any] = content["extra"]
+    return modules, extra
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a network's parameters and buffers: names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if not isinstance(value, Tensor):
+            continue
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
