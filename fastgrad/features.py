@@ -23,6 +23,7 @@ from fastgrad.layers.network import (
 from fastgrad.layers.plan import Plan, Route, refuse_mixing
 from fastgrad.layers.run import Run
 from fastgrad.layers.shadow import Shadow, ordinary
+from fastgrad.layers.tracing import is_symbolic, trace
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.
 Target = str | int | Tensor | Callable[[Tensor], Tensor]
@@ -179,6 +180,28 @@ class GradientFeatures:
         """
         return self._network.routes()
 
+    def trace(self, *args: Any, **kwargs: Any) -> torch.fx.GraphModule:
+        """Trace the extraction to one flat graph of tensor operations, backward pass included.
+
+        The batch stays dynamic, other sizes are those of the example. The graph holds the model's present
+        parameters, needs neither the model nor Python's autograd, and can be compiled or given to
+        ``torch.export``. Joined signals and contrasts become one backward pass each.
+
+        Args:
+            *args: An example batch of at least two samples on the model's device.
+            **kwargs: Inputs by keyword; the graph takes their tensors positionally after the others.
+
+        Returns:
+            A module ``(*tensors) -> (logits, features)``.
+        """
+        with torch.inference_mode(False):
+            args, kwargs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
+            samples = batch_size(args, kwargs)
+            if samples < 2:
+                raise ValueError(f"inputs must hold at least two samples to be traced; they held {samples}")
+            plan = self._network.plan(args, kwargs, samples)
+            return trace(lambda a, k: self._extract(plan, a, k, batch_size(a, k)), args, kwargs, samples)
+
     def _extract(self, plan: Plan, args: Any, kwargs: Any, samples: int) -> tuple[Tensor, Tensor]:
         run = Run(samples)
         with torch.enable_grad():
@@ -191,7 +214,10 @@ class GradientFeatures:
             scale = delta.abs().amax(-1, keepdim=True)
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))
             unit = (delta / scale).to(logits.dtype)
-            if unit.shape[0] == 1:
+            if is_symbolic(samples):
+                # Functorch's batched tensors cannot be traced with a symbolic batch.
+                features = torch.stack([squared_norms(run, [logits], [u], plan.names, z, keep=True) for u in unit])
+            elif unit.shape[0] == 1:
                 features = squared_norms(run, [logits], [unit[0]], plan.names, z).unsqueeze(0)
             else:
                 features = batched_squared_norms(run, logits, unit, plan.names)

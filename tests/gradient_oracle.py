@@ -57,11 +57,10 @@ def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:
     """Largest relative error of each column.
 
     A gradient that vanishes in exact arithmetic (an attention's key bias) is only rounding errors of the sums
-    it is made of, so below ``(100 eps)^2`` times the sample's largest squared norm the error is taken relative
-    to that.
+    it is made of, so an error below ``(100 eps)^2`` times the sample's largest squared norm counts as none.
     """
     floor = (100 * eps) ** 2 * truth.amax(1, keepdim=True)
-    return ((value.double() - truth).abs() / torch.maximum(truth, floor).clamp_min(1e-300)).amax(0)
+    return (((value.double() - truth).abs() - floor).clamp_min(0) / truth.clamp_min(1e-300)).amax(0)
 
 
 def check_module(module: nn.Module, x: Tensor, *, eps: float | None = None, seed: int = 0) -> None:

@@ -161,14 +161,16 @@ class Network:
 
 
 def squared_norms(
-    run: Run, outputs: Sequence[Tensor], gradients: Sequence[Tensor], names: Sequence[str], like: Tensor
+    run: Run, outputs: Sequence[Tensor], gradients: Sequence[Tensor], names: Sequence[str], like: Tensor, *, keep: bool = False
 ) -> Tensor:
-    """Send one set of output gradients back; ``(B, P)``."""
+    """Send one set of output gradients back; ``(B, P)``. ``keep`` keeps the graph for another pass."""
     pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
     probes = [probe for _, probe in run.probes]
     if not probes or not pairs:
         return gather(run, [], names, like)
-    found = torch.autograd.grad([out for out, _ in pairs], probes, [g for _, g in pairs], allow_unused=True)
+    found = torch.autograd.grad(
+        [out for out, _ in pairs], probes, [g for _, g in pairs], retain_graph=keep, allow_unused=True
+    )
     return gather(run, [or_zero(f, p) for f, p in zip(found, probes, strict=True)], names, like)
 
 
