@@ -70,15 +70,18 @@ def jpeg(images: Bytes, quality: int = 75) -> Bytes:
     return result
 
 
-def _from_npz(path: Path, part: str, limit: int | None) -> Split | None:
+def _from_npz(path: Path, part: str, limit: int | None, start: int) -> Split | None:
     with np.load(path, allow_pickle=False) as archive:
         labels_key = f"{part}_labels" if f"{part}_labels" in archive else "labels"
-        labels = archive[labels_key][:limit].astype(np.int64) if labels_key in archive else None
+        labels = None
+        if labels_key in archive:
+            labels = archive[labels_key].astype(np.int64)
+            labels = labels[_window(len(labels), start, limit)]
         if f"{part}_jpeg" in archive:
             files, offsets = archive[f"{part}_jpeg"].tobytes(), archive[f"{part}_offsets"]
-            count = len(offsets) - 1 if limit is None else min(limit, len(offsets) - 1)
+            chosen = range(len(offsets) - 1)[_window(len(offsets) - 1, start, limit)]
             images = np.stack(
-                [np.asarray(Image.open(io.BytesIO(files[offsets[i] : offsets[i + 1]]))) for i in range(count)]
+                [np.asarray(Image.open(io.BytesIO(files[offsets[i] : offsets[i + 1]]))) for i in chosen]
             )
             return Split(images, labels, True)
         key = f"{part}_images" if f"{part}_images" in archive else "images"
@@ -89,11 +92,11 @@ def _from_npz(path: Path, part: str, limit: int | None) -> Split | None:
             # Sets without parts are often sorted by class: a fixed shuffle makes any prefix a fair sample.
             images = images[np.random.default_rng(0).permutation(len(images))]
             labels = None
-        images = images[:limit]
+        images = images[_window(len(images), start, limit)]
         return Split(images if images.ndim == 4 else images[..., None], labels, False)
 
 
-def _from_torchvision(root: Path, loader: str, part: str, limit: int | None) -> Split | None:
+def _from_torchvision(root: Path, loader: str, part: str, limit: int | None, start: int) -> Split | None:
     from torchvision import datasets
 
     where: dict[str, Any] = {"split": part} if loader == "SVHN" else {"train": part == "train"}
@@ -106,11 +109,20 @@ def _from_torchvision(root: Path, loader: str, part: str, limit: int | None) -> 
         images = images.transpose(0, 2, 3, 1)
     labels = np.asarray(loaded.labels if loader == "SVHN" else loaded.targets, dtype=np.int64)
     images = images if images.ndim == 4 else images[..., None]
-    return Split(images[:limit], labels[:limit], False)
+    window = _window(len(images), start, limit)
+    return Split(images[window], labels[window], False)
 
 
-def load(root: Path, name: str, part: str = "test", limit: int | None = None) -> Split:
-    """The ``part`` (``"train"`` or ``"test"``) of a set in :data:`SETS`.
+def _window(total: int, start: int, limit: int | None) -> slice:
+    """``limit`` places from ``start``, which counts from the end where it is negative."""
+    first = max(0, total + start) if start < 0 else start
+    return slice(first, total if limit is None else min(total, first + limit))
+
+
+def load(root: Path, name: str, part: str = "test", limit: int | None = None, start: int = 0) -> Split:
+    """``limit`` images of a set in :data:`SETS`, from its ``part`` (``"train"`` or ``"test"``).
+
+    ``start`` is the first one's place; a negative one counts from the end.
 
     Raises:
         ValueError: unknown name.
@@ -121,9 +133,9 @@ def load(root: Path, name: str, part: str = "test", limit: int | None = None) ->
     files, loader = SETS[name]
     for file in files:
         path = root / f"{file}.npz"
-        if path.exists() and (split := _from_npz(path, part, limit)) is not None:
+        if path.exists() and (split := _from_npz(path, part, limit, start)) is not None:
             return split
-    if loader is not None and (split := _from_torchvision(root, loader, part, limit)) is not None:
+    if loader is not None and (split := _from_torchvision(root, loader, part, limit, start)) is not None:
         return split
     raise FileNotFoundError(f"{root} must hold {' or '.join(f'{f}.npz' for f in files)} for the set {name!r}")
 

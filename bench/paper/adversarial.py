@@ -1,0 +1,151 @@
+"""Adversarial detection: six attacks on both networks (``python -m bench.paper.adversarial``)."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+import torch
+
+from bench.paper import detectors
+from bench.paper.attacks import ATTACKS
+from bench.paper.common import Options, detection_rows, finish, parallel, parse, pivot
+from bench.paper.figures import grouped_bars
+from bench.paper.subject import Subject
+from bench.paper.train import Recipe, train_all
+from fastgrad.metrics import auroc
+
+#: AUROC of the published gradient detector (Lee et al. 2022), which is trained on labelled attacks.
+PUBLISHED = {
+    "resnet": (93.45, 96.19, 97.07, 95.82, 98.17, 90.15),
+    "densenet": (96.83, 96.85, 97.05, 96.77, 98.53, 89.55),
+}
+MAGNITUDE = 0.0014
+CLEAN_ONLY = (
+    "fastgrad",
+    "fastgrad one-class",
+    "softmax",
+    "energy",
+    "KNN",
+    "ViM",
+    "Mahalanobis V",
+    "Mahalanobis P",
+)
+LABELLED = (
+    "fastgrad H",
+    "fastgrad labelled",
+    "LID",
+    "Mahalanobis FE",
+    "Mahalanobis P+FE",
+    "logits labelled",
+    "h labelled",
+)
+
+
+def evaluate(task: tuple[Recipe, Options]) -> dict[tuple[str, str, str], float]:
+    """AUROC of every method on every attack, for one network."""
+    recipe, options = task
+    start = time.perf_counter()
+    subject = Subject(recipe, options)
+    right = {part: subject.correct(part) for part in ("test", "fit")}
+    clean = {
+        part: {k: v[right[part]] for k, v in subject.blocks("clean", part).items()}
+        for part in ("test", "fit")
+    }
+    images = {part: subject.clean(part)[0][torch.from_numpy(right[part])] for part in ("test", "fit")}
+    images["fit"] = images["fit"][: options.case]
+    images["test"] = images["test"][: 2 * options.case]
+    clean["test"] = {k: v[: 2 * options.case] for k, v in clean["test"].items()}
+    default, lone = detectors.default(subject), detectors.one_class(subject)
+    plain = detectors.from_outputs(subject)
+    layers = detectors.MahalanobisLayers(subject)
+    bare = {part: layers.distances(images[part], 0.0) for part in images}
+    moved = {part: layers.distances(images[part], MAGNITUDE) for part in images}
+
+    def stages(values: torch.Tensor) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [stage.numpy() for stage in subject.model.stage_features(values)]
+
+    reference = stages(subject.clean("seen")[0][:1000])
+    dimension = {part: detectors.local_dimensionality(reference, stages(images[part])) for part in images}
+    found: dict[tuple[str, str, str], float] = {}
+    for name in ATTACKS:
+        case = f"attack/{name}"
+        blocks = {part: subject.blocks(case, part) for part in ("test", "fit")}
+        attacked = {part: subject.images(case, part) for part in ("test", "fit")}
+
+        def record(method: str, negative: np.ndarray, positive: np.ndarray, case: str = name) -> None:
+            found[recipe.network, case, method] = auroc(negative, positive)
+
+        for method, detector in (("fastgrad", default), ("fastgrad one-class", lone)):
+            record(method, *(detectors.scores(detector, b) for b in (clean["test"], blocks["test"])))
+        for method, guard in (("fastgrad labelled", True), ("fastgrad H", False)):
+            expert = detectors.labelled(subject, [case], guard=guard)
+            record(method, *(detectors.scores(expert, b) for b in (clean["test"], blocks["test"])))
+        for method, score in plain.items():
+            record(method, score(clean["test"]), score(blocks["test"]))
+        for suffix, known, magnitude in (("", bare, 0.0), ("P", moved, MAGNITUDE)):
+            distance = {part: layers.distances(attacked[part], magnitude) for part in attacked}
+            if suffix:
+                record("Mahalanobis P", known["test"][:, -1], distance["test"][:, -1])
+            join = detectors.logistic(known["fit"], distance["fit"])
+            record(f"Mahalanobis {'P+' if suffix else ''}FE", join(known["test"]), join(distance["test"]))
+        lid = {part: detectors.local_dimensionality(reference, stages(attacked[part])) for part in attacked}
+        join = detectors.logistic(dimension["fit"], lid["fit"])
+        record("LID", join(dimension["test"]), join(lid["test"]))
+        # Controls: what labels alone buy, without any gradient.
+        for method, columns in (("logits labelled", "logits"), ("h labelled", "features")):
+            rows = [
+                np.sort(b[columns], 1) if columns == "logits" else b[columns]
+                for b in (clean["fit"], blocks["fit"])
+            ]
+            join = detectors.logistic(*(r.astype(np.float64) for r in rows))
+            tests = [
+                np.sort(b[columns], 1) if columns == "logits" else b[columns]
+                for b in (clean["test"], blocks["test"])
+            ]
+            record(method, *(join(t) for t in tests))
+    print(f"adversarial {recipe.file()}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make the table."""
+    options = parse(__doc__ or "", arguments)
+    recipes = [
+        Recipe(network=network, seed=seed, epochs=options.epochs)
+        for seed in range(options.seeds)
+        for network in ("resnet", "densenet")
+    ]
+    train_all(recipes, options.data, options.cache, options.workers)
+    found = parallel(evaluate, [(recipe, options) for recipe in recipes], options.workers)
+    rows = detection_rows(found)
+    sections = []
+    for network, published in PUBLISHED.items():
+        own = [row for row in rows if row["network"] == network]
+        line = ", ".join(f"{name} {value}" for name, value in zip(ATTACKS, published, strict=True))
+        mean = f"{np.mean(published):.1f}"
+        text = (
+            f"## {network}\n\nPublished gradient detector, trained on labelled attacks: {line}; mean {mean}."
+        )
+        sections += [
+            (text + "\n\nFrom clean data alone:", pivot(own, ATTACKS, CLEAN_ONLY)),
+            (
+                "Trained on 200 images of the same attack (the published protocol):",
+                pivot(own, ATTACKS, LABELLED),
+            ),
+        ]
+    methods = ("fastgrad labelled", "fastgrad", "Mahalanobis P+FE", "LID", "Mahalanobis V", "softmax")
+    value = {(row["network"], row["case"], row["method"]): row for row in rows}
+    groups = [(network, name) for network in PUBLISHED for name in ATTACKS]
+    axes = grouped_bars(
+        {m: [value[(*group, m)]["auroc"] for group in groups] for m in methods},
+        [f"{name}\n{network}" for network, name in groups],
+        errors={m: [value[(*group, m)]["spread"] for group in groups] for m in methods},
+    )
+    finish(options, "adversarial", "Adversarial detection", rows, sections, axes)
+
+
+if __name__ == "__main__":
+    main()
