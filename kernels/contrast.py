@@ -93,10 +93,7 @@ def contrast_rows_kernel(
         z, m[:, None], base[:, None], top[:, None], c0[:, None], c1[:, None], c2[:, None], c3[:, None], c4[:, None],
         c5[:, None], LOSS, LOG,
     )  # fmt: skip
-    if LOG:
-        v = v + factor[:, None]
-    else:
-        v = v * factor[:, None]
+    v = v + factor[:, None] if LOG else v * factor[:, None]
     tl.store(out_ptr + (rows * N_units * ALIGN_N)[:, None] + cols.to(tl.int64)[None, :], v, mask=inside)
 
 
@@ -142,10 +139,7 @@ def sweep_values(
             z, m[:, None], base[:, None], top[:, None], c0[:, None], c1[:, None], c2[:, None], c3[:, None],
             c4[:, None], c5[:, None], LOSS, LOG,
         )  # fmt: skip
-        if LOG:
-            v = v + factor[:, None]
-        else:
-            v = v * factor[:, None]
+        v = v + factor[:, None] if LOG else v * factor[:, None]
         tl.store(out_row + offs, v, mask=inside)
 
 

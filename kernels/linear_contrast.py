@@ -230,8 +230,8 @@ def linear_contrast_kernel(
                     LOG,
                     BLOCK_F,
                 )
-    if CHUNKS > 0:
-        if (tile_m < tiles_m) & (is_tile == 0):  # noqa: SIM102
+    if CHUNKS > 0:  # noqa: SIM102 - a constant, and a condition at run time
+        if (tile_m < tiles_m) & (is_tile == 0):
             while tl.atomic_add(merged_flag, 0, sem="acquire", scope="gpu") == 0:
                 pass
             m, m2, a1, a2, a3, a4, a5, a6, a7 = load_moments(merged_at, plane, valid, LOSS, False)
@@ -351,7 +351,7 @@ def linear_stats_kernel(
                 work_ptr + rows, splits, B, plane, valid, BLOCK_M, PARTS, LOSS, False, True
             )
             factor = features_factor(square, N, HAS_BIAS, False, MEAN)
-            top_m, base, top, c0, c1, c2, c3, c4, c5 = contrast_coefficients(
+            _, base, top, c0, c1, c2, c3, c4, c5 = contrast_coefficients(
                 m, m2, a1, a2, a3, a4, a5, a6, a7, LOSS, False
             )
             low, high, mean, expected, predicted = contrast_statistics(

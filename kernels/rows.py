@@ -48,8 +48,9 @@ def rows_linear_kernel(
         js = block * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = (js < D)[None, :]
         h = tl.load(h_rows[:, None] + js.to(tl.int64)[None, :] * stride_hd, mask=inside, other=0.0)
-        start = tl.maximum(first - block.to(tl.int64) * N, 0).to(tl.int32)
-        stop = tl.minimum(last - block.to(tl.int64) * N, N).to(tl.int32)
+        before = tl.full([], block, tl.int64) * N
+        start = tl.maximum(first - before, 0).to(tl.int32)
+        stop = tl.minimum(last - before, N).to(tl.int32)
         for k in range(start, stop):
             k64 = tl.full([], k, tl.int64)
             v_ptrs = v_rows[:, None] + (k64 * D_units * ALIGN_D + js)[None, :] * stride_vr
@@ -69,7 +70,7 @@ def rows_linear_kernel(
         tl.store(work_ptr + part.to(tl.int64) * plane + offs, acc, mask=inside)
         if arrive(sync_ptr + tile) == parts - 1:
             total = tl.zeros([BLOCK_M, BLOCK_U], tl.float32)
-            for other in range(0, parts):
+            for other in range(parts):
                 at = work_ptr + tl.full([], other, tl.int64) * plane + offs
                 total += tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
             if HAS_BIAS:

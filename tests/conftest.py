@@ -53,7 +53,7 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what the launchers allocate with NaN, so that an element no kernel wrote shows."""
     from fastgrad.ops.triton import launch
 
@@ -64,7 +64,6 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return out.fill_(float("nan")) if out.dtype.is_floating_point else out
 
     monkeypatch.setattr(launch, "empty", poisoned)
-    yield
 
 
 @pytest.fixture(autouse=True)

@@ -60,9 +60,13 @@ def _sigmoid(z: float) -> mpmath.mpf:
     return mpmath.mpf(0) if z == -math.inf else 1 / (1 + mpmath.exp(-mpmath.mpf(z)))
 
 
-def contrast_norms(row: Sequence[float], loss: str) -> list[mpmath.mpf]:
-    """``||delta^(k)||^2`` for every k of one row of logits, from power sums in 80 digits."""
-    with mpmath.workdps(DIGITS):
+def contrast_norms(row: Sequence[float], loss: str, digits: int = DIGITS) -> list[mpmath.mpf]:
+    """``||delta^(k)||^2`` for every k of one row of logits, from power sums.
+
+    80 digits leave 10 correct ones at a margin of 40 for brier, whose value there is exp(-160); every further unit of
+    the margin takes almost two more.
+    """
+    with mpmath.workdps(digits):
         if loss in ("cross_entropy", "brier"):
             u = _probabilities(row)
         elif loss == "bce":

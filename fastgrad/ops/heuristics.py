@@ -70,7 +70,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> ContrastConfig:
+def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Architecture) -> ContrastConfig:
     """Choose for features ``(B, D)`` and logits ``(B, N)``.
 
     A row up to ``LONGEST_ROW`` stays on chip, with 8 to 32 logits a thread (one or more 16-byte accesses), and
@@ -80,7 +80,8 @@ def contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> 
     pinned = _pinned("contrast")
     if pinned is not None:
         return pinned
-    if N <= LONGEST_ROW:
+    # Brier keeps twice as many numbers per logit.
+    if N <= (LONGEST_ROW // 2 if loss == "brier" else LONGEST_ROW):
         block = max(power_of_two(N), 16)
         rows = max(1, 1024 // block)
         while rows > 1 and cdiv(B, rows) < 2 * arch.processors:
@@ -93,7 +94,7 @@ def contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> 
             warps = max(1, warps // 2)  # 64 threads each
         block_d = min(max(power_of_two(D), 16), max(16, 2048 // rows))
         return ContrastConfig("rows", block, block_d, rows=rows, num_warps=warps)
-    block, warps = 8192, 8
+    block, warps = (4096 if loss == "brier" else 8192), 8
     block_d = min(max(power_of_two(D), 16), 2048)
     wanted = cdiv(2 * arch.processors, max(B, 1))
     splits = min(wanted, cdiv(N, block), 64)

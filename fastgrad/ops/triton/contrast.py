@@ -33,15 +33,16 @@ def contrast_sqnorm(
     out = launch.empty((B, N), torch.float32, logits)
     if B == 0 or N == 0:
         return out
-    config = heuristics.contrast(B, N, D, logits.dtype, launch.architecture(logits))
+    config = heuristics.contrast(B, N, D, loss, logits.dtype, launch.architecture(logits))
     stride_hb, align_h = launch.rows_alignment(features)
     stride_zb, align_z = launch.rows_alignment(logits)
     align_n = launch.alignment(N)
-    options = {
+    options: dict[str, Any] = {
         "BLOCK_N": config.block_n,
         "ALIGN_Z": align_z,
         "ALIGN_N": align_n,
         "num_warps": config.num_warps,
+        **launch.OPTIONS,
     }
     with launch.device_guard(logits):
         if config.kind == "rows":

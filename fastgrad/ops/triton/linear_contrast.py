@@ -112,6 +112,7 @@ def linear_contrast_stats(
                 LOSS=loss, MEAN=mean, HAS_BIAS=bias is not None, EXTREMES=extremes,
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, PARTS=config.parts,
                 EVEN_K=D % config.block_k == 0, PRECISION=config.precision, UPCAST=launch.upcast(features),
-                ALIGN_X=align_x, ALIGN_W=align_w, num_warps=config.num_warps, num_stages=config.num_stages, **launch.OPTIONS,
+                ALIGN_X=align_x, ALIGN_W=align_w, num_warps=config.num_warps, num_stages=config.num_stages,
+                **launch.OPTIONS,
             )  # fmt: skip
     return out

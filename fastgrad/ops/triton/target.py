@@ -64,6 +64,7 @@ def target_sqnorm(
             stride_hb, features.stride(1), stride_zb, logits.stride(1), stride_yb, y.stride(-1),
             LOSS=loss, KIND=kind, BIAS=bias, LOG=log, MEAN=mean,
             ROWS=config.rows, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
-            ALIGN_H=align_h, ALIGN_Z=align_z, ALIGN_Y=align_y, ALIGN_N=align_n, num_warps=config.num_warps, **launch.OPTIONS,
+            ALIGN_H=align_h, ALIGN_Z=align_z, ALIGN_Y=align_y, ALIGN_N=align_n, num_warps=config.num_warps,
+            **launch.OPTIONS,
         )  # fmt: skip
     return out

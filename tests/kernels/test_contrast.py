@@ -1,0 +1,262 @@
+"""All-contrast squared norms: every launch path against 80-digit arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+triton = pytest.importorskip("triton")
+
+from fastgrad.ops import heuristics  # noqa: E402
+from fastgrad.ops.heuristics import ContrastConfig  # noqa: E402
+from fastgrad.ops.triton.contrast import contrast_sqnorm  # noqa: E402
+
+LOSSES = ("cross_entropy", "bce", "mse", "brier")
+# One of each kind, with blocks shorter than the row so that every loop and every merge runs.
+PATHS = {
+    "rows": ContrastConfig("rows", block_n=64, block_d=16, rows=4, num_warps=1),
+    "stream": ContrastConfig("stream", block_n=32, block_d=16, num_warps=1),
+    "split": ContrastConfig("split", block_n=32, block_d=16, splits=2, num_warps=1),
+}
+# The promise is 1e-5. A logarithm is rounded to float32 itself: two units in its last place come on top.
+PROMISE = 1e-5
+SMALLEST_NORMAL = 2.0**-126
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def by_margins(
+    n: int, seed: int, margins: tuple[float, ...] = (0, 0.01, 1, 5, 10, 20, 30, 40)
+) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([oracles.confident_logits(1, n, margin, generator) for margin in margins])
+
+
+def check(
+    out: torch.Tensor,
+    features: torch.Tensor,
+    logits: torch.Tensor,
+    loss: str,
+    log: bool,
+    bias: bool = True,
+    digits: int = 80,
+) -> None:
+    """Compare with the oracle on exactly the numbers the kernel saw."""
+    assert out.dtype == torch.float32
+    out, features, logits = out.double().cpu(), features.cpu(), logits.cpu()
+    factor = [oracles.square_norm(row, bias) for row in features.double().tolist()]
+    for b, row in enumerate(logits.double().tolist()):
+        for k, value in enumerate(oracles.contrast_norms(row, loss, digits)):
+            exact, got = value * factor[b], out[b, k].item()
+            if log:
+                expected = oracles.logarithm(exact)
+                if math.isinf(expected):
+                    assert got == expected
+                else:
+                    assert abs(got - expected) <= PROMISE + 2**-22 * abs(expected), (b, k, got, expected)
+            elif exact >= SMALLEST_NORMAL:
+                assert abs(got / float(exact) - 1) <= PROMISE, (b, k, got, float(exact))
+            else:
+                # Below float32's range only the logarithm keeps its digits.
+                assert 0 <= got <= 1.01 * SMALLEST_NORMAL, (b, k, got)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_accuracy_at_margins_0_to_40(loss: str, log: bool, path: str, device: torch.device) -> None:
+    # The interpreter takes its time for every program, and these two paths have one or more per row.
+    margins = (0.0, 0.01, 1.0, 5.0, 10.0, 20.0, 30.0, 40.0) if path == "rows" else (0.01, 40.0)
+    logits = by_margins(37, 1, margins)
+    features = torch.randn(len(logits), 19, generator=torch.Generator().manual_seed(2))
+    with heuristics.override(contrast=PATHS[path]):
+        out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, log, False)
+    check(out, features, logits, loss, log)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_logarithm_far_beyond_underflow(loss: str, device: torch.device) -> None:
+    logits = by_margins(9, seed=3, margins=(60, 200))
+    features = torch.ones(2, 4)
+    out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, True, False)
+    check(out, features, logits, loss, True, digits=400)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_half_precision_input(loss: str, dtype: torch.dtype, device: torch.device) -> None:
+    logits = by_margins(20, seed=4).to(dtype)
+    features = torch.randn(len(logits), 8, generator=torch.Generator().manual_seed(5)).to(dtype)
+    out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, False, False)
+    check(out, features, logits, loss, False)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_any_strides(path: str, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(6)
+    columns = torch.randn(35, 4, generator=generator).to(device)
+    spaced = torch.randn(4, 40, generator=generator).to(device)
+    cases = [
+        (spaced[::2, ::3], columns.T[::2, 1::2]),
+        (spaced[:1].expand(2, 40), columns.T.contiguous()[:1].expand(2, 35)),
+    ]
+    with heuristics.override(contrast=PATHS[path]):
+        for features, logits in cases:
+            out = contrast_sqnorm(features, logits, "cross_entropy", True, False, False)
+            assert out.is_contiguous()
+            check(out, features, logits, "cross_entropy", False)
+
+
+@pytest.mark.parametrize(
+    ("path", "log"), [("rows", False), ("rows", True), ("stream", True), ("split", False)]
+)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_ties_and_masked_classes(loss: str, path: str, log: bool, device: torch.device) -> None:
+    logits = torch.randn(4, 37, generator=torch.Generator().manual_seed(7))
+    logits[0] = 0.25
+    logits[1, [3, 20, 36]] = 30.0
+    if loss != "mse":  # the square of minus infinity is infinite, to autograd too
+        logits[2, :34] = -math.inf
+        logits[3, 1:] = -math.inf
+    features = torch.ones(4, 3)
+    with heuristics.override(contrast=PATHS[path]):
+        out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, log, False)
+        check(out, features, logits, loss, log)
+
+
+@pytest.mark.parametrize(("path", "log"), [("rows", False), ("rows", True), ("split", False)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nan_and_infinity_stay_in_their_row(loss: str, log: bool, path: str, device: torch.device) -> None:
+    logits = torch.randn(6, 37, generator=torch.Generator().manual_seed(8))
+    features = torch.ones(6, 3)
+    logits[0, 5] = math.nan
+    logits[2, 20] = math.inf
+    logits[4] = math.nan
+    features[3, 1] = math.nan
+    with heuristics.override(contrast=PATHS[path]):
+        out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, log, False).cpu()
+    assert out[[0, 3, 4]].isnan().all()
+    if loss in ("cross_entropy", "brier"):
+        assert out[2].isnan().all()
+    elif loss == "mse":
+        assert (out[2] == math.inf).all()
+    good = [1, 5]
+    check(out[good], features[good], logits[good], loss, log)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_class(loss: str, device: torch.device) -> None:
+    logits, features = torch.tensor([[0.5], [-40.0], [17.0]]), torch.ones(3, 2)
+    for log in (False, True):
+        out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, log, False)
+        check(out, features, logits, loss, log)
+
+
+def test_empty_batch(device: torch.device) -> None:
+    out = contrast_sqnorm(
+        torch.ones(0, 3, device=device), torch.ones(0, 7, device=device), "bce", True, False, False
+    )
+    assert out.shape == (0, 7)
+    assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bias_and_mean(loss: str, device: torch.device) -> None:
+    logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(9)).to(device)
+    features = torch.randn(3, 5, generator=torch.Generator().manual_seed(10)).to(device)
+    check(
+        contrast_sqnorm(features, logits, loss, False, False, False),
+        features,
+        logits,
+        loss,
+        False,
+        bias=False,
+    )
+    for log in (False, True):
+        mean = contrast_sqnorm(features, logits, loss, True, log, True)
+        scaled = mean + 2 * math.log(12) if log else mean * 144
+        check(scaled, features, logits, loss, log)
+
+
+@pytest.mark.parametrize("kind", ["stream", "split"])
+def test_a_vocabulary_of_262144(kind: str, device: torch.device) -> None:
+    N = 262144
+    logits = torch.randn(1, N, generator=torch.Generator().manual_seed(11))
+    logits[0, 200000] = 20.0
+    config = ContrastConfig(kind, block_n=16384, block_d=16, splits=5, num_warps=16)  # type: ignore[arg-type]
+    with heuristics.override(contrast=config):
+        out = contrast_sqnorm(
+            torch.ones(1, 3).to(device), logits.to(device), "cross_entropy", True, False, False
+        )
+    # Float64 with the maximum left out; the rest needs no care at this margin.
+    p = logits.double().softmax(-1)[0]
+    expected = p.square().sum() - 2 * p + 1
+    others = torch.cat([p[:200000], p[200001:]])
+    expected[200000] = others.sum() ** 2 + others.square().sum()
+    assert ((out.cpu()[0].double() / (4 * expected) - 1).abs() <= PROMISE).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_offsets_beyond_32_bits(path: str, device: torch.device) -> None:
+    # The memory is reserved, not touched: rows 2^31 elements apart, then columns 2^30 apart.
+    generator = torch.Generator().manual_seed(12)
+    storage = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
+    features = torch.randn(2, 3, generator=generator).half().to(device)
+    with heuristics.override(contrast=PATHS[path]):
+        for size, stride in (((2, 33), (2**31, 1)), ((2, 3), (40, 2**30))):
+            logits = storage.as_strided(size, stride)
+            logits.copy_(torch.randn(size, generator=generator))
+            out = contrast_sqnorm(features, logits, "cross_entropy", True, False, False)
+            check(out, features, logits, "cross_entropy", False)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    B=st.integers(1, 3),
+    N=st.integers(1, 40),
+    D=st.integers(1, 20),
+    margin=st.floats(0, 40),
+    path=st.sampled_from(sorted(PATHS)),
+    loss=st.sampled_from(LOSSES),
+    log=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(B: int, N: int, D: int, margin: float, path: str, loss: str, log: bool, seed: int) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    logits = oracles.confident_logits(B, N, margin, generator)
+    features = torch.randn(B, D, generator=generator)
+    with heuristics.override(contrast=PATHS[path]):
+        out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, log, False)
+    check(out, features, logits, loss, log)
+
+
+def test_the_oracle_agrees_with_autograd() -> None:
+    generator = torch.Generator().manual_seed(13)
+    features = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    bias = torch.randn(6, generator=generator, dtype=torch.float64)
+    logits = features @ weight.T + bias
+    for loss in LOSSES:
+        by_autograd = oracles.contrast_autograd(features, weight, bias, loss)
+        exact = oracles.contrast_matrix(logits, loss) * (features.square().sum(1) + 1)[:, None]
+        # Autograd forms p_k - 1: a few units in the last place of 1, over the smallest value.
+        torch.testing.assert_close(by_autograd, exact, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_refuses_other_dtypes(dtype: torch.dtype, device: torch.device) -> None:
+    with pytest.raises(ValueError, match="logits must be float16"):
+        contrast_sqnorm(
+            torch.ones(1, 2, device=device),
+            torch.ones(1, 2, dtype=dtype, device=device),
+            "bce",
+            True,
+            False,
+            False,
+        )

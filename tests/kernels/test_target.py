@@ -1,0 +1,135 @@
+"""Squared norms for one fixed target: every kind and loss against 80-digit arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+
+triton = pytest.importorskip("triton")
+
+from fastgrad.ops import heuristics  # noqa: E402
+from fastgrad.ops.heuristics import TargetConfig  # noqa: E402
+from fastgrad.ops.triton.target import KINDS, target_sqnorm  # noqa: E402
+
+LOSSES = ("cross_entropy", "bce", "mse", "brier")
+PATHS = {"one block": TargetConfig(6, 64, 32, 1), "many blocks": TargetConfig(3, 16, 16, 1)}
+PROMISE = 1e-5
+SMALLEST_NORMAL = 2.0**-126
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def targets(
+    kind: str, logits: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """What the launcher takes, and the dense float64 target the oracle takes."""
+    B, N = logits.shape
+    top = logits.argmax(-1)
+    if kind == "ones":
+        return None, torch.ones(B, N, dtype=torch.float64)
+    if kind == "uniform":
+        return None, torch.full((B, N), 1 / N, dtype=torch.float64)
+    if kind == "predicted":
+        return None, F.one_hot(top, N).double()
+    if kind == "indices":
+        k = torch.randint(N, (B,), generator=generator)
+        k[::2] = top[::2]
+        return k, F.one_hot(k, N).double()
+    # One-hot at the maximum, smoothed there, one-hot elsewhere, then distributions.
+    y = torch.rand(B, N, generator=generator).softmax(-1)
+    y[0] = F.one_hot(top[0], N)
+    y[1] = 0.9 * F.one_hot(top[1], N) + 0.1 / N
+    y[2] = F.one_hot(logits[2].argmin(), N)
+    return y, y.double()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_accuracy(loss: str, kind: str, log: bool, path: str, device: torch.device) -> None:
+    if path == "many blocks" and (log or kind == "indices"):
+        pytest.skip("the sweeps are the same as without the logarithm, and the same as for predicted")
+    generator = torch.Generator().manual_seed(1)
+    margins = (0.0, 1.0, 5.0, 10.0, 20.0, 40.0)
+    logits = torch.cat([oracles.confident_logits(1, 21, margin, generator) for margin in margins])
+    features = torch.randn(len(margins), 7, generator=generator)
+    target, dense = targets(kind, logits, generator)
+    with heuristics.override(target=PATHS[path]):
+        out = target_sqnorm(
+            features.to(device), logits.to(device), None if target is None else target.to(device), kind, loss, True,
+            log, False,
+        )  # fmt: skip
+    assert out.dtype == torch.float32
+    for b, got in enumerate(out.cpu().tolist()):
+        exact = oracles.target_norms(logits[b].tolist(), dense[b].tolist(), loss)
+        exact = exact * oracles.square_norm(features[b].tolist())
+        if log:
+            expected = oracles.logarithm(exact)
+            if kind != "soft" or expected > math.log(
+                SMALLEST_NORMAL
+            ):  # a soft target has no form in log space
+                assert abs(got - expected) <= PROMISE + 2**-22 * abs(expected), (b, got, expected)
+        elif exact >= SMALLEST_NORMAL:
+            assert abs(got / float(exact) - 1) <= PROMISE, (b, got, float(exact))
+        else:
+            assert 0 <= got <= 1.01 * SMALLEST_NORMAL
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strides_bias_mean_and_dtype(kind: str, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(20, 3, generator=generator).bfloat16().T
+    features = torch.randn(3, 16, generator=generator).bfloat16()[:, ::2]
+    target, dense = targets(kind, logits, generator)
+    if kind == "soft":
+        assert target is not None
+        target = target.T.contiguous().T
+    out = target_sqnorm(
+        features.to(device), logits.to(device), None if target is None else target.to(device), kind, "bce", False,
+        False, True,
+    )  # fmt: skip
+    for b, got in enumerate(out.cpu().tolist()):
+        exact = oracles.target_norms(logits[b].double().tolist(), dense[b].tolist(), "bce")
+        exact = exact * oracles.square_norm(features[b].double().tolist(), bias=False) / 400
+        assert abs(got / float(exact) - 1) <= PROMISE
+
+
+def test_bad_rows_stay_alone(device: torch.device) -> None:
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(3))
+    logits[1, 2] = math.nan
+    index = torch.tensor([3, 3, 9, -1])
+    for loss in LOSSES:
+        out = target_sqnorm(
+            torch.ones(4, 2, device=device),
+            logits.to(device),
+            index.to(device),
+            "indices",
+            loss,
+            True,
+            False,
+            False,
+        )
+        assert out.isnan().tolist() == [False, True, True, True]
+
+
+def test_empty_batch_and_bad_arguments(device: torch.device) -> None:
+    h, z = torch.ones(0, 3, device=device), torch.ones(0, 7, device=device)
+    assert target_sqnorm(h, z, None, "ones", "bce", True, False, False).shape == (0,)
+    with pytest.raises(ValueError, match="kind must be one of"):
+        target_sqnorm(h, z, None, "zeros", "bce", True, False, False)
+    with pytest.raises(ValueError, match="target must be a tensor"):
+        target_sqnorm(
+            torch.ones(1, 3, device=device),
+            torch.ones(1, 7, device=device),
+            None,
+            "soft",
+            "bce",
+            True,
+            False,
+            False,
+        )
