@@ -18,6 +18,9 @@ Method = Callable[[Tensor], Scores]
 WHOLE_NETWORK = "fastgrad, whole network"
 LAST_LAYER = "fastgrad, last layer"
 
+# Both fastgrad methods use the same labels, so that the difference is what the other layers add.
+SIGNALS = (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"))
+
 
 def in_batches(
     images: Iterable[Tensor], extract: Callable[[Tensor], Tensor], label: str
@@ -40,18 +43,20 @@ def methods(network: nn.Sequential, clean: Tensor, seed: int) -> dict[str, Metho
         Name to a function from images to scores ``(n,)``.
     """
     body, head = network[:-1], network[-1]
-    assert isinstance(head, nn.Linear)
-    extractor = fastgrad.GradientFeatures(network, loss="bce", target="contrast")
+    extractor = fastgrad.GradientFeatures(network, signals=SIGNALS)
 
     def last_layer(batch: Tensor) -> Tensor:
         with torch.no_grad():
-            return fastgrad.linear_contrast_sqnorm(body(batch), head.weight, head.bias, loss="bce")[1]
+            h = body(batch)
+            z = head(h)
+            norms = [fastgrad.target_sqnorm(h, z, target, loss=loss) for loss, target in SIGNALS]
+            return torch.stack(norms, -1).unsqueeze(-1)
 
     def whole_network(batch: Tensor) -> Tensor:
         return extractor(batch)[1].detach()
 
     def detector(extract: Callable[[Tensor], Tensor], name: str) -> Method:
-        fitted = fastgrad.UncertaintyDetector(random_state=seed, contrasts=True)
+        fitted = fastgrad.UncertaintyDetector(random_state=seed, contrasts=False)
         fitted.fit(in_batches(clean.split(256), extract, f"{name}: fitting"))
         return lambda images: np.asarray(
             fitted.decision_function(in_batches(images.split(256), extract, f"{name}: scoring"))

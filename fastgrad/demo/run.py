@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("fastgrad-demo"), help="folder for everything it writes"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=6, help="passes over the training digits")
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the training digits")
 
 
 def run(arguments: argparse.Namespace) -> int:
