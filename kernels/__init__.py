@@ -6,5 +6,6 @@ instead of shadowing it.
 
 if __name__ != "fastgrad.kernels":
     raise ImportError(
-        f"the kernels of fastgrad are imported as 'fastgrad.kernels', not as {__name__!r}; install the package with 'pip install -e .'"
+        f"the kernels of fastgrad are imported as 'fastgrad.kernels', not as {__name__!r}; "
+        "install the package with 'pip install -e .'"
     )

@@ -1,4 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
+# ruff: noqa: SIM108 - choices between constants at compile time read better as statements
 """Leave-one-out moments of a row of logits, and what follows from them, as device functions.
 
 Confident rows are the common case, and there ``p_k - 1`` and ``|p|^2 - 2 p_k + 1`` cancel to nothing. So a row is

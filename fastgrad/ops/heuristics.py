@@ -77,11 +77,12 @@ def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Archit
     several short rows share a program as long as the programs still fill the device. Longer rows are swept twice, by
     one program where the batch fills the device and by several where it does not.
     """
-    pinned = _pinned("contrast")
+    pinned: ContrastConfig | None = _pinned("contrast")
     if pinned is not None:
         return pinned
     # Brier keeps twice as many numbers per logit.
-    if N <= (LONGEST_ROW // 2 if loss == "brier" else LONGEST_ROW):
+    longest = LONGEST_ROW // 2 if loss == "brier" else LONGEST_ROW
+    if longest >= N:
         block = max(power_of_two(N), 16)
         rows = max(1, 1024 // block)
         while rows > 1 and cdiv(B, rows) < 2 * arch.processors:
@@ -158,7 +159,7 @@ def _precision(dtype: torch.dtype, arch: Architecture) -> str:
 
 def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
     """Choose for features ``(B, D)`` and weight ``(N, D)``."""
-    pinned = _pinned("linear_contrast")
+    pinned: LinearConfig | None = _pinned("linear_contrast")
     if pinned is not None:
         return pinned
     block_m, block_n, block_k, warps, stages = _product(B, N, dtype, arch)
@@ -178,7 +179,7 @@ def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architectu
 
 def linear_stats(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
     """Choose for features ``(B, D)`` and weight ``(N, D)`` when only statistics over the contrasts are wanted."""
-    pinned = _pinned("linear_stats")
+    pinned: LinearConfig | None = _pinned("linear_stats")
     if pinned is not None:
         return pinned
     block_m, block_n, block_k, warps, stages = _product(B, N, dtype, arch)
@@ -203,7 +204,7 @@ class TargetConfig:
 
 def target(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> TargetConfig:
     """Choose for features ``(B, D)`` and logits ``(B, N)``; rows up to 2048 logits are one block."""
-    pinned = _pinned("target")
+    pinned: TargetConfig | None = _pinned("target")
     if pinned is not None:
         return pinned
     block = min(max(power_of_two(N), 16), 2048)
@@ -235,7 +236,7 @@ def rows_linear(B: int, N: int, D: int, U: int, dtype: torch.dtype, arch: Archit
     The weight is by far the largest operand and is read once per row block, so row blocks are as tall as the batch
     allows; the long sum over (contrast, feature) is shared out until the device is full.
     """
-    pinned = _pinned("rows_linear")
+    pinned: RowsConfig | None = _pinned("rows_linear")
     if pinned is not None:
         return pinned
     wide = dtype == torch.float32

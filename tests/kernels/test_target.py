@@ -16,7 +16,7 @@ from fastgrad.ops.heuristics import TargetConfig  # noqa: E402
 from fastgrad.ops.triton.target import KINDS, target_sqnorm  # noqa: E402
 
 LOSSES = ("cross_entropy", "bce", "mse", "brier")
-PATHS = {"one block": TargetConfig(6, 64, 32, 1), "many blocks": TargetConfig(3, 16, 16, 1)}
+PATHS = {"one block": TargetConfig(8, 64, 32, 1), "many blocks": TargetConfig(4, 16, 16, 1)}
 PROMISE = 1e-5
 SMALLEST_NORMAL = 2.0**-126
 
