@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# Imported here and not on demand: importing the submodule later would put the module in the function's place.
+from fastgrad.export import export
 from fastgrad.functional import (
     ContrastStats,
     contrast_rows,
@@ -21,7 +23,6 @@ from fastgrad.functional import (
 
 if TYPE_CHECKING:
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
-    from fastgrad.export import export
     from fastgrad.features import GradientFeatures
     from fastgrad.recorder import grad_sqnorm, record
     from fastgrad.two_stage import TwoStageModel
@@ -33,7 +34,6 @@ _LAZY = {
     "IntrospectiveClassifier": "fastgrad.estimators",
     "TwoStageModel": "fastgrad.two_stage",
     "UncertaintyDetector": "fastgrad.estimators",
-    "export": "fastgrad.export",
     "grad_sqnorm": "fastgrad.recorder",
     "record": "fastgrad.recorder",
 }
