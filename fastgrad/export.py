@@ -130,6 +130,7 @@ def trace(function: Callable[[Tensor], Any], example_input: Tensor, *, max_batch
     Raises:
         RuntimeError: the graph depends on the batch size.
     """
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -144,7 +145,9 @@ def trace(function: Callable[[Tensor], Any], example_input: Tensor, *, max_batch
     fake = mode.from_tensor(batch, symbolic_context=context)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with mode:
+        # Some operators compute shapes in C++, where a symbolic size would become a number; this takes the
+        # Python form.
+        with mode, enable_python_dispatcher():
             graph = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(fake)
         size = torch.export.Dim("batch", min=1, max=max_batch)
         try:
@@ -225,7 +228,8 @@ def _describe(
     threshold, thresholds = _thresholds(two_stage, calibration, false_alarm_rate)
     histogram = reference = None
     if calibration is not None:
-        # The few most extreme scores join the outermost bins, or one of them could leave all others in one bin.
+        # The few most extreme scores join the outermost bins, or one of them could leave all others in one
+        # bin.
         bulk = np.clip(calibration, *np.quantile(calibration, (0.002, 0.998)))
         counts, edges = np.histogram(bulk, bins=40)
         histogram = {"edges": edges.tolist(), "counts": counts.tolist()}

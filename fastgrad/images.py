@@ -46,7 +46,7 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
         ImageError: not an image, a truncated one, or the model takes no images.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:  # pragma: no cover
         raise RuntimeError("reading images needs Pillow: pip install fastgrad[serve]") from error
 
@@ -80,6 +80,8 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
             )
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        raise ImageError(f"the image cannot be read: it is none of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(str(error)) from None
     except Exception as error:

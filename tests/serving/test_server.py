@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -123,8 +124,6 @@ def test_bad_input_is_refused_with_a_reason(server: Server, name: str) -> None:
     body, content_type, status, message = BAD[name]
     got, answer = server.predict(body, content_type)
     assert got == status, answer
-    import re
-
     assert re.search(message, answer["detail"]), answer
     assert "Traceback" not in answer["detail"]
     assert len(answer["detail"]) < 400
@@ -156,8 +155,17 @@ def test_metrics_count_what_happened(server: Server) -> None:
         assert server.predict(image(seed), "image/png")[0] == 200
     assert server.metric('fastgrad_requests_total{status="200"}') == before + 5
     assert server.metric("fastgrad_drift_scores") == flagged + 5
-    for name in ("request_seconds_count", "batch_size_count", "uncertainty_count", "share_flagged",
-                 "expected_share_flagged", "drift_evidence", "drift_alarm", "queue_length", "worker_restarts"):  # fmt: skip
+    for name in (
+        "request_seconds_count",
+        "batch_size_count",
+        "uncertainty_count",
+        "share_flagged",
+        "expected_share_flagged",
+        "drift_evidence",
+        "drift_alarm",
+        "queue_length",
+        "worker_restarts",
+    ):
         assert server.metric(f"fastgrad_{name}") >= 0
 
 
