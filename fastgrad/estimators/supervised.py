@@ -81,7 +81,7 @@ def fit_perceptrons(
                 network = MLPClassifier(
                     (hidden,),
                     alpha=0.1,
-                    batch_size=min(256, len(chosen)),
+                    batch_size=min(256, max(16, len(chosen) // 40), len(chosen)),
                     early_stopping=len(chosen) >= 400,
                     max_iter=60,
                     n_iter_no_change=6,

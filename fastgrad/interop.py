@@ -1,0 +1,57 @@
+"""A `TwoStageModel` wherever pytorch-ood expects one of its detectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrad.two_stage import TwoStageModel
+
+
+def as_pytorch_ood(two_stage: TwoStageModel, **fit_options: Any) -> Any:
+    """``two_stage`` as a ``pytorch_ood.api.Detector``, for its benchmarks and metrics.
+
+    ``fit(data_loader)`` fits the two-stage model on the batches ``(x, labels)``; labels below 0 mark what is
+    out of distribution there, and such samples are left out. ``predict(x)`` gives the uncertainty ``(B,)``,
+    higher for out of distribution, as pytorch-ood counts.
+
+    Args:
+        two_stage: Fitted already, or to be fitted by ``fit``.
+        **fit_options: Further arguments of `TwoStageModel.fit`.
+
+    Raises:
+        ImportError: pytorch-ood is not installed.
+    """
+    from pytorch_ood.api import Detector
+
+    class FastgradDetector(Detector):  # type: ignore[misc]
+        requires_fit = True
+
+        def __init__(self) -> None:
+            self.two_stage = two_stage
+
+        def fit(self, data_loader: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
+            self.two_stage.fit(_InDistribution(data_loader), **fit_options)
+            return self
+
+        def predict(self, x: Tensor) -> Tensor:
+            result: Tensor = self.two_stage(x).uncertainty
+            return result
+
+    return FastgradDetector()
+
+
+class _InDistribution:
+    """The batches of a loader without the samples whose label is below 0."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, labels in self.loader:
+            inside = torch.as_tensor(labels) >= 0
+            if inside.any():
+                yield x[inside], labels[inside]

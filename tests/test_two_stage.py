@@ -1,0 +1,275 @@
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastgrad
+from fastgrad import IntrospectiveClassifier, TwoStageModel, UncertaintyDetector
+from fastgrad.extraction import Extraction, find_head
+
+CLASSES = 4
+
+
+def small_network(seed=0):
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(24, CLASSES),
+    )  # fmt: skip
+    with torch.no_grad():
+        network[-1].weight.mul_(20)
+    return network
+
+
+def images(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 3, 3, generator=generator)
+    return nn.functional.interpolate(coarse, size=(8, 8), mode="bilinear")
+
+
+def loader(count=200, seed=0, labels=True):
+    x = images(count, seed)
+    return [(part, torch.arange(len(part)) % CLASSES) if labels else part for part in x.split(50)]
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    network = small_network()
+    classifier = IntrospectiveClassifier(max_epochs=2, hidden=(8,))
+    return TwoStageModel(network, classifier=classifier).fit(loader(400))
+
+
+def test_gives_a_named_tuple_and_leaves_the_network_alone(fitted):
+    network = fitted.model
+    before = copy.deepcopy(network.state_dict())
+    assert network.training
+    prediction = fitted(images(7, 5))
+    assert prediction._fields == ("logits", "probabilities", "uncertainty")
+    logits, probabilities, uncertainty = prediction
+    assert logits.shape == probabilities.shape == (7, CLASSES)
+    assert uncertainty.shape == (7,)
+    assert uncertainty.dtype == torch.float32
+    assert not uncertainty.requires_grad
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(7))
+    with torch.no_grad():
+        torch.testing.assert_close(logits, copy.deepcopy(network).eval()(images(7, 5)))
+    assert network.training
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in network.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+def test_noise_is_less_reliable_than_clean_images(fitted):
+    clean = images(200, 9)
+    noise = clean + 0.3 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    scores = torch.cat([fitted(clean).uncertainty, fitted(noise).uncertainty])
+    from sklearn.metrics import roc_auc_score
+
+    assert roc_auc_score(np.repeat([0, 1], 200), scores.numpy()) > 0.8
+
+
+def test_threshold_and_calibration_scores(fitted):
+    assert fitted.threshold(0.05) == pytest.approx(-np.log(0.05))
+    scores = fitted.calibration_scores
+    n = len(scores)
+    # Above the threshold lie the highest calibration scores; interpolation and the tail move it by one rank.
+    assert abs(int((scores > fitted.threshold(0.1)).sum()) - 0.1 * (n + 1)) <= 1.5
+    with pytest.raises(ValueError, match="false_alarm_rate must lie in"):
+        fitted.threshold(0)
+
+
+def test_round_trip_is_bit_equal(fitted, tmp_path):
+    path = fitted.save(tmp_path / "estimators.safetensors")
+    loaded = TwoStageModel.load(path, fitted.model)
+    x = images(9, 3)
+    for saved, restored in zip(fitted(x), loaded(x), strict=True):
+        assert torch.equal(saved, restored)
+    assert loaded.threshold(0.01) == fitted.threshold(0.01)
+    assert torch.equal(loaded.calibration_scores, fitted.calibration_scores)
+    again = loaded.save(tmp_path / "again.safetensors")
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_every_changed_byte_is_refused(fitted, tmp_path):
+    data = bytearray(fitted.save(tmp_path / "estimators.safetensors").read_bytes())
+    bad = tmp_path / "bad.safetensors"
+    rng = np.random.default_rng(0)
+    for place in [0, 7, 8, 40, 120, len(data) - 1, *rng.integers(0, len(data), 60).tolist()]:
+        changed = data.copy()
+        changed[place] ^= 1 << int(rng.integers(8))
+        bad.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"not one|changed or damaged"):
+            TwoStageModel.load(bad, fitted.model)
+    for content in (
+        b"",
+        bytes(data[:-1]),
+        bytes(data) + b"0",
+        b"PK\x03\x04 not ours",
+        bytes(data[: len(data) // 2]),
+    ):
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match=r"not one|changed or damaged"):
+            TwoStageModel.load(bad, fitted.model)
+
+
+def test_foreign_files_and_networks_are_refused(fitted, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "pickle.pt")
+    for name in ("foreign.safetensors", "pickle.pt"):
+        with pytest.raises(ValueError, match=r"written by TwoStageModel.save; .* is not one"):
+            TwoStageModel.load(tmp_path / name, fitted.model)
+    with pytest.raises(FileNotFoundError):
+        TwoStageModel.load(tmp_path / "nothing", fitted.model)
+    path = fitted.save(tmp_path / "estimators.safetensors")
+    with pytest.raises(ValueError, match="its parameters differ"):
+        TwoStageModel.load(path, small_network(1))
+
+
+@pytest.mark.parametrize("gradients", ["contrasts", "signals", "last_layer"])
+def test_kinds_of_gradients_and_clean_data_alone(gradients):
+    two_stage = TwoStageModel(small_network(), gradients=gradients).fit(loader(120, labels=False), ())
+    blocks = {
+        "contrasts": {"ranked", "gradients", "logits", "features"},
+        "signals": {"gradients", "logits", "features"},
+        "last_layer": {"contrasts", "logits", "features"},
+    }
+    assert set(two_stage.detector.shapes_) == blocks[gradients]
+    assert "labels" not in dict(two_stage.detector.module_.scores.named_children())
+    prediction = two_stage(images(5))
+    torch.testing.assert_close(prediction.probabilities, prediction.logits.softmax(-1))
+    # One sample's result does not depend on its neighbours, beyond rounding.
+    alone = torch.cat([two_stage(x).uncertainty for x in images(5).split(1)])
+    torch.testing.assert_close(alone, prediction.uncertainty, rtol=1e-3, atol=1e-3)
+    assert two_stage(images(5)[:0]).uncertainty.shape == (0,)
+
+
+def test_blocks_hold_what_they_say():
+    network, x = small_network().eval(), images(4)
+    logits, blocks = Extraction(network, "contrasts", log=False)(x)
+    features = network[:-1](x).detach()
+    torch.testing.assert_close(blocks["features"], features)
+    torch.testing.assert_close(logits, network(x).detach())
+    norms = fastgrad.contrast_sqnorm(features, logits, bias=False)
+    ranked = norms.gather(1, logits.argsort(1, descending=True))
+    names = [name for name, _ in network.named_parameters()]
+    torch.testing.assert_close(blocks["ranked"][:, :, names.index("6.weight")], ranked, rtol=1e-4, atol=0)
+    ones = fastgrad.target_sqnorm(features, logits, "ones", loss="bce", bias=False)
+    torch.testing.assert_close(blocks["gradients"][:, 0, names.index("6.weight")], ones, rtol=1e-4, atol=0)
+
+
+def test_given_loaders_are_used():
+    challenges = [(1 - x, [f"kind {i % 3}" for i in range(len(x))]) for x in images(90, 4).split(30)]
+    two_stage = TwoStageModel(small_network()).fit(loader(150), challenges, calibration_loader=loader(100, 7))
+    final = two_stage.detector.module_.final
+    assert len(final.upper.scores) == 50  # half of the calibration loader
+    assert two_stage.detector.module_.scores.labels.score.bias.shape[-1] == 4
+
+
+def test_a_bad_input_is_never_called_reliable(fitted):
+    x = images(3)
+    x[1, 0, 0, 0] = float("nan")
+    uncertainty = fitted(x).uncertainty
+    clean = fitted(images(3)).uncertainty
+    assert uncertainty[1] == float("inf")
+    torch.testing.assert_close(uncertainty[[0, 2]], clean[[0, 2]], rtol=1e-3, atol=1e-3)
+
+
+def test_threads_share_one_module(fitted):
+    inputs = [images(6, seed) for seed in range(4)]
+    expected = [fitted(x).uncertainty for x in inputs]
+    results = [None] * 4
+
+    def work(i):
+        for _ in range(3):
+            results[i] = fitted(inputs[i]).uncertainty
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
+
+
+def test_bad_arguments_are_named(fitted):
+    network = small_network()
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        TwoStageModel("resnet18")
+    with pytest.raises(TypeError, match="detector must be"):
+        TwoStageModel(network, detector=network)
+    with pytest.raises(TypeError, match="classifier must be"):
+        TwoStageModel(network, classifier=UncertaintyDetector())
+    with pytest.raises(ValueError, match="gradients must be one of"):
+        TwoStageModel(network, gradients="all")
+    with pytest.raises(RuntimeError, match="must be fitted first"):
+        TwoStageModel(network)(images(2))
+    with pytest.raises(ValueError, match="train_loader must hold at least one batch"):
+        TwoStageModel(network).fit([])
+    with pytest.raises(TypeError, match="train_loader must give tensors"):
+        TwoStageModel(network).fit(["x"])
+    with pytest.raises(ValueError, match="it gave no labels"):
+        TwoStageModel(network, classifier=IntrospectiveClassifier()).fit(loader(60, labels=False), ())
+    head = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match="ends in a linear layer"):
+        TwoStageModel(head, gradients="last_layer").fit(loader(60), ())
+
+
+def test_the_last_layer_is_found():
+    network = small_network()
+    assert find_head(network, images(2)) == ("6", CLASSES)
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.decoy = nn.Flatten(), nn.Linear(192, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            logits = self.head(self.body(x))
+            self.decoy(logits)
+            return {"logits": logits}
+
+    assert find_head(Wrapped(), images(2)) == ("head", 3)
+    assert find_head(nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.Sigmoid()), images(2)) == (None, 3)
+
+
+# Attention has no batching rule for its backward pass in PyTorch: slower, not wrong.
+SLOW_ATTENTION = pytest.mark.filterwarnings("ignore:There is a performance drop")
+
+
+@SLOW_ATTENTION
+def test_hugging_face_and_timm_classifiers_need_no_adapter():
+    transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8,
+        patch_size=4, num_labels=CLASSES,
+    )  # fmt: skip
+    vit = transformers.ViTForImageClassification(config)
+    mixer = timm.create_model("resnet10t", num_classes=CLASSES)
+    for network, head, size in ((vit, "classifier", 8), (mixer, "fc", 32)):
+        data = [nn.functional.interpolate(x, size=(size, size)) for x in loader(60, labels=False)]
+        two_stage = TwoStageModel(network, gradients="signals").fit(data, ())
+        assert two_stage.extraction.head == head
+        assert torch.isfinite(two_stage(data[0]).uncertainty).all()
+
+
+@SLOW_ATTENTION
+def test_text_classifier_takes_a_mapping():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    network = transformers.BertForSequenceClassification(config)
+    tokens = torch.randint(0, 20, (60, 6), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in tokens.split(20)]
+    two_stage = TwoStageModel(network, gradients="signals").fit(data, ())
+    assert two_stage(data[0]).uncertainty.shape == (20,)
+    with pytest.raises(ValueError, match="challenges can be generated from images"):
+        TwoStageModel(network).fit(data)
