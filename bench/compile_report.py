@@ -397,7 +397,10 @@ def report(only: str = "", archs: tuple[str, ...] = tuple(TARGETS), quick: bool 
                 )
                 if key not in seen:
                     seen.add(key)
-                    rows.append(read(case, one, arch))
+                    try:
+                        rows.append(read(case, one, arch))
+                    except Exception as error:
+                        raise RuntimeError(f"{case.name} does not compile for {arch}") from error
                     print(f"{arch} {case.name} {one.kernel.__name__}", file=sys.stderr)
     return rows
 

@@ -75,7 +75,7 @@ def target_sqnorm_kernel(
             m, m2, a1, a2, a3, a4, a5, a6, a7, LOSS, LOG
         )
         if (LOSS == "cross_entropy") or (LOSS == "brier"):
-            rho, _, _ = margin(m, m2)
+            rho, _gap, _error = margin(m, m2)
             rho = tl.where(tl.abs(m) < float("inf"), rho, float("nan"))
             tail = rho * a1
             a = 1.0 + tail
@@ -96,14 +96,14 @@ def target_sqnorm_kernel(
             tops = tl.zeros([ROWS], tl.float32)
             for n in range(0, N, BLOCK_N):
                 z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, lowest)
-                y, _ = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
+                y, _inside = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
                 is_top = z == m[:, None]
                 rest += tl.sum(tl.where(is_top, 0.0, y), 1)
                 tops += tl.sum(tl.where(is_top, y, 0.0), 1)
             total = rest + tops
             for n in range(0, N, BLOCK_N):
                 z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, lowest)
-                y, _ = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
+                y, _inside = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
                 p = exp(z - base[:, None]) * (rho / a)[:, None]
                 other = total[:, None] * p - y
                 # p_top - 1 is minus the other probabilities, and y_top - sum y minus the other targets.
@@ -137,7 +137,7 @@ def target_sqnorm_kernel(
             copies = tl.zeros([ROWS], tl.float32)
             for n in range(0, N, BLOCK_N):
                 z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, lowest)
-                y, _ = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
+                y, _inside = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
                 is_top = inside & (z == m[:, None])
                 reference += tl.sum(tl.where(is_top, y, 0.0), 1)
                 copies += tl.sum(is_top.to(tl.float32), 1)
@@ -174,7 +174,7 @@ def target_sqnorm_kernel(
         for n in range(0, N, BLOCK_N):
             z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, 0.0)
             if KIND == "soft":
-                y, _ = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
+                y, _inside = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
             elif KIND == "ones":
                 y = tl.zeros_like(z) + 1.0
             else:
@@ -205,7 +205,7 @@ def brier_terms(
     ``(p_i - p_j) - 1 = -(sum over the others + p_j)`` takes the place of the first.
     """
     z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, float("-inf"))
-    y, _ = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
+    y, _inside = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
     x = z - finite(m)[:, None]
     e = exp(x)
     inv = (1.0 / a)[:, None]
