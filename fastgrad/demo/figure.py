@@ -40,14 +40,18 @@ def draw(
     top.suptitle(
         "Uncertainty score, -log p (right of the dashed line: flagged, 5 % of clean images)", fontsize=11
     )
-    edges = np.linspace(0, max(clean.max(), *(s.max() for s in scores.values())), 40)
+    # A few scores are far out; they go into the last bin, so that the rest can be seen.
+    largest = max(np.quantile(values, 0.99) for values in (clean, *scores.values()))
+    edges = np.linspace(0, max(largest, 1.2 * threshold), 40)
     for axis, (name, values) in zip(top.subplots(1, columns, sharey=True), scores.items(), strict=True):
         for data, colour, label in ((clean, _CLEAN, "clean digits"), (values, _CHALLENGE, "challenging")):
             weights = np.full(len(data), 1 / len(data))
-            axis.hist(data, edges, weights=weights, color=colour, alpha=0.65, label=label)
+            axis.hist(
+                np.minimum(data, edges[-1]), edges, weights=weights, color=colour, alpha=0.65, label=label
+            )
         axis.axvline(threshold, color="black", linestyle="--", linewidth=1)
         axis.set_title(f"{name}\nAUROC {auroc[name]:.3f}", fontsize=10)
-        axis.set_xlabel("score")
+        axis.set_xlabel("score (last bin: and above)")
     top.axes[0].set_ylabel("share of images")
     top.axes[0].legend(fontsize=8)
 

@@ -34,8 +34,10 @@ NAMES = ("contrast_sqnorm", "target_sqnorm", "linear_contrast_sqnorm", "linear_c
 
 @pytest.mark.parametrize(("name", "impl"), list(itertools.product(NAMES, ("eager", "triton"))))
 def test_opcheck(name: str, impl: str, device: torch.device) -> None:
-    for requires_grad in (False, True):
-        opcheck(getattr(OPS, name).default, (*arguments(name, device, requires_grad, "cross_entropy"), impl))
+    operator = getattr(OPS, name).default
+    opcheck(operator, (*arguments(name, device, True, "cross_entropy"), impl))
+    plain = (*arguments(name, device, False, "brier"), impl)
+    opcheck(operator, plain, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(("name", "loss"), list(itertools.product(NAMES, LOSSES)))
