@@ -41,6 +41,10 @@ LABELLED = (
     "logits labelled",
     "h labelled",
 )
+CONTROLS = {
+    "logits labelled": lambda blocks: np.sort(blocks["logits"].astype(np.float64), 1),
+    "h labelled": lambda blocks: blocks["features"].astype(np.float64),
+}
 
 
 def evaluate(task: tuple[Recipe, Options]) -> dict[tuple[str, str, str], float]:
@@ -95,24 +99,15 @@ def evaluate(task: tuple[Recipe, Options]) -> dict[tuple[str, str, str], float]:
         join = detectors.logistic(dimension["fit"], lid["fit"])
         record("LID", join(dimension["test"]), join(lid["test"]))
         # Controls: what labels alone buy, without any gradient.
-        for method, columns in (("logits labelled", "logits"), ("h labelled", "features")):
-            rows = [
-                np.sort(b[columns], 1) if columns == "logits" else b[columns]
-                for b in (clean["fit"], blocks["fit"])
-            ]
-            join = detectors.logistic(*(r.astype(np.float64) for r in rows))
-            tests = [
-                np.sort(b[columns], 1) if columns == "logits" else b[columns]
-                for b in (clean["test"], blocks["test"])
-            ]
-            record(method, *(join(t) for t in tests))
+        for method, read in CONTROLS.items():
+            join = detectors.logistic(read(clean["fit"]), read(blocks["fit"]))
+            record(method, join(read(clean["test"])), join(read(blocks["test"])))
     print(f"adversarial {recipe.file()}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
+def run(options: Options) -> None:
     """Make the table."""
-    options = parse(__doc__ or "", arguments)
     recipes = [
         Recipe(network=network, seed=seed, epochs=options.epochs)
         for seed in range(options.seeds)
@@ -132,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         sections += [
             (text + "\n\nFrom clean data alone:", pivot(own, ATTACKS, CLEAN_ONLY)),
             (
-                "Trained on 200 images of the same attack (the published protocol):",
+                f"Trained on {options.case} images of the same attack (the published protocol):",
                 pivot(own, ATTACKS, LABELLED),
             ),
         ]
@@ -148,4 +143,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(parse(__doc__ or ""))

@@ -53,10 +53,10 @@ class Options:
     mode: str = "quick"
     seeds: int = 3
     workers: int = 2
-    fit: int = 2000
-    test: int = 500
-    case: int = 200
-    cell: int = 40
+    fit: int = 1600
+    test: int = 400
+    case: int = 150
+    cell: int = 24
     epochs: int = 8
 
     @property

@@ -43,9 +43,8 @@ def evaluate(task: tuple[Recipe, Options]) -> dict[tuple[str, str, str], float]:
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
+def run(options: Options) -> None:
     """Make the table."""
-    options = parse(__doc__ or "", arguments)
     recipes = [
         Recipe(network=network, seed=seed, epochs=options.epochs)
         for seed in range(options.seeds)
@@ -104,4 +103,4 @@ def _cells(rows: list[dict], network: str | None, method: str, case: str) -> lis
 
 
 if __name__ == "__main__":
-    main()
+    run(parse(__doc__ or ""))

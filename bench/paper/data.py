@@ -113,16 +113,21 @@ def _from_torchvision(root: Path, loader: str, part: str, limit: int | None, sta
     return Split(images[window], labels[window], False)
 
 
+def held_out(total: int, wanted: int) -> int:
+    """How many images at the end of a set are kept from training: ``wanted``, but at most a tenth."""
+    return min(wanted, total // 10)
+
+
 def _window(total: int, start: int, limit: int | None) -> slice:
     """``limit`` places from ``start``, which counts from the end where it is negative."""
-    first = max(0, total + start) if start < 0 else start
+    first = total - held_out(total, -start) if start < 0 else start
     return slice(first, total if limit is None else min(total, first + limit))
 
 
 def load(root: Path, name: str, part: str = "test", limit: int | None = None, start: int = 0) -> Split:
     """``limit`` images of a set in :data:`SETS`, from its ``part`` (``"train"`` or ``"test"``).
 
-    ``start`` is the first one's place; a negative one counts from the end.
+    ``start`` is the first one's place; a negative one counts from the end (see `held_out`).
 
     Raises:
         ValueError: unknown name.

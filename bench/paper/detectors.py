@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -147,17 +146,14 @@ class MahalanobisLayers:
 
 def logistic(clean: Scores, attacked: Scores) -> Callable[[Scores], Scores]:
     """Logistic regression on standardised columns: how the published feature ensembles are joined."""
-    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     rows = np.concatenate([clean, attacked])
     labels = np.repeat([0, 1], [len(clean), len(attacked)])
-    with warnings.catch_warnings():
-        # Defaults of LogisticRegressionCV that change between versions of scikit-learn.
-        warnings.simplefilter("ignore", FutureWarning)
-        model = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=5, cv=3, max_iter=500))
-        model.fit(rows, labels)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000))
+    model.fit(rows, labels)
     return lambda values: model.decision_function(values).astype(np.float64)
 
 

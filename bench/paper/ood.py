@@ -55,9 +55,8 @@ def evaluate(task: tuple[Recipe, Options]) -> dict[tuple[str, str, str], float]:
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
+def run(options: Options) -> None:
     """Make the table."""
-    options = parse(__doc__ or "", arguments)
     digits = 2 if options.quick else 10
     recipes = [Recipe("mnist", "resnet", seed, epochs=digits) for seed in range(options.seeds)]
     recipes += [
@@ -93,4 +92,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(parse(__doc__ or ""))

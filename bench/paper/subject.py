@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -92,7 +93,7 @@ class Subject:
         if kind == "generated":
             return self._generated()
         right = torch.from_numpy(self.correct(part)).nonzero()[: options.case, 0]
-        path = self._path(case, part, ".npy")
+        path = self.path(case, part, ".npy")
         if path.exists():
             return torch.from_numpy(np.load(path))
         attacked = attack(
@@ -103,13 +104,9 @@ class Subject:
 
     def blocks(self, case: str, part: str = "test") -> Arrays:
         """Features of a case's images: the blocks of `Extraction`, logarithms of squared norms."""
-        path = self._path(case, part, ".npz")
-        if path.exists():
-            with np.load(path) as archive:
-                return dict(archive)
-        found = extract(self.extraction, self.images(case, part))
-        _write(path, lambda file: np.savez(file, **found))
-        return found
+        return cached(
+            self.path(case, part, ".npz"), lambda: extract(self.extraction, self.images(case, part))
+        )
 
     @cached_property
     def extraction(self) -> Extraction:
@@ -135,10 +132,21 @@ class Subject:
             parts.append(generate_challenges(self.model, chosen, names=[name], seed=turn, clip=(0, 1))[name])
         return torch.cat(parts)
 
-    def _path(self, case: str, part: str, suffix: str) -> Path:
+    def path(self, case: str, part: str, suffix: str) -> Path:
+        """Where a case's images or features are kept; the sizes are part of the name."""
         options = self.options
         sizes = f"{options.fit}-{options.test}-{options.case}-{options.cell}"
         return self.folder / f"{case.replace('/', '_')}-{part}-{sizes}{suffix}"
+
+
+def cached(path: Path, make: Callable[[], Arrays]) -> Arrays:
+    """The arrays in ``path``, or those that ``make`` returns, kept there."""
+    if path.exists():
+        with np.load(path) as archive:
+            return dict(archive)
+    found = make()
+    _write(path, lambda file: np.savez(file, **found))
+    return found
 
 
 def _write(path: Path, write: object) -> None:

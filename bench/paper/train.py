@@ -74,6 +74,7 @@ def fit(
     """SGD with one cycle of the learning rate; ``change`` alters every batch after cropping."""
     device = next(model.parameters()).device
     model = model.to(memory_format=torch.channels_last)
+    batch = min(batch, len(images))
     steps = len(images) // batch
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -120,7 +121,7 @@ def trained(recipe: Recipe, root: Path, cache: Path, train: data.Split | None = 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     split = train or data.load(root, recipe.dataset, "train")
     assert split.labels is not None
-    images = data.to_tensor(split.images[: len(split.images) - HELD_OUT])
+    images = data.to_tensor(split.images[: len(split.images) - data.held_out(len(split.images), HELD_OUT)])
     labels = torch.from_numpy(split.labels[: len(images)])
     start = time.perf_counter()
     fit(

@@ -64,9 +64,8 @@ def evaluate(task: tuple[Recipe, Options]) -> dict[tuple[str, str, str], float]:
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
+def run(options: Options) -> None:
     """Make the table."""
-    options = parse(__doc__ or "", arguments)
     recipes = [Recipe(seed=seed, epochs=options.epochs) for seed in range(options.seeds)]
     train_all(recipes, options.data, options.cache, options.workers)
     rows = detection_rows(parallel(evaluate, [(recipe, options) for recipe in recipes], options.workers))
@@ -103,4 +102,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(parse(__doc__ or ""))
