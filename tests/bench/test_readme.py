@@ -1,0 +1,73 @@
+"""The README's figures are those of bench/results."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from bench import readme, report  # noqa: E402
+
+CASES = [
+    {"case": case, "implementation": name, "median_s": median, "p10_s": median, "p90_s": median, "peak_bytes": 2048,
+     "relative_to": "training step", "ratio": ratio, "correct": median is not None}
+    for case, name, median, ratio in (
+        ("net B=8", "fastgrad", 0.5, 0.5), ("net B=8", "training step", 1.0, 1.0), ("net B=8", "vmap(grad)", 4.0, 4.0),
+        ("net B=8", "BackPACK BatchL2Grad", None, None),
+    )
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    head = {"machine": "here", "versions": {"torch": "2"}, "revision": "abc", "seed": 0, "cases": CASES}
+    (tmp_path / "network.json").write_text(json.dumps(head))
+    rows = [
+        {"network": "n", "case": "c", "method": m, "auroc": a, "spread": 0.01, "seeds": 3}
+        for m, a in (("fastgrad", 0.9), ("energy", 0.5))
+    ]
+    (tmp_path / "ood.json").write_text(json.dumps({"machine": "here", "rows": rows}))
+    return tmp_path
+
+
+def test_readme_blocks_equal_the_results() -> None:
+    stale = readme.differing((ROOT / "README.md").read_text())
+    assert not stale, f"run python -m bench.readme; out of date: {stale}"
+
+
+def test_a_changed_figure_is_found(folder: pathlib.Path) -> None:
+    text = "a\n<!-- table: network -->\n<!-- end -->\n"
+    text += "b <!-- value: network | net B=8 | fastgrad | ratio | .2f --><!-- end -->"
+    filled = readme.fill(text, folder)
+    assert "| net B=8 | 500 ms | 2 KiB | 0.50 | 1.00 | 8 | not accepted |" in filled
+    assert filled.endswith("-->0.50<!-- end -->")
+    assert readme.differing(filled, folder) == []
+    assert readme.fill(filled, folder) == filled
+    assert readme.differing(filled.replace("500 ms", "400 ms"), folder) == ["table: network"]
+    assert readme.differing(filled.replace("-->0.50<", "-->0.49<"), folder)
+
+
+def test_detection_rows_become_cases_against_methods(folder: pathlib.Path) -> None:
+    assert "| n | c | 0.900 ± 0.010 | 0.500 ± 0.010 |" in readme.table("ood", folder)
+
+
+def test_factor_and_rate(folder: pathlib.Path) -> None:
+    assert readme.value("network | net B=8 | vmap(grad) | faster", folder) == "8"
+    assert readme.value("network | net B=8 | fastgrad | per second", folder) == "16"
+
+
+@pytest.mark.parametrize("words", ["network", "network | net B=9 | fastgrad | ratio", "none | a | b | c"])
+def test_an_unknown_value_is_refused(words: str, folder: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"value|one of"):
+        readme.value(words, folder)
+
+
+def test_a_peer_that_is_faster_is_named_at_the_top() -> None:
+    slower = [dict(row, median_s=0.25) if row["implementation"] == "vmap(grad)" else row for row in CASES]
+    assert report.standing(CASES).startswith("fastgrad is ahead")
+    assert report.standing(slower) == "fastgrad is behind in: net B=8: vmap(grad) is 2.00 times faster."
