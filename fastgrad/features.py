@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -156,6 +157,12 @@ class GradientFeatures:
             Logits ``(B, N)`` as the model gives them, and features in float32 (float64 for a float64 model):
             ``(B, P)``; ``(B, S, P)`` for S signals; ``(B, N, P)`` for ``target="contrast"``.
         """
+        if "torch._dynamo" in sys.modules:
+            # torch.compile cannot follow an extraction, which builds modules; `trace` gives it a graph.
+            return torch.compiler.disable(self._run)(args, kwargs)
+        return self._run(args, kwargs)
+
+    def _run(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False):
             args, kwargs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
             samples = batch_size(args, kwargs)
@@ -216,7 +223,9 @@ class GradientFeatures:
             unit = (delta / scale).to(logits.dtype)
             if is_symbolic(samples):
                 # Functorch's batched tensors cannot be traced with a symbolic batch.
-                features = torch.stack([squared_norms(run, [logits], [u], plan.names, z, keep=True) for u in unit])
+                features = torch.stack(
+                    [squared_norms(run, [logits], [u], plan.names, z, keep=True) for u in unit]
+                )
             elif unit.shape[0] == 1:
                 features = squared_norms(run, [logits], [unit[0]], plan.names, z).unsqueeze(0)
             else:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrad.layers.linear import bias_sqnorm, weight_sqnorm
-from fastgrad.layers.reduce import accumulate_dtype
+from fastgrad.layers.reduce import accumulate_dtype, leaf
 from fastgrad.layers.registry import register_replay
 
 _OPTIONS = (
@@ -78,7 +78,7 @@ def multihead_attention(
     heads = module.num_heads
     project = _Projections(module, dtype)
     with torch.enable_grad():
-        leaves = [project(i, x.detach()).detach().requires_grad_() for i, x in enumerate(inputs)]
+        leaves = [leaf(project(i, x.detach())) for i, x in enumerate(inputs)]
         query, key, value = leaves
         extra: dict[str, Tensor] = {}
         padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
@@ -88,7 +88,7 @@ def multihead_attention(
         appended = 0
         if module.bias_k is not None and module.bias_v is not None:
             for name, bias in (("bias_k", module.bias_k), ("bias_v", module.bias_v)):
-                extra[name] = bias.detach().to(dtype).expand(samples, 1, -1).contiguous().requires_grad_()
+                extra[name] = leaf(bias.to(dtype).expand(samples, 1, -1))
             key, value = torch.cat([key, extra["bias_k"]], 1), torch.cat([value, extra["bias_v"]], 1)
             appended += 1
         if module.add_zero_attn:

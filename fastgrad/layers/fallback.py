@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastgrad.layers.reduce import accumulate_dtype, sqnorm
-from fastgrad.layers.shadow import Shadow
+from fastgrad.layers.reduce import accumulate_dtype, leaf, sqnorm
+from fastgrad.layers.shadow import Shadow, ordinary
 
 #: Bytes of per-sample gradients held at once.
 CHUNK_BYTES = 64 * 2**20
@@ -27,7 +27,7 @@ def floating(outputs: Any) -> list[Tensor]:
 
 
 def _call(module: nn.Module, parameters: dict[int, Tensor], args: Any, kwargs: Any) -> list[Tensor]:
-    shadow = Shadow(module, lambda p: parameters.get(id(p), p.detach()))
+    shadow = Shadow(module, lambda p: parameters.get(id(p), ordinary(p)))
     return floating(shadow.root(*args, **kwargs))
 
 
@@ -73,8 +73,8 @@ def replay_sqnorms(
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     split = [
-        leaf.reshape(samples, -1, *leaf.shape[1:]) if is_batched else leaf
-        for leaf, is_batched in zip(leaves, batched, strict=True)
+        value.reshape(samples, -1, *value.shape[1:]) if is_batched else value
+        for value, is_batched in zip(leaves, batched, strict=True)
     ]
     split_gradients = [g.reshape(samples, -1, *g.shape[1:]) for g in gradients]
     ids = [id(p) for p in parameters]
@@ -89,26 +89,25 @@ def replay_sqnorms(
         for start in [0] if isinstance(samples, torch.SymInt) else range(0, samples, chunk):
             part = slice(start, start + chunk) if chunk is not samples else slice(None)
             local = [
-                leaf[part] if is_batched else leaf for leaf, is_batched in zip(split, batched, strict=True)
+                value[part] if is_batched else value for value, is_batched in zip(split, batched, strict=True)
             ]
             grads = [g[part] for g in split_gradients]
             count = grads[0].shape[0]
             if vectorize:
-                wanted = [
-                    p.detach().unsqueeze(0).expand(count, *p.shape).requires_grad_() for p in parameters
-                ]
+                wanted = [leaf(ordinary(p).unsqueeze(0).expand(count, *p.shape)) for p in parameters]
 
                 def one(values: list[Tensor], tensors: dict[str, Tensor]) -> list[Tensor]:
-                    inner = [tensors[str(i)] if dims[i] == 0 else leaf for i, leaf in enumerate(local)]  # noqa: B023
+                    inner = [tensors[str(i)] if dims[i] == 0 else value for i, value in enumerate(local)]  # noqa: B023
                     inner_args, inner_kwargs = pytree.tree_unflatten(inner, spec)
                     return _call(module, dict(zip(ids, values, strict=True)), inner_args, inner_kwargs)
 
                 outputs = torch.func.vmap(one)(wanted, {name: local[int(name)] for name in names})
                 found = _gradients(outputs, wanted, grads)
             else:
-                single = [p.detach().requires_grad_() for p in parameters]
+                single = [leaf(ordinary(p)) for p in parameters]
                 inner = [
-                    leaf[0] if is_batched else leaf for leaf, is_batched in zip(local, batched, strict=True)
+                    value[0] if is_batched else value
+                    for value, is_batched in zip(local, batched, strict=True)
                 ]
                 inner_args, inner_kwargs = pytree.tree_unflatten(inner, spec)
                 outputs = _call(module, dict(zip(ids, single, strict=True)), inner_args, inner_kwargs)

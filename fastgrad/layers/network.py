@@ -100,9 +100,18 @@ class Network:
             parameter: What the copy holds in place of each parameter.
             training: Whether modules keep their own mode instead of evaluation mode.
         """
-        shadow = Shadow(self.model, parameter, training=training)
         parameters = dict(self.model.named_parameters())
+        copies = {
+            id(parameters[site.parameters[0]]): run.broadcast(site, parameter(parameters[site.parameters[0]]))
+            for site in plan.sites
+            if site.rank
+        }
+        shadow = Shadow(
+            self.model, lambda p: copies[id(p)] if id(p) in copies else parameter(p), training=training
+        )
         for site in plan.sites:
+            if site.rank:
+                continue
             original = self.model.get_submodule(site.path)
             copy = shadow.modules[id(original)]
             if isinstance(site.rule, LayerRule):
@@ -135,12 +144,16 @@ class Network:
         loops: frozenset[str] = frozenset()
         forced: frozenset[str] = frozenset()
         problem = ""
-        for _ in range(4):
-            plan = planner.plan(forced, loops)
+        speculate = True
+        for _ in range(5):
+            plan = planner.plan(forced, loops, speculate=speculate)
             try:
                 features = self._trial(plan, three, rows)
             except Exception as error:
-                vectorized = [s.path for s in plan.sites if s.rule is None and s.vectorize]
+                if speculate and any(site.rank for site in plan.sites):
+                    speculate = False
+                    continue
+                vectorized = [s.path for s in plan.sites if s.rule is None and s.vectorize and not s.rank]
                 if not vectorized:
                     raise
                 problem, loops = str(error), loops | frozenset(vectorized)
@@ -161,7 +174,13 @@ class Network:
 
 
 def squared_norms(
-    run: Run, outputs: Sequence[Tensor], gradients: Sequence[Tensor], names: Sequence[str], like: Tensor, *, keep: bool = False
+    run: Run,
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    names: Sequence[str],
+    like: Tensor,
+    *,
+    keep: bool = False,
 ) -> Tensor:
     """Send one set of output gradients back; ``(B, P)``. ``keep`` keeps the graph for another pass."""
     pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]

@@ -19,10 +19,14 @@ from torch.utils import _pytree as pytree
 
 from fastgrad.layers.norm import mixes_samples
 from fastgrad.layers.registry import LayerRule, ReplayRule, find_rule
-from fastgrad.layers.shadow import Shadow, attach
+from fastgrad.layers.shadow import Shadow, attach, ordinary
 
 SAMPLES = 3
 _MIDDLE = 1
+# Functions that broadcast a parameter over the batch, by name without underscores.
+_BROADCASTING = frozenset(
+    {"add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "div", "expand"}
+)
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,14 @@ class Site:
 
     Attributes:
         path: The module's name within the model (empty for the model itself).
-        rule: The layer rule, or None for the general fallback.
+        rule: The layer rule, or None for the general fallback and for a broadcast parameter.
         parameters: Names within the model, in the order of the columns.
         local: The same parameters by the names the rule gives them.
         layout: Place of the batch (layer rules).
         batched: For each leaf of the inputs, whether it carries the batch (replays and fallback).
         vectorize: Whether the fallback can run under ``vmap``.
+        rank: For a parameter that is only broadcast over the batch, the number of dimensions it is given, one
+            copy per sample; else 0.
     """
 
     path: str
@@ -68,6 +74,7 @@ class Site:
     layout: Layout = Layout("plain")
     batched: tuple[bool, ...] = ()
     vectorize: bool = True
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,8 @@ class _Uses(TorchFunctionMode):
         super().__init__()
         self.parameters, self.current = parameters, current
         self.uses: dict[str, set[int]] = {name: set() for name in parameters.values()}
+        #: Number of dimensions in which a parameter is broadcast over the batch, None where it is used otherwise.
+        self.ranks: dict[str, set[int | None]] = {name: set() for name in parameters.values()}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -121,8 +130,12 @@ class _Uses(TorchFunctionMode):
         leaves = pytree.tree_leaves((args, kwargs))
         found = [self.parameters[id(leaf)] for leaf in leaves if id(leaf) in self.parameters]
         if found and any(isinstance(r, Tensor) and r.requires_grad for r in pytree.tree_leaves(result)):
+            broadcast = getattr(func, "__name__", "").strip("_") in _BROADCASTING and result.shape[:1] == (
+                SAMPLES,
+            )
             for name in found:
                 self.uses[name].add(self.current())
+                self.ranks[name].add(result.dim() if broadcast else None)
         return result
 
 
@@ -153,7 +166,7 @@ class Observation:
         tracked: dict[int, str] = {}
 
         def leaf(parameter: nn.Parameter) -> Tensor:
-            value = parameter.detach()
+            value = ordinary(parameter)
             if value.is_floating_point():
                 value.requires_grad_()
             name = names[id(parameter)]
@@ -166,7 +179,7 @@ class Observation:
             self._watch(original, shadow.modules[id(original)], paths[id(original)])
         with torch.enable_grad(), _Uses(tracked, lambda: self.stack[-1]) as uses:
             self.output = shadow.root(*args, **kwargs)
-        self.uses = uses.uses
+        self.uses, self.ranks = uses.uses, uses.ranks
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -364,16 +377,37 @@ class Planner:
             f"no part of it that contains all uses of {name!r} does"
         )
 
-    def plan(self, forced: frozenset[str] = frozenset(), loops: frozenset[str] = frozenset()) -> Plan:
+    def _broadcast(self, name: str) -> Site | None:
+        """A site for a parameter that every use broadcasts over the batch: one copy per sample serves as well."""
+        ranks = self.three.ranks[name]
+        parameter = self.three.parameters[name]
+        if len(ranks) != 1:
+            return None
+        rank = next(iter(ranks))
+        if rank is None or not (
+            rank > parameter.dim() or (rank == parameter.dim() and parameter.shape[0] == 1)
+        ):
+            return None
+        return Site(name.rpartition(".")[0], None, (name,), (name,), rank=rank)
+
+    def plan(
+        self,
+        forced: frozenset[str] = frozenset(),
+        loops: frozenset[str] = frozenset(),
+        *,
+        speculate: bool = True,
+    ) -> Plan:
         """Choose a route for every wanted parameter.
 
         Args:
             forced: Parameters that must take the fallback at the model itself.
             loops: Paths of modules which ``vmap`` cannot take.
+            speculate: Whether to give broadcast parameters one copy per sample (which the trial must confirm).
         """
         single: dict[tuple[str, bool], Site] = {}
         routes: dict[str, Route] = {}
         unused = []
+        sites: list[Site] = []
         for name in self.names.values():
             uses = self.three.uses[name]
             if not uses:
@@ -387,8 +421,14 @@ class Planner:
                 reason = "it is used by more than one module call; its gradients add up before the norm"
             else:
                 site, reason = self._with_rule(self.three.calls[next(iter(uses))], name)
+            if site is None and name not in forced:
+                site = self._broadcast(name) if speculate else None
             if site is None:
                 site = self._with_fallback(uses, name)
+            if site.rank:
+                sites.append(site)
+                routes[name] = Route(name, "broadcast", site.path, reason)
+                continue
             key = (site.path, site.rule is None)
             if key in single:
                 known = single[key]
@@ -396,7 +436,7 @@ class Planner:
             single[key] = site
             route = site.rule.name if site.rule is not None else "fallback"
             routes[name] = Route(name, route, site.path, "" if site.rule is not None else reason)
-        sites = self._outermost([_loop(site, loops) for site in single.values()], routes)
+        sites += self._outermost([_loop(site, loops) for site in single.values()], routes)
         elements = sum(math.prod(s) for s in self.three.calls[0].inputs if s is not None)
         plan = Plan(
             tuple(self.names.values()), sites, routes, self.three.bytes / max(1, elements), tuple(unused)

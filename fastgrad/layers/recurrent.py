@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastgrad.layers.linear import bias_sqnorm, weight_sqnorm
-from fastgrad.layers.reduce import accumulate_dtype
+from fastgrad.layers.reduce import accumulate_dtype, leaf
 from fastgrad.layers.registry import register_replay
 
 
@@ -39,13 +39,13 @@ class _Direction:
         w_ih, w_hh, w_hr = (self._parameter(f"weight_{name}") for name in ("ih", "hh", "hr"))
         assert w_ih is not None
         assert w_hh is not None
-        self.added["ih"] = x.new_zeros(samples, steps, w_ih.shape[0]).requires_grad_()
+        self.added["ih"] = leaf(x.new_zeros(samples, steps, w_ih.shape[0]))
         projected = F.linear(x, w_ih, self._parameter("bias_ih")) + self.added["ih"]
         mode = self.module.mode
         if mode == "GRU":
-            self.added["hh"] = torch.zeros_like(self.added["ih"]).requires_grad_()
+            self.added["hh"] = leaf(torch.zeros_like(self.added["ih"]))
         if w_hr is not None:
-            self.added["hr"] = x.new_zeros(samples, steps, w_hr.shape[0]).requires_grad_()
+            self.added["hr"] = leaf(x.new_zeros(samples, steps, w_hr.shape[0]))
         b_hh = self._parameter("bias_hh")
         before, unprojected = [hidden] * steps, [hidden] * steps
         states = [hidden] * steps
@@ -127,7 +127,7 @@ def recurrent(
         outputs = [x if module.batch_first else x.transpose(0, 1), torch.stack(last_hidden)]
         if last_cell:
             outputs.append(torch.stack(last_cell))
-        leaves = [leaf for direction in directions for leaf in direction.added.values()]
+        leaves = [zeros for direction in directions for zeros in direction.added.values()]
         found = iter(torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in gradients]))
     norms: dict[str, Tensor] = {}
     for direction in directions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
@@ -32,6 +32,11 @@ def positions_first(x: Tensor, trailing: int) -> Tensor:
     if keep == 1:
         return x.unsqueeze(1)
     return x if keep == 2 else x.flatten(1, keep - 1)
+
+
+def leaf(x: Tensor) -> Tensor:
+    """A leaf with the values of ``x`` that requires gradients; also under ``vmap``, which forbids requires_grad_."""
+    return nn.Parameter(x.detach())
 
 
 def is_batched(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastgrad.layers.fallback import replay_sqnorms
 from fastgrad.layers.plan import Site
-from fastgrad.layers.reduce import accumulate_dtype
+from fastgrad.layers.reduce import accumulate_dtype, sqnorm, upcast
 from fastgrad.layers.registry import LayerRule, ReplayRule
 from fastgrad.layers.tap import tap
 
@@ -38,6 +38,13 @@ class Run:
         ).requires_grad_()
         self.probes.append((site, probe))
         return probe
+
+    def broadcast(self, site: Site, parameter: Tensor) -> Tensor:
+        """One copy of a parameter per sample, in ``site.rank`` dimensions, whose gradient is each sample's own."""
+        missing = site.rank - parameter.dim()
+        shape = (1,) * missing + tuple(parameter.shape)
+        copies = parameter.reshape(shape).expand(self.samples, *shape[1:])
+        return tap([copies], [], self._probe(site, copies), _squares, in_place=False)[0]
 
     def layer_hook(self, site: Site, rule: LayerRule) -> Hook:
         """Forward hook for a module with a layer rule."""
@@ -103,6 +110,11 @@ class Run:
             return pytree.tree_unflatten(outputs, out_spec)
 
         return before, after
+
+
+def _squares(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    (g,) = upcast(gradients[0])
+    return sqnorm(g).unsqueeze(1)
 
 
 def _columns(site: Site, norms: Any) -> Tensor:

@@ -1,0 +1,466 @@
+"""GradientFeatures: exactness, the model left as it was, threads, reduced precision, tracing."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gradient_oracle import relative_error, true_norms
+from torch import Tensor, nn
+
+import fastgrad
+from fastgrad import losses
+
+EPS = torch.finfo(torch.float32).eps
+
+
+class Block(nn.Module):
+    """Residual block with in-place activation and an in-place sum, as torchvision's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.scale = nn.Parameter(torch.full((width, 1, 1), 0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn(self.conv(x)))
+        out = self.scale * out
+        out += x
+        return self.relu(out)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, stride=2)
+        self.block = Block(6)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(6, 4)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(torch.relu_(self.stem(x)))
+        out: Tensor = self.head(self.drop(x.mean((2, 3))))
+        return out
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(0)
+    net = Net()
+    nn.init.uniform_(net.block.bn.running_mean, -0.5, 0.5)
+    nn.init.uniform_(net.block.bn.running_var, 0.5, 1.5)
+    return net.eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(5, 3, 9, 9)
+
+
+def expected(model: nn.Module, x: Tensor, loss: str, target: Any, **kwargs: Any) -> Tensor:
+    return true_norms(
+        model,
+        (x,),
+        lambda i, z: losses.delta(z, target[i : i + 1] if isinstance(target, Tensor) else target, loss=loss),
+        **kwargs,
+    )
+
+
+def assert_close(value: Tensor, truth: Tensor, tolerance: float = 1e-4) -> None:
+    assert value.shape == truth.shape
+    assert relative_error(value, truth, EPS).max() <= tolerance
+
+
+@pytest.mark.parametrize("loss", losses.LOSSES)
+@pytest.mark.parametrize("target", losses.TARGETS)
+def test_exact_for_every_loss_and_target(model: Net, x: Tensor, loss: str, target: str) -> None:
+    logits, features = fastgrad.GradientFeatures(model, loss=loss, target=target)(x)
+    assert torch.equal(logits, model(x))
+    assert not logits.requires_grad
+    assert_close(features, expected(model, x, loss, target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_contrast_and_signals(model: Net, x: Tensor, dtype: torch.dtype) -> None:
+    model, x = model.to(dtype), x.to(dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    _, features = fastgrad.GradientFeatures(model, loss="cross_entropy", target="contrast")(x)
+    assert features.shape == (5, 4, 10)
+    assert features.dtype == dtype
+    for k in range(4):
+        assert_close(features[:, k], expected(model, x, "cross_entropy", torch.full((5,), k)), tolerance)
+    signals = [("bce", "ones"), ("mse", 2), ("brier", torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=dtype))]
+    _, joint = fastgrad.GradientFeatures(model, signals=signals)(x)
+    assert joint.shape == (5, 3, 10)
+    for s, (loss, target) in enumerate(signals):
+        _, single = fastgrad.GradientFeatures(model, loss=loss, target=target)(x)
+        assert_close(joint[:, s], single.double(), tolerance)
+
+
+def test_targets_by_function_and_mean_over_classes(model: Net, x: Tensor) -> None:
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    _, features = fastgrad.GradientFeatures(
+        model, loss="cross_entropy", target=lambda z: labels[: len(z)], reduction="mean"
+    )(x)
+    assert_close(features * 16, expected(model, x, "cross_entropy", labels))
+
+
+def test_names_report_and_unused_parameters(model: Net, x: Tensor) -> None:
+    extractor = fastgrad.GradientFeatures(model)
+    with pytest.raises(RuntimeError, match="one call first"):
+        extractor.report()
+    _, features = extractor(x)
+    assert extractor.names == [name for name, _ in model.named_parameters()]
+    report = {r.parameter: r for r in extractor.report()}
+    assert list(report) == extractor.names
+    assert report["stem.weight"].route == "convolution"
+    assert report["block.scale"].route == "broadcast"
+    assert report["block.scale"].module == "block"
+    assert "Block has no rule" in report["block.scale"].reason
+    assert report["unused.weight"].route == "zero"
+    assert not features[:, extractor.names.index("unused.weight")].any()
+
+
+def test_selection_of_layers(model: Net, x: Tensor) -> None:
+    _, everything = fastgrad.GradientFeatures(model)(x)
+    extractor = fastgrad.GradientFeatures(model, layers=["head", "block.*.weight", "stem.bias"])
+    assert extractor.names == [
+        "stem.bias",
+        "block.conv.weight",
+        "block.bn.weight",
+        "head.weight",
+        "head.bias",
+    ]
+    names = fastgrad.GradientFeatures(model).names
+    assert torch.allclose(extractor(x)[1], everything[:, [names.index(n) for n in extractor.names]])
+    with pytest.raises(ValueError, match=r"layers.*'tail'"):
+        fastgrad.GradientFeatures(model, layers="tail")
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 2}, {"memory_budget": 20_000}, {"chunk_size": 50}])
+def test_chunks(model: Net, x: Tensor, options: dict[str, int]) -> None:
+    logits, features = fastgrad.GradientFeatures(model)(x)
+    some_logits, some = fastgrad.GradientFeatures(model, **options)(x)
+    assert torch.allclose(logits, some_logits, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(features, some, rtol=1e-4)
+
+
+def test_empty_and_single_batches(model: Net, x: Tensor) -> None:
+    for options, middle in (
+        ({}, ()),
+        ({"target": "contrast"}, (4,)),
+        ({"signals": [("bce", "ones")] * 2}, (2,)),
+    ):
+        extractor = fastgrad.GradientFeatures(model, **options)  # type: ignore[arg-type]
+        logits, features = extractor(x[:0])
+        assert logits.shape == (0, 4)
+        assert features.shape == (0, *middle, 10)
+        assert torch.allclose(extractor(x[:1])[1], extractor(x)[1][:1], rtol=1e-4)
+
+
+def test_logarithms_reach_below_the_smallest_float(model: Net, x: Tensor) -> None:
+    with torch.no_grad():
+        model.head.bias[1] += 60  # delta near 1e-26, squares near 1e-52
+    kwargs: dict[str, Any] = {"loss": "cross_entropy", "target": "predicted"}
+    _, logs = fastgrad.GradientFeatures(model, log=True, **kwargs)(x)
+    truth = true_norms(model, (x,), lambda i, z: losses.delta(z, "predicted", loss="cross_entropy"))
+    used = truth.sum(0) > 0
+    assert torch.isfinite(logs).all()
+    assert torch.allclose(logs[:, used].double(), truth[:, used].log(), rtol=1e-5)
+
+
+def _state(model: nn.Module) -> list[Any]:
+    state: list[Any] = []
+    for module in model.modules():
+        own = {k: (dict(v) if isinstance(v, dict) else v) for k, v in vars(module).items()}
+        state.append(
+            {k: {n: id(t) for n, t in v.items()} if isinstance(v, dict) else v for k, v in own.items()}
+        )
+    state += [(p.requires_grad, p.grad, p._version) for p in model.parameters()]
+    return state
+
+
+def test_the_model_stays_as_it_was(model: Net, x: Tensor) -> None:
+    model.train()
+    model.block.eval()
+    model.head.weight.requires_grad_(False)
+    calls: list[str] = []
+    model.head.register_forward_hook(lambda *_: calls.append("forward"))
+    model.head.register_full_backward_hook(lambda *_: calls.append("backward"))  # type: ignore[arg-type]
+    before = _state(model)
+    extractor = fastgrad.GradientFeatures(model)
+    rng = torch.get_rng_state()
+    _, features = extractor(x)
+    assert _state(model) == before
+    assert torch.equal(rng, torch.get_rng_state())
+    assert "backward" not in calls
+    # Frozen parameters have features all the same, and dropout is off.
+    assert_close(features, expected(model, x, "bce", "ones"))
+
+
+def test_the_model_stays_as_it_was_after_an_exception(model: Net, x: Tensor) -> None:
+    extractor = fastgrad.GradientFeatures(model)
+    extractor(x)
+    before = _state(model)
+    handle = model.head.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("boom")))
+    with pytest.raises(KeyError, match="boom"):
+        extractor(x)
+    handle.remove()
+    with pytest.raises(RuntimeError):
+        extractor(torch.randn(2, 7, 9, 9))
+    assert _state(model) == before
+    assert torch.is_grad_enabled()
+
+
+def test_forward_hooks_of_the_user_count(model: Net, x: Tensor) -> None:
+    model.block.register_forward_hook(lambda _m, _a, out: 2 * out)
+    logits, features = fastgrad.GradientFeatures(model)(x)
+    assert torch.equal(logits, model(x))
+    assert_close(features, expected(model, x, "bce", "ones"))
+
+
+def test_threads_share_one_model(model: Net, x: Tensor) -> None:
+    model.train()
+    extractor = fastgrad.GradientFeatures(model)
+    inputs = [x + i for i in range(4)]
+    truth = [extractor(v)[1] for v in inputs]
+    wrong: list[int] = []
+    stop = threading.Event()
+
+    def work(i: int) -> None:
+        for _ in range(10):
+            if not torch.allclose(extractor(inputs[i])[1], truth[i], rtol=1e-5):
+                wrong.append(i)
+
+    def train() -> None:  # the user's own passes go on in another thread
+        while not stop.is_set():
+            model.head(torch.randn(2, 6)).sum().backward()
+
+    def record() -> None:
+        frozen = copy.deepcopy(model).eval()
+        for _ in range(10):
+            with fastgrad.record(frozen):
+                z = frozen(inputs[0])
+                found = fastgrad.grad_sqnorm(
+                    z, list(frozen.parameters()), grad_outputs=losses.delta(z.detach(), "ones", loss="bce")
+                )
+            if not torch.allclose(torch.stack(found, 1), truth[0], rtol=1e-4):
+                wrong.append(-1)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)] + [threading.Thread(target=record)]
+    trainer = threading.Thread(target=train)
+    for thread in [trainer, *threads]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    trainer.join()
+    assert not wrong
+    assert model.training
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_callers_without_gradients(model: Net, x: Tensor, context: Callable[[], Any]) -> None:
+    _, truth = fastgrad.GradientFeatures(model)(x)
+    with context():
+        logits, features = fastgrad.GradientFeatures(model)(x.clone())
+    assert torch.equal(features, truth)
+    assert not logits.requires_grad
+    with torch.inference_mode():
+        made_inside = copy.deepcopy(model)
+    assert torch.equal(fastgrad.GradientFeatures(made_inside)(x)[1], truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_reduced_precision(model: Net, x: Tensor, dtype: torch.dtype) -> None:
+    """Against float64 on the same rounded weights; the network itself rounds each tensor to ``dtype``."""
+    low = copy.deepcopy(model).to(dtype)
+    _, features = fastgrad.GradientFeatures(low)(x.to(dtype))
+    assert features.dtype == torch.float32
+    truth = true_norms(low, (x.to(dtype),), lambda i, z: losses.delta(z, "ones", loss="bce"))
+    assert ((features - truth).abs() <= 40 * torch.finfo(dtype).eps * truth).all()
+
+
+def test_autocast(model: Net, x: Tensor) -> None:
+    extractor = fastgrad.GradientFeatures(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, features = extractor(x)
+    assert logits.dtype == torch.bfloat16
+    assert features.dtype == torch.float32
+    truth = expected(model, x, "bce", "ones")
+    assert ((features - truth).abs() <= 40 * torch.finfo(torch.bfloat16).eps * truth).all()
+
+
+def test_channels_last(model: Net, x: Tensor) -> None:
+    _, truth = fastgrad.GradientFeatures(model)(x)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    _, features = fastgrad.GradientFeatures(last)(x.to(memory_format=torch.channels_last))
+    assert torch.allclose(features, truth, rtol=1e-4)
+
+
+class Tied(nn.Module):
+    """One table embeds and classifies; one layer runs twice; one hides in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 5)
+        self.step = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 6, bias=False)
+        self.head.weight = self.embed.weight
+        self.norm = nn.LayerNorm(5)
+        self.hidden = [self.norm]
+        self.position = nn.Parameter(torch.randn(1, 4, 5))
+
+    def forward(self, index: Tensor) -> Tensor:
+        h = self.embed(index) + self.position
+        h = torch.tanh(self.step(torch.tanh(self.step(h))))
+        out: Tensor = self.head(self.hidden[0](h).mean(1))
+        return out
+
+
+def test_tied_weights_and_repeated_modules() -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    index = torch.randint(0, 6, (4, 4))
+    extractor = fastgrad.GradientFeatures(model, loss="cross_entropy", target="uniform")
+    _, features = extractor(index)
+    assert_close(features, expected(model, index, "cross_entropy", "uniform"))
+    report = {r.parameter: r for r in extractor.report()}
+    assert "more than one" in report["embed.weight"].reason
+    assert "more than one" in report["step.weight"].reason
+    assert report["norm.weight"].route == "layer norm"
+
+
+class Folding(nn.Module):
+    """Windows folded into the batch, time before batch, and a broadcast position embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+        self.conv = nn.Conv1d(4, 4, 2)
+        self.time_first = nn.Linear(3, 2)
+        self.position = nn.Embedding(2, 3)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 2, 3)
+        x = x + self.position(torch.arange(2).unsqueeze(0))
+        windows = self.inner(x.reshape(-1, 1, 3))
+        windows = self.conv(windows.reshape(-1, 4, 1).repeat(1, 1, 3)).sum(2)
+        sequence = self.time_first(x.transpose(0, 1))
+        out: Tensor = self.head(torch.cat([windows.reshape(len(x), 2, 4).sum(1), sequence.sum(0)], 1))
+        return out
+
+
+def test_batches_in_other_places() -> None:
+    torch.manual_seed(0)
+    model, x = Folding(), torch.randn(4, 2, 3)
+    extractor = fastgrad.GradientFeatures(model)
+    assert_close(extractor(x)[1], expected(model, x, "bce", "ones"))
+    routes = {r.parameter: r.route for r in extractor.report()}
+    assert routes["inner.weight"] == routes["time_first.weight"] == "linear"
+    assert routes["position.weight"] == "embedding"
+    assert routes["conv.weight"] == "fallback"
+
+
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        return h - h.mean(0)  # type: ignore[no-any-return]
+
+
+def test_models_that_mix_samples_are_refused(x: Tensor) -> None:
+    with pytest.raises(ValueError, match="independently"):
+        fastgrad.GradientFeatures(Mixing())(torch.randn(4, 3))
+    with pytest.raises(ValueError, match="'1' keeps no running statistics"):
+        fastgrad.GradientFeatures(
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+        )
+
+
+class Output:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+@pytest.mark.parametrize("wrap", [Output, lambda z: {"logits": z}, lambda z: (z, z.sum()), lambda z: z])
+def test_kinds_of_outputs_and_keyword_inputs(model: Net, x: Tensor, wrap: Callable[[Tensor], Any]) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, *, pixels: Tensor) -> Any:
+            return wrap(self.net(pixels))
+
+    _, features = fastgrad.GradientFeatures(Wrapped())(pixels=x)
+    assert torch.equal(features, fastgrad.GradientFeatures(model)(x)[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "hinge"}, "loss must be one of"),
+        ({"target": "zeros"}, "target must be one of"),
+        ({"signals": []}, "signals must name"),
+        ({"signals": [("bce", "contrast")]}, "target must be one of"),
+        ({"reduction": "max"}, "reduction must be one of"),
+        ({"chunk_size": 0}, "chunk_size must be a positive integer"),
+        ({"impl": "cuda"}, "impl must be one of"),
+    ],
+)
+def test_arguments_are_named(model: Net, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastgrad.GradientFeatures(model, **options)
+
+
+def test_wrong_models_and_inputs(model: Net, x: Tensor) -> None:
+    with pytest.raises(TypeError, match="model must be"):
+        fastgrad.GradientFeatures(torch.relu)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model must have parameters"):
+        fastgrad.GradientFeatures(nn.ReLU())
+    with pytest.raises(ValueError, match="logits of shape"):
+        fastgrad.GradientFeatures(model.stem)(x)
+    with pytest.raises(ValueError, match="inputs must hold a tensor"):
+        fastgrad.GradientFeatures(model)()
+
+
+def test_trace_to_one_graph(model: Net, x: Tensor) -> None:
+    extractor = fastgrad.GradientFeatures(model, signals=[("bce", "ones"), ("brier", "predicted")])
+    graph = extractor.trace(x)
+    assert all("autograd" not in str(node.target) for node in graph.graph.nodes)
+    more = torch.randn(8, 3, 9, 9)
+    for value, truth in zip(graph(more), extractor(more), strict=True):
+        assert torch.allclose(value, truth, rtol=1e-4)
+    exported = torch.export.export(
+        graph, (x,), dynamic_shapes=[{0: torch.export.Dim("batch", min=1, max=64)}]
+    ).module()
+    for size in (1, 6):
+        for value, truth in zip(exported(more[:size]), extractor(more[:size]), strict=True):
+            assert torch.allclose(value, truth, rtol=1e-4)
+
+
+def test_compiled_models_and_extractors(model: Net, x: Tensor) -> None:
+    _, truth = fastgrad.GradientFeatures(model)(x)
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(fastgrad.GradientFeatures(compiled)(x)[1], truth, rtol=1e-4)  # type: ignore[arg-type]
+    extractor = torch.compile(fastgrad.GradientFeatures(model), backend="eager")
+    assert torch.allclose(extractor(x)[1], truth, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_compile_with_inductor(model: Net, x: Tensor) -> None:
+    extractor = fastgrad.GradientFeatures(model)
+    graph = torch.compile(extractor.trace(x))
+    assert torch.allclose(graph(x)[1], extractor(x)[1], rtol=1e-4)

@@ -1,0 +1,188 @@
+"""record and grad_sqnorm, the drop-in for torch.autograd.grad."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gradient_oracle import relative_error, true_norms
+from torch import Tensor, nn
+
+import fastgrad
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 3)
+    ).eval()
+
+
+X = torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, 1, 2, 0])
+
+
+def loop(model: nn.Module) -> Tensor:
+    rows = []
+    for i in range(4):
+        loss = F.cross_entropy(model(X[i : i + 1]), Y[i : i + 1])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.stack([g.double().square().sum() for g in grads]))
+    return torch.stack(rows)
+
+
+def assert_close(found: tuple[Tensor, ...], truth: Tensor) -> None:
+    assert relative_error(torch.stack(found, 1), truth, 1e-7).max() < 1e-4
+
+
+def test_a_users_own_loss(model: nn.Sequential) -> None:
+    with fastgrad.record(model):
+        loss = F.cross_entropy(model(X), Y, reduction="sum")
+        found = fastgrad.grad_sqnorm(loss, list(model.parameters()))
+    assert all(f.shape == (4,) for f in found)
+    assert_close(found, loop(model))
+
+
+def test_any_order_and_single_parameters(model: nn.Sequential) -> None:
+    with fastgrad.record(model):
+        loss = F.cross_entropy(model(X), Y, reduction="sum")
+        weight, first = fastgrad.grad_sqnorm(loss, [model[4].weight, model[0].weight], retain_graph=True)
+        (only,) = fastgrad.grad_sqnorm(loss, model[4].weight)
+    truth = loop(model)
+    assert_close((weight, first), truth[:, [4, 0]])
+    assert torch.equal(only, weight)
+
+
+def test_batched_output_gradients(model: nn.Sequential) -> None:
+    gradients = torch.randn(6, 4, 3)
+    with fastgrad.record(model):
+        z = model(X)
+        batched = fastgrad.grad_sqnorm(
+            z, list(model.parameters()), grad_outputs=gradients, is_grads_batched=True
+        )
+    assert all(b.shape == (6, 4) for b in batched)
+    for s in range(6):
+        truth = true_norms(model, (X,), lambda i, _: gradients[s, i : i + 1])  # noqa: B023
+        assert_close(tuple(b[s] for b in batched), truth)
+
+
+def test_several_outputs_and_parts_called_alone(model: nn.Sequential) -> None:
+    with fastgrad.record(model):
+        hidden = model[:4](X) if False else model[3](model[2](model[1](model[0](X))))
+        z = model[4](hidden)
+        found = fastgrad.grad_sqnorm(
+            [z, hidden], list(model.parameters()), grad_outputs=[z.detach(), hidden.detach()]
+        )
+
+    def gradient(model: nn.Module) -> Tensor:
+        rows = []
+        for i in range(4):
+            h = model[:4](X[i : i + 1])  # type: ignore[index]
+            z = model[4](h)  # type: ignore[index]
+            grads = torch.autograd.grad([z, h], list(model.parameters()), [z.detach(), h.detach()])
+            rows.append(torch.stack([g.double().square().sum() for g in grads]))
+        return torch.stack(rows)
+
+    assert_close(found, gradient(model))
+
+
+def test_ordinary_backward_works_inside(model: nn.Sequential) -> None:
+    with fastgrad.record(model):
+        x = X.clone().requires_grad_()
+        F.cross_entropy(model(x), Y, reduction="sum").backward()
+    inside = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    y = X.clone().requires_grad_()
+    F.cross_entropy(model(y), Y, reduction="sum").backward()
+    assert all(
+        torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6)
+        for a, p in zip(inside, model.parameters(), strict=True)
+    )  # type: ignore[arg-type]
+    assert torch.allclose(x.grad, y.grad, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_nothing_stays_on_the_model(model: nn.Sequential) -> None:
+    before = [dict(vars(m)) for m in model.modules()]
+    with pytest.raises(KeyError), fastgrad.record(model):
+        model(X)
+        raise KeyError
+    with fastgrad.record(model), fastgrad.record(model):
+        model(X)
+    assert [dict(vars(m)) for m in model.modules()] == before
+
+
+def test_other_threads_run_through(model: nn.Sequential) -> None:
+    plain = model(X)
+    seen: list[bool] = []
+
+    def work() -> None:
+        out = model(X)
+        seen.append(torch.equal(out, plain) and "Tap" not in str(out.grad_fn))
+
+    with fastgrad.record(model):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert seen == [True]
+
+
+def test_dropout_keeps_the_users_mode() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 2))
+    with fastgrad.record(model):
+        torch.manual_seed(5)
+        z = model(torch.ones(3, 4))
+        found = fastgrad.grad_sqnorm(z.sum(), list(model.parameters()))
+    torch.manual_seed(5)
+    hidden = model[1](model[0](torch.ones(3, 4)))
+    assert torch.allclose(found[2], 2 * hidden.square().sum(1), rtol=1e-5)
+
+
+def test_what_is_refused(model: nn.Sequential) -> None:
+    parameters = list(model.parameters())
+    with pytest.raises(RuntimeError, match="inside record"):
+        fastgrad.grad_sqnorm(model(X).sum(), parameters)
+    with fastgrad.record(model):
+        with pytest.raises(RuntimeError, match="calls of the recorded model"):
+            fastgrad.grad_sqnorm(torch.zeros(()), parameters)
+        z = model(X)
+        with pytest.raises(ValueError, match="number 0 is not one"):
+            fastgrad.grad_sqnorm(z.sum(), [nn.Parameter(torch.zeros(2))])
+        with pytest.raises(ValueError, match="grad_outputs must be given"):
+            fastgrad.grad_sqnorm(z.sum(), parameters, is_grads_batched=True)
+        with pytest.raises(ValueError, match=r"'0.weight' took part in several"):
+            fastgrad.grad_sqnorm((z + model(X)).sum(), parameters)
+    model.train()
+    with (
+        pytest.raises(ValueError, match=r"batch norm '1' is in training mode.*model.eval"),
+        fastgrad.record(model),
+    ):
+        pass
+    with pytest.raises(TypeError, match="model must be"):
+        fastgrad.record(torch.relu)  # type: ignore[arg-type]
+
+
+def test_a_replayed_module_in_training_mode_is_refused() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.root = nn.Parameter(torch.ones(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(x @ self.root, 0.5, self.training)
+
+    with fastgrad.record(Root()) as recording, pytest.raises(ValueError, match="evaluation mode"):
+        recording.model(torch.ones(2, 3))
+
+
+def test_plans_are_kept_between_recordings(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgrad.layers.network import Network
+
+    with fastgrad.record(model):
+        model(X)
+    monkeypatch.setattr(Network, "_make_plan", None)
+    with fastgrad.record(model):
+        model(X)

@@ -1,0 +1,234 @@
+"""Whole networks against a per-sample float64 autograd loop, every parameter.
+
+A random network has activations next to a kink (ReLU at zero, ties in max pooling), where float32 and float64 take
+different sides: then no float32 computation agrees with the float64 gradient, autograd's own least of all. In
+float32 the model and images are therefore drawn until a float32 autograd loop, run with no code of this project,
+reproduces the float64 loop to a tenth of the tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from gradient_oracle import relative_error, true_norms
+from torch import Tensor, nn
+
+import fastgrad
+from fastgrad import losses
+
+torchvision = pytest.importorskip("torchvision")
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+
+
+@dataclass
+class Case:
+    make: Callable[[], nn.Module]
+    size: int = 32
+
+
+def vision(name: str, size: int = 32, **kwargs: Any) -> Case:
+    return Case(lambda: torchvision.models.get_model(name, num_classes=10, **kwargs), size)
+
+
+FAST = {
+    "squeezenet": vision("squeezenet1_1"),
+    "shufflenet": vision("shufflenet_v2_x0_5"),
+    "vit-tiny": Case(
+        lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=10),
+    ),
+    "swin-tiny": Case(
+        lambda: torchvision.models.SwinTransformer([4, 4], 12, [1, 1], [2, 2], [2, 2], num_classes=10)
+    ),
+}
+ZOO = {
+    "resnet18": vision("resnet18"),
+    "densenet121": vision("densenet121"),
+    "mobilenet_v3_small": vision("mobilenet_v3_small"),
+    "mobilenet_v3_large": vision("mobilenet_v3_large"),
+    "efficientnet_b0": vision("efficientnet_b0"),
+    "shufflenet_v2_x1_0": vision("shufflenet_v2_x1_0"),
+    "googlenet": vision("googlenet", init_weights=False),
+    "vgg11_bn": vision("vgg11_bn"),
+    "squeezenet1_0": vision("squeezenet1_0"),
+    "regnet_y_400mf": vision("regnet_y_400mf"),
+    "regnet_x_400mf": vision("regnet_x_400mf"),
+    "mnasnet1_0": vision("mnasnet1_0"),
+    "convnext_tiny": vision("convnext_tiny"),
+    "vit_b_16": vision("vit_b_16", image_size=32),
+    "swin_t": vision("swin_t"),
+    "maxvit_t": Case(
+        lambda: torchvision.models.MaxVit(
+            (64, 64),
+            64,
+            [64, 128, 256, 512],
+            [1, 1, 1, 1],
+            32,
+            stochastic_depth_prob=0.2,
+            partition_size=2,
+            num_classes=10,
+        ),
+        64,
+    ),
+}
+
+
+def randomized(model: nn.Module, seed: int) -> nn.Module:
+    """Parameters and statistics away from their initial values, where many gradients vanish or coincide."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+            module.weight.data.uniform_(0.8, 1.2, generator=generator)
+            module.bias.data.uniform_(-0.2, 0.2, generator=generator)
+        if isinstance(module, nn.BatchNorm2d):
+            # About the variance each layer's input has, so that the signal neither dies out nor explodes.
+            module.running_mean.uniform_(-0.1, 0.1, generator=generator)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 1.5, generator=generator)  # type: ignore[union-attr]
+    for name, parameter in model.named_parameters():
+        if name.endswith(("layer_scale", "class_token")):
+            parameter.data.uniform_(0.3, 0.7, generator=generator)
+    return model.eval()
+
+
+def calibrate(model: nn.Module, x: Tensor) -> None:
+    """Statistics of the batch norms from one batch, as training would leave them."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    with torch.no_grad():
+        model(x)
+    for norm in norms:
+        norm.eval()
+        assert norm.running_var is not None
+        norm.running_var.clamp_(min=1e-2)
+
+
+def compare(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, **kwargs: Any) -> None:
+    from torch.utils import _pytree as pytree
+
+    def gradient(_: int, z: Tensor) -> Tensor:
+        return losses.delta(z, "ones", loss="bce")
+
+    def output(out: Any) -> Tensor:
+        return out if isinstance(out, Tensor) else out.logits  # type: ignore[no-any-return]
+
+    truth = true_norms(model, inputs, gradient, output=output, **kwargs)
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float32:
+        plain = true_norms(model, inputs, gradient, output=output, dtype=torch.float32, **kwargs)
+        if relative_error(plain, truth, eps).max() > TOLERANCE[dtype] / 10:
+            raise Kinked
+    cast = pytree.tree_map_only(
+        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (inputs, kwargs)
+    )
+    extractor = fastgrad.GradientFeatures(model.to(dtype), loss="bce", target="ones")
+    _, features = extractor(*cast[0], **cast[1])
+    error = relative_error(features, truth, eps)
+    worst = int(error.argmax())
+    route = extractor.report()[worst]
+    assert error[worst] <= TOLERANCE[dtype], f"{route}: {float(error[worst]):.1e}"
+
+
+class Kinked(Exception):
+    """Float32 autograd itself does not reproduce float64 on this draw."""
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model = randomized(case.make(), seed)
+        x = torch.randn(3, 3, case.size, case.size)
+        calibrate(model, torch.randn(8, 3, case.size, case.size))
+        try:
+            return compare(model, (x,), dtype)
+        except Kinked:
+            continue
+    pytest.fail("no draw without a kink in twelve")
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_small_networks(name: str, dtype: torch.dtype) -> None:
+    check(FAST[name], dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_zoo(name: str, dtype: torch.dtype) -> None:
+    check(ZOO[name], dtype)
+
+
+def bert(kind: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
+        max_position_embeddings=12, num_labels=3, attn_implementation=kind,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)  # type: ignore[no-any-return]
+
+
+def gpt(kind: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=12, num_labels=3, pad_token_id=0,
+        bos_token_id=1, eos_token_id=1, attn_implementation=kind,
+    )  # fmt: skip
+    return transformers.GPT2ForSequenceClassification(config)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [bert, gpt])
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_text_transformers(make: Callable[[str], nn.Module], kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = make(kind).eval()
+    tokens = torch.randint(2, 40, (3, 7))
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    tokens = tokens * mask
+    compare(model, (), dtype, input_ids=tokens, attention_mask=mask)
+
+
+class LastToken(nn.Module):
+    """A language model's logits for the next token; its head is tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        self.lm = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=30, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=1
+            )
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lm(tokens).logits[:, -1]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_tied_language_model(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    compare(LastToken().eval(), (torch.randint(0, 30, (3, 6)),), dtype)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 6)
+        self.lstm = nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.lstm(self.embed(tokens))[0].mean(1))
+        return out
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_lstm_classifier(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    compare(Words().eval(), (torch.randint(0, 20, (3, 6)),), dtype)
