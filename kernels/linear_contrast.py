@@ -81,6 +81,12 @@ def add_bias(acc, bias_ptr, cols, N, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
+def halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The left and right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLS // 2]), (0, 2, 1)))
+
+
+@triton.jit
 def arrive(counter):
     """Publish this program's writes and count it; returns how many came before."""
     tl.debug_barrier()
@@ -315,7 +321,14 @@ def linear_stats_kernel(
             low = tl.minimum(low, tl.min(tl.where(other, v, float("inf")), 1))
             high = tl.maximum(high, tl.max(tl.where(other, v, float("-inf")), 1))
         else:
-            n, n2, b1, b2, b3, b4, b5, b6, b7 = tile_moments(z, inside, LOSS, False, True)
+            # Half a tile at a time: its exponentials and their products fit the registers beside the tile.
+            z_low, z_high = halves(z, BLOCK_M, BLOCK_N)
+            inside_low, inside_high = halves(inside, BLOCK_M, BLOCK_N)
+            n, n2, b1, b2, b3, b4, b5, b6, b7 = tile_moments(z_low, inside_low, LOSS, False, True)
+            m, m2, a1, a2, a3, a4, a5, a6, a7 = merge_moments(
+                m, m2, a1, a2, a3, a4, a5, a6, a7, n, n2, b1, b2, b3, b4, b5, b6, b7, LOSS, False, True
+            )
+            n, n2, b1, b2, b3, b4, b5, b6, b7 = tile_moments(z_high, inside_high, LOSS, False, True)
             m, m2, a1, a2, a3, a4, a5, a6, a7 = merge_moments(
                 m, m2, a1, a2, a3, a4, a5, a6, a7, n, n2, b1, b2, b3, b4, b5, b6, b7, LOSS, False, True
             )

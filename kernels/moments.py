@@ -164,7 +164,7 @@ def reduce_moments(
             if NESTED:
                 b2 += tl.sum(a2, 1)
             if (LOSS == "mse") and (not NESTED):
-                b2 = tl.where(top == lowest, float("inf"), b2)
+                b2 = tl.where((top == lowest) & (copies >= 0.0), float("inf"), b2)
         if STATS:
             b3 = tl.sum(tl.where(rest, f * u, 0.0), 1) + tl.where(tie > 0.0, tie * u_top, 0.0)
             b4 = tl.sum(tl.where(rest, u, 0.0), 1) + tl.where(copies > 0.0, copies * u_top, 0.0)

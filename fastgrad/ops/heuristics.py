@@ -85,7 +85,9 @@ def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Archit
     if longest >= N:
         block = max(power_of_two(N), 16)
         rows = max(1, 1024 // block)
-        while rows > 1 and cdiv(B, rows) < 2 * arch.processors:
+        # One 16-byte access of half precision for each thread of the smallest program.
+        least = 512 if arch.backend == "hip" else 256
+        while rows * block > least and rows > 1 and cdiv(B, rows) < 2 * arch.processors:
             rows //= 2
         width = rows * block
         warps = (
@@ -249,7 +251,7 @@ def rows_linear(B: int, N: int, D: int, U: int, dtype: torch.dtype, arch: Archit
     steps = cdiv(D, block_k) * N
     parts = max(1, min(cdiv(2 * arch.processors, tiles), steps // 16, 64))
     return RowsConfig(
-        block_m, block_u, block_k, parts, _precision(dtype, arch), 8 if block_m == 128 else 4,
+        block_m, block_u, block_k, parts, _precision(dtype, arch), 8 if block_m == 128 or (wide and block_m == 64) else 4,
         2 if arch.backend == "hip" else 4,
     )  # fmt: skip
 
@@ -293,4 +295,7 @@ def override(**configs: Any) -> Iterator[None]:
         _PINS.configs = before
 
 
-NAMES = ("contrast", "linear_contrast", "linear_stats", "rows_linear", "target")
+NAMES = (
+    "contrast", "linear_contrast", "linear_stats", "rows_linear", "target",
+    "layer_direct", "layer_gram", "layer_prefers_gram",
+)  # fmt: skip
