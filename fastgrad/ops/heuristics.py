@@ -251,8 +251,8 @@ def rows_linear(B: int, N: int, D: int, U: int, dtype: torch.dtype, arch: Archit
     steps = cdiv(D, block_k) * N
     parts = max(1, min(cdiv(2 * arch.processors, tiles), steps // 16, 64))
     return RowsConfig(
-        block_m, block_u, block_k, parts, _precision(dtype, arch), 8 if block_m == 128 or (wide and block_m == 64) else 4,
-        2 if arch.backend == "hip" else 4,
+        block_m, block_u, block_k, parts, _precision(dtype, arch),
+        8 if block_m == 128 or (wide and block_m == 64) else 4, 2 if arch.backend == "hip" else 4,
     )  # fmt: skip
 
 
