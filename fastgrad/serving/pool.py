@@ -134,6 +134,7 @@ class WorkerPool:
         self._workers = [_Worker(path, threads, hang_timeout) for _ in range(workers)]
         self._tasks: list[asyncio.Task[None]] = []
         self._in_flight = 0
+        self._closed = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -189,7 +190,10 @@ class WorkerPool:
                 self._idle.set()
 
     async def close(self) -> None:
-        """Finish what was submitted, then end the workers."""
+        """Finish what was submitted, then end the workers. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         if self._tasks:
             await self._idle.wait()
         for task in self._tasks:
@@ -235,7 +239,10 @@ class WorkerPool:
     async def _serve(self, worker: _Worker) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            batch = await self._next_batch()
+            # Requests may have gone away while the batch was forming.
+            batch = [item for item in await self._next_batch() if not item.future.done()]
+            if not batch:
+                continue
             stacked = np.stack([item.value for item in batch])
             self.on_batch(len(batch))
             try:
