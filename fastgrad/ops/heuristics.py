@@ -185,6 +185,9 @@ def linear_stats(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture)
     if pinned is not None:
         return pinned
     block_m, block_n, block_k, warps, stages = _product(B, N, dtype, arch)
+    if block_m == 128 and arch.backend == "cuda" and arch.version < 90:
+        # Without warp-group products both operands pass through registers, which the moments need.
+        block_n = 64
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
     per_split = max(1, tiles_n * tiles_m // (4 * arch.processors))
     return LinearConfig(
