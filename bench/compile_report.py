@@ -110,7 +110,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def cases() -> list[Case]:
     """The shapes that the heuristics treat differently, for every kernel."""
-    from fastgrad.ops.triton import contrast, linear_contrast, rows, target
+    from fastgrad.ops.triton import contrast, layer_sqnorm, linear_contrast, rows, target
 
     losses = ("cross_entropy", "bce", "mse", "brier")
     half, single = torch.bfloat16, torch.float32
@@ -225,6 +225,52 @@ def cases() -> list[Case]:
     rows_linear(1024, 10, 512, 300, single, True)
     rows_linear(4096, 10, 512, 300, half, False)
     rows_linear(1, 10, 512, 300, torch.float16, False)
+
+    def conv(C: int, O: int, size: int, kernel: int, stride: int, dtype: torch.dtype, quick: bool) -> None:  # noqa: E741
+        last = torch.channels_last
+        a = meta(64, C, size, size, dtype=dtype).contiguous(memory_format=last)
+        out = (size - 1) // stride + 1
+        g = meta(64, O, out, out, dtype=dtype).contiguous(memory_format=last).unsqueeze(0)
+        each = [(kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1)]
+        found.append(
+            Case(
+                f"conv_sqnorm B=64 {C} to {O} {size}x{size} kernel {kernel} stride {stride} {DTYPES[dtype]}",
+                lambda: layer_sqnorm.conv_sqnorm(a, g, *each, 1),
+                product=True,
+                wide=C % 16 == 0,
+                quick=quick,
+            )
+        )
+
+    for dtype in (half, torch.float16, single):
+        conv(64, 64, 32, 3, 1, dtype, dtype != torch.float16)
+        conv(256, 512, 8, 3, 2, dtype, False)
+        conv(3, 64, 32, 3, 1, dtype, False)
+        for T, C, O in ((196, 768, 3072), (1024, 256, 256)):  # noqa: E741
+            found.append(
+                Case(
+                    f"linear_sqnorm B=64 T={T} C={C} O={O} {DTYPES[dtype]}",
+                    lambda T=T, C=C, O=O, dtype=dtype: layer_sqnorm.linear_sqnorm(  # type: ignore[misc] # noqa: E741
+                        meta(64, T, C, dtype=dtype), meta(1, 64, T, O, dtype=dtype)
+                    ),
+                    product=True,
+                    quick=dtype == half and T == 196,
+                )
+            )
+
+    # Sizes of 1 are constants to the compiler, and take other branches of the language.
+    one, ones, loss = meta(1, 1), meta(1), "mse"
+    for name, call in (
+        ("contrast_sqnorm", lambda: contrast.contrast_sqnorm(one, one, loss, True, True, True)),
+        (
+            "linear_contrast_sqnorm",
+            lambda: linear_contrast.linear_contrast_sqnorm(one, one, ones, loss, True, True),
+        ),
+        ("linear_contrast_stats", lambda: linear_contrast.linear_contrast_stats(one, one, ones, loss, True)),
+        ("target_sqnorm", lambda: target.target_sqnorm(one, one, one, "soft", loss, True, True, True)),
+        ("contrast_rows_linear", lambda: rows.contrast_rows_linear(one, one, one, ones)),
+    ):
+        found.append(Case(f"{name} B=1 N=1 D=1 fp32 {loss}", call, product="linear" in name, wide=False))
     return found
 
 

@@ -134,7 +134,9 @@ class LinearConfig:
     num_stages: int
 
 
-def _product(B: int, N: int, dtype: torch.dtype, arch: Architecture) -> tuple[int, int, int, int, int]:
+def _product(
+    B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture
+) -> tuple[int, int, int, int, int]:
     """Tile, warps and stages of a product of ``(B, D)`` and ``(N, D)``."""
     wide = dtype == torch.float32
     block_m = 16 if B <= 16 else 32 if B <= 32 else 64 if B <= 64 or wide else 128
@@ -147,6 +149,8 @@ def _product(B: int, N: int, dtype: torch.dtype, arch: Architecture) -> tuple[in
             block_k = 32 if block_m == 64 else 64
         while block_n > 16 and cdiv(N, block_n) * cdiv(B, block_m) < arch.processors:
             block_n //= 2
+    while block_k > 16 and block_k // 2 >= D:
+        block_k //= 2
     element = 4 if wide else 2
     stage = (block_m + block_n) * block_k * element
     # AMD's pipeline keeps the stage after next in registers, so two stages take the shared memory of one.
@@ -164,7 +168,7 @@ def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architectu
     pinned: LinearConfig | None = _pinned("linear_contrast")
     if pinned is not None:
         return pinned
-    block_m, block_n, block_k, warps, stages = _product(B, N, dtype, arch)
+    block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
     # One program converts some 64 thousand logits in a few microseconds; more of them are shared out.
     chunks = 0 if block_m * N <= 1 << 16 else cdiv(N, max(1024, (1 << 19) // block_m))
@@ -184,7 +188,7 @@ def linear_stats(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture)
     pinned: LinearConfig | None = _pinned("linear_stats")
     if pinned is not None:
         return pinned
-    block_m, block_n, block_k, warps, stages = _product(B, N, dtype, arch)
+    block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
     if block_m == 128 and arch.backend == "cuda" and arch.version < 90:
         # Without warp-group products both operands pass through registers, which the moments need.
         block_n = 64

@@ -201,6 +201,21 @@ def test_statistics_never_allocate_the_matrix(monkeypatch: pytest.MonkeyPatch, d
     assert sum(sizes) < 16 * 64 < 16 * 4096
 
 
+def test_offsets_beyond_32_bits(device: torch.device) -> None:
+    # Reserved, not touched: rows of the features and of the weight lie 2^31 elements apart.
+    storage = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
+    x, w = storage.as_strided((2, 8), (2**31, 1)), storage[16:].as_strided((2, 8), (2**31, 1))
+    values_x, values_w, b = (t.to(device) for t in head(2, 2, 8, seed=11, dtype=torch.float16))
+    x.copy_(values_x)
+    w.copy_(values_w)
+    with heuristics.override(linear_contrast=PATHS["chunks"], linear_stats=SMALL):
+        z, out = linear_contrast_sqnorm(x, w, b, "bce", False, False)
+        stats = linear_contrast_stats(x, w, b, "bce", False)
+    check_logits(z, x, w, b)
+    check_norms(out, x, z, "bce", False, True, rows=[0, 1])
+    torch.testing.assert_close(stats[:, 0], out.amin(1), rtol=PROMISE, atol=0)
+
+
 def test_refuses_mixed_dtypes(device: torch.device) -> None:
     with pytest.raises(ValueError, match="weight must have the dtype of features"):
         linear_contrast_sqnorm(
