@@ -110,7 +110,7 @@ def run_case(
         results.append(result)
         call = _gate(item, result)
         if call is not None:
-            ready.append((result, call if device == "cpu" or not item.graph else _graphed(call)))
+            ready.append((result, call if device == "cpu" or not item.graph else graphed(call)))
     _time(ready, clock(device), budget_s)
     for result, call in ready:
         result.peak_bytes = harness_memory.peak_bytes(call, device)
@@ -136,7 +136,7 @@ def _gate(item: Implementation, result: Result) -> Callable[[], Any] | None:
     return call
 
 
-def _graphed(call: Callable[[], Any]) -> Callable[[], Any]:
+def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     """Replay of the call as a CUDA graph; the call itself where it cannot be captured."""
     try:
         side = torch.cuda.Stream()

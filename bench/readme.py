@@ -69,6 +69,12 @@ def table(words: str, folder: Path = results_file.RESULTS) -> str:
         return measured(document["cases"], rest)
     if name == "compile":
         return compiled(document["rows"])
+    if name == "predicted":
+        from bench.roofline.__main__ import HEADS, shown
+        from bench.roofline.predict import Prediction
+
+        kept = [r for r in document["rows"] if rest in ("", r["device"])]
+        return results_file.table([shown(Prediction(**r)) for r in kept], HEADS)
     rows = [r for r in document["rows"] if not rest or rest in map(str, r.values())]
     if rows and {"network", "case", "method", "auroc"} <= set(rows[0]):
         return detection(rows)

@@ -40,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", type=float, default=4.0, metavar="S", help="seconds of timing a case (default 4)"
     )
+    parser.add_argument(
+        "--limit", type=float, metavar="S", help="start no further case after this many seconds"
+    )
+    parser.add_argument("--no-figures", action="store_true", help="write JSON and table only")
     parser.add_argument("--tiny", action="store_true", help="sizes that only walk through the code")
     parser.add_argument("--samples", type=Path, help=argparse.SUPPRESS)
 
@@ -74,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     if options.append and path.exists():
         document = report.merge(json.loads(path.read_text()), document)
     notes = [f"{r.case}, {r.implementation}: {r.note}" for r in results if r.note]
-    path = report.write(options.out, options.selection, document, notes)
+    path = report.write(options.out, options.selection, document, notes, not options.no_figures)
     print(report.standing(document["cases"]))
     wrong = [r for r in results if report.ours(r.implementation) and not r.correct]
     for result in wrong:
@@ -94,6 +98,9 @@ def measure(options: argparse.Namespace, device: str) -> list[harness.Result]:
         warnings.simplefilter("ignore")
         for case in cases(options.selection, device, options.seed, options.tiny):
             if not case.name.startswith("floor:") and not any(text in case.name for text in texts):
+                continue
+            if options.limit is not None and time.perf_counter() - start > options.limit:
+                print(f"not measured for lack of time: {case.name}", file=sys.stderr, flush=True)
                 continue
             results = harness.run_case(case, device, options.budget)
             found += results

@@ -13,6 +13,7 @@ SELECTIONS = {
     "network": "whole-network norms against a training step, BackPACK, Opacus, vmap(grad) and a loop",
     "rows": "the introspective network's first layer, on stored rows and without them",
     "end-to-end": "images per second with and without uncertainty, latency at batch 1",
+    "gpu": "the cases that bench/gpu.sh measures: the kernels' targets and whole networks at training batch sizes",
     "quick": "a small one of each, in under five minutes on two cores",
 }
 _MODULES = {"last-layer": last_layer, "network": network, "rows": rows, "end-to-end": end_to_end}
@@ -30,6 +31,11 @@ def cases(selection: str, device: str = "cpu", seed: int = 0, tiny: bool = False
     if selection not in SELECTIONS:
         raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}; it was {selection!r}")
     yield from harness_floor.cases(device, tiny)
+    if selection == "gpu":
+        yield from last_layer.gpu_cases(device, seed, tiny)
+        yield from rows.cases("tiny" if tiny else "quick", device, seed)
+        yield from network.gpu_cases(device, seed, tiny)
+        return
     for name, module in _MODULES.items():
         if selection in (name, "quick"):
             yield from module.cases(

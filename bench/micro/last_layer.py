@@ -60,15 +60,41 @@ def cases(size: str = "full", device: str = "cpu", seed: int = 0) -> Iterator[Ca
     yield _case("statistics", statistics, shapes[-1], main, device, seed, "linear alone")
 
 
+def gpu_cases(device: str = "cuda", seed: int = 0, tiny: bool = False) -> Iterator[Case]:
+    """The sizes that the kernels have targets for, without compiled peers except once."""
+    if tiny:
+        yield _case(
+            "contrasts", contrasts, (3, 5, 8), torch.float32, device, seed, "torch.softmax", ("compile",)
+        )
+        yield _case("head", head, (2, 33, 16), torch.float32, device, seed, "linear alone", ("compile",))
+        return
+    half = torch.bfloat16
+    slow = ("compile", "loop", "vmap")
+    yield _case("contrasts", contrasts, (4096, 32000, 4096), half, device, seed, "torch.softmax", slow)
+    yield _case("contrasts", contrasts, (256, 1000, 2048), half, device, seed, "torch.softmax", ("loop",))
+    yield _case(
+        "contrasts", contrasts, (8, 1000, 512), torch.float32, device, seed, "torch.softmax", ("compile",)
+    )
+    yield _case("head", head, (1024, 32000, 4096), half, device, seed, "linear alone")
+    for B in (1, 8, 32, 256):
+        yield _case("head", head, (B, 1000, 2048), half, device, seed, "linear alone", slow)
+    yield _case("statistics", statistics, (1024, 128256, 4096), half, device, seed, "linear alone", slow)
+    yield _case("uniform target", uniform, (64, 1000, 2048), half, device, seed, "torch.softmax")
+
+
 def _case(
     task: str, build: Callable[..., list[Implementation]], shape: Shape, dtype: torch.dtype, device: str, seed: int,
-    relative_to: str,
+    relative_to: str, without: tuple[str, ...] = (),
 ) -> Case:  # fmt: skip
     B, N, D = shape
     name = str(dtype).removeprefix("torch.")
     return Case(
         f"{task} B={B} N={N} D={D} {name}",
-        lambda: build(shape, dtype, device, seed),
+        lambda: [
+            item
+            for item in build(shape, dtype, device, seed)
+            if not any(word in item.name for word in without)
+        ],
         relative_to,
     )
 

@@ -121,23 +121,7 @@ def cases(size: str = "full", device: str = "cpu", seed: int = 0) -> Iterator[Ca
         yield case("ResNet-18 32x32", models.resnet, _images(16, 32), "bce ones", batch=16)
         return
     if device == "cuda":
-        large = ("per-sample loop",)
-        yield case("plain CNN 32x32", models.plain, _images(512, 32), "bce ones", batch=512)
-        yield case("ResNet-18 32x32", models.resnet, _images(64, 32), "bce ones", batch=64)
-        yield case("ResNet-18 32x32", models.resnet, _images(512, 32), "bce ones", batch=512, skip=large)
-        yield case("ViT-B/16 224x224", models.ViT, _images(128, 224), "bce ones", batch=128, skip=large)
-        yield case(
-            "ViT-B/16 224x224", models.ViT, _images(128, 224), "bce ones", batch=128, skip=(*large, "vmap(grad)"),
-            dtype=torch.bfloat16,
-        )  # fmt: skip
-        yield case(
-            "ResNet-50 224x224", partial(models.resnet, 50, 1000, small=False), _images(64, 224), "bce ones",
-            batch=64, skip=large,
-        )  # fmt: skip
-        yield case(
-            "GPT T=128", models.GPT, _tokens(256, 128, 8192), "cross_entropy predicted", batch=256, skip=large
-        )
-        yield contrast_case("ResNet-18 32x32", models.resnet, _images(64, 32), device, seed, 64)
+        yield from gpu_cases(device, seed)
         return
     yield case("plain CNN 32x32", models.plain, _images(64, 32), "bce ones", batch=64)
     yield case("ResNet-18 32x32", models.resnet, _images(64, 32), "bce ones", batch=64)
@@ -151,6 +135,36 @@ def cases(size: str = "full", device: str = "cpu", seed: int = 0) -> Iterator[Ca
     yield case("ViT-B/16 64x64", partial(models.ViT, 100, 64), _images(8, 64), "bce ones", batch=8)
     yield case("GPT T=128", models.GPT, _tokens(16, 128, 8192), "cross_entropy predicted", batch=16)
     yield contrast_case("ResNet-18 32x32", models.resnet, _images(8, 32), device, seed, 8)
+
+
+def gpu_cases(device: str = "cuda", seed: int = 0, tiny: bool = False) -> Iterator[Case]:
+    """Whole networks at training batch sizes."""
+    if tiny:
+        small = partial(models.plain, classes=2, width=4)
+        yield contrast_case("plain CNN 8x8", small, _images(2, 8), device, seed, 2)
+        return
+    case = partial(_case, device=device, seed=seed)
+    slow = ("per-sample loop", "vmap(grad)")
+    images = _images(512, 32)
+    yield case("ResNet-18 32x32", models.resnet, images, "bce ones", batch=512, skip=slow)
+    yield case("ViT-B/16 224x224", models.ViT, _images(128, 224), "bce ones", batch=128, skip=slow)
+    yield case("ResNet-18 32x32", models.resnet, _images(64, 32), "bce ones", batch=64)
+    yield case(
+        "ViT-B/16 224x224",
+        models.ViT,
+        _images(128, 224),
+        "bce ones",
+        batch=128,
+        skip=slow,
+        dtype=torch.bfloat16,
+    )
+    yield case("plain CNN 32x32", models.plain, images, "bce ones", batch=512, skip=slow)
+    large = partial(models.resnet, 50, 1000, small=False)
+    yield case("ResNet-50 224x224", large, _images(64, 224), "bce ones", batch=64, skip=slow)
+    yield case(
+        "GPT T=128", models.GPT, _tokens(256, 128, 8192), "cross_entropy predicted", batch=256, skip=slow
+    )
+    yield contrast_case("ResNet-18 32x32", models.resnet, _images(16, 32), device, seed, 16)
 
 
 def _implementations(task: Task) -> list[Implementation]:

@@ -1,0 +1,74 @@
+"""Predict every kernel on every device.
+
+    python -m bench.roofline                  # table on the terminal
+    python -m bench.roofline --out            # also bench/results/predicted.json and predicted.md
+
+Needs ``bench/results/compile.json``, which ``python -m bench.compile_report --out`` writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from bench import results_file
+from bench.report import duration
+from bench.roofline import predict
+from bench.roofline.devices import DEVICES
+
+HEADS = {
+    "case": "case", "device": "device", "time": "predicted time", "limit": "limited by", "memory": "of memory peak",
+    "matrix": "of matrix peak", "occupancy": "occupancy", "registers": "registers", "shared": "shared bytes",
+}  # fmt: skip
+
+
+def shown(one: predict.Prediction) -> dict[str, object]:
+    """A prediction as a row of the table."""
+    return {
+        "case": one.case, "device": one.device, "time": duration(one.seconds), "limit": one.limit,
+        "memory": f"{100 * one.memory_fraction:.0f} %",
+        "matrix": f"{100 * one.matrix_fraction:.0f} %" if one.matrix_fraction else "",
+        "occupancy": f"{100 * one.occupancy:.0f} %", "registers": one.registers, "shared": one.shared,
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="bench.roofline", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--compile", type=Path, default=results_file.RESULTS / "compile.json")
+    parser.add_argument("--out", action="store_true", help="write predicted.json and predicted.md")
+    options = parser.parse_args(arguments)
+    if not options.compile.exists():
+        print(f"bench.roofline: {options.compile} must exist; python -m bench.compile_report --out writes it",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    rows = predict.load(options.compile)
+    found = [predict.predict(case, device, rows) for case in predict.CASES for device in DEVICES]
+    table = results_file.table([shown(one) for one in found], HEADS)
+    print(table)
+    if options.out:
+        head = {
+            "prediction": "from data-sheet peaks, counted work and compiled code; nothing here was measured",
+            "assumptions": {"copy": predict.COPY, "latency_s": predict.LATENCY_S, "launch_s": predict.LAUNCH_S,
+                            "issue": predict.ISSUE, "product": predict.PRODUCT},
+            "versions": results_file.versions("torch", "triton"),
+            "revision": results_file.revision(),
+        }  # fmt: skip
+        document = {**head, "rows": [dataclasses.asdict(one) for one in found]}
+        (results_file.RESULTS / "predicted.json").write_text(json.dumps(document, indent=1) + "\n")
+        (results_file.RESULTS / "predicted.md").write_text(
+            "# Predicted, not measured\n\nA static model: bytes and operations counted from each kernel's own loads, "
+            "stores and products, occupancy from the registers and shared memory of its machine code, data-sheet "
+            "peaks. `bench/gpu.sh` prints what a device measures beside it.\n\nAssumptions: a copy reaches "
+            f"{predict.COPY} of the memory peak, latency {predict.LATENCY_S * 1e9:.0f} ns, a launch "
+            f"{duration(predict.LAUNCH_S)}, half of the issue slots, product loops reach {predict.PRODUCT} of the matrix "
+            f"peak.\n\n{table}\n"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""bench/gpu.sh walks through every step without a GPU, so that it needs no edit on first contact."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = {
+    "environment.txt", "tests.txt", "gpu.json", "gpu.md", "kernels.json", "sanitizer.txt", "summary.md",
+}  # fmt: skip
+
+
+def _script(*words: str) -> subprocess.CompletedProcess[str]:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("needs bash")
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "HOME": "/nonexistent"}
+    return subprocess.run(
+        [bash, str(ROOT / "bench" / "gpu.sh"), *words], capture_output=True, text=True, env=environment,
+        timeout=240, check=False,
+    )  # fmt: skip
+
+
+def test_dry_run(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("triton")
+    done = _script("--out", str(tmp_path / "out"), "--dry-run")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "FAILED" not in summary
+    for step in ("kernels against float64", "test suite", "micro benchmarks", "share of the measured rates"):
+        assert f"| {step} | passed" in summary
+
+
+def test_without_a_folder() -> None:
+    done = _script("--dry-run")
+    assert done.returncode == 2
+    assert "--out DIR" in done.stderr
