@@ -61,6 +61,16 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to a JSON list of rows."""
+    path.write_text(json.dumps([*load(path), row], indent=1))
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON list; none if there is no file."""
+    return json.loads(path.read_text()) if path.exists() else []  # type: ignore[no-any-return]
+
+
 def write(
     name: str,
     title: str,
