@@ -41,7 +41,8 @@ def logits_of(output: Any) -> Tensor:
         found = output[0]
     if not isinstance(found, Tensor):
         raise TypeError(
-            f"model must return logits as a tensor, as .logits, or first in a tuple; it returned {type(output).__name__}"
+            "model must return logits as a tensor, as .logits, or first in a tuple; "
+            f"it returned {type(output).__name__}"
         )
     return found
 
@@ -159,7 +160,8 @@ class GradientFeatures:
         """
         if "torch._dynamo" in sys.modules:
             # torch.compile cannot follow an extraction, which builds modules; `trace` gives it a graph.
-            return torch.compiler.disable(self._run)(args, kwargs)
+            outside: Callable[..., tuple[Tensor, Tensor]] = torch.compiler.disable(self._run)
+            return outside(args, kwargs)
         return self._run(args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -186,8 +186,9 @@ def grad_sqnorm(
     tensors = [probe for _, probe in probes]
 
     leading: tuple[int, ...] = ()
+    found: list[Tensor | None] = []
     if not tensors:
-        found: list[Tensor | None] = []
+        pass
     elif is_grads_batched:
         assert gradients is not None
         leading = (gradients[0].shape[0],)
@@ -201,8 +202,8 @@ def grad_sqnorm(
             torch.autograd.grad(outputs, tensors, gradients, retain_graph=retain_graph, allow_unused=True)
         )
     by_name: dict[str, Tensor] = {}
-    for (served, _), value in zip(probes, found, strict=True):
-        if value is None:
+    for (served, _), norms in zip(probes, found, strict=True):
+        if norms is None:
             continue
         for column, name in enumerate(served):
             if name not in asked:
@@ -212,7 +213,7 @@ def grad_sqnorm(
                     f"params must each take part in one call of the recorded model; {name!r} took part in several, "
                     "so its gradients would have to be added before the norm is taken"
                 )
-            by_name[name] = value[..., column]
+            by_name[name] = norms[..., column]
     like = recording.runs[-1][1]
     zero_like = outputs[0].detach()
     dtype = torch.float64 if zero_like.dtype == torch.float64 else torch.float32

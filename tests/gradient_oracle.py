@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,12 +32,12 @@ def true_norms(
     parameters = [p.requires_grad_() for p in model.parameters()]
     samples = next(t for t in pytree.tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)).shape[0]
     rows = []
+
+    def sample(t: Tensor, i: int) -> Tensor:
+        return t[i : i + 1] if t.dim() and t.shape[0] == samples else t
+
     for i in range(samples):
-        one = pytree.tree_map_only(
-            Tensor,
-            lambda t: t[i : i + 1] if t.dim() and t.shape[0] == samples else t,
-            (inputs, kwargs),  # noqa: B023
-        )
+        one = pytree.tree_map_only(Tensor, functools.partial(sample, i=i), (inputs, kwargs))
         args, keywords = pytree.tree_map_only(
             Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, one
         )

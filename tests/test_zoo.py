@@ -3,7 +3,7 @@
 A random network has activations next to a kink (ReLU at zero, ties in max pooling), where float32 and float64 take
 different sides: then no float32 computation agrees with the float64 gradient, autograd's own least of all. In
 float32 the model and images are therefore drawn until a float32 autograd loop, run with no code of this project,
-reproduces the float64 loop to a tenth of the tolerance.
+reproduces the float64 loop to a third of the tolerance.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def compare(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, **kwa
     eps = torch.finfo(dtype).eps
     if dtype == torch.float32:
         plain = true_norms(model, inputs, gradient, output=output, dtype=torch.float32, **kwargs)
-        if relative_error(plain, truth, eps).max() > TOLERANCE[dtype] / 10:
-            raise Kinked
+        if relative_error(plain, truth, eps).max() > TOLERANCE[dtype] / 3:
+            raise KinkedError
     cast = pytree.tree_map_only(
         Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (inputs, kwargs)
     )
@@ -133,7 +133,7 @@ def compare(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, **kwa
     assert error[worst] <= TOLERANCE[dtype], f"{route}: {float(error[worst]):.1e}"
 
 
-class Kinked(Exception):
+class KinkedError(Exception):
     """Float32 autograd itself does not reproduce float64 on this draw."""
 
 
@@ -145,7 +145,7 @@ def check(case: Case, dtype: torch.dtype) -> None:
         calibrate(model, torch.randn(8, 3, case.size, case.size))
         try:
             return compare(model, (x,), dtype)
-        except Kinked:
+        except KinkedError:
             continue
     pytest.fail("no draw without a kink in twelve")
 

@@ -48,12 +48,14 @@ class _Projections:
         self.biases = [None] * 3 if bias is None else [b.to(dtype) for b in bias.chunk(3)]
 
     def __call__(self, i: int, x: Tensor) -> Tensor:
-        return F.linear(x, self.weights[i], self.biases[i])
+        projected: Tensor = F.linear(x, self.weights[i], self.biases[i])
+        return projected
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """``(B, T, H E)`` to ``(B, H, T, E)``."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)
 
 
 @register_replay(

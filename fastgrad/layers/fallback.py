@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fastgrad.layers.reduce import accumulate_dtype, leaf, sqnorm
 from fastgrad.layers.shadow import Shadow, ordinary
+from fastgrad.layers.tracing import is_symbolic
 
 #: Bytes of per-sample gradients held at once.
 CHUNK_BYTES = 64 * 2**20
@@ -77,40 +78,63 @@ def replay_sqnorms(
         for value, is_batched in zip(leaves, batched, strict=True)
     ]
     split_gradients = [g.reshape(samples, -1, *g.shape[1:]) for g in gradients]
-    ids = [id(p) for p in parameters]
     size = sum(p.numel() * p.element_size() for p in parameters)
     chunk = max(1, CHUNK_BYTES // max(1, size)) if vectorize else 1
-    if isinstance(samples, torch.SymInt):
-        chunk = samples
-    dims = [0 if is_batched else None for is_batched in batched]
-    names = [str(i) for i, is_batched in enumerate(batched) if is_batched]
     rows = []
-    with torch.enable_grad():
-        for start in [0] if isinstance(samples, torch.SymInt) else range(0, samples, chunk):
-            part = slice(start, start + chunk) if chunk is not samples else slice(None)
-            local = [
-                value[part] if is_batched else value for value, is_batched in zip(split, batched, strict=True)
-            ]
-            grads = [g[part] for g in split_gradients]
-            count = grads[0].shape[0]
+    # A symbolic batch, in a graph being traced, stays in one piece.
+    for part in (
+        [slice(None)] if is_symbolic(samples) else [slice(i, i + chunk) for i in range(0, samples, chunk)]
+    ):
+        local = [
+            value[part] if is_batched else value for value, is_batched in zip(split, batched, strict=True)
+        ]
+        grads = [g[part] for g in split_gradients]
+        with torch.enable_grad():
             if vectorize:
-                wanted = [leaf(ordinary(p).unsqueeze(0).expand(count, *p.shape)) for p in parameters]
-
-                def one(values: list[Tensor], tensors: dict[str, Tensor]) -> list[Tensor]:
-                    inner = [tensors[str(i)] if dims[i] == 0 else value for i, value in enumerate(local)]  # noqa: B023
-                    inner_args, inner_kwargs = pytree.tree_unflatten(inner, spec)
-                    return _call(module, dict(zip(ids, values, strict=True)), inner_args, inner_kwargs)
-
-                outputs = torch.func.vmap(one)(wanted, {name: local[int(name)] for name in names})
-                found = _gradients(outputs, wanted, grads)
+                found = _vectorized(module, parameters, local, spec, batched, grads)
             else:
-                single = [leaf(ordinary(p)) for p in parameters]
-                inner = [
+                local = [
                     value[0] if is_batched else value
                     for value, is_batched in zip(local, batched, strict=True)
                 ]
-                inner_args, inner_kwargs = pytree.tree_unflatten(inner, spec)
-                outputs = _call(module, dict(zip(ids, single, strict=True)), inner_args, inner_kwargs)
-                found = [f.unsqueeze(0) for f in _gradients(outputs, single, [g[0] for g in grads])]
-            rows.append(torch.stack([sqnorm(f.to(accumulate_dtype(f))) for f in found], 1))
+                found = _single(module, parameters, local, spec, [g[0] for g in grads])
+        rows.append(torch.stack([sqnorm(f.to(accumulate_dtype(f))) for f in found], 1))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _single(
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    leaves: list[Any],
+    spec: Any,
+    gradients: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients of one sample, ``(1, *shape)`` each."""
+    wanted = [leaf(ordinary(p)) for p in parameters]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    outputs = _call(module, {id(p): w for p, w in zip(parameters, wanted, strict=True)}, args, kwargs)
+    return [f.unsqueeze(0) for f in _gradients(outputs, wanted, gradients)]
+
+
+def _vectorized(
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    leaves: list[Any],
+    spec: Any,
+    batched: Sequence[bool],
+    gradients: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients of all samples of a chunk, ``(B, *shape)`` each."""
+    count = gradients[0].shape[0]
+    wanted = [leaf(ordinary(p).unsqueeze(0).expand(count, *p.shape)) for p in parameters]
+
+    def one(values: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+        carried = iter(tensors)
+        inner = [
+            next(carried) if is_batched else value for value, is_batched in zip(leaves, batched, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(inner, spec)
+        return _call(module, {id(p): v for p, v in zip(parameters, values, strict=True)}, args, kwargs)
+
+    tensors = [value for value, is_batched in zip(leaves, batched, strict=True) if is_batched]
+    return _gradients(torch.func.vmap(one)(wanted, tensors), wanted, gradients)

@@ -131,15 +131,17 @@ class Network:
         planner = Planner(self.model, names, {id(m): path for path, m in self.model.named_modules()})
         planner.observe(*three, *two)
         outputs = self.tensors(planner.three.output)
-        rows = [
+        found = [
             _middle_row(out, two_out)
             for out, two_out in zip(outputs, self.tensors(planner.two_output), strict=True)
         ]
-        if all(row is None for row in rows):
+        if all(row is None for row in found):
             raise ValueError(
                 "model must return a floating-point tensor that carries the batch; it returned none"
             )
-        rows = [torch.zeros_like(out) if row is None else row for out, row in zip(outputs, rows, strict=True)]
+        rows = [
+            torch.zeros_like(out) if row is None else row for out, row in zip(outputs, found, strict=True)
+        ]
         truth = planner.backward(outputs, rows)
         loops: frozenset[str] = frozenset()
         forced: frozenset[str] = frozenset()

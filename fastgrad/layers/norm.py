@@ -69,7 +69,7 @@ def instance_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     assert isinstance(module, _NormBase)
     a, g = upcast(a, g)
     if module.running_mean is not None:
-        return batch_norm(module, a, g)
+        return dict(batch_norm(module, a, g))
     return _channel_norms(F.instance_norm(a, eps=module.eps), g)
 
 

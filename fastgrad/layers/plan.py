@@ -438,10 +438,9 @@ class Planner:
             routes[name] = Route(name, route, site.path, "" if site.rule is not None else reason)
         sites += self._outermost([_loop(site, loops) for site in single.values()], routes)
         elements = sum(math.prod(s) for s in self.three.calls[0].inputs if s is not None)
-        plan = Plan(
+        return Plan(
             tuple(self.names.values()), sites, routes, self.three.bytes / max(1, elements), tuple(unused)
         )
-        return plan
 
     @staticmethod
     def _outermost(sites: list[Site], routes: dict[str, Route]) -> list[Site]:

@@ -110,9 +110,8 @@ def register_rule(
             )
 
     def decorate(function: RuleFunction) -> RuleFunction:
-        rule = LayerRule(
-            name or getattr(function, "__name__", "rule"), function, positions, unsupported, in_place
-        )
+        family: str = name if name is not None else getattr(function, "__name__", "rule")
+        rule = LayerRule(family, function, positions, unsupported, in_place)
         for module_type in module_types:
             _RULES[module_type] = rule
         return function

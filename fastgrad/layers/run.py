@@ -17,6 +17,7 @@ from fastgrad.layers.registry import LayerRule, ReplayRule
 from fastgrad.layers.tap import tap
 
 Hook = Callable[[nn.Module, Any, Any, Any], Any]
+PreHook = Callable[[nn.Module, Any, Any], None]
 
 
 class Run:
@@ -67,7 +68,7 @@ class Run:
 
     def replay_hooks(
         self, site: Site, original: nn.Module, parameters: Sequence[nn.Parameter]
-    ) -> tuple[Hook, Hook]:
+    ) -> tuple[PreHook, Hook]:
         """Forward pre-hook and forward hook for a module that is computed again in the backward pass."""
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -44,6 +44,7 @@ class Redirect:
         self._module, self._call = module, call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as ``forward`` of the module."""
         return self._call(self._module, self._forward, args, kwargs)
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -124,7 +125,7 @@ class Shadow:
         value = self._copies.get(id(parameter))
         if value is None:
             value = self._copies[id(parameter)] = self._parameter(parameter)
-        return value  # type: ignore[no-any-return]
+        return value
 
     def _attributes(self, original: nn.Module, copy: nn.Module) -> None:
         """Follow modules, parameters and methods which plain attributes hold."""

@@ -16,7 +16,7 @@ class _Tap(torch.autograd.Function):
     """``outputs -> outputs``; backward passes the gradients on and gives the probe the squared norms."""
 
     @staticmethod
-    def forward(ctx: Any, norms: Norms, count: int, in_place: bool, *tensors: Tensor) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, norms: Norms, count: int, in_place: bool, *tensors: Tensor) -> Any:
         # The outputs come first: autograd takes the first input of a node that modifies a view for that view.
         outputs, saved = tensors[:count], tensors[count + 1 :]
         ctx.norms, ctx.saved_count = norms, len(saved)
