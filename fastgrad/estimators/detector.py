@@ -75,7 +75,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         contrasts: bool | str = "auto",
         log: bool = True,
         supervised: str = "network",
-        hidden: int = 64,
+        hidden: int = 128,
         members: int = 3,
         trust: str = "auto",
         guard: bool = True,
