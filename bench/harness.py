@@ -168,14 +168,16 @@ def _time(ready: list[tuple[Result, Callable[[], Any]]], measure: Clock, budget_
     wanted: list[int] = []
     repeats: list[int] = []
     for result, call in ready:
-        call()
         once = measure(call, 1)
         inner = measure.repeats(once)
         repeats.append(inner)
         runs = int(share / max(once * inner, 1e-9))
-        wanted.append(max(3 if once > share else FEWEST, min(MOST, runs)))
         if once > share:
+            # Seconds a call: this run counts, two more follow.
             result.times.append(once)
+            wanted.append(2)
+        else:
+            wanted.append(max(FEWEST, min(MOST, runs)))
     start = time.perf_counter()
     # Spread the turns of each evenly over the longest series.
     rounds = max(wanted)

@@ -201,6 +201,8 @@ def write(
         from bench import report_figures
 
         figures = report_figures.draw(folder, name, report)
+    else:
+        figures = sorted(found.name for found in folder.glob(f"{name}-*.png"))
     page = folder / f"{name}.md"
     older = []
     if page.exists():

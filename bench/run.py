@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,18 +74,25 @@ def run(options: argparse.Namespace) -> int:
     if options.samples is not None:
         options.samples.write_text(json.dumps([dataclasses.asdict(r) for r in results]))
         return 0
-    document = report.document(results, options.seed, device)
-    path = options.out / f"{options.selection}.json"
-    if options.append and path.exists():
-        document = report.merge(json.loads(path.read_text()), document)
-    notes = [f"{r.case}, {r.implementation}: {r.note}" for r in results if r.note]
-    path = report.write(options.out, options.selection, document, notes, not options.no_figures)
+    path, document = write(options, results, device, figures=not options.no_figures)
     print(report.standing(document["cases"]))
     wrong = [r for r in results if report.ours(r.implementation) and not r.correct]
     for result in wrong:
         print(f"wrong: {result.case}, {result.implementation}: {result.note}", file=sys.stderr)
     print(path)
     return 1 if wrong else 0
+
+
+def write(
+    options: argparse.Namespace, results: list[harness.Result], device: str, *, figures: bool
+) -> tuple[Path, dict[str, Any]]:
+    """Write the report of what was measured so far; returns its path and content."""
+    document = report.document(results, options.seed, device)
+    path = options.out / f"{options.selection}.json"
+    if options.append and path.exists():
+        document = report.merge(json.loads(path.read_text()), document)
+    notes = [f"{r.case}, {r.implementation}: {r.note}" for r in results if r.note]
+    return report.write(options.out, options.selection, document, notes, figures), document
 
 
 def measure(options: argparse.Namespace, device: str) -> list[harness.Result]:
@@ -106,6 +114,9 @@ def measure(options: argparse.Namespace, device: str) -> list[harness.Result]:
             found += results
             line = ", ".join(f"{r.implementation} {report.duration(r.quantile(0.5))}" for r in results)
             print(f"[{time.perf_counter() - start:4.0f} s] {case.name}: {line}", file=sys.stderr, flush=True)
+            if options.append and options.out is not None:
+                # A slice that is stopped keeps the cases it finished.
+                write(options, found, device, figures=False)
     return found
 
 

@@ -64,8 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
             "stores and products, occupancy from the registers and shared memory of its machine code, data-sheet "
             "peaks. `bench/gpu.sh` prints what a device measures beside it.\n\nAssumptions: a copy reaches "
             f"{predict.COPY} of the memory peak, latency {predict.LATENCY_S * 1e9:.0f} ns, a launch "
-            f"{duration(predict.LAUNCH_S)}, half of the issue slots, product loops reach {predict.PRODUCT} of the matrix "
-            f"peak.\n\n{table}\n"
+            f"{duration(predict.LAUNCH_S)}, half of the issue slots, product loops at {predict.PRODUCT} of the "
+            f"matrix peak.\n\n{table}\n"
         )
     return 0
 
