@@ -6,6 +6,10 @@ that compilers fuse it and an exported file needs nothing of this package. They 
 sake of their batching rule: under ``vmap`` (``is_grads_batched=True``) the gradients of one sample stay
 together as the K of one call, which shares everything that depends on the activation alone; batching the
 composition operator by operator would not.
+
+On a GPU the composition is one node, ``fastgrad::conv_sqnorm_kernel`` or ``fastgrad::linear_sqnorm_kernel``:
+a Triton kernel, which tracers cannot see into. Those have no derivative, so ``impl="auto"`` takes the
+composition where one is asked for.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from fastgrad import checks
 from fastgrad.ops import conv_cost, conv_routes
 from fastgrad.ops.conv_geometry import Problem, canonical, per_axis
+from fastgrad.ops.implementation import choose
 
 #: Batch size assumed by the cost model where a tracer keeps the batch symbolic.
 TRACED_BATCH = 16
@@ -31,9 +36,15 @@ TRACED_CHUNK_BYTES = 64 * 2**20
 torch.library.define(
     "fastgrad::conv_sqnorm",
     "(Tensor a, Tensor g, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, "
-    "bool transposed, str? route) -> Tensor",
+    "bool transposed, str? route, str impl) -> Tensor",
 )
-torch.library.define("fastgrad::linear_sqnorm", "(Tensor a, Tensor g, str? route) -> Tensor")
+torch.library.define("fastgrad::linear_sqnorm", "(Tensor a, Tensor g, str? route, str impl) -> Tensor")
+torch.library.define(
+    "fastgrad::conv_sqnorm_kernel",
+    "(Tensor a, Tensor g, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) "
+    "-> Tensor",
+)
+torch.library.define("fastgrad::linear_sqnorm_kernel", "(Tensor a, Tensor g) -> Tensor")
 
 
 def _readable(*tensors: Tensor) -> bool:
@@ -98,6 +109,19 @@ def _solve(p: Problem, route: str | None) -> Tensor:
     return torch.cat(parts, 1)
 
 
+def _kernel_operands(a: Tensor, g: Tensor, route: str | None, impl: str) -> tuple[Tensor, Tensor] | None:
+    """``a`` and ``g`` in one dtype if a Triton kernel is to serve them, else None."""
+    differentiated = torch.is_grad_enabled() and (a.requires_grad or g.requires_grad)
+    if impl == "auto" and (route is not None or differentiated):
+        return None
+    dtype = torch.promote_types(a.dtype, g.dtype)
+    if choose(impl, a if dtype == a.dtype else g) == "eager":
+        return None
+    if route is not None:
+        raise ValueError(f"route must be None for impl='triton', which has its own; it was {route!r}")
+    return a.to(dtype), g.to(dtype)
+
+
 def _conv_eager(
     a: Tensor,
     g: Tensor,
@@ -108,21 +132,58 @@ def _conv_eager(
     groups: int,
     transposed: bool,
     route: str | None,
+    impl: str,
 ) -> Tensor:
     count, batch = g.shape[:2]
     p = canonical(a, g, kernel_size, stride, padding, dilation, groups, transposed)
-    return _solve(p, route).reshape(count, batch)
+    operands = _kernel_operands(p.a, p.g, route, impl)
+    if operands is None:
+        norms = _solve(p, route)
+    else:
+        before = [pair[0] for pair in p.pads]
+        norms = _CONV_KERNEL(*operands, p.kernel, p.stride, before, p.dilation, groups)
+    return norms.reshape(count, batch)
 
 
-def _linear_eager(a: Tensor, g: Tensor, route: str | None) -> Tensor:
+def _linear_eager(a: Tensor, g: Tensor, route: str | None, impl: str) -> Tensor:
     p = canonical(a.transpose(1, 2), g.transpose(2, 3), 1, 1, 0, 1, 1, False)
-    return _solve(p, route)
+    operands = _kernel_operands(a, g, route, impl)
+    return _solve(p, route) if operands is None else _LINEAR_KERNEL(*operands)
+
+
+def _conv_triton(a: Tensor, g: Tensor, *rest: Any) -> Tensor:
+    from fastgrad.ops.triton import layer_sqnorm
+
+    return layer_sqnorm.conv_sqnorm(a, g, *rest)
+
+
+def _linear_triton(a: Tensor, g: Tensor) -> Tensor:
+    from fastgrad.ops.triton import layer_sqnorm
+
+    return layer_sqnorm.linear_sqnorm(a, g)
+
+
+@torch.library.register_fake("fastgrad::conv_sqnorm_kernel")
+def _conv_fake(a: Tensor, g: Tensor, *rest: Any) -> Tensor:
+    torch._check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
+    return g.new_empty(g.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("fastgrad::linear_sqnorm_kernel")
+def _linear_fake(a: Tensor, g: Tensor) -> Tensor:
+    torch._check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
+    return g.new_empty(g.shape[:2], dtype=torch.float32)
 
 
 torch.library.impl("fastgrad::conv_sqnorm", "CompositeImplicitAutograd", _conv_eager)
 torch.library.impl("fastgrad::linear_sqnorm", "CompositeImplicitAutograd", _linear_eager)
+for _key in ("CUDA", "CPU"):  # on the CPU the launcher accepts Triton's interpreter alone
+    torch.library.impl("fastgrad::conv_sqnorm_kernel", _key, _conv_triton)
+    torch.library.impl("fastgrad::linear_sqnorm_kernel", _key, _linear_triton)
 _CONV = torch.ops.fastgrad.conv_sqnorm.default
 _LINEAR = torch.ops.fastgrad.linear_sqnorm.default
+_CONV_KERNEL = torch.ops.fastgrad.conv_sqnorm_kernel.default
+_LINEAR_KERNEL = torch.ops.fastgrad.linear_sqnorm_kernel.default
 
 
 def _batched(
@@ -161,6 +222,7 @@ def conv_sqnorm(
     *,
     transposed: bool = False,
     route: str | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Squared L2 norm of each sample's weight gradient of a convolution, exact.
 
@@ -175,8 +237,9 @@ def conv_sqnorm(
         groups: Channel groups.
         transposed: Whether the layer is a transposed convolution (``a`` its input, ``g`` at its output, which
             may include output padding).
-        route: One of ``"patch"``, ``"rows"``, ``"grouped"``, ``"taps"``, ``"patch_gram"``, ``"box_gram"``;
-            the cheapest by the cost model if None.
+        route: One of ``"patch"``, ``"rows"``, ``"grouped"``, ``"taps"``, ``"patch_gram"``, ``"box_gram"``; the
+            cheapest by the cost model if None.
+        impl: ``"auto"`` (a Triton kernel on a GPU), ``"triton"`` or ``"eager"``.
 
     Returns:
         ``(B,)`` or ``(K, B)``: float64 if either tensor is, else float32.
@@ -206,17 +269,19 @@ def conv_sqnorm(
         groups,
         transposed,
         route,
+        impl,
     )
     return norms if g.dim() > a.dim() else norms.squeeze(0)
 
 
-def linear_sqnorm(a: Tensor, g: Tensor, *, route: str | None = None) -> Tensor:
+def linear_sqnorm(a: Tensor, g: Tensor, *, route: str | None = None, impl: str = "auto") -> Tensor:
     """Squared L2 norm of each sample's weight gradient ``sum_t g_t a_t^T`` of a linear layer, exact.
 
     Args:
         a: Input, ``(B, T, C)`` with T positions.
         g: Gradient at the output, ``(B, T, O)`` or ``(K, B, T, O)``.
         route: ``"patch"`` (direct), ``"patch_gram"`` or ``"grouped"``; the cheapest if None.
+        impl: ``"auto"`` (a Triton kernel on a GPU), ``"triton"`` or ``"eager"``.
 
     Returns:
         ``(B,)`` or ``(K, B)``: float64 if either tensor is, else float32.
@@ -228,5 +293,5 @@ def linear_sqnorm(a: Tensor, g: Tensor, *, route: str | None = None) -> Tensor:
     if g.dim() not in (3, 4):
         raise ValueError(f"g must be (B, T, O) or (K, B, T, O); its shape was {tuple(g.shape)}")
     op = _linear_eager if is_exporting() else _LINEAR
-    norms = op(a, g if g.dim() == 4 else g.unsqueeze(0), route)
+    norms = op(a, g if g.dim() == 4 else g.unsqueeze(0), route, impl)
     return norms if g.dim() == 4 else norms.squeeze(0)

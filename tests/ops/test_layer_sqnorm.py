@@ -201,13 +201,13 @@ def test_bad_arguments(change, word):
 def test_opcheck(route):
     torch.manual_seed(7)
     a, g = torch.randn(2, 3, 5, 5), torch.randn(2, 2, 4, 5, 5)
-    options = ([3, 3], [1, 1], [1, 1], [1, 1], 1, False, route)
+    options = ([3, 3], [1, 1], [1, 1], [1, 1], 1, False, route, "auto")
     torch.library.opcheck(torch.ops.fastgrad.conv_sqnorm.default, (a, g, *options))
 
 
 def test_opcheck_linear():
     a, g = torch.randn(2, 5, 3), torch.randn(2, 2, 5, 4)
-    torch.library.opcheck(torch.ops.fastgrad.linear_sqnorm.default, (a, g, None))
+    torch.library.opcheck(torch.ops.fastgrad.linear_sqnorm.default, (a, g, None, "auto"))
 
 
 @pytest.mark.parametrize("which", ["g", "a", "both"])

@@ -1,0 +1,122 @@
+"""Launchers of the layer kernels: per-sample squared weight-gradient norms of convolutions and linear layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgrad.kernels import layer_sqnorm as kernels
+
+from .. import layer_heuristics
+from ..heuristics import cdiv
+from . import launch
+
+#: As on the CPU: a Gram result whose terms without interference are this much larger is computed again,
+#: directly.
+CANCELLATION_LIMIT = 100.0
+
+
+def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
+    """Per-axis values for (d, h, w), missing axes first."""
+    return (fill,) * (3 - len(values)) + tuple(values)
+
+
+def _direct(
+    a: Tensor,
+    g: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    flag: Tensor | None,
+) -> Tensor:
+    count, batch = g.shape[:2]
+    axes = a.dim() - 2
+    inputs, outputs = a.shape[1] // groups, g.shape[2] // groups
+    positions = math.prod(g.shape[3:])
+    config = layer_heuristics.layer_direct(inputs, outputs, positions, a.dtype, launch.architecture(a))
+    tiles = (cdiv(outputs, config.block_o), math.prod(kernel), cdiv(inputs, config.block_c))
+    out = launch.empty((count, batch, groups * math.prod(tiles)), torch.float32, a)
+    if out.numel():
+        with launch.device_guard(a):
+            kernels.direct_kernel[(out.numel(),)](
+                a, g, out, flag, batch, groups, inputs, outputs,
+                *_three(a.shape[2:], 1), *_three(g.shape[3:], 1), *_three(kernel, 1), *_three(stride, 1),
+                *_three(dilation, 1), *_three(padding, 0),
+                a.stride(0), a.stride(1), *_three(a.stride()[-axes:], 0),
+                g.stride(0), g.stride(1), g.stride(2), *_three(g.stride()[-axes:], 0),
+                FLAGGED=flag is not None, BLOCK_O=config.block_o, BLOCK_C=config.block_c,
+                BLOCK_T=config.block_t, PRECISION=config.precision, UPCAST=launch.upcast(a),
+                num_warps=config.num_warps, num_stages=config.num_stages, **launch.OPTIONS,
+            )  # fmt: skip
+    return out.sum(2)
+
+
+def conv_sqnorm(
+    a: Tensor,
+    g: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Squared norm of every sample's weight gradient of a convolution.
+
+    Args:
+        a: ``(B, G * C, *spatial)``, input; any strides, channels-last is fastest.
+        g: ``(K, B, G * O, *spatial)``, gradients at the output, same dtype; any strides.
+        kernel: Kernel size per axis.
+        stride: Per axis.
+        padding: Zeros before each axis; positions past either end read as zero.
+        dilation: Per axis.
+        groups: G.
+
+    Returns:
+        ``(K, B)`` float32.
+    """
+    launch.check(a=a, g=g)
+    return _direct(a, g, kernel, stride, padding, dilation, groups, None)
+
+
+def linear_sqnorm(a: Tensor, g: Tensor) -> Tensor:
+    """Squared norm of every sample's weight gradient of a linear layer with T positions.
+
+    Takes the direct kernel, or the Gram kernel where its T^2 (C + O) products are fewer; samples whose
+    gradient nearly cancels over positions are then computed again by the direct kernel, without a look from
+    the host.
+
+    Args:
+        a: ``(B, T, C)``; any strides.
+        g: ``(K, B, T, O)``, same dtype; any strides.
+
+    Returns:
+        ``(K, B)`` float32.
+    """
+    launch.check(a=a, g=g)
+    count, batch, positions, outputs = g.shape
+    inputs = a.shape[2]
+
+    def direct(flag: Tensor | None) -> Tensor:
+        return _direct(a.transpose(1, 2), g.transpose(2, 3), (1,), (1,), (0,), (1,), 1, flag)
+
+    if not layer_heuristics.prefers_gram(inputs, outputs, positions) or not g.numel():
+        return direct(None)
+    config = layer_heuristics.layer_gram(positions, a.dtype, launch.architecture(a))
+    tiles = cdiv(positions, config.block_t)
+    pairs = tiles * (tiles + 1) // 2
+    work = launch.empty((2, count, batch, pairs), torch.float32, a)
+    with launch.device_guard(a):
+        kernels.gram_kernel[(count * batch * pairs,)](
+            a, g, work[0], work[1], batch, positions, inputs, outputs, tiles, pairs, *a.stride(), *g.stride(),
+            BLOCK_T=config.block_t, BLOCK_K=config.block_k, PRECISION=config.precision,
+            UPCAST=launch.upcast(a), num_warps=config.num_warps, num_stages=config.num_stages,
+            **launch.OPTIONS,
+        )  # fmt: skip
+    norms, incoherent = work.sum(3, dtype=torch.float64)
+    cancelled = norms * CANCELLATION_LIMIT < incoherent
+    return torch.where(cancelled, direct(cancelled.to(torch.int32)), norms.float())

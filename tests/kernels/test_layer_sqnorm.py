@@ -1,0 +1,129 @@
+"""The layer kernels against float64 weight gradients, one per sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+triton = pytest.importorskip("triton")
+
+from fastgrad.ops import heuristics  # noqa: E402
+from fastgrad.ops.layer_heuristics import DirectConfig, GramConfig  # noqa: E402
+from fastgrad.ops.layer_sqnorm import conv_sqnorm, linear_sqnorm  # noqa: E402
+from fastgrad.ops.triton.layer_sqnorm import linear_sqnorm as launch_linear  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SMALL = {
+    "layer_direct": DirectConfig(16, 16, 16, "ieee", 4, 2),
+    "layer_gram": GramConfig(16, 16, "ieee", 4, 2),
+}
+
+
+def exact(a, g, kernel, **options):
+    """Norms ``(K, B)`` and the sums of squares of the positions' own gradients, in float64."""
+    conv = (F.conv1d, F.conv2d, F.conv3d)[a.dim() - 3]
+    groups = options.get("groups", 1)
+    weight = torch.zeros(g.shape[2], a.shape[1] // groups, *kernel, dtype=torch.float64, requires_grad=True)
+    norms = torch.empty(g.shape[:2], dtype=torch.float64)
+    for k in range(g.shape[0]):
+        for b in range(g.shape[1]):
+            y = conv(a[b : b + 1].double(), weight, **options)
+            (gradient,) = torch.autograd.grad(y, weight, g[k, b : b + 1].double())
+            norms[k, b] = gradient.square().sum()
+    return norms
+
+
+CASES = {
+    "plain": ((2, 18, 4, 5), 17, (3, 3), {"padding": 1}),
+    "strided": ((2, 3, 7, 7), 5, (3, 2), {"stride": (2, 3), "padding": (1, 0)}),
+    "dilated groups": ((1, 4, 5, 4), 6, (3, 3), {"dilation": 2, "padding": 2, "groups": 2}),
+    "depthwise": ((1, 3, 4, 5), 3, (3, 3), {"padding": 1, "groups": 3}),
+    "1d": ((2, 7, 11), 4, (5,), {"stride": 2, "padding": 2}),
+    "3d": ((1, 3, 4, 5, 3), 4, (2, 3, 2), {"padding": (1, 0, 1)}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_convolution(case, dtype, device):
+    shape, outputs, kernel, options = CASES[case]
+    generator = torch.Generator().manual_seed(11)
+    a = torch.randn(shape, generator=generator).to(dtype)
+    weight = torch.zeros(outputs, shape[1] // options.get("groups", 1), *kernel)
+    like = (F.conv1d, F.conv2d, F.conv3d)[a.dim() - 3](a.float(), weight, **options)
+    g = torch.randn(2, *like.shape, generator=generator).to(dtype)
+    if a.dim() == 4:
+        a = a.to(memory_format=torch.channels_last)
+    g = g.transpose(1, 2).contiguous().transpose(1, 2)
+    with heuristics.override(**SMALL):
+        result = conv_sqnorm(a.to(device), g.to(device), kernel, impl="triton", **options)
+    assert result.dtype == torch.float32
+    # Sums of up to 130 products and as many squares in float32, without systematic cancellation.
+    torch.testing.assert_close(result.double().cpu(), exact(a, g, kernel, **options), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("positions", [1, 16, 37])
+def test_linear(positions, gram, dtype, device):
+    generator = torch.Generator().manual_seed(positions)
+    a = torch.randn(3, 20, positions, generator=generator).to(dtype).transpose(1, 2)
+    g = torch.randn(2, 3, positions, 17, generator=generator).to(dtype)
+    expected = torch.einsum("kbto,btc->kboc", g.double(), a.double()).square().sum((2, 3))
+    with heuristics.override(**SMALL, layer_prefers_gram=gram):
+        result = linear_sqnorm(a.to(device), g.to(device), impl="triton")
+    torch.testing.assert_close(result.double().cpu(), expected, rtol=1e-5, atol=0)
+
+
+def test_cancelling_samples_are_computed_again(device):
+    """A constant input against gradients without mean: the direct kernel replaces the Gram result of that sample."""
+    generator = torch.Generator().manual_seed(5)
+    a = torch.randn(3, 40, 8, generator=generator)
+    g = torch.randn(2, 3, 40, 8, generator=generator)
+    a[1] = 1 + 1e-2 * a[1]
+    g[:, 1] -= g[:, 1].mean(1, keepdim=True)
+    expected = torch.einsum("kbto,btc->kboc", g.double(), a.double()).square().sum((2, 3))
+    with heuristics.override(**SMALL, layer_prefers_gram=True):
+        result = launch_linear(a.to(device), g.to(device)).double().cpu()
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=0)
+    with heuristics.override(**SMALL, layer_prefers_gram=False):
+        direct = launch_linear(a.to(device), g.to(device)).double().cpu()
+    assert (result[:, 1] == direct[:, 1]).all()
+    assert (result[:, 0] != direct[:, 0]).any()
+
+
+def test_nan_stays_in_its_sample(device):
+    a, g = torch.ones(3, 4, 5, 5, device=device), torch.ones(1, 3, 4, 5, 5, device=device)
+    a[1, 2, 3, 3] = torch.nan
+    with heuristics.override(**SMALL):
+        result = conv_sqnorm(a, g, 3, padding=1, impl="triton")[0]
+    assert result[1].isnan()
+    assert result[0] == result[2]
+    assert result[0].isfinite()
+
+
+def test_empty(device):
+    a, g = torch.ones(0, 4, 5, 5, device=device), torch.ones(2, 0, 4, 5, 5, device=device)
+    assert conv_sqnorm(a, g, 3, padding=1, impl="triton").shape == (2, 0)
+
+
+def test_refusals(device):
+    a, g = torch.ones(1, 4, 5, dtype=torch.float64, device=device), torch.ones(1, 4, 5, device=device)
+    with pytest.raises(ValueError, match="impl must be 'auto' or 'eager' here: it was 'triton'"):
+        conv_sqnorm(a, g, 1, impl="triton")
+    with pytest.raises(ValueError, match="route must be None for impl='triton'"):
+        conv_sqnorm(a.float(), g, 1, impl="triton", route="patch")
+
+
+@pytest.mark.parametrize("operator", ["conv", "linear"])
+def test_opcheck(operator, device):
+    a, g = torch.ones(2, 4, 5, 5, device=device), torch.ones(1, 2, 4, 5, 5, device=device)
+    with heuristics.override(**SMALL):
+        if operator == "conv":
+            arguments = (a, g, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+            torch.library.opcheck(torch.ops.fastgrad.conv_sqnorm_kernel.default, arguments)
+        else:
+            torch.library.opcheck(torch.ops.fastgrad.linear_sqnorm_kernel.default, (a[:, 0], g[:, :, 0]))
