@@ -187,7 +187,7 @@ def store_moments(
     tl.store(ptrs, m, mask=mask)
     tl.store(ptrs + stride, m2, mask=mask)
     tl.store(ptrs + 2 * stride, a2, mask=mask)
-    if (LOSS == "cross_entropy") or (LOSS == "brier") or STATS:
+    if ((LOSS == "cross_entropy") or (LOSS == "brier")) or STATS:
         tl.store(ptrs + 3 * stride, a1, mask=mask)
     if (LOSS == "brier") or STATS:
         tl.store(ptrs + 4 * stride, a3, mask=mask)
@@ -207,7 +207,7 @@ def load_moments(ptrs, stride, mask, LOSS: tl.constexpr, STATS: tl.constexpr):
     a2 = tl.load(ptrs + 2 * stride, mask=mask, other=0.0, cache_modifier=".cg")
     zero = tl.zeros_like(m)
     a1, a3, a4, a5, a6, a7 = zero, zero, zero, zero, zero, zero
-    if (LOSS == "cross_entropy") or (LOSS == "brier") or STATS:
+    if ((LOSS == "cross_entropy") or (LOSS == "brier")) or STATS:
         a1 = tl.load(ptrs + 3 * stride, mask=mask, other=0.0, cache_modifier=".cg")
     if (LOSS == "brier") or STATS:
         a3 = tl.load(ptrs + 4 * stride, mask=mask, other=0.0, cache_modifier=".cg")

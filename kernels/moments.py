@@ -116,7 +116,7 @@ def reduce_moments(
 
     empty = tl.zeros_like(top)
     b1, b2, b3, b4, b5, b6, b7 = empty, empty, empty, empty, empty, empty, empty
-    EXPONENTIAL: tl.constexpr = (LOSS == "cross_entropy") or (LOSS == "brier") or STATS
+    EXPONENTIAL: tl.constexpr = ((LOSS == "cross_entropy") or (LOSS == "brier")) or STATS
     if EXPONENTIAL:
         f = tl.where(rest, exp(m - base), 0.0)
         b1 = tl.sum(f, 1) + tie

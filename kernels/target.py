@@ -60,8 +60,8 @@ def target_sqnorm_kernel(
     value = tl.zeros([ROWS], tl.float32)
     in_log = False
 
-    MOMENTS: tl.constexpr = (
-        (KIND == "predicted") or (KIND == "indices") or (LOSS == "cross_entropy") or (LOSS == "brier")
+    MOMENTS: tl.constexpr = ((KIND == "predicted") or (KIND == "indices")) or (
+        (LOSS == "cross_entropy") or (LOSS == "brier")
     )
     if MOMENTS:
         m, m2, a1, a2, a3, a4, a5, a6, a7 = empty_moments(ROWS, LOSS, False)
@@ -159,7 +159,7 @@ def target_sqnorm_kernel(
             value = c0 * c1 * c1 + c2
             value = tl.log(value) + c4 if LOG else value * (c4 * c4)
             in_log = LOG
-    elif (LOSS == "bce") and (KIND == "ones") and LOG:
+    elif ((LOSS == "bce") and (KIND == "ones")) and LOG:
         low = tl.zeros([ROWS], tl.float32) + float("inf")
         for n in range(0, N, BLOCK_N):
             z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, 0.0)

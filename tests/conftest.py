@@ -33,14 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.markexpr:
-        return
     without_gpu = pytest.mark.skip(reason="needs a GPU")
     slow = pytest.mark.skip(reason="slow; run with -m slow")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(without_gpu)
-        if "slow" in item.keywords:
+        if "slow" in item.keywords and not config.option.markexpr:
             item.add_marker(slow)
 
 
