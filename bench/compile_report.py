@@ -10,7 +10,7 @@ facts about divisibility. Registers, spills, local and shared memory, the widest
 instructions are then read from the machine code: the cubin, through the tools that ship with Triton, or AMD's
 assembly.
 
-To add a kernel, append a ``Case`` to ``cases()``.
+To add a kernel, append a ``Case`` to ``cases()`` and its most telling one to ``QUICK``.
 """
 
 from __future__ import annotations
@@ -62,14 +62,12 @@ class Case:
         call: Runs the launcher on meta tensors.
         product: Whether matrix instructions must appear.
         wide: Whether 16-byte loads and stores must appear; they need rows of a multiple of 16 bytes.
-        quick: Whether the case belongs to the short list that every test run compiles.
     """
 
     name: str
     call: Callable[[], object]
     product: bool = False
     wide: bool = True
-    quick: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +101,20 @@ class Row:
     expects_wide: bool
 
 
+# One case for each kernel: what every test run compiles.
+QUICK = (
+    "contrast_sqnorm B=4096 N=1000 D=512 bf16 cross_entropy",
+    "contrast_sqnorm B=4096 N=262144 D=4096 bf16 cross_entropy",
+    "contrast_sqnorm B=8 N=131072 D=4096 bf16 brier log",
+    "linear_contrast_sqnorm B=1024 N=32000 D=4096 bf16 brier",
+    "linear_contrast_stats B=1024 N=128256 D=4096 bf16 bce",
+    "target_sqnorm B=4096 N=1000 D=512 bf16 soft brier",
+    "contrast_rows_linear B=1024 N=1000 D=2048 U=300 bf16",
+    "conv_sqnorm B=64 64 to 64 32x32 kernel 3 stride 1 bf16",
+    "linear_sqnorm B=64 T=196 C=768 O=3072 bf16",
+)
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -129,20 +141,12 @@ def cases() -> list[Case]:
 
     for loss in losses:
         contrasts(4096, 1000, 512, half, loss, False)
-        contrasts(4096, 1000, 512, half, loss, True, quick=False)
-        contrasts(
-            4096,
-            8192 if loss == "brier" else 16384,
-            4096,
-            single,
-            loss,
-            False,
-            quick=loss in ("bce", "brier"),
-        )
-        contrasts(4096, 262144, 4096, half, loss, False, quick=loss == "cross_entropy")
-        contrasts(8, 131072, 4096, half, loss, True, quick=loss == "brier")
+        contrasts(4096, 1000, 512, half, loss, True)
+        contrasts(4096, 8192 if loss == "brier" else 16384, 4096, single, loss, False)
+        contrasts(4096, 262144, 4096, half, loss, False)
+        contrasts(8, 131072, 4096, half, loss, True)
     for N, dtype in ((16, single), (128, half), (1000, single), (4096, half), (8192, single)):
-        contrasts(4096, N, 512, dtype, "cross_entropy", False, quick=N == 16)
+        contrasts(4096, N, 512, dtype, "cross_entropy", False)
     contrasts(4096, 10, 512, single, "cross_entropy", False, wide=False)
 
     def linear(
@@ -168,30 +172,16 @@ def cases() -> list[Case]:
             (1, 1000, 2048, half), (32, 1000, 2048, half), (64, 32000, 4096, half), (1024, 32000, 4096, half),
             (32, 1000, 2048, single), (1024, 1000, 2048, single),
         ):  # fmt: skip
-            brief = loss in ("cross_entropy", "brier") and (B, dtype) in (
-                (32, half),
-                (1024, half),
-                (1024, single),
-            )
-            linear(B, N, D, dtype, loss, False, False, quick=brief)
-        linear(32, 1000, 2048, half, loss, True, False, quick=False)
+            linear(B, N, D, dtype, loss, False, False)
+        linear(32, 1000, 2048, half, loss, True, False)
         for B, N, D, dtype in (
             (8, 128256, 4096, half),
             (1024, 128256, 4096, half),
             (256, 32000, 4096, single),
         ):
-            linear(
-                B,
-                N,
-                D,
-                dtype,
-                loss,
-                False,
-                True,
-                quick=loss in ("bce", "brier") and (B, dtype) == (1024, half),
-            )
+            linear(B, N, D, dtype, loss, False, True)
 
-    def targets(B: int, N: int, D: int, kind: str, loss: str, log: bool, quick: bool) -> None:
+    def targets(B: int, N: int, D: int, kind: str, loss: str, log: bool) -> None:
         y = meta(B, dtype=torch.int64) if kind == "indices" else meta(B, N) if kind == "soft" else None
         found.append(
             Case(
@@ -199,16 +189,15 @@ def cases() -> list[Case]:
                 lambda: target.target_sqnorm(
                     meta(B, D, dtype=half), meta(B, N, dtype=half), y, kind, loss, True, log, False
                 ),
-                quick=quick,
             )
         )
 
     for loss in losses:
         for kind in ("ones", "predicted", "soft"):
-            targets(4096, 1000, 512, kind, loss, False, kind == "soft" and loss in ("cross_entropy", "brier"))
-    targets(256, 128256, 4096, "indices", "brier", True, False)
+            targets(4096, 1000, 512, kind, loss, False)
+    targets(256, 128256, 4096, "indices", "brier", True)
 
-    def rows_linear(B: int, N: int, D: int, U: int, dtype: torch.dtype, quick: bool) -> None:
+    def rows_linear(B: int, N: int, D: int, U: int, dtype: torch.dtype) -> None:
         found.append(
             Case(
                 f"contrast_rows_linear B={B} N={N} D={D} U={U} {DTYPES[dtype]}",
@@ -216,17 +205,16 @@ def cases() -> list[Case]:
                     meta(B, D, dtype=dtype), meta(B, N), meta(U, N * D, dtype=dtype), meta(U, dtype=dtype)
                 ),
                 product=True,
-                quick=quick,
             )
         )
 
-    rows_linear(32, 1000, 2048, 128, half, True)
-    rows_linear(1024, 1000, 2048, 300, half, True)
-    rows_linear(1024, 10, 512, 300, single, True)
-    rows_linear(4096, 10, 512, 300, half, False)
-    rows_linear(1, 10, 512, 300, torch.float16, False)
+    rows_linear(32, 1000, 2048, 128, half)
+    rows_linear(1024, 1000, 2048, 300, half)
+    rows_linear(1024, 10, 512, 300, single)
+    rows_linear(4096, 10, 512, 300, half)
+    rows_linear(1, 10, 512, 300, torch.float16)
 
-    def conv(C: int, O: int, size: int, kernel: int, stride: int, dtype: torch.dtype, quick: bool) -> None:  # noqa: E741
+    def conv(C: int, O: int, size: int, kernel: int, stride: int, dtype: torch.dtype) -> None:  # noqa: E741
         last = torch.channels_last
         a = meta(64, C, size, size, dtype=dtype).contiguous(memory_format=last)
         out = (size - 1) // stride + 1
@@ -238,14 +226,13 @@ def cases() -> list[Case]:
                 lambda: layer_sqnorm.conv_sqnorm(a, g, *each, 1),
                 product=True,
                 wide=C % 16 == 0,
-                quick=quick,
             )
         )
 
     for dtype in (half, torch.float16, single):
-        conv(64, 64, 32, 3, 1, dtype, dtype != torch.float16)
-        conv(256, 512, 8, 3, 2, dtype, False)
-        conv(3, 64, 32, 3, 1, dtype, False)
+        conv(64, 64, 32, 3, 1, dtype)
+        conv(256, 512, 8, 3, 2, dtype)
+        conv(3, 64, 32, 3, 1, dtype)
         for T, C, O in ((196, 768, 3072), (1024, 256, 256)):  # noqa: E741
             found.append(
                 Case(
@@ -254,7 +241,6 @@ def cases() -> list[Case]:
                         meta(64, T, C, dtype=dtype), meta(1, 64, T, O, dtype=dtype)
                     ),
                     product=True,
-                    quick=dtype == half and T == 196,
                 )
             )
 
@@ -442,7 +428,7 @@ def report(only: str = "", archs: tuple[str, ...] = tuple(TARGETS), quick: bool 
     rows = []
     seen = set()
     for case in cases():
-        if only not in case.name or (quick and not case.quick):
+        if only not in case.name or (quick and case.name not in QUICK):
             continue
         for arch in archs:
             for one in launches(case, arch):
@@ -466,7 +452,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="may be repeated; default all")
-    parser.add_argument("--quick", action="store_true", help="the short list of the tests")
+    parser.add_argument("--quick", action="store_true", help="the cases of QUICK alone")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--out", action="store_true", help=f"write compile.json and compile.md to {RESULTS.name}/"
