@@ -183,15 +183,16 @@ def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architectu
     )  # fmt: skip
 
 
-def linear_stats(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
+def linear_stats(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
     """Choose for features ``(B, D)`` and weight ``(N, D)`` when only statistics over the contrasts are wanted."""
     pinned: LinearConfig | None = _pinned("linear_stats")
     if pinned is not None:
         return pinned
     block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
-    if block_m == 128 and arch.backend == "cuda" and arch.version < 90:
-        # Without warp-group products both operands pass through registers, which the moments need.
-        block_n = 64
+    if block_m == 128 and arch.backend == "cuda" and not 90 <= arch.version < 100:
+        # Moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and since
+        # sm_100 a thread holds whole rows. Brier has twice the moments.
+        block_n = 32 if loss == "brier" and arch.version >= 100 else 64
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
     per_split = max(1, tiles_n * tiles_m // (4 * arch.processors))
     return LinearConfig(
