@@ -32,7 +32,7 @@ def test_configurations_cover_their_shape(
     assert contrast.rows * contrast.block_n <= 1 << 14
     for config in (
         heuristics.linear_contrast(B, N, D, dtype, arch),
-        heuristics.linear_stats(B, N, D, "brier", dtype, arch),
+        heuristics.linear_stats(B, N, D, dtype, arch, "brier"),
     ):
         element = 4 if dtype == torch.float32 else 2
         buffers = config.num_stages - 1 if arch.backend == "hip" else config.num_stages
@@ -51,7 +51,7 @@ def test_every_path_is_chosen_somewhere() -> None:
     assert heuristics.contrast(4, 128_256, 512, "bce", half, arch).kind == "split"
     assert heuristics.linear_contrast(32, 1000, 2048, half, arch).chunks == 0
     assert heuristics.linear_contrast(1024, 32_000, 4096, half, arch).chunks > 0
-    assert heuristics.linear_stats(1024, 128_256, 4096, "bce", half, arch).tiles_per_split > 1
+    assert heuristics.linear_stats(1024, 128_256, 4096, half, arch).tiles_per_split > 1
     assert heuristics.rows_linear(32, 1000, 2048, 100, half, arch).parts > 1
 
 

@@ -94,7 +94,7 @@ def linear_contrast_stats(
     out = launch.empty((B, 5), torch.float32, features)
     if B == 0:
         return out
-    config = heuristics.linear_stats(B, N, D, loss, features.dtype, launch.architecture(features))
+    config = heuristics.linear_stats(B, N, D, features.dtype, launch.architecture(features), loss)
     tiles_m, tiles_n = heuristics.cdiv(B, config.block_m), heuristics.cdiv(N, config.block_n)
     splits = heuristics.cdiv(tiles_n, config.tiles_per_split)
     stride_xb, align_x = launch.rows_alignment(features)
