@@ -183,7 +183,9 @@ def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architectu
     )  # fmt: skip
 
 
-def linear_stats(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
+def linear_stats(
+    B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture, loss: str = "cross_entropy"
+) -> LinearConfig:
     """Choose for features ``(B, D)`` and weight ``(N, D)`` when only statistics over the contrasts are wanted."""
     pinned: LinearConfig | None = _pinned("linear_stats")
     if pinned is not None:
