@@ -58,9 +58,11 @@ def _cross_entropy_chunk(scale: Tensor, z: Tensor) -> Tensor:
     p.scatter_(-1, top, 0)
     s1 = p.sum(-1, keepdim=True)
     s2 = torch.linalg.vector_norm(p, dim=-1, keepdim=True).square_()
-    at_top = s1.square().add_(s2).mul_(scale)
-    total = s1.neg_().add_(1).square_().add_(s2).add_(1).mul_(scale)
-    p.mul_(scale * -2).add_(total)
+    at_top = torch.addcmul(s2, s1, s1)
+    # T + 1 with T = (1 - s1)^2 + s2.
+    total = torch.add(at_top, s1, alpha=-2).add_(2)
+    p.mul_(scale * -2).add_(total.mul_(scale))
+    at_top.mul_(scale)
     return p.scatter_(-1, top, at_top)
 
 
