@@ -22,7 +22,7 @@ from bench.harness import Case, Implementation, relative_error, scaled_error
 
 OURS, PEERS = 1e-5, 1e-3
 #: Contrasts times samples up to which the slow peers take part: a call of theirs takes seconds beyond.
-LOOP_LIMIT, VMAP_LIMIT = 2_000, 8_000
+LOOP_LIMIT, VMAP_LIMIT = 2_000, 2_000
 
 Shape = tuple[int, int, int]
 SHAPES: dict[tuple[str, str], list[Shape]] = {
