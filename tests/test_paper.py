@@ -61,7 +61,7 @@ def options(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Options:
     base = tmp_path_factory.mktemp("paper")
     return Options(
         data=folder, out=base / "out", cache=base / "cache",
-        seeds=1, workers=1, fit=80, test=40, case=8, cell=2, epochs=2,
+        seeds=1, workers=1, fit=80, test=40, case=8, learn=8, cell=2, epochs=2,
     )  # fmt: skip
 
 

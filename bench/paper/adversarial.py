@@ -58,7 +58,7 @@ def evaluate(task: tuple[Recipe, Options]) -> dict[tuple[str, str, str], float]:
         for part in ("test", "fit")
     }
     images = {part: subject.clean(part)[0][torch.from_numpy(right[part])] for part in ("test", "fit")}
-    images["fit"] = images["fit"][: options.case]
+    images["fit"] = images["fit"][: options.learn]
     images["test"] = images["test"][: 2 * options.case]
     clean["test"] = {k: v[: 2 * options.case] for k, v in clean["test"].items()}
     default, lone = detectors.default(subject), detectors.one_class(subject)
@@ -127,7 +127,7 @@ def run(options: Options) -> None:
         sections += [
             (text + "\n\nFrom clean data alone:", pivot(own, ATTACKS, CLEAN_ONLY)),
             (
-                f"Trained on {options.case} images of the same attack (the published protocol):",
+                f"Trained on {options.learn} images of the same attack (the published protocol):",
                 pivot(own, ATTACKS, LABELLED),
             ),
         ]

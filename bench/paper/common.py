@@ -42,7 +42,8 @@ class Options:
         workers: processes at a time, one thread each.
         fit: held-out training images that detectors are fitted on.
         test: clean test images.
-        case: images of every attack or other data set, and as many again where a detector trains on them.
+        case: images of every attack or other data set, and as many others where a detector trains on them.
+        learn: images of an attack where a detector trains on it, as the published ones do.
         cell: images of every corruption at every severity.
         epochs: passes over the data in training.
     """
@@ -56,6 +57,7 @@ class Options:
     fit: int = 1600
     test: int = 400
     case: int = 150
+    learn: int = 400
     cell: int = 24
     epochs: int = 8
 
@@ -79,7 +81,11 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> Options:
         "--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count() or 1
     )
     given = parser.parse_args(arguments)
-    sizes = {} if given.quick else {"fit": 5000, "test": 5000, "case": 1000, "cell": 500, "epochs": 60}
+    sizes = (
+        {}
+        if given.quick
+        else {"fit": 5000, "test": 5000, "case": 1000, "learn": 3000, "cell": 500, "epochs": 60}
+    )
     return Options(
         data=given.data,
         out=given.out,

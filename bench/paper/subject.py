@@ -92,7 +92,8 @@ class Subject:
             return corrupt(images[:count], corruption, int(severity), seed=seed)
         if kind == "generated":
             return self._generated()
-        right = torch.from_numpy(self.correct(part)).nonzero()[: options.case, 0]
+        count = options.case if part == "test" else options.learn
+        right = torch.from_numpy(self.correct(part)).nonzero()[:count, 0]
         path = self.path(case, part, ".npy")
         if path.exists():
             return torch.from_numpy(np.load(path))
@@ -136,6 +137,8 @@ class Subject:
         """Where a case's images or features are kept; the sizes are part of the name."""
         options = self.options
         sizes = f"{options.fit}-{options.test}-{options.case}-{options.cell}"
+        if case.startswith("attack/") and part == "fit":
+            sizes += f"-{options.learn}"
         return self.folder / f"{case.replace('/', '_')}-{part}-{sizes}{suffix}"
 
 
