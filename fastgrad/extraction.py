@@ -105,10 +105,13 @@ class Extraction:
             blocks["features"] = features
         return logits, {"logits": logits, **blocks}
 
-    def probe(self, x: Tensor | Mapping[str, Any]) -> None:
-        """Find the last layer and the number of classes from a batch."""
-        args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
-        self._prepare(args, kwargs)
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock and the extractor, which the next call makes anew: copies and pickles work."""
+        return self.__dict__ | {"_lock": None, "_extractor": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def plain(self, x: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Logits and penultimate features alone: one forward pass, no gradient."""

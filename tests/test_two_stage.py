@@ -1,4 +1,5 @@
 import copy
+import pickle
 import threading
 
 import numpy as np
@@ -177,6 +178,14 @@ def test_a_bad_input_is_never_called_reliable(fitted):
     clean = fitted(images(3)).uncertainty
     assert uncertainty[1] == float("inf")
     torch.testing.assert_close(uncertainty[[0, 2]], clean[[0, 2]], rtol=1e-3, atol=1e-3)
+
+
+def test_copies_and_pickles_score_alike(fitted):
+    x = images(4)
+    for twin in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):
+        assert twin.model is not fitted.model
+        assert torch.equal(twin(x).uncertainty, fitted(x).uncertainty)
+        assert twin.extraction.model is twin.model
 
 
 def test_threads_share_one_module(fitted):
