@@ -25,6 +25,7 @@ from fastgrad.layers.plan import Plan, Route, refuse_mixing
 from fastgrad.layers.run import Run
 from fastgrad.layers.shadow import Shadow, ordinary
 from fastgrad.layers.tracing import is_symbolic, trace
+from fastgrad.ops.implementation import IMPLEMENTATIONS, choose
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.
 Target = str | int | Tensor | Callable[[Tensor], Tensor]
@@ -98,7 +99,7 @@ class GradientFeatures:
         self.model: nn.Module = compiled if isinstance(compiled, nn.Module) else model
         one_of("loss", loss, losses.LOSSES)
         one_of("reduction", reduction, ("sum", "mean"))
-        one_of("impl", impl, ("auto", "triton", "eager"))
+        one_of("impl", impl, IMPLEMENTATIONS)
         is_bool("log", log)
         self.contrast = signals is None and isinstance(target, str) and target == "contrast"
         self.joint = signals is not None
@@ -166,6 +167,7 @@ class GradientFeatures:
 
     def _run(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False):
+            choose(self.impl, next(self.model.parameters()))
             args, kwargs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
             samples = batch_size(args, kwargs)
             if samples == 0:
@@ -212,7 +214,7 @@ class GradientFeatures:
             return trace(lambda a, k: self._extract(plan, a, k, batch_size(a, k)), args, kwargs, samples)
 
     def _extract(self, plan: Plan, args: Any, kwargs: Any, samples: int) -> tuple[Tensor, Tensor]:
-        run = Run(samples)
+        run = Run(samples, self.impl)
         with torch.enable_grad():
             output = self._network.forward(plan, run, args, kwargs)
             logits = logits_of(output)

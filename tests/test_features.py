@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fastgrad
 from fastgrad import losses
+from fastgrad.ops.implementation import interpreting
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -433,6 +434,16 @@ def test_wrong_models_and_inputs(model: Net, x: Tensor) -> None:
         fastgrad.GradientFeatures(model.stem)(x)
     with pytest.raises(ValueError, match="inputs must hold a tensor"):
         fastgrad.GradientFeatures(model)()
+
+
+def test_the_kernels_on_request(model: Net, x: Tensor) -> None:
+    _, truth = fastgrad.GradientFeatures(model, impl="eager")(x)
+    with pytest.raises(ValueError, match="float64"):
+        fastgrad.GradientFeatures(copy.deepcopy(model).double(), impl="triton")(x.double())
+    if not (torch.cuda.is_available() or interpreting()):
+        pytest.skip("needs a GPU or the interpreter")
+    _, features = fastgrad.GradientFeatures(model, impl="triton")(x)
+    assert_close(features, truth.double())
 
 
 def test_trace_to_one_graph(model: Net, x: Tensor) -> None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from fastgrad.layers.choice import implementation
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import register_rule
 from fastgrad.ops.layer_sqnorm import conv_sqnorm
@@ -52,5 +53,6 @@ def convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         tuple(module.dilation),
         module.groups,
         transposed=isinstance(module, _ConvTransposeNd),
+        impl=implementation(),
     )
     return norms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastgrad.layers.choice import implementation
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.layers.registry import register_rule
 from fastgrad.ops.layer_sqnorm import linear_sqnorm
@@ -22,7 +23,7 @@ def weight_sqnorm(a: Tensor, g: Tensor) -> Tensor:
     if a.shape[1] == 1:
         a, g = upcast(a, g)
         return sqnorm(a) * sqnorm(g)
-    return linear_sqnorm(a, g)
+    return linear_sqnorm(a, g, impl=implementation())
 
 
 def bias_sqnorm(g: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastgrad.layers.choice import using
 from fastgrad.layers.fallback import replay_sqnorms
 from fastgrad.layers.plan import Site
 from fastgrad.layers.reduce import accumulate_dtype, sqnorm, upcast
@@ -25,10 +26,11 @@ class Run:
 
     Args:
         samples: B.
+        impl: What the rules' operators run on.
     """
 
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
+    def __init__(self, samples: int, impl: str = "auto") -> None:
+        self.samples, self.impl = samples, impl
         #: Site and probe, in the order in which the forward pass reached them.
         self.probes: list[tuple[Site, Tensor]] = []
         self._inputs: dict[int, tuple[Any, Any]] = {}
@@ -60,7 +62,7 @@ class Run:
                     f"inputs must be laid out as in the first call: the output of {site.path!r} has shape "
                     f"{tuple(output.shape)}, which does not hold {self.samples} samples in dimension {layout.dim}"
                 )
-            norms = functools.partial(_layer_norms, site, rule, module, self.samples)
+            norms = functools.partial(_layer_norms, site, rule, module, self.samples, self.impl)
             in_place = rule.in_place and layout.kind != "single"
             return tap([output], [value], self._probe(site, output), norms, in_place=in_place)[0]
 
@@ -97,7 +99,8 @@ class Run:
                     filled[place] = tensor
                 args, kwargs = pytree.tree_unflatten(filled, spec)
                 if isinstance(site.rule, ReplayRule):
-                    return _columns(site, site.rule.function(module, args, kwargs, gradients))
+                    with using(self.impl):
+                        return _columns(site, site.rule.function(module, args, kwargs, gradients))
                 with torch.autocast(*autocast, cache_enabled=False):
                     return replay_sqnorms(
                         original, parameters, args, kwargs, site.batched, gradients, self.samples,
@@ -129,12 +132,14 @@ def _layer_norms(
     rule: LayerRule,
     module: nn.Module,
     samples: int,
+    impl: str,
     saved: Sequence[Tensor],
     gradients: Sequence[Tensor],
 ) -> Tensor:
     a = site.layout.batch_first(saved[0], samples)
     g = site.layout.batch_first(gradients[0], samples)
-    return _columns(site, rule.function(module, a, g))
+    with using(impl):
+        return _columns(site, rule.function(module, a, g))
 
 
 def gather(
