@@ -78,6 +78,8 @@ class Server:
         finally:
             if self.process.poll() is None:
                 self.process.kill()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
 
 
 @contextlib.contextmanager
@@ -87,8 +89,6 @@ def running(package: Path, *options: str) -> Iterator[Server]:
         yield server
     finally:
         server.stop()
-        assert server.process.stdout is not None
-        server.process.stdout.close()
 
 
 def workers_of(pid: int) -> list[int]:
