@@ -194,6 +194,18 @@ def test_text_transformers(make: Callable[[str], nn.Module], kind: str, dtype: t
     compare(model, (), dtype, input_ids=tokens, attention_mask=mask)
 
 
+def test_llama() -> None:
+    """In float32 only: the model's own norms compute in float32 whatever the dtype."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=12, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    compare(model, (), torch.float32, input_ids=torch.randint(2, 40, (3, 7)))
+
+
 class LastToken(nn.Module):
     """A language model's logits for the next token; its head is tied to the embedding."""
 

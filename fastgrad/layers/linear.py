@@ -32,8 +32,8 @@ def bias_sqnorm(g: Tensor) -> Tensor:
     return sqnorm(g[:, 0] if g.shape[1] == 1 else g.sum(1))
 
 
-@register_rule(nn.Linear, name="linear", positions=True, in_place=True)
+@register_rule(nn.Linear, "transformers.pytorch_utils.Conv1D", name="linear", positions=True, in_place=True)
 def linear(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for ``torch.nn.Linear``."""
+    """Rule for ``torch.nn.Linear``, and for its transposed form in language models (of the same norm)."""
     a, g = positions_first(a, 1), positions_first(g, 1)
     return {"weight": weight_sqnorm(a, g), "bias": bias_sqnorm(g)}

@@ -11,6 +11,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fastgrad.layers.reduce import is_batched, positions_first, sqnorm, upcast
 from fastgrad.layers.registry import register_rule
 
+#: Elements of an activation worked on at once where that takes several passes.
+_CHUNK = 2**18
+
 
 def _channel_norms(xhat: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Norms of per-channel affine parameters from ``(B, C, *)`` tensors."""
@@ -23,6 +26,19 @@ def _channel_norms(xhat: Tensor, g: Tensor) -> dict[str, Tensor]:
 def mixes_samples(module: nn.Module) -> bool:
     """Whether a batch norm would normalise with the statistics of the batch."""
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def _strided_batch_norm(a: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tensor]:
+    """The same for tensors that are not contiguous (channels-last), a few samples at a time to stay in cache."""
+    step = max(1, _CHUNK // max(1, a[0].numel()))
+    mean = mean.view(1, -1, *(1,) * (a.dim() - 2))
+    space = tuple(range(2, a.dim()))
+    products = [
+        ((x - mean).mul_(y).sum(space), y.sum(space))
+        for x, y in zip(a.split(step), g.split(step), strict=True)
+    ]
+    weight, bias = (torch.cat(parts) for parts in zip(*products, strict=True))
+    return {"weight": sqnorm(weight * rstd), "bias": sqnorm(bias)}
 
 
 @register_rule(
@@ -46,6 +62,8 @@ def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         shape = (1, -1) + (1,) * (a.dim() - 2)
         return _channel_norms((a - mean.view(shape)) * torch.rsqrt(var + module.eps).view(shape), g)
     samples, channels = a.shape[:2]
+    if not a.is_contiguous() and isinstance(samples, int):
+        return _strided_batch_norm(a, g, mean, torch.rsqrt(var + module.eps))
     # Samples folded into channels, the ordinary reduction over (batch, positions) becomes one per sample, and
     # one pass over the two tensors gives both sums.
     _, weight, bias = torch.ops.aten.native_batch_norm_backward(
@@ -87,7 +105,7 @@ def _positionwise(xhat: Tensor, g: Tensor, trailing: int) -> dict[str, Tensor]:
     return {"weight": sqnorm(product.sum(1)), "bias": sqnorm(g.sum(1))}
 
 
-@register_rule(nn.LayerNorm, name="layer norm", positions=True, in_place=True)
+@register_rule(nn.LayerNorm, "timm.layers.norm.LayerNorm", name="layer norm", positions=True, in_place=True)
 def layer_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for layer norm over the last dimensions."""
     assert isinstance(module, nn.LayerNorm)
@@ -104,3 +122,30 @@ def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     a, g = upcast(a, g)
     shape = list(module.normalized_shape)
     return _positionwise(F.rms_norm(a, shape, eps=eps), g, len(shape))
+
+
+@register_rule(
+    "torchvision.models.convnext.LayerNorm2d", "timm.layers.norm.LayerNorm2d", name="layer norm over channels"
+)
+def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Rule for the layer norms of ``(B, C, H, W)`` over C which image libraries define."""
+    assert isinstance(module, nn.LayerNorm)
+    a, g = upcast(a.movedim(1, -1), g.movedim(1, -1))
+    shape = list(module.normalized_shape)
+    return _positionwise(F.layer_norm(a, shape, eps=module.eps), g, len(shape))
+
+
+@register_rule(
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm",
+    "transformers.models.mistral.modeling_mistral.MistralRMSNorm",
+    "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm",
+    "transformers.models.t5.modeling_t5.T5LayerNorm",
+    name="RMS norm",
+    positions=True,
+)
+def rms_norm_of_transformers(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Rule for the RMS norms which language models define; no bias, statistics in float32."""
+    a, g = upcast(a, g)
+    eps = module.variance_epsilon
+    assert isinstance(eps, float)
+    return {"weight": _positionwise(F.rms_norm(a, [a.shape[-1]], eps=eps), g, 1)["weight"]}
