@@ -55,8 +55,9 @@ def export(
         std: per-channel standard deviation of the same.
         false_alarm_rate: the share of in-distribution inputs that the file's threshold flags.
         scores: uncertainties of held-out in-distribution inputs, ``(n,)``; by default those that the module
-            was calibrated on (its ``calibration_scores``). They give the histogram and the drift monitor's
-            reference, and the thresholds of a module without ``threshold``.
+            was calibrated on (its ``calibration_scores``, if there are at least 20). They give the
+            histogram and the drift monitor's reference, and the thresholds of a module without
+            ``threshold``.
         max_batch: largest batch size.
 
     Returns:
@@ -264,7 +265,7 @@ def _describe(
 def _scores(two_stage: nn.Module, scores: Any) -> np.ndarray[Any, Any] | None:
     if scores is None:
         scores = getattr(two_stage, "calibration_scores", None)
-        if scores is None:
+        if scores is None or len(scores) < 20:
             return None
     if isinstance(scores, Tensor):
         scores = scores.detach().cpu().numpy()
