@@ -145,3 +145,46 @@ def test_a_graph_that_depends_on_the_batch_size_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="depends on the batch size"):
         trace(Loop(), X)
+
+
+def two_stage_model(gradients: str) -> nn.Module:
+    """A fitted model with a convolution, in-place activations and a batch norm."""
+    from fastgrad.two_stage import TwoStageModel
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(384, 4)
+    ).eval()  # fmt: skip
+    x = torch.randn(120, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return TwoStageModel(net, gradients=gradients).fit([(x,)], ()).eval()
+
+
+def assert_equal_up_to_rounding(ours: tuple, live: nn.Module, x: torch.Tensor) -> None:
+    """Float32 sums in another order move the uncertainty; so they do between batch sizes of the live model."""
+    theirs = live(x)
+    alone = torch.cat([live(row[None]).uncertainty for row in x])
+    rounding = float((alone - theirs.uncertainty).abs().max())
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 + 10 * rounding)
+
+
+@pytest.mark.parametrize("gradients", ["signals", "last_layer"])
+def test_a_two_stage_model_unrolls_to_one_graph(gradients: str) -> None:
+    live = two_stage_model(gradients)
+    program = trace(lambda x: tuple(live(x)), X)
+    assert not [node for node in program.graph.nodes if "fastgrad" in str(node.target)]
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(batch))
+        assert_equal_up_to_rounding(program.module()(x), live, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradients", ["auto", "signals", "last_layer"])
+def test_a_two_stage_model_in_one_file(gradients: str, tmp_path: Path) -> None:
+    live = two_stage_model(gradients)
+    package = ModelPackage(export(live, X, tmp_path / "m.pt2"))
+    assert package.description.threshold == pytest.approx(live.threshold(0.05))
+    assert package.description.histogram is not None
+    for batch in (1, 3, 64):
+        x = torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(batch))
+        assert_equal_up_to_rounding(package(x), live, x)
