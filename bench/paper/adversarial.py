@@ -127,11 +127,12 @@ def run(options: Options) -> None:
         sections += [
             (text + "\n\nFrom clean data alone:", pivot(own, ATTACKS, CLEAN_ONLY)),
             (
-                f"Trained on {options.learn} images of the same attack (the published protocol):",
+                f"Trained on {options.learn} images of the same attack (the published protocol, with far fewer "
+                "images):",
                 pivot(own, ATTACKS, LABELLED),
             ),
         ]
-    methods = ("fastgrad labelled", "fastgrad", "Mahalanobis P+FE", "LID", "Mahalanobis V", "softmax")
+    methods = ("fastgrad H", "fastgrad", "Mahalanobis P+FE", "LID", "Mahalanobis V", "softmax")
     value = {(row["network"], row["case"], row["method"]): row for row in rows}
     groups = [(network, name) for network in PUBLISHED for name in ATTACKS]
     axes = grouped_bars(
