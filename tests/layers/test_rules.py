@@ -119,6 +119,15 @@ def test_norms_and_activations(module: nn.Module, shape: tuple[int, ...], dtype:
     check_module(_random_statistics(module.to(dtype)), torch.randn(shape, dtype=dtype) + 0.3)
 
 
+@pytest.mark.parametrize(
+    "module", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)], ids=repr
+)
+def test_norms_of_channels_last_inputs(module: nn.Module) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    check_module(_random_statistics(module), x)
+
+
 @few
 @given(st.sampled_from([(), (1,), (9,), (2, 5)]), st.sampled_from([None, 0, 2]), st.integers(0, 99))
 def test_embedding(positions: tuple[int, ...], padding_idx: int | None, seed: int) -> None:
