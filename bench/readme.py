@@ -91,7 +91,7 @@ def measured(cases: Sequence[report.Row], text: str = "") -> str:
     tasks: dict[str, dict[str, list[report.Row]]] = {}
     for case, group in report.grouped(cases).items():
         tasks.setdefault(_task(case, group), {})[case] = group
-    tables = [_pivot(g) if any(map(report.best, g.values())) else _plain(g) for g in tasks.values()]
+    tables = [_plain(g) if task.endswith("|network alone") else _pivot(g) for task, g in tasks.items()]
     return "\n\n".join([report.standing(cases), *tables])
 
 
@@ -110,7 +110,7 @@ def _pivot(groups: dict[str, list[report.Row]]) -> str:
     heads = ["case", "fastgrad", "peak memory", f"time over {yardstick}", f"memory over {yardstick}"]
     heads += [f"{other}, times fastgrad" for other in others if other != yardstick]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for case, group in groups.items():
+    for case, group in sorted(groups.items(), key=lambda item: _order(item[0])):
         mine = report.best(group)
         by_name = {r["implementation"]: r for r in group}
         if mine is None:
@@ -128,11 +128,17 @@ def _pivot(groups: dict[str, list[report.Row]]) -> str:
     return "\n".join(lines)
 
 
+def _order(case: str) -> tuple[int, int]:
+    """Cases of the last layer by classes, then samples; others stay as they are."""
+    sizes = {letter: int(number) for letter, number in re.findall(r"\b([BN])=(\d+)", case)}
+    return (sizes["N"], sizes["B"]) if "N" in sizes else (0, 0)
+
+
 def _factor(row: report.Row | None, mine: report.Row) -> str:
     if row is None:
         return "-"
     if not row["median_s"]:
-        return "not accepted"
+        return "refused or wrong"
     factor = row["median_s"] / mine["median_s"]
     return f"{factor:,.0f}" if factor >= 100 else f"{factor:.3g}"
 

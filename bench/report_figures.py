@@ -93,7 +93,8 @@ def _scaling(cases: list[report.Row], colours: dict[str, str]) -> Any:
         )
         panel.set_title(f"all contrasts, {fixed} = {value}, {main}")
         panel.grid(True, which="major", alpha=0.3)
-    panels[0].legend(fontsize=7)
+    lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
+    figure.legend(lines.values(), lines.keys(), fontsize=7, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -102,7 +103,7 @@ def _dtype(case: str) -> str:
 
 
 def _commonest(values: list[int]) -> int:
-    return max(sorted(set(values)), key=lambda v: (values.count(v), v))
+    return max(sorted(set(values)), key=lambda v: (values.count(v), -v))
 
 
 def _floor_line(
@@ -152,7 +153,7 @@ def _bars(
     panel.set_xlabel(label)
     panel.margins(x=0.12)
     panel.grid(True, axis="x", alpha=0.3)
-    panel.legend(fontsize=7, loc="best")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=3)
     return figure
 
 

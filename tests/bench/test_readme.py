@@ -44,7 +44,7 @@ def test_a_changed_figure_is_found(folder: pathlib.Path) -> None:
     text = "a\n<!-- table: network -->\n<!-- end -->\n"
     text += "b <!-- value: network | net B=8 | fastgrad | ratio | .2f --><!-- end -->"
     filled = readme.fill(text, folder)
-    assert "| net B=8 | 500 ms | 2 KiB | 0.50 | 1.00 | 8 | not accepted |" in filled
+    assert "| net B=8 | 500 ms | 2 KiB | 0.50 | 1.00 | 8 | refused or wrong |" in filled
     assert filled.endswith("-->0.50<!-- end -->")
     assert readme.differing(filled, folder) == []
     assert readme.fill(filled, folder) == filled
@@ -71,3 +71,10 @@ def test_a_peer_that_is_faster_is_named_at_the_top() -> None:
     slower = [dict(row, median_s=0.25) if row["implementation"] == "vmap(grad)" else row for row in CASES]
     assert report.standing(CASES).startswith("fastgrad is ahead")
     assert report.standing(slower) == "fastgrad is behind in: net B=8: vmap(grad) is 2.00 times faster."
+
+
+def test_textbook_forms_are_named_apart() -> None:
+    rows = [dict(row, implementation="closed form, textbook", median_s=0.25) for row in CASES[2:3]]
+    text = report.standing([*CASES[:2], *rows])
+    assert text.startswith("fastgrad is ahead of every peer that keeps its accuracy.")
+    assert "in 1 comparisons, by up to 2 times" in text
