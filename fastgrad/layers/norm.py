@@ -10,9 +10,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fastgrad.layers.reduce import is_batched, positions_first, sqnorm, upcast
 from fastgrad.layers.registry import register_rule
-from fastgrad.layers.tracing import is_symbolic
-
-_CHUNK_ELEMENTS = 2**19
 
 #: Elements of an activation worked on at once where that takes several passes.
 _CHUNK = 2**18
@@ -82,20 +79,6 @@ def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         [False, True, True],
     )
     return {"weight": sqnorm(weight.view(samples, channels)), "bias": sqnorm(bias.view(samples, channels))}
-
-
-def _strided_batch_norm(a: Tensor, g: Tensor, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """The sums of other layouts (channels-last), a few samples at a time so that products stay in cache."""
-    samples = a.shape[0]
-    center = mean.view(1, -1, *(1,) * (a.dim() - 2))
-    axes = tuple(range(2, a.dim()))
-    whole = is_symbolic(samples)
-    step = samples if whole else max(1, _CHUNK_ELEMENTS // max(1, a[0].numel()))
-    weights, biases = [], []
-    for part in [slice(None)] if whole else [slice(i, i + step) for i in range(0, samples, step)]:
-        weights.append(sqnorm(((a[part] - center) * g[part]).sum(axes) * scale))
-        biases.append(sqnorm(g[part].sum(axes)))
-    return {"weight": torch.cat(weights), "bias": torch.cat(biases)}
 
 
 @register_rule(_InstanceNorm, name="instance norm", in_place=True)
