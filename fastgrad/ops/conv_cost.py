@@ -57,26 +57,24 @@ class Machine(NamedTuple):
     Attributes:
         product: Multiply-adds per second of batched matrix products.
         convolution: Multiply-adds per second of the library's weight gradient.
-        depthwise: The same where every group has one channel and a fast kernel exists (3 taps per axis).
         gather: Elements per second of a strided copy.
         add: Elements per second of an elementwise addition of strided views.
         call: Seconds per operator call.
         sample: Seconds per matrix of a batched product.
-        fresh: Elements per second when memory comes fresh from the system (above `CHUNK_BYTES`).
+        stream: Elements per second the library's weight gradient reads and writes.
     """
 
     product: float
     convolution: float
-    depthwise: float
     gather: float
     add: float
     call: float
     sample: float
-    fresh: float
+    stream: float
 
 
 #: Two cores of an AMD EPYC (AVX-512), torch 2.13 with oneDNN convolutions and MKL products.
-CPU_TWO_CORES = Machine(110e9, 170e9, 20e9, 2.5e9, 2.5e9, 4e-6, 1e-6, 0.9e9)
+CPU_TWO_CORES = Machine(110e9, 170e9, 2.5e9, 2.5e9, 4e-6, 1e-6, 2.5e9)
 
 
 def chunk_bytes(route: str, s: Shape) -> int:
@@ -147,8 +145,10 @@ def seconds(route: str, s: Shape, machine: Machine = CPU_TWO_CORES) -> float:
         work = direct / product + gathered / machine.gather + gradient / memory + machine.sample * s.kernel[0]
         calls = 6 + 6 * s.kernel[0]
     elif route == "grouped":
-        rate = machine.convolution
-        work = direct / rate + (gradient + s.inputs * pixels + s.outputs * s.count * positions) / memory
+        work = (
+            direct / machine.convolution
+            + (gradient + s.inputs * pixels + s.outputs * s.count * positions) / machine.stream
+        )
         calls = 12
     elif route == "taps":
         work = s.count * s.outputs * positions * taps / memory
