@@ -29,7 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
     for message in ("invalid value", "divide by zero", "overflow", "underflow", "All-NaN"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")
     # Triton's interpreter up to 3.6 does this; from numpy 2.4 on it is an error, so it needs an older numpy.
-    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
