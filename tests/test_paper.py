@@ -160,3 +160,17 @@ def test_a_missing_set_is_named(tmp_path: Path) -> None:
         paper_data.load(tmp_path, "mnist")
     with pytest.raises(ValueError, match="cifar10"):
         paper_data.load(tmp_path, "imagenet")
+
+
+def test_published_sizes() -> None:
+    from bench.paper.networks import dense_network, residual_network
+
+    def parameters(model: torch.nn.Module) -> int:
+        return sum(p.numel() for p in model.parameters())
+
+    assert parameters(residual_network(width=64, stages=4, blocks=2, stride=1)) == 11_173_962
+    assert parameters(dense_network(layers=16, bottleneck=True, stride=1)) == 769_162
+    for model in (residual_network(), dense_network(channels=1)):
+        channels = model.normalize.mean.shape[1]
+        stages = model.eval().stage_features(torch.rand(2, channels, 28, 28))
+        assert [len(stage) for stage in stages] == [2] * 4

@@ -42,15 +42,22 @@ class ResidualBlock(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """BN, ReLU, 3x3 convolution; the result is appended to the input channels (Huang et al. 2017)."""
+    """BN, ReLU, 3x3 convolution; the result is appended to the input channels (Huang et al. 2017).
 
-    def __init__(self, inputs: int, growth: int) -> None:
+    With ``bottleneck`` a 1x1 convolution to four times the growth comes first.
+    """
+
+    def __init__(self, inputs: int, growth: int, bottleneck: bool = False) -> None:
         super().__init__()
+        self.narrow: nn.Module = nn.Identity()
+        if bottleneck:
+            self.narrow = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(), conv(inputs, 4 * growth, 1, 1))
+            inputs = 4 * growth
         self.bn, self.conv = nn.BatchNorm2d(inputs), conv(inputs, growth)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, C + growth, H, W)``."""
-        return torch.cat([x, self.conv(F.relu(self.bn(x)))], 1)
+        return torch.cat([x, self.conv(F.relu(self.bn(self.narrow(x))))], 1)
 
 
 class Classifier(nn.Module):
@@ -91,22 +98,46 @@ class Classifier(nn.Module):
         return self.fc(self.features(x))
 
 
-def small_resnet(channels: int = 3, classes: int = 10, width: int = 32) -> Classifier:
-    """A residual network of seven 3x3 convolutions; the stem halves the image, the stages twice more."""
-    stem = nn.Sequential(conv(channels, width, 2), nn.BatchNorm2d(width), nn.ReLU())
-    widths = [width, 2 * width, 4 * width]
-    stages: list[nn.Module] = [
-        ResidualBlock(width, widths[0], 1),
-        ResidualBlock(widths[0], widths[1], 2),
-        ResidualBlock(widths[1], widths[2], 2),
-    ]
-    return Classifier(stem, stages, widths[2], classes, channels)
+def residual_network(
+    channels: int = 3,
+    classes: int = 10,
+    *,
+    width: int = 32,
+    stages: int = 3,
+    blocks: int = 1,
+    stride: int = 2,
+) -> Classifier:
+    """A residual network of ``stages`` with ``blocks`` each; the defaults make the small one of seven convolutions.
+
+    ``width=64, stages=4, blocks=2, stride=1`` is ResNet-18 as it is used on CIFAR-10.
+    """
+    stem = nn.Sequential(conv(channels, width, stride), nn.BatchNorm2d(width), nn.ReLU())
+    parts: list[nn.Module] = []
+    inputs = width
+    for stage in range(stages):
+        outputs = width * 2**stage
+        made = [ResidualBlock(inputs, outputs, 2 if stage else 1)]
+        made += [ResidualBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
+        parts.append(made[0] if blocks == 1 else nn.Sequential(*made))
+        inputs = outputs
+    return Classifier(stem, parts, inputs, classes, channels)
 
 
-def small_densenet(channels: int = 3, classes: int = 10, growth: int = 12, layers: int = 4) -> Classifier:
-    """A densely connected network of three blocks; the stem halves the image, two transitions twice more."""
+def dense_network(
+    channels: int = 3,
+    classes: int = 10,
+    *,
+    growth: int = 12,
+    layers: int = 4,
+    bottleneck: bool = False,
+    stride: int = 2,
+) -> Classifier:
+    """A densely connected network of three blocks of ``layers``; between them the image and the width halve.
+
+    ``layers=16, bottleneck=True, stride=1`` is DenseNet-BC of depth 100 and growth 12.
+    """
     width = 2 * growth
-    stem = conv(channels, width, 2)
+    stem = conv(channels, width, stride)
     stages: list[nn.Module] = []
     for block in range(3):
         parts: list[nn.Module] = []
@@ -114,7 +145,7 @@ def small_densenet(channels: int = 3, classes: int = 10, growth: int = 12, layer
             parts += [nn.BatchNorm2d(width), nn.ReLU(), conv(width, width // 2, 1, 1), nn.AvgPool2d(2)]
             width //= 2
         for _ in range(layers):
-            parts.append(DenseLayer(width, growth))
+            parts.append(DenseLayer(width, growth, bottleneck))
             width += growth
         if block == 2:
             parts += [nn.BatchNorm2d(width), nn.ReLU()]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.paper import data
-from bench.paper.networks import Classifier, small_densenet, small_resnet
+from bench.paper.networks import Classifier, dense_network, residual_network
 
 #: Training images at the end of the training part that no network sees: detectors are fitted on them.
 HELD_OUT = 5000
@@ -40,11 +40,13 @@ def build(recipe: Recipe, classes: int = 10) -> nn.Module:
     """An untrained network; of published size where a GPU is there, small on the CPU."""
     torch.manual_seed(recipe.seed)
     channels = 3 if recipe.dataset == "cifar10" else 1
-    if torch.cuda.is_available():
-        if recipe.network == "resnet":
-            return small_resnet(channels, classes, width=64)
-        return small_densenet(channels, classes, growth=24, layers=12)
-    return {"resnet": small_resnet, "densenet": small_densenet}[recipe.network](channels, classes)
+    big = torch.cuda.is_available()
+    if recipe.network == "resnet":
+        sizes = {"width": 64, "stages": 4, "blocks": 2, "stride": 1} if big else {}
+        return residual_network(channels, classes, **sizes)
+    if big:
+        return dense_network(channels, classes, layers=16, bottleneck=True, stride=1)
+    return dense_network(channels, classes)
 
 
 def augment_crop(x: Tensor, padded: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
