@@ -60,15 +60,16 @@ ZOO = {
     "convnext_tiny": vision("convnext_tiny"),
     "vit_b_16": vision("vit_b_16", image_size=32),
     "swin_t": vision("swin_t"),
+    # maxvit_t with windows that fit the small image.
     "maxvit_t": Case(
         lambda: torchvision.models.MaxVit(
-            (64, 64),
-            64,
-            [64, 128, 256, 512],
-            [1, 1, 1, 1],
-            32,
-            stochastic_depth_prob=0.2,
+            input_size=(64, 64),
+            stem_channels=64,
             partition_size=2,
+            block_channels=[64, 128, 256, 512],
+            block_layers=[2, 2, 5, 2],
+            head_dim=32,
+            stochastic_depth_prob=0.2,
             num_classes=10,
         ),
         64,
