@@ -22,7 +22,7 @@ def _script(*words: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "HOME": "/nonexistent"}
     return subprocess.run(
         [bash, str(ROOT / "bench" / "gpu.sh"), *words], capture_output=True, text=True, env=environment,
-        timeout=240, check=False,
+        timeout=900, check=False,
     )  # fmt: skip
 
 
