@@ -53,7 +53,7 @@ def run(options: Options) -> None:
     train_all(recipes, options.data, options.cache, options.workers)
     rows = detection_rows(parallel(evaluate, [(recipe, options) for recipe in recipes], options.workers))
     sections = []
-    for network in ("resnet", "densenet"):
+    for network in dict.fromkeys(row["network"] for row in rows):
         # One column per corruption, the mean over its severities; the JSON has every cell.
         means = [
             {
