@@ -51,9 +51,22 @@ def test_public_names_exist() -> None:
         _ = fastgrad.nothing
 
 
-def test_kernels_refuse_a_foreign_import_name() -> None:
-    folder = Path(fastgrad.__file__).parent / "kernels"
-    code = f"import runpy; runpy.run_path({str(folder / '__init__.py')!r}, run_name='kernels')"
-    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def in_checkout(code: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parent.parent
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+
+
+@pytest.mark.parametrize("code", ["from kernels import contrast", "import kernels; kernels.contrast"])
+def test_kernels_refuse_a_foreign_import_name(code: str) -> None:
+    failed = in_checkout(code)
     assert failed.returncode != 0
-    assert "imported as 'fastgrad.kernels'" in failed.stderr
+    assert "ImportError: the kernels of fastgrad are imported as 'fastgrad.kernels'" in failed.stderr
+
+
+def test_a_checkout_hides_no_other_project() -> None:
+    # How transformers looks for the project that owns the name.
+    probe = (
+        "import kernels as k; assert getattr(k, '__version__', None) is getattr(k, '__file__', None) is None"
+    )
+    assert in_checkout(probe).returncode == 0
+    assert in_checkout("import kernels.contrast").returncode != 0
