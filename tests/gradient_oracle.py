@@ -25,9 +25,14 @@ def true_norms(
     *,
     output: Callable[[Any], Tensor] = lambda out: out,
     dtype: torch.dtype = torch.float64,
+    batched: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """``(B, P)``; ``gradient(i, output)`` gives the output gradient of sample i."""
+    """``(B, P)``; ``gradient(i, output)`` gives the output gradient of sample i.
+
+    ``batched`` runs the forward pass on all samples at once: the same numbers but for rounding, as libraries choose
+    their algorithms by the batch size.
+    """
     model = copy.deepcopy(model).to(dtype).eval()
     parameters = [p.requires_grad_() for p in model.parameters()]
     samples = next(t for t in pytree.tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)).shape[0]
@@ -36,13 +41,21 @@ def true_norms(
     def sample(t: Tensor, i: int) -> Tensor:
         return t[i : i + 1] if t.dim() and t.shape[0] == samples else t
 
-    for i in range(samples):
-        one = pytree.tree_map_only(Tensor, functools.partial(sample, i=i), (inputs, kwargs))
+    def run(tree: Any) -> Tensor:
         args, keywords = pytree.tree_map_only(
-            Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, one
+            Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree
         )
-        out = output(model(*args, **keywords))
-        grads = torch.autograd.grad(out, parameters, gradient(i, out.detach()).to(out), allow_unused=True)
+        return output(model(*args, **keywords))
+
+    together = run((inputs, kwargs)) if batched else None
+    for i in range(samples):
+        if together is not None:
+            out = together[i : i + 1]
+        else:
+            out = run(pytree.tree_map_only(Tensor, functools.partial(sample, i=i), (inputs, kwargs)))
+        grads = torch.autograd.grad(
+            out, parameters, gradient(i, out.detach()).to(out), allow_unused=True, retain_graph=batched
+        )
         rows.append(
             torch.stack(
                 [
