@@ -97,7 +97,11 @@ def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Archit
             warps = max(1, warps // 2)  # 64 threads each
         block_d = min(max(power_of_two(D), 16), max(16, 2048 // rows))
         return ContrastConfig("rows", block, block_d, rows=rows, num_warps=warps)
-    block, warps = (4096 if loss == "brier" else 8192), 8
+    # Sigmoids and squares of unbounded logits need a few registers more than sm_80 has at eight warps.
+    block, warps = (
+        (4096 if loss == "brier" else 8192),
+        (16 if arch.version == 80 and loss in ("bce", "mse") else 8),
+    )
     block_d = min(max(power_of_two(D), 16), 2048)
     wanted = cdiv(2 * arch.processors, max(B, 1))
     splits = min(wanted, cdiv(N, block), 64)
@@ -174,7 +178,7 @@ def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architectu
     chunks = 0 if block_m * N <= 1 << 16 else cdiv(N, max(1024, (1 << 19) // block_m))
     # Two groups at least, so that one group's norms are written while the next one's product runs.
     group_m = max(1, min(8, tiles_m // 2))
-    block_f = max(16, min(power_of_two(N), 512 * warps // block_m))
+    block_f = max(16, min(power_of_two(N), 256 * warps // block_m))
     return LinearConfig(
         block_m, block_n, block_k, group_m, chunks, block_f,
         parts=_parts(tiles_n, block_m, warps), tiles_per_split=1,
@@ -195,6 +199,13 @@ def linear_stats(
         # Moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and since
         # sm_100 a thread holds whole rows. Brier has twice the moments.
         block_n = 32 if loss == "brier" and arch.version >= 100 else 64
+    elif block_m == 128 and arch.backend == "cuda" and loss == "mse":
+        block_n = 64
+    elif block_m == 64 and dtype == torch.float32 and arch.version >= 90 and arch.backend == "cuda":
+        # Three products for each of float32 hold three pairs of operands.
+        block_n = min(block_n, 32)
+    elif block_m == 16 and arch.backend == "cuda" and arch.version < 90 and loss == "bce":
+        block_k = min(block_k, 64)
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
     per_split = max(1, tiles_n * tiles_m // (4 * arch.processors))
     return LinearConfig(
@@ -224,7 +235,7 @@ def target(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> Ta
     while rows > 1 and cdiv(B, rows) < 2 * arch.processors:
         rows //= 2
     width = rows * block
-    warps = 1 if width <= 256 else 2 if width <= 512 else 4
+    warps = 1 if width <= 256 else 2 if width <= 512 else 4 if width <= 1024 else 8
     block_d = min(max(power_of_two(D), 16), max(16, 2048 // rows))
     return TargetConfig(rows, block, block_d, max(1, warps // 2) if arch.backend == "hip" else warps)
 
