@@ -178,7 +178,9 @@ def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architectu
     chunks = 0 if block_m * N <= 1 << 16 else cdiv(N, max(1024, (1 << 19) // block_m))
     # Two groups at least, so that one group's norms are written while the next one's product runs.
     group_m = max(1, min(8, tiles_m // 2))
-    block_f = max(16, min(power_of_two(N), 256 * warps // block_m))
+    # Columns a step such that neither the product's operands nor the step's values leave the registers.
+    block_f = (512 if 90 <= arch.version < 100 else 256) * warps // block_m
+    block_f = max(16, min(power_of_two(N), block_f))
     return LinearConfig(
         block_m, block_n, block_k, group_m, chunks, block_f,
         parts=_parts(tiles_n, block_m, warps), tiles_per_split=1,
