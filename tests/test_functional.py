@@ -62,7 +62,7 @@ def test_any_leading_shape_and_dtype(
     torch.testing.assert_close((got.double().exp() if log else got.double()), wide, rtol=rtol, atol=1e-30)
 
 
-@pytest.mark.parametrize("N", [255, 1000, 1027])
+@pytest.mark.parametrize("N", [255, 1000, 1027, 128256])
 def test_top_class_is_found_wherever_it_is(N: int) -> None:
     z = torch.randn(8, N)
     for row, place in enumerate([0, N - 1, N // 2, 31, 32, N - 2, 1, 33]):

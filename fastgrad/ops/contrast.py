@@ -14,6 +14,8 @@ from .implementation import choose
 
 # Rows are worked on in pieces of at most this many elements (8 MiB), which stay in the outer cache of a CPU.
 _CHUNK = 1 << 21
+# Longer rows have their normalisation corrected.
+_LONG = 1 << 15
 
 
 def scale_of(features: Tensor, bias: bool) -> Tensor:
@@ -57,9 +59,16 @@ def _cross_entropy(scale: Tensor, logits: Tensor) -> Tensor:
 def _in_place(p: Tensor, scale: Tensor) -> Tensor:
     """Turn the softmax into the squared norms where it lies."""
     top = _argmax(p)
+    peak = p.gather(-1, top)
     p.scatter_(-1, top, 0)
     s1 = p.sum(-1, keepdim=True)
     s2 = torch.linalg.vector_norm(p, dim=-1, keepdim=True).square_()
+    if p.shape[-1] > _LONG:
+        # Softmax adds its N terms up one after another; the pairwise sum of its result corrects the norm to 1.
+        norm = s1 + peak
+        s1 = s1 / norm
+        s2 = (p * p).sum(-1, keepdim=True) / norm.square()
+        p.div_(norm)
     at_top = torch.addcmul(s2, s1, s1)
     # T + 1 with T = (1 - s1)^2 + s2.
     total = torch.add(at_top, s1, alpha=-2).add_(2)
