@@ -35,7 +35,15 @@ class Box:
         for value in reversed(self.seen):
             if value.shape[0] == samples:
                 return value.detach()
-        return self.seen[-1][:0].detach() if self.seen and samples == 0 else None
+        if self.seen and samples == 0:
+            return self.seen[-1][:0].detach()
+        # A large batch comes in pieces.
+        rows = 0
+        for start in reversed(range(len(self.seen))):
+            rows += self.seen[start].shape[0]
+            if rows == samples:
+                return torch.cat(self.seen[start:]).detach()
+        return None
 
 
 class Tapped(nn.Module):
