@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastgrad import functional
 from fastgrad.checks import one_of
 from fastgrad.features import GradientFeatures, logits_of
+from fastgrad.image_statistics import image_statistics, is_image
 from fastgrad.layers.shadow import Shadow, attach
 
 GRADIENTS = ("auto", "contrasts", "signals", "last_layer")
@@ -20,8 +21,6 @@ GRADIENTS = ("auto", "contrasts", "signals", "last_layer")
 SIGNALS = (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"))
 #: Contrast classes of highest logit that go through the whole network.
 RANKS = 10
-# "auto" sends contrasts through the whole network where they are at most this many.
-_FEW_CLASSES = 16
 
 
 class Box:
@@ -74,15 +73,15 @@ class Extraction:
     """From inputs to logits and named blocks for `UncertaintyDetector`.
 
     Blocks: ``logits`` ``(B, N)``; ``features`` ``(B, D)``, what enters the last linear layer, where the model
-    has one; ``ranked`` ``(B, K, P)``, the contrasts of the K classes of highest logit through the whole
-    network, in order of rank; ``gradients`` ``(B, 3, P)``, the joined signals. With ``"last_layer"``:
-    ``contrasts`` ``(B, N)`` in place of the last two.
+    has one; ``image`` ``(B, 28)``, `image_statistics` of the input where it is one image tensor;
+    ``gradients`` ``(B, 3, P)``, the joined signals; ``ranked`` ``(B, K, P)``, the contrasts of the K classes
+    of highest logit through the whole network, in order of rank. With ``"last_layer"``: ``contrasts``
+    ``(B, N)`` in place of the last two.
 
     Args:
         model: Any classifier; outputs as `fastgrad.features.logits_of` reads them.
-        gradients: ``"contrasts"``; ``"signals"``, without ``ranked``, which costs a quarter of the backward
-            passes and about .01 of AUROC; ``"last_layer"``, without any backward pass; or ``"auto"``:
-            contrasts up to 16 classes, signals beyond.
+        gradients: ``"signals"``, three backward passes, also meant by ``"auto"``; ``"contrasts"``, which adds
+            ``ranked`` at four times the backward passes; or ``"last_layer"``, without any backward pass.
         log: Whether squared norms are given as logarithms.
         head: Name of the last linear layer; found by the first call when None.
     """
@@ -111,6 +110,10 @@ class Extraction:
         features = box.features(logits.shape[0])
         if features is not None:
             blocks["features"] = features
+        images = [value for value in (*args, *kwargs.values()) if is_image(value)]
+        if len(images) == 1:
+            with torch.no_grad():
+                blocks["image"] = image_statistics(images[0])
         return logits, {"logits": logits, **blocks}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,8 +157,7 @@ class Extraction:
         """How many contrasts go through the whole network."""
         if self.classes is None:
             raise RuntimeError("the number of classes is known after the first call")
-        few = self.gradients == "auto" and self.classes <= _FEW_CLASSES
-        return min(RANKS, self.classes) if few or self.gradients == "contrasts" else 0
+        return min(RANKS, self.classes) if self.gradients == "contrasts" else 0
 
     def _whole_network(self, box: Box, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         extractor = self._extractor

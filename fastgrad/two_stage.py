@@ -49,8 +49,9 @@ class TwoStageModel(nn.Module):
             given as a tensor, as ``.logits`` or first in a tuple.
         detector: An `UncertaintyDetector`, fitted or not; None for the default one.
         classifier: An `IntrospectiveClassifier` to give the probabilities; None for the network's softmax.
-        gradients: What the detector sees, see `fastgrad.extraction.Extraction`: ``"auto"``, ``"contrasts"``,
-            ``"signals"`` or ``"last_layer"``, from most to least thorough and costly.
+        gradients: What the detector sees, see `fastgrad.extraction.Extraction`: ``"auto"``, which means
+            ``"signals"``, ``"contrasts"`` (more thorough, four times the backward passes) or
+            ``"last_layer"`` (no backward pass).
     """
 
     def __init__(

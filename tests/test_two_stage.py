@@ -135,9 +135,9 @@ def test_foreign_files_and_networks_are_refused(fitted, tmp_path):
 def test_kinds_of_gradients_and_clean_data_alone(gradients):
     two_stage = TwoStageModel(small_network(), gradients=gradients).fit(loader(120, labels=False), ())
     blocks = {
-        "contrasts": {"ranked", "gradients", "logits", "features"},
-        "signals": {"gradients", "logits", "features"},
-        "last_layer": {"contrasts", "logits", "features"},
+        "contrasts": {"ranked", "gradients", "logits", "features", "image"},
+        "signals": {"gradients", "logits", "features", "image"},
+        "last_layer": {"contrasts", "logits", "features", "image"},
     }
     assert set(two_stage.detector.shapes_) == blocks[gradients]
     assert "labels" not in dict(two_stage.detector.module_.scores.named_children())

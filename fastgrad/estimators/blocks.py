@@ -7,6 +7,7 @@
 | `ranked`    | `(B, K, P)`                             | contrasts of the K highest logits, in their order  |
 | `logits`    | `(B, N)`                                | the network's logits                               |
 | `features`  | `(B, D)`                                | what enters the last layer                         |
+| `image`     | `(B, K)`                                | `fastgrad.image_statistics` of the input           |
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ BLOCKS: dict[str, tuple[tuple[int, ...], str]] = {
     "ranked": ((3,), "(B, K, P)"),
     "logits": ((2,), "(B, N)"),
     "features": ((2,), "(B, D)"),
+    "image": ((2,), "(B, K)"),
 }
 SQUARED_NORMS = ("gradients", "contrasts", "ranked")
 

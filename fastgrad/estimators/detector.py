@@ -29,8 +29,8 @@ Blocks = Mapping[str, ArrayLike]
 class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
     """Scores how far each sample lies from clean data; higher is less reliable.
 
-    Without labels, which is the usual case, one-class scores (Gaussian mixtures on the log norms; energy,
-    nearest neighbours and Mahalanobis distance where logits and features are given) become conformal
+    Without labels, which is the usual case, one-class scores (Gaussian mixtures on the log norms and on image
+    statistics; energy, margin and nearest neighbours where logits and features are given) become conformal
     p-values, two-sided where a score can be too good to be true, and are combined. With labels a classifier H
     joins them; the one-class scores stand guard beside it, so that a challenge unlike those it was trained on
     is not scored as safe.

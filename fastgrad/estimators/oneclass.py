@@ -94,3 +94,11 @@ class Energy(Fitted):
     def forward(self, logits: Tensor) -> Tensor:
         """Scores ``(B,)`` of ``logits`` ``(B, N)``."""
         return -torch.logsumexp(logits, -1)
+
+
+class Margin(Fitted):
+    """Minus the distance between the two highest logits."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Scores ``(B,)`` of the two highest ``logits`` ``(B, 2)``, in falling order."""
+        return logits[:, 1] - logits[:, 0]

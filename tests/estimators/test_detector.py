@@ -36,6 +36,7 @@ def network_like(count, seed, shift=0.0, classes=5, parameters=4):
         "ranked": -np.sort(-contrasts, 1)[:, :3],
         "logits": logits,
         "features": rng.normal(size=(count, 6)) + shift,
+        "image": rng.normal(size=(count, 28)) * (1 + shift),
     }
 
 
@@ -199,7 +200,8 @@ def test_explain_names_every_part():
     blocks = network_like(100, 0)
     parts = UncertaintyDetector().fit(blocks).explain(blocks)
     assert set(parts) == {
-        "gradients_mixture", "contrasts_mixture", "ranked_mixture", "energy", "features_neighbours",
+        "gradients_mixture", "contrasts_mixture", "ranked_mixture", "image_mixture", "energy", "margin",
+        "features_neighbours",
     }  # fmt: skip
 
 
