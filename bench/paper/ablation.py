@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from bench.paper.train import Recipe, train_all
 from bench.paper.transfer import CASES, short
 from fastgrad import functional
 from fastgrad.estimators import UncertaintyDetector
+from fastgrad.extraction import RANKS, class_of_rank
 from fastgrad.features import GradientFeatures
 from fastgrad.losses import LOSSES, TARGETS
 from fastgrad.metrics import auroc
@@ -32,11 +34,16 @@ Rows = NDArray[np.float64]
 
 
 def more_signals(subject: Subject, case: str, part: str = "test") -> Arrays:
-    """Logarithms of squared norms ``(B, 12, P)`` for every loss and target, cached like the other features."""
+    """Logarithms of squared norms, cached like the other features.
+
+    ``signals`` ``(B, 12, P)`` for every loss and target, ``ranked`` ``(B, 10, P)`` for all contrasts.
+    """
+    contrasts = [("cross_entropy", partial(class_of_rank, rank=rank)) for rank in range(RANKS)]
 
     def make() -> Arrays:
-        extractor = GradientFeatures(subject.model, signals=PAIRS, log=True, chunk_size=32)
-        return {"signals": extractor(subject.images(case, part))[1].float().numpy()}
+        extractor = GradientFeatures(subject.model, signals=[*PAIRS, *contrasts], log=True, chunk_size=32)
+        norms = extractor(subject.images(case, part))[1].float().numpy()
+        return {"signals": norms[:, : len(PAIRS)], "ranked": norms[:, len(PAIRS) :]}
 
     return cached(subject.path(f"signals/{case}", part, ".npz"), make)
 
@@ -65,6 +72,7 @@ def feature_sets(subject: Subject) -> dict[str, Callable[[Arrays], Rows]]:
     )
     sets["logits (control)"] = lambda b: np.sort(b["logits"], 1)
     sets["h (control)"] = lambda b: b["features"]
+    sets["image statistics (control)"] = lambda b: b["image"]
     return sets
 
 
@@ -119,16 +127,21 @@ def evaluate(task: tuple[Recipe, Options]) -> dict[tuple[str, str, str], float]:
     def default_blocks(blocks: Arrays) -> Arrays:
         return {name: values for name, values in blocks.items() if name in own}
 
-    variants = {"fastgrad": detectors.default(subject), "one-class": detectors.one_class(subject)}
-    for name, detector in variants.items():
-        record(name, lambda b, d=detector: detectors.scores(d, default_blocks(b)))
+    variants = {name: detectors.default(subject, omitted) for name, omitted in detectors.VARIANTS.items()}
     default = variants["fastgrad"]
+    variants["one-class"] = detectors.one_class(subject)
+    for combine in ("fisher", "harmonic"):
+        detector = UncertaintyDetector(log=False, combine=combine)
+        # Contrasts through the whole network, four times the backward passes, stand beside the signals.
+        blocks = default_blocks(fit) | ({"ranked": fit["ranked"]} if combine == "fisher" else {})
+        detector.fit(blocks, held_out=subject.held_out)
+        name = "one-class, harmonic mean" if combine == "harmonic" else "one-class and all contrasts"
+        variants[name] = detector
+    for name, detector in variants.items():
+        record(name, lambda b, d=detector: detectors.scores(d, b))
     # Each part of the default detector by itself, already a two-sided p-value where that is its meaning.
     for part in default.explain(default_blocks(clean)):
         record(f"part: {part}", lambda b, p=part: default.explain(default_blocks(b))[p])
-    harmonic = UncertaintyDetector(log=False, combine="harmonic")
-    harmonic.fit(default_blocks(fit), held_out=subject.held_out)
-    record("one-class, harmonic mean", lambda b: detectors.scores(harmonic, default_blocks(b)))
     for name, score in detectors.from_outputs(subject).items():
         record(name, score)
     print(f"ablation {recipe.file()}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

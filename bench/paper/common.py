@@ -58,7 +58,7 @@ class Options:
     test: int = 400
     case: int = 150
     learn: int = 400
-    cell: int = 24
+    cell: int = 100
     epochs: int = 8
 
     @property

@@ -15,7 +15,7 @@ from bench.paper.subject import Subject
 from bench.paper.train import Recipe, train_all
 from fastgrad.metrics import auroc
 
-METHODS = ("fastgrad", "fastgrad one-class", "softmax", "energy", "KNN", "ViM", "Mahalanobis V")
+METHODS = (*detectors.VARIANTS, "fastgrad one-class", "softmax", "energy", "KNN", "ViM", "Mahalanobis V")
 
 
 def evaluate(task: tuple[Recipe, Options]) -> dict[tuple[str, str, str], float]:
@@ -23,7 +23,8 @@ def evaluate(task: tuple[Recipe, Options]) -> dict[tuple[str, str, str], float]:
     recipe, options = task
     start = time.perf_counter()
     subject = Subject(recipe, options)
-    fitted = {"fastgrad": detectors.default(subject), "fastgrad one-class": detectors.one_class(subject)}
+    fitted = {name: detectors.default(subject, omitted) for name, omitted in detectors.VARIANTS.items()}
+    fitted["fastgrad one-class"] = detectors.one_class(subject)
     outputs = detectors.from_outputs(subject)
 
     def scores(case: str) -> dict[str, np.ndarray]:

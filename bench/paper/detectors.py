@@ -21,6 +21,20 @@ def stack(parts: Sequence[Mapping[str, NDArray[np.float32]]]) -> Arrays:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+#: The default detector without one of its blocks. The last two are controls: what remains without gradients.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "fastgrad": (),
+    "without image statistics": ("image",),
+    "without gradients (control)": ("gradients",),
+    "image statistics alone (control)": ("gradients", "logits", "features"),
+}
+
+
+def without(blocks: Arrays, names: Sequence[str]) -> Arrays:
+    """The blocks less those of ``names``."""
+    return {name: values for name, values in blocks.items() if name not in names}
+
+
 def one_class(subject: Subject) -> UncertaintyDetector:
     """The detector fitted on clean features alone."""
     return UncertaintyDetector(log=False).fit(subject.blocks("clean", "fit"), held_out=subject.held_out)
@@ -36,11 +50,14 @@ def labelled(subject: Subject, cases: Sequence[str], *, guard: bool = True) -> U
     return detector.fit(stack(parts), (kinds != "").astype(int), kinds=kinds, held_out=held_out)
 
 
-def default(subject: Subject) -> UncertaintyDetector:
-    """What `TwoStageModel.fit` makes of clean images alone: H on generated challenges, one-class scores."""
-    clean, challenging = subject.blocks("clean", "fit"), subject.blocks("generated", "fit")
+def default(subject: Subject, omitted: Sequence[str] = ()) -> UncertaintyDetector:
+    """What `TwoStageModel.fit` makes of clean images alone: H on generated challenges, one-class scores.
+
+    ``omitted`` names blocks that it does not see.
+    """
+    clean, challenging = (without(subject.blocks(case, "fit"), omitted) for case in ("clean", "generated"))
     names = [name.partition("-")[0] for name, group in subject.generated_kinds() for _ in group]
-    kinds = np.array([""] * len(clean["logits"]) + names)
+    kinds = np.array([""] * len(clean["image"]) + names)
     held_out = np.concatenate([subject.held_out, np.zeros(len(names), bool)])
     labels = (kinds != "").astype(int)
     detector = UncertaintyDetector(log=False)
@@ -48,8 +65,8 @@ def default(subject: Subject) -> UncertaintyDetector:
 
 
 def scores(detector: UncertaintyDetector, blocks: Arrays) -> Scores:
-    """``decision_function`` on the blocks."""
-    found: Scores = detector.decision_function(blocks)
+    """``decision_function`` on those blocks that the detector was fitted on."""
+    found: Scores = detector.decision_function({name: blocks[name] for name in detector.shapes_})
     return found
 
 

@@ -19,7 +19,8 @@ STRANGERS = {
     "mnist": ("scenes", "fashion", "letters", "kuzushiji", "omniglot"),
 }
 METHODS = (
-    "fastgrad", "fastgrad one-class", "softmax", "energy", "KNN", "ViM", "Mahalanobis V", "ODIN", "GradNorm",
+    *detectors.VARIANTS, "fastgrad one-class",
+    "softmax", "energy", "KNN", "ViM", "Mahalanobis V", "ODIN", "GradNorm",
 )  # fmt: skip
 #: SVHN is grey in the collection at hand; grey CIFAR-10 says what the missing colour alone gives away.
 CONTROL, AGAINST_CONTROL = "grey cifar10 (control)", "svhn against grey cifar10"
@@ -30,7 +31,8 @@ def evaluate(task: tuple[Recipe, Options]) -> dict[tuple[str, str, str], float]:
     recipe, options = task
     start = time.perf_counter()
     subject = Subject(recipe, options)
-    fitted = {"fastgrad": detectors.default(subject), "fastgrad one-class": detectors.one_class(subject)}
+    fitted = {name: detectors.default(subject, omitted) for name, omitted in detectors.VARIANTS.items()}
+    fitted["fastgrad one-class"] = detectors.one_class(subject)
     outputs, inputs = detectors.from_outputs(subject), detectors.from_images(subject)
 
     def scores(case: str) -> dict[str, np.ndarray]:

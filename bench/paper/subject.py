@@ -36,9 +36,9 @@ def extract(extraction: Extraction, images: Tensor, chunk: int = 32) -> Arrays:
 class Subject:
     """A network and everything measured on it.
 
-    A case is a path: ``clean``, ``attack/FGSM``, ``ood/svhn``, ``corruption/fog/3``, ``generated`` or
-    ``control/grey``. Its ``part`` says from which clean images it is made: ``"test"`` (test images, for
-    numbers that are reported) or ``"fit"`` (held-out training images, for detectors that train).
+    A case is a path: ``clean``, ``attack/FGSM``, ``compressed/FGSM``, ``ood/svhn``, ``corruption/fog/3``,
+    ``generated`` or ``control/grey``. Its ``part`` says from which clean images it is made: ``"test"`` (test
+    images, for numbers that are reported) or ``"fit"`` (held-out training images, for detectors that train).
     """
 
     def __init__(self, recipe: Recipe, options: Options) -> None:
@@ -84,6 +84,8 @@ class Subject:
             both = data.stranger(options.data, name, self.test, 2 * options.case)
             return both[: options.case] if part == "test" else both[options.case :]
         images, labels = self.clean(part)
+        if kind == "compressed":
+            return data.to_tensor(data.jpeg(data.to_bytes(self.images(f"attack/{name}", part))))
         if kind == "control":
             return data.to_tensor(data.grey(data.to_bytes(images[: options.case])))
         if kind == "corruption":
