@@ -57,7 +57,7 @@ def default(subject: Subject, omitted: Sequence[str] = ()) -> UncertaintyDetecto
     """
     clean, challenging = (without(subject.blocks(case, "fit"), omitted) for case in ("clean", "generated"))
     names = [name.partition("-")[0] for name, group in subject.generated_kinds() for _ in group]
-    kinds = np.array([""] * len(clean["image"]) + names)
+    kinds = np.array([""] * len(next(iter(clean.values()))) + names)
     held_out = np.concatenate([subject.held_out, np.zeros(len(names), bool)])
     labels = (kinds != "").astype(int)
     detector = UncertaintyDetector(log=False)
