@@ -232,3 +232,25 @@ def test_errors_name_the_argument(kwargs: dict, error: type[Exception], words: s
     with pytest.raises(error, match=words):
         # Raised at the call, before anything is made.
         iter_challenges(arguments.pop("model"), arguments.pop("images"), **arguments)
+
+
+class Wrapped(nn.Module):
+    """A network whose logits come in another form."""
+
+    def __init__(self, net: nn.Module, form: str) -> None:
+        super().__init__()
+        self.net, self.form = net, form
+
+    def forward(self, x: torch.Tensor) -> object:
+        logits = self.net(x)
+        return {"tuple": (logits, x), "dict": {"logits": logits}, "flat": logits[0]}[self.form]
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_logits_are_read_from_every_form_that_features_are(form: str) -> None:
+    net, images = small_net(), photos()
+    plain = generate_challenges(net, images, names=["fgsm-2"], seed=1)["fgsm-2"]
+    wrapped = generate_challenges(Wrapped(net, form), images, names=["fgsm-2"], seed=1)["fgsm-2"]
+    assert torch.equal(plain, wrapped)
+    with pytest.raises(ValueError, match=r"must return logits of shape \(B, N\); it returned \(5,\)"):
+        generate_challenges(Wrapped(net, "flat"), images, names=["fgsm-2"])

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastgrad.challenges.pixels import PixelRange
+from fastgrad.features import logits_of
 
 
 @contextmanager
@@ -28,15 +29,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def logits_of(output: object) -> Tensor:
-    """The logits in a classifier's output: the tensor itself, or its ``logits`` field (Hugging Face)."""
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError(
-            "model must return logits of shape (B, N), or an object with them as .logits; "
-            f"it returned {type(output).__name__}"
-            + (f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "")
-        )
+def _logits(output: object) -> Tensor:
+    """The logits ``(B, N)`` in a classifier's output."""
+    logits = logits_of(output)
+    if logits.dim() != 2:
+        raise ValueError(f"model must return logits of shape (B, N); it returned {tuple(logits.shape)}")
     return logits
 
 
@@ -59,12 +56,12 @@ def _ascend(
 ) -> Tensor:
     """``steps`` sign steps of size ``step`` within ``epsilon`` of ``unit``, from ``start``."""
     with torch.no_grad():
-        predicted = _prediction(logits_of(model(pixels.from_unit(unit))))
+        predicted = _prediction(_logits(model(pixels.from_unit(unit))))
     current = start
     for _ in range(steps):
         with torch.enable_grad():
             point = current.detach().requires_grad_()
-            objective = _away_from(logits_of(model(pixels.from_unit(point))), predicted).sum()
+            objective = _away_from(_logits(model(pixels.from_unit(point))), predicted).sum()
             # With respect to the input alone: no parameter's .grad is touched.
             (slope,) = torch.autograd.grad(objective, point)
         moved = current + step * slope.sign()
