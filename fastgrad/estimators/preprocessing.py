@@ -16,6 +16,10 @@ Array = NDArray[np.float64]
 # Squared norms that underflowed to zero get the logarithm of the smallest normal float32, a value no
 # measured norm lies below: they stay extreme without being infinite.
 SMALLEST = float(np.finfo(np.float32).tiny)
+# Rounding of what a float32 network computes, relative: some units in the last place.
+_ROUNDING = 8 * float(np.finfo(np.float32).eps)
+# Variation of clean data below so many times their rounding is not magnified to unit variance.
+_LEAST = 1e4
 
 
 def order_by_rank(contrasts: Tensor, logits: Tensor) -> Tensor:
@@ -68,13 +72,17 @@ class Rows(Fitted):
         rows = cls(**options)
         flat = rows.flat({name: torch.as_tensor(array) for name, array in blocks.items()})
         mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
+        # A relative error of a value is an absolute one of its logarithm.
+        rounding = _ROUNDING * (flat.abs().mean(0) + float(log))
         if standardise:
             mean, spread = flat.mean(0), flat.std(0, correction=0)
             # A constant column says nothing while it stays constant; any change then counts in its own unit.
-            scale = torch.where(spread > 1e-12 * (1 + mean.abs()), spread, torch.ones_like(spread))
+            scale = torch.where(
+                spread > 1e-12 * (1 + mean.abs()), spread.maximum(_LEAST * rounding), torch.ones_like(spread)
+            )
         parts = {"mean": mean, "scale": scale}
         if dimensions is not None and dimensions < flat.shape[1]:
-            parts["projection"] = whitening((flat - mean) / scale, dimensions)
+            parts["projection"] = whitening((flat - mean) / scale, dimensions, rounding / scale)
         return cls(**options, **parts)
 
     def flat(self, blocks: Mapping[str, Tensor]) -> Tensor:
@@ -107,14 +115,18 @@ class Rows(Fitted):
         return rows @ self.projection if "projection" in self._buffers else rows
 
 
-def whitening(rows: Tensor, dimensions: int) -> Tensor:
-    """Projection ``(d, e)`` of standardised ``rows`` on their principal components, each of unit variance."""
+def whitening(rows: Tensor, dimensions: int, rounding: Tensor) -> Tensor:
+    """Projection ``(d, e)`` of standardised ``rows`` on their principal components, each of unit variance.
+
+    Components in which the rows vary by little more than their ``rounding`` ``(d,)`` are left out.
+    """
     from sklearn.decomposition import PCA
 
     components = min(dimensions, *rows.shape)
     pca = PCA(components, svd_solver="auto", random_state=0).fit(rows.numpy())
     spread = np.sqrt(pca.explained_variance_)
-    keep = spread > 1e-6 * max(float(spread[0]), 1e-300)
+    noise = np.sqrt(np.square(pca.components_) @ np.square(rounding.numpy()))
+    keep = spread > np.maximum(_LEAST * noise, 1e-6 * max(float(spread[0]), 1e-300))
     if not keep.any():
         return torch.zeros(rows.shape[1], 1, dtype=torch.float64)
     return torch.as_tensor(np.ascontiguousarray((pca.components_[keep] / spread[keep, None]).T))

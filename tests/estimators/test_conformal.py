@@ -5,28 +5,62 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fastgrad.estimators.conformal import COMBINATIONS, OneSided, TwoSided, UpperTail
+from fastgrad.estimators.conformal import COMBINATIONS, STEEPEST, OneSided, TwoSided, UpperTail
 
 
 def conformal(calibration, score):
     return (1 + (calibration >= score).sum()) / (len(calibration) + 1)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.integers(-4, 4), min_size=1, max_size=40), st.integers(-5, 5))
-def test_p_values_are_never_below_the_conformal_ones_in_the_body(values, quarter):
-    """Ties included: p lies between the conformal p-value and one rank above it, where it is counted."""
-    calibration = np.array(values, dtype=float)
+def width(calibration):
+    ordered = np.sort(calibration)
+    n = len(ordered)
+    return (ordered[3 * n // 4] - ordered[n // 4] if n > 1 else 0) or ordered[-1] - ordered[0] or 1.0
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(-4, 4), min_size=1, max_size=40), st.integers(-20, 20), st.sampled_from([1.0, 1e-6])
+)
+def test_p_values_are_the_lowest_above_the_conformal_ones_that_fall_no_faster_than_allowed(
+    values, quarter, unit
+):
+    """Ties and near ties included; in the body, where p is counted."""
+    calibration = np.array(values) * unit + (np.array(values) > 1)
     tail = UpperTail.fit(torch.tensor(calibration), 0.05)
-    score = quarter + 0.25
+    score = quarter / 4 * unit + (quarter / 4 > 1)
     if score > float(tail.start):
         return
-    p = float(tail(torch.tensor([score])).exp())
-    exact = conformal(calibration, score)
-    assert exact - 1e-12 <= p <= exact + 1 / (len(calibration) + 1) + 1e-12
-    at = float(tail(torch.tensor([calibration[0]])).exp())
-    if calibration[0] <= float(tail.start):
-        assert at == pytest.approx(conformal(calibration, calibration[0]), rel=1e-12)
+
+    def raised(at):
+        return max(
+            np.log(conformal(calibration, lower)) - STEEPEST / width(calibration) * (at - lower)
+            for lower in calibration[calibration <= at]
+        )
+
+    log_p = float(tail(torch.tensor([score], dtype=torch.float64)))
+    assert log_p >= np.log(conformal(calibration, score)) - 1e-12
+    below, above = calibration[calibration <= score], calibration[calibration >= score]
+    highest = raised(below.max()) if len(below) else 0.0
+    # 1e-16 of a score of 1 times the slope, up to 4e6.
+    assert raised(above.min()) - 1e-9 <= log_p <= highest + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_slope_is_limited_in_body_and_tail(seed):
+    """What rounding moves a score by, it moves log p by at most STEEPEST times that, in units of the middle half."""
+    generator = torch.Generator().manual_seed(seed)
+    # Pairs that nearly tie, and a tail of three that do.
+    calibration = torch.randn(60, generator=generator, dtype=torch.float64).repeat(2)
+    calibration[60:] += 1e-9 * torch.rand(60, generator=generator, dtype=torch.float64)
+    calibration = torch.cat([calibration, 5 + 1e-9 * torch.arange(3)])
+    tail = UpperTail.fit(calibration, 0.02)
+    grid = torch.cat([torch.linspace(-4, 9, 2001, dtype=torch.float64), calibration]).sort().values
+    log_p = tail(grid)
+    assert (log_p.diff() <= 0).all()
+    # eps of log p's size beside the steps of 1e-9.
+    assert (-log_p.diff() <= STEEPEST / width(calibration.numpy()) * grid.diff() * (1 + 1e-9) + 1e-13).all()
+    assert log_p[-1] < log_p[-2] < log_p[-3]
 
 
 def test_tail_goes_on_falling_beyond_every_calibration_score():
