@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .blocks import SQUARED_NORMS
 from .fitted import Fitted
 
 Array = NDArray[np.float64]
@@ -16,8 +17,9 @@ Array = NDArray[np.float64]
 # Squared norms that underflowed to zero get the logarithm of the smallest normal float32, a value no
 # measured norm lies below: they stay extreme without being infinite.
 SMALLEST = float(np.finfo(np.float32).tiny)
+_EPS = float(np.finfo(np.float32).eps)
 # Rounding of what a float32 network computes, relative: some units in the last place.
-_ROUNDING = 8 * float(np.finfo(np.float32).eps)
+_ROUNDING = 8 * _EPS
 # Variation of clean data below so many times their rounding is not magnified to unit variance.
 _LEAST = 1e4
 
@@ -72,8 +74,9 @@ class Rows(Fitted):
         rows = cls(**options)
         flat = rows.flat({name: torch.as_tensor(array) for name, array in blocks.items()})
         mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
-        # A relative error of a value is an absolute one of its logarithm.
-        rounding = _ROUNDING * (flat.abs().mean(0) + float(log))
+        # Squared norms are logarithms by now: a relative error became an absolute one, stored once more.
+        size = flat.abs().mean(0)
+        rounding = _ROUNDING + _EPS * size if block in SQUARED_NORMS else _ROUNDING * size
         if standardise:
             mean, spread = flat.mean(0), flat.std(0, correction=0)
             # A constant column says nothing while it stays constant; any change then counts in its own unit.
