@@ -99,9 +99,9 @@ def evaluate(task: tuple[Recipe, Options]) -> tuple[Found, dict[str, float]]:
             known = detectors.scores(detector, clean["test"])
             record(method, known, detectors.scores(detector, blocks["test"]))
             record(method, known, detectors.scores(detector, again), compressed(name))
-        for method, guard in (("fastgrad labelled", True), ("fastgrad H", False)):
-            expert = detectors.labelled(subject, [case], guard=guard)
-            record(method, *(detectors.scores(expert, b) for b in (clean["test"], blocks["test"])))
+        expert = detectors.labelled(subject, [case])
+        for method, score in (("fastgrad labelled", detectors.scores), ("fastgrad H", detectors.h_alone)):
+            record(method, *(score(expert, b) for b in (clean["test"], blocks["test"])))
         for method, score in plain.items():
             record(method, score(clean["test"]), score(blocks["test"]))
         for suffix, usual, magnitude in (("", bare, 0.0), ("P", moved, MAGNITUDE)):

@@ -101,6 +101,8 @@ def parallel(function: Callable[[Task], Result], tasks: Sequence[Task], workers:
     """``function`` of every task, in order, in processes of one thread each: the networks are small."""
     if workers < 2 or len(tasks) < 2:
         return [function(task) for task in tasks]
+    # The children read these when they import their numerical libraries, which would each take every core.
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     context = torch.multiprocessing.get_context("spawn")
     with context.Pool(min(workers, len(tasks)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(function, tasks, chunksize=1))

@@ -40,13 +40,13 @@ def one_class(subject: Subject) -> UncertaintyDetector:
     return UncertaintyDetector(log=False).fit(subject.blocks("clean", "fit"), held_out=subject.held_out)
 
 
-def labelled(subject: Subject, cases: Sequence[str], *, guard: bool = True) -> UncertaintyDetector:
+def labelled(subject: Subject, cases: Sequence[str]) -> UncertaintyDetector:
     """The detector fitted on clean features and on challenging ``cases``, made from held-out images."""
     parts = [subject.blocks("clean", "fit"), *(subject.blocks(case, "fit") for case in cases)]
     sizes = [len(part["logits"]) for part in parts]
     kinds = np.repeat(["", *cases], sizes)
     held_out = np.concatenate([subject.held_out, np.zeros(sum(sizes[1:]), bool)])
-    detector = UncertaintyDetector(log=False, guard=guard)
+    detector = UncertaintyDetector(log=False)
     return detector.fit(stack(parts), (kinds != "").astype(int), kinds=kinds, held_out=held_out)
 
 
@@ -68,6 +68,11 @@ def scores(detector: UncertaintyDetector, blocks: Arrays) -> Scores:
     """``decision_function`` on those blocks that the detector was fitted on."""
     found: Scores = detector.decision_function({name: blocks[name] for name in detector.shapes_})
     return found
+
+
+def h_alone(detector: UncertaintyDetector, blocks: Arrays) -> Scores:
+    """The score of a labelled detector's H without the one-class scores beside it."""
+    return detector.explain({name: blocks[name] for name in detector.shapes_})["labels"]
 
 
 def from_outputs(subject: Subject) -> dict[str, Callable[[Arrays], Scores]]:

@@ -52,14 +52,12 @@ def evaluate(task: tuple[Recipe, Options]) -> dict[tuple[str, str, str], float]:
         value = auroc(reference, detectors.scores(lone, everything[tested]))
         found[recipe.network, f"nothing > {short(tested)}", "one-class"] = value
     for trained in CASES:
-        for method, guard in (("fastgrad", True), ("H alone", False)):
-            detector = detectors.labelled(subject, [trained], guard=guard)
-            reference = detectors.scores(detector, clean)
+        detector = detectors.labelled(subject, [trained])
+        for method, score in (("fastgrad", detectors.scores), ("H alone", detectors.h_alone)):
+            reference = score(detector, clean)
             for tested in CASES:
                 case = f"{short(trained)} > {short(tested)}"
-                found[recipe.network, case, method] = auroc(
-                    reference, detectors.scores(detector, everything[tested])
-                )
+                found[recipe.network, case, method] = auroc(reference, score(detector, everything[tested]))
     print(f"transfer {recipe.file()}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return found
 
