@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -27,6 +29,34 @@ def _padded(module: _ConvNd, a: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return a, tuple(module.padding)
 
 
+def _pointwise_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """For kernel 1 and a stride: the few pixels that were read get a gradient, the rest is zero.
+
+    The library's own backward pass of such a layer takes two to three times as long on a CPU.
+    """
+    assert isinstance(module, _ConvNd)
+    strided = (
+        a.device.type == "cpu"
+        and a.dim() == 4
+        and not isinstance(module, _ConvTransposeNd)
+        and module.groups == 1
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.padding in ("valid", "same", (0, 0))
+    )
+    if not strided:
+        return None
+    weight, (down, across), shape = module.weight, module.stride, a.shape
+
+    def backward(g: Tensor) -> Tensor:
+        pixels = F.conv2d(g, weight.transpose(0, 1))
+        full = g.new_zeros((g.shape[0], *shape[1:]))
+        full[:, :, ::down, ::across] = pixels
+        return full
+
+    return backward
+
+
 @register_rule(
     nn.Conv1d,
     nn.Conv2d,
@@ -36,6 +66,7 @@ def _padded(module: _ConvNd, a: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     nn.ConvTranspose3d,
     name="convolution",
     in_place=True,
+    input_gradient=_pointwise_input_gradient,
 )
 def convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for all convolutions of ``torch.nn``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,23 @@ def _strided_batch_norm(a: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> dic
     return {"weight": sqnorm(weight * rstd), "bias": sqnorm(bias)}
 
 
+def _batch_norm_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """``g * weight / std``: one pass, where the library's operator, which can do more, takes four times as long."""
+    assert isinstance(module, _NormBase)
+    if module.running_var is None:
+        return None
+    var, weight, eps = module.running_var, module.weight, module.eps
+    shape = (-1,) + (1,) * (a.dim() - 2)
+
+    def backward(g: Tensor) -> Tensor:
+        scale = torch.rsqrt(var.to(g.dtype) + eps)
+        if weight is not None:
+            scale = scale * weight.to(g.dtype)
+        return g * scale.view(shape)
+
+    return backward
+
+
 @register_rule(
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -49,6 +68,7 @@ def _strided_batch_norm(a: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> dic
     _BatchNorm,
     name="batch norm (evaluation)",
     in_place=True,
+    input_gradient=_batch_norm_input_gradient,
 )
 def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for batch norm with running statistics."""

@@ -15,7 +15,7 @@ from fastgrad.layers.fallback import replay_sqnorms
 from fastgrad.layers.plan import Site
 from fastgrad.layers.reduce import accumulate_dtype, sqnorm, upcast
 from fastgrad.layers.registry import LayerRule, ReplayRule
-from fastgrad.layers.tap import tap
+from fastgrad.layers.tap import tap, tap_layer
 
 Hook = Callable[[nn.Module, Any, Any, Any], Any]
 PreHook = Callable[[nn.Module, Any, Any], None]
@@ -63,6 +63,11 @@ class Run:
                     f"{tuple(output.shape)}, which does not hold {self.samples} samples in dimension {layout.dim}"
                 )
             norms = functools.partial(_layer_norms, site, rule, module, self.samples, self.impl)
+            backward = None
+            if layout.kind != "single" and _bypassable(module, value, output):
+                backward = rule.input_gradient and rule.input_gradient(module, value)
+            if backward is not None:
+                return tap_layer(output, value, self._probe(site, output), norms, backward)
             in_place = rule.in_place and layout.kind != "single"
             return tap([output], [value], self._probe(site, output), norms, in_place=in_place)[0]
 
@@ -114,6 +119,15 @@ class Run:
             return pytree.tree_unflatten(outputs, out_spec)
 
         return before, after
+
+
+def _bypassable(module: nn.Module, value: Tensor, output: Tensor) -> bool:
+    """Whether a rule's own backward pass may replace autograd's: it rounds once, and gives no parameter gradients."""
+    return (
+        output.dtype in (torch.float32, torch.float64)
+        and value.dtype == output.dtype
+        and not any(p.requires_grad for p in module.parameters(recurse=False))
+    )
 
 
 def _squares(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 #: ``(saved tensors, output gradients) -> (B, m)`` squared norms.
 Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+#: ``output gradient -> input gradient``.
+Backward = Callable[[Tensor], Tensor]
 
 
 class _Tap(torch.autograd.Function):
@@ -35,6 +37,43 @@ class _Tap(torch.autograd.Function):
         with torch.autocast(gradients[0].device.type, enabled=False):
             norms = ctx.norms(ctx.saved_tensors, gradients)
         return (None, None, None, *gradients, norms, *(None for _ in range(ctx.saved_count)))
+
+
+class _Layer(torch.autograd.Function):
+    """The same for a layer with a backward pass of its own, which takes the place of autograd's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, norms: Norms, backward: Backward, output: Tensor, probe: Tensor, value: Tensor
+    ) -> Tensor:
+        ctx.norms, ctx.input_gradient = norms, backward
+        ctx.save_for_backward(value)
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            norms = ctx.norms(ctx.saved_tensors, gradients)
+            onward = ctx.input_gradient(gradients[0]) if ctx.needs_input_grad[4] else None
+        return None, None, None, norms, onward
+
+
+def tap_layer(output: Tensor, value: Tensor, probe: Tensor, norms: Norms, backward: Backward) -> Tensor:
+    """Like `tap` for a layer with one input, whose gradient comes from ``backward`` instead of from autograd.
+
+    Args:
+        output: The layer's output; what autograd recorded of it is dropped.
+        value: The layer's input, as autograd knows it; also what ``norms`` gets of the forward pass.
+        probe: As in `tap`.
+        norms: As in `tap`.
+        backward: Turns the gradient at the output into that at the input.
+
+    Returns:
+        The output to go on with.
+    """
+    passed: Tensor = _Layer.apply(norms, backward, output.detach(), probe, value)  # type: ignore[no-untyped-call]
+    return passed
 
 
 def tap(

@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fastgrad.ops.products import suits
+
 #: Bytes of the largest intermediate of one chunk. Twice this still fits a common last-level cache, and the C
 #: library reuses blocks below 32 MiB without asking the system for fresh pages, which costs more than the
 #: arithmetic.
@@ -29,6 +31,7 @@ class Shape:
         inputs: Input channels per group.
         outputs: Output channels per group.
         size: Padded input size per axis.
+        image: Input size per axis without padding, as far as windows reach.
         positions: Output size per axis.
         kernel: Kernel size per axis.
         stride: Stride per axis.
@@ -43,6 +46,7 @@ class Shape:
     inputs: int
     outputs: int
     size: tuple[int, ...]
+    image: tuple[int, ...]
     positions: tuple[int, ...]
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -55,10 +59,11 @@ class Machine(NamedTuple):
     """Rates of a machine.
 
     Attributes:
-        product: Multiply-adds per second of batched matrix products.
-        convolution: Multiply-adds per second of the library's weight gradient.
+        product: Multiply-adds per second of ``torch.bmm``.
+        convolution: Multiply-adds per second of the library's convolutions and weight gradients.
         gather: Elements per second of a strided copy.
         add: Elements per second of an elementwise addition of strided views.
+        filter: The same for the large blocks a box filter adds.
         call: Seconds per operator call.
         sample: Seconds per matrix of a batched product.
         stream: Elements per second the library's weight gradient reads and writes.
@@ -68,13 +73,14 @@ class Machine(NamedTuple):
     convolution: float
     gather: float
     add: float
+    filter: float
     call: float
     sample: float
     stream: float
 
 
 #: Two cores of an AMD EPYC (AVX-512), torch 2.13 with oneDNN convolutions and MKL products.
-CPU_TWO_CORES = Machine(110e9, 170e9, 2.5e9, 2.5e9, 4e-6, 1e-6, 2.5e9)
+CPU_TWO_CORES = Machine(105e9, 170e9, 2.5e9, 2.5e9, 13e9, 4e-6, 1e-6, 2.5e9)
 
 
 def chunk_bytes(route: str, s: Shape) -> int:
@@ -93,7 +99,7 @@ def chunk_bytes(route: str, s: Shape) -> int:
     elif route == "patch_gram":
         elements = s.inputs * taps * positions + positions**2 + s.count * _form(s)
     else:
-        elements = pixels**2 + s.count * _form(s)
+        elements = math.prod(s.image) ** 2 + s.count * _form(s)
     wide = not s.guarded and route.endswith("gram")
     return max(1, elements * s.groups * (8 if wide else s.itemsize))
 
@@ -108,7 +114,11 @@ def chunk_size(route: str, s: Shape) -> int:
     """Samples at a time."""
     if s.budget is None:
         return s.batch
-    return max(1, min(s.batch, s.budget // chunk_bytes(route, s)))
+    fitting = max(1, min(s.batch, s.budget // chunk_bytes(route, s)))
+    if route == "grouped" and fitting < s.batch:
+        # The library gives each thread whole samples: a power of two leaves no thread idle.
+        return 1 << (fitting.bit_length() - 1)
+    return fitting
 
 
 def candidates(s: Shape) -> tuple[str, ...]:
@@ -154,17 +164,19 @@ def seconds(route: str, s: Shape, machine: Machine = CPU_TWO_CORES) -> float:
         work = s.count * s.outputs * positions * taps / memory
         calls = 5 * taps
     else:
-        form = s.count * positions**2 * s.outputs / product + s.count * _form(s) / memory
+        detour = s.guarded and s.itemsize == 4 and s.outputs < positions
+        rate = machine.convolution if detour and suits(s.count * s.outputs, positions) else product
+        form = s.count * positions**2 * s.outputs / rate + s.count * _form(s) / memory
         if route == "patch_gram":
             work = positions**2 * s.inputs * taps / product + s.inputs * taps * positions / machine.gather
             calls = 16
         else:
-            added, size = 0.0, list(s.size)
-            for axis in reversed(range(len(size))):
+            added, size = 0.0, list(s.image)
+            for axis in range(len(size)):
                 size[axis] = s.positions[axis]
                 added += math.prod(size) ** 2 * s.kernel[axis]
-            work = pixels**2 * s.inputs / product + added / memory
-            calls = 16 + sum(s.kernel)
+            work = math.prod(s.image) ** 2 * s.inputs / product + added * wide / machine.filter
+            calls = 16 + 3 * sum(s.kernel)
         work += form + machine.sample * 2
     return units * work + chunks * calls * machine.call
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgrad.ops.conv_geometry import Problem
+from fastgrad.ops.products import product
 
 #: Largest D / ||G||^2 a float32 Gram result is kept for. One rounding is 6e-8 and errors of different terms
 #: are independent, so the relative error stays near 6e-8 * 100 = 6e-6.
@@ -63,9 +64,14 @@ def _samples(p: Problem) -> Tensor:
     return x.reshape(x.shape[0] * p.groups, x.shape[1] // p.groups, *x.shape[2:])
 
 
+def _images(p: Problem) -> Tensor:
+    """`_samples`, the positions of a channel side by side where windows are to be gathered from them."""
+    return _samples(p if math.prod(p.kernel) == 1 else p._replace(a=p.a.contiguous()))
+
+
 def patch(p: Problem) -> Tensor:
     """Gather all patches, one batched product: cost 2 T C K O."""
-    x = _samples(p)
+    x = _images(p)
     columns = _windows(x, p, 0)
     columns = columns.reshape(x.shape[0], x.shape[1] * math.prod(p.kernel), -1)
     g = _gradient_matrix(p)
@@ -75,7 +81,7 @@ def patch(p: Problem) -> Tensor:
 
 def rows(p: Problem) -> Tensor:
     """Gather windows along all axes but the first, where (stride 1) a shift is only an offset: k products."""
-    x = _samples(p)
+    x = _images(p)
     columns = _windows(x, p, 1)
     columns = columns.reshape(x.shape[0], x.shape[1] * math.prod(p.kernel[1:]), -1)
     g = _gradient_matrix(p)
@@ -131,13 +137,19 @@ def taps(p: Problem) -> Tensor:
     return norms
 
 
-def _quadratic_form(gram: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
+def _quadratic_form(gram: Tensor, p: Problem, concrete: bool) -> tuple[Tensor, Tensor]:
     """``sum_{t,t'} gram[t, t'] (g_t . g_t')`` and its diagonal part, both ``(K, B)``."""
     g = _gradient_matrix(p).to(gram.dtype)
     outputs, positions = g.shape[2:]
     if outputs < positions:  # fewer elements in g than in its Gram matrix; one product serves all K
-        moved = torch.bmm(g.flatten(1, 2), gram).view(g.shape)
-        norms = (moved * g).sum(-1).sum(-1, dtype=torch.float64)
+        flat = g.flatten(1, 2)
+        if flat.stride(2) == 1:
+            moved = product(flat, gram, concrete=concrete) * flat
+            norms = moved.view(g.shape).sum(-1).sum(-1, dtype=torch.float64)
+        else:  # positions first; the Gram matrix is symmetric
+            flat = flat.transpose(1, 2)
+            moved = product(gram, flat, concrete=concrete) * flat
+            norms = moved.sum(1).view(g.shape[:3]).sum(-1, dtype=torch.float64)
         squares = g.square().sum(2)
     else:
         flat = g.flatten(0, 1)
@@ -148,41 +160,65 @@ def _quadratic_form(gram: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
     return _ungroup(norms, p), _ungroup(incoherent, p)
 
 
-def patch_gram(p: Problem, wide: bool = False) -> tuple[Tensor, Tensor]:
+def patch_gram(p: Problem, wide: bool = False, concrete: bool = False) -> tuple[Tensor, Tensor]:
     """Gram matrix of the gathered patches: cost T^2 (C K + O)."""
     x = _samples(p)
     columns = _windows(x.double() if wide else x, p, 0)
     columns = columns.reshape(x.shape[0], x.shape[1] * math.prod(p.kernel), -1)
-    return _quadratic_form(torch.bmm(columns.transpose(1, 2), columns), p)
+    return _quadratic_form(torch.bmm(columns.transpose(1, 2), columns), p, concrete)
 
 
-def box_gram(p: Problem, wide: bool = False) -> tuple[Tensor, Tensor]:
+def _box_filter(gram: Tensor, p: Problem, axis: int) -> Tensor:
+    """Sum of the copies of a Gram matrix ``(X, *L, *L)`` that one axis of the window reads.
+
+    Pixels outside the image are zero, so a copy only reaches the positions whose pixel lies inside.
+    """
+    axes, step = len(p.kernel), p.stride[axis]
+    size, positions = int(gram.shape[1 + axis]), int(p.g.shape[3 + axis])
+
+    def at(places: slice) -> tuple[slice, ...]:
+        index = [slice(None)] * (1 + 2 * axes)
+        index[1 + axis] = index[1 + axes + axis] = places
+        return tuple(index)
+
+    copies = []
+    for tap in range(p.kernel[axis]):
+        start = tap * p.dilation[axis] - p.pads[axis][0]
+        first, last = max(0, -(start // step)), min(positions - 1, (size - 1 - start) // step)
+        if first <= last:
+            seen = gram[at(slice(first * step + start, last * step + start + 1, step))]
+            copies.append((last - first + 1 < positions, slice(first, last + 1), seen))
+    copies.sort(key=lambda copy: copy[0])  # a copy that reaches every position, if there is one, comes first
+    shape = list(gram.shape)
+    shape[1 + axis] = shape[1 + axes + axis] = positions
+    if copies and not copies[0][0]:
+        total = copies.pop(0)[2].clone(memory_format=torch.contiguous_format)
+    else:
+        total = gram.new_zeros(shape)
+    for _, places, seen in copies:
+        total[at(places)] += seen
+    return total
+
+
+def box_gram(p: Problem, wide: bool = False, concrete: bool = False) -> tuple[Tensor, Tensor]:
     """Gram matrix of the patches as a diagonal box filter of that of the pixels.
 
     ``p_t . p_t' = sum_d a[s t + d] . a[s t' + d]``: one pixel Gram matrix, then k shifted copies of it added
     along each axis. Any stride and dilation.
     """
-    x = _samples(p)
+    x, axes = p.a, len(p.kernel)
+    for axis, (_, after) in enumerate(p.pads):
+        if after < 0:  # pixels no window reaches
+            x = x.narrow(2 + axis, 0, x.shape[2 + axis] + after)
+    size = x.shape[2:]
+    x = x.reshape(x.shape[0] * p.groups, x.shape[1] // p.groups, -1)
     if wide:
         x = x.double()
-    size = x.shape[2:]
-    flat = x.flatten(2)
-    gram = torch.bmm(flat.transpose(1, 2), flat).view(-1, *size, *size)
-    axes = len(size)
-    for axis in reversed(range(axes)):
-        step, dilation, positions = p.stride[axis], p.dilation[axis], p.g.shape[3 + axis]
-        total = None
-        for tap in range(p.kernel[axis]):
-            start = tap * dilation
-            window = slice(start, start + (positions - 1) * step + 1, step)
-            index = [slice(None)] * (1 + 2 * axes)
-            index[1 + axis] = index[1 + axes + axis] = window
-            view = gram[tuple(index)]
-            total = view if total is None else total + view
-        assert total is not None
-        gram = total
+    gram = torch.bmm(x.transpose(1, 2), x).view(-1, *size, *size)
+    for axis in range(axes):
+        gram = _box_filter(gram, p, axis)
     positions = math.prod(p.g.shape[3:])
-    return _quadratic_form(gram.reshape(-1, positions, positions), p)
+    return _quadratic_form(gram.view(-1, positions, positions), p, concrete)
 
 
 DIRECT = {"patch": patch, "rows": rows, "grouped": grouped, "taps": taps}
@@ -215,7 +251,7 @@ def run(route: str, p: Problem, *, guarded: bool, fallback: str = "patch") -> Te
     if route in DIRECT:
         return DIRECT[route](p)
     single = p.a.dtype == torch.float32
-    norms, incoherent = GRAM[route](p, wide=single and not guarded)
+    norms, incoherent = GRAM[route](p, wide=single and not guarded, concrete=guarded)
     if guarded and single:
         lost = (norms * CANCELLATION_LIMIT < incoherent).any(0)
         if bool(lost.any()):

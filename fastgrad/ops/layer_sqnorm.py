@@ -73,6 +73,7 @@ def shape_of(p: Problem, *, guarded: bool = True) -> conv_cost.Shape:
         inputs=int(p.a.shape[1]) // p.groups,
         outputs=int(p.g.shape[2]) // p.groups,
         size=tuple(int(n) + sum(pair) for n, pair in zip(p.a.shape[2:], p.pads, strict=True)),
+        image=tuple(int(n) + min(0, after) for n, (_, after) in zip(p.a.shape[2:], p.pads, strict=True)),
         positions=tuple(int(n) for n in p.g.shape[3:]),
         kernel=p.kernel,
         stride=p.stride,
