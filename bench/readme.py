@@ -20,6 +20,7 @@ Tables, each made from the file of the same name in ``bench/results``:
   line of machine, versions, revision and floors of a file.
 - ``compile``: the machine code of each kernel, the worst of its cases (``python -m bench.compile_report --out``).
 - ``predicted``: the static performance model (``python -m bench.roofline --out``).
+- ``detection``: AUROC by method from ``adversarial``, ``ood`` and ``corruption``, a mean for each group of cases.
 - any other file with ``rows``, those of ``bench/paper`` included: detection rows as cases against methods (AUROC),
   everything else as it is. Words after the name keep the rows in which a value equals them.
 
@@ -42,6 +43,11 @@ from bench import report, results_file
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"<!-- (table|value): ([^>]+?) -->(.*?)<!-- end -->", re.DOTALL)
+HEADS_OF_GROUPS = {
+    "adversarial": "attacks",
+    "ood": "CIFAR-10, other sets",
+    "corruption": "corruptions",
+}
 MEASURED = ("last-layer", "network", "rows", "end-to-end", "quick")
 
 
@@ -64,6 +70,8 @@ def table(words: str, folder: Path = results_file.RESULTS) -> str:
     name, _, rest = words.strip().partition(" ")
     if name == "environment":
         return report.environment(load(rest, folder))
+    if name == "detection":
+        return summary(folder)
     document = load(name, folder)
     if "cases" in document and "seed" in document:
         return measured(document["cases"], rest)
@@ -81,6 +89,37 @@ def table(words: str, folder: Path = results_file.RESULTS) -> str:
     if not rows:
         raise ValueError(f"{name} must have rows with {rest!r}; it had none")
     return results_file.table(rows, {key: key for key in rows[0]})
+
+
+def summary(folder: Path) -> str:
+    """Mean AUROC of every method that saw no labels over attacks, other sets and corruptions.
+
+    A case is an attack, a set or a corruption (mean over severities), a mean over networks; the last columns
+    are the mean over all cases and the lowest.
+    """
+    groups: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for name, head in HEADS_OF_GROUPS.items():
+        for row in load(name, folder)["rows"]:
+            case = row["case"].partition("/")[0]
+            if not any(word in case for word in ("after JPEG", "grey")):
+                group = "digits, other sets" if row["network"].startswith("mnist") else head
+                cases = groups.setdefault(row["method"], {}).setdefault(group, {})
+                cases.setdefault(case, []).append(row["auroc"])
+    heads = list(dict.fromkeys(group for found in groups.values() for group in found))
+    lines = []
+    for method, found in groups.items():
+        # A method that lacks a group, or needs labels, would be compared on other terms.
+        if set(found) == set(heads):
+            means = {g: {case: sum(v) / len(v) for case, v in cases.items()} for g, cases in found.items()}
+            every = {case: value for cases in means.values() for case, value in cases.items()}
+            lowest = min(every, key=lambda case, every=every: every[case])
+            line = {"method": method}
+            line |= {g: f"{sum(means[g].values()) / len(means[g]):.3f}" for g in heads}
+            line["all cases"] = f"{sum(every.values()) / len(every):.3f}"
+            line["lowest"] = f"{every[lowest]:.3f} ({lowest})"
+            lines.append(line)
+    lines.sort(key=lambda line: line["all cases"], reverse=True)
+    return results_file.table(lines, {key: key for key in ("method", *heads, "all cases", "lowest")})
 
 
 def measured(cases: Sequence[report.Row], text: str = "") -> str:

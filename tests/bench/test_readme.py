@@ -56,6 +56,32 @@ def test_detection_rows_become_cases_against_methods(folder: pathlib.Path) -> No
     assert "| n | c | 0.900 ± 0.010 | 0.500 ± 0.010 |" in readme.table("ood", folder)
 
 
+def test_detection_summary_takes_means_over_severities_networks_and_cases(tmp_path: pathlib.Path) -> None:
+    def write(name: str, cells: list[tuple[str, str, str, float]]) -> None:
+        rows = [dict(zip(("network", "case", "method", "auroc"), cell, strict=True)) for cell in cells]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
+
+    write("adversarial", [
+        ("resnet", "FGSM", "fastgrad", 0.6), ("densenet", "FGSM", "fastgrad", 0.8),
+        ("resnet", "FGSM after JPEG", "fastgrad", 0.1), ("resnet", "FGSM", "labelled", 1.0),
+        ("resnet", "FGSM", "energy", 0.5),
+    ])  # fmt: skip
+    write("ood", [
+        ("cifar10 resnet", "svhn", "fastgrad", 0.9), ("cifar10 resnet", "grey cifar10 (control)", "fastgrad", 0.1),
+        ("mnist resnet", "scenes", "fastgrad", 1.0), ("cifar10 resnet", "svhn", "energy", 0.5),
+        ("mnist resnet", "scenes", "energy", 0.8),
+    ])  # fmt: skip
+    write("corruption", [
+        ("resnet", "fog/1", "fastgrad", 0.4), ("resnet", "fog/2", "fastgrad", 0.8),
+        ("resnet", "frost/1", "fastgrad", 0.8), ("resnet", "fog/1", "energy", 0.6),
+    ])  # fmt: skip
+    table = readme.table("detection", tmp_path)
+    # (0.7 + 0.9 + 1.0 + 0.6 + 0.8) / 5; fog is the mean of its severities.
+    assert "| fastgrad | 0.700 | 0.900 | 1.000 | 0.700 | 0.800 | 0.600 (fog) |" in table
+    assert "| energy | 0.500 | 0.500 | 0.800 | 0.600 | 0.600 | 0.500 (FGSM) |" in table
+    assert "labelled" not in table
+
+
 def test_factor_and_rate(folder: pathlib.Path) -> None:
     assert readme.value("network | net B=8 | vmap(grad) | faster", folder) == "8"
     assert readme.value("network | net B=8 | fastgrad | per second", folder) == "16"
