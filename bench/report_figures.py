@@ -13,7 +13,11 @@ from bench import harness_floor, report
 
 #: A colour for each implementation, the same in every figure; fastgrad's stand out.
 _OURS = ["#c1272d", "#e8703a", "#f0a04b"]
-_OTHERS = ["#1f4e79", "#5b8db8", "#6a9a5b", "#8c6bb1", "#7f7f7f", "#b8a13a", "#3b9c9c", "#a05a7a"]
+_OTHERS = [
+    "#1f4e79", "#5b8db8", "#6a9a5b", "#8c6bb1", "#7f7f7f", "#b8a13a", "#3b9c9c", "#a05a7a", "#2f2f2f", "#a9c9e8",
+    "#b5d6a7", "#c9b3dd", "#6b4a2b",
+]  # fmt: skip
+Bars = list[tuple[str, list[tuple[str, float]]]]
 
 
 def draw(folder: Path, name: str, document: Mapping[str, Any]) -> list[str]:
@@ -28,14 +32,36 @@ def draw(folder: Path, name: str, document: Mapping[str, Any]) -> list[str]:
     colours = _colours(cases)
     drawn = []
     plans: list[tuple[str, Callable[[list[report.Row], dict[str, str]], Any]]] = [
-        ("scaling", _scaling), ("speedup", _speedup), ("memory", _memory), ("cost", _cost),
+        ("speedup", _speedup), ("memory", _memory), ("cost", _cost),
     ]  # fmt: skip
+    figures = {f"{name}-scaling": _scaling(cases, colours)}
+    tasks: dict[str, list[report.Row]] = {}
+    for row in cases:
+        tasks.setdefault(_task(row["case"]), []).append(row)
     for kind, plan in plans:
-        figure = plan(cases, colours)
+        for task, rows in sorted(tasks.items()):
+            figures["-".join(filter(None, (name, task, kind)))] = plan(rows, colours)
+    for file, figure in figures.items():
         if figure is not None:
-            figure.savefig(folder / f"{name}-{kind}.png", dpi=130, bbox_inches="tight")
-            drawn.append(f"{name}-{kind}.png")
+            figure.savefig(folder / f"{file}.png", dpi=130, bbox_inches="tight")
+            drawn.append(f"{file}.png")
     return drawn
+
+
+def _task(case: str) -> str:
+    """What is computed, for cases that are named by it and their sizes (``uniform target B=8 N=10``)."""
+    first, sizes, _ = case.partition(" B=")
+    return first.replace(" ", "-") if sizes and "N" in _sizes(case) else ""
+
+
+def _ordered(cases: Sequence[report.Row]) -> list[tuple[str, list[report.Row]]]:
+    """Cases by classes, then samples, where they have both; others as they come."""
+
+    def key(item: tuple[str, list[report.Row]]) -> tuple[int, int]:
+        sizes = _sizes(item[0])
+        return (sizes["N"], sizes["B"]) if "N" in sizes else (0, 0)
+
+    return sorted(report.grouped(cases).items(), key=key)
 
 
 def _colours(cases: Sequence[report.Row]) -> dict[str, str]:
@@ -121,7 +147,7 @@ def _floor_line(
 
 
 def _bars(
-    groups: list[tuple[str, list[tuple[str, float]]]],
+    groups: Bars,
     colours: dict[str, str],
     label: str,
     *,
@@ -145,7 +171,8 @@ def _bars(
         names.append(case)
         place += 1.1
     panel.set_yticks(ticks, names, fontsize=7)
-    panel.invert_yaxis()
+    # No more room above and below than between two blocks.
+    panel.set_ylim(place - 0.5, -1.1)
     if log:
         panel.set_xscale("log")
     if line:
@@ -159,7 +186,7 @@ def _bars(
 
 def _speedup(cases: list[report.Row], colours: dict[str, str]) -> Any:
     groups = []
-    for case, group in report.grouped(cases).items():
+    for case, group in _ordered(cases):
         mine = report.best(group)
         bars = [
             (r["implementation"], r["median_s"] / mine["median_s"]) for r in group
@@ -172,7 +199,7 @@ def _speedup(cases: list[report.Row], colours: dict[str, str]) -> Any:
 
 def _memory(cases: list[report.Row], colours: dict[str, str]) -> Any:
     groups = []
-    for case, group in report.grouped(cases).items():
+    for case, group in _ordered(cases):
         bars = [(r["implementation"], r["peak_bytes"] / 2**20) for r in group if r["peak_bytes"]]
         if bars:
             groups.append((case, bars))
@@ -182,7 +209,7 @@ def _memory(cases: list[report.Row], colours: dict[str, str]) -> Any:
 def _cost(cases: list[report.Row], colours: dict[str, str]) -> Any:
     """Time over that of a forward pass, where the case has one."""
     groups = []
-    for case, group in report.grouped(cases).items():
+    for case, group in _ordered(cases):
         base = [r["median_s"] for r in group if r["implementation"] in ("forward", "network alone")]
         if base and base[0]:
             bars = [(r["implementation"], r["median_s"] / base[0]) for r in group if r["median_s"]]
