@@ -14,7 +14,9 @@ and the graph runs without this package::
     model = torch._inductor.aoti_load_package("model.pt2")
     logits, probabilities, uncertainty = model(x)     # x (B, *input shape), normalized with mean and std
 
-The graph is native code: load only files that you would also run as programs.
+There ``x`` must have the dtype and shape of the description and be contiguous (``x.contiguous()``): native code
+reads memory as it is and checks nothing. `ModelPackage` checks all that. The graph is native code: load only files
+that you would also run as programs.
 """
 
 from __future__ import annotations
