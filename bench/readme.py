@@ -21,6 +21,7 @@ Tables, each made from the file of the same name in ``bench/results``:
 - ``compile``: the machine code of each kernel, the worst of its cases (``python -m bench.compile_report --out``).
 - ``predicted``: the static performance model (``python -m bench.roofline --out``).
 - ``detection``: AUROC by method from ``adversarial``, ``ood`` and ``corruption``, a mean for each group of cases.
+- ``labelled``: AUROC of the methods trained on labelled attacks, a mean over the attacks for each network.
 - any other file with ``rows``, those of ``bench/paper`` included: detection rows as cases against methods (AUROC),
   everything else as it is. Words after the name keep the rows in which a value equals them.
 
@@ -72,6 +73,8 @@ def table(words: str, folder: Path = results_file.RESULTS) -> str:
         return report.environment(load(rest, folder))
     if name == "detection":
         return summary(folder)
+    if name == "labelled":
+        return labelled(folder)
     document = load(name, folder)
     if "cases" in document and "seed" in document:
         return measured(document["cases"], rest)
@@ -120,6 +123,21 @@ def summary(folder: Path) -> str:
             lines.append(line)
     lines.sort(key=lambda line: line["all cases"], reverse=True)
     return results_file.table(lines, {key: key for key in ("method", *heads, "all cases", "lowest")})
+
+
+def labelled(folder: Path) -> str:
+    """Mean AUROC over the attacks, for each network, of every method that is trained on the attack itself."""
+    unlabelled = {row["method"] for row in load("ood", folder)["rows"]}
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in load("adversarial", folder)["rows"]:
+        # Mahalanobis P needs images and so has no row among the other sets; it needs no labels either.
+        if row["method"] not in unlabelled | {"Mahalanobis P"} and "after JPEG" not in row["case"]:
+            found.setdefault(row["method"], {}).setdefault(row["network"], []).append(row["auroc"])
+    lines = [
+        {"trained on labelled attacks": method} | {n: f"{sum(v) / len(v):.3f}" for n, v in networks.items()}
+        for method, networks in found.items()
+    ]
+    return results_file.table(lines, {key: key for key in lines[0]})
 
 
 def measured(cases: Sequence[report.Row], text: str = "") -> str:

@@ -80,6 +80,8 @@ def test_detection_summary_takes_means_over_severities_networks_and_cases(tmp_pa
     assert "| fastgrad | 0.700 | 0.900 | 1.000 | 0.700 | 0.800 | 0.600 (fog) |" in table
     assert "| energy | 0.500 | 0.500 | 0.800 | 0.600 | 0.600 | 0.500 (FGSM) |" in table
     assert "labelled" not in table
+    assert "| labelled | 1.000 |" in readme.table("labelled", tmp_path)
+    assert "fastgrad" not in readme.table("labelled", tmp_path)
 
 
 def test_factor_and_rate(folder: pathlib.Path) -> None:
