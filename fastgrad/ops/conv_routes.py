@@ -110,7 +110,8 @@ def grouped(p: Problem) -> Tensor:
     count, batch, channels = p.g.shape[:3]
     inputs, outputs = x.shape[1] // p.groups, channels // p.groups
     g = _gradient_matrix(p)
-    weight = x.new_empty(1).expand(batch * p.groups * count * outputs, inputs, *p.kernel)
+    # Only its shape is read; a broadcast one would be written out by the operator.
+    weight = x.new_empty((batch * p.groups * count * outputs, inputs, *p.kernel))
     gradient = torch.ops.aten.convolution_backward(
         g.reshape(1, -1, *p.g.shape[3:]), x.reshape(1, -1, *x.shape[2:]), weight, None, p.stride, pads,
         p.dilation, False, [0] * len(pads), batch * p.groups, [False, True, False],
