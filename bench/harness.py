@@ -5,6 +5,7 @@ Rules, the same for every case:
 - An implementation is checked against float64 on the inputs it is timed on. One that fails, or that does not accept
   the task, is reported with ``correct: false`` and never timed.
 - The implementations of a case take turns, sample by sample, so that a machine that slows down slows all of them.
+  Those of whole-network cases do so in processes of their own on a CPU (see `bench.harness_isolated`).
 - On a CPU a sample is wall time (``time.perf_counter``) over as many calls as fill a millisecond, with two threads
   unless asked otherwise. On a GPU it is the time between two CUDA events around one replay of a CUDA graph (one call
   where the task cannot be captured), with the second-level cache overwritten before it.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,17 +109,17 @@ def run_case(
             continue
         result = Result(case.name, item.name, case.relative_to, False)
         results.append(result)
-        call = _gate(item, result)
+        call = gate(item, result)
         if call is not None:
             ready.append((result, call if device == "cpu" or not item.graph else graphed(call)))
-    _time(ready, clock(device), budget_s)
+    take_turns(ready, clock(device), budget_s)
     for result, call in ready:
         result.peak_bytes = harness_memory.peak_bytes(call, device)
     gc.collect()
     return results
 
 
-def _gate(item: Implementation, result: Result) -> Callable[[], Any] | None:
+def gate(item: Implementation, result: Result) -> Callable[[], Any] | None:
     """The prepared call if its result is right, else None and the reason in ``result``."""
     try:
         call = item.prepare()
@@ -160,8 +161,8 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def _time(ready: list[tuple[Result, Callable[[], Any]]], measure: Clock, budget_s: float) -> None:
-    """Take turns until the budget is spent."""
+def take_turns(ready: Sequence[tuple[Result, Any]], measure: Clock, budget_s: float) -> None:
+    """Time calls in turns until the budget is spent; ``measure`` knows how to run them."""
     if not ready:
         return
     share = budget_s / len(ready)

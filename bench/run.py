@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench import harness, harness_revisions, report
+from bench import harness, harness_isolated, harness_revisions, report
 from bench.selections import SELECTIONS, cases
 
 
@@ -99,6 +99,7 @@ def measure(options: argparse.Namespace, device: str) -> list[harness.Result]:
     """Run the chosen cases; progress goes to standard error."""
     torch.set_num_threads(options.threads)
     texts = options.only.split("|")
+    source = harness_isolated.Source(options.selection, options.seed, options.tiny, options.threads)
     found: list[harness.Result] = []
     start = time.perf_counter()
     with warnings.catch_warnings():
@@ -110,7 +111,10 @@ def measure(options: argparse.Namespace, device: str) -> list[harness.Result]:
             if options.limit is not None and time.perf_counter() - start > options.limit:
                 print(f"not measured for lack of time: {case.name}", file=sys.stderr, flush=True)
                 continue
-            results = harness.run_case(case, device, options.budget)
+            if device == "cpu" and options.selection in harness_isolated.SELECTIONS:
+                results = harness_isolated.run_case(case, source, options.budget)
+            else:
+                results = harness.run_case(case, device, options.budget)
             found += results
             line = ", ".join(f"{r.implementation} {report.duration(r.quantile(0.5))}" for r in results)
             print(f"[{time.perf_counter() - start:4.0f} s] {case.name}: {line}", file=sys.stderr, flush=True)

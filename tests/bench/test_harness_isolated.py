@@ -1,0 +1,21 @@
+"""An implementation in a process of its own answers as it would in this one."""
+
+from __future__ import annotations
+
+from bench import harness_isolated
+from bench.selections import cases
+
+
+def test_worker_checks_times_and_stops() -> None:
+    source = harness_isolated.Source("network", seed=0, tiny=True, threads=1)
+    case = next(c for c in cases("network", "cpu", 0, True) if c.name.startswith("plain CNN"))
+    worker = harness_isolated.Worker(source, case.name, "fastgrad")
+    try:
+        result = worker.ask("result")
+        assert result.correct, result.note
+        assert (result.case, result.implementation) == (case.name, "fastgrad")
+        assert worker.ask("time", 2) > 0
+        assert worker.ask("memory") > 0
+    finally:
+        worker.stop()
+    assert not worker._process.is_alive()
