@@ -176,7 +176,7 @@ def seconds(route: str, s: Shape, machine: Machine = CPU_TWO_CORES) -> float:
                 size[axis] = s.positions[axis]
                 added += math.prod(size) ** 2 * s.kernel[axis]
             work = math.prod(s.image) ** 2 * s.inputs / product + added * wide / machine.filter
-            calls = 16 + 3 * sum(s.kernel)
+            calls = 16 + sum(s.kernel)
         work += form + machine.sample * 2
     return units * work + chunks * calls * machine.call
 
