@@ -21,11 +21,12 @@ def stack(parts: Sequence[Mapping[str, NDArray[np.float32]]]) -> Arrays:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-#: The default detector without one of its blocks. The last two are controls: what remains without gradients.
+#: The default detector without some of its blocks. The last three are controls: what remains without gradients.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "fastgrad": (),
     "without image statistics": ("image",),
     "without gradients (control)": ("gradients",),
+    "logits and h alone (control)": ("gradients", "image"),
     "image statistics alone (control)": ("gradients", "logits", "features"),
 }
 
