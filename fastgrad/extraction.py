@@ -169,8 +169,10 @@ class Extraction:
         return logits, blocks
 
     def _forward(self, box: Box, args: Any, kwargs: Any) -> Tensor:
+        shadow = Shadow(Tapped(self.model, self.head))
+        _attend_alike(shadow.root)
         with torch.no_grad():
-            logits = logits_of(Shadow(Tapped(self.model, self.head)).root(box, *args, **kwargs))
+            logits = logits_of(shadow.root(box, *args, **kwargs))
         return logits.detach()
 
     def _last_layer(self, box: Box, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -181,6 +183,20 @@ class Extraction:
         bias = getattr(self.model.get_submodule(self.head), "bias", None) is not None
         norms = functional.contrast_sqnorm(features, logits, bias=bias, log=self.log)
         return logits, {"contrasts": norms}
+
+
+def _attend_alike(root: nn.Module) -> None:
+    """Let torch's attention modules compute as they do with gradients.
+
+    Without, in evaluation mode, they take a path of their own that rounds otherwise and that tracers cannot
+    follow: the features would differ from those of an exported graph. Only a private copy is to be changed.
+    """
+    for module in root.modules():
+        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            # Of the modules' own code this switches the path and the dropout of attention weights, nothing else.
+            module.training = True
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
 
 
 def class_of_rank(logits: Tensor, rank: int) -> Tensor:

@@ -23,3 +23,36 @@ def test_a_batch_worked_through_in_pieces_gives_the_same_blocks(
     for name, block in whole.items():
         # A product of a matrix with another number of rows may sum in another order: eps times the terms of a sum.
         torch.testing.assert_close(pieces[name], block, rtol=1e-12, atol=1e-12)
+
+
+class Attention(nn.Module):
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
+        if layer == "attention":
+            self.mix = nn.MultiheadAttention(32, 4, dropout=0.5, batch_first=True)
+        else:
+            self.mix = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.5, batch_first=True)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = self.mix(x, x, x, need_weights=False)[0] if self.layer == "attention" else self.mix(x)
+        return self.head(mixed.mean(1))
+
+
+@pytest.mark.parametrize("layer", ["attention", "encoder layer"])
+def test_attention_rounds_as_it_does_with_gradients(layer: str) -> None:
+    torch.manual_seed(0)
+    model = Attention(layer)
+    for module in model.modules():
+        module.training = False
+    x = torch.randn(6, 50, 32)
+    with torch.enable_grad():
+        expected = model(x).detach()
+    extraction = Extraction(model, "last_layer")
+    logits, _ = extraction(x)
+    assert torch.equal(logits, expected)
+    assert torch.equal(extraction.plain(x)[0], expected)
+    assert not any(module.training for module in model.modules())
+    if layer == "attention":
+        assert model.mix.dropout == 0.5
