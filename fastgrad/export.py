@@ -8,9 +8,11 @@ and AOTInductor compiles it to native code in a ``.pt2``. `fastgrad.package` say
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -118,7 +120,8 @@ def compile_function(
     loop = any("while_loop" in str(node.target) for node in program.graph.nodes)
 
     def make(file: Path) -> None:
-        with warnings.catch_warnings():
+        own = _own_kernels() if example_input.device.type == "cpu" else contextlib.nullcontext()
+        with warnings.catch_warnings(), own:
             warnings.simplefilter("ignore")
             torch._inductor.aoti_compile_and_package(
                 program,
@@ -138,6 +141,31 @@ def compile_function(
         finish(file)
 
     replace_atomically(make, path)
+
+
+@contextlib.contextmanager
+def _own_kernels() -> Iterator[None]:
+    """While it lasts, compile calls of PyTorch's kernels for what compiled code would round in another way.
+
+    With these a convolutional network or vision transformer gives its logits bit for bit, so that the detector
+    has no difference to magnify. Fused, they would hardly be faster on a CPU.
+    """
+    from torch._inductor import decomposition
+
+    aten = torch.ops.aten
+    names = (aten.native_layer_norm.default, aten.native_group_norm.default, aten.gelu.default)
+    tables = [decomposition.decompositions, decomposition.fast_random_decomps()]
+    kept = [(table, name, table.pop(name)) for table in tables for name in names if name in table]
+    # It warns that such a call is found by name.
+    log = logging.getLogger("torch._inductor.ir")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        for table, name, function in kept:
+            table[name] = function
 
 
 def require_compiler() -> None:
