@@ -147,8 +147,8 @@ def compile_function(
 def _own_kernels() -> Iterator[None]:
     """While it lasts, compile calls of PyTorch's kernels for what compiled code would round in another way.
 
-    With these a convolutional network or vision transformer gives its logits bit for bit, so that the detector
-    has no difference to magnify. Fused, they would hardly be faster on a CPU.
+    With these the features of a convolutional network or vision transformer are those of the live one, bit for bit
+    or nearly, so that the detector has no difference to magnify.
     """
     from torch._inductor import decomposition
 

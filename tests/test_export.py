@@ -13,7 +13,7 @@ import torch
 from deploy_models import TinyTwoStage
 from torch import nn
 
-from fastgrad.export import export, trace
+from fastgrad.export import compile_function, export, trace
 from fastgrad.package import Description, ModelPackage, PackageError, read_description
 
 
@@ -208,3 +208,17 @@ def test_a_two_stage_model_in_one_file(gradients: str, one_by_one: bool | None, 
     for batch in (1, 3, 64):
         x, _ = shapes(batch, 2000 + batch)
         assert_equal(package(x), live(x))
+
+
+@pytest.mark.slow
+def test_normalisation_and_gelu_round_as_in_the_live_network(tmp_path: Path) -> None:
+    from torch._inductor import decomposition
+
+    known = set(decomposition.decompositions)
+    net = nn.Sequential(nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.LayerNorm(256)).eval()
+    compile_function(lambda x: net(x).detach(), torch.zeros(2, 4, 8, 8), tmp_path / "n.pt2")
+    assert set(decomposition.decompositions) == known
+    run = torch._inductor.aoti_load_package(str(tmp_path / "n.pt2"))
+    for batch in (1, 2, 9):
+        x = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(batch))
+        assert torch.equal(run(x), net(x))
