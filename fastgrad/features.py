@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from fastgrad import losses
@@ -23,6 +24,7 @@ from fastgrad.layers.network import (
     take,
 )
 from fastgrad.layers.plan import Plan, Route, refuse_mixing
+from fastgrad.layers.registry import LayerRule
 from fastgrad.layers.run import Run
 from fastgrad.layers.shadow import Shadow, ordinary
 from fastgrad.layers.tracing import is_symbolic, trace
@@ -232,8 +234,9 @@ class GradientFeatures:
             scale = delta.abs().amax(-1, keepdim=True)
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))
             unit = (delta / scale).to(logits.dtype)
-            if is_symbolic(samples):
-                # Functorch's batched tensors cannot be traced with a symbolic batch.
+            # Functorch's batched tensors cannot be traced with a symbolic batch, nor where a rule differentiates.
+            replays = any(not isinstance(site.rule, LayerRule) and not site.rank for site in plan.sites)
+            if is_symbolic(samples) or (replays and isinstance(logits, FakeTensor)):
                 features = torch.stack(
                     [squared_norms(run, [logits], [u], plan.names, z, keep=True) for u in unit]
                 )

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import unroll
+from fastgrad.features import GradientFeatures
 
 
 def gradient_norms(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,3 +103,29 @@ def test_folded_batch_norms_round_as_the_operator_does(shape: tuple[int, ...]) -
     expected = norm(x).detach()
     # Machines without a fused multiply-add round twice: half a unit in the last place of each of the two results.
     assert torch.equal(once, expected) or torch.allclose(once, expected, rtol=1.2e-7, atol=2.4e-7)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_signals_of_a_network_with_attention(one_by_one: bool) -> None:
+    """Its rule differentiates within the backward pass, which batched tensors do not allow a tracer to follow."""
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.mix(x, x, x, need_weights=False)[0].mean(1))
+
+    extractor = GradientFeatures(
+        Model().double().eval(), signals=[("bce", "ones"), ("cross_entropy", "predicted")]
+    )
+    example = torch.randn(2, 5, 8, dtype=torch.float64)
+    extractor(example)
+    program = unroll.trace(extractor, example, one_by_one=one_by_one)
+    x = torch.randn(4, 5, 8, dtype=torch.float64)
+    for ours, expected in zip(program.module()(x), extractor(x), strict=True):
+        # The key's bias has gradient zero but for rounding: eps squared beside the others' squares.
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-24)
