@@ -55,7 +55,8 @@ class UpperTail(Fitted):
         log_p = torch.log(torch.arange(n + 1, 1, -1, dtype=torch.float64) / (n + 1))
         # The lowest map above this one that falls nowhere faster.
         line = steepest * (ordered - ordered[n // 2])
-        log_p = torch.cummax(log_p + line, 0).values - line
+        # Adding and subtracting a long line rounds: never below the conformal value for that.
+        log_p = torch.maximum(log_p, torch.cummax(log_p + line, 0).values - line)
         first = min(n - 1, max(0, n - max(1, math.ceil(tail * n))))
         excess = ordered[first + 1 :] - ordered[first]
         scale = torch.clamp(excess.mean() if len(excess) else ordered.new_zeros(()), min=1 / steepest)
