@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from bench import harness_isolated
-from bench.selections import cases
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from bench import harness_isolated  # noqa: E402
+from bench.selections import cases  # noqa: E402
 
 
 def test_worker_checks_times_and_stops() -> None:
