@@ -7,8 +7,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from bench import harness_isolated  # noqa: E402
-from bench.selections import cases  # noqa: E402
+from bench import harness_isolated
+from bench.selections import cases
 
 
 def test_worker_checks_times_and_stops() -> None:
