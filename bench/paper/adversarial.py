@@ -52,7 +52,7 @@ Found = dict[tuple[str, str, str], float]
 
 def compressed(attack: str) -> str:
     """The case of an attack whose images went through JPEG once more."""
-    return f"{attack} after JPEG"
+    return f"{attack} after JPEG (control)"
 
 
 def evaluate(task: tuple[Recipe, Options]) -> tuple[Found, dict[str, float]]:
