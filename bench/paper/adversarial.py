@@ -69,8 +69,7 @@ def evaluate(task: tuple[Recipe, Options]) -> tuple[Found, dict[str, float]]:
     images["fit"] = images["fit"][: options.learn]
     images["test"] = images["test"][: 2 * options.case]
     clean["test"] = {k: v[: 2 * options.case] for k, v in clean["test"].items()}
-    fitted = {name: detectors.default(subject, omitted) for name, omitted in detectors.VARIANTS.items()}
-    fitted["fastgrad one-class"] = detectors.one_class(subject)
+    fitted = detectors.from_clean(subject)
     plain = detectors.from_outputs(subject)
     layers = detectors.MahalanobisLayers(subject)
     bare = {part: layers.distances(images[part], 0.0) for part in images}

@@ -23,8 +23,7 @@ def evaluate(task: tuple[Recipe, Options]) -> dict[tuple[str, str, str], float]:
     recipe, options = task
     start = time.perf_counter()
     subject = Subject(recipe, options)
-    fitted = {name: detectors.default(subject, omitted) for name, omitted in detectors.VARIANTS.items()}
-    fitted["fastgrad one-class"] = detectors.one_class(subject)
+    fitted = detectors.from_clean(subject)
     outputs = detectors.from_outputs(subject)
 
     def scores(case: str) -> dict[str, np.ndarray]:

@@ -65,6 +65,12 @@ def default(subject: Subject, omitted: Sequence[str] = ()) -> UncertaintyDetecto
     return detector.fit(stack([clean, challenging]), labels, kinds=kinds, held_out=held_out)
 
 
+def from_clean(subject: Subject) -> dict[str, UncertaintyDetector]:
+    """Every detector of this package that has seen no labels: the default's variants and the one-class one."""
+    fitted = {name: default(subject, omitted) for name, omitted in VARIANTS.items()}
+    return fitted | {"fastgrad one-class": one_class(subject)}
+
+
 def scores(detector: UncertaintyDetector, blocks: Arrays) -> Scores:
     """``decision_function`` on those blocks that the detector was fitted on."""
     found: Scores = detector.decision_function({name: blocks[name] for name in detector.shapes_})
