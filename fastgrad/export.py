@@ -47,8 +47,9 @@ def export(
     The file's graph takes a batch of any size from 1 to ``max_batch`` and returns logits, probabilities and
     uncertainty, equal to those of the live module for contiguous inputs up to float32 rounding: measured on
     trained networks, 4e-6 for logits and 2e-5 for the uncertainty, which is -log p. To an untrained network all
-    images are nearly the same, and the detector magnifies rounding with what little they differ in. The file runs on the kind of device that holds ``example_input``, and on processors with at
-    least this one's vector instructions.
+    images are nearly the same, and the detector magnifies rounding with what little they differ in.
+    The file runs on the kind of device that holds ``example_input``, and on processors with at least this one's
+    vector instructions.
 
     Args:
         two_stage: a fitted `TwoStageModel` (whole network or last layer only), or any module in evaluation
