@@ -18,7 +18,7 @@ import numpy as np
 import results_file
 from numpy.typing import NDArray
 
-from fastgrad.drift import DriftMonitor, ScoreReference
+from fastgrad.deploy.drift import DriftMonitor, ScoreReference
 
 Scores = NDArray[np.float64]
 CALIBRATION, WINDOW, ALPHA = 2000, 100, 0.01

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.paper import data
-from fastgrad.export import compile_function, export
-from fastgrad.package import ModelPackage
+from fastgrad.deploy.export import compile_function, export
+from fastgrad.deploy.package import ModelPackage
 from fastgrad.two_stage import TwoStageModel
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)

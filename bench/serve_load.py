@@ -29,9 +29,9 @@ import results_file
 import torch
 from torch import Tensor, nn
 
-from fastgrad.export import export
-from fastgrad.images import decode_image
-from fastgrad.package import ModelPackage
+from fastgrad.deploy.export import export
+from fastgrad.deploy.images import decode_image
+from fastgrad.deploy.package import ModelPackage
 from fastgrad.two_stage import TwoStageModel
 
 SHAPE = (3, 32, 32)
@@ -108,7 +108,7 @@ def prepare(folder: Path) -> dict[str, Path]:
 
 
 def _pixels(content: bytes) -> Tensor:
-    from fastgrad.package import Description
+    from fastgrad.deploy.package import Description
 
     return decode_image(content, Description(SHAPE, "float32", 10, 1, "cpu"))
 
@@ -156,7 +156,7 @@ def load(port: int, file: Path, connections: int, each: int) -> list[float]:
 def serve(file: Path, *options: str) -> tuple[subprocess.Popen[str], int]:
     """Start the server; its process and port."""
     process = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from fastgrad.cli import main; sys.exit(main())", "serve", str(file),
+        [sys.executable, "-m", "fastgrad", "serve", str(file),
          "--port", "0", "--threads", "1", *options],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -7,10 +7,10 @@ and everything else is imported where it is first used.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-# Imported here and not on demand: importing the submodule later would put the module in the function's place.
-from fastgrad.export import export
+from fastgrad._moved import MovedFinder
 from fastgrad.functional import (
     ContrastStats,
     contrast_rows,
@@ -22,6 +22,7 @@ from fastgrad.functional import (
 )
 
 if TYPE_CHECKING:
+    from fastgrad.deploy.export import export
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
     from fastgrad.features import GradientFeatures
     from fastgrad.recorder import grad_sqnorm, record
@@ -34,6 +35,7 @@ _LAZY = {
     "IntrospectiveClassifier": "fastgrad.estimators",
     "TwoStageModel": "fastgrad.two_stage",
     "UncertaintyDetector": "fastgrad.estimators",
+    "export": "fastgrad.deploy.export",
     "grad_sqnorm": "fastgrad.recorder",
     "record": "fastgrad.recorder",
 }
@@ -66,3 +68,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# First in line: the modules of a moved package would else be found once more, under their old names.
+sys.meta_path.insert(0, MovedFinder())

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fastgrad import losses
 from fastgrad.checks import is_bool, one_of
-from fastgrad.layers.network import (
+from fastgrad.engine.network import (
     Network,
     batch_size,
     batched_squared_norms,
@@ -23,11 +23,11 @@ from fastgrad.layers.network import (
     squared_norms,
     take,
 )
-from fastgrad.layers.plan import Plan, Route, refuse_mixing
+from fastgrad.engine.plan import Plan, Route, refuse_mixing
+from fastgrad.engine.run import Run
+from fastgrad.engine.shadow import Shadow, ordinary
+from fastgrad.engine.tracing import is_symbolic, trace
 from fastgrad.layers.registry import LayerRule
-from fastgrad.layers.run import Run
-from fastgrad.layers.shadow import Shadow, ordinary
-from fastgrad.layers.tracing import is_symbolic, trace
 from fastgrad.ops.implementation import IMPLEMENTATIONS, choose
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.

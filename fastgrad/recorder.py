@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad.layers.network import Network, batch_size
-from fastgrad.layers.plan import refuse_mixing
+from fastgrad.engine.network import Network, batch_size
+from fastgrad.engine.plan import refuse_mixing
+from fastgrad.engine.run import Run
+from fastgrad.layers.redirect import Redirect
 from fastgrad.layers.registry import LayerRule
-from fastgrad.layers.run import Run
-from fastgrad.layers.shadow import Redirect
 
 _active = threading.local()
 # Redirections by the id of the module: how many recordings of it are open, in all threads.

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastgrad.blocks.extraction import Extraction
 from fastgrad.challenges import challenge_names, iter_challenges
-from fastgrad.extraction import Extraction
 from fastgrad.losses import compute_dtype
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class TwoStageModel(nn.Module):
             given as a tensor, as ``.logits`` or first in a tuple.
         detector: An `UncertaintyDetector`, fitted or not; None for the default one.
         classifier: An `IntrospectiveClassifier` to give the probabilities; None for the network's softmax.
-        gradients: What the detector sees, see `fastgrad.extraction.Extraction`: ``"auto"``, which means
+        gradients: What the detector sees, see `fastgrad.blocks.extraction.Extraction`: ``"auto"``, which means
             ``"signals"``, ``"contrasts"`` (more thorough, four times the backward passes) or
             ``"last_layer"`` (no backward pass).
     """

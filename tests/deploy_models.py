@@ -60,7 +60,7 @@ def export_tiny() -> Path:
     """Export `TinyTwoStage` once for all test modules; compiling takes seconds."""
     import torch._inductor.config
 
-    from fastgrad.export import export
+    from fastgrad.deploy.export import export
 
     folder = Path(tempfile.mkdtemp(prefix="fastgrad-test-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -180,7 +180,7 @@ def test_a_replayed_module_in_training_mode_is_refused() -> None:
 
 
 def test_plans_are_kept_between_recordings(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.layers.network import Network
+    from fastgrad.engine.network import Network
 
     with fastgrad.record(model):
         model(X)

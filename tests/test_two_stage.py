@@ -9,7 +9,7 @@ from torch import nn
 
 import fastgrad
 from fastgrad import IntrospectiveClassifier, TwoStageModel, UncertaintyDetector
-from fastgrad.extraction import Extraction, find_head
+from fastgrad.blocks.extraction import Extraction, find_head
 
 CLASSES = 4
 

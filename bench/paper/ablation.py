@@ -23,8 +23,8 @@ from bench.paper.subject import Arrays, Subject, cached
 from bench.paper.train import Recipe, train_all
 from bench.paper.transfer import CASES, short
 from fastgrad import functional
+from fastgrad.blocks.extraction import RANKS, class_of_rank
 from fastgrad.estimators import UncertaintyDetector
-from fastgrad.extraction import RANKS, class_of_rank
 from fastgrad.features import GradientFeatures
 from fastgrad.losses import LOSSES, TARGETS
 from fastgrad.metrics import auroc

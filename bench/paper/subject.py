@@ -19,8 +19,8 @@ from bench.paper.common import Options
 from bench.paper.corruptions import corrupt
 from bench.paper.networks import Classifier
 from bench.paper.train import HELD_OUT, Recipe, trained
+from fastgrad.blocks.extraction import Extraction
 from fastgrad.challenges import challenge_names, generate_challenges
-from fastgrad.extraction import Extraction
 
 #: Kinds of generated challenge that one clean image gives, as in `TwoStageModel.fit`.
 PER_IMAGE = 2

@@ -7,7 +7,7 @@
 | `ranked`    | `(B, K, P)`                             | contrasts of the K highest logits, in their order  |
 | `logits`    | `(B, N)`                                | the network's logits                               |
 | `features`  | `(B, D)`                                | what enters the last layer                         |
-| `image`     | `(B, K)`                                | `fastgrad.image_statistics` of the input           |
+| `image`     | `(B, K)`                                | `fastgrad.blocks.image_statistics` of the input           |
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from torch import Tensor
 
+from fastgrad.scores.rows import SQUARED_NORMS
+
 Array = NDArray[np.float64]
 
 BLOCKS: dict[str, tuple[tuple[int, ...], str]] = {
@@ -31,7 +33,6 @@ BLOCKS: dict[str, tuple[tuple[int, ...], str]] = {
     "features": ((2,), "(B, D)"),
     "image": ((2,), "(B, K)"),
 }
-SQUARED_NORMS = ("gradients", "contrasts", "ranked")
 
 
 def to_array(name: str, value: Any) -> Array:

@@ -14,10 +14,11 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from fastgrad.scores.conformal import COMBINATIONS, OneSided
+from fastgrad.scores.fitted import Sequence
+
 from .. import checks
 from .blocks import are_contrasts, as_tensor, check_blocks, check_squared, to_array
-from .conformal import COMBINATIONS, OneSided
-from .fitted import Sequence
 from .parts import joint_rows, one_class_scores
 from .scoring import DetectorModule, Score
 from .supervised import fit_perceptrons

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .fitted import Fitted
+from fastgrad.scores.fitted import Fitted
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}
 # Glorot's initial scale assumes a slope of one at zero; the sigmoid's is a quarter (Glorot and Bengio, 2010).

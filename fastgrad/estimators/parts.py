@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .blocks import SQUARED_NORMS, as_tensor
-from .conformal import OneSided, TwoSided
-from .fitted import Fitted, Sequence
-from .oneclass import Energy, GaussianMixture, Margin, NearestNeighbours
-from .preprocessing import Rows
+from fastgrad.scores.conformal import OneSided, TwoSided
+from fastgrad.scores.fitted import Fitted, Sequence
+from fastgrad.scores.oneclass import Energy, GaussianMixture, Margin, NearestNeighbours
+from fastgrad.scores.rows import SQUARED_NORMS, Rows
+
+from .blocks import as_tensor
 from .supervised import Joint
 
 Array = NDArray[np.float64]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .conformal import COMBINATIONS, OneSided
-from .fitted import Fitted, Sequence
+from fastgrad.scores.conformal import COMBINATIONS, OneSided
+from fastgrad.scores.fitted import Fitted, Sequence
 
 
 class Score(Fitted):

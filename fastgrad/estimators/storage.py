@@ -2,7 +2,7 @@
 
 The file is an ordinary ``.safetensors``. Its metadata has one entry, ``fastgrad``, a JSON text with the
 SHA-256 of the whole file, computed with 64 zeros in the digest's own place, the format number, the description
-of the modules (`fastgrad.estimators.fitted.Fitted.spec`), and whatever else the caller stores.
+of the modules (`fastgrad.scores.fitted.Fitted.spec`), and whatever else the caller stores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fitted import Fitted, rebuild
+from fastgrad.scores.fitted import Fitted, rebuild
 
 FORMAT = 1
 _KEY = "fastgrad"

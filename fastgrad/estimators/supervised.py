@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .fitted import Fitted, Sequence
+from fastgrad.scores.fitted import Fitted, Sequence
 
 Array = NDArray[np.float64]
 

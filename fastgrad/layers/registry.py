@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastgrad.layers.shadow import Redirect
+from fastgrad.layers.redirect import Redirect
 
 #: ``(module, input, output gradient) -> {parameter name: (B,) squared norms}``, batch in dimension 0.
 RuleFunction = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
@@ -103,7 +103,9 @@ def register_rule(
 
     Example::
 
-        @fastgrad.layers.register_rule(MyScale)
+        from fastgrad.layers import register_rule
+
+        @register_rule(MyScale)
         def my_scale(module, input, grad_output):
             return {"scale": (grad_output * input).flatten(1).sum(1).square()}
     """

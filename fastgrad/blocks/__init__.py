@@ -1,0 +1,1 @@
+"""What a detector reads of an input, one file a block."""

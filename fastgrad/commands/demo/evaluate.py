@@ -1,0 +1,92 @@
+"""Scores of four methods on clean and challenging digits; a higher score means less reliable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import fastgrad
+from fastgrad.commands.demo.network import logits_in_batches
+
+Scores = NDArray[np.float64]
+Method = Callable[[Tensor], Scores]
+
+WHOLE_NETWORK = "fastgrad, whole network"
+LAST_LAYER = "fastgrad, last layer"
+
+# Both fastgrad methods use the same labels, so that the difference is what the other layers add.
+SIGNALS = (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"))
+
+
+def in_batches(
+    images: Iterable[Tensor], extract: Callable[[Tensor], Tensor], label: str
+) -> NDArray[np.float32]:
+    """Apply ``extract`` to every batch under a progress bar."""
+    from tqdm.auto import tqdm
+
+    return torch.cat([extract(batch) for batch in tqdm(list(images), desc=label, unit="batch")]).numpy()
+
+
+def methods(network: nn.Sequential, clean: Tensor, seed: int) -> dict[str, Method]:
+    """Fit each method on clean images that the network was not trained on.
+
+    Args:
+        network: ends in ``nn.Linear``.
+        clean: images ``(n, 1, 28, 28)``.
+        seed: of the detectors' splits and mixtures.
+
+    Returns:
+        Name to a function from images to scores ``(n,)``.
+    """
+    body, head = network[:-1], network[-1]
+    extractor = fastgrad.GradientFeatures(network, signals=SIGNALS)
+
+    def last_layer(batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = body(batch)
+            z = head(h)
+            norms = [fastgrad.target_sqnorm(h, z, target, loss=loss) for loss, target in SIGNALS]
+            return torch.stack(norms, -1).unsqueeze(-1)
+
+    def whole_network(batch: Tensor) -> Tensor:
+        return extractor(batch)[1].detach()
+
+    def detector(extract: Callable[[Tensor], Tensor], name: str) -> Method:
+        fitted = fastgrad.UncertaintyDetector(random_state=seed, contrasts=False)
+        fitted.fit(in_batches(clean.split(256), extract, f"{name}: fitting"))
+        return lambda images: np.asarray(
+            fitted.decision_function(in_batches(images.split(256), extract, f"{name}: scoring"))
+        )
+
+    def confidence(images: Tensor) -> Scores:
+        return -logits_in_batches(network, images).double().log_softmax(-1).amax(-1).numpy()
+
+    def energy(images: Tensor) -> Scores:
+        return -logits_in_batches(network, images).double().logsumexp(-1).numpy()
+
+    return {
+        "softmax confidence": confidence,
+        "energy": energy,
+        LAST_LAYER: detector(last_layer, "last layer"),
+        WHOLE_NETWORK: detector(whole_network, "whole network"),
+    }
+
+
+def challenging(
+    network: nn.Module, digits: Tensor, clothes: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Four sets that the network should not be trusted on, ``(n, 1, 28, 28)`` in [0, 1]."""
+    from fastgrad.challenges import PixelRange, fgsm
+
+    pixels = PixelRange.of(digits, clip=(0.0, 1.0))
+    noise = 0.4 * torch.randn(digits.shape, generator=generator)
+    return {
+        "Fashion-MNIST": clothes,
+        "uniform noise": torch.rand(digits.shape, generator=generator),
+        "Gaussian-corrupted digits": (digits + noise).clamp(0, 1),
+        "FGSM attack (0.15)": fgsm(network, digits, 0.15, generator, pixels=pixels),
+    }

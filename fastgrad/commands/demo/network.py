@@ -1,0 +1,60 @@
+"""The demo's network and its training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastgrad.commands.demo.digits import LabelledImages
+
+
+def digit_network() -> nn.Sequential:
+    """Three convolutions with batch norm and a linear last layer: ``(B, 1, 28, 28)`` to logits ``(B, 10)``."""
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+        ]
+
+    return nn.Sequential(
+        *block(1, 16),
+        *block(16, 32),
+        *block(32, 64),
+        nn.Flatten(),
+        nn.Linear(64 * 9, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def train(network: nn.Module, data: LabelledImages, *, epochs: int, generator: torch.Generator) -> None:
+    """Train in place with Adam under a one-cycle schedule, and leave the network in evaluation mode."""
+    from tqdm.auto import tqdm
+
+    batch = 128
+    steps = epochs * (len(data.images) // batch)
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=4e-3, total_steps=steps)
+    network.train()
+    with tqdm(total=steps, desc="training the network", unit="step") as progress:
+        for _ in range(epochs):
+            order = torch.randperm(len(data.images), generator=generator)
+            for pick in order[: len(order) // batch * batch].split(batch):
+                loss = cross_entropy(network(data.images[pick]), data.labels[pick])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                progress.update()
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    network.eval()
+
+
+def logits_in_batches(network: nn.Module, images: Tensor) -> Tensor:
+    """Logits of many images without gradients, ``(n, N)``."""
+    with torch.no_grad():
+        return torch.cat([network(batch) for batch in images.split(256)])

@@ -1,0 +1,141 @@
+"""``fastgrad serve MODEL.pt2``: the exported model behind HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastgrad.deploy.package import PackageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to ``parser``."""
+    parser.add_argument("model", help="file written by fastgrad.export (.pt2)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (8000)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that run the model (default: 1)")
+    parser.add_argument("--threads", type=int, help="compute threads of each process (default: PyTorch's)")
+    parser.add_argument("--max-batch", type=int, default=32, help="largest batch (default: 32)")
+    parser.add_argument(
+        "--batch-wait-ms",
+        type=float,
+        default=2.0,
+        help="how long an idle worker waits for a batch to fill (2)",
+    )
+    parser.add_argument("--max-queue", type=int, default=256, help="requests in progress, then 503 (256)")
+    parser.add_argument(
+        "--timeout", type=float, default=30.0, help="seconds a request may take, then 504 (30)"
+    )
+    parser.add_argument("--max-body-mb", type=float, default=16.0, help="largest body in MiB, then 413 (16)")
+    parser.add_argument("--max-pixels", type=int, help="largest image in pixels, then 413 (50 million)")
+    parser.add_argument(
+        "--false-alarm-rate", type=float, help="share of in-distribution inputs to flag (default: the file's)"
+    )
+    parser.add_argument(
+        "--drift-false-alarm-rate",
+        type=float,
+        default=0.01,
+        help="bound on the probability of ever raising the drift alarm without drift (0.01)",
+    )
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        help="file with the key that requests must carry; without it the variable FASTGRAD_API_KEY, else none",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM, then finish what was accepted; return the exit status."""
+    import uvicorn
+
+    from fastgrad.deploy.images import MAX_PIXELS
+    from fastgrad.deploy.serve.app import Limits, create_app
+    from fastgrad.deploy.serve.pool import ModelError, WorkerDiedError
+
+    for name in ("workers", "max_batch", "max_queue"):
+        if getattr(args, name) < 1:
+            print(
+                f"--{name.replace('_', '-')} must be at least 1; it was {getattr(args, name)}",
+                file=sys.stderr,
+            )
+            return 2
+    if args.timeout <= 0 or args.max_body_mb <= 0:
+        print("--timeout and --max-body-mb must be positive", file=sys.stderr)
+        return 2
+    try:
+        key = _api_key(args.api_key_file)
+        app = create_app(
+            args.model,
+            workers=args.workers,
+            threads=args.threads,
+            max_batch=args.max_batch,
+            batch_wait=args.batch_wait_ms / 1000,
+            limits=Limits(
+                body=int(args.max_body_mb * 2**20),
+                pixels=args.max_pixels or MAX_PIXELS,
+                queue=args.max_queue,
+                seconds=args.timeout,
+            ),
+            api_key=key,
+            false_alarm_rate=args.false_alarm_rate,
+            drift_false_alarm_rate=args.drift_false_alarm_rate,
+        )
+    except (PackageError, ValueError, OSError) as error:
+        print(f"fastgrad serve: {error}", file=sys.stderr)
+        return 2
+    if key is None and not _is_loopback(args.host):
+        print(
+            f"fastgrad serve: listening on {args.host} without an API key; anyone who reaches it can use it",
+            file=sys.stderr,
+        )
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            # Balancers see /ready fail; what still arrives is answered until the sockets close.
+            app.state.draining = True
+            super().handle_exit(sig, frame)
+
+    config = uvicorn.Config(
+        app,
+        host=args.host,
+        port=args.port,
+        access_log=False,
+        server_header=False,
+        log_level="info",
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(args.timeout) + 5,
+    )
+    server = Server(config)
+    # When all is finished uvicorn raises the signal once more, with the handler found here.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        return 0
+    except (ModelError, WorkerDiedError) as error:
+        print(f"fastgrad serve: {error}", file=sys.stderr)
+        return 1
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0 if server.started else 1
+
+
+def _api_key(file: Path | None) -> str | None:
+    key = file.read_text().strip() if file is not None else os.environ.get("FASTGRAD_API_KEY")
+    if key is not None and not key:
+        raise ValueError("the API key is empty")
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

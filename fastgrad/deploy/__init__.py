@@ -1,0 +1,1 @@
+"""From a fitted module to one file, a server and a cluster."""

@@ -1,0 +1,91 @@
+"""Scoring on this machine: one row an image, whatever the image.
+
+Images come from a folder (recursively, every file with an image's name) or from a Parquet file with a
+column of image bytes. Work is done in parts: each part is written under its final name only when it is
+whole, so a run that was stopped, however, goes on where it left off and repeats nothing. An unreadable
+image gets a row whose ``error`` says why.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fastgrad.deploy.images import MAX_PIXELS
+from fastgrad.deploy.package import ModelPackage
+from fastgrad.deploy.score.job import (
+    Job,
+    count_rows,
+    join_parts,
+    part_path,
+    progress_bar,
+    score_batch,
+    write_part,
+)
+
+
+def score(
+    model_path: str | os.PathLike[str],
+    images: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    batch: int = 64,
+    part: int = 4096,
+    false_alarm_rate: float | None = None,
+    image_column: str | None = None,
+    key_column: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    decoders: int | None = None,
+    progress: bool = False,
+) -> dict[str, int]:
+    """Score a folder or Parquet file of images into one Parquet file; continue an unfinished run.
+
+    Args:
+        model_path: file written by `fastgrad.export`.
+        images: folder, or ``.parquet`` file.
+        out: the Parquet file to write. Until it is whole, its parts lie beside it in ``<out>.parts``.
+        batch: images in one run of the model.
+        part: images in one part, the most that an interrupted run loses.
+        false_alarm_rate: share of in-distribution images to call unreliable; None: the model file's own.
+        image_column: of the Parquet file; None guesses.
+        key_column: column whose value becomes the row's name; None guesses.
+        max_pixels: larger images are not decoded.
+        decoders: threads that decode images; None: one a processor core.
+        progress: show a progress bar.
+
+    Returns:
+        ``images``, ``unreadable``, ``unreliable``: how many there were; ``continued``: how many came from an
+        earlier run.
+
+    Raises:
+        ValueError: arguments that do not fit, no images, or parts of another job beside ``out``.
+        PackageError: not an exported model.
+    """
+    target = Path(out)
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1; it was {batch}")
+    if not target.parent.is_dir():
+        raise ValueError(f"out must lie in an existing folder; there is no {str(target.parent)!r}")
+    model = ModelPackage(model_path)
+    threshold = model.description.threshold_at(false_alarm_rate)
+    job = Job(Path(images), part, image_column, key_column)
+    parts = target.with_name(target.name + ".parts")
+    job.open(parts, Path(model_path), threshold, max_pixels)
+    done = [index for index in range(job.parts) if part_path(parts, index).exists()]
+    continued = sum(job.size(index) for index in done)
+    bar = progress_bar(job.total, continued, progress)
+    with ThreadPoolExecutor(decoders or os.cpu_count() or 1) as pool:
+        for index in sorted(set(range(job.parts)) - set(done)):
+            rows: list[dict[str, Any]] = []
+            sources = job.sources(index)
+            while items := list(itertools.islice(sources, batch)):
+                rows += score_batch(model, items, threshold=threshold, max_pixels=max_pixels, pool=pool)
+                bar.update(len(items))
+            write_part(rows, part_path(parts, index))
+    bar.close()
+    counts = count_rows(part_path(parts, index) for index in range(job.parts))
+    join_parts(parts, job.parts, target)
+    return {**counts, "continued": continued}

@@ -1,0 +1,112 @@
+"""What the server tells Prometheus, drift among it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastgrad.deploy.drift import DriftMonitor
+from fastgrad.deploy.package import Description
+
+RECENT = 1000
+
+
+class Metrics:
+    """Counts and distributions of one server; each server has a registry of its own.
+
+    Args:
+        description: of the model; its in-distribution scores give the uncertainty's buckets and the drift
+            monitor.
+        false_alarm_rate: share of in-distribution inputs that the threshold in use flags, or None.
+        drift_false_alarm_rate: bound on the probability that the drift alarm is ever raised without cause.
+        queue_length: asked for the number of waiting inputs.
+        restarts: asked for the number of replaced workers.
+    """
+
+    def __init__(
+        self,
+        description: Description,
+        *,
+        false_alarm_rate: float | None,
+        drift_false_alarm_rate: float,
+        queue_length: Callable[[], int],
+        restarts: Callable[[], int],
+    ) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self.registry = CollectorRegistry()
+        reference = description.score_reference()
+        self.monitor = (
+            None if reference is None else DriftMonitor(reference, false_alarm_rate=drift_false_alarm_rate)
+        )
+        self._recent: deque[bool] = deque(maxlen=RECENT)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
+            return Histogram(f"fastgrad_{name}", text, buckets=buckets, registry=self.registry)
+
+        def gauge(name: str, text: str, value: Callable[[], float]) -> None:
+            Gauge(f"fastgrad_{name}", text, registry=self.registry).set_function(value)
+
+        self.requests = Counter(
+            "fastgrad_requests", "Answers of /predict by HTTP status", ["status"], registry=self.registry
+        )
+        self.predictions = Counter(
+            "fastgrad_predictions", "Predictions by reliability", ["reliable"], registry=self.registry
+        )
+        self.latency = histogram(
+            "request_seconds",
+            "Time from the first byte of a request to its answer",
+            (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
+        )
+        self.batch_size = histogram("batch_size", "Inputs in a batch", (1, 2, 4, 8, 16, 32, 64, 128, 256))
+        self.uncertainty = histogram("uncertainty", "Uncertainty of predictions", _buckets(description))
+        gauge("queue_length", "Inputs that wait for a worker", queue_length)
+        gauge("worker_restarts", "Worker processes replaced since the start", restarts)
+        gauge("share_flagged", f"Share called unreliable among the last {RECENT} predictions", self._share)
+        if false_alarm_rate is not None:
+            rate = false_alarm_rate
+            gauge("expected_share_flagged", "That share on in-distribution inputs", lambda: rate)
+        monitor = self.monitor
+        if monitor is not None:
+            gauge("drift_evidence", "Wealth of the bet that inputs have drifted", lambda: monitor.evidence)
+            gauge("drift_scores", "Scores that the drift monitor has read", lambda: float(monitor.count))
+            gauge(
+                "drift_alarm",
+                f"1 once drift is shown; probability of ever being wrong <= {drift_false_alarm_rate:g}",
+                lambda: float(monitor.alarm),
+            )
+
+    def observe(self, answer: dict[str, Any]) -> None:
+        """Take note of one answer."""
+        self.uncertainty.observe(answer["uncertainty"])
+        reliable = answer["reliable"]
+        self.predictions.labels({True: "yes", False: "no", None: "unknown"}[reliable]).inc()
+        if reliable is not None:
+            self._recent.append(not reliable)
+        if self.monitor is not None:
+            self.monitor.update(answer["uncertainty"])
+
+    def render(self) -> bytes:
+        """The text that Prometheus reads."""
+        from prometheus_client import generate_latest
+
+        text: bytes = generate_latest(self.registry)
+        return text
+
+    def _share(self) -> float:
+        return sum(self._recent) / len(self._recent) if self._recent else 0.0
+
+
+def _buckets(description: Description) -> tuple[float, ...]:
+    """Quantiles of the in-distribution scores, and two steps beyond the last; decades without them."""
+    reference = description.score_reference()
+    if reference is None or len(reference.edges) < 2:
+        return tuple(float(10.0**k) for k in range(-6, 7))
+    levels = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+    edges = [float(np.quantile(reference.edges, level)) for level in levels]
+    spread = edges[-1] - edges[0]
+    edges += [edges[-1] + spread, edges[-1] + 3 * spread]
+    return tuple(dict.fromkeys(edges))

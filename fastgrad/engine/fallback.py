@@ -1,0 +1,140 @@
+"""The exact general fallback: per-sample gradients of one module alone, a few samples at a time.
+
+It serves parameters which a module holds directly (class tokens, position embeddings, layer scale, relative
+position tables), layers without a rule, and parameters used more than once: all uses lie within the module
+that is computed again, so their gradients add up before the norm is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastgrad.engine.shadow import Shadow, ordinary
+from fastgrad.engine.tracing import is_symbolic
+from fastgrad.layers.reduce import accumulate_dtype, leaf, sqnorm
+
+#: Bytes of per-sample gradients held at once.
+CHUNK_BYTES = 64 * 2**20
+
+
+def floating(outputs: Any) -> list[Tensor]:
+    """The floating-point tensors among a module's outputs, in order."""
+    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _call(module: nn.Module, parameters: dict[int, Tensor], args: Any, kwargs: Any) -> list[Tensor]:
+    shadow = Shadow(module, lambda p: parameters.get(id(p), ordinary(p)))
+    return floating(shadow.root(*args, **kwargs))
+
+
+def _gradients(
+    outputs: Sequence[Tensor], wanted: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> list[Tensor]:
+    pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(w) for w in wanted]
+    found = torch.autograd.grad(
+        [out for out, _ in pairs], list(wanted), [g for _, g in pairs], allow_unused=True
+    )
+    return [torch.zeros_like(w) if f is None else f for f, w in zip(found, wanted, strict=True)]
+
+
+def replay_sqnorms(
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batched: Sequence[bool],
+    gradients: Sequence[Tensor],
+    samples: int,
+    *,
+    vectorize: bool = True,
+) -> Tensor:
+    """Squared norms of each sample's gradient of ``parameters``, with all their uses inside ``module``.
+
+    Args:
+        module: The user's module; only read.
+        parameters: Parameters of ``module`` or its descendants.
+        args: The inputs of its one call, positional.
+        kwargs: The inputs by keyword.
+        batched: For each leaf of ``(args, kwargs)``, whether its dimension 0 is the batch (or a multiple of it,
+            sample by sample).
+        gradients: Gradients of the floating-point outputs, batch in dimension 0 likewise.
+        samples: B.
+        vectorize: Whether samples of a chunk run together under ``vmap``; else one after the other, for modules
+            which ``vmap`` cannot take.
+
+    Returns:
+        ``(B, len(parameters))``.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    split = [
+        value.reshape(samples, -1, *value.shape[1:]) if is_batched else value
+        for value, is_batched in zip(leaves, batched, strict=True)
+    ]
+    split_gradients = [g.reshape(samples, -1, *g.shape[1:]) for g in gradients]
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    chunk = max(1, CHUNK_BYTES // max(1, size)) if vectorize else 1
+    rows = []
+    # A symbolic batch, in a graph being traced, stays in one piece.
+    for part in (
+        [slice(None)] if is_symbolic(samples) else [slice(i, i + chunk) for i in range(0, samples, chunk)]
+    ):
+        local = [
+            value[part] if is_batched else value for value, is_batched in zip(split, batched, strict=True)
+        ]
+        grads = [g[part] for g in split_gradients]
+        with torch.enable_grad():
+            if vectorize:
+                found = _vectorized(module, parameters, local, spec, batched, grads)
+            else:
+                local = [
+                    value[0] if is_batched else value
+                    for value, is_batched in zip(local, batched, strict=True)
+                ]
+                found = _single(module, parameters, local, spec, [g[0] for g in grads])
+        rows.append(torch.stack([sqnorm(f.to(accumulate_dtype(f))) for f in found], 1))
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _single(
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    leaves: list[Any],
+    spec: Any,
+    gradients: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients of one sample, ``(1, *shape)`` each."""
+    wanted = [leaf(ordinary(p)) for p in parameters]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    outputs = _call(module, {id(p): w for p, w in zip(parameters, wanted, strict=True)}, args, kwargs)
+    return [f.unsqueeze(0) for f in _gradients(outputs, wanted, gradients)]
+
+
+def _vectorized(
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    leaves: list[Any],
+    spec: Any,
+    batched: Sequence[bool],
+    gradients: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients of all samples of a chunk, ``(B, *shape)`` each."""
+    count = gradients[0].shape[0]
+    wanted = [leaf(ordinary(p).unsqueeze(0).expand(count, *p.shape)) for p in parameters]
+
+    def one(values: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+        carried = iter(tensors)
+        inner = [
+            next(carried) if is_batched else value for value, is_batched in zip(leaves, batched, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(inner, spec)
+        return _call(module, {id(p): v for p, v in zip(parameters, values, strict=True)}, args, kwargs)
+
+    tensors = [value for value, is_batched in zip(leaves, batched, strict=True) if is_batched]
+    return _gradients(torch.func.vmap(one)(wanted, tensors), wanted, gradients)

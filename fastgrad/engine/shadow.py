@@ -1,0 +1,161 @@
+"""A private copy of a module tree that shares the user's tensors.
+
+Hooks, evaluation mode and swapped parameters go to the copy, so the user's model is never touched: there is
+nothing to restore after an exception, and threads cannot disturb one another.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrad.layers.redirect import Redirect
+
+_CONTAINERS = (list, tuple, dict, set, OrderedDict)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_HOOK_TABLES = frozenset(
+    name
+    for name, value in vars(nn.Module()).items()
+    if isinstance(value, dict) and name.endswith(("hooks", "kwargs", "called"))
+)
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+
+def ordinary(x: Tensor) -> Tensor:
+    """``x`` outside any graph and usable in one: detached, and copied if it was made in inference mode."""
+    return x.clone() if x.is_inference() else x.detach()
+
+
+class Shadow:
+    """A copy of ``model``'s module tree, in evaluation mode by default, sharing parameters and buffers.
+
+    Modules, parameters and bound methods of the tree are replaced wherever an attribute holds them, also inside
+    lists, tuples, dicts and ``functools.partial``. Forward hooks of the user stay (they may change outputs),
+    backward hooks are left out.
+
+    Args:
+        model: The module to copy; it is only read.
+        parameter: Called with each parameter once; what the copy holds in its place. By default the detached
+            parameter, so that autograd computes no weight gradient.
+        training: Whether modules keep their own mode instead of evaluation mode.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameter: Callable[[nn.Parameter], Tensor] = ordinary,
+        *,
+        training: bool = False,
+    ) -> None:
+        self._parameter, self._training = parameter, training
+        self._copies: dict[int, Any] = {}
+        #: The copy of each module by the id of the original, in the order they were met.
+        self.modules: dict[int, nn.Module] = {}
+        self.root: nn.Module = self._module(model)
+        for original, copy in list(self._pairs(model)):
+            self._attributes(original, copy)
+
+    def _pairs(self, model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+        for module in model.modules():
+            yield module, self.modules[id(module)]
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        known = self.modules.get(id(module))
+        if known is not None:
+            return known
+        copy = module.__class__.__new__(module.__class__)
+        state = module.__dict__.copy()
+        copy.__dict__ = state
+        self.modules[id(module)] = copy
+        if not self._training:
+            state["training"] = False
+        forward = state.get("forward")
+        if isinstance(forward, Redirect):
+            forward.restore(state)
+        for name in _HOOK_TABLES:
+            table = state.get(name)
+            if table:
+                state[name] = table.copy()
+        for name in _BACKWARD_HOOKS:
+            if state.get(name):
+                state[name] = OrderedDict()
+        state["_parameters"] = {
+            name: None if value is None else self._tensor(value)
+            for name, value in state["_parameters"].items()
+        }
+        state["_buffers"] = {
+            name: ordinary(value) if isinstance(value, Tensor) and value.is_inference() else value
+            for name, value in state["_buffers"].items()
+        }
+        state["_modules"] = {
+            name: None if child is None else self._module(child) for name, child in state["_modules"].items()
+        }
+        return copy
+
+    def _tensor(self, parameter: nn.Parameter) -> Tensor:
+        value = self._copies.get(id(parameter))
+        if value is None:
+            value = self._copies[id(parameter)] = self._parameter(parameter)
+        return value
+
+    def _attributes(self, original: nn.Module, copy: nn.Module) -> None:
+        """Follow modules, parameters and methods which plain attributes hold."""
+        state = copy.__dict__
+        for name, value in original.__dict__.items():
+            if name[0] == "_" and (name in _HOOK_TABLES or name in ("_parameters", "_buffers", "_modules")):
+                continue
+            if isinstance(value, _PLAIN):
+                continue
+            replaced = self._replace(value)
+            if replaced is not value:
+                state[name] = replaced
+
+    def _replace(self, value: Any) -> Any:
+        """``value`` with everything of the tree inside it replaced; ``value`` itself if there is nothing."""
+        if isinstance(value, nn.Module):
+            return self.modules.get(id(value), value)
+        if isinstance(value, nn.Parameter):
+            return self._copies.get(id(value), value)
+        if type(value) in _CONTAINERS:
+            if isinstance(value, dict):
+                items = {key: self._replace(item) for key, item in value.items()}
+                same = all(items[key] is item for key, item in value.items())
+                return value if same else type(value)(items)
+            elements = [self._replace(item) for item in value]
+            same = all(new is old for new, old in zip(elements, value, strict=True))
+            return value if same else type(value)(elements)
+        if isinstance(value, types.MethodType):
+            owner = self._replace(value.__self__) if isinstance(value.__self__, nn.Module) else value.__self__
+            return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+        if type(value) is functools.partial:
+            function, args = self._replace(value.func), self._replace(value.args)
+            keywords = self._replace(value.keywords)
+            if function is value.func and args is value.args and keywords is value.keywords:
+                return value
+            return functools.partial(function, *args, **keywords)
+        return value
+
+
+def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:
+    """Put a forward hook (with keyword arguments) first on a shadow's module, ahead of the user's own.
+
+    With ``before=True`` the hook runs last among the forward pre-hooks, so that it sees what ``forward`` gets.
+    """
+    kind = "_forward_pre_hooks" if before else "_forward_hooks"
+    table = module.__dict__[kind]
+    fresh: OrderedDict[int, Callable[..., Any]] = OrderedDict()
+    key = id(hook)
+    if before:
+        fresh.update(table)
+    fresh[key] = hook
+    if not before:
+        fresh.update(table)
+    module.__dict__[kind] = fresh
+    flags = module.__dict__[kind + "_with_kwargs"]
+    module.__dict__[kind + "_with_kwargs"] = OrderedDict([*flags.items(), (key, True)])

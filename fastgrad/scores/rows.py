@@ -1,0 +1,136 @@
+"""From a block to rows for a score: order by logit rank, logarithm, standardisation, projection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastgrad.scores.fitted import Fitted
+
+#: Blocks of squared norms: their logarithm is taken.
+SQUARED_NORMS = ("gradients", "contrasts", "ranked")
+Array = NDArray[np.float64]
+
+# Squared norms that underflowed to zero get the logarithm of the smallest normal float32, a value no
+# measured norm lies below: they stay extreme without being infinite.
+SMALLEST = float(np.finfo(np.float32).tiny)
+_EPS = float(np.finfo(np.float32).eps)
+# Rounding of what a float32 network computes, relative: some units in the last place.
+_ROUNDING = 8 * _EPS
+# Variation of clean data below so many times their rounding is not magnified to unit variance.
+_LEAST = 1e4
+
+
+def order_by_rank(contrasts: Tensor, logits: Tensor) -> Tensor:
+    """Contrasts with the classes in the order of falling logits, so that no feature depends on class names.
+
+    Args:
+        contrasts: ``(B, N)``, ``(B, N, P)`` or ``(B, S, N, P)``.
+        logits: ``(B, N)``, or anything that orders the classes alike.
+
+    Returns:
+        The shape of ``contrasts``.
+    """
+    order = torch.argsort(logits, dim=-1, descending=True, stable=True)
+    if contrasts.dim() == 4:
+        order = order.unsqueeze(1)
+    if contrasts.dim() > 2:
+        order = order.unsqueeze(-1)
+    return torch.gather(contrasts, 2 if contrasts.dim() == 4 else 1, order.expand_as(contrasts))
+
+
+class Rows(Fitted):
+    """Rows ``(B, d)`` for a score, from the named blocks.
+
+    Options: ``block``, the block's name; ``rank``, whether to order its class axis by logit rank; ``log``,
+    whether to take logarithms; ``unit``, whether to scale each row to unit length; ``top``, how many of the
+    largest entries to keep, in falling order (0 for all, as they come).
+    Buffers: ``mean`` and ``scale`` ``(d,)`` of the clean rows after the logarithm, ``projection`` ``(d, e)``.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    projection: Tensor
+
+    @classmethod
+    def fit(
+        cls,
+        blocks: Mapping[str, Array],
+        block: str,
+        *,
+        rank: bool = False,
+        log: bool = False,
+        unit: bool = False,
+        top: int = 0,
+        standardise: bool = True,
+        dimensions: int | None = None,
+    ) -> Rows:
+        """From clean ``blocks``; ``dimensions`` keeps that many whitened principal components."""
+        by_logits = "logits" in blocks
+        options = {"block": block, "rank": rank, "log": log, "unit": unit, "top": top, "by_logits": by_logits}
+        rows = cls(**options)
+        flat = rows.flat({name: torch.as_tensor(array) for name, array in blocks.items()})
+        mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
+        # Squared norms are logarithms by now: a relative error became an absolute one, stored once more.
+        size = flat.abs().mean(0)
+        rounding = _ROUNDING + _EPS * size if block in SQUARED_NORMS else _ROUNDING * size
+        if standardise:
+            mean, spread = flat.mean(0), flat.std(0, correction=0)
+            # A constant column says nothing while it stays constant; any change then counts in its own unit.
+            scale = torch.where(
+                spread > 1e-12 * (1 + mean.abs()), spread.maximum(_LEAST * rounding), torch.ones_like(spread)
+            )
+        parts = {"mean": mean, "scale": scale}
+        if dimensions is not None and dimensions < flat.shape[1]:
+            parts["projection"] = whitening((flat - mean) / scale, dimensions, rounding / scale)
+        return cls(**options, **parts)
+
+    def flat(self, blocks: Mapping[str, Tensor]) -> Tensor:
+        """The block before standardisation, ``(B, d)``."""
+        values = blocks[self.options["block"]].double()
+        if self.options["rank"]:
+            if self.options["by_logits"]:
+                order_by = blocks["logits"].double()
+            else:
+                # The last parameter set is as a rule the last layer's bias, whose squared norm falls as the
+                # contrast's logit rises.
+                order_by = (
+                    -values.reshape(*values.shape[:2], -1)[..., -1]
+                    if values.dim() < 4
+                    else -values[:, -1, :, -1]
+                )
+            values = order_by_rank(values, order_by)
+        values = values.flatten(1)
+        if self.options["log"]:
+            values = values.clamp(min=SMALLEST).log()
+        if self.options["top"]:
+            values = torch.topk(values, min(self.options["top"], values.shape[-1]), dim=-1).values
+        if self.options["unit"]:
+            values = values / values.norm(dim=-1, keepdim=True).clamp(min=SMALLEST)
+        return values
+
+    def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
+        """Rows ``(B, d)`` or ``(B, e)``, float64."""
+        rows = (self.flat(blocks) - self.mean) / self.scale
+        return rows @ self.projection if "projection" in self._buffers else rows
+
+
+def whitening(rows: Tensor, dimensions: int, rounding: Tensor) -> Tensor:
+    """Projection ``(d, e)`` of standardised ``rows`` on their principal components, each of unit variance.
+
+    Components in which the rows vary by little more than their ``rounding`` ``(d,)`` are left out.
+    """
+    from sklearn.decomposition import PCA
+
+    components = min(dimensions, *rows.shape)
+    pca = PCA(components, svd_solver="auto", random_state=0).fit(rows.numpy())
+    spread = np.sqrt(pca.explained_variance_)
+    noise = np.sqrt(np.square(pca.components_) @ np.square(rounding.numpy()))
+    keep = spread > np.maximum(_LEAST * noise, 1e-6 * max(float(spread[0]), 1e-300))
+    if not keep.any():
+        return torch.zeros(rows.shape[1], 1, dtype=torch.float64)
+    return torch.as_tensor(np.ascontiguousarray((pca.components_[keep] / spread[keep, None]).T))

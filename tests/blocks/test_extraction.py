@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastgrad.blocks.extraction import Extraction
+
+
+@pytest.mark.parametrize("gradients", ["signals", "contrasts", "last_layer"])
+@pytest.mark.parametrize("samples", [1, 4, 7])
+def test_a_batch_worked_through_in_pieces_gives_the_same_blocks(
+    samples: int, gradients: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(samples)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).double().eval()
+    x = torch.randn(samples, 3, 8, 8, dtype=torch.float64)
+    _, whole = Extraction(net, gradients)(x)
+    monkeypatch.setattr("fastgrad.features._CPU_WORKING_SET", 1)
+    monkeypatch.setattr("fastgrad.features._CPU_SAMPLES", 2)
+    _, pieces = Extraction(net, gradients)(x)
+    assert list(pieces) == list(whole)
+    for name, block in whole.items():
+        # A product of a matrix with another number of rows may sum in another order: eps times the terms of a sum.
+        torch.testing.assert_close(pieces[name], block, rtol=1e-12, atol=1e-12)
+
+
+class Attention(nn.Module):
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
+        if layer == "attention":
+            self.mix = nn.MultiheadAttention(32, 4, dropout=0.5, batch_first=True)
+        else:
+            self.mix = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.5, batch_first=True)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = self.mix(x, x, x, need_weights=False)[0] if self.layer == "attention" else self.mix(x)
+        return self.head(mixed.mean(1))
+
+
+@pytest.mark.parametrize("layer", ["attention", "encoder layer"])
+def test_attention_rounds_as_it_does_with_gradients(layer: str) -> None:
+    torch.manual_seed(0)
+    model = Attention(layer)
+    for module in model.modules():
+        module.training = False
+    x = torch.randn(6, 50, 32)
+    with torch.enable_grad():
+        expected = model(x).detach()
+    extraction = Extraction(model, "last_layer")
+    logits, _ = extraction(x)
+    assert torch.equal(logits, expected)
+    assert torch.equal(extraction.plain(x)[0], expected)
+    assert not any(module.training for module in model.modules())
+    if layer == "attention":
+        assert model.mix.dropout == 0.5

@@ -1,0 +1,74 @@
+"""The command line: dispatch, errors, doctor and a small demo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgrad.commands import cli
+from fastgrad.commands.demo import digits, run
+
+
+def test_version_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert "fastgrad" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["dance"])
+    assert stopped.value.code == 2
+    assert "dance" in capsys.readouterr().err
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "serve", ("no_such_package.command", "serve", "help"))
+    assert cli.main(["serve"]) == 2
+    assert "pip install 'fastgrad[serve]'" in capsys.readouterr().err
+
+
+def test_doctor_says_what_would_run_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__
+    cpu = found["devices"][0]
+    assert cpu["device"] == "cpu"
+    assert cpu["implementations"]["float32"]["auto"] == "eager"
+    assert "float32" in cpu["implementations"]["float64"]["why"]
+    assert cli.main(["doctor"]) == 0
+    assert "eager" in capsys.readouterr().out
+
+
+def test_demo_writes_table_figure_and_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "_CHALLENGED", 100)
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--out", str(out), "--epochs", "1"]) == 0
+    assert capsys.readouterr().out.rstrip().splitlines()[-1] == str(out.resolve())
+    record = json.loads((out / "demo.json").read_text())
+    assert len(record["auroc"]) == 4
+    for row in record["auroc"].values():
+        assert len(row) == 4
+        assert all(0 <= value <= 1 for value in row.values())
+    assert record["test_accuracy"] > 0.8
+    for name, value in record["auroc"]["fastgrad, whole network"].items():
+        assert f"{value:.3f}" in (out / "demo.md").read_text(), name
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_refuses_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--out", str(tmp_path), "--epochs", "0"]) == 2
+    assert "--epochs must be at least 1; it was 0" in capsys.readouterr().err
+
+
+def test_shipped_images() -> None:
+    for name, part, count in (("digits", "train", 6000), ("digits", "test", 1500), ("fashion", "test", 1000)):
+        images, labels = digits.load(name, part)
+        assert images.shape == (count, 1, 28, 28)
+        assert 0 <= images.min() <= images.max() <= 1
+        assert labels.unique().tolist() == list(range(10))
+    with pytest.raises(ValueError, match="'fashion', 'train'"):
+        digits.load("fashion", "train")

@@ -1,0 +1,162 @@
+"""A server in a process of its own, and requests to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COMMAND = """
+import argparse, sys
+from fastgrad.commands import serve
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    sys.exit(serve.run(parser.parse_args()))
+"""
+
+
+class Server:
+    """``fastgrad serve`` on a free port."""
+
+    def __init__(self, package: Path, *options: str, env: dict[str, str] | None = None) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-c", COMMAND, str(package), "--port", "0", "--threads", "1", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        lines = []
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            lines.append(line)
+            if match := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
+                self.port = int(match.group(1))
+                return
+        raise RuntimeError("the server did not start:\n" + "".join(lines))
+
+    def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return response.status, response.read()
+
+    def predict(self, body: Any, content_type: str, **headers: str) -> tuple[int, dict[str, Any]]:
+        status, content = self.request("POST", "/predict", body, {"Content-Type": content_type, **headers})
+        return status, json.loads(content)
+
+    def metric(self, name: str) -> float:
+        _, text = self.request("GET", "/metrics")
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text.decode(), re.MULTILINE)
+        assert found, name
+        return float(found.group(1))
+
+    def stop(self, patience: float = 60) -> int:
+        """SIGTERM; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(patience)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def running(package: Path, *options: str) -> Iterator[Server]:
+    server = Server(package, *options)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def workers_of(pid: int) -> list[int]:
+    """Process ids of the model processes below a server."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == pid and b"spawn_main" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def image(seed: int = 0, size: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
+    from PIL import Image
+
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, kind)
+    return out.getvalue()
+
+
+def form(field: str, content: bytes, boundary: str = "frontier") -> tuple[bytes, str]:
+    body = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"; filename="a.png"\r\n'
+        "Content-Type: image/png\r\n\r\n"
+    ).encode() + content + f"\r\n--{boundary}--\r\n".encode()  # fmt: skip
+    return body, f"multipart/form-data; boundary={boundary}"
+
+
+def call(
+    app: Any, method: str, path: str, headers: dict[str, str], chunks: list[bytes], pause: float = 0.0
+) -> tuple[int, dict[str, str], bytes]:
+    """Call an ASGI application without a server; ``pause`` seconds before every chunk of the body."""
+
+    async def run() -> tuple[int, dict[str, str], bytes]:
+        waiting = list(chunks)
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.sleep(pause)
+            if waiting:
+                return {"type": "http.request", "body": waiting.pop(0), "more_body": bool(waiting)}
+            await asyncio.sleep(60)
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
+            "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
+            "headers": [(key.lower().encode(), value.encode("latin-1")) for key, value in headers.items()],
+            "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
+        }  # fmt: skip
+        await app(scope, receive, send)
+        body = b"".join(message.get("body", b"") for message in sent[1:])
+        return (
+            sent[0]["status"],
+            {key.decode(): value.decode() for key, value in sent[0]["headers"]},
+            body,
+        )
+
+    return asyncio.run(run())
+
+
+def wait_for(condition: Any, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from deploy.serve.client import image
+
+from fastgrad.deploy.images import decode_image
+from fastgrad.deploy.package import ModelPackage, PackageError
+from fastgrad.deploy.score import local as score_module
+from fastgrad.deploy.score.job import Job, read_parquet
+from fastgrad.deploy.score.local import score
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twenty good images in two folders, three bad ones, one file that is no image."""
+    base = tmp_path / "images"
+    (base / "more").mkdir(parents=True)
+    for i in range(20):
+        place = base / "more" if i % 2 else base
+        (place / f"{i:02d}.png").write_bytes(image(i, (8 + i, 9)))
+    (base / "bad.jpg").write_bytes(b"not an image")
+    (base / "empty.png").write_bytes(b"")
+    (base / "short.PNG").write_bytes(image(0, (40, 40))[:100])
+    (base / "notes.txt").write_text("no image")
+    return base
+
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+pytest.importorskip("PIL")
+pytest.importorskip("tqdm")
+
+
+def check(rows: list[dict], folder: Path, package: Path) -> None:
+    model = ModelPackage(package)
+    assert [row["name"] for row in rows] == sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in (".png", ".jpg")
+    )
+    for row in rows:
+        content = (folder / row["name"]).read_bytes()
+        if row["name"].split(".")[0] in ("bad", "empty", "short"):
+            assert row["error"]
+            assert row["class"] is row["uncertainty"] is row["reliable"] is None
+            continue
+        direct = model(decode_image(content, model.description)[None])
+        assert row["error"] is None
+        assert row["class"] == int(direct.probabilities.argmax())
+        assert row["label"] == model.description.labels[row["class"]]
+        assert row["uncertainty"] == pytest.approx(float(direct.uncertainty), rel=1e-5, abs=1e-5)
+        assert row["reliable"] == (row["uncertainty"] <= model.description.threshold)
+
+
+@pytest.mark.parametrize("part", [1, 7, 100])
+def test_one_row_an_image_whatever_the_image(
+    folder: Path, tiny_package: Path, tmp_path: Path, part: int
+) -> None:
+    out = tmp_path / "scores.parquet"
+    counts = score(tiny_package, folder, out, batch=4, part=part)
+    rows = pq.read_table(out).to_pylist()
+    check(rows, folder, tiny_package)
+    assert counts["images"] == 23
+    assert counts["unreadable"] == 3
+    assert counts["unreliable"] == sum(row["reliable"] is False for row in rows)
+    assert counts["continued"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "scores.parquet"]
+
+
+def test_parquet_input(tiny_package: Path, tmp_path: Path) -> None:
+    contents = [image(i) for i in range(30)] + [b"bad", None]
+    ids = [f"id {i}" for i in range(32)]
+    cells = {
+        "bytes": pa.array(contents, pa.binary()),
+        "struct": pa.array([{"bytes": c, "path": None} for c in contents]),
+    }
+    results = []
+    for kind, cell in cells.items():
+        source, out = tmp_path / f"{kind}.parquet", tmp_path / f"{kind}.out"
+        pq.write_table(
+            pa.table({"id": ids, "image": cell, "other": list(range(32))}), source, row_group_size=5
+        )
+        counts = score(tiny_package, source, out, part=8)
+        assert counts == {**counts, "images": 32, "unreadable": 2}
+        results.append(pq.read_table(out).to_pylist())
+    assert results[0] == results[1]
+    assert [row["name"] for row in results[0]] == ids
+
+
+def test_a_range_of_rows_is_the_same_range(tmp_path: Path) -> None:
+    source = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"img": [bytes([i]) for i in range(200)]}), source, row_group_size=70)
+    everything = [item.content for item in read_parquet(source, None, None)]
+    assert everything == [bytes([i]) for i in range(200)]
+    for start, stop in ((0, 1), (69, 71), (70, 140), (63, 200), (199, 200), (5, 5)):
+        found = list(read_parquet(source, None, None, start, stop))
+        assert [item.content for item in found] == everything[start:stop]
+        assert [item.name for item in found] == [str(i) for i in range(start, stop)]
+
+
+def test_an_interrupted_run_goes_on_and_repeats_nothing(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seen, plain = tmp_path / "scores.parquet", [], score_module.score_batch
+
+    def stopping(model, items, **options):
+        if len(seen) >= 8:
+            raise KeyboardInterrupt
+        seen.extend(item.name for item in items)
+        return plain(model, items, **options)
+
+    monkeypatch.setattr(score_module, "score_batch", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        score(tiny_package, folder, out, batch=2, part=4)
+    assert not out.exists()
+
+    monkeypatch.setattr(
+        score_module,
+        "score_batch",
+        lambda m, items, **o: seen.extend(i.name for i in items) or plain(m, items, **o),
+    )
+    # Other options would mix two jobs in one file.
+    with pytest.raises(ValueError, match="another job"):
+        score(tiny_package, folder, out, batch=2, part=5)
+    counts = score(tiny_package, folder, out, batch=2, part=4)
+    assert counts["continued"] == 8
+    assert sorted(seen) == sorted(set(seen))
+    check(pq.read_table(out).to_pylist(), folder, tiny_package)
+
+
+def test_command_line(
+    folder: Path, tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    score_module.add_arguments(parser)
+    out = tmp_path / "o.parquet"
+    assert score_module.run(parser.parse_args([str(tiny_package), str(folder), "--out", str(out)])) == 0
+    captured = capsys.readouterr()
+    assert "23 images, 3 unreadable" in captured.out
+    assert "23/23" in captured.err  # the progress bar
+    for arguments, message in (
+        ([str(tiny_package), str(tmp_path / "none"), "--out", str(out)], "folder or a Parquet file"),
+        ([str(tiny_package), str(folder / "notes.txt"), "--out", str(out)], "not a readable Parquet"),
+        ([str(tiny_package), str(folder), "--out", str(tmp_path / "no" / "o")], "existing folder"),
+        ([str(folder / "notes.txt"), str(folder), "--out", str(out)], "not a readable .pt2"),
+        ([str(tiny_package), str(folder), "--out", str(out), "--part", "0"], "part must be at least 1"),
+    ):
+        assert score_module.run(parser.parse_args(arguments)) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_scored(tiny_package: Path, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="no images"):
+        Job(tmp_path / "nothing", 10)
+    source = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"a": [b""], "b": [b""]}), source)
+    with pytest.raises(ValueError, match=r"--image-column.*a, b"):
+        Job(source, 10)
+    with pytest.raises(ValueError, match="'c'"):
+        Job(source, 10, image_column="c")
+    with pytest.raises(PackageError):
+        score(source, source, tmp_path / "out")
+
+
+RAY = """
+import json, os, signal, sys, threading, time, warnings
+import ray
+from fastgrad.deploy.score.ray import score_dataset
+package, folder, out, kill = sys.argv[1:]
+ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
+
+def killer():
+    # Once the first parts are written, and again later.
+    killed = 0
+    while killed < 2:
+        parts = len([name for name in os.listdir(out) if name.startswith("part")]) if os.path.isdir(out) else 0
+        if parts >= 3 * (killed + 1):
+            for entry in os.listdir("/proc"):
+                try:
+                    line = open(f"/proc/{entry}/cmdline", "rb").read()
+                except (OSError, NotADirectoryError):
+                    continue
+                if line.startswith(b"ray::") and b"PartScorer" in line:
+                    os.kill(int(entry), signal.SIGKILL)
+                    killed += 1
+                    print("killed", killed, flush=True)
+                    break
+        time.sleep(0.01)
+
+if kill == "yes":
+    threading.Thread(target=killer, daemon=True).start()
+counts = score_dataset(package, folder, out, part=5, batch=5)
+print(json.dumps(counts))
+ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", ["no", "yes"])
+def test_ray_writes_every_image_once(tiny_package: Path, tmp_path: Path, kill: str) -> None:
+    pytest.importorskip("ray")
+    folder, out = tmp_path / "images", tmp_path / "scores"
+    folder.mkdir()
+    for i in range(400):
+        (folder / f"{i:03d}.png").write_bytes(image(i, (300, 300)) if i % 50 else b"bad")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RAY, str(tiny_package), str(folder), str(out), kill],
+        capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    if kill == "yes":
+        assert "killed 2" in done.stdout
+    assert '"images": 400, "unreadable": 8' in done.stdout
+    # Readers of Parquet take the folder as one table; Ray's order of work does not show in it.
+    rows = pq.read_table(sorted(out.glob("part-*.parquet"))).to_pylist()
+    assert [row["name"] for row in rows] == [f"{i:03d}.png" for i in range(400)]
+    model = ModelPackage(tiny_package)
+    for row in rows[1::37]:
+        direct = model(decode_image((folder / row["name"]).read_bytes(), model.description)[None])
+        assert row["uncertainty"] == pytest.approx(float(direct.uncertainty), rel=1e-5, abs=1e-5)
+
+
+RAY_SERVE = """
+import sys, time, json, urllib.request, urllib.error
+import ray
+from ray import serve
+from fastgrad.deploy.score.ray import serve_model
+package, image = sys.argv[1:]
+ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
+serve_model(package, port=8791)
+def post(body, kind):
+    try:
+        request = urllib.request.Request("http://127.0.0.1:8791/predict", body, {"Content-Type": kind})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+content = open(image, "rb").read()
+print("answers", json.dumps([post(content, "image/png"), post(b"x", "image/png"), post(content, "text/plain")]))
+serve.shutdown()
+ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_ray_serve_answers_as_the_server_does(tiny_package: Path, tmp_path: Path) -> None:
+    import json
+
+    pytest.importorskip("ray.serve")
+    content = image(3)
+    (tmp_path / "a.png").write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RAY_SERVE, str(tiny_package), str(tmp_path / "a.png")],
+        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("answers"))
+    good, unreadable, other = json.loads(line.removeprefix("answers"))
+    model = ModelPackage(tiny_package)
+    direct = model(decode_image(content, model.description)[None])
+    assert good[0] == 200
+    np.testing.assert_allclose(good[1]["probabilities"], direct.probabilities[0].numpy(), rtol=1e-5)
+    assert (unreadable[0], other[0]) == (400, 415)
+    assert "cannot be read" in unreadable[1]["detail"]

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.mixture import GaussianMixture as SklearnMixture
+from sklearn.neighbors import NearestNeighbors as SklearnNeighbours
+
+from fastgrad.estimators.supervised import fit_perceptrons
+from fastgrad.scores.oneclass import Energy, GaussianMixture, NearestNeighbours
+from fastgrad.scores.rows import SMALLEST, Rows, order_by_rank
+
+RNG = np.random.default_rng(0)
+
+
+def test_mixture_scores_as_scikit_learn_does():
+    rows, new = RNG.normal(size=(300, 5)), 3 * RNG.normal(size=(40, 5))
+    ours = GaussianMixture.fit(rows, 3, 1e-3, 0)(torch.tensor(new)).numpy()
+    theirs = SklearnMixture(3, reg_covar=1e-3, random_state=0, max_iter=200).fit(rows)
+    # The same sums in another order: some hundred float64 roundings.
+    np.testing.assert_allclose(ours, -theirs.score_samples(new), rtol=1e-12, atol=1e-12)
+
+
+def test_neighbours_agree_with_scikit_learn():
+    rows, new = RNG.normal(size=(200, 6)), RNG.normal(size=(30, 6))
+    ours = NearestNeighbours.fit(rows, 7)(torch.tensor(new)).numpy()
+    theirs = SklearnNeighbours(n_neighbors=7).fit(rows).kneighbors(new)[0][:, -1]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+    assert NearestNeighbours.fit(rows[:3], 7)(torch.tensor(new)).shape == (30,)
+
+
+def test_energy():
+    logits = torch.tensor(RNG.normal(size=(9, 4)))
+    np.testing.assert_allclose(Energy()(logits), -np.log(np.exp(logits.numpy()).sum(1)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3), (6, 2, 4, 3)])
+def test_order_by_rank(shape):
+    contrasts, logits = torch.tensor(RNG.normal(size=shape)), torch.tensor(RNG.normal(size=(6, 4)))
+    ordered = order_by_rank(contrasts, logits)
+    for b in range(6):
+        order = np.argsort(-logits[b].numpy())
+        expected = contrasts[b][:, order] if len(shape) == 4 else contrasts[b][order]
+        assert torch.equal(ordered[b], expected)
+
+
+def test_rows_are_standardised_logarithms_and_zeros_stay_finite():
+    norms = np.exp(RNG.normal(size=(50, 2, 3)))
+    norms[0] = 0
+    rows = Rows.fit({"gradients": norms}, "gradients", log=True)({"gradients": torch.tensor(norms)})
+    logs = np.log(np.maximum(norms, SMALLEST)).reshape(50, 6)
+    np.testing.assert_allclose(rows, (logs - logs.mean(0)) / logs.std(0), rtol=1e-10)
+
+
+def test_projection_is_white_and_of_the_wanted_size():
+    values = RNG.normal(size=(400, 4)) @ RNG.normal(size=(4, 20))
+    rows = Rows.fit({"features": values}, "features", dimensions=12)({"features": torch.tensor(values)})
+    assert rows.shape == (400, 4)  # the data has no more directions than that
+    np.testing.assert_allclose(np.cov(rows.numpy().T), np.eye(4), atol=1e-8)
+
+
+def test_constant_columns_are_harmless():
+    values = np.ones((30, 3))
+    rows = Rows.fit({"features": values}, "features", dimensions=2)
+    assert torch.isfinite(rows({"features": torch.tensor(values)})).all()
+
+
+@pytest.mark.parametrize(("hidden", "kinds"), [(None, 2), (None, 3), (8, 2), (8, 4)])
+def test_perceptrons_separate_what_is_separable(hidden, kinds):
+    codes = RNG.integers(0, kinds, 400)
+    rows = RNG.normal(size=(400, 3)) + 4 * codes[:, None]
+    network = fit_perceptrons(rows, codes, hidden=hidden, members=2, seed=0)
+    scores = network(torch.tensor(rows)).numpy()
+    assert scores.shape == (400,)
+    assert np.median(scores[codes > 0]) > np.quantile(scores[codes == 0], 0.95)
