@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from deploy.serve.client import image
 
+from fastgrad.commands import score as command
 from fastgrad.deploy.images import decode_image
 from fastgrad.deploy.package import ModelPackage, PackageError
 from fastgrad.deploy.score import local as score_module
@@ -137,9 +138,9 @@ def test_command_line(
     folder: Path, tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parser = argparse.ArgumentParser()
-    score_module.add_arguments(parser)
+    command.add_arguments(parser)
     out = tmp_path / "o.parquet"
-    assert score_module.run(parser.parse_args([str(tiny_package), str(folder), "--out", str(out)])) == 0
+    assert command.run(parser.parse_args([str(tiny_package), str(folder), "--out", str(out)])) == 0
     captured = capsys.readouterr()
     assert "23 images, 3 unreadable" in captured.out
     assert "23/23" in captured.err  # the progress bar
@@ -150,7 +151,7 @@ def test_command_line(
         ([str(folder / "notes.txt"), str(folder), "--out", str(out)], "not a readable .pt2"),
         ([str(tiny_package), str(folder), "--out", str(out), "--part", "0"], "part must be at least 1"),
     ):
-        assert score_module.run(parser.parse_args(arguments)) == 2
+        assert command.run(parser.parse_args(arguments)) == 2
         assert message in capsys.readouterr().err
 
 
