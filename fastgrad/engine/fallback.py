@@ -27,23 +27,6 @@ def floating(outputs: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _call(module: nn.Module, parameters: dict[int, Tensor], args: Any, kwargs: Any) -> list[Tensor]:
-    shadow = Shadow(module, lambda p: parameters.get(id(p), ordinary(p)))
-    return floating(shadow.root(*args, **kwargs))
-
-
-def _gradients(
-    outputs: Sequence[Tensor], wanted: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> list[Tensor]:
-    pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
-    if not pairs:
-        return [torch.zeros_like(w) for w in wanted]
-    found = torch.autograd.grad(
-        [out for out, _ in pairs], list(wanted), [g for _, g in pairs], allow_unused=True
-    )
-    return [torch.zeros_like(w) if f is None else f for f, w in zip(found, wanted, strict=True)]
-
-
 def replay_sqnorms(
     module: nn.Module,
     parameters: Sequence[nn.Parameter],
@@ -90,51 +73,41 @@ def replay_sqnorms(
         ]
         grads = [g[part] for g in split_gradients]
         with torch.enable_grad():
-            if vectorize:
-                found = _vectorized(module, parameters, local, spec, batched, grads)
-            else:
-                local = [
-                    value[0] if is_batched else value
-                    for value, is_batched in zip(local, batched, strict=True)
-                ]
-                found = _single(module, parameters, local, spec, [g[0] for g in grads])
+            found = _gradients(module, parameters, local, spec, batched, grads, vectorize=vectorize)
         rows.append(torch.stack([sqnorm(f) for f in upcast(*found)], 1))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def _single(
-    module: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    leaves: list[Any],
-    spec: Any,
-    gradients: Sequence[Tensor],
-) -> list[Tensor]:
-    """Gradients of one sample, ``(1, *shape)`` each."""
-    wanted = [leaf(ordinary(p)) for p in parameters]
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    outputs = _call(module, {id(p): w for p, w in zip(parameters, wanted, strict=True)}, args, kwargs)
-    return [f.unsqueeze(0) for f in _gradients(outputs, wanted, gradients)]
-
-
-def _vectorized(
+def _gradients(
     module: nn.Module,
     parameters: Sequence[nn.Parameter],
     leaves: list[Any],
     spec: Any,
     batched: Sequence[bool],
     gradients: Sequence[Tensor],
+    *,
+    vectorize: bool,
 ) -> list[Tensor]:
     """Gradients of all samples of a chunk, ``(B, *shape)`` each."""
     count = gradients[0].shape[0]
     wanted = [leaf(ordinary(p).unsqueeze(0).expand(count, *p.shape)) for p in parameters]
+    tensors = [value for value, is_batched in zip(leaves, batched, strict=True) if is_batched]
 
     def one(values: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-        carried = iter(tensors)
+        own, carried = {id(p): v for p, v in zip(parameters, values, strict=True)}, iter(tensors)
         inner = [
             next(carried) if is_batched else value for value, is_batched in zip(leaves, batched, strict=True)
         ]
         args, kwargs = pytree.tree_unflatten(inner, spec)
-        return _call(module, {id(p): v for p, v in zip(parameters, values, strict=True)}, args, kwargs)
+        return floating(Shadow(module, lambda p: own.get(id(p), ordinary(p))).root(*args, **kwargs))
 
-    tensors = [value for value, is_batched in zip(leaves, batched, strict=True) if is_batched]
-    return _gradients(torch.func.vmap(one)(wanted, tensors), wanted, gradients)
+    if vectorize:
+        outputs = torch.func.vmap(one)(wanted, tensors)
+    else:
+        outputs = [out.unsqueeze(0) for out in one([w[0] for w in wanted], [t[0] for t in tensors])]
+    pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(w) for w in wanted]
+    reached, at = zip(*pairs, strict=True)
+    found = torch.autograd.grad(reached, wanted, at, allow_unused=True)
+    return [torch.zeros_like(w) if f is None else f for f, w in zip(found, wanted, strict=True)]

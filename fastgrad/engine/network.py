@@ -131,8 +131,9 @@ class Network:
         index = torch.arange(SAMPLES) % samples
         three = take((args, kwargs), index, samples)
         two = take((args, kwargs), index[: SAMPLES - 1], samples)
-        observation = Observation(self.model, three, two)
-        outputs, fewer = (self.tensors(output) for output in observation.outputs)
+        with_two = Observation(self.model, two)
+        observation = Observation(self.model, three, with_two)
+        outputs, fewer = self.tensors(observation.output), self.tensors(with_two.output)
         found = [middle_row(out, two_out) for out, two_out in zip(outputs, fewer, strict=True)]
         if all(row is None for row in found):
             raise ValueError(

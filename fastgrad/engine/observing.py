@@ -6,6 +6,8 @@ middle sample, is sent back.
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,15 +86,32 @@ class _Uses(TorchFunctionMode):
         return result
 
 
-class _Pass:
-    """One watched forward pass."""
+class Observation:
+    """What a model does with a few samples.
 
-    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+    Args:
+        model: The user's model; only read.
+        inputs: Its positional inputs and those by keyword.
+        fewer: What it does with one of the samples less; what differs is the batch.
+
+    Attributes:
+        output: What the model returned.
+        calls: All calls of modules.
+        bytes: Of all calls' outputs.
+        parameters: By name, the leaf that stood in for each parameter.
+        uses: By name, the numbers of the calls that use a parameter.
+        ranks: By name, the numbers of dimensions in which a parameter is broadcast over the batch, None among
+            them where it is used otherwise.
+        bypassed: Names of parameters that the model used from elsewhere than its modules' attributes.
+    """
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, Any], fewer: Observation | None = None) -> None:
         self.calls: list[Call] = []
         self.parameters: dict[str, Tensor] = {}
         self.bytes = 0
         self._stack: list[int] = []
-        self._times: dict[str, int] = {}
+        self._times: Counter[str] = Counter()
+        self._fewer = {} if fewer is None else {(call.path, call.ordinal): call for call in fewer.calls}
         names = {id(p): name for name, p in model.named_parameters()}
         tracked: dict[int, str] = {}
 
@@ -109,19 +128,19 @@ class _Pass:
         for path, original in model.named_modules():
             self._watch(original, shadow.modules[id(original)], path)
         with torch.enable_grad(), _Uses(tracked, names, lambda: self._stack[-1]) as uses:
-            self.output = shadow.root(*args, **kwargs)
+            self.output = shadow.root(*inputs[0], **inputs[1])
         self.uses, self.ranks, self.bypassed = uses.uses, uses.ranks, uses.bypassed
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             index = len(self.calls)
             parent = self._stack[-1] if self._stack else -1
-            ordinal = self._times[path] = self._times.get(path, -1) + 1
             inputs = [
                 tuple(leaf.shape) if isinstance(leaf, Tensor) else None
                 for leaf in pytree.tree_leaves((args, kwargs))
             ]
-            self.calls.append(Call(index, original, copy, path, parent, ordinal, inputs))
+            self.calls.append(Call(index, original, copy, path, parent, self._times[path], inputs))
+            self._times[path] += 1
             self._stack.append(index)
 
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -132,49 +151,15 @@ class _Pass:
                     call.outputs.append(tuple(tensor.shape))
                     self.bytes += tensor.numel() * tensor.element_size()
                     if tensor.requires_grad:
-                        self._keep_gradient(call, position, tensor)
+                        tensor.register_hook(functools.partial(self._keep_gradient, call, position))
 
         attach(copy, enter, before=True)
         attach(copy, leave)
 
     @staticmethod
-    def _keep_gradient(call: Call, position: int, tensor: Tensor) -> None:
-        def keep(gradient: Tensor) -> None:
-            known = call.gradients.get(position)
-            call.gradients[position] = gradient if known is None else known + gradient
-
-        tensor.register_hook(keep)
-
-
-class Observation:
-    """What a model does with three samples and with two.
-
-    Args:
-        model: The user's model; only read.
-        three: Its positional inputs and those by keyword, three samples.
-        two: The same with the first two of them.
-
-    Attributes:
-        calls: All calls on three samples.
-        parameters: By name, the leaf that stood in for each parameter.
-        uses: By name, the numbers of the calls that use a parameter.
-        ranks: By name, the numbers of dimensions in which a parameter is broadcast over the batch, None among
-            them where it is used otherwise.
-        bypassed: Names of parameters that the model used from elsewhere than its modules' attributes.
-        bytes: Of all calls' outputs.
-        outputs: What the model returned for three samples and for two.
-    """
-
-    def __init__(self, model: nn.Module, three: tuple[Any, Any], two: tuple[Any, Any]) -> None:
-        watched = _Pass(model, *three)
-        self.calls, self.parameters, self.bytes = watched.calls, watched.parameters, watched.bytes
-        self.uses, self.ranks, self.bypassed = watched.uses, watched.ranks, watched.bypassed
-        fewer = _Pass(model, *two)
-        self.outputs = watched.output, fewer.output
-        self._fewer = {(call.path, call.ordinal): call for call in fewer.calls}
-        self._times: dict[int, int] = {}
-        for call in self.calls:
-            self._times[id(call.module)] = self._times.get(id(call.module), 0) + 1
+    def _keep_gradient(call: Call, position: int, gradient: Tensor) -> None:
+        known = call.gradients.get(position)
+        call.gradients[position] = gradient if known is None else known + gradient
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
         """Send the middle sample's gradient back; returns its true gradient of every parameter."""
@@ -186,7 +171,7 @@ class Observation:
 
     def once(self, call: Call) -> bool:
         """Whether the call's module is called no other time."""
-        return self._times[id(call.module)] == 1
+        return self._times[call.path] == 1
 
     def enclosing(self, uses: set[int]) -> list[Call]:
         """Calls that contain all of ``uses``, innermost first."""

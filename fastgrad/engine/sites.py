@@ -15,7 +15,7 @@ from fastgrad.engine.fallback import replay_sqnorms
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.run import Run
 from fastgrad.engine.shadow import Shadow, attach
-from fastgrad.engine.tap import is_tapped, tap, tap_layer
+from fastgrad.engine.tap import is_tapped, tap
 from fastgrad.layers.choice import using
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule, ReplayRule
@@ -71,13 +71,12 @@ class LayerSite(Site):
                 f"inputs must be laid out as in the first call: the output of {self.path!r} has shape "
                 f"{tuple(output.shape)}, which does not hold {samples} samples in dimension {layout.dim}"
             )
+        backward = None
+        if self.rule.input_gradient is not None and not single and _bypassable(module, value, output):
+            backward = self.rule.input_gradient(module, value)
         norms = functools.partial(self._norms, run, module)
-        probe = run.probe(self, output)
-        if not single and _bypassable(module, value, output):
-            backward = self.rule.input_gradient and self.rule.input_gradient(module, value)
-            if backward is not None:
-                return tap_layer(output, value, probe, norms, backward)
-        return tap([output], [value], probe, norms, in_place=self.rule.in_place and not single)[0]
+        in_place = self.rule.in_place and not single
+        return tap([output], [value], run.probe(self, output), norms, in_place=in_place, backward=backward)[0]
 
     def _norms(
         self, run: Run, module: nn.Module, saved: Sequence[Tensor], gradients: Sequence[Tensor]

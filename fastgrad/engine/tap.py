@@ -1,4 +1,4 @@
-"""The identity node that lets a layer's squared norms leave the backward pass as the gradient of a probe."""
+"""The identity node that lets squared norms leave the backward pass as the gradient of a probe."""
 
 from __future__ import annotations
 
@@ -30,28 +30,16 @@ def asking(probes: Iterable[Tensor]) -> Iterator[None]:
         _asked.difference_update(ids)
 
 
-def is_tapped(output: Tensor) -> bool:
-    """Whether ``output`` comes straight from one of this module's nodes."""
-    node = output.grad_fn
-    return node is not None and node.name() in (f"{_Tap.__name__}Backward", f"{_Layer.__name__}Backward")
-
-
-def _norms(norms: Norms, probe: int, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor | None:
-    if probe not in _asked:
-        return None
-    # Reduced precision is for the network; the norms are summed in float32 whatever the caller's context.
-    with torch.autocast(gradients[0].device.type, enabled=False):
-        return norms(saved, gradients)
-
-
 class _Tap(torch.autograd.Function):
     """``outputs -> outputs``; backward passes the gradients on and gives the probe the squared norms."""
 
     @staticmethod
-    def forward(ctx: Any, norms: Norms, count: int, in_place: bool, *tensors: Tensor) -> Any:
+    def forward(
+        ctx: Any, norms: Norms, backward: Backward | None, count: int, in_place: bool, *tensors: Tensor
+    ) -> Any:
         # The outputs come first: autograd takes the first input of a node that modifies a view for that view.
-        outputs, saved = tensors[:count], tensors[count + 1 :]
-        ctx.norms, ctx.probe, ctx.saved_count = norms, id(tensors[count]), len(saved)
+        outputs, probe, saved = tensors[:count], tensors[count], tensors[count + 1 :]
+        ctx.norms, ctx.probe, ctx.input_gradient, ctx.saved_count = norms, id(probe), backward, len(saved)
         ctx.save_for_backward(*saved)
         if in_place:
             # Returned as if modified in place: neither a copy nor a view, so a later in-place activation may
@@ -63,51 +51,24 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        norms = _norms(ctx.norms, ctx.probe, ctx.saved_tensors, gradients)
-        return (None, None, None, *gradients, norms, *(None for _ in range(ctx.saved_count)))
-
-
-class _Layer(torch.autograd.Function):
-    """The same for a layer with a backward pass of its own, which takes the place of autograd's."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, norms: Norms, backward: Backward, output: Tensor, probe: Tensor, value: Tensor
-    ) -> Tensor:
-        ctx.norms, ctx.probe, ctx.input_gradient = norms, id(probe), backward
-        ctx.save_for_backward(value)
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        norms = _norms(ctx.norms, ctx.probe, ctx.saved_tensors, gradients)
-        onward = None
-        if ctx.needs_input_grad[4]:
-            with torch.autocast(gradients[0].device.type, enabled=False):
-                onward = ctx.input_gradient(gradients[0])
-        return None, None, None, norms, onward
-
-
-def tap_layer(output: Tensor, value: Tensor, probe: Tensor, norms: Norms, backward: Backward) -> Tensor:
-    """Like `tap` for a layer with one input, whose gradient comes from ``backward`` instead of from autograd.
-
-    Args:
-        output: The layer's output; what autograd recorded of it is dropped.
-        value: The layer's input, as autograd knows it; also what ``norms`` gets of the forward pass.
-        probe: As in `tap`.
-        norms: As in `tap`.
-        backward: Turns the gradient at the output into that at the input.
-
-    Returns:
-        The output to go on with.
-    """
-    passed: Tensor = _Layer.apply(norms, backward, output.detach(), probe, value)  # type: ignore[no-untyped-call]
-    return passed
+        norms, onward = None, [None] * ctx.saved_count
+        # Reduced precision is for the network; the norms are summed in float32 whatever the caller's context.
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            if ctx.probe in _asked:
+                norms = ctx.norms(ctx.saved_tensors, gradients)
+            if ctx.input_gradient is not None and ctx.needs_input_grad[-1]:
+                onward = [ctx.input_gradient(gradients[0])]
+        return (None, None, None, None, *gradients, norms, *onward)
 
 
 def tap(
-    outputs: Sequence[Tensor], saved: Sequence[Tensor], probe: Tensor, norms: Norms, *, in_place: bool
+    outputs: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    probe: Tensor,
+    norms: Norms,
+    *,
+    in_place: bool,
+    backward: Backward | None = None,
 ) -> list[Tensor]:
     """Route ``outputs`` through an identity node.
 
@@ -119,9 +80,20 @@ def tap(
         norms: Computes them from ``saved`` and the output gradients; may run under ``vmap`` over gradients.
         in_place: Whether the outputs may be passed on as they are. Only where the operation that made them did
             not save them for its own backward; otherwise they are copied.
+        backward: For a layer of one output and one input, which is ``saved``: turns the gradient at the output
+            into that at the input. What autograd recorded of the layer is dropped.
 
     Returns:
         The outputs to go on with.
     """
-    passed = _Tap.apply(norms, len(outputs), in_place, *outputs, probe, *(t.detach() for t in saved))  # type: ignore[no-untyped-call]
+    if backward is None:
+        saved = [t.detach() for t in saved]
+    else:
+        outputs = [t.detach() for t in outputs]
+    passed = _Tap.apply(norms, backward, len(outputs), in_place, *outputs, probe, *saved)  # type: ignore[no-untyped-call]
     return [passed] if len(outputs) == 1 else list(passed)
+
+
+def is_tapped(output: Tensor) -> bool:
+    """Whether ``output`` comes straight from such a node."""
+    return output.grad_fn is not None and output.grad_fn.name() == f"{_Tap.__name__}Backward"
