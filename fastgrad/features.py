@@ -185,7 +185,7 @@ class GradientFeatures:
             samples = batch_size(args, kwargs)
             if samples == 0:
                 return self._empty(args, kwargs, readings)
-            plan = self._network.plan(args, kwargs, samples)
+            plan = self._plan(args, kwargs, samples)
             chunk = self._chunk(plan, args, kwargs, samples)
             if chunk is None:
                 return self._extract(plan, args, kwargs, samples, readings)
@@ -227,12 +227,21 @@ class GradientFeatures:
             samples = batch_size(args, kwargs)
             if samples < 2:
                 raise ValueError(f"inputs must hold at least two samples to be traced; they held {samples}")
-            plan = self._network.plan(args, kwargs, samples)
+            plan = self._plan(args, kwargs, samples)
 
             def extract(args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
                 return self._extract(plan, args, kwargs, batch_size(args, kwargs), ())[:2]
 
             return trace(extract, (args, kwargs), samples)
+
+    def _plan(self, args: Any, kwargs: Any, samples: int) -> Plan:
+        plan = self._network.plan(args, kwargs, samples)
+        if plan.bypassed:
+            raise ValueError(
+                f"model must reach {plan.bypassed[0]!r} through an attribute of one of its modules; it used it from "
+                "elsewhere (a closure, a global name), where no copy can stand in for it"
+            )
+        return plan
 
     def _extract(
         self, plan: Plan, args: Any, kwargs: Any, samples: int, readings: Sequence[Reading]

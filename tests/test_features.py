@@ -491,8 +491,16 @@ def test_parameters_out_of_reach_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.function(x)  # type: ignore[no-any-return]
 
-    with pytest.raises(ValueError, match=r"model must reach 'inner.0.weight' through an attribute"):
-        fastgrad.GradientFeatures(Closure())(torch.randn(2, 3))
+    outer, x = Closure(), torch.randn(2, 3)
+    extractor = fastgrad.GradientFeatures(outer)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"model must reach 'inner.0.weight' through an attribute"):
+            extractor(x)
+    # A recording sees calls of the user's own modules, wherever they come from.
+    with fastgrad.record(outer):
+        norms = fastgrad.grad_sqnorm(outer(x).sum(), list(outer.parameters()))
+    truth = true_norms(model, (x,), lambda _, z: torch.ones_like(z))
+    assert_close(torch.stack(norms, 1), truth)
 
 
 @pytest.mark.slow

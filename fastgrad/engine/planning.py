@@ -34,12 +34,15 @@ class Plan:
         sites: What serves them.
         routes: By name, what the report says.
         bytes_per_element: Bytes of layer outputs per input element, to estimate memory.
+        bypassed: Names of those parameters that the model used from elsewhere than its modules' attributes: a copy
+            of the modules does not see that.
     """
 
     names: tuple[str, ...]
     sites: tuple[PlannedSite, ...]
     routes: dict[str, Route]
     bytes_per_element: float
+    bypassed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -106,17 +109,11 @@ class Planner:
         """Choose a route for every wanted parameter.
 
         Raises:
-            ValueError: If no part of the model that uses a parameter treats samples independently, or the model
-                keeps a parameter where it cannot be watched.
+            ValueError: If no part of the model that uses a parameter treats samples independently.
         """
         sites: dict[object, PlannedSite] = {}
         routes: dict[str, Route] = {}
         for name in self.names.values():
-            if name in self.seen.bypassed:
-                raise ValueError(
-                    f"model must reach {name!r} through an attribute of one of its modules; it used it from "
-                    "elsewhere (a closure, a global name), where no copy can stand in for it"
-                )
             if not self.seen.uses[name]:
                 routes[name] = Route(name, "zero", "", "the forward pass does not use it")
                 continue
@@ -130,6 +127,7 @@ class Planner:
             tuple(_outermost(list(sites.values()), routes)),
             routes,
             self.seen.bytes / max(1, elements),
+            tuple(name for name in self.names.values() if name in self.seen.bypassed),
         )
 
     def _choose(self, name: str, caution: Caution) -> tuple[PlannedSite, Route]:
