@@ -60,13 +60,11 @@ class Case:
     Attributes:
         name: What the table says; starts with the operator's name.
         call: Runs the launcher on meta tensors.
-        product: Whether matrix instructions must appear.
         wide: Whether 16-byte loads and stores must appear; they need rows of a multiple of 16 bytes.
     """
 
     name: str
     call: Callable[[], object]
-    product: bool = False
     wide: bool = True
 
 
@@ -149,37 +147,36 @@ def cases() -> list[Case]:
         contrasts(4096, N, 512, dtype, "cross_entropy", False)
     contrasts(4096, 10, 512, single, "cross_entropy", False, wide=False)
 
-    def linear(
-        B: int, N: int, D: int, dtype: torch.dtype, loss: str, log: bool, stats: bool, **kinds: bool
-    ) -> None:
-        x, w, b = (meta(B, D, dtype=dtype), meta(N, D, dtype=dtype), meta(N, dtype=dtype))
-        name = "linear_contrast_stats" if stats else "linear_contrast_sqnorm"
-        found.append(
-            Case(
-                f"{name} B={B} N={N} D={D} {DTYPES[dtype]} {loss}{' log' if log else ''}",
-                lambda: (
-                    linear_contrast.linear_contrast_stats(x, w, b, loss, False)
-                    if stats
-                    else linear_contrast.linear_contrast_sqnorm(x, w, b, loss, log, False)
-                ),
-                product=True,
-                **kinds,
-            )
-        )
+    def linear(B: int, N: int, D: int, dtype: torch.dtype, loss: str, kind: str = "") -> None:
+        x, w, b = meta(B, D, dtype=dtype), meta(N, D, dtype=dtype), meta(N, dtype=dtype)
+
+        def call() -> object:
+            if kind == "stats":
+                return linear_contrast.linear_contrast_stats(x, w, b, loss, False)
+            queue = kind == "queue"
+            config = heuristics.linear_contrast(B, N, D, dtype, launch.architecture(x), queue=queue)
+            with heuristics.override(linear_contrast=config):
+                return linear_contrast.linear_contrast_sqnorm(x, w, b, loss, kind == "log", False)
+
+        name = "linear_contrast_stats" if kind == "stats" else "linear_contrast_sqnorm"
+        suffix = f" {kind}" if kind in ("log", "queue") else ""
+        found.append(Case(f"{name} B={B} N={N} D={D} {DTYPES[dtype]} {loss}{suffix}", call))
 
     for loss in losses:
         for B, N, D, dtype in (
             (1, 1000, 2048, half), (32, 1000, 2048, half), (64, 32000, 4096, half), (1024, 32000, 4096, half),
             (32, 1000, 2048, single), (1024, 1000, 2048, single),
         ):  # fmt: skip
-            linear(B, N, D, dtype, loss, False, False)
-        linear(32, 1000, 2048, half, loss, True, False)
+            linear(B, N, D, dtype, loss)
+        linear(32, 1000, 2048, half, loss, "log")
+        linear(64, 32000, 4096, half, loss, "queue")
+        linear(1024, 32000, 4096, half, loss, "queue")
         for B, N, D, dtype in (
             (8, 128256, 4096, half),
             (1024, 128256, 4096, half),
             (256, 32000, 4096, single),
         ):
-            linear(B, N, D, dtype, loss, False, True)
+            linear(B, N, D, dtype, loss, "stats")
 
     def targets(B: int, N: int, D: int, kind: str, loss: str, log: bool) -> None:
         y = meta(B, dtype=torch.int64) if kind == "indices" else meta(B, N) if kind == "soft" else None
@@ -204,7 +201,6 @@ def cases() -> list[Case]:
                 lambda: rows.contrast_rows_linear(
                     meta(B, D, dtype=dtype), meta(B, N), meta(U, N * D, dtype=dtype), meta(U, dtype=dtype)
                 ),
-                product=True,
             )
         )
 
@@ -224,7 +220,6 @@ def cases() -> list[Case]:
             Case(
                 f"conv_sqnorm B=64 {C} to {O} {size}x{size} kernel {kernel} stride {stride} {DTYPES[dtype]}",
                 lambda: layer_sqnorm.conv_sqnorm(a, g, *each, 1),
-                product=True,
                 wide=C % 16 == 0,
             )
         )
@@ -240,7 +235,6 @@ def cases() -> list[Case]:
                     lambda T=T, C=C, O=O, dtype=dtype: layer_sqnorm.linear_sqnorm(  # type: ignore[misc] # noqa: E741
                         meta(64, T, C, dtype=dtype), meta(1, 64, T, O, dtype=dtype)
                     ),
-                    product=True,
                 )
             )
 
@@ -256,7 +250,7 @@ def cases() -> list[Case]:
         ("target_sqnorm", lambda: target.target_sqnorm(one, one, one, "soft", loss, True, True, True)),
         ("contrast_rows_linear", lambda: rows.contrast_rows_linear(one, one, one, ones)),
     ):
-        found.append(Case(f"{name} B=1 N=1 D=1 fp32 {loss}", call, product="linear" in name, wide=False))
+        found.append(Case(f"{name} B=1 N=1 D=1 fp32 {loss}", call, wide=False))
     return found
 
 
@@ -374,7 +368,8 @@ def read(case: Case, one: Launch, arch: str) -> Row:
     )
     return Row(
         case=case.name, kernel=one.kernel.__name__, arch=arch, warps=compiled.metadata.num_warps,
-        shared=compiled.metadata.shared, expects_matrix=case.product, expects_wide=case.wide, **numbers,
+        shared=compiled.metadata.shared, expects_matrix=one.kernel.__name__ in PRODUCTS, expects_wide=case.wide,
+        **numbers,
     )  # fmt: skip
 
 
@@ -390,15 +385,21 @@ def faults(row: Row) -> list[str]:
         found.append("no matrix instruction")
     if row.expects_wide and not row.wide_loads:
         found.append("no 16-byte load")
-    if row.expects_wide and not row.wide_stores and row.kernel in WIDE_STORES:
+    wide_stores = row.kernel in WIDE_STORES or (
+        row.kernel == "linear_contrast_kernel" and not row.arch.startswith("gfx")
+    )
+    if row.expects_wide and not row.wide_stores and wide_stores:
         found.append("no 16-byte store")
     return found
 
 
-# Kernels that write whole rows; the others write one number per row or tile.
-WIDE_STORES = {
-    "contrast_rows_kernel", "contrast_stream_kernel", "contrast_finish_kernel", "linear_contrast_kernel",
+# Kernels whose products must run on the matrix units.
+PRODUCTS = {
+    "linear_contrast_kernel", "linear_stats_kernel", "rows_linear_kernel", "direct_kernel", "gram_kernel",
 }  # fmt: skip
+# Kernels that write whole rows; the others write one number per row or tile, or, on AMD, a tile of a product straight
+# from the layout of the matrix units.
+WIDE_STORES = {"contrast_rows_kernel", "contrast_stream_kernel", "contrast_finish_kernel"}
 
 
 def as_json(rows: list[Row]) -> str:

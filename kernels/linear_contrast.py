@@ -1,53 +1,46 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
-"""The last layer fused with its contrast norms: features and weight in, logits and squared norms out, one launch.
+"""The last layer fused with its contrast norms: features and weight in, logits and squared norms out.
 
 A program owns a ``BLOCK_M x BLOCK_N`` tile of ``x W^T + b``. It rounds the tile to the logits' dtype, writes it, and
-reduces *the rounded values* to leave-one-out moments (see ``moments``), so that the result equals that of the unfused
+reduces *the rounded values* to leave-one-out moments (see ``losses``), so that the result equals that of the unfused
 ``contrast`` kernels on the logits written. The features' squared norm comes from the product's own loads where a row
 block has few tiles; where it has many, each tile squares one slice of the features, which the product has just put
 into the cache.
 
-The last tile of a row block to arrive (a counter in ``sync``, zero before the launch) merges the partial moments, in
-the order of the tiles whichever arrived last, so results do not depend on timing. Then
+Whoever turns the logits of a row block into norms merges the partial moments in the order of the tiles, so results do
+not depend on timing. It is
 
-- ``CHUNKS = 0``: the same program turns the row block's logits into norms: right for the few rows of a request.
-- ``CHUNKS > 0``: that many further programs per row block do it, each a range of columns, while the other programs
-  go on with the product. Programs take their work in the order in which they start (a ticket), and a program only
-  waits for work with smaller tickets, which is therefore running and never waits itself: no deadlock, whatever else
-  the device is doing.
+- ``LAST``: the last tile of the row block to arrive (a counter in ``sync``, zero before the launch), right for the few
+  rows of a request;
+- otherwise ``contrast_finish_kernel`` in a second launch, many programs a row;
+- ``CHUNKS > 0``, on demand alone: as many further programs a row block in the same launch, while other programs go on
+  with the product. They wait for the tiles. Programs take their work in the order in which they start (a ticket), and
+  one only waits for work with smaller tickets, which is therefore running and never waits itself: no deadlock,
+  provided that a program that has started is never suspended for good.
 """
 
 import triton
 import triton.language as tl
 
-from .contrast import features_factor, load_moments, square_sum, store_moments
-from .moments import (
+from .contrast import features_factor, square_sum
+from .losses import (
+    PLANES,
     contrast_coefficients,
     contrast_statistics,
-    contrast_value,
     empty_moments,
-    merge_moments,
-    reduce_moments,
+    load_plane,
     rest_value,
-    tile_moments,
+    store_moments,
 )
+from .moments import add_tile, merge_parts, tile_moments, write_values
 
 
 @triton.jit
 def product_tile(
-    x_rows,
-    w_rows,
-    D,
-    stride_xd,
-    stride_wd,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    NORM: tl.constexpr,
-):
+    x_rows, w_rows, D, stride_xd, stride_wd,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
     """``(x W^T, ||x||^2)`` of one tile in float32, the norm only with ``NORM``; rows are given as pointers."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     square = tl.zeros([BLOCK_M, BLOCK_K] if NORM else [1, 1], tl.float32)
@@ -94,49 +87,37 @@ def arrive(counter):
 
 
 @triton.jit
-def merge_parts(
-    at, parts, stride_part, plane, valid,
-    BLOCK_M: tl.constexpr, PARTS: tl.constexpr, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl.constexpr,
-):  # fmt: skip
-    """Merge the partial moments of a row block, ``PARTS`` at a time in their order, and add up its partial squares.
+def take_ticket(ticket_ptr, tiles, chunks, groups):
+    """The next piece of work of the queue, as ``(group, place in it, whether it is a tile)``.
 
-    ``at`` ``(BLOCK_M,)`` points to each row's first part.
+    First a group's tiles; then, period after period, the next group's tiles and this group's chunks.
     """
-    m, m2, a1, a2, a3, a4, a5, a6, a7 = empty_moments(BLOCK_M, LOSS, STATS)
-    square = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)
-        exists = valid[:, None] & (part < parts)[None, :]
-        ptrs = at[:, None] + part.to(tl.int64)[None, :] * stride_part
-        n, n2, b1, b2, b3, b4, b5, b6, b7 = load_moments(ptrs, plane, exists, LOSS, STATS)
-        square += tl.sum(tl.load(ptrs + 9 * plane, mask=exists, other=0.0, cache_modifier=".cg"), 1)
-        n, n2, b1, b2, b3, b4, b5, b6, b7 = reduce_moments(
-            n, n2, b1, b2, b3, b4, b5, b6, b7, exists, LOSS, LOG, STATS, True
-        )
-        m, m2, a1, a2, a3, a4, a5, a6, a7 = merge_moments(
-            m, m2, a1, a2, a3, a4, a5, a6, a7, n, n2, b1, b2, b3, b4, b5, b6, b7, LOSS, LOG, STATS
-        )
-    return m, m2, a1, a2, a3, a4, a5, a6, a7, square
+    ticket = tl.atomic_add(ticket_ptr, 1)
+    later = tl.maximum(ticket - tiles, 0)
+    group = later // (tiles + chunks)
+    place = later % (tiles + chunks)
+    first = ticket < tiles
+    more = group < groups - 1
+    is_tile = first | (more & (place < tiles))
+    place = tl.where(first, ticket, tl.where(more & (place >= tiles), place - tiles, place))
+    return tl.where(first, 0, tl.where(is_tile, group + 1, group)), place, is_tile
 
 
 @triton.jit
 def finish_rows(
-    z_rows, out_rows, valid, start, stop, factor, m, m2, a1, a2, a3, a4, a5, a6, a7,
-    LOSS: tl.constexpr, LOG: tl.constexpr, BLOCK_F: tl.constexpr,
+    z_rows, out_rows, work_rows, B, N, tiles_n, plane, start, stop, valid,
+    LOSS: tl.constexpr, LOG: tl.constexpr, MEAN: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Turn the columns ``[start, stop)`` of a row block's logits into squared norms."""
-    m, base, top, c0, c1, c2, c3, c4, c5 = contrast_coefficients(m, m2, a1, a2, a3, a4, a5, a6, a7, LOSS, LOG)
-    for n in range(start, stop, BLOCK_F):
-        cols = n + tl.arange(0, BLOCK_F)
-        inside = valid[:, None] & (cols < stop)[None, :]
-        offs = cols.to(tl.int64)[None, :]
-        z = tl.load(z_rows[:, None] + offs, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
-        v = contrast_value(
-            z, m[:, None], base[:, None], top[:, None], c0[:, None], c1[:, None], c2[:, None], c3[:, None],
-            c4[:, None], c5[:, None], LOSS, LOG,
-        )  # fmt: skip
-        v = v + factor[:, None] if LOG else v * factor[:, None]
-        tl.store(out_rows[:, None] + offs, v, mask=inside)
+    """Merge a row block's partial moments and turn the columns ``[start, stop)`` of its logits into squared norms."""
+    top, second, square, mass, x1, x2, x3, x4, x5, features = merge_parts(
+        work_rows, tiles_n, B, plane, valid, LOSS, LOG, False, BLOCK_M, PARTS
+    )
+    factor = features_factor(features, N, HAS_BIAS, LOG, MEAN)
+    write_values(
+        z_rows, 1, out_rows, start, stop, valid, factor, top, second, square, mass, x1, x2, x3, x4, x5,
+        LOSS, LOG, BLOCK_F, True,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["B", "N_units"])
@@ -145,53 +126,48 @@ def linear_contrast_kernel(
     B, N_units, D, stride_xb, stride_xd, stride_wn, stride_wd, slice_d, chunk_n,
     LOSS: tl.constexpr, LOG: tl.constexpr, MEAN: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    BLOCK_F: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr, NORM_IN_LOOP: tl.constexpr,
+    BLOCK_F: tl.constexpr, PARTS: tl.constexpr, LAST: tl.constexpr, CHUNKS: tl.constexpr, NORM_IN_LOOP: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     ALIGN_X: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_N: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(groups * GROUP_M * (tiles_n + CHUNKS),)`` with ``groups = cdiv(cdiv(B, BLOCK_M), GROUP_M)``.
 
-    ``work`` is float32 ``(10, tiles_n + 1, B)``: planes of moments and partial squares by tile, the last slot merged.
-    ``sync`` is int32 ``(1 + 2 * tiles_m,)``, zero: the ticket, then arrivals and the merged flag of each row block.
+    ``work`` is float32 ``(PLANES, tiles_n, B)``. ``sync`` is int32 ``(1 + tiles_m,)``, zero: the ticket, then the
+    arrivals at each row block; it is not used without ``LAST`` or ``CHUNKS``.
     """
     N = N_units * ALIGN_N
     tiles_m = tl.cdiv(B, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    groups = tl.cdiv(tiles_m, GROUP_M)
-    ticket = tl.program_id(0)
-    if CHUNKS > 0:
-        ticket = tl.atomic_add(sync_ptr, 1)
-
-    # A group's tiles; then, period after period, the next group's tiles and this group's chunks.
     in_group = GROUP_M * tiles_n
-    later = tl.maximum(ticket - in_group, 0)
-    period = in_group + GROUP_M * CHUNKS
-    group = later // period
-    place = later % period
-    first = ticket < in_group
-    more = group < groups - 1
-    is_tile = first | (more & (place < in_group))
-    place = tl.where(first, ticket, tl.where(more & (place >= in_group), place - in_group, place))
-    group = tl.where(first, 0, tl.where(is_tile, group + 1, group))
+    if CHUNKS > 0:
+        group, place, is_tile = take_ticket(sync_ptr, in_group, GROUP_M * CHUNKS, tl.cdiv(tiles_m, GROUP_M))
+    else:
+        group = tl.program_id(0) // in_group
+        place = tl.program_id(0) % in_group
     tile_m = group * GROUP_M + place % GROUP_M
     tile_n = place // GROUP_M
 
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < B
-    plane = (tiles_n + 1).to(tl.int64) * B
+    plane = tiles_n.to(tl.int64) * B
     z_rows = z_ptr + rows * N_units * ALIGN_N
     out_rows = out_ptr + rows * N_units * ALIGN_N
+    work_rows = work_ptr + rows
     arrivals = sync_ptr + 1 + tile_m
-    merged_flag = arrivals + tiles_m
-    merged_at = work_ptr + tiles_n.to(tl.int64) * B + rows
-    if (tile_m < tiles_m) & is_tile:
+    multiplies = tile_m < tiles_m
+    if CHUNKS > 0:
+        finishes = multiplies & (is_tile == 0)
+        multiplies = multiplies & is_tile
+    if multiplies:
         cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         # Rows past the end repeat the last one: no masks in the product, and nothing of them is stored.
         x_rows = x_ptr + tl.minimum(rows, B - 1) * stride_xb * ALIGN_X
         w_rows = w_ptr + tl.minimum(cols, N - 1).to(tl.int64) * stride_wn * ALIGN_W
         if NORM_IN_LOOP == 0:
             start = tl.minimum(tile_n * slice_d, D)
-            part = square_sum(x_rows, valid, start, tl.minimum(start + slice_d, D), stride_xd, BLOCK_M, 16)
+            features = square_sum(
+                x_rows, valid, start, tl.minimum(start + slice_d, D), stride_xd, BLOCK_M, 16
+            )
         acc, seen = product_tile(
             x_rows, w_rows, D, stride_xd, stride_wd, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, UPCAST,
             NORM_IN_LOOP,
@@ -199,60 +175,37 @@ def linear_contrast_kernel(
         rounded = add_bias(acc, bias_ptr, cols, N, HAS_BIAS).to(z_ptr.dtype.element_ty)
         inside = valid[:, None] & (cols < N)[None, :]
         tl.store(z_rows[:, None] + cols.to(tl.int64)[None, :], rounded, mask=inside)
-        m, m2, a1, a2, a3, a4, a5, a6, a7 = tile_moments(rounded.to(tl.float32), inside, LOSS, LOG, False)
+        top, second, square, mass, x1, x2, x3, x4, x5 = tile_moments(
+            rounded.to(tl.float32), inside, LOSS, LOG, False
+        )
         if NORM_IN_LOOP:
-            part = tl.where(tile_n == 0, seen, 0.0)
-        at = work_ptr + tile_n.to(tl.int64) * B + rows
-        store_moments(at, plane, valid, m, m2, a1, a2, a3, a4, a5, a6, a7, LOSS, False)
-        tl.store(at + 9 * plane, part, mask=valid)
-
-        if arrive(arrivals) == tiles_n - 1:
-            m, m2, a1, a2, a3, a4, a5, a6, a7, square = merge_parts(
-                work_ptr + rows, tiles_n, B, plane, valid, BLOCK_M, PARTS, LOSS, LOG, False
-            )
-            if CHUNKS > 0:
-                store_moments(merged_at, plane, valid, m, m2, a1, a2, a3, a4, a5, a6, a7, LOSS, False)
-                tl.store(merged_at + 9 * plane, square, mask=valid)
-                arrive(merged_flag)
-            else:
-                factor = features_factor(square, N, HAS_BIAS, LOG, MEAN)
+            features = tl.where(tile_n == 0, seen, 0.0)
+        store_moments(
+            work_rows + tile_n.to(tl.int64) * B, plane, valid,
+            top, second, square, mass, x1, x2, x3, x4, x5, features, LOSS, False,
+        )  # fmt: skip
+        if LAST:
+            if arrive(arrivals) == tiles_n - 1:
                 finish_rows(
-                    z_rows,
-                    out_rows,
-                    valid,
-                    0,
-                    N,
-                    factor,
-                    m,
-                    m2,
-                    a1,
-                    a2,
-                    a3,
-                    a4,
-                    a5,
-                    a6,
-                    a7,
-                    LOSS,
-                    LOG,
-                    BLOCK_F,
-                )
+                    z_rows, out_rows, work_rows, B, N, tiles_n, plane, 0, N, valid,
+                    LOSS, LOG, MEAN, HAS_BIAS, BLOCK_M, BLOCK_F, PARTS,
+                )  # fmt: skip
+        elif CHUNKS > 0:
+            arrive(arrivals)
     if CHUNKS > 0:  # noqa: SIM102 - a constant, and a condition at run time
-        if (tile_m < tiles_m) & (is_tile == 0):
-            while tl.atomic_add(merged_flag, 0, sem="acquire", scope="gpu") == 0:
+        if finishes:
+            while tl.atomic_add(arrivals, 0, sem="acquire", scope="gpu") < tiles_n:
                 pass
-            m, m2, a1, a2, a3, a4, a5, a6, a7 = load_moments(merged_at, plane, valid, LOSS, False)
-            square = tl.load(merged_at + 9 * plane, mask=valid, other=0.0, cache_modifier=".cg")
-            factor = features_factor(square, N, HAS_BIAS, LOG, MEAN)
             start = tile_n * chunk_n
             finish_rows(
-                z_rows, out_rows, valid, start, tl.minimum(N, start + chunk_n), factor,
-                m, m2, a1, a2, a3, a4, a5, a6, a7, LOSS, LOG, BLOCK_F,
+                z_rows, out_rows, work_rows, B, N, tiles_n, plane, start, tl.minimum(N, start + chunk_n), valid,
+                LOSS, LOG, MEAN, HAS_BIAS, BLOCK_M, BLOCK_F, PARTS,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["B", "N", "splits"])
 def linear_stats_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, work_ptr, state_ptr, sync_ptr,
+    x_ptr, w_ptr, bias_ptr, out_ptr, work_ptr, sync_ptr,
     B, N, D, stride_xb, stride_xd, stride_wn, stride_wd, splits, tiles_per_split, slice_d,
     LOSS: tl.constexpr, MEAN: tl.constexpr, HAS_BIAS: tl.constexpr, EXTREMES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
@@ -262,11 +215,11 @@ def linear_stats_kernel(
     """Grid ``(tiles_m * splits,)``: statistics over the contrasts; neither logits nor norms are ever written.
 
     A program merges the moments of ``tiles_per_split`` tiles as it goes. ``out`` is float32 ``(B, 5)``: minimum,
-    maximum, mean, softmax expectation, value of the predicted class. ``work`` is float32 ``(10, splits, B)``,
-    ``state`` ``(9, B)`` and ``sync`` int32 ``(tiles_m,)``, zero.
+    maximum, mean, softmax expectation, value of the predicted class. ``work`` is float32 ``(PLANES, splits, B)``
+    and ``sync`` int32 ``(tiles_m,)``, zero.
 
-    For brier the extremes are not those of the logits: a first launch leaves the rows' coefficients in ``state``, a
-    second one with ``EXTREMES`` repeats the product and takes the extremes of the values.
+    For brier the extremes are not those of the logits: a second launch with ``EXTREMES`` finds the moments of the
+    first in ``work``, repeats the product and takes the extremes of the values, in two further planes.
     """
     tile_m = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -279,36 +232,23 @@ def linear_stats_kernel(
     last = tl.minimum(first + tiles_per_split, tl.cdiv(N, BLOCK_N))
 
     if EXTREMES:
-        m = tl.load(state_ptr + rows, mask=valid, other=0.0)
-        base = tl.load(state_ptr + B + rows, mask=valid, other=0.0)
-        c0 = tl.load(state_ptr + 2 * B + rows, mask=valid, other=0.0)
-        c1 = tl.load(state_ptr + 3 * B + rows, mask=valid, other=0.0)
-        c2 = tl.load(state_ptr + 4 * B + rows, mask=valid, other=0.0)
-        c3 = tl.load(state_ptr + 5 * B + rows, mask=valid, other=0.0)
-        c4 = tl.load(state_ptr + 6 * B + rows, mask=valid, other=0.0)
-        c5 = tl.load(state_ptr + 7 * B + rows, mask=valid, other=0.0)
-        factor = tl.load(state_ptr + 8 * B + rows, mask=valid, other=0.0)
+        top, second, square, mass, x1, x2, x3, x4, x5, features = merge_parts(
+            work_ptr + rows, splits, B, plane, valid, LOSS, False, True, BLOCK_M, PARTS
+        )
+        factor = features_factor(features, N, HAS_BIAS, False, MEAN)
+        base, _, c0, c1, c2, c3, c4, c5 = contrast_coefficients(
+            top, second, square, mass, x1, x2, x3, x4, x5, LOSS, False
+        )
         low = tl.zeros([BLOCK_M], tl.float32) + float("inf")
         high = -low
     else:
-        m, m2, a1, a2, a3, a4, a5, a6, a7 = empty_moments(BLOCK_M, LOSS, True)
+        top, second, square, mass, x1, x2, x3, x4, x5 = empty_moments(BLOCK_M, LOSS, True)
     for tile_n in range(first, last):
         cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         w_rows = w_ptr + tl.minimum(cols, N - 1).to(tl.int64) * stride_wn * ALIGN_W
-        acc, _ = product_tile(
-            x_rows,
-            w_rows,
-            D,
-            stride_xd,
-            stride_wd,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN_K,
-            PRECISION,
-            UPCAST,
-            False,
-        )
+        acc, _seen = product_tile(
+            x_rows, w_rows, D, stride_xd, stride_wd, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, UPCAST, False
+        )  # fmt: skip
         # Rounded as the logits would be, so that the statistics are those of the matrix never written.
         z = add_bias(acc, bias_ptr, cols, N, HAS_BIAS).to(x_ptr.dtype.element_ty).to(tl.float32)
         inside = valid[:, None] & (cols < N)[None, :]
@@ -317,30 +257,29 @@ def linear_stats_kernel(
                 z, base[:, None], c0[:, None], c1[:, None], c2[:, None], c3[:, None], c4[:, None], c5[:, None],
                 LOSS, False,
             )  # fmt: skip
-            other = inside & (z < m[:, None])
+            other = inside & (z < top[:, None])
             low = tl.minimum(low, tl.min(tl.where(other, v, float("inf")), 1))
             high = tl.maximum(high, tl.max(tl.where(other, v, float("-inf")), 1))
         else:
             # Half a tile at a time: its exponentials and their products fit the registers beside the tile.
-            z_low, z_high = halves(z, BLOCK_M, BLOCK_N)
-            inside_low, inside_high = halves(inside, BLOCK_M, BLOCK_N)
-            n, n2, b1, b2, b3, b4, b5, b6, b7 = tile_moments(z_low, inside_low, LOSS, False, True)
-            m, m2, a1, a2, a3, a4, a5, a6, a7 = merge_moments(
-                m, m2, a1, a2, a3, a4, a5, a6, a7, n, n2, b1, b2, b3, b4, b5, b6, b7, LOSS, False, True
+            z_left, z_right = halves(z, BLOCK_M, BLOCK_N)
+            inside_left, inside_right = halves(inside, BLOCK_M, BLOCK_N)
+            top, second, square, mass, x1, x2, x3, x4, x5 = add_tile(
+                top, second, square, mass, x1, x2, x3, x4, x5, z_left, inside_left, LOSS, False, True
             )
-            n, n2, b1, b2, b3, b4, b5, b6, b7 = tile_moments(z_high, inside_high, LOSS, False, True)
-            m, m2, a1, a2, a3, a4, a5, a6, a7 = merge_moments(
-                m, m2, a1, a2, a3, a4, a5, a6, a7, n, n2, b1, b2, b3, b4, b5, b6, b7, LOSS, False, True
+            top, second, square, mass, x1, x2, x3, x4, x5 = add_tile(
+                top, second, square, mass, x1, x2, x3, x4, x5, z_right, inside_right, LOSS, False, True
             )
 
     if EXTREMES:
-        tl.store(at, low, mask=valid)
-        tl.store(at + plane, high, mask=valid)
+        tl.store(at + plane * PLANES, low, mask=valid)
+        tl.store(at + plane * PLANES + plane, high, mask=valid)
     else:
         start = tl.minimum(split * slice_d, D)
-        square = square_sum(x_rows, valid, start, tl.minimum(start + slice_d, D), stride_xd, BLOCK_M, 16)
-        store_moments(at, plane, valid, m, m2, a1, a2, a3, a4, a5, a6, a7, LOSS, True)
-        tl.store(at + 9 * plane, square, mask=valid)
+        features = square_sum(x_rows, valid, start, tl.minimum(start + slice_d, D), stride_xd, BLOCK_M, 16)
+        store_moments(
+            at, plane, valid, top, second, square, mass, x1, x2, x3, x4, x5, features, LOSS, True
+        )  # fmt: skip
 
     if arrive(sync_ptr + tile_m) == splits - 1:
         out_rows = out_ptr + rows * 5
@@ -350,38 +289,23 @@ def linear_stats_kernel(
             for start in range(0, splits, PARTS):
                 part = start + tl.arange(0, PARTS)
                 exists = valid[:, None] & (part < splits)[None, :]
-                ptrs = (work_ptr + rows)[:, None] + part.to(tl.int64)[None, :] * B
-                v = tl.load(ptrs, mask=exists, other=float("inf"), cache_modifier=".cg")
-                v = tl.min(v, 1) * factor
+                ptrs = (work_ptr + plane * PLANES + rows)[:, None] + part.to(tl.int64)[None, :] * B
+                v = tl.min(load_plane(ptrs, exists, float("inf")), 1) * factor
                 low = tl.where(v < low, v, low)
-                v = tl.load(ptrs + plane, mask=exists, other=float("-inf"), cache_modifier=".cg")
-                v = tl.max(v, 1) * factor
+                v = tl.max(load_plane(ptrs + plane, exists, float("-inf")), 1) * factor
                 high = tl.where(v > high, v, high)
             tl.store(out_rows, low, mask=valid)
             tl.store(out_rows + 1, high, mask=valid)
         else:
-            m, m2, a1, a2, a3, a4, a5, a6, a7, square = merge_parts(
-                work_ptr + rows, splits, B, plane, valid, BLOCK_M, PARTS, LOSS, False, True
+            top, second, square, mass, x1, x2, x3, x4, x5, features = merge_parts(
+                work_ptr + rows, splits, B, plane, valid, LOSS, False, True, BLOCK_M, PARTS
             )
-            factor = features_factor(square, N, HAS_BIAS, False, MEAN)
-            _, base, top, c0, c1, c2, c3, c4, c5 = contrast_coefficients(
-                m, m2, a1, a2, a3, a4, a5, a6, a7, LOSS, False
-            )
+            factor = features_factor(features, N, HAS_BIAS, False, MEAN)
             low, high, mean, expected, predicted = contrast_statistics(
-                m, m2, a1, a2, a3, a4, a5, N, top, base, c0, c1, c2, c3, c4, c5, LOSS
+                top, second, square, mass, x1, x2, x3, x4, x5, N, LOSS
             )
             tl.store(out_rows, low * factor, mask=valid)
             tl.store(out_rows + 1, high * factor, mask=valid)
             tl.store(out_rows + 2, mean * factor, mask=valid)
             tl.store(out_rows + 3, expected * factor, mask=valid)
             tl.store(out_rows + 4, predicted * factor, mask=valid)
-            if LOSS == "brier":
-                tl.store(state_ptr + rows, m, mask=valid)
-                tl.store(state_ptr + B + rows, base, mask=valid)
-                tl.store(state_ptr + 2 * B + rows, c0, mask=valid)
-                tl.store(state_ptr + 3 * B + rows, c1, mask=valid)
-                tl.store(state_ptr + 4 * B + rows, c2, mask=valid)
-                tl.store(state_ptr + 5 * B + rows, c3, mask=valid)
-                tl.store(state_ptr + 6 * B + rows, c4, mask=valid)
-                tl.store(state_ptr + 7 * B + rows, c5, mask=valid)
-                tl.store(state_ptr + 8 * B + rows, factor, mask=valid)

@@ -8,7 +8,7 @@ the kernels do in the interpreter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -111,33 +111,37 @@ def target(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture, kind:
 def linear_contrast(
     B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture, cache: float = 50e6
 ) -> list[Work]:
-    """Launch of ``linear_contrast_sqnorm`` with a bias."""
+    """Launches of ``linear_contrast_sqnorm`` with a bias."""
     config, e = heuristics.linear_contrast(B, N, D, dtype, arch), dtype.itemsize
     tiles_m, tiles_n = cdiv(B, config.block_m), cdiv(N, config.block_n)
     tiles, groups = tiles_m * tiles_n, cdiv(tiles_m, config.group_m)
+    chunks = cdiv(N, cdiv(cdiv(N, max(config.chunks, 1)), config.block_f) * config.block_f)
     partial = tiles_n * B * 4 * (PLANES + 1)
-    merged = B * 4 * (PLANES + 1)
-    loaded = tiles * (config.block_m + config.block_n) * D * e + tiles_m * N * e + partial + B * N * e
-    stored = B * N * (e + 4) + partial
+    loaded = tiles * (config.block_m + config.block_n) * D * e + tiles_m * N * e
     if not config.norm_in_loop:
         loaded += B * D * e
-    if config.chunks:
-        loaded += config.chunks * merged
-        stored += merged
+    logits, out = B * N * e, 4 * B * N
     weight = N * D * e
     passes = 1 if weight < cache / 2 else groups
-    group_logits = config.group_m * config.block_m * N * e
-    again = 0 if min(group_logits, B * N * e) < cache / 2 else B * N * e
-    return [
-        Work(
-            "linear_contrast_kernel", groups * config.group_m * (tiles_n + config.chunks), config.num_warps,
-            loaded, stored, passes * weight + B * D * e + N * e + B * N * (e + 4) + again,
-            product=2 * tiles * config.block_m * config.block_n * cdiv(D, config.block_k) * config.block_k,
-            useful=2 * B * N * D,
-            elementwise=B * N * (MOMENT_OPS + VALUE_OPS), exponentials=B * N * EXPONENTIALS,
-            in_flight=max(1, config.num_stages - 1) * (config.block_m + config.block_n) * config.block_k * e,
-        )
-    ]  # fmt: skip
+    own_launch = config.chunks > 0 and not config.queue
+    at_once = logits if own_launch else min(config.group_m * config.block_m * N * e, logits)
+    again = 0 if at_once < cache / 2 else logits
+    product = Work(
+        "linear_contrast_kernel",
+        groups * config.group_m * (tiles_n + (chunks if config.queue else 0)), config.num_warps,
+        loaded, logits + partial, passes * weight + B * D * e + N * e + logits,
+        product=2 * tiles * config.block_m * config.block_n * cdiv(D, config.block_k) * config.block_k,
+        useful=2 * B * N * D, elementwise=B * N * MOMENT_OPS, exponentials=B * N * EXPONENTIALS // 2,
+        in_flight=max(1, config.num_stages - 1) * (config.block_m + config.block_n) * config.block_k * e,
+    )  # fmt: skip
+    finish = Work(
+        "contrast_finish_kernel", B * chunks, config.num_warps, chunks * partial + logits, out, again + out,
+        elementwise=B * N * VALUE_OPS, exponentials=B * N * EXPONENTIALS // 2, in_flight=config.block_f * e,
+    )  # fmt: skip
+    if own_launch:
+        return [product, finish]
+    added = ("loaded", "stored", "memory", "elementwise", "exponentials")
+    return [replace(product, **{name: getattr(product, name) + getattr(finish, name) for name in added})]
 
 
 def linear_stats(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastgrad import losses
 
-from . import library  # noqa: F401  (defines the schema)
-from .implementation import choose
+from .library import operator
 
 # Rows are worked on in pieces of at most this many elements (8 MiB), which stay in the outer cache of a CPU.
 _CHUNK = 1 << 21
-# Longer rows have their normalisation corrected.
-_LONG = 1 << 15
+# Longer rows have their normalisation corrected, which costs a few operations on one number a row.
+_LONG = 1 << 12
 
 
 def scale_of(features: Tensor, bias: bool) -> Tensor:
@@ -36,8 +33,9 @@ def differentiable(
 
 
 def eager(features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool) -> Tensor:
-    """The same numbers for inference on any device: fewer passes, in place where the memory is ours."""
-    if loss == "cross_entropy" and not log and logits.numel():
+    """The same numbers on any device; for inference in fewer passes, in place where the memory is ours."""
+    inference = not (torch.is_grad_enabled() and (features.requires_grad or logits.requires_grad))
+    if inference and loss == "cross_entropy" and not log and logits.numel():
         scale = scale_of(features, bias)
         if reduction == "mean":
             scale = scale / logits.shape[-1] ** 2
@@ -62,17 +60,17 @@ def _in_place(p: Tensor, scale: Tensor) -> Tensor:
     peak = p.gather(-1, top)
     p.scatter_(-1, top, 0)
     s1 = p.sum(-1, keepdim=True)
-    s2 = torch.linalg.vector_norm(p, dim=-1, keepdim=True).square_()
+    length = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
+    slope = scale
     if p.shape[-1] > _LONG:
         # Softmax adds its N terms up one after another; the pairwise sum of its result corrects the norm to 1.
         norm = s1 + peak
-        s1 = s1 / norm
-        s2 = (p * p).sum(-1, keepdim=True) / norm.square()
-        p.div_(norm)
+        s1, length, slope = s1 / norm, length / norm, scale / norm
+    s2 = length.square_()
     at_top = torch.addcmul(s2, s1, s1)
     # T + 1 with T = (1 - s1)^2 + s2.
     total = torch.add(at_top, s1, alpha=-2).add_(2)
-    p.mul_(scale * -2).add_(total.mul_(scale))
+    p.mul_(slope * -2).add_(total.mul_(scale))
     return p.scatter_(-1, top, at_top.mul_(scale))
 
 
@@ -98,46 +96,10 @@ def _argmax(p: Tensor) -> Tensor:
     return columns.gather(-1, inside)
 
 
-def _forward(
-    features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool, impl: str
-) -> Tensor:
-    if choose(impl, logits) == "eager":
-        return eager(features, logits, bias, loss, reduction, log)
+def _kernel(features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool) -> Tensor:
     from .triton import contrast as launcher
 
     return launcher.contrast_sqnorm(features, logits, loss, bias, log, reduction == "mean")
 
 
-torch.library.impl("fastgrad::contrast_sqnorm", "CompositeExplicitAutograd", _forward)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, logits, *options, _ = inputs
-    ctx.save_for_backward(features, logits)
-    ctx.options = options
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Differentiates the definition, whose leave-one-out form keeps the gradient relatively accurate too."""
-    features, logits = (saved.detach().requires_grad_() for saved in ctx.saved_tensors)
-    with torch.enable_grad():
-        value = differentiable(features, logits, *ctx.options)
-    grads = torch.autograd.grad(value, (features, logits), grad, allow_unused=True)
-    return (*grads, None, None, None, None, None)
-
-
-torch.library.register_autograd("fastgrad::contrast_sqnorm", _backward, setup_context=_setup)
-
-
-def contrast_sqnorm(
-    features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool, impl: str
-) -> Tensor:
-    """Route ``(B, D)`` features and ``(B, N)`` logits to the implementation that serves them."""
-    if choose(impl, logits) == "triton":
-        result: Tensor = torch.ops.fastgrad.contrast_sqnorm(
-            features, logits, bias, loss, reduction, log, "triton"
-        )
-        return result
-    if torch.is_grad_enabled() and (features.requires_grad or logits.requires_grad):
-        return differentiable(features, logits, bias, loss, reduction, log)
-    return eager(features, logits, bias, loss, reduction, log)
+contrast_sqnorm = operator("contrast_sqnorm", eager, _kernel)

@@ -8,11 +8,53 @@ tuned a shape can pin it. Nothing is tuned unless asked for.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_PINS: dict[str, Any] = {}
+#: The choosing functions, whose names ``override`` knows.
+NAMES: list[str] = []
+
+
+def pinnable(choose: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let ``override`` replace what a function chooses."""
+    name = choose.__name__
+    NAMES.append(name)
+
+    @functools.wraps(choose)
+    def chosen(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        pinned: _T = _PINS[name] if name in _PINS else choose(*args, **kwargs)
+        return pinned
+
+    return chosen
+
+
+@contextlib.contextmanager
+def override(**configs: Any) -> Iterator[None]:
+    """Use the given configurations, by name of the choosing function, whatever the shape.
+
+    Example:
+        >>> with override(contrast=ContrastConfig("stream", block_n=1024, block_d=64)):
+        ...     ...
+    """
+    unknown = set(configs) - set(NAMES)
+    if unknown:
+        raise ValueError(
+            f"configs must be named after one of {', '.join(NAMES)}; it was {', '.join(sorted(unknown))}"
+        )
+    before = dict(_PINS)
+    _PINS.update(configs)
+    try:
+        yield
+    finally:
+        _PINS.clear()
+        _PINS.update(before)
 
 
 @dataclass(frozen=True)
@@ -70,6 +112,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@pinnable
 def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Architecture) -> ContrastConfig:
     """Choose for features ``(B, D)`` and logits ``(B, N)``.
 
@@ -77,9 +120,6 @@ def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Archit
     several short rows share a program as long as the programs still fill the device. Longer rows are swept twice, by
     one program where the batch fills the device and by several where it does not.
     """
-    pinned: ContrastConfig | None = _pinned("contrast")
-    if pinned is not None:
-        return pinned
     # Brier keeps twice as many numbers per logit.
     longest = LONGEST_ROW // 2 if loss == "brier" else LONGEST_ROW
     if longest >= N:
@@ -117,11 +157,13 @@ class LinearConfig:
     Attributes:
         block_m, block_n, block_k: Tile of samples, classes and features.
         group_m: Row blocks whose tiles follow each other, so that they share the weight's tiles in the cache.
-        chunks: Programs that turn the logits of a row block into norms; 0: the last tile to arrive does it.
+        chunks: Ranges of columns in which logits are turned into norms, each range of a row by a program of a second
+            launch; 0: the last tile of a row block to arrive does it.
         block_f: Columns per step of that.
         parts: Partial moments merged per step.
         tiles_per_split: Tiles one program walks through (statistics only).
         precision: ``input_precision`` of the product; matters for float32 alone.
+        queue: Whether the ranges belong to programs of the same launch, each for a row block, that wait for its tiles.
     """
 
     block_m: int
@@ -136,6 +178,7 @@ class LinearConfig:
     precision: str
     num_warps: int
     num_stages: int
+    queue: bool = False
 
 
 def _product(
@@ -167,35 +210,46 @@ def _precision(dtype: torch.dtype, arch: Architecture) -> str:
     return "tf32x3" if dtype == torch.float32 and arch.backend == "cuda" else "ieee"
 
 
-def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
-    """Choose for features ``(B, D)`` and weight ``(N, D)``."""
-    pinned: LinearConfig | None = _pinned("linear_contrast")
-    if pinned is not None:
-        return pinned
+@pinnable
+def linear_contrast(
+    B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture, queue: bool = False
+) -> LinearConfig:
+    """Choose for features ``(B, D)`` and weight ``(N, D)``.
+
+    With ``queue`` the programs that finish long rows wait for the product in the same launch. No device has shown yet
+    that this pays, so it is never chosen unasked: pin it with
+    ``override(linear_contrast=linear_contrast(..., queue=True))``.
+    """
     block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
     # One program converts some 64 thousand logits in a few microseconds; more of them are shared out.
-    chunks = 0 if block_m * N <= 1 << 16 else cdiv(N, max(1024, (1 << 19) // block_m))
-    # Two groups at least, so that one group's norms are written while the next one's product runs.
-    group_m = max(1, min(8, tiles_m // 2))
-    # Columns a step such that neither the product's operands nor the step's values leave the registers.
-    block_f = (512 if 90 <= arch.version < 100 else 256) * warps // block_m
+    share = block_m * N > 1 << 16
+    queue = queue and share
+    # Rows that are finished together, and columns a step such that neither the product's operands nor the step's
+    # values leave the registers.
+    rows = 1 if share and not queue else block_m
+    block_f = (512 if rows == 1 or 90 <= arch.version < 100 else 256) * warps // rows
     block_f = max(16, min(power_of_two(N), block_f))
+    chunks = min(cdiv(N, block_f), cdiv(2 * arch.processors, max(B, 1))) if share else 0
+    group_m = min(8, tiles_m)
+    parts = _parts(tiles_n, rows, warps)
+    if queue:
+        chunks = cdiv(N, max(1024, (1 << 19) // block_m))
+        # Two groups at least, so that one group's norms are written while the next one's product runs.
+        group_m = max(1, min(8, tiles_m // 2))
+        parts = max(2, parts // 2)
     return LinearConfig(
-        block_m, block_n, block_k, group_m, chunks, block_f,
-        parts=_parts(tiles_n, block_m, warps), tiles_per_split=1,
+        block_m, block_n, block_k, group_m, chunks, block_f, parts=parts, tiles_per_split=1,
         norm_in_loop=block_m <= 32 or tiles_n <= 4, precision=_precision(dtype, arch),
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, queue=queue,
     )  # fmt: skip
 
 
+@pinnable
 def linear_stats(
     B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture, loss: str = "cross_entropy"
 ) -> LinearConfig:
     """Choose for features ``(B, D)`` and weight ``(N, D)`` when only statistics over the contrasts are wanted."""
-    pinned: LinearConfig | None = _pinned("linear_stats")
-    if pinned is not None:
-        return pinned
     block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
     if block_m == 128 and arch.backend == "cuda" and not 90 <= arch.version < 100:
         # Moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and since
@@ -227,11 +281,9 @@ class TargetConfig:
     num_warps: int
 
 
+@pinnable
 def target(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> TargetConfig:
     """Choose for features ``(B, D)`` and logits ``(B, N)``; rows up to 2048 logits are one block."""
-    pinned: TargetConfig | None = _pinned("target")
-    if pinned is not None:
-        return pinned
     block = min(max(power_of_two(N), 16), 2048)
     rows = max(1, 512 // block)
     while rows > 1 and cdiv(B, rows) < 2 * arch.processors:
@@ -255,15 +307,13 @@ class RowsConfig:
     num_stages: int
 
 
+@pinnable
 def rows_linear(B: int, N: int, D: int, U: int, dtype: torch.dtype, arch: Architecture) -> RowsConfig:
     """Choose for features ``(B, D)``, ``N`` contrasts and a weight ``(U, N * D)``.
 
     The weight is by far the largest operand and is read once per row block, so row blocks are as tall as the batch
     allows; the long sum over (contrast, feature) is shared out until the device is full.
     """
-    pinned: RowsConfig | None = _pinned("rows_linear")
-    if pinned is not None:
-        return pinned
     wide = dtype == torch.float32
     block_m = 16 if B <= 16 else 32 if B <= 32 else 64 if B <= 64 or wide else 128
     block_u = 64 if U > 32 else 32 if U > 16 else 16
@@ -282,43 +332,3 @@ def rows_linear(B: int, N: int, D: int, U: int, dtype: torch.dtype, arch: Archit
 def _parts(parts: int, block_m: int, warps: int) -> int:
     """Partial moments merged at once: four per thread, or nine numbers each would not fit its registers."""
     return max(2, min(power_of_two(parts), 128 * warps // block_m))
-
-
-@dataclass
-class _Pins:
-    configs: dict[str, Any] = field(default_factory=dict)
-
-
-_PINS = _Pins()
-_T = TypeVar("_T")
-
-
-def _pinned(name: str) -> Any:
-    return _PINS.configs.get(name)
-
-
-@contextlib.contextmanager
-def override(**configs: Any) -> Iterator[None]:
-    """Use the given configurations, by name of the choosing function, whatever the shape.
-
-    Example:
-        >>> with override(contrast=ContrastConfig("stream", block_n=1024, block_d=64)):
-        ...     ...
-    """
-    unknown = set(configs) - set(NAMES)
-    if unknown:
-        raise ValueError(
-            f"configs must be named after one of {', '.join(NAMES)}; it was {', '.join(sorted(unknown))}"
-        )
-    before = dict(_PINS.configs)
-    _PINS.configs.update(configs)
-    try:
-        yield
-    finally:
-        _PINS.configs = before
-
-
-NAMES = (
-    "contrast", "linear_contrast", "linear_stats", "rows_linear", "target",
-    "layer_direct", "layer_gram", "layer_prefers_gram",
-)  # fmt: skip

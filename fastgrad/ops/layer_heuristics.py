@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgrad.ops.heuristics import Architecture, _pinned, _precision
+from fastgrad.ops.heuristics import Architecture, _precision, pinnable
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,13 @@ def _block(size: int, largest: int) -> int:
     return block
 
 
+@pinnable
 def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture) -> DirectConfig:  # noqa: E741
     """Choose for C input and O output channels per group and T positions.
 
     The accumulator is the whole of a program's state, so it is as large as registers allow; float32 operands
     take twice the room and, with IEEE products, no tensor cores.
     """
-    pinned: DirectConfig | None = _pinned("layer_direct")
-    if pinned is not None:
-        return pinned
     wide = dtype == torch.float32
     block_o, block_c = _block(O, 64 if wide else 128), _block(C, 64 if wide else 128)
     # Below 32 positions a step of half-precision operands has less than 16 bytes for every thread.
@@ -59,11 +57,9 @@ def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture)
     )
 
 
+@pinnable
 def layer_gram(T: int, dtype: torch.dtype, arch: Architecture) -> GramConfig:
     """Choose for T positions."""
-    pinned: GramConfig | None = _pinned("layer_gram")
-    if pinned is not None:
-        return pinned
     wide = dtype == torch.float32
     # Two accumulators of block_t x block_t.
     block_t = _block(T, 32 if wide else 64)
@@ -72,7 +68,7 @@ def layer_gram(T: int, dtype: torch.dtype, arch: Architecture) -> GramConfig:
     )
 
 
-def prefers_gram(C: int, O: int, T: int) -> bool:  # noqa: E741
+@pinnable
+def layer_prefers_gram(C: int, O: int, T: int) -> bool:  # noqa: E741
     """Whether the symmetric half of ``T^2 (C + O)`` products is below a quarter of the direct route's ``T C O``."""
-    pinned: bool | None = _pinned("layer_prefers_gram")
-    return 2 * T * (C + O) < C * O if pinned is None else pinned
+    return 2 * T * (C + O) < C * O

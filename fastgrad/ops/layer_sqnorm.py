@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastgrad import checks
-from fastgrad.ops import conv_cost, conv_routes
+from fastgrad.ops import conv_cost, conv_routes, library  # noqa: F401  (library defines the schemas)
 from fastgrad.ops.conv_geometry import Problem, canonical, per_axis
 from fastgrad.ops.implementation import choose
 
@@ -32,19 +32,6 @@ from fastgrad.ops.implementation import choose
 TRACED_BATCH = 16
 #: While tracing, chunks become copies of the graph: fewer and larger ones.
 TRACED_CHUNK_BYTES = 64 * 2**20
-
-torch.library.define(
-    "fastgrad::conv_sqnorm",
-    "(Tensor a, Tensor g, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, "
-    "bool transposed, str? route, str impl) -> Tensor",
-)
-torch.library.define("fastgrad::linear_sqnorm", "(Tensor a, Tensor g, str? route, str impl) -> Tensor")
-torch.library.define(
-    "fastgrad::conv_sqnorm_kernel",
-    "(Tensor a, Tensor g, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) "
-    "-> Tensor",
-)
-torch.library.define("fastgrad::linear_sqnorm_kernel", "(Tensor a, Tensor g) -> Tensor")
 
 
 def _readable(*tensors: Tensor) -> bool:
@@ -162,18 +149,6 @@ def _linear_triton(a: Tensor, g: Tensor) -> Tensor:
     from fastgrad.ops.triton import layer_sqnorm
 
     return layer_sqnorm.linear_sqnorm(a, g)
-
-
-@torch.library.register_fake("fastgrad::conv_sqnorm_kernel")
-def _conv_fake(a: Tensor, g: Tensor, *rest: Any) -> Tensor:
-    torch._check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
-    return g.new_empty(g.shape[:2], dtype=torch.float32)
-
-
-@torch.library.register_fake("fastgrad::linear_sqnorm_kernel")
-def _linear_fake(a: Tensor, g: Tensor) -> Tensor:
-    torch._check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
-    return g.new_empty(g.shape[:2], dtype=torch.float32)
 
 
 torch.library.impl("fastgrad::conv_sqnorm", "CompositeImplicitAutograd", _conv_eager)

@@ -1,28 +1,43 @@
-"""The schemas of the operators of the last layer, and their shape contracts.
+"""The schemas of all operators, their shape contracts, and how the last layer's reach their implementations.
 
-All operators take matrices (any strides) and live in the namespace ``fastgrad``. They exist for the Triton kernels,
-which a tracer cannot see into: ``torch.compile`` and ``torch.export`` keep them as one node whose output shapes are
-stated here. The eager implementations behind the same schemas are plain torch; the public functions call those
-directly, so that compilers fuse them and exported files carry no custom operator.
+The operators live in the namespace ``fastgrad``. Those of the last layer take matrices (any strides) and exist for
+the Triton kernels, which a tracer cannot see into: ``torch.compile`` and ``torch.export`` keep them as one node whose
+output shapes are stated here. A tensor's device decides what runs: on a GPU the kernel, elsewhere the eager
+implementation (on a CPU the kernel where Triton interprets). The eager implementations are plain torch; the public
+functions call them directly, so that compilers fuse them and exported files carry no custom operator.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastgrad.losses import compute_dtype
 
-_OPTIONS = "str loss, str reduction, bool log, str impl"
+from .implementation import choose, interpreting
+
+_T = TypeVar("_T", Tensor, tuple[Tensor, Tensor])
+
+_OPTIONS = "str loss, str reduction"
+_CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 
 SCHEMAS = {
-    "contrast_sqnorm": f"(Tensor features, Tensor logits, bool bias, {_OPTIONS}) -> Tensor",
-    "target_sqnorm": f"(Tensor features, Tensor logits, Tensor? target, str kind, bool bias, {_OPTIONS}) -> Tensor",
-    "linear_contrast_sqnorm": f"(Tensor features, Tensor weight, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor)",
-    "linear_contrast_stats": (
-        "(Tensor features, Tensor weight, Tensor? bias, str loss, str reduction, str impl) -> Tensor"
+    "contrast_sqnorm": f"(Tensor features, Tensor logits, bool bias, {_OPTIONS}, bool log) -> Tensor",
+    "target_sqnorm": (
+        f"(Tensor features, Tensor logits, Tensor? target, str kind, bool bias, {_OPTIONS}, bool log) -> Tensor"
     ),
-    "rows_linear": "(Tensor features, Tensor diagonal, Tensor weight, Tensor? bias, str impl) -> Tensor",
+    "linear_contrast_sqnorm": (
+        f"(Tensor features, Tensor weight, Tensor? bias, {_OPTIONS}, bool log) -> (Tensor, Tensor)"
+    ),
+    "linear_contrast_stats": f"(Tensor features, Tensor weight, Tensor? bias, {_OPTIONS}) -> Tensor",
+    "rows_linear": "(Tensor features, Tensor diagonal, Tensor weight, Tensor? bias) -> Tensor",
+    "conv_sqnorm": f"(Tensor a, Tensor g, {_CONV}, bool transposed, str? route, str impl) -> Tensor",
+    "linear_sqnorm": "(Tensor a, Tensor g, str? route, str impl) -> Tensor",
+    "conv_sqnorm_kernel": f"(Tensor a, Tensor g, {_CONV}) -> Tensor",
+    "linear_sqnorm_kernel": "(Tensor a, Tensor g) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -50,45 +65,85 @@ def _head(features: Tensor, weight: Tensor) -> None:
 
 
 @torch.library.register_fake("fastgrad::contrast_sqnorm")
-def _(
-    features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool, impl: str
-) -> Tensor:
+def _(features: Tensor, logits: Tensor, *options: Any) -> Tensor:
     _paired(features, logits)
     return logits.new_empty(logits.shape, dtype=compute_dtype(logits.dtype))
 
 
 @torch.library.register_fake("fastgrad::target_sqnorm")
-def _(
-    features: Tensor,
-    logits: Tensor,
-    target: Tensor | None,
-    kind: str,
-    bias: bool,
-    loss: str,
-    reduction: str,
-    log: bool,
-    impl: str,
-) -> Tensor:
+def _(features: Tensor, logits: Tensor, *options: Any) -> Tensor:
     _paired(features, logits)
     return logits.new_empty(logits.shape[:1], dtype=compute_dtype(logits.dtype))
 
 
 @torch.library.register_fake("fastgrad::linear_contrast_sqnorm")
-def _(
-    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, log: bool, impl: str
-) -> tuple[Tensor, Tensor]:
+def _(features: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     _head(features, weight)
     shape = (features.shape[0], weight.shape[0])
     return features.new_empty(shape), features.new_empty(shape, dtype=compute_dtype(features.dtype))
 
 
 @torch.library.register_fake("fastgrad::linear_contrast_stats")
-def _(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, impl: str) -> Tensor:
+def _(features: Tensor, weight: Tensor, *options: Any) -> Tensor:
     _head(features, weight)
     return features.new_empty((features.shape[0], 5), dtype=compute_dtype(features.dtype))
 
 
 @torch.library.register_fake("fastgrad::rows_linear")
-def _(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+def _(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _paired(features, diagonal)
     return features.new_empty((features.shape[0], weight.shape[0]), dtype=compute_dtype(features.dtype))
+
+
+@torch.library.register_fake("fastgrad::conv_sqnorm_kernel")
+@torch.library.register_fake("fastgrad::linear_sqnorm_kernel")
+def _(a: Tensor, g: Tensor, *options: Any) -> Tensor:
+    torch._check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
+    return g.new_empty(g.shape[:2], dtype=torch.float32)
+
+
+def operator(name: str, eager: Callable[..., _T], kernel: Callable[..., _T]) -> Callable[..., _T]:
+    """Register both implementations of an operator of the last layer and return the function that chooses.
+
+    Args:
+        name: In ``SCHEMAS``.
+        eager: Plain torch for any device, differentiable; takes what the schema says.
+        kernel: The Triton launcher, likewise.
+
+    Returns:
+        ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, as `choose` says for the first
+        argument. The operator's derivative is that of ``eager``, computed anew in the backward pass.
+    """
+
+    def on_cpu(*arguments: Any) -> _T:
+        return (kernel if interpreting() else eager)(*arguments)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = [isinstance(x, Tensor) for x in inputs]
+        ctx.save_for_backward(*(x if tensor else None for x, tensor in zip(inputs, tensors, strict=True)))
+        ctx.others = [None if tensor else x for x, tensor in zip(inputs, tensors, strict=True)]
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[: len(ctx.others)]
+        inputs = list(ctx.others)
+        for i, saved in enumerate(ctx.saved_tensors):
+            if saved is not None:
+                inputs[i] = saved.detach().requires_grad_(wanted[i])
+        sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        with torch.enable_grad():
+            outputs = eager(*inputs)
+        found = iter(torch.autograd.grad(outputs, sources, grads, allow_unused=True))
+        return tuple(next(found) if want else None for want in wanted)
+
+    torch.library.impl(f"fastgrad::{name}", "CompositeExplicitAutograd", eager)
+    torch.library.impl(f"fastgrad::{name}", "CPU", on_cpu)
+    torch.library.impl(f"fastgrad::{name}", "CUDA", kernel)
+    torch.library.register_autograd(f"fastgrad::{name}", backward, setup_context=setup)
+    overload = getattr(torch.ops.fastgrad, name).default
+
+    def function(*arguments: Any) -> _T:
+        *inputs, impl = arguments
+        result: _T = (overload if choose(impl, inputs[0]) == "triton" else eager)(*inputs)
+        return result
+
+    return function

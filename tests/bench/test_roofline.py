@@ -68,14 +68,14 @@ def test_target(kind: str) -> None:
     _compare(_counted(call), work.target(3, 50, 40, HALF, INTERPRETER, kind))
 
 
-@pytest.mark.parametrize("chunks", [0, 2])
+@pytest.mark.parametrize(("chunks", "queue"), [(0, False), (2, False), (2, True)])
 @pytest.mark.parametrize("in_loop", [False, True])
-def test_linear_contrast(chunks: int, in_loop: bool) -> None:
+def test_linear_contrast(chunks: int, queue: bool, in_loop: bool) -> None:
     from fastgrad.ops.triton import linear_contrast
 
     B, N, D = 20, 50, 40
     h, _, weight, bias = _head(B, N, D, HALF)
-    config = LinearConfig(16, 16, 16, 1, chunks, 32, 4, 1, in_loop, "ieee", 4, 3)
+    config = LinearConfig(16, 16, 16, 1, chunks, 32, 4, 1, in_loop, "ieee", 4, 3, queue)
     with heuristics.override(linear_contrast=config):
         counts = _counted(
             lambda: linear_contrast.linear_contrast_sqnorm(h, weight, bias, "cross_entropy", False, False)

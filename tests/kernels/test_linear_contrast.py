@@ -29,7 +29,8 @@ PATHS = {
     "last": SMALL,
     "last, norm in loop": dataclasses.replace(SMALL, norm_in_loop=True, group_m=1),
     "chunks": dataclasses.replace(SMALL, chunks=2),
-    "chunks, one group": dataclasses.replace(SMALL, chunks=1, group_m=4, norm_in_loop=True),
+    "queue": dataclasses.replace(SMALL, chunks=2, queue=True),
+    "queue, one group": dataclasses.replace(SMALL, chunks=1, group_m=4, norm_in_loop=True, queue=True),
 }
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -10,7 +10,7 @@ import torch
 from torch.library import opcheck
 
 from fastgrad.losses import LOSSES
-from fastgrad.ops import contrast, linear_contrast, rows, target  # noqa: F401  (define the operators)
+from fastgrad.ops import contrast, linear_contrast, rows, target
 
 OPS = torch.ops.fastgrad
 
@@ -29,15 +29,38 @@ def arguments(name: str, device: torch.device, requires_grad: bool, loss: str) -
     }[name]
 
 
-NAMES = ("contrast_sqnorm", "target_sqnorm", "linear_contrast_sqnorm", "linear_contrast_stats", "rows_linear")
+FUNCTIONS = {
+    "contrast_sqnorm": contrast.contrast_sqnorm,
+    "target_sqnorm": target.target_sqnorm,
+    "linear_contrast_sqnorm": linear_contrast.linear_contrast_sqnorm,
+    "linear_contrast_stats": linear_contrast.linear_contrast_stats,
+    "rows_linear": rows.rows_linear,
+}
+NAMES = tuple(FUNCTIONS)
 
 
-@pytest.mark.parametrize(("name", "impl"), list(itertools.product(NAMES, ("eager", "triton"))))
-def test_opcheck(name: str, impl: str, device: torch.device) -> None:
+@pytest.fixture
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator on the CPU runs its eager implementation."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+def check(name: str, device: torch.device) -> None:
     operator = getattr(OPS, name).default
-    opcheck(operator, (*arguments(name, device, True, "cross_entropy"), impl))
-    plain = (*arguments(name, device, False, "brier"), impl)
+    opcheck(operator, arguments(name, device, True, "cross_entropy"))
+    plain = arguments(name, device, False, "brier")
     opcheck(operator, plain, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_triton(name: str, device: torch.device) -> None:
+    check(name, device)
+
+
+@pytest.mark.usefixtures("no_interpreter")
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_eager(name: str) -> None:
+    check(name, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("name", "loss"), list(itertools.product(NAMES, LOSSES)))
@@ -46,7 +69,7 @@ def test_triton_equals_eager_and_so_do_the_gradients(name: str, loss: str, devic
     leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     results = []
     for impl in ("eager", "triton"):
-        out = getattr(OPS, name)(*inputs, impl)
+        out = FUNCTIONS[name](*inputs, impl)
         outs = out if isinstance(out, tuple) else (out,)
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(o.shape, generator=generator).to(device) for o in outs]
@@ -59,11 +82,39 @@ def test_triton_equals_eager_and_so_do_the_gradients(name: str, loss: str, devic
 
 def test_shape_contract_refuses_what_does_not_fit() -> None:
     with torch.device("meta"), pytest.raises(RuntimeError, match="one row a sample"):
-        OPS.contrast_sqnorm(torch.empty(3, 5), torch.empty(4, 6), True, "mse", "sum", False, "eager")
+        OPS.contrast_sqnorm(torch.empty(3, 5), torch.empty(4, 6), True, "mse", "sum", False)
 
 
 def test_meta_tensors_of_more_than_two_billion_elements() -> None:
     z = torch.empty(40_000, 60_000, device="meta", dtype=torch.bfloat16)
-    out = OPS.contrast_sqnorm(z[:, :8], z, True, "bce", "sum", False, "triton")
+    out = OPS.contrast_sqnorm(z[:, :8], z, True, "bce", "sum", False)
     assert out.shape == z.shape
     assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_device_and_impl_say_what_runs(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastgrad.ops.triton import launch
+
+    launched: list[str] = []
+    monkeypatch.setattr(launch, "check", lambda **tensors: launched.extend(tensors))
+    function, operator = FUNCTIONS[name], getattr(OPS, name)
+    inputs = arguments(name, device, False, "cross_entropy")
+    for call, expected in (
+        (lambda: function(*inputs, "triton"), True),
+        (lambda: function(*inputs, "eager"), False),
+        (lambda: operator(*inputs), True),
+    ):
+        launched.clear()
+        call()
+        assert bool(launched) is expected
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    inputs = arguments(name, torch.device("cpu"), False, "cross_entropy")
+    launched.clear()
+    function(*inputs, "auto")
+    operator(*inputs)
+    assert launched == []
+    with pytest.raises(ValueError, match="it was 'triton', but the device was cpu"):
+        function(*inputs, "triton")

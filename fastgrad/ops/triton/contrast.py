@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastgrad.kernels import contrast as kernels
+from fastgrad.kernels.losses import PLANES
 
 from .. import heuristics
 from . import launch
@@ -57,17 +58,54 @@ def contrast_sqnorm(
                 LOSS=loss, BIAS=bias, LOG=log, MEAN=mean, BLOCK_D=config.block_d, ALIGN_H=align_h, **options,
             )  # fmt: skip
         else:
-            # Chunks are whole blocks, so that every split but the last is full and none is empty.
-            chunk_n = heuristics.cdiv(heuristics.cdiv(N, config.splits), config.block_n) * config.block_n
-            splits = heuristics.cdiv(N, chunk_n)
+            chunk_n, splits = chunks_of(N, config.splits, config.block_n)
             chunk_d = heuristics.cdiv(heuristics.cdiv(D, splits), 16) * 16
-            work = launch.empty((10, B, splits), torch.float32, logits)
+            work = launch.empty((PLANES.value, B, splits), torch.float32, logits)
             kernels.contrast_moments_kernel[(B * splits,)](
                 features, logits, work, N // align_n, D, stride_hb, features.stride(1), stride_zb, logits.stride(1),
                 splits, chunk_n, chunk_d, LOSS=loss, LOG=log, BLOCK_D=config.block_d, ALIGN_H=align_h, **options,
             )  # fmt: skip
-            kernels.contrast_finish_kernel[(B * splits,)](
-                logits, work, out, N // align_n, stride_zb, logits.stride(1), splits, chunk_n,
-                LOSS=loss, BIAS=bias, LOG=log, MEAN=mean, SPLITS=heuristics.power_of_two(splits), **options,
+            finish(
+                logits, work, out, splits, (splits, 1), splits, config.block_n,
+                LOSS=loss, BIAS=bias, LOG=log, MEAN=mean, PARTS=heuristics.power_of_two(splits),
+                num_warps=config.num_warps,
             )  # fmt: skip
     return out
+
+
+def chunks_of(N: int, chunks: int, block: int) -> tuple[int, int]:
+    """Columns of a chunk, whole blocks so that all but the last are full, and the number of chunks, none empty."""
+    chunk = heuristics.cdiv(heuristics.cdiv(N, chunks), block) * block
+    return chunk, heuristics.cdiv(N, chunk)
+
+
+def finish(
+    logits: torch.Tensor,
+    work: torch.Tensor,
+    out: torch.Tensor,
+    parts: int,
+    strides: tuple[int, int],
+    chunks: int,
+    block_n: int,
+    **options: Any,
+) -> None:
+    """Launch ``contrast_finish_kernel``: from partial moments and logits to norms.
+
+    Args:
+        logits: ``(B, N)``; any strides.
+        work: ``(PLANES, ...)`` float32, the moments of ``parts`` parts a row.
+        out: ``(B, N)`` float32, contiguous.
+        parts: Parts of a row.
+        strides: Of ``work``, from a row to the next and from a part to the next.
+        chunks: Programs a row.
+        block_n: Columns per step.
+        options: Constants of the kernel and ``num_warps``.
+    """
+    B, N = logits.shape
+    stride_zb, align_z = launch.rows_alignment(logits)
+    align_n = launch.alignment(N)
+    chunk_n, chunks = chunks_of(N, chunks, block_n)
+    kernels.contrast_finish_kernel[(B * chunks,)](
+        logits, work, out, N // align_n, stride_zb, logits.stride(1), parts, *strides, work.stride(0), chunks, chunk_n,
+        BLOCK_N=block_n, ALIGN_Z=align_z, ALIGN_N=align_n, **options, **launch.OPTIONS,
+    )  # fmt: skip

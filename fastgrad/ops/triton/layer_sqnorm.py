@@ -104,7 +104,7 @@ def linear_sqnorm(a: Tensor, g: Tensor) -> Tensor:
     def direct(flag: Tensor | None) -> Tensor:
         return _direct(a.transpose(1, 2), g.transpose(2, 3), (1,), (1,), (0,), (1,), 1, flag)
 
-    if not layer_heuristics.prefers_gram(inputs, outputs, positions) or not g.numel():
+    if not layer_heuristics.layer_prefers_gram(inputs, outputs, positions) or not g.numel():
         return direct(None)
     config = layer_heuristics.layer_gram(positions, a.dtype, launch.architecture(a))
     tiles = cdiv(positions, config.block_t)

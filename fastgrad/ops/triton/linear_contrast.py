@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from fastgrad.kernels import linear_contrast as kernels
+from fastgrad.kernels.losses import PLANES
 
 from .. import heuristics
 from . import launch
+from .contrast import chunks_of, finish
 
 
 def _check(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -28,7 +30,7 @@ def _slice(D: int, parts: int, step: int) -> int:
 def linear_contrast_sqnorm(
     features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, loss: str, log: bool, mean: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a linear layer and the squared norms of its gradients for every one-hot contrast, in one launch.
+    """Logits of a linear layer and the squared norms of its gradients for every one-hot contrast.
 
     The norms are those of the logits as returned, after rounding to their dtype: the result equals
     ``contrast_sqnorm(features, logits)`` up to the order of sums.
@@ -53,24 +55,31 @@ def linear_contrast_sqnorm(
     config = heuristics.linear_contrast(B, N, D, features.dtype, launch.architecture(features))
     tiles_m, tiles_n = heuristics.cdiv(B, config.block_m), heuristics.cdiv(N, config.block_n)
     groups = heuristics.cdiv(tiles_m, config.group_m)
+    queued = config.chunks if config.queue else 0
+    chunk_n, queued = chunks_of(N, queued, config.block_f) if queued else (0, 0)
     stride_xb, align_x = launch.rows_alignment(features)
     stride_wn, align_w = launch.rows_alignment(weight)
     align_n = launch.alignment(N)
     with launch.device_guard(features):
-        work = launch.empty((10, tiles_n + 1, B), torch.float32, features)
-        sync = torch.zeros(1 + 2 * tiles_m, dtype=torch.int32, device=features.device)
-        kernels.linear_contrast_kernel[(groups * config.group_m * (tiles_n + config.chunks),)](
+        work = launch.empty((PLANES.value, tiles_n, B), torch.float32, features)
+        counted = queued or not config.chunks
+        sync = torch.zeros(1 + tiles_m, dtype=torch.int32, device=features.device) if counted else work
+        kernels.linear_contrast_kernel[(groups * config.group_m * (tiles_n + queued),)](
             features, weight, bias.contiguous() if bias is not None else weight, logits, out, work, sync,
             B, N // align_n, D, stride_xb, features.stride(1), stride_wn, weight.stride(1),
-            _slice(D, tiles_n, config.block_k),
-            heuristics.cdiv(heuristics.cdiv(N, max(config.chunks, 1)), config.block_f) * config.block_f,
+            _slice(D, tiles_n, config.block_k), chunk_n,
             LOSS=loss, LOG=log, MEAN=mean, HAS_BIAS=bias is not None,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-            BLOCK_F=config.block_f, PARTS=config.parts, CHUNKS=config.chunks, NORM_IN_LOOP=config.norm_in_loop,
-            EVEN_K=D % config.block_k == 0, PRECISION=config.precision, UPCAST=launch.upcast(features),
-            ALIGN_X=align_x, ALIGN_W=align_w, ALIGN_N=align_n,
+            BLOCK_F=config.block_f, PARTS=config.parts, LAST=config.chunks == 0, CHUNKS=queued,
+            NORM_IN_LOOP=config.norm_in_loop, EVEN_K=D % config.block_k == 0, PRECISION=config.precision,
+            UPCAST=launch.upcast(features), ALIGN_X=align_x, ALIGN_W=align_w, ALIGN_N=align_n,
             num_warps=config.num_warps, num_stages=config.num_stages, **launch.OPTIONS,
         )  # fmt: skip
+        if config.chunks and not config.queue:
+            finish(
+                logits, work, out, tiles_n, (1, B), config.chunks, config.block_f,
+                LOSS=loss, BIAS=bias is not None, LOG=log, MEAN=mean, PARTS=config.parts, num_warps=config.num_warps,
+            )  # fmt: skip
     return logits, out
 
 
@@ -101,12 +110,11 @@ def linear_contrast_stats(
     stride_wn, align_w = launch.rows_alignment(weight)
     passes = (False, True) if loss == "brier" else (False,)
     with launch.device_guard(features):
-        work = launch.empty((10, splits, B), torch.float32, features)
-        state = launch.empty((9, B if loss == "brier" else 0), torch.float32, features)
+        work = launch.empty((PLANES.value + 2 * (len(passes) - 1), splits, B), torch.float32, features)
         sync = torch.zeros(len(passes), tiles_m, dtype=torch.int32, device=features.device)
         for i, extremes in enumerate(passes):
             kernels.linear_stats_kernel[(tiles_m * splits,)](
-                features, weight, bias.contiguous() if bias is not None else weight, out, work, state, sync[i],
+                features, weight, bias.contiguous() if bias is not None else weight, out, work, sync[i],
                 B, N, D, stride_xb, features.stride(1), stride_wn, weight.stride(1),
                 splits, config.tiles_per_split, _slice(D, splits, config.block_k),
                 LOSS=loss, MEAN=mean, HAS_BIAS=bias is not None, EXTREMES=extremes,

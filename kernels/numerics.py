@@ -1,0 +1,66 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
+"""Elementary functions that stay relatively accurate where the obvious form cancels or overflows."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def finite(x):
+    """``x`` with minus infinity replaced by 0, so that differences to it stay defined."""
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
+def exp(x):
+    """e^x for x up to 88, to about two units in the last place everywhere; NaN stays NaN.
+
+    The hardware's exponential takes ``x * log2(e)`` rounded to float32, an error of 2e-6 at x = -40 that a square
+    doubles. Reducing the argument first keeps the result's error independent of x.
+    """
+    x = tl.where(x < -200.0, -200.0, x)
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6
+    return tl.exp2(n) * tl.exp2(r * 1.4426950408889634)
+
+
+@triton.jit
+def one_minus(x, e):
+    """``1 - exp(x)`` for x <= 0, given ``e = exp(x)``; relative accuracy also where x is tiny."""
+    p = 2.48015873015873e-05 * x + 1.984126984126984e-04
+    p = p * x + 1.388888888888889e-03
+    p = p * x + 8.333333333333333e-03
+    p = p * x + 4.1666666666666664e-02
+    p = p * x + 1.6666666666666666e-01
+    p = p * x + 0.5
+    p = p * x + 1.0
+    return tl.where(x > -0.4, -p * x, 1.0 - e)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x) without overflow, relatively accurate on both tails."""
+    e = exp(-tl.abs(x))
+    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def log_sigmoid(x):
+    """log(1 / (1 + e^-x)), absolutely accurate."""
+    e = exp(-tl.abs(x))
+    return tl.where(x < 0.0, x, 0.0) - tl.log(1.0 + e)
+
+
+@triton.jit
+def margin(top, second):
+    """``exp(second - top)``, ``second - top`` and the rounding error of that difference.
+
+    The error of the difference is half a unit of a number near 40, which a square of its exponential would show;
+    it is known exactly (two-sum), so it is given back. The softmax of a row whose maximum is infinite (either sign)
+    is undefined, as it is to autograd: the exponential is then NaN.
+    """
+    r = second - top
+    back = r - second
+    err = (second - (r - back)) + (-top - back)
+    err = tl.where(tl.abs(r) < float("inf"), err, 0.0)
+    return tl.where(tl.abs(top) < float("inf"), exp(r) * (1.0 + err), float("nan")), r, err

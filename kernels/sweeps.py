@@ -1,0 +1,173 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
+# ruff: noqa: SIM108 - choices between constants at compile time read better as statements
+"""Sweeps over rows of logits beside a fixed target, as device functions: sums that need the row more than once.
+
+Every difference is formed where it does not cancel: against the maximum for softmax losses, against
+``1 - sigmoid(-z)`` for positive logits. ``top`` and ``base`` are a row's two largest logits, ``tail`` the other
+exponentials over the largest, ``rho = exp(base - top)``: the softmax is ``exp(z - base) rho / (1 + tail)``.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import exp, finite, log_sigmoid, one_minus, sigmoid
+
+
+@triton.jit
+def load_block(
+    ptrs, stride, n, stop, valid, BLOCK_N: tl.constexpr, other: tl.constexpr, EVICT: tl.constexpr = ""
+):
+    """Columns ``[n, n + BLOCK_N)`` of the rows at ``ptrs`` as float32, and which of them exist before ``stop``."""
+    cols = n + tl.arange(0, BLOCK_N)
+    inside = valid[:, None] & (cols < stop)[None, :]
+    at = ptrs[:, None] + cols.to(tl.int64)[None, :] * stride
+    return tl.load(at, mask=inside, other=other, eviction_policy=EVICT).to(tl.float32), inside
+
+
+@triton.jit
+def cross_entropy_soft(
+    zs, ys, stride_zn, stride_yn, N, valid, top, base, rho, tail, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Sum of ``(p_j sum y - y_j)^2``."""
+    a = 1.0 + tail
+    rest = tl.zeros([ROWS], tl.float32)
+    tops = tl.zeros([ROWS], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        z, _ = load_block(zs, stride_zn, n, N, valid, BLOCK_N, float("-inf"))
+        y, _ = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
+        is_top = z == top[:, None]
+        rest += tl.sum(tl.where(is_top, 0.0, y), 1)
+        tops += tl.sum(tl.where(is_top, y, 0.0), 1)
+    total = rest + tops
+    value = tl.zeros([ROWS], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, float("-inf"))
+        y, _ = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
+        p = exp(z - base[:, None]) * (rho / a)[:, None]
+        other = total[:, None] * p - y
+        # p_top - 1 is minus the other probabilities, and y_top - sum y minus the other targets.
+        at_top = (rest[:, None] + (tops[:, None] - y)) - (total * tail / a)[:, None]
+        delta = tl.where(inside, tl.where(z == top[:, None], at_top, other), 0.0)
+        value += tl.sum(delta * delta, 1)
+    return value
+
+
+@triton.jit
+def cross_entropy_constant(
+    zs, stride_zn, N, valid, top, tail, MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Sum of ``(N p_j - 1)^2``, over N^2 with ``MEAN``.
+
+    ``N p_j - 1`` is the deviation of ``e_j = exp(z_j - top)`` from its mean, over that mean.
+    """
+    size = tl.zeros([ROWS], tl.float32) + N
+    mean = (1.0 + tail) / size
+    mean_g = tl.zeros([ROWS], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, float("-inf"))
+        x = z - finite(top)[:, None]
+        mean_g += tl.sum(tl.where(inside, one_minus(x, exp(x)), 0.0), 1)
+    mean_g = mean_g / size
+    value = tl.zeros([ROWS], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, float("-inf"))
+        x = z - finite(top)[:, None]
+        e = exp(x)
+        deviation = tl.where((mean > 0.5)[:, None], mean_g[:, None] - one_minus(x, e), e - mean[:, None])
+        deviation = tl.where(inside, deviation, 0.0)
+        value += tl.sum(deviation * deviation, 1)
+    value = value / mean / mean
+    return value / size / size if MEAN else value
+
+
+@triton.jit
+def brier_terms(
+    zs, ys, stride_zn, stride_yn, n, N, valid, top, base, rho, tail, reference, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """``p_j`` and ``h_j = (p_i - y_i) - (p_j - y_j)`` of a block, i the maximum; ``p_j = 0`` outside.
+
+    delta_j = 2 p_j (sum_l p_l h_l - h_j). For a one-hot target at i the two differences nearly cancel, so that
+    ``(p_i - p_j) - 1 = -(sum over the others + p_j)`` takes the place of the first.
+    """
+    z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, float("-inf"))
+    y, _ = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
+    x = z - finite(top)[:, None]
+    e = exp(x)
+    inv = (1.0 / (1.0 + tail))[:, None]
+    is_top = z == top[:, None]
+    drop = reference[:, None] - y
+    near = one_minus(x, e) * inv - drop
+    far = (1.0 - drop) - (tail[:, None] + e) * inv
+    h = tl.where(is_top, -drop, tl.where(drop > 0.5, far, near))
+    p = tl.where(is_top, inv, exp(z - base[:, None]) * (rho[:, None] * inv))
+    return tl.where(inside, p, 0.0), tl.where(inside, h, 0.0)
+
+
+@triton.jit
+def brier_soft(
+    zs, ys, stride_zn, stride_yn, N, valid, top, base, rho, tail, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Sum of ``(2 p_j (sum_l p_l h_l - h_j))^2``."""
+    reference = tl.zeros([ROWS], tl.float32)
+    copies = tl.zeros([ROWS], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, float("-inf"))
+        y, _ = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
+        is_top = inside & (z == top[:, None])
+        reference += tl.sum(tl.where(is_top, y, 0.0), 1)
+        copies += tl.sum(is_top.to(tl.float32), 1)
+    reference = reference / copies
+    centre = tl.zeros([ROWS], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        p, h = brier_terms(
+            zs, ys, stride_zn, stride_yn, n, N, valid, top, base, rho, tail, reference, BLOCK_N
+        )
+        centre += tl.sum(p * h, 1)
+    value = tl.zeros([ROWS], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        p, h = brier_terms(
+            zs, ys, stride_zn, stride_yn, n, N, valid, top, base, rho, tail, reference, BLOCK_N
+        )
+        delta = 2.0 * p * (centre[:, None] - h)
+        value += tl.sum(delta * delta, 1)
+    return value
+
+
+@triton.jit
+def log_of_ones(zs, stride_zn, N, valid, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Logarithm of the sum of ``sigmoid(-z_j)^2``, in log space."""
+    low = tl.zeros([ROWS], tl.float32) + float("inf")
+    for n in range(0, N, BLOCK_N):
+        z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, 0.0)
+        low = tl.minimum(low, tl.min(tl.where(inside, z, float("inf")), 1))
+    scale = finite(log_sigmoid(-low))
+    value = tl.zeros([ROWS], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, 0.0)
+        value += tl.sum(tl.where(inside, exp(2.0 * (log_sigmoid(-z) - scale[:, None])), 0.0), 1)
+    return 2.0 * scale + tl.log(value)
+
+
+@triton.jit
+def elementwise(
+    zs, ys, stride_zn, stride_yn, N, valid,
+    KIND: tl.constexpr, SIGMOID: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sum of ``(sigmoid(z_j) - y_j)^2``, or of ``4 (z_j - y_j)^2`` without ``SIGMOID``."""
+    size = tl.zeros([ROWS], tl.float32) + N
+    value = tl.zeros([ROWS], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, 0.0)
+        if KIND == "soft":
+            y, _ = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
+        elif KIND == "ones":
+            y = tl.zeros_like(z) + 1.0
+        else:
+            y = tl.zeros_like(z) + (1.0 / size)[:, None]
+        if SIGMOID:
+            delta = tl.where(z > 0.0, (1.0 - y) - sigmoid(-z), sigmoid(z) - y)
+        else:
+            delta = 2.0 * (z - y)
+        delta = tl.where(inside, delta, 0.0)
+        value += tl.sum(delta * delta, 1)
+    return value
