@@ -38,6 +38,8 @@ SCHEMAS = {
     "linear_sqnorm": "(Tensor a, Tensor g, str? route, str impl) -> Tensor",
     "conv_sqnorm_kernel": f"(Tensor a, Tensor g, {_CONV}) -> Tensor",
     "linear_sqnorm_kernel": "(Tensor a, Tensor g) -> Tensor",
+    # Of a tensor of any shape; its contract stands beside its implementation.
+    "channel_moments": "(Tensor x, int dim) -> (Tensor sum, Tensor sum_of_squares)",
 }
 
 for _name, _schema in SCHEMAS.items():
