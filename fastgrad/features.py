@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from fastgrad import losses
+from fastgrad._torch import is_fake, original, outside_of_compilation, pytree
 from fastgrad.checks import is_bool, one_of
 from fastgrad.engine.network import (
     Network,
@@ -104,8 +102,7 @@ class GradientFeatures:
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError("model must be an ordinary torch.nn.Module; it was a torch.jit.ScriptModule")
-        compiled = getattr(model, "_orig_mod", None)
-        self.model: nn.Module = compiled if isinstance(compiled, nn.Module) else model
+        self.model = original(model)
         one_of("loss", loss, losses.LOSSES)
         one_of("reduction", reduction, ("sum", "mean"))
         one_of("impl", impl, IMPLEMENTATIONS)
@@ -168,11 +165,8 @@ class GradientFeatures:
             Logits ``(B, N)`` as the model gives them, and features in float32 (float64 for a float64 model):
             ``(B, P)``; ``(B, S, P)`` for S signals; ``(B, N, P)`` for ``target="contrast"``.
         """
-        if "torch._dynamo" in sys.modules:
-            # torch.compile cannot follow an extraction, which builds modules; `trace` gives it a graph.
-            outside: Callable[..., tuple[Tensor, Tensor]] = torch.compiler.disable(self._run)
-            return outside(args, kwargs)
-        return self._run(args, kwargs)
+        # torch.compile cannot follow an extraction, which builds modules; `trace` gives it a graph.
+        return outside_of_compilation(self._run)(args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False):
@@ -236,7 +230,7 @@ class GradientFeatures:
             unit = (delta / scale).to(logits.dtype)
             # Functorch's batched tensors cannot be traced with a symbolic batch, nor where a rule differentiates.
             replays = any(not isinstance(site.rule, LayerRule) and not site.rank for site in plan.sites)
-            if is_symbolic(samples) or (replays and isinstance(logits, FakeTensor)):
+            if is_symbolic(samples) or (replays and is_fake(logits)):
                 features = torch.stack(
                     [squared_norms(run, [logits], [u], plan.names, z, keep=True) for u in unit]
                 )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad._torch import original, pytree
 from fastgrad.engine.network import Network, batch_size
 from fastgrad.engine.plan import refuse_mixing
 from fastgrad.engine.run import Run
@@ -49,7 +50,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
             raise TypeError(f"model must be an ordinary torch.nn.Module; it was {type(model).__name__}")
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        if original(model) is not model:
             raise TypeError("model must be the module that was given to torch.compile, not its compiled form")
         self.model = model
         #: Of each call the names within the model by the names within the called module, and its probes.
@@ -126,7 +127,7 @@ def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _detached(tree: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, torch.Tensor.detach, tree)
+    return pytree.tree_map_only(Tensor, torch.Tensor.detach, tree)
 
 
 def grad_sqnorm(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import functional
+from fastgrad._torch import attend_alike, is_batched
 from fastgrad.blocks.image_statistics import image_statistics, is_image
 from fastgrad.checks import one_of
 from fastgrad.engine.shadow import Shadow, attach
@@ -62,7 +63,7 @@ class Tapped(nn.Module):
 
             def keep(_: nn.Module, inputs: Any, __: Any) -> None:
                 # Replays of single layers under vmap are not the batch.
-                if not torch._C._functorch.is_batchedtensor(inputs[0]):
+                if not is_batched(inputs[0]):
                     box.seen.append(inputs[0])
 
             attach(self.model.get_submodule(self.head), keep, before=True)
@@ -170,7 +171,7 @@ class Extraction:
 
     def _forward(self, box: Box, args: Any, kwargs: Any) -> Tensor:
         shadow = Shadow(Tapped(self.model, self.head))
-        _attend_alike(shadow.root)
+        attend_alike(shadow.root)
         with torch.no_grad():
             logits = logits_of(shadow.root(box, *args, **kwargs))
         return logits.detach()
@@ -183,20 +184,6 @@ class Extraction:
         bias = getattr(self.model.get_submodule(self.head), "bias", None) is not None
         norms = functional.contrast_sqnorm(features, logits, bias=bias, log=self.log)
         return logits, {"contrasts": norms}
-
-
-def _attend_alike(root: nn.Module) -> None:
-    """Let torch's attention modules compute as they do with gradients.
-
-    Without, in evaluation mode, they take a path of their own that rounds otherwise and that tracers cannot
-    follow: the features would differ from those of an exported graph. Only a private copy is to be changed.
-    """
-    for module in root.modules():
-        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            # Of the modules' own code this switches the path and the dropout of attention weights, nothing else.
-            module.training = True
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
 
 
 def class_of_rank(logits: Tensor, rank: int) -> Tensor:

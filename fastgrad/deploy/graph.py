@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad._torch import flat_graph, storage_key, while_loop
+
 #: Bytes that one input's operations write from which on the loop is faster.
 LOOP_BYTES = 32 << 20
 
@@ -63,36 +65,17 @@ def written(graph: torch.fx.GraphModule) -> int:
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor):
             continue
-        storage = value.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
+        key = storage_key(value)
+        if key not in seen:
+            seen.add(key)
             total += value.numel() * value.element_size()
     return total
 
 
 def _record(function: Callable[[Tensor], Any], one: Tensor, *, symbolic: bool) -> torch.fx.GraphModule:
     """The flat graph, for one input or for a batch of symbolic size."""
-    from torch._dispatch.python import enable_python_dispatcher
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    # Three samples: sizes 0 and 1 are special to the tracer.
     batch = one.expand(3, *one.shape[1:]).contiguous() if symbolic else one
-    context: Any = StatelessSymbolicContext(
-        dynamic_sizes=[DimDynamic.DYNAMIC if symbolic else DimDynamic.STATIC]
-        + [DimDynamic.STATIC] * (batch.ndim - 1)
-    )
-    fake = mode.from_tensor(batch, symbolic_context=context)
-    # Some operators compute shapes in C++, where a symbolic size would become a number; the dispatcher takes
-    # the Python form. "real" here means: take the tensors as they are, which are fake ones already.
-    with mode, enable_python_dispatcher():
-        graph = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(fake)
-        if not symbolic:
-            # A loop's body may not write in place.
-            functional = torch.func.functionalize(graph)
-            graph = make_fx(functional, tracing_mode="real", _allow_non_fake_inputs=True)(fake)
+    graph = flat_graph(function, [batch], [symbolic], functional=not symbolic)
     _fold_batch_norms(graph)
     if not symbolic:
         _share_constants(graph)
@@ -186,8 +169,6 @@ class _Loop(nn.Module):
         self.rows = [(value.shape[1:], value.dtype) for value in ((outputs,) if self.single else outputs)]
 
     def forward(self, x: Tensor) -> Any:
-        from torch._higher_order_ops.while_loop import while_loop
-
         start = torch.zeros((), dtype=torch.int64)
         results = [x.new_zeros((x.shape[0], *shape), dtype=dtype) for shape, dtype in self.rows]
 
@@ -200,7 +181,7 @@ class _Loop(nn.Module):
             rows = (row,) if self.single else row
             return (i + 1, *(all_.index_copy(0, index, new) for all_, new in zip(results, rows, strict=True)))
 
-        done = tuple(while_loop(more, step, (start, *results))[1:])
+        done = while_loop(more, step, (start, *results))[1:]
         return done[0] if self.single else done
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from fastgrad._torch import pytree
 from fastgrad.engine.fallback import floating
 from fastgrad.engine.plan import SAMPLES, Plan, Planner, Route, find_layout
 from fastgrad.engine.run import Run, gather

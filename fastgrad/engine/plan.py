@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from fastgrad._torch import pytree
 from fastgrad.engine.shadow import Shadow, attach, ordinary
 from fastgrad.layers.norm import mixes_samples
 from fastgrad.layers.registry import LayerRule, ReplayRule, find_rule

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from fastgrad._torch import pytree
 from fastgrad.engine.fallback import replay_sqnorms
 from fastgrad.engine.plan import Site
 from fastgrad.engine.tap import tap, tap_layer

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from fastgrad._torch import flat_graph, pytree
 
 
 def is_symbolic(size: object) -> bool:
@@ -24,25 +25,9 @@ def trace(function: Callable[[Any, Any], Any], args: Any, kwargs: Any, samples: 
         kwargs: Example inputs by keyword.
         samples: Size of dimension 0 which marks a tensor as one that carries the batch.
     """
-    from torch._dispatch.python import enable_python_dispatcher
-    from torch._dynamo.source import ConstantSource
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
     leaves, spec = pytree.tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-
-    def fake(i: int) -> Tensor:
-        tensor: Tensor = leaves[i]
-        carries = tensor.dim() > 0 and tensor.shape[0] == samples
-        sizes = [DimDynamic.DYNAMIC if carries and d == 0 else DimDynamic.STATIC for d in range(tensor.dim())]
-        return mode.from_tensor(
-            tensor,
-            source=ConstantSource(f"input{i}"),
-            symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
-        )
+    tensors = [leaves[i] for i in places]
 
     def flat(*tensors: Tensor) -> Any:
         filled = list(leaves)
@@ -50,7 +35,4 @@ def trace(function: Callable[[Any, Any], Any], args: Any, kwargs: Any, samples: 
             filled[place] = tensor
         return function(*pytree.tree_unflatten(filled, spec))
 
-    # "real" here means: take the tensors as they are, which are fake ones already.
-    inputs = [fake(i) for i in places]
-    with mode, enable_python_dispatcher():
-        return make_fx(flat, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+    return flat_graph(flat, tensors, [t.dim() > 0 and t.shape[0] == samples for t in tensors])

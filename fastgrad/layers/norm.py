@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fastgrad.layers.reduce import is_batched, positions_first, sqnorm, upcast
+from fastgrad._torch import BatchNorm, InstanceNorm, NormBase, is_batched
+from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.layers.registry import register_rule
 
 #: Elements of an activation worked on at once where that takes several passes.
@@ -27,7 +26,7 @@ def _channel_norms(xhat: Tensor, g: Tensor) -> dict[str, Tensor]:
 
 def mixes_samples(module: nn.Module) -> bool:
     """Whether a batch norm would normalise with the statistics of the batch."""
-    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+    return isinstance(module, BatchNorm) and (module.training or module.running_mean is None)
 
 
 def _strided_batch_norm(a: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tensor]:
@@ -45,7 +44,7 @@ def _strided_batch_norm(a: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> dic
 
 def _batch_norm_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor], Tensor] | None:
     """``g * weight / std``: one pass, where the library's operator, which can do more, takes four times as long."""
-    assert isinstance(module, _NormBase)
+    assert isinstance(module, NormBase)
     if module.running_var is None:
         return None
     var, weight, eps = module.running_var, module.weight, module.eps
@@ -65,14 +64,14 @@ def _batch_norm_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor
     nn.BatchNorm2d,
     nn.BatchNorm3d,
     nn.SyncBatchNorm,
-    _BatchNorm,
+    BatchNorm,
     name="batch norm (evaluation)",
     in_place=True,
     input_gradient=_batch_norm_input_gradient,
 )
 def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for batch norm with running statistics."""
-    assert isinstance(module, _NormBase)
+    assert isinstance(module, NormBase)
     a, g = upcast(a, g)
     mean, var = module.running_mean, module.running_var
     assert mean is not None
@@ -101,10 +100,10 @@ def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"weight": sqnorm(weight.view(samples, channels)), "bias": sqnorm(bias.view(samples, channels))}
 
 
-@register_rule(_InstanceNorm, name="instance norm", in_place=True)
+@register_rule(InstanceNorm, name="instance norm", in_place=True)
 def instance_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for instance norm, with the statistics of the instance or running ones."""
-    assert isinstance(module, _NormBase)
+    assert isinstance(module, NormBase)
     a, g = upcast(a, g)
     if module.running_mean is not None:
         return dict(batch_norm(module, a, g))

@@ -19,11 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastgrad import checks
+from fastgrad._torch import check, is_exporting, is_readable
 from fastgrad.ops import conv_cost, conv_routes
 from fastgrad.ops.conv_geometry import Problem, canonical, per_axis
 from fastgrad.ops.implementation import choose
@@ -45,21 +43,6 @@ torch.library.define(
     "-> Tensor",
 )
 torch.library.define("fastgrad::linear_sqnorm_kernel", "(Tensor a, Tensor g) -> Tensor")
-
-
-def _readable(*tensors: Tensor) -> bool:
-    """Whether Python may look at values: not while tracing or under a functorch transform."""
-    return not (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or any(isinstance(t, FakeTensor) or is_functorch_wrapped_tensor(t) for t in tensors)
-    )
-
-
-def is_exporting() -> bool:
-    """Whether ``torch.export`` is tracing; it would keep a composite operator as it is."""
-    exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
-    return exporting is not None and bool(exporting())
 
 
 def shape_of(p: Problem, *, guarded: bool = True) -> conv_cost.Shape:
@@ -85,7 +68,7 @@ def shape_of(p: Problem, *, guarded: bool = True) -> conv_cost.Shape:
 
 def _solve(p: Problem, route: str | None) -> Tensor:
     """``(K, B)`` by the given or the cheapest route, chunk by chunk."""
-    guarded = _readable(p.a, p.g) and p.a.device.type == "cpu"  # elsewhere a look would wait for the device
+    guarded = is_readable(p.a, p.g) and p.a.device.type == "cpu"  # elsewhere a look would wait for the device
     shape = shape_of(p, guarded=guarded)
     if route is None:
         route = conv_cost.choose_route(shape)
@@ -166,13 +149,13 @@ def _linear_triton(a: Tensor, g: Tensor) -> Tensor:
 
 @torch.library.register_fake("fastgrad::conv_sqnorm_kernel")
 def _conv_fake(a: Tensor, g: Tensor, *rest: Any) -> Tensor:
-    torch._check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
+    check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
     return g.new_empty(g.shape[:2], dtype=torch.float32)
 
 
 @torch.library.register_fake("fastgrad::linear_sqnorm_kernel")
 def _linear_fake(a: Tensor, g: Tensor) -> Tensor:
-    torch._check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
+    check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
     return g.new_empty(g.shape[:2], dtype=torch.float32)
 
 
