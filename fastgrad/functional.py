@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgrad import checks, losses
+from fastgrad._torch import check_later
 from fastgrad.ops import contrast as contrast_op
 from fastgrad.ops import linear_contrast as linear_op
 from fastgrad.ops import rows as rows_op
@@ -292,7 +293,7 @@ def check_target(target: str | Tensor, logits: Tensor) -> None:
     if target.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not torch.Tensor:
         # Reading the labels here would synchronise with the device or break the graph; this check runs with them.
         inside = ((target >= 0) & (target < classes)).all()
-        torch._assert_async(inside, f"target must hold class indices from 0 to {classes - 1}")
+        check_later(inside, f"target must hold class indices from 0 to {classes - 1}")
         return
     low, high = (int(edge) for edge in torch.aminmax(target))
     if low < 0 or high >= classes:

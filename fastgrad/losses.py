@@ -46,18 +46,17 @@ def _upcast(logits: Tensor) -> Tensor:
 
 
 class _LeaveOneOut(NamedTuple):
-    """Softmax seen from its largest logit ``i``; ``(..., 1)`` unless noted. ``second`` is the next largest logit."""
+    """Softmax seen from its largest logit ``i``; ``(..., 1)`` unless noted. ``second`` is the next largest logit.
+
+    Fields alone: torch.compile of PyTorch 2.8 does not follow a named tuple's property.
+    """
 
     top: Tensor  # (..., N) bool, true at i only, also under ties
     log_rho: Tensor  # second - z_i <= 0
     f: Tensor  # (..., N) exp(z_j - second), 0 at i
     gap: Tensor  # (..., N) 1 - exp(z_j - z_i) >= 0, 0 at i
     a: Tensor  # sum_j exp(z_j - z_i) >= 1
-
-    @property
-    def p_others(self) -> Tensor:
-        """(..., N) softmax with the entry i set to 0."""
-        return self.f * (self.log_rho.exp() / self.a)
+    p_others: Tensor  # (..., N) softmax with the entry i set to 0
 
 
 def _top(z: Tensor) -> Tensor:
@@ -76,7 +75,8 @@ def _leave_one_out(z: Tensor) -> _LeaveOneOut:
     f = torch.exp(others - second)
     log_rho = second - peak
     gap = -torch.expm1(torch.where(top, 0, z - peak))
-    return _LeaveOneOut(top, log_rho, f, gap, 1 + log_rho.exp() * f.sum(-1, keepdim=True))
+    a = 1 + log_rho.exp() * f.sum(-1, keepdim=True)
+    return _LeaveOneOut(top, log_rho, f, gap, a, f * (log_rho.exp() / a))
 
 
 def _soft_target(z: Tensor, target: str | Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def _brier_norms(z: Tensor, log: bool) -> Tensor:
     t1, t2, t3, t4 = (f.pow(n).sum(-1, keepdim=True) for n in (1, 2, 3, 4))
     at_top = (t4 + 2 * c1 * t3 + c1 * c1 * t2 + ((t1 * t1 + t2) / a) ** 2) / a**4
 
-    p = rho * f / a
+    p = loo.p_others
     s2 = (p * p).sum(-1, keepdim=True) + a**-2
     q = loo.gap / a
     mean_q = rho * (f * f * q).sum(-1, keepdim=True) / (a * a * s2)  # p^2-weighted mean of q, without rho

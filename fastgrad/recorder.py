@@ -130,7 +130,7 @@ def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _detached(tree: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, torch.Tensor.detach, tree)
+    return pytree.tree_map_only(Tensor, torch.Tensor.detach, tree)
 
 
 def grad_sqnorm(

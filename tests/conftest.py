@@ -6,6 +6,7 @@ kernel is decorated.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -29,6 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
     for message in ("invalid value", "divide by zero", "overflow", "underflow", "All-NaN"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")
     # Triton's interpreter up to 3.6 does this; from numpy 2.4 on it is an error, so it needs an older numpy.
+    if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+        release = importlib.metadata.version("triton")
+        if np.lib.NumpyVersion(release) < "3.7.0" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+            raise pytest.UsageError(
+                f"the interpreter of Triton {release} needs numpy below 2.4; it was {np.__version__}"
+            )
     config.addinivalue_line(
         "filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
     )

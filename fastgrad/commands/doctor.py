@@ -31,6 +31,8 @@ def examine() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    # The distribution's own metadata lacks what it was built for ("+cu124").
+    versions["torch"] = torch.__version__
     devices = [("cpu", platform.processor() or platform.machine())]
     if torch.cuda.is_available():
         devices += [

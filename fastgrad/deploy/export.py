@@ -9,10 +9,9 @@ and AOTInductor compiles it to native code in a ``.pt2``. `fastgrad.deploy.packa
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgrad import checks
+from fastgrad import _torch, checks
 from fastgrad.deploy.drift import ScoreReference
 from fastgrad.deploy.graph import trace
 from fastgrad.deploy.package import Description, replace_atomically, write_description
 
+#: What compiled code would round in another way. With PyTorch's own kernels the features of a convolutional network
+#: or vision transformer are those of the live one, bit for bit or nearly: the detector has no difference to magnify.
+OWN_KERNELS = (
+    torch.ops.aten.native_layer_norm.default,
+    torch.ops.aten.native_group_norm.default,
+    torch.ops.aten.gelu.default,
+)
 RATES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 
@@ -114,66 +120,25 @@ def compile_function(
         RuntimeError: no C++ compiler, or the graph depends on the batch size.
     """
     require_compiler()
-    import torch._inductor
-
     program = trace(function, example_input, max_batch=max_batch, one_by_one=one_by_one)
     loop = any("while_loop" in str(node.target) for node in program.graph.nodes)
 
     def make(file: Path) -> None:
-        own = _own_kernels() if example_input.device.type == "cpu" else contextlib.nullcontext()
+        own = _torch.keeping(*OWN_KERNELS) if example_input.device.type == "cpu" else contextlib.nullcontext()
         with warnings.catch_warnings(), own:
             warnings.simplefilter("ignore")
-            torch._inductor.aoti_compile_and_package(
-                program,
-                package_path=str(file),
-                inductor_configs={
-                    # Otherwise the number of this machine's cores would be compiled in.
-                    "cpp.dynamic_threads": True,
-                    # Pays off after many compilations; this is one, of two files.
-                    "cpp_cache_precompile_headers": False,
-                    # Rounds as the CPU's own operators do (`fastgrad.deploy.graph` says where that matters).
-                    "cpp.enable_floating_point_contract_flag": "fast",
-                    # Channels-last convolutions suit a forward pass. The products of a gradient's norms read
-                    # channels one by one: each would begin with a copy.
-                    **({"layout_optimization": False} if loop else {}),
-                },
-            )
+            # Channels-last convolutions suit a forward pass. The products of a gradient's norms read channels one
+            # by one: each would begin with a copy.
+            _torch.compile_package(program, file, keep_layout=loop)
         finish(file)
 
     replace_atomically(make, path)
 
 
-@contextlib.contextmanager
-def _own_kernels() -> Iterator[None]:
-    """While it lasts, compile calls of PyTorch's kernels for what compiled code would round in another way.
-
-    With these the features of a convolutional network or vision transformer are those of the live one, bit for bit
-    or nearly, so that the detector has no difference to magnify.
-    """
-    from torch._inductor import decomposition
-
-    aten = torch.ops.aten
-    names = (aten.native_layer_norm.default, aten.native_group_norm.default, aten.gelu.default)
-    tables = [decomposition.decompositions, decomposition.fast_random_decomps()]
-    kept = [(table, name, table.pop(name)) for table in tables for name in names if name in table]
-    # It warns that such a call is found by name.
-    log = logging.getLogger("torch._inductor.ir")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        for table, name, function in kept:
-            table[name] = function
-
-
 def require_compiler() -> None:
     """Raise RuntimeError with a plain message unless a C++ compiler is installed."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
     try:
-        get_cpp_compiler()
+        _torch.find_cpp_compiler()
     except Exception as error:
         raise RuntimeError(
             "export compiles native code and found no C++ compiler; install one (Debian and Ubuntu: "

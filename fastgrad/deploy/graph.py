@@ -65,9 +65,9 @@ def written(graph: torch.fx.GraphModule) -> int:
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor):
             continue
-        storage = value.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
+        key = storage_key(value)
+        if key not in seen:
+            seen.add(key)
             total += value.numel() * value.element_size()
     return total
 
@@ -173,8 +173,6 @@ class _Loop(nn.Module):
         self.rows = [(value.shape[1:], value.dtype) for value in ((outputs,) if self.single else outputs)]
 
     def forward(self, x: Tensor) -> Any:
-        from torch._higher_order_ops.while_loop import while_loop
-
         start = torch.zeros((), dtype=torch.int64)
         results = [x.new_zeros((x.shape[0], *shape), dtype=dtype) for shape, dtype in self.rows]
 
@@ -187,7 +185,7 @@ class _Loop(nn.Module):
             rows = (row,) if self.single else row
             return (i + 1, *(all_.index_copy(0, index, new) for all_, new in zip(results, rows, strict=True)))
 
-        done = tuple(while_loop(more, step, (start, *results))[1:])
+        done = while_loop(more, step, (start, *results))[1:]
         return done[0] if self.single else done
 
 

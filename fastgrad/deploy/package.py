@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrad._torch import load_package
 from fastgrad.deploy.drift import ScoreReference
 
 MEMBER = "extra/fastgrad.json"
@@ -175,10 +176,8 @@ class ModelPackage:
         self.description = read_description(path)
         if self.description.device == "cuda" and not torch.cuda.is_available():
             raise PackageError(f"{path} was compiled for a CUDA device; there is none here")
-        from torch._inductor import aoti_load_package
-
         try:
-            self._run: Any = aoti_load_package(str(path))
+            self._run = load_package(self.path)
         except RuntimeError as error:
             raise PackageError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fastgrad.batches import take
 from fastgrad.engine.backward import gather, pull

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from fastgrad._torch import flat_graph, pytree
 
 
 def is_symbolic(size: object) -> bool:

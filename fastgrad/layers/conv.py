@@ -6,23 +6,23 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from fastgrad._torch import ConvNd, ConvTransposeNd, padding_pairs
 from fastgrad.layers.choice import implementation
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
 from fastgrad.ops.layer_sqnorm import conv_sqnorm
 
 
-def _padded(module: _ConvNd, a: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def _padded(module: ConvNd, a: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The input as the convolution sees it, and the zero padding still to be done."""
     rank = len(module.kernel_size)
     if module.padding_mode != "zeros":
-        return F.pad(a, module._reversed_padding_repeated_twice, mode=module.padding_mode), (0,) * rank
+        return F.pad(a, padding_pairs(module), mode=module.padding_mode), (0,) * rank
     if module.padding == "valid":
         return a, (0,) * rank
     if module.padding == "same":
-        pads = module._reversed_padding_repeated_twice
+        pads = padding_pairs(module)
         left, right = tuple(pads[::2][::-1]), tuple(pads[1::2][::-1])
         return (a, left) if left == right else (F.pad(a, pads), (0,) * rank)
     assert not isinstance(module.padding, str)
@@ -34,11 +34,11 @@ def _pointwise_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor]
 
     The library's own backward pass of such a layer takes two to three times as long on a CPU.
     """
-    assert isinstance(module, _ConvNd)
+    assert isinstance(module, ConvNd)
     strided = (
         a.device.type == "cpu"
         and a.dim() == 4
-        and not isinstance(module, _ConvTransposeNd)
+        and not isinstance(module, ConvTransposeNd)
         and module.groups == 1
         and module.kernel_size == (1, 1)
         and max(module.stride) > 1
@@ -59,7 +59,7 @@ def _pointwise_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor]
 
 def convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for all convolutions of ``torch.nn``."""
-    assert isinstance(module, _ConvNd)
+    assert isinstance(module, ConvNd)
     norms = {}
     if module.bias is not None:
         norms["bias"] = sqnorm(upcast(g)[0].flatten(2).sum(2))
@@ -72,7 +72,7 @@ def convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         padding,
         tuple(module.dilation),
         module.groups,
-        transposed=isinstance(module, _ConvTransposeNd),
+        transposed=isinstance(module, ConvTransposeNd),
         impl=implementation(),
     )
     return norms

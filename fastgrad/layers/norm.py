@@ -39,7 +39,7 @@ def _strided_batch_norm(a: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> dic
 
 def _batch_norm_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor], Tensor] | None:
     """``g * weight / std``: one pass, where the library's operator, which can do more, takes four times as long."""
-    assert isinstance(module, _NormBase)
+    assert isinstance(module, NormBase)
     if module.running_var is None:
         return None
     var, weight, eps = module.running_var, module.weight, module.eps
@@ -56,7 +56,7 @@ def _batch_norm_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor
 
 def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for batch norm with running statistics."""
-    assert isinstance(module, _NormBase)
+    assert isinstance(module, NormBase)
     a, g = upcast(a, g)
     mean, var = module.running_mean, module.running_var
     assert mean is not None
@@ -87,7 +87,7 @@ def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
 
 def instance_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for instance norm, with the statistics of the instance or running ones."""
-    assert isinstance(module, _NormBase)
+    assert isinstance(module, NormBase)
     a, g = upcast(a, g)
     if module.running_mean is not None:
         return dict(batch_norm(module, a, g))

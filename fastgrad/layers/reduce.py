@@ -34,8 +34,3 @@ def positions_first(x: Tensor, trailing: int) -> Tensor:
 def leaf(x: Tensor) -> Tensor:
     """A leaf with the values of ``x`` that requires gradients; also under ``vmap``, which forbids requires_grad_."""
     return nn.Parameter(x.detach())
-
-
-def is_batched(x: Tensor) -> bool:
-    """Whether ``x`` runs under ``torch.func.vmap``, as the gradients of several signals do."""
-    return bool(torch._C._functorch.is_batchedtensor(x))

@@ -19,9 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastgrad import checks
 from fastgrad.ops import conv_cost, conv_routes, library  # noqa: F401  (library defines the schemas)
@@ -32,21 +29,6 @@ from fastgrad.ops.implementation import choose
 TRACED_BATCH = 16
 #: While tracing, chunks become copies of the graph: fewer and larger ones.
 TRACED_CHUNK_BYTES = 64 * 2**20
-
-
-def _readable(*tensors: Tensor) -> bool:
-    """Whether Python may look at values: not while tracing or under a functorch transform."""
-    return not (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or any(isinstance(t, FakeTensor) or is_functorch_wrapped_tensor(t) for t in tensors)
-    )
-
-
-def is_exporting() -> bool:
-    """Whether ``torch.export`` is tracing; it would keep a composite operator as it is."""
-    exporting = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
-    return exporting is not None and bool(exporting())
 
 
 def shape_of(p: Problem, *, guarded: bool = True) -> conv_cost.Shape:
@@ -72,7 +54,7 @@ def shape_of(p: Problem, *, guarded: bool = True) -> conv_cost.Shape:
 
 def _solve(p: Problem, route: str | None) -> Tensor:
     """``(K, B)`` by the given or the cheapest route, chunk by chunk."""
-    guarded = _readable(p.a, p.g) and p.a.device.type == "cpu"  # elsewhere a look would wait for the device
+    guarded = is_readable(p.a, p.g) and p.a.device.type == "cpu"  # elsewhere a look would wait for the device
     shape = shape_of(p, guarded=guarded)
     if route is None:
         route = conv_cost.choose_route(shape)

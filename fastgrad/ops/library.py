@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastgrad._torch import check
 from fastgrad.losses import compute_dtype
 
 from .implementation import choose, interpreting
@@ -47,9 +48,9 @@ for _name, _schema in SCHEMAS.items():
 
 
 def _paired(features: Tensor, logits: Tensor) -> None:
-    torch._check(features.dim() == 2, lambda: f"features must be 2-D; it was {features.dim()}-D")
-    torch._check(logits.dim() == 2, lambda: f"logits must be 2-D; it was {logits.dim()}-D")
-    torch._check(
+    check(features.dim() == 2, lambda: f"features must be 2-D; it was {features.dim()}-D")
+    check(logits.dim() == 2, lambda: f"logits must be 2-D; it was {logits.dim()}-D")
+    check(
         features.shape[0] == logits.shape[0],
         lambda: (
             f"features and logits must have one row a sample; they had {features.shape[0]}, {logits.shape[0]}"
@@ -58,9 +59,9 @@ def _paired(features: Tensor, logits: Tensor) -> None:
 
 
 def _head(features: Tensor, weight: Tensor) -> None:
-    torch._check(features.dim() == 2, lambda: f"features must be 2-D; it was {features.dim()}-D")
-    torch._check(weight.dim() == 2, lambda: f"weight must be 2-D; it was {weight.dim()}-D")
-    torch._check(
+    check(features.dim() == 2, lambda: f"features must be 2-D; it was {features.dim()}-D")
+    check(weight.dim() == 2, lambda: f"weight must be 2-D; it was {weight.dim()}-D")
+    check(
         features.shape[1] == weight.shape[1],
         lambda: f"weight must have D={features.shape[1]} columns; it had {weight.shape[1]}",
     )

@@ -246,14 +246,16 @@ def test_traced_with_a_dynamic_batch_to_aten_alone(size):
     flat = make_fx(Norms(), tracing_mode="symbolic")(a, g)
     batch = torch.export.Dim("batch", min=2, max=64)
     dynamic = {"a": {0: batch}, "g": {0: batch}}
-    exported = torch.export.export(Norms(), (a, g), dynamic_shapes=dynamic).module()
+    exported = torch.export.export(Norms(), (a, g), dynamic_shapes=dynamic, strict=False).module()
+    strict = torch.export.export(Norms(), (a, g), dynamic_shapes=dynamic, strict=True)
+    strict = strict.run_decompositions().module()
     compiled = torch.compile(Norms(), fullgraph=True, backend="aot_eager", dynamic=True)
-    for module in (flat, exported):
+    for module in (flat, exported, strict):
         targets = {str(node.target) for node in module.graph.nodes if node.op == "call_function"}
         assert not any("fastgrad" in target for target in targets)
     for samples in (3, 7):
         a, g = torch.randn(samples, 6, size, size), torch.randn(samples, 8, size, size)
-        for function in (flat, exported, compiled):
+        for function in (flat, exported, strict, compiled):
             torch.testing.assert_close(function(a, g), Norms()(a, g), rtol=1e-5, atol=0)
 
 

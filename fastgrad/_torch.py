@@ -1,0 +1,257 @@
+"""Every private name of PyTorch that the package uses, and nothing else.
+
+A private name may change with any release. Gathered here, such a change is mended in one file. Each entry says why
+it is needed and what happens without it. All were tried with the test suite on PyTorch 2.8.0, 2.13.0 and 2.15.0
+(``noxfile.py`` repeats the oldest and the newest); an entry names versions only where they differ.
+
+Names of ATen's operators (``torch.ops.aten``) are no private names: exported programs store them. ``nn.Module``'s own
+tables (``_parameters``, ``_forward_hooks``), which pickled models contain, are read in `fastgrad.engine.shadow`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules import batchnorm, conv, instancenorm
+from torch.utils import _python_dispatch, _pytree
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+#: Nested inputs and outputs, taken apart as PyTorch's own transforms do it, classes that libraries registered with
+#: them included (the outputs of Hugging Face's models). Without, such classes would be leaves and their tensors lost.
+pytree = _pytree
+
+#: Raises RuntimeError unless a condition holds; inside operators, where compilers understand it as a fact about
+#: shapes. Without, an ``if`` on a symbolic size would fix the size.
+check: Callable[[bool, Callable[[], str]], None] = torch._check
+
+#: Raises an error unless a condition on the device holds, when the device comes to it. Without, a check of a target's
+#: values would wait for the device and break a compiled graph.
+check_later = torch._assert_async
+
+#: What convolutions, transposed ones, and normalisations of all dimensions have in common, lazy ones and subclasses
+#: included. Without, every rule would list the classes of one to three dimensions, and miss what is derived otherwise.
+ConvNd = conv._ConvNd
+ConvTransposeNd = conv._ConvTransposeNd
+NormBase = batchnorm._NormBase
+BatchNorm = batchnorm._BatchNorm
+InstanceNorm = instancenorm._InstanceNorm
+
+
+def padding_pairs(module: ConvNd) -> list[int]:
+    """What a convolution adds at both ends of each axis, last axis first, as ``torch.nn.functional.pad`` takes it.
+
+    Without, it would have to be derived from ``padding``, ``dilation`` and the rule for ``"same"``.
+    """
+    return list(module._reversed_padding_repeated_twice)
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module that was given to ``torch.compile``, or the module itself.
+
+    Without, an extraction would copy the compiled wrapper, whose ``forward`` knows nothing of the copy's hooks.
+    """
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Tells apart the memory of tensors, fake ones included, which have no address.
+
+    Without, views would count as memory of their own, and the choice between a loop and a batch would be off.
+    """
+    return int(tensor.untyped_storage()._cdata)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has a shape and no values, as while a graph is recorded.
+
+    Without, a look at values would fail while a graph is recorded.
+    """
+    return isinstance(tensor, FakeTensor)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether ``tensor`` runs under ``torch.func.vmap``, as the gradients of several signals do.
+
+    Without, rules would take the fast forms for one signal, which ``vmap`` cannot follow.
+    """
+    return bool(_functorch.is_batchedtensor(tensor))
+
+
+def is_readable(*tensors: Tensor) -> bool:
+    """Whether Python may look at values: not while tracing or under a functorch transform.
+
+    Without, choosing an algorithm by the values would fail there, or fix the choice in a graph.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or _python_dispatch.is_in_torch_dispatch_mode()
+        or any(is_fake(t) or _functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    )
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is recording, which would keep a composite operator as it is.
+
+    Not while the compiler's frontend reads the code, as in export's strict mode: it cannot follow the cost model,
+    and keeps the operators until ``run_decompositions``. Without, an exported program would call operators that only
+    this package has.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def outside_of_compilation(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """``function`` for a call that ``torch.compile`` leaves a graph for, instead of following it.
+
+    The public ``torch.compiler.disable`` imports the compiler, which takes seconds. Without the look whether it is
+    there, the first call of every extraction would wait for it.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return function
+    left: Callable[_Arguments, _Result] = torch.compiler.disable(function)
+    return left
+
+
+def attend_alike(root: nn.Module) -> None:
+    """Let PyTorch's attention modules compute as they do with gradients. Only a private copy is to be changed.
+
+    Without, in evaluation mode and without gradients, they take a path of their own
+    (``torch._transformer_encoder_layer_fwd``) that rounds otherwise and that tracers cannot follow: the features
+    would differ from those of an exported graph. No switch leaves that path for one model alone.
+    """
+    for module in root.modules():
+        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            # Of the modules' own code this switches the path and the dropout of attention weights, nothing else.
+            module.training = True
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+
+
+def flat_graph(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    carries: Sequence[bool],
+    *,
+    functional: bool = False,
+) -> torch.fx.GraphModule:
+    """Record every operation of ``function(*tensors)``, those of `torch.autograd.grad` among them, as one flat graph.
+
+    Without, there is no exported file and no compiled extraction: ``torch.export`` and ``torch.compile`` do not follow
+    a backward pass inside of ``forward``.
+
+    Args:
+        function: What to record; it runs once, on fake tensors.
+        tensors: Its inputs.
+        carries: For each input, whether its dimension 0 is the batch, whose size becomes a symbol. It must be 2 at
+            least: sizes 0 and 1 are special to the tracer.
+        functional: Whether operations that write in place become ones that do not, as a loop's body needs them.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+    def fake(tensor: Tensor, batch: bool) -> Tensor:
+        sizes = [
+            DimDynamic.DYNAMIC if batch and axis == 0 else DimDynamic.STATIC for axis in range(tensor.dim())
+        ]
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return mode.from_tensor(tensor, symbolic_context=context)
+
+    inputs = [fake(tensor, batch) for tensor, batch in zip(tensors, carries, strict=True)]
+    # Some operators compute shapes in C++, where a symbolic size would become a number; the dispatcher takes the
+    # Python form. "real" here means: take the tensors as they are, which are fake ones already.
+    with mode, enable_python_dispatcher():
+        graph = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+        if functional:
+            pure = torch.func.functionalize(graph)
+            graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+    return graph
+
+
+def while_loop(
+    condition: Callable[..., Tensor], body: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """A loop that exported programs keep as one: ``while condition(*state): state = body(*state)``.
+
+    Without, a file could only work through a whole batch at once, which on a CPU takes twice as long where a large
+    input's gradients are asked for. 2.6 and 2.7 refuse to export one whose body has a backward pass: their verifier
+    stumbles over results that do not exist, as the bias's gradient of a convolution without bias.
+    """
+    from torch._higher_order_ops.while_loop import while_loop as loop
+
+    return tuple(loop(condition, body, state))
+
+
+def find_cpp_compiler() -> str:
+    """The C++ compiler that a compilation would use; raises an error where there is none.
+
+    Without, the compilation itself would fail, with a message that names neither the cause nor the remedy.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    return get_cpp_compiler()
+
+
+def compile_package(program: torch.export.ExportedProgram, file: Path, *, keep_layout: bool) -> None:
+    """Compile ``program`` to native code in a ``.pt2``, with AOTInductor: the only way there is.
+
+    Args:
+        program: What to compile.
+        file: Where to write.
+        keep_layout: Leave convolutions in the layout they have, instead of channels last.
+    """
+    import torch._inductor
+
+    options: dict[str, Any] = {
+        # Otherwise the number of this machine's cores would be compiled in.
+        "cpp.dynamic_threads": True,
+        # Pays off after many compilations; this is one, of two files.
+        "cpp_cache_precompile_headers": False,
+        # Rounds as the CPU's own operators do (`fastgrad.deploy.graph` says where that matters).
+        "cpp.enable_floating_point_contract_flag": "fast",
+    }
+    if keep_layout:
+        options["layout_optimization"] = False
+    torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
+
+
+def load_package(file: Path) -> Callable[..., Any]:
+    """The function in a ``.pt2`` that `compile_package` wrote; PyTorch has no other name for it."""
+    import torch._inductor
+
+    return torch._inductor.aoti_load_package(str(file))
+
+
+@contextlib.contextmanager
+def keeping(*operators: torch._ops.OpOverload) -> Iterator[None]:
+    """While it lasts, compilations call PyTorch's kernels of these operators instead of writing their own.
+
+    Without, compiled code rounds otherwise than the live model, and a detector magnifies the difference.
+    """
+    from torch._inductor import decomposition
+
+    tables = [decomposition.decompositions, decomposition.fast_random_decomps()]
+    kept = [(table, name, table.pop(name)) for table in tables for name in operators if name in table]
+    # It warns that such a call is found by name.
+    log = logging.getLogger("torch._inductor.ir")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        for table, name, function in kept:
+            table[name] = function
