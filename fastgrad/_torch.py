@@ -89,16 +89,20 @@ def is_batched(tensor: Tensor) -> bool:
     return bool(_functorch.is_batchedtensor(tensor))
 
 
+def is_traced() -> bool:
+    """Whether a compiler will see the operations.
+
+    Without, code that is best in pieces would be recorded piece by piece.
+    """
+    return torch.compiler.is_compiling() or _python_dispatch.is_in_torch_dispatch_mode()
+
+
 def is_readable(*tensors: Tensor) -> bool:
     """Whether Python may look at values: not while tracing or under a functorch transform.
 
     Without, choosing an algorithm by the values would fail there, or fix the choice in a graph.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or _python_dispatch.is_in_torch_dispatch_mode()
-        or any(is_fake(t) or _functorch.is_functorch_wrapped_tensor(t) for t in tensors)
-    )
+    return not (is_traced() or any(is_fake(t) or _functorch.is_functorch_wrapped_tensor(t) for t in tensors))
 
 
 def is_exporting() -> bool:
@@ -123,17 +127,16 @@ def outside_of_compilation(function: Callable[_Arguments, _Result]) -> Callable[
     return left
 
 
-def attend_alike(root: nn.Module) -> None:
-    """Let PyTorch's attention modules compute as they do with gradients. Only a private copy is to be changed.
+def attend_alike(module: nn.Module) -> None:
+    """Let a module of PyTorch's attention compute as it does with gradients. Only a private copy is to be changed.
 
-    Without, in evaluation mode and without gradients, they take a path of their own
+    Without, in evaluation mode and without gradients, it takes a path of its own
     (``torch._transformer_encoder_layer_fwd``) that rounds otherwise and that tracers cannot follow: the features
     would differ from those of an exported graph. No switch leaves that path for one model alone.
     """
-    for module in root.modules():
-        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            # Of the modules' own code this switches the path and the dropout of attention weights, nothing else.
-            module.training = True
+    if type(module).forward in (nn.MultiheadAttention.forward, nn.TransformerEncoderLayer.forward):
+        # Of the modules' own code this switches the path and the dropout of attention weights, nothing else.
+        module.training = True
         if isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
 

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from fastgrad._torch import pytree
 
 Tree = TypeVar("Tree")
 

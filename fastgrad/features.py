@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fastgrad import losses
+from fastgrad._torch import original, outside_of_compilation, pytree
 from fastgrad.batches import batch_size, input_tensors, logits_of, take
 from fastgrad.checks import is_bool, one_of
 from fastgrad.engine.backward import gather, send_back
 from fastgrad.engine.network import Network
 from fastgrad.engine.planning import Plan, Route, refuse_mixing
 from fastgrad.engine.run import Run
-from fastgrad.engine.shadow import ordinary, uncompiled
+from fastgrad.engine.shadow import ordinary
 from fastgrad.engine.sites import Reading
 from fastgrad.engine.tracing import trace
 from fastgrad.ops.implementation import IMPLEMENTATIONS, choose
@@ -95,7 +94,7 @@ class GradientFeatures:
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError("model must be an ordinary torch.nn.Module; it was a torch.jit.ScriptModule")
-        self.model: nn.Module = uncompiled(model)
+        self.model: nn.Module = original(model)
         one_of("loss", loss, losses.LOSSES)
         one_of("reduction", reduction, ("sum", "mean"))
         one_of("impl", impl, IMPLEMENTATIONS)
@@ -172,11 +171,8 @@ class GradientFeatures:
         Raises:
             RuntimeError: If a module that was to be read was not called.
         """
-        if "torch._dynamo" in sys.modules:
-            # torch.compile cannot follow an extraction, which builds modules; `trace` gives it a graph.
-            outside: Callable[..., Extract] = torch.compiler.disable(self._run)
-            return outside(args, kwargs, readings)
-        return self._run(args, kwargs, readings)
+        # torch.compile cannot follow an extraction, which builds modules; `trace` gives it a graph.
+        return outside_of_compilation(self._run)(args, kwargs, readings)
 
     def _run(self, args: Any, kwargs: Any, readings: Sequence[Reading]) -> Extract:
         with torch.inference_mode(False):

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import functional
+from fastgrad._torch import original
 from fastgrad.batches import as_call, batch_size, class_logits, logits_of
 from fastgrad.blocks.image_statistics import image_statistics, is_image
 from fastgrad.checks import one_of
 from fastgrad.engine.network import Network
 from fastgrad.engine.run import Run
-from fastgrad.engine.shadow import Shadow, attach, uncompiled
+from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.engine.sites import Reading
 from fastgrad.features import GradientFeatures
 
@@ -48,7 +49,7 @@ class Extraction:
         self, model: nn.Module, gradients: str = "auto", *, log: bool = True, head: str | None = None
     ) -> None:
         one_of("gradients", gradients, GRADIENTS)
-        self.model = uncompiled(model)
+        self.model = original(model)
         self.gradients = gradients
         self.log = log
         self.head = head

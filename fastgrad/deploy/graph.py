@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad._torch import storage_key, while_loop
 from fastgrad.engine import tracing
 
 #: Bytes that one input's operations write from which on the loop is faster.
@@ -79,8 +80,7 @@ def _record(function: Callable[[Tensor], Any], one: Tensor, *, symbolic: bool) -
         _fold_batch_norms(graph)
         return graph
     # A loop's body may not write in place.
-    functional = torch.func.functionalize(tracing.trace(function, (one,), None))
-    graph = tracing.trace(functional, (one,), None)
+    graph = tracing.trace(function, (one,), None, functional=True)
     _fold_batch_norms(graph)
     _share_constants(graph)
     return graph

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from fastgrad._torch import is_fake
 from fastgrad.engine.run import Run
 from fastgrad.engine.sites import Replayed, Site
 from fastgrad.engine.tap import asking
@@ -81,7 +81,7 @@ def send_back(
         return [probe.new_zeros(count, *probe.shape) for probe in wanted]
     # Functorch's batched tensors cannot be traced with a symbolic batch, nor where a replay differentiates.
     traced = is_symbolic(run.samples) or (
-        isinstance(output, FakeTensor) and any(isinstance(site, Replayed) for site, _ in probes)
+        is_fake(output) and any(isinstance(site, Replayed) for site, _ in probes)
     )
     if count == 1 or traced:
         found = []

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad._torch import attend_alike, pytree
 from fastgrad.batches import take
 from fastgrad.engine.backward import gather, pull
 from fastgrad.engine.fallback import floating
@@ -18,7 +19,7 @@ from fastgrad.engine.layout import SAMPLES, middle_row
 from fastgrad.engine.observing import Observation
 from fastgrad.engine.planning import Caution, Plan, Planner, Route
 from fastgrad.engine.run import Run
-from fastgrad.engine.shadow import Shadow, attend_alike, ordinary
+from fastgrad.engine.shadow import Shadow, ordinary
 from fastgrad.engine.sites import Reading, Site
 
 _PLANS_KEPT = 16
@@ -113,7 +114,8 @@ class Network:
         """
         shadow = Shadow(self.model, parameter, training=training)
         if not training:
-            attend_alike(shadow)
+            for copy in shadow.modules.values():
+                attend_alike(copy)
         # Of two hooks on a module the one attached later runs earlier. The plan's may replace what autograd recorded
         # of a layer, so they come before other sites; readings come first of all, to read what the module returned.
         planned = () if plan is None else plan.sites

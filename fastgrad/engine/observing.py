@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from fastgrad._torch import pytree
 from fastgrad.engine.layout import SAMPLES, Layout, find_layout
 from fastgrad.engine.shadow import Shadow, attach, ordinary
 

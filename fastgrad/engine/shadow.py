@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad import _torch
 from fastgrad.engine.redirect import Redirect
 
 _CONTAINERS = (list, tuple, dict, set, OrderedDict)
@@ -30,12 +31,6 @@ _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 def ordinary(x: Tensor) -> Tensor:
     """``x`` outside any graph and usable in one: detached, and copied if it was made in inference mode."""
     return x.clone() if x.is_inference() else x.detach()
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that was given to ``torch.compile``, or ``model`` itself."""
-    original = getattr(model, "_orig_mod", None)
-    return original if isinstance(original, nn.Module) else model
 
 
 class Shadow:
@@ -105,7 +100,7 @@ class Shadow:
             forward.restore(state)
         # What torch.compile made of a module runs the user's own module and its tensors.
         state.pop("_compiled_call_impl", None)
-        compiled = uncompiled(module)
+        compiled = _torch.original(module)
         if compiled is not module:
             state["forward"] = self._module(compiled)
         for name in _HOOK_TABLES:
@@ -174,20 +169,6 @@ class Shadow:
                 return value
             return functools.partial(function, *args, **keywords)
         return value
-
-
-def attend_alike(shadow: Shadow) -> None:
-    """Let torch's attention modules compute in evaluation mode as they do with gradients.
-
-    Without gradients they take a path of their own that rounds otherwise and that tracers cannot follow: what a
-    network puts out would depend on who asks.
-    """
-    for copy in shadow.modules.values():
-        if type(copy).forward in (nn.MultiheadAttention.forward, nn.TransformerEncoderLayer.forward):
-            # Of the modules' own code this switches the path and the dropout of attention weights, nothing else.
-            copy.training = True
-            if isinstance(copy, nn.MultiheadAttention):
-                copy.dropout = 0.0
 
 
 def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:

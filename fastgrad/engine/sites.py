@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from fastgrad._torch import pytree
 from fastgrad.engine.fallback import replay_sqnorms
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.run import Run

@@ -8,9 +8,8 @@ takes the general fallback, which is as exact and slower. `register_rule` adds a
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fastgrad._torch import BatchNorm, InstanceNorm
 from fastgrad.layers.activation import PRELU
 from fastgrad.layers.attention import ATTENTION
 from fastgrad.layers.conv import CONVOLUTION
@@ -41,9 +40,9 @@ RULES.update(
         nn.Embedding: EMBEDDING,
         nn.PReLU: PRELU,
         # The base class of BatchNorm1d to 3d; synchronised batch norm has a forward of its own.
-        _BatchNorm: BATCH_NORM,
+        BatchNorm: BATCH_NORM,
         nn.SyncBatchNorm: BATCH_NORM,
-        _InstanceNorm: INSTANCE_NORM,
+        InstanceNorm: INSTANCE_NORM,
         nn.GroupNorm: GROUP_NORM,
         nn.LayerNorm: LAYER_NORM,
         "timm.layers.norm.LayerNorm": LAYER_NORM,

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from fastgrad.layers.reduce import is_batched, positions_first, sqnorm, upcast
+from fastgrad._torch import NormBase, is_batched
+from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
 
 #: Elements of an activation worked on at once where that takes several passes.

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastgrad import checks
+from fastgrad._torch import is_readable, is_traced
 from fastgrad.losses import compute_dtype
 
 from . import library  # noqa: F401  (defines the schema)
@@ -50,16 +49,10 @@ def canonical(x: Tensor, dim: int) -> Tensor:
     return x.unsqueeze(2) if x.dim() == 2 else x
 
 
-def _traced() -> bool:
-    """Whether a compiler will see the operations, and do better with one reduction than with many."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-
-
 def _whole(x: Tensor) -> bool:
     """Whether to reduce the tensor in one piece: for tracers and transforms, off the CPU, and if nothing is in it."""
     differentiated = torch.is_grad_enabled() and x.requires_grad
-    transformed = _traced() or differentiated or is_functorch_wrapped_tensor(x)
-    return transformed or x.device.type != "cpu" or x.numel() == 0
+    return not is_readable(x) or differentiated or x.device.type != "cpu" or x.numel() == 0
 
 
 def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -87,7 +80,7 @@ def _total(x: Tensor) -> Tensor:
     steps they are as many as the last axis has positions, and then as many as the others have.
     """
     others = tuple(range(2, x.dim() - 1))
-    if others and _traced() and x.device.type == "cpu":
+    if others and is_traced() and x.device.type == "cpu":
         return x.sum(-1).sum(others)
     return x.sum((*others, -1))
 
@@ -211,7 +204,7 @@ def _kernel_serves(x: Tensor, dim: int, impl: str) -> bool:
         raise ValueError(
             f"dim must be the dimension of the channels, 1 to {x.dim() - 1} or as far from the end; it was {dim!r}"
         )
-    return choose(impl, x) == "triton" and not (impl == "auto" and _traced())
+    return choose(impl, x) == "triton" and not (impl == "auto" and is_traced())
 
 
 def channel_moments(x: Tensor, dim: int = 1, *, impl: str = "auto") -> ChannelMoments:

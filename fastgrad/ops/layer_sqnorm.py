@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgrad import checks
+from fastgrad._torch import is_exporting, is_readable
 from fastgrad.ops import conv_cost, conv_routes, library  # noqa: F401  (library defines the schemas)
 from fastgrad.ops.conv_geometry import Problem, canonical, per_axis
 from fastgrad.ops.implementation import choose
