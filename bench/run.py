@@ -16,13 +16,18 @@ import json
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import harness, harness_isolated, harness_revisions, report
-from bench.selections import SELECTIONS, cases
+from bench.harness import isolated, revisions
+from bench.harness.case import Result
+from bench.harness.measure import run_case
+from bench.report import document, page, standing
+from bench.report.units import duration
+from bench.selections import ISOLATED, SELECTIONS, cases
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,15 +73,15 @@ def run(options: argparse.Namespace) -> int:
     if options.threads < 1:
         raise ValueError(f"--threads must be at least 1; it was {options.threads}")
     if options.against:
-        results = harness_revisions.compare(options.against, _words(options, device))
+        results = revisions.compare(options.against, ["-m", "bench.run", *_words(options, device)])
     else:
         results = measure(options, device)
     if options.samples is not None:
         options.samples.write_text(json.dumps([dataclasses.asdict(r) for r in results]))
         return 0
-    path, document = write(options, results, device, figures=not options.no_figures)
-    print(report.standing(document["cases"]))
-    wrong = [r for r in results if report.ours(r.implementation) and not r.correct]
+    path, found = write(options, results, device, figures=not options.no_figures)
+    print(standing.standing(found["cases"]))
+    wrong = [r for r in results if standing.ours(r.implementation) and not r.correct]
     for result in wrong:
         print(f"wrong: {result.case}, {result.implementation}: {result.note}", file=sys.stderr)
     print(path)
@@ -84,39 +89,40 @@ def run(options: argparse.Namespace) -> int:
 
 
 def write(
-    options: argparse.Namespace, results: list[harness.Result], device: str, *, figures: bool
+    options: argparse.Namespace, results: list[Result], device: str, *, figures: bool
 ) -> tuple[Path, dict[str, Any]]:
     """Write the report of what was measured so far; returns its path and content."""
-    document = report.document(results, options.seed, device)
+    whole = document.document(results, options.seed, device)
     path = options.out / f"{options.selection}.json"
     if options.append and path.exists():
-        document = report.merge(json.loads(path.read_text()), document)
+        whole = document.merge(json.loads(path.read_text()), whole)
     notes = [f"{r.case}, {r.implementation}: {r.note}" for r in results if r.note]
-    return report.write(options.out, options.selection, document, notes, figures), document
+    return page.write(options.out, options.selection, whole, notes, figures), whole
 
 
-def measure(options: argparse.Namespace, device: str) -> list[harness.Result]:
+def measure(options: argparse.Namespace, device: str) -> list[Result]:
     """Run the chosen cases; progress goes to standard error."""
     torch.set_num_threads(options.threads)
     texts = options.only.split("|")
-    source = harness_isolated.Source(options.selection, options.seed, options.tiny, options.threads)
-    found: list[harness.Result] = []
+    every = partial(cases, options.selection, device, options.seed, options.tiny)
+    source = isolated.Source(every, options.threads)
+    found: list[Result] = []
     start = time.perf_counter()
     with warnings.catch_warnings():
         # Peers warn of hooks and missing batching rules; whether their numbers are right is checked.
         warnings.simplefilter("ignore")
-        for case in cases(options.selection, device, options.seed, options.tiny):
+        for case in every():
             if not case.name.startswith("floor:") and not any(text in case.name for text in texts):
                 continue
             if options.limit is not None and time.perf_counter() - start > options.limit:
                 print(f"not measured for lack of time: {case.name}", file=sys.stderr, flush=True)
                 continue
-            if device == "cpu" and options.selection in harness_isolated.SELECTIONS:
-                results = harness_isolated.run_case(case, source, options.budget)
+            if device == "cpu" and options.selection in ISOLATED:
+                results = isolated.run_case(case, source, options.budget)
             else:
-                results = harness.run_case(case, device, options.budget)
+                results = run_case(case, device, options.budget)
             found += results
-            line = ", ".join(f"{r.implementation} {report.duration(r.quantile(0.5))}" for r in results)
+            line = ", ".join(f"{r.implementation} {duration(r.quantile(0.5))}" for r in results)
             print(f"[{time.perf_counter() - start:4.0f} s] {case.name}: {line}", file=sys.stderr, flush=True)
             if options.append and options.out is not None:
                 # A slice that is stopped keeps the cases it finished.

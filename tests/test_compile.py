@@ -17,10 +17,10 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def report(*arguments: str) -> list[dict[str, object]]:
-    """Rows of ``bench.compile_report``, run in a process where Triton compiles instead of interpreting."""
+    """Rows of ``bench.gpu.compile_report``, run in a process where Triton compiles instead of interpreting."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "bench.compile_report", "--json", *arguments],
+        [sys.executable, "-m", "bench.gpu.compile_report", "--json", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,5 +1,6 @@
 """Benchmarks by question: the last layer, the whole network, the rows of the introspective network, end to end.
 
-Each module has ``cases(size, device, seed)``, which the command line (``fastgrad bench``) and the pytest-benchmark
-files beside it share. ``size`` is ``"tiny"`` (to walk through the code), ``"quick"`` or ``"full"``.
+Each question has ``cases(size, device, seed)``, which ``fastgrad bench`` and ``test_micro.py`` share; ``size`` is
+``"tiny"`` (to walk through the code), ``"quick"`` or ``"full"``. ``conv_routes`` and ``network.growth`` are commands of
+their own.
 """

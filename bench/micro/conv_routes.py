@@ -1,8 +1,7 @@
 """Every route on every convolution of the zoo: is the one that the cost model picks the fastest?
 
-    python -m bench.micro.conv_routes --slice 0/4     # measure a quarter of the shapes, appended to the raw
-    file python -m bench.micro.conv_routes --report        # bench/results/conv-routes.json and .md from the
-    raw file
+    python -m bench.micro.conv_routes --slice 0/4     # measure a quarter of the shapes, added to the raw file
+    python -m bench.micro.conv_routes --report        # bench/results/conv-routes.json and .md from the raw file
 
 The acceptance is a pick within 20 % of the measured best for at least 90 % of the shapes. A route predicted
 more than `HOPELESS` times slower than the pick is not measured, and one that turns out `SLOW` times slower
@@ -28,7 +27,7 @@ import torch
 import torchvision
 from torch import nn
 
-from bench import results_file
+from bench.harness import results_file
 from fastgrad.ops import conv_cost, conv_routes
 from fastgrad.ops.conv_geometry import canonical
 from fastgrad.ops.layer_sqnorm import conv_sqnorm, shape_of

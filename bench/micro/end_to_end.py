@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import fastgrad
-from bench.harness import Case, Implementation, relative_error, scaled_error
+from bench.harness.case import Case, Implementation, relative_error, scaled_error
 from bench.micro import models
-from bench.micro.network import OURS, PEERS, Task, _loop
+from bench.micro.network import peers
+from bench.micro.network.task import OURS, PEERS, Task
 
 SIGNALS = [("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted")]
 
@@ -97,5 +98,5 @@ def _implementations(task: Task) -> list[Implementation]:
                        graph=False),
         Implementation("fastgrad, three signals", whole(SIGNALS), lambda out: task.error(out[1][:, 0]), OURS,
                        graph=False),
-        Implementation("gradient per sample", lambda: _loop(task), task.error, PEERS, graph=False),
+        Implementation("gradient per sample", lambda: peers.loop(task), task.error, PEERS, graph=False),
     ]  # fmt: skip

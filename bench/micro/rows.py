@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastgrad
-from bench.harness import Case, Implementation, scaled_error
+from bench.harness.case import Case, Implementation, scaled_error
+from bench.micro.ours import forms
 
 SHAPES = {
     ("tiny", "cpu"): [(3, 5, 8, 7)],
@@ -60,24 +61,13 @@ def _implementations(
     def written() -> Tensor:
         return F.linear(fastgrad.contrast_rows(h, z).flatten(-2).to(dtype), weight, bias)
 
-    found = [
-        Implementation(
-            "fastgrad eager",
-            lambda: lambda: fastgrad.contrast_rows_linear(h, z, weight, bias, impl="eager"),
+    return [
+        *forms(
+            lambda impl: fastgrad.contrast_rows_linear(h, z, weight, bias, impl=impl),
             check,
             tolerance,
+            device,
         ),
         Implementation("stored rows", lambda: lambda: F.linear(stored, weight, bias), check, tolerance),
         Implementation("rows written, then linear", lambda: written, check, tolerance),
     ]
-    if device == "cuda":
-        found.insert(
-            0,
-            Implementation(
-                "fastgrad Triton",
-                lambda: lambda: fastgrad.contrast_rows_linear(h, z, weight, bias, impl="triton"),
-                check,
-                tolerance,
-            ),
-        )
-    return found

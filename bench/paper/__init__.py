@@ -1,1 +1,1 @@
-"""The evaluation tables: one command per table, see README.md."""
+"""The evaluation tables, see README.md."""

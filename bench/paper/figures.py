@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -90,3 +90,15 @@ def grouped_bars(
         frameon=False, fontsize=7, ncols=min(4, len(values)), loc="lower center", bbox_to_anchor=(0.5, 1.0)
     )
     return axes
+
+
+def detection_bars(
+    rows: Sequence[Mapping[str, Any]], groups: Sequence[tuple[str, str]], methods: Sequence[str]
+) -> Axes:
+    """AUROC of the methods on pairs of network and case, with the spread over seeds."""
+    value = {(row["network"], row["case"], row["method"]): row for row in rows}
+    auroc, spread = (
+        {method: [value[(*group, method)][key] for group in groups] for method in methods}
+        for key in ("auroc", "spread")
+    )
+    return grouped_bars(auroc, [f"{case}\n{network}" for network, case in groups], errors=spread)

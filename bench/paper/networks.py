@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -151,3 +154,17 @@ def dense_network(
             parts += [nn.BatchNorm2d(width), nn.ReLU()]
         stages.append(nn.Sequential(*parts))
     return Classifier(stem, stages, width, classes, channels)
+
+
+def read(model: Any, images: Tensor) -> dict[str, np.ndarray]:
+    """Features h and logits."""
+    with torch.no_grad():
+        h = torch.cat([model.features(part) for part in torch.split(images, 500)])
+        return {"features": h.numpy(), "logits": model.fc(h).numpy()}
+
+
+def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature of smallest negative log-likelihood, on a grid of factors of 1.05."""
+    z, y = torch.from_numpy(logits), torch.from_numpy(labels)
+    grid = [1.05**power for power in range(-30, 50)]
+    return min(grid, key=lambda t: float(F.cross_entropy(z / t, y)))

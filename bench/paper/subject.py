@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,17 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.paper import data
-from bench.paper.attacks import attack
-from bench.paper.common import Options
-from bench.paper.corruptions import corrupt
+from bench.paper import cache
+from bench.paper.data import sets
+from bench.paper.data.attacks import attack
+from bench.paper.data.corruptions import corrupt
 from bench.paper.networks import Classifier
+from bench.paper.table import Options
 from bench.paper.train import HELD_OUT, Recipe, trained
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.challenges import challenge_names, generate_challenges
 
 #: Kinds of generated challenge that one clean image gives, as in `TwoStageModel.fit`.
 PER_IMAGE = 2
+#: Searches, steps, step size and first constant of C&W in full mode; the default is shorter.
+THOROUGH = (5, 100, 0.05, 0.1)
 Arrays = dict[str, NDArray[np.float32]]
 
 
@@ -43,9 +45,22 @@ class Subject:
 
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe, self.options = recipe, options
-        self.folder = options.cache / "features" / Path(recipe.file()).stem
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._clean: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def name(self) -> str:
+        """The file of its weights."""
+        return self.recipe.file()
+
+    def prepare(self) -> Classifier:
+        """Train the network if the cache lacks it."""
+        return self.model
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where images and features are kept; features of other weights have another folder."""
+        name = f"{Path(self.recipe.file()).stem}-{cache.digest(self.model)}"
+        return self.options.cache / "features" / name
 
     @cached_property
     def model(self) -> Classifier:
@@ -53,17 +68,16 @@ class Subject:
         return trained(self.recipe, self.options.data, self.options.cache)
 
     @cached_property
-    def test(self) -> data.Split:
+    def test(self) -> sets.Split:
         """Test images."""
-        return data.load(self.options.data, self.recipe.dataset, "test", self.options.test)
+        return sets.load(self.options.data, self.recipe.dataset, "test", self.options.test)
 
     def clean(self, part: str) -> tuple[Tensor, Tensor]:
         """Clean images and labels of a part; ``"seen"`` gives images that the network was trained on."""
         if part not in self._clean:
             where = {"fit": (self.options.fit, -HELD_OUT), "seen": (4000, 0)}.get(part)
-            split = data.load(self.options.data, self.recipe.dataset, "train", *where) if where else self.test
-            assert split.labels is not None
-            self._clean[part] = split.tensor(), torch.from_numpy(split.labels)
+            split = sets.load(self.options.data, self.recipe.dataset, "train", *where) if where else self.test
+            self._clean[part] = split.labelled()
         return self._clean[part]
 
     def correct(self, part: str) -> NDArray[np.bool_]:
@@ -81,13 +95,13 @@ class Subject:
             return self.clean(part)[0]
         if kind == "ood":
             # The second half of a set for training, the first for testing.
-            both = data.stranger(options.data, name, self.test, 2 * options.case)
+            both = sets.stranger(options.data, name, self.test, 2 * options.case)
             return both[: options.case] if part == "test" else both[options.case :]
         images, labels = self.clean(part)
         if kind == "compressed":
-            return data.to_tensor(data.jpeg(data.to_bytes(self.images(f"attack/{name}", part))))
+            return sets.to_tensor(sets.jpeg(sets.to_bytes(self.images(f"attack/{name}", part))))
         if kind == "control":
-            return data.to_tensor(data.grey(data.to_bytes(images[: options.case])))
+            return sets.to_tensor(sets.grey(sets.to_bytes(images[: options.case])))
         if kind == "corruption":
             corruption, _, severity = name.partition("/")
             count = options.cell if part == "test" else options.case
@@ -96,20 +110,18 @@ class Subject:
             return self._generated()
         count = options.case if part == "test" else options.learn
         right = torch.from_numpy(self.correct(part)).nonzero()[:count, 0]
-        path = self.path(case, part, ".npy")
-        if path.exists():
-            return torch.from_numpy(np.load(path))
-        attacked = attack(
-            self.model, images[right], labels[right], name, seed=seed, thorough=not options.quick
-        )
-        _write(path, lambda file: np.save(file, attacked.numpy()))
-        return attacked
+
+        def make() -> Arrays:
+            how = {} if options.quick else {"carlini": THOROUGH}
+            return {
+                "images": attack(self.model, images[right], labels[right], name, seed=seed, **how).numpy()
+            }
+
+        return torch.from_numpy(self.kept(case, part, make)["images"])
 
     def blocks(self, case: str, part: str = "test") -> Arrays:
         """Features of a case's images: the blocks of `Extraction`, logarithms of squared norms."""
-        return cached(
-            self.path(case, part, ".npz"), lambda: extract(self.extraction, self.images(case, part))
-        )
+        return self.kept(f"blocks/{case}", part, lambda: extract(self.extraction, self.images(case, part)))
 
     @cached_property
     def extraction(self) -> Extraction:
@@ -135,28 +147,28 @@ class Subject:
             parts.append(generate_challenges(self.model, chosen, names=[name], seed=turn, clip=(0, 1))[name])
         return torch.cat(parts)
 
-    def path(self, case: str, part: str, suffix: str) -> Path:
-        """Where a case's images or features are kept; the sizes are part of the name."""
+    def kept(self, case: str, part: str, make: Callable[[], Arrays]) -> Arrays:
+        """Arrays made for a case, from the cache or made now; the sizes are part of the file's name."""
         options = self.options
         sizes = f"{options.fit}-{options.test}-{options.case}-{options.cell}"
-        if case.startswith("attack/") and part == "fit":
+        if "attack/" in case and part == "fit":
             sizes += f"-{options.learn}"
-        return self.folder / f"{case.replace('/', '_')}-{part}-{sizes}{suffix}"
+        return cache.arrays(self.folder / f"{case.replace('/', '_')}-{part}-{sizes}.npz", make)
 
 
-def cached(path: Path, make: Callable[[], Arrays]) -> Arrays:
-    """The arrays in ``path``, or those that ``make`` returns, kept there."""
-    if path.exists():
-        with np.load(path) as archive:
-            return dict(archive)
-    found = make()
-    _write(path, lambda file: np.savez(file, **found))
-    return found
+def both_networks(options: Options) -> list[Subject]:
+    """A residual and a densely connected network for each seed."""
+    return _subjects(options, ("resnet", "densenet"))
 
 
-def _write(path: Path, write: object) -> None:
-    """Write a file so that another process never sees half of it."""
-    partial = path.with_suffix(f".{os.getpid()}")
-    with open(partial, "wb") as file:
-        write(file)  # type: ignore[operator]
-    partial.replace(path)
+def residual_networks(options: Options) -> list[Subject]:
+    """A residual network for each seed."""
+    return _subjects(options, ("resnet",))
+
+
+def _subjects(options: Options, networks: Sequence[str]) -> list[Subject]:
+    return [
+        Subject(Recipe(network=network, seed=seed, epochs=options.epochs), options)
+        for seed in range(options.seeds)
+        for network in networks
+    ]

@@ -1,9 +1,7 @@
-"""Train the evaluated networks and keep them: ``python -m bench.paper.train --data DIR --cache DIR``."""
+"""Train the evaluated networks and keep them."""
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.paper import data
+from bench.paper import cache
+from bench.paper.data import sets
 from bench.paper.networks import Classifier, dense_network, residual_network
 
 #: Training images at the end of the training part that no network sees: detectors are fitted on them.
@@ -23,7 +22,7 @@ HELD_OUT = 5000
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is trained; its fields name the cached file."""
+    """How one network is trained; its fields name the cached file and are written into it."""
 
     dataset: str = "cifar10"
     network: str = "resnet"
@@ -113,73 +112,23 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float(sum(right)) / len(labels)
 
 
-def trained(recipe: Recipe, root: Path, cache: Path, train: data.Split | None = None) -> Classifier:
-    """The network of ``recipe`` from the cache, or trained now and kept there. Evaluation mode."""
-    model = build(recipe)
-    path = cache / recipe.file()
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model.eval()  # type: ignore[return-value]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    split = train or data.load(root, recipe.dataset, "train")
-    assert split.labels is not None
-    images = data.to_tensor(split.images[: len(split.images) - data.held_out(len(split.images), HELD_OUT)])
-    labels = torch.from_numpy(split.labels[: len(images)])
-    start = time.perf_counter()
-    fit(
-        model.to(device),
-        images,
-        labels,
-        epochs=recipe.epochs,
-        seed=recipe.seed,
-        flips=recipe.dataset == "cifar10",
-    )
-    model = model.cpu()
-    test = data.load(root, recipe.dataset, "test", 2000)
-    assert test.labels is not None
-    score = accuracy(model, test.tensor(), torch.from_numpy(test.labels))
-    seconds = time.perf_counter() - start
-    print(f"{recipe.file()}: {score:.1%} on 2,000 test images, {seconds:.0f} s", file=sys.stderr, flush=True)
-    cache.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path)
-    return model.eval()  # type: ignore[return-value]
+def trained(recipe: Recipe, root: Path, folder: Path) -> Classifier:
+    """The network of ``recipe`` from the cache's ``folder``, or trained now and kept there. Evaluation mode."""
 
+    def train(model: nn.Module) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        images, labels = sets.load(root, recipe.dataset, "train").labelled()
+        seen = len(images) - sets.held_out(len(images), HELD_OUT)
+        start, flips = time.perf_counter(), recipe.dataset == "cifar10"
+        fit(
+            model.to(device), images[:seen], labels[:seen], epochs=recipe.epochs, seed=recipe.seed, flips=flips
+        )  # fmt: skip
+        score = accuracy(model.cpu(), *sets.load(root, recipe.dataset, "test", 2000).labelled())
+        seconds = time.perf_counter() - start
+        print(
+            f"{recipe.file()}: {score:.1%} on 2,000 test images, {seconds:.0f} s", file=sys.stderr, flush=True
+        )
 
-def quick_recipes(seeds: int = 3, members: int = 5) -> list[Recipe]:
-    """Every network that the quick tables share: both architectures, digits, and the ensemble's members."""
-    both = [Recipe(network=network, seed=seed) for seed in range(seeds) for network in ("resnet", "densenet")]
-    digits = [Recipe("mnist", "resnet", seed, epochs=2) for seed in range(seeds)]
-    return both + digits + [Recipe(seed=seed) for seed in range(seeds, members)]
-
-
-def _train_one(task: tuple[Recipe, Path, Path]) -> None:
-    # One thread for each network: two networks beside each other train faster than one on two cores.
-    torch.set_num_threads(1)
-    trained(*task)
-
-
-def train_all(recipes: list[Recipe], root: Path, cache: Path, workers: int) -> None:
-    """Train what the cache lacks, one network per process; on a GPU one after the other."""
-    missing = [(recipe, root, cache) for recipe in recipes if not (cache / recipe.file()).exists()]
-    if torch.cuda.is_available() or workers < 2:
-        for task in missing:
-            _train_one(task)
-        return
-    with torch.multiprocessing.get_context("spawn").Pool(workers) as pool:
-        pool.map(_train_one, missing, chunksize=1)
-
-
-def main() -> None:
-    """Train the networks that the quick tables share."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with the .npz files or torchvision's"
-    )
-    parser.add_argument("--cache", type=Path, required=True, help="folder for the trained networks")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="networks at a time")
-    arguments = parser.parse_args()
-    train_all(quick_recipes(), arguments.data, arguments.cache, arguments.workers)
-
-
-if __name__ == "__main__":
-    main()
+    # Where there is a GPU the networks are larger.
+    made_by = asdict(recipe) | {"parameters": sum(p.numel() for p in build(recipe).parameters())}
+    return cache.weights(folder / recipe.file(), build(recipe), made_by, train)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""bench/gpu.sh walks through every step without a GPU, so that it needs no edit on first contact."""
+"""bench/gpu/gpu.sh walks through every step without a GPU, so that it needs no edit on first contact."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _script(*words: str) -> subprocess.CompletedProcess[str]:
         pytest.skip("needs bash")
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "HOME": "/nonexistent"}
     return subprocess.run(
-        [bash, str(ROOT / "bench" / "gpu.sh"), *words], capture_output=True, text=True, env=environment,
+        [bash, str(ROOT / "bench" / "gpu" / "gpu.sh"), *words], capture_output=True, text=True, env=environment,
         timeout=900, check=False,
     )  # fmt: skip
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from bench import harness_isolated
+from bench.harness import isolated
 from bench.selections import cases
 
 
 def test_worker_checks_times_and_stops() -> None:
-    source = harness_isolated.Source("network", seed=0, tiny=True, threads=1)
-    case = next(c for c in cases("network", "cpu", 0, True) if c.name.startswith("plain CNN"))
-    worker = harness_isolated.Worker(source, case.name, "fastgrad")
+    every = functools.partial(cases, "network", "cpu", 0, True)
+    source = isolated.Source(every, threads=1)
+    case = next(c for c in every() if c.name.startswith("plain CNN"))
+    worker = isolated.Worker(source, case.name, "fastgrad")
     try:
         result = worker.ask("result")
         assert result.correct, result.note

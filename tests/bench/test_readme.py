@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench import readme, report  # noqa: E402
+from bench.report import readme, standing  # noqa: E402
 
 CASES = [
     {"case": case, "implementation": name, "median_s": median, "p10_s": median, "p90_s": median, "peak_bytes": 2048,
@@ -37,7 +37,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def test_readme_blocks_equal_the_results() -> None:
     stale = readme.differing((ROOT / "README.md").read_text())
-    assert not stale, f"run python -m bench.readme; out of date: {stale}"
+    assert not stale, f"run python -m bench.report.readme; out of date: {stale}"
 
 
 def test_a_changed_figure_is_found(folder: pathlib.Path) -> None:
@@ -56,24 +56,26 @@ def test_detection_rows_become_cases_against_methods(folder: pathlib.Path) -> No
     assert "| n | c | 0.900 ± 0.010 | 0.500 ± 0.010 |" in readme.table("ood", folder)
 
 
-def test_detection_summary_takes_means_over_severities_networks_and_cases(tmp_path: pathlib.Path) -> None:
-    def write(name: str, cells: list[tuple[str, str, str, float]]) -> None:
-        rows = [dict(zip(("network", "case", "method", "auroc"), cell, strict=True)) for cell in cells]
-        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
+def _write(folder: pathlib.Path, name: str, cells: list[tuple[str, str, str, float]]) -> None:
+    rows = [dict(zip(("network", "case", "method", "auroc"), cell, strict=True)) for cell in cells]
+    (folder / f"{name}.json").write_text(json.dumps({"rows": rows}))
 
-    write("adversarial", [
+
+def test_detection_summary_takes_means_over_severities_networks_and_cases(tmp_path: pathlib.Path) -> None:
+    _write(tmp_path, "adversarial", [
         ("resnet", "FGSM", "fastgrad", 0.6), ("densenet", "FGSM", "fastgrad", 0.8),
         ("resnet", "FGSM after JPEG", "fastgrad", 0.1), ("resnet", "FGSM", "labelled", 1.0),
-        ("resnet", "FGSM", "energy", 0.5),
+        ("resnet", "FGSM", "energy", 0.4), ("densenet", "FGSM", "energy", 0.6),
     ])  # fmt: skip
-    write("ood", [
+    _write(tmp_path, "ood", [
         ("cifar10 resnet", "svhn", "fastgrad", 0.9), ("cifar10 resnet", "grey cifar10 (control)", "fastgrad", 0.1),
         ("mnist resnet", "scenes", "fastgrad", 1.0), ("cifar10 resnet", "svhn", "energy", 0.5),
         ("mnist resnet", "scenes", "energy", 0.8),
     ])  # fmt: skip
-    write("corruption", [
+    _write(tmp_path, "corruption", [
         ("resnet", "fog/1", "fastgrad", 0.4), ("resnet", "fog/2", "fastgrad", 0.8),
-        ("resnet", "frost/1", "fastgrad", 0.8), ("resnet", "fog/1", "energy", 0.6),
+        ("resnet", "frost/1", "fastgrad", 0.8), ("resnet", "fog/1", "energy", 0.5), ("resnet", "fog/2", "energy", 0.7),
+        ("resnet", "frost/1", "energy", 0.6),
     ])  # fmt: skip
     table = readme.table("detection", tmp_path)
     # (0.7 + 0.9 + 1.0 + 0.6 + 0.8) / 5; fog is the mean of its severities.
@@ -97,12 +99,29 @@ def test_an_unknown_value_is_refused(words: str, folder: pathlib.Path) -> None:
 
 def test_a_peer_that_is_faster_is_named_at_the_top() -> None:
     slower = [dict(row, median_s=0.25) if row["implementation"] == "vmap(grad)" else row for row in CASES]
-    assert report.standing(CASES).startswith("fastgrad is ahead")
-    assert report.standing(slower) == "fastgrad is behind in: net B=8: vmap(grad) is 2.00 times faster."
+    assert standing.standing(CASES).startswith("fastgrad is ahead")
+    assert standing.standing(slower) == "fastgrad is behind in: net B=8: vmap(grad) is 2.00 times faster."
 
 
 def test_textbook_forms_are_named_apart() -> None:
     rows = [dict(row, implementation="closed form, textbook", median_s=0.25) for row in CASES[2:3]]
-    text = report.standing([*CASES[:2], *rows])
+    text = standing.standing([*CASES[:2], *rows])
     assert text.startswith("fastgrad is ahead of every peer that keeps its accuracy.")
     assert "in 1 comparisons, by up to 2 times" in text
+
+
+def test_a_method_that_lacks_a_case_is_in_no_mean(tmp_path: pathlib.Path) -> None:
+    attacks = [("resnet", "FGSM", "fastgrad", 0.6), ("resnet", "FGSM", "energy", 0.5)]
+    lone = ("resnet", "PGD", "fastgrad", 0.7)
+    _write(tmp_path, "ood", [("cifar10 resnet", "svhn", method, 0.9) for method in ("fastgrad", "energy")])
+    _write(tmp_path, "corruption", [("resnet", "fog/1", method, 0.9) for method in ("fastgrad", "energy")])
+    _write(tmp_path, "adversarial", [*attacks, lone])
+    with pytest.raises(ValueError, match="energy must have 1 numbers for 'PGD'"):
+        readme.table("detection", tmp_path)
+    _write(
+        tmp_path,
+        "adversarial",
+        [*attacks, ("resnet", "PGD", "energy", 0.5), lone, ("resnet", "PGD", "LID", 0.8)],
+    )
+    with pytest.raises(ValueError, match="LID must have FGSM on resnet"):
+        readme.table("labelled", tmp_path)

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("counts in Triton's interpreter", allow_module_level=True)
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from bench.roofline import counter, work
+from bench.gpu.roofline import counter, work
 from fastgrad.ops import heuristics
 from fastgrad.ops.heuristics import INTERPRETER, ContrastConfig, LinearConfig, RowsConfig
 

@@ -1,0 +1,1 @@
+"""Exported files, the server under load, and the drift monitor, measured."""

@@ -1,0 +1,99 @@
+"""Catch the launches that a call makes and compile each for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    raise ImportError(
+        "kernels are compiled in a process without TRITON_INTERPRET=1, which would interpret them"
+    )
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bench.gpu.compile_cases import DTYPES
+from fastgrad.ops import heuristics
+from fastgrad.ops.triton import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A caught launch: what the compiler needs to know of it."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, int]
+
+
+@contextlib.contextmanager
+def _catching(arch: str, caught: list[Launch]) -> Iterator[None]:
+    """Collect launches instead of making them, as if the tensors were on a device of the given architecture."""
+    jit = triton.runtime.jit.JITFunction
+    saved = (jit.run, launch.architecture, launch.check)
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        caught.append(_describe(kernel, args, kwargs))
+
+    jit.run = run
+    launch.architecture = lambda tensor: heuristics.KNOWN_ARCHITECTURES[arch]
+    launch.check = lambda **tensors: None
+    try:
+        yield
+    finally:
+        jit.run, launch.architecture, launch.check = saved
+
+
+def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """Specialise arguments as Triton's launcher does: 1 is a constant, multiples of 16 and fresh pointers are known."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    options = {}
+    for name, value in kwargs.items():
+        (values if name in kernel.arg_names else options)[name] = value
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or (value is None) or (isinstance(value, int) and value == 1 and not plain):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + DTYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not plain:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return Launch(kernel, signature, constants, attributes, options)
+
+
+def launches(call: Callable[[], object], arch: str) -> list[Launch]:
+    """The launches that a call makes on an architecture."""
+    caught: list[Launch] = []
+    with _catching(arch, caught):
+        call()
+    return caught
+
+
+def compile_launch(one: Launch, arch: str) -> Any:
+    """Compile a caught launch for an architecture."""
+    source = ASTSource(one.kernel, one.signature, constexprs=one.constants, attrs=one.attributes)
+    return triton.compile(source, target=TARGETS[arch], options=one.options)

@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# Everything worth knowing about a GPU, in one command and under eight minutes:
+#
+#     bash bench/gpu/gpu.sh --out DIR
+#     bash bench/gpu/gpu.sh --out DIR --dry-run      # every step on a CPU, in Triton's interpreter, at tiny sizes
+#
+# Needs a checkout, Python with PyTorch and Triton, and nothing else: no installation, no network. Where pytest, ncu or
+# compute-sanitizer are missing their step says so. A step that fails or takes too long does not stop the next; the
+# exit status is 0 only if all passed. Written to DIR: environment.txt, tests.txt, gpu.json, gpu.md, kernels.json,
+# ncu.csv, sanitizer.txt and, last, summary.md.
+set -u
+
+out=
+dry=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --out) out=${2:?--out needs a folder}; shift 2 ;;
+        --dry-run) dry=1; shift ;;
+        *) echo "usage: bash bench/gpu/gpu.sh --out DIR [--dry-run]" >&2; exit 2 ;;
+    esac
+done
+[ -n "$out" ] || { echo "usage: bash bench/gpu/gpu.sh --out DIR [--dry-run]" >&2; exit 2; }
+mkdir -p "$out" || exit 2
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/../.." || exit 2
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+python=${PYTHON:-$(command -v python3 || command -v python)}
+
+tiny=
+device=cuda
+if [ -n "$dry" ]; then
+    export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+    tiny=--tiny
+    device=cpu
+elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "bench/gpu/gpu.sh: PyTorch sees no CUDA device; --dry-run walks through the steps without one" >&2
+    exit 2
+fi
+
+steps=()
+failed=0
+# step NAME SECONDS COMMAND...: run, report, remember.
+step() {
+    local name=$1 seconds=$2 start=$SECONDS status
+    shift 2
+    # A walk through on a busy machine says nothing about time.
+    [ -z "$dry" ] || seconds=$((4 * seconds))
+    printf '\n== %s\n' "$name"
+    if timeout --kill-after=10 "$seconds" "$@"; then
+        status="passed, $((SECONDS - start)) s"
+    else
+        local code=$?
+        failed=1
+        [ $code = 124 ] && status="FAILED: stopped after $seconds s" || status="FAILED: exit status $code"
+    fi
+    steps+=(--step "$name=$status")
+    echo "== $name: $status"
+}
+skip() { echo "== $1: skipped, $2"; steps+=(--step "$1=skipped: $2"); }
+have() { command -v "$1" >/dev/null 2>&1; }
+imports() { "$python" -c "import $1" >/dev/null 2>&1; }
+# into FILE COMMAND...: show and keep.
+into() { local file=$1; shift; "$@" 2>&1 | tee -a "$file"; return "${PIPESTATUS[0]}"; }
+export -f into
+kept() { bash -c 'into "$@"' into "$@"; }
+export -f kept
+
+rm -f "$out"/{environment.txt,tests.txt,gpu.json,gpu.md,kernels.json,ncu.csv,sanitizer.txt,summary.md}
+
+[ -n "$dry" ] || ! have nvidia-smi || step "nvidia-smi" 20 bash -c 'kept "$@"' kept "$out/environment.txt" nvidia-smi
+step "environment" 60 bash -c 'kept "$@"' kept "$out/environment.txt" "$python" -m fastgrad doctor
+
+step "kernels against float64" 120 bash -c 'kept "$@"' kept "$out/tests.txt" "$python" -m bench.gpu.check $tiny
+if imports pytest && imports hypothesis; then
+    # On a device the tests of kernels and operators run on it, without the interpreter.
+    if [ -n "$dry" ]; then
+        tests=(tests/test_functional.py -k "bad_input or bad_row" -x)
+    else
+        tests=(tests/kernels tests/ops tests/test_functional.py)
+    fi
+    step "test suite" 150 bash -c 'kept "$@"' kept "$out/tests.txt" \
+        "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
+else
+    skip "test suite" "pytest or hypothesis is not installed; the step before checked every kernel"
+fi
+
+only=
+[ -z "$dry" ] || only="contrasts"
+step "micro benchmarks" 200 "$python" -m bench.run gpu --device $device --out "$out" --no-figures --limit 150 \
+    --threads 1 --budget "$([ -n "$dry" ] && echo 0.02 || echo 2)" --only "$only" $tiny
+step "share of the measured rates" 60 "$python" -m bench.gpu.kernels --out "$out" $tiny
+
+once=("$python" -m bench.gpu.kernels --once)
+metrics=dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed
+metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,lts__throughput.avg.pct_of_peak_sustained_elapsed
+metrics+=,gpu__time_duration.sum,launch__registers_per_thread
+if have ncu && [ -z "$dry" ]; then
+    step "profiler counters" 90 ncu --csv --log-file "$out/ncu.csv" --metrics "$metrics" \
+        --kernel-name "regex:contrast|linear|rows|target" --launch-count 40 "${once[@]}"
+elif [ -n "$dry" ]; then
+    step "profiler counters" 60 "${once[@]}" --tiny
+else
+    skip "profiler counters" "ncu is not installed"
+fi
+if have compute-sanitizer && [ -z "$dry" ]; then
+    step "compute-sanitizer" 90 bash -c 'kept "$@"' kept "$out/sanitizer.txt" \
+        compute-sanitizer --tool memcheck --error-exitcode 9 "${once[@]}" --tiny
+elif [ -n "$dry" ]; then
+    step "compute-sanitizer" 60 bash -c 'kept "$@"' kept "$out/sanitizer.txt" "${once[@]}" --tiny
+else
+    skip "compute-sanitizer" "it is not installed"
+fi
+
+"$python" -m bench.gpu.summary --out "$out" "${steps[@]}" ${dry:+--dry-run} || failed=1
+printf '\n%s\n' "$out/summary.md"
+exit $failed

