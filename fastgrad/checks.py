@@ -1,8 +1,12 @@
-"""Argument checks: every message names the argument, what it must be and what it was."""
+"""Checks of arguments and of optional packages.
+
+A message about an argument names it, what it must be and what it was; one about a package names what brings it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -48,3 +52,25 @@ def shape_is(name: str, value: torch.Tensor, expected: tuple[int, ...], meaning:
     """Raise ValueError unless ``value`` has exactly the ``expected`` shape; ``meaning`` says where it comes from."""
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {tuple(expected)} ({meaning}); it was {tuple(value.shape)}")
+
+
+class MissingExtraError(ModuleNotFoundError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Imports inside are of packages that ``pip install 'fastgrad[name]'`` brings.
+
+    Raises:
+        MissingExtraError: One of them is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if isinstance(error, MissingExtraError) or missing.partition(".")[0] == "fastgrad":
+            raise
+        raise MissingExtraError(
+            f"{missing} is not installed; it comes with: pip install 'fastgrad[{name}]'", name=missing
+        ) from error

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrad.checks import extra
 from fastgrad.two_stage import TwoStageModel
 
 
@@ -23,9 +24,10 @@ def as_pytorch_ood(two_stage: TwoStageModel, **fit_options: Any) -> Any:
         **fit_options: Further arguments of `TwoStageModel.fit`.
 
     Raises:
-        ImportError: pytorch-ood is not installed.
+        MissingExtraError: pytorch-ood is not installed.
     """
-    from pytorch_ood.api import Detector
+    with extra("interop"):
+        from pytorch_ood.api import Detector
 
     class FastgradDetector(Detector):  # type: ignore[misc]
         requires_fit = True

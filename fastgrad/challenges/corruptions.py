@@ -52,12 +52,7 @@ def brightness(unit: Tensor, shift: float, generator: Generator) -> Tensor:
 
 
 def compression(unit: Tensor, quality: float, generator: Generator) -> Tensor:
-    """One pass through JPEG at ``quality``; channels beyond three, or two, are compressed one by one as grey.
-
-    Raises:
-        ImportError: where Pillow is missing.
-    """
-    # Pillow is imported here because nothing else needs it.
+    """One pass through JPEG at ``quality``; channels beyond three, or two, are compressed one by one as grey."""
     from PIL import Image
 
     as_bytes = (unit.detach() * 255).round().to(torch.uint8).cpu()

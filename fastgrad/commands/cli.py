@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
 
 import fastgrad
+from fastgrad.checks import MissingExtraError, extra
 
 # Command: module with add_arguments(parser) and run(arguments), the extra it needs, one line of help.
 COMMANDS = {
@@ -27,35 +29,26 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit status, 2 for unusable arguments."""
+    """Run a command; returns its exit status, 2 for unusable arguments or a missing extra."""
     parser = argparse.ArgumentParser(prog="fastgrad", description=fastgrad.__doc__)
     parser.add_argument("--version", action="version", version=f"fastgrad {fastgrad.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     words = sys.argv[1:] if arguments is None else arguments
-    for name, (module, _, line) in COMMANDS.items():
-        command = subparsers.add_parser(name, help=line, description=line)
-        # Only the chosen command is imported: the others may need extras that are not installed.
-        if words[:1] == [name]:
-            try:
-                importlib.import_module(module).add_arguments(command)
-            except ModuleNotFoundError as error:
-                return _missing(name, error)
-    parsed = parser.parse_args(words)
     try:
-        return int(importlib.import_module(COMMANDS[parsed.command][0]).run(parsed))
-    except ModuleNotFoundError as error:
-        return _missing(parsed.command, error)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"fastgrad {parsed.command}: {error}", file=sys.stderr)
+        for name, (module, needed, line) in COMMANDS.items():
+            command = subparsers.add_parser(name, help=line, description=line)
+            # Only the chosen command is imported: the others may need extras that are not installed.
+            if words[:1] == [name]:
+                with _imports(needed):
+                    importlib.import_module(module).add_arguments(command)
+        parsed = parser.parse_args(words)
+        module, needed, _ = COMMANDS[parsed.command]
+        with _imports(needed):
+            return int(importlib.import_module(module).run(parsed))
+    except (MissingExtraError, ValueError, TypeError, OSError) as error:
+        print(f"fastgrad {words[0]}: {error}", file=sys.stderr)
         return 2
 
 
-def _missing(command: str, error: ModuleNotFoundError) -> int:
-    extra = COMMANDS[command][1]
-    if extra is None or (error.name or "").startswith("fastgrad"):
-        raise error
-    print(
-        f"fastgrad {command}: {error.name} is not installed; it comes with: pip install 'fastgrad[{extra}]'",
-        file=sys.stderr,
-    )
-    return 2
+def _imports(needed: str | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if needed is None else extra(needed)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastgrad.checks import extra
 from fastgrad.deploy.package import PackageError
 
 
@@ -53,11 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM, then finish what was accepted; return the exit status."""
-    import uvicorn
-
     from fastgrad.deploy.images import MAX_PIXELS
     from fastgrad.deploy.serve.app import Limits, create_app
     from fastgrad.deploy.serve.pool import ModelError, WorkerDiedError
+
+    with extra("serve"):
+        import uvicorn
 
     for name in ("workers", "max_batch", "max_queue"):
         if getattr(args, name) < 1:

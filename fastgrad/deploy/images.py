@@ -45,10 +45,7 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
         ImageTooLargeError: more than ``max_pixels``.
         ImageError: not an image, a truncated one, or the model takes no images.
     """
-    try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
-    except ImportError as error:  # pragma: no cover
-        raise RuntimeError("reading images needs Pillow: pip install fastgrad[serve]") from error
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     shape = description.input_shape
     if len(shape) != 3 or shape[0] not in (1, 3):

@@ -15,8 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrad.checks import extra
 from fastgrad.deploy.images import MAX_PIXELS, ImageError, decode_image
 from fastgrad.deploy.package import Description, ModelPackage
+
+with extra("score"):
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -57,8 +63,6 @@ def read_parquet(
     Raises:
         ValueError: there is no such column.
     """
-    import pyarrow.parquet as pq
-
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
     column = _column(names, column, ("image", "img", "bytes", "content"), "image", required=True)
@@ -161,8 +165,6 @@ def _decode(source: Source, description: Description, max_pixels: int) -> Tensor
 
 def arrow_schema() -> Any:
     """The columns of the output."""
-    import pyarrow as pa
-
     return pa.schema(
         [
             ("name", pa.string()), ("class", pa.int64()), ("label", pa.string()), ("probability", pa.float64()),
@@ -173,9 +175,6 @@ def arrow_schema() -> Any:
 
 def write_part(rows: list[dict[str, Any]], path: Path) -> None:
     """Write one part: whole under its name, or not at all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         pq.write_table(pa.Table.from_pylist(rows, schema=arrow_schema()), temporary)
@@ -216,8 +215,6 @@ class Job:
             names = "\n".join(item.name for item in self.listed)
             self.identity = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
         elif images.is_file():
-            import pyarrow.parquet as pq
-
             try:
                 self.total = pq.ParquetFile(images).metadata.num_rows
             except Exception as error:
@@ -278,9 +275,6 @@ class Job:
 
 def count_rows(parts: Iterable[Path]) -> dict[str, int]:
     """How many images, unreadable and unreliable ones the parts hold."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     counts = {"images": 0, "unreadable": 0, "unreliable": 0}
     for path in parts:
         table = pq.read_table(path, columns=["reliable", "error"])
@@ -292,8 +286,6 @@ def count_rows(parts: Iterable[Path]) -> dict[str, int]:
 
 def join_parts(folder: Path, count: int, out: Path) -> None:
     """Make one Parquet file of all parts, then remove them."""
-    import pyarrow.parquet as pq
-
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with pq.ParquetWriter(temporary, arrow_schema()) as writer:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fastgrad.checks import extra
 from fastgrad.deploy.images import MAX_PIXELS
 from fastgrad.deploy.package import ModelPackage, read_description
 from fastgrad.deploy.score.job import Job, count_rows, part_path, progress_bar, score_batch, write_part
@@ -79,13 +80,14 @@ def score_dataset(
         progress: show a progress bar.
 
     Returns:
-        ``images``, ``unreadable``, ``unreliable``, ``continued``, as `fastgrad.score.score`.
+        ``images``, ``unreadable``, ``unreliable``, ``continued``, as `fastgrad.deploy.score.local.score`.
 
     Raises:
         ValueError: arguments that do not fit, no images, or parts of another job in ``out``.
         PackageError: not an exported model.
     """
-    import ray
+    with extra("cluster"):
+        import ray
 
     if workers < 1 or batch < 1:
         raise ValueError(f"workers and batch must be at least 1; they were {workers} and {batch}")

@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
-from starlette.requests import ClientDisconnect
-
+from fastgrad.checks import extra
 from fastgrad.deploy.images import MAX_PIXELS
 from fastgrad.deploy.package import read_description
 from fastgrad.deploy.serve.metrics import Metrics
 from fastgrad.deploy.serve.pool import ModelError, WorkerPool
 from fastgrad.deploy.serve.requests import MAX_BODY, RequestError, answer, read_input
+
+with extra("serve"):
+    import python_multipart  # noqa: F401 - starlette reads forms with it
+    from fastapi import FastAPI, Request
+    from fastapi.responses import HTMLResponse, JSONResponse, Response
+    from starlette.requests import ClientDisconnect
 
 # A body that is too large is read on and thrown away up to here, so that the client gets to read the refusal.
 _DISCARD = 256 * 2**20

@@ -8,8 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from fastgrad.checks import extra
 from fastgrad.deploy.drift import DriftMonitor
 from fastgrad.deploy.package import Description
+
+with extra("serve"):
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 RECENT = 1000
 
@@ -35,8 +39,6 @@ class Metrics:
         queue_length: Callable[[], int],
         restarts: Callable[[], int],
     ) -> None:
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-
         self.registry = CollectorRegistry()
         reference = description.score_reference()
         self.monitor = (
@@ -91,8 +93,6 @@ class Metrics:
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""
-        from prometheus_client import generate_latest
-
         text: bytes = generate_latest(self.registry)
         return text
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastgrad.checks import extra
 from fastgrad.deploy.images import MAX_PIXELS
 from fastgrad.deploy.package import ModelPackage, read_description
 
@@ -47,9 +48,11 @@ def deployment(
     """
     import numpy as np
     import torch
-    from ray import serve
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse
+
+    with extra("cluster"):
+        from ray import serve
+        from starlette.requests import Request
+        from starlette.responses import JSONResponse
 
     from fastgrad.deploy.serve.requests import RequestError, answer, read_input
 
@@ -101,7 +104,8 @@ def serve_model(
         port: its port.
         **options: of `deployment`.
     """
-    from ray import serve
+    with extra("cluster"):
+        from ray import serve
 
     serve.start(http_options={"host": host, "port": port})
     return serve.run(deployment(model, **options), name="fastgrad", route_prefix="/predict")

@@ -1,0 +1,30 @@
+"""Every tutorial runs as printed, offline, and prints what it says it prints."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch._inductor.config
+from doc_pages import DOCS, run
+
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+
+
+def test_there_are_tutorials() -> None:
+    assert len(TUTORIALS) >= 6
+
+
+# Of PyTorch: attention's backward pass has no batching rule of its own on a CPU.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_the_tutorial_runs_as_printed(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if "<!-- needs: model.pt2 -->" in page.read_text():
+        shutil.copy(request.getfixturevalue("tiny_package"), tmp_path / "model.pt2")
+    monkeypatch.chdir(tmp_path)
+    # Compiles the code around the kernels without optimisation, which takes a fraction of the time.
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        run(page)

@@ -1,0 +1,123 @@
+"""What ``pip install fastgrad`` alone can do, and that a missing package is named with the extra that brings it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+#: Extra: the packages it brings that fastgrad imports, each with a call that needs it.
+CASES = {
+    "serve": {
+        "fastapi": "from fastgrad.deploy.serve.app import create_app",
+        "python_multipart": "from fastgrad.deploy.serve.app import create_app",
+        "prometheus_client": "from fastgrad.deploy.serve.app import create_app",
+        "uvicorn": "main(['serve', 'model.pt2'])",
+    },
+    "score": {
+        "pyarrow": "main(['score', 'model.pt2', 'images', '--out', 'scores.parquet'])",
+    },
+    "interop": {
+        "pytorch_ood": "import fastgrad.interop; fastgrad.interop.as_pytorch_ood(None)",
+    },
+    "cluster": {
+        "ray": "main(['score', 'model.pt2', 'images', '--out', 'scores', '--ray'])",
+    },
+}
+
+# Blocks packages as if they were not installed, runs code, prints what a user sees.
+RUN = """
+import contextlib, importlib.abc, io, json, sys
+import torch
+
+class Missing(importlib.abc.MetaPathFinder):
+    blocked = ()
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in self.blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+finder = Missing()
+sys.meta_path.insert(0, finder)
+found = []
+for blocked, code in json.loads(sys.argv[1]):
+    finder.blocked = blocked
+    for name in [n for n in sys.modules if n.partition(".")[0] in (*blocked, "fastgrad")]:
+        if not name.startswith(("fastgrad.ops", "fastgrad.kernels")):
+            del sys.modules[name]
+    text = io.StringIO()
+    with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
+        try:
+            exec("from fastgrad.commands.cli import main\\n" + code, {})
+        except Exception as error:
+            text.write(f"{type(error).__mro__[1].__name__}: {error}")
+    found.append(text.getvalue())
+print(json.dumps(found))
+"""
+
+PLAIN = """
+import torch, fastgrad
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+logits, features = fastgrad.GradientFeatures(model)(torch.rand(4, 3, 8, 8))
+assert features.shape == (4, 4)
+two_stage = fastgrad.TwoStageModel(model).fit([torch.rand(64, 3, 8, 8)])
+assert two_stage(torch.rand(2, 3, 8, 8)).uncertainty.shape == (2,)
+assert main(["doctor"]) == 0
+print("all of it ran")
+"""
+
+
+def _run(cases: list[tuple[list[str], str]]) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(cases)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _distributions(requirements: list[str]) -> set[str]:
+    return {re.split(r"[>=\[;\s]", line, maxsplit=1)[0] for line in requirements}
+
+
+def test_the_error_for_a_missing_package_names_its_extra() -> None:
+    cases = [(extra, package, code) for extra, calls in CASES.items() for package, code in calls.items()]
+    found = _run([([package], code) for _, package, code in cases])
+    for (extra, package, _), text in zip(cases, found, strict=True):
+        assert f"{package} is not installed; it comes with: pip install 'fastgrad[{extra}]'" in text, package
+
+
+def test_the_extra_brings_the_package() -> None:
+    for extra, calls in CASES.items():
+        brought = _distributions(PROJECT["optional-dependencies"][extra])
+        for package in calls:
+            assert package.replace("_", "-") in brought, (extra, package)
+
+
+def test_every_extra_of_the_package_is_in_the_table() -> None:
+    # The others serve those who work on the repository.
+    assert set(CASES) == set(PROJECT["optional-dependencies"]) - {"bench", "dev", "docs", "paper", "test"}
+
+
+def test_a_plain_installation_is_useful() -> None:
+    plain = _distributions(PROJECT["dependencies"])
+    extras = {p for calls in CASES.values() for p in calls} | {
+        "torchvision",
+        "pandas",
+        "timm",
+        "transformers",
+    }
+    assert not {package.replace("_", "-") for package in extras} & plain
+    (text,) = _run([(sorted(extras), PLAIN)])
+    assert text.endswith("all of it ran\n"), text
