@@ -1,234 +1,146 @@
-"""One pass of a network to all that the estimators read: logits, last features, gradient features."""
+"""One pass of a network to all that the estimators read: logits and named blocks."""
 
 from __future__ import annotations
 
-import functools
+import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from fastgrad import functional
-from fastgrad.blocks.image_statistics import image_statistics, is_image
-from fastgrad.checks import one_of
-from fastgrad.engine.shadow import Shadow, attach
-from fastgrad.features import GradientFeatures, logits_of
+from fastgrad.batches import batch_size, take
+from fastgrad.blocks.block import Block
+from fastgrad.blocks.features import Features
+from fastgrad.blocks.logits import Logits
+from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.subject import Subject, watch
+from fastgrad.engine.network import Network
+from fastgrad.engine.shadow import ordinary
 
-GRADIENTS = ("auto", "contrasts", "signals", "last_layer")
-#: The joined signals: three gradients that say different things about a sample.
-SIGNALS = (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"))
-#: Contrast classes of highest logit that go through the whole network.
-RANKS = 10
+Inputs = Tensor | Mapping[str, Any]
 
-
-class Box:
-    """Carries what a module sees out of a forward pass."""
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def features(self, samples: int) -> Tensor | None:
-        """The last input seen with one row for each sample; trial batches come before it."""
-        for value in reversed(self.seen):
-            if value.shape[0] == samples:
-                return value.detach()
-        if self.seen and samples == 0:
-            return self.seen[-1][:0].detach()
-        # A large batch comes in pieces.
-        rows = 0
-        for start in reversed(range(len(self.seen))):
-            rows += self.seen[start].shape[0]
-            if rows == samples:
-                return torch.cat(self.seen[start:]).detach()
-        return None
-
-
-class Tapped(nn.Module):
-    """A model that also puts the input of its last linear layer into a `Box`.
-
-    It runs only as a shadow (see `fastgrad.engine.shadow`), a private copy whose hooks touch nobody's model.
-    """
-
-    def __init__(self, model: nn.Module, head: str | None) -> None:
-        super().__init__()
-        self.model = model
-        self.head = head
-
-    def forward(self, box: Box, *args: Any, **kwargs: Any) -> Any:
-        """The model's output."""
-        if self.head is not None:
-
-            def keep(_: nn.Module, inputs: Any, __: Any) -> None:
-                # Replays of single layers under vmap are not the batch.
-                if not torch._C._functorch.is_batchedtensor(inputs[0]):
-                    box.seen.append(inputs[0])
-
-            attach(self.model.get_submodule(self.head), keep, before=True)
-        return self.model(*args, **kwargs)
+# On a CPU a batch with a backward pass goes in pieces whose tensors, of about this many bytes, the next piece reuses.
+_WORKING_SET = 640 << 20
+_SAMPLES = 16
 
 
 class Extraction:
-    """From inputs to logits and named blocks for `UncertaintyDetector`.
+    """From inputs to logits and the asked-for blocks, from one forward pass and as few backward passes as they need.
 
-    Blocks: ``logits`` ``(B, N)``; ``features`` ``(B, D)``, what enters the last linear layer, where the model
-    has one; ``image`` ``(B, 28)``, `image_statistics` of the input where it is one image tensor;
-    ``gradients`` ``(B, 3, P)``, the joined signals; ``ranked`` ``(B, K, P)``, the contrasts of the K classes
-    of highest logit through the whole network, in order of rank. With ``"last_layer"``: ``contrasts``
-    ``(B, N)`` in place of the last two.
+    The model is only read: it runs as a private copy in evaluation mode.
 
     Args:
         model: Any classifier; outputs as `fastgrad.features.logits_of` reads them.
-        gradients: ``"signals"``, three backward passes, also meant by ``"auto"``; ``"contrasts"``, which adds
-            ``ranked`` at four times the backward passes; or ``"last_layer"``, without any backward pass.
+        blocks: What to extract, see `fastgrad.blocks`.
         log: Whether squared norms are given as logarithms.
-        head: Name of the last linear layer; found by the first call when None.
+
+    Raises:
+        ValueError: Two blocks have one name.
     """
 
-    def __init__(
-        self, model: nn.Module, gradients: str = "auto", *, log: bool = True, head: str | None = None
-    ) -> None:
-        one_of("gradients", gradients, GRADIENTS)
-        self.model = model
-        self.gradients = gradients
-        self.log = log
-        self.head = head
-        self.classes: int | None = None
-        self._lock = threading.Lock()
-        self._extractor: GradientFeatures | None = None
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], *, log: bool = True) -> None:
+        names = [block.name for block in blocks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"blocks must differ; {name!r} was there {names.count(name)} times")
+        self.model, self.blocks, self.log = model, tuple(blocks), log
+        self.known: Subject | None = None
+        self._setup()
 
-    def __call__(self, x: Tensor | Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits ``(B, N)`` and blocks of a batch, a tensor or a mapping of the model's keyword arguments."""
-        args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
-        self._prepare(args, kwargs)
-        box = Box()
-        if self.gradients == "last_layer":
-            logits, blocks = self._last_layer(box, args, kwargs)
-        else:
-            logits, blocks = self._whole_network(box, args, kwargs)
-        features = box.features(logits.shape[0])
-        if features is not None:
-            blocks["features"] = features
-        images = [value for value in (*args, *kwargs.values()) if is_image(value)]
-        if len(images) == 1:
-            with torch.no_grad():
-                blocks["image"] = image_statistics(images[0])
-        return logits, {"logits": logits, **blocks}
+    def _setup(self) -> None:
+        self._lock = threading.Lock()
+        self._network = Network(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the lock and the extractor, which the next call makes anew: copies and pickles work."""
-        return self.__dict__ | {"_lock": None, "_extractor": None}
+        """Without lock and plans, which are made anew: copies and pickles work."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_network")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._setup()
 
-    def plain(self, x: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Logits and penultimate features alone: one forward pass, no gradient."""
-        args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
-        self._prepare(args, kwargs)
-        box = Box()
-        logits = self._forward(box, args, kwargs)
-        return logits, box.features(logits.shape[0])
+    def __call__(self, x: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits ``(B, N)`` and blocks of a batch, a tensor or a mapping of the model's keyword arguments.
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        Raises:
+            ValueError: A block cannot be had of this network or input; the message says why.
+        """
+        subject = self.subject(x)
+        with torch.inference_mode(False):
+            args, kwargs = _arguments(x)
+            samples = batch_size(args, kwargs)
+            empty = isinstance(samples, int) and samples == 0
+            if empty:
+                # Blocks of no sample have the shapes of one.
+                args, kwargs = pytree.tree_map_only(
+                    Tensor, lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() else t, (args, kwargs)
+                )
+            piece = self._piece(subject, samples)
+            if piece is None:
+                logits, values = self._extract(subject, args, kwargs, 1 if empty else samples)
+                return (logits[:0], {n: v[:0] for n, v in values.items()}) if empty else (logits, values)
+            parts = []
+            for start in range(0, samples, piece):
+                index = slice(start, min(start + piece, samples))
+                part_args, part_kwargs = take((args, kwargs), index, samples)
+                parts.append(self._extract(subject, part_args, part_kwargs, index.stop - start))
+        return torch.cat([logits for logits, _ in parts]), {
+            name: torch.cat([values[name] for _, values in parts]) for name in parts[0][1]
+        }
+
+    def subject(self, x: Inputs) -> Subject:
+        """What is known of the network and inputs like ``x``, watched at the first call.
+
+        Raises:
+            ValueError: A block cannot be had.
+        """
         with self._lock:
-            if self.classes is None:
-                head, self.classes = find_head(self.model, *args, **kwargs)
-                self.head = self.head or head
-                if self.head is None and self.gradients == "last_layer":
-                    raise ValueError(
-                        "gradients='last_layer' needs a model that ends in a linear layer; "
-                        f"none of {type(self.model).__name__}'s gave its logits"
-                    )
-            if self._extractor is None and self.gradients != "last_layer":
-                signals: list[tuple[str, Any]] = list(SIGNALS)
-                if self.ranks:
-                    signals = [
-                        ("cross_entropy", functools.partial(class_of_rank, rank=rank))
-                        for rank in range(self.ranks)
-                    ] + signals
-                tapped = Tapped(self.model, self.head)
-                self._extractor = GradientFeatures(tapped, signals=signals, log=self.log)
+            if self.known is None:
+                with torch.inference_mode(False):
+                    subject = watch(self.model, *_arguments(x))
+                for block in self.blocks:
+                    refusal = block.refusal(subject)
+                    if refusal is not None:
+                        served = f"{type(self.model).__name__} with this input"
+                        raise ValueError(f"blocks must be ones that can be had of {served}; {block.name!r}: {refusal}")
+                self.known = subject
+            return self.known
 
-    @property
-    def ranks(self) -> int:
-        """How many contrasts go through the whole network."""
-        if self.classes is None:
-            raise RuntimeError("the number of classes is known after the first call")
-        return min(RANKS, self.classes) if self.gradients == "contrasts" else 0
+    def plain(self, x: Inputs) -> tuple[Tensor, Tensor | None]:
+        """Logits and h ``(B, D)`` alone: one forward pass, no gradient; None where the model ends otherwise."""
+        subject = self.subject(x)
+        blocks = [Logits()] if subject.head is None else [Logits(), Features()]
+        other = Extraction(self.model, blocks)
+        other.known = subject
+        logits, values = other(x)
+        return logits, values.get("features")
 
-    def _whole_network(self, box: Box, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        extractor = self._extractor
-        assert extractor is not None  # made by _prepare
-        logits, features = extractor(box, *args, **kwargs)
-        blocks = {"gradients": features[:, self.ranks :]}
-        if self.ranks:
-            blocks["ranked"] = features[:, : self.ranks]
-        return logits, blocks
+    def _piece(self, subject: Subject, samples: int) -> int | None:
+        """Samples at a time, or None for all."""
+        device = next((p.device.type for p in self.model.parameters()), "cpu")
+        backward = any(block.signals(subject) for block in self.blocks)
+        if not isinstance(samples, int) or device != "cpu" or not backward:
+            return None
+        piece = max(_SAMPLES, int(_WORKING_SET / max(1.0, 2 * subject.written)))
+        # Pieces of equal size: a short last one would waste the most.
+        piece = math.ceil(samples / max(1, math.ceil(samples / piece)))
+        return None if piece >= samples else piece
 
-    def _forward(self, box: Box, args: Any, kwargs: Any) -> Tensor:
-        shadow = Shadow(Tapped(self.model, self.head))
-        _attend_alike(shadow.root)
+    def _extract(
+        self, subject: Subject, args: Any, kwargs: Any, samples: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        plan = None
+        if any(block.parameters for block in self.blocks):
+            plan = self._network.plan(args, kwargs, samples)
+        found = Pass(self._network, plan, subject, self.blocks, args, kwargs, samples, log=self.log)
         with torch.no_grad():
-            logits = logits_of(shadow.root(box, *args, **kwargs))
-        return logits.detach()
-
-    def _last_layer(self, box: Box, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self._forward(box, args, kwargs)
-        features = box.features(logits.shape[0])
-        if features is None or self.head is None:
-            raise RuntimeError("the last layer was not called")
-        bias = getattr(self.model.get_submodule(self.head), "bias", None) is not None
-        norms = functional.contrast_sqnorm(features, logits, bias=bias, log=self.log)
-        return logits, {"contrasts": norms}
+            return found.logits, {block.name: block.values(found).detach() for block in self.blocks}
 
 
-def _attend_alike(root: nn.Module) -> None:
-    """Let torch's attention modules compute as they do with gradients.
-
-    Without, in evaluation mode, they take a path of their own that rounds otherwise and that tracers cannot
-    follow: the features would differ from those of an exported graph. Only a private copy is to be changed.
-    """
-    for module in root.modules():
-        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            # Of the modules' own code this switches the path and the dropout of attention weights, nothing else.
-            module.training = True
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-
-
-def class_of_rank(logits: Tensor, rank: int) -> Tensor:
-    """The class of the given rank, 0 for the predicted one: ``(B, N)`` to ``(B,)``."""
-    return torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, rank]
-
-
-def find_head(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[str | None, int]:
-    """Name of the linear layer that gave the logits, and their number.
-
-    It is the last layer called whose output equals the logits and whose input is one row ``(B, D)`` a sample;
-    None where there is no such layer. The model itself is left as it was.
-    """
-    shadow = Shadow(model)
-    seen: list[tuple[str, tuple[int, ...], Tensor]] = []
-
-    def watch(path: str, copy: nn.Module) -> None:
-        def leave(_: nn.Module, inputs: Any, __: Any, output: Any) -> None:
-            if inputs and isinstance(output, Tensor):
-                seen.append((path, tuple(inputs[0].shape), output))
-
-        attach(copy, leave)
-
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            watch(path, shadow.modules[id(module)])
-    with torch.no_grad():
-        logits = logits_of(shadow.root(*args, **kwargs))
-    if logits.dim() != 2:
-        raise ValueError(f"model must return logits of shape (B, N); it returned {tuple(logits.shape)}")
-    for path, shape, output in reversed(seen):
-        same = output.shape == logits.shape and len(shape) == 2
-        if same and torch.equal(output.to(logits.dtype), logits):
-            return path, logits.shape[1]
-    return None, logits.shape[1]
+def _arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The model's arguments, outside any graph."""
+    args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
+    return pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
