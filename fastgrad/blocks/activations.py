@@ -16,7 +16,7 @@ from fastgrad.blocks.subject import Subject
 from fastgrad.engine.sites import Reading
 from fastgrad.ops.channel_moments import channel_square_sums
 from fastgrad.scores.conformal import OneSided
-from fastgrad.scores.mahalanobis import WideMahalanobis
+from fastgrad.scores.mahalanobis import Mahalanobis
 from fastgrad.scores.rows import Rows
 
 #: Standardised columns are cut here: no single channel decides alone.
@@ -75,4 +75,4 @@ def mean_square(place: Channels, mask: Tensor | None, inputs: tuple[Any, ...], o
 def wide_mahalanobis(name: str, blocks: Mapping[str, Array]) -> Part:
     """The part that scores a block of many columns."""
     rows = Rows.fit(blocks, name, clip=CLIP)
-    return f"{name}_mahalanobis", rows, WideMahalanobis.fit(rows.of(blocks)), OneSided
+    return f"{name}_mahalanobis", rows, Mahalanobis.fit(rows.of(blocks)), OneSided

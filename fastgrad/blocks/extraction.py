@@ -70,7 +70,7 @@ class Extraction:
         """
         subject = self.subject(x)
         with torch.inference_mode(False):
-            args, kwargs = _arguments(x)
+            args, kwargs = arguments(x)
             samples = batch_size(args, kwargs)
             empty = isinstance(samples, int) and samples == 0
             if empty:
@@ -100,7 +100,7 @@ class Extraction:
         with self._lock:
             if self.known is None:
                 with torch.inference_mode(False):
-                    subject = watch(self.model, *_arguments(x))
+                    subject = watch(self.model, *arguments(x))
                 for block in self.blocks:
                     refusal = block.refusal(subject)
                     if refusal is not None:
@@ -140,7 +140,7 @@ class Extraction:
             return found.logits, {block.name: block.values(found).detach() for block in self.blocks}
 
 
-def _arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The model's arguments, outside any graph."""
     args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
     return pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
