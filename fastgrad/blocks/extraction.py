@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from fastgrad import functional
 from fastgrad.blocks.image_statistics import image_statistics, is_image
 from fastgrad.checks import one_of
+from fastgrad.engine.network import Network, batch_size
+from fastgrad.engine.run import Run
 from fastgrad.engine.shadow import Shadow, attach
+from fastgrad.engine.sites import Reading
 from fastgrad.features import GradientFeatures, logits_of
 
 GRADIENTS = ("auto", "contrasts", "signals", "last_layer")
@@ -21,52 +24,6 @@ GRADIENTS = ("auto", "contrasts", "signals", "last_layer")
 SIGNALS = (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"))
 #: Contrast classes of highest logit that go through the whole network.
 RANKS = 10
-
-
-class Box:
-    """Carries what a module sees out of a forward pass."""
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def features(self, samples: int) -> Tensor | None:
-        """The last input seen with one row for each sample; trial batches come before it."""
-        for value in reversed(self.seen):
-            if value.shape[0] == samples:
-                return value.detach()
-        if self.seen and samples == 0:
-            return self.seen[-1][:0].detach()
-        # A large batch comes in pieces.
-        rows = 0
-        for start in reversed(range(len(self.seen))):
-            rows += self.seen[start].shape[0]
-            if rows == samples:
-                return torch.cat(self.seen[start:]).detach()
-        return None
-
-
-class Tapped(nn.Module):
-    """A model that also puts the input of its last linear layer into a `Box`.
-
-    It runs only as a shadow (see `fastgrad.engine.shadow`), a private copy whose hooks touch nobody's model.
-    """
-
-    def __init__(self, model: nn.Module, head: str | None) -> None:
-        super().__init__()
-        self.model = model
-        self.head = head
-
-    def forward(self, box: Box, *args: Any, **kwargs: Any) -> Any:
-        """The model's output."""
-        if self.head is not None:
-
-            def keep(_: nn.Module, inputs: Any, __: Any) -> None:
-                # Replays of single layers under vmap are not the batch.
-                if not torch._C._functorch.is_batchedtensor(inputs[0]):
-                    box.seen.append(inputs[0])
-
-            attach(self.model.get_submodule(self.head), keep, before=True)
-        return self.model(*args, **kwargs)
 
 
 class Extraction:
@@ -102,12 +59,19 @@ class Extraction:
         """Logits ``(B, N)`` and blocks of a batch, a tensor or a mapping of the model's keyword arguments."""
         args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
         self._prepare(args, kwargs)
-        box = Box()
+        blocks: dict[str, Tensor] = {}
         if self.gradients == "last_layer":
-            logits, blocks = self._last_layer(box, args, kwargs)
+            logits, features = self._forward(args, kwargs)
+            assert features is not None  # _prepare found the head
+            bias = getattr(self.model.get_submodule(self.head or ""), "bias", None) is not None
+            blocks["contrasts"] = functional.contrast_sqnorm(features, logits, bias=bias, log=self.log)
         else:
-            logits, blocks = self._whole_network(box, args, kwargs)
-        features = box.features(logits.shape[0])
+            assert self._extractor is not None  # made by _prepare
+            logits, norms, readings = self._extractor.extract(args, kwargs, readings=self._readings())
+            features = next(iter(readings.values()), None)
+            blocks["gradients"] = norms[:, self.ranks :]
+            if self.ranks:
+                blocks["ranked"] = norms[:, : self.ranks]
         if features is not None:
             blocks["features"] = features
         images = [value for value in (*args, *kwargs.values()) if is_image(value)]
@@ -128,9 +92,7 @@ class Extraction:
         """Logits and penultimate features alone: one forward pass, no gradient."""
         args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
         self._prepare(args, kwargs)
-        box = Box()
-        logits = self._forward(box, args, kwargs)
-        return logits, box.features(logits.shape[0])
+        return self._forward(args, kwargs)
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with self._lock:
@@ -149,8 +111,7 @@ class Extraction:
                         ("cross_entropy", functools.partial(class_of_rank, rank=rank))
                         for rank in range(self.ranks)
                     ] + signals
-                tapped = Tapped(self.model, self.head)
-                self._extractor = GradientFeatures(tapped, signals=signals, log=self.log)
+                self._extractor = GradientFeatures(self.model, signals=signals, log=self.log)
 
     @property
     def ranks(self) -> int:
@@ -159,44 +120,20 @@ class Extraction:
             raise RuntimeError("the number of classes is known after the first call")
         return min(RANKS, self.classes) if self.gradients == "contrasts" else 0
 
-    def _whole_network(self, box: Box, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        extractor = self._extractor
-        assert extractor is not None  # made by _prepare
-        logits, features = extractor(box, *args, **kwargs)
-        blocks = {"gradients": features[:, self.ranks :]}
-        if self.ranks:
-            blocks["ranked"] = features[:, : self.ranks]
-        return logits, blocks
+    def _readings(self) -> list[Reading]:
+        """What enters the last linear layer, where there is one."""
+        return [] if self.head is None else [Reading(self.head, _first_input)]
 
-    def _forward(self, box: Box, args: Any, kwargs: Any) -> Tensor:
-        shadow = Shadow(Tapped(self.model, self.head))
-        _attend_alike(shadow.root)
+    def _forward(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        run = Run(batch_size(args, kwargs))
         with torch.no_grad():
-            logits = logits_of(shadow.root(box, *args, **kwargs))
-        return logits.detach()
-
-    def _last_layer(self, box: Box, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self._forward(box, args, kwargs)
-        features = box.features(logits.shape[0])
-        if features is None or self.head is None:
-            raise RuntimeError("the last layer was not called")
-        bias = getattr(self.model.get_submodule(self.head), "bias", None) is not None
-        norms = functional.contrast_sqnorm(features, logits, bias=bias, log=self.log)
-        return logits, {"contrasts": norms}
+            output = Network(self.model).forward(None, run, args, kwargs, readings=self._readings())
+        return logits_of(output).detach(), next(iter(run.readings.values()), None)
 
 
-def _attend_alike(root: nn.Module) -> None:
-    """Let torch's attention modules compute as they do with gradients.
-
-    Without, in evaluation mode, they take a path of their own that rounds otherwise and that tracers cannot
-    follow: the features would differ from those of an exported graph. Only a private copy is to be changed.
-    """
-    for module in root.modules():
-        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            # Of the modules' own code this switches the path and the dropout of attention weights, nothing else.
-            module.training = True
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
+def _first_input(inputs: tuple[Any, ...], _: Any) -> Tensor:
+    value: Tensor = inputs[0]
+    return value
 
 
 def class_of_rank(logits: Tensor, rank: int) -> Tensor:
