@@ -25,7 +25,7 @@ MOVED = {
     "images": "deploy.images",
     "layers.fallback": "engine.fallback",
     "layers.network": "engine.network",
-    "layers.plan": "engine.plan",
+    "layers.plan": "engine.planning",
     "layers.run": "engine.run",
     "layers.shadow": "engine.shadow",
     "layers.tap": "engine.tap",

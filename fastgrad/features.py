@@ -5,29 +5,22 @@ from __future__ import annotations
 import fnmatch
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from fastgrad import losses
 from fastgrad.checks import is_bool, one_of
-from fastgrad.engine.network import (
-    Network,
-    batch_size,
-    batched_squared_norms,
-    input_tensors,
-    squared_norms,
-    take,
-)
-from fastgrad.engine.plan import Plan, Route, refuse_mixing
+from fastgrad.engine.backward import gather, send_back
+from fastgrad.engine.network import Network, batch_size, input_tensors, take
+from fastgrad.engine.planning import Plan, Route, refuse_mixing
 from fastgrad.engine.run import Run
-from fastgrad.engine.shadow import Shadow, ordinary
-from fastgrad.engine.tracing import is_symbolic, trace
-from fastgrad.layers.registry import LayerRule
+from fastgrad.engine.shadow import ordinary
+from fastgrad.engine.sites import Reading
+from fastgrad.engine.tracing import trace
 from fastgrad.ops.implementation import IMPLEMENTATIONS, choose
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.
@@ -55,6 +48,20 @@ def logits_of(output: Any) -> Tensor:
             f"it returned {type(output).__name__}"
         )
     return found
+
+
+class Extract(NamedTuple):
+    """What one pass over a batch gives, in the order of its rows.
+
+    Attributes:
+        logits: ``(B, N)``.
+        features: As `GradientFeatures` returns them.
+        readings: ``(B, ...)`` each.
+    """
+
+    logits: Tensor
+    features: Tensor
+    readings: Mapping[Reading, Tensor]
 
 
 class GradientFeatures:
@@ -168,29 +175,47 @@ class GradientFeatures:
             Logits ``(B, N)`` as the model gives them, and features in float32 (float64 for a float64 model):
             ``(B, P)``; ``(B, S, P)`` for S signals; ``(B, N, P)`` for ``target="contrast"``.
         """
+        logits, features, _ = self.extract(args, kwargs)
+        return logits, features
+
+    def extract(self, args: Any, kwargs: Any, *, readings: Sequence[Reading] = ()) -> Extract:
+        """Run the model on a batch, and keep what modules see.
+
+        Args:
+            args: The model's positional inputs, as for a call.
+            kwargs: Its inputs by keyword.
+            readings: What to keep.
+
+        Raises:
+            RuntimeError: If a module that was to be read was not called.
+        """
         if "torch._dynamo" in sys.modules:
             # torch.compile cannot follow an extraction, which builds modules; `trace` gives it a graph.
-            outside: Callable[..., tuple[Tensor, Tensor]] = torch.compiler.disable(self._run)
-            return outside(args, kwargs)
-        return self._run(args, kwargs)
+            outside: Callable[..., Extract] = torch.compiler.disable(self._run)
+            return outside(args, kwargs, readings)
+        return self._run(args, kwargs, readings)
 
-    def _run(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+    def _run(self, args: Any, kwargs: Any, readings: Sequence[Reading]) -> Extract:
         with torch.inference_mode(False):
             choose(self.impl, next(self.model.parameters()))
             args, kwargs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
             samples = batch_size(args, kwargs)
             if samples == 0:
-                return self._empty(args, kwargs)
+                return self._empty(args, kwargs, readings)
             plan = self._network.plan(args, kwargs, samples)
             chunk = self._chunk(plan, args, kwargs, samples)
             if chunk is None:
-                return self._extract(plan, args, kwargs, samples)
+                return self._extract(plan, args, kwargs, samples, readings)
             parts = []
             for start in range(0, samples, chunk):
                 index = slice(start, min(start + chunk, samples))
                 part_args, part_kwargs = take((args, kwargs), index, samples)
-                parts.append(self._extract(plan, part_args, part_kwargs, index.stop - start))
-            return torch.cat([logits for logits, _ in parts]), torch.cat([f for _, f in parts])
+                parts.append(self._extract(plan, part_args, part_kwargs, index.stop - start, readings))
+            return Extract(
+                torch.cat([part.logits for part in parts]),
+                torch.cat([part.features for part in parts]),
+                {reading: torch.cat([part.readings[reading] for part in parts]) for reading in readings},
+            )
 
     def report(self) -> list[Route]:
         """The route taken for each parameter and why, as chosen by the latest call on a new input structure.
@@ -220,12 +245,16 @@ class GradientFeatures:
             if samples < 2:
                 raise ValueError(f"inputs must hold at least two samples to be traced; they held {samples}")
             plan = self._network.plan(args, kwargs, samples)
-            return trace(lambda a, k: self._extract(plan, a, k, batch_size(a, k)), args, kwargs, samples)
+            return trace(
+                lambda a, k: self._extract(plan, a, k, batch_size(a, k), ())[:2], args, kwargs, samples
+            )
 
-    def _extract(self, plan: Plan, args: Any, kwargs: Any, samples: int) -> tuple[Tensor, Tensor]:
+    def _extract(
+        self, plan: Plan, args: Any, kwargs: Any, samples: int, readings: Sequence[Reading]
+    ) -> Extract:
         run = Run(samples, self.impl)
         with torch.enable_grad():
-            output = self._network.forward(plan, run, args, kwargs)
+            output = self._network.forward(plan, run, args, kwargs, readings=readings)
             logits = logits_of(output)
             _check_logits(logits, samples)
             z = logits.detach()
@@ -234,22 +263,15 @@ class GradientFeatures:
             scale = delta.abs().amax(-1, keepdim=True)
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))
             unit = (delta / scale).to(logits.dtype)
-            # Functorch's batched tensors cannot be traced with a symbolic batch, nor where a rule differentiates.
-            replays = any(not isinstance(site.rule, LayerRule) and not site.rank for site in plan.sites)
-            if is_symbolic(samples) or (replays and isinstance(logits, FakeTensor)):
-                features = torch.stack(
-                    [squared_norms(run, [logits], [u], plan.names, z, keep=True) for u in unit]
-                )
-            elif unit.shape[0] == 1:
-                features = squared_norms(run, [logits], [unit[0]], plan.names, z).unsqueeze(0)
-            else:
-                features = batched_squared_norms(run, logits, unit, plan.names)
+            found = send_back(run, logits, unit)
+            features = gather(run.probes, found, plan.names, unit, samples)
         scale = scale.to(features.dtype)
         if self.log:
             features = features.clamp_min(torch.finfo(features.dtype).tiny).log() + 2 * scale.log()
         else:
             features = features * scale.square()
-        return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
+        features = features.movedim(0, 1) if self.contrast or self.joint else features[0]
+        return Extract(z, features, run.readings)
 
     def _deltas(self, logits: Tensor) -> Tensor:
         """Output gradients of all signals, ``(S, B, N)``."""
@@ -287,17 +309,19 @@ class GradientFeatures:
                 chunk = math.ceil(samples / math.ceil(samples / chunk))
         return None if chunk is None or chunk >= samples else chunk
 
-    def _empty(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+    def _empty(self, args: Any, kwargs: Any, readings: Sequence[Reading]) -> Extract:
         one = pytree.tree_map_only(
             Tensor,
             lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() and t.shape[0] == 0 else t,
             (args, kwargs),
         )
         with torch.no_grad():
-            logits = logits_of(Shadow(self.model).root(*one[0], **one[1]))[:0]
+            run = Run(1)
+            logits = logits_of(self._network.forward(None, run, *one, readings=readings))[:0]
         middle = (logits.shape[1],) if self.contrast else (len(self.signals),) if self.joint else ()
         dtype = losses.compute_dtype(logits.dtype)
-        return logits, logits.new_zeros((0, *middle, len(self._names())), dtype=dtype)
+        features = logits.new_zeros((0, *middle, len(self._names())), dtype=dtype)
+        return Extract(logits, features, {reading: value[:0] for reading, value in run.readings.items()})
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad.engine.backward import pull
 from fastgrad.engine.network import Network, batch_size
-from fastgrad.engine.plan import refuse_mixing
+from fastgrad.engine.planning import refuse_mixing
 from fastgrad.engine.run import Run
+from fastgrad.engine.sites import Replayed
 from fastgrad.layers.redirect import Redirect
-from fastgrad.layers.registry import LayerRule
+from fastgrad.losses import compute_dtype
 
 _active = threading.local()
 # Redirections by the id of the module: how many recordings of it are open, in all threads.
@@ -99,7 +101,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         plan = network.plan(*detached, samples)
         for site in plan.sites:
             part = module.get_submodule(site.path)
-            if not isinstance(site.rule, LayerRule) and any(m.training for m in part.modules()):
+            if isinstance(site, Replayed) and any(m.training for m in part.modules()):
                 raise ValueError(
                     f"model must be in evaluation mode, because {site.path or type(module).__name__!r} is computed "
                     "again in the backward pass and would draw other random numbers; call model.eval()"
@@ -183,30 +185,13 @@ def grad_sqnorm(
         for site, probe in run.probes
         if any(renamed[name] in asked for name in site.parameters)
     ]
-    tensors = [probe for _, probe in probes]
-
-    leading: tuple[int, ...] = ()
-    found: list[Tensor | None] = []
-    if not tensors:
-        pass
-    elif is_grads_batched:
-        assert gradients is not None
-        leading = (gradients[0].shape[0],)
-        used = [i for i, f in enumerate(_connected(outputs, tensors)) if f]
-        batched = _batched(outputs, [tensors[i] for i in used], list(gradients), bool(retain_graph))
-        found = [None] * len(tensors)
-        for i, value in zip(used, batched, strict=True):
-            found[i] = value
-    else:
-        found = list(
-            torch.autograd.grad(outputs, tensors, gradients, retain_graph=retain_graph, allow_unused=True)
-        )
+    found = pull(
+        outputs, [probe for _, probe in probes], gradients, batched=is_grads_batched, keep=bool(retain_graph)
+    )
     by_name: dict[str, Tensor] = {}
     for (served, _), norms in zip(probes, found, strict=True):
-        if norms is None:
-            continue
         for column, name in enumerate(served):
-            if name not in asked:
+            if norms is None or name not in asked:
                 continue
             if name in by_name:
                 raise ValueError(
@@ -214,38 +199,7 @@ def grad_sqnorm(
                     "so its gradients would have to be added before the norm is taken"
                 )
             by_name[name] = norms[..., column]
-    like = recording.runs[-1][1]
-    zero_like = outputs[0].detach()
-    dtype = torch.float64 if zero_like.dtype == torch.float64 else torch.float32
-    zeros = zero_like.new_zeros((*leading, like.samples), dtype=dtype)
+    leading = (gradients[0].shape[0],) if is_grads_batched and gradients is not None else ()
+    like = outputs[0].detach()
+    zeros = like.new_zeros((*leading, recording.runs[-1][1].samples), dtype=compute_dtype(like.dtype))
     return tuple(by_name.get(names[id(p)], zeros) for p in wanted)
-
-
-def _connected(outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[bool]:
-    """Which leaves the outputs depend on, from the graph alone."""
-    leaves = {id(t): i for i, t in enumerate(tensors)}
-    found = [False] * len(tensors)
-    pending = [out.grad_fn for out in outputs if out.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in leaves:
-            found[leaves[id(variable)]] = True
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-    return found
-
-
-def _batched(
-    outputs: Sequence[Tensor], tensors: Sequence[Tensor], gradients: Sequence[Tensor], retain_graph: bool
-) -> list[Tensor]:
-    if not tensors:
-        return []
-
-    def back(*grads: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(list(outputs), list(tensors), list(grads), retain_graph=retain_graph)
-
-    return list(torch.func.vmap(back)(*gradients))

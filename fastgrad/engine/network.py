@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastgrad.engine.backward import gather, pull
 from fastgrad.engine.fallback import floating
-from fastgrad.engine.plan import SAMPLES, Plan, Planner, Route, find_layout
-from fastgrad.engine.run import Run, gather
-from fastgrad.engine.shadow import Shadow, attach, ordinary
-from fastgrad.layers.registry import LayerRule
+from fastgrad.engine.layout import SAMPLES, middle_row
+from fastgrad.engine.observing import Observation
+from fastgrad.engine.planning import Caution, Plan, Planner, Route
+from fastgrad.engine.run import Run
+from fastgrad.engine.shadow import Shadow, attend_alike, ordinary
+from fastgrad.engine.sites import Reading, Site
 
 _PLANS_KEPT = 16
 
@@ -82,59 +85,54 @@ class Network:
 
     def forward(
         self,
-        plan: Plan,
+        plan: Plan | None,
         run: Run,
         args: Any,
         kwargs: Any,
         *,
+        sites: Sequence[Site] = (),
+        readings: Sequence[Reading] = (),
         parameter: Callable[[nn.Parameter], Tensor] = ordinary,
         training: bool = False,
     ) -> Any:
-        """One forward pass of a private copy, with the plan's probes.
+        """One forward pass of a private copy, with probes and readings.
 
         Args:
-            plan: The plan for inputs of this structure.
-            run: Takes up the probes.
+            plan: The plan for inputs of this structure; None for a pass without its sites, which needs no
+                observation and no trial.
+            run: Takes up the probes and readings.
             args: Positional inputs.
             kwargs: Inputs by keyword.
+            sites: Further places where numbers are to leave the backward pass.
+            readings: What to keep of what modules see.
             parameter: What the copy holds in place of each parameter.
             training: Whether modules keep their own mode instead of evaluation mode.
+
+        Raises:
+            RuntimeError: If a module that was to be read was not called.
         """
-        parameters = dict(self.model.named_parameters())
-        copies = {
-            id(parameters[site.parameters[0]]): run.broadcast(site, parameter(parameters[site.parameters[0]]))
-            for site in plan.sites
-            if site.rank
-        }
-        shadow = Shadow(
-            self.model, lambda p: copies[id(p)] if id(p) in copies else parameter(p), training=training
-        )
-        for site in plan.sites:
-            if site.rank:
-                continue
-            original = self.model.get_submodule(site.path)
-            copy = shadow.modules[id(original)]
-            if isinstance(site.rule, LayerRule):
-                attach(copy, run.layer_hook(site, site.rule))
-            else:
-                before, after = run.replay_hooks(
-                    site, original, [parameters[name] for name in site.parameters]
-                )
-                attach(copy, before, before=True)
-                attach(copy, after)
-        return shadow.root(*args, **kwargs)
+        shadow = Shadow(self.model, parameter, training=training)
+        if not training:
+            attend_alike(shadow)
+        # Of two hooks on a module the one attached later runs earlier. The plan's may replace what autograd recorded
+        # of a layer, so they come before other sites; readings come first of all, to read what the module returned.
+        planned = () if plan is None else plan.sites
+        places: tuple[Site | Reading, ...] = (*sites, *planned, *readings)
+        for place in places:
+            place.attach(run, shadow)
+        output = shadow.root(*args, **kwargs)
+        for reading in readings:
+            if reading not in run.readings:
+                raise RuntimeError(f"the forward pass did not call {reading.path!r}, which was to be read")
+        return output
 
     def _make_plan(self, names: dict[int, str], args: Any, kwargs: Any, samples: int) -> Plan:
         index = torch.arange(SAMPLES) % samples
         three = take((args, kwargs), index, samples)
         two = take((args, kwargs), index[: SAMPLES - 1], samples)
-        planner = Planner(self.model, names, {id(m): path for path, m in self.model.named_modules()})
-        planner.observe(*three, *two)
-        outputs = self.tensors(planner.three.output)
-        found = [
-            _middle_row(out, two_out)
-            for out, two_out in zip(outputs, self.tensors(planner.two_output), strict=True)
-        ]
+        observation = Observation(self.model, three, two)
+        outputs, fewer = (self.tensors(output) for output in observation.outputs)
+        found = [middle_row(out, two_out) for out, two_out in zip(outputs, fewer, strict=True)]
         if all(row is None for row in found):
             raise ValueError(
                 "model must return a floating-point tensor that carries the batch; it returned none"
@@ -142,90 +140,41 @@ class Network:
         rows = [
             torch.zeros_like(out) if row is None else row for out, row in zip(outputs, found, strict=True)
         ]
-        truth = planner.backward(outputs, rows)
-        loops: frozenset[str] = frozenset()
-        forced: frozenset[str] = frozenset()
-        problem = ""
-        speculate = True
-        for _ in range(5):
-            plan = planner.plan(forced, loops, speculate=speculate)
+        truth = observation.backward(outputs, rows)
+        planner = Planner(observation, names)
+        caution: Caution | None = Caution()
+        # Each turn gives up more of what may fail, of which there is finitely much.
+        while caution is not None:
+            plan = planner.plan(caution)
             try:
                 features = self._trial(plan, three, rows)
-            except Exception as error:
-                if speculate and any(site.rank for site in plan.sites):
-                    speculate = False
-                    continue
-                vectorized = [s.path for s in plan.sites if s.rule is None and s.vectorize and not s.rank]
-                if not vectorized:
+            except Exception:
+                # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
+                caution = caution.after_error(plan)
+                if caution is None:
                     raise
-                problem, loops = str(error), loops | frozenset(vectorized)
                 continue
             wrong = _disagreeing(plan, features, truth)
             if not wrong:
                 return plan
-            problem = f"squared norms of {', '.join(sorted(wrong))} disagree with autograd"
-            if wrong <= forced:
-                break
-            forced = forced | wrong
-        raise ValueError(f"model must treat the samples of a batch independently, alike each time: {problem}")
+            caution = caution.after_disagreement(wrong)
+        raise ValueError(
+            "model must treat the samples of a batch independently, alike each time: squared norms of "
+            f"{', '.join(sorted(wrong))} disagree with autograd"
+        )
 
     def _trial(self, plan: Plan, inputs: Any, rows: Sequence[Tensor]) -> Tensor:
+        """Squared norms ``(3, P)`` as the plan finds them."""
         run = Run(SAMPLES)
         outputs = self.tensors(self.forward(plan, run, *inputs))
-        return squared_norms(run, outputs, rows, plan.names, outputs[0].detach())
-
-
-def squared_norms(
-    run: Run,
-    outputs: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    names: Sequence[str],
-    like: Tensor,
-    *,
-    keep: bool = False,
-) -> Tensor:
-    """Send one set of output gradients back; ``(B, P)``. ``keep`` keeps the graph for another pass."""
-    pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
-    probes = [probe for _, probe in run.probes]
-    if not probes or not pairs:
-        return gather(run, [], names, like)
-    found = torch.autograd.grad(
-        [out for out, _ in pairs], probes, [g for _, g in pairs], retain_graph=keep, allow_unused=True
-    )
-    return gather(run, [or_zero(f, p) for f, p in zip(found, probes, strict=True)], names, like)
-
-
-def batched_squared_norms(run: Run, output: Tensor, gradients: Tensor, names: Sequence[str]) -> Tensor:
-    """Send S output gradients ``(S, B, ...)`` back in one batched pass; ``(S, B, P)``."""
-    probes = [probe for _, probe in run.probes]
-    like = output.detach()
-    if not probes or not output.requires_grad:
-        return gather(run, [], names, like, (gradients.shape[0],))
-
-    def back(gradient: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(output, probes, gradient, retain_graph=True, allow_unused=True)
-        return [or_zero(f, p) for f, p in zip(found, probes, strict=True)]
-
-    return gather(run, torch.func.vmap(back)(gradients), names, like, (gradients.shape[0],))
-
-
-def or_zero(gradient: Tensor | None, probe: Tensor) -> Tensor:
-    """The gradient of a probe; zeros where the outputs do not depend on it."""
-    return torch.zeros_like(probe) if gradient is None else gradient
-
-
-def _middle_row(out: Tensor, fewer: Tensor) -> Tensor | None:
-    """A fixed gradient for the middle of three samples; None for an output without the batch."""
-    layout = find_layout(tuple(out.shape), tuple(fewer.shape), None)
-    if layout is None or layout.kind == "single":
-        return None
-    rows = out.shape[layout.dim] // SAMPLES
-    pattern = torch.cos(torch.arange(out.numel(), device=out.device, dtype=torch.float64) * 1.7 + 0.3)
-    keep = torch.zeros(out.shape[layout.dim], device=out.device, dtype=torch.float64)
-    keep[rows : 2 * rows] = 1
-    shape = [1] * out.dim()
-    shape[layout.dim] = -1
-    return (pattern.reshape(out.shape) * keep.reshape(shape)).to(out.dtype)
+        pairs = [(out, row) for out, row in zip(outputs, rows, strict=True) if out.requires_grad]
+        probes = [probe for _, probe in run.probes] if pairs else []
+        norms = pull([out for out, _ in pairs], probes, [row for _, row in pairs])
+        found = [
+            (torch.zeros_like(probe) if value is None else value).unsqueeze(0)
+            for probe, value in zip(probes, norms, strict=True)
+        ]
+        return gather(run.probes[: len(found)], found, plan.names, outputs[0].detach()[None], SAMPLES)[0]
 
 
 def input_tensors(args: Any, kwargs: Any) -> list[Tensor]:

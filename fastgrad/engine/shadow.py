@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,17 +53,36 @@ class Shadow:
         *,
         training: bool = False,
     ) -> None:
+        #: The user's model.
+        self.model = model
         self._parameter, self._training = parameter, training
         self._copies: dict[int, Any] = {}
+        # Where the copies hold a parameter: tables and keys by its id; modules, original and copy, with parameters
+        # of the tree in plain attributes.
+        self._places: defaultdict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
+        self._holders: list[tuple[nn.Module, nn.Module]] = []
         #: The copy of each module by the id of the original, in the order they were met.
         self.modules: dict[int, nn.Module] = {}
         self.root: nn.Module = self._module(model)
-        for original, copy in list(self._pairs(model)):
-            self._attributes(original, copy)
+        for original in model.modules():
+            pair = (original, self.modules[id(original)])
+            self._met_parameter = False
+            self._attributes(*pair)
+            if self._met_parameter:
+                self._holders.append(pair)
 
-    def _pairs(self, model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-        for module in model.modules():
-            yield module, self.modules[id(module)]
+    def tensor(self, parameter: nn.Parameter) -> Tensor:
+        """What the copy holds in place of a parameter."""
+        value: Tensor = self._copies[id(parameter)]
+        return value
+
+    def substitute(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Let the copy hold ``value`` in place of a parameter, wherever it occurs."""
+        self._copies[id(parameter)] = value
+        for table, name in self._places[id(parameter)]:
+            table[name] = value
+        for original, copy in self._holders:
+            self._attributes(original, copy)
 
     def _module(self, module: nn.Module) -> nn.Module:
         known = self.modules.get(id(module))
@@ -85,10 +104,11 @@ class Shadow:
         for name in _BACKWARD_HOOKS:
             if state.get(name):
                 state[name] = OrderedDict()
-        state["_parameters"] = {
-            name: None if value is None else self._tensor(value)
-            for name, value in state["_parameters"].items()
-        }
+        tensors: dict[str, Any] = {}
+        for name, value in state["_parameters"].items():
+            tensors[name] = None if value is None else self._tensor(value)
+            self._places[id(value)].append((tensors, name))
+        state["_parameters"] = tensors
         state["_buffers"] = {
             name: ordinary(value) if isinstance(value, Tensor) and value.is_inference() else value
             for name, value in state["_buffers"].items()
@@ -121,6 +141,7 @@ class Shadow:
         if isinstance(value, nn.Module):
             return self.modules.get(id(value), value)
         if isinstance(value, nn.Parameter):
+            self._met_parameter = True
             return self._copies.get(id(value), value)
         if type(value) in _CONTAINERS:
             if isinstance(value, dict):
@@ -140,6 +161,20 @@ class Shadow:
                 return value
             return functools.partial(function, *args, **keywords)
         return value
+
+
+def attend_alike(shadow: Shadow) -> None:
+    """Let torch's attention modules compute in evaluation mode as they do with gradients.
+
+    Without gradients they take a path of their own that rounds otherwise and that tracers cannot follow: what a
+    network puts out would depend on who asks.
+    """
+    for copy in shadow.modules.values():
+        if type(copy).forward in (nn.MultiheadAttention.forward, nn.TransformerEncoderLayer.forward):
+            # Of the modules' own code this switches the path and the dropout of attention weights, nothing else.
+            copy.training = True
+            if isinstance(copy, nn.MultiheadAttention):
+                copy.dropout = 0.0
 
 
 def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:

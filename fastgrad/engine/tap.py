@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,35 @@ Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 #: ``output gradient -> input gradient``.
 Backward = Callable[[Tensor], Tensor]
 
+# The probes that backward passes under way ask for, by id. A pass to an early probe crosses the nodes of later
+# ones, and autograd does not tell a node which of its inputs' gradients are wanted.
+_asked: set[int] = set()
+
+
+@contextlib.contextmanager
+def asking(probes: Iterable[Tensor]) -> Iterator[None]:
+    """While it lasts, backward passes compute the norms of these probes; of others they compute none."""
+    ids = {id(probe) for probe in probes}
+    _asked.update(ids)
+    try:
+        yield
+    finally:
+        _asked.difference_update(ids)
+
+
+def is_tapped(output: Tensor) -> bool:
+    """Whether ``output`` comes straight from one of this module's nodes."""
+    node = output.grad_fn
+    return node is not None and node.name() in (f"{_Tap.__name__}Backward", f"{_Layer.__name__}Backward")
+
+
+def _norms(norms: Norms, probe: int, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor | None:
+    if probe not in _asked:
+        return None
+    # Reduced precision is for the network; the norms are summed in float32 whatever the caller's context.
+    with torch.autocast(gradients[0].device.type, enabled=False):
+        return norms(saved, gradients)
+
 
 class _Tap(torch.autograd.Function):
     """``outputs -> outputs``; backward passes the gradients on and gives the probe the squared norms."""
@@ -21,7 +51,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, norms: Norms, count: int, in_place: bool, *tensors: Tensor) -> Any:
         # The outputs come first: autograd takes the first input of a node that modifies a view for that view.
         outputs, saved = tensors[:count], tensors[count + 1 :]
-        ctx.norms, ctx.saved_count = norms, len(saved)
+        ctx.norms, ctx.probe, ctx.saved_count = norms, id(tensors[count]), len(saved)
         ctx.save_for_backward(*saved)
         if in_place:
             # Returned as if modified in place: neither a copy nor a view, so a later in-place activation may
@@ -33,9 +63,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        # Reduced precision is for the network; the norms are summed in float32 whatever the caller's context.
-        with torch.autocast(gradients[0].device.type, enabled=False):
-            norms = ctx.norms(ctx.saved_tensors, gradients)
+        norms = _norms(ctx.norms, ctx.probe, ctx.saved_tensors, gradients)
         return (None, None, None, *gradients, norms, *(None for _ in range(ctx.saved_count)))
 
 
@@ -46,16 +74,18 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, norms: Norms, backward: Backward, output: Tensor, probe: Tensor, value: Tensor
     ) -> Tensor:
-        ctx.norms, ctx.input_gradient = norms, backward
+        ctx.norms, ctx.probe, ctx.input_gradient = norms, id(probe), backward
         ctx.save_for_backward(value)
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        with torch.autocast(gradients[0].device.type, enabled=False):
-            norms = ctx.norms(ctx.saved_tensors, gradients)
-            onward = ctx.input_gradient(gradients[0]) if ctx.needs_input_grad[4] else None
+        norms = _norms(ctx.norms, ctx.probe, ctx.saved_tensors, gradients)
+        onward = None
+        if ctx.needs_input_grad[4]:
+            with torch.autocast(gradients[0].device.type, enabled=False):
+                onward = ctx.input_gradient(gradients[0])
         return None, None, None, norms, onward
 
 
@@ -84,7 +114,8 @@ def tap(
     Args:
         outputs: A layer's floating-point outputs.
         saved: What ``norms`` needs of the forward pass; kept by reference, checked against later modification.
-        probe: Zeros of shape ``(B, m)`` that require gradients; their gradient will be the squared norms.
+        probe: Zeros of shape ``(B, m)`` that require gradients; their gradient will be the squared norms, where a
+            backward pass asks for them (`asking`).
         norms: Computes them from ``saved`` and the output gradients; may run under ``vmap`` over gradients.
         in_place: Whether the outputs may be passed on as they are. Only where the operation that made them did
             not save them for its own backward; otherwise they are copied.

@@ -1,0 +1,127 @@
+"""Sending output gradients back through a forward pass and collecting what its probes yield."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fastgrad.engine.run import Run
+from fastgrad.engine.sites import Replayed, Site
+from fastgrad.engine.tap import asking
+from fastgrad.engine.tracing import is_symbolic
+from fastgrad.losses import compute_dtype
+
+Probes = Sequence[tuple[Site, Tensor]]
+
+
+def pull(
+    outputs: Sequence[Tensor],
+    probes: Sequence[Tensor],
+    gradients: Sequence[Tensor] | None,
+    *,
+    batched: bool = False,
+    keep: bool | None = None,
+) -> list[Tensor | None]:
+    """The gradient of each probe; like `torch.autograd.grad`, but what is not asked for is not computed.
+
+    Args:
+        outputs: What is differentiated.
+        probes: Probes of any runs; the pass goes back to the earliest of them and no further.
+        gradients: One for each output; None for scalars.
+        batched: Whether each has a leading dimension S of several gradients, which then go back together.
+        keep: Whether to keep the graph for another call.
+
+    Returns:
+        ``(B, m)`` for each probe, ``(S, B, m)`` if batched; None where the outputs do not depend on it.
+    """
+    if not probes:
+        return []
+
+    def back(grads: Sequence[Tensor] | None) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(outputs, probes, grads, retain_graph=keep, allow_unused=True)
+
+    with asking(probes):
+        if not batched:
+            return list(back(gradients))
+        reached: list[int] = []
+
+        def some(*grads: Tensor) -> list[Tensor]:
+            found = {i: g for i, g in enumerate(back(grads)) if g is not None}
+            reached.extend(found)
+            return list(found.values())
+
+        assert gradients is not None
+        values = dict(zip(reached, torch.func.vmap(some)(*gradients), strict=True))
+        return [values.get(i) for i in range(len(probes))]
+
+
+def send_back(
+    run: Run, output: Tensor, gradients: Tensor, probes: Probes | None = None, *, keep: bool = False
+) -> list[Tensor]:
+    """Send S gradients of a run's output back to some of its sites.
+
+    Args:
+        run: The forward pass.
+        output: Its output ``(B, ...)``.
+        gradients: ``(S, B, ...)``, in the output's dtype.
+        probes: Those of ``run.probes`` that are asked for; all by default. The pass goes back to the earliest of
+            them and no further, and computes nothing for the others.
+        keep: Whether to keep the graph for another call.
+
+    Returns:
+        ``(S, B, m)`` for each of ``probes``; zeros where the output does not depend on it.
+    """
+    probes = run.probes if probes is None else probes
+    wanted = [probe for _, probe in probes]
+    count = gradients.shape[0]
+    if not output.requires_grad:
+        return [probe.new_zeros(count, *probe.shape) for probe in wanted]
+    # Functorch's batched tensors cannot be traced with a symbolic batch, nor where a replay differentiates.
+    traced = is_symbolic(run.samples) or (
+        isinstance(output, FakeTensor) and any(isinstance(site, Replayed) for site, _ in probes)
+    )
+    if count == 1 or traced:
+        found = []
+        for i, gradient in enumerate(gradients):
+            found.append(pull([output], wanted, [gradient], keep=keep or i < count - 1))
+        parts = [_stacked(column) for column in zip(*found, strict=True)]
+    else:
+        parts = pull([output], wanted, [gradients], batched=True, keep=keep)
+    return [
+        probe.new_zeros(count, *probe.shape) if part is None else part
+        for part, probe in zip(parts, wanted, strict=True)
+    ]
+
+
+def _stacked(column: Sequence[Tensor | None]) -> Tensor | None:
+    """One probe's gradients, which it has for all output gradients or for none."""
+    present = [value for value in column if value is not None]
+    return None if not present else present[0].unsqueeze(0) if len(column) == 1 else torch.stack(present)
+
+
+def gather(
+    probes: Probes, found: Sequence[Tensor], names: Sequence[str], like: Tensor, samples: int
+) -> Tensor:
+    """Order the probes' gradients by parameter.
+
+    Args:
+        probes: Site and probe; sites that serve no parameter are left out.
+        found: Gradient of each, ``(S, B, m)``.
+        names: P wanted parameters; those no probe reports have gradient zero.
+        like: ``(S, ...)``, gives device and dtype.
+        samples: B.
+
+    Returns:
+        ``(S, B, P)``, float32 (float64 for float64).
+    """
+    dtype = compute_dtype(like.dtype)
+    served = [(site.parameters, f) for (site, _), f in zip(probes, found, strict=True) if site.parameters]
+    columns = [name for parameters, _ in served for name in parameters]
+    place = {name: i for i, name in enumerate(columns)}
+    zeros = like.new_zeros((like.shape[0], samples, 1), dtype=dtype)
+    parts = [f.to(device=like.device, dtype=dtype) for _, f in served]
+    order = torch.tensor([place.get(name, len(columns)) for name in names], device=like.device)
+    return torch.cat([*parts, zeros], -1).index_select(-1, order)

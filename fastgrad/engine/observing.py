@@ -1,0 +1,219 @@
+"""Watching a network: which module calls use which parameter, and where in their tensors the batch lies.
+
+It runs once on three samples and once on two, and what changes between them is the batch. One gradient, that of the
+middle sample, is sent back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fastgrad.engine.layout import SAMPLES, Layout, find_layout
+from fastgrad.engine.shadow import Shadow, attach, ordinary
+
+# Functions that broadcast a parameter over the batch, by name without underscores.
+_BROADCASTING = frozenset(
+    {"add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "div", "expand"}
+)
+
+
+@dataclass
+class Call:
+    """One call of a module.
+
+    Attributes:
+        index: Its number among all calls, in the order they began.
+        module: The user's module.
+        copy: The module that ran in its place.
+        path: The module's name within the model.
+        parent: Number of the call it was made in; -1 for the model's own.
+        ordinal: How many calls of the module came before.
+        inputs: Shape of every leaf of its inputs, None for what is no tensor.
+        outputs: Shapes of its floating-point outputs.
+        gradients: Of outputs, by their number, the gradient of the middle sample, once that was sent back.
+    """
+
+    index: int
+    module: nn.Module
+    copy: nn.Module
+    path: str
+    parent: int
+    ordinal: int
+    inputs: list[tuple[int, ...] | None]
+    outputs: list[tuple[int, ...]] = field(default_factory=list)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+
+class _Uses(TorchFunctionMode):
+    """Notes which calls hand a parameter to a differentiable function."""
+
+    def __init__(self, parameters: dict[int, str], current: Callable[[], int]) -> None:
+        super().__init__()
+        self.parameters, self.current = parameters, current
+        self.uses: dict[str, set[int]] = {name: set() for name in parameters.values()}
+        #: Number of dimensions in which a parameter is broadcast over the batch, None where it is used otherwise.
+        self.ranks: dict[str, set[int | None]] = {name: set() for name in parameters.values()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        leaves = pytree.tree_leaves((args, kwargs))
+        found = [self.parameters[id(leaf)] for leaf in leaves if id(leaf) in self.parameters]
+        if found and any(isinstance(r, Tensor) and r.requires_grad for r in pytree.tree_leaves(result)):
+            broadcast = getattr(func, "__name__", "").strip("_") in _BROADCASTING and result.shape[:1] == (
+                SAMPLES,
+            )
+            for name in found:
+                self.uses[name].add(self.current())
+                self.ranks[name].add(result.dim() if broadcast else None)
+        return result
+
+
+class _Pass:
+    """One watched forward pass."""
+
+    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self.calls: list[Call] = []
+        self.parameters: dict[str, Tensor] = {}
+        self.bytes = 0
+        self._stack: list[int] = []
+        self._times: dict[str, int] = {}
+        names = {id(p): name for name, p in model.named_parameters()}
+        tracked: dict[int, str] = {}
+
+        def leaf(parameter: nn.Parameter) -> Tensor:
+            value = ordinary(parameter)
+            if value.is_floating_point():
+                value.requires_grad_()
+            name = names[id(parameter)]
+            self.parameters[name] = value
+            tracked[id(value)] = name
+            return value
+
+        shadow = Shadow(model, leaf)
+        for path, original in model.named_modules():
+            self._watch(original, shadow.modules[id(original)], path)
+        with torch.enable_grad(), _Uses(tracked, lambda: self._stack[-1]) as uses:
+            self.output = shadow.root(*args, **kwargs)
+        self.uses, self.ranks = uses.uses, uses.ranks
+
+    def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            index = len(self.calls)
+            parent = self._stack[-1] if self._stack else -1
+            ordinal = self._times[path] = self._times.get(path, -1) + 1
+            inputs = [
+                tuple(leaf.shape) if isinstance(leaf, Tensor) else None
+                for leaf in pytree.tree_leaves((args, kwargs))
+            ]
+            self.calls.append(Call(index, original, copy, path, parent, ordinal, inputs))
+            self._stack.append(index)
+
+        def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            call = self.calls[self._stack.pop()]
+            for tensor in pytree.tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    position = len(call.outputs)
+                    call.outputs.append(tuple(tensor.shape))
+                    self.bytes += tensor.numel() * tensor.element_size()
+                    if tensor.requires_grad:
+                        self._keep_gradient(call, position, tensor)
+
+        attach(copy, enter, before=True)
+        attach(copy, leave)
+
+    @staticmethod
+    def _keep_gradient(call: Call, position: int, tensor: Tensor) -> None:
+        def keep(gradient: Tensor) -> None:
+            known = call.gradients.get(position)
+            call.gradients[position] = gradient if known is None else known + gradient
+
+        tensor.register_hook(keep)
+
+
+class Observation:
+    """What a model does with three samples and with two.
+
+    Args:
+        model: The user's model; only read.
+        three: Its positional inputs and those by keyword, three samples.
+        two: The same with the first two of them.
+
+    Attributes:
+        calls: All calls on three samples.
+        parameters: By name, the leaf that stood in for each parameter.
+        uses: By name, the numbers of the calls that use a parameter.
+        ranks: By name, the numbers of dimensions in which a parameter is broadcast over the batch, None among
+            them where it is used otherwise.
+        bytes: Of all calls' outputs.
+        outputs: What the model returned for three samples and for two.
+    """
+
+    def __init__(self, model: nn.Module, three: tuple[Any, Any], two: tuple[Any, Any]) -> None:
+        watched = _Pass(model, *three)
+        self.calls, self.parameters, self.bytes = watched.calls, watched.parameters, watched.bytes
+        self.uses, self.ranks = watched.uses, watched.ranks
+        fewer = _Pass(model, *two)
+        self.outputs = watched.output, fewer.output
+        self._fewer = {(call.path, call.ordinal): call for call in fewer.calls}
+        self._times: dict[int, int] = {}
+        for call in self.calls:
+            self._times[id(call.module)] = self._times.get(id(call.module), 0) + 1
+
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Send the middle sample's gradient back; returns its true gradient of every parameter."""
+        leaves = {n: p for n, p in self.parameters.items() if p.requires_grad}
+        if not leaves or not any(out.requires_grad for out in outputs):
+            return {}
+        found = torch.autograd.grad(outputs, list(leaves.values()), gradients, allow_unused=True)
+        return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+
+    def once(self, call: Call) -> bool:
+        """Whether the call's module is called no other time."""
+        return self._times[id(call.module)] == 1
+
+    def enclosing(self, uses: set[int]) -> list[Call]:
+        """Calls that contain all of ``uses``, innermost first."""
+        first, *rest = [self._chain(index) for index in uses]
+        return [self.calls[index] for index in first if all(index in chain for chain in rest)]
+
+    def _chain(self, index: int) -> list[int]:
+        chain = []
+        while index >= 0:
+            chain.append(index)
+            index = self.calls[index].parent
+        return chain
+
+    def output_layouts(self, call: Call) -> list[Layout | None]:
+        """Where the batch lies in each floating-point output of a call."""
+        other = self._fewer.get((call.path, call.ordinal))
+        if other is None or len(other.outputs) != len(call.outputs):
+            return [None]
+        return [
+            find_layout(shape, two, call.gradients.get(i))
+            for i, (shape, two) in enumerate(zip(call.outputs, other.outputs, strict=True))
+        ]
+
+    def batched_leaves(self, call: Call) -> tuple[bool, ...] | None:
+        """Which input leaves of a call carry the batch in dimension 0; None where it lies elsewhere."""
+        other = self._fewer.get((call.path, call.ordinal))
+        if other is None or len(call.inputs) != len(other.inputs):
+            return None
+        flags = []
+        for three, two in zip(call.inputs, other.inputs, strict=True):
+            if three is None or two is None or three == two:
+                flags.append(False)
+                continue
+            layout = find_layout(three, two, None)
+            if layout is None or layout.kind not in ("plain", "folded"):
+                return None
+            flags.append(True)
+        return tuple(flags)

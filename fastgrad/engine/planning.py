@@ -1,0 +1,226 @@
+"""Deciding, parameter by parameter, how its squared norms are found."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastgrad.engine.observing import Call, Observation
+from fastgrad.engine.sites import BroadcastSite, FallbackSite, LayerSite, ReplaySite
+from fastgrad.layers.registry import ReplayRule, find_rule
+
+PlannedSite = LayerSite | ReplaySite | FallbackSite | BroadcastSite
+
+
+@dataclass(frozen=True)
+class Route:
+    """What `GradientFeatures.report` says about one parameter."""
+
+    parameter: str
+    route: str
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sites of one model for one structure of inputs, and why.
+
+    Attributes:
+        names: The wanted parameters.
+        sites: What serves them.
+        routes: By name, what the report says.
+        bytes_per_element: Bytes of layer outputs per input element, to estimate memory.
+    """
+
+    names: tuple[str, ...]
+    sites: tuple[PlannedSite, ...]
+    routes: dict[str, Route]
+    bytes_per_element: float
+
+
+@dataclass(frozen=True)
+class Caution:
+    """What a plan does without, because a trial failed.
+
+    Attributes:
+        broadcast: Whether parameters that are broadcast may get one copy per sample. A model that looks at their
+            shape may not bear it.
+        looped: Paths of modules which ``vmap`` cannot take.
+        rooted: Parameters that must take the fallback at the model itself.
+    """
+
+    broadcast: bool = True
+    looped: frozenset[str] = frozenset()
+    rooted: frozenset[str] = frozenset()
+
+    def after_error(self, plan: Plan) -> Caution | None:
+        """The next step after the trial of ``plan`` raised; None if nothing that may raise is left."""
+        if any(isinstance(site, BroadcastSite) for site in plan.sites):
+            return replace(self, broadcast=False)
+        mapped = {site.path for site in plan.sites if isinstance(site, FallbackSite) and site.vectorize}
+        return replace(self, looped=self.looped | mapped) if mapped else None
+
+    def after_disagreement(self, wrong: frozenset[str]) -> Caution | None:
+        """The next step after the squared norms of ``wrong`` were not autograd's; None if nothing is left."""
+        return None if wrong <= self.rooted else replace(self, rooted=self.rooted | wrong)
+
+
+def refuse_mixing(model: nn.Module, *, training: bool) -> None:
+    """Raise ValueError for a batch norm that normalises with the statistics of the batch.
+
+    Args:
+        model: The model.
+        training: Whether modules run in their own mode rather than in evaluation mode.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, _BatchNorm):
+            continue
+        if training and module.training:
+            why, advice = "is in training mode", " (call model.eval())"
+        elif module.running_mean is None:
+            why, advice = "keeps no running statistics", ""
+        else:
+            continue
+        raise ValueError(
+            "model must not mix the samples of a batch, or there is no gradient per sample; its batch norm "
+            f"{path or type(model).__name__!r} {why}, so it normalises with the statistics of the batch{advice}"
+        )
+
+
+class Planner:
+    """Makes the plans of one model.
+
+    Args:
+        observation: What it does with a few samples, gradients included.
+        names: Wanted parameter names by id, in order.
+    """
+
+    def __init__(self, observation: Observation, names: dict[int, str]) -> None:
+        self.seen, self.names = observation, names
+
+    def plan(self, caution: Caution) -> Plan:
+        """Choose a route for every wanted parameter.
+
+        Raises:
+            ValueError: If no part of the model that uses a parameter treats samples independently.
+        """
+        sites: dict[object, PlannedSite] = {}
+        routes: dict[str, Route] = {}
+        for name in self.names.values():
+            if not self.seen.uses[name]:
+                routes[name] = Route(name, "zero", "", "the forward pass does not use it")
+                continue
+            site, routes[name] = self._choose(name, caution)
+            # One module has one site for all the parameters that it serves in the same way.
+            key = name if isinstance(site, BroadcastSite) else (type(site), site.path)
+            sites[key] = _joined(sites[key], site) if key in sites else site
+        elements = sum(math.prod(shape) for shape in self.seen.calls[0].inputs if shape is not None)
+        return Plan(
+            tuple(self.names.values()),
+            tuple(_outermost(list(sites.values()), routes)),
+            routes,
+            self.seen.bytes / max(1, elements),
+        )
+
+    def _choose(self, name: str, caution: Caution) -> tuple[PlannedSite, Route]:
+        """A site for one parameter: its layer's rule, a copy per sample, or the fallback."""
+        uses = self.seen.uses[name]
+        site: PlannedSite | None = None
+        if name in caution.rooted:
+            site = self._fallback({0}, name, caution)
+            return site, Route(name, "fallback", site.path, "its rule disagreed with autograd on this model")
+        if len(uses) > 1:
+            reason = "it is used by more than one module call; its gradients add up before the norm"
+        else:
+            ruled, reason = self._ruled(self.seen.calls[next(iter(uses))], name)
+            if ruled is not None:
+                return ruled, Route(name, ruled.rule.name, ruled.path, "")
+        site = self._broadcast(name) if caution.broadcast else None
+        if site is not None:
+            return site, Route(name, "broadcast", site.path, reason)
+        site = self._fallback(uses, name, caution)
+        return site, Route(name, "fallback", site.path, reason)
+
+    def _ruled(self, call: Call, name: str) -> tuple[LayerSite | ReplaySite | None, str]:
+        """A site with the rule of the module that is called, or the reason against it."""
+        # The copy has the forward method that the user's module has when it is not being recorded.
+        rule, reason = find_rule(call.copy)
+        if rule is None:
+            return None, reason
+        children = rule.children if isinstance(rule, ReplayRule) else ()
+        local = next(
+            (local for local, p in call.module.named_parameters() if self.names.get(id(p)) == name), None
+        )
+        if local is None or local not in {*call.module._parameters, *children}:
+            return None, f"it is used by {type(call.module).__name__}, whose rule does not know it"
+        if not self.seen.once(call):
+            return None, "its module is called more than once"
+        if isinstance(rule, ReplayRule):
+            return ReplaySite(call.path, (name,), rule, (local,)), ""
+        layouts = self.seen.output_layouts(call)
+        if len(layouts) != 1 or layouts[0] is None:
+            return None, "the batch was not found in its module's output"
+        layout = layouts[0]
+        if layout.kind in ("folded", "moved") and not rule.positions:
+            return None, f"its module gets the batch in another layout ({layout.kind})"
+        return LayerSite(call.path, (name,), rule, (local,), layout), ""
+
+    def _broadcast(self, name: str) -> BroadcastSite | None:
+        """A site for a parameter that every use broadcasts over the batch: one copy per sample serves as well."""
+        ranks = self.seen.ranks[name]
+        parameter = self.seen.parameters[name]
+        if len(ranks) != 1:
+            return None
+        rank = next(iter(ranks))
+        if rank is None or not (
+            rank > parameter.dim() or (rank == parameter.dim() and parameter.shape[0] == 1)
+        ):
+            return None
+        return BroadcastSite(name.rpartition(".")[0], (name,), rank)
+
+    def _fallback(self, uses: set[int], name: str, caution: Caution) -> FallbackSite:
+        """The innermost module, called once, that contains all uses and sees the batch in dimension 0."""
+        for call in self.seen.enclosing(uses):
+            if not self.seen.once(call):
+                continue
+            batched = self.seen.batched_leaves(call)
+            if batched is None or not any(batched):
+                continue
+            layouts = self.seen.output_layouts(call)
+            if layouts and all(x is not None and x.kind in ("plain", "folded") for x in layouts):
+                return FallbackSite(call.path, (name,), batched, call.path not in caution.looped)
+        raise ValueError(
+            f"model must treat the samples of a batch independently, batch in dimension 0 of inputs and outputs; "
+            f"no part of it that contains all uses of {name!r} does"
+        )
+
+
+def _joined(site: PlannedSite, other: PlannedSite) -> PlannedSite:
+    """One site for the parameters of two that are alike in all else."""
+    parameters = site.parameters + other.parameters
+    if isinstance(site, (LayerSite, ReplaySite)) and isinstance(other, (LayerSite, ReplaySite)):
+        return replace(site, parameters=parameters, local=site.local + other.local)
+    return replace(site, parameters=parameters)
+
+
+def _outermost(sites: list[PlannedSite], routes: dict[str, Route]) -> list[PlannedSite]:
+    """Serve nested fallbacks by the outermost: it computes the inner ones again anyway."""
+    kept: dict[str, FallbackSite] = {}
+    for site in sorted((s for s in sites if isinstance(s, FallbackSite)), key=lambda s: len(s.path)):
+        outer = next((k for k in kept.values() if not k.path or site.path.startswith(k.path + ".")), None)
+        if outer is None:
+            kept[site.path] = site
+            continue
+        kept[outer.path] = replace(
+            outer,
+            parameters=outer.parameters + site.parameters,
+            vectorize=outer.vectorize and site.vectorize,
+        )
+        for name in site.parameters:
+            routes[name] = replace(routes[name], module=outer.path)
+    # Fallbacks come first, so that a layer's hook runs ahead of theirs on the layer's own output.
+    return [*kept.values(), *(site for site in sites if not isinstance(site, FallbackSite))]

@@ -1,0 +1,257 @@
+"""Places where numbers leave a network: squared norms from its backward pass, readings from its forward pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastgrad.engine.fallback import replay_sqnorms
+from fastgrad.engine.layout import Layout
+from fastgrad.engine.run import Run
+from fastgrad.engine.shadow import Shadow, attach
+from fastgrad.engine.tap import is_tapped, tap, tap_layer
+from fastgrad.layers.choice import using
+from fastgrad.layers.reduce import sqnorm, upcast
+from fastgrad.layers.registry import LayerRule, ReplayRule
+
+#: ``(args, kwargs, output gradients) -> (B, m)`` of a module computed again.
+Replay = Callable[[Any, Any, Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where numbers leave the backward pass: as the gradient of a probe, see `fastgrad.engine.tap`.
+
+    Attributes:
+        path: The module's name within the model (empty for the model itself).
+        parameters: Names within the model, one for each column of the probe's gradient; empty for a site that
+            serves no parameter.
+    """
+
+    path: str
+    parameters: tuple[str, ...]
+
+    def attach(self, run: Run, shadow: Shadow) -> None:
+        """Have the forward pass of ``shadow`` register this site's probe with ``run``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LayerSite(Site):
+    """A layer with a rule.
+
+    Attributes:
+        rule: The rule.
+        local: The parameters by the names the rule gives them.
+        layout: Where the batch lies in the layer's input and output.
+    """
+
+    rule: LayerRule
+    local: tuple[str, ...]
+    layout: Layout
+
+    def attach(self, run: Run, shadow: Shadow) -> None:
+        """See `Site`."""
+        attach(shadow.root.get_submodule(self.path), functools.partial(self._tap, run))
+
+    def _tap(self, run: Run, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        value = args[0] if args else next(iter(kwargs.values()))
+        layout, samples = self.layout, run.samples
+        single = layout.kind == "single"
+        if single:
+            output = output.expand(samples, *output.shape[1:])
+        elif output.shape[layout.dim] % samples:
+            raise ValueError(
+                f"inputs must be laid out as in the first call: the output of {self.path!r} has shape "
+                f"{tuple(output.shape)}, which does not hold {samples} samples in dimension {layout.dim}"
+            )
+        norms = functools.partial(self._norms, run, module)
+        probe = run.probe(self, output)
+        if not single and _bypassable(module, value, output):
+            backward = self.rule.input_gradient and self.rule.input_gradient(module, value)
+            if backward is not None:
+                return tap_layer(output, value, probe, norms, backward)
+        return tap([output], [value], probe, norms, in_place=self.rule.in_place and not single)[0]
+
+    def _norms(
+        self, run: Run, module: nn.Module, saved: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> Tensor:
+        a = self.layout.batch_first(saved[0], run.samples)
+        g = self.layout.batch_first(gradients[0], run.samples)
+        with using(run.impl):
+            return _columns(self.rule.function(module, a, g), self.local)
+
+
+@dataclass(frozen=True)
+class Replayed(Site):
+    """A module that the backward pass computes once more, from its recorded inputs."""
+
+    def attach(self, run: Run, shadow: Shadow) -> None:
+        """See `Site`."""
+        copy = shadow.root.get_submodule(self.path)
+        recorded: list[Any] = []
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            # Copied: the module may overwrite its inputs.
+            recorded.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs)))
+
+        def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
+            leaves, spec = pytree.tree_flatten(recorded.pop())
+            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            saved = [leaves[i] for i in places]
+            # The tap's node keeps the tensors; a second reference would hide that they were modified.
+            rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            outputs, out_spec = pytree.tree_flatten(output)
+            taken = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+            replay = self._replay(run, shadow, outputs[taken[0]].device.type)
+
+            def norms(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+                filled = list(rest)
+                for place, tensor in zip(places, saved, strict=True):
+                    filled[place] = tensor
+                args, kwargs = pytree.tree_unflatten(filled, spec)
+                return replay(args, kwargs, gradients)
+
+            probe = run.probe(self, outputs[taken[0]])
+            passed = tap([outputs[i] for i in taken], saved, probe, norms, in_place=False)
+            for place, tensor in zip(taken, passed, strict=True):
+                outputs[place] = tensor
+            return pytree.tree_unflatten(outputs, out_spec)
+
+        attach(copy, before, before=True)
+        attach(copy, after)
+
+    def _replay(self, run: Run, shadow: Shadow, device: str) -> Replay:
+        """What the backward pass does, made while the forward pass is under way."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ReplaySite(Replayed):
+    """A layer with a replay rule (attention, recurrent).
+
+    Attributes:
+        rule: The rule.
+        local: The parameters by the names the rule gives them.
+    """
+
+    rule: ReplayRule
+    local: tuple[str, ...]
+
+    def _replay(self, run: Run, shadow: Shadow, device: str) -> Replay:
+        module = shadow.root.get_submodule(self.path)
+
+        def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
+            with using(run.impl):
+                return _columns(self.rule.function(module, args, kwargs, gradients), self.local)
+
+        return replay
+
+
+@dataclass(frozen=True)
+class FallbackSite(Replayed):
+    """A module of any kind, see `fastgrad.engine.fallback`.
+
+    Attributes:
+        batched: For each leaf of the inputs, whether it carries the batch.
+        vectorize: Whether the module can run under ``vmap``.
+    """
+
+    batched: tuple[bool, ...]
+    vectorize: bool = True
+
+    def _replay(self, run: Run, shadow: Shadow, device: str) -> Replay:
+        # The user's module rather than its copy, whose hooks belong to this forward pass.
+        module = shadow.model.get_submodule(self.path)
+        parameters = [shadow.model.get_parameter(name) for name in self.parameters]
+        enabled = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if enabled else torch.bfloat16
+
+        def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
+            with torch.autocast(device, dtype, enabled, cache_enabled=False):
+                return replay_sqnorms(
+                    module, parameters, args, kwargs, self.batched, gradients, run.samples,
+                    vectorize=self.vectorize,
+                )  # fmt: skip
+
+        return replay
+
+
+@dataclass(frozen=True)
+class BroadcastSite(Site):
+    """A parameter that is only broadcast over the batch: one copy per sample has each sample's own gradient.
+
+    Attributes:
+        rank: The number of dimensions that the copies are given.
+    """
+
+    rank: int
+
+    def attach(self, run: Run, shadow: Shadow) -> None:
+        """See `Site`."""
+        parameter = shadow.model.get_parameter(self.parameters[0])
+        value = shadow.tensor(parameter)
+        shape = (1,) * (self.rank - value.dim()) + tuple(value.shape)
+        copies = value.reshape(shape).expand(run.samples, *shape[1:])
+        probe = run.probe(self, copies)
+        shadow.substitute(parameter, tap([copies], [], probe, _squares, in_place=False)[0])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a module saw in the forward pass of a batch, in the order of the logits' rows.
+
+    ``function`` is called right after the module has run, while its output is in cache. Only the batch itself
+    counts: trials and replays are read by nobody. Of several calls of the module the last one counts.
+
+    Attributes:
+        path: The module's name within the model (empty for the model itself).
+        function: ``(inputs, output) -> (B, ...)``, without gradients; positional inputs come before those given
+            by keyword. The result is copied: the network may overwrite what it read.
+    """
+
+    path: str
+    function: Callable[[tuple[Any, ...], Any], Tensor]
+
+    def attach(self, run: Run, shadow: Shadow) -> None:
+        """Have the forward pass of ``shadow`` add this reading to those of ``run``."""
+
+        def read(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            with torch.no_grad():
+                value = self.function((*args, *kwargs.values()), output)
+            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != run.samples:
+                was = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"the reading of {self.path!r} must be a tensor with one row for each of {run.samples} "
+                    f"samples; it was {was}"
+                )
+            run.readings[self] = value.detach().clone()
+
+        attach(shadow.root.get_submodule(self.path), read)
+
+
+def _bypassable(module: nn.Module, value: Tensor, output: Tensor) -> bool:
+    """Whether a rule's own backward pass may replace autograd's: it rounds once, and gives no parameter gradients."""
+    return (
+        output.dtype in (torch.float32, torch.float64)
+        and value.dtype == output.dtype
+        and not any(p.requires_grad for p in module.parameters(recurse=False))
+        and not is_tapped(output)
+    )
+
+
+def _squares(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    (g,) = upcast(gradients[0])
+    return sqnorm(g).unsqueeze(1)
+
+
+def _columns(norms: Mapping[str, Tensor], local: tuple[str, ...]) -> Tensor:
+    """A rule's answer as ``(B, m)``."""
+    columns = [norms[name] for name in local]
+    return columns[0].unsqueeze(1) if len(columns) == 1 else torch.stack(columns, 1)

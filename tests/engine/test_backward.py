@@ -1,0 +1,175 @@
+"""Several passes back through one forward pass, each to the sites that it asks for."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgrad.engine.backward import gather, pull, send_back
+from fastgrad.engine.layout import Layout
+from fastgrad.engine.network import Network
+from fastgrad.engine.run import Run
+from fastgrad.engine.shadow import Shadow, attach
+from fastgrad.engine.sites import LayerSite, Site
+from fastgrad.engine.tap import tap
+from fastgrad.layers import LayerRule, find_rule
+
+X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+        nn.Conv2d(4, 5, 2, bias=False), nn.BatchNorm2d(5), nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Linear(45, 3),
+    )  # fmt: skip
+    for norm in (net[1], net[4]):
+        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return net.double().eval()
+
+
+@dataclass(frozen=True)
+class ChannelSite(Site):
+    """Each channel's sum of the output gradient: a site of as many columns as channels, for no parameter."""
+
+    def attach(self, run: Run, shadow: Shadow) -> None:
+        def hook(_: nn.Module, __: object, ___: object, output: Tensor) -> Tensor:
+            probe = run.probe(self, output, output.shape[1])
+            return tap([output], [], probe, lambda _, g: g[0].flatten(2).sum(2), in_place=True)[0]
+
+        attach(shadow.root.get_submodule(self.path), hook)
+
+
+def counting(model: nn.Module, path: str, count: Counter[str]) -> LayerSite:
+    """A layer's site that counts how often its rule runs."""
+    layer = model.get_submodule(path)
+    rule, _ = find_rule(layer)
+    assert isinstance(rule, LayerRule)
+
+    def function(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+        count[path] += 1
+        return dict(rule.function(module, a, g))
+
+    names = tuple(name for name, _ in layer.named_parameters())
+    return LayerSite(
+        path,
+        tuple(f"{path}.{name}" for name in names),
+        LayerRule(rule.name, function, in_place=rule.in_place, input_gradient=rule.input_gradient),
+        names,
+        Layout("plain"),
+    )
+
+
+def forward(model: nn.Module, sites: list[Site], *, planned: bool = False) -> tuple[Run, Tensor]:
+    network, run = Network(model), Run(len(X))
+    plan = network.plan((X,), {}, len(X)) if planned else None
+    with torch.enable_grad():
+        logits: Tensor = network.forward(plan, run, (X,), {}, sites=sites)
+    return run, logits
+
+
+def channel_sums(model: nn.Sequential, layer: int, gradient: Tensor) -> Tensor:
+    h = model[: layer + 1](X).detach().requires_grad_()
+    (g,) = torch.autograd.grad(model[layer + 1 :](h.clone()), h, gradient)
+    return g.flatten(2).sum(2)
+
+
+def norms(model: nn.Module, gradient: Tensor) -> Tensor:
+    rows = []
+    for x, g in zip(X, gradient, strict=True):
+        grads = torch.autograd.grad(model(x[None]), list(model.parameters()), g[None])
+        rows.append(torch.stack([value.square().sum() for value in grads]))
+    return torch.stack(rows)
+
+
+def test_each_pass_computes_what_it_asks_for_and_no_more(model: nn.Sequential) -> None:
+    count: Counter[str] = Counter()
+    layers = ("0", "1", "3", "4", "7")
+    run, logits = forward(model, [counting(model, path, count) for path in layers])
+    probes = {site.path: (site, probe) for site, probe in run.probes}
+    gradients = torch.randn(2, 4, 3, dtype=torch.float64)
+    true = torch.stack([norms(model, g) for g in gradients])
+    names = [name for name, _ in model.named_parameters()]
+    for asked in (["4"], ["1", "7"], ["0"], []):
+        count.clear()
+        pairs = [probes[path] for path in asked]
+        found = send_back(run, logits, gradients, pairs, keep=True)
+        assert set(count) == set(asked)
+        everything = gather(pairs, found, names, gradients, 4)
+        expected = true * torch.tensor([name.split(".")[0] in asked for name in names])
+        torch.testing.assert_close(everything, expected, rtol=1e-10, atol=0)
+    found = send_back(run, logits, gradients)
+    torch.testing.assert_close(gather(run.probes, found, names, gradients, 4), true, rtol=1e-10, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        send_back(run, logits, gradients)
+
+
+def test_a_pass_stops_at_the_earliest_site_asked_for(model: nn.Sequential) -> None:
+    run, logits = forward(model, [counting(model, path, Counter()) for path in ("0", "4", "7")])
+    passed: list[str] = []
+    pending, seen = [logits.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        node.register_hook(functools.partial(lambda name, *_: passed.append(name), node.name()))
+        pending += [following for following, _ in node.next_functions]
+    gradient = torch.ones(1, 4, 3, dtype=torch.float64)
+    for probes, convolutions in ((run.probes[1:], 0), (run.probes[:1], 1)):
+        send_back(run, logits, gradient, probes, keep=True)
+        assert sum("Convolution" in name for name in passed) == convolutions
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("signals", [1, 3])
+def test_further_sites_beside_the_plans(model: nn.Sequential, planned: bool, signals: int) -> None:
+    run, logits = forward(model, [ChannelSite("1", ()), ChannelSite("4", ())], planned=planned)
+    assert len(run.probes) == (7 if planned else 2)
+    gradients = torch.randn(signals, 4, 3, dtype=torch.float64)
+    found = send_back(run, logits, gradients)
+    sums = {
+        site.path: value for (site, _), value in zip(run.probes, found, strict=True) if not site.parameters
+    }
+    for layer in (1, 4):
+        expected = torch.stack([channel_sums(model, layer, g) for g in gradients])
+        torch.testing.assert_close(sums[str(layer)], expected, rtol=1e-10, atol=1e-12)
+    names = [name for name, _ in model.named_parameters()]
+    everything = gather(run.probes, found, names, gradients, 4)
+    expected = torch.stack([norms(model, g) for g in gradients]) if planned else torch.zeros_like(everything)
+    torch.testing.assert_close(everything, expected, rtol=1e-10, atol=0)
+
+
+def test_two_rules_at_one_layer(model: nn.Sequential) -> None:
+    count: Counter[str] = Counter()
+    run, logits = forward(model, [counting(model, "1", count), counting(model, "1", count)])
+    first, second = send_back(run, logits, torch.randn(1, 4, 3, dtype=torch.float64))
+    assert first.all()
+    assert torch.equal(first, second)
+
+
+def test_outputs_and_probes_that_do_not_meet(model: nn.Sequential) -> None:
+    run, logits = forward(model, [ChannelSite("1", ())])
+    gradients = torch.ones(2, 4, 3, dtype=torch.float64)
+    (zeros,) = send_back(run, logits.detach(), gradients)
+    assert torch.equal(zeros, torch.zeros(2, 4, 4, dtype=torch.float64))
+    other = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True) * 1
+    (zeros,) = send_back(run, other, gradients)
+    assert torch.equal(zeros, torch.zeros(2, 4, 4, dtype=torch.float64))
+    assert pull([other], [run.probes[0][1]], [gradients], batched=True, keep=True) == [None]
+
+
+def test_an_ordinary_backward_pass_computes_no_norms(model: nn.Sequential) -> None:
+    count: Counter[str] = Counter()
+    run, logits = forward(model, [counting(model, "0", count)])
+    logits.sum().backward()
+    assert not count
+    assert run.probes[0][1].grad is None
