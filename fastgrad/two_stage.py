@@ -18,7 +18,7 @@ from fastgrad.losses import compute_dtype
 if TYPE_CHECKING:
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
     from fastgrad.estimators.introspective import IntrospectiveNetwork
-    from fastgrad.estimators.scoring import DetectorModule
+    from fastgrad.estimators.combined import DetectorModule
 
 Inputs = Tensor | Mapping[str, Any]
 
