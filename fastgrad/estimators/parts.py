@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastgrad.scores.conformal import OneSided, TwoSided
 from fastgrad.scores.fitted import Fitted, Sequence
-from fastgrad.scores.oneclass import Energy, GaussianMixture, Margin, NearestNeighbours
+from fastgrad.scores import Energy, GaussianMixture, Margin, NearestNeighbours
 from fastgrad.scores.rows import SQUARED_NORMS, Rows
 
 from .blocks import as_tensor

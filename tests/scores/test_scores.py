@@ -5,7 +5,7 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 from sklearn.neighbors import NearestNeighbors as SklearnNeighbours
 
 from fastgrad.estimators.supervised import fit_perceptrons
-from fastgrad.scores.oneclass import Energy, GaussianMixture, NearestNeighbours
+from fastgrad.scores import Energy, GaussianMixture, NearestNeighbours
 from fastgrad.scores.rows import SMALLEST, Rows, order_by_rank
 
 RNG = np.random.default_rng(0)
