@@ -190,7 +190,15 @@ class Candidates:
 def _without_challenges(names: Sequence[str], price: Mapping[str, float], allowance: float) -> list[str]:
     """Blocks whose one-class scores have been worth most, as long as the budget lasts."""
     kept: list[str] = []
-    for name in ("logits", "activations", "features", "image", "view", "bias_gradients", "normalization_norms"):
+    for name in (
+        "logits",
+        "activations",
+        "features",
+        "image",
+        "view",
+        "bias_gradients",
+        "normalization_norms",
+    ):
         if name in names and sum(price[other] for other in kept) + price[name] <= allowance:
             kept.append(name)
     return kept
@@ -221,7 +229,8 @@ def candidates(
     able = [
         block
         for block in every
-        if refusals[block.name] is None and (asked is not None or predicted[block.name] <= _DOUBT * (budget - 1))
+        if refusals[block.name] is None
+        and (asked is not None or predicted[block.name] <= _DOUBT * (budget - 1))
     ]
     measured, together = measure(model, able, _some(x))
     entries = []

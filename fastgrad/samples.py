@@ -93,7 +93,9 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
         own = x[torch.as_tensor(np.flatnonzero(chosen))].to(device)
         seed = sources.seed + turn + count + held_out * 10**6
         # The whole batch says where black and white lie.
-        for name, made in iter_challenges(model, own, names=picked, seed=seed, pixels=PixelRange.of(x.to(device))):
+        for name, made in iter_challenges(
+            model, own, names=picked, seed=seed, pixels=PixelRange.of(x.to(device))
+        ):
             add(made, name.partition("-")[0], np.full(len(made), held_out))
 
     for x, labels in _batches("train_loader", sources.train, sources.max_samples, sources.verbose):

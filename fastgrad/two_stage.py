@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad.batches import first_input, to_device
-from fastgrad.blocks import BLOCKS, Block
-from fastgrad.budget import Candidates, Report, candidates
-from fastgrad.blocks.extraction import Extraction, Inputs
+from fastgrad.blocks import BLOCKS, Block, Features, Logits
+from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
+from fastgrad.budget import Candidates, Report, candidates
 from fastgrad.losses import compute_dtype
 from fastgrad.prediction import Prediction
 from fastgrad.samples import Samples, Sources, bar, collect
@@ -176,9 +176,11 @@ class TwoStageModel(nn.Module):
         if first is None:
             raise ValueError("train_loader must hold at least one batch; it was empty")
         x = to_device(first_input("train_loader", first), self._device())
-        subject = watch(self.model, x)
+        subject = watch(self.model, *arguments(x))
         chosen = self._candidates(subject, x)
-        extraction = self._extraction(chosen.blocks, subject)
+        # Logits serve the order of classes and the temperature, whether or not the detector reads them.
+        reading = any(isinstance(block, Logits) for block in chosen.blocks)
+        extraction = self._extraction([*chosen.blocks, *([] if reading else [Logits()])], subject)
         samples = collect(
             extraction,
             self.model,
@@ -204,7 +206,10 @@ class TwoStageModel(nn.Module):
             kinds=kinds[fitting],
             held_out=held_out[fitting],
         )
-        self.extraction = self._extraction([b for b in chosen.blocks if b.name in kept], subject)
+        inside = [block for block in chosen.blocks if block.name in kept]
+        if self.classifier is not None and "features" not in kept:
+            inside.append(Features())
+        self.extraction = self._extraction(inside, subject)
         self.detector_module = self.detector.to_module().to(self._device())
         self.temperature = self._calibrate(samples, X["logits"])
         if self.classifier is not None:

@@ -45,4 +45,17 @@ BLOCKS: dict[str, type[Block]] = {
     )
 }
 
-__all__ = ["BLOCKS", "Block", *sorted(block.__name__ for block in BLOCKS.values())]
+__all__ = [
+    "BLOCKS",
+    "Activations",
+    "BiasGradients",
+    "Block",
+    "Contrasts",
+    "Features",
+    "Gradients",
+    "Image",
+    "Logits",
+    "NormalizationNorms",
+    "Ranked",
+    "View",
+]

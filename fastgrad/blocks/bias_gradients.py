@@ -13,8 +13,8 @@ from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.channels import Channels
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.signals import PREDICTED_LOGIT, Signal
-from fastgrad.blocks.sums import ChannelSums
 from fastgrad.blocks.subject import Subject
+from fastgrad.blocks.sums import ChannelSums
 from fastgrad.scores.rows import Rows
 
 #: A backward pass of data does a forward pass's products, and reads what that one wrote.

@@ -105,7 +105,9 @@ class Extraction:
                     refusal = block.refusal(subject)
                     if refusal is not None:
                         served = f"{type(self.model).__name__} with this input"
-                        raise ValueError(f"blocks must be ones that can be had of {served}; {block.name!r}: {refusal}")
+                        raise ValueError(
+                            f"blocks must be ones that can be had of {served}; {block.name!r}: {refusal}"
+                        )
                 self.known = subject
             return self.known
 
@@ -143,4 +145,5 @@ class Extraction:
 def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The model's arguments, outside any graph."""
     args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
-    return pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
+    outside: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
+    return outside

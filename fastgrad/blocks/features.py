@@ -17,7 +17,7 @@ from fastgrad.scores.rows import Rows
 
 
 def head_input(inputs: tuple[Any, ...], output: Any) -> Tensor:
-    """h ``(B, D)``."""
+    """H ``(B, D)``."""
     value: Tensor = inputs[0]
     return value.detach()
 
@@ -38,7 +38,7 @@ class Features(Block):
         return () if subject.head is None else (Reading(subject.head, head_input),)
 
     def values(self, found: Pass) -> Tensor:
-        """h."""
+        """H."""
         return found.readings(self)[0]
 
     @classmethod

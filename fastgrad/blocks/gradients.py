@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class Gradients(Block):
 
     name = "gradients"
     reads = ("gradients",)
-    ranks = (2, 3)
+    ranks: ClassVar[tuple[int, ...]] = (2, 3)
     shapes = "(B, P) or (B, S, P)"
     squared_norms = True
     parameters = True

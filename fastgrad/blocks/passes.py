@@ -14,7 +14,7 @@ from fastgrad.blocks.signals import Signal
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.backward import gather, send_back
 from fastgrad.engine.network import Network
-from fastgrad.engine.plan import Plan
+from fastgrad.engine.planning import Plan
 from fastgrad.engine.run import Run
 from fastgrad.engine.sites import Reading, Site
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from fastgrad.blocks.gradients import Gradients
 from fastgrad.blocks.signals import Signal, of_rank
 from fastgrad.blocks.subject import Subject
@@ -18,7 +20,7 @@ class Ranked(Gradients):
     """
 
     name = "ranked"
-    ranks = (3,)
+    ranks: ClassVar[tuple[int, ...]] = (3,)
     shapes = "(B, K, P)"
 
     def signals(self, subject: Subject) -> tuple[Signal, ...]:

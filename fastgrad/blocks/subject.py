@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -46,12 +46,22 @@ class Subject:
     mask: str | None
     written: float
 
+    def to_json(self) -> dict[str, Any]:
+        """For storage."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Subject:
+        """The inverse of `to_json`."""
+        places = tuple(Channels(**place) for place in stored["channels"])
+        return cls(**{**stored, "channels": places})
+
 
 class _Operations(TorchDispatchMode):
     """Counts operations, of products and of writing, while it lasts."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = self.written = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,7 +100,7 @@ class _Watch:
         self.operations, self.written = max(1.0, operations.total), operations.written
 
 
-def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Subject:
+def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Subject:
     """Run ``model`` on three samples and on two, and say what blocks can read of it; it is left as it was.
 
     Args:
@@ -104,7 +114,9 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     samples = batch_size(args, kwargs)
     if samples == 0:
         args, kwargs = pytree.tree_map_only(
-            Tensor, lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() and not t.shape[0] else t, (args, kwargs)
+            Tensor,
+            lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() and not t.shape[0] else t,
+            (args, kwargs),
         )
         samples = 1
     three, two = (
@@ -125,7 +137,8 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         ),
         None,
     )
-    images: list[int | str] = [place for place, value in [*enumerate(args), *kwargs.items()] if is_image(value)]
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    images = [place for place, value in places if is_image(value)]
     mask = kwargs.get("attention_mask")
     return Subject(
         classes=logits.shape[1],

@@ -78,7 +78,10 @@ class Judge:
         if own or count < 2 or not (challenging & held_out).any():
             part = rng.integers(0, 2, len(self.kinds))
             return [
-                (_some(challenging & (part == side), _LEARNED, rng), np.flatnonzero(challenging & (part != side)))
+                (
+                    _some(challenging & (part == side), _LEARNED, rng),
+                    np.flatnonzero(challenging & (part != side)),
+                )
                 for side in (0, 1)
             ]
         group = {kind: index % count for index, kind in enumerate(kinds)}
@@ -124,7 +127,11 @@ class Judge:
                 break
             kept.append(max(useful, key=lambda name: useful[name]))
         kept = [name for name in names if name in kept]
-        worth = {name: self._gain(kept if name in kept else [*kept, name], name) for name in names if name != "logits"}
+        worth = {
+            name: self._gain(kept if name in kept else [*kept, name], name)
+            for name in names
+            if name != "logits"
+        }
         return kept, worth
 
     def mean(self, names: Sequence[str]) -> float:
@@ -151,7 +158,7 @@ class Judge:
     def _quality(self, names: Sequence[str]) -> dict[str, float]:
         one_class = sum((column for name in names for column in self._of(name)), np.zeros(len(self.kinds)))
         rows = np.concatenate([self._joint(name) for name in names], 1)
-        found = {}
+        found: dict[str, float] = {}
         for learned, judged in self.folds:
             picked = np.concatenate([self.fitting, learned])
             codes = np.unique(self.kinds[picked], return_inverse=True)[1]
@@ -176,7 +183,9 @@ class Judge:
         """Minus the logarithm of the p-value of each one-class score of a block, for every sample."""
         if name not in self._evidence:
             chosen = {n: array[self.fitting] for n, array in self.arrays.items() if n in (name, "logits")}
-            tensors = {n: torch.from_numpy(array) for n, array in self.arrays.items() if n in (name, "logits")}
+            tensors = {
+                n: torch.from_numpy(array) for n, array in self.arrays.items() if n in (name, "logits")
+            }
             columns = []
             with torch.no_grad():
                 for _, rows, score, meaning in BLOCKS[name].scores(chosen, self.settings):
@@ -189,7 +198,9 @@ class Judge:
         """What H sees of a block, for every sample."""
         if name not in self._rows:
             chosen = {n: array[self.fitting] for n, array in self.arrays.items() if n in (name, "logits")}
-            tensors = {n: torch.from_numpy(array) for n, array in self.arrays.items() if n in (name, "logits")}
+            tensors = {
+                n: torch.from_numpy(array) for n, array in self.arrays.items() if n in (name, "logits")
+            }
             with torch.no_grad():
                 self._rows[name] = BLOCKS[name].joint(chosen, self.settings)(tensors).numpy()
         return self._rows[name]

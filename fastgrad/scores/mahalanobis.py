@@ -88,3 +88,16 @@ def _full(rows: Tensor) -> Mahalanobis:
         weights=1 / ((1 - rho) * values + floor),
         rest=as_buffer(1 / floor if len(values) < d else 0.0),
     )
+
+
+def _needed(full: Mahalanobis, rows: Tensor, loss: float) -> int:
+    """The fewest directions, of powers of two, that score ``rows`` as all directions do."""
+    wanted = full(rows)
+    most = full.directions.shape[1]
+    rank = 4
+    while rank < most:
+        change = full.leading(rank)(rows) - wanted
+        if float(change.std()) <= loss * float(wanted.std()):
+            return rank
+        rank *= 2
+    return most

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgrad.scores.fitted import Fitted
 
 #: Blocks of squared norms: their logarithm is taken.
-SQUARED_NORMS = ("gradients", "contrasts", "ranked")
+SQUARED_NORMS = ("gradients", "contrasts", "ranked", "normalization_norms")
 Array = NDArray[np.float64]
 
 # Squared norms that underflowed to zero get the logarithm of the smallest normal float32, a value no
@@ -48,7 +48,7 @@ class Rows(Fitted):
 
     Options: ``block``, the block's name; ``rank``, whether to order its class axis by logit rank; ``log``,
     whether to take logarithms; ``unit``, whether to scale each row to unit length; ``top``, how many of the
-    largest entries to keep, in falling order (0 for all, as they come).
+    largest entries to keep, in falling order (0 for all, as they come); ``clip``, where standardised entries are cut.
     Buffers: ``mean`` and ``scale`` ``(d,)`` of the clean rows after the logarithm, ``projection`` ``(d, e)``.
     """
 
@@ -67,11 +67,14 @@ class Rows(Fitted):
         unit: bool = False,
         top: int = 0,
         standardise: bool = True,
+        clip: float = 0.0,
         dimensions: int | None = None,
     ) -> Rows:
         """From clean ``blocks``; ``dimensions`` keeps that many whitened principal components."""
         by_logits = "logits" in blocks
         options = {"block": block, "rank": rank, "log": log, "unit": unit, "top": top, "by_logits": by_logits}
+        if clip:
+            options["clip"] = clip
         rows = cls(**options)
         flat = rows.flat({name: torch.as_tensor(array) for name, array in blocks.items()})
         mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
@@ -86,7 +89,7 @@ class Rows(Fitted):
             )
         parts = {"mean": mean, "scale": scale}
         if dimensions is not None and dimensions < flat.shape[1]:
-            parts["projection"] = whitening((flat - mean) / scale, dimensions, rounding / scale)
+            parts["projection"] = whitening(rows.cut((flat - mean) / scale), dimensions, rounding / scale)
         return cls(**options, **parts)
 
     def flat(self, blocks: Mapping[str, Tensor]) -> Tensor:
@@ -115,8 +118,24 @@ class Rows(Fitted):
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Rows ``(B, d)`` or ``(B, e)``, float64."""
-        rows = (self.flat(blocks) - self.mean) / self.scale
+        rows = self.cut((self.flat(blocks) - self.mean) / self.scale)
         return rows @ self.projection if "projection" in self._buffers else rows
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """Standardised rows with no entry beyond the clip, where there is one."""
+        clip = self.options.get("clip")
+        return rows.clamp(-clip, clip) if clip else rows
+
+    def of(self, blocks: Mapping[str, Array]) -> Array:
+        """The rows of arrays."""
+        with torch.no_grad():
+            result: Array = self({name: as_tensor(array) for name, array in blocks.items()}).numpy()
+        return result
+
+
+def as_tensor(array: Array) -> Tensor:
+    """``array`` as a tensor, copied only where it is read-only memory."""
+    return torch.as_tensor(array if array.flags.writeable else array.copy())
 
 
 def whitening(rows: Tensor, dimensions: int, rounding: Tensor) -> Tensor:
