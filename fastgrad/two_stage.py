@@ -323,9 +323,14 @@ class TwoStageModel(nn.Module):
     def _candidates(self, subject: Subject, x: Inputs) -> Candidates:
         """The blocks that were asked for, or all that the network, the input and the budget allow."""
         if self.form is not None:
+            if self.form == "last_layer" and subject.head is None:
+                raise ValueError(
+                    "gradients='last_layer' needs a model that ends in a linear layer; "
+                    f"none of {type(self.model).__name__}'s gave its logits"
+                )
             asked = [BLOCKS[name]() for name in _FORMS[self.form]]
-            blocks = [block for block in asked if block.refusal(subject) is None or block.name == "contrasts"]
-            return candidates(self.model, subject, x, math.inf, blocks)
+            served = [block for block in asked if block.refusal(subject) is None]
+            return candidates(self.model, subject, x, math.inf, served)
         return candidates(self.model, subject, x, self.budget, self.asked)
 
     def _calibrate(self, samples: Samples, logits: Tensor) -> Temperature | None:

@@ -4,22 +4,23 @@ import pytest
 import torch
 from torch import nn
 
+from fastgrad.blocks import BLOCKS, Contrasts
 from fastgrad.blocks.extraction import Extraction
 
 
-@pytest.mark.parametrize("gradients", ["signals", "contrasts", "last_layer"])
 @pytest.mark.parametrize("samples", [1, 4, 7])
 def test_a_batch_worked_through_in_pieces_gives_the_same_blocks(
-    samples: int, gradients: str, monkeypatch: pytest.MonkeyPatch
+    samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(samples)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).double().eval()
     x = torch.randn(samples, 3, 8, 8, dtype=torch.float64)
-    _, whole = Extraction(net, gradients)(x)
-    monkeypatch.setattr("fastgrad.features._CPU_WORKING_SET", 1)
-    monkeypatch.setattr("fastgrad.features._CPU_SAMPLES", 2)
-    _, pieces = Extraction(net, gradients)(x)
-    assert list(pieces) == list(whole)
+    blocks = [block() for block in BLOCKS.values()]
+    _, whole = Extraction(net, blocks)(x)
+    monkeypatch.setattr("fastgrad.blocks.extraction._WORKING_SET", 1)
+    monkeypatch.setattr("fastgrad.blocks.extraction._SAMPLES", 2)
+    _, pieces = Extraction(net, blocks)(x)
+    assert list(pieces) == list(whole) == list(BLOCKS)
     for name, block in whole.items():
         # A product of a matrix with another number of rows may sum in another order: eps times the terms of a sum.
         torch.testing.assert_close(pieces[name], block, rtol=1e-12, atol=1e-12)
@@ -49,7 +50,7 @@ def test_attention_rounds_as_it_does_with_gradients(layer: str) -> None:
     x = torch.randn(6, 50, 32)
     with torch.enable_grad():
         expected = model(x).detach()
-    extraction = Extraction(model, "last_layer")
+    extraction = Extraction(model, [Contrasts()])
     logits, _ = extraction(x)
     assert torch.equal(logits, expected)
     assert torch.equal(extraction.plain(x)[0], expected)
