@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgrad.blocks import BLOCKS
 from fastgrad.blocks.block import Settings
 from fastgrad.estimators.detector import UncertaintyDetector
-from fastgrad.estimators.supervised import fit_perceptrons
+from fastgrad.estimators.supervised import fit_perceptrons, train_networks
 from fastgrad.metrics import auroc
 from fastgrad.scores.conformal import OneSided
 
@@ -158,17 +158,19 @@ class Judge:
     def _quality(self, names: Sequence[str]) -> dict[str, float]:
         one_class = sum((column for name in names for column in self._of(name)), np.zeros(len(self.kinds)))
         rows = np.concatenate([self._joint(name) for name in names], 1)
-        found: dict[str, float] = {}
-        for learned, judged in self.folds:
+        tasks = []
+        for learned, _ in self.folds:
             picked = np.concatenate([self.fitting, learned])
-            codes = np.unique(self.kinds[picked], return_inverse=True)[1]
-            h = fit_perceptrons(
-                rows[picked],
-                codes,
-                hidden=self.detector.hidden if self.detector.supervised == "network" else None,
-                members=1,
-                seed=0,
-            )
+            tasks.append((picked, np.unique(self.kinds[picked], return_inverse=True)[1]))
+        if self.detector.supervised == "network":
+            hs = train_networks(rows, tasks, hidden=self.detector.hidden, members=1, seed=0)
+        else:
+            hs = [
+                fit_perceptrons(rows[picked], codes, hidden=None, members=1, seed=0)
+                for picked, codes in tasks
+            ]
+        found: dict[str, float] = {}
+        for h, (_, codes), (_, judged) in zip(hs, tasks, self.folds, strict=True):
             weight, _ = self.detector._trust(codes)
             total = one_class + weight * self._surprise(h(torch.from_numpy(rows)).numpy())
             clean = total[self.calibrating]

@@ -1,6 +1,6 @@
-"""The schemas of the operators of the last layer, and their shape contracts; and the schema of the channel moments.
+"""The schemas of the operators of the last layer, and their shape contracts.
 
-All operators of the last layer take matrices (any strides) and live in the namespace ``fastgrad``. They exist for the Triton kernels,
+All operators take matrices (any strides) and live in the namespace ``fastgrad``. They exist for the Triton kernels,
 which a tracer cannot see into: ``torch.compile`` and ``torch.export`` keep them as one node whose output shapes are
 stated here. The eager implementations behind the same schemas are plain torch; the public functions call those
 directly, so that compilers fuse them and exported files carry no custom operator.
@@ -23,7 +23,6 @@ SCHEMAS = {
         "(Tensor features, Tensor weight, Tensor? bias, str loss, str reduction, str impl) -> Tensor"
     ),
     "rows_linear": "(Tensor features, Tensor diagonal, Tensor weight, Tensor? bias, str impl) -> Tensor",
-    "channel_moments": "(Tensor x, int dim) -> (Tensor sum, Tensor sum_of_squares)",
 }
 
 for _name, _schema in SCHEMAS.items():
