@@ -320,5 +320,5 @@ def override(**configs: Any) -> Iterator[None]:
 
 NAMES = (
     "contrast", "linear_contrast", "linear_stats", "rows_linear", "target",
-    "layer_direct", "layer_gram", "layer_prefers_gram",
+    "layer_direct", "layer_gram", "layer_prefers_gram", "channel_moments",
 )  # fmt: skip

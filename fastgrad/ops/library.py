@@ -23,6 +23,8 @@ SCHEMAS = {
         "(Tensor features, Tensor weight, Tensor? bias, str loss, str reduction, str impl) -> Tensor"
     ),
     "rows_linear": "(Tensor features, Tensor diagonal, Tensor weight, Tensor? bias, str impl) -> Tensor",
+    # Not of the last layer: a tensor of any shape. Its contract stands beside its implementation.
+    "channel_moments": "(Tensor x, int dim) -> (Tensor sum, Tensor sum_of_squares)",
 }
 
 for _name, _schema in SCHEMAS.items():

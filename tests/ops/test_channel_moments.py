@@ -1,0 +1,213 @@
+"""Sums and sums of squares of channels against float64: every layout, dtype and path of the eager form."""
+
+from __future__ import annotations
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fastgrad.ops import channel_moments as module
+from fastgrad.ops.channel_moments import channel_moments, channel_square_sums, channel_sums
+
+OPERATOR = torch.ops.fastgrad.channel_moments.default
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def exact(x, dim):
+    """Float64 sums of values, absolute values and squares, each ``(B, C)``."""
+    x = x.double().movedim(dim, 1).flatten(2) if x.dim() > 2 else x.double()[..., None]
+    return x.sum(2), x.abs().sum(2), x.square().sum(2)
+
+
+def assert_close(moments, x, dim, longest=None):
+    """Relative to the sum of absolute values, ``longest`` sums one after the other, a tree of the rest, the square."""
+    total, absolute, squares = exact(x, dim)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    positions = x.numel() // max(total.numel(), 1)
+    sums = positions if longest is None else longest + 2 * math.log2(positions)
+    allowed = (sums + 4) * torch.finfo(dtype).eps / 2
+    for result, expected, size in zip(moments, (total, squares), (absolute, squares), strict=True):
+        assert result.dtype == dtype
+        assert result.shape == expected.shape
+        assert ((result.double() - expected).abs() <= allowed * size).all()
+
+
+@st.composite
+def tensors(draw):
+    """A tensor and the dimension of its channels."""
+    layout = draw(st.sampled_from(["contiguous", "channels last", "last dimension", "cropped", "expanded"]))
+    axes = draw(st.integers(0 if layout in ("contiguous", "last dimension") else 1, 3))
+    sizes = [draw(st.integers(0, 9)) for _ in range(axes)]
+    batch, channels = draw(st.integers(0, 4)), draw(st.integers(1, 7))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    make = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    dtype = draw(st.sampled_from(DTYPES))
+    if layout == "contiguous":
+        return make(batch, channels, *sizes).to(dtype), 1
+    if layout == "last dimension":
+        return make(batch, *sizes, channels).to(dtype), -1
+    if layout == "channels last":
+        return make(batch, *sizes, channels).to(dtype).movedim(-1, 1), 1
+    if layout == "cropped":
+        return make(batch, channels, *sizes, 5).to(dtype)[..., 1:4], 1
+    return make(batch, channels, *(1 for _ in sizes)).to(dtype).expand(batch, channels, *sizes), 1
+
+
+@given(tensors(), st.sampled_from([1, 40, module.CACHED]), st.sampled_from([4, module.LONGEST_RUN]))
+@settings(deadline=None, max_examples=200)
+def test_against_float64(case, cached, run):
+    x, dim = case
+    module._run.cache_clear()
+    with (
+        mock.patch.object(module, "CACHED", cached),
+        mock.patch.object(module, "LONGEST_RUN", run),
+        mock.patch.object(module, "SHORTEST_RUN", 2),
+    ):
+        moments = channel_moments(x, dim)
+        assert_close(moments, x, dim)
+        assert torch.equal(channel_sums(x, dim), moments.sum)
+        assert torch.equal(channel_square_sums(x, dim), moments.sum_of_squares)
+    module._run.cache_clear()
+
+
+@pytest.mark.parametrize("positions", [(112, 112), (12547,)], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_equal_values_keep_their_digits(dtype, last, positions):
+    """Their roundings all point the same way; a plain sum of 12544 would lose up to a thousand units."""
+    x = torch.linspace(1.01, 1.99, 32).to(dtype)[None, :, None].expand(1, 32, math.prod(positions))
+    x = x.transpose(1, 2).contiguous().transpose(1, 2) if last else x.contiguous()
+    x = x.unflatten(2, positions)
+    assert x.numel() > 2 * module.CACHED
+    # A run of `LONGEST_RUN` goes to eight lanes or more, a tree of ATen's has steps of sixteen in four levels.
+    assert_close(channel_moments(x), x, 1, longest=64)
+
+
+def test_small_and_large_values_keep_float32s_range():
+    x = torch.tensor([[1e-15, 3e-15], [1e15, 3e15]]).repeat_interleave(20, 1).reshape(2, 2, 20)
+    assert_close(channel_moments(x), x, 1)
+
+
+def test_nan_stays_in_its_channel():
+    x = torch.ones(2, 3, 4, 4)
+    x[1, 2, 0, 3] = torch.nan
+    for moment in channel_moments(x):
+        assert moment[1, 2].isnan()
+        moment[1, 2] = 16
+        assert (moment == 16).all()
+
+
+def test_without_samples_or_positions():
+    for shape, dim in (((0, 3, 5, 5), 1), ((0, 7, 3), -1), ((0, 3), 1)):
+        assert [m.shape for m in channel_moments(torch.ones(shape), dim)] == [(0, 3)] * 2
+    assert [m.tolist() for m in channel_moments(torch.ones(2, 1, 0, 4))] == [[[0.0], [0.0]]] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "word"),
+    [
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor"),
+        ({"x": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "x must have a floating dtype"),
+        ({"x": torch.ones(3)}, ValueError, r"x must be \(B, C, ...\)"),
+        ({"dim": 0}, ValueError, "dim must be the dimension of the channels, 1 to 2"),
+        ({"dim": -3}, ValueError, "dim must be"),
+        ({"dim": 3}, ValueError, "dim must be"),
+        ({"impl": "fast"}, ValueError, "impl must be one of"),
+        ({"x": torch.ones(2, 3, dtype=torch.float64), "impl": "triton"}, ValueError, "impl must be 'auto' or 'eager'"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(change, error, word):
+    arguments = {"x": torch.ones(2, 3, 4), "dim": 1, "impl": "auto", **change}
+    x, dim, impl = arguments["x"], arguments["dim"], arguments["impl"]
+    for function in (channel_moments, channel_sums, channel_square_sums):
+        with pytest.raises(error, match=word):
+            function(x, dim, impl=impl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, -1])
+def test_opcheck(dim, dtype, device):
+    if dtype == torch.float64 and device.type == "cuda":
+        pytest.skip("the kernel computes in float32")
+    x = torch.randn(2, 3, 4, 5, device=device).to(dtype)
+    torch.library.opcheck(OPERATOR, (x, dim))
+    torch.library.opcheck(OPERATOR, (x[..., 0, 0].requires_grad_(), dim))
+
+
+def test_shape_contract_refuses_what_does_not_fit():
+    with torch.device("meta"):
+        with pytest.raises(RuntimeError, match="dim must be one behind the batch"):
+            OPERATOR(torch.empty(3, 5), 0)
+        with pytest.raises(RuntimeError, match="x must have 2 dimensions"):
+            OPERATOR(torch.empty(3), 1)
+        first, second = OPERATOR(torch.empty(40_000, 60_000, 3, dtype=torch.bfloat16), -1)
+        assert first.shape == second.shape == (40_000, 3)
+        assert first.dtype == second.dtype == torch.float32
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("mapped", [0, 1, 3])
+@pytest.mark.parametrize("dim", [1, -1])
+def test_vmap(dim, mapped, impl, device):
+    x = torch.randn(3, 4, 2, 5, 6, device=device)
+    with mock.patch.object(module, "CACHED", 1):
+        moments = torch.func.vmap(lambda x: channel_moments(x, dim, impl=impl), mapped)(x)
+        one_by_one = [channel_moments(part, dim, impl=impl) for part in x.unbind(mapped)]
+    for result, expected in zip(moments, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(result, torch.stack(expected), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_traced_with_a_dynamic_batch_to_aten_alone(last):
+    class Both(torch.nn.Module):
+        def forward(self, x, tokens):
+            return *channel_moments(x), *channel_moments(tokens, -1)
+
+    def inputs(samples):
+        x = torch.randn(samples, 4, 6, 7)
+        return x.to(memory_format=torch.channels_last) if last else x, torch.randn(samples, 9, 5)
+
+    dynamic = ({0: torch.export.Dim("batch", min=2, max=64)},) * 2
+    flat = make_fx(Both(), tracing_mode="symbolic")(*inputs(3))
+    exported = torch.export.export(Both(), inputs(3), dynamic_shapes=dynamic).module()
+    compiled = torch.compile(Both(), fullgraph=True, backend="aot_eager", dynamic=True)
+    for module_ in (flat, exported):
+        targets = {str(node.target) for node in module_.graph.nodes if node.op == "call_function"}
+        assert not any("fastgrad" in target for target in targets)
+        assert any("aten.sum" in target for target in targets)
+    for samples in (3, 7):
+        x, tokens = inputs(samples)
+        for function in (flat, exported, compiled):
+            moments = function(x, tokens)
+            assert_close(moments[:2], x, 1)
+            assert_close(moments[2:], tokens, -1)
+
+
+def test_a_chosen_kernel_stays_in_the_graph(device):
+    class Moments(torch.nn.Module):
+        def forward(self, x):
+            return channel_moments(x, impl="triton")
+
+    x = torch.randn(2, 3, 4, 5, device=device)
+    exported = torch.export.export(Moments(), (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    assert "fastgrad.channel_moments" in str(exported.graph)
+    assert_close(exported.module()(torch.cat([x, x])), torch.cat([x, x]), 1)
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_differentiable(dim, device):
+    x = torch.randn(2, 3, 4, 2, dtype=torch.float64, requires_grad=True)
+    with mock.patch.object(module, "CACHED", 1):
+        assert torch.autograd.gradcheck(lambda x: channel_moments(x, dim), (x,))
+        assert torch.autograd.gradgradcheck(lambda x: channel_moments(x, dim), (x,))
+    gradients = []
+    for impl in ("eager", "triton"):
+        leaf = x.detach().float().to(device).requires_grad_()
+        first, second = channel_moments(leaf, dim, impl=impl)
+        gradients += torch.autograd.grad((first.sin() + second.cos()).sum(), leaf)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
