@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastgrad.batches import batch_size, first_input, take, to_device
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.challenges import challenge_names, iter_challenges
 from fastgrad.losses import compute_dtype
@@ -145,9 +146,9 @@ class TwoStageModel(nn.Module):
         kinds: list[str] = []
         held_out: list[bool] = []
         turn = count = 0
-        for x in _bar(_inputs("train_loader", train_loader), "clean", verbose):
-            x = _take(x, slice(0, max_samples - count))
-            size = _length(x)
+        for batch in _bar(train_loader, "clean", verbose):
+            x = _rows("train_loader", batch, max_samples - count)
+            size = batch_size(x)
             kept = rng.random(size) < share
             self._add(parts, kinds, held_out, x, "", kept)
             count += size
@@ -264,7 +265,7 @@ class TwoStageModel(nn.Module):
         kept: np.ndarray[Any, Any],
     ) -> None:
         """Append the features of one batch."""
-        logits, blocks = self.extraction(_to(x, self._device()))
+        logits, blocks = self.extraction(to_device(x, self._device()))
         parts.append({name: value.float().cpu() for name, value in blocks.items()})
         kinds += [kind] * len(logits)
         held_out += kept.tolist()
@@ -281,8 +282,8 @@ class TwoStageModel(nn.Module):
     ) -> None:
         clean, count = name == "calibration_loader", 0
         for batch in _bar(loader, name.partition("_")[0], verbose):
-            x = _take(_first(name, batch), slice(0, limit - count))
-            size = _length(x)
+            x = _rows(name, batch, limit - count)
+            size = batch_size(x)
             self._add(parts, kinds, held_out, x, "" if clean else "challenge", np.full(size, clean))
             tags = batch[1] if not clean and isinstance(batch, (tuple, list)) and len(batch) > 1 else None
             if tags is not None:
@@ -305,12 +306,12 @@ class TwoStageModel(nn.Module):
         assert self.classifier is not None  # the caller looked
         features, logits, labels = [], [], []
         for batch in _bar(loader, "introspection", verbose):
-            x = _first("train_loader", batch)
+            x = first_input("train_loader", batch)
             if not isinstance(batch, (tuple, list)) or len(batch) < 2:
                 raise ValueError(
                     "train_loader must give (x, labels) to fit the classifier; it gave no labels"
                 )
-            z, h = self.extraction.plain(_to(x, self._device()))
+            z, h = self.extraction.plain(to_device(x, self._device()))
             if h is None:
                 raise ValueError("the introspective classifier needs a model that ends in a linear layer")
             features.append(h.float().cpu())
@@ -324,35 +325,10 @@ class TwoStageModel(nn.Module):
         self.classifier_module = self.classifier.to_module().to(self._device())
 
 
-def _first(name: str, batch: Any) -> Inputs:
-    """The inputs of a loader's batch: a tensor, a mapping, or the first of a tuple."""
-    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(x, (Tensor, Mapping)):
-        raise TypeError(
-            f"{name} must give tensors, mappings or tuples that begin with one; it gave {type(x).__name__}"
-        )
-    return x
-
-
-def _inputs(name: str, loader: Iterable[Any]) -> Iterator[Inputs]:
-    for batch in loader:
-        yield _first(name, batch)
-
-
-def _length(x: Inputs) -> int:
-    return len(x) if isinstance(x, Tensor) else len(next(v for v in x.values() if isinstance(v, Tensor)))
-
-
-def _take(x: Inputs, rows: slice) -> Inputs:
-    if isinstance(x, Tensor):
-        return x[rows]
-    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in x.items()}
-
-
-def _to(x: Inputs, device: torch.device) -> Inputs:
-    if isinstance(x, Tensor):
-        return x.to(device)
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in x.items()}
+def _rows(name: str, batch: Any, limit: int) -> Inputs:
+    """The inputs in a loader's batch, ``limit`` samples at most."""
+    x = first_input(name, batch)
+    return take(x, slice(0, limit), batch_size(x))
 
 
 def _bar(items: Iterable[Any], name: str, verbose: bool) -> Iterable[Any]:

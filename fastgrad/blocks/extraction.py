@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import functional
+from fastgrad.batches import as_call, batch_size, class_logits, logits_of
 from fastgrad.blocks.image_statistics import image_statistics, is_image
 from fastgrad.checks import one_of
-from fastgrad.engine.network import Network, batch_size
+from fastgrad.engine.network import Network
 from fastgrad.engine.run import Run
-from fastgrad.engine.shadow import Shadow, attach
+from fastgrad.engine.shadow import Shadow, attach, uncompiled
 from fastgrad.engine.sites import Reading
-from fastgrad.features import GradientFeatures, logits_of
+from fastgrad.features import GradientFeatures
 
 GRADIENTS = ("auto", "contrasts", "signals", "last_layer")
 #: The joined signals: three gradients that say different things about a sample.
@@ -36,7 +37,7 @@ class Extraction:
     ``(B, N)`` in place of the last two.
 
     Args:
-        model: Any classifier; outputs as `fastgrad.features.logits_of` reads them.
+        model: Any classifier; outputs as `fastgrad.batches.logits_of` reads them.
         gradients: ``"signals"``, three backward passes, also meant by ``"auto"``; ``"contrasts"``, which adds
             ``ranked`` at four times the backward passes; or ``"last_layer"``, without any backward pass.
         log: Whether squared norms are given as logarithms.
@@ -47,7 +48,7 @@ class Extraction:
         self, model: nn.Module, gradients: str = "auto", *, log: bool = True, head: str | None = None
     ) -> None:
         one_of("gradients", gradients, GRADIENTS)
-        self.model = model
+        self.model = uncompiled(model)
         self.gradients = gradients
         self.log = log
         self.head = head
@@ -57,7 +58,7 @@ class Extraction:
 
     def __call__(self, x: Tensor | Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits ``(B, N)`` and blocks of a batch, a tensor or a mapping of the model's keyword arguments."""
-        args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
+        args, kwargs = as_call(x)
         self._prepare(args, kwargs)
         blocks: dict[str, Tensor] = {}
         if self.gradients == "last_layer":
@@ -90,7 +91,7 @@ class Extraction:
 
     def plain(self, x: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Logits and penultimate features alone: one forward pass, no gradient."""
-        args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
+        args, kwargs = as_call(x)
         self._prepare(args, kwargs)
         return self._forward(args, kwargs)
 
@@ -161,9 +162,7 @@ def find_head(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[str | None, 
         if isinstance(module, nn.Linear):
             watch(path, shadow.modules[id(module)])
     with torch.no_grad():
-        logits = logits_of(shadow.root(*args, **kwargs))
-    if logits.dim() != 2:
-        raise ValueError(f"model must return logits of shape (B, N); it returned {tuple(logits.shape)}")
+        logits = class_logits(shadow.root(*args, **kwargs))
     for path, shape, output in reversed(seen):
         same = output.shape == logits.shape and len(shape) == 2
         if same and torch.equal(output.to(logits.dtype), logits):

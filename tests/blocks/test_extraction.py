@@ -25,6 +25,39 @@ def test_a_batch_worked_through_in_pieces_gives_the_same_blocks(
         torch.testing.assert_close(pieces[name], block, rtol=1e-12, atol=1e-12)
 
 
+class Unmappable(nn.Module):
+    """Two uses of one weight take the fallback at the root, and ``vmap`` refuses ``.item()``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.inner(x) @ self.inner.weight)
+        return self.head(h if h.sum().item() < torch.inf else x)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+def test_features_where_the_network_runs_more_than_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net, x = Unmappable().double().eval(), torch.randn(7, 6, dtype=torch.float64)
+    monkeypatch.setattr("fastgrad.features._CPU_WORKING_SET", 1)
+    monkeypatch.setattr("fastgrad.features._CPU_SAMPLES", chunk)
+    _, blocks = Extraction(net)(x)
+    torch.testing.assert_close(blocks["features"], Extraction(net).plain(x)[1], rtol=1e-13, atol=1e-13)
+
+
+def test_a_compiled_network_has_the_same_blocks() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).eval(), torch.randn(5, 6)
+    for gradients in ("signals", "last_layer"):
+        logits, blocks = Extraction(net, gradients)(x)
+        found, same = Extraction(torch.compile(net, backend="eager"), gradients)(x)
+        assert torch.equal(found, logits)
+        assert all(torch.equal(same[name], block) for name, block in blocks.items())
+
+
 class Attention(nn.Module):
     def __init__(self, layer: str) -> None:
         super().__init__()
