@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fastgrad.blocks.extraction import Extraction
+from fastgrad.layers import register_rule
 
 
 @pytest.mark.parametrize("gradients", ["signals", "contrasts", "last_layer"])
@@ -25,16 +26,28 @@ def test_a_batch_worked_through_in_pieces_gives_the_same_blocks(
         torch.testing.assert_close(pieces[name], block, rtol=1e-12, atol=1e-12)
 
 
+class Misjudged(nn.Linear):
+    """Its rule is wrong, so that the model as a whole is computed again."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+@register_rule(Misjudged)
+def misjudged(_: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+    return dict.fromkeys(("weight", "bias"), 1 + g.square().sum(1))
+
+
 class Unmappable(nn.Module):
-    """Two uses of one weight take the fallback at the root, and ``vmap`` refuses ``.item()``."""
+    """``vmap`` refuses ``.item()``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Linear(6, 6)
+        self.inner = Misjudged(6, 6)
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = torch.tanh(self.inner(x) @ self.inner.weight)
+        h = torch.tanh(self.inner(x))
         return self.head(h if h.sum().item() < torch.inf else x)
 
 
