@@ -22,6 +22,7 @@ from fastgrad.functional import (
 )
 
 if TYPE_CHECKING:
+    from fastgrad import layers as layers
     from fastgrad.deploy.export import export
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
     from fastgrad.features import GradientFeatures
@@ -59,6 +60,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "layers":
+        # Its documentation says fastgrad.layers.register_rule.
+        return importlib.import_module("fastgrad.layers")
     if name not in _LAZY:
         raise AttributeError(f"module 'fastgrad' has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name]), name)

@@ -27,6 +27,7 @@ MOVED = {
     "layers.fallback": "engine.fallback",
     "layers.network": "engine.network",
     "layers.plan": "engine.planning",
+    "layers.redirect": "engine.redirect",
     "layers.run": "engine.run",
     "layers.shadow": "engine.shadow",
     "layers.tap": "engine.tap",

@@ -1,50 +1,93 @@
-"""Batches: tensors, or mappings of a model's keyword arguments, and what a model makes of them."""
+"""Batches of inputs in whatever structure a model takes them, and the logits in whatever it returns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from fastgrad.engine.network import batch_size, take
-from fastgrad.features import logits_of
-
-Inputs = Tensor | Mapping[str, Any]
+Tree = TypeVar("Tree")
 
 
-def first_input(name: str, batch: Any) -> Inputs:
-    """The inputs of a loader's batch: a tensor, a mapping, or the first of a tuple.
+def input_tensors(*trees: Any) -> list[Tensor]:
+    """All tensors among the inputs."""
+    return [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, Tensor)]
+
+
+def batch_size(*trees: Any) -> int:
+    """Dimension 0 of the first tensor among the inputs that has one; ValueError if there is none."""
+    for tensor in input_tensors(*trees):
+        if tensor.dim():
+            return tensor.shape[0]
+    raise ValueError("inputs must hold a tensor with the batch in dimension 0; there was none")
+
+
+def take(tree: Tree, index: Tensor | slice, samples: int) -> Tree:
+    """Some of the ``samples`` rows of every tensor that carries the batch; all else as it is."""
+
+    def some(t: Tensor) -> Tensor:
+        if t.dim() == 0 or t.shape[0] != samples:
+            return t
+        return t[index.to(t.device) if isinstance(index, Tensor) else index]
+
+    taken: Tree = pytree.tree_map_only(Tensor, some, tree)
+    return taken
+
+
+def to_device(tree: Tree, device: torch.device) -> Tree:
+    """The same with every tensor on ``device``."""
+    moved: Tree = pytree.tree_map_only(Tensor, lambda t: t.to(device), tree)
+    return moved
+
+
+def first_input(name: str, batch: Any) -> Tensor | dict[str, Any]:
+    """The inputs in a loader's batch: a tensor, a mapping, or the first of a tuple.
+
+    Args:
+        name: Of the loader, for the error.
+        batch: What it gave.
 
     Raises:
-        TypeError: It is something else; ``name`` is the loader's.
+        TypeError: If it is none of these.
     """
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(x, (Tensor, Mapping)):
+    if isinstance(x, Tensor):
+        return x
+    if not isinstance(x, Mapping):
         raise TypeError(
             f"{name} must give tensors, mappings or tuples that begin with one; it gave {type(x).__name__}"
         )
-    return x
+    return dict(x)
 
 
-def length(x: Inputs) -> int:
-    """B."""
-    return len(x) if isinstance(x, Tensor) else len(next(v for v in x.values() if isinstance(v, Tensor)))
+def as_call(x: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A model's positional inputs and those by keyword, from a tensor or a mapping of the latter."""
+    return ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
 
 
-def take_rows(x: Inputs, rows: slice) -> Inputs:
-    """Some samples."""
-    if isinstance(x, Tensor):
-        return x[rows]
-    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in x.items()}
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: a tensor, ``.logits``, ``["logits"]``, or the first of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, dict):
+        found = output.get("logits")
+    if found is None and isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            "model must return logits as a tensor, as .logits, or first in a tuple; "
+            f"it returned {type(output).__name__}"
+        )
+    return found
 
 
-def to_device(x: Inputs, device: torch.device) -> Inputs:
-    """The batch on a device."""
-    if isinstance(x, Tensor):
-        return x.to(device)
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in x.items()}
-
-
-__all__ = ["Inputs", "batch_size", "first_input", "length", "logits_of", "take", "take_rows", "to_device"]
+def class_logits(output: Any) -> Tensor:
+    """The logits ``(B, N)`` in a classifier's output; ValueError for another shape."""
+    logits = logits_of(output)
+    if logits.dim() != 2:
+        raise ValueError(f"model must return logits of shape (B, N); it returned {tuple(logits.shape)}")
+    return logits

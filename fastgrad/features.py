@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastgrad import losses
+from fastgrad.batches import batch_size, input_tensors, logits_of, take
 from fastgrad.checks import is_bool, one_of
 from fastgrad.engine.backward import gather, send_back
-from fastgrad.engine.network import Network, batch_size, input_tensors, take
+from fastgrad.engine.network import Network
 from fastgrad.engine.planning import Plan, Route, refuse_mixing
 from fastgrad.engine.run import Run
-from fastgrad.engine.shadow import ordinary
+from fastgrad.engine.shadow import ordinary, uncompiled
 from fastgrad.engine.sites import Reading
 from fastgrad.engine.tracing import trace
 from fastgrad.ops.implementation import IMPLEMENTATIONS, choose
@@ -31,23 +32,6 @@ Target = str | int | Tensor | Callable[[Tensor], Tensor]
 # ResNet-18 at B = 64; pieces of the batch of about this many bytes (and at least so many samples) are reused.
 _CPU_WORKING_SET = 640 << 20
 _CPU_SAMPLES = 16
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: a tensor, ``.logits``, ``["logits"]``, or the first of a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    found = getattr(output, "logits", None)
-    if found is None and isinstance(output, dict):
-        found = output.get("logits")
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            "model must return logits as a tensor, as .logits, or first in a tuple; "
-            f"it returned {type(output).__name__}"
-        )
-    return found
 
 
 class Extract(NamedTuple):
@@ -75,7 +59,7 @@ class GradientFeatures:
     each parameter, and compares the result with autograd once.
 
     Args:
-        model: Maps a batch to logits ``(B, N)``; see `logits_of` for the kinds of outputs it may have.
+        model: Maps a batch to logits ``(B, N)``; see `fastgrad.batches.logits_of` for the kinds of outputs it may have.
         loss: ``"cross_entropy"``, ``"bce"``, ``"mse"`` or ``"brier"``.
         target: ``"ones"``, ``"uniform"``, ``"predicted"``; ``"contrast"`` for every class in turn; a class index
             or a soft target ``(N,)`` for all samples; or a function from logits ``(B, N)`` to targets, ``(B,)``
@@ -111,8 +95,7 @@ class GradientFeatures:
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError("model must be an ordinary torch.nn.Module; it was a torch.jit.ScriptModule")
-        compiled = getattr(model, "_orig_mod", None)
-        self.model: nn.Module = compiled if isinstance(compiled, nn.Module) else model
+        self.model: nn.Module = uncompiled(model)
         one_of("loss", loss, losses.LOSSES)
         one_of("reduction", reduction, ("sum", "mean"))
         one_of("impl", impl, IMPLEMENTATIONS)
@@ -245,9 +228,11 @@ class GradientFeatures:
             if samples < 2:
                 raise ValueError(f"inputs must hold at least two samples to be traced; they held {samples}")
             plan = self._network.plan(args, kwargs, samples)
-            return trace(
-                lambda a, k: self._extract(plan, a, k, batch_size(a, k), ())[:2], args, kwargs, samples
-            )
+
+            def extract(args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+                return self._extract(plan, args, kwargs, batch_size(args, kwargs), ())[:2]
+
+            return trace(extract, (args, kwargs), samples)
 
     def _extract(
         self, plan: Plan, args: Any, kwargs: Any, samples: int, readings: Sequence[Reading]

@@ -36,9 +36,9 @@ TARGETS = ("ones", "uniform", "predicted")
 REDUCTIONS = ("sum", "mean")
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which features of ``dtype`` are computed and returned: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which tensors of these are computed with and results returned: float64 for float64, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _upcast(logits: Tensor) -> Tensor:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad.batches import batch_size
 from fastgrad.engine.backward import pull
-from fastgrad.engine.network import Network, batch_size
+from fastgrad.engine.network import Network
 from fastgrad.engine.planning import refuse_mixing
+from fastgrad.engine.redirect import Redirect
 from fastgrad.engine.run import Run
+from fastgrad.engine.shadow import uncompiled
 from fastgrad.engine.sites import Replayed
-from fastgrad.layers.redirect import Redirect
 from fastgrad.losses import compute_dtype
 
 _active = threading.local()
@@ -51,7 +53,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
             raise TypeError(f"model must be an ordinary torch.nn.Module; it was {type(model).__name__}")
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        if uncompiled(model) is not model:
             raise TypeError("model must be the module that was given to torch.compile, not its compiled form")
         self.model = model
         #: Of each call the names within the model by the names within the called module, and its probes.

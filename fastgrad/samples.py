@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastgrad.batches import first_input, length, take_rows, to_device
+from fastgrad.batches import batch_size, first_input, take, to_device
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.challenges import PixelRange, challenge_names, iter_challenges
 
@@ -99,7 +99,7 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
             add(made, name.partition("-")[0], np.full(len(made), held_out))
 
     for x, labels in _batches("train_loader", sources.train, sources.max_samples, sources.verbose):
-        kept = rng.random(length(x)) < share
+        kept = rng.random(batch_size(x)) < share
         add(x, "", kept, labels)
         if names:
             if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
@@ -118,18 +118,18 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
         for x, labels in _batches(
             "calibration_loader", sources.calibration, sources.max_samples, sources.verbose
         ):
-            add(x, "", np.ones(length(x), bool), labels)
+            add(x, "", np.ones(batch_size(x), bool), labels)
             if names and isinstance(x, Tensor) and judged < _JUDGED:
-                generate(x, np.ones(length(x), bool), sources.challenges_per_image, True)
-                judged += sources.challenges_per_image * length(x)
+                generate(x, np.ones(batch_size(x), bool), sources.challenges_per_image, True)
+                judged += sources.challenges_per_image * batch_size(x)
         if len(samples.kinds) == before:
             raise ValueError("calibration_loader must hold at least one batch; it was empty")
     if sources.challenge is not None:
         limit = sources.max_samples
         for x, tags in _batches("challenge_loader", sources.challenge, limit, sources.verbose, labels=False):
-            add(x, "challenge", np.zeros(length(x), bool))
+            add(x, "challenge", np.zeros(batch_size(x), bool))
             if tags is not None:
-                samples.kinds[-length(x) :] = [f"kind {tag}" for tag in tags]
+                samples.kinds[-batch_size(x) :] = [f"kind {tag}" for tag in tags]
     return samples
 
 
@@ -139,14 +139,15 @@ def _batches(
     """Inputs and what came with them, ``limit`` samples at most: labels ``(B,)``, or a list of any tags."""
     count = 0
     for batch in bar(loader, name.partition("_")[0], verbose):
-        x = take_rows(first_input(name, batch), slice(0, limit - count))
+        x = first_input(name, batch)
+        x = take(x, slice(0, limit - count), batch_size(x))
         beside = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
         if labels:
-            yield x, _labels(beside, length(x))
+            yield x, _labels(beside, batch_size(x))
         else:
             named = beside.tolist() if isinstance(beside, Tensor) else beside
-            yield x, None if named is None else list(named)[: length(x)]
-        count += length(x)
+            yield x, None if named is None else list(named)[: batch_size(x)]
+        count += batch_size(x)
         if count >= limit:
             return
 

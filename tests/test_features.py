@@ -469,6 +469,32 @@ def test_compiled_models_and_extractors(model: Net, x: Tensor) -> None:
     assert torch.allclose(extractor(x)[1], truth, rtol=1e-4)
 
 
+@pytest.mark.parametrize("way", ["in place", "part in place", "part"])
+def test_models_compiled_in_place_or_in_part(model: Net, x: Tensor, way: str) -> None:
+    _, truth = fastgrad.GradientFeatures(model)(x)
+    if way == "part":
+        model.block = torch.compile(model.block, backend="eager")  # type: ignore[assignment]
+    else:
+        (model if way == "in place" else model.block).compile(backend="eager")
+    assert torch.equal(fastgrad.GradientFeatures(model)(x)[1], truth)
+
+
+def test_parameters_out_of_reach_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+
+    class Closure(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+            self.function = lambda x: model[1](model[0](x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.function(x)  # type: ignore[no-any-return]
+
+    with pytest.raises(ValueError, match=r"model must reach 'inner.0.weight' through an attribute"):
+        fastgrad.GradientFeatures(Closure())(torch.randn(2, 3))
+
+
 @pytest.mark.slow
 def test_compile_with_inductor(model: Net, x: Tensor) -> None:
     extractor = fastgrad.GradientFeatures(model)

@@ -179,6 +179,39 @@ def test_a_replayed_module_in_training_mode_is_refused() -> None:
         assert recording.model.eval()(torch.ones(2, 3)).shape == (2, 3)
 
 
+def test_a_broadcast_parameter_in_training_mode() -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.rand(1, 3))
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(F.dropout(torch.tanh(x + self.shift), 0.5, self.training))
+            return out
+
+    torch.manual_seed(0)
+    model = Shift()
+    assert model.training
+    x = torch.randn(4, 3)
+    with fastgrad.record(model):
+        torch.manual_seed(1)
+        (found,) = fastgrad.grad_sqnorm(model(x).sum(), model.shift)
+    torch.manual_seed(1)
+    z = x.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(z).sum(), z)
+    torch.testing.assert_close(found, gradient.square().sum(1))
+
+
+def test_batched_gradients_of_a_parameter_without_use(model: nn.Sequential) -> None:
+    with fastgrad.record(model):
+        hidden = model[3](model[0](X))
+        (found,) = fastgrad.grad_sqnorm(
+            hidden, model[4].weight, grad_outputs=torch.ones(2, *hidden.shape), is_grads_batched=True
+        )
+    assert torch.equal(found, torch.zeros(2, 4))
+
+
 def test_plans_are_kept_between_recordings(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastgrad.engine.network import Network
 

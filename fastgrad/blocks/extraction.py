@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastgrad.batches import batch_size, take
+from fastgrad.batches import as_call, batch_size, take
 from fastgrad.blocks.block import Block
 from fastgrad.blocks.features import Features
 from fastgrad.blocks.logits import Logits
@@ -144,6 +144,5 @@ class Extraction:
 
 def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The model's arguments, outside any graph."""
-    args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
-    outside: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
+    outside: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, ordinary, as_call(x))
     return outside

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor, nn
 
+from fastgrad.batches import class_logits
 from fastgrad.challenges.pixels import PixelRange
-from fastgrad.features import logits_of
 
 
 @contextmanager
@@ -27,14 +27,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _logits(output: object) -> Tensor:
-    """The logits ``(B, N)`` in a classifier's output."""
-    logits = logits_of(output)
-    if logits.dim() != 2:
-        raise ValueError(f"model must return logits of shape (B, N); it returned {tuple(logits.shape)}")
-    return logits
 
 
 def _away_from(logits: Tensor, predicted: Tensor) -> Tensor:
@@ -56,12 +48,12 @@ def _ascend(
 ) -> Tensor:
     """``steps`` sign steps of size ``step`` within ``epsilon`` of ``unit``, from ``start``."""
     with torch.no_grad():
-        predicted = _prediction(_logits(model(pixels.from_unit(unit))))
+        predicted = _prediction(class_logits(model(pixels.from_unit(unit))))
     current = start
     for _ in range(steps):
         with torch.enable_grad():
             point = current.detach().requires_grad_()
-            objective = _away_from(_logits(model(pixels.from_unit(point))), predicted).sum()
+            objective = _away_from(class_logits(model(pixels.from_unit(point))), predicted).sum()
             # With respect to the input alone: no parameter's .grad is touched.
             (slope,) = torch.autograd.grad(objective, point)
         moved = current + step * slope.sign()

@@ -1,11 +1,11 @@
 """A module's computation, backward pass included, as one flat graph for any batch size.
 
-``make_fx`` runs the function once on fake tensors and records every operation, those of `torch.autograd.grad`
-among them. There are two ways to any batch size. The batch may be a symbol, so that every operation works on
-the whole batch. Or the graph is recorded for one input, and a loop in the exported program takes the inputs one
-after another. On a CPU the loop is faster for whole-network gradients of large inputs: what one input leaves
-behind fills the caches by itself, sizes are constants, several signals share one backward pass, and the
-gradients of one input need no grouped or batched form. ResNet-18 at 224 x 224 takes half the time for one input.
+The function is recorded once (`fastgrad.engine.tracing`). There are two ways to any batch size. The batch may be a
+symbol, so that every operation works on the whole batch. Or the graph is recorded for one input, and a loop in the
+exported program takes the inputs one after another. On a CPU the loop is faster for whole-network gradients of large
+inputs: what one input leaves behind fills the caches by itself, sizes are constants, several signals share one
+backward pass, and the gradients of one input need no grouped or batched form. ResNet-18 at 224 x 224 takes half the
+time for one input.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastgrad.engine import tracing
 
 #: Bytes that one input's operations write from which on the loop is faster.
 LOOP_BYTES = 32 << 20
@@ -72,30 +74,15 @@ def written(graph: torch.fx.GraphModule) -> int:
 
 def _record(function: Callable[[Tensor], Any], one: Tensor, *, symbolic: bool) -> torch.fx.GraphModule:
     """The flat graph, for one input or for a batch of symbolic size."""
-    from torch._dispatch.python import enable_python_dispatcher
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    # Three samples: sizes 0 and 1 are special to the tracer.
-    batch = one.expand(3, *one.shape[1:]).contiguous() if symbolic else one
-    context: Any = StatelessSymbolicContext(
-        dynamic_sizes=[DimDynamic.DYNAMIC if symbolic else DimDynamic.STATIC]
-        + [DimDynamic.STATIC] * (batch.ndim - 1)
-    )
-    fake = mode.from_tensor(batch, symbolic_context=context)
-    # Some operators compute shapes in C++, where a symbolic size would become a number; the dispatcher takes
-    # the Python form. "real" here means: take the tensors as they are, which are fake ones already.
-    with mode, enable_python_dispatcher():
-        graph = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(fake)
-        if not symbolic:
-            # A loop's body may not write in place.
-            functional = torch.func.functionalize(graph)
-            graph = make_fx(functional, tracing_mode="real", _allow_non_fake_inputs=True)(fake)
+    if symbolic:
+        graph = tracing.trace(function, (one.expand(3, *one.shape[1:]).contiguous(),), 3)
+        _fold_batch_norms(graph)
+        return graph
+    # A loop's body may not write in place.
+    functional = torch.func.functionalize(tracing.trace(function, (one,), None))
+    graph = tracing.trace(functional, (one,), None)
     _fold_batch_norms(graph)
-    if not symbolic:
-        _share_constants(graph)
+    _share_constants(graph)
     return graph
 
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fastgrad.engine.shadow import Shadow, ordinary
 from fastgrad.engine.tracing import is_symbolic
-from fastgrad.layers.reduce import accumulate_dtype, leaf, sqnorm
+from fastgrad.layers.reduce import leaf, sqnorm, upcast
 
 #: Bytes of per-sample gradients held at once.
 CHUNK_BYTES = 64 * 2**20
@@ -98,7 +98,7 @@ def replay_sqnorms(
                     for value, is_batched in zip(local, batched, strict=True)
                 ]
                 found = _single(module, parameters, local, spec, [g[0] for g in grads])
-        rows.append(torch.stack([sqnorm(f.to(accumulate_dtype(f))) for f in found], 1))
+        rows.append(torch.stack([sqnorm(f) for f in upcast(*found)], 1))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastgrad.batches import take
 from fastgrad.engine.backward import gather, pull
 from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import SAMPLES, middle_row
@@ -175,30 +176,6 @@ class Network:
             for probe, value in zip(probes, norms, strict=True)
         ]
         return gather(run.probes[: len(found)], found, plan.names, outputs[0].detach()[None], SAMPLES)[0]
-
-
-def input_tensors(args: Any, kwargs: Any) -> list[Tensor]:
-    """All tensors among the inputs."""
-    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-
-
-def batch_size(args: Any, kwargs: Any) -> int:
-    """Dimension 0 of the first input tensor; ValueError if there is none."""
-    for tensor in input_tensors(args, kwargs):
-        if tensor.dim():
-            return tensor.shape[0]
-    raise ValueError("inputs must hold a tensor with the batch in dimension 0; there was none")
-
-
-def take(tree: Any, index: Any, samples: int) -> Any:
-    """Some samples of every tensor that carries the batch."""
-
-    def some(t: Tensor) -> Tensor:
-        if t.dim() == 0 or t.shape[0] != samples:
-            return t
-        return t[index.to(t.device) if isinstance(index, Tensor) else index]
-
-    return pytree.tree_map_only(Tensor, some, tree)
 
 
 def _structure(args: Any, kwargs: Any) -> Any:

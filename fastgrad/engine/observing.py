@@ -54,9 +54,13 @@ class Call:
 class _Uses(TorchFunctionMode):
     """Notes which calls hand a parameter to a differentiable function."""
 
-    def __init__(self, parameters: dict[int, str], current: Callable[[], int]) -> None:
+    def __init__(
+        self, parameters: dict[int, str], originals: dict[int, str], current: Callable[[], int]
+    ) -> None:
         super().__init__()
-        self.parameters, self.current = parameters, current
+        self.parameters, self.originals, self.current = parameters, originals, current
+        #: Parameters of the user's model that were used themselves, not through its copy.
+        self.bypassed: set[str] = set()
         self.uses: dict[str, set[int]] = {name: set() for name in parameters.values()}
         #: Number of dimensions in which a parameter is broadcast over the batch, None where it is used otherwise.
         self.ranks: dict[str, set[int | None]] = {name: set() for name in parameters.values()}
@@ -67,7 +71,10 @@ class _Uses(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         leaves = pytree.tree_leaves((args, kwargs))
         found = [self.parameters[id(leaf)] for leaf in leaves if id(leaf) in self.parameters]
-        if found and any(isinstance(r, Tensor) and r.requires_grad for r in pytree.tree_leaves(result)):
+        tensors = [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
+        if tensors:
+            self.bypassed |= {self.originals[id(leaf)] for leaf in leaves if id(leaf) in self.originals}
+        if found and any(r.requires_grad for r in tensors):
             broadcast = getattr(func, "__name__", "").strip("_") in _BROADCASTING and result.shape[:1] == (
                 SAMPLES,
             )
@@ -101,9 +108,9 @@ class _Pass:
         shadow = Shadow(model, leaf)
         for path, original in model.named_modules():
             self._watch(original, shadow.modules[id(original)], path)
-        with torch.enable_grad(), _Uses(tracked, lambda: self._stack[-1]) as uses:
+        with torch.enable_grad(), _Uses(tracked, names, lambda: self._stack[-1]) as uses:
             self.output = shadow.root(*args, **kwargs)
-        self.uses, self.ranks = uses.uses, uses.ranks
+        self.uses, self.ranks, self.bypassed = uses.uses, uses.ranks, uses.bypassed
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -153,6 +160,7 @@ class Observation:
         uses: By name, the numbers of the calls that use a parameter.
         ranks: By name, the numbers of dimensions in which a parameter is broadcast over the batch, None among
             them where it is used otherwise.
+        bypassed: Names of parameters that the model used from elsewhere than its modules' attributes.
         bytes: Of all calls' outputs.
         outputs: What the model returned for three samples and for two.
     """
@@ -160,7 +168,7 @@ class Observation:
     def __init__(self, model: nn.Module, three: tuple[Any, Any], two: tuple[Any, Any]) -> None:
         watched = _Pass(model, *three)
         self.calls, self.parameters, self.bytes = watched.calls, watched.parameters, watched.bytes
-        self.uses, self.ranks = watched.uses, watched.ranks
+        self.uses, self.ranks, self.bypassed = watched.uses, watched.ranks, watched.bypassed
         fewer = _Pass(model, *two)
         self.outputs = watched.output, fewer.output
         self._fewer = {(call.path, call.ordinal): call for call in fewer.calls}

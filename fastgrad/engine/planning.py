@@ -106,11 +106,17 @@ class Planner:
         """Choose a route for every wanted parameter.
 
         Raises:
-            ValueError: If no part of the model that uses a parameter treats samples independently.
+            ValueError: If no part of the model that uses a parameter treats samples independently, or the model
+                keeps a parameter where it cannot be watched.
         """
         sites: dict[object, PlannedSite] = {}
         routes: dict[str, Route] = {}
         for name in self.names.values():
+            if name in self.seen.bypassed:
+                raise ValueError(
+                    f"model must reach {name!r} through an attribute of one of its modules; it used it from "
+                    "elsewhere (a closure, a global name), where no copy can stand in for it"
+                )
             if not self.seen.uses[name]:
                 routes[name] = Route(name, "zero", "", "the forward pass does not use it")
                 continue

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad.layers.redirect import Redirect
+from fastgrad.engine.redirect import Redirect
 
 _CONTAINERS = (list, tuple, dict, set, OrderedDict)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -30,6 +30,12 @@ _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 def ordinary(x: Tensor) -> Tensor:
     """``x`` outside any graph and usable in one: detached, and copied if it was made in inference mode."""
     return x.clone() if x.is_inference() else x.detach()
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that was given to ``torch.compile``, or ``model`` itself."""
+    original = getattr(model, "_orig_mod", None)
+    return original if isinstance(original, nn.Module) else model
 
 
 class Shadow:
@@ -97,6 +103,11 @@ class Shadow:
         forward = state.get("forward")
         if isinstance(forward, Redirect):
             forward.restore(state)
+        # What torch.compile made of a module runs the user's own module and its tensors.
+        state.pop("_compiled_call_impl", None)
+        compiled = uncompiled(module)
+        if compiled is not module:
+            state["forward"] = self._module(compiled)
         for name in _HOOK_TABLES:
             table = state.get(name)
             if table:
@@ -106,8 +117,10 @@ class Shadow:
                 state[name] = OrderedDict()
         tensors: dict[str, Any] = {}
         for name, value in state["_parameters"].items():
-            tensors[name] = None if value is None else self._tensor(value)
-            self._places[id(value)].append((tensors, name))
+            tensors[name] = None
+            if value is not None:
+                tensors[name] = self._tensor(value)
+                self._places[id(value)].append((tensors, name))
         state["_parameters"] = tensors
         state["_buffers"] = {
             name: ordinary(value) if isinstance(value, Tensor) and value.is_inference() else value

@@ -1,4 +1,4 @@
-"""Tracing an extraction to one flat graph with a dynamic batch."""
+"""Recording a function, backward pass included, as one flat graph of operations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ def is_symbolic(size: object) -> bool:
     return isinstance(size, torch.SymInt)
 
 
-def trace(function: Callable[[Any, Any], Any], args: Any, kwargs: Any, samples: int) -> torch.fx.GraphModule:
-    """Trace ``function(args, kwargs)``, batch dynamic, to a graph that takes the inputs' tensors.
+def trace(function: Callable[..., Any], inputs: Any, batch: int | None) -> torch.fx.GraphModule:
+    """Run ``function(*inputs)`` once on tensors without data and record every operation.
+
+    Operations of `torch.autograd.grad` inside the function are recorded like all others.
 
     Args:
-        function: What to trace.
-        args: Example inputs.
-        kwargs: Example inputs by keyword.
-        samples: Size of dimension 0 which marks a tensor as one that carries the batch.
+        function: What to record.
+        inputs: Tuple of example inputs of any structure.
+        batch: Size of dimension 0 that marks a tensor as one that carries the batch, whose size becomes a symbol;
+            at least 2, since sizes 0 and 1 are special to the tracer. None records constant sizes.
+
+    Returns:
+        A module that takes the inputs' tensors positionally.
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch._dynamo.source import ConstantSource
@@ -30,13 +35,13 @@ def trace(function: Callable[[Any, Any], Any], args: Any, kwargs: Any, samples: 
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = pytree.tree_flatten(inputs)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
     def fake(i: int) -> Tensor:
         tensor: Tensor = leaves[i]
-        carries = tensor.dim() > 0 and tensor.shape[0] == samples
+        carries = tensor.dim() > 0 and tensor.shape[0] == batch
         sizes = [DimDynamic.DYNAMIC if carries and d == 0 else DimDynamic.STATIC for d in range(tensor.dim())]
         return mode.from_tensor(
             tensor,
@@ -50,7 +55,8 @@ def trace(function: Callable[[Any, Any], Any], args: Any, kwargs: Any, samples: 
             filled[place] = tensor
         return function(*pytree.tree_unflatten(filled, spec))
 
-    # "real" here means: take the tensors as they are, which are fake ones already.
-    inputs = [fake(i) for i in places]
+    # Some operators compute shapes in C++, where a symbolic size would become a number; the dispatcher takes the
+    # Python form. "real" here means: take the tensors as they are, which are fake ones already.
+    fakes = [fake(i) for i in places]
     with mode, enable_python_dispatcher():
-        return make_fx(flat, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+        return make_fx(flat, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)

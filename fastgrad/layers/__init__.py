@@ -1,11 +1,64 @@
-"""One rule per layer family: from a layer's input and output gradient to one squared norm per parameter."""
+"""Rules: from a layer's input and the gradient at its output to one squared norm per parameter.
+
+The table says which rule serves which layer; a class of another library is named, so that it need not be installed.
+A subclass takes the rule of its nearest base class here unless it has a ``forward`` of its own. What no rule serves
+takes the general fallback, which is as exact and slower. `register_rule` adds a row.
+"""
 
 from __future__ import annotations
 
-from fastgrad.layers import activation, attention, conv, embedding, linear, norm, recurrent
-from fastgrad.layers.registry import LayerRule, ReplayRule, find_rule, register_replay, register_rule
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-# Imported for the rules they register.
-_FAMILIES = (activation, attention, conv, embedding, linear, norm, recurrent)
+from fastgrad.layers.activation import PRELU
+from fastgrad.layers.attention import ATTENTION
+from fastgrad.layers.conv import CONVOLUTION
+from fastgrad.layers.embedding import EMBEDDING
+from fastgrad.layers.linear import LINEAR
+from fastgrad.layers.norm import (
+    BATCH_NORM,
+    GROUP_NORM,
+    INSTANCE_NORM,
+    LAYER_NORM,
+    LAYER_NORM_2D,
+    RMS_NORM,
+    RMS_NORM_OF_TRANSFORMERS,
+)
+from fastgrad.layers.recurrent import RECURRENT
+from fastgrad.layers.registry import RULES, LayerRule, ReplayRule, find_rule, register_replay, register_rule
 
-__all__ = ["LayerRule", "ReplayRule", "find_rule", "register_replay", "register_rule"]
+RULES.update(
+    {
+        nn.Linear: LINEAR,
+        "transformers.pytorch_utils.Conv1D": LINEAR,
+        nn.Conv1d: CONVOLUTION,
+        nn.Conv2d: CONVOLUTION,
+        nn.Conv3d: CONVOLUTION,
+        nn.ConvTranspose1d: CONVOLUTION,
+        nn.ConvTranspose2d: CONVOLUTION,
+        nn.ConvTranspose3d: CONVOLUTION,
+        nn.Embedding: EMBEDDING,
+        nn.PReLU: PRELU,
+        # The base class of BatchNorm1d to 3d; synchronised batch norm has a forward of its own.
+        _BatchNorm: BATCH_NORM,
+        nn.SyncBatchNorm: BATCH_NORM,
+        _InstanceNorm: INSTANCE_NORM,
+        nn.GroupNorm: GROUP_NORM,
+        nn.LayerNorm: LAYER_NORM,
+        "timm.layers.norm.LayerNorm": LAYER_NORM,
+        "timm.layers.norm.LayerNorm2d": LAYER_NORM_2D,
+        "torchvision.models.convnext.LayerNorm2d": LAYER_NORM_2D,
+        nn.RMSNorm: RMS_NORM,
+        "transformers.models.llama.modeling_llama.LlamaRMSNorm": RMS_NORM_OF_TRANSFORMERS,
+        "transformers.models.mistral.modeling_mistral.MistralRMSNorm": RMS_NORM_OF_TRANSFORMERS,
+        "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm": RMS_NORM_OF_TRANSFORMERS,
+        "transformers.models.t5.modeling_t5.T5LayerNorm": RMS_NORM_OF_TRANSFORMERS,
+        nn.MultiheadAttention: ATTENTION,
+        nn.RNN: RECURRENT,
+        nn.LSTM: RECURRENT,
+        nn.GRU: RECURRENT,
+    }
+)
+
+__all__ = ["RULES", "LayerRule", "ReplayRule", "find_rule", "register_replay", "register_rule"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgrad.layers.reduce import sqnorm, upcast
-from fastgrad.layers.registry import register_rule
+from fastgrad.layers.registry import LayerRule
 
 
-@register_rule(nn.PReLU, name="PReLU", in_place=True)
 def prelu(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for PReLU: the slope's gradient is the sum of ``g * a`` where ``a`` is negative."""
     assert isinstance(module, nn.PReLU)
@@ -17,3 +16,6 @@ def prelu(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     if module.num_parameters == 1:
         return {"weight": product.reshape(product.shape[0], -1).sum(1).square()}
     return {"weight": sqnorm(product.flatten(2).sum(2) if product.dim() > 2 else product)}
+
+
+PRELU = LayerRule("PReLU", prelu, in_place=True)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrad.layers.linear import bias_sqnorm, weight_sqnorm
-from fastgrad.layers.reduce import accumulate_dtype, leaf
-from fastgrad.layers.registry import register_replay
+from fastgrad.layers.reduce import leaf
+from fastgrad.layers.registry import ReplayRule
+from fastgrad.losses import compute_dtype
 
 _OPTIONS = (
     "query",
@@ -58,9 +59,6 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return split.transpose(1, 2)
 
 
-@register_replay(
-    nn.MultiheadAttention, name="multi-head attention", children=("out_proj.weight", "out_proj.bias")
-)
 def multihead_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor]
 ) -> dict[str, Tensor]:
@@ -71,7 +69,7 @@ def multihead_attention(
     """
     assert isinstance(module, nn.MultiheadAttention)
     given = dict(zip(_OPTIONS, args, strict=False)) | kwargs
-    dtype = accumulate_dtype(gradients[0])
+    dtype = compute_dtype(gradients[0].dtype)
     inputs = [given[name].to(dtype) for name in ("query", "key", "value")]
     grad = gradients[0].to(dtype)
     if not module.batch_first:
@@ -125,3 +123,8 @@ def multihead_attention(
     for name, g in zip(extra, found[3:], strict=True):
         norms[name] = bias_sqnorm(g)
     return norms
+
+
+ATTENTION = ReplayRule(
+    "multi-head attention", multihead_attention, children=("out_proj.weight", "out_proj.bias")
+)

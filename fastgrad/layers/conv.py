@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fastgrad.layers.choice import implementation
 from fastgrad.layers.reduce import sqnorm, upcast
-from fastgrad.layers.registry import register_rule
+from fastgrad.layers.registry import LayerRule
 from fastgrad.ops.layer_sqnorm import conv_sqnorm
 
 
@@ -57,17 +57,6 @@ def _pointwise_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor]
     return backward
 
 
-@register_rule(
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    name="convolution",
-    in_place=True,
-    input_gradient=_pointwise_input_gradient,
-)
 def convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for all convolutions of ``torch.nn``."""
     assert isinstance(module, _ConvNd)
@@ -87,3 +76,6 @@ def convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         impl=implementation(),
     )
     return norms
+
+
+CONVOLUTION = LayerRule("convolution", convolution, in_place=True, input_gradient=_pointwise_input_gradient)

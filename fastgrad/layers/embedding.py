@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
-from fastgrad.layers.registry import register_rule
+from fastgrad.layers.registry import LayerRule
 
 
 def _unsupported(module: nn.Module) -> str | None:
@@ -15,7 +15,6 @@ def _unsupported(module: nn.Module) -> str | None:
     return None
 
 
-@register_rule(nn.Embedding, name="embedding", positions=True, unsupported=_unsupported, in_place=True)
 def embedding(module: nn.Module, index: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for ``torch.nn.Embedding``: positions with the same index add up before the norm is taken.
 
@@ -33,3 +32,6 @@ def embedding(module: nn.Module, index: Tensor, g: Tensor) -> dict[str, Tensor]:
     same = index.unsqueeze(1) == index.unsqueeze(2)
     gram = torch.bmm(g, g.transpose(1, 2)) * same
     return {"weight": gram.sum((1, 2), dtype=torch.float64).to(g.dtype)}
+
+
+EMBEDDING = LayerRule("embedding", embedding, positions=True, unsupported=_unsupported, in_place=True)

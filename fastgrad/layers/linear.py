@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastgrad.layers.choice import implementation
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
-from fastgrad.layers.registry import register_rule
+from fastgrad.layers.registry import LayerRule
 from fastgrad.ops.layer_sqnorm import linear_sqnorm
 
 
@@ -32,8 +32,10 @@ def bias_sqnorm(g: Tensor) -> Tensor:
     return sqnorm(g[:, 0] if g.shape[1] == 1 else g.sum(1))
 
 
-@register_rule(nn.Linear, "transformers.pytorch_utils.Conv1D", name="linear", positions=True, in_place=True)
 def linear(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for ``torch.nn.Linear``, and for its transposed form in language models (of the same norm)."""
     a, g = positions_first(a, 1), positions_first(g, 1)
     return {"weight": weight_sqnorm(a, g), "bias": bias_sqnorm(g)}
+
+
+LINEAR = LayerRule("linear", linear, positions=True, in_place=True)

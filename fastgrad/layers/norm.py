@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from fastgrad.layers.reduce import is_batched, positions_first, sqnorm, upcast
-from fastgrad.layers.registry import register_rule
+from fastgrad.layers.registry import LayerRule
 
 #: Elements of an activation worked on at once where that takes several passes.
 _CHUNK = 2**18
@@ -23,11 +22,6 @@ def _channel_norms(xhat: Tensor, g: Tensor) -> dict[str, Tensor]:
         return {"weight": sqnorm(g * xhat), "bias": sqnorm(g)}
     g = g.flatten(2)
     return {"weight": sqnorm((g * xhat.flatten(2)).sum(2)), "bias": sqnorm(g.sum(2))}
-
-
-def mixes_samples(module: nn.Module) -> bool:
-    """Whether a batch norm would normalise with the statistics of the batch."""
-    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
 def _strided_batch_norm(a: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tensor]:
@@ -60,16 +54,6 @@ def _batch_norm_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor
     return backward
 
 
-@register_rule(
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    _BatchNorm,
-    name="batch norm (evaluation)",
-    in_place=True,
-    input_gradient=_batch_norm_input_gradient,
-)
 def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for batch norm with running statistics."""
     assert isinstance(module, _NormBase)
@@ -101,7 +85,6 @@ def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"weight": sqnorm(weight.view(samples, channels)), "bias": sqnorm(bias.view(samples, channels))}
 
 
-@register_rule(_InstanceNorm, name="instance norm", in_place=True)
 def instance_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for instance norm, with the statistics of the instance or running ones."""
     assert isinstance(module, _NormBase)
@@ -111,7 +94,6 @@ def instance_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     return _channel_norms(F.instance_norm(a, eps=module.eps), g)
 
 
-@register_rule(nn.GroupNorm, name="group norm", in_place=True)
 def group_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for group norm."""
     assert isinstance(module, nn.GroupNorm)
@@ -125,7 +107,6 @@ def _positionwise(xhat: Tensor, g: Tensor, trailing: int) -> dict[str, Tensor]:
     return {"weight": sqnorm(product.sum(1)), "bias": sqnorm(g.sum(1))}
 
 
-@register_rule(nn.LayerNorm, "timm.layers.norm.LayerNorm", name="layer norm", positions=True, in_place=True)
 def layer_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for layer norm over the last dimensions."""
     assert isinstance(module, nn.LayerNorm)
@@ -134,7 +115,6 @@ def layer_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     return _positionwise(F.layer_norm(a, shape, eps=module.eps), g, len(shape))
 
 
-@register_rule(nn.RMSNorm, name="RMS norm", positions=True, in_place=True)
 def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for RMS norm over the last dimensions."""
     assert isinstance(module, nn.RMSNorm)
@@ -144,9 +124,6 @@ def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     return _positionwise(F.rms_norm(a, shape, eps=eps), g, len(shape))
 
 
-@register_rule(
-    "torchvision.models.convnext.LayerNorm2d", "timm.layers.norm.LayerNorm2d", name="layer norm over channels"
-)
 def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for the layer norms of ``(B, C, H, W)`` over C which image libraries define."""
     assert isinstance(module, nn.LayerNorm)
@@ -155,17 +132,20 @@ def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     return _positionwise(F.layer_norm(a, shape, eps=module.eps), g, len(shape))
 
 
-@register_rule(
-    "transformers.models.llama.modeling_llama.LlamaRMSNorm",
-    "transformers.models.mistral.modeling_mistral.MistralRMSNorm",
-    "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm",
-    "transformers.models.t5.modeling_t5.T5LayerNorm",
-    name="RMS norm",
-    positions=True,
-)
 def rms_norm_of_transformers(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for the RMS norms which language models define; no bias, statistics in float32."""
     a, g = upcast(a, g)
     eps = module.variance_epsilon
     assert isinstance(eps, float)
     return {"weight": _positionwise(F.rms_norm(a, [a.shape[-1]], eps=eps), g, 1)["weight"]}
+
+
+BATCH_NORM = LayerRule(
+    "batch norm (evaluation)", batch_norm, in_place=True, input_gradient=_batch_norm_input_gradient
+)
+INSTANCE_NORM = LayerRule("instance norm", instance_norm, in_place=True)
+GROUP_NORM = LayerRule("group norm", group_norm, in_place=True)
+LAYER_NORM = LayerRule("layer norm", layer_norm, positions=True, in_place=True)
+LAYER_NORM_2D = LayerRule("layer norm over channels", layer_norm_2d)
+RMS_NORM = LayerRule("RMS norm", rms_norm, positions=True, in_place=True)
+RMS_NORM_OF_TRANSFORMERS = LayerRule("RMS norm", rms_norm_of_transformers, positions=True)

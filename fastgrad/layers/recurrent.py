@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastgrad.layers.linear import bias_sqnorm, weight_sqnorm
-from fastgrad.layers.reduce import accumulate_dtype, leaf
-from fastgrad.layers.registry import register_replay
+from fastgrad.layers.reduce import leaf
+from fastgrad.layers.registry import ReplayRule
+from fastgrad.losses import compute_dtype
 
 
 class _Direction:
@@ -86,7 +87,6 @@ class _Direction:
         return norms
 
 
-@register_replay(nn.RNN, nn.LSTM, nn.GRU, name="recurrent")
 def recurrent(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor]
 ) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ def recurrent(
     x, state = given["input"], given.get("hx")
     if isinstance(x, PackedSequence):
         raise ValueError("input of a recurrent layer must be a padded tensor; it was a PackedSequence")
-    dtype = accumulate_dtype(gradients[0])
+    dtype = compute_dtype(gradients[0].dtype)
     x = x.to(dtype) if module.batch_first else x.to(dtype).transpose(0, 1)
     both = 2 if module.bidirectional else 1
     width = module.proj_size or module.hidden_size
@@ -133,3 +133,6 @@ def recurrent(
     for direction in directions:
         norms |= direction.norms({name: next(found) for name in direction.added})
     return norms
+
+
+RECURRENT = ReplayRule("recurrent", recurrent)

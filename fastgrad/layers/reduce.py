@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-
-def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+from fastgrad.losses import compute_dtype
 
 
 def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in their common accumulation dtype (no copy where they have it already)."""
-    dtype = accumulate_dtype(*tensors)
+    """The tensors in the dtype in which their sums run (no copy where they have it already)."""
+    dtype = compute_dtype(*(t.dtype for t in tensors))
     return tuple(t.to(dtype) for t in tensors)
 
 

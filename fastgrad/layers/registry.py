@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastgrad.layers.redirect import Redirect
-
 #: ``(module, input, output gradient) -> {parameter name: (B,) squared norms}``, batch in dimension 0.
 RuleFunction = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
 #: ``(module, args, kwargs, output gradients) -> {parameter name: (B,) squared norms}``.
@@ -69,7 +67,8 @@ class ReplayRule:
 
 
 Rule = LayerRule | ReplayRule
-_RULES: dict[type[nn.Module] | str, Rule] = {}
+#: The rule of each layer, a class or its full dotted name.
+RULES: dict[type[nn.Module] | str, Rule] = {}
 
 
 def register_rule(
@@ -123,7 +122,7 @@ def register_rule(
         family: str = name if name is not None else getattr(function, "__name__", "rule")
         rule = LayerRule(family, function, positions, unsupported, in_place, input_gradient)
         for module_type in module_types:
-            _RULES[module_type] = rule
+            RULES[module_type] = rule
         return function
 
     return decorate
@@ -139,7 +138,7 @@ def register_replay(
 
     def decorate(function: ReplayFunction) -> ReplayFunction:
         for module_type in module_types:
-            _RULES[module_type] = ReplayRule(name, function, children, unsupported)
+            RULES[module_type] = ReplayRule(name, function, children, unsupported)
         return function
 
     return decorate
@@ -151,10 +150,10 @@ def find_rule(module: nn.Module) -> tuple[Rule | None, str]:
     Returns:
         The rule and an empty string, or None and the reason why the general fallback is needed.
     """
-    if "forward" in vars(module) and not isinstance(vars(module)["forward"], Redirect):
+    if "forward" in vars(module):
         return None, "its forward method was replaced on the instance"
     for cls in type(module).__mro__:
-        rule = _RULES.get(cls) or _RULES.get(f"{cls.__module__}.{cls.__qualname__}")
+        rule = RULES.get(cls) or RULES.get(f"{cls.__module__}.{cls.__qualname__}")
         if rule is not None:
             reason = rule.unsupported(module) if rule.unsupported is not None else None
             return (None, reason) if reason is not None else (rule, "")

@@ -6,6 +6,7 @@ from torch import nn
 
 from fastgrad.blocks import BLOCKS, Contrasts
 from fastgrad.blocks.extraction import Extraction
+from fastgrad.layers import register_rule
 
 
 @pytest.mark.parametrize("samples", [1, 4, 7])
@@ -24,6 +25,51 @@ def test_a_batch_worked_through_in_pieces_gives_the_same_blocks(
     for name, block in whole.items():
         # A product of a matrix with another number of rows may sum in another order: eps times the terms of a sum.
         torch.testing.assert_close(pieces[name], block, rtol=1e-12, atol=1e-12)
+
+
+class Misjudged(nn.Linear):
+    """Its rule is wrong, so that the model as a whole is computed again."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+@register_rule(Misjudged)
+def misjudged(_: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+    return dict.fromkeys(("weight", "bias"), 1 + g.square().sum(1))
+
+
+class Unmappable(nn.Module):
+    """``vmap`` refuses ``.item()``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Misjudged(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.inner(x))
+        return self.head(h if h.sum().item() < torch.inf else x)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+def test_features_where_the_network_runs_more_than_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net, x = Unmappable().double().eval(), torch.randn(7, 6, dtype=torch.float64)
+    monkeypatch.setattr("fastgrad.features._CPU_WORKING_SET", 1)
+    monkeypatch.setattr("fastgrad.features._CPU_SAMPLES", chunk)
+    _, blocks = Extraction(net)(x)
+    torch.testing.assert_close(blocks["features"], Extraction(net).plain(x)[1], rtol=1e-13, atol=1e-13)
+
+
+def test_a_compiled_network_has_the_same_blocks() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).eval(), torch.randn(5, 6)
+    for gradients in ("signals", "last_layer"):
+        logits, blocks = Extraction(net, gradients)(x)
+        found, same = Extraction(torch.compile(net, backend="eager"), gradients)(x)
+        assert torch.equal(found, logits)
+        assert all(torch.equal(same[name], block) for name, block in blocks.items())
 
 
 class Attention(nn.Module):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from gradient_oracle import check_module, true_norms
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastgrad
-from fastgrad.layers import find_rule, register_rule
+from fastgrad.layers import RULES, find_rule, register_rule
 
 few = settings(max_examples=12, deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -309,6 +312,18 @@ def test_layers_without_a_rule(module: nn.Module) -> None:
 
     torch.manual_seed(0)
     check_module(Wrapped(), torch.randn(3, 4))
+
+
+def test_the_registry_is_reached_from_the_package() -> None:
+    code = "import fastgrad; print(fastgrad.layers.register_rule.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "fastgrad.layers.registry\n"
+
+
+def test_every_row_of_the_table_names_a_module() -> None:
+    for layer in RULES:
+        assert isinstance(layer, str) or issubclass(layer, nn.Module)
+    assert find_rule(nn.LazyBatchNorm2d(4))[0] is RULES[nn.modules.batchnorm._BatchNorm]
 
 
 def test_register_rule_refuses_what_is_no_module() -> None:

@@ -1,0 +1,57 @@
+"""Batches of any structure."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgrad import batches
+
+X = torch.arange(12.0).reshape(4, 3)
+
+
+def test_only_what_carries_the_batch_is_taken() -> None:
+    shared = torch.zeros(2, 3)
+    tree = {"x": X, "more": [X + 1, torch.tensor(4.0)], "shared": shared, "flag": True}
+    assert batches.batch_size(tree) == 4
+    assert len(batches.input_tensors(tree)) == 4
+    for index in (slice(1, 3), torch.tensor([1, 2])):
+        taken: Any = batches.take(tree, index, 4)
+        assert torch.equal(taken["x"], X[1:3])
+        assert torch.equal(taken["more"][0], X[1:3] + 1)
+        assert taken["shared"] is shared
+        assert taken["flag"] is True
+    moved: Any = batches.to_device(tree, torch.device("meta"))
+    assert moved["more"][1].device.type == "meta"
+    with pytest.raises(ValueError, match="inputs must hold a tensor"):
+        batches.batch_size({"x": torch.tensor(1.0)})
+
+
+def test_inputs_of_a_loaders_batch() -> None:
+    assert batches.first_input("loader", (X, 1)) is X
+    assert batches.first_input("loader", X) is X
+    assert batches.first_input("loader", [UserDict(x=X), 0]) == {"x": X}
+    assert batches.as_call(X) == ((X,), {})
+    assert batches.as_call(UserDict(x=X)) == ((), {"x": X})
+    with pytest.raises(TypeError, match=r"loader must give tensors, mappings or tuples .* gave int"):
+        batches.first_input("loader", (3, X))
+
+
+@pytest.mark.parametrize("output", [X, {"logits": X}, (X, 1), UserDict(logits=X)])
+def test_kinds_of_outputs(output: Any) -> None:
+    if isinstance(output, UserDict):
+        output.logits = X  # type: ignore[attr-defined]
+    found: Tensor = batches.logits_of(output)
+    assert found is X
+    assert batches.class_logits(output) is X
+
+
+def test_what_is_no_logits() -> None:
+    with pytest.raises(TypeError, match=r"model must return logits as a tensor.* it returned NoneType"):
+        batches.logits_of(None)
+    with pytest.raises(ValueError, match=r"shape \(B, N\); it returned \(12,\)"):
+        batches.class_logits(X.flatten())
