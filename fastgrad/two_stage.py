@@ -17,8 +17,8 @@ from fastgrad.losses import compute_dtype
 
 if TYPE_CHECKING:
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
-    from fastgrad.estimators.introspective import IntrospectiveNetwork
     from fastgrad.estimators.combined import DetectorModule
+    from fastgrad.estimators.introspective import IntrospectiveNetwork
 
 Inputs = Tensor | Mapping[str, Any]
 

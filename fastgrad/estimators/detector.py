@@ -19,8 +19,8 @@ from fastgrad.scores.fitted import Sequence
 
 from .. import checks
 from .blocks import are_contrasts, as_tensor, check_blocks, check_squared, to_array
-from .parts import joint_rows, one_class_scores
 from .combined import DetectorModule, Score
+from .parts import joint_rows, one_class_scores
 from .supervised import fit_perceptrons
 
 Array = NDArray[np.float64]

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastgrad.scores import Energy, GaussianMixture, Margin, NearestNeighbours
 from fastgrad.scores.conformal import OneSided, TwoSided
 from fastgrad.scores.fitted import Fitted, Sequence
-from fastgrad.scores import Energy, GaussianMixture, Margin, NearestNeighbours
 from fastgrad.scores.rows import SQUARED_NORMS, Rows
 
 from .blocks import as_tensor
