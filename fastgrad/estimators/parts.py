@@ -26,6 +26,6 @@ def one_class_scores(blocks: Mapping[str, Array], settings: Settings) -> Iterato
 
 def joint_rows(blocks: Mapping[str, Array], settings: Settings) -> Joint:
     """What H sees: every block's own rows, standardised, side by side."""
-    parts: dict[str, Fitted] = {name: BLOCKS[name].joint(blocks, settings) for name in blocks}
     with torch.no_grad():
+        parts: dict[str, Fitted] = {name: BLOCKS[name].joint(blocks, settings) for name in blocks}
         return Joint(parts=Sequence(**parts))

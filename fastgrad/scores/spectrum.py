@@ -6,29 +6,31 @@ import torch
 from torch import Tensor
 
 
-def principal(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of ``centred^T centred / n``, largest first.
+def principal(centred: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and leading eigenvectors of ``centred^T centred / n``, largest first.
 
-    They come from the products of rows where those are fewer than the columns, so that nothing has more than
-    ``max(n, d) * min(n, d)`` elements. Directions without variance beyond rounding are left out, and each
-    vector's largest entry is positive, so that the same rows give the same directions.
+    They come from the products of rows where those are fewer than the columns, so nothing is larger than
+    ``(min(n, d), min(n, d))`` or the rows themselves. Each vector's largest entry is positive, so that the same
+    rows give the same directions.
 
     Args:
         centred: Rows ``(n, d)`` of mean zero, float64.
+        rank: How many directions, at most; those without variance beyond rounding are left out.
 
     Returns:
-        Variances ``(r,)`` and orthonormal directions ``(d, r)``, r at most ``min(n, d)``.
+        All variances ``(min(n, d),)``, and directions ``(d, r)`` of unit length, r from 1 to ``rank``.
     """
     n, d = centred.shape
     wide = d > n
     values, vectors = torch.linalg.eigh((centred @ centred.T if wide else centred.T @ centred) / n)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     # An eigenvalue is known to some eps of the largest one.
-    kept = values > max(n, d) * torch.finfo(values.dtype).eps * values[-1].clamp(min=1e-300)
-    values, vectors = values[kept].flip(0), vectors[:, kept].flip(1)
+    known = int((values > 10 * max(n, d) * torch.finfo(values.dtype).eps * values[0]).sum())
+    vectors = vectors[:, : max(1, min(rank, known))]
     if wide:
-        vectors = (centred.T @ vectors) / (n * values).sqrt()
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) if len(values) else vectors
-    return values, vectors * largest.sign()
+        vectors = centred.T @ vectors
+        vectors = vectors / vectors.norm(dim=0).clamp(min=torch.finfo(vectors.dtype).tiny)
+    return values, vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
 
 
 def shrinkage(values: Tensor, centred: Tensor) -> tuple[float, float]:
@@ -38,7 +40,7 @@ def shrinkage(values: Tensor, centred: Tensor) -> tuple[float, float]:
     is the sum of its squared eigenvalues, so S itself, ``(d, d)``, is not needed.
 
     Args:
-        values: Variances ``(r,)`` of `principal`.
+        values: Variances of `principal`, all of them.
         centred: The rows ``(n, d)`` that they are of.
 
     Returns:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgrad.blocks import BLOCKS, Contrasts
+from fastgrad.blocks import BLOCKS, Activations, Contrasts, Features, Gradients
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.layers import register_rule
 
@@ -52,24 +52,26 @@ class Unmappable(nn.Module):
         return self.head(h if h.sum().item() < torch.inf else x)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
-def test_features_where_the_network_runs_more_than_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("piece", [1, 2, 3, 7])
+def test_h_where_the_network_runs_more_than_once(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     net, x = Unmappable().double().eval(), torch.randn(7, 6, dtype=torch.float64)
-    monkeypatch.setattr("fastgrad.features._CPU_WORKING_SET", 1)
-    monkeypatch.setattr("fastgrad.features._CPU_SAMPLES", chunk)
-    _, blocks = Extraction(net)(x)
-    torch.testing.assert_close(blocks["features"], Extraction(net).plain(x)[1], rtol=1e-13, atol=1e-13)
+    expected = Extraction(net, [Features()])(x)[1]["features"]
+    monkeypatch.setattr("fastgrad.blocks.extraction._WORKING_SET", 1)
+    monkeypatch.setattr("fastgrad.blocks.extraction._SAMPLES", piece)
+    _, blocks = Extraction(net, [Features(), Gradients()])(x)
+    torch.testing.assert_close(blocks["features"], expected, rtol=1e-13, atol=1e-13)
 
 
 def test_a_compiled_network_has_the_same_blocks() -> None:
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).eval(), torch.randn(5, 6)
-    for gradients in ("signals", "last_layer"):
-        logits, blocks = Extraction(net, gradients)(x)
-        found, same = Extraction(torch.compile(net, backend="eager"), gradients)(x)
+    for blocks in ([Gradients(), Features()], [Activations(), Contrasts()]):
+        logits, values = Extraction(net, blocks)(x)
+        found, same = Extraction(torch.compile(net, backend="eager"), blocks)(x)
         assert torch.equal(found, logits)
-        assert all(torch.equal(same[name], block) for name, block in blocks.items())
+        for name, value in values.items():
+            torch.testing.assert_close(same[name], value)
 
 
 class Attention(nn.Module):
