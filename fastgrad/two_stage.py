@@ -244,10 +244,12 @@ class TwoStageModel(nn.Module):
         """Write everything but the network to ``path``, a safetensors file with a digest (no pickle)."""
         from fastgrad.estimators import storage
 
-        modules: dict[str, Any] = {"detector": self._fitted()}
-        for name, module in (("classifier", self.classifier_module), ("temperature", self.temperature)):
-            if module is not None:
-                modules[name] = module
+        modules: dict[str, Any] = {
+            "detector": self._fitted(),
+            "classifier": self.classifier_module,
+            "temperature": self.temperature,
+        }
+        modules = {name: module for name, module in modules.items() if module is not None}
         extraction = self.extraction
         assert extraction is not None  # a fitted model has one
         extra = {

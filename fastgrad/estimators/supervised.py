@@ -131,19 +131,20 @@ def train_networks(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
     with torch.enable_grad():
         for _ in range(steps):
-            drawn, codes = [], []
+            drawn: list[Tensor] = []
+            targets: list[Tensor] = []
             for pair in sides:
                 for _ in range(members):
                     chosen = [torch.randint(len(p), (half,), generator=generator) for p, _ in pair if len(p)]
                     held = [side for side in pair if len(side[0])]
                     drawn.append(torch.cat([p[i] for (p, _), i in zip(held, chosen, strict=True)]))
-                    codes.append(torch.cat([c[i] for (_, c), i in zip(held, chosen, strict=True)]))
+                    targets.append(torch.cat([c[i] for (_, c), i in zip(held, chosen, strict=True)]))
             first, first_bias, second, second_bias = parameters
             activations = torch.relu(torch.baddbmm(first_bias, x[torch.stack(drawn)], first))
             logits = torch.baddbmm(second_bias, activations, second)
-            loss = cross_entropy(logits.flatten(0, 1), torch.stack(codes).flatten()) * networks
+            loss = cross_entropy(logits.flatten(0, 1), torch.stack(targets).flatten()) * networks
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
     found = []
