@@ -48,6 +48,10 @@ BatchNorm = batchnorm._BatchNorm
 InstanceNorm = instancenorm._InstanceNorm
 
 
+#: Sees every operation while it lasts. Without, what a forward pass costs up to a layer would have to be measured.
+DispatchMode = _python_dispatch.TorchDispatchMode
+
+
 def padding_pairs(module: ConvNd) -> list[int]:
     """What a convolution adds at both ends of each axis, last axis first, as ``torch.nn.functional.pad`` takes it.
 

@@ -1,42 +1,43 @@
-"""Network, extraction, introspective classifier and detector as one module."""
+"""Network, blocks, introspective classifier and detector as one module."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgrad.batches import batch_size, first_input, take, to_device
-from fastgrad.blocks.extraction import Extraction
-from fastgrad.challenges import challenge_names, iter_challenges
+from fastgrad.batches import first_input, to_device
+from fastgrad.blocks import BLOCKS, Block, Features, Logits
+from fastgrad.blocks.extraction import Extraction, Inputs, arguments
+from fastgrad.blocks.subject import Subject, watch
+from fastgrad.budget import Candidates, Report, candidates
 from fastgrad.losses import compute_dtype
+from fastgrad.prediction import Prediction
+from fastgrad.samples import Samples, Sources, bar, collect
 
 if TYPE_CHECKING:
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
+    from fastgrad.estimators.combined import DetectorModule
     from fastgrad.estimators.introspective import IntrospectiveNetwork
-    from fastgrad.estimators.scoring import DetectorModule
+    from fastgrad.scores.temperature import Temperature
 
-Inputs = Tensor | Mapping[str, Any]
-
-
-class Prediction(NamedTuple):
-    """What the network says, and how far to trust it.
-
-    Attributes:
-        logits: ``(B, N)``, the network's own.
-        probabilities: ``(B, N)``, of the introspective classifier where there is one, else the softmax.
-        uncertainty: ``(B,)``, higher is less reliable: -log of the probability that a clean input looks at
-            least so unusual; infinite where it cannot be computed.
-    """
-
-    logits: Tensor
-    probabilities: Tensor
-    uncertainty: Tensor
+#: Fewer labelled samples give no temperature worth having.
+_LABELLED = 30
+#: What the forms of version 0.1 read.
+_FORMS = {
+    "auto": ("gradients", "logits", "features", "image"),
+    "signals": ("gradients", "logits", "features", "image"),
+    "contrasts": ("gradients", "ranked", "logits", "features", "image"),
+    "last_layer": ("contrasts", "logits", "features", "image"),
+}
 
 
 class TwoStageModel(nn.Module):
@@ -45,15 +46,27 @@ class TwoStageModel(nn.Module):
     Torchvision, timm and Hugging Face classifiers work as they are. The network is only read: it runs in
     evaluation mode, and its mode, gradients and hooks stay what they were.
 
+    What the detector reads of an input is made of blocks (`fastgrad.blocks`), each with a price in forward passes.
+    `fit` measures price and worth of every block that the network and the budget allow and keeps the best set;
+    `report` shows both.
+
     Args:
         model: The trained network; from a batch, or a mapping of keyword arguments, to logits ``(B, N)``,
             given as a tensor, as ``.logits`` or first in a tuple.
         detector: An `UncertaintyDetector`, fitted or not; None for the default one.
         classifier: An `IntrospectiveClassifier` to give the probabilities; None for the network's softmax.
-        gradients: What the detector sees, see `fastgrad.blocks.extraction.Extraction`: ``"auto"``, which means
-            ``"signals"``, ``"contrasts"`` (more thorough, four times the backward passes) or
-            ``"last_layer"`` (no backward pass).
+        budget: What an answer may cost, in forward passes of this network on its device; the forward pass that
+            gives the logits is the first. ``math.inf`` for whatever helps.
+        blocks: Names or instances of the blocks to read, whatever they cost; None to choose within the budget.
+        gradients: Deprecated: ``"signals"``, ``"contrasts"`` or ``"last_layer"``, the forms of version 0.1.
+
+    Raises:
+        TypeError, ValueError: For an argument that is not one of the above; two blocks of one name; a budget
+            below 1, the network's own forward pass.
     """
+
+    #: It evaluates its network whatever modes its modules are in.
+    evaluates = True
 
     def __init__(
         self,
@@ -61,7 +74,9 @@ class TwoStageModel(nn.Module):
         *,
         detector: UncertaintyDetector | None = None,
         classifier: IntrospectiveClassifier | None = None,
-        gradients: str = "auto",
+        budget: float = 1.2,
+        blocks: Sequence[str | Block] | None = None,
+        gradients: str | None = None,
     ) -> None:
         from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
 
@@ -76,12 +91,22 @@ class TwoStageModel(nn.Module):
             raise TypeError(
                 f"classifier must be an IntrospectiveClassifier or None; it was {type(classifier).__name__}"
             )
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget >= 1:
+            raise ValueError(
+                "budget must be at least 1, the forward pass that gives the logits, in forward passes; "
+                f"it was {budget!r}"
+            )
         self.model = model
         self.detector = UncertaintyDetector(log=False) if detector is None else detector
         self.classifier = classifier
-        self.extraction = Extraction(model, gradients, log=not self.detector.log)
+        self.budget = float(budget)
+        self.asked = None if blocks is None else made(blocks)
+        self.form = None if gradients is None else _form(gradients)
+        self.extraction: Extraction | None = None
         self.detector_module: DetectorModule | None = None
         self.classifier_module: IntrospectiveNetwork | None = None
+        self.temperature: Temperature | None = None
+        self._report: Report | None = None
 
     def forward(self, x: Inputs) -> Prediction:
         """Predict a batch.
@@ -93,16 +118,21 @@ class TwoStageModel(nn.Module):
             RuntimeError: Before `fit`.
         """
         detector = self._fitted()
+        assert self.extraction is not None  # a fitted model has one
         logits, blocks = self.extraction(x)
         with torch.no_grad():
-            if self.classifier_module is None:
-                probabilities = logits.to(compute_dtype(logits.dtype)).softmax(-1)
+            precise = logits.to(compute_dtype(logits.dtype))
+            if self.classifier_module is not None:
+                h = blocks["features"].to(precise.dtype)
+                probabilities = self.classifier_module.from_features(h, precise).softmax(-1)
+            elif self.temperature is not None:
+                probabilities = self.temperature(precise).softmax(-1)
             else:
-                probabilities = self._introspect(blocks["features"], logits)
+                probabilities = precise.softmax(-1)
             score = detector(blocks)
             # A comparison with NaN is false, and would pass for reliable.
             score = torch.where(torch.isnan(score), torch.inf, score)
-        return Prediction(logits, probabilities, score.to(compute_dtype(logits.dtype)))
+        return Prediction(logits, probabilities, score.to(precise.dtype))
 
     def fit(
         self,
@@ -115,12 +145,13 @@ class TwoStageModel(nn.Module):
         seed: int = 0,
         verbose: bool = False,
     ) -> TwoStageModel:
-        """Fit the detector, and the introspective classifier where there is one.
+        """Choose the blocks, fit the detector on them, and calibrate the probabilities where there are labels.
 
         Args:
-            train_loader: Batches of clean inputs, ``x`` or ``(x, labels)``; labels are needed for the
-                classifier only. Clean data that the network was not trained on is better: it is more certain
-                of its training data than of anything else.
+            train_loader: Batches of clean inputs, ``x`` or ``(x, labels)``. Clean data that the network was not
+                trained on is better: it is more certain of its training data than of anything else. With integer
+                labels, a temperature of the probabilities is fitted on the part held out; an
+                `IntrospectiveClassifier` needs them.
             challenge_loader: Batches of challenging inputs, ``x`` or ``(x, kinds)``; None generates them from
                 the clean images (`fastgrad.challenges`); ``()`` fits on clean data alone.
             calibration_loader: Clean batches that the network was not trained on, from which false-alarm
@@ -135,51 +166,65 @@ class TwoStageModel(nn.Module):
             The module itself.
 
         Raises:
-            ValueError: A loader is empty or malformed, or challenges cannot be made from the inputs.
+            ValueError: A loader is empty or malformed, challenges cannot be made from the inputs, or a block
+                that was asked for cannot be had.
         """
         if max_samples < 4:
             raise ValueError(f"max_samples must be at least 4; it was {max_samples}")
-        rng = np.random.default_rng(seed)
-        names = [] if challenge_loader is not None else challenge_names()
-        share = self.detector.calibration_fraction if calibration_loader is None else 0.0
-        parts: list[dict[str, Tensor]] = []
-        kinds: list[str] = []
-        held_out: list[bool] = []
-        turn = count = 0
-        for batch in _bar(train_loader, "clean", verbose):
-            x = _rows("train_loader", batch, max_samples - count)
-            size = batch_size(x)
-            kept = rng.random(size) < share
-            self._add(parts, kinds, held_out, x, "", kept)
-            count += size
-            free = torch.as_tensor(np.flatnonzero(~kept))
-            if names and len(free):
-                if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-                    raise ValueError(
-                        "challenges can be generated from images (B, C, H, W) only; pass challenge_loader or "
-                        "challenge_loader=() to fit on clean data alone"
-                    )
-                chosen = [names[(turn + i) % len(names)] for i in range(challenges_per_image)]
-                turn += challenges_per_image
-                for name, made in self._challenges(x, free, chosen, seed + turn):
-                    self._add(parts, kinds, held_out, made, name.partition("-")[0], np.zeros(len(made), bool))
-            if count >= max_samples:
-                break
-        for name, loader in (
-            ("calibration_loader", calibration_loader),
-            ("challenge_loader", challenge_loader),
-        ):
-            if loader is not None:
-                self._add_loader(parts, kinds, held_out, name, loader, max_samples, verbose)
-        if not count:
+        batches = iter(train_loader)
+        first = next(batches, None)
+        if first is None:
             raise ValueError("train_loader must hold at least one batch; it was empty")
-        X = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        labels = np.array(kinds)
-        self.detector.fit(X, (labels != "").astype(int), kinds=labels, held_out=np.array(held_out))
+        x = to_device(first_input("train_loader", first), self._device())
+        subject = watch(self.model, *arguments(x))
+        chosen = self._candidates(subject, x)
+        # Logits serve the order of classes and the temperature, whether or not the detector reads them.
+        reading = any(isinstance(block, Logits) for block in chosen.blocks)
+        extraction = self._extraction([*chosen.blocks, *([] if reading else [Logits()])], subject)
+        samples = collect(
+            extraction,
+            self.model,
+            self._device(),
+            Sources(
+                itertools.chain([first], batches),
+                challenge_loader,
+                calibration_loader,
+                max_samples,
+                challenges_per_image,
+                self.detector.calibration_fraction,
+                seed,
+                verbose,
+            ),
+        )
+        X, kinds, held_out = samples.blocks(), np.array(samples.kinds), np.array(samples.held_out)
+        self._report = chosen.choose(self.detector, X, kinds, held_out, own=challenge_loader is not None)
+        kept = self._report.kept
+        fitting = (kinds == "") | ~held_out
+        self.detector.fit(
+            {name: X[name][torch.as_tensor(fitting)] for name in kept},
+            (kinds[fitting] != "").astype(int),
+            kinds=kinds[fitting],
+            held_out=held_out[fitting],
+        )
+        inside = [block for block in chosen.blocks if block.name in kept]
+        if self.classifier is not None and "features" not in kept:
+            inside.append(Features())
+        self.extraction = self._extraction(inside, subject)
         self.detector_module = self.detector.to_module().to(self._device())
+        self.temperature = self._calibrate(samples, X["logits"])
         if self.classifier is not None:
             self._fit_classifier(train_loader, verbose)
         return self
+
+    def report(self) -> Report:
+        """What each block costs and is worth, and which are kept; it prints as a table.
+
+        Raises:
+            RuntimeError: Before `fit`, or where the module was stored by version 0.1.
+        """
+        if self._report is None:
+            raise RuntimeError("a report needs a fit: call fit(train_loader)")
+        return self._report
 
     def threshold(self, false_alarm_rate: float = 0.05) -> float:
         """The uncertainty that a share ``false_alarm_rate`` of clean inputs exceeds."""
@@ -199,15 +244,21 @@ class TwoStageModel(nn.Module):
         """Write everything but the network to ``path``, a safetensors file with a digest (no pickle)."""
         from fastgrad.estimators import storage
 
-        modules = {"detector": self._fitted()}
-        if self.classifier_module is not None:
-            modules["classifier"] = self.classifier_module  # type: ignore[assignment]
+        modules: dict[str, Any] = {
+            "detector": self._fitted(),
+            "classifier": self.classifier_module,
+            "temperature": self.temperature,
+        }
+        modules = {name: module for name, module in modules.items() if module is not None}
+        extraction = self.extraction
+        assert extraction is not None  # a fitted model has one
         extra = {
             "network": storage.fingerprint(self.model),
-            "gradients": self.extraction.gradients,
-            "log": self.extraction.log,
-            "head": self.extraction.head,
-            "classes": self.extraction.classes,
+            "log": extraction.log,
+            "budget": self.budget if math.isfinite(self.budget) else None,
+            "blocks": [{"name": block.name, "options": block.options()} for block in extraction.blocks],
+            "subject": None if extraction.known is None else extraction.known.to_json(),
+            "report": None if self._report is None else self._report.to_json(),
         }
         return storage.save(path, modules, extra)
 
@@ -229,12 +280,25 @@ class TwoStageModel(nn.Module):
             raise ValueError(
                 f"model must be the network that {str(path)!r} was saved with; its parameters differ"
             )
-        result = cls(model, detector=UncertaintyDetector(log=not extra["log"]), gradients=extra["gradients"])
-        result.extraction.head, result.extraction.classes = extra["head"], extra["classes"]
         detector: Any = modules["detector"]
-        classifier: Any = modules.get("classifier")
+        if "blocks" in extra:
+            blocks = [BLOCKS[entry["name"]](**entry["options"]) for entry in extra["blocks"]]
+        else:
+            # Version 0.1 named a form; the detector says which of its blocks there were.
+            read = {part.options.get("block") for part in detector.modules() if hasattr(part, "options")}
+            blocks = [BLOCKS[name]() for name in _FORMS[extra["gradients"]] if name in read]
+        result = cls(
+            model, detector=UncertaintyDetector(log=not extra["log"]), budget=extra.get("budget") or math.inf
+        )
+        known = extra.get("subject")
+        result.extraction = result._extraction(blocks, None if known is None else Subject.from_json(known))
+        report = extra.get("report")
+        result._report = None if report is None else Report.from_json(report)
         result.detector_module = detector.eval().to(result._device())
-        result.classifier_module = None if classifier is None else classifier.eval().to(result._device())
+        for name in ("classifier", "temperature"):
+            if name in modules:
+                kept = modules[name].eval().to(result._device())
+                setattr(result, "classifier_module" if name == "classifier" else name, kept)
         return result
 
     def _fitted(self) -> DetectorModule:
@@ -242,70 +306,51 @@ class TwoStageModel(nn.Module):
             if not hasattr(self.detector, "module_"):
                 raise RuntimeError("TwoStageModel must be fitted first: call fit(train_loader)")
             self.detector_module = self.detector.to_module().to(self._device())
+        if self.extraction is None:
+            # A detector that was fitted elsewhere says which blocks it reads.
+            self.extraction = self._extraction([BLOCKS[name]() for name in self.detector.shapes_], None)
         if self.classifier_module is None and hasattr(self.classifier, "network_"):
             assert self.classifier is not None  # it has a network_
             self.classifier_module = self.classifier.to_module().to(self._device())
         return self.detector_module
 
-    def _introspect(self, features: Tensor, logits: Tensor) -> Tensor:
-        assert self.classifier_module is not None  # the caller looked
-        dtype = compute_dtype(logits.dtype)
-        return self.classifier_module.from_features(features.to(dtype), logits.to(dtype)).softmax(-1)
-
     def _device(self) -> torch.device:
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
-    def _add(
-        self,
-        parts: list[dict[str, Tensor]],
-        kinds: list[str],
-        held_out: list[bool],
-        x: Inputs,
-        kind: str,
-        kept: np.ndarray[Any, Any],
-    ) -> None:
-        """Append the features of one batch."""
-        logits, blocks = self.extraction(to_device(x, self._device()))
-        parts.append({name: value.float().cpu() for name, value in blocks.items()})
-        kinds += [kind] * len(logits)
-        held_out += kept.tolist()
+    def _extraction(self, blocks: Sequence[Block], subject: Subject | None) -> Extraction:
+        extraction = Extraction(self.model, blocks, log=not self.detector.log)
+        extraction.known = subject
+        return extraction
 
-    def _add_loader(
-        self,
-        parts: list[dict[str, Tensor]],
-        kinds: list[str],
-        held_out: list[bool],
-        name: str,
-        loader: Iterable[Any],
-        limit: int,
-        verbose: bool,
-    ) -> None:
-        clean, count = name == "calibration_loader", 0
-        for batch in _bar(loader, name.partition("_")[0], verbose):
-            x = _rows(name, batch, limit - count)
-            size = batch_size(x)
-            self._add(parts, kinds, held_out, x, "" if clean else "challenge", np.full(size, clean))
-            tags = batch[1] if not clean and isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-            if tags is not None:
-                named = tags.tolist() if isinstance(tags, Tensor) else list(tags)
-                kinds[len(kinds) - size :] = [f"kind {tag}" for tag in named[:size]]
-            count += size
-            if count >= limit:
-                break
-        if clean and not count:
-            raise ValueError(f"{name} must hold at least one batch; it was empty")
+    def _candidates(self, subject: Subject, x: Inputs) -> Candidates:
+        """The blocks that were asked for, or all that the network, the input and the budget allow."""
+        if self.form is not None:
+            if self.form == "last_layer" and subject.head is None:
+                raise ValueError(
+                    "gradients='last_layer' needs a model that ends in a linear layer; "
+                    f"none of {type(self.model).__name__}'s gave its logits"
+                )
+            asked = [BLOCKS[name]() for name in _FORMS[self.form]]
+            served = [block for block in asked if block.refusal(subject) is None]
+            return candidates(self.model, subject, x, math.inf, served)
+        return candidates(self.model, subject, x, self.budget, self.asked)
 
-    def _challenges(
-        self, x: Tensor, free: Tensor, chosen: list[str], seed: int
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Challenges from the images not held out; the whole batch says where black and white lie."""
-        for name, made in iter_challenges(self.model, x.to(self._device()), names=chosen, seed=seed):
-            yield name, made[free.to(made.device)]
+    def _calibrate(self, samples: Samples, logits: Tensor) -> Temperature | None:
+        """A temperature from the clean samples held out, where they have labels of the network's classes."""
+        from fastgrad.scores.temperature import Temperature
+
+        labels = torch.tensor(samples.labels)
+        clean = torch.tensor([kind == "" for kind in samples.kinds]) & torch.tensor(samples.held_out)
+        usable = clean & (labels >= 0) & (labels < logits.shape[1])
+        if int(usable.sum()) < _LABELLED:
+            return None
+        return Temperature.fit(logits[usable], labels[usable]).to(self._device())
 
     def _fit_classifier(self, loader: Iterable[Any], verbose: bool) -> None:
         assert self.classifier is not None  # the caller looked
+        assert self.extraction is not None  # fitted before
         features, logits, labels = [], [], []
-        for batch in _bar(loader, "introspection", verbose):
+        for batch in bar(loader, "introspection", verbose):
             x = first_input("train_loader", batch)
             if not isinstance(batch, (tuple, list)) or len(batch) < 2:
                 raise ValueError(
@@ -318,23 +363,46 @@ class TwoStageModel(nn.Module):
             logits.append(z.float().cpu())
             labels.append(torch.as_tensor(batch[1]).cpu())
         targets = torch.cat(labels).numpy()
-        classes = self.extraction.classes or 0
+        classes = logits[0].shape[1]
         if not np.array_equal(np.unique(targets), np.arange(classes)):
             raise ValueError(f"labels must take every value from 0 to {classes - 1}, the network's classes")
         self.classifier.fit({"features": torch.cat(features), "logits": torch.cat(logits)}, targets)
         self.classifier_module = self.classifier.to_module().to(self._device())
 
 
-def _rows(name: str, batch: Any, limit: int) -> Inputs:
-    """The inputs in a loader's batch, ``limit`` samples at most."""
-    x = first_input(name, batch)
-    return take(x, slice(0, limit), batch_size(x))
+def made(blocks: Sequence[str | Block]) -> list[Block]:
+    """Blocks from names and instances.
+
+    Raises:
+        TypeError: One is neither.
+        ValueError: There is none, one has an unknown name, or two have the same.
+    """
+    if isinstance(blocks, (str, Block)):
+        raise TypeError(f"blocks must be a sequence of names or blocks; it was {blocks!r}")
+    result: list[Block] = []
+    for block in blocks:
+        if isinstance(block, str):
+            if block not in BLOCKS:
+                raise ValueError(f"blocks must be among {', '.join(map(repr, BLOCKS))}; one was {block!r}")
+            block = BLOCKS[block]()
+        if not isinstance(block, Block):
+            raise TypeError(f"blocks must be names or blocks; one was {block!r}")
+        if any(block.name == other.name for other in result):
+            raise ValueError(f"blocks must differ; {block.name!r} was there twice")
+        result.append(block)
+    if not result:
+        raise ValueError("blocks must name at least one block; it was empty")
+    return result
 
 
-def _bar(items: Iterable[Any], name: str, verbose: bool) -> Iterable[Any]:
-    if not verbose:
-        return items
-    from tqdm.auto import tqdm
+def _form(gradients: str) -> str:
+    from fastgrad.checks import one_of
 
-    bar: Iterable[Any] = tqdm(items, desc=name, unit="batch")
-    return bar
+    one_of("gradients", gradients, _FORMS)
+    warnings.warn(
+        f"gradients={gradients!r} is deprecated and goes with version 0.3; say "
+        f"blocks={list(_FORMS[gradients])!r}, or budget=... to have the blocks chosen",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return gradients

@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 import threading
 
@@ -9,9 +10,12 @@ from torch import nn
 
 import fastgrad
 from fastgrad import IntrospectiveClassifier, TwoStageModel, UncertaintyDetector
-from fastgrad.blocks.extraction import Extraction, find_head
+from fastgrad.blocks import BLOCKS, BiasGradients, Features, Gradients, Logits, Ranked, View
+from fastgrad.blocks.extraction import Extraction, arguments
+from fastgrad.blocks.subject import watch
 
 CLASSES = 4
+ALL = ["logits", "features", "activations", "bias_gradients", "gradients", "view", "image"]
 
 
 def small_network(seed=0):
@@ -29,6 +33,11 @@ def images(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 3, 3, generator=generator)
     return nn.functional.interpolate(coarse, size=(8, 8), mode="bilinear")
+
+
+def head_of(network, x):
+    subject = watch(network, *arguments(x))
+    return subject.head, subject.classes
 
 
 def loader(count=200, seed=0, labels=True):
@@ -132,8 +141,10 @@ def test_foreign_files_and_networks_are_refused(fitted, tmp_path):
 
 
 @pytest.mark.parametrize("gradients", ["contrasts", "signals", "last_layer"])
-def test_kinds_of_gradients_and_clean_data_alone(gradients):
-    two_stage = TwoStageModel(small_network(), gradients=gradients).fit(loader(120, labels=False), ())
+def test_forms_of_version_0_1_and_clean_data_alone(gradients):
+    with pytest.warns(DeprecationWarning, match=r"say blocks=\["):
+        two_stage = TwoStageModel(small_network(), gradients=gradients)
+    two_stage.fit(loader(120, labels=False), ())
     blocks = {
         "contrasts": {"ranked", "gradients", "logits", "features", "image"},
         "signals": {"gradients", "logits", "features", "image"},
@@ -151,7 +162,7 @@ def test_kinds_of_gradients_and_clean_data_alone(gradients):
 
 def test_blocks_hold_what_they_say():
     network, x = small_network().eval(), images(4)
-    logits, blocks = Extraction(network, "contrasts", log=False)(x)
+    logits, blocks = Extraction(network, [Ranked(), Gradients(), Features()], log=False)(x)
     features = network[:-1](x).detach()
     torch.testing.assert_close(blocks["features"], features)
     torch.testing.assert_close(logits, network(x).detach())
@@ -224,13 +235,80 @@ def test_bad_arguments_are_named(fitted):
     with pytest.raises(ValueError, match="it gave no labels"):
         TwoStageModel(network, classifier=IntrospectiveClassifier()).fit(loader(60, labels=False), ())
     head = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.warns(DeprecationWarning, match="last_layer"):
+        last_layer = TwoStageModel(head, gradients="last_layer")
     with pytest.raises(ValueError, match="ends in a linear layer"):
-        TwoStageModel(head, gradients="last_layer").fit(loader(60), ())
+        last_layer.fit(loader(60), ())
+
+
+def test_bad_budgets_and_blocks_are_named():
+    network = small_network()
+    for budget in (0.9, math.nan, "1.2", True):
+        with pytest.raises(ValueError, match=r"budget must be at least 1, the forward pass .* it was"):
+            TwoStageModel(network, budget=budget)
+    for blocks, message in (
+        (["logits", "colours"], "blocks must be among .*'activations'.*; one was 'colours'"),
+        (["logits", Logits()], "blocks must differ; 'logits' was there twice"),
+        ([], "blocks must name at least one block"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TwoStageModel(network, blocks=blocks)
+    with pytest.raises(TypeError, match="blocks must be a sequence"):
+        TwoStageModel(network, blocks="logits")
+    with pytest.raises(TypeError, match="blocks must be names or blocks; one was 3"):
+        TwoStageModel(network, blocks=[3])
+    headless = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match=r"can be had here, .*'logits'.*; 'features': .*linear layer"):
+        TwoStageModel(headless, blocks=["logits", "features"]).fit(loader(60), ())
+    with pytest.raises(RuntimeError, match="a report needs a fit"):
+        TwoStageModel(network).report()
+
+
+def test_the_report_says_price_worth_and_what_is_kept(fitted):
+    report = fitted.report()
+    entries = {entry.block: entry for entry in report.entries}
+    assert set(entries) == set(BLOCKS)
+    assert report.kept == list(fitted.detector.shapes_)
+    assert "logits" in report.kept
+    for name in ("gradients", "ranked", "normalization_norms", "view"):
+        assert not entries[name].kept
+        assert entries[name].why == "beyond the budget"
+        assert entries[name].predicted > 0.2
+    for name in ("activations", "image"):
+        assert entries[name].predicted <= 0.2
+        assert entries[name].measured is not None
+        assert entries[name].worth is not None
+    assert 0.5 < report.auroc <= 1
+    text = str(report)
+    assert all(name in text for name in BLOCKS)
+    assert "budget 1.2" in text
+
+
+def test_asked_for_blocks_are_kept_whatever_they_cost():
+    two_stage = TwoStageModel(small_network(), blocks=["logits", View(mirror=True), BiasGradients(depth=0.5)])
+    two_stage.fit(loader(120, labels=False), ())
+    assert list(two_stage.detector.shapes_) == ["logits", "bias_gradients", "view"]
+    assert two_stage.report().kept == ["logits", "view", "bias_gradients"]
+    assert torch.isfinite(two_stage(images(5)).uncertainty).all()
+
+
+def test_labels_calibrate_the_probabilities():
+    network = small_network()
+    two_stage = TwoStageModel(network, blocks=["logits"]).fit(loader(400), ())
+    logits, probabilities, _ = two_stage(images(50, 3))
+    labels = torch.arange(50) % CLASSES
+
+    def loss(p):
+        return float(-p[torch.arange(50), labels].log().mean())
+
+    # The labels are those of nobody's images: probabilities learn to say so.
+    assert loss(probabilities) < loss(logits.softmax(-1))
+    assert torch.equal(probabilities.argmax(1), logits.argmax(1))
 
 
 def test_the_last_layer_is_found():
     network = small_network()
-    assert find_head(network, images(2)) == ("6", CLASSES)
+    assert head_of(network, images(2)) == ("6", CLASSES)
 
     class Wrapped(nn.Module):
         def __init__(self):
@@ -242,8 +320,8 @@ def test_the_last_layer_is_found():
             self.decoy(logits)
             return {"logits": logits}
 
-    assert find_head(Wrapped(), images(2)) == ("head", 3)
-    assert find_head(nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.Sigmoid()), images(2)) == (None, 3)
+    assert head_of(Wrapped(), images(2)) == ("head", 3)
+    assert head_of(nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.Sigmoid()), images(2)) == (None, 3)
 
 
 # Attention has no batching rule for its backward pass in PyTorch: slower, not wrong.
@@ -262,8 +340,8 @@ def test_hugging_face_and_timm_classifiers_need_no_adapter():
     mixer = timm.create_model("resnet10t", num_classes=CLASSES)
     for network, head, size in ((vit, "classifier", 8), (mixer, "fc", 32)):
         data = [nn.functional.interpolate(x, size=(size, size)) for x in loader(60, labels=False)]
-        two_stage = TwoStageModel(network, gradients="signals").fit(data, ())
-        assert two_stage.extraction.head == head
+        two_stage = TwoStageModel(network, blocks=ALL).fit(data, ())
+        assert two_stage.extraction.known.head == head
         assert torch.isfinite(two_stage(data[0]).uncertainty).all()
 
 
@@ -278,7 +356,8 @@ def test_text_classifier_takes_a_mapping():
     network = transformers.BertForSequenceClassification(config)
     tokens = torch.randint(0, 20, (60, 6), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in tokens.split(20)]
-    two_stage = TwoStageModel(network, gradients="signals").fit(data, ())
+    two_stage = TwoStageModel(network, budget=4).fit(data, ())
+    assert {"logits", "features", "activations", "bias_gradients"} <= set(two_stage.report().kept)
     assert two_stage(data[0]).uncertainty.shape == (20,)
     with pytest.raises(ValueError, match="challenges can be generated from images"):
         TwoStageModel(network).fit(data)

@@ -82,10 +82,12 @@ def iter_challenges(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     batch_size: int = 128,
+    pixels: PixelRange | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name, challenging images)`` one by one; arguments as for :func:`generate_challenges`.
 
-    Everything is checked before the first item is made. Only one challenge is held in memory at a time.
+    Everything is checked before the first item is made. Only one challenge is held in memory at a time. ``pixels``
+    takes the place of ``clip``, ``mean`` and ``std`` where the range is known already.
     """
     full = challenge_names(names, severities)
     check_images(images)
@@ -96,7 +98,8 @@ def iter_challenges(
         raise ValueError(f"model must be given for {', '.join(needing)}; it was None")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; it was {batch_size}")
-    pixels = PixelRange.of(images, clip=clip, mean=mean, std=std)
+    if pixels is None:
+        pixels = PixelRange.of(images, clip=clip, mean=mean, std=std)
     return _generate(model, images, full, pixels, seed, batch_size)
 
 

@@ -72,7 +72,7 @@ class LayerSite(Site):
                 f"{tuple(output.shape)}, which does not hold {samples} samples in dimension {layout.dim}"
             )
         backward = None
-        if self.rule.input_gradient is not None and not single and _bypassable(module, value, output):
+        if self.rule.input_gradient is not None and not single and bypassable(module, value, output):
             backward = self.rule.input_gradient(module, value)
         norms = functools.partial(self._norms, run, module)
         in_place = self.rule.in_place and not single
@@ -235,7 +235,7 @@ class Reading:
         attach(shadow.root.get_submodule(self.path), read)
 
 
-def _bypassable(module: nn.Module, value: Tensor, output: Tensor) -> bool:
+def bypassable(module: nn.Module, value: Tensor, output: Tensor) -> bool:
     """Whether a rule's own backward pass may replace autograd's: it rounds once, and gives no parameter gradients."""
     return (
         output.dtype in (torch.float32, torch.float64)

@@ -1,14 +1,4 @@
-"""The feature matrix as named blocks: what each may be, and the checks every input passes.
-
-| block       | shape                                   | content                                            |
-|-------------|-----------------------------------------|----------------------------------------------------|
-| `gradients` | `(B, P)`, `(B, S, P)`                   | squared norms, one per parameter set (and signal)  |
-| `contrasts` | `(B, N)`, `(B, N, P)`, `(B, S, N, P)`   | squared norms, one per contrast class (and set)    |
-| `ranked`    | `(B, K, P)`                             | contrasts of the K highest logits, in their order  |
-| `logits`    | `(B, N)`                                | the network's logits                               |
-| `features`  | `(B, D)`                                | what enters the last layer                         |
-| `image`     | `(B, K)`                                | `fastgrad.blocks.image_statistics` of the input           |
-"""
+"""The checks that a feature matrix passes, plain or as the named blocks of `fastgrad.blocks`."""
 
 from __future__ import annotations
 
@@ -19,20 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import issparse
-from torch import Tensor
 
-from fastgrad.scores.rows import SQUARED_NORMS
+from fastgrad.blocks import BLOCKS
 
 Array = NDArray[np.float64]
-
-BLOCKS: dict[str, tuple[tuple[int, ...], str]] = {
-    "gradients": ((2, 3), "(B, P) or (B, S, P)"),
-    "contrasts": ((2, 3, 4), "(B, N), (B, N, P) or (B, S, N, P)"),
-    "ranked": ((3,), "(B, K, P)"),
-    "logits": ((2,), "(B, N)"),
-    "features": ((2,), "(B, D)"),
-    "image": ((2,), "(B, K)"),
-}
 
 
 def to_array(name: str, value: Any) -> Array:
@@ -63,11 +43,6 @@ def to_array(name: str, value: Any) -> Array:
     return array
 
 
-def as_tensor(array: Array) -> Tensor:
-    """``array`` as a tensor, copied only where it is read-only memory."""
-    return torch.as_tensor(array if array.flags.writeable else array.copy())
-
-
 def check_blocks(X: Mapping[str, Any], *, log: bool) -> dict[str, Array]:
     """Named blocks as float64 arrays of one length.
 
@@ -82,7 +57,7 @@ def check_blocks(X: Mapping[str, Any], *, log: bool) -> dict[str, Array]:
     arrays = {name: to_array(f"X[{name!r}]", X[name]) for name in BLOCKS if name in X}
     length = -1
     for name, array in arrays.items():
-        ranks, shapes = BLOCKS[name]
+        ranks, shapes = BLOCKS[name].ranks, BLOCKS[name].shapes
         if array.ndim not in ranks or array.size == 0:
             raise ValueError(f"X[{name!r}] must be a non-empty array of shape {shapes}; it was {array.shape}")
         if length not in (-1, len(array)):
@@ -90,7 +65,7 @@ def check_blocks(X: Mapping[str, Any], *, log: bool) -> dict[str, Array]:
                 f"X[{name!r}] must have as many rows as the other blocks, {length}; it had {len(array)}"
             )
         length = len(array)
-        if name in SQUARED_NORMS and log:
+        if BLOCKS[name].squared_norms and log:
             check_squared(f"X[{name!r}]", array)
     if "contrasts" in arrays and "logits" in arrays:
         classes, contrasts = arrays["logits"].shape[1], contrast_axis(arrays["contrasts"])

@@ -14,9 +14,11 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
 
+from fastgrad.scores.rows import as_tensor
+
 from .. import checks
 from ..losses import LOSSES
-from .blocks import as_tensor, to_array
+from .blocks import to_array
 from .introspective import ACTIVATIONS, IntrospectiveNetwork, RowMoments, new_layers
 from .training import Batches, Inputs, Trainer
 

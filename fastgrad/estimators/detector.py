@@ -14,13 +14,15 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from fastgrad.blocks.block import Settings
 from fastgrad.scores.conformal import COMBINATIONS, OneSided
 from fastgrad.scores.fitted import Sequence
+from fastgrad.scores.rows import as_tensor
 
 from .. import checks
-from .blocks import are_contrasts, as_tensor, check_blocks, check_squared, to_array
+from .blocks import are_contrasts, check_blocks, check_squared, to_array
+from .combined import DetectorModule, Score
 from .parts import joint_rows, one_class_scores
-from .scoring import DetectorModule, Score
 from .supervised import fit_perceptrons
 
 Array = NDArray[np.float64]
@@ -140,25 +142,20 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         chosen = {name: array[fitting] for name, array in blocks.items()}
         calibration = _tensors({name: array[maps] for name, array in blocks.items()})
 
+        settings = Settings(self.log, self.components, self.dimensions, self.neighbours, seed)
         scores: dict[str, Score] = {}
-        weights: dict[str, float] = {}
-        relevant: dict[str, float] = {}
         with torch.no_grad():
             if self.guard or not challenging.any():
-                for name, rows, score, meaning in one_class_scores(
-                    chosen,
-                    log=self.log,
-                    components=self.components,
-                    dimensions=self.dimensions,
-                    neighbours=self.neighbours,
-                    seed=seed,
-                ):
+                for name, rows, score, meaning in one_class_scores(chosen, settings):
                     scores[name] = Score(
-                        rows=rows, score=score, meaning=meaning.fit(score(rows(calibration)))
+                        rows=rows,
+                        score=score,
+                        meaning=meaning.fit(score(rows(calibration))),
+                        weight=1.0,
+                        relevant=1.0,
                     )
-                    weights[name] = relevant[name] = 1.0
             if challenging.any():
-                joint = joint_rows(chosen, log=self.log)
+                joint = joint_rows(chosen, settings)
                 picked = np.concatenate([fitting, np.flatnonzero(challenging)])
                 training = joint(_tensors({name: array[picked] for name, array in blocks.items()})).numpy()
                 h = fit_perceptrons(
@@ -168,15 +165,15 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                     members=self.members,
                     seed=seed,
                 )
-                scores["labels"] = Score(rows=joint, score=h, meaning=OneSided.fit(h(joint(calibration))))
-                weights["labels"], relevant["labels"] = self._trust(codes)
-            module = DetectorModule(
-                scores=Sequence(**scores),
-                combine=self.combine,
-                cap=float(self.cap),
-                weights=list(weights.values()),
-                relevant=list(relevant.values()),
-            )
+                weight, relevant = self._trust(codes)
+                scores["labels"] = Score(
+                    rows=joint,
+                    score=h,
+                    meaning=OneSided.fit(h(joint(calibration))),
+                    weight=weight,
+                    relevant=relevant,
+                )
+            module = DetectorModule(scores=Sequence(**scores), combine=self.combine, cap=float(self.cap))
             combined = module.combined(_tensors({name: array[final] for name, array in blocks.items()}))
             # Beyond the ten highest scores (or 5 %) the tail is extrapolated; below, the rate is counted.
             module.add_module("final", OneSided.fit(combined, min(0.05, 10 / len(combined))))

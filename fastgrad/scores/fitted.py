@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+
+
+def as_buffer(values: object) -> Tensor:
+    """``values`` as a float64 tensor with memory of its own, for a buffer."""
+    return torch.as_tensor(np.array(values, dtype=np.float64))
 
 
 class Fitted(nn.Module):

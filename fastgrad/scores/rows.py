@@ -21,6 +21,8 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 _EPS = float(np.finfo(np.float32).eps)
 # Rounding of what a float32 network computes, relative: some units in the last place.
 _ROUNDING = 8 * _EPS
+#: Projections of blocks with more columns are held, and multiplied, in float32: nothing cancels in them.
+WIDE = 1024
 # Variation of clean data below so many times their rounding is not magnified to unit variance.
 _LEAST = 1e4
 
@@ -48,13 +50,16 @@ class Rows(Fitted):
 
     Options: ``block``, the block's name; ``rank``, whether to order its class axis by logit rank; ``log``,
     whether to take logarithms; ``unit``, whether to scale each row to unit length; ``top``, how many of the
-    largest entries to keep, in falling order (0 for all, as they come).
-    Buffers: ``mean`` and ``scale`` ``(d,)`` of the clean rows after the logarithm, ``projection`` ``(d, e)``.
+    largest entries to keep, in falling order (0 for all, as they come); ``clip``, where standardised values are
+    cut, None for nowhere.
+    Buffers: ``mean`` and ``scale`` ``(d,)`` of the clean rows after the logarithm; ``projection`` ``(d, e)`` and
+    ``shift`` ``(e,)``, what a clean row's projection is on average.
     """
 
     mean: Tensor
     scale: Tensor
     projection: Tensor
+    shift: Tensor
 
     @classmethod
     def fit(
@@ -67,11 +72,14 @@ class Rows(Fitted):
         unit: bool = False,
         top: int = 0,
         standardise: bool = True,
+        clip: float | None = None,
         dimensions: int | None = None,
     ) -> Rows:
         """From clean ``blocks``; ``dimensions`` keeps that many whitened principal components."""
         by_logits = "logits" in blocks
-        options = {"block": block, "rank": rank, "log": log, "unit": unit, "top": top, "by_logits": by_logits}
+        options = {
+            "block": block, "rank": rank, "log": log, "unit": unit, "top": top, "by_logits": by_logits, "clip": clip,
+        }  # fmt: skip
         rows = cls(**options)
         flat = rows.flat({name: torch.as_tensor(array) for name, array in blocks.items()})
         mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
@@ -85,8 +93,12 @@ class Rows(Fitted):
                 spread > 1e-12 * (1 + mean.abs()), spread.maximum(_LEAST * rounding), torch.ones_like(spread)
             )
         parts = {"mean": mean, "scale": scale}
+        rows = cls(**options, **parts)
         if dimensions is not None and dimensions < flat.shape[1]:
-            parts["projection"] = whitening((flat - mean) / scale, dimensions, rounding / scale)
+            values = rows.standardised(flat)
+            projection = whitening(values, dimensions, rounding / scale)
+            parts["shift"] = values.mean(0) @ projection
+            parts["projection"] = projection.float() if len(projection) > WIDE else projection
         return cls(**options, **parts)
 
     def flat(self, blocks: Mapping[str, Tensor]) -> Tensor:
@@ -113,10 +125,35 @@ class Rows(Fitted):
             values = values / values.norm(dim=-1, keepdim=True).clamp(min=SMALLEST)
         return values
 
+    def standardised(self, flat: Tensor) -> Tensor:
+        """Rows of `flat` ``(B, d)`` in units of the clean ones."""
+        rows = (flat - self.mean) / self.scale
+        clip = self.options.get("clip")
+        return rows if clip is None else clipped(rows, clip)
+
+    def of(self, blocks: Mapping[str, Array]) -> Array:
+        """The rows of arrays."""
+        with torch.no_grad():
+            result: Array = self({name: as_tensor(array) for name, array in blocks.items()}).numpy()
+        return result
+
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Rows ``(B, d)`` or ``(B, e)``, float64."""
-        rows = (self.flat(blocks) - self.mean) / self.scale
-        return rows @ self.projection if "projection" in self._buffers else rows
+        rows = self.standardised(self.flat(blocks))
+        if "projection" not in self._buffers:
+            return rows
+        projected = (rows.to(self.projection.dtype) @ self.projection).double()
+        return projected - self.shift if "shift" in self._buffers else projected
+
+
+def as_tensor(array: Array) -> Tensor:
+    """``array`` as a tensor, copied only where it is read-only memory."""
+    return torch.as_tensor(array if array.flags.writeable else array.copy())
+
+
+def clipped(rows: Tensor, limit: float) -> Tensor:
+    """``rows`` within ``limit`` of 0; infinity, which no network means, becomes NaN instead of the limit."""
+    return torch.where(rows.isinf(), torch.nan, rows.clamp(-limit, limit))
 
 
 def whitening(rows: Tensor, dimensions: int, rounding: Tensor) -> Tensor:

@@ -4,23 +4,24 @@ import pytest
 import torch
 from torch import nn
 
+from fastgrad.blocks import BLOCKS, Activations, Contrasts, Features, Gradients
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.layers import register_rule
 
 
-@pytest.mark.parametrize("gradients", ["signals", "contrasts", "last_layer"])
 @pytest.mark.parametrize("samples", [1, 4, 7])
 def test_a_batch_worked_through_in_pieces_gives_the_same_blocks(
-    samples: int, gradients: str, monkeypatch: pytest.MonkeyPatch
+    samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(samples)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).double().eval()
     x = torch.randn(samples, 3, 8, 8, dtype=torch.float64)
-    _, whole = Extraction(net, gradients)(x)
-    monkeypatch.setattr("fastgrad.features._CPU_WORKING_SET", 1)
-    monkeypatch.setattr("fastgrad.features._CPU_SAMPLES", 2)
-    _, pieces = Extraction(net, gradients)(x)
-    assert list(pieces) == list(whole)
+    blocks = [block() for block in BLOCKS.values()]
+    _, whole = Extraction(net, blocks)(x)
+    monkeypatch.setattr("fastgrad.blocks.extraction._WORKING_SET", 1)
+    monkeypatch.setattr("fastgrad.blocks.extraction._SAMPLES", 2)
+    _, pieces = Extraction(net, blocks)(x)
+    assert list(pieces) == list(whole) == list(BLOCKS)
     for name, block in whole.items():
         # A product of a matrix with another number of rows may sum in another order: eps times the terms of a sum.
         torch.testing.assert_close(pieces[name], block, rtol=1e-12, atol=1e-12)
@@ -51,24 +52,26 @@ class Unmappable(nn.Module):
         return self.head(h if h.sum().item() < torch.inf else x)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
-def test_features_where_the_network_runs_more_than_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("piece", [1, 2, 3, 7])
+def test_h_where_the_network_runs_more_than_once(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     net, x = Unmappable().double().eval(), torch.randn(7, 6, dtype=torch.float64)
-    monkeypatch.setattr("fastgrad.features._CPU_WORKING_SET", 1)
-    monkeypatch.setattr("fastgrad.features._CPU_SAMPLES", chunk)
-    _, blocks = Extraction(net)(x)
-    torch.testing.assert_close(blocks["features"], Extraction(net).plain(x)[1], rtol=1e-13, atol=1e-13)
+    expected = Extraction(net, [Features()])(x)[1]["features"]
+    monkeypatch.setattr("fastgrad.blocks.extraction._WORKING_SET", 1)
+    monkeypatch.setattr("fastgrad.blocks.extraction._SAMPLES", piece)
+    _, blocks = Extraction(net, [Features(), Gradients()])(x)
+    torch.testing.assert_close(blocks["features"], expected, rtol=1e-13, atol=1e-13)
 
 
 def test_a_compiled_network_has_the_same_blocks() -> None:
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).eval(), torch.randn(5, 6)
-    for gradients in ("signals", "last_layer"):
-        logits, blocks = Extraction(net, gradients)(x)
-        found, same = Extraction(torch.compile(net, backend="eager"), gradients)(x)
+    for blocks in ([Gradients(), Features()], [Activations(), Contrasts()]):
+        logits, values = Extraction(net, blocks)(x)
+        found, same = Extraction(torch.compile(net, backend="eager"), blocks)(x)
         assert torch.equal(found, logits)
-        assert all(torch.equal(same[name], block) for name, block in blocks.items())
+        for name, value in values.items():
+            torch.testing.assert_close(same[name], value)
 
 
 class Attention(nn.Module):
@@ -95,7 +98,7 @@ def test_attention_rounds_as_it_does_with_gradients(layer: str) -> None:
     x = torch.randn(6, 50, 32)
     with torch.enable_grad():
         expected = model(x).detach()
-    extraction = Extraction(model, "last_layer")
+    extraction = Extraction(model, [Contrasts()])
     logits, _ = extraction(x)
     assert torch.equal(logits, expected)
     assert torch.equal(extraction.plain(x)[0], expected)

@@ -152,8 +152,8 @@ def test_trust_grows_with_the_kinds_of_challenge():
     few = UncertaintyDetector(members=1).fit(X, y)
     kinds = np.arange(1000) % 9
     many = UncertaintyDetector(members=1).fit(X, y, kinds=kinds)
-    assert few.module_.options["relevant"][-1] < 1
-    assert many.module_.options["relevant"][-1] == 1
+    assert few.module_.scores.labels.options["relevant"] < 1
+    assert many.module_.scores.labels.options["relevant"] == 1
     assert many.module_.scores.labels.score.bias.shape[-1] == 10
 
 

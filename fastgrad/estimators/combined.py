@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +13,11 @@ from fastgrad.scores.fitted import Fitted, Sequence
 
 
 class Score(Fitted):
-    """One score with its meaning: rows, score, conformal map."""
+    """One score with its meaning: rows, score, conformal map.
+
+    Options: ``weight``, how much its evidence counts beside the others'; ``relevant``, the p-value from which on
+    it counts at all, 1 for every p-value.
+    """
 
     rows: Fitted
     score: Fitted
@@ -28,6 +33,10 @@ class Score(Fitted):
         result: Tensor = self.meaning(self.raw(blocks))
         return result
 
+    def evidence(self, log_p: Tensor) -> Tensor:
+        """What of log p-values ``(B,)`` counts in a combination, at most 0."""
+        return (log_p - math.log(self.options["relevant"])).clamp(max=0)
+
 
 class DetectorModule(Fitted):
     """Every score's p-value, combined, and calibrated once more as a whole.
@@ -42,10 +51,9 @@ class DetectorModule(Fitted):
 
     def combined(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """The combined statistic ``(B,)`` before its own calibration."""
-        log_p = torch.stack([score(blocks) for score in self.scores], -1)
-        # A score counts from the p-value on that its "relevant" names; 1 is every p-value.
-        log_p = (log_p - log_p.new_tensor(self.options["relevant"]).log()).clamp(max=0)
-        return COMBINATIONS[self.options["combine"]](log_p, self.options["cap"], self.options["weights"])
+        log_p = torch.stack([score.evidence(score(blocks)) for score in self.scores], -1)
+        weights = [score.options["weight"] for score in self.scores]
+        return COMBINATIONS[self.options["combine"]](log_p, self.options["cap"], weights)
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Unreliability ``(B,)``, at least 0."""

@@ -5,7 +5,7 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 from sklearn.neighbors import NearestNeighbors as SklearnNeighbours
 
 from fastgrad.estimators.supervised import fit_perceptrons
-from fastgrad.scores.oneclass import Energy, GaussianMixture, NearestNeighbours
+from fastgrad.scores import Energy, GaussianMixture, NearestNeighbours
 from fastgrad.scores.rows import SMALLEST, Rows, order_by_rank
 
 RNG = np.random.default_rng(0)
@@ -55,6 +55,38 @@ def test_projection_is_white_and_of_the_wanted_size():
     rows = Rows.fit({"features": values}, "features", dimensions=12)({"features": torch.tensor(values)})
     assert rows.shape == (400, 4)  # the data has no more directions than that
     np.testing.assert_allclose(np.cov(rows.numpy().T), np.eye(4), atol=1e-8)
+
+
+def test_projection_of_a_wide_block_is_white_and_held_in_float32():
+    values = RNG.normal(size=(80, 10)) @ RNG.normal(size=(10, 3000)) + 0.1 * RNG.normal(size=(80, 3000))
+    values[0, :50] = 1e3
+    rows = Rows.fit({"features": values}, "features", clip=8.0, dimensions=10)
+    assert rows.projection.dtype == torch.float32
+    found = rows({"features": torch.tensor(values)}).numpy()
+    # Sums of 3,000 products in float32, of values up to 8.
+    np.testing.assert_allclose(found.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(np.cov(found.T), np.eye(10), atol=1e-4)
+
+
+def test_clipped_rows_stop_at_the_limit_and_infinity_is_no_value():
+    values = RNG.normal(size=(50, 3))
+    rows = Rows.fit({"features": values}, "features", clip=3.0)
+    new = torch.tensor([[1e9, -1e9, 0.0], [np.inf, 0, 0], [np.nan, 0, 0]])
+    found = rows({"features": new})
+    assert found[0, :2].tolist() == [3, -3]
+    assert torch.isnan(found[1:, 0]).all()
+
+
+def test_a_small_bank_of_neighbours_is_a_part_of_the_whole():
+    rows, new = RNG.normal(size=(500, 8)), torch.tensor(RNG.normal(size=(40, 8)))
+    whole, small = NearestNeighbours.fit(rows, 5), NearestNeighbours.fit(rows, 5, most=100 * 8 * 4)
+    assert small.bank.shape == (100, 8)
+    assert small.bank.dtype == torch.float32
+    assert NearestNeighbours.fit(rows, 5, most=1).bank.shape == (5, 8)
+    assert (small(new) >= whole(new) - 1e-5).all()
+    every = NearestNeighbours.fit(rows, 5, most=2**20)
+    # Squared lengths near 8 in float32, under a root of about 1.
+    np.testing.assert_allclose(every(new), whole(new), atol=1e-5)
 
 
 def test_constant_columns_are_harmless():

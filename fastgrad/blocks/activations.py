@@ -1,0 +1,78 @@
+"""Mean squares of channels: how strongly each channel of each normalisation layer responds, from the forward pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrad.blocks.block import Array, Block, Part, Settings
+from fastgrad.blocks.channels import Channels, output_of, positions
+from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.subject import Subject
+from fastgrad.engine.sites import Reading
+from fastgrad.ops.channel_moments import channel_square_sums
+from fastgrad.scores.conformal import OneSided
+from fastgrad.scores.mahalanobis import Mahalanobis
+from fastgrad.scores.rows import Rows
+
+#: Standardised columns are cut here: no single channel decides alone.
+CLIP = 8.0
+#: Principal components that H sees.
+COMPONENTS = 64
+
+
+class Activations(Block):
+    """``log mean_t o_bct^2`` of every channel c of every place that `fastgrad.blocks.channels` names, ``(B, D)``.
+
+    Its score is the shrunk Mahalanobis distance of the standardised columns.
+    """
+
+    name = "activations"
+    reads = ("activations",)
+    shapes = "(B, D)"
+
+    def refusal(self, subject: Subject) -> str | None:
+        """A network without a layer whose channels could be read."""
+        return None if subject.channels else "the network has no normalisation, convolutional or linear layer"
+
+    def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
+        """Every place's mean squares."""
+        return tuple(
+            Reading(place.path, functools.partial(mean_square, place, mask)) for place in subject.channels
+        )
+
+    def values(self, found: Pass) -> Tensor:
+        """The logarithms side by side, in the order of the forward pass."""
+        columns = torch.cat(found.readings(self), 1)
+        return columns.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+    @classmethod
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        """One distance."""
+        yield wide_mahalanobis(cls.name, blocks)
+
+    @classmethod
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
+        """The leading principal components."""
+        return Rows.fit(blocks, cls.name, clip=CLIP, dimensions=COMPONENTS)
+
+
+def mean_square(place: Channels, mask: Tensor | None, inputs: tuple[Any, ...], output: Any) -> Tensor:
+    """Each channel's mean square over positions ``(B, C)``, float32, of a module's output."""
+    value = output_of(output)
+    assert value is not None  # the place was found by it
+    weights = positions(value, place.dim, mask)
+    if weights is not None:
+        squares = channel_square_sums(value * weights.to(value.dtype), place.dim)
+        return squares / weights.sum(1).clamp_min(1)
+    return channel_square_sums(value, place.dim) / max(1, value[0].numel() // place.count)
+
+
+def wide_mahalanobis(name: str, blocks: Mapping[str, Array]) -> Part:
+    """The part that scores a block of many columns."""
+    rows = Rows.fit(blocks, name, clip=CLIP)
+    return f"{name}_mahalanobis", rows, Mahalanobis.fit(rows.of(blocks)), OneSided

@@ -1,0 +1,141 @@
+"""What a block is: something that a detector reads of an input, with its price and its one-class scores.
+
+A block is added by adding a file to this room and its class to `fastgrad.blocks.BLOCKS`. It has two sides. On the
+side of the network it says which modules it reads and which gradients it needs, and makes its tensor from them;
+all blocks share one forward pass. On the side of the detector it says which shapes it takes, which one-class scores
+can be fitted on it, and what the classifier H sees of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastgrad.scores.conformal import OneSided, TwoSided
+from fastgrad.scores.fitted import Fitted
+from fastgrad.scores.gaussian_mixture import GaussianMixture
+from fastgrad.scores.rows import Rows
+
+if TYPE_CHECKING:
+    from fastgrad.blocks.passes import Pass
+    from fastgrad.blocks.signals import Signal
+    from fastgrad.blocks.subject import Subject
+    from fastgrad.engine.sites import Reading, Site
+
+Array = NDArray[np.float64]
+#: Name, rows, fitted score and meaning of a one-class score.
+Part = tuple[str, Rows, Fitted, type[OneSided] | type[TwoSided]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `UncertaintyDetector` says to the scores that blocks fit.
+
+    Attributes:
+        log: Whether blocks of squared norms hold the norms themselves, whose logarithms are to be taken.
+        components: Gaussians of a mixture, at most.
+        dimensions: Principal components that a mixture sees, at most.
+        neighbours: k of the nearest neighbours.
+        seed: Of mixtures.
+    """
+
+    log: bool
+    components: int
+    dimensions: int
+    neighbours: int
+    seed: int
+
+
+class Block:
+    """Base of all blocks; a subclass a file.
+
+    Attributes:
+        name: The block's key in feature mappings.
+        reads: What it needs: of ``"input"``, ``"logits"``, ``"h"``, ``"activations"``, ``"gradients"``.
+        ranks: Numbers of dimensions that its tensor may have.
+        shapes: The same in words.
+        squared_norms: Whether it holds squared norms, which detectors take the logarithm of.
+        parameters: Whether it reads the norms of all parameters' gradients, by the plan of `GradientFeatures`.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]]
+    ranks: ClassVar[tuple[int, ...]] = (2,)
+    shapes: ClassVar[str]
+    squared_norms: ClassVar[bool] = False
+    parameters: ClassVar[bool] = False
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments that make this block again (JSON)."""
+        return {}
+
+    def refusal(self, subject: Subject) -> str | None:
+        """Why this network or input cannot be served, or None."""
+        return None
+
+    def price(self, subject: Subject) -> float:
+        """Predicted price beyond the forward pass that gives the logits, in forward passes."""
+        return 0.0
+
+    def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
+        """What it reads in the forward pass; ``mask`` ``(B, T)`` marks the positions that count, if there is one."""
+        return ()
+
+    def signals(self, subject: Subject) -> tuple[Signal, ...]:
+        """What it sends back from the logits; blocks with the same signals share one batched backward pass."""
+        return ()
+
+    def sites(self, subject: Subject) -> tuple[Site, ...]:
+        """What it reads in that backward pass, which goes no further than the earliest of all sites."""
+        return ()
+
+    def values(self, found: Pass) -> Tensor:
+        """The block ``(B, ...)`` from what a pass has found."""
+        raise NotImplementedError
+
+    @classmethod
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        """The one-class scores that clean ``blocks`` allow."""
+        yield from ()
+
+    @classmethod
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
+        """What H sees of the block, standardised."""
+        return Rows.fit(blocks, cls.name)
+
+
+def mixture(
+    name: str,
+    blocks: Mapping[str, Array],
+    settings: Settings,
+    *,
+    rank: bool = False,
+    log: bool = True,
+    dimensions: int | None = None,
+) -> Part:
+    """The part that scores a block by a Gaussian mixture on its principal components.
+
+    Args:
+        name: The block.
+        blocks: Clean samples.
+        settings: As in `Block.scores`.
+        rank: Whether axis 1 runs over classes, to be ordered by the logits.
+        log: Whether the block's norms may need their logarithm taken.
+        dimensions: Components at most; the settings' own by default.
+    """
+    count = len(blocks[name])
+    rows = Rows.fit(
+        blocks,
+        name,
+        rank=rank,
+        log=log and settings.log,
+        dimensions=min(dimensions or settings.dimensions, max(1, count // 10)),
+    )
+    values = rows.of(blocks)
+    fewer = max(1, min(settings.components, count // (5 * values.shape[1])))
+    return f"{name}_mixture", rows, GaussianMixture.fit(values, fewer, 1e-2, settings.seed), OneSided

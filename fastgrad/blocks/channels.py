@@ -1,0 +1,87 @@
+"""Where a network's channels are read: the outputs of its normalisation layers, or of its layers where it has none.
+
+A normalised channel has the same scale in every input of the training distribution, so its mean square over
+positions says how unusual an input is; and the gradient of its bias is the sum of the output's gradient. A network
+that does not normalise is read at the outputs of its convolutional, linear and recurrent layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrad._torch import BatchNorm, ConvNd, InstanceNorm
+
+#: Fewer normalisation layers than this say little: the network's other layers are read instead.
+_LEAST = 2
+_CHANNELS_FIRST = (BatchNorm, InstanceNorm, nn.GroupNorm, nn.LocalResponseNorm, ConvNd)
+_LAYERS = (ConvNd, nn.Linear, nn.RNNBase, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """One place where channels are read.
+
+    Attributes:
+        path: The module whose output is read; of several tensors, the first.
+        dim: Where the channels lie, 1 or -1; all dimensions but this and the batch are positions.
+        count: How many there are.
+        depth: Share of the forward pass's operations that come before the output, from 0 to 1.
+    """
+
+    path: str
+    dim: int
+    count: int
+    depth: float
+
+
+def output_of(output: Any) -> Tensor | None:
+    """The tensor that is read of a module's output."""
+    while isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def is_normalization(module: nn.Module) -> bool:
+    """Whether a module normalises, by its class's name: torch's layers, timm's and Hugging Face's are all named so."""
+    name = type(module).__name__
+    return ("Norm" in name and "Norms" not in name) or isinstance(module, (BatchNorm, nn.LayerNorm))
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is read where a network does not normalise."""
+    return isinstance(module, _LAYERS)
+
+
+def channel_dim(module: nn.Module, shape: tuple[int, ...]) -> int | None:
+    """1 or -1, the dimension of an output of this ``shape`` that holds the channels; None where it has none."""
+    if len(shape) < 2:
+        return None
+    if len(shape) == 2 or isinstance(module, _CHANNELS_FIRST):
+        return 1
+    weight = getattr(module, "weight", None)
+    count = weight.numel() if isinstance(weight, Tensor) and weight.dim() == 1 else None
+    if count is not None and shape[-1] != count and shape[1] == count:
+        return 1
+    return -1
+
+
+def choose(seen: list[tuple[str, nn.Module, Channels]]) -> tuple[Channels, ...]:
+    """Of all places seen in a forward pass, in order, those that are read."""
+    normalized = [place for _, module, place in seen if is_normalization(module)]
+    if len(normalized) >= _LEAST:
+        return tuple(normalized)
+    return tuple(place for _, module, place in seen if is_layer(module))
+
+
+def positions(value: Tensor, dim: int, mask: Tensor | None) -> Tensor | None:
+    """Weights ``(B, T, 1)`` of the positions of channels-last ``value`` under a mask ``(B, T)``, or None.
+
+    Padding is no part of a text; what a network computes there says nothing about it.
+    """
+    if mask is None or dim != -1 or value.dim() != 3 or mask.shape != value.shape[:2]:
+        return None
+    return mask.to(torch.float32).unsqueeze(-1)

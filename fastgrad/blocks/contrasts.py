@@ -1,0 +1,48 @@
+"""Squared norms of the last layer's gradients for all contrast classes, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from fastgrad import functional
+from fastgrad.blocks.block import Array, Block, Part, Settings, mixture
+from fastgrad.blocks.features import Features
+from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.subject import Subject
+from fastgrad.engine.sites import Reading
+from fastgrad.scores.rows import Rows
+
+
+class Contrasts(Block):
+    """`fastgrad.contrast_sqnorm` of h and the logits, ``(B, N)``: a function of the softmax and ``||h||`` alone."""
+
+    name = "contrasts"
+    reads = ("h", "logits")
+    ranks = (2, 3, 4)
+    shapes = "(B, N), (B, N, P) or (B, S, N, P)"
+    squared_norms = True
+
+    def refusal(self, subject: Subject) -> str | None:
+        """A network that does not end in a linear layer."""
+        return Features().refusal(subject)
+
+    def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
+        """The last layer's input."""
+        return Features().readings(subject, mask)
+
+    def values(self, found: Pass) -> Tensor:
+        """Norms or their logarithms, as the pass is asked for."""
+        (h,) = found.readings(self)
+        return functional.contrast_sqnorm(h, found.logits, bias=found.subject.bias, log=found.log)
+
+    @classmethod
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        """A mixture on the logarithms, classes in order of the logits."""
+        yield mixture(cls.name, blocks, settings, rank=True)
+
+    @classmethod
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
+        """The logarithms, classes in order of the logits."""
+        return Rows.fit(blocks, cls.name, rank=True, log=settings.log)

@@ -1,0 +1,56 @@
+"""Squared gradient norms of every parameter for three signals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from fastgrad.blocks.block import Array, Block, Part, Settings, mixture
+from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.signals import JOINED, Signal
+from fastgrad.blocks.subject import Subject
+from fastgrad.scores.rows import Rows
+
+#: Backward pass and norms of one signal: about a training step's backward pass.
+BACKWARD = 2.5
+
+
+class Gradients(Block):
+    """``||dL/dtheta||^2`` of all P parameters, ``(B, 3, P)``.
+
+    The features of Lee, Lehman, Prabhushankar and AlRegib, "Probing the Purview of Neural Networks via Gradient
+    Analysis" (2023), for two losses more than the paper's.
+    """
+
+    name = "gradients"
+    reads = ("gradients",)
+    ranks: ClassVar[tuple[int, ...]] = (2, 3)
+    shapes = "(B, P) or (B, S, P)"
+    squared_norms = True
+    parameters = True
+
+    def price(self, subject: Subject) -> float:
+        """Backward passes with the norms of every parameter."""
+        return BACKWARD * len(self.signals(subject))
+
+    def signals(self, subject: Subject) -> tuple[Signal, ...]:
+        """The joined three."""
+        return JOINED
+
+    def values(self, found: Pass) -> Tensor:
+        """Norms or their logarithms, as the pass is asked for."""
+        back = found.back(self)
+        assert back.parameters is not None  # this block asks for them
+        return back.squared(back.parameters)
+
+    @classmethod
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        """A mixture on the logarithms."""
+        yield mixture(cls.name, blocks, settings)
+
+    @classmethod
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
+        """The logarithms."""
+        return Rows.fit(blocks, cls.name, log=settings.log)

@@ -1,0 +1,45 @@
+"""The network's own answer: its logits, their energy and the margin between the two highest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from fastgrad.blocks.block import Array, Block, Part, Settings
+from fastgrad.blocks.passes import Pass
+from fastgrad.scores.conformal import OneSided, TwoSided
+from fastgrad.scores.logits import Energy, Margin
+from fastgrad.scores.rows import Rows
+
+#: Logits that H sees, in falling order.
+_HIGHEST = 10
+
+
+class Logits(Block):
+    """Logits ``(B, N)``.
+
+    Energy can be too good to be true: an attack that overshoots makes the network more certain than any clean input
+    does, so it is two-sided. The margin beside it is one-sided: an attack that stops at the boundary leaves a small
+    one.
+    """
+
+    name = "logits"
+    reads = ("logits",)
+    shapes = "(B, N)"
+
+    def values(self, found: Pass) -> Tensor:
+        """The logits."""
+        return found.logits
+
+    @classmethod
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        """Energy, and the margin where there are two classes."""
+        yield "energy", Rows.fit(blocks, cls.name, standardise=False), Energy(), TwoSided
+        if blocks[cls.name].shape[1] > 1:
+            yield "margin", Rows.fit(blocks, cls.name, top=2, standardise=False), Margin(), OneSided
+
+    @classmethod
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
+        """The highest logits in falling order: what H learns must not depend on class names."""
+        return Rows.fit(blocks, cls.name, top=_HIGHEST)

@@ -1,0 +1,164 @@
+"""What blocks need to know of a network and its inputs, learned by watching it once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
+
+from fastgrad._torch import DispatchMode, pytree
+from fastgrad.batches import batch_size, logits_of, take
+from fastgrad.blocks import channels
+from fastgrad.blocks.channels import Channels
+from fastgrad.blocks.image_statistics import is_image
+from fastgrad.engine.shadow import Shadow, attach
+
+#: Writing one number costs about as much as this many of a product's operations.
+_WRITE = 16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network and the kind of input it gets.
+
+    Attributes:
+        classes: N.
+        head: Name of the linear layer that gave the logits, its input one row ``(B, D)`` a sample; None where
+            there is none.
+        bias: Whether that layer has a bias.
+        channels: Where channels are read, in the order of the forward pass.
+        image: Place among the inputs of the one image tensor ``(B, C, H, W)``, an index or a keyword; None
+            where there is none or several.
+        mask: Keyword of the input that marks the positions of a text ``(B, T)``, or None.
+        written: Bytes that the forward pass of one sample writes.
+    """
+
+    classes: int
+    head: str | None
+    bias: bool
+    channels: tuple[Channels, ...]
+    image: int | str | None
+    mask: str | None
+    written: float
+
+    def to_json(self) -> dict[str, Any]:
+        """For storage."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Subject:
+        """The inverse of `to_json`."""
+        places = tuple(Channels(**place) for place in stored["channels"])
+        return cls(**{**stored, "channels": places})
+
+
+class _Operations(DispatchMode):
+    """Counts operations, of products and of writing, while it lasts."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = self.written = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        for tensor in pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.total += _WRITE * tensor.numel()
+                self.written += tensor.nbytes
+        return out
+
+
+class _Watch:
+    """One forward pass with what every module put out."""
+
+    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self.seen: list[tuple[str, nn.Module, Any, Tensor, float]] = []
+        shadow = Shadow(model)
+        operations = _Operations()
+
+        def watch(path: str, module: nn.Module) -> None:
+            def leave(_: nn.Module, inputs: Any, __: Any, output: Any) -> None:
+                value = channels.output_of(output)
+                if value is not None and value.is_floating_point():
+                    self.seen.append((path, module, inputs, value, operations.total))
+
+            attach(shadow.modules[id(module)], leave)
+
+        for path, module in model.named_modules():
+            if path and (channels.is_normalization(module) or channels.is_layer(module)):
+                watch(path, module)
+        with torch.no_grad(), operations:
+            self.logits = logits_of(shadow.root(*args, **kwargs))
+        self.operations, self.written = max(1.0, operations.total), operations.written
+
+
+def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Subject:
+    """Run ``model`` on three samples and on two, and say what blocks can read of it; it is left as it was.
+
+    Args:
+        model: The network.
+        args: Its positional inputs, a batch of any size.
+        kwargs: Its inputs by keyword.
+
+    Raises:
+        ValueError: It does not return logits ``(B, N)``.
+    """
+    samples = batch_size(args, kwargs)
+    if samples == 0:
+        args, kwargs = pytree.tree_map_only(
+            Tensor,
+            lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() and not t.shape[0] else t,
+            (args, kwargs),
+        )
+        samples = 1
+    three, two = (
+        _Watch(model, *take((args, kwargs), torch.arange(count) % samples, samples)) for count in (3, 2)
+    )
+    logits = three.logits
+    if logits.dim() != 2:
+        raise ValueError(f"model must return logits of shape (B, N); it returned {tuple(logits.shape)}")
+    head = next(
+        (
+            (path, module)
+            for path, module, inputs, value, _ in reversed(three.seen)
+            if isinstance(module, nn.Linear)
+            and inputs
+            and inputs[0].dim() == 2
+            and value.shape == logits.shape
+            and torch.equal(value.to(logits.dtype), logits)
+        ),
+        None,
+    )
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    images = [place for place, value in places if is_image(value)]
+    mask = kwargs.get("attention_mask")
+    return Subject(
+        classes=logits.shape[1],
+        head=None if head is None else head[0],
+        bias=head is not None and getattr(head[1], "bias", None) is not None,
+        channels=_places(three, two, None if head is None else head[0]),
+        image=images[0] if len(images) == 1 else None,
+        mask="attention_mask" if isinstance(mask, Tensor) and mask.dim() == 2 else None,
+        written=three.written / 3,
+    )
+
+
+def _places(three: _Watch, two: _Watch, head: str | None) -> tuple[Channels, ...]:
+    """The places whose outputs carry one sample a row, called once; the layer of the logits says nothing new."""
+    calls = [path for path, *_ in three.seen]
+    fewer = {path: value for path, _, _, value, _ in two.seen}
+    found = []
+    for path, module, _, value, before in three.seen:
+        dim = channels.channel_dim(module, tuple(value.shape))
+        alone = calls.count(path) == 1 and path != head and path in fewer
+        if dim is None or not alone or value.shape[0] != 3 or fewer[path].shape[0] != 2:
+            continue
+        found.append((path, module, Channels(path, dim, value.shape[dim], before / three.operations)))
+    return channels.choose(found)

@@ -1,0 +1,85 @@
+"""A second look: how much the answer changes when the image is zoomed in a little."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgrad.blocks.block import Array, Block, Part, Settings
+from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.subject import Subject
+from fastgrad.losses import compute_dtype
+from fastgrad.scores.conformal import OneSided
+from fastgrad.scores.fitted import Fitted
+from fastgrad.scores.rows import Rows
+
+#: Divergences below this are rounding of the two softmaxes.
+_LEAST = 1e-6
+
+
+class Plain(Fitted):
+    """A block of one column is its own score."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Scores ``(B,)`` of ``rows`` ``(B, 1)``."""
+        return rows[:, 0]
+
+
+class View(Block):
+    """``log KL(p(x) || p(view of x))``, ``(B, 1)``: one more forward pass, on the image's centre enlarged.
+
+    What misleads a network by design or sits between its classes rarely survives a small change of geometry.
+
+    Args:
+        zoom: Share of height and width that the view keeps.
+        mirror: Whether the view is mirrored as well: only where a mirror image keeps its label, which digits,
+            letters and signs do not.
+    """
+
+    name = "view"
+    reads = ("input",)
+    shapes = "(B, 1)"
+
+    def __init__(self, zoom: float = 0.9, mirror: bool = False) -> None:
+        if not 0.5 <= zoom < 1:
+            raise ValueError(f"zoom must lie in [0.5, 1); it was {zoom!r}")
+        self.zoom, self.mirror = zoom, mirror
+
+    def options(self) -> dict[str, Any]:
+        """Zoom and mirror."""
+        return {"zoom": self.zoom, "mirror": self.mirror}
+
+    def refusal(self, subject: Subject) -> str | None:
+        """Inputs that hold no image, or several."""
+        return None if subject.image is not None else "the input is not one image (B, C, H, W)"
+
+    def price(self, subject: Subject) -> float:
+        """One forward pass."""
+        return 1.0
+
+    def of(self, images: Tensor) -> Tensor:
+        """The view of ``images`` ``(B, C, H, W)``, of the same shape."""
+        height, width = images.shape[-2:]
+        h, w = max(1, round(height * self.zoom)), max(1, round(width * self.zoom))
+        top, left = (height - h) // 2, (width - w) // 2
+        part = images[..., top : top + h, left : left + w]
+        view = F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)
+        return view.flip(-1) if self.mirror else view
+
+    def values(self, found: Pass) -> Tensor:
+        """The logarithm of the divergence."""
+        image = found.image()
+        dtype = compute_dtype(found.logits.dtype)
+        first = found.logits.to(dtype).log_softmax(-1)
+        second = found.again(self.of(image)).to(dtype).log_softmax(-1)
+        divergence = (first.exp() * (first - second)).sum(-1, keepdim=True)
+        return torch.log(divergence.clamp_min(0) + _LEAST)
+
+    @classmethod
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        """The divergence itself."""
+        yield cls.name, Rows.fit(blocks, cls.name, standardise=False), Plain(), OneSided

@@ -1,0 +1,170 @@
+"""Clean and challenging samples of a fit: their blocks, their kinds, and what each is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastgrad.batches import batch_size, first_input, take, to_device
+from fastgrad.blocks.extraction import Extraction, Inputs
+from fastgrad.challenges import PixelRange, challenge_names, iter_challenges
+
+#: Generated challenges of held-out images, from which the worth of blocks is measured; more say little more.
+_JUDGED = 1200
+
+
+@dataclass
+class Samples:
+    """What a detector is fitted on.
+
+    Attributes:
+        parts: Blocks of every batch.
+        kinds: Of every sample; empty for clean ones.
+        held_out: Whether a sample calibrates (clean) or judges (challenging) rather than fits.
+        labels: Of every clean sample, or -1.
+    """
+
+    parts: list[dict[str, Tensor]] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    held_out: list[bool] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+    def add(
+        self,
+        blocks: Mapping[str, Tensor],
+        kinds: Iterable[str],
+        held_out: Iterable[bool],
+        labels: Tensor | None = None,
+    ) -> None:
+        """Append one batch."""
+        self.parts.append({name: value.float().cpu() for name, value in blocks.items()})
+        self.kinds += kinds
+        self.held_out += held_out
+        missing = len(self.kinds) - len(self.labels)
+        self.labels += [-1] * missing if labels is None else labels.tolist()
+
+    def blocks(self) -> dict[str, Tensor]:
+        """Every block of all samples."""
+        return {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where samples come from; arguments of `TwoStageModel.fit`."""
+
+    train: Iterable[Any]
+    challenge: Iterable[Any] | None
+    calibration: Iterable[Any] | None
+    max_samples: int
+    challenges_per_image: int
+    calibration_fraction: float
+    seed: int
+    verbose: bool
+
+
+def collect(extraction: Extraction, model: nn.Module, device: torch.device, sources: Sources) -> Samples:
+    """Run all batches of the sources, and the challenges generated from them where none are given.
+
+    Raises:
+        ValueError: A loader is empty or malformed, or challenges cannot be made from the inputs.
+    """
+    samples, rng = Samples(), np.random.default_rng(sources.seed)
+    names = challenge_names() if sources.challenge is None else []
+    share = sources.calibration_fraction if sources.calibration is None else 0.0
+    turns = {False: 0, True: 0}
+    judged = 0
+
+    def add(x: Inputs, kind: str, held_out: NDArray[np.bool_], labels: Tensor | None = None) -> None:
+        logits, blocks = extraction(to_device(x, device))
+        samples.add(blocks, [kind] * len(logits), held_out.tolist(), labels)
+
+    def generate(x: Tensor, chosen: NDArray[np.bool_], count: int, held_out: bool) -> None:
+        if not chosen.any():
+            return
+        turn = turns[held_out]
+        picked = [names[(turn + i) % len(names)] for i in range(count)]
+        turns[held_out] += count
+        own = x[torch.as_tensor(np.flatnonzero(chosen))].to(device)
+        seed = sources.seed + turn + count + held_out * 10**6
+        # The whole batch says where black and white lie.
+        for name, made in iter_challenges(
+            model, own, names=picked, seed=seed, pixels=PixelRange.of(x.to(device))
+        ):
+            add(made, name.partition("-")[0], np.full(len(made), held_out))
+
+    for x, labels in _batches("train_loader", sources.train, sources.max_samples, sources.verbose):
+        kept = rng.random(batch_size(x)) < share
+        add(x, "", kept, labels)
+        if names:
+            if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+                raise ValueError(
+                    "challenges can be generated from images (B, C, H, W) only; pass challenge_loader or "
+                    "challenge_loader=() to fit on clean data alone"
+                )
+            generate(x, ~kept, sources.challenges_per_image, False)
+            if judged < _JUDGED:
+                generate(x, kept, sources.challenges_per_image, True)
+                judged += sources.challenges_per_image * int(kept.sum())
+    if not samples.kinds:
+        raise ValueError("train_loader must hold at least one batch; it was empty")
+    if sources.calibration is not None:
+        before = len(samples.kinds)
+        for x, labels in _batches(
+            "calibration_loader", sources.calibration, sources.max_samples, sources.verbose
+        ):
+            add(x, "", np.ones(batch_size(x), bool), labels)
+            if names and isinstance(x, Tensor) and judged < _JUDGED:
+                generate(x, np.ones(batch_size(x), bool), sources.challenges_per_image, True)
+                judged += sources.challenges_per_image * batch_size(x)
+        if len(samples.kinds) == before:
+            raise ValueError("calibration_loader must hold at least one batch; it was empty")
+    if sources.challenge is not None:
+        limit = sources.max_samples
+        for x, tags in _batches("challenge_loader", sources.challenge, limit, sources.verbose, labels=False):
+            add(x, "challenge", np.zeros(batch_size(x), bool))
+            if tags is not None:
+                samples.kinds[-batch_size(x) :] = [f"kind {tag}" for tag in tags]
+    return samples
+
+
+def _batches(
+    name: str, loader: Iterable[Any], limit: int, verbose: bool, *, labels: bool = True
+) -> Iterator[tuple[Inputs, Any]]:
+    """Inputs and what came with them, ``limit`` samples at most: labels ``(B,)``, or a list of any tags."""
+    count = 0
+    for batch in bar(loader, name.partition("_")[0], verbose):
+        x = first_input(name, batch)
+        x = take(x, slice(0, limit - count), batch_size(x))
+        beside = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+        if labels:
+            yield x, _labels(beside, batch_size(x))
+        else:
+            named = beside.tolist() if isinstance(beside, Tensor) else beside
+            yield x, None if named is None else list(named)[: batch_size(x)]
+        count += batch_size(x)
+        if count >= limit:
+            return
+
+
+def _labels(value: Any, count: int) -> Tensor | None:
+    """Integer labels ``(B,)`` where a batch carries them."""
+    if value is None or isinstance(value, Mapping):
+        return None
+    tensor = torch.as_tensor(value)
+    return tensor[:count].cpu() if tensor.dim() == 1 and not tensor.is_floating_point() else None
+
+
+def bar(items: Iterable[Any], name: str, verbose: bool) -> Iterable[Any]:
+    """``items``, with a progress bar if ``verbose``."""
+    if not verbose:
+        return items
+    from tqdm.auto import tqdm
+
+    shown: Iterable[Any] = tqdm(items, desc=name, unit="batch")
+    return shown
