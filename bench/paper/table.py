@@ -121,8 +121,8 @@ class Table:
             ValueError: A file of the folder or of the cache is damaged or of another network; the message names it.
         """
         sets.check(options.data, self.sets)
-        subjects = self.subjects(options)
-        parallel(_prepare, [*subjects, *self.needed(options)], options.workers)
+        every = {subject.name: subject for subject in [*self.subjects(options), *self.needed(options)]}
+        parallel(_prepare, every.values(), options.workers)
         if self.evaluate is None:
             return
         options.out.mkdir(parents=True, exist_ok=True)

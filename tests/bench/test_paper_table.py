@@ -72,6 +72,23 @@ def test_a_table_is_written_from_its_parts(options: Options) -> None:
     assert (options.out / "mine.png").exists()
 
 
+def test_what_is_needed_is_prepared_once_and_not_measured(options: Options) -> None:
+    prepared = []
+
+    class Counted(Shift):
+        def prepare(self) -> None:
+            prepared.append(self.name)
+            super().prepare()
+
+    made = table(
+        subjects=lambda options: [Counted(n, options.cache) for n in "12"],
+        needed=lambda options: [Counted(n, options.cache) for n in "23"],
+    )
+    made.run(options)
+    assert prepared == ["1", "2", "3"]
+    assert json.loads((options.out / "mine.json").read_text())["rows"][0]["seeds"] == 2
+
+
 def test_missing_sets_are_named_before_any_work(options: Options) -> None:
     def fail(subject: Shift) -> Found:
         raise AssertionError("evaluated")
