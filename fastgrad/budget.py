@@ -61,12 +61,16 @@ class Report:
         price: Predicted and measured price of the blocks kept together, the forward pass included.
         auroc: Mean AUROC of the blocks kept over kinds of challenge left out of training; None where nothing was
             measured.
+        seen: The blocks that H, which learns from challenges, reads; None for all.
+        weight: How much H counts beside a one-class score; None for the detector's own rule.
     """
 
     entries: tuple[Entry, ...]
     budget: float
     price: tuple[float, float]
     auroc: float | None
+    seen: tuple[str, ...] | None = None
+    weight: float | None = None
 
     @property
     def kept(self) -> list[str]:
@@ -86,6 +90,8 @@ class Report:
             math.inf if stored["budget"] is None else stored["budget"],
             (stored["price"][0], stored["price"][1]),
             stored["auroc"],
+            None if stored["seen"] is None else tuple(stored["seen"]),
+            stored["weight"],
         )
 
     def __str__(self) -> str:
@@ -156,9 +162,8 @@ class Candidates:
             kept = names if self.fixed else _without_challenges(names, price, allowance)
             why = "asked for" if self.fixed else "no challenges to measure its worth on"
             return self._report(kept, {}, None, why)
-        judge = Judge(detector, X, kinds, held_out, own=own)
-        kept, worth = judge.choose(names, price, allowance)
-        return self._report(kept, worth, judge.mean(kept), "")
+        choice = Judge(detector, X, kinds, held_out, own=own).choose(names, price, allowance)
+        return self._report(choice.kept, choice.worth, choice.auroc, "", choice.seen, choice.weight)
 
     @staticmethod
     def _price(entry: Entry) -> float:
@@ -166,7 +171,13 @@ class Candidates:
         return entry.predicted if entry.measured is None else min(entry.predicted, entry.measured)
 
     def _report(
-        self, kept: Sequence[str], worth: Mapping[str, tuple[float, float]], auroc: float | None, why: str
+        self,
+        kept: Sequence[str],
+        worth: Mapping[str, tuple[float, float]],
+        auroc: float | None,
+        why: str,
+        seen: Sequence[str] | None = None,
+        weight: float | None = None,
     ) -> Report:
         entries = []
         for entry in self.entries:
@@ -175,8 +186,12 @@ class Candidates:
                 reason = entry.why
             elif gain is None:
                 reason = why
+            elif entry.block not in kept:
+                reason = "not worth its price"
             else:
-                reason = "worth its price" if entry.block in kept else "not worth its price"
+                reason = "worth its price"
+                if seen is not None and entry.block not in seen:
+                    reason += ", by its own score alone"
             entries.append(
                 replace(entry, worth=gain, interval=interval, kept=entry.block in kept, why=reason)
             )
@@ -184,7 +199,14 @@ class Candidates:
         predicted = 1 + sum(entry.predicted for entry in inside)
         everything = len(inside) == len(self.blocks)
         measured = 1 + (self.together if everything else sum(entry.measured or 0.0 for entry in inside))
-        return Report(tuple(entries), self.budget, (predicted, measured), auroc)
+        return Report(
+            tuple(entries),
+            self.budget,
+            (predicted, measured),
+            auroc,
+            None if seen is None else tuple(seen),
+            weight,
+        )
 
 
 def _without_challenges(names: Sequence[str], price: Mapping[str, float], allowance: float) -> list[str]:

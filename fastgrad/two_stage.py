@@ -169,6 +169,8 @@ class TwoStageModel(nn.Module):
             ValueError: A loader is empty or malformed, challenges cannot be made from the inputs, or a block
                 that was asked for cannot be had.
         """
+        from sklearn.base import clone
+
         if max_samples < 4:
             raise ValueError(f"max_samples must be at least 4; it was {max_samples}")
         batches = iter(train_loader)
@@ -199,8 +201,11 @@ class TwoStageModel(nn.Module):
         X, kinds, held_out = samples.blocks(), np.array(samples.kinds), np.array(samples.held_out)
         self._report = chosen.choose(self.detector, X, kinds, held_out, own=challenge_loader is not None)
         kept = self._report.kept
+        detector = clone(self.detector)
+        if self._report.seen is not None:
+            detector.set_params(sees=self._report.seen, weight=self._report.weight)
         fitting = (kinds == "") | ~held_out
-        self.detector.fit(
+        detector.fit(
             {name: X[name][torch.as_tensor(fitting)] for name in kept},
             (kinds[fitting] != "").astype(int),
             kinds=kinds[fitting],
@@ -210,6 +215,7 @@ class TwoStageModel(nn.Module):
         if self.classifier is not None and "features" not in kept:
             inside.append(Features())
         self.extraction = self._extraction(inside, subject)
+        self.detector = detector
         self.detector_module = self.detector.to_module().to(self._device())
         self.temperature = self._calibrate(samples, X["logits"])
         if self.classifier is not None:

@@ -37,10 +37,17 @@ def logits_of(net: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: net(x).detach()
 
 
-def fitted(net: nn.Module, images: Images, gradients: str, samples: int) -> TwoStageModel:
+#: What the detector of each form reads.
+FORMS = {
+    "signals": ("gradients", "logits", "features", "image"),
+    "last_layer": ("contrasts", "logits", "features", "image"),
+}
+
+
+def fitted(net: nn.Module, images: Images, form: str, samples: int) -> TwoStageModel:
     x = images.held_out(samples)
     loader = [(x[i : i + 16],) for i in range(0, samples, 16)]
-    model = TwoStageModel(net, gradients=gradients).fit(loader, ())
+    model = TwoStageModel(net, blocks=FORMS[form]).fit(loader, ())
     model.eval()
     return model
 

@@ -92,7 +92,7 @@ def prepare(folder: Path) -> dict[str, Path]:
         net.eval()
         x = torch.stack([_pixels(content) for content in pictures(300)])
         loader = [(x[i : i + 50],) for i in range(0, len(x), 50)]
-        model = TwoStageModel(net, gradients="signals").fit(loader, ())
+        model = TwoStageModel(net, blocks=["gradients", "logits", "features", "image"]).fit(loader, ())
         export(model.eval(), x[:1], files["with uncertainty"], max_batch=64)
         export(Plain(net).eval(), x[:1], files["plain network"], max_batch=64)
     return files

@@ -19,6 +19,7 @@ from bench.paper.data.corruptions import corrupt
 from bench.paper.networks import Classifier
 from bench.paper.table import Options
 from bench.paper.train import HELD_OUT, Recipe, trained
+from fastgrad.blocks import Features, Gradients, Image, Logits
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.challenges import challenge_names, generate_challenges
 
@@ -126,7 +127,7 @@ class Subject:
     @cached_property
     def extraction(self) -> Extraction:
         """What turns images into blocks, as in `TwoStageModel`; planned once."""
-        return Extraction(self.model)
+        return Extraction(self.model, [Gradients(), Logits(), Features(), Image()])
 
     @cached_property
     def held_out(self) -> NDArray[np.bool_]:

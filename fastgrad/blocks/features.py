@@ -15,6 +15,9 @@ from fastgrad.scores.conformal import OneSided
 from fastgrad.scores.neighbours import NearestNeighbours
 from fastgrad.scores.rows import Rows
 
+#: Principal components that H sees.
+_COMPONENTS = 128
+
 
 def head_input(inputs: tuple[Any, ...], output: Any) -> Tensor:
     """H ``(B, D)``."""
@@ -40,6 +43,11 @@ class Features(Block):
     def values(self, found: Pass) -> Tensor:
         """H."""
         return found.readings(self)[0]
+
+    @classmethod
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
+        """Standardised, or the leading principal components where h is wide."""
+        return Rows.fit(blocks, cls.name, dimensions=_COMPONENTS)
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:

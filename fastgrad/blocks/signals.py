@@ -29,12 +29,16 @@ def of_loss(loss: str, target: str) -> Signal:
     return Signal(f"{loss}-{target}", lambda logits: losses.delta(logits, target, loss=loss))
 
 
+def class_of_rank(logits: Tensor, rank: int) -> Tensor:
+    """The class of the given rank, 0 for the predicted one: ``(B, N)`` to ``(B,)``."""
+    return torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, rank]
+
+
 def of_rank(rank: int) -> Signal:
-    """The gradient of cross-entropy against the class of the given rank; 0 is the predicted one."""
+    """The gradient of cross-entropy against the class of the given rank."""
 
     def delta(logits: Tensor) -> Tensor:
-        order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
-        return losses.delta(logits, order[:, rank], loss="cross_entropy")
+        return losses.delta(logits, class_of_rank(logits, rank), loss="cross_entropy")
 
     return Signal(f"cross_entropy-rank{rank}", delta)
 

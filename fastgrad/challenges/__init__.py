@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from fastgrad.challenges.attacks import fgsm, pgd
-from fastgrad.challenges.generate import CHALLENGES, challenge_names, generate_challenges, iter_challenges
+from fastgrad.challenges.generate import (
+    CHALLENGES,
+    FAMILIES,
+    challenge_names,
+    generate_challenges,
+    iter_challenges,
+)
 from fastgrad.challenges.pixels import PixelRange
 
 __all__ = [
     "CHALLENGES",
+    "FAMILIES",
     "PixelRange",
     "challenge_names",
     "fgsm",

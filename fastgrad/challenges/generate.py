@@ -29,6 +29,22 @@ CHALLENGES: Mapping[str, tuple[float, ...]] = MappingProxyType(
     }
 )
 
+#: Kinds that resemble each other: what finds one of a family finds the others.
+FAMILIES: Mapping[str, str] = MappingProxyType(
+    {
+        "noise": "grain",
+        "compression": "grain",
+        "fgsm": "grain",
+        "pgd": "grain",
+        "blur": "blur",
+        "contrast": "light",
+        "brightness": "light",
+        "inversion": "light",
+        "shuffle": "layout",
+        "mixture": "layout",
+    }
+)
+
 _CORRUPTIONS: dict[str, Callable[[Tensor, float, Generator], Tensor]] = {
     "noise": corruptions.noise,
     "blur": corruptions.blur,

@@ -55,6 +55,9 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         members: Networks whose scores H averages.
         trust: How much H counts beside the one-class scores: ``"full"``, or ``"cautious"``, where only its
             strong evidence does; ``"auto"`` is full from 8 kinds of challenge on.
+        weight: How much H counts beside a one-class score's 1; None as ``trust`` says.
+        sees: Names of the blocks that H reads; None for all. What makes H learn its kinds of challenge by heart may
+            still serve as a one-class score.
         guard: Whether the one-class scores stand beside H.
         combine: ``"fisher"`` or ``"harmonic"``.
         cap: Largest -log p that one score may contribute.
@@ -81,6 +84,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         hidden: int = 128,
         members: int = 3,
         trust: str = "auto",
+        weight: float | None = None,
+        sees: tuple[str, ...] | None = None,
         guard: bool = True,
         combine: str = "fisher",
         cap: float = 20.0,
@@ -97,6 +102,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         self.hidden = hidden
         self.members = members
         self.trust = trust
+        self.weight = weight
+        self.sees = sees
         self.guard = guard
         self.combine = combine
         self.cap = cap
@@ -138,6 +145,10 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         codes = self._kinds(kinds, challenging)
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
+        if self.sees is not None and (not self.sees or not set(self.sees) <= set(blocks)):
+            raise ValueError(
+                f"sees must name blocks of X, {', '.join(map(repr, blocks))}; it was {self.sees!r}"
+            )
         fitting, maps, final = self._split(challenging, held_out, random)
         chosen = {name: array[fitting] for name, array in blocks.items()}
         calibration = _tensors({name: array[maps] for name, array in blocks.items()})
@@ -155,7 +166,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                         relevant=1.0,
                     )
             if challenging.any():
-                joint = joint_rows(chosen, settings)
+                seen = chosen if self.sees is None else {name: chosen[name] for name in self.sees}
+                joint = joint_rows(seen, settings)
                 picked = np.concatenate([fitting, np.flatnonzero(challenging)])
                 training = joint(_tensors({name: array[picked] for name, array in blocks.items()})).numpy()
                 h = fit_perceptrons(
@@ -257,6 +269,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         if not 0 < float(self.calibration_fraction) < 1:
             raise ValueError(f"calibration_fraction must lie in (0, 1); it was {self.calibration_fraction!r}")
         checks.one_of("trust", self.trust, ("auto", "full", "cautious"))
+        if self.weight is not None and not float(self.weight) > 0:
+            raise ValueError(f"weight must be greater than 0 or None; it was {self.weight!r}")
         check_rate(self.false_alarm_rate)
 
     def _blocks(self, X: ArrayLike | Blocks, *, reset: bool) -> dict[str, Array]:
@@ -337,6 +351,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         seen safe, and would outvote the guard. Then only p-values below 0.1 count, so that nine tenths of the
         clean samples, and whatever H takes for clean, are judged by the guard alone.
         """
+        if self.weight is not None:
+            return float(self.weight), 1.0
         few = len(np.unique(codes)) - 1 < 8
         cautious = self.trust == "cautious" or (self.trust == "auto" and few)
         return (1.5, 0.1) if cautious and self.guard else (3.0, 1.0)

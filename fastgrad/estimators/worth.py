@@ -1,14 +1,16 @@
 """What a block is worth: the AUROC that a detector loses without it, on kinds of challenge it was not trained on.
 
 A classifier H that has seen a kind of challenge finds it again by heart, and every further input helps it to. What
-counts is what it finds of the others. So kinds are left out of training in turn, and judged on challenges made from
-clean samples that neither the scores nor H have seen.
+counts is what it finds of the others. So kinds are left out of training in turn, with all that resemble them, and
+judged on challenges made from clean samples that neither the scores nor H have seen.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from fastgrad.blocks import BLOCKS
 from fastgrad.blocks.block import Settings
+from fastgrad.challenges import FAMILIES
 from fastgrad.estimators.detector import UncertaintyDetector
 from fastgrad.estimators.supervised import fit_perceptrons, train_networks
 from fastgrad.metrics import auroc
@@ -24,11 +27,37 @@ from fastgrad.scores.conformal import OneSided
 
 Array = NDArray[np.float64]
 #: Clean and challenging samples that a trial of H learns from, at most; more change its price, not its verdict.
-_LEARNED = 2000
-#: Groups of kinds left out in turn.
-_FOLDS = 5
+_LEARNED = 1000
+#: Weights of H beside a one-class score's 1 that are tried.
+WEIGHTS = (1.0, 3.0)
 #: A block that costs more than this must be worth more than its interval.
 _FREE = 0.05
+
+
+class State(NamedTuple):
+    """Blocks that are kept, and those of them that H reads."""
+
+    kept: frozenset[str]
+    seen: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `Judge.choose` found.
+
+    Attributes:
+        kept: Blocks that the detector reads.
+        seen: Those of them that H reads.
+        weight: How much H counts beside a one-class score.
+        worth: Of every candidate, and half the width of its 95 % interval.
+        auroc: Mean over kinds left out of training.
+    """
+
+    kept: list[str]
+    seen: list[str]
+    weight: float
+    worth: dict[str, tuple[float, float]]
+    auroc: float
 
 
 class Judge:
@@ -65,7 +94,8 @@ class Judge:
         self.calibrating = _some(clean & held_out, _LEARNED, rng)
         self.folds = self._folds(~clean, held_out, own, rng)
         self.arrays = {name: value.double().numpy() for name, value in X.items()}
-        self._found: dict[frozenset[str], dict[str, float]] = {}
+        self._found: dict[tuple[State, float], dict[str, float]] = {}
+        self._trials: dict[frozenset[str], list[Array]] = {}
         self._evidence: dict[str, list[Array]] = {}
         self._rows: dict[str, Array] = {}
 
@@ -73,9 +103,9 @@ class Judge:
         self, challenging: NDArray[np.bool_], held_out: NDArray[np.bool_], own: bool, rng: np.random.Generator
     ) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
         """Challenging samples to learn from and to judge on, for each fold."""
-        kinds = sorted(set(self.kinds[challenging]))
-        count = min(_FOLDS, len(kinds))
-        if own or count < 2 or not (challenging & held_out).any():
+        families = np.array([FAMILIES.get(kind, kind) for kind in self.kinds])
+        names = sorted(set(families[challenging]))
+        if own or len(names) < 2 or not (challenging & held_out).any():
             part = rng.integers(0, 2, len(self.kinds))
             return [
                 (
@@ -84,102 +114,131 @@ class Judge:
                 )
                 for side in (0, 1)
             ]
-        group = {kind: index % count for index, kind in enumerate(kinds)}
-        fold = np.array([group.get(kind, -1) for kind in self.kinds])
         return [
             (
-                _some(challenging & ~held_out & (fold != index), _LEARNED, rng),
-                np.flatnonzero(challenging & held_out & (fold == index)),
+                _some(challenging & ~held_out & (families != name), _LEARNED, rng),
+                np.flatnonzero(challenging & held_out & (families == name)),
             )
-            for index in range(count)
+            for name in names
         ]
 
-    def choose(
-        self, names: Sequence[str], price: Mapping[str, float], allowance: float
-    ) -> tuple[list[str], dict[str, tuple[float, float]]]:
-        """The blocks to keep, and the worth of every one with half the width of its 95 % interval.
+    def choose(self, names: Sequence[str], price: Mapping[str, float], allowance: float) -> Choice:
+        """The blocks to keep, those that H reads among them, H's weight, and what each block is worth.
 
         What costs next to nothing is all taken up, and dropped again, the least useful first, as long as the rest is
         better without it. Then what costs more is added, the most useful first, while it is worth more than its
-        interval and the budget lasts.
+        interval and the budget lasts. A block may serve by its one-class scores alone, where H is better off without.
 
         Args:
             names: Candidates.
             price: Of each, beyond the forward pass.
             allowance: For all together.
         """
-        kept = [name for name in names if price[name] <= min(_FREE, allowance) or name == "logits"]
-        while len(kept) > 1:
-            losses = {name: self._gain(kept, name)[0] for name in kept if name != "logits"}
-            least = min(losses, key=lambda name: losses[name])
-            if losses[least] > 0:
-                break
-            kept.remove(least)
+        kept = frozenset(name for name in names if price[name] <= min(_FREE, allowance) or name == "logits")
+        state = State(kept, kept)
         while True:
-            left = allowance - sum(price[name] for name in kept)
-            more = {
-                name: self._gain([*kept, name], name)
+            options = [
+                option
+                for name in sorted(state.kept - {"logits"})
+                for option in (
+                    State(state.kept - {name}, state.seen - {name}),
+                    State(state.kept, state.seen - {name}),
+                )
+                if option != state
+            ]
+            best = max(options, key=self.mean, default=state)
+            if self.mean(best) <= self.mean(state):
+                break
+            state = best
+        while True:
+            left = allowance - sum(price[name] for name in state.kept)
+            more = [
+                State(state.kept | {name}, state.seen | seen)
                 for name in names
-                if name not in kept and _FREE < price[name] <= left
+                if name not in state.kept and _FREE < price[name] <= left
+                for seen in (frozenset(), frozenset({name}))
+            ]
+            useful = {
+                option: gain
+                for option in more
+                for gain, interval in [self._gain(option, state)]
+                if gain > interval
             }
-            useful = {name: gain for name, (gain, interval) in more.items() if gain > interval}
             if not useful:
                 break
-            kept.append(max(useful, key=lambda name: useful[name]))
-        kept = [name for name in names if name in kept]
-        worth = {
-            name: self._gain(kept if name in kept else [*kept, name], name)
-            for name in names
-            if name != "logits"
-        }
-        return kept, worth
+            state = max(useful, key=lambda option: useful[option])
+        worth = {}
+        for name in names:
+            if name == "logits":
+                continue
+            without = State(state.kept - {name}, state.seen - {name})
+            if name in state.kept:
+                worth[name] = self._gain(state, without)
+            else:
+                added = [
+                    State(state.kept | {name}, state.seen | seen) for seen in (frozenset(), frozenset({name}))
+                ]
+                worth[name] = self._gain(max(added, key=self.mean), state)
+        return Choice(
+            [name for name in names if name in state.kept],
+            [name for name in names if name in state.seen],
+            self._weight(state),
+            worth,
+            self.mean(state),
+        )
 
-    def mean(self, names: Sequence[str]) -> float:
-        """Mean AUROC over kinds."""
-        return float(np.mean(list(self.quality(names).values())))
+    def mean(self, state: State) -> float:
+        """Mean AUROC over kinds, with the better of H's weights."""
+        return float(np.mean(list(self._quality(state, self._weight(state)).values())))
 
-    def _gain(self, names: Sequence[str], name: str) -> tuple[float, float]:
-        """What ``name`` adds to the other names, and half the width of the interval over kinds."""
-        others = [other for other in names if other != name]
-        if not others:
-            return math.inf, 0.0
-        full, without = self.quality(names), self.quality(others)
+    def _weight(self, state: State) -> float:
+        return max(WEIGHTS, key=lambda weight: np.mean(list(self._quality(state, weight).values())))
+
+    def _gain(self, state: State, other: State) -> tuple[float, float]:
+        """What a state is better than another by, and half the width of the interval over kinds."""
+        full = self._quality(state, self._weight(state))
+        without = self._quality(other, self._weight(other))
         differences = np.array([full[kind] - without[kind] for kind in full])
         spread = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
         return float(differences.mean()), 1.96 * float(spread)
 
-    def quality(self, names: Sequence[str]) -> dict[str, float]:
+    def _quality(self, state: State, weight: float) -> dict[str, float]:
         """AUROC of clean against challenging samples, by kind."""
-        key = frozenset(names)
+        key = (state, weight)
         if key not in self._found:
-            self._found[key] = self._quality(sorted(key))
+            one_class = sum(
+                (column for name in sorted(state.kept) for column in self._of(name)),
+                np.zeros(len(self.kinds)),
+            )
+            found: dict[str, float] = {}
+            for surprise, (_, judged) in zip(self._surprises(state.seen), self.folds, strict=True):
+                total = one_class + weight * surprise
+                clean = total[self.calibrating]
+                for kind in sorted(set(self.kinds[judged])):
+                    own = judged[self.kinds[judged] == kind]
+                    # Parts of one kind, left out in turn, count as kinds of their own.
+                    label = f"{kind} {len(found)}" if kind in found else kind
+                    found[label] = auroc(clean, total[own])
+            self._found[key] = found
         return self._found[key]
 
-    def _quality(self, names: Sequence[str]) -> dict[str, float]:
-        one_class = sum((column for name in names for column in self._of(name)), np.zeros(len(self.kinds)))
-        rows = np.concatenate([self._joint(name) for name in names], 1)
-        tasks = []
-        for learned, _ in self.folds:
-            picked = np.concatenate([self.fitting, learned])
-            tasks.append((picked, np.unique(self.kinds[picked], return_inverse=True)[1]))
-        if self.detector.supervised == "network":
-            hs = train_networks(rows, tasks, hidden=self.detector.hidden, members=1, seed=0)
-        else:
-            hs = [
-                fit_perceptrons(rows[picked], codes, hidden=None, members=1, seed=0)
-                for picked, codes in tasks
+    def _surprises(self, seen: frozenset[str]) -> list[Array]:
+        """For each fold, minus the logarithm of the p-value of an H on the blocks ``seen``, for every sample."""
+        if seen not in self._trials:
+            rows = np.concatenate([self._joint(name) for name in sorted(seen)], 1)
+            tasks = []
+            for learned, _ in self.folds:
+                picked = np.concatenate([self.fitting, learned])
+                tasks.append((picked, np.unique(self.kinds[picked], return_inverse=True)[1]))
+            if self.detector.supervised == "network":
+                hs = train_networks(rows, tasks, hidden=self.detector.hidden, members=1, seed=0)
+            else:
+                hs = [fit_perceptrons(rows[p], codes, hidden=None, members=1, seed=0) for p, codes in tasks]
+            values = [h(torch.from_numpy(rows)) for h in hs]
+            self._trials[seen] = [
+                self._capped(-OneSided.fit(value[self.calibrating])(value)) for value in values
             ]
-        found: dict[str, float] = {}
-        for h, (_, codes), (_, judged) in zip(hs, tasks, self.folds, strict=True):
-            weight, _ = self.detector._trust(codes)
-            total = one_class + weight * self._surprise(h(torch.from_numpy(rows)).numpy())
-            clean = total[self.calibrating]
-            for kind in sorted(set(self.kinds[judged])):
-                own = judged[self.kinds[judged] == kind]
-                # Parts of one kind, left out in turn, count as kinds of their own.
-                label = f"{kind} {len(found)}" if kind in found else kind
-                found[label] = auroc(clean, total[own])
-        return found
+        return self._trials[seen]
 
     def _of(self, name: str) -> list[Array]:
         """Minus the logarithm of the p-value of each one-class score of a block, for every sample."""
@@ -206,11 +265,6 @@ class Judge:
             with torch.no_grad():
                 self._rows[name] = BLOCKS[name].joint(chosen, self.settings)(tensors).numpy()
         return self._rows[name]
-
-    def _surprise(self, values: Array) -> Array:
-        """Minus the logarithm of H's p-value, for every sample."""
-        scores = torch.from_numpy(values)
-        return self._capped(-OneSided.fit(scores[self.calibrating])(scores))
 
     def _capped(self, evidence: Tensor) -> Array:
         result: Array = evidence.clamp(max=float(self.detector.cap)).numpy()

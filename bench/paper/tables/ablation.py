@@ -20,7 +20,8 @@ from bench.paper.rows import Found, detection_rows, pivot
 from bench.paper.subject import Arrays, Subject, residual_networks
 from bench.paper.table import Options, Page, Table
 from fastgrad import functional
-from fastgrad.blocks.extraction import RANKS, class_of_rank
+from fastgrad.blocks.ranked import RANKS
+from fastgrad.blocks.signals import class_of_rank
 from fastgrad.estimators import UncertaintyDetector
 from fastgrad.features import GradientFeatures
 from fastgrad.losses import LOSSES, TARGETS
