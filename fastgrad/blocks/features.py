@@ -16,7 +16,7 @@ from fastgrad.scores.neighbours import NearestNeighbours
 from fastgrad.scores.rows import Rows
 
 #: Principal components that H sees.
-_COMPONENTS = 128
+_COMPONENTS = 64
 
 
 def head_input(inputs: tuple[Any, ...], output: Any) -> Tensor:

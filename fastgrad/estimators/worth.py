@@ -29,7 +29,7 @@ Array = NDArray[np.float64]
 #: Clean and challenging samples that a trial of H learns from, at most; more change its price, not its verdict.
 _LEARNED = 1000
 #: Weights of H beside a one-class score's 1 that are tried.
-WEIGHTS = (1.0, 3.0)
+WEIGHTS = (1.0, 2.0, 3.0)
 #: A block that costs more than this must be worth more than its interval.
 _FREE = 0.05
 
