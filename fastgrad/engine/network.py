@@ -104,7 +104,7 @@ class Network:
             run: Takes up the probes and readings.
             args: Positional inputs.
             kwargs: Inputs by keyword.
-            sites: Further places where numbers are to leave the backward pass.
+            sites: Further places where numbers are to leave the backward pass; any site turns gradients on.
             readings: What to keep of what modules see.
             parameter: What the copy holds in place of each parameter.
             training: Whether modules keep their own mode instead of evaluation mode.
@@ -118,11 +118,12 @@ class Network:
                 attend_alike(copy)
         # Of two hooks on a module the one attached later runs earlier. The plan's may replace what autograd recorded
         # of a layer, so they come before other sites; readings come first of all, to read what the module returned.
-        planned = () if plan is None else plan.sites
-        places: tuple[Site | Reading, ...] = (*sites, *planned, *readings)
-        for place in places:
-            place.attach(run, shadow)
-        output = shadow.root(*args, **kwargs)
+        tapped: tuple[Site, ...] = (*sites, *(() if plan is None else plan.sites))
+        places: tuple[Site | Reading, ...] = (*tapped, *readings)
+        with torch.set_grad_enabled(bool(tapped) or torch.is_grad_enabled()):
+            for place in places:
+                place.attach(run, shadow)
+            output = shadow.root(*args, **kwargs)
         for reading in readings:
             if reading not in run.readings:
                 raise RuntimeError(f"the forward pass did not call {reading.path!r}, which was to be read")

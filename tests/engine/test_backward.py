@@ -71,7 +71,7 @@ def counting(model: nn.Module, path: str, count: Counter[str]) -> LayerSite:
 def forward(model: nn.Module, sites: list[Site], *, planned: bool = False) -> tuple[Run, Tensor]:
     network, run = Network(model), Run(len(X))
     plan = network.plan((X,), {}, len(X)) if planned else None
-    with torch.enable_grad():
+    with torch.no_grad():
         logits: Tensor = network.forward(plan, run, (X,), {}, sites=sites)
     return run, logits
 

@@ -1,0 +1,64 @@
+"""The private copy: what it holds in place of parameters, and how its attention computes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from gradient_oracle import relative_error, true_norms
+from torch import Tensor, nn
+
+import fastgrad
+from fastgrad.engine.network import Network
+from fastgrad.engine.run import Run
+from fastgrad.engine.shadow import Shadow
+
+
+class Scattered(nn.Module):
+    """One parameter under two names, in a list and in the module of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4))
+        self.same = self.scale
+        self.shift = nn.Parameter(torch.rand(1, 4))
+        self.plain = [self.scale, {"shift": self.shift}]
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(x * self.plain[0] + self.plain[1]["shift"]) * self.same)
+        return out
+
+
+def test_a_parameter_is_replaced_wherever_it_occurs() -> None:
+    model = Scattered()
+    shadow = Shadow(model)
+    value = torch.ones(4)
+    shadow.substitute(model.scale, value)
+    copy = shadow.root
+    assert copy.scale is copy.same is copy.plain[0] is shadow.tensor(model.scale) is value  # type: ignore[index]
+    assert copy.plain[1]["shift"] is copy.shift  # type: ignore[index]
+    assert model.plain[0] is model.scale
+
+
+def test_broadcast_parameters_in_plain_attributes_are_exact() -> None:
+    torch.manual_seed(0)
+    model, x = Scattered().double().eval(), torch.randn(5, 4, dtype=torch.float64)
+    extractor = fastgrad.GradientFeatures(model, loss="mse")
+    logits, features = extractor(x)
+    assert [r.route for r in extractor.report()[:2]] == ["broadcast", "broadcast"]
+    truth = true_norms(model, (x,), lambda i, _: 2 * (logits[i : i + 1] - 1))
+    assert relative_error(features, truth, 2.0**-52).max() <= 500 * 2.0**-52
+
+
+class Own(nn.TransformerEncoderLayer):
+    """A layer whose own forward asks for the mode."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return F.dropout(self.linear2(self.linear1(x)), 0.5, self.training)
+
+
+def test_attention_with_a_forward_of_its_own_keeps_the_mode() -> None:
+    torch.manual_seed(0)
+    model, x = Own(8, 2, 16).eval(), torch.randn(3, 8)
+    with torch.no_grad():
+        assert torch.equal(Network(model).forward(None, Run(3), (x,), {}), model(x))
