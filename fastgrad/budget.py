@@ -267,7 +267,7 @@ def candidates(
 def _every(subject: Subject, budget: float) -> list[Block]:
     """One block of every kind, backward passes as deep as the budget allows."""
     deepest = next(
-        (depth for depth in DEPTHS if BiasGradients(depth).price(subject) <= budget - 1 if subject.channels),
+        (depth for depth in DEPTHS if BiasGradients(depth).price(subject) <= budget - 1),
         DEPTHS[-1],
     )
     return [BiasGradients(deepest) if kind is BiasGradients else kind() for kind in BLOCKS.values()]

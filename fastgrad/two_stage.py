@@ -34,8 +34,8 @@ _LABELLED = 30
 #: What the forms of version 0.1 read.
 _FORMS = {
     "auto": ("gradients", "logits", "features", "image"),
-    "signals": ("gradients", "logits", "features", "image"),
     "contrasts": ("gradients", "ranked", "logits", "features", "image"),
+    "signals": ("gradients", "logits", "features", "image"),
     "last_layer": ("contrasts", "logits", "features", "image"),
 }
 

@@ -30,6 +30,11 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(found[1], found[2], found[3], content.count("\n", 0, found.start(3)) + 1)
 
 
+def programs(page: Path) -> list[Block]:
+    """The blocks of a page that are Python to be run."""
+    return [block for block in blocks(page) if block.language == "python" and block.title is None]
+
+
 def run(page: Path) -> dict[str, Any]:
     """Run the ``python`` blocks of a page in one namespace.
 

@@ -55,7 +55,7 @@ class BiasGradients(Block):
 
     def price(self, subject: Subject) -> float:
         """The backward pass as far as its first place."""
-        return _BACKWARD * (1 - self.places(subject)[0].depth)
+        return _BACKWARD * (1 - min((place.depth for place in self.places(subject)), default=0.0))
 
     def signals(self, subject: Subject) -> tuple[Signal, ...]:
         """The predicted logit."""
