@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad._torch import is_readable, is_traced
+from fastgrad._torch import check, is_readable, is_traced
 from fastgrad.losses import compute_dtype
 
 from . import library  # noqa: F401  (defines the schema)
@@ -153,10 +153,8 @@ def _cpu(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("fastgrad::channel_moments")
 def _(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    torch._check(x.dim() >= 2, lambda: f"x must have 2 dimensions or more; it had {x.dim()}")
-    torch._check(
-        -x.dim() < dim < x.dim() and dim != 0, lambda: f"dim must be one behind the batch; it was {dim}"
-    )
+    check(x.dim() >= 2, lambda: f"x must have 2 dimensions or more; it had {x.dim()}")
+    check(-x.dim() < dim < x.dim() and dim != 0, lambda: f"dim must be one behind the batch; it was {dim}")
     shape, dtype = (x.shape[0], x.shape[dim]), compute_dtype(x.dtype)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 

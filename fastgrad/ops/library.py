@@ -101,7 +101,7 @@ def _(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | None) -
 @torch.library.register_fake("fastgrad::conv_sqnorm_kernel")
 @torch.library.register_fake("fastgrad::linear_sqnorm_kernel")
 def _(a: Tensor, g: Tensor, *options: Any) -> Tensor:
-    torch._check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
+    check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
     return g.new_empty(g.shape[:2], dtype=torch.float32)
 
 
