@@ -241,10 +241,8 @@ class TwoStageModel(nn.Module):
 
     @property
     def calibration_scores(self) -> Tensor:
-        """Uncertainties ``(n,)`` of the clean inputs that the final calibration was made on."""
-        final: Any = self._fitted().final
-        scores: Tensor = -final(final.upper.scores)
-        return scores
+        """Uncertainties ``(n,)`` of the clean inputs of the calibration."""
+        return self._fitted().calibration_scores
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything but the network to ``path``, a safetensors file with a digest (no pickle)."""

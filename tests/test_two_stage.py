@@ -177,8 +177,7 @@ def test_blocks_hold_what_they_say():
 def test_given_loaders_are_used():
     challenges = [(1 - x, [f"kind {i % 3}" for i in range(len(x))]) for x in images(90, 4).split(30)]
     two_stage = TwoStageModel(small_network()).fit(loader(150), challenges, calibration_loader=loader(100, 7))
-    final = two_stage.detector.module_.final
-    assert len(final.upper.scores) == 50  # half of the calibration loader
+    assert len(two_stage.calibration_scores) == 100  # all of the calibration loader
     assert two_stage.detector.module_.scores.labels.score.bias.shape[-1] == 4
 
 

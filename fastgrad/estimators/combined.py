@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgrad.scores.conformal import COMBINATIONS, OneSided
+from fastgrad.scores.conformal import COMBINATIONS, OneSided, TwoSided
 from fastgrad.scores.fitted import Fitted, Sequence
+
+#: Parts of the calibration data, of which each in turn is joined by what the scores mean on the others.
+_FOLDS = 10
+
+
+class Part(NamedTuple):
+    """A fitted score that has no meaning yet.
+
+    Attributes:
+        rows: What it reads of the blocks.
+        score: From those rows to ``(B,)``.
+        meaning: One-sided, or two-sided for a score that can be too good to be true.
+        weight: How much its evidence counts beside the others'.
+        relevant: The p-value from which on it counts at all; 1 for every p-value.
+    """
+
+    rows: Fitted
+    score: Fitted
+    meaning: type[OneSided] | type[TwoSided]
+    weight: float = 1.0
+    relevant: float = 1.0
 
 
 class Score(Fitted):
-    """One score with its meaning: rows, score, conformal map.
-
-    Options: ``weight``, how much its evidence counts beside the others'; ``relevant``, the p-value from which on
-    it counts at all, 1 for every p-value.
-    """
+    """One score with its meaning: rows, score, conformal map; options ``weight`` and ``relevant`` as in `Part`."""
 
     rows: Fitted
     score: Fitted
@@ -28,14 +46,15 @@ class Score(Fitted):
         result: Tensor = self.score(self.rows(blocks))
         return result
 
+    def evidence(self, raw: Tensor) -> Tensor:
+        """Of the log p-values of scores ``(B,)``, what counts in a combination, at most 0."""
+        result: Tensor = (self.meaning(raw) - math.log(self.options["relevant"])).clamp(max=0)
+        return result
+
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Log p-values ``(B,)``."""
         result: Tensor = self.meaning(self.raw(blocks))
         return result
-
-    def evidence(self, log_p: Tensor) -> Tensor:
-        """What of log p-values ``(B,)`` counts in a combination, at most 0."""
-        return (log_p - math.log(self.options["relevant"])).clamp(max=0)
 
 
 class DetectorModule(Fitted):
@@ -43,23 +62,79 @@ class DetectorModule(Fitted):
 
     Calling it with named blocks of tensors gives ``(B,)`` float64: minus the natural logarithm of the p-value
     that a clean sample would look at least so unusual. Higher is less reliable, and the threshold at a
-    false-alarm rate a is -log(a).
+    false-alarm rate a is -log(a). Where a score is NaN, because a block failed, it is infinite.
     """
 
     scores: Sequence
     final: OneSided
+    calibration: Tensor
 
-    def combined(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """The combined statistic ``(B,)`` before its own calibration."""
-        log_p = torch.stack([score.evidence(score(blocks)) for score in self.scores], -1)
+    @classmethod
+    def fit(
+        cls, parts: Mapping[str, Part], blocks: Mapping[str, Tensor], *, combine: str, cap: float
+    ) -> DetectorModule:
+        """Give the scores their meaning on clean data that they were not fitted on.
+
+        The same n samples say what each score means and what their combination means. To the combination each of
+        them must look as a new one does: its p-values come from the samples of the other folds alone (the
+        cross-conformal predictors of Vovk, 2015), so none helps to call itself usual.
+
+        Args:
+            parts: The scores by name.
+            blocks: Features of n clean samples in random order, n at least 2.
+            combine: A name of `COMBINATIONS`.
+            cap: Largest -log p that one score may contribute.
+        """
+        raw = torch.stack([part.score(part.rows(blocks)) for part in parts.values()])
+        count = raw.shape[1]
+
+        def meant(chosen: Tensor) -> DetectorModule:
+            scores = {
+                name: Score(
+                    rows=part.rows,
+                    score=part.score,
+                    meaning=part.meaning.fit(own),
+                    weight=part.weight,
+                    relevant=part.relevant,
+                )
+                for (name, part), own in zip(parts.items(), raw[:, chosen], strict=True)
+            }
+            return cls(scores=Sequence(**scores), combine=combine, cap=float(cap))
+
+        fold = torch.arange(count) % min(_FOLDS, count)
+        combined = torch.empty(count, dtype=torch.float64)
+        for index in fold.unique():
+            combined[fold == index] = meant(fold != index).joined(raw[:, fold == index])
+        module = meant(fold >= 0)
+        module.add_module("final", OneSided.fit(combined))
+        module.register_buffer("calibration", -module.final(combined))
+        return module
+
+    @property
+    def calibration_scores(self) -> Tensor:
+        """Unreliability ``(n,)`` of the clean samples of the calibration, each as if it were new."""
+        if "calibration" in self._buffers:
+            return self.calibration
+        # Version 0.1 kept them where they were counted.
+        scores: Tensor = -self.final(self.final.upper.scores)
+        return scores
+
+    def joined(self, raw: Tensor) -> Tensor:
+        """The combined statistic ``(B,)`` of every score's ``raw`` values ``(K, B)``, before its own calibration."""
+        evidence = [score.evidence(own) for score, own in zip(self.scores, raw, strict=True)]
         weights = [score.options["weight"] for score in self.scores]
-        return COMBINATIONS[self.options["combine"]](log_p, self.options["cap"], weights)
+        return COMBINATIONS[self.options["combine"]](torch.stack(evidence, -1), self.options["cap"], weights)
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Unreliability ``(B,)``, at least 0."""
-        result: Tensor = -self.final(self.combined(blocks))
-        return result
+        raw = torch.stack([score.raw(blocks) for score in self.scores])
+        return _failed(-self.final(self.joined(raw)))
 
     def parts(self, blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each score's own -log p ``(B,)``, by name: what made a sample suspicious."""
-        return {name: -score(blocks) for name, score in self.scores.named_children()}
+        return {name: _failed(-score(blocks)) for name, score in self.scores.named_children()}
+
+
+def _failed(unreliability: Tensor) -> Tensor:
+    """Infinite where it is NaN: a comparison with NaN is false, and would pass for reliable."""
+    return torch.where(unreliability.isnan(), torch.inf, unreliability)

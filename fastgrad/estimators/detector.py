@@ -16,12 +16,11 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from fastgrad.blocks.block import Settings
 from fastgrad.scores.conformal import COMBINATIONS, OneSided
-from fastgrad.scores.fitted import Sequence
 from fastgrad.scores.rows import as_tensor
 
 from .. import checks
 from .blocks import are_contrasts, check_blocks, check_squared, to_array
-from .combined import DetectorModule, Score
+from .combined import DetectorModule, Part
 from .parts import joint_rows, one_class_scores
 from .supervised import fit_perceptrons
 
@@ -64,8 +63,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         components: Gaussians in the mixture; fewer where there is little data.
         dimensions: Principal components of the log norms that the mixture sees, at most.
         neighbours: k of the nearest neighbours.
-        calibration_fraction: Share of the clean data held out for calibration, half of it for the single
-            scores and half for their combination.
+        calibration_fraction: Share of the clean data held out for calibration.
         false_alarm_rate: Share of clean data that `predict` flags.
         random_state: Seed of the split, the mixtures and H.
 
@@ -149,22 +147,14 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             raise ValueError(
                 f"sees must name blocks of X, {', '.join(map(repr, blocks))}; it was {self.sees!r}"
             )
-        fitting, maps, final = self._split(challenging, held_out, random)
+        fitting, kept = self._split(challenging, held_out, random)
         chosen = {name: array[fitting] for name, array in blocks.items()}
-        calibration = _tensors({name: array[maps] for name, array in blocks.items()})
-
         settings = Settings(self.log, self.components, self.dimensions, self.neighbours, seed)
-        scores: dict[str, Score] = {}
+        parts: dict[str, Part] = {}
         with torch.no_grad():
             if self.guard or not challenging.any():
                 for name, rows, score, meaning in one_class_scores(chosen, settings):
-                    scores[name] = Score(
-                        rows=rows,
-                        score=score,
-                        meaning=meaning.fit(score(rows(calibration))),
-                        weight=1.0,
-                        relevant=1.0,
-                    )
+                    parts[name] = Part(rows, score, meaning)
             if challenging.any():
                 seen = chosen if self.sees is None else {name: chosen[name] for name in self.sees}
                 joint = joint_rows(seen, settings)
@@ -177,18 +167,9 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                     members=self.members,
                     seed=seed,
                 )
-                weight, relevant = self._trust(codes)
-                scores["labels"] = Score(
-                    rows=joint,
-                    score=h,
-                    meaning=OneSided.fit(h(joint(calibration))),
-                    weight=weight,
-                    relevant=relevant,
-                )
-            module = DetectorModule(scores=Sequence(**scores), combine=self.combine, cap=float(self.cap))
-            combined = module.combined(_tensors({name: array[final] for name, array in blocks.items()}))
-            # Beyond the ten highest scores (or 5 %) the tail is extrapolated; below, the rate is counted.
-            module.add_module("final", OneSided.fit(combined, min(0.05, 10 / len(combined))))
+                parts["labels"] = Part(joint, h, OneSided, *self._trust(codes))
+            calibration = _tensors({name: array[kept] for name, array in blocks.items()})
+            module = DetectorModule.fit(parts, calibration, combine=self.combine, cap=self.cap)
         self.module_ = module.eval()
         return self
 
@@ -359,8 +340,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
 
     def _split(
         self, challenging: NDArray[np.bool_], held_out: ArrayLike | None, random: np.random.RandomState
-    ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
-        """Clean samples to fit the scores, to calibrate each score, and to calibrate their combination."""
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Clean samples to fit the scores on, and to calibrate on, in random order."""
         order = random.permutation(np.flatnonzero(~challenging))
         if len(order) < 4:
             raise ValueError(
@@ -382,8 +363,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                     "held_out must leave at least 2 in-distribution samples on each side; it left "
                     f"{len(kept)} held out and {len(fitting)} to fit on"
                 )
-        half = len(kept) // 2
-        return fitting, kept[:half], kept[half:]
+        return fitting, kept
 
 
 def check_rate(rate: float) -> float:

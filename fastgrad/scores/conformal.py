@@ -1,8 +1,10 @@
 """Conformal p-values: what a score means, measured on clean data that took no part in fitting it.
 
-A score s has the p-value "share of clean calibration samples that score at least s". If the calibration
-samples and a new clean sample are exchangeable, that p-value is at most a with probability at most a,
-whatever the score (Vovk, Gammerman and Shafer, 2005). All p-values are kept as logarithms.
+Of n calibration scores and a new clean one, all exchangeable, the new one lies above the k-th highest with
+probability ``k / (n + 1)``, whatever the score (Vovk, Gammerman and Shafer, "Algorithmic learning in a random
+world", 2005). So that is the p-value of the k-th highest score: a share a of clean samples has p-values below a, on
+average over calibration sets, exactly where a is a multiple of ``1 / (n + 1)`` and by interpolation between them. The
+share itself scatters around a as a Beta distribution does. All p-values are kept as logarithms.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ from .fitted import Fitted
 
 #: Largest fall of log p over the width of the middle half of the calibration scores. Beyond 5 %, a normal
 #: distribution falls by 2.8 to 4.5 (at one in a thousand) over that width, an exponential one by 1.1 everywhere.
-STEEPEST = 4.0
+STEEPEST = 8.0
+#: Fall of log p from one score at which it is counted to the next, or of p in units of a fifth: the same at a fifth.
+_STEP = 0.25
+#: The highest scores, so many or a tenth if that is fewer, are described by their mean instead of counted.
+_TAIL = 10
 
 
 def _spread(ordered: Tensor) -> float:
@@ -28,15 +34,21 @@ def _spread(ordered: Tensor) -> float:
 
 
 class UpperTail(Fitted):
-    """Natural logarithm of the conformal p-value of a score, large scores being unusual.
+    """Natural logarithm of the p-value of a score, large scores being unusual.
 
-    Between calibration scores the logarithm is interpolated, never below the conformal one, so that it stays
-    strictly monotone. Beyond the highest scores, a share ``tail`` of them, an exponential takes over: it
-    keeps the order of extreme values, which counting cannot.
+    In the body p is counted at scores that are a few ranks apart and the logarithm interpolated between them, so
+    that it is strictly monotone and two scores that happen to lie close together make no cliff, where the
+    rounding of the network's float32 arithmetic would show in the p-value.
 
-    The slope of the logarithm is limited (`STEEPEST`), by raising p-values, never by lowering them. Calibration
-    scores that happen to lie close together would else make a cliff, where the rounding of the network's float32
-    arithmetic shows in the p-value; so would a tail of a few such scores.
+    Beyond the k-th highest score s the counts are too small to tell extreme values apart. Were the excesses over s
+    exponential, with mean e, then a new score would exceed s by t with probability ``(1 + t / (k e))^-k``, the
+    uncertainty about their mean included: strictly monotone, and no promise of one in a million from k scores.
+
+    Where scores truly lie close together (a lump, an end of their range) the slope of log p is limited to
+    `STEEPEST`, by raising p-values, never by lowering them.
+
+    Buffers: ``scores`` and ``log_p``, the counted ones; ``start``, ``start_log_p``, ``scale``: s, its log p and e.
+    Option ``count``: k; None, in files of version 0.1, is the limit of many: an exponential.
     """
 
     scores: Tensor
@@ -46,23 +58,38 @@ class UpperTail(Fitted):
     scale: Tensor
 
     @classmethod
-    def fit(cls, scores: Tensor, tail: float = 0.05) -> UpperTail:
-        """From calibration ``scores`` ``(n,)``; beyond the share ``tail`` in (0, 1) the exponential holds."""
+    def fit(cls, scores: Tensor) -> UpperTail:
+        """From calibration ``scores`` ``(n,)``."""
         ordered = torch.sort(scores.double()).values
         n = len(ordered)
         steepest = STEEPEST / _spread(ordered)
-        # Score i of n (from 0) has n - i scores at or above it; one more for the sample in question.
-        log_p = torch.log(torch.arange(n + 1, 1, -1, dtype=torch.float64) / (n + 1))
-        # The lowest map above this one that falls nowhere faster.
-        line = steepest * (ordered - ordered[n // 2])
-        # Adding and subtracting a long line rounds: never below the conformal value for that.
-        log_p = torch.maximum(log_p, torch.cummax(log_p + line, 0).values - line)
-        first = min(n - 1, max(0, n - max(1, math.ceil(tail * n))))
-        excess = ordered[first + 1 :] - ordered[first]
-        scale = torch.clamp(excess.mean() if len(excess) else ordered.new_zeros(()), min=1 / steepest)
+        count = min(n - 1, max(2, min(_TAIL, n // 10)))
+        first = n - 1 - count
+        # Counts of scores at or above a knot: from all down to a fifth in equal steps, from there in equal ratios.
+        fifth = max(n / 5, count + 1)
+        steps = math.ceil(math.log(fifth / (count + 1)) / _STEP) + 1
+        counts = torch.cat(
+            [
+                torch.linspace(n, fifth, 1 + round(4 / _STEP), dtype=torch.float64),
+                torch.linspace(math.log(fifth), math.log(count + 1), steps, dtype=torch.float64).exp(),
+            ]
+        ).round()
+        knots = ordered[(n - counts).long().unique()]
         # Of tied scores the first counts all the others.
-        start_log_p = log_p[int(torch.searchsorted(ordered, ordered[first]))]
-        return cls(scores=ordered, log_p=log_p, start=ordered[first], start_log_p=start_log_p, scale=scale)
+        log_p = torch.log((n - torch.searchsorted(ordered, knots)).double() / (n + 1))
+        # The lowest map above this one that falls nowhere faster. A long line rounds: never below for that.
+        line = steepest * (knots - ordered[n // 2])
+        log_p = torch.maximum(log_p, torch.cummax(log_p + line, 0).values - line)
+        excess = ordered[first + 1 :] - ordered[first]
+        scale = torch.clamp(excess.mean() if count else ordered.new_zeros(()), min=1 / steepest)
+        return cls(
+            scores=knots,
+            log_p=log_p,
+            start=ordered[first],
+            start_log_p=log_p[-1],
+            scale=scale,
+            count=max(1, count),
+        )
 
     def forward(self, scores: Tensor) -> Tensor:
         """Log p-values ``(B,)`` of ``scores`` ``(B,)``."""
@@ -73,8 +100,11 @@ class UpperTail(Fitted):
         low, high = self.scores[lower], self.scores[upper]
         share = ((scores - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
         body = self.log_p[lower] + share * (self.log_p[upper] - self.log_p[lower])
-        tail = self.start_log_p - (scores - self.start) / self.scale
-        return torch.where(scores > self.start, tail, body)
+        excess = (scores - self.start) / self.scale
+        count = self.options.get("count")
+        if count is not None:
+            excess = count * torch.log1p(excess.clamp(min=0) / count)
+        return torch.where(scores > self.start, self.start_log_p - excess, body)
 
 
 class OneSided(Fitted):
@@ -83,9 +113,9 @@ class OneSided(Fitted):
     upper: UpperTail
 
     @classmethod
-    def fit(cls, scores: Tensor, tail: float = 0.05) -> OneSided:
+    def fit(cls, scores: Tensor) -> OneSided:
         """From calibration ``scores`` ``(n,)``."""
-        return cls(upper=UpperTail.fit(scores, tail))
+        return cls(upper=UpperTail.fit(scores))
 
     def forward(self, scores: Tensor) -> Tensor:
         """Log p-values ``(B,)``."""
@@ -104,9 +134,9 @@ class TwoSided(Fitted):
     lower: UpperTail
 
     @classmethod
-    def fit(cls, scores: Tensor, tail: float = 0.05) -> TwoSided:
+    def fit(cls, scores: Tensor) -> TwoSided:
         """From calibration ``scores`` ``(n,)``."""
-        return cls(upper=UpperTail.fit(scores, tail), lower=UpperTail.fit(-scores, tail))
+        return cls(upper=UpperTail.fit(scores), lower=UpperTail.fit(-scores))
 
     def forward(self, scores: Tensor) -> Tensor:
         """Log typicalities ``(B,)``, at most 0."""

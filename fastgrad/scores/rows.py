@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgrad.scores.fitted import Fitted
+from .fitted import Fitted
+from .spectrum import principal
 
 #: Blocks of squared norms: their logarithm is taken.
 SQUARED_NORMS = ("gradients", "contrasts", "ranked")
@@ -161,13 +162,11 @@ def whitening(rows: Tensor, dimensions: int, rounding: Tensor) -> Tensor:
 
     Components in which the rows vary by little more than their ``rounding`` ``(d,)`` are left out.
     """
-    from sklearn.decomposition import PCA
-
-    components = min(dimensions, *rows.shape)
-    pca = PCA(components, svd_solver="auto", random_state=0).fit(rows.numpy())
-    spread = np.sqrt(pca.explained_variance_)
-    noise = np.sqrt(np.square(pca.components_) @ np.square(rounding.numpy()))
-    keep = spread > np.maximum(_LEAST * noise, 1e-6 * max(float(spread[0]), 1e-300))
+    values, directions = principal(rows - rows.mean(0), dimensions)
+    # Variances as statisticians count them: n - 1 degrees of freedom.
+    spread = (values[: directions.shape[1]] * len(rows) / max(1, len(rows) - 1)).sqrt()
+    noise = (directions.square().T @ rounding.square()).sqrt()
+    keep = spread > (_LEAST * noise).clamp(min=1e-6 * max(float(spread[0]), 1e-300))
     if not keep.any():
         return torch.zeros(rows.shape[1], 1, dtype=torch.float64)
-    return torch.as_tensor(np.ascontiguousarray((pca.components_[keep] / spread[keep, None]).T))
+    return directions[:, keep] / spread[keep]

@@ -92,8 +92,8 @@ def test_false_alarm_rate_is_what_it_says(rate, labels):
     flagged = (
         detector.decision_function(network_like(new, 12)["gradients"]) > detector.threshold(rate)
     ).sum()
-    n = len(detector.module_.final.upper.scores)
-    assert n == 600
+    n = len(detector.module_.calibration_scores)
+    assert n == 1200
     # Interpolation puts the threshold between two neighbouring order statistics.
     k = int(rate * (n + 1))
     low = betabinom(new, max(1, k - 1), n + 2 - k).ppf(1e-6)

@@ -7,9 +7,7 @@ from scipy import stats
 
 from fastgrad.scores.conformal import COMBINATIONS, STEEPEST, OneSided, TwoSided, UpperTail
 
-
-def conformal(calibration, score):
-    return (1 + (calibration >= score).sum()) / (len(calibration) + 1)
+RATES = (0.01, 0.05, 0.1, 0.2)
 
 
 def width(calibration):
@@ -20,41 +18,54 @@ def width(calibration):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.integers(-4, 4), min_size=1, max_size=40), st.integers(-20, 20), st.sampled_from([1.0, 1e-6])
+    st.lists(st.integers(-4, 4), min_size=1, max_size=60), st.integers(-20, 20), st.sampled_from([1.0, 1e-6])
 )
-def test_p_values_are_the_lowest_above_the_conformal_ones_that_fall_no_faster_than_allowed(
-    values, quarter, unit
-):
-    """Ties and near ties included; in the body, where p is counted."""
+def test_body_is_the_lowest_map_above_the_counts_that_falls_no_faster_than_allowed(values, quarter, unit):
+    """Ties and near ties included."""
     calibration = np.array(values) * unit + (np.array(values) > 1)
-    tail = UpperTail.fit(torch.tensor(calibration), 0.05)
+    tail = UpperTail.fit(torch.tensor(calibration))
     score = quarter / 4 * unit + (quarter / 4 > 1)
     if score > float(tail.start):
         return
+    knots = tail.scores.numpy()
+    assert set(knots) <= set(calibration)
 
     def raised(at):
         return max(
-            np.log(conformal(calibration, lower)) - STEEPEST / width(calibration) * (at - lower)
-            for lower in calibration[calibration <= at]
+            np.log((calibration >= lower).sum() / (len(calibration) + 1))
+            - STEEPEST / width(calibration) * (at - lower)
+            for lower in knots[knots <= at]
         )
 
     log_p = float(tail(torch.tensor([score], dtype=torch.float64)))
-    assert log_p >= np.log(conformal(calibration, score)) - 1e-12
-    below, above = calibration[calibration <= score], calibration[calibration >= score]
+    below, above = knots[knots <= score], knots[knots >= score]
     highest = raised(below.max()) if len(below) else 0.0
-    # 1e-16 of a score of 1 times the slope, up to 4e6.
-    assert raised(above.min()) - 1e-9 <= log_p <= highest + 1e-9
+    # 1e-16 of a score of 1 times the slope, up to 8e6.
+    assert raised(above.min()) - 1e-8 <= log_p <= highest + 1e-8
+
+
+@pytest.mark.parametrize("n", [50, 160, 1000])
+def test_knots_are_counts_a_few_ranks_apart(n):
+    calibration = np.random.default_rng(n).exponential(size=n)
+    tail = UpperTail.fit(torch.tensor(calibration))
+    counts = np.array([(calibration >= knot).sum() for knot in tail.scores.numpy()])
+    np.testing.assert_allclose(tail.log_p, np.log(counts / (n + 1)), rtol=1e-12)
+    assert counts[0] == n
+    assert counts[-1] == min(10, n // 10) + 1
+    # A twentieth of all or a quarter of the scores above, rounded to whole ranks.
+    steps, allowed = counts[:-1] - counts[1:], np.minimum(n / 20, (1 - np.exp(-0.25)) * counts[:-1])
+    assert (steps <= allowed + 1).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_slope_is_limited_in_body_and_tail(seed):
     """What rounding moves a score by, it moves log p by at most STEEPEST times that, in units of the middle half."""
     generator = torch.Generator().manual_seed(seed)
-    # Pairs that nearly tie, and a tail of three that do.
+    # Pairs that nearly tie, and a lump of thirty that do.
     calibration = torch.randn(60, generator=generator, dtype=torch.float64).repeat(2)
     calibration[60:] += 1e-9 * torch.rand(60, generator=generator, dtype=torch.float64)
-    calibration = torch.cat([calibration, 5 + 1e-9 * torch.arange(3)])
-    tail = UpperTail.fit(calibration, 0.02)
+    calibration = torch.cat([calibration, 3 + 1e-9 * torch.arange(30), 5 + 1e-9 * torch.arange(3)])
+    tail = UpperTail.fit(calibration)
     grid = torch.cat([torch.linspace(-4, 9, 2001, dtype=torch.float64), calibration]).sort().values
     log_p = tail(grid)
     assert (log_p.diff() <= 0).all()
@@ -64,10 +75,66 @@ def test_slope_is_limited_in_body_and_tail(seed):
 
 
 def test_tail_goes_on_falling_beyond_every_calibration_score():
-    tail = UpperTail.fit(torch.linspace(0, 1, 200), 0.05)
+    tail = UpperTail.fit(torch.linspace(0, 1, 200))
     log_p = tail(torch.tensor([0.99, 1.0, 2.0, 10.0, 100.0]))
     assert (log_p.diff() < 0).all()
     assert torch.isfinite(log_p).all()
+
+
+def test_tail_is_the_predictive_law_of_exponential_excesses():
+    """``(1 + t / (k e))^-k`` is what a new excess does beside k seen ones: drawn and counted."""
+    rng = np.random.default_rng(0)
+    k, t = 5, 2.0
+    seen, new = rng.exponential(size=(200_000, k)), rng.exponential(size=200_000)
+    share = (new > t * seen.mean(1)).mean()
+    expected = (1 + t / k) ** -k
+    assert abs(share - expected) < 5 * np.sqrt(expected / 200_000)
+    tail = UpperTail(
+        scores=torch.zeros(1, dtype=torch.float64),
+        log_p=torch.zeros(1, dtype=torch.float64),
+        start=torch.tensor(0.0),
+        start_log_p=torch.tensor(0.0),
+        scale=torch.tensor(1.0),
+        count=k,
+    )
+    assert float(tail(torch.tensor([t])).exp()) == pytest.approx(expected, rel=1e-12)
+
+
+DISTRIBUTIONS = {
+    "exponential": stats.expon(), "normal": stats.norm(), "gamma": stats.gamma(3), "heavy": stats.t(3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("n", [50, 160, 1000])
+def test_flagged_share_is_the_stated_one_on_average(n, name):
+    """Over calibration sets the flagged share follows a Beta law of mean a, its variance a (1 - a) / (n + 2)."""
+    law, draws = DISTRIBUTIONS[name], 200
+    rng = np.random.default_rng(n)
+    # New scores without sampling error of their own: the law's quantiles.
+    new = torch.tensor(law.isf((np.arange(4000) + 0.5) / 4000))
+    shares = np.empty((draws, len(RATES)))
+    for draw in range(draws):
+        log_p = UpperTail.fit(torch.tensor(law.rvs(n, random_state=rng)))(new)
+        shares[draw] = [(log_p < np.log(rate)).double().mean() for rate in RATES]
+    for rate, share in zip(RATES, shares.T, strict=True):
+        error = np.sqrt(rate * (1 - rate) / (n + 2) / draws)
+        # Fewer than two scores lie beyond: the tail's shape decides, and only an exponential one is known.
+        loss = 1.0 if rate * n < 2 and name != "exponential" else 0.06 * rate
+        assert share.mean() < rate + 4 * error + (rate if loss == 1 else 0.03 * rate)
+        assert share.mean() > rate - 4 * error - loss
+        assert share.std() < 1.2 * np.sqrt(rate * (1 - rate) / (n + 2)) + 0.2 * rate
+
+
+def test_bounded_scores_keep_their_power():
+    """Scores that end abruptly: the slope's limit must not raise a p-value of 5 % to 20 %."""
+    rng = np.random.default_rng(0)
+    new = torch.linspace(0, 1, 4001, dtype=torch.float64)
+    shares = [
+        float((UpperTail.fit(torch.tensor(rng.uniform(size=1000)))(new) < np.log(0.05)).double().mean())
+        for _ in range(100)
+    ]
+    assert 0.04 < np.mean(shares) < 0.051
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -91,8 +158,7 @@ def test_two_sided_flags_what_is_too_good():
 
 def test_constant_calibration_scores_stay_usable():
     log_p = OneSided.fit(torch.full((50,), 3.0))(torch.tensor([2.0, 3.0, 4.0]))
-    assert log_p[0] == 0
-    assert log_p[1] == 0
+    assert log_p[:2].exp().tolist() == pytest.approx([50 / 51, 50 / 51])
     assert log_p[2] < log_p[1]
 
 
