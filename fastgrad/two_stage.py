@@ -214,7 +214,7 @@ class TwoStageModel(nn.Module):
         inside = [block for block in chosen.blocks if block.name in kept]
         if self.classifier is not None and "features" not in kept:
             inside.append(Features())
-        self.extraction = self._extraction(inside, subject)
+        self.extraction = extraction.of(inside)
         self.detector = detector
         self.detector_module = self.detector.to_module().to(self._device())
         self.temperature = self._calibrate(samples, X["logits"])

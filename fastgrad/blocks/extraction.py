@@ -115,13 +115,17 @@ class Extraction:
                 self.known = subject
             return self.known
 
+    def of(self, blocks: Sequence[Block]) -> Extraction:
+        """The extraction of other blocks from the same network, which is neither watched nor planned again."""
+        other = Extraction(self.model, blocks, log=self.log)
+        other.known, other._network = self.known, self._network
+        return other
+
     def plain(self, x: Inputs) -> tuple[Tensor, Tensor | None]:
         """Logits and h ``(B, D)`` alone: one forward pass, no gradient; None where the model ends otherwise."""
         subject = self.subject(x)
         blocks = [Logits()] if subject.head is None else [Logits(), Features()]
-        other = Extraction(self.model, blocks)
-        other.known = subject
-        logits, values = other(x)
+        logits, values = self.of(blocks)(x)
         return logits, values.get("features")
 
     def _piece(self, subject: Subject, samples: int) -> int | None:

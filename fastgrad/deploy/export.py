@@ -174,7 +174,8 @@ def _describe(
         raise ValueError(f"max_batch must be a positive int; it was {max_batch!r}")
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
-    if any(module.training for module in two_stage.modules()):
+    evaluates = getattr(two_stage, "evaluates", False)
+    if not evaluates and any(module.training for module in two_stage.modules()):
         raise ValueError("two_stage must be in evaluation mode; call two_stage.eval() first")
     channels = example_input.shape[1] if example_input.ndim == 4 else None
     for name, values in (("mean", mean), ("std", std)):

@@ -157,8 +157,20 @@ def shapes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return strength * patterns[labels] + 0.7 * torch.randn(count, 3, 8, 8, generator=generator), labels
 
 
+#: Blocks by what an exported graph must hold for them.
+FORMS = {
+    "forward": ["logits", "features", "activations", "image"],
+    "view": ["logits", "activations", "view"],
+    "bias gradients": ["logits", "bias_gradients"],
+    "norms": ["logits", "normalization_norms"],
+    "gradients": ["gradients", "logits", "features", "image"],
+    "ranked": ["gradients", "ranked", "logits", "features", "image"],
+    "contrasts": ["contrasts", "logits", "features", "image"],
+}
+
+
 @functools.cache
-def two_stage_model(gradients: str) -> nn.Module:
+def two_stage_model(form: str) -> nn.Module:
     """A trained and fitted model with a convolution, in-place activations and a batch norm."""
     from fastgrad.two_stage import TwoStageModel
 
@@ -172,7 +184,8 @@ def two_stage_model(gradients: str) -> nn.Module:
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(x), labels).backward()
         optimizer.step()
-    return TwoStageModel(net.eval(), gradients=gradients).fit([(shapes(400, 1)[0],)], ()).eval()
+    # In training mode, as it comes from a training loop: a fitted module is exported as it is.
+    return TwoStageModel(net, blocks=FORMS[form]).fit([(shapes(400, 1)[0],)], ())
 
 
 def assert_equal(ours: tuple, theirs: tuple) -> None:
@@ -185,9 +198,9 @@ def assert_equal(ours: tuple, theirs: tuple) -> None:
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
-@pytest.mark.parametrize("gradients", ["signals", "last_layer"])
-def test_a_two_stage_model_unrolls_to_one_graph(gradients: str, one_by_one: bool) -> None:
-    live = two_stage_model(gradients)
+@pytest.mark.parametrize("form", ["forward", "view", "bias gradients", "norms", "gradients", "contrasts"])
+def test_a_two_stage_model_unrolls_to_one_graph(form: str, one_by_one: bool) -> None:
+    live = two_stage_model(form)
     program = trace(lambda x: tuple(live(x)), X, one_by_one=one_by_one)
     assert not [node for node in program.graph.nodes if "fastgrad" in str(node.target)]
     for batch in (1, 2, 7, 64):
@@ -197,11 +210,19 @@ def test_a_two_stage_model_unrolls_to_one_graph(gradients: str, one_by_one: bool
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("gradients", "one_by_one"),
-    [("signals", None), ("signals", True), ("contrasts", None), ("last_layer", None)],
+    ("form", "one_by_one"),
+    [
+        ("forward", None),
+        ("view", None),
+        ("bias gradients", None),
+        ("gradients", None),
+        ("gradients", True),
+        ("ranked", None),
+        ("contrasts", None),
+    ],
 )
-def test_a_two_stage_model_in_one_file(gradients: str, one_by_one: bool | None, tmp_path: Path) -> None:
-    live = two_stage_model(gradients)
+def test_a_two_stage_model_in_one_file(form: str, one_by_one: bool | None, tmp_path: Path) -> None:
+    live = two_stage_model(form)
     package = ModelPackage(export(live, X, tmp_path / "m.pt2", one_by_one=one_by_one))
     assert package.description.threshold == pytest.approx(live.threshold(0.05))
     assert package.description.histogram is not None
