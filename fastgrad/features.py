@@ -17,9 +17,8 @@ from fastgrad.checks import is_bool, one_of
 from fastgrad.engine.backward import gather, send_back
 from fastgrad.engine.network import Network
 from fastgrad.engine.planning import Plan, Route, refuse_mixing
-from fastgrad.engine.run import Run
+from fastgrad.engine.run import Reading, Run
 from fastgrad.engine.shadow import ordinary
-from fastgrad.engine.sites import Reading
 from fastgrad.engine.tracing import trace
 from fastgrad.ops.implementation import IMPLEMENTATIONS, choose
 

@@ -13,7 +13,7 @@ from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.channels import Channels, output_of, positions
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
-from fastgrad.engine.sites import Reading
+from fastgrad.engine.run import Reading
 from fastgrad.ops.channel_moments import channel_square_sums
 from fastgrad.scores.conformal import OneSided
 from fastgrad.scores.mahalanobis import Mahalanobis
@@ -47,7 +47,7 @@ class Activations(Block):
 
     def values(self, found: Pass) -> Tensor:
         """The logarithms side by side, in the order of the forward pass."""
-        columns = torch.cat(found.readings(self), 1)
+        columns = torch.cat(found.readings(self.name), 1)
         return columns.clamp_min(torch.finfo(torch.float32).tiny).log()
 
     @classmethod

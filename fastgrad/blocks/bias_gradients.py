@@ -67,7 +67,7 @@ class BiasGradients(Block):
 
     def values(self, found: Pass) -> Tensor:
         """Signed roots side by side, in the order of the forward pass."""
-        sums = torch.cat([part[0] for part in found.back(self).sites], -1)
+        sums = torch.cat([part[0] for part in found.back(self.name).sites], -1)
         return sums.sign() * sums.abs().sqrt()
 
     @classmethod

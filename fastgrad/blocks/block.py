@@ -22,10 +22,10 @@ from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.rows import Rows
 
 if TYPE_CHECKING:
-    from fastgrad.blocks.passes import Pass
+    from fastgrad.blocks.passes import Pass, Wants
     from fastgrad.blocks.signals import Signal
     from fastgrad.blocks.subject import Subject
-    from fastgrad.engine.sites import Reading, Site
+    from fastgrad.engine.run import Reading, Site
 
 Array = NDArray[np.float64]
 #: Name, rows, fitted score and meaning of a one-class score.
@@ -93,6 +93,14 @@ class Block:
     def sites(self, subject: Subject) -> tuple[Site, ...]:
         """What it reads in that backward pass, which goes no further than the earliest of all sites."""
         return ()
+
+    def wants(self, subject: Subject, mask: Tensor | None) -> Wants:
+        """All that it needs of a pass."""
+        from fastgrad.blocks.passes import Wants
+
+        return Wants(
+            self.readings(subject, mask), self.sites(subject), self.signals(subject), self.parameters
+        )
 
     def values(self, found: Pass) -> Tensor:
         """The block ``(B, ...)`` from what a pass has found."""

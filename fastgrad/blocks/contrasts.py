@@ -11,7 +11,7 @@ from fastgrad.blocks.block import Array, Block, Part, Settings, mixture
 from fastgrad.blocks.features import Features
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
-from fastgrad.engine.sites import Reading
+from fastgrad.engine.run import Reading
 from fastgrad.scores.rows import Rows
 
 
@@ -34,7 +34,7 @@ class Contrasts(Block):
 
     def values(self, found: Pass) -> Tensor:
         """Norms or their logarithms, as the pass is asked for."""
-        (h,) = found.readings(self)
+        (h,) = found.readings(self.name)
         return functional.contrast_sqnorm(h, found.logits, bias=found.subject.bias, log=found.log)
 
     @classmethod

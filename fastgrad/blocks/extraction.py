@@ -145,7 +145,9 @@ class Extraction:
         plan = None
         if any(block.parameters for block in self.blocks):
             plan = self._network.plan(args, kwargs, samples)
-        found = Pass(self._network, plan, subject, self.blocks, args, kwargs, samples, log=self.log)
+        mask = None if subject.mask is None else kwargs[subject.mask]
+        wants = {block.name: block.wants(subject, mask) for block in self.blocks}
+        found = Pass(self._network, plan, subject, wants, args, kwargs, samples, log=self.log)
         with torch.no_grad():
             return found.logits, {block.name: block.values(found).detach() for block in self.blocks}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
-from fastgrad.engine.sites import Reading
+from fastgrad.engine.run import Reading
 from fastgrad.scores.conformal import OneSided
 from fastgrad.scores.neighbours import NearestNeighbours
 from fastgrad.scores.rows import Rows
@@ -42,7 +42,7 @@ class Features(Block):
 
     def values(self, found: Pass) -> Tensor:
         """H."""
-        return found.readings(self)[0]
+        return found.readings(self.name)[0]
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:

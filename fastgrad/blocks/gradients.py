@@ -41,7 +41,7 @@ class Gradients(Block):
 
     def values(self, found: Pass) -> Tensor:
         """Norms or their logarithms, as the pass is asked for."""
-        back = found.back(self)
+        back = found.back(self.name)
         assert back.parameters is not None  # this block asks for them
         return back.squared(back.parameters)
 

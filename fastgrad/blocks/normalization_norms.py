@@ -49,7 +49,7 @@ class NormalizationNorms(Block):
 
     def values(self, found: Pass) -> Tensor:
         """Norms or their logarithms, as the pass is asked for."""
-        back = found.back(self)
+        back = found.back(self.name)
         return back.squared(torch.cat(back.sites, -1))
 
     @classmethod

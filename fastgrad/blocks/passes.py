@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,23 @@ from fastgrad.blocks.subject import Subject
 from fastgrad.engine.backward import gather, send_back
 from fastgrad.engine.network import Network
 from fastgrad.engine.planning import Plan
-from fastgrad.engine.run import Run
-from fastgrad.engine.sites import Reading, Site
+from fastgrad.engine.run import Reading, Run, Site
 
-if TYPE_CHECKING:
-    from fastgrad.blocks.block import Block
+
+class Wants(NamedTuple):
+    """What a block needs of a pass.
+
+    Attributes:
+        readings: What to keep of what modules see.
+        sites: What to read in the backward pass of its signals.
+        signals: What to send back.
+        parameters: Whether the squared norms of all parameters' gradients are wanted of that pass as well.
+    """
+
+    readings: tuple[Reading, ...] = ()
+    sites: tuple[Site, ...] = ()
+    signals: tuple[Signal, ...] = ()
+    parameters: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,13 +61,13 @@ class Back:
 
 
 class Pass:
-    """A forward pass with what the given blocks read in it.
+    """A forward pass with what blocks want to read in it.
 
     Args:
         network: The network.
         plan: How the norms of parameters are found; None where no block asks for them.
         subject: What is known of the network and its inputs.
-        blocks: All blocks that will take their values.
+        wants: What every block that will take its values needs, by name.
         args: The batch, positional.
         kwargs: The batch, by keyword.
         samples: B.
@@ -67,7 +79,7 @@ class Pass:
         network: Network,
         plan: Plan | None,
         subject: Subject,
-        blocks: Sequence[Block],
+        wants: Mapping[str, Wants],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         samples: int,
@@ -76,40 +88,36 @@ class Pass:
     ) -> None:
         self.network, self.plan, self.subject, self.log = network, plan, subject, log
         self.args, self.kwargs, self.samples = args, kwargs, samples
-        mask = kwargs[subject.mask] if subject.mask is not None else None
-        self._readings: dict[str, tuple[Reading, ...]] = {b.name: b.readings(subject, mask) for b in blocks}
-        self._sites: dict[str, tuple[Site, ...]] = {b.name: b.sites(subject) for b in blocks}
-        self._signals: dict[str, tuple[Signal, ...]] = {b.name: b.signals(subject) for b in blocks}
-        self._parameters = {b.name for b in blocks if b.parameters}
-        self._left = {signals for signals in self._signals.values() if signals}
+        self.wants = wants
+        self._left = {own.signals for own in wants.values() if own.signals}
         self._sent: dict[tuple[Signal, ...], tuple[Tensor, dict[int, Tensor]]] = {}
         self.run = Run(samples)
-        sites = [site for own in self._sites.values() for site in own]
-        readings = [reading for own in self._readings.values() for reading in own]
+        sites = [site for own in wants.values() for site in own.sites]
+        readings = [reading for own in wants.values() for reading in own.readings]
         with torch.set_grad_enabled(bool(self._left)):
             output = network.forward(plan, self.run, args, kwargs, sites=sites, readings=readings)
         self._output = logits_of(output)
         #: ``(B, N)``.
         self.logits = self._output.detach()
 
-    def readings(self, block: Block) -> list[Tensor]:
+    def readings(self, name: str) -> list[Tensor]:
         """What a block's readings saw, in its order."""
-        return [self.run.readings[reading] for reading in self._readings[block.name]]
+        return [self.run.readings[reading] for reading in self.wants[name].readings]
 
-    def back(self, block: Block) -> Back:
+    def back(self, name: str) -> Back:
         """What the backward pass of a block's signals left for it."""
-        signals = self._signals[block.name]
-        if signals not in self._sent:
-            self._sent[signals] = self._send(signals)
-        scale, found = self._sent[signals]
+        own = self.wants[name]
+        if own.signals not in self._sent:
+            self._sent[own.signals] = self._send(own.signals)
+        scale, found = self._sent[own.signals]
         probes = {id(site): probe for site, probe in self.run.probes}
-        at = [found[id(probes[id(site)])] for site in self._sites[block.name]]
+        at = [found[id(probes[id(site)])] for site in own.sites]
         norms = None
-        if block.name in self._parameters:
+        if own.parameters:
             assert self.plan is not None  # made because this block asks for it
-            own = [(site, probe) for site, probe in self.run.probes if site.parameters]
-            values = [found[id(probe)] for _, probe in own]
-            norms = gather(own, values, self.plan.names, scale, self.samples)
+            planned = [(site, probe) for site, probe in self.run.probes if site.parameters]
+            values = [found[id(probe)] for _, probe in planned]
+            norms = gather(planned, values, self.plan.names, scale, self.samples)
         return Back(at, norms, scale, self.log)
 
     def image(self) -> Tensor:
@@ -129,9 +137,9 @@ class Pass:
 
     def _send(self, signals: tuple[Signal, ...]) -> tuple[Tensor, dict[int, Tensor]]:
         """Send signals back; their scale, and the gradient of every probe that a block with them asks for."""
-        asking = [name for name, own in self._signals.items() if own == signals]
-        wanted = {id(site) for name in asking for site in self._sites[name]}
-        everything = any(name in self._parameters for name in asking)
+        asking = [own for own in self.wants.values() if own.signals == signals]
+        wanted = {id(site) for own in asking for site in own.sites}
+        everything = any(own.parameters for own in asking)
         probes = [
             (site, probe)
             for site, probe in self.run.probes

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad.blocks.channels import Channels, output_of
-from fastgrad.engine.run import Run
+from fastgrad.engine.run import Run, Site
 from fastgrad.engine.shadow import Shadow, attach
-from fastgrad.engine.sites import Site, bypassable
+from fastgrad.engine.sites import bypassable
 from fastgrad.engine.tap import tap
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule, find_rule

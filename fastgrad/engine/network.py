@@ -18,9 +18,8 @@ from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import SAMPLES, middle_row
 from fastgrad.engine.observing import Observation
 from fastgrad.engine.planning import Caution, Plan, Planner, Route
-from fastgrad.engine.run import Run
+from fastgrad.engine.run import Reading, Run, Site
 from fastgrad.engine.shadow import Shadow, ordinary
-from fastgrad.engine.sites import Reading, Site
 
 _PLANS_KEPT = 16
 

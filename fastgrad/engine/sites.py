@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastgrad._torch import pytree
 from fastgrad.engine.fallback import replay_sqnorms
 from fastgrad.engine.layout import Layout
-from fastgrad.engine.run import Run
+from fastgrad.engine.run import Run, Site
 from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.engine.tap import is_tapped, tap
 from fastgrad.layers.choice import using
@@ -22,24 +22,6 @@ from fastgrad.layers.registry import LayerRule, ReplayRule
 
 #: ``(args, kwargs, output gradients) -> (B, m)`` of a module computed again.
 Replay = Callable[[Any, Any, Sequence[Tensor]], Tensor]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One place where numbers leave the backward pass: as the gradient of a probe, see `fastgrad.engine.tap`.
-
-    Attributes:
-        path: The module's name within the model (empty for the model itself).
-        parameters: Names within the model, one for each column of the probe's gradient; empty for a site that
-            serves no parameter.
-    """
-
-    path: str
-    parameters: tuple[str, ...]
-
-    def attach(self, run: Run, shadow: Shadow) -> None:
-        """Have the forward pass of ``shadow`` register this site's probe with ``run``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -200,39 +182,6 @@ class BroadcastSite(Site):
         copies = value.reshape(shape).expand(run.samples, *shape[1:])
         probe = run.probe(self, copies)
         shadow.substitute(parameter, tap([copies], [], probe, _squares, in_place=False)[0])
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a module saw in the forward pass of a batch, in the order of the logits' rows.
-
-    ``function`` is called right after the module has run, while its output is in cache. Only the batch itself
-    counts: trials and replays are read by nobody. Of several calls of the module the last one counts.
-
-    Attributes:
-        path: The module's name within the model (empty for the model itself).
-        function: ``(inputs, output) -> (B, ...)``, without gradients; positional inputs come before those given
-            by keyword. The result is copied: the network may overwrite what it read.
-    """
-
-    path: str
-    function: Callable[[tuple[Any, ...], Any], Tensor]
-
-    def attach(self, run: Run, shadow: Shadow) -> None:
-        """Have the forward pass of ``shadow`` add this reading to those of ``run``."""
-
-        def read(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            with torch.no_grad():
-                value = self.function((*args, *kwargs.values()), output)
-            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != run.samples:
-                was = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"the reading of {self.path!r} must be a tensor with one row for each of {run.samples} "
-                    f"samples; it was {was}"
-                )
-            run.readings[self] = value.detach().clone()
-
-        attach(shadow.root.get_submodule(self.path), read)
 
 
 def bypassable(module: nn.Module, value: Tensor, output: Tensor) -> bool:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastgrad.engine.backward import gather, pull, send_back
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
-from fastgrad.engine.run import Run
+from fastgrad.engine.run import Run, Site
 from fastgrad.engine.shadow import Shadow, attach
-from fastgrad.engine.sites import LayerSite, Site
+from fastgrad.engine.sites import LayerSite
 from fastgrad.engine.tap import tap
 from fastgrad.layers import LayerRule, find_rule
 

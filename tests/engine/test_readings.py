@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import fastgrad
 from fastgrad.engine.network import Network
-from fastgrad.engine.run import Run
-from fastgrad.engine.sites import Reading
+from fastgrad.engine.run import Reading, Run
 from fastgrad.layers import register_rule
 
 
