@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastgrad._torch import BatchNorm
 from fastgrad.engine.observing import Call, Observation
 from fastgrad.engine.sites import BroadcastSite, FallbackSite, LayerSite, ReplaySite
 from fastgrad.layers.registry import ReplayRule, find_rule
@@ -80,7 +80,7 @@ def refuse_mixing(model: nn.Module, *, training: bool) -> None:
         training: Whether modules run in their own mode rather than in evaluation mode.
     """
     for path, module in model.named_modules():
-        if not isinstance(module, _BatchNorm):
+        if not isinstance(module, BatchNorm):
             continue
         if training and module.training:
             why, advice = "is in training mode", " (call model.eval())"
