@@ -234,7 +234,7 @@ class TwoStageModel(nn.Module):
 
     def threshold(self, false_alarm_rate: float = 0.05) -> float:
         """The uncertainty that a share ``false_alarm_rate`` of clean inputs exceeds."""
-        from fastgrad.estimators.detector import check_rate
+        from fastgrad.estimators.inputs import check_rate
 
         self._fitted()
         return -float(np.log(check_rate(false_alarm_rate)))

@@ -18,6 +18,7 @@ from fastgrad.scores.rows import as_tensor
 
 from .. import checks
 from ..losses import LOSSES
+from ..scores import Temperature
 from .blocks import to_array
 from .introspective import ACTIVATIONS, IntrospectiveNetwork, RowMoments, new_layers
 from .training import Batches, Inputs, Trainer
@@ -48,15 +49,17 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         batch_size: Samples in a step; for arrays, a loader has its own.
         max_epochs: Passes over the data, at most.
         patience: Epochs without improvement before training stops.
-        validation_fraction: Share of an array's samples held out to decide when to stop; 0 watches the
-            training loss.
+        validation_fraction: Share of an array's samples held out to decide when to stop and to calibrate the
+            probabilities; 0 watches the training loss and leaves them as they are.
         device: Where to train, ``"cpu"`` or ``"cuda"``; the fitted network lies on the CPU.
         verbose: Whether to show a progress bar.
         random_state: Seed of the initial weights, the split and the order of the samples.
 
     Attributes:
         classes_: The labels.
-        network_: The fitted `IntrospectiveNetwork`.
+        network_: The fitted `IntrospectiveNetwork`, its logits divided by ``temperature_``.
+        temperature_: What makes the probabilities as often right as they say on the held-out samples; 1 where
+            there are none.
         history_: The watched loss of every epoch.
     """
 
@@ -135,7 +138,8 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         Args:
             loader: Iterated once for the labels and the rows' scale, then once per epoch. Each batch is
                 ``(rows, labels)`` or ``((features, logits), labels)``, with integer labels.
-            validation_loader: Held-out batches that decide when to stop; None watches the training loss.
+            validation_loader: Held-out batches that decide when to stop and calibrate the probabilities; None
+                watches the training loss and leaves them as they are.
 
         Returns:
             The classifier itself.
@@ -305,19 +309,33 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         self.network_ = IntrospectiveNetwork(
             **tensors, layers=len(parameters) // 2, activation=self.activation, loss=self.loss
         )
+        self.temperature_ = 1.0 if validation is None else self._calibrate(validation)
         return self
+
+    @torch.no_grad()
+    def _calibrate(self, validation: Batches) -> float:
+        """Fold the temperature that suits the held-out samples into the last layer."""
+        pairs = [(self._forward(inputs), labels) for inputs, labels in validation()]
+        logits, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
+        temperature = Temperature.fit(logits, labels).temperature
+        for name in ("weight", "bias"):
+            last = self.network_.get_buffer(f"{name}{self.network_.options['layers'] - 1}")
+            last /= temperature
+        return float(temperature)
+
+    def _forward(self, inputs: Inputs) -> Tensor:
+        """Class logits ``(B, classes)`` of rows, or of features and logits; a wide first layer runs in float32."""
+        wide = self.network_.get_buffer("weight0").numel() > _DOUBLE_LIMIT
+        inputs = tuple(value.cpu().to(torch.float32 if wide else torch.float64) for value in inputs)
+        forward = self.network_ if len(inputs) == 1 else self.network_.from_features
+        return forward(*inputs).double()
 
     @torch.no_grad()
     def _logits(self, R: ArrayLike | Pairs) -> Array:
         check_is_fitted(self, "network_")
         inputs = self._inputs(R, reset=False)
-        if self.network_.get_buffer("weight0").numel() > _DOUBLE_LIMIT:
-            inputs = tuple(value.float() for value in inputs)
-        parts = []
-        for part in zip(*(torch.split(value, 4096) for value in inputs), strict=True):
-            forward = self.network_ if len(part) == 1 else self.network_.from_features
-            parts.append(forward(*part).double())
-        result: Array = torch.cat(parts).numpy()
+        parts = zip(*(torch.split(value, 4096) for value in inputs), strict=True)
+        result: Array = torch.cat([self._forward(part) for part in parts]).numpy()
         return result
 
 

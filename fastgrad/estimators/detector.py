@@ -16,13 +16,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from fastgrad.blocks.block import Settings
 from fastgrad.scores.conformal import COMBINATIONS, OneSided
-from fastgrad.scores.rows import as_tensor
 
 from .. import checks
 from .blocks import are_contrasts, check_blocks, check_squared, to_array
 from .combined import DetectorModule, Part
+from .inputs import as_tensors, challenging_of, check_rate, chunks, kinds_of, split_clean, take
 from .parts import joint_rows, one_class_scores
-from .supervised import fit_perceptrons
+from .supervised import DECAY, LIMIT, Joint, fit_perceptrons
 
 Array = NDArray[np.float64]
 Blocks = Mapping[str, ArrayLike]
@@ -52,6 +52,10 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         supervised: H's shape: ``"network"`` (two layers) or ``"logistic"``.
         hidden: Width of the network's hidden layer.
         members: Networks whose scores H averages.
+        decay: Weight decay of H's training.
+        limit: Where H's standardised inputs are cut, in standard deviations of clean data.
+        block_dropout: Chance that the network does not see a block of a training sample, so that it does not
+            rest on one alone.
         trust: How much H counts beside the one-class scores: ``"full"``, or ``"cautious"``, where only its
             strong evidence does; ``"auto"`` is full from 8 kinds of challenge on.
         weight: How much H counts beside a one-class score's 1; None as ``trust`` says.
@@ -81,6 +85,9 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         supervised: str = "network",
         hidden: int = 128,
         members: int = 3,
+        decay: float = DECAY,
+        limit: float = LIMIT,
+        block_dropout: float = 0.0,
         trust: str = "auto",
         weight: float | None = None,
         sees: tuple[str, ...] | None = None,
@@ -99,6 +106,9 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         self.supervised = supervised
         self.hidden = hidden
         self.members = members
+        self.decay = decay
+        self.limit = limit
+        self.block_dropout = block_dropout
         self.trust = trust
         self.weight = weight
         self.sees = sees
@@ -139,16 +149,16 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         self._check_parameters()
         blocks = self._blocks(X, reset=True)
         count = len(next(iter(blocks.values())))
-        challenging = self._labels(y, count)
-        codes = self._kinds(kinds, challenging)
+        challenging, self.classes_ = challenging_of(y, count)
+        codes = kinds_of(kinds, challenging)
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
         if self.sees is not None and (not self.sees or not set(self.sees) <= set(blocks)):
             raise ValueError(
                 f"sees must name blocks of X, {', '.join(map(repr, blocks))}; it was {self.sees!r}"
             )
-        fitting, kept = self._split(challenging, held_out, random)
-        chosen = {name: array[fitting] for name, array in blocks.items()}
+        fitting, kept = split_clean(challenging, held_out, self.calibration_fraction, random)
+        chosen = take(blocks, fitting)
         settings = Settings(self.log, self.components, self.dimensions, self.neighbours, seed)
         parts: dict[str, Part] = {}
         with torch.no_grad():
@@ -157,18 +167,20 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                     parts[name] = Part(rows, score, meaning)
             if challenging.any():
                 seen = chosen if self.sees is None else {name: chosen[name] for name in self.sees}
-                joint = joint_rows(seen, settings)
+                joint = Joint(parts=joint_rows(seen, settings).parts, limit=float(self.limit))
                 picked = np.concatenate([fitting, np.flatnonzero(challenging)])
-                training = joint(_tensors({name: array[picked] for name, array in blocks.items()})).numpy()
                 h = fit_perceptrons(
-                    training,
+                    joint(as_tensors(take(blocks, picked))).numpy(),
                     codes[picked],
                     hidden=self.hidden if self.supervised == "network" else None,
                     members=self.members,
                     seed=seed,
+                    decay=self.decay,
+                    block_dropout=self.block_dropout,
+                    groups=joint.groups(as_tensors(take(blocks, picked[:1]))),
                 )
                 parts["labels"] = Part(joint, h, OneSided, *self._trust(codes))
-            calibration = _tensors({name: array[kept] for name, array in blocks.items()})
+            calibration = as_tensors(take(blocks, kept))
             module = DetectorModule.fit(parts, calibration, combine=self.combine, cap=self.cap)
         self.module_ = module.eval()
         return self
@@ -178,7 +190,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "module_")
         blocks = self._blocks(X, reset=False)
         with torch.no_grad():
-            scores = [self.module_(_tensors(part)) for part in _chunks(blocks)]
+            scores = [self.module_(part) for part in chunks(blocks)]
         result: Array = torch.cat(scores).numpy()
         return result
 
@@ -217,7 +229,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         """Each part's own -log p ``(B,)`` by name: what made a sample suspicious."""
         check_is_fitted(self, "module_")
         with torch.no_grad():
-            parts = self.module_.parts(_tensors(self._blocks(X, reset=False)))
+            parts = self.module_.parts(as_tensors(self._blocks(X, reset=False)))
         return {name: values.numpy() for name, values in parts.items()}
 
     def to_module(self) -> DetectorModule:
@@ -245,10 +257,15 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1; it was {value!r}")
-        if not float(self.cap) > 0:
-            raise ValueError(f"cap must be greater than 0; it was {self.cap!r}")
+        for name in ("cap", "limit"):
+            if not float(getattr(self, name)) > 0:
+                raise ValueError(f"{name} must be greater than 0; it was {getattr(self, name)!r}")
         if not 0 < float(self.calibration_fraction) < 1:
             raise ValueError(f"calibration_fraction must lie in (0, 1); it was {self.calibration_fraction!r}")
+        if not float(self.decay) >= 0:
+            raise ValueError(f"decay must be at least 0; it was {self.decay!r}")
+        if not 0 <= float(self.block_dropout) < 1:
+            raise ValueError(f"block_dropout must lie in [0, 1); it was {self.block_dropout!r}")
         checks.one_of("trust", self.trust, ("auto", "full", "cautious"))
         if self.weight is not None and not float(self.weight) > 0:
             raise ValueError(f"weight must be greater than 0 or None; it was {self.weight!r}")
@@ -284,47 +301,6 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"X must have the blocks and shapes of fit, {self.shapes_}; it had {shapes}")
         return blocks
 
-    def _labels(self, y: ArrayLike | None, count: int) -> NDArray[np.bool_]:
-        """Which samples are challenging; sets ``classes_``."""
-        self.classes_: NDArray[Any] = np.array([0, 1])
-        if y is None:
-            return np.zeros(count, dtype=bool)
-        values = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
-        if values.ndim == 2 and values.shape[1] == 1:
-            from sklearn.utils.validation import column_or_1d
-
-            values = column_or_1d(values, warn=True)
-        if values.shape != (count,):
-            raise ValueError(f"y must have shape ({count},), one label per row of X; it was {values.shape}")
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise ValueError("y must be finite; it contains NaN or infinity")
-        classes = np.unique(values)
-        if classes.tolist() == [-1, 1]:
-            raise ValueError(
-                "y must be 0 (in-distribution) or 1 (challenging); it was scikit-learn's -1 and 1"
-            )
-        if len(classes) == 1 and bool(classes[0] == 0):
-            return np.zeros(count, dtype=bool)
-        if len(classes) != 2:
-            raise ValueError(
-                "Only binary classification is supported: y must hold two labels, 0 (in-distribution) and 1 "
-                f"(challenging), or be None; it held {len(classes)} class(es): {classes[:5].tolist()}"
-            )
-        self.classes_ = classes
-        result: NDArray[np.bool_] = values == classes[1]
-        return result
-
-    def _kinds(self, kinds: ArrayLike | None, challenging: NDArray[np.bool_]) -> NDArray[np.intp]:
-        """0 for clean samples, 1 and up for kinds of challenge."""
-        if kinds is None:
-            return challenging.astype(np.intp)
-        values = np.asarray(kinds)
-        if values.shape != challenging.shape:
-            raise ValueError(f"kinds must have shape {challenging.shape}, like y; it was {values.shape}")
-        codes = np.zeros(len(values), dtype=np.intp)
-        codes[challenging] = 1 + np.unique(values[challenging], return_inverse=True)[1]
-        return codes
-
     def _trust(self, codes: NDArray[np.intp]) -> tuple[float, float]:
         """H's weight beside a one-class score's 1, and the p-value below which it counts at all.
 
@@ -337,47 +313,3 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         few = len(np.unique(codes)) - 1 < 8
         cautious = self.trust == "cautious" or (self.trust == "auto" and few)
         return (1.5, 0.1) if cautious and self.guard else (3.0, 1.0)
-
-    def _split(
-        self, challenging: NDArray[np.bool_], held_out: ArrayLike | None, random: np.random.RandomState
-    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Clean samples to fit the scores on, and to calibrate on, in random order."""
-        order = random.permutation(np.flatnonzero(~challenging))
-        if len(order) < 4:
-            raise ValueError(
-                f"X must have at least 4 in-distribution samples; it had {len(order)} "
-                f"(n_samples = {len(challenging)})"
-            )
-        if held_out is None:
-            share = min(max(2, round(self.calibration_fraction * len(order))), len(order) - 2)
-            kept, fitting = np.split(order, [share])
-        else:
-            mask = np.asarray(held_out)
-            if mask.shape != challenging.shape or mask.dtype != bool:
-                raise ValueError(
-                    f"held_out must be bool of shape {challenging.shape}; it was {mask.dtype}, {mask.shape}"
-                )
-            kept, fitting = order[mask[order]], order[~mask[order]]
-            if len(kept) < 2 or len(fitting) < 2:
-                raise ValueError(
-                    "held_out must leave at least 2 in-distribution samples on each side; it left "
-                    f"{len(kept)} held out and {len(fitting)} to fit on"
-                )
-        return fitting, kept
-
-
-def check_rate(rate: float) -> float:
-    """``rate`` as a float in (0, 1)."""
-    if not isinstance(rate, (int, float, np.floating)) or not 0 < rate < 1:
-        raise ValueError(f"false_alarm_rate must lie in (0, 1); it was {rate!r}")
-    return float(rate)
-
-
-def _tensors(blocks: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-    return {name: as_tensor(array) for name, array in blocks.items()}
-
-
-def _chunks(blocks: Mapping[str, Array], rows: int = 4096) -> list[dict[str, Array]]:
-    """Slices of all blocks, so that a large set needs little memory."""
-    count = len(next(iter(blocks.values())))
-    return [{name: array[i : i + rows] for name, array in blocks.items()} for i in range(0, count, rows)]

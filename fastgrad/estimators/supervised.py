@@ -14,23 +14,32 @@ from torch.nn.functional import cross_entropy
 
 from fastgrad.scores import fitted
 from fastgrad.scores.fitted import Fitted
+from fastgrad.scores.rows import clipped
 
 Array = NDArray[np.float64]
 
 # Standardised rows are cut here, so that no single feature, however far out, decides alone.
-_LIMIT = 50.0
+LIMIT = 50.0
 # Training of H: samples a step (half of them clean), passes over the data and their bounds in steps, AdamW's two.
-_BATCH, _EPOCHS, _FEWEST_STEPS, _MOST_STEPS, _RATE, _DECAY = 256, 40, 150, 1500, 4e-3, 1e-2
+_BATCH, _EPOCHS, _FEWEST_STEPS, _MOST_STEPS, _RATE, DECAY = 256, 40, 150, 1500, 4e-3, 1e-2
 
 
 class Joint(Fitted):
-    """Rows of several blocks side by side, ``(B, d)``."""
+    """Rows of several blocks side by side, ``(B, d)``.
+
+    Option ``limit``: how many standard deviations from the mean they are cut.
+    """
 
     parts: fitted.Sequence
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Standardised rows, cut at 50 standard deviations."""
-        return torch.cat([rows(blocks) for rows in self.parts], -1).clamp(-_LIMIT, _LIMIT)
+        """Standardised rows."""
+        rows = torch.cat([part(blocks) for part in self.parts], -1)
+        return clipped(rows, self.options.get("limit", LIMIT))
+
+    def groups(self, blocks: Mapping[str, Tensor]) -> NDArray[np.intp]:
+        """Which of the blocks each column is of, ``(d,)``."""
+        return np.repeat(np.arange(len(self.parts)), [part(blocks).shape[-1] for part in self.parts])
 
 
 class Perceptrons(Fitted):
@@ -55,16 +64,34 @@ class Perceptrons(Fitted):
 
 
 def fit_perceptrons(
-    rows: Array, kinds: NDArray[np.intp], *, hidden: int | None, members: int, seed: int
+    rows: Array,
+    kinds: NDArray[np.intp],
+    *,
+    hidden: int | None,
+    members: int,
+    seed: int,
+    decay: float = DECAY,
+    block_dropout: float = 0.0,
+    groups: NDArray[np.intp] | None = None,
 ) -> Perceptrons:
     """H from ``rows`` ``(n, d)`` and ``kinds`` ``(n,)``: 0 for clean, others for kinds of challenge.
 
     Telling the kinds apart makes a better "clean or not" than that question alone. Clean and challenging
-    samples count alike in all, however many there are. ``hidden=None`` is logistic regression.
+    samples count alike in all, however many there are. ``hidden=None`` is logistic regression, which has a fixed
+    penalty of its own; the other arguments are those of `train_networks`.
     """
     if hidden is None:
         return _logistic(rows, np.unique(kinds, return_inverse=True)[1])
-    return train_networks(rows, [(np.arange(len(rows)), kinds)], hidden=hidden, members=members, seed=seed)[0]
+    return train_networks(
+        rows,
+        [(np.arange(len(rows)), kinds)],
+        hidden=hidden,
+        members=members,
+        seed=seed,
+        decay=decay,
+        block_dropout=block_dropout,
+        groups=groups,
+    )[0]
 
 
 def _logistic(rows: Array, codes: NDArray[np.intp]) -> Perceptrons:
@@ -94,6 +121,9 @@ def train_networks(
     hidden: int,
     members: int,
     seed: int,
+    decay: float = DECAY,
+    block_dropout: float = 0.0,
+    groups: NDArray[np.intp] | None = None,
 ) -> list[Perceptrons]:
     """Two-layer networks for several tasks on the same rows, all trained at once as one batch of products.
 
@@ -105,7 +135,10 @@ def train_networks(
         tasks: For each, the rows it learns from and their kinds, 0 for clean.
         hidden: Width of the hidden layer.
         members: Networks a task, which differ in their start and in the order of samples.
-        seed: Of both.
+        seed: Of both, and of what is dropped.
+        decay: Weight decay.
+        block_dropout: Chance that a network does not see a block of a sample, but its mean, in a step.
+        groups: Which block each column is of, ``(d,)``; needed to drop any.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.as_tensor(rows.astype(np.float32))
@@ -127,7 +160,7 @@ def train_networks(
     most = max(len(picked) for picked, _ in tasks)
     half = min(_BATCH, most) // 2 or 1
     steps = int(min(_MOST_STEPS, max(_FEWEST_STEPS, _EPOCHS * most / (2 * half))))
-    optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=_DECAY)
+    optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
     with torch.enable_grad():
         for _ in range(steps):
@@ -140,7 +173,10 @@ def train_networks(
                     drawn.append(torch.cat([p[i] for (p, _), i in zip(held, chosen, strict=True)]))
                     targets.append(torch.cat([c[i] for (_, c), i in zip(held, chosen, strict=True)]))
             first, first_bias, second, second_bias = parameters
-            activations = torch.relu(torch.baddbmm(first_bias, x[torch.stack(drawn)], first))
+            inputs = x[torch.stack(drawn)]
+            if groups is not None and block_dropout > 0:
+                inputs = inputs * _seen(inputs.shape[:2], torch.as_tensor(groups), block_dropout, generator)
+            activations = torch.relu(torch.baddbmm(first_bias, inputs, first))
             logits = torch.baddbmm(second_bias, activations, second)
             loss = cross_entropy(logits.flatten(0, 1), torch.stack(targets).flatten()) * networks
             optimizer.zero_grad()
@@ -160,3 +196,12 @@ def train_networks(
             )
         )
     return found
+
+
+def _seen(shape: torch.Size, groups: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+    """1 where a sample's block is seen and 0 where it is dropped, ``(*shape, d)``; never are all dropped."""
+    blocks = int(groups.max()) + 1
+    kept = torch.rand(*shape, blocks, generator=generator) >= dropout
+    one = torch.randint(blocks, (*shape, 1), generator=generator)
+    kept = kept.scatter(-1, one, kept.gather(-1, one) | ~kept.any(-1, keepdim=True))
+    return kept[..., groups].float()

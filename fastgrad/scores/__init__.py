@@ -13,6 +13,7 @@ from .logits import Energy, Margin
 from .mahalanobis import Mahalanobis
 from .neighbours import NearestNeighbours
 from .rows import Rows
+from .temperature import Temperature
 
 __all__ = [
     "Energy",
@@ -24,6 +25,7 @@ __all__ = [
     "OneSided",
     "Rows",
     "Sequence",
+    "Temperature",
     "TwoSided",
     "UpperTail",
     "rebuild",

@@ -4,7 +4,7 @@ import torch
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastgrad
-from fastgrad import IntrospectiveClassifier
+from fastgrad import IntrospectiveClassifier, metrics
 from fastgrad.estimators.introspective import RowMoments
 from fastgrad.losses import LOSSES
 
@@ -79,6 +79,38 @@ def test_stops_early_on_held_out_data():
     best = int(np.argmin(classifier.history_))
     assert classifier.n_iter_ < 200
     assert classifier.n_iter_ - best - 1 <= 2 * classifier.patience  # small gains do not count as progress
+
+
+def test_probabilities_are_calibrated_on_the_held_out_part():
+    """Many epochs on noisy labels make H too sure of itself; its temperature takes that back."""
+
+    def noisy(count, seed):
+        features, logits, labels = problem(count, seed)
+        rng = np.random.default_rng(seed)
+        swapped = rng.random(count) < 0.3
+        return {"features": features, "logits": logits}, np.where(swapped, rng.integers(0, 4, count), labels)
+
+    options = {
+        "hidden": (64,),
+        "activation": "relu",
+        "learning_rate": 0.01,
+        "weight_decay": 0.0,
+        "max_epochs": 40,
+    }
+    train, (R, labels) = noisy(400, 0), noisy(2000, 1)
+    assert IntrospectiveClassifier(**options, validation_fraction=0.0).fit(*train).temperature_ == 1
+    softened = IntrospectiveClassifier(**options, validation_fraction=0.3).fit(*train)
+    assert softened.temperature_ > 1.1
+    sure = torch.tensor(softened.decision_function(R) * softened.temperature_).softmax(1)
+    assert metrics.nll(softened.predict_proba(R), labels) < metrics.nll(sure, labels)
+    # The temperature is part of the network's last layer: whoever runs the module has it.
+    tensors = (torch.tensor(R["features"]), torch.tensor(R["logits"]))
+    np.testing.assert_allclose(
+        softened.to_module().from_features(*tensors).softmax(-1), softened.predict_proba(R), rtol=1e-12
+    )
+    by_loader = IntrospectiveClassifier(**options)
+    by_loader.fit_loader(Loader(0, True), Loader(1, True))
+    assert by_loader.temperature_ != 1
 
 
 class Loader:
