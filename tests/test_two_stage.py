@@ -10,7 +10,7 @@ from torch import nn
 
 import fastgrad
 from fastgrad import IntrospectiveClassifier, TwoStageModel, UncertaintyDetector
-from fastgrad.blocks import BLOCKS, BiasGradients, Features, Gradients, Logits, Ranked, View
+from fastgrad.blocks import BLOCKS, BiasGradients, Features, Gradients, Image, Logits, Ranked, View
 from fastgrad.blocks.extraction import Extraction, arguments
 from fastgrad.blocks.subject import watch
 
@@ -188,6 +188,26 @@ def test_a_bad_input_is_never_called_reliable(fitted):
     clean = fitted(images(3)).uncertainty
     assert uncertainty[1] == float("inf")
     torch.testing.assert_close(uncertainty[[0, 2]], clean[[0, 2]], rtol=1e-3, atol=1e-3)
+
+
+def test_a_block_that_fails_makes_its_batch_unreliable_and_says_so(monkeypatch):
+    two_stage = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), ())
+    x = images(5)
+    assert torch.isfinite(two_stage(x).uncertainty).all()
+
+    def fail(self, found):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(Image, "values", fail)
+    with pytest.warns(
+        RuntimeWarning, match="'image' failed on a batch, whose uncertainty is infinite: out of"
+    ):
+        prediction = two_stage(x)
+    assert (prediction.uncertainty == torch.inf).all()
+    torch.testing.assert_close(prediction.logits, two_stage.model.eval()(x).detach())
+    # While it is fitted, a failure is an error.
+    with pytest.raises(RuntimeError, match="out of luck"):
+        TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), ())
 
 
 def test_copies_and_pickles_score_alike(fitted):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import original, outside_of_compilation, pytree
+from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
 from fastgrad.batches import as_call, batch_size, take
 from fastgrad.blocks.block import Block
 from fastgrad.blocks.features import Features
@@ -53,10 +54,15 @@ class Extraction:
     def _setup(self) -> None:
         self._lock = threading.Lock()
         self._network = Network(self.model)
+        self._shapes: dict[str, torch.Size] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without lock and plans, which are made anew: copies and pickles work."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_network")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_lock", "_network", "_shapes")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -118,7 +124,7 @@ class Extraction:
     def of(self, blocks: Sequence[Block]) -> Extraction:
         """The extraction of other blocks from the same network, which is neither watched nor planned again."""
         other = Extraction(self.model, blocks, log=self.log)
-        other.known, other._network = self.known, self._network
+        other.known, other._network, other._shapes = self.known, self._network, self._shapes
         return other
 
     def plain(self, x: Inputs) -> tuple[Tensor, Tensor | None]:
@@ -149,7 +155,24 @@ class Extraction:
         wants = {block.name: block.wants(subject, mask) for block in self.blocks}
         found = Pass(self._network, plan, subject, wants, args, kwargs, samples, log=self.log)
         with torch.no_grad():
-            return found.logits, {block.name: block.values(found).detach() for block in self.blocks}
+            return found.logits, {block.name: self._values(block, found) for block in self.blocks}
+
+    def _values(self, block: Block, found: Pass) -> Tensor:
+        """A block's values; NaN, which no score takes for usual, where it fails after it has worked before."""
+        try:
+            values = block.values(found).detach()
+        except Exception as error:
+            shape = self._shapes.get(block.name)
+            if shape is None or is_traced():
+                raise
+            warnings.warn(
+                f"the block {block.name!r} failed on a batch, whose uncertainty is infinite: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return found.logits.new_full((found.samples, *shape), torch.nan)
+        self._shapes[block.name] = values.shape[1:]
+        return values
 
 
 def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,0 +1,246 @@
+"""Every block against its definition, by float64 autograd sample by sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgrad import losses
+from fastgrad.blocks import BLOCKS, Activations, BiasGradients, Contrasts, NormalizationNorms, View
+from fastgrad.blocks.extraction import Extraction, arguments
+from fastgrad.blocks.signals import JOINED
+from fastgrad.blocks.subject import watch
+
+EPS = torch.finfo(torch.float64).eps
+
+
+class Residual(nn.Module):
+    """Two normalised convolutions with a sum around the second, activations in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.stem(x)))
+        x = self.relu(self.second(self.conv(x)) + x)
+        return self.head(x.mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """Layer norms on tokens, an attention that a mask keeps from padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.first, self.mix, self.second = (
+            nn.LayerNorm(8),
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            nn.LayerNorm(8),
+        )
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.first(self.embed(input_ids))
+        x = self.second(x + self.mix(x, x, x, key_padding_mask=attention_mask == 0, need_weights=False)[0])
+        return self.head(x[:, 0])
+
+
+class Recurrent(nn.Module):
+    """No normalisation at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+def residual() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    net = Residual().double().eval()
+    with torch.no_grad():
+        net.norm.running_mean.uniform_(-1, 1)
+        net.norm.running_var.uniform_(0.5, 2)
+        for p in (*net.norm.parameters(), *net.second.parameters()):
+            p.uniform_(0.5, 1.5)
+    return net, torch.randn(6, 3, 7, 5, dtype=torch.float64)
+
+
+def outputs_of(net: nn.Module, x: Tensor, modules: list[nn.Module]) -> tuple[Tensor, list[Tensor]]:
+    """Logits of one forward pass, and copies of what modules put out, before anything overwrites it."""
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        kept.append(output)
+        return output.clone()
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    logits = net(x)
+    for handle in handles:
+        handle.remove()
+    return logits, kept
+
+
+def test_activations_are_logarithms_of_mean_squares() -> None:
+    net, x = residual()
+    _, values = Extraction(net, [Activations()])(x)
+    _, outputs = outputs_of(net, x, [net.norm, net.second])
+    expected = torch.cat([o.square().mean((2, 3)) for o in outputs], 1).log()
+    # A mean of 35 squares, and a logarithm of numbers near one.
+    torch.testing.assert_close(values["activations"], expected, rtol=0, atol=100 * EPS)
+
+
+@pytest.mark.parametrize("depth", [1.0, 0.4])
+def test_bias_gradients_are_those_of_the_predicted_logit(depth: float) -> None:
+    net, x = residual()
+    _, values = Extraction(net, [BiasGradients(depth)])(x)
+    norms = [net.norm, net.second] if depth == 1 else [net.second]
+    for i in range(len(x)):
+        gradients = torch.autograd.grad(net(x[i : i + 1])[0].max(), [norm.bias for norm in norms])
+        flat = torch.cat(gradients)
+        signed = flat.sign() * flat.abs().sqrt()
+        torch.testing.assert_close(values["bias_gradients"][i], signed, rtol=1e-10, atol=1e-10)
+
+
+def test_normalization_norms_are_those_of_bias_output_and_scale() -> None:
+    net, x = residual()
+    _, values = Extraction(net, [NormalizationNorms()], log=False)(x)
+    for i in range(len(x)):
+        for s, signal in enumerate(JOINED):
+            logits, outputs = outputs_of(net, x[i : i + 1], [net.norm, net.second])
+            delta = signal.delta(logits.detach())
+            wanted = [
+                t for n, o in zip((net.norm, net.second), outputs, strict=True) for t in (n.bias, o, n.weight)
+            ]
+            gradients = torch.autograd.grad(logits, wanted, delta)
+            expected = torch.stack([g.square().sum() for g in gradients])
+            torch.testing.assert_close(values["normalization_norms"][i, s], expected, rtol=1e-10, atol=0)
+
+
+def test_the_logarithms_are_finite_where_norms_underflow() -> None:
+    net, x = residual()
+    net = net.float()
+    with torch.no_grad():
+        net.head.weight.mul_(400)
+    _, values = Extraction(net, [NormalizationNorms(), Contrasts()])(x.float())
+    assert all(torch.isfinite(value).all() for value in values.values())
+
+
+def test_view_is_a_divergence_under_the_same_network() -> None:
+    net, _ = residual()
+    x = torch.randn(4, 3, 20, 30, dtype=torch.float64)
+    logits, values = Extraction(net, [View(zoom=0.9)])(x)
+    cropped = F.interpolate(x[:, :, 1:19, 1:28], size=(20, 30), mode="bilinear", align_corners=False)
+    first, second = logits.log_softmax(-1), net(cropped).detach().log_softmax(-1)
+    expected = torch.log((first.exp() * (first - second)).sum(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(values["view"], expected, rtol=1e-8, atol=1e-8)
+    mirrored = Extraction(net, [View(mirror=True)])(x)[1]["view"]
+    assert not torch.allclose(mirrored, values["view"])
+
+
+# Attention has no batching rule for its backward pass in PyTorch: slower, not wrong.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_padding_says_nothing() -> None:
+    torch.manual_seed(0)
+    net = Tokens().double().eval()
+    ids, mask = torch.randint(1, 11, (4, 6)), torch.ones(4, 6, dtype=torch.long)
+    short = {"input_ids": ids[:, :4], "attention_mask": mask[:, :4]}
+    mask[:, 4:] = 0
+    long = {"input_ids": ids, "attention_mask": mask}
+    blocks = [Activations(), BiasGradients(), NormalizationNorms()]
+    (_, padded), (_, plain) = Extraction(net, blocks)(long), Extraction(net, blocks)(short)
+    for name, value in plain.items():
+        torch.testing.assert_close(padded[name], value, rtol=1e-8, atol=1e-8)
+
+
+def test_a_network_without_normalisation_is_read_at_its_layers() -> None:
+    torch.manual_seed(0)
+    net, x = Recurrent().double().eval(), torch.randn(5, 7, 4, dtype=torch.float64)
+    subject = watch(net, *arguments(x))
+    assert [place.path for place in subject.channels] == ["lstm"]
+    _, values = Extraction(net, [Activations(), BiasGradients()])(x)
+    states = net.lstm(x)[0]
+    torch.testing.assert_close(
+        values["activations"], states.square().mean(1).log().detach(), rtol=0, atol=1e-12
+    )
+    gradients = torch.autograd.grad(net.head(states[:, -1]).max(1).values.sum(), states)[0].sum(1)
+    expected = gradients.sign() * gradients.abs().sqrt()
+    torch.testing.assert_close(values["bias_gradients"], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_one_forward_pass_serves_every_block() -> None:
+    net, x = residual()
+    calls = []
+    Extraction(net, [block() for block in BLOCKS.values()])(x)  # watched and planned
+    net.stem.register_forward_hook(lambda *_: calls.append(1))
+    extraction = Extraction(net, [Activations(), BiasGradients(), NormalizationNorms(), Contrasts()])
+    extraction.subject(x)
+    calls.clear()
+    extraction(x)
+    assert len(calls) == 1
+
+
+def test_the_backward_pass_goes_no_further_than_a_block_reads() -> None:
+    net, x = residual()
+    reached = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, value: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:
+            reached.append(1)
+            return gradient
+
+    plain = net.conv.forward
+    net.conv.forward = lambda value: plain(Watched.apply(value))  # type: ignore[method-assign]
+    Extraction(net, [BiasGradients(depth=0.4)])(x)
+    assert not reached
+    Extraction(net, [BiasGradients()])(x)
+    assert reached
+
+
+def test_prices_follow_depth() -> None:
+    net, x = residual()
+    subject = watch(net, *arguments(x))
+    assert 0 < BiasGradients(0.3).price(subject) < BiasGradients(1.0).price(subject) < 1.4
+    assert View().price(subject) == 1
+    assert Activations().price(subject) == 0
+    assert subject.channels[0].depth < subject.channels[1].depth < 1
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS))
+def test_nothing_of_the_model_is_changed_also_after_an_error(name: str) -> None:
+    net, x = residual()
+    net.train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    extraction = Extraction(net, [BLOCKS[name]()])
+    extraction(x)
+    with pytest.raises((RuntimeError, ValueError)):
+        extraction(x[:, :2])
+    assert net.training
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("make", [lambda: BiasGradients(0), lambda: BiasGradients(1.5), lambda: View(zoom=1)])
+def test_bad_options_are_named(make: object) -> None:
+    with pytest.raises(ValueError, match=r"(depth|zoom) must lie in .*; it was"):
+        make()  # type: ignore[operator]
+
+
+def test_signals_are_the_losses_gradients() -> None:
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    for signal, (loss, target) in zip(
+        JOINED, (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted")), strict=True
+    ):
+        assert torch.equal(signal.delta(logits), losses.delta(logits, target, loss=loss))
