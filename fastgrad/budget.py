@@ -254,7 +254,7 @@ def candidates(
         if refusals[block.name] is None
         and (asked is not None or predicted[block.name] <= _DOUBT * (budget - 1))
     ]
-    measured, together = measure(model, able, _some(x))
+    measured, together = measure(model, subject, able, _some(x))
     entries = []
     for block in every:
         why = refusals[block.name] or ("" if block in able else "beyond the budget")

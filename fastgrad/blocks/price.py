@@ -13,6 +13,7 @@ from fastgrad.batches import logits_of
 from fastgrad.blocks.block import Block
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.logits import Logits
+from fastgrad.blocks.subject import Subject
 from fastgrad.engine.network import Network
 from fastgrad.engine.run import Run
 
@@ -21,13 +22,16 @@ _ROUNDS = 7
 _SECONDS = 6.0
 
 
-def measure(model: nn.Module, blocks: Sequence[Block], x: Inputs) -> tuple[dict[str, float], float]:
+def measure(
+    model: nn.Module, subject: Subject, blocks: Sequence[Block], x: Inputs
+) -> tuple[dict[str, float], float]:
     """Price of each block alone, and of all of them together, beyond the forward pass, in forward passes.
 
     Every extraction is timed in turn with the forward pass itself, so that a machine that slows down slows all.
 
     Args:
         model: The network.
+        subject: What is known of it.
         blocks: What to price.
         x: A batch.
 
@@ -43,8 +47,10 @@ def measure(model: nn.Module, blocks: Sequence[Block], x: Inputs) -> tuple[dict[
             logits_of(network.forward(None, Run(samples), args, kwargs))
 
     runs: list[Callable[[], object]] = [plain]
+    known = Extraction(model, [Logits()])
+    known.known = subject
     for chosen in [*([block] for block in blocks), list(blocks)]:
-        extraction = Extraction(model, chosen or [Logits()])
+        extraction = known.of(chosen)
         runs.append(lambda extraction=extraction: extraction(x))  # type: ignore[misc]
     for run in runs:
         # Watching, planning and warming up are no part of the price.
@@ -56,11 +62,10 @@ def measure(model: nn.Module, blocks: Sequence[Block], x: Inputs) -> tuple[dict[
             taken.append(_seconds(run))
         if turn >= 1 and time.perf_counter() - begun > _SECONDS:
             break
-    base, *others = (
-        [taken / first for taken, first in zip(column, times[0], strict=True)] for column in times
-    )
-    ratios = [max(0.0, statistics.median(column) - 1) for column in others]
-    del base
+    ratios = [
+        max(0.0, statistics.median(taken / base for taken, base in zip(column, times[0], strict=True)) - 1)
+        for column in times[1:]
+    ]
     return dict(zip((block.name for block in blocks), ratios, strict=False)), ratios[-1]
 
 

@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 # Standardised rows are cut here, so that no single feature, however far out, decides alone.
 LIMIT = 50.0
 # Training of H: samples a step (half of them clean), passes over the data and their bounds in steps, AdamW's two.
-_BATCH, _EPOCHS, _FEWEST_STEPS, _MOST_STEPS, _RATE, DECAY = 256, 40, 150, 1500, 4e-3, 1e-2
+_BATCH, _EPOCHS, _FEWEST_STEPS, _MOST_STEPS, _RATE, DECAY = 256, 40, 100, 1500, 4e-3, 1e-2
 
 
 class Joint(Fitted):
@@ -124,6 +124,7 @@ def train_networks(
     decay: float = DECAY,
     block_dropout: float = 0.0,
     groups: NDArray[np.intp] | None = None,
+    epochs: int = _EPOCHS,
 ) -> list[Perceptrons]:
     """Two-layer networks for several tasks on the same rows, all trained at once as one batch of products.
 
@@ -139,6 +140,7 @@ def train_networks(
         decay: Weight decay.
         block_dropout: Chance that a network does not see a block of a sample, but its mean, in a step.
         groups: Which block each column is of, ``(d,)``; needed to drop any.
+        epochs: Passes over the data.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.as_tensor(rows.astype(np.float32))
@@ -159,7 +161,7 @@ def train_networks(
         value.requires_grad_()
     most = max(len(picked) for picked, _ in tasks)
     half = min(_BATCH, most) // 2 or 1
-    steps = int(min(_MOST_STEPS, max(_FEWEST_STEPS, _EPOCHS * most / (2 * half))))
+    steps = int(min(_MOST_STEPS, max(_FEWEST_STEPS, epochs * most / (2 * half))))
     optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
     with torch.enable_grad():

@@ -50,13 +50,14 @@ def test_demo_writes_table_figure_and_record(
     assert cli.main(["demo", "--out", str(out), "--epochs", "1"]) == 0
     assert capsys.readouterr().out.rstrip().splitlines()[-1] == str(out.resolve())
     record = json.loads((out / "demo.json").read_text())
-    assert len(record["auroc"]) == 4
+    assert len(record["auroc"]) == 5
     for row in record["auroc"].values():
         assert len(row) == 4
         assert all(0 <= value <= 1 for value in row.values())
     assert record["test_accuracy"] > 0.8
-    for name, value in record["auroc"]["fastgrad, whole network"].items():
+    for name, value in record["auroc"]["fastgrad, default budget"].items():
         assert f"{value:.3f}" in (out / "demo.md").read_text(), name
+    assert "budget 1.2" in record["blocks"]
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 

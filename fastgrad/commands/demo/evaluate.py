@@ -1,4 +1,4 @@
-"""Scores of four methods on clean and challenging digits; a higher score means less reliable."""
+"""Scores of five methods on clean and challenging digits; a higher score means less reliable."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fastgrad
+from fastgrad.budget import Report
+from fastgrad.commands.demo.digits import LabelledImages
 from fastgrad.commands.demo.network import logits_in_batches
 
 Scores = NDArray[np.float64]
 Method = Callable[[Tensor], Scores]
 
-WHOLE_NETWORK = "fastgrad, whole network"
-LAST_LAYER = "fastgrad, last layer"
+DEFAULT = "fastgrad, default budget"
+WHOLE_NETWORK = "gradient norms, whole network"
+LAST_LAYER = "gradient norms, last layer"
 
-# Both fastgrad methods use the same labels, so that the difference is what the other layers add.
+# Both sets of gradient norms use the same labels, so that the difference is what the other layers add.
 SIGNALS = (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"))
 
 
@@ -31,17 +34,20 @@ def in_batches(
     return torch.cat([extract(batch) for batch in tqdm(list(images), desc=label, unit="batch")]).numpy()
 
 
-def methods(network: nn.Sequential, clean: Tensor, seed: int) -> dict[str, Method]:
+def methods(network: nn.Sequential, clean: LabelledImages, seed: int) -> tuple[dict[str, Method], Report]:
     """Fit each method on clean images that the network was not trained on.
 
     Args:
         network: ends in ``nn.Linear``.
-        clean: images ``(n, 1, 28, 28)``.
+        clean: images ``(n, 1, 28, 28)`` with their labels, which only the probabilities need.
         seed: of the detectors' splits and mixtures.
 
     Returns:
-        Name to a function from images to scores ``(n,)``.
+        Name to a function from images to scores ``(n,)``, and what the default is made of.
     """
+    two_stage = fastgrad.TwoStageModel(network)
+    pairs = list(zip(clean.images.split(250), clean.labels.split(250), strict=True))
+    two_stage.fit(pairs, seed=seed, verbose=True)
     body, head = network[:-1], network[-1]
     extractor = fastgrad.GradientFeatures(network, signals=SIGNALS)
 
@@ -57,7 +63,7 @@ def methods(network: nn.Sequential, clean: Tensor, seed: int) -> dict[str, Metho
 
     def detector(extract: Callable[[Tensor], Tensor], name: str) -> Method:
         fitted = fastgrad.UncertaintyDetector(random_state=seed, contrasts=False)
-        fitted.fit(in_batches(clean.split(256), extract, f"{name}: fitting"))
+        fitted.fit(in_batches(clean.images.split(256), extract, f"{name}: fitting"))
         return lambda images: np.asarray(
             fitted.decision_function(in_batches(images.split(256), extract, f"{name}: scoring"))
         )
@@ -68,12 +74,19 @@ def methods(network: nn.Sequential, clean: Tensor, seed: int) -> dict[str, Metho
     def energy(images: Tensor) -> Scores:
         return -logits_in_batches(network, images).double().logsumexp(-1).numpy()
 
-    return {
+    def default(images: Tensor) -> Scores:
+        return in_batches(images.split(256), lambda x: two_stage(x).uncertainty, "default: scoring").astype(
+            float
+        )
+
+    found = {
         "softmax confidence": confidence,
         "energy": energy,
         LAST_LAYER: detector(last_layer, "last layer"),
         WHOLE_NETWORK: detector(whole_network, "whole network"),
+        DEFAULT: default,
     }
+    return found, two_stage.report()
 
 
 def challenging(
