@@ -22,7 +22,7 @@ from .blocks import are_contrasts, check_blocks, check_squared, to_array
 from .combined import DetectorModule, Part
 from .inputs import as_tensors, challenging_of, check_rate, chunks, kinds_of, split_clean, take
 from .parts import joint_rows, one_class_scores
-from .supervised import DECAY, LIMIT, Joint, fit_perceptrons
+from .supervised import fit_perceptrons
 
 Array = NDArray[np.float64]
 Blocks = Mapping[str, ArrayLike]
@@ -52,10 +52,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         supervised: H's shape: ``"network"`` (two layers) or ``"logistic"``.
         hidden: Width of the network's hidden layer.
         members: Networks whose scores H averages.
-        decay: Weight decay of H's training.
-        limit: Where H's standardised inputs are cut, in standard deviations of clean data.
-        block_dropout: Chance that the network does not see a block of a training sample, so that it does not
-            rest on one alone.
+        dropout: Chance that the network does not see an input of a sample in a step of its training.
         trust: How much H counts beside the one-class scores: ``"full"``, or ``"cautious"``, where only its
             strong evidence does; ``"auto"`` is full from 8 kinds of challenge on.
         weight: How much H counts beside a one-class score's 1; None as ``trust`` says.
@@ -85,9 +82,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         supervised: str = "network",
         hidden: int = 128,
         members: int = 3,
-        decay: float = DECAY,
-        limit: float = LIMIT,
-        block_dropout: float = 0.0,
+        dropout: float = 0.0,
         trust: str = "auto",
         weight: float | None = None,
         sees: tuple[str, ...] | None = None,
@@ -106,9 +101,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         self.supervised = supervised
         self.hidden = hidden
         self.members = members
-        self.decay = decay
-        self.limit = limit
-        self.block_dropout = block_dropout
+        self.dropout = dropout
         self.trust = trust
         self.weight = weight
         self.sees = sees
@@ -167,7 +160,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                     parts[name] = Part(rows, score, meaning)
             if challenging.any():
                 seen = chosen if self.sees is None else {name: chosen[name] for name in self.sees}
-                joint = Joint(parts=joint_rows(seen, settings).parts, limit=float(self.limit))
+                joint = joint_rows(seen, settings)
                 picked = np.concatenate([fitting, np.flatnonzero(challenging)])
                 h = fit_perceptrons(
                     joint(as_tensors(take(blocks, picked))).numpy(),
@@ -175,9 +168,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                     hidden=self.hidden if self.supervised == "network" else None,
                     members=self.members,
                     seed=seed,
-                    decay=self.decay,
-                    block_dropout=self.block_dropout,
-                    groups=joint.groups(as_tensors(take(blocks, picked[:1]))),
+                    dropout=self.dropout,
                 )
                 parts["labels"] = Part(joint, h, OneSided, *self._trust(codes))
             calibration = as_tensors(take(blocks, kept))
@@ -257,15 +248,12 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1; it was {value!r}")
-        for name in ("cap", "limit"):
-            if not float(getattr(self, name)) > 0:
-                raise ValueError(f"{name} must be greater than 0; it was {getattr(self, name)!r}")
+        if not float(self.cap) > 0:
+            raise ValueError(f"cap must be greater than 0; it was {self.cap!r}")
         if not 0 < float(self.calibration_fraction) < 1:
             raise ValueError(f"calibration_fraction must lie in (0, 1); it was {self.calibration_fraction!r}")
-        if not float(self.decay) >= 0:
-            raise ValueError(f"decay must be at least 0; it was {self.decay!r}")
-        if not 0 <= float(self.block_dropout) < 1:
-            raise ValueError(f"block_dropout must lie in [0, 1); it was {self.block_dropout!r}")
+        if not 0 <= float(self.dropout) < 1:
+            raise ValueError(f"dropout must lie in [0, 1); it was {self.dropout!r}")
         checks.one_of("trust", self.trust, ("auto", "full", "cautious"))
         if self.weight is not None and not float(self.weight) > 0:
             raise ValueError(f"weight must be greater than 0 or None; it was {self.weight!r}")

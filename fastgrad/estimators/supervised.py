@@ -19,27 +19,19 @@ from fastgrad.scores.rows import clipped
 Array = NDArray[np.float64]
 
 # Standardised rows are cut here, so that no single feature, however far out, decides alone.
-LIMIT = 50.0
+_LIMIT = 50.0
 # Training of H: samples a step (half of them clean), passes over the data and their bounds in steps, AdamW's two.
-_BATCH, _EPOCHS, _FEWEST_STEPS, _MOST_STEPS, _RATE, DECAY = 256, 40, 100, 1500, 4e-3, 1e-2
+_BATCH, _EPOCHS, _FEWEST_STEPS, _MOST_STEPS, _RATE, _DECAY = 256, 40, 100, 1500, 4e-3, 1e-2
 
 
 class Joint(Fitted):
-    """Rows of several blocks side by side, ``(B, d)``.
-
-    Option ``limit``: how many standard deviations from the mean they are cut.
-    """
+    """Rows of several blocks side by side, ``(B, d)``."""
 
     parts: fitted.Sequence
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Standardised rows."""
-        rows = torch.cat([part(blocks) for part in self.parts], -1)
-        return clipped(rows, self.options.get("limit", LIMIT))
-
-    def groups(self, blocks: Mapping[str, Tensor]) -> NDArray[np.intp]:
-        """Which of the blocks each column is of, ``(d,)``."""
-        return np.repeat(np.arange(len(self.parts)), [part(blocks).shape[-1] for part in self.parts])
+        """Standardised rows, cut at 50 standard deviations."""
+        return clipped(torch.cat([rows(blocks) for rows in self.parts], -1), _LIMIT)
 
 
 class Perceptrons(Fitted):
@@ -70,9 +62,7 @@ def fit_perceptrons(
     hidden: int | None,
     members: int,
     seed: int,
-    decay: float = DECAY,
-    block_dropout: float = 0.0,
-    groups: NDArray[np.intp] | None = None,
+    dropout: float = 0.0,
 ) -> Perceptrons:
     """H from ``rows`` ``(n, d)`` and ``kinds`` ``(n,)``: 0 for clean, others for kinds of challenge.
 
@@ -88,9 +78,7 @@ def fit_perceptrons(
         hidden=hidden,
         members=members,
         seed=seed,
-        decay=decay,
-        block_dropout=block_dropout,
-        groups=groups,
+        dropout=dropout,
     )[0]
 
 
@@ -121,9 +109,7 @@ def train_networks(
     hidden: int,
     members: int,
     seed: int,
-    decay: float = DECAY,
-    block_dropout: float = 0.0,
-    groups: NDArray[np.intp] | None = None,
+    dropout: float = 0.0,
     epochs: int = _EPOCHS,
 ) -> list[Perceptrons]:
     """Two-layer networks for several tasks on the same rows, all trained at once as one batch of products.
@@ -137,9 +123,7 @@ def train_networks(
         hidden: Width of the hidden layer.
         members: Networks a task, which differ in their start and in the order of samples.
         seed: Of both, and of what is dropped.
-        decay: Weight decay.
-        block_dropout: Chance that a network does not see a block of a sample, but its mean, in a step.
-        groups: Which block each column is of, ``(d,)``; needed to drop any.
+        dropout: Chance that a network does not see an input of a sample in a step (Srivastava et al., 2014).
         epochs: Passes over the data.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -162,7 +146,7 @@ def train_networks(
     most = max(len(picked) for picked, _ in tasks)
     half = min(_BATCH, most) // 2 or 1
     steps = int(min(_MOST_STEPS, max(_FEWEST_STEPS, epochs * most / (2 * half))))
-    optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=decay)
+    optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
     with torch.enable_grad():
         for _ in range(steps):
@@ -176,8 +160,8 @@ def train_networks(
                     targets.append(torch.cat([c[i] for (_, c), i in zip(held, chosen, strict=True)]))
             first, first_bias, second, second_bias = parameters
             inputs = x[torch.stack(drawn)]
-            if groups is not None and block_dropout > 0:
-                inputs = inputs * _seen(inputs.shape[:2], torch.as_tensor(groups), block_dropout, generator)
+            if dropout > 0:
+                inputs = inputs * (torch.rand(inputs.shape, generator=generator) >= dropout) / (1 - dropout)
             activations = torch.relu(torch.baddbmm(first_bias, inputs, first))
             logits = torch.baddbmm(second_bias, activations, second)
             loss = cross_entropy(logits.flatten(0, 1), torch.stack(targets).flatten()) * networks
@@ -198,12 +182,3 @@ def train_networks(
             )
         )
     return found
-
-
-def _seen(shape: torch.Size, groups: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-    """1 where a sample's block is seen and 0 where it is dropped, ``(*shape, d)``; never are all dropped."""
-    blocks = int(groups.max()) + 1
-    kept = torch.rand(*shape, blocks, generator=generator) >= dropout
-    one = torch.randint(blocks, (*shape, 1), generator=generator)
-    kept = kept.scatter(-1, one, kept.gather(-1, one) | ~kept.any(-1, keepdim=True))
-    return kept[..., groups].float()

@@ -247,7 +247,7 @@ def test_bad_input_is_named(case):
     [
         ("contrasts", "yes"), ("supervised", "forest"), ("combine", "sum"), ("trust", "blind"), ("hidden", 0),
         ("components", 1.5), ("cap", 0), ("calibration_fraction", 1.0), ("false_alarm_rate", 0.0),
-        ("decay", -1.0), ("limit", -1.0), ("block_dropout", 1.0),
+        ("dropout", 1.0),
     ],
 )  # fmt: skip
 def test_bad_parameters_are_named(name, value):

@@ -1,0 +1,32 @@
+"""Metrics on arrays or tensors; scikit-learn is imported where it is used.
+
+Scores follow the estimators of this package: higher means less reliable. Three questions, a file each: does a score
+tell challenging samples from clean ones (`detection`), are probabilities as often right as they say (`calibration`),
+and what is gained by answering only where the uncertainty is low (`selective`).
+"""
+
+from __future__ import annotations
+
+from .calibration import Reliability, brier, calibration_report, ece, mce, nll, reliability
+from .detection import aupr, auroc, detection_accuracy, detection_report, fpr_at_tpr
+from .selective import RiskCoverage, aurc, e_aurc, risk_coverage, threshold_for
+
+__all__ = [
+    "Reliability",
+    "RiskCoverage",
+    "aupr",
+    "aurc",
+    "auroc",
+    "brier",
+    "calibration_report",
+    "detection_accuracy",
+    "detection_report",
+    "e_aurc",
+    "ece",
+    "fpr_at_tpr",
+    "mce",
+    "nll",
+    "reliability",
+    "risk_coverage",
+    "threshold_for",
+]

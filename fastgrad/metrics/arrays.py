@@ -1,0 +1,19 @@
+"""Arguments of metrics as arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+
+def as_array(name: str, values: ArrayLike | Tensor) -> Array:
+    """A float64 array; tensors come from any device."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    array = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite; it held NaN or infinity")
+    return array
