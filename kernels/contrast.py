@@ -16,8 +16,8 @@ is a multiple of 8, and only a factor the compiler can see makes 16-byte accesse
 import triton
 import triton.language as tl
 
-from .losses import contrast_coefficients, store_moments
-from .moments import contrast_values, merge_parts, sweep_moments, tile_moments, write_values
+from .losses import contrast_coefficients
+from .moments import contrast_values, merge_parts, store_part, sweep_moments, tile_moments, write_values
 
 
 @triton.jit
@@ -64,11 +64,8 @@ def contrast_rows_kernel(
     z = tl.load(z_ptrs, mask=inside, other=float("-inf")).to(tl.float32)
     square = square_sum(h_ptr + rows * stride_hb * ALIGN_H, valid, 0, D, stride_hd, ROWS, BLOCK_D)
     factor = features_factor(square, N, BIAS, LOG, MEAN)
-    top, second, square, mass, x1, x2, x3, x4, x5 = tile_moments(z, inside, LOSS, LOG, False)
-    base, peak, c0, c1, c2, c3, c4, c5 = contrast_coefficients(
-        top, second, square, mass, x1, x2, x3, x4, x5, LOSS, LOG
-    )
-    v = contrast_values(z, factor, top, base, peak, c0, c1, c2, c3, c4, c5, LOSS, LOG)
+    coefficients = contrast_coefficients(tile_moments(z, inside, LOSS, LOG, False), LOSS, LOG)
+    v = contrast_values(z, factor, coefficients, LOSS, LOG)
     tl.store(out_ptr + (rows * N_units * ALIGN_N)[:, None] + cols.to(tl.int64)[None, :], v, mask=inside)
 
 
@@ -86,12 +83,9 @@ def contrast_stream_kernel(
     features = square_sum(h_ptr + rows * stride_hb * ALIGN_H, valid, 0, D, stride_hd, 1, BLOCK_D)
     factor = features_factor(features, N, BIAS, LOG, MEAN)
     z_rows = z_ptr + rows * stride_zb * ALIGN_Z
-    top, second, square, mass, x1, x2, x3, x4, x5 = sweep_moments(
-        z_rows, stride_zn, 0, N, valid, LOSS, LOG, 1, BLOCK_N
-    )
+    moments = sweep_moments(z_rows, stride_zn, 0, N, valid, LOSS, LOG, 1, BLOCK_N)
     write_values(
-        z_rows, stride_zn, out_ptr + rows * N_units * ALIGN_N, 0, N, valid, factor,
-        top, second, square, mass, x1, x2, x3, x4, x5, LOSS, LOG, BLOCK_N, False,
+        z_rows, stride_zn, out_ptr + rows * N_units * ALIGN_N, 0, N, valid, factor, moments, LOSS, LOG, BLOCK_N, False
     )  # fmt: skip
 
 
@@ -114,14 +108,11 @@ def contrast_moments_kernel(
         stride_hd, 1, BLOCK_D,
     )  # fmt: skip
     start = split * chunk_n
-    top, second, square, mass, x1, x2, x3, x4, x5 = sweep_moments(
+    moments = sweep_moments(
         z_ptr + rows * stride_zb * ALIGN_Z, stride_zn, start, tl.minimum(N, start + chunk_n), valid, LOSS, LOG, 1,
         BLOCK_N,
     )  # fmt: skip
-    store_moments(
-        work_ptr + rows * splits + split, tl.num_programs(0).to(tl.int64), valid,
-        top, second, square, mass, x1, x2, x3, x4, x5, features, LOSS, False,
-    )  # fmt: skip
+    store_part(work_ptr + rows * splits + split, tl.num_programs(0).to(tl.int64), valid, moments, features)
 
 
 @triton.jit(do_not_specialize=["N_units", "parts", "splits"])
@@ -138,7 +129,7 @@ def contrast_finish_kernel(
     split = tl.program_id(0) % splits
     rows = (tl.program_id(0) // splits).to(tl.int64) + tl.arange(0, 1)
     valid = tl.full([1], True, tl.int1)
-    top, second, square, mass, x1, x2, x3, x4, x5, features = merge_parts(
+    moments, features = merge_parts(
         work_ptr + rows * stride_row, parts, stride_part, tl.full([], plane, tl.int64), valid, LOSS, LOG, False, 1,
         PARTS,
     )  # fmt: skip
@@ -146,6 +137,5 @@ def contrast_finish_kernel(
     start = split * chunk_n
     write_values(
         z_ptr + rows * stride_zb * ALIGN_Z, stride_zn, out_ptr + rows * N_units * ALIGN_N, start,
-        tl.minimum(N, start + chunk_n), valid, factor, top, second, square, mass, x1, x2, x3, x4, x5,
-        LOSS, LOG, BLOCK_N, False,
+        tl.minimum(N, start + chunk_n), valid, factor, moments, LOSS, LOG, BLOCK_N, False,
     )  # fmt: skip

@@ -23,16 +23,8 @@ import triton
 import triton.language as tl
 
 from .contrast import features_factor, square_sum
-from .losses import (
-    PLANES,
-    contrast_coefficients,
-    contrast_statistics,
-    empty_moments,
-    load_plane,
-    rest_value,
-    store_moments,
-)
-from .moments import add_tile, merge_parts, tile_moments, write_values
+from .losses import contrast_coefficients, contrast_statistics, empty_moments, rest_value
+from .moments import add_tile, columns, load_plane, merge_parts, store_part, tile_moments, write_values
 
 
 @triton.jit
@@ -110,14 +102,9 @@ def finish_rows(
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Merge a row block's partial moments and turn the columns ``[start, stop)`` of its logits into squared norms."""
-    top, second, square, mass, x1, x2, x3, x4, x5, features = merge_parts(
-        work_rows, tiles_n, B, plane, valid, LOSS, LOG, False, BLOCK_M, PARTS
-    )
+    moments, features = merge_parts(work_rows, tiles_n, B, plane, valid, LOSS, LOG, False, BLOCK_M, PARTS)
     factor = features_factor(features, N, HAS_BIAS, LOG, MEAN)
-    write_values(
-        z_rows, 1, out_rows, start, stop, valid, factor, top, second, square, mass, x1, x2, x3, x4, x5,
-        LOSS, LOG, BLOCK_F, True,
-    )  # fmt: skip
+    write_values(z_rows, 1, out_rows, start, stop, valid, factor, moments, LOSS, LOG, BLOCK_F, True)
 
 
 @triton.jit(do_not_specialize=["B", "N_units"])
@@ -175,15 +162,10 @@ def linear_contrast_kernel(
         rounded = add_bias(acc, bias_ptr, cols, N, HAS_BIAS).to(z_ptr.dtype.element_ty)
         inside = valid[:, None] & (cols < N)[None, :]
         tl.store(z_rows[:, None] + cols.to(tl.int64)[None, :], rounded, mask=inside)
-        top, second, square, mass, x1, x2, x3, x4, x5 = tile_moments(
-            rounded.to(tl.float32), inside, LOSS, LOG, False
-        )
+        moments = tile_moments(rounded.to(tl.float32), inside, LOSS, LOG, False)
         if NORM_IN_LOOP:
             features = tl.where(tile_n == 0, seen, 0.0)
-        store_moments(
-            work_rows + tile_n.to(tl.int64) * B, plane, valid,
-            top, second, square, mass, x1, x2, x3, x4, x5, features, LOSS, False,
-        )  # fmt: skip
+        store_part(work_rows + tile_n.to(tl.int64) * B, plane, valid, moments, features)
         if LAST:
             if arrive(arrivals) == tiles_n - 1:
                 finish_rows(
@@ -218,8 +200,8 @@ def linear_stats_kernel(
     maximum, mean, softmax expectation, value of the predicted class. ``work`` is float32 ``(PLANES, splits, B)``
     and ``sync`` int32 ``(tiles_m,)``, zero.
 
-    For brier the extremes are not those of the logits: a second launch with ``EXTREMES`` finds the moments of the
-    first in ``work``, repeats the product and takes the extremes of the values, in two further planes.
+    For brier the extremes are not those of the logits: a second launch finds the moments of the first in ``work``,
+    repeats the product and takes the extremes of the values, in two planes from ``EXTREMES`` on (0: first launch).
     """
     tile_m = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -232,17 +214,15 @@ def linear_stats_kernel(
     last = tl.minimum(first + tiles_per_split, tl.cdiv(N, BLOCK_N))
 
     if EXTREMES:
-        top, second, square, mass, x1, x2, x3, x4, x5, features = merge_parts(
+        moments, features = merge_parts(
             work_ptr + rows, splits, B, plane, valid, LOSS, False, True, BLOCK_M, PARTS
         )
         factor = features_factor(features, N, HAS_BIAS, False, MEAN)
-        base, _, c0, c1, c2, c3, c4, c5 = contrast_coefficients(
-            top, second, square, mass, x1, x2, x3, x4, x5, LOSS, False
-        )
+        coefficients = columns(contrast_coefficients(moments, LOSS, False))
         low = tl.zeros([BLOCK_M], tl.float32) + float("inf")
         high = -low
     else:
-        top, second, square, mass, x1, x2, x3, x4, x5 = empty_moments(BLOCK_M, LOSS, True)
+        moments = empty_moments(BLOCK_M, LOSS, True)
     for tile_n in range(first, last):
         cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         w_rows = w_ptr + tl.minimum(cols, N - 1).to(tl.int64) * stride_wn * ALIGN_W
@@ -253,33 +233,24 @@ def linear_stats_kernel(
         z = add_bias(acc, bias_ptr, cols, N, HAS_BIAS).to(x_ptr.dtype.element_ty).to(tl.float32)
         inside = valid[:, None] & (cols < N)[None, :]
         if EXTREMES:
-            v = rest_value(
-                z, base[:, None], c0[:, None], c1[:, None], c2[:, None], c3[:, None], c4[:, None], c5[:, None],
-                LOSS, False,
-            )  # fmt: skip
-            other = inside & (z < top[:, None])
+            v = rest_value(z, coefficients, LOSS, False)
+            other = inside & (z < coefficients[0])
             low = tl.minimum(low, tl.min(tl.where(other, v, float("inf")), 1))
             high = tl.maximum(high, tl.max(tl.where(other, v, float("-inf")), 1))
         else:
             # Half a tile at a time: its exponentials and their products fit the registers beside the tile.
             z_left, z_right = halves(z, BLOCK_M, BLOCK_N)
             inside_left, inside_right = halves(inside, BLOCK_M, BLOCK_N)
-            top, second, square, mass, x1, x2, x3, x4, x5 = add_tile(
-                top, second, square, mass, x1, x2, x3, x4, x5, z_left, inside_left, LOSS, False, True
-            )
-            top, second, square, mass, x1, x2, x3, x4, x5 = add_tile(
-                top, second, square, mass, x1, x2, x3, x4, x5, z_right, inside_right, LOSS, False, True
-            )
+            moments = add_tile(moments, z_left, inside_left, LOSS, False, True)
+            moments = add_tile(moments, z_right, inside_right, LOSS, False, True)
 
     if EXTREMES:
-        tl.store(at + plane * PLANES, low, mask=valid)
-        tl.store(at + plane * PLANES + plane, high, mask=valid)
+        tl.store(at + EXTREMES * plane, low, mask=valid)
+        tl.store(at + (EXTREMES + 1) * plane, high, mask=valid)
     else:
         start = tl.minimum(split * slice_d, D)
         features = square_sum(x_rows, valid, start, tl.minimum(start + slice_d, D), stride_xd, BLOCK_M, 16)
-        store_moments(
-            at, plane, valid, top, second, square, mass, x1, x2, x3, x4, x5, features, LOSS, True
-        )  # fmt: skip
+        store_part(at, plane, valid, moments, features)
 
     if arrive(sync_ptr + tile_m) == splits - 1:
         out_rows = out_ptr + rows * 5
@@ -289,7 +260,7 @@ def linear_stats_kernel(
             for start in range(0, splits, PARTS):
                 part = start + tl.arange(0, PARTS)
                 exists = valid[:, None] & (part < splits)[None, :]
-                ptrs = (work_ptr + plane * PLANES + rows)[:, None] + part.to(tl.int64)[None, :] * B
+                ptrs = (work_ptr + EXTREMES * plane + rows)[:, None] + part.to(tl.int64)[None, :] * B
                 v = tl.min(load_plane(ptrs, exists, float("inf")), 1) * factor
                 low = tl.where(v < low, v, low)
                 v = tl.max(load_plane(ptrs + plane, exists, float("-inf")), 1) * factor
@@ -297,13 +268,11 @@ def linear_stats_kernel(
             tl.store(out_rows, low, mask=valid)
             tl.store(out_rows + 1, high, mask=valid)
         else:
-            top, second, square, mass, x1, x2, x3, x4, x5, features = merge_parts(
+            moments, features = merge_parts(
                 work_ptr + rows, splits, B, plane, valid, LOSS, False, True, BLOCK_M, PARTS
             )
             factor = features_factor(features, N, HAS_BIAS, False, MEAN)
-            low, high, mean, expected, predicted = contrast_statistics(
-                top, second, square, mass, x1, x2, x3, x4, x5, N, LOSS
-            )
+            low, high, mean, expected, predicted = contrast_statistics(moments, N, LOSS)
             tl.store(out_rows, low * factor, mask=valid)
             tl.store(out_rows + 1, high * factor, mask=valid)
             tl.store(out_rows + 2, mean * factor, mask=valid)

@@ -15,13 +15,17 @@ from .numerics import exp, finite, log_sigmoid, one_minus, sigmoid
 
 @triton.jit
 def load_block(
-    ptrs, stride, n, stop, valid, BLOCK_N: tl.constexpr, other: tl.constexpr, EVICT: tl.constexpr = ""
-):
-    """Columns ``[n, n + BLOCK_N)`` of the rows at ``ptrs`` as float32, and which of them exist before ``stop``."""
+    ptrs, stride, n, stop, valid, BLOCK_N: tl.constexpr, other: tl.constexpr, KEEP: tl.constexpr = False
+):  # fmt: skip
+    """Columns ``[n, n + BLOCK_N)`` of the rows at ``ptrs`` as float32, and which of them exist before ``stop``.
+
+    With ``KEEP`` they stay in the cache for a next sweep.
+    """
     cols = n + tl.arange(0, BLOCK_N)
     inside = valid[:, None] & (cols < stop)[None, :]
     at = ptrs[:, None] + cols.to(tl.int64)[None, :] * stride
-    return tl.load(at, mask=inside, other=other, eviction_policy=EVICT).to(tl.float32), inside
+    block = tl.load(at, mask=inside, other=other, eviction_policy="evict_last" if KEEP else "")
+    return block.to(tl.float32), inside
 
 
 @triton.jit

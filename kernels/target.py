@@ -32,23 +32,17 @@ def target_sqnorm_kernel(
     zs = z_ptr + rows * stride_zb * ALIGN_Z
     ys = y_ptr + rows * stride_yb * ALIGN_Y
     # A sweep of which a loss reads nothing is dropped by the compiler.
-    top, second, square, mass, x1, x2, x3, x4, x5 = sweep_moments(
-        zs, stride_zn, 0, N, valid, LOSS, LOG, ROWS, BLOCK_N
-    )
+    moments = sweep_moments(zs, stride_zn, 0, N, valid, LOSS, LOG, ROWS, BLOCK_N)
     if (KIND == "predicted") or (KIND == "indices"):
-        base, value, c0, c1, c2, c3, c4, c5 = contrast_coefficients(
-            top, second, square, mass, x1, x2, x3, x4, x5, LOSS, LOG
-        )
+        coefficients = contrast_coefficients(moments, LOSS, LOG)
+        value = coefficients[1]
         if KIND == "indices":
             k = tl.load(ys, mask=valid, other=0).to(tl.int64)
             known = (k >= 0) & (k < N)
             z = tl.load(zs + tl.where(known, k, 0) * stride_zn, mask=valid, other=0.0).to(tl.float32)
-            value = tl.where(z == top, value, rest_value(z, base, c0, c1, c2, c3, c4, c5, LOSS, LOG))
+            value = tl.where(z == coefficients[0], value, rest_value(z, coefficients, LOSS, LOG))
             value = tl.where(known, value, float("nan"))
     else:
-        value = target_value(
-            zs, ys, stride_zn, stride_yn, N, valid, top, second, square, mass, x1, x2, x3, x4, x5,
-            LOSS, KIND, LOG, ROWS, BLOCK_N,
-        )  # fmt: skip
+        value = target_value(zs, ys, stride_zn, stride_yn, N, valid, moments, LOSS, KIND, LOG, ROWS, BLOCK_N)
     value = value + factor if LOG else value * factor
     tl.store(out_ptr + rows, value, mask=valid)

@@ -8,6 +8,8 @@ import math
 import oracles
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
@@ -24,11 +26,12 @@ SMALL = LinearConfig(
     block_m=16, block_n=16, block_k=16, group_m=2, chunks=0, block_f=16, parts=2, tiles_per_split=2,
     norm_in_loop=False, precision="ieee", num_warps=4, num_stages=2,
 )  # fmt: skip
-# Who finishes a row block (the last tile, or programs of their own), and where the features' norm comes from.
+# Who finishes a row (the last tile of its block, a second launch, or programs that wait in the same one), and where the
+# features' norm comes from.
 PATHS = {
     "last": SMALL,
     "last, norm in loop": dataclasses.replace(SMALL, norm_in_loop=True, group_m=1),
-    "chunks": dataclasses.replace(SMALL, chunks=2),
+    "launch": dataclasses.replace(SMALL, chunks=2),
     "queue": dataclasses.replace(SMALL, chunks=2, queue=True),
     "queue, one group": dataclasses.replace(SMALL, chunks=1, group_m=4, norm_in_loop=True, queue=True),
 }
@@ -81,7 +84,7 @@ def check_norms(
 def test_every_path(loss: str, path: str, device: torch.device) -> None:
     # Three row blocks in groups of two, the last block and the last group incomplete; D not a multiple of the block.
     x, w, b = (t.to(device) for t in head(35, 37, 21, seed=1))
-    log = path == "chunks"
+    log = path in ("launch", "queue")
     with heuristics.override(linear_contrast=PATHS[path]):
         z, out = linear_contrast_sqnorm(x, w, b, loss, log, False)
     assert z.dtype == torch.float32
@@ -94,7 +97,7 @@ def test_half_precision_norms_are_those_of_the_rounded_logits(
     dtype: torch.dtype, device: torch.device
 ) -> None:
     x, w, b = (t.to(device) for t in head(18, 33, 32, seed=2, dtype=dtype))
-    for path in ("last", "chunks"):
+    for path in ("last", "launch"):
         with heuristics.override(linear_contrast=PATHS[path]):
             z, out = linear_contrast_sqnorm(x, w, b, "cross_entropy", False, False)
         assert z.dtype == dtype
@@ -131,7 +134,7 @@ def test_empty_batch(device: torch.device) -> None:
     assert linear_contrast_stats(x, w, b, "bce", False).shape == (0, 5)
 
 
-@pytest.mark.parametrize("path", ["last", "chunks"])
+@pytest.mark.parametrize("path", ["last", "launch", "queue"])
 def test_nan_stays_in_its_row(path: str, device: torch.device) -> None:
     x, w, b = (t.to(device) for t in head(18, 20, 8, seed=6))
     x[4, 3], x[17, 0] = math.nan, math.inf
@@ -148,10 +151,40 @@ def test_nan_stays_in_its_row(path: str, device: torch.device) -> None:
 
 def test_equal_calls_give_equal_bits(device: torch.device) -> None:
     x, w, b = (t.to(device) for t in head(35, 37, 21, seed=7))
-    with heuristics.override(linear_contrast=PATHS["chunks"]):
-        first, second = (linear_contrast_sqnorm(x, w, b, "brier", False, False) for _ in range(2))
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
+    found = {}
+    for path in ("last", "launch", "queue"):
+        with heuristics.override(linear_contrast=PATHS[path]):
+            first, second = (linear_contrast_sqnorm(x, w, b, "brier", False, False) for _ in range(2))
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+        found[path] = first[1]
+    if device.type == "cpu":
+        # A compiler may contract the same operations differently in two kernels; the interpreter contracts nothing.
+        assert torch.equal(found["launch"], found["queue"])
+        assert torch.equal(found["launch"], found["last"])
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    B=st.integers(1, 34),
+    N=st.integers(1, 50),
+    D=st.integers(1, 40),
+    ties=st.booleans(),
+    path=st.sampled_from(sorted(PATHS)),
+    loss=st.sampled_from(LOSSES),
+    log=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(B: int, N: int, D: int, ties: bool, path: str, loss: str, log: bool, seed: int) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x, w, b = (t.to(device) for t in head(B, N, D, seed))
+    if ties:
+        # Every logit stands twice, the largest too; the copies lie in different tiles where there is more than one.
+        w[N - N // 2 :], b[N - N // 2 :] = w[: N // 2].clone(), b[: N // 2].clone()
+    with heuristics.override(linear_contrast=PATHS[path]):
+        z, out = linear_contrast_sqnorm(x, w, b, loss, log, False)
+    check_logits(z, x, w, b)
+    check_norms(out, x, z, loss, log, True, rows=[0, B - 1])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -209,7 +242,7 @@ def test_offsets_beyond_32_bits(device: torch.device) -> None:
     values_x, values_w, b = (t.to(device) for t in head(2, 2, 8, seed=11, dtype=torch.float16))
     x.copy_(values_x)
     w.copy_(values_w)
-    with heuristics.override(linear_contrast=PATHS["chunks"], linear_stats=SMALL):
+    with heuristics.override(linear_contrast=PATHS["launch"], linear_stats=SMALL):
         z, out = linear_contrast_sqnorm(x, w, b, "bce", False, False)
         stats = linear_contrast_stats(x, w, b, "bce", False)
     check_logits(z, x, w, b)

@@ -15,8 +15,8 @@ import torch
 from fastgrad.ops import heuristics
 from fastgrad.ops.heuristics import Architecture, cdiv
 
-#: Planes of partial moments that cross-entropy writes (m, m2, two sums), and the statistics form (three more).
-PLANES, STATS_PLANES = 4, 7
+#: Planes of partial moments that cross-entropy writes (two largest logits, two sums), and the statistics form.
+PLANES, STATS_PLANES = 4, 5
 #: Floating-point operations for each logit of moments and of values, and the exponentials among them, counted in
 #: the interpreter (``counter``) and rounded up.
 MOMENT_OPS, VALUE_OPS, EXPONENTIALS = 22, 14, 4

@@ -60,7 +60,7 @@ def contrast_sqnorm(
         else:
             chunk_n, splits = chunks_of(N, config.splits, config.block_n)
             chunk_d = heuristics.cdiv(heuristics.cdiv(D, splits), 16) * 16
-            work = launch.empty((PLANES.value, B, splits), torch.float32, logits)
+            work = launch.empty((PLANES, B, splits), torch.float32, logits)
             kernels.contrast_moments_kernel[(B * splits,)](
                 features, logits, work, N // align_n, D, stride_hb, features.stride(1), stride_zb, logits.stride(1),
                 splits, chunk_n, chunk_d, LOSS=loss, LOG=log, BLOCK_D=config.block_d, ALIGN_H=align_h, **options,

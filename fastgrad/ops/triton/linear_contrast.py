@@ -61,7 +61,7 @@ def linear_contrast_sqnorm(
     stride_wn, align_w = launch.rows_alignment(weight)
     align_n = launch.alignment(N)
     with launch.device_guard(features):
-        work = launch.empty((PLANES.value, tiles_n, B), torch.float32, features)
+        work = launch.empty((PLANES, tiles_n, B), torch.float32, features)
         counted = queued or not config.chunks
         sync = torch.zeros(1 + tiles_m, dtype=torch.int32, device=features.device) if counted else work
         kernels.linear_contrast_kernel[(groups * config.group_m * (tiles_n + queued),)](
@@ -108,9 +108,9 @@ def linear_contrast_stats(
     splits = heuristics.cdiv(tiles_n, config.tiles_per_split)
     stride_xb, align_x = launch.rows_alignment(features)
     stride_wn, align_w = launch.rows_alignment(weight)
-    passes = (False, True) if loss == "brier" else (False,)
+    passes = (0, PLANES) if loss == "brier" else (0,)
     with launch.device_guard(features):
-        work = launch.empty((PLANES.value + 2 * (len(passes) - 1), splits, B), torch.float32, features)
+        work = launch.empty((PLANES + 2, splits, B), torch.float32, features)
         sync = torch.zeros(len(passes), tiles_m, dtype=torch.int32, device=features.device)
         for i, extremes in enumerate(passes):
             kernels.linear_stats_kernel[(tiles_m * splits,)](
