@@ -19,12 +19,16 @@ from fastgrad import _torch
 from fastgrad.engine.redirect import Redirect
 
 _CONTAINERS = (list, tuple, dict, set, OrderedDict)
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+# Values of these types hold nothing of a module tree.
+_PLAIN = frozenset(
+    (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor)
+)
 _HOOK_TABLES = frozenset(
     name
     for name, value in vars(nn.Module()).items()
     if isinstance(value, dict) and name.endswith(("hooks", "kwargs", "called"))
 )
+_TABLES = _HOOK_TABLES | {"_parameters", "_buffers", "_modules"}
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -136,9 +140,7 @@ class Shadow:
         """Follow modules, parameters and methods which plain attributes hold."""
         state = copy.__dict__
         for name, value in original.__dict__.items():
-            if name[0] == "_" and (name in _HOOK_TABLES or name in ("_parameters", "_buffers", "_modules")):
-                continue
-            if isinstance(value, _PLAIN):
+            if type(value) in _PLAIN or name in _TABLES:
                 continue
             replaced = self._replace(value)
             if replaced is not value:
@@ -146,6 +148,8 @@ class Shadow:
 
     def _replace(self, value: Any) -> Any:
         """``value`` with everything of the tree inside it replaced; ``value`` itself if there is nothing."""
+        if type(value) in _PLAIN:
+            return value
         if isinstance(value, nn.Module):
             return self.modules.get(id(value), value)
         if isinstance(value, nn.Parameter):
