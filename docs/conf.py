@@ -38,7 +38,6 @@ default_role = "py:obj"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
-autodoc_default_options = {"show-inheritance": False}
 python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -68,6 +67,8 @@ def _read(app: Any, name: str, source: list[str]) -> None:
     """Lead links into ``bench/results``, which work in a checkout, to the copies; fill in help texts."""
     here = os.path.relpath("measured", os.path.dirname(name) or ".")
     text = re.sub(r"\]\((?:\.\./)+bench/results/", f"]({here}/", source[0])
+    # A block that is a file is shown under its name.
+    text = re.sub(r'^```(\w+) title="([^"]*)"$', r"`\2`\n\n```\1", text, flags=re.MULTILINE)
     source[0] = re.sub(r"<!-- command: (\w+) -->", lambda match: f"```text\n{_help(match[1])}```", text)
 
 
