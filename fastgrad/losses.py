@@ -4,14 +4,14 @@ A classifier ends in ``z = W h + b`` and a loss ``L(z, y)`` with ``delta = dL/dz
 sample is rank one, so its squared norm is ``||delta||^2 (||h||^2 + 1)`` and only ``delta`` depends on the loss. For
 the contrast class ``k`` (label ``e_k``), summed over classes:
 
-=============  ==================================  ==========================================
-loss           ``delta_j``                         ``||delta||^2``
-=============  ==================================  ==========================================
-cross_entropy  ``p_j - [j = k]``                   ``T + 1 - 2 p_k``, ``T = sum p_j^2``
-bce            ``s_j - [j = k]``                   ``T + 1 - 2 s_k``, ``T = sum s_j^2``
-mse            ``2 (z_j - [j = k])``               ``4 (T + 1 - 2 z_k)``, ``T = sum z_j^2``
+=============  ====================================  ========================================
+loss           ``delta_j``                           ``||delta||^2``
+=============  ====================================  ========================================
+cross_entropy  ``p_j - [j = k]``                     ``T + 1 - 2 p_k``, ``T = sum p_j^2``
+bce            ``s_j - [j = k]``                     ``T + 1 - 2 s_k``, ``T = sum s_j^2``
+mse            ``2 (z_j - [j = k])``                 ``4 (T + 1 - 2 z_k)``, ``T = sum z_j^2``
 brier          ``2 p_j (p_j - [j = k] - S2 + p_k)``  a cubic in ``p_k``
-=============  ==================================  ==========================================
+=============  ====================================  ========================================
 
 with ``p = softmax(z)``, ``s = sigmoid(z)``, ``S2 = sum p_j^2``. These forms are well conditioned for every class but
 the largest logit ``i``: there a confident network makes them cancel to nothing. That entry is computed from

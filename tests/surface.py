@@ -21,6 +21,8 @@ RECORD = Path(__file__).parent / "data" / "public.json"
 #: Public modules; where names are given, those alone. Whatever is not listed here is internal.
 MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad": None,
+    "fastgrad.blocks": None,
+    "fastgrad.budget": ("Entry", "Report"),
     "fastgrad.challenges": None,
     "fastgrad.checks": ("MissingExtraError",),
     "fastgrad.deploy.drift": None,
@@ -54,11 +56,16 @@ def names(module: ModuleType) -> list[str]:
     return sorted(name for name in own if not name.startswith("_"))
 
 
-def text(value: Any) -> str | dict[str, str]:
-    """The signature of a function; of a class also those of its public members; of a constant its type."""
+def text(value: Any, listed: list[Any]) -> str | dict[str, str]:
+    """The signature of a function; of a class also those of its public members; of a constant its type.
+
+    What a class has from another of those ``listed`` is not repeated.
+    """
     if not isinstance(value, type):
         return _signature(value) if callable(value) else type(value).__name__
     found = {"": _signature(value)}
+    bases = [base for base in value.__mro__[1:] if base in listed]
+    inherited = {name for base in bases for name in (*dir(base), *inspect.get_annotations(base))}
     for cls in reversed(value.__mro__):
         if cls.__module__.partition(".")[0] != "fastgrad":
             continue
@@ -72,15 +79,17 @@ def text(value: Any) -> str | dict[str, str]:
                 found[name] = "property"
             elif inspect.isfunction(member):
                 found[name] = _signature(member)
-    return found
+    return {name: shown for name, shown in found.items() if name not in inherited}
 
 
 def surface() -> dict[str, Any]:
     """Everything public: by module the names and their text, and by command its options."""
     modules = {name: importlib.import_module(name) for name in MODULES}
-    found: dict[str, Any] = {
-        name: {n: text(getattr(module, n)) for n in names(module)} for name, module in modules.items()
-    }
+    found: dict[str, Any] = {}
+    for module_name, module in modules.items():
+        values = {name: getattr(module, name) for name in names(module)}
+        listed = [value for value in values.values() if isinstance(value, type)]
+        found[module_name] = {name: text(value, listed) for name, value in values.items()}
     for name, (module_name, _, _) in COMMANDS.items():
         # What the benchmarks take belongs to the repository, not to the package.
         if name != "bench":

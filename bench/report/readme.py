@@ -1,6 +1,6 @@
-"""Fill the marked blocks of README.md from ``bench/results``, so that no figure there is typed by hand.
+"""Fill the marked blocks of README.md and docs/results.md from ``bench/results``: no figure is typed by hand.
 
-    python -m bench.report.readme            # rewrite README.md
+    python -m bench.report.readme            # rewrite both
     python -m bench.report.readme --check    # exit status 1 and a list if a block differs
     python -m bench.report.readme --names    # the tables there are
 
@@ -46,7 +46,8 @@ from bench.report.page import environment
 from bench.report.speed_tables import batch, measured
 from bench.report.standing import best
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "results.md"]
 BLOCK = re.compile(r"<!-- (table|value): ([^>]+?) -->(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -136,19 +137,23 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if a block is out of date")
     parser.add_argument("--names", action="store_true", help="list the tables there are")
-    parser.add_argument("--file", type=Path, default=README, help="default README.md")
+    parser.add_argument(
+        "--file", type=Path, nargs="+", default=DOCUMENTS, help="default README.md and docs/results.md"
+    )
     options = parser.parse_args(arguments)
     if options.names:
         print("\n".join(sorted(path.stem for path in results_file.RESULTS.glob("*.json"))))
         return 0
-    text = options.file.read_text()
-    try:
-        stale = differing(text)
-        if not options.check:
-            options.file.write_text(fill(text))
-    except ValueError as error:
-        print(f"bench.report.readme: {error}", file=sys.stderr)
-        return 2
+    stale: list[str] = []
+    for file in options.file:
+        text = file.read_text()
+        try:
+            stale += [f"{file.name}: {name}" for name in differing(text)]
+            if not options.check:
+                file.write_text(fill(text))
+        except ValueError as error:
+            print(f"bench.report.readme: {error}", file=sys.stderr)
+            return 2
     for name in stale:
         print(f"{'out of date' if options.check else 'renewed'}: {name}")
     return 1 if stale and options.check else 0

@@ -1,0 +1,83 @@
+"""How Sphinx builds the site: ``sphinx-build -W --keep-going -b html docs build/site``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+
+import fastgrad  # noqa: E402
+from fastgrad.commands.cli import COMMANDS  # noqa: E402
+
+project = "fastgrad"
+author = "the fastgrad maintainers"
+version = release = fastgrad.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = f"fastgrad {version}"
+html_show_copyright = False
+html_copy_source = False
+# Nothing is loaded from elsewhere, so that the site builds and reads offline.
+html_css_files = ["site.css"]
+html_static_path = ["_static"]
+
+myst_enable_extensions = ["attrs_inline"]
+myst_heading_anchors = 3
+# `output` and `about` are what a page's code printed, see explanation/site.md.
+suppress_warnings = ["misc.highlighting_failure"]
+# A name in single backticks leads to its entry where there is one.
+default_role = "py:obj"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 80
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+add_module_names = True
+
+RESULTS = DOCS.parent / "bench" / "results"
+
+
+def setup(app: Any) -> None:
+    """Bring what the pages take from outside of docs/."""
+    measured = DOCS / "measured"
+    shutil.rmtree(measured, ignore_errors=True)
+    measured.mkdir()
+    for path in [*RESULTS.glob("*.md"), *RESULTS.glob("*.png")]:
+        shutil.copy(path, measured / path.name)
+    app.connect("source-read", _read)
+    app.connect("autodoc-skip-member", _skip)
+
+
+def _skip(app: Any, what: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out what scikit-learn adds to its estimators."""
+    return True if name.startswith("set_") and name.endswith("_request") else None
+
+
+def _read(app: Any, name: str, source: list[str]) -> None:
+    """Lead links into ``bench/results``, which work in a checkout, to the copies; fill in help texts."""
+    here = os.path.relpath("measured", os.path.dirname(name) or ".")
+    text = re.sub(r"\]\((?:\.\./)+bench/results/", f"]({here}/", source[0])
+    # A block that is a file is shown under its name.
+    text = re.sub(r'^```(\w+) title="([^"]*)"$', r"`\2`\n\n```\1", text, flags=re.MULTILINE)
+    source[0] = re.sub(r"<!-- command: (\w+) -->", lambda match: f"```text\n{_help(match[1])}```", text)
+
+
+def _help(name: str) -> str:
+    module, _, line = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"fastgrad {name}",
+        description=line,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=90),
+    )
+    importlib.import_module(module).add_arguments(parser)
+    return parser.format_help()

@@ -1,0 +1,30 @@
+"""Every public name has an entry in the reference."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import surface
+from doc_pages import DOCS
+
+
+def test_every_public_name_has_an_entry() -> None:
+    pages = "\n".join(page.read_text() for page in sorted((DOCS / "reference").glob("*.md")))
+    entries = set(
+        re.findall(r"^\.\. (?:auto(?:function|class|exception|data)|py:data):: (\S+)$", pages, re.MULTILINE)
+    )
+    whole = re.findall(r"^\.\. automodule:: (\S+)\n   :members:(.*)$", pages, re.MULTILINE)
+    named = {f"{module}.{name.strip()}" for module, names in whole for name in names.split(",") if name}
+    everything = {module for module, names in whole if not names}
+    recorded = json.loads(surface.RECORD.read_text())
+    for module in surface.MODULES:
+        for name in recorded[module]:
+            assert module in everything or f"{module}.{name}" in entries | named, f"{module}.{name}"
+
+
+def test_every_command_has_its_help() -> None:
+    from fastgrad.commands.cli import COMMANDS
+
+    page = (DOCS / "reference" / "command-line.md").read_text()
+    assert set(re.findall(r"<!-- command: (\w+) -->", page)) == set(COMMANDS)
