@@ -23,23 +23,24 @@ class NearestNeighbours(Fitted):
 
     @classmethod
     def fit(
-        cls, rows: NDArray[np.float64], neighbours: int, *, most: int | None = None, seed: int = 0
+        cls, rows: NDArray[np.float64], neighbours: int, *, most: int = 4 * 2**20, seed: int = 0
     ) -> NearestNeighbours:
         """From clean rows.
 
         Args:
             rows: ``(n, d)``.
             neighbours: k; at most n.
-            most: Bytes that the bank may take, in float32: of more rows a random part is kept, at least k, and
-                distances are measured in float32. None keeps all rows in float64.
+            most: Bytes that the bank may take. A larger one is held, and distances measured, in float32; if it is
+                too large still, a random part of it is kept, at least k rows.
             seed: Of that choice.
         """
-        if most is not None:
-            room = max(neighbours, most // (4 * rows.shape[1]))
-            if len(rows) > room:
-                rows = rows[np.sort(np.random.default_rng(seed).choice(len(rows), room, replace=False))]
         bank = as_buffer(rows)
-        return cls(bank=bank if most is None else bank.float(), neighbours=min(neighbours, len(rows)))
+        if bank.nbytes > most:
+            room = max(neighbours, most // (4 * bank.shape[1]))
+            if len(bank) > room:
+                bank = bank[np.sort(np.random.default_rng(seed).choice(len(bank), room, replace=False))]
+            bank = bank.float()
+        return cls(bank=bank, neighbours=min(neighbours, len(bank)))
 
     def forward(self, rows: Tensor) -> Tensor:
         """Scores ``(B,)`` of ``rows`` ``(B, d)``, in the dtype of the rows."""

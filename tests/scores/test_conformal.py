@@ -89,15 +89,12 @@ def test_tail_is_the_predictive_law_of_exponential_excesses():
     share = (new > t * seen.mean(1)).mean()
     expected = (1 + t / k) ** -k
     assert abs(share - expected) < 5 * np.sqrt(expected / 200_000)
-    tail = UpperTail(
-        scores=torch.zeros(1, dtype=torch.float64),
-        log_p=torch.zeros(1, dtype=torch.float64),
-        start=torch.tensor(0.0),
-        start_log_p=torch.tensor(0.0),
-        scale=torch.tensor(1.0),
-        count=k,
-    )
-    assert float(tail(torch.tensor([t])).exp()) == pytest.approx(expected, rel=1e-12)
+    zero = torch.zeros(1, dtype=torch.float64)
+    buffers = {"scores": zero, "log_p": zero, "start": zero[0], "start_log_p": zero[0], "scale": zero[0] + 1}
+    log_p = UpperTail(**buffers, count=k)(torch.tensor([-1.0, t]))
+    assert log_p.exp().tolist() == pytest.approx([1, expected], rel=1e-12)
+    # Version 0.1 knew no count: an exponential.
+    assert UpperTail(**buffers)(torch.tensor([-1.0, t])).tolist() == [0, -t]
 
 
 DISTRIBUTIONS = {

@@ -84,7 +84,9 @@ def test_a_small_bank_of_neighbours_is_a_part_of_the_whole():
     assert small.bank.dtype == torch.float32
     assert NearestNeighbours.fit(rows, 5, most=1).bank.shape == (5, 8)
     assert (small(new) >= whole(new) - 1e-5).all()
-    every = NearestNeighbours.fit(rows, 5, most=2**20)
+    assert whole.bank.dtype == torch.float64
+    every = NearestNeighbours.fit(rows, 5, most=500 * 8 * 4)
+    assert every.bank.shape == (500, 8)
     # Squared lengths near 8 in float32, under a root of about 1.
     np.testing.assert_allclose(every(new), whole(new), atol=1e-5)
 
