@@ -22,6 +22,9 @@ from .implementation import choose, interpreting
 
 _T = TypeVar("_T", Tensor, tuple[Tensor, Tensor])
 
+#: Stands for a tensor among an operator's saved arguments.
+_TENSOR = object()
+
 _OPTIONS = "str loss, str reduction"
 _CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 
@@ -105,33 +108,40 @@ def _(a: Tensor, g: Tensor, *options: Any) -> Tensor:
     return g.new_empty(g.shape[:2], dtype=torch.float32)
 
 
-def operator(name: str, eager: Callable[..., _T], kernel: Callable[..., _T]) -> Callable[..., _T]:
+def operator(
+    name: str,
+    eager: Callable[..., _T],
+    kernel: Callable[..., _T],
+    derivative: Callable[..., tuple[Tensor | None, ...]] | None = None,
+) -> Callable[..., _T]:
     """Register both implementations of an operator of the last layer and return the function that chooses.
 
     Args:
         name: In ``SCHEMAS``.
         eager: Plain torch for any device, differentiable; takes what the schema says.
         kernel: The Triton launcher, likewise.
+        derivative: From which arguments want a gradient, the outputs' gradients and the arguments to the gradients;
+            by default ``eager`` is run again in the backward pass and differentiated.
 
     Returns:
         ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, as `choose` says for the first
-        argument. The operator's derivative is that of ``eager``, computed anew in the backward pass.
+        argument.
     """
 
     def on_cpu(*arguments: Any) -> _T:
         return (kernel if interpreting() else eager)(*arguments)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        tensors = [isinstance(x, Tensor) for x in inputs]
-        ctx.save_for_backward(*(x if tensor else None for x, tensor in zip(inputs, tensors, strict=True)))
-        ctx.others = [None if tensor else x for x, tensor in zip(inputs, tensors, strict=True)]
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        ctx.others = [_TENSOR if isinstance(x, Tensor) else x for x in inputs]
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[: len(ctx.others)]
-        inputs = list(ctx.others)
-        for i, saved in enumerate(ctx.saved_tensors):
-            if saved is not None:
-                inputs[i] = saved.detach().requires_grad_(wanted[i])
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if other is _TENSOR else other for other in ctx.others]
+        if derivative is not None:
+            return derivative(wanted, *grads, *inputs)
+        inputs = [x.detach().requires_grad_() if want else x for x, want in zip(inputs, wanted, strict=True)]
         sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
         with torch.enable_grad():
             outputs = eager(*inputs)

@@ -6,11 +6,10 @@ operand, the row ``d[b, k] h[b, j]``, is formed piece by piece.
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fastgrad.losses import compute_dtype
 
@@ -20,31 +19,76 @@ from .library import operator
 _CHUNK = 1 << 20
 
 
-def _add(out: Tensor | None, h: Tensor, d: Tensor, weight: Tensor) -> Tensor:
-    """Add the product of some classes' rows, ``(B, n * D)``, and their part of the weight."""
-    left, right = (d.unsqueeze(-1) * h.unsqueeze(-2)).flatten(1), weight.to(h.dtype).t()
-    return left @ right if out is None else torch.addmm(out, left, right)
+def _pieces(h: Tensor, d: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Some classes of ``d`` at a time and their part of the weight."""
+    step = d.shape[1]
+    if not torch.compiler.is_compiling():
+        step = max(1, min(step, _CHUNK // max(h.numel(), 1)))
+    parts = weight.split(step * h.shape[1], 1)
+    return [(some, part.to(h.dtype)) for some, part in zip(d.split(step, 1), parts, strict=True)]
+
+
+def _rows(h: Tensor, d: Tensor) -> Tensor:
+    """Rows of some classes, ``(B, n * D)``."""
+    return (d.unsqueeze(-1) * h.unsqueeze(-2)).flatten(1)
+
+
+def _product(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = compute_dtype(features.dtype)
+    h, d = features.to(dtype), diagonal.to(dtype)
+    out: Tensor | None = None if bias is None else bias.to(dtype)
+    for some, part in _pieces(h, d, weight):
+        left = _rows(h, some)
+        out = left @ part.t() if out is None else torch.addmm(out, left, part.t())
+    assert out is not None
+    return out
+
+
+def _derivative(
+    wanted: tuple[bool, ...],
+    grad: Tensor,
+    features: Tensor,
+    diagonal: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Forms the rows again in pieces, so that training H needs no ``(B, N, D)`` either."""
+    h, d = features.to(grad.dtype), diagonal.to(grad.dtype)
+    grad_h, grad_d, grad_weight = torch.zeros_like(h), [], []
+    for some, part in _pieces(h, d, weight):
+        if wanted[0] or wanted[1]:
+            grad_rows = (grad @ part).unflatten(1, (some.shape[1], h.shape[1]))
+            grad_d.append(torch.linalg.vecdot(grad_rows, h.unsqueeze(1)))
+            grad_h = grad_h + (grad_rows * some.unsqueeze(-1)).sum(1)
+        if wanted[2]:
+            grad_weight.append(grad.t() @ _rows(h, some))
+    return (
+        grad_h.to(features.dtype) if wanted[0] else None,
+        torch.cat(grad_d, 1).to(diagonal.dtype) if wanted[1] else None,
+        torch.cat(grad_weight, 1).to(weight.dtype) if wanted[2] else None,
+        None if bias is None else grad.sum(0).to(bias.dtype),
+    )
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return _product(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _derivative(ctx.needs_input_grad, grad, *ctx.saved_tensors)
 
 
 def eager(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``(B, U)`` in float32 (float64 for float64), holding at most a few classes' rows at a time.
-
-    With gradients wanted, these rows are formed again in the backward pass instead of being kept.
-    """
-    dtype = compute_dtype(features.dtype)
-    h, d = features.to(dtype), diagonal.to(dtype)
-    (batch, width), classes = h.shape, d.shape[1]
-    out: Tensor | None = None if bias is None else bias.to(dtype)
-    if torch.compiler.is_compiling():
-        return _add(out, h, d, weight)
-    add = _add
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (h, d, weight)):
-        add = partial(checkpoint, _add, use_reentrant=False, preserve_rng_state=False)
-    step = max(1, _CHUNK // max(batch * width, 1))
-    for start in range(0, classes, step):
-        stop = min(start + step, classes)
-        out = add(out, h, d[:, start:stop], weight[:, start * width : stop * width])
-    return h.new_zeros((batch, weight.shape[0])) if out is None else out
+    """``(B, U)`` in float32 (float64 for float64), holding at most a few classes' rows at a time."""
+    inputs = [t for t in (features, diagonal, weight, bias) if t is not None]
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if trained and not torch.compiler.is_compiling():
+        result: Tensor = _Rows.apply(features, diagonal, weight, bias)  # type: ignore[no-untyped-call]
+        return result
+    return _product(features, diagonal, weight, bias)
 
 
 def _kernel(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -53,4 +97,4 @@ def _kernel(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | N
     return launcher.contrast_rows_linear(features, diagonal, weight, bias)
 
 
-rows_linear = operator("rows_linear", eager, _kernel)
+rows_linear = operator("rows_linear", eager, _kernel, _derivative)
