@@ -25,7 +25,8 @@ Tables, each made from the file of the same name in ``bench/results``:
 - any other file with ``rows``, those of ``bench/paper`` included: detection rows as cases against methods (AUROC),
   everything else as it is. Words after the name keep the rows in which a value equals them.
 
-A value is ``FILE | CASE | IMPLEMENTATION | FIELD`` with an optional fifth part, a Python format (default ``.3g``):
+A value of ``detection`` is ``detection | COLUMN | METHOD | auroc``, a cell of that table. Every other value is
+``FILE | CASE | IMPLEMENTATION | FIELD`` with an optional fifth part, a Python format (default ``.3g``):
 FIELD is a key of the case (times in seconds), or ``faster``, the factor by which fastgrad's fastest form beats it,
 or ``per second``, B of the case over the median.
 """
@@ -95,6 +96,9 @@ def value(words: str, folder: Path = results_file.RESULTS) -> str:
     if len(parts) not in (4, 5):
         raise ValueError(f"a value must be FILE | CASE | IMPLEMENTATION | FIELD; it was {words!r}")
     name, case, implementation, key = parts[:4]
+    if name == "detection":
+        tables = {file: load(file, folder)["rows"] for file in GROUPS}
+        return cell(summary(tables), implementation, case)
     group = [r for r in load(name, folder)["cases"] if r["case"] == case]
     rows = [r for r in group if r["implementation"] == implementation]
     if not rows:
@@ -109,6 +113,15 @@ def value(words: str, folder: Path = results_file.RESULTS) -> str:
     else:
         number = row[key]
     return format(number, parts[4] if len(parts) == 5 else ".3g")
+
+
+def cell(markdown: str, row: str, column: str) -> str:
+    """The text of a Markdown table's cell, by the first word of its row and the heading of its column."""
+    lines = [[part.strip() for part in line.strip("|").split("|")] for line in markdown.splitlines()]
+    for line in lines[2:]:
+        if line[0] == row and column in lines[0]:
+            return line[lines[0].index(column)]
+    raise ValueError(f"a value must name a row and a column of its table; it was {row!r}, {column!r}")
 
 
 def fill(text: str, folder: Path = results_file.RESULTS) -> str:
