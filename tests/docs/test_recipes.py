@@ -37,10 +37,12 @@ def apply(block: Block, root: Path) -> None:
 def test_the_recipe_works_as_written(page: Path, tmp_path: Path) -> None:
     copy, folder = tmp_path / "repository", tmp_path / "folder"
     folder.mkdir()
-    for name in ("fastgrad", "tests", "bench", "pyproject.toml"):
+    leave_out = shutil.ignore_patterns("__pycache__", "results")
+    for name in ("fastgrad", "kernels", "tests", "bench", "pyproject.toml"):
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+            # fastgrad/kernels is a link to kernels/.
+            shutil.copytree(source, copy / name, symlinks=True, ignore=leave_out)
         else:
             shutil.copy(source, copy / name)
     changed = [block for block in blocks(page) if block.title is not None]
