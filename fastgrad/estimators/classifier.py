@@ -49,8 +49,8 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         batch_size: Samples in a step; for arrays, a loader has its own.
         max_epochs: Passes over the data, at most.
         patience: Epochs without improvement before training stops.
-        validation_fraction: Share of an array's samples held out to decide when to stop and to calibrate the
-            probabilities; 0 watches the training loss and leaves them as they are.
+        validation_fraction: Share of an array's samples held out to decide when to stop; 0 watches the
+            training loss.
         device: Where to train, ``"cpu"`` or ``"cuda"``; the fitted network lies on the CPU.
         verbose: Whether to show a progress bar.
         random_state: Seed of the initial weights, the split and the order of the samples.
@@ -58,8 +58,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     Attributes:
         classes_: The labels.
         network_: The fitted `IntrospectiveNetwork`, its logits divided by ``temperature_``.
-        temperature_: What makes the probabilities as often right as they say on the held-out samples; 1 where
-            there are none.
+        temperature_: What `calibrate` found; 1 before.
         history_: The watched loss of every epoch.
     """
 
@@ -138,8 +137,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         Args:
             loader: Iterated once for the labels and the rows' scale, then once per epoch. Each batch is
                 ``(rows, labels)`` or ``((features, logits), labels)``, with integer labels.
-            validation_loader: Held-out batches that decide when to stop and calibrate the probabilities; None
-                watches the training loss and leaves them as they are.
+            validation_loader: Held-out batches that decide when to stop; None watches the training loss.
 
         Returns:
             The classifier itself.
@@ -175,6 +173,31 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         validation = None if held_out is None else (lambda: batches(held_out))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         return self._train(moments, seed, lambda: batches(loader), validation)
+
+    def calibrate(self, R: ArrayLike | Pairs, y: ArrayLike) -> IntrospectiveClassifier:
+        """Make the probabilities as often right as they say, by a temperature (`fastgrad.scores.Temperature`).
+
+        A network is more certain of the samples it was trained on than of new ones, and so is what is fitted on
+        its features of them, a held-out part of them included. So this needs samples that neither has seen.
+        The temperature becomes part of ``network_``; the predicted labels stay as they are.
+
+        Args:
+            R: As for `fit`.
+            y: Labels ``(B,)``, all among those of `fit`.
+
+        Returns:
+            The classifier itself.
+        """
+        logits = torch.as_tensor(self._logits(R))
+        labels = self._labels(y, len(logits))
+        if not np.isin(labels, self.classes_).all():
+            raise ValueError(f"y must hold labels of fit, {self.classes_.tolist()[:20]}; it held others")
+        codes = torch.as_tensor(np.searchsorted(self.classes_, labels))
+        temperature = Temperature.fit(logits, codes).temperature
+        for name in ("weight", "bias"):
+            self.network_.get_buffer(f"{name}{self.network_.options['layers'] - 1}").div_(temperature)
+        self.temperature_ *= float(temperature)
+        return self
 
     def decision_function(self, R: ArrayLike | Pairs) -> Array:
         """Class logits ``(B, classes)``; for two classes ``(B,)``, the log odds of the second."""
@@ -309,19 +332,8 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         self.network_ = IntrospectiveNetwork(
             **tensors, layers=len(parameters) // 2, activation=self.activation, loss=self.loss
         )
-        self.temperature_ = 1.0 if validation is None else self._calibrate(validation)
+        self.temperature_ = 1.0
         return self
-
-    @torch.no_grad()
-    def _calibrate(self, validation: Batches) -> float:
-        """Fold the temperature that suits the held-out samples into the last layer."""
-        pairs = [(self._forward(inputs), labels) for inputs, labels in validation()]
-        logits, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
-        temperature = Temperature.fit(logits, labels).temperature
-        for name in ("weight", "bias"):
-            last = self.network_.get_buffer(f"{name}{self.network_.options['layers'] - 1}")
-            last /= temperature
-        return float(temperature)
 
     def _forward(self, inputs: Inputs) -> Tensor:
         """Class logits ``(B, classes)`` of rows, or of features and logits; a wide first layer runs in float32."""

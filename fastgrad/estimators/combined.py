@@ -84,8 +84,18 @@ class DetectorModule(Fitted):
             blocks: Features of n clean samples in random order, n at least 2.
             combine: A name of `COMBINATIONS`.
             cap: Largest -log p that one score may contribute.
+
+        Raises:
+            ValueError: A score is NaN for one of the samples.
         """
         raw = torch.stack([part.score(part.rows(blocks)) for part in parts.values()])
+        failed = {
+            name: int(own.isnan().sum()) for name, own in zip(parts, raw, strict=True) if own.isnan().any()
+        }
+        if failed:
+            raise ValueError(
+                f"clean samples must have finite scores to calibrate on; these were NaN: {failed}"
+            )
         count = raw.shape[1]
 
         def meant(chosen: Tensor) -> DetectorModule:

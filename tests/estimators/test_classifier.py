@@ -81,36 +81,38 @@ def test_stops_early_on_held_out_data():
     assert classifier.n_iter_ - best - 1 <= 2 * classifier.patience  # small gains do not count as progress
 
 
-def test_probabilities_are_calibrated_on_the_held_out_part():
+def test_calibration_on_new_samples():
     """Many epochs on noisy labels make H too sure of itself; its temperature takes that back."""
 
     def noisy(count, seed):
         features, logits, labels = problem(count, seed)
         rng = np.random.default_rng(seed)
         swapped = rng.random(count) < 0.3
-        return {"features": features, "logits": logits}, np.where(swapped, rng.integers(0, 4, count), labels)
+        labels = np.where(swapped, rng.integers(0, 4, count), labels)
+        return {"features": features, "logits": logits}, np.array(list("dcba"))[labels]
 
-    options = {
-        "hidden": (64,),
-        "activation": "relu",
-        "learning_rate": 0.01,
-        "weight_decay": 0.0,
-        "max_epochs": 40,
-    }
-    train, (R, labels) = noisy(400, 0), noisy(2000, 1)
-    assert IntrospectiveClassifier(**options, validation_fraction=0.0).fit(*train).temperature_ == 1
-    softened = IntrospectiveClassifier(**options, validation_fraction=0.3).fit(*train)
-    assert softened.temperature_ > 1.1
-    sure = torch.tensor(softened.decision_function(R) * softened.temperature_).softmax(1)
-    assert metrics.nll(softened.predict_proba(R), labels) < metrics.nll(sure, labels)
+    classifier = IntrospectiveClassifier(
+        hidden=(64,), activation="relu", learning_rate=0.01, validation_fraction=0.0
+    ).fit(*noisy(400, 0))
+    R, labels = noisy(2000, 1)
+    before, sure = classifier.predict(R), classifier.predict_proba(R)
+    assert classifier.temperature_ == 1
+    codes = np.searchsorted(classifier.classes_, labels)
+    assert classifier.calibrate(*noisy(500, 2)) is classifier
+    assert classifier.temperature_ > 1.5
+    np.testing.assert_array_equal(classifier.predict(R), before)
+    assert metrics.nll(classifier.predict_proba(R), codes) < metrics.nll(sure, codes)
+    assert metrics.ece(classifier.predict_proba(R), codes) < metrics.ece(sure, codes)
     # The temperature is part of the network's last layer: whoever runs the module has it.
     tensors = (torch.tensor(R["features"]), torch.tensor(R["logits"]))
     np.testing.assert_allclose(
-        softened.to_module().from_features(*tensors).softmax(-1), softened.predict_proba(R), rtol=1e-12
+        classifier.to_module().from_features(*tensors).softmax(-1), classifier.predict_proba(R), rtol=1e-12
     )
-    by_loader = IntrospectiveClassifier(**options)
-    by_loader.fit_loader(Loader(0, True), Loader(1, True))
-    assert by_loader.temperature_ != 1
+    # A second calibration on the same samples changes nothing but what the prior of one sample does.
+    first = classifier.temperature_
+    assert classifier.calibrate(*noisy(500, 2)).temperature_ == pytest.approx(first, rel=0.01)
+    with pytest.raises(ValueError, match="y must hold labels of fit"):
+        classifier.calibrate(R, np.full(2000, "z"))
 
 
 class Loader:

@@ -105,6 +105,13 @@ def test_a_score_that_fails_makes_its_samples_unreliable_and_no_others():
         assert [name for name, values in parts.items() if torch.isinf(values[2])] == [f"score{index}"]
 
 
+def test_clean_samples_that_a_score_fails_on_are_refused():
+    calibration = scores(20, np.random.default_rng(0), 0.5)
+    calibration[3, 2] = 100
+    with pytest.raises(ValueError, match=r"these were NaN: \{'score2': 1\}"):
+        fitted(calibration)
+
+
 def test_small_calibration_sets_and_order():
     rng = np.random.default_rng(1)
     for count in (2, 3, 5, 11):
