@@ -1,0 +1,83 @@
+"""Blocks are judged by what they find of kinds that training did not see."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastgrad import UncertaintyDetector
+from fastgrad.estimators.worth import Judge, State
+
+KINDS = ("noise", "blur", "contrast", "shuffle")
+
+
+def samples(seed: int = 0) -> tuple[dict[str, Tensor], np.ndarray, np.ndarray]:
+    """Logits that say little, activations that find every kind, h that finds none, image statistics of one kind each.
+
+    Each kind moves a column of its own in the image statistics, so that what is learned of some kinds says nothing of
+    the others.
+    """
+    rng = np.random.default_rng(seed)
+    kinds = np.array([""] * 300 + [kind for kind in KINDS for _ in range(60)])
+    held_out = np.concatenate([np.arange(300) >= 200, np.tile(np.arange(60) >= 30, len(KINDS))])
+    n = len(kinds)
+    challenging = kinds != ""
+    logits = rng.normal(size=(n, 4)) + 0.3 * challenging[:, None]
+    activations = rng.normal(size=(n, 30)) + 0.4 * challenging[:, None]
+    features = rng.normal(size=(n, 6))
+    image = rng.normal(size=(n, 8))
+    for column, kind in enumerate(KINDS):
+        image[kinds == kind, column] += 4
+    blocks = {"logits": logits, "activations": activations, "features": features, "image": image}
+    return {name: torch.as_tensor(value) for name, value in blocks.items()}, kinds, held_out
+
+
+def judge(own: bool = False) -> Judge:
+    X, kinds, held_out = samples()
+    return Judge(UncertaintyDetector(log=False, hidden=16), X, kinds, held_out, own=own)
+
+
+def test_what_finds_every_kind_is_worth_most_and_h_does_not_read_what_it_learns_by_heart() -> None:
+    names = ["logits", "features", "image", "activations"]
+    choice = judge().choose(names, dict.fromkeys(names, 0.0), 0.2)
+    assert "activations" in choice.kept
+    assert "activations" in choice.seen
+    assert "image" in choice.kept
+    assert "image" not in choice.seen
+    gain, interval = choice.worth["activations"]
+    assert gain > interval > 0
+    assert choice.worth["features"][0] < 0.01
+    assert choice.auroc > 0.8
+    assert set(choice.seen) <= set(choice.kept) <= set(names)
+
+
+def test_what_costs_more_is_kept_only_within_the_budget_and_beyond_its_interval() -> None:
+    names = ["logits", "features", "activations"]
+    price = {"logits": 0.0, "features": 0.5, "activations": 1.0}
+    assert judge().choose(names, price, 0.9).kept == ["logits"]
+    assert judge().choose(names, price, 2.0).kept == ["logits", "activations"]
+
+
+def test_no_judged_kind_was_learned_nor_one_that_resembles_it() -> None:
+    one = judge()
+    for learned, judged in one.folds:
+        assert not set(one.kinds[learned]) & set(one.kinds[judged])
+        assert not set(learned) & set(judged)
+    assert {kind for _, judged in one.folds for kind in one.kinds[judged]} == set(KINDS)
+
+
+def test_the_users_own_kinds_are_not_left_out() -> None:
+    one = judge(own=True)
+    for learned, judged in one.folds:
+        assert set(one.kinds[learned]) == set(one.kinds[judged]) == set(KINDS)
+        assert not set(learned) & set(judged)
+
+
+def test_a_set_is_as_good_as_its_mean_over_kinds() -> None:
+    one = judge()
+    state = State(frozenset({"logits", "activations"}), frozenset({"logits"}))
+    values = one._quality(state, one._weight(state))
+    assert set(values) == set(KINDS)
+    assert one.mean(state) == pytest.approx(np.mean(list(values.values())))
