@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import fastgrad
 
+#: What a dotted name is made of, in contrast to an attribute of a call's result.
+DOTTED = {ast.Attribute, ast.Name, ast.Load, ast.Store, ast.Del}
 ROOT = pathlib.Path(fastgrad.__file__).parent
 
 
@@ -23,7 +25,7 @@ def private_names(tree: ast.AST) -> Iterator[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Attribute):
+        elif isinstance(node, ast.Attribute) and set(map(type, ast.walk(node))) <= DOTTED:
             names = [ast.unparse(node)]
         for name in names:
             parts = name.split(".")

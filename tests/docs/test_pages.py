@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch._inductor.config
 from doc_pages import DOCS, programs, run
 
 # Recipes change the repository; tests/docs/test_recipes.py follows them in a copy.
@@ -26,6 +25,4 @@ def test_the_page_runs_as_printed(
     if "<!-- needs: model.pt2 -->" in page.read_text():
         shutil.copy(request.getfixturevalue("tiny_package"), tmp_path / "model.pt2")
     monkeypatch.chdir(tmp_path)
-    # Compiles the code around the kernels without optimisation, which takes a fraction of the time.
-    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
-        run(page)
+    run(page)
