@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     raise ImportError(
         "kernels are compiled in a process without TRITON_INTERPRET=1, which would interpret them"
     )
+
+# Triton 3.4 asks for ROCm's linker, later ones bring their own. What is read here is the assembly, which comes before.
+os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
 
 import torch
 import triton
