@@ -255,7 +255,8 @@ def linear_stats(
         # Moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and since
         # sm_100 a thread holds whole rows. Brier has twice the moments.
         block_n = 32 if loss == "brier" and arch.version >= 100 else 64
-    elif block_m == 128 and arch.backend == "cuda" and loss == "mse":
+    elif block_m == 128 and arch.backend == "cuda" and loss in ("mse", "bce"):
+        # With a wider tile Triton before 3.9 lacks registers for bce's.
         block_n = 64
     elif block_m == 64 and dtype == torch.float32 and arch.version >= 90 and arch.backend == "cuda":
         # Three products for each of float32 hold three pairs of operands.
