@@ -145,7 +145,8 @@ def train_networks(
         value.requires_grad_()
     most = max(len(picked) for picked, _ in tasks)
     half = min(_BATCH, most) // 2 or 1
-    steps = int(min(_MOST_STEPS, max(_FEWEST_STEPS, epochs * most / (2 * half))))
+    fewest = _FEWEST_STEPS * epochs / _EPOCHS
+    steps = int(min(_MOST_STEPS, max(fewest, epochs * most / (2 * half))))
     optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
     with torch.enable_grad():

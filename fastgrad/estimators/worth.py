@@ -28,8 +28,8 @@ from fastgrad.scores.conformal import OneSided
 Array = NDArray[np.float64]
 #: Clean and challenging samples that a trial of H learns from, at most; more change its price, not its verdict.
 _LEARNED = 1000
-#: Passes of a trial over them: sets of blocks rank alike after fewer than a final H makes.
-_EPOCHS = 15
+#: Passes of a trial over them and its hidden units: sets of blocks rank alike with fewer than a final H has.
+_EPOCHS, _HIDDEN = 12, 32
 #: Differences of AUROC below this are noise: nothing is dropped for them.
 _NOISE = 0.002
 #: Weights of H beside a one-class score's 1 that are tried.
@@ -235,9 +235,8 @@ class Judge:
                 picked = np.concatenate([self.fitting, learned])
                 tasks.append((picked, np.unique(self.kinds[picked], return_inverse=True)[1]))
             if self.detector.supervised == "network":
-                hs = train_networks(
-                    rows, tasks, hidden=self.detector.hidden, members=1, seed=0, epochs=_EPOCHS
-                )
+                hidden = min(_HIDDEN, self.detector.hidden)
+                hs = train_networks(rows, tasks, hidden=hidden, members=1, seed=0, epochs=_EPOCHS)
             else:
                 hs = [fit_perceptrons(rows[p], codes, hidden=None, members=1, seed=0) for p, codes in tasks]
             values = [h(torch.from_numpy(rows)) for h in hs]
