@@ -65,8 +65,8 @@ def original(module: nn.Module) -> nn.Module:
 
     Without, an extraction would copy the compiled wrapper, whose ``forward`` knows nothing of the copy's hooks.
     """
-    inner = getattr(module, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else module
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,7 +43,8 @@ class Activations(Block):
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         """Every place's mean squares."""
         return tuple(
-            Reading(place.path, functools.partial(mean_square, place, mask)) for place in subject.channels
+            Reading(place.path, functools.partial(mean_square, place, mask), copied=False)
+            for place in subject.channels
         )
 
     def values(self, found: Pass) -> Tensor:
@@ -69,7 +71,7 @@ def mean_square(place: Channels, mask: Tensor | None, inputs: tuple[Any, ...], o
     if weights is not None:
         squares = channel_square_sums(value * weights.to(value.dtype), place.dim)
         return squares / weights.sum(1).clamp_min(1)
-    return channel_square_sums(value, place.dim) / max(1, value[0].numel() // place.count)
+    return channel_square_sums(value, place.dim) / max(1, math.prod(value.shape[1:]) // place.count)
 
 
 def wide_mahalanobis(name: str, blocks: Mapping[str, Array]) -> Part:

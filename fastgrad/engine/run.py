@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,17 +74,20 @@ class Reading:
     Attributes:
         path: The module's name within the model (empty for the model itself).
         function: ``(inputs, output) -> (B, ...)``, without gradients; positional inputs come before those given
-            by keyword. The result is copied: the network may overwrite what it read.
+            by keyword.
+        copied: Whether the result may share memory with what the module saw, which the network may overwrite.
     """
 
     path: str
     function: Callable[[tuple[Any, ...], Any], Tensor]
+    copied: bool = True
 
     def attach(self, run: Run, shadow: Shadow) -> None:
         """Have the forward pass of ``shadow`` add this reading to those of ``run``."""
 
         def read(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            with torch.no_grad():
+            # As few operations as can be: the samples of a small batch are read layer by layer, in a cold cache.
+            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                 value = self.function((*args, *kwargs.values()), output)
             if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != run.samples:
                 was = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -91,6 +95,6 @@ class Reading:
                     f"the reading of {self.path!r} must be a tensor with one row for each of {run.samples} "
                     f"samples; it was {was}"
                 )
-            run.readings[self] = value.detach().clone()
+            run.readings[self] = value.detach().clone() if self.copied else value
 
         attach(shadow.root.get_submodule(self.path), read)

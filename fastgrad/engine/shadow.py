@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fastgrad import _torch
 from fastgrad.engine.redirect import Redirect
 
-_CONTAINERS = (list, tuple, dict, set, OrderedDict)
+_SEQUENCES = (list, tuple)
+_CONTAINERS = (*_SEQUENCES, dict, set, OrderedDict)
 # Values of these types hold nothing of a module tree.
 _PLAIN = frozenset(
     (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor)
@@ -68,9 +69,9 @@ class Shadow:
         self._holders: list[tuple[nn.Module, nn.Module]] = []
         #: The copy of each module by the id of the original, in the order they were met.
         self.modules: dict[int, nn.Module] = {}
+        self._pairs: list[tuple[nn.Module, nn.Module]] = []
         self.root: nn.Module = self._module(model)
-        for original in model.modules():
-            pair = (original, self.modules[id(original)])
+        for pair in self._pairs:
             self._met_parameter = False
             self._attributes(*pair)
             if self._met_parameter:
@@ -95,8 +96,10 @@ class Shadow:
             return known
         copy = module.__class__.__new__(module.__class__)
         state = module.__dict__.copy()
-        copy.__dict__ = state
+        # Past nn.Module's own, which looks at what is set: a copy is made for every forward pass.
+        object.__setattr__(copy, "__dict__", state)
         self.modules[id(module)] = copy
+        self._pairs.append((module, copy))
         if not self._training:
             state["training"] = False
         forward = state.get("forward")
@@ -148,7 +151,7 @@ class Shadow:
 
     def _replace(self, value: Any) -> Any:
         """``value`` with everything of the tree inside it replaced; ``value`` itself if there is nothing."""
-        if type(value) in _PLAIN:
+        if type(value) in _PLAIN or (type(value) in _SEQUENCES and _PLAIN.issuperset(map(type, value))):
             return value
         if isinstance(value, nn.Module):
             return self.modules.get(id(value), value)

@@ -29,7 +29,7 @@ Array = NDArray[np.float64]
 #: Clean and challenging samples that a trial of H learns from, at most; more change its price, not its verdict.
 _LEARNED = 1000
 #: Passes of a trial over them and its hidden units: sets of blocks rank alike with fewer than a final H has.
-_EPOCHS, _HIDDEN = 12, 32
+_EPOCHS, _HIDDEN = 15, 64
 #: Differences of AUROC below this are noise: nothing is dropped for them.
 _NOISE = 0.002
 #: Weights of H beside a one-class score's 1 that are tried.

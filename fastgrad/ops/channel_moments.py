@@ -112,8 +112,10 @@ def _run(positions: int) -> int:
 
 def _squares_in_runs(x: Tensor, run: int) -> Tensor:
     """Of ``(B, C, T)`` with neighbouring positions: the squared norms of runs, added up."""
-    norms: Tensor = torch.linalg.vector_norm(x.unflatten(2, (-1, run)), 2, 3)
-    return norms.square().sum(2)
+    count = x.shape[2] // run
+    runs = x if count == 1 else x.view(*x.shape[:2], count, run)
+    squares: Tensor = torch.linalg.vector_norm(runs, 2, -1).square_()
+    return squares if count == 1 else squares.sum(2)
 
 
 def _squares_in_blocks(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -50,11 +50,11 @@ def choose(impl: str, tensor: torch.Tensor) -> str:
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}; it was {impl!r}")
-    if impl == "eager":
+    if impl == "eager" or (impl == "auto" and tensor.device.type != "cuda"):
         return "eager"
     refusal = triton_refusal(tensor.device, tensor.dtype)
     if impl == "triton":
         if refusal is not None:
             raise ValueError(f"impl must be 'auto' or 'eager' here: it was 'triton', but {refusal}")
         return "triton"
-    return "triton" if refusal is None and tensor.device.type == "cuda" else "eager"
+    return "triton" if refusal is None else "eager"
