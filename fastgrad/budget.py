@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -76,6 +77,31 @@ class Report:
     def kept(self) -> list[str]:
         """Names of the blocks that the detector reads."""
         return [entry.block for entry in self.entries if entry.kept]
+
+    def fit(
+        self,
+        detector: UncertaintyDetector,
+        X: Mapping[str, Tensor],
+        kinds: NDArray[np.str_],
+        held_out: NDArray[np.bool_],
+    ) -> UncertaintyDetector:
+        """A detector with the parameters of ``detector``, fitted on the blocks that are kept.
+
+        Challenges that judged the blocks are left out: they were made from the clean samples that calibrate.
+        """
+        from sklearn.base import clone
+
+        fresh: UncertaintyDetector = clone(detector)
+        if self.seen is not None:
+            fresh.set_params(sees=self.seen, weight=self.weight)
+        fitting = (kinds == "") | ~held_out
+        places = torch.as_tensor(np.flatnonzero(fitting))
+        return fresh.fit(
+            {name: X[name][places] for name in self.kept},
+            (kinds[fitting] != "").astype(int),
+            kinds=kinds[fitting],
+            held_out=held_out[fitting],
+        )
 
     def to_json(self) -> dict[str, Any]:
         """For storage."""

