@@ -42,6 +42,9 @@ BLOCKS: tuple[type[Block], ...] = (
     View,
 )
 _BATCH = 16
+#: Clean images and images of a case that the published detectors with gradients are tried on: each takes several
+#: passes.
+_CLEAN, _CASE = 160, 50
 
 
 class Photographs:
@@ -127,8 +130,9 @@ class Photographs:
         def make() -> Arrays:
             if name == "fit":
                 return photograph_detectors.reference(self.draw.model, self._images("fit"))
+            count = _CLEAN if name == "clean" else _CASE
             return photograph_detectors.from_images(
-                self.draw.model, self.published("fit"), self._images(name)
+                self.draw.model, self.published("fit"), self._images(name)[:count]
             )
 
         return cache.arrays(self.folder / f"published-{_slug(name)}.npz", make)
