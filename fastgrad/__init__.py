@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
     from fastgrad.features import GradientFeatures
     from fastgrad.recorder import grad_sqnorm, record
+    from fastgrad.training.clipping import clip_gradients
     from fastgrad.two_stage import TwoStageModel
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _LAZY = {
     "IntrospectiveClassifier": "fastgrad.estimators",
     "TwoStageModel": "fastgrad.two_stage",
     "UncertaintyDetector": "fastgrad.estimators",
+    "clip_gradients": "fastgrad.training.clipping",
     "export": "fastgrad.deploy.export",
     "grad_sqnorm": "fastgrad.recorder",
     "record": "fastgrad.recorder",
@@ -47,6 +49,7 @@ __all__ = [
     "IntrospectiveClassifier",
     "TwoStageModel",
     "UncertaintyDetector",
+    "clip_gradients",
     "contrast_rows",
     "contrast_rows_linear",
     "contrast_sqnorm",
