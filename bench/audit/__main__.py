@@ -26,6 +26,7 @@ import fastgrad
 from bench.harness import results_file
 from bench.paper.data import sets
 from fastgrad.metrics import auroc
+from fastgrad.plots import COLOURS, new_axes, save
 
 CLASSES, FLIPPED, FOLDS = 10, 0.1, 3
 #: 97.5 % quantile of Student's distribution by degrees of freedom.
@@ -166,6 +167,21 @@ def tables(rows: list[dict[str, Any]], epochs: list[int], images: int, seeds: in
     return sections
 
 
+def figure(rows: list[dict[str, Any]], epochs: list[int], path: Path) -> None:
+    """Mean area under the curve over epochs, every draw as a dot, of networks that were trained on the samples."""
+    axes = new_axes(5.6, 3.4)
+    for colour, name in zip(COLOURS, dict.fromkeys(row["score"] for row in rows), strict=False):
+        chosen = [row for row in rows if row["score"] == name and row["samples"] == "seen"]
+        means = [np.mean([row["auroc"] for row in chosen if row["epoch"] == epoch]) for epoch in epochs]
+        axes.plot(range(len(epochs)), means, color=colour, label=name)
+        places = [epochs.index(row["epoch"]) for row in chosen]
+        axes.plot(places, [row["auroc"] for row in chosen], ".", color=colour, markersize=3)
+    axes.set_xticks(range(len(epochs)), [f"epoch {epoch}" for epoch in epochs])
+    axes.set_ylabel("AUROC of flipped labels")
+    axes.legend(frameon=False, fontsize=8, loc="center left")
+    save(axes, path, dpi=90)
+
+
 def main() -> int:
     """Measure and write; 2 and a plain message where the folder is not what it must be."""
     parser = argparse.ArgumentParser(prog="bench.audit", description=(__doc__ or "").split("\n", 1)[0])
@@ -190,10 +206,13 @@ def main() -> int:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: given.images]
         rows += draw(images[chosen].float().contiguous(), truth[chosen].long(), seed, sorted(given.epochs))
         print(f"draw {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    epochs = sorted(given.epochs)
+    sections = [*tables(rows, epochs, given.images, given.seeds), ("![Wrong labels](audit.png)", "")]
     results_file.write(
-        "audit", "Wrong labels", rows, tables(rows, sorted(given.epochs), given.images, given.seeds),
+        "audit", "Wrong labels", rows, sections,
         mode="full", packages=("torch", "numpy", "cleanlab"), folder=given.out,
     )  # fmt: skip
+    figure(rows, epochs, given.out / "audit.png")
     return 0
 
 
