@@ -21,6 +21,10 @@ def test_there_are_pages_to_run() -> None:
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 # Of Opacus' accountant: the order that bounds best is the largest it tries.
 @pytest.mark.filterwarnings("ignore:Optimal order is the")
+# Of Lightning: it asks PyTorch in an old way, and advises more workers.
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec")
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_page_runs_as_printed(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
