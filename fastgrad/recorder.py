@@ -127,6 +127,11 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         samples = batch_size(args, kwargs)
         # An empty batch, which random sampling may draw, has nothing to be planned on and no norms.
         plan = network.plan(_detached(args), _detached(kwargs), samples, training=True) if samples else None
+        if plan is not None and plan.bypassed:
+            raise ValueError(
+                f"model must reach {renamed[plan.bypassed[0]]!r} through an attribute of one of its modules; it used "
+                "it from elsewhere (a closure, a global name), where its gradients per sample are not seen"
+            )
         run = Run(samples)
         output = network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
         self.calls.append(_Call(renamed, run, () if plan is None else plan.outputs))

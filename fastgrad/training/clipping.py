@@ -31,7 +31,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
 
     Modules keep their mode: with dropout, norms and gradients are those of the same draw. Frozen parameters
     (``requires_grad`` False) are left out of norms and gradients. Under ``DistributedDataParallel`` ranks average, as
-    always: ``.grad`` becomes the sum of all clipped gradients over the number of ranks.
+    always: ``.grad`` becomes the sum of all clipped gradients over the number of ranks. Lengths hold up to rounding:
+    compute the losses in float32 where the model runs in half precision.
 
     Args:
         model: The model to be called inside; as for `record`.

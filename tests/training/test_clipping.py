@@ -418,6 +418,17 @@ def test_parameters_of_training_mode_alone_are_found() -> None:
     assert_clipped(model, norms, x, y, 0.3)
 
 
+def test_a_parameter_that_the_copy_cannot_see_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    weight = model[0].weight
+    model.append(type("Closure", (nn.Module,), {"forward": lambda self, x: x @ weight})())
+    with (
+        fastgrad.record(model),
+        pytest.raises(ValueError, match=r"model must reach '0.weight' through an attribute"),
+    ):
+        model(torch.randn(2, 3))
+
+
 def test_instance_norm_with_running_statistics_in_training_mode() -> None:
     torch.manual_seed(0)
     model = image_model(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True))
