@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 #: Allowed distance of the gradients, all parameters together, relative to their length: float32 through some fifty
-#: layers. Opacus adds 1e-6 to every norm on purpose; the norms here are above 0.1.
-TOLERANCE = 1e-4
+#: layers. Opacus adds 1e-6 to every norm on purpose; vmap(grad) is off by 2e-4 on the residual network.
+OURS, PEERS = 1e-4, 1e-3
 
 
 class ClippedTask:
