@@ -14,13 +14,14 @@ from bench.micro.questions import QUESTIONS
 SELECTIONS = {
     "last-layer": "all contrasts, one target and the fused head, against autograd, torch.func, GradNorm, compiled code",
     "network": "whole-network norms against a training step, BackPACK, Opacus, vmap(grad) and a loop",
+    "private": "a step's clipped gradients against a plain step, Opacus' hooks and ghost clipping, vmap(grad)",
     "rows": "the introspective network's first layer, on stored rows and without them",
     "end-to-end": "images per second with and without uncertainty, latency at batch 1",
     "gpu": "the cases that bench/gpu/gpu.sh measures: the kernels' targets and whole networks at training batch sizes",
     "quick": "a small one of each, in under five minutes on two cores",
 }
 #: Selections whose implementations run in processes of their own on a CPU.
-ISOLATED = ("network",)
+ISOLATED = ("network", "private")
 
 
 def cases(selection: str, device: str = "cpu", seed: int = 0, tiny: bool = False) -> Iterator[Case]:

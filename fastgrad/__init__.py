@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
     from fastgrad.features import GradientFeatures
     from fastgrad.recorder import grad_sqnorm, record
+    from fastgrad.training.clipping import clip_gradients
+    from fastgrad.training.noise_scale import NoiseScale
+    from fastgrad.training.ranking import SampleTable, rank_samples
     from fastgrad.two_stage import TwoStageModel
 
 __version__ = "0.1.0"
@@ -34,10 +37,14 @@ __version__ = "0.1.0"
 _LAZY = {
     "GradientFeatures": "fastgrad.features",
     "IntrospectiveClassifier": "fastgrad.estimators",
+    "NoiseScale": "fastgrad.training.noise_scale",
+    "SampleTable": "fastgrad.training.ranking",
     "TwoStageModel": "fastgrad.two_stage",
     "UncertaintyDetector": "fastgrad.estimators",
+    "clip_gradients": "fastgrad.training.clipping",
     "export": "fastgrad.deploy.export",
     "grad_sqnorm": "fastgrad.recorder",
+    "rank_samples": "fastgrad.training.ranking",
     "record": "fastgrad.recorder",
 }
 
@@ -45,8 +52,11 @@ __all__ = [
     "ContrastStats",
     "GradientFeatures",
     "IntrospectiveClassifier",
+    "NoiseScale",
+    "SampleTable",
     "TwoStageModel",
     "UncertaintyDetector",
+    "clip_gradients",
     "contrast_rows",
     "contrast_rows_linear",
     "contrast_sqnorm",
@@ -54,6 +64,7 @@ __all__ = [
     "grad_sqnorm",
     "linear_contrast_sqnorm",
     "linear_contrast_stats",
+    "rank_samples",
     "record",
     "target_sqnorm",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -92,3 +92,13 @@ def class_logits(output: Any) -> Tensor:
     if logits.dim() != 2:
         raise ValueError(f"model must return logits of shape (B, N); it returned {tuple(logits.shape)}")
     return logits
+
+
+def bar(items: Iterable[Any], name: str, verbose: bool) -> Iterable[Any]:
+    """``items``, with a progress bar if ``verbose``."""
+    if not verbose:
+        return items
+    from tqdm.auto import tqdm
+
+    shown: Iterable[Any] = tqdm(items, desc=name, unit="batch")
+    return shown

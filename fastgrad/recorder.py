@@ -5,20 +5,21 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import original, pytree
+from fastgrad._torch import original, outside_of_compilation, pytree
 from fastgrad.batches import batch_size
 from fastgrad.engine.backward import pull
+from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
 from fastgrad.engine.planning import refuse_mixing
 from fastgrad.engine.redirect import Redirect
 from fastgrad.engine.run import Run
-from fastgrad.engine.sites import Replayed
 from fastgrad.losses import compute_dtype
 
 _active = threading.local()
@@ -28,20 +29,39 @@ _networks: weakref.WeakKeyDictionary[nn.Module, Network] = weakref.WeakKeyDictio
 _lock = threading.Lock()
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call from outside.
+
+    Attributes:
+        names: Names within the recorded model by the names within the called module.
+        run: Its probes.
+        outputs: Where the batch lies in its outputs.
+    """
+
+    names: dict[str, str]
+    run: Run
+    outputs: tuple[Layout | None, ...]
+
+
 class record:  # noqa: N801 - reads as a statement: ``with record(model):``
     """Context in which calls of ``model``, or of its submodules, by this thread can be asked for squared norms.
 
     Inside, ordinary calls and ordinary backward passes work as always, and modules keep their mode (batch norm
     must be in evaluation mode). While the context is open, ``forward`` of the model's modules is redirected on
     the instances; other threads run through to the original, and leaving the context puts it back, also after
-    an exception.
+    an exception. Activation checkpointing (``use_reentrant=False``) and gradient accumulation work as always.
 
     Args:
-        model: The model to be called inside.
+        model: The model to be called inside. Of ``DistributedDataParallel`` the module it wraps is recorded, and of
+            ``DataParallel`` on one device.
 
     Raises:
         TypeError: If ``model`` is not an ordinary ``torch.nn.Module``.
-        ValueError: If it has batch norm in training mode, which mixes the samples of a batch.
+        ValueError: If it has batch norm in training mode, which mixes the samples of a batch; if it was compiled in
+            place, is replicated on several devices, or holds no values (the meta device). A call raises it if a
+            module must be computed again in the backward pass, but draws random numbers in training mode (an
+            attention with dropout).
 
     Example::
 
@@ -55,9 +75,15 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             raise TypeError(f"model must be an ordinary torch.nn.Module; it was {type(model).__name__}")
         if original(model) is not model:
             raise TypeError("model must be the module that was given to torch.compile, not its compiled form")
-        self.model = model
-        #: Of each call the names within the model by the names within the called module, and its probes.
-        self.runs: list[tuple[dict[str, str], Run]] = []
+        self.model: nn.Module = _unwrapped(model)
+        if getattr(self.model, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                "model must not be compiled in place (model.compile()); compile its parts instead"
+            )
+        for name, p in self.model.named_parameters():
+            if p.is_meta:
+                raise ValueError(f"model must hold values; its parameter {name!r} was on the meta device")
+        self.calls: list[_Call] = []
 
     def __enter__(self) -> record:
         refuse_mixing(self.model, training=True)
@@ -77,7 +103,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _stack().remove(self)
-        self.runs.clear()
+        self.calls.clear()
         with _lock:
             for module in self._modules:
                 redirect, count = _open.pop(id(module))
@@ -99,18 +125,17 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             if network is None:
                 network = _networks[module] = Network(module)
         samples = batch_size(args, kwargs)
-        detached = _detached(args), _detached(kwargs)
-        plan = network.plan(*detached, samples)
-        for site in plan.sites:
-            part = module.get_submodule(site.path)
-            if isinstance(site, Replayed) and any(m.training for m in part.modules()):
-                raise ValueError(
-                    f"model must be in evaluation mode, because {site.path or type(module).__name__!r} is computed "
-                    "again in the backward pass and would draw other random numbers; call model.eval()"
-                )
+        # An empty batch, which random sampling may draw, has nothing to be planned on and no norms.
+        plan = network.plan(_detached(args), _detached(kwargs), samples, training=True) if samples else None
+        if plan is not None and plan.bypassed:
+            raise ValueError(
+                f"model must reach {renamed[plan.bypassed[0]]!r} through an attribute of one of its modules; it used "
+                "it from elsewhere (a closure, a global name), where its gradients per sample are not seen"
+            )
         run = Run(samples)
-        self.runs.append((renamed, run))
-        return network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
+        output = network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
+        self.calls.append(_Call(renamed, run, () if plan is None else plan.outputs))
+        return output
 
 
 def _stack() -> list[record]:
@@ -125,8 +150,21 @@ def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if recording.owns(module):
             if not torch.is_grad_enabled() or not any(True for _ in module.parameters()):
                 break
-            return recording.call(module, args, kwargs)
+            # torch.compile cannot follow a recorded call, which builds modules.
+            return outside_of_compilation(recording.call)(module, args, kwargs)
     return forward(*args, **kwargs)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module that a wrapper for data parallelism calls as it is."""
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ValueError(
+            "model must not be replicated on several devices by DataParallel; use DistributedDataParallel"
+        )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        module: nn.Module = model.module
+        return module
+    return model
 
 
 def _detached(tree: Any) -> Any:
@@ -170,26 +208,36 @@ def grad_sqnorm(
     stack = _stack()
     if not stack:
         raise RuntimeError("grad_sqnorm must be called inside record(model)")
-    recording = stack[-1]
+    found = outside_of_compilation(recorded_sqnorms)
+    return found(stack[-1], outputs, wanted, gradients, is_grads_batched, bool(retain_graph))
+
+
+def recorded_sqnorms(
+    recording: record,
+    outputs: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    gradients: Sequence[Tensor] | None,
+    batched: bool,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    """`grad_sqnorm` of a given recording."""
     names = {id(p): name for name, p in recording.model.named_parameters()}
     for i, p in enumerate(wanted):
         if id(p) not in names:
             raise ValueError(f"params must be parameters of the recorded model; number {i} is not one")
-    if not recording.runs or not any(out.requires_grad for out in outputs):
+    if not recording.calls or not any(out.requires_grad for out in outputs):
         raise RuntimeError(
             "outputs must be computed from calls of the recorded model, with gradients enabled"
         )
     # Only the probes of sites that serve a wanted parameter: the backward pass need not go further.
     asked = {names[id(p)] for p in wanted}
     probes = [
-        ([renamed[name] for name in site.parameters], probe)
-        for renamed, run in recording.runs
-        for site, probe in run.probes
-        if any(renamed[name] in asked for name in site.parameters)
+        ([call.names[name] for name in site.parameters], probe)
+        for call in recording.calls
+        for site, probe in call.run.probes
+        if any(call.names[name] in asked for name in site.parameters)
     ]
-    found = pull(
-        outputs, [probe for _, probe in probes], gradients, batched=is_grads_batched, keep=bool(retain_graph)
-    )
+    found = pull(outputs, [probe for _, probe in probes], gradients, batched=batched, keep=keep)
     by_name: dict[str, Tensor] = {}
     for (served, _), norms in zip(probes, found, strict=True):
         for column, name in enumerate(served):
@@ -201,7 +249,7 @@ def grad_sqnorm(
                     "so its gradients would have to be added before the norm is taken"
                 )
             by_name[name] = norms[..., column]
-    leading = (gradients[0].shape[0],) if is_grads_batched and gradients is not None else ()
+    leading = (gradients[0].shape[0],) if batched and gradients is not None else ()
     like = outputs[0].detach()
-    zeros = like.new_zeros((*leading, recording.runs[-1][1].samples), dtype=compute_dtype(like.dtype))
+    zeros = like.new_zeros((*leading, recording.calls[-1].run.samples), dtype=compute_dtype(like.dtype))
     return tuple(by_name.get(names[id(p)], zeros) for p in wanted)

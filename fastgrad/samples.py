@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastgrad.batches import batch_size, first_input, take, to_device
+from fastgrad.batches import bar, batch_size, first_input, take, to_device
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.challenges import PixelRange, challenge_names, iter_challenges
 
@@ -158,13 +158,3 @@ def _labels(value: Any, count: int) -> Tensor | None:
         return None
     tensor = torch.as_tensor(value)
     return tensor[:count].cpu() if tensor.dim() == 1 and not tensor.is_floating_point() else None
-
-
-def bar(items: Iterable[Any], name: str, verbose: bool) -> Iterable[Any]:
-    """``items``, with a progress bar if ``verbose``."""
-    if not verbose:
-        return items
-    from tqdm.auto import tqdm
-
-    shown: Iterable[Any] = tqdm(items, desc=name, unit="batch")
-    return shown

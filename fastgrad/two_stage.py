@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastgrad.batches import first_input, to_device
+from fastgrad.batches import bar, first_input, to_device
 from fastgrad.blocks import BLOCKS, Block, Features, Logits
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.budget import Candidates, Report, candidates
 from fastgrad.losses import compute_dtype
 from fastgrad.prediction import Prediction
-from fastgrad.samples import Samples, Sources, bar, collect
+from fastgrad.samples import Samples, Sources, collect
 
 if TYPE_CHECKING:
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector

@@ -34,6 +34,7 @@ NAMES = {
         "fastgrad", "training step", "forward", "BackPACK BatchL2Grad", "Opacus ghost norms", "vmap(grad)",
         "per-sample loop",
     ],
+    "private": ["fastgrad", "training step", "Opacus hooks", "Opacus ghost clipping", "vmap(grad)"],
     "rows": ["fastgrad Triton", "fastgrad eager", "stored rows", "rows written, then linear"],
     "end-to-end": [
         "network alone", "fastgrad, last layer", "fastgrad, whole network", "fastgrad, three signals",

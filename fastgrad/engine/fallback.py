@@ -37,6 +37,7 @@ def replay_sqnorms(
     samples: int,
     *,
     vectorize: bool = True,
+    training: bool = False,
 ) -> Tensor:
     """Squared norms of each sample's gradient of ``parameters``, with all their uses inside ``module``.
 
@@ -51,6 +52,7 @@ def replay_sqnorms(
         samples: B.
         vectorize: Whether samples of a chunk run together under ``vmap``; else one after the other, for modules
             which ``vmap`` cannot take.
+        training: Whether modules keep their own mode instead of evaluation mode.
 
     Returns:
         ``(B, len(parameters))``.
@@ -73,7 +75,9 @@ def replay_sqnorms(
         ]
         grads = [g[part] for g in split_gradients]
         with torch.enable_grad():
-            found = _gradients(module, parameters, local, spec, batched, grads, vectorize=vectorize)
+            found = _gradients(
+                module, parameters, local, spec, batched, grads, vectorize=vectorize, training=training
+            )
         rows.append(torch.stack([sqnorm(f) for f in upcast(*found)], 1))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
@@ -87,6 +91,7 @@ def _gradients(
     gradients: Sequence[Tensor],
     *,
     vectorize: bool,
+    training: bool,
 ) -> list[Tensor]:
     """Gradients of all samples of a chunk, ``(B, *shape)`` each."""
     count = gradients[0].shape[0]
@@ -99,7 +104,8 @@ def _gradients(
             next(carried) if is_batched else value for value, is_batched in zip(leaves, batched, strict=True)
         ]
         args, kwargs = pytree.tree_unflatten(inner, spec)
-        return floating(Shadow(module, lambda p: own.get(id(p), ordinary(p))).root(*args, **kwargs))
+        shadow = Shadow(module, lambda p: own.get(id(p), ordinary(p)), training=training)
+        return floating(shadow.root(*args, **kwargs))
 
     if vectorize:
         outputs = torch.func.vmap(one)(wanted, tensors)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +17,12 @@ from fastgrad._torch import attend_alike, pytree
 from fastgrad.batches import take
 from fastgrad.engine.backward import gather, pull
 from fastgrad.engine.fallback import floating
-from fastgrad.engine.layout import SAMPLES, middle_row
+from fastgrad.engine.layout import SAMPLES, find_layout, middle_row
 from fastgrad.engine.observing import Observation
 from fastgrad.engine.planning import Caution, Plan, Planner, Route
-from fastgrad.engine.run import Reading, Run, Site
+from fastgrad.engine.run import Reading, Run, Site, random_states, set_random_states
 from fastgrad.engine.shadow import Shadow, ordinary
+from fastgrad.engine.sites import NotRepeatableError
 
 _PLANS_KEPT = 16
 
@@ -54,19 +57,26 @@ class Network:
     def _all_names(self) -> dict[int, str]:
         return {id(p): name for name, p in self.model.named_parameters()}
 
-    def plan(self, args: Any, kwargs: Any, samples: int) -> Plan:
+    def plan(self, args: Any, kwargs: Any, samples: int, *, training: bool = False) -> Plan:
         """The plan for inputs of this structure, made and checked at their first appearance.
 
+        Args:
+            args: Positional inputs.
+            kwargs: Inputs by keyword.
+            samples: B.
+            training: Whether modules will keep their own mode instead of evaluation mode.
+
         Raises:
-            ValueError: If the model does not treat the samples of a batch independently.
+            ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
         """
         names = self.names()
-        key = (_structure(args, kwargs), tuple(map(id, self.model.modules())), tuple(names.items()))
+        modes = tuple(module.training and training for module in self.model.modules())
+        key = (_structure(args, kwargs), tuple(map(id, self.model.modules())), tuple(names.items()), modes)
         with self._lock:
             plan = self._plans.get(key)
         if plan is None:
             with torch.enable_grad():
-                plan = self._make_plan(names, args, kwargs, samples)
+                plan = self._make_plan(names, args, kwargs, samples, training=any(modes))
             with self._lock:
                 self._plans[key] = plan
                 while len(self._plans) > _PLANS_KEPT:
@@ -128,12 +138,22 @@ class Network:
                 raise RuntimeError(f"the forward pass did not call {reading.path!r}, which was to be read")
         return output
 
-    def _make_plan(self, names: dict[int, str], args: Any, kwargs: Any, samples: int) -> Plan:
+    def _make_plan(
+        self, names: dict[int, str], args: Any, kwargs: Any, samples: int, *, training: bool
+    ) -> Plan:
         index = torch.arange(SAMPLES) % samples
         three = take((args, kwargs), index, samples)
         two = take((args, kwargs), index[: SAMPLES - 1], samples)
         with_two = Observation(self.model, two)
         observation = Observation(self.model, three, with_two)
+        planner = Planner(observation, names)
+        if training:
+            # What may be used is planned in evaluation mode, which skips no layer by chance. Whether it holds is seen
+            # in the mode that will run, with the same random numbers as the trial.
+            with _undone(self.model):
+                with_two = Observation(self.model, two, training=True)
+            with _undone(self.model):
+                observation = Observation(self.model, three, training=True)
         outputs, fewer = self.tensors(observation.output), self.tensors(with_two.output)
         found = [middle_row(out, two_out) for out, two_out in zip(outputs, fewer, strict=True)]
         if all(row is None for row in found):
@@ -144,13 +164,15 @@ class Network:
             torch.zeros_like(out) if row is None else row for out, row in zip(outputs, found, strict=True)
         ]
         truth = observation.backward(outputs, rows)
-        planner = Planner(observation, names)
         caution: Caution | None = Caution()
         # Each turn gives up more of what may fail, of which there is finitely much.
         while caution is not None:
             plan = planner.plan(caution)
             try:
-                features = self._trial(plan, three, rows)
+                with _undone(self.model) if training else contextlib.nullcontext():
+                    features = self._trial(plan, three, rows, training=training)
+            except NotRepeatableError:
+                raise
             except Exception:
                 # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
                 caution = caution.after_error(plan)
@@ -159,17 +181,21 @@ class Network:
                 continue
             wrong = _disagreeing(plan, features, truth)
             if not wrong:
-                return plan
+                layouts = (
+                    find_layout(tuple(out.shape), tuple(two_out.shape), None)
+                    for out, two_out in zip(outputs, fewer, strict=True)
+                )
+                return replace(plan, outputs=tuple(layouts))
             caution = caution.after_disagreement(wrong)
         raise ValueError(
             "model must treat the samples of a batch independently, alike each time: squared norms of "
             f"{', '.join(sorted(wrong))} disagree with autograd"
         )
 
-    def _trial(self, plan: Plan, inputs: Any, rows: Sequence[Tensor]) -> Tensor:
+    def _trial(self, plan: Plan, inputs: Any, rows: Sequence[Tensor], *, training: bool) -> Tensor:
         """Squared norms ``(3, P)`` as the plan finds them."""
         run = Run(SAMPLES)
-        outputs = self.tensors(self.forward(plan, run, *inputs))
+        outputs = self.tensors(self.forward(plan, run, *inputs, training=training))
         pairs = [(out, row) for out, row in zip(outputs, rows, strict=True) if out.requires_grad]
         probes = [probe for _, probe in run.probes] if pairs else []
         norms = pull([out for out, _ in pairs], probes, [row for _, row in pairs])
@@ -178,6 +204,21 @@ class Network:
             for probe, value in zip(probes, norms, strict=True)
         ]
         return gather(run.probes[: len(found)], found, plan.names, outputs[0].detach()[None], SAMPLES)[0]
+
+
+@contextlib.contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
+    """Take back the random numbers that a forward pass in training mode draws, and what it does to buffers."""
+    states = random_states(model)
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        set_random_states(model, states)
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 def _structure(args: Any, kwargs: Any) -> Any:

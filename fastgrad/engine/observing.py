@@ -93,6 +93,7 @@ class Observation:
         model: The user's model; only read.
         inputs: Its positional inputs and those by keyword.
         fewer: What it does with one of the samples less; what differs is the batch.
+        training: Whether modules keep their own mode instead of evaluation mode.
 
     Attributes:
         output: What the model returned.
@@ -105,7 +106,14 @@ class Observation:
         bypassed: Names of parameters that the model used from elsewhere than its modules' attributes.
     """
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, Any], fewer: Observation | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Any, Any],
+        fewer: Observation | None = None,
+        *,
+        training: bool = False,
+    ) -> None:
         self.calls: list[Call] = []
         self.parameters: dict[str, Tensor] = {}
         self.bytes = 0
@@ -124,7 +132,7 @@ class Observation:
             tracked[id(value)] = name
             return value
 
-        shadow = Shadow(model, leaf)
+        shadow = Shadow(model, leaf, training=training)
         for path, original in model.named_modules():
             self._watch(original, shadow.modules[id(original)], path)
         with torch.enable_grad(), _Uses(tracked, names, lambda: self._stack[-1]) as uses:

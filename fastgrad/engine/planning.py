@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fastgrad._torch import BatchNorm
+from fastgrad.engine.layout import Layout
 from fastgrad.engine.observing import Call, Observation
 from fastgrad.engine.sites import BroadcastSite, FallbackSite, LayerSite, ReplaySite
 from fastgrad.layers.registry import ReplayRule, find_rule
@@ -36,6 +37,7 @@ class Plan:
         bytes_per_element: Bytes of layer outputs per input element, to estimate memory.
         bypassed: Names of those parameters that the model used from elsewhere than its modules' attributes: a copy
             of the modules does not see that.
+        outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
     """
 
     names: tuple[str, ...]
@@ -43,6 +45,7 @@ class Plan:
     routes: dict[str, Route]
     bytes_per_element: float
     bypassed: tuple[str, ...]
+    outputs: tuple[Layout | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ class Planner:
         sites: dict[object, PlannedSite] = {}
         routes: dict[str, Route] = {}
         for name in self.names.values():
-            if not self.seen.uses[name]:
+            # One that training mode alone uses has come to the fallback by a trial in that mode.
+            if not self.seen.uses[name] and name not in caution.rooted:
                 routes[name] = Route(name, "zero", "", "the forward pass does not use it")
                 continue
             site, routes[name] = self._choose(name, caution)

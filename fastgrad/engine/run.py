@@ -46,6 +46,22 @@ class Run:
         return probe
 
 
+def random_states(module: nn.Module) -> list[Tensor]:
+    """The states of the generators that ``module`` may draw from: the CPU's and those of its parameters' devices."""
+    return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in _devices(module))]
+
+
+def set_random_states(module: nn.Module, states: list[Tensor]) -> None:
+    """Put back what `random_states` gave."""
+    torch.set_rng_state(states[0])
+    for device, state in zip(_devices(module), states[1:], strict=True):
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _devices(module: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
+
+
 @dataclass(frozen=True)
 class Site:
     """One place where numbers leave the backward pass: as the gradient of a probe, see `fastgrad.engine.tap`.

@@ -61,7 +61,9 @@ class Shadow:
     ) -> None:
         #: The user's model.
         self.model = model
-        self._parameter, self._training = parameter, training
+        #: Whether modules keep their own mode instead of evaluation mode.
+        self.training = training
+        self._parameter = parameter
         self._copies: dict[int, Any] = {}
         # Where the copies hold a parameter: tables and keys by its id; modules, original and copy, with parameters
         # of the tree in plain attributes.
@@ -100,7 +102,7 @@ class Shadow:
         object.__setattr__(copy, "__dict__", state)
         self.modules[id(module)] = copy
         self._pairs.append((module, copy))
-        if not self._training:
+        if not self.training:
             state["training"] = False
         forward = state.get("forward")
         if isinstance(forward, Redirect):

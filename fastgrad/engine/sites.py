@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastgrad._torch import pytree
 from fastgrad.engine.fallback import replay_sqnorms
 from fastgrad.engine.layout import Layout
-from fastgrad.engine.run import Run, Site
+from fastgrad.engine.run import Run, Site, random_states
 from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.engine.tap import is_tapped, tap
 from fastgrad.layers.choice import using
@@ -69,21 +69,58 @@ class LayerSite(Site):
             return _columns(self.rule.function(module, a, g), self.local)
 
 
+class NotRepeatableError(ValueError):
+    """A module that is computed again in the backward pass would not give the same again."""
+
+
+class _State:
+    """What a module's forward pass depends on beside its inputs and parameters: random numbers and buffers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.draws = random_states(module)
+        self.buffers = [(buffer, buffer._version) for buffer in module.buffers()]
+
+    def require_unchanged(self, name: str) -> None:
+        """Raise NotRepeatableError if the module, called ``name`` in messages, drew numbers or changed a buffer."""
+        buffers = [(buffer, buffer._version) for buffer in self.module.buffers()]
+        same = len(buffers) == len(self.buffers) and all(
+            now is then and version == earlier
+            for (now, version), (then, earlier) in zip(buffers, self.buffers, strict=True)
+        )
+        drew = not all(map(torch.equal, random_states(self.module), self.draws))
+        if drew or not same:
+            raise NotRepeatableError(
+                f"model must be in evaluation mode, because {name!r} is computed again in the backward pass and "
+                f"would {'draw other random numbers' if drew else 'find its buffers changed'}; call model.eval()"
+                + (", or set its dropout to 0" if drew else "")
+            )
+
+
 @dataclass(frozen=True)
 class Replayed(Site):
-    """A module that the backward pass computes once more, from its recorded inputs."""
+    """A module that the backward pass computes once more, from its recorded inputs.
+
+    In training mode that must give the same again, see `NotRepeatableError`.
+    """
 
     def attach(self, run: Run, shadow: Shadow) -> None:
         """See `Site`."""
         copy = shadow.root.get_submodule(self.path)
         recorded: list[Any] = []
+        trains = shadow.training and any(m.training for m in copy.modules())
+        states: list[_State] = []
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             # Copied: the module may overwrite its inputs.
             recorded.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs)))
+            if trains:
+                states.append(_State(copy))
 
         def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
             leaves, spec = pytree.tree_flatten(recorded.pop())
+            if trains:
+                states.pop().require_unchanged(self.path or type(copy).__name__)
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             saved = [leaves[i] for i in places]
             # The tap's node keeps the tensors; a second reference would hide that they were modified.
@@ -158,7 +195,7 @@ class FallbackSite(Replayed):
             with torch.autocast(device, dtype, enabled, cache_enabled=False):
                 return replay_sqnorms(
                     module, parameters, args, kwargs, self.batched, gradients, run.samples,
-                    vectorize=self.vectorize,
+                    vectorize=self.vectorize, training=shadow.training,
                 )  # fmt: skip
 
         return replay

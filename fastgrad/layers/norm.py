@@ -89,7 +89,7 @@ def instance_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for instance norm, with the statistics of the instance or running ones."""
     assert isinstance(module, NormBase)
     a, g = upcast(a, g)
-    if module.running_mean is not None:
+    if module.running_mean is not None and not module.training:
         return dict(batch_norm(module, a, g))
     return _channel_norms(F.instance_norm(a, eps=module.eps), g)
 

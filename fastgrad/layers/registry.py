@@ -27,7 +27,8 @@ class LayerRule:
     Attributes:
         name: The family, as it appears in ``GradientFeatures.report()``.
         function: ``(module, input, output gradient) -> {own parameter: (B,)}``. Both tensors carry the batch
-            in dimension 0; the module is a private copy in evaluation mode which shares the user's tensors.
+            in dimension 0; the module is a private copy which shares the user's tensors, in evaluation mode except
+            within ``record``.
         positions: Whether further dimensions may stand between the batch and the layer's own dimensions, as
             they do when a network folds windows or frames into the batch.
         unsupported: Says why a particular module needs the general fallback, or None.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -18,11 +19,19 @@ def test_there_are_pages_to_run() -> None:
 
 # Of PyTorch: attention's backward pass has no batching rule of its own on a CPU.
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+# Of Opacus' accountant: the order that bounds best is the largest it tries.
+@pytest.mark.filterwarnings("ignore:Optimal order is the")
+# Of Lightning: it asks PyTorch in an old way, and advises more workers.
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec")
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_page_runs_as_printed(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if "<!-- needs: model.pt2 -->" in page.read_text():
         shutil.copy(request.getfixturevalue("tiny_package"), tmp_path / "model.pt2")
+    for package in re.findall(r"^<!-- needs: (\w+) -->$", page.read_text(), re.MULTILINE):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     run(page)

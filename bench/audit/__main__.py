@@ -1,0 +1,220 @@
+"""Find wrong labels: Fashion-MNIST, one label in ten flipped, early and late in training.
+
+    python -m bench.audit --data FOLDER --out bench/results
+
+A draw is a subset of the data, the flips, and the networks' beginnings. In every draw one network sees all samples; it
+ranks what it was trained on. Three more see two thirds each and rank the third that they have not seen; that is what
+cleanlab is made for, and what the other columns are given too. Every score is taken after several epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import fastgrad
+from bench.harness import results_file
+from bench.paper.data import sets
+from fastgrad.metrics import auroc
+from fastgrad.plots import COLOURS, new_axes, save
+
+CLASSES, FLIPPED, FOLDS = 10, 0.1, 3
+#: 97.5 % quantile of Student's distribution by degrees of freedom.
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+Scores = dict[str, NDArray[np.float64]]
+
+
+def network() -> nn.Module:
+    """Two convolutions and a linear layer."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * 25, CLASSES),
+    )  # fmt: skip
+
+
+def trained(images: Tensor, labels: Tensor, epochs: list[int]) -> Iterator[tuple[int, nn.Module]]:
+    """A network after each of ``epochs``."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for epoch in range(1, max(epochs) + 1):
+        for batch in torch.randperm(len(images)).split(50):
+            optimizer.zero_grad()
+            cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+        if epoch in epochs:
+            yield epoch, model
+
+
+def scores(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
+    """What each way makes of the samples; higher means more suspicious."""
+    loader = list(zip(images.split(250), labels.split(250), strict=True))
+    table = fastgrad.rank_samples(model, loader, verbose=False)
+    last = fastgrad.rank_samples(model, loader, layers="5", verbose=False)
+    with torch.no_grad():
+        probabilities = torch.cat([model(x).double().softmax(1) for x in images.split(250)])
+    return {
+        "GraNd": table.grand,
+        "GraNd, last layer": last.grand,
+        "EL2N": table.el2n,
+        "loss": table.loss,
+        "confidence": 1 - probabilities.amax(1).numpy(),
+        "probabilities": probabilities.numpy(),
+    }
+
+
+def cleanlab(labels: Tensor, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Label quality as cleanlab has it, turned round."""
+    from cleanlab.rank import get_label_quality_scores
+
+    quality = get_label_quality_scores(labels.numpy(), probabilities, method="normalized_margin")
+    return 1 - np.asarray(quality)
+
+
+def draw(images: Tensor, truth: Tensor, seed: int, epochs: list[int]) -> list[dict[str, Any]]:
+    """One draw: a row for every score, epoch and way of training."""
+    torch.manual_seed(seed)
+    wrong = torch.rand(len(truth)) < FLIPPED
+    labels = torch.where(wrong, (truth + torch.randint(1, CLASSES, truth.shape)) % CLASSES, truth)
+    found: dict[tuple[str, int], Scores] = {}
+    for epoch, model in trained(images, labels, epochs):
+        found["seen", epoch] = scores(model, images, labels)
+    fold = torch.randperm(len(truth)) % FOLDS
+    for k in range(FOLDS):
+        inside, outside = fold != k, fold == k
+        for epoch, model in trained(images[inside], labels[inside], epochs):
+            for name, values in scores(model, images[outside], labels[outside]).items():
+                whole = found.setdefault(("unseen", epoch), {}).setdefault(
+                    name, np.empty((len(truth), *values.shape[1:]))
+                )
+                whole[outside.numpy()] = values
+    rows = []
+    for (samples, epoch), columns in found.items():
+        probabilities = columns.pop("probabilities")
+        columns["cleanlab"] = cleanlab(labels, probabilities)
+        right = float((probabilities.argmax(1) == truth.numpy()).mean())
+        agrees = float((probabilities.argmax(1) == labels.numpy())[wrong.numpy()].mean())
+        for name, values in columns.items():
+            area = auroc(values[~wrong.numpy()], values[wrong.numpy()])
+            first = np.argsort(-values)[: int(wrong.sum())]
+            rows.append(
+                {
+                    "seed": seed, "samples": samples, "epoch": epoch, "score": name, "auroc": area,
+                    "precision": float(wrong.numpy()[first].mean()), "accuracy": right, "learnt": agrees,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half width of the 95 % interval over draws."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = STUDENT[min(9, len(values) - 1)] * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def tables(rows: list[dict[str, Any]], epochs: list[int], images: int, seeds: int) -> list[tuple[str, str]]:
+    """The sections of the page."""
+    names = list(dict.fromkeys(row["score"] for row in rows))
+
+    def cells(samples: str, key: str, name: str | None = None) -> dict[str, str]:
+        return {
+            f"epoch {epoch}": interval(
+                [
+                    row[key] for row in rows
+                    if (row["samples"], row["epoch"], row["score"]) == (samples, epoch, name or names[0])
+                ]
+            )
+            for epoch in epochs
+        }  # fmt: skip
+
+    intro = (
+        f"{images:,} images a draw, {FLIPPED:.0%} of the labels flipped to another class at random; {seeds} draws; "
+        "mean and 95 % interval over draws. Area under the ROC curve for telling flipped labels from others. `loss` is "
+        "also the ranking by the probability of the label, which cleanlab calls `self_confidence`; `cleanlab` is its "
+        "`normalized_margin`. `confidence` suspects what has no large probability."
+    )
+    sections = [(intro, "")]
+    for samples, text in (
+        ("seen", "Ranked by the network that was trained on them."),
+        (
+            "unseen",
+            f"Ranked by networks that were not: {FOLDS}-fold cross-validation, {FOLDS} networks a draw.",
+        ),
+    ):
+        areas: list[dict[str, Any]] = [{"score": name, **cells(samples, "auroc", name)} for name in names]
+        areas.append({"score": "*predictions that are the true class*", **cells(samples, "accuracy")})
+        areas.append({"score": "*flipped labels that are predicted*", **cells(samples, "learnt")})
+        sections.append((text, results_file.table(areas)))
+        hits: list[dict[str, Any]] = [{"score": name, **cells(samples, "precision", name)} for name in names]
+        sections.append(
+            (
+                "The same: share of flipped labels among the most suspicious, as many as were flipped.",
+                results_file.table(hits),
+            )
+        )
+    return sections
+
+
+def figure(rows: list[dict[str, Any]], epochs: list[int], path: Path) -> None:
+    """Mean area under the curve over epochs, every draw as a dot, of networks that were trained on the samples."""
+    axes = new_axes(5.6, 3.4)
+    for colour, name in zip(COLOURS, dict.fromkeys(row["score"] for row in rows), strict=False):
+        chosen = [row for row in rows if row["score"] == name and row["samples"] == "seen"]
+        means = [np.mean([row["auroc"] for row in chosen if row["epoch"] == epoch]) for epoch in epochs]
+        axes.plot(range(len(epochs)), means, color=colour, label=name)
+        places = [epochs.index(row["epoch"]) for row in chosen]
+        axes.plot(places, [row["auroc"] for row in chosen], ".", color=colour, markersize=3)
+    axes.set_xticks(range(len(epochs)), [f"epoch {epoch}" for epoch in epochs])
+    axes.set_ylabel("AUROC of flipped labels")
+    axes.legend(frameon=False, fontsize=8, loc="center left")
+    save(axes, path, dpi=90)
+
+
+def main() -> int:
+    """Measure and write; 2 and a plain message where the folder is not what it must be."""
+    parser = argparse.ArgumentParser(prog="bench.audit", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with the .npz files or torchvision's"
+    )
+    parser.add_argument("--out", type=Path, default=results_file.RESULTS, help="folder for the results")
+    parser.add_argument("--images", type=int, default=5000, help="of a draw")
+    parser.add_argument("--seeds", type=int, default=5, help="draws")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 4, 30], help="when scores are taken")
+    given = parser.parse_args()
+    try:
+        sets.check(given.data, ["fashion"])
+        images, truth = sets.load(given.data, "fashion", "train").labelled()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"bench.audit: {error}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for seed in range(given.seeds):
+        start = time.perf_counter()
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: given.images]
+        rows += draw(images[chosen].float().contiguous(), truth[chosen].long(), seed, sorted(given.epochs))
+        print(f"draw {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    epochs = sorted(given.epochs)
+    sections = [*tables(rows, epochs, given.images, given.seeds), ("![Wrong labels](audit.png)", "")]
+    results_file.write(
+        "audit", "Wrong labels", rows, sections,
+        mode="full", packages=("torch", "numpy", "cleanlab"), folder=given.out,
+    )  # fmt: skip
+    figure(rows, epochs, given.out / "audit.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

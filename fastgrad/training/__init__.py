@@ -1,0 +1,1 @@
+"""Per-sample norms where training happens: private training, the noise of a gradient, an audit of the data."""

@@ -1,0 +1,100 @@
+"""The simple gradient noise scale, from per-sample norms (McCandlish et al., 2018, arXiv:1812.06162)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastgrad import checks
+
+
+class NoiseScale:
+    """How large a batch may be before its gradient hardly improves: ``tr(Sigma) / |G|^2``.
+
+    ``G`` is the true gradient of the mean loss and ``Sigma`` the covariance of single samples' gradients. A step on a
+    batch of that many samples makes half the progress of a step along ``G``; larger batches gain less and less.
+
+    A batch gives an unbiased estimate of each of the two terms, not of their quotient. The estimates are noisy, so that
+    each is averaged over batches before they are divided. With ``s`` the mean of the B squared norms of the samples'
+    gradients and ``b`` the squared norm of their mean, the estimates are (appendix A.1, batches of sizes 1 and B)::
+
+        |G|^2 = (B b - s) / (B - 1)        tr(Sigma) = B (s - b) / (B - 1)
+
+    Args:
+        decay: Of the exponential moving averages, by batch, at least 0 and below 1; None averages all batches alike.
+
+    Raises:
+        TypeError, ValueError: For any other ``decay``.
+
+    Example::
+
+        noise = fastgrad.NoiseScale(decay=0.99)
+        with fastgrad.record(model):
+            loss = F.cross_entropy(model(x), y, reduction="sum")
+            sqnorms = fastgrad.grad_sqnorm(loss, parameters, retain_graph=True)
+            gradients = torch.autograd.grad(loss, parameters)
+        noise.update(torch.stack(sqnorms).sum(0), sum(g.square().sum() for g in gradients))
+        noise.scale
+    """
+
+    def __init__(self, decay: float | None = None) -> None:
+        if decay is not None and (isinstance(decay, bool) or not isinstance(decay, (int, float))):
+            raise TypeError(f"decay must be a number or None; it was {decay!r}")
+        if decay is not None and not 0 <= decay < 1:
+            raise ValueError(f"decay must be at least 0 and below 1; it was {decay}")
+        self._decay = decay
+        # Weighted sums over batches of the estimates and of the weights; all three decay alike.
+        self._gradient = self._trace = self._weight = 0.0
+
+    def update(self, sqnorms: Tensor, batch_sqnorm: Tensor | float) -> None:
+        """Take in a batch. Waits for the device.
+
+        Args:
+            sqnorms: ``(B,)``, B at least 2: each sample's squared gradient norm, over all parameters together.
+            batch_sqnorm: Squared norm of the batch's gradient, the **sum** over the same samples, as a loss with
+                ``reduction="sum"`` gives it; for that of a mean, times B squared.
+
+        Raises:
+            TypeError, ValueError: For anything else; also if ``batch_sqnorm`` is larger than any sum of gradients of
+                these norms can be, which is what gradients of another loss or other parameters give.
+        """
+        checks.is_float("sqnorms", sqnorms)
+        if sqnorms.dim() != 1 or len(sqnorms) < 2:
+            raise ValueError(f"sqnorms must have shape (B,) with B at least 2; it was {tuple(sqnorms.shape)}")
+        if isinstance(batch_sqnorm, Tensor) and batch_sqnorm.numel() != 1:
+            raise ValueError(f"batch_sqnorm must be one number; it had shape {tuple(batch_sqnorm.shape)}")
+        norms, total, count = sqnorms.detach().double(), float(batch_sqnorm), len(sqnorms)
+        for name, least in (("sqnorms", float(norms.min())), ("batch_sqnorm", total)):
+            if not 0 <= least < math.inf:
+                raise ValueError(f"{name} must be finite and not negative; it held {least}")
+        largest = float(norms.sqrt().sum()) ** 2
+        if total > largest * (1 + 1e3 * torch.finfo(sqnorms.dtype).eps):
+            raise ValueError(
+                f"batch_sqnorm must be that of the sum of the samples' gradients, at most {largest:.6g} for these "
+                f"sqnorms; it was {total:.6g}"
+            )
+        single, batch = float(norms.mean()), total / count**2
+        keep = 1.0 if self._decay is None else self._decay
+        add = 1.0 if self._decay is None else 1 - self._decay
+        self._gradient = keep * self._gradient + add * (count * batch - single) / (count - 1)
+        self._trace = keep * self._trace + add * count * (single - batch) / (count - 1)
+        self._weight = keep * self._weight + add
+
+    @property
+    def gradient_sqnorm(self) -> float:
+        """The average estimate of ``|G|^2``; may be negative while there are few batches. NaN before the first."""
+        return self._gradient / self._weight if self._weight else math.nan
+
+    @property
+    def trace(self) -> float:
+        """The average estimate of ``tr(Sigma)``. NaN before the first batch."""
+        return self._trace / self._weight if self._weight else math.nan
+
+    @property
+    def scale(self) -> float:
+        """The noise scale, in samples; infinite while ``gradient_sqnorm`` is not positive, NaN before any batch."""
+        if self.gradient_sqnorm <= 0:
+            return math.inf
+        return self.trace / self.gradient_sqnorm

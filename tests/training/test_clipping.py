@@ -1,0 +1,463 @@
+"""clip_gradients: its gradients and norms are those of a float64 loop over samples, or it refuses by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastgrad
+
+CLASSES = 5
+
+
+class Tokens(nn.Module):
+    """Token indices ``(B, 6)`` through a layer ``(B, 6, 8)`` to logits."""
+
+    def __init__(self, layer: nn.Module, *, sparse: bool = False, width: int = 8) -> None:
+        super().__init__()
+        self.tokens, self.layer = nn.Embedding(11, 8, sparse=sparse), layer
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(self.tokens(x))
+        out = out[0] if isinstance(out, tuple) else out
+        logits: Tensor = self.head(out.tanh().mean(1))
+        return logits
+
+
+class Attended(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return out
+
+
+class Tied(nn.Module):
+    """One weight for the first and the last layer, another used twice, a parameter that is broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.twice = nn.Embedding(CLASSES, 8), nn.Linear(8, 8)
+        self.shift = nn.Parameter(torch.randn(1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.twice(self.twice(self.tokens(x % CLASSES) + self.shift).tanh())
+        return F.linear(hidden, self.tokens.weight).mean(1)
+
+
+def image_model(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, CLASSES))
+
+
+IMAGES: dict[str, Callable[[], nn.Module]] = {
+    "convolution": lambda: image_model(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1)),
+    "strided and grouped": lambda: image_model(
+        nn.Conv2d(2, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, groups=2), nn.PReLU(4)
+    ),
+    "transposed": lambda: image_model(nn.ConvTranspose2d(2, 4, 3), nn.Tanh()),
+    "group norm": lambda: image_model(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()),
+    "instance norm": lambda: image_model(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True)),
+    "batch norm in evaluation mode": lambda: image_model(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4).eval()),
+    "frozen first layer": lambda: image_model(nn.Conv2d(2, 4, 3).requires_grad_(False), nn.GroupNorm(2, 4)),
+}
+TEXTS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: Tokens(nn.Linear(8, 8)),
+    "sparse": lambda: Tokens(nn.Linear(8, 8), sparse=True),
+    "layer norm": lambda: Tokens(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.RMSNorm(8))),
+    "attention": lambda: Tokens(Attended()),
+    "transformer": lambda: Tokens(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)),
+    "LSTM": lambda: Tokens(nn.LSTM(8, 4, 2, batch_first=True), width=4),
+    "GRU": lambda: Tokens(nn.GRU(8, 4, batch_first=True, bidirectional=True)),
+    "tied, twice, broadcast": Tied,
+}
+
+
+def inputs(kind: str, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    y = torch.randint(CLASSES, (samples,), generator=made)
+    if kind in IMAGES:
+        return torch.randn(samples, 2, 7, 7, generator=made), y
+    return torch.randint(11, (samples, 6), generator=made), y
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def losses_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def loop(model: nn.Module, x: Tensor, y: Tensor, limit: float) -> tuple[Tensor, list[Tensor], float]:
+    """Norms, the sum of clipped gradients and the sum of their norms, in float64 and sample by sample."""
+    model = copy.deepcopy(model).double()
+    x = x.double() if x.is_floating_point() else x
+    total = [torch.zeros(p.shape, dtype=torch.float64) for p in trained(model)]
+    norms, scale = [], 0.0
+    for i in range(len(x)):
+        grads = torch.autograd.grad(losses_of(model, x[i : i + 1], y[i : i + 1]), trained(model))
+        dense = [g.to_dense() for g in grads]
+        norm = torch.stack([g.square().sum() for g in dense]).sum().sqrt()
+        factor = min(1.0, limit / float(norm))
+        for t, g in zip(total, dense, strict=True):
+            t += factor * g
+        norms.append(norm)
+        scale += factor * float(norm)
+    return torch.stack(norms), total, scale
+
+
+def assert_clipped(
+    model: nn.Module,
+    norms: Tensor,
+    x: Tensor,
+    y: Tensor,
+    limit: float,
+    eps: float = torch.finfo(torch.float32).eps,
+) -> None:
+    wanted, total, scale = loop(model, x, y, limit)
+    # Sums of some thousand products, each rounded to eps, of gradients whose lengths add up to the scale.
+    assert (norms - wanted).abs().max() <= 500 * eps * wanted.max()
+    for p, t in zip(trained(model), total, strict=True):
+        assert p.grad is not None
+        assert (p.grad.to_dense().double() - t).norm() <= 500 * eps * scale
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from([*IMAGES, *TEXTS]),
+    samples=st.integers(1, 5),
+    limit=st.sampled_from([1e-3, 0.5, 2.0, 1e3]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_gradients_are_those_of_a_loop(
+    kind: str, samples: int, limit: float, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = (IMAGES | TEXTS)[kind]().to(dtype)
+    x, y = inputs(kind, samples, seed)
+    x = x.to(dtype) if x.is_floating_point() else x
+    with fastgrad.clip_gradients(model, limit) as clipped:
+        norms = clipped.backward(losses_of(model, x, y))
+    assert norms.dtype == dtype
+    assert_clipped(model, norms, x, y, limit, torch.finfo(dtype).eps)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_micro_batches_and_an_empty_one_accumulate() -> None:
+    torch.manual_seed(0)
+    model = IMAGES["group norm"]()
+    x, y = inputs("group norm", 6, 0)
+    with fastgrad.clip_gradients(model, 1.0) as clipped:
+        norms = torch.cat([clipped.backward(losses_of(model, x[i : i + 2], y[i : i + 2])) for i in (0, 2, 4)])
+        assert clipped.backward(losses_of(model, x[:0], y[:0])).shape == (0,)
+    assert_clipped(model, norms, x, y, 1.0)
+
+
+def test_groups_are_clipped_on_their_own() -> None:
+    torch.manual_seed(0)
+    model = TEXTS["layer norm"]()
+    x, y = inputs("layer norm", 5, 0)
+    limits = {"tokens": 0.1, "layer": 0.2, "layer.1": 0.05, "head.weight": 1.0, "head.bias": 0.3}
+    with fastgrad.clip_gradients(model, limits) as clipped:
+        norms = clipped.backward(losses_of(model, x, y))
+    assert norms.shape == (5, 5)
+    owners = {name: max((k for k in limits if name == k or name.startswith(k + ".")), key=len)
+              for name, _ in model.named_parameters()}  # fmt: skip
+    for column, (group, limit) in enumerate(limits.items()):
+        alone = copy.deepcopy(model)
+        alone.zero_grad()
+        for name, p in alone.named_parameters():
+            p.requires_grad_(owners[name] == group)
+            p.grad = model.get_parameter(name).grad if p.requires_grad else None
+        assert_clipped(alone, norms[:, column], x, y, limit)
+
+
+def test_the_draw_of_dropout_is_that_of_the_gradient() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 50), nn.Dropout(0.5), nn.Linear(50, 2)
+    )
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 1])
+    torch.manual_seed(5)
+    with fastgrad.clip_gradients(model, 1e-3) as clipped:
+        norms = clipped.backward(losses_of(model, x, y))
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    losses = losses_of(model, x, y)
+    assert torch.equal(torch.rand(1), after)  # planning drew nothing of the user's
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for i, loss in enumerate(losses):
+        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+        torch.testing.assert_close(norms[i], norm, rtol=1e-4, atol=0)
+        for t, g in zip(total, grads, strict=True):
+            t += 1e-3 / norm * g
+    for p, t in zip(model.parameters(), total, strict=True):
+        torch.testing.assert_close(p.grad, t, rtol=1e-4, atol=1e-8)
+
+
+def test_autocast() -> None:
+    torch.manual_seed(0)
+    model = IMAGES["group norm"]()
+    x, y = inputs("group norm", 5, 0)
+    with fastgrad.clip_gradients(model, 0.5) as clipped:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(x)
+        norms = clipped.backward(F.cross_entropy(logits.float(), y, reduction="none"))
+    assert norms.dtype == torch.float32
+    # Every activation and gradient is rounded to bfloat16, through three layers.
+    assert_clipped(model, norms, x, y, 0.5, 8 * torch.finfo(torch.bfloat16).eps / 500)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.parts, self.reentrant = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Attended()), reentrant
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.parts, x, use_reentrant=self.reentrant)
+
+
+def test_activation_checkpointing() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Tokens(Checkpointed(reentrant=False)), inputs("linear", 4, 0)
+    with fastgrad.clip_gradients(model, 0.3) as clipped:
+        norms = clipped.backward(losses_of(model, x, y))
+    assert_clipped(model, norms, x, y, 0.3)
+    reentrant = Tokens(Checkpointed(reentrant=True))
+    with pytest.raises(RuntimeError, match="use_reentrant=False"), fastgrad.record(reentrant):
+        reentrant(x)
+
+
+def test_data_parallel_on_one_device() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = IMAGES["convolution"](), inputs("convolution", 4, 0)
+    wrapper = nn.DataParallel(model)
+    with fastgrad.clip_gradients(wrapper, 0.3) as clipped:
+        norms = clipped.backward(losses_of(wrapper, x, y))
+    assert_clipped(model, norms, x, y, 0.3)
+    wrapper.device_ids = [0, 1]
+    with pytest.raises(ValueError, match="model must not be replicated"):
+        fastgrad.record(wrapper)
+
+
+def _rank(rank: int, file: str, out: str, limits: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, (x, y) = IMAGES["group norm"](), inputs("group norm", 6, 0)
+    wrapper = nn.parallel.DistributedDataParallel(model)
+    mine = slice(3 * rank, 3 * rank + 3)
+    for _ in range(2):
+        model.zero_grad()
+        with fastgrad.clip_gradients(wrapper, limits) as clipped:
+            norms = clipped.backward(losses_of(wrapper, x[mine], y[mine]))
+    torch.save((norms, [p.grad for p in model.parameters()]), f"{out}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("limits", [0.5, {"": 0.5, "5": 1e9}])
+def test_distributed_data_parallel_averages_the_clipped_sums(tmp_path: Path, limits: Any) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "file"), str(tmp_path / "out"), limits), nprocs=2)
+    (norms, grads), (others, same) = (torch.load(tmp_path / f"out{rank}") for rank in (0, 1))
+    assert all(map(torch.equal, grads, same))
+    torch.manual_seed(0)
+    model, (x, y) = IMAGES["group norm"](), inputs("group norm", 6, 0)
+    if isinstance(limits, dict):
+        model[5].requires_grad_(False)
+        norms, others = norms[:, 0], others[:, 0]
+    for p, g in zip(model.parameters(), grads, strict=True):
+        p.grad = 2 * g if p.requires_grad else None
+    assert_clipped(model, torch.cat([norms, others]), x, y, 0.5)
+
+
+# Dynamo looks at .grad of all that it meets.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_training_step() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = IMAGES["convolution"](), inputs("convolution", 4, 0)
+
+    @torch.compile(backend="eager")
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        with fastgrad.clip_gradients(model, 0.3) as clipped:
+            return clipped.backward(losses_of(model, x, y))
+
+    assert_clipped(model, step(x, y), x, y, 0.3)
+    torch.compiler.reset()
+
+
+# Its hooks fire where no input requires gradients.
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_opacus_gives_the_same_clipped_gradients() -> None:
+    privacy = pytest.importorskip("opacus.grad_sample")
+    torch.manual_seed(0)
+    model = image_model(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU())
+    x, y = inputs("convolution", 8, 0)
+    limit = 0.5
+    with fastgrad.clip_gradients(model, limit) as clipped:
+        norms = clipped.backward(losses_of(model, x, y))
+    assert norms.min() > limit
+    theirs = privacy.GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
+    theirs.zero_grad()
+    losses_of(theirs, x, y).sum().backward()
+    samples = [p.grad_sample for p in theirs.parameters()]
+    per_sample = torch.stack([s.flatten(1).square().sum(1) for s in samples]).sum(0).sqrt()
+    # The factor of its DPOptimizer.
+    factor = (limit / (per_sample + 1e-6)).clamp(max=1)
+    for p, s in zip(model.parameters(), samples, strict=True):
+        torch.testing.assert_close(
+            p.grad, torch.einsum("b,b...->...", factor, s), rtol=1e-5, atol=1e-5 * limit
+        )
+
+
+def interacting(losses: Tensor) -> Tensor:
+    return losses + 1e-3 * losses.mean()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (torch.mean, r"losses must have shape \(4,\) .*it was \(\)"),
+        (lambda losses: losses.flip(0), "losses must each depend on their own sample"),
+        (interacting, "losses must each depend on their own sample"),
+        (lambda losses: torch.ones(4, requires_grad=True) * losses.detach(), "losses must be computed from"),
+        (lambda losses: losses.long(), "losses must have a floating dtype"),
+    ],
+)
+def test_losses_that_are_refused(spoil: Callable[[Tensor], Tensor], message: str) -> None:
+    model, (x, y) = IMAGES["convolution"](), inputs("convolution", 4, 0)
+    with (
+        fastgrad.clip_gradients(model, 1.0) as clipped,
+        pytest.raises((ValueError, TypeError), match=message),
+    ):
+        clipped.backward(spoil(losses_of(model, x, y)))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_else_is_refused() -> None:
+    model, (x, y) = IMAGES["convolution"](), inputs("convolution", 4, 0)
+    with fastgrad.clip_gradients(model, 1.0) as clipped:
+        losses = losses_of(model, x, y)
+        with pytest.raises(ValueError, match=r"reach '0.weight' in another way"):
+            clipped.backward(losses + 1e-4 * model[0].weight.square().sum())  # type: ignore[index,operator]
+        model(x)
+        with pytest.raises(RuntimeError, match="called 2 times"):
+            clipped.backward(losses)
+    with pytest.raises(RuntimeError, match="called 0 times"):
+        clipped.backward(losses)
+    with pytest.raises(ValueError, match="batch norm '1' is in training mode"):
+        fastgrad.clip_gradients(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 1.0).__enter__()
+    for limit, kind, message in [
+        (0.0, ValueError, "max_norm must be positive and finite; it was 0.0"),
+        ("1", TypeError, "max_norm must be a positive number; it was '1'"),
+        ({"0": -1.0}, ValueError, r"max_norm\['0'\] must be positive"),
+        (
+            {"0": 1.0},
+            ValueError,
+            "max_norm must cover every trainable parameter; it had nothing for '2.weight'",
+        ),
+        ({"": 1.0, "nowhere": 1.0}, ValueError, "max_norm must name .*'nowhere' had none"),
+    ]:
+        with pytest.raises(kind, match=message):
+            fastgrad.clip_gradients(model, limit)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model must have parameters that require gradients"):
+        fastgrad.clip_gradients(model.requires_grad_(False), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Attended(0.1), "'layer.attention' is computed again .* other random numbers"),
+        (
+            nn.LSTM(8, 8, 2, dropout=0.1, batch_first=True),
+            "'layer' is computed again .* other random numbers",
+        ),
+        (
+            nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+            "'layer' is computed again .* buffers changed",
+        ),
+    ],
+)
+def test_what_training_mode_cannot_compute_again_is_refused(layer: nn.Module, message: str) -> None:
+    model, (x, _) = Tokens(layer), inputs("linear", 4, 0)
+    buffers = [b.clone() for b in model.buffers()]
+    with fastgrad.record(model), pytest.raises(ValueError, match=message):
+        model(x)
+    assert all(map(torch.equal, model.buffers(), buffers))
+    with fastgrad.record(model.eval()):
+        assert model(x).shape == (4, CLASSES)
+
+
+def test_parameters_of_training_mode_alone_are_found() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.extra = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x).tanh()
+            return x + self.extra(x) if self.training else x
+
+    torch.manual_seed(0)
+    model, x, y = Auxiliary(), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    with fastgrad.clip_gradients(model, 0.3) as clipped:
+        norms = clipped.backward(losses_of(model, x, y))
+    assert_clipped(model, norms, x, y, 0.3)
+
+
+def test_a_parameter_that_the_copy_cannot_see_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    weight = model[0].weight
+    model.append(type("Closure", (nn.Module,), {"forward": lambda self, x: x @ weight})())
+    with (
+        fastgrad.record(model),
+        pytest.raises(ValueError, match=r"model must reach '0.weight' through an attribute"),
+    ):
+        model(torch.randn(2, 3))
+
+
+def test_instance_norm_with_running_statistics_in_training_mode() -> None:
+    torch.manual_seed(0)
+    model = image_model(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True))
+    before = copy.deepcopy(model)
+    x, y = inputs("convolution", 4, 0)
+    with fastgrad.clip_gradients(model, 0.3) as clipped:
+        norms = clipped.backward(losses_of(model, x, y))
+    before(x)
+    # Planning has left no trace: the statistics moved by one batch.
+    assert all(map(torch.equal, model.buffers(), before.buffers()))
+    assert_clipped(model, norms, x, y, 0.3)
+
+
+def test_records_refuse_models_without_values_and_compiled_ones() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    with pytest.raises(
+        ValueError, match="model must hold values; its parameter 'weight' was on the meta device"
+    ):
+        fastgrad.record(model)
+    compiled = nn.Linear(2, 2)
+    compiled.compile(backend="eager")
+    with pytest.raises(ValueError, match="model must not be compiled in place"):
+        fastgrad.record(compiled)
+
+
+def test_nothing_stays_on_the_model() -> None:
+    model, (x, y) = IMAGES["convolution"](), inputs("convolution", 4, 0)
+    before = [dict(vars(m)) for m in model.modules()]
+    with pytest.raises(ValueError, match="losses"), fastgrad.clip_gradients(model, 1.0) as clipped:
+        clipped.backward(losses_of(model, x, y).mean())
+    assert [dict(vars(m)) for m in model.modules()] == before

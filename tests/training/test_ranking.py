@@ -1,0 +1,110 @@
+"""rank_samples: its columns are those of a float64 loop over samples."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastgrad
+
+X = torch.randn(300, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+Y = torch.randint(3, (300,), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 3)
+    return nn.Sequential(*layers)
+
+
+def test_columns_are_their_definitions(model: nn.Module) -> None:
+    before = copy.deepcopy(model.state_dict())
+    # 300 samples in batches that a whole-network pass on a CPU would cut in pieces.
+    table = fastgrad.rank_samples(model, DataLoader(TensorDataset(X, Y), batch_size=200), verbose=False)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert len(table) == 300
+    assert np.array_equal(table.index, np.arange(300))
+    assert np.array_equal(table.label, Y.numpy())
+    double = copy.deepcopy(model).double().eval()
+    for i in (0, 150, 299):
+        z = double(X[i : i + 1].double())
+        loss = F.cross_entropy(z, Y[i : i + 1])
+        grads = torch.autograd.grad(loss, list(double.parameters()))
+        p = z.detach().softmax(1)[0]
+        expected = {
+            "loss": float(loss.detach()),
+            "confidence": float(p[Y[i]]),
+            "el2n": float((p - F.one_hot(Y[i], 3)).norm()),
+            "grand": float(torch.stack([g.square().sum() for g in grads]).sum().sqrt()),
+        }
+        for name, value in expected.items():
+            assert getattr(table, name)[i] == pytest.approx(value, rel=1e-4), name
+        assert table.predicted[i] == int(p.argmax())
+
+
+def test_the_suspicious_come_first(model: nn.Module) -> None:
+    table = fastgrad.rank_samples(model, [(X[:9], Y[:9])], verbose=False)
+    for by in ("grand", "el2n", "loss"):
+        assert np.all(np.diff(getattr(table.sort(by), by)) <= 0)
+    by_confidence = table.sort("confidence", 4)
+    assert len(by_confidence) == 4
+    assert np.array_equal(by_confidence.confidence, np.sort(table.confidence)[:4])
+    assert np.array_equal(by_confidence.label, Y.numpy()[by_confidence.index])
+
+
+def test_one_layer_and_mappings() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, values: Tensor) -> Any:
+            return {"logits": self.head(self.body(values).tanh())}
+
+    torch.manual_seed(0)
+    model, x = Named(), torch.randn(6, 5)
+    table = fastgrad.rank_samples(model, [{"values": x, "labels": Y[:6]}], layers="head", verbose=False)
+    h = model.body(x).tanh()
+    error = model.head(h).softmax(1) - F.one_hot(Y[:6], 3)
+    expected = (error.square().sum(1) * (h.square().sum(1) + 1)).sqrt()
+    np.testing.assert_allclose(table.grand, expected.detach().numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loader", "kind", "message"),
+    [
+        (DataLoader(TensorDataset(X, Y), shuffle=True), ValueError, "loader must give samples in the order"),
+        ([X], ValueError, "loader must give labels beside the inputs"),
+        (
+            [(X, Y.float())],
+            ValueError,
+            r"loader must give integer labels of shape \(300,\); they were torch.float32",
+        ),
+        ([(X, Y[:5])], ValueError, r"loader must give integer labels of shape \(300,\); .* \(5,\)"),
+        ([(X, Y + 1)], ValueError, "loader must give labels from 0 to 2, the model's classes; it gave 3"),
+        ([], ValueError, "loader must hold at least one batch"),
+        (["x"], TypeError, "loader must give tensors"),
+    ],
+)
+def test_what_is_refused(model: nn.Module, loader: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        fastgrad.rank_samples(model, loader, verbose=False)
+
+
+def test_sorting_that_is_refused(model: nn.Module) -> None:
+    table = fastgrad.rank_samples(model, [(X[:2], Y[:2])], verbose=False)
+    with pytest.raises(
+        ValueError, match="by must be one of 'grand', 'el2n', 'loss', 'confidence'; it was 'index'"
+    ):
+        table.sort("index")
+    with pytest.raises(ValueError, match="count must not be negative; it was -1"):
+        table.sort(count=-1)
