@@ -69,6 +69,19 @@ def original(module: nn.Module) -> nn.Module:
     return module if inner is None else inner
 
 
+def unviewed(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor of its own where ``tensor`` is a view of a whole one, as ``nn.Linear`` returns it.
+
+    Without, marking it as changed in place has autograd go through the tensor that it views: three copies of the
+    gradient in every backward pass.
+    """
+    base = tensor._base
+    if base is None or base.numel() != tensor.numel() or not tensor.is_contiguous():
+        return tensor
+    own: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
+    return own
+
+
 def storage_key(tensor: Tensor) -> int:
     """Tells apart the memory of tensors, fake ones included, which have no address.
 

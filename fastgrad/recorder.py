@@ -127,13 +127,17 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         samples = batch_size(args, kwargs)
         # An empty batch, which random sampling may draw, has nothing to be planned on and no norms.
         plan = network.plan(_detached(args), _detached(kwargs), samples, training=True) if samples else None
-        if plan is not None and plan.bypassed:
-            raise ValueError(
-                f"model must reach {renamed[plan.bypassed[0]]!r} through an attribute of one of its modules; it used "
-                "it from elsewhere (a closure, a global name), where its gradients per sample are not seen"
-            )
-        run = Run(samples)
+        run, before = Run(samples), len(self.calls)
         output = network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
+        if plan is not None and plan.bypassed:
+            # Modules that a closure calls are the user's own, and such calls are recorded like any other.
+            seen = {name for call in self.calls[before:] for name in call.names.values()}
+            missed = [renamed[name] for name in plan.bypassed if renamed[name] not in seen]
+            if missed:
+                raise ValueError(
+                    f"model must reach {missed[0]!r} through an attribute of one of its modules; it used it from "
+                    "elsewhere (a closure, a global name), where its gradients per sample are not seen"
+                )
         self.calls.append(_Call(renamed, run, () if plan is None else plan.outputs))
         return output
 
