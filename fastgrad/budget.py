@@ -38,7 +38,7 @@ class Entry:
         measured: The same, timed at `fit`; None where the block was ruled out before.
         worth: What AUROC, on kinds of challenge that training did not see, loses without it (for a block not kept:
             would gain with it); None where nothing was measured.
-        interval: Half the width of the 95 % interval of ``worth`` over kinds of challenge.
+        interval: Half the width of the 95 % interval of ``worth`` over samples.
         kept: Whether the detector reads it.
         why: One phrase.
     """

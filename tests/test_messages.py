@@ -22,6 +22,8 @@ CHANGED: dict[str, str] = {
     # There are more blocks to name.
     "UncertaintyDetector: unknown block": r"X must have blocks named gradients, .*, view; it had 'pixels'",
     "UncertaintyDetector: no block": r"X must have blocks named gradients, .*, view; it had none",
+    # There is one more kind of challenge.
+    "challenges: name": r"names must be one of 'noise', .*, 'pgd', 'compressed_pgd'; it was 'rain'",
     # Three samples are watched before the batch is run.
     "TwoStageModel: logits of three dimensions": (
         r"model must return logits of shape \(B, N\); it returned \(1, 3, 4\)"

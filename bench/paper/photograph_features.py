@@ -27,6 +27,7 @@ from fastgrad.blocks import Activations, BiasGradients, Block, Contrasts, Featur
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.budget import Candidates, candidates
+from fastgrad.challenges import CHALLENGES
 from fastgrad.samples import Sources, collect
 
 Arrays = dict[str, NDArray[Any]]
@@ -111,7 +112,8 @@ class Photographs:
             beside = {"kinds": np.array(found.kinds), "held_out": np.array(found.held_out)}
             return {name: value.numpy() for name, value in found.blocks().items()} | beside
 
-        kept = dict(cache.arrays(self.folder / "fit.npz", make))
+        generated = cache.digest("generated", dict(CHALLENGES))[:8]
+        kept = dict(cache.arrays(self.folder / f"fit-{generated}.npz", make))
         kinds, held_out = kept.pop("kinds"), kept.pop("held_out")
         return {name: torch.from_numpy(value) for name, value in kept.items()}, kinds, held_out
 

@@ -26,6 +26,7 @@ CHALLENGES: Mapping[str, tuple[float, ...]] = MappingProxyType(
         "mixture": (0.25, 0.4, 0.5),
         "fgsm": (2 / 255, 4 / 255, 8 / 255),
         "pgd": (2 / 255, 4 / 255, 8 / 255),
+        "compressed_pgd": (4 / 255, 8 / 255),
     }
 )
 
@@ -36,6 +37,7 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "compression": "grain",
         "fgsm": "grain",
         "pgd": "grain",
+        "compressed_pgd": "grain",
         "blur": "blur",
         "contrast": "light",
         "brightness": "light",
@@ -55,7 +57,24 @@ _CORRUPTIONS: dict[str, Callable[[Tensor, float, Generator], Tensor]] = {
     "inversion": corruptions.inversion,
     "mixture": corruptions.mixture,
 }
-_ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": attacks.fgsm, "pgd": attacks.pgd}
+#: JPEG quality that most cameras and sites write; attacks survive it, traces of them in pixels hardly.
+_QUALITY = 75
+
+
+def _compressed_pgd(
+    model: nn.Module, unit: Tensor, epsilon: float, generator: Generator, *, pixels: PixelRange
+) -> Tensor:
+    """An attacked image that went through JPEG before it came here."""
+    return corruptions.compression(
+        attacks.pgd(model, unit, epsilon, generator, pixels=pixels), _QUALITY, generator
+    )
+
+
+_ATTACKS: dict[str, Callable[..., Tensor]] = {
+    "fgsm": attacks.fgsm,
+    "pgd": attacks.pgd,
+    "compressed_pgd": _compressed_pgd,
+}
 
 
 def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int] | None = None) -> list[str]:

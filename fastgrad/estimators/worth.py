@@ -22,7 +22,6 @@ from fastgrad.blocks.block import Settings
 from fastgrad.challenges import FAMILIES
 from fastgrad.estimators.detector import UncertaintyDetector
 from fastgrad.estimators.supervised import fit_perceptrons, train_networks
-from fastgrad.metrics import auroc
 from fastgrad.scores.conformal import OneSided
 
 Array = NDArray[np.float64]
@@ -45,6 +44,30 @@ class State(NamedTuple):
     seen: frozenset[str]
 
 
+class Placements(NamedTuple):
+    """For one kind, the share of its samples that score above each clean one, and of clean ones below each of its own.
+
+    Either's mean is the AUROC; their variances are the AUROC's, and those of differences the difference's (DeLong et
+    al., "Comparing the areas under two or more correlated receiver operating characteristic curves", 1988).
+    """
+
+    clean: Array
+    own: Array
+
+    @classmethod
+    def of(cls, clean: Array, own: Array) -> Placements:
+        """From the scores ``(m,)`` of clean samples and ``(n,)`` of those of the kind."""
+        return cls(1 - _below(own, clean), _below(clean, own))
+
+
+def _below(reference: Array, values: Array) -> Array:
+    """The share of ``reference`` below each value, equal ones counting half."""
+    ordered = np.sort(reference)
+    sides = [np.searchsorted(ordered, values, side) for side in ("left", "right")]
+    share: Array = np.add(*sides) / (2 * len(ordered))
+    return share
+
+
 @dataclass(frozen=True)
 class Choice:
     """What `Judge.choose` found.
@@ -53,7 +76,7 @@ class Choice:
         kept: Blocks that the detector reads.
         seen: Those of them that H reads.
         weight: How much H counts beside a one-class score.
-        worth: Of every candidate, and half the width of its 95 % interval.
+        worth: Of every candidate, and half the width of its 95 % interval over samples.
         auroc: Mean over kinds left out of training.
     """
 
@@ -98,7 +121,7 @@ class Judge:
         self.calibrating = _some(clean & held_out, _LEARNED, rng)
         self.folds = self._folds(~clean, held_out, own, rng)
         self.arrays = {name: value.double().numpy() for name, value in X.items()}
-        self._found: dict[tuple[State, float], dict[str, float]] = {}
+        self._found: dict[tuple[State, float], dict[str, Placements]] = {}
         self._trials: dict[frozenset[str], list[Array]] = {}
         self._evidence: dict[str, list[Array]] = {}
         self._rows: dict[str, Array] = {}
@@ -193,28 +216,32 @@ class Judge:
 
     def mean(self, state: State) -> float:
         """Mean AUROC over kinds, with the better of H's weights."""
-        return float(np.mean(list(self._quality(state, self._weight(state)).values())))
+        return self._mean(state, self._weight(state))
+
+    def _mean(self, state: State, weight: float) -> float:
+        return float(np.mean([kind.own.mean() for kind in self._quality(state, weight).values()]))
 
     def _weight(self, state: State) -> float:
-        return max(WEIGHTS, key=lambda weight: np.mean(list(self._quality(state, weight).values())))
+        return max(WEIGHTS, key=lambda weight: self._mean(state, weight))
 
     def _gain(self, state: State, other: State) -> tuple[float, float]:
-        """What a state is better than another by, and half the width of the interval over kinds."""
+        """What a state is better than another by, and half the width of the interval over samples."""
         full = self._quality(state, self._weight(state))
         without = self._quality(other, self._weight(other))
-        differences = np.array([full[kind] - without[kind] for kind in full])
-        spread = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-        return float(differences.mean()), 1.96 * float(spread)
+        clean = np.mean([full[kind].clean - without[kind].clean for kind in full], 0)
+        own = [full[kind].own - without[kind].own for kind in full]
+        variance = _variance(clean) + sum(map(_variance, own)) / len(own) ** 2
+        return float(clean.mean()), 1.96 * math.sqrt(variance)
 
-    def _quality(self, state: State, weight: float) -> dict[str, float]:
-        """AUROC of clean against challenging samples, by kind."""
+    def _quality(self, state: State, weight: float) -> dict[str, Placements]:
+        """How clean and challenging samples lie to each other, by kind."""
         key = (state, weight)
         if key not in self._found:
             one_class = sum(
                 (column for name in sorted(state.kept) for column in self._of(name)),
                 np.zeros(len(self.kinds)),
             )
-            found: dict[str, float] = {}
+            found: dict[str, Placements] = {}
             for surprise, (_, judged) in zip(self._surprises(state.seen), self.folds, strict=True):
                 total = one_class + weight * surprise
                 clean = total[self.calibrating]
@@ -222,7 +249,7 @@ class Judge:
                     own = judged[self.kinds[judged] == kind]
                     # Parts of one kind, left out in turn, count as kinds of their own.
                     label = f"{kind} {len(found)}" if kind in found else kind
-                    found[label] = auroc(clean, total[own])
+                    found[label] = Placements.of(clean, total[own])
             self._found[key] = found
         return self._found[key]
 
@@ -274,6 +301,11 @@ class Judge:
     def _capped(self, evidence: Tensor) -> Array:
         result: Array = evidence.clamp(max=float(self.detector.cap)).numpy()
         return result
+
+
+def _variance(values: Array) -> float:
+    """Of the mean of independent ``values``."""
+    return float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
 
 
 def _some(mask: NDArray[np.bool_], most: int, rng: np.random.Generator) -> NDArray[np.intp]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastgrad import UncertaintyDetector
-from fastgrad.estimators.worth import Judge, State
+from fastgrad.estimators.worth import Judge, Placements, State, _variance
+from fastgrad.metrics import auroc
 
 KINDS = ("noise", "blur", "contrast", "shuffle")
 
@@ -80,4 +81,25 @@ def test_a_set_is_as_good_as_its_mean_over_kinds() -> None:
     state = State(frozenset({"logits", "activations"}), frozenset({"logits"}))
     values = one._quality(state, one._weight(state))
     assert set(values) == set(KINDS)
-    assert one.mean(state) == pytest.approx(np.mean(list(values.values())))
+    assert one.mean(state) == pytest.approx(np.mean([kind.own.mean() for kind in values.values()]))
+
+
+def test_placements_give_the_area_and_the_spread_of_differences() -> None:
+    """Against the definition, ties included, and against new samples drawn again and again."""
+    rng = np.random.default_rng(0)
+    clean, own = rng.integers(0, 6, 40).astype(float), rng.integers(2, 9, 30).astype(float)
+    found = Placements.of(clean, own)
+    assert found.own.mean() == pytest.approx(auroc(clean, own))
+    assert found.clean.mean() == pytest.approx(auroc(clean, own))
+
+    def draw() -> tuple[float, float]:
+        base, kind = rng.normal(size=(80, 2)), rng.normal(1, 1, (60, 2))
+        for rows in (base, kind):
+            rows[:, 1] = 0.8 * rows[:, 0] + 0.6 * rows[:, 1]
+        one, other = (Placements.of(base[:, i], kind[:, i]) for i in (0, 1))
+        variance = _variance(one.clean - other.clean) + _variance(one.own - other.own)
+        return float(one.own.mean() - other.own.mean()), variance
+
+    drawn = np.array([draw() for _ in range(600)])
+    # The variance of 600 draws is itself known to 6 %; three times that.
+    assert drawn[:, 1].mean() == pytest.approx(drawn[:, 0].var(), rel=0.18)
