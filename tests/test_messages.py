@@ -19,6 +19,8 @@ RECORDED: dict[str, list[str]] = json.loads(
 )
 #: Case: a regular expression of the whole message. The type of error stays what it was.
 CHANGED: dict[str, str] = {
+    # There are two kinds of file.
+    "export: suffix": r"path must end in \.pt2 or \.onnx; it was '.*m\.bin'",
     # There are more blocks to name.
     "UncertaintyDetector: unknown block": r"X must have blocks named gradients, .*, view; it had 'pixels'",
     "UncertaintyDetector: no block": r"X must have blocks named gradients, .*, view; it had none",
