@@ -19,7 +19,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -259,6 +259,27 @@ def read_metadata(path: str | os.PathLike[str]) -> str | None:
     """The text that travels in an ONNX file, or None; raises what `load` does."""
     text: str | None = _session(path, optimized=False).get_modelmeta().custom_metadata_map.get(KEY)
     return text
+
+
+class Value(NamedTuple):
+    """An input or output of a file: its name, its element type as ONNX calls it, its shape without the batch."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+
+def signature(path: str | os.PathLike[str]) -> tuple[list[Value], list[Value]]:
+    """Inputs and outputs of an ONNX file; raises what `load` does."""
+    session = _session(path, optimized=False)
+
+    def read(values: Any) -> list[Value]:
+        return [
+            Value(value.name, value.type.removeprefix("tensor(").removesuffix(")"), list(value.shape[1:]))
+            for value in values
+        ]
+
+    return read(session.get_inputs()), read(session.get_outputs())
 
 
 def _session(path: str | os.PathLike[str], *, optimized: bool) -> Any:

@@ -30,19 +30,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(
-        TinyTwoStage(),
-        torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
-        tmp_path_factory.mktemp("onnx") / "tiny.onnx",
-        labels=["cat", "dog", "cow", "hen"],
-        mean=[0.5] * 3,
-        std=[0.25] * 3,
-        max_batch=64,
-    )
-
-
 QUICK = ("forward", "view", "bias gradients", "contrasts")
 
 
