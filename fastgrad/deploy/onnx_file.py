@@ -19,7 +19,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ OUTPUTS = ("logits", "probabilities", "uncertainty")
 KEY = "fastgrad"
 #: The oldest version of the operators that PyTorch translates to; every runtime since 2022 reads it.
 OPSET = 18
+#: The field ``metadata_props`` of a ModelProto.
+_METADATA = 14
 #: Protocol buffers hold no more.
 _LARGEST = 2**31
 
@@ -255,10 +257,48 @@ def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
     return run
 
 
-def read_metadata(path: str | os.PathLike[str]) -> str | None:
-    """The text that travels in an ONNX file, or None; raises what `load` does."""
-    text: str | None = _session(path, optimized=False).get_modelmeta().custom_metadata_map.get(KEY)
+def read_metadata(path: str | os.PathLike[str]) -> bytes | None:
+    """The text that travels in an ONNX file, or None, without loading the graph.
+
+    Raises:
+        RuntimeError: It is no such file, or not a whole one.
+    """
+    size, text = os.path.getsize(path), None
+    with open(path, "rb") as file:
+        while file.tell() < size:
+            field, kind = divmod(_varint(file), 8)
+            if kind == 0:
+                _varint(file)
+                continue
+            length = _varint(file) if kind == 2 else {1: 8, 5: 4}.get(kind, -1)
+            if length < 0 or field == 0 or file.tell() + length > size:
+                raise RuntimeError("it is not a whole ONNX file")
+            if field != _METADATA:
+                file.seek(length, os.SEEK_CUR)
+                continue
+            end = file.tell() + length
+            pair = {}
+            while file.tell() < end:
+                part = _varint(file) // 8
+                pair[part] = file.read(_varint(file))
+            if pair.get(1) == KEY.encode():
+                text = pair.get(2)
+    if size == 0:
+        raise RuntimeError("it is empty")
     return text
+
+
+def _varint(file: BinaryIO) -> int:
+    """An integer of protocol buffers: seven bits a byte, the lowest first."""
+    result = 0
+    for shift in range(0, 70, 7):
+        byte = file.read(1)
+        if not byte:
+            break
+        result |= (byte[0] & 127) << shift
+        if byte[0] < 128:
+            return result
+    raise RuntimeError("it is not a whole ONNX file")
 
 
 class Value(NamedTuple):
