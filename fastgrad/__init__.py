@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastgrad.deploy.export import export
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
     from fastgrad.features import GradientFeatures
+    from fastgrad.metrics import threshold_for
     from fastgrad.recorder import grad_sqnorm, record
     from fastgrad.two_stage import TwoStageModel
 
@@ -39,6 +40,7 @@ _LAZY = {
     "export": "fastgrad.deploy.export",
     "grad_sqnorm": "fastgrad.recorder",
     "record": "fastgrad.recorder",
+    "threshold_for": "fastgrad.metrics",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "linear_contrast_stats",
     "record",
     "target_sqnorm",
+    "threshold_for",
 ]
 
 

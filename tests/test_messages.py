@@ -24,6 +24,8 @@ CHANGED: dict[str, str] = {
     # There are more blocks to name.
     "UncertaintyDetector: unknown block": r"X must have blocks named gradients, .*, view; it had 'pixels'",
     "UncertaintyDetector: no block": r"X must have blocks named gradients, .*, view; it had none",
+    # Models can be given by name.
+    "fastgrad: serve without a model": r"fastgrad serve: give one MODEL, or --model NAME=PATH .*",
     # Three samples are watched before the batch is run.
     "TwoStageModel: logits of three dimensions": (
         r"model must return logits of shape \(B, N\); it returned \(1, 3, 4\)"
