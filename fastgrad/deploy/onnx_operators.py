@@ -48,6 +48,29 @@ def _searchsorted(
     return (scores < values.unsqueeze(-1)).sum(-1)
 
 
+def _square(x: Tensor, exponent: float) -> Any:
+    """A product, which ONNX Runtime computes in a convolution's blocked layout, as it does no power."""
+    return x * x if exponent == 2 else NotImplemented
+
+
+def _sum(
+    x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """Rows of an image summed as a pooling, likewise: a sum would first bring all of its input into another layout."""
+    if (
+        x.dim() != 4
+        or keepdim
+        or dtype is not None
+        or x.dtype != torch.float32
+        or list(dim or ()) not in ([3], [-1])
+    ):
+        return NotImplemented
+    width = x.shape[3]
+    if not isinstance(width, int) or not isinstance(x.shape[2], int):
+        return NotImplemented
+    return aten.avg_pool2d.default(x, [1, width]).squeeze(3) * width
+
+
 def _stable_sort(
     x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -113,6 +136,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.clamp.default: _clamp,
         aten.convolution_backward.default: _convolution_backward,
         aten.max_pool2d_with_indices_backward.default: _max_pool2d_backward,
+        aten.pow.Tensor_Scalar: _square,
         aten.searchsorted.Tensor: _searchsorted,
         aten.sort.stable: _stable_sort,
+        aten.sum.dim_IntList: _sum,
     }
