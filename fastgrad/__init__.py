@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastgrad.deploy.export import export
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
     from fastgrad.features import GradientFeatures
+    from fastgrad.metrics import threshold_for
     from fastgrad.recorder import grad_sqnorm, record
     from fastgrad.training.clipping import clip_gradients
     from fastgrad.training.noise_scale import NoiseScale
@@ -46,6 +47,7 @@ _LAZY = {
     "grad_sqnorm": "fastgrad.recorder",
     "rank_samples": "fastgrad.training.ranking",
     "record": "fastgrad.recorder",
+    "threshold_for": "fastgrad.metrics",
 }
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "rank_samples",
     "record",
     "target_sqnorm",
+    "threshold_for",
 ]
 
 

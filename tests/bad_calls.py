@@ -538,6 +538,12 @@ for _name in ("reliability", "ece", "mce", "brier", "nll", "calibration_report")
     )
 _add("metrics.reliability", bins=lambda _: metrics.reliability(P, [0, 1, 0, 1], bins=0))
 _add(
+    "threshold_for",
+    cost=lambda _: metrics.threshold_for(GOOD, [0, 1, 0], cost_of_error=0, cost_of_review=1),
+    lengths=lambda _: metrics.threshold_for(GOOD, [0, 1], cost_of_error=2, cost_of_review=1),
+    negative_error=lambda _: metrics.threshold_for(GOOD, [0, 1, -1], cost_of_error=2, cost_of_review=1),
+)
+_add(
     "plots",
     no_scores=lambda _: plots.score_histograms({}),
     reference=lambda _: plots.score_histograms({"clean": GOOD}, reference="noise"),

@@ -89,3 +89,13 @@ def tiny_package() -> pathlib.Path:
     from deploy_models import export_tiny
 
     return export_tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx() -> pathlib.Path:
+    """The same model as an ONNX file."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from deploy_models import export_tiny
+
+    return export_tiny("tiny.onnx")

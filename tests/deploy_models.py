@@ -56,7 +56,7 @@ class TinyTwoStage(nn.Module):
 
 
 @functools.cache
-def export_tiny() -> Path:
+def export_tiny(name: str = "tiny.pt2") -> Path:
     """Export `TinyTwoStage` once for all test modules; compiling takes seconds."""
     import torch._inductor.config
 
@@ -71,8 +71,8 @@ def export_tiny() -> Path:
         warnings.simplefilter("ignore")
         return export(
             TinyTwoStage(),
-            torch.zeros(1, 3, 8, 8),
-            folder / "tiny.pt2",
+            torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+            folder / name,
             labels=["cat", "dog", "cow", "hen"],
             mean=[0.5] * 3,
             std=[0.25] * 3,

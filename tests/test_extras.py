@@ -16,6 +16,13 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXPORT = """
+import fastgrad, torch
+from torch import nn
+model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
+x = torch.rand(64, 3, 2, 2)
+fastgrad.export(fastgrad.TwoStageModel(model, blocks=["logits"]).fit([x], ()), x[:2], "extras-test.onnx")
+"""
 #: Extra: the packages it brings that fastgrad imports, each with a call that needs it.
 CASES = {
     "serve": {
@@ -26,6 +33,11 @@ CASES = {
     },
     "score": {
         "pyarrow": "main(['score', 'model.pt2', 'images', '--out', 'scores.parquet'])",
+    },
+    "onnx": {
+        "onnx": EXPORT,
+        "onnxruntime": EXPORT,
+        "onnxscript": EXPORT,
     },
     "interop": {
         "pytorch_ood": "import fastgrad.interop; fastgrad.interop.as_pytorch_ood(None)",

@@ -19,11 +19,15 @@ RECORDED: dict[str, list[str]] = json.loads(
 )
 #: Case: a regular expression of the whole message. The type of error stays what it was.
 CHANGED: dict[str, str] = {
+    # There are two kinds of file.
+    "export: suffix": r"path must end in \.pt2 or \.onnx; it was '.*m\.bin'",
     # There are more blocks to name.
     "UncertaintyDetector: unknown block": r"X must have blocks named gradients, .*, view; it had 'pixels'",
     "UncertaintyDetector: no block": r"X must have blocks named gradients, .*, view; it had none",
     # There is one more kind of challenge.
     "challenges: name": r"names must be one of 'noise', .*, 'pgd', 'compressed_pgd'; it was 'rain'",
+    # Models can be given by name.
+    "fastgrad: serve without a model": r"fastgrad serve: give one MODEL, or --model NAME=PATH .*",
     # Three samples are watched before the batch is run.
     "TwoStageModel: logits of three dimensions": (
         r"model must return logits of shape \(B, N\); it returned \(1, 3, 4\)"

@@ -3,7 +3,8 @@
 ``python -m bench.deploy.export --data DIR --networks resnet18`` trains or fits the network on CIFAR-10
 (`bench.paper.data.sets` says where it looks), compiles and measures; networks and compiled files are kept in
 ``--cache`` and taken from there the next time. In one process and interleaved: the plain network compiled in the same
-way (the floor), the exported two-stage model with the whole network and with the last layer only, and the live modules.
+way (the floor), the exported two-stage model with the whole network and with the last layer only, and the live modules;
+and the same as ONNX files in ONNX Runtime, each compared with the live module before it is timed.
 
 ``--weights random`` takes untrained networks and smooth noise: the worst case for equality, since all images then
 give nearly the same features and the detector magnifies what little they differ in.
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from bench.deploy.networks import Images, network
 from bench.harness import results_file
+from fastgrad.deploy import onnx_file
 from fastgrad.deploy.export import compile_function, export
 from fastgrad.deploy.package import ModelPackage
 from fastgrad.two_stage import TwoStageModel
@@ -39,6 +41,7 @@ def logits_of(net: nn.Module) -> Callable[[Tensor], Tensor]:
 
 #: What the detector of each form reads.
 FORMS = {
+    "default": ("logits", "features", "activations", "image"),
     "signals": ("gradients", "logits", "features", "image"),
     "last_layer": ("contrasts", "logits", "features", "image"),
 }
@@ -99,7 +102,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def prepared(
-    net: nn.Module, images: Images, gradients: str, stem: Path, samples: int
+    net: nn.Module, images: Images, gradients: str, stem: Path, samples: int, *, native: bool
 ) -> tuple[TwoStageModel, Path]:
     """The fitted two-stage model and its exported file, from the cache or made now."""
     example = images(2, seed=0)
@@ -109,11 +112,39 @@ def prepared(
     else:
         live = fitted(net, images, gradients, samples)
         live.save(saved)
-    if not file.exists():
+    if native and not file.exists():
         start = time.perf_counter()
         export(live, example, file)
         print(f"{stem.name} {gradients}: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return live, file
+
+
+def onnx_cases(
+    net: nn.Module, images: Images, ready: Mapping[str, tuple[TwoStageModel, Path]], stem: Path
+) -> dict[str, Callable[[Tensor], Any]]:
+    """The plain network and the two-stage models in ONNX Runtime; each file is compared with what it was made from."""
+    example = images(8, seed=4)
+    plain = stem.with_name(f"{stem.name}-plain.onnx")
+    if not plain.exists():
+        model = onnx_file.convert(logits_of(net), example, outputs=("logits",))
+        plain.write_bytes(model.SerializeToString())
+    cases: dict[str, Callable[[Tensor], Any]] = {"plain network, ONNX Runtime": onnx_file.load(plain)}
+    (logits,) = cases["plain network, ONNX Runtime"](example)
+    assert onnx_file.difference(logits, logits_of(net)(example)) <= 1e-5
+    for form, (live, _) in ready.items():
+        file = stem.with_name(f"{stem.name}-{form}.onnx")
+        if not file.exists():
+            export(live, example, file, tolerance=1e-4)
+        cases[f"{form}, ONNX Runtime"] = ModelPackage(file)
+        found = {
+            name: onnx_file.difference(ours, theirs)
+            for name, ours, theirs in zip(
+                onnx_file.OUTPUTS, ModelPackage(file)(example), live(example), strict=True
+            )
+        }
+        print(f"{file.name}: {found}", file=sys.stderr)
+        assert max(found.values()) <= 1e-4, found
+    return cases
 
 
 def timed(cases: Mapping[str, Callable[[Tensor], Any]], x: Tensor, seconds: float) -> list[dict[str, Any]]:
@@ -123,9 +154,11 @@ def timed(cases: Mapping[str, Callable[[Tensor], Any]], x: Tensor, seconds: floa
         for case, run in cases.items():
             run(x)
             times[case] += clock(run, x, seconds / 2)
-    base = statistics.median(times["plain network, exported"])
     rows = []
     for case, values in times.items():
+        # Each runtime beside its own plain network.
+        own = "plain network, ONNX Runtime" if "ONNX" in case else "plain network, exported"
+        base = statistics.median(times[own])
         median = statistics.median(values)
         cut = statistics.quantiles(values, n=10) if len(values) > 2 else [median] * 9
         rows.append(
@@ -139,7 +172,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--networks", nargs="+", default=["resnet18", "vit_b_16"])
-    parser.add_argument("--gradients", nargs="+", default=["signals", "last_layer"])
+    parser.add_argument("--gradients", nargs="+", default=["default", "signals", "last_layer"])
+    parser.add_argument("--runtimes", nargs="+", choices=["pt2", "onnx"], default=["pt2", "onnx"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--check", nargs="+", type=int, default=[1, 3, 64])
     parser.add_argument("--samples", type=int, default=256)
@@ -159,9 +193,10 @@ def main() -> None:
         net = network(name, images, args.cache)
         stem = args.cache / (name if args.weights == "trained" else f"{name}-random")
         plain = stem.with_name(f"{stem.name}-plain.pt2")
-        if not plain.exists():
+        native = "pt2" in args.runtimes
+        if native and not plain.exists():
             compile_function(logits_of(net), images(2, seed=0), plain)
-        ready = {g: prepared(net, images, g, stem, args.samples) for g in args.gradients}
+        ready = {g: prepared(net, images, g, stem, args.samples, native=native) for g in args.gradients}
         if args.step == "compile":
             for gradients, (live, file) in ready.items():
                 row = {
@@ -171,12 +206,14 @@ def main() -> None:
                 print(row, flush=True)
                 results_file.append(args.cache / "equality.json", row)
             continue
-        cases: dict[str, Callable[[Tensor], Any]] = {
-            "plain network, exported": torch._inductor.aoti_load_package(str(plain))
-        }
-        for gradients, (live, file) in ready.items():
-            cases |= {f"{gradients}, exported": ModelPackage(file), f"{gradients}, live": live}
-        cases["plain network, live"] = torch.no_grad()(net)
+        cases: dict[str, Callable[[Tensor], Any]] = {}
+        if native:
+            cases["plain network, exported"] = torch._inductor.aoti_load_package(str(plain))
+            for gradients, (live, file) in ready.items():
+                cases |= {f"{gradients}, exported": ModelPackage(file), f"{gradients}, live": live}
+            cases["plain network, live"] = torch.no_grad()(net)
+        if "onnx" in args.runtimes:
+            cases |= onnx_cases(net, images, ready, stem)
         for batch in args.batches:
             for row in timed(cases, images(batch, seed=5), args.seconds):
                 row = {"kind": "time", "network": name, "batch": batch, **row}
@@ -213,7 +250,8 @@ def report(cache: Path, out: Path | None) -> None:
             ),
             (
                 "Latency of one batch, median (10th to 90th percentile), all in one process, interleaved; ratio to the "
-                "plain network compiled in the same way. *signals*: three backward passes through the whole network; "
+                "plain network in the same runtime, exported in the same way. *default*: the blocks that one forward "
+                "pass gives. *signals*: three backward passes through the whole network; "
                 "*last_layer*: none. The file with *signals* works through a batch one image after another.",
                 results_file.table(
                     timed,

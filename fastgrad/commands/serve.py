@@ -1,4 +1,4 @@
-"""``fastgrad serve MODEL.pt2``: the exported model behind HTTP."""
+"""``fastgrad serve MODEL.pt2``: exported models behind HTTP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,21 @@ from fastgrad.deploy.package import PackageError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    parser.add_argument("model", help="file written by fastgrad.export (.pt2)")
+    parser.add_argument("model", nargs="?", help="file written by fastgrad.export (.pt2 or .onnx)")
+    parser.add_argument(
+        "--model",
+        dest="models",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a file by name, answering at /predict/NAME; may be given several times, the first answers at /predict",
+    )
+    parser.add_argument(
+        "--reload-seconds",
+        type=float,
+        default=1.0,
+        help="how often to look whether a file has changed; 0 for never (1)",
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
@@ -68,13 +82,16 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 2
+    if args.reload_seconds < 0:
+        print(f"--reload-seconds must be at least 0; it was {args.reload_seconds:g}", file=sys.stderr)
+        return 2
     if args.timeout <= 0 or args.max_body_mb <= 0:
         print("--timeout and --max-body-mb must be positive", file=sys.stderr)
         return 2
     try:
         key = _api_key(args.api_key_file)
         app = create_app(
-            args.model,
+            _paths(args.model, args.models),
             workers=args.workers,
             threads=args.threads,
             max_batch=args.max_batch,
@@ -88,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
             api_key=key,
             false_alarm_rate=args.false_alarm_rate,
             drift_false_alarm_rate=args.drift_false_alarm_rate,
+            reload_every=args.reload_seconds or None,
         )
     except (PackageError, ValueError, OSError) as error:
         print(f"fastgrad serve: {error}", file=sys.stderr)
@@ -127,6 +145,21 @@ def run(args: argparse.Namespace) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0 if server.started else 1
+
+
+def _paths(model: str | None, named: list[str]) -> str | dict[str, str]:
+    """The one file, or all by name."""
+    if (model is None) == (not named):
+        raise ValueError("give one MODEL, or --model NAME=PATH as often as there are models")
+    if model is not None:
+        return model
+    found: dict[str, str] = {}
+    for pair in named:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path) or name in found:
+            raise ValueError(f"--model must be NAME=PATH, each name once; it was {pair!r}")
+        found[name] = path
+    return found
 
 
 def _api_key(file: Path | None) -> str | None:

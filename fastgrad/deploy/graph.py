@@ -78,6 +78,7 @@ def _record(function: Callable[[Tensor], Any], one: Tensor, *, symbolic: bool) -
     if symbolic:
         graph = tracing.trace(function, (one.expand(3, *one.shape[1:]).contiguous(),), 3)
         _fold_batch_norms(graph)
+        _fold_products(graph)
         return graph
     # A loop's body may not write in place.
     graph = tracing.trace(function, (one,), None, functional=True)
@@ -118,6 +119,41 @@ def _fold_batch_norms(graph: torch.fx.GraphModule) -> None:
                 graph.graph.erase_node(user)
         if not node.users:
             graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _fold_products(graph: torch.fx.GraphModule) -> None:
+    """Write products of every matrix of a batch with one and the same matrix as one product of their rows.
+
+    `torch.matmul` does so itself for a weight that could learn, and its graph else holds a copy of the weight for each
+    matrix: attention whose first dimension is the sequence, as torch's own, would multiply with hundreds.
+    """
+    aten = torch.ops.aten
+    for node in graph.graph.find_nodes(op="call_function", target=aten.bmm.default):
+        rows, weight = node.args
+        source = weight
+        while (
+            source.target in (aten.view.default, aten.expand.default)
+            and source.args[0].meta["val"].dim() >= 2
+        ):
+            source = source.args[0]
+        shape = source.meta["val"].shape
+        sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
+        if (
+            source is weight
+            or len(shape) != 2
+            or weight.meta["val"].shape[1:] != shape
+            or sizes.count(-1) > 1
+        ):
+            continue
+        with graph.graph.inserting_before(node):
+            flat = graph.graph.call_function(aten.reshape.default, (rows, [-1, shape[0]]))
+            product = graph.graph.call_function(aten.mm.default, (flat, source))
+            result = graph.graph.call_function(aten.view.default, (product, sizes))
+        result.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(result)
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
     graph.recompile()
 
 

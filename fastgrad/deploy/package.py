@@ -1,4 +1,6 @@
-"""The exported file, read back: a ``.pt2`` archive that carries its own description.
+"""The exported file, read back: a ``.pt2`` archive or an ``.onnx`` that carries its own description.
+
+`fastgrad.deploy.onnx_file` says what is in an ``.onnx``.
 
 A ``.pt2`` is a zip. Beside the compiled graph it holds one JSON member, ``<name>/extra/fastgrad.json``, so
 the description can be read by anything that reads zips::
@@ -26,6 +28,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,10 +38,13 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import load_package
+from fastgrad.deploy import onnx_file
 from fastgrad.deploy.drift import ScoreReference
 
 MEMBER = "extra/fastgrad.json"
 FORMAT = 1
+#: Of the kinds of file, as their names end.
+SUFFIXES = (".pt2", ".onnx")
 
 
 class PackageError(ValueError):
@@ -128,29 +134,37 @@ class Description:
         return pixels
 
 
+def description_text(description: Description) -> str:
+    """As it stands in the file, JSON."""
+    return json.dumps({"format": FORMAT, **asdict(description)})
+
+
 def write_description(path: str | os.PathLike[str], description: Description) -> None:
     """Add the description to a finished ``.pt2``."""
     with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
         root = archive.namelist()[0].split("/", 1)[0]
-        archive.writestr(f"{root}/{MEMBER}", json.dumps({"format": FORMAT, **asdict(description)}))
+        archive.writestr(f"{root}/{MEMBER}", description_text(description))
 
 
 def read_description(path: str | os.PathLike[str]) -> Description:
     """Read what travels with the graph, without loading the graph.
 
     Raises:
-        PackageError: no such file, not an archive, no description inside, or one of a newer format.
+        PackageError: no such file, one of neither kind, no description inside, or one of a newer format.
+        MissingExtraError: an ``.onnx`` needs ``pip install 'fastgrad[onnx]'``.
     """
+    if not Path(path).is_file():
+        raise PackageError(f"{path}: there is no such file")
+    onnx = Path(path).suffix == ".onnx"
     try:
-        with zipfile.ZipFile(path) as archive:
-            member = next((name for name in archive.namelist() if name.endswith("/" + MEMBER)), None)
-            if member is None:
-                raise PackageError(f"{path} was not written by fastgrad.export: it holds no {MEMBER}")
-            content = json.loads(archive.read(member))
-    except FileNotFoundError:
-        raise PackageError(f"{path}: there is no such file") from None
-    except (zipfile.BadZipFile, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PackageError(f"{path} is not a readable .pt2 archive: {error}") from None
+        text = onnx_file.read_metadata(path) if onnx else _read_member(path)
+        if text is None:
+            raise PackageError(f"{path} was not written by fastgrad.export: it holds no {MEMBER}")
+        content = json.loads(text)
+    except (zipfile.BadZipFile, OSError, json.JSONDecodeError, UnicodeDecodeError, RuntimeError) as error:
+        raise PackageError(
+            f"{path} is not a readable {'.onnx' if onnx else '.pt2 archive'}: {error}"
+        ) from None
     if content.pop("format", None) != FORMAT:
         raise PackageError(f"{path} has another format than {FORMAT}; a newer fastgrad may read it")
     try:
@@ -161,11 +175,17 @@ def read_description(path: str | os.PathLike[str]) -> Description:
         raise PackageError(f"{path}: the description inside is damaged: {error}") from None
 
 
+def _read_member(path: str | os.PathLike[str]) -> bytes | None:
+    with zipfile.ZipFile(path) as archive:
+        member = next((name for name in archive.namelist() if name.endswith("/" + MEMBER)), None)
+        return None if member is None else archive.read(member)
+
+
 class ModelPackage:
     """An exported model, loaded.
 
     Args:
-        path: the ``.pt2``.
+        path: the ``.pt2``, or the ``.onnx``, which runs on the CPU.
 
     Raises:
         PackageError: not an exported model, or it was compiled for a device that is not here.
@@ -177,7 +197,8 @@ class ModelPackage:
         if self.description.device == "cuda" and not torch.cuda.is_available():
             raise PackageError(f"{path} was compiled for a CUDA device; there is none here")
         try:
-            self._run = load_package(self.path)
+            load = onnx_file.load if self.path.suffix == ".onnx" else load_package
+            self._run: Callable[[Tensor], Sequence[Tensor]] = load(self.path)
         except RuntimeError as error:
             raise PackageError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 

@@ -112,7 +112,7 @@ X = torch.zeros(1, 3, 8, 8)
         ({"two_stage": lambda x: x}, TypeError, "two_stage must be"),
         ({"example_input": X.long()}, TypeError, "floating"),
         ({"example_input": X[:0]}, ValueError, "at least one input"),
-        ({"path": "model.onnx"}, ValueError, r"end in \.pt2"),
+        ({"path": "model.pth"}, ValueError, r"end in \.pt2 or \.onnx"),
         ({"path": "no/such/folder/model.pt2"}, ValueError, "existing folder"),
         ({"labels": ["a"]}, ValueError, "labels must be 4 names"),
         ({"mean": [0.5]}, ValueError, "mean must be 3"),

@@ -96,6 +96,39 @@ def test_threshold_follows_the_costs() -> None:
     assert always_wrong == -np.inf
 
 
+def test_threshold_saves_on_digits_that_it_was_not_chosen_on() -> None:
+    """Real images, half of them noisy, and a network that errs on some: better than answering or reviewing all."""
+    import torch
+
+    import fastgrad
+    from fastgrad.commands.demo import digits
+    from fastgrad.commands.demo.network import digit_network, logits_in_batches
+
+    torch.manual_seed(0)
+    train, test = digits.load("digits", "train"), digits.load("digits", "test")
+    net = digit_network()
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for pick in torch.randperm(3000).split(100):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(train.images[pick]), train.labels[pick]).backward()
+        optimizer.step()
+    net.eval()
+    model = fastgrad.TwoStageModel(net, blocks=["logits", "features"]).fit([train.images[3000:3600]], ())
+    noise = (torch.rand(1500, 1, 1, 1) - 0.5).clamp_min(0) * torch.randn(1500, 1, 28, 28)
+    images = test.images + 2 * noise
+    uncertainty = torch.cat([model(part).uncertainty for part in images.split(250)])
+    wrong = logits_in_batches(net, images).argmax(1) != test.labels
+    assert 0.03 < wrong.float().mean() < 0.6
+    chosen, new = slice(0, 750), slice(750, 1500)
+    for error, review in ((10.0, 1.0), (3.0, 1.0)):
+        threshold = fastgrad.threshold_for(
+            uncertainty[chosen], wrong[chosen], cost_of_error=error, cost_of_review=review
+        )
+        reviewed = uncertainty[new] > threshold
+        cost = float((error * (wrong[new] & ~reviewed) + review * reviewed).mean())
+        assert cost < 0.9 * min(review, error * float(wrong[new].float().mean()))
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

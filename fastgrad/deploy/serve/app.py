@@ -6,19 +6,21 @@ import asyncio
 import hashlib
 import hmac
 import json
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from fastgrad.checks import extra
 from fastgrad.deploy.images import MAX_PIXELS
-from fastgrad.deploy.package import read_description
-from fastgrad.deploy.serve.metrics import Metrics
-from fastgrad.deploy.serve.pool import ModelError, WorkerPool
+from fastgrad.deploy.serve.openapi import operation
+from fastgrad.deploy.serve.pool import ModelError
 from fastgrad.deploy.serve.requests import MAX_BODY, RequestError, answer, read_input
+from fastgrad.deploy.serve.served import Model, Served
 
 with extra("serve"):
     import python_multipart  # noqa: F401 - starlette reads forms with it
@@ -54,7 +56,7 @@ class Limits:
 
 
 def create_app(
-    path: str,
+    path: str | Mapping[str, str],
     *,
     workers: int = 1,
     threads: int | None = None,
@@ -64,13 +66,17 @@ def create_app(
     api_key: str | None = None,
     false_alarm_rate: float | None = None,
     drift_false_alarm_rate: float = 0.01,
+    reload_every: float | None = 1.0,
 ) -> FastAPI:
-    """Make the application that serves one exported model.
+    """Make the application that serves exported models.
+
+    A file that changes takes over, without a request lost, once it is loaded and its processes are ready; where it
+    cannot be loaded, the one before goes on and the log says why. Files are copied to the temporary folder.
 
     Args:
-        path: the ``.pt2``.
-        workers: processes that run the model.
-        threads: compute threads of each.
+        path: the ``.pt2`` or ``.onnx``; or several by name, of which the first answers where no name is given.
+        workers: processes that run each model.
+        threads: compute threads of each process.
         max_batch: largest batch; at most the file's own.
         batch_wait: seconds an idle worker waits for a batch to fill.
         limits: see `Limits`.
@@ -79,47 +85,71 @@ def create_app(
         false_alarm_rate: share of in-distribution inputs to flag, one of the rates in the file; None: the
             file's own.
         drift_false_alarm_rate: bound on the probability of ever raising the drift alarm without drift.
+        reload_every: seconds between two looks at the files; None never looks.
 
     Raises:
         PackageError: not an exported model.
-        ValueError: the file has no threshold for that rate, or an empty key.
+        ValueError: the file has no threshold for that rate, an empty key, no model or a name that fits no address.
     """
-    description = read_description(path)
-    threshold = description.threshold_at(false_alarm_rate)
+    paths = {Path(path).stem: path} if isinstance(path, str) else dict(path)
+    if not paths:
+        raise ValueError("path must name at least one model; it was empty")
     if api_key is not None and not api_key:
         raise ValueError("api_key must not be empty")
+    for name in paths if not isinstance(path, str) else ():
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"path must have names of letters, digits and _.-; one was {name!r}")
     key_digest = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
-    pool = WorkerPool(
-        path,
-        workers=workers,
-        threads=threads,
-        max_batch=min(max_batch, description.max_batch),
-        batch_wait=batch_wait,
-        hang_timeout=2 * limits.seconds,
-        on_batch=lambda size: metrics.batch_size.observe(size),
-    )
-    metrics = Metrics(
-        description,
-        false_alarm_rate=None if threshold is None else false_alarm_rate or description.false_alarm_rate,
-        drift_false_alarm_rate=drift_false_alarm_rate,
-        queue_length=lambda: pool.queued,
-        restarts=lambda: pool.restarts,
-    )
+
+    def load(model: Model) -> Served:
+        return Served(
+            model.path,
+            false_alarm_rate=false_alarm_rate,
+            max_batch=max_batch,
+            pool={
+                "workers": workers,
+                "threads": threads,
+                "batch_wait": batch_wait,
+                "hang_timeout": 2 * limits.seconds,
+            },
+            metrics={
+                "drift_false_alarm_rate": drift_false_alarm_rate,
+                "reloads": lambda: model.reloads,
+                "reload_failures": lambda: model.failures,
+            },
+        )
+
+    models = {name: Model(name, file, load) for name, file in paths.items()}
+    first = next(iter(models.values()))
+
+    def named(name: str | None) -> Model:
+        if name is None:
+            return first
+        if name not in models:
+            raise RequestError(404, f"the model must be one of {', '.join(models)}; it was {name[:80]!r}")
+        return models[name]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await pool.start()
+        for model in models.values():
+            await model.served.pool.start()
+        watching = [
+            asyncio.create_task(model.watch(reload_every)) for model in models.values() if reload_every
+        ]
         app.state.ready = True
         yield
         app.state.ready = False
-        await pool.close()
+        for task in watching:
+            task.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
+        await asyncio.gather(*(model.close() for model in models.values()))
 
     app = FastAPI(
         title="fastgrad", description="Class, uncertainty and whether to rely on it.", docs_url=None, redoc_url=None,
         lifespan=lifespan,
     )  # fmt: skip
     app.state.ready, app.state.draining, app.state.active = False, False, 0
-    app.state.pool, app.state.metrics = pool, metrics
+    app.state.models = models
 
     def authorize(request: Request) -> None:
         if key_digest is None:
@@ -130,7 +160,7 @@ def create_app(
         if not hmac.compare_digest(hashlib.sha256(given.encode()).digest(), key_digest):
             raise RequestError(401, "the API key is missing or wrong; send it as X-API-Key")
 
-    async def predict(request: Request) -> dict[str, Any]:
+    async def predict(request: Request, served: Served) -> dict[str, Any]:
         authorize(request)
         if not app.state.ready:
             raise RequestError(503, "the server is starting or shutting down")
@@ -142,11 +172,10 @@ def create_app(
             async with _timeout(limits.seconds):
                 body = await _read_body(request, limits.body)
                 reading = False
-                x = await read_input(
-                    request.headers.get("content-type", ""), body, description, max_pixels=limits.pixels
-                )
-                probabilities, uncertainty = await pool.submit(x.numpy())
-            result = answer(description, threshold, probabilities, uncertainty)
+                kind = request.headers.get("content-type", "")
+                x = await read_input(kind, body, served.description, max_pixels=limits.pixels)
+                probabilities, uncertainty = await served.pool.submit(x.numpy())
+            result = answer(served.description, served.threshold, probabilities, uncertainty)
         except asyncio.TimeoutError:
             if reading:
                 raise RequestError(408, f"the body did not arrive within {limits.seconds:g} s") from None
@@ -155,28 +184,42 @@ def create_app(
             raise RequestError(500, str(error)) from None
         finally:
             app.state.active -= 1
-        metrics.observe(result)
+        served.metrics.observe(result)
         return result
 
-    @app.post(
-        "/predict",
-        summary="Class, probabilities, uncertainty of one input",
-        openapi_extra=_operation(description.input_shape),
-    )
-    async def predict_route(request: Request) -> Response:
+    async def respond(request: Request, name: str | None) -> Response:
         start = time.perf_counter()
         headers = {"Connection": "close"} if app.state.draining else {}
-        try:
-            status, content = 200, await predict(request)
-        except RequestError as error:
-            status, content = error.status, {"detail": error.message}
-            if status == 503:
-                headers["Retry-After"] = "1"
-            if status == 401:
-                headers["WWW-Authenticate"] = "Bearer"
-        metrics.latency.observe(time.perf_counter() - start)
-        metrics.requests.labels(str(status)).inc()
+        # One version of the file from here to the answer, whatever takes over meanwhile.
+        with named(name).served.in_use() as served:
+            try:
+                status, content = 200, await predict(request, served)
+            except RequestError as error:
+                status, content = error.status, {"detail": error.message}
+                if status == 503:
+                    headers["Retry-After"] = "1"
+                if status == 401:
+                    headers["WWW-Authenticate"] = "Bearer"
+            served.metrics.latency.observe(time.perf_counter() - start)
+            served.metrics.requests.labels(str(status)).inc()
         return Response(json.dumps(content, allow_nan=False), status, headers, "application/json")
+
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> JSONResponse:
+        return JSONResponse({"detail": error.message}, error.status)
+
+    described: dict[str, Any] = {
+        "summary": "Class, probabilities, uncertainty of one input",
+        "openapi_extra": operation(first.served.description.input_shape),
+    }
+
+    @app.post("/predict", **described)
+    async def predict_route(request: Request) -> Response:
+        return await respond(request, None)
+
+    @app.post("/predict/{name}", **described)
+    async def predict_named_route(request: Request, name: str) -> Response:
+        return await respond(request, name)
 
     @app.get("/health", summary="Whether the process lives")
     async def health() -> dict[str, str]:
@@ -184,28 +227,31 @@ def create_app(
 
     @app.get("/ready", summary="Whether to send requests here")
     async def ready() -> JSONResponse:
-        fine = app.state.ready and not app.state.draining and pool.ready and app.state.active < limits.queue
+        loaded = all(model.served.pool.ready for model in models.values())
+        fine = app.state.ready and not app.state.draining and loaded and app.state.active < limits.queue
         return JSONResponse({"ready": fine}, 200 if fine else 503)
 
     @app.get("/metrics", summary="For Prometheus")
-    async def metrics_route(request: Request) -> Response:
-        try:
-            authorize(request)
-        except RequestError as error:
-            return JSONResponse({"detail": error.message}, error.status)
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    @app.get("/metrics/{name}", summary="For Prometheus, of one of several models")
+    async def metrics_route(request: Request, name: str | None = None) -> Response:
+        authorize(request)
+        text = named(name).served.metrics.render()
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get(
         "/model", summary="What travels with the model: shape, labels, threshold, in-distribution scores"
     )
-    async def model_route() -> dict[str, Any]:
+    @app.get("/model/{name}", summary="The same of one of several models")
+    async def model_route(name: str | None = None) -> dict[str, Any]:
+        served = named(name).served
         return {
-            "input_shape": description.input_shape,
-            "labels": description.labels,
-            "classes": description.classes,
-            "threshold": threshold,
-            "false_alarm_rate": false_alarm_rate or description.false_alarm_rate,
-            "histogram": description.histogram,
+            "models": list(models),
+            "input_shape": served.description.input_shape,
+            "labels": served.description.labels,
+            "classes": served.description.classes,
+            "threshold": served.threshold,
+            "false_alarm_rate": served.false_alarm_rate,
+            "histogram": served.description.histogram,
             "needs_key": key_digest is not None,
         }
 
@@ -262,56 +308,3 @@ async def _timeout(seconds: float) -> AsyncIterator[None]:
         raise
     finally:
         timer.cancel()
-
-
-def _operation(shape: tuple[int, ...]) -> dict[str, Any]:
-    """The part of the OpenAPI description that cannot be read off a signature."""
-    image = {"schema": {"type": "string", "format": "binary"}}
-    number_list = {
-        "type": "array",
-        "items": {},
-        "description": f"nested lists of numbers, shape {list(shape)}",
-    }
-    error = {
-        "description": "Refused; `detail` says why",
-        "content": {
-            "application/json": {"schema": {"type": "object", "properties": {"detail": {"type": "string"}}}}
-        },
-    }
-    result = {
-        "type": "object",
-        "required": ["class", "label", "probabilities", "uncertainty", "reliable"],
-        "properties": {
-            "class": {"type": "integer"},
-            "label": {"type": ["string", "null"]},
-            "probabilities": {"type": "array", "items": {"type": "number"}},
-            "uncertainty": {"type": "number", "description": "higher = less reliable"},
-            "reliable": {"type": ["boolean", "null"], "description": "uncertainty at most the threshold"},
-        },
-    }
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "image/*": image,
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["file"],
-                        "properties": {"file": image["schema"]},
-                    }
-                },
-                "application/json": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["inputs"],
-                        "properties": {"inputs": number_list},
-                    }
-                },
-            },
-        },
-        "responses": {
-            "200": {"description": "The answer", "content": {"application/json": {"schema": result}}},
-            **dict.fromkeys(("400", "401", "408", "413", "415", "422", "500", "503", "504"), error),
-        },
-    }

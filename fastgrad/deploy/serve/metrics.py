@@ -28,6 +28,8 @@ class Metrics:
         drift_false_alarm_rate: bound on the probability that the drift alarm is ever raised without cause.
         queue_length: asked for the number of waiting inputs.
         restarts: asked for the number of replaced workers.
+        reloads: asked how often a changed file took over.
+        reload_failures: asked how often one could not be loaded.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class Metrics:
         drift_false_alarm_rate: float,
         queue_length: Callable[[], int],
         restarts: Callable[[], int],
+        reloads: Callable[[], int],
+        reload_failures: Callable[[], int],
     ) -> None:
         self.registry = CollectorRegistry()
         reference = description.score_reference()
@@ -67,6 +71,8 @@ class Metrics:
         self.uncertainty = histogram("uncertainty", "Uncertainty of predictions", _buckets(description))
         gauge("queue_length", "Inputs that wait for a worker", queue_length)
         gauge("worker_restarts", "Worker processes replaced since the start", restarts)
+        gauge("model_reloads", "Changed files that took over since the start", reloads)
+        gauge("model_reload_failures", "Changed files that could not be loaded", reload_failures)
         gauge("share_flagged", f"Share called unreliable among the last {RECENT} predictions", self._share)
         if false_alarm_rate is not None:
             rate = false_alarm_rate

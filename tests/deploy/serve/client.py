@@ -32,10 +32,11 @@ if __name__ == "__main__":
 class Server:
     """``fastgrad serve`` on a free port."""
 
-    def __init__(self, package: Path, *options: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, package: Path | None, *options: str, env: dict[str, str] | None = None) -> None:
+        files = [] if package is None else [str(package)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-c", COMMAND, str(package), "--port", "0", "--threads", "1", *options],
+            [sys.executable, "-u", "-c", COMMAND, *files, "--port", "0", "--threads", "1", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -68,6 +69,11 @@ class Server:
         found = re.search(rf"^{re.escape(name)} (\S+)$", text.decode(), re.MULTILINE)
         assert found, name
         return float(found.group(1))
+
+    def stop_and_read(self) -> str:
+        """SIGTERM; what was printed since the start."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.communicate(timeout=60)[0]
 
     def stop(self, patience: float = 60) -> int:
         """SIGTERM; the exit status."""

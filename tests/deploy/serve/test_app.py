@@ -24,6 +24,11 @@ from fastgrad.deploy.serve.pool import ModelError
 PNG = {"content-type": "image/png"}
 
 
+def the_one(app: Any) -> Any:
+    """What answers where no name is given."""
+    return next(iter(app.state.models.values())).served
+
+
 def make(package: Path, delay: float = 0.0, error: Exception | None = None, **options: Any) -> Any:
     app = create_app(str(package), **options)
 
@@ -33,7 +38,7 @@ def make(package: Path, delay: float = 0.0, error: Exception | None = None, **op
             raise error
         return np.array([0.1, 0.2, 0.3, 0.4]), 1.0
 
-    app.state.pool.submit = submit
+    the_one(app).pool.submit = submit
     app.state.ready = True
     return app
 
@@ -140,13 +145,38 @@ def test_threshold_at_another_rate(tiny_package: Path) -> None:
         create_app(str(tiny_package), false_alarm_rate=0.33)
 
 
+def test_several_models_answer_by_name(tiny_package: Path) -> None:
+    app = create_app({"small": str(tiny_package), "second": str(tiny_package)}, false_alarm_rate=0.01)
+    app.state.ready = True
+    for name, model in app.state.models.items():
+
+        async def submit(value: np.ndarray, name: str = name) -> tuple[np.ndarray, float]:
+            return np.array([0.1, 0.2, 0.3, 0.4]), float(len(name))
+
+        model.served.pool.submit = submit
+    for path, uncertainty in (("/predict", 5.0), ("/predict/small", 5.0), ("/predict/second", 6.0)):
+        status, _, body = call(app, "POST", path, PNG, [image()])
+        assert (status, json.loads(body)["uncertainty"]) == (200, uncertainty)
+    for method, path in (("POST", "/predict/none"), ("GET", "/model/none"), ("GET", "/metrics/none")):
+        status, _, body = call(app, method, path, PNG, [image()])
+        assert status == 404
+        assert json.loads(body)["detail"] == "the model must be one of small, second; it was 'none'"
+    assert json.loads(call(app, "GET", "/model/second", {}, [])[2])["models"] == ["small", "second"]
+    assert (
+        'fastgrad_requests_total{status="200"} 1.0' in call(app, "GET", "/metrics/second", {}, [])[2].decode()
+    )
+    assert 'fastgrad_requests_total{status="200"} 2.0' in call(app, "GET", "/metrics", {}, [])[2].decode()
+    with pytest.raises(ValueError, match="path must name at least one model"):
+        create_app({})
+
+
 def test_drift_reaches_the_metrics(tiny_package: Path) -> None:
     app = make(tiny_package)
 
     async def far_out(value: np.ndarray) -> tuple[np.ndarray, float]:
         return np.array([1.0, 0.0, 0.0, 0.0]), 1e3
 
-    app.state.pool.submit = far_out
+    the_one(app).pool.submit = far_out
     for _ in range(20):
         answer = post(app)[2]
         assert answer["reliable"] is False
@@ -166,6 +196,12 @@ def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.
         ([str(tmp_path / "none.pt2")], "no such file"),
         ([str(tiny_package), "--workers", "0"], "--workers must be at least 1"),
         ([str(tiny_package), "--timeout", "0"], "must be positive"),
+        ([str(tiny_package), "--reload-seconds", "-1"], "--reload-seconds must be at least 0; it was -1"),
+        ([], "give one MODEL, or --model NAME=PATH"),
+        ([str(tiny_package), "--model", f"a={tiny_package}"], "give one MODEL, or --model NAME=PATH"),
+        (["--model", str(tiny_package)], "--model must be NAME=PATH"),
+        (["--model", f"a={tiny_package}", "--model", f"a={tiny_package}"], "each name once"),
+        (["--model", f"a/b={tiny_package}"], "one was 'a/b'"),
         ([str(tiny_package), "--false-alarm-rate", "0.5"], "false_alarm_rate must be one"),
         ([str(tiny_package), "--api-key-file", str(tmp_path / "key")], "No such file"),
     ):

@@ -1,0 +1,170 @@
+"""A name and the file that answers under it: loaded, watched, and replaced when the file changes.
+
+A file is copied before anything is read of it. What loads is what was checked, and a worker that has to start again
+finds it, whatever has become of the file meanwhile. A changed file is loaded beside the old one. Only when its workers
+are ready do new requests go there; the old one ends when the last of its requests is answered. A file that cannot be
+loaded changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastgrad.deploy.package import read_description
+from fastgrad.deploy.serve.metrics import Metrics
+from fastgrad.deploy.serve.pool import WorkerPool
+
+# Of the server, whose command sets it up.
+_log = logging.getLogger("uvicorn.error")
+
+
+class Served:
+    """One version of a file, with the processes that run it and its metrics.
+
+    Args:
+        path: the ``.pt2`` or ``.onnx``.
+        false_alarm_rate: share of in-distribution inputs to flag; None: the file's own.
+        max_batch: largest batch; at most the file's own.
+        pool: further options of `WorkerPool`.
+        metrics: further options of `Metrics`.
+
+    Raises:
+        PackageError: not an exported model.
+        ValueError: the file has no threshold for that rate.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        false_alarm_rate: float | None,
+        max_batch: int,
+        pool: dict[str, Any],
+        metrics: dict[str, Any],
+    ) -> None:
+        # Of the file itself first: where it is not there, the message names it and not its copy.
+        self.description = read_description(path)
+        folder = Path(tempfile.mkdtemp(prefix="fastgrad-serve-"))
+        self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        copy = folder / Path(path).name
+        shutil.copyfile(path, copy)
+        self.description = read_description(copy)
+        self.threshold = self.description.threshold_at(false_alarm_rate)
+        self.false_alarm_rate = false_alarm_rate or self.description.false_alarm_rate
+        self.metrics = Metrics(
+            self.description,
+            false_alarm_rate=None if self.threshold is None else self.false_alarm_rate,
+            queue_length=lambda: self.pool.queued,
+            restarts=lambda: self.pool.restarts,
+            **metrics,
+        )
+        self.pool = WorkerPool(
+            str(copy),
+            max_batch=min(max_batch, self.description.max_batch),
+            on_batch=self.metrics.batch_size.observe,
+            **pool,
+        )
+        self._users = 0
+        self._free = asyncio.Event()
+        self._free.set()
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[Served]:
+        """For the time of one request, from its body to its answer."""
+        self._users += 1
+        self._free.clear()
+        try:
+            yield self
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._free.set()
+
+    async def retire(self) -> None:
+        """End when the last request is answered."""
+        await self._free.wait()
+        await self.pool.close()
+        self._remove()
+
+
+class Model:
+    """What answers under one name.
+
+    Args:
+        name: for the log.
+        path: the file.
+        load: makes a `Served` of it.
+
+    Attributes:
+        served: what new requests go to.
+        reloads: how often a changed file took over.
+        failures: how often one could not be loaded.
+    """
+
+    def __init__(self, name: str, path: str, load: Callable[[Model], Served]) -> None:
+        self.name, self.path, self._load = name, path, load
+        self.reloads = self.failures = 0
+        self._stamp = _stamp(path)
+        self.served = load(self)
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    async def watch(self, seconds: float) -> None:
+        """Look at the file every so many seconds, for ever."""
+        pending = self._stamp
+        while True:
+            await asyncio.sleep(seconds)
+            found = _stamp(self.path)
+            if found is None or found == self._stamp:
+                continue
+            if found != pending:
+                # It may be in the middle of being written: look once more.
+                pending = found
+                continue
+            self._stamp = found
+            await self.reload()
+
+    async def reload(self) -> None:
+        """Load the file anew and let it take over; where that fails, say why and go on."""
+        fresh = None
+        try:
+            fresh = await asyncio.get_running_loop().run_in_executor(None, self._load, self)
+            await fresh.pool.start()
+        except Exception as error:
+            self.failures += 1
+            _log.error(
+                "model %s: %s has changed and cannot be loaded: %s; the one before goes on",
+                self.name,
+                self.path,
+                error,
+            )
+            if fresh is not None:
+                await fresh.retire()
+            return
+        old, self.served = self.served, fresh
+        self.reloads += 1
+        _log.info("model %s: %s has changed and was loaded", self.name, self.path)
+        task = asyncio.get_running_loop().create_task(old.retire())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def close(self) -> None:
+        """Finish what was accepted, by this version and those before."""
+        await asyncio.gather(self.served.retire(), *self._retiring)
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    """What changes with a file; None where there is none at the moment."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
