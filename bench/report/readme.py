@@ -26,7 +26,7 @@ Tables, each made from the file of the same name in ``bench/results``:
   everything else as it is. Words after the name keep the rows in which a value equals them.
 
 A value of ``detection`` is ``detection | COLUMN | METHOD | auroc``, a cell of that table. Every other value is
-``FILE | CASE | IMPLEMENTATION | FIELD`` with an optional fifth part, a Python format (default ``.3g``):
+``FILE | CASE | IMPLEMENTATION or METHOD | FIELD`` with an optional fifth part, a Python format (default ``.3g``):
 FIELD is a key of the case (times in seconds), or ``faster``, the factor by which fastgrad's fastest form beats it,
 or ``per second``, B of the case over the median.
 """
@@ -99,12 +99,14 @@ def value(words: str, folder: Path = results_file.RESULTS) -> str:
     if name == "detection":
         tables = {file: load(file, folder)["rows"] for file in GROUPS}
         return cell(summary(tables), implementation, case)
-    group = [r for r in load(name, folder)["cases"] if r["case"] == case]
-    rows = [r for r in group if r["implementation"] == implementation]
+    document = load(name, folder)
+    group = [r for r in document.get("cases", document.get("rows", [])) if r.get("case") == case]
+    rows = [r for r in group if implementation in (r.get("implementation"), r.get("method"))]
     if not rows:
         raise ValueError(f"a value must name a case and an implementation of {name}; it was {words!r}")
-    row, mine = rows[0], best(group)
+    row = rows[0]
     if key == "faster":
+        mine = best(group)
         if mine is None or not row["median_s"]:
             raise ValueError(f"a factor needs two timed implementations; it was {words!r}")
         number = row["median_s"] / mine["median_s"]
