@@ -215,7 +215,8 @@ class Candidates:
             elif entry.block not in kept:
                 reason = "not worth its price"
             else:
-                reason = "worth its price"
+                assert interval is not None  # it comes with the gain
+                reason = "worth its price" if gain > interval else "few operations"
                 if seen is not None and entry.block not in seen:
                     reason += ", by its own score alone"
             entries.append(
