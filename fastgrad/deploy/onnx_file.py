@@ -34,6 +34,8 @@ OUTPUTS = ("logits", "probabilities", "uncertainty")
 KEY = "fastgrad"
 #: The oldest version of the operators that PyTorch translates to; every runtime since 2022 reads it.
 OPSET = 18
+#: Whether this PyTorch writes ONNX: the passes of 2.8 refuse what its own translation makes.
+TRANSLATES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 #: The field ``metadata_props`` of a ModelProto.
 _METADATA = 14
 #: Protocol buffers hold no more.
@@ -57,8 +59,13 @@ def convert(
 
     Raises:
         MissingExtraError: The extra ``onnx`` is not installed.
-        RuntimeError: The graph depends on the batch size, is larger than 2 GB, or an operation has no ONNX form.
+        RuntimeError: The graph depends on the batch size, is larger than 2 GB, or an operation has no ONNX form; or
+            PyTorch is older than 2.9.
     """
+    if not TRANSLATES:
+        raise RuntimeError(
+            f"ONNX files need PyTorch 2.9 or newer; it was {torch.__version__}; export to .pt2"
+        )
     with extra("onnx"):
         import onnx
         import onnxscript  # noqa: F401 - torch.onnx writes with it

@@ -23,6 +23,9 @@ from fastgrad.deploy import onnx_file
 from fastgrad.deploy.export import export
 from fastgrad.deploy.package import ModelPackage, PackageError, read_description
 
+if not onnx_file.TRANSLATES:
+    pytest.skip("ONNX files need PyTorch 2.9", allow_module_level=True)
+
 #: Of onnxscript and what it imports.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
