@@ -7,6 +7,8 @@ last token. Activations are modules and projections are ``nn.Linear``, so that a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -171,3 +173,13 @@ class GPT(nn.Module):
         x = self.tokens(x) + self.positions(places)
         out: Tensor = self.head(self.norm(self.layers(x)[:, -1].contiguous()))
         return out
+
+
+def images(batch: int, size: int) -> Callable[[torch.Generator], Tensor]:
+    """What makes ``(batch, 3, size, size)``."""
+    return lambda made: torch.randn(batch, 3, size, size, generator=made)
+
+
+def tokens(batch: int, length: int, vocabulary: int) -> Callable[[torch.Generator], Tensor]:
+    """What makes ``(batch, length)`` of integers below ``vocabulary``."""
+    return lambda made: torch.randint(vocabulary, (batch, length), generator=made)

@@ -85,17 +85,14 @@ class Photographs:
         extraction.known = self.subject
         return extraction
 
-    def candidates(self, budget: float, asked: tuple[str, ...] | None = None) -> Candidates:
-        """Blocks within a budget with their prices, or those that were asked for."""
+    def candidates(self, budget: float) -> Candidates:
+        """Those of `BLOCKS` that a budget allows, with their prices."""
         x = self._images("clean")[:_BATCH]
-        blocks = None if asked is None else [kind() for kind in BLOCKS if kind.name in asked]
-        if asked is None and math.isinf(budget):
-            found = candidates(self.draw.model, self.subject, x, budget, [kind() for kind in BLOCKS])
-            return dataclasses.replace(found, fixed=False)
-        found = candidates(self.draw.model, self.subject, x, budget, blocks)
-        if asked is not None:
-            return found
-        return dataclasses.replace(found, blocks=[b for b in found.blocks if type(b) in BLOCKS])
+        # Without a limit the costliest would be measured too: the blocks are named, and still to be chosen among.
+        asked = [kind() for kind in BLOCKS] if math.isinf(budget) else None
+        found = candidates(self.draw.model, self.subject, x, budget, asked)
+        served = [block for block in found.blocks if type(block) in BLOCKS]
+        return dataclasses.replace(found, blocks=served, fixed=False)
 
     @cached_property
     def samples(self) -> tuple[dict[str, Tensor], NDArray[np.str_], NDArray[np.bool_]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastgrad
 from bench.harness.case import Case, Implementation
 from bench.micro import models
+from bench.micro.models import images, tokens
 from bench.micro.network import peers
 from bench.micro.network.task import OURS, PEERS, Task, error
 
@@ -29,74 +30,66 @@ def _case(
     return Case(f"{name} B={batch} {signal}{suffix}", implementations, "training step")
 
 
-def _images(batch: int, size: int) -> Callable[[torch.Generator], Tensor]:
-    return lambda made: torch.randn(batch, 3, size, size, generator=made)
-
-
-def _tokens(batch: int, length: int, vocabulary: int) -> Callable[[torch.Generator], Tensor]:
-    return lambda made: torch.randint(vocabulary, (batch, length), generator=made)
-
-
 def cases(size: str = "full", device: str = "cpu", seed: int = 0) -> Iterator[Case]:
     """All cases of a size."""
     case = partial(_case, device=device, seed=seed)
     if size == "tiny":
-        yield case("plain CNN 8x8", partial(models.plain, width=4), _images(3, 8), "bce ones", batch=3)
+        yield case("plain CNN 8x8", partial(models.plain, width=4), images(3, 8), "bce ones", batch=3)
         small = partial(models.GPT, vocabulary=16, length=6, width=8, depth=1, heads=2)
-        yield case("GPT T=6", small, _tokens(2, 6, 16), "cross_entropy predicted", batch=2)
+        yield case("GPT T=6", small, tokens(2, 6, 16), "cross_entropy predicted", batch=2)
         yield contrast_case(
-            "plain CNN 8x8", partial(models.plain, classes=3, width=4), _images(2, 8), device, seed, 2
+            "plain CNN 8x8", partial(models.plain, classes=3, width=4), images(2, 8), device, seed, 2
         )
         return
     if size == "quick":
-        yield case("plain CNN 32x32", models.plain, _images(64, 32), "bce ones", batch=64)
-        yield case("ResNet-18 32x32", models.resnet, _images(16, 32), "bce ones", batch=16)
+        yield case("plain CNN 32x32", models.plain, images(64, 32), "bce ones", batch=64)
+        yield case("ResNet-18 32x32", models.resnet, images(16, 32), "bce ones", batch=16)
         return
     if device == "cuda":
         yield from gpu_cases(device, seed)
         return
-    yield case("plain CNN 32x32", models.plain, _images(64, 32), "bce ones", batch=64)
-    yield case("ResNet-18 32x32", models.resnet, _images(64, 32), "bce ones", batch=64)
-    yield case("ResNet-18 32x32", models.resnet, _images(8, 32), "cross_entropy predicted", batch=8)
+    yield case("plain CNN 32x32", models.plain, images(64, 32), "bce ones", batch=64)
+    yield case("ResNet-18 32x32", models.resnet, images(64, 32), "bce ones", batch=64)
+    yield case("ResNet-18 32x32", models.resnet, images(8, 32), "cross_entropy predicted", batch=8)
     grouped = partial(models.resnet, norm=nn.GroupNorm)
-    yield case("ResNet-18 group norm 32x32", grouped, _images(16, 32), "bce ones", batch=16)
+    yield case("ResNet-18 group norm 32x32", grouped, images(16, 32), "bce ones", batch=16)
     yield case(
-        "ResNet-50 64x64", partial(models.resnet, 50, 100, small=False), _images(16, 64), "bce ones", batch=16
+        "ResNet-50 64x64", partial(models.resnet, 50, 100, small=False), images(16, 64), "bce ones", batch=16
     )
-    yield case("DenseNet-121 64x64", models.densenet, _images(8, 64), "bce ones", batch=8)
-    yield case("ViT-B/16 64x64", partial(models.ViT, 100, 64), _images(8, 64), "bce ones", batch=8)
-    yield case("GPT T=128", models.GPT, _tokens(16, 128, 8192), "cross_entropy predicted", batch=16)
-    yield contrast_case("ResNet-18 32x32", models.resnet, _images(8, 32), device, seed, 8)
+    yield case("DenseNet-121 64x64", models.densenet, images(8, 64), "bce ones", batch=8)
+    yield case("ViT-B/16 64x64", partial(models.ViT, 100, 64), images(8, 64), "bce ones", batch=8)
+    yield case("GPT T=128", models.GPT, tokens(16, 128, 8192), "cross_entropy predicted", batch=16)
+    yield contrast_case("ResNet-18 32x32", models.resnet, images(8, 32), device, seed, 8)
 
 
 def gpu_cases(device: str = "cuda", seed: int = 0, tiny: bool = False) -> Iterator[Case]:
     """Whole networks at training batch sizes."""
     if tiny:
         small = partial(models.plain, classes=2, width=4)
-        yield contrast_case("plain CNN 8x8", small, _images(2, 8), device, seed, 2)
+        yield contrast_case("plain CNN 8x8", small, images(2, 8), device, seed, 2)
         return
     case = partial(_case, device=device, seed=seed)
     slow = ("per-sample loop", "vmap(grad)")
-    images = _images(512, 32)
-    yield case("ResNet-18 32x32", models.resnet, images, "bce ones", batch=512, skip=slow)
-    yield case("ViT-B/16 224x224", models.ViT, _images(128, 224), "bce ones", batch=128, skip=slow)
-    yield case("ResNet-18 32x32", models.resnet, _images(64, 32), "bce ones", batch=64)
+    many = images(512, 32)
+    yield case("ResNet-18 32x32", models.resnet, many, "bce ones", batch=512, skip=slow)
+    yield case("ViT-B/16 224x224", models.ViT, images(128, 224), "bce ones", batch=128, skip=slow)
+    yield case("ResNet-18 32x32", models.resnet, images(64, 32), "bce ones", batch=64)
     yield case(
         "ViT-B/16 224x224",
         models.ViT,
-        _images(128, 224),
+        images(128, 224),
         "bce ones",
         batch=128,
         skip=slow,
         dtype=torch.bfloat16,
     )
-    yield case("plain CNN 32x32", models.plain, images, "bce ones", batch=512, skip=slow)
+    yield case("plain CNN 32x32", models.plain, many, "bce ones", batch=512, skip=slow)
     large = partial(models.resnet, 50, 1000, small=False)
-    yield case("ResNet-50 224x224", large, _images(64, 224), "bce ones", batch=64, skip=slow)
+    yield case("ResNet-50 224x224", large, images(64, 224), "bce ones", batch=64, skip=slow)
     yield case(
-        "GPT T=128", models.GPT, _tokens(256, 128, 8192), "cross_entropy predicted", batch=256, skip=slow
+        "GPT T=128", models.GPT, tokens(256, 128, 8192), "cross_entropy predicted", batch=256, skip=slow
     )
-    yield contrast_case("ResNet-18 32x32", models.resnet, _images(16, 32), device, seed, 16)
+    yield contrast_case("ResNet-18 32x32", models.resnet, images(16, 32), device, seed, 16)
 
 
 def _implementations(task: Task) -> list[Implementation]:

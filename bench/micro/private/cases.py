@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bench.harness.case import Case, Implementation
 from bench.micro import models
+from bench.micro.models import images, tokens
 from bench.micro.private import peers
 from bench.micro.private.task import OURS, PEERS, ClippedTask
 
@@ -43,24 +44,16 @@ def _case(
     return Case(f"{name} clipped", implementations, "training step")
 
 
-def _images(batch: int, size: int) -> Callable[[torch.Generator], Tensor]:
-    return lambda made: torch.randn(batch, 3, size, size, generator=made)
-
-
-def _tokens(batch: int, length: int, vocabulary: int) -> Callable[[torch.Generator], Tensor]:
-    return lambda made: torch.randint(vocabulary, (batch, length), generator=made)
-
-
 def cases(size: str = "full", device: str = "cpu", seed: int = 0) -> Iterator[Case]:
     """All cases of a size."""
     case = partial(_case, device=device, seed=seed)
     grouped = partial(models.resnet, norm=nn.GroupNorm)
     if size == "tiny":
-        yield case("plain CNN 8x8 B=3", partial(models.plain, width=4), _images(3, 8))
+        yield case("plain CNN 8x8 B=3", partial(models.plain, width=4), images(3, 8))
         return
     if size == "quick":
-        yield case("ResNet-18 group norm 32x32 B=8", grouped, _images(8, 32))
+        yield case("ResNet-18 group norm 32x32 B=8", grouped, images(8, 32))
         return
-    yield case("ResNet-18 group norm 32x32 B=64", grouped, _images(64, 32))
-    yield case("ViT-B/16 64x64 B=8", partial(models.ViT, 100, 64), _images(8, 64))
-    yield case("GPT T=128 B=16", models.GPT, _tokens(16, 128, 8192))
+    yield case("ResNet-18 group norm 32x32 B=64", grouped, images(64, 32))
+    yield case("ViT-B/16 64x64 B=8", partial(models.ViT, 100, 64), images(8, 64))
+    yield case("GPT T=128 B=16", models.GPT, tokens(16, 128, 8192))
