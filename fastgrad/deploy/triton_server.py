@@ -38,7 +38,7 @@ def write_repository(
 
     Args:
         model: An ``.onnx`` written by `fastgrad.export`.
-        repository: An existing folder.
+        repository: A folder; it is made if the folder it lies in exists.
         name: The model's name, letters, digits and ``_.-``; by default that of the file.
         version: A positive number; the server answers with the highest one that is there.
         max_batch: Largest batch that the server forms; at most the file's own.
@@ -55,8 +55,10 @@ def write_repository(
     source, root = Path(model), Path(repository)
     if source.suffix != ".onnx":
         raise ValueError(f"model must end in .onnx; it was {str(source)!r}")
-    if not root.is_dir():
-        raise ValueError(f"repository must be an existing folder; it was {str(root)!r}")
+    if (root.exists() and not root.is_dir()) or not root.parent.is_dir():
+        raise ValueError(
+            f"repository must be a folder, or a new one in an existing folder; it was {str(root)!r}"
+        )
     name = source.stem if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise ValueError(f"name must be letters, digits and _.-; it was {name!r}")

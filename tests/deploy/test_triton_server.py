@@ -71,7 +71,7 @@ def test_the_configuration_follows_the_published_schema(
 
 
 def test_the_model_is_the_file(tiny_onnx: Path, tmp_path: Path) -> None:
-    folder = write_repository(tiny_onnx, tmp_path, version=3, max_batch=500)
+    folder = write_repository(tiny_onnx, tmp_path / "models", version=3, max_batch=500)
     assert "max_batch_size: 64\n" in (folder / "config.pbtxt").read_text()
     assert folder.name == tiny_onnx.stem
     x = torch.randn(2, 3, 8, 8)
@@ -82,7 +82,8 @@ def test_the_model_is_the_file(tiny_onnx: Path, tmp_path: Path) -> None:
 def test_bad_arguments(tiny_onnx: Path, tmp_path: Path) -> None:
     for change, message in (
         ({"model": "model.pt2"}, r"model must end in \.onnx; it was 'model\.pt2'"),
-        ({"repository": tmp_path / "none"}, "repository must be an existing folder"),
+        ({"repository": tmp_path / "none" / "models"}, "repository must be a folder, or a new one in"),
+        ({"repository": tiny_onnx}, "repository must be a folder, or a new one in"),
         ({"name": "../up"}, r"name must be letters.*it was '\.\./up'"),
         ({"version": 0}, "version must be a positive int; it was 0"),
         ({"max_batch": True}, "max_batch must be a positive int; it was True"),

@@ -31,7 +31,9 @@ def test_the_page_runs_as_printed(
 ) -> None:
     if "<!-- needs: model.pt2 -->" in page.read_text():
         shutil.copy(request.getfixturevalue("tiny_package"), tmp_path / "model.pt2")
-    for package in re.findall(r"^<!-- needs: (\w+) -->$", page.read_text(), re.MULTILINE):
-        pytest.importorskip(package)
+    for package, version in re.findall(
+        r"^<!-- needs: (\w+)(?: ([\d.]+))? -->$", page.read_text(), re.MULTILINE
+    ):
+        pytest.importorskip(package, minversion=version or None)
     monkeypatch.chdir(tmp_path)
     run(page)
