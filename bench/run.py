@@ -72,6 +72,9 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--device must be 'cpu' on a machine without CUDA; it was 'cuda'")
     if options.threads < 1:
         raise ValueError(f"--threads must be at least 1; it was {options.threads}")
+    known = [case.name for case in cases(options.selection, device, options.seed, options.tiny)]
+    if not any(text in name for text in options.only.split("|") for name in known):
+        raise ValueError(f"--only must be part of a case's name, see --list; it was {options.only!r}")
     if options.against:
         results = revisions.compare(options.against, ["-m", "bench.run", *_words(options, device)])
     else:

@@ -48,6 +48,8 @@ def revision() -> str:
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> str:
     """A Markdown table; ``columns`` maps a row's keys to the headings, which without it are those of the first row."""
+    if not rows:
+        return ""
     columns = {key: key for key in rows[0]} if columns is None else columns
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows]
