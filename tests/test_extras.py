@@ -14,6 +14,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from fastgrad.deploy import onnx_file
+
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXPORT = """
@@ -107,7 +109,13 @@ def _distributions(requirements: list[str]) -> set[str]:
 
 
 def test_the_error_for_a_missing_package_names_its_extra() -> None:
-    cases = [(extra, package, code) for extra, calls in CASES.items() for package, code in calls.items()]
+    cases = [
+        (extra, package, code)
+        for extra, calls in CASES.items()
+        for package, code in calls.items()
+        # Where PyTorch is too old for ONNX, that comes first, and no package would help.
+        if extra != "onnx" or onnx_file.TRANSLATES
+    ]
     found = _run([([package], code) for _, package, code in cases])
     for (extra, package, _), text in zip(cases, found, strict=True):
         assert f"{package} is not installed; it comes with: pip install 'fastgrad[{extra}]'" in text, package

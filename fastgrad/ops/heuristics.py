@@ -137,11 +137,11 @@ def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Archit
             warps = max(1, warps // 2)  # 64 threads each
         block_d = min(max(power_of_two(D), 16), max(16, 2048 // rows))
         return ContrastConfig("rows", block, block_d, rows=rows, num_warps=warps)
-    # Sigmoids and squares of unbounded logits need a few registers more than sm_80 has at eight warps.
-    block, warps = (
-        (4096 if loss == "brier" else 8192),
-        (16 if arch.version == 80 and loss in ("bce", "mse") else 8),
-    )
+    # Sigmoids and squares of unbounded logits need a few registers more than eight warps have before sm_90, and
+    # squares since sm_100.
+    block = 4096 if loss == "brier" or (loss == "bce" and arch.version == 80) else 8192
+    crowded = (arch.version == 80 and loss in ("bce", "mse")) or (arch.version >= 100 and loss == "mse")
+    warps = 16 if crowded and arch.backend == "cuda" else 8
     block_d = min(max(power_of_two(D), 16), 2048)
     wanted = cdiv(2 * arch.processors, max(B, 1))
     splits = min(wanted, cdiv(N, block), 64)
@@ -233,6 +233,9 @@ def linear_contrast(
     chunks = min(cdiv(N, block_f), cdiv(2 * arch.processors, max(B, 1))) if share else 0
     group_m = min(8, tiles_m)
     parts = _parts(tiles_n, rows, warps)
+    if arch.backend == "cuda" and arch.version >= 100:
+        # Two per thread, beside the product's addresses.
+        parts = max(2, parts // 2)
     if queue:
         chunks = cdiv(N, max(1024, (1 << 19) // block_m))
         # Two groups at least, so that one group's norms are written while the next one's product runs.
@@ -261,6 +264,9 @@ def linear_stats(
     elif block_m == 64 and dtype == torch.float32 and arch.version >= 90 and arch.backend == "cuda":
         # Three products for each of float32 hold three pairs of operands.
         block_n = min(block_n, 32)
+    elif block_m == 64 and dtype == torch.float32 and arch.backend == "cuda" and loss == "brier":
+        # Twice the moments, beside the operands.
+        warps = 8
     elif block_m == 16 and arch.backend == "cuda" and arch.version < 90 and loss == "bce":
         block_k = min(block_k, 64)
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)

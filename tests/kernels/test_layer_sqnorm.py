@@ -81,8 +81,8 @@ def test_linear(positions, gram, dtype, device):
 def test_cancelling_samples_are_computed_again(device):
     """A constant input against gradients without mean: the direct kernel replaces the Gram result of that sample."""
     generator = torch.Generator().manual_seed(5)
-    a = torch.randn(3, 40, 8, generator=generator)
-    g = torch.randn(2, 3, 40, 8, generator=generator)
+    a = torch.randn(9, 40, 8, generator=generator)
+    g = torch.randn(2, 9, 40, 8, generator=generator)
     a[1] = 1 + 1e-2 * a[1]
     g[:, 1] -= g[:, 1].mean(1, keepdim=True)
     expected = torch.einsum("kbto,btc->kboc", g.double(), a.double()).square().sum((2, 3))
@@ -92,7 +92,9 @@ def test_cancelling_samples_are_computed_again(device):
     with heuristics.override(**SMALL, layer_prefers_gram=False):
         direct = launch_linear(a.to(device), g.to(device)).double().cpu()
     assert (result[:, 1] == direct[:, 1]).all()
-    assert (result[:, 0] != direct[:, 0]).any()
+    # The others keep the Gram route's rounding, which is seldom the same.
+    others = torch.arange(9) != 1
+    assert (result[:, others] != direct[:, others]).any()
 
 
 def test_nan_stays_in_its_sample(device):
