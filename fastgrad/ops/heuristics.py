@@ -261,12 +261,13 @@ def linear_stats(
     elif block_m == 128 and arch.backend == "cuda" and loss in ("mse", "bce"):
         # With a wider tile Triton before 3.9 lacks registers for bce's.
         block_n = 64
-    elif block_m == 64 and dtype == torch.float32 and arch.version >= 90 and arch.backend == "cuda":
-        # Three products for each of float32 hold three pairs of operands.
-        block_n = min(block_n, 32)
-    elif block_m == 64 and dtype == torch.float32 and arch.backend == "cuda" and loss == "brier":
-        # Twice the moments, beside the operands.
-        warps = 8
+    elif block_m == 64 and dtype == torch.float32 and arch.backend == "cuda":
+        if arch.version >= 90:
+            # Three products for each of float32 hold three pairs of operands.
+            block_n = min(block_n, 32)
+        if loss == "brier" and not 90 <= arch.version < 100:
+            # Twice the moments beside them.
+            warps = 8
     elif block_m == 16 and arch.backend == "cuda" and arch.version < 90 and loss == "bce":
         block_k = min(block_k, 64)
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
