@@ -147,6 +147,8 @@ def outside_of_compilation(function: Callable[_Arguments, _Result]) -> Callable[
 def attend_alike(module: nn.Module) -> None:
     """Let a module of PyTorch's attention compute as it does with gradients. Only a private copy is to be changed.
 
+    Its parameters must be copies, too.
+
     Without, in evaluation mode and without gradients, it takes a path of its own
     (``torch._transformer_encoder_layer_fwd``) that rounds otherwise and that tracers cannot follow: the features
     would differ from those of an exported graph. No switch leaves that path for one model alone.
@@ -156,6 +158,11 @@ def attend_alike(module: nn.Module) -> None:
         module.training = True
         if isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
+            # It multiplies transposed inputs. Where the weight needs no gradient, PyTorch takes that for a batch of
+            # products, one a position, each with a copy of the weight: many times slower, with or without a graph.
+            for name, value in module._parameters.items():
+                if name.endswith("proj_weight") and value is not None:
+                    value.requires_grad_()
 
 
 def flat_graph(
