@@ -17,6 +17,8 @@ from fastgrad.challenges import PixelRange, challenge_names, iter_challenges
 
 #: Generated challenges of held-out images, from which the worth of blocks is measured; more say little more.
 _JUDGED = 1200
+#: Images that get the same challenges, at least: an attack on one alone is slow.
+_TOGETHER = 4
 
 
 @dataclass
@@ -87,16 +89,17 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
     def generate(x: Tensor, chosen: NDArray[np.bool_], count: int, held_out: bool) -> None:
         if not chosen.any():
             return
-        turn = turns[held_out]
-        picked = [names[(turn + i) % len(names)] for i in range(count)]
-        turns[held_out] += count
-        own = x[torch.as_tensor(np.flatnonzero(chosen))].to(device)
-        seed = sources.seed + turn + count + held_out * 10**6
         # The whole batch says where black and white lie.
-        for name, made in iter_challenges(
-            model, own, names=picked, seed=seed, pixels=PixelRange.of(x.to(device))
-        ):
-            add(made, name.partition("-")[0], np.full(len(made), held_out))
+        pixels = PixelRange.of(x.to(device))
+        own = x[torch.as_tensor(np.flatnonzero(chosen))].to(device)
+        # Names take turns within a batch, or few images would not get to the last ones.
+        for part in own.split(max(_TOGETHER, len(own) * count // len(names))):
+            turn = turns[held_out]
+            picked = [names[(turn + i) % len(names)] for i in range(count)]
+            turns[held_out] += count
+            seed = sources.seed + turn + count + held_out * 10**6
+            for name, made in iter_challenges(model, part, names=picked, seed=seed, pixels=pixels):
+                add(made, name.partition("-")[0], np.full(len(made), held_out))
 
     for x, labels in _batches("train_loader", sources.train, sources.max_samples, sources.verbose):
         kept = rng.random(batch_size(x)) < share
