@@ -143,6 +143,26 @@ def test_attack_is_the_published_step() -> None:
     torch.testing.assert_close(made, expected, rtol=0, atol=4e-16)
 
 
+def test_deepfool_ends_just_across_the_boundary() -> None:
+    net = small_net().double().eval()
+    images = 0.25 + photos(batch=10).double() / 2
+    made = generate_challenges(net, images, names=["deepfool", "pgd-1"], clip=(0, 1))
+    with torch.no_grad():
+        clean, near, far = net(images), net(made["deepfool-1"]), net(made["deepfool-2"])
+    top = clean.argmax(1)
+    # Where kinks turn the last steps back it may stop short.
+    assert int((near.argmax(1) != top).sum()) >= 9
+    assert int((far.argmax(1) != top).sum()) >= 9
+    margins = [z.amax(1) - z.gather(1, top[:, None])[:, 0] for z in (near, far)]
+    assert bool((margins[0] < margins[1]).all())
+    lengths = [(made[name] - images).flatten(1).norm(dim=1) for name in ("deepfool-1", "deepfool-2")]
+    # The boundary lies where the prediction changes: on the way there it has not.
+    with torch.no_grad():
+        halfway = net(images + 0.9 * (made["deepfool-1"] - images))
+    assert bool((halfway.argmax(1) == top).all())
+    assert bool((lengths[0] < lengths[1]).all())
+
+
 def test_normalised_and_unit_images_get_the_same_attack() -> None:
     class Normalise(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -192,6 +212,29 @@ def test_shuffle_moves_every_patch_and_keeps_all_pixels() -> None:
     assert torch.equal(made.flatten(2).sort(2).values, images.flatten(2).sort(2).values)
     patches = (made != images).reshape(6, 3, 4, 4, 4, 4).any(5).any(3).any(1)
     assert bool(patches.all())
+
+
+def test_phase_keeps_the_spectrum_and_moves_all_channels_alike() -> None:
+    grey = (0.4 + 0.2 * photos(channels=1, size=15)).expand(-1, 3, -1, -1)
+    made = generate_challenges(None, grey, names=["phase-3"], clip=(0, 1))["phase-3"]
+    assert bool(((made > 0) & (made < 1)).all())
+    spectra = [torch.fft.rfft2(images.double()).abs() for images in (grey, made)]
+    torch.testing.assert_close(spectra[1], spectra[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(made[:, 0], made[:, 2])
+
+
+def test_magnification_shows_a_part_and_tiling_repeats_the_whole() -> None:
+    ramp = torch.linspace(0, 1, 32).expand(2, 3, 32, 32)
+    made = generate_challenges(None, ramp, names=["magnification", "tiling"], clip=(0, 1))
+    for level, factor in enumerate(CHALLENGES["magnification"], 1):
+        spread = made[f"magnification-{level}"].amax((1, 2, 3)) - made[f"magnification-{level}"].amin(
+            (1, 2, 3)
+        )
+        assert float(spread.max()) < 1.2 / factor
+    for level, cells in enumerate(CHALLENGES["tiling"], 1):
+        tiled = made[f"tiling-{level}"]
+        assert torch.equal(tiled, tiled.roll(32 // int(cells), -1))
+        torch.testing.assert_close(tiled.mean((1, 2, 3)), ramp.mean((1, 2, 3)), rtol=0, atol=1e-5)
 
 
 def test_blur_and_compression_do_what_they_say() -> None:

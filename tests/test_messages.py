@@ -25,7 +25,7 @@ CHANGED: dict[str, str] = {
     "UncertaintyDetector: unknown block": r"X must have blocks named gradients, .*, view; it had 'pixels'",
     "UncertaintyDetector: no block": r"X must have blocks named gradients, .*, view; it had none",
     # There is one more kind of challenge.
-    "challenges: name": r"names must be one of 'noise', .*, 'pgd', 'compressed_pgd'; it was 'rain'",
+    "challenges: name": r"names must be one of 'noise', .*, 'compressed_pgd', 'deepfool'; it was 'rain'",
     # Models can be given by name.
     "fastgrad: serve without a model": r"fastgrad serve: give one MODEL, or --model NAME=PATH .*",
     # Three samples are watched before the batch is run.

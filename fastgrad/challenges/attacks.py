@@ -95,3 +95,43 @@ def pgd(
     offset = (2 * torch.rand(unit.shape, generator=generator) - 1).to(unit)
     start = (unit + epsilon * offset).clamp(0, 1)
     return _ascend(model, unit, start, pixels, epsilon, 2.5 * epsilon / steps, steps)
+
+
+def deepfool(
+    model: nn.Module,
+    unit: Tensor,
+    overshoot: float,
+    generator: Generator,
+    *,
+    pixels: PixelRange,
+    steps: int = 10,
+) -> Tensor:
+    """A least change that misleads (DeepFool, Moosavi-Dezfooli et al. 2016, towards the nearest class by logits).
+
+    Each step goes to where the linearised network is undecided, and ``overshoot`` of the whole way beyond; an image
+    that is misclassified rests. Arguments and result as for :func:`fgsm`; ``generator`` draws nothing.
+    """
+    with torch.no_grad():
+        predicted = _prediction(class_logits(model(pixels.from_unit(unit))))
+    moved = torch.zeros_like(unit)
+    current = unit
+    for _ in range(steps):
+        with torch.enable_grad():
+            point = current.detach().requires_grad_()
+            logits = class_logits(model(pixels.from_unit(point)))
+            distance = _margin(logits, predicted)
+            (slope,) = torch.autograd.grad(distance.sum(), point)
+        left = (distance.detach() > 0).to(unit)
+        length = slope.flatten(1).square().sum(1).clamp_min(torch.finfo(slope.dtype).tiny)
+        scale = left * distance.detach() / length
+        moved = moved - scale.view(-1, *[1] * (unit.dim() - 1)) * slope
+        current = (unit + (1 + overshoot) * moved).clamp(0, 1)
+    return current.detach()
+
+
+def _margin(logits: Tensor, predicted: Tensor) -> Tensor:
+    """The predicted logit less the largest other one."""
+    if logits.shape[1] == 1:
+        return logits[:, 0] * (2 * predicted - 1).to(logits)
+    others = logits.scatter(1, predicted[:, None], -torch.inf)
+    return logits.gather(1, predicted[:, None])[:, 0] - others.amax(1)

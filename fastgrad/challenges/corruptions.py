@@ -67,8 +67,6 @@ def compression(unit: Tensor, quality: float, generator: Generator) -> Tensor:
         with Image.open(buffer) as image:
             pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         decoded.append(pixels.view(picture.shape))
-    if not decoded:
-        return unit
     stacked = torch.stack(decoded)
     stacked = stacked.permute(0, 3, 1, 2) if unit.shape[1] == 3 else stacked.view(unit.shape)
     return stacked.to(unit) / 255
@@ -108,3 +106,43 @@ def mixture(unit: Tensor, share: float, generator: Generator) -> Tensor:
     order = torch.randperm(batch, generator=generator)
     partner = torch.empty_like(order).scatter_(0, order, order.roll(1)).to(unit.device)
     return (1 - share) * unit + share * unit[partner]
+
+
+def phase(unit: Tensor, share: float, generator: Generator) -> Tensor:
+    """Fourier phases moved towards random ones, by ``share`` of the way: what is left of an object is its texture.
+
+    All channels move alike, so colours stay together.
+    """
+    white = _uniform(unit, (unit.shape[0], 1, *unit.shape[-2:]), generator)
+    turn = torch.fft.rfft2(white.float()).angle()
+    spectrum = torch.fft.rfft2(unit.float()) * torch.polar(torch.ones_like(turn), share * turn)
+    turned: Tensor = torch.fft.irfft2(spectrum, s=unit.shape[-2:])
+    return turned.to(unit)
+
+
+def magnification(unit: Tensor, factor: float, generator: Generator) -> Tensor:
+    """A random part of each image, enlarged ``factor`` times, as images of a lower resolution are."""
+    height, width = unit.shape[-2:]
+    h, w = max(1, round(height / factor)), max(1, round(width / factor))
+    corners = torch.rand((unit.shape[0], 2), generator=generator) * torch.tensor(
+        [height - h + 1, width - w + 1]
+    )
+    parts = [
+        image[:, top : top + h, left : left + w]
+        for image, (top, left) in zip(unit, corners.long().tolist(), strict=True)
+    ]
+    return _resized(torch.stack(parts), (height, width), "bicubic")
+
+
+def tiling(unit: Tensor, grid: float, generator: Generator) -> Tensor:
+    """Each image made small and repeated ``grid`` x ``grid`` times."""
+    height, width = unit.shape[-2:]
+    cells = min(round(grid), height, width)
+    small = _resized(unit, (-(-height // cells), -(-width // cells)), "area")
+    return small.repeat(1, 1, cells, cells)[..., :height, :width]
+
+
+def _resized(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """In another size, computed in float32 at least: not every mode has a half precision everywhere."""
+    wide = images if images.dtype == torch.float64 else images.float()
+    return F.interpolate(wide, size=size, mode=mode).to(images)

@@ -24,9 +24,13 @@ CHALLENGES: Mapping[str, tuple[float, ...]] = MappingProxyType(
         "shuffle": (2, 4, 8),
         "inversion": (1.0,),
         "mixture": (0.25, 0.4, 0.5),
+        "phase": (0.3, 0.6, 1.0),
+        "magnification": (3, 5, 8),
+        "tiling": (2, 4),
         "fgsm": (2 / 255, 4 / 255, 8 / 255),
         "pgd": (2 / 255, 4 / 255, 8 / 255),
         "compressed_pgd": (4 / 255, 8 / 255),
+        "deepfool": (0.02, 0.5),
     }
 )
 
@@ -38,12 +42,16 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "fgsm": "grain",
         "pgd": "grain",
         "compressed_pgd": "grain",
+        "deepfool": "grain",
         "blur": "blur",
         "contrast": "light",
         "brightness": "light",
         "inversion": "light",
         "shuffle": "layout",
         "mixture": "layout",
+        "phase": "texture",
+        "magnification": "blur",
+        "tiling": "layout",
     }
 )
 
@@ -56,6 +64,9 @@ _CORRUPTIONS: dict[str, Callable[[Tensor, float, Generator], Tensor]] = {
     "shuffle": corruptions.shuffle,
     "inversion": corruptions.inversion,
     "mixture": corruptions.mixture,
+    "phase": corruptions.phase,
+    "magnification": corruptions.magnification,
+    "tiling": corruptions.tiling,
 }
 #: JPEG quality that most cameras and sites write; attacks survive it, traces of them in pixels hardly.
 _QUALITY = 75
@@ -74,6 +85,7 @@ _ATTACKS: dict[str, Callable[..., Tensor]] = {
     "fgsm": attacks.fgsm,
     "pgd": attacks.pgd,
     "compressed_pgd": _compressed_pgd,
+    "deepfool": attacks.deepfool,
 }
 
 
@@ -147,7 +159,9 @@ def _generate(
         strength = CHALLENGES[kind][int(level) - 1]
         # A seed for every name: what one challenge looks like does not depend on which others are made.
         generator = Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-        if kind in _CORRUPTIONS:
+        if not len(unit):
+            made = unit
+        elif kind in _CORRUPTIONS:
             made = _CORRUPTIONS[kind](unit, strength, generator).clamp(0, 1)
         else:
             assert model is not None  # checked by iter_challenges
