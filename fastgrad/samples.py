@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from fastgrad.challenges import PixelRange, challenge_names, iter_challenges
 
 #: Generated challenges of held-out images, from which the worth of blocks is measured; more say little more.
 _JUDGED = 1200
+#: Challenges that are made in all, as long as an image gives no more than so many and no fewer.
+_WANTED, _FEWEST, _MOST = 2000, 2, 4
 #: Images that get the same challenges, at least: an attack on one alone is slow.
 _TOGETHER = 4
 
@@ -68,6 +70,17 @@ class Sources:
     calibration_fraction: float
     seed: int
     verbose: bool
+
+
+def challenges_of_one(loader: Iterable[Any], batch: int) -> int:
+    """How many challenges to make from one image: more where there are few, if the loader's length is known.
+
+    Args:
+        loader: Batches of images.
+        batch: Size of the first one.
+    """
+    count = len(loader) * batch if isinstance(loader, Sized) else _WANTED
+    return max(_FEWEST, min(_MOST, -(-_WANTED // max(1, count))))
 
 
 def collect(extraction: Extraction, model: nn.Module, device: torch.device, sources: Sources) -> Samples:

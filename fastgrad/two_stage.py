@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastgrad.batches import bar, first_input, to_device
+from fastgrad.batches import bar, batch_size, first_input, to_device
 from fastgrad.blocks import BLOCKS, Block, Features, Logits
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.budget import Candidates, Report, candidates
 from fastgrad.losses import compute_dtype
 from fastgrad.prediction import Prediction
-from fastgrad.samples import Samples, Sources, collect
+from fastgrad.samples import Samples, Sources, challenges_of_one, collect
 
 if TYPE_CHECKING:
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
@@ -144,7 +144,7 @@ class TwoStageModel(nn.Module):
         *,
         calibration_loader: Iterable[Any] | None = None,
         max_samples: int = 5000,
-        challenges_per_image: int = 2,
+        challenges_per_image: int | None = None,
         seed: int = 0,
         verbose: bool = False,
     ) -> TwoStageModel:
@@ -162,7 +162,8 @@ class TwoStageModel(nn.Module):
                 rates are calibrated; None holds out two fifths of ``train_loader``.
             max_samples: Clean inputs that the detector is fitted on, at most; also challenging ones, times
                 ``challenges_per_image``.
-            challenges_per_image: How many generated challenges come from one clean image.
+            challenges_per_image: How many generated challenges come from one clean image; None: two, or up to four
+                where there are few images.
             seed: Of the held-out part and the challenges.
             verbose: Whether to show progress bars.
 
@@ -175,6 +176,8 @@ class TwoStageModel(nn.Module):
         """
         if max_samples < 4:
             raise ValueError(f"max_samples must be at least 4; it was {max_samples}")
+        if challenges_per_image is not None and challenges_per_image < 1:
+            raise ValueError(f"challenges_per_image must be at least 1 or None; it was {challenges_per_image}")
         batches = iter(train_loader)
         first = next(batches, None)
         if first is None:
@@ -194,7 +197,7 @@ class TwoStageModel(nn.Module):
                 challenge_loader,
                 calibration_loader,
                 max_samples,
-                challenges_per_image,
+                challenges_per_image or challenges_of_one(train_loader, batch_size(x)),
                 self.detector.calibration_fraction,
                 seed,
                 verbose,

@@ -28,7 +28,7 @@ from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.budget import Candidates, candidates
 from fastgrad.challenges import CHALLENGES
-from fastgrad.samples import Sources, collect
+from fastgrad.samples import Sources, challenges_of_one, collect
 
 Arrays = dict[str, NDArray[Any]]
 #: What is extracted. Left out are the norms of gradients: of this network's 157 parameters they cost some twenty
@@ -104,12 +104,13 @@ class Photographs:
                 for part in ("fit", "calibration")
             ]
             fraction = UncertaintyDetector().calibration_fraction
-            sources = Sources(parts[0], None, parts[1], 5000, 2, fraction, self.draw.number, False)
+            count = challenges_of_one(parts[0], _BATCH)
+            sources = Sources(parts[0], None, parts[1], 5000, count, fraction, self.draw.number, False)
             found = collect(self.extraction, self.draw.model, torch.device("cpu"), sources)
             beside = {"kinds": np.array(found.kinds), "held_out": np.array(found.held_out)}
             return {name: value.numpy() for name, value in found.blocks().items()} | beside
 
-        generated = cache.digest("generated 2", dict(CHALLENGES))[:8]
+        generated = cache.digest("generated 3", dict(CHALLENGES))[:8]
         kept = dict(cache.arrays(self.folder / f"fit-{generated}.npz", make))
         kinds, held_out = kept.pop("kinds"), kept.pop("held_out")
         return {name: torch.from_numpy(value) for name, value in kept.items()}, kinds, held_out

@@ -12,7 +12,7 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 #: Four measures a pixel: roughness along the diagonals and in all directions, first differences, intensity.
 STATISTICS = 4 * len(QUANTILES)
 # More pixels than these say no more about a quantile; larger images are read on a regular grid.
-_PIXELS = 4096
+_PIXELS = 1024
 # Contrast this far below an image's own is rounding, which the root would otherwise magnify.
 _FLOOR = 1e-8
 

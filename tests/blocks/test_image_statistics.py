@@ -48,9 +48,10 @@ def test_large_images_are_read_on_a_grid():
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, 3, 400, 300, generator=generator)
     whole = np.stack([reference(image) for image in x[:, :, ::1, ::1].double().numpy()[:1]])
-    # 4,000 of 119,000 pixels: a quantile's standard error in rank is below sqrt(0.25 / 3,400) = 0.009.
+    # 1,000 of 119,000 pixels: a quantile's standard error in rank is below sqrt(0.25 / 940) = 0.016, and the values of
+    # each measure lie within a unit.
     found = image_statistics(x)[:1].double().numpy()
-    assert abs(found - whole).max() < 0.03
+    assert abs(found - whole).max() < 4 * 0.016
     assert image_statistics(x).shape == (2, STATISTICS)
 
 
