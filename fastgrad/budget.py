@@ -179,7 +179,7 @@ class Candidates:
             own: Whether the challenging samples are the user's own: then what helps on them counts, and kinds are
                 not left out of training.
         """
-        from fastgrad.estimators.worth import Judge
+        from fastgrad.estimators.worth import WEIGHT, Judge
 
         names = [block.name for block in self.blocks]
         price = {entry.block: self._price(entry) for entry in self.entries}
@@ -189,7 +189,7 @@ class Candidates:
             why = "asked for" if self.fixed else "no challenges to measure its worth on"
             return self._report(kept, {}, None, why)
         choice = Judge(detector, X, kinds, held_out, own=own).choose(names, price, allowance)
-        return self._report(choice.kept, choice.worth, choice.auroc, "", choice.seen, choice.weight)
+        return self._report(choice.kept, choice.worth, choice.auroc, "", choice.seen, WEIGHT)
 
     @staticmethod
     def _price(entry: Entry) -> float:
@@ -216,7 +216,7 @@ class Candidates:
                 reason = "not worth its price"
             else:
                 assert interval is not None  # it comes with the gain
-                reason = "worth its price" if gain > interval else "few operations"
+                reason = "worth its price" if gain > interval else "usually worth it, not clearly so here"
                 if seen is not None and entry.block not in seen:
                     reason += ", by its own score alone"
             entries.append(

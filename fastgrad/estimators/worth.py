@@ -29,12 +29,10 @@ Array = NDArray[np.float64]
 _LEARNED = 1000
 #: Passes of a trial over them and its hidden units: sets of blocks rank alike with fewer than a final H has.
 _EPOCHS, _HIDDEN = 15, 64
-#: Differences of AUROC below this are noise: nothing is dropped for them.
-_NOISE = 0.002
-#: Weights of H beside a one-class score's 1 that are tried.
-WEIGHTS = (1.0, 2.0, 3.0)
-#: A block that costs more than this must be worth more than its interval.
-_FREE = 0.05
+#: Weight of H beside a one-class score's 1. It is not chosen: an H without some kinds is weaker than the final one.
+WEIGHT = 2.0
+#: Blocks that have been worth their small price on networks of many kinds: where a choice begins.
+USUAL = ("logits", "activations", "image")
 
 
 class State(NamedTuple):
@@ -42,6 +40,14 @@ class State(NamedTuple):
 
     kept: frozenset[str]
     seen: frozenset[str]
+
+    def plus(self, name: str) -> State:
+        """With one block more, which H reads."""
+        return State(self.kept | {name}, self.seen | {name})
+
+    def minus(self, name: str) -> State:
+        """With one block less."""
+        return State(self.kept - {name}, self.seen - {name})
 
 
 class Placements(NamedTuple):
@@ -75,14 +81,12 @@ class Choice:
     Attributes:
         kept: Blocks that the detector reads.
         seen: Those of them that H reads.
-        weight: How much H counts beside a one-class score.
         worth: Of every candidate, and half the width of its 95 % interval over samples.
         auroc: Mean over kinds left out of training.
     """
 
     kept: list[str]
     seen: list[str]
-    weight: float
     worth: dict[str, tuple[float, float]]
     auroc: float
 
@@ -121,7 +125,7 @@ class Judge:
         self.calibrating = _some(clean & held_out, _LEARNED, rng)
         self.folds = self._folds(~clean, held_out, own, rng)
         self.arrays = {name: value.double().numpy() for name, value in X.items()}
-        self._found: dict[tuple[State, float], dict[str, Placements]] = {}
+        self._found: dict[State, dict[str, Placements]] = {}
         self._trials: dict[frozenset[str], list[Array]] = {}
         self._evidence: dict[str, list[Array]] = {}
         self._rows: dict[str, Array] = {}
@@ -150,108 +154,79 @@ class Judge:
         ]
 
     def choose(self, names: Sequence[str], price: Mapping[str, float], allowance: float) -> Choice:
-        """The blocks to keep, those that H reads among them, H's weight, and what each block is worth.
+        """The blocks to keep, those that H reads among them, and what each block is worth.
 
-        What costs next to nothing is all taken up, and dropped again, the least useful first, as long as the rest is
-        better without it. Then what costs more is added, the most useful first, while it is worth more than its
-        interval and the budget lasts. A block may serve by its one-class scores alone, where H is better off without.
+        A choice begins with `USUAL`, as far as they can be had. As long as a change makes the detector better by more
+        than its interval, the best is made: a block more, which the budget must allow, a block less, or one less under
+        H, which then serves by its own scores alone. Few samples give wide intervals, and change little.
 
         Args:
             names: Candidates.
             price: Of each, beyond the forward pass.
             allowance: For all together.
         """
-        kept = frozenset(name for name in names if price[name] <= min(_FREE, allowance) or name == "logits")
-        state = State(kept, kept)
+        state = State(frozenset({"logits"}), frozenset({"logits"}))
+        for name in USUAL:
+            if name in names and self._fits(state.plus(name), price, allowance):
+                state = state.plus(name)
         while True:
-            options = [
-                option
-                for name in sorted(state.kept - {"logits"})
-                for option in (
-                    State(state.kept - {name}, state.seen - {name}),
-                    State(state.kept, state.seen - {name}),
-                )
-                if option != state
-            ]
-            best = max(options, key=self.mean, default=state)
-            if self.mean(best) <= self.mean(state) + _NOISE:
+            changes = [state.plus(name) for name in names if name not in state.kept]
+            for name in sorted(state.kept - {"logits"}):
+                changes += [state.minus(name), State(state.kept, state.seen - {name})]
+            better = {}
+            for other in changes:
+                if other != state and self._fits(other, price, allowance):
+                    gain, interval = self._gain(other, state)
+                    if gain > interval:
+                        better[other] = gain
+            if not better:
                 break
-            state = best
-        while True:
-            left = allowance - sum(price[name] for name in state.kept)
-            more = [
-                State(state.kept | {name}, state.seen | seen)
-                for name in names
-                if name not in state.kept and _FREE < price[name] <= left
-                for seen in (frozenset(), frozenset({name}))
-            ]
-            useful = {
-                option: gain
-                for option in more
-                for gain, interval in [self._gain(option, state)]
-                if gain > interval
-            }
-            if not useful:
-                break
-            state = max(useful, key=lambda option: useful[option])
+            state = max(better, key=lambda other: better[other])
         worth = {}
         for name in names:
-            if name == "logits":
-                continue
-            without = State(state.kept - {name}, state.seen - {name})
-            if name in state.kept:
-                worth[name] = self._gain(state, without)
-            else:
-                added = [
-                    State(state.kept | {name}, state.seen | seen) for seen in (frozenset(), frozenset({name}))
-                ]
-                worth[name] = self._gain(max(added, key=self.mean), state)
+            if name != "logits":
+                worth[name] = self._gain(state.plus(name), state.minus(name))
         return Choice(
             [name for name in names if name in state.kept],
             [name for name in names if name in state.seen],
-            self._weight(state),
             worth,
             self.mean(state),
         )
 
+    @staticmethod
+    def _fits(state: State, price: Mapping[str, float], allowance: float) -> bool:
+        return sum(price[name] for name in state.kept if name != "logits") <= allowance
+
     def mean(self, state: State) -> float:
-        """Mean AUROC over kinds, with the better of H's weights."""
-        return self._mean(state, self._weight(state))
-
-    def _mean(self, state: State, weight: float) -> float:
-        return float(np.mean([kind.own.mean() for kind in self._quality(state, weight).values()]))
-
-    def _weight(self, state: State) -> float:
-        return max(WEIGHTS, key=lambda weight: self._mean(state, weight))
+        """Mean AUROC over kinds."""
+        return float(np.mean([kind.own.mean() for kind in self._quality(state).values()]))
 
     def _gain(self, state: State, other: State) -> tuple[float, float]:
         """What a state is better than another by, and half the width of the interval over samples."""
-        full = self._quality(state, self._weight(state))
-        without = self._quality(other, self._weight(other))
+        full, without = self._quality(state), self._quality(other)
         clean = np.mean([full[kind].clean - without[kind].clean for kind in full], 0)
         own = [full[kind].own - without[kind].own for kind in full]
         variance = _variance(clean) + sum(map(_variance, own)) / len(own) ** 2
         return float(clean.mean()), 1.96 * math.sqrt(variance)
 
-    def _quality(self, state: State, weight: float) -> dict[str, Placements]:
+    def _quality(self, state: State) -> dict[str, Placements]:
         """How clean and challenging samples lie to each other, by kind."""
-        key = (state, weight)
-        if key not in self._found:
+        if state not in self._found:
             one_class = sum(
                 (column for name in sorted(state.kept) for column in self._of(name)),
                 np.zeros(len(self.kinds)),
             )
             found: dict[str, Placements] = {}
             for surprise, (_, judged) in zip(self._surprises(state.seen), self.folds, strict=True):
-                total = one_class + weight * surprise
+                total = one_class + WEIGHT * surprise
                 clean = total[self.calibrating]
                 for kind in sorted(set(self.kinds[judged])):
                     own = judged[self.kinds[judged] == kind]
                     # Parts of one kind, left out in turn, count as kinds of their own.
                     label = f"{kind} {len(found)}" if kind in found else kind
                     found[label] = Placements.of(clean, total[own])
-            self._found[key] = found
-        return self._found[key]
+            self._found[state] = found
+        return self._found[state]
 
     def _surprises(self, seen: frozenset[str]) -> list[Array]:
         """For each fold, minus the logarithm of the p-value of an H on the blocks ``seen``, for every sample."""

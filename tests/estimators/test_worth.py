@@ -79,7 +79,7 @@ def test_the_users_own_kinds_are_not_left_out() -> None:
 def test_a_set_is_as_good_as_its_mean_over_kinds() -> None:
     one = judge()
     state = State(frozenset({"logits", "activations"}), frozenset({"logits"}))
-    values = one._quality(state, one._weight(state))
+    values = one._quality(state)
     assert set(values) == set(KINDS)
     assert one.mean(state) == pytest.approx(np.mean([kind.own.mean() for kind in values.values()]))
 
