@@ -177,7 +177,9 @@ class TwoStageModel(nn.Module):
         if max_samples < 4:
             raise ValueError(f"max_samples must be at least 4; it was {max_samples}")
         if challenges_per_image is not None and challenges_per_image < 1:
-            raise ValueError(f"challenges_per_image must be at least 1 or None; it was {challenges_per_image}")
+            raise ValueError(
+                f"challenges_per_image must be at least 1 or None; it was {challenges_per_image}"
+            )
         batches = iter(train_loader)
         first = next(batches, None)
         if first is None:

@@ -1,8 +1,9 @@
-"""Where a network's channels are read: the outputs of its normalisation layers, or of its layers where it has none.
+"""Where a network's channels are read: the outputs of its normalisation layers, or of its layers where those say less.
 
 A normalised channel has the same scale in every input of the training distribution, so its mean square over
 positions says how unusual an input is; and the gradient of its bias is the sum of the output's gradient. A network
-that does not normalise is read at the outputs of its convolutional, linear and recurrent layers.
+that does not normalise is read at the outputs of its convolutional, linear, recurrent and attention layers; and so is
+one with layer norms, which give every position of every input the same scale, however unusual it is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgrad._torch import BatchNorm, ConvNd, InstanceNorm
 
-#: Fewer normalisation layers than this say little: the network's other layers are read instead.
+#: Fewer places of one kind than this say little, and the next kind is read instead.
 _LEAST = 2
 _CHANNELS_FIRST = (BatchNorm, InstanceNorm, nn.GroupNorm, nn.LocalResponseNorm, ConvNd)
 _LAYERS = (ConvNd, nn.Linear, nn.RNNBase, nn.MultiheadAttention)
@@ -51,6 +52,12 @@ def is_normalization(module: nn.Module) -> bool:
     return ("Norm" in name and "Norms" not in name) or isinstance(module, (BatchNorm, nn.LayerNorm))
 
 
+def is_layer_norm(module: nn.Module) -> bool:
+    """Whether a module normalises each position by itself."""
+    name = type(module).__name__
+    return isinstance(module, nn.LayerNorm) or "LayerNorm" in name or "RMSNorm" in name
+
+
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is read where a network does not normalise."""
     return isinstance(module, _LAYERS)
@@ -71,10 +78,11 @@ def channel_dim(module: nn.Module, shape: tuple[int, ...]) -> int | None:
 
 def choose(seen: list[tuple[str, nn.Module, Channels]]) -> tuple[Channels, ...]:
     """Of all places seen in a forward pass, in order, those that are read."""
-    normalized = [place for _, module, place in seen if is_normalization(module)]
-    if len(normalized) >= _LEAST:
-        return tuple(normalized)
-    return tuple(place for _, module, place in seen if is_layer(module))
+    norms = [(module, place) for _, module, place in seen if is_normalization(module)]
+    steady = [place for module, place in norms if not is_layer_norm(module)]
+    layers = [place for _, module, place in seen if is_layer(module)]
+    enough = (places for places in (steady, layers) if len(places) >= _LEAST)
+    return tuple(next(enough, layers or [place for _, place in norms]))
 
 
 def positions(value: Tensor, dim: int, mask: Tensor | None) -> Tensor | None:

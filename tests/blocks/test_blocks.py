@@ -244,3 +244,30 @@ def test_signals_are_the_losses_gradients() -> None:
         JOINED, (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted")), strict=True
     ):
         assert torch.equal(signal.delta(logits), losses.delta(logits, target, loss=loss))
+
+
+class Positions(nn.Module):
+    """Layer norms and linear layers, as a transformer has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.hidden = nn.LayerNorm(6), nn.Linear(6, 8)
+        self.second, self.back = nn.LayerNorm(8), nn.Linear(8, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x + self.back(self.second(self.hidden(self.first(x))))).mean(1))
+
+
+def test_a_network_with_layer_norms_is_read_at_its_layers() -> None:
+    """Every position has one scale behind a layer norm, however unusual it is."""
+    subject = watch(Positions().eval(), *arguments(torch.randn(4, 5, 6)))
+    assert [place.path for place in subject.channels] == ["hidden", "back"]
+
+
+def test_layer_norms_are_read_where_there_is_nothing_else() -> None:
+    net = Positions().eval()
+    net.hidden = nn.Sequential(nn.Identity())
+    net.second, net.back = nn.LayerNorm(6), nn.Identity()
+    subject = watch(net, *arguments(torch.randn(4, 5, 6)))
+    assert [place.path for place in subject.channels] == ["first", "second"]

@@ -30,7 +30,8 @@ from fastgrad.metrics import auroc
 Scores = NDArray[np.float64]
 #: Which modules of a BERT each choice of sites reads; None for the package's own.
 SITES: dict[str, Callable[[str], bool] | None] = {
-    "layer norms (default)": None,
+    "every layer (default)": None,
+    "layer norms": lambda path: path.endswith("LayerNorm"),
     "attention's output": lambda path: path.endswith("attention.output.dense"),
     "feed-forward, hidden": lambda path: path.endswith("intermediate.dense"),
     "feed-forward, output": lambda path: path.endswith("output.dense") and "attention" not in path,
@@ -103,18 +104,19 @@ def evaluate(news: News) -> tuple[Found, dict[str, Any]]:
         places = [
             Channels(path, -1, module.weight.shape[0], 0.0)
             for path, module in news.model.named_modules()
-            if chosen is not None and chosen(path) and isinstance(module, torch.nn.Linear)
+            if chosen is not None and chosen(path)
         ]
         known = subject if chosen is None else dataclasses.replace(subject, channels=_deep(places, subject))
         compare(f"activations: {sites}", _of_block(news, known, Activations(), fit, calibration))
-    # A backward pass through this network takes long: once, where the package reads it.
-    compare("bias gradients: layer norms", _of_block(news, subject, BiasGradients(), fit, calibration))
+    compare(
+        "bias gradients: every layer (default)", _of_block(news, subject, BiasGradients(), fit, calibration)
+    )
     right = torch.cat([model(batch).logits for batch in batches(inputs)]).argmax(1) == labels
     return found, {"accuracy": float(right.float().mean()), "kept": model.report().kept}
 
 
 def _deep(places: Sequence[Channels], subject: Any) -> tuple[Channels, ...]:
-    """The places with their depths, from the first layer norm's to the last's in equal steps."""
+    """The places with their depths, from the first one's that the package reads to the last one's in equal steps."""
     low, high = subject.channels[0].depth, subject.channels[-1].depth
     steps = np.linspace(low, high, len(places))
     return tuple(
