@@ -19,8 +19,9 @@ from fastgrad.challenges import PixelRange, challenge_names, iter_challenges
 _JUDGED = 1200
 #: Challenges that are made in all, as long as an image gives no more than so many and no fewer.
 _WANTED, _FEWEST, _MOST = 2000, 2, 4
-#: Images that get the same challenges, at least: an attack on one alone is slow.
-_TOGETHER = 4
+#: Times that each challenge gets its turn among the held-out images, and the fewest images of a turn: an attack on one
+#: alone is slow.
+_TURNS, _TOGETHER = 1.5, 4
 
 
 @dataclass
@@ -60,27 +61,27 @@ class Samples:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where samples come from; arguments of `TwoStageModel.fit`."""
+    """Where samples come from: arguments of `TwoStageModel.fit`, and how many clean images are expected."""
 
     train: Iterable[Any]
     challenge: Iterable[Any] | None
     calibration: Iterable[Any] | None
     max_samples: int
+    images: int
     challenges_per_image: int
     calibration_fraction: float
     seed: int
     verbose: bool
 
 
-def challenges_of_one(loader: Iterable[Any], batch: int) -> int:
-    """How many challenges to make from one image: more where there are few, if the loader's length is known.
+def expected(loader: Iterable[Any], batch: int) -> int:
+    """How many inputs a loader holds, from its length if it has one and the size of its first batch."""
+    return len(loader) * batch if isinstance(loader, Sized) else _WANTED
 
-    Args:
-        loader: Batches of images.
-        batch: Size of the first one.
-    """
-    count = len(loader) * batch if isinstance(loader, Sized) else _WANTED
-    return max(_FEWEST, min(_MOST, -(-_WANTED // max(1, count))))
+
+def challenges_of_one(images: int) -> int:
+    """How many challenges to make from each of so many images: more where there are few."""
+    return max(_FEWEST, min(_MOST, -(-_WANTED // max(1, images))))
 
 
 def collect(extraction: Extraction, model: nn.Module, device: torch.device, sources: Sources) -> Samples:
@@ -93,6 +94,8 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
     names = challenge_names() if sources.challenge is None else []
     share = sources.calibration_fraction if sources.calibration is None else 0.0
     turns = {False: 0, True: 0}
+    made = sources.calibration_fraction * min(sources.images, sources.max_samples) * sources.challenges_per_image
+    together = max(_TOGETHER, int(made / (_TURNS * max(1, len(names)))))
     judged = 0
 
     def add(x: Inputs, kind: str, held_out: NDArray[np.bool_], labels: Tensor | None = None) -> None:
@@ -106,13 +109,13 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
         pixels = PixelRange.of(x.to(device))
         own = x[torch.as_tensor(np.flatnonzero(chosen))].to(device)
         # Names take turns within a batch, or few images would not get to the last ones.
-        for part in own.split(max(_TOGETHER, len(own) * count // len(names))):
+        for part in own.split(together):
             turn = turns[held_out]
             picked = [names[(turn + i) % len(names)] for i in range(count)]
             turns[held_out] += count
             seed = sources.seed + turn + count + held_out * 10**6
-            for name, made in iter_challenges(model, part, names=picked, seed=seed, pixels=pixels):
-                add(made, name.partition("-")[0], np.full(len(made), held_out))
+            for name, images in iter_challenges(model, part, names=picked, seed=seed, pixels=pixels):
+                add(images, name.partition("-")[0], np.full(len(images), held_out))
 
     for x, labels in _batches("train_loader", sources.train, sources.max_samples, sources.verbose):
         kept = rng.random(batch_size(x)) < share

@@ -104,8 +104,9 @@ class Photographs:
                 for part in ("fit", "calibration")
             ]
             fraction = UncertaintyDetector().calibration_fraction
-            count = challenges_of_one(parts[0], _BATCH)
-            sources = Sources(parts[0], None, parts[1], 5000, count, fraction, self.draw.number, False)
+            images = len(parts[0]) * _BATCH
+            count = challenges_of_one(images)
+            sources = Sources(parts[0], None, parts[1], 5000, images, count, fraction, self.draw.number, False)
             found = collect(self.extraction, self.draw.model, torch.device("cpu"), sources)
             beside = {"kinds": np.array(found.kinds), "held_out": np.array(found.held_out)}
             return {name: value.numpy() for name, value in found.blocks().items()} | beside
