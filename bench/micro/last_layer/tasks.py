@@ -72,19 +72,21 @@ def uniform(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> list[Im
     def check(out: Tensor) -> float:
         return relative_error(out, squared)
 
-    def check_l1(out: Tensor) -> float:
-        return relative_error(out.abs(), absolute)
+    def check_l1(sign: int, out: Tensor) -> float:
+        return relative_error(sign * out, absolute)
 
     found = [
         *forms(lambda impl: fastgrad.target_sqnorm(h, z, "uniform", impl=impl), check, OURS, device),
         _softmax(z),
     ]
     tolerance = PEERS if dtype == torch.float32 else 0.1
-    for name, peer, limit in (
-        ("GradNorm, as OpenOOD", peers.openood, 64), ("GradNorm, pytorch-ood", peers.pytorch_ood, 256),
+    # OpenOOD's confidence is the norm itself; pytorch-ood's score, higher for outliers, is minus the norm.
+    for name, peer, limit, sign in (
+        ("GradNorm, as OpenOOD", peers.openood, 64, 1), ("GradNorm, pytorch-ood", peers.pytorch_ood, 256, -1),
     ):  # fmt: skip
         if shape[0] <= limit:
-            found.append(Implementation(name, partial(peer, head_), check_l1, tolerance, graph=False))
+            check_sign = partial(check_l1, sign)
+            found.append(Implementation(name, partial(peer, head_), check_sign, tolerance, graph=False))
     return found
 
 
