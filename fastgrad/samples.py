@@ -94,7 +94,9 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
     names = challenge_names() if sources.challenge is None else []
     share = sources.calibration_fraction if sources.calibration is None else 0.0
     turns = {False: 0, True: 0}
-    made = sources.calibration_fraction * min(sources.images, sources.max_samples) * sources.challenges_per_image
+    made = (
+        sources.calibration_fraction * min(sources.images, sources.max_samples) * sources.challenges_per_image
+    )
     together = max(_TOGETHER, int(made / (_TURNS * max(1, len(names)))))
     judged = 0
 

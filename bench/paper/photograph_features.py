@@ -106,7 +106,9 @@ class Photographs:
             fraction = UncertaintyDetector().calibration_fraction
             images = len(parts[0]) * _BATCH
             count = challenges_of_one(images)
-            sources = Sources(parts[0], None, parts[1], 5000, images, count, fraction, self.draw.number, False)
+            sources = Sources(
+                parts[0], None, parts[1], 5000, images, count, fraction, self.draw.number, False
+            )
             found = collect(self.extraction, self.draw.model, torch.device("cpu"), sources)
             beside = {"kinds": np.array(found.kinds), "held_out": np.array(found.held_out)}
             return {name: value.numpy() for name, value in found.blocks().items()} | beside
