@@ -29,33 +29,45 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _away_from(logits: Tensor, predicted: Tensor) -> Tensor:
-    """How far each prediction has been pushed: ``logsumexp`` of the other logits minus the predicted one."""
+def _away_from(logits: Tensor, predicted: Tensor, *, nearest: bool = False) -> Tensor:
+    """How far each prediction has been pushed: ``logsumexp``, or the ``nearest``, of the others minus its logit."""
     if logits.shape[1] == 1:
         # One logit: its sign is the prediction.
         return -logits[:, 0] * (2 * predicted - 1).to(logits)
     own = logits.gather(1, predicted[:, None])[:, 0]
     others = logits.scatter(1, predicted[:, None], -torch.inf)
-    return others.logsumexp(1) - own
+    return (others.amax(1) if nearest else others.logsumexp(1)) - own
 
 
 def _prediction(logits: Tensor) -> Tensor:
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
+def _predicted(model: nn.Module, unit: Tensor, pixels: PixelRange) -> Tensor:
+    with torch.no_grad():
+        return _prediction(class_logits(model(pixels.from_unit(unit))))
+
+
+def _slope(
+    model: nn.Module, unit: Tensor, predicted: Tensor, pixels: PixelRange, *, nearest: bool = False
+) -> tuple[Tensor, Tensor]:
+    """How far the predictions have been pushed ``(B,)``, and its gradient with respect to the images."""
+    with torch.enable_grad():
+        point = unit.detach().requires_grad_()
+        away = _away_from(class_logits(model(pixels.from_unit(point))), predicted, nearest=nearest)
+        # With respect to the input alone: no parameter's .grad is touched.
+        (slope,) = torch.autograd.grad(away.sum(), point)
+    return away.detach(), slope
+
+
 def _ascend(
     model: nn.Module, unit: Tensor, start: Tensor, pixels: PixelRange, epsilon: float, step: float, steps: int
 ) -> Tensor:
     """``steps`` sign steps of size ``step`` within ``epsilon`` of ``unit``, from ``start``."""
-    with torch.no_grad():
-        predicted = _prediction(class_logits(model(pixels.from_unit(unit))))
+    predicted = _predicted(model, unit, pixels)
     current = start
     for _ in range(steps):
-        with torch.enable_grad():
-            point = current.detach().requires_grad_()
-            objective = _away_from(class_logits(model(pixels.from_unit(point))), predicted).sum()
-            # With respect to the input alone: no parameter's .grad is touched.
-            (slope,) = torch.autograd.grad(objective, point)
+        _, slope = _slope(model, current, predicted, pixels)
         moved = current + step * slope.sign()
         current = torch.maximum(torch.minimum(moved, unit + epsilon), unit - epsilon).clamp(0, 1)
     return current.detach()
@@ -111,27 +123,13 @@ def deepfool(
     Each step goes to where the linearised network is undecided, and ``overshoot`` of the whole way beyond; an image
     that is misclassified rests. Arguments and result as for :func:`fgsm`; ``generator`` draws nothing.
     """
-    with torch.no_grad():
-        predicted = _prediction(class_logits(model(pixels.from_unit(unit))))
+    predicted = _predicted(model, unit, pixels)
     moved = torch.zeros_like(unit)
     current = unit
     for _ in range(steps):
-        with torch.enable_grad():
-            point = current.detach().requires_grad_()
-            logits = class_logits(model(pixels.from_unit(point)))
-            distance = _margin(logits, predicted)
-            (slope,) = torch.autograd.grad(distance.sum(), point)
-        left = (distance.detach() > 0).to(unit)
+        away, slope = _slope(model, current, predicted, pixels, nearest=True)
         length = slope.flatten(1).square().sum(1).clamp_min(torch.finfo(slope.dtype).tiny)
-        scale = left * distance.detach() / length
+        scale = (away < 0).to(unit) * away / length
         moved = moved - scale.view(-1, *[1] * (unit.dim() - 1)) * slope
         current = (unit + (1 + overshoot) * moved).clamp(0, 1)
     return current.detach()
-
-
-def _margin(logits: Tensor, predicted: Tensor) -> Tensor:
-    """The predicted logit less the largest other one."""
-    if logits.shape[1] == 1:
-        return logits[:, 0] * (2 * predicted - 1).to(logits)
-    others = logits.scatter(1, predicted[:, None], -torch.inf)
-    return logits.gather(1, predicted[:, None])[:, 0] - others.amax(1)
