@@ -68,7 +68,7 @@ class Sources:
     calibration: Iterable[Any] | None
     max_samples: int
     images: int
-    challenges_per_image: int
+    challenges_per_image: int | None
     calibration_fraction: float
     seed: int
     verbose: bool
@@ -77,11 +77,6 @@ class Sources:
 def expected(loader: Iterable[Any], batch: int) -> int:
     """How many inputs a loader holds, from its length if it has one and the size of its first batch."""
     return len(loader) * batch if isinstance(loader, Sized) else _WANTED
-
-
-def challenges_of_one(images: int) -> int:
-    """How many challenges to make from each of so many images: more where there are few."""
-    return max(_FEWEST, min(_MOST, -(-_WANTED // max(1, images))))
 
 
 def collect(extraction: Extraction, model: nn.Module, device: torch.device, sources: Sources) -> Samples:
@@ -94,28 +89,30 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
     names = challenge_names() if sources.challenge is None else []
     share = sources.calibration_fraction if sources.calibration is None else 0.0
     turns = {False: 0, True: 0}
-    made = (
-        sources.calibration_fraction * min(sources.images, sources.max_samples) * sources.challenges_per_image
-    )
-    together = max(_TOGETHER, int(made / (_TURNS * max(1, len(names)))))
+    expecting = min(sources.images, sources.max_samples)
+    # More of each image where there are few.
+    each = sources.challenges_per_image or max(_FEWEST, min(_MOST, -(-_WANTED // max(1, sources.images))))
+    held = sources.calibration_fraction * expecting * each
+    together = max(_TOGETHER, int(held / (_TURNS * max(1, len(names)))))
     judged = 0
 
     def add(x: Inputs, kind: str, held_out: NDArray[np.bool_], labels: Tensor | None = None) -> None:
         logits, blocks = extraction(to_device(x, device))
         samples.add(blocks, [kind] * len(logits), held_out.tolist(), labels)
 
-    def generate(x: Tensor, chosen: NDArray[np.bool_], count: int, held_out: bool) -> None:
+    def generate(x: Tensor, chosen: NDArray[np.bool_], held_out: bool) -> None:
         if not chosen.any():
             return
         # The whole batch says where black and white lie.
-        pixels = PixelRange.of(x.to(device))
-        own = x[torch.as_tensor(np.flatnonzero(chosen))].to(device)
+        x = x.to(device)
+        pixels = PixelRange.of(x)
+        own = x[torch.as_tensor(np.flatnonzero(chosen), device=device)]
         # Names take turns within a batch, or few images would not get to the last ones.
         for part in own.split(together):
             turn = turns[held_out]
-            picked = [names[(turn + i) % len(names)] for i in range(count)]
-            turns[held_out] += count
-            seed = sources.seed + turn + count + held_out * 10**6
+            picked = [names[(turn + i) % len(names)] for i in range(each)]
+            turns[held_out] += each
+            seed = sources.seed + turn + each + held_out * 10**6
             for name, images in iter_challenges(model, part, names=picked, seed=seed, pixels=pixels):
                 add(images, name.partition("-")[0], np.full(len(images), held_out))
 
@@ -128,10 +125,10 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
                     "challenges can be generated from images (B, C, H, W) only; pass challenge_loader or "
                     "challenge_loader=() to fit on clean data alone"
                 )
-            generate(x, ~kept, sources.challenges_per_image, False)
+            generate(x, ~kept, False)
             if judged < _JUDGED:
-                generate(x, kept, sources.challenges_per_image, True)
-                judged += sources.challenges_per_image * int(kept.sum())
+                generate(x, kept, True)
+                judged += each * int(kept.sum())
     if not samples.kinds:
         raise ValueError("train_loader must hold at least one batch; it was empty")
     if sources.calibration is not None:
@@ -141,8 +138,8 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
         ):
             add(x, "", np.ones(batch_size(x), bool), labels)
             if names and isinstance(x, Tensor) and judged < _JUDGED:
-                generate(x, np.ones(batch_size(x), bool), sources.challenges_per_image, True)
-                judged += sources.challenges_per_image * batch_size(x)
+                generate(x, np.ones(batch_size(x), bool), True)
+                judged += each * batch_size(x)
         if len(samples.kinds) == before:
             raise ValueError("calibration_loader must hold at least one batch; it was empty")
     if sources.challenge is not None:

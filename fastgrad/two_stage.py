@@ -22,7 +22,7 @@ from fastgrad.blocks.subject import Subject, watch
 from fastgrad.budget import Candidates, Report, candidates
 from fastgrad.losses import compute_dtype
 from fastgrad.prediction import Prediction
-from fastgrad.samples import Samples, Sources, challenges_of_one, collect, expected
+from fastgrad.samples import Samples, Sources, collect, expected
 
 if TYPE_CHECKING:
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
@@ -190,7 +190,6 @@ class TwoStageModel(nn.Module):
         # Logits serve the order of classes and the temperature, whether or not the detector reads them.
         reading = any(isinstance(block, Logits) for block in chosen.blocks)
         extraction = self._extraction([*chosen.blocks, *([] if reading else [Logits()])], subject)
-        images = expected(train_loader, batch_size(x))
         samples = collect(
             extraction,
             self.model,
@@ -200,8 +199,8 @@ class TwoStageModel(nn.Module):
                 challenge_loader,
                 calibration_loader,
                 max_samples,
-                images,
-                challenges_per_image or challenges_of_one(images),
+                expected(train_loader, batch_size(x)),
+                challenges_per_image,
                 self.detector.calibration_fraction,
                 seed,
                 verbose,

@@ -28,7 +28,7 @@ from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.budget import Candidates, candidates
 from fastgrad.challenges import CHALLENGES
-from fastgrad.samples import Sources, challenges_of_one, collect
+from fastgrad.samples import Sources, collect
 
 Arrays = dict[str, NDArray[Any]]
 #: What is extracted. Left out are the norms of gradients: of this network's 157 parameters they cost some twenty
@@ -105,10 +105,7 @@ class Photographs:
             ]
             fraction = UncertaintyDetector().calibration_fraction
             images = len(parts[0]) * _BATCH
-            count = challenges_of_one(images)
-            sources = Sources(
-                parts[0], None, parts[1], 5000, images, count, fraction, self.draw.number, False
-            )
+            sources = Sources(parts[0], None, parts[1], 5000, images, None, fraction, self.draw.number, False)
             found = collect(self.extraction, self.draw.model, torch.device("cpu"), sources)
             beside = {"kinds": np.array(found.kinds), "held_out": np.array(found.held_out)}
             return {name: value.numpy() for name, value in found.blocks().items()} | beside
