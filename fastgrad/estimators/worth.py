@@ -185,7 +185,9 @@ class Judge:
         worth = {}
         for name in names:
             if name != "logits":
-                worth[name] = self._gain(state.plus(name), state.minus(name))
+                # Kept blocks that H does not read are worth what their own scores are.
+                inside = state if name in state.kept else state.plus(name)
+                worth[name] = self._gain(inside, state.minus(name))
         return Choice(
             [name for name in names if name in state.kept],
             [name for name in names if name in state.seen],

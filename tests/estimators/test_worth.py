@@ -103,3 +103,12 @@ def test_placements_give_the_area_and_the_spread_of_differences() -> None:
     drawn = np.array([draw() for _ in range(600)])
     # The variance of 600 draws is itself known to 6 %; three times that.
     assert drawn[:, 1].mean() == pytest.approx(drawn[:, 0].var(), rel=0.18)
+
+
+def test_a_kept_block_that_h_does_not_read_is_worth_its_own_score() -> None:
+    names = ["logits", "image", "activations"]
+    one = judge()
+    choice = one.choose(names, dict.fromkeys(names, 0.0), 0.2)
+    assert "image" in set(choice.kept) - set(choice.seen)
+    kept, seen = frozenset(choice.kept), frozenset(choice.seen)
+    assert choice.worth["image"] == one._gain(State(kept, seen), State(kept - {"image"}, seen))
