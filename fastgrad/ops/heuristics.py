@@ -234,8 +234,8 @@ def linear_contrast(
     group_m = min(8, tiles_m)
     parts = _parts(tiles_n, rows, warps)
     if arch.backend == "cuda" and arch.version >= 100:
-        # Two per thread, beside the product's addresses.
-        parts = max(2, parts // 2)
+        # Two per thread, beside the product's addresses; one beside float32's three pairs of operands.
+        parts = max(2, parts // (4 if dtype == torch.float32 else 2))
     if queue:
         chunks = cdiv(N, max(1024, (1 << 19) // block_m))
         # Two groups at least, so that one group's norms are written while the next one's product runs.
