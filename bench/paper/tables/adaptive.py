@@ -1,0 +1,236 @@
+"""Attacks that know the detector: they seek an image that misleads the network *and* that the detector lets pass.
+
+The white box is the detector's own computation, recorded as one graph whose results keep their derivatives. Two parts
+of it have none, or hide it: p-values are counted, and the line between two counts stands for their slope; what a score
+may say is capped, and the attack follows the uncapped sum (BPDA; Athalye, Carlini and Wagner, 2018). Where the detector
+reads a backward pass, the attack differentiates it a second time.
+
+Attacks are projected gradient steps on the sign (Madry et al., 2018), with these objectives: the network's margin alone
+(*unaware*); the margin less lambda times the detector's score; and the margin until the image misleads, from there on
+the score (*selective*; Bryniarski et al., 2021). Of all steps of all restarts the image counts that misleads with the
+lowest uncertainty. An image is *protected* if every one of its attacks either fails or is found (Granese et al., MEAD,
+2022), at a threshold that flags a twentieth of clean photographs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.harness import results_file
+from bench.paper.data import sets
+from bench.paper.draws import Draw
+from bench.paper.figures import grouped_bars
+from bench.paper.rows import Rows
+from bench.paper.table import Options, Page, Table
+from fastgrad import TwoStageModel
+from fastgrad.engine.tracing import trace
+from fastgrad.estimators.worth import USUAL
+from fastgrad.scores.conformal import COMBINATIONS
+
+#: What the attacked detectors read: the default, and what larger budgets allow.
+FORMS: Mapping[str, tuple[str, ...]] = {
+    "default": USUAL,
+    "with view": (*USUAL, "view"),
+    "with bias gradients": (*USUAL, "bias_gradients"),
+}
+RADII = (2 / 255, 8 / 255)
+#: Weights of the detector's score beside the margin; 0 is unaware of it, None is selective.
+LAMBDAS: Mapping[str, float | None] = {
+    "unaware": 0.0,
+    "lambda 0.1": 0.1,
+    "lambda 1": 1.0,
+    "selective": None,
+}
+FALSE_ALARMS = 0.05
+#: Attacked photographs, steps and random starts of each objective, and images at a time.
+IMAGES, STEPS, STARTS, _BATCH = 24, 20, 1, 8
+
+
+class WhiteBox(NamedTuple):
+    """What an attack sees of a detector.
+
+    Attributes:
+        differentiable: From images to logits ``(B, N)`` and the detector's uncapped score ``(B,)``.
+        uncertainty: From images to what the detector answers.
+        threshold: From which on it is an alarm.
+    """
+
+    differentiable: Callable[[Tensor], tuple[Tensor, Tensor]]
+    uncertainty: Callable[[Tensor], tuple[Tensor, Tensor]]
+    threshold: float
+
+
+class Photographs(Draw):
+    """A draw whose own cases are not needed: the attacks are made against each detector."""
+
+    def prepare(self) -> None:
+        """Nothing is kept."""
+
+
+def white_box(model: TwoStageModel, example: Tensor) -> WhiteBox:
+    """The graph of a fitted model with everything cut out that stops a derivative."""
+    extraction, detector = model.extraction, model.detector_module
+    assert extraction is not None
+    assert detector is not None
+    weights = [score.options["weight"] for score in detector.scores]
+
+    def scores(x: Tensor) -> tuple[Tensor, Tensor]:
+        logits, blocks = extraction(x)
+        evidence = torch.stack([score.evidence(score.raw(blocks)) for score in detector.scores], -1)
+        return logits, COMBINATIONS[detector.options["combine"]](evidence, math.inf, weights)
+
+    graph = trace(scores, (example,), len(example), functional=True)
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.target in (aten.detach.default, aten.lift_fresh_copy.default, aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    graph.requires_grad_(False)
+
+    def answer(x: Tensor) -> tuple[Tensor, Tensor]:
+        found = model(x)
+        return found.logits, found.uncertainty
+
+    return WhiteBox(graph, answer, model.threshold(FALSE_ALARMS))
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """How far the likeliest other class is above the true one ``(B,)``."""
+    own = logits.gather(1, labels[:, None])[:, 0]
+    others = logits.scatter(1, labels[:, None], -math.inf)
+    return others.amax(1) - own
+
+
+def attack(
+    box: WhiteBox, images: Tensor, labels: Tensor, radius: float, weight: float | None, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The most usual-looking image that misleads, for each of ``images`` ``(B, 3, H, W)`` in [0, 1].
+
+    Returns:
+        Images, and the uncapped score of each; infinite, with the image as it was, where none misleads.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    best, least = images.clone(), torch.full((len(images),), math.inf, dtype=torch.float64)
+    for _ in range(STARTS):
+        start = torch.empty_like(images).uniform_(-radius, radius, generator=generator)
+        x = (images + start).clamp(0, 1)
+        for step in range(STEPS + 1):
+            x.requires_grad_(True)
+            logits, score = box.differentiable(x)
+            towards = margin(logits, labels)
+            misled = (towards > 0).detach()
+            if weight is None:
+                objective = torch.where(misled, -score, towards.double())
+            else:
+                objective = towards.double() - weight * score
+            (gradient,) = torch.autograd.grad(objective.sum(), x)
+            # Of an attack that does not know the detector, the surest image counts, not the most usual one.
+            value = -towards.detach().double() if weight == 0 else score.detach()
+            better = misled & (value < least)
+            least = torch.where(better, value, least)
+            best[better] = x.detach()[better]
+            # Steps shrink, so that the last ones settle between the two aims.
+            size = 2.5 * radius / STEPS * (1.5 - step / STEPS)
+            x = x.detach() + size * gradient.nan_to_num().sign()
+            x = torch.maximum(torch.minimum(x, images + radius), images - radius).clamp(0, 1)
+    return best, least
+
+
+def evaluate(draw: Draw) -> Rows:
+    """For every form, radius and objective: how many images mislead, and how many of those are found."""
+    x, labels = draw.clean("test")
+    picked = np.flatnonzero(draw.right)[: min(IMAGES, draw.sizes.case)]
+    x, labels = x[picked], labels[picked]
+    fit, calibration = (
+        [(part,) for part in draw.clean(name)[0].split(16)] for name in ("fit", "calibration")
+    )
+    rows: Rows = []
+    for form, blocks in FORMS.items():
+        model = TwoStageModel(draw.model, blocks=blocks).fit(
+            fit, calibration_loader=calibration, seed=draw.number
+        )
+        box = white_box(model, x[:3])
+        alarms = float((_answers(box, x)[1] > box.threshold).float().mean())
+        for radius in RADII:
+            for name, weight in LAMBDAS.items():
+                parts = [
+                    attack(box, part, own, radius, weight, seed)
+                    for seed, (part, own) in enumerate(
+                        zip(x.split(_BATCH), labels.split(_BATCH), strict=True)
+                    )
+                ]
+                attacked = torch.cat([part[0] for part in parts])
+                for after, images in (("", attacked), (" after JPEG", _compressed(attacked))):
+                    logits, uncertainty = _answers(box, images)
+                    misled = logits.argmax(1) != labels
+                    rows.append(
+                        {
+                            "draw": draw.name, "form": form, "radius": round(255 * radius), "attack": name + after,
+                            "images": len(x), "misled": misled.tolist(), "alarms": alarms,
+                            "found": (uncertainty > box.threshold).tolist(),
+                        }
+                    )  # fmt: skip
+    return rows
+
+
+def _answers(box: WhiteBox, images: Tensor) -> tuple[Tensor, Tensor]:
+    logits, uncertainty = zip(*(box.uncertainty(part) for part in images.split(_BATCH)), strict=True)
+    return torch.cat(logits), torch.cat(uncertainty)
+
+
+def _compressed(images: Tensor) -> Tensor:
+    return sets.to_tensor(sets.jpeg(sets.to_bytes(images)))
+
+
+def write(options: Options, subjects: Sequence[Draw], found: Sequence[Rows]) -> Page:
+    """Shares of the misleading images that are found, and of the images that are protected."""
+    rows = [row for own in found for row in own]
+    lines: list[dict[str, Any]] = []
+    bars: dict[str, list[float]] = {}
+    for form in FORMS:
+        for radius in sorted({row["radius"] for row in rows}):
+            own = [row for row in rows if row["form"] == form and row["radius"] == radius]
+            line: dict[str, Any] = {"detector": form, "radius": f"{radius}/255"}
+            for attack_name in dict.fromkeys(row["attack"] for row in own):
+                misled, seen = _joined(own, attack_name)
+                line[attack_name] = f"{(misled & seen).sum()} of {misled.sum()}"
+            for name, kept in (("protected", ""), ("protected after JPEG", " after JPEG")):
+                names = {row["attack"] for row in own if row["attack"].endswith("JPEG") == bool(kept)}
+                pairs = [_joined(own, one) for one in names]
+                line[name] = f"{np.mean(np.all([~misled | seen for misled, seen in pairs], 0)):.2f}"
+                bars.setdefault(f"{name}, {radius}/255", []).append(float(line[name]))
+            line["clean, flagged"] = f"{np.mean([row['alarms'] for row in own]):.2f}"
+            lines.append(line)
+    text = (
+        f"EfficientNet-Lite0, {len(subjects)} draw, {rows[0]['images']} photographs that the network classifies "
+        f"rightly; {STEPS} steps and {STARTS} random start for each objective. Of the attacked images that mislead "
+        f"the network, how many the detector finds at a threshold that flags {FALSE_ALARMS:.0%} of clean photographs. "
+        "*unaware*: the attack does not know the detector. *after JPEG*: the same images compressed (quality 75). "
+        "*protected*: share of the photographs of which every attack fails or is found. *clean, flagged*: of the same "
+        "photographs before the attack."
+    )
+    axes = grouped_bars(bars, list(FORMS), label="share of photographs protected")
+    return Page(rows, [(text, results_file.table(lines))], axes)
+
+
+def _joined(rows: Rows, name: str) -> tuple[Any, Any]:
+    """Over draws, which images mislead and which are found."""
+    own = [row for row in rows if row["attack"] == name]
+    return tuple(np.concatenate([np.array(row[key]) for row in own]) for key in ("misled", "found"))
+
+
+TABLE = Table(
+    "adaptive",
+    "Attacks that know the detector",
+    ("photographs",),
+    lambda options: [Photographs(options.data, options.cache, 0)],
+    evaluate,
+    write,
+)
