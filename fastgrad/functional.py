@@ -265,9 +265,9 @@ def contrast_rows_linear(
             f"weight must have shape (U, N * D) with N * D = {width}; it was {tuple(weight.shape)}"
         )
     _bias(bias, weight)
-    choose(impl, features)
+    chosen = choose(impl, features)
     diagonal = losses.contrast_diagonal(_matrix(logits), loss=loss)
-    out = rows_op.rows_linear(_matrix(features), diagonal, weight, bias, impl)
+    out = rows_op.rows_linear(_matrix(features), diagonal, weight, bias, chosen)
     return out.reshape(*leading, weight.shape[0])
 
 

@@ -24,6 +24,8 @@ def _pieces(h: Tensor, d: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]
     step = d.shape[1]
     if not torch.compiler.is_compiling():
         step = max(1, min(step, _CHUNK // max(h.numel(), 1)))
+    if step >= d.shape[1]:
+        return [(d, weight.to(h.dtype))]
     parts = weight.split(step * h.shape[1], 1)
     return [(some, part.to(h.dtype)) for some, part in zip(d.split(step, 1), parts, strict=True)]
 
