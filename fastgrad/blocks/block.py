@@ -56,8 +56,8 @@ class Block:
 
     Attributes:
         name: The block's key in feature mappings.
-        alarm: What it has found where it raises an alarm, as words that a person understands: what follows "because
-            of". Empty for the name.
+        alarm: What an alarm that it raises means, in words for everyone, to follow "Mostly because:"; empty for its
+            name.
         reads: What it needs: of ``"input"``, ``"logits"``, ``"h"``, ``"activations"``, ``"gradients"``.
         ranks: Numbers of dimensions that its tensor may have.
         shapes: The same in words.

@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 
 #: H among the evidence, and what its alarm means, as `fastgrad.blocks.Block.alarm` says it of a block.
 NAME = "challenges"
-ALARM = "a likeness to the altered or foreign inputs that the detector has learned to tell"
+ALARM = "resemblance to altered or foreign inputs that the detector was trained on"
 
 # Standardised rows are cut here, so that no single feature, however far out, decides alone.
 _LIMIT = 50.0
