@@ -140,7 +140,7 @@ def test_an_alarm_says_what_raised_it(explaining: Server, browser: Any) -> None:
     total = sum(value for _, value in parts)
     rows = [row.text.splitlines() for row in browser.find_elements("css selector", "#evidence li")]
     assert rows == [
-        [TinyTwoStage.alarms[name], f"{int(100 * value / total + 0.5)}\xa0%"] for name, value in parts
+        [TinyTwoStage.alarms[name], f"{int(100 * value / total + 0.5)} %"] for name, value in parts
     ]
     named = [TinyTwoStage.alarms[name] for name, _ in parts]
     named = named[:1] if parts[0][1] >= 2 / 3 * total else named
