@@ -132,11 +132,10 @@ class TwoStageModel(nn.Module):
 
         Returns:
             What a call gives, and the evidence ``(B,)`` of each block that has a score, by its name, and of the
-            classifier of challenges, as ``"challenges"``; `alarms` has words for them. A block's evidence is -log of
-            its p-value as the detector sums it: capped, weighted, summed over its scores. 0 is no evidence, a clean
-            input's is 1 on average for a score of weight 1. The sum of all evidence decides the uncertainty, which is
-            that sum's own -log p among clean inputs; so evidence says which block raised an alarm, and not by how
-            much each raised the uncertainty. Infinite where it cannot be computed.
+            classifier of challenges, as ``"challenges"``; `alarms` has words for them. Evidence is -log p as the
+            detector joins it: of each of the block's scores, above what counts at all, capped, weighted, summed; 0 is
+            none, infinite where it cannot be computed. Its sum over all names is not the uncertainty, which is -log
+            of the share of clean inputs that have so large a sum.
 
         Raises:
             RuntimeError: Before `fit`.

@@ -78,7 +78,7 @@ def test_explains_what_a_call_gives(fitted, tmp_path):
     prediction, evidence = fitted.explain(x)
     for explained, called in zip(prediction, fitted(x), strict=True):
         assert torch.equal(explained, called)
-    kept = {entry.name for entry in fitted.report().entries if entry.kept}
+    kept = set(fitted.report().kept)
     assert set(evidence) == set(fitted.alarms) == (kept & set(evidence)) | {"challenges"}
     assert "logits" in evidence
     assert all(

@@ -86,9 +86,9 @@ class Description:
             None.
         reference: the same scores as the drift monitor reads them: ``{"edges": (K-1), "counts": (K)}``, or
             None.
+        versions: of fastgrad and torch, and the processor's instruction set the graph was compiled for.
         evidence: of a file that gives the evidence: names in the order of its columns, and in plain words what an
             alarm means that they raise; else None.
-        versions: of fastgrad and torch, and the processor's instruction set the graph was compiled for.
     """
 
     input_shape: tuple[int, ...]
@@ -104,8 +104,8 @@ class Description:
     thresholds: list[tuple[float, float]] = field(default_factory=list)
     histogram: dict[str, list[float]] | None = None
     reference: dict[str, list[float]] | None = None
-    evidence: dict[str, str] | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    evidence: dict[str, str] | None = None
 
     def threshold_at(self, rate: float | None) -> float | None:
         """The threshold at a false-alarm rate, one of those in the file (None: the file's own).
