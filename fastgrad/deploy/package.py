@@ -174,7 +174,8 @@ def read_description(path: str | os.PathLike[str]) -> Description:
             f"{path} is not a readable {'.onnx' if onnx else '.pt2 archive'}: {error}"
         ) from None
     if content.pop("format", None) not in FORMATS:
-        raise PackageError(f"{path} has another format than {FORMATS}; a newer fastgrad may read it")
+        known = " and ".join(map(str, FORMATS))
+        raise PackageError(f"{path} has another format than {known}; a newer fastgrad may read it")
     try:
         content["input_shape"] = tuple(content["input_shape"])
         content["thresholds"] = [(float(a), float(b)) for a, b in content["thresholds"]]
