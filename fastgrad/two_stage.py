@@ -120,21 +120,60 @@ class TwoStageModel(nn.Module):
         Raises:
             RuntimeError: Before `fit`.
         """
+        logits, blocks, detector = self._read(x)
+        with torch.no_grad():
+            return self._prediction(logits, blocks, detector(blocks))
+
+    def explain(self, x: Inputs) -> tuple[Prediction, dict[str, Tensor]]:
+        """Predict a batch, and say what makes it unusual.
+
+        Args:
+            x: As for a call.
+
+        Returns:
+            What a call gives, and the evidence ``(B,)`` of each block that has a score, by its name, and of the
+            classifier of challenges, as ``"challenges"``; `alarms` has words for them. Evidence is -log p as the
+            detector joins it: of each of the block's scores, above what counts at all, capped, weighted, summed; 0 is
+            none, infinite where it cannot be computed. Its sum over all names is not the uncertainty, which is -log
+            of the share of clean inputs that have so large a sum.
+
+        Raises:
+            RuntimeError: Before `fit`.
+        """
+        logits, blocks, detector = self._read(x)
+        with torch.no_grad():
+            score, evidence = detector.explain(blocks)
+            prediction = self._prediction(logits, blocks, score)
+        dtype = prediction.uncertainty.dtype
+        return prediction, {name: own.to(dtype) for name, own in evidence.items()}
+
+    @property
+    def alarms(self) -> dict[str, str]:
+        """What an alarm means that each part of the evidence raises, in plain words, by name."""
+        from fastgrad.estimators import supervised
+
         detector = self._fitted()
         assert self.extraction is not None  # a fitted model has one
-        logits, blocks = self.extraction(x)
-        with torch.no_grad():
-            precise = logits.to(compute_dtype(logits.dtype))
-            if self.classifier_module is not None:
-                h = blocks["features"].to(precise.dtype)
-                probabilities = self.classifier_module.from_features(h, precise).softmax(-1)
-            elif self.temperature is not None:
-                probabilities = self.temperature(precise).softmax(-1)
-            else:
-                probabilities = precise.softmax(-1)
-            score = detector(blocks)
-            # A comparison with NaN is false, and would pass for reliable.
-            score = torch.where(torch.isnan(score), torch.inf, score)
+        words = {block.name: block.alarm for block in self.extraction.blocks}
+        words |= {supervised.NAME: supervised.ALARM}
+        return {name: words.get(name) or name for name in detector.sources()}
+
+    def _read(self, x: Inputs) -> tuple[Tensor, dict[str, Tensor], DetectorModule]:
+        detector = self._fitted()
+        assert self.extraction is not None  # a fitted model has one
+        return *self.extraction(x), detector
+
+    def _prediction(self, logits: Tensor, blocks: dict[str, Tensor], score: Tensor) -> Prediction:
+        precise = logits.to(compute_dtype(logits.dtype))
+        if self.classifier_module is not None:
+            h = blocks["features"].to(precise.dtype)
+            probabilities = self.classifier_module.from_features(h, precise).softmax(-1)
+        elif self.temperature is not None:
+            probabilities = self.temperature(precise).softmax(-1)
+        else:
+            probabilities = precise.softmax(-1)
+        # A comparison with NaN is false, and would pass for reliable.
+        score = torch.where(torch.isnan(score), torch.inf, score)
         return Prediction(logits, probabilities, score.to(precise.dtype))
 
     def fit(

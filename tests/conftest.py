@@ -92,6 +92,14 @@ def tiny_package() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_explained(tiny_package: pathlib.Path) -> pathlib.Path:
+    """The same model in a file that gives the evidence."""
+    from deploy_models import export_tiny
+
+    return export_tiny("explained.pt2", evidence=True)
+
+
+@pytest.fixture(scope="session")
 def tiny_onnx() -> pathlib.Path:
     """The same model as an ONNX file."""
     pytest.importorskip("onnxruntime")

@@ -49,6 +49,12 @@ class TinyTwoStage(nn.Module):
         norms = gradient.square().sum(1) * (flat.square().sum(1) + 1)
         return Out(logits, logits.softmax(1), norms.clamp_min(1e-30).log())
 
+    alarms = {"norm": "a first layer that would have to change much", "size": "large pixels"}  # noqa: RUF012
+
+    def explain(self, x: Tensor) -> tuple[Out, dict[str, Tensor]]:
+        found = self(x)
+        return found, {"norm": found.uncertainty.clamp_min(0), "size": x.flatten(1).abs().amax(1)}
+
     def threshold(self, false_alarm_rate: float) -> float:
         scores = self.calibration_scores
         assert isinstance(scores, Tensor)
@@ -56,7 +62,7 @@ class TinyTwoStage(nn.Module):
 
 
 @functools.cache
-def export_tiny(name: str = "tiny.pt2") -> Path:
+def export_tiny(name: str = "tiny.pt2", evidence: bool = False) -> Path:
     """Export `TinyTwoStage` once for all test modules; compiling takes seconds."""
     import torch._inductor.config
 
@@ -77,4 +83,5 @@ def export_tiny(name: str = "tiny.pt2") -> Path:
             mean=[0.5] * 3,
             std=[0.25] * 3,
             max_batch=64,
+            evidence=evidence,
         )

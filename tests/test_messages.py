@@ -24,6 +24,8 @@ CHANGED: dict[str, str] = {
     # There are more blocks to name.
     "UncertaintyDetector: unknown block": r"X must have blocks named gradients, .*, view; it had 'pixels'",
     "UncertaintyDetector: no block": r"X must have blocks named gradients, .*, view; it had none",
+    # There are two formats.
+    "ModelPackage: other format": r".*model\.pt2 has another format than 1 and 2; a newer fastgrad may read it",
     # There is one more kind of challenge.
     "challenges: name": r"names must be one of 'noise', .*, 'compressed_pgd', 'deepfool'; it was 'rain'",
     # Models can be given by name.

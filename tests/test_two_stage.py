@@ -72,6 +72,40 @@ def test_gives_a_named_tuple_and_leaves_the_network_alone(fitted):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
 
 
+def test_explains_what_a_call_gives(fitted, tmp_path):
+    x = images(50, 9)
+    x[25:] += 0.3 * torch.randn(x[25:].shape, generator=torch.Generator().manual_seed(1))
+    prediction, evidence = fitted.explain(x)
+    for explained, called in zip(prediction, fitted(x), strict=True):
+        assert torch.equal(explained, called)
+    kept = set(fitted.report().kept)
+    assert set(evidence) == set(fitted.alarms) == (kept & set(evidence)) | {"challenges"}
+    assert "logits" in evidence
+    assert all(
+        own.shape == (50,) and own.dtype == torch.float32 and (own >= 0).all() for own in evidence.values()
+    )
+    # The uncertainty rises with the sum of all evidence.
+    total = sum(own.double() for own in evidence.values())
+    order = total.argsort()
+    assert (prediction.uncertainty[order].diff() >= -1e-4).all()
+    assert total[25:].mean() > 2 * total[:25].mean()
+    words = {name: BLOCKS[name].alarm for name in kept}
+    assert {name: text for name, text in fitted.alarms.items() if name != "challenges"} == {
+        name: words[name] for name in evidence if name != "challenges"
+    }
+    loaded = TwoStageModel.load(fitted.save(tmp_path / "estimators.safetensors"), fitted.model)
+    assert loaded.alarms == fitted.alarms
+    assert all(torch.equal(own, evidence[name]) for name, own in loaded.explain(x)[1].items())
+    with pytest.raises(RuntimeError, match="fitted first"):
+        TwoStageModel(fitted.model).explain(x)
+
+
+def test_evidence_that_cannot_be_computed_is_infinite(fitted):
+    prediction, evidence = fitted.explain(torch.full((2, 3, 8, 8), torch.nan))
+    assert (prediction.uncertainty == torch.inf).all()
+    assert (evidence["logits"] == torch.inf).all()
+
+
 def test_noise_is_less_reliable_than_clean_images(fitted):
     clean = images(200, 9)
     noise = clean + 0.3 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))

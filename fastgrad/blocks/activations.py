@@ -33,6 +33,7 @@ class Activations(Block):
     """
 
     name = "activations"
+    alarm = "inner activations unlike those of known inputs"
     reads = ("activations",)
     shapes = "(B, D)"
 

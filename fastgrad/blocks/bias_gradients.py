@@ -32,6 +32,7 @@ class BiasGradients(Block):
     """
 
     name = "bias_gradients"
+    alarm = "an answer that rests on unusual parts of the network"
     reads = ("gradients",)
     shapes = "(B, D)"
 

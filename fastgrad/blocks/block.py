@@ -56,6 +56,8 @@ class Block:
 
     Attributes:
         name: The block's key in feature mappings.
+        alarm: What an alarm that it raises means, in words for everyone, to follow "Mostly because:"; empty for its
+            name.
         reads: What it needs: of ``"input"``, ``"logits"``, ``"h"``, ``"activations"``, ``"gradients"``.
         ranks: Numbers of dimensions that its tensor may have.
         shapes: The same in words.
@@ -64,6 +66,7 @@ class Block:
     """
 
     name: ClassVar[str]
+    alarm: ClassVar[str] = ""
     reads: ClassVar[tuple[str, ...]]
     ranks: ClassVar[tuple[int, ...]] = (2,)
     shapes: ClassVar[str]

@@ -19,6 +19,7 @@ class Contrasts(Block):
     """`fastgrad.contrast_sqnorm` of h and the logits, ``(B, N)``: a function of the softmax and ``||h||`` alone."""
 
     name = "contrasts"
+    alarm = "other answers unusually near or far"
     reads = ("h", "logits")
     ranks = (2, 3, 4)
     shapes = "(B, N), (B, N, P) or (B, S, N, P)"

@@ -29,6 +29,7 @@ class Features(Block):
     """h ``(B, D)`` (Sun et al., "Out-of-distribution detection with deep nearest neighbors", 2022)."""
 
     name = "features"
+    alarm = "no similar input among the known ones"
     reads = ("h",)
     shapes = "(B, D)"
 

@@ -25,6 +25,7 @@ class Gradients(Block):
     """
 
     name = "gradients"
+    alarm = "an unusual pattern of what the network would have to learn from it"
     reads = ("gradients",)
     ranks: ClassVar[tuple[int, ...]] = (2, 3)
     shapes = "(B, P) or (B, S, P)"

@@ -19,6 +19,7 @@ class Image(Block):
     """`image_statistics` of the input, ``(B, 28)``."""
 
     name = "image"
+    alarm = "brightness, sharpness or noise unlike those of known images"
     reads = ("input",)
     shapes = "(B, K)"
 

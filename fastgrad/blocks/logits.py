@@ -25,6 +25,7 @@ class Logits(Block):
     """
 
     name = "logits"
+    alarm = "class scores unusually weak, strong or close together"
     reads = ("logits",)
     shapes = "(B, N)"
 

@@ -26,6 +26,7 @@ class NormalizationNorms(Block):
     """
 
     name = "normalization_norms"
+    alarm = "an unusual pattern of what each layer would have to learn from it"
     reads = ("gradients",)
     ranks = (2, 3)
     shapes = "(B, P) or (B, S, P)"

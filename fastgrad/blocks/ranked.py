@@ -20,6 +20,7 @@ class Ranked(Gradients):
     """
 
     name = "ranked"
+    alarm = "an unusual pattern of what would have to change for another answer"
     ranks: ClassVar[tuple[int, ...]] = (3,)
     shapes = "(B, K, P)"
 

@@ -41,6 +41,7 @@ class View(Block):
     """
 
     name = "view"
+    alarm = "an answer that changes when the image is enlarged a little"
     reads = ("input",)
     shapes = "(B, 1)"
 

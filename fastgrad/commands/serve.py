@@ -64,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="file with the key that requests must carry; without it the variable FASTGRAD_API_KEY, else none",
     )
+    parser.add_argument(
+        "--traces",
+        action="store_true",
+        help="send OpenTelemetry traces over OTLP/HTTP, as its variables OTEL_* say; needs the extra traces",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from fastgrad.deploy.images import MAX_PIXELS
     from fastgrad.deploy.serve.app import Limits, create_app
     from fastgrad.deploy.serve.pool import ModelError, WorkerDiedError
+    from fastgrad.deploy.serve.traces import otlp_provider
 
     with extra("serve"):
         import uvicorn
@@ -106,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
             false_alarm_rate=args.false_alarm_rate,
             drift_false_alarm_rate=args.drift_false_alarm_rate,
             reload_every=args.reload_seconds or None,
+            tracer_provider=otlp_provider() if args.traces else None,
         )
     except (PackageError, ValueError, OSError) as error:
         print(f"fastgrad serve: {error}", file=sys.stderr)

@@ -28,8 +28,10 @@ def describe(
     false_alarm_rate: float,
     scores: Tensor | np.ndarray[Any, Any] | None,
     max_batch: int,
+    evidence: bool,
 ) -> Description:
     """Check every argument, run the model once, and collect what travels in the file."""
+    checks.is_bool("evidence", evidence)
     if not isinstance(two_stage, nn.Module):
         raise TypeError(f"two_stage must be a torch.nn.Module; it was {type(two_stage).__name__}")
     checks.is_float("example_input", example_input)
@@ -65,6 +67,11 @@ def describe(
     outputs = two_stage(example_input[:1])
     if not isinstance(outputs, tuple) or len(outputs) != 3 or outputs[0].ndim != 2 or outputs[2].ndim != 1:
         raise ValueError("two_stage must return (logits (B, N), probabilities (B, N), uncertainty (B,))")
+    if evidence and not hasattr(two_stage, "explain"):
+        raise ValueError(
+            "evidence must be False for a module that cannot explain its answers as a TwoStageModel does; "
+            f"two_stage was a {type(two_stage).__name__}"
+        )
     classes = outputs[0].shape[1]
     if labels is not None and len(labels) != classes:
         raise ValueError(f"labels must be {classes} names, one a class; there were {len(labels)}")
@@ -99,6 +106,7 @@ def describe(
         thresholds=thresholds,
         histogram=histogram,
         reference=reference,
+        evidence=dict(two_stage.alarms) if evidence else None,  # type: ignore[arg-type]
         versions={
             "fastgrad": own,
             "torch": str(torch.__version__),

@@ -48,6 +48,7 @@ def export(
     max_batch: int = 1024,
     one_by_one: bool | None = None,
     tolerance: float = 1e-5,
+    evidence: bool = False,
 ) -> Path:
     """Write ``two_stage`` as one file that runs without fastgrad and without autograd.
 
@@ -81,6 +82,8 @@ def export(
         one_by_one: whether the file works through a batch one input after another, which on a CPU is faster
             for whole-network gradients of large inputs; None chooses. ONNX files never do.
         tolerance: largest difference of an ONNX file's outputs from the live module's, relative to their size or 1.
+        evidence: whether the file's graph also returns a fourth, ``evidence`` ``(B, E)``: which of the E parts of the
+            detector raised an alarm (`TwoStageModel.explain`). The server then says so.
 
     Returns:
         The path.
@@ -94,8 +97,15 @@ def export(
     """
     target = Path(path)
     description = describe(
-        two_stage, example_input, target, labels, mean, std, false_alarm_rate, scores, max_batch
+        two_stage, example_input, target, labels, mean, std, false_alarm_rate, scores, max_batch, evidence
     )
+
+    def answers(x: Tensor) -> tuple[Tensor, ...]:
+        if not evidence:
+            return tuple(two_stage(x))
+        prediction, parts = two_stage.explain(x)  # type: ignore[operator]
+        return *prediction, torch.stack(list(parts.values()), -1)
+
     if target.suffix == ".onnx":
         if one_by_one:
             raise ValueError("one_by_one must be None or False for an .onnx, which has no loop; it was True")
@@ -104,6 +114,7 @@ def export(
         replace_atomically(
             lambda file: onnx_file.write(
                 two_stage,
+                answers,
                 example_input,
                 file,
                 description_text(description),
@@ -114,7 +125,7 @@ def export(
         )
         return target
     compile_function(
-        lambda x: tuple(two_stage(x)),
+        answers,
         example_input,
         target,
         max_batch=max_batch,

@@ -9,6 +9,7 @@ needed to run it::
     description = json.loads(session.get_modelmeta().custom_metadata_map["fastgrad"])
     logits, probabilities, uncertainty = session.run(None, {"input": x})    # a numpy array, normalized
 
+A file exported with ``evidence=True`` gives a fourth, ``evidence``, whose columns the description names.
 Backward passes are part of the graph like any other operation; what has no ONNX form is refused by name.
 """
 
@@ -31,6 +32,8 @@ from fastgrad.deploy.onnx_operators import decompositions
 
 INPUT = "input"
 OUTPUTS = ("logits", "probabilities", "uncertainty")
+#: And of files that give the evidence.
+EXPLAINED = (*OUTPUTS, "evidence")
 KEY = "fastgrad"
 #: The oldest version of the operators that PyTorch translates to; every runtime since 2022 reads it.
 OPSET = 18
@@ -171,6 +174,7 @@ def _tidy(model: Any) -> None:
 
 def write(
     two_stage: nn.Module,
+    answers: Callable[[Tensor], tuple[Tensor, ...]],
     example_input: Tensor,
     path: Path,
     description: str,
@@ -182,6 +186,7 @@ def write(
 
     Args:
         two_stage: As for `fastgrad.export`.
+        answers: From a batch to what the file returns, of the live module.
         example_input: Inputs on which both are compared, ``(B, ...)``.
         path: The file.
         description: JSON text.
@@ -193,12 +198,13 @@ def write(
         RuntimeError: As for `convert`; or the answers differ by more than the tolerance.
     """
     try:
-        model = convert(lambda x: tuple(two_stage(x)), example_input, max_batch=max_batch)
+        outputs = EXPLAINED[: len(answers(example_input[:1]))]
+        model = convert(answers, example_input, outputs=outputs, max_batch=max_batch)
     except UntranslatableError as error:
         raise UntranslatableError(error.names, _source(two_stage, example_input, error.names)) from None
     model.metadata_props.add(key=KEY, value=description)
     path.write_bytes(model.SerializeToString())
-    compare(path, two_stage, example_input[:max_batch], tolerance)
+    compare(path, answers, example_input[:max_batch], tolerance)
 
 
 def _source(two_stage: nn.Module, example_input: Tensor, names: list[str]) -> str:
@@ -220,7 +226,9 @@ def _source(two_stage: nn.Module, example_input: Tensor, names: list[str]) -> st
 
 
 @torch.no_grad()
-def compare(path: Path, two_stage: nn.Module, example_input: Tensor, tolerance: float) -> None:
+def compare(
+    path: Path, answers: Callable[[Tensor], tuple[Tensor, ...]], example_input: Tensor, tolerance: float
+) -> None:
     """Raise RuntimeError where the file's answers are not the live module's.
 
     Asked are the inputs together, one alone, three, and one of NaN, which must not pass for reliable. The difference
@@ -229,7 +237,7 @@ def compare(path: Path, two_stage: nn.Module, example_input: Tensor, tolerance: 
     run = load(path)
     three = example_input[torch.arange(3) % len(example_input)]
     for x in (example_input, three[:1], three, torch.full_like(three[:1], torch.nan)):
-        for name, ours, live in zip(OUTPUTS, run(x), two_stage(x), strict=True):
+        for name, ours, live in zip(EXPLAINED, run(x), answers(x), strict=False):
             worst = difference(ours, live)
             if not worst <= tolerance:
                 raise RuntimeError(

@@ -16,6 +16,7 @@ and the graph runs without this package::
     model = torch._inductor.aoti_load_package("model.pt2")
     logits, probabilities, uncertainty = model(x)     # x (B, *input shape), normalized with mean and std
 
+A file exported with ``evidence=True`` gives a fourth, the evidence ``(B, E)``, its columns named in the description.
 There ``x`` must have the dtype and shape of the description and be contiguous (``x.contiguous()``): native code
 reads memory as it is and checks nothing. `ModelPackage` checks all that. The graph is native code: load only files
 that you would also run as programs.
@@ -42,7 +43,8 @@ from fastgrad.deploy import onnx_file
 from fastgrad.deploy.drift import ScoreReference
 
 MEMBER = "extra/fastgrad.json"
-FORMAT = 1
+#: Of the description; 2 for a file whose graph gives the evidence as well, which no reader of 1 expects.
+FORMATS = (1, 2)
 #: Of the kinds of file, as their names end.
 SUFFIXES = (".pt2", ".onnx")
 
@@ -85,6 +87,8 @@ class Description:
         reference: the same scores as the drift monitor reads them: ``{"edges": (K-1), "counts": (K)}``, or
             None.
         versions: of fastgrad and torch, and the processor's instruction set the graph was compiled for.
+        evidence: of a file that gives the evidence: names in the order of its columns, and in plain words what an
+            alarm means that they raise; else None.
     """
 
     input_shape: tuple[int, ...]
@@ -101,6 +105,7 @@ class Description:
     histogram: dict[str, list[float]] | None = None
     reference: dict[str, list[float]] | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    evidence: dict[str, str] | None = None
 
     def threshold_at(self, rate: float | None) -> float | None:
         """The threshold at a false-alarm rate, one of those in the file (None: the file's own).
@@ -136,7 +141,10 @@ class Description:
 
 def description_text(description: Description) -> str:
     """As it stands in the file, JSON."""
-    return json.dumps({"format": FORMAT, **asdict(description)})
+    content = asdict(description)
+    if description.evidence is None:
+        del content["evidence"]
+    return json.dumps({"format": FORMATS[description.evidence is not None], **content})
 
 
 def write_description(path: str | os.PathLike[str], description: Description) -> None:
@@ -165,8 +173,9 @@ def read_description(path: str | os.PathLike[str]) -> Description:
         raise PackageError(
             f"{path} is not a readable {'.onnx' if onnx else '.pt2 archive'}: {error}"
         ) from None
-    if content.pop("format", None) != FORMAT:
-        raise PackageError(f"{path} has another format than {FORMAT}; a newer fastgrad may read it")
+    if content.pop("format", None) not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
+        raise PackageError(f"{path} has another format than {known}; a newer fastgrad may read it")
     try:
         content["input_shape"] = tuple(content["input_shape"])
         content["thresholds"] = [(float(a), float(b)) for a, b in content["thresholds"]]
@@ -209,6 +218,17 @@ class ModelPackage:
             ValueError: a wrong shape or batch size.
             TypeError: a wrong dtype.
         """
+        return self.explain(x)[0]
+
+    def explain(self, x: Tensor) -> tuple[Prediction, dict[str, Tensor]]:
+        """Run a batch, and say what makes it unusual: the evidence ``(B,)`` by name, as `TwoStageModel.explain` does.
+
+        Without evidence in the file there is none, an empty dictionary.
+
+        Raises:
+            ValueError: a wrong shape or batch size.
+            TypeError: a wrong dtype.
+        """
         expected = self.description.input_shape
         if tuple(x.shape[1:]) != expected or not 1 <= len(x) <= self.description.max_batch:
             raise ValueError(
@@ -218,7 +238,10 @@ class ModelPackage:
         if str(x.dtype) != f"torch.{self.description.input_dtype}":
             raise TypeError(f"x must have dtype {self.description.input_dtype}; it was {x.dtype}")
         x = x.to(self.description.device).contiguous()
-        return Prediction(*self._run(x))
+        logits, probabilities, uncertainty, *evidence = self._run(x)
+        columns = evidence[0].unbind(-1) if evidence else ()
+        named = dict(zip(self.description.evidence or (), columns, strict=True))
+        return Prediction(logits, probabilities, uncertainty), named
 
 
 def replace_atomically(make: Any, path: str | os.PathLike[str]) -> None:

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrad.scores.conformal import COMBINATIONS, OneSided, TwoSided
+from fastgrad.scores.conformal import COMBINATIONS, OneSided, TwoSided, weighted
 from fastgrad.scores.fitted import Fitted, Sequence
+
+from . import supervised
 
 #: Parts of the calibration data, of which each in turn is joined by what the scores mean on the others.
 _FOLDS = 10
@@ -131,13 +133,43 @@ class DetectorModule(Fitted):
 
     def joined(self, raw: Tensor) -> Tensor:
         """The combined statistic ``(B,)`` of every score's ``raw`` values ``(K, B)``, before its own calibration."""
+        return COMBINATIONS[self.options["combine"]](*self._terms(raw))
+
+    def _terms(self, raw: Tensor) -> tuple[Tensor, float, list[float]]:
+        """What is combined: log p-values ``(B, K)``, their cap, their weights."""
         evidence = [score.evidence(own) for score, own in zip(self.scores, raw, strict=True)]
         weights = [score.options["weight"] for score in self.scores]
-        return COMBINATIONS[self.options["combine"]](torch.stack(evidence, -1), self.options["cap"], weights)
+        return torch.stack(evidence, -1), self.options["cap"], weights
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Unreliability ``(B,)``, at least 0."""
-        raw = torch.stack([score.raw(blocks) for score in self.scores])
+        return self._unreliability(self._raw(blocks))
+
+    def explain(self, blocks: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a call gives, and the evidence ``(B,)`` of each block and of H by name, at least 0.
+
+        A block's evidence is the sum over its scores of -log p, as it is combined: above the p-value from which on it
+        counts, capped, weighted. All evidence adds up to the statistic that ``combine="fisher"`` calibrates, and
+        ``"harmonic"`` too rises with each of it.
+        """
+        raw = self._raw(blocks)
+        evidence: dict[str, Tensor] = {}
+        for source, own in zip(self.sources(), weighted(*self._terms(raw)).unbind(-1), strict=True):
+            evidence[source] = evidence[source] + own if source in evidence else own
+        return self._unreliability(raw), {source: _failed(own) for source, own in evidence.items()}
+
+    def sources(self) -> list[str]:
+        """Of each score, the block that it reads, or H's name."""
+        return [
+            supervised.NAME if name == "labels" else score.rows.options.get("block", name)
+            for name, score in zip(self.scores._modules, self.scores, strict=True)
+        ]
+
+    def _raw(self, blocks: Mapping[str, Tensor]) -> Tensor:
+        """Every score's values before calibration, ``(K, B)``."""
+        return torch.stack([score.raw(blocks) for score in self.scores])
+
+    def _unreliability(self, raw: Tensor) -> Tensor:
         return _failed(-self.final(self.joined(raw)))
 
     def parts(self, blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:

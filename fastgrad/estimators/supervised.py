@@ -18,6 +18,10 @@ from fastgrad.scores.rows import clipped
 
 Array = NDArray[np.float64]
 
+#: H among the evidence, and what its alarm means, as `fastgrad.blocks.Block.alarm` says it of a block.
+NAME = "challenges"
+ALARM = "resemblance to altered or foreign inputs that the detector was trained on"
+
 # Standardised rows are cut here, so that no single feature, however far out, decides alone.
 _LIMIT = 50.0
 # Training of H: samples a step (half of them clean), passes over the data and their bounds in steps, AdamW's two.

@@ -144,9 +144,14 @@ class TwoSided(Fitted):
         return (smaller + math.log(2.0)).clamp(max=0.0)
 
 
+def weighted(log_p: Tensor, cap: float, weights: Sequence[float]) -> Tensor:
+    """Each -log p, at most ``cap``, times its weight: ``(B, K)``."""
+    return (-log_p).clamp(max=cap) * log_p.new_tensor(weights)
+
+
 def fisher(log_p: Tensor, cap: float, weights: Sequence[float]) -> Tensor:
     """Weighted sum of -log p, each at most ``cap``: ``(B, K)`` to ``(B,)`` (Fisher's method)."""
-    return ((-log_p).clamp(max=cap) * log_p.new_tensor(weights)).sum(-1)
+    return weighted(log_p, cap, weights).sum(-1)
 
 
 def harmonic(log_p: Tensor, cap: float, weights: Sequence[float]) -> Tensor:

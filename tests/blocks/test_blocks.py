@@ -16,6 +16,16 @@ from fastgrad.blocks.subject import watch
 EPS = torch.finfo(torch.float64).eps
 
 
+def test_every_block_says_in_words_what_its_alarm_means() -> None:
+    words = [block.alarm for block in BLOCKS.values()]
+    assert len(set(words)) == len(words)
+    for text in words:
+        # Follows "Mostly because:", and others follow it.
+        assert text
+        assert text[0].islower()
+        assert not set(text) & set(";.")
+
+
 class Residual(nn.Module):
     """Two normalised convolutions with a sum around the second, activations in place."""
 

@@ -26,6 +26,33 @@ def test_equal_to_the_live_model_at_every_batch_size(tiny_package: Path) -> None
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_evidence_is_a_fourth_output_where_it_is_asked_for(tiny_package: Path, tiny_explained: Path) -> None:
+    live, package = TinyTwoStage(), ModelPackage(tiny_explained)
+    assert package.description.evidence == live.alarms
+    generator = torch.Generator().manual_seed(3)
+    for batch in (1, 2, 17):
+        x = torch.randn(batch, *live.shape, generator=generator)
+        (prediction, evidence), (_, expected) = package.explain(x), live.explain(x)
+        assert list(evidence) == list(expected)
+        for name, own in evidence.items():
+            torch.testing.assert_close(own, expected[name], rtol=1e-5, atol=1e-5)
+        assert torch.equal(prediction.uncertainty, package(x).uncertainty)
+        assert len(torch._inductor.aoti_load_package(str(tiny_explained))(x)) == 4
+    x = torch.zeros(2, *live.shape)
+    assert ModelPackage(tiny_package).explain(x)[1] == {}
+    assert len(torch._inductor.aoti_load_package(str(tiny_package))(x)) == 3
+
+
+def test_only_files_with_evidence_have_the_newer_format(tiny_package: Path, tiny_explained: Path) -> None:
+    found = []
+    for path in (tiny_package, tiny_explained):
+        with zipfile.ZipFile(path) as archive:
+            member = next(name for name in archive.namelist() if name.endswith("/extra/fastgrad.json"))
+            content = json.loads(archive.read(member))
+        found.append((content["format"], "evidence" in content))
+    assert found == [(1, False), (2, True)]
+
+
 def test_runs_in_a_process_without_fastgrad(tiny_package: Path, tmp_path: Path) -> None:
     live = TinyTwoStage()
     x = torch.randn(5, *live.shape, generator=torch.Generator().manual_seed(1))
@@ -106,6 +133,18 @@ def test_foreign_files_are_refused(tmp_path: Path, tiny_package: Path) -> None:
 X = torch.zeros(1, 3, 8, 8)
 
 
+class Mute(nn.Module):
+    """Three answers and no reasons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TinyTwoStage()
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.inner(x)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -122,6 +161,8 @@ X = torch.zeros(1, 3, 8, 8)
         ({"scores": np.zeros(3)}, ValueError, "at least 20"),
         ({"two_stage": nn.Flatten().eval()}, ValueError, "must return"),
         ({"two_stage": nn.Flatten().train()}, ValueError, "evaluation mode"),
+        ({"evidence": 1}, TypeError, "evidence must be True or False; it was 1"),
+        ({"two_stage": Mute(), "evidence": True}, ValueError, "evidence must be False for .* a Mute"),
     ],
 )
 def test_bad_arguments(change: dict, error: type[Exception], message: str, tmp_path: Path) -> None:

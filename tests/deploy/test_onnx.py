@@ -41,11 +41,16 @@ QUICK = ("forward", "view", "bias gradients", "contrasts")
 )
 def test_every_block_has_an_onnx_form(form: str, tmp_path: Path) -> None:
     live = two_stage_model(form)
-    package = ModelPackage(export(live, shapes(8, 3)[0], tmp_path / "m.onnx"))
+    package = ModelPackage(export(live, shapes(8, 3)[0], tmp_path / "m.onnx", evidence=True))
     assert package.description.threshold == pytest.approx(live.threshold(0.05))
+    assert package.description.evidence == live.alarms
     for batch in (1, 3, 8, 64):
         x, _ = shapes(batch, 2000 + batch)
-        for ours, theirs in zip(package(x), live(x), strict=True):
+        (prediction, evidence), (expected, reasons) = package.explain(x), live.explain(x)
+        assert list(evidence) == list(reasons)
+        for ours, theirs in zip(
+            (*prediction, *evidence.values()), (*expected, *reasons.values()), strict=True
+        ):
             assert onnx_file.difference(ours, theirs) <= 1e-5
 
 

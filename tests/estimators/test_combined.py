@@ -68,6 +68,34 @@ def test_flagged_share_keeps_its_promise_and_its_power(count, draws, combine):
         assert share.std() < 1.4 * spread
 
 
+@pytest.mark.parametrize("combine", ["fisher", "harmonic"])
+def test_evidence_explains_what_is_calibrated(combine):
+    rng = np.random.default_rng(5)
+    module = fitted(scores(200, rng, 0.5), combine)
+    x = torch.tensor(scores(300, rng, 0.5))
+    raw = module._raw({"x": x})
+    unreliability, evidence = module.explain({"x": x})
+    assert torch.equal(unreliability, module({"x": x}))
+    assert list(evidence) == [f"score{index}" for index in range(5)]
+    assert all((own >= 0).all() for own in evidence.values())
+    assert evidence["score4"].max() > 3
+    # What the final score calibrates is the sum, or rises with every part of it.
+    joined = module.joined(raw)
+    if combine == "fisher":
+        torch.testing.assert_close(sum(evidence.values()), joined)
+    # The first is two-sided: its highest value need not be its most unusual one.
+    for index, (name, own) in list(enumerate(evidence.items()))[1:]:
+        more = x.clone()
+        more[:, index] = more[:, index].sort().values[-1] + 1
+        changed = module._raw({"x": more})
+        assert (module.explain({"x": more})[1][name] >= own).all()
+        assert (module.joined(changed) >= joined).all()
+    x[0, 2] = 100
+    unreliability, evidence = module.explain({"x": x})
+    assert unreliability[0] == evidence["score2"][0] == torch.inf
+    assert torch.isfinite(evidence["score1"][0])
+
+
 @pytest.mark.parametrize("count", [50, 160, 1000])
 def test_detector_flags_what_it_says_for_any_number_of_calibration_inputs(count):
     """One draw each: flagged new samples against the beta-binomial law of a threshold from ``count`` scores."""

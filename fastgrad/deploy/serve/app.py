@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastgrad.checks import extra
 from fastgrad.deploy.images import MAX_PIXELS
@@ -21,6 +21,10 @@ from fastgrad.deploy.serve.openapi import operation
 from fastgrad.deploy.serve.pool import ModelError
 from fastgrad.deploy.serve.requests import MAX_BODY, RequestError, answer, read_input
 from fastgrad.deploy.serve.served import Model, Served
+from fastgrad.deploy.serve.traces import Trace, Traces
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
 
 with extra("serve"):
     import python_multipart  # noqa: F401 - starlette reads forms with it
@@ -67,6 +71,7 @@ def create_app(
     false_alarm_rate: float | None = None,
     drift_false_alarm_rate: float = 0.01,
     reload_every: float | None = 1.0,
+    tracer_provider: TracerProvider | None = None,
 ) -> FastAPI:
     """Make the application that serves exported models.
 
@@ -86,6 +91,7 @@ def create_app(
             file's own.
         drift_false_alarm_rate: bound on the probability of ever raising the drift alarm without drift.
         reload_every: seconds between two looks at the files; None never looks.
+        tracer_provider: of OpenTelemetry, for the spans of requests to /predict; None makes none.
 
     Raises:
         PackageError: not an exported model.
@@ -121,6 +127,7 @@ def create_app(
 
     models = {name: Model(name, file, load) for name, file in paths.items()}
     first = next(iter(models.values()))
+    traces = Traces(tracer_provider)
 
     def named(name: str | None) -> Model:
         if name is None:
@@ -160,7 +167,7 @@ def create_app(
         if not hmac.compare_digest(hashlib.sha256(given.encode()).digest(), key_digest):
             raise RequestError(401, "the API key is missing or wrong; send it as X-API-Key")
 
-    async def predict(request: Request, served: Served) -> dict[str, Any]:
+    async def predict(request: Request, served: Served, trace: Trace) -> dict[str, Any]:
         authorize(request)
         if not app.state.ready:
             raise RequestError(503, "the server is starting or shutting down")
@@ -170,12 +177,16 @@ def create_app(
         reading = True
         try:
             async with _timeout(limits.seconds):
+                trace.stage("read")
                 body = await _read_body(request, limits.body)
                 reading = False
+                trace.stage("decode")
                 kind = request.headers.get("content-type", "")
                 x = await read_input(kind, body, served.description, max_pixels=limits.pixels)
-                probabilities, uncertainty = await served.pool.submit(x.numpy())
-            result = answer(served.description, served.threshold, probabilities, uncertainty)
+                trace.stage("queue")
+                row = await served.pool.submit(x.numpy(), lambda size: trace.stage("run", batch_size=size))
+            trace.stage("answer")
+            result = answer(served.description, served.threshold, *row)
         except asyncio.TimeoutError:
             if reading:
                 raise RequestError(408, f"the body did not arrive within {limits.seconds:g} s") from None
@@ -190,10 +201,11 @@ def create_app(
     async def respond(request: Request, name: str | None) -> Response:
         start = time.perf_counter()
         headers = {"Connection": "close"} if app.state.draining else {}
+        route = "/predict" if name is None else "/predict/{name}"
         # One version of the file from here to the answer, whatever takes over meanwhile.
-        with named(name).served.in_use() as served:
+        with named(name).served.in_use() as served, traces.request(route, request.headers) as trace:
             try:
-                status, content = 200, await predict(request, served)
+                status, content = 200, await predict(request, served, trace)
             except RequestError as error:
                 status, content = error.status, {"detail": error.message}
                 if status == 503:
@@ -202,7 +214,8 @@ def create_app(
                     headers["WWW-Authenticate"] = "Bearer"
             served.metrics.latency.observe(time.perf_counter() - start)
             served.metrics.requests.labels(str(status)).inc()
-        return Response(json.dumps(content, allow_nan=False), status, headers, "application/json")
+            trace.answered(status)
+            return Response(json.dumps(content, allow_nan=False), status, headers, "application/json")
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
@@ -252,6 +265,7 @@ def create_app(
             "threshold": served.threshold,
             "false_alarm_rate": served.false_alarm_rate,
             "histogram": served.description.histogram,
+            "evidence": served.description.evidence,
             "needs_key": key_digest is not None,
         }
 

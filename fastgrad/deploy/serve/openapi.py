@@ -21,13 +21,19 @@ def operation(shape: tuple[int, ...]) -> dict[str, Any]:
     }
     result = {
         "type": "object",
-        "required": ["class", "label", "probabilities", "uncertainty", "reliable"],
+        "required": ["class", "label", "probabilities", "uncertainty", "reliable", "evidence"],
         "properties": {
             "class": {"type": "integer"},
             "label": {"type": ["string", "null"]},
             "probabilities": {"type": "array", "items": {"type": "number"}},
             "uncertainty": {"type": "number", "description": "higher = less reliable"},
             "reliable": {"type": ["boolean", "null"], "description": "uncertainty at most the threshold"},
+            "evidence": {
+                "type": ["object", "null"],
+                "additionalProperties": {"type": "number", "minimum": 0},
+                "description": "what the uncertainty rests on: by name as in /model, each block's -log p as the "
+                "detector sums it; null where the file does not give it",
+            },
         },
     }
     return {

@@ -38,7 +38,8 @@ class WorkerDiedError(RuntimeError):
 @dataclass(eq=False)
 class _Item:
     value: Array
-    future: asyncio.Future[tuple[Array, float]]
+    future: asyncio.Future[tuple[Any, ...]]
+    on_run: Callable[[int], None]
     attempts: int = 0
 
 
@@ -74,8 +75,8 @@ class _Worker:
             raise ModelError(f"the model cannot be loaded: {reason}")
         self.ready = True
 
-    def run(self, batch: Array) -> tuple[Array, Array]:
-        """Send one batch and wait for its results (blocking)."""
+    def run(self, batch: Array) -> list[Array]:
+        """Send one batch and wait for its `requests.results` (blocking)."""
         assert self.pipe is not None
         try:
             self.pipe.send(batch)
@@ -86,8 +87,8 @@ class _Worker:
             raise WorkerDiedError("the model's process ended") from None
         if status != "done":
             raise ModelError(f"the model failed: {result}")
-        probabilities, uncertainty = result
-        return probabilities, uncertainty
+        arrays: list[Array] = result
+        return arrays
 
     def stop(self, patience: float = 5.0) -> None:
         """End the process, kindly first (blocking)."""
@@ -171,13 +172,19 @@ class WorkerPool:
                 raise outcome
         self._tasks = [loop.create_task(self._serve(worker)) for worker in self._workers]
 
-    async def submit(self, value: Array) -> tuple[Array, float]:
-        """Run one input; return its probabilities and uncertainty. Cancelling it takes it out of the queue.
+    async def submit(
+        self, value: Array, on_run: Callable[[int], None] = lambda size: None
+    ) -> tuple[Any, ...]:
+        """Run one input; return its row of `requests.results`. Cancelling it takes it out of the queue.
+
+        Args:
+            value: ``input_shape``.
+            on_run: called with the size of its batch when that goes to a worker, again where it has to be run again.
 
         Raises:
             ModelError: the model failed on it.
         """
-        item = _Item(value, asyncio.get_running_loop().create_future())
+        item = _Item(value, asyncio.get_running_loop().create_future(), on_run)
         self._queue.append(item)
         self._in_flight += 1
         self._idle.clear()
@@ -245,8 +252,10 @@ class WorkerPool:
                 continue
             stacked = np.stack([item.value for item in batch])
             self.on_batch(len(batch))
+            for item in batch:
+                item.on_run(len(batch))
             try:
-                probabilities, uncertainty = await loop.run_in_executor(worker.executor, worker.run, stacked)
+                results = await loop.run_in_executor(worker.executor, worker.run, stacked)
             except WorkerDiedError as error:
                 self._give_back(batch, str(error))
                 await self._restart(worker)
@@ -254,8 +263,8 @@ class WorkerPool:
                 for item in batch:
                     _settle(item, ModelError(str(error)))
             else:
-                for item, p, u in zip(batch, probabilities, uncertainty.tolist(), strict=True):
-                    _settle(item, (p, u))
+                for item, *row in zip(batch, *results, strict=True):
+                    _settle(item, tuple(row))
 
     def _give_back(self, batch: list[_Item], reason: str) -> None:
         for item in reversed(batch):
@@ -281,7 +290,7 @@ class WorkerPool:
                 pause = min(2 * pause, 5.0)
 
 
-def _settle(item: _Item, outcome: tuple[Array, float] | Exception) -> None:
+def _settle(item: _Item, outcome: tuple[Any, ...] | Exception) -> None:
     if item.future.done():
         return
     if isinstance(outcome, Exception):

@@ -47,14 +47,13 @@ def deployment(
         ValueError: the file has no threshold for that rate.
     """
     import numpy as np
-    import torch
 
     with extra("cluster"):
         from ray import serve
         from starlette.requests import Request
         from starlette.responses import JSONResponse
 
-    from fastgrad.deploy.serve.requests import RequestError, answer, read_input
+    from fastgrad.deploy.serve.requests import RequestError, answer, read_input, results
 
     path = str(Path(model).resolve())
     description = read_description(path)
@@ -71,9 +70,8 @@ def deployment(
             self.model = ModelPackage(path)
 
         @serve.batch(max_batch_size=min(max_batch, description.max_batch), batch_wait_timeout_s=batch_wait)
-        async def run(self, inputs: list[Any]) -> list[tuple[Any, float]]:
-            result = self.model(torch.from_numpy(np.stack(inputs)))
-            return list(zip(result.probabilities.cpu().numpy(), result.uncertainty.tolist(), strict=True))
+        async def run(self, inputs: list[Any]) -> list[tuple[Any, ...]]:
+            return list(zip(*results(self.model, np.stack(inputs)), strict=True))
 
         async def __call__(self, request: Request) -> JSONResponse:
             try:
@@ -84,8 +82,7 @@ def deployment(
                     raise RequestError(400, "the body is empty")
                 kind = request.headers.get("content-type", "")
                 x = await read_input(kind, body, description, max_pixels=max_pixels)
-                probabilities, uncertainty = await self.run(x.numpy())
-                return JSONResponse(answer(description, threshold, probabilities, uncertainty))
+                return JSONResponse(answer(description, threshold, *await self.run(x.numpy())))
             except RequestError as error:
                 return JSONResponse({"detail": error.message}, error.status)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgrad.deploy.images import MAX_PIXELS, ImageError, ImageTooLargeError, decode_image
-from fastgrad.deploy.package import Description
+from fastgrad.deploy.package import Description, ModelPackage
 
 MAX_BODY = 16 * 2**20
 
@@ -120,14 +120,26 @@ def _json_input(body: bytes, description: Description) -> Tensor:
     return tensor
 
 
+def results(model: ModelPackage, batch: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+    """What the answers to a batch ``(B, *input_shape)`` need, ``(B, ...)`` each, in the order of `answer`."""
+    prediction, evidence = model.explain(torch.from_numpy(batch))
+    needed = (prediction.probabilities, prediction.uncertainty, *evidence.values())
+    return [value.cpu().numpy() for value in needed]
+
+
 def answer(
-    description: Description, threshold: float | None, probabilities: np.ndarray[Any, Any], uncertainty: float
+    description: Description,
+    threshold: float | None,
+    probabilities: np.ndarray[Any, Any],
+    uncertainty: float,
+    *evidence: float,
 ) -> dict[str, Any]:
     """The answer to one input.
 
     Returns:
-        ``class`` (index), ``label`` (its name, or None), ``probabilities`` (N), ``uncertainty``, and
-        ``reliable``: whether the uncertainty is at most the threshold (None without one).
+        ``class`` (index), ``label`` (its name, or None), ``probabilities`` (N), ``uncertainty``,
+        ``reliable``: whether the uncertainty is at most the threshold (None without one), and ``evidence``: by name,
+        what the uncertainty rests on (None if the file does not give it).
 
     Raises:
         RequestError: 422, the model's result is not finite: the input lies outside what its arithmetic can
@@ -142,4 +154,7 @@ def answer(
         "probabilities": [float(value) for value in probabilities],
         "uncertainty": float(uncertainty),
         "reliable": None if threshold is None else bool(uncertainty <= threshold),
+        "evidence": dict(zip(description.evidence, map(float, evidence), strict=True))
+        if description.evidence
+        else None,
     }

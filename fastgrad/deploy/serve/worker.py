@@ -10,7 +10,7 @@ from typing import Any
 def main(pipe: Connection, path: str, threads: int | None) -> None:
     """Load the model, say ``("ready", None)`` or ``("failed", reason)``, then answer until the pipe closes.
 
-    A batch is an array ``(B, *input_shape)``; its answer is ``("done", (probabilities, uncertainty))`` or
+    A batch is an array ``(B, *input_shape)``; its answer is ``("done", results)``, see `requests.results`, or
     ``("error", reason)``.
     """
     # Whoever stops the server may signal the whole process group; the server alone decides when workers end.
@@ -19,6 +19,7 @@ def main(pipe: Connection, path: str, threads: int | None) -> None:
     import torch
 
     from fastgrad.deploy.package import ModelPackage
+    from fastgrad.deploy.serve.requests import results
 
     try:
         if threads is not None:
@@ -40,8 +41,7 @@ def main(pipe: Connection, path: str, threads: int | None) -> None:
             return
         answer: tuple[str, Any]
         try:
-            result = model(torch.from_numpy(batch))
-            answer = ("done", (result.probabilities.cpu().numpy(), result.uncertainty.cpu().numpy()))
+            answer = ("done", results(model, batch))
         except Exception as error:
             answer = ("error", str(error))
         try:

@@ -32,7 +32,7 @@ def the_one(app: Any) -> Any:
 def make(package: Path, delay: float = 0.0, error: Exception | None = None, **options: Any) -> Any:
     app = create_app(str(package), **options)
 
-    async def submit(value: np.ndarray) -> tuple[np.ndarray, float]:
+    async def submit(value: np.ndarray, on_run: Any) -> tuple[np.ndarray, float]:
         await asyncio.sleep(delay)
         if error is not None:
             raise error
@@ -150,7 +150,7 @@ def test_several_models_answer_by_name(tiny_package: Path) -> None:
     app.state.ready = True
     for name, model in app.state.models.items():
 
-        async def submit(value: np.ndarray, name: str = name) -> tuple[np.ndarray, float]:
+        async def submit(value: np.ndarray, on_run: Any, name: str = name) -> tuple[np.ndarray, float]:
             return np.array([0.1, 0.2, 0.3, 0.4]), float(len(name))
 
         model.served.pool.submit = submit
@@ -173,7 +173,7 @@ def test_several_models_answer_by_name(tiny_package: Path) -> None:
 def test_drift_reaches_the_metrics(tiny_package: Path) -> None:
     app = make(tiny_package)
 
-    async def far_out(value: np.ndarray) -> tuple[np.ndarray, float]:
+    async def far_out(value: np.ndarray, on_run: Any) -> tuple[np.ndarray, float]:
         return np.array([1.0, 0.0, 0.0, 0.0]), 1e3
 
     the_one(app).pool.submit = far_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from deploy.serve.client import Server, image, running
+from deploy_models import TinyTwoStage
 
 webdriver = pytest.importorskip("selenium.webdriver")
 pytest.importorskip("fastapi")
@@ -22,6 +24,10 @@ if CHROMIUM is None or DRIVER is None:
 SCREENSHOTS = os.environ.get("FASTGRAD_SCREENSHOTS")
 
 
+# axe-core, from npm: a file, or what an install in this folder left.
+AXE = Path(os.environ.get("FASTGRAD_AXE", "node_modules/axe-core/axe.min.js"))
+
+
 @pytest.fixture(scope="module")
 def server(tiny_package: Path) -> Iterator[Server]:
     with running(tiny_package) as started:
@@ -29,7 +35,13 @@ def server(tiny_package: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def explaining(tiny_explained: Path) -> Iterator[Server]:
+    with running(tiny_explained) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
     for argument in (
@@ -37,6 +49,11 @@ def browser() -> Iterator[Any]:
         "--no-sandbox",
         "--disable-gpu",
         "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
         "--window-size=1000,800",
     ):
         options.add_argument(argument)
@@ -103,11 +120,117 @@ def test_a_chosen_file_and_an_unreadable_one(server: Server, browser: Any, tmp_p
     keep(browser, "error")
 
 
-def test_narrow_and_dark(server: Server, browser: Any) -> None:
-    browser.set_window_size(420, 900)
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+def odd_one(server: Server) -> tuple[bytes, dict[str, Any]]:
+    """An image that raises an alarm, and the answer to it."""
+    for seed in range(200):
+        content = image(seed, (8, 8))
+        _, answer = server.predict(content, "image/png")
+        if answer["reliable"] is False:
+            return content, answer
+    raise AssertionError("no image raised an alarm")
+
+
+def test_an_alarm_says_what_raised_it(explaining: Server, browser: Any) -> None:
+    content, answer = odd_one(explaining)
+    browser.get(f"http://127.0.0.1:{explaining.port}/")
+    drop(browser, content)
+    wait_until(browser, "!document.getElementById('result').hidden")
+    assert browser.find_element("id", "verdict").text.endswith("Do not rely on this answer")
+    parts = sorted(answer["evidence"].items(), key=lambda part: -part[1])
+    total = sum(value for _, value in parts)
+    rows = [row.text.splitlines() for row in browser.find_elements("css selector", "#evidence li")]
+    assert rows == [
+        [TinyTwoStage.alarms[name], f"{int(100 * value / total + 0.5)} %"] for name, value in parts
+    ]
+    named = [TinyTwoStage.alarms[name] for name, _ in parts]
+    named = named[:1] if parts[0][1] >= 2 / 3 * total else named
+    assert browser.find_element("id", "why").text == f"Mostly because: {'; '.join(named)}."
+    keep(browser, "alarm")
+
+
+def test_nothing_is_explained_without_an_alarm_or_evidence(
+    server: Server, explaining: Server, browser: Any
+) -> None:
+    content, _ = odd_one(server)
+    usual = next(
+        other
+        for other in (image(seed, (64, 64)) for seed in range(200))
+        if explaining.predict(other, "image/png")[1]["reliable"]
     )
+    for asked, sent in ((server, content), (explaining, usual)):
+        browser.get(f"http://127.0.0.1:{asked.port}/")
+        drop(browser, sent)
+        wait_until(browser, "!document.getElementById('result').hidden")
+        assert browser.find_element("id", "why").text == ""
+        assert not browser.find_element("id", "reasons").is_displayed()
+
+
+def test_the_keyboard_alone(server: Server, browser: Any) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(f"http://127.0.0.1:{server.port}/")
+    # A click on the field opens the chooser, which nobody could close here.
+    browser.execute_script(
+        "window.clicks = 0; document.getElementById('file').addEventListener('click', event => {"
+        " event.preventDefault(); window.clicks++; });"
+    )
+    ActionChains(browser).send_keys(Keys.TAB).perform()
+    assert browser.execute_script("return document.activeElement.id") == "file"
+    outline = browser.find_element("id", "drop").value_of_css_property("outline-style")
+    assert outline == "solid"
+    for count, key in enumerate((Keys.ENTER, Keys.SPACE), 1):
+        ActionChains(browser).send_keys(key).perform()
+        assert browser.execute_script("return window.clicks") == count
+
+
+def test_what_a_screen_reader_is_told(explaining: Server, browser: Any) -> None:
+    content, answer = odd_one(explaining)
+    browser.get(f"http://127.0.0.1:{explaining.port}/")
+    assert browser.find_element("id", "file").accessible_name == "Drop an image here, or choose one"
+    drop(browser, content)
+    wait_until(browser, "!document.getElementById('result').hidden")
+    chart = browser.find_element("id", "chart")
+    assert chart.aria_role in ("img", "image")
+    assert (
+        f"limit {json.loads(explaining.request('GET', '/model')[1])['threshold']:.2f}"
+        in chart.accessible_name
+    )
+    assert browser.find_element("id", "where").text in chart.accessible_name
+    spoken = browser.find_element("css selector", "[role=status]").text
+    for part in (answer["label"], "Do not rely", "Mostly because", f"{answer['uncertainty']:.2f}"):
+        assert part in spoken
+    for id_ in ("bars", "evidence"):
+        (listed,) = browser.find_elements("id", id_)
+        assert listed.aria_role == "list"
+        assert all(row.text for row in listed.find_elements("css selector", "li"))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1000, 390])
+def test_axe_finds_nothing(explaining: Server, browser: Any, theme: str, width: int) -> None:
+    if not AXE.is_file():
+        pytest.skip("needs axe-core (npm install axe-core, or FASTGRAD_AXE=axe.min.js)")
+    show_as(browser, theme, width)
+    browser.get(f"http://127.0.0.1:{explaining.port}/")
+    for content, shown in ((None, "wait"), (odd_one(explaining)[0], "result"), (b"no image", "error")):
+        if content is not None:
+            drop(browser, content)
+        wait_until(browser, f"!document.getElementById('{shown}').hidden")
+        browser.execute_script(AXE.read_text())
+        found = browser.execute_async_script("axe.run().then(arguments[0])")
+        assert [(each["id"], each["help"]) for each in found["violations"]] == [], shown
+        assert found["passes"]
+
+
+def show_as(browser: Any, theme: str, width: int) -> None:
+    browser.set_window_size(width, 900)
+    feature = {"name": "prefers-color-scheme", "value": theme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+
+def test_narrow_and_dark(server: Server, browser: Any) -> None:
+    show_as(browser, "dark", 420)
     browser.get(f"http://127.0.0.1:{server.port}/")
     drop(browser, image(7, (20, 60)))
     wait_until(browser, "!document.getElementById('result').hidden")
@@ -118,6 +241,4 @@ def test_narrow_and_dark(server: Server, browser: Any) -> None:
 def test_the_console_stays_clean(server: Server, browser: Any) -> None:
     # The refused image above is a 400, which browsers note on the console; nothing else may be there.
     messages = [entry["message"] for entry in browser.get_log("browser")]
-    assert [
-        message for message in messages if "400 (Bad Request)" not in message and "favicon" not in message
-    ] == []
+    assert [message for message in messages if "400 (Bad Request)" not in message] == []

@@ -39,7 +39,8 @@ def package(tiny_package: Path) -> ModelPackage:
 
 def check(answer: dict, package: ModelPackage, x: torch.Tensor) -> None:
     direct = package(x[None])
-    assert set(answer) == {"class", "label", "probabilities", "uncertainty", "reliable"}
+    assert set(answer) == {"class", "label", "probabilities", "uncertainty", "reliable", "evidence"}
+    assert answer["evidence"] is None
     assert answer["class"] == int(direct.probabilities[0].argmax())
     assert answer["label"] == package.description.labels[answer["class"]]
     # Batches of other sizes may sum in another order.
@@ -71,6 +72,18 @@ def test_json_inputs(server: Server, package: ModelPackage, batched: bool) -> No
     status, answer = server.predict(json.dumps({"inputs": inputs}), "application/json; charset=utf-8")
     assert status == 200, answer
     check(answer, package, x)
+
+
+def test_evidence_of_a_file_that_gives_it(tiny_explained: Path) -> None:
+    package = ModelPackage(tiny_explained)
+    with running(tiny_explained) as server:
+        status, answer = server.predict(image(3), "image/png")
+        model = json.loads(server.request("GET", "/model")[1])
+    assert status == 200
+    x = decode_image(image(3), package.description)
+    _, direct = package.explain(x[None])
+    assert answer["evidence"] == pytest.approx({name: float(own) for name, own in direct.items()}, rel=1e-5)
+    assert model["evidence"] == package.description.evidence
 
 
 def bomb() -> bytes:
