@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgrad.challenges.attacks import fgsm, pgd
+from fastgrad.challenges.attacks import deepfool, fgsm, pgd
 from fastgrad.challenges.generate import (
     CHALLENGES,
     FAMILIES,
@@ -17,6 +17,7 @@ __all__ = [
     "FAMILIES",
     "PixelRange",
     "challenge_names",
+    "deepfool",
     "fgsm",
     "generate_challenges",
     "iter_challenges",
