@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.harness import results_file
 from bench.paper.data import sets
-from bench.paper.draws import Draw
+from bench.paper.draws import AFTER, Draw
 from bench.paper.figures import grouped_bars
 from bench.paper.rows import Rows
 from bench.paper.table import Options, Page, Table
@@ -167,7 +167,7 @@ def evaluate(draw: Draw) -> Rows:
                     )
                 ]
                 attacked = torch.cat([part[0] for part in parts])
-                for after, images in (("", attacked), (" after JPEG", _compressed(attacked))):
+                for after, images in (("", attacked), (AFTER, _compressed(attacked))):
                     logits, uncertainty = _answers(box, images)
                     misled = logits.argmax(1) != labels
                     rows.append(
@@ -191,23 +191,31 @@ def _compressed(images: Tensor) -> Tensor:
 
 def write(options: Options, subjects: Sequence[Draw], found: Sequence[Rows]) -> Page:
     """Shares of the misleading images that are found, and of the images that are protected."""
-    rows = [row for own in found for row in own]
+    attacked = [row for own in found for row in own]
+    rows: Rows = []
     lines: list[dict[str, Any]] = []
-    bars: dict[str, list[float]] = {}
-    for form in FORMS:
-        for radius in sorted({row["radius"] for row in rows}):
-            own = [row for row in rows if row["form"] == form and row["radius"] == radius]
-            line: dict[str, Any] = {"detector": form, "radius": f"{radius}/255"}
-            for attack_name in dict.fromkeys(row["attack"] for row in own):
-                misled, seen = _joined(own, attack_name)
-                line[attack_name] = f"{(misled & seen).sum()} of {misled.sum()}"
-            for name, kept in (("protected", ""), ("protected after JPEG", " after JPEG")):
-                names = {row["attack"] for row in own if row["attack"].endswith("JPEG") == bool(kept)}
-                pairs = [_joined(own, one) for one in names]
-                line[name] = f"{np.mean(np.all([~misled | seen for misled, seen in pairs], 0)):.2f}"
-                bars.setdefault(f"{name}, {radius}/255", []).append(float(line[name]))
-            line["clean, flagged"] = f"{np.mean([row['alarms'] for row in own]):.2f}"
-            lines.append(line)
+    for form, radius in dict.fromkeys((row["form"], row["radius"]) for row in attacked):
+        own = [row for row in attacked if (row["form"], row["radius"]) == (form, radius)]
+        row: dict[str, Any] = {
+            "case": f"{radius}/255",
+            "method": form,
+            "images": own[0]["images"] * len(subjects),
+        }
+        line = {"radius": row["case"], "detector": form}
+        for name in dict.fromkeys(one["attack"] for one in own):
+            misled, seen = _joined(own, name)
+            row[f"misled, {name}"], row[f"found, {name}"] = int(misled.sum()), int((misled & seen).sum())
+            line[name] = f"{row[f'found, {name}']} of {row[f'misled, {name}']}"
+        for kept in ("", AFTER):
+            pairs = [
+                _joined(own, one["attack"]) for one in own if one["attack"].endswith(AFTER) == bool(kept)
+            ]
+            row["protected" + kept] = float(np.mean(np.all([~misled | seen for misled, seen in pairs], 0)))
+        row["alarms"] = float(np.mean([one["alarms"] for one in own]))
+        line |= {name: f"{row[name]:.2f}" for name in ("protected", "protected" + AFTER)}
+        line["clean, flagged"] = f"{row['alarms']:.2f}"
+        rows.append(row)
+        lines.append(line)
     text = (
         f"EfficientNet-Lite0, {len(subjects)} draw, {rows[0]['images']} photographs that the network classifies "
         f"rightly; {STEPS} steps and {STARTS} random start for each objective. Of the attacked images that mislead "
@@ -216,8 +224,19 @@ def write(options: Options, subjects: Sequence[Draw], found: Sequence[Rows]) -> 
         "*protected*: share of the photographs of which every attack fails or is found. *clean, flagged*: of the same "
         "photographs before the attack."
     )
-    axes = grouped_bars(bars, list(FORMS), label="share of photographs protected")
-    return Page(rows, [(text, results_file.table(lines))], axes)
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    bars = {
+        f"{form}, {kind}": [_share(row, kind) for row in rows if row["method"] == form]
+        for form in dict.fromkeys(row["method"] for row in rows)
+        for kind in ("unaware", "selective")
+    }
+    return Page(
+        rows, [(text, results_file.table(lines))], grouped_bars(bars, cases, label="share of attacks found")
+    )
+
+
+def _share(row: Mapping[str, Any], name: str) -> float:
+    return float(row[f"found, {name}"]) / max(1, row[f"misled, {name}"])
 
 
 def _joined(rows: Rows, name: str) -> tuple[Any, Any]:
