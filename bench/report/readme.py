@@ -1,6 +1,6 @@
-"""Fill the marked blocks of README.md and docs/results.md from ``bench/results``: no figure is typed by hand.
+"""Fill the marked blocks of README.md and of pages in docs/ from ``bench/results``: no figure is typed by hand.
 
-    python -m bench.report.readme            # rewrite both
+    python -m bench.report.readme            # rewrite them all
     python -m bench.report.readme --check    # exit status 1 and a list if a block differs
     python -m bench.report.readme --names    # the tables there are
 
@@ -48,7 +48,7 @@ from bench.report.speed_tables import batch, measured
 from bench.report.standing import best
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+DOCUMENTS = [ROOT / name for name in ("README.md", "docs/results.md", "docs/explanation/what-it-finds.md")]
 BLOCK = re.compile(r"<!-- (table|value): ([^>]+?) -->(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if a block is out of date")
     parser.add_argument("--names", action="store_true", help="list the tables there are")
     parser.add_argument(
-        "--file", type=Path, nargs="+", default=DOCUMENTS, help="default README.md and docs/results.md"
+        "--file", type=Path, nargs="+", default=DOCUMENTS, help="default: README.md and the pages with results"
     )
     options = parser.parse_args(arguments)
     if options.names:

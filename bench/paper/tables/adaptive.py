@@ -224,15 +224,18 @@ def write(options: Options, subjects: Sequence[Draw], found: Sequence[Rows]) -> 
         "*protected*: share of the photographs of which every attack fails or is found. *clean, flagged*: of the same "
         "photographs before the attack."
     )
-    cases = list(dict.fromkeys(row["case"] for row in rows))
+    names = [(name, row["case"]) for name in LAMBDAS for row in rows if row["method"] == rows[0]["method"]]
     bars = {
-        f"{form}, {kind}": [_share(row, kind) for row in rows if row["method"] == form]
+        form: [
+            _share(row, name)
+            for name, case in names
+            for row in rows
+            if (row["method"], row["case"]) == (form, case)
+        ]
         for form in dict.fromkeys(row["method"] for row in rows)
-        for kind in ("unaware", "selective")
     }
-    return Page(
-        rows, [(text, results_file.table(lines))], grouped_bars(bars, cases, label="share of attacks found")
-    )
+    axes = grouped_bars(bars, [f"{name}, {case}" for name, case in names], label="share of attacks found")
+    return Page(rows, [(text, results_file.table(lines))], axes)
 
 
 def _share(row: Mapping[str, Any], name: str) -> float:
