@@ -153,7 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if a block is out of date")
     parser.add_argument("--names", action="store_true", help="list the tables there are")
     parser.add_argument(
-        "--file", type=Path, nargs="+", default=DOCUMENTS, help="default: README.md and the pages with results"
+        "--file",
+        type=Path,
+        nargs="+",
+        default=DOCUMENTS,
+        help="default: README.md and the pages with results",
     )
     options = parser.parse_args(arguments)
     if options.names:
