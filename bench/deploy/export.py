@@ -277,7 +277,7 @@ def report(cache: Path, out: Path | None) -> None:
                 "What an answer costs in a file: time of the two-stage model's file over that of the plain "
                 "network's in the same runtime, medians, in one process, interleaved, one thread. *default*: "
                 f"{', '.join(USUAL)}. *bias gradients*: those of all layers as well. *all parameters*: the default "
-                "and the norms of every parameter's gradient. Empty: one run takes longer than half a minute.",
+                "and the norms of every parameter's gradient. Empty: not measured.",
                 results_file.table(lines),
             ),
             (

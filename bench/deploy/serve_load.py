@@ -195,7 +195,7 @@ def measure(
             rows.append(
                 {"network": name, "model": form, "connections": count, "requests": len(values), "errors": 0,
                  "wrong": 0, "per_s": statistics.median(rates[form]), "p50_ms": 1e3 * cut[49],
-                 "p99_ms": 1e3 * cut[98]}
+                 "p99_ms": 1e3 * cut[98], "throughput": None, "p99": None}
             )  # fmt: skip
         plain, ours = rows[-2:]
         ours |= {"throughput": ours["per_s"] / plain["per_s"], "p99": ours["p99_ms"] / plain["p99_ms"]}
@@ -226,7 +226,7 @@ def main() -> None:
             rows += measure(name, files, args.connections, args.requests, args.rounds)
     lines = [
         {**row, **{key: f"{row[key]:.1f}" for key in ("per_s", "p50_ms", "p99_ms")}}
-        | {key: f"{row[key]:.2f}" for key in AIMS if key in row}
+        | {key: f"{row[key]:.2f}" for key in AIMS if row[key] is not None}
         for row in rows
     ]
     results_file.write(
