@@ -26,7 +26,7 @@ from bench.harness import results_file
 #: Images in one part of the output, what a kill loses at most, and in one folder.
 PART = 1000
 #: Throughput of many workers over that of one, as Ray's own benchmarks have it: of XGBoost from one node to ten, and of
-#: a ResNet on images from two GPUs of one node to sixteen of four (Ray 2.0.1, doc/source/ray-air/benchmarks.rst).
+#: a ResNet on images from two GPUs of one node to sixteen of four (its repository, doc/source/ray-air/benchmarks.rst).
 RAY = {"rows, 1 to 10 nodes": (786 / 94.5, 10.0), "images, 2 to 16 GPUs": (183.19 / 26.76, 8.0)}
 
 

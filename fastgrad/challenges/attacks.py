@@ -29,7 +29,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _away_from(logits: Tensor, predicted: Tensor, *, nearest: bool = False) -> Tensor:
+def away_from(logits: Tensor, predicted: Tensor, *, nearest: bool = False) -> Tensor:
     """How far each prediction has been pushed: ``logsumexp``, or the ``nearest``, of the others minus its logit."""
     if logits.shape[1] == 1:
         # One logit: its sign is the prediction.
@@ -54,7 +54,7 @@ def _slope(
     """How far the predictions have been pushed ``(B,)``, and its gradient with respect to the images."""
     with torch.enable_grad():
         point = unit.detach().requires_grad_()
-        away = _away_from(class_logits(model(pixels.from_unit(point))), predicted, nearest=nearest)
+        away = away_from(class_logits(model(pixels.from_unit(point))), predicted, nearest=nearest)
         # With respect to the input alone: no parameter's .grad is touched.
         (slope,) = torch.autograd.grad(away.sum(), point)
     return away.detach(), slope

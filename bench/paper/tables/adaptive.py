@@ -29,6 +29,7 @@ from bench.paper.figures import grouped_bars
 from bench.paper.rows import Rows
 from bench.paper.table import Options, Page, Table
 from fastgrad import TwoStageModel
+from fastgrad.challenges.attacks import away_from
 from fastgrad.engine.tracing import trace
 from fastgrad.estimators.worth import USUAL
 from fastgrad.scores.conformal import COMBINATIONS
@@ -101,13 +102,6 @@ def white_box(model: TwoStageModel, example: Tensor) -> WhiteBox:
     return WhiteBox(graph, answer, model.threshold(FALSE_ALARMS))
 
 
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """How far the likeliest other class is above the true one ``(B,)``."""
-    own = logits.gather(1, labels[:, None])[:, 0]
-    others = logits.scatter(1, labels[:, None], -math.inf)
-    return others.amax(1) - own
-
-
 def attack(
     box: WhiteBox, images: Tensor, labels: Tensor, radius: float, weight: float | None, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -124,7 +118,7 @@ def attack(
         for step in range(STEPS + 1):
             x.requires_grad_(True)
             logits, score = box.differentiable(x)
-            towards = margin(logits, labels)
+            towards = away_from(logits, labels, nearest=True)
             misled = (towards > 0).detach()
             if weight is None:
                 objective = torch.where(misled, -score, towards.double())
