@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrad._torch import is_readable
 from fastgrad.losses import compute_dtype
 
 #: Shares of an image's pixels that lie below the quantiles taken.
@@ -83,7 +85,7 @@ def _energy(values: Tensor) -> Tensor:
 
 def _quantiles(values: Tensor) -> Tensor:
     """``(B, n)`` to ``(B, 7)``, interpolated as `torch.quantile` does, without its limit on size."""
-    ordered = torch.sort(values, dim=1).values
+    ordered = _sorted(values)
     last = values.shape[1] - 1
     columns = []
     for share in QUANTILES:
@@ -92,3 +94,10 @@ def _quantiles(values: Tensor) -> Tensor:
         low, high = ordered[:, lower], ordered[:, min(lower + 1, last)]
         columns.append(low + weight * (high - low))
     return torch.stack(columns, 1)
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """Rows in ascending order, NaN last. On a CPU PyTorch takes twenty times as long for it as NumPy."""
+    if is_readable(values) and values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy(), axis=1))
+    return torch.sort(values, dim=1).values
