@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -86,14 +88,12 @@ def _energy(values: Tensor) -> Tensor:
 def _quantiles(values: Tensor) -> Tensor:
     """``(B, n)`` to ``(B, 7)``, interpolated as `torch.quantile` does, without its limit on size."""
     ordered = _sorted(values)
-    last = values.shape[1] - 1
-    columns = []
-    for share in QUANTILES:
-        lower = int(share * last)
-        weight = share * last - lower
-        low, high = ordered[:, lower], ordered[:, min(lower + 1, last)]
-        columns.append(low + weight * (high - low))
-    return torch.stack(columns, 1)
+    places = [share * (values.shape[1] - 1) for share in QUANTILES]
+    lower = torch.tensor([int(place) for place in places], device=values.device)
+    upper = torch.tensor([math.ceil(place) for place in places], device=values.device)
+    weight = torch.tensor([place % 1 for place in places], dtype=values.dtype, device=values.device)
+    low = ordered[:, lower]
+    return low + weight * (ordered[:, upper] - low)
 
 
 def _sorted(values: Tensor) -> Tensor:
