@@ -1,4 +1,4 @@
-"""``fastgrad doctor``: versions, devices, and which implementation would run, and why."""
+"""``fastgrad doctor``: versions, devices, which implementation would run, and why, and which routes were measured."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fastgrad
+from fastgrad.ops import route_cache
 from fastgrad.ops.implementation import choose, interpreting, triton_refusal
 
 _PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "torchvision", "matplotlib", "fastapi", "ray")
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """What ``fastgrad doctor`` prints: ``{"versions", "machine", "devices"}``, the implementations by device."""
+    """What ``fastgrad doctor`` prints: ``{"versions", "machine", "devices", "routes"}``."""
     versions: dict[str, str | None] = {"python": platform.python_version(), "fastgrad": fastgrad.__version__}
     for package in _PACKAGES:
         try:
@@ -52,7 +53,21 @@ def examine() -> dict[str, Any]:
             {"device": device, "name": name, "implementations": _implementations(torch.device(device))}
             for device, name in devices
         ],
+        "routes": {
+            "chosen_by": route_cache.mode(),
+            "file": str(route_cache.path()),
+            "measured": {here: _routes(shapes) for here, shapes in route_cache.stored().items()},
+        },
     }
+
+
+def _routes(shapes: dict[str, dict[str, float]]) -> dict[str, float]:
+    """How many shapes were measured, how many routes differ from the prediction, and what all shapes once gain."""
+    pairs = [
+        (seconds[next(iter(seconds))], seconds[route_cache.fastest(seconds)]) for seconds in shapes.values()
+    ]
+    gain = 1 - sum(best for _, best in pairs) / sum(predicted for predicted, _ in pairs)
+    return {"shapes": len(pairs), "unlike_model": sum(best < was for was, best in pairs), "time_saved": gain}
 
 
 def _implementations(device: torch.device) -> dict[str, dict[str, str]]:
@@ -86,4 +101,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{entry['device']}: {entry['name']}")
         for dtype, choice in entry["implementations"].items():
             print(f"  {dtype:10} {choice['auto']:7} {choice['why']}")
+    routes = findings["routes"]
+    print(f"routes: chosen by {routes['chosen_by']} (FASTGRAD_ROUTES)")
+    print(f"  {routes['file']}{'' if routes['measured'] else ': nothing measured'}")
+    for here, found in routes["measured"].items():
+        print(
+            f"  {here}: {found['shapes']} shapes measured, {found['unlike_model']} take another route than the cost "
+            f"model's, {100 * found['time_saved']:.1f} % less time over all shapes"
+        )
     return 0
