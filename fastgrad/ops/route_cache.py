@@ -37,10 +37,10 @@ MODES = ("model", "measured")
 HOPELESS = 4.0
 #: A route takes the place of the predicted one where it takes less than this part of its time: timings scatter.
 GAIN = 0.9
-#: Rounds over the routes of a shape, after one to warm up: so many, or as many as fit into the seconds, but one.
-ROUNDS, SECONDS = 5, 5e-3
+#: Rounds over the routes of a shape, after one to warm up: as many as fit into the seconds within these bounds.
+FEWEST, MOST, SECONDS = 3, 10, 5e-3
 #: Shapes kept of one machine. Inputs of ever new sizes are not worth a timing each.
-MOST = 4096
+SHAPES = 4096
 
 #: Seconds by route, the predicted one first; of every shape, of every machine.
 Table = dict[str, dict[str, dict[str, float]]]
@@ -94,7 +94,7 @@ def choose(p: Problem, shape: conv_cost.Shape) -> str:
         known = stored().get(here, {})
         seconds, routes = known.get(name, {}), _worth_timing(shape)
         if not seconds or not set(seconds) <= set(conv_cost.candidates(shape)):
-            if not _may_time(p) or len(known) >= MOST:
+            if not _may_time(p) or len(known) >= SHAPES:
                 return routes[0]
             seconds = dict.fromkeys(routes, 0.0)
             if len(routes) > 1:
@@ -126,22 +126,24 @@ def _measure(p: Problem, shape: conv_cost.Shape, routes: tuple[str, ...]) -> dic
     """Seconds of each route for the whole batch, from the fastest of a few runs of one chunk."""
     dtype = torch.float64 if shape.itemsize == 8 else torch.float32
     direct, device = conv_cost.choose_direct(shape), torch.get_device_module(p.a.device)
+    # One thread's own time does not count what else runs on its core.
+    alone = p.a.device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     found = dict.fromkeys(routes, math.inf)
     with torch.no_grad():
-        begun = time.perf_counter()
-        for turn in range(1 + ROUNDS):
+        begun = clock()
+        for turn in range(1 + MOST):
+            if turn > FEWEST and clock() - begun > SECONDS:
+                break
             for route in routes:
                 step = min(shape.batch, conv_cost.chunk_size(route, shape))
                 chunk = p._replace(a=p.a[:step].to(dtype), g=p.g[:, :step].to(dtype))
                 device.synchronize()
-                start = time.perf_counter()
+                start = clock()
                 conv_routes.run(route, chunk, guarded=shape.guarded, fallback=direct)
                 device.synchronize()
                 if turn:
-                    took = (time.perf_counter() - start) * shape.batch / step
-                    found[route] = min(found[route], took)
-            if turn and time.perf_counter() - begun > SECONDS:
-                break
+                    found[route] = min(found[route], (clock() - start) * shape.batch / step)
     return found
 
 
