@@ -70,9 +70,9 @@ class Network:
         Raises:
             ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
         """
-        names = self.names()
-        modes = tuple(module.training and training for module in self.model.modules())
-        key = (_structure(args, kwargs), tuple(map(id, self.model.modules())), tuple(names.items()), modes)
+        names, modules = self.names(), list(self.model.modules())
+        modes = tuple(module.training and training for module in modules)
+        key = (_structure(args, kwargs), tuple(map(id, modules)), tuple(names.items()), modes)
         with self._lock:
             plan = self._plans.get(key)
         if plan is None:
