@@ -16,6 +16,7 @@ from fastgrad.ops import route_cache
 from fastgrad.ops.implementation import choose, interpreting, triton_refusal
 
 _PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "torchvision", "matplotlib", "fastapi", "ray")
+_LISTED = 10
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -61,13 +62,17 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _routes(shapes: dict[str, dict[str, float]]) -> dict[str, float]:
-    """How many shapes were measured, how many routes differ from the prediction, and what all shapes once gain."""
-    pairs = [
-        (seconds[next(iter(seconds))], seconds[route_cache.fastest(seconds)]) for seconds in shapes.values()
-    ]
-    gain = 1 - sum(best for _, best in pairs) / sum(predicted for predicted, _ in pairs)
-    return {"shapes": len(pairs), "unlike_model": sum(best < was for was, best in pairs), "time_saved": gain}
+def _routes(shapes: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """How many shapes were measured, what all of them together gain, and which routes differ, most gain first."""
+    before, after, differ = 0.0, 0.0, []
+    for shape, seconds in shapes.items():
+        model, measured = next(iter(seconds)), route_cache.fastest(seconds)
+        saved = seconds[model] - seconds[measured]
+        before, after = before + seconds[model], after + seconds[measured]
+        if measured != model:
+            differ.append({"shape": shape, "model": model, "measured": measured, "seconds_saved": saved})
+    differ.sort(key=lambda row: -float(row["seconds_saved"]))
+    return {"shapes": len(shapes), "time_saved": 1 - after / before if before else 0.0, "differ": differ}
 
 
 def _implementations(device: torch.device) -> dict[str, dict[str, str]]:
@@ -105,8 +110,13 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"routes: chosen by {routes['chosen_by']} (FASTGRAD_ROUTES)")
     print(f"  {routes['file']}{'' if routes['measured'] else ': nothing measured'}")
     for here, found in routes["measured"].items():
+        differ = found["differ"]
+        print(f"  {here}")
         print(
-            f"  {here}: {found['shapes']} shapes measured, {found['unlike_model']} take another route than the cost "
-            f"model's, {100 * found['time_saved']:.1f} % less time over all shapes"
+            f"    shapes measured: {found['shapes']}; another route than the cost model's: {len(differ)}; "
+            f"time over all shapes: {-100 * found['time_saved']:.1f} %"
         )
+        for row in differ[:_LISTED]:
+            saved = f"{1e3 * row['seconds_saved']:.3g} ms less"
+            print(f"    {row['measured']} instead of {row['model']}, {saved}: {row['shape']}")
     return 0

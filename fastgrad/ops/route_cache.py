@@ -22,7 +22,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import astuple, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -162,10 +162,10 @@ def machine(device: torch.device, threads: int) -> str:
     return f"{device.type} {name}, torch {torch.__version__}, fastgrad {__version__}"
 
 
-def _name(shape: conv_cost.Shape, *layout: bool) -> str:
+def _name(shape: conv_cost.Shape, *contiguous: bool) -> str:
     """A shape's name; batches count by powers of two."""
-    shape = replace(shape, batch=1 << (shape.batch - 1).bit_length())
-    return json.dumps([*astuple(shape), *layout])
+    fields = asdict(shape) | {"batch": 1 << (shape.batch - 1).bit_length(), "contiguous": contiguous}
+    return ", ".join(f"{field} {value}" for field, value in fields.items())
 
 
 @functools.lru_cache(maxsize=1)

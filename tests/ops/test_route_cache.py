@@ -181,10 +181,13 @@ def test_doctor_tells_of_them(timed, tmp_path, capsys):
     assert f"{tmp_path / 'routes.json'}: nothing measured" in capsys.readouterr().out
     conv_sqnorm(*layer(), 3, padding=1)
     assert cli.main(["doctor"]) == 0
-    assert "1 shapes measured" in capsys.readouterr().out
+    assert "shapes measured: 1;" in capsys.readouterr().out
     assert cli.main(["doctor", "--json"]) == 0
     routes = json.loads(capsys.readouterr().out)["routes"]
     assert routes["chosen_by"] == "measured"
+    (found,) = routes["measured"].values()
+    assert found["shapes"] == 1
+    assert len(found["differ"]) == (found["time_saved"] > 0)
     assert list(routes["measured"]) == [route_cache.machine(torch.device("cpu"), torch.get_num_threads())]
 
 
