@@ -64,14 +64,15 @@ def examine() -> dict[str, Any]:
 
 def _routes(shapes: dict[str, dict[str, float]]) -> dict[str, Any]:
     """How many shapes were measured, what all of them together gain, and which routes differ, most gain first."""
-    before, after, differ = 0.0, 0.0, []
+    before = after = 0.0
+    differ: list[dict[str, Any]] = []
     for shape, seconds in shapes.items():
         model, measured = next(iter(seconds)), route_cache.fastest(seconds)
         saved = seconds[model] - seconds[measured]
         before, after = before + seconds[model], after + seconds[measured]
         if measured != model:
             differ.append({"shape": shape, "model": model, "measured": measured, "seconds_saved": saved})
-    differ.sort(key=lambda row: -float(row["seconds_saved"]))
+    differ.sort(key=lambda row: -row["seconds_saved"])
     return {"shapes": len(shapes), "time_saved": 1 - after / before if before else 0.0, "differ": differ}
 
 

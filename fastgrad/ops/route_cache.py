@@ -126,9 +126,9 @@ def _measure(p: Problem, shape: conv_cost.Shape, routes: tuple[str, ...]) -> dic
     """Seconds of each route for the whole batch, from the fastest of a few runs of one chunk."""
     dtype = torch.float64 if shape.itemsize == 8 else torch.float32
     direct, device = conv_cost.choose_direct(shape), torch.get_device_module(p.a.device)
-    # One thread's own time does not count what else runs on its core.
-    alone = p.a.device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
+    # One thread's own time does not count what else runs on its core. Elsewhere its clock may be too coarse.
+    alone = p.a.device.type == "cpu" and torch.get_num_threads() == 1 and platform.system() == "Linux"
+    clock = time.thread_time if alone else time.perf_counter
     found = dict.fromkeys(routes, math.inf)
     with torch.no_grad():
         begun = clock()
