@@ -47,7 +47,7 @@ class ChannelSite(Site):
 
     def attach(self, run: Run, shadow: Shadow) -> None:
         """See `Site`."""
-        attach(shadow.root.get_submodule(self.path), functools.partial(self._tap, run))
+        attach(shadow.submodule(self.path), functools.partial(self._tap, run))
 
     def _tap(self, run: Run, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         value = output_of(output)

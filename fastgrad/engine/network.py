@@ -23,6 +23,7 @@ from fastgrad.engine.planning import Caution, Plan, Planner, Route
 from fastgrad.engine.run import Reading, Run, Site, random_states, set_random_states
 from fastgrad.engine.shadow import Shadow, ordinary
 from fastgrad.engine.sites import NotRepeatableError
+from fastgrad.ops import route_cache
 
 _PLANS_KEPT = 16
 
@@ -69,9 +70,9 @@ class Network:
         Raises:
             ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
         """
-        names = self.names()
-        modes = tuple(module.training and training for module in self.model.modules())
-        key = (_structure(args, kwargs), tuple(map(id, self.model.modules())), tuple(names.items()), modes)
+        names, modules = self.names(), list(self.model.modules())
+        modes = tuple(module.training and training for module in modules)
+        key = (_structure(args, kwargs), tuple(map(id, modules)), tuple(names.items()), modes)
         with self._lock:
             plan = self._plans.get(key)
         if plan is None:
@@ -198,7 +199,8 @@ class Network:
         outputs = self.tensors(self.forward(plan, run, *inputs, training=training))
         pairs = [(out, row) for out, row in zip(outputs, rows, strict=True) if out.requires_grad]
         probes = [probe for _, probe in run.probes] if pairs else []
-        norms = pull([out for out, _ in pairs], probes, [row for _, row in pairs])
+        with route_cache.using("model"):  # shapes that no batch may have are not worth a timing
+            norms = pull([out for out, _ in pairs], probes, [row for _, row in pairs])
         found = [
             (torch.zeros_like(probe) if value is None else value).unsqueeze(0)
             for probe, value in zip(probes, norms, strict=True)

@@ -113,4 +113,4 @@ class Reading:
                 )
             run.readings[self] = value.detach().clone() if self.copied else value
 
-        attach(shadow.root.get_submodule(self.path), read)
+        attach(shadow.submodule(self.path), read)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fastgrad import _torch
 from fastgrad.engine.redirect import Redirect
 
-_SEQUENCES = (list, tuple)
-_CONTAINERS = (*_SEQUENCES, dict, set, OrderedDict)
+_SEQUENCES = (list, tuple, set)
+_CONTAINERS = (*_SEQUENCES, dict, OrderedDict)
 # Values of these types hold nothing of a module tree.
 _PLAIN = frozenset(
     (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor)
@@ -72,12 +72,18 @@ class Shadow:
         #: The copy of each module by the id of the original, in the order they were met.
         self.modules: dict[int, nn.Module] = {}
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
-        self.root: nn.Module = self._module(model)
+        self._named: dict[str, nn.Module] = {}
+        self.root: nn.Module = self._module(model, "")
         for pair in self._pairs:
             self._met_parameter = False
             self._attributes(*pair)
             if self._met_parameter:
                 self._holders.append(pair)
+
+    def submodule(self, path: str) -> nn.Module:
+        """The copy of a module by its name within the model, empty for the model itself."""
+        # PyTorch's own walks the tree for each, which for all layers takes as long as the copying.
+        return self._named[path] if path in self._named else self.root.get_submodule(path)
 
     def tensor(self, parameter: nn.Parameter) -> Tensor:
         """What the copy holds in place of a parameter."""
@@ -92,7 +98,7 @@ class Shadow:
         for original, copy in self._holders:
             self._attributes(original, copy)
 
-    def _module(self, module: nn.Module) -> nn.Module:
+    def _module(self, module: nn.Module, prefix: str) -> nn.Module:
         known = self.modules.get(id(module))
         if known is not None:
             return known
@@ -111,7 +117,7 @@ class Shadow:
         state.pop("_compiled_call_impl", None)
         compiled = _torch.original(module)
         if compiled is not module:
-            state["forward"] = self._module(compiled)
+            state["forward"] = self._module(compiled, f"{prefix}_orig_mod.")
         for name in _HOOK_TABLES:
             table = state.get(name)
             if table:
@@ -130,9 +136,12 @@ class Shadow:
             name: ordinary(value) if isinstance(value, Tensor) and value.is_inference() else value
             for name, value in state["_buffers"].items()
         }
-        state["_modules"] = {
-            name: None if child is None else self._module(child) for name, child in state["_modules"].items()
-        }
+        children: dict[str, nn.Module | None] = {}
+        for name, child in state["_modules"].items():
+            children[name] = None
+            if child is not None:
+                children[name] = self._named[prefix + name] = self._module(child, f"{prefix}{name}.")
+        state["_modules"] = children
         return copy
 
     def _tensor(self, parameter: nn.Parameter) -> Tensor:

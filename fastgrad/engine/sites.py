@@ -40,7 +40,7 @@ class LayerSite(Site):
 
     def attach(self, run: Run, shadow: Shadow) -> None:
         """See `Site`."""
-        attach(shadow.root.get_submodule(self.path), functools.partial(self._tap, run))
+        attach(shadow.submodule(self.path), functools.partial(self._tap, run))
 
     def _tap(self, run: Run, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         value = args[0] if args else next(iter(kwargs.values()))
@@ -106,7 +106,7 @@ class Replayed(Site):
 
     def attach(self, run: Run, shadow: Shadow) -> None:
         """See `Site`."""
-        copy = shadow.root.get_submodule(self.path)
+        copy = shadow.submodule(self.path)
         recorded: list[Any] = []
         trains = shadow.training and any(m.training for m in copy.modules())
         states: list[_State] = []
@@ -163,7 +163,7 @@ class ReplaySite(Replayed):
     local: tuple[str, ...]
 
     def _replay(self, run: Run, shadow: Shadow, device: str) -> Replay:
-        module = shadow.root.get_submodule(self.path)
+        module = shadow.submodule(self.path)
 
         def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
             with using(run.impl):
@@ -226,7 +226,7 @@ def bypassable(module: nn.Module, value: Tensor, output: Tensor) -> bool:
     return (
         output.dtype in (torch.float32, torch.float64)
         and value.dtype == output.dtype
-        and not any(p.requires_grad for p in module.parameters(recurse=False))
+        and not any(p is not None and p.requires_grad for p in module._parameters.values())
         and not is_tapped(output)
     )
 

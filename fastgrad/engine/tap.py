@@ -55,7 +55,9 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         norms, onward = None, [None] * ctx.saved_count
         # Reduced precision is for the network; the norms are summed in float32 whatever the caller's context.
-        with torch.autocast(gradients[0].device.type, enabled=False):
+        device = gradients[0].device.type
+        reduced = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if reduced else contextlib.nullcontext():
             if ctx.probe in _asked:
                 norms = ctx.norms(ctx.saved_tensors, gradients)
             if ctx.input_gradient is not None and ctx.needs_input_grad[-1]:
