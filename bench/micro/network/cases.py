@@ -106,6 +106,9 @@ def _implementations(task: Task) -> list[Implementation]:
         Implementation("fastgrad", fast, task.error, ours, graph=False),
         Implementation("training step", lambda: peers.step(task), task.bias_error, unit, graph=False),
         Implementation("forward", lambda: peers.forward(task), task.forward_error, unit, graph=False),
+        Implementation(
+            "forward and data gradients", lambda: peers.data_gradients(task), task.data_error, ours, graph=False
+        ),
         Implementation("BackPACK BatchL2Grad", lambda: peers.backpack(task), task.error, theirs, graph=False),
         Implementation("Opacus ghost norms", lambda: peers.opacus(task), task.error, theirs, graph=False),
         Implementation("vmap(grad)", lambda: peers.vmap(task), task.error, theirs, graph=False),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bench.micro.network.task import Task
+from bench.micro.network.task import Task, first_leaf
 
 
 def step(task: Task) -> Callable[[], Tensor]:
@@ -25,6 +25,20 @@ def forward(task: Task) -> Callable[[], Tensor]:
         with torch.no_grad():
             out: Tensor = task.model(task.x)
         return out
+
+    return call
+
+
+def data_gradients(task: Task) -> Callable[[], Tensor]:
+    """What every exact method begins with: the forward pass, and the backward pass without a parameter's gradient.
+
+    It goes back to the images, or to the first parameter, the embedding, where the input are tokens.
+    """
+    model = copy.deepcopy(task.model).requires_grad_(False)
+    x, leaf = first_leaf(model, task.x)
+
+    def call() -> Tensor:
+        return torch.autograd.grad(task.loss(model(x)), leaf)[0]
 
     return call
 

@@ -65,6 +65,12 @@ class Task:
         with torch.no_grad():
             return scaled_error(logits, model(x))
 
+    def data_error(self, gradient: Tensor) -> float:
+        """Error of the gradient at the images, or of the embedding's."""
+        model, x = self.double()
+        x, leaf = first_leaf(model.requires_grad_(False), x)
+        return scaled_error(gradient, torch.autograd.grad(self.loss(model(x)), leaf)[0])
+
     def bias_error(self, gradient: Tensor) -> float:
         """Error of the last bias's gradient for the whole batch, which needs only a float64 forward pass."""
         model, x = self.double()
@@ -73,6 +79,14 @@ class Task:
         z.requires_grad_()
         (delta,) = torch.autograd.grad(self.loss(z), z)
         return scaled_error(gradient, delta.sum(0))
+
+
+def first_leaf(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The input, and where a backward pass without parameters ends: at images, or the embedding of tokens."""
+    if x.is_floating_point():
+        x = x.detach().requires_grad_()
+        return x, x
+    return x, next(model.parameters()).requires_grad_()
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
