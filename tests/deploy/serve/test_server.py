@@ -83,6 +83,7 @@ def test_evidence_of_a_file_that_gives_it(tiny_explained: Path) -> None:
     x = decode_image(image(3), package.description)
     _, direct = package.explain(x[None])
     assert answer["evidence"] == pytest.approx({name: float(own) for name, own in direct.items()}, rel=1e-5)
+    assert (answer["alarm"] is None) == answer["reliable"]
     assert model["evidence"] == package.description.evidence
 
 
