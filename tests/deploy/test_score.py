@@ -77,6 +77,12 @@ def test_one_row_an_image_whatever_the_image(
 def test_a_row_says_what_the_server_answers(folder: Path, tiny_explained: Path, tmp_path: Path) -> None:
     from fastgrad.deploy.answer import answer, results
 
+    from PIL import Image
+
+    for i in range(20):
+        # Black and white alone, which lie far out.
+        pixels = 255 * np.random.default_rng(i).integers(0, 2, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"harsh-{i:02d}.png")
     out = tmp_path / "scores.parquet"
     score(tiny_explained, folder, out, part=7)
     rows = pq.read_table(out).to_pylist()
