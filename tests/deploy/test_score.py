@@ -75,9 +75,9 @@ def test_one_row_an_image_whatever_the_image(
 
 
 def test_a_row_says_what_the_server_answers(folder: Path, tiny_explained: Path, tmp_path: Path) -> None:
-    from fastgrad.deploy.answer import answer, results
-
     from PIL import Image
+
+    from fastgrad.deploy.answer import answer, results
 
     for i in range(20):
         # Black and white alone, which lie far out.
