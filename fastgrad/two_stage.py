@@ -155,7 +155,7 @@ class TwoStageModel(nn.Module):
         detector = self._fitted()
         assert self.extraction is not None  # a fitted model has one
         words = {block.name: block.alarm for block in self.extraction.blocks}
-        words |= {supervised.NAME: supervised.ALARM}
+        words |= {supervised.NAME: supervised.alarm(detector.learned())}
         return {name: words.get(name) or name for name in detector.sources()}
 
     def _read(self, x: Inputs) -> tuple[Tensor, dict[str, Tensor], DetectorModule]:

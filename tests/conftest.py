@@ -111,3 +111,10 @@ def tiny_onnx() -> pathlib.Path:
     if not onnx_file.TRANSLATES:
         pytest.skip("ONNX files need PyTorch 2.9")
     return export_tiny("tiny.onnx")
+
+
+@pytest.fixture(scope="module", params=["tiny_package", "tiny_onnx"], ids=["pt2", "onnx"])
+def model_file(request: pytest.FixtureRequest) -> pathlib.Path:
+    """That model as a file of each kind, one after the other: what holds for one must hold for all."""
+    file: pathlib.Path = request.getfixturevalue(request.param)
+    return file

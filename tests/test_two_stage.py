@@ -93,6 +93,9 @@ def test_explains_what_a_call_gives(fitted, tmp_path):
     assert {name: text for name, text in fitted.alarms.items() if name != "challenges"} == {
         name: words[name] for name in evidence if name != "challenges"
     }
+    # The classifier of challenges reads every block that was kept, and says which.
+    seen = ", ".join(name.replace("_", " ") for name in fitted.report().kept)
+    assert fitted.alarms["challenges"].endswith(f"trained on (seen in {seen})")
     loaded = TwoStageModel.load(fitted.save(tmp_path / "estimators.safetensors"), fitted.model)
     assert loaded.alarms == fitted.alarms
     assert all(torch.equal(own, evidence[name]) for name, own in loaded.explain(x)[1].items())

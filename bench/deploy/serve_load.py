@@ -3,16 +3,15 @@
 ``python -m bench.deploy.serve_load`` trains nothing: networks with random weights are exported twice, with the
 uncertainty of the default blocks and plain. Both files run behind servers of their own, which the same clients load in
 turn, round by round, so that a slow minute of the machine hits both. The clients are many connections of a process of
-their own, which check each answer against the direct call.
+their own, which check each answer against the direct call and count what is missing, refused or wrong. Where that is
+not 0, the numbers are printed and nothing is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import itertools
-import json
 import os
 import re
 import signal
@@ -20,20 +19,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.deploy.clients import Clients, Tally, pictures
 from bench.harness import results_file
 from fastgrad.deploy.export import export
 from fastgrad.deploy.images import decode_image
-from fastgrad.deploy.package import Description, ModelPackage
+from fastgrad.deploy.package import Description
 from fastgrad.estimators.worth import USUAL
 from fastgrad.two_stage import TwoStageModel
 
@@ -75,22 +73,6 @@ class Plain(nn.Module):
         return logits, probabilities, 1 - probabilities.max(1).values
 
 
-def pictures(count: int, side: int) -> list[bytes]:
-    """PNG files of smooth random color."""
-    import io
-
-    from PIL import Image
-
-    random = np.random.default_rng(0)
-    found = []
-    for _ in range(count):
-        pixels = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        out = io.BytesIO()
-        Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(out, "PNG")
-        found.append(out.getvalue())
-    return found
-
-
 def prepare(name: str, folder: Path) -> dict[str, Path]:
     """Export both forms of a network (once; files in the folder are used again)."""
     warnings.simplefilter("ignore")
@@ -98,7 +80,8 @@ def prepare(name: str, folder: Path) -> dict[str, Path]:
     net, side = network(name).eval(), SIDES[name]
     files = {"plain": folder / f"{name}-plain.pt2", "with uncertainty": folder / f"{name}.pt2"}
     if not all(file.exists() for file in files.values()):
-        x = torch.stack([_pixels(content, side) for content in pictures(300, side)])
+        description = Description((3, side, side), "float32", 10, 1, "cpu")
+        x = torch.stack([decode_image(content, description) for content in pictures(300, side)])
         for part in x[:192].split(64):  # running statistics that fit the pictures
             net.train()(part)
         net.eval()
@@ -107,56 +90,6 @@ def prepare(name: str, folder: Path) -> dict[str, Path]:
         export(model, x[:1], files["with uncertainty"], max_batch=64)
         export(Plain(net).eval(), x[:1], files["plain"], max_batch=64)
     return files
-
-
-def _pixels(content: bytes, side: int) -> Tensor:
-    return decode_image(content, Description((3, side, side), "float32", 10, 1, "cpu"))
-
-
-async def _connection(
-    port: int, number: int, jobs: list[bytes], expected: list[float], count: int
-) -> list[float]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    times = []
-    for i in range(count):
-        index = (number * 7919 + i) % len(jobs)
-        start = time.perf_counter()
-        writer.write(
-            b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\n"
-            + f"Content-Length: {len(jobs[index])}\r\n\r\n".encode()
-            + jobs[index]
-        )
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = int(re.search(rb"content-length: (\d+)", head.lower()).group(1))  # type: ignore[union-attr]
-        answer = json.loads(await reader.readexactly(length))
-        times.append(time.perf_counter() - start)
-        assert head.startswith(b"HTTP/1.1 200"), (head, answer)
-        if not np.isclose(answer["uncertainty"], expected[index], rtol=1e-3, atol=1e-3):
-            raise AssertionError(f"swapped or wrong: {answer['uncertainty']} instead of {expected[index]}")
-    writer.close()
-    return times
-
-
-class Clients:
-    """What the clients send, and the answers that they expect of a file."""
-
-    def __init__(self, file: Path) -> None:
-        package = ModelPackage(file)
-        self.jobs = pictures(200, package.description.input_shape[-1])
-        inputs = torch.stack([decode_image(content, package.description) for content in self.jobs])
-        self.expected = torch.cat([package(part).uncertainty for part in inputs.split(50)]).tolist()
-
-    def load(self, port: int, connections: int, each: int) -> tuple[list[float], float]:
-        """Latencies of all requests, and the seconds that they took together."""
-
-        async def run() -> list[float]:
-            parts = await asyncio.gather(
-                *(_connection(port, n, self.jobs, self.expected, each) for n in range(connections))
-            )
-            return [value for part in parts for value in part]
-
-        start = time.perf_counter()
-        return asyncio.run(run()), time.perf_counter() - start
 
 
 def serve(file: Path, *options: str) -> tuple[subprocess.Popen[str], int]:
@@ -178,32 +111,37 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows of one network: both servers loaded in turn."""
     running = {form: serve(file) for form, file in files.items()}
-    clients = {form: Clients(file) for form, file in files.items()}
-    rows: list[dict[str, Any]] = []
-    for form, (_, port) in running.items():
-        clients[form].load(port, 8, 20)
-    for count in connections:
-        times: dict[str, list[float]] = {form: [] for form in files}
-        rates: dict[str, list[float]] = {form: [] for form in files}
-        for _ in range(rounds):
-            for form, (_, port) in running.items():
-                found, seconds = clients[form].load(port, count, max(1, requests // rounds // count))
-                rates[form].append(len(found) / seconds)
-                times[form] += found
-        for form, values in times.items():
-            cut = statistics.quantiles(values, n=100)
-            rows.append(
-                {"network": name, "model": form, "connections": count, "requests": len(values), "errors": 0,
-                 "wrong": 0, "per_s": statistics.median(rates[form]), "p50_ms": 1e3 * cut[49],
-                 "p99_ms": 1e3 * cut[98], "throughput": None, "p99": None}
-            )  # fmt: skip
-        plain, ours = rows[-2:]
-        ours |= {"throughput": ours["per_s"] / plain["per_s"], "p99": ours["p99_ms"] / plain["p99_ms"]}
-        print(rows[-2:], flush=True)
-    for process, _ in running.values():
-        process.send_signal(signal.SIGTERM)
-    for process, _ in running.values():
-        assert process.wait(60) == 0
+    try:
+        clients = {form: Clients(file) for form, file in files.items()}
+        rows: list[dict[str, Any]] = []
+        for form, (_, port) in running.items():
+            clients[form].load(port, 8, 20)
+        for count in connections:
+            tallies = {form: Tally() for form in files}
+            rates: dict[str, list[float]] = {form: [] for form in files}
+            for _ in range(rounds):
+                for form, (_, port) in running.items():
+                    found, seconds = clients[form].load(port, count, max(1, requests // rounds // count))
+                    rates[form].append(len(found.times) / seconds)
+                    tallies[form] += found
+            for form, tally in tallies.items():
+                sent = count * rounds * max(1, requests // rounds // count)
+                if tally.errors or tally.wrong:
+                    raise SystemExit(f"{name}, {form}: of {sent} requests {tally.errors} without answer or refused, "
+                                     f"{tally.wrong} answered wrongly")  # fmt: skip
+                cut = statistics.quantiles(tally.times, n=100)
+                rows.append(
+                    {"network": name, "model": form, "connections": count, "requests": sent, "errors": tally.errors,
+                     "wrong": tally.wrong, "per_s": statistics.median(rates[form]), "p50_ms": 1e3 * cut[49],
+                     "p99_ms": 1e3 * cut[98], "throughput": None, "p99": None}
+                )  # fmt: skip
+            plain, ours = rows[-2:]
+            ours |= {"throughput": ours["per_s"] / plain["per_s"], "p99": ours["p99_ms"] / plain["p99_ms"]}
+            print(rows[-2:], flush=True)
+    finally:
+        for process, _ in running.values():
+            process.send_signal(signal.SIGTERM)
+    assert all(process.wait(60) == 0 for process, _ in running.values())
     return rows
 
 
@@ -239,11 +177,13 @@ def main() -> None:
                 f"({', '.join(USUAL)}), loaded in turn, {args.rounds} rounds; one worker process and one compute "
                 "thread each, the clients on the same cores; color PNG images decoded by the server, "
                 f"{' and '.join(f'{side} x {side} pixels for {name}' for name, side in SIDES.items())}; every answer "
-                "compared with the direct call (a wrong or missing one ends the run). *throughput*, *p99*: with "
+                "compared with the direct call. *errors*: requests without an answer or refused; *wrong*: with another "
+                "answer than that call's. *throughput*, *p99*: with "
                 f"uncertainty over without; the aims are at least {AIMS['throughput']} and at most {AIMS['p99']}.",
                 results_file.table(
                     lines,
                     {"network": "network", "model": "model", "connections": "connections", "requests": "requests",
+                     "errors": "errors", "wrong": "wrong",
                      "per_s": "requests/s", "p50_ms": "median ms", "p99_ms": "99 % ms", "throughput": "throughput",
                      "p99": "p99"},
                 ),

@@ -1,4 +1,4 @@
-"""``fastgrad score MODEL.pt2 IMAGES --out scores.parquet``: one row an image, whatever the image."""
+"""``fastgrad score MODEL IMAGES --out scores.parquet``: one row an image, whatever the image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastgrad.deploy.score.local import score
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    parser.add_argument("model", help="file written by fastgrad.export (.pt2)")
+    parser.add_argument("model", help="file written by fastgrad.export (.pt2 or .onnx)")
     parser.add_argument("images", help="folder of images, or a Parquet file with a column of image bytes")
     parser.add_argument("--out", required=True, help="Parquet file to write, one row an image")
     parser.add_argument("--batch", type=int, default=64, help="images in one run of the model (64)")

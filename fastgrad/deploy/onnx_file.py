@@ -9,12 +9,15 @@ needed to run it::
     description = json.loads(session.get_modelmeta().custom_metadata_map["fastgrad"])
     logits, probabilities, uncertainty = session.run(None, {"input": x})    # a numpy array, normalized
 
-A file exported with ``evidence=True`` gives a fourth, ``evidence``, whose columns the description names.
+A file exported with ``evidence=True`` gives a fourth, ``evidence``, whose columns the description names. The last entry
+of ``metadata_props``, ``fastgrad.sha256``, is the sum of all bytes before it: ONNX has none of its own, and a weight of
+which one bit is another would answer like any. Whoever changes a file on purpose removes that entry.
 Backward passes are part of the graph like any other operation; what has no ONNX form is refused by name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import warnings
@@ -35,12 +38,15 @@ OUTPUTS = ("logits", "probabilities", "uncertainty")
 #: And of files that give the evidence.
 EXPLAINED = (*OUTPUTS, "evidence")
 KEY = "fastgrad"
+#: Of the entry with the SHA-256, in hexadecimal digits.
+SUM = "fastgrad.sha256"
 #: The oldest version of the operators that PyTorch translates to; every runtime since 2022 reads it.
 OPSET = 18
 #: Whether this PyTorch writes ONNX: the passes of 2.8 refuse what its own translation makes.
 TRANSLATES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 #: The field ``metadata_props`` of a ModelProto.
 _METADATA = 14
+_NOT_WHOLE = "it is not a whole ONNX file"
 #: Protocol buffers hold no more.
 _LARGEST = 2**31
 
@@ -203,7 +209,8 @@ def write(
     except UntranslatableError as error:
         raise UntranslatableError(error.names, _source(two_stage, example_input, error.names)) from None
     model.metadata_props.add(key=KEY, value=description)
-    path.write_bytes(model.SerializeToString())
+    content = model.SerializeToString()
+    path.write_bytes(content + _sum_entry(hashlib.sha256(content).hexdigest()))
     compare(path, answers, example_input[:max_batch], tolerance)
 
 
@@ -262,14 +269,35 @@ def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
 
     Raises:
         MissingExtraError: The extra ``onnx`` is not installed.
-        RuntimeError: ONNX Runtime cannot read or run it; the message says why.
+        RuntimeError: It is damaged, or ONNX Runtime cannot read or run it; the message says why.
     """
+    _check_sum(path)
     session = _session(path, optimized=True)
 
     def run(x: Tensor) -> list[Tensor]:
         return [torch.from_numpy(value) for value in session.run(None, {INPUT: x.cpu().numpy()})]
 
     return run
+
+
+def _sum_entry(digits: str) -> bytes:
+    """An entry of ``metadata_props`` as protocol buffers write it; at the end of a message it is part of it."""
+    entry = b"\n%c%s\x12%c%s" % (len(SUM), SUM.encode(), len(digits), digits.encode())
+    return b"%c%c%s" % (_METADATA << 3 | 2, len(entry), entry)
+
+
+def _check_sum(path: str | os.PathLike[str]) -> None:
+    """Raise RuntimeError unless the bytes are those that were written; without the entry nobody can tell."""
+    total = hashlib.sha256()
+    left = os.path.getsize(path) - len(_sum_entry(total.hexdigest()))
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            total.update(block)
+            left -= len(block)
+        last = file.read()
+    expected = _sum_entry(total.hexdigest())
+    if last != expected and last[:-64] == expected[:-64]:
+        raise RuntimeError("it is damaged, or was changed after it was written: its SHA-256 is another")
 
 
 def read_metadata(path: str | os.PathLike[str]) -> bytes | None:
@@ -287,15 +315,17 @@ def read_metadata(path: str | os.PathLike[str]) -> bytes | None:
                 continue
             length = _varint(file) if kind == 2 else {1: 8, 5: 4}.get(kind, -1)
             if length < 0 or field == 0 or file.tell() + length > size:
-                raise RuntimeError("it is not a whole ONNX file")
+                raise RuntimeError(_NOT_WHOLE)
             if field != _METADATA:
                 file.seek(length, os.SEEK_CUR)
                 continue
             end = file.tell() + length
             pair = {}
             while file.tell() < end:
-                part = _varint(file) // 8
-                pair[part] = file.read(_varint(file))
+                part, length = _varint(file) // 8, _varint(file)
+                if file.tell() + length > end:
+                    raise RuntimeError(_NOT_WHOLE)
+                pair[part] = file.read(length)
             if pair.get(1) == KEY.encode():
                 text = pair.get(2)
     if size == 0:
@@ -313,7 +343,7 @@ def _varint(file: BinaryIO) -> int:
         result |= (byte[0] & 127) << shift
         if byte[0] < 128:
             return result
-    raise RuntimeError("it is not a whole ONNX file")
+    raise RuntimeError(_NOT_WHOLE)
 
 
 class Value(NamedTuple):

@@ -29,6 +29,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,6 +46,8 @@ from fastgrad.deploy.drift import ScoreReference
 MEMBER = "extra/fastgrad.json"
 #: Of the description; 2 for a file whose graph gives the evidence as well, which no reader of 1 expects.
 FORMATS = (1, 2)
+#: What reading a damaged archive raises.
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 #: Of the kinds of file, as their names end.
 SUFFIXES = (".pt2", ".onnx")
 
@@ -169,11 +172,11 @@ def read_description(path: str | os.PathLike[str]) -> Description:
         if text is None:
             raise PackageError(f"{path} was not written by fastgrad.export: it holds no {MEMBER}")
         content = json.loads(text)
-    except (zipfile.BadZipFile, OSError, json.JSONDecodeError, UnicodeDecodeError, RuntimeError) as error:
+    except (*DAMAGED, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PackageError(
             f"{path} is not a readable {'.onnx' if onnx else '.pt2 archive'}: {error}"
         ) from None
-    if content.pop("format", None) not in FORMATS:
+    if not isinstance(content, dict) or content.pop("format", None) not in FORMATS:
         known = " and ".join(map(str, FORMATS))
         raise PackageError(f"{path} has another format than {known}; a newer fastgrad may read it")
     try:
@@ -190,6 +193,15 @@ def _read_member(path: str | os.PathLike[str]) -> bytes | None:
         return None if member is None else archive.read(member)
 
 
+def _load_archive(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+    """The function in a ``.pt2``; PyTorch would run code of which a bit is another."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.testzip()
+    if member is not None:
+        raise RuntimeError(f"it is damaged: {member} is not what was written")
+    return load_package(path)
+
+
 class ModelPackage:
     """An exported model, loaded.
 
@@ -197,7 +209,7 @@ class ModelPackage:
         path: the ``.pt2``, or the ``.onnx``, which runs on the CPU.
 
     Raises:
-        PackageError: not an exported model, or it was compiled for a device that is not here.
+        PackageError: not an exported model, a damaged one, or one compiled for a device that is not here.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -206,10 +218,10 @@ class ModelPackage:
         if self.description.device == "cuda" and not torch.cuda.is_available():
             raise PackageError(f"{path} was compiled for a CUDA device; there is none here")
         try:
-            load = onnx_file.load if self.path.suffix == ".onnx" else load_package
+            load = onnx_file.load if self.path.suffix == ".onnx" else _load_archive
             self._run: Callable[[Tensor], Sequence[Tensor]] = load(self.path)
-        except RuntimeError as error:
-            raise PackageError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        except DAMAGED as error:
+            raise PackageError(f"{path} cannot be loaded: {str(error).partition(chr(10))[0]}") from error
 
     def __call__(self, x: Tensor) -> Prediction:
         """Run a batch ``(B, *input_shape)``, already normalized, ``1 <= B <= max_batch``.

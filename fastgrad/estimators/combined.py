@@ -165,6 +165,13 @@ class DetectorModule(Fitted):
             for name, score in zip(self.scores._modules, self.scores, strict=True)
         ]
 
+    def learned(self) -> list[str]:
+        """The blocks that H reads; none without H."""
+        if "labels" not in self.scores._modules:
+            return []
+        parts = self.scores.get_submodule("labels.rows.parts").named_children()
+        return [rows.options.get("block", name) for name, rows in parts if isinstance(rows, Fitted)]
+
     def _raw(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Every score's values before calibration, ``(K, B)``."""
         return torch.stack([score.raw(blocks) for score in self.scores])

@@ -18,14 +18,19 @@ from fastgrad.scores.rows import clipped
 
 Array = NDArray[np.float64]
 
-#: H among the evidence, and what its alarm means, as `fastgrad.blocks.Block.alarm` says it of a block.
+#: H among the evidence.
 NAME = "challenges"
-ALARM = "resemblance to altered or foreign inputs that the detector was trained on"
 
 # Standardised rows are cut here, so that no single feature, however far out, decides alone.
 _LIMIT = 50.0
 # Training of H: samples a step (half of them clean), passes over the data and their bounds in steps, AdamW's two.
 _BATCH, _EPOCHS, _FEWEST_STEPS, _MOST_STEPS, _RATE, _DECAY = 256, 40, 100, 1500, 4e-3, 1e-2
+
+
+def alarm(blocks: Sequence[str]) -> str:
+    """What an alarm of H means that reads these ``blocks``, as `fastgrad.blocks.Block.alarm` says it of a block."""
+    seen = ", ".join(name.replace("_", " ") for name in blocks)
+    return f"resemblance to altered or foreign inputs that the detector was trained on (seen in {seen})"
 
 
 class Joint(Fitted):

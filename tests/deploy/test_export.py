@@ -43,6 +43,17 @@ def test_evidence_is_a_fourth_output_where_it_is_asked_for(tiny_package: Path, t
     assert len(torch._inductor.aoti_load_package(str(tiny_package))(x)) == 3
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.7])
+def test_a_file_of_which_one_bit_is_another_is_refused(
+    model_file: Path, tmp_path: Path, share: float
+) -> None:
+    content = bytearray(model_file.read_bytes())
+    content[int(share * len(content))] ^= 1
+    (tmp_path / f"m{model_file.suffix}").write_bytes(content)
+    with pytest.raises(PackageError, match=r"damaged|not a readable|format"):
+        ModelPackage(tmp_path / f"m{model_file.suffix}")
+
+
 def test_only_files_with_evidence_have_the_newer_format(tiny_package: Path, tiny_explained: Path) -> None:
     found = []
     for path in (tiny_package, tiny_explained):

@@ -115,7 +115,7 @@ def test_what_travels_in_the_file(tiny_onnx: Path) -> None:
     assert description.score_reference() is not None
     # Nothing of the machine that wrote it.
     assert b"site-packages" not in tiny_onnx.read_bytes()
-    assert [prop.key for prop in onnx.load(tiny_onnx).metadata_props] == ["fastgrad"]
+    assert [prop.key for prop in onnx.load(tiny_onnx).metadata_props] == ["fastgrad", "fastgrad.sha256"]
 
 
 class Foreign(TinyTwoStage):
@@ -177,6 +177,31 @@ def test_foreign_and_broken_files_are_refused(tiny_onnx: Path, tmp_path: Path) -
     onnx.save(model, tmp_path / "bare.onnx")
     with pytest.raises(PackageError, match=r"not written by fastgrad\.export"):
         ModelPackage(tmp_path / "bare.onnx")
+
+
+def test_a_file_that_was_changed_is_refused_and_one_without_a_sum_is_not(
+    tiny_onnx: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    model = onnx.load(tiny_onnx)
+    x = torch.zeros(1, 3, 8, 8)
+    weight = max(model.graph.initializer, key=lambda value: len(value.raw_data))
+    weight.raw_data = bytes(len(weight.raw_data))
+    onnx.save(model, tmp_path / "changed.onnx")
+    with pytest.raises(PackageError, match="is damaged, or was changed after it was written"):
+        ModelPackage(tmp_path / "changed.onnx")
+    del model.metadata_props[-1]
+    onnx.save(model, tmp_path / "changed.onnx")
+    assert ModelPackage(tmp_path / "changed.onnx")(x).logits.shape == (1, 4)
+
+
+def test_lengths_beyond_the_end_are_no_reason_to_read_them(tmp_path: Path) -> None:
+    # A text of 2**60 bytes in an entry of five, and an entry that ends within a number.
+    for entry in (b"\x0a" + b"\x80" * 8 + b"\x10", b"\x0a"):
+        (tmp_path / "long.onnx").write_bytes(bytes([14 << 3 | 2, len(entry)]) + entry)
+        with pytest.raises(PackageError, match=r"not a readable \.onnx: it is not a whole"):
+            read_description(tmp_path / "long.onnx")
 
 
 def test_wrong_inputs_to_the_loaded_model(tiny_onnx: Path) -> None:

@@ -56,21 +56,59 @@ def check(rows: list[dict], folder: Path, package: Path) -> None:
         assert row["label"] == model.description.labels[row["class"]]
         assert row["uncertainty"] == pytest.approx(float(direct.uncertainty), rel=1e-5, abs=1e-5)
         assert row["reliable"] == (row["uncertainty"] <= model.description.threshold)
+        assert row["evidence"] is row["alarm"] is None
 
 
 @pytest.mark.parametrize("part", [1, 7, 100])
 def test_one_row_an_image_whatever_the_image(
-    folder: Path, tiny_package: Path, tmp_path: Path, part: int
+    folder: Path, model_file: Path, tmp_path: Path, part: int
 ) -> None:
     out = tmp_path / "scores.parquet"
-    counts = score(tiny_package, folder, out, batch=4, part=part)
+    counts = score(model_file, folder, out, batch=4, part=part)
     rows = pq.read_table(out).to_pylist()
-    check(rows, folder, tiny_package)
+    check(rows, folder, model_file)
     assert counts["images"] == 23
     assert counts["unreadable"] == 3
     assert counts["unreliable"] == sum(row["reliable"] is False for row in rows)
     assert counts["continued"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "scores.parquet"]
+
+
+def test_a_row_says_what_the_server_answers(folder: Path, tiny_explained: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from fastgrad.deploy.answer import answer, results
+
+    for i in range(20):
+        # Black and white alone, which lie far out.
+        pixels = 255 * np.random.default_rng(i).integers(0, 2, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"harsh-{i:02d}.png")
+    out = tmp_path / "scores.parquet"
+    score(tiny_explained, folder, out, part=7)
+    rows = pq.read_table(out).to_pylist()
+    model = ModelPackage(tiny_explained)
+    for row in rows:
+        if row["error"]:
+            assert row["evidence"] is row["alarm"] is None
+            continue
+        x = decode_image((folder / row["name"]).read_bytes(), model.description)
+        ((*values,),) = zip(*results(model, x[None]), strict=True)
+        served = answer(model.description, model.description.threshold, *values)
+        assert row["evidence"] == pytest.approx(served["evidence"], rel=1e-5, abs=1e-5)
+        assert row["alarm"] == served["alarm"]
+        assert (row["alarm"] is None) == row["reliable"]
+    assert any(row["alarm"] for row in rows)
+
+
+def test_a_reason_is_the_fewest_parts_that_hold_two_thirds() -> None:
+    from fastgrad.deploy.answer import reason
+
+    words = {"a": "one", "b": "two", "c": "three"}
+    assert reason(words, {"a": 1.0, "b": 2.0, "c": 0.0}) == "two"
+    assert reason(words, {"a": 1.0, "b": 1.9, "c": 0.0}) == "two; one"
+    assert reason(words, {"a": 2.0, "b": 2.0, "c": 2.1}) == "three; one"
+    assert reason(words, {"a": 0.0, "b": 0.0, "c": 0.0}) is None
+    assert reason({}, {}) is None
 
 
 def test_parquet_input(tiny_package: Path, tmp_path: Path) -> None:

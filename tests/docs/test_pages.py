@@ -30,7 +30,7 @@ def test_the_page_runs_as_printed(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if "<!-- needs: model.pt2 -->" in page.read_text():
-        shutil.copy(request.getfixturevalue("tiny_package"), tmp_path / "model.pt2")
+        shutil.copy(request.getfixturevalue("tiny_explained"), tmp_path / "model.pt2")
     for package, version in re.findall(
         r"^<!-- needs: (\w+)(?: ([\d.]+))? -->$", page.read_text(), re.MULTILINE
     ):

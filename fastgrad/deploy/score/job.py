@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastgrad.checks import extra
+from fastgrad.deploy.answer import ResultError, answer, results
 from fastgrad.deploy.images import MAX_PIXELS, ImageError, decode_image
 from fastgrad.deploy.package import Description, ModelPackage
 
@@ -121,34 +121,28 @@ def score_batch(
     """Score images; one row each, in their order.
 
     Returns:
-        Rows with ``name``, ``class``, ``label``, ``probability`` (of that class), ``uncertainty``,
-        ``reliable`` and ``error``; where the image cannot be read, ``error`` says why and the others are
-        None.
+        Rows with ``name``, ``class``, ``label``, ``probability`` (of that class), ``uncertainty``, ``reliable``,
+        ``evidence`` and ``alarm``, as the server's answers have them (`answer`), and ``error``; where the image cannot
+        be read, ``error`` says why and the others are None.
     """
     run = map if pool is None else pool.map
     decoded = list(run(lambda source: _decode(source, model.description, max_pixels), sources))
+    columns = arrow_schema(model.description).names
     rows: list[dict[str, Any]] = [
-        {"name": source.name, "class": None, "label": None, "probability": None, "uncertainty": None,
-         "reliable": None, "error": value if isinstance(value, str) else None}
+        dict.fromkeys(columns) | {"name": source.name, "error": value if isinstance(value, str) else None}
         for source, value in zip(sources, decoded, strict=True)
-    ]  # fmt: skip
+    ]
     good = [(i, value) for i, value in enumerate(decoded) if isinstance(value, Tensor)]
     for start in range(0, len(good), model.description.max_batch):
         part = good[start : start + model.description.max_batch]
-        result = model(torch.stack([x for _, x in part]))
-        probabilities, uncertainty = result.probabilities.cpu().numpy(), result.uncertainty.cpu().numpy()
-        for (i, _), p, u in zip(part, probabilities, uncertainty.tolist(), strict=True):
-            if not (np.isfinite(u) and np.isfinite(p).all()):
-                rows[i]["error"] = "the model's result for this image is not a finite number"
+        found = results(model, torch.stack([x for _, x in part]))
+        for (i, _), *values in zip(part, *found, strict=True):
+            try:
+                row = answer(model.description, threshold, *values)
+            except ResultError as error:
+                rows[i]["error"] = str(error)
                 continue
-            index = int(p.argmax())
-            rows[i].update({
-                "class": index,
-                "label": model.description.labels[index] if model.description.labels else None,
-                "probability": float(p[index]),
-                "uncertainty": u,
-                "reliable": None if threshold is None else u <= threshold,
-            })  # fmt: skip
+            rows[i] |= {"probability": row.pop("probabilities")[row["class"]], **row}
     return rows
 
 
@@ -163,21 +157,24 @@ def _decode(source: Source, description: Description, max_pixels: int) -> Tensor
         return str(error)
 
 
-def arrow_schema() -> Any:
-    """The columns of the output."""
+def arrow_schema(description: Description) -> Any:
+    """The columns of the output; ``evidence`` has a field for each part, and is null where the file gives none."""
+    names = description.evidence
+    evidence = pa.struct([(name, pa.float64()) for name in names]) if names else pa.null()
     return pa.schema(
         [
             ("name", pa.string()), ("class", pa.int64()), ("label", pa.string()), ("probability", pa.float64()),
-            ("uncertainty", pa.float64()), ("reliable", pa.bool_()), ("error", pa.string()),
+            ("uncertainty", pa.float64()), ("reliable", pa.bool_()), ("evidence", evidence), ("alarm", pa.string()),
+            ("error", pa.string()),
         ]
     )  # fmt: skip
 
 
-def write_part(rows: list[dict[str, Any]], path: Path) -> None:
+def write_part(rows: list[dict[str, Any]], path: Path, schema: Any) -> None:
     """Write one part: whole under its name, or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=arrow_schema()), temporary)
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -284,13 +281,13 @@ def count_rows(parts: Iterable[Path]) -> dict[str, int]:
     return counts
 
 
-def join_parts(folder: Path, count: int, out: Path) -> None:
+def join_parts(folder: Path, count: int, out: Path, schema: Any) -> None:
     """Make one Parquet file of all parts, then remove them."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        with pq.ParquetWriter(temporary, arrow_schema()) as writer:
+        with pq.ParquetWriter(temporary, schema) as writer:
             for index in range(count):
-                writer.write_table(pq.read_table(part_path(folder, index), schema=arrow_schema()))
+                writer.write_table(pq.read_table(part_path(folder, index), schema=schema))
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from fastgrad.deploy.images import MAX_PIXELS
 from fastgrad.deploy.package import ModelPackage
 from fastgrad.deploy.score.job import (
     Job,
+    arrow_schema,
     count_rows,
     join_parts,
     part_path,
@@ -70,7 +71,7 @@ def score(
     if not target.parent.is_dir():
         raise ValueError(f"out must lie in an existing folder; there is no {str(target.parent)!r}")
     model = ModelPackage(model_path)
-    threshold = model.description.threshold_at(false_alarm_rate)
+    threshold, schema = model.description.threshold_at(false_alarm_rate), arrow_schema(model.description)
     job = Job(Path(images), part, image_column, key_column)
     parts = target.with_name(target.name + ".parts")
     job.open(parts, Path(model_path), threshold, max_pixels)
@@ -84,8 +85,8 @@ def score(
             while items := list(itertools.islice(sources, batch)):
                 rows += score_batch(model, items, threshold=threshold, max_pixels=max_pixels, pool=pool)
                 bar.update(len(items))
-            write_part(rows, part_path(parts, index))
+            write_part(rows, part_path(parts, index), schema)
     bar.close()
     counts = count_rows(part_path(parts, index) for index in range(job.parts))
-    join_parts(parts, job.parts, target)
+    join_parts(parts, job.parts, target, schema)
     return {**counts, "continued": continued}

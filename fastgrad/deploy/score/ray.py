@@ -18,7 +18,15 @@ from typing import Any
 from fastgrad.checks import extra
 from fastgrad.deploy.images import MAX_PIXELS
 from fastgrad.deploy.package import ModelPackage, read_description
-from fastgrad.deploy.score.job import Job, count_rows, part_path, progress_bar, score_batch, write_part
+from fastgrad.deploy.score.job import (
+    Job,
+    arrow_schema,
+    count_rows,
+    part_path,
+    progress_bar,
+    score_batch,
+    write_part,
+)
 
 
 class PartScorer:
@@ -42,7 +50,7 @@ class PartScorer:
                 rows += score_batch(
                     self.model, items, threshold=self.threshold, max_pixels=self.max_pixels, pool=self.pool
                 )
-            write_part(rows, part_path(self.folder, index))
+            write_part(rows, part_path(self.folder, index), arrow_schema(self.model.description))
             sizes.append(len(rows))
         return {"id": parts["id"], "size": sizes}
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgrad.checks import extra
+from fastgrad.deploy.answer import ResultError, answer
 from fastgrad.deploy.images import MAX_PIXELS
 from fastgrad.deploy.serve.openapi import operation
 from fastgrad.deploy.serve.pool import ModelError
-from fastgrad.deploy.serve.requests import MAX_BODY, RequestError, answer, read_input
+from fastgrad.deploy.serve.requests import MAX_BODY, RequestError, read_input
 from fastgrad.deploy.serve.served import Model, Served
 from fastgrad.deploy.serve.traces import Trace, Traces
 
@@ -193,6 +194,8 @@ def create_app(
             raise RequestError(504, f"no answer within {limits.seconds:g} s") from None
         except ModelError as error:
             raise RequestError(500, str(error)) from None
+        except ResultError as error:
+            raise RequestError(422, str(error)) from None
         finally:
             app.state.active -= 1
         served.metrics.observe(result)

@@ -21,7 +21,7 @@ def operation(shape: tuple[int, ...]) -> dict[str, Any]:
     }
     result = {
         "type": "object",
-        "required": ["class", "label", "probabilities", "uncertainty", "reliable", "evidence"],
+        "required": ["class", "label", "probabilities", "uncertainty", "reliable", "evidence", "alarm"],
         "properties": {
             "class": {"type": "integer"},
             "label": {"type": ["string", "null"]},
@@ -33,6 +33,11 @@ def operation(shape: tuple[int, ...]) -> dict[str, Any]:
                 "additionalProperties": {"type": "number", "minimum": 0},
                 "description": "what the uncertainty rests on: by name as in /model, each block's -log p as the "
                 "detector sums it; null where the file does not give it",
+            },
+            "alarm": {
+                "type": ["string", "null"],
+                "description": "in words, what two thirds of the evidence mean; null unless reliable is false and "
+                "there is evidence",
             },
         },
     }

@@ -76,7 +76,7 @@ class _Worker:
         self.ready = True
 
     def run(self, batch: Array) -> list[Array]:
-        """Send one batch and wait for its `requests.results` (blocking)."""
+        """Send one batch and wait for its `answer.results` (blocking)."""
         assert self.pipe is not None
         try:
             self.pipe.send(batch)
@@ -175,7 +175,7 @@ class WorkerPool:
     async def submit(
         self, value: Array, on_run: Callable[[int], None] = lambda size: None
     ) -> tuple[Any, ...]:
-        """Run one input; return its row of `requests.results`. Cancelling it takes it out of the queue.
+        """Run one input; return its row of `answer.results`. Cancelling it takes it out of the queue.
 
         Args:
             value: ``input_shape``.

@@ -47,13 +47,15 @@ def deployment(
         ValueError: the file has no threshold for that rate.
     """
     import numpy as np
+    import torch
 
     with extra("cluster"):
         from ray import serve
         from starlette.requests import Request
         from starlette.responses import JSONResponse
 
-    from fastgrad.deploy.serve.requests import RequestError, answer, read_input, results
+    from fastgrad.deploy.answer import ResultError, answer, results
+    from fastgrad.deploy.serve.requests import RequestError, read_input
 
     path = str(Path(model).resolve())
     description = read_description(path)
@@ -71,7 +73,7 @@ def deployment(
 
         @serve.batch(max_batch_size=min(max_batch, description.max_batch), batch_wait_timeout_s=batch_wait)
         async def run(self, inputs: list[Any]) -> list[tuple[Any, ...]]:
-            return list(zip(*results(self.model, np.stack(inputs)), strict=True))
+            return list(zip(*results(self.model, torch.from_numpy(np.stack(inputs))), strict=True))
 
         async def __call__(self, request: Request) -> JSONResponse:
             try:
@@ -85,6 +87,8 @@ def deployment(
                 return JSONResponse(answer(description, threshold, *await self.run(x.numpy())))
             except RequestError as error:
                 return JSONResponse({"detail": error.message}, error.status)
+            except ResultError as error:
+                return JSONResponse({"detail": str(error)}, 422)
 
     application: Any = Model
     return application.bind()

@@ -1,9 +1,8 @@
-"""From a request's body to an input, from a result to an answer: what does not depend on a web server."""
+"""From a request's body to an input: what does not depend on a web server."""
 
 from __future__ import annotations
 
 import json
-import math
 from typing import Any, NoReturn
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgrad.deploy.images import MAX_PIXELS, ImageError, ImageTooLargeError, decode_image
-from fastgrad.deploy.package import Description, ModelPackage
+from fastgrad.deploy.package import Description
 
 MAX_BODY = 16 * 2**20
 
@@ -118,43 +117,3 @@ def _json_input(body: bytes, description: Description) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise RequestError(422, f"inputs must be finite numbers of type {description.input_dtype}")
     return tensor
-
-
-def results(model: ModelPackage, batch: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-    """What the answers to a batch ``(B, *input_shape)`` need, ``(B, ...)`` each, in the order of `answer`."""
-    prediction, evidence = model.explain(torch.from_numpy(batch))
-    needed = (prediction.probabilities, prediction.uncertainty, *evidence.values())
-    return [value.cpu().numpy() for value in needed]
-
-
-def answer(
-    description: Description,
-    threshold: float | None,
-    probabilities: np.ndarray[Any, Any],
-    uncertainty: float,
-    *evidence: float,
-) -> dict[str, Any]:
-    """The answer to one input.
-
-    Returns:
-        ``class`` (index), ``label`` (its name, or None), ``probabilities`` (N), ``uncertainty``,
-        ``reliable``: whether the uncertainty is at most the threshold (None without one), and ``evidence``: by name,
-        what the uncertainty rests on (None if the file does not give it).
-
-    Raises:
-        RequestError: 422, the model's result is not finite: the input lies outside what its arithmetic can
-            hold.
-    """
-    if not (math.isfinite(uncertainty) and np.isfinite(probabilities).all()):
-        raise RequestError(422, "the model's result for this input is not a finite number")
-    index = int(probabilities.argmax())
-    return {
-        "class": index,
-        "label": description.labels[index] if description.labels else None,
-        "probabilities": [float(value) for value in probabilities],
-        "uncertainty": float(uncertainty),
-        "reliable": None if threshold is None else bool(uncertainty <= threshold),
-        "evidence": dict(zip(description.evidence, map(float, evidence), strict=True))
-        if description.evidence
-        else None,
-    }

@@ -10,7 +10,7 @@ from typing import Any
 def main(pipe: Connection, path: str, threads: int | None) -> None:
     """Load the model, say ``("ready", None)`` or ``("failed", reason)``, then answer until the pipe closes.
 
-    A batch is an array ``(B, *input_shape)``; its answer is ``("done", results)``, see `requests.results`, or
+    A batch is an array ``(B, *input_shape)``; its answer is ``("done", results)``, see `answer.results`, or
     ``("error", reason)``.
     """
     # Whoever stops the server may signal the whole process group; the server alone decides when workers end.
@@ -18,8 +18,8 @@ def main(pipe: Connection, path: str, threads: int | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     import torch
 
+    from fastgrad.deploy.answer import results
     from fastgrad.deploy.package import ModelPackage
-    from fastgrad.deploy.serve.requests import results
 
     try:
         if threads is not None:
@@ -41,7 +41,7 @@ def main(pipe: Connection, path: str, threads: int | None) -> None:
             return
         answer: tuple[str, Any]
         try:
-            answer = ("done", results(model, batch))
+            answer = ("done", results(model, torch.from_numpy(batch)))
         except Exception as error:
             answer = ("error", str(error))
         try:

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,21 +36,25 @@ class Server:
     def __init__(self, package: Path | None, *options: str, env: dict[str, str] | None = None) -> None:
         files = [] if package is None else [str(package)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        # A file, which can be read while the server runs and never fills up as a pipe does.
+        self._printed = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115 - as long as the server
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-c", COMMAND, *files, "--port", "0", "--threads", "1", *options],
-            stdout=subprocess.PIPE,
+            stdout=self._printed,
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
         )
-        lines = []
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            lines.append(line)
-            if match := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
-                self.port = int(match.group(1))
-                return
-        raise RuntimeError("the server did not start:\n" + "".join(lines))
+        while not (match := re.search(r"running on http://127\.0\.0\.1:(\d+)", self.log)):
+            if self.process.poll() is not None:
+                raise RuntimeError("the server did not start:\n" + self.log)
+            time.sleep(0.02)
+        self.port = int(match.group(1))
+
+    @property
+    def log(self) -> str:
+        """What it has printed so far."""
+        return Path(self._printed.name).read_text()
 
     def request(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -64,16 +69,11 @@ class Server:
         status, content = self.request("POST", "/predict", body, {"Content-Type": content_type, **headers})
         return status, json.loads(content)
 
-    def metric(self, name: str) -> float:
-        _, text = self.request("GET", "/metrics")
+    def metric(self, name: str, path: str = "/metrics") -> float:
+        _, text = self.request("GET", path)
         found = re.search(rf"^{re.escape(name)} (\S+)$", text.decode(), re.MULTILINE)
         assert found, name
         return float(found.group(1))
-
-    def stop_and_read(self) -> str:
-        """SIGTERM; what was printed since the start."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.communicate(timeout=60)[0]
 
     def stop(self, patience: float = 60) -> int:
         """SIGTERM; the exit status."""
@@ -84,8 +84,7 @@ class Server:
         finally:
             if self.process.poll() is None:
                 self.process.kill()
-            if self.process.stdout is not None:
-                self.process.stdout.close()
+            self._printed.close()
 
 
 @contextlib.contextmanager

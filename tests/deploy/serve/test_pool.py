@@ -118,11 +118,11 @@ def test_cancelled_inputs_are_not_run_and_close_finishes_the_rest() -> None:
     with_fakes(1, body, batch_wait=0.05)
 
 
-def test_real_workers(tiny_package: Path) -> None:
+def test_real_workers(model_file: Path) -> None:
     """One process: load, answer in batches, be killed, come back, be closed."""
 
     async def run() -> None:
-        pool = WorkerPool(str(tiny_package), threads=1, max_batch=16)
+        pool = WorkerPool(str(model_file), threads=1, max_batch=16)
         await pool.start()
         (pid,) = pool.pids
         values = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
@@ -134,7 +134,7 @@ def test_real_workers(tiny_package: Path) -> None:
         assert pool.pids != [pid]
         await pool.close()
         assert pool.pids == []
-        direct = ModelPackage(tiny_package)(torch.from_numpy(values))
+        direct = ModelPackage(model_file)(torch.from_numpy(values))
         np.testing.assert_allclose([u for _, u in answers], direct.uncertainty.numpy(), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(np.stack([p for p, _ in answers]), direct.probabilities.numpy(), rtol=1e-5)
 

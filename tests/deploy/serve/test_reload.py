@@ -8,12 +8,12 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
@@ -21,7 +21,6 @@ pytest.importorskip("prometheus_client")
 from deploy.serve.client import Server, image, wait_for
 from deploy.serve.test_faults import Load
 
-from fastgrad.deploy.package import ModelPackage
 from fastgrad.deploy.serve.served import Model, Served
 
 
@@ -90,23 +89,23 @@ def test_a_request_keeps_its_version_and_the_old_one_ends_after_it(
 
 
 def test_a_change_is_seen_and_a_broken_file_is_not_used(
-    tiny_package: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "model.pt2"
-    shutil.copyfile(tiny_package, path)
+    path = tmp_path / f"model{model_file.suffix}"
+    shutil.copyfile(model_file, path)
     versions = iter((1.0, 2.0))
 
     async def run() -> None:
         model = Model("model", str(path), lambda model: with_fakes(load(model), next(versions)))
         await model.served.pool.start()
         watching = asyncio.create_task(model.watch(0.01))
-        path.write_bytes(tiny_package.read_bytes()[:1000])
+        path.write_bytes(model_file.read_bytes()[:1000])
         while not model.failures:
             await asyncio.sleep(0.01)
         path.unlink()
         await asyncio.sleep(0.05)
         assert (await model.served.pool.submit(np.zeros((3, 8, 8))))[1] == 1.0
-        shutil.copyfile(tiny_package, path)
+        shutil.copyfile(model_file, path)
         while not model.reloads:
             await asyncio.sleep(0.01)
         assert (await model.served.pool.submit(np.zeros((3, 8, 8))))[1] == 2.0
@@ -117,61 +116,73 @@ def test_a_change_is_seen_and_a_broken_file_is_not_used(
     with caplog.at_level(logging.INFO, "uvicorn.error"):
         asyncio.run(asyncio.wait_for(run(), 60))
     assert re.search(
-        r"model: .*model\.pt2 has changed and cannot be loaded: .*not a readable .*goes on", caplog.text
+        rf"model: .*model\{path.suffix} has changed and cannot be loaded: .*not a readable .*goes on",
+        caplog.text,
     )
 
 
-def test_both_kinds_of_file_and_a_swap_under_load(
-    tiny_package: Path, tiny_onnx: Path, tmp_path: Path
-) -> None:
-    """Two files served at once; under load one is replaced by itself, by a broken one and by one that is cut off."""
-    first, second = tmp_path / "a.pt2", tmp_path / "b.onnx"
-    shutil.copyfile(tiny_package, first)
-    shutil.copyfile(tiny_onnx, second)
-    server = Server(None, "--model", f"a={first}", "--model", f"b={second}", "--reload-seconds", "0.2")
+@pytest.fixture(scope="module")
+def both(
+    tiny_package: Path, tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Path]]:
+    """A server of both kinds, each under its suffix, and the folder that it reads them from."""
+    folder = tmp_path_factory.mktemp("served")
+    named = []
+    for file in (tiny_package, tiny_onnx):
+        named += ["--model", f"{file.suffix[1:]}={shutil.copyfile(file, folder / f'model{file.suffix}')}"]
+    server = Server(None, *named, "--reload-seconds", "0.2")
+    yield server, folder
+    assert server.stop() == 0
+
+
+def damaged(content: bytes) -> bytes:
+    """One bit in the middle of the graph is another."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+
+
+def test_both_kinds_at_once_give_one_answer(both: tuple[Server, Path]) -> None:
+    server, _ = both
+    answers = [
+        server.request("POST", f"/predict/{name}", image(3), {"Content-Type": "image/png"})
+        for name in ("pt2", "onnx")
+    ]
+    assert [status for status, _ in answers] == [200, 200]
+    one, other = (json.loads(content) for _, content in answers)
+    assert one["uncertainty"] == pytest.approx(other["uncertainty"], abs=1e-5)
+    assert one["label"] in ("cat", "dog", "cow", "hen")
+
+
+def test_a_swap_under_load(both: tuple[Server, Path], model_file: Path) -> None:
+    """A file is replaced by itself, by one that is none, one cut off, one damaged inside, and again by itself."""
+    server, folder = both
+    name, whole = model_file.suffix[1:], model_file.read_bytes()
+    load = Load(server, model_file, f"/predict/{name}")
+    threads = load.start(8, 100_000)
     try:
-        answers = [
-            server.request("POST", f"/predict/{name}", image(3), {"Content-Type": "image/png"})
-            for name in "ab"
-        ]
-        assert [status for status, _ in answers] == [200, 200]
-        one, other = (json.loads(content)["uncertainty"] for _, content in answers)
-        assert one == pytest.approx(other, abs=1e-5)
-        load = Load(server, tiny_package)
-        threads = load.start(8, 100_000)
         wait_for(lambda: load.right > 50, 60)
-        for content, name in (
-            (tiny_package.read_bytes(), "fastgrad_model_reloads"),
-            (b"no model at all", "fastgrad_model_reload_failures"),
-            (tiny_package.read_bytes()[:-2000], "fastgrad_model_reload_failures"),
-            (tiny_package.read_bytes(), "fastgrad_model_reloads"),
+        for content, count in (
+            (whole, "reloads"),
+            (b"no model at all", "reload_failures"),
+            (whole[:-2000], "reload_failures"),
+            (damaged(whole), "reload_failures"),
+            (whole, "reloads"),
         ):
-            before, answered = server.metric(name), load.right
-            beside = tmp_path / "new"
-            beside.write_bytes(content)
-            os.replace(beside, first)
-            wait_for(lambda name=name, before=before: server.metric(name) > before, 120)
+            metric = f"fastgrad_model_{count}", f"/metrics/{name}"
+            before, answered = server.metric(*metric), load.right
+            (folder / "new").write_bytes(content)
+            os.replace(folder / "new", folder / f"model{model_file.suffix}")
+            wait_for(lambda metric=metric, before=before: server.metric(*metric) > before, 120)
             wait_for(lambda answered=answered: load.right > answered + 20, 60)
+    finally:
         load.stop.set()
         for thread in threads:
             thread.join()
-        assert (load.wrong, load.lost, load.refused, load.unavailable) == (0, 0, 0, 0)
-        assert server.metric("fastgrad_model_reloads") == 2
-        assert server.metric("fastgrad_model_reload_failures") == 2
-    finally:
-        log = server.stop_and_read()
-    assert log.count("cannot be loaded") == 2
-    assert "not a readable .pt2 archive" in log
-
-
-def test_an_onnx_file_is_served(tiny_onnx: Path) -> None:
-    x = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(2))
-    expected = ModelPackage(tiny_onnx)(x[None])
-    server = Server(tiny_onnx)
-    try:
-        status, answer = server.predict(json.dumps({"inputs": x.tolist()}), "application/json")
-        assert status == 200
-        assert answer["uncertainty"] == pytest.approx(float(expected.uncertainty), abs=1e-5)
-        assert answer["label"] in ("cat", "dog", "cow", "hen")
-    finally:
-        assert server.stop() == 0
+    print(f"{model_file.suffix}: {load.counts()}")
+    assert (load.wrong, load.lost, load.refused, load.unavailable) == (0, 0, 0, 0)
+    for count, expected in (("reloads", 2), ("reload_failures", 3)):
+        assert server.metric(f"fastgrad_model_{count}", f"/metrics/{name}") == expected
+    reasons = re.findall(rf"model {name}: .* cannot be loaded: (.*); the one before goes on", server.log)
+    assert len(reasons) == 3
+    assert all(f"not a readable {model_file.suffix}" in reason for reason in reasons[:2])
+    assert "is damaged" in reasons[2]

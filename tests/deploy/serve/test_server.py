@@ -27,20 +27,20 @@ from fastgrad.deploy.package import ModelPackage
 
 
 @pytest.fixture(scope="module")
-def server(tiny_package: Path) -> Iterator[Server]:
-    with running(tiny_package) as started:
+def server(model_file: Path) -> Iterator[Server]:
+    with running(model_file) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def package(tiny_package: Path) -> ModelPackage:
-    return ModelPackage(tiny_package)
+def package(model_file: Path) -> ModelPackage:
+    return ModelPackage(model_file)
 
 
 def check(answer: dict, package: ModelPackage, x: torch.Tensor) -> None:
     direct = package(x[None])
-    assert set(answer) == {"class", "label", "probabilities", "uncertainty", "reliable", "evidence"}
-    assert answer["evidence"] is None
+    assert set(answer) == {"class", "label", "probabilities", "uncertainty", "reliable", "evidence", "alarm"}
+    assert answer["evidence"] is answer["alarm"] is None
     assert answer["class"] == int(direct.probabilities[0].argmax())
     assert answer["label"] == package.description.labels[answer["class"]]
     # Batches of other sizes may sum in another order.
@@ -83,6 +83,7 @@ def test_evidence_of_a_file_that_gives_it(tiny_explained: Path) -> None:
     x = decode_image(image(3), package.description)
     _, direct = package.explain(x[None])
     assert answer["evidence"] == pytest.approx({name: float(own) for name, own in direct.items()}, rel=1e-5)
+    assert (answer["alarm"] is None) == answer["reliable"]
     assert model["evidence"] == package.description.evidence
 
 
