@@ -19,7 +19,7 @@ from fastgrad import TwoStageModel
 from fastgrad.metrics import aurc, risk_coverage
 
 Array = NDArray[np.float64]
-RESAMPLES = 500
+RESAMPLES = 200
 SOFTMAX, ENSEMBLE = "softmax", "ensemble"
 
 

@@ -34,13 +34,12 @@ def write(options: Options, subjects: Sequence[Texts | Pictures], found: Sequenc
         sections.append((f"**{subject.name}.** {own.about}.", ""))
         for case, answers in own.answers.items():
             area = areas(answers, own.source[case])
-            sections.append((f"{case.capitalize()}, {len(own.source[case]):,} inputs. {verdict(area)}", ""))
+            said = f"{case.capitalize()}, {len(own.source[case]):,} inputs. {verdict(area)}"
             lines = []
             for method, one in area.items():
                 passes = own.passes.get(method, 1.0)
-                rows.append(
-                    {"network": subject.name, "case": case, "method": method, "forward_passes": passes, **one}
-                )
+                row = {"case": f"{subject.name}, {case}", "method": method, "forward_passes": passes, **one}
+                rows.append({key: _rounded(value) for key, value in row.items()})
                 lines.append(
                     {
                         "method": method, "passes": f"{passes:.2f}", "errors": f"{one['errors']:.1%}",
@@ -51,7 +50,7 @@ def write(options: Options, subjects: Sequence[Texts | Pictures], found: Sequenc
                         f"{standing(one['interval of the difference'])}",
                     }
                 )  # fmt: skip
-            sections[-1] = (sections[-1][0], results_file.table(lines))
+            sections.append((said, results_file.table(lines)))
     return Page(rows, sections, _figure(subjects, found))
 
 
@@ -80,6 +79,12 @@ def verdict(area: Mapping[str, Mapping[str, Any]]) -> str:
     said = "; ".join(f"{words[name]}: {', '.join(own) or 'nothing'}" for name, own in groups.items())
     ours = [name for name in groups["better"] if "fastgrad" in name]
     return f"{said}." + ("" if ours else " This package adds nothing to the softmax here.")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return round(value, 5) if isinstance(value, float) else value
 
 
 def _range(interval: Sequence[float], form: str) -> str:
