@@ -12,7 +12,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from bench.paper.attacked import FALSE_ALARMS, FORMS, WAYS
-from bench.paper.white_box import Partial, attack, random_box, unaware_of, white_box
+from bench.paper.white_box import Partial, attack, auto_attack, random_box, unaware_of, white_box
 from fastgrad import TwoStageModel
 from fastgrad.challenges.attacks import away_from
 
@@ -113,3 +113,15 @@ def test_images_on_their_way_keep_size_and_range(way: str) -> None:
     assert changed.min() >= 0
     assert changed.max() <= 1
     assert (torch.equal(changed, x)) == (way == "")
+
+
+def test_auto_attack_misleads_within_its_radius() -> None:
+    pytest.importorskip("pyautoattack")
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, 2), nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10)]
+    net = nn.Sequential(*layers).eval().requires_grad_(False)
+    x, radius = images(4, 8).clamp(0, 1), 0.1
+    labels = net(x).argmax(1)
+    attacked = auto_attack(net, x, labels, radius, seed=0)
+    assert (attacked - x).abs().max() <= radius + 1e-6
+    assert bool((net(attacked).argmax(1) != labels).all())
