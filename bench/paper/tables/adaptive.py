@@ -123,7 +123,7 @@ def write(options: Options, subjects: Sequence[Attacked], found: Sequence[Rows])
         "interval (Wilson). *clean, flagged*: of the same photographs before the attack. *random layers*: for every "
         f"image one of {DETECTORS} detectors answers, each fitted on the activations of a random {SHARE:.0%} of the "
         "layers; *selective* differentiates their mean there, *selective at the default* is what was made against the "
-        f"default. {verdict(rows)}"
+        f"default. {verdict(attacked)}"
     )
     explained = {
         "": text,
@@ -135,21 +135,26 @@ def write(options: Options, subjects: Sequence[Attacked], found: Sequence[Rows])
     return Page(rows, sections, _figure(rows))
 
 
-def verdict(rows: Rows) -> str:
-    """Whether reading random layers helps against the attack that knows everything."""
-    shares = {
-        form: [_share(row, "selective") for row in rows if row["method"] == form]
-        for form in ("default", RANDOM)
-    }
-    words = [
-        "Random layers help" if sum(shares[RANDOM]) > sum(shares["default"]) else "Random layers do not help"
-    ]
-    words += [
-        f"against the selective attack on their mean: share found {', '.join(f'{s:.2f}' for s in shares[RANDOM])} "
-        f"at {' and '.join(row['case'] for row in rows if row['method'] == RANDOM)}, the default's "
-        f"{', '.join(f'{s:.2f}' for s in shares['default'])}."
-    ]
-    return " ".join(words)
+def verdict(attacked: Rows) -> str:
+    """Whether reading random layers helps against the attack that knows everything, with an interval."""
+    safe = {}
+    for form in ("default", RANDOM):
+        pairs = [
+            _joined(
+                [row for row in attacked if (row["form"], row["radius"]) == (form, radius)], "selective", ""
+            )
+            for radius in dict.fromkeys(row["radius"] for row in attacked)
+        ]
+        safe[form] = np.mean([~pair[0] | pair[1] for pair in pairs if pair is not None], 0)
+    gain = safe[RANDOM] - safe["default"]
+    resampled = np.random.default_rng(0).choice(gain, (2000, len(gain))).mean(1)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    said = "help" if low > 0 else "harm" if high < 0 else "make no difference"
+    return (
+        f"Against the selective attack on their mean random layers {said}: {safe[RANDOM].mean():.2f} of the "
+        f"photographs are protected from it, {safe['default'].mean():.2f} with the default; difference "
+        f"{gain.mean():+.2f} [{low:+.2f}, {high:+.2f}] over resampled photographs, both radii together."
+    )
 
 
 def _figure(rows: Rows) -> Any:
