@@ -11,7 +11,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,13 +22,14 @@ from torch import Tensor
 
 from bench.paper import cache, photograph_detectors
 from bench.paper.draws import CASES, Draw
-from fastgrad import UncertaintyDetector
+from fastgrad import TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import Activations, BiasGradients, Block, Contrasts, Features, Image, Logits, View
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.budget import Candidates, candidates
 from fastgrad.challenges import CHALLENGES
 from fastgrad.samples import Sources, collect
+from fastgrad.scores.temperature import Temperature
 
 Arrays = dict[str, NDArray[Any]]
 #: What is extracted. Left out are the norms of gradients: of this network's 157 parameters they cost some twenty
@@ -53,10 +54,12 @@ class Photographs:
 
     Args:
         draw: Of the photographs.
+        kinds: Of blocks that are extracted.
+        each: Challenges generated from each image; None for as many as `TwoStageModel.fit` makes.
     """
 
-    def __init__(self, draw: Draw) -> None:
-        self.draw, self.name = draw, draw.name
+    def __init__(self, draw: Draw, kinds: Sequence[type[Block]] = BLOCKS, each: int | None = None) -> None:
+        self.draw, self.name, self.kinds, self.each = draw, draw.name, tuple(kinds), each
         self.folder = draw.folder / "photographs-blocks" / f"{draw.number + 1}-{draw.weights[:12]}"
 
     def prepare(self) -> None:
@@ -81,17 +84,17 @@ class Photographs:
     @cached_property
     def extraction(self) -> Extraction:
         """Every block from one pass."""
-        extraction = Extraction(self.draw.model, [kind() for kind in BLOCKS], log=True)
+        extraction = Extraction(self.draw.model, [kind() for kind in self.kinds], log=True)
         extraction.known = self.subject
         return extraction
 
     def candidates(self, budget: float) -> Candidates:
-        """Those of `BLOCKS` that a budget allows, with their prices."""
+        """Those of ``kinds`` that a budget allows, with their prices."""
         x = self._images("clean")[:_BATCH]
         # Without a limit the costliest would be measured too: the blocks are named, and still to be chosen among.
-        asked = [kind() for kind in BLOCKS] if math.isinf(budget) else None
+        asked = [kind() for kind in self.kinds] if math.isinf(budget) else None
         found = candidates(self.draw.model, self.subject, x, budget, asked)
-        served = [block for block in found.blocks if type(block) in BLOCKS]
+        served = [block for block in found.blocks if type(block) in self.kinds]
         return dataclasses.replace(found, blocks=served, fixed=False)
 
     @cached_property
@@ -105,15 +108,39 @@ class Photographs:
             ]
             fraction = UncertaintyDetector().calibration_fraction
             images = len(parts[0]) * _BATCH
-            sources = Sources(parts[0], None, parts[1], 5000, images, None, fraction, self.draw.number, False)
+            sources = Sources(
+                parts[0], None, parts[1], 5000, images, self.each, fraction, self.draw.number, False
+            )
             found = collect(self.extraction, self.draw.model, torch.device("cpu"), sources)
             beside = {"kinds": np.array(found.kinds), "held_out": np.array(found.held_out)}
             return {name: value.numpy() for name, value in found.blocks().items()} | beside
 
-        generated = cache.digest("generated 3", dict(CHALLENGES))[:8]
+        names = [kind.name for kind in self.kinds]
+        other = () if self.kinds == BLOCKS and self.each is None else (names, self.each)
+        generated = cache.digest("generated 3", dict(CHALLENGES), *other)[:8]
         kept = dict(cache.arrays(self.folder / f"fit-{generated}.npz", make))
         kinds, held_out = kept.pop("kinds"), kept.pop("held_out")
         return {name: torch.from_numpy(value) for name, value in kept.items()}, kinds, held_out
+
+    def fitted(self, names: Sequence[str]) -> TwoStageModel:
+        """What ``TwoStageModel(network, blocks=names).fit`` makes of the samples, without extracting them again.
+
+        Its probabilities have a temperature from the labels of the part ``calibration``.
+        """
+        X, kinds, held_out = self.samples
+        model = TwoStageModel(self.draw.model, blocks=[b for b in self.extraction.blocks if b.name in names])
+        assert model.asked is not None
+        asked = candidates(
+            self.draw.model, self.subject, self._images("clean")[:_BATCH], math.inf, model.asked
+        )
+        report = asked.choose(model.detector, X, kinds, held_out, own=False)
+        model.detector = report.fit(model.detector, X, kinds, held_out)
+        model.detector_module = model.detector.to_module()
+        model.extraction, model._report = self.extraction.of(model.asked), report
+        labels = self.draw.clean("calibration")[1]
+        calibration = np.flatnonzero((kinds == "") & held_out)
+        model.temperature = Temperature.fit(X["logits"][calibration], labels)
+        return model
 
     def blocks(self, name: str) -> Arrays:
         """Blocks of the test photographs (``"clean"``) or of a case."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 FILES = ("ag-news.csv", "wikitext2-test.txt", "webquestions-test.json")
 CASES = ("encyclopedia", "questions", "shuffled words", "German")
+#: What is done to news whose labels stay.
+CORRUPTED = ("dropped words", "typos", "shuffled words")
 #: News of each part, and texts of each case.
 PARTS = {"train": 4800, "fit": 1000, "calibration": 800, "test": 1000}
 CASE = 300
@@ -40,10 +42,20 @@ def check(root: Path) -> None:
 
 
 class News:
-    """The news of one seed: split, tokenised, and classified by a network trained on them."""
+    """The news of one seed: split, tokenised, and classified by a network trained on them.
 
-    def __init__(self, root: Path, folder: Path, seed: int) -> None:
-        self.root, self.folder, self.seed = root / "text", folder, seed
+    Args:
+        root: Folder with the data; its folder ``text`` has the files.
+        folder: Where networks are kept.
+        seed: Of the split, and of the network.
+        member: Which network of this split: members differ in their initial weights and the order of training.
+        short: Whether it reads half as many pieces and is trained half as long, in bfloat16: a tenth of the time.
+    """
+
+    def __init__(self, root: Path, folder: Path, seed: int, member: int = 0, *, short: bool = False) -> None:
+        self.root, self.folder, self.seed, self.member = root / "text", folder, seed, member
+        self.short = short
+        self.length, self.epochs = (_LENGTH // 2, _EPOCHS // 2) if short else (_LENGTH, _EPOCHS)
         self.name = f"news {seed + 1}"
 
     def prepare(self) -> None:
@@ -76,8 +88,8 @@ class News:
         return tokenizer
 
     def _inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        rows = [[2, *encoding.ids][:_LENGTH] for encoding in self._pieces.encode_batch(list(texts))]
-        ids = torch.zeros(len(rows), _LENGTH, dtype=torch.long)
+        rows = [[2, *encoding.ids][: self.length] for encoding in self._pieces.encode_batch(list(texts))]
+        ids = torch.zeros(len(rows), self.length, dtype=torch.long)
         for place, row in enumerate(rows):
             ids[place, : len(row)] = torch.tensor(row)
         mask = torch.zeros_like(ids)
@@ -86,7 +98,7 @@ class News:
         return {"input_ids": ids, "attention_mask": mask}
 
     def news(self, part: str) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs ``(n, 96)`` and labels ``(n,)`` of a part."""
+        """Inputs ``(n, pieces)`` and labels ``(n,)`` of a part."""
         texts, labels = self._news[part]
         return self._inputs(texts), labels
 
@@ -111,35 +123,68 @@ class News:
             return self._inputs([fake.paragraph(nb_sentences=4) for _ in range(CASE)])
         raise ValueError(f"name must be one of {', '.join(CASES)}; it was {name!r}")
 
+    def corrupted(self, name: str) -> dict[str, Tensor]:
+        """Inputs of all test news, in order, with one of `CORRUPTED` done to them."""
+        if name not in CORRUPTED:
+            raise ValueError(f"name must be one of {', '.join(CORRUPTED)}; it was {name!r}")
+        rng = np.random.default_rng((self.seed, CORRUPTED.index(name)))
+        change = {"dropped words": _dropped, "typos": _mistyped, "shuffled words": _shuffled}[name]
+        return self._inputs([" ".join(change(text.split(), rng)) for text in self._news["test"][0]])
+
     @cached_property
     def model(self) -> nn.Module:
         """The trained network, in evaluation mode."""
         from transformers import BertConfig, BertForSequenceClassification
 
-        recipe = {"network": "BERT 4x128", "news": PARTS["train"], "epochs": _EPOCHS, "seed": self.seed}
-        torch.manual_seed(self.seed)
+        recipe = {"network": "BERT 4x128", "news": PARTS["train"], "epochs": self.epochs, "seed": self.seed}
+        name = f"news-{self.seed}"
+        if self.member or self.short:
+            recipe |= {"member": self.member, "pieces": self.length}
+            name = f"{name}-{self.member}-{self.length}"
+        torch.manual_seed(self.seed + 1000 * self.member)
         config = BertConfig(
             vocab_size=_PIECES, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-            intermediate_size=256, max_position_embeddings=_LENGTH, num_labels=4,
+            intermediate_size=256, max_position_embeddings=self.length, num_labels=4,
         )  # fmt: skip
         net = BertForSequenceClassification(config)
-        return cache.weights(self.folder / f"news-{self.seed}.pt", net, recipe, self._train)
+        return cache.weights(self.folder / f"{name}.pt", net, recipe, self._train)
 
     def _train(self, net: nn.Module) -> None:
         inputs, labels = self.news("train")
-        steps = _EPOCHS * (len(labels) // _BATCH)
+        steps = self.epochs * (len(labels) // _BATCH)
         optimizer = torch.optim.AdamW(net.parameters(), _RATE, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
         net.train()
-        for _ in range(_EPOCHS):
+        for _ in range(self.epochs):
             for batch in torch.randperm(len(labels)).split(_BATCH):
                 if len(batch) < _BATCH:
                     continue
-                out: Any = net(**{name: value[batch] for name, value in inputs.items()})
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.short):
+                    out: Any = net(**{name: value[batch] for name, value in inputs.items()})
                 optimizer.zero_grad()
-                cross_entropy(out.logits, labels[batch]).backward()
+                cross_entropy(out.logits.float(), labels[batch]).backward()
                 optimizer.step()
                 schedule.step()
+
+
+def _dropped(words: list[str], rng: np.random.Generator) -> list[str]:
+    """Each word is left out with a chance of two fifths."""
+    return [word for word, kept in zip(words, rng.random(len(words)) > 0.4, strict=True) if kept]
+
+
+def _mistyped(words: list[str], rng: np.random.Generator) -> list[str]:
+    """Two neighbouring inner letters change places in half of the words of at least four letters."""
+    found = []
+    for word in words:
+        if len(word) >= 4 and rng.random() < 0.5:
+            i = int(rng.integers(1, len(word) - 2))
+            word = word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+        found.append(word)
+    return found
+
+
+def _shuffled(words: list[str], rng: np.random.Generator) -> list[str]:
+    return [words[i] for i in rng.permutation(len(words))]
 
 
 def batches(inputs: dict[str, Tensor], size: int = 50) -> list[dict[str, Tensor]]:

