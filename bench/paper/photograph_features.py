@@ -2,46 +2,25 @@
 
 A detector is fitted on the photographs of the draw's part ``fit``, calibrated on ``calibration`` and on challenges that
 `fastgrad.challenges` generates from both; the draw's cases are for the test alone. All is extracted once, for every
-budget and every control: what a budget keeps is a choice among these blocks.
+budget and every control (`bench.paper.own`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import sys
 import time
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.paper import cache, photograph_detectors
+from bench.paper import cache, published
+from bench.paper.cache import Arrays
 from bench.paper.draws import CASES, Draw
-from fastgrad import UncertaintyDetector
-from fastgrad.blocks import Activations, BiasGradients, Block, Contrasts, Features, Image, Logits, View
-from fastgrad.blocks.extraction import Extraction
-from fastgrad.blocks.subject import Subject, watch
-from fastgrad.budget import Candidates, candidates
+from bench.paper.own import Reading, Samples, batches, read
 from fastgrad.challenges import CHALLENGES
-from fastgrad.samples import Sources, collect
 
-Arrays = dict[str, NDArray[Any]]
-#: What is extracted. Left out are the norms of gradients: of this network's 157 parameters they cost some twenty
-#: forward passes, those of its normalisation layers six.
-BLOCKS: tuple[type[Block], ...] = (
-    Contrasts,
-    Logits,
-    Features,
-    Image,
-    Activations,
-    BiasGradients,
-    View,
-)
 _BATCH = 16
 #: Clean images and images of a case that the published detectors with gradients are tried on: each takes several
 #: passes.
@@ -64,7 +43,7 @@ class Photographs:
         self.draw.prepare()
         makers: dict[str, Callable[[str], object]] = {
             "features": lambda name: self.samples if name == "fit" else self.blocks(name),
-            "published scores": self.published,
+            "published scores": lambda name: None if name == "fit" else self.published(name),
         }
         for what, make in makers.items():
             for name in ("fit", "clean", *CASES):
@@ -74,66 +53,42 @@ class Photographs:
                 print(f"{self.name}, {what} of {name}: {taken:.0f} s", file=sys.stderr, flush=True)
 
     @cached_property
-    def subject(self) -> Subject:
-        """What is known of the network."""
-        return watch(self.draw.model, (self._images("clean")[:2],), {})
+    def reading(self) -> Reading:
+        """What is read of the network."""
+        return Reading(self.draw.model, self._images("clean")[:_BATCH])
 
     @cached_property
-    def extraction(self) -> Extraction:
-        """Every block from one pass."""
-        extraction = Extraction(self.draw.model, [kind() for kind in BLOCKS], log=True)
-        extraction.known = self.subject
-        return extraction
-
-    def candidates(self, budget: float) -> Candidates:
-        """Those of `BLOCKS` that a budget allows, with their prices."""
-        x = self._images("clean")[:_BATCH]
-        # Without a limit the costliest would be measured too: the blocks are named, and still to be chosen among.
-        asked = [kind() for kind in BLOCKS] if math.isinf(budget) else None
-        found = candidates(self.draw.model, self.subject, x, budget, asked)
-        served = [block for block in found.blocks if type(block) in BLOCKS]
-        return dataclasses.replace(found, blocks=served, fixed=False)
-
-    @cached_property
-    def samples(self) -> tuple[dict[str, Tensor], NDArray[np.str_], NDArray[np.bool_]]:
-        """Blocks, kinds and who is held out, of clean photographs and generated challenges."""
+    def samples(self) -> Samples:
+        """Clean photographs and generated challenges."""
 
         def make() -> Arrays:
-            parts = [
-                list(zip(*(value.split(_BATCH) for value in self.draw.clean(part)), strict=True))
-                for part in ("fit", "calibration")
-            ]
-            fraction = UncertaintyDetector().calibration_fraction
-            images = len(parts[0]) * _BATCH
-            sources = Sources(parts[0], None, parts[1], 5000, images, None, fraction, self.draw.number, False)
-            found = collect(self.extraction, self.draw.model, torch.device("cpu"), sources)
-            beside = {"kinds": np.array(found.kinds), "held_out": np.array(found.held_out)}
-            return {name: value.numpy() for name, value in found.blocks().items()} | beside
+            fit, calibration = (batches(self.draw.clean(part), _BATCH) for part in ("fit", "calibration"))
+            return self.reading.samples(fit, calibration, self.draw.number)
 
         generated = cache.digest("generated 3", dict(CHALLENGES))[:8]
-        kept = dict(cache.arrays(self.folder / f"fit-{generated}.npz", make))
-        kinds, held_out = kept.pop("kinds"), kept.pop("held_out")
-        return {name: torch.from_numpy(value) for name, value in kept.items()}, kinds, held_out
+        return read(cache.arrays(self.folder / f"fit-{generated}.npz", make))
 
     def blocks(self, name: str) -> Arrays:
         """Blocks of the test photographs (``"clean"``) or of a case."""
+        return cache.arrays(
+            self.folder / f"{_slug(name)}.npz", lambda: self.reading.blocks(self._images(name))
+        )
 
-        def make() -> Arrays:
-            parts = [self.extraction(x)[1] for x in self._images(name).split(_BATCH)]
-            return {block: torch.cat([part[block] for part in parts]).float().numpy() for block in parts[0]}
-
-        return cache.arrays(self.folder / f"{_slug(name)}.npz", make)
+    @cached_property
+    def from_images(self) -> dict[str, published.FromImages]:
+        """The published detectors that need the images."""
+        movement = cache.arrays(
+            self.folder / "published-fit.npz",
+            lambda: {"movement": published.movements(self.draw.model, self._images("fit"), _BATCH)},
+        )["movement"]
+        return published.from_images(self.draw.model, torch.from_numpy(movement), _BATCH)
 
     def published(self, name: str) -> Arrays:
-        """Scores of the published detectors that need the images, of ``"fit"``, ``"clean"`` or a case."""
+        """Their scores of ``"clean"`` or a case."""
 
         def make() -> Arrays:
-            if name == "fit":
-                return photograph_detectors.reference(self.draw.model, self._images("fit"))
-            count = _CLEAN if name == "clean" else _CASE
-            return photograph_detectors.from_images(
-                self.draw.model, self.published("fit"), self._images(name)[:count]
-            )
+            images = self._images(name)[: _CLEAN if name == "clean" else _CASE]
+            return {method: score(images) for method, score in self.from_images.items()}
 
         return cache.arrays(self.folder / f"published-{_slug(name)}.npz", make)
 
