@@ -81,7 +81,6 @@ def from_outputs(
             "Mahalanobis": ood.Mahalanobis(None),
             "relative Mahalanobis": ood.RMD(None),
             "SHE": ood.SHE(None, head),
-            "GMM": ood.GMM(None),
         }
     by_features: dict[str, Callable[[Tensor], Tensor]] = {"LTS": ood.LTS(None, head).predict_features}
     for name, detector in fitted.items():
@@ -145,15 +144,20 @@ def from_layers(model: Classifier, images: Tensor, labels: Tensor, batch: int) -
     """NAC and Gram, which read several layers, fitted on images that the network was trained on."""
     from pytorch_ood.detector import NACUE, Gram
 
-    loader = list(zip(images.split(batch), labels.split(batch), strict=True))
-    layers = [model.pool, *reversed(model.stages[:-1])]
-    alpha, bins, full = (list(values) for values in zip(*_COVERAGE[: len(layers)], strict=True))
+    # The network is frozen: gradients are asked for by way of the images.
+    loader = [
+        (x.clone().requires_grad_(), y) for x, y in zip(images.split(batch), labels.split(batch), strict=True)
+    ]
+    # In the order of the forward pass, in which pytorch-ood meets them.
+    layers = [*model.stages[:-1], model.pool]
+    alpha, bins, full = (list(values) for values in zip(*reversed(_COVERAGE[: len(layers)]), strict=True))
     nac = NACUE(model, layers, bins, alpha, full).fit(loader)
     first = nn.Sequential(model.normalize, model.stem)
     head = nn.Sequential(model.pool, nn.Flatten(), model.fc)
     torch.manual_seed(0)
     gram = Gram(head, [first, *model.stages], model.fc.out_features, [1, 2, 3, 4, 5]).fit(loader)
-    return {"NAC": _in_batches(nac.predict, batch), "Gram": _in_batches(gram.predict, batch)}
+    covered = _in_batches(lambda x: nac.predict(x.clone().requires_grad_()), batch)
+    return {"NAC": covered, "Gram": _in_batches(gram.predict, batch)}
 
 
 def _in_batches(predict: Callable[[Tensor], Tensor], batch: int) -> FromImages:

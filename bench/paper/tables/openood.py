@@ -75,10 +75,10 @@ def evaluate(subject: Subject) -> dict[str, Any]:
 def _from_images(subject: Subject) -> dict[str, published.FromImages]:
     model, (images, labels) = subject.model, subject.clean("seen")
     movement = subject.kept(
-        "movement", "fit", lambda: {"movement": published.movements(model, images[:1000], BATCH)}
+        "movement", "fit", lambda: {"movement": published.movements(model, images[:500], BATCH)}
     )["movement"]
     return published.from_images(model, torch.from_numpy(movement), BATCH) | published.from_layers(
-        model, images[:2000], labels[:2000], BATCH
+        model, images[:1000], labels[:1000], BATCH
     )
 
 
@@ -161,7 +161,7 @@ def write(options: Options, subjects: Sequence[Subject], found: Sequence[Mapping
             f"intervals from {RESAMPLES} resamples of the images. *FPR*: share of other images that pass where 95 % of "
             "the clean ones pass. *passes*: processor time for "
             f"{BATCH} images, in forward passes of the network. Published detectors are fitted on images that the "
-            "network was trained on (4,000; NAC and Gram 2,000), this package's on "
+            "network was trained on (4,000; NAC and Gram 1,000, AdaSCALE 500), this package's on "
             f"{options.fit} that it was not, and on challenges generated from them.",
             results_file.table(lines),
         ),
