@@ -142,6 +142,7 @@ def price_front(
             arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "#bbbbbb"},
         )
     axes.set_xscale("log", base=2)
+    axes.set_xlim(right=ends * 1.4)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="forward passes", ylabel=label)
     axes.legend(frameon=False, fontsize=7, loc="lower right")

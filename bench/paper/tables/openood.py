@@ -97,15 +97,16 @@ def write(options: Options, subjects: Sequence[Subject], found: Sequence[Mapping
             for key in ("auroc", "missed"):
                 cells[method, group, key] = np.mean([cells[method, name, key] for name in names], 0)
         cells[method, "all", "auroc"] = np.mean([cells[method, group, "auroc"] for group in GROUPS], 0)
-        for case in (*GROUPS, *pairs):
+        for case in pairs:
             row: dict[str, Any] = {"network": subjects[0].recipe.network, "case": case, "method": method}
-            for key in ("auroc", "missed"):
-                cell = cells[method, case, key]
-                row |= {key: round(float(cell[0]), 4), f"{key} interval": interval(cell)}
-            rows.append(row | {"seeds": len(found)})
+            rows.append(row | _measured(cells, method, case) | {"seeds": len(found)})
     cost = {method: float(np.median([one["prices"][method] for one in found])) for method in methods}
-    rows += [{"method": method, "forward_passes": round(cost[method], 2)} for method in methods]
     ordered = sorted(methods, key=lambda method: -cells[method, "all", "auroc"][0])
+    for method in ordered:
+        row = {"case": "near and far", "method": method, "passes": round(cost[method], 2)}
+        for group in GROUPS:
+            row |= {f"{group} {key}": value for key, value in _measured(cells, method, group).items()}
+        rows.append(row)
 
     def shown(method: str, case: str, key: str) -> str:
         low, high = interval(cells[method, case, key])
@@ -177,8 +178,20 @@ def write(options: Options, subjects: Sequence[Subject], found: Sequence[Mapping
             results_file.table(elsewhere),
         ),
     ]  # fmt: skip
-    points = {method: (cost[method], float(cells[method, "all", "auroc"][0])) for method in methods}
-    return Page(rows, sections, price_front(points, own=[m for m in methods if m.startswith("fastgrad")]))
+    points = {
+        method: (cost[method], float(cells[method, "all", "auroc"][0]))
+        for method in methods
+        if method not in own.CONTROLS
+    }
+    return Page(rows, sections, price_front(points, own=[m for m in points if m.startswith("fastgrad")]))
+
+
+def _measured(cells: Mapping[tuple[str, str, str], Scores], method: str, case: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key in ("auroc", "missed"):
+        cell = cells[method, case, key]
+        found |= {key: round(float(cell[0]), 4), f"{key} interval": interval(cell)}
+    return found
 
 
 TABLE = Table(
