@@ -74,7 +74,10 @@ def pivot(rows: Sequence[Mapping[str, Any]], cases: Sequence[str], methods: Sequ
             raise ValueError(f"{method} must have every case to be in a mean; it lacks {', '.join(missing)}")
         line: dict[str, Any] = {"method": method}
         for case in cases:
-            line[case] = f"{100 * values[case]['auroc']:.1f} ± {100 * values[case]['spread']:.1f}"
+            line[case] = f"{100 * values[case]['auroc']:.1f}"
+            # One network alone has no spread.
+            if values[case]["spread"]:
+                line[case] += f" ± {100 * values[case]['spread']:.1f}"
         numbers = [row["auroc"] for row in values.values()]
         line["mean"] = f"**{100 * np.mean(numbers):.1f}**"
         line["worst"] = f"{100 * np.min(numbers):.1f}"
