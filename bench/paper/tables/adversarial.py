@@ -12,7 +12,7 @@ from bench.paper import detectors, labelled, own
 from bench.paper.cache import Arrays
 from bench.paper.data.attacks import ATTACKS
 from bench.paper.figures import detection_bars
-from bench.paper.rows import Found, detection_rows, pivot
+from bench.paper.rows import Found, detection_rows, pivot, precision
 from bench.paper.subject import Subject, both_networks
 from bench.paper.table import Options, Page, Table
 from fastgrad.metrics import auroc
@@ -129,8 +129,8 @@ def write(
         )
         sections += [
             (
-                f"{text}\n\nFrom clean data alone, up to {options.case} images of each attack against up to twice as "
-                "many clean ones, all of which the network classifies rightly:",
+                f"{text}\n\nFrom clean data alone, all of it images that the network classifies rightly. "
+                + precision(2 * options.case, options.case),
                 pivot(here, ATTACKS, CLEAN_ONLY),
             ),
             (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bench.paper import detectors, own
 from bench.paper.data.corruptions import CORRUPTIONS, SEVERITIES
 from bench.paper.figures import heatmap
-from bench.paper.rows import Found, detection_rows, mean_rows, pivot
+from bench.paper.rows import Found, detection_rows, mean_rows, pivot, precision
 from bench.paper.subject import Subject, both_networks
 from bench.paper.table import Options, Page, Table
 
@@ -35,7 +35,10 @@ def write(options: Options, subjects: Sequence[Subject], found: Sequence[Found])
     for network in dict.fromkeys(row["network"] for row in rows):
         here = [row for row in rows if row["network"] == network]
         sections += [
-            (f"## {network}, mean over severities", pivot(mean_rows(here, kinds), CORRUPTIONS, METHODS)),
+            (
+                f"## {network}, mean over severities\n\n{precision(options.test, options.cell)}",
+                pivot(mean_rows(here, kinds), CORRUPTIONS, METHODS),
+            ),
             (f"## {network}, mean over corruptions", pivot(mean_rows(here, levels), list(levels), METHODS)),
         ]
     cells = {

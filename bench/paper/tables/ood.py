@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bench.paper import detectors, own
 from bench.paper.cases import STRANGERS
 from bench.paper.figures import detection_bars
-from bench.paper.rows import Found, detection_rows, pivot
+from bench.paper.rows import Found, detection_rows, pivot, precision
 from bench.paper.subject import Subject, both_networks
 from bench.paper.table import Options, Page, Table
 from bench.paper.train import Recipe
@@ -47,7 +47,8 @@ def write(options: Options, subjects: Sequence[Subject], found: Sequence[Found])
     sections = []
     for network in dict.fromkeys(row["network"] for row in rows):
         here = [row for row in rows if row["network"] == network]
-        sections.append((f"## {network}", pivot(here, STRANGERS[network.split()[0]], METHODS)))
+        text = f"## {network}\n\n{precision(options.test, options.strangers)}"
+        sections.append((text, pivot(here, STRANGERS[network.split()[0]], METHODS)))
         if network.startswith("cifar10"):
             text = (
                 "The SVHN images are grey. Control: grey CIFAR-10 test images against colour ones, and SVHN "
