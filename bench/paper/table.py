@@ -196,9 +196,8 @@ def options_of(given: argparse.Namespace) -> Options:
     }
     if given.quick:
         # A larger network makes fewer attacks and corruptions in the time.
-        sizes = (
-            {"test": 500, "case": 100, "strangers": 200, "learn": 100, "cell": 20} if given.network else {}
-        )
+        few = {"fit": 1000, "test": 500, "case": 100, "strangers": 200, "learn": 100, "cell": 20}
+        sizes = few if given.network else {}
     return Options(
         data=given.data,
         out=given.out,
