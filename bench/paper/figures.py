@@ -124,23 +124,28 @@ def price_front(
     axes.step(*zip(*steps, strict=True), where="post", color="#999999", lw=1, label="best at the price")
     for name, (price, quality) in points.items():
         axes.scatter(price, quality, s=18, color=COLOURS[1] if name in own else COLOURS[0], zorder=3)
-    # Names of crowded points share one line, in the order of their quality, from the highest down.
-    spread = max(quality for _, quality in points.values()) - min(quality for _, quality in points.values())
-    last: dict[int, float] = {}
+    # Names of crowded points stand below each other, in the order of quality and about where the points are.
+    qualities = [quality for _, quality in points.values()]
+    apart = 0.026 * max(max(qualities) - min(qualities), 1e-9)
+    columns: dict[int, list[str]] = {}
     for name in sorted(points, key=lambda name: -points[name][1]):
-        price, quality = points[name]
-        column = round(4 * float(np.log2(price)))
-        height = min(quality, last.get(column, np.inf) - 0.024 * max(spread, 1e-9))
-        last[column] = height
-        axes.annotate(
-            name,
-            (price, quality),
-            (price * 1.03, height),
-            fontsize=6,
-            va="center",
-            color=COLOURS[1] if name in own else "black",
-            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "#bbbbbb"},
-        )
+        columns.setdefault(round(2 * float(np.log2(points[name][0]))), []).append(name)
+    for names in columns.values():
+        heights = [points[names[0]][1]]
+        for name in names[1:]:
+            heights.append(min(points[name][1], heights[-1] - apart))
+        shift = np.mean([points[name][1] - height for name, height in zip(names, heights, strict=True)])
+        right = max(points[name][0] for name in names)
+        for name, height in zip(names, heights, strict=True):
+            axes.annotate(
+                name,
+                points[name],
+                (right * 1.06, height + shift),
+                fontsize=6,
+                va="center",
+                color=COLOURS[1] if name in own else "black",
+                arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "#bbbbbb"},
+            )
     axes.set_xscale("log", base=2)
     axes.set_xlim(right=ends * 1.4)
     axes.xaxis.set_major_formatter("{x:g}")

@@ -1,8 +1,9 @@
 """Scores of the published detectors that see no challenges; higher is less reliable.
 
 Their hyper-parameters are those of their papers or of pytorch-ood's defaults, fixed before any test image was seen.
-From pytorch-ood come those that it has and that apply; GradNorm (Huang et al., 2021) in closed form, AdaSCALE (Regmi,
-2025) and GROOD (Elaraby et al., 2023) are compact forms. GROOD's prototype of other images is the mean of uniform
+From pytorch-ood come those that it has and that apply; GradNorm (Huang et al., 2021) in closed form, NAC (Liu et al.,
+2024), AdaSCALE (Regmi, 2025) and GROOD (Elaraby et al., 2023) are compact forms. pytorch-ood's NAC has other bins than
+those that its authors' hyper-parameters are for. GROOD's prototype of other images is the mean of uniform
 noise: a further data set, as its paper has it, is what nobody here is given.
 """
 
@@ -142,22 +143,48 @@ def from_images(model: nn.Module, movement: Tensor, batch: int) -> dict[str, Fro
 
 def from_layers(model: Classifier, images: Tensor, labels: Tensor, batch: int) -> dict[str, FromImages]:
     """NAC and Gram, which read several layers, fitted on images that the network was trained on."""
-    from pytorch_ood.detector import NACUE, Gram
+    from pytorch_ood.detector import Gram
 
-    # The network is frozen: gradients are asked for by way of the images.
-    loader = [
-        (x.clone().requires_grad_(), y) for x, y in zip(images.split(batch), labels.split(batch), strict=True)
-    ]
-    # In the order of the forward pass, in which pytorch-ood meets them.
-    layers = [*model.stages[:-1], model.pool]
-    alpha, bins, full = (list(values) for values in zip(*reversed(_COVERAGE[: len(layers)]), strict=True))
-    nac = NACUE(model, layers, bins, alpha, full).fit(loader)
-    first = nn.Sequential(model.normalize, model.stem)
+    layers = [model.normalize, model.stem, *model.stages]
     head = nn.Sequential(model.pool, nn.Flatten(), model.fc)
     torch.manual_seed(0)
-    gram = Gram(head, [first, *model.stages], model.fc.out_features, [1, 2, 3, 4, 5]).fit(loader)
-    covered = _in_batches(lambda x: nac.predict(x.clone().requires_grad_()), batch)
-    return {"NAC": covered, "Gram": _in_batches(gram.predict, batch)}
+    gram = Gram(head, [nn.Sequential(*layers[:2]), *model.stages], model.fc.out_features, [1, 2, 3, 4, 5])
+    gram.fit(list(zip(images.split(batch), labels.split(batch), strict=True)))
+    counts = [torch.zeros(0)] * len(_COVERAGE)
+    for x in images.split(batch):
+        for place, bins in enumerate(_bins(model, x)):
+            full = nn.functional.one_hot(bins, _COVERAGE[place][1]).sum(0)
+            counts[place] = full + counts[place] if len(counts[place]) else full
+
+    def coverage(x: Tensor) -> Tensor:
+        found = [
+            (counts[place].gather(1, bins.T) / _COVERAGE[place][2]).clamp(max=1).mean(0)
+            for place, bins in enumerate(_bins(model, x))
+        ]
+        return -torch.stack(found).mean(0)
+
+    return {"NAC": _in_batches(coverage, batch), "Gram": _in_batches(gram.predict, batch)}
+
+
+def _bins(model: Classifier, images: Tensor) -> list[Tensor]:
+    """The bin of each neuron's activation state ``(B, D)``, from the last place to the first, as `_COVERAGE` has them.
+
+    A state is a sigmoid of what the channel's mean adds to the divergence between the uniform and the predicted
+    distribution; its range is cut into equal bins.
+    """
+    with torch.enable_grad():
+        x, places = model.stem(model.normalize(images.clone().requires_grad_())), []
+        for stage in model.stages:
+            x = stage(x)
+            places.append(x)
+        places[-1] = model.pool(x)
+        divergence = -model.fc(places[-1].flatten(1)).log_softmax(1).mean(1).sum()
+        slopes = torch.autograd.grad(divergence, places)
+    found = []
+    for (steepness, bins, _), z, slope in zip(_COVERAGE, reversed(places), reversed(slopes), strict=False):
+        state = torch.sigmoid(steepness * z.mean((2, 3)) * slope.mean((2, 3)))
+        found.append((state * bins).long().clamp(max=bins - 1).detach())
+    return found
 
 
 def _in_batches(predict: Callable[[Tensor], Tensor], batch: int) -> FromImages:

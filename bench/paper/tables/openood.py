@@ -150,14 +150,14 @@ def write(options: Options, subjects: Sequence[Subject], found: Sequence[Mapping
                 }
             )
     elsewhere = [
-        {"data": data, "method": method, "near, AUROC": near, "far, AUROC": far}
+        {"data": data, "method": method, "near, AUROC": f"{near:.2f}", "far, AUROC": f"{far:.2f}"}
         for data, figures in OPENOOD.items()
         for method, (near, far) in figures.items()
     ]
     accuracy = ", ".join(f"{one['accuracy']:.1%}" for one in found)
     sections = [
         (
-            f"{len(found)} network(s), right on {accuracy} of {options.test} clean test images of CIFAR-10, against "
+            f"Networks: {len(found)}, right on {accuracy} of {options.test} clean test images of CIFAR-10, against "
             f"{options.strangers} images of each set; means over the two sets of a group, in hundredths, with 95 % "
             f"intervals from {RESAMPLES} resamples of the images. *FPR*: share of other images that pass where 95 % of "
             "the clean ones pass. *passes*: processor time for "
@@ -173,8 +173,8 @@ def write(options: Options, subjects: Sequence[Subject], found: Sequence[Mapping
          results_file.table(kept)),
         (
             "**Another protocol**, not to be compared row by row: figures given for OpenOOD v1.5, whose networks are "
-            "trained longer, on files that did not pass through JPEG, with six and more other sets and hyper-"
-            "chosen on validation sets of other images.",
+            "trained longer, on files that did not pass through JPEG, with more other sets, and with hyper-parameters "
+            "chosen on validation images of other sets.",
             results_file.table(elsewhere),
         ),
     ]  # fmt: skip
