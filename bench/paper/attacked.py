@@ -56,7 +56,7 @@ class Attacked(Photographs):
         X, kinds, held_out = self.samples
         fitting = (kinds == "") | ~held_out
         places = torch.as_tensor(np.flatnonzero(fitting))
-        ends = np.cumsum([place.count for place in self.subject.channels])
+        ends = np.cumsum([place.count for place in self.reading.subject.channels])
         layers = np.split(np.arange(ends[-1]), ends[:-1])
         rng = np.random.default_rng(self.draw.number)
         parts = []
@@ -78,7 +78,8 @@ class Attacked(Photographs):
             for form, blocks in FORMS.items()
             if {BLOCKS[name] for name in blocks} <= set(self.kinds)
         }
-        usual = self.extraction.of([block for block in self.extraction.blocks if block.name in USUAL])
+        whole = self.reading.extraction
+        usual = whole.of([block for block in whole.blocks if block.name in USUAL])
         parts = self.random_parts()
         return found | {RANDOM: random_box(usual, parts, example, FALSE_ALARMS, self.draw.number)}
 

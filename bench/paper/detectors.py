@@ -1,4 +1,4 @@
-"""Scores of this package's detectors, and every method's AUROC; higher is less reliable."""
+"""Every method's scores and AUROC on a network's cases; higher is less reliable."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
+from bench.paper import own
+from bench.paper.own import scores
+from bench.paper.published import FromBlocks, FromImages, Scores
 from bench.paper.rows import Found
-from bench.paper.subject import Arrays, Subject
+from bench.paper.subject import Subject
+from fastgrad.budget import Report
 from fastgrad.estimators import UncertaintyDetector
 from fastgrad.metrics import auroc
 
-Scores = NDArray[np.float64]
-FromBlocks = Callable[[Arrays], Scores]
-FromImages = Callable[[Tensor], Scores]
+#: Detectors that saw no challenge at all: the blocks that the budget allows, and the squared norms of all gradients.
+ONE_CLASS = ("fastgrad one-class", "gradients one-class")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Methods:
 
     def scores(self, subject: Subject, case: str, keep: Any = slice(None)) -> dict[str, Scores]:
         """Every method's scores on the images ``keep`` of a case."""
-        blocks = {name: values[keep] for name, values in subject.blocks(case).items()}
+        blocks = subject.blocks(case) | (subject.gradients(case) if ONE_CLASS[1] in self.blocks else {})
+        blocks = {name: values[keep] for name, values in blocks.items()}
         found = {name: score(blocks) for name, score in self.blocks.items()}
         if self.images:
             images = subject.images(case)[keep]
@@ -63,68 +65,45 @@ class Methods:
         }
 
 
-def stack(parts: Sequence[Mapping[str, NDArray[np.float32]]]) -> Arrays:
-    """Rows of several cases after each other."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def one_class(subject: Subject) -> tuple[Report, UncertaintyDetector]:
+    """The default without generated challenges."""
+    return subject.reading.fit(subject.reading.candidates(own.BUDGETS[0]), subject.samples.clean)
 
 
-#: The default detector without some of its blocks. The last three are controls: what remains without gradients.
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "fastgrad": (),
-    "without image statistics": ("image",),
-    "without gradients (control)": ("gradients",),
-    "logits and h alone (control)": ("gradients", "image"),
-    "image statistics alone (control)": ("gradients", "logits", "features"),
-}
+def labelled(
+    subject: Subject, case: str, blocks: Callable[[str], Mapping[str, Any]], names: Sequence[str]
+) -> UncertaintyDetector:
+    """H and one-class scores on the blocks ``names``, trained on a case's images of the part ``"fit"``.
 
-
-def without(blocks: Arrays, names: Sequence[str]) -> Arrays:
-    """The blocks less those of ``names``."""
-    return {name: values for name, values in blocks.items() if name not in names}
-
-
-def one_class(subject: Subject) -> UncertaintyDetector:
-    """The detector fitted on clean features alone."""
-    return UncertaintyDetector(log=False).fit(subject.blocks("clean", "fit"), held_out=subject.held_out)
-
-
-def labelled(subject: Subject, cases: Sequence[str]) -> UncertaintyDetector:
-    """The detector fitted on clean features and on challenging ``cases``, made from held-out images."""
-    parts = [subject.blocks("clean", "fit"), *(subject.blocks(case, "fit") for case in cases)]
-    sizes = [len(part["logits"]) for part in parts]
-    kinds = np.repeat(["", *cases], sizes)
-    held_out = np.concatenate([subject.held_out, np.zeros(sum(sizes[1:]), bool)])
-    detector = UncertaintyDetector(log=False)
-    return detector.fit(stack(parts), (kinds != "").astype(int), kinds=kinds, held_out=held_out)
-
-
-def default(subject: Subject, omitted: Sequence[str] = ()) -> UncertaintyDetector:
-    """What `TwoStageModel.fit` makes of clean images alone: H on generated challenges, one-class scores.
-
-    ``omitted`` names blocks that it does not see.
+    Args:
+        subject: The network.
+        case: The path of the images.
+        blocks: From a path to the blocks of its part ``"fit"``.
+        names: Of the blocks that are read.
     """
-    clean, challenging = (without(subject.blocks(case, "fit"), omitted) for case in ("clean", "generated"))
-    names = [name.partition("-")[0] for name, group in subject.generated_kinds() for _ in group]
-    kinds = np.array([""] * len(next(iter(clean.values()))) + names)
-    held_out = np.concatenate([subject.held_out, np.zeros(len(names), bool)])
-    labels = (kinds != "").astype(int)
-    detector = UncertaintyDetector(log=False)
-    return detector.fit(stack([clean, challenging]), labels, kinds=kinds, held_out=held_out)
+    clean, other = ({name: blocks(path)[name] for name in names} for path in ("clean", case))
+    held_out = subject.samples.clean.held_out
+    counts = [len(side[names[0]]) for side in (clean, other)]
+    kinds = np.repeat(["", case], counts)
+    joined = {name: np.concatenate([clean[name], other[name]]) for name in names}
+    away = np.concatenate([held_out, np.zeros(counts[1], bool)])
+    return UncertaintyDetector(log=False).fit(joined, (kinds != "").astype(int), kinds=kinds, held_out=away)
 
 
-def from_clean(subject: Subject) -> dict[str, FromBlocks]:
-    """Every detector of this package that has seen no labels: the default's variants and the one-class one."""
-    fitted = {name: default(subject, omitted) for name, omitted in VARIANTS.items()}
-    fitted["fastgrad one-class"] = one_class(subject)
+def from_clean(subject: Subject, *, gradients: bool = True) -> dict[str, FromBlocks]:
+    """Every detector of this package that has seen no labels: budgets, controls, and the one-class ones.
+
+    ``gradients`` says whether the squared norms of all parameters' gradients are among them, eight passes an image.
+    """
+    fitted = {name: detector for name, (_, detector) in subject.own.items()}
+    fitted[ONE_CLASS[0]] = one_class(subject)[1]
+    if gradients:
+        held_out = subject.samples.clean.held_out
+        detector = UncertaintyDetector(log=False)
+        fitted[ONE_CLASS[1]] = detector.fit(subject.gradients("clean", "fit"), held_out=held_out)
     return {name: partial(scores, detector) for name, detector in fitted.items()}
 
 
-def scores(detector: UncertaintyDetector, blocks: Arrays) -> Scores:
-    """``decision_function`` on those blocks that the detector was fitted on."""
-    found: Scores = detector.decision_function({name: blocks[name] for name in detector.shapes_})
-    return found
-
-
-def h_alone(detector: UncertaintyDetector, blocks: Arrays) -> Scores:
+def h_alone(detector: UncertaintyDetector, blocks: Mapping[str, Any]) -> Scores:
     """The score of a labelled detector's H without the one-class scores beside it."""
-    return detector.explain({name: blocks[name] for name in detector.shapes_})["labels"]
+    return detector.explain(own.visible(detector, blocks))["labels"]

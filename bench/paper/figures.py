@@ -102,3 +102,53 @@ def detection_bars(
         for key in ("auroc", "spread")
     )
     return grouped_bars(auroc, [f"{case}\n{network}" for network, case in groups], errors=spread)
+
+
+def price_front(
+    points: Mapping[str, tuple[float, float]], *, own: Sequence[str] = (), label: str = "mean AUROC"
+) -> Axes:
+    """Quality against price, each method a point, and the front of those that nothing cheaper betters.
+
+    Args:
+        points: method to its price in forward passes, drawn on a logarithmic scale, and its quality.
+        own: methods that are drawn in another colour.
+        label: of the vertical axis.
+    """
+    axes = new_axes(7.6, 5.2)
+    front: list[str] = []
+    for name in sorted(points, key=lambda name: (points[name][0], -points[name][1])):
+        if not front or points[name][1] > points[front[-1]][1]:
+            front.append(name)
+    ends = max(price for price, _ in points.values()) * 1.1
+    steps = [*(points[name] for name in front), (ends, points[front[-1]][1])]
+    axes.step(*zip(*steps, strict=True), where="post", color="#999999", lw=1, label="best at the price")
+    for name, (price, quality) in points.items():
+        axes.scatter(price, quality, s=18, color=COLOURS[1] if name in own else COLOURS[0], zorder=3)
+    # Names of crowded points stand below each other, in the order of quality and about where the points are.
+    qualities = [quality for _, quality in points.values()]
+    apart = 0.026 * max(max(qualities) - min(qualities), 1e-9)
+    columns: dict[int, list[str]] = {}
+    for name in sorted(points, key=lambda name: -points[name][1]):
+        columns.setdefault(round(2 * float(np.log2(points[name][0]))), []).append(name)
+    for names in columns.values():
+        heights = [points[names[0]][1]]
+        for name in names[1:]:
+            heights.append(min(points[name][1], heights[-1] - apart))
+        shift = np.mean([points[name][1] - height for name, height in zip(names, heights, strict=True)])
+        right = max(points[name][0] for name in names)
+        for name, height in zip(names, heights, strict=True):
+            axes.annotate(
+                name,
+                points[name],
+                (right * 1.06, height + shift),
+                fontsize=6,
+                va="center",
+                color=COLOURS[1] if name in own else "black",
+                arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "#bbbbbb"},
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(right=ends * 1.4)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="forward passes", ylabel=label)
+    axes.legend(frameon=False, fontsize=7, loc="lower right")
+    return axes

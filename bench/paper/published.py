@@ -1,141 +1,243 @@
-"""Scores of the published detectors; higher is less reliable."""
+"""Scores of the published detectors that see no challenges; higher is less reliable.
+
+Their hyper-parameters are those of their papers or of pytorch-ood's defaults, fixed before any test image was seen.
+From pytorch-ood come those that it has and that apply; GradNorm (Huang et al., 2021) in closed form, NAC (Liu et al.,
+2024), AdaSCALE (Regmi, 2025) and GROOD (Elaraby et al., 2023) are compact forms. pytorch-ood's NAC has other bins than
+those that its authors' hyper-parameters are for. GROOD's prototype of other images is the mean of uniform
+noise: a further data set, as its paper has it, is what nobody here is given.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from bench.paper.detectors import FromBlocks, FromImages, Scores
 from bench.paper.networks import Classifier
-from bench.paper.subject import Arrays, Subject
+from fastgrad.scores.mahalanobis import Mahalanobis
+
+Scores = NDArray[np.float64]
+FromBlocks = Callable[[Mapping[str, Any]], Scores]
+FromImages = Callable[[Tensor], Scores]
+#: AdaSCALE-A for ResNet-50: percentiles, shares of features left and moved, weight of the latter, share of pixels,
+#: step.
+_PERCENTILES, _SHARES, _SHIFT, _PIXELS, _STEP = (80.0, 85.0), (0.05, 0.01), 10.0, 0.05, 0.5
+#: Of NAC on CIFAR-10's ResNet-18, from the last place to the first: steepness, bins, count of a full bin.
+_COVERAGE = ((100.0, 50, 50), (1000.0, 500, 100), (0.001, 50, 5), (0.001, 500, 100))
 
 
-def from_outputs(subject: Subject) -> dict[str, FromBlocks]:
-    """The published detectors that need only logits and features, from pytorch-ood, fitted on seen images."""
-    from pytorch_ood.detector import KNN, EnergyBased, Mahalanobis, MaxSoftmax, ViM
+def from_outputs(
+    fit: Mapping[str, Tensor],
+    layer: nn.Linear,
+    labels: Tensor | None = None,
+    noise: Tensor | None = None,
+    names: Sequence[str] | None = None,
+) -> dict[str, FromBlocks]:
+    """Detectors that read logits and h alone, fitted on those of clean images.
 
-    model = subject.model
-    features, labels = seen_features(subject)
-    h = features[-1]
-    vim = ViM(None, h.shape[1] // 2, model.fc.weight, model.fc.bias)
-    knn, mahalanobis = KNN(None), Mahalanobis(None)
-    for detector in (vim, knn, mahalanobis):
-        detector.fit_features(h, labels)
+    Without ``labels``, as of photographs that show each class once at most, those that fit something to every class
+    are left out, and *Mahalanobis* fits one Gaussian to all, its covariance shrunk (Ledoit and Wolf, 2004); KNN counts
+    fewer neighbours, and ViM keeps a quarter as many directions as there are images.
 
-    def tensor(blocks: Arrays, name: str) -> Tensor:
-        return torch.from_numpy(blocks[name])
+    Args:
+        fit: ``logits`` ``(n, N)`` and ``features`` ``(n, D)``.
+        layer: The last one.
+        labels: Classes ``(n,)``.
+        noise: Features ``(m, D)`` of uniform noise.
+        names: Of those that are fitted; None for all.
+    """
+    from pytorch_ood import detector as ood
+
+    h, logits = fit["features"], fit["logits"]
+    known = torch.zeros(len(h), dtype=torch.long) if labels is None else labels
+    weight, bias, identity = layer.weight.detach(), layer.bias.detach(), nn.Identity()
+
+    def head(values: Tensor) -> Tensor:
+        return values.flatten(1) @ weight.T + bias
+
+    by_logits: dict[str, Callable[[Tensor], Tensor]] = {
+        "softmax": ood.MaxSoftmax.score,
+        "energy": ood.EnergyBased.score,
+        "MaxLogit": ood.MaxLogit.score,
+        "entropy": ood.Entropy.score,
+        "GEN": partial(ood.GEN.score, M=min(100, logits.shape[1])),
+        "KLMatching": ood.KLMatching(None).fit_logits(logits).predict_logits,
+    }
+    fitted: dict[str, Any] = {
+        "KNN": ood.KNN(None, k=10 if labels is None else 50),
+        "ViM": ood.ViM(None, min(h.shape[1] // 2, len(h) // 4), weight, bias),
+        "DICE": ood.DICE(None, weight, bias, p=0.9),
+        "NCI": ood.NCI(None, layer, alpha=0.0001),
+        "fDBD": ood.fDBD(None, layer),
+        "NNGuide": ood.NNGuide(None, head),
+        "PNML": ood.PNML(None, head),
+    }
+    if labels is not None:
+        fitted |= {
+            "Mahalanobis": ood.Mahalanobis(None),
+            "relative Mahalanobis": ood.RMD(None),
+            "SHE": ood.SHE(None, head),
+        }
+    by_features: dict[str, Callable[[Tensor], Tensor]] = {"LTS": ood.LTS(None, head).predict_features}
+    for name, detector in fitted.items():
+        if names is None or name in names:
+            detector.fit_features(h, known)
+            by_features[name] = detector.predict_features
+    for name, kind in (("ReAct", ood.ReAct), ("ASH", ood.ASH), ("SCALE", ood.SCALE), ("VRA", ood.VRA)):
+        detector = kind(identity, head)
+        detector.fit_feature_maps(h[:, :, None, None], known)
+        by_features[name] = partial(_of_maps, detector)
+    if labels is None:
+        mahalanobis = Mahalanobis.fit(h.double().numpy())
+        by_features["Mahalanobis"] = lambda values: mahalanobis(values.double())
+    if labels is not None and noise is not None:
+        by_features["GROOD"] = grood(h, labels, noise)
+    by_features["GradNorm"] = lambda values: (
+        -((head(values).softmax(1) - 1 / len(bias)).abs().sum(1) * values.abs().sum(1))
+    )
+
+    def of(block: str, score: Callable[[Tensor], Tensor]) -> FromBlocks:
+        return lambda blocks: score(torch.as_tensor(blocks[block])).detach().double().numpy()
+
+    found = {name: of("logits", score) for name, score in by_logits.items()} | {
+        name: of("features", score) for name, score in by_features.items()
+    }
+    return {name: score for name, score in found.items() if names is None or name in names}
+
+
+def _of_maps(detector: Any, values: Tensor) -> Tensor:
+    return detector.predict_feature_maps(values[:, :, None, None])  # type: ignore[no-any-return]
+
+
+def grood(h: Tensor, labels: Tensor, noise: Tensor) -> Callable[[Tensor], Tensor]:
+    """Distance of the loss's gradient, by the prototype of other images, to the nearest gradient of a known image.
+
+    The loss is cross-entropy over minus the distances to the classes' means and to that prototype.
+    """
+    means = torch.stack([h[labels == label].mean(0) for label in labels.unique()])
+    prototypes = torch.cat([means, noise.mean(0, keepdim=True)])
+
+    def gradients(values: Tensor) -> Tensor:
+        distance = torch.cdist(values, prototypes)
+        share = (-distance).softmax(1)[:, -1:]
+        return share * (values - prototypes[-1]) / distance[:, -1:].clamp(min=1e-12)
+
+    bank = gradients(h)
+    return lambda values: torch.cdist(gradients(values), bank).amin(1)
+
+
+def from_images(model: nn.Module, movement: Tensor, batch: int) -> dict[str, FromImages]:
+    """ODIN and AdaSCALE, which need gradients of the image; ``movement`` is that of clean images (`movements`)."""
+    from pytorch_ood.detector import ODIN
 
     return {
-        "softmax": lambda blocks: _numpy(MaxSoftmax.score(tensor(blocks, "logits"))),
-        "energy": lambda blocks: _numpy(EnergyBased.score(tensor(blocks, "logits"))),
-        "KNN": lambda blocks: _numpy(knn.predict_features(tensor(blocks, "features"))),
-        "ViM": lambda blocks: _numpy(vim.predict_features(tensor(blocks, "features"))),
-        "Mahalanobis V": lambda blocks: _numpy(mahalanobis.predict_features(tensor(blocks, "features"))),
+        "ODIN": _in_batches(ODIN(model).predict, batch),
+        "AdaSCALE": _in_batches(partial(adascale, model, known=movement), batch),
     }
 
 
-def from_images(subject: Subject) -> dict[str, FromImages]:
-    """ODIN and GradNorm from pytorch-ood, which need the images."""
-    from pytorch_ood.detector import ODIN, GradNorm
+def from_layers(model: Classifier, images: Tensor, labels: Tensor, batch: int) -> dict[str, FromImages]:
+    """NAC and Gram, which read several layers, fitted on images that the network was trained on."""
+    from pytorch_ood.detector import Gram
 
-    odin = ODIN(subject.model)
-    # The published score: the gradient of the last layer's weight.
-    gradnorm = GradNorm(subject.model, lambda name: name == "fc.weight")
+    layers = [model.normalize, model.stem, *model.stages]
+    head = nn.Sequential(model.pool, nn.Flatten(), model.fc)
+    torch.manual_seed(0)
+    gram = Gram(head, [nn.Sequential(*layers[:2]), *model.stages], model.fc.out_features, [1, 2, 3, 4, 5])
+    gram.fit(list(zip(images.split(batch), labels.split(batch), strict=True)))
+    counts = [torch.zeros(0)] * len(_COVERAGE)
+    for x in images.split(batch):
+        for place, bins in enumerate(_bins(model, x)):
+            full = nn.functional.one_hot(bins, _COVERAGE[place][1]).sum(0)
+            counts[place] = full + counts[place] if len(counts[place]) else full
 
-    def in_parts(predict: Callable[[Tensor], Tensor]) -> FromImages:
-        return lambda images: np.concatenate([_numpy(predict(part)) for part in torch.split(images, 128)])
+    def coverage(x: Tensor) -> Tensor:
+        found = [
+            (counts[place].gather(1, bins.T) / _COVERAGE[place][2]).clamp(max=1).mean(0)
+            for place, bins in enumerate(_bins(model, x))
+        ]
+        return -torch.stack(found).mean(0)
 
-    return {"ODIN": in_parts(odin.predict), "GradNorm": in_parts(gradnorm.predict)}
+    return {"NAC": _in_batches(coverage, batch), "Gram": _in_batches(gram.predict, batch)}
 
 
-def seen_features(subject: Subject) -> tuple[list[Tensor], Tensor]:
-    """Features after the stem and every stage on images that the network was trained on, and their labels."""
-    images, labels = subject.clean("seen")
+def _bins(model: Classifier, images: Tensor) -> list[Tensor]:
+    """The bin of each neuron's activation state ``(B, D)``, from the last place to the first, as `_COVERAGE` has them.
+
+    A state is a sigmoid of what the channel's mean adds to the divergence between the uniform and the predicted
+    distribution; its range is cut into equal bins.
+    """
+    with torch.enable_grad():
+        x, places = model.stem(model.normalize(images.clone().requires_grad_())), []
+        for stage in model.stages:
+            x = stage(x)
+            places.append(x)
+        places[-1] = model.pool(x)
+        divergence = -model.fc(places[-1].flatten(1)).log_softmax(1).mean(1).sum()
+        slopes = torch.autograd.grad(divergence, places)
+    found = []
+    for (steepness, bins, _), z, slope in zip(_COVERAGE, reversed(places), reversed(slopes), strict=False):
+        state = torch.sigmoid(steepness * z.mean((2, 3)) * slope.mean((2, 3)))
+        found.append((state * bins).long().clamp(max=bins - 1).detach())
+    return found
+
+
+def _in_batches(predict: Callable[[Tensor], Tensor], batch: int) -> FromImages:
+    return lambda images: torch.cat([predict(x) for x in images.split(batch)]).detach().double().numpy()
+
+
+def movements(model: nn.Module, images: Tensor, batch: int) -> NDArray[np.float32]:
+    """How far the features of clean images move, which AdaSCALE knows ``(n,)``."""
+    return torch.cat([_movement(*_perturbed(model, x)) for x in images.split(batch)]).numpy()
+
+
+def last_linear(model: nn.Module) -> nn.Linear:
+    """The layer that gives the logits."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def _perturbed(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features h ``(B, D)``, and those of the images with the pixels moved that matter least to the predicted logit."""
+    seen: list[Tensor] = []
+    hook = last_linear(model).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    try:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(model(leaf).amax(1).sum(), leaf)
+        flat = slope.reshape(len(x), -1)
+        least = flat.abs().topk(int(_PIXELS * flat.shape[1]), largest=False).indices
+        # The step is in units of the network's normalised input, whose deviation is about half of [0, 1].
+        step = torch.zeros_like(flat).scatter_(1, least, 0.5 * _STEP * flat.gather(1, least).sign())
+        with torch.no_grad():
+            model(x + step.view_as(slope))
+    finally:
+        hook.remove()
+    return seen[0], seen[1]
+
+
+def _movement(h: Tensor, other: Tensor) -> Tensor:
+    """How far the largest features moved, and what is left of them, ``(B,)``."""
+    few, more = (max(1, int(share * h.shape[1])) for share in _SHARES)
+    left = other.relu().gather(1, h.topk(few).indices).sum(1)
+    return left + _SHIFT * (h - other).abs().gather(1, h.topk(more).indices).sum(1)
+
+
+def adascale(model: nn.Module, x: Tensor, known: Tensor) -> Tensor:
+    """Minus the energy of features scaled the more, the less they moved."""
+    h, other = _perturbed(model, x)
+    rank = torch.searchsorted(known.sort().values, _movement(h, other), right=True) / len(known)
+    low, high = _PERCENTILES
+    percentile = low + (1 - rank) * (high - low)
+    positive = h.relu()
+    keep = (h.shape[1] - (h.shape[1] * percentile / 100).round()).long().clamp(min=1)
+    ordered = positive.sort(1, descending=True).values
+    top = ordered.cumsum(1).gather(1, keep[:, None] - 1)
+    scale = (positive.sum(1, keepdim=True) / top).exp()
+    layer = last_linear(model)
     with torch.no_grad():
-        parts = [subject.model.stage_features(part) for part in torch.split(images, 256)]
-    return [torch.cat(stage) for stage in zip(*parts, strict=True)], labels
-
-
-def _numpy(values: Tensor) -> Scores:
-    return values.detach().double().numpy()
-
-
-class MahalanobisLayers:
-    """Mahalanobis distances after every stage (Lee et al. 2018), with or without input pre-processing.
-
-    Vanilla (V) reads the penultimate features, P moves the input towards the nearest class first, FE joins
-    the stages by logistic regression on labelled clean and attacked samples, P+FE does both.
-    """
-
-    def __init__(self, subject: Subject) -> None:
-        from pytorch_ood.detector import Mahalanobis
-
-        self.model: Classifier = subject.model
-        features, labels = seen_features(subject)
-        self.stages = []
-        for values in features:
-            stage = Mahalanobis(None)
-            stage.fit_features(values, labels)
-            self.stages.append((stage.mu.detach(), stage.precision.detach()))
-
-    def _distance(self, values: Tensor, index: int) -> Tensor:
-        mean, precision = self.stages[index]
-        centred = values[:, None] - mean[None]
-        return torch.einsum("bkd,de,bke->bk", centred, precision, centred).amin(1)
-
-    def distances(self, images: Tensor, magnitude: float) -> Scores:
-        """``(B, stages)``; each stage has its own pre-processing of size ``magnitude``."""
-        found = []
-        for part in torch.split(images, 128):
-            columns = []
-            for index in range(len(self.stages)):
-                x = part.clone().requires_grad_(magnitude > 0)
-                distance = self._distance(self.model.stage_features(x)[index], index)
-                if magnitude > 0:
-                    (slope,) = torch.autograd.grad(distance.sum(), x)
-                    with torch.no_grad():
-                        moved = self.model.stage_features(part - magnitude * slope.sign())[index]
-                        distance = self._distance(moved, index)
-                columns.append(distance.detach())
-            found.append(torch.stack(columns, 1))
-        return _numpy(torch.cat(found))
-
-
-def logistic(clean: Scores, attacked: Scores) -> Callable[[Scores], Scores]:
-    """Logistic regression on standardised columns: how the published feature ensembles are joined."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    rows = np.concatenate([clean, attacked])
-    labels = np.repeat([0, 1], [len(clean), len(attacked)])
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000))
-    model.fit(rows, labels)
-    return lambda values: model.decision_function(values).astype(np.float64)
-
-
-def local_dimensionality(
-    reference: Sequence[Scores], values: Sequence[Scores], neighbours: int = 20, batch: int = 100
-) -> Scores:
-    """LID after every stage ``(B, stages)`` (Ma et al. 2018), against mini-batches of clean ``reference``.
-
-    The maximum-likelihood estimate ``-1 / mean(log(d_i / d_k))`` over the k nearest clean samples of a batch.
-    """
-    columns = []
-    for clean, rows in zip(reference, values, strict=True):
-        parts = []
-        for start in range(0, len(rows), batch):
-            offset = start % max(1, len(clean) - batch)
-            bank = clean[offset : offset + batch]
-            square = ((rows[start : start + batch, None] - bank[None]) ** 2).sum(-1)
-            distance = np.sqrt(square)
-            # A sample is no neighbour of itself.
-            distance[distance < 1e-6] = np.inf
-            nearest = np.sort(distance, 1)[:, :neighbours]
-            ratios = np.log(np.maximum(nearest / nearest[:, -1:], 1e-12))
-            parts.append(-1 / np.minimum(ratios.mean(1), -1e-6))
-        columns.append(np.concatenate(parts))
-    return np.stack(columns, 1)
+        return -layer(h * scale).logsumexp(1)

@@ -61,6 +61,19 @@ def mean_rows(rows: Sequence[Mapping[str, Any]], groups: Mapping[str, Sequence[s
     return found
 
 
+def precision(clean: int, other: int) -> str:
+    """A sentence on how far chance moves one AUROC of so many images (Hanley and McNeil 1982)."""
+    widths = []
+    for area in (0.7, 0.9):
+        first, second = area / (2 - area), 2 * area**2 / (1 + area)
+        variance = area * (1 - area) + (other - 1) * (first - area**2) + (clean - 1) * (second - area**2)
+        widths.append(100 * 1.96 * np.sqrt(variance / (clean * other)))
+    return (
+        f"{clean} clean images against {other} of a case: the 95 % interval of a single AUROC of 70 is "
+        f"± {widths[0]:.1f}, of 90 ± {widths[1]:.1f}."
+    )
+
+
 def pivot(rows: Sequence[Mapping[str, Any]], cases: Sequence[str], methods: Sequence[str]) -> str:
     """A Markdown table with one line per method and one column per case, in hundredths, and their mean.
 
@@ -74,7 +87,10 @@ def pivot(rows: Sequence[Mapping[str, Any]], cases: Sequence[str], methods: Sequ
             raise ValueError(f"{method} must have every case to be in a mean; it lacks {', '.join(missing)}")
         line: dict[str, Any] = {"method": method}
         for case in cases:
-            line[case] = f"{100 * values[case]['auroc']:.1f} ± {100 * values[case]['spread']:.1f}"
+            line[case] = f"{100 * values[case]['auroc']:.1f}"
+            # One network alone has no spread.
+            if values[case]["spread"]:
+                line[case] += f" ± {100 * values[case]['spread']:.1f}"
         numbers = [row["auroc"] for row in values.values()]
         line["mean"] = f"**{100 * np.mean(numbers):.1f}**"
         line["worst"] = f"{100 * np.min(numbers):.1f}"

@@ -12,35 +12,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.paper import cache
+from bench.paper import cache, own, published
+from bench.paper.cache import Arrays
 from bench.paper.data import sets
 from bench.paper.data.attacks import attack
 from bench.paper.data.corruptions import corrupt
 from bench.paper.networks import Classifier
 from bench.paper.table import Options
-from bench.paper.train import HELD_OUT, Recipe, trained
-from fastgrad.blocks import Features, Gradients, Image, Logits
-from fastgrad.blocks.extraction import Extraction
-from fastgrad.challenges import challenge_names, generate_challenges
+from bench.paper.train import EPOCHS, HELD_OUT, Recipe, trained
+from fastgrad import UncertaintyDetector
+from fastgrad.blocks import Gradients
+from fastgrad.budget import Report
+from fastgrad.challenges import CHALLENGES
 
-#: Kinds of generated challenge that one clean image gives, as in `TwoStageModel.fit`.
-PER_IMAGE = 2
 #: Searches, steps, step size and first constant of C&W in full mode; the default is shorter.
 THOROUGH = (5, 100, 0.05, 0.1)
-Arrays = dict[str, NDArray[np.float32]]
-
-
-def extract(extraction: Extraction, images: Tensor, chunk: int = 32) -> Arrays:
-    """The blocks that the default detector takes, in float32. Small chunks stay in the processor's cache."""
-    parts = [extraction(part)[1] for part in torch.split(images, chunk)]
-    return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
+#: Images at a time: the layers' outputs stay in the processor's cache.
+BATCH = 32
 
 
 class Subject:
     """A network and everything measured on it.
 
-    A case is a path: ``clean``, ``attack/FGSM``, ``compressed/FGSM``, ``ood/svhn``, ``corruption/fog/3``,
-    ``generated`` or ``control/grey``. Its ``part`` says from which clean images it is made: ``"test"`` (test
+    A case is a path: ``clean``, ``attack/FGSM``, ``compressed/FGSM``, ``ood/svhn``, ``corruption/fog/3``
+    or ``control/grey``. Its ``part`` says from which clean images it is made: ``"test"`` (test
     images, for numbers that are reported) or ``"fit"`` (held-out training images, for detectors that train).
     """
 
@@ -65,8 +60,9 @@ class Subject:
 
     @cached_property
     def model(self) -> Classifier:
-        """The trained network, in evaluation mode."""
-        return trained(self.recipe, self.options.data, self.options.cache)
+        """The trained network, in evaluation mode and in the memory layout that is fastest here."""
+        model = trained(self.recipe, self.options.data, self.options.cache).requires_grad_(False)
+        return model.to(memory_format=torch.channels_last)
 
     @cached_property
     def test(self) -> sets.Split:
@@ -96,8 +92,8 @@ class Subject:
             return self.clean(part)[0]
         if kind == "ood":
             # The second half of a set for training, the first for testing.
-            both = sets.stranger(options.data, name, self.test, 2 * options.case)
-            return both[: options.case] if part == "test" else both[options.case :]
+            both = sets.stranger(options.data, name, self.test, 2 * options.strangers)
+            return both[: options.strangers] if part == "test" else both[options.strangers :]
         images, labels = self.clean(part)
         if kind == "compressed":
             return sets.to_tensor(sets.jpeg(sets.to_bytes(self.images(f"attack/{name}", part))))
@@ -107,8 +103,6 @@ class Subject:
             corruption, _, severity = name.partition("/")
             count = options.cell if part == "test" else options.case
             return corrupt(images[:count], corruption, int(severity), seed=seed)
-        if kind == "generated":
-            return self._generated()
         count = options.case if part == "test" else options.learn
         right = torch.from_numpy(self.correct(part)).nonzero()[:count, 0]
 
@@ -121,55 +115,74 @@ class Subject:
         return torch.from_numpy(self.kept(case, part, make)["images"])
 
     def blocks(self, case: str, part: str = "test") -> Arrays:
-        """Features of a case's images: the blocks of `Extraction`, logarithms of squared norms."""
-        return self.kept(f"blocks/{case}", part, lambda: extract(self.extraction, self.images(case, part)))
+        """What this package's detectors read of a case's images, `own.BLOCKS`."""
+        if (case, part) == ("clean", "fit"):
+            return {name: values.numpy() for name, values in self.samples.clean.blocks.items()}
+        return self.kept(f"blocks/{case}", part, lambda: self.reading.blocks(self.images(case, part)))
+
+    def gradients(self, case: str, part: str = "test") -> Arrays:
+        """Logarithms of the squared norms of every parameter's gradient, as the published detector reads them."""
+        whole = self.reading.extraction.of([Gradients()])
+        return self.kept(
+            f"gradients/{case}", part, lambda: self.reading.blocks(self.images(case, part), whole)
+        )
 
     @cached_property
-    def extraction(self) -> Extraction:
-        """What turns images into blocks, as in `TwoStageModel`; planned once."""
-        return Extraction(self.model, [Gradients(), Logits(), Features(), Image()])
+    def reading(self) -> own.Reading:
+        """What is read of the network."""
+        return own.Reading(self.model, self.clean("test")[0][:BATCH])
 
     @cached_property
-    def held_out(self) -> NDArray[np.bool_]:
-        """Which clean images of the part ``"fit"`` calibrate; no challenge is made from them."""
-        return np.random.default_rng(self.recipe.seed).random(len(self.clean("fit")[0])) < 0.4
+    def samples(self) -> own.Samples:
+        """The clean images of the part ``"fit"`` and challenges generated from them."""
+        batches = own.batches(self.clean("fit"), BATCH)
+        generated = cache.digest(dict(CHALLENGES))[:8]
+        make = lambda: self.reading.samples(batches, None, self.recipe.seed)  # noqa: E731
+        return own.read(self.kept(f"samples/{generated}", "fit", make))
 
-    def generated_kinds(self) -> list[tuple[str, NDArray[np.int64]]]:
-        """Names of the generated challenges in turn, and the clean images that each is made from."""
-        names, free = challenge_names(), np.flatnonzero(~self.held_out)
-        groups = [free[i : i + 32] for i in range(0, len(free), 32)]
-        pairs = [(i * PER_IMAGE + k, group) for i, group in enumerate(groups) for k in range(PER_IMAGE)]
-        return [(names[turn % len(names)], group) for turn, group in pairs]
+    @cached_property
+    def own(self) -> dict[str, tuple[Report, UncertaintyDetector]]:
+        """This package's detectors: three budgets, and the controls."""
+        return own.own(self.reading, self.samples)
 
-    def _generated(self) -> Tensor:
-        images, parts = self.clean("fit")[0], []
-        for turn, (name, group) in enumerate(self.generated_kinds()):
-            chosen = images[torch.from_numpy(group)]
-            parts.append(generate_challenges(self.model, chosen, names=[name], seed=turn, clip=(0, 1))[name])
-        return torch.cat(parts)
+    @cached_property
+    def seen(self) -> tuple[list[Tensor], Tensor]:
+        """Features after the stem and every stage on images that the network was trained on, and their labels."""
+        images, labels = self.clean("seen")
+        with torch.no_grad():
+            parts = [self.model.stage_features(part) for part in torch.split(images, 256)]
+        return [torch.cat(stage) for stage in zip(*parts, strict=True)], labels
+
+    def published(self, names: Sequence[str] | None = None) -> dict[str, published.FromBlocks]:
+        """The published detectors ``names``, or all, that need only logits and h, fitted on images of the training."""
+        features, labels = self.seen
+        noise = torch.rand(256, *self.clean("test")[0].shape[1:], generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            fit = {"features": features[-1], "logits": self.model.fc(features[-1])}
+            return published.from_outputs(fit, self.model.fc, labels, self.model.features(noise), names)
 
     def kept(self, case: str, part: str, make: Callable[[], Arrays]) -> Arrays:
         """Arrays made for a case, from the cache or made now; the sizes are part of the file's name."""
         options = self.options
-        sizes = f"{options.fit}-{options.test}-{options.case}-{options.cell}"
+        sizes = f"{options.fit}-{options.test}-{options.case}-{options.strangers}-{options.cell}"
         if "attack/" in case and part == "fit":
             sizes += f"-{options.learn}"
         return cache.arrays(self.folder / f"{case.replace('/', '_')}-{part}-{sizes}.npz", make)
 
 
 def both_networks(options: Options) -> list[Subject]:
-    """A residual and a densely connected network for each seed."""
-    return _subjects(options, ("resnet", "densenet"))
+    """The network that was asked for, or both small ones, a residual and a densely connected; one for each seed."""
+    return _subjects(options, (options.network,) if options.network else ("resnet", "densenet"))
 
 
 def residual_networks(options: Options) -> list[Subject]:
-    """A residual network for each seed."""
-    return _subjects(options, ("resnet",))
+    """The network that was asked for, or a small residual one, for each seed."""
+    return _subjects(options, (options.network or "resnet",))
 
 
 def _subjects(options: Options, networks: Sequence[str]) -> list[Subject]:
     return [
-        Subject(Recipe(network=network, seed=seed, epochs=options.epochs), options)
+        Subject(Recipe(network=network, seed=seed, epochs=EPOCHS.get(network, options.epochs)), options)
         for seed in range(options.seeds)
         for network in networks
     ]

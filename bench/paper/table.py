@@ -46,11 +46,13 @@ class Options:
         out: folder for JSON, Markdown and figures.
         cache: folder for trained networks and extracted features; safe to delete.
         mode: ``"quick"`` or ``"full"``.
+        network: of `bench.paper.train.NETWORKS`; None for the small ones of the table.
         seeds: networks of each kind.
         workers: processes at a time, one thread each.
         fit: held-out training images that detectors are fitted on.
         test: clean test images.
-        case: images of every attack or other data set, and as many others where a detector trains on them.
+        case: images of every attack.
+        strangers: images of every other data set, and as many others where a detector trains on them.
         learn: images of an attack where a detector trains on it, as the published ones do.
         cell: images of every corruption at every severity.
         epochs: passes over the data in training.
@@ -60,11 +62,13 @@ class Options:
     out: Path
     cache: Path
     mode: str = "quick"
+    network: str | None = None
     seeds: int = 3
     workers: int = 2
     fit: int = 1600
     test: int = 400
     case: int = 150
+    strangers: int = 150
     learn: int = 400
     cell: int = 100
     epochs: int = 8
@@ -103,6 +107,7 @@ class Table:
         evaluate: what is measured on one subject.
         write: from the subjects and what was measured on each, the page; None where there is none.
         needed: further subjects that ``evaluate`` reads, prepared but not measured.
+        networks: whether it can be measured on another network than the small ones, in files of another name.
     """
 
     name: str
@@ -112,6 +117,7 @@ class Table:
     evaluate: Callable[[Any], Any] | None
     write: Callable[[Options, Sequence[Any], Sequence[Any]], Page] | None
     needed: Callable[[Options], Sequence[Any]] = lambda options: ()
+    networks: bool = False
 
     def run(self, options: Options) -> None:
         """Make the table.
@@ -120,6 +126,10 @@ class Table:
             FileNotFoundError: A set is missing; the message names the folder and the file.
             ValueError: A file of the folder or of the cache is damaged or of another network; the message names it.
         """
+        if options.network and not self.networks:
+            raise ValueError(
+                f"network must be left out for the table {self.name}; it was {options.network!r}"
+            )
         sets.check(options.data, self.sets)
         every = {subject.name: subject for subject in [*self.subjects(options), *self.needed(options)]}
         parallel(_prepare, every.values(), options.workers)
@@ -132,11 +142,13 @@ class Table:
         if self.write is None:
             return
         page = self.write(options, subjects, found)
-        save(page.axes, options.out / f"{self.name}.png", dpi=90)
-        sections = [*page.sections, (f"![{self.title}]({self.name}.png)", "")]
+        name = f"{self.name}-{options.network}" if options.network else self.name
+        title = f"{self.title}, {options.network}" if options.network else self.title
+        save(page.axes, options.out / f"{name}.png", dpi=90)
+        sections = [*page.sections, (f"![{title}]({name}.png)", "")]
         results_file.write(
-            self.name,
-            self.title,
+            name,
+            title,
             page.rows,
             sections,
             mode=options.mode,
@@ -164,6 +176,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=results_file.RESULTS, help="folder for the results")
     parser.add_argument("--cache", type=Path, default=Path("paper-cache"), help="networks and features")
     parser.add_argument("--quick", action="store_true", help="small sets, under ten minutes on two cores")
+    parser.add_argument("--network", help="resnet18 or densenet-bc; by default the small ones of the table")
     parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
     parser.add_argument(
         "--workers", type=int, help="processes, one thread each; default one per core, one on a GPU"
@@ -172,15 +185,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def options_of(given: argparse.Namespace) -> Options:
     """The options from the command line."""
-    full = {"fit": 5000, "test": 5000, "case": 1000, "learn": 3000, "cell": 500, "epochs": 60}
+    sizes = {
+        "fit": 5000,
+        "test": 5000,
+        "case": 1000,
+        "strangers": 1000,
+        "learn": 3000,
+        "cell": 500,
+        "epochs": 60,
+    }
+    if given.quick:
+        # A larger network makes fewer attacks and corruptions in the time.
+        few = {"fit": 1000, "test": 500, "case": 100, "strangers": 200, "learn": 100, "cell": 20}
+        sizes = few if given.network else {}
     return Options(
         data=given.data,
         out=given.out,
         cache=given.cache,
         mode="quick" if given.quick else "full",
+        network=given.network,
         seeds=given.seeds,
         workers=given.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1),
-        **({} if given.quick else full),
+        **sizes,
     )
 
 

@@ -27,9 +27,9 @@ NETWORKS: Mapping[str, Callable[[int, int], Classifier]] = {
     "resnet18": partial(residual_network, width=64, stages=4, blocks=2, stride=1),
     "densenet-bc": partial(dense_network, layers=16, bottleneck=True, stride=1),
 }
-
-#: Highest learning rates, where they differ.
+#: Highest learning rates and passes over the data of those of the literature.
 RATES: Mapping[str, float] = {"resnet18": 0.15, "densenet-bc": 0.15}
+EPOCHS: Mapping[str, int] = {"resnet18": 10, "densenet-bc": 10}
 
 
 @dataclass(frozen=True)

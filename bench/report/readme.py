@@ -21,7 +21,8 @@ Tables, each made from the file of the same name in ``bench/results``:
 - ``compile``: the machine code of each kernel, the worst of its cases (``python -m bench.gpu.compile_report --out``).
 - ``predicted``: the static performance model (``python -m bench.gpu.roofline --out``).
 - ``detection``: AUROC by method from ``adversarial``, ``ood`` and ``corruption``, a mean for each group of cases.
-- ``labelled``: AUROC of the methods trained on labelled attacks, a mean over the attacks for each network.
+- ``labelled``: AUROC of the methods trained on labelled attacks, a mean over the attacks for each network. Both take
+  the files of another network where its name follows: ``<!-- table: detection resnet18 -->``.
 - any other file with ``rows``, those of ``bench/paper`` included: detection rows as cases against methods (AUROC),
   everything else as it is. Words after the name keep the rows in which a value equals them.
 
@@ -72,9 +73,9 @@ def table(words: str, folder: Path = results_file.RESULTS) -> str:
     if name == "environment":
         return environment(load(rest, folder))
     if name == "detection":
-        return summary({name: load(name, folder)["rows"] for name in GROUPS})
+        return summary({name: load(_of(name, rest), folder)["rows"] for name in GROUPS})
     if name == "labelled":
-        return labelled(load("adversarial", folder)["rows"], load("ood", folder)["rows"])
+        return labelled(*(load(_of(name, rest), folder)["rows"] for name in ("adversarial", "ood")))
     document = load(name, folder)
     if "cases" in document and "seed" in document:
         return measured(document["cases"], rest)
@@ -88,6 +89,11 @@ def table(words: str, folder: Path = results_file.RESULTS) -> str:
     if not rows:
         raise ValueError(f"{name} must have rows with {rest!r}; it had none")
     return results_file.table(rows)
+
+
+def _of(name: str, network: str) -> str:
+    """The file of a table that was measured on another network than the small ones."""
+    return f"{name}-{network}" if network else name
 
 
 def value(words: str, folder: Path = results_file.RESULTS) -> str:

@@ -84,6 +84,9 @@ def test_detection_summary_takes_means_over_severities_networks_and_cases(tmp_pa
     assert "labelled" not in table
     assert "| labelled | 1.000 |" in readme.table("labelled", tmp_path)
     assert "fastgrad" not in readme.table("labelled", tmp_path)
+    for name in ("adversarial", "ood", "corruption"):
+        (tmp_path / f"{name}.json").rename(tmp_path / f"{name}-resnet18.json")
+    assert readme.table("detection resnet18", tmp_path) == table
 
 
 def test_factor_and_rate(folder: pathlib.Path) -> None:

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.paper import detectors, published
+from bench.paper import detectors, own
+from bench.paper.cache import Arrays
 from bench.paper.cases import CASES, STRANGERS, short
 from bench.paper.figures import grouped_bars
+from bench.paper.labelled import logistic
 from bench.paper.rows import Found, detection_rows, pivot
-from bench.paper.subject import Arrays, Subject, residual_networks
+from bench.paper.subject import Subject, residual_networks
 from bench.paper.table import Options, Page, Table
 from fastgrad import functional
 from fastgrad.blocks.ranked import RANKS
@@ -27,6 +29,7 @@ from fastgrad.features import GradientFeatures
 from fastgrad.losses import LOSSES, TARGETS
 from fastgrad.metrics import auroc
 
+PUBLISHED = ("softmax", "energy", "KNN", "ViM", "Mahalanobis")
 PAIRS = [(loss, target) for loss in LOSSES for target in TARGETS]
 Rows = NDArray[np.float64]
 
@@ -85,7 +88,7 @@ def cross_fitted(clean: Rows, challenging: Rows) -> float:
     """AUROC of a logistic regression fitted on one half and tested on the other, and the reverse."""
     values = []
     for first in (0, 1):
-        join = published.logistic(clean[first::2], challenging[first::2])
+        join = logistic(clean[first::2], challenging[first::2])
         values.append(auroc(join(clean[1 - first :: 2]), join(challenging[1 - first :: 2])))
     return float(np.mean(values))
 
@@ -96,9 +99,9 @@ def evaluate(subject: Subject) -> Found:
     right = subject.correct("test")
 
     def everything(case: str, part: str = "test") -> Arrays:
-        return subject.blocks(case, part) | more_signals(subject, case, part)
+        return subject.blocks(case, part) | subject.gradients(case, part) | more_signals(subject, case, part)
 
-    fit = everything("clean", "fit")
+    fit, held_out = everything("clean", "fit"), subject.samples.clean.held_out
     clean = {name: values[right] for name, values in everything("clean").items()}
     cases = {short(case): everything(case) for case in CASES}
     found: Found = {}
@@ -110,7 +113,7 @@ def evaluate(subject: Subject) -> Found:
 
     for name, read in feature_sets(subject).items():
         detector = UncertaintyDetector(log=False, contrasts=False)
-        detector.fit(np.asarray(read(fit), np.float64), held_out=subject.held_out)
+        detector.fit(np.asarray(read(fit), np.float64), held_out=held_out)
         record(
             f"one-class: {name}", lambda b, d=detector, r=read: d.decision_function(np.asarray(r(b), float))
         )
@@ -118,27 +121,25 @@ def evaluate(subject: Subject) -> Found:
             found[network, case, f"labelled: {name}"] = cross_fitted(
                 np.asarray(read(clean), np.float64), np.asarray(read(blocks), np.float64)
             )
-    own = set(subject.blocks("clean"))
-
-    def default_blocks(blocks: Arrays) -> Arrays:
-        return {name: values for name, values in blocks.items() if name in own}
-
-    variants = {name: detectors.default(subject, omitted) for name, omitted in detectors.VARIANTS.items()}
-    default = variants["fastgrad"]
-    variants["one-class"] = detectors.one_class(subject)
-    for combine in ("fisher", "harmonic"):
+    variants = {name: detector for name, (_, detector) in subject.own.items()}
+    default = variants[own.DEFAULT]
+    variants[detectors.ONE_CLASS[0]] = detectors.one_class(subject)[1]
+    for name, read_too, combine in (
+        ("one-class, harmonic mean", (), "harmonic"),
+        # Contrasts through the whole network and norms of three signals, two dozen passes, stand beside the default's.
+        ("one-class and all contrasts", ("ranked",), "fisher"),
+        ("one-class and all gradients", ("gradients",), "fisher"),
+    ):
         detector = UncertaintyDetector(log=False, combine=combine)
-        # Contrasts through the whole network, four times the backward passes, stand beside the signals.
-        blocks = default_blocks(fit) | ({"ranked": fit["ranked"]} if combine == "fisher" else {})
-        detector.fit(blocks, held_out=subject.held_out)
-        name = "one-class, harmonic mean" if combine == "harmonic" else "one-class and all contrasts"
-        variants[name] = detector
+        variants[name] = detector.fit(
+            own.visible(default, fit) | {block: fit[block] for block in read_too}, held_out=held_out
+        )
     for name, detector in variants.items():
-        record(name, lambda b, d=detector: detectors.scores(d, b))
+        record(name, lambda b, d=detector: own.scores(d, b))
     # Each part of the default detector by itself, already a two-sided p-value where that is its meaning.
-    for part in default.explain(default_blocks(clean)):
-        record(f"part: {part}", lambda b, p=part: default.explain(default_blocks(b))[p])
-    for name, score in published.from_outputs(subject).items():
+    for part in default.explain(own.visible(default, clean)):
+        record(f"part: {part}", lambda b, p=part: default.explain(own.visible(default, b))[p])
+    for name, score in subject.published(PUBLISHED).items():
         record(name, score)
     return found
 

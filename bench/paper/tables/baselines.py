@@ -7,8 +7,7 @@ is its processor time for one batch, in forward passes of the network.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -16,20 +15,21 @@ import torch
 from torch import Tensor
 
 from bench.harness import results_file
-from bench.paper import detectors, published
+from bench.paper import detectors, own, published
 from bench.paper.cases import CASES, MIXED, STRANGERS, short
 from bench.paper.duq import trained_duq
 from bench.paper.figures import grouped_bars
 from bench.paper.networks import Classifier
+from bench.paper.price import prices
 from bench.paper.rows import Found, detection_rows, mean_rows, pivot
-from bench.paper.subject import Subject, extract, residual_networks
+from bench.paper.subject import BATCH, Subject, residual_networks
 from bench.paper.table import Options, Page, Table
 from bench.paper.train import Recipe, trained
 
 MEMBERS = 5
 METHODS = (
-    "fastgrad", "fastgrad one-class", "deep ensemble", "DUQ", "softmax", "energy", "ODIN", "GradNorm", "ViM", "KNN",
-    "Mahalanobis V",
+    own.DEFAULT, detectors.ONE_CLASS[0], "deep ensemble", "DUQ", "softmax", "energy", "ODIN", "GradNorm", "ViM", "KNN",
+    "Mahalanobis",
 )  # fmt: skip
 
 
@@ -48,42 +48,32 @@ def ensemble_variance(models: Sequence[Classifier], images: Tensor) -> np.ndarra
     return torch.cat(found).double().numpy()
 
 
-def seconds(function: Callable[[], object], repeats: int = 3) -> float:
-    """Processor seconds of one call, the smallest of some."""
-    function()
-    found = []
-    for _ in range(repeats):
-        start = time.process_time()
-        function()
-        found.append(time.process_time() - start)
-    return min(found)
-
-
 def evaluate(subject: Subject) -> tuple[Found, dict[str, float]]:
     """AUROC of every method on every case for one network, and the methods' costs in forward passes."""
     options = subject.options
     models = [trained(member.recipe, options.data, options.cache) for member in members(options)]
     duq = trained_duq(subject.recipe, options, *((2, 10_000) if options.quick else (30, 45_000)))
-    fitted = {"fastgrad": detectors.default(subject), "fastgrad one-class": detectors.one_class(subject)}
-    own = {name: partial(detectors.scores, detector) for name, detector in fitted.items()}
-    outputs = published.from_outputs(subject)
-    inputs = published.from_images(subject) | {
+    (report, default), (lone_report, lone) = subject.own[own.DEFAULT], detectors.one_class(subject)
+    movement = published.movements(subject.model, subject.clean("fit")[0][:BATCH], BATCH)
+    inputs = {
+        "ODIN": published.from_images(subject.model, torch.from_numpy(movement), BATCH)["ODIN"],
         "deep ensemble": lambda images: ensemble_variance(models, images),
         "DUQ": lambda images: 1 - duq(images).detach().amax(1).double().numpy(),
     }
-    methods = detectors.Methods(own | outputs, inputs)
+    outputs = subject.published(METHODS)
+    mine = {own.DEFAULT: partial(own.scores, default), detectors.ONE_CLASS[0]: partial(own.scores, lone)}
+    methods = detectors.Methods(mine | outputs, inputs)
     right = subject.correct("test")
     found = methods.compare(
         subject, subject.recipe.network, {short(case): case for case in CASES}, keep=right
     )
-    batch = subject.clean("test")[0][:32]
-    blocks = {name: values[:32] for name, values in subject.blocks("clean").items()}
-    with torch.no_grad():
-        forward = seconds(lambda: subject.model(batch), 10)
-    cost = {name: seconds(lambda f=f: f(batch)) / forward for name, f in inputs.items()}
-    cost |= {name: 1 + seconds(lambda f=f: f(blocks)) / forward for name, f in outputs.items()}
-    whole = seconds(lambda: extract(subject.extraction, batch)) / forward
-    cost |= {name: whole + seconds(lambda f=f: f(blocks)) / forward for name, f in own.items()}
+    batch = subject.clean("test")[0][:BATCH]
+    blocks = {name: values[:BATCH] for name, values in subject.blocks("clean").items()}
+    cost = prices(subject.model, batch, {name: partial(score, batch) for name, score in inputs.items()})
+    extra = prices(subject.model, batch, {name: partial(score, blocks) for name, score in outputs.items()})
+    cost |= {name: 1 + price for name, price in extra.items()}
+    for name, kept, detector in ((own.DEFAULT, report, default), (detectors.ONE_CLASS[0], lone_report, lone)):
+        cost |= prices(subject.model, batch, {name: subject.reading.live(kept, detector)})
     return found, cost
 
 
@@ -100,7 +90,7 @@ def write(
     sections = [
         ("", pivot(rows, [short(case) for case in CASES], METHODS)),
         (
-            "Processor time for 32 images, in forward passes of the network (a backward pass is about two). "
+            f"Processor time for {BATCH} images, in forward passes of the network (a backward pass is about two). "
             f"The ensemble also trains {MEMBERS} networks and DUQ its own.",
             results_file.table(costs, {"method": "method", "forward_passes": "forward passes"}),
         ),

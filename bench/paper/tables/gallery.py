@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.paper import detectors
+from bench.paper import own
 from bench.paper.cases import STRANGERS
 from bench.paper.data import sets
 from bench.paper.networks import read, temperature
@@ -21,7 +21,7 @@ from fastgrad.two_stage import TwoStageModel
 
 def histograms(subject: Subject, options: Options) -> None:
     """Scores of the default detector on clean and challenging images."""
-    detector = detectors.default(subject)
+    _, detector = subject.own[own.DEFAULT]
     cases = {
         "clean test images": "clean",
         "PGD": "attack/PGD",
@@ -30,7 +30,7 @@ def histograms(subject: Subject, options: Options) -> None:
         "Gaussian noise": "corruption/gaussian_noise/3",
         "contrast": "corruption/contrast/3",
     }
-    found = {name: detectors.scores(detector, subject.blocks(case)) for name, case in cases.items()}
+    found = {name: own.scores(detector, subject.blocks(case)) for name, case in cases.items()}
     plots.save(plots.score_histograms(found), options.out / "gallery-scores.png", dpi=90)
 
 
@@ -40,7 +40,7 @@ def layers(subject: Subject, options: Options) -> None:
     cases = {"clean": "clean", "PGD": "attack/PGD", "textures": "ood/textures", "grey": "control/grey"}
     # Signal 0 is binary cross-entropy against the all-ones label; the blocks hold logarithms.
     found = {
-        name: np.exp(subject.blocks(case)["gradients"][:, 0].astype(np.float64))
+        name: np.exp(subject.gradients(case)["gradients"][:, 0].astype(np.float64))
         for name, case in cases.items()
     }
     plots.save(plots.layer_norms(found, names), options.out / "gallery-layers.png", dpi=90)

@@ -12,9 +12,10 @@ from functools import partial
 import numpy as np
 
 from bench.harness import results_file
-from bench.paper import detectors
+from bench.paper import detectors, own
 from bench.paper.cases import CASES, STRANGERS, short
 from bench.paper.figures import heatmap
+from bench.paper.published import FromBlocks
 from bench.paper.rows import Found, detection_rows
 from bench.paper.subject import Subject, residual_networks
 from bench.paper.table import Options, Page, Table
@@ -31,15 +32,16 @@ def evaluate(subject: Subject) -> Found:
     everything = {short(case): subject.blocks(case) for case in CASES}
     found: Found = {}
 
-    def record(trained: str, method: str, score: detectors.FromBlocks) -> None:
+    def record(trained: str, method: str, score: FromBlocks) -> None:
         reference = score(clean)
         for tested, blocks in everything.items():
             found[network, f"{trained} > {tested}", method] = auroc(reference, score(blocks))
 
-    record("nothing", "one-class", partial(detectors.scores, detectors.one_class(subject)))
+    report, lone = detectors.one_class(subject)
+    record("nothing", "one-class", partial(own.scores, lone))
     for trained in CASES:
-        detector = detectors.labelled(subject, [trained])
-        record(short(trained), "fastgrad", partial(detectors.scores, detector))
+        detector = detectors.labelled(subject, trained, partial(subject.blocks, part="fit"), report.kept)
+        record(short(trained), "fastgrad", partial(own.scores, detector))
         record(short(trained), "H alone", partial(detectors.h_alone, detector))
     return found
 
