@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -66,10 +67,17 @@ class Task:
             return scaled_error(logits, model(x))
 
     def data_error(self, gradient: Tensor) -> float:
-        """Error of the gradient at the images, or of the embedding's."""
+        """Error of the gradient at the images, or of the embedding's.
+
+        Of the samples' errors the middle one: where a rectifier lies within rounding of its corner, a sample's gradient
+        is another.
+        """
         model, x = self.double()
         x, leaf = first_leaf(model.requires_grad_(False), x)
-        return scaled_error(gradient, torch.autograd.grad(self.loss(model(x)), leaf)[0])
+        wanted = torch.autograd.grad(self.loss(model(x)), leaf)[0]
+        if leaf is not x:
+            return scaled_error(gradient, wanted)
+        return statistics.median(scaled_error(*pair) for pair in zip(gradient, wanted, strict=True))
 
     def bias_error(self, gradient: Tensor) -> float:
         """Error of the last bias's gradient for the whole batch, which needs only a float64 forward pass."""
