@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness import results_file
+from bench.harness.turns import in_turns
 from fastgrad import TwoStageModel
 from fastgrad.batches import logits_of
 from fastgrad.estimators.worth import USUAL
@@ -101,13 +101,7 @@ def measure(name: str, batches: tuple[int, ...], rounds: int) -> list[dict[str, 
             # Logits of another value would mean that something else is timed.
             torch.testing.assert_close(model(x).logits, plain(), rtol=1e-3, atol=1e-3)
             calls[form] = lambda model=model, x=x: model(x)  # type: ignore[misc]
-        taken: dict[str, list[float]] = {call: [] for call in calls}
-        for turn in range(rounds + 1):
-            for call, run in calls.items():
-                start = time.process_time()
-                run()
-                if turn:
-                    taken[call].append(time.process_time() - start)
+        taken = in_turns(calls, rounds)
         for form, model in forms.items():
             ratios = [one / base for one, base in zip(taken[form], taken["plain"], strict=True)]
             low, _, high = statistics.quantiles(ratios, n=4)

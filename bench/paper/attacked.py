@@ -84,10 +84,6 @@ class Attacked(Photographs):
         return found | {RANDOM: random_box(usual, parts, example, FALSE_ALARMS, self.draw.number)}
 
 
-def _compressed(images: Tensor) -> Tensor:
-    return sets.to_tensor(sets.jpeg(sets.to_bytes(images)))
-
-
 def _resized(images: Tensor) -> Tensor:
     """To nine tenths and back."""
     size = images.shape[-2:]
@@ -107,7 +103,7 @@ def _cropped(images: Tensor) -> Tensor:
 #: What happens to images between the attack and the network.
 WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "": lambda images: images,
-    AFTER: _compressed,
+    AFTER: sets.compress,
     " after resizing": _resized,
     " after a crop": _cropped,
 }

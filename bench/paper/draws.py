@@ -213,7 +213,7 @@ class Draw:
                 else {"images": sets.to_bytes(clean + change)}
             )
             images = _pixels(kept, clean)
-            again = sets.to_tensor(sets.jpeg(sets.to_bytes(images)))
+            again = sets.compress(images)
             found = {"class": predicted(self.model, images), "class" + AFTER: predicted(self.model, again)}
             return kept | found
 
@@ -221,7 +221,7 @@ class Draw:
         misled = kept["class" + (AFTER if name != plain else "")] != labels
         images = _pixels(kept, clean)[torch.from_numpy(misled)]
         if name != plain:
-            images = sets.to_tensor(sets.jpeg(sets.to_bytes(images)))
+            images = sets.compress(images)
         return Case(name, CASES[name], images, source[misled], len(source))
 
     def _kept(

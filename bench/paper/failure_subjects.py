@@ -6,9 +6,8 @@ fitted on clean inputs that the network was not trained on; the corrupted ones a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from bench.paper.data.photographs import network
 from bench.paper.draws import FAMILIAR, FOREIGN, Draw
 from bench.paper.failures import ENSEMBLE, Answers, Judge, ensemble
 from bench.paper.photograph_features import Photographs
+from bench.paper.price import prices
 from bench.paper.table import Options
 from bench.paper.texts import CORRUPTED, News, batches
 from fastgrad import TwoStageModel
@@ -78,8 +78,8 @@ class Texts:
             each, softmaxes = zip(*(judge(loader) for judge in judges), strict=True)
             by_set[name] = {method: [one[method] for one in each] for method in each[0]}
             by_set[name][ENSEMBLE] = [ensemble(softmaxes, loader)]
-        prices = [judge.prices() for judge in judges]
-        passes = {name: float(np.mean([one[name] for one in prices])) for name in prices[0]}
+        costs = [judge.prices() for judge in judges]
+        passes = {name: float(np.mean([one[name] for one in costs])) for name in costs[0]}
         about = (
             f"{MEMBERS} BERTs of four layers that read {news.length} pieces, trained for {news.epochs} epochs on "
             f"{len(news.news('train')[1]):,} news from other initial weights and in another order; "
@@ -112,6 +112,10 @@ class Pictures:
         """Lite1 and Lite2."""
         return [network(pixels=True, size=size).to(memory_format=torch.channels_last) for size in (1, 2)]
 
+    def _ensemble_price(self, x: Tensor) -> float:
+        calls = {str(place): partial(_logits, model, x) for place, model in enumerate(self.others)}
+        return 1 + sum(prices(self.draw.model, x, calls).values())
+
     def measure(self) -> Found:
         """Every method on the one network, and the three together."""
         draw = self.draw
@@ -130,7 +134,7 @@ class Pictures:
             by_set[name] = {method: [own] for method, own in answers.items()}
             by_set[name][ENSEMBLE] = [ensemble(members, loader)]
         source = {"": draw.places["test"]} | {kind: case.source for kind, case in cases.items()}
-        passes = {**judge.prices(), ENSEMBLE: _price([draw.model, *self.others], test[0][0])}
+        passes = {**judge.prices(), ENSEMBLE: self._ensemble_price(test[0][0])}
         count = draw.sizes.case
         about = (
             f"{len(source['']):,} clean test photographs of the second draw; corrupted: {count} of them in each of "
@@ -150,22 +154,14 @@ def _images(images: Tensor, labels: Tensor) -> Batches:
     return list(zip(parts, labels.split(_BATCH), strict=True))
 
 
+@torch.no_grad()
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    logits: Tensor = model(x)
+    return logits
+
+
 def _softmax(model: nn.Module, loader: Batches) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([model(x).double().softmax(1) for x, _ in loader])
-
-
-def _price(models: Sequence[nn.Module], x: Tensor) -> float:
-    """Processor time of all models over that of the first."""
-    taken = np.full((4, len(models)), np.inf)
-    with torch.no_grad():
-        for row in taken:
-            for place, model in enumerate(models):
-                start = time.process_time()
-                model(x)
-                row[place] = time.process_time() - start
-    least = taken.min(0)
-    return float(least.sum() / least[0])
+    return torch.cat([_logits(model, x).double().softmax(1) for x, _ in loader])
 
 
 def _pooled(

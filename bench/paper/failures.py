@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bench.paper.resampled import RESAMPLES, bounds
 from fastgrad import TwoStageModel
 from fastgrad.metrics import aurc, risk_coverage
 
 Array = NDArray[np.float64]
-RESAMPLES = 200
 SOFTMAX, ENSEMBLE = "softmax", "ensemble"
 
 
@@ -132,10 +132,10 @@ def areas(
         rows[method] = {
             "errors": float(np.mean([one.errors.mean() for one in own])),
             "aurc": float(area[method][0]),
-            "interval": _interval(area[method]),
+            "interval": bounds(area[method][1:]),
             "oracle": float(np.mean([risk_coverage(*one).best.mean() for one in own])),
             "less softmax": float(less[0]),
-            "interval of the difference": _interval(less),
+            "interval of the difference": bounds(less[1:]),
         }
     return rows
 
@@ -154,8 +154,3 @@ def standing(interval: Sequence[float]) -> str:
     """Whether a difference in area, lower being better, is one: ``better``, ``worse`` or ``none``."""
     low, high = interval
     return "better" if high < 0 else "worse" if low > 0 else "none"
-
-
-def _interval(values: Array) -> list[float]:
-    low, high = np.quantile(values[1:], [0.025, 0.975])
-    return [float(low), float(high)]

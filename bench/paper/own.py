@@ -181,6 +181,12 @@ def _less(chosen: Candidates, names: Sequence[str]) -> Candidates:
     return dataclasses.replace(chosen, blocks=blocks, entries=entries)
 
 
+def worths(report: Report) -> str:
+    """What each block was worth, in a line."""
+    measured = (entry for entry in report.entries if entry.worth is not None)
+    return "; ".join(f"{entry.block} {entry.worth:+.3f} ± {entry.interval:.3f}" for entry in measured)
+
+
 def visible(detector: UncertaintyDetector, blocks: Mapping[str, NDArray[Any]]) -> Arrays:
     """What a detector reads of the blocks: of signed gradients those of its own, shorter, backward pass."""
     return {name: blocks[name][..., -shape[-1] :] for name, shape in detector.shapes_.items()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from bench.harness.turns import in_turns
 
 
 def prices(
@@ -18,14 +19,5 @@ def prices(
         with torch.no_grad():
             model(x)
 
-    every = {"": plain, **calls}
-    taken: dict[str, list[float]] = {name: [] for name in every}
-    # The first round warms up: what is planned at the first call is no part of the price.
-    for turn in range(rounds + 1):
-        for name, call in every.items():
-            start = time.process_time()
-            call()
-            if turn:
-                taken[name].append(time.process_time() - start)
-    least = {name: min(values) for name, values in taken.items()}
+    least = {name: min(values) for name, values in in_turns({"": plain, **calls}, rounds).items()}
     return {name: least[name] / least[""] for name in calls}

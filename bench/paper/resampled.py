@@ -37,7 +37,19 @@ def missed(clean: Scores, other: Scores, kept: float = 0.95) -> Scores:
     return (second * (other[None] <= clean[order][place][:, None])).sum(1)  # type: ignore[no-any-return]
 
 
+def bounds(resamples: Scores) -> list[float]:
+    """95 % of the values lie between these two."""
+    low, high = np.quantile(resamples, [0.025, 0.975])
+    return [float(low), float(high)]
+
+
 def interval(values: Scores) -> list[float]:
-    """95 % of the resampled values lie between these two."""
-    low, high = np.quantile(values[1:], [0.025, 0.975])
-    return [round(float(low), 4), round(float(high), 4)]
+    """`bounds` of the resampled values ``(1 + R,)``, as a file of results keeps them."""
+    return [round(value, 4) for value in bounds(values[1:])]
+
+
+def difference(values: Scores, digits: int) -> str:
+    """A difference ``(1 + R,)`` as found, with its interval, and *none* where that holds zero."""
+    low, high = interval(values)
+    found = f"{values[0]:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return found if low > 0 or high < 0 else f"{found} none"

@@ -96,7 +96,7 @@ class Subject:
             return both[: options.strangers] if part == "test" else both[options.strangers :]
         images, labels = self.clean(part)
         if kind == "compressed":
-            return sets.to_tensor(sets.jpeg(sets.to_bytes(self.images(f"attack/{name}", part))))
+            return sets.compress(self.images(f"attack/{name}", part))
         if kind == "control":
             return sets.to_tensor(sets.grey(sets.to_bytes(images[: options.case])))
         if kind == "corruption":

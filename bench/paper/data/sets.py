@@ -86,6 +86,11 @@ def jpeg(images: Bytes, quality: int = 75, subsampling: str = "4:2:0") -> Bytes:
     return result
 
 
+def compress(images: Tensor) -> Tensor:
+    """Floats once through `jpeg`."""
+    return to_tensor(jpeg(to_bytes(images)))
+
+
 def _from_npz(path: Path, name: str, part: str, limit: int | None, start: int) -> Split | None:
     """None where the file has no such part."""
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:

@@ -22,6 +22,7 @@ from bench.harness import results_file
 from bench.paper.attacked import DETECTORS, FALSE_ALARMS, RANDOM, SHARE, WAYS, Attacked
 from bench.paper.draws import AFTER
 from bench.paper.figures import grouped_bars
+from bench.paper.resampled import bounds
 from bench.paper.rows import Rows
 from bench.paper.table import Options, Page, Table
 from bench.paper.white_box import STARTS, STEPS, WhiteBox, attack, auto_attack, unaware_of
@@ -147,8 +148,7 @@ def verdict(attacked: Rows) -> str:
         ]
         safe[form] = np.mean([~pair[0] | pair[1] for pair in pairs if pair is not None], 0)
     gain = safe[RANDOM] - safe["default"]
-    resampled = np.random.default_rng(0).choice(gain, (2000, len(gain))).mean(1)
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    low, high = bounds(np.random.default_rng(0).choice(gain, (2000, len(gain))).mean(1))
     said = "help" if low > 0 else "harm" if high < 0 else "make no difference"
     return (
         f"Against the selective attack on their mean random layers {said}: {safe[RANDOM].mean():.2f} of the "

@@ -18,7 +18,7 @@ from bench.harness import results_file
 from bench.paper import detectors, own, published
 from bench.paper.figures import price_front
 from bench.paper.price import prices
-from bench.paper.resampled import RESAMPLES, Scores, auroc, interval, missed
+from bench.paper.resampled import RESAMPLES, Scores, auroc, difference, interval, missed
 from bench.paper.rows import Rows
 from bench.paper.subject import BATCH, Subject, residual_networks
 from bench.paper.table import Options, Page, Table
@@ -126,10 +126,8 @@ def write(options: Options, subjects: Sequence[Subject], found: Sequence[Mapping
         if method != own.DEFAULT:
             line = {f"{own.DEFAULT} less": method}
             for group in GROUPS:
-                values = 100 * (cells[own.DEFAULT, group, "auroc"] - cells[method, group, "auroc"])
-                low, high = interval(values)
-                none = "" if low > 0 or high < 0 else " none"
-                line[group] = f"{values[0]:+.1f} [{low:+.1f}, {high:+.1f}]{none}"
+                less = cells[own.DEFAULT, group, "auroc"] - cells[method, group, "auroc"]
+                line[group] = difference(100 * less, 1)
             compared.append(line)
     columns = (*SETS, GREY, AGAINST_GREY)
     each = [{"method": m} | {c: f"{100 * cells[m, c, 'auroc'][0]:.1f}" for c in columns} for m in ordered]
@@ -142,11 +140,7 @@ def write(options: Options, subjects: Sequence[Subject], found: Sequence[Mapping
                     "method": name,
                     "seed": subject.recipe.seed,
                     "kept": ", ".join(report.kept),
-                    "worth": "; ".join(
-                        f"{e.block} {e.worth:+.3f} ± {e.interval:.3f}"
-                        for e in report.entries
-                        if e.worth is not None
-                    ),
+                    "worth": own.worths(report),
                 }
             )
     elsewhere = [

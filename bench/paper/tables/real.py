@@ -21,7 +21,7 @@ from bench.paper.figures import grouped_bars
 from bench.paper.own import BUDGETS, named
 from bench.paper.photograph_features import Photographs
 from bench.paper.price import prices
-from bench.paper.resampled import RESAMPLES, Scores, auroc, interval
+from bench.paper.resampled import RESAMPLES, Scores, auroc, difference, interval
 from bench.paper.rows import Rows
 from bench.paper.table import Options, Page, Table
 from fastgrad.budget import Report
@@ -114,11 +114,7 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
             continue
         line = {"budget 1.2 less": method}
         for group, cases in GROUPS.items():
-            values = joined(budgets[0], cases) - joined(method, cases)
-            low, high = interval(values)
-            line[group] = f"{values[0]:+.3f} [{low:+.3f}, {high:+.3f}]" + (
-                "" if low > 0 or high < 0 else " none"
-            )
+            line[group] = difference(joined(budgets[0], cases) - joined(method, cases), 3)
         compared.append(line)
     by_case = [
         {"case": case} | {
@@ -142,9 +138,7 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
             "kept": ", ".join(report.kept),
             "H reads": ", ".join(report.seen or ()),
             "passes predicted, measured": f"{report.price[0]:.2f}, {report.price[1]:.2f}",
-            "worth": "; ".join(
-                f"{e.block} {e.worth:+.3f} ± {e.interval:.3f}" for e in report.entries if e.worth is not None
-            ),
+            "worth": own.worths(report),
         }
         for method in budgets
         for subject, one in zip(subjects, found, strict=True)
