@@ -160,5 +160,6 @@ def _places(three: _Watch, two: _Watch, head: str | None) -> tuple[Channels, ...
         alone = calls.count(path) == 1 and path != head and path in fewer
         if dim is None or not alone or value.shape[0] != 3 or fewer[path].shape[0] != 2:
             continue
-        found.append((path, module, Channels(path, dim, value.shape[dim], before / three.operations)))
-    return channels.choose(found)
+        place = Channels(path, dim, value.shape[dim], before / three.operations)
+        found.append((module, place, value[0].numel()))
+    return channels.choose(found, three.operations / 3)

@@ -281,3 +281,41 @@ def test_layer_norms_are_read_where_there_is_nothing_else() -> None:
     net.second, net.back = nn.LayerNorm(6), nn.Identity()
     subject = watch(net, *arguments(torch.randn(4, 5, 6)))
     assert [place.path for place in subject.channels] == ["first", "second"]
+
+
+class Conv2dNormActivation(nn.Sequential):
+    """A container named as torchvision names its own."""
+
+
+class Normalize(nn.Module):
+    """What brings pixels to the network's scale, as transforms do that are part of a network."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.5) / 0.25
+
+
+def test_containers_and_scaled_pixels_are_no_normalisation_layers() -> None:
+    def unit(inputs: int, outputs: int) -> nn.Module:
+        return Conv2dNormActivation(nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU())
+
+    net = nn.Sequential(Normalize(), unit(3, 8), unit(8, 8), nn.Flatten(), nn.Linear(8 * 16, 3)).eval()
+    places = watch(net, *arguments(torch.randn(3, 3, 8, 8))).channels
+    assert [(place.path, place.dim, place.count) for place in places] == [("1.1", 1, 8), ("2.1", 1, 8)]
+
+
+def test_where_reading_would_cost_more_than_it_may_the_last_layers_are_read() -> None:
+    """A depthwise convolution computes nine products for a number that it writes, a full one of 512 channels 4,608."""
+
+    def depthwise() -> list[nn.Module]:
+        return [nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.BatchNorm2d(64), nn.ReLU()]
+
+    last = [nn.Conv2d(64, 64, 4, 4), nn.BatchNorm2d(64), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    mobile = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), *depthwise(), *depthwise(), *last, nn.Linear(64, 5)
+    ).eval()
+    first = [nn.Conv2d(3, 512, 3, padding=1), nn.BatchNorm2d(512)]
+    wide = [nn.Conv2d(512, 512, 3, padding=1), nn.BatchNorm2d(512), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    full = nn.Sequential(*first, *wide, nn.Linear(512, 5)).eval()
+    x = torch.randn(3, 3, 16, 16)
+    assert [place.path for place in watch(mobile, *arguments(x)).channels] == ["5", "8"]
+    assert [place.path for place in watch(full, *arguments(x)).channels] == ["1", "3"]
