@@ -15,6 +15,7 @@ from fastgrad._torch import original, outside_of_compilation, pytree
 from fastgrad.batches import batch_size, input_tensors, logits_of, take
 from fastgrad.checks import is_bool, one_of
 from fastgrad.engine.backward import gather, send_back
+from fastgrad.engine.compiled import CompiledPasses
 from fastgrad.engine.network import Network
 from fastgrad.engine.planning import Plan, Route, refuse_mixing
 from fastgrad.engine.run import Reading, Run
@@ -70,6 +71,9 @@ class GradientFeatures:
         chunk_size: Samples at a time; None for the whole batch on a GPU, for what runs fastest on a CPU.
         memory_budget: Bytes a call may add, from which the chunk size is estimated if ``chunk_size`` is None.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, for the layers that have kernels.
+        compile: Have ``torch.compile`` compile the pass at the first call on inputs of each size, which takes seconds
+            to minutes. Worth it for many calls on networks of many small layers. A function as target is traced
+            once.
 
     Raises:
         TypeError, ValueError: For an argument that is not one of the above, or a model that mixes samples.
@@ -88,6 +92,7 @@ class GradientFeatures:
         chunk_size: int | None = None,
         memory_budget: int | None = None,
         impl: str = "auto",
+        compile: bool = False,  # noqa: A002  (as the modules of PyTorch call it)
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
@@ -98,6 +103,7 @@ class GradientFeatures:
         one_of("reduction", reduction, ("sum", "mean"))
         one_of("impl", impl, IMPLEMENTATIONS)
         is_bool("log", log)
+        is_bool("compile", compile)
         self.contrast = signals is None and isinstance(target, str) and target == "contrast"
         self.joint = signals is not None
         pairs = [(loss, target)] if signals is None else list(signals)
@@ -124,6 +130,7 @@ class GradientFeatures:
         self._names()
         refuse_mixing(self.model, training=False)
         self._network = Network(self.model, self._names, lambda output: [logits_of(output)])
+        self._compiled = CompiledPasses() if compile else None
 
     @property
     def names(self) -> list[str]:
@@ -222,12 +229,16 @@ class GradientFeatures:
             samples = batch_size(args, kwargs)
             if samples < 2:
                 raise ValueError(f"inputs must hold at least two samples to be traced; they held {samples}")
-            plan = self._plan(args, kwargs, samples)
+            return trace(self._pass(self._plan(args, kwargs, samples)), (args, kwargs), samples)
 
-            def extract(args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-                return self._extract(plan, args, kwargs, batch_size(args, kwargs), ())[:2]
+    def _pass(self, plan: Plan) -> Callable[[Any, Any], tuple[Tensor, Tensor]]:
+        """An extraction without readings, as it is traced."""
 
-            return trace(extract, (args, kwargs), samples)
+        def extract(args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+            logits, features, _ = self._whole(plan, args, kwargs, batch_size(args, kwargs), ())
+            return logits, features
+
+        return extract
 
     def _plan(self, args: Any, kwargs: Any, samples: int) -> Plan:
         plan = self._network.plan(args, kwargs, samples)
@@ -241,6 +252,15 @@ class GradientFeatures:
     def _extract(
         self, plan: Plan, args: Any, kwargs: Any, samples: int, readings: Sequence[Reading]
     ) -> Extract:
+        if self._compiled is None or readings:  # what is read of modules is no part of a graph
+            return self._whole(plan, args, kwargs, samples, readings)
+        logits, features = self._compiled(self.model, self._pass(plan), args, kwargs)
+        return Extract(logits, features, {})
+
+    def _whole(
+        self, plan: Plan, args: Any, kwargs: Any, samples: int, readings: Sequence[Reading]
+    ) -> Extract:
+        """One forward and backward pass of a batch that is not cut."""
         run = Run(samples, self.impl)
         with torch.enable_grad():
             output = self._network.forward(plan, run, args, kwargs, readings=readings)

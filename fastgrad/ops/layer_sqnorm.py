@@ -7,6 +7,9 @@ sake of their batching rule: under ``vmap`` (``is_grads_batched=True``) the grad
 together as the K of one call, which shares everything that depends on the activation alone; batching the
 composition operator by operator would not.
 
+`kept_whole` makes one node of them for a compilation in this process, where the operator chooses its route by looking
+at values, as it does without compilation.
+
 On a GPU the composition is one node, ``fastgrad::conv_sqnorm_kernel`` or ``fastgrad::linear_sqnorm_kernel``:
 a Triton kernel, which tracers cannot see into. Those have no derivative, so ``impl="auto"`` takes the
 composition where one is asked for.
@@ -14,7 +17,9 @@ composition where one is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +35,18 @@ from fastgrad.ops.implementation import choose
 TRACED_BATCH = 16
 #: While tracing, chunks become copies of the graph: fewer and larger ones.
 TRACED_CHUNK_BYTES = 64 * 2**20
+
+_whole: contextvars.ContextVar[bool] = contextvars.ContextVar("fastgrad_sqnorm_whole", default=False)
+
+
+@contextlib.contextmanager
+def kept_whole() -> Iterator[None]:
+    """Graphs traced inside hold the two operators of tensors on a CPU as one node each."""
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
 
 
 def shape_of(p: Problem, *, guarded: bool = True) -> conv_cost.Shape:
@@ -134,8 +151,19 @@ def _linear_triton(a: Tensor, g: Tensor) -> Tensor:
     return layer_sqnorm.linear_sqnorm(a, g)
 
 
-torch.library.impl("fastgrad::conv_sqnorm", "CompositeImplicitAutograd", _conv_eager)
-torch.library.impl("fastgrad::linear_sqnorm", "CompositeImplicitAutograd", _linear_eager)
+def _composition(name: str, eager: Callable[..., Tensor]) -> None:
+    """Register both operators of one norm: the composition that tracers see through, and the node that they do not."""
+    whole = getattr(torch.ops.fastgrad, f"{name}_whole").default
+
+    def composed(a: Tensor, *rest: Any) -> Tensor:
+        return (whole if _whole.get() and a.device.type == "cpu" else eager)(a, *rest)
+
+    torch.library.impl(f"fastgrad::{name}", "CompositeImplicitAutograd", composed)
+    torch.library.impl(f"fastgrad::{name}_whole", "CPU", eager)
+
+
+_composition("conv_sqnorm", _conv_eager)
+_composition("linear_sqnorm", _linear_eager)
 for _key in ("CUDA", "CPU"):  # on the CPU the launcher accepts Triton's interpreter alone
     torch.library.impl("fastgrad::conv_sqnorm_kernel", _key, _conv_triton)
     torch.library.impl("fastgrad::linear_sqnorm_kernel", _key, _linear_triton)

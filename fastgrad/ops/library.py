@@ -40,6 +40,9 @@ SCHEMAS = {
     "rows_linear": "(Tensor features, Tensor diagonal, Tensor weight, Tensor? bias) -> Tensor",
     "conv_sqnorm": f"(Tensor a, Tensor g, {_CONV}, bool transposed, str? route, str impl) -> Tensor",
     "linear_sqnorm": "(Tensor a, Tensor g, str? route, str impl) -> Tensor",
+    # The same as one node, for compilation in this process.
+    "conv_sqnorm_whole": f"(Tensor a, Tensor g, {_CONV}, bool transposed, str? route, str impl) -> Tensor",
+    "linear_sqnorm_whole": "(Tensor a, Tensor g, str? route, str impl) -> Tensor",
     "conv_sqnorm_kernel": f"(Tensor a, Tensor g, {_CONV}) -> Tensor",
     "linear_sqnorm_kernel": "(Tensor a, Tensor g) -> Tensor",
     # Of a tensor of any shape; its contract stands beside its implementation.
@@ -99,6 +102,12 @@ def _(features: Tensor, weight: Tensor, *options: Any) -> Tensor:
 def _(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _paired(features, diagonal)
     return features.new_empty((features.shape[0], weight.shape[0]), dtype=compute_dtype(features.dtype))
+
+
+@torch.library.register_fake("fastgrad::conv_sqnorm_whole")
+@torch.library.register_fake("fastgrad::linear_sqnorm_whole")
+def _(a: Tensor, g: Tensor, *options: Any) -> Tensor:
+    return g.new_empty(g.shape[:2], dtype=compute_dtype(torch.promote_types(a.dtype, g.dtype)))
 
 
 @torch.library.register_fake("fastgrad::conv_sqnorm_kernel")

@@ -21,10 +21,11 @@ from bench.micro.network.task import OURS, PEERS, Task, error
 def _case(
     name: str, build: Callable[[], nn.Module], inputs: Callable[[torch.Generator], Tensor], signal: str,
     device: str, seed: int, batch: int, skip: tuple[str, ...] = (), dtype: torch.dtype = torch.float32,
+    make: Callable[[Task], list[Implementation]] | None = None,
 ) -> Case:  # fmt: skip
     def implementations() -> list[Implementation]:
         task = Task(build, inputs, signal, device, seed, dtype)
-        return [item for item in _implementations(task) if item.name not in skip]
+        return [item for item in (make or _implementations)(task) if item.name not in skip]
 
     suffix = "" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')}"
     return Case(f"{name} B={batch} {signal}{suffix}", implementations, "training step")
@@ -60,6 +61,19 @@ def cases(size: str = "full", device: str = "cpu", seed: int = 0) -> Iterator[Ca
     yield case("ViT-B/16 64x64", partial(models.ViT, 100, 64), images(8, 64), "bce ones", batch=8)
     yield case("GPT T=128", models.GPT, tokens(16, 128, 8192), "cross_entropy predicted", batch=16)
     yield contrast_case("ResNet-18 32x32", models.resnet, images(8, 32), device, seed, 8)
+    yield case("plain CNN 32x32 compiled", models.plain, images(64, 32), "bce ones", batch=64, make=_compiled)
+    yield case("ResNet-18 32x32 compiled", models.resnet, images(8, 32), "bce ones", batch=8, make=_compiled)
+    yield case(
+        "DenseNet-121 64x64 compiled", models.densenet, images(8, 64), "bce ones", batch=8, make=_compiled
+    )
+    yield case(
+        "GPT T=128 compiled",
+        models.GPT,
+        tokens(16, 128, 8192),
+        "cross_entropy predicted",
+        batch=16,
+        make=_compiled,
+    )
 
 
 def gpu_cases(device: str = "cuda", seed: int = 0, tiny: bool = False) -> Iterator[Case]:
@@ -92,18 +106,34 @@ def gpu_cases(device: str = "cuda", seed: int = 0, tiny: bool = False) -> Iterat
     yield contrast_case("ResNet-18 32x32", models.resnet, images(16, 32), device, seed, 16)
 
 
+def _features(task: Task, **options: bool) -> Callable[[], Tensor]:
+    loss, target = ("bce", "ones") if task.signal == "bce ones" else ("cross_entropy", "predicted")
+    features = fastgrad.GradientFeatures(task.model, loss=loss, target=target, **options)  # type: ignore[arg-type]
+    return lambda: features(task.x)[1]
+
+
+def _compiled(task: Task) -> list[Implementation]:
+    """What ``torch.compile`` makes of the pass, beside what it makes of a training step."""
+    unit = 256 * torch.finfo(task.dtype).eps
+    return [
+        Implementation(
+            "fastgrad, compiled", lambda: _features(task, compile=True), task.error, OURS, graph=False
+        ),
+        Implementation("fastgrad", lambda: _features(task), task.error, OURS, graph=False),
+        Implementation("training step", lambda: peers.step(task), task.bias_error, unit, graph=False),
+        Implementation(
+            "training step, compiled", lambda: peers.step(task, True), task.bias_error, unit, graph=False
+        ),
+    ]
+
+
 def _implementations(task: Task) -> list[Implementation]:
-    extractor = ("bce", "ones") if task.signal == "bce ones" else ("cross_entropy", "predicted")
     half = task.dtype != torch.float32
     ours, theirs = (0.1, 0.5) if half else (OURS, PEERS)
 
-    def fast() -> Callable[[], Tensor]:
-        features = fastgrad.GradientFeatures(task.model, loss=extractor[0], target=extractor[1])
-        return lambda: features(task.x)[1]
-
     unit = 256 * torch.finfo(task.dtype).eps
     return [
-        Implementation("fastgrad", fast, task.error, ours, graph=False),
+        Implementation("fastgrad", lambda: _features(task), task.error, ours, graph=False),
         Implementation("training step", lambda: peers.step(task), task.bias_error, unit, graph=False),
         Implementation("forward", lambda: peers.forward(task), task.forward_error, unit, graph=False),
         Implementation(

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from bench.micro.network.task import Task, first_leaf
 
 
-def step(task: Task) -> Callable[[], Tensor]:
+def step(task: Task, compiled: bool = False) -> Callable[[], Tensor]:
     parameters = list(task.model.parameters())
+    model = torch.compile(task.model, dynamic=False) if compiled else task.model
 
     def call() -> Tensor:
-        return torch.autograd.grad(task.loss(task.model(task.x)), parameters)[-1]
+        return torch.autograd.grad(task.loss(model(task.x)), parameters)[-1]
 
     return call
 
