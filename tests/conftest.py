@@ -106,9 +106,9 @@ def tiny_onnx() -> pathlib.Path:
     pytest.importorskip("onnxscript")
     from deploy_models import export_tiny
 
-    from fastgrad.deploy import onnx_file
+    from fastgrad.deploy import onnx_export
 
-    if not onnx_file.TRANSLATES:
+    if not onnx_export.TRANSLATES:
         pytest.skip("ONNX files need PyTorch 2.9")
     return export_tiny("tiny.onnx")
 

@@ -14,7 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from fastgrad.deploy import onnx_file
+from fastgrad.deploy import onnx_export
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -117,7 +117,7 @@ def test_the_error_for_a_missing_package_names_its_extra() -> None:
         for extra, calls in CASES.items()
         for package, code in calls.items()
         # Where PyTorch is too old for ONNX, that comes first, and no package would help.
-        if extra != "onnx" or onnx_file.TRANSLATES
+        if extra != "onnx" or onnx_export.TRANSLATES
     ]
     found = _run([([package], code) for _, package, code in cases])
     for (extra, package, _), text in zip(cases, found, strict=True):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bench.deploy.networks import NETWORKS, WEIGHTS, Images, images_of, network
 from bench.harness import results_file
-from fastgrad.deploy import onnx_file
+from fastgrad.deploy import onnx_export, onnx_file
 from fastgrad.deploy.export import compile_function, export
 from fastgrad.deploy.package import ModelPackage
 from fastgrad.estimators.worth import USUAL
@@ -139,11 +139,11 @@ def onnx_cases(
     example = images(8, seed=4)
     file = _file(stem, "plain", ".onnx")
     if not file.exists():
-        model = onnx_file.convert(logits_of(net), example, outputs=("logits",))
+        model = onnx_export.convert(logits_of(net), example, outputs=("logits",))
         file.write_bytes(model.SerializeToString())
     plain = onnx_file.load(file)
     (logits,) = plain(example)
-    assert onnx_file.difference(logits, logits_of(net)(example)) <= apart
+    assert onnx_export.difference(logits, logits_of(net)(example)) <= apart
     cases: Cases = {"plain": plain}
     for form, live in ready.items():
         file = _file(stem, form, ".onnx")
@@ -151,7 +151,7 @@ def onnx_cases(
             export(live, example, file, tolerance=apart)
         cases[form] = ModelPackage(file)
         found = {
-            name: onnx_file.difference(ours, theirs)
+            name: onnx_export.difference(ours, theirs)
             for name, ours, theirs in zip(onnx_file.OUTPUTS, cases[form](example), live(example), strict=True)
         }
         print(f"{file.name}: {found}", file=sys.stderr)

@@ -3,7 +3,7 @@
 The extraction calls ``torch.autograd.grad`` inside ``forward``, which no exporter follows. So it is
 unrolled first (`fastgrad.deploy.graph`): run once on fake tensors, it leaves a flat graph of every operation, those
 of the backward pass among them, without autograd. `torch.export` then checks that graph for every batch size,
-and AOTInductor compiles it to native code in a ``.pt2``, or it becomes an ONNX file (`fastgrad.deploy.onnx_file`).
+and AOTInductor compiles it to native code in a ``.pt2``, or it becomes an ONNX file (`fastgrad.deploy.onnx_export`).
 `fastgrad.deploy.package` says how to read either.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import _torch
-from fastgrad.deploy import onnx_file
+from fastgrad.deploy import onnx_export
 from fastgrad.deploy.describe import describe
 from fastgrad.deploy.graph import trace
 from fastgrad.deploy.package import description_text, replace_atomically, write_description
@@ -112,7 +112,7 @@ def export(
         if not tolerance > 0:
             raise ValueError(f"tolerance must be positive; it was {tolerance!r}")
         replace_atomically(
-            lambda file: onnx_file.write(
+            lambda file: onnx_export.write(
                 two_stage,
                 answers,
                 example_input,

@@ -7,6 +7,7 @@ whose ONNX namesake means something else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,19 +57,13 @@ def _square(x: Tensor, exponent: float) -> Any:
 def _sum(
     x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Any:
-    """Rows of an image summed as a pooling, likewise: a sum would first bring all of its input into another layout."""
-    if (
-        x.dim() != 4
-        or keepdim
-        or dtype is not None
-        or x.dtype != torch.float32
-        or list(dim or ()) not in ([3], [-1])
-    ):
+    """Rows of an image, or all of it, as a pooling, likewise: a sum would bring its input into another layout first."""
+    summed = sorted(axis % 4 for axis in dim or ())
+    plain = x.dim() == 4 and not keepdim and dtype is None and x.dtype == torch.float32
+    if not plain or summed not in ([3], [2, 3]) or not all(isinstance(size, int) for size in x.shape[2:]):
         return NotImplemented
-    width = x.shape[3]
-    if not isinstance(width, int) or not isinstance(x.shape[2], int):
-        return NotImplemented
-    return aten.avg_pool2d.default(x, [1, width]).squeeze(3) * width
+    window = [x.shape[axis] if axis in summed else 1 for axis in (2, 3)]
+    return aten.avg_pool2d.default(x, window).squeeze(tuple(summed)) * math.prod(window)
 
 
 def _stable_sort(

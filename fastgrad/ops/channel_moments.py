@@ -14,6 +14,7 @@ stays in the cache.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from .implementation import choose, triton_refusal
 
 #: Numbers that stay in one core's second-level cache beside as many that stream through it.
 CACHED = 1 << 17
-#: Squares that ``vector_norm`` may add in a row, sixteen at a time: equal ones round alike, and the errors add up.
+#: Squares that may be added in a row: equal ones round alike, and the errors add up.
 LONGEST_RUN = 512
 #: Shorter pieces of a channel cost more to start than its squares cost to write to the cache.
 SHORTEST_RUN = 64
@@ -76,13 +77,18 @@ def _by_samples(x: Tensor, dtype: torch.dtype, reduce: Callable[[Tensor], Tensor
 def _total(x: Tensor) -> Tensor:
     """The sum over the positions.
 
-    Inductor adds up to 4096 numbers of a channel one after the other on a CPU, where ATen keeps to a tree; in two
-    steps they are as many as the last axis has positions, and then as many as the others have.
+    Inductor adds up to 4096 numbers of a channel one after the other on a CPU, where ATen keeps to a tree. Where they
+    are too many, they are in two steps as many as the last axis has positions, and then as many as the others have.
     """
     others = tuple(range(2, x.dim() - 1))
-    if others and is_traced() and x.device.type == "cpu":
+    if others and is_traced() and x.device.type == "cpu" and not _few(x.shape[2:]):
         return x.sum(-1).sum(others)
     return x.sum((*others, -1))
+
+
+def _few(positions: torch.Size) -> bool:
+    """Whether so few positions may be added one after the other; of a symbolic number nobody knows."""
+    return all(isinstance(n, int) for n in positions) and math.prod(positions) <= LONGEST_RUN
 
 
 def _sums(x: Tensor) -> Tensor:

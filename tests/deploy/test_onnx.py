@@ -19,11 +19,11 @@ pytest.importorskip("onnxscript")
 from deploy.test_export import FORMS, X, shapes, two_stage_model
 from deploy_models import TinyTwoStage
 
-from fastgrad.deploy import onnx_file
+from fastgrad.deploy import onnx_export
 from fastgrad.deploy.export import export
 from fastgrad.deploy.package import ModelPackage, PackageError, read_description
 
-if not onnx_file.TRANSLATES:
+if not onnx_export.TRANSLATES:
     pytest.skip("ONNX files need PyTorch 2.9", allow_module_level=True)
 
 #: Of onnxscript and what it imports.
@@ -51,7 +51,7 @@ def test_every_block_has_an_onnx_form(form: str, tmp_path: Path) -> None:
         for ours, theirs in zip(
             (*prediction, *evidence.values()), (*expected, *reasons.values()), strict=True
         ):
-            assert onnx_file.difference(ours, theirs) <= 1e-5
+            assert onnx_export.difference(ours, theirs) <= 1e-5
 
 
 def test_what_is_not_finite_is_so_in_the_file(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_what_is_not_finite_is_so_in_the_file(tmp_path: Path) -> None:
     for value in (torch.nan, torch.inf, -torch.inf, 1e20, 1e38, 0.0):
         x = torch.full((2, 3, 8, 8), value)
         for ours, theirs in zip(package(x), live(x), strict=True):
-            assert onnx_file.difference(ours, theirs) <= 1e-5, value
+            assert onnx_export.difference(ours, theirs) <= 1e-5, value
 
 
 # Numpy and ONNX Runtime alone, as in a service that has no PyTorch.
@@ -100,7 +100,7 @@ def test_answers_where_only_numpy_and_onnx_runtime_are(tiny_onnx: Path, tmp_path
     found = np.load(tmp_path / "out.npz")
     for name, x in batches.items():
         for part, theirs in zip(("logits", "p", "u"), live(x), strict=True):
-            assert onnx_file.difference(torch.from_numpy(found[f"{name}-{part}"]), theirs) <= 1e-5
+            assert onnx_export.difference(torch.from_numpy(found[f"{name}-{part}"]), theirs) <= 1e-5
 
 
 def test_what_travels_in_the_file(tiny_onnx: Path) -> None:
@@ -231,4 +231,4 @@ def test_backward_passes_of_other_layers(network: str, tmp_path: Path) -> None:
     live = TwoStageModel(net.eval(), blocks=["logits", "activations", "bias_gradients"]).fit([x], ())
     package = ModelPackage(export(live, shapes(8, 3)[0], tmp_path / "m.onnx", tolerance=1e-4))
     for ours, theirs in zip(package(x[:5]), live(x[:5]), strict=True):
-        assert onnx_file.difference(ours, theirs) <= 1e-4
+        assert onnx_export.difference(ours, theirs) <= 1e-4

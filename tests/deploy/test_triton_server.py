@@ -15,11 +15,11 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from fastgrad.commands.cli import main
-from fastgrad.deploy import onnx_file
+from fastgrad.deploy import onnx_export
 from fastgrad.deploy.package import ModelPackage, PackageError
 from fastgrad.deploy.triton_server import write_repository
 
-if not onnx_file.TRANSLATES:
+if not onnx_export.TRANSLATES:
     pytest.skip("ONNX files need PyTorch 2.9", allow_module_level=True)
 
 
