@@ -12,6 +12,9 @@
 | `normalization_norms` | three backward passes  | about 5                | gradient norms of normalisation layers |
 | `gradients`           | three backward passes  | about 8                | gradient norms of every parameter      |
 | `ranked`              | ten backward passes    | about 25               | contrasts through the whole network    |
+
+`activations`, `bias_gradients` and `normalization_norms` read layers; of networks that do little work for each number
+that they write, as those for mobile devices, the last layers alone: reading stays cheap beside the forward pass.
 """
 
 from __future__ import annotations
