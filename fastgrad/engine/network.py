@@ -18,6 +18,7 @@ from fastgrad.batches import take
 from fastgrad.engine.backward import gather, pull
 from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import SAMPLES, find_layout, middle_row
+from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.engine.observing import Observation
 from fastgrad.engine.planning import Caution, Plan, Planner, Route
 from fastgrad.engine.run import Reading, Run, Site, random_states, set_random_states
@@ -47,6 +48,7 @@ class Network:
         self.names, self.tensors = names or self._all_names, tensors
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._lock = threading.Lock()
+        keep_freed_memory()
 
     @property
     def model(self) -> nn.Module:
