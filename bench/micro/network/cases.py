@@ -113,17 +113,17 @@ def _features(task: Task, **options: bool) -> Callable[[], Tensor]:
 
 
 def _compiled(task: Task) -> list[Implementation]:
-    """What ``torch.compile`` makes of the pass, beside what it makes of a training step."""
-    unit = 256 * torch.finfo(task.dtype).eps
+    """What compilation makes of the pass; beside it, what it, and the memory that fastgrad keeps, make of a step."""
+    ours = partial(Implementation, check=task.error, tolerance=OURS, graph=False)
+    theirs = partial(
+        Implementation, check=task.bias_error, tolerance=256 * torch.finfo(task.dtype).eps, graph=False
+    )
     return [
-        Implementation(
-            "fastgrad, compiled", lambda: _features(task, compile=True), task.error, OURS, graph=False
-        ),
-        Implementation("fastgrad", lambda: _features(task), task.error, OURS, graph=False),
-        Implementation("training step", lambda: peers.step(task), task.bias_error, unit, graph=False),
-        Implementation(
-            "training step, compiled", lambda: peers.step(task, True), task.bias_error, unit, graph=False
-        ),
+        ours("fastgrad, compiled", lambda: _features(task, compile=True)),
+        ours("fastgrad", lambda: _features(task)),
+        theirs("training step", lambda: peers.step(task)),
+        theirs("training step, memory kept", lambda: peers.step_in_kept_memory(task)),
+        theirs("training step, compiled", lambda: peers.step(task, compiled=True)),
     ]
 
 

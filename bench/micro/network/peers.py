@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.micro.network.task import Task, first_leaf
+from fastgrad.engine.memory import keep_freed_memory
 
 
 def step(task: Task, compiled: bool = False) -> Callable[[], Tensor]:
@@ -19,6 +20,12 @@ def step(task: Task, compiled: bool = False) -> Callable[[], Tensor]:
         return torch.autograd.grad(task.loss(model(task.x)), parameters)[-1]
 
     return call
+
+
+def step_in_kept_memory(task: Task) -> Callable[[], Tensor]:
+    """A training step in a process where fastgrad was used before: `fastgrad.engine.memory`."""
+    keep_freed_memory()
+    return step(task)
 
 
 def forward(task: Task) -> Callable[[], Tensor]:
