@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -16,6 +16,19 @@ from bench.micro import models
 from bench.micro.models import images, tokens
 from bench.micro.network import peers
 from bench.micro.network.task import OURS, PEERS, Task, error
+
+#: The networks of the full size by name (what follows a comma tells two sizes apart): how they are built, their inputs,
+#: the signal, the batch.
+NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], Tensor], str, int]] = {
+    "plain CNN 32x32": (models.plain, images(64, 32), "bce ones", 64),
+    "ResNet-18 32x32, many": (models.resnet, images(64, 32), "bce ones", 64),
+    "ResNet-18 32x32, few": (models.resnet, images(8, 32), "cross_entropy predicted", 8),
+    "ResNet-18 group norm 32x32": (partial(models.resnet, norm=nn.GroupNorm), images(16, 32), "bce ones", 16),
+    "ResNet-50 64x64": (partial(models.resnet, 50, 100, small=False), images(16, 64), "bce ones", 16),
+    "DenseNet-121 64x64": (models.densenet, images(8, 64), "bce ones", 8),
+    "ViT-B/16 64x64": (partial(models.ViT, 100, 64), images(8, 64), "bce ones", 8),
+    "GPT T=128": (models.GPT, tokens(16, 128, 8192), "cross_entropy predicted", 16),
+}
 
 
 def _case(
@@ -49,17 +62,8 @@ def cases(size: str = "full", device: str = "cpu", seed: int = 0) -> Iterator[Ca
     if device == "cuda":
         yield from gpu_cases(device, seed)
         return
-    yield case("plain CNN 32x32", models.plain, images(64, 32), "bce ones", batch=64)
-    yield case("ResNet-18 32x32", models.resnet, images(64, 32), "bce ones", batch=64)
-    yield case("ResNet-18 32x32", models.resnet, images(8, 32), "cross_entropy predicted", batch=8)
-    grouped = partial(models.resnet, norm=nn.GroupNorm)
-    yield case("ResNet-18 group norm 32x32", grouped, images(16, 32), "bce ones", batch=16)
-    yield case(
-        "ResNet-50 64x64", partial(models.resnet, 50, 100, small=False), images(16, 64), "bce ones", batch=16
-    )
-    yield case("DenseNet-121 64x64", models.densenet, images(8, 64), "bce ones", batch=8)
-    yield case("ViT-B/16 64x64", partial(models.ViT, 100, 64), images(8, 64), "bce ones", batch=8)
-    yield case("GPT T=128", models.GPT, tokens(16, 128, 8192), "cross_entropy predicted", batch=16)
+    for name, (build, inputs, signal, batch) in NETWORKS.items():
+        yield case(name.split(",")[0], build, inputs, signal, batch=batch)
     yield contrast_case("ResNet-18 32x32", models.resnet, images(8, 32), device, seed, 8)
     yield case("plain CNN 32x32 compiled", models.plain, images(64, 32), "bce ones", batch=64, make=_compiled)
     yield case("ResNet-18 32x32 compiled", models.resnet, images(8, 32), "bce ones", batch=8, make=_compiled)
