@@ -14,6 +14,7 @@ from bench.micro.questions import QUESTIONS
 SELECTIONS = {
     "last-layer": "all contrasts, one target and the fused head, against autograd, torch.func, GradNorm, compiled code",
     "network": "whole-network norms against a training step, BackPACK, Opacus, vmap(grad) and a loop",
+    "compiled": "the same compiled, beside a training step that is compiled, or finds its memory in place",
     "private": "a step's clipped gradients against a plain step, Opacus' hooks and ghost clipping, vmap(grad)",
     "rows": "the introspective network's first layer, on stored rows and without them",
     "end-to-end": "images per second with and without uncertainty, latency at batch 1",
@@ -21,7 +22,7 @@ SELECTIONS = {
     "quick": "a small one of each, in under five minutes on two cores",
 }
 #: Selections whose implementations run in processes of their own on a CPU.
-ISOLATED = ("network", "private")
+ISOLATED = ("network", "compiled", "private")
 
 
 def cases(selection: str, device: str = "cpu", seed: int = 0, tiny: bool = False) -> Iterator[Case]:

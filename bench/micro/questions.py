@@ -13,6 +13,7 @@ from bench.micro.private import cases as private
 QUESTIONS: Mapping[str, Callable[[str, str, int], Iterator[Case]]] = {
     "last-layer": last_layer.cases,
     "network": network.cases,
+    "compiled": network.compiled_cases,
     "private": private.cases,
     "rows": rows.cases,
     "end-to-end": end_to_end.cases,

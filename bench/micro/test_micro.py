@@ -34,6 +34,9 @@ NAMES = {
         "fastgrad", "training step", "forward", "BackPACK BatchL2Grad", "Opacus ghost norms", "vmap(grad)",
         "per-sample loop",
     ],
+    "compiled": [
+        "fastgrad, compiled", "fastgrad", "training step", "training step, memory kept", "training step, compiled",
+    ],
     "private": ["fastgrad", "training step", "Opacus hooks", "Opacus ghost clipping", "vmap(grad)"],
     "rows": ["fastgrad Triton", "fastgrad eager", "stored rows", "rows written, then linear"],
     "end-to-end": [

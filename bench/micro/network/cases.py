@@ -65,19 +65,21 @@ def cases(size: str = "full", device: str = "cpu", seed: int = 0) -> Iterator[Ca
     for name, (build, inputs, signal, batch) in NETWORKS.items():
         yield case(name.split(",")[0], build, inputs, signal, batch=batch)
     yield contrast_case("ResNet-18 32x32", models.resnet, images(8, 32), device, seed, 8)
-    yield case("plain CNN 32x32 compiled", models.plain, images(64, 32), "bce ones", batch=64, make=_compiled)
-    yield case("ResNet-18 32x32 compiled", models.resnet, images(8, 32), "bce ones", batch=8, make=_compiled)
-    yield case(
-        "DenseNet-121 64x64 compiled", models.densenet, images(8, 64), "bce ones", batch=8, make=_compiled
-    )
-    yield case(
-        "GPT T=128 compiled",
-        models.GPT,
-        tokens(16, 128, 8192),
-        "cross_entropy predicted",
-        batch=16,
-        make=_compiled,
-    )
+
+
+def compiled_cases(size: str = "full", device: str = "cpu", seed: int = 0) -> Iterator[Case]:
+    """Passes that ``torch.compile`` compiled, of networks with many small layers and with few large ones."""
+    case = partial(_case, device=device, seed=seed, make=_compiled)
+    if size == "tiny":
+        yield case(
+            "plain CNN 8x8 compiled", partial(models.plain, width=4), images(3, 8), "bce ones", batch=3
+        )
+        return
+    if size == "quick":
+        return
+    for name in ("plain CNN 32x32", "ResNet-18 32x32, few", "DenseNet-121 64x64", "GPT T=128"):
+        build, inputs, signal, batch = NETWORKS[name]
+        yield case(f"{name.split(',')[0]} compiled", build, inputs, signal, batch=batch)
 
 
 def gpu_cases(device: str = "cuda", seed: int = 0, tiny: bool = False) -> Iterator[Case]:
