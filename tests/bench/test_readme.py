@@ -106,6 +106,16 @@ def test_a_peer_that_is_faster_is_named_at_the_top() -> None:
     assert standing.standing(slower) == "fastgrad is behind in: net B=8: vmap(grad) is 2.00 times faster."
 
 
+def test_where_there_is_no_peer_nothing_is_claimed() -> None:
+    assert standing.standing(CASES[:2]) == "No peer is measured here."
+
+
+def test_another_revision_that_was_faster_does_not_stand_for_this_one() -> None:
+    older = [*CASES, CASES[0] | {"implementation": "fastgrad @ abc", "median_s": 0.25}]
+    assert standing.best(older) == CASES[0]
+    assert standing.best(older[1:]) is None
+
+
 def test_textbook_forms_are_named_apart() -> None:
     rows = [dict(row, implementation="closed form, textbook", median_s=0.25) for row in CASES[2:3]]
     text = standing.standing([*CASES[:2], *rows])
