@@ -222,14 +222,20 @@ def while_loop(
     return tuple(loop(condition, body, state))
 
 
-def find_cpp_compiler() -> str:
-    """The C++ compiler that a compilation would use; raises an error where there is none.
+def require_cpp_compiler(what: str) -> None:
+    """Raise RuntimeError with a plain message unless a C++ compiler is installed, which ``what`` needs.
 
     Without, the compilation itself would fail, with a message that names neither the cause nor the remedy.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    return get_cpp_compiler()
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        raise RuntimeError(
+            f"{what} compiles native code and found no C++ compiler; install one (Debian and Ubuntu: "
+            "apt-get install g++) or name it in the environment variable CXX"
+        ) from error
 
 
 def compile_package(program: torch.export.ExportedProgram, file: Path, *, keep_layout: bool) -> None:

@@ -72,8 +72,8 @@ class GradientFeatures:
         memory_budget: Bytes a call may add, from which the chunk size is estimated if ``chunk_size`` is None.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, for the layers that have kernels.
         compile: Have ``torch.compile`` compile the pass at the first call on inputs of each size, which takes seconds
-            to minutes. Worth it for many calls on networks of many small layers. A function as target is traced
-            once.
+            to minutes. Worth it for many calls on networks of many small layers. A function as target, and what
+            modules hold beside tensors, are as they were then.
 
     Raises:
         TypeError, ValueError: For an argument that is not one of the above, or a model that mixes samples.
@@ -254,7 +254,7 @@ class GradientFeatures:
     ) -> Extract:
         if self._compiled is None or readings:  # what is read of modules is no part of a graph
             return self._whole(plan, args, kwargs, samples, readings)
-        logits, features = self._compiled(self.model, self._pass(plan), args, kwargs)
+        logits, features = self._compiled(self.model, plan, self._pass(plan), args, kwargs)
         return Extract(logits, features, {})
 
     def _whole(

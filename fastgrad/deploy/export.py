@@ -157,7 +157,7 @@ def compile_function(
     Raises:
         RuntimeError: no C++ compiler, or the graph depends on the batch size.
     """
-    require_compiler()
+    _torch.require_cpp_compiler("export")
     program = trace(function, example_input, max_batch=max_batch, one_by_one=one_by_one)
     loop = any("while_loop" in str(node.target) for node in program.graph.nodes)
 
@@ -171,14 +171,3 @@ def compile_function(
         finish(file)
 
     replace_atomically(make, path)
-
-
-def require_compiler() -> None:
-    """Raise RuntimeError with a plain message unless a C++ compiler is installed."""
-    try:
-        _torch.find_cpp_compiler()
-    except Exception as error:
-        raise RuntimeError(
-            "export compiles native code and found no C++ compiler; install one (Debian and Ubuntu: "
-            "apt-get install g++) or name it in the environment variable CXX"
-        ) from error

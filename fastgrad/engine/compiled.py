@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import find_cpp_compiler, pytree
+from fastgrad._torch import pytree, require_cpp_compiler
+from fastgrad.engine.planning import Plan
 from fastgrad.engine.tracing import trace
 from fastgrad.ops.layer_sqnorm import kept_whole
 
@@ -29,31 +30,36 @@ class CompiledPasses:
     """Compiles a pass at its first call on inputs of a size, and calls what it compiled from then on.
 
     A graph reads the model's tensors where they lie, so steps of an optimizer and ``load_state_dict`` change what it
-    computes; where tensors were replaced, another one is compiled.
+    computes; where tensors or modules were replaced, another one is compiled. What else modules hold, as numbers that
+    their forward passes use, is as it was at the first call.
     """
 
     def __init__(self) -> None:
-        self._graphs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        #: Plans beside graphs: as long as they are there, no other one has their identity.
+        self._graphs: OrderedDict[Any, tuple[Plan, Callable[..., Any]]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, model: nn.Module, function: Pass, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
-        """``function(args, kwargs)``, which is to use nothing but ``model`` and its arguments."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+    def __call__(
+        self, model: nn.Module, plan: Plan, function: Pass, args: Any, kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        """``function(args, kwargs)``, which is to use nothing but ``model``, by its ``plan``, and its arguments."""
+        leaves = pytree.tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         device = tensors[0].device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (str(spec), cast, torch.get_num_threads(), *map(_look, leaves), *_places(model))
+        # The plan stands for the modules and for the structure of the inputs.
+        key = (id(plan), cast, torch.get_num_threads(), *map(_look, leaves), *_places(model))
         with self._lock:
             if key not in self._graphs:
                 if device == "cpu":
-                    find_cpp_compiler()
+                    require_cpp_compiler("compile=True")
                 with kept_whole():
                     graph = trace(function, (args, kwargs), None)
                 # Norms of convolutions gather from channels first.
                 options: dict[str, Any] = {"layout_optimization": False}
-                self._graphs[key] = torch.compile(graph, dynamic=False, options=options)
+                self._graphs[key] = plan, torch.compile(graph, dynamic=False, options=options)
             self._graphs.move_to_end(key)
-            compiled = self._graphs[key]
+            compiled = self._graphs[key][1]
             while len(self._graphs) > GRAPHS:
                 self._graphs.popitem(last=False)
         # The casts are in the graph.
@@ -63,9 +69,9 @@ class CompiledPasses:
 
 
 def _look(leaf: object) -> object:
-    """What of an input a graph depends on."""
+    """What of an input a graph depends on beyond the plan."""
     if isinstance(leaf, Tensor):
-        return (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device)
+        return (tuple(leaf.shape), leaf.stride())
     return repr(leaf)
 
 

@@ -51,6 +51,17 @@ def test_a_compiled_pass_follows_the_model_and_leaves_it_as_it_was() -> None:
     assert len(graphs) == 2
 
 
+def test_a_module_in_another_s_place_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_compiler(monkeypatch)
+    model, x = network(), torch.randn(5, 3, 8, 8)
+    assert isinstance(model, nn.Sequential)
+    fast, plain = fastgrad.GradientFeatures(model, compile=True), fastgrad.GradientFeatures(model)
+    before = fast(x)[1]
+    model[2] = nn.Tanh().eval()  # no tensor is another
+    close(fast(x)[1], plain(x)[1])
+    assert not torch.allclose(fast(x)[1], before)
+
+
 @pytest.mark.parametrize(
     "options", [{"target": "contrast"}, {"signals": [("bce", "ones"), ("mse", 1)]}, {"chunk_size": 2}]
 )
