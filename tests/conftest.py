@@ -102,14 +102,10 @@ def tiny_explained(tiny_package: pathlib.Path) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def tiny_onnx() -> pathlib.Path:
     """The same model as an ONNX file."""
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     from deploy_models import export_tiny
+    from onnx_needed import skip_without_onnx
 
-    from fastgrad.deploy import onnx_export
-
-    if not onnx_export.TRANSLATES:
-        pytest.skip("ONNX files need PyTorch 2.9")
+    skip_without_onnx()
     return export_tiny("tiny.onnx")
 
 

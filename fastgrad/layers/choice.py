@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+from fastgrad.context import setting
 
 _impl: contextvars.ContextVar[str] = contextvars.ContextVar("fastgrad_layers_impl", default="auto")
 
@@ -14,11 +15,6 @@ def implementation() -> str:
     return _impl.get()
 
 
-@contextlib.contextmanager
-def using(impl: str) -> Iterator[None]:
+def using(impl: str) -> AbstractContextManager[None]:
     """Let rules take ``impl`` inside; set where they run, since a device's backward pass has threads of its own."""
-    token = _impl.set(impl)
-    try:
-        yield
-    finally:
-        _impl.reset(token)
+    return setting(_impl, impl)

@@ -17,9 +17,9 @@ composition where one is asked for.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastgrad import checks
 from fastgrad._torch import is_exporting, is_readable
+from fastgrad.context import setting
 from fastgrad.ops import conv_cost, conv_routes, library, route_cache  # noqa: F401  (library defines schemas)
 from fastgrad.ops.conv_geometry import Problem, canonical, per_axis
 from fastgrad.ops.implementation import choose
@@ -39,14 +40,9 @@ TRACED_CHUNK_BYTES = 64 * 2**20
 _whole: contextvars.ContextVar[bool] = contextvars.ContextVar("fastgrad_sqnorm_whole", default=False)
 
 
-@contextlib.contextmanager
-def kept_whole() -> Iterator[None]:
+def kept_whole() -> AbstractContextManager[None]:
     """Graphs traced inside hold the two operators of tensors on a CPU as one node each."""
-    token = _whole.set(True)
-    try:
-        yield
-    finally:
-        _whole.reset(token)
+    return setting(_whole, True)
 
 
 def shape_of(p: Problem, *, guarded: bool = True) -> conv_cost.Shape:

@@ -27,6 +27,8 @@ _TENSOR = object()
 
 _OPTIONS = "str loss, str reduction"
 _CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
+_CONV_SQNORM = f"(Tensor a, Tensor g, {_CONV}, bool transposed, str? route, str impl) -> Tensor"
+_LINEAR_SQNORM = "(Tensor a, Tensor g, str? route, str impl) -> Tensor"
 
 SCHEMAS = {
     "contrast_sqnorm": f"(Tensor features, Tensor logits, bool bias, {_OPTIONS}, bool log) -> Tensor",
@@ -38,11 +40,9 @@ SCHEMAS = {
     ),
     "linear_contrast_stats": f"(Tensor features, Tensor weight, Tensor? bias, {_OPTIONS}) -> Tensor",
     "rows_linear": "(Tensor features, Tensor diagonal, Tensor weight, Tensor? bias) -> Tensor",
-    "conv_sqnorm": f"(Tensor a, Tensor g, {_CONV}, bool transposed, str? route, str impl) -> Tensor",
-    "linear_sqnorm": "(Tensor a, Tensor g, str? route, str impl) -> Tensor",
-    # The same as one node, for compilation in this process.
-    "conv_sqnorm_whole": f"(Tensor a, Tensor g, {_CONV}, bool transposed, str? route, str impl) -> Tensor",
-    "linear_sqnorm_whole": "(Tensor a, Tensor g, str? route, str impl) -> Tensor",
+    # Compositions; and the same as one node, for compilation in this process.
+    **dict.fromkeys(("conv_sqnorm", "conv_sqnorm_whole"), _CONV_SQNORM),
+    **dict.fromkeys(("linear_sqnorm", "linear_sqnorm_whole"), _LINEAR_SQNORM),
     "conv_sqnorm_kernel": f"(Tensor a, Tensor g, {_CONV}) -> Tensor",
     "linear_sqnorm_kernel": "(Tensor a, Tensor g) -> Tensor",
     # Of a tensor of any shape; its contract stands beside its implementation.

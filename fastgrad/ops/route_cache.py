@@ -10,7 +10,6 @@ a functorch transform, while a CUDA graph is captured. There a stored choice hol
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
 import json
@@ -21,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +28,7 @@ import torch
 
 from fastgrad import checks
 from fastgrad._torch import is_readable
+from fastgrad.context import setting
 from fastgrad.ops import conv_cost, conv_routes
 from fastgrad.ops.conv_geometry import Problem
 
@@ -57,14 +57,9 @@ def mode() -> str:
     return chosen
 
 
-@contextlib.contextmanager
-def using(chosen: str) -> Iterator[None]:
+def using(chosen: str) -> AbstractContextManager[None]:
     """Choose by ``chosen`` inside, in this thread (a GPU's backward pass has threads of its own)."""
-    token = _mode.set(chosen)
-    try:
-        yield
-    finally:
-        _mode.reset(token)
+    return setting(_mode, chosen)
 
 
 def path() -> Path:

@@ -10,27 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-
 from deploy.test_export import FORMS, X, shapes, two_stage_model
 from deploy_models import TinyTwoStage
+from onnx_needed import WARNINGS, skip_without_onnx
+from torch import nn
 
 from fastgrad.deploy import onnx_export
 from fastgrad.deploy.export import export
 from fastgrad.deploy.package import ModelPackage, PackageError, read_description
 
-if not onnx_export.TRANSLATES:
-    pytest.skip("ONNX files need PyTorch 2.9", allow_module_level=True)
-
-#: Of onnxscript and what it imports.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+skip_without_onnx()
+pytestmark = WARNINGS
 
 
 QUICK = ("forward", "view", "bias gradients", "contrasts")

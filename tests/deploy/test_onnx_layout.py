@@ -7,25 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnx_needed import WARNINGS, skip_without_onnx
 from torch import Tensor, nn
-
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-
-import onnx
-import onnxruntime as ort
 
 from fastgrad.deploy import onnx_export, onnx_file
 from fastgrad.ops.channel_moments import channel_square_sums
 
-if not onnx_export.TRANSLATES:
-    pytest.skip("ONNX files need PyTorch 2.9", allow_module_level=True)
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+skip_without_onnx()
+pytestmark = WARNINGS
 
 
 class Mobile(nn.Module):
@@ -47,6 +36,9 @@ class Mobile(nn.Module):
 
 
 def test_readings_before_a_clip_leave_images_in_blocks(tmp_path: Path) -> None:
+    import onnx
+    import onnxruntime as ort
+
     model = Mobile().eval()
     x = 8 * torch.randn(3, 3, 32, 32)
     proto = onnx_export.convert(model, x, outputs=("logits", "squares"))

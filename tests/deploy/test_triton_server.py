@@ -10,17 +10,13 @@ from types import ModuleType
 
 import pytest
 import torch
-
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+from onnx_needed import skip_without_onnx
 
 from fastgrad.commands.cli import main
-from fastgrad.deploy import onnx_export
 from fastgrad.deploy.package import ModelPackage, PackageError
 from fastgrad.deploy.triton_server import write_repository
 
-if not onnx_export.TRANSLATES:
-    pytest.skip("ONNX files need PyTorch 2.9", allow_module_level=True)
+skip_without_onnx()
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +18,36 @@ from bench.micro.models import images, tokens
 from bench.micro.network import peers
 from bench.micro.network.task import OURS, PEERS, Task, error
 
-#: The networks of the full size by name (what follows a comma tells two sizes apart): how they are built, their inputs,
-#: the signal, the batch.
-NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], Tensor], str, int]] = {
-    "plain CNN 32x32": (models.plain, images(64, 32), "bce ones", 64),
-    "ResNet-18 32x32, many": (models.resnet, images(64, 32), "bce ones", 64),
-    "ResNet-18 32x32, few": (models.resnet, images(8, 32), "cross_entropy predicted", 8),
-    "ResNet-18 group norm 32x32": (partial(models.resnet, norm=nn.GroupNorm), images(16, 32), "bce ones", 16),
-    "ResNet-50 64x64": (partial(models.resnet, 50, 100, small=False), images(16, 64), "bce ones", 16),
-    "DenseNet-121 64x64": (models.densenet, images(8, 64), "bce ones", 8),
-    "ViT-B/16 64x64": (partial(models.ViT, 100, 64), images(8, 64), "bce ones", 8),
-    "GPT T=128": (models.GPT, tokens(16, 128, 8192), "cross_entropy predicted", 16),
-}
+
+class Network(NamedTuple):
+    """A network, how it and its inputs are made, and what it is asked."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[torch.Generator], Tensor]
+    signal: str
+    batch: int
+
+
+#: The full size.
+NETWORKS = (
+    Network("plain CNN 32x32", models.plain, images(64, 32), "bce ones", 64),
+    Network("ResNet-18 32x32", models.resnet, images(64, 32), "bce ones", 64),
+    Network("ResNet-18 32x32", models.resnet, images(8, 32), "cross_entropy predicted", 8),
+    Network(
+        "ResNet-18 group norm 32x32",
+        partial(models.resnet, norm=nn.GroupNorm),
+        images(16, 32),
+        "bce ones",
+        16,
+    ),
+    Network("ResNet-50 64x64", partial(models.resnet, 50, 100, small=False), images(16, 64), "bce ones", 16),
+    Network("DenseNet-121 64x64", models.densenet, images(8, 64), "bce ones", 8),
+    Network("ViT-B/16 64x64", partial(models.ViT, 100, 64), images(8, 64), "bce ones", 8),
+    Network("GPT T=128", models.GPT, tokens(16, 128, 8192), "cross_entropy predicted", 16),
+)
+#: Those that are compiled as well: compilations take minutes.
+COMPILED = (("plain CNN 32x32", 64), ("ResNet-18 32x32", 8), ("DenseNet-121 64x64", 8), ("GPT T=128", 16))
 
 
 def _case(
@@ -62,8 +81,8 @@ def cases(size: str = "full", device: str = "cpu", seed: int = 0) -> Iterator[Ca
     if device == "cuda":
         yield from gpu_cases(device, seed)
         return
-    for name, (build, inputs, signal, batch) in NETWORKS.items():
-        yield case(name.split(",")[0], build, inputs, signal, batch=batch)
+    for network in NETWORKS:
+        yield case(**network._asdict())
     yield contrast_case("ResNet-18 32x32", models.resnet, images(8, 32), device, seed, 8)
 
 
@@ -77,9 +96,9 @@ def compiled_cases(size: str = "full", device: str = "cpu", seed: int = 0) -> It
         return
     if size == "quick":
         return
-    for name in ("plain CNN 32x32", "ResNet-18 32x32, few", "DenseNet-121 64x64", "GPT T=128"):
-        build, inputs, signal, batch = NETWORKS[name]
-        yield case(f"{name.split(',')[0]} compiled", build, inputs, signal, batch=batch)
+    for network in NETWORKS:
+        if (network.name, network.batch) in COMPILED:
+            yield case(**network._replace(name=f"{network.name} compiled")._asdict())
 
 
 def gpu_cases(device: str = "cuda", seed: int = 0, tiny: bool = False) -> Iterator[Case]:
@@ -112,10 +131,11 @@ def gpu_cases(device: str = "cuda", seed: int = 0, tiny: bool = False) -> Iterat
     yield contrast_case("ResNet-18 32x32", models.resnet, images(16, 32), device, seed, 16)
 
 
-def _features(task: Task, **options: bool) -> Callable[[], Tensor]:
+def features(task: Task, **options: bool) -> Callable[[], Tensor]:
+    """This package's norms of a task."""
     loss, target = ("bce", "ones") if task.signal == "bce ones" else ("cross_entropy", "predicted")
-    features = fastgrad.GradientFeatures(task.model, loss=loss, target=target, **options)  # type: ignore[arg-type]
-    return lambda: features(task.x)[1]
+    extractor = fastgrad.GradientFeatures(task.model, loss=loss, target=target, **options)  # type: ignore[arg-type]
+    return lambda: extractor(task.x)[1]
 
 
 def _compiled(task: Task) -> list[Implementation]:
@@ -125,8 +145,8 @@ def _compiled(task: Task) -> list[Implementation]:
         Implementation, check=task.bias_error, tolerance=256 * torch.finfo(task.dtype).eps, graph=False
     )
     return [
-        ours("fastgrad, compiled", lambda: _features(task, compile=True)),
-        ours("fastgrad", lambda: _features(task)),
+        ours("fastgrad, compiled", lambda: features(task, compile=True)),
+        ours("fastgrad", lambda: features(task)),
         theirs("training step", lambda: peers.step(task)),
         theirs("training step, memory kept", lambda: peers.step_in_kept_memory(task)),
         theirs("training step, compiled", lambda: peers.step(task, compiled=True)),
@@ -139,7 +159,7 @@ def _implementations(task: Task) -> list[Implementation]:
 
     unit = 256 * torch.finfo(task.dtype).eps
     return [
-        Implementation("fastgrad", lambda: _features(task), task.error, ours, graph=False),
+        Implementation("fastgrad", lambda: features(task), task.error, ours, graph=False),
         Implementation("training step", lambda: peers.step(task), task.bias_error, unit, graph=False),
         Implementation("forward", lambda: peers.forward(task), task.forward_error, unit, graph=False),
         Implementation(

@@ -24,12 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastgrad
 from bench.harness import results_file
 from bench.harness.turns import in_turns
 from bench.micro.network import peers
-from bench.micro.network.cases import NETWORKS
-from bench.micro.network.task import Task
+from bench.micro.network.cases import NETWORKS, Network, features
+from bench.micro.network.task import OURS, Task
 
 
 def work(model: nn.Module, x: Tensor) -> tuple[float, float]:
@@ -77,20 +76,27 @@ def rates() -> tuple[float, float]:
     return max(n / seconds[name] for name, n in operations.items()), 2 * source.nbytes / seconds["copy"]
 
 
-def measure(name: str, product: float, copy: float, rounds: int) -> dict[str, Any]:
-    """One network, by processor time of one thread; times in seconds."""
-    build, inputs, signal, batch = NETWORKS[name]
-    task = Task(build, inputs, signal, "cpu", 0)
-    loss, target = ("bce", "ones") if signal == "bce ones" else ("cross_entropy", "predicted")
-    features = fastgrad.GradientFeatures(task.model, loss=loss, target=target)
+def measure(network: Network, product: float, copy: float, rounds: int) -> dict[str, Any]:
+    """One network, by processor time of one thread; times in seconds.
+
+    Raises:
+        RuntimeError: The norms are not correct.
+    """
+    task = Task(network.build, network.inputs, network.signal, "cpu", 0)
+    norms = features(task)
+    error = task.error(norms())
+    if not error <= OURS:
+        raise RuntimeError(
+            f"norms of {network.name} must be correct to be timed; their error was {error:.1e}"
+        )
     calls: dict[str, Callable[[], object]] = {
-        "step": peers.step(task), "begin": peers.data_gradients(task), "fastgrad": lambda: features(task.x),
+        "step": peers.step(task), "begin": peers.data_gradients(task), "fastgrad": norms,
     }  # fmt: skip
     taken = {call: statistics.median(times) for call, times in in_turns(calls, rounds).items()}
     operations, read = work(task.model, task.x)
     rest = max(operations / product, read / copy)
     return {
-        "network": name.split(",")[0], "batch": batch, **taken, "operations": operations, "bytes": read,
+        "network": network.name, "batch": network.batch, **taken, "operations": operations, "bytes": read,
         "rest": rest, "floor": taken["begin"] + rest,
     }  # fmt: skip
 
@@ -103,7 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     product, copy = rates()
-    rows = [measure(name, product, copy, args.rounds) for name in NETWORKS]
+    rows = [measure(network, product, copy, args.rounds) for network in NETWORKS]
     shown = [
         {
             "network": row["network"],

@@ -1,0 +1,21 @@
+"""What tests of ONNX files need, and what they may be warned of."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastgrad.deploy.onnx_export import TRANSLATES
+
+#: Of onnxscript and what it imports.
+WARNINGS = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def skip_without_onnx() -> None:
+    """Skip a test, or the rest of a module, where no ONNX file can be written or run."""
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    if not TRANSLATES:
+        pytest.skip("ONNX files need PyTorch 2.9", allow_module_level=True)
