@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,10 @@ NETWORKS: Mapping[str, Callable[[int, int], Classifier]] = {
 }
 #: Highest learning rates and passes over the data of those of the literature.
 RATES: Mapping[str, float] = {"resnet18": 0.15, "densenet-bc": 0.15}
-EPOCHS: Mapping[str, int] = {"resnet18": 10, "densenet-bc": 10}
+EPOCHS: Mapping[str, int] = {"resnet18": 18, "densenet-bc": 10}
+#: Pixels of the images, each for an equal share of the passes: coarse shapes are learned from small ones as well, in
+#: half of the time.
+SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (20, 24, 32)}
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,22 @@ def fit(
     batch: int = 128,
     change: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
     flips: bool = True,
+    sizes: Sequence[int] = (),
 ) -> nn.Module:
-    """SGD with one cycle of the learning rate; ``change`` alters every batch after cropping."""
+    """SGD with one cycle of the learning rate.
+
+    Args:
+        model: Trained in place.
+        images: ``(n, C, H, W)`` in [0, 1].
+        labels: ``(n,)``.
+        epochs: Passes over the data.
+        seed: Of order, crops and flips.
+        rate: Highest learning rate.
+        batch: Images of a step.
+        change: Alters every batch after cropping.
+        flips: Whether images are cropped and flipped.
+        sizes: Pixels that images are brought to, each for an equal share of the passes; none for their own.
+    """
     device = next(model.parameters()).device
     model = model.to(memory_format=torch.channels_last)
     batch = min(batch, len(images))
@@ -100,6 +117,8 @@ def fit(
         start = time.perf_counter()
         for index in torch.randperm(len(images), generator=generator)[: steps * batch].view(steps, batch):
             x = augment_crop(images, padded, index, generator) if flips else images[index]
+            if sizes and (size := sizes[epoch * len(sizes) // epochs]) != x.shape[-1]:
+                x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
             x = x.to(device, memory_format=torch.channels_last)
             y = labels[index].to(device)
             if change is not None:
@@ -113,6 +132,25 @@ def fit(
         if (taken := time.perf_counter() - start) > 60:
             print(f"epoch {epoch + 1} of {epochs}: {taken:.0f} s", file=sys.stderr, flush=True)
     return model.to(memory_format=torch.contiguous_format).eval()
+
+
+@torch.no_grad()
+def whiten(convolution: nn.Conv2d, images: Tensor) -> None:
+    """Begin with filters that whiten patches, and their negatives; what filters are left over stay as they are.
+
+    A network that is trained briefly learns faster by it (Page, "How to train your ResNet", 2019; Jordan, "94% on
+    CIFAR-10 in 3.29 seconds on a single GPU", 2024).
+
+    Args:
+        convolution: The network's first, changed in place.
+        images: ``(n, C, H, W)`` as they enter it.
+    """
+    weight = convolution.weight
+    patches = F.unfold(images, weight.shape[-1]).transpose(1, 2).flatten(0, 1)
+    variances, directions = torch.linalg.eigh(torch.cov(patches.T))
+    widest_first = (directions / (variances + 1e-3).sqrt()).T.flip(0)
+    filters = widest_first[: len(weight) // 2].view(-1, *weight.shape[1:])
+    weight[: 2 * len(filters)] = torch.cat([filters, -filters])
 
 
 @torch.no_grad()
@@ -134,9 +172,13 @@ def trained(recipe: Recipe, root: Path, folder: Path) -> Classifier:
         images, labels = sets.load(root, recipe.dataset, "train").labelled()
         seen = len(images) - sets.held_out(len(images), HELD_OUT)
         start, flips = time.perf_counter(), recipe.dataset == "cifar10"
+        if recipe.network in RATES:
+            assert isinstance(model, Classifier)
+            stem = next(m for m in model.stem.modules() if isinstance(m, nn.Conv2d))
+            whiten(stem, model.normalize(images[:2000]))
         fit(
             model.to(device), images[:seen], labels[:seen], epochs=recipe.epochs, seed=recipe.seed, flips=flips,
-            rate=RATES.get(recipe.network, 0.3),
+            rate=RATES.get(recipe.network, 0.3), sizes=SIZES.get(recipe.network, ()),
         )  # fmt: skip
         score = accuracy(model.cpu(), *sets.load(root, recipe.dataset, "test", 2000).labelled())
         seconds = time.perf_counter() - start
