@@ -43,9 +43,11 @@ def pull(
     def back(grads: Sequence[Tensor] | None) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(outputs, probes, grads, retain_graph=keep, allow_unused=True)
 
-    with asking(probes):
+    with asking(probes) as together:
         if not batched:
-            return list(back(gradients))
+            found = back(gradients)
+            waited = together.found()
+            return [waited.get(id(probe), g) for probe, g in zip(probes, found, strict=True)]
         reached: list[int] = []
 
         def some(*grads: Tensor) -> list[Tensor]:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import pytree
+from fastgrad._torch import is_batched, pytree
 from fastgrad.engine.fallback import replay_sqnorms
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.run import Run, Site, random_states
 from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.engine.tap import is_tapped, tap
+from fastgrad.engine.together import SMALL, Waiting
+from fastgrad.engine.tracing import is_symbolic
 from fastgrad.layers.choice import using
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule, ReplayRule
@@ -62,11 +64,23 @@ class LayerSite(Site):
 
     def _norms(
         self, run: Run, module: nn.Module, saved: Sequence[Tensor], gradients: Sequence[Tensor]
-    ) -> Tensor:
+    ) -> Tensor | Waiting:
         a = self.layout.batch_first(saved[0], run.samples)
         g = self.layout.batch_first(gradients[0], run.samples)
-        with using(run.impl):
-            return _columns(self.rule.function(module, a, g), self.local)
+
+        def norms(a: Tensor, g: Tensor) -> Tensor:
+            with using(run.impl):
+                return _columns(self.rule.function(module, a, g), self.local)
+
+        if (
+            self.rule.alike is None
+            or is_symbolic(run.samples)
+            or is_batched(g)
+            or a.nbytes + g.nbytes > SMALL
+        ):
+            return norms(a, g)
+        likes = self.rule, self.rule.alike(module), self.local
+        return Waiting((*likes, a.shape[1:], g.shape[1:], a.dtype, g.dtype, a.device), norms, a, g)
 
 
 class NotRepeatableError(ValueError):

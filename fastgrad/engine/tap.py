@@ -10,26 +10,31 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import unviewed
+from fastgrad.engine.together import Together, Waiting
 
-#: ``(saved tensors, output gradients) -> (B, m)`` squared norms.
-Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+#: ``(saved tensors, output gradients) -> (B, m)`` squared norms, or what they may be computed from with others.
+Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor | Waiting]
 #: ``output gradient -> input gradient``.
 Backward = Callable[[Tensor], Tensor]
 
-# The probes that backward passes under way ask for, by id. A pass to an early probe crosses the nodes of later
-# ones, and autograd does not tell a node which of its inputs' gradients are wanted.
-_asked: set[int] = set()
+# The probes that backward passes under way ask for, by id, each with what waits in its pass. A pass to an early probe
+# crosses the nodes of later ones, and autograd does not tell a node which of its inputs' gradients are wanted.
+_asked: dict[int, Together] = {}
 
 
 @contextlib.contextmanager
-def asking(probes: Iterable[Tensor]) -> Iterator[None]:
-    """While it lasts, backward passes compute the norms of these probes; of others they compute none."""
-    ids = {id(probe) for probe in probes}
-    _asked.update(ids)
+def asking(probes: Iterable[Tensor]) -> Iterator[Together]:
+    """While it lasts, backward passes compute the norms of these probes; of others they compute none.
+
+    Norms that may wait are not among the gradients: what is yielded has them after the pass.
+    """
+    ids, together = [id(probe) for probe in probes], Together()
+    _asked.update(dict.fromkeys(ids, together))
     try:
-        yield
+        yield together
     finally:
-        _asked.difference_update(ids)
+        for key in ids:
+            _asked.pop(key, None)
 
 
 class _Tap(torch.autograd.Function):
@@ -58,8 +63,11 @@ class _Tap(torch.autograd.Function):
         device = gradients[0].device.type
         reduced = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if reduced else contextlib.nullcontext():
-            if ctx.probe in _asked:
+            if (together := _asked.get(ctx.probe)) is not None:
                 norms = ctx.norms(ctx.saved_tensors, gradients)
+                if isinstance(norms, Waiting):
+                    together.add(ctx.probe, norms)
+                    norms = None
             if ctx.input_gradient is not None and ctx.needs_input_grad[-1]:
                 onward = [ctx.input_gradient(gradients[0])]
         return (None, None, None, None, *gradients, norms, *onward)

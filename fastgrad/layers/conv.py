@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -78,4 +78,13 @@ def convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     return norms
 
 
-CONVOLUTION = LayerRule("convolution", convolution, in_place=True, input_gradient=_pointwise_input_gradient)
+def _settings(module: nn.Module) -> Hashable:
+    """All of a module that the rule depends on."""
+    assert isinstance(module, ConvNd)
+    geometry = module.kernel_size, module.stride, module.padding, module.dilation, module.groups
+    return (*geometry, module.padding_mode, module.bias is None, isinstance(module, ConvTransposeNd))
+
+
+CONVOLUTION = LayerRule(
+    "convolution", convolution, in_place=True, input_gradient=_pointwise_input_gradient, alike=_settings
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ class LayerRule:
         input_gradient: Gives, for a module and its input, the function from the gradient at the output to that
             at the input where there is a cheaper one than autograd's, else None. Only asked for float32 and
             float64 activations.
+        alike: What ``function`` takes from a module, where that is settings alone: modules for which it is equal may
+            be computed in one call, the batch of one behind that of another. None where it takes tensors.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayerRule:
     unsupported: Unsupported | None = None
     in_place: bool = False
     input_gradient: InputGradient | None = None
+    alike: Callable[[nn.Module], Hashable] | None = None
 
 
 @dataclass(frozen=True)
