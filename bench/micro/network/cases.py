@@ -46,8 +46,6 @@ NETWORKS = (
     Network("ViT-B/16 64x64", partial(models.ViT, 100, 64), images(8, 64), "bce ones", 8),
     Network("GPT T=128", models.GPT, tokens(16, 128, 8192), "cross_entropy predicted", 16),
 )
-#: Those that are compiled as well: compilations take minutes.
-COMPILED = (("plain CNN 32x32", 64), ("ResNet-18 32x32", 8), ("DenseNet-121 64x64", 8), ("GPT T=128", 16))
 
 
 def _case(
@@ -87,7 +85,7 @@ def cases(size: str = "full", device: str = "cpu", seed: int = 0) -> Iterator[Ca
 
 
 def compiled_cases(size: str = "full", device: str = "cpu", seed: int = 0) -> Iterator[Case]:
-    """Passes that ``torch.compile`` compiled, of networks with many small layers and with few large ones."""
+    """Passes that ``torch.compile`` compiled, of every network; a compilation takes up to minutes."""
     case = partial(_case, device=device, seed=seed, make=_compiled)
     if size == "tiny":
         yield case(
@@ -97,8 +95,7 @@ def compiled_cases(size: str = "full", device: str = "cpu", seed: int = 0) -> It
     if size == "quick":
         return
     for network in NETWORKS:
-        if (network.name, network.batch) in COMPILED:
-            yield case(**network._replace(name=f"{network.name} compiled")._asdict())
+        yield case(**network._replace(name=f"{network.name} compiled")._asdict())
 
 
 def gpu_cases(device: str = "cuda", seed: int = 0, tiny: bool = False) -> Iterator[Case]:
