@@ -82,6 +82,7 @@ def register_rule(
     unsupported: Unsupported | None = None,
     in_place: bool = False,
     input_gradient: InputGradient | None = None,
+    alike: Callable[[nn.Module], Hashable] | None = None,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register the decorated function as the rule for modules of these types and their subclasses.
 
@@ -97,6 +98,7 @@ def register_rule(
         unsupported: See `LayerRule`.
         in_place: See `LayerRule`.
         input_gradient: See `LayerRule`.
+        alike: See `LayerRule`.
 
     Returns:
         The decorator, which returns the function unchanged.
@@ -124,7 +126,7 @@ def register_rule(
 
     def decorate(function: RuleFunction) -> RuleFunction:
         family: str = name if name is not None else getattr(function, "__name__", "rule")
-        rule = LayerRule(family, function, positions, unsupported, in_place, input_gradient)
+        rule = LayerRule(family, function, positions, unsupported, in_place, input_gradient, alike)
         for module_type in module_types:
             RULES[module_type] = rule
         return function

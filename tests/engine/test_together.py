@@ -78,6 +78,34 @@ def test_alike_layers_share_a_call(
     assert sorted(calls) == samples
 
 
+def test_a_rule_says_what_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgrad.layers import RULES, register_rule
+
+    class Gain(nn.Module):
+        def __init__(self, power: int) -> None:
+            super().__init__()
+            self.power, self.gain = power, nn.Parameter(torch.rand(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gain * x**self.power
+
+    samples: list[int] = []
+    monkeypatch.setitem(RULES, Gain, RULES[nn.Linear])
+
+    @register_rule(Gain, alike=lambda module: module.power)
+    def gain(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+        samples.append(len(a))
+        return {"gain": (g * a**module.power).sum((2, 3)).square().sum(1)}  # type: ignore[operator]
+
+    powers = (1, 2, 1, 1, 2)
+    model = nn.Sequential(*map(Gain, powers), nn.Flatten(), nn.Linear(120, 3)).double()
+    x = torch.rand(3, 4, 6, 5, dtype=torch.float64)
+    features = planned(model, x, samples)
+    expected = true_norms(model, (x,), lambda _, out: torch.sigmoid(out) - 1)
+    torch.testing.assert_close(features(x)[1], expected, rtol=1e-10, atol=1e-18)
+    assert sorted(samples) == [6, 9]
+
+
 def test_large_layers_do_not_wait(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgrad.engine.sites.SMALL", 1000)
     model, x, expected = case(True)
