@@ -104,6 +104,10 @@ def detection_bars(
     return grouped_bars(auroc, [f"{case}\n{network}" for network, case in groups], errors=spread)
 
 
+#: Methods of about one price that are named in a figure of quality against price.
+NAMED = 6
+
+
 def price_front(
     points: Mapping[str, tuple[float, float]], *, own: Sequence[str] = (), label: str = "mean AUROC"
 ) -> Axes:
@@ -124,31 +128,32 @@ def price_front(
     axes.step(*zip(*steps, strict=True), where="post", color="#999999", lw=1, label="best at the price")
     for name, (price, quality) in points.items():
         axes.scatter(price, quality, s=18, color=COLOURS[1] if name in own else COLOURS[0], zorder=3)
-    # Names of crowded points stand below each other, in the order of quality and about where the points are.
+    # Names of crowded points stand below each other; of many, the best are named, the rest are in the table.
     qualities = [quality for _, quality in points.values()]
-    apart = 0.026 * max(max(qualities) - min(qualities), 1e-9)
-    columns: dict[int, list[str]] = {}
+    apart = 0.03 * max(max(qualities) - min(qualities), 1e-9)
+    columns: dict[tuple[bool, int], list[str]] = {}
     for name in sorted(points, key=lambda name: -points[name][1]):
-        columns.setdefault(round(2 * float(np.log2(points[name][0]))), []).append(name)
-    for names in columns.values():
-        heights = [points[names[0]][1]]
-        for name in names[1:]:
-            heights.append(min(points[name][1], heights[-1] - apart))
-        shift = np.mean([points[name][1] - height for name, height in zip(names, heights, strict=True)])
+        columns.setdefault((name in own, round(float(np.log2(points[name][0])))), []).append(name)
+    for (mine, _), names in columns.items():
         right = max(points[name][0] for name in names)
-        for name, height in zip(names, heights, strict=True):
+        shown = names if len(names) <= NAMED else names[: NAMED - 1]
+        height = points[names[0]][1] + (apart * len(names) if mine else 0)
+        for name in shown:
+            rest = len(names) - len(shown) if name == shown[-1] else 0
+            height = height if mine else min(points[name][1], height)
             axes.annotate(
-                name,
+                f"{name}\nand {rest} below" if rest else name,
                 points[name],
-                (right * 1.06, height + shift),
-                fontsize=6,
-                va="center",
-                color=COLOURS[1] if name in own else "black",
+                (right * 1.08, height),
+                fontsize=7,
+                va="top" if rest else "center",
+                color=COLOURS[1] if mine else "black",
                 arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "#bbbbbb"},
             )
+            height -= apart
     axes.set_xscale("log", base=2)
     axes.set_xlim(right=ends * 1.4)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="forward passes", ylabel=label)
-    axes.legend(frameon=False, fontsize=7, loc="lower right")
+    axes.legend(frameon=False, fontsize=7, loc="lower center")
     return axes
