@@ -21,7 +21,6 @@ from fastgrad.blocks.extraction import Extraction
 from fastgrad.challenges.attacks import away_from
 from fastgrad.engine.tracing import trace
 from fastgrad.estimators.combined import DetectorModule
-from fastgrad.scores.conformal import COMBINATIONS
 
 #: Steps and random starts of each objective.
 STEPS, STARTS = 20, 1
@@ -90,9 +89,7 @@ def random_box(
 
 
 def _uncapped(detector: DetectorModule, blocks: Mapping[str, Tensor]) -> Tensor:
-    weights = [score.options["weight"] for score in detector.scores]
-    evidence = torch.stack([score.evidence(score.raw(blocks)) for score in detector.scores], -1)
-    return COMBINATIONS[detector.options["combine"]](evidence, math.inf, weights)
+    return detector.joined(detector.raw(blocks), cap=math.inf)
 
 
 def _differentiable(

@@ -2,13 +2,17 @@
 
 On a CPU it keeps images in blocks of channels as long as every operator between convolutions has a form for blocks.
 Clip has none; it is free as the activation of the convolution before it, but not where something else, as the reading
-of a channel's mean square, wants that convolution's own output.
+of a channel's mean square, wants that convolution's own output. Readings of many layers stay in blocks until they are
+side by side: an operator has its price however little it works on.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import groupby
 from typing import Any
+
+import numpy as np
 
 
 def keep_blocked(graph: Any) -> None:
@@ -17,7 +21,6 @@ def keep_blocked(graph: Any) -> None:
     Args:
         graph: An ``onnx.GraphProto``, changed in place; it computes the same numbers.
     """
-    import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
     uses = Counter(name for node in graph.node for name in node.input)
@@ -34,5 +37,78 @@ def keep_blocked(graph: Any) -> None:
                 nodes.append(helper.make_node("Conv", [read, ones], [same], group=shape[1]))
                 node.input[0] = same
         nodes.append(node)
+    _replace(graph, nodes)
+
+
+def join_means(graph: Any) -> None:
+    """Put sums and means of channels side by side as poolings leave them; what is left to do is done for all at once.
+
+    Args:
+        graph: An ``onnx.GraphProto``, changed in place. A sum over T positions is stated as a pooling times T, a mean
+            as that over T, and becomes the pooling.
+    """
+    from onnx import helper, numpy_helper
+
+    makers = {name: node for node in graph.node for name in node.output}
+    scalars = {i.name: numpy_helper.to_array(i).item() for i in graph.initializer if not i.dims}
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
+    nodes: list[Any] = []
+
+    def constant(name: str, values: Any) -> str:
+        graph.initializer.append(numpy_helper.from_array(values, name))
+        return name
+
+    def pooling(name: str) -> tuple[str, float]:
+        """The pooling ``(B, C, 1, 1)`` of which ``name`` ``(B, C)`` is a multiple, and the multiple; or nothing."""
+        times, over, value = 1.0, 1.0, name
+        while (node := makers.get(value)) is not None and node.op_type != "AveragePool":
+            if node.op_type == "Mul" and node.input[1] in scalars:
+                times *= scalars[node.input[1]]
+            elif node.op_type == "Div" and node.input[1] in scalars:
+                over *= scalars[node.input[1]]
+            elif node.op_type != "Squeeze":
+                return "", 1.0
+            value = node.input[0]
+        flat = len(shapes.get(name, ())) == 2 and shapes.get(value, [])[2:] == [1, 1]
+        return (value, times / over) if node is not None and flat else ("", 1.0)
+
+    def joined(names: list[str], result: str) -> str:
+        found = [pooling(name) for name in names]
+        four, flat = f"{result}_pooled", f"{result}_flat"
+        nodes.append(helper.make_node("Concat", [value for value, _ in found], [four], axis=1))
+        nodes.append(
+            helper.make_node("Squeeze", [four, constant(f"{result}_space", np.array([2, 3]))], [flat])
+        )
+        row = np.concatenate([np.full(shapes[value][1], factor, np.float32) for value, factor in found])
+        if (row == 1).all():
+            return flat
+        nodes.append(helper.make_node("Mul", [flat, constant(f"{result}_factors", row)], [result]))
+        return result
+
+    for node in graph.node:
+        if node.op_type == "Concat" and node.attribute[0].i == 1:
+            inputs: list[str] = []
+            for pooled, run in groupby(node.input, lambda name: bool(pooling(name)[0])):
+                names = list(run)
+                inputs += (
+                    [joined(names, f"{node.output[0]}_{len(inputs)}")] if pooled and len(names) > 1 else names
+                )
+            del node.input[:]
+            node.input.extend(inputs)
+        nodes.append(node)
+    _replace(graph, nodes)
+
+
+def _replace(graph: Any, nodes: list[Any]) -> None:
+    """Make these the graph's nodes, without those that nothing needs."""
+    needed = {value.name for value in graph.output}
+    kept = []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(reversed(kept))
+    numbers = [number for number in graph.initializer if number.name in needed]
+    del graph.initializer[:]
+    graph.initializer.extend(numbers)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 aten = torch.ops.aten
 _SMALLEST = torch.finfo(torch.float32).tiny
+#: Makes a step of a slope. A power of two: products with it are exact.
+_STEEP = 2.0**100
 
 
 def _clamp(x: Tensor, *given: float | None, **named: float | None) -> Any:
@@ -43,10 +45,10 @@ def _searchsorted(
     side: str | None = None,
     sorter: Tensor | None = None,
 ) -> Any:
-    """How many ``scores`` ``(K,)`` lie below each value; of NaN, which ends in NaN whatever the place, none."""
-    if right or side == "right" or sorter is not None or scores.dim() != 1:
+    """How many ``scores`` ``(..., K)`` lie below each value; of NaN, which ends in NaN whatever the place, none."""
+    if right or side == "right" or sorter is not None:
         return NotImplemented
-    return (scores < values.unsqueeze(-1)).sum(-1)
+    return (scores.unsqueeze(-2) < values.unsqueeze(-1)).sum(-1)
 
 
 def _square(x: Tensor, exponent: float) -> Any:
@@ -64,6 +66,35 @@ def _sum(
         return NotImplemented
     window = [x.shape[axis] if axis in summed else 1 for axis in (2, 3)]
     return aten.avg_pool2d.default(x, window).squeeze(tuple(summed)) * math.prod(window)
+
+
+def _above(x: Tensor, sign: float, edge: float) -> Tensor:
+    """1 where ``sign * (x - edge)`` is positive, else 0, of images ``(B, C, H, W)``.
+
+    A convolution of one weight a channel and the activation that joins it stay in the runtime's blocked layout, where a
+    comparison would leave it.
+    """
+    channels = x.shape[1]
+    weight = torch.full((channels, 1, 1, 1), sign * _STEEP, dtype=x.dtype, device=x.device)
+    bias = torch.full((channels,), -sign * edge * _STEEP, dtype=x.dtype, device=x.device)
+    steep: Tensor = aten.convolution.default(x, weight, bias, [1, 1], [0, 0], [1, 1], False, [0, 0], channels)
+    return steep.clamp(0, 1)
+
+
+def _is_images(x: Tensor) -> bool:
+    return x.dim() == 4 and x.dtype == torch.float32 and isinstance(x.shape[1], int)
+
+
+def _threshold_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
+    """Of a ReLU: the gradient where ``x`` is above the threshold."""
+    return grad * _above(x, 1.0, threshold) if _is_images(x) else torch.where(x <= threshold, 0.0, grad)
+
+
+def _hardtanh_backward(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """Of a ReLU6: the gradient where ``x`` is between the two."""
+    if _is_images(x):
+        return grad * _above(x, 1.0, low) * _above(x, -1.0, high)
+    return torch.where((x <= low) | (x >= high), 0.0, grad)
 
 
 def _stable_sort(
@@ -90,6 +121,21 @@ def _convolution_backward(
     """The input's gradient, a transposed convolution of the output's; sums for the bias; none for the weight."""
     if mask[1]:
         return NotImplemented
+    bias = grad.sum([0, *range(2, grad.dim())]) if mask[2] else None
+    turned = [d * (n - 1) - p for d, n, p in zip(dilation, weight.shape[2:], padding, strict=True)]
+    if not transposed and set(stride) == {1} and min(turned) >= 0:
+        # An ordinary convolution with the kernel turned round, which a runtime computes several times as fast. Constant
+        # weights are turned when it loads the file.
+        kernel = (
+            weight.unflatten(0, (groups, -1))
+            .transpose(1, 2)
+            .flatten(0, 1)
+            .flip(tuple(range(2, weight.dim())))
+        )
+        back = aten.convolution.default(
+            grad, kernel, None, stride, turned, dilation, False, [0] * len(stride), groups
+        )
+        return back if mask[0] else None, None, bias
     extra = [0] * len(stride)
     if not transposed:
         # What the stride cut off at the end of the input.
@@ -106,7 +152,7 @@ def _convolution_backward(
     back = aten.convolution.default(
         grad, weight, None, stride, padding, dilation, not transposed, extra, groups
     )
-    return back if mask[0] else None, None, grad.sum([0, *range(2, grad.dim())]) if mask[2] else None
+    return back if mask[0] else None, None, bias
 
 
 def _max_pool2d_backward(
@@ -130,9 +176,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return table | {
         aten.clamp.default: _clamp,
         aten.convolution_backward.default: _convolution_backward,
+        aten.hardtanh_backward.default: _hardtanh_backward,
         aten.max_pool2d_with_indices_backward.default: _max_pool2d_backward,
         aten.pow.Tensor_Scalar: _square,
         aten.searchsorted.Tensor: _searchsorted,
         aten.sort.stable: _stable_sort,
         aten.sum.dim_IntList: _sum,
+        aten.threshold_backward.default: _threshold_backward,
     }

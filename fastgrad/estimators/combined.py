@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrad.scores.conformal import COMBINATIONS, OneSided, TwoSided, weighted
+from fastgrad.scores.conformal import COMBINATIONS, OneSided, TwoSided, meanings, weighted
 from fastgrad.scores.fitted import Fitted, Sequence
 
 from . import supervised
@@ -46,11 +46,6 @@ class Score(Fitted):
     def raw(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Scores ``(B,)`` before calibration."""
         result: Tensor = self.score(self.rows(blocks))
-        return result
-
-    def evidence(self, raw: Tensor) -> Tensor:
-        """Of the log p-values of scores ``(B,)``, what counts in a combination, at most 0."""
-        result: Tensor = (self.meaning(raw) - math.log(self.options["relevant"])).clamp(max=0)
         return result
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
@@ -131,19 +126,26 @@ class DetectorModule(Fitted):
         scores: Tensor = -self.final(self.final.upper.scores)
         return scores
 
-    def joined(self, raw: Tensor) -> Tensor:
-        """The combined statistic ``(B,)`` of every score's ``raw`` values ``(K, B)``, before its own calibration."""
-        return COMBINATIONS[self.options["combine"]](*self._terms(raw))
+    def joined(self, raw: Tensor, *, cap: float | None = None) -> Tensor:
+        """The combined statistic ``(B,)`` of every score's ``raw`` values ``(K, B)``, before its own calibration.
+
+        ``cap`` is the detector's own by default.
+        """
+        log_p, own, weights = self._terms(raw)
+        return COMBINATIONS[self.options["combine"]](log_p, own if cap is None else cap, weights)
 
     def _terms(self, raw: Tensor) -> tuple[Tensor, float, list[float]]:
-        """What is combined: log p-values ``(B, K)``, their cap, their weights."""
-        evidence = [score.evidence(own) for score, own in zip(self.scores, raw, strict=True)]
+        """What is combined: log p-values ``(B, K)`` as far as they are relevant, their cap, their weights."""
+        log_p = meanings([score.meaning for score in self.scores], raw)
+        relevant = [math.log(score.options["relevant"]) for score in self.scores]
+        if any(relevant):
+            log_p = log_p - log_p.new_tensor(relevant).unsqueeze(1)
         weights = [score.options["weight"] for score in self.scores]
-        return torch.stack(evidence, -1), self.options["cap"], weights
+        return log_p.clamp(max=0).t(), self.options["cap"], weights
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Unreliability ``(B,)``, at least 0."""
-        return self._unreliability(self._raw(blocks))
+        return self._unreliability(self.raw(blocks))
 
     def explain(self, blocks: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """What a call gives, and the evidence ``(B,)`` of each block and of H by name, at least 0.
@@ -152,7 +154,7 @@ class DetectorModule(Fitted):
         counts, capped, weighted. All evidence adds up to the statistic that ``combine="fisher"`` calibrates, and
         ``"harmonic"`` too rises with each of it.
         """
-        raw = self._raw(blocks)
+        raw = self.raw(blocks)
         evidence: dict[str, Tensor] = {}
         for source, own in zip(self.sources(), weighted(*self._terms(raw)).unbind(-1), strict=True):
             evidence[source] = evidence[source] + own if source in evidence else own
@@ -172,7 +174,7 @@ class DetectorModule(Fitted):
         parts = self.scores.get_submodule("labels.rows.parts").named_children()
         return [rows.options.get("block", name) for name, rows in parts if isinstance(rows, Fitted)]
 
-    def _raw(self, blocks: Mapping[str, Tensor]) -> Tensor:
+    def raw(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Every score's values before calibration, ``(K, B)``."""
         return torch.stack([score.raw(blocks) for score in self.scores])
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .fitted import Fitted
@@ -22,6 +23,8 @@ from .fitted import Fitted
 STEEPEST = 8.0
 #: Fall of log p from one score at which it is counted to the next, or of p in units of a fifth: the same at a fifth.
 _STEP = 0.25
+#: k of a tail that is a pure exponential, to the last digit of float64.
+_MANY = 1e15
 #: The highest scores, so many or a tenth if that is fewer, are described by their mean instead of counted.
 _TAIL = 10
 
@@ -93,18 +96,33 @@ class UpperTail(Fitted):
 
     def forward(self, scores: Tensor) -> Tensor:
         """Log p-values ``(B,)`` of ``scores`` ``(B,)``."""
-        scores = scores.double()
-        last = self.scores.shape[0] - 1
-        upper = torch.searchsorted(self.scores, scores.contiguous()).clamp(max=last)
-        lower = (upper - 1).clamp(min=0)
-        low, high = self.scores[lower], self.scores[upper]
-        share = ((scores - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
-        body = self.log_p[lower] + share * (self.log_p[upper] - self.log_p[lower])
-        excess = (scores - self.start) / self.scale
-        count = self.options.get("count")
-        if count is not None:
-            excess = count * torch.log1p(excess.clamp(min=0) / count)
-        return torch.where(scores > self.start, self.start_log_p - excess, body)
+        return upper_tails([self], scores.unsqueeze(0)).squeeze(0)
+
+
+def upper_tails(tails: Sequence[UpperTail], scores: Tensor) -> Tensor:
+    """Log p-values ``(K, B)`` of ``scores`` ``(K, B)``, each row by its own tail, in as many operations as for one."""
+
+    def each(name: str) -> Tensor:
+        return torch.stack([getattr(tail, name) for tail in tails]).unsqueeze(1)
+
+    def table(name: str) -> Tensor:
+        # Beyond the last counted score, `start`, no table is read.
+        columns = [getattr(tail, name) for tail in tails]
+        longest = max(len(column) for column in columns)
+        return torch.stack([F.pad(column, (0, longest - len(column)), value=math.inf) for column in columns])
+
+    scores = scores.double().contiguous()
+    knots, log_p = table("scores"), table("log_p")
+    upper = torch.searchsorted(knots, scores).clamp(max=knots.shape[1] - 1)
+    lower = (upper - 1).clamp(min=0)
+    low, high = knots.gather(1, lower), knots.gather(1, upper)
+    share = ((scores - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
+    first = log_p.gather(1, lower)
+    body = first + share * (log_p.gather(1, upper) - first)
+    count = scores.new_tensor([tail.options.get("count") or _MANY for tail in tails]).unsqueeze(1)
+    start = each("start")
+    excess = ((scores - start) / each("scale")).clamp(min=0)
+    return torch.where(scores > start, each("start_log_p") - count * torch.log1p(excess / count), body)
 
 
 class OneSided(Fitted):
@@ -119,8 +137,7 @@ class OneSided(Fitted):
 
     def forward(self, scores: Tensor) -> Tensor:
         """Log p-values ``(B,)``."""
-        result: Tensor = self.upper(scores)
-        return result
+        return meanings([self], scores.unsqueeze(0)).squeeze(0)
 
 
 class TwoSided(Fitted):
@@ -140,8 +157,23 @@ class TwoSided(Fitted):
 
     def forward(self, scores: Tensor) -> Tensor:
         """Log typicalities ``(B,)``, at most 0."""
-        smaller = torch.minimum(self.upper(scores), self.lower(-scores))
-        return (smaller + math.log(2.0)).clamp(max=0.0)
+        return meanings([self], scores.unsqueeze(0)).squeeze(0)
+
+
+def meanings(each: Sequence[OneSided | TwoSided], scores: Tensor) -> Tensor:
+    """What each of K maps says of its row of ``scores`` ``(K, B)``: log p-values ``(K, B)``."""
+    two = [k for k, meaning in enumerate(each) if isinstance(meaning, TwoSided)]
+    tails = [meaning.upper for meaning in each]
+    if not two:
+        return upper_tails(tails, scores)
+    chosen = torch.tensor(two, device=scores.device)
+    lower = [meaning.lower for meaning in each if isinstance(meaning, TwoSided)]
+    found = upper_tails([*tails, *lower], torch.cat([scores, -scores.index_select(0, chosen)]))
+    smaller = torch.minimum(found.index_select(0, chosen), found[len(each) :])
+    typical = (smaller + math.log(2.0)).clamp(max=0.0)
+    places = [len(each) + two.index(k) if k in two else k for k in range(len(each))]
+    order = torch.tensor(places, device=scores.device)
+    return torch.cat([found[: len(each)], typical]).index_select(0, order)
 
 
 def weighted(log_p: Tensor, cap: float, weights: Sequence[float]) -> Tensor:

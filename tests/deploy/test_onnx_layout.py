@@ -1,4 +1,4 @@
-"""A network whose channels are read before its ReLU6 stays in ONNX Runtime's blocked layout, and gives the same."""
+"""What is read of channels and sent back through layers stays in ONNX Runtime's blocked layout, and is the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from onnx_needed import WARNINGS, skip_without_onnx
 from torch import Tensor, nn
 
-from fastgrad.deploy import onnx_export, onnx_file
+from fastgrad.deploy import onnx_export, onnx_file, onnx_operators
 from fastgrad.ops.channel_moments import channel_square_sums
 
 skip_without_onnx()
@@ -37,26 +37,93 @@ class Mobile(nn.Module):
 
 def test_readings_before_a_clip_leave_images_in_blocks(tmp_path: Path) -> None:
     import onnx
-    import onnxruntime as ort
 
     model = Mobile().eval()
     x = 8 * torch.randn(3, 3, 32, 32)
     proto = onnx_export.convert(model, x, outputs=("logits", "squares"))
-    file, seen = tmp_path / "m.onnx", tmp_path / "optimized.onnx"
+    file = tmp_path / "m.onnx"
     onnx.save(proto, file)
     for found, expected in zip(onnx_file.load(file)(x), model(x), strict=True):
         torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
 
-    options = ort.SessionOptions()
+    kinds = optimized(file, tmp_path)
+    # What leaves the blocks are numbers of channels: of the three readings together, and of the last mean.
+    assert kinds["ReorderInput"] == 0
+    assert kinds["Clip"] == 0
+    assert kinds["ReorderOutput"] <= 2
+
+
+class Back(nn.Module):
+    """The sums of gradients at four layers, sent back through convolutions of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, 2, 1)
+        self.layers = nn.ModuleList(
+            [
+                nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 64, 1),
+                nn.Conv2d(64, 32, 3, padding=2, dilation=2, groups=2), nn.Conv2d(32, 32, 3, padding=0),
+            ]
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = self.stem(x)
+            first = x = x.detach().requires_grad_()
+            outputs = [first]
+            for number, layer in enumerate(self.layers):
+                outputs.append(x := layer(x))
+                x = torch.relu(x) if number % 2 else nn.functional.relu6(x)
+            return torch.cat([g.sum((2, 3)) for g in torch.autograd.grad(x.square().sum(), outputs)], 1)
+
+
+def test_a_backward_pass_stays_in_blocks(tmp_path: Path) -> None:
+    import onnx
+
+    torch.manual_seed(0)
+    model = Back().eval()
+    for layer in model.layers:
+        assert isinstance(layer, nn.Conv2d)
+        layer.weight.data.mul_(4)  # so that some of the ReLU6 cut
+    x = 4 * torch.randn(3, 3, 24, 24)
+    proto = onnx_export.convert(model, x, outputs=("sums",))
+    kinds = Counter(node.op_type for node in proto.graph.node)
+    assert kinds["ConvTranspose"] == kinds["Where"] == 0
+    onnx.save(proto, file := tmp_path / "m.onnx")
+    (found,), expected = onnx_file.load(file)(x), model(x)
+    # Of sums of up to 144 products of up to 288 terms each, rounded otherwise.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=float(1e-5 * expected.abs().max()))
+    # The gradient at the last layer enters them, once.
+    assert optimized(file, tmp_path)["ReorderInput"] <= 1
+
+
+@pytest.mark.parametrize("edge", [0.0, 6.0])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_step_is_a_comparison(sign: float, edge: float) -> None:
+    near = torch.tensor([edge]).nextafter(torch.tensor([-10.0, 10.0]))
+    x = (
+        torch.cat([near, torch.tensor([edge, -3e38, 3e38, 1.0, -1e-20, 1e-20])])
+        .view(1, 1, 2, 4)
+        .repeat(1, 2, 1, 1)
+    )
+    if edge == 0:  # numbers beside zero are too small to be a gradient's doing
+        x[..., 0, :2] *= 2.0**60
+    expected = (sign * (x - edge) > 0).float()
+    torch.testing.assert_close(onnx_operators._above(x, sign, edge), expected, rtol=0, atol=0)
+
+
+def optimized(file: Path, folder: Path) -> Counter[str]:
+    """Operators of the graph that ONNX Runtime makes of a file on this processor."""
+    import onnx
+    import onnxruntime as ort
+
+    options, seen = ort.SessionOptions(), folder / "optimized.onnx"
     options.optimized_model_filepath, options.log_severity_level = str(seen), 3
     ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     kinds = Counter(node.op_type for node in onnx.load(seen).graph.node)
     if "ReorderOutput" not in kinds:
         pytest.skip("this processor's convolutions have no blocks")
-    # What leaves the blocks is one number a channel: of each of the three readings, and of the last mean.
-    assert kinds["ReorderInput"] == 0
-    assert kinds["Clip"] == 0
-    assert kinds["ReorderOutput"] <= 4
+    return kinds
 
 
 @pytest.mark.parametrize("read", [False, True])

@@ -73,7 +73,7 @@ def test_evidence_explains_what_is_calibrated(combine):
     rng = np.random.default_rng(5)
     module = fitted(scores(200, rng, 0.5), combine)
     x = torch.tensor(scores(300, rng, 0.5))
-    raw = module._raw({"x": x})
+    raw = module.raw({"x": x})
     unreliability, evidence = module.explain({"x": x})
     assert torch.equal(unreliability, module({"x": x}))
     assert list(evidence) == [f"score{index}" for index in range(5)]
@@ -87,7 +87,7 @@ def test_evidence_explains_what_is_calibrated(combine):
     for index, (name, own) in list(enumerate(evidence.items()))[1:]:
         more = x.clone()
         more[:, index] = more[:, index].sort().values[-1] + 1
-        changed = module._raw({"x": more})
+        changed = module.raw({"x": more})
         assert (module.explain({"x": more})[1][name] >= own).all()
         assert (module.joined(changed) >= joined).all()
     x[0, 2] = 100
