@@ -103,7 +103,8 @@ def upper_tails(tails: Sequence[UpperTail], scores: Tensor) -> Tensor:
     """Log p-values ``(K, B)`` of ``scores`` ``(K, B)``, each row by its own tail, in as many operations as for one."""
 
     def each(name: str) -> Tensor:
-        return torch.stack([getattr(tail, name) for tail in tails]).unsqueeze(1)
+        # Compilers refuse to stack scalars.
+        return torch.cat([getattr(tail, name).expand(1) for tail in tails]).unsqueeze(1)
 
     def table(name: str) -> Tensor:
         # Beyond the last counted score, `start`, no table is read.
