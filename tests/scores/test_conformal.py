@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fastgrad.scores.conformal import COMBINATIONS, STEEPEST, OneSided, TwoSided, UpperTail
+from fastgrad.scores.conformal import COMBINATIONS, STEEPEST, OneSided, TwoSided, UpperTail, meanings
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 
@@ -180,3 +180,30 @@ def test_harmonic_is_the_weighted_harmonic_mean():
 
 def test_nan_scores_stay_nan():
     assert torch.isnan(OneSided.fit(torch.randn(20))(torch.tensor([float("nan")]))).all()
+
+
+def by_definition(tail: UpperTail, scores: np.ndarray) -> np.ndarray:
+    """Interpolated between counted scores; from the last one on the tail."""
+    knots, log_p = tail.scores.numpy(), tail.log_p.numpy()
+    excess = np.maximum(scores - float(tail.start), 0) / float(tail.scale)
+    beyond = float(tail.start_log_p) - tail.options["count"] * np.log1p(excess / tail.options["count"])
+    return np.where(scores > float(tail.start), beyond, np.interp(scores, knots, log_p))
+
+
+@pytest.mark.parametrize("kinds", ["o", "t", "oo", "tt", "toto", "oot"])
+def test_several_scores_together_mean_what_each_means(kinds: str) -> None:
+    rng = np.random.default_rng(len(kinds))
+    each: list[OneSided | TwoSided] = []
+    for number, kind in enumerate(kinds):
+        calibration = torch.tensor(
+            rng.normal(size=30 + 170 * number) * 10.0**number
+        )  # tables of unequal lengths
+        each.append(OneSided.fit(calibration) if kind == "o" else TwoSided.fit(calibration))
+    scores = torch.tensor(rng.normal(size=(len(kinds), 500)) * 3 * 10.0 ** np.arange(len(kinds))[:, None])
+    found = meanings(each, scores)
+    for meaning, row, values in zip(each, found, scores.numpy(), strict=True):
+        expected = by_definition(meaning.upper, values)
+        if isinstance(meaning, TwoSided):
+            smaller = np.minimum(expected, by_definition(meaning.lower, -values))
+            expected = np.minimum(smaller + np.log(2), 0)
+        np.testing.assert_allclose(row.numpy(), expected, rtol=1e-12, atol=1e-12)
