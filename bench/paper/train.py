@@ -180,11 +180,11 @@ def trained(recipe: Recipe, root: Path, folder: Path) -> Classifier:
             model.to(device), images[:seen], labels[:seen], epochs=recipe.epochs, seed=recipe.seed, flips=flips,
             rate=RATES.get(recipe.network, 0.3), sizes=SIZES.get(recipe.network, ()),
         )  # fmt: skip
-        score = accuracy(model.cpu(), *sets.load(root, recipe.dataset, "test", 2000).labelled())
         seconds = time.perf_counter() - start
-        print(
-            f"{recipe.file()}: {score:.1%} on 2,000 test images, {seconds:.0f} s", file=sys.stderr, flush=True
-        )
+        images, labels = sets.load(root, recipe.dataset, "test").labelled()
+        score = accuracy(model.cpu(), images, labels)
+        words = f"{score:.1%} on {len(labels):,} test images, {seconds:.0f} s"
+        print(f"{recipe.file()}: {words}", file=sys.stderr, flush=True)
 
     # Where there is a GPU the networks are larger.
     made_by = asdict(recipe) | {"parameters": sum(p.numel() for p in build(recipe).parameters())}
