@@ -8,6 +8,7 @@ side by side: an operator has its price however little it works on.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from itertools import groupby
 from typing import Any
@@ -58,6 +59,7 @@ def join_means(graph: Any) -> None:
         graph.initializer.append(numpy_helper.from_array(values, name))
         return name
 
+    @functools.cache
     def pooling(name: str) -> tuple[str, float]:
         """The pooling ``(B, C, 1, 1)`` of which ``name`` ``(B, C)`` is a multiple, and the multiple; or nothing."""
         times, over, value = 1.0, 1.0, name

@@ -23,8 +23,8 @@ from .fitted import Fitted
 STEEPEST = 8.0
 #: Fall of log p from one score at which it is counted to the next, or of p in units of a fifth: the same at a fifth.
 _STEP = 0.25
-#: k of a tail that is a pure exponential, to the last digit of float64.
-_MANY = 1e15
+#: k of a tail that is a pure exponential: as a power of two to the last digit.
+_MANY = 2.0**100
 #: The highest scores, so many or a tenth if that is fewer, are described by their mean instead of counted.
 _TAIL = 10
 
