@@ -16,7 +16,7 @@ from bench.paper.photograph_features import Photographs
 from bench.paper.table import Options
 from bench.paper.white_box import Partial, WhiteBox, random_box, white_box
 from fastgrad import UncertaintyDetector
-from fastgrad.blocks import BLOCKS
+from fastgrad.blocks import BLOCKS, Activations
 from fastgrad.estimators.worth import USUAL
 
 #: What the attacked detectors read: the default, and what larger budgets allow.
@@ -56,7 +56,7 @@ class Attacked(Photographs):
         X, kinds, held_out = self.samples
         fitting = (kinds == "") | ~held_out
         places = torch.as_tensor(np.flatnonzero(fitting))
-        ends = np.cumsum([place.count for place in self.reading.subject.channels])
+        ends = np.cumsum([place.count for place in Activations().places(self.reading.subject)])
         layers = np.split(np.arange(ends[-1]), ends[:-1])
         rng = np.random.default_rng(self.draw.number)
         parts = []

@@ -11,6 +11,7 @@ one of depthwise convolutions does, its last layers are read and the first, whic
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,12 +41,14 @@ class Channels:
         dim: Where the channels lie, 1 or -1; all dimensions but this and the batch are positions.
         count: How many there are.
         depth: Share of the forward pass's operations that come before the output, from 0 to 1.
+        share: Numbers that this place and all later ones put out, over the forward pass's operations.
     """
 
     path: str
     dim: int
     count: int
     depth: float
+    share: float = 0.0
 
 
 def output_of(output: Any) -> Tensor | None:
@@ -97,14 +100,17 @@ def choose(seen: Sequence[tuple[nn.Module, Channels, int]], operations: float) -
     steady = [found for found in norms if not is_layer_norm(found[0])]
     layers = [found for found in seen if is_layer(found[0])]
     enough = (places for places in (steady, layers) if len(places) >= _LEAST)
-    chosen: list[Channels] = []
+    found: list[Channels] = []
     numbers = 0
     for _, place, count in reversed(next(enough, layers or norms)):
         numbers += count
-        if len(chosen) >= _LEAST and numbers > _READ * operations:
-            break
-        chosen.append(place)
-    return tuple(reversed(chosen))
+        found.append(dataclasses.replace(place, share=numbers / max(1, operations)))
+    return last(tuple(reversed(found)), _READ)
+
+
+def last(places: Sequence[Channels], share: float) -> tuple[Channels, ...]:
+    """Those from which on at most ``share`` of the operations is read in numbers; two, if there are, in any case."""
+    return tuple(place for i, place in enumerate(places) if place.share <= share or i >= len(places) - _LEAST)
 
 
 def positions(value: Tensor, dim: int, mask: Tensor | None) -> Tensor | None:
