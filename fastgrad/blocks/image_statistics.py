@@ -63,7 +63,9 @@ def image_statistics(images: Tensor) -> Tensor:
     intensity = centre.mean(1).flatten(1)
     floor = _FLOOR * (intensity - intensity.mean(1, keepdim=True)).square().mean(1, keepdim=True)
     # Side by side, they are sorted in one go.
-    mixed, curved, level = _quantiles(torch.stack([_energy(diagonal), _energy(laplacian), intensity])).unbind()
+    mixed, curved, level = _quantiles(
+        torch.stack([_energy(diagonal), _energy(laplacian), intensity])
+    ).unbind()
     contrasts = [(quantiles + floor).sqrt().sqrt() for quantiles in (mixed, curved, _quantiles(first))]
     return torch.cat([*contrasts, level], 1)
 
