@@ -1,8 +1,8 @@
 """A text classifier: the default detector beside published ones, and where a transformer's channels say most.
 
 Challenges are generated for images only, so the detectors here are fitted on clean news alone. Which layers are read is
-varied for the blocks of channels: those that `fastgrad.blocks` takes, the outputs of layer norms, of the attention, of the
-first and of the second layer of the feed-forward part, of all linear layers, or of every layer that multiplies.
+varied for the blocks of channels: those that `fastgrad.blocks` takes, the outputs of layer norms, of the attention, of
+the first and of the second layer of the feed-forward part, of all linear layers, or of every layer that multiplies.
 """
 
 from __future__ import annotations
