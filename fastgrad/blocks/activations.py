@@ -20,8 +20,8 @@ from fastgrad.scores.conformal import OneSided
 from fastgrad.scores.mahalanobis import Mahalanobis
 from fastgrad.scores.rows import Rows
 
-#: Of the forward pass's operations, the share of numbers that are read at most: a twentieth of its time or so. Four
-#: times as many are worth little more.
+#: Of the forward pass's operations, the share of numbers that are read at most of maps: a twentieth of its time or so.
+#: Four times as many are worth little more. Of tokens every place is read: the first layers know what words there are.
 _READ = 1 / 2400
 #: Standardised columns are cut here: no single channel decides alone.
 CLIP = 8.0
@@ -30,7 +30,7 @@ COMPONENTS = 64
 
 
 class Activations(Block):
-    """``log mean_t o_bct^2`` of every channel c of the last places that `fastgrad.blocks.channels` names, ``(B, D)``.
+    """``log mean_t o_bct^2`` of every channel c of places that `fastgrad.blocks.channels` names, ``(B, D)``.
 
     Its score is the shrunk Mahalanobis distance of the standardised columns.
     """
@@ -45,8 +45,9 @@ class Activations(Block):
         return None if subject.channels else "the network has no normalisation, convolutional or linear layer"
 
     def places(self, subject: Subject) -> tuple[Channels, ...]:
-        """Where channels are read."""
-        return last(subject.channels, _READ)
+        """Where channels are read: of maps, whose channels come first, the last places."""
+        maps = all(place.dim == 1 for place in subject.channels)
+        return last(subject.channels, _READ) if maps else subject.channels
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         """Every place's mean squares."""

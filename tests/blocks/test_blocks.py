@@ -338,3 +338,7 @@ def test_activations_read_fewer_of_the_places_than_a_backward_pass_may() -> None
     stored = tuple(dataclasses.replace(place, share=0.0) for place in subject.channels)
     old = dataclasses.replace(subject, channels=stored)
     assert Activations().places(old) == old.channels  # a detector stored before shares were keeps its places
+    tokens = dataclasses.replace(
+        subject, channels=tuple(dataclasses.replace(p, dim=-1) for p in subject.channels)
+    )
+    assert Activations().places(tokens) == tokens.channels
