@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import _torch
-from fastgrad.deploy import onnx_export
+from fastgrad.deploy import onnx_export, sorting
 from fastgrad.deploy.describe import describe
 from fastgrad.deploy.graph import trace
 from fastgrad.deploy.package import description_text, replace_atomically, write_description
@@ -160,14 +160,16 @@ def compile_function(
     _torch.require_cpp_compiler("export")
     program = trace(function, example_input, max_batch=max_batch, one_by_one=one_by_one)
     loop = any("while_loop" in str(node.target) for node in program.graph.nodes)
+    on_cpu = example_input.device.type == "cpu"
 
     def make(file: Path) -> None:
-        own = _torch.keeping(*OWN_KERNELS) if example_input.device.type == "cpu" else contextlib.nullcontext()
+        own = _torch.keeping(*OWN_KERNELS) if on_cpu else contextlib.nullcontext()
         with warnings.catch_warnings(), own:
             warnings.simplefilter("ignore")
+            compiled = program.run_decompositions(sorting.TABLE) if on_cpu else program
             # Channels-last convolutions suit a forward pass. The products of a gradient's norms read channels one
             # by one: each would begin with a copy.
-            _torch.compile_package(program, file, keep_layout=loop)
+            _torch.compile_package(compiled, file, keep_layout=loop)
         finish(file)
 
     replace_atomically(make, path)
