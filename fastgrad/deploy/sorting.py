@@ -35,9 +35,10 @@ def sort(x: Tensor, dim: int = -1, descending: bool = False) -> Any:
     if not usual or not isinstance(size, int) or not 1 < size <= _LONGEST:
         return NotImplemented
     # Rows side by side: what is compared lies in the first dimension.
-    rows = x.reshape(-1, size).T
-    padding = x.new_full((1, 1), math.inf).expand((1 << (size - 1).bit_length()) - size, rows.shape[1])
-    values = _network(torch.cat([rows, padding]))[:size].T.reshape(x.shape)
+    rows = x.reshape(-1, size).T.contiguous()
+    if missing := (1 << (size - 1).bit_length()) - size:
+        rows = torch.cat([rows, x.new_full((1, 1), math.inf).expand(missing, rows.shape[1])])
+    values = _network(rows)[:size].T.reshape(x.shape)
     return values, torch.ops.aten.sort.stable(x, stable=True, dim=dim)[1]
 
 

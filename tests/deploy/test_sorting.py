@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastgrad.deploy import memory, sorting
+from fastgrad.deploy.export import compile_function
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 16, 17, 100, 256, 257, 900, 1024, 1800, 2048])
@@ -66,6 +67,16 @@ def test_an_exported_sort_becomes_comparisons_unless_its_places_are_asked_for():
         assert sum("sort" in str(node.target) for node in program.graph.nodes) == sorts
         found = program.module()(torch.cat([x, -x]))
         torch.testing.assert_close(found, module(torch.cat([x, -x])), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [9, 512])
+def test_a_compiled_file_sorts_every_number_of_rows(tmp_path, size):
+    """512 fills its network without padding."""
+    compile_function(lambda x: x.sort(-1).values.clone(), torch.rand(2, size), tmp_path / "sort.pt2")
+    sort = torch._inductor.aoti_load_package(str(tmp_path / "sort.pt2"))
+    for rows in (1, 2, 17):
+        x = torch.randn(rows, size)
+        assert torch.equal(sort(x), x.sort(-1).values)
 
 
 def test_memory_is_kept_where_the_library_can_and_else_nothing_happens(monkeypatch):
