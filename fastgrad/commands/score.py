@@ -6,7 +6,6 @@ import argparse
 import sys
 
 from fastgrad.deploy.images import MAX_PIXELS
-from fastgrad.deploy.memory import keep_memory
 from fastgrad.deploy.package import PackageError
 from fastgrad.deploy.score.local import score
 
@@ -46,7 +45,6 @@ def run(args: argparse.Namespace) -> int:
 
             counts = score_dataset(args.model, args.images, args.out, workers=args.workers, **options)
         else:
-            keep_memory()
             counts = score(args.model, args.images, args.out, progress=True, **options)
     except (ValueError, PackageError, OSError) as error:
         print(f"fastgrad score: {error}", file=sys.stderr)

@@ -42,6 +42,7 @@ from torch import Tensor
 from fastgrad._torch import load_package
 from fastgrad.deploy import onnx_file
 from fastgrad.deploy.drift import ScoreReference
+from fastgrad.engine.memory import keep_freed_memory
 
 MEMBER = "extra/fastgrad.json"
 #: Of the description; 2 for a file whose graph gives the evidence as well, which no reader of 1 expects.
@@ -217,6 +218,8 @@ class ModelPackage:
         self.description = read_description(path)
         if self.description.device == "cuda" and not torch.cuda.is_available():
             raise PackageError(f"{path} was compiled for a CUDA device; there is none here")
+        # Else a process that only runs files clears pages for half of a small network's time.
+        keep_freed_memory()
         try:
             load = onnx_file.load if self.path.suffix == ".onnx" else _load_archive
             self._run: Callable[[Tensor], Sequence[Tensor]] = load(self.path)

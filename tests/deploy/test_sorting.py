@@ -1,11 +1,9 @@
-"""The sorting network of compiled files against PyTorch's sort, and the memory that their processes keep."""
-
-import ctypes
+"""The sorting network of compiled files against PyTorch's sort."""
 
 import pytest
 import torch
 
-from fastgrad.deploy import memory, sorting
+from fastgrad.deploy import sorting
 from fastgrad.deploy.export import compile_function
 
 
@@ -77,24 +75,3 @@ def test_a_compiled_file_sorts_every_number_of_rows(tmp_path, size):
     for rows in (1, 2, 17):
         x = torch.randn(rows, size)
         assert torch.equal(sort(x), x.sort(-1).values)
-
-
-def test_memory_is_kept_where_the_library_can_and_else_nothing_happens(monkeypatch):
-    calls = []
-
-    class Library:
-        def mallopt(self, name, value):
-            calls.append((name, value))
-
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
-    memory.keep_memory()
-    assert calls == [(-3, 32 << 20), (-1, 1 << 30)]
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    memory.keep_memory()
-
-    def none(name):
-        raise OSError(name)
-
-    monkeypatch.setattr(ctypes, "CDLL", none)
-    memory.keep_memory()
-    assert len(calls) == 2

@@ -19,10 +19,8 @@ def main(pipe: Connection, path: str, threads: int | None) -> None:
     import torch
 
     from fastgrad.deploy.answer import results
-    from fastgrad.deploy.memory import keep_memory
     from fastgrad.deploy.package import ModelPackage
 
-    keep_memory()
     try:
         if threads is not None:
             torch.set_num_threads(threads)
