@@ -270,7 +270,7 @@ RAY_SERVE = """
 import sys, time, json, urllib.request, urllib.error
 import ray
 from ray import serve
-from fastgrad.deploy.score.ray import serve_model
+from fastgrad.deploy.serve.ray import serve_model
 package, image = sys.argv[1:]
 ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
 serve_model(package, port=8791)
