@@ -17,7 +17,7 @@ from fastgrad.engine.run import Run, Site, random_states
 from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.engine.tap import is_tapped, tap
 from fastgrad.engine.together import SMALL, Waiting
-from fastgrad.engine.tracing import is_symbolic
+from fastgrad.engine.tracing import is_fixed, is_symbolic
 from fastgrad.layers.choice import using
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule, ReplayRule
@@ -207,10 +207,18 @@ class FallbackSite(Replayed):
 
         def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
             with torch.autocast(device, dtype, enabled, cache_enabled=False):
-                return replay_sqnorms(
+                norms = replay_sqnorms(
                     module, parameters, args, kwargs, self.batched, gradients, run.samples,
                     vectorize=self.vectorize, training=shadow.training,
                 )  # fmt: skip
+            if is_fixed(run.samples):
+                raise RuntimeError(
+                    f"layer {self.path!r} ({type(module).__name__}) has no rule of its own and is run again for each "
+                    "sample, in operations whose computation depends on the batch size, so its gradients cannot be "
+                    "exported for a dynamic batch. Register a rule (fastgrad.layers.register_rule), leave out the "
+                    "blocks that read its gradients, or export a .pt2 with one_by_one=True"
+                )
+            return norms
 
         return replay
 

@@ -16,6 +16,11 @@ def is_symbolic(size: object) -> bool:
     return isinstance(size, torch.SymInt)
 
 
+def is_fixed(size: object) -> bool:
+    """Whether a symbolic size has become a number: an operation had no form for every size."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is not None
+
+
 def trace(
     function: Callable[..., Any], inputs: Any, batch: int | None, *, functional: bool = False
 ) -> torch.fx.GraphModule:

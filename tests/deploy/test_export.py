@@ -201,6 +201,22 @@ def test_a_graph_that_depends_on_the_batch_size_is_refused() -> None:
         trace(Loop(), X)
 
 
+def test_a_layer_whose_gradients_have_no_form_for_every_batch_size_is_named() -> None:
+    class Padded(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.conv2d(nn.functional.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+    from fastgrad.two_stage import TwoStageModel
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Padded(3, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(384, 4)).eval()
+    live = TwoStageModel(net, blocks=["logits", "gradients"]).fit([(shapes(200, 1)[0],)], ())
+    with pytest.raises(RuntimeError, match=r"layer '.*0' \(Padded\) .*dynamic batch.* one_by_one=True"):
+        trace(lambda x: tuple(live(x)), X, one_by_one=False)
+    x = shapes(5, 2)[0]
+    assert_equal(trace(lambda x: tuple(live(x)), X, one_by_one=True).module()(x), live(x))
+
+
 def shapes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Noisy images ``(count, 3, 8, 8)`` of four coloured patterns, each as strong as it happens to be."""
     generator = torch.Generator().manual_seed(seed)
