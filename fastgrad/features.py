@@ -223,6 +223,10 @@ class GradientFeatures:
 
         Returns:
             A module ``(*tensors) -> (logits, features)``.
+
+        Raises:
+            ValueError: Fewer than two samples.
+            RuntimeError: A layer without a rule is run again for each sample in operations that fix the batch size.
         """
         with torch.inference_mode(False):
             args, kwargs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))

@@ -206,17 +206,18 @@ class FallbackSite(Replayed):
         dtype = torch.get_autocast_dtype(device) if enabled else torch.bfloat16
 
         def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
+            fixed_before = is_fixed(run.samples)
             with torch.autocast(device, dtype, enabled, cache_enabled=False):
                 norms = replay_sqnorms(
                     module, parameters, args, kwargs, self.batched, gradients, run.samples,
                     vectorize=self.vectorize, training=shadow.training,
                 )  # fmt: skip
-            if is_fixed(run.samples):
+            if is_fixed(run.samples) and not fixed_before:
                 raise RuntimeError(
                     f"layer {self.path!r} ({type(module).__name__}) has no rule of its own and is run again for each "
-                    "sample, in operations whose computation depends on the batch size, so its gradients cannot be "
-                    "exported for a dynamic batch. Register a rule (fastgrad.layers.register_rule), leave out the "
-                    "blocks that read its gradients, or export a .pt2 with one_by_one=True"
+                    "sample, in operations whose computation depends on the batch size, so its gradients have no graph "
+                    "of dynamic batch. Register a rule (fastgrad.layers.register_rule) or leave out what reads its "
+                    "gradients; a .pt2 can be exported with one_by_one=True"
                 )
             return norms
 
