@@ -12,7 +12,7 @@ from torch import nn
 from fastgrad._torch import BatchNorm, InstanceNorm
 from fastgrad.layers.activation import PRELU
 from fastgrad.layers.attention import ATTENTION
-from fastgrad.layers.conv import CONVOLUTION
+from fastgrad.layers.conv import CONVOLUTION, SAME_CONVOLUTION, STORED_CONVOLUTION
 from fastgrad.layers.embedding import EMBEDDING
 from fastgrad.layers.linear import LINEAR
 from fastgrad.layers.norm import (
@@ -37,6 +37,11 @@ RULES.update(
         nn.ConvTranspose1d: CONVOLUTION,
         nn.ConvTranspose2d: CONVOLUTION,
         nn.ConvTranspose3d: CONVOLUTION,
+        "timm.layers.conv2d_same.Conv2dSame": SAME_CONVOLUTION,
+        "efficientnet_pytorch.utils.Conv2dDynamicSamePadding": SAME_CONVOLUTION,
+        "efficientnet_pytorch.utils.Conv2dStaticSamePadding": STORED_CONVOLUTION,
+        "efficientnet_lite_pytorch.utils.Conv2dDynamicSamePadding": SAME_CONVOLUTION,
+        "efficientnet_lite_pytorch.utils.Conv2dStaticSamePadding": STORED_CONVOLUTION,
         nn.Embedding: EMBEDDING,
         nn.PReLU: PRELU,
         # The base class of BatchNorm1d to 3d; synchronised batch norm has a forward of its own.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,23 +12,40 @@ from torch import Tensor, nn
 from fastgrad._torch import ConvNd, ConvTransposeNd, padding_pairs
 from fastgrad.layers.choice import implementation
 from fastgrad.layers.reduce import sqnorm, upcast
-from fastgrad.layers.registry import LayerRule
+from fastgrad.layers.registry import InputGradient, LayerRule
 from fastgrad.ops.layer_sqnorm import conv_sqnorm
 
+#: ``(module, input) -> (input, zeros before and after each axis)``, last axis first as for ``torch.nn.functional.pad``.
+Padding = Callable[[ConvNd, Tensor], tuple[Tensor, Sequence[int]]]
 
-def _padded(module: ConvNd, a: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The input as the convolution sees it, and the zero padding still to be done."""
-    rank = len(module.kernel_size)
+
+def _own(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """As ``torch.nn`` pads."""
+    none = (0,) * 2 * len(module.kernel_size)
     if module.padding_mode != "zeros":
-        return F.pad(a, padding_pairs(module), mode=module.padding_mode), (0,) * rank
-    if module.padding == "valid":
-        return a, (0,) * rank
-    if module.padding == "same":
-        pads = padding_pairs(module)
-        left, right = tuple(pads[::2][::-1]), tuple(pads[1::2][::-1])
-        return (a, left) if left == right else (F.pad(a, pads), (0,) * rank)
-    assert not isinstance(module.padding, str)
-    return a, tuple(module.padding)
+        return F.pad(a, padding_pairs(module), mode=module.padding_mode), none
+    if isinstance(module.padding, str):
+        return a, none if module.padding == "valid" else padding_pairs(module)
+    return a, [n for n in reversed(module.padding) for _ in range(2)]
+
+
+def _same(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """TensorFlow's ``SAME``: a stride s leaves ``ceil(n / s)`` places of n; the odd zero comes after."""
+    pads: list[int] = []
+    axes = zip(a.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True)
+    for n, kernel, stride, dilation in reversed(list(axes)):
+        total = max((-(-n // stride) - 1) * stride + dilation * (kernel - 1) + 1 - n, 0)
+        pads += [total // 2, total - total // 2]
+    return a, pads
+
+
+def _stored(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """Likewise for the image size that was named beforehand, by a layer that pads or one that does nothing."""
+    return a, _zeros_of(module.static_padding)
+
+
+def _zeros_of(layer: Any) -> Sequence[int]:
+    return tuple(layer.padding) if isinstance(layer, nn.ZeroPad2d) else (0, 0, 0, 0)
 
 
 def _pointwise_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -57,19 +76,21 @@ def _pointwise_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor]
     return backward
 
 
-def convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for all convolutions of ``torch.nn``."""
+def _norms(padding: Padding, module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     assert isinstance(module, ConvNd)
     norms = {}
     if module.bias is not None:
         norms["bias"] = sqnorm(upcast(g)[0].flatten(2).sum(2))
-    a, padding = _padded(module, a)
+    a, pads = padding(module, a)
+    before, after = tuple(pads[::2][::-1]), tuple(pads[1::2][::-1])
+    if before != after:
+        a, before = F.pad(a, list(pads)), (0,) * len(before)
     norms["weight"] = conv_sqnorm(
         a,
         g,
         tuple(module.kernel_size),
         tuple(module.stride),
-        padding,
+        before,
         tuple(module.dilation),
         module.groups,
         transposed=isinstance(module, ConvTransposeNd),
@@ -79,12 +100,20 @@ def convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
 
 
 def _settings(module: nn.Module) -> Hashable:
-    """All of a module that the rule depends on."""
+    """All of a module that the rules depend on."""
     assert isinstance(module, ConvNd)
-    geometry = module.kernel_size, module.stride, module.padding, module.dilation, module.groups
-    return (*geometry, module.padding_mode, module.bias is None, isinstance(module, ConvTransposeNd))
+    geometry = tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation), module.groups
+    padding = module.padding, module.padding_mode, _zeros_of(getattr(module, "static_padding", None))
+    return (*geometry, *padding, module.bias is None, isinstance(module, ConvTransposeNd))
 
 
-CONVOLUTION = LayerRule(
-    "convolution", convolution, in_place=True, input_gradient=_pointwise_input_gradient, alike=_settings
-)
+def _rule(name: str, padding: Padding, input_gradient: InputGradient | None = None) -> LayerRule:
+    norms = functools.partial(_norms, padding)
+    return LayerRule(name, norms, in_place=True, input_gradient=input_gradient, alike=_settings)
+
+
+#: Of all convolutions of ``torch.nn``.
+CONVOLUTION = _rule("convolution", _own, _pointwise_input_gradient)
+#: Of subclasses that pad in their ``forward``.
+SAME_CONVOLUTION = _rule("convolution, same padding", _same)
+STORED_CONVOLUTION = _rule("convolution, stored padding", _stored)

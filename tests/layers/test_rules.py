@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import subprocess
 import sys
 
@@ -81,6 +83,48 @@ def test_transposed_convolution(data: st.DataObject) -> None:
 def test_depthwise_convolution() -> None:
     torch.manual_seed(0)
     check_module(nn.Conv2d(6, 12, 3, padding=1, groups=6), torch.randn(3, 6, 5, 5))
+
+
+def _library(name: str) -> type[nn.Conv2d]:
+    """A convolution of another library, or one of that name which stores its zeros as the library's does."""
+    module, _, cls = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), cls)  # type: ignore[no-any-return]
+    except ModuleNotFoundError:
+        if "Static" not in cls:
+            pytest.skip(f"{module} is not installed")
+
+    class Stored(nn.Conv2d):
+        def __init__(self, *args: int, image_size: int, **options: int) -> None:
+            super().__init__(*args, **options)  # type: ignore[arg-type]
+            (kernel, _), (stride, _), (dilation, _) = self.kernel_size, self.stride, self.dilation
+            places = math.ceil(image_size / stride)
+            total = max((places - 1) * stride + dilation * (kernel - 1) + 1 - image_size, 0)
+            zeros = nn.ZeroPad2d(2 * (total // 2, total - total // 2))
+            self.static_padding = zeros if total else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.static_padding(x))
+
+    Stored.__module__, Stored.__qualname__ = module, cls
+    return Stored
+
+
+@few
+@given(st.data())
+@pytest.mark.parametrize("name", [layer for layer in RULES if isinstance(layer, str) and ".Conv2d" in layer])
+def test_convolutions_that_pad_in_their_forward(name: str, data: st.DataObject) -> None:
+    size, stride, groups = (
+        data.draw(st.integers(6, 9)),
+        data.draw(st.integers(1, 3)),
+        data.draw(st.sampled_from([1, 4])),
+    )
+    options = {"groups": groups, "dilation": data.draw(st.integers(1, 2)), "bias": data.draw(st.booleans())}
+    if "Static" in name:
+        options["image_size"] = size + data.draw(st.integers(-1, 1))
+    layer = _library(name)(4, 8, data.draw(st.integers(1, 5)), stride, **options).double()
+    assert "padding" in find_rule(layer)[0].name  # type: ignore[union-attr]
+    check_module(layer, torch.randn(3, 4, size, size + 2, dtype=torch.float64))
 
 
 def _random_statistics(module: nn.Module) -> nn.Module:
