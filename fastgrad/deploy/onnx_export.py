@@ -22,6 +22,7 @@ from fastgrad.deploy.graph import trace
 from fastgrad.deploy.onnx_file import EXPLAINED, INPUT, KEY, OUTPUTS, load, sum_entry
 from fastgrad.deploy.onnx_layout import join_means, keep_blocked
 from fastgrad.deploy.onnx_operators import decompositions
+from fastgrad.deploy.onnx_optimizer import optimize
 
 #: The oldest version of the operators that PyTorch translates to; every runtime since 2022 reads it.
 OPSET = 18
@@ -72,8 +73,10 @@ def convert(
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
+                optimize=False,
             )
         assert result is not None  # dynamo=True gives a program
+        optimize(result.model)
         model = result.model_proto
     except torch.onnx.errors.OnnxExporterError as error:
         refuse(_named(error))
