@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import is_fake
+from fastgrad.engine.replayed import Replayed
 from fastgrad.engine.run import Run, Site
-from fastgrad.engine.sites import Replayed
 from fastgrad.engine.tap import asking
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.losses import compute_dtype

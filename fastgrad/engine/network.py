@@ -21,9 +21,9 @@ from fastgrad.engine.layout import SAMPLES, find_layout, middle_row
 from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.engine.observing import Observation
 from fastgrad.engine.planning import Caution, Plan, Planner, Route
+from fastgrad.engine.replayed import NotRepeatableError
 from fastgrad.engine.run import Reading, Run, Site, random_states, set_random_states
 from fastgrad.engine.shadow import Shadow, ordinary
-from fastgrad.engine.sites import NotRepeatableError
 from fastgrad.ops import route_cache
 
 _PLANS_KEPT = 16

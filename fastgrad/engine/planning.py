@@ -10,7 +10,8 @@ from torch import nn
 from fastgrad._torch import BatchNorm
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.observing import Call, Observation
-from fastgrad.engine.sites import BroadcastSite, FallbackSite, LayerSite, ReplaySite
+from fastgrad.engine.replayed import FallbackSite, ReplaySite
+from fastgrad.engine.sites import BroadcastSite, LayerSite
 from fastgrad.layers.registry import ReplayRule, find_rule
 
 PlannedSite = LayerSite | ReplaySite | FallbackSite | BroadcastSite

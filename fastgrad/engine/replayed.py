@@ -1,0 +1,164 @@
+"""Modules that the backward pass computes once more, because their parameters act in the middle of what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrad._torch import pytree
+from fastgrad.engine.fallback import replay_sqnorms
+from fastgrad.engine.run import Run, Site, random_states
+from fastgrad.engine.shadow import Shadow, attach
+from fastgrad.engine.sites import columns
+from fastgrad.engine.tap import tap
+from fastgrad.engine.tracing import is_fixed
+from fastgrad.layers.choice import using
+from fastgrad.layers.registry import ReplayRule
+
+#: ``(args, kwargs, output gradients) -> (B, m)`` of a module computed again.
+Replay = Callable[[Any, Any, Sequence[Tensor]], Tensor]
+
+
+class NotRepeatableError(ValueError):
+    """A module that is computed again in the backward pass would not give the same again."""
+
+
+class _State:
+    """What a module's forward pass depends on beside its inputs and parameters: random numbers and buffers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.draws = random_states(module)
+        self.buffers = [(buffer, buffer._version) for buffer in module.buffers()]
+
+    def require_unchanged(self, name: str) -> None:
+        """Raise NotRepeatableError if the module, called ``name`` in messages, drew numbers or changed a buffer."""
+        buffers = [(buffer, buffer._version) for buffer in self.module.buffers()]
+        same = len(buffers) == len(self.buffers) and all(
+            now is then and version == earlier
+            for (now, version), (then, earlier) in zip(buffers, self.buffers, strict=True)
+        )
+        drew = not all(map(torch.equal, random_states(self.module), self.draws))
+        if drew or not same:
+            raise NotRepeatableError(
+                f"model must be in evaluation mode, because {name!r} is computed again in the backward pass and "
+                f"would {'draw other random numbers' if drew else 'find its buffers changed'}; call model.eval()"
+                + (", or set its dropout to 0" if drew else "")
+            )
+
+
+@dataclass(frozen=True)
+class Replayed(Site):
+    """A module that the backward pass computes once more, from its recorded inputs.
+
+    In training mode that must give the same again, see `NotRepeatableError`.
+    """
+
+    def attach(self, run: Run, shadow: Shadow) -> None:
+        """See `Site`."""
+        copy = shadow.submodule(self.path)
+        recorded: list[Any] = []
+        trains = shadow.training and any(m.training for m in copy.modules())
+        states: list[_State] = []
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            # Copied: the module may overwrite its inputs.
+            recorded.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs)))
+            if trains:
+                states.append(_State(copy))
+
+        def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
+            leaves, spec = pytree.tree_flatten(recorded.pop())
+            if trains:
+                states.pop().require_unchanged(self.path or type(copy).__name__)
+            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            saved = [leaves[i] for i in places]
+            # The tap's node keeps the tensors; a second reference would hide that they were modified.
+            rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            outputs, out_spec = pytree.tree_flatten(output)
+            taken = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+            replay = self._replay(run, shadow, outputs[taken[0]].device.type)
+
+            def norms(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+                filled = list(rest)
+                for place, tensor in zip(places, saved, strict=True):
+                    filled[place] = tensor
+                args, kwargs = pytree.tree_unflatten(filled, spec)
+                return replay(args, kwargs, gradients)
+
+            probe = run.probe(self, outputs[taken[0]])
+            passed = tap([outputs[i] for i in taken], saved, probe, norms, in_place=False)
+            for place, tensor in zip(taken, passed, strict=True):
+                outputs[place] = tensor
+            return pytree.tree_unflatten(outputs, out_spec)
+
+        attach(copy, before, before=True)
+        attach(copy, after)
+
+    def _replay(self, run: Run, shadow: Shadow, device: str) -> Replay:
+        """What the backward pass does, made while the forward pass is under way."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ReplaySite(Replayed):
+    """A layer with a replay rule (attention, recurrent).
+
+    Attributes:
+        rule: The rule.
+        local: The parameters by the names the rule gives them.
+    """
+
+    rule: ReplayRule
+    local: tuple[str, ...]
+
+    def _replay(self, run: Run, shadow: Shadow, device: str) -> Replay:
+        module = shadow.submodule(self.path)
+
+        def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
+            with using(run.impl):
+                return columns(self.rule.function(module, args, kwargs, gradients), self.local)
+
+        return replay
+
+
+@dataclass(frozen=True)
+class FallbackSite(Replayed):
+    """A module of any kind, see `fastgrad.engine.fallback`.
+
+    Attributes:
+        batched: For each leaf of the inputs, whether it carries the batch.
+        vectorize: Whether the module can run under ``vmap``.
+    """
+
+    batched: tuple[bool, ...]
+    vectorize: bool = True
+
+    def _replay(self, run: Run, shadow: Shadow, device: str) -> Replay:
+        # The user's module rather than its copy, whose hooks belong to this forward pass.
+        module = shadow.model.get_submodule(self.path)
+        parameters = [shadow.model.get_parameter(name) for name in self.parameters]
+        enabled = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if enabled else torch.bfloat16
+
+        def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
+            fixed_before = is_fixed(run.samples)
+            with torch.autocast(device, dtype, enabled, cache_enabled=False):
+                norms = replay_sqnorms(
+                    module, parameters, args, kwargs, self.batched, gradients, run.samples,
+                    vectorize=self.vectorize, training=shadow.training,
+                )  # fmt: skip
+            if is_fixed(run.samples) and not fixed_before:
+                raise RuntimeError(
+                    f"layer {self.path!r} ({type(module).__name__}) has no rule of its own and is run again for each "
+                    "sample, in operations whose computation depends on the batch size, so its gradients have no graph "
+                    "of dynamic batch. Register a rule (fastgrad.layers.register_rule) or leave out what reads its "
+                    "gradients; a .pt2 can be exported with one_by_one=True"
+                )
+            return norms
+
+        return replay
