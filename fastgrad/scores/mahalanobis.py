@@ -13,6 +13,9 @@ from .spectrum import principal, shrinkage
 #: The number of directions is chosen on at most so many rows, of which one in `_JUDGES` judges.
 _SAMPLE = 1000
 _JUDGES = 5
+#: So many of the first directions are multiplied in float64. Most of a row's length lies along them, and what lies
+#: outside, which weighs most, is the difference: rounding of these products is magnified as no other is.
+_EXACT = 8
 
 
 class Mahalanobis(Fitted):
@@ -77,7 +80,11 @@ class Mahalanobis(Fitted):
     def forward(self, rows: Tensor) -> Tensor:
         """Scores ``(B,)`` of ``rows`` ``(B, d)``, in the dtype of the rows."""
         centred = rows - self.mean
-        squares = (centred.to(self.directions.dtype) @ self.directions).to(rows.dtype).square()
+        along = [centred @ self.directions[:, :_EXACT].to(rows.dtype)]
+        if self.directions.shape[1] > _EXACT:
+            others = self.directions[:, _EXACT:]
+            along.append((centred.to(others.dtype) @ others).to(rows.dtype))
+        squares = torch.cat(along, 1).square()
         outside = (centred.square().sum(-1) - squares.sum(-1)).clamp(min=0)
         return squares @ self.weights + self.rest * outside
 

@@ -91,6 +91,27 @@ def test_what_many_rows_and_few_directions_leave_out_counts_by_its_own_variance(
     assert spearmanr(kept(torch.tensor(new)), exact(torch.tensor(new))).statistic > 0.8
 
 
+def test_what_the_strongest_directions_round_is_not_magnified():
+    """A row a hundred times as long along a few directions as outside, whose weight is the largest."""
+    rng = np.random.default_rng(3)
+    strong = np.linalg.qr(rng.normal(size=(3000, 8)))[0].T * 5000
+
+    def rows(n):
+        return rng.normal(size=(n, 8)) @ strong + rng.normal(size=(n, 3000))
+
+    score, new = Mahalanobis.fit(rows(160)), rows(40)
+    centred, directions = new - score.mean.numpy(), score.directions.double().numpy()
+    along = centred @ directions
+    outside = np.square(centred).sum(1) - np.square(along).sum(1)
+    truth = np.square(along) @ score.weights.numpy() + score.rest.numpy() * outside
+    each = EPS * np.sqrt(3000) * np.linalg.norm(centred, axis=1)
+    bound = 2 * float(score.rest) * each * np.abs(along[:, 8:]).sum(1)
+    assert (10 * bound < budget(score, new)).all()
+    for batch in (1, 40):
+        found = torch.cat([score(part) for part in torch.tensor(new).split(batch)]).numpy()
+        assert (np.abs(found - truth) <= bound).all()
+
+
 def test_deterministic_and_stored():
     rows, new = decaying(50, 300, 10), torch.tensor(decaying(20, 300, 11))
     score = Mahalanobis.fit(rows)
