@@ -41,7 +41,9 @@ def _same(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
 
 def _stored(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
     """Likewise for the image size that was named beforehand, by a layer that pads or one that does nothing."""
-    return a, _zeros_of(module.static_padding)
+    return a, [
+        sum(pair) for pair in zip(_zeros_of(module.static_padding), padding_pairs(module), strict=True)
+    ]
 
 
 def _zeros_of(layer: Any) -> Sequence[int]:

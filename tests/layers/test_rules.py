@@ -121,7 +121,10 @@ def test_convolutions_that_pad_in_their_forward(name: str, data: st.DataObject) 
     )
     options = {"groups": groups, "dilation": data.draw(st.integers(1, 2)), "bias": data.draw(st.booleans())}
     if "Static" in name:
-        options["image_size"] = size + data.draw(st.integers(-1, 1))
+        options |= {
+            "image_size": size + data.draw(st.integers(-1, 1)),
+            "padding": data.draw(st.integers(0, 1)),
+        }
     layer = _library(name)(4, 8, data.draw(st.integers(1, 5)), stride, **options).double()
     assert "padding" in find_rule(layer)[0].name  # type: ignore[union-attr]
     check_module(layer, torch.randn(3, 4, size, size + 2, dtype=torch.float64))
