@@ -147,6 +147,9 @@ def _session(path: str | os.PathLike[str], *, optimized: bool) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # It would lay out all that a pass writes, for each batch size that it has seen, as if nothing of it could share a
+    # place: of a vision transformer's backward pass twice the memory, for no time.
+    options.enable_mem_pattern = False
     # Its warnings are about its own optimizations.
     options.log_severity_level = 3
     if not optimized:
