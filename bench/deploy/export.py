@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,17 @@ def logits_of(net: nn.Module) -> Callable[[Tensor], Tensor]:
 FORMS = {"default": (), "bias gradients": ("bias_gradients",), "all parameters": ("gradients",)}
 #: Where a file comes from, by its suffix.
 RUNTIMES = {"pt2": "AOTInductor", "onnx": "ONNX Runtime"}
-#: What an ONNX file may differ by to be written at all, relative; the table says by how much it does.
-_ALLOWED = 1e-2
+#: What a file may differ by to be timed, relative, with the default blocks: a runtime has sums of its own, which the
+#: detector magnifies where only the last layer was fitted.
+_APART = {"resnet18": 1e-4, "efficientnet_lite0": 1e-4}
+_LAST_LAYER = 1e-2
+#: With gradients, of which rounding at the kink of a ReLU opens or closes a path; the table says by how much.
+_KINK = 1e-2
+
+
+def allowed(stem: Path, form: str) -> float:
+    """The bound of a file."""
+    return _KINK if FORMS.get(form) else _APART.get(stem.name, _LAST_LAYER)
 
 
 def fitted(net: nn.Module, images: Images, form: str, samples: int) -> TwoStageModel:
@@ -136,19 +145,31 @@ def write_plain(net: nn.Module, example: Tensor, file: Path) -> None:
         )
 
 
-def write(live: TwoStageModel, example: Tensor, file: Path) -> None:
+def write(live: TwoStageModel, example: Tensor, file: Path, tolerance: float) -> None:
     """The exported file, unless it is there."""
     if not file.exists():
         start = time.perf_counter()
-        export(live, example, file, tolerance=_ALLOWED)
+        export(live, example, file, tolerance=tolerance)
         print(f"{file.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
-def cases_of(stem: Path, forms: Iterable[str], suffix: str) -> Cases:
-    """The plain network and the two-stage models in one runtime."""
+def cases_of(
+    net: nn.Module, ready: Mapping[str, TwoStageModel], stem: Path, suffix: str, example: Tensor
+) -> Cases:
+    """The plain network and the two-stage models in one runtime, each compared with what it was made from."""
     file = _file(stem, "plain", suffix)
     plain = torch._inductor.aoti_load_package(str(file)) if suffix == "pt2" else onnx_file.load(file)
-    return {"plain": plain} | {form: ModelPackage(_file(stem, form, suffix)) for form in forms}
+    cases: Cases = {"plain": plain} | {form: ModelPackage(_file(stem, form, suffix)) for form in ready}
+    for case, run in cases.items():
+        ours, theirs = run(example), ready[case](example) if case in ready else logits_of(net)(example)
+        # The plain network's answer is one tensor, or a list of one.
+        pairs = zip(
+            *((value,) if isinstance(value, Tensor) else tuple(value) for value in (ours, theirs)),
+            strict=True,
+        )
+        found = max(onnx_export.difference(one, other) for one, other in pairs)
+        assert found <= allowed(stem, case), (file.name, case, found)
+    return cases
 
 
 def timed(
@@ -220,7 +241,7 @@ def main() -> None:
                 write_plain(net, example, _file(stem, "plain", suffix))
             for form, live in ready.items():
                 file = _file(stem, form, suffix)
-                write(live, example, file)
+                write(live, example, file, allowed(stem, form))
                 row = {
                     "kind": "equality", "network": name, "weights": args.weights, "form": form,
                     "runtime": RUNTIMES[suffix], "batches": args.check,
@@ -230,7 +251,10 @@ def main() -> None:
                 results_file.append(args.cache / "equality.json", row)
         if args.step == "compile":
             continue
-        runtimes = {RUNTIMES[suffix]: cases_of(stem, args.forms, suffix) for suffix in args.runtimes}
+        runtimes = {
+            RUNTIMES[suffix]: cases_of(net, ready, stem, suffix, images(8, seed=4))
+            for suffix in args.runtimes
+        }
         prices = {form: live.report().price[0] for form, live in ready.items()}
         for batch in args.batches:
             x = images(batch, seed=5)

@@ -21,12 +21,10 @@ Padding = Callable[[ConvNd, Tensor], tuple[Tensor, Sequence[int]]]
 
 def _own(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
     """As ``torch.nn`` pads."""
-    none = (0,) * 2 * len(module.kernel_size)
+    pads = padding_pairs(module)
     if module.padding_mode != "zeros":
-        return F.pad(a, padding_pairs(module), mode=module.padding_mode), none
-    if isinstance(module.padding, str):
-        return a, none if module.padding == "valid" else padding_pairs(module)
-    return a, [n for n in reversed(module.padding) for _ in range(2)]
+        return F.pad(a, pads, mode=module.padding_mode), [0] * len(pads)
+    return a, pads
 
 
 def _same(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
