@@ -86,6 +86,7 @@ def fit(
     change: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
     flips: bool = True,
     sizes: Sequence[int] = (),
+    progress: cache.Progress | None = None,
 ) -> nn.Module:
     """SGD with one cycle of the learning rate.
 
@@ -100,6 +101,7 @@ def fit(
         change: Alters every batch after cropping.
         flips: Whether images are cropped and flipped.
         sizes: Pixels that images are brought to, each for an equal share of the passes; none for their own.
+        progress: Where each pass is kept, and taken from to go on.
     """
     device = next(model.parameters()).device
     model = model.to(memory_format=torch.channels_last)
@@ -111,8 +113,15 @@ def fit(
     )
     generator = torch.Generator().manual_seed(seed)
     padded = F.pad(images, (3,) * 4, mode="reflect")
-    # bfloat16 halves the time of a step on processors that have it; accuracy changes by less than a seed.
-    for epoch in range(epochs):
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    begun = 0
+    if progress is not None and (state := progress.load()) is not None:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+        begun = state["passes"]
+    # bfloat16 halves the time of a step on processors with matrix units; accuracy changes by less than a seed.
+    for epoch in range(begun, epochs):
         model.train()
         start = time.perf_counter()
         for index in torch.randperm(len(images), generator=generator)[: steps * batch].view(steps, batch):
@@ -129,6 +138,11 @@ def fit(
             loss.backward()
             optimizer.step()
             schedule.step()
+        if progress is not None:
+            progress.keep(
+                {name: part.state_dict() for name, part in parts.items()}
+                | {"generator": generator.get_state(), "passes": epoch + 1}
+            )
         if (taken := time.perf_counter() - start) > 60:
             print(f"epoch {epoch + 1} of {epochs}: {taken:.0f} s", file=sys.stderr, flush=True)
     return model.to(memory_format=torch.contiguous_format).eval()
@@ -178,7 +192,7 @@ def trained(recipe: Recipe, root: Path, folder: Path) -> Classifier:
             whiten(stem, model.normalize(images[:2000]))
         fit(
             model.to(device), images[:seen], labels[:seen], epochs=recipe.epochs, seed=recipe.seed, flips=flips,
-            rate=RATES.get(recipe.network, 0.3), sizes=SIZES.get(recipe.network, ()),
+            rate=RATES.get(recipe.network, 0.3), sizes=SIZES.get(recipe.network, ()), progress=progress,
         )  # fmt: skip
         seconds = time.perf_counter() - start
         images, labels = sets.load(root, recipe.dataset, "test").labelled()
@@ -188,4 +202,10 @@ def trained(recipe: Recipe, root: Path, folder: Path) -> Classifier:
 
     # Where there is a GPU the networks are larger.
     made_by = asdict(recipe) | {"parameters": sum(p.numel() for p in build(recipe).parameters())}
-    return cache.weights(folder / recipe.file(), build(recipe), made_by, train)  # type: ignore[return-value]
+    path = folder / recipe.file()
+    # Of what takes hours each pass is kept.
+    progress = cache.Progress(path.with_suffix(".progress"), made_by) if recipe.network in RATES else None
+    found = cache.weights(path, build(recipe), made_by, train)
+    if progress is not None:
+        progress.forget()
+    return found  # type: ignore[return-value]
