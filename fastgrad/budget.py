@@ -179,7 +179,7 @@ class Candidates:
             own: Whether the challenging samples are the user's own: then what helps on them counts, and kinds are
                 not left out of training.
         """
-        from fastgrad.estimators.worth import WEIGHT, Judge
+        from fastgrad.estimators.worth import GENERATED, OWN, Judge
 
         names = [block.name for block in self.blocks]
         price = {entry.block: self._price(entry) for entry in self.entries}
@@ -189,7 +189,8 @@ class Candidates:
             why = "asked for" if self.fixed else "no challenges to measure its worth on"
             return self._report(kept, {}, None, why)
         choice = Judge(detector, X, kinds, held_out, own=own).choose(names, price, allowance)
-        return self._report(choice.kept, choice.worth, choice.auroc, "", choice.seen, WEIGHT)
+        weight = OWN if own else GENERATED
+        return self._report(choice.kept, choice.worth, choice.auroc, "", choice.seen, weight)
 
     @staticmethod
     def _price(entry: Entry) -> float:

@@ -108,7 +108,7 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
         pixels = PixelRange.of(x)
         own = x[torch.as_tensor(np.flatnonzero(chosen), device=device)]
         # Names take turns within a batch, or few images would not get to the last ones.
-        for part in own.split(together):
+        for part in own.tensor_split(-(-len(own) // together)):
             turn = turns[held_out]
             picked = [names[(turn + i) % len(names)] for i in range(each)]
             turns[held_out] += each

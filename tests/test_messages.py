@@ -26,8 +26,8 @@ CHANGED: dict[str, str] = {
     "UncertaintyDetector: no block": r"X must have blocks named gradients, .*, view; it had none",
     # There are two formats.
     "ModelPackage: other format": r".*model\.pt2 has another format than 1 and 2; a newer fastgrad may read it",
-    # There is one more kind of challenge.
-    "challenges: name": r"names must be one of 'noise', .*, 'compressed_pgd', 'deepfool'; it was 'rain'",
+    # There are more kinds of challenge.
+    "challenges: name": r"names must be one of 'noise', .*, 'deepfool', 'compressed_fgsm', .*; it was 'rain'",
     # Models can be given by name.
     "fastgrad: serve without a model": r"fastgrad serve: give one MODEL, or --model NAME=PATH .*",
     # Three samples are watched before the batch is run.

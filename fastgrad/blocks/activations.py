@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.channels import Channels, last, output_of, positions
+from fastgrad.blocks.channels import Channels, output_of, positions, sampled
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
@@ -20,9 +20,6 @@ from fastgrad.scores.conformal import OneSided
 from fastgrad.scores.mahalanobis import Mahalanobis
 from fastgrad.scores.rows import Rows
 
-#: Of the forward pass's operations, the share of numbers that are read at most of maps: a twentieth of its time or so.
-#: Four times as many are worth little more. Of tokens every place is read: the first layers know what words there are.
-_READ = 1 / 2400
 #: Standardised columns are cut here: no single channel decides alone.
 CLIP = 8.0
 #: Principal components that H sees.
@@ -45,9 +42,8 @@ class Activations(Block):
         return None if subject.channels else "the network has no normalisation, convolutional or linear layer"
 
     def places(self, subject: Subject) -> tuple[Channels, ...]:
-        """Where channels are read: of maps, whose channels come first, the last places."""
-        maps = all(place.dim == 1 for place in subject.channels)
-        return last(subject.channels, _READ) if maps else subject.channels
+        """Where channels are read."""
+        return subject.sampled or subject.channels
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         """Every place's mean squares."""
@@ -80,6 +76,8 @@ def mean_square(place: Channels, mask: Tensor | None, inputs: tuple[Any, ...], o
     if weights is not None:
         squares = channel_square_sums(value * weights.to(value.dtype), place.dim)
         return squares / weights.sum(1).clamp_min(1)
+    if place.grid:
+        value = sampled(value, place.grid)
     return channel_square_sums(value, place.dim) / max(1, math.prod(value.shape[1:]) // place.count)
 
 

@@ -5,8 +5,10 @@ positions says how unusual an input is; and the gradient of its bias is the sum 
 that does not normalise is read at the outputs of its convolutional, linear, recurrent and attention layers; and so is
 one with layer norms, which give every position of every input the same scale, however unusual it is.
 
-Reading is to cost little beside the forward pass. Where a network computes little for each number that it writes, as
-one of depthwise convolutions does, its last layers are read and the first, which write the most, are not.
+Reading is to cost little beside the forward pass. A backward pass reads every number that a place puts out. Where a
+network computes little for each of them, as one of depthwise convolutions does, it reads the last layers, and not the
+first, which write the most. A forward pass needs no more of a map than a coarse grid of its positions, and neighbouring
+layers say nearly the same: it reads a few places from the first layers to the last.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrad._torch import BatchNorm, ConvNd, InstanceNorm
@@ -25,7 +28,9 @@ from fastgrad._torch import BatchNorm, ConvNd, InstanceNorm
 #: Fewer places of one kind than this say little, and the next kind is read instead.
 _LEAST = 2
 #: Of the forward pass's operations, the share of numbers that are read at most: a tenth of its time or so.
-_READ = 1 / 600
+READ = 1 / 600
+#: Places of a grid that a forward pass reads at most, and positions along each axis of a map.
+_SPREAD, _GRID = 12, 8
 _CHANNELS_FIRST = (BatchNorm, InstanceNorm, nn.GroupNorm, nn.LocalResponseNorm, ConvNd)
 #: In a class's name; what brings pixels to another scale, "Normalize", is no layer of the network.
 _NORM = re.compile("Norm(?!s|alize)")
@@ -42,6 +47,7 @@ class Channels:
         count: How many there are.
         depth: Share of the forward pass's operations that come before the output, from 0 to 1.
         share: Numbers that this place and all later ones put out, over the forward pass's operations.
+        grid: Positions along each axis of a map that are read at most; 0 for all.
     """
 
     path: str
@@ -49,6 +55,7 @@ class Channels:
     count: int
     depth: float
     share: float = 0.0
+    grid: int = 0
 
 
 def output_of(output: Any) -> Tensor | None:
@@ -90,7 +97,7 @@ def channel_dim(module: nn.Module, shape: tuple[int, ...]) -> int | None:
 
 
 def choose(seen: Sequence[tuple[nn.Module, Channels, int]], operations: float) -> tuple[Channels, ...]:
-    """Of all places seen in a forward pass, in order, those that are read.
+    """Of all places seen in a forward pass, in order, those that say what is read of this network.
 
     Args:
         seen: The module, the place and how many numbers it puts out for one sample.
@@ -105,7 +112,27 @@ def choose(seen: Sequence[tuple[nn.Module, Channels, int]], operations: float) -
     for _, place, count in reversed(next(enough, layers or norms)):
         numbers += count
         found.append(dataclasses.replace(place, share=numbers / max(1, operations)))
-    return last(tuple(reversed(found)), _READ)
+    return tuple(reversed(found))
+
+
+def spread(places: Sequence[Channels]) -> tuple[Channels, ...]:
+    """Of maps, a few places from the first to the last, on a grid; none of tokens, whose first layers are words."""
+    if any(place.dim != 1 for place in places):
+        return ()
+    step = -(-len(places) // _SPREAD) or 1
+    return tuple(dataclasses.replace(place, grid=_GRID) for place in reversed(places[::-1][::step]))
+
+
+def sampled(value: Tensor, grid: int) -> Tensor:
+    """A map ``(B, C, ...)`` at ``grid`` positions along each axis at most, evenly spaced from the first.
+
+    By a pooling of single positions: exported files keep to the layout of their convolutions through one.
+    """
+    steps = tuple(-(-length // grid) for length in value.shape[2:])
+    if all(step == 1 for step in steps) or len(steps) > 3:
+        return value
+    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(steps) - 1]
+    return pool(value, 1, steps)
 
 
 def last(places: Sequence[Channels], share: float) -> tuple[Channels, ...]:

@@ -30,11 +30,12 @@ class Subject:
         head: Name of the linear layer that gave the logits, its input one row ``(B, D)`` a sample; None where
             there is none.
         bias: Whether that layer has a bias.
-        channels: Where channels are read, in the order of the forward pass.
+        channels: Where a backward pass reads channels, in the order of the forward pass.
         image: Place among the inputs of the one image tensor ``(B, C, H, W)``, an index or a keyword; None
             where there is none or several.
         mask: Keyword of the input that marks the positions of a text ``(B, T)``, or None.
         written: Bytes that the forward pass of one sample writes.
+        sampled: Where the forward pass reads channels, if not at all of those.
     """
 
     classes: int
@@ -44,6 +45,7 @@ class Subject:
     image: int | str | None
     mask: str | None
     written: float
+    sampled: tuple[Channels, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For storage."""
@@ -52,8 +54,11 @@ class Subject:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Subject:
         """The inverse of `to_json`."""
-        places = tuple(Channels(**place) for place in stored["channels"])
-        return cls(**{**stored, "channels": places})
+        places = {
+            name: tuple(Channels(**place) for place in stored.get(name, ()))
+            for name in ("channels", "sampled")
+        }
+        return cls(**{**stored, **places})
 
 
 class _Operations(DispatchMode):
@@ -136,17 +141,19 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
         ),
         None,
     )
-    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    images = [place for place, value in places if is_image(value)]
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    images = [place for place, value in given if is_image(value)]
+    places = _places(three, two, None if head is None else head[0])
     mask = kwargs.get("attention_mask")
     return Subject(
         classes=logits.shape[1],
         head=None if head is None else head[0],
         bias=head is not None and getattr(head[1], "bias", None) is not None,
-        channels=_places(three, two, None if head is None else head[0]),
+        channels=channels.last(places, channels.READ),
         image=images[0] if len(images) == 1 else None,
         mask="attention_mask" if isinstance(mask, Tensor) and mask.dim() == 2 else None,
         written=three.written / 3,
+        sampled=channels.spread(places),
     )
 
 

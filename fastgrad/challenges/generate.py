@@ -29,8 +29,11 @@ CHALLENGES: Mapping[str, tuple[float, ...]] = MappingProxyType(
         "tiling": (2, 4),
         "fgsm": (2 / 255, 4 / 255, 8 / 255),
         "pgd": (2 / 255, 4 / 255, 8 / 255),
-        "compressed_pgd": (4 / 255, 8 / 255),
         "deepfool": (0.02, 0.5),
+        # A smaller overshoot does not outlast the compression.
+        "compressed_fgsm": (2 / 255, 4 / 255, 8 / 255),
+        "compressed_pgd": (2 / 255, 4 / 255, 8 / 255),
+        "compressed_deepfool": (0.5,),
     }
 )
 
@@ -41,8 +44,10 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "compression": "grain",
         "fgsm": "grain",
         "pgd": "grain",
-        "compressed_pgd": "grain",
         "deepfool": "grain",
+        "compressed_fgsm": "grain",
+        "compressed_pgd": "grain",
+        "compressed_deepfool": "grain",
         "blur": "blur",
         "contrast": "light",
         "brightness": "light",
@@ -68,25 +73,27 @@ _CORRUPTIONS: dict[str, Callable[[Tensor, float, Generator], Tensor]] = {
     "magnification": corruptions.magnification,
     "tiling": corruptions.tiling,
 }
-#: JPEG quality that most cameras and sites write; attacks survive it, traces of them in pixels hardly.
-_QUALITY = 75
+#: JPEG qualities that cameras and sites write; attacks survive them, traces of them in pixels hardly.
+_QUALITIES = (60, 95)
+_Attack = Callable[..., Tensor]
 
 
-def _compressed_pgd(
-    model: nn.Module, unit: Tensor, epsilon: float, generator: Generator, *, pixels: PixelRange
-) -> Tensor:
-    """An attacked image that went through JPEG before it came here."""
-    return corruptions.compression(
-        attacks.pgd(model, unit, epsilon, generator, pixels=pixels), _QUALITY, generator
-    )
+def _compressed(attack: _Attack) -> _Attack:
+    """The attack, and JPEG after it: what is left of it is in the network's answer rather than in pixels."""
+
+    def attacked(
+        model: nn.Module, unit: Tensor, strength: float, generator: Generator, *, pixels: PixelRange
+    ) -> Tensor:
+        made = attack(model, unit, strength, generator, pixels=pixels)
+        low, high = _QUALITIES
+        quality = int(torch.randint(low, high + 1, (), generator=generator))
+        return corruptions.compression(made, quality, generator)
+
+    return attacked
 
 
-_ATTACKS: dict[str, Callable[..., Tensor]] = {
-    "fgsm": attacks.fgsm,
-    "pgd": attacks.pgd,
-    "compressed_pgd": _compressed_pgd,
-    "deepfool": attacks.deepfool,
-}
+_ATTACKS: dict[str, _Attack] = {"fgsm": attacks.fgsm, "pgd": attacks.pgd, "deepfool": attacks.deepfool}
+_ATTACKS |= {f"compressed_{name}": _compressed(attack) for name, attack in _ATTACKS.items()}
 
 
 def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int] | None = None) -> list[str]:

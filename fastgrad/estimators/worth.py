@@ -29,8 +29,14 @@ Array = NDArray[np.float64]
 _LEARNED = 1000
 #: Passes of a trial over them and its hidden units: sets of blocks rank alike with fewer than a final H has.
 _EPOCHS, _HIDDEN = 15, 64
-#: Weight of H beside a one-class score's 1. It is not chosen: an H without some kinds is weaker than the final one.
-WEIGHT = 2.0
+#: Weight of an H beside a one-class score's 1 while blocks are chosen. It is not chosen itself: an H without whole
+#: families of kinds is weaker than the final one.
+_WEIGHT = 2.0
+#: Weight of the final H, of generated challenges and of the user's own. With single kinds left out of an H of full
+#: size, 3 and 4 were best on photographs; of few kinds less is known.
+GENERATED, OWN = 4.0, 2.0
+#: Half the width of a 95 % interval, in standard errors.
+_INTERVAL = 1.96
 #: Blocks that have been worth their small price on networks of many kinds: where a choice begins.
 USUAL = ("logits", "activations", "image")
 
@@ -157,8 +163,10 @@ class Judge:
         """The blocks to keep, those that H reads among them, and what each block is worth.
 
         A choice begins with `USUAL`, as far as they can be had. As long as a change makes the detector better by more
-        than its interval, the best is made: a block more, which the budget must allow, a block less, or one less under
-        H, which then serves by its own scores alone. Few samples give wide intervals, and change little.
+        than chance would, the best is made: a block more, which the budget must allow, a block less, or one less under
+        H, which then serves by its own scores alone. What the user is ready to pay for is taken where it helps by more
+        than its standard error; what is there goes only where that helps by more than its interval. Few samples give
+        wide ones, and change little.
 
         Args:
             names: Candidates.
@@ -177,7 +185,7 @@ class Judge:
             for other in changes:
                 if other != state and self._fits(other, price, allowance):
                     gain, interval = self._gain(other, state)
-                    if gain > interval:
+                    if gain > (interval / _INTERVAL if other.kept > state.kept else interval):
                         better[other] = gain
             if not better:
                 break
@@ -209,7 +217,7 @@ class Judge:
         clean = np.mean([full[kind].clean - without[kind].clean for kind in full], 0)
         own = [full[kind].own - without[kind].own for kind in full]
         variance = _variance(clean) + sum(map(_variance, own)) / len(own) ** 2
-        return float(clean.mean()), 1.96 * math.sqrt(variance)
+        return float(clean.mean()), _INTERVAL * math.sqrt(variance)
 
     def _quality(self, state: State) -> dict[str, Placements]:
         """How clean and challenging samples lie to each other, by kind."""
@@ -220,7 +228,7 @@ class Judge:
             )
             found: dict[str, Placements] = {}
             for surprise, (_, judged) in zip(self._surprises(state.seen), self.folds, strict=True):
-                total = one_class + WEIGHT * surprise
+                total = one_class + _WEIGHT * surprise
                 clean = total[self.calibrating]
                 for kind in sorted(set(self.kinds[judged])):
                     own = judged[self.kinds[judged] == kind]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 
 import pytest
 import torch
@@ -10,10 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrad import losses
-from fastgrad.blocks import BLOCKS, Activations, BiasGradients, Contrasts, NormalizationNorms, View
+from fastgrad.blocks import (
+    BLOCKS,
+    Activations,
+    BiasGradients,
+    Contrasts,
+    NormalizationNorms,
+    View,
+    channels,
+)
 from fastgrad.blocks.extraction import Extraction, arguments
 from fastgrad.blocks.signals import JOINED
-from fastgrad.blocks.subject import watch
+from fastgrad.blocks.subject import Subject, watch
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -323,22 +331,39 @@ def test_where_reading_would_cost_more_than_it_may_the_last_layers_are_read() ->
     assert [place.path for place in watch(full, *arguments(x)).channels] == ["1", "3"]
 
 
-def test_activations_read_fewer_of_the_places_than_a_backward_pass_may() -> None:
-    """316 million operations allow 132 thousand numbers to be read; the places write 66, 66, 16 and 1 thousand."""
-    first = [nn.Conv2d(3, 256, 3, padding=1), nn.BatchNorm2d(256), nn.Conv2d(256, 256, 3, padding=1)]
-    narrow = [nn.BatchNorm2d(256), nn.Conv2d(256, 64, 1), nn.BatchNorm2d(64)]
-    last = [nn.Conv2d(64, 64, 4, 4), nn.BatchNorm2d(64), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    subject = watch(
-        nn.Sequential(*first, *narrow, *last, nn.Linear(64, 5)).eval(), *arguments(torch.randn(3, 3, 16, 16))
-    )
-    assert [place.path for place in subject.channels] == ["1", "3", "5", "7"]
-    assert [place.path for place in Activations().places(subject)] == ["3", "5", "7"]
-    shares = [place.share for place in subject.channels]
-    assert shares == sorted(shares, reverse=True)
-    stored = tuple(dataclasses.replace(place, share=0.0) for place in subject.channels)
-    old = dataclasses.replace(subject, channels=stored)
-    assert Activations().places(old) == old.channels  # a detector stored before shares were keeps its places
-    tokens = dataclasses.replace(
-        subject, channels=tuple(dataclasses.replace(p, dim=-1) for p in subject.channels)
-    )
-    assert Activations().places(tokens) == tokens.channels
+def test_a_forward_pass_reads_a_few_maps_on_a_grid_from_the_first_to_the_last() -> None:
+    layers = [m for _ in range(25) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    images = torch.randn(5, 4, 20, 9)
+    subject = watch(net, *arguments(images))
+    places = Activations().places(subject)
+    assert [place.path for place in places] == ["1", "7", "13", "19", "25", "31", "37", "43", "49"]
+    found = Extraction(net, [Activations()])(images)[1]["activations"].view(5, 9, 4)
+    for place, own in zip(places, found.unbind(1), strict=True):
+        output = net[: int(place.path) + 1](images)[:, :, ::3, ::2]
+        torch.testing.assert_close(own, output.square().mean((2, 3)).log())
+    assert Subject.from_json(json.loads(json.dumps(subject.to_json()))) == subject
+    old = {name: value for name, value in subject.to_json().items() if name != "sampled"}
+    assert (
+        Activations().places(Subject.from_json(old)) == subject.channels
+    )  # as it was stored, at every position
+    assert all(place.grid == 0 for place in subject.channels)
+
+
+def test_tokens_are_read_at_every_position() -> None:
+    layers = [m for _ in range(20) for m in (nn.Linear(6, 6), nn.Tanh())]
+    # One row a sentence: the mean of its words.
+    mean = [nn.Unflatten(1, (30, 1)), nn.AvgPool3d((30, 1, 1)), nn.Flatten()]
+    net = nn.Sequential(*layers, *mean, nn.Linear(6, 3)).eval()
+    words = torch.randn(4, 30, 6)
+    subject = watch(net, *arguments(words))
+    assert Activations().places(subject) == subject.channels
+    found = Extraction(net, [Activations()])(words)[1]["activations"]
+    torch.testing.assert_close(found[:, -6:], net[:39](words).square().mean(1).log())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 50), (2, 3, 5, 6, 7), (2, 3, 17, 9, 4), (2, 3)])
+def test_a_grid_takes_evenly_spaced_positions_of_any_map(shape: tuple[int, ...]) -> None:
+    value = torch.randn(shape)
+    steps = tuple(slice(None, None, -(-length // 8)) for length in shape[2:])
+    assert torch.equal(channels.sampled(value, 8), value[(slice(None), slice(None), *steps)])
