@@ -29,7 +29,7 @@ from fastgrad._torch import BatchNorm, ConvNd, InstanceNorm
 _LEAST = 2
 #: Of the forward pass's operations, the share of numbers that are read at most: a tenth of its time or so.
 READ = 1 / 600
-#: Places of a grid that a forward pass reads at most, and positions along each axis of a map.
+#: Places that a forward pass reads at most, and positions along an axis of a map that are still read one by one.
 _SPREAD, _GRID = 12, 8
 _CHANNELS_FIRST = (BatchNorm, InstanceNorm, nn.GroupNorm, nn.LocalResponseNorm, ConvNd)
 #: In a class's name; what brings pixels to another scale, "Normalize", is no layer of the network.
@@ -47,7 +47,7 @@ class Channels:
         count: How many there are.
         depth: Share of the forward pass's operations that come before the output, from 0 to 1.
         share: Numbers that this place and all later ones put out, over the forward pass's operations.
-        grid: Positions along each axis of a map that are read at most; 0 for all.
+        grid: Of a map, each axis with more positions is read at fewer than so many; 0 for all.
     """
 
     path: str
@@ -124,15 +124,18 @@ def spread(places: Sequence[Channels]) -> tuple[Channels, ...]:
 
 
 def sampled(value: Tensor, grid: int) -> Tensor:
-    """A map ``(B, C, ...)`` at ``grid`` positions along each axis at most, evenly spaced from the first.
+    """A map ``(B, C, ...)`` at less than ``grid`` positions along each longer axis, evenly spaced within it.
 
-    By a pooling of single positions: exported files keep to the layout of their convolutions through one.
+    The first of an axis is left out: it saw the padding. Single positions are taken by a pooling, through which
+    exported files keep to the layout of their convolutions.
     """
     steps = tuple(-(-length // grid) for length in value.shape[2:])
     if all(step == 1 for step in steps) or len(steps) > 3:
         return value
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(steps) - 1]
-    return pool(value, 1, steps)
+    inside = (..., *(slice(None if step == 1 else 1, None) for step in steps))
+    result: Tensor = pool(value, 1, steps)[inside]
+    return result
 
 
 def last(places: Sequence[Channels], share: float) -> tuple[Channels, ...]:
