@@ -65,10 +65,7 @@ def weights(
         train(model)
         _write(path, lambda file: torch.save({"recipe": dict(recipe), "weights": model.state_dict()}, file))
         return model.eval()
-    try:
-        kept = torch.load(path, weights_only=True)
-    except DAMAGED as error:
-        raise damaged(path, error) from error
+    kept = _read(path)
     found = kept.get("recipe") if isinstance(kept, dict) else None
     if found != dict(recipe):
         raise ValueError(
@@ -101,10 +98,10 @@ class Progress:
         """
         if not self.path.exists():
             return None
+        kept = _read(self.path)
         try:
-            kept: dict[str, Any] = torch.load(self.path, weights_only=True)
             return kept["state"] if kept["recipe"] == self.recipe else None
-        except DAMAGED as error:
+        except (KeyError, TypeError) as error:
             raise damaged(self.path, error) from error
 
     def keep(self, state: Mapping[str, Any]) -> None:
@@ -129,6 +126,14 @@ def digest(*parts: object) -> str:
         else:
             total.update(json.dumps(part, sort_keys=True).encode())
     return total.hexdigest()[:12]
+
+
+def _read(path: Path) -> Any:
+    """What `torch.save` wrote."""
+    try:
+        return torch.load(path, weights_only=True)
+    except DAMAGED as error:
+        raise damaged(path, error) from error
 
 
 def _write(path: Path, write: Callable[[Any], object]) -> None:

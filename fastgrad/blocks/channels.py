@@ -120,7 +120,7 @@ def spread(places: Sequence[Channels]) -> tuple[Channels, ...]:
     if any(place.dim != 1 for place in places):
         return ()
     step = -(-len(places) // _SPREAD) or 1
-    return tuple(dataclasses.replace(place, grid=_GRID) for place in reversed(places[::-1][::step]))
+    return tuple(dataclasses.replace(place, grid=_GRID) for place in places[(len(places) - 1) % step :: step])
 
 
 def sampled(value: Tensor, grid: int) -> Tensor:
