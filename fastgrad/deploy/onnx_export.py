@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgrad.checks import extra
 from fastgrad.deploy.graph import trace
 from fastgrad.deploy.onnx_file import EXPLAINED, INPUT, KEY, OUTPUTS, load, sum_entry
-from fastgrad.deploy.onnx_layout import join_means, keep_blocked
+from fastgrad.deploy.onnx_layout import join_means, keep_blocked, sample_apart
 from fastgrad.deploy.onnx_operators import decompositions
 from fastgrad.deploy.onnx_optimizer import optimize
 
@@ -83,6 +83,7 @@ def convert(
         raise
     if model.ByteSize() >= _LARGEST:
         raise RuntimeError("the model is larger than the 2 GB that one ONNX file can hold; export to .pt2")
+    sample_apart(model.graph)
     keep_blocked(model.graph)
     join_means(model.graph)
     _tidy(model)

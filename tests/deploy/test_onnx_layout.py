@@ -53,6 +53,59 @@ def test_readings_before_a_clip_leave_images_in_blocks(tmp_path: Path) -> None:
     assert kinds["ReorderOutput"] <= 2
 
 
+class Gridded(nn.Module):
+    """A grid of positions of what comes before each activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.depthwise = (
+            nn.Conv2d(3, channels, 3, 2, 1),
+            nn.Conv2d(channels, channels, 3, 1, 1, groups=channels),
+        )
+        self.norms = nn.ModuleList([nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)])
+        for norm in self.norms:
+            assert isinstance(norm, nn.BatchNorm2d)
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.norms[0](self.first(x))
+        second = self.norms[1](self.depthwise(nn.functional.relu6(first)))
+        grids = [nn.functional.max_pool2d(value, 1, (8, 7)) for value in (first, second)]
+        return nn.functional.relu6(second), torch.cat([grid.flatten(1) for grid in grids], 1)
+
+
+@pytest.mark.parametrize("size", [64, 65, 79])
+def test_a_grid_of_positions_gets_a_convolution_of_its_own(size: int, tmp_path: Path) -> None:
+    import onnx
+
+    torch.manual_seed(size)
+    model = Gridded(32).eval()
+    x = 8 * torch.randn(3, 3, size, size - 3)
+    proto = onnx_export.convert(model, x, outputs=("map", "grids"))
+    kinds = Counter(node.op_type for node in proto.graph.node)
+    assert (kinds["Conv"], kinds["MaxPool"]) == (4, 0)
+    onnx.save(proto, file := tmp_path / "m.onnx")
+    # Of 27 products and 9, rounded otherwise.
+    for found, expected in zip(onnx_file.load(file)(x), model(x), strict=True):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+    assert optimized(file, tmp_path)["Clip"] == 0
+
+
+def test_a_grid_that_costs_more_than_the_map_is_read_from_the_map() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(64, 64, 3, padding=1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.conv(x)
+            return torch.relu(x), nn.functional.max_pool2d(x, 1, 2)
+
+    proto = onnx_export.convert(Dense().eval(), torch.randn(2, 64, 8, 8), outputs=("y", "grid"))
+    assert Counter(node.op_type for node in proto.graph.node)["Conv"] == 1
+
+
 class Back(nn.Module):
     """The sums of gradients at four layers, sent back through convolutions of all kinds."""
 
