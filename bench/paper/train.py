@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bench.paper import cache
 from bench.paper.data import sets
 from bench.paper.networks import Classifier, dense_network, residual_network
+from bench.paper.small_maps import products
 
 #: Training images at the end of the training part that no network sees: detectors are fitted on them.
 HELD_OUT = 5000
@@ -29,10 +30,10 @@ NETWORKS: Mapping[str, Callable[[int, int], Classifier]] = {
 }
 #: Highest learning rates and passes over the data of those of the literature.
 RATES: Mapping[str, float] = {"resnet18": 0.15, "densenet-bc": 0.15}
-EPOCHS: Mapping[str, int] = {"resnet18": 18, "densenet-bc": 10}
+EPOCHS: Mapping[str, int] = {"resnet18": 24, "densenet-bc": 10}
 #: Pixels of the images, each for an equal share of the passes: coarse shapes are learned from small ones as well, in
 #: half of the time.
-SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (20, 24, 32)}
+SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32)}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def fit(
             y = labels[index].to(device)
             if change is not None:
                 x = change(model, x, y)
-            with torch.autocast(device.type, torch.bfloat16):
+            with products(model), torch.autocast(device.type, torch.bfloat16):
                 loss = F.cross_entropy(model(x).float(), y)
             optimizer.zero_grad()
             loss.backward()
