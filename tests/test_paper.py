@@ -163,6 +163,25 @@ def test_introspective(options: Options) -> None:
     }
 
 
+@pytest.mark.slow
+def test_introspective_on_one_network(options: Options) -> None:
+    introspective.TABLE.run(dataclasses.replace(options, network="resnet"))
+    rows = table(options, "introspective-resnet")
+    assert {row["technique"] for row in rows} == {"plain", "denoising"}
+    assert {row["seeds"] for row in rows} == {introspective.SEEDS}
+    accuracy = {(row["technique"], row["case"], row["method"]): row["accuracy"] for row in rows}
+    for (technique, case, method), found in accuracy.items():  # a temperature changes no prediction
+        assert found == accuracy[technique, case, method.removesuffix(", temperature")]
+    for row in rows:
+        assert row["accuracy_spread"] == 0 or introspective.BASE not in row["method"]
+        if row["method"] == introspective.OURS:
+            for other in (introspective.BASE, introspective.CONTROL):
+                gain, low, high = row[f"gain over {other}"]
+                assert low <= gain <= high
+                rest = accuracy[row["technique"], row["case"], other]
+                assert gain == pytest.approx(row["accuracy"] - rest, abs=2e-4)
+
+
 def test_rows_hold_the_mean_and_the_spread() -> None:
     key = ("resnet", "fog", "fastgrad")
     (row,) = detection_rows([{key: 0.5}, {key: 0.7}, {key: 0.6}])
