@@ -16,12 +16,14 @@ import torch
 
 from bench.harness import results_file
 from bench.paper import detectors, own, published
+from bench.paper.data import sets
 from bench.paper.figures import price_front
 from bench.paper.price import prices
 from bench.paper.resampled import RESAMPLES, Scores, auroc, difference, interval, missed
 from bench.paper.rows import Rows
 from bench.paper.subject import BATCH, Subject, residual_networks
 from bench.paper.table import Options, Page, Table
+from bench.paper.train import accuracy
 from fastgrad.blocks import Gradients
 from fastgrad.budget import Report
 
@@ -63,12 +65,14 @@ def evaluate(subject: Subject) -> dict[str, Any]:
         detectors.ONE_CLASS[1]: lambda: lone(subject.reading.blocks(x, gradients)),
         **{name: partial(score, x) for name, score in images.items()},
     }
+    tested = sets.load(subject.options.data, subject.recipe.dataset, "test").labelled()
     after = prices(subject.model, x, {name: partial(score, blocks) for name, score in outputs.items()})
     return {
         "scores": scores,
         "prices": prices(subject.model, x, live) | {name: 1 + price for name, price in after.items()},
         "reports": {name: subject.own[name][0].to_json() for name in map(own.named, own.BUDGETS)},
-        "accuracy": float(subject.correct("test").mean()),
+        "accuracy": accuracy(subject.model, *tested),
+        "tested": len(tested[1]),
     }
 
 
@@ -148,13 +152,16 @@ def write(options: Options, subjects: Sequence[Subject], found: Sequence[Mapping
         for data, figures in OPENOOD.items()
         for method, (near, far) in figures.items()
     ]
-    accuracy = ", ".join(f"{one['accuracy']:.1%}" for one in found)
+    right = ", ".join(f"{one['accuracy']:.1%}" for one in found)
+    for subject, one in zip(subjects, found, strict=True):
+        row = {"network": subject.recipe.network, "case": "clean", "method": "network"}
+        rows.append(row | {"accuracy": round(one["accuracy"], 4), "images": one["tested"]})
     sections = [
         (
-            f"Networks: {len(found)}, right on {accuracy} of {options.test} clean test images of CIFAR-10, against "
-            f"{options.strangers} images of each set; means over the two sets of a group, in hundredths, with 95 % "
-            f"intervals from {RESAMPLES} resamples of the images. *FPR*: share of other images that pass where 95 % of "
-            "the clean ones pass. *passes*: processor time for "
+            f"Networks: {len(found)}, right on {right} of the {found[0]['tested']:,} test images of CIFAR-10; "
+            f"{options.test} of them against {options.strangers} images of each set; means over the two sets of a "
+            f"group, in hundredths, with 95 % intervals from {RESAMPLES} resamples of the images. *FPR*: share of "
+            "other images that pass where 95 % of the clean ones pass. *passes*: processor time for "
             f"{BATCH} images, in forward passes of the network. Published detectors are fitted on images that the "
             "network was trained on (4,000; NAC and Gram 1,000, AdaSCALE 500), this package's on "
             f"{options.fit} that it was not, and on challenges generated from them.",
