@@ -19,7 +19,9 @@ import numpy as np
 
 #: Products for each number of a map, up to which it costs less to compute a grid of its positions twice than to write
 #: the map for two readers: an activation or a sum then joins the convolution that makes it.
-_TWICE = 16
+_TWICE = 32
+#: Channels of a block.
+_BLOCK = 16
 
 
 def sample_apart(graph: Any) -> None:
@@ -100,12 +102,13 @@ def join_means(graph: Any) -> None:
 
     Args:
         graph: An ``onnx.GraphProto``, changed in place. A sum over T positions is stated as a pooling times T, a mean
-            as that over T, and becomes the pooling.
+            as that over T, and becomes the pooling; one of squares inside the border, a pooling of all windows of that
+            size, of which the last is it: cut before, the map would leave its blocks.
     """
     from onnx import helper, numpy_helper
 
     makers = {name: node for node in graph.node for name in node.output}
-    scalars = {i.name: numpy_helper.to_array(i).item() for i in graph.initializer if not i.dims}
+    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
     nodes: list[Any] = []
 
@@ -118,23 +121,56 @@ def join_means(graph: Any) -> None:
         """The pooling ``(B, C, 1, 1)`` of which ``name`` ``(B, C)`` is a multiple, and the multiple; or nothing."""
         times, over, value = 1.0, 1.0, name
         while (node := makers.get(value)) is not None and node.op_type != "AveragePool":
-            if node.op_type == "Mul" and node.input[1] in scalars:
-                times *= scalars[node.input[1]]
-            elif node.op_type == "Div" and node.input[1] in scalars:
-                over *= scalars[node.input[1]]
+            scalar = len(node.input) > 1 and constants.get(node.input[1], np.empty(1)).ndim == 0
+            if node.op_type == "Mul" and scalar:
+                times *= constants[node.input[1]].item()
+            elif node.op_type == "Div" and scalar:
+                over *= constants[node.input[1]].item()
             elif node.op_type != "Squeeze":
                 return "", 1.0
             value = node.input[0]
         flat = len(shapes.get(name, ())) == 2 and shapes.get(value, [])[2:] == [1, 1]
         return (value, times / over) if node is not None and flat else ("", 1.0)
 
-    def joined(names: list[str], result: str) -> str:
+    @functools.cache
+    def inside(name: str) -> str:
+        """The map ``(B, C, H, W)`` of whose squares, the first of both axes left out, it is the mean; or nothing."""
+        square = makers.get(makers[name].input[0])
+        if square is None or square.op_type != "Mul" or square.input[0] != square.input[1]:
+            return ""
+        value, axes = square.input[0], []
+        while (node := makers.get(value)) is not None and node.op_type == "Slice":
+            start, end, axis, step = (constants.get(i, np.zeros(1)).tolist() for i in node.input[1:])
+            if (start, step) != ([1], [1]) or end[0] < 2**31 - 1:
+                return ""
+            axes += axis
+            value = node.input[0]
+        return value if sorted(axes) == [2, 3] else ""
+
+    def kind(name: str) -> tuple[bool, bool, bool]:
+        """Poolings of one kind are joined: those of channels that fill their blocks, of a whole map or its inside."""
+        value = pooling(name)[0]
+        return bool(value), bool(value) and bool(inside(value)), bool(value) and not shapes[value][1] % _BLOCK
+
+    def windows(name: str) -> str:
+        """The squares' means over all windows of the size of the inside, ``(B, C, 2, 2)``."""
+        value, squares, means = inside(name), f"{name}_squares", f"{name}_windows"
+        kernel = next(list(a.ints) for a in makers[name].attribute if a.name == "kernel_shape")
+        nodes.append(helper.make_node("Mul", [value, value], [squares]))
+        nodes.append(helper.make_node("AveragePool", [squares], [means], kernel_shape=kernel))
+        return means
+
+    def joined(names: list[str], result: str, cut: bool) -> str:
         found = [pooling(name) for name in names]
         four, flat = f"{result}_pooled", f"{result}_flat"
-        nodes.append(helper.make_node("Concat", [value for value, _ in found], [four], axis=1))
-        nodes.append(
-            helper.make_node("Squeeze", [four, constant(f"{result}_space", np.array([2, 3]))], [flat])
-        )
+        axes = constant(f"{result}_space", np.array([2, 3]))
+        parts = [windows(value) if cut else value for value, _ in found]
+        nodes.append(helper.make_node("Concat", parts, [four], axis=1))
+        if cut:
+            bounds = [constant(f"{result}_{i}", np.full(2, i)) for i in (1, 2)]
+            nodes.append(helper.make_node("Slice", [four, *bounds, axes], [f"{four}_last"]))
+            four = f"{four}_last"
+        nodes.append(helper.make_node("Squeeze", [four, axes], [flat]))
         row = np.concatenate([np.full(shapes[value][1], factor, np.float32) for value, factor in found])
         if (row == 1).all():
             return flat
@@ -144,11 +180,10 @@ def join_means(graph: Any) -> None:
     for node in graph.node:
         if node.op_type == "Concat" and node.attribute[0].i == 1:
             inputs: list[str] = []
-            for pooled, run in groupby(node.input, lambda name: bool(pooling(name)[0])):
+            for (pooled, cut, _), run in groupby(node.input, kind):
                 names = list(run)
-                inputs += (
-                    [joined(names, f"{node.output[0]}_{len(inputs)}")] if pooled and len(names) > 1 else names
-                )
+                several = pooled and len(names) > 1
+                inputs += [joined(names, f"{node.output[0]}_{len(inputs)}", cut)] if several else names
             del node.input[:]
             node.input.extend(inputs)
         nodes.append(node)

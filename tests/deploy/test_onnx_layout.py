@@ -10,6 +10,7 @@ import torch
 from onnx_needed import WARNINGS, skip_without_onnx
 from torch import Tensor, nn
 
+from fastgrad.blocks.channels import sampled
 from fastgrad.deploy import onnx_export, onnx_file, onnx_operators
 from fastgrad.ops.channel_moments import channel_square_sums
 
@@ -90,6 +91,43 @@ def test_a_grid_of_positions_gets_a_convolution_of_its_own(size: int, tmp_path: 
     for found, expected in zip(onnx_file.load(file)(x), model(x), strict=True):
         torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
     assert optimized(file, tmp_path)["Clip"] == 0
+
+
+class Inside(Gridded):
+    """Mean squares of a grid inside the border, as `activations` reads them."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.norms[0](self.first(x))
+        grids = [sampled(value, 8) for value in (x, nn.functional.relu6(x))]
+        return x, torch.cat([channel_square_sums(grid) / grid[0, 0].numel() for grid in grids], 1)
+
+
+@pytest.mark.parametrize("channels", [32, 24])
+def test_what_is_read_inside_the_border_stays_in_blocks(channels: int, tmp_path: Path) -> None:
+    import onnx
+
+    torch.manual_seed(0)
+    model = Inside(channels).eval()
+    x = 8 * torch.randn(3, 3, 64, 48)
+    proto = onnx_export.convert(model, x, outputs=("map", "squares"))
+    kinds = Counter(node.op_type for node in proto.graph.node)
+    assert (kinds["Slice"], kinds["AveragePool"]) == (1, 2)
+    onnx.save(proto, file := tmp_path / "m.onnx")
+    # Means of 49 squares.
+    for found, expected in zip(onnx_file.load(file)(x), model(x), strict=True):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_infinity_on_the_border_of_a_grid_is_not_read(tmp_path: Path) -> None:
+    import onnx
+
+    model = Inside(32).eval()
+    x = 8 * torch.randn(3, 3, 64, 48)
+    x[:, :, 0] = 1e30  # its square is too large for a float
+    onnx.save(onnx_export.convert(model, x, outputs=("map", "squares")), file := tmp_path / "m.onnx")
+    found, expected = onnx_file.load(file)(x)[1], model(x)[1]
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_grid_that_costs_more_than_the_map_is_read_from_the_map() -> None:
