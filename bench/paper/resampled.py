@@ -37,6 +37,12 @@ def missed(clean: Scores, other: Scores, kept: float = 0.95) -> Scores:
     return (second * (other[None] <= clean[order][place][:, None])).sum(1)  # type: ignore[no-any-return]
 
 
+def mean(values: Scores) -> Scores:
+    """The mean ``(1 + R,)`` of one value an image."""
+    drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    return np.concatenate([[values.mean()], values[drawn].mean(1)])
+
+
 def bounds(resamples: Scores) -> list[float]:
     """95 % of the values lie between these two."""
     low, high = np.quantile(resamples, [0.025, 0.975])

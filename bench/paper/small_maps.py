@@ -29,9 +29,10 @@ def _patches(x: Tensor, stride: int) -> Tensor:
     return x.as_strided(shape, (b, r * stride, c * stride, r, c, 1)).reshape(-1, 9 * channels)
 
 
-def _matrix(weight: Tensor) -> Tensor:
-    """``(O, C, 3, 3)`` to ``(O, 9 * C)``."""
-    return weight.permute(0, 2, 3, 1).flatten(1)
+def _times(patches: Tensor, weight: Tensor, batch: int, rows: int, columns: int) -> Tensor:
+    """A convolution of what `_patches` gives with ``weight`` ``(O, C, 3, 3)``: ``(B, O, H', W')``, channels last."""
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)
+    return (patches @ matrix.T).view(batch, rows, columns, -1).permute(0, 3, 1, 2)
 
 
 class _Product(torch.autograd.Function):
@@ -44,7 +45,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight, patches)
         ctx.stride = stride
         rows, columns = ((length - 1) // stride + 1 for length in x.shape[2:])
-        return (patches @ _matrix(weight).T).view(len(x), rows, columns, -1).permute(0, 3, 1, 2)
+        return _times(patches, weight, len(x), rows, columns)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
@@ -55,8 +56,7 @@ class _Product(torch.autograd.Function):
         of_input = None
         if ctx.needs_input_grad[0] and ctx.stride == 1:
             flipped = weight.flip(2, 3).transpose(0, 1)
-            of_input = (_patches(grad, 1) @ _matrix(flipped).T).view(*grad.shape[:1], *grad.shape[2:], -1)
-            of_input = of_input.permute(0, 3, 1, 2)
+            of_input = _times(_patches(grad, 1), flipped, len(x), *x.shape[2:])
         elif ctx.needs_input_grad[0]:
             of_input = conv2d_input(list(x.shape), weight, grad, ctx.stride, 1)
         return of_input, of_weight, None

@@ -108,7 +108,8 @@ def join_means(graph: Any) -> None:
     from onnx import helper, numpy_helper
 
     makers = {name: node for node in graph.node for name in node.output}
-    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    # Scalars, and the bounds of slices.
+    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer if len(i.dims) < 2}
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
     nodes: list[Any] = []
 

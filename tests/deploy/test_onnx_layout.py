@@ -37,16 +37,8 @@ class Mobile(nn.Module):
 
 
 def test_readings_before_a_clip_leave_images_in_blocks(tmp_path: Path) -> None:
-    import onnx
-
-    model = Mobile().eval()
     x = 8 * torch.randn(3, 3, 32, 32)
-    proto = onnx_export.convert(model, x, outputs=("logits", "squares"))
-    file = tmp_path / "m.onnx"
-    onnx.save(proto, file)
-    for found, expected in zip(onnx_file.load(file)(x), model(x), strict=True):
-        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
-
+    file, _ = written(Mobile().eval(), x, ("logits", "squares"), tmp_path)
     kinds = optimized(file, tmp_path)
     # What leaves the blocks are numbers of channels: of the three readings together, and of the last mean.
     assert kinds["ReorderInput"] == 0
@@ -54,15 +46,24 @@ def test_readings_before_a_clip_leave_images_in_blocks(tmp_path: Path) -> None:
     assert kinds["ReorderOutput"] <= 2
 
 
+def written(model: nn.Module, x: Tensor, outputs: tuple[str, ...], folder: Path) -> tuple[Path, Counter[str]]:
+    """A file that answers as ``model`` does, whose sums have few terms, and its operators."""
+    import onnx
+
+    proto = onnx_export.convert(model, x, outputs=outputs)
+    onnx.save(proto, file := folder / "m.onnx")
+    for found, expected in zip(onnx_file.load(file)(x), model(x), strict=True):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+    return file, Counter(node.op_type for node in proto.graph.node)
+
+
 class Gridded(nn.Module):
     """A grid of positions of what comes before each activation."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first, self.depthwise = (
-            nn.Conv2d(3, channels, 3, 2, 1),
-            nn.Conv2d(channels, channels, 3, 1, 1, groups=channels),
-        )
+        self.first = nn.Conv2d(3, channels, 3, 2, 1)
+        self.depthwise = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels)
         self.norms = nn.ModuleList([nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)])
         for norm in self.norms:
             assert isinstance(norm, nn.BatchNorm2d)
@@ -78,18 +79,10 @@ class Gridded(nn.Module):
 
 @pytest.mark.parametrize("size", [64, 65, 79])
 def test_a_grid_of_positions_gets_a_convolution_of_its_own(size: int, tmp_path: Path) -> None:
-    import onnx
-
     torch.manual_seed(size)
-    model = Gridded(32).eval()
     x = 8 * torch.randn(3, 3, size, size - 3)
-    proto = onnx_export.convert(model, x, outputs=("map", "grids"))
-    kinds = Counter(node.op_type for node in proto.graph.node)
+    file, kinds = written(Gridded(32).eval(), x, ("map", "grids"), tmp_path)
     assert (kinds["Conv"], kinds["MaxPool"]) == (4, 0)
-    onnx.save(proto, file := tmp_path / "m.onnx")
-    # Of 27 products and 9, rounded otherwise.
-    for found, expected in zip(onnx_file.load(file)(x), model(x), strict=True):
-        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
     assert optimized(file, tmp_path)["Clip"] == 0
 
 
@@ -104,18 +97,10 @@ class Inside(Gridded):
 
 @pytest.mark.parametrize("channels", [32, 24])
 def test_what_is_read_inside_the_border_stays_in_blocks(channels: int, tmp_path: Path) -> None:
-    import onnx
-
     torch.manual_seed(0)
-    model = Inside(channels).eval()
     x = 8 * torch.randn(3, 3, 64, 48)
-    proto = onnx_export.convert(model, x, outputs=("map", "squares"))
-    kinds = Counter(node.op_type for node in proto.graph.node)
+    kinds = written(Inside(channels).eval(), x, ("map", "squares"), tmp_path)[1]
     assert (kinds["Slice"], kinds["AveragePool"]) == (1, 2)
-    onnx.save(proto, file := tmp_path / "m.onnx")
-    # Means of 49 squares.
-    for found, expected in zip(onnx_file.load(file)(x), model(x), strict=True):
-        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_infinity_on_the_border_of_a_grid_is_not_read(tmp_path: Path) -> None:

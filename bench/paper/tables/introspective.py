@@ -20,7 +20,7 @@ from bench.paper.data import sets
 from bench.paper.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from bench.paper.figures import grouped_bars
 from bench.paper.networks import read, temperature
-from bench.paper.resampled import RESAMPLES, Scores, difference, interval
+from bench.paper.resampled import difference, interval, mean
 from bench.paper.robust import TECHNIQUES, robust
 from bench.paper.rows import Rows
 from bench.paper.subject import Subject, residual_networks
@@ -132,11 +132,13 @@ def write(options: Options, subjects: Sequence[Subject], found: Sequence[Sequenc
         text = f"## {case}: accuracy in per cent and expected calibration error"
         sections.append((text, results_file.table(lines)))
     lines = []
+    copies = {"clean": 1, "corrupted": len(CORRUPTIONS) * len(SEVERITIES)}
     for technique in used:
-        for case in ("clean", "corrupted"):
+        for case in copies:
             line = {"technique": technique, "case": case}
             for other in (BASE, CONTROL):
-                change = _change(right[technique, case, OURS] - right[technique, case, other], case)
+                gain = right[technique, case, OURS] - right[technique, case, other]
+                change = mean(gain.reshape(copies[case], -1).mean(0))
                 line[f"over {other}"] = difference(100 * change, 2)
                 value[technique, case, OURS][f"gain over {other}"] = [round(change[0], 4), *interval(change)]
             lines.append(line)
@@ -164,14 +166,6 @@ def _about(options: Options, subjects: Sequence[Subject]) -> str:
         f"Means and standard deviations over {of}. *temperature*: the logits, or logarithms of H's probabilities, over "
         "the temperature of smallest negative log-likelihood on held-out clean images."
     )
-
-
-def _change(gain: Scores, case: str) -> Scores:
-    """The mean of ``gain``, an image each, as found and on resampled images ``(1 + R,)``."""
-    copies = len(CORRUPTIONS) * len(SEVERITIES) if case == "corrupted" else 1
-    gain = gain.reshape(copies, -1).mean(0)
-    drawn = np.random.default_rng(0).integers(0, len(gain), (RESAMPLES, len(gain)))
-    return np.concatenate([[gain.mean()], gain[drawn].mean(1)])
 
 
 TABLE = Table(
