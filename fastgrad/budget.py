@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -83,24 +82,29 @@ class Report:
         detector: UncertaintyDetector,
         X: Mapping[str, Tensor],
         kinds: NDArray[np.str_],
-        held_out: NDArray[np.bool_],
+        groups: NDArray[np.intp],
+        held_out: NDArray[np.bool_] | None = None,
     ) -> UncertaintyDetector:
         """A detector with the parameters of ``detector``, fitted on the blocks that are kept.
 
-        Challenges that judged the blocks are left out: they were made from the clean samples that calibrate.
+        Args:
+            detector: Gives the parameters.
+            X: Every block of all samples.
+            kinds: Of all samples; empty for clean ones.
+            groups: As for `UncertaintyDetector.fit`.
+            held_out: Likewise.
         """
         from sklearn.base import clone
 
         fresh: UncertaintyDetector = clone(detector)
         if self.seen is not None:
             fresh.set_params(sees=self.seen, weight=self.weight)
-        fitting = (kinds == "") | ~held_out
-        places = torch.as_tensor(np.flatnonzero(fitting))
         return fresh.fit(
-            {name: X[name][places] for name in self.kept},
-            (kinds[fitting] != "").astype(int),
-            kinds=kinds[fitting],
-            held_out=held_out[fitting],
+            {name: X[name] for name in self.kept},
+            (kinds != "").astype(int),
+            kinds=kinds,
+            held_out=held_out,
+            groups=groups,
         )
 
     def to_json(self) -> dict[str, Any]:

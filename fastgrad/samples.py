@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from fastgrad.batches import bar, batch_size, first_input, take, to_device
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.challenges import PixelRange, challenge_names, iter_challenges
+from fastgrad.challenges.generate import COMPRESSED
 
+#: Share of the clean inputs that are held out while blocks are chosen.
+HELD_OUT = 0.4
 #: Generated challenges of held-out images, from which the worth of blocks is measured; more say little more.
 _JUDGED = 1200
 #: Challenges that are made in all, as long as an image gives no more than so many and no fewer.
@@ -32,12 +35,14 @@ class Samples:
         parts: Blocks of every batch.
         kinds: Of every sample; empty for clean ones.
         held_out: Whether a sample calibrates (clean) or judges (challenging) rather than fits.
+        groups: The number of every clean sample, and of the clean sample that a challenge was made from, or -1.
         labels: Of every clean sample, or -1.
     """
 
     parts: list[dict[str, Tensor]] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     held_out: list[bool] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
 
     def add(
@@ -45,12 +50,14 @@ class Samples:
         blocks: Mapping[str, Tensor],
         kinds: Iterable[str],
         held_out: Iterable[bool],
+        groups: Iterable[int],
         labels: Tensor | None = None,
     ) -> None:
         """Append one batch."""
         self.parts.append({name: value.float().cpu() for name, value in blocks.items()})
         self.kinds += kinds
         self.held_out += held_out
+        self.groups += groups
         missing = len(self.kinds) - len(self.labels)
         self.labels += [-1] * missing if labels is None else labels.tolist()
 
@@ -69,7 +76,6 @@ class Sources:
     max_samples: int
     images: int
     challenges_per_image: int | None
-    calibration_fraction: float
     seed: int
     verbose: bool
 
@@ -86,48 +92,58 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
         ValueError: A loader is empty or malformed, or challenges cannot be made from the inputs.
     """
     samples, rng = Samples(), np.random.default_rng(sources.seed)
-    names = challenge_names() if sources.challenge is None else []
-    share = sources.calibration_fraction if sources.calibration is None else 0.0
+    names = [] if sources.challenge is not None else challenge_names() + challenge_names(COMPRESSED)
+    share = HELD_OUT if sources.calibration is None else 0.0
     turns = {False: 0, True: 0}
     expecting = min(sources.images, sources.max_samples)
     # More of each image where there are few.
     each = sources.challenges_per_image or max(_FEWEST, min(_MOST, -(-_WANTED // max(1, sources.images))))
-    held = sources.calibration_fraction * expecting * each
+    held = HELD_OUT * expecting * each
     together = max(_TOGETHER, int(held / (_TURNS * max(1, len(names)))))
-    judged = 0
+    judged = clean = 0
 
-    def add(x: Inputs, kind: str, held_out: NDArray[np.bool_], labels: Tensor | None = None) -> None:
+    def add(
+        x: Inputs,
+        kind: str,
+        held_out: NDArray[np.bool_],
+        groups: NDArray[np.intp],
+        labels: Tensor | None = None,
+    ) -> None:
         logits, blocks = extraction(to_device(x, device))
-        samples.add(blocks, [kind] * len(logits), held_out.tolist(), labels)
+        samples.add(blocks, [kind] * len(logits), held_out.tolist(), groups.tolist(), labels)
 
-    def generate(x: Tensor, chosen: NDArray[np.bool_], held_out: bool) -> None:
+    def generate(x: Tensor, numbers: NDArray[np.intp], chosen: NDArray[np.bool_], held_out: bool) -> None:
         if not chosen.any():
             return
         # The whole batch says where black and white lie.
         x = x.to(device)
         pixels = PixelRange.of(x)
         own = x[torch.as_tensor(np.flatnonzero(chosen), device=device)]
-        # Names take turns within a batch, or few images would not get to the last ones.
-        for part in own.tensor_split(-(-len(own) // together)):
+        # Names take turns within a batch, or few images would not get to the last ones. Attacks that went through JPEG,
+        # the hardest to find, have two turns; each time the compression is another.
+        parts = -(-len(own) // together)
+        for part, groups in zip(own.tensor_split(parts), np.array_split(numbers[chosen], parts), strict=True):
             turn = turns[held_out]
             picked = [names[(turn + i) % len(names)] for i in range(each)]
             turns[held_out] += each
             seed = sources.seed + turn + each + held_out * 10**6
             for name, images in iter_challenges(model, part, names=picked, seed=seed, pixels=pixels):
-                add(images, name.partition("-")[0], np.full(len(images), held_out))
+                add(images, name.partition("-")[0], np.full(len(images), held_out), groups)
 
     for x, labels in _batches("train_loader", sources.train, sources.max_samples, sources.verbose):
         kept = rng.random(batch_size(x)) < share
-        add(x, "", kept, labels)
+        numbers = clean + np.arange(batch_size(x))
+        clean += batch_size(x)
+        add(x, "", kept, numbers, labels)
         if names:
             if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
                 raise ValueError(
                     "challenges can be generated from images (B, C, H, W) only; pass challenge_loader or "
                     "challenge_loader=() to fit on clean data alone"
                 )
-            generate(x, ~kept, False)
+            generate(x, numbers, ~kept, False)
             if judged < _JUDGED:
-                generate(x, kept, True)
+                generate(x, numbers, kept, True)
                 judged += each * int(kept.sum())
     if not samples.kinds:
         raise ValueError("train_loader must hold at least one batch; it was empty")
@@ -136,16 +152,18 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
         for x, labels in _batches(
             "calibration_loader", sources.calibration, sources.max_samples, sources.verbose
         ):
-            add(x, "", np.ones(batch_size(x), bool), labels)
+            everything, numbers = np.ones(batch_size(x), bool), clean + np.arange(batch_size(x))
+            clean += batch_size(x)
+            add(x, "", everything, numbers, labels)
             if names and isinstance(x, Tensor) and judged < _JUDGED:
-                generate(x, np.ones(batch_size(x), bool), True)
+                generate(x, numbers, everything, True)
                 judged += each * batch_size(x)
         if len(samples.kinds) == before:
             raise ValueError("calibration_loader must hold at least one batch; it was empty")
     if sources.challenge is not None:
         limit = sources.max_samples
         for x, tags in _batches("challenge_loader", sources.challenge, limit, sources.verbose, labels=False):
-            add(x, "challenge", np.zeros(batch_size(x), bool))
+            add(x, "challenge", np.zeros(batch_size(x), bool), np.full(batch_size(x), -1))
             if tags is not None:
                 samples.kinds[-batch_size(x) :] = [f"kind {tag}" for tag in tags]
     return samples

@@ -22,7 +22,7 @@ from fastgrad.blocks.subject import Subject, watch
 from fastgrad.budget import Candidates, Report, candidates
 from fastgrad.losses import compute_dtype
 from fastgrad.prediction import Prediction
-from fastgrad.samples import Samples, Sources, collect, expected
+from fastgrad.samples import Sources, collect, expected
 
 if TYPE_CHECKING:
     from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
@@ -192,13 +192,14 @@ class TwoStageModel(nn.Module):
         Args:
             train_loader: Batches of clean inputs, ``x`` or ``(x, labels)``. Clean data that the network was not
                 trained on is better: it is more certain of its training data than of anything else. With integer
-                labels, a temperature of the probabilities is fitted on the part held out; an
+                labels, a temperature of the probabilities is fitted on what calibrates; an
                 `IntrospectiveClassifier` needs them, and is not trained on a fifth of them, which calibrates it
                 where ``calibration_loader`` has no labels.
             challenge_loader: Batches of challenging inputs, ``x`` or ``(x, kinds)``; None generates them from
                 the clean images (`fastgrad.challenges`); ``()`` fits on clean data alone.
             calibration_loader: Clean batches that the network was not trained on, from which false-alarm
-                rates are calibrated; None holds out two fifths of ``train_loader``.
+                rates are calibrated; None calibrates on ``train_loader``, each input by what was fitted
+                without it and the challenges made from it.
             max_samples: Clean inputs that the detector is fitted on, at most; also challenging ones, times
                 ``challenges_per_image``.
             challenges_per_image: How many generated challenges come from one clean image; None: two, or up to four
@@ -240,22 +241,24 @@ class TwoStageModel(nn.Module):
                 max_samples,
                 expected(train_loader, batch_size(x)),
                 challenges_per_image,
-                self.detector.calibration_fraction,
                 seed,
                 verbose,
             ),
         )
-        X, kinds, held_out = samples.blocks(), np.array(samples.kinds), np.array(samples.held_out)
+        X, kinds = samples.blocks(), np.array(samples.kinds)
+        held_out, groups = np.array(samples.held_out), np.array(samples.groups)
         self._report = chosen.choose(self.detector, X, kinds, held_out, own=challenge_loader is not None)
         kept = self._report.kept
-        detector = self._report.fit(self.detector, X, kinds, held_out)
+        apart = None if calibration_loader is None else held_out
+        detector = self._report.fit(self.detector, X, kinds, groups, apart)
         inside = [block for block in chosen.blocks if block.name in kept]
         if self.classifier is not None and "features" not in kept:
             inside.append(Features())
         self.extraction = extraction.of(inside)
         self.detector = detector
         self.detector_module = self.detector.to_module().to(self._device())
-        self.temperature = self._calibrate(samples, X["logits"])
+        calibrating = (kinds == "") & (True if apart is None else apart)
+        self.temperature = self._calibrate(samples.labels, calibrating, X["logits"])
         if self.classifier is not None:
             self._fit_classifier(train_loader, calibration_loader, seed, verbose)
         return self
@@ -377,13 +380,14 @@ class TwoStageModel(nn.Module):
             return candidates(self.model, subject, x, math.inf, served)
         return candidates(self.model, subject, x, self.budget, self.asked)
 
-    def _calibrate(self, samples: Samples, logits: Tensor) -> Temperature | None:
-        """A temperature from the clean samples held out, where they have labels of the network's classes."""
+    def _calibrate(
+        self, given: Sequence[int], clean: NDArray[np.bool_], logits: Tensor
+    ) -> Temperature | None:
+        """A temperature from ``clean`` samples, where they have labels of the network's classes."""
         from fastgrad.scores.temperature import Temperature
 
-        labels = torch.tensor(samples.labels)
-        clean = torch.tensor([kind == "" for kind in samples.kinds]) & torch.tensor(samples.held_out)
-        usable = clean & (labels >= 0) & (labels < logits.shape[1])
+        labels = torch.tensor(given)
+        usable = torch.from_numpy(clean) & (labels >= 0) & (labels < logits.shape[1])
         if int(usable.sum()) < _LABELLED:
             return None
         return Temperature.fit(logits[usable], labels[usable]).to(self._device())

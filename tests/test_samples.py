@@ -19,7 +19,7 @@ def test_every_kind_is_learned_from_and_judged(batch: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
     images = torch.rand(240, 3, 4, 4)
-    sources = Sources(images.split(batch), None, None, 5000, 240, 2, 0.4, 0, False)
+    sources = Sources(images.split(batch), None, None, 5000, 240, 2, 0, False)
     samples = collect(Extraction(model, [Logits()]), model, torch.device("cpu"), sources)
     clean = sum(kind == "" for kind in samples.kinds)
     assert clean == 240

@@ -53,9 +53,7 @@ class Attacked(Photographs):
 
     def random_parts(self) -> list[Partial]:
         """Detectors that read logits, image statistics and the activations of some layers."""
-        X, kinds, held_out = self.samples
-        fitting = (kinds == "") | ~held_out
-        places = torch.as_tensor(np.flatnonzero(fitting))
+        X, kinds, _, groups = self.samples
         ends = np.cumsum([place.count for place in Activations().places(self.reading.subject)])
         layers = np.split(np.arange(ends[-1]), ends[:-1])
         rng = np.random.default_rng(self.draw.number)
@@ -63,10 +61,10 @@ class Attacked(Photographs):
         for _ in range(DETECTORS):
             chosen = np.sort(rng.permutation(len(layers))[: max(1, round(SHARE * len(layers)))])
             columns = torch.as_tensor(np.concatenate([layers[i] for i in chosen]))
-            own = {name: X[name][places] for name in USUAL}
+            own = {name: X[name] for name in USUAL}
             own["activations"] = own["activations"][:, columns]
             detector = UncertaintyDetector(log=False).fit(
-                own, (kinds[fitting] != "").astype(int), kinds=kinds[fitting], held_out=held_out[fitting]
+                own, (kinds != "").astype(int), kinds=kinds, groups=groups
             )
             parts.append(Partial(detector.to_module(), columns))
         return parts

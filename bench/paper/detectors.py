@@ -82,12 +82,10 @@ def labelled(
         names: Of the blocks that are read.
     """
     clean, other = ({name: blocks(path)[name] for name in names} for path in ("clean", case))
-    held_out = subject.samples.clean.held_out
     counts = [len(side[names[0]]) for side in (clean, other)]
     kinds = np.repeat(["", case], counts)
     joined = {name: np.concatenate([clean[name], other[name]]) for name in names}
-    away = np.concatenate([held_out, np.zeros(counts[1], bool)])
-    return UncertaintyDetector(log=False).fit(joined, (kinds != "").astype(int), kinds=kinds, held_out=away)
+    return UncertaintyDetector(log=False).fit(joined, (kinds != "").astype(int), kinds=kinds)
 
 
 def from_clean(subject: Subject, *, gradients: bool = True) -> dict[str, FromBlocks]:
@@ -98,9 +96,7 @@ def from_clean(subject: Subject, *, gradients: bool = True) -> dict[str, FromBlo
     fitted = {name: detector for name, (_, detector) in subject.own.items()}
     fitted[ONE_CLASS[0]] = one_class(subject)[1]
     if gradients:
-        held_out = subject.samples.clean.held_out
-        detector = UncertaintyDetector(log=False)
-        fitted[ONE_CLASS[1]] = detector.fit(subject.gradients("clean", "fit"), held_out=held_out)
+        fitted[ONE_CLASS[1]] = UncertaintyDetector(log=False).fit(subject.gradients("clean", "fit"))
     return {name: partial(scores, detector) for name, detector in fitted.items()}
 
 

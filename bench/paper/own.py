@@ -1,7 +1,7 @@
 """This package's detectors as the tables compare them: everything is extracted once, for every budget and control.
 
     reading = Reading(model, images[:32])
-    samples = reading.samples([(x, y), ...], None, seed=0)      # clean batches and challenges generated from them
+    samples = reading.samples([(x, y), ...], seed=0)            # clean batches and challenges generated from them
     found = own(reading, samples)                               # by name: what is kept and why, the detector
     scores(found["fastgrad, budget 1.2"][1], reading.blocks(images))
 
@@ -53,19 +53,26 @@ CONTROLS: Mapping[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
 NAMES = (*map(named, BUDGETS), *CONTROLS)
 
 
+#: What `Samples` hold beside blocks.
+BESIDE = ("kinds", "held_out", "groups")
+
+
 class Samples(NamedTuple):
-    """Blocks, kinds (empty for clean images) and who is held out, of clean images and challenges."""
+    """Of clean images and challenges: blocks, kinds (empty for clean images), who is held out while blocks are chosen,
+    and the number of the clean image that each is or was made from.
+    """
 
     blocks: dict[str, Tensor]
     kinds: NDArray[np.str_]
     held_out: NDArray[np.bool_]
+    groups: NDArray[np.intp]
 
     @property
     def clean(self) -> Samples:
         """The clean images alone."""
         places = np.flatnonzero(self.kinds == "")
         blocks = {name: values[torch.from_numpy(places)] for name, values in self.blocks.items()}
-        return Samples(blocks, self.kinds[places], self.held_out[places])
+        return Samples(blocks, self.kinds[places], self.held_out[places], self.groups[places])
 
     def beside(self, blocks: Mapping[str, NDArray[Any]], kind: str) -> Samples:
         """With further samples of one kind, none held out."""
@@ -74,7 +81,8 @@ class Samples(NamedTuple):
             name: torch.cat([values, torch.as_tensor(blocks[name])]) for name, values in self.blocks.items()
         }
         kinds = np.concatenate([self.kinds, np.full(count, kind)])
-        return Samples(joined, kinds, np.concatenate([self.held_out, np.zeros(count, bool)]))
+        held_out = np.concatenate([self.held_out, np.zeros(count, bool)])
+        return Samples(joined, kinds, held_out, np.concatenate([self.groups, np.full(count, -1)]))
 
 
 class Reading:
@@ -110,15 +118,12 @@ class Reading:
         parts = [(extraction or self.extraction)(x)[1] for x in images.split(len(self.x))]
         return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
 
-    def samples(
-        self, fit: list[tuple[Tensor, ...]], calibration: list[tuple[Tensor, ...]] | None, seed: int
-    ) -> Arrays:
+    def samples(self, batches: list[tuple[Tensor, ...]], seed: int) -> Arrays:
         """What `TwoStageModel.fit` collects from batches, as arrays that can be kept: `read` turns them back."""
-        fraction = UncertaintyDetector().calibration_fraction
-        images = expected(fit, len(fit[0][0]))
-        sources = Sources(fit, None, calibration, 5000, images, self.each, fraction, seed, False)
+        images = expected(batches, len(batches[0][0]))
+        sources = Sources(batches, None, None, 5000, images, self.each, seed, False)
         found = collect(self.extraction, self.model, torch.device("cpu"), sources)
-        beside = {"kinds": np.array(found.kinds), "held_out": np.array(found.held_out)}
+        beside = {name: np.array(getattr(found, name)) for name in BESIDE}
         return {name: value.numpy() for name, value in found.blocks().items()} | beside
 
     def candidates(self, budget: float) -> Candidates:
@@ -138,7 +143,7 @@ class Reading:
         base = UncertaintyDetector(log=False)
         blocks = {block.name: self._cut(block, samples.blocks[block.name]) for block in chosen.blocks}
         report = chosen.choose(base, blocks, samples.kinds, samples.held_out, own=labelled)
-        return report, report.fit(base, blocks, samples.kinds, samples.held_out)
+        return report, report.fit(base, blocks, samples.kinds, samples.groups)
 
     def live(self, report: Report, detector: UncertaintyDetector) -> Callable[[], object]:
         """The batch ``x`` from pixels to scores, for the price: what is kept is extracted alone."""
@@ -161,8 +166,8 @@ class Reading:
 def read(kept: Mapping[str, NDArray[Any]]) -> Samples:
     """Samples from the arrays of `Reading.samples`."""
     blocks = dict(kept)
-    kinds, held_out = blocks.pop("kinds"), blocks.pop("held_out")
-    return Samples({name: torch.from_numpy(value) for name, value in blocks.items()}, kinds, held_out)
+    beside = {name: blocks.pop(name) for name in BESIDE}
+    return Samples({name: torch.from_numpy(value) for name, value in blocks.items()}, **beside)
 
 
 def own(reading: Reading, samples: Samples) -> dict[str, tuple[Report, UncertaintyDetector]]:

@@ -1,7 +1,7 @@
 """The photographs of one draw with everything that detectors read of them, kept in the cache.
 
-A detector is fitted on the photographs of the draw's part ``fit``, calibrated on ``calibration`` and on challenges that
-`fastgrad.challenges` generates from both; the draw's cases are for the test alone. All is extracted once, for every
+A detector is fitted on the photographs of the draw's parts ``fit`` and ``calibration`` and on challenges that
+`fastgrad.challenges` generates from them; the draw's cases are for the test alone. All is extracted once, for every
 budget and every control (`bench.paper.own`).
 """
 
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,30 +69,30 @@ class Photographs:
         """Clean photographs and generated challenges."""
 
         def make() -> Arrays:
-            fit, calibration = (batches(self.draw.clean(part), _BATCH) for part in ("fit", "calibration"))
-            return self.reading.samples(fit, calibration, self.draw.number)
+            parts = [self.draw.clean(part) for part in ("fit", "calibration")]
+            images, labels = (torch.cat(own) for own in zip(*parts, strict=True))
+            return self.reading.samples(batches((images, labels), _BATCH), self.draw.number)
 
         names = [kind.name for kind in self.kinds]
         other = () if self.kinds == BLOCKS and self.each is None else (names, self.each)
-        generated = cache.digest("generated 3", dict(CHALLENGES), *other)[:8]
+        generated = cache.digest("generated 5", dict(CHALLENGES), *other)[:8]
         return read(cache.arrays(self.folder / f"fit-{generated}.npz", make))
 
     def fitted(self, names: Sequence[str]) -> TwoStageModel:
         """What ``TwoStageModel(network, blocks=names).fit`` makes of the samples, without extracting them again.
 
-        Its probabilities have a temperature from the labels of the part ``calibration``.
+        Its probabilities have a temperature from the labels of the same photographs.
         """
-        (X, kinds, held_out), reading = self.samples, self.reading
+        (X, kinds, held_out, groups), reading = self.samples, self.reading
         model = TwoStageModel(reading.model, blocks=[b for b in reading.extraction.blocks if b.name in names])
         assert model.asked is not None
         asked = candidates(reading.model, reading.subject, reading.x, math.inf, model.asked)
         report = asked.choose(model.detector, X, kinds, held_out, own=False)
-        model.detector = report.fit(model.detector, X, kinds, held_out)
+        model.detector = report.fit(model.detector, X, kinds, groups)
         model.detector_module = model.detector.to_module()
         model.extraction, model._report = reading.extraction.of(model.asked), report
-        labels = self.draw.clean("calibration")[1]
-        calibration = np.flatnonzero((kinds == "") & held_out)
-        model.temperature = Temperature.fit(X["logits"][calibration], labels)
+        labels = torch.cat([self.draw.clean(part)[1] for part in ("fit", "calibration")])
+        model.temperature = Temperature.fit(X["logits"][torch.from_numpy(kinds == "")], labels)
         return model
 
     def blocks(self, name: str) -> Arrays:

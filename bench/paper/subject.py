@@ -137,7 +137,7 @@ class Subject:
         """The clean images of the part ``"fit"`` and challenges generated from them."""
         batches = own.batches(self.clean("fit"), BATCH)
         generated = cache.digest(dict(CHALLENGES))[:8]
-        make = lambda: self.reading.samples(batches, None, self.recipe.seed)  # noqa: E731
+        make = lambda: self.reading.samples(batches, self.recipe.seed)  # noqa: E731
         return own.read(self.kept(f"samples/{generated}", "fit", make))
 
     @cached_property

@@ -52,7 +52,14 @@ class Features(Block):
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """Distance to the k-th nearest clean sample, all of unit length."""
+        """Distance to the k-th nearest clean sample, all of unit length.
+
+        Beside other blocks only where a class may have k clean samples: with fewer of them than k for each class, the
+        k-th nearest is of another class for usual inputs, too.
+        """
+        classes = blocks["logits"].shape[1] if "logits" in blocks else 1
+        if len(blocks) > 1 and len(blocks[cls.name]) < settings.neighbours * classes:
+            return
         rows = Rows.fit(blocks, cls.name, unit=True, standardise=False)
         bank = NearestNeighbours.fit(rows.of(blocks), settings.neighbours)
         yield f"{cls.name}_neighbours", rows, bank, OneSided

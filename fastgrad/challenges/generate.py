@@ -93,7 +93,10 @@ def _compressed(attack: _Attack) -> _Attack:
 
 
 _ATTACKS: dict[str, _Attack] = {"fgsm": attacks.fgsm, "pgd": attacks.pgd, "deepfool": attacks.deepfool}
-_ATTACKS |= {f"compressed_{name}": _compressed(attack) for name, attack in _ATTACKS.items()}
+_THEN_JPEG = {f"compressed_{name}": _compressed(attack) for name, attack in _ATTACKS.items()}
+_ATTACKS |= _THEN_JPEG
+#: Kinds of attack that went through JPEG.
+COMPRESSED = tuple(_THEN_JPEG)
 
 
 def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int] | None = None) -> list[str]:

@@ -68,7 +68,7 @@ class DetectorModule(Fitted):
 
     @classmethod
     def fit(
-        cls, parts: Mapping[str, Part], blocks: Mapping[str, Tensor], *, combine: str, cap: float
+        cls, parts: Mapping[str, Part], raw: Mapping[str, Tensor], *, combine: str, cap: float
     ) -> DetectorModule:
         """Give the scores their meaning on clean data that they were not fitted on.
 
@@ -78,22 +78,21 @@ class DetectorModule(Fitted):
 
         Args:
             parts: The scores by name.
-            blocks: Features of n clean samples in random order, n at least 2.
+            raw: By name, what the scores say ``(n,)`` of clean samples in random order, n at least 2; of each by a
+                score that was fitted without it.
             combine: A name of `COMBINATIONS`.
             cap: Largest -log p that one score may contribute.
 
         Raises:
             ValueError: A score is NaN for one of the samples.
         """
-        raw = torch.stack([part.score(part.rows(blocks)) for part in parts.values()])
-        failed = {
-            name: int(own.isnan().sum()) for name, own in zip(parts, raw, strict=True) if own.isnan().any()
-        }
+        failed = {name: int(own.isnan().sum()) for name, own in raw.items() if own.isnan().any()}
         if failed:
             raise ValueError(
                 f"clean samples must have finite scores to calibrate on; these were NaN: {failed}"
             )
-        count = raw.shape[1]
+        columns = torch.stack([raw[name] for name in parts])
+        count = columns.shape[1]
 
         def meant(chosen: Tensor) -> DetectorModule:
             scores = {
@@ -104,14 +103,14 @@ class DetectorModule(Fitted):
                     weight=part.weight,
                     relevant=part.relevant,
                 )
-                for (name, part), own in zip(parts.items(), raw[:, chosen], strict=True)
+                for (name, part), own in zip(parts.items(), columns[:, chosen], strict=True)
             }
             return cls(scores=Sequence(**scores), combine=combine, cap=float(cap))
 
         fold = torch.arange(count) % min(_FOLDS, count)
         combined = torch.empty(count, dtype=torch.float64)
         for index in fold.unique():
-            combined[fold == index] = meant(fold != index).joined(raw[:, fold == index])
+            combined[fold == index] = meant(fold != index).joined(columns[:, fold == index])
         module = meant(fold >= 0)
         module.add_module("final", OneSided.fit(combined))
         module.register_buffer("calibration", -module.final(combined))

@@ -20,10 +20,12 @@ from fastgrad.scores.conformal import COMBINATIONS, OneSided
 from .. import checks
 from .blocks import are_contrasts, check_blocks, check_squared, to_array
 from .combined import DetectorModule, Part
-from .inputs import as_tensors, challenging_of, check_rate, chunks, kinds_of, split_clean, take
+from .inputs import as_tensors, challenging_of, check_rate, chunks, deal, kinds_of, take
 from .parts import joint_rows, one_class_scores
-from .supervised import fit_perceptrons
+from .supervised import fit_perceptrons, views
 
+#: H among the parts.
+_H = "labels"
 Array = NDArray[np.float64]
 Blocks = Mapping[str, ArrayLike]
 
@@ -38,8 +40,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
     is not scored as safe.
 
     The score is ``-log(p)``, p being the probability that a clean sample looks at least so unusual,
-    calibrated on clean data that nothing else was fitted on: above ``threshold(a)``, which is -log(a), lies a
-    share a of clean data.
+    calibrated on clean data, each sample scored by what was fitted without it: above ``threshold(a)``, which is
+    -log(a), lies a share a of clean data.
 
     Feature matrices are arrays or mappings of named blocks (see `fastgrad.estimators.blocks`): a mapping says
     what is what; for a plain array the ``contrasts`` parameter does.
@@ -51,7 +53,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         log: True when X holds squared norms, False when it already holds their logarithms.
         supervised: H's shape: ``"network"`` (two layers) or ``"logistic"``.
         hidden: Width of the network's hidden layer.
-        members: Networks whose scores H averages.
+        members: Networks that see all blocks, whose scores H averages with those of one more for each block alone.
         dropout: Chance that the network does not see an input of a sample in a step of its training.
         trust: How much H counts beside the one-class scores: ``"full"``, or ``"cautious"``, where only its
             strong evidence does; ``"auto"`` is full from 8 kinds of challenge on.
@@ -64,7 +66,10 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         components: Gaussians in the mixture; fewer where there is little data.
         dimensions: Principal components of the log norms that the mixture sees, at most.
         neighbours: k of the nearest neighbours.
-        calibration_fraction: Share of the clean data held out for calibration.
+        calibration_fraction: Share of the clean data held out for calibration: one fit, on less; None for ``folds``.
+        folds: Parts of the clean data, where none is held out: what is fitted on the others scores each, so that all
+            of it calibrates (cross-conformal prediction, Vovk, 2015). One-class scores stay as they were fitted on
+            all parts but one, H is trained once more on everything.
         false_alarm_rate: Share of clean data that `predict` flags.
         random_state: Seed of the split, the mixtures and H.
 
@@ -92,7 +97,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         components: int = 8,
         dimensions: int = 24,
         neighbours: int = 10,
-        calibration_fraction: float = 0.4,
+        calibration_fraction: float | None = None,
+        folds: int = 5,
         false_alarm_rate: float = 0.05,
         random_state: Any = 0,
     ) -> None:
@@ -112,6 +118,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         self.dimensions = dimensions
         self.neighbours = neighbours
         self.calibration_fraction = calibration_fraction
+        self.folds = folds
         self.false_alarm_rate = false_alarm_rate
         self.random_state = random_state
 
@@ -122,6 +129,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         *,
         kinds: ArrayLike | None = None,
         held_out: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
     ) -> UncertaintyDetector:
         """Fit on features of clean samples, or of clean and challenging ones.
 
@@ -131,7 +139,11 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             y: ``(B,)``, 0 for in-distribution, 1 for challenging; None when all are in-distribution.
             kinds: ``(B,)``, names or numbers that tell kinds of challenge apart; clean samples' are not read.
                 H learns more from ten kinds than from one label, and is trusted more.
-            held_out: ``(B,)`` of bool, the in-distribution samples to calibrate on; random when None.
+            held_out: ``(B,)`` of bool, the in-distribution samples to calibrate on, on which nothing is fitted; None
+                as ``calibration_fraction`` and ``folds`` say.
+            groups: ``(B,)``, integers. A challenging sample that was made from a clean one carries its number, and
+                helps to fit nothing that this one calibrates; a number that no clean sample has is of no group. None
+                where there are none.
 
         Returns:
             The detector itself.
@@ -150,31 +162,67 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             raise ValueError(
                 f"sees must name blocks of X, {', '.join(map(repr, blocks))}; it was {self.sees!r}"
             )
-        fitting, kept = split_clean(challenging, held_out, self.calibration_fraction, random)
-        chosen = take(blocks, fitting)
-        settings = Settings(self.log, self.components, self.dimensions, self.neighbours, seed)
-        parts: dict[str, Part] = {}
+        parts = self.folds if self.calibration_fraction is None else self.calibration_fraction
+        kept, splits = deal(challenging, held_out, groups, parts, random)
+        fits = [self._parts(blocks, clean, others, codes, seed) for clean, others, _ in splits]
+        # New samples are to one fit what left-out ones were to all. To one on everything they would be less unusual:
+        # distances depend on how many samples they were fitted on, what H learned hardly does. With a few samples
+        # less a score may not exist.
+        scores = {name: part for name, part in fits[0].items() if all(name in fit for fit in fits)}
+        if len(splits) > 1 and challenging.any():
+            scores[_H] = self._h(blocks, kept, np.flatnonzero(challenging), codes, seed)
+        raw = {name: torch.empty(len(kept), dtype=torch.float64) for name in scores}
         with torch.no_grad():
-            if self.guard or not challenging.any():
-                for name, rows, score, meaning in one_class_scores(chosen, settings):
-                    parts[name] = Part(rows, score, meaning)
-            if challenging.any():
-                seen = chosen if self.sees is None else {name: chosen[name] for name in self.sees}
-                joint = joint_rows(seen, settings)
-                picked = np.concatenate([fitting, np.flatnonzero(challenging)])
-                h = fit_perceptrons(
-                    joint(as_tensors(take(blocks, picked))).numpy(),
-                    codes[picked],
-                    hidden=self.hidden if self.supervised == "network" else None,
-                    members=self.members,
-                    seed=seed,
-                    dropout=self.dropout,
-                )
-                parts["labels"] = Part(joint, h, OneSided, *self._trust(codes))
-            calibration = as_tensors(take(blocks, kept))
-            module = DetectorModule.fit(parts, calibration, combine=self.combine, cap=self.cap)
+            for fit, (*_, scored) in zip(fits, splits, strict=True):
+                samples = as_tensors(take(blocks, kept[scored]))
+                for name, own in raw.items():
+                    own[scored] = fit[name].score(fit[name].rows(samples))
+            module = DetectorModule.fit(scores, raw, combine=self.combine, cap=self.cap)
         self.module_ = module.eval()
         return self
+
+    def _parts(
+        self,
+        blocks: Mapping[str, Array],
+        clean: NDArray[np.intp],
+        others: NDArray[np.intp],
+        codes: NDArray[np.intp],
+        seed: int,
+    ) -> dict[str, Part]:
+        """The scores fitted on ``clean`` samples, and H on them and the ``others``, which are challenging."""
+        parts: dict[str, Part] = {}
+        if self.guard or not codes.any():
+            scores = one_class_scores(take(blocks, clean), self._settings(seed))
+            parts |= {name: Part(rows, score, meaning) for name, rows, score, meaning in scores}
+        if codes.any():
+            parts[_H] = self._h(blocks, clean, others, codes, seed)
+        return parts
+
+    def _h(
+        self,
+        blocks: Mapping[str, Array],
+        clean: NDArray[np.intp],
+        others: NDArray[np.intp],
+        codes: NDArray[np.intp],
+        seed: int,
+    ) -> Part:
+        seen = blocks if self.sees is None else {name: blocks[name] for name in self.sees}
+        joint = joint_rows(take(seen, clean), self._settings(seed))
+        picked = np.concatenate([clean, others])
+        with torch.no_grad():
+            rows = joint(as_tensors(take(seen, picked))).numpy()
+        h = fit_perceptrons(
+            rows,
+            codes[picked],
+            hidden=self.hidden if self.supervised == "network" else None,
+            sees=views(joint.widths, self.members),
+            seed=seed,
+            dropout=self.dropout,
+        )
+        return Part(joint, h, OneSided, *self._trust(codes))
+
+    def _settings(self, seed: int) -> Settings:
+        return Settings(self.log, self.components, self.dimensions, self.neighbours, seed)
 
     def decision_function(self, X: ArrayLike | Blocks) -> Array:
         """Unreliability ``(B,)``: -log of the p-value. Higher is less reliable; compare with `threshold`."""
@@ -250,8 +298,10 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                 raise ValueError(f"{name} must be an integer of at least 1; it was {value!r}")
         if not float(self.cap) > 0:
             raise ValueError(f"cap must be greater than 0; it was {self.cap!r}")
-        if not 0 < float(self.calibration_fraction) < 1:
+        if self.calibration_fraction is not None and not 0 < float(self.calibration_fraction) < 1:
             raise ValueError(f"calibration_fraction must lie in (0, 1); it was {self.calibration_fraction!r}")
+        if not isinstance(self.folds, (int, np.integer)) or self.folds < 2:
+            raise ValueError(f"folds must be an integer of at least 2; it was {self.folds!r}")
         if not 0 <= float(self.dropout) < 1:
             raise ValueError(f"dropout must lie in [0, 1); it was {self.dropout!r}")
         checks.one_of("trust", self.trust, ("auto", "full", "cautious"))

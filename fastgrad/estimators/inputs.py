@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,14 @@ from numpy.typing import ArrayLike, NDArray
 from fastgrad.scores.rows import as_tensor
 
 Array = NDArray[np.float64]
+
+
+class Split(NamedTuple):
+    """Clean and challenging samples to fit on, and which of the calibrating ones that scores."""
+
+    clean: NDArray[np.intp]
+    challenging: NDArray[np.intp]
+    scored: NDArray[np.intp]
 
 
 def challenging_of(y: ArrayLike | None, count: int) -> tuple[NDArray[np.bool_], NDArray[Any]]:
@@ -57,17 +65,22 @@ def kinds_of(kinds: ArrayLike | None, challenging: NDArray[np.bool_]) -> NDArray
     return codes
 
 
-def split_clean(
+def deal(
     challenging: NDArray[np.bool_],
     held_out: ArrayLike | None,
-    fraction: float,
+    groups: ArrayLike | None,
+    parts: int | float,
     random: np.random.RandomState,
-) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Clean samples to fit the scores on, and to calibrate on, in random order.
+) -> tuple[NDArray[np.intp], list[Split]]:
+    """The clean samples that calibrate, in random order, and how each of them is scored.
+
+    Held-out samples, or a random share of all if ``parts`` is less than 1, are scored by what is fitted on the others.
+    With more parts every clean sample calibrates and fits: it is dealt, with its group, into one of so many folds, and
+    what is fitted on the other folds scores it. No fit sees a challenging sample of a group that it scores.
 
     Raises:
-        ValueError: There are fewer than 4 clean samples, or ``held_out`` is malformed or leaves fewer than 2 on a
-            side.
+        ValueError: There are fewer than 4 clean samples, or an argument is malformed, or leaves fewer than 2 clean
+            samples on a side.
     """
     order = random.permutation(np.flatnonzero(~challenging))
     if len(order) < 4:
@@ -75,21 +88,42 @@ def split_clean(
             f"X must have at least 4 in-distribution samples; it had {len(order)} "
             f"(n_samples = {len(challenging)})"
         )
-    if held_out is None:
-        share = min(max(2, round(fraction * len(order))), len(order) - 2)
-        return order[share:], order[:share]
-    mask = np.asarray(held_out)
-    if mask.shape != challenging.shape or mask.dtype != bool:
+    numbers = np.arange(len(challenging)) if groups is None else np.asarray(groups)
+    if numbers.shape != challenging.shape or numbers.dtype.kind not in "iu":
         raise ValueError(
-            f"held_out must be bool of shape {challenging.shape}; it was {mask.dtype}, {mask.shape}"
+            f"groups must be integers of shape {challenging.shape}; they were {numbers.dtype}, {numbers.shape}"
         )
-    fitting, kept = order[~mask[order]], order[mask[order]]
-    if len(kept) < 2 or len(fitting) < 2:
-        raise ValueError(
-            "held_out must leave at least 2 in-distribution samples on each side; it left "
-            f"{len(kept)} held out and {len(fitting)} to fit on"
-        )
-    return fitting, kept
+    if held_out is not None:
+        mask = np.asarray(held_out)
+        if mask.shape != challenging.shape or mask.dtype != bool:
+            raise ValueError(
+                f"held_out must be bool of shape {challenging.shape}; it was {mask.dtype}, {mask.shape}"
+            )
+        fold_of, folds = mask[order].astype(np.intp), [1]
+        kept = int(fold_of.sum())
+        if min(kept, len(order) - kept) < 2:
+            raise ValueError(
+                "held_out must leave at least 2 in-distribution samples on each side; it left "
+                f"{kept} held out and {len(order) - kept} to fit on"
+            )
+    elif parts < 1:
+        share = min(max(2, round(parts * len(order))), len(order) - 2)
+        fold_of, folds = (np.arange(len(order)) < share).astype(np.intp), [1]
+    else:
+        # Groups in the order in which their first clean sample comes.
+        _, first, inverse = np.unique(numbers[order], return_index=True, return_inverse=True)
+        if len(first) < 2:
+            raise ValueError(f"groups must tell at least 2 of clean samples apart; there was {len(first)}")
+        count = min(int(parts), len(first))
+        fold_of, folds = (np.argsort(np.argsort(first)) % count)[inverse], list(range(count))
+    calibrating = np.isin(fold_of, folds)
+    others = np.flatnonzero(challenging)
+    splits = []
+    for fold in folds:
+        scored = order[fold_of == fold]
+        apart = others[~np.isin(numbers[others], numbers[scored])]
+        splits.append(Split(order[fold_of != fold], apart, np.flatnonzero(fold_of[calibrating] == fold)))
+    return order[calibrating], splits
 
 
 def check_rate(rate: float) -> float:

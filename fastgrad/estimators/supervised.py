@@ -42,6 +42,21 @@ class Joint(Fitted):
         """Standardised rows, cut at 50 standard deviations."""
         return clipped(torch.cat([rows(blocks) for rows in self.parts], -1), _LIMIT)
 
+    @property
+    def widths(self) -> list[int]:
+        """How many columns are whose."""
+        return [rows.width for rows in self.parts]
+
+
+def views(widths: Sequence[int], members: int) -> Tensor:
+    """Which columns each network of H sees, ``(M, d)`` of 0 and 1, where blocks have ``widths`` columns.
+
+    So many ``members`` see all, and one more for each block sees that alone (as in random subspaces, Ho, 1998, but for
+    chance): where all together learn the kinds of challenge by heart, what one block says still holds for others.
+    """
+    alone = torch.eye(len(widths)).repeat_interleave(torch.tensor(widths), 1)
+    return torch.cat([torch.ones(members, sum(widths)), *([alone] if len(widths) > 1 else [])])
+
 
 class Perceptrons(Fitted):
     """Mean over M networks of -log P(clean): a two-layer network with ReLU each, or one linear map.
@@ -69,15 +84,15 @@ def fit_perceptrons(
     kinds: NDArray[np.intp],
     *,
     hidden: int | None,
-    members: int,
+    sees: Tensor,
     seed: int,
     dropout: float = 0.0,
 ) -> Perceptrons:
     """H from ``rows`` ``(n, d)`` and ``kinds`` ``(n,)``: 0 for clean, others for kinds of challenge.
 
     Telling the kinds apart makes a better "clean or not" than that question alone. Clean and challenging
-    samples count alike in all, however many there are. ``hidden=None`` is logistic regression, which has a fixed
-    penalty of its own; the other arguments are those of `train_networks`.
+    samples count alike in all, however many there are. ``hidden=None`` is logistic regression on all columns, which
+    has a fixed penalty of its own; the other arguments are those of `train_networks`.
     """
     if hidden is None:
         return _logistic(rows, np.unique(kinds, return_inverse=True)[1])
@@ -85,7 +100,7 @@ def fit_perceptrons(
         rows,
         [(np.arange(len(rows)), kinds)],
         hidden=hidden,
-        members=members,
+        sees=sees,
         seed=seed,
         dropout=dropout,
     )[0]
@@ -116,7 +131,7 @@ def train_networks(
     tasks: Sequence[tuple[NDArray[np.intp], NDArray[np.intp]]],
     *,
     hidden: int,
-    members: int,
+    sees: Tensor,
     seed: int,
     dropout: float = 0.0,
     epochs: int = _EPOCHS,
@@ -130,7 +145,8 @@ def train_networks(
         rows: ``(n, d)``.
         tasks: For each, the rows it learns from and their kinds, 0 for clean.
         hidden: Width of the hidden layer.
-        members: Networks a task, which differ in their start and in the order of samples.
+        sees: ``(M, d)`` of 0 and 1, the columns that each of M networks a task sees. They differ in their start and
+            in the order of samples, too.
         seed: Of both, and of what is dropped.
         dropout: Chance that a network does not see an input of a sample in a step (Srivastava et al., 2014).
         epochs: Passes over the data.
@@ -143,9 +159,13 @@ def train_networks(
         places = torch.as_tensor(picked)
         sides.append(((places[codes == 0], codes[codes == 0]), (places[codes > 0], codes[codes > 0])))
     classes = [1 + max((int(codes.max()) for _, codes in pair if len(codes)), default=0) for pair in sides]
-    networks, d, width = len(tasks) * members, x.shape[1], max(classes)
+    members, width = len(sees), max(classes)
+    networks = len(tasks) * members
+    seen = sees.repeat(len(tasks), 1).unsqueeze(2)
     parameters = [
-        torch.randn(networks, d, hidden, generator=generator) * math.sqrt(2 / d),
+        torch.randn(networks, x.shape[1], hidden, generator=generator)
+        * seen
+        * (2 / seen.sum(1, True)).sqrt(),
         torch.zeros(networks, 1, hidden),
         torch.randn(networks, hidden, width, generator=generator) * math.sqrt(1 / hidden),
         torch.zeros(networks, 1, width),
@@ -172,7 +192,7 @@ def train_networks(
             inputs = x[torch.stack(drawn)]
             if dropout > 0:
                 inputs = inputs * (torch.rand(inputs.shape, generator=generator) >= dropout) / (1 - dropout)
-            activations = torch.relu(torch.baddbmm(first_bias, inputs, first))
+            activations = torch.relu(torch.baddbmm(first_bias, inputs, first * seen))
             logits = torch.baddbmm(second_bias, activations, second)
             loss = cross_entropy(logits.flatten(0, 1), torch.stack(targets).flatten()) * networks
             optimizer.zero_grad()

@@ -38,7 +38,9 @@ GENERATED, OWN = 4.0, 2.0
 #: Half the width of a 95 % interval, in standard errors.
 _INTERVAL = 1.96
 #: Blocks that have been worth their small price on networks of many kinds: where a choice begins.
-USUAL = ("logits", "activations", "image")
+USUAL = ("logits", "features", "activations", "image")
+#: What is small, in forward passes.
+_SMALL = 0.2
 
 
 class State(NamedTuple):
@@ -132,7 +134,7 @@ class Judge:
         self.folds = self._folds(~clean, held_out, own, rng)
         self.arrays = {name: value.double().numpy() for name, value in X.items()}
         self._found: dict[State, dict[str, Placements]] = {}
-        self._trials: dict[frozenset[str], list[Array]] = {}
+        self._trials: dict[frozenset[str], list[Tensor]] = {}
         self._evidence: dict[str, list[Array]] = {}
         self._rows: dict[str, Array] = {}
 
@@ -162,11 +164,11 @@ class Judge:
     def choose(self, names: Sequence[str], price: Mapping[str, float], allowance: float) -> Choice:
         """The blocks to keep, those that H reads among them, and what each block is worth.
 
-        A choice begins with `USUAL`, as far as they can be had. As long as a change makes the detector better by more
-        than chance would, the best is made: a block more, which the budget must allow, a block less, or one less under
-        H, which then serves by its own scores alone. What the user is ready to pay for is taken where it helps by more
-        than its standard error; what is there goes only where that helps by more than its interval. Few samples give
-        wide ones, and change little.
+        A choice begins with `USUAL`, where they can be had and their price is small. As long as a change makes the
+        detector better by more than chance would, the best is made: a block more, which the budget must allow, a block
+        less, or one less under H, which then serves by its own scores alone. What the user is ready to pay for is taken
+        where it helps by more than its standard error; what is there goes only where that helps by more than its
+        interval. Few samples give wide ones, and change little.
 
         Args:
             names: Candidates.
@@ -175,7 +177,7 @@ class Judge:
         """
         state = State(frozenset({"logits"}), frozenset({"logits"}))
         for name in USUAL:
-            if name in names and self._fits(state.plus(name), price, allowance):
+            if name in names and price[name] <= _SMALL and self._fits(state.plus(name), price, allowance):
                 state = state.plus(name)
         while True:
             changes = [state.plus(name) for name in names if name not in state.kept]
@@ -240,21 +242,29 @@ class Judge:
 
     def _surprises(self, seen: frozenset[str]) -> list[Array]:
         """For each fold, minus the logarithm of the p-value of an H on the blocks ``seen``, for every sample."""
+        total = [self.detector.members * value for value in self._trial(seen)]
+        if self.detector.supervised == "network" and len(seen) > 1:
+            for name in seen:
+                total = [
+                    value + own for value, own in zip(total, self._trial(frozenset({name})), strict=True)
+                ]
+        return [self._capped(-OneSided.fit(value[self.calibrating])(value)) for value in total]
+
+    def _trial(self, seen: frozenset[str]) -> list[Tensor]:
+        """For each fold, what one network, or linear map, on the blocks ``seen`` says of every sample."""
         if seen not in self._trials:
             rows = np.concatenate([self._joint(name) for name in sorted(seen)], 1)
+            sees = torch.ones(1, rows.shape[1])
             tasks = []
             for learned, _ in self.folds:
                 picked = np.concatenate([self.fitting, learned])
                 tasks.append((picked, np.unique(self.kinds[picked], return_inverse=True)[1]))
             if self.detector.supervised == "network":
                 hidden = min(_HIDDEN, self.detector.hidden)
-                hs = train_networks(rows, tasks, hidden=hidden, members=1, seed=0, epochs=_EPOCHS)
+                hs = train_networks(rows, tasks, hidden=hidden, sees=sees, seed=0, epochs=_EPOCHS)
             else:
-                hs = [fit_perceptrons(rows[p], codes, hidden=None, members=1, seed=0) for p, codes in tasks]
-            values = [h(torch.from_numpy(rows)) for h in hs]
-            self._trials[seen] = [
-                self._capped(-OneSided.fit(value[self.calibrating])(value)) for value in values
-            ]
+                hs = [fit_perceptrons(rows[p], codes, hidden=None, sees=sees, seed=0) for p, codes in tasks]
+            self._trials[seen] = [h(torch.from_numpy(rows)) for h in hs]
         return self._trials[seen]
 
     def _of(self, name: str) -> list[Array]:

@@ -132,6 +132,11 @@ class Rows(Fitted):
         clip = self.options.get("clip")
         return rows if clip is None else clipped(rows, clip)
 
+    @property
+    def width(self) -> int:
+        """How many columns rows have."""
+        return len(self.shift if "shift" in self._buffers else self.mean)
+
     def of(self, blocks: Mapping[str, Array]) -> Array:
         """The rows of arrays."""
         with torch.no_grad():

@@ -41,7 +41,11 @@ def fitted(calibration, combine="fisher"):
         )
         for index in range(5)
     }
-    return DetectorModule.fit(parts, {"x": torch.tensor(calibration)}, combine=combine, cap=20.0)
+    return DetectorModule.fit(parts, raw(parts, calibration), combine=combine, cap=20.0)
+
+
+def raw(parts, calibration):
+    return {name: part.score(part.rows({"x": torch.tensor(calibration)})) for name, part in parts.items()}
 
 
 @pytest.mark.parametrize("combine", ["fisher", "harmonic"])
@@ -73,14 +77,14 @@ def test_evidence_explains_what_is_calibrated(combine):
     rng = np.random.default_rng(5)
     module = fitted(scores(200, rng, 0.5), combine)
     x = torch.tensor(scores(300, rng, 0.5))
-    raw = module.raw({"x": x})
+    own = module.raw({"x": x})
     unreliability, evidence = module.explain({"x": x})
     assert torch.equal(unreliability, module({"x": x}))
     assert list(evidence) == [f"score{index}" for index in range(5)]
     assert all((own >= 0).all() for own in evidence.values())
     assert evidence["score4"].max() > 3
     # What the final score calibrates is the sum, or rises with every part of it.
-    joined = module.joined(raw)
+    joined = module.joined(own)
     if combine == "fisher":
         torch.testing.assert_close(sum(evidence.values()), joined)
     # The first is two-sided: its highest value need not be its most unusual one.
@@ -151,10 +155,11 @@ def test_small_calibration_sets_and_order():
 def test_weight_and_relevance_belong_to_the_score():
     calibration = np.random.default_rng(2).normal(size=(400, 1))
     part = Part(Column(index=0), Same(), OneSided, weight=2.0, relevant=0.1)
-    module = DetectorModule.fit({"only": part}, {"x": torch.tensor(calibration)}, combine="fisher", cap=20.0)
-    raw = torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=torch.float64)
-    log_p = module.scores.only.meaning(raw[0])
-    torch.testing.assert_close(module.joined(raw), 2 * (-log_p + math.log(0.1)).clamp(min=0))
+    parts = {"only": part}
+    module = DetectorModule.fit(parts, raw(parts, calibration), combine="fisher", cap=20.0)
+    new = torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=torch.float64)
+    log_p = module.scores.only.meaning(new[0])
+    torch.testing.assert_close(module.joined(new), 2 * (-log_p + math.log(0.1)).clamp(min=0))
     assert module.spec()["children"]["scores"]["children"]["only"]["options"] == {
         "weight": 2.0,
         "relevant": 0.1,

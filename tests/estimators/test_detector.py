@@ -93,7 +93,7 @@ def test_false_alarm_rate_is_what_it_says(rate, labels):
         detector.decision_function(network_like(new, 12)["gradients"]) > detector.threshold(rate)
     ).sum()
     n = len(detector.module_.calibration_scores)
-    assert n == 1200
+    assert n == fit
     # Interpolation puts the threshold between two neighbouring order statistics.
     k = int(rate * (n + 1))
     low = betabinom(new, max(1, k - 1), n + 2 - k).ppf(1e-6)
@@ -246,7 +246,8 @@ def test_bad_input_is_named(case):
     ("name", "value"),
     [
         ("contrasts", "yes"), ("supervised", "forest"), ("combine", "sum"), ("trust", "blind"), ("hidden", 0),
-        ("components", 1.5), ("cap", 0), ("calibration_fraction", 1.0), ("false_alarm_rate", 0.0),
+        ("components", 1.5), ("cap", 0), ("calibration_fraction", 1.0), ("folds", 1), ("folds", 2.5),
+        ("false_alarm_rate", 0.0),
         ("dropout", 1.0),
     ],
 )  # fmt: skip

@@ -21,8 +21,8 @@ def samples(seed: int = 0) -> tuple[dict[str, Tensor], np.ndarray, np.ndarray]:
     the others.
     """
     rng = np.random.default_rng(seed)
-    kinds = np.array([""] * 300 + [kind for kind in KINDS for _ in range(60)])
-    held_out = np.concatenate([np.arange(300) >= 200, np.tile(np.arange(60) >= 30, len(KINDS))])
+    kinds = np.array([""] * 900 + [kind for kind in KINDS for _ in range(180)])
+    held_out = np.concatenate([np.arange(900) >= 600, np.tile(np.arange(180) >= 90, len(KINDS))])
     n = len(kinds)
     challenging = kinds != ""
     logits = rng.normal(size=(n, 4)) + 0.3 * challenging[:, None]
@@ -35,14 +35,15 @@ def samples(seed: int = 0) -> tuple[dict[str, Tensor], np.ndarray, np.ndarray]:
     return {name: torch.as_tensor(value) for name, value in blocks.items()}, kinds, held_out
 
 
-def judge(own: bool = False) -> Judge:
+def judge(own: bool = False, members: int = 3) -> Judge:
+    """With many ``members`` H is as good as made of networks that see all blocks."""
     X, kinds, held_out = samples()
-    return Judge(UncertaintyDetector(log=False, hidden=16), X, kinds, held_out, own=own)
+    return Judge(UncertaintyDetector(log=False, hidden=16, members=members), X, kinds, held_out, own=own)
 
 
 def test_what_finds_every_kind_is_worth_most_and_h_does_not_read_what_it_learns_by_heart() -> None:
     names = ["logits", "features", "image", "activations"]
-    choice = judge().choose(names, dict.fromkeys(names, 0.0), 0.2)
+    choice = judge(members=30).choose(names, dict.fromkeys(names, 0.0), 0.2)
     assert "activations" in choice.kept
     assert "activations" in choice.seen
     assert "image" in choice.kept
@@ -52,6 +53,13 @@ def test_what_finds_every_kind_is_worth_most_and_h_does_not_read_what_it_learns_
     assert choice.worth["features"][0] < 0.01
     assert choice.auroc > 0.8
     assert set(choice.seen) <= set(choice.kept) <= set(names)
+
+
+def test_networks_that_see_one_block_find_what_others_learned_by_heart_hides() -> None:
+    """Where each kind has a column of its own, an H that sees that block alone with others misses kinds left out."""
+    every = frozenset(["logits", "activations", "image"])
+    state = State(every, every)
+    assert judge().mean(state) > judge(members=30).mean(state) + 0.01
 
 
 def test_what_costs_more_is_kept_only_within_the_budget_and_beyond_its_interval() -> None:
@@ -107,7 +115,7 @@ def test_placements_give_the_area_and_the_spread_of_differences() -> None:
 
 def test_a_kept_block_that_h_does_not_read_is_worth_its_own_score() -> None:
     names = ["logits", "image", "activations"]
-    one = judge()
+    one = judge(members=30)
     choice = one.choose(names, dict.fromkeys(names, 0.0), 0.2)
     assert "image" in set(choice.kept) - set(choice.seen)
     kept, seen = frozenset(choice.kept), frozenset(choice.seen)

@@ -4,7 +4,7 @@ import torch
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from sklearn.neighbors import NearestNeighbors as SklearnNeighbours
 
-from fastgrad.estimators.supervised import fit_perceptrons
+from fastgrad.estimators.supervised import fit_perceptrons, views
 from fastgrad.scores import Energy, GaussianMixture, NearestNeighbours
 from fastgrad.scores.rows import SMALLEST, Rows, order_by_rank
 
@@ -101,7 +101,7 @@ def test_constant_columns_are_harmless():
 def test_perceptrons_separate_what_is_separable(hidden, kinds):
     codes = RNG.integers(0, kinds, 400)
     rows = RNG.normal(size=(400, 3)) + 4 * codes[:, None]
-    network = fit_perceptrons(rows, codes, hidden=hidden, members=2, seed=0)
+    network = fit_perceptrons(rows, codes, hidden=hidden, sees=views([3], 2), seed=0)
     scores = network(torch.tensor(rows)).numpy()
     assert scores.shape == (400,)
     assert np.median(scores[codes > 0]) > np.quantile(scores[codes == 0], 0.95)
@@ -118,9 +118,9 @@ def test_a_network_with_dropout_reads_every_input():
     new[400:, 1:] += 1
     aurocs = []
     for dropout in (0.0, 0.5):
-        h = fit_perceptrons(rows, kinds, hidden=16, members=2, seed=0, dropout=dropout)
+        h = fit_perceptrons(rows, kinds, hidden=16, sees=views([8], 2), seed=0, dropout=dropout)
         scores = h(torch.tensor(new)).numpy()
         aurocs.append((scores[400:, None] > scores[:400]).mean())
     assert aurocs[1] > aurocs[0] + 0.02
-    again = fit_perceptrons(rows, kinds, hidden=16, members=2, seed=0, dropout=0.5)
+    again = fit_perceptrons(rows, kinds, hidden=16, sees=views([8], 2), seed=0, dropout=0.5)
     assert torch.equal(again(torch.tensor(new)), torch.tensor(scores))

@@ -101,7 +101,7 @@ def evaluate(subject: Subject) -> Found:
     def everything(case: str, part: str = "test") -> Arrays:
         return subject.blocks(case, part) | subject.gradients(case, part) | more_signals(subject, case, part)
 
-    fit, held_out = everything("clean", "fit"), subject.samples.clean.held_out
+    fit = everything("clean", "fit")
     clean = {name: values[right] for name, values in everything("clean").items()}
     cases = {short(case): everything(case) for case in CASES}
     found: Found = {}
@@ -113,7 +113,7 @@ def evaluate(subject: Subject) -> Found:
 
     for name, read in feature_sets(subject).items():
         detector = UncertaintyDetector(log=False, contrasts=False)
-        detector.fit(np.asarray(read(fit), np.float64), held_out=held_out)
+        detector.fit(np.asarray(read(fit), np.float64))
         record(
             f"one-class: {name}", lambda b, d=detector, r=read: d.decision_function(np.asarray(r(b), float))
         )
@@ -131,9 +131,7 @@ def evaluate(subject: Subject) -> Found:
         ("one-class and all gradients", ("gradients",), "fisher"),
     ):
         detector = UncertaintyDetector(log=False, combine=combine)
-        variants[name] = detector.fit(
-            own.visible(default, fit) | {block: fit[block] for block in read_too}, held_out=held_out
-        )
+        variants[name] = detector.fit(own.visible(default, fit) | {block: fit[block] for block in read_too})
     for name, detector in variants.items():
         record(name, lambda b, d=detector: own.scores(d, b))
     # Each part of the default detector by itself, already a two-sided p-value where that is its meaning.
