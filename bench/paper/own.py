@@ -21,12 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bench.paper import cache
 from bench.paper.cache import Arrays
 from fastgrad import UncertaintyDetector
 from fastgrad.blocks import Activations, BiasGradients, Block, Contrasts, Features, Image, Logits, View
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.budget import Candidates, Report, candidates
+from fastgrad.challenges import CHALLENGES
 from fastgrad.samples import Sources, collect, expected
 
 #: What is extracted. Left out are the norms of gradients of parameters, which cost six forward passes and more.
@@ -161,6 +163,11 @@ class Reading:
         if not isinstance(block, BiasGradients):
             return values
         return values[:, -sum(place.count for place in block.places(self.subject)) :]
+
+
+def generation(*other: Any) -> str:
+    """A digest of how samples are generated, for the names of files; its number rises when `collect` changes."""
+    return cache.digest("generated 5", dict(CHALLENGES), *other)[:8]
 
 
 def read(kept: Mapping[str, NDArray[Any]]) -> Samples:

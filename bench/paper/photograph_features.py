@@ -19,11 +19,10 @@ from torch import Tensor
 from bench.paper import cache, published
 from bench.paper.cache import Arrays
 from bench.paper.draws import CASES, Draw
-from bench.paper.own import BLOCKS, Reading, Samples, batches, read
+from bench.paper.own import BLOCKS, Reading, Samples, batches, generation, read
 from fastgrad import TwoStageModel
 from fastgrad.blocks import Block
 from fastgrad.budget import candidates
-from fastgrad.challenges import CHALLENGES
 from fastgrad.scores.temperature import Temperature
 
 _BATCH = 16
@@ -75,8 +74,7 @@ class Photographs:
 
         names = [kind.name for kind in self.kinds]
         other = () if self.kinds == BLOCKS and self.each is None else (names, self.each)
-        generated = cache.digest("generated 5", dict(CHALLENGES), *other)[:8]
-        return read(cache.arrays(self.folder / f"fit-{generated}.npz", make))
+        return read(cache.arrays(self.folder / f"fit-{generation(*other)}.npz", make))
 
     def fitted(self, names: Sequence[str]) -> TwoStageModel:
         """What ``TwoStageModel(network, blocks=names).fit`` makes of the samples, without extracting them again.

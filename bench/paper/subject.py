@@ -23,7 +23,6 @@ from bench.paper.train import EPOCHS, HELD_OUT, Recipe, trained
 from fastgrad import UncertaintyDetector
 from fastgrad.blocks import Gradients
 from fastgrad.budget import Report
-from fastgrad.challenges import CHALLENGES
 
 #: Searches, steps, step size and first constant of C&W in full mode; the default is shorter.
 THOROUGH = (5, 100, 0.05, 0.1)
@@ -136,9 +135,8 @@ class Subject:
     def samples(self) -> own.Samples:
         """The clean images of the part ``"fit"`` and challenges generated from them."""
         batches = own.batches(self.clean("fit"), BATCH)
-        generated = cache.digest(dict(CHALLENGES))[:8]
         make = lambda: self.reading.samples(batches, self.recipe.seed)  # noqa: E731
-        return own.read(self.kept(f"samples/{generated}", "fit", make))
+        return own.read(self.kept(f"samples/{own.generation()}", "fit", make))
 
     @cached_property
     def own(self) -> dict[str, tuple[Report, UncertaintyDetector]]:
