@@ -17,7 +17,7 @@ from fastgrad.challenges import PixelRange, challenge_names, iter_challenges
 from fastgrad.challenges.generate import COMPRESSED
 
 #: Share of the clean inputs that are held out while blocks are chosen.
-HELD_OUT = 0.4
+_HELD_OUT = 0.4
 #: Generated challenges of held-out images, from which the worth of blocks is measured; more say little more.
 _JUDGED = 1200
 #: Challenges that are made in all, as long as an image gives no more than so many and no fewer.
@@ -35,7 +35,7 @@ class Samples:
         parts: Blocks of every batch.
         kinds: Of every sample; empty for clean ones.
         held_out: Whether a sample calibrates (clean) or judges (challenging) rather than fits.
-        groups: The number of every clean sample, and of the clean sample that a challenge was made from, or -1.
+        groups: The place of every clean sample, and of the clean sample that a challenge was made from, or -1.
         labels: Of every clean sample, or -1.
     """
 
@@ -93,14 +93,14 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
     """
     samples, rng = Samples(), np.random.default_rng(sources.seed)
     names = [] if sources.challenge is not None else challenge_names() + challenge_names(COMPRESSED)
-    share = HELD_OUT if sources.calibration is None else 0.0
+    share = _HELD_OUT if sources.calibration is None else 0.0
     turns = {False: 0, True: 0}
     expecting = min(sources.images, sources.max_samples)
     # More of each image where there are few.
     each = sources.challenges_per_image or max(_FEWEST, min(_MOST, -(-_WANTED // max(1, sources.images))))
-    held = HELD_OUT * expecting * each
+    held = _HELD_OUT * expecting * each
     together = max(_TOGETHER, int(held / (_TURNS * max(1, len(names)))))
-    judged = clean = 0
+    judged = 0
 
     def add(
         x: Inputs,
@@ -132,8 +132,7 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
 
     for x, labels in _batches("train_loader", sources.train, sources.max_samples, sources.verbose):
         kept = rng.random(batch_size(x)) < share
-        numbers = clean + np.arange(batch_size(x))
-        clean += batch_size(x)
+        numbers = len(samples.kinds) + np.arange(batch_size(x))
         add(x, "", kept, numbers, labels)
         if names:
             if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
@@ -152,8 +151,7 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
         for x, labels in _batches(
             "calibration_loader", sources.calibration, sources.max_samples, sources.verbose
         ):
-            everything, numbers = np.ones(batch_size(x), bool), clean + np.arange(batch_size(x))
-            clean += batch_size(x)
+            everything, numbers = np.ones(batch_size(x), bool), len(samples.kinds) + np.arange(batch_size(x))
             add(x, "", everything, numbers, labels)
             if names and isinstance(x, Tensor) and judged < _JUDGED:
                 generate(x, numbers, everything, True)

@@ -55,10 +55,6 @@ CONTROLS: Mapping[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
 NAMES = (*map(named, BUDGETS), *CONTROLS)
 
 
-#: What `Samples` hold beside blocks.
-BESIDE = ("kinds", "held_out", "groups")
-
-
 class Samples(NamedTuple):
     """Of clean images and challenges: blocks, kinds (empty for clean images), who is held out while blocks are chosen,
     and the number of the clean image that each is or was made from.
@@ -125,7 +121,7 @@ class Reading:
         images = expected(batches, len(batches[0][0]))
         sources = Sources(batches, None, None, 5000, images, self.each, seed, False)
         found = collect(self.extraction, self.model, torch.device("cpu"), sources)
-        beside = {name: np.array(getattr(found, name)) for name in BESIDE}
+        beside = {name: np.array(getattr(found, name)) for name in Samples._fields[1:]}
         return {name: value.numpy() for name, value in found.blocks().items()} | beside
 
     def candidates(self, budget: float) -> Candidates:
@@ -173,7 +169,7 @@ def generation(*other: Any) -> str:
 def read(kept: Mapping[str, NDArray[Any]]) -> Samples:
     """Samples from the arrays of `Reading.samples`."""
     blocks = dict(kept)
-    beside = {name: blocks.pop(name) for name in BESIDE}
+    beside = {name: blocks.pop(name) for name in Samples._fields[1:]}
     return Samples({name: torch.from_numpy(value) for name, value in blocks.items()}, **beside)
 
 

@@ -68,9 +68,7 @@ class Photographs:
         """Clean photographs and generated challenges."""
 
         def make() -> Arrays:
-            parts = [self.draw.clean(part) for part in ("fit", "calibration")]
-            images, labels = (torch.cat(own) for own in zip(*parts, strict=True))
-            return self.reading.samples(batches((images, labels), _BATCH), self.draw.number)
+            return self.reading.samples(batches(self._known(), _BATCH), self.draw.number)
 
         names = [kind.name for kind in self.kinds]
         other = () if self.kinds == BLOCKS and self.each is None else (names, self.each)
@@ -89,9 +87,14 @@ class Photographs:
         model.detector = report.fit(model.detector, X, kinds, groups)
         model.detector_module = model.detector.to_module()
         model.extraction, model._report = reading.extraction.of(model.asked), report
-        labels = torch.cat([self.draw.clean(part)[1] for part in ("fit", "calibration")])
+        _, labels = self._known()
         model.temperature = Temperature.fit(X["logits"][torch.from_numpy(kinds == "")], labels)
         return model
+
+    def _known(self) -> tuple[Tensor, Tensor]:
+        """The photographs that are no test, and their labels."""
+        (fit, fit_labels), (rest, labels) = (self.draw.clean(part) for part in ("fit", "calibration"))
+        return torch.cat([fit, rest]), torch.cat([fit_labels, labels])
 
     def blocks(self, name: str) -> Arrays:
         """Blocks of the test photographs (``"clean"``) or of a case."""

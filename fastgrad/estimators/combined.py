@@ -14,6 +14,8 @@ from fastgrad.scores.fitted import Fitted, Sequence
 
 from . import supervised
 
+#: H among the scores, by the name that it has in files.
+H = "labels"
 #: Parts of the calibration data, of which each in turn is joined by what the scores mean on the others.
 _FOLDS = 10
 
@@ -162,15 +164,15 @@ class DetectorModule(Fitted):
     def sources(self) -> list[str]:
         """Of each score, the block that it reads, or H's name."""
         return [
-            supervised.NAME if name == "labels" else score.rows.options.get("block", name)
+            supervised.NAME if name == H else score.rows.options.get("block", name)
             for name, score in zip(self.scores._modules, self.scores, strict=True)
         ]
 
     def learned(self) -> list[str]:
         """The blocks that H reads; none without H."""
-        if "labels" not in self.scores._modules:
+        if H not in self.scores._modules:
             return []
-        parts = self.scores.get_submodule("labels.rows.parts").named_children()
+        parts = self.scores.get_submodule(f"{H}.rows.parts").named_children()
         return [rows.options.get("block", name) for name, rows in parts if isinstance(rows, Fitted)]
 
     def raw(self, blocks: Mapping[str, Tensor]) -> Tensor:

@@ -19,13 +19,11 @@ from fastgrad.scores.conformal import COMBINATIONS, OneSided
 
 from .. import checks
 from .blocks import are_contrasts, check_blocks, check_squared, to_array
-from .combined import DetectorModule, Part
-from .inputs import as_tensors, challenging_of, check_rate, chunks, deal, kinds_of, take
+from .combined import DetectorModule, H, Part
+from .inputs import Split, as_tensors, challenging_of, check_rate, chunks, deal, kinds_of, take
 from .parts import joint_rows, one_class_scores
 from .supervised import fit_perceptrons, views
 
-#: H among the parts.
-_H = "labels"
 Array = NDArray[np.float64]
 Blocks = Mapping[str, ArrayLike]
 
@@ -164,38 +162,33 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             )
         parts = self.folds if self.calibration_fraction is None else self.calibration_fraction
         kept, splits = deal(challenging, held_out, groups, parts, random)
-        fits = [self._parts(blocks, clean, others, codes, seed) for clean, others, _ in splits]
+        fits = [self._parts(blocks, split, codes, seed) for split in splits]
         # New samples are to one fit what left-out ones were to all. To one on everything they would be less unusual:
         # distances depend on how many samples they were fitted on, what H learned hardly does. With a few samples
         # less a score may not exist.
         scores = {name: part for name, part in fits[0].items() if all(name in fit for fit in fits)}
         if len(splits) > 1 and challenging.any():
-            scores[_H] = self._h(blocks, kept, np.flatnonzero(challenging), codes, seed)
+            scores[H] = self._h(blocks, kept, np.flatnonzero(challenging), codes, seed)
         raw = {name: torch.empty(len(kept), dtype=torch.float64) for name in scores}
         with torch.no_grad():
-            for fit, (*_, scored) in zip(fits, splits, strict=True):
-                samples = as_tensors(take(blocks, kept[scored]))
+            for fit, split in zip(fits, splits, strict=True):
+                samples = as_tensors(take(blocks, kept[split.scored]))
                 for name, own in raw.items():
-                    own[scored] = fit[name].score(fit[name].rows(samples))
+                    own[split.scored] = fit[name].score(fit[name].rows(samples))
             module = DetectorModule.fit(scores, raw, combine=self.combine, cap=self.cap)
         self.module_ = module.eval()
         return self
 
     def _parts(
-        self,
-        blocks: Mapping[str, Array],
-        clean: NDArray[np.intp],
-        others: NDArray[np.intp],
-        codes: NDArray[np.intp],
-        seed: int,
+        self, blocks: Mapping[str, Array], split: Split, codes: NDArray[np.intp], seed: int
     ) -> dict[str, Part]:
-        """The scores fitted on ``clean`` samples, and H on them and the ``others``, which are challenging."""
+        """The scores fitted on a split's clean samples, and H on those and its challenging ones."""
         parts: dict[str, Part] = {}
         if self.guard or not codes.any():
-            scores = one_class_scores(take(blocks, clean), self._settings(seed))
+            scores = one_class_scores(take(blocks, split.clean), self._settings(seed))
             parts |= {name: Part(rows, score, meaning) for name, rows, score, meaning in scores}
         if codes.any():
-            parts[_H] = self._h(blocks, clean, others, codes, seed)
+            parts[H] = self._h(blocks, split.clean, split.challenging, codes, seed)
         return parts
 
     def _h(

@@ -242,13 +242,11 @@ class Judge:
 
     def _surprises(self, seen: frozenset[str]) -> list[Array]:
         """For each fold, minus the logarithm of the p-value of an H on the blocks ``seen``, for every sample."""
-        total = [self.detector.members * value for value in self._trial(seen)]
+        trials = [[self.detector.members * value for value in self._trial(seen)]]
         if self.detector.supervised == "network" and len(seen) > 1:
-            for name in seen:
-                total = [
-                    value + own for value, own in zip(total, self._trial(frozenset({name})), strict=True)
-                ]
-        return [self._capped(-OneSided.fit(value[self.calibrating])(value)) for value in total]
+            trials += [self._trial(frozenset({name})) for name in sorted(seen)]
+        totals = [torch.stack(own).sum(0) for own in zip(*trials, strict=True)]
+        return [self._capped(-OneSided.fit(value[self.calibrating])(value)) for value in totals]
 
     def _trial(self, seen: frozenset[str]) -> list[Tensor]:
         """For each fold, what one network, or linear map, on the blocks ``seen`` says of every sample."""
