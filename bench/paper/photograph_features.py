@@ -18,6 +18,8 @@ from torch import Tensor
 
 from bench.paper import cache, published
 from bench.paper.cache import Arrays
+from bench.paper.coverage import IMAGENET, Coverage
+from bench.paper.data.photographs import stages
 from bench.paper.draws import CASES, Draw
 from bench.paper.own import BLOCKS, Reading, Samples, batches, generation, read
 from fastgrad import TwoStageModel
@@ -105,20 +107,33 @@ class Photographs:
     @cached_property
     def from_images(self) -> dict[str, published.FromImages]:
         """The published detectors that need the images."""
+        model = self.draw.model
         movement = cache.arrays(
             self.folder / "published-fit.npz",
-            lambda: {"movement": published.movements(self.draw.model, self._images("fit"), _BATCH)},
+            lambda: {"movement": published.movements(model, self._images("fit"), _BATCH)},
         )["movement"]
-        return published.from_images(self.draw.model, torch.from_numpy(movement), _BATCH)
+        return published.from_images(model, torch.from_numpy(movement), _BATCH) | {"NAC": self._nac}
+
+    @cached_property
+    def _nac(self) -> published.FromImages:
+        nac = Coverage(self.draw.model, stages(self.draw.model), IMAGENET)
+        known = self._known()[0].contiguous(memory_format=torch.channels_last)
+        counts = cache.arrays(
+            self.folder / "NAC-fit.npz",
+            lambda: {str(place): count for place, count in enumerate(nac.fit(known, _BATCH))},
+        )
+        nac.counts = [torch.from_numpy(counts[str(place)]) for place in range(len(counts))]
+        return published.in_batches(nac, _BATCH)
 
     def published(self, name: str) -> Arrays:
         """Their scores of ``"clean"`` or a case."""
-
-        def make() -> Arrays:
-            images = self._images(name)[: _CLEAN if name == "clean" else _CASE]
-            return {method: score(images) for method, score in self.from_images.items()}
-
-        return cache.arrays(self.folder / f"published-{_slug(name)}.npz", make)
+        images = self._images(name)[: _CLEAN if name == "clean" else _CASE]
+        return {
+            method: cache.arrays(
+                self.folder / f"{method}-{_slug(name)}.npz", lambda score=score: {"score": score(images)}
+            )["score"]
+            for method, score in self.from_images.items()
+        }
 
     def _images(self, name: str) -> Tensor:
         if name in ("fit", "clean"):

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bench.paper.coverage import CIFAR10, Coverage
 from bench.paper.networks import Classifier
 from fastgrad.scores.mahalanobis import Mahalanobis
 
@@ -27,8 +28,6 @@ FromImages = Callable[[Tensor], Scores]
 #: AdaSCALE-A for ResNet-50: percentiles, shares of features left and moved, weight of the latter, share of pixels,
 #: step.
 _PERCENTILES, _SHARES, _SHIFT, _PIXELS, _STEP = (80.0, 85.0), (0.05, 0.01), 10.0, 0.05, 0.5
-#: Of NAC on CIFAR-10's ResNet-18, from the last place to the first: steepness, bins, count of a full bin.
-_COVERAGE = ((100.0, 50, 50), (1000.0, 500, 100), (0.001, 50, 5), (0.001, 500, 100))
 
 
 def from_outputs(
@@ -136,8 +135,8 @@ def from_images(model: nn.Module, movement: Tensor, batch: int) -> dict[str, Fro
     from pytorch_ood.detector import ODIN
 
     return {
-        "ODIN": _in_batches(ODIN(model).predict, batch),
-        "AdaSCALE": _in_batches(partial(adascale, model, known=movement), batch),
+        "ODIN": in_batches(ODIN(model).predict, batch),
+        "AdaSCALE": in_batches(partial(adascale, model, known=movement), batch),
     }
 
 
@@ -150,44 +149,12 @@ def from_layers(model: Classifier, images: Tensor, labels: Tensor, batch: int) -
     torch.manual_seed(0)
     gram = Gram(head, [nn.Sequential(*layers[:2]), *model.stages], model.fc.out_features, [1, 2, 3, 4, 5])
     gram.fit(list(zip(images.split(batch), labels.split(batch), strict=True)))
-    counts = [torch.zeros(0)] * len(_COVERAGE)
-    for x in images.split(batch):
-        for place, bins in enumerate(_bins(model, x)):
-            full = nn.functional.one_hot(bins, _COVERAGE[place][1]).sum(0)
-            counts[place] = full + counts[place] if len(counts[place]) else full
-
-    def coverage(x: Tensor) -> Tensor:
-        found = [
-            (counts[place].gather(1, bins.T) / _COVERAGE[place][2]).clamp(max=1).mean(0)
-            for place, bins in enumerate(_bins(model, x))
-        ]
-        return -torch.stack(found).mean(0)
-
-    return {"NAC": _in_batches(coverage, batch), "Gram": _in_batches(gram.predict, batch)}
+    nac = Coverage(model, [model.pool, *reversed(model.stages[:-1])], CIFAR10)
+    nac.fit(images, batch)
+    return {"NAC": in_batches(nac, batch), "Gram": in_batches(gram.predict, batch)}
 
 
-def _bins(model: Classifier, images: Tensor) -> list[Tensor]:
-    """The bin of each neuron's activation state ``(B, D)``, from the last place to the first, as `_COVERAGE` has them.
-
-    A state is a sigmoid of what the channel's mean adds to the divergence between the uniform and the predicted
-    distribution; its range is cut into equal bins.
-    """
-    with torch.enable_grad():
-        x, places = model.stem(model.normalize(images.clone().requires_grad_())), []
-        for stage in model.stages:
-            x = stage(x)
-            places.append(x)
-        places[-1] = model.pool(x)
-        divergence = -model.fc(places[-1].flatten(1)).log_softmax(1).mean(1).sum()
-        slopes = torch.autograd.grad(divergence, places)
-    found = []
-    for (steepness, bins, _), z, slope in zip(_COVERAGE, reversed(places), reversed(slopes), strict=False):
-        state = torch.sigmoid(steepness * z.mean((2, 3)) * slope.mean((2, 3)))
-        found.append((state * bins).long().clamp(max=bins - 1).detach())
-    return found
-
-
-def _in_batches(predict: Callable[[Tensor], Tensor], batch: int) -> FromImages:
+def in_batches(predict: Callable[[Tensor], Tensor], batch: int) -> FromImages:
     return lambda images: torch.cat([predict(x) for x in images.split(batch)]).detach().double().numpy()
 
 

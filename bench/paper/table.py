@@ -176,7 +176,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=results_file.RESULTS, help="folder for the results")
     parser.add_argument("--cache", type=Path, default=Path("paper-cache"), help="networks and features")
     parser.add_argument("--quick", action="store_true", help="small sets, under ten minutes on two cores")
-    parser.add_argument("--network", help="resnet18 or densenet-bc; by default the small ones of the table")
+    parser.add_argument(
+        "--network",
+        help="resnet18 or densenet-bc; of real, efficientnet-lite1 or -lite2; by default that of the table",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
     parser.add_argument(
         "--workers", type=int, help="processes, one thread each; default one per core, one on a GPU"

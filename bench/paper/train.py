@@ -33,7 +33,7 @@ RATES: Mapping[str, float] = {"resnet18": 0.15, "densenet-bc": 0.15}
 EPOCHS: Mapping[str, int] = {"resnet18": 24, "densenet-bc": 10}
 #: Pixels of the images, each for an equal share of the passes: coarse shapes are learned from small ones as well, in
 #: half of the time.
-SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32)}
+SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32), "densenet-bc": (16, 16, 16, 24, 32)}
 
 
 @dataclass(frozen=True)

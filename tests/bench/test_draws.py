@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.filterwarnings("default")]
 SIZES = (Sizes(8, 4, 12, 4), Sizes(4, 4, 8, 4))
 
 
-def net(*, pixels: bool = False) -> nn.Module:
+def net(*, pixels: bool = False, size: int = 0) -> nn.Module:
     """Ten shades, told apart by their distance."""
     shades = torch.linspace(0.05, 0.95, 10)
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
@@ -119,3 +119,8 @@ def test_other_sets_are_enlarged_and_compressed_alike(folder: pathlib.Path) -> N
         photographs.stranger(folder, "scenes", 5, 4)
     with pytest.raises(ValueError, match="name must be one of"):
         Draw(folder, folder / "cache", 0, SIZES).case("PGD")
+
+
+def test_a_draw_names_the_networks_there_are(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="efficientnet-lite2; it was 'lenet'"):
+        Draw(tmp_path, tmp_path, 0, SIZES, "lenet")

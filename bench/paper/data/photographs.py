@@ -48,6 +48,15 @@ def network(*, pixels: bool = False, size: int = 0) -> nn.Module:
     return nn.Sequential(*enlarge, Normalize([MEAN] * 3, [STD] * 3), net).eval()
 
 
+def stages(model: nn.Module) -> list[nn.Module]:
+    """Of a `network` its pooling, and before that the last block of each size of maps, from the last to the first."""
+    net = model[-1] if isinstance(model, nn.Sequential) else model
+    blocks: Any = net._blocks
+    halved = [place for place, block in enumerate(blocks) if max(block._depthwise_conv.stride) == 2]
+    pooling: Any = net._avg_pooling
+    return [pooling, *(blocks[place - 1] for place in reversed(halved))]
+
+
 def inputs(images: Tensor) -> Tensor:
     """What the network takes, from images in [0, 1]."""
     return (images - MEAN) / STD

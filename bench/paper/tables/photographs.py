@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bench.harness import results_file
-from bench.paper.draws import AFTER, ATTACKS, DRAWS, STRANGERS, Draw
+from bench.paper.draws import AFTER, ATTACKS, COMPARED, STRANGERS, Draw
 from bench.paper.figures import grouped_bars
 from bench.paper.rows import Rows
 from bench.paper.table import Options, Page, Table
@@ -15,7 +15,7 @@ from bench.paper.table import Options, Page, Table
 
 def draws(options: Options) -> list[Draw]:
     """As many draws as seeds were asked for, three at most."""
-    return [Draw(options.data, options.cache, number) for number in range(min(options.seeds, len(DRAWS)))]
+    return [Draw(options.data, options.cache, number) for number in range(min(options.seeds, COMPARED))]
 
 
 def evaluate(draw: Draw) -> Rows:
@@ -26,7 +26,7 @@ def evaluate(draw: Draw) -> Rows:
     rows = [clean, *({"case": c.name, "images": c.tried, "misled": len(c.images)} for c in attacks)]
     return [
         {
-            "network": "EfficientNet-Lite0",
+            "network": draw.network,
             "draw": draw.name,
             **row,
             "rate": round(row["misled"] / row["images"], 4),

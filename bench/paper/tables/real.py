@@ -1,6 +1,7 @@
 """Photographs and a network of published size: budgets, controls and published detectors on cases nobody trained on.
 
-EfficientNet-Lite0, three draws of the photographs. Detectors see clean photographs and, those of this package,
+EfficientNet-Lite0, three draws of the photographs on which this package's choices were compared; with ``--network`` a
+larger one, on a draw of its own that had no say. Detectors see clean photographs and, those of this package,
 challenges generated from them; the cases are for the test alone. Which blocks a budget keeps is chosen on generated
 challenges.
 """
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from bench.harness import results_file
 from bench.paper import own, published
-from bench.paper.draws import AFTER, CASES, DRAWS, FOREIGN, STRANGERS, Draw
+from bench.paper.draws import AFTER, CASES, COMPARED, FOREIGN, STRANGERS, Draw
 from bench.paper.figures import grouped_bars
 from bench.paper.own import BUDGETS, named
 from bench.paper.photograph_features import Photographs
@@ -44,9 +45,11 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 
 def subjects(options: Options) -> list[Photographs]:
-    """As many draws as seeds were asked for, three at most."""
-    numbers = range(min(options.seeds, len(DRAWS)))
-    return [Photographs(Draw(options.data, options.cache, number)) for number in numbers]
+    """As many draws as seeds were asked for, three at most; the one that is left for a network that was asked for."""
+    if options.network:
+        other = Draw(options.data, options.cache, COMPARED, network=options.network)
+        return [Photographs(other)]
+    return [Photographs(Draw(options.data, options.cache, n)) for n in range(min(options.seeds, COMPARED))]
 
 
 def evaluate(photographs: Photographs) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
         return np.mean([mean(draw, method, cases) for draw in names], 0)  # type: ignore[no-any-return]
 
     rows: Rows = [
-        {"network": "EfficientNet-Lite0", "draw": draw, "case": case, "method": method,
+        {"network": subjects[0].draw.network, "draw": draw, "case": case, "method": method,
          "auroc": round(float(values[0]), 4), "interval": interval(values)}
         for (draw, method), cases in cells.items()
         for case, values in cases.items()
@@ -105,7 +108,10 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
             each = [float(mean(draw, method, cases)[0]) for draw in names]
             row = {"case": f"mean of {group}", "method": method, "auroc": round(float(np.mean(each)), 4)}
             rows.append(row | {"spread": round(float(np.std(each, ddof=1)) if len(each) > 1 else 0.0, 4)})
-            line[group] = f"{rows[-1]['auroc']:.3f} ± {rows[-1]['spread']:.3f}"
+            low, high = interval(joined(method, cases))
+            line[group] = f"{rows[-1]['auroc']:.3f} " + (
+                f"± {rows[-1]['spread']:.3f}" if len(each) > 1 else f"[{low:.3f}, {high:.3f}]"
+            )
         lines.append(line)
     budgets = [named(budget) for budget in BUDGETS]
     compared = []
@@ -146,11 +152,11 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
     ]  # fmt: skip
     sections = [
         (
-            "AUROC of clean test photographs against each case, means over the cases of a group and over draws, ± "
-            "standard deviation between draws. *passes*: price in forward passes of the network, by "
-            "processor time for 16 images. *first 15* and *second 19* are the groups that earlier figures "
-            "for this network were given for. `normalization_norms`, `gradients` and `ranked` are not among the "
-            "blocks of *unlimited*: they cost six forward passes and more.",
+            f"{about(subjects)} AUROC of clean test photographs against each case, means over the cases of a group "
+            "and over draws, ± standard deviation between draws; of one draw 95 % intervals over its images. "
+            "*passes*: price in forward passes of the network, by processor time for 16 images. *first 15* and "
+            "*second 19* are the groups that earlier figures for this data were given for. `normalization_norms`, "
+            "`gradients` and `ranked` are not among the blocks of *unlimited*: they cost six forward passes and more.",
             results_file.table(lines),
         ),
         (
@@ -158,7 +164,7 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
             "the images; *none*: the interval holds zero.",
             results_file.table(compared),
         ),
-        ("The groups of earlier figures, by draw.", results_file.table(aims)),
+        *([] if options.network else [("The groups of earlier figures, by draw.", results_file.table(aims))]),
         ("What each budget keeps, and what each block was worth on generated challenges left out.",
          results_file.table(kept)),
         ("By case.", results_file.table(by_case)),
@@ -170,6 +176,23 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
     return Page([*rows, *costs], sections, grouped_bars(bars, groups))
 
 
+def about(subjects: Sequence[Photographs]) -> str:
+    """The network, the photographs, and who had a say."""
+    draws = [subject.draw for subject in subjects]
+    sizes = draws[-1].sizes
+    say = (
+        "This package's choices were compared on these draws"
+        if draws[0].number < COMPARED
+        else "Neither this network nor this draw had a say in this package's choices"
+    )
+    right = np.mean(np.concatenate([draw.right for draw in draws]))
+    return (
+        f"{draws[0].network}, right on {right:.1%} of the test photographs; {len(draws)} draw(s), the last of "
+        f"{sizes.fit + sizes.calibration} photographs to fit on, {sizes.test} to test on and {sizes.case} images of "
+        f"each case. {say}."
+    )
+
+
 TABLE = Table(
     "real",
     "Photographs, budgets and published detectors",
@@ -177,4 +200,5 @@ TABLE = Table(
     subjects,
     evaluate,
     write,
+    networks=True,
 )
