@@ -4,7 +4,10 @@ Their hyper-parameters are those of their papers or of pytorch-ood's defaults, f
 From pytorch-ood come those that it has and that apply; GradNorm (Huang et al., 2021) in closed form, NAC (Liu et al.,
 2024), AdaSCALE (Regmi, 2025) and GROOD (Elaraby et al., 2023) are compact forms. pytorch-ood's NAC has other bins than
 those that its authors' hyper-parameters are for. GROOD's prototype of other images is the mean of uniform
-noise: a further data set, as its paper has it, is what nobody here is given.
+noise: a further data set, as its paper has it, is what nobody here is given. GradUncertainty reads the last layer, as
+OpenOOD has it; that of the whole network, scored from clean images, is this package's *gradients one-class*. Of
+pytorch-ood's detectors three do not apply: MCD needs a network with dropout, MCM one of images and texts, WeightedEBO
+one that was trained on other images.
 """
 
 from __future__ import annotations
@@ -81,7 +84,16 @@ def from_outputs(
             "Mahalanobis": ood.Mahalanobis(None),
             "relative Mahalanobis": ood.RMD(None),
             "SHE": ood.SHE(None, head),
+            "GMM": ood.GMM(None),
         }
+        for name, of_logits in (
+            ("temperature", ood.TemperatureScaling(None)),
+            ("OpenMax", ood.OpenMax(None)),
+        ):
+            if names is None or name in names:
+                with torch.enable_grad():
+                    of_logits.fit_logits(logits, labels)
+                by_logits[name] = of_logits.predict_logits
     by_features: dict[str, Callable[[Tensor], Tensor]] = {"LTS": ood.LTS(None, head).predict_features}
     for name, detector in fitted.items():
         if names is None or name in names:
@@ -140,18 +152,40 @@ def from_images(model: nn.Module, movement: Tensor, batch: int) -> dict[str, Fro
     }
 
 
-def from_layers(model: Classifier, images: Tensor, labels: Tensor, batch: int) -> dict[str, FromImages]:
-    """NAC and Gram, which read several layers, fitted on images that the network was trained on."""
-    from pytorch_ood.detector import Gram
+def from_layers(
+    model: Classifier, images: Tensor, labels: Tensor, seen: tuple[Sequence[Tensor], Tensor], batch: int
+) -> dict[str, FromImages]:
+    """Detectors that read several layers, maps or gradients, fitted on images that the network was trained on.
 
-    layers = [model.normalize, model.stem, *model.stages]
+    Args:
+        model: The network.
+        images: ``(n, C, H, W)``, for those that read more than spatial means.
+        labels: Their classes.
+        seen: Spatial means after the stem and every stage, and labels, of those images or more.
+        batch: Images at a time.
+    """
+    from pytorch_ood import detector as ood
+
+    stages = [nn.Sequential(model.normalize, model.stem), *model.stages]
     head = nn.Sequential(model.pool, nn.Flatten(), model.fc)
     torch.manual_seed(0)
-    gram = Gram(head, [nn.Sequential(*layers[:2]), *model.stages], model.fc.out_features, [1, 2, 3, 4, 5])
+    gram = ood.Gram(head, stages, model.fc.out_features, [1, 2, 3, 4, 5])
     gram.fit(list(zip(images.split(batch), labels.split(batch), strict=True)))
     nac = Coverage(model, [model.pool, *reversed(model.stages[:-1])], CIFAR10)
     nac.fit(images, batch)
-    return {"NAC": in_batches(nac, batch), "Gram": in_batches(gram.predict, batch)}
+    several = ood.MultiMahalanobis(stages)
+    several.fit_structured(list(seen[0]), seen[1])
+    moved = ood.MahalanobisODIN(model.features)
+    moved.fit_features(seen[0][-1], seen[1])
+    found: dict[str, Callable[[Tensor], Tensor]] = {
+        "NAC": nac,
+        "Gram": gram.predict,
+        "RankFeat": torch.no_grad()(ood.RankFeat(nn.Sequential(*stages), head).predict),
+        "MultiMahalanobis": lambda x: several.predict_structured(model.stage_features(x)),
+        "Mahalanobis, ODIN": moved.predict,
+        "GradUncertainty": ood.GradUncertainty(model, lambda name: name.startswith("fc.")).predict,
+    }
+    return {name: in_batches(predict, batch) for name, predict in found.items()}
 
 
 def in_batches(predict: Callable[[Tensor], Tensor], batch: int) -> FromImages:

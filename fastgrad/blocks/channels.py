@@ -133,7 +133,8 @@ def sampled(value: Tensor, grid: int) -> Tensor:
     if all(step == 1 for step in steps) or len(steps) > 3:
         return value
     if not is_traced():
-        return value[(..., *(slice(None if step == 1 else step, None, step) for step in steps))].contiguous()
+        inside = (..., *(slice(None if step == 1 else step, None, step) for step in steps))
+        return value[inside].contiguous()
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(steps) - 1]
     inside = (..., *(slice(None if step == 1 else 1, None) for step in steps))
     result: Tensor = pool(value, 1, steps)[inside]

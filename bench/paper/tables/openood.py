@@ -52,7 +52,7 @@ def evaluate(subject: Subject) -> dict[str, Any]:
     def of_images(case: str) -> dict[str, Scores]:
         pictures = subject.images(case)
         return subject.kept(
-            f"published/{case}", "test", lambda: {name: score(pictures) for name, score in images.items()}
+            f"published 2/{case}", "test", lambda: {name: score(pictures) for name, score in images.items()}
         )
 
     paths = {"clean": "clean", GREY: "control/grey"} | {name: f"ood/{name}" for name in SETS}
@@ -82,7 +82,7 @@ def _from_images(subject: Subject) -> dict[str, published.FromImages]:
         "movement", "fit", lambda: {"movement": published.movements(model, images[:500], BATCH)}
     )["movement"]
     return published.from_images(model, torch.from_numpy(movement), BATCH) | published.from_layers(
-        model, images[:1000], labels[:1000], BATCH
+        model, images[:1000], labels[:1000], subject.seen, BATCH
     )
 
 
