@@ -107,11 +107,14 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
         for group, cases in GROUPS.items():
             each = [float(mean(draw, method, cases)[0]) for draw in names]
             row = {"case": f"mean of {group}", "method": method, "auroc": round(float(np.mean(each)), 4)}
-            rows.append(row | {"spread": round(float(np.std(each, ddof=1)) if len(each) > 1 else 0.0, 4)})
-            low, high = interval(joined(method, cases))
-            line[group] = f"{rows[-1]['auroc']:.3f} " + (
-                f"± {rows[-1]['spread']:.3f}" if len(each) > 1 else f"[{low:.3f}, {high:.3f}]"
-            )
+            if len(each) > 1:
+                row["spread"] = round(float(np.std(each, ddof=1)), 4)
+                around = f"± {row['spread']:.3f}"
+            else:
+                row["interval"] = interval(joined(method, cases))
+                around = "[{:.3f}, {:.3f}]".format(*row["interval"])
+            rows.append(row)
+            line[group] = f"{row['auroc']:.3f} {around}"
         lines.append(line)
     budgets = [named(budget) for budget in BUDGETS]
     compared = []
