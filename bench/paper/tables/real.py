@@ -190,9 +190,9 @@ def about(subjects: Sequence[Photographs]) -> str:
     )
     right = np.mean(np.concatenate([draw.right for draw in draws]))
     return (
-        f"{draws[0].network}, right on {right:.1%} of the test photographs; {len(draws)} draw(s), the last of "
+        f"{draws[0].network}, right on {right:.1%} of the test photographs. {draws[-1].name.capitalize()} has "
         f"{sizes.fit + sizes.calibration} photographs to fit on, {sizes.test} to test on and {sizes.case} images of "
-        f"each case. {say}."
+        f"each case, at most. {say}."
     )
 
 
