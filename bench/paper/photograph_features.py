@@ -51,7 +51,7 @@ class Photographs:
         self.draw.prepare()
         makers: dict[str, Callable[[str], object]] = {
             "features": lambda name: self.samples if name == "fit" else self.blocks(name),
-            "published scores": lambda name: None if name == "fit" else self.published(name),
+            "published scores": lambda name: None if name in ("fit", *self.empty) else self.published(name),
         }
         for what, make in makers.items():
             for name in ("fit", "clean", *CASES):
@@ -59,6 +59,11 @@ class Photographs:
                 make(name)
                 taken = time.perf_counter() - start
                 print(f"{self.name}, {what} of {name}: {taken:.0f} s", file=sys.stderr, flush=True)
+
+    @cached_property
+    def empty(self) -> list[str]:
+        """Cases of no image: an attack none of whose images misleads the network any more."""
+        return [name for name in CASES if not len(self.draw.case(name).images)]
 
     @cached_property
     def reading(self) -> Reading:

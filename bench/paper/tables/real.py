@@ -59,7 +59,7 @@ def evaluate(photographs: Photographs) -> dict[str, Any]:
     layer = published.last_linear(model)
     outputs = published.from_outputs(photographs.samples.clean.blocks, layer)
     scores: dict[str, dict[str, Scores]] = {}
-    for case in ("clean", *CASES):
+    for case in ("clean", *(name for name in CASES if name not in photographs.empty)):
         blocks = photographs.blocks(case)
         scores[case] = (
             {name: own.scores(detector, blocks) for name, (_, detector) in fitted.items()}
@@ -78,9 +78,11 @@ def evaluate(photographs: Photographs) -> dict[str, Any]:
 def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Mapping[str, Any]]) -> Page:
     """Methods by groups of cases, differences with intervals, cases of the budgets, and what the budgets keep."""
     methods = list(found[0]["scores"]["clean"])
+    measured = [case for case in CASES if all(case in one["scores"] for one in found)]
+    groups = {group: [case for case in cases if case in measured] for group, cases in GROUPS.items()}
     cells = {
         (subject.name, method): {
-            case: auroc(one["scores"]["clean"][method], one["scores"][case][method]) for case in CASES
+            case: auroc(one["scores"]["clean"][method], one["scores"][case][method]) for case in measured
         }
         for subject, one in zip(subjects, found, strict=True)
         for method in methods
@@ -100,11 +102,11 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
         for (draw, method), cases in cells.items()
         for case, values in cases.items()
     ]  # fmt: skip
-    ordered = sorted(methods, key=lambda method: -joined(method, GROUPS["all"])[0])
+    ordered = sorted(methods, key=lambda method: -joined(method, groups["all"])[0])
     lines = []
     for method in ordered:
         line: dict[str, Any] = {"method": method, "passes": f"{prices[method]:.2f}"}
-        for group, cases in GROUPS.items():
+        for group, cases in groups.items():
             each = [float(mean(draw, method, cases)[0]) for draw in names]
             row = {"case": f"mean of {group}", "method": method, "auroc": round(float(np.mean(each)), 4)}
             if len(each) > 1:
@@ -122,7 +124,7 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
         if method == budgets[0]:
             continue
         line = {"budget 1.2 less": method}
-        for group, cases in GROUPS.items():
+        for group, cases in groups.items():
             line[group] = difference(joined(budgets[0], cases) - joined(method, cases), 3)
         compared.append(line)
     by_case = [
@@ -130,12 +132,12 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
             f"{method.removeprefix('fastgrad, ')}, {draw}": f"{cells[draw, method][case][0]:.3f}"
             for method in budgets for draw in names
         }
-        for case in CASES
+        for case in measured
     ]  # fmt: skip
     aims = [
         {"draw": draw, "cases": group}
         | {
-            method.removeprefix("fastgrad, "): f"{mean(draw, method, GROUPS[group])[0]:.3f}"
+            method.removeprefix("fastgrad, "): f"{mean(draw, method, groups[group])[0]:.3f}"
             for method in budgets
         }
         for draw, group in zip(names, ("first 15", "second 19", "all"), strict=False)
@@ -172,11 +174,11 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
          results_file.table(kept)),
         ("By case.", results_file.table(by_case)),
     ]  # fmt: skip
-    groups = list(dict.fromkeys(CASES.values()))
+    kinds = list(dict.fromkeys(CASES.values()))
     shown = [*budgets, *[m for m in ordered if m in ("softmax", "energy", "KNN", "ViM", "AdaSCALE")]]
-    bars = {method: [float(joined(method, GROUPS[group])[0]) for group in groups] for method in shown}
+    bars = {method: [float(joined(method, groups[kind])[0]) for kind in kinds] for method in shown}
     costs = [{"method": method, "forward_passes": round(prices[method], 2)} for method in methods]
-    return Page([*rows, *costs], sections, grouped_bars(bars, groups))
+    return Page([*rows, *costs], sections, grouped_bars(bars, kinds))
 
 
 def about(subjects: Sequence[Photographs]) -> str:
@@ -189,10 +191,12 @@ def about(subjects: Sequence[Photographs]) -> str:
         else "Neither this network nor this draw had a say in this package's choices"
     )
     right = np.mean(np.concatenate([draw.right for draw in draws]))
+    empty = sorted({name for subject in subjects for name in subject.empty})
+    left_out = f" No image of {', '.join(empty)} misleads it: left out of every mean." if empty else ""
     return (
         f"{draws[0].network}, right on {right:.1%} of the test photographs. {draws[-1].name.capitalize()} has "
         f"{sizes.fit + sizes.calibration} photographs to fit on, {sizes.test} to test on and {sizes.case} images of "
-        f"each case, at most. {say}."
+        f"each case, at most.{left_out} {say}."
     )
 
 
