@@ -134,10 +134,13 @@ def price_front(
     columns: dict[tuple[bool, int], list[str]] = {}
     for name in sorted(points, key=lambda name: -points[name][1]):
         columns.setdefault((name in own, round(float(np.log2(points[name][0])))), []).append(name)
+    raised = 0
     for (mine, _), names in columns.items():
         right = max(points[name][0] for name in names)
         shown = names if len(names) <= NAMED else names[: NAMED - 1]
-        height = points[names[0]][1] + (apart * len(names) if mine else 0)
+        # Of the own ones each column stands above the one before.
+        raised += len(names) if mine else 0
+        height = points[names[0]][1] + (apart * raised if mine else 0)
         for name in shown:
             rest = len(names) - len(shown) if name == shown[-1] else 0
             height = height if mine else min(points[name][1], height)
