@@ -68,18 +68,17 @@ class Shadow:
         # Where the copies hold a parameter: tables and keys by its id; modules, original and copy, with parameters
         # of the tree in plain attributes.
         self._places: defaultdict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
-        self._holders: list[tuple[nn.Module, nn.Module, list[str]]] = []
+        self._holders: list[tuple[nn.Module, nn.Module]] = []
         #: The copy of each module by the id of the original, in the order they were met.
         self.modules: dict[int, nn.Module] = {}
-        # Original, copy, and the attributes that may hold something of the tree.
-        self._followed: list[tuple[nn.Module, nn.Module, list[str]]] = []
+        self._pairs: list[tuple[nn.Module, nn.Module]] = []
         self._named: dict[str, nn.Module] = {}
         self.root: nn.Module = self._module(model, "")
-        for followed in self._followed:
+        for pair in self._pairs:
             self._met_parameter = False
-            self._attributes(*followed)
+            self._attributes(*pair)
             if self._met_parameter:
-                self._holders.append(followed)
+                self._holders.append(pair)
 
     def submodule(self, path: str) -> nn.Module:
         """The copy of a module by its name within the model, empty for the model itself."""
@@ -96,8 +95,8 @@ class Shadow:
         self._copies[id(parameter)] = value
         for table, name in self._places[id(parameter)]:
             table[name] = value
-        for holder in self._holders:
-            self._attributes(*holder)
+        for original, copy in self._holders:
+            self._attributes(original, copy)
 
     def _module(self, module: nn.Module, prefix: str) -> nn.Module:
         known = self.modules.get(id(module))
@@ -108,17 +107,7 @@ class Shadow:
         # Past nn.Module's own, which looks at what is set: a copy is made for every forward pass.
         object.__setattr__(copy, "__dict__", state)
         self.modules[id(module)] = copy
-        names = []
-        for name, value in module.__dict__.items():
-            kind = type(value)
-            if kind in _PLAIN or (kind in _SEQUENCES and _PLAIN.issuperset(map(type, value))):
-                continue
-            if name not in _TABLES:
-                names.append(name)
-            elif value and name in _HOOK_TABLES:
-                state[name] = OrderedDict() if name in _BACKWARD_HOOKS else value.copy()
-        if names:
-            self._followed.append((module, copy, names))
+        self._pairs.append((module, copy))
         if not self.training:
             state["training"] = False
         forward = state.get("forward")
@@ -129,6 +118,13 @@ class Shadow:
         compiled = _torch.original(module)
         if compiled is not module:
             state["forward"] = self._module(compiled, f"{prefix}_orig_mod.")
+        for name in _HOOK_TABLES:
+            table = state.get(name)
+            if table:
+                state[name] = table.copy()
+        for name in _BACKWARD_HOOKS:
+            if state.get(name):
+                state[name] = OrderedDict()
         tensors: dict[str, Any] = {}
         for name, value in state["_parameters"].items():
             tensors[name] = None
@@ -154,13 +150,15 @@ class Shadow:
             value = self._copies[id(parameter)] = self._parameter(parameter)
         return value
 
-    def _attributes(self, original: nn.Module, copy: nn.Module, names: list[str]) -> None:
+    def _attributes(self, original: nn.Module, copy: nn.Module) -> None:
         """Follow modules, parameters and methods which plain attributes hold."""
-        for name in names:
-            value = original.__dict__[name]
+        state = copy.__dict__
+        for name, value in original.__dict__.items():
+            if type(value) in _PLAIN or name in _TABLES:
+                continue
             replaced = self._replace(value)
             if replaced is not value:
-                copy.__dict__[name] = replaced
+                state[name] = replaced
 
     def _replace(self, value: Any) -> Any:
         """``value`` with everything of the tree inside it replaced; ``value`` itself if there is nothing."""

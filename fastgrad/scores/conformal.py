@@ -110,14 +110,12 @@ def upper_tails(tails: Sequence[UpperTail], scores: Tensor) -> Tensor:
         # Beyond the last counted score, `start`, no table is read.
         columns = [getattr(tail, name) for tail in tails]
         longest = max(len(column) for column in columns)
-        return torch.stack(
-            [
-                column
-                if len(column) == longest
-                else F.pad(column, (0, longest - len(column)), value=math.inf)
-                for column in columns
-            ]
-        )
+
+        def padded(column: Tensor) -> Tensor:
+            missing = longest - len(column)
+            return F.pad(column, (0, missing), value=math.inf) if missing else column
+
+        return torch.stack([padded(column) for column in columns])
 
     scores = scores.double().contiguous()
     knots, log_p = table("scores"), table("log_p")

@@ -40,7 +40,7 @@ def test_a_case_without_images_is_named_and_in_no_mean(network: str | None, tmp_
         "prices": dict.fromkeys(methods, 1.0),
     }
     options = Options(data=tmp_path, out=tmp_path, cache=tmp_path, network=network)
-    page = real.write(options, [SimpleNamespace(name="draw 1", draw=draw, empty=[EMPTY])], [one])
+    page = real.write(options, [SimpleNamespace(name="draw 1", draw=draw)], [one])
     assert f"No image of {EMPTY} misleads it: left out of every mean." in page.sections[0][0]
     own_rows = [row for row in page.rows if row.get("method") == "softmax" and "auroc" in row]
     cases = {row["case"]: row["auroc"] for row in own_rows if "draw" in row}

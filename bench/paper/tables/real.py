@@ -157,8 +157,8 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
     ]  # fmt: skip
     sections = [
         (
-            f"{about(subjects)} AUROC of clean test photographs against each case, means over the cases of a group "
-            "and over draws, ± standard deviation between draws; of one draw 95 % intervals over its images. "
+            f"{about(subjects, measured)} AUROC of clean test photographs against each case, means over the cases of a "
+            "group and over draws, ± standard deviation between draws; of one draw 95 % intervals over its images. "
             "*passes*: price in forward passes of the network, by processor time for 16 images. *first 15* and "
             "*second 19* are the groups that earlier figures for this data were given for. `normalization_norms`, "
             "`gradients` and `ranked` are not among the blocks of *unlimited*: they cost six forward passes and more.",
@@ -181,8 +181,8 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
     return Page([*rows, *costs], sections, grouped_bars(bars, kinds))
 
 
-def about(subjects: Sequence[Photographs]) -> str:
-    """The network, the photographs, and who had a say."""
+def about(subjects: Sequence[Photographs], measured: Sequence[str]) -> str:
+    """The network, the photographs, who had a say, and the cases that are not among the measured ones."""
     draws = [subject.draw for subject in subjects]
     sizes = draws[-1].sizes
     say = (
@@ -191,7 +191,7 @@ def about(subjects: Sequence[Photographs]) -> str:
         else "Neither this network nor this draw had a say in this package's choices"
     )
     right = np.mean(np.concatenate([draw.right for draw in draws]))
-    empty = sorted({name for subject in subjects for name in subject.empty})
+    empty = [case for case in CASES if case not in measured]
     left_out = f" No image of {', '.join(empty)} misleads it: left out of every mean." if empty else ""
     return (
         f"{draws[0].network}, right on {right:.1%} of the test photographs. {draws[-1].name.capitalize()} has "
