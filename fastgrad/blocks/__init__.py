@@ -7,6 +7,7 @@
 | `contrasts`           | h, logits              | 0                      | last-layer gradient norms, all classes |
 | `activations`         | normalisation layers   | 0                      | mean squares of channels               |
 | `image`               | input                  | 0                      | local statistics of the image          |
+| `roughness`           | first maps             | 0                      | local contrast as the network sees it  |
 | `bias_gradients`      | one backward pass      | up to 1.3              | signed gradients of biases             |
 | `view`                | input                  | 1                      | change of the answer under a zoom      |
 | `normalization_norms` | three backward passes  | about 5                | gradient norms of normalisation layers |
@@ -29,6 +30,7 @@ from fastgrad.blocks.image import Image
 from fastgrad.blocks.logits import Logits
 from fastgrad.blocks.normalization_norms import NormalizationNorms
 from fastgrad.blocks.ranked import Ranked
+from fastgrad.blocks.roughness import Roughness
 from fastgrad.blocks.view import View
 
 #: Every block by name, in the order in which detectors take them up.
@@ -41,6 +43,7 @@ BLOCKS: dict[str, type[Block]] = {
         Logits,
         Features,
         Image,
+        Roughness,
         Activations,
         BiasGradients,
         NormalizationNorms,
@@ -60,5 +63,6 @@ __all__ = [
     "Logits",
     "NormalizationNorms",
     "Ranked",
+    "Roughness",
     "View",
 ]

@@ -36,6 +36,7 @@ class Subject:
         mask: Keyword of the input that marks the positions of a text ``(B, T)``, or None.
         written: Bytes that the forward pass of one sample writes.
         sampled: Where the forward pass reads channels, if not at all of those.
+        first: The module whose output are the first normalised, or else convolved, maps ``(B, C, H, W)``, or None.
     """
 
     classes: int
@@ -46,6 +47,7 @@ class Subject:
     mask: str | None
     written: float
     sampled: tuple[Channels, ...] = ()
+    first: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For storage."""
@@ -143,7 +145,10 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
     )
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     images = [place for place, value in given if is_image(value)]
-    places = _places(three, two, None if head is None else head[0])
+    found = _places(three, two, None if head is None else head[0])
+    places = channels.choose(
+        [(module, place, value.numel()) for module, place, value in found], three.operations / 3
+    )
     mask = kwargs.get("attention_mask")
     return Subject(
         classes=logits.shape[1],
@@ -154,11 +159,15 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
         mask="attention_mask" if isinstance(mask, Tensor) and mask.dim() == 2 else None,
         written=three.written / 3,
         sampled=channels.spread(places),
+        first=_first(found),
     )
 
 
-def _places(three: _Watch, two: _Watch, head: str | None) -> tuple[Channels, ...]:
-    """The places whose outputs carry one sample a row, called once; the layer of the logits says nothing new."""
+def _places(three: _Watch, two: _Watch, head: str | None) -> list[tuple[nn.Module, Channels, Tensor]]:
+    """The places whose outputs carry one sample a row, called once, with one sample's output.
+
+    The layer of the logits says nothing new.
+    """
     calls = [path for path, *_ in three.seen]
     fewer = {path: value for path, _, _, value, _ in two.seen}
     found = []
@@ -168,5 +177,16 @@ def _places(three: _Watch, two: _Watch, head: str | None) -> tuple[Channels, ...
         if dim is None or not alone or value.shape[0] != 3 or fewer[path].shape[0] != 2:
             continue
         place = Channels(path, dim, value.shape[dim], before / three.operations)
-        found.append((module, place, value[0].numel()))
-    return channels.choose(found, three.operations / 3)
+        found.append((module, place, value[0]))
+    return found
+
+
+def _first(found: list[tuple[nn.Module, Channels, Tensor]]) -> str | None:
+    """The first maps that have neighbours: normalised ones, which have one scale, before others."""
+    maps = [
+        (module, place.path)
+        for module, place, value in found
+        if place.dim == 1 and value.dim() == 3 and min(value.shape[1:]) >= 3
+    ]
+    normalised = [path for module, path in maps if channels.is_normalization(module)]
+    return next(iter([*normalised, *(path for _, path in maps)]), None)

@@ -228,7 +228,7 @@ def shapes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 #: Blocks by what an exported graph must hold for them.
 FORMS = {
-    "forward": ["logits", "features", "activations", "image"],
+    "forward": ["logits", "features", "activations", "image", "roughness"],
     "view": ["logits", "activations", "view"],
     "bias gradients": ["logits", "bias_gradients"],
     "norms": ["logits", "normalization_norms"],

@@ -1,0 +1,79 @@
+"""How rough the network's first maps are: local contrast as the network itself sees it, from the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrad.blocks.block import Array, Block, Part, Settings, mixture
+from fastgrad.blocks.channels import output_of
+from fastgrad.blocks.local_contrast import differences, quantiles
+from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.subject import Subject
+from fastgrad.engine.run import Reading
+from fastgrad.losses import compute_dtype
+
+#: Shares of a channel's positions that lie below the quantiles taken: smooth regions tell the most.
+QUANTILES = (0.01, 0.05, 0.25, 0.5)
+# Positions of a channel that are read, and channels, at most: more say the same.
+_POSITIONS, _CHANNELS = 256, 64
+#: Principal components of the mixture.
+_DIMENSIONS = 16
+
+
+class Roughness(Block):
+    """Local contrast of every channel of the first normalised, or convolved, maps, ``(B, D)``.
+
+    Of each channel the squared Laplacian, mixed difference along the diagonals and first differences, their quantiles
+    over positions and their mean, as fourth roots: what `fastgrad.blocks.image_statistics` reads of pixels, read
+    through the filters that the network learned to see its inputs with. Noise that these are made to see, as attacks
+    leave it behind compression, shows here where pixels no longer do.
+    """
+
+    name = "roughness"
+    alarm = "fine grain, as the first layer sees it, unlike that of known images"
+    reads = ("activations",)
+    shapes = "(B, D)"
+
+    def refusal(self, subject: Subject) -> str | None:
+        """A network whose first layers put out no maps."""
+        return None if subject.first is not None else "the network's first layers put out no maps (B, C, H, W)"
+
+    def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
+        """The first maps."""
+        return () if subject.first is None else (Reading(subject.first, _of_output, copied=False),)
+
+    def values(self, found: Pass) -> Tensor:
+        """The fourth roots side by side."""
+        return found.readings(self.name)[0]
+
+    @classmethod
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        """A mixture."""
+        yield mixture(cls.name, blocks, settings, log=False, dimensions=_DIMENSIONS)
+
+
+def roughness(maps: Tensor) -> Tensor:
+    """Quantiles and means of local contrast of each channel.
+
+    Args:
+        maps: ``(B, C, H, W)`` floating, H and W at least 3; of more than 64 channels some, evenly spaced, are read.
+
+    Returns:
+        ``(B, 3 * C * 5)`` in at least float32, in units of the root of the input's.
+    """
+    x = maps[:, :: -(-maps.shape[1] // _CHANNELS)]
+    found = differences(x.to(compute_dtype(x.dtype)), _POSITIONS)
+    first = found.vertical.square() + found.horizontal.square()
+    energies = torch.stack([found.laplacian.square(), found.diagonal.square(), first], 1).flatten(3)
+    columns = torch.cat([energies.mean(-1, keepdim=True), quantiles(energies, QUANTILES)], -1)
+    return columns.sqrt().sqrt().flatten(1)
+
+
+def _of_output(inputs: tuple[Any, ...], output: Any) -> Tensor:
+    value = output_of(output)
+    assert value is not None  # the place was found by it
+    return roughness(value.detach())
