@@ -56,6 +56,8 @@ FAMILIAR = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "br
 FOREIGN = ("frost", "fog", "snow", "spatter", "pixelate", "elastic_transform", "saturate", "motion_blur")
 SEVERITY = 2
 AFTER = " after JPEG"
+#: What the compression of attacked images does alone: the control of attacks after JPEG, in no other mean.
+CONTROL = "JPEG, not attacked"
 
 #: Name and group of every case.
 CASES: Mapping[str, str] = (
@@ -64,6 +66,7 @@ CASES: Mapping[str, str] = (
     | dict.fromkeys(STRANGERS, "other sets")
     | dict.fromkeys(FAMILIAR, "corruptions like generated ones")
     | dict.fromkeys(FOREIGN, "corruptions unlike generated ones")
+    | {CONTROL: "JPEG, not attacked (control)"}
 )
 
 
@@ -204,6 +207,10 @@ class Draw:
         if name in FAMILIAR + FOREIGN:
             source = self.places["test"][:count]
             images = self._corrupted(name, source)
+            return Case(name, CASES[name], images, source, count)
+        if name == CONTROL:
+            source = self.places["test"][:count]
+            images = sets.compress(sets.to_tensor(photographs(self.root).images[source]))
             return Case(name, CASES[name], images, source, count)
         return self._attacked(name, self.places["test"][self.right][:count])
 

@@ -24,7 +24,17 @@ from torch import Tensor, nn
 from bench.paper import cache
 from bench.paper.cache import Arrays
 from fastgrad import UncertaintyDetector
-from fastgrad.blocks import Activations, BiasGradients, Block, Contrasts, Features, Image, Logits, View
+from fastgrad.blocks import (
+    Activations,
+    BiasGradients,
+    Block,
+    Contrasts,
+    Features,
+    Image,
+    Logits,
+    Roughness,
+    View,
+)
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.budget import Candidates, Report, candidates
@@ -32,7 +42,16 @@ from fastgrad.challenges import CHALLENGES
 from fastgrad.samples import Sources, collect, expected
 
 #: What is extracted. Left out are the norms of gradients of parameters, which cost six forward passes and more.
-BLOCKS: tuple[type[Block], ...] = (Contrasts, Logits, Features, Image, Activations, BiasGradients, View)
+BLOCKS: tuple[type[Block], ...] = (
+    Contrasts,
+    Logits,
+    Features,
+    Image,
+    Roughness,
+    Activations,
+    BiasGradients,
+    View,
+)
 GRADIENTS = ("contrasts", "bias_gradients")
 BUDGETS = (1.2, 2.5, math.inf)
 
@@ -48,9 +67,12 @@ CONTROLS: Mapping[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
     "unlimited, no gradients (control)": (math.inf, GRADIENTS, ()),
     "budget 1.2, no activations (control)": (1.2, ("activations",), ()),
     "budget 1.2, no image statistics (control)": (1.2, ("image",), ()),
+    "budget 1.2, no roughness (control)": (1.2, ("roughness",), ()),
+    "budget 1.2, neither of the two (control)": (1.2, ("image", "roughness"), ()),
     "logits and h alone (control)": (1.2, (), ("logits", "features")),
     "activations alone (control)": (1.2, (), ("activations",)),
     "image statistics alone (control)": (1.2, (), ("image",)),
+    "roughness alone (control)": (1.2, (), ("roughness",)),
 }
 NAMES = (*map(named, BUDGETS), *CONTROLS)
 
@@ -161,9 +183,14 @@ class Reading:
         return values[:, -sum(place.count for place in block.places(self.subject)) :]
 
 
-def generation(*other: Any) -> str:
-    """A digest of how samples are generated, for the names of files; its number rises when `collect` changes."""
-    return cache.digest("generated 5", dict(CHALLENGES), *other)[:8]
+def extracted(kinds: Sequence[type[Block]] = BLOCKS) -> str:
+    """A digest of what is read of images, for the names of files; its number rises when what a block reads changes."""
+    return cache.digest("extracted 1", [kind.name for kind in kinds])[:8]
+
+
+def generation(kinds: Sequence[type[Block]] = BLOCKS, each: int | None = None) -> str:
+    """The same of generated samples; its number rises when `collect` changes."""
+    return cache.digest("generated 5", dict(CHALLENGES), extracted(kinds), each)[:8]
 
 
 def read(kept: Mapping[str, NDArray[Any]]) -> Samples:

@@ -21,7 +21,7 @@ from bench.paper.cache import Arrays
 from bench.paper.coverage import IMAGENET, Coverage
 from bench.paper.data.photographs import stages
 from bench.paper.draws import CASES, Draw
-from bench.paper.own import BLOCKS, Reading, Samples, batches, generation, read
+from bench.paper.own import BLOCKS, Reading, Samples, batches, extracted, generation, read
 from fastgrad import TwoStageModel
 from fastgrad.blocks import Block
 from fastgrad.budget import candidates
@@ -77,9 +77,7 @@ class Photographs:
         def make() -> Arrays:
             return self.reading.samples(batches(self._known(), _BATCH), self.draw.number)
 
-        names = [kind.name for kind in self.kinds]
-        other = () if self.kinds == BLOCKS and self.each is None else (names, self.each)
-        return read(cache.arrays(self.folder / f"fit-{generation(*other)}.npz", make))
+        return read(cache.arrays(self.folder / f"fit-{generation(self.kinds, self.each)}.npz", make))
 
     def fitted(self, names: Sequence[str]) -> TwoStageModel:
         """What ``TwoStageModel(network, blocks=names).fit`` makes of the samples, without extracting them again.
@@ -106,7 +104,8 @@ class Photographs:
     def blocks(self, name: str) -> Arrays:
         """Blocks of the test photographs (``"clean"``) or of a case."""
         return cache.arrays(
-            self.folder / f"{_slug(name)}.npz", lambda: self.reading.blocks(self._images(name))
+            self.folder / f"{_slug(name)}-{extracted(self.kinds)}.npz",
+            lambda: self.reading.blocks(self._images(name)),
         )
 
     @cached_property

@@ -117,7 +117,9 @@ class Subject:
         """What this package's detectors read of a case's images, `own.BLOCKS`."""
         if (case, part) == ("clean", "fit"):
             return {name: values.numpy() for name, values in self.samples.clean.blocks.items()}
-        return self.kept(f"blocks/{case}", part, lambda: self.reading.blocks(self.images(case, part)))
+        return self.kept(
+            f"blocks-{own.extracted()}/{case}", part, lambda: self.reading.blocks(self.images(case, part))
+        )
 
     def gradients(self, case: str, part: str = "test") -> Arrays:
         """Logarithms of the squared norms of every parameter's gradient, as the published detector reads them."""

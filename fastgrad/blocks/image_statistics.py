@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.local_contrast import differences, quantiles
+from fastgrad.blocks.local_contrast import QUANTILES, differences, quantiles
 from fastgrad.losses import compute_dtype
 
-#: Shares of an image's pixels that lie below the quantiles taken.
-QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 #: Four measures a pixel: roughness along the diagonals and in all directions, first differences, intensity.
 STATISTICS = 4 * len(QUANTILES)
 # More pixels than these say no more about a quantile; larger images are read on a regular grid.
@@ -46,9 +44,9 @@ def image_statistics(images: Tensor) -> Tensor:
     floor = _FLOOR * (intensity - intensity.mean(1, keepdim=True)).square().mean(1, keepdim=True)
     # Side by side, they are sorted in one go.
     mixed, curved, level = quantiles(
-        torch.stack([_energy(found.diagonal), _energy(found.laplacian), intensity]), QUANTILES
+        torch.stack([_energy(found.diagonal), _energy(found.laplacian), intensity])
     ).unbind()
-    contrasts = [(values + floor).sqrt().sqrt() for values in (mixed, curved, quantiles(first, QUANTILES))]
+    contrasts = [(values + floor).sqrt().sqrt() for values in (mixed, curved, quantiles(first))]
     return torch.cat([*contrasts, level], 1)
 
 

@@ -1,13 +1,13 @@
 """How a map changes from one position to its neighbours, and quantiles of that over positions.
 
 Smooth regions, which every natural image has, show noise and compression in the low quantiles of local contrast;
-edges show blur and overlays in the high ones (noise estimation as in Immerkaer, "Fast noise variance estimation", 1996).
+edges show blur and overlays in the high ones (noise estimation as in Immerkaer, "Fast noise variance estimation",
+1996).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import is_readable
+
+#: Shares of positions that lie below the quantiles taken.
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 class Differences(NamedTuple):
@@ -53,10 +56,10 @@ def differences(x: Tensor, most: int) -> Differences:
     return Differences(centre, vertical, horizontal, laplacian, vertical - (beside - shifted(1, 1)))
 
 
-def quantiles(values: Tensor, shares: Sequence[float]) -> Tensor:
-    """``(..., n)`` to ``(..., Q)``, interpolated as `torch.quantile` does, without its limit on size."""
+def quantiles(values: Tensor) -> Tensor:
+    """``(..., n)`` to ``(..., 7)``, interpolated as `torch.quantile` does, without its limit on size."""
     ordered = _sorted(values)
-    places = [share * (values.shape[-1] - 1) for share in shares]
+    places = [share * (values.shape[-1] - 1) for share in QUANTILES]
     lower = torch.tensor([int(place) for place in places], device=values.device)
     upper = torch.tensor([math.ceil(place) for place in places], device=values.device)
     weight = torch.tensor([place % 1 for place in places], dtype=values.dtype, device=values.device)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrad.blocks.image_statistics import QUANTILES, STATISTICS, image_statistics, is_image
+from fastgrad.blocks.image_statistics import STATISTICS, image_statistics, is_image
+from fastgrad.blocks.local_contrast import QUANTILES
 
 
 def reference(image: np.ndarray) -> np.ndarray:

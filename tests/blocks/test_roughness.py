@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from fastgrad.blocks import Roughness
 from fastgrad.blocks.extraction import Extraction
-from fastgrad.blocks.roughness import QUANTILES, roughness
+from fastgrad.blocks.local_contrast import QUANTILES
+from fastgrad.blocks.roughness import roughness
 from fastgrad.blocks.subject import watch
 
 EPS = torch.finfo(torch.float32).eps
@@ -46,14 +47,17 @@ def test_half_precision_is_computed_in_float32() -> None:
 
 
 def test_large_maps_are_read_on_a_grid_and_of_many_channels_some() -> None:
-    maps = torch.randn(2, 150, 70, 50)
-    assert roughness(maps).shape == (2, 3 * 50 * 5)
+    maps = torch.randn(2, 90, 70, 50)
+    assert roughness(maps).shape == (2, 3 * 30 * 8)
     # Every third channel; one row of an image changes nothing in the other.
     torch.testing.assert_close(roughness(maps), roughness(maps[:, ::3].contiguous()), rtol=0, atol=0)
     torch.testing.assert_close(roughness(maps)[:1], roughness(maps[:1]), rtol=0, atol=0)
     whole = np.stack([reference(channel) for channel in maps[0, :1].double().numpy()], 1).ravel()
     # 240 of 3,300 positions: ranks of quantiles have standard errors below sqrt(.25 / 240) = .03.
-    assert np.abs(roughness(maps[:1, :1].contiguous())[0].numpy() - whole).max() < 0.25
+    # 1 % and 99 %, of which a grid has two or three positions, are left out.
+    inner = np.r_[0, 2:7]
+    found = roughness(maps[:1, :1].contiguous())[0].numpy().reshape(3, 8)[:, inner]
+    assert np.abs(found - whole.reshape(3, 8)[:, inner]).max() < 0.25
 
 
 @pytest.mark.parametrize(
