@@ -32,7 +32,7 @@ class Roughness(Block):
     """
 
     name = "roughness"
-    alarm = "fine grain, as the first layer sees it, unlike that of known images"
+    alarm = "fine grain, as the first layer sees it, unlike that of known inputs"
     reads = ("activations",)
     shapes = "(B, D)"
 
