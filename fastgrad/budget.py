@@ -249,7 +249,6 @@ def _without_challenges(names: Sequence[str], price: Mapping[str, float], allowa
         "activations",
         "features",
         "image",
-        "roughness",
         "view",
         "bias_gradients",
         "normalization_norms",

