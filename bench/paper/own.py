@@ -39,6 +39,7 @@ from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.budget import Candidates, Report, candidates
 from fastgrad.challenges import CHALLENGES
+from fastgrad.estimators.worth import USUAL
 from fastgrad.samples import Sources, collect, expected
 
 #: What is extracted. Left out are the norms of gradients of parameters, which cost six forward passes and more.
@@ -62,7 +63,8 @@ def named(budget: float) -> str:
 
 
 DEFAULT, UNLIMITED = named(BUDGETS[0]), named(BUDGETS[-1])
-#: Controls: the budget they start from, the blocks that are left out, or those that alone are left in.
+#: Controls, and sets that measured worth does not buy: the budget they start from, the blocks that are left out, or
+#: those that alone are left in.
 CONTROLS: Mapping[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
     "unlimited, no gradients (control)": (math.inf, GRADIENTS, ()),
     "budget 1.2, no activations (control)": (1.2, ("activations",), ()),
@@ -73,6 +75,8 @@ CONTROLS: Mapping[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
     "activations alone (control)": (1.2, (), ("activations",)),
     "image statistics alone (control)": (1.2, (), ("image",)),
     "roughness alone (control)": (1.2, (), ("roughness",)),
+    "usual blocks and roughness, asked for": (1.2, (), (*USUAL, "roughness")),
+    "the same with a second look, asked for": (2.5, (), (*USUAL, "roughness", "view")),
 }
 NAMES = (*map(named, BUDGETS), *CONTROLS)
 
