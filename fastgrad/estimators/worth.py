@@ -39,8 +39,8 @@ GENERATED, OWN = 4.0, 2.0
 _INTERVAL = 1.96
 #: Blocks that have been worth their small price on networks of many kinds: where a choice begins.
 USUAL = ("logits", "features", "activations", "image")
-#: What is small, in forward passes.
-_SMALL = 0.2
+#: What is small, in forward passes, and what is too little of an AUROC to be paid for at all.
+_SMALL, _LITTLE = 0.2, 1e-3
 
 
 class State(NamedTuple):
@@ -167,8 +167,8 @@ class Judge:
         A choice begins with `USUAL`, where they can be had and their price is small. As long as a change makes the
         detector better by more than chance would, the best is made: a block more, which the budget must allow, a block
         less, or one less under H, which then serves by its own scores alone. What the user is ready to pay for is taken
-        where it helps by more than its standard error; what is there goes only where that helps by more than its
-        interval. Few samples give wide ones, and change little.
+        where it helps by more than its standard error, and by a thousandth; what is there goes only where that helps by
+        more than its interval. Few samples give wide ones, and change little.
 
         Args:
             names: Candidates.
@@ -187,7 +187,8 @@ class Judge:
             for other in changes:
                 if other != state and self._fits(other, price, allowance):
                     gain, interval = self._gain(other, state)
-                    if gain > (interval / _INTERVAL if other.kept > state.kept else interval):
+                    more = other.kept > state.kept
+                    if gain > (max(_LITTLE, interval / _INTERVAL) if more else interval):
                         better[other] = gain
             if not better:
                 break
