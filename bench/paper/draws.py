@@ -66,7 +66,7 @@ CASES: Mapping[str, str] = (
     | dict.fromkeys(STRANGERS, "other sets")
     | dict.fromkeys(FAMILIAR, "corruptions like generated ones")
     | dict.fromkeys(FOREIGN, "corruptions unlike generated ones")
-    | {CONTROL: "JPEG, not attacked (control)"}
+    | {CONTROL: f"{CONTROL} (control)"}
 )
 
 
@@ -204,13 +204,9 @@ class Draw:
         if name in STRANGERS:
             images = stranger(self.root, STRANGERS[name], count, self.first)
             return Case(name, CASES[name], images, np.full(count, -1), count)
-        if name in FAMILIAR + FOREIGN:
+        if name in (*FAMILIAR, *FOREIGN, CONTROL):
             source = self.places["test"][:count]
             images = self._corrupted(name, source)
-            return Case(name, CASES[name], images, source, count)
-        if name == CONTROL:
-            source = self.places["test"][:count]
-            images = sets.compress(sets.to_tensor(photographs(self.root).images[source]))
             return Case(name, CASES[name], images, source, count)
         return self._attacked(name, self.places["test"][self.right][:count])
 
@@ -221,6 +217,8 @@ class Draw:
             "seed": zlib.crc32(f"{self.number}/{name}".encode()),
         }
         images = sets.to_tensor(photographs(self.root).images[source])
+        if name == CONTROL:
+            return sets.compress(images)
 
         def make() -> dict[str, NDArray[Any]]:
             return {"images": sets.to_bytes(corrupt(images, name, SEVERITY, seed=recipe["seed"]))}

@@ -24,17 +24,8 @@ from torch import Tensor, nn
 from bench.paper import cache
 from bench.paper.cache import Arrays
 from fastgrad import UncertaintyDetector
-from fastgrad.blocks import (
-    Activations,
-    BiasGradients,
-    Block,
-    Contrasts,
-    Features,
-    Image,
-    Logits,
-    Roughness,
-    View,
-)
+from fastgrad.blocks import BLOCKS as EVERY
+from fastgrad.blocks import BiasGradients, Block, Gradients, NormalizationNorms, Ranked
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.budget import Candidates, Report, candidates
@@ -43,15 +34,8 @@ from fastgrad.estimators.worth import USUAL
 from fastgrad.samples import Sources, collect, expected
 
 #: What is extracted. Left out are the norms of gradients of parameters, which cost six forward passes and more.
-BLOCKS: tuple[type[Block], ...] = (
-    Contrasts,
-    Logits,
-    Features,
-    Image,
-    Roughness,
-    Activations,
-    BiasGradients,
-    View,
+BLOCKS: tuple[type[Block], ...] = tuple(
+    kind for kind in EVERY.values() if kind not in (Gradients, NormalizationNorms, Ranked)
 )
 GRADIENTS = ("contrasts", "bias_gradients")
 BUDGETS = (1.2, 2.5, math.inf)

@@ -27,8 +27,7 @@ class Roughness(Block):
 
     Of each channel the squared Laplacian, mixed difference along the diagonals and first differences, their quantiles
     over positions and their mean, as fourth roots: what `fastgrad.blocks.image_statistics` reads of pixels, read
-    through the filters that the network learned to see its inputs with. Noise that these are made to see, as attacks
-    leave it behind compression, shows here where pixels no longer do.
+    through the filters that the network learned to see its inputs with.
     """
 
     name = "roughness"

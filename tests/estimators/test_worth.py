@@ -69,6 +69,18 @@ def test_what_costs_more_is_kept_only_within_the_budget_and_beyond_its_interval(
     assert judge().choose(names, price, 2.0).kept == ["logits", "activations"]
 
 
+@pytest.mark.parametrize(("gain", "kept"), [(0.0005, False), (0.0015, True)])
+def test_less_than_a_thousandth_buys_nothing_however_sure(
+    gain: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def surely(_: Judge, state: State, other: State) -> tuple[float, float]:
+        return (gain if state.kept > other.kept else -gain), 1e-5
+
+    monkeypatch.setattr(Judge, "_gain", surely)
+    price = {"logits": 0.0, "features": 0.5}
+    assert ("features" in judge().choose(list(price), price, 2.0).kept) is kept
+
+
 def test_no_judged_kind_was_learned_nor_one_that_resembles_it() -> None:
     one = judge()
     for learned, judged in one.folds:
