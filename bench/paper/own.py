@@ -47,20 +47,20 @@ def named(budget: float) -> str:
 
 
 DEFAULT, UNLIMITED = named(BUDGETS[0]), named(BUDGETS[-1])
-#: Controls, and sets that measured worth does not buy: the budget they start from, the blocks that are left out, or
-#: those that alone are left in.
+#: Controls, and a set that measured worth does not always buy: the budget they start from, the blocks that are left
+#: out, or those that alone are left in.
 CONTROLS: Mapping[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
     "unlimited, no gradients (control)": (math.inf, GRADIENTS, ()),
     "budget 1.2, no activations (control)": (1.2, ("activations",), ()),
     "budget 1.2, no image statistics (control)": (1.2, ("image",), ()),
     "budget 1.2, no roughness (control)": (1.2, ("roughness",), ()),
     "budget 1.2, neither of the two (control)": (1.2, ("image", "roughness"), ()),
+    "budget 2.5, no roughness (control)": (2.5, ("roughness",), ()),
     "logits and h alone (control)": (1.2, (), ("logits", "features")),
     "activations alone (control)": (1.2, (), ("activations",)),
     "image statistics alone (control)": (1.2, (), ("image",)),
     "roughness alone (control)": (1.2, (), ("roughness",)),
     "usual blocks and roughness, asked for": (1.2, (), (*USUAL, "roughness")),
-    "the same with a second look, asked for": (2.5, (), (*USUAL, "roughness", "view")),
 }
 NAMES = (*map(named, BUDGETS), *CONTROLS)
 

@@ -39,6 +39,9 @@ GENERATED, OWN = 4.0, 2.0
 _INTERVAL = 1.96
 #: Blocks that have been worth their small price on networks of many kinds: where a choice begins.
 USUAL = ("logits", "features", "activations", "image")
+#: What joins them where a forward pass more may be spent: worth something on some networks, nothing on others, and, in
+#: an exported file, not so cheap that a budget with little room should begin with it.
+BESIDE = ("roughness",)
 #: What is small, in forward passes, and what is too little of an AUROC to be paid for at all.
 _SMALL, _LITTLE = 0.2, 1e-3
 
@@ -164,11 +167,11 @@ class Judge:
     def choose(self, names: Sequence[str], price: Mapping[str, float], allowance: float) -> Choice:
         """The blocks to keep, those that H reads among them, and what each block is worth.
 
-        A choice begins with `USUAL`, where they can be had and their price is small. As long as a change makes the
-        detector better by more than chance would, the best is made: a block more, which the budget must allow, a block
-        less, or one less under H, which then serves by its own scores alone. What the user is ready to pay for is taken
-        where it helps by more than its standard error, and by a thousandth; what is there goes only where that helps by
-        more than its interval. Few samples give wide ones, and change little.
+        A choice begins with `USUAL`, and from a pass more on `BESIDE`, where they can be had and their price is small.
+        As long as a change makes the detector better by more than chance would, the best is made: a block more, which
+        the budget must allow, a block less, or one less under H, which then serves by its own scores alone. What the
+        user is ready to pay for is taken where it helps by more than its standard error, and by a thousandth; what is
+        there goes only where that helps by more than its interval. Few samples give wide ones, and change little.
 
         Args:
             names: Candidates.
@@ -176,7 +179,7 @@ class Judge:
             allowance: For all together.
         """
         state = State(frozenset({"logits"}), frozenset({"logits"}))
-        for name in USUAL:
+        for name in (*USUAL, *(BESIDE if allowance >= 1 else ())):
             if name in names and price[name] <= _SMALL and self._fits(state.plus(name), price, allowance):
                 state = state.plus(name)
         while True:

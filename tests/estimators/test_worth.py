@@ -81,6 +81,20 @@ def test_less_than_a_thousandth_buys_nothing_however_sure(
     assert ("features" in judge().choose(list(price), price, 2.0).kept) is kept
 
 
+@pytest.mark.parametrize(("allowance", "kept"), [(0.2, False), (1.0, True)])
+def test_roughness_is_where_a_choice_begins_only_with_room_for_a_pass(
+    allowance: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No change is for the better: what is there at the end was there in the beginning.
+    monkeypatch.setattr(Judge, "_gain", lambda _self, _state, _other: (0.0, 0.01))
+    X, kinds, held_out = samples()
+    X["roughness"] = X["features"]
+    names = ["logits", "image", "roughness"]
+    found = Judge(UncertaintyDetector(log=False, hidden=16), X, kinds, held_out, own=False)
+    choice = found.choose(names, dict.fromkeys(names, 0.0), allowance)
+    assert choice.kept == (names if kept else names[:2])
+
+
 def test_no_judged_kind_was_learned_nor_one_that_resembles_it() -> None:
     one = judge()
     for learned, judged in one.folds:
