@@ -59,11 +59,12 @@ def check(
                     assert got == expected
                 else:
                     assert abs(got - expected) <= PROMISE + 2**-22 * abs(expected), (b, k, got, expected)
-            elif exact >= SMALLEST_NORMAL:
+            elif min(exact, value) >= SMALLEST_NORMAL:
                 assert abs(got / float(exact) - 1) <= PROMISE, (b, k, got, float(exact))
             else:
-                # Below float32's range only the logarithm keeps its digits.
-                assert 0 <= got <= 1.01 * SMALLEST_NORMAL, (b, k, got)
+                # Where the value, or what the features' factor multiplies, lies below float32's range, only the
+                # logarithm keeps its digits.
+                assert 0 <= got <= 1.01 * SMALLEST_NORMAL * max(1, float(factor[b])), (b, k, got)
 
 
 @pytest.mark.parametrize("path", PATHS)
