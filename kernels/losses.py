@@ -187,7 +187,9 @@ def contrast_coefficients(moments, LOSS: tl.constexpr, LOG: tl.constexpr):
                 peak = 2.0 * scale - 1.3862943611198906 + tl.log(inner) - 4.0 * tl.log(a) + 0.0 * rho
             else:
                 scale = 2.0 * rho
-                peak = 4.0 * p_rest * p_rest * p_rest * p_rest * inner
+                # In this order nothing leaves float32's range before the product does.
+                twice = 2.0 * p_rest * p_rest
+                peak = twice * inner * twice
             return top, peak, base, square_top, shift, constant, inv, scale, p_rest
     elif LOSS == "bce":
         s = sigmoid(top)
