@@ -221,7 +221,7 @@ class Candidates:
                 reason = "not worth its price"
             else:
                 assert interval is not None  # it comes with the gain
-                reason = "worth its price" if gain > interval else "usually worth it, not clearly so here"
+                reason = "worth its price" if gain > interval else "worth it elsewhere, not clearly so here"
                 if seen is not None and entry.block not in seen:
                     reason += ", by its own score alone"
             entries.append(
