@@ -197,7 +197,9 @@ def _cross_entropy_norms(z: Tensor, log: bool) -> Tensor:
     if log:
         at_top = 2 * loo.log_rho + (t1 * t1 + t2).log() - 2 * loo.a.log()
     else:
-        at_top = (t1 * t1 + t2) * (loo.log_rho.exp() / loo.a) ** 2
+        # In this order nothing leaves the dtype's range before the product does.
+        share = loo.log_rho.exp() / loo.a
+        at_top = share * (t1 * t1 + t2) * share
     return _linear_form(p, total, loo.top, at_top, log)
 
 
@@ -239,7 +241,8 @@ def _brier_norms(z: Tensor, log: bool) -> Tensor:
     if log:
         log_rest = 2 * loo.log_rho + torch.where(loo.top, 1, rest).log()
         return math.log(4) + torch.where(loo.top, 4 * loo.log_rho + at_top.log(), log_rest)
-    return 4 * torch.where(loo.top, rho**4 * at_top, rho**2 * rest)
+    # The last factor comes last: rho^4 alone may lie below the dtype's range where the product does not.
+    return torch.where(loo.top, rho**2 * at_top, rest) * (4 * rho**2)
 
 
 _NORMS = {

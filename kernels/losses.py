@@ -171,7 +171,8 @@ def contrast_coefficients(moments, LOSS: tl.constexpr, LOG: tl.constexpr):
             if LOG:
                 peak = 2.0 * r + (2.0 * err + tl.log(tail) - 2.0 * tl.log(a)) + 0.0 * rho
             else:
-                peak = p_rest * p_rest * tail
+                # In this order, here and below, nothing leaves float32's range before the product does.
+                peak = p_rest * tail * p_rest
             return top, peak, base, square_top + 1.0, 2.0 * p_rest
         else:
             _, _, _, _, cube, fourth, fg, ffg, ffgg = moments
@@ -187,7 +188,6 @@ def contrast_coefficients(moments, LOSS: tl.constexpr, LOG: tl.constexpr):
                 peak = 2.0 * scale - 1.3862943611198906 + tl.log(inner) - 4.0 * tl.log(a) + 0.0 * rho
             else:
                 scale = 2.0 * rho
-                # In this order nothing leaves float32's range before the product does.
                 twice = 2.0 * p_rest * p_rest
                 peak = twice * inner * twice
             return top, peak, base, square_top, shift, constant, inv, scale, p_rest

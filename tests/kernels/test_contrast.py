@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
+from fastgrad.losses import contrast_norms  # noqa: E402
 from fastgrad.ops import heuristics  # noqa: E402
 from fastgrad.ops.heuristics import ContrastConfig  # noqa: E402
 from fastgrad.ops.triton.contrast import contrast_sqnorm  # noqa: E402
@@ -59,12 +60,11 @@ def check(
                     assert got == expected
                 else:
                     assert abs(got - expected) <= PROMISE + 2**-22 * abs(expected), (b, k, got, expected)
-            elif min(exact, value) >= SMALLEST_NORMAL:
+            elif exact >= SMALLEST_NORMAL:
                 assert abs(got / float(exact) - 1) <= PROMISE, (b, k, got, float(exact))
             else:
-                # Where the value, or what the features' factor multiplies, lies below float32's range, only the
-                # logarithm keeps its digits.
-                assert 0 <= got <= 1.01 * SMALLEST_NORMAL * max(1, float(factor[b])), (b, k, got)
+                # Below float32's range only the logarithm keeps its digits.
+                assert 0 <= got <= 1.01 * SMALLEST_NORMAL, (b, k, got)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -200,6 +200,22 @@ def test_a_vocabulary_of_262144(kind: str, device: torch.device) -> None:
     others = torch.cat([p[:200000], p[200001:]])
     expected[200000] = others.sum() ** 2 + others.square().sum()
     assert ((out.cpu()[0].double() / (4 * expected) - 1).abs() <= PROMISE).all()
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(("loss", "margin"), [("cross_entropy", 49.0), ("brier", 27.0)])
+def test_powers_of_probabilities_leave_the_range_where_their_product_does_not(
+    loss: str, margin: float, eager: bool, device: torch.device
+) -> None:
+    logits = torch.zeros(1, 512)
+    logits[0, 7] = margin
+    features = torch.zeros(1, 3)
+    if eager:
+        out = contrast_norms(logits, loss=loss)
+    else:
+        out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, False, False)
+    assert math.exp(-margin * (2 if loss == "cross_entropy" else 4)) < SMALLEST_NORMAL < out[0, 7]
+    check(out, features, logits, loss, False)
 
 
 @pytest.mark.parametrize("path", PATHS)
