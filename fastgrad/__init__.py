@@ -7,11 +7,9 @@ and everything else is imported where it is first used.
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
-from fastgrad._moved import MovedFinder
-from fastgrad.functional import (
+from fastgrad.gradients.contrasts import (
     ContrastStats,
     contrast_rows,
     contrast_rows_linear,
@@ -23,30 +21,31 @@ from fastgrad.functional import (
 
 if TYPE_CHECKING:
     from fastgrad import layers as layers
-    from fastgrad.deploy.export import export
-    from fastgrad.estimators import IntrospectiveClassifier, UncertaintyDetector
-    from fastgrad.features import GradientFeatures
+    from fastgrad.deploy.file.export import export
+    from fastgrad.detector import UncertaintyDetector
+    from fastgrad.detector.model import TwoStageModel
+    from fastgrad.gradients.clipping import clip_gradients
+    from fastgrad.gradients.features import GradientFeatures
+    from fastgrad.gradients.noise_scale import NoiseScale
+    from fastgrad.gradients.ranking import SampleTable, rank_samples
+    from fastgrad.gradients.recorder import grad_sqnorm, record
+    from fastgrad.introspection import IntrospectiveClassifier
     from fastgrad.metrics import threshold_for
-    from fastgrad.recorder import grad_sqnorm, record
-    from fastgrad.training.clipping import clip_gradients
-    from fastgrad.training.noise_scale import NoiseScale
-    from fastgrad.training.ranking import SampleTable, rank_samples
-    from fastgrad.two_stage import TwoStageModel
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 _LAZY = {
-    "GradientFeatures": "fastgrad.features",
-    "IntrospectiveClassifier": "fastgrad.estimators",
-    "NoiseScale": "fastgrad.training.noise_scale",
-    "SampleTable": "fastgrad.training.ranking",
-    "TwoStageModel": "fastgrad.two_stage",
-    "UncertaintyDetector": "fastgrad.estimators",
-    "clip_gradients": "fastgrad.training.clipping",
-    "export": "fastgrad.deploy.export",
-    "grad_sqnorm": "fastgrad.recorder",
-    "rank_samples": "fastgrad.training.ranking",
-    "record": "fastgrad.recorder",
+    "GradientFeatures": "fastgrad.gradients.features",
+    "IntrospectiveClassifier": "fastgrad.introspection",
+    "NoiseScale": "fastgrad.gradients.noise_scale",
+    "SampleTable": "fastgrad.gradients.ranking",
+    "TwoStageModel": "fastgrad.detector.model",
+    "UncertaintyDetector": "fastgrad.detector",
+    "clip_gradients": "fastgrad.gradients.clipping",
+    "export": "fastgrad.deploy.file.export",
+    "grad_sqnorm": "fastgrad.gradients.recorder",
+    "rank_samples": "fastgrad.gradients.ranking",
+    "record": "fastgrad.gradients.recorder",
     "threshold_for": "fastgrad.metrics",
 }
 
@@ -86,7 +85,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-# First in line: the modules of a moved package would else be found once more, under their old names.
-sys.meta_path.insert(0, MovedFinder())

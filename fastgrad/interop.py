@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrad.checks import extra
-from fastgrad.two_stage import TwoStageModel
+from fastgrad.detector.model import TwoStageModel
 
 
 def as_pytorch_ood(two_stage: TwoStageModel, **fit_options: Any) -> Any:

@@ -28,12 +28,12 @@ import fastgrad
 from fastgrad import challenges, interop, metrics, plots
 from fastgrad.commands.cli import main
 from fastgrad.deploy.drift import DriftMonitor, ScoreReference
-from fastgrad.deploy.export import export
-from fastgrad.deploy.images import decode_image
-from fastgrad.deploy.package import Description, ModelPackage, read_description, write_description
+from fastgrad.deploy.file.export import export
+from fastgrad.deploy.file.images import decode_image
+from fastgrad.deploy.file.package import Description, ModelPackage, read_description, write_description
 from fastgrad.deploy.score.local import score
 from fastgrad.deploy.serve.app import create_app
-from fastgrad.features import logits_of
+from fastgrad.gradients.features import logits_of
 from fastgrad.layers import register_rule
 
 Call = Callable[[Path], Any]

@@ -66,7 +66,7 @@ def export_tiny(name: str = "tiny.pt2", evidence: bool = False) -> Path:
     """Export `TinyTwoStage` once for all test modules; compiling takes seconds."""
     import torch._inductor.config
 
-    from fastgrad.deploy.export import export
+    from fastgrad.deploy.file.export import export
 
     folder = Path(tempfile.mkdtemp(prefix="fastgrad-test-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

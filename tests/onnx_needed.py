@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastgrad.deploy.onnx_export import TRANSLATES
+from fastgrad.deploy.file.onnx_export import TRANSLATES
 
 #: Of onnxscript and what it imports.
 WARNINGS = [

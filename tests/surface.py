@@ -22,18 +22,18 @@ RECORD = Path(__file__).parent / "data" / "public.json"
 MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad": None,
     "fastgrad.blocks": None,
-    "fastgrad.budget": ("Entry", "Report"),
+    "fastgrad.detector.budget": ("Entry", "Report"),
     "fastgrad.challenges": None,
     "fastgrad.checks": ("MissingExtraError",),
     "fastgrad.deploy.drift": None,
-    "fastgrad.deploy.images": None,
-    "fastgrad.deploy.package": ("Description", "ModelPackage", "PackageError", "Prediction", "read_description"),
+    "fastgrad.deploy.file.images": None,
+    "fastgrad.deploy.file.package": ("Description", "ModelPackage", "PackageError", "Prediction", "read_description"),
     "fastgrad.deploy.score.local": None,
     "fastgrad.deploy.score.ray": ("score_dataset",),
     "fastgrad.deploy.serve.app": None,
     "fastgrad.deploy.serve.ray": None,
     "fastgrad.deploy.triton_server": ("write_repository",),
-    "fastgrad.features": ("Route", "logits_of"),
+    "fastgrad.gradients.features": ("Route", "logits_of"),
     "fastgrad.interop": ("as_pytorch_ood",),
     "fastgrad.layers": None,
     "fastgrad.losses": (
@@ -42,7 +42,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     ),
     "fastgrad.metrics": None,
     "fastgrad.plots": None,
-    "fastgrad.two_stage": ("Prediction",),
+    "fastgrad.detector.model": ("Prediction",),
 }  # fmt: skip
 
 

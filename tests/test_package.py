@@ -40,7 +40,7 @@ def test_import_is_light() -> None:
     )
     roots = {name.split(".")[0] for name in loaded.split()}
     assert not roots & {"triton", "sklearn", "matplotlib", "tqdm", "ray", "scipy", "fastapi", "litserve"}
-    assert "fastgrad.functional" in loaded
+    assert "fastgrad.gradients.contrasts" in loaded
 
 
 def test_public_names_exist() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgrad.deploy.images import decode_image
-from fastgrad.deploy.package import ModelPackage
+from fastgrad.deploy.file.images import decode_image
+from fastgrad.deploy.file.package import ModelPackage
 
 
 def pictures(count: int, side: int) -> list[bytes]:

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from bench.deploy.networks import NETWORKS, WEIGHTS, Images, images_of, network
 from bench.harness import results_file
-from fastgrad.deploy import onnx_export, onnx_file
-from fastgrad.deploy.export import compile_function, export
-from fastgrad.deploy.package import ModelPackage
-from fastgrad.estimators.worth import USUAL
-from fastgrad.two_stage import TwoStageModel
+from fastgrad.deploy.file import onnx_export, onnx_file
+from fastgrad.deploy.file.export import compile_function, export
+from fastgrad.deploy.file.package import ModelPackage
+from fastgrad.detector.model import TwoStageModel
+from fastgrad.detector.worth import USUAL
 
 Cases = dict[str, Callable[[Tensor], Any]]
 

@@ -23,7 +23,7 @@ from bench.harness import results_file
 from bench.harness.turns import in_turns
 from fastgrad import TwoStageModel
 from fastgrad.batches import logits_of
-from fastgrad.estimators.worth import USUAL
+from fastgrad.detector.worth import USUAL
 
 Inputs = Tensor | dict[str, Tensor]
 FORMS = {"default": (), "with bias gradients": ("bias_gradients",)}

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from bench.deploy.clients import Clients, Tally, pictures
 from bench.harness import results_file
-from fastgrad.deploy.export import export
-from fastgrad.deploy.images import decode_image
-from fastgrad.deploy.package import Description
-from fastgrad.estimators.worth import USUAL
-from fastgrad.two_stage import TwoStageModel
+from fastgrad.deploy.file.export import export
+from fastgrad.deploy.file.images import decode_image
+from fastgrad.deploy.file.package import Description
+from fastgrad.detector.model import TwoStageModel
+from fastgrad.detector.worth import USUAL
 
 #: What is served: images of one size, and the network that takes them.
 SIDES = {"small": 32, "resnet18": 112}

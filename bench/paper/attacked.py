@@ -17,7 +17,7 @@ from bench.paper.table import Options
 from bench.paper.white_box import Partial, WhiteBox, random_box, white_box
 from fastgrad import UncertaintyDetector
 from fastgrad.blocks import BLOCKS, Activations
-from fastgrad.estimators.worth import USUAL
+from fastgrad.detector.worth import USUAL
 
 #: What the attacked detectors read: the default, and what larger budgets allow.
 FORMS: Mapping[str, tuple[str, ...]] = {

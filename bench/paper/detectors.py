@@ -14,8 +14,8 @@ from bench.paper.own import scores
 from bench.paper.published import FromBlocks, FromImages, Scores
 from bench.paper.rows import Found
 from bench.paper.subject import Subject
-from fastgrad.budget import Report
-from fastgrad.estimators import UncertaintyDetector
+from fastgrad.detector import UncertaintyDetector
+from fastgrad.detector.budget import Report
 from fastgrad.metrics import auroc
 
 #: Detectors that saw no challenge at all: the blocks that the budget allows, and the squared norms of all gradients.

@@ -24,7 +24,7 @@ from bench.paper.table import Options
 from bench.paper.texts import CORRUPTED, News, batches
 from fastgrad import TwoStageModel
 from fastgrad.blocks import BLOCKS
-from fastgrad.estimators.worth import USUAL
+from fastgrad.detector.worth import USUAL
 
 Batches = list[tuple[Any, Tensor]]
 #: Every third kind, so that nobody chose them.

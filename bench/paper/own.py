@@ -28,10 +28,10 @@ from fastgrad.blocks import BLOCKS as EVERY
 from fastgrad.blocks import BiasGradients, Block, Gradients, NormalizationNorms, Ranked
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import Subject, watch
-from fastgrad.budget import Candidates, Report, candidates
 from fastgrad.challenges import CHALLENGES
-from fastgrad.estimators.worth import USUAL
-from fastgrad.samples import Sources, collect, expected
+from fastgrad.detector.budget import Candidates, Report, candidates
+from fastgrad.detector.samples import Sources, collect, expected
+from fastgrad.detector.worth import USUAL
 
 #: What is extracted. Left out are the norms of gradients of parameters, which cost six forward passes and more.
 BLOCKS: tuple[type[Block], ...] = tuple(

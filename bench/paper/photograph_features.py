@@ -24,7 +24,7 @@ from bench.paper.draws import CASES, Draw
 from bench.paper.own import BLOCKS, Reading, Samples, batches, extracted, generation, read
 from fastgrad import TwoStageModel
 from fastgrad.blocks import Block
-from fastgrad.budget import candidates
+from fastgrad.detector.budget import candidates
 from fastgrad.scores.temperature import Temperature
 
 _BATCH = 16

@@ -22,7 +22,7 @@ from bench.paper.table import Options
 from bench.paper.train import EPOCHS, HELD_OUT, Recipe, trained
 from fastgrad import UncertaintyDetector
 from fastgrad.blocks import Gradients
-from fastgrad.budget import Report
+from fastgrad.detector.budget import Report
 
 #: Searches, steps, step size and first constant of C&W in full mode; the default is shorter.
 THOROUGH = (5, 100, 0.05, 0.1)

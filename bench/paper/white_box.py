@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fastgrad import TwoStageModel
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.challenges.attacks import away_from
+from fastgrad.detector.combined import DetectorModule
 from fastgrad.engine.tracing import trace
-from fastgrad.estimators.combined import DetectorModule
 
 #: Steps and random starts of each objective.
 STEPS, STARTS = 20, 1

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from fastgrad import functional
 from fastgrad.blocks.block import Array, Block, Part, Settings, mixture
 from fastgrad.blocks.features import Features
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
+from fastgrad.gradients import contrasts as functional
 from fastgrad.scores.rows import Rows
 
 

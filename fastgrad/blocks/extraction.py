@@ -34,7 +34,7 @@ class Extraction:
     The model is only read: it runs as a private copy in evaluation mode.
 
     Args:
-        model: Any classifier; outputs as `fastgrad.features.logits_of` reads them.
+        model: Any classifier; outputs as `fastgrad.gradients.features.logits_of` reads them.
         blocks: What to extract, see `fastgrad.blocks`.
         log: Whether squared norms are given as logarithms.
 

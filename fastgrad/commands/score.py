@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fastgrad.deploy.images import MAX_PIXELS
-from fastgrad.deploy.package import PackageError
+from fastgrad.deploy.file.images import MAX_PIXELS
+from fastgrad.deploy.file.package import PackageError
 from fastgrad.deploy.score.local import score
 
 

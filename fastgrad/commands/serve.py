@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrad.checks import extra
-from fastgrad.deploy.package import PackageError
+from fastgrad.deploy.file.package import PackageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM, then finish what was accepted; return the exit status."""
-    from fastgrad.deploy.images import MAX_PIXELS
+    from fastgrad.deploy.file.images import MAX_PIXELS
     from fastgrad.deploy.serve.app import Limits, create_app
     from fastgrad.deploy.serve.pool import ModelError, WorkerDiedError
     from fastgrad.deploy.serve.traces import otlp_provider

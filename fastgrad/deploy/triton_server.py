@@ -19,8 +19,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fastgrad.deploy.onnx_file import Value, signature
-from fastgrad.deploy.package import description_text, read_description, replace_atomically
+from fastgrad.deploy.file.onnx_file import Value, signature
+from fastgrad.deploy.file.package import description_text, read_description, replace_atomically
 
 _TYPES = {"float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "float": "TYPE_FP32", "double": "TYPE_FP64"}
 

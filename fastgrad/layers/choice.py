@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 from contextlib import AbstractContextManager
 
-from fastgrad.context import setting
+from fastgrad.ops.implementation import bind_contextvar
 
 _impl: contextvars.ContextVar[str] = contextvars.ContextVar("fastgrad_layers_impl", default="auto")
 
@@ -17,4 +17,4 @@ def implementation() -> str:
 
 def using(impl: str) -> AbstractContextManager[None]:
     """Let rules take ``impl`` inside; set where they run, since a device's backward pass has threads of its own."""
-    return setting(_impl, impl)
+    return bind_contextvar(_impl, impl)

@@ -7,9 +7,9 @@ and what is gained by answering only where the uncertainty is low (`selective`).
 
 from __future__ import annotations
 
-from .calibration import Reliability, brier, calibration_report, ece, mce, nll, reliability
-from .detection import aupr, auroc, detection_accuracy, detection_report, fpr_at_tpr
-from .selective import RiskCoverage, aurc, e_aurc, risk_coverage, threshold_for
+from fastgrad.metrics.calibration import Reliability, brier, calibration_report, ece, mce, nll, reliability
+from fastgrad.metrics.detection import aupr, auroc, detection_accuracy, detection_report, fpr_at_tpr
+from fastgrad.metrics.selective import RiskCoverage, aurc, e_aurc, risk_coverage, threshold_for
 
 __all__ = [
     "Reliability",

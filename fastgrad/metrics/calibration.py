@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .arrays import Array, as_array
+from fastgrad.metrics.arrays import Array, as_array
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .arrays import Array, as_array
+from fastgrad.metrics.arrays import Array, as_array
 
 
 @dataclass(frozen=True)

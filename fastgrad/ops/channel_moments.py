@@ -24,9 +24,8 @@ from torch import Tensor
 from fastgrad import checks
 from fastgrad._torch import check, is_readable, is_traced
 from fastgrad.losses import compute_dtype
-
-from . import library  # noqa: F401  (defines the schema)
-from .implementation import choose, triton_refusal
+from fastgrad.ops import library  # noqa: F401  (defines the schema)
+from fastgrad.ops.implementation import choose, triton_refusal
 
 #: Numbers that stay in one core's second-level cache beside as many that stream through it.
 CACHED = 1 << 17
@@ -149,7 +148,7 @@ def eager(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _triton(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    from .triton import channel_moments as launcher
+    from fastgrad.ops.triton import channel_moments as launcher
 
     return launcher.channel_moments(canonical(x, dim))
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgrad import losses
-
-from .library import operator
+from fastgrad.ops.library import operator
 
 # Rows are worked on in pieces of at most this many elements (8 MiB), which stay in the outer cache of a CPU.
 _CHUNK = 1 << 21
@@ -97,7 +96,7 @@ def _argmax(p: Tensor) -> Tensor:
 
 
 def _kernel(features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool) -> Tensor:
-    from .triton import contrast as launcher
+    from fastgrad.ops.triton import contrast as launcher
 
     return launcher.contrast_sqnorm(features, logits, loss, bias, log, reduction == "mean")
 

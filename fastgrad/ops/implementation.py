@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
+
+_T = TypeVar("_T")
 
 IMPLEMENTATIONS = ("auto", "triton", "eager")
 
@@ -58,3 +64,13 @@ def choose(impl: str, tensor: torch.Tensor) -> str:
             raise ValueError(f"impl must be 'auto' or 'eager' here: it was 'triton', but {refusal}")
         return "triton"
     return "triton" if refusal is None else "eager"
+
+
+@contextlib.contextmanager
+def bind_contextvar(variable: ContextVar[_T], value: _T) -> Iterator[None]:
+    """Give ``variable`` a value inside."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)

@@ -27,10 +27,9 @@ from torch import Tensor
 
 from fastgrad import checks
 from fastgrad._torch import is_exporting, is_readable
-from fastgrad.context import setting
 from fastgrad.ops import conv_cost, conv_routes, library, route_cache  # noqa: F401  (library defines schemas)
 from fastgrad.ops.conv_geometry import Problem, canonical, per_axis
-from fastgrad.ops.implementation import choose
+from fastgrad.ops.implementation import bind_contextvar, choose
 
 #: Batch size assumed by the cost model where a tracer keeps the batch symbolic.
 TRACED_BATCH = 16
@@ -42,7 +41,7 @@ _whole: contextvars.ContextVar[bool] = contextvars.ContextVar("fastgrad_sqnorm_w
 
 def kept_whole() -> AbstractContextManager[None]:
     """Graphs traced inside hold the two operators of tensors on a CPU as one node each."""
-    return setting(_whole, True)
+    return bind_contextvar(_whole, True)
 
 
 def shape_of(p: Problem, *, guarded: bool = True) -> conv_cost.Shape:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from fastgrad._torch import check
 from fastgrad.losses import compute_dtype
-
-from .implementation import choose, interpreting
+from fastgrad.ops.implementation import choose, interpreting
 
 _T = TypeVar("_T", Tensor, tuple[Tensor, Tensor])
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from . import contrast
-from .library import operator
+from fastgrad.ops import contrast
+from fastgrad.ops.library import operator
 
 # Statistics never hold more than this many logits at a time (or one row, where a row is longer).
 _CHUNK = 1 << 22
@@ -54,13 +54,13 @@ def eager_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str
 def _kernel(
     features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, log: bool
 ) -> tuple[Tensor, Tensor]:
-    from .triton import linear_contrast as launcher
+    from fastgrad.ops.triton import linear_contrast as launcher
 
     return launcher.linear_contrast_sqnorm(features, weight, bias, loss, log, reduction == "mean")
 
 
 def _kernel_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str) -> Tensor:
-    from .triton import linear_contrast as launcher
+    from fastgrad.ops.triton import linear_contrast as launcher
 
     return launcher.linear_contrast_stats(features, weight, bias, loss, reduction == "mean")
 

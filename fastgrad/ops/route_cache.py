@@ -28,9 +28,9 @@ import torch
 
 from fastgrad import checks
 from fastgrad._torch import is_readable
-from fastgrad.context import setting
 from fastgrad.ops import conv_cost, conv_routes
 from fastgrad.ops.conv_geometry import Problem
+from fastgrad.ops.implementation import bind_contextvar
 
 MODES = ("model", "measured")
 #: A route predicted so many times slower than the best is not timed.
@@ -59,7 +59,7 @@ def mode() -> str:
 
 def using(chosen: str) -> AbstractContextManager[None]:
     """Choose by ``chosen`` inside, in this thread (a GPU's backward pass has threads of its own)."""
-    return setting(_mode, chosen)
+    return bind_contextvar(_mode, chosen)
 
 
 def path() -> Path:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgrad.losses import compute_dtype
-
-from .library import operator
+from fastgrad.ops.library import operator
 
 # Elements of the left operand formed at a time.
 _CHUNK = 1 << 20
@@ -94,7 +93,7 @@ def eager(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _kernel(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from .triton import rows as launcher
+    from fastgrad.ops.triton import rows as launcher
 
     return launcher.contrast_rows_linear(features, diagonal, weight, bias)
 

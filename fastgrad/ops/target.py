@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastgrad import losses
-
-from .library import operator
+from fastgrad.ops.library import operator
 
 
 def eager(
@@ -29,7 +28,7 @@ def eager(
 
 
 def _kernel(*arguments: Any) -> Tensor:
-    from .triton import target as launcher
+    from fastgrad.ops.triton import target as launcher
 
     features, logits, target, kind, bias, loss, reduction, log = arguments
     return launcher.target_sqnorm(features, logits, target, kind, loss, bias, log, reduction == "mean")

@@ -6,14 +6,14 @@ of clean data; `rows.Rows` makes those rows from a block of features, `conformal
 
 from __future__ import annotations
 
-from .conformal import OneSided, TwoSided, UpperTail
-from .fitted import Fitted, Sequence, rebuild
-from .gaussian_mixture import GaussianMixture
-from .logits import Energy, Margin
-from .mahalanobis import Mahalanobis
-from .neighbours import NearestNeighbours
-from .rows import Rows
-from .temperature import Temperature
+from fastgrad.scores.conformal import OneSided, TwoSided, UpperTail
+from fastgrad.scores.fitted import Fitted, Sequence, rebuild
+from fastgrad.scores.gaussian_mixture import GaussianMixture
+from fastgrad.scores.logits import Energy, Margin
+from fastgrad.scores.mahalanobis import Mahalanobis
+from fastgrad.scores.neighbours import NearestNeighbours
+from fastgrad.scores.rows import Rows
+from fastgrad.scores.temperature import Temperature
 
 __all__ = [
     "Energy",

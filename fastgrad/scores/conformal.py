@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fitted import Fitted
+from fastgrad.scores.fitted import Fitted
 
 #: Largest fall of log p over the width of the middle half of the calibration scores. Beyond 5 %, a normal
 #: distribution falls by 2.8 to 4.5 (at one in a thousand) over that width, an exponential one by 1.1 everywhere.

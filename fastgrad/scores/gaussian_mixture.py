@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .fitted import Fitted, as_buffer
+from fastgrad.scores.fitted import Fitted, as_buffer
 
 
 class GaussianMixture(Fitted):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fitted import Fitted
+from fastgrad.scores.fitted import Fitted
 
 
 class Energy(Fitted):

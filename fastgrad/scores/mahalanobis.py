@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .fitted import Fitted, as_buffer
-from .spectrum import principal, shrinkage
+from fastgrad.scores.fitted import Fitted, as_buffer
+from fastgrad.scores.spectrum import principal, shrinkage
 
 #: The number of directions is chosen on at most so many rows, of which one in `_JUDGES` judges.
 _SAMPLE = 1000

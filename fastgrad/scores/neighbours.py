@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .fitted import Fitted, as_buffer
+from fastgrad.scores.fitted import Fitted, as_buffer
 
 
 class NearestNeighbours(Fitted):

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .fitted import Fitted
-from .spectrum import principal
+from fastgrad.scores.fitted import Fitted
+from fastgrad.scores.spectrum import principal
 
 #: Blocks of squared norms: their logarithm is taken.
 SQUARED_NORMS = ("gradients", "contrasts", "ranked")

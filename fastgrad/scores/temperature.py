@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .fitted import Fitted
+from fastgrad.scores.fitted import Fitted
 
 #: The temperature lies between the inverse of this and this.
 _WIDEST = 1e3

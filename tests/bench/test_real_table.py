@@ -19,7 +19,7 @@ from bench.paper import own
 from bench.paper.draws import CASES, CONTROL, DRAWS
 from bench.paper.table import Options
 from bench.paper.tables import real
-from fastgrad.budget import Report
+from fastgrad.detector.budget import Report
 
 EMPTY = "DeepFool after JPEG"
 

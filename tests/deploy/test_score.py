@@ -11,8 +11,8 @@ import pytest
 from deploy.serve.client import image
 
 from fastgrad.commands import score as command
-from fastgrad.deploy.images import decode_image
-from fastgrad.deploy.package import ModelPackage, PackageError
+from fastgrad.deploy.file.images import decode_image
+from fastgrad.deploy.file.package import ModelPackage, PackageError
 from fastgrad.deploy.score import local as score_module
 from fastgrad.deploy.score.job import Job, read_parquet
 from fastgrad.deploy.score.local import score
@@ -77,7 +77,7 @@ def test_one_row_an_image_whatever_the_image(
 def test_a_row_says_what_the_server_answers(folder: Path, tiny_explained: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    from fastgrad.deploy.answer import answer, results
+    from fastgrad.deploy.file.answer import answer, results
 
     for i in range(20):
         # Black and white alone, which lie far out.
@@ -101,7 +101,7 @@ def test_a_row_says_what_the_server_answers(folder: Path, tiny_explained: Path, 
 
 
 def test_a_reason_is_the_fewest_parts_that_hold_two_thirds() -> None:
-    from fastgrad.deploy.answer import reason
+    from fastgrad.deploy.file.answer import reason
 
     words = {"a": "one", "b": "two", "c": "three"}
     assert reason(words, {"a": 1.0, "b": 2.0, "c": 0.0}) == "two"

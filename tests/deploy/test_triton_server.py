@@ -13,7 +13,7 @@ import torch
 from onnx_needed import skip_without_onnx
 
 from fastgrad.commands.cli import main
-from fastgrad.deploy.package import ModelPackage, PackageError
+from fastgrad.deploy.file.package import ModelPackage, PackageError
 from fastgrad.deploy.triton_server import write_repository
 
 skip_without_onnx()

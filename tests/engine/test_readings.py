@@ -192,7 +192,7 @@ def test_traced_and_compiled() -> None:
         logits, features, found = extractor.extract((x,), {}, readings=readings)
         return (logits, features, *(found[reading] for reading in readings))
 
-    from fastgrad.deploy.graph import trace
+    from fastgrad.deploy.file.graph import trace
 
     example = torch.randn(3, 2, 5, 5, dtype=torch.float64)
     function(example)

@@ -247,7 +247,7 @@ def test_attention(attention: dict[str, object], options: dict[str, object], dty
     assert report["attention.out_proj.weight"] == "multi-head attention"
 
 
-def _routes(module: nn.Module, x: Tensor) -> list[fastgrad.features.Route]:
+def _routes(module: nn.Module, x: Tensor) -> list[fastgrad.gradients.features.Route]:
     model = nn.Sequential(module, nn.Flatten(), nn.LazyLinear(3)).to(
         x.dtype if x.is_floating_point() else torch.float32
     )
@@ -256,7 +256,7 @@ def _routes(module: nn.Module, x: Tensor) -> list[fastgrad.features.Route]:
     extractor = fastgrad.GradientFeatures(model)
     extractor(x)
     return [
-        fastgrad.features.Route(r.parameter.removeprefix("0."), r.route, r.module, r.reason)
+        fastgrad.gradients.features.Route(r.parameter.removeprefix("0."), r.route, r.module, r.reason)
         for r in extractor.report()
         if r.parameter.startswith("0.")
     ]

@@ -4,7 +4,7 @@ import torch
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from sklearn.neighbors import NearestNeighbors as SklearnNeighbours
 
-from fastgrad.estimators.supervised import fit_perceptrons, views
+from fastgrad.detector.supervised import fit_perceptrons, views
 from fastgrad.scores import Energy, GaussianMixture, NearestNeighbours
 from fastgrad.scores.rows import SMALLEST, Rows, order_by_rank
 

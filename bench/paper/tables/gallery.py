@@ -14,9 +14,10 @@ from bench.paper.networks import read, temperature
 from bench.paper.subject import Subject
 from bench.paper.table import Options, Table
 from bench.paper.train import Recipe, build
-from fastgrad import functional, plots
-from fastgrad.estimators import IntrospectiveClassifier
-from fastgrad.two_stage import TwoStageModel
+from fastgrad import plots
+from fastgrad.detector.model import TwoStageModel
+from fastgrad.gradients import contrasts as functional
+from fastgrad.introspection import IntrospectiveClassifier
 
 
 def histograms(subject: Subject, options: Options) -> None:

@@ -26,7 +26,7 @@ from bench.paper.rows import Rows
 from bench.paper.subject import Subject, residual_networks
 from bench.paper.table import Options, Page, Table
 from bench.paper.train import HELD_OUT
-from fastgrad.estimators import IntrospectiveClassifier
+from fastgrad.introspection import IntrospectiveClassifier
 from fastgrad.metrics import calibration_report
 
 #: Published accuracies under corruptions, feed-forward and introspective (Prabhushankar and AlRegib 2022).

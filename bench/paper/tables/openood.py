@@ -25,7 +25,7 @@ from bench.paper.subject import BATCH, Subject, residual_networks
 from bench.paper.table import Options, Page, Table
 from bench.paper.train import accuracy
 from fastgrad.blocks import Gradients
-from fastgrad.budget import Report
+from fastgrad.detector.budget import Report
 
 GROUPS: Mapping[str, tuple[str, ...]] = {"near": ("cifar100", "tinyimagenet"), "far": ("svhn", "textures")}
 SETS = tuple(name for names in GROUPS.values() for name in names)

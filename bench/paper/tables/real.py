@@ -25,7 +25,7 @@ from bench.paper.price import prices
 from bench.paper.resampled import RESAMPLES, Scores, auroc, difference, interval
 from bench.paper.rows import Rows
 from bench.paper.table import Options, Page, Table
-from fastgrad.budget import Report
+from fastgrad.detector.budget import Report
 
 #: Kinds of case, and the cases that earlier figures of this data were given for.
 GROUPS: Mapping[str, tuple[str, ...]] = {

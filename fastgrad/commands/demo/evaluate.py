@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fastgrad
-from fastgrad.budget import Report
 from fastgrad.commands.demo.digits import LabelledImages
 from fastgrad.commands.demo.network import logits_in_batches
+from fastgrad.detector.budget import Report
 
 Scores = NDArray[np.float64]
 Method = Callable[[Tensor], Scores]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastgrad.checks import extra
-from fastgrad.deploy.answer import ResultError, answer, results
-from fastgrad.deploy.images import MAX_PIXELS, ImageError, decode_image
-from fastgrad.deploy.package import Description, ModelPackage
+from fastgrad.deploy.file.answer import ResultError, answer, results
+from fastgrad.deploy.file.images import MAX_PIXELS, ImageError, decode_image
+from fastgrad.deploy.file.package import Description, ModelPackage
 
 with extra("score"):
     import pyarrow as pa

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastgrad.deploy.images import MAX_PIXELS
-from fastgrad.deploy.package import ModelPackage
+from fastgrad.deploy.file.images import MAX_PIXELS
+from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.deploy.score.job import (
     Job,
     arrow_schema,

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgrad.checks import extra
-from fastgrad.deploy.images import MAX_PIXELS
-from fastgrad.deploy.package import ModelPackage, read_description
+from fastgrad.deploy.file.images import MAX_PIXELS
+from fastgrad.deploy.file.package import ModelPackage, read_description
 from fastgrad.deploy.score.job import (
     Job,
     arrow_schema,

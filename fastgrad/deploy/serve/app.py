@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgrad.checks import extra
-from fastgrad.deploy.answer import ResultError, answer
-from fastgrad.deploy.images import MAX_PIXELS
+from fastgrad.deploy.file.answer import ResultError, answer
+from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.serve.openapi import operation
 from fastgrad.deploy.serve.pool import ModelError
 from fastgrad.deploy.serve.requests import MAX_BODY, RequestError, read_input

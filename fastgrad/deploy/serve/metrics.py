@@ -10,7 +10,7 @@ import numpy as np
 
 from fastgrad.checks import extra
 from fastgrad.deploy.drift import DriftMonitor
-from fastgrad.deploy.package import Description
+from fastgrad.deploy.file.package import Description
 
 with extra("serve"):
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgrad.checks import extra
-from fastgrad.deploy.images import MAX_PIXELS
-from fastgrad.deploy.package import ModelPackage, read_description
+from fastgrad.deploy.file.images import MAX_PIXELS
+from fastgrad.deploy.file.package import ModelPackage, read_description
 
 
 def deployment(
@@ -54,7 +54,7 @@ def deployment(
         from starlette.requests import Request
         from starlette.responses import JSONResponse
 
-    from fastgrad.deploy.answer import ResultError, answer, results
+    from fastgrad.deploy.file.answer import ResultError, answer, results
     from fastgrad.deploy.serve.requests import RequestError, read_input
 
     path = str(Path(model).resolve())

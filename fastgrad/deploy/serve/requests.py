@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrad.deploy.images import MAX_PIXELS, ImageError, ImageTooLargeError, decode_image
-from fastgrad.deploy.package import Description
+from fastgrad.deploy.file.images import MAX_PIXELS, ImageError, ImageTooLargeError, decode_image
+from fastgrad.deploy.file.package import Description
 
 MAX_BODY = 16 * 2**20
 

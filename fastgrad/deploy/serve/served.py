@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastgrad.deploy.package import read_description
+from fastgrad.deploy.file.package import read_description
 from fastgrad.deploy.serve.metrics import Metrics
 from fastgrad.deploy.serve.pool import WorkerPool
 

@@ -18,8 +18,8 @@ def main(pipe: Connection, path: str, threads: int | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     import torch
 
-    from fastgrad.deploy.answer import results
-    from fastgrad.deploy.package import ModelPackage
+    from fastgrad.deploy.file.answer import results
+    from fastgrad.deploy.file.package import ModelPackage
 
     try:
         if threads is not None:

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from fastgrad.kernels import channel_moments as kernels
-
-from .. import channel_heuristics
-from ..heuristics import cdiv
-from . import launch
+from fastgrad.ops import channel_heuristics
+from fastgrad.ops.heuristics import cdiv
+from fastgrad.ops.triton import launch
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:

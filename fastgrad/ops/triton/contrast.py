@@ -8,9 +8,8 @@ import torch
 
 from fastgrad.kernels import contrast as kernels
 from fastgrad.kernels.losses import PLANES
-
-from .. import heuristics
-from . import launch
+from fastgrad.ops import heuristics
+from fastgrad.ops.triton import launch
 
 
 def contrast_sqnorm(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..heuristics import INTERPRETER, Architecture
+from fastgrad.ops.heuristics import INTERPRETER, Architecture
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from fastgrad.kernels import layer_sqnorm as kernels
-
-from .. import layer_heuristics
-from ..heuristics import cdiv
-from . import launch
+from fastgrad.ops import layer_heuristics
+from fastgrad.ops.heuristics import cdiv
+from fastgrad.ops.triton import launch
 
 #: As on the CPU: a Gram result whose terms without interference are this much larger is computed again,
 #: directly.

@@ -6,10 +6,9 @@ import torch
 
 from fastgrad.kernels import linear_contrast as kernels
 from fastgrad.kernels.losses import PLANES
-
-from .. import heuristics
-from . import launch
-from .contrast import chunks_of, finish
+from fastgrad.ops import heuristics
+from fastgrad.ops.triton import launch
+from fastgrad.ops.triton.contrast import chunks_of, finish
 
 
 def _check(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastgrad.kernels import target as kernels
-
-from .. import heuristics
-from . import launch
+from fastgrad.ops import heuristics
+from fastgrad.ops.triton import launch
 
 KINDS = ("ones", "uniform", "predicted", "indices", "soft")
 

@@ -17,7 +17,7 @@ pytest.importorskip("PIL")
 
 from deploy.serve.client import call, image
 
-from fastgrad.deploy.package import PackageError
+from fastgrad.deploy.file.package import PackageError
 from fastgrad.deploy.serve.app import Limits, create_app
 from fastgrad.deploy.serve.pool import ModelError
 

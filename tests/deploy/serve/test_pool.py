@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrad.deploy.package import ModelPackage
+from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.deploy.serve.pool import MAX_ATTEMPTS, ModelError, WorkerDiedError, WorkerPool
 
 

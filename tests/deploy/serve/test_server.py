@@ -22,8 +22,8 @@ pytest.importorskip("PIL")
 
 from deploy.serve.client import Server, form, image, running
 
-from fastgrad.deploy.images import decode_image
-from fastgrad.deploy.package import ModelPackage
+from fastgrad.deploy.file.images import decode_image
+from fastgrad.deploy.file.package import ModelPackage
 
 
 @pytest.fixture(scope="module")

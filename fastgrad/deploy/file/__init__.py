@@ -1,0 +1,1 @@
+"""Network and detector in one file: compiled by AOTInductor, or ONNX."""

@@ -1,0 +1,176 @@
+"""One file for deployment: network, backward pass, squared norms and detector as one graph.
+
+The extraction calls ``torch.autograd.grad`` inside ``forward``, which no exporter follows. So it is
+unrolled first (`fastgrad.deploy.file.graph`): run once on fake tensors, it leaves a flat graph of every operation,
+those of the backward pass among them, without autograd. `torch.export` then checks that graph for every batch size,
+and AOTInductor compiles it to native code in a ``.pt2``, or it becomes an ONNX file
+(`fastgrad.deploy.file.onnx_export`).
+`fastgrad.deploy.file.package` says how to read either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastgrad import _torch
+from fastgrad.deploy.file import onnx_export, sorting
+from fastgrad.deploy.file.describe import describe
+from fastgrad.deploy.file.graph import trace
+from fastgrad.deploy.file.package import description_text, replace_atomically, write_description
+
+#: What compiled code would round in another way. With PyTorch's own kernels the features of a convolutional network
+#: or vision transformer are those of the live one, bit for bit or nearly: the detector has no difference to magnify.
+OWN_KERNELS = (
+    torch.ops.aten.native_layer_norm.default,
+    torch.ops.aten.native_group_norm.default,
+    torch.ops.aten.gelu.default,
+)
+
+
+def export(
+    two_stage: nn.Module,
+    example_input: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    labels: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    false_alarm_rate: float = 0.05,
+    scores: Tensor | np.ndarray[Any, Any] | None = None,
+    max_batch: int = 1024,
+    one_by_one: bool | None = None,
+    tolerance: float = 1e-5,
+    evidence: bool = False,
+) -> Path:
+    """Write ``two_stage`` as one file that runs without fastgrad and without autograd.
+
+    The path's suffix says which: ``.pt2`` is native code for PyTorch, ``.onnx`` is for ONNX Runtime, NVIDIA's Triton
+    Inference Server and others (`fastgrad.deploy.file.onnx_file` says how to read it). The graph takes a batch of
+    any size from 1 to ``max_batch`` and returns logits, probabilities and uncertainty, equal to those of the live
+    module for contiguous inputs up to float32 rounding: measured on trained networks, 4e-6 for logits and 2e-5 for
+    the uncertainty, which is -log p. To an untrained network all images are nearly the same, and the detector
+    magnifies rounding with what little they differ in.
+
+    A ``.pt2`` runs on the kind of device that holds ``example_input``, and on processors with at least this one's
+    vector instructions. An ``.onnx`` runs wherever ONNX Runtime does. It is checked by ``onnx.checker``, and its
+    answers on ``example_input`` are compared with the live module's before it appears. Where a block reads gradients,
+    a rounding that takes an activation across a kink opens or closes a path of the backward pass, and may show.
+
+    Args:
+        two_stage: a fitted `TwoStageModel` (whole network or last layer only), or any module in evaluation
+            mode that returns ``(logits (B, N), probabilities (B, N), uncertainty (B,))``.
+        example_input: ``(B, ...)``, at least one input. To a ``.pt2`` only its shape, dtype and device matter; an
+            ``.onnx`` is checked on it, so real inputs serve best.
+        path: where to write, ending in ``.pt2`` or ``.onnx``. The file appears whole or not at all.
+        labels: N class names.
+        mean: per-channel mean of the normalization that turned pixels (0 to 1) into inputs.
+        std: per-channel standard deviation of the same.
+        false_alarm_rate: the share of in-distribution inputs that the file's threshold flags.
+        scores: uncertainties of held-out in-distribution inputs, ``(n,)``; by default those that the module
+            was calibrated on (its ``calibration_scores``, if there are at least 20). They give the
+            histogram and the drift monitor's reference, and the thresholds of a module without
+            ``threshold``.
+        max_batch: largest batch size.
+        one_by_one: whether the file works through a batch one input after another, which on a CPU is faster
+            for whole-network gradients of large inputs; None chooses. ONNX files never do.
+        tolerance: largest difference of an ONNX file's outputs from the live module's, relative to their size or 1.
+        evidence: whether the file's graph also returns a fourth, ``evidence`` ``(B, E)``: which of the E parts of the
+            detector raised an alarm (`TwoStageModel.explain`). The server then says so.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: ``two_stage`` is no module or ``example_input`` no floating tensor.
+        ValueError: an argument does not fit the model; the module is in training mode.
+        MissingExtraError: an ``.onnx`` needs ``pip install 'fastgrad[onnx]'``.
+        RuntimeError: no C++ compiler is installed for a ``.pt2``; the module's graph depends on the batch size; an
+            operation has no ONNX form, or the ONNX file's answers differ by more than ``tolerance``.
+    """
+    target = Path(path)
+    description = describe(
+        two_stage, example_input, target, labels, mean, std, false_alarm_rate, scores, max_batch, evidence
+    )
+
+    def answers(x: Tensor) -> tuple[Tensor, ...]:
+        if not evidence:
+            return tuple(two_stage(x))
+        prediction, parts = two_stage.explain(x)  # type: ignore[operator]
+        return *prediction, torch.stack(list(parts.values()), -1)
+
+    if target.suffix == ".onnx":
+        if one_by_one:
+            raise ValueError("one_by_one must be None or False for an .onnx, which has no loop; it was True")
+        if not tolerance > 0:
+            raise ValueError(f"tolerance must be positive; it was {tolerance!r}")
+        replace_atomically(
+            lambda file: onnx_export.write(
+                two_stage,
+                answers,
+                example_input,
+                file,
+                description_text(description),
+                max_batch=max_batch,
+                tolerance=tolerance,
+            ),
+            target,
+        )
+        return target
+    compile_function(
+        answers,
+        example_input,
+        target,
+        max_batch=max_batch,
+        one_by_one=one_by_one,
+        finish=lambda file: write_description(file, description),
+    )
+    return target
+
+
+def compile_function(
+    function: Callable[[Tensor], Any],
+    example_input: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    max_batch: int = 1024,
+    one_by_one: bool | None = None,
+    finish: Callable[[Path], None] = lambda file: None,
+) -> None:
+    """Trace ``function`` of one batch of any size, compile it, write it to ``path``.
+
+    Args:
+        function: from a tensor ``(B, ...)`` to a tensor or tuple of tensors; may call `torch.autograd.grad`.
+        example_input: gives shape, dtype, device.
+        path: a ``.pt2``.
+        max_batch: largest batch size.
+        one_by_one: as for `export`.
+        finish: called with the finished file before it is moved to ``path``.
+
+    Raises:
+        RuntimeError: no C++ compiler, or the graph depends on the batch size.
+    """
+    _torch.require_cpp_compiler("export")
+    program = trace(function, example_input, max_batch=max_batch, one_by_one=one_by_one)
+    loop = any("while_loop" in str(node.target) for node in program.graph.nodes)
+    on_cpu = example_input.device.type == "cpu"
+
+    def make(file: Path) -> None:
+        own = _torch.keeping(*OWN_KERNELS) if on_cpu else contextlib.nullcontext()
+        with warnings.catch_warnings(), own:
+            warnings.simplefilter("ignore")
+            compiled = program.run_decompositions(sorting.TABLE) if on_cpu else program
+            # Channels-last convolutions suit a forward pass. The products of a gradient's norms read channels one
+            # by one: each would begin with a copy.
+            _torch.compile_package(compiled, file, keep_layout=loop)
+        finish(file)
+
+    replace_atomically(make, path)

@@ -1,0 +1,258 @@
+"""The exported graph as an ONNX file, for ONNX Runtime, NVIDIA's Triton Inference Server and all else that reads ONNX.
+
+`fastgrad.deploy.file.onnx_file` says what is in it. Backward passes are part of the graph like any other operation;
+what has
+no ONNX form is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastgrad.checks import extra
+from fastgrad.deploy.file.graph import trace
+from fastgrad.deploy.file.onnx_file import EXPLAINED, INPUT, KEY, OUTPUTS, load, sum_entry
+from fastgrad.deploy.file.onnx_layout import join_means, keep_blocked, sample_apart
+from fastgrad.deploy.file.onnx_operators import decompositions
+from fastgrad.deploy.file.onnx_optimizer import optimize
+
+#: The oldest version of the operators that PyTorch translates to; every runtime since 2022 reads it.
+OPSET = 18
+#: Whether this PyTorch writes ONNX: the passes of 2.8 refuse what its own translation makes.
+TRANSLATES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
+#: Protocol buffers hold no more.
+_LARGEST = 2**31
+
+
+def convert(
+    function: Callable[[Tensor], Any],
+    example_input: Tensor,
+    *,
+    outputs: tuple[str, ...] = OUTPUTS,
+    max_batch: int = 1024,
+) -> Any:
+    """Translate ``function`` of one batch of any size to an ``onnx.ModelProto``, checked by ``onnx.checker``.
+
+    Args:
+        function: From a tensor ``(B, ...)`` to a tensor or tuple of tensors; may call `torch.autograd.grad`.
+        example_input: Gives shape, dtype, device.
+        outputs: Names of what comes out.
+        max_batch: Largest batch size.
+
+    Raises:
+        MissingExtraError: The extra ``onnx`` is not installed.
+        RuntimeError: The graph depends on the batch size, is larger than 2 GB, or an operation has no ONNX form; or
+            PyTorch is older than 2.9.
+    """
+    if not TRANSLATES:
+        raise RuntimeError(
+            f"ONNX files need PyTorch 2.9 or newer; it was {torch.__version__}; export to .pt2"
+        )
+    with extra("onnx"):
+        import onnx
+        import onnxscript  # noqa: F401 - torch.onnx writes with it
+
+    program = _decomposed(function, example_input, max_batch)
+    refuse(name for name in operators(program) if _is_foreign(name))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = torch.onnx.export(
+                program,
+                (),
+                input_names=[INPUT],
+                output_names=list(outputs),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+                optimize=False,
+            )
+        assert result is not None  # dynamo=True gives a program
+        optimize(result.model)
+        model = result.model_proto
+    except torch.onnx.errors.OnnxExporterError as error:
+        refuse(_named(error))
+        raise
+    if model.ByteSize() >= _LARGEST:
+        raise RuntimeError("the model is larger than the 2 GB that one ONNX file can hold; export to .pt2")
+    sample_apart(model.graph)
+    keep_blocked(model.graph)
+    join_means(model.graph)
+    _tidy(model)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:
+        raise RuntimeError(f"onnx.checker refuses the translated graph: {error}; export to .pt2") from error
+    return model
+
+
+def refuse(names: Iterable[str]) -> None:
+    """Raise RuntimeError if there is a name of an operation without an ONNX form."""
+    found = sorted(set(names))
+    if found:
+        raise UntranslatableError(found)
+
+
+class UntranslatableError(RuntimeError):
+    """Operations have no ONNX form.
+
+    Attributes:
+        names: Theirs.
+    """
+
+    def __init__(self, names: list[str], source: str = "") -> None:
+        super().__init__(f"no ONNX form exists of {', '.join(names)}{source}; export to .pt2")
+        self.names = names
+
+
+def operators(program: Any) -> set[str]:
+    """Names of the operations of an exported program."""
+    return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+
+
+def _decomposed(function: Callable[[Tensor], Any], example_input: Tensor, max_batch: int) -> Any:
+    # A fused attention's backward pass is one operation, which nothing translates.
+    with sdpa_kernel(SDPBackend.MATH):
+        program = trace(function, example_input, max_batch=max_batch, one_by_one=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return program.run_decompositions(decompositions())
+
+
+def _is_foreign(name: str) -> bool:
+    return "backward" in name or not name.startswith(("aten.", "prims.", "<built-in"))
+
+
+def _named(error: BaseException | None) -> list[str]:
+    """The operations that an error of the translation is about, by its text or by its causes'."""
+    found: list[str] = []
+    while error is not None:
+        found += [
+            f"{name}.{overload}"
+            for name, overload in re.findall(r"OpOverload\(op='([^']+)', overload='([^']+)'\)", str(error))
+        ]
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _tidy(model: Any) -> None:
+    """Name the batch, and leave out where in whose files each operation came from."""
+    graph = model.graph
+    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == symbol:
+                dim.dim_param = "batch"
+    for part in (
+        model,
+        graph,
+        *graph.node,
+        *graph.input,
+        *graph.output,
+        *graph.value_info,
+        *graph.initializer,
+    ):
+        del part.metadata_props[:]
+        part.doc_string = ""
+
+
+def write(
+    two_stage: nn.Module,
+    answers: Callable[[Tensor], tuple[Tensor, ...]],
+    example_input: Tensor,
+    path: Path,
+    description: str,
+    *,
+    max_batch: int,
+    tolerance: float,
+) -> None:
+    """Write ``two_stage`` to ``path``, with ``description`` inside, once its answers are the live module's.
+
+    Args:
+        two_stage: As for `fastgrad.export`.
+        answers: From a batch to what the file returns, of the live module.
+        example_input: Inputs on which both are compared, ``(B, ...)``.
+        path: The file.
+        description: JSON text.
+        max_batch: Largest batch size.
+        tolerance: As for `fastgrad.export`.
+
+    Raises:
+        MissingExtraError: The extra ``onnx`` is not installed.
+        RuntimeError: As for `convert`; or the answers differ by more than the tolerance.
+    """
+    try:
+        outputs = EXPLAINED[: len(answers(example_input[:1]))]
+        model = convert(answers, example_input, outputs=outputs, max_batch=max_batch)
+    except UntranslatableError as error:
+        raise UntranslatableError(error.names, _source(two_stage, example_input, error.names)) from None
+    model.metadata_props.add(key=KEY, value=description)
+    content = model.SerializeToString()
+    path.write_bytes(content + sum_entry(hashlib.sha256(content).hexdigest()))
+    compare(path, answers, example_input[:max_batch], tolerance)
+
+
+def _source(two_stage: nn.Module, example_input: Tensor, names: list[str]) -> str:
+    """Where operations come from, and what would work without them."""
+    network = getattr(two_stage, "model", None)
+    extraction = getattr(two_stage, "extraction", None)
+    if network is None or extraction is None:
+        return ""
+    from fastgrad.batches import logits_of
+
+    own = operators(_decomposed(lambda x: logits_of(network(x)).detach(), example_input, 4))
+    if own.intersection(names):
+        return ", which the network itself needs"
+    backward = [block.name for block in extraction.blocks if "gradients" in block.reads]
+    return (
+        f", which the blocks {', '.join(backward)} need; fit with blocks=[...] that need no gradients"
+        * bool(backward)
+    )
+
+
+@torch.no_grad()
+def compare(
+    path: Path, answers: Callable[[Tensor], tuple[Tensor, ...]], example_input: Tensor, tolerance: float
+) -> None:
+    """Raise RuntimeError where the file's answers are not the live module's.
+
+    Asked are the inputs together, one alone, three, and one of NaN, which must not pass for reliable; which blocks say
+    so may differ, as a gradient passes a ReLU of NaN or becomes NaN there. The difference of two numbers is relative to
+    the live one's size, or to 1 where that is smaller.
+    """
+    run = load(path)
+    three = example_input[torch.arange(3) % len(example_input)]
+    unknown = torch.full_like(three[:1], torch.nan)
+    for x, names in (
+        (example_input, EXPLAINED),
+        (three[:1], EXPLAINED),
+        (three, EXPLAINED),
+        (unknown, OUTPUTS),
+    ):
+        for name, ours, live in zip(names, run(x), answers(x), strict=False):
+            worst = difference(ours, live)
+            if not worst <= tolerance:
+                raise RuntimeError(
+                    f"the file's {name} differ from the live module's by {worst:.2g}, relative, in a batch of "
+                    f"{len(x)} like example_input; at most {tolerance:g} is allowed (tolerance). To a network that "
+                    "was not trained, or on inputs unlike those that it was fitted on, rounding looks large: give "
+                    "real inputs as example_input, or allow more"
+                )
+
+
+def difference(ours: Tensor, live: Tensor) -> float:
+    """Largest difference relative to the live value's size or 1; infinite where only one is finite, or NaN."""
+    ours, live = ours.double().cpu(), live.double().cpu()
+    apart = (ours - live).abs() / live.abs().clamp(min=1)
+    # Equal infinities and NaN in the same place are no difference.
+    same = (ours == live) | (ours.isnan() & live.isnan())
+    return float(torch.where(same, 0.0, apart.nan_to_num(nan=torch.inf)).max())

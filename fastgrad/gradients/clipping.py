@@ -1,0 +1,146 @@
+"""``clip_gradients``: every sample's gradient clipped, without any of them being stored.
+
+The norms come from one backward pass. They give each sample a factor ``min(1, max_norm / norm)``, and a second backward
+pass over the same forward graph, of the losses times their factors, sums the clipped gradients. Abadi et al., 2016
+(arXiv:1607.00133) clip; Li et al., 2022 (arXiv:2110.05679) do it in two passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrad import checks
+from fastgrad._torch import outside_of_compilation
+from fastgrad.engine.fallback import floating
+from fastgrad.gradients.recorder import record, recorded_sqnorms
+from fastgrad.gradients.separate import require_separate
+
+
+class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_gradients(model, 1.0):``
+    """Context of a training step whose gradients are clipped sample by sample.
+
+    Inside, call ``model`` once, compute one loss for each sample and call `backward`: it adds the sum of the samples'
+    clipped gradients to ``.grad``, as ``losses.sum().backward()`` would add the sum of their gradients. Micro-batches
+    accumulate: each is one more call of the model and of `backward`. Noise and privacy accounting are not done here;
+    Opacus' optimizers take the ``.grad`` that this leaves.
+
+    Modules keep their mode: with dropout, norms and gradients are those of the same draw. Frozen parameters
+    (``requires_grad`` False) are left out of norms and gradients. Under ``DistributedDataParallel`` ranks average, as
+    always: ``.grad`` becomes the sum of all clipped gradients over the number of ranks. Lengths hold up to rounding:
+    compute the losses in float32 where the model runs in half precision.
+
+    Args:
+        model: The model to be called inside; as for `record`.
+        max_norm: The largest L2 norm that a sample's gradient keeps, over all trainable parameters together. A mapping
+            clips groups of parameters separately: from names of parameters or modules to the norm of each group; a
+            parameter belongs to the longest name that it begins with. Each group costs a backward pass.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a norm is not positive and finite, a group has no trainable parameter or a trainable parameter
+            no group, or for a model that `record` refuses. Batch norm in training mode is refused: it normalises with
+            the statistics of the batch, so that one sample changes the gradients of all others, and no clipping can
+            bound what it does.
+
+    Example::
+
+        with fastgrad.clip_gradients(model, max_norm=1.0) as clipped:
+            losses = F.cross_entropy(model(x), y, reduction="none")
+            norms = clipped.backward(losses)
+        optimizer.step()
+    """
+
+    def __init__(self, model: nn.Module, max_norm: float | Mapping[str, float]) -> None:
+        super().__init__(model)
+        limits = dict(max_norm) if isinstance(max_norm, Mapping) else {"": max_norm}
+        for name, limit in limits.items():
+            subject = f"max_norm[{name!r}]" if isinstance(max_norm, Mapping) else "max_norm"
+            if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+                raise TypeError(f"{subject} must be a positive number; it was {limit!r}")
+            if not 0 < limit < math.inf:
+                raise ValueError(f"{subject} must be positive and finite; it was {limit}")
+        self._joint = not isinstance(max_norm, Mapping)
+        self._groups = _groups(self.model, limits)
+        self._outputs: list[Tensor] = []
+
+    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """See `record`; the outputs are kept, of which the losses are to be made."""
+        output = super().call(module, args, kwargs)
+        self._outputs = floating(output)
+        return output
+
+    def __exit__(self, *error: Any) -> None:
+        """See `record`."""
+        self._outputs = []
+        super().__exit__(*error)
+
+    def backward(self, losses: Tensor) -> Tensor:
+        """Add the clipped gradients to ``.grad`` of the trainable parameters.
+
+        Args:
+            losses: ``(B,)``, one loss a sample (``reduction="none"``), each computed from that sample's row of the
+                output of the one call of the model since the last `backward`. A factor on all losses, as of a mean
+                or of loss scaling, is a factor on the norms.
+
+        Returns:
+            The norms before clipping, ``(B,)``, or ``(B, G)`` for G groups, in the order of ``max_norm``; float32
+            (float64 for a float64 model).
+
+        Raises:
+            TypeError: If ``losses`` is no floating-point tensor.
+            ValueError: If ``losses`` is not ``(B,)``, mixes samples, or depends on parameters in another way than
+                through the model's output (a weight decay), which has no gradient per sample.
+            RuntimeError: If the model was not called exactly once since the last `backward`, or without gradients.
+        """
+        return outside_of_compilation(self._backward)(losses)
+
+    def _backward(self, losses: Tensor) -> Tensor:
+        checks.is_float("losses", losses)
+        if len(self.calls) != 1:
+            raise RuntimeError(
+                "model must be called once, inside clip_gradients and with gradients enabled, before each backward; "
+                f"it had been called {len(self.calls)} times"
+            )
+        (call,) = self.calls
+        samples = call.run.samples
+        checks.shape_is("losses", losses, (samples,), 'one loss a sample, as with reduction="none"')
+        if samples:
+            require_separate(self.model, losses, self._outputs, call.outputs)
+        parameters = [p for group, _ in self._groups for p in group]
+        sqnorms = recorded_sqnorms(self, [losses], parameters, [torch.ones_like(losses)], False, True)
+        found, columns = iter(sqnorms), []
+        for group, _ in self._groups:
+            own = [next(found).to(losses.device) for _ in group]
+            columns.append(torch.stack(own).sum(0).sqrt())
+        for (group, limit), norms in zip(self._groups, columns, strict=True):
+            factors = (limit / norms).clamp(max=1).to(losses.dtype)
+            keep = norms is not columns[-1]
+            torch.autograd.backward([losses], [factors], retain_graph=keep, inputs=group)
+        self.calls.clear()
+        self._outputs = []
+        return columns[0] if self._joint else torch.stack(columns, 1)
+
+
+def _groups(model: nn.Module, limits: Mapping[str, float]) -> list[tuple[list[nn.Parameter], float]]:
+    """The trainable parameters under each name, with its limit."""
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in limits}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        prefixes = [key for key in limits if key in ("", name) or name.startswith(key + ".")]
+        if not prefixes:
+            raise ValueError(f"max_norm must cover every trainable parameter; it had nothing for {name!r}")
+        groups[max(prefixes, key=len)].append(p)
+    for name, group in groups.items():
+        if not group:
+            raise ValueError(
+                f"max_norm must name parameters or modules that are trained; {name!r} had none of its own"
+                if name
+                else "model must have parameters that require gradients; it had none"
+            )
+    return [(groups[name], limit) for name, limit in limits.items()]

@@ -1,0 +1,158 @@
+"""``rank_samples``: which samples of a data set a network learns most from, or should not have been asked to learn.
+
+A sample whose gradient is large long after training has begun is one that the rest of the data contradicts: rare, hard,
+or labelled wrongly. Paul et al., 2021 (arXiv:2107.07075) rank by the norm of the gradient (GraNd) and, without a
+backward pass, by the length of the error of the probabilities (EL2N).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from fastgrad import checks
+from fastgrad.batches import as_call, bar, batch_size, first_input, to_device
+from fastgrad.gradients.features import GradientFeatures
+
+#: Columns to rank by, and whether the largest value comes first.
+_KEYS = {"grand": True, "el2n": True, "loss": True, "confidence": False}
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """What a network makes of each sample of a data set; arrays ``(n,)``, one row a sample.
+
+    Attributes:
+        index: The sample's place in the data set, int64.
+        label: Its label, int64.
+        predicted: The most probable class, int64.
+        loss: Cross-entropy, in nats, float64.
+        confidence: The probability of the label, float64.
+        el2n: L2 norm of the probabilities less the one-hot label, float64.
+        grand: L2 norm of the gradient of the loss, float64.
+    """
+
+    index: NDArray[np.int64]
+    label: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    loss: NDArray[np.float64]
+    confidence: NDArray[np.float64]
+    el2n: NDArray[np.float64]
+    grand: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def sort(self, by: str = "grand", count: int | None = None) -> SampleTable:
+        """The rows in another order, those first that deserve a look.
+
+        Args:
+            by: ``"grand"``, ``"el2n"`` or ``"loss"``, largest first; or ``"confidence"``, smallest first.
+            count: How many rows to keep; None for all.
+
+        Raises:
+            ValueError: For any other ``by``, or a negative ``count``.
+        """
+        checks.one_of("by", by, _KEYS)
+        if count is not None and count < 0:
+            raise ValueError(f"count must not be negative; it was {count}")
+        values = getattr(self, by)
+        order = np.argsort(-values if _KEYS[by] else values, kind="stable")[:count]
+        return SampleTable(*(getattr(self, field.name)[order] for field in dataclasses.fields(self)))
+
+
+def rank_samples(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    layers: str | Iterable[str] | None = None,
+    verbose: bool = True,
+) -> SampleTable:
+    """Norms of every sample's gradient of the cross-entropy, and what is known of it without a backward pass.
+
+    The model runs as a private copy in evaluation mode on its own device, batch by batch as the loader gives them.
+    Norms of several models of one kind, or of one at several times in training, say more than those of a single one:
+    average their columns.
+
+    Args:
+        model: Maps a batch to logits ``(B, N)``.
+        loader: Batches ``(x, labels)``, or mappings with the key ``"labels"``; integer labels ``(B,)``. In the order
+            of the data set: a shuffling loader would make ``index`` meaningless.
+        layers: Only gradients of these parameters: names or shell patterns of parameters, or names of modules; None
+            for all, frozen ones included. The last layer alone costs little more than a forward pass.
+        verbose: Whether to show a progress bar.
+
+    Returns:
+        One row a sample, in the loader's order.
+
+    Raises:
+        TypeError: If the loader gives something else.
+        ValueError: If it shuffles, gives no labels or no samples, or a label is no class of the model; for ``layers``
+            that the model does not have, or a model that mixes samples.
+    """
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
+        raise ValueError("loader must give samples in the order of the data set; it shuffles (shuffle=True)")
+    checks.is_bool("verbose", verbose)
+    # All of a batch at once: a part of it would not know which labels are its own.
+    labels = torch.empty(0)
+
+    def target(logits: Tensor) -> Tensor:
+        low, high = (int(edge) for edge in labels.aminmax()) if len(labels) else (0, 0)
+        if low < 0 or high >= logits.shape[1]:
+            raise ValueError(
+                f"loader must give labels from 0 to {logits.shape[1] - 1}, the model's classes; it gave "
+                f"{low if low < 0 else high}"
+            )
+        return labels
+
+    extractor = GradientFeatures(model, loss="cross_entropy", target=target, layers=layers, chunk_size=2**62)
+    device = next(model.parameters()).device
+    parts: list[dict[str, Tensor]] = []
+    for batch in bar(loader, "samples", verbose):
+        x, labels = _labelled(batch)
+        labels = labels.to(device)
+        args, kwargs = as_call(to_device(x, device))
+        logits, sqnorms = extractor(*args, **kwargs)
+        logp = logits.double().log_softmax(1)
+        own = logp.gather(1, labels.unsqueeze(1)).squeeze(1)
+        error = logp.exp() - F.one_hot(labels, logits.shape[1])
+        found = {
+            "label": labels,
+            "predicted": logits.argmax(1),
+            "loss": -own,
+            "confidence": own.exp(),
+            "el2n": error.norm(dim=1),
+            "grand": sqnorms.double().sum(1).sqrt(),
+        }
+        parts.append({name: value.detach().cpu() for name, value in found.items()})
+    if not parts:
+        raise ValueError("loader must hold at least one batch; it was empty")
+    columns = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+    return SampleTable(index=np.arange(len(columns["label"])), **columns)
+
+
+def _labelled(batch: Any) -> tuple[Tensor | dict[str, Any], Tensor]:
+    """The inputs of a batch without its labels, and those."""
+    x = first_input("loader", batch)
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        labels = batch[1]
+    else:
+        labels = x.pop("labels", None) if isinstance(x, Mapping) else None
+    if labels is None:
+        raise ValueError("loader must give labels beside the inputs: (x, labels) or a mapping with 'labels'")
+    labels = torch.as_tensor(labels)
+    if labels.is_floating_point() or labels.dim() != 1 or len(labels) != batch_size(x):
+        raise ValueError(
+            f"loader must give integer labels of shape ({batch_size(x)},); they were {labels.dtype}, "
+            f"{tuple(labels.shape)}"
+        )
+    return x, labels.long()

@@ -1,0 +1,363 @@
+"""`IntrospectiveClassifier`: a second opinion on the class, from the gradients of every contrast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import Tags, check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from torch import Tensor
+
+from fastgrad import checks
+from fastgrad.detector.blocks import to_array
+from fastgrad.introspection.network import ACTIVATIONS, IntrospectiveNetwork, RowMoments, new_layers
+from fastgrad.introspection.training import Batches, Inputs, Trainer
+from fastgrad.losses import LOSSES
+from fastgrad.scores import Temperature
+from fastgrad.scores.rows import as_tensor
+
+Array = NDArray[np.float64]
+Pairs = Mapping[str, ArrayLike]
+# Above this many weights in the first layer, prediction stays in float32.
+_DOUBLE_LIMIT = 10_000_000
+
+
+class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """The introspective network H as a scikit-learn classifier.
+
+    Its input is, for each sample, row k of the last layer's gradient for contrast class k, for all k:
+    ``delta^(k)_k h``, N*D numbers (Prabhushankar and AlRegib, "Introspective Learning", 2022). They are given
+    as such, or as ``{"features": h, "logits": z}``: then the first layer runs through
+    `fastgrad.contrast_rows_linear` and the rows are never stored.
+
+    The defaults are the published shape: three linear layers with sigmoids, N*D-300-100-N, which for D = 64
+    and N = 10 is 640-300-100-10.
+
+    Args:
+        hidden: Widths of the hidden layers.
+        activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``.
+        loss: The loss whose contrast rows are formed from features and logits.
+        learning_rate: Of AdamW.
+        weight_decay: Of AdamW.
+        batch_size: Samples in a step; for arrays, a loader has its own.
+        max_epochs: Passes over the data, at most.
+        patience: Epochs without improvement before training stops.
+        validation_fraction: Share of an array's samples held out to decide when to stop; 0 watches the
+            training loss.
+        device: Where to train, ``"cpu"`` or ``"cuda"``; the fitted network lies on the CPU.
+        verbose: Whether to show a progress bar.
+        random_state: Seed of the initial weights, the split and the order of the samples.
+
+    Attributes:
+        classes_: The labels.
+        network_: The fitted `IntrospectiveNetwork`, its logits divided by ``temperature_``.
+        temperature_: What `calibrate` found; 1 before.
+        history_: The watched loss of every epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden: tuple[int, ...] = (300, 100),
+        activation: str = "sigmoid",
+        loss: str = "mse",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-2,
+        batch_size: int = 128,
+        max_epochs: int = 100,
+        patience: int = 8,
+        validation_fraction: float = 0.1,
+        device: str = "cpu",
+        verbose: bool = False,
+        random_state: Any = 0,
+    ) -> None:
+        self.hidden = hidden
+        self.activation = activation
+        self.loss = loss
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.batch_size = batch_size
+        self.max_epochs = max_epochs
+        self.patience = patience
+        self.validation_fraction = validation_fraction
+        self.device = device
+        self.verbose = verbose
+        self.random_state = random_state
+
+    def fit(self, R: ArrayLike | Pairs, y: ArrayLike) -> IntrospectiveClassifier:
+        """Train on arrays.
+
+        Args:
+            R: Rows ``(B, N*D)`` or ``(B, N, D)``, or ``{"features": (B, D), "logits": (B, N)}``.
+            y: Labels ``(B,)``.
+
+        Returns:
+            The classifier itself.
+        """
+        self._check_parameters()
+        inputs = self._inputs(R, reset=True)
+        if y is None:
+            raise ValueError(
+                "requires y to be passed, but the target y is None: y holds a label per row of R"
+            )
+        labels = self._labels(y, len(inputs[0]))
+        self.classes_, codes = np.unique(labels, return_inverse=True)
+        random = check_random_state(self.random_state)
+        seed = int(random.randint(2**31 - 1))
+        targets = torch.as_tensor(codes.astype(np.int64))
+        order = torch.as_tensor(random.permutation(len(codes)))
+        held_out = round(self.validation_fraction * len(codes))
+        # A handful of held-out samples says nothing about when to stop.
+        held_out = held_out if held_out >= 20 else 0
+        chosen, watched = order[held_out:], order[:held_out]
+        generator = torch.Generator().manual_seed(seed)
+
+        def batches(indices: Tensor, shuffle: bool) -> Iterator[tuple[Inputs, Tensor]]:
+            if shuffle:
+                indices = indices[torch.randperm(len(indices), generator=generator)]
+            for part in torch.split(indices, self.batch_size):
+                yield tuple(value[part] for value in inputs), targets[part]
+
+        validation = (lambda: batches(watched, False)) if held_out else None
+        moments = self._moments(inputs)
+        return self._train(moments, seed, lambda: batches(chosen, True), validation)
+
+    def fit_loader(
+        self, loader: Iterable[Any], validation_loader: Iterable[Any] | None = None
+    ) -> IntrospectiveClassifier:
+        """Train on batches, for sets that do not fit in memory.
+
+        Args:
+            loader: Iterated once for the labels and the rows' scale, then once per epoch. Each batch is
+                ``(rows, labels)`` or ``((features, logits), labels)``, with integer labels.
+            validation_loader: Held-out batches that decide when to stop; None watches the training loss.
+
+        Returns:
+            The classifier itself.
+
+        Raises:
+            TypeError: The loader is an iterator, which cannot be read twice.
+        """
+        self._check_parameters()
+        for name, value in (("loader", loader), ("validation_loader", validation_loader)):
+            if isinstance(value, Iterator):
+                raise TypeError(
+                    f"{name} must be iterable once per epoch (a DataLoader, a list); it was an iterator"
+                )
+        moments, labels = RowMoments(), []
+        for inputs, target in map(_batch, loader):
+            self._add(moments, inputs)
+            labels.append(target.cpu().numpy())
+            shapes = tuple(tuple(value.shape[1:]) for value in inputs)
+        if not labels:
+            raise ValueError("loader must hold at least one batch; it was empty")
+        self.classes_ = np.unique(np.concatenate(labels))
+        self.shapes_: tuple[tuple[int, ...], ...] = shapes
+        self.n_features_in_ = int(np.prod([np.prod(shape) for shape in self.shapes_]))
+        lookup = torch.as_tensor(self.classes_)
+
+        def batches(source: Iterable[Any]) -> Iterator[tuple[Inputs, Tensor]]:
+            for inputs, target in map(_batch, source):
+                if not bool(torch.isin(target.cpu(), lookup).all()):
+                    raise ValueError(f"labels must be among those of loader, {lookup.tolist()[:20]}")
+                yield inputs, torch.searchsorted(lookup, target.cpu().contiguous())
+
+        held_out = validation_loader
+        validation = None if held_out is None else (lambda: batches(held_out))
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        return self._train(moments, seed, lambda: batches(loader), validation)
+
+    def calibrate(self, R: ArrayLike | Pairs, y: ArrayLike) -> IntrospectiveClassifier:
+        """Make the probabilities as often right as they say, by a temperature (`fastgrad.scores.Temperature`).
+
+        A network is more certain of the samples it was trained on than of new ones, and so is what is fitted on
+        its features of them, a held-out part of them included. So this needs samples that neither has seen.
+        The temperature becomes part of ``network_``; the predicted labels stay as they are.
+
+        Args:
+            R: As for `fit`.
+            y: Labels ``(B,)``, all among those of `fit`.
+
+        Returns:
+            The classifier itself.
+        """
+        logits = torch.as_tensor(self._logits(R))
+        labels = self._labels(y, len(logits))
+        if not np.isin(labels, self.classes_).all():
+            raise ValueError(f"y must hold labels of fit, {self.classes_.tolist()[:20]}; it held others")
+        codes = torch.as_tensor(np.searchsorted(self.classes_, labels))
+        temperature = Temperature.fit(logits, codes).temperature
+        for name in ("weight", "bias"):
+            self.network_.get_buffer(f"{name}{self.network_.options['layers'] - 1}").div_(temperature)
+        self.temperature_ *= float(temperature)
+        return self
+
+    def decision_function(self, R: ArrayLike | Pairs) -> Array:
+        """Class logits ``(B, classes)``; for two classes ``(B,)``, the log odds of the second."""
+        logits = self._logits(R)
+        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+
+    def predict_proba(self, R: ArrayLike | Pairs) -> Array:
+        """Class probabilities ``(B, classes)``."""
+        logits = self._logits(R)
+        result: Array = torch.as_tensor(logits).softmax(-1).numpy()
+        return result
+
+    def predict(self, R: ArrayLike | Pairs) -> NDArray[Any]:
+        """Labels ``(B,)``."""
+        logits = self._logits(R)
+        result: NDArray[Any] = self.classes_[logits.argmax(-1)]
+        return result
+
+    def to_module(self) -> IntrospectiveNetwork:
+        """The fitted network as a traceable module."""
+        check_is_fitted(self, "network_")
+        return self.network_
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        return tags
+
+    def _check_parameters(self) -> None:
+        checks.one_of("activation", self.activation, ACTIVATIONS)
+        checks.one_of("loss", self.loss, LOSSES)
+        for name in ("batch_size", "max_epochs", "patience"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1; it was {value!r}")
+        if any(not isinstance(width, (int, np.integer)) or width < 1 for width in self.hidden):
+            raise ValueError(f"hidden must hold widths of at least 1; it was {self.hidden!r}")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie in [0, 1); it was {self.validation_fraction!r}")
+
+    def _inputs(self, R: ArrayLike | Pairs, *, reset: bool) -> Inputs:
+        """R as one tensor of rows or as features and logits, float64."""
+        if isinstance(R, Mapping) and "features" in R:
+            if set(R) != {"features", "logits"}:
+                raise ValueError(f"R must have the entries 'features' and 'logits'; it had {sorted(R)}")
+            arrays = [to_array(f"R[{name!r}]", R[name]) for name in ("features", "logits")]
+            if any(array.ndim != 2 or array.size == 0 for array in arrays) or len(arrays[0]) != len(
+                arrays[1]
+            ):
+                raise ValueError(
+                    "R['features'] and R['logits'] must have shapes (B, D) and (B, N), not empty; they were "
+                    f"{arrays[0].shape} and {arrays[1].shape}"
+                )
+        else:
+            if getattr(R, "ndim", None) == 3:
+                array = to_array("R", R)
+                if array.size == 0:
+                    raise ValueError(f"R must not be empty; it had shape {array.shape}")
+                if reset:
+                    self.n_features_in_ = int(np.prod(array.shape[1:]))
+                array = array.reshape(len(array), -1)
+            else:
+                R = to_array("R", R) if isinstance(R, Tensor) else R
+                array = validate_data(self, R, reset=reset, dtype=np.float64)
+            arrays = [array]
+        shapes = tuple(array.shape[1:] for array in arrays)
+        if reset:
+            self.shapes_ = shapes
+            self.n_features_in_ = int(np.prod([np.prod(shape) for shape in shapes]))
+        else:
+            self._match(shapes)
+        return tuple(as_tensor(array) for array in arrays)
+
+    def _match(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+        width = int(np.prod([np.prod(shape) for shape in shapes]))
+        pairs = len(shapes) == 2 and len(self.shapes_) == 2
+        if width != self.n_features_in_ or (pairs and shapes != self.shapes_):
+            raise ValueError(f"R must have the shape of fit, {self.shapes_} per sample; it had {shapes}")
+
+    def _labels(self, y: ArrayLike, count: int) -> NDArray[Any]:
+        values = column_or_1d(np.asarray(y.cpu() if isinstance(y, Tensor) else y), warn=True)
+        if len(values) != count:
+            raise ValueError(f"y must have one label per row of R, {count}; it had {len(values)}")
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError("y must be finite; it contains NaN or infinity")
+        check_classification_targets(values)
+        result: NDArray[Any] = values
+        return result
+
+    def _add(self, moments: RowMoments, inputs: Inputs) -> None:
+        for name, value in zip(
+            ("features", "logits") if len(inputs) == 2 else ("rows",), inputs, strict=True
+        ):
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name} must be finite; a batch contains NaN or infinity")
+        if len(inputs) == 2:
+            moments.add_pairs(inputs[0].cpu(), inputs[1].cpu(), self.loss)
+        else:
+            moments.add_rows(inputs[0].cpu())
+
+    def _moments(self, inputs: Inputs) -> RowMoments:
+        moments = RowMoments()
+        for parts in zip(*(torch.split(value, 4096) for value in inputs), strict=True):
+            self._add(moments, parts)
+        return moments
+
+    def _train(
+        self, moments: RowMoments, seed: int, training: Batches, validation: Batches | None
+    ) -> IntrospectiveClassifier:
+        mean, scale = moments.mean_and_scale()
+        sizes = [len(mean), *map(int, self.hidden), len(self.classes_)]
+        trainer = Trainer(
+            parameters=new_layers(sizes, self.activation, seed),
+            mean=mean,
+            scale=scale,
+            activation=self.activation,
+            loss=self.loss,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            max_epochs=self.max_epochs,
+            patience=self.patience,
+            device=torch.device(self.device),
+            verbose=self.verbose,
+        )
+        self.history_ = trainer.run(training, validation)
+        self.n_iter_ = len(self.history_)
+        parameters = [value.detach() for value in trainer.folded()]
+        tensors = {
+            f"{'bias' if index % 2 else 'weight'}{index // 2}": value
+            for index, value in enumerate(parameters)
+        }
+        self.network_ = IntrospectiveNetwork(
+            **tensors, layers=len(parameters) // 2, activation=self.activation, loss=self.loss
+        )
+        self.temperature_ = 1.0
+        return self
+
+    def _forward(self, inputs: Inputs) -> Tensor:
+        """Class logits ``(B, classes)`` of rows, or of features and logits; a wide first layer runs in float32."""
+        wide = self.network_.get_buffer("weight0").numel() > _DOUBLE_LIMIT
+        inputs = tuple(value.cpu().to(torch.float32 if wide else torch.float64) for value in inputs)
+        forward = self.network_ if len(inputs) == 1 else self.network_.from_features
+        return forward(*inputs).double()
+
+    @torch.no_grad()
+    def _logits(self, R: ArrayLike | Pairs) -> Array:
+        check_is_fitted(self, "network_")
+        inputs = self._inputs(R, reset=False)
+        parts = zip(*(torch.split(value, 4096) for value in inputs), strict=True)
+        result: Array = torch.cat([self._forward(part) for part in parts]).numpy()
+        return result
+
+
+def _batch(batch: Any) -> tuple[Inputs, Tensor]:
+    """A loader's batch as inputs and labels."""
+    inputs, labels = batch
+    pair = isinstance(inputs, (tuple, list))
+    tensors = tuple(inputs) if pair else (inputs.flatten(1),)
+    if pair and len(tensors) != 2:
+        expected = "(rows, labels) or ((features, logits), labels)"
+        raise ValueError(f"a batch must be {expected}; its inputs had {len(tensors)} parts")
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.dtype.is_floating_point:
+        raise TypeError("a batch's labels must be an integer tensor of shape (B,)")
+    return tuple(value.detach() for value in tensors), labels

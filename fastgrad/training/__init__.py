@@ -1,1 +1,0 @@
-"""Per-sample norms where training happens: private training, the noise of a gradient, an audit of the data."""

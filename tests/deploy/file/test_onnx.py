@@ -1,0 +1,228 @@
+"""Exported ONNX files: what they answer, what travels in them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from deploy.file.test_export import FORMS, X, shapes, two_stage_model
+from deploy_models import TinyTwoStage
+from onnx_needed import WARNINGS, skip_without_onnx
+from torch import nn
+
+from fastgrad.deploy.file import onnx_export
+from fastgrad.deploy.file.export import export
+from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
+
+skip_without_onnx()
+pytestmark = WARNINGS
+
+
+QUICK = ("forward", "view", "bias gradients", "contrasts")
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[] if form in QUICK else pytest.mark.slow) for form in FORMS]
+)
+def test_every_block_has_an_onnx_form(form: str, tmp_path: Path) -> None:
+    live = two_stage_model(form)
+    package = ModelPackage(export(live, shapes(8, 3)[0], tmp_path / "m.onnx", evidence=True))
+    assert package.description.threshold == pytest.approx(live.threshold(0.05))
+    assert package.description.evidence == live.alarms
+    for batch in (1, 3, 8, 64):
+        x, _ = shapes(batch, 2000 + batch)
+        (prediction, evidence), (expected, reasons) = package.explain(x), live.explain(x)
+        assert list(evidence) == list(reasons)
+        for ours, theirs in zip(prediction, expected, strict=True):
+            assert onnx_export.difference(ours, theirs) <= 1e-5
+        for block, found in evidence.items():
+            # What is sent back for a confident answer is small: an absolute difference of its logits is a relative one
+            # of the signal, and twice that of a squared norm, of which the logarithm is read.
+            squared = block == "normalization_norms"
+            rounding = 2 * float((prediction.logits - expected.logits).abs().max()) if squared else 0.0
+            assert onnx_export.difference(found, reasons[block]) <= 1e-5 + rounding
+
+
+def test_what_is_not_finite_is_so_in_the_file(tmp_path: Path) -> None:
+    live = two_stage_model("forward")
+    package = ModelPackage(export(live, shapes(8, 3)[0], tmp_path / "m.onnx"))
+    for value in (torch.nan, torch.inf, -torch.inf, 1e20, 1e38, 0.0):
+        x = torch.full((2, 3, 8, 8), value)
+        for ours, theirs in zip(package(x), live(x), strict=True):
+            assert onnx_export.difference(ours, theirs) <= 1e-5, value
+
+
+# Numpy and ONNX Runtime alone, as in a service that has no PyTorch.
+BARE = """
+import json, sys
+for name in ("torch", "fastgrad", "onnx"):
+    sys.modules[name] = None
+import numpy as np
+import onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+description = json.loads(session.get_modelmeta().custom_metadata_map["fastgrad"])
+assert [value.name for value in session.get_outputs()] == ["logits", "probabilities", "uncertainty"]
+assert session.get_inputs()[0].shape == ["batch", *description["input_shape"]]
+batches = np.load(sys.argv[2])
+found = {}
+for name, x in batches.items():
+    logits, probabilities, uncertainty = session.run(None, {"input": x})
+    found |= {f"{name}-logits": logits, f"{name}-p": probabilities, f"{name}-u": uncertainty}
+np.savez(sys.argv[3], **found)
+print(json.dumps([description["labels"], description["threshold"]]))
+"""
+
+
+def test_answers_where_only_numpy_and_onnx_runtime_are(tiny_onnx: Path, tmp_path: Path) -> None:
+    live = TinyTwoStage()
+    batches = {f"{size}": torch.randn(size, *live.shape) for size in (1, 3, 8)}
+    np.savez(tmp_path / "x.npz", **{name: x.numpy() for name, x in batches.items()})
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, str(tiny_onnx), "x.npz", "out.npz"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [["cat", "dog", "cow", "hen"], live.threshold(0.05)]
+    found = np.load(tmp_path / "out.npz")
+    for name, x in batches.items():
+        for part, theirs in zip(("logits", "p", "u"), live(x), strict=True):
+            assert onnx_export.difference(torch.from_numpy(found[f"{name}-{part}"]), theirs) <= 1e-5
+
+
+def test_what_travels_in_the_file(tiny_onnx: Path) -> None:
+    import onnx
+
+    live = TinyTwoStage()
+    description = read_description(tiny_onnx)
+    assert description.input_shape == live.shape
+    assert (description.labels, description.mean) == (["cat", "dog", "cow", "hen"], [0.5, 0.5, 0.5])
+    assert description.threshold_at(0.01) == live.threshold(0.01)
+    assert description.histogram is not None
+    assert description.score_reference() is not None
+    # Nothing of the machine that wrote it.
+    assert b"site-packages" not in tiny_onnx.read_bytes()
+    assert [prop.key for prop in onnx.load(tiny_onnx).metadata_props] == ["fastgrad", "fastgrad.sha256"]
+
+
+class Foreign(TinyTwoStage):
+    """An operation without ONNX form."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        logits, probabilities, uncertainty = super().forward(x)
+        return (
+            logits,
+            probabilities,
+            uncertainty + torch.linalg.eigvalsh(probabilities.T @ probabilities).sum(),
+        )
+
+
+class Unsteady(TinyTwoStage):
+    """Another answer at every call."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        self.calls += 1
+        logits, probabilities, uncertainty = super().forward(x)
+        return logits, probabilities, uncertainty + 0.1 * self.calls
+
+
+def test_what_has_no_onnx_form_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"no ONNX form exists of aten\._linalg_eigh\.default; export to \.pt2"
+    ):
+        export(Foreign(), X, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_answers_otherwise_does_not_appear(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"the file's uncertainty differ .* at most 1e-05 is allowed"):
+        export(Unsteady(), X, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"one_by_one must be None or False for an \.onnx"):
+        export(TinyTwoStage(), X, tmp_path / "m.onnx", one_by_one=True)
+    with pytest.raises(ValueError, match="tolerance must be positive; it was 0"):
+        export(TinyTwoStage(), X, tmp_path / "m.onnx", tolerance=0)
+
+
+def test_foreign_and_broken_files_are_refused(tiny_onnx: Path, tmp_path: Path) -> None:
+    import onnx
+
+    with pytest.raises(PackageError, match="no such file"):
+        ModelPackage(tmp_path / "none.onnx")
+    whole = tiny_onnx.read_bytes()
+    for name, content in (("text", b"hello"), ("short", whole[: len(whole) // 2]), ("empty", b"")):
+        (tmp_path / f"{name}.onnx").write_bytes(content)
+        with pytest.raises(PackageError, match=r"not a readable \.onnx"):
+            ModelPackage(tmp_path / f"{name}.onnx")
+    model = onnx.load(tiny_onnx)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "bare.onnx")
+    with pytest.raises(PackageError, match=r"not written by fastgrad\.export"):
+        ModelPackage(tmp_path / "bare.onnx")
+
+
+def test_a_file_that_was_changed_is_refused_and_one_without_a_sum_is_not(
+    tiny_onnx: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    model = onnx.load(tiny_onnx)
+    x = torch.zeros(1, 3, 8, 8)
+    weight = max(model.graph.initializer, key=lambda value: len(value.raw_data))
+    weight.raw_data = bytes(len(weight.raw_data))
+    onnx.save(model, tmp_path / "changed.onnx")
+    with pytest.raises(PackageError, match="is damaged, or was changed after it was written"):
+        ModelPackage(tmp_path / "changed.onnx")
+    del model.metadata_props[-1]
+    onnx.save(model, tmp_path / "changed.onnx")
+    assert ModelPackage(tmp_path / "changed.onnx")(x).logits.shape == (1, 4)
+
+
+def test_lengths_beyond_the_end_are_no_reason_to_read_them(tmp_path: Path) -> None:
+    # A text of 2**60 bytes in an entry of five, and an entry that ends within a number.
+    for entry in (b"\x0a" + b"\x80" * 8 + b"\x10", b"\x0a"):
+        (tmp_path / "long.onnx").write_bytes(bytes([14 << 3 | 2, len(entry)]) + entry)
+        with pytest.raises(PackageError, match=r"not a readable \.onnx: it is not a whole"):
+            read_description(tmp_path / "long.onnx")
+
+
+def test_wrong_inputs_to_the_loaded_model(tiny_onnx: Path) -> None:
+    package = ModelPackage(tiny_onnx)
+    for x in (torch.zeros(0, 3, 8, 8), torch.zeros(2, 3, 8, 9), torch.zeros(65, 3, 8, 8)):
+        with pytest.raises(ValueError, match="x must have shape"):
+            package(x)
+
+
+@pytest.mark.parametrize("network", ["max pooling", "attention"])
+def test_backward_passes_of_other_layers(network: str, tmp_path: Path) -> None:
+    from fastgrad.detector.model import TwoStageModel
+
+    torch.manual_seed(0)
+    if network == "max pooling":
+        net = nn.Sequential(
+            nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU6(), nn.MaxPool2d(2, padding=1),
+            nn.ConvTranspose2d(6, 8, 3, groups=2), nn.BatchNorm2d(8), nn.GELU(), nn.Flatten(), nn.LazyLinear(4),
+        )  # fmt: skip
+        net(torch.zeros(2, 3, 8, 8))
+    else:
+        net = nn.Sequential(
+            nn.Flatten(2), nn.Linear(64, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Flatten(),
+            nn.Linear(48, 4),
+        )  # fmt: skip
+    x, _ = shapes(120, 5)
+    live = TwoStageModel(net.eval(), blocks=["logits", "activations", "bias_gradients"]).fit([x], ())
+    package = ModelPackage(export(live, shapes(8, 3)[0], tmp_path / "m.onnx", tolerance=1e-4))
+    for ours, theirs in zip(package(x[:5]), live(x[:5]), strict=True):
+        assert onnx_export.difference(ours, theirs) <= 1e-4

@@ -1,0 +1,218 @@
+"""What is read of channels and sent back through layers stays in ONNX Runtime's blocked layout, and is the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from onnx_needed import WARNINGS, skip_without_onnx
+from torch import Tensor, nn
+
+from fastgrad.blocks.channels import sampled
+from fastgrad.deploy.file import onnx_export, onnx_file, onnx_operators
+from fastgrad.ops.channel_moments import channel_square_sums
+
+skip_without_onnx()
+pytestmark = WARNINGS
+
+
+class Mobile(nn.Module):
+    """Inverted residuals; with the mean squares of what comes before each ReLU6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise = nn.Conv2d(3, 32, 3, 2, 1), nn.Conv2d(32, 32, 3, 1, 1, groups=32)
+        self.project, self.head = nn.Conv2d(32, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        squares = []
+        for conv in (self.first, self.depthwise):
+            x = conv(x)
+            squares.append(channel_square_sums(x) / x[0, 0].numel())
+            x = nn.functional.relu6(x)
+        x = self.project(x)
+        return self.head(x.mean((2, 3))), torch.cat([*squares, channel_square_sums(x)], 1)
+
+
+def test_readings_before_a_clip_leave_images_in_blocks(tmp_path: Path) -> None:
+    x = 8 * torch.randn(3, 3, 32, 32)
+    file, _ = written(Mobile().eval(), x, ("logits", "squares"), tmp_path)
+    kinds = optimized(file, tmp_path)
+    # What leaves the blocks are numbers of channels: of the three readings together, and of the last mean.
+    assert kinds["ReorderInput"] == 0
+    assert kinds["Clip"] == 0
+    assert kinds["ReorderOutput"] <= 2
+
+
+def written(model: nn.Module, x: Tensor, outputs: tuple[str, ...], folder: Path) -> tuple[Path, Counter[str]]:
+    """A file that answers as ``model`` does, whose sums have few terms, and its operators."""
+    import onnx
+
+    proto = onnx_export.convert(model, x, outputs=outputs)
+    onnx.save(proto, file := folder / "m.onnx")
+    for found, expected in zip(onnx_file.load(file)(x), model(x), strict=True):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+    return file, Counter(node.op_type for node in proto.graph.node)
+
+
+class Gridded(nn.Module):
+    """A grid of positions of what comes before each activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, 2, 1)
+        self.depthwise = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)])
+        for norm in self.norms:
+            assert isinstance(norm, nn.BatchNorm2d)
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.norms[0](self.first(x))
+        second = self.norms[1](self.depthwise(nn.functional.relu6(first)))
+        grids = [nn.functional.max_pool2d(value, 1, (8, 7)) for value in (first, second)]
+        return nn.functional.relu6(second), torch.cat([grid.flatten(1) for grid in grids], 1)
+
+
+@pytest.mark.parametrize("size", [64, 65, 79])
+def test_a_grid_of_positions_gets_a_convolution_of_its_own(size: int, tmp_path: Path) -> None:
+    torch.manual_seed(size)
+    x = 8 * torch.randn(3, 3, size, size - 3)
+    file, kinds = written(Gridded(32).eval(), x, ("map", "grids"), tmp_path)
+    assert (kinds["Conv"], kinds["MaxPool"]) == (4, 0)
+    assert optimized(file, tmp_path)["Clip"] == 0
+
+
+class Inside(Gridded):
+    """Mean squares of a grid inside the border, as `activations` reads them."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.norms[0](self.first(x))
+        grids = [sampled(value, 8) for value in (x, nn.functional.relu6(x))]
+        return x, torch.cat([channel_square_sums(grid) / grid[0, 0].numel() for grid in grids], 1)
+
+
+@pytest.mark.parametrize("channels", [32, 24])
+def test_what_is_read_inside_the_border_stays_in_blocks(channels: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = 8 * torch.randn(3, 3, 64, 48)
+    kinds = written(Inside(channels).eval(), x, ("map", "squares"), tmp_path)[1]
+    assert (kinds["Slice"], kinds["AveragePool"]) == (1, 2)
+
+
+def test_infinity_on_the_border_of_a_grid_is_not_read(tmp_path: Path) -> None:
+    import onnx
+
+    model = Inside(32).eval()
+    x = 8 * torch.randn(3, 3, 64, 48)
+    x[:, :, 0] = 1e30  # its square is too large for a float
+    onnx.save(onnx_export.convert(model, x, outputs=("map", "squares")), file := tmp_path / "m.onnx")
+    found, expected = onnx_file.load(file)(x)[1], model(x)[1]
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_grid_that_costs_more_than_the_map_is_read_from_the_map() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(64, 64, 3, padding=1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.conv(x)
+            return torch.relu(x), nn.functional.max_pool2d(x, 1, 2)
+
+    proto = onnx_export.convert(Dense().eval(), torch.randn(2, 64, 8, 8), outputs=("y", "grid"))
+    assert Counter(node.op_type for node in proto.graph.node)["Conv"] == 1
+
+
+class Back(nn.Module):
+    """The sums of gradients at four layers, sent back through convolutions of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, 2, 1)
+        self.layers = nn.ModuleList(
+            [
+                nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 64, 1),
+                nn.Conv2d(64, 32, 3, padding=2, dilation=2, groups=2), nn.Conv2d(32, 32, 3, padding=0),
+            ]
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = self.stem(x)
+            first = x = x.detach().requires_grad_()
+            outputs = [first]
+            for number, layer in enumerate(self.layers):
+                outputs.append(x := layer(x))
+                x = torch.relu(x) if number % 2 else nn.functional.relu6(x)
+            return torch.cat([g.sum((2, 3)) for g in torch.autograd.grad(x.square().sum(), outputs)], 1)
+
+
+def test_a_backward_pass_stays_in_blocks(tmp_path: Path) -> None:
+    import onnx
+
+    torch.manual_seed(0)
+    model = Back().eval()
+    for layer in model.layers:
+        assert isinstance(layer, nn.Conv2d)
+        layer.weight.data.mul_(4)  # so that some of the ReLU6 cut
+    x = 4 * torch.randn(3, 3, 24, 24)
+    proto = onnx_export.convert(model, x, outputs=("sums",))
+    kinds = Counter(node.op_type for node in proto.graph.node)
+    assert kinds["ConvTranspose"] == kinds["Where"] == 0
+    onnx.save(proto, file := tmp_path / "m.onnx")
+    (found,), expected = onnx_file.load(file)(x), model(x)
+    # Of sums of up to 144 products of up to 288 terms each, rounded otherwise.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=float(1e-5 * expected.abs().max()))
+    # The gradient at the last layer enters them, once.
+    assert optimized(file, tmp_path)["ReorderInput"] <= 1
+
+
+@pytest.mark.parametrize("edge", [0.0, 6.0])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_step_is_a_comparison(sign: float, edge: float) -> None:
+    near = torch.tensor([edge]).nextafter(torch.tensor([-10.0, 10.0]))
+    x = (
+        torch.cat([near, torch.tensor([edge, -3e38, 3e38, 1.0, -1e-20, 1e-20])])
+        .view(1, 1, 2, 4)
+        .repeat(1, 2, 1, 1)
+    )
+    if edge == 0:  # numbers beside zero are too small to be a gradient's doing
+        x[..., 0, :2] *= 2.0**60
+    expected = (sign * (x - edge) > 0).float()
+    torch.testing.assert_close(onnx_operators._above(x, sign, edge), expected, rtol=0, atol=0)
+
+
+def optimized(file: Path, folder: Path) -> Counter[str]:
+    """Operators of the graph that ONNX Runtime makes of a file on this processor."""
+    import onnx
+    import onnxruntime as ort
+
+    options, seen = ort.SessionOptions(), folder / "optimized.onnx"
+    options.optimized_model_filepath, options.log_severity_level = str(seen), 3
+    ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    kinds = Counter(node.op_type for node in onnx.load(seen).graph.node)
+    if "ReorderOutput" not in kinds:
+        pytest.skip("this processor's convolutions have no blocks")
+    return kinds
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_only_a_clip_that_cannot_join_its_convolution_gets_one(read: bool) -> None:
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            y = nn.functional.relu6(x).mean((2, 3))
+            return y + x.mean((2, 3)) if read else y
+
+    proto = onnx_export.convert(Clipped().eval(), torch.randn(2, 3, 8, 8), outputs=("y",))
+    assert sum(node.op_type == "Conv" for node in proto.graph.node) == 1 + read

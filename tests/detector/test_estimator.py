@@ -1,0 +1,268 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import betabinom
+from sklearn.base import clone
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from fastgrad import UncertaintyDetector
+from fastgrad.detector.blocks import are_contrasts
+from fastgrad.losses import contrast_norms
+
+
+@parametrize_with_checks(
+    [UncertaintyDetector(), UncertaintyDetector(supervised="logistic", combine="harmonic")]
+)
+def test_scikit_learn_api(estimator, check):
+    check(estimator)
+
+
+def network_like(count, seed, shift=0.0, classes=5, parameters=4):
+    """Blocks as a network would give them; ``shift`` makes them less usual."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(count, classes)) + 6 * np.eye(classes)[rng.integers(0, classes, count)]
+    logits -= shift * logits * 0.3
+    norms = contrast_norms(torch.tensor(logits), loss="cross_entropy").numpy()
+    scales = np.exp(rng.normal(size=(count, 1, parameters)) * 0.3 + np.arange(parameters) + shift)
+    contrasts = norms[:, :, None] * scales
+    contrasts[:, :, -1] = norms  # a last bias
+    return {
+        "contrasts": contrasts,
+        "gradients": contrasts.sum(1),
+        "ranked": -np.sort(-contrasts, 1)[:, :3],
+        "logits": logits,
+        "features": rng.normal(size=(count, 6)) + shift,
+        "image": rng.normal(size=(count, 28)) * (1 + shift),
+    }
+
+
+SHAPES = {
+    "(B, N)": lambda blocks: blocks["contrasts"][:, :, -1],
+    "(B, P)": lambda blocks: blocks["gradients"],
+    "(B, S, P)": lambda blocks: np.stack([blocks["gradients"], 2 * blocks["gradients"] ** 2], 1),
+    "(B, N, P)": lambda blocks: blocks["contrasts"],
+    "(B, S, N, P)": lambda blocks: {"contrasts": np.stack([blocks["contrasts"]] * 2, 1)},
+    "blocks": lambda blocks: blocks,
+    "logits and features": lambda blocks: {name: blocks[name] for name in ("logits", "features")},
+}
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_higher_is_less_reliable_for_every_feature_matrix(kind, labels):
+    make = SHAPES[kind]
+    clean, odd, new, worse = (
+        make(network_like(300, seed, shift)) for seed, shift in ((0, 0), (1, 2), (2, 0), (3, 2))
+    )
+    detector = UncertaintyDetector(members=1)
+    if labels:
+        both = (
+            {name: np.concatenate([clean[name], odd[name]]) for name in clean}
+            if isinstance(clean, dict)
+            else np.concatenate([clean, odd])
+        )
+        detector.fit(both, np.repeat([0, 1], 300))
+    else:
+        detector.fit(clean)
+    scores = np.concatenate([detector.decision_function(new), detector.decision_function(worse)])
+    assert np.isfinite(scores).all()
+    assert roc_auc_score(np.repeat([0, 1], 300), scores) > 0.85
+    proba = detector.predict_proba(new)
+    np.testing.assert_allclose(proba[:, 0], np.exp(-detector.decision_function(new)))
+    np.testing.assert_array_equal(
+        detector.predict(new), (detector.decision_function(new) > detector.threshold()).astype(int)
+    )
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
+def test_false_alarm_rate_is_what_it_says(rate, labels):
+    """Flagged clean samples follow a beta-binomial law: the threshold is an order statistic of n scores."""
+    fit, new = 3000, 5000
+    clean, odd = network_like(fit, 10)["gradients"], network_like(300, 11, 1.0)["gradients"]
+    detector = UncertaintyDetector(members=1, hidden=8)
+    if labels:
+        detector.fit(np.concatenate([clean, odd]), np.repeat([0, 1], [fit, 300]))
+    else:
+        detector.fit(clean)
+    flagged = (
+        detector.decision_function(network_like(new, 12)["gradients"]) > detector.threshold(rate)
+    ).sum()
+    n = len(detector.module_.calibration_scores)
+    assert n == fit
+    # Interpolation puts the threshold between two neighbouring order statistics.
+    k = int(rate * (n + 1))
+    low = betabinom(new, max(1, k - 1), n + 2 - k).ppf(1e-6)
+    high = betabinom(new, k + 1, n - k).ppf(1 - 1e-6)
+    assert low <= flagged <= high
+
+
+def test_class_names_do_not_matter():
+    blocks, permuted = network_like(200, 0), network_like(200, 0)
+    order = np.array([3, 1, 4, 0, 2])
+    for name in ("contrasts", "logits"):
+        permuted[name] = permuted[name][:, order]
+    detector = UncertaintyDetector().fit(blocks)
+    np.testing.assert_allclose(
+        detector.decision_function(permuted), detector.decision_function(blocks), rtol=1e-9, atol=1e-9
+    )
+    plain = UncertaintyDetector(contrasts=True).fit(blocks["contrasts"])
+    np.testing.assert_allclose(
+        plain.decision_function(permuted["contrasts"]),
+        plain.decision_function(blocks["contrasts"]),
+        rtol=1e-9,
+    )
+
+
+def test_contrasts_are_recognised():
+    blocks = network_like(300, 0)
+    assert are_contrasts(blocks["contrasts"])
+    assert are_contrasts(blocks["contrasts"][:, :, -1])
+    assert not are_contrasts(blocks["gradients"])
+    assert not are_contrasts(np.stack([blocks["gradients"], 2 * blocks["gradients"] ** 2], 1))
+    assert UncertaintyDetector().fit(blocks["contrasts"]).contrasts_ is True
+    assert UncertaintyDetector(contrasts=False).fit(blocks["contrasts"]).contrasts_ is False
+
+
+def test_guard_catches_what_labels_never_showed():
+    """H, trained on one side, takes the other side for very safe; the guard does not."""
+    rng = np.random.default_rng(0)
+    clean, seen, unseen, new = (np.exp(rng.normal(size=(600, 4)) + shift) for shift in (0, 2.5, -4.0, 0))
+    X, y = np.concatenate([clean, seen]), np.repeat([0, 1], 600)
+    truth = np.repeat([0, 1], 600)
+
+    def auroc(detector):
+        return roc_auc_score(truth, detector.decision_function(np.concatenate([new, unseen])))
+
+    options = {"contrasts": False, "members": 1}
+    alone = auroc(UncertaintyDetector(guard=False, **options).fit(X, y))
+    beside = auroc(UncertaintyDetector(**options).fit(X, y))
+    without = auroc(UncertaintyDetector(**options).fit(clean))
+    assert alone < 0.2
+    assert beside > without - 0.03
+
+
+def test_trust_grows_with_the_kinds_of_challenge():
+    X = np.concatenate([network_like(200, s, s % 5)["gradients"] for s in range(5)])
+    y = np.repeat([0, 1, 1, 1, 1], 200)
+    few = UncertaintyDetector(members=1).fit(X, y)
+    kinds = np.arange(1000) % 9
+    many = UncertaintyDetector(members=1).fit(X, y, kinds=kinds)
+    assert few.module_.scores.labels.options["relevant"] < 1
+    assert many.module_.scores.labels.options["relevant"] == 1
+    assert many.module_.scores.labels.score.bias.shape[-1] == 10
+
+
+def test_zeros_and_extremes_are_scored():
+    X = network_like(200, 0)["gradients"]
+    detector = UncertaintyDetector(contrasts=False).fit(X)
+    scores = detector.decision_function(np.stack([np.zeros(4), np.full(4, 1e-300), np.full(4, 1e300), X[0]]))
+    assert np.isfinite(scores).all()
+    assert (scores[:3] > scores[3]).all()
+
+
+def test_logarithms_give_the_same_scores_as_norms():
+    X, new = network_like(200, 0)["gradients"], network_like(50, 1)["gradients"]
+    plain = UncertaintyDetector(contrasts=False).fit(X).decision_function(new)
+    logs = UncertaintyDetector(contrasts=False, log=False).fit(np.log(X)).decision_function(np.log(new))
+    np.testing.assert_allclose(plain, logs, rtol=1e-9)
+
+
+def test_module_equals_estimator_and_seeds_reproduce():
+    blocks, new = network_like(200, 0), network_like(40, 1)
+    detector = UncertaintyDetector().fit(blocks)
+    module = detector.to_module()
+    tensors = {name: torch.tensor(value) for name, value in new.items()}
+    np.testing.assert_array_equal(module(tensors).numpy(), detector.decision_function(new))
+    np.testing.assert_array_equal(
+        clone(detector).fit(blocks).decision_function(new), detector.decision_function(new)
+    )
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(detector)).decision_function(new), detector.decision_function(new)
+    )
+    assert (
+        UncertaintyDetector(random_state=1).fit(blocks).decision_function(new)
+        != detector.decision_function(new)
+    ).any()
+    assert module.half().scores.energy.rows.mean.dtype == torch.float64  # stays exact inside a half network
+
+
+def test_tensors_and_float32_are_accepted():
+    X = torch.tensor(network_like(100, 0)["contrasts"], dtype=torch.float32, requires_grad=True)
+    assert UncertaintyDetector().fit(X).decision_function(X).shape == (100,)
+
+
+def test_explain_names_every_part():
+    blocks = network_like(100, 0)
+    parts = UncertaintyDetector().fit(blocks).explain(blocks)
+    assert set(parts) == {
+        "gradients_mixture", "contrasts_mixture", "ranked_mixture", "image_mixture", "energy", "margin",
+        "features_neighbours",
+    }  # fmt: skip
+
+
+def test_model_selection_uses_auroc():
+    X = np.concatenate([network_like(100, 0)["gradients"], network_like(100, 1, 2.0)["gradients"]])
+    y = np.repeat([0, 1], 100)
+    folds = StratifiedKFold(2, shuffle=True, random_state=0)
+    assert cross_val_score(UncertaintyDetector(members=1), X, y, cv=folds).mean() > 0.9
+
+
+GOOD = network_like(60, 0)
+BAD = {
+    "NaN": ({"logits": np.full((60, 5), np.nan)}, None, "X\\['logits'\\] must be finite; it contains NaN"),
+    "infinity": ({"features": np.full((60, 5), np.inf)}, None, "X\\['features'\\] must be finite"),
+    "NaN in three dimensions": (np.full((60, 5, 3), np.nan), None, "X must be finite; it contains NaN"),
+    "negative": (-GOOD["contrasts"], None, "squared norms, or set log=False"),
+    "unknown block": ({"norms": GOOD["gradients"]}, None, "blocks named"),
+    "no block": ({}, None, "blocks named"),
+    "lengths": ({"logits": GOOD["logits"], "features": GOOD["features"][:5]}, None, "as many rows"),
+    "rank": ({"logits": GOOD["contrasts"]}, None, "must be a non-empty array of shape \\(B, N\\)"),
+    "classes": (
+        {"logits": GOOD["logits"][:, :3], "contrasts": GOOD["contrasts"]},
+        None,
+        "one entry per class",
+    ),
+    "labels": (GOOD, np.zeros(5), "y must have shape \\(60,\\)"),
+    "three labels": (GOOD, np.arange(60) % 3, "two labels"),
+    "other labels": (GOOD, np.tile([-1, 1], 30), "scikit-learn's -1 and 1"),
+    "one challenging class": (GOOD, np.ones(60), "two labels"),
+    "few": (GOOD, np.repeat([0, 1], [3, 57]), "at least 4 in-distribution"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    X, y, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        UncertaintyDetector().fit(X, y)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("contrasts", "yes"), ("supervised", "forest"), ("combine", "sum"), ("trust", "blind"), ("hidden", 0),
+        ("components", 1.5), ("cap", 0), ("calibration_fraction", 1.0), ("folds", 1), ("folds", 2.5),
+        ("false_alarm_rate", 0.0),
+        ("dropout", 1.0),
+    ],
+)  # fmt: skip
+def test_bad_parameters_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must"):
+        UncertaintyDetector(**{name: value}).fit(GOOD)
+
+
+def test_other_shapes_than_in_fit_are_refused():
+    detector = UncertaintyDetector().fit(GOOD)
+    with pytest.raises(ValueError, match="blocks and shapes of fit"):
+        detector.decision_function({"logits": GOOD["logits"]})
+    with pytest.raises(ValueError, match="false_alarm_rate must lie in"):
+        detector.threshold(1.0)
+    with pytest.raises(ValueError, match="held_out must"):
+        detector.fit(GOOD, held_out=np.zeros(60, dtype=bool))
+    with pytest.raises(ValueError, match="kinds must"):
+        detector.fit(GOOD, np.tile([0, 1], 30), kinds=[1])

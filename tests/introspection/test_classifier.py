@@ -1,0 +1,197 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import fastgrad
+from fastgrad import IntrospectiveClassifier, metrics
+from fastgrad.introspection.network import RowMoments
+from fastgrad.losses import LOSSES
+
+
+@parametrize_with_checks([IntrospectiveClassifier()])
+def test_scikit_learn_api(estimator, check):
+    check(estimator)
+
+
+def problem(count, seed, classes=4, width=6):
+    """Features around a mean per class, and the logits of the best linear head."""
+    rng = np.random.default_rng(seed)
+    means = 2 * np.random.default_rng(99).normal(size=(classes, width))
+    labels = rng.integers(0, classes, count)
+    features = means[labels] + rng.normal(size=(count, width))
+    return features, features @ means.T - 0.5 * (means**2).sum(1), labels
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_pairs_and_rows_give_the_same_prediction(loss):
+    features, logits, labels = problem(300, 0)
+    classifier = IntrospectiveClassifier(loss=loss, max_epochs=5, hidden=(16,))
+    classifier.fit({"features": features, "logits": logits}, labels)
+    rows = fastgrad.contrast_rows(torch.tensor(features), torch.tensor(logits), loss=loss).numpy()
+    # float64 through and through; the two paths sum N*D = 24 products in another order.
+    pairs = classifier.predict_proba({"features": features, "logits": logits})
+    np.testing.assert_allclose(classifier.predict_proba(rows), pairs, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(classifier.predict_proba(rows.reshape(300, -1)), pairs, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(pairs.sum(1), 1)
+
+
+@pytest.mark.parametrize("form", ["pairs", "rows"])
+def test_learns(form):
+    def data(count, seed):
+        features, logits, labels = problem(count, seed)
+        if form == "pairs":
+            return {"features": features, "logits": logits}, labels
+        return fastgrad.contrast_rows(torch.tensor(features), torch.tensor(logits)).numpy(), labels
+
+    classifier = IntrospectiveClassifier(hidden=(32, 16)).fit(*data(800, 0))
+    R, labels = data(400, 1)
+    assert classifier.score(R, labels) > 0.9
+    assert classifier.n_iter_ <= classifier.max_epochs
+    assert classifier.decision_function(R).shape == (400, 4)
+
+
+def test_published_shape_is_the_default():
+    rng = np.random.default_rng(0)
+    R, labels = rng.normal(size=(40, 10, 64)), np.arange(40) % 10
+    network = IntrospectiveClassifier(max_epochs=1).fit(R, labels).to_module()
+    shapes = [tuple(network.weight(i, torch.zeros(1)).shape) for i in range(3)]
+    assert shapes == [(300, 640), (100, 300), (10, 100)]
+    assert network.options["activation"] == "sigmoid"
+
+
+def test_seeds_reproduce():
+    features, logits, labels = problem(200, 0)
+    R = {"features": features, "logits": logits}
+    first, again, other = (
+        IntrospectiveClassifier(max_epochs=3, hidden=(8,), random_state=seed).fit(R, labels).predict_proba(R)
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_stops_early_on_held_out_data():
+    rng = np.random.default_rng(0)
+    noise, labels = rng.normal(size=(400, 8)), rng.integers(0, 2, 400)
+    classifier = IntrospectiveClassifier(hidden=(64,), learning_rate=0.01, patience=3, max_epochs=200)
+    classifier.fit(noise, labels)
+    best = int(np.argmin(classifier.history_))
+    assert classifier.n_iter_ < 200
+    assert classifier.n_iter_ - best - 1 <= 2 * classifier.patience  # small gains do not count as progress
+
+
+def test_calibration_on_new_samples():
+    """Many epochs on noisy labels make H too sure of itself; its temperature takes that back."""
+
+    def noisy(count, seed):
+        features, logits, labels = problem(count, seed)
+        rng = np.random.default_rng(seed)
+        swapped = rng.random(count) < 0.3
+        labels = np.where(swapped, rng.integers(0, 4, count), labels)
+        return {"features": features, "logits": logits}, np.array(list("dcba"))[labels]
+
+    classifier = IntrospectiveClassifier(
+        hidden=(64,), activation="relu", learning_rate=0.01, validation_fraction=0.0
+    ).fit(*noisy(400, 0))
+    R, labels = noisy(2000, 1)
+    before, sure = classifier.predict(R), classifier.predict_proba(R)
+    assert classifier.temperature_ == 1
+    codes = np.searchsorted(classifier.classes_, labels)
+    assert classifier.calibrate(*noisy(500, 2)) is classifier
+    assert classifier.temperature_ > 1.5
+    np.testing.assert_array_equal(classifier.predict(R), before)
+    assert metrics.nll(classifier.predict_proba(R), codes) < metrics.nll(sure, codes)
+    assert metrics.ece(classifier.predict_proba(R), codes) < metrics.ece(sure, codes)
+    # The temperature is part of the network's last layer: whoever runs the module has it.
+    tensors = (torch.tensor(R["features"]), torch.tensor(R["logits"]))
+    np.testing.assert_allclose(
+        classifier.to_module().from_features(*tensors).softmax(-1), classifier.predict_proba(R), rtol=1e-12
+    )
+    # A second calibration on the same samples changes nothing but what the prior of one sample does.
+    first = classifier.temperature_
+    assert classifier.calibrate(*noisy(500, 2)).temperature_ == pytest.approx(first, rel=0.01)
+    with pytest.raises(ValueError, match="y must hold labels of fit"):
+        classifier.calibrate(R, np.full(2000, "z"))
+
+
+class Loader:
+    def __init__(self, seed, pairs):
+        features, logits, labels = (torch.tensor(part) for part in problem(600, seed))
+        features, logits = features.float(), logits.float()
+        rows = fastgrad.contrast_rows(features, logits)
+        inputs = [
+            (features[i : i + 64], logits[i : i + 64]) if pairs else rows[i : i + 64]
+            for i in range(0, 600, 64)
+        ]
+        self.batches = list(zip(inputs, labels.split(64), strict=True))
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_loader(pairs, capsys):
+    classifier = IntrospectiveClassifier(hidden=(32,), max_epochs=20, verbose=True)
+    classifier.fit_loader(Loader(0, pairs), Loader(1, pairs))
+    features, logits, labels = problem(300, 2)
+    assert classifier.score({"features": features, "logits": logits}, labels) > 0.9
+    assert "introspective network" in capsys.readouterr().err
+    assert classifier.classes_.tolist() == [0, 1, 2, 3]
+
+
+def test_row_moments_need_no_rows():
+    features, logits, _ = (torch.tensor(part) for part in problem(100, 0))
+    moments = RowMoments()
+    for part in (slice(0, 30), slice(30, 100)):
+        moments.add_pairs(features[part], logits[part], "mse")
+    rows = fastgrad.contrast_rows(features, logits).flatten(1)
+    mean, scale = moments.mean_and_scale()
+    torch.testing.assert_close(mean, rows.mean(0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(scale, rows.std(0, correction=0), rtol=1e-8, atol=1e-8)
+
+
+FEATURES, LOGITS, LABELS = problem(40, 0)
+BAD = {
+    "no labels": (FEATURES, None, "requires y"),
+    "NaN": (np.full((4, 2, 3), np.nan), np.arange(4) % 2, "R must be finite"),
+    "NaN pairs": (
+        {"features": FEATURES * np.nan, "logits": LOGITS},
+        LABELS,
+        r"R\['features'\] must be finite",
+    ),
+    "one of the pair": ({"features": FEATURES}, LABELS, "'features' and 'logits'"),
+    "lengths": ({"features": FEATURES, "logits": LOGITS[:3]}, LABELS, "shapes"),
+    "labels": (FEATURES, LABELS[:5], "y must have one label per row"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    R, y, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        IntrospectiveClassifier().fit(R, y)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("activation", "sine"), ("loss", "hinge"), ("batch_size", 0), ("hidden", (0,)), ("validation_fraction", 1.0),
+        ("max_epochs", 1.5),
+    ],
+)  # fmt: skip
+def test_bad_parameters_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must"):
+        IntrospectiveClassifier(**{name: value}).fit(FEATURES, LABELS)
+
+
+def test_bad_loaders_are_named():
+    with pytest.raises(TypeError, match="loader must be iterable once per epoch"):
+        IntrospectiveClassifier().fit_loader(iter(Loader(0, True)))
+    with pytest.raises(ValueError, match="at least one batch"):
+        IntrospectiveClassifier().fit_loader([])
+    with pytest.raises(TypeError, match="labels must be an integer tensor"):
+        IntrospectiveClassifier().fit_loader([(torch.zeros(3, 4), torch.zeros(3))])
+    fitted = IntrospectiveClassifier(max_epochs=1).fit({"features": FEATURES, "logits": LOGITS}, LABELS)
+    with pytest.raises(ValueError, match="shape of fit"):
+        fitted.predict({"features": FEATURES[:, :3], "logits": LOGITS})
