@@ -10,38 +10,42 @@ INK, PALE, ACCENT, OURS = "#1f2933", "#f4f6f8", "#9aa5b1", "#1f6feb"
 
 #: Left, top, width, height, whether it is fastgrad's, heading, lines.
 BOXES = {
-    "x": (16, 60, 96, 84, False, "input x", ["image, text", "or any batch"]),
-    "network": (152, 60, 170, 84, False, "your network", ["one forward pass,", "unchanged"]),
+    "x": (16, 176, 104, 84, False, "input x", ["image, text", "or any batch"]),
+    "network": (160, 176, 176, 84, False, "your network", ["one forward pass,", "unchanged"]),
     "contrasts": (
-        372, 40, 236, 124, True, "all N contrasts",
+        392, 24, 236, 104, True, "all N contrasts",
         ["“why P, rather than Q?”", "backward pass of the last layer", "and squared norms, one launch"],
     ),
+    "blocks": (
+        392, 166, 236, 104, True, "blocks",
+        ["logits, activations, image;", "a second view or gradients", "where the budget allows"],
+    ),
     "parameters": (
-        372, 214, 236, 84, True, "all P parameters",
+        392, 308, 236, 84, True, "all P parameters",
         ["squared norm per sample,", "one backward pass"],
     ),
     "introspection": (
-        660, 40, 204, 84, True, "introspective classifier",
-        ["predicts again from", "the contrasts"],
+        672, 34, 196, 84, True, "introspective classifier",
+        ["predicts again,", "from the contrasts"],
     ),
     "detector": (
-        660, 154, 204, 104, True, "detector",
+        672, 166, 196, 104, True, "detector",
         ["uncertainty: how unusual", "risk: P(answer is wrong)", "one file, one server"],
     ),
     "training": (
-        660, 288, 204, 104, True, "training",
+        672, 298, 196, 104, True, "training",
         ["private training,", "ranking of samples,", "noise scale"],
     ),
 }  # fmt: skip
-#: From, to, label, its offset from the middle of the arrow.
+#: From and to.
 ARROWS = [
-    ("x", "network", "", 0),
-    ("network", "contrasts", "h, z", -8),
-    ("network", "parameters", "a, g", -8),
-    ("contrasts", "introspection", "", 0),
-    ("contrasts", "detector", "", 0),
-    ("parameters", "detector", "", 0),
-    ("parameters", "training", "", 0),
+    ("x", "network"),
+    ("network", "contrasts"),
+    ("network", "blocks"),
+    ("network", "parameters"),
+    ("contrasts", "introspection"),
+    ("blocks", "detector"),
+    ("parameters", "training"),
 ]
 
 
@@ -61,18 +65,12 @@ def box(left: int, top: int, width: int, height: int, ours: bool, heading: str, 
     return "\n".join(parts)
 
 
-def arrow(start: str, end: str, label: str, lift: int) -> str:
+def arrow(start: str, end: str) -> str:
     """A line from the right edge of one box to the left edge of another."""
     left, top, width, height = BOXES[start][:4]
     x0, y0 = left + width, top + height / 2
-    x1, top, height = BOXES[end][0] - 6, BOXES[end][1], BOXES[end][3]
-    y1 = top + height / 2
-    line = f'<path d="M{x0} {y0} L{x1} {y1}" class="arrow" marker-end="url(#head)"/>'
-    if not label:
-        return line
-    return (
-        f'{line}\n<text x="{(x0 + x1) / 2}" y="{(y0 + y1) / 2 + lift}" class="label">{escape(label)}</text>'
-    )
+    x1, y1 = BOXES[end][0] - 6, BOXES[end][1] + BOXES[end][3] / 2
+    return f'<path d="M{x0} {y0} L{x1} {y1}" class="arrow" marker-end="url(#head)"/>'
 
 
 def draw() -> str:
@@ -80,7 +78,6 @@ def draw() -> str:
     style = (
         f"text {{ font-family: Helvetica, Arial, sans-serif; fill: {INK}; text-anchor: middle; }} "
         ".heading { font-size: 17px; font-weight: bold; } .line { font-size: 15px; } "
-        ".label { font-size: 14px; font-style: italic; } "
         f".arrow {{ stroke: {INK}; stroke-width: 2; fill: none; }}"
     )
     head = (
