@@ -88,7 +88,7 @@ def summary(folder: Path, steps: Sequence[str], dry: bool) -> str:
     if kernels:
         heads = {
             "case": "kernel", "median_s": "seconds", "of_copy_rate": "of measured copy rate",
-            "of_matrix_rate": "of measured matrix rate", "predicted_s": "predicted seconds",
+            "of_matrix_rate": "of measured matrix rate",
         }  # fmt: skip
         lines += ["## Kernels", results_file.table(kernels["rows"], heads)]
     if cases:

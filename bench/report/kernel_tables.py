@@ -1,12 +1,11 @@
-"""Tables of the kernels: machine code as compiled, and what the static model predicts."""
+"""The table of the kernels: machine code as compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from bench.harness import results_file
-from bench.report.units import duration
 
 
 def compiled(rows: Sequence[dict[str, Any]]) -> str:
@@ -37,25 +36,3 @@ def compiled(rows: Sequence[dict[str, Any]]) -> str:
         "stores": "fewest 16-byte stores", "matrix": "fewest matrix instructions",
     }  # fmt: skip
     return results_file.table(summary, heads)
-
-
-def predicted(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What `bench.gpu.roofline` predicts, from its predictions as rows."""
-    heads = {
-        "case": "case", "device": "device", "time": "predicted time", "limit": "limited by",
-        "memory": "of memory peak", "matrix": "of matrix peak", "occupancy": "occupancy", "registers": "registers",
-        "shared": "shared bytes",
-    }  # fmt: skip
-    shown = [
-        {
-            **row, "time": duration(row["seconds"]), "memory": _percent(row["memory_fraction"]),
-            "matrix": _percent(row["matrix_fraction"]) if row["matrix_fraction"] else "",
-            "occupancy": _percent(row["occupancy"]),
-        }
-        for row in rows
-    ]  # fmt: skip
-    return results_file.table(shown, heads)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"

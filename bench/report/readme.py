@@ -19,7 +19,6 @@ Tables, each made from the file of the same name in ``bench/results``:
   the cases that contain them: ``<!-- table: last-layer contrasts -->``. ``<!-- table: environment network -->`` is the
   line of machine, versions, revision and floors of a file.
 - ``compile``: the machine code of each kernel, the worst of its cases (``python -m bench.gpu.compile_report --out``).
-- ``predicted``: the static performance model (``python -m bench.gpu.roofline --out``).
 - ``detection``: AUROC by method from ``adversarial``, ``ood`` and ``corruption``, a mean for each group of cases.
 - ``labelled``: AUROC of the methods trained on labelled attacks, a mean over the attacks for each network. Both take
   the files of another network where its name follows: ``<!-- table: detection resnet18 -->``.
@@ -43,7 +42,7 @@ from typing import Any
 
 from bench.harness import results_file
 from bench.report.detection_tables import GROUPS, detection, labelled, summary
-from bench.report.kernel_tables import compiled, predicted
+from bench.report.kernel_tables import compiled
 from bench.report.page import environment
 from bench.report.speed_tables import batch, measured
 from bench.report.standing import best
@@ -81,8 +80,6 @@ def table(words: str, folder: Path = results_file.RESULTS) -> str:
         return measured(document["cases"], rest)
     if name == "compile":
         return compiled(document["rows"])
-    if name == "predicted":
-        return predicted([r for r in document["rows"] if rest in ("", r["device"])])
     rows = [r for r in document["rows"] if not rest or rest in map(str, r.values())]
     if rows and {"network", "case", "method", "auroc"} <= set(rows[0]):
         return detection(rows)

@@ -1,4 +1,4 @@
-"""The static performance model counts what the kernels do."""
+"""The bytes and operations that a GPU run is held against are those of the kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("counts in Triton's interpreter", allow_module_level=True)
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from bench.gpu.roofline import counter, work
+from bench.gpu import counter, work
 from fastgrad.ops import heuristics
 from fastgrad.ops.heuristics import INTERPRETER, ContrastConfig, LinearConfig
 
@@ -68,14 +68,14 @@ def test_target(kind: str) -> None:
     _compare(_counted(call), work.target(3, 50, 40, HALF, INTERPRETER, kind))
 
 
-@pytest.mark.parametrize(("chunks", "queue"), [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize("chunks", [0, 2])
 @pytest.mark.parametrize("in_loop", [False, True])
-def test_linear_contrast(chunks: int, queue: bool, in_loop: bool) -> None:
+def test_linear_contrast(chunks: int, in_loop: bool) -> None:
     from fastgrad.ops.triton import linear_contrast
 
     B, N, D = 20, 50, 40
     h, _, weight, bias = _head(B, N, D, HALF)
-    config = LinearConfig(16, 16, 16, 1, chunks, 32, 4, 1, in_loop, "ieee", 4, 3, queue)
+    config = LinearConfig(16, 16, 16, 1, chunks, 32, 4, 1, in_loop, "ieee", 4, 3)
     with heuristics.override(linear_contrast=config):
         counts = _counted(
             lambda: linear_contrast.linear_contrast_sqnorm(h, weight, bias, "cross_entropy", False, False)
@@ -96,15 +96,3 @@ def test_linear_stats() -> None:
         )
         launches = work.linear_stats(B, N, D, HALF, INTERPRETER)
     _compare(counts, launches)
-
-
-def test_operations_per_logit_are_bounded_by_the_constants() -> None:
-    from fastgrad.ops.triton import contrast
-
-    B, N, D = 2, 1024, 16
-    h, z, _, _ = _head(B, N, D, SINGLE)
-    with heuristics.override(contrast=ContrastConfig("rows", N, 16)):
-        counts = _counted(lambda: contrast.contrast_sqnorm(h, z, "cross_entropy", True, False, False))
-    per_logit = counts.elementwise / (B * N)
-    assert 0.5 * (work.MOMENT_OPS + work.VALUE_OPS) <= per_logit <= work.MOMENT_OPS + work.VALUE_OPS
-    assert counts.exponentials / (B * N) <= work.EXPONENTIALS + 0.1
