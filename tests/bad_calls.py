@@ -133,7 +133,6 @@ _add(
     bias_shape=lambda _: fastgrad.contrast_rows_linear(H, Z, torch.ones(2, 15), torch.ones(3)),
     leading_shapes=lambda _: fastgrad.contrast_rows_linear(H[:2], Z, torch.ones(2, 15)),
     loss=lambda _: fastgrad.contrast_rows_linear(H, Z, torch.ones(2, 15), loss="hinge"),
-    impl=lambda _: fastgrad.contrast_rows_linear(H, Z, torch.ones(2, 15), impl="fast"),
 )
 
 
