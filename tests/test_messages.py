@@ -27,7 +27,7 @@ CHANGED: dict[str, str] = {
     # There are two formats.
     "ModelPackage: other format": r".*model\.pt2 has another format than 1 and 2; a newer fastgrad may read it",
     # There are more kinds of challenge.
-    "challenges: name": r"names must be one of 'noise', .*, 'deepfool', 'compressed_fgsm', .*; it was 'rain'",
+    "challenges: name": r"names must be one of 'noise', .*, 'compressed_fgsm', 'compressed_pgd'; it was 'rain'",
     # Models can be given by name.
     "fastgrad: serve without a model": r"fastgrad serve: give one MODEL, or --model NAME=PATH .*",
     # Three samples are watched before the batch is run.
