@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 import fastgrad
 
 # Processes that are spawned import this file by its name.
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 CLASSES = 5
 
