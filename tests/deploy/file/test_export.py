@@ -167,6 +167,8 @@ class Mute(nn.Module):
         ({"labels": ["a"]}, ValueError, "labels must be 4 names"),
         ({"mean": [0.5]}, ValueError, "mean must be 3"),
         ({"std": [0.5, 0.0, 0.5]}, ValueError, "std must be positive"),
+        ({"std": [1, 1, float("nan")]}, ValueError, "std must be 3 finite numbers"),
+        ({"example_input": [1.0]}, TypeError, r"example_input must be a torch\.Tensor; it was list"),
         ({"false_alarm_rate": 1.5}, ValueError, "false_alarm_rate"),
         ({"max_batch": 0}, ValueError, "max_batch"),
         ({"scores": np.zeros(3)}, ValueError, "at least 20"),
