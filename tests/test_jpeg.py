@@ -53,7 +53,7 @@ def test_colours_are_those_of_libjpeg(size: int) -> None:
     x, qualities = images(3, size), torch.full((16,), 75)
     found, expected = recompressed(x, qualities), by_libjpeg(x, qualities)
     assert found.shape == x.shape
-    # One coefficient in 8 q is off by one step q, of colour differences up to 1.772 times that; a pixel is a rounding off.
+    # One coefficient in 8 q is off by one step q; colour differences count up to 1.772 times. A pixel is rounded.
     luma, chroma = (float(jpeg._quantization(qualities, table)[0].mean() / 8) ** 0.5 for table in (0, 1))
     error = (found - expected).square().mean().sqrt()
     assert error < luma + 1.772 * chroma + 1
