@@ -14,7 +14,7 @@ from fastgrad.checks import MissingExtraError, extra
 COMMANDS = {
     "demo": (
         "fastgrad.commands.demo.run",
-        None,
+        "demo",
         "train on real digits, detect what the network does not know, draw it",
     ),
     "doctor": (

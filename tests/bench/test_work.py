@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +11,6 @@ import torch
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("counts in Triton's interpreter", allow_module_level=True)
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from bench.gpu import counter, work
 from fastgrad.ops import heuristics

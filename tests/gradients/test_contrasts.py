@@ -238,6 +238,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: fastgrad.linear_contrast_sqnorm(H, W, torch.randn(3)), ValueError, "bias"),
     (lambda: fastgrad.linear_contrast_sqnorm(H, W.half()), TypeError, "weight.*float16"),
     (lambda: fastgrad.linear_contrast_stats(H, W[0]), ValueError, "weight"),
+    (lambda: fastgrad.contrast_sqnorm(H.long(), Z), TypeError, "features.*int64"),
+    (lambda: fastgrad.contrast_sqnorm(H, Z, log="yes"), TypeError, "log.*'yes'"),  # type: ignore[arg-type]
+    (lambda: fastgrad.linear_contrast_sqnorm(H, W.to("meta")), ValueError, "weight.*cpu.*meta"),
+    (lambda: fastgrad.linear_contrast_sqnorm(H, W, Z[0].half()), TypeError, "bias.*float32.*float16"),
+    (lambda: fastgrad.contrast_rows_linear(H, Z, torch.ones(5, 77).long()), TypeError, "weight.*int64"),
     (lambda: fastgrad.contrast_rows(H, Z, rows="none"), ValueError, "rows"),
     (lambda: fastgrad.contrast_rows_linear(H, Z, torch.randn(5, 76)), ValueError, "weight.*77.*76"),
 ]

@@ -167,6 +167,8 @@ class Mute(nn.Module):
         ({"labels": ["a"]}, ValueError, "labels must be 4 names"),
         ({"mean": [0.5]}, ValueError, "mean must be 3"),
         ({"std": [0.5, 0.0, 0.5]}, ValueError, "std must be positive"),
+        ({"std": [1, 1, float("nan")]}, ValueError, "std must be 3 finite numbers"),
+        ({"example_input": [1.0]}, TypeError, r"example_input must be a torch\.Tensor; it was list"),
         ({"false_alarm_rate": 1.5}, ValueError, "false_alarm_rate"),
         ({"max_batch": 0}, ValueError, "max_batch"),
         ({"scores": np.zeros(3)}, ValueError, "at least 20"),
@@ -231,7 +233,6 @@ FORMS = {
     "forward": ["logits", "features", "activations", "image", "roughness"],
     "view": ["logits", "activations", "view"],
     "bias gradients": ["logits", "bias_gradients"],
-    "norms": ["logits", "normalization_norms"],
     "gradients": ["gradients", "logits", "features", "image"],
     "ranked": ["gradients", "ranked", "logits", "features", "image"],
     "contrasts": ["contrasts", "logits", "features", "image"],
@@ -267,7 +268,7 @@ def assert_equal(ours: tuple, theirs: tuple) -> None:
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
-@pytest.mark.parametrize("form", ["forward", "view", "bias gradients", "norms", "gradients", "contrasts"])
+@pytest.mark.parametrize("form", ["forward", "view", "bias gradients", "gradients", "contrasts"])
 def test_a_two_stage_model_unrolls_to_one_graph(form: str, one_by_one: bool) -> None:
     live = two_stage_model(form)
     program = trace(lambda x: tuple(live(x)), X, one_by_one=one_by_one)
