@@ -22,7 +22,6 @@ COMMANDS = {
         None,
         "print versions, devices and which implementation would run, and why",
     ),
-    "bench": ("fastgrad.commands.bench", "bench", "measure against the alternatives (from a checkout)"),
     "serve": ("fastgrad.commands.serve", "serve", "serve an exported file over HTTP"),
     "triton": (
         "fastgrad.commands.triton",
