@@ -24,11 +24,6 @@ COMMANDS = {
     ),
     "bench": ("fastgrad.commands.bench", "bench", "measure against the alternatives (from a checkout)"),
     "serve": ("fastgrad.commands.serve", "serve", "serve an exported file over HTTP"),
-    "triton": (
-        "fastgrad.commands.triton",
-        "onnx",
-        "write a model repository for NVIDIA's Triton Inference Server",
-    ),
     "score": ("fastgrad.commands.score", "score", "score a folder or a Parquet file of images"),
 }
 
