@@ -11,15 +11,11 @@ import importlib.util
 import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-
-# Tests share tests/oracles.py and the like; importlib mode puts no folder on the path.
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

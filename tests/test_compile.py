@@ -38,7 +38,7 @@ def test_one_case_of_every_kernel() -> None:
     assert complaints(rows) == []
     kernels = {
         "contrast_rows_kernel", "contrast_stream_kernel", "contrast_moments_kernel", "contrast_finish_kernel",
-        "linear_contrast_kernel", "linear_stats_kernel", "target_sqnorm_kernel", "rows_linear_kernel",
+        "linear_contrast_kernel", "linear_stats_kernel", "target_sqnorm_kernel",
         "channel_moments_kernel",
     }  # fmt: skip
     for arch in ARCHITECTURES:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 # The benchmarks are no installed package; they lie beside the tests.
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 pytest.importorskip("foolbox")
 pytest.importorskip("imagecorruptions")

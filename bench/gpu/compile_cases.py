@@ -40,7 +40,6 @@ QUICK = (
     "linear_contrast_sqnorm B=1024 N=32000 D=4096 bf16 brier",
     "linear_contrast_stats B=1024 N=128256 D=4096 bf16 bce",
     "target_sqnorm B=4096 N=1000 D=512 bf16 soft brier",
-    "contrast_rows_linear B=1024 N=1000 D=2048 U=300 bf16",
     "conv_sqnorm B=64 64 to 64 32x32 kernel 3 stride 1 bf16",
     "linear_sqnorm B=64 T=196 C=768 O=3072 bf16",
     "channel_moments B=32 C=256 T=784 bf16 contiguous",
@@ -61,7 +60,6 @@ def cases() -> list[Case]:
         launch,
         layer_sqnorm,
         linear_contrast,
-        rows,
         target,
     )
 
@@ -137,22 +135,6 @@ def cases() -> list[Case]:
             targets(4096, 1000, 512, kind, loss, False)
     targets(256, 128256, 4096, "indices", "brier", True)
 
-    def rows_linear(B: int, N: int, D: int, U: int, dtype: torch.dtype) -> None:
-        found.append(
-            Case(
-                f"contrast_rows_linear B={B} N={N} D={D} U={U} {DTYPES[dtype]}",
-                lambda: rows.contrast_rows_linear(
-                    meta(B, D, dtype=dtype), meta(B, N), meta(U, N * D, dtype=dtype), meta(U, dtype=dtype)
-                ),
-            )
-        )
-
-    rows_linear(32, 1000, 2048, 128, half)
-    rows_linear(1024, 1000, 2048, 300, half)
-    rows_linear(1024, 10, 512, 300, single)
-    rows_linear(4096, 10, 512, 300, half)
-    rows_linear(1, 10, 512, 300, torch.float16)
-
     def conv(C: int, O: int, size: int, kernel: int, stride: int, dtype: torch.dtype) -> None:  # noqa: E741
         last = torch.channels_last
         a = meta(64, C, size, size, dtype=dtype).contiguous(memory_format=last)
@@ -212,7 +194,6 @@ def cases() -> list[Case]:
         ),
         ("linear_contrast_stats", lambda: linear_contrast.linear_contrast_stats(one, one, ones, loss, True)),
         ("target_sqnorm", lambda: target.target_sqnorm(one, one, one, "soft", loss, True, True, True)),
-        ("contrast_rows_linear", lambda: rows.contrast_rows_linear(one, one, one, ones)),
     ):
         found.append(Case(f"{name} B=1 N=1 D=1 fp32 {loss}", call, wide=False))
     return found

@@ -50,7 +50,7 @@ class Row:
 
 # Kernels whose products must run on the matrix units.
 PRODUCTS = {
-    "linear_contrast_kernel", "linear_stats_kernel", "rows_linear_kernel", "direct_kernel", "gram_kernel",
+    "linear_contrast_kernel", "linear_stats_kernel", "direct_kernel", "gram_kernel",
 }  # fmt: skip
 # Kernels that write whole rows; the others write one number per row or tile, or, on AMD, a tile of a product straight
 # from the layout of the matrix units.

@@ -30,7 +30,6 @@ TINY = (
     "target_sqnorm B=3 N=40 D=16 fp32 ones cross_entropy",
     "linear_contrast_sqnorm B=3 N=40 D=16 fp32 cross_entropy",
     "linear_contrast_stats B=3 N=40 D=16 fp32 cross_entropy",
-    "contrast_rows_linear B=3 N=5 D=16 U=20 fp32",
 )
 
 
@@ -43,14 +42,11 @@ def call(case: str, device: str) -> Callable[[], Any]:
         return torch.randn(*shape, device=device).to(dtype)
 
     h = normal(B, D)
-    if operator in ("contrast_sqnorm", "target_sqnorm", "contrast_rows_linear"):
+    if operator in ("contrast_sqnorm", "target_sqnorm"):
         z = normal(B, N)
         if operator == "contrast_sqnorm":
             return lambda: fastgrad.contrast_sqnorm(h, z, impl="triton")
-        if operator == "target_sqnorm":
-            return lambda: fastgrad.target_sqnorm(h, z, "ones", impl="triton")
-        v = normal(size["U"], N * D)
-        return lambda: fastgrad.contrast_rows_linear(h, z, v, impl="triton")
+        return lambda: fastgrad.target_sqnorm(h, z, "ones", impl="triton")
     weight, bias = normal(N, D), normal(N)
     function = getattr(fastgrad, operator)
     return lambda: function(h, weight, bias, impl="triton")

@@ -178,7 +178,9 @@ def extracted(kinds: Sequence[type[Block]] = BLOCKS) -> str:
 
 def generation(kinds: Sequence[type[Block]] = BLOCKS, each: int | None = None) -> str:
     """The same of generated samples; its number rises when `collect` changes."""
-    return cache.digest("generated 5", dict(CHALLENGES), extracted(kinds), each)[:8]
+    return cache.digest(
+        "generated 6", {name: kind.strengths for name, kind in CHALLENGES.items()}, extracted(kinds), each
+    )[:8]
 
 
 def read(kept: Mapping[str, NDArray[Any]]) -> Samples:

@@ -28,15 +28,20 @@ def blur(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
     """Gaussian blur; ``sigma`` in pixels of an image 32 pixels wide, larger images in proportion."""
     height, width = unit.shape[-2:]
     pixels = sigma * min(height, width) / 32
+    # As products with matrices, whose price does not depend on sigma.
+    down, along = (_gaussian(length, pixels).to(unit) for length in (height, width))
+    return down @ unit @ along.T
+
+
+def _gaussian(length: int, pixels: float) -> Tensor:
+    """Weights ``(length, length)`` of every position for every blurred one, borders replicated."""
     radius = max(1, math.ceil(3 * pixels))
-    taps = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    kernel = torch.exp(-0.5 * (taps / pixels) ** 2)
-    kernel = (kernel / kernel.sum()).to(unit)
-    channels = unit.shape[1]
-    # Replicated borders: no dark frame that a detector could learn instead of the blur.
-    padded = F.pad(unit, (radius,) * 4, mode="replicate")
-    rows = F.conv2d(padded, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
-    return F.conv2d(rows, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / pixels) ** 2)
+    # No dark frame that a detector could learn instead of the blur.
+    places = (torch.arange(length)[:, None] + torch.arange(-radius, radius + 1)).clamp(0, length - 1)
+    return torch.zeros(length, length, dtype=torch.float64).scatter_add_(
+        1, places, (taps / taps.sum()).expand(length, -1)
+    )
 
 
 def contrast(unit: Tensor, factor: float, generator: Generator) -> Tensor:
@@ -51,24 +56,27 @@ def brightness(unit: Tensor, shift: float, generator: Generator) -> Tensor:
     return unit + shift * sign.to(unit)
 
 
-def compression(unit: Tensor, quality: float, generator: Generator) -> Tensor:
-    """One pass through JPEG at ``quality``; channels beyond three, or two, are compressed one by one as grey."""
+def compression(unit: Tensor, quality: float | Tensor, generator: Generator) -> Tensor:
+    """One pass through JPEG at ``quality``, one number or one for each image.
+
+    Channels beyond three, or two, are compressed one by one as grey.
+    """
     from PIL import Image
 
+    channels = unit.shape[1]
     as_bytes = (unit.detach() * 255).round().to(torch.uint8).cpu()
-    if unit.shape[1] == 3:
-        pictures = [picture.permute(1, 2, 0).numpy() for picture in as_bytes]
-    else:
-        pictures = [plane.numpy() for plane in as_bytes.flatten(0, 1)]
+    colour = channels == 3
+    pictures = as_bytes.permute(0, 2, 3, 1) if colour else as_bytes.flatten(0, 1)
+    qualities = torch.as_tensor(quality).expand(len(unit)).repeat_interleave(1 if colour else channels)
     decoded = []
-    for picture in pictures:
+    for picture, level in zip(pictures, qualities.tolist(), strict=True):
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "JPEG", quality=round(quality))
+        Image.fromarray(picture.numpy()).save(buffer, "JPEG", quality=round(level))
         with Image.open(buffer) as image:
             pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         decoded.append(pixels.view(picture.shape))
     stacked = torch.stack(decoded)
-    stacked = stacked.permute(0, 3, 1, 2) if unit.shape[1] == 3 else stacked.view(unit.shape)
+    stacked = stacked.permute(0, 3, 1, 2) if colour else stacked.view(unit.shape)
     return stacked.to(unit) / 255
 
 

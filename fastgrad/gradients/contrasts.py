@@ -233,20 +233,18 @@ def contrast_rows_linear(
     bias: Tensor | None = None,
     *,
     loss: str = "mse",
-    impl: str = "auto",
 ) -> Tensor:
     """A linear layer over the flattened :func:`contrast_rows`, which are never stored.
 
-    Equal to ``linear(contrast_rows(features, logits).flatten(-2), weight, bias)``; the left operand of the product is
-    formed on chip (Triton) or a few classes at a time (eager), in the backward pass too.
+    Equal to ``linear(contrast_rows(features, logits).flatten(-2), weight, bias)``. Features are multiplied with the
+    weight first, some units at a time, in the backward pass too.
 
     Args:
         features: ``(..., D)``.
         logits: ``(..., N)``.
         weight: ``(U, N * D)``, on the same device.
         bias: ``(U,)`` or None.
-        loss: As in :func:`contrast_sqnorm`, like ``impl``.
-        impl: See there.
+        loss: As in :func:`contrast_sqnorm`.
 
     Returns:
         ``(..., U)``, float32 (float64 for float64 features).
@@ -265,9 +263,8 @@ def contrast_rows_linear(
             f"weight must have shape (U, N * D) with N * D = {width}; it was {tuple(weight.shape)}"
         )
     _bias(bias, weight)
-    chosen = choose(impl, features)
     diagonal = losses.contrast_diagonal(_matrix(logits), loss=loss)
-    out = rows_op.rows_linear(_matrix(features), diagonal, weight, bias, chosen)
+    out = rows_op.rows_linear(_matrix(features), diagonal, weight, bias)
     return out.reshape(*leading, weight.shape[0])
 
 

@@ -302,41 +302,6 @@ def target(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> Ta
     return TargetConfig(rows, block, block_d, max(1, warps // 2) if arch.backend == "hip" else warps)
 
 
-@dataclass(frozen=True)
-class RowsConfig:
-    """How ``contrast_rows_linear`` runs: output tile, features per step, programs that share an output tile."""
-
-    block_m: int
-    block_u: int
-    block_k: int
-    parts: int
-    precision: str
-    num_warps: int
-    num_stages: int
-
-
-@pinnable
-def rows_linear(B: int, N: int, D: int, U: int, dtype: torch.dtype, arch: Architecture) -> RowsConfig:
-    """Choose for features ``(B, D)``, ``N`` contrasts and a weight ``(U, N * D)``.
-
-    The weight is by far the largest operand and is read once per row block, so row blocks are as tall as the batch
-    allows; the long sum over (contrast, feature) is shared out until the device is full.
-    """
-    wide = dtype == torch.float32
-    block_m = 16 if B <= 16 else 32 if B <= 32 else 64 if B <= 64 or wide else 128
-    block_u = 64 if U > 32 else 32 if U > 16 else 16
-    block_k = 32 if wide else 64
-    while block_k > 16 and block_k // 2 >= D:
-        block_k //= 2
-    tiles = cdiv(B, block_m) * cdiv(U, block_u)
-    steps = cdiv(D, block_k) * N
-    parts = max(1, min(cdiv(2 * arch.processors, tiles), steps // 16, 64))
-    return RowsConfig(
-        block_m, block_u, block_k, parts, _precision(dtype, arch),
-        8 if block_m == 128 or (wide and block_m == 64) else 4, 2 if arch.backend == "hip" else 4,
-    )  # fmt: skip
-
-
 def _parts(parts: int, block_m: int, warps: int) -> int:
     """Partial moments merged at once: four per thread, or nine numbers each would not fit its registers."""
     return max(2, min(power_of_two(parts), 128 * warps // block_m))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastgrad import checks
 from fastgrad._torch import is_exporting, is_readable
-from fastgrad.ops import conv_cost, conv_routes, library, route_cache  # noqa: F401  (library defines schemas)
+from fastgrad.ops import conv_cost, conv_routes, library  # noqa: F401  (library defines schemas)
 from fastgrad.ops.conv_geometry import Problem, canonical, per_axis
 from fastgrad.ops.implementation import bind_contextvar, choose
 
@@ -70,7 +70,7 @@ def _solve(p: Problem, route: str | None) -> Tensor:
     guarded = is_readable(p.a, p.g) and p.a.device.type == "cpu"  # elsewhere a look would wait for the device
     shape = shape_of(p, guarded=guarded)
     if route is None:
-        route = route_cache.choose(p, shape)
+        route = conv_cost.choose_route(shape)
     else:
         checks.one_of("route", route, conv_routes.ROUTES)
         refusal = conv_routes.applicable(route, p)
@@ -220,7 +220,7 @@ def conv_sqnorm(
         transposed: Whether the layer is a transposed convolution (``a`` its input, ``g`` at its output, which
             may include output padding).
         route: One of ``"patch"``, ``"rows"``, ``"grouped"``, ``"taps"``, ``"patch_gram"``, ``"box_gram"``; the
-            cheapest by the cost model, or as measured, if None.
+            cheapest by the cost model if None.
         impl: ``"auto"`` (a Triton kernel on a GPU), ``"triton"`` or ``"eager"``.
 
     Returns:

@@ -38,7 +38,6 @@ SCHEMAS = {
         f"(Tensor features, Tensor weight, Tensor? bias, {_OPTIONS}, bool log) -> (Tensor, Tensor)"
     ),
     "linear_contrast_stats": f"(Tensor features, Tensor weight, Tensor? bias, {_OPTIONS}) -> Tensor",
-    "rows_linear": "(Tensor features, Tensor diagonal, Tensor weight, Tensor? bias) -> Tensor",
     # Compositions; and the same as one node, for compilation in this process.
     **dict.fromkeys(("conv_sqnorm", "conv_sqnorm_whole"), _CONV_SQNORM),
     **dict.fromkeys(("linear_sqnorm", "linear_sqnorm_whole"), _LINEAR_SQNORM),
@@ -97,12 +96,6 @@ def _(features: Tensor, weight: Tensor, *options: Any) -> Tensor:
     return features.new_empty((features.shape[0], 5), dtype=compute_dtype(features.dtype))
 
 
-@torch.library.register_fake("fastgrad::rows_linear")
-def _(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _paired(features, diagonal)
-    return features.new_empty((features.shape[0], weight.shape[0]), dtype=compute_dtype(features.dtype))
-
-
 @torch.library.register_fake("fastgrad::conv_sqnorm_whole")
 @torch.library.register_fake("fastgrad::linear_sqnorm_whole")
 def _(a: Tensor, g: Tensor, *options: Any) -> Tensor:
@@ -120,16 +113,14 @@ def operator(
     name: str,
     eager: Callable[..., _T],
     kernel: Callable[..., _T],
-    derivative: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> Callable[..., _T]:
     """Register both implementations of an operator of the last layer and return the function that chooses.
 
     Args:
         name: In ``SCHEMAS``.
-        eager: Plain torch for any device, differentiable; takes what the schema says.
+        eager: Plain torch for any device; takes what the schema says. It is run again in the backward pass and
+            differentiated.
         kernel: The Triton launcher, likewise.
-        derivative: From which arguments want a gradient, the outputs' gradients and the arguments to the gradients;
-            by default ``eager`` is run again in the backward pass and differentiated.
 
     Returns:
         ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, as `choose` says for the first
@@ -147,8 +138,6 @@ def operator(
         wanted = ctx.needs_input_grad[: len(ctx.others)]
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if other is _TENSOR else other for other in ctx.others]
-        if derivative is not None:
-            return derivative(wanted, *grads, *inputs)
         inputs = [x.detach().requires_grad_() if want else x for x, want in zip(inputs, wanted, strict=True)]
         sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
         with torch.enable_grad():

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from bench.paper.attacked import FALSE_ALARMS, FORMS, WAYS
 from bench.paper.white_box import Partial, attack, auto_attack, random_box, unaware_of, white_box

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pathlib
-import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from bench.harness import isolated
 from bench.selections import cases

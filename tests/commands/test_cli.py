@@ -12,15 +12,33 @@ from fastgrad.commands import cli
 from fastgrad.commands.demo import digits, run
 
 
-def test_version_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--version"])
     assert stopped.value.code == 0
     assert "fastgrad" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["dance"])
-    assert stopped.value.code == 2
-    assert "dance" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["dance"], "invalid choice: 'dance'"),
+        (["demo", "--epochs", "0"], "--epochs must be at least 1; it was 0"),
+        (["demo", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
+        (["serve"], "fastgrad serve: give one MODEL, or --model NAME=PATH"),
+        (["serve", "none.pt2"], "none.pt2: there is no such file"),
+        (["score", "none.pt2", "."], "the following arguments are required: --out"),
+        (["score", "none.pt2", ".", "--out", "o.parquet"], "none.pt2: there is no such file"),
+    ],
+)
+def test_bad_calls_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = cli.main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    assert message in capsys.readouterr().err
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,11 +77,6 @@ def test_demo_writes_table_figure_and_record(
         assert f"{value:.3f}" in (out / "demo.md").read_text(), name
     assert "budget 1.2" in record["blocks"]
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_demo_refuses_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--out", str(tmp_path), "--epochs", "0"]) == 2
-    assert "--epochs must be at least 1; it was 0" in capsys.readouterr().err
 
 
 def test_shipped_images() -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
 from doc_pages import DOCS
-
-sys.path.insert(0, str(DOCS.parent))
 
 from bench.report import readme
 

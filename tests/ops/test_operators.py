@@ -10,7 +10,7 @@ import torch
 from torch.library import opcheck
 
 from fastgrad.losses import LOSSES
-from fastgrad.ops import contrast, linear_contrast, rows, target
+from fastgrad.ops import contrast, linear_contrast, target
 
 OPS = torch.ops.fastgrad
 
@@ -25,7 +25,6 @@ def arguments(name: str, device: torch.device, requires_grad: bool, loss: str) -
         "target_sqnorm": (h, z, torch.tensor([0, 5, 2], device=device), "indices", True, loss, "mean", False),
         "linear_contrast_sqnorm": (h, weight, b, loss, "sum", True),
         "linear_contrast_stats": (h, weight, None, loss, "sum"),
-        "rows_linear": (h, leaf(3, 6), leaf(4, 30), leaf(4)),
     }[name]
 
 
@@ -34,7 +33,6 @@ FUNCTIONS = {
     "target_sqnorm": target.target_sqnorm,
     "linear_contrast_sqnorm": linear_contrast.linear_contrast_sqnorm,
     "linear_contrast_stats": linear_contrast.linear_contrast_stats,
-    "rows_linear": rows.rows_linear,
 }
 NAMES = tuple(FUNCTIONS)
 

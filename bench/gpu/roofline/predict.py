@@ -71,8 +71,6 @@ CASES: tuple[str, ...] = (
     "linear_contrast_sqnorm B=1024 N=1000 D=2048 fp32 cross_entropy",
     "linear_contrast_stats B=8 N=128256 D=4096 bf16 cross_entropy",
     "linear_contrast_stats B=1024 N=128256 D=4096 bf16 cross_entropy",
-    "contrast_rows_linear B=32 N=1000 D=2048 U=128 bf16",
-    "contrast_rows_linear B=1024 N=1000 D=2048 U=300 bf16",
 )
 
 
@@ -91,7 +89,6 @@ def launches(case: str, arch: Architecture, cache: float = 50e6) -> list[Work]:
         "target_sqnorm": lambda: work.target(B, N, D, dtype, arch),
         "linear_contrast_sqnorm": lambda: work.linear_contrast(B, N, D, dtype, arch, cache),
         "linear_contrast_stats": lambda: work.linear_stats(B, N, D, dtype, arch, cache),
-        "contrast_rows_linear": lambda: work.rows_linear(B, N, D, sizes["U"], dtype, arch),
     }
     return made[operator]()
 

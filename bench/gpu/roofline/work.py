@@ -166,37 +166,3 @@ def linear_stats(
             in_flight=max(1, config.num_stages - 1) * (config.block_m + config.block_n) * config.block_k * e,
         )
     ]  # fmt: skip
-
-
-def rows_linear(B: int, N: int, D: int, U: int, dtype: torch.dtype, arch: Architecture) -> list[Work]:
-    """Launch of ``contrast_rows_linear`` with a bias; D a multiple of the block, or its padding is not loaded."""
-    config, e = heuristics.rows_linear(B, N, D, U, dtype, arch), dtype.itemsize
-    tiles_m, tiles_u = cdiv(B, config.block_m), cdiv(U, config.block_u)
-    blocks = cdiv(D, config.block_k)
-    steps = blocks * N
-    per_part = cdiv(steps, config.parts)
-    parts = cdiv(steps, per_part)
-    tiles = tiles_m * tiles_u
-    # Each part loads every block of features it touches.
-    features = 0
-    for part in range(parts):
-        for block in range(part * per_part // N, cdiv(min((part + 1) * per_part, steps), N)):
-            features += min(D - block * config.block_k, config.block_k)
-    loaded = (
-        tiles * (N * D * config.block_u * e + steps * config.block_m * 4 + features * config.block_m * e)
-        + tiles_m * U * e
-    )
-    stored = 4 * B * U
-    if parts > 1:
-        loaded += parts * 4 * B * U
-        stored += parts * 4 * B * U
-    return [
-        Work(
-            "rows_linear_kernel", tiles * parts, config.num_warps, loaded, stored,
-            U * N * D * e + B * D * e + 4 * B * N + U * e + 4 * B * U,
-            product=2 * tiles * steps * config.block_m * config.block_u * config.block_k,
-            useful=2 * B * U * N * D,
-            elementwise=tiles_u * tiles_m * config.block_m * config.block_k * steps * 3,
-            in_flight=max(1, config.num_stages - 1) * config.block_u * config.block_k * e,
-        )
-    ]  # fmt: skip

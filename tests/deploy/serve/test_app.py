@@ -15,7 +15,7 @@ pytest.importorskip("python_multipart")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("PIL")
 
-from deploy.serve.client import call, image
+from serve_client import call, image
 
 from fastgrad.deploy.file.package import PackageError
 from fastgrad.deploy.serve.app import Limits, create_app

@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("fastapi")
 pytest.importorskip("PIL")
 
-from deploy.serve.client import Server, form, image, running, wait_for, workers_of
+from serve_client import Server, form, image, running, wait_for, workers_of
 
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy.serve.client import Server, image, running
 from deploy_models import TinyTwoStage
+from serve_client import Server, image, running
 
 webdriver = pytest.importorskip("selenium.webdriver")
 pytest.importorskip("fastapi")

@@ -20,7 +20,7 @@ pytest.importorskip("python_multipart")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("PIL")
 
-from deploy.serve.client import Server, form, image, running
+from serve_client import Server, form, image, running
 
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage

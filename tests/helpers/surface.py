@@ -1,6 +1,6 @@
 """The public surface as text: modules, names, signatures, members of classes, options of commands.
 
-``python tests/surface.py`` writes it to ``tests/data/public.json``: the difference in that file is what a change
+``python tests/helpers/surface.py`` writes it to ``tests/data/public.json``: its difference is what a change
 does to the interface. ``docs/reference/stability.md`` says what may change when.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from fastgrad.commands.cli import COMMANDS
 
-RECORD = Path(__file__).parent / "data" / "public.json"
+RECORD = Path(__file__).parents[1] / "data" / "public.json"
 #: Public modules; where names are given, those alone. Whatever is not listed here is internal.
 MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad": None,
