@@ -52,16 +52,6 @@ def test_every_path_is_chosen_somewhere() -> None:
     assert heuristics.linear_stats(1024, 128_256, 4096, half, arch).tiles_per_split > 1
 
 
-@settings(deadline=None, max_examples=100)
-@given(**shapes)
-def test_no_program_waits_unasked(
-    B: int, N: int, D: int, dtype: torch.dtype, arch: heuristics.Architecture
-) -> None:
-    assert not heuristics.linear_contrast(B, N, D, dtype, arch).queue
-    asked = heuristics.linear_contrast(B, N, D, dtype, arch, queue=True)
-    assert asked.queue == (asked.chunks > 0)
-
-
 def test_a_serving_batch_fills_the_device() -> None:
     for arch in heuristics.KNOWN_ARCHITECTURES.values():
         for B in (1, 32):

@@ -163,7 +163,6 @@ class LinearConfig:
         parts: Partial moments merged per step.
         tiles_per_split: Tiles one program walks through (statistics only).
         precision: ``input_precision`` of the product; matters for float32 alone.
-        queue: Whether the ranges belong to programs of the same launch, each for a row block, that wait for its tiles.
     """
 
     block_m: int
@@ -178,7 +177,6 @@ class LinearConfig:
     precision: str
     num_warps: int
     num_stages: int
-    queue: bool = False
 
 
 def _product(
@@ -211,23 +209,15 @@ def _precision(dtype: torch.dtype, arch: Architecture) -> str:
 
 
 @pinnable
-def linear_contrast(
-    B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture, queue: bool = False
-) -> LinearConfig:
-    """Choose for features ``(B, D)`` and weight ``(N, D)``.
-
-    With ``queue`` the programs that finish long rows wait for the product in the same launch. No device has shown yet
-    that this pays, so it is never chosen unasked: pin it with
-    ``override(linear_contrast=linear_contrast(..., queue=True))``.
-    """
+def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
+    """Choose for features ``(B, D)`` and weight ``(N, D)``."""
     block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
     # One program converts some 64 thousand logits in a few microseconds; more of them are shared out.
     share = block_m * N > 1 << 16
-    queue = queue and share
     # Rows that are finished together, and columns a step such that neither the product's operands nor the step's
     # values leave the registers.
-    rows = 1 if share and not queue else block_m
+    rows = 1 if share else block_m
     block_f = (512 if rows == 1 or 90 <= arch.version < 100 else 256) * warps // rows
     block_f = max(16, min(power_of_two(N), block_f))
     chunks = min(cdiv(N, block_f), cdiv(2 * arch.processors, max(B, 1))) if share else 0
@@ -236,15 +226,10 @@ def linear_contrast(
     if arch.backend == "cuda" and arch.version >= 100:
         # Two per thread, beside the product's addresses; one beside float32's three pairs of operands.
         parts = max(2, parts // (4 if dtype == torch.float32 else 2))
-    if queue:
-        chunks = cdiv(N, max(1024, (1 << 19) // block_m))
-        # Two groups at least, so that one group's norms are written while the next one's product runs.
-        group_m = max(1, min(8, tiles_m // 2))
-        parts = max(2, parts // 2)
     return LinearConfig(
         block_m, block_n, block_k, group_m, chunks, block_f, parts=parts, tiles_per_split=1,
         norm_in_loop=block_m <= 32 or tiles_n <= 4, precision=_precision(dtype, arch),
-        num_warps=warps, num_stages=stages, queue=queue,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

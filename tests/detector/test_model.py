@@ -341,7 +341,7 @@ def test_the_report_says_price_worth_and_what_is_kept(fitted):
     assert set(entries) == set(BLOCKS)
     assert report.kept == list(fitted.detector.shapes_)
     assert "logits" in report.kept
-    for name in ("gradients", "ranked", "normalization_norms", "view"):
+    for name in ("gradients", "ranked", "view"):
         assert not entries[name].kept
         assert entries[name].why == "beyond the budget"
         assert entries[name].predicted > 0.2

@@ -20,7 +20,6 @@ class Again(Block):
     """Runs the network once more."""
 
     name = "again"
-    reads = ("input",)
     shapes = "(B, N)"
 
     def price(self, subject):

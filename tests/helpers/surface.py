@@ -91,12 +91,10 @@ def surface() -> dict[str, Any]:
         listed = [value for value in values.values() if isinstance(value, type)]
         found[module_name] = {name: text(value, listed) for name, value in values.items()}
     for name, (module_name, _, _) in COMMANDS.items():
-        # What the benchmarks take belongs to the repository, not to the package.
-        if name != "bench":
-            parser = argparse.ArgumentParser()
-            importlib.import_module(module_name).add_arguments(parser)
-            actions = [a for a in parser._actions if a.help is not argparse.SUPPRESS and a.dest != "help"]
-            found[f"fastgrad {name}"] = [" ".join(a.option_strings) or a.dest for a in actions]
+        parser = argparse.ArgumentParser()
+        importlib.import_module(module_name).add_arguments(parser)
+        actions = [a for a in parser._actions if a.help is not argparse.SUPPRESS and a.dest != "help"]
+        found[f"fastgrad {name}"] = [" ".join(a.option_strings) or a.dest for a in actions]
     return found
 
 

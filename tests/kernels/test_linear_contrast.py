@@ -32,8 +32,6 @@ PATHS = {
     "last": SMALL,
     "last, norm in loop": dataclasses.replace(SMALL, norm_in_loop=True, group_m=1),
     "launch": dataclasses.replace(SMALL, chunks=2),
-    "queue": dataclasses.replace(SMALL, chunks=2, queue=True),
-    "queue, one group": dataclasses.replace(SMALL, chunks=1, group_m=4, norm_in_loop=True, queue=True),
 }
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -85,7 +83,7 @@ def check_norms(
 def test_every_path(loss: str, path: str, device: torch.device) -> None:
     # Three row blocks in groups of two, the last block and the last group incomplete; D not a multiple of the block.
     x, w, b = (t.to(device) for t in head(35, 37, 21, seed=1))
-    log = path in ("launch", "queue")
+    log = path == "launch"
     with heuristics.override(linear_contrast=PATHS[path]):
         z, out = linear_contrast_sqnorm(x, w, b, loss, log, False)
     assert z.dtype == torch.float32
@@ -135,7 +133,7 @@ def test_empty_batch(device: torch.device) -> None:
     assert linear_contrast_stats(x, w, b, "bce", False).shape == (0, 5)
 
 
-@pytest.mark.parametrize("path", ["last", "launch", "queue"])
+@pytest.mark.parametrize("path", ["last", "launch"])
 def test_nan_stays_in_its_row(path: str, device: torch.device) -> None:
     x, w, b = (t.to(device) for t in head(18, 20, 8, seed=6))
     x[4, 3], x[17, 0] = math.nan, math.inf
@@ -153,7 +151,7 @@ def test_nan_stays_in_its_row(path: str, device: torch.device) -> None:
 def test_equal_calls_give_equal_bits(device: torch.device) -> None:
     x, w, b = (t.to(device) for t in head(35, 37, 21, seed=7))
     found = {}
-    for path in ("last", "launch", "queue"):
+    for path in ("last", "launch"):
         with heuristics.override(linear_contrast=PATHS[path]):
             first, second = (linear_contrast_sqnorm(x, w, b, "brier", False, False) for _ in range(2))
         assert torch.equal(first[0], second[0])
@@ -161,7 +159,6 @@ def test_equal_calls_give_equal_bits(device: torch.device) -> None:
         found[path] = first[1]
     if device.type == "cpu":
         # A compiler may contract the same operations differently in two kernels; the interpreter contracts nothing.
-        assert torch.equal(found["launch"], found["queue"])
         assert torch.equal(found["launch"], found["last"])
 
 

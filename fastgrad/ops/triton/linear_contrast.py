@@ -8,7 +8,7 @@ from fastgrad.kernels import linear_contrast as kernels
 from fastgrad.kernels.losses import PLANES
 from fastgrad.ops import heuristics
 from fastgrad.ops.triton import launch
-from fastgrad.ops.triton.contrast import chunks_of, finish
+from fastgrad.ops.triton.contrast import finish
 
 
 def _check(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -54,27 +54,24 @@ def linear_contrast_sqnorm(
     config = heuristics.linear_contrast(B, N, D, features.dtype, launch.architecture(features))
     tiles_m, tiles_n = heuristics.cdiv(B, config.block_m), heuristics.cdiv(N, config.block_n)
     groups = heuristics.cdiv(tiles_m, config.group_m)
-    queued = config.chunks if config.queue else 0
-    chunk_n, queued = chunks_of(N, queued, config.block_f) if queued else (0, 0)
     stride_xb, align_x = launch.rows_alignment(features)
     stride_wn, align_w = launch.rows_alignment(weight)
     align_n = launch.alignment(N)
     with launch.device_guard(features):
         work = launch.empty((PLANES, tiles_n, B), torch.float32, features)
-        counted = queued or not config.chunks
-        sync = torch.zeros(1 + tiles_m, dtype=torch.int32, device=features.device) if counted else work
-        kernels.linear_contrast_kernel[(groups * config.group_m * (tiles_n + queued),)](
+        sync = work if config.chunks else torch.zeros(tiles_m, dtype=torch.int32, device=features.device)
+        kernels.linear_contrast_kernel[(groups * config.group_m * tiles_n,)](
             features, weight, bias.contiguous() if bias is not None else weight, logits, out, work, sync,
             B, N // align_n, D, stride_xb, features.stride(1), stride_wn, weight.stride(1),
-            _slice(D, tiles_n, config.block_k), chunk_n,
+            _slice(D, tiles_n, config.block_k),
             LOSS=loss, LOG=log, MEAN=mean, HAS_BIAS=bias is not None,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-            BLOCK_F=config.block_f, PARTS=config.parts, LAST=config.chunks == 0, CHUNKS=queued,
+            BLOCK_F=config.block_f, PARTS=config.parts, LAST=config.chunks == 0,
             NORM_IN_LOOP=config.norm_in_loop, EVEN_K=D % config.block_k == 0, PRECISION=config.precision,
             UPCAST=launch.upcast(features), ALIGN_X=align_x, ALIGN_W=align_w, ALIGN_N=align_n,
             num_warps=config.num_warps, num_stages=config.num_stages, **launch.OPTIONS,
         )  # fmt: skip
-        if config.chunks and not config.queue:
+        if config.chunks:
             finish(
                 logits, work, out, tiles_n, (1, B), config.chunks, config.block_f,
                 LOSS=loss, BIAS=bias is not None, LOG=log, MEAN=mean, PARTS=config.parts, num_warps=config.num_warps,

@@ -43,7 +43,7 @@ def test_every_block_has_an_onnx_form(form: str, tmp_path: Path) -> None:
         for block, found in evidence.items():
             # What is sent back for a confident answer is small: an absolute difference of its logits is a relative one
             # of the signal, and twice that of a squared norm, of which the logarithm is read.
-            squared = block == "normalization_norms"
+            squared = block == "gradients"
             rounding = 2 * float((prediction.logits - expected.logits).abs().max()) if squared else 0.0
             assert onnx_export.difference(found, reasons[block]) <= 1e-5 + rounding
 
