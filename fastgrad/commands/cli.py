@@ -23,11 +23,6 @@ COMMANDS = {
         "print versions, devices and which implementation would run, and why",
     ),
     "serve": ("fastgrad.commands.serve", "serve", "serve an exported file over HTTP"),
-    "triton": (
-        "fastgrad.commands.triton",
-        "onnx",
-        "write a model repository for NVIDIA's Triton Inference Server",
-    ),
     "score": ("fastgrad.commands.score", "score", "score a folder or a Parquet file of images"),
 }
 

@@ -32,7 +32,6 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad.deploy.score.ray": ("score_dataset",),
     "fastgrad.deploy.serve.app": None,
     "fastgrad.deploy.serve.ray": None,
-    "fastgrad.deploy.triton_server": ("write_repository",),
     "fastgrad.gradients.features": ("Route", "logits_of"),
     "fastgrad.interop": ("as_pytorch_ood",),
     "fastgrad.layers": None,
