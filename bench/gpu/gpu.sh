@@ -74,9 +74,9 @@ step "kernels against float64" 120 bash -c 'kept "$@"' kept "$out/tests.txt" "$p
 if imports pytest && imports hypothesis; then
     # On a device the tests of kernels and operators run on it, without the interpreter.
     if [ -n "$dry" ]; then
-        tests=(tests/test_functional.py -k "bad_input or bad_row" -x)
+        tests=(tests/gradients/test_contrasts.py -k "bad_input or bad_row" -x)
     else
-        tests=(tests/kernels tests/ops tests/test_functional.py)
+        tests=(tests/kernels tests/ops tests/gradients/test_contrasts.py)
     fi
     step "test suite" 150 bash -c 'kept "$@"' kept "$out/tests.txt" \
         "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
@@ -96,7 +96,7 @@ metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,lts__throughput.avg.
 metrics+=,gpu__time_duration.sum,launch__registers_per_thread
 if have ncu && [ -z "$dry" ]; then
     step "profiler counters" 90 ncu --csv --log-file "$out/ncu.csv" --metrics "$metrics" \
-        --kernel-name "regex:contrast|linear|rows|target" --launch-count 40 "${once[@]}"
+        --kernel-name "regex:contrast|linear|target" --launch-count 40 "${once[@]}"
 elif [ -n "$dry" ]; then
     step "profiler counters" 60 "${once[@]}" --tiny
 else

@@ -20,7 +20,7 @@ from torch import nn
 
 from bench.harness import results_file
 from fastgrad import GradientFeatures
-from fastgrad.ops import conv_cost, layer_sqnorm
+from fastgrad.ops.conv import cost, sqnorm
 
 BASE = {"batch": 16, "image": 32, "width": 32, "classes": 10, "target": "ones"}
 SWEEPS: dict[str, list[dict[str, Any]]] = {
@@ -65,22 +65,22 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         return torch.autograd.grad(loss, list(model.parameters()))
 
     spent = {"measured": 0.0, "predicted": 0.0}
-    solve = layer_sqnorm._solve
+    solve = sqnorm._solve
 
     def watched(p: Any, route: str | None) -> torch.Tensor:
         start = time.perf_counter()
         norms = solve(p, route)
         spent["measured"] += time.perf_counter() - start
-        shape = layer_sqnorm.shape_of(p)
-        spent["predicted"] += conv_cost.seconds(conv_cost.choose_route(shape), shape)
+        shape = sqnorm.shape_of(p)
+        spent["predicted"] += cost.seconds(cost.choose_route(shape), shape)
         return norms
 
     training, extraction = fastest(step), fastest(lambda: extractor(x))
-    layer_sqnorm._solve = watched
+    sqnorm._solve = watched
     try:
         extractor(x)
     finally:
-        layer_sqnorm._solve = solve
+        sqnorm._solve = solve
     return {
         **case, "training_ms": 1e3 * training, "extraction_ms": 1e3 * extraction, "ratio": extraction / training,
         "norms_ms": 1e3 * spent["measured"], "predicted_ms": 1e3 * spent["predicted"],
