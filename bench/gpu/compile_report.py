@@ -24,7 +24,7 @@ import triton
 from bench.gpu import machine_code
 from bench.gpu.compile_cases import QUICK, Case, cases
 from bench.gpu.compiler import TARGETS, Launch, compile_launch, launches
-from bench.harness.results_file import RESULTS
+from bench.results_file import RESULTS
 from fastgrad.ops import tune
 
 

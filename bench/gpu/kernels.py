@@ -16,13 +16,8 @@ from typing import Any
 import torch
 
 import fastgrad
+from bench import clock, results_file
 from bench.gpu import work
-from bench.harness import floor as floors
-from bench.harness import results_file
-from bench.harness.case import Result
-from bench.harness.clock import clock
-from bench.harness.measure import graphed, run_case
-from bench.report.document import rows
 from fastgrad.ops.triton import devices
 
 TINY = (
@@ -52,13 +47,13 @@ def call(case: str, device: str) -> Callable[[], Any]:
     return lambda: function(h, weight, bias, impl="triton")
 
 
-def measure(case: str, device: str, floor: floors.Floor) -> dict[str, Any]:
+def measure(case: str, device: str, floor: clock.Floor) -> dict[str, Any]:
     """Median of a case and shares of the measured rates."""
     run = call(case, device)
     run()
-    timer = clock(device)
-    replay = run if device == "cpu" else graphed(run)
-    times = torch.tensor([timer(replay, 1) for _ in range(3 if device == "cpu" else 50)], dtype=torch.float64)
+    timer = clock.timer(device)
+    replay = run if device == "cpu" else clock.graphed(run)
+    times = torch.tensor([timer(replay) for _ in range(3 if device == "cpu" else 50)], dtype=torch.float64)
     seconds = float(times.median())
     launches = work.launches(case, devices.architecture(torch.empty(1, device=device)))
     moved, useful = sum(w.memory for w in launches), sum(w.useful for w in launches)
@@ -87,11 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.out is None:
         parser.error("--out must name a folder")
-    measured: list[Result] = []
-    for one in floors.cases(device, options.tiny):
-        measured += run_case(one, device, 0.02 if options.tiny else 1.0)
-    floor = floors.read(rows(measured))
-    assert floor is not None
+    floor = clock.floor(device, options.tiny)
     name = torch.cuda.get_device_name() if device == "cuda" else "interpreter"
     found, failed = [], 0
     for case in chosen:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from doc_pages import DOCS
 
-from bench.report import readme
+from bench.report import blocks
 
 
 def test_the_tables_equal_the_results() -> None:
     text = (DOCS / "results.md").read_text()
-    assert len(readme.BLOCK.findall(text)) >= 7
-    stale = readme.differing(text)
-    assert not stale, f"run python -m bench.report.readme --file docs/results.md; out of date: {stale}"
+    assert len(blocks.BLOCK.findall(text)) >= 7
+    stale = blocks.differing(text)
+    assert not stale, f"run python -m bench.report; stale: {stale}"
