@@ -11,15 +11,11 @@ import importlib.util
 import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-
-# Tests share tests/oracles.py and the like; importlib mode puts no folder on the path.
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -64,15 +60,15 @@ def device() -> torch.device:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what the launchers allocate with NaN, so that an element no kernel wrote shows."""
-    from fastgrad.ops.triton import launch
+    from fastgrad.ops.triton import devices
 
-    plain = launch.empty
+    plain = devices.empty
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         out: torch.Tensor = plain(*args, **kwargs)  # type: ignore[arg-type]
         return out.fill_(float("nan")) if out.dtype.is_floating_point else out
 
-    monkeypatch.setattr(launch, "empty", poisoned)
+    monkeypatch.setattr(devices, "empty", poisoned)
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 
-from fastgrad.challenges import CHALLENGES, PixelRange, challenge_names, generate_challenges, iter_challenges
+from fastgrad.challenges import (
+    CHALLENGES,
+    PixelRange,
+    challenge_cost,
+    challenge_names,
+    generate_challenges,
+    iter_challenges,
+)
+from fastgrad.challenges.generate import STEPS
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
@@ -58,7 +67,7 @@ def test_same_seed_same_challenges_whatever_else_is_made() -> None:
     net, images = small_net(), photos()
     everything = generate_challenges(net, images, seed=5)
     state = torch.get_rng_state()
-    again = dict(iter_challenges(net, images, names=["pgd-2", "noise", "shuffle-3"], seed=5))
+    again = generate_challenges(net, images, names=["pgd-2", "noise", "shuffle-3"], seed=5)
     assert torch.equal(state, torch.get_rng_state())
     assert list(again) == ["pgd-2", "noise-1", "noise-2", "noise-3", "shuffle-3"]
     for name, challenge in again.items():
@@ -125,7 +134,7 @@ def test_attacks_stay_in_their_ball_and_move_the_prediction(kind: str, scale: fl
             return logits.gather(1, top)[:, 0] - others
 
         margins = [margin(clean)] + [margin(net(made[f"{kind}-{n}"])) for n in (1, 2, 3)]
-    for n, epsilon in enumerate(CHALLENGES[kind], 1):
+    for n, epsilon in enumerate(CHALLENGES[kind].strengths, 1):
         # float32 rounding of values below one.
         assert float((made[f"{kind}-{n}"] - images).abs().max()) <= epsilon + 2e-7
         assert bool((margins[n] < margins[0]).all())
@@ -141,26 +150,6 @@ def test_attack_is_the_published_step() -> None:
     expected = (images + 8 / 255 * slope.sign()).clamp(0, 1)
     made = generate_challenges(net, images, names=["fgsm-3"])["fgsm-3"]
     torch.testing.assert_close(made, expected, rtol=0, atol=4e-16)
-
-
-def test_deepfool_ends_just_across_the_boundary() -> None:
-    net = small_net().double().eval()
-    images = 0.25 + photos(batch=10).double() / 2
-    made = generate_challenges(net, images, names=["deepfool", "pgd-1"], clip=(0, 1))
-    with torch.no_grad():
-        clean, near, far = net(images), net(made["deepfool-1"]), net(made["deepfool-2"])
-    top = clean.argmax(1)
-    # Where kinks turn the last steps back it may stop short.
-    assert int((near.argmax(1) != top).sum()) >= 9
-    assert int((far.argmax(1) != top).sum()) >= 9
-    margins = [z.amax(1) - z.gather(1, top[:, None])[:, 0] for z in (near, far)]
-    assert bool((margins[0] < margins[1]).all())
-    lengths = [(made[name] - images).flatten(1).norm(dim=1) for name in ("deepfool-1", "deepfool-2")]
-    # The boundary lies where the prediction changes: on the way there it has not.
-    with torch.no_grad():
-        halfway = net(images + 0.9 * (made["deepfool-1"] - images))
-    assert bool((halfway.argmax(1) == top).all())
-    assert bool((lengths[0] < lengths[1]).all())
 
 
 def test_normalised_and_unit_images_get_the_same_attack() -> None:
@@ -187,8 +176,84 @@ def test_range_is_read_from_the_data() -> None:
     assert torch.equal(pixels.high.flatten(), ready.amax((0, 2, 3)))
     flat = PixelRange.of(torch.full((2, 1, 4, 4), -3.0))
     assert float(flat.high - flat.low) == 1
-    told = PixelRange.of(ready, clip=(0, 255), mean=[127.0] * 3, std=[64.0] * 3)
-    assert float(told.low[0, 0]) == pytest.approx(-127 / 64)
+    told = PixelRange.of(2 * unit - 1, clip=(0, 255), mean=[127.5] * 3, std=[127.5] * 3)
+    assert float(told.low[0, 0]) == -1
+
+
+@pytest.mark.parametrize(
+    ("told", "images", "words"),
+    [
+        (
+            {"clip": (0, 1)},
+            [photos(), 255 * photos()],
+            r"range that clip, mean and std give, \[0, 1\]; they reached",
+        ),
+        ({"mean": MEAN, "std": STD}, [photos() - 3], r"reached \[-3, "),
+        ({}, [photos(), 255 * photos(2)], r"share one range; 6 of 8 lie within \[0, 1\], others reach 25\d"),
+    ],
+)
+def test_ranges_that_contradict_are_refused(told: dict, images: list[torch.Tensor], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        PixelRange.of(images, **told)
+    assert float(PixelRange.of([photos(), 255 * photos(2)], clip=(0, 255)).high) == 255
+    # The whole sample decides: the first batch alone would pass for unit images.
+    black = torch.zeros(1, 3, 8, 8)
+    assert float(PixelRange.of([black, 255 * photos(2)]).high) == 255
+    half = normalised(photos()).half()
+    assert bool(torch.isfinite(PixelRange.of(half, mean=MEAN, std=STD).low).all())
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_kinds_take_turns_over_all_inputs_in_whatever_parts_they_come(parts: int) -> None:
+    net, images = small_net(), photos(60)
+    found = []
+    for part in range(parts):
+        own = images.tensor_split(parts)[part]
+        first = part * 60 // parts
+        pixels = PixelRange.of(images)
+        made = list(iter_challenges(net, own, each=3, first=first, seed=2, pixels=pixels, batch_size=16))
+        assert all(len(batch.inputs) == len(batch.kinds) == len(batch.sources) for batch in made)
+        # Kinds share batches; only the last one is short.
+        assert all(16 <= len(batch.kinds) < 32 for batch in made[:-1])
+        found += [pair for batch in made for pair in zip(batch.sources.tolist(), batch.kinds, strict=True)]
+    assert Counter(source for source, _ in found) == dict.fromkeys(range(60), 3)
+    counts = Counter(kind for _, kind in found)
+    turns = 180 / len(challenge_names())
+    for name, kind in CHALLENGES.items():
+        assert abs(counts[name] - turns * len(kind.strengths)) <= len(kind.strengths)
+
+
+def test_challenges_come_from_the_inputs_that_they_name() -> None:
+    images = photos(8)
+    made = list(iter_challenges(None, images, names=["contrast"], each=3, pixels=PixelRange.of(images)))
+    for batch in made:
+        for challenge, source in zip(batch.inputs, batch.sources, strict=True):
+            both = torch.stack([challenge.flatten(), images[source].flatten()])
+            assert float(torch.corrcoef(both)[0, 1]) > 0.999
+    again = list(iter_challenges(None, images, names=["contrast"], each=3))
+    assert all(torch.equal(one.inputs, other.inputs) for one, other in zip(made, again, strict=True))
+
+
+def test_attacks_of_all_strengths_are_made_in_one_batch() -> None:
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Counting.calls += len(x)
+            return x.flatten(1)[:, :4]
+
+    images = photos(12)
+    list(iter_challenges(Counting(), images, names=["fgsm", "pgd"], each=6))
+    # The first gradient of FGSM finds the prediction on its way; the random start of PGD needs one more pass.
+    assert Counting.calls == 12 * (3 * 1 + 3 * (1 + STEPS))
+    # Backward passes, and reading what was made, are the rest of the cost.
+    assert challenge_cost(6, names=["fgsm", "pgd"]) == pytest.approx(18 + 6 + 1.4 * 3 * (1 + STEPS))
+    names = ["fgsm", "compressed_fgsm"]
+    (batch,) = iter_challenges(Counting(), images[:12], names=names, each=1)
+    change = (batch.inputs - images[batch.sources]).abs().amax((1, 2, 3))
+    plain = torch.tensor([kind == "fgsm" for kind in batch.kinds])
+    assert {round(255 * float(value)) for value in change[plain]} == {2, 4, 8}
+    assert bool((change[~plain] > change[plain].min()).all())
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -226,12 +291,12 @@ def test_phase_keeps_the_spectrum_and_moves_all_channels_alike() -> None:
 def test_magnification_shows_a_part_and_tiling_repeats_the_whole() -> None:
     ramp = torch.linspace(0, 1, 32).expand(2, 3, 32, 32)
     made = generate_challenges(None, ramp, names=["magnification", "tiling"], clip=(0, 1))
-    for level, factor in enumerate(CHALLENGES["magnification"], 1):
+    for level, factor in enumerate(CHALLENGES["magnification"].strengths, 1):
         spread = made[f"magnification-{level}"].amax((1, 2, 3)) - made[f"magnification-{level}"].amin(
             (1, 2, 3)
         )
         assert float(spread.max()) < 1.2 / factor
-    for level, cells in enumerate(CHALLENGES["tiling"], 1):
+    for level, cells in enumerate(CHALLENGES["tiling"].strengths, 1):
         tiled = made[f"tiling-{level}"]
         assert torch.equal(tiled, tiled.roll(32 // int(cells), -1))
         torch.testing.assert_close(tiled.mean((1, 2, 3)), ramp.mean((1, 2, 3)), rtol=0, atol=1e-5)
@@ -263,7 +328,7 @@ def test_blur_and_compression_do_what_they_say() -> None:
         ({"mean": [0.5], "std": [0.5]}, ValueError, "per channel"),
         ({"mean": [0.5] * 3, "std": [0.0] * 3}, ValueError, "std"),
         ({"batch_size": 0}, ValueError, "batch_size"),
-        ({"model": None}, ValueError, "fgsm, pgd"),
+        ({"model": None}, ValueError, "fgsm, pgd; it was None"),
         ({"model": "resnet"}, TypeError, "model"),
         ({"images": torch.zeros(3, 8, 8)}, ValueError, "B, C, H, W"),
         ({"images": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, TypeError, "images"),
@@ -273,8 +338,7 @@ def test_blur_and_compression_do_what_they_say() -> None:
 def test_errors_name_the_argument(kwargs: dict, error: type[Exception], words: str) -> None:
     arguments = {"model": small_net(), "images": photos()} | kwargs
     with pytest.raises(error, match=words):
-        # Raised at the call, before anything is made.
-        iter_challenges(arguments.pop("model"), arguments.pop("images"), **arguments)
+        generate_challenges(arguments.pop("model"), arguments.pop("images"), **arguments)
 
 
 class Wrapped(nn.Module):

@@ -17,7 +17,7 @@ def test_names_and_signatures_are_those_on_record() -> None:
     recorded, found = json.loads(surface.RECORD.read_text()), surface.surface()
     assert found.keys() == recorded.keys()
     for module, entries in found.items():
-        assert entries == recorded[module], f"{module}: if this is meant, run python tests/surface.py"
+        assert entries == recorded[module], f"{module}: if this is meant, run python tests/helpers/surface.py"
 
 
 def test_the_page_on_stability_lists_the_public_modules() -> None:

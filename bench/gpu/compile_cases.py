@@ -1,4 +1,4 @@
-"""What is compiled: one call of a launcher for every shape that the heuristics treat differently.
+"""What is compiled: one call of a launcher for every shape that `tune` treats differently.
 
 To add a kernel, append a ``Case`` to ``cases()`` and its most telling one to ``QUICK``.
 """
@@ -9,8 +9,6 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-
-from fastgrad.ops import heuristics
 
 DTYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
@@ -40,7 +38,6 @@ QUICK = (
     "linear_contrast_sqnorm B=1024 N=32000 D=4096 bf16 brier",
     "linear_contrast_stats B=1024 N=128256 D=4096 bf16 bce",
     "target_sqnorm B=4096 N=1000 D=512 bf16 soft brier",
-    "contrast_rows_linear B=1024 N=1000 D=2048 U=300 bf16",
     "conv_sqnorm B=64 64 to 64 32x32 kernel 3 stride 1 bf16",
     "linear_sqnorm B=64 T=196 C=768 O=3072 bf16",
     "channel_moments B=32 C=256 T=784 bf16 contiguous",
@@ -54,14 +51,12 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def cases() -> list[Case]:
-    """The shapes that the heuristics treat differently, for every kernel."""
+    """The shapes that `tune` treats differently, for every kernel."""
     from fastgrad.ops.triton import (
         channel_moments,
         contrast,
-        launch,
         layer_sqnorm,
         linear_contrast,
-        rows,
         target,
     )
 
@@ -96,13 +91,10 @@ def cases() -> list[Case]:
         def call() -> object:
             if kind == "stats":
                 return linear_contrast.linear_contrast_stats(x, w, b, loss, False)
-            queue = kind == "queue"
-            config = heuristics.linear_contrast(B, N, D, dtype, launch.architecture(x), queue=queue)
-            with heuristics.override(linear_contrast=config):
-                return linear_contrast.linear_contrast_sqnorm(x, w, b, loss, kind == "log", False)
+            return linear_contrast.linear_contrast_sqnorm(x, w, b, loss, kind == "log", False)
 
         name = "linear_contrast_stats" if kind == "stats" else "linear_contrast_sqnorm"
-        suffix = f" {kind}" if kind in ("log", "queue") else ""
+        suffix = " log" if kind == "log" else ""
         found.append(Case(f"{name} B={B} N={N} D={D} {DTYPES[dtype]} {loss}{suffix}", call))
 
     for loss in losses:
@@ -112,8 +104,6 @@ def cases() -> list[Case]:
         ):  # fmt: skip
             linear(B, N, D, dtype, loss)
         linear(32, 1000, 2048, half, loss, "log")
-        linear(64, 32000, 4096, half, loss, "queue")
-        linear(1024, 32000, 4096, half, loss, "queue")
         for B, N, D, dtype in (
             (8, 128256, 4096, half),
             (1024, 128256, 4096, half),
@@ -137,22 +127,6 @@ def cases() -> list[Case]:
             targets(4096, 1000, 512, kind, loss, False)
     targets(256, 128256, 4096, "indices", "brier", True)
 
-    def rows_linear(B: int, N: int, D: int, U: int, dtype: torch.dtype) -> None:
-        found.append(
-            Case(
-                f"contrast_rows_linear B={B} N={N} D={D} U={U} {DTYPES[dtype]}",
-                lambda: rows.contrast_rows_linear(
-                    meta(B, D, dtype=dtype), meta(B, N), meta(U, N * D, dtype=dtype), meta(U, dtype=dtype)
-                ),
-            )
-        )
-
-    rows_linear(32, 1000, 2048, 128, half)
-    rows_linear(1024, 1000, 2048, 300, half)
-    rows_linear(1024, 10, 512, 300, single)
-    rows_linear(4096, 10, 512, 300, half)
-    rows_linear(1, 10, 512, 300, torch.float16)
-
     def conv(C: int, O: int, size: int, kernel: int, stride: int, dtype: torch.dtype) -> None:  # noqa: E741
         last = torch.channels_last
         a = meta(64, C, size, size, dtype=dtype).contiguous(memory_format=last)
@@ -162,7 +136,7 @@ def cases() -> list[Case]:
         found.append(
             Case(
                 f"conv_sqnorm B=64 {C} to {O} {size}x{size} kernel {kernel} stride {stride} {DTYPES[dtype]}",
-                lambda: layer_sqnorm.conv_sqnorm(a, g, *each, 1),
+                lambda: layer_sqnorm.conv_sqnorm(a, g, *each, 1),  # type: ignore[call-arg]
                 wide=C % 16 == 0,
             )
         )
@@ -212,7 +186,6 @@ def cases() -> list[Case]:
         ),
         ("linear_contrast_stats", lambda: linear_contrast.linear_contrast_stats(one, one, ones, loss, True)),
         ("target_sqnorm", lambda: target.target_sqnorm(one, one, one, "soft", loss, True, True, True)),
-        ("contrast_rows_linear", lambda: rows.contrast_rows_linear(one, one, one, ones)),
     ):
         found.append(Case(f"{name} B=1 N=1 D=1 fp32 {loss}", call, wide=False))
     return found

@@ -25,7 +25,7 @@ from bench.paper import cache
 from bench.paper.cache import Arrays
 from fastgrad import UncertaintyDetector
 from fastgrad.blocks import BLOCKS as EVERY
-from fastgrad.blocks import BiasGradients, Block, Gradients, NormalizationNorms, Ranked
+from fastgrad.blocks import BiasGradients, Block, Gradients, Ranked
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.challenges import CHALLENGES
@@ -34,9 +34,7 @@ from fastgrad.detector.samples import Sources, collect, expected
 from fastgrad.detector.worth import USUAL
 
 #: What is extracted. Left out are the norms of gradients of parameters, which cost six forward passes and more.
-BLOCKS: tuple[type[Block], ...] = tuple(
-    kind for kind in EVERY.values() if kind not in (Gradients, NormalizationNorms, Ranked)
-)
+BLOCKS: tuple[type[Block], ...] = tuple(kind for kind in EVERY.values() if kind not in (Gradients, Ranked))
 GRADIENTS = ("contrasts", "bias_gradients")
 BUDGETS = (1.2, 2.5, math.inf)
 
@@ -178,7 +176,9 @@ def extracted(kinds: Sequence[type[Block]] = BLOCKS) -> str:
 
 def generation(kinds: Sequence[type[Block]] = BLOCKS, each: int | None = None) -> str:
     """The same of generated samples; its number rises when `collect` changes."""
-    return cache.digest("generated 5", dict(CHALLENGES), extracted(kinds), each)[:8]
+    return cache.digest(
+        "generated 6", {name: kind.strengths for name, kind in CHALLENGES.items()}, extracted(kinds), each
+    )[:8]
 
 
 def read(kept: Mapping[str, NDArray[Any]]) -> Samples:

@@ -1,21 +1,21 @@
 """What a detector reads of an input, one file a block.
 
-| block                 | reads                  | price (forward passes) | content                                |
-|-----------------------|------------------------|------------------------|----------------------------------------|
-| `logits`              | logits                 | 0                      | the network's answer                   |
-| `features`            | h                      | 0                      | what enters the last linear layer      |
-| `contrasts`           | h, logits              | 0                      | last-layer gradient norms, all classes |
-| `activations`         | normalisation layers   | 0                      | mean squares of channels               |
-| `image`               | input                  | 0                      | local statistics of the image          |
-| `roughness`           | first maps             | 0                      | local contrast as the network sees it  |
-| `bias_gradients`      | one backward pass      | up to 1.3              | signed gradients of biases             |
-| `view`                | input                  | 1                      | change of the answer under a zoom      |
-| `normalization_norms` | three backward passes  | about 5                | gradient norms of normalisation layers |
-| `gradients`           | three backward passes  | about 8                | gradient norms of every parameter      |
-| `ranked`              | ten backward passes    | about 25               | contrasts through the whole network    |
+| block            | reads                | price (forward passes) | content                                |
+|------------------|----------------------|------------------------|----------------------------------------|
+| `logits`         | logits               | 0                      | the network's answer                   |
+| `activations`    | normalisation layers | 0                      | mean squares of channels               |
+| `image`          | input                | 0                      | local statistics of the image          |
+| `roughness`      | first maps           | 0                      | local contrast as the network sees it  |
+| `view`           | input                | 1                      | change of the answer under a zoom      |
+| `features`       | h                    | 0                      | what enters the last linear layer      |
+| `contrasts`      | h, logits            | 0                      | last-layer gradient norms, all classes |
+| `bias_gradients` | one backward pass    | up to 1.3              | signed gradients of biases             |
+| `gradients`      | 3 backward passes    | about 8                | gradient norms of every parameter      |
+| `ranked`         | 10 backward passes   | about 25               | contrasts through the whole network    |
 
-`activations`, `bias_gradients` and `normalization_norms` read layers; of networks that do little work for each number
-that they write, as those for mobile devices, the last layers alone: reading stays cheap beside the forward pass.
+Detectors read the first four by default, the fifth where the budget allows a second forward pass; the others by name.
+`activations` and `bias_gradients` read layers; of networks that do little work for each number that they write, as
+those for mobile devices, the last layers alone: reading stays cheap beside the forward pass.
 """
 
 from __future__ import annotations
@@ -25,31 +25,48 @@ from fastgrad.blocks.bias_gradients import BiasGradients
 from fastgrad.blocks.block import Block
 from fastgrad.blocks.contrasts import Contrasts
 from fastgrad.blocks.features import Features
-from fastgrad.blocks.gradients import Gradients
+from fastgrad.blocks.gradients import Gradients, Ranked
 from fastgrad.blocks.image import Image
 from fastgrad.blocks.logits import Logits
-from fastgrad.blocks.normalization_norms import NormalizationNorms
-from fastgrad.blocks.ranked import Ranked
 from fastgrad.blocks.roughness import Roughness
 from fastgrad.blocks.view import View
 
-#: Every block by name, in the order in which detectors take them up.
-BLOCKS: dict[str, type[Block]] = {
-    block.name: block
-    for block in (
-        Gradients,
-        Contrasts,
-        Ranked,
-        Logits,
-        Features,
-        Image,
-        Roughness,
-        Activations,
-        BiasGradients,
-        NormalizationNorms,
-        View,
-    )
-}
+#: Every block by name.
+BLOCKS: dict[str, type[Block]] = {}
+
+
+def register_block(block: type[Block]) -> type[Block]:
+    """Make a block known by its name: to detectors, and to the files that they are stored in; a decorator.
+
+    Args:
+        block: A subclass of `Block` that can be made without arguments.
+
+    Raises:
+        TypeError: It is no subclass of `Block`.
+        ValueError: It has no name, or that of another block.
+    """
+    if not (isinstance(block, type) and issubclass(block, Block)):
+        raise TypeError(f"block must be a subclass of Block; it was {block!r}")
+    name = getattr(block, "name", "")
+    if not name or BLOCKS.get(name, block) is not block:
+        raise ValueError(f"block must have a name of its own; {block.__name__}'s was {name!r}")
+    BLOCKS[name] = block
+    return block
+
+
+for _block in (
+    Logits,
+    Activations,
+    Image,
+    Roughness,
+    View,
+    Features,
+    Contrasts,
+    BiasGradients,
+    Gradients,
+    Ranked,
+):
+    register_block(_block)
 
 __all__ = [
     "BLOCKS",
@@ -61,8 +78,8 @@ __all__ = [
     "Gradients",
     "Image",
     "Logits",
-    "NormalizationNorms",
     "Ranked",
     "Roughness",
     "View",
+    "register_block",
 ]

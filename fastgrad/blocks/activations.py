@@ -34,7 +34,6 @@ class Activations(Block):
 
     name = "activations"
     alarm = "inner activations unlike those of known inputs"
-    reads = ("activations",)
     shapes = "(B, D)"
 
     def refusal(self, subject: Subject) -> str | None:

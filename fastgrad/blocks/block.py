@@ -22,8 +22,7 @@ from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.rows import Rows
 
 if TYPE_CHECKING:
-    from fastgrad.blocks.passes import Pass, Wants
-    from fastgrad.blocks.signals import Signal
+    from fastgrad.blocks.passes import Pass, Signal, Wants
     from fastgrad.blocks.subject import Subject
     from fastgrad.engine.run import Reading, Site
 
@@ -58,7 +57,6 @@ class Block:
         name: The block's key in feature mappings.
         alarm: What an alarm that it raises means, in words for everyone, to follow "Mostly because:"; empty for its
             name.
-        reads: What it needs: of ``"input"``, ``"logits"``, ``"h"``, ``"activations"``, ``"gradients"``.
         ranks: Numbers of dimensions that its tensor may have.
         shapes: The same in words.
         squared_norms: Whether it holds squared norms, which detectors take the logarithm of.
@@ -67,7 +65,6 @@ class Block:
 
     name: ClassVar[str]
     alarm: ClassVar[str] = ""
-    reads: ClassVar[tuple[str, ...]]
     ranks: ClassVar[tuple[int, ...]] = (2,)
     shapes: ClassVar[str]
     squared_norms: ClassVar[bool] = False

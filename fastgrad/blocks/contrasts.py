@@ -20,7 +20,6 @@ class Contrasts(Block):
 
     name = "contrasts"
     alarm = "other answers unusually near or far"
-    reads = ("h", "logits")
     ranks = (2, 3, 4)
     shapes = "(B, N), (B, N, P) or (B, S, N, P)"
     squared_norms = True

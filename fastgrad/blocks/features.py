@@ -30,7 +30,6 @@ class Features(Block):
 
     name = "features"
     alarm = "no similar input among the known ones"
-    reads = ("h",)
     shapes = "(B, D)"
 
     def refusal(self, subject: Subject) -> str | None:

@@ -20,7 +20,6 @@ class Image(Block):
 
     name = "image"
     alarm = "brightness, sharpness or noise unlike those of known images"
-    reads = ("input",)
     shapes = "(B, K)"
 
     def refusal(self, subject: Subject) -> str | None:

@@ -26,7 +26,6 @@ class Logits(Block):
 
     name = "logits"
     alarm = "class scores unusually weak, strong or close together"
-    reads = ("logits",)
     shapes = "(B, N)"
 
     def values(self, found: Pass) -> Tensor:

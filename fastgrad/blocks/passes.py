@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,12 +10,24 @@ import torch
 from torch import Tensor
 
 from fastgrad.batches import logits_of
-from fastgrad.blocks.signals import Signal
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.backward import gather, send_back
 from fastgrad.engine.network import Network
 from fastgrad.engine.planning import Plan
 from fastgrad.engine.run import Reading, Run, Site
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What is sent back through a network: one gradient at the logits.
+
+    Attributes:
+        name: What it is called in reports and files.
+        delta: ``logits (B, N) -> (B, N)``.
+    """
+
+    name: str
+    delta: Callable[[Tensor], Tensor]
 
 
 class Wants(NamedTuple):

@@ -32,7 +32,6 @@ class Roughness(Block):
 
     name = "roughness"
     alarm = "fine grain, as the first layer sees it, unlike that of known inputs"
-    reads = ("activations",)
     shapes = "(B, D)"
 
     def refusal(self, subject: Subject) -> str | None:

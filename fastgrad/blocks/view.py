@@ -42,7 +42,6 @@ class View(Block):
 
     name = "view"
     alarm = "an answer that changes when the image is enlarged a little"
-    reads = ("input",)
     shapes = "(B, 1)"
 
     def __init__(self, zoom: float = 0.9, mirror: bool = False) -> None:

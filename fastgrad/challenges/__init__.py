@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from fastgrad.challenges.attacks import deepfool, fgsm, pgd
+from fastgrad.challenges.attacks import fgsm, pgd
 from fastgrad.challenges.generate import (
     CHALLENGES,
-    FAMILIES,
+    Challenges,
+    Kind,
+    challenge_cost,
     challenge_names,
     generate_challenges,
     iter_challenges,
@@ -14,10 +16,11 @@ from fastgrad.challenges.pixels import PixelRange
 
 __all__ = [
     "CHALLENGES",
-    "FAMILIES",
+    "Challenges",
+    "Kind",
     "PixelRange",
+    "challenge_cost",
     "challenge_names",
-    "deepfool",
     "fgsm",
     "generate_challenges",
     "iter_challenges",

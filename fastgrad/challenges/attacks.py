@@ -29,14 +29,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def away_from(logits: Tensor, predicted: Tensor, *, nearest: bool = False) -> Tensor:
-    """How far each prediction has been pushed: ``logsumexp``, or the ``nearest``, of the others minus its logit."""
+def away_from(logits: Tensor, predicted: Tensor) -> Tensor:
+    """How far each prediction has been pushed: ``logsumexp`` of the other logits minus its own."""
     if logits.shape[1] == 1:
         # One logit: its sign is the prediction.
         return -logits[:, 0] * (2 * predicted - 1).to(logits)
     own = logits.gather(1, predicted[:, None])[:, 0]
     others = logits.scatter(1, predicted[:, None], -torch.inf)
-    return (others.amax(1) if nearest else others.logsumexp(1)) - own
+    return others.logsumexp(1) - own
 
 
 def _prediction(logits: Tensor) -> Tensor:
@@ -49,39 +49,48 @@ def _predicted(model: nn.Module, unit: Tensor, pixels: PixelRange) -> Tensor:
 
 
 def _slope(
-    model: nn.Module, unit: Tensor, predicted: Tensor, pixels: PixelRange, *, nearest: bool = False
+    model: nn.Module, unit: Tensor, predicted: Tensor | None, pixels: PixelRange
 ) -> tuple[Tensor, Tensor]:
-    """How far the predictions have been pushed ``(B,)``, and its gradient with respect to the images."""
+    """Gradient of how far predictions have been pushed, and the predictions, those at ``unit`` where None."""
     with torch.enable_grad():
         point = unit.detach().requires_grad_()
-        away = away_from(class_logits(model(pixels.from_unit(point))), predicted, nearest=nearest)
+        logits = class_logits(model(pixels.from_unit(point)))
+        if predicted is None:
+            predicted = _prediction(logits.detach())
         # With respect to the input alone: no parameter's .grad is touched.
-        (slope,) = torch.autograd.grad(away.sum(), point)
-    return away.detach(), slope
+        (slope,) = torch.autograd.grad(away_from(logits, predicted).sum(), point)
+    return slope, predicted
 
 
 def _ascend(
-    model: nn.Module, unit: Tensor, start: Tensor, pixels: PixelRange, epsilon: float, step: float, steps: int
+    model: nn.Module,
+    unit: Tensor,
+    start: Tensor,
+    pixels: PixelRange,
+    epsilon: float | Tensor,
+    step: float | Tensor,
+    steps: int,
 ) -> Tensor:
     """``steps`` sign steps of size ``step`` within ``epsilon`` of ``unit``, from ``start``."""
-    predicted = _predicted(model, unit, pixels)
+    # The first step from the images themselves finds the prediction on its way.
+    predicted = None if start is unit else _predicted(model, unit, pixels)
     current = start
     for _ in range(steps):
-        _, slope = _slope(model, current, predicted, pixels)
+        slope, predicted = _slope(model, current, predicted, pixels)
         moved = current + step * slope.sign()
         current = torch.maximum(torch.minimum(moved, unit + epsilon), unit - epsilon).clamp(0, 1)
     return current.detach()
 
 
 def fgsm(
-    model: nn.Module, unit: Tensor, epsilon: float, generator: Generator, *, pixels: PixelRange
+    model: nn.Module, unit: Tensor, epsilon: float | Tensor, generator: Generator, *, pixels: PixelRange
 ) -> Tensor:
     """Fast gradient sign method (Goodfellow et al. 2015): one step of ``epsilon`` per pixel.
 
     Args:
         model: classifier in evaluation mode, taking images in their own range.
         unit: images ``(B, C, H, W)`` in the unit range.
-        epsilon: step in the unit range (8/255 is the customary one).
+        epsilon: step in the unit range (8/255 is the customary one), or one for each image ``(B, 1, 1, 1)``.
         generator: unused; FGSM draws nothing.
         pixels: maps the unit range to the one that the model expects.
 
@@ -94,7 +103,7 @@ def fgsm(
 def pgd(
     model: nn.Module,
     unit: Tensor,
-    epsilon: float,
+    epsilon: float | Tensor,
     generator: Generator,
     *,
     pixels: PixelRange,
@@ -107,29 +116,3 @@ def pgd(
     offset = (2 * torch.rand(unit.shape, generator=generator) - 1).to(unit)
     start = (unit + epsilon * offset).clamp(0, 1)
     return _ascend(model, unit, start, pixels, epsilon, 2.5 * epsilon / steps, steps)
-
-
-def deepfool(
-    model: nn.Module,
-    unit: Tensor,
-    overshoot: float,
-    generator: Generator,
-    *,
-    pixels: PixelRange,
-    steps: int = 10,
-) -> Tensor:
-    """A least change that misleads (DeepFool, Moosavi-Dezfooli et al. 2016, towards the nearest class by logits).
-
-    Each step goes to where the linearised network is undecided, and ``overshoot`` of the whole way beyond; an image
-    that is misclassified rests. Arguments and result as for :func:`fgsm`; ``generator`` draws nothing.
-    """
-    predicted = _predicted(model, unit, pixels)
-    moved = torch.zeros_like(unit)
-    current = unit
-    for _ in range(steps):
-        away, slope = _slope(model, current, predicted, pixels, nearest=True)
-        length = slope.flatten(1).square().sum(1).clamp_min(torch.finfo(slope.dtype).tiny)
-        scale = (away < 0).to(unit) * away / length
-        moved = moved - scale.view(-1, *[1] * (unit.dim() - 1)) * slope
-        current = (unit + (1 + overshoot) * moved).clamp(0, 1)
-    return current.detach()

@@ -6,12 +6,13 @@ common corruptions, so that a detector trained on these can still be tested on t
 
 from __future__ import annotations
 
-import io
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+
+from fastgrad.challenges.jpeg import recompressed
 
 
 def _uniform(unit: Tensor, shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -28,15 +29,20 @@ def blur(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
     """Gaussian blur; ``sigma`` in pixels of an image 32 pixels wide, larger images in proportion."""
     height, width = unit.shape[-2:]
     pixels = sigma * min(height, width) / 32
+    # As products with matrices, whose price does not depend on sigma.
+    down, along = (_gaussian(length, pixels).to(unit) for length in (height, width))
+    return down @ unit @ along.T
+
+
+def _gaussian(length: int, pixels: float) -> Tensor:
+    """Weights ``(length, length)`` of every position for every blurred one, borders replicated."""
     radius = max(1, math.ceil(3 * pixels))
-    taps = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    kernel = torch.exp(-0.5 * (taps / pixels) ** 2)
-    kernel = (kernel / kernel.sum()).to(unit)
-    channels = unit.shape[1]
-    # Replicated borders: no dark frame that a detector could learn instead of the blur.
-    padded = F.pad(unit, (radius,) * 4, mode="replicate")
-    rows = F.conv2d(padded, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
-    return F.conv2d(rows, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / pixels) ** 2)
+    # No dark frame that a detector could learn instead of the blur.
+    places = (torch.arange(length)[:, None] + torch.arange(-radius, radius + 1)).clamp(0, length - 1)
+    return torch.zeros(length, length, dtype=torch.float64).scatter_add_(
+        1, places, (taps / taps.sum()).expand(length, -1)
+    )
 
 
 def contrast(unit: Tensor, factor: float, generator: Generator) -> Tensor:
@@ -51,25 +57,13 @@ def brightness(unit: Tensor, shift: float, generator: Generator) -> Tensor:
     return unit + shift * sign.to(unit)
 
 
-def compression(unit: Tensor, quality: float, generator: Generator) -> Tensor:
-    """One pass through JPEG at ``quality``; channels beyond three, or two, are compressed one by one as grey."""
-    from PIL import Image
+def compression(unit: Tensor, quality: float | Tensor, generator: Generator) -> Tensor:
+    """One pass through JPEG at ``quality``, one number or one for each image.
 
-    as_bytes = (unit.detach() * 255).round().to(torch.uint8).cpu()
-    if unit.shape[1] == 3:
-        pictures = [picture.permute(1, 2, 0).numpy() for picture in as_bytes]
-    else:
-        pictures = [plane.numpy() for plane in as_bytes.flatten(0, 1)]
-    decoded = []
-    for picture in pictures:
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "JPEG", quality=round(quality))
-        with Image.open(buffer) as image:
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        decoded.append(pixels.view(picture.shape))
-    stacked = torch.stack(decoded)
-    stacked = stacked.permute(0, 3, 1, 2) if unit.shape[1] == 3 else stacked.view(unit.shape)
-    return stacked.to(unit) / 255
+    Three channels are colours; any other number are grey images.
+    """
+    levels = (unit.detach().float() * 255).round()
+    return recompressed(levels, torch.as_tensor(quality, device=unit.device).expand(len(unit))).to(unit) / 255
 
 
 def shuffle(unit: Tensor, grid: float, generator: Generator) -> Tensor:

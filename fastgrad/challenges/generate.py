@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -13,90 +16,71 @@ from fastgrad import checks
 from fastgrad.challenges import attacks, corruptions
 from fastgrad.challenges.pixels import PixelRange, check_images
 
-#: Strengths of every kind, mild to severe: shares of the unit range, pixels, JPEG quality, grid cells.
-CHALLENGES: Mapping[str, tuple[float, ...]] = MappingProxyType(
-    {
-        "noise": (0.04, 0.10, 0.20),
-        "blur": (0.7, 1.2, 2.0),
-        "contrast": (0.6, 0.35, 0.15),
-        "compression": (40, 20, 8),
-        "brightness": (0.15, 0.3, 0.45),
-        "shuffle": (2, 4, 8),
-        "inversion": (1.0,),
-        "mixture": (0.25, 0.4, 0.5),
-        "phase": (0.3, 0.6, 1.0),
-        "magnification": (3, 5, 8),
-        "tiling": (2, 4),
-        "fgsm": (2 / 255, 4 / 255, 8 / 255),
-        "pgd": (2 / 255, 4 / 255, 8 / 255),
-        "deepfool": (0.02, 0.5),
-        # A smaller overshoot does not outlast the compression.
-        "compressed_fgsm": (2 / 255, 4 / 255, 8 / 255),
-        "compressed_pgd": (2 / 255, 4 / 255, 8 / 255),
-        "compressed_deepfool": (0.5,),
-    }
-)
-
-#: Kinds that resemble each other: what finds one of a family finds the others.
-FAMILIES: Mapping[str, str] = MappingProxyType(
-    {
-        "noise": "grain",
-        "compression": "grain",
-        "fgsm": "grain",
-        "pgd": "grain",
-        "deepfool": "grain",
-        "compressed_fgsm": "grain",
-        "compressed_pgd": "grain",
-        "compressed_deepfool": "grain",
-        "blur": "blur",
-        "contrast": "light",
-        "brightness": "light",
-        "inversion": "light",
-        "shuffle": "layout",
-        "mixture": "layout",
-        "phase": "texture",
-        "magnification": "blur",
-        "tiling": "layout",
-    }
-)
-
-_CORRUPTIONS: dict[str, Callable[[Tensor, float, Generator], Tensor]] = {
-    "noise": corruptions.noise,
-    "blur": corruptions.blur,
-    "contrast": corruptions.contrast,
-    "compression": corruptions.compression,
-    "brightness": corruptions.brightness,
-    "shuffle": corruptions.shuffle,
-    "inversion": corruptions.inversion,
-    "mixture": corruptions.mixture,
-    "phase": corruptions.phase,
-    "magnification": corruptions.magnification,
-    "tiling": corruptions.tiling,
-}
+#: Steps of a projected gradient attack.
+STEPS = 4
+#: A gradient at the image in forward passes: forward, and backward without weight gradients.
+_GRADIENT = 2.4
+#: Numbers in a batch of images that is altered together, on a CPU; elsewhere eight times as many.
+_NUMBERS = 1 << 21
 #: JPEG qualities that cameras and sites write; attacks survive them, traces of them in pixels hardly.
 _QUALITIES = (60, 95)
-_Attack = Callable[..., Tensor]
 
 
-def _compressed(attack: _Attack) -> _Attack:
-    """The attack, and JPEG after it: what is left of it is in the network's answer rather than in pixels."""
+class Kind(NamedTuple):
+    """One kind of challenge.
 
-    def attacked(
-        model: nn.Module, unit: Tensor, strength: float, generator: Generator, *, pixels: PixelRange
-    ) -> Tensor:
-        made = attack(model, unit, strength, generator, pixels=pixels)
-        low, high = _QUALITIES
-        quality = int(torch.randint(low, high + 1, (), generator=generator))
-        return corruptions.compression(made, quality, generator)
+    Attributes:
+        strengths: Mild to severe: shares of the unit range, pixels, JPEG quality, grid cells.
+        family: Kinds of one family resemble each other: what finds one finds the others.
+        function: From unit images, strength and generator to altered ones; of an attack also from the model.
+        passes: Forward passes that it takes for each image; 0 for what needs no model.
+        jpeg: Whether JPEG follows: what is left of an attack is then in the network's answer rather than in pixels.
+    """
 
-    return attacked
+    strengths: tuple[float, ...]
+    family: str
+    function: Callable[..., Tensor]
+    passes: float = 0.0
+    jpeg: bool = False
 
 
-_ATTACKS: dict[str, _Attack] = {"fgsm": attacks.fgsm, "pgd": attacks.pgd, "deepfool": attacks.deepfool}
-_THEN_JPEG = {f"compressed_{name}": _compressed(attack) for name, attack in _ATTACKS.items()}
-_ATTACKS |= _THEN_JPEG
-#: Kinds of attack that went through JPEG.
-COMPRESSED = tuple(_THEN_JPEG)
+_EPSILONS = (2 / 255, 4 / 255, 8 / 255)
+_pgd = functools.partial(attacks.pgd, steps=STEPS)
+
+#: Every kind of challenge by name; a kind is one row.
+CHALLENGES: Mapping[str, Kind] = MappingProxyType(
+    {
+        "noise": Kind((0.04, 0.10, 0.20), "grain", corruptions.noise),
+        "blur": Kind((0.7, 1.2, 2.0), "blur", corruptions.blur),
+        "contrast": Kind((0.6, 0.35, 0.15), "light", corruptions.contrast),
+        "compression": Kind((40, 20, 8), "grain", corruptions.compression),
+        "brightness": Kind((0.15, 0.3, 0.45), "light", corruptions.brightness),
+        "shuffle": Kind((2, 4, 8), "layout", corruptions.shuffle),
+        "inversion": Kind((1.0,), "light", corruptions.inversion),
+        "mixture": Kind((0.25, 0.4, 0.5), "layout", corruptions.mixture),
+        "phase": Kind((0.3, 0.6, 1.0), "texture", corruptions.phase),
+        "magnification": Kind((3, 5, 8), "blur", corruptions.magnification),
+        "tiling": Kind((2, 4), "layout", corruptions.tiling),
+        "fgsm": Kind(_EPSILONS, "grain", attacks.fgsm, _GRADIENT),
+        "pgd": Kind(_EPSILONS, "grain", _pgd, 1 + STEPS * _GRADIENT),
+        "compressed_fgsm": Kind(_EPSILONS, "grain", attacks.fgsm, _GRADIENT, jpeg=True),
+        "compressed_pgd": Kind(_EPSILONS, "grain", _pgd, 1 + STEPS * _GRADIENT, jpeg=True),
+    }
+)
+
+
+class Challenges(NamedTuple):
+    """A batch of challenging inputs.
+
+    Attributes:
+        inputs: ``(B, ...)``, in the form of the clean inputs.
+        kinds: The kind of each, a key of `CHALLENGES`.
+        sources: ``(B,)``, which of the clean inputs each was made from.
+    """
+
+    inputs: Tensor
+    kinds: list[str]
+    sources: Tensor
 
 
 def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int] | None = None) -> list[str]:
@@ -119,7 +103,7 @@ def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int
     for name in CHALLENGES if names is None else names:
         kind, _, level = name.partition("-")
         checks.one_of("names", kind, CHALLENGES)
-        levels = range(1, len(CHALLENGES[kind]) + 1)
+        levels = range(1, len(CHALLENGES[kind].strengths) + 1)
         if level:
             checks.one_of("names", name, [f"{kind}-{n}" for n in levels])
             full.append(name)
@@ -128,60 +112,86 @@ def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int
     return full
 
 
+def challenge_cost(each: int = 2, *, names: Sequence[str] | None = None) -> float:
+    """Forward passes for each clean input that it takes to make ``each`` challenges and to read them."""
+    full = challenge_names(names)
+    return each * (1 + sum(CHALLENGES[name.partition("-")[0]].passes for name in full) / len(full))
+
+
 def iter_challenges(
     model: nn.Module | None,
-    images: Tensor,
+    inputs: Tensor,
     *,
+    each: int = 2,
     names: Sequence[str] | None = None,
-    severities: Sequence[int] | None = None,
+    first: int = 0,
     seed: int = 0,
-    clip: tuple[float, float] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    batch_size: int = 128,
     pixels: PixelRange | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(name, challenging images)`` one by one; arguments as for :func:`generate_challenges`.
+    batch_size: int | None = None,
+) -> Iterator[Challenges]:
+    """Yield ``each`` challenges of every clean input, in batches of mixed kinds.
 
-    Everything is checked before the first item is made. Only one challenge is held in memory at a time. ``pixels``
-    takes the place of ``clip``, ``mean`` and ``std`` where the range is known already.
+    Kinds take turns over the inputs, so that few inputs get to all of them. Everything is checked before the first
+    batch is made. The model is run in evaluation mode and left as it was.
+
+    Args:
+        model: classifier ``(B, C, H, W) -> (B, N)`` logits; None where no attack is asked for.
+        inputs: clean images ``(B, C, H, W)``, any floating dtype, any normalisation.
+        each: challenges of one clean input.
+        names: kinds or full names (see :func:`challenge_names`); None for every kind.
+        first: how many clean inputs came in earlier calls: kinds go on with their turns, ``sources`` count on.
+        seed: same seed, same challenges.
+        pixels: range of the images; None to read it from ``inputs``, which then must be the whole sample.
+        batch_size: images at a time; None for what fits the device's caches.
+
+    Raises:
+        TypeError: ``inputs`` is not floating, or ``model`` is no module.
+        ValueError: unknown names, wrong shapes, non-finite images, attacks without a model.
     """
-    full = challenge_names(names, severities)
-    check_images(images)
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module or None; it was {type(model).__name__}")
-    needing = sorted({name.partition("-")[0] for name in full} & set(_ATTACKS))
-    if model is None and needing:
-        raise ValueError(f"model must be given for {', '.join(needing)}; it was None")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; it was {batch_size}")
+    full = challenge_names(names)
+    _check(model, inputs, full, batch_size)
+    if each < 1:
+        raise ValueError(f"each must be at least 1; it was {each}")
     if pixels is None:
-        pixels = PixelRange.of(images, clip=clip, mean=mean, std=std)
-    return _generate(model, images, full, pixels, seed, batch_size)
+        pixels = PixelRange.of(inputs)
+    size = batch_size or _fitting(inputs)
+    # Strides that no kind's number of strengths divides: one input gets challenges of different kinds.
+    order = torch.randperm(len(full), generator=Generator().manual_seed(seed)).tolist()
+    groups: defaultdict[Any, list[tuple[int, str]]] = defaultdict(list)
+    for place in range(len(inputs) * each):
+        name = full[order[(first * each + place) % len(full)]]
+        kind = CHALLENGES[name.partition("-")[0]]
+        # All strengths of an attack are made together, those that go through JPEG, too.
+        groups[kind.function if kind.passes else name].append((place // each, name))
+    return _batches(model, inputs.detach(), list(groups.values()), first, seed, pixels, size)
 
 
-def _generate(
-    model: nn.Module | None, images: Tensor, full: list[str], pixels: PixelRange, seed: int, batch_size: int
-) -> Iterator[tuple[str, Tensor]]:
-    unit = pixels.to_unit(images.detach())
-    for name in full:
-        kind, _, level = name.partition("-")
-        strength = CHALLENGES[kind][int(level) - 1]
-        # A seed for every name: what one challenge looks like does not depend on which others are made.
-        generator = Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-        if not len(unit):
-            made = unit
-        elif kind in _CORRUPTIONS:
-            made = _CORRUPTIONS[kind](unit, strength, generator).clamp(0, 1)
-        else:
-            assert model is not None  # checked by iter_challenges
-            with attacks.evaluating(model):
-                parts = [
-                    _ATTACKS[kind](model, part, strength, generator, pixels=pixels)
-                    for part in torch.split(unit, batch_size)
-                ]
-            made = torch.cat(parts)
-        yield name, pixels.from_unit(made)
+def _batches(
+    model: nn.Module | None,
+    inputs: Tensor,
+    groups: list[list[tuple[int, str]]],
+    first: int,
+    seed: int,
+    pixels: PixelRange,
+    size: int,
+) -> Iterator[Challenges]:
+    made: list[Tensor] = []
+    kinds: list[str] = []
+    sources: list[int] = []
+    for group in groups:
+        for start in range(0, len(group), size):
+            places, names = zip(*group[start : start + size], strict=True)
+            unit = pixels.to_unit(inputs[torch.tensor(places, device=inputs.device)])
+            generator = _generator(f"{seed}/{first + places[0]}/{names[0]}")
+            made.append(pixels.from_unit(_altered(model, unit, names, generator, pixels)))
+            kinds += [name.partition("-")[0] for name in names]
+            sources += [first + place for place in places]
+            # Groups of few images wait for others: a network is slow on small batches.
+            if len(kinds) >= size:
+                yield Challenges(torch.cat(made), kinds, torch.tensor(sources))
+                made, kinds, sources = [], [], []
+    if kinds:
+        yield Challenges(torch.cat(made), kinds, torch.tensor(sources))
 
 
 def generate_challenges(
@@ -194,9 +204,9 @@ def generate_challenges(
     clip: tuple[float, float] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
 ) -> dict[str, Tensor]:
-    """Challenging versions of clean images: corruptions, and attacks on the model's own predictions.
+    """Every challenge of every image: corruptions, and attacks on the model's own predictions.
 
     The model is run in evaluation mode and left as it was: modes, gradients, hooks, buffers.
 
@@ -209,7 +219,7 @@ def generate_challenges(
         clip: values of black and white; derived from the images when not given (see :meth:`PixelRange.of`).
         mean: per-channel mean of the normalisation, where there was one; needs ``std``.
         std: per-channel standard deviation of the normalisation.
-        batch_size: images attacked at a time.
+        batch_size: images attacked at a time; None for what fits the device's caches.
 
     Returns:
         ``{"noise-1": (B, C, H, W), ...}`` in the range, dtype and device of ``images``. Images are clipped to
@@ -219,16 +229,60 @@ def generate_challenges(
         TypeError: ``images`` is not floating, or ``model`` is no module.
         ValueError: unknown names, wrong shapes, non-finite images, attacks without a model.
     """
-    return dict(
-        iter_challenges(
-            model,
-            images,
-            names=names,
-            severities=severities,
-            seed=seed,
-            clip=clip,
-            mean=mean,
-            std=std,
-            batch_size=batch_size,
-        )
-    )
+    full = challenge_names(names, severities)
+    _check(model, images, full, batch_size)
+    pixels = PixelRange.of(images, clip=clip, mean=mean, std=std)
+    unit = pixels.to_unit(images.detach())
+    found = {}
+    for name in full:
+        # A seed for every name: what one challenge looks like does not depend on which others are made.
+        generator = _generator(f"{seed}/{name}")
+        attack = CHALLENGES[name.partition("-")[0]].passes
+        size = (batch_size or _fitting(images)) if attack else max(1, len(unit))
+        parts = [_altered(model, part, (name,) * len(part), generator, pixels) for part in unit.split(size)]
+        found[name] = pixels.from_unit(torch.cat(parts))
+    return found
+
+
+def _altered(
+    model: nn.Module | None, unit: Tensor, names: Sequence[str], generator: Generator, pixels: PixelRange
+) -> Tensor:
+    """Unit images altered as ``names`` say: one name, or names of one attack."""
+    if not len(unit):
+        return unit
+    chosen = [(CHALLENGES[name.partition("-")[0]], int(name.partition("-")[2]) - 1) for name in names]
+    strengths = [kind.strengths[level] for kind, level in chosen]
+    function = chosen[0][0].function
+    if not chosen[0][0].passes:
+        return function(unit, strengths[0], generator).clamp(0, 1)
+    assert model is not None  # checked before
+    with attacks.evaluating(model):
+        made = function(model, unit, unit.new_tensor(strengths).view(-1, 1, 1, 1), generator, pixels=pixels)
+    low, high = _QUALITIES
+    qualities = torch.randint(low, high + 1, (len(unit),), generator=generator)
+    through = torch.tensor([kind.jpeg for kind, _ in chosen])
+    if through.any():
+        made[through] = corruptions.compression(made[through], qualities[through], generator)
+    return made
+
+
+def _check(model: nn.Module | None, images: Tensor, names: Sequence[str], batch_size: int | None) -> None:
+    check_images(images)
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None; it was {type(model).__name__}")
+    kinds = {name.partition("-")[0] for name in names}
+    needing = sorted(kind for kind in kinds if CHALLENGES[kind].passes)
+    if model is None and needing:
+        raise ValueError(f"model must be given for {', '.join(needing)}; it was None")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; it was {batch_size}")
+
+
+def _fitting(images: Tensor) -> int:
+    """Images in a batch."""
+    numbers = _NUMBERS if images.device.type == "cpu" else 8 * _NUMBERS
+    return max(8, min(256, numbers // max(1, images[:1].numel() or 1)))
+
+
+def _generator(text: str) -> Generator:
+    return Generator().manual_seed(zlib.crc32(text.encode()))

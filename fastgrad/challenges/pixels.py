@@ -1,4 +1,4 @@
-"""Where black and white lie in a batch of images, so that strengths mean the same for every normalisation."""
+"""Where black and white lie in a sample of images, so that strengths mean the same for every normalisation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from fastgrad import checks
+
+#: Values may lie this share of the range outside it: rounding of a normalisation in half precision.
+_ROUNDING = 0.01
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,16 @@ class PixelRange:
     @classmethod
     def of(
         cls,
-        images: Tensor,
+        images: Tensor | Sequence[Tensor],
         *,
         clip: tuple[float, float] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> PixelRange:
-        """The range of ``images`` as told by the arguments, else as read from the data.
+        """The range of a whole sample, as told by the arguments and checked, else as read from the data.
 
         Args:
-            images: ``(B, C, H, W)``, floating.
+            images: ``(B, C, H, W)``, floating, or batches of such images; all of the sample.
             clip: values of black and white, the same for all channels; with ``mean`` and ``std``, the values
                 before normalisation.
             mean: per-channel mean that was subtracted from images whose black is 0 and white 1 (or ``clip``).
@@ -54,35 +57,72 @@ class PixelRange:
         constant channel gets a range of width one around its value.
 
         Raises:
-            ValueError: for a lone ``mean`` or ``std``, lengths other than C, or an empty range.
+            ValueError: for a lone ``mean`` or ``std``, lengths other than C, an empty range, images outside the range
+                that was told, or images of which some hold bytes and others values within [0, 1].
         """
-        channels = images.shape[1]
-        if clip is not None and not clip[0] < clip[1]:
-            raise ValueError(f"clip must be (black, white) with black < white; it was {clip!r}")
-        if (mean is None) != (std is None):
-            raise ValueError("mean and std must be given together; one of them was None")
-        if mean is not None and std is not None:
-            for name, values in (("mean", mean), ("std", std)):
-                if len(values) != channels:
-                    raise ValueError(
-                        f"{name} must have one value per channel ({channels}); it had {len(values)}"
-                    )
-            if min(std) <= 0:
-                raise ValueError(f"std must be positive; it was {std!r}")
-            shift, scale = (images.new_tensor(list(v)).view(1, -1, 1, 1) for v in (mean, std))
-            black, white = clip if clip is not None else (0.0, 1.0)
-            return cls((black - shift) / scale, (white - shift) / scale)
-        if clip is None and images.numel():
-            smallest, largest = images.aminmax()
-            if smallest >= 0 and largest <= 255:
-                clip = (0.0, 1.0 if largest <= 1 else 255.0)
-            else:
-                low = images.amin((0, 2, 3), keepdim=True)
-                high = images.amax((0, 2, 3), keepdim=True)
-                flat = high <= low
-                return cls(torch.where(flat, low - 0.5, low), torch.where(flat, high + 0.5, high))
-        black, white = clip if clip is not None else (0.0, 1.0)
-        return cls(images.new_full((1, 1, 1, 1), black), images.new_full((1, 1, 1, 1), white))
+        batches = [images] if isinstance(images, Tensor) else list(images)
+        like, told = batches[0], _told(batches[0], clip, mean, std)
+        filled = [batch for batch in batches if batch.numel()]
+        if not filled:
+            low, high = (like.new_full((1, 1, 1, 1), value) for value in (0.0, 1.0))
+            return cls(low, high) if told is None else told
+        # Of each image: a loader may mix ranges.
+        smallest = torch.cat([batch.amin((2, 3)) for batch in filled])
+        largest = torch.cat([batch.amax((2, 3)) for batch in filled])
+        low, high = (value.view(1, -1, 1, 1) for value in (smallest.amin(0), largest.amax(0)))
+        if told is not None:
+            told.check(low, high)
+            return told
+        if low.min() < 0 or high.max() > 255:
+            flat = high <= low
+            return cls(torch.where(flat, low - 0.5, low), torch.where(flat, high + 0.5, high))
+        white = 1.0 if high.max() <= 1 else 255.0
+        pale = ((largest.amax(1) <= 1) & (largest.amax(1) > smallest.amin(1))).sum()
+        if white == 255 and pale:
+            raise ValueError(
+                f"images must share one range; {int(pale)} of {len(largest)} lie within [0, 1], others reach "
+                f"{float(high.max()):g}: give clip=(black, white) if that is meant"
+            )
+        return cls(like.new_zeros((1, 1, 1, 1)), like.new_full((1, 1, 1, 1), white))
+
+    def check(self, low: Tensor, high: Tensor) -> None:
+        """Raise ValueError where values from ``low`` to ``high`` ``(1, C, 1, 1)`` leave this range."""
+        room = _ROUNDING * (self.high - self.low)
+        if bool((low < self.low - room).any()) or bool((high > self.high + room).any()):
+            raise ValueError(
+                f"images must lie in the range that clip, mean and std give, {_words(self.low, self.high)}; they "
+                f"reached {_words(low, high)}"
+            )
+
+
+def _told(
+    like: Tensor,
+    clip: tuple[float, float] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> PixelRange | None:
+    """The range that the arguments give, or None."""
+    channels = like.shape[1]
+    if clip is not None and not clip[0] < clip[1]:
+        raise ValueError(f"clip must be (black, white) with black < white; it was {clip!r}")
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std must be given together; one of them was None")
+    black, white = clip if clip is not None else (0.0, 1.0)
+    if mean is None or std is None:
+        if clip is None:
+            return None
+        return PixelRange(like.new_full((1, 1, 1, 1), black), like.new_full((1, 1, 1, 1), white))
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(f"{name} must have one value per channel ({channels}); it had {len(values)}")
+    if min(std) <= 0:
+        raise ValueError(f"std must be positive; it was {std!r}")
+    shift, scale = (like.new_tensor(list(v)).view(1, -1, 1, 1) for v in (mean, std))
+    return PixelRange((black - shift) / scale, (white - shift) / scale)
+
+
+def _words(low: Tensor, high: Tensor) -> str:
+    return f"[{float(low.min()):.4g}, {float(high.max()):.4g}]"
 
 
 def check_images(images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""``fastgrad doctor``: versions, devices, which implementation would run, and why, and which routes were measured."""
+"""``fastgrad doctor``: versions, devices, which implementation would run, and why."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from typing import Any
 import torch
 
 import fastgrad
-from fastgrad.ops import route_cache
-from fastgrad.ops.implementation import choose, interpreting, triton_refusal
+from fastgrad.ops.dispatch import choose, interpreting, triton_refusal
 
 _PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "torchvision", "matplotlib", "fastapi", "ray")
-_LISTED = 10
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -26,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """What ``fastgrad doctor`` prints: ``{"versions", "machine", "devices", "routes"}``."""
+    """What ``fastgrad doctor`` prints: ``{"versions", "machine", "devices"}``."""
     versions: dict[str, str | None] = {"python": platform.python_version(), "fastgrad": fastgrad.__version__}
     for package in _PACKAGES:
         try:
@@ -54,26 +52,7 @@ def examine() -> dict[str, Any]:
             {"device": device, "name": name, "implementations": _implementations(torch.device(device))}
             for device, name in devices
         ],
-        "routes": {
-            "chosen_by": route_cache.mode(),
-            "file": str(route_cache.path()),
-            "measured": {here: _routes(shapes) for here, shapes in route_cache.stored().items()},
-        },
     }
-
-
-def _routes(shapes: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """How many shapes were measured, what all of them together gain, and which routes differ, most gain first."""
-    before = after = 0.0
-    differ: list[dict[str, Any]] = []
-    for shape, seconds in shapes.items():
-        model, measured = next(iter(seconds)), route_cache.fastest(seconds)
-        saved = seconds[model] - seconds[measured]
-        before, after = before + seconds[model], after + seconds[measured]
-        if measured != model:
-            differ.append({"shape": shape, "model": model, "measured": measured, "seconds_saved": saved})
-    differ.sort(key=lambda row: -row["seconds_saved"])
-    return {"shapes": len(shapes), "time_saved": 1 - after / before if before else 0.0, "differ": differ}
 
 
 def _implementations(device: torch.device) -> dict[str, dict[str, str]]:
@@ -107,17 +86,4 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{entry['device']}: {entry['name']}")
         for dtype, choice in entry["implementations"].items():
             print(f"  {dtype:10} {choice['auto']:7} {choice['why']}")
-    routes = findings["routes"]
-    print(f"routes: chosen by {routes['chosen_by']} (FASTGRAD_ROUTES)")
-    print(f"  {routes['file']}{'' if routes['measured'] else ': nothing measured'}")
-    for here, found in routes["measured"].items():
-        differ = found["differ"]
-        print(f"  {here}")
-        print(
-            f"    shapes measured: {found['shapes']}; another route than the cost model's: {len(differ)}; "
-            f"time over all shapes: {-100 * found['time_saved']:.1f} %"
-        )
-        for row in differ[:_LISTED]:
-            saved = f"{1e3 * row['seconds_saved']:.3g} ms less"
-            print(f"    {row['measured']} instead of {row['model']}, {saved}: {row['shape']}")
     return 0

@@ -251,7 +251,6 @@ def _without_challenges(names: Sequence[str], price: Mapping[str, float], allowa
         "image",
         "view",
         "bias_gradients",
-        "normalization_norms",
     ):
         if name in names and sum(price[other] for other in kept) + price[name] <= allowance:
             kept.append(name)

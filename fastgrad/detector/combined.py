@@ -120,11 +120,7 @@ class DetectorModule(Fitted):
     @property
     def calibration_scores(self) -> Tensor:
         """Unreliability ``(n,)`` of the clean samples of the calibration, each as if it were new."""
-        if "calibration" in self._buffers:
-            return self.calibration
-        # Version 0.1 kept them where they were counted.
-        scores: Tensor = -self.final(self.final.upper.scores)
-        return scores
+        return self.calibration
 
     def joined(self, raw: Tensor, *, cap: float | None = None) -> Tensor:
         """The combined statistic ``(B,)`` of every score's ``raw`` values ``(K, B)``, before its own calibration.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,13 +34,6 @@ if TYPE_CHECKING:
 _LABELLED = 30
 #: Share of the labelled inputs that an introspective classifier is not trained on where no others calibrate it.
 _UNSEEN = 0.2
-#: What the forms of version 0.1 read.
-_FORMS = {
-    "auto": ("gradients", "logits", "features", "image"),
-    "contrasts": ("gradients", "ranked", "logits", "features", "image"),
-    "signals": ("gradients", "logits", "features", "image"),
-    "last_layer": ("contrasts", "logits", "features", "image"),
-}
 
 
 class TwoStageModel(nn.Module):
@@ -62,7 +54,6 @@ class TwoStageModel(nn.Module):
         budget: What an answer may cost, in forward passes of this network on its device; the forward pass that
             gives the logits is the first. ``math.inf`` for whatever helps.
         blocks: Names or instances of the blocks to read, whatever they cost; None to choose within the budget.
-        gradients: Deprecated: ``"signals"``, ``"contrasts"`` or ``"last_layer"``, the forms of version 0.1.
 
     Raises:
         TypeError, ValueError: For an argument that is not one of the above; two blocks of one name; a budget
@@ -80,7 +71,6 @@ class TwoStageModel(nn.Module):
         classifier: IntrospectiveClassifier | None = None,
         budget: float = 1.2,
         blocks: Sequence[str | Block] | None = None,
-        gradients: str | None = None,
     ) -> None:
         from fastgrad.detector import UncertaintyDetector
         from fastgrad.introspection import IntrospectiveClassifier
@@ -106,7 +96,6 @@ class TwoStageModel(nn.Module):
         self.classifier = classifier
         self.budget = float(budget)
         self.asked = None if blocks is None else made(blocks)
-        self.form = None if gradients is None else _form(gradients)
         self.extraction: Extraction | None = None
         self.detector_module: DetectorModule | None = None
         self.classifier_module: IntrospectiveNetwork | None = None
@@ -269,7 +258,7 @@ class TwoStageModel(nn.Module):
         """What each block costs and is worth, and which are kept; it prints as a table.
 
         Raises:
-            RuntimeError: Before `fit`, or where the module was stored by version 0.1.
+            RuntimeError: Before `fit`.
         """
         if self._report is None:
             raise RuntimeError("a report needs a fit: call fit(train_loader)")
@@ -328,12 +317,7 @@ class TwoStageModel(nn.Module):
                 f"model must be the network that {str(path)!r} was saved with; its parameters differ"
             )
         detector: Any = modules["detector"]
-        if "blocks" in extra:
-            blocks = [BLOCKS[entry["name"]](**entry["options"]) for entry in extra["blocks"]]
-        else:
-            # Version 0.1 named a form; the detector says which of its blocks there were.
-            read = {part.options.get("block") for part in detector.modules() if hasattr(part, "options")}
-            blocks = [BLOCKS[name]() for name in _FORMS[extra["gradients"]] if name in read]
+        blocks = [BLOCKS[entry["name"]](**entry["options"]) for entry in extra["blocks"]]
         result = cls(
             model, detector=UncertaintyDetector(log=not extra["log"]), budget=extra.get("budget") or math.inf
         )
@@ -371,15 +355,6 @@ class TwoStageModel(nn.Module):
 
     def _candidates(self, subject: Subject, x: Inputs) -> Candidates:
         """The blocks that were asked for, or all that the network, the input and the budget allow."""
-        if self.form is not None:
-            if self.form == "last_layer" and subject.head is None:
-                raise ValueError(
-                    "gradients='last_layer' needs a model that ends in a linear layer; "
-                    f"none of {type(self.model).__name__}'s gave its logits"
-                )
-            asked = [BLOCKS[name]() for name in _FORMS[self.form]]
-            served = [block for block in asked if block.refusal(subject) is None]
-            return candidates(self.model, subject, x, math.inf, served)
         return candidates(self.model, subject, x, self.budget, self.asked)
 
     def _calibrate(
@@ -470,16 +445,3 @@ def made(blocks: Sequence[str | Block]) -> list[Block]:
     if not result:
         raise ValueError("blocks must name at least one block; it was empty")
     return result
-
-
-def _form(gradients: str) -> str:
-    from fastgrad.checks import one_of
-
-    one_of("gradients", gradients, _FORMS)
-    warnings.warn(
-        f"gradients={gradients!r} is deprecated and goes with version 0.3; say "
-        f"blocks={list(_FORMS[gradients])!r}, or budget=... to have the blocks chosen",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return gradients

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from fastgrad.batches import bar, batch_size, first_input, take, to_device
 from fastgrad.blocks.extraction import Extraction, Inputs
-from fastgrad.challenges import PixelRange, challenge_names, iter_challenges
-from fastgrad.challenges.generate import COMPRESSED
+from fastgrad.challenges import PixelRange, iter_challenges
 
 #: Share of the clean inputs that are held out while blocks are chosen.
 _HELD_OUT = 0.4
@@ -22,9 +21,6 @@ _HELD_OUT = 0.4
 _JUDGED = 1200
 #: Challenges that are made in all, as long as an image gives no more than so many and no fewer.
 _WANTED, _FEWEST, _MOST = 2000, 2, 4
-#: Times that each challenge gets its turn among the held-out images, and the fewest images of a turn: an attack on one
-#: alone is slow.
-_TURNS, _TOGETHER = 1.5, 4
 
 
 @dataclass
@@ -92,14 +88,11 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
         ValueError: A loader is empty or malformed, or challenges cannot be made from the inputs.
     """
     samples, rng = Samples(), np.random.default_rng(sources.seed)
-    names = [] if sources.challenge is not None else challenge_names() + challenge_names(COMPRESSED)
+    generating = sources.challenge is None
     share = _HELD_OUT if sources.calibration is None else 0.0
     turns = {False: 0, True: 0}
-    expecting = min(sources.images, sources.max_samples)
     # More of each image where there are few.
     each = sources.challenges_per_image or max(_FEWEST, min(_MOST, -(-_WANTED // max(1, sources.images))))
-    held = _HELD_OUT * expecting * each
-    together = max(_TOGETHER, int(held / (_TURNS * max(1, len(names)))))
     judged = 0
 
     def add(
@@ -118,23 +111,19 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
         # The whole batch says where black and white lie.
         x = x.to(device)
         pixels = PixelRange.of(x)
-        own = x[torch.as_tensor(np.flatnonzero(chosen), device=device)]
-        # Names take turns within a batch, or few images would not get to the last ones. Attacks that went through JPEG,
-        # the hardest to find, have two turns; each time the compression is another.
-        parts = -(-len(own) // together)
-        for part, groups in zip(own.tensor_split(parts), np.array_split(numbers[chosen], parts), strict=True):
-            turn = turns[held_out]
-            picked = [names[(turn + i) % len(names)] for i in range(each)]
-            turns[held_out] += each
-            seed = sources.seed + turn + each + held_out * 10**6
-            for name, images in iter_challenges(model, part, names=picked, seed=seed, pixels=pixels):
-                add(images, name.partition("-")[0], np.full(len(images), held_out), groups)
+        own, places = x[torch.as_tensor(np.flatnonzero(chosen), device=device)], numbers[chosen]
+        first, seed = turns[held_out], sources.seed + held_out * 10**6
+        turns[held_out] += len(own)
+        for made in iter_challenges(model, own, each=each, first=first, seed=seed, pixels=pixels):
+            logits, blocks = extraction(made.inputs)
+            held = [held_out] * len(logits)
+            samples.add(blocks, made.kinds, held, places[made.sources.numpy() - first].tolist())
 
     for x, labels in _batches("train_loader", sources.train, sources.max_samples, sources.verbose):
         kept = rng.random(batch_size(x)) < share
         numbers = len(samples.kinds) + np.arange(batch_size(x))
         add(x, "", kept, numbers, labels)
-        if names:
+        if generating:
             if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
                 raise ValueError(
                     "challenges can be generated from images (B, C, H, W) only; pass challenge_loader or "
@@ -153,7 +142,7 @@ def collect(extraction: Extraction, model: nn.Module, device: torch.device, sour
         ):
             everything, numbers = np.ones(batch_size(x), bool), len(samples.kinds) + np.arange(batch_size(x))
             add(x, "", everything, numbers, labels)
-            if names and isinstance(x, Tensor) and judged < _JUDGED:
+            if generating and isinstance(x, Tensor) and judged < _JUDGED:
                 generate(x, numbers, everything, True)
                 judged += each * batch_size(x)
         if len(samples.kinds) == before:

@@ -92,26 +92,9 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Fitted], dict[str, Any
         tensors: dict[str, Tensor] = deserialise(data)
     except SafetensorError as error:
         raise ValueError(foreign) from error
-    modules = {
-        name: rebuild(_upgraded(spec), tensors, f"{name}.") for name, spec in content["modules"].items()
-    }
+    modules = {name: rebuild(spec, tensors, f"{name}.") for name, spec in content["modules"].items()}
     extra: dict[str, Any] = content["extra"]
     return modules, extra
-
-
-def _upgraded(spec: dict[str, Any]) -> dict[str, Any]:
-    """A module's description as this version writes it.
-
-    Version 0.1 kept the scores' weights as lists beside the scores.
-    """
-    options = spec["options"]
-    if spec["kind"] == "DetectorModule" and "weights" in options:
-        weights, relevant = options.pop("weights"), options.pop("relevant")
-        for score, weight, limit in zip(
-            spec["children"]["scores"]["children"].values(), weights, relevant, strict=True
-        ):
-            score["options"] |= {"weight": weight, "relevant": limit}
-    return spec
 
 
 def fingerprint(model: nn.Module) -> str:

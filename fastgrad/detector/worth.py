@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgrad.blocks import BLOCKS
 from fastgrad.blocks.block import Settings
-from fastgrad.challenges import FAMILIES
+from fastgrad.challenges import CHALLENGES
 from fastgrad.detector.estimator import UncertaintyDetector
 from fastgrad.detector.supervised import fit_perceptrons, train_networks
 from fastgrad.scores.conformal import OneSided
@@ -145,7 +145,7 @@ class Judge:
         self, challenging: NDArray[np.bool_], held_out: NDArray[np.bool_], own: bool, rng: np.random.Generator
     ) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
         """Challenging samples to learn from and to judge on, for each fold."""
-        families = np.array([FAMILIES.get(kind, kind) for kind in self.kinds])
+        families = np.array([CHALLENGES[k].family if k in CHALLENGES else k for k in self.kinds])
         names = sorted(set(families[challenging]))
         if own or len(names) < 2 or not (challenging & held_out).any():
             part = rng.integers(0, 2, len(self.kinds))

@@ -24,7 +24,6 @@ from fastgrad.engine.planning import Caution, Plan, Planner, Route
 from fastgrad.engine.replayed import NotRepeatableError
 from fastgrad.engine.run import Reading, Run, Site, random_states, set_random_states
 from fastgrad.engine.shadow import Shadow, ordinary
-from fastgrad.ops import route_cache
 
 _PLANS_KEPT = 16
 
@@ -201,8 +200,7 @@ class Network:
         outputs = self.tensors(self.forward(plan, run, *inputs, training=training))
         pairs = [(out, row) for out, row in zip(outputs, rows, strict=True) if out.requires_grad]
         probes = [probe for _, probe in run.probes] if pairs else []
-        with route_cache.using("model"):  # shapes that no batch may have are not worth a timing
-            norms = pull([out for out, _ in pairs], probes, [row for _, row in pairs])
+        norms = pull([out for out, _ in pairs], probes, [row for _, row in pairs])
         found = [
             (torch.zeros_like(probe) if value is None else value).unsqueeze(0)
             for probe, value in zip(probes, norms, strict=True)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fastgrad import checks, losses
 from fastgrad._torch import check_later
-from fastgrad.ops import contrast as contrast_op
-from fastgrad.ops import linear_contrast as linear_op
-from fastgrad.ops import rows as rows_op
-from fastgrad.ops import target as target_op
-from fastgrad.ops.implementation import choose
+from fastgrad.ops.dispatch import choose
+from fastgrad.ops.last_layer import contrast as contrast_op
+from fastgrad.ops.last_layer import linear_contrast as linear_op
+from fastgrad.ops.last_layer import rows as rows_op
+from fastgrad.ops.last_layer import target as target_op
 
 ROWS = ("diagonal", "full")
 
@@ -71,7 +71,9 @@ def contrast_sqnorm(
     _options(loss, reduction, bias=bias, log=log)
     leading = _head_pair(features, logits)
     choose(impl, logits)
-    norms = contrast_op.contrast_sqnorm(_matrix(features), _matrix(logits), bias, loss, reduction, log, impl)
+    norms = contrast_op.contrast_sqnorm(
+        _matrix(features), _matrix(logits), loss, bias, log, reduction == "mean", impl
+    )
     return norms.reshape(*leading, logits.shape[-1])
 
 
@@ -117,7 +119,7 @@ def target_sqnorm(
     else:
         kind, label = "indices", target.reshape(-1)
     norms = target_op.target_sqnorm(
-        _matrix(features), _matrix(logits), label, kind, bias, loss, reduction, log, impl
+        _matrix(features), _matrix(logits), label, kind, loss, bias, log, reduction == "mean", impl
     )
     return norms.reshape(leading)
 
@@ -155,7 +157,7 @@ def linear_contrast_sqnorm(
     _linear(features, weight, bias)
     choose(impl, features)
     logits, norms = linear_op.linear_contrast_sqnorm(
-        _matrix(features), weight, bias, loss, reduction, log, impl
+        _matrix(features), weight, bias, loss, log, reduction == "mean", impl
     )
     shape = (*features.shape[:-1], weight.shape[0])
     return logits.reshape(shape), norms.reshape(shape)
@@ -192,7 +194,7 @@ def linear_contrast_stats(
     _options(loss, reduction)
     _linear(features, weight, bias)
     choose(impl, features)
-    stats = linear_op.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction, impl)
+    stats = linear_op.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction == "mean", impl)
     return ContrastStats(*stats.reshape(*features.shape[:-1], 5).unbind(-1))
 
 
@@ -233,20 +235,18 @@ def contrast_rows_linear(
     bias: Tensor | None = None,
     *,
     loss: str = "mse",
-    impl: str = "auto",
 ) -> Tensor:
     """A linear layer over the flattened :func:`contrast_rows`, which are never stored.
 
-    Equal to ``linear(contrast_rows(features, logits).flatten(-2), weight, bias)``; the left operand of the product is
-    formed on chip (Triton) or a few classes at a time (eager), in the backward pass too.
+    Equal to ``linear(contrast_rows(features, logits).flatten(-2), weight, bias)``. Features are multiplied with the
+    weight first, some units at a time, in the backward pass too.
 
     Args:
         features: ``(..., D)``.
         logits: ``(..., N)``.
         weight: ``(U, N * D)``, on the same device.
         bias: ``(U,)`` or None.
-        loss: As in :func:`contrast_sqnorm`, like ``impl``.
-        impl: See there.
+        loss: As in :func:`contrast_sqnorm`.
 
     Returns:
         ``(..., U)``, float32 (float64 for float64 features).
@@ -265,9 +265,8 @@ def contrast_rows_linear(
             f"weight must have shape (U, N * D) with N * D = {width}; it was {tuple(weight.shape)}"
         )
     _bias(bias, weight)
-    chosen = choose(impl, features)
     diagonal = losses.contrast_diagonal(_matrix(logits), loss=loss)
-    out = rows_op.rows_linear(_matrix(features), diagonal, weight, bias, chosen)
+    out = rows_op.rows_linear(_matrix(features), diagonal, weight, bias)
     return out.reshape(*leading, weight.shape[0])
 
 

@@ -23,8 +23,6 @@ from fastgrad.scores.fitted import Fitted
 STEEPEST = 8.0
 #: Fall of log p from one score at which it is counted to the next, or of p in units of a fifth: the same at a fifth.
 _STEP = 0.25
-#: k of a tail that is a pure exponential: as a power of two to the last digit.
-_MANY = 2.0**100
 #: The highest scores, so many or a tenth if that is fewer, are described by their mean instead of counted.
 _TAIL = 10
 
@@ -51,7 +49,7 @@ class UpperTail(Fitted):
     `STEEPEST`, by raising p-values, never by lowering them.
 
     Buffers: ``scores`` and ``log_p``, the counted ones; ``start``, ``start_log_p``, ``scale``: s, its log p and e.
-    Option ``count``: k; None, in files of version 0.1, is the limit of many: an exponential.
+    Option ``count``: k.
     """
 
     scores: Tensor
@@ -125,7 +123,7 @@ def upper_tails(tails: Sequence[UpperTail], scores: Tensor) -> Tensor:
     share = ((scores - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
     first = log_p.gather(1, lower)
     body = first + share * (log_p.gather(1, upper) - first)
-    count = scores.new_tensor([tail.options.get("count") or _MANY for tail in tails]).unsqueeze(1)
+    count = scores.new_tensor([tail.options["count"] for tail in tails]).unsqueeze(1)
     start = each("start")
     excess = ((scores - start) / each("scale")).clamp(min=0)
     return torch.where(scores > start, each("start_log_p") - count * torch.log1p(excess / count), body)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
 import numpy as np
 import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from bench.paper.coverage import Coverage, Place
 from bench.paper.networks import residual_network

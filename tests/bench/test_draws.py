@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from torch import nn
 pytest.importorskip("foolbox")
 pytest.importorskip("imagecorruptions")
 Image = pytest.importorskip("PIL.Image")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from bench.paper import draws  # noqa: E402
 from bench.paper.data import photographs, sets  # noqa: E402

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from bench.paper.failure_subjects import CLEAN, CORRUPT, TOGETHER, Found, Texts, _pooled
 from bench.paper.failures import ENSEMBLE, SOFTMAX, Answers, Judge, areas, curve, ensemble, standing

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,9 +13,8 @@ import torch
 from torch import nn
 
 pytest.importorskip("PIL")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from bench.harness import results_file
+from bench import results_file
 from bench.paper import __main__ as command
 from bench.paper import cache
 from bench.paper.data import sets

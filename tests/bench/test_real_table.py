@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pathlib
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 pytest.importorskip("foolbox")
 pytest.importorskip("imagecorruptions")
 pytest.importorskip("pytorch_ood")

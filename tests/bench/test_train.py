@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import pathlib
-import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from bench.paper.cache import Progress
 from bench.paper.train import fit, whiten

@@ -16,13 +16,16 @@ from fastgrad.blocks import (
     BLOCKS,
     Activations,
     BiasGradients,
+    Block,
     Contrasts,
-    NormalizationNorms,
+    Gradients,
     View,
     channels,
+    register_block,
 )
 from fastgrad.blocks.extraction import Extraction, arguments
-from fastgrad.blocks.signals import JOINED
+from fastgrad.blocks.gradients import JOINED
+from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject, watch
 
 EPS = torch.finfo(torch.float64).eps
@@ -130,27 +133,12 @@ def test_bias_gradients_are_those_of_the_predicted_logit(depth: float) -> None:
         torch.testing.assert_close(values["bias_gradients"][i], signed, rtol=1e-10, atol=1e-10)
 
 
-def test_normalization_norms_are_those_of_bias_output_and_scale() -> None:
-    net, x = residual()
-    _, values = Extraction(net, [NormalizationNorms()], log=False)(x)
-    for i in range(len(x)):
-        for s, signal in enumerate(JOINED):
-            logits, outputs = outputs_of(net, x[i : i + 1], [net.norm, net.second])
-            delta = signal.delta(logits.detach())
-            wanted = [
-                t for n, o in zip((net.norm, net.second), outputs, strict=True) for t in (n.bias, o, n.weight)
-            ]
-            gradients = torch.autograd.grad(logits, wanted, delta)
-            expected = torch.stack([g.square().sum() for g in gradients])
-            torch.testing.assert_close(values["normalization_norms"][i, s], expected, rtol=1e-10, atol=0)
-
-
 def test_the_logarithms_are_finite_where_norms_underflow() -> None:
     net, x = residual()
     net = net.float()
     with torch.no_grad():
         net.head.weight.mul_(400)
-    _, values = Extraction(net, [NormalizationNorms(), Contrasts()])(x.float())
+    _, values = Extraction(net, [Gradients(), Contrasts()])(x.float())
     assert all(torch.isfinite(value).all() for value in values.values())
 
 
@@ -175,7 +163,7 @@ def test_padding_says_nothing() -> None:
     short = {"input_ids": ids[:, :4], "attention_mask": mask[:, :4]}
     mask[:, 4:] = 0
     long = {"input_ids": ids, "attention_mask": mask}
-    blocks = [Activations(), BiasGradients(), NormalizationNorms()]
+    blocks = [Activations(), BiasGradients(), Gradients()]
     (_, padded), (_, plain) = Extraction(net, blocks)(long), Extraction(net, blocks)(short)
     for name, value in plain.items():
         torch.testing.assert_close(padded[name], value, rtol=1e-8, atol=1e-8)
@@ -201,7 +189,7 @@ def test_one_forward_pass_serves_every_block() -> None:
     calls = []
     Extraction(net, [block() for block in BLOCKS.values()])(x)  # watched and planned
     net.stem.register_forward_hook(lambda *_: calls.append(1))
-    extraction = Extraction(net, [Activations(), BiasGradients(), NormalizationNorms(), Contrasts()])
+    extraction = Extraction(net, [Activations(), BiasGradients(), Contrasts()])
     extraction.subject(x)
     calls.clear()
     extraction(x)
@@ -228,6 +216,30 @@ def test_the_backward_pass_goes_no_further_than_a_block_reads() -> None:
     assert not reached
     Extraction(net, [BiasGradients()])(x)
     assert reached
+
+
+def test_a_block_of_ones_own_is_known_by_its_name() -> None:
+    class Brightness(Block):
+        name, shapes = "brightness", "(B, 1)"
+
+        def values(self, found: Pass) -> Tensor:
+            return found.image().mean((1, 2, 3), keepdim=True)[:, :, 0, 0]
+
+    assert register_block(Brightness) is Brightness
+    try:
+        assert register_block(Brightness) is BLOCKS["brightness"]
+        net, x = residual()
+        torch.testing.assert_close(
+            Extraction(net, [BLOCKS["brightness"]()])(x)[1]["brightness"], x.mean((1, 2, 3))[:, None]
+        )
+    finally:
+        del BLOCKS["brightness"]
+    with pytest.raises(ValueError, match=r"block must have a name of its own; Taken's was 'logits'"):
+        register_block(type("Taken", (Block,), {"name": "logits"}))
+    with pytest.raises(ValueError, match="Nameless's was ''"):
+        register_block(type("Nameless", (Block,), {}))
+    with pytest.raises(TypeError, match="subclass of Block; it was 5"):
+        register_block(5)  # type: ignore[arg-type]
 
 
 def test_prices_follow_depth() -> None:

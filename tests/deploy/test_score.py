@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deploy.serve.client import image
+from serve_client import image
 
 from fastgrad.commands import score as command
 from fastgrad.deploy.file.images import decode_image

@@ -177,17 +177,12 @@ def test_foreign_files_and_networks_are_refused(fitted, tmp_path):
         TwoStageModel.load(path, small_network(1))
 
 
-@pytest.mark.parametrize("gradients", ["contrasts", "signals", "last_layer"])
-def test_forms_of_version_0_1_and_clean_data_alone(gradients):
-    with pytest.warns(DeprecationWarning, match=r"say blocks=\["):
-        two_stage = TwoStageModel(small_network(), gradients=gradients)
+@pytest.mark.parametrize("block", ["ranked", "gradients", "contrasts"])
+def test_blocks_by_name_and_clean_data_alone(block):
+    blocks = [block, "logits", "features", "image"]
+    two_stage = TwoStageModel(small_network(), blocks=blocks)
     two_stage.fit(loader(120, labels=False), ())
-    blocks = {
-        "contrasts": {"ranked", "gradients", "logits", "features", "image"},
-        "signals": {"gradients", "logits", "features", "image"},
-        "last_layer": {"contrasts", "logits", "features", "image"},
-    }
-    assert set(two_stage.detector.shapes_) == blocks[gradients]
+    assert set(two_stage.detector.shapes_) == set(blocks)
     assert "labels" not in dict(two_stage.detector.module_.scores.named_children())
     prediction = two_stage(images(5))
     torch.testing.assert_close(prediction.probabilities, prediction.logits.softmax(-1))
@@ -307,8 +302,6 @@ def test_bad_arguments_are_named(fitted):
         TwoStageModel(network, detector=network)
     with pytest.raises(TypeError, match="classifier must be"):
         TwoStageModel(network, classifier=UncertaintyDetector())
-    with pytest.raises(ValueError, match="gradients must be one of"):
-        TwoStageModel(network, gradients="all")
     with pytest.raises(RuntimeError, match="must be fitted first"):
         TwoStageModel(network)(images(2))
     with pytest.raises(ValueError, match="train_loader must hold at least one batch"):
@@ -317,11 +310,6 @@ def test_bad_arguments_are_named(fitted):
         TwoStageModel(network).fit(["x"])
     with pytest.raises(ValueError, match="it gave no labels"):
         TwoStageModel(network, classifier=IntrospectiveClassifier()).fit(loader(60, labels=False), ())
-    head = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.warns(DeprecationWarning, match="last_layer"):
-        last_layer = TwoStageModel(head, gradients="last_layer")
-    with pytest.raises(ValueError, match="ends in a linear layer"):
-        last_layer.fit(loader(60), ())
 
 
 def test_bad_budgets_and_blocks_are_named():
@@ -353,7 +341,7 @@ def test_the_report_says_price_worth_and_what_is_kept(fitted):
     assert set(entries) == set(BLOCKS)
     assert report.kept == list(fitted.detector.shapes_)
     assert "logits" in report.kept
-    for name in ("gradients", "ranked", "normalization_norms", "view"):
+    for name in ("gradients", "ranked", "view"):
         assert not entries[name].kept
         assert entries[name].why == "beyond the budget"
         assert entries[name].predicted > 0.2

@@ -32,5 +32,5 @@ def test_every_kind_is_learned_from_and_judged(batch: int) -> None:
         )
         assert set(counts) == set(CHALLENGES)
         # A kind of three strengths gets three times as many as one of one; turns are at most one round apart.
-        shares = [counts[kind] / len(strengths) for kind, strengths in CHALLENGES.items()]
+        shares = [counts[name] / len(kind.strengths) for name, kind in CHALLENGES.items()]
         assert max(shares) <= 4 * min(shares)

@@ -1,6 +1,3 @@
-import copy
-import json
-
 import numpy as np
 import torch
 
@@ -13,19 +10,6 @@ def detector():
     X = {"logits": rng.normal(size=(120, 4)), "features": rng.normal(size=(120, 3))}
     X["features"][80:] += 3
     return UncertaintyDetector(members=1, hidden=4).fit(X, np.arange(120) >= 80), X
-
-
-def test_lists_of_weights_become_options_of_their_scores():
-    fitted, _ = detector()
-    spec = json.loads(json.dumps(fitted.to_module().spec()))
-    old = copy.deepcopy(spec)
-    scores = old["children"]["scores"]["children"].values()
-    for name, listed in (("weight", "weights"), ("relevant", "relevant")):
-        old["options"][listed] = [score["options"].pop(name) for score in scores]
-    assert old != spec
-    assert old["options"]["relevant"] == [1.0, 1.0, 1.0, 0.1]
-    assert storage._upgraded(old) == spec
-    assert storage._upgraded(copy.deepcopy(spec)) == spec
 
 
 def test_round_trip_is_bit_equal(tmp_path):

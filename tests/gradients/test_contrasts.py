@@ -83,7 +83,7 @@ def test_strides_do_not_matter() -> None:
 
 
 def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.ops import linear_contrast
+    from fastgrad.ops.last_layer import linear_contrast
 
     monkeypatch.setattr(linear_contrast, "_CHUNK", 25)
     for loss in LOSSES:
@@ -101,7 +101,7 @@ def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_rows(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.ops import rows
+    from fastgrad.ops.last_layer import rows
 
     monkeypatch.setattr(rows, "_CHUNK", 60)
     h, weight, b = head(2, 2, dtype=torch.float64)
@@ -119,6 +119,32 @@ def test_rows(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for offset in (c, None):
         got = fastgrad.contrast_rows_linear(h, z, V, offset, loss=loss)
         torch.testing.assert_close(got, linear(diagonal.flatten(-2), V, offset))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_layer_over_rows_a_unit_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgrad.ops.last_layer import rows
+
+    h, z, V = torch.randn(9, 33).to(dtype), torch.randn(9, 21).to(dtype), torch.randn(5, 33 * 21).to(dtype)
+    inputs = [t.requires_grad_() for t in (h, z, V)]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    expected = linear(fastgrad.contrast_rows(*wide[:2], loss="brier").flatten(-2), wide[2])
+    cotangent = torch.randn(9, 5)
+    exact = torch.autograd.grad(expected, wide, cotangent.double())
+    expected = expected.detach()
+    for chunk in (1 << 22, 1):
+        monkeypatch.setattr(rows, "_CHUNK", chunk)
+        got = fastgrad.contrast_rows_linear(*inputs, loss="brier")
+        assert got.dtype == torch.float32
+        # Half precision enters, and is computed with in float32; only gradients are rounded to it.
+        torch.testing.assert_close(
+            got.double(), expected, rtol=0, atol=33 * EPS * float(expected.abs().max())
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(fastgrad.contrast_rows_linear(*inputs, loss="brier"), got)
+        for found, value in zip(torch.autograd.grad(got, inputs, cotangent), exact, strict=True):
+            unit = torch.finfo(dtype).eps + 33 * EPS
+            torch.testing.assert_close(found.double(), value, rtol=0, atol=unit * float(value.abs().max()))
 
 
 @pytest.mark.parametrize("loss", ["bce", "mse"])
@@ -212,6 +238,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: fastgrad.linear_contrast_sqnorm(H, W, torch.randn(3)), ValueError, "bias"),
     (lambda: fastgrad.linear_contrast_sqnorm(H, W.half()), TypeError, "weight.*float16"),
     (lambda: fastgrad.linear_contrast_stats(H, W[0]), ValueError, "weight"),
+    (lambda: fastgrad.contrast_sqnorm(H.long(), Z), TypeError, "features.*int64"),
+    (lambda: fastgrad.contrast_sqnorm(H, Z, log="yes"), TypeError, "log.*'yes'"),  # type: ignore[arg-type]
+    (lambda: fastgrad.linear_contrast_sqnorm(H, W.to("meta")), ValueError, "weight.*cpu.*meta"),
+    (lambda: fastgrad.linear_contrast_sqnorm(H, W, Z[0].half()), TypeError, "bias.*float32.*float16"),
+    (lambda: fastgrad.contrast_rows_linear(H, Z, torch.ones(5, 77).long()), TypeError, "weight.*int64"),
     (lambda: fastgrad.contrast_rows(H, Z, rows="none"), ValueError, "rows"),
     (lambda: fastgrad.contrast_rows_linear(H, Z, torch.randn(5, 76)), ValueError, "weight.*77.*76"),
 ]

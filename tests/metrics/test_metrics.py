@@ -96,6 +96,7 @@ def test_brier_and_nll() -> None:
         (lambda: metrics.auroc([], [1.0]), "clean must be"),
         (lambda: metrics.auroc([1.0], [[1.0]]), "challenging must be"),
         (lambda: metrics.auroc([np.nan], [1.0]), "clean must be finite"),
+        (lambda: metrics.auroc([1.0], [np.nan]), "challenging must be finite"),
         (lambda: metrics.fpr_at_tpr([1.0], [1.0], 0.0), "tpr"),
         (lambda: metrics.ece([0.5, 0.5], [0]), "probabilities must have shape"),
         (lambda: metrics.ece([[0.5, 0.5]], [0, 1]), "labels must have shape"),

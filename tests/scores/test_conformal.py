@@ -93,8 +93,6 @@ def test_tail_is_the_predictive_law_of_exponential_excesses():
     buffers = {"scores": zero, "log_p": zero, "start": zero[0], "start_log_p": zero[0], "scale": zero[0] + 1}
     log_p = UpperTail(**buffers, count=k)(torch.tensor([-1.0, t]))
     assert log_p.exp().tolist() == pytest.approx([1, expected], rel=1e-12)
-    # Version 0.1 knew no count: an exponential.
-    assert UpperTail(**buffers)(torch.tensor([-1.0, t])).tolist() == [0, -t]
 
 
 DISTRIBUTIONS = {

@@ -21,8 +21,7 @@ from bench.paper.labelled import logistic
 from bench.paper.rows import Found, detection_rows, pivot
 from bench.paper.subject import Subject, residual_networks
 from bench.paper.table import Options, Page, Table
-from fastgrad.blocks.ranked import RANKS
-from fastgrad.blocks.signals import class_of_rank
+from fastgrad.blocks.gradients import RANKS, class_of_rank
 from fastgrad.detector import UncertaintyDetector
 from fastgrad.gradients import contrasts as functional
 from fastgrad.gradients.features import GradientFeatures

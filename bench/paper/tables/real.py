@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.harness import results_file
+from bench import results_file
 from bench.paper import own, published
 from bench.paper.draws import AFTER, CASES, COMPARED, CONTROL, FOREIGN, STRANGERS, Draw
 from bench.paper.figures import grouped_bars
@@ -161,8 +161,8 @@ def write(options: Options, subjects: Sequence[Photographs], found: Sequence[Map
             "group and over draws, ± standard deviation between draws; of one draw 95 % intervals over its images. "
             "*passes*: price in forward passes of the network, by processor time for 16 images. *first 15* and "
             "*second 19* are the groups that earlier figures for this data were given for. *all* leaves out the "
-            "control: photographs that were compressed like the attacked ones and not attacked. `normalization_norms`, "
-            "`gradients` and `ranked` are not among the blocks of *unlimited*: they cost six forward passes and more.",
+            "control: photographs that were compressed like the attacked ones and not attacked. `gradients` and "
+            "`ranked` are not among the blocks of *unlimited*: they cost six forward passes and more.",
             results_file.table(lines),
         ),
         (

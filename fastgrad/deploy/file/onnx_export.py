@@ -212,7 +212,7 @@ def _source(two_stage: nn.Module, example_input: Tensor, names: list[str]) -> st
     own = operators(_decomposed(lambda x: logits_of(network(x)).detach(), example_input, 4))
     if own.intersection(names):
         return ", which the network itself needs"
-    backward = [block.name for block in extraction.blocks if "gradients" in block.reads]
+    backward = [block.name for block in extraction.blocks if block.signals(extraction.known)]
     return (
         f", which the blocks {', '.join(backward)} need; fit with blocks=[...] that need no gradients"
         * bool(backward)

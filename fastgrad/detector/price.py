@@ -1,0 +1,197 @@
+"""The price of a set of blocks, measured as it will run, and the part of the set that fits a limit.
+
+A price is the time of an answer over that of the plain network on the same inputs and device, measured in turns, so
+that a machine that slows down slows both. It holds for batches of the measured size: each call has a fixed cost, which
+small networks on single inputs feel most.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgrad.batches import as_call, batch_size, logits_of, take
+from fastgrad.blocks import Block
+from fastgrad.blocks.extraction import Extraction, Inputs
+from fastgrad.blocks.subject import Subject, watch
+from fastgrad.challenges.attacks import evaluating
+
+#: Standard error of a price that ends its measurement, rounds at least, seconds at most once there are so many.
+ERROR, ROUNDS, SECONDS = 0.03, 7, 4.0
+#: Seconds that the plain network may take for the measured inputs: larger batches are cut.
+PASS = 0.1
+
+
+@dataclass(frozen=True)
+class PriceReport:
+    """The blocks that fit a limit, and their price in forward passes, the one that gives the logits included.
+
+    Attributes:
+        blocks: Names, in the order of the preset.
+        predicted: Price by counted operations.
+        measured: Price by the clock: a median over rounds.
+        dropped: Names of the other blocks, each with the reason.
+        limit: What the price may be.
+        error: Standard error of ``measured``.
+        batch: Inputs at a time while it was measured.
+    """
+
+    blocks: tuple[str, ...]
+    predicted: float
+    measured: float
+    dropped: tuple[tuple[str, str], ...]
+    limit: float
+    error: float
+    batch: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For storage."""
+        return {**asdict(self), "limit": self.limit if math.isfinite(self.limit) else None}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> PriceReport:
+        """The inverse of `to_json`."""
+        limit = math.inf if stored["limit"] is None else stored["limit"]
+        dropped = tuple((str(name), str(why)) for name, why in stored["dropped"])
+        return cls(**{**stored, "limit": limit, "blocks": tuple(stored["blocks"]), "dropped": dropped})
+
+    def __str__(self) -> str:
+        lines = [
+            f"blocks: {', '.join(self.blocks)}",
+            f"price: {self.predicted:.2f} forward passes predicted, {self.measured:.2f} +- {self.error:.2f} measured "
+            f"on batches of {self.batch}; limit {self.limit:g}",
+            *(f"without {name}: {why}" for name, why in self.dropped),
+        ]
+        return "\n".join(lines)
+
+
+def fit_to_budget(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    x: Inputs,
+    limit: float,
+    *,
+    subject: Subject | None = None,
+    answer: Callable[[tuple[Block, ...]], Callable[[Inputs], object]] | None = None,
+) -> PriceReport:
+    """Take blocks off the end until the measured price of the others is at most ``limit``.
+
+    Blocks that the network or its inputs cannot serve are dropped first. The first block stays in any case; a
+    warning says so where it is above the limit.
+
+    Args:
+        model: The network.
+        blocks: In the order of their worth.
+        x: A batch on the network's device; of one that takes longer than a tenth of a second, a part is measured.
+        limit: In forward passes.
+        subject: What is known of the network; None to watch it on ``x``.
+        answer: From blocks to what will run, a function of a batch; None: the extraction of the blocks, without a
+            detector.
+
+    Raises:
+        ValueError: There is no block that the network can serve.
+    """
+    args, kwargs = as_call(x)
+    if subject is None:
+        subject = watch(model, args, kwargs)
+    refusals = [(block.name, block.refusal(subject)) for block in blocks]
+    dropped = [(name, why) for name, why in refusals if why is not None]
+    kept = [block for block, (_, why) in zip(blocks, refusals, strict=True) if why is None]
+    if not kept:
+        raise ValueError(f"blocks must be ones that the network can serve; {dropped or 'there was none'}")
+
+    def extraction(chosen: tuple[Block, ...]) -> Callable[[Inputs], object]:
+        made = Extraction(model, chosen)
+        made.known = subject
+        return made
+
+    make = extraction if answer is None else answer
+    x = _part(model, x)
+    while True:
+        measured, error = price(model, make(tuple(kept)), x)
+        if measured <= limit or len(kept) == 1:
+            break
+        dropped.append((kept.pop().name, f"with it {measured:.2f} forward passes, above {limit:g}"))
+    if measured > limit:
+        warnings.warn(
+            f"the budget must be at least {measured:.2f} for the block {kept[0].name!r}, which is kept alone; it was "
+            f"{limit:g}. Each call has a fixed cost: larger batches or a larger network bring the price down",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    predicted = 1 + sum(block.price(subject) for block in kept)
+    names = tuple(block.name for block in kept)
+    return PriceReport(names, predicted, measured, tuple(dropped), limit, error, batch_size(x))
+
+
+def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs) -> tuple[float, float]:
+    """Time of ``run`` over that of the plain ``model`` on ``x``: the median over rounds, and its standard error."""
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    with evaluating(model), torch.no_grad():
+        # Watching, planning and warming up are no part of the price.
+        _seconds(lambda: run(x), device), _plain(model, x, device)
+        ratios: list[float] = []
+        begun = time.perf_counter()
+        while len(ratios) < 3 or time.perf_counter() - begun < SECONDS:
+            # Whichever comes second finds memory and caches as the first has left them.
+            if len(ratios) % 2:
+                taken, base = _seconds(lambda: run(x), device), _plain(model, x, device)
+            else:
+                base, taken = _plain(model, x, device), _seconds(lambda: run(x), device)
+            ratios.append(taken / base)
+            if len(ratios) >= ROUNDS and _error(ratios) < ERROR:
+                break
+    return statistics.median(ratios), _error(ratios)
+
+
+def _plain(model: nn.Module, x: Inputs, device: torch.device) -> float:
+    """Seconds of the plain network."""
+    args, kwargs = as_call(x)
+    return _seconds(lambda: logits_of(model(*args, **kwargs)), device)
+
+
+def _part(model: nn.Module, x: Inputs) -> Inputs:
+    """As much of a batch as the plain network takes a tenth of a second for."""
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    samples = batch_size(x)
+    with evaluating(model), torch.no_grad():
+        one: Inputs = take(x, slice(0, 1), samples)
+        _plain(model, one, device)
+        # A batch of one takes longer than its share, so the cut part takes no longer than that.
+        fitting = max(1, int(PASS / max(_plain(model, one, device), 1e-9)))
+    part: Inputs = take(x, slice(0, min(samples, fitting)), samples)
+    return part
+
+
+def _error(ratios: Sequence[float]) -> float:
+    """Standard error of the median, from the order statistics one standard deviation of the rank below and above."""
+    ordered, count = sorted(ratios), len(ratios)
+    rank = math.sqrt(count) / 2
+    low, high = max(0, math.floor(count / 2 - rank)), min(count - 1, math.ceil(count / 2 + rank) - 1)
+    return (ordered[high] - ordered[low]) / 2
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of one call; on a CPU with one thread, of that thread alone: what else the machine does is left out."""
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    on_device = nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    with on_device:
+        _wait(device)
+        begun = clock()
+        run()
+        _wait(device)
+        return clock() - begun
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)

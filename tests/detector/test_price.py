@@ -1,0 +1,112 @@
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastgrad.blocks import BLOCKS, Block, Logits
+from fastgrad.blocks.passes import Pass
+from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS, preset
+from fastgrad.detector.price import PriceReport, fit_to_budget, price
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("fastgrad.detector.price.SECONDS", 0.3)
+
+
+class Again(Block):
+    """Runs the network once more."""
+
+    name = "again"
+    shapes = "(B, N)"
+
+    def price(self, subject):
+        return 1.0
+
+    def values(self, found: Pass) -> torch.Tensor:
+        return found.again(found.image())
+
+
+class Another(Again):
+    name = "another"
+
+
+def network():
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
+    layers += [nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()] * 3
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+
+
+@pytest.fixture
+def images():
+    return torch.rand(8, 3, 48, 48)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1.5, ["logits"]), (2.5, ["logits", "again"])])
+def test_blocks_are_taken_off_the_end_until_the_measured_price_fits(images, limit, kept):
+    report = fit_to_budget(network(), [Logits(), Again(), Another()], images, limit)
+    assert list(report.blocks) == kept
+    assert [name for name, _ in report.dropped] == ["another", "again"][: 3 - len(kept)]
+    assert report.measured <= limit
+    assert report.predicted == len(kept)
+    assert report.measured == pytest.approx(report.predicted, abs=0.3)
+    assert "above" in report.dropped[0][1]
+
+
+def test_where_nothing_fits_the_first_block_stays_and_a_warning_says_so(images):
+    with pytest.warns(
+        RuntimeWarning, match=r"budget must be at least .* 'again', which is kept alone; it was 1.2"
+    ):
+        report = fit_to_budget(network(), [Again(), Logits()], images, 1.2)
+    assert report.blocks == ("again",)
+    assert report.measured > 1.2
+
+
+def test_what_cannot_be_served_is_dropped_with_its_reason():
+    model = nn.Sequential(nn.Linear(6, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 3))
+    blocks = [BLOCKS[name]() for name in EXTENDED_BLOCKS]
+    report = fit_to_budget(model, blocks, torch.rand(256, 6), math.inf)
+    assert report.blocks == ("logits", "activations")
+    assert dict(report.dropped)["image"] == "the input is not one image (B, C, H, W)"
+    with pytest.raises(ValueError, match="blocks must be ones that the network can serve"):
+        fit_to_budget(model, [BLOCKS["view"]()], torch.rand(4, 6), 3.0)
+
+
+def test_the_answer_itself_is_measured_and_the_model_stays_as_it_was(images):
+    model = network().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen = []
+
+    def answer(blocks):
+        seen.append([block.name for block in blocks])
+        return lambda x: [model(x) for _ in range(1 + len(blocks))]
+
+    report = fit_to_budget(model, [Logits(), Again()], images, 2.5, answer=answer)
+    assert seen == [["logits", "again"], ["logits"]]
+    assert report.measured == pytest.approx(2, abs=0.3)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_long_batch_is_cut_and_the_price_carries_its_error(monkeypatch, images):
+    monkeypatch.setattr("fastgrad.detector.price.PASS", 0.0)
+    report = fit_to_budget(network(), [Logits()], images, 10.0)
+    assert report.batch == 1
+    model = network()
+    ratio, error = price(model, model, images)
+    assert ratio == pytest.approx(1, abs=0.15)
+    assert 0 <= error < 0.15
+
+
+def test_a_report_survives_storage_and_prints_what_was_dropped():
+    report = PriceReport(("logits",), 1.0, 1.05, (("image", "beyond"),), math.inf, 0.01, 8)
+    assert PriceReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert "without image: beyond" in str(report)
+
+
+def test_presets_hold_known_blocks_and_the_second_pass_begins_at_two():
+    assert preset(1.2) == DEFAULT_BLOCKS
+    assert preset(2.0) == EXTENDED_BLOCKS == (*DEFAULT_BLOCKS, "view")
+    assert set(EXTENDED_BLOCKS) <= set(BLOCKS)
