@@ -160,6 +160,6 @@ def test_an_unknown_target_is_refused() -> None:
     for loss in losses.LOSSES:
         for call in (losses.delta, losses.target_norms):
             with pytest.raises(
-                ValueError, match="target must be one of 'ones', 'uniform', 'predicted'.*'best'"
+                ValueError, match=r"target must be one of 'ones', 'uniform', 'predicted'.*'best'"
             ):
                 call(torch.zeros(2, 3), "best", loss=loss)
