@@ -60,9 +60,10 @@ class Sentinel(Tensor):
         """A sentinel of the shape of ``parameter``; it takes no memory."""
         empty = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
         learns = parameter.is_floating_point() or parameter.is_complex()
-        made: Sentinel = torch.Tensor._make_subclass(Sentinel, empty, learns)
+        made = empty.as_subclass(Sentinel)
         made.of_parameter = name
         with without_subclasses(), torch.enable_grad():
+            made.requires_grad_(learns)
             made.edge = torch.autograd.graph.get_gradient_edge(made) if learns else None
         return made
 
