@@ -96,13 +96,13 @@ def running(package: Path, *options: str) -> Iterator[Server]:
         server.stop()
 
 
-def workers_of(pid: int) -> list[int]:
-    """Process ids of the model processes below a server."""
+def workers_of(pid: int, module: bytes = b"serve.worker") -> list[int]:
+    """Process ids of the model's processes below a server, or of those that read bodies (``serve.decoder``)."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError, IndexError):
             parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == pid and b"spawn_main" in (entry / "cmdline").read_bytes():
+            if parent == pid and module in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
     return found
 
