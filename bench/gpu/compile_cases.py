@@ -1,4 +1,4 @@
-"""What is compiled: one call of a launcher for every shape that the heuristics treat differently.
+"""What is compiled: one call of a launcher for every shape that `tune` treats differently.
 
 To add a kernel, append a ``Case`` to ``cases()`` and its most telling one to ``QUICK``.
 """
@@ -51,7 +51,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def cases() -> list[Case]:
-    """The shapes that the heuristics treat differently, for every kernel."""
+    """The shapes that `tune` treats differently, for every kernel."""
     from fastgrad.ops.triton import (
         channel_moments,
         contrast,
@@ -136,7 +136,7 @@ def cases() -> list[Case]:
         found.append(
             Case(
                 f"conv_sqnorm B=64 {C} to {O} {size}x{size} kernel {kernel} stride {stride} {DTYPES[dtype]}",
-                lambda: layer_sqnorm.conv_sqnorm(a, g, *each, 1),
+                lambda: layer_sqnorm.conv_sqnorm(a, g, *each),
                 wide=C % 16 == 0,
             )
         )

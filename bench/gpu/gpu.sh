@@ -98,7 +98,7 @@ metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,lts__throughput.avg.
 metrics+=,gpu__time_duration.sum,launch__registers_per_thread
 if have ncu && [ -z "$dry" ]; then
     step "profiler counters" 90 ncu --csv --log-file "$out/ncu.csv" --metrics "$metrics" \
-        --kernel-name "regex:contrast|linear|rows|target" --launch-count 40 "${once[@]}"
+        --kernel-name "regex:contrast|linear|target" --launch-count 40 "${once[@]}"
 elif [ -n "$dry" ]; then
     step "profiler counters" 60 "${once[@]}" --tiny
 else

@@ -18,7 +18,7 @@ import torch
 import fastgrad
 from bench import clock, results_file
 from bench.gpu import work
-from fastgrad.ops.triton import launch
+from fastgrad.ops.triton import devices
 
 TINY = (
     "contrast_sqnorm B=3 N=40 D=16 fp32 cross_entropy",
@@ -55,7 +55,7 @@ def measure(case: str, device: str, floor: clock.Floor) -> dict[str, Any]:
     replay = run if device == "cpu" else clock.graphed(run)
     times = torch.tensor([timer(replay) for _ in range(3 if device == "cpu" else 50)], dtype=torch.float64)
     seconds = float(times.median())
-    launches = work.launches(case, launch.architecture(torch.empty(1, device=device)))
+    launches = work.launches(case, devices.architecture(torch.empty(1, device=device)))
     moved, useful = sum(w.memory for w in launches), sum(w.useful for w in launches)
     rate = floor.matrix_per_s.get(str(work.parse(case)[2]).removeprefix("torch."), 0.0)
     return {

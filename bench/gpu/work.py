@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastgrad.ops import heuristics
-from fastgrad.ops.heuristics import Architecture, cdiv
+from bench.gpu.compile_cases import DTYPES
+from fastgrad.ops import tune
+from fastgrad.ops.tune import Architecture, cdiv
 
 #: Planes of partial moments that cross-entropy writes (two largest logits, two sums), and the statistics form.
 PLANES, STATS_PLANES = 4, 5
 #: Bytes of second-level cache assumed: those of an H100.
 CACHE = 50e6
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: The cases of a GPU run, named as in the compile report.
 CASES = (
     "contrast_sqnorm B=4096 N=1000 D=512 bf16 cross_entropy",
@@ -65,7 +65,7 @@ class Work:
 def parse(case: str) -> tuple[str, dict[str, int], torch.dtype]:
     """Operator, sizes by letter and dtype of a case's name."""
     sizes = {letter: int(number) for letter, number in re.findall(r"\b([BND])=(\d+)", case)}
-    return case.split()[0], sizes, DTYPES[next(word for word in case.split() if word in DTYPES)]
+    return case.split()[0], sizes, next(dtype for dtype, word in DTYPES.items() if word in case.split())
 
 
 def launches(case: str, arch: Architecture) -> list[Work]:
@@ -82,7 +82,7 @@ def launches(case: str, arch: Architecture) -> list[Work]:
 
 def contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> list[Work]:
     """Launches of ``contrast_sqnorm``."""
-    config, e = heuristics.contrast(B, N, D, "cross_entropy", dtype, arch), dtype.itemsize
+    config, e = tune.contrast(B, N, D, "cross_entropy", dtype, arch), dtype.itemsize
     logits, features, out = B * N * e, B * D * e, 4 * B * N
     once = logits + features + out
     if config.kind == "rows":
@@ -109,7 +109,7 @@ def target(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture, kind:
 
 def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> list[Work]:
     """Launches of ``linear_contrast_sqnorm`` with a bias."""
-    config, e = heuristics.linear_contrast(B, N, D, dtype, arch), dtype.itemsize
+    config, e = tune.linear_contrast(B, N, D, dtype, arch), dtype.itemsize
     tiles_m, tiles_n = cdiv(B, config.block_m), cdiv(N, config.block_n)
     tiles, groups = tiles_m * tiles_n, cdiv(tiles_m, config.group_m)
     chunks = cdiv(N, cdiv(cdiv(N, max(config.chunks, 1)), config.block_f) * config.block_f)
@@ -135,7 +135,7 @@ def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architectu
 
 def linear_stats(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> list[Work]:
     """Launch of ``linear_contrast_stats`` with a bias."""
-    config, e = heuristics.linear_stats(B, N, D, dtype, arch), dtype.itemsize
+    config, e = tune.linear_stats(B, N, D, dtype, arch), dtype.itemsize
     tiles_m, tiles_n = cdiv(B, config.block_m), cdiv(N, config.block_n)
     splits, tiles = cdiv(tiles_n, config.tiles_per_split), tiles_m * tiles_n
     partial = splits * B * 4 * (STATS_PLANES + 1)

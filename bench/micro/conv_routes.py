@@ -24,9 +24,9 @@ import torchvision
 from torch import nn
 
 from bench.report import pages
-from fastgrad.ops import conv_cost
-from fastgrad.ops.conv_geometry import canonical
-from fastgrad.ops.layer_sqnorm import conv_sqnorm, shape_of
+from fastgrad.ops.conv import cost
+from fastgrad.ops.conv.geometry import canonical
+from fastgrad.ops.conv.sqnorm import conv_sqnorm, shape_of
 
 BATCH, IMAGE = 16, 64
 HOPELESS, SLOW = 12.0, 4.0
@@ -95,8 +95,8 @@ def measure(key: tuple[Any, ...]) -> dict[str, Any]:
     g = torch.randn(like.shape)
     p = canonical(a, g.unsqueeze(0), kernel, stride, padding, dilation, groups, False)
     shape = shape_of(p)
-    predicted = {route: conv_cost.seconds(route, shape) for route in conv_cost.candidates(shape)}
-    picked = conv_cost.choose_route(shape)
+    predicted = {route: cost.seconds(route, shape) for route in cost.candidates(shape)}
+    picked = cost.choose_route(shape)
     measured: dict[str, float] = {}
     for route in sorted(predicted, key=lambda r: predicted[r]):
         if predicted[route] > HOPELESS * predicted[picked]:
@@ -117,13 +117,13 @@ def judge(row: dict[str, Any]) -> dict[str, Any]:
     shape = shape_of(canonical(a, g, kernel, stride, padding, dilation, groups, False))
     measured = row["measured"]
     best = min(measured, key=measured.__getitem__)
-    picked = conv_cost.choose_route(shape)
+    picked = cost.choose_route(shape)
     return {
         "shape": f"{channels} to {outputs}, {height}x{width}, kernel {'x'.join(map(str, kernel))}, "
         f"stride {stride[0]}" + (f", groups {groups}" if groups > 1 else ""),
         "models": ", ".join(row["models"]),
         "picked": picked,
-        "predicted_ms": 1e3 * conv_cost.seconds(picked, shape),
+        "predicted_ms": 1e3 * cost.seconds(picked, shape),
         "measured_ms": 1e3 * measured[picked] if picked in measured else None,
         "best": best,
         "best_ms": 1e3 * measured[best],

@@ -13,8 +13,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("counts in Triton's interpreter", allow_module_level=True)
 
 from bench.gpu import counter, work
-from fastgrad.ops import heuristics
-from fastgrad.ops.heuristics import INTERPRETER, ContrastConfig, LinearConfig
+from fastgrad.ops import tune
+from fastgrad.ops.tune import INTERPRETER, ContrastConfig, LinearConfig
 
 HALF, SINGLE = torch.float16, torch.float32
 
@@ -50,7 +50,7 @@ def test_contrast(config: ContrastConfig, dtype: torch.dtype) -> None:
 
     B, N, D = 3, 50, 40
     h, z, _, _ = _head(B, N, D, dtype)
-    with heuristics.override(contrast=config):
+    with tune.override(contrast=config):
         counts = _counted(lambda: contrast.contrast_sqnorm(h, z, "cross_entropy", True, False, False))
         launches = work.contrast(B, N, D, dtype, INTERPRETER)
     _compare(counts, launches)
@@ -73,7 +73,7 @@ def test_linear_contrast(chunks: int, in_loop: bool) -> None:
     B, N, D = 20, 50, 40
     h, _, weight, bias = _head(B, N, D, HALF)
     config = LinearConfig(16, 16, 16, 1, chunks, 32, 4, 1, in_loop, "ieee", 4, 3)
-    with heuristics.override(linear_contrast=config):
+    with tune.override(linear_contrast=config):
         counts = _counted(
             lambda: linear_contrast.linear_contrast_sqnorm(h, weight, bias, "cross_entropy", False, False)
         )
@@ -87,7 +87,7 @@ def test_linear_stats() -> None:
     B, N, D = 20, 50, 40
     h, _, weight, bias = _head(B, N, D, HALF)
     config = LinearConfig(16, 16, 16, 1, 0, 0, 4, 2, False, "ieee", 4, 3)
-    with heuristics.override(linear_stats=config):
+    with tune.override(linear_stats=config):
         counts = _counted(
             lambda: linear_contrast.linear_contrast_stats(h, weight, bias, "cross_entropy", False)
         )

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deploy.file.test_export import FORMS, X, shapes, two_stage_model
 from deploy_models import TinyTwoStage
+from exported_models import FORMS, X, shapes, two_stage_model
 from onnx_needed import WARNINGS, skip_without_onnx
 from torch import nn
 

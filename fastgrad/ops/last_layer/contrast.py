@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgrad import losses
-from fastgrad.ops.library import operator
+from fastgrad.ops.dispatch import launcher, operator
 
 # Rows are worked on in pieces of at most this many elements (8 MiB), which stay in the outer cache of a CPU.
 _CHUNK = 1 << 21
@@ -21,25 +21,23 @@ def scale_of(features: Tensor, bias: bool) -> Tensor:
     return squares + 1 if bias else squares
 
 
-def differentiable(
-    features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool
-) -> Tensor:
+def differentiable(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, mean: bool) -> Tensor:
     """The definition in plain torch, differentiable to any order; ``(B, N)``."""
-    norms = losses.contrast_norms(logits, loss=loss, reduction=reduction, log=log)
+    norms = losses.contrast_norms(logits, loss=loss, reduction=losses.REDUCTIONS[mean], log=log)
     h = features.to(norms.dtype)
     scale = h.square().sum(-1, keepdim=True) + (1 if bias else 0)
     return norms + scale.log() if log else norms * scale
 
 
-def eager(features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool) -> Tensor:
+def eager(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, mean: bool) -> Tensor:
     """The same numbers on any device; for inference in fewer passes, in place where the memory is ours."""
     inference = not (torch.is_grad_enabled() and (features.requires_grad or logits.requires_grad))
     if inference and loss == "cross_entropy" and not log and logits.numel():
         scale = scale_of(features, bias)
-        if reduction == "mean":
+        if mean:
             scale = scale / logits.shape[-1] ** 2
         return _cross_entropy(scale.to(losses.compute_dtype(logits.dtype)), logits)
-    return differentiable(features, logits, bias, loss, reduction, log)
+    return differentiable(features, logits, loss, bias, log, mean)
 
 
 def _cross_entropy(scale: Tensor, logits: Tensor) -> Tensor:
@@ -95,10 +93,4 @@ def _argmax(p: Tensor) -> Tensor:
     return columns.gather(-1, inside)
 
 
-def _kernel(features: Tensor, logits: Tensor, bias: bool, loss: str, reduction: str, log: bool) -> Tensor:
-    from fastgrad.ops.triton import contrast as launcher
-
-    return launcher.contrast_sqnorm(features, logits, loss, bias, log, reduction == "mean")
-
-
-contrast_sqnorm = operator("contrast_sqnorm", eager, _kernel)
+contrast_sqnorm = operator("contrast_sqnorm", eager, launcher("contrast", "contrast_sqnorm"))

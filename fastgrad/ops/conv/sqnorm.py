@@ -7,7 +7,7 @@ sake of their batching rule: under ``vmap`` (``is_grads_batched=True``) the grad
 together as the K of one call, which shares everything that depends on the activation alone; batching the
 composition operator by operator would not.
 
-`kept_whole` makes one node of them for a compilation in this process, where the operator chooses its route by looking
+`opaque_ops` makes one node of them for a compilation in this process, where the operator chooses its route by looking
 at values, as it does without compilation.
 
 On a GPU the composition is one node, ``fastgrad::conv_sqnorm_kernel`` or ``fastgrad::linear_sqnorm_kernel``:
@@ -27,9 +27,9 @@ from torch import Tensor
 
 from fastgrad import checks
 from fastgrad._torch import is_exporting, is_readable
-from fastgrad.ops import conv_cost, conv_routes, library  # noqa: F401  (library defines schemas)
-from fastgrad.ops.conv_geometry import Problem, canonical, per_axis
-from fastgrad.ops.implementation import bind_contextvar, choose
+from fastgrad.ops.conv import cost, routes
+from fastgrad.ops.conv.geometry import Problem, canonical, per_axis
+from fastgrad.ops.dispatch import bind_contextvar, choose, launcher
 
 #: Batch size assumed by the cost model where a tracer keeps the batch symbolic.
 TRACED_BATCH = 16
@@ -39,16 +39,16 @@ TRACED_CHUNK_BYTES = 64 * 2**20
 _whole: contextvars.ContextVar[bool] = contextvars.ContextVar("fastgrad_sqnorm_whole", default=False)
 
 
-def kept_whole() -> AbstractContextManager[None]:
+def opaque_ops() -> AbstractContextManager[None]:
     """Graphs traced inside hold the two operators of tensors on a CPU as one node each."""
     return bind_contextvar(_whole, True)
 
 
-def shape_of(p: Problem, *, guarded: bool = True) -> conv_cost.Shape:
+def shape_of(p: Problem, *, guarded: bool = True) -> cost.Shape:
     """What the cost model works from: all sizes as ints, a symbolic batch as `TRACED_BATCH`."""
     batch = p.a.shape[0]
     symbolic = isinstance(batch, torch.SymInt)
-    return conv_cost.Shape(
+    return cost.Shape(
         batch=TRACED_BATCH if symbolic else batch,
         count=int(p.g.shape[0]),
         groups=p.groups,
@@ -61,7 +61,7 @@ def shape_of(p: Problem, *, guarded: bool = True) -> conv_cost.Shape:
         stride=p.stride,
         itemsize=8 if torch.float64 in (p.a.dtype, p.g.dtype) else 4,
         guarded=guarded,
-        budget=None if symbolic else conv_cost.CHUNK_BYTES if guarded else TRACED_CHUNK_BYTES,
+        budget=None if symbolic else cost.CHUNK_BYTES if guarded else TRACED_CHUNK_BYTES,
     )
 
 
@@ -70,25 +70,25 @@ def _solve(p: Problem, route: str | None) -> Tensor:
     guarded = is_readable(p.a, p.g) and p.a.device.type == "cpu"  # elsewhere a look would wait for the device
     shape = shape_of(p, guarded=guarded)
     if route is None:
-        route = conv_cost.choose_route(shape)
+        route = cost.choose_route(shape)
     else:
-        checks.one_of("route", route, conv_routes.ROUTES)
-        refusal = conv_routes.applicable(route, p)
+        checks.one_of("route", route, routes.ROUTES)
+        refusal = routes.applicable(route, p)
         if refusal is not None:
             raise ValueError(f"route must suit the convolution; it was {route!r}, but {refusal}")
     dtype = torch.float64 if shape.itemsize == 8 else torch.float32
     if not shape.batch:
         return p.a.new_zeros((shape.count, 0), dtype=dtype)
-    direct = conv_cost.choose_direct(shape)
-    step = conv_cost.chunk_size(route, shape)
+    direct = cost.choose_direct(shape)
+    step = cost.chunk_size(route, shape)
     if step >= shape.batch:
-        return conv_routes.run(
+        return routes.run(
             route, p._replace(a=p.a.to(dtype), g=p.g.to(dtype)), guarded=guarded, fallback=direct
         )
     parts = []
     for start in range(0, shape.batch, step):
         part = p._replace(a=p.a[start : start + step].to(dtype), g=p.g[:, start : start + step].to(dtype))
-        parts.append(conv_routes.run(route, part, guarded=guarded, fallback=direct))
+        parts.append(routes.run(route, part, guarded=guarded, fallback=direct))
     return torch.cat(parts, 1)
 
 
@@ -134,18 +134,6 @@ def _linear_eager(a: Tensor, g: Tensor, route: str | None, impl: str) -> Tensor:
     return _solve(p, route) if operands is None else _LINEAR_KERNEL(*operands)
 
 
-def _conv_triton(a: Tensor, g: Tensor, *rest: Any) -> Tensor:
-    from fastgrad.ops.triton import layer_sqnorm
-
-    return layer_sqnorm.conv_sqnorm(a, g, *rest)
-
-
-def _linear_triton(a: Tensor, g: Tensor) -> Tensor:
-    from fastgrad.ops.triton import layer_sqnorm
-
-    return layer_sqnorm.linear_sqnorm(a, g)
-
-
 def _composition(name: str, eager: Callable[..., Tensor]) -> None:
     """Register both operators of one norm: the composition that tracers see through, and the node that they do not."""
     whole = getattr(torch.ops.fastgrad, f"{name}_whole").default
@@ -155,13 +143,12 @@ def _composition(name: str, eager: Callable[..., Tensor]) -> None:
 
     torch.library.impl(f"fastgrad::{name}", "CompositeImplicitAutograd", composed)
     torch.library.impl(f"fastgrad::{name}_whole", "CPU", eager)
+    for key in ("CUDA", "CPU"):  # on the CPU the launcher accepts Triton's interpreter alone
+        torch.library.impl(f"fastgrad::{name}_kernel", key, launcher("layer_sqnorm", name))
 
 
 _composition("conv_sqnorm", _conv_eager)
 _composition("linear_sqnorm", _linear_eager)
-for _key in ("CUDA", "CPU"):  # on the CPU the launcher accepts Triton's interpreter alone
-    torch.library.impl("fastgrad::conv_sqnorm_kernel", _key, _conv_triton)
-    torch.library.impl("fastgrad::linear_sqnorm_kernel", _key, _linear_triton)
 _CONV = torch.ops.fastgrad.conv_sqnorm.default
 _LINEAR = torch.ops.fastgrad.linear_sqnorm.default
 _CONV_KERNEL = torch.ops.fastgrad.conv_sqnorm_kernel.default

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from fastgrad.ops.heuristics import INTERPRETER, Architecture
-
-SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+from fastgrad.ops.dispatch import KERNEL_DTYPES, interpreting
+from fastgrad.ops.tune import INTERPRETER, Architecture
 
 # Compiler options of every launch. Fused multiply-adds are wanted, and Triton 3.9 warns where nobody says so.
 OPTIONS = {"enable_fp_fusion": True}
@@ -41,11 +38,11 @@ def architecture(tensor: torch.Tensor) -> Architecture:
 def check(**tensors: torch.Tensor) -> None:
     """Raise ValueError for a device or dtype the kernels do not serve."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in SUPPORTED_DTYPES:
+        if tensor.dtype not in KERNEL_DTYPES:
             raise ValueError(
                 f"{name} must be float16, bfloat16 or float32 for impl='triton'; it was {tensor.dtype}"
             )
-        if tensor.device.type != "cuda" and not (INTERPRETED and tensor.device.type == "cpu"):
+        if tensor.device.type != "cuda" and not (interpreting() and tensor.device.type == "cpu"):
             raise ValueError(f"{name} must be on a GPU for impl='triton'; it was on {tensor.device}")
 
 
@@ -75,4 +72,4 @@ def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]
 
 def upcast(tensor: torch.Tensor) -> bool:
     """Whether operands of a product must become float32 first: the interpreter multiplies bfloat16 wrongly."""
-    return INTERPRETED and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+    return interpreting() and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16

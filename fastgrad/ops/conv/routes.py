@@ -20,8 +20,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastgrad.ops.conv_geometry import Problem
-from fastgrad.ops.products import product
+from fastgrad.ops.conv.geometry import Problem
+from fastgrad.ops.conv.products import product
 
 #: Largest D / ||G||^2 a float32 Gram result is kept for. One rounding is 6e-8 and errors of different terms
 #: are independent, so the relative error stays near 6e-8 * 100 = 6e-6.

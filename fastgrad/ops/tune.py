@@ -112,6 +112,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _block(size: int, largest: int) -> int:
+    """The power of two from 16 to ``largest`` that covers ``size``, if one does."""
+    return min(max(power_of_two(size), 16), largest)
+
+
 @pinnable
 def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Architecture) -> ContrastConfig:
     """Choose for features ``(B, D)`` and logits ``(B, N)``.
@@ -135,14 +140,14 @@ def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Archit
         )
         if arch.backend == "hip":
             warps = max(1, warps // 2)  # 64 threads each
-        block_d = min(max(power_of_two(D), 16), max(16, 2048 // rows))
+        block_d = _block(D, max(16, 2048 // rows))
         return ContrastConfig("rows", block, block_d, rows=rows, num_warps=warps)
     # Sigmoids and squares of unbounded logits need a few registers more than eight warps have before sm_90, and
     # squares since sm_100.
     block = 4096 if loss == "brier" or (loss == "bce" and arch.version == 80) else 8192
     crowded = (arch.version == 80 and loss in ("bce", "mse")) or (arch.version >= 100 and loss == "mse")
     warps = 16 if crowded and arch.backend == "cuda" else 8
-    block_d = min(max(power_of_two(D), 16), 2048)
+    block_d = _block(D, 2048)
     wanted = cdiv(2 * arch.processors, max(B, 1))
     splits = min(wanted, cdiv(N, block), 64)
     if splits > 1:
@@ -196,8 +201,7 @@ def _product(
             block_n //= 2
     while block_k > 16 and block_k // 2 >= D:
         block_k //= 2
-    element = 4 if wide else 2
-    stage = (block_m + block_n) * block_k * element
+    stage = (block_m + block_n) * block_k * dtype.itemsize
     # AMD's pipeline keeps the stage after next in registers, so two stages take the shared memory of one.
     stages = 2 if arch.backend == "hip" else max(1, min(4, (arch.shared_memory - 4096) // stage))
     return block_m, block_n, block_k, warps, stages
@@ -206,6 +210,11 @@ def _product(
 def _precision(dtype: torch.dtype, arch: Architecture) -> str:
     """Three TF32 products keep float32 accuracy on NVIDIA's tensor cores; AMD's multiply float32 as it is."""
     return "tf32x3" if dtype == torch.float32 and arch.backend == "cuda" else "ieee"
+
+
+def _parts(parts: int, block_m: int, warps: int) -> int:
+    """Partial moments merged at once: four per thread, or nine numbers each would not fit its registers."""
+    return max(2, min(power_of_two(parts), 128 * warps // block_m))
 
 
 @pinnable
@@ -277,16 +286,118 @@ class TargetConfig:
 @pinnable
 def target(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> TargetConfig:
     """Choose for features ``(B, D)`` and logits ``(B, N)``; rows up to 2048 logits are one block."""
-    block = min(max(power_of_two(N), 16), 2048)
+    block = _block(N, 2048)
     rows = max(1, 512 // block)
     while rows > 1 and cdiv(B, rows) < 2 * arch.processors:
         rows //= 2
     width = rows * block
     warps = 1 if width <= 256 else 2 if width <= 512 else 4 if width <= 1024 else 8
-    block_d = min(max(power_of_two(D), 16), max(16, 2048 // rows))
+    block_d = _block(D, max(16, 2048 // rows))
     return TargetConfig(rows, block, block_d, max(1, warps // 2) if arch.backend == "hip" else warps)
 
 
-def _parts(parts: int, block_m: int, warps: int) -> int:
-    """Partial moments merged at once: four per thread, or nine numbers each would not fit its registers."""
-    return max(2, min(power_of_two(parts), 128 * warps // block_m))
+@dataclass(frozen=True)
+class DirectConfig:
+    """Tile of the weight gradient one program owns, positions per step."""
+
+    block_o: int
+    block_c: int
+    block_t: int
+    precision: str
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GramConfig:
+    """Positions per side of a tile, channels per step."""
+
+    block_t: int
+    block_k: int
+    precision: str
+    num_warps: int
+    num_stages: int
+
+
+@pinnable
+def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture) -> DirectConfig:  # noqa: E741
+    """Choose for C input and O output channels per group and T positions.
+
+    The accumulator is the whole of a program's state, so it is as large as registers allow; float32 operands
+    take twice the room and, with IEEE products, no tensor cores.
+    """
+    wide = dtype == torch.float32
+    block_o, block_c = _block(O, 64 if wide else 128), _block(C, 64 if wide else 128)
+    # Below 32 positions a step of half-precision operands has less than 16 bytes for every thread.
+    block_t = (16 if max(block_o, block_c) == 64 else 32) if wide else max(32, _block(T, 64))
+    warps = 8 if block_o * block_c > 64 * 64 else 4
+    return DirectConfig(
+        block_o, block_c, block_t, _precision(dtype, arch), warps, 2 if arch.backend == "hip" else 3
+    )
+
+
+@pinnable
+def layer_gram(T: int, dtype: torch.dtype, arch: Architecture) -> GramConfig:
+    """Choose for T positions."""
+    wide = dtype == torch.float32
+    # Two accumulators of block_t x block_t.
+    block_t = _block(T, 32 if wide else 64)
+    return GramConfig(
+        block_t, 32 if wide else 64, _precision(dtype, arch), 4, 2 if arch.backend == "hip" else 3
+    )
+
+
+@pinnable
+def layer_prefers_gram(C: int, O: int, T: int) -> bool:  # noqa: E741
+    """Whether the symmetric half of ``T^2 (C + O)`` products is below a quarter of the direct route's ``T C O``."""
+    return 2 * T * (C + O) < C * O
+
+
+#: Numbers a program holds of each moment: eight in each of 128 threads, one 16-byte access of half precision.
+TILE = 1024
+#: Loads a program has under way at once.
+UNROLL = 4
+#: Partial sums that are added one after the other; of so few the rounding errors stay a few units.
+LONGEST_SUM = 64
+
+
+@dataclass(frozen=True)
+class ChannelConfig:
+    """How ``channel_moments`` runs.
+
+    Attributes:
+        block_c, block_t: Tile of channels and positions.
+        unroll: Tiles in a row whose sums are added up before they join the program's.
+        splits: Programs that share the positions of a channel.
+        num_warps: Of a program.
+    """
+
+    block_c: int
+    block_t: int
+    unroll: int
+    splits: int
+    num_warps: int
+
+
+@pinnable
+def channel_moments(B: int, C: int, T: int, channels_last: bool, arch: Architecture) -> ChannelConfig:
+    """Choose for ``(B, C, T)``, whose neighbours in memory are channels if ``channels_last``, else positions.
+
+    A tile is long where memory is: whole cache lines of channels or of positions. Positions are shared out until the
+    device is full, and where one program would add up too many tiles.
+    """
+    if channels_last:
+        block_c = min(power_of_two(C), 128)
+        block_t = min(power_of_two(T), TILE // block_c)
+        block_c = min(power_of_two(C), TILE // block_t)
+    else:
+        block_t = min(power_of_two(T), TILE // 2)
+        block_c = min(power_of_two(C), TILE // block_t)
+    unroll = min(UNROLL, power_of_two(cdiv(T, block_t)))
+    steps = cdiv(T, block_t * unroll)
+    programs = B * cdiv(C, block_c)
+    splits = min(steps, max(cdiv(steps, LONGEST_SUM), cdiv(4 * arch.processors, programs)))
+    splits = cdiv(steps, cdiv(steps, splits))
+    threads = 64 if arch.backend == "hip" else 32
+    warps = max(1, min(4, block_c * block_t // (8 * threads)))
+    return ChannelConfig(block_c, block_t, unroll, splits, warps)

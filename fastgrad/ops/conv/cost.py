@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastgrad.ops.products import suits
+from fastgrad.ops.conv.products import suits
 
 #: Bytes of the largest intermediate of one chunk. Twice this still fits a common last-level cache, and the C
 #: library reuses blocks below 32 MiB without asking the system for fresh pages, which costs more than the
