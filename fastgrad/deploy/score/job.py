@@ -330,7 +330,7 @@ class Job:
         try:
             found = json.loads(note.read_text("utf-8"))
             identity = str(found.pop("id"))
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
                 f"{folder} was not made by fastgrad score and is left as it is; choose another --out"
             ) from None

@@ -57,7 +57,7 @@ class Served:
             raise PackageError(f"{path}: there is no such file")
         folder = Path(tempfile.mkdtemp(prefix="fastgrad-serve-"))
         self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        copy = folder / Path(path).name
+        self.copy = copy = folder / Path(path).name
         shutil.copyfile(path, copy)
         # Of the copy, and before anything else reads it: the file itself may change at any time.
         if pins is not None and digest_of(copy) not in Path(pins).read_text("utf-8").lower().split():
