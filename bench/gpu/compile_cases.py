@@ -136,7 +136,7 @@ def cases() -> list[Case]:
         found.append(
             Case(
                 f"conv_sqnorm B=64 {C} to {O} {size}x{size} kernel {kernel} stride {stride} {DTYPES[dtype]}",
-                lambda: layer_sqnorm.conv_sqnorm(a, g, *each),
+                lambda: layer_sqnorm.conv_sqnorm(a, g, *each, 1),  # type: ignore[call-arg]
                 wide=C % 16 == 0,
             )
         )
