@@ -51,7 +51,11 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
     """
     import torch
 
+    from fastgrad.checks import extra
     from fastgrad.deploy.file.description import DTYPES
+
+    with extra("serve"):
+        import PIL  # noqa: F401
 
     pixels = torch.from_numpy(decode_pixels(content, description.input_shape, max_pixels=max_pixels))
     return description.normalize(pixels.to(DTYPES[description.input_dtype]) / 255)
