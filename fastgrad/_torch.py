@@ -2,7 +2,7 @@
 
 A private name may change with any release. Gathered here, such a change is mended in one file. Each entry says why
 it is needed and what happens without it. All were tried with the test suite on PyTorch 2.8.0, 2.13.0 and 2.15.0
-(``noxfile.py`` repeats the oldest and the newest); an entry names versions only where they differ.
+(the workflow ``build`` repeats the oldest and the newest); an entry names versions only where they differ.
 
 Names of ATen's operators (``torch.ops.aten``) are no private names: exported programs store them. ``nn.Module``'s own
 tables (``_parameters``, ``_forward_hooks``), which pickled models contain, are read in `fastgrad.engine.shadow`.

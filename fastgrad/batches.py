@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import pytree
+from fastgrad.checks import extra
 
 Tree = TypeVar("Tree")
 
@@ -98,7 +99,8 @@ def bar(items: Iterable[Any], name: str, verbose: bool) -> Iterable[Any]:
     """``items``, with a progress bar if ``verbose``."""
     if not verbose:
         return items
-    from tqdm.auto import tqdm
+    with extra("demo"):
+        from tqdm.auto import tqdm
 
     shown: Iterable[Any] = tqdm(items, desc=name, unit="batch")
     return shown

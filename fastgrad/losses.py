@@ -25,13 +25,13 @@ float32 are computed in float32, float64 in float64. Arguments are assumed to be
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
-LOSSES = ("cross_entropy", "bce", "mse", "brier")
 TARGETS = ("ones", "uniform", "predicted")
 REDUCTIONS = ("sum", "mean")
 
@@ -89,7 +89,9 @@ def _soft_target(z: Tensor, target: str | Tensor) -> Tensor:
         return torch.ones_like(z)
     if target == "uniform":
         return torch.full_like(z, 1 / z.shape[-1])
-    return _top(z).to(z.dtype)
+    if target == "predicted":
+        return _top(z).to(z.dtype)
+    raise ValueError(f"target must be one of {', '.join(map(repr, TARGETS))}, or a tensor; it was {target!r}")
 
 
 def _cross_entropy_delta(z: Tensor, target: str | Tensor) -> Tensor:
@@ -107,6 +109,12 @@ def _cross_entropy_delta(z: Tensor, target: str | Tensor) -> Tensor:
         centred = (loo.gap.mean(-1, keepdim=True) - loo.gap) * (scale * z.shape[-1] / loo.a)
         delta = torch.where(loo.gap.amax(-1, keepdim=True) < 0.4, centred, delta)
     return delta
+
+
+def _cross_entropy_diagonal(z: Tensor) -> Tensor:
+    loo = _leave_one_out(z)
+    p = loo.p_others
+    return -torch.where(loo.top, p.sum(-1, keepdim=True), 1 - p)
 
 
 def _bce_delta(z: Tensor, target: str | Tensor) -> Tensor:
@@ -132,51 +140,10 @@ def _brier_delta(z: Tensor, target: str | Tensor) -> Tensor:
     return 2 * p * (mean - difference)
 
 
-_DELTA = {
-    "cross_entropy": _cross_entropy_delta,
-    "bce": _bce_delta,
-    "mse": _mse_delta,
-    "brier": _brier_delta,
-}
-
-
-def delta(logits: Tensor, target: str | Tensor, *, loss: str, reduction: str = "sum") -> Tensor:
-    """Gradient of the loss with respect to the logits, relatively accurate also where the network is confident.
-
-    Args:
-        logits: ``(..., N)``.
-        target: ``"ones"``, ``"uniform"``, ``"predicted"``, class indices ``(...)`` or soft targets ``(..., N)``.
-        loss: one of ``LOSSES``.
-        reduction: over classes, ``"sum"`` or ``"mean"`` (divides by N).
-
-    Returns:
-        ``(..., N)``, float32 (float64 for float64 logits).
-    """
-    z = _upcast(logits)
-    result = _DELTA[loss](z, target)
-    return result / z.shape[-1] if reduction == "mean" else result
-
-
-def contrast_delta(logits: Tensor, *, loss: str, reduction: str = "sum") -> Tensor:
-    """``delta`` of every one-hot contrast: ``(..., N, N)`` with ``[..., k, :]`` belonging to contrast ``k``."""
-    classes = logits.shape[-1]
-    labels = torch.eye(classes, device=logits.device, dtype=compute_dtype(logits.dtype))
-    every = logits.unsqueeze(-2).expand(*logits.shape, classes)
-    return delta(every, labels, loss=loss, reduction=reduction)
-
-
-def contrast_diagonal(logits: Tensor, *, loss: str) -> Tensor:
-    """The entry ``k`` of the ``delta`` of contrast ``k``, for all k: ``(..., N)``; the scale of introspective rows."""
-    z = _upcast(logits)
-    if loss == "bce":
-        return -torch.sigmoid(-z)
-    if loss == "mse":
-        return 2 * (z - 1)
+def _brier_diagonal(z: Tensor) -> Tensor:
     loo = _leave_one_out(z)
     p = loo.p_others
     missing = p.sum(-1, keepdim=True)  # 1 - p_i
-    if loss == "cross_entropy":
-        return -torch.where(loo.top, missing, 1 - p)
     s2_others = (p * p).sum(-1, keepdim=True)
     at_top = (missing * missing + s2_others) / loo.a
     s2 = s2_others + loo.a**-2
@@ -245,12 +212,57 @@ def _brier_norms(z: Tensor, log: bool) -> Tensor:
     return torch.where(loo.top, rho**2 * at_top, rest) * (4 * rho**2)
 
 
-_NORMS = {
-    "cross_entropy": _cross_entropy_norms,
-    "bce": _bce_norms,
-    "mse": _mse_norms,
-    "brier": _brier_norms,
+class _Loss(NamedTuple):
+    """A loss: three functions of logits ``z`` in the dtype they are computed in.
+
+    Attributes:
+        delta: Of ``z`` and a target: the gradient, ``(..., N)``.
+        diagonal: Of ``z``: the entry k of contrast k's gradient, ``(..., N)``.
+        norms: Of ``z`` and whether to take logarithms: ``||delta||^2`` of every contrast, ``(..., N)``.
+    """
+
+    delta: Callable[[Tensor, str | Tensor], Tensor]
+    diagonal: Callable[[Tensor], Tensor]
+    norms: Callable[[Tensor, bool], Tensor]
+
+
+_TABLE = {
+    "cross_entropy": _Loss(_cross_entropy_delta, _cross_entropy_diagonal, _cross_entropy_norms),
+    "bce": _Loss(_bce_delta, lambda z: -torch.sigmoid(-z), _bce_norms),
+    "mse": _Loss(_mse_delta, lambda z: 2 * (z - 1), _mse_norms),
+    "brier": _Loss(_brier_delta, _brier_diagonal, _brier_norms),
 }
+LOSSES = tuple(_TABLE)
+
+
+def delta(logits: Tensor, target: str | Tensor, *, loss: str, reduction: str = "sum") -> Tensor:
+    """Gradient of the loss with respect to the logits, relatively accurate also where the network is confident.
+
+    Args:
+        logits: ``(..., N)``.
+        target: ``"ones"``, ``"uniform"``, ``"predicted"``, class indices ``(...)`` or soft targets ``(..., N)``.
+        loss: one of ``LOSSES``.
+        reduction: over classes, ``"sum"`` or ``"mean"`` (divides by N).
+
+    Returns:
+        ``(..., N)``, float32 (float64 for float64 logits).
+    """
+    z = _upcast(logits)
+    result = _TABLE[loss].delta(z, target)
+    return result / z.shape[-1] if reduction == "mean" else result
+
+
+def contrast_delta(logits: Tensor, *, loss: str, reduction: str = "sum") -> Tensor:
+    """``delta`` of every one-hot contrast: ``(..., N, N)`` with ``[..., k, :]`` belonging to contrast ``k``."""
+    classes = logits.shape[-1]
+    labels = torch.eye(classes, device=logits.device, dtype=compute_dtype(logits.dtype))
+    every = logits.unsqueeze(-2).expand(*logits.shape, classes)
+    return delta(every, labels, loss=loss, reduction=reduction)
+
+
+def contrast_diagonal(logits: Tensor, *, loss: str) -> Tensor:
+    """The entry ``k`` of the ``delta`` of contrast ``k``, for all k: ``(..., N)``; the scale of introspective rows."""
+    return _TABLE[loss].diagonal(_upcast(logits))
 
 
 def contrast_norms(logits: Tensor, *, loss: str, reduction: str = "sum", log: bool = False) -> Tensor:
@@ -259,7 +271,7 @@ def contrast_norms(logits: Tensor, *, loss: str, reduction: str = "sum", log: bo
     A plain value below the smallest normal number of the dtype loses digits (cross_entropy at a logit margin of 44
     in float32, brier at 22); its logarithm does not.
     """
-    result = _NORMS[loss](_upcast(logits), log)
+    result = _TABLE[loss].norms(_upcast(logits), log)
     return _reduced(result, logits.shape[-1], reduction, log)
 
 
@@ -274,11 +286,11 @@ def target_norms(
         return target_norms(logits, logits.detach().argmax(-1), loss=loss, reduction=reduction, log=log)
     z = _upcast(logits)
     if not log:
-        result = _DELTA[loss](z, target).square().sum(-1)
+        result = _TABLE[loss].delta(z, target).square().sum(-1)
     elif loss == "bce" and isinstance(target, str) and target == "ones":
         result = torch.logsumexp(2 * logsigmoid(-z), -1)
     else:
-        d = _DELTA[loss](z, target)
+        d = _TABLE[loss].delta(z, target)
         largest = d.detach().abs().amax(-1, keepdim=True)
         largest = torch.where(largest == 0, 1, largest)
         result = (d / largest).square().sum(-1).log() + 2 * largest.squeeze(-1).log()

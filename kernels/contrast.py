@@ -3,7 +3,7 @@
 
     out[b, k] = ||delta^(k)(z_b)||^2 (||h_b||^2 + bias)        float32, or its logarithm
 
-Three ways to the same numbers, chosen by ``fastgrad.ops.heuristics``:
+Three ways to the same numbers, chosen by ``fastgrad.ops.tune``:
 
 - ``contrast_rows_kernel``: a program owns whole rows, which stay on chip; the logits are read once.
 - ``contrast_stream_kernel``: a program owns one row and sweeps it twice, moments first.

@@ -3,12 +3,10 @@
 
     G[o, c, d] = sum_t g[o, t] a[c, stride * t + dilation * d - padding]        out = ||G||^2
 
-- ``direct_kernel``: an implicit matrix product per (sample, kernel offset); a program owns a tile of (O, C),
-runs over
-  the positions and sums the squares of its accumulator. A linear layer with T positions is a convolution with
-  one kernel offset.
-- ``gram_kernel``: the same number as ``sum_{t,t'} (a_t . a_t')(g_t . g_t')`` for a linear layer; a program
-owns a tile
+- ``direct_kernel``: an implicit matrix product per (sample, kernel offset); a program owns a tile of (O, C), runs over
+  the positions and sums the squares of its accumulator. A linear layer with T positions is a convolution with one
+  kernel offset.
+- ``gram_kernel``: the same number as ``sum_{t,t'} (a_t . a_t')(g_t . g_t')`` for a linear layer; a program owns a tile
   of position pairs, of which only those with t <= t' are formed.
 
 Partial sums go to a buffer with one place per program, so that the result does not depend on timing.
@@ -20,7 +18,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def direct_kernel(
     a_ptr, g_ptr, out_ptr, flag_ptr,
     B, groups, C, O,  # noqa: E741
@@ -94,7 +92,7 @@ def direct_kernel(
     tl.store(out_ptr + pid, square)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "tiles", "pairs"])
 def gram_kernel(
     a_ptr, g_ptr, out_ptr, diagonal_ptr,
     B, T, C, O,  # noqa: E741

@@ -12,11 +12,9 @@ not depend on timing. It is
 
 - ``LAST``: the last tile of the row block to arrive (a counter in ``sync``, zero before the launch), right for the few
   rows of a request;
-- otherwise ``contrast_finish_kernel`` in a second launch, many programs a row;
-- ``CHUNKS > 0``, on demand alone: as many further programs a row block in the same launch, while other programs go on
-  with the product. They wait for the tiles. Programs take their work in the order in which they start (a ticket), and
-  one only waits for work with smaller tickets, which is therefore running and never waits itself: no deadlock,
-  provided that a program that has started is never suspended for good.
+- otherwise ``contrast_finish_kernel`` in a second launch, many programs a row.
+
+No program ever waits for another.
 """
 
 import triton
@@ -78,59 +76,27 @@ def arrive(counter):
     return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
 
 
-@triton.jit
-def take_ticket(ticket_ptr, tiles, chunks, groups):
-    """The next piece of work of the queue, as ``(group, place in it, whether it is a tile)``.
-
-    First a group's tiles; then, period after period, the next group's tiles and this group's chunks.
-    """
-    ticket = tl.atomic_add(ticket_ptr, 1)
-    later = tl.maximum(ticket - tiles, 0)
-    group = later // (tiles + chunks)
-    place = later % (tiles + chunks)
-    first = ticket < tiles
-    more = group < groups - 1
-    is_tile = first | (more & (place < tiles))
-    place = tl.where(first, ticket, tl.where(more & (place >= tiles), place - tiles, place))
-    return tl.where(first, 0, tl.where(is_tile, group + 1, group)), place, is_tile
-
-
-@triton.jit
-def finish_rows(
-    z_rows, out_rows, work_rows, B, N, tiles_n, plane, start, stop, valid,
-    LOSS: tl.constexpr, LOG: tl.constexpr, MEAN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Merge a row block's partial moments and turn the columns ``[start, stop)`` of its logits into squared norms."""
-    moments, features = merge_parts(work_rows, tiles_n, B, plane, valid, LOSS, LOG, False, BLOCK_M, PARTS)
-    factor = features_factor(features, N, HAS_BIAS, LOG, MEAN)
-    write_values(z_rows, 1, out_rows, start, stop, valid, factor, moments, LOSS, LOG, BLOCK_F, True)
-
-
 @triton.jit(do_not_specialize=["B", "N_units"])
 def linear_contrast_kernel(
     x_ptr, w_ptr, bias_ptr, z_ptr, out_ptr, work_ptr, sync_ptr,
-    B, N_units, D, stride_xb, stride_xd, stride_wn, stride_wd, slice_d, chunk_n,
+    B, N_units, D, stride_xb, stride_xd, stride_wn, stride_wd, slice_d,
     LOSS: tl.constexpr, LOG: tl.constexpr, MEAN: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    BLOCK_F: tl.constexpr, PARTS: tl.constexpr, LAST: tl.constexpr, CHUNKS: tl.constexpr, NORM_IN_LOOP: tl.constexpr,
+    BLOCK_F: tl.constexpr, PARTS: tl.constexpr, LAST: tl.constexpr, NORM_IN_LOOP: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     ALIGN_X: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(groups * GROUP_M * (tiles_n + CHUNKS),)`` with ``groups = cdiv(cdiv(B, BLOCK_M), GROUP_M)``.
+    """Grid ``(groups * GROUP_M * tiles_n,)`` with ``groups = cdiv(cdiv(B, BLOCK_M), GROUP_M)``.
 
-    ``work`` is float32 ``(PLANES, tiles_n, B)``. ``sync`` is int32 ``(1 + tiles_m,)``, zero: the ticket, then the
-    arrivals at each row block; it is not used without ``LAST`` or ``CHUNKS``.
+    ``work`` is float32 ``(PLANES, tiles_n, B)``. ``sync`` is int32 ``(tiles_m,)``, zero: the arrivals at each row
+    block; it is not used without ``LAST``.
     """
     N = N_units * ALIGN_N
     tiles_m = tl.cdiv(B, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     in_group = GROUP_M * tiles_n
-    if CHUNKS > 0:
-        group, place, is_tile = take_ticket(sync_ptr, in_group, GROUP_M * CHUNKS, tl.cdiv(tiles_m, GROUP_M))
-    else:
-        group = tl.program_id(0) // in_group
-        place = tl.program_id(0) % in_group
+    group = tl.program_id(0) // in_group
+    place = tl.program_id(0) % in_group
     tile_m = group * GROUP_M + place % GROUP_M
     tile_n = place // GROUP_M
 
@@ -140,12 +106,7 @@ def linear_contrast_kernel(
     z_rows = z_ptr + rows * N_units * ALIGN_N
     out_rows = out_ptr + rows * N_units * ALIGN_N
     work_rows = work_ptr + rows
-    arrivals = sync_ptr + 1 + tile_m
-    multiplies = tile_m < tiles_m
-    if CHUNKS > 0:
-        finishes = multiplies & (is_tile == 0)
-        multiplies = multiplies & is_tile
-    if multiplies:
+    if tile_m < tiles_m:
         cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         # Rows past the end repeat the last one: no masks in the product, and nothing of them is stored.
         x_rows = x_ptr + tl.minimum(rows, B - 1) * stride_xb * ALIGN_X
@@ -166,23 +127,13 @@ def linear_contrast_kernel(
         if NORM_IN_LOOP:
             features = tl.where(tile_n == 0, seen, 0.0)
         store_part(work_rows + tile_n.to(tl.int64) * B, plane, valid, moments, features)
-        if LAST:
-            if arrive(arrivals) == tiles_n - 1:
-                finish_rows(
-                    z_rows, out_rows, work_rows, B, N, tiles_n, plane, 0, N, valid,
-                    LOSS, LOG, MEAN, HAS_BIAS, BLOCK_M, BLOCK_F, PARTS,
-                )  # fmt: skip
-        elif CHUNKS > 0:
-            arrive(arrivals)
-    if CHUNKS > 0:  # noqa: SIM102 - a constant, and a condition at run time
-        if finishes:
-            while tl.atomic_add(arrivals, 0, sem="acquire", scope="gpu") < tiles_n:
-                pass
-            start = tile_n * chunk_n
-            finish_rows(
-                z_rows, out_rows, work_rows, B, N, tiles_n, plane, start, tl.minimum(N, start + chunk_n), valid,
-                LOSS, LOG, MEAN, HAS_BIAS, BLOCK_M, BLOCK_F, PARTS,
-            )  # fmt: skip
+        if LAST:  # noqa: SIM102 - a constant, and a condition at run time
+            if arrive(sync_ptr + tile_m) == tiles_n - 1:
+                moments, features = merge_parts(
+                    work_rows, tiles_n, B, plane, valid, LOSS, LOG, False, BLOCK_M, PARTS
+                )
+                factor = features_factor(features, N, HAS_BIAS, LOG, MEAN)
+                write_values(z_rows, 1, out_rows, 0, N, valid, factor, moments, LOSS, LOG, BLOCK_F, True)
 
 
 @triton.jit(do_not_specialize=["B", "N", "splits"])

@@ -4,9 +4,9 @@
 
 A new loss is a branch in each of them: which sums over a row it needs (``empty_moments``, ``reduce_moments``), the
 squared norm of a contrast from these sums (``contrast_coefficients``, ``rest_value``), statistics over all contrasts
-(``contrast_statistics``) and the squared norm for a fixed target (``target_value``). Outside the device code a loss is
-named in ``fastgrad.losses``, which defines it, in ``fastgrad.ops.heuristics``, where a tile must fit the registers,
-and in the launcher of the statistics, which sweeps twice where the extremes do not follow the logits.
+(``contrast_statistics``) and an entry of delta for a fixed target (``delta_entry``; a softmax loss has a sweep of its
+own in ``sweeps``). ``fastgrad.losses`` defines a loss; ``fastgrad.ops.tune`` gives it smaller tiles where they must fit
+the registers; the launcher of the statistics sweeps twice where the extremes do not follow the logits.
 
 Confident rows are the common case, and there ``p_k - 1`` and ``|p|^2 - 2 p_k + 1`` cancel to nothing. So a row is
 summarised by sums that leave its maximum out. Its moments are a tuple: ``top`` and ``second``, the two largest logits
@@ -35,7 +35,6 @@ import triton
 import triton.language as tl
 
 from .numerics import exp, finite, log_sigmoid, margin, one_minus, sigmoid
-from .sweeps import brier_soft, cross_entropy_constant, cross_entropy_soft, elementwise, log_of_ones
 
 # Planes of partial moments that leave the chip: nine at most, and a partial sum of squares of the features.
 PLANES = 10
@@ -282,36 +281,9 @@ def contrast_statistics(moments, N, LOSS: tl.constexpr):
 
 
 @triton.jit
-def target_value(
-    zs, ys, stride_zn, stride_yn, N, valid, moments,
-    LOSS: tl.constexpr, KIND: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """``||delta||^2`` (or its logarithm) of each row for the target ``KIND``: ``ones``, ``uniform`` or ``soft``.
-
-    Rows are given as pointers.
-    """
-    top, second = moments[0], moments[1]
-    if (LOSS == "cross_entropy") or (LOSS == "brier"):
-        rho, _, _ = margin(top, second)
-        tail = rho * moments[3]
-    if (LOSS == "cross_entropy") and (KIND == "soft"):
-        value = cross_entropy_soft(
-            zs, ys, stride_zn, stride_yn, N, valid, top, finite(second), rho, tail, ROWS, BLOCK_N
-        )
-    elif LOSS == "cross_entropy":
-        value = cross_entropy_constant(zs, stride_zn, N, valid, top, tail, KIND == "uniform", ROWS, BLOCK_N)
-    elif (LOSS == "brier") and (KIND == "soft"):
-        value = brier_soft(
-            zs, ys, stride_zn, stride_yn, N, valid, top, finite(second), rho, tail, ROWS, BLOCK_N
-        )
-    elif LOSS == "brier":
-        # A constant target drops out: what is left is the contrast's polynomial at p_k = 0.
-        _, _, _, square_top, shift, constant, _, scale, _ = contrast_coefficients(moments, LOSS, LOG)
-        value = square_top * shift * shift + constant
-        value = tl.log(value) + scale if LOG else value * (scale * scale)
-    elif ((LOSS == "bce") and (KIND == "ones")) and LOG:
-        value = log_of_ones(zs, stride_zn, N, valid, ROWS, BLOCK_N)
+def delta_entry(z, y, LOSS: tl.constexpr):
+    """``delta_j`` from ``z_j`` and ``y_j``, for losses of which it depends on nothing else."""
+    if LOSS == "bce":
+        return tl.where(z > 0.0, (1.0 - y) - sigmoid(-z), sigmoid(z) - y)
     else:
-        value = elementwise(zs, ys, stride_zn, stride_yn, N, valid, KIND, LOSS == "bce", ROWS, BLOCK_N)
-    IN_LOG: tl.constexpr = ((LOSS == "brier") and (KIND != "soft")) or ((LOSS == "bce") and (KIND == "ones"))
-    return tl.log(value) if LOG and (not IN_LOG) else value
+        return 2.0 * (z - y)

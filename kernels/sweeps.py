@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
-# ruff: noqa: SIM108 - choices between constants at compile time read better as statements
+
 """Sweeps over rows of logits beside a fixed target, as device functions: sums that need the row more than once.
 
 Every difference is formed where it does not cancel: against the maximum for softmax losses, against
@@ -10,7 +10,8 @@ exponentials over the largest, ``rho = exp(base - top)``: the softmax is ``exp(z
 import triton
 import triton.language as tl
 
-from .numerics import exp, finite, log_sigmoid, one_minus, sigmoid
+from .losses import contrast_coefficients, delta_entry
+from .numerics import exp, finite, log_sigmoid, margin, one_minus
 
 
 @triton.jit
@@ -155,9 +156,9 @@ def log_of_ones(zs, stride_zn, N, valid, ROWS: tl.constexpr, BLOCK_N: tl.constex
 @triton.jit
 def elementwise(
     zs, ys, stride_zn, stride_yn, N, valid,
-    KIND: tl.constexpr, SIGMOID: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr, LOSS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sum of ``(sigmoid(z_j) - y_j)^2``, or of ``4 (z_j - y_j)^2`` without ``SIGMOID``."""
+    """Sum of squares of ``delta_j`` that depends on ``z_j`` and ``y_j`` alone."""
     size = tl.zeros([ROWS], tl.float32) + N
     value = tl.zeros([ROWS], tl.float32)
     for n in range(0, N, BLOCK_N):
@@ -168,10 +169,42 @@ def elementwise(
             y = tl.zeros_like(z) + 1.0
         else:
             y = tl.zeros_like(z) + (1.0 / size)[:, None]
-        if SIGMOID:
-            delta = tl.where(z > 0.0, (1.0 - y) - sigmoid(-z), sigmoid(z) - y)
-        else:
-            delta = 2.0 * (z - y)
-        delta = tl.where(inside, delta, 0.0)
+        delta = tl.where(inside, delta_entry(z, y, LOSS), 0.0)
         value += tl.sum(delta * delta, 1)
     return value
+
+
+@triton.jit
+def target_value(
+    zs, ys, stride_zn, stride_yn, N, valid, moments,
+    LOSS: tl.constexpr, KIND: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``||delta||^2`` (or its logarithm) of each row for the target ``KIND``: ``ones``, ``uniform`` or ``soft``.
+
+    Rows are given as pointers.
+    """
+    top, second = moments[0], moments[1]
+    if (LOSS == "cross_entropy") or (LOSS == "brier"):
+        rho, _, _ = margin(top, second)
+        tail = rho * moments[3]
+    if (LOSS == "cross_entropy") and (KIND == "soft"):
+        value = cross_entropy_soft(
+            zs, ys, stride_zn, stride_yn, N, valid, top, finite(second), rho, tail, ROWS, BLOCK_N
+        )
+    elif LOSS == "cross_entropy":
+        value = cross_entropy_constant(zs, stride_zn, N, valid, top, tail, KIND == "uniform", ROWS, BLOCK_N)
+    elif (LOSS == "brier") and (KIND == "soft"):
+        value = brier_soft(
+            zs, ys, stride_zn, stride_yn, N, valid, top, finite(second), rho, tail, ROWS, BLOCK_N
+        )
+    elif LOSS == "brier":
+        # A constant target drops out: what is left is the contrast's polynomial at p_k = 0.
+        _, _, _, square_top, shift, constant, _, scale, _ = contrast_coefficients(moments, LOSS, LOG)
+        value = square_top * shift * shift + constant
+        value = tl.log(value) + scale if LOG else value * (scale * scale)
+    elif ((LOSS == "bce") and (KIND == "ones")) and LOG:
+        value = log_of_ones(zs, stride_zn, N, valid, ROWS, BLOCK_N)
+    else:
+        value = elementwise(zs, ys, stride_zn, stride_yn, N, valid, KIND, LOSS, ROWS, BLOCK_N)
+    IN_LOG: tl.constexpr = ((LOSS == "brier") and (KIND != "soft")) or ((LOSS == "bce") and (KIND == "ones"))
+    return tl.log(value) if LOG and (not IN_LOG) else value

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from .contrast import features_factor, square_sum
-from .losses import contrast_coefficients, rest_value, target_value
+from .losses import contrast_coefficients, rest_value
 from .moments import sweep_moments
+from .sweeps import target_value
 
 
 @triton.jit(do_not_specialize=["B", "N_units"])

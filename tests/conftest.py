@@ -60,15 +60,15 @@ def device() -> torch.device:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what the launchers allocate with NaN, so that an element no kernel wrote shows."""
-    from fastgrad.ops.triton import launch
+    from fastgrad.ops.triton import devices
 
-    plain = launch.empty
+    plain = devices.empty
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         out: torch.Tensor = plain(*args, **kwargs)  # type: ignore[arg-type]
         return out.fill_(float("nan")) if out.dtype.is_floating_point else out
 
-    monkeypatch.setattr(launch, "empty", poisoned)
+    monkeypatch.setattr(devices, "empty", poisoned)
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,12 @@ fastgrad.export(fastgrad.TwoStageModel(model, blocks=["logits"]).fit([x], ()), x
 """
 #: Extra: the packages it brings that fastgrad imports, each with a call that needs it.
 CASES = {
+    "demo": {
+        "matplotlib": "main(['demo'])",
+        "tqdm": "import fastgrad.batches; fastgrad.batches.bar([], 'samples', True)",
+    },
     "serve": {
+        "PIL": "from fastgrad.deploy.file.images import decode_image; decode_image(b'', None)",
         "fastapi": "from fastgrad.deploy.serve.app import create_app",
         "python_multipart": "from fastgrad.deploy.serve.app import create_app",
         "prometheus_client": "from fastgrad.deploy.serve.app import create_app",
@@ -128,7 +133,7 @@ def test_the_extra_brings_the_package() -> None:
     for extra, calls in CASES.items():
         brought = _distributions(PROJECT["optional-dependencies"][extra])
         for package in calls:
-            name = package.replace("_", "-")
+            name = {"PIL": "pillow"}.get(package, package.replace("_", "-"))
             # Of OpenTelemetry's packages, parts of one, none has its name.
             assert any(f"{one}-".startswith(f"{name}-") for one in brought), (extra, package)
 

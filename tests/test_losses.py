@@ -154,3 +154,12 @@ def test_gradients(loss: str, log: bool) -> None:
     z = (3 * torch.randn(2, 4, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: losses.contrast_norms(x, loss=loss, log=log), (z,))
     assert torch.autograd.gradcheck(lambda x: losses.target_norms(x, "ones", loss=loss, log=log), (z,))
+
+
+def test_an_unknown_target_is_refused() -> None:
+    for loss in losses.LOSSES:
+        for call in (losses.delta, losses.target_norms):
+            with pytest.raises(
+                ValueError, match=r"target must be one of 'ones', 'uniform', 'predicted'.*'best'"
+            ):
+                call(torch.zeros(2, 3), "best", loss=loss)

@@ -39,5 +39,5 @@ def test_private_names_of_pytorch_stand_in_one_module() -> None:
         str(file.relative_to(ROOT)): sorted(set(private_names(ast.parse(file.read_text()))))
         for file in ROOT.rglob("*.py")
     }
-    assert len(found.pop("_torch.py")) > 10
+    assert found.pop("_torch.py")
     assert {file: names for file, names in found.items() if names} == {}

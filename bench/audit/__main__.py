@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fastgrad
-from bench.harness import results_file
+from bench import results_file
 from bench.paper.data import sets
 from fastgrad.metrics import auroc
 from fastgrad.plots import COLOURS, new_axes, save

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.harness import results_file
+from bench.report import pages
 from fastgrad.deploy.drift import DriftMonitor, ScoreReference
 
 Scores = NDArray[np.float64]
@@ -126,47 +126,7 @@ def main() -> None:
     streams, length, shifted, longest = (60, 2000, 10, 2000) if args.quick else (500, 5000, 60, 4000)
     alarms, tuned = false_alarms(streams, length, seed=0)
     delay_rows = delays(tuned, shifted, longest, seed=1)
-    by_shift = []
-    for shift in SHIFTS:
-        row: dict[str, Any] = {"shift": shift}
-        for entry in delay_rows:
-            if entry["shift"] == shift:
-                missed = f", {entry['missed']} of {entry['streams']} missed" if entry["missed"] else ""
-                at = [
-                    ">" + str(longest) if entry[key] is None else str(entry[key]) for key in ("median", "p90")
-                ]
-                row[entry["method"]] = f"{at[0]} ({at[1]}){missed}"
-        by_shift.append(row)
-    results_file.write(
-        "drift",
-        "Drift monitor",
-        alarms + delay_rows,
-        [
-            (
-                f"False alarms on {streams} in-distribution streams of {length} images each, {CALIBRATION} "
-                "calibration scores each (within: stated rate plus 4 binomial standard deviations):",
-                results_file.table(
-                    alarms,
-                    {"method": "method", "stated": "stated", "alarms": "streams with an alarm", "rate": "share",
-                     "within": "within"},
-                ),
-            ),
-            (
-                f"Delay: images from the change (after 1,000 good ones) to the alarm, median (90th percentile) of "
-                f"{shifted} streams. *tuned mean* is the mean of the last {WINDOW} scores against a threshold "
-                f"({tuned:.2f} standard errors) set with the true distribution to the false-alarm rate measured for "
-                "*ever*:",
-                results_file.table(
-                    by_shift,
-                    {"shift": "shift", "fastgrad, ever": "fastgrad, ever (1 %)",
-                     "fastgrad, average": "fastgrad, average (1 in 1,000)", "tuned mean": "tuned mean"},
-                ),
-            ),
-        ],
-        mode="quick" if args.quick else "full",
-        packages=("numpy",),
-        folder=args.out,
-    )  # fmt: skip
+    pages.save("drift", alarms + delay_rows, packages=("numpy",), folder=args.out)
 
 
 if __name__ == "__main__":

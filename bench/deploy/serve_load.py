@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.deploy.clients import Clients, Tally, pictures
-from bench.harness import results_file
+from bench.report import pages
 from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import Description
@@ -37,8 +37,6 @@ from fastgrad.detector.worth import USUAL
 
 #: What is served: images of one size, and the network that takes them.
 SIDES = {"small": 32, "resnet18": 112}
-#: Requests a second with uncertainty over those without, and latencies the other way round, are to be this.
-AIMS = {"throughput": 0.8, "p99": 1.3}
 
 
 def network(name: str) -> nn.Module:
@@ -162,37 +160,7 @@ def main() -> None:
         for name in args.networks:
             files = prepare(name, folder)
             rows += measure(name, files, args.connections, args.requests, args.rounds)
-    lines = [
-        {**row, **{key: f"{row[key]:.1f}" for key in ("per_s", "p50_ms", "p99_ms")}}
-        | {key: f"{row[key]:.2f}" for key in AIMS if row[key] is not None}
-        for row in rows
-    ]
-    results_file.write(
-        "serve",
-        "Server under load",
-        rows,
-        [
-            (
-                "Two servers, of the plain network and of the same with the uncertainty of the default blocks "
-                f"({', '.join(USUAL)}), loaded in turn, {args.rounds} rounds; one worker process and one compute "
-                "thread each, the clients on the same cores; color PNG images decoded by the server, "
-                f"{' and '.join(f'{side} x {side} pixels for {name}' for name, side in SIDES.items())}; every answer "
-                "compared with the direct call. *errors*: requests without an answer or refused; *wrong*: with another "
-                "answer than that call's. *throughput*, *p99*: with "
-                f"uncertainty over without; the aims are at least {AIMS['throughput']} and at most {AIMS['p99']}.",
-                results_file.table(
-                    lines,
-                    {"network": "network", "model": "model", "connections": "connections", "requests": "requests",
-                     "errors": "errors", "wrong": "wrong",
-                     "per_s": "requests/s", "p50_ms": "median ms", "p99_ms": "99 % ms", "throughput": "throughput",
-                     "p99": "p99"},
-                ),
-            ),
-        ],
-        mode="full",
-        packages=("torch", "fastapi", "uvicorn", "numpy"),
-        folder=args.out,
-    )  # fmt: skip
+    pages.save("serve", rows, packages=("torch", "fastapi", "uvicorn", "numpy"), folder=args.out)
 
 
 if __name__ == "__main__":

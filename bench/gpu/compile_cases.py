@@ -1,4 +1,4 @@
-"""What is compiled: one call of a launcher for every shape that the heuristics treat differently.
+"""What is compiled: one call of a launcher for every shape that `tune` treats differently.
 
 To add a kernel, append a ``Case`` to ``cases()`` and its most telling one to ``QUICK``.
 """
@@ -9,8 +9,6 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-
-from fastgrad.ops import heuristics
 
 DTYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
@@ -53,11 +51,10 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def cases() -> list[Case]:
-    """The shapes that the heuristics treat differently, for every kernel."""
+    """The shapes that `tune` treats differently, for every kernel."""
     from fastgrad.ops.triton import (
         channel_moments,
         contrast,
-        launch,
         layer_sqnorm,
         linear_contrast,
         target,
@@ -94,13 +91,10 @@ def cases() -> list[Case]:
         def call() -> object:
             if kind == "stats":
                 return linear_contrast.linear_contrast_stats(x, w, b, loss, False)
-            queue = kind == "queue"
-            config = heuristics.linear_contrast(B, N, D, dtype, launch.architecture(x), queue=queue)
-            with heuristics.override(linear_contrast=config):
-                return linear_contrast.linear_contrast_sqnorm(x, w, b, loss, kind == "log", False)
+            return linear_contrast.linear_contrast_sqnorm(x, w, b, loss, kind == "log", False)
 
         name = "linear_contrast_stats" if kind == "stats" else "linear_contrast_sqnorm"
-        suffix = f" {kind}" if kind in ("log", "queue") else ""
+        suffix = " log" if kind == "log" else ""
         found.append(Case(f"{name} B={B} N={N} D={D} {DTYPES[dtype]} {loss}{suffix}", call))
 
     for loss in losses:
@@ -110,8 +104,6 @@ def cases() -> list[Case]:
         ):  # fmt: skip
             linear(B, N, D, dtype, loss)
         linear(32, 1000, 2048, half, loss, "log")
-        linear(64, 32000, 4096, half, loss, "queue")
-        linear(1024, 32000, 4096, half, loss, "queue")
         for B, N, D, dtype in (
             (8, 128256, 4096, half),
             (1024, 128256, 4096, half),
@@ -144,7 +136,7 @@ def cases() -> list[Case]:
         found.append(
             Case(
                 f"conv_sqnorm B=64 {C} to {O} {size}x{size} kernel {kernel} stride {stride} {DTYPES[dtype]}",
-                lambda: layer_sqnorm.conv_sqnorm(a, g, *each, 1),
+                lambda: layer_sqnorm.conv_sqnorm(a, g, *each, 1),  # type: ignore[call-arg]
                 wide=C % 16 == 0,
             )
         )

@@ -5,7 +5,7 @@
     python -m bench.gpu.compile_report --only contrast --arch sm_90
 
 A case calls a launcher on meta tensors, which have a shape but no memory. The launches it makes are caught before
-they reach a device, and each is compiled exactly as it would be launched: same heuristics, same constants, same
+they reach a device, and each is compiled exactly as it would be launched: same configuration, same constants, same
 facts about divisibility. Registers, spills, local and shared memory, the widest loads and stores and the matrix
 instructions are then read from the machine code: the cubin, through the tools that ship with Triton, or AMD's
 assembly.
@@ -24,8 +24,8 @@ import triton
 from bench.gpu import machine_code
 from bench.gpu.compile_cases import QUICK, Case, cases
 from bench.gpu.compiler import TARGETS, Launch, compile_launch, launches
-from bench.harness.results_file import RESULTS
-from fastgrad.ops import heuristics
+from bench.results_file import RESULTS
+from fastgrad.ops import tune
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def faults(row: Row) -> list[str]:
     found = []
     if row.spills or row.local:
         found.append(f"{row.spills} spills, {row.local} bytes of local memory")
-    limit = heuristics.KNOWN_ARCHITECTURES[row.arch].shared_memory
+    limit = tune.KNOWN_ARCHITECTURES[row.arch].shared_memory
     if row.shared > limit:
         found.append(f"{row.shared} bytes of shared memory, {limit} there")
     if row.expects_matrix and not row.matrix:

@@ -23,14 +23,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.gpu.compile_cases import DTYPES
-from fastgrad.ops import heuristics
-from fastgrad.ops.triton import launch
+from fastgrad.ops import tune
+from fastgrad.ops.triton import devices
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    name: GPUTarget("hip", name, 64) if arch.backend == "hip" else GPUTarget("cuda", arch.version, 32)
+    for name, arch in tune.KNOWN_ARCHITECTURES.items()
 }
 
 
@@ -49,18 +47,18 @@ class Launch:
 def _catching(arch: str, caught: list[Launch]) -> Iterator[None]:
     """Collect launches instead of making them, as if the tensors were on a device of the given architecture."""
     jit = triton.runtime.jit.JITFunction
-    saved = (jit.run, launch.architecture, launch.check)
+    saved = (jit.run, devices.architecture, devices.check)
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         caught.append(_describe(kernel, args, kwargs))
 
     jit.run = run
-    launch.architecture = lambda tensor: heuristics.KNOWN_ARCHITECTURES[arch]
-    launch.check = lambda **tensors: None
+    devices.architecture = lambda tensor: tune.KNOWN_ARCHITECTURES[arch]
+    devices.check = lambda **tensors: None
     try:
         yield
     finally:
-        jit.run, launch.architecture, launch.check = saved
+        jit.run, devices.architecture, devices.check = saved
 
 
 def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:

@@ -6,7 +6,7 @@
 #
 # Needs a checkout, Python with PyTorch and Triton, and nothing else: no installation, no network. Where pytest, ncu or
 # compute-sanitizer are missing their step says so. A step that fails or takes too long does not stop the next; the
-# exit status is 0 only if all passed. Written to DIR: environment.txt, tests.txt, gpu.json, gpu.md, kernels.json,
+# exit status is 0 only if all passed. Written to DIR: environment.txt, tests.txt, kernels.json, one JSON file a table,
 # ncu.csv, sanitizer.txt and, last, summary.md.
 set -u
 
@@ -65,7 +65,7 @@ export -f into
 kept() { bash -c 'into "$@"' into "$@"; }
 export -f kept
 
-rm -f "$out"/{environment.txt,tests.txt,gpu.json,gpu.md,kernels.json,ncu.csv,sanitizer.txt,summary.md}
+rm -f "$out"/{environment.txt,tests.txt,last-layer.json,rows.json,network.json,end-to-end.json,kernels.json,ncu.csv,sanitizer.txt,summary.md}
 
 [ -n "$dry" ] || ! have nvidia-smi || step "nvidia-smi" 20 bash -c 'kept "$@"' kept "$out/environment.txt" nvidia-smi
 step "environment" 60 bash -c 'kept "$@"' kept "$out/environment.txt" "$python" -m fastgrad doctor
@@ -74,9 +74,9 @@ step "kernels against float64" 120 bash -c 'kept "$@"' kept "$out/tests.txt" "$p
 if imports pytest && imports hypothesis; then
     # On a device the tests of kernels and operators run on it, without the interpreter.
     if [ -n "$dry" ]; then
-        tests=(tests/test_functional.py -k "bad_input or bad_row" -x)
+        tests=(tests/gradients/test_contrasts.py -k "bad_input or bad_row" -x)
     else
-        tests=(tests/kernels tests/ops tests/test_functional.py)
+        tests=(tests/kernels tests/ops tests/gradients/test_contrasts.py)
     fi
     step "test suite" 150 bash -c 'kept "$@"' kept "$out/tests.txt" \
         "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
@@ -84,10 +84,12 @@ else
     skip "test suite" "pytest or hypothesis is not installed; the step before checked every kernel"
 fi
 
-only=
-[ -z "$dry" ] || only="contrasts"
-step "micro benchmarks" 200 "$python" -m bench.run gpu --device $device --out "$out" --no-figures --limit 150 \
-    --threads 1 --budget "$([ -n "$dry" ] && echo 0.02 || echo 2)" --only "$only" $tiny
+if imports pytest_benchmark; then
+    step "micro benchmarks" 200 "$python" -m pytest -q -p no:cacheprovider bench/micro --out "$out" --threads 1 \
+        --size "$([ -n "$dry" ] && echo tiny || echo gpu)" -k "$([ -n "$dry" ] && echo "rows" || echo "not compile")"
+else
+    skip "micro benchmarks" "pytest-benchmark is not installed"
+fi
 step "share of the measured rates" 60 "$python" -m bench.gpu.kernels --out "$out" $tiny
 
 once=("$python" -m bench.gpu.kernels --once)
@@ -96,7 +98,7 @@ metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,lts__throughput.avg.
 metrics+=,gpu__time_duration.sum,launch__registers_per_thread
 if have ncu && [ -z "$dry" ]; then
     step "profiler counters" 90 ncu --csv --log-file "$out/ncu.csv" --metrics "$metrics" \
-        --kernel-name "regex:contrast|linear|rows|target" --launch-count 40 "${once[@]}"
+        --kernel-name "regex:contrast|linear|target" --launch-count 40 "${once[@]}"
 elif [ -n "$dry" ]; then
     step "profiler counters" 60 "${once[@]}" --tiny
 else

@@ -1,4 +1,4 @@
-"""Each kernel's share of the device's measured rates, beside what the static model predicted.
+"""Each kernel's share of the device's measured rates, from the bytes and operations of `work`.
 
 python -m bench.gpu.kernels --out DIR [--tiny]     # writes DIR/kernels.json
 python -m bench.gpu.kernels --once [--tiny]        # one launch of each, for a profiler or a sanitizer
@@ -16,14 +16,9 @@ from typing import Any
 import torch
 
 import fastgrad
-from bench.gpu.roofline import predict
-from bench.harness import floor as floors
-from bench.harness import results_file
-from bench.harness.case import Result
-from bench.harness.clock import clock
-from bench.harness.measure import graphed, run_case
-from bench.report.document import rows
-from fastgrad.ops.triton import launch
+from bench import clock, results_file
+from bench.gpu import work
+from fastgrad.ops.triton import devices
 
 TINY = (
     "contrast_sqnorm B=3 N=40 D=16 fp32 cross_entropy",
@@ -35,7 +30,7 @@ TINY = (
 
 def call(case: str, device: str) -> Callable[[], Any]:
     """The operator of a case on random tensors."""
-    operator, size, dtype = predict.parse(case)
+    operator, size, dtype = work.parse(case)
     B, N, D = size["B"], size["N"], size["D"]
 
     def normal(*shape: int) -> torch.Tensor:
@@ -52,28 +47,22 @@ def call(case: str, device: str) -> Callable[[], Any]:
     return lambda: function(h, weight, bias, impl="triton")
 
 
-def measure(case: str, device: str, floor: floors.Floor, name: str) -> dict[str, Any]:
-    """Median of a case, shares of the measured rates, and the prediction for the nearest modelled device."""
+def measure(case: str, device: str, floor: clock.Floor) -> dict[str, Any]:
+    """Median of a case and shares of the measured rates."""
     run = call(case, device)
     run()
-    timer = clock(device)
-    replay = run if device == "cpu" else graphed(run)
-    times = torch.tensor([timer(replay, 1) for _ in range(3 if device == "cpu" else 50)], dtype=torch.float64)
+    timer = clock.timer(device)
+    replay = run if device == "cpu" else clock.graphed(run)
+    times = torch.tensor([timer(replay) for _ in range(3 if device == "cpu" else 50)], dtype=torch.float64)
     seconds = float(times.median())
-    launches = predict.launches(case, launch.architecture(torch.empty(1, device=device)))
+    launches = work.launches(case, devices.architecture(torch.empty(1, device=device)))
     moved, useful = sum(w.memory for w in launches), sum(w.useful for w in launches)
-    rate = floor.matrix_per_s.get(str(predict.parse(case)[2]).removeprefix("torch."), 0.0)
-    row: dict[str, Any] = {
+    rate = floor.matrix_per_s.get(str(work.parse(case)[2]).removeprefix("torch."), 0.0)
+    return {
         "case": case, "median_s": seconds, "p10_s": float(times.quantile(0.1)), "p90_s": float(times.quantile(0.9)),
         "of_copy_rate": moved / seconds / floor.copy_bytes_per_s,
-        "of_matrix_rate": useful / seconds / rate if rate and useful else None, "predicted_s": None,
+        "of_matrix_rate": useful / seconds / rate if rate and useful else None,
     }  # fmt: skip
-    known = results_file.RESULTS / "predicted.json"
-    if known.exists():
-        for one in json.loads(known.read_text())["rows"]:
-            if one["case"] == case and one["device"] in name:
-                row["predicted_s"] = one["seconds"]
-    return row
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = TINY if options.tiny else predict.CASES
+    chosen = TINY if options.tiny else work.CASES
     if options.once:
         for case in chosen:
             call(case, device)()
@@ -93,16 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.out is None:
         parser.error("--out must name a folder")
-    measured: list[Result] = []
-    for one in floors.cases(device, options.tiny):
-        measured += run_case(one, device, 0.02 if options.tiny else 1.0)
-    floor = floors.read(rows(measured))
-    assert floor is not None
+    floor = clock.floor(device, options.tiny)
     name = torch.cuda.get_device_name() if device == "cuda" else "interpreter"
     found, failed = [], 0
     for case in chosen:
         try:
-            found.append(measure(case, device, floor, name))
+            found.append(measure(case, device, floor))
         except Exception as problem:  # the other kernels are still worth measuring
             failed += 1
             print(f"FAILED {case}: {type(problem).__name__}: {problem}", file=sys.stderr)

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import results_file
 from bench.report.document import Row
-from bench.report.page import table
-from bench.report.standing import standing
+from bench.report.speed import tables
+from bench.report.text import table
 
 Target = tuple[str, str, str, str, float]
 #: Name, case, implementation, yardstick ("" for the case's own), largest ratio of medians.
@@ -70,7 +69,11 @@ def _met(value: float | None, limit: float, above: bool) -> str:
 
 def summary(folder: Path, steps: Sequence[str], dry: bool) -> str:
     """The page."""
-    cases = load(folder / "gpu.json")
+    found = [
+        load(folder / f"{name}.json").get("cases", [])
+        for name in ("last-layer", "rows", "network", "end-to-end")
+    ]
+    cases: list[Row] = [row for rows in found for row in rows]
     kernels = load(folder / "kernels.json")
     lines = ["# GPU run" + (": dry run, in the interpreter at tiny sizes" if dry else "")]
     if kernels:
@@ -81,18 +84,18 @@ def summary(folder: Path, steps: Sequence[str], dry: bool) -> str:
             f"{kernels['copy_bytes_per_s'] / 1e9:.4g} GB/s, matrix product {rates}."
         )
     status = [dict(zip(("step", "status"), step.split("=", 1), strict=True)) for step in steps]
-    lines += ["## Steps", results_file.table(status, {"step": "step", "status": "status"})]
+    lines += ["## Steps", table(status, {"step": "step", "status": "status"})]
     if not dry:
         heads = {"target": "target", "measured": "measured", "limit": "limit", "met": "met"}
-        lines += ["## Targets", results_file.table(targets(cases.get("cases", []), kernels), heads)]
+        lines += ["## Targets", table(targets(cases, kernels), heads)]
     if kernels:
         heads = {
             "case": "kernel", "median_s": "seconds", "of_copy_rate": "of measured copy rate",
-            "of_matrix_rate": "of measured matrix rate", "predicted_s": "predicted seconds",
+            "of_matrix_rate": "of measured matrix rate",
         }  # fmt: skip
-        lines += ["## Kernels", results_file.table(kernels["rows"], heads)]
+        lines += ["## Kernels", table(kernels["rows"], heads)]
     if cases:
-        lines += ["## Cases", standing(cases["cases"]), table(cases["cases"])]
+        lines += ["## Cases", tables(cases)]
     for name in ("tests.txt", "sanitizer.txt"):
         if (folder / name).exists():
             tail = (folder / name).read_text().splitlines()[-12:]

@@ -6,10 +6,6 @@
 The acceptance is a pick within 20 % of the measured best for at least 90 % of the shapes. A route predicted
 more than `HOPELESS` times slower than the pick is not measured, and one that turns out `SLOW` times slower
 than the best so far is run twice.
-
-The cost model's constants were set on the layers of a ResNet-18. A first pass over these shapes served to look for
-better ones (none of 72 combinations was); the report is a later pass over all shapes, none measured again by its
-outcome. Of its constants one was looked at once more with it: see the report's text.
 """
 
 from __future__ import annotations
@@ -27,10 +23,10 @@ import torch
 import torchvision
 from torch import nn
 
-from bench.harness import results_file
-from fastgrad.ops import conv_cost, conv_routes
-from fastgrad.ops.conv_geometry import canonical
-from fastgrad.ops.layer_sqnorm import conv_sqnorm, shape_of
+from bench.report import pages
+from fastgrad.ops.conv import cost
+from fastgrad.ops.conv.geometry import canonical
+from fastgrad.ops.conv.sqnorm import conv_sqnorm, shape_of
 
 BATCH, IMAGE = 16, 64
 HOPELESS, SLOW = 12.0, 4.0
@@ -99,8 +95,8 @@ def measure(key: tuple[Any, ...]) -> dict[str, Any]:
     g = torch.randn(like.shape)
     p = canonical(a, g.unsqueeze(0), kernel, stride, padding, dilation, groups, False)
     shape = shape_of(p)
-    predicted = {route: conv_cost.seconds(route, shape) for route in conv_cost.candidates(shape)}
-    picked = conv_cost.choose_route(shape)
+    predicted = {route: cost.seconds(route, shape) for route in cost.candidates(shape)}
+    picked = cost.choose_route(shape)
     measured: dict[str, float] = {}
     for route in sorted(predicted, key=lambda r: predicted[r]):
         if predicted[route] > HOPELESS * predicted[picked]:
@@ -121,13 +117,13 @@ def judge(row: dict[str, Any]) -> dict[str, Any]:
     shape = shape_of(canonical(a, g, kernel, stride, padding, dilation, groups, False))
     measured = row["measured"]
     best = min(measured, key=measured.__getitem__)
-    picked = conv_cost.choose_route(shape)
+    picked = cost.choose_route(shape)
     return {
         "shape": f"{channels} to {outputs}, {height}x{width}, kernel {'x'.join(map(str, kernel))}, "
         f"stride {stride[0]}" + (f", groups {groups}" if groups > 1 else ""),
         "models": ", ".join(row["models"]),
         "picked": picked,
-        "predicted_ms": 1e3 * conv_cost.seconds(picked, shape),
+        "predicted_ms": 1e3 * cost.seconds(picked, shape),
         "measured_ms": 1e3 * measured[picked] if picked in measured else None,
         "best": best,
         "best_ms": 1e3 * measured[best],
@@ -139,29 +135,7 @@ def judge(row: dict[str, Any]) -> dict[str, Any]:
 def report(raw: list[dict[str, Any]]) -> None:
     """Write the table."""
     rows = sorted((judge(row) for row in raw), key=lambda row: -row["ratio"])
-    within = sum(row["ratio"] <= 1.2 for row in rows)
-    lost = sum(row["measured_ms"] for row in rows) / sum(row["best_ms"] for row in rows)
-    columns = {
-        "shape": "convolution", "models": "models", "picked": "picked", "predicted_ms": "predicted ms",
-        "measured_ms": "measured ms", "best": "best", "best_ms": "best ms", "ratio": "picked / best",
-    }  # fmt: skip
-    columns |= {f"{route}_ms": f"{route} ms" for route in conv_routes.ROUTES}
-    text = (
-        f"B = {BATCH}, images {IMAGE}x{IMAGE}, float32, {torch.get_num_threads()} threads, milliseconds, fastest of "
-        f"at least three. The pick is the best or within 20 % of it for **{within} of {len(rows)}** shapes "
-        f"({100 * within / len(rows):.0f} %); all picks together take {lost:.3f} times the best. Empty: predicted "
-        f"more than {HOPELESS:.0f} times slower than the pick and not run, or not applicable. The constants of the "
-        f"cost model come from the layers of a ResNet-18. A first pass over these shapes (306 of 341 within 20 %) was "
-        f"used to look for better constants, without success; this is a later pass over all shapes, after the box "
-        f"filter and the products became faster, and no shape was measured again by its outcome. Charging the box "
-        f"filter with three calls a tap instead of one, as was tried, gave 314. A few times of 10 ms and more where "
-        f"0.1 ms was predicted are pauses of the shared machine; they stand as measured, for and against the pick."
-    )
-    results_file.write(
-        "conv-routes", "Convolution routes: picked and measured", rows, [(text, results_file.table(rows,
-        columns))], mode="full", packages=("torch", "torchvision"),
-    )  # fmt: skip
-    print(text)
+    pages.save("conv-routes", rows, packages=("torch", "torchvision"))
 
 
 def main() -> None:

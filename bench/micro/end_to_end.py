@@ -15,43 +15,26 @@ import torch
 from torch import Tensor, nn
 
 import fastgrad
-from bench.harness.case import Case, Implementation, relative_error, scaled_error
-from bench.micro import models
-from bench.micro.network import peers
-from bench.micro.network.task import OURS, PEERS, Task
+from bench.micro import network_peers as peers
+from bench.micro.network import BCE, made
+from bench.micro.network_task import OURS, PEERS
+from bench.registry import Implementation, Place, case, relative_error, scaled_error
 
 SIGNALS = [("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted")]
 
 
-def cases(size: str = "full", device: str = "cpu", seed: int = 0) -> Iterator[Case]:
-    """All cases of a size."""
-    if size == "tiny":
-        yield _case("plain CNN 8x8", partial(models.plain, width=4), 8, 2, device, seed)
-        return
-    if size == "quick":
-        yield _case("plain CNN 32x32", models.plain, 32, 1, device, seed)
-        yield _case("plain CNN 32x32", models.plain, 32, 64, device, seed)
-        return
-    batches = (1, 8, 64) if device == "cpu" else (1, 32, 512)
-    for batch in batches:
-        yield _case("ResNet-18 32x32", models.resnet, 32, batch, device, seed)
-    for batch in (1, 8) if device == "cpu" else (1, 128):
-        small = partial(models.ViT, 100, 64) if device == "cpu" else models.ViT
-        yield _case(f"ViT-B/16 {64 if device == 'cpu' else 224}px", small, 64 if device == "cpu" else 224, batch,
-                    device, seed)  # fmt: skip
-
-
-def _case(name: str, build: Callable[[], nn.Module], pixels: int, batch: int, device: str, seed: int) -> Case:
-    def inputs(made: torch.Generator) -> Tensor:
-        return torch.randn(batch, 3, pixels, pixels, generator=made)
-
-    def implementations() -> list[Implementation]:
-        return _implementations(Task(build, inputs, "bce ones", device, seed))
-
-    return Case(f"{name} B={batch}", implementations, "network alone")
-
-
-def _implementations(task: Task) -> list[Implementation]:
+@case(
+    "end-to-end", "{0} B={1}", against="network alone",
+    names=("network alone", "fastgrad, last layer", "fastgrad, whole network", "fastgrad, three signals",
+           "gradient per sample"),
+    tiny=[("plain CNN 8x8", 2)], quick=[("plain CNN 32x32", 1), ("plain CNN 32x32", 64)],
+    full=[("ResNet-18 32x32", 1), ("ResNet-18 32x32", 8), ("ResNet-18 32x32", 64), ("ViT-B/16 64x64", 1),
+          ("ViT-B/16 64x64", 8)],
+    gpu=[("ResNet-18 32x32", 512), ("ViT-B/16 224x224", 128)],
+)  # fmt: skip
+def end_to_end(place: Place, name: str, batch: int) -> Iterator[Implementation]:
+    """The network alone, with one kind of uncertainty, with three, and a backward pass a sample."""
+    task = made(place, name, batch, BCE)
     model, x = task.model, task.x
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     exact, wide = task.double()
@@ -91,12 +74,9 @@ def _implementations(task: Task) -> list[Implementation]:
 
         return prepare
 
-    return [
-        Implementation("network alone", lambda: plain, lambda out: scaled_error(out, logits), unit, graph=False),
-        Implementation("fastgrad, last layer", lambda: last, last_error, PEERS, graph=False),
-        Implementation("fastgrad, whole network", whole(SIGNALS[:1]), lambda out: task.error(out[1][:, 0]), OURS,
-                       graph=False),
-        Implementation("fastgrad, three signals", whole(SIGNALS), lambda out: task.error(out[1][:, 0]), OURS,
-                       graph=False),
-        Implementation("gradient per sample", lambda: peers.loop(task), task.error, PEERS, graph=False),
-    ]  # fmt: skip
+    one = partial(Implementation, graph=False)
+    yield one("network alone", lambda: plain, lambda out: scaled_error(out, logits), unit)
+    yield one("fastgrad, last layer", lambda: last, last_error, PEERS)
+    yield one("fastgrad, whole network", whole(SIGNALS[:1]), lambda out: task.error(out[1][:, 0]), OURS)
+    yield one("fastgrad, three signals", whole(SIGNALS), lambda out: task.error(out[1][:, 0]), OURS)
+    yield one("gradient per sample", lambda: peers.loop(task), task.error, PEERS)

@@ -98,7 +98,7 @@ def detection_bars(
     """AUROC of the methods on pairs of network and case, with the spread over seeds."""
     value = {(row["network"], row["case"], row["method"]): row for row in rows}
     auroc, spread = (
-        {method: [value[(*group, method)][key] for group in groups] for method in methods}
+        {method: [value[network, case, method][key] for network, case in groups] for method in methods}
         for key in ("auroc", "spread")
     )
     return grouped_bars(auroc, [f"{case}\n{network}" for network, case in groups], errors=spread)

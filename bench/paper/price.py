@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from bench.harness.turns import in_turns
+from bench.clock import in_turns
 
 
 def prices(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import results_file
+from bench import results_file
 
 #: AUROC by network (or draw), case and method.
 Found = dict[tuple[str, str, str], float]

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bench.harness import results_file
+from bench import results_file
 from bench.paper.data import sets
 from bench.paper.rows import Rows
 from fastgrad.plots import save

@@ -142,7 +142,7 @@ class News:
             recipe |= {"member": self.member, "pieces": self.length}
             name = f"{name}-{self.member}-{self.length}"
         torch.manual_seed(self.seed + 1000 * self.member)
-        config = BertConfig(
+        config = BertConfig(  # type: ignore[call-arg]
             vocab_size=_PIECES, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
             intermediate_size=256, max_position_embeddings=self.length, num_labels=4,
         )  # fmt: skip

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from fastgrad import TwoStageModel
 from fastgrad.blocks.extraction import Extraction
-from fastgrad.challenges.attacks import away_from
 from fastgrad.detector.combined import DetectorModule
 from fastgrad.engine.tracing import trace
 
@@ -115,6 +114,12 @@ def unaware_of(model: nn.Module) -> WhiteBox:
     return WhiteBox(silent, silent, math.inf)
 
 
+def away_from(logits: Tensor, predicted: Tensor) -> Tensor:
+    """Return by how much the nearest other class leads over ``predicted``, ``(B,)``."""
+    others = logits.scatter(1, predicted[:, None], -torch.inf)
+    return others.amax(1) - logits.gather(1, predicted[:, None])[:, 0]
+
+
 def attack(
     box: WhiteBox, images: Tensor, labels: Tensor, radius: float, weight: float | None, seed: int
 ) -> Tensor:
@@ -142,7 +147,7 @@ def attack(
         for step in range(STEPS + 1):
             x.requires_grad_(True)
             logits, score = box.differentiable(x)
-            towards = away_from(logits, labels, nearest=True)
+            towards = away_from(logits, labels)
             misled = (towards > 0).detach()
             if weight is None:
                 objective = torch.where(misled, -score, towards.double())

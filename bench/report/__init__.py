@@ -1,1 +1,1 @@
-"""From measurements to what is read: pages, figures, and the blocks of the README."""
+"""From measurements to what is read: pages, figures, and the blocks of README and documentation."""

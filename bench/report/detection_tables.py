@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.harness import results_file
+from bench.report.text import table as markdown_table
 
 Rows = Sequence[Mapping[str, Any]]
 #: Tables with cases that every method without labels has, and the heading of each.
@@ -54,7 +54,7 @@ def summary(tables: Mapping[str, Rows]) -> str:
         line["lowest"] = f"{means[lowest]:.3f} ({lowest[1]})"
         lines.append(line)
     lines.sort(key=lambda line: line["all cases"], reverse=True)
-    return results_file.table(lines)
+    return markdown_table(lines)
 
 
 def labelled(attacks: Rows, others: Rows) -> str:
@@ -86,7 +86,7 @@ def labelled(attacks: Rows, others: Rows) -> str:
         lines.append(
             {"trained on labelled attacks": method} | {n: f"{mean:.3f}" for n, mean in means.items()}
         )
-    return results_file.table(lines)
+    return markdown_table(lines)
 
 
 def detection(rows: Rows) -> str:
@@ -99,4 +99,4 @@ def detection(rows: Rows) -> str:
             shown += f" ± {row['spread']:.3f}"
         groups.setdefault((row["network"], row["case"]), {})[row["method"]] = shown
     table_rows = [{"network": n, "case": c, **cells} for (n, c), cells in groups.items()]
-    return results_file.table(table_rows, {key: key for key in ("network", "case", *methods)})
+    return markdown_table(table_rows, {key: key for key in ("network", "case", *methods)})

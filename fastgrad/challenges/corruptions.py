@@ -6,12 +6,13 @@ common corruptions, so that a detector trained on these can still be tested on t
 
 from __future__ import annotations
 
-import io
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+
+from fastgrad.challenges.jpeg import recompressed
 
 
 def _uniform(unit: Tensor, shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -59,25 +60,10 @@ def brightness(unit: Tensor, shift: float, generator: Generator) -> Tensor:
 def compression(unit: Tensor, quality: float | Tensor, generator: Generator) -> Tensor:
     """One pass through JPEG at ``quality``, one number or one for each image.
 
-    Channels beyond three, or two, are compressed one by one as grey.
+    Three channels are colours; any other number are grey images.
     """
-    from PIL import Image
-
-    channels = unit.shape[1]
-    as_bytes = (unit.detach() * 255).round().to(torch.uint8).cpu()
-    colour = channels == 3
-    pictures = as_bytes.permute(0, 2, 3, 1) if colour else as_bytes.flatten(0, 1)
-    qualities = torch.as_tensor(quality).expand(len(unit)).repeat_interleave(1 if colour else channels)
-    decoded = []
-    for picture, level in zip(pictures, qualities.tolist(), strict=True):
-        buffer = io.BytesIO()
-        Image.fromarray(picture.numpy()).save(buffer, "JPEG", quality=round(level))
-        with Image.open(buffer) as image:
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        decoded.append(pixels.view(picture.shape))
-    stacked = torch.stack(decoded)
-    stacked = stacked.permute(0, 3, 1, 2) if colour else stacked.view(unit.shape)
-    return stacked.to(unit) / 255
+    levels = (unit.detach().float() * 255).round()
+    return recompressed(levels, torch.as_tensor(quality, device=unit.device).expand(len(unit))).to(unit) / 255
 
 
 def shuffle(unit: Tensor, grid: float, generator: Generator) -> Tensor:

@@ -14,7 +14,7 @@ from fastgrad.checks import MissingExtraError, extra
 COMMANDS = {
     "demo": (
         "fastgrad.commands.demo.run",
-        None,
+        "demo",
         "train on real digits, detect what the network does not know, draw it",
     ),
     "doctor": (
@@ -22,13 +22,7 @@ COMMANDS = {
         None,
         "print versions, devices and which implementation would run, and why",
     ),
-    "bench": ("fastgrad.commands.bench", "bench", "measure against the alternatives (from a checkout)"),
     "serve": ("fastgrad.commands.serve", "serve", "serve an exported file over HTTP"),
-    "triton": (
-        "fastgrad.commands.triton",
-        "onnx",
-        "write a model repository for NVIDIA's Triton Inference Server",
-    ),
     "score": ("fastgrad.commands.score", "score", "score a folder or a Parquet file of images"),
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fastgrad
-from fastgrad.ops.implementation import choose, interpreting, triton_refusal
+from fastgrad.ops.dispatch import choose, interpreting, triton_refusal
 
 _PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "torchvision", "matplotlib", "fastapi", "ray")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

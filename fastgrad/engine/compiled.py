@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastgrad._torch import pytree, require_cpp_compiler
 from fastgrad.engine.planning import Plan
 from fastgrad.engine.tracing import trace
-from fastgrad.ops.layer_sqnorm import kept_whole
+from fastgrad.ops.conv.sqnorm import opaque_ops
 
 #: Graphs kept. Inputs of ever new sizes are not worth a compilation each.
 GRAPHS = 16
@@ -53,7 +53,7 @@ class CompiledPasses:
             if key not in self._graphs:
                 if device == "cpu":
                     require_cpp_compiler("compile=True")
-                with kept_whole():
+                with opaque_ops():
                     graph = trace(function, (args, kwargs), None)
                 # Norms of convolutions gather from channels first.
                 options: dict[str, Any] = {"layout_optimization": False}

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fastgrad import checks, losses
 from fastgrad._torch import check_later
-from fastgrad.ops import contrast as contrast_op
-from fastgrad.ops import linear_contrast as linear_op
-from fastgrad.ops import rows as rows_op
-from fastgrad.ops import target as target_op
-from fastgrad.ops.implementation import choose
+from fastgrad.ops.dispatch import choose
+from fastgrad.ops.last_layer import contrast as contrast_op
+from fastgrad.ops.last_layer import linear_contrast as linear_op
+from fastgrad.ops.last_layer import rows as rows_op
+from fastgrad.ops.last_layer import target as target_op
 
 ROWS = ("diagonal", "full")
 
@@ -71,7 +71,9 @@ def contrast_sqnorm(
     _options(loss, reduction, bias=bias, log=log)
     leading = _head_pair(features, logits)
     choose(impl, logits)
-    norms = contrast_op.contrast_sqnorm(_matrix(features), _matrix(logits), bias, loss, reduction, log, impl)
+    norms = contrast_op.contrast_sqnorm(
+        _matrix(features), _matrix(logits), loss, bias, log, reduction == "mean", impl
+    )
     return norms.reshape(*leading, logits.shape[-1])
 
 
@@ -117,7 +119,7 @@ def target_sqnorm(
     else:
         kind, label = "indices", target.reshape(-1)
     norms = target_op.target_sqnorm(
-        _matrix(features), _matrix(logits), label, kind, bias, loss, reduction, log, impl
+        _matrix(features), _matrix(logits), label, kind, loss, bias, log, reduction == "mean", impl
     )
     return norms.reshape(leading)
 
@@ -155,7 +157,7 @@ def linear_contrast_sqnorm(
     _linear(features, weight, bias)
     choose(impl, features)
     logits, norms = linear_op.linear_contrast_sqnorm(
-        _matrix(features), weight, bias, loss, reduction, log, impl
+        _matrix(features), weight, bias, loss, log, reduction == "mean", impl
     )
     shape = (*features.shape[:-1], weight.shape[0])
     return logits.reshape(shape), norms.reshape(shape)
@@ -192,7 +194,7 @@ def linear_contrast_stats(
     _options(loss, reduction)
     _linear(features, weight, bias)
     choose(impl, features)
-    stats = linear_op.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction, impl)
+    stats = linear_op.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction == "mean", impl)
     return ContrastStats(*stats.reshape(*features.shape[:-1], 5).unbind(-1))
 
 

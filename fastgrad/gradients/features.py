@@ -21,7 +21,7 @@ from fastgrad.engine.planning import Plan, Route, refuse_mixing
 from fastgrad.engine.run import Reading, Run
 from fastgrad.engine.shadow import ordinary
 from fastgrad.engine.tracing import trace
-from fastgrad.ops.implementation import IMPLEMENTATIONS, choose
+from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.
 Target = str | int | Tensor | Callable[[Tensor], Tensor]

@@ -75,7 +75,7 @@ def rank_samples(
     loader: Iterable[Any],
     *,
     layers: str | Iterable[str] | None = None,
-    verbose: bool = True,
+    verbose: bool = False,
 ) -> SampleTable:
     """Norms of every sample's gradient of the cross-entropy, and what is known of it without a backward pass.
 

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ class _Call:
     names: dict[str, str]
     run: Run
     outputs: tuple[Layout | None, ...]
+
+
+_Recording = TypeVar("_Recording", bound="record")
 
 
 class record:  # noqa: N801 - reads as a statement: ``with record(model):``
@@ -85,7 +88,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
                 raise ValueError(f"model must hold values; its parameter {name!r} was on the meta device")
         self.calls: list[_Call] = []
 
-    def __enter__(self) -> record:
+    def __enter__(self: _Recording) -> _Recording:
         refuse_mixing(self.model, training=True)
         self._modules = list(self.model.modules())
         with _lock:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgrad.checks import extra
 from fastgrad.introspection.network import ACTIVATIONS, first_layer, layer
 
 # What a batch holds: rows alone, or features and logits.
@@ -119,6 +120,7 @@ class Trainer:
 def _bar(total: int, verbose: bool):  # type: ignore[no-untyped-def]
     if not verbose:
         return None
-    from tqdm.auto import tqdm
+    with extra("demo"):
+        from tqdm.auto import tqdm
 
     return tqdm(total=total, desc="introspective network", unit="epoch")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 from contextlib import AbstractContextManager
 
-from fastgrad.ops.implementation import bind_contextvar
+from fastgrad.ops.dispatch import bind_contextvar
 
 _impl: contextvars.ContextVar[str] = contextvars.ContextVar("fastgrad_layers_impl", default="auto")
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fastgrad.layers.choice import implementation
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
-from fastgrad.ops.layer_sqnorm import linear_sqnorm
+from fastgrad.ops.conv.sqnorm import linear_sqnorm
 
 
 def weight_sqnorm(a: Tensor, g: Tensor) -> Tensor:

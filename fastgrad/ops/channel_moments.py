@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad._torch import check, is_readable, is_traced
+from fastgrad._torch import is_readable, is_traced
 from fastgrad.losses import compute_dtype
-from fastgrad.ops import library  # noqa: F401  (defines the schema)
-from fastgrad.ops.implementation import choose, triton_refusal
+from fastgrad.ops.dispatch import choose, launcher, register
 
 #: Numbers that stay in one core's second-level cache beside as many that stream through it.
 CACHED = 1 << 17
@@ -147,29 +146,11 @@ def eager(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return _sums(x), _squares(x)
 
 
-def _triton(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    from fastgrad.ops.triton import channel_moments as launcher
-
-    return launcher.channel_moments(canonical(x, dim))
+def _kernel(x: Tensor, dim: int) -> Any:
+    return launcher("channel_moments", "channel_moments")(canonical(x, dim))
 
 
-def _cpu(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The eager form; the kernel in Triton's interpreter, which is for tests."""
-    return _triton(x, dim) if triton_refusal(x.device, x.dtype) is None else eager(x, dim)
-
-
-@torch.library.register_fake("fastgrad::channel_moments")
-def _(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    check(x.dim() >= 2, lambda: f"x must have 2 dimensions or more; it had {x.dim()}")
-    check(-x.dim() < dim < x.dim() and dim != 0, lambda: f"dim must be one behind the batch; it was {dim}")
-    shape, dtype = (x.shape[0], x.shape[dim]), compute_dtype(x.dtype)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
-
-
-torch.library.impl("fastgrad::channel_moments", "CompositeExplicitAutograd", eager)
-torch.library.impl("fastgrad::channel_moments", "CPU", _cpu)
-torch.library.impl("fastgrad::channel_moments", "CUDA", _triton)
-_OPERATOR = torch.ops.fastgrad.channel_moments.default
+_OPERATOR = register("channel_moments", eager, _kernel)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

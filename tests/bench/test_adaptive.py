@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.paper.attacked import FALSE_ALARMS, FORMS, WAYS
-from bench.paper.white_box import Partial, attack, auto_attack, random_box, unaware_of, white_box
+from bench.paper.white_box import Partial, attack, auto_attack, away_from, random_box, unaware_of, white_box
 from fastgrad import TwoStageModel
-from fastgrad.challenges.attacks import away_from
 
 
 def images(count: int, seed: int) -> Tensor:
@@ -67,8 +66,8 @@ def test_the_attack_misleads_within_its_radius_and_lowers_the_score(model: TwoSt
         assert attacked.min() >= 0
         assert attacked.max() <= 1
         logits, scores[weight] = box.differentiable(attacked)
-        assert bool((away_from(logits, labels, nearest=True) > 0).any())
-    both = [away_from(box.differentiable(a)[0], labels, nearest=True) > 0 for a in found.values()]
+        assert bool((away_from(logits, labels) > 0).any())
+    both = [away_from(box.differentiable(a)[0], labels) > 0 for a in found.values()]
     chosen = both[0] & both[1]
     assert scores[None][chosen].mean() < scores[0.0][chosen].mean()
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = {
-    "environment.txt", "tests.txt", "gpu.json", "gpu.md", "kernels.json", "sanitizer.txt", "summary.md",
+    "environment.txt", "tests.txt", "rows.json", "kernels.json", "sanitizer.txt", "summary.md",
 }  # fmt: skip
 
 

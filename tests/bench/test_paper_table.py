@@ -14,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("PIL")
 
-from bench.harness import results_file
+from bench import results_file
 from bench.paper import __main__ as command
 from bench.paper import cache
 from bench.paper.data import sets

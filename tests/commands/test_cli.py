@@ -63,16 +63,24 @@ def test_doctor_says_what_would_run_and_why(capsys: pytest.CaptureFixture[str]) 
 def test_demo_writes_table_figure_and_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "_CHALLENGED", 100)
+    load = digits.load
+
+    def few(name: str, part: str) -> digits.LabelledImages:
+        images, labels = load(name, part)
+        return digits.LabelledImages(images[:1800], labels[:1800])
+
+    monkeypatch.setattr(digits, "load", few)
+    monkeypatch.setattr(run, "_HELD_OUT", 400)
+    monkeypatch.setattr(run, "_CHALLENGED", 50)
     out = tmp_path / "demo"
-    assert cli.main(["demo", "--out", str(out), "--epochs", "1"]) == 0
+    assert cli.main(["demo", "--out", str(out), "--epochs", "4"]) == 0
     assert capsys.readouterr().out.rstrip().splitlines()[-1] == str(out.resolve())
     record = json.loads((out / "demo.json").read_text())
     assert len(record["auroc"]) == 5
     for row in record["auroc"].values():
         assert len(row) == 4
         assert all(0 <= value <= 1 for value in row.values())
-    assert record["test_accuracy"] > 0.8
+    assert record["test_accuracy"] > 0.5
     for name, value in record["auroc"]["fastgrad, default budget"].items():
         assert f"{value:.3f}" in (out / "demo.md").read_text(), name
     assert "budget 1.2" in record["blocks"]

@@ -48,7 +48,7 @@ def test_the_recipe_works_as_written(page: Path, tmp_path: Path) -> None:
     changed = [block for block in blocks(page) if block.title is not None]
     for block in changed:
         apply(block, copy)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (copy, copy / "tests")))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (copy, copy / "tests" / "helpers")))}
     commands = [[sys.executable, "-c", RUN, str(page)]] if programs(page) else []
     tests = [block.title for block in changed if (block.title or "").startswith("tests/")]
     if tests:

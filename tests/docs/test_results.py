@@ -1,14 +1,18 @@
-"""The tables of the results page are those of ``bench/results``."""
+"""The generated blocks of README and pages are those of ``bench/results``."""
 
 from __future__ import annotations
 
-from doc_pages import DOCS
+from pathlib import Path
 
-from bench.report import readme
+import pytest
+
+from bench.report import blocks
+from bench.report.__main__ import DOCUMENTS
 
 
-def test_the_tables_equal_the_results() -> None:
-    text = (DOCS / "results.md").read_text()
-    assert len(readme.BLOCK.findall(text)) >= 7
-    stale = readme.differing(text)
-    assert not stale, f"run python -m bench.report.readme --file docs/results.md; out of date: {stale}"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_its_blocks_equal_the_results(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert blocks.BLOCK.findall(text), "no block, so nothing to keep up to date: take it off the list"
+    stale = blocks.differing(text)
+    assert not stale, f"run python -m bench.report; stale: {stale}"

@@ -83,7 +83,7 @@ def test_strides_do_not_matter() -> None:
 
 
 def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.ops import linear_contrast
+    from fastgrad.ops.last_layer import linear_contrast
 
     monkeypatch.setattr(linear_contrast, "_CHUNK", 25)
     for loss in LOSSES:
@@ -101,7 +101,7 @@ def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_rows(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.ops import rows
+    from fastgrad.ops.last_layer import rows
 
     monkeypatch.setattr(rows, "_CHUNK", 60)
     h, weight, b = head(2, 2, dtype=torch.float64)
@@ -123,7 +123,7 @@ def test_rows(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_layer_over_rows_a_unit_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.ops import rows
+    from fastgrad.ops.last_layer import rows
 
     h, z, V = torch.randn(9, 33).to(dtype), torch.randn(9, 21).to(dtype), torch.randn(5, 33 * 21).to(dtype)
     inputs = [t.requires_grad_() for t in (h, z, V)]

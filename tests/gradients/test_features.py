@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastgrad
 from fastgrad import losses
-from fastgrad.ops.implementation import interpreting
+from fastgrad.ops.dispatch import interpreting
 
 EPS = torch.finfo(torch.float32).eps
 

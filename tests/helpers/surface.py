@@ -32,7 +32,6 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad.deploy.score.ray": ("score_dataset",),
     "fastgrad.deploy.serve.app": None,
     "fastgrad.deploy.serve.ray": None,
-    "fastgrad.deploy.triton_server": ("write_repository",),
     "fastgrad.gradients.features": ("Route", "logits_of"),
     "fastgrad.interop": ("as_pytorch_ood",),
     "fastgrad.layers": None,
@@ -92,12 +91,10 @@ def surface() -> dict[str, Any]:
         listed = [value for value in values.values() if isinstance(value, type)]
         found[module_name] = {name: text(value, listed) for name, value in values.items()}
     for name, (module_name, _, _) in COMMANDS.items():
-        # What the benchmarks take belongs to the repository, not to the package.
-        if name != "bench":
-            parser = argparse.ArgumentParser()
-            importlib.import_module(module_name).add_arguments(parser)
-            actions = [a for a in parser._actions if a.help is not argparse.SUPPRESS and a.dest != "help"]
-            found[f"fastgrad {name}"] = [" ".join(a.option_strings) or a.dest for a in actions]
+        parser = argparse.ArgumentParser()
+        importlib.import_module(module_name).add_arguments(parser)
+        actions = [a for a in parser._actions if a.help is not argparse.SUPPRESS and a.dest != "help"]
+        found[f"fastgrad {name}"] = [" ".join(a.option_strings) or a.dest for a in actions]
     return found
 
 

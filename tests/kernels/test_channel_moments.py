@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
-from fastgrad.ops import channel_heuristics, heuristics  # noqa: E402
-from fastgrad.ops.channel_heuristics import ChannelConfig  # noqa: E402
+from fastgrad.ops import tune  # noqa: E402
 from fastgrad.ops.channel_moments import channel_moments  # noqa: E402
+from fastgrad.ops.tune import ChannelConfig  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -56,7 +56,7 @@ def assert_close(moments, x):
 def test_against_float64(order, config, dtype, device):
     generator = torch.Generator().manual_seed(3)
     x = layout(torch.randn(2, 5, 6, 7, generator=generator).to(dtype), order)
-    with heuristics.override(channel_moments=CONFIGS[config]):
+    with tune.override(channel_moments=CONFIGS[config]):
         moments = channel_moments(x.to(device), impl="triton")
         again = channel_moments(x.to(device), impl="triton")
     assert_close(moments, x)
@@ -80,7 +80,7 @@ def test_many_positions(last, device):
     x = layout(x, "channels last" if last else "contiguous")
     first, second = channel_moments(x.to(device), impl="triton")
     # Each program adds at most LONGEST_SUM groups of UNROLL tiles, the rest are trees.
-    depth = channel_heuristics.LONGEST_SUM + channel_heuristics.UNROLL + 2 * math.log2(112 * 112)
+    depth = tune.LONGEST_SUM + tune.UNROLL + 2 * math.log2(112 * 112)
     for result, expected in ((first, x.double().sum((2, 3))), (second, x.double().square().sum((2, 3)))):
         error = (result.double().cpu() / expected - 1).abs()
         assert (error <= depth * torch.finfo(torch.float32).eps / 2).all()
@@ -103,7 +103,7 @@ def test_an_expanded_gradient_is_read_where_it_is(device):
 def test_nan_stays_in_its_channel(config, device):
     x = torch.ones(3, 4, 5, 5, device=device)
     x[1, 2, 3, 3] = torch.nan
-    with heuristics.override(channel_moments=CONFIGS[config]):
+    with tune.override(channel_moments=CONFIGS[config]):
         for moment in channel_moments(x, impl="triton"):
             assert moment[1, 2].isnan()
             moment[1, 2] = 25
@@ -122,7 +122,7 @@ def test_refuses_float64(device):
         channel_moments(torch.ones(2, 3, 4, dtype=torch.float64, device=device), impl="triton")
 
 
-ARCHITECTURES = [*heuristics.KNOWN_ARCHITECTURES.values(), heuristics.INTERPRETER]
+ARCHITECTURES = [*tune.KNOWN_ARCHITECTURES.values(), tune.INTERPRETER]
 
 
 @given(
@@ -131,18 +131,18 @@ ARCHITECTURES = [*heuristics.KNOWN_ARCHITECTURES.values(), heuristics.INTERPRETE
 )  # fmt: skip
 @settings(deadline=None, max_examples=200)
 def test_configurations_cover_their_shape(B, C, T, last, arch):
-    config = channel_heuristics.channel_moments(B, C, T, last, arch)
+    config = tune.channel_moments(B, C, T, last, arch)
     for value in (config.block_c, config.block_t, config.unroll, config.num_warps):
         assert value & (value - 1) == 0
-    assert config.block_c * config.block_t <= channel_heuristics.TILE
-    steps = heuristics.cdiv(T, config.block_t * config.unroll)
-    groups = heuristics.cdiv(steps, config.splits)
-    assert groups <= channel_heuristics.LONGEST_SUM
+    assert config.block_c * config.block_t <= tune.TILE
+    steps = tune.cdiv(T, config.block_t * config.unroll)
+    groups = tune.cdiv(steps, config.splits)
+    assert groups <= tune.LONGEST_SUM
     assert groups * (config.splits - 1) < steps <= groups * config.splits
 
 
 def test_few_large_samples_fill_the_device():
-    for arch in heuristics.KNOWN_ARCHITECTURES.values():
-        config = channel_heuristics.channel_moments(1, 64, 224 * 224, True, arch)
+    for arch in tune.KNOWN_ARCHITECTURES.values():
+        config = tune.channel_moments(1, 64, 224 * 224, True, arch)
         assert config.splits >= arch.processors / 2
-        assert channel_heuristics.channel_moments(64, 256, 196, False, arch).splits == 1
+        assert tune.channel_moments(64, 256, 196, False, arch).splits == 1

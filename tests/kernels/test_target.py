@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 triton = pytest.importorskip("triton")
 
-from fastgrad.ops import heuristics  # noqa: E402
-from fastgrad.ops.heuristics import TargetConfig  # noqa: E402
+from fastgrad.ops import tune  # noqa: E402
 from fastgrad.ops.triton.target import KINDS, target_sqnorm  # noqa: E402
+from fastgrad.ops.tune import TargetConfig  # noqa: E402
 
 LOSSES = ("cross_entropy", "bce", "mse", "brier")
 PATHS = {"one block": TargetConfig(8, 64, 32, 1), "many blocks": TargetConfig(4, 16, 16, 1)}
@@ -60,7 +60,7 @@ def test_accuracy(loss: str, kind: str, log: bool, path: str, device: torch.devi
     logits = torch.cat([oracles.confident_logits(1, 21, margin, generator) for margin in margins])
     features = torch.randn(len(margins), 7, generator=generator)
     target, dense = targets(kind, logits, generator)
-    with heuristics.override(target=PATHS[path]):
+    with tune.override(target=PATHS[path]):
         out = target_sqnorm(
             features.to(device), logits.to(device), None if target is None else target.to(device), kind, loss, True,
             log, False,

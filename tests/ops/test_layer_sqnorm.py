@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastgrad.ops import conv_cost, conv_routes, layer_sqnorm
-from fastgrad.ops.conv_geometry import canonical
-from fastgrad.ops.layer_sqnorm import conv_sqnorm, linear_sqnorm
+from fastgrad.ops.conv import cost, routes, sqnorm
+from fastgrad.ops.conv.geometry import canonical
+from fastgrad.ops.conv.sqnorm import conv_sqnorm, linear_sqnorm
 
 CONVS = {
     False: (F.conv1d, F.conv2d, F.conv3d),
@@ -81,8 +81,8 @@ def test_every_route_equals_autograd(case):
         expected = oracle(a, g, case["weight"], transposed=case["transposed"], **case["options"])
         kernel = case["weight"][2:]
         p = canonical(a, g, kernel, transposed=case["transposed"], **options)
-        for route in (None, *conv_routes.ROUTES):
-            if route is not None and conv_routes.applicable(route, p) is not None:
+        for route in (None, *routes.ROUTES):
+            if route is not None and routes.applicable(route, p) is not None:
                 continue
             result = conv_sqnorm(a, g, kernel, transposed=case["transposed"], route=route, **options)
             assert result.dtype == dtype
@@ -93,7 +93,7 @@ def test_every_route_equals_autograd(case):
             assert one.shape == (a.shape[0],)
 
 
-@pytest.mark.parametrize("route", conv_routes.ROUTES[:3] + tuple(conv_routes.GRAM))
+@pytest.mark.parametrize("route", routes.ROUTES[:3] + tuple(routes.GRAM))
 @pytest.mark.parametrize("kind", ["constant input", "opposed gradients", "zero"])
 def test_cancellation(route, kind):
     """Gradients that nearly vanish (1e4 times smaller than their terms, squared) keep their digits."""
@@ -112,17 +112,15 @@ def test_cancellation(route, kind):
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("route", conv_routes.GRAM)
+@pytest.mark.parametrize("route", routes.GRAM)
 def test_only_cancelling_samples_leave_the_gram_route(route, monkeypatch):
     torch.manual_seed(4)
     a, g = torch.randn(4, 3, 6, 6), torch.randn(4, 5, 6, 6)
     a[2] = 1
     g[2] -= g[2].mean((1, 2), keepdim=True) * (1 - 1e-3)
     seen = []
-    monkeypatch.setitem(
-        conv_routes.DIRECT, "patch", lambda p: seen.append(p.a.shape[0]) or conv_routes.patch(p)
-    )
-    monkeypatch.setattr(conv_cost, "choose_direct", lambda shape: "patch")
+    monkeypatch.setitem(routes.DIRECT, "patch", lambda p: seen.append(p.a.shape[0]) or routes.patch(p))
+    monkeypatch.setattr(cost, "choose_direct", lambda shape: "patch")
     result = conv_sqnorm(a, g, 1, route=route)
     assert seen == [1]
     expected = oracle(a, g[None], (5, 3, 1, 1), transposed=False)[0]
@@ -158,8 +156,8 @@ def test_chunks_and_layout_do_not_matter(monkeypatch):
     whole = conv_sqnorm(a, g, 3, padding=1, route="patch")
     strided = g.transpose(1, 2).contiguous().transpose(1, 2)
     last = conv_sqnorm(a.to(memory_format=torch.channels_last), strided, 3, padding=1)
-    monkeypatch.setattr(conv_cost, "CHUNK_BYTES", 1)
-    for route in conv_routes.ROUTES:
+    monkeypatch.setattr(cost, "CHUNK_BYTES", 1)
+    for route in routes.ROUTES:
         if route != "taps":
             torch.testing.assert_close(conv_sqnorm(a, g, 3, padding=1, route=route), whole, rtol=1e-5, atol=0)
     torch.testing.assert_close(last, whole, rtol=1e-5, atol=0)
@@ -224,10 +222,8 @@ def test_vmap(which):
 
 def test_vmap_keeps_the_gradients_of_a_sample_together(monkeypatch):
     counts = []
-    solve = layer_sqnorm._solve
-    monkeypatch.setattr(
-        layer_sqnorm, "_solve", lambda p, route: counts.append(p.g.shape[0]) or solve(p, route)
-    )
+    solve = sqnorm._solve
+    monkeypatch.setattr(sqnorm, "_solve", lambda p, route: counts.append(p.g.shape[0]) or solve(p, route))
     a, g = torch.randn(2, 3, 4), torch.randn(7, 2, 3, 5)
     torch.func.vmap(lambda g: linear_sqnorm(a, g))(g)
     assert counts == [7]

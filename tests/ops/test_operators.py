@@ -10,7 +10,7 @@ import torch
 from torch.library import opcheck
 
 from fastgrad.losses import LOSSES
-from fastgrad.ops import contrast, linear_contrast, target
+from fastgrad.ops.last_layer import contrast, linear_contrast, target
 
 OPS = torch.ops.fastgrad
 
@@ -21,10 +21,10 @@ def arguments(name: str, device: torch.device, requires_grad: bool, loss: str) -
 
     h, z, weight, b = leaf(3, 5), leaf(3, 6), leaf(6, 5), leaf(6)
     return {
-        "contrast_sqnorm": (h, z, True, loss, "sum", False),
-        "target_sqnorm": (h, z, torch.tensor([0, 5, 2], device=device), "indices", True, loss, "mean", False),
-        "linear_contrast_sqnorm": (h, weight, b, loss, "sum", True),
-        "linear_contrast_stats": (h, weight, None, loss, "sum"),
+        "contrast_sqnorm": (h, z, loss, True, False, False),
+        "target_sqnorm": (h, z, torch.tensor([0, 5, 2], device=device), "indices", loss, True, False, True),
+        "linear_contrast_sqnorm": (h, weight, b, loss, True, False),
+        "linear_contrast_stats": (h, weight, None, loss, False),
     }[name]
 
 
@@ -80,12 +80,12 @@ def test_triton_equals_eager_and_so_do_the_gradients(name: str, loss: str, devic
 
 def test_shape_contract_refuses_what_does_not_fit() -> None:
     with torch.device("meta"), pytest.raises(RuntimeError, match="one row a sample"):
-        OPS.contrast_sqnorm(torch.empty(3, 5), torch.empty(4, 6), True, "mse", "sum", False)
+        OPS.contrast_sqnorm(torch.empty(3, 5), torch.empty(4, 6), "mse", True, False, False)
 
 
 def test_meta_tensors_of_more_than_two_billion_elements() -> None:
     z = torch.empty(40_000, 60_000, device="meta", dtype=torch.bfloat16)
-    out = OPS.contrast_sqnorm(z[:, :8], z, True, "bce", "sum", False)
+    out = OPS.contrast_sqnorm(z[:, :8], z, "bce", True, False, False)
     assert out.shape == z.shape
     assert out.dtype == torch.float32
 
@@ -94,10 +94,10 @@ def test_meta_tensors_of_more_than_two_billion_elements() -> None:
 def test_the_device_and_impl_say_what_runs(
     name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastgrad.ops.triton import launch
+    from fastgrad.ops.triton import devices
 
     launched: list[str] = []
-    monkeypatch.setattr(launch, "check", lambda **tensors: launched.extend(tensors))
+    monkeypatch.setattr(devices, "check", lambda **tensors: launched.extend(tensors))
     function, operator = FUNCTIONS[name], getattr(OPS, name)
     inputs = arguments(name, device, False, "cross_entropy")
     for call, expected in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastgrad.ops import products
+from fastgrad.ops.conv import products
 
 
 @pytest.mark.parametrize("shape", [(3, 128, 64, 17), (1, 32, 256, 256), (2, 64, 128, 1), (5, 48, 176, 33)])

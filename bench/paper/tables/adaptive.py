@@ -18,7 +18,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from bench.harness import results_file
+from bench import results_file
 from bench.paper.attacked import DETECTORS, FALSE_ALARMS, RANDOM, SHARE, WAYS, Attacked
 from bench.paper.draws import AFTER
 from bench.paper.figures import grouped_bars

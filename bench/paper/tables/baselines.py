@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.harness import results_file
+from bench import results_file
 from bench.paper import detectors, own, published
 from bench.paper.cases import CASES, MIXED, STRANGERS, short
 from bench.paper.duq import trained_duq

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.harness import results_file
+from bench import results_file
 from bench.paper.failure_subjects import Found, Pictures, Texts
 from bench.paper.failures import ENSEMBLE, SOFTMAX, areas, curve, standing
 from bench.paper.rows import Rows

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from bench.harness import results_file
+from bench import results_file
 from bench.paper.cache import Arrays
 from bench.paper.data import sets
 from bench.paper.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt

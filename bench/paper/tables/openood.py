@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.harness import results_file
+from bench import results_file
 from bench.paper import detectors, own, published
 from bench.paper.data import sets
 from bench.paper.figures import price_front

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bench.harness import results_file
+from bench import results_file
 from bench.paper.draws import AFTER, ATTACKS, COMPARED, STRANGERS, Draw
 from bench.paper.figures import grouped_bars
 from bench.paper.rows import Rows

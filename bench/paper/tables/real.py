@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.harness import results_file
+from bench import results_file
 from bench.paper import own, published
 from bench.paper.draws import AFTER, CASES, COMPARED, CONTROL, FOREIGN, STRANGERS, Draw
 from bench.paper.figures import grouped_bars

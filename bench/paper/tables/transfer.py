@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from bench.harness import results_file
+from bench import results_file
 from bench.paper import detectors, own
 from bench.paper.cases import CASES, STRANGERS, short
 from bench.paper.figures import heatmap

@@ -12,9 +12,15 @@ import numpy as np
 import torch
 
 import fastgrad
+from fastgrad.checks import extra
 from fastgrad.commands.demo import digits, evaluate, figure
 from fastgrad.commands.demo.network import digit_network, logits_in_batches, train
 from fastgrad.metrics import auroc
+
+# Used at the end and on the way: to be missed before the work, not after it.
+with extra("demo"):
+    import matplotlib as mpl  # noqa: F401
+    import tqdm  # noqa: F401
 
 _HELD_OUT = 1500  # training images kept from the network, on which the detectors are fitted
 _CHALLENGED = 1000  # images in each challenging set

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from fastgrad import _torch
 from fastgrad.deploy.file import onnx_export
+from fastgrad.deploy.file.atomic import replace_atomically
 from fastgrad.deploy.file.describe import describe
+from fastgrad.deploy.file.description import description_text
 from fastgrad.deploy.file.graph import trace
-from fastgrad.deploy.file.package import description_text, replace_atomically, write_description
+from fastgrad.deploy.file.package import write_description
 
 #: What compiled code would round in another way. With PyTorch's own kernels the features of a convolutional network
 #: or vision transformer are those of the live one, bit for bit or nearly: the detector has no difference to magnify.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrad.checks import extra
 from fastgrad.deploy.file.package import Description
 
 # Reads what browsers and cameras write. Pillow knows some fifty more, several of them rarely exercised
@@ -45,7 +46,8 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
         ImageTooLargeError: more than ``max_pixels``.
         ImageError: not an image, a truncated one, or the model takes no images.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    with extra("serve"):
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
     shape = description.input_shape
     if len(shape) != 3 or shape[0] not in (1, 3):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ EXPLAINED = (*OUTPUTS, "evidence")
 KEY = "fastgrad"
 #: Of the entry with the SHA-256, in hexadecimal digits.
 SUM = "fastgrad.sha256"
+#: Bytes of one entry.
+LARGEST = 4 * 2**20
 #: The field ``metadata_props`` of a ModelProto.
 _METADATA = 14
 _NOT_WHOLE = "it is not a whole ONNX file"
@@ -46,7 +48,7 @@ def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
         RuntimeError: It is damaged, or ONNX Runtime cannot read or run it; the message says why.
     """
     _check_sum(path)
-    session = _session(path, optimized=True)
+    session = _session(path)
 
     def run(x: Tensor) -> list[Tensor]:
         return [torch.from_numpy(value) for value in session.run(None, {INPUT: x.cpu().numpy()})]
@@ -97,10 +99,12 @@ def read_metadata(path: str | os.PathLike[str]) -> bytes | None:
             pair = {}
             while file.tell() < end:
                 part, length = _varint(file) // 8, _varint(file)
-                if file.tell() + length > end:
+                if file.tell() + length > end or length > LARGEST:
                     raise RuntimeError(_NOT_WHOLE)
                 pair[part] = file.read(length)
             if pair.get(1) == KEY.encode():
+                if text is not None:
+                    raise RuntimeError(f"it holds {KEY!r} twice")
                 text = pair.get(2)
     if size == 0:
         raise RuntimeError("it is empty")
@@ -120,28 +124,7 @@ def _varint(file: BinaryIO) -> int:
     raise RuntimeError(_NOT_WHOLE)
 
 
-class Value(NamedTuple):
-    """An input or output of a file: its name, its element type as ONNX calls it, its shape without the batch."""
-
-    name: str
-    dtype: str
-    shape: list[int]
-
-
-def signature(path: str | os.PathLike[str]) -> tuple[list[Value], list[Value]]:
-    """Inputs and outputs of an ONNX file; raises what `load` does."""
-    session = _session(path, optimized=False)
-
-    def read(values: Any) -> list[Value]:
-        return [
-            Value(value.name, value.type.removeprefix("tensor(").removesuffix(")"), list(value.shape[1:]))
-            for value in values
-        ]
-
-    return read(session.get_inputs()), read(session.get_outputs())
-
-
-def _session(path: str | os.PathLike[str], *, optimized: bool) -> Any:
+def _session(path: str | os.PathLike[str]) -> Any:
     with extra("onnx"):
         import onnxruntime
 
@@ -152,8 +135,6 @@ def _session(path: str | os.PathLike[str], *, optimized: bool) -> Any:
     options.enable_mem_pattern = False
     # Its warnings are about its own optimizations.
     options.log_severity_level = 3
-    if not optimized:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:

@@ -16,22 +16,22 @@ and the graph runs without this package::
     model = torch._inductor.aoti_load_package("model.pt2")
     logits, probabilities, uncertainty = model(x)     # x (B, *input shape), normalized with mean and std
 
-A file exported with ``evidence=True`` gives a fourth, the evidence ``(B, E)``, its columns named in the description.
-There ``x`` must have the dtype and shape of the description and be contiguous (``x.contiguous()``): native code
-reads memory as it is and checks nothing. `ModelPackage` checks all that. The graph is native code: load only files
-that you would also run as programs.
+A file whose description says ``risk`` gives the risk ``(B,)`` next, and one exported with ``evidence=True`` the
+evidence ``(B, E)`` last, its columns named in the description. ``x`` must have the dtype and shape of the description
+and be contiguous (``x.contiguous()``): native code reads memory as it is and checks nothing. `ModelPackage` checks all
+that. The graph is native code: load only files that you would also run as programs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
-import shutil
-import tempfile
+import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,17 +40,18 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import load_package
-from fastgrad.deploy.drift import ScoreReference
 from fastgrad.deploy.file import onnx_file
+from fastgrad.deploy.file.description import DTYPES, FORMATS, description_text
+from fastgrad.deploy.file.description import Description as Description
 from fastgrad.engine.memory import keep_freed_memory
 
 MEMBER = "extra/fastgrad.json"
-#: Of the description; 2 for a file whose graph gives the evidence as well, which no reader of 1 expects.
-FORMATS = (1, 2)
 #: What reading a damaged archive raises.
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 #: Of the kinds of file, as their names end.
 SUFFIXES = (".pt2", ".onnx")
+#: Instruction sets of PyTorch's code for x86, each with those before it.
+_X86 = ("DEFAULT", "AVX2", "AVX512")
 
 
 class PackageError(ValueError):
@@ -63,92 +64,14 @@ class Prediction(NamedTuple):
     Attributes:
         logits: ``(B, N)``.
         probabilities: ``(B, N)``, of the introspective classifier where there is one, else the softmax.
-        uncertainty: ``(B,)``, higher = less reliable.
+        uncertainty: ``(B,)``, higher = less like the inputs that it was calibrated on.
+        risk: ``(B,)``, the probability that the answer is wrong; None where the file does not give it.
     """
 
     logits: Tensor
     probabilities: Tensor
     uncertainty: Tensor
-
-
-@dataclass(frozen=True)
-class Description:
-    """What travels with the graph.
-
-    Attributes:
-        input_shape: shape of one input, without the batch.
-        input_dtype: ``"float32"`` and the like.
-        classes: N.
-        max_batch: largest batch the graph was exported for.
-        device: type of the device it was compiled for, ``"cpu"`` or ``"cuda"``.
-        labels: N names, or None.
-        mean, std: per channel, in units of a pixel from 0 to 1; the input is ``(pixel - mean) / std``.
-        false_alarm_rate: the rate that ``threshold`` belongs to.
-        threshold: an input is called unreliable when its uncertainty exceeds it; None without calibration.
-        thresholds: further pairs of rate and threshold.
-        histogram: in-distribution scores in bins of equal width: ``{"edges": (K+1), "counts": (K)}``, or
-            None.
-        reference: the same scores as the drift monitor reads them: ``{"edges": (K-1), "counts": (K)}``, or
-            None.
-        versions: of fastgrad and torch, and the processor's instruction set the graph was compiled for.
-        evidence: of a file that gives the evidence: names in the order of its columns, and in plain words what an
-            alarm means that they raise; else None.
-    """
-
-    input_shape: tuple[int, ...]
-    input_dtype: str
-    classes: int
-    max_batch: int
-    device: str
-    labels: list[str] | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    false_alarm_rate: float | None = None
-    threshold: float | None = None
-    thresholds: list[tuple[float, float]] = field(default_factory=list)
-    histogram: dict[str, list[float]] | None = None
-    reference: dict[str, list[float]] | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    evidence: dict[str, str] | None = None
-
-    def threshold_at(self, rate: float | None) -> float | None:
-        """The threshold at a false-alarm rate, one of those in the file (None: the file's own).
-
-        Raises:
-            ValueError: the file holds no threshold for this rate.
-        """
-        if rate is None or rate == self.false_alarm_rate:
-            return self.threshold
-        for known, threshold in self.thresholds:
-            if abs(known - rate) < 1e-12:
-                return threshold
-        known_rates = ", ".join(f"{known:g}" for known, _ in self.thresholds) or "none"
-        raise ValueError(
-            "false_alarm_rate must be one for which the file holds a threshold "
-            f"({known_rates}); it was {rate!r}"
-        )
-
-    def score_reference(self) -> ScoreReference | None:
-        """The in-distribution scores for a `DriftMonitor`."""
-        if self.reference is None:
-            return None
-        return ScoreReference(np.array(self.reference["edges"]), np.array(self.reference["counts"]))
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """``(pixel - mean) / std`` for pixels ``(..., C, H, W)`` from 0 to 1; the identity without either."""
-        if self.mean is not None:
-            pixels = pixels - torch.tensor(self.mean, dtype=pixels.dtype).view(-1, 1, 1)
-        if self.std is not None:
-            pixels = pixels / torch.tensor(self.std, dtype=pixels.dtype).view(-1, 1, 1)
-        return pixels
-
-
-def description_text(description: Description) -> str:
-    """As it stands in the file, JSON."""
-    content = asdict(description)
-    if description.evidence is None:
-        del content["evidence"]
-    return json.dumps({"format": FORMATS[description.evidence is not None], **content})
+    risk: Tensor | None = None
 
 
 def write_description(path: str | os.PathLike[str], description: Description) -> None:
@@ -162,8 +85,7 @@ def read_description(path: str | os.PathLike[str]) -> Description:
     """Read what travels with the graph, without loading the graph.
 
     Raises:
-        PackageError: no such file, one of neither kind, no description inside, or one of a newer format.
-        MissingExtraError: an ``.onnx`` needs ``pip install 'fastgrad[onnx]'``.
+        PackageError: no such file, one of neither kind, no description inside, a damaged one, or one of a newer format.
     """
     if not Path(path).is_file():
         raise PackageError(f"{path}: there is no such file")
@@ -173,7 +95,9 @@ def read_description(path: str | os.PathLike[str]) -> Description:
         if text is None:
             raise PackageError(f"{path} was not written by fastgrad.export: it holds no {MEMBER}")
         content = json.loads(text)
-    except (*DAMAGED, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (*DAMAGED, OSError, ValueError, RecursionError) as error:
+        if isinstance(error, PackageError):
+            raise
         raise PackageError(
             f"{path} is not a readable {'.onnx' if onnx else '.pt2 archive'}: {error}"
         ) from None
@@ -181,26 +105,70 @@ def read_description(path: str | os.PathLike[str]) -> Description:
         known = " and ".join(map(str, FORMATS))
         raise PackageError(f"{path} has another format than {known}; a newer fastgrad may read it")
     try:
-        content["input_shape"] = tuple(content["input_shape"])
-        content["thresholds"] = [(float(a), float(b)) for a, b in content["thresholds"]]
+        for name, convert in (("input_shape", tuple), ("thresholds", lambda pairs: list(map(tuple, pairs)))):
+            if isinstance(content[name], list):
+                content[name] = convert(content[name])
         return Description(**content)
     except (KeyError, TypeError, ValueError) as error:
-        raise PackageError(f"{path}: the description inside is damaged: {error}") from None
+        raise PackageError(f"{path}: the description inside is damaged: {str(error)[:300]}") from None
+
+
+class _Bounded(io.FileIO):
+    """A file of which no more than 4 MiB is read at once: an archive's table of contents can claim any size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        wanted = onnx_file.LARGEST + 1 if size is None or size < 0 else size
+        content = super().read(min(wanted, onnx_file.LARGEST + 1)) or b""
+        if len(content) > onnx_file.LARGEST:
+            raise zipfile.BadZipFile("its table of contents is too large")
+        return content
+
+
+@contextlib.contextmanager
+def _archive(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
+    """A ``.pt2`` as PyTorch writes it: nothing compressed, doubled, linked or outside its own folder."""
+    with _Bounded(os.fspath(path)) as file, zipfile.ZipFile(file) as archive:
+        names = set()
+        for entry in archive.infolist():
+            name = entry.filename
+            if name in names:
+                raise RuntimeError(f"it holds {name[:80]!r} twice")
+            names.add(name)
+            if stat.S_ISLNK(entry.external_attr >> 16):
+                raise RuntimeError(f"{name[:80]!r} is a link")
+            if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+                raise RuntimeError(f"{name[:80]!r} lies outside the archive")
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise RuntimeError(f"{name[:80]!r} is compressed")
+        yield archive
 
 
 def _read_member(path: str | os.PathLike[str]) -> bytes | None:
-    with zipfile.ZipFile(path) as archive:
-        member = next((name for name in archive.namelist() if name.endswith("/" + MEMBER)), None)
-        return None if member is None else archive.read(member)
+    with _archive(path) as archive:
+        members = [entry for entry in archive.infolist() if entry.filename.endswith("/" + MEMBER)]
+        if not members:
+            return None
+        if len(members) > 1 or members[0].file_size > onnx_file.LARGEST:
+            raise RuntimeError(f"it must hold one {MEMBER} of at most {onnx_file.LARGEST} bytes")
+        return archive.read(members[0])
 
 
 def _load_archive(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
     """The function in a ``.pt2``; PyTorch would run code of which a bit is another."""
-    with zipfile.ZipFile(path) as archive:
+    with _archive(path) as archive:
         member = archive.testzip()
     if member is not None:
         raise RuntimeError(f"it is damaged: {member} is not what was written")
     return load_package(path)
+
+
+def _check_processor(path: str | os.PathLike[str], description: Description) -> None:
+    """Refuse native code for instructions that this machine lacks, which would end the process."""
+    needed, here = description.versions.get("cpu", "DEFAULT"), torch.backends.cpu.get_cpu_capability()
+    levels = [_X86.index(name) if name in _X86 else None for name in (needed, here)]
+    fits = levels[0] <= levels[1] if None not in levels else needed in ("DEFAULT", here)  # type: ignore[operator]
+    if not fits:
+        raise PackageError(f"{path} was compiled for a processor with {needed}; this one has {here}")
 
 
 class ModelPackage:
@@ -218,6 +186,8 @@ class ModelPackage:
         self.description = read_description(path)
         if self.description.device == "cuda" and not torch.cuda.is_available():
             raise PackageError(f"{path} was compiled for a CUDA device; there is none here")
+        if self.description.device == "cpu" and self.path.suffix == ".pt2":
+            _check_processor(path, self.description)
         # Else a process that only runs files clears pages for half of a small network's time.
         keep_freed_memory()
         try:
@@ -244,31 +214,33 @@ class ModelPackage:
             ValueError: a wrong shape or batch size.
             TypeError: a wrong dtype.
         """
+        prediction, evidence = self._outputs(x)
+        columns = () if evidence is None else evidence.unbind(-1)
+        return prediction, dict(zip(self.description.evidence or (), columns, strict=True))
+
+    def rows(self, x: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Run a batch; return a row for each input: N probabilities, uncertainty, then risk and evidence if given.
+
+        Raises:
+            ValueError: a wrong shape or batch size.
+            TypeError: a wrong dtype.
+        """
+        prediction, evidence = self._outputs(x)
+        columns = [prediction.probabilities, prediction.uncertainty[:, None]]
+        columns += [] if prediction.risk is None else [prediction.risk[:, None]]
+        columns += [] if evidence is None else [evidence]
+        return torch.cat([column.double() for column in columns], 1).cpu().numpy()
+
+    def _outputs(self, x: Tensor) -> tuple[Prediction, Tensor | None]:
         expected = self.description.input_shape
         if tuple(x.shape[1:]) != expected or not 1 <= len(x) <= self.description.max_batch:
             raise ValueError(
                 f"x must have shape (B, {', '.join(map(str, expected))}) with 1 <= B <= "
                 f"{self.description.max_batch}; it was {tuple(x.shape)}"
             )
-        if str(x.dtype) != f"torch.{self.description.input_dtype}":
+        if x.dtype != DTYPES[self.description.input_dtype]:
             raise TypeError(f"x must have dtype {self.description.input_dtype}; it was {x.dtype}")
-        x = x.to(self.description.device).contiguous()
-        logits, probabilities, uncertainty, *evidence = self._run(x)
-        columns = evidence[0].unbind(-1) if evidence else ()
-        named = dict(zip(self.description.evidence or (), columns, strict=True))
-        return Prediction(logits, probabilities, uncertainty), named
-
-
-def replace_atomically(make: Any, path: str | os.PathLike[str]) -> None:
-    """Call ``make(temporary_path)`` and move what it wrote to ``path``: never a half-written file."""
-    target = Path(path)
-    with tempfile.TemporaryDirectory() as folder:
-        temporary = Path(folder) / target.name
-        make(temporary)
-        # A copy into the target's own folder first: a rename across file systems is not atomic.
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            shutil.copyfile(temporary, beside)
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
+        logits, probabilities, uncertainty, *more = self._run(x.to(self.description.device).contiguous())
+        risk = more.pop(0) if self.description.risk else None
+        evidence = more.pop(0) if self.description.evidence is not None else None
+        return Prediction(logits, probabilities, uncertainty, risk), evidence

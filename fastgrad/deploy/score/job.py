@@ -305,6 +305,7 @@ def digest_of(path: Path) -> str:
 
 def progress_bar(total: int, done: int, show: bool) -> Any:
     """A progress bar over images."""
-    from tqdm import tqdm
+    with extra("score"):
+        from tqdm import tqdm
 
     return tqdm(total=total, initial=done, unit="image", disable=not show)

@@ -8,8 +8,8 @@ import torch
 
 from fastgrad.kernels import contrast as kernels
 from fastgrad.kernels.losses import PLANES
-from fastgrad.ops import heuristics
-from fastgrad.ops.triton import launch
+from fastgrad.ops import tune
+from fastgrad.ops.triton import devices
 
 
 def contrast_sqnorm(
@@ -28,25 +28,25 @@ def contrast_sqnorm(
     Returns:
         ``(B, N)`` float32.
     """
-    launch.check(features=features, logits=logits)
+    devices.check(features=features, logits=logits)
     (B, D), N = features.shape, logits.shape[1]
-    out = launch.empty((B, N), torch.float32, logits)
+    out = devices.empty((B, N), torch.float32, logits)
     if B == 0 or N == 0:
         return out
-    config = heuristics.contrast(B, N, D, loss, logits.dtype, launch.architecture(logits))
-    stride_hb, align_h = launch.rows_alignment(features)
-    stride_zb, align_z = launch.rows_alignment(logits)
-    align_n = launch.alignment(N)
+    config = tune.contrast(B, N, D, loss, logits.dtype, devices.architecture(logits))
+    stride_hb, align_h = devices.rows_alignment(features)
+    stride_zb, align_z = devices.rows_alignment(logits)
+    align_n = devices.alignment(N)
     options: dict[str, Any] = {
         "BLOCK_N": config.block_n,
         "ALIGN_Z": align_z,
         "ALIGN_N": align_n,
         "num_warps": config.num_warps,
-        **launch.OPTIONS,
+        **devices.OPTIONS,
     }
-    with launch.device_guard(logits):
+    with devices.device_guard(logits):
         if config.kind == "rows":
-            kernels.contrast_rows_kernel[(heuristics.cdiv(B, config.rows),)](
+            kernels.contrast_rows_kernel[(tune.cdiv(B, config.rows),)](
                 features, logits, out, B, N // align_n, D, stride_hb, features.stride(1), stride_zb, logits.stride(1),
                 LOSS=loss, BIAS=bias, LOG=log, MEAN=mean, ROWS=config.rows, BLOCK_D=config.block_d, ALIGN_H=align_h,
                 **options,
@@ -58,15 +58,15 @@ def contrast_sqnorm(
             )  # fmt: skip
         else:
             chunk_n, splits = chunks_of(N, config.splits, config.block_n)
-            chunk_d = heuristics.cdiv(heuristics.cdiv(D, splits), 16) * 16
-            work = launch.empty((PLANES, B, splits), torch.float32, logits)
+            chunk_d = tune.cdiv(tune.cdiv(D, splits), 16) * 16
+            work = devices.empty((PLANES, B, splits), torch.float32, logits)
             kernels.contrast_moments_kernel[(B * splits,)](
                 features, logits, work, N // align_n, D, stride_hb, features.stride(1), stride_zb, logits.stride(1),
                 splits, chunk_n, chunk_d, LOSS=loss, LOG=log, BLOCK_D=config.block_d, ALIGN_H=align_h, **options,
             )  # fmt: skip
             finish(
                 logits, work, out, splits, (splits, 1), splits, config.block_n,
-                LOSS=loss, BIAS=bias, LOG=log, MEAN=mean, PARTS=heuristics.power_of_two(splits),
+                LOSS=loss, BIAS=bias, LOG=log, MEAN=mean, PARTS=tune.power_of_two(splits),
                 num_warps=config.num_warps,
             )  # fmt: skip
     return out
@@ -74,8 +74,8 @@ def contrast_sqnorm(
 
 def chunks_of(N: int, chunks: int, block: int) -> tuple[int, int]:
     """Columns of a chunk, whole blocks so that all but the last are full, and the number of chunks, none empty."""
-    chunk = heuristics.cdiv(heuristics.cdiv(N, chunks), block) * block
-    return chunk, heuristics.cdiv(N, chunk)
+    chunk = tune.cdiv(tune.cdiv(N, chunks), block) * block
+    return chunk, tune.cdiv(N, chunk)
 
 
 def finish(
@@ -101,10 +101,10 @@ def finish(
         options: Constants of the kernel and ``num_warps``.
     """
     B, N = logits.shape
-    stride_zb, align_z = launch.rows_alignment(logits)
-    align_n = launch.alignment(N)
+    stride_zb, align_z = devices.rows_alignment(logits)
+    align_n = devices.alignment(N)
     chunk_n, chunks = chunks_of(N, chunks, block_n)
     kernels.contrast_finish_kernel[(B * chunks,)](
         logits, work, out, N // align_n, stride_zb, logits.stride(1), parts, *strides, work.stride(0), chunks, chunk_n,
-        BLOCK_N=block_n, ALIGN_Z=align_z, ALIGN_N=align_n, **options, **launch.OPTIONS,
+        BLOCK_N=block_n, ALIGN_Z=align_z, ALIGN_N=align_n, **options, **devices.OPTIONS,
     )  # fmt: skip

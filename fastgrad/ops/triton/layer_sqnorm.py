@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from fastgrad.kernels import layer_sqnorm as kernels
-from fastgrad.ops import layer_heuristics
-from fastgrad.ops.heuristics import cdiv
-from fastgrad.ops.triton import launch
-
-#: As on the CPU: a Gram result whose terms without interference are this much larger is computed again,
-#: directly.
-CANCELLATION_LIMIT = 100.0
+from fastgrad.ops import tune
+from fastgrad.ops.conv.routes import CANCELLATION_LIMIT
+from fastgrad.ops.triton import devices
+from fastgrad.ops.tune import cdiv
 
 
 def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
@@ -37,11 +34,11 @@ def _direct(
     axes = a.dim() - 2
     inputs, outputs = a.shape[1] // groups, g.shape[2] // groups
     positions = math.prod(g.shape[3:])
-    config = layer_heuristics.layer_direct(inputs, outputs, positions, a.dtype, launch.architecture(a))
+    config = tune.layer_direct(inputs, outputs, positions, a.dtype, devices.architecture(a))
     tiles = (cdiv(outputs, config.block_o), math.prod(kernel), cdiv(inputs, config.block_c))
-    out = launch.empty((count, batch, groups * math.prod(tiles)), torch.float32, a)
+    out = devices.empty((count, batch, groups * math.prod(tiles)), torch.float32, a)
     if out.numel():
-        with launch.device_guard(a):
+        with devices.device_guard(a):
             kernels.direct_kernel[(out.numel(),)](
                 a, g, out, flag, batch, groups, inputs, outputs,
                 *_three(a.shape[2:], 1), *_three(g.shape[3:], 1), *_three(kernel, 1), *_three(stride, 1),
@@ -49,8 +46,8 @@ def _direct(
                 a.stride(0), a.stride(1), *_three(a.stride()[-axes:], 0),
                 g.stride(0), g.stride(1), g.stride(2), *_three(g.stride()[-axes:], 0),
                 FLAGGED=flag is not None, BLOCK_O=config.block_o, BLOCK_C=config.block_c,
-                BLOCK_T=config.block_t, PRECISION=config.precision, UPCAST=launch.upcast(a),
-                num_warps=config.num_warps, num_stages=config.num_stages, **launch.OPTIONS,
+                BLOCK_T=config.block_t, PRECISION=config.precision, UPCAST=devices.upcast(a),
+                num_warps=config.num_warps, num_stages=config.num_stages, **devices.OPTIONS,
             )  # fmt: skip
     return out.sum(2)
 
@@ -78,7 +75,7 @@ def conv_sqnorm(
     Returns:
         ``(K, B)`` float32.
     """
-    launch.check(a=a, g=g)
+    devices.check(a=a, g=g)
     return _direct(a, g, kernel, stride, padding, dilation, groups, None)
 
 
@@ -96,25 +93,25 @@ def linear_sqnorm(a: Tensor, g: Tensor) -> Tensor:
     Returns:
         ``(K, B)`` float32.
     """
-    launch.check(a=a, g=g)
+    devices.check(a=a, g=g)
     count, batch, positions, outputs = g.shape
     inputs = a.shape[2]
 
     def direct(flag: Tensor | None) -> Tensor:
         return _direct(a.transpose(1, 2), g.transpose(2, 3), (1,), (1,), (0,), (1,), 1, flag)
 
-    if not layer_heuristics.layer_prefers_gram(inputs, outputs, positions) or not g.numel():
+    if not tune.layer_prefers_gram(inputs, outputs, positions) or not g.numel():
         return direct(None)
-    config = layer_heuristics.layer_gram(positions, a.dtype, launch.architecture(a))
+    config = tune.layer_gram(positions, a.dtype, devices.architecture(a))
     tiles = cdiv(positions, config.block_t)
     pairs = tiles * (tiles + 1) // 2
-    work = launch.empty((2, count, batch, pairs), torch.float32, a)
-    with launch.device_guard(a):
+    work = devices.empty((2, count, batch, pairs), torch.float32, a)
+    with devices.device_guard(a):
         kernels.gram_kernel[(count * batch * pairs,)](
             a, g, work[0], work[1], batch, positions, inputs, outputs, tiles, pairs, *a.stride(), *g.stride(),
             BLOCK_T=config.block_t, BLOCK_K=config.block_k, PRECISION=config.precision,
-            UPCAST=launch.upcast(a), num_warps=config.num_warps, num_stages=config.num_stages,
-            **launch.OPTIONS,
+            UPCAST=devices.upcast(a), num_warps=config.num_warps, num_stages=config.num_stages,
+            **devices.OPTIONS,
         )  # fmt: skip
     norms, incoherent = work.sum(3, dtype=torch.float64)
     cancelled = norms * CANCELLATION_LIMIT < incoherent

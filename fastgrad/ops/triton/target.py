@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastgrad.kernels import target as kernels
-from fastgrad.ops import heuristics
-from fastgrad.ops.triton import launch
+from fastgrad.ops import tune
+from fastgrad.ops.triton import devices
 
 KINDS = ("ones", "uniform", "predicted", "indices", "soft")
 
@@ -37,13 +37,13 @@ def target_sqnorm(
     Returns:
         ``(B,)`` float32.
     """
-    launch.check(features=features, logits=logits)
+    devices.check(features=features, logits=logits)
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; it was {kind!r}")
     if kind == "soft" and target is not None:
-        launch.check(target=target)
+        devices.check(target=target)
     (B, D), N = features.shape, logits.shape[1]
-    out = launch.empty((B,), torch.float32, logits)
+    out = devices.empty((B,), torch.float32, logits)
     if B == 0:
         return out
     if kind in ("indices", "soft"):
@@ -52,18 +52,18 @@ def target_sqnorm(
         y = target
     else:
         y = logits
-    config = heuristics.target(B, N, D, logits.dtype, launch.architecture(logits))
-    stride_hb, align_h = launch.rows_alignment(features)
-    stride_zb, align_z = launch.rows_alignment(logits)
-    stride_yb, align_y = launch.rows_alignment(y)
-    align_n = launch.alignment(N)
-    with launch.device_guard(logits):
-        kernels.target_sqnorm_kernel[(heuristics.cdiv(B, config.rows),)](
+    config = tune.target(B, N, D, logits.dtype, devices.architecture(logits))
+    stride_hb, align_h = devices.rows_alignment(features)
+    stride_zb, align_z = devices.rows_alignment(logits)
+    stride_yb, align_y = devices.rows_alignment(y)
+    align_n = devices.alignment(N)
+    with devices.device_guard(logits):
+        kernels.target_sqnorm_kernel[(tune.cdiv(B, config.rows),)](
             features, logits, y, out, B, N // align_n, D,
             stride_hb, features.stride(1), stride_zb, logits.stride(1), stride_yb, y.stride(-1),
             LOSS=loss, KIND=kind, BIAS=bias, LOG=log, MEAN=mean,
             ROWS=config.rows, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
             ALIGN_H=align_h, ALIGN_Z=align_z, ALIGN_Y=align_y, ALIGN_N=align_n, num_warps=config.num_warps,
-            **launch.OPTIONS,
+            **devices.OPTIONS,
         )  # fmt: skip
     return out

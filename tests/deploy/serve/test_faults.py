@@ -7,13 +7,11 @@ import json
 import os
 import random
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,75 +19,9 @@ pytest.importorskip("fastapi")
 pytest.importorskip("PIL")
 
 from serve_client import Server, form, image, running, wait_for, workers_of
-
-from fastgrad.deploy.file.images import decode_image
-from fastgrad.deploy.file.package import ModelPackage
+from serve_load import Load
 
 pytestmark = pytest.mark.slow
-
-
-class Load:
-    """Connections that send numbered images and check each answer against the direct call."""
-
-    def __init__(self, server: Server, package: Path, path: str = "/predict", images: int = 40) -> None:
-        self.server, self.path = server, path
-        model = ModelPackage(package)
-        self.contents = [image(i, (8 + i % 5, 9)) for i in range(images)]
-        inputs = [decode_image(content, model.description) for content in self.contents]
-        self.expected = [float(model(x[None]).uncertainty) for x in inputs]
-        assert len({round(value, 6) for value in self.expected}) == images  # a swap would show
-        self.lock = threading.Lock()
-        self.right = self.wrong = self.unavailable = self.lost = self.refused = 0
-        self.stop = threading.Event()
-
-    def client(self, number: int, requests: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
-        for i in range(requests):
-            if self.stop.is_set():
-                break
-            index = (number * 7919 + i) % len(self.contents)
-            sent = False
-            try:
-                if connection.sock is None:
-                    connection.connect()
-                connection.request("POST", self.path, self.contents[index], {"Content-Type": "image/png"})
-                sent = True
-                response = connection.getresponse()
-                content = response.read()
-            except (OSError, http.client.HTTPException) as error:
-                connection.close()
-                with self.lock:
-                    # An answer that began and broke off, or no answer at all to a request that was sent.
-                    if sent and not isinstance(error, (http.client.RemoteDisconnected, ConnectionResetError)):
-                        self.lost += 1
-                    else:
-                        self.refused += 1
-                if isinstance(error, ConnectionRefusedError):
-                    break
-                continue
-            with self.lock:
-                if response.status == 503:
-                    self.unavailable += 1
-                elif response.status == 200 and np.isclose(
-                    json.loads(content)["uncertainty"], self.expected[index], rtol=1e-5, atol=1e-5
-                ):
-                    self.right += 1
-                else:
-                    self.wrong += 1
-        connection.close()
-
-    def counts(self) -> str:
-        """In words."""
-        return (
-            f"{self.right} right, {self.wrong} wrong or swapped, {self.lost} lost, {self.refused} turned away, "
-            f"{self.unavailable} told 503"
-        )
-
-    def start(self, connections: int, requests: int) -> list[threading.Thread]:
-        threads = [threading.Thread(target=self.client, args=(i, requests)) for i in range(connections)]
-        for thread in threads:
-            thread.start()
-        return threads
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
-from deploy.serve.test_faults import Load
 from serve_client import Server, image, wait_for
+from serve_load import Load
 
 from fastgrad.deploy.serve.served import Model, Served
 

@@ -15,12 +15,12 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("opentelemetry.sdk")
 
-from deploy.serve.test_app import PNG, make, the_one
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from serve_client import Server, call, image
+from serve_stub import PNG, make, the_one
 
 from fastgrad.deploy.serve.pool import ModelError
 

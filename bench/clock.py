@@ -1,0 +1,116 @@
+"""What pytest-benchmark cannot do: calls in turns, the time of a GPU, and what a machine can do at best."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+
+def in_turns(
+    calls: Mapping[str, Call], rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
+    """Return the seconds of each call in every round, after a first round that plans and warms up.
+
+    Processor time leaves out what else runs; a slow minute of the machine hits all calls.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            if turn:
+                taken[name].append(clock() - start)
+    return taken
+
+
+def timer(device: str) -> Callable[[Call], float]:
+    """Return what times one call: wall time on a CPU, CUDA events on a GPU."""
+    return EventClock() if device == "cuda" else _wall
+
+
+def _wall(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class EventClock:
+    """CUDA events around a call; the cache is overwritten first, which also hides the launch from the host.
+
+    As a timer of pytest-benchmark it reads the sum of all calls that it timed.
+    """
+
+    def __init__(self) -> None:
+        size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.flush = torch.empty(max(4 * size, 1 << 28), dtype=torch.int8, device="cuda")
+
+    def __call__(self, call: Call) -> float:
+        """Return the seconds of a call."""
+        self.flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3
+
+
+def graphed(call: Call) -> Call:
+    """Return the replay of a call as a CUDA graph; the call itself where it cannot be captured."""
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as problem:
+        print(f"  not captured in a graph: {str(problem).splitlines()[0]}", file=sys.stderr)
+        torch.cuda.synchronize()
+        return call
+    return lambda: graph.replay()
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Measured rates.
+
+    Attributes:
+        copy_bytes_per_s: Bytes read plus bytes written per second by a large ``copy_``.
+        matrix_per_s: Floating-point operations per second of a large matrix product, by dtype.
+        launch_s: Seconds of the smallest call.
+    """
+
+    copy_bytes_per_s: float
+    matrix_per_s: Mapping[str, float]
+    launch_s: float
+
+
+def floor(device: str, small: bool = False) -> Floor:
+    """Measure a large copy, a large product in every dtype of the device, and the smallest call; fastest of nine."""
+    clock = timer(device)
+
+    def fastest(call: Call) -> float:
+        call()
+        return min(clock(call) for _ in range(9))
+
+    source = torch.ones(1 << (18 if small else 26 if device == "cpu" else 29), device=device)
+    target, one = torch.zeros_like(source), torch.zeros(1, device=device)
+    copied = 2 * source.nbytes / fastest(lambda: target.copy_(source))
+    edge = 128 if small else 1024 if device == "cpu" else 8192
+    rates = {}
+    for name in ["float32"] if device == "cpu" else ["float32", "float16", "bfloat16"]:
+        a = torch.ones(edge, edge, device=device, dtype=getattr(torch, name))
+        out = a.clone()
+        rates[name] = 2 * edge**3 / fastest(lambda a=a, out=out: torch.mm(a, a, out=out))  # type: ignore[misc]
+    return Floor(copied, rates, fastest(lambda: one.add_(1)))

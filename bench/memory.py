@@ -1,0 +1,68 @@
+"""Peak memory of one call, beyond what was allocated before it, in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench import registry
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int:
+    """Return the bytes that the framework's allocator held at most during the call, less those it held before.
+
+    On a GPU from ``torch.cuda.max_memory_allocated``, on a CPU from the profiler's record of every allocation. Scratch
+    that a C library allocates by itself is in neither.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        call()
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def of_case(size: str, case: str, name: str, place: registry.Place, threads: int) -> int:
+    """Return the peak of an implementation of a case, measured in a process of its own."""
+    kind = "spawn" if place.device == "cuda" or os.name == "nt" else "forkserver"
+    context = multiprocessing.get_context(kind)
+    if kind == "forkserver":
+        context.set_forkserver_preload(["bench.memory", "bench.micro.network"])
+    with context.Pool(1) as pool:
+        return pool.apply(_measured, (size, case, name, place, threads))
+
+
+def _measured(size: str, case: str, name: str, place: registry.Place, threads: int) -> int:
+    torch.set_num_threads(threads)
+    one = next(c for c in registry.cases(size) if c.name == case and name in c.names)
+    return peak_bytes(one.ready(name, place)[0], place.device)
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Keep the profiler's C++ side from announcing itself and blocks older than the call."""
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as sink:
+        os.dup2(sink.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

@@ -1,0 +1,114 @@
+"""fastgrad at this revision and at another, in turns: a paired ratio of each case.
+
+    python -m bench.paired REV                       # quick sizes of all tables
+    python -m bench.paired REV --only network --rounds 15
+
+Both run this checkout's cases, each in a process of its own, one call at a time. The other revision is checked out to a
+temporary worktree. A ratio below 1 says that this revision takes less time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from bench.clock import timer
+from bench.registry import SIZES, Place, cases
+from bench.report.text import table
+
+ROOT = Path(__file__).parents[1]
+
+
+class Worker:
+    """A process that times calls of one revision of the package."""
+
+    def __init__(self, package: Path, link: Path, size: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.paired", "--worker", size], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, cwd=link, env={**os.environ, "PYTHONPATH": f"{link}{os.pathsep}{package}"},
+        )  # fmt: skip
+
+    def seconds(self, case: str, name: str) -> float:
+        """Return the seconds of a call; raises `RuntimeError` where it is wrong or fails."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps([case, name]), file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline() or '"the process ended"')
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return float(answer)
+
+
+def work(size: str) -> None:
+    """Answer requests from standard input; the latest call stays prepared."""
+    torch.set_num_threads(1)
+    place, latest, call = Place("cpu"), None, None
+    for line in sys.stdin:
+        case, name = json.loads(line)
+        try:
+            if latest != (case, name):
+                one = next(c for c in cases(size) if c.name == case and name in c.names)
+                call, latest = one.ready(name, place)[0], (case, name)
+            assert call is not None
+            print(timer("cpu")(call), flush=True)
+        except Exception as problem:  # the other side is to know
+            print(json.dumps(f"{type(problem).__name__}: {problem}"), flush=True)
+
+
+def compare(revision: str, size: str, only: str, rounds: int) -> list[dict[str, str]]:
+    """Return a row for each of fastgrad's implementations."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree, link = Path(folder) / "tree", Path(folder) / "link"
+        subprocess.run(
+            ["git", "worktree", "add", "-q", "--detach", str(tree), revision], cwd=ROOT, check=True
+        )
+        link.mkdir()
+        (link / "bench").symlink_to(ROOT / "bench")
+        workers = [Worker(package, link, size) for package in (ROOT, tree)]
+        try:
+            for case in cases(size):
+                for name in case.names:
+                    if not name.startswith("fastgrad") or name.endswith("Triton") or only not in case.table:
+                        continue
+                    row = {"table": case.table, "case": case.name, "implementation": name}
+                    try:
+                        pairs = [[w.seconds(case.name, name) for w in workers] for _ in range(rounds + 1)][1:]
+                    except RuntimeError as problem:
+                        rows.append(row | {"ratio": str(problem), "quartiles": ""})
+                        continue
+                    low, middle, high = statistics.quantiles((a / b for a, b in pairs), n=4)
+                    rows.append(row | {"ratio": f"{middle:.3f}", "quartiles": f"{low:.3f} to {high:.3f}"})
+                    print(rows[-1], file=sys.stderr, flush=True)
+        finally:
+            for worker in workers:
+                worker.process.kill()
+            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("revision", help="anything git can resolve")
+    parser.add_argument("--size", choices=SIZES, default="quick")
+    parser.add_argument("--only", default="", metavar="TABLE")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.revision)
+    else:
+        print(table(compare(args.revision, args.size, args.only, args.rounds)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Numbers and tables as a reader wants them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def duration(seconds: float | None) -> str:
+    """Return three significant digits and a unit."""
+    if seconds is None:
+        return "-"
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def size(count: int | None) -> str:
+    """Return bytes in the largest unit that keeps a digit before the point."""
+    if count is None:
+        return "-"
+    value, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
+def sizes(case: str) -> dict[str, int]:
+    """Return the sizes in a case's name: ``{"B": 8, "N": 10}`` of ``contrasts B=8 N=10``."""
+    return {letter: int(number) for letter, number in re.findall(r"\b([A-Z])=(\d+)", case)}
+
+
+def table(rows: Iterable[Row], columns: Mapping[str, str] | None = None) -> str:
+    """Return a Markdown table; ``columns`` maps a row's keys to headings, by default those of the first row."""
+    rows = list(rows)
+    if not rows:
+        return ""
+    columns = {key: key for key in rows[0]} if columns is None else columns
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def pivot(rows: Iterable[Row], index: Sequence[str], column: str, value: str, form: str = "") -> str:
+    """Return a Markdown table with a column for every value of ``column``, in order of appearance."""
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    heads = {key: key for key in index}
+    for row in rows:
+        line = lines.setdefault(tuple(row[key] for key in index), {key: row[key] for key in index})
+        line[row[column]] = format(row[value], form) if row[value] is not None else None
+        heads[row[column]] = row[column]
+    return table(lines.values(), heads)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
+    return str(value)
+
+
+def environment(document: Mapping[str, Any]) -> str:
+    """Return machine, versions, revision, seed and measured rates in two lines."""
+    versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    line = f"{document['machine']}; {versions}; revision {document['revision']}"
+    line += f"; seed {document['seed']}." if "seed" in document else "."
+    if "floor" not in document:
+        return line
+    floor = document["floor"]
+    rates = ", ".join(f"{name} {rate / 1e9:.4g} GFLOP/s" for name, rate in floor["matrix_per_s"].items())
+    return (
+        f"{line}\n\nMeasured floors: copy {floor['copy_bytes_per_s'] / 1e9:.3g} GB/s, matrix product {rates}, smallest "
+        f"call {duration(floor['launch_s'])}."
+    )

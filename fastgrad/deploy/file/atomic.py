@@ -1,0 +1,36 @@
+"""Files that appear under their name whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """Give a new file of a random name beside ``target``; move it there if nothing went wrong, else remove it."""
+    temporary = target.with_name(f".fastgrad-{secrets.token_hex(8)}")
+    # O_EXCL: never through a file or link that somebody has put there.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_atomically(make: Callable[[Path], Any], path: str | os.PathLike[str]) -> None:
+    """Call ``make(temporary_path)`` and move what it wrote to ``path``: never a half-written file."""
+    target = Path(path)
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / target.name
+        make(temporary)
+        # A copy into the target's own folder first: a rename across file systems is not atomic.
+        with written_beside(target) as beside:
+            shutil.copyfile(temporary, beside)

@@ -1,0 +1,214 @@
+"""What travels with an exported graph, and what each of its fields may be: a file can claim anything."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgrad.deploy.drift import ScoreReference
+
+#: Of the description; 2 for a file whose graph gives more than three outputs, which no reader of 1 expects.
+FORMATS = (1, 2)
+#: Types of an input.
+DTYPES = {
+    "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Description:
+    """What travels with the graph.
+
+    Attributes:
+        input_shape: shape of one input, without the batch.
+        input_dtype: a key of `DTYPES`.
+        classes: N.
+        max_batch: largest batch the graph was exported for.
+        device: type of the device it was compiled for, ``"cpu"`` or ``"cuda"``.
+        labels: N names, or None.
+        mean, std: per channel, in units of a pixel from 0 to 1; the input is ``(pixel - mean) / std``.
+        false_alarm_rate: the rate that ``threshold`` belongs to.
+        threshold: an input is called unreliable when its uncertainty exceeds it; None without calibration.
+        thresholds: further pairs of rate and threshold.
+        histogram: in-distribution scores in bins of equal width: ``{"edges": (K+1), "counts": (K)}``, or
+            None.
+        reference: the same scores as the drift monitor reads them: ``{"edges": (K-1), "counts": (K)}``, or
+            None.
+        versions: of fastgrad and torch, and the processor's instruction set the graph was compiled for.
+        evidence: of a file that gives the evidence: names in the order of its columns, and in plain words what an
+            alarm means that they raise; else None.
+        risk: whether the file gives the probability that an answer is wrong.
+
+    Raises:
+        ValueError: a field is not as above; the message names it.
+    """
+
+    input_shape: tuple[int, ...]
+    input_dtype: str
+    classes: int
+    max_batch: int
+    device: str
+    labels: list[str] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    false_alarm_rate: float | None = None
+    threshold: float | None = None
+    thresholds: list[tuple[float, float]] = field(default_factory=list)
+    histogram: dict[str, list[float]] | None = None
+    reference: dict[str, list[float]] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    evidence: dict[str, str] | None = None
+    risk: bool = False
+
+    def __post_init__(self) -> None:
+        for name, (fits, expected) in _FIELDS.items():
+            value = getattr(self, name)
+            try:
+                good = fits(self, value)
+            except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
+                good = False
+            if not good:
+                raise ValueError(f"{name} must be {expected}; it was {repr(value)[:80]}")
+
+    @property
+    def outputs(self) -> int:
+        """How many tensors the graph gives."""
+        return 3 + self.risk + (self.evidence is not None)
+
+    def threshold_at(self, rate: float | None) -> float | None:
+        """The threshold at a false-alarm rate, one of those in the file (None: the file's own).
+
+        Raises:
+            ValueError: the file holds no threshold for this rate.
+        """
+        if rate is None or rate == self.false_alarm_rate:
+            return self.threshold
+        for known, threshold in self.thresholds:
+            if abs(known - rate) < 1e-12:
+                return threshold
+        known_rates = ", ".join(f"{known:g}" for known, _ in self.thresholds) or "none"
+        raise ValueError(
+            "false_alarm_rate must be one for which the file holds a threshold "
+            f"({known_rates}); it was {rate!r}"
+        )
+
+    def score_reference(self) -> ScoreReference | None:
+        """The in-distribution scores for a `DriftMonitor`."""
+        if self.reference is None:
+            return None
+        return ScoreReference(np.array(self.reference["edges"]), np.array(self.reference["counts"]))
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """``(pixel - mean) / std`` for pixels ``(..., C, H, W)`` from 0 to 1; the identity without either."""
+        if self.mean is not None:
+            pixels = pixels - _per_channel(tuple(self.mean), pixels.dtype)
+        if self.std is not None:
+            pixels = pixels / _per_channel(tuple(self.std), pixels.dtype)
+        return pixels
+
+
+@functools.lru_cache(64)
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype).view(-1, 1, 1)
+
+
+def _count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _numbers(values: Any, length: int | None = None) -> bool:
+    """A list of finite numbers."""
+    return (
+        isinstance(values, list)
+        and len(values) <= 65_536
+        and (length is None or len(values) == length)
+        and all(_number(value) for value in values)
+    )
+
+
+def _words(values: Any, most: int) -> bool:
+    return len(values) <= most and all(isinstance(value, str) and len(value) <= 1000 for value in values)
+
+
+def _mapping(value: Any) -> bool:
+    return isinstance(value, dict) and _words(value, 1000) and _words(value.values(), 1000)
+
+
+def _channels(description: Description, values: Any) -> bool:
+    return len(description.input_shape) == 3 and _numbers(values, description.input_shape[0])
+
+
+def _rate(value: Any) -> bool:
+    return _number(value) and 0 < value < 1
+
+
+def _histogram(value: Any) -> bool:
+    edges, counts = value["edges"], value["counts"]
+    return (
+        set(value) == {"edges", "counts"}
+        and _numbers(edges)
+        and _numbers(counts, len(edges) - 1)
+        and all(a <= b for a, b in itertools.pairwise(edges))
+        and min(counts) >= 0
+    )
+
+
+def _reference(value: Any) -> bool:
+    if set(value) != {"edges", "counts"} or not (_numbers(value["edges"]) and _numbers(value["counts"])):
+        return False
+    ScoreReference(np.array(value["edges"]), np.array(value["counts"]))
+    return True
+
+
+def _or_none(fits: Callable[[Description, Any], bool]) -> Callable[[Description, Any], bool]:
+    return lambda description, value: value is None or fits(description, value)
+
+
+#: What each field must be, in an order in which a later one may rest on those before.
+_FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
+    "input_shape": (
+        lambda _, v: isinstance(v, tuple) and 1 <= len(v) <= 8 and all(_count(n, 2**20) for n in v)
+        and math.prod(v) <= 2**28, "1 to 8 positive integers, at most 2**28 numbers in all"),
+    "input_dtype": (lambda _, v: isinstance(v, str) and v in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "classes": (lambda _, v: _count(v, 2**20), "an integer from 1 to 2**20"),
+    "max_batch": (lambda _, v: _count(v, 2**20), "an integer from 1 to 2**20"),
+    "device": (lambda _, v: v in ("cpu", "cuda"), "cpu or cuda"),
+    "labels": (_or_none(lambda d, v: isinstance(v, list) and len(v) == d.classes and _words(v, 2**20)),
+               "None or a list of names, one a class"),
+    "mean": (_or_none(_channels), "None or a list of finite numbers, one a channel"),
+    "std": (_or_none(lambda d, v: _channels(d, v) and min(v) > 0),
+            "None or a list of positive numbers, one a channel"),
+    "false_alarm_rate": (_or_none(lambda _, v: _rate(v)), "None or a number between 0 and 1"),
+    "threshold": (_or_none(lambda _, v: _numbers([v])), "None or a finite number"),
+    "thresholds": (lambda _, v: isinstance(v, list) and len(v) <= 1000
+                   and all(_rate(rate) and _numbers([value]) for rate, value in v),
+                   "pairs of a rate between 0 and 1 and a finite number"),
+    "histogram": (_or_none(lambda _, v: _histogram(v)), "None or increasing edges and a count between each two"),
+    "reference": (_or_none(lambda _, v: _reference(v)), "None or increasing edges and one count more"),
+    "versions": (lambda _, v: _mapping(v), "names and versions"),
+    "evidence": (_or_none(lambda _, v: bool(v) and _mapping(v)), "None or names and what an alarm of them means"),
+    "risk": (lambda _, v: isinstance(v, bool), "true or false"),
+}  # fmt: skip
+
+
+def description_text(description: Description) -> str:
+    """As it stands in the file, JSON."""
+    content = asdict(description)
+    if description.evidence is None:
+        del content["evidence"]
+    if not description.risk:
+        del content["risk"]
+    return json.dumps({"format": FORMATS[description.outputs > 3], **content})

@@ -1,0 +1,1 @@
+"""Per-sample squared norms of the weight gradients of convolutions and of linear layers with positions."""

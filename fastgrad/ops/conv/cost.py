@@ -1,0 +1,193 @@
+"""Predicted seconds of every route for a convolution's shape, and the choice made from them.
+
+Everything here is a pure function of integers: no tensor is looked at, no device probed. The constants were
+fitted to measurements on two CPU cores (bench/micro/conv_routes.py measures again and compares); only their
+ratios matter for the choice.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastgrad.ops.conv.products import suits
+
+#: Bytes of the largest intermediate of one chunk. Twice this still fits a common last-level cache, and the C
+#: library reuses blocks below 32 MiB without asking the system for fresh pages, which costs more than the
+#: arithmetic.
+CHUNK_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cost of a route depends on.
+
+    Attributes:
+        batch: Samples.
+        count: K, gradients per sample.
+        groups: Channel groups.
+        inputs: Input channels per group.
+        outputs: Output channels per group.
+        size: Padded input size per axis.
+        image: Input size per axis without padding, as far as windows reach.
+        positions: Output size per axis.
+        kernel: Kernel size per axis.
+        stride: Stride per axis.
+        itemsize: Bytes per element of the dtype computed in (4 or 8).
+        guarded: Whether a Gram route may look at values; if not it computes in float64.
+        budget: Bytes of one chunk's intermediates; None if the batch cannot be cut, being symbolic.
+    """
+
+    batch: int
+    count: int
+    groups: int
+    inputs: int
+    outputs: int
+    size: tuple[int, ...]
+    image: tuple[int, ...]
+    positions: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    itemsize: int = 4
+    guarded: bool = True
+    budget: int | None = CHUNK_BYTES
+
+
+class Machine(NamedTuple):
+    """Rates of a machine.
+
+    Attributes:
+        product: Multiply-adds per second of ``torch.bmm``.
+        convolution: Multiply-adds per second of the library's convolutions and weight gradients.
+        gather: Elements per second of a strided copy.
+        add: Elements per second of an elementwise addition of strided views.
+        filter: The same for the large blocks a box filter adds.
+        call: Seconds per operator call.
+        sample: Seconds per matrix of a batched product.
+        stream: Elements per second the library's weight gradient reads and writes.
+    """
+
+    product: float
+    convolution: float
+    gather: float
+    add: float
+    filter: float
+    call: float
+    sample: float
+    stream: float
+
+
+#: Two cores of an AMD EPYC (AVX-512), torch 2.13 with oneDNN convolutions and MKL products.
+CPU_TWO_CORES = Machine(105e9, 170e9, 2.5e9, 2.5e9, 13e9, 4e-6, 1e-6, 2.5e9)
+
+
+def chunk_bytes(route: str, s: Shape) -> int:
+    """Bytes of a route's largest intermediates for one sample."""
+    taps, positions, pixels = math.prod(s.kernel), math.prod(s.positions), math.prod(s.size)
+    gradient = s.count * s.outputs * s.inputs * taps
+    if route == "patch":
+        elements = s.inputs * taps * positions + gradient
+    elif route == "rows":
+        elements = s.inputs * (taps // s.kernel[0]) * positions // s.positions[0] * s.size[0]
+        elements += gradient // s.kernel[0]
+    elif route == "grouped":
+        elements = gradient + s.inputs * pixels
+    elif route == "taps":
+        elements = s.count * s.outputs * positions + pixels
+    elif route == "patch_gram":
+        elements = s.inputs * taps * positions + positions**2 + s.count * _form(s)
+    else:
+        elements = math.prod(s.image) ** 2 + s.count * _form(s)
+    wide = not s.guarded and route.endswith("gram")
+    return max(1, elements * s.groups * (8 if wide else s.itemsize))
+
+
+def _form(s: Shape) -> int:
+    """Elements a quadratic form writes per gradient."""
+    positions = math.prod(s.positions)
+    return positions * min(s.outputs, positions)
+
+
+def chunk_size(route: str, s: Shape) -> int:
+    """Samples at a time."""
+    if s.budget is None:
+        return s.batch
+    fitting = max(1, min(s.batch, s.budget // chunk_bytes(route, s)))
+    if route == "grouped" and fitting < s.batch:
+        # The library gives each thread whole samples: a power of two leaves no thread idle.
+        return 1 << (fitting.bit_length() - 1)
+    return fitting
+
+
+def candidates(s: Shape) -> tuple[str, ...]:
+    """Routes that can serve a shape."""
+    found = ["patch", "patch_gram"]
+    if math.prod(s.kernel) > 1:
+        found.append("box_gram")
+        if s.stride[0] == 1:
+            found.append("rows")
+    if s.inputs == 1:
+        found.append("taps")
+    if s.itemsize == 4 and s.budget is not None:
+        # oneDNN has no float64 convolution, and one per sample cannot be traced for an unknown batch.
+        found.append("grouped")
+    return tuple(found)
+
+
+def seconds(route: str, s: Shape, machine: Machine = CPU_TWO_CORES) -> float:
+    """Predicted time of one route for the whole batch."""
+    taps, positions, pixels = math.prod(s.kernel), math.prod(s.positions), math.prod(s.size)
+    units = s.batch * s.groups
+    chunks = math.ceil(s.batch / chunk_size(route, s))
+    direct = s.count * s.outputs * s.inputs * taps * positions
+    gradient = s.count * s.outputs * s.inputs * taps
+    wide = 2.0 if s.itemsize == 8 or (route.endswith("gram") and not s.guarded) else 1.0
+    product = machine.product / wide
+    memory = machine.add / wide
+    if route == "patch":
+        work = direct / product + (s.inputs * taps * positions if taps > 1 else 0) / machine.gather
+        work += gradient / memory + machine.sample
+        calls = 8
+    elif route == "rows":
+        gathered = s.inputs * (taps // s.kernel[0]) * positions // s.positions[0] * s.size[0]
+        work = direct / product + gathered / machine.gather + gradient / memory + machine.sample * s.kernel[0]
+        calls = 6 + 6 * s.kernel[0]
+    elif route == "grouped":
+        work = (
+            direct / machine.convolution
+            + (gradient + s.inputs * pixels + s.outputs * s.count * positions) / machine.stream
+        )
+        calls = 12
+    elif route == "taps":
+        work = s.count * s.outputs * positions * taps / memory
+        calls = 5 * taps
+    else:
+        detour = s.guarded and s.itemsize == 4 and s.outputs < positions
+        rate = machine.convolution if detour and suits(s.count * s.outputs, positions) else product
+        form = s.count * positions**2 * s.outputs / rate + s.count * _form(s) / memory
+        if route == "patch_gram":
+            work = positions**2 * s.inputs * taps / product + s.inputs * taps * positions / machine.gather
+            calls = 16
+        else:
+            added, size = 0.0, list(s.image)
+            for axis in range(len(size)):
+                size[axis] = s.positions[axis]
+                added += math.prod(size) ** 2 * s.kernel[axis]
+            work = math.prod(s.image) ** 2 * s.inputs / product + added * wide / machine.filter
+            calls = 16 + sum(s.kernel)
+        work += form + machine.sample * 2
+    return units * work + chunks * calls * machine.call
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_route(s: Shape, machine: Machine = CPU_TWO_CORES) -> str:
+    """The route with the least predicted time."""
+    return min(candidates(s), key=lambda route: seconds(route, s, machine))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_direct(s: Shape, machine: Machine = CPU_TWO_CORES) -> str:
+    """The cheapest route without cancellation."""
+    return min((r for r in candidates(s) if not r.endswith("gram")), key=lambda r: seconds(r, s, machine))

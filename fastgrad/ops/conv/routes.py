@@ -1,0 +1,262 @@
+"""Exact routes to a convolution's per-sample squared weight-gradient norms.
+
+Each route takes a `Problem` small enough for the cache and returns ``(K, B)``. The direct routes form the
+gradient ``G = sum_t g_t p_t`` of a few samples (``p_t`` the patch under position t) and sum its squares; K
+gradients of one sample are K times as many output channels, so they share every gather. The Gram routes never
+form it: ``||G||^2 = sum_{t,t'} (p_t . p_t')(g_t . g_t')``, whose first factor depends on the activation alone
+and is shared by all K gradients.
+
+Every term of a Gram sum is rounded relative to the terms, not to the result, so a Gram route loses
+``D / ||G||^2`` of its digits, ``D = sum_t |p_t|^2 |g_t|^2`` being the same sum without interference between
+positions. `run` measures that ratio, which costs only the diagonals, and takes a direct route for the samples
+where it is too large; where values cannot be looked at (tracing, vmap) the Gram matrices are float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from fastgrad.ops.conv.geometry import Problem
+from fastgrad.ops.conv.products import product
+
+#: Largest D / ||G||^2 a float32 Gram result is kept for. One rounding is 6e-8 and errors of different terms
+#: are independent, so the relative error stays near 6e-8 * 100 = 6e-6.
+CANCELLATION_LIMIT = 100.0
+
+
+def _squares(gradient: Tensor) -> Tensor:
+    """``(X, K, O, n) -> (X, K)`` sums of squares, in two steps so that float32 keeps its digits."""
+    norms: Tensor = torch.linalg.vector_norm(gradient, dim=-1)
+    return norms.square().sum(-1)
+
+
+def _gradient_matrix(p: Problem) -> Tensor:
+    """G as ``(B * G, K, O, T)``."""
+    count, batch, channels = p.g.shape[:3]
+    g = p.g.reshape(count, batch * p.groups, channels // p.groups, -1)
+    return g.transpose(0, 1)
+
+
+def _ungroup(norms: Tensor, p: Problem) -> Tensor:
+    """``(B * G, K) -> (K, B)``, summed over groups."""
+    return norms.reshape(-1, p.groups, norms.shape[1]).sum(1).t()
+
+
+def _windows(x: Tensor, p: Problem, first: int) -> Tensor:
+    """All windows along the axes from ``first`` on, a view ``(X, C, *k[first:], *L[:first], *T[first:])``."""
+    axes = len(p.kernel)
+    for axis in range(first, axes):
+        reach = p.dilation[axis] * (p.kernel[axis] - 1) + 1
+        x = x.unfold(2 + axis, reach, p.stride[axis])
+        if p.dilation[axis] > 1:
+            x = x[..., :: p.dilation[axis]]
+    spatial, taps = range(2, 2 + axes), range(2 + axes, x.dim())
+    return x.permute(0, 1, *taps, *spatial)
+
+
+def _samples(p: Problem) -> Tensor:
+    """Padded a as ``(B * G, C, *L)``."""
+    x = p.padded()
+    return x.reshape(x.shape[0] * p.groups, x.shape[1] // p.groups, *x.shape[2:])
+
+
+def _images(p: Problem) -> Tensor:
+    """`_samples`, the positions of a channel side by side where windows are to be gathered from them."""
+    return _samples(p if math.prod(p.kernel) == 1 else p._replace(a=p.a.contiguous()))
+
+
+def patch(p: Problem) -> Tensor:
+    """Gather all patches, one batched product: cost 2 T C K O."""
+    x = _images(p)
+    columns = _windows(x, p, 0)
+    columns = columns.reshape(x.shape[0], x.shape[1] * math.prod(p.kernel), -1)
+    g = _gradient_matrix(p)
+    gradient = torch.bmm(g.flatten(1, 2), columns.transpose(1, 2))
+    return _ungroup(_squares(gradient.view(*g.shape[:3], -1)), p)
+
+
+def rows(p: Problem) -> Tensor:
+    """Gather windows along all axes but the first, where (stride 1) a shift is only an offset: k products."""
+    x = _images(p)
+    columns = _windows(x, p, 1)
+    columns = columns.reshape(x.shape[0], x.shape[1] * math.prod(p.kernel[1:]), -1)
+    g = _gradient_matrix(p)
+    flat = g.flatten(1, 2)
+    positions, pitch = flat.shape[2], math.prod(p.g.shape[4:]) * p.dilation[0]
+    norms = None
+    for tap in range(p.kernel[0]):
+        shifted = columns[:, :, tap * pitch : tap * pitch + positions]
+        part = _squares(torch.bmm(flat, shifted.transpose(1, 2)).view(*g.shape[:3], -1))
+        norms = part if norms is None else norms + part
+    assert norms is not None
+    return _ungroup(norms, p)
+
+
+def grouped(p: Problem) -> Tensor:
+    """One weight gradient, by the library's own kernels, of a convolution whose groups are the samples."""
+    x, pads = p.a, [before for before, _ in p.pads]
+    left_over = [
+        s - (t - 1) * step - d * (k - 1) - 1 + 2 * pad
+        for s, t, step, d, k, pad in zip(
+            x.shape[2:], p.g.shape[3:], p.stride, p.dilation, p.kernel, pads, strict=True
+        )
+    ]
+    if any(not 0 <= rest < step for rest, step in zip(left_over, p.stride, strict=True)):
+        x, pads = p.padded(), [0] * len(pads)
+    count, batch, channels = p.g.shape[:3]
+    inputs, outputs = x.shape[1] // p.groups, channels // p.groups
+    g = _gradient_matrix(p)
+    # Only its shape is read; a broadcast one would be written out by the operator.
+    weight = x.new_empty((batch * p.groups * count * outputs, inputs, *p.kernel))
+    gradient = torch.ops.aten.convolution_backward(
+        g.reshape(1, -1, *p.g.shape[3:]), x.reshape(1, -1, *x.shape[2:]), weight, None, p.stride, pads,
+        p.dilation, False, [0] * len(pads), batch * p.groups, [False, True, False],
+    )[1]  # fmt: skip
+    return _ungroup(_squares(gradient.view(batch * p.groups, count, outputs, -1)), p)
+
+
+def taps(p: Problem) -> Tensor:
+    """Depthwise: one product and sum over positions for each kernel offset."""
+    x = p.padded().unsqueeze(2)
+    count, batch, channels = p.g.shape[:3]
+    g = p.g.reshape(count, batch, p.groups, channels // p.groups, *p.g.shape[3:])
+    space = tuple(range(-len(p.kernel), 0))
+    norms = None
+    for offset in itertools.product(*map(range, p.kernel)):
+        view = x
+        for axis, tap in enumerate(offset):
+            start = tap * p.dilation[axis]
+            stop = start + (p.g.shape[3 + axis] - 1) * p.stride[axis] + 1
+            view = view[(slice(None),) * (3 + axis) + (slice(start, stop, p.stride[axis]),)]
+        part = (view * g).sum(space).square().sum((2, 3))
+        norms = part if norms is None else norms + part
+    assert norms is not None
+    return norms
+
+
+def _quadratic_form(gram: Tensor, p: Problem, concrete: bool) -> tuple[Tensor, Tensor]:
+    """``sum_{t,t'} gram[t, t'] (g_t . g_t')`` and its diagonal part, both ``(K, B)``."""
+    g = _gradient_matrix(p).to(gram.dtype)
+    outputs, positions = g.shape[2:]
+    if outputs < positions:  # fewer elements in g than in its Gram matrix; one product serves all K
+        flat = g.flatten(1, 2)
+        if flat.stride(2) == 1:
+            moved = product(flat, gram, concrete=concrete) * flat
+            norms = moved.view(g.shape).sum(-1).sum(-1, dtype=torch.float64)
+        else:  # positions first; the Gram matrix is symmetric
+            flat = flat.transpose(1, 2)
+            moved = product(gram, flat, concrete=concrete) * flat
+            norms = moved.sum(1).view(g.shape[:3]).sum(-1, dtype=torch.float64)
+        squares = g.square().sum(2)
+    else:
+        flat = g.flatten(0, 1)
+        own = torch.bmm(flat.transpose(1, 2), flat).view(*g.shape[:2], positions, positions)
+        squares = own.diagonal(dim1=2, dim2=3)
+        norms = (own * gram.unsqueeze(1)).sum(-1).sum(-1, dtype=torch.float64)
+    incoherent = (squares * gram.diagonal(dim1=1, dim2=2).unsqueeze(1)).sum(-1)
+    return _ungroup(norms, p), _ungroup(incoherent, p)
+
+
+def patch_gram(p: Problem, wide: bool = False, concrete: bool = False) -> tuple[Tensor, Tensor]:
+    """Gram matrix of the gathered patches: cost T^2 (C K + O)."""
+    x = _samples(p)
+    columns = _windows(x.double() if wide else x, p, 0)
+    columns = columns.reshape(x.shape[0], x.shape[1] * math.prod(p.kernel), -1)
+    return _quadratic_form(torch.bmm(columns.transpose(1, 2), columns), p, concrete)
+
+
+def _box_filter(gram: Tensor, p: Problem, axis: int) -> Tensor:
+    """Sum of the copies of a Gram matrix ``(X, *L, *L)`` that one axis of the window reads.
+
+    Pixels outside the image are zero, so a copy only reaches the positions whose pixel lies inside.
+    """
+    axes, step = len(p.kernel), p.stride[axis]
+    size, positions = int(gram.shape[1 + axis]), int(p.g.shape[3 + axis])
+
+    def at(places: slice) -> tuple[slice, ...]:
+        index = [slice(None)] * (1 + 2 * axes)
+        index[1 + axis] = index[1 + axes + axis] = places
+        return tuple(index)
+
+    copies = []
+    for tap in range(p.kernel[axis]):
+        start = tap * p.dilation[axis] - p.pads[axis][0]
+        first, last = max(0, -(start // step)), min(positions - 1, (size - 1 - start) // step)
+        if first <= last:
+            seen = gram[at(slice(first * step + start, last * step + start + 1, step))]
+            copies.append((last - first + 1 < positions, slice(first, last + 1), seen))
+    copies.sort(key=lambda copy: copy[0])  # a copy that reaches every position, if there is one, comes first
+    shape = list(gram.shape)
+    shape[1 + axis] = shape[1 + axes + axis] = positions
+    if copies and not copies[0][0]:
+        total = copies.pop(0)[2].clone(memory_format=torch.contiguous_format)
+    else:
+        total = gram.new_zeros(shape)
+    for _, places, seen in copies:
+        total[at(places)] += seen
+    return total
+
+
+def box_gram(p: Problem, wide: bool = False, concrete: bool = False) -> tuple[Tensor, Tensor]:
+    """Gram matrix of the patches as a diagonal box filter of that of the pixels.
+
+    ``p_t . p_t' = sum_d a[s t + d] . a[s t' + d]``: one pixel Gram matrix, then k shifted copies of it added
+    along each axis. Any stride and dilation.
+    """
+    x, axes = p.a, len(p.kernel)
+    for axis, (_, after) in enumerate(p.pads):
+        if after < 0:  # pixels no window reaches
+            x = x.narrow(2 + axis, 0, x.shape[2 + axis] + after)
+    size = x.shape[2:]
+    x = x.reshape(x.shape[0] * p.groups, x.shape[1] // p.groups, -1)
+    if wide:
+        x = x.double()
+    gram = torch.bmm(x.transpose(1, 2), x).view(-1, *size, *size)
+    for axis in range(axes):
+        gram = _box_filter(gram, p, axis)
+    positions = math.prod(p.g.shape[3:])
+    return _quadratic_form(gram.view(-1, positions, positions), p, concrete)
+
+
+DIRECT = {"patch": patch, "rows": rows, "grouped": grouped, "taps": taps}
+GRAM = {"patch_gram": patch_gram, "box_gram": box_gram}
+ROUTES = (*DIRECT, *GRAM)
+
+
+def applicable(route: str, p: Problem) -> str | None:
+    """Why a route cannot serve a problem, or None if it can."""
+    if route == "rows" and p.stride[0] != 1:
+        return f"the first axis has stride {p.stride[0]}"
+    if route == "taps" and p.a.shape[1] != p.groups:
+        return "the convolution is not depthwise"
+    return None
+
+
+def run(route: str, p: Problem, *, guarded: bool, fallback: str = "patch") -> Tensor:
+    """Squared norms of one chunk.
+
+    Args:
+        route: One of `ROUTES`.
+        p: The chunk, in float32 or float64.
+        guarded: Whether values may be looked at, to take another route for samples whose gradient nearly
+            cancels.
+        fallback: The direct route for those.
+
+    Returns:
+        ``(K, B)`` in the dtype of ``p.a``.
+    """
+    if route in DIRECT:
+        return DIRECT[route](p)
+    single = p.a.dtype == torch.float32
+    norms, incoherent = GRAM[route](p, wide=single and not guarded, concrete=guarded)
+    if guarded and single:
+        lost = (norms * CANCELLATION_LIMIT < incoherent).any(0)
+        if bool(lost.any()):
+            index = lost.nonzero().squeeze(1)
+            again = p._replace(a=p.a.index_select(0, index), g=p.g.index_select(1, index))
+            norms[:, index] = DIRECT[fallback](again).to(norms.dtype)
+    return norms.to(p.a.dtype)

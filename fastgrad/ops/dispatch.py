@@ -1,0 +1,147 @@
+"""Which implementation runs: Triton on a GPU, plain torch elsewhere, or what the caller insists on.
+
+A public function calls the eager form itself where that is to run, so that compilers fuse it and exported files carry
+no custom operator; else it calls the operator, for which the tensor's device decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastgrad.ops import schemas  # noqa: F401  (defines the operators)
+
+_T = TypeVar("_T")
+
+#: What the kernels read; they compute in float32.
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+#: Stands for a tensor among an operator's saved arguments.
+_TENSOR = object()
+
+IMPLEMENTATIONS = ("auto", "triton", "eager")
+
+
+def _installed(package: str) -> bool:
+    """Whether a package can be found, without importing it; a broken or blocked one cannot."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+TRITON_INSTALLED = _installed("triton")
+
+
+def interpreting() -> bool:
+    """Whether Triton runs in its interpreter, which serves tensors on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton cannot serve a tensor of this device and dtype, or None if it can."""
+    if dtype not in KERNEL_DTYPES:
+        return f"the kernels compute in float32, and the dtype was {str(dtype).removeprefix('torch.')}"
+    if not TRITON_INSTALLED:
+        return "Triton is not installed"
+    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
+        return None
+    if device.type == "cpu":
+        return "the device was cpu, where kernels only run with TRITON_INTERPRET=1"
+    return f"the device was {device.type}, and kernels run on cuda (NVIDIA and AMD)"
+
+
+def choose(impl: str, tensor: torch.Tensor) -> str:
+    """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``.
+
+    ``"auto"`` takes Triton on a GPU where it can serve the dtype, and plain torch otherwise, also in the interpreter,
+    which is for tests. An explicit choice is never replaced by another.
+
+    Raises:
+        ValueError: ``impl`` is unknown, or is ``"triton"`` where Triton cannot run.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}; it was {impl!r}")
+    if impl == "eager" or (impl == "auto" and tensor.device.type != "cuda"):
+        return "eager"
+    refusal = triton_refusal(tensor.device, tensor.dtype)
+    if impl == "triton":
+        if refusal is not None:
+            raise ValueError(f"impl must be 'auto' or 'eager' here: it was 'triton', but {refusal}")
+        return "triton"
+    return "triton" if refusal is None else "eager"
+
+
+@contextlib.contextmanager
+def bind_contextvar(variable: ContextVar[_T], value: _T) -> Iterator[None]:
+    """Give ``variable`` a value inside."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def launcher(module: str, name: str) -> Callable[..., Any]:
+    """A function of ``fastgrad.ops.triton``, which is imported, and Triton with it, when it is first called."""
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"fastgrad.ops.triton.{module}"), name)(*arguments)
+
+    return launch
+
+
+def register(name: str, eager: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Give an operator its two implementations, of the schema's arguments, and return its handle.
+
+    A tensor on a GPU takes the kernel, one on a CPU only where Triton interprets.
+    """
+
+    def chosen(first: Tensor, *arguments: Any) -> Any:
+        serves = first.device.type == "cuda" or triton_refusal(first.device, first.dtype) is None
+        return (kernel if serves else eager)(first, *arguments)
+
+    torch.library.impl(f"fastgrad::{name}", "CompositeExplicitAutograd", chosen)
+    overload: Callable[..., Any] = getattr(torch.ops.fastgrad, name).default
+    return overload
+
+
+def operator(name: str, eager: Callable[..., _T], kernel: Callable[..., Any]) -> Callable[..., _T]:
+    """Register an operator whose derivative is that of ``eager``, run again in the backward pass.
+
+    Returns:
+        ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, as `choose` says for the first
+        argument.
+    """
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        ctx.others = [_TENSOR if isinstance(x, Tensor) else x for x in inputs]
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[: len(ctx.others)]
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if other is _TENSOR else other for other in ctx.others]
+        inputs = [x.detach().requires_grad_() if want else x for x, want in zip(inputs, wanted, strict=True)]
+        sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        with torch.enable_grad():
+            outputs: Any = eager(*inputs)
+        gradients = iter(torch.autograd.grad(outputs, sources, grads, allow_unused=True))
+        return tuple(next(gradients) if want else None for want in wanted)
+
+    overload = register(name, eager, kernel)
+    torch.library.register_autograd(f"fastgrad::{name}", backward, setup_context=setup)
+
+    def function(*arguments: Any) -> _T:
+        *inputs, impl = arguments
+        result: _T = (overload if choose(impl, inputs[0]) == "triton" else eager)(*inputs)
+        return result
+
+    return function

@@ -1,0 +1,1 @@
+"""Operators of the last layer, from features and logits or from features and weight."""

@@ -1,0 +1,96 @@
+"""All-contrast squared norms of the last layer from its input and its logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgrad import losses
+from fastgrad.ops.dispatch import launcher, operator
+
+# Rows are worked on in pieces of at most this many elements (8 MiB), which stay in the outer cache of a CPU.
+_CHUNK = 1 << 21
+# Longer rows have their normalisation corrected, which costs a few operations on one number a row.
+_LONG = 1 << 12
+
+
+def scale_of(features: Tensor, bias: bool) -> Tensor:
+    """The factor of ``||delta||^2`` in the squared norm, ``||h||^2 + 1`` (no 1 without bias): ``(B, 1)``."""
+    h = features.to(losses.compute_dtype(features.dtype))
+    squares: Tensor = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square()
+    return squares + 1 if bias else squares
+
+
+def differentiable(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, mean: bool) -> Tensor:
+    """The definition in plain torch, differentiable to any order; ``(B, N)``."""
+    norms = losses.contrast_norms(logits, loss=loss, reduction=losses.REDUCTIONS[mean], log=log)
+    h = features.to(norms.dtype)
+    scale = h.square().sum(-1, keepdim=True) + (1 if bias else 0)
+    return norms + scale.log() if log else norms * scale
+
+
+def eager(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, mean: bool) -> Tensor:
+    """The same numbers on any device; for inference in fewer passes, in place where the memory is ours."""
+    inference = not (torch.is_grad_enabled() and (features.requires_grad or logits.requires_grad))
+    if inference and loss == "cross_entropy" and not log and logits.numel():
+        scale = scale_of(features, bias)
+        if mean:
+            scale = scale / logits.shape[-1] ** 2
+        return _cross_entropy(scale.to(losses.compute_dtype(logits.dtype)), logits)
+    return differentiable(features, logits, loss, bias, log, mean)
+
+
+def _cross_entropy(scale: Tensor, logits: Tensor) -> Tensor:
+    dtype = losses.compute_dtype(logits.dtype)
+    rows = max(1, _CHUNK // logits.shape[-1])
+    if logits.device.type != "cpu" or torch.compiler.is_compiling() or logits.shape[0] <= rows:
+        return _in_place(torch.softmax(logits, -1, dtype=dtype), scale)
+    out = torch.empty(logits.shape, dtype=dtype)
+    for p, s, z in zip(out.split(rows), scale.split(rows), logits.split(rows), strict=True):
+        _in_place(torch.softmax(z, -1, dtype=dtype, out=p), s)
+    return out
+
+
+def _in_place(p: Tensor, scale: Tensor) -> Tensor:
+    """Turn the softmax into the squared norms where it lies."""
+    top = _argmax(p)
+    peak = p.gather(-1, top)
+    p.scatter_(-1, top, 0)
+    s1 = p.sum(-1, keepdim=True)
+    length = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
+    slope = scale
+    if p.shape[-1] > _LONG:
+        # Softmax adds its N terms up one after another; the pairwise sum of its result corrects the norm to 1.
+        norm = s1 + peak
+        s1, length, slope = s1 / norm, length / norm, scale / norm
+    s2 = length.square_()
+    at_top = torch.addcmul(s2, s1, s1)
+    # T + 1 with T = (1 - s1)^2 + s2.
+    total = torch.add(at_top, s1, alpha=-2).add_(2)
+    p.mul_(slope * -2).add_(total.mul_(scale))
+    return p.scatter_(-1, top, at_top.mul_(scale))
+
+
+def _argmax(p: Tensor) -> Tensor:
+    """``p.argmax(-1, keepdim=True)`` of a matrix.
+
+    On a CPU the maximum is vectorised and its index is not, so the index is looked for in one block of about
+    ``sqrt(N)`` columns, the one with the largest maximum.
+    """
+    classes = p.shape[-1]
+    if p.device.type != "cpu" or torch.compiler.is_compiling() or classes < 256:
+        plain: Tensor = p.argmax(-1, keepdim=True)
+        return plain
+    width = 1 << (classes.bit_length() // 2)
+    whole = classes // width * width
+    best = p[:, :whole].unflatten(-1, (-1, width)).amax(-1)
+    if whole < classes:
+        best = torch.cat([best, p[:, whole:].amax(-1, keepdim=True)], -1)
+    columns: Tensor = best.argmax(-1, keepdim=True) * width + torch.arange(width)
+    # The last block may be short; repeating the last column does not move the first maximum.
+    columns.clamp_(max=classes - 1)
+    inside: Tensor = p.gather(-1, columns).argmax(-1, keepdim=True)
+    return columns.gather(-1, inside)
+
+
+contrast_sqnorm = operator("contrast_sqnorm", eager, launcher("contrast", "contrast_sqnorm"))

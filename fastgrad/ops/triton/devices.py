@@ -1,0 +1,75 @@
+"""What every launcher needs: the architecture, alignment facts, allocation and the device guard."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastgrad.ops.dispatch import KERNEL_DTYPES, interpreting
+from fastgrad.ops.tune import INTERPRETER, Architecture
+
+# Compiler options of every launch. Fused multiply-adds are wanted, and Triton 3.9 warns where nobody says so.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+@functools.lru_cache
+def _architecture(index: int) -> Architecture:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        digits = "".join(c for c in properties.gcnArchName.split(":")[0] if c.isdigit())
+        return Architecture("hip", int(digits or 0), properties.multi_processor_count, 64 << 10)
+    version = 10 * properties.major + properties.minor
+    shared = int(getattr(properties, "shared_memory_per_block_optin", 99 << 10))
+    return Architecture("cuda", version, properties.multi_processor_count, shared)
+
+
+def architecture(tensor: torch.Tensor) -> Architecture:
+    """The architecture of the tensor's device; the interpreter's for a CPU tensor."""
+    if tensor.device.type == "cpu":
+        return INTERPRETER
+    index = tensor.device.index
+    return _architecture(torch.cuda.current_device() if index is None else index)
+
+
+def check(**tensors: torch.Tensor) -> None:
+    """Raise ValueError for a device or dtype the kernels do not serve."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in KERNEL_DTYPES:
+            raise ValueError(
+                f"{name} must be float16, bfloat16 or float32 for impl='triton'; it was {tensor.dtype}"
+            )
+        if tensor.device.type != "cuda" and not (interpreting() and tensor.device.type == "cpu"):
+            raise ValueError(f"{name} must be on a GPU for impl='triton'; it was on {tensor.device}")
+
+
+def alignment(*values: int) -> int:
+    """The largest power of two up to 16 that divides every value."""
+    for power in (16, 8, 4, 2):
+        if all(value % power == 0 for value in values):
+            return power
+    return 1
+
+
+def rows_alignment(tensor: torch.Tensor) -> tuple[int, int]:
+    """Row stride of a matrix as ``(units, factor)``, the factor a power of two up to 16."""
+    factor = alignment(tensor.stride(0))
+    return tensor.stride(0) // factor, factor
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised contiguous tensor on the device of ``like``; the one place where launchers allocate."""
+    return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+
+
+def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensor's device current, as a launch needs."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def upcast(tensor: torch.Tensor) -> bool:
+    """Whether operands of a product must become float32 first: the interpreter multiplies bfloat16 wrongly."""
+    return interpreting() and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16

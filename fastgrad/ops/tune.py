@@ -1,0 +1,403 @@
+"""Launch configurations of the Triton kernels: pure functions of shape, dtype and architecture.
+
+Nothing here touches a device or imports Triton, so every choice can be read, printed and tested anywhere.
+``override`` replaces a choice for the duration of a ``with`` block: tests reach every path with it, and a user who has
+tuned a shape can pin it. Nothing is tuned unless asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_PINS: dict[str, Any] = {}
+#: The choosing functions, whose names ``override`` knows.
+NAMES: list[str] = []
+
+
+def pinnable(choose: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let ``override`` replace what a function chooses."""
+    name = choose.__name__
+    NAMES.append(name)
+
+    @functools.wraps(choose)
+    def chosen(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        pinned: _T = _PINS[name] if name in _PINS else choose(*args, **kwargs)
+        return pinned
+
+    return chosen
+
+
+@contextlib.contextmanager
+def override(**configs: Any) -> Iterator[None]:
+    """Use the given configurations, by name of the choosing function, whatever the shape.
+
+    Example:
+        >>> with override(contrast=ContrastConfig("stream", block_n=1024, block_d=64)):
+        ...     ...
+    """
+    unknown = set(configs) - set(NAMES)
+    if unknown:
+        raise ValueError(
+            f"configs must be named after one of {', '.join(NAMES)}; it was {', '.join(sorted(unknown))}"
+        )
+    before = dict(_PINS)
+    _PINS.update(configs)
+    try:
+        yield
+    finally:
+        _PINS.clear()
+        _PINS.update(before)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a choice depends on.
+
+    Attributes:
+        backend: ``"cuda"``, ``"hip"`` or ``"cpu"`` (the interpreter).
+        version: Compute capability times ten (80, 90, 100), the number in ``gfx942``, or 0.
+        processors: Streaming multiprocessors or compute units.
+        shared_memory: Bytes one program may use.
+    """
+
+    backend: str
+    version: int
+    processors: int
+    shared_memory: int
+
+
+KNOWN_ARCHITECTURES = {
+    "sm_80": Architecture("cuda", 80, 108, 163 << 10),
+    "sm_90": Architecture("cuda", 90, 132, 227 << 10),
+    "sm_100": Architecture("cuda", 100, 148, 227 << 10),
+    "gfx942": Architecture("hip", 942, 304, 64 << 10),
+}
+INTERPRETER = Architecture("cpu", 0, 1, 1 << 20)
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """How ``contrast_sqnorm`` runs.
+
+    ``rows``: whole rows on chip; ``stream``: one row a program, two sweeps; ``split``: ``splits`` programs a row.
+    """
+
+    kind: Literal["rows", "stream", "split"]
+    block_n: int
+    block_d: int
+    rows: int = 1
+    splits: int = 1
+    num_warps: int = 4
+
+
+# The longest row that stays in the registers of one program: 32 logits in each of 512 threads.
+LONGEST_ROW = 16384
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two not below ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)
+
+
+def _block(size: int, largest: int) -> int:
+    """The power of two from 16 to ``largest`` that covers ``size``, if one does."""
+    return min(max(power_of_two(size), 16), largest)
+
+
+@pinnable
+def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Architecture) -> ContrastConfig:
+    """Choose for features ``(B, D)`` and logits ``(B, N)``.
+
+    A row up to ``LONGEST_ROW`` stays on chip, with 8 to 32 logits a thread (one or more 16-byte accesses), and
+    several short rows share a program as long as the programs still fill the device. Longer rows are swept twice, by
+    one program where the batch fills the device and by several where it does not.
+    """
+    # Brier keeps twice as many numbers per logit.
+    longest = LONGEST_ROW // 2 if loss == "brier" else LONGEST_ROW
+    if longest >= N:
+        block = max(power_of_two(N), 16)
+        rows = max(1, 1024 // block)
+        # One 16-byte access of half precision for each thread of the smallest program.
+        least = 512 if arch.backend == "hip" else 256
+        while rows * block > least and rows > 1 and cdiv(B, rows) < 2 * arch.processors:
+            rows //= 2
+        width = rows * block
+        warps = (
+            1 if width <= 256 else 2 if width <= 512 else 4 if width <= 2048 else 8 if width <= 4096 else 16
+        )
+        if arch.backend == "hip":
+            warps = max(1, warps // 2)  # 64 threads each
+        block_d = _block(D, max(16, 2048 // rows))
+        return ContrastConfig("rows", block, block_d, rows=rows, num_warps=warps)
+    # Sigmoids and squares of unbounded logits need a few registers more than eight warps have before sm_90, and
+    # squares since sm_100.
+    block = 4096 if loss == "brier" or (loss == "bce" and arch.version == 80) else 8192
+    crowded = (arch.version == 80 and loss in ("bce", "mse")) or (arch.version >= 100 and loss == "mse")
+    warps = 16 if crowded and arch.backend == "cuda" else 8
+    block_d = _block(D, 2048)
+    wanted = cdiv(2 * arch.processors, max(B, 1))
+    splits = min(wanted, cdiv(N, block), 64)
+    if splits > 1:
+        return ContrastConfig("split", block, block_d, splits=splits, num_warps=warps)
+    return ContrastConfig("stream", block, block_d, num_warps=warps)
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """How a fused last layer runs: product tiles and what becomes of their moments.
+
+    Attributes:
+        block_m, block_n, block_k: Tile of samples, classes and features.
+        group_m: Row blocks whose tiles follow each other, so that they share the weight's tiles in the cache.
+        chunks: Ranges of columns in which logits are turned into norms, each range of a row by a program of a second
+            launch; 0: the last tile of a row block to arrive does it.
+        block_f: Columns per step of that.
+        parts: Partial moments merged per step.
+        tiles_per_split: Tiles one program walks through (statistics only).
+        precision: ``input_precision`` of the product; matters for float32 alone.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    chunks: int
+    block_f: int
+    parts: int
+    tiles_per_split: int
+    norm_in_loop: bool
+    precision: str
+    num_warps: int
+    num_stages: int
+
+
+def _product(
+    B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture
+) -> tuple[int, int, int, int, int]:
+    """Tile, warps and stages of a product of ``(B, D)`` and ``(N, D)``."""
+    wide = dtype == torch.float32
+    block_m = 16 if B <= 16 else 32 if B <= 32 else 64 if B <= 64 or wide else 128
+    if block_m == 128:
+        block_n, block_k, warps = 128, 64, 8
+    else:
+        # Few rows: the weight is read once at memory speed, which takes many programs with deep queues of loads.
+        block_n, block_k, warps = 64, 128, 4
+        if wide:
+            block_k = 32 if block_m == 64 else 64
+        while block_n > 16 and cdiv(N, block_n) * cdiv(B, block_m) < arch.processors:
+            block_n //= 2
+    while block_k > 16 and block_k // 2 >= D:
+        block_k //= 2
+    stage = (block_m + block_n) * block_k * dtype.itemsize
+    # AMD's pipeline keeps the stage after next in registers, so two stages take the shared memory of one.
+    stages = 2 if arch.backend == "hip" else max(1, min(4, (arch.shared_memory - 4096) // stage))
+    return block_m, block_n, block_k, warps, stages
+
+
+def _precision(dtype: torch.dtype, arch: Architecture) -> str:
+    """Three TF32 products keep float32 accuracy on NVIDIA's tensor cores; AMD's multiply float32 as it is."""
+    return "tf32x3" if dtype == torch.float32 and arch.backend == "cuda" else "ieee"
+
+
+def _parts(parts: int, block_m: int, warps: int) -> int:
+    """Partial moments merged at once: four per thread, or nine numbers each would not fit its registers."""
+    return max(2, min(power_of_two(parts), 128 * warps // block_m))
+
+
+@pinnable
+def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
+    """Choose for features ``(B, D)`` and weight ``(N, D)``."""
+    block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
+    tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
+    # One program converts some 64 thousand logits in a few microseconds; more of them are shared out.
+    share = block_m * N > 1 << 16
+    # Rows that are finished together, and columns a step such that neither the product's operands nor the step's
+    # values leave the registers.
+    rows = 1 if share else block_m
+    block_f = (512 if rows == 1 or 90 <= arch.version < 100 else 256) * warps // rows
+    block_f = max(16, min(power_of_two(N), block_f))
+    chunks = min(cdiv(N, block_f), cdiv(2 * arch.processors, max(B, 1))) if share else 0
+    group_m = min(8, tiles_m)
+    parts = _parts(tiles_n, rows, warps)
+    if arch.backend == "cuda" and arch.version >= 100:
+        # Two per thread, beside the product's addresses; one beside float32's three pairs of operands.
+        parts = max(2, parts // (4 if dtype == torch.float32 else 2))
+    return LinearConfig(
+        block_m, block_n, block_k, group_m, chunks, block_f, parts=parts, tiles_per_split=1,
+        norm_in_loop=block_m <= 32 or tiles_n <= 4, precision=_precision(dtype, arch),
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+@pinnable
+def linear_stats(
+    B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture, loss: str = "cross_entropy"
+) -> LinearConfig:
+    """Choose for features ``(B, D)`` and weight ``(N, D)`` when only statistics over the contrasts are wanted."""
+    block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
+    if block_m == 128 and arch.backend == "cuda" and not 90 <= arch.version < 100:
+        # Moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and since
+        # sm_100 a thread holds whole rows. Brier has twice the moments.
+        block_n = 32 if loss == "brier" and arch.version >= 100 else 64
+    elif block_m == 128 and arch.backend == "cuda" and loss in ("mse", "bce"):
+        # With a wider tile Triton before 3.9 lacks registers for bce's.
+        block_n = 64
+    elif block_m == 64 and dtype == torch.float32 and arch.backend == "cuda":
+        if arch.version >= 90:
+            # Three products for each of float32 hold three pairs of operands.
+            block_n = min(block_n, 32)
+        if loss == "brier" and not 90 <= arch.version < 100:
+            # Twice the moments beside them.
+            warps = 8
+    elif block_m == 16 and arch.backend == "cuda" and arch.version < 90 and loss == "bce":
+        block_k = min(block_k, 64)
+    tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
+    per_split = max(1, tiles_n * tiles_m // (4 * arch.processors))
+    return LinearConfig(
+        block_m, block_n, block_k, 1, 0, 0,
+        parts=_parts(cdiv(tiles_n, per_split), block_m, warps), tiles_per_split=per_split,
+        norm_in_loop=False, precision=_precision(dtype, arch), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """How ``target_sqnorm`` runs: ``rows`` rows a program, swept in blocks of ``block_n`` logits."""
+
+    rows: int
+    block_n: int
+    block_d: int
+    num_warps: int
+
+
+@pinnable
+def target(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> TargetConfig:
+    """Choose for features ``(B, D)`` and logits ``(B, N)``; rows up to 2048 logits are one block."""
+    block = _block(N, 2048)
+    rows = max(1, 512 // block)
+    while rows > 1 and cdiv(B, rows) < 2 * arch.processors:
+        rows //= 2
+    width = rows * block
+    warps = 1 if width <= 256 else 2 if width <= 512 else 4 if width <= 1024 else 8
+    block_d = _block(D, max(16, 2048 // rows))
+    return TargetConfig(rows, block, block_d, max(1, warps // 2) if arch.backend == "hip" else warps)
+
+
+@dataclass(frozen=True)
+class DirectConfig:
+    """Tile of the weight gradient one program owns, positions per step."""
+
+    block_o: int
+    block_c: int
+    block_t: int
+    precision: str
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GramConfig:
+    """Positions per side of a tile, channels per step."""
+
+    block_t: int
+    block_k: int
+    precision: str
+    num_warps: int
+    num_stages: int
+
+
+@pinnable
+def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture) -> DirectConfig:  # noqa: E741
+    """Choose for C input and O output channels per group and T positions.
+
+    The accumulator is the whole of a program's state, so it is as large as registers allow; float32 operands
+    take twice the room and, with IEEE products, no tensor cores.
+    """
+    wide = dtype == torch.float32
+    block_o, block_c = _block(O, 64 if wide else 128), _block(C, 64 if wide else 128)
+    # Below 32 positions a step of half-precision operands has less than 16 bytes for every thread.
+    block_t = (16 if max(block_o, block_c) == 64 else 32) if wide else max(32, _block(T, 64))
+    warps = 8 if block_o * block_c > 64 * 64 else 4
+    return DirectConfig(
+        block_o, block_c, block_t, _precision(dtype, arch), warps, 2 if arch.backend == "hip" else 3
+    )
+
+
+@pinnable
+def layer_gram(T: int, dtype: torch.dtype, arch: Architecture) -> GramConfig:
+    """Choose for T positions."""
+    wide = dtype == torch.float32
+    # Two accumulators of block_t x block_t.
+    block_t = _block(T, 32 if wide else 64)
+    return GramConfig(
+        block_t, 32 if wide else 64, _precision(dtype, arch), 4, 2 if arch.backend == "hip" else 3
+    )
+
+
+@pinnable
+def layer_prefers_gram(C: int, O: int, T: int) -> bool:  # noqa: E741
+    """Whether the symmetric half of ``T^2 (C + O)`` products is below a quarter of the direct route's ``T C O``."""
+    return 2 * T * (C + O) < C * O
+
+
+#: Numbers a program holds of each moment: eight in each of 128 threads, one 16-byte access of half precision.
+TILE = 1024
+#: Loads a program has under way at once.
+UNROLL = 4
+#: Partial sums that are added one after the other; of so few the rounding errors stay a few units.
+LONGEST_SUM = 64
+
+
+@dataclass(frozen=True)
+class ChannelConfig:
+    """How ``channel_moments`` runs.
+
+    Attributes:
+        block_c, block_t: Tile of channels and positions.
+        unroll: Tiles in a row whose sums are added up before they join the program's.
+        splits: Programs that share the positions of a channel.
+        num_warps: Of a program.
+    """
+
+    block_c: int
+    block_t: int
+    unroll: int
+    splits: int
+    num_warps: int
+
+
+@pinnable
+def channel_moments(B: int, C: int, T: int, channels_last: bool, arch: Architecture) -> ChannelConfig:
+    """Choose for ``(B, C, T)``, whose neighbours in memory are channels if ``channels_last``, else positions.
+
+    A tile is long where memory is: whole cache lines of channels or of positions. Positions are shared out until the
+    device is full, and where one program would add up too many tiles.
+    """
+    if channels_last:
+        block_c = min(power_of_two(C), 128)
+        block_t = min(power_of_two(T), TILE // block_c)
+        block_c = min(power_of_two(C), TILE // block_t)
+    else:
+        block_t = min(power_of_two(T), TILE // 2)
+        block_c = min(power_of_two(C), TILE // block_t)
+    unroll = min(UNROLL, power_of_two(cdiv(T, block_t)))
+    steps = cdiv(T, block_t * unroll)
+    programs = B * cdiv(C, block_c)
+    splits = min(steps, max(cdiv(steps, LONGEST_SUM), cdiv(4 * arch.processors, programs)))
+    splits = cdiv(steps, cdiv(steps, splits))
+    threads = 64 if arch.backend == "hip" else 32
+    warps = max(1, min(4, block_c * block_t // (8 * threads)))
+    return ChannelConfig(block_c, block_t, unroll, splits, warps)

@@ -1,0 +1,82 @@
+"""Cases are checked before they are timed; what is wrong is not timed."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from bench import memory
+from bench.registry import SIZES, Case, Implementation, Place, cases
+
+ROOT = pathlib.Path(__file__).parents[2]
+CPU = Place("cpu")
+
+
+def _case(error: float) -> Case:
+    made = [Implementation("fastgrad", lambda: lambda: 1, lambda out: error, 1e-5)]
+    return Case("table", "case B=1", "fastgrad", ("fastgrad", "peer"), lambda place: made)
+
+
+@pytest.mark.parametrize("error", [1e-4, float("nan"), float("inf")])
+def test_a_wrong_result_is_not_timed(error: float) -> None:
+    with pytest.raises(ValueError, match=r"relative error must be at most 1\.0e-05 to be timed; it was"):
+        _case(error).ready("fastgrad", CPU)
+
+
+def test_a_right_result_is_ready_and_an_absent_one_is_named() -> None:
+    call, error = _case(1e-6).ready("fastgrad", CPU)
+    assert (call(), error) == (1, 1e-6)
+    with pytest.raises(LookupError, match="case B=1 has no peer"):
+        _case(0.0).ready("peer", CPU)
+
+
+@pytest.mark.parametrize("size", SIZES, ids="size {}".format)
+def test_names_of_cases_are_unique_and_hold_their_yardstick(size: str) -> None:
+    found = cases(size)
+    assert len({(c.table, c.name) for c in found}) == len(found) > 5
+    assert all(c.against in c.names and any(n.startswith("fastgrad") for n in c.names) for c in found)
+
+
+@pytest.mark.parametrize("case", cases("tiny"), ids=lambda case: case.name)
+def test_implementations_are_those_that_are_named(case: Case) -> None:
+    made = case.implementations(CPU)
+    assert set(made) <= set(case.names)
+    assert case.against in made
+    assert any(name.startswith("fastgrad") for name in made)
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
+    case = next(c for c in cases("tiny") if c.table == "rows")
+    assert memory.of_case("tiny", case.name, "stored rows", CPU, 1) == 4 * 3 * 7
+
+
+def test_a_run_writes_its_results(tmp_path: pathlib.Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "bench/micro",
+        "--size",
+        "tiny",
+    ]
+    done = subprocess.run(
+        [*command, "-k", "rows", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    document = json.loads((tmp_path / "rows.json").read_text())
+    by_name = {row["implementation"]: row for row in document["cases"]}
+    assert set(by_name) == {"fastgrad", "stored rows", "rows written, then linear"}
+    assert all(row["correct"] and row["median_s"] > 0 and row["peak_bytes"] > 0 for row in by_name.values())
+    assert by_name["stored rows"]["ratio"] == 1.0
+    assert document["floor"]["copy_bytes_per_s"] > 0

@@ -1,0 +1,208 @@
+"""Descriptions and archives that claim what is not so: refused by name, before anything uses them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import stat
+import struct
+import tracemalloc
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastgrad.deploy.file.atomic import replace_atomically
+from fastgrad.deploy.file.package import (
+    MEMBER,
+    Description,
+    ModelPackage,
+    PackageError,
+    read_description,
+    write_description,
+)
+
+GOOD = Description(
+    (3, 8, 8), "float32", 4, 8, "cpu", labels=list("abcd"), mean=[0.5] * 3, std=[0.5] * 3, false_alarm_rate=0.05,
+    threshold=1.5, thresholds=[(0.05, 1.5)], histogram={"edges": [0, 1, 2], "counts": [3, 4]},
+    reference={"edges": [0.5], "counts": [3, 4]}, versions={"torch": "2.8"}, evidence={"a": "words"}, risk=True,
+)  # fmt: skip
+
+
+def archive(path: Path, *members: tuple[str | zipfile.ZipInfo, bytes], description: Any = GOOD) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("model/version", "1")
+        for name, content in members:
+            file.writestr(name, content)
+    if description is not None:
+        write_description(path, description)
+    return path
+
+
+def with_text(path: Path, content: dict[str, Any]) -> Path:
+    return archive(path, (f"model/{MEMBER}", json.dumps(content).encode()), description=None)
+
+
+def test_a_description_is_read_back(tmp_path: Path) -> None:
+    assert read_description(archive(tmp_path / "m.pt2")) == GOOD
+    plain = Description((5,), "float64", 2, 1, "cpu")
+    assert read_description(archive(tmp_path / "p.pt2", description=plain)) == plain
+    # Files without the two later fields are of the first format, which earlier readers know.
+    text = json.loads(zipfile.ZipFile(tmp_path / "p.pt2").read(f"model/{MEMBER}"))
+    assert (text["format"], "risk" in text, "evidence" in text) == (1, False, False)
+
+
+BAD = [
+    ("input_shape", []), ("input_shape", [0]), ("input_shape", [-3, 8, 8]), ("input_shape", [3.5]), ("input_shape", 3),
+    ("input_shape", [2**20, 2**20]), ("input_shape", [1] * 9), ("input_shape", [True]),
+    ("input_dtype", "load"), ("input_dtype", "int64"), ("input_dtype", None), ("input_dtype", ["float32"]),
+    ("classes", 0), ("classes", 1e9), ("classes", "4"), ("classes", 5),
+    ("max_batch", 0), ("max_batch", -1), ("max_batch", 2**40), ("max_batch", None), ("max_batch", 1.5),
+    ("device", "meta"), ("device", None),
+    ("labels", ["a"]), ("labels", [1, 2, 3, 4]), ("labels", "abcd"), ("labels", ["x" * 1001, "b", "c", "d"]),
+    ("mean", [0.5]), ("mean", [0.5, 0.5, None]), ("mean", [0.5, 0.5, float("nan")]), ("mean", "abc"),
+    ("std", [0.5, 0.5, 0]), ("std", [0.5, 0.5, -1]), ("std", [1, 1, float("inf")]),
+    ("false_alarm_rate", 0), ("false_alarm_rate", 2), ("false_alarm_rate", "x"), ("threshold", float("nan")),
+    ("threshold", []), ("thresholds", [[0.05, float("inf")]]), ("thresholds", [[2, 1]]), ("thresholds", [[0.05]]),
+    ("thresholds", None), ("thresholds", [[0.05, 1]] * 1001),
+    ("histogram", {"edges": [0, 1], "counts": [1, 2]}), ("histogram", {"edges": [1, 0], "counts": [1]}),
+    ("histogram", {"edges": [0, 1], "counts": [-1]}), ("histogram", []), ("histogram", {}),
+    ("reference", {"edges": [1, 1], "counts": [1, 1, 1]}), ("reference", {"edges": [1]}), ("reference", 3),
+    ("versions", {"a": 1}), ("versions", None), ("evidence", {}), ("evidence", {"a": None}), ("evidence", ["a"]),
+    ("risk", 1), ("risk", None), ("colour", "red"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_every_field_is_checked_before_it_is_used(tmp_path: Path, name: str, value: Any) -> None:
+    content = {"format": 2, **dataclasses.asdict(GOOD), name: value}
+    with pytest.raises(PackageError, match="damaged") as refused:
+        read_description(with_text(tmp_path / "m.pt2", content))
+    # Labels are one a class: what is wrong there shows at the labels.
+    assert ("labels" if (name, value) == ("classes", 5) else name) in str(refused.value)
+
+
+def test_random_descriptions_are_read_or_refused(tmp_path: Path) -> None:
+    rng, path = random.Random(0), tmp_path / "m.pt2"
+    content = {"format": 2, **dataclasses.asdict(GOOD)}
+    odd = [None, -1, 0, 1.5, 2**70, "x", [], [None], {}, {"edges": []}, True, float("nan"), [[]], "\ud800"]
+    for _ in range(300):
+        changed = dict(content)
+        for name in rng.sample(sorted(content), rng.randint(1, 3)):
+            changed[name] = rng.choice(odd)
+        if rng.random() < 0.2:
+            del changed[rng.choice(sorted(content))]
+        try:
+            found = read_description(with_text(path, changed))
+        except PackageError:
+            continue
+        assert dataclasses.replace(found) == found
+
+
+def link() -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo("model/link")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return info
+
+
+def deflated() -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo("model/zeros")
+    info.compress_type = zipfile.ZIP_DEFLATED
+    return info
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([(link(), b"/etc/passwd")], "is a link"),
+        ([("../../escaped", b"")], "outside"),
+        ([("/etc/escaped", b"")], "outside"),
+        ([(deflated(), bytes(1000))], "is compressed"),
+        ([("model/a/" + MEMBER, b"{}")], "must hold one"),
+    ],
+)
+def test_archives_that_pytorch_would_not_write(tmp_path: Path, members: list[Any], message: str) -> None:
+    path = archive(tmp_path / "m.pt2", *members)
+    with pytest.raises(PackageError, match=message):
+        read_description(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_doubled_entry(tmp_path: Path) -> None:
+    path = archive(tmp_path / "m.pt2", ("model/data", b"checked"), ("model/data", b"loaded"))
+    with pytest.raises(PackageError, match="'model/data' twice"):
+        read_description(path)
+
+
+def test_sizes_that_lie_cost_no_memory(tmp_path: Path) -> None:
+    large = archive(tmp_path / "large.pt2", (f"model/{MEMBER}", bytes(64 * 2**20)), description=None)
+    claims = archive(tmp_path / "claims.pt2")
+    content = bytearray(claims.read_bytes())
+    end = content.rindex(b"PK\x05\x06")
+    struct.pack_into("<II", content, end + 12, 100 * 2**20, 0)  # a table of contents of 100 MiB
+    claims.write_bytes(bytes(100 * 2**20) + content)
+    for path in (large, claims):
+        tracemalloc.start()
+        with pytest.raises(PackageError, match=r"at most|too large|not a readable"):
+            read_description(path)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+        tracemalloc.stop()
+
+
+def test_mutated_archives_are_read_or_refused(tmp_path: Path) -> None:
+    rng, whole = random.Random(1), archive(tmp_path / "m.pt2").read_bytes()
+    path, read = tmp_path / "mutated.pt2", 0
+    for _ in range(400):
+        content = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            place = rng.randrange(len(content))
+            if rng.random() < 0.2:
+                del content[place:]
+                content += b"\0"
+            else:
+                content[place] = rng.randrange(256)
+        path.write_bytes(content)
+        try:
+            read_description(path)
+            read += 1
+        except PackageError:
+            pass
+    assert 0 < read < 400
+
+
+def test_code_for_another_processor_is_refused(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    if read_description(tiny_package).versions["cpu"] == "DEFAULT":
+        pytest.skip("compiled for every processor")
+    with pytest.raises(PackageError, match="this one has DEFAULT"):
+        ModelPackage(tiny_package)
+
+
+def test_rows_are_what_explain_gives(tiny_explained: Path) -> None:
+    model, x = ModelPackage(tiny_explained), torch.randn(3, 3, 8, 8)
+    prediction, evidence = model.explain(x)
+    columns = [
+        prediction.probabilities,
+        prediction.uncertainty[:, None],
+        *(v[:, None] for v in evidence.values()),
+    ]
+    np.testing.assert_array_equal(model.rows(x), torch.cat(columns, 1).double().numpy())
+
+
+def test_planted_links_are_not_followed(tmp_path: Path) -> None:
+    """Whoever can write the folder cannot foresee the temporary name, and nothing that is there is written to."""
+    victim, target = tmp_path / "victim", tmp_path / "model.pt2"
+    victim.write_bytes(b"precious")
+    (tmp_path / f".model.pt2.{os.getpid()}").symlink_to(victim)
+    replace_atomically(lambda path: path.write_bytes(b"new"), target)
+    assert (target.read_bytes(), victim.read_bytes()) == (b"new", b"precious")
+    assert not target.is_symlink()
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~mask
+    assert len(list(tmp_path.iterdir())) == 3

@@ -1,0 +1,49 @@
+"""Fitted two-stage models for the tests of exported files, and what they see."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+X = torch.zeros(1, 3, 8, 8)
+
+
+def shapes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy images ``(count, 3, 8, 8)`` of four coloured patterns, each as strong as it happens to be."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(4, (count,), generator=generator)
+    strength = torch.rand(count, 1, 1, 1, generator=generator)
+    return strength * patterns[labels] + 0.7 * torch.randn(count, 3, 8, 8, generator=generator), labels
+
+
+#: Blocks by what an exported graph must hold for them.
+FORMS = {
+    "forward": ["logits", "features", "activations", "image", "roughness"],
+    "view": ["logits", "activations", "view"],
+    "bias gradients": ["logits", "bias_gradients"],
+    "gradients": ["gradients", "logits", "features", "image"],
+    "ranked": ["gradients", "ranked", "logits", "features", "image"],
+    "contrasts": ["contrasts", "logits", "features", "image"],
+}
+
+
+@functools.cache
+def two_stage_model(form: str) -> nn.Module:
+    """A trained and fitted model with a convolution, in-place activations and a batch norm."""
+    from fastgrad.detector.model import TwoStageModel
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(384, 4)
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for step in range(40):
+        x, labels = shapes(64, 1000 + step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), labels).backward()
+        optimizer.step()
+    # In training mode, as it comes from a training loop: a fitted module is exported as it is.
+    return TwoStageModel(net, blocks=FORMS[form]).fit([(shapes(400, 1)[0],)], ())

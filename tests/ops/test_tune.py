@@ -1,0 +1,72 @@
+"""Launch configurations as pure functions: sane for every shape, and every path is reached."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgrad.ops import tune
+
+ARCHITECTURES = [*tune.KNOWN_ARCHITECTURES.values(), tune.INTERPRETER]
+shapes = {
+    "B": st.integers(1, 100_000),
+    "N": st.integers(1, 262_144),
+    "D": st.integers(1, 20_000),
+    "dtype": st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    "arch": st.sampled_from(ARCHITECTURES),
+}
+
+
+@settings(deadline=None, max_examples=200)
+@given(**shapes)
+def test_configurations_cover_their_shape(
+    B: int, N: int, D: int, dtype: torch.dtype, arch: tune.Architecture
+) -> None:
+    contrast = tune.contrast(B, N, D, "brier", dtype, arch)
+    assert contrast.kind != "rows" or contrast.block_n >= N
+    assert contrast.kind == "split" or contrast.splits == 1
+    for value in (contrast.block_n, contrast.block_d, contrast.rows, contrast.num_warps):
+        assert value & (value - 1) == 0
+    assert contrast.rows * contrast.block_n <= 1 << 14
+    for config in (
+        tune.linear_contrast(B, N, D, dtype, arch),
+        tune.linear_stats(B, N, D, dtype, arch, "brier"),
+    ):
+        element = 4 if dtype == torch.float32 else 2
+        buffers = config.num_stages - 1 if arch.backend == "hip" else config.num_stages
+        assert buffers * (config.block_m + config.block_n) * config.block_k * element <= arch.shared_memory
+        assert config.tiles_per_split >= 1
+        assert config.parts & (config.parts - 1) == 0
+
+
+def test_every_path_is_chosen_somewhere() -> None:
+    arch, half = tune.KNOWN_ARCHITECTURES["sm_90"], torch.bfloat16
+    assert tune.contrast(4096, 1000, 512, "bce", half, arch).kind == "rows"
+    assert tune.contrast(4096, 10, 512, "bce", half, arch).rows > 1
+    assert tune.contrast(4096, 128_256, 512, "bce", half, arch).kind == "stream"
+    assert tune.contrast(4, 128_256, 512, "bce", half, arch).kind == "split"
+    assert tune.linear_contrast(32, 1000, 2048, half, arch).chunks == 0
+    assert tune.linear_contrast(1024, 32_000, 4096, half, arch).chunks > 0
+    assert tune.linear_stats(1024, 128_256, 4096, half, arch).tiles_per_split > 1
+
+
+def test_a_serving_batch_fills_the_device() -> None:
+    for arch in tune.KNOWN_ARCHITECTURES.values():
+        for B in (1, 32):
+            config = tune.linear_contrast(B, 32_000, 4096, torch.bfloat16, arch)
+            assert tune.cdiv(32_000, config.block_n) >= arch.processors
+
+
+def test_override_is_undone_and_checked() -> None:
+    arch = tune.INTERPRETER
+    pinned = tune.ContrastConfig("stream", 16, 16)
+    with tune.override(contrast=pinned):
+        assert tune.contrast(1, 2, 3, "bce", torch.float32, arch) is pinned
+    assert tune.contrast(1, 2, 3, "bce", torch.float32, arch) is not pinned
+    with (
+        pytest.raises(ValueError, match="configs must be named after one of"),
+        tune.override(nothing=pinned),
+    ):
+        pass
