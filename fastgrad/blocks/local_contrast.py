@@ -72,4 +72,5 @@ def _grouped(values: Tensor) -> Tensor:
     """``(B, K, n)`` as ``(B, K, 4, n // 4)``."""
     each = min(_EACH, values.shape[-1])
     groups = values.shape[-1] // each
-    return values[..., : each * groups].unflatten(-1, (each, groups))
+    grouped: Tensor = values[..., : each * groups].unflatten(-1, (each, groups))
+    return grouped
