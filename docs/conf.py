@@ -16,6 +16,7 @@ sys.path.insert(0, str(DOCS.parent))
 
 import fastgrad  # noqa: E402
 from fastgrad.commands.cli import COMMANDS  # noqa: E402
+from fastgrad.layers import RULES, ReplayRule  # noqa: E402
 
 project = "fastgrad"
 author = "the fastgrad maintainers"
@@ -29,7 +30,7 @@ html_copy_source = False
 html_css_files = ["site.css"]
 html_static_path = ["_static"]
 
-myst_enable_extensions = ["attrs_inline"]
+myst_enable_extensions = ["attrs_inline", "deflist"]
 myst_heading_anchors = 3
 # `output` and `about` are what a page's code printed, see explanation/site.md.
 suppress_warnings = ["misc.highlighting_failure"]
@@ -90,7 +91,23 @@ def _read(app: Any, name: str, source: list[str]) -> None:
     text = re.sub(r"\]\((?:\.\./)+bench/results/", f"]({here}/", source[0])
     # A block that is a file is shown under its name.
     text = re.sub(r'^```(\w+) title="([^"]*)"$', r"`\2`\n\n```\1", text, flags=re.MULTILINE)
+    text = text.replace("<!-- layers -->", _layers())
     source[0] = re.sub(r"<!-- command: (\w+) -->", lambda match: f"```text\n{_help(match[1])}```", text)
+
+
+def _layers() -> str:
+    """Return the registry of rules as a table."""
+    rows = {}
+    for layer, rule in RULES.items():
+        name = layer if isinstance(layer, str) else f"{layer.__module__}.{layer.__qualname__}"
+        package, _, short = name.replace("torch.nn.modules", "torch.nn").rpartition(".")
+        mode = "recomputed" if isinstance(rule, ReplayRule) else ""
+        if "evaluation" in rule.name:
+            mode = "evaluation mode only"
+        rows[name] = (
+            f"| `{short.lstrip('_')}` | `{package.partition('.')[0]}` | {rule.name.partition(' (')[0]} | {mode} |"
+        )
+    return "\n".join(["| Layer | Package | Rule | |", "| --- | --- | --- | --- |", *rows.values()])
 
 
 def _help(name: str) -> str:

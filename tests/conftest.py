@@ -48,13 +48,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
+def device() -> Iterator[torch.device]:
     """Where kernel tests run: the GPU, or the CPU under Triton's interpreter."""
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        yield torch.device("cuda")
+        return
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    return torch.device("cpu")
+    from bench.gpu.sanitize.interpreter import patching_once
+
+    with patching_once():
+        yield torch.device("cpu")
 
 
 @pytest.fixture

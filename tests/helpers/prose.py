@@ -50,7 +50,9 @@ class Finding(NamedTuple):
 
 def pages() -> list[Path]:
     """Return README and the pages of the documentation."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    docs = ROOT / "docs"
+    # docs/measured holds copies of generated tables.
+    return [ROOT / "README.md", *sorted(p for p in docs.rglob("*.md") if p.parent != docs / "measured")]
 
 
 def sentences(text: str) -> Iterator[tuple[int, str, bool]]:
