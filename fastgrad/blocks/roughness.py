@@ -17,7 +17,7 @@ from fastgrad.engine.run import Reading
 from fastgrad.losses import compute_dtype
 
 # Positions of a channel that are read, and channels, at most: more say the same.
-_POSITIONS, _CHANNELS = 64, 32
+_POSITIONS, _CHANNELS = 256, 16
 #: Principal components of the mixture.
 _DIMENSIONS = 16
 
@@ -58,7 +58,7 @@ def roughness(maps: Tensor) -> Tensor:
     """How local contrast of each channel is distributed.
 
     Args:
-        maps: ``(B, C, H, W)`` floating, H and W at least 3; of more than 32 channels some, evenly spaced, are read.
+        maps: ``(B, C, H, W)`` floating, H and W at least 3; of more than 16 channels some, evenly spaced, are read.
 
     Returns:
         ``(B, 3 * C * 7)`` in at least float32, in units of the root of the input's.
