@@ -163,14 +163,16 @@ def main() -> None:
             if verdict.startswith("wrong"):
                 kind = _kind(verdict)
                 seen[kind] += 1
+                print(seed, verdict, flush=True)
                 if seen[kind] > options.show:
                     continue
                 small = shrunk(program, verdict)
-                print(f"{seed} {verdict}\n    {brief(small.steps)}", small.calls, flush=True)
+                print(f"    {brief(small.steps)}", small.calls, flush=True)
                 if options.out is not None:
                     (options.out / f"program_{seed}.py").write_text(standalone(small, verdict))
     for verdict, count in counts.most_common():
         print(f"{count:7d}  {verdict}")
+    sys.exit(1 if counts["wrong"] else 0)
 
 
 if __name__ == "__main__":
