@@ -92,11 +92,13 @@ def tiny_package() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_explained(tiny_package: pathlib.Path) -> pathlib.Path:
-    """The same model in a file that gives the evidence."""
+def tiny_explained() -> pathlib.Path:
+    """The same model in an ONNX file that gives the evidence."""
     from deploy_models import export_tiny
+    from onnx_needed import skip_without_onnx
 
-    return export_tiny("explained.pt2", evidence=True)
+    skip_without_onnx()
+    return export_tiny("explained.onnx", evidence=True)
 
 
 @pytest.fixture(scope="session")

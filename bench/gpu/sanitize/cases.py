@@ -128,7 +128,7 @@ def _targets() -> Iterator[Case]:
         yield Case(
             f"target {kind} {loss} B={B} N={N} D={D}", [t for t in (h, z, y) if t is not None],
             pinned(
-                lambda options=(h, z, y, kind, loss): target.target_sqnorm(*options, True, False, False),
+                lambda options=(h, z, y, kind, loss): target.target_sqnorm(*options, True, False, False),  # type: ignore[call-arg]
                 target=TargetConfig(rows=2, block_n=16, block_d=16, num_warps=1),
             ),
             quick=(kind, loss) in (("indices", "bce"), ("soft", "brier"), ("ones", "cross_entropy")) and B == 5,
@@ -145,7 +145,7 @@ def _heads() -> Iterator[Case]:
             yield Case(
                 f"head {path} {loss} B={B} N={N} D={D}", (x, w, b),
                 pinned(
-                    lambda options=(x, w, bias, loss): linear_contrast.linear_contrast_sqnorm(*options, False, True),
+                    lambda options=(x, w, bias, loss): linear_contrast.linear_contrast_sqnorm(*options, False, True),  # type: ignore[call-arg]
                     linear_contrast=config,
                 ),
                 quick=loss == "cross_entropy" and B == 17,
