@@ -64,6 +64,13 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+def dump(document: Mapping[str, Any]) -> str:
+    """Return a document as JSON, a line for each of its rows."""
+    rows = ",\n  ".join(json.dumps(row) for row in document["rows"])
+    head = json.dumps({key: value for key, value in document.items() if key != "rows"}, indent=1)
+    return f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
+
+
 def append(path: Path, row: Mapping[str, Any]) -> None:
     """Add a row to a JSON list of rows."""
     path.write_text(json.dumps([*load(path), row], indent=1))

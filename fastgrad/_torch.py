@@ -82,6 +82,23 @@ def unviewed(tensor: Tensor) -> Tensor:
     return own
 
 
+def without_subclasses() -> contextlib.AbstractContextManager[None]:
+    """While it lasts, operations treat tensors of Python's subclasses as ordinary ones.
+
+    Without, what a subclass does to run an operation would come back to it.
+    """
+    context: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return context
+
+
+def saves_elsewhere() -> bool:
+    """Whether tensors that autograd saves go through hooks, as those of a checkpoint, which computes them again.
+
+    Without, several gradients at once would meet functions of autograd in the middle of a backward pass.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def storage_key(tensor: Tensor) -> int:
     """Tells apart the memory of tensors, fake ones included, which have no address.
 
@@ -183,10 +200,19 @@ def flat_graph(
         carries: For each input, whether its dimension 0 is the batch, whose size becomes a symbol. It must be 2 at
             least: sizes 0 and 1 are special to the tracer.
         functional: Whether operations that write in place become ones that do not, as a loop's body needs them.
+
+    Raises:
+        ValueError: What runs depends on values, which a graph cannot follow.
     """
     from torch._dispatch.python import enable_python_dispatcher
+    from torch._subclasses.fake_tensor import DataDependentOutputException
     from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+    from torch.fx.experimental.symbolic_shapes import (
+        DimDynamic,
+        GuardOnDataDependentSymNode,
+        ShapeEnv,
+        StatelessSymbolicContext,
+    )
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
@@ -200,11 +226,17 @@ def flat_graph(
     inputs = [fake(tensor, batch) for tensor, batch in zip(tensors, carries, strict=True)]
     # Some operators compute shapes in C++, where a symbolic size would become a number; the dispatcher takes the
     # Python form. "real" here means: take the tensors as they are, which are fake ones already.
-    with mode, enable_python_dispatcher():
-        graph = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
-        if functional:
-            pure = torch.func.functionalize(graph)
-            graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+    try:
+        with mode, enable_python_dispatcher():
+            graph = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+            if functional:
+                pure = torch.func.functionalize(graph)
+                graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+    except (GuardOnDataDependentSymNode, DataDependentOutputException) as error:
+        raise ValueError(
+            "model must not choose what it computes by the values of its inputs where a graph of it is recorded; "
+            f"PyTorch says: {str(error).splitlines()[0]}"
+        ) from error
     return graph
 
 

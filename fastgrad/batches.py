@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -27,16 +27,29 @@ def batch_size(*trees: Any) -> int:
     raise ValueError("inputs must hold a tensor with the batch in dimension 0; there was none")
 
 
-def take(tree: Tree, index: Tensor | slice, samples: int) -> Tree:
-    """Some of the ``samples`` rows of every tensor that carries the batch; all else as it is."""
+def take(tree: Tree, index: Tensor | slice, samples: int, carriers: Sequence[bool] | None = None) -> Tree:
+    """Some rows of every tensor that carries the batch; all else as it is.
 
-    def some(t: Tensor) -> Tensor:
-        if t.dim() == 0 or t.shape[0] != samples:
-            return t
-        return t[index.to(t.device) if isinstance(index, Tensor) else index]
-
-    taken: Tree = pytree.tree_map_only(Tensor, some, tree)
+    Args:
+        tree: Inputs.
+        index: The rows.
+        samples: B.
+        carriers: For each leaf, whether it carries the batch; by default what has B rows does.
+    """
+    leaves, spec = pytree.tree_flatten(tree)
+    if carriers is None:
+        carriers = carrying(leaves, samples)
+    rows = [
+        leaf[index.to(leaf.device) if isinstance(index, Tensor) else index] if carries else leaf
+        for leaf, carries in zip(leaves, carriers, strict=True)
+    ]
+    taken: Tree = pytree.tree_unflatten(rows, spec)
     return taken
+
+
+def carrying(leaves: Sequence[object], samples: int) -> tuple[bool, ...]:
+    """For each leaf of inputs, whether it has ``samples`` rows."""
+    return tuple(isinstance(t, Tensor) and t.dim() > 0 and bool(t.shape[0] == samples) for t in leaves)
 
 
 def to_device(tree: Tree, device: torch.device) -> Tree:

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 import fastgrad
 from bench import results_file
-from bench.paper.data import sets
+from bench.detection.data import sets
 from fastgrad.metrics import auroc
 from fastgrad.plots import COLOURS, new_axes, save
 

@@ -56,7 +56,7 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
 
 
 def _efficientnet() -> nn.Module:
-    from bench.paper.data.photographs import network
+    from bench.detection.data.photographs import network
 
     return network()
 

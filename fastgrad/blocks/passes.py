@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgrad.batches import logits_of
 from fastgrad.blocks.subject import Subject
-from fastgrad.engine.backward import gather, send_back
+from fastgrad.engine.backward import backward_signals, order_by_parameter
 from fastgrad.engine.network import Network
 from fastgrad.engine.planning import Plan
 from fastgrad.engine.run import Reading, Run, Site
@@ -129,7 +129,7 @@ class Pass:
             assert self.plan is not None  # made because this block asks for it
             planned = [(site, probe) for site, probe in self.run.probes if site.parameters]
             values = [found[id(probe)] for _, probe in planned]
-            norms = gather(planned, values, self.plan.names, scale, self.samples)
+            norms = order_by_parameter(planned, values, self.plan.names, scale, self.samples)
         return Back(at, norms, scale, self.log)
 
     def image(self) -> Tensor:
@@ -164,5 +164,5 @@ class Pass:
         self._left.discard(signals)
         with torch.enable_grad():
             unit = (delta / scale).to(self._output.dtype)
-            found = send_back(self.run, self._output, unit, probes, keep=bool(self._left))
+            found = backward_signals(self.run, self._output, unit, probes, keep=bool(self._left))
         return scale, {id(probe): value for (_, probe), value in zip(probes, found, strict=True)}

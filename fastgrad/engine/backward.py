@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrad._torch import is_fake
-from fastgrad.engine.replayed import Replayed
+from fastgrad._torch import is_fake, is_traced
+from fastgrad.engine.replayed import FallbackSite, Replayed
 from fastgrad.engine.run import Run, Site
-from fastgrad.engine.tap import asking
+from fastgrad.engine.tap import requesting_norms
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.losses import compute_dtype
 
 Probes = Sequence[tuple[Site, Tensor]]
 
 
-def pull(
+def probe_grads(
     outputs: Sequence[Tensor],
     probes: Sequence[Tensor],
     gradients: Sequence[Tensor] | None,
+    unexpected: Sequence[tuple[str, Any]],
     *,
     batched: bool = False,
+    looped: bool = False,
     keep: bool | None = None,
 ) -> list[Tensor | None]:
     """The gradient of each probe; like `torch.autograd.grad`, but what is not asked for is not computed.
@@ -31,23 +34,45 @@ def pull(
         outputs: What is differentiated.
         probes: Probes of any runs; the pass goes back to the earliest of them and no further.
         gradients: One for each output; None for scalars.
+        unexpected: By name of a parameter, what no gradient may reach; see `Run.unexpected`.
         batched: Whether each has a leading dimension S of several gradients, which then go back together.
+        looped: Whether they go back one after the other all the same, see `looped`.
         keep: Whether to keep the graph for another call.
 
     Returns:
         ``(B, m)`` for each probe, ``(S, B, m)`` if batched; None where the outputs do not depend on it.
+
+    Raises:
+        ValueError: A gradient reaches what is unexpected.
     """
-    if not probes:
+    if not probes and not unexpected:
         return []
 
-    def back(grads: Sequence[Tensor] | None) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(outputs, probes, grads, retain_graph=keep, allow_unused=True)
+    def back(grads: Sequence[Tensor] | None) -> Sequence[Tensor | None]:
+        inputs = [*probes, *(tensor for _, tensor in unexpected)]
+        found = torch.autograd.grad(outputs, inputs, grads, retain_graph=keep, allow_unused=True)
+        for (name, _), gradient in zip(unexpected, found[len(probes) :], strict=True):
+            if gradient is not None:
+                raise ValueError(
+                    f"model must reach {name!r} through an attribute of one of its modules, and in every call as in "
+                    "the first; it used it from elsewhere (a closure, a global name) or handed it to a function of "
+                    "autograd where it was not used before"
+                )
+        return found[: len(probes)]
 
-    with asking(probes) as together:
+    with requesting_norms(probes):
         if not batched:
-            found = back(gradients)
-            waited = together.found()
-            return [waited.get(id(probe), g) for probe, g in zip(probes, found, strict=True)]
+            return list(back(gradients))
+        assert gradients is not None
+        count = gradients[0].shape[0]
+        if looped or count == 1:
+            rows = [
+                probe_grads(
+                    outputs, probes, [g[i] for g in gradients], unexpected, keep=keep or i < count - 1
+                )
+                for i in range(count)
+            ]
+            return [_stacked(column) for column in zip(*rows, strict=True)]
         reached: list[int] = []
 
         def some(*grads: Tensor) -> list[Tensor]:
@@ -55,12 +80,24 @@ def pull(
             reached.extend(found)
             return list(found.values())
 
-        assert gradients is not None
         values = dict(zip(reached, torch.func.vmap(some)(*gradients), strict=True))
         return [values.get(i) for i in range(len(probes))]
 
 
-def send_back(
+def looped(runs: Iterable[Run], sites: Sequence[Site], output: Tensor) -> bool:
+    """Whether several gradients must go back one after the other, where functorch's batched tensors cannot go.
+
+    They cannot be traced with a symbolic batch, nor where a replay differentiates; functions of autograd that a
+    checkpoint or a replay without ``vmap`` runs once more may not know them.
+    """
+    return (
+        any(is_symbolic(run.samples) or run.checkpointed for run in runs)
+        or any(isinstance(site, FallbackSite) and not site.vectorize for site in sites)
+        or (is_fake(output) and any(isinstance(site, Replayed) for site in sites))
+    )
+
+
+def backward_signals(
     run: Run, output: Tensor, gradients: Tensor, probes: Probes | None = None, *, keep: bool = False
 ) -> list[Tensor]:
     """Send S gradients of a run's output back to some of its sites.
@@ -81,17 +118,10 @@ def send_back(
     count = gradients.shape[0]
     if not output.requires_grad:
         return [probe.new_zeros(count, *probe.shape) for probe in wanted]
-    # Functorch's batched tensors cannot be traced with a symbolic batch, nor where a replay differentiates.
-    traced = is_symbolic(run.samples) or (
-        is_fake(output) and any(isinstance(site, Replayed) for site, _ in probes)
-    )
-    if count == 1 or traced:
-        found = []
-        for i, gradient in enumerate(gradients):
-            found.append(pull([output], wanted, [gradient], keep=keep or i < count - 1))
-        parts = [_stacked(column) for column in zip(*found, strict=True)]
-    else:
-        parts = pull([output], wanted, [gradients], batched=True, keep=keep)
+    # A graph that is recorded took the path of an ordinary call, and its tensors have no copies to tell apart.
+    unexpected = [] if is_traced() else run.unexpected
+    one_by_one = looped([run], [site for site, _ in probes], output)
+    parts = probe_grads([output], wanted, [gradients], unexpected, batched=True, looped=one_by_one, keep=keep)
     return [
         probe.new_zeros(count, *probe.shape) if part is None else part
         for part, probe in zip(parts, wanted, strict=True)
@@ -104,7 +134,7 @@ def _stacked(column: Sequence[Tensor | None]) -> Tensor | None:
     return None if not present else present[0].unsqueeze(0) if len(column) == 1 else torch.stack(present)
 
 
-def gather(
+def order_by_parameter(
     probes: Probes, found: Sequence[Tensor], names: Sequence[str], like: Tensor, samples: int
 ) -> Tensor:
     """Order the probes' gradients by parameter.

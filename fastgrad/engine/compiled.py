@@ -15,49 +15,61 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import pytree, require_cpp_compiler
-from fastgrad.engine.planning import Plan
 from fastgrad.engine.tracing import trace
 from fastgrad.ops.conv.sqnorm import opaque_ops
 
 #: Graphs kept. Inputs of ever new sizes are not worth a compilation each.
 GRAPHS = 16
 
-#: ``(args, kwargs) -> tensors``.
-Pass = Callable[[Any, Any], tuple[Tensor, ...]]
+#: ``(*inputs) -> tensors``.
+Pass = Callable[..., tuple[Tensor, ...]]
+#: Of plain attributes, the types of what a forward pass may choose its path by.
+_SWITCHES = frozenset((bool, int, float, str, type(None)))
 
 
 class CompiledPasses:
     """Compiles a pass at its first call on inputs of a size, and calls what it compiled from then on.
 
     A graph reads the model's tensors where they lie, so steps of an optimizer and ``load_state_dict`` change what it
-    computes; where tensors or modules were replaced, another one is compiled. What else modules hold, as numbers that
-    their forward passes use, is as it was at the first call.
+    computes; where tensors, modules, or numbers and names that modules hold were replaced, another one is compiled.
+    What a forward pass takes from elsewhere is as it was at the first call.
     """
 
     def __init__(self) -> None:
-        #: Plans beside graphs: as long as they are there, no other one has their identity.
-        self._graphs: OrderedDict[Any, tuple[Plan, Callable[..., Any]]] = OrderedDict()
+        #: What their keys name by id stands beside the graphs, so that nothing else has that id.
+        self._graphs: OrderedDict[Any, tuple[object, Callable[..., Any]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(
-        self, model: nn.Module, plan: Plan, function: Pass, args: Any, kwargs: Any
+        self, model: nn.Module, structure: object, make: Callable[[], Pass], inputs: Any
     ) -> tuple[Tensor, ...]:
-        """``function(args, kwargs)``, which is to use nothing but ``model``, by its ``plan``, and its arguments."""
-        leaves = pytree.tree_leaves((args, kwargs))
+        """Compile or find the graph of a pass, and call it.
+
+        Args:
+            model: The model.
+            structure: Stands for the model's modules and the structure of the inputs, by its identity.
+            make: Gives the pass that is to be compiled, which uses nothing but the model and the inputs.
+            inputs: The arguments of the pass.
+        """
+        leaves = pytree.tree_leaves(inputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         device = tensors[0].device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # The plan stands for the modules and for the structure of the inputs.
-        key = (id(plan), cast, torch.get_num_threads(), *map(_look, leaves), *_places(model))
+        switches = tuple(
+            value for module in model.modules() for value in vars(module).values() if type(value) in _SWITCHES
+        )
+        looks = tuple(map(_look, leaves))
+        key = (id(structure), cast, torch.get_num_threads(), switches, looks, *_places(model))
         with self._lock:
             if key not in self._graphs:
                 if device == "cpu":
                     require_cpp_compiler("compile=True")
+                function = make()
                 with opaque_ops():
-                    graph = trace(function, (args, kwargs), None)
+                    graph = trace(function, inputs, None)
                 # Norms of convolutions gather from channels first.
                 options: dict[str, Any] = {"layout_optimization": False}
-                self._graphs[key] = plan, torch.compile(graph, dynamic=False, options=options)
+                self._graphs[key] = structure, torch.compile(graph, dynamic=False, options=options)
             self._graphs.move_to_end(key)
             compiled = self._graphs[key][1]
             while len(self._graphs) > GRAPHS:

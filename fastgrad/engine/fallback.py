@@ -7,13 +7,14 @@ that is computed again, so their gradients add up before the norm is taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import pytree
+from fastgrad._torch import is_readable, pytree
 from fastgrad.engine.shadow import Shadow, ordinary
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
@@ -35,7 +36,9 @@ def replay_sqnorms(
     batched: Sequence[bool],
     gradients: Sequence[Tensor],
     samples: int,
+    outputs: Sequence[Tensor],
     *,
+    name: str = "",
     vectorize: bool = True,
     training: bool = False,
 ) -> Tensor:
@@ -50,12 +53,17 @@ def replay_sqnorms(
             sample by sample).
         gradients: Gradients of the floating-point outputs, batch in dimension 0 likewise.
         samples: B.
+        outputs: The outputs of the call, of which the replay must give every row again.
+        name: The module's name in messages.
         vectorize: Whether samples of a chunk run together under ``vmap``; else one after the other, for modules
             which ``vmap`` cannot take.
         training: Whether modules keep their own mode instead of evaluation mode.
 
     Returns:
         ``(B, len(parameters))``.
+
+    Raises:
+        ValueError: If a sample alone gives other outputs than in its batch.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     split = [
@@ -63,6 +71,7 @@ def replay_sqnorms(
         for value, is_batched in zip(leaves, batched, strict=True)
     ]
     split_gradients = [g.reshape(samples, -1, *g.shape[1:]) for g in gradients]
+    split_outputs = [out.reshape(samples, -1, *out.shape[1:]) for out in outputs]
     size = sum(p.numel() * p.element_size() for p in parameters)
     chunk = max(1, CHUNK_BYTES // max(1, size)) if vectorize else 1
     rows = []
@@ -75,8 +84,13 @@ def replay_sqnorms(
         ]
         grads = [g[part] for g in split_gradients]
         with torch.enable_grad():
-            found = _gradients(
+            again, found = _gradients(
                 module, parameters, local, spec, batched, grads, vectorize=vectorize, training=training
+            )
+        if not all(map(_agree, again, [out[part] for out in split_outputs])):
+            raise ValueError(
+                "model must treat the samples of a batch independently and alike each time; its module "
+                f"{name or type(module).__name__!r} gives other outputs for a sample alone than it gave for the batch"
             )
         rows.append(torch.stack([sqnorm(f) for f in upcast(*found)], 1))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -92,8 +106,8 @@ def _gradients(
     *,
     vectorize: bool,
     training: bool,
-) -> list[Tensor]:
-    """Gradients of all samples of a chunk, ``(B, *shape)`` each."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and gradients of all samples of a chunk, ``(B, *shape)`` each."""
     count = gradients[0].shape[0]
     wanted = [leaf(ordinary(p).unsqueeze(0).expand(count, *p.shape)) for p in parameters]
     tensors = [value for value, is_batched in zip(leaves, batched, strict=True) if is_batched]
@@ -112,8 +126,18 @@ def _gradients(
     else:
         outputs = [out.unsqueeze(0) for out in one([w[0] for w in wanted], [t[0] for t in tensors])]
     pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
+    again = [out.detach() for out in outputs]
     if not pairs:
-        return [torch.zeros_like(w) for w in wanted]
+        return again, [torch.zeros_like(w) for w in wanted]
     reached, at = zip(*pairs, strict=True)
     found = torch.autograd.grad(reached, wanted, at, allow_unused=True)
-    return [torch.zeros_like(w) if f is None else f for f, w in zip(found, wanted, strict=True)]
+    return again, [torch.zeros_like(w) if f is None else f for f, w in zip(found, wanted, strict=True)]
+
+
+def _agree(again: Tensor, output: Tensor) -> bool:
+    """Whether two computations of one output differ by rounding at most: in half of its digits."""
+    if not is_readable(again, output) or again.numel() == 0:
+        return True
+    tolerance = math.sqrt(torch.finfo(output.dtype).eps)
+    again, output = (t.double().nan_to_num() for t in (again, output.reshape(again.shape)))
+    return bool((again - output).abs().max() <= tolerance * output.abs().max())

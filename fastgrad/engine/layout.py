@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-#: Samples that a network is watched on. Only the gradient of the middle one is sent back, so wherever it arrives
-#: shows the place of a sample's numbers in that tensor.
-SAMPLES = 3
-_MIDDLE = 1
+#: Samples that a network is watched on. Only the gradient of one is sent back, so wherever it arrives shows the place
+#: of a sample's numbers in that tensor. Of four, the second is not where a reversed batch has it, and has samples
+#: before and behind it, into which a model that mixes them would carry its gradient.
+SAMPLES = 4
+CHOSEN = 1
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,14 @@ class Layout:
     kind: Literal["plain", "folded", "moved", "single"]
     dim: int = 0
 
+    def holds(self, x: Tensor, samples: int) -> bool:
+        """Whether ``x`` may hold that many samples there."""
+        if self.kind == "single":
+            return bool(x.shape[0] == 1)
+        if self.kind == "folded":
+            return bool(x.shape[0] % samples == 0)
+        return bool(x.shape[self.dim] == samples)
+
     def batch_first(self, x: Tensor, samples: int) -> Tensor:
         """``x`` as a tensor with the batch in dimension 0, further rows of a sample in dimension 1."""
         if self.kind == "folded":
@@ -36,18 +45,27 @@ class Layout:
         return x
 
 
-def find_layout(shape: tuple[int, ...], other: tuple[int, ...], gradient: Tensor | None) -> Layout | None:
-    """Place of the batch from a tensor's shapes at three and two samples and the middle sample's gradient."""
+def find_layout(
+    shape: tuple[int, ...], other: tuple[int, ...], gradient: Tensor | None, samples: int
+) -> Layout | None:
+    """Where the batch lies in a tensor.
+
+    Args:
+        shape: Its shape at ``samples`` samples.
+        other: Its shape at one sample less.
+        gradient: Its gradient when that of the chosen sample is sent back.
+        samples: At least 2.
+    """
     if len(shape) != len(other) or not shape:
         return None
-    changed = [d for d, (three, two) in enumerate(zip(shape, other, strict=True)) if three != two]
+    changed = [d for d, (more, less) in enumerate(zip(shape, other, strict=True)) if more != less]
     if not changed:
         return Layout("single") if shape[0] == 1 and len(shape) > 1 else None
     if len(changed) > 1:
         return None
     dim = changed[0]
-    rows, remainder = divmod(shape[dim], SAMPLES)
-    if remainder or other[dim] != rows * (SAMPLES - 1):
+    rows, remainder = divmod(shape[dim], samples)
+    if remainder or other[dim] != rows * (samples - 1):
         return None
     if gradient is not None and not _block_only(gradient, dim, rows):
         return None
@@ -57,21 +75,27 @@ def find_layout(shape: tuple[int, ...], other: tuple[int, ...], gradient: Tensor
 
 
 def _block_only(gradient: Tensor, dim: int, rows: int) -> bool:
-    """Whether the gradient vanishes outside the middle sample's rows of one dimension."""
+    """Whether the gradient vanishes outside the chosen sample's rows of one dimension."""
     outside = gradient.detach().clone()
-    outside.narrow(dim, _MIDDLE * rows, rows).zero_()
+    outside.narrow(dim, CHOSEN * rows, rows).zero_()
     return not bool(outside.any())
 
 
-def middle_row(out: Tensor, fewer: Tensor) -> Tensor | None:
-    """A fixed gradient for the middle of three samples; None for an output without the batch."""
-    layout = find_layout(tuple(out.shape), tuple(fewer.shape), None)
+def probe_cotangent(out: Tensor, fewer: Tensor, samples: int) -> Tensor | None:
+    """A fixed gradient for the chosen sample of an output; None for an output without the batch.
+
+    Args:
+        out: The output at ``samples`` samples.
+        fewer: The output at one sample less.
+        samples: At least 2.
+    """
+    layout = find_layout(tuple(out.shape), tuple(fewer.shape), None, samples)
     if layout is None or layout.kind == "single":
         return None
-    rows = out.shape[layout.dim] // SAMPLES
+    rows = out.shape[layout.dim] // samples
     pattern = torch.cos(torch.arange(out.numel(), device=out.device, dtype=torch.float64) * 1.7 + 0.3)
     keep = torch.zeros(out.shape[layout.dim], device=out.device, dtype=torch.float64)
-    keep.narrow(0, _MIDDLE * rows, rows).fill_(1)
+    keep.narrow(0, CHOSEN * rows, rows).fill_(1)
     shape = [1] * out.dim()
     shape[layout.dim] = -1
     return (pattern.reshape(out.shape) * keep.reshape(shape)).to(out.dtype)

@@ -1,31 +1,59 @@
-"""A network with its plans: choosing routes once per structure of inputs, running forward passes with probes."""
+"""A network with its plans: choosing routes once per path that it takes, running forward passes with probes."""
 
 from __future__ import annotations
 
-import contextlib
+import enum
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import attend_alike, pytree
+from fastgrad._torch import attend_alike, is_traced, pytree
 from fastgrad.batches import take
-from fastgrad.engine.backward import gather, pull
+from fastgrad.engine.backward import order_by_parameter, probe_grads
+from fastgrad.engine.carriers import find_carriers
 from fastgrad.engine.fallback import floating
-from fastgrad.engine.layout import SAMPLES, find_layout, middle_row
+from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.engine.observing import Observation
+from fastgrad.engine.path import Sentinel, watched
 from fastgrad.engine.planning import Caution, Plan, Planner, Route
 from fastgrad.engine.replayed import NotRepeatableError
-from fastgrad.engine.run import Reading, Run, Site, random_states, set_random_states
+from fastgrad.engine.run import OffPlanError, Reading, Run, Site
 from fastgrad.engine.shadow import Shadow, ordinary
+from fastgrad.engine.state import Snapshot, undone
 
-_PLANS_KEPT = 16
+#: Structures of inputs whose plans are kept, and plans kept for one: paths that no single plan serves.
+_STRUCTURES_KEPT = 16
+_PLANS_KEPT = 4
+
+
+@dataclass(eq=False)
+class Known:
+    """What is known of a model for inputs of one structure.
+
+    Attributes:
+        training: Whether a module runs in training mode.
+        names: The wanted parameters, names by id.
+        parts: The model's modules and parameters. As long as all live, their ids are theirs.
+        originals: The wanted parameters, by name.
+        carriers: For each leaf of the inputs, whether it carries the batch.
+        sentinels: By name, the id of a parameter and what may stand in for it.
+        plans: Most recently used first.
+    """
+
+    training: bool
+    names: dict[int, str]
+    parts: list[weakref.ref[Any]]
+    originals: dict[str, weakref.ref[nn.Parameter]]
+    carriers: tuple[bool, ...]
+    sentinels: dict[str, tuple[int, Sentinel]]
+    plans: list[Plan] = field(default_factory=list)
 
 
 class Network:
@@ -45,7 +73,7 @@ class Network:
     ) -> None:
         self._model = weakref.ref(model)
         self.names, self.tensors = names or self._all_names, tensors
-        self._plans: OrderedDict[Any, Plan] = OrderedDict()
+        self._known: OrderedDict[Any, Known] = OrderedDict()
         self._lock = threading.Lock()
         keep_freed_memory()
 
@@ -71,29 +99,21 @@ class Network:
         Raises:
             ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
         """
-        names, modules = self.names(), list(self.model.modules())
-        modes = tuple(module.training and training for module in modules)
-        key = (_structure(args, kwargs), tuple(map(id, modules)), tuple(names.items()), modes)
+        known = self._structure(args, kwargs, samples, training=training)
         with self._lock:
-            plan = self._plans.get(key)
-        if plan is None:
-            with torch.enable_grad():
-                plan = self._make_plan(names, args, kwargs, samples, training=any(modes))
-            with self._lock:
-                self._plans[key] = plan
-                while len(self._plans) > _PLANS_KEPT:
-                    self._plans.popitem(last=False)
+            if known.plans:
+                return known.plans[0]
+        plan = self._make_plan(known, args, kwargs, samples)
+        self._keep(known, plan)
         return plan
 
     def routes(self) -> list[Route]:
         """Routes of the latest plan; RuntimeError where there is none yet."""
         with self._lock:
-            if not self._plans:
-                raise RuntimeError(
-                    "a report needs one call first: routes depend on the structure of the inputs"
-                )
-            plan = next(reversed(self._plans.values()))
-        return [plan.routes[name] for name in plan.names]
+            plans = [plan for known in reversed(self._known.values()) for plan in known.plans]
+        if not plans:
+            raise RuntimeError("a report needs one call first: routes depend on the structure of the inputs")
+        return [plans[0].routes[name] for name in plans[0].names]
 
     def forward(
         self,
@@ -109,10 +129,12 @@ class Network:
     ) -> Any:
         """One forward pass of a private copy, with probes and readings.
 
+        Where the pass leaves its plan, another plan is taken or made, and the pass begins again.
+
         Args:
             plan: The plan for inputs of this structure; None for a pass without its sites, which needs no
                 observation and no trial.
-            run: Takes up the probes and readings.
+            run: Takes up the probes and readings, and the plan that the pass kept to.
             args: Positional inputs.
             kwargs: Inputs by keyword.
             sites: Further places where numbers are to leave the backward pass; any site turns gradients on.
@@ -122,119 +144,261 @@ class Network:
 
         Raises:
             RuntimeError: If a module that was to be read was not called.
+            ValueError: If no plan holds for the path that the pass takes.
         """
+
+        def run_by(plan: Plan | None) -> Any:
+            return self._pass(plan, run, args, kwargs, sites, readings, parameter, training=training)
+
+        if plan is None:
+            return run_by(None)
+        known = plan.known
+        assert known is not None
+        before = Snapshot(self.model, training=training)
+        versions = [t._version for t in _tensors(args, kwargs)]
+        tried: list[Plan] = []
+        # The few samples that a plan is tried on may take another path than the batch.
+        attempts = iter((False, True))
+        while True:
+            try:
+                output = run_by(plan)
+            except OffPlanError:
+                pass
+            except Exception:
+                if run.left is None:
+                    raise
+            if run.left is None:
+                self._keep(known, plan)
+                return output
+            if is_traced():
+                raise ValueError(
+                    f"model must take the path of an ordinary call while its graph is recorded; it {run.left.reason}"
+                )
+            before.restore()
+            if [t._version for t in _tensors(args, kwargs)] != versions:
+                raise ValueError(
+                    "model must not write to its inputs in a call whose path was not seen before; it "
+                    f"{run.left.reason}. Make the same call again with the inputs as they were"
+                )
+            tried.append(plan)
+            left = run.left
+            failed = [other.sites for other in tried]
+            plan = next((other for other in known.plans if other.sites not in failed), None)
+            while plan is None:
+                whole = next(attempts, None)
+                if whole is None:
+                    raise ValueError(
+                        "model must take the same path each time it is given the same inputs; a call that was planned "
+                        f"on its own {run.samples} samples and one more {left.reason}"
+                    )
+                made = self._make_plan(known, args, kwargs, run.samples, older=tried[0], whole=whole)
+                plan = None if made.sites in failed else made
+
+    def _pass(
+        self,
+        plan: Plan | None,
+        run: Run,
+        args: Any,
+        kwargs: Any,
+        sites: Sequence[Site],
+        readings: Sequence[Reading],
+        parameter: Callable[[nn.Parameter], Tensor],
+        *,
+        training: bool,
+    ) -> Any:
+        """One try at a forward pass."""
+        run.begin(plan)
         shadow = Shadow(self.model, parameter, training=training)
         if not training:
             for copy in shadow.modules.values():
                 attend_alike(copy)
+        known = None if plan is None else plan.known
+        calls = {} if plan is None else plan.calls
         # Of two hooks on a module the one attached later runs earlier. The plan's may replace what autograd recorded
         # of a layer, so they come before other sites; readings come first of all, to read what the module returned.
         tapped: tuple[Site, ...] = (*sites, *(() if plan is None else plan.sites))
         places: tuple[Site | Reading, ...] = (*tapped, *readings)
-        with torch.set_grad_enabled(bool(tapped) or torch.is_grad_enabled()):
+        with (
+            torch.set_grad_enabled(plan is not None or bool(tapped) or torch.is_grad_enabled()),
+            watched(run, shadow, calls, {} if known is None else known.sentinels),
+        ):
             for place in places:
                 place.attach(run, shadow)
             output = shadow.root(*args, **kwargs)
+        if known is not None and parameter is ordinary:
+            originals = ((name, original()) for name, original in known.originals.items())
+            run.unexpected += [(name, p) for name, p in originals if p is not None and p.requires_grad]
+        if parameter is not ordinary and run.left is None:
+            shadow.write_back()
         for reading in readings:
-            if reading not in run.readings:
+            if reading not in run.readings and run.left is None:
                 raise RuntimeError(f"the forward pass did not call {reading.path!r}, which was to be read")
         return output
 
+    def _structure(self, args: Any, kwargs: Any, samples: int, *, training: bool) -> Known:
+        """What is known for inputs of this structure, and of a model with these modules and modes."""
+        names, modules = self.names(), list(self.model.modules())
+        modes = tuple(module.training and training for module in modules)
+        key = (_kind(args, kwargs, samples), tuple(map(id, modules)), tuple(names.items()), modes)
+        with self._lock:
+            known = self._known.get(key)
+            if known is not None and all(part() is not None for part in known.parts):
+                self._known.move_to_end(key)
+                return known
+        parameters = {id(p): p for p in self.model.parameters()}
+        known = Known(
+            any(modes),
+            names,
+            [weakref.ref(part) for part in (*modules, *parameters.values())],
+            {name: weakref.ref(parameters[i]) for i, name in names.items()},
+            find_carriers(self.model, args, kwargs, samples, self.tensors),
+            {name: (i, Sentinel.of(parameters[i], name)) for i, name in names.items()},
+        )
+        with self._lock:
+            self._known[key] = known
+            while len(self._known) > _STRUCTURES_KEPT:
+                self._known.popitem(last=False)
+        return known
+
+    def _keep(self, known: Known, plan: Plan) -> None:
+        """Have ``plan`` be the first to be tried."""
+        if known.plans and known.plans[0] is plan:
+            return
+        with self._lock:
+            known.plans[:] = [plan, *(other for other in known.plans if other is not plan)][:_PLANS_KEPT]
+
     def _make_plan(
-        self, names: dict[int, str], args: Any, kwargs: Any, samples: int, *, training: bool
+        self,
+        known: Known,
+        args: Any,
+        kwargs: Any,
+        samples: int,
+        *,
+        older: Plan | None = None,
+        whole: bool = False,
     ) -> Plan:
-        index = torch.arange(SAMPLES) % samples
-        three = take((args, kwargs), index, samples)
-        two = take((args, kwargs), index[: SAMPLES - 1], samples)
-        with_two = Observation(self.model, two)
-        observation = Observation(self.model, three, with_two)
-        planner = Planner(observation, names)
-        if training:
-            # What may be used is planned in evaluation mode, which skips no layer by chance. Whether it holds is seen
-            # in the mode that will run, with the same random numbers as the trial.
-            with _undone(self.model):
-                with_two = Observation(self.model, two, training=True)
-            with _undone(self.model):
-                observation = Observation(self.model, three, training=True)
-        outputs, fewer = self.tensors(observation.output), self.tensors(with_two.output)
-        found = [middle_row(out, two_out) for out, two_out in zip(outputs, fewer, strict=True)]
-        if all(row is None for row in found):
-            raise ValueError(
-                "model must return a floating-point tensor that carries the batch; it returned none"
-            )
-        rows = [
-            torch.zeros_like(out) if row is None else row for out, row in zip(outputs, found, strict=True)
-        ]
-        truth = observation.backward(outputs, rows)
-        caution: Caution | None = Caution()
-        # Each turn gives up more of what may fail, of which there is finitely much.
-        while caution is not None:
-            plan = planner.plan(caution)
-            try:
-                with _undone(self.model) if training else contextlib.nullcontext():
-                    features = self._trial(plan, three, rows, training=training)
-            except NotRepeatableError:
-                raise
-            except Exception:
-                # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
-                caution = caution.after_error(plan)
-                if caution is None:
-                    raise
-                continue
-            wrong = _disagreeing(plan, features, truth)
-            if not wrong:
-                layouts = (
-                    find_layout(tuple(out.shape), tuple(two_out.shape), None)
-                    for out, two_out in zip(outputs, fewer, strict=True)
+        """A plan that agreed with autograd on a few samples of the inputs.
+
+        Args:
+            known: What is known of the model for inputs of this structure.
+            args: Positional inputs.
+            kwargs: Inputs by keyword.
+            samples: B.
+            older: A plan that serves parameters which the new path does not use.
+            whole: Whether to take all samples, and one of them twice.
+
+        Raises:
+            ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
+        """
+        count = samples + 1 if whole else SAMPLES
+        index = torch.arange(count) % samples
+        inputs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
+        more, less = (take(inputs, i, samples, known.carriers) for i in (index, index[:-1]))
+        training = known.training
+        with torch.enable_grad():
+            with undone(self.model):
+                fewer = Observation(self.model, less, count - 1)
+            with undone(self.model):
+                observation = Observation(self.model, more, count, fewer)
+            planners = [Planner(observation, known.names)]
+            if training:
+                # What may be used is planned in evaluation mode, which skips no layer by chance. Whether it holds is
+                # seen in the mode that will run, with the same random numbers as the trial.
+                with undone(self.model):
+                    fewer = Observation(self.model, less, count - 1, training=True)
+                with undone(self.model):
+                    observation = Observation(self.model, more, count, fewer, training=True)
+                planners.append(Planner(observation, known.names))
+            outputs, at_less = self.tensors(observation.output), self.tensors(fewer.output)
+            found = [probe_cotangent(out, other, count) for out, other in zip(outputs, at_less, strict=True)]
+            if all(row is None for row in found):
+                raise ValueError(
+                    "model must return a floating-point tensor that carries the batch; it returned none"
                 )
-                return replace(plan, outputs=tuple(layouts))
-            caution = caution.after_disagreement(wrong)
+            rows = [
+                torch.zeros_like(out) if row is None else row for out, row in zip(outputs, found, strict=True)
+            ]
+            truth = observation.backward(outputs, rows)
+            layouts = tuple(
+                find_layout(tuple(out.shape), tuple(other.shape), None, count)
+                for out, other in zip(outputs, at_less, strict=True)
+            )
+            caution: Caution | None = Caution()
+            # Each turn gives up more of what may fail, of which there is finitely much.
+            while caution is not None:
+                plan = planners[0].plan(caution)
+                for planner in planners[1:]:
+                    idle = [name for name in plan.names if plan.routes[name].route == "zero"]
+                    plan = plan.joined(planner.plan(caution, idle))
+                plan = replace(plan, outputs=layouts, known=known)
+                try:
+                    with undone(self.model):
+                        features = self._trial(plan, more, count, rows, training=training)
+                except NotRepeatableError:
+                    raise
+                except OffPlanError as error:
+                    wrong = frozenset(error.parameters)
+                    caution = caution.after_disagreement(wrong)
+                    continue
+                except Exception:
+                    # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
+                    caution = caution.after_error(plan)
+                    if caution is None:
+                        raise
+                    continue
+                wrong = _disagreeing(plan, features, truth)
+                if not wrong:
+                    return plan if older is None else plan.joined(older)
+                caution = caution.after_disagreement(wrong)
         raise ValueError(
             "model must treat the samples of a batch independently, alike each time: squared norms of "
             f"{', '.join(sorted(wrong))} disagree with autograd"
         )
 
-    def _trial(self, plan: Plan, inputs: Any, rows: Sequence[Tensor], *, training: bool) -> Tensor:
-        """Squared norms ``(3, P)`` as the plan finds them."""
-        run = Run(SAMPLES)
-        outputs = self.tensors(self.forward(plan, run, *inputs, training=training))
+    def _trial(
+        self, plan: Plan, inputs: Any, samples: int, rows: Sequence[Tensor], *, training: bool
+    ) -> Tensor:
+        """Squared norms ``(B, P)`` as the plan finds them."""
+        run = Run(samples)
+        output = self._pass(plan, run, inputs[0], inputs[1], (), (), ordinary, training=training)
+        if run.left is not None:
+            raise run.left
+        outputs = self.tensors(output)
         pairs = [(out, row) for out, row in zip(outputs, rows, strict=True) if out.requires_grad]
         probes = [probe for _, probe in run.probes] if pairs else []
-        norms = pull([out for out, _ in pairs], probes, [row for _, row in pairs])
+        norms = probe_grads([out for out, _ in pairs], probes, [row for _, row in pairs], [])
         found = [
             (torch.zeros_like(probe) if value is None else value).unsqueeze(0)
             for probe, value in zip(probes, norms, strict=True)
         ]
-        return gather(run.probes[: len(found)], found, plan.names, outputs[0].detach()[None], SAMPLES)[0]
+        return order_by_parameter(
+            run.probes[: len(found)], found, plan.names, outputs[0].detach()[None], samples
+        )[0]
 
 
-@contextlib.contextmanager
-def _undone(model: nn.Module) -> Iterator[None]:
-    """Take back the random numbers that a forward pass in training mode draws, and what it does to buffers."""
-    states = random_states(model)
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        set_random_states(model, states)
-        with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    """The inputs that a pass may write to, where that can be seen."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
-def _structure(args: Any, kwargs: Any) -> Any:
-    """What a plan depends on: the structure of the inputs, not their sizes."""
+def _kind(args: Any, kwargs: Any, samples: int) -> Any:
+    """What a plan depends on: the structure of the inputs, not their sizes; switches, not numbers."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     kinds = tuple(
-        (leaf.dim(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves
+        (leaf.dim(), leaf.dtype, leaf.device, leaf.dim() > 0 and bool(leaf.shape[0] == samples))
+        if isinstance(leaf, Tensor)
+        else leaf
+        if isinstance(leaf, (bool, str, enum.Enum, type(None)))
+        else type(leaf)
+        for leaf in leaves
     )
     devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
     return str(spec), kinds, tuple(torch.is_autocast_enabled(device) for device in sorted(devices))
 
 
 def _disagreeing(plan: Plan, features: Tensor, truth: dict[str, Tensor]) -> frozenset[str]:
-    """Parameters whose squared norms are not those of the middle sample's true gradient."""
+    """Parameters whose squared norms are not those of the chosen sample's true gradient."""
     dtype, zero = features.dtype, features.new_zeros(())
     true = torch.stack(
         [truth[name].to(dtype).square().sum() if name in truth else zero for name in plan.names]
@@ -245,6 +409,6 @@ def _disagreeing(plan: Plan, features: Tensor, truth: dict[str, Tensor]) -> froz
     tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
     floor = (1e3 * precision) ** 2 * true.max()
     expected = torch.zeros_like(features)
-    expected[1] = true
+    expected[CHOSEN] = true
     wrong = ~((features - expected).abs() <= tolerance * expected + floor).all(0)
     return frozenset(name for name, bad in zip(plan.names, wrong.tolist(), strict=True) if bad)

@@ -1,7 +1,7 @@
 """Watching a network: which module calls use which parameter, and where in their tensors the batch lies.
 
-It runs once on three samples and once on two, and what changes between them is the batch. One gradient, that of the
-middle sample, is sent back.
+It runs once on some samples and once on one less, and what changes between them is the batch. One gradient, that of a
+chosen sample, is sent back.
 """
 
 from __future__ import annotations
@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import pytree
-from fastgrad.engine.layout import SAMPLES, Layout, find_layout
+from fastgrad.engine.layout import Layout, find_layout
+from fastgrad.engine.path import broadcasts
+from fastgrad.engine.rows import Rows
 from fastgrad.engine.shadow import Shadow, attach, ordinary
-
-# Functions that broadcast a parameter over the batch, by name without underscores.
-_BROADCASTING = frozenset(
-    {"add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "div", "expand"}
-)
 
 
 @dataclass
@@ -39,7 +36,8 @@ class Call:
         ordinal: How many calls of the module came before.
         inputs: Shape of every leaf of its inputs, None for what is no tensor.
         outputs: Shapes of its floating-point outputs.
-        gradients: Of outputs, by their number, the gradient of the middle sample, once that was sent back.
+        gradients: Of outputs, by their number, the gradient of the chosen sample, once that was sent back.
+        gathered: Whether rows of inputs or outputs were gathered, see `fastgrad.engine.rows`.
     """
 
     index: int
@@ -51,16 +49,23 @@ class Call:
     inputs: list[tuple[int, ...] | None]
     outputs: list[tuple[int, ...]] = field(default_factory=list)
     gradients: dict[int, Tensor] = field(default_factory=dict)
+    gathered: bool = False
 
 
 class _Uses(TorchFunctionMode):
     """Notes which calls hand a parameter to a differentiable function."""
 
     def __init__(
-        self, parameters: dict[int, str], originals: dict[int, str], current: Callable[[], int]
+        self,
+        parameters: dict[int, str],
+        originals: dict[int, str],
+        current: Callable[[], int],
+        rows: Rows,
+        samples: int,
     ) -> None:
         super().__init__()
         self.parameters, self.originals, self.current = parameters, originals, current
+        self.rows, self.samples = rows, samples
         #: Parameters of the user's model that were used themselves, not through its copy.
         self.bypassed: set[str] = set()
         self.uses: dict[str, set[int]] = {name: set() for name in parameters.values()}
@@ -76,13 +81,14 @@ class _Uses(TorchFunctionMode):
         tensors = [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
         if tensors:
             self.bypassed |= {self.originals[id(leaf)] for leaf in leaves if id(leaf) in self.originals}
-        if found and any(r.requires_grad for r in tensors):
-            broadcast = getattr(func, "__name__", "").strip("_") in _BROADCASTING and result.shape[:1] == (
-                SAMPLES,
-            )
+        gathered = bool(found) and self.rows.gathered((args, kwargs))
+        self.rows.note(func, args, kwargs or {}, result)
+        if found and tensors:
+            broadcast = broadcasts(func, result, self.samples) and not gathered
             for name in found:
-                self.uses[name].add(self.current())
                 self.ranks[name].add(result.dim() if broadcast else None)
+                if any(r.requires_grad for r in tensors):
+                    self.uses[name].add(self.current())
         return result
 
 
@@ -92,6 +98,7 @@ class Observation:
     Args:
         model: The user's model; only read.
         inputs: Its positional inputs and those by keyword.
+        samples: How many they hold.
         fewer: What it does with one of the samples less; what differs is the batch.
         training: Whether modules keep their own mode instead of evaluation mode.
 
@@ -110,6 +117,7 @@ class Observation:
         self,
         model: nn.Module,
         inputs: tuple[Any, Any],
+        samples: int,
         fewer: Observation | None = None,
         *,
         training: bool = False,
@@ -117,6 +125,8 @@ class Observation:
         self.calls: list[Call] = []
         self.parameters: dict[str, Tensor] = {}
         self.bytes = 0
+        self.samples = samples
+        self._rows = Rows(inputs)
         self._stack: list[int] = []
         self._times: Counter[str] = Counter()
         self._fewer = {} if fewer is None else {(call.path, call.ordinal): call for call in fewer.calls}
@@ -135,7 +145,11 @@ class Observation:
         shadow = Shadow(model, leaf, training=training)
         for path, original in model.named_modules():
             self._watch(original, shadow.modules[id(original)], path)
-        with torch.enable_grad(), _Uses(tracked, names, lambda: self._stack[-1]) as uses:
+
+        def current() -> int:
+            return self._stack[-1] if self._stack else -1
+
+        with torch.enable_grad(), _Uses(tracked, names, current, self._rows, samples) as uses:
             self.output = shadow.root(*inputs[0], **inputs[1])
         self.uses, self.ranks, self.bypassed = uses.uses, uses.ranks, uses.bypassed
 
@@ -148,11 +162,13 @@ class Observation:
                 for leaf in pytree.tree_leaves((args, kwargs))
             ]
             self.calls.append(Call(index, original, copy, path, parent, self._times[path], inputs))
+            self.calls[-1].gathered = self._rows.gathered((args, kwargs))
             self._times[path] += 1
             self._stack.append(index)
 
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = self.calls[self._stack.pop()]
+            call.gathered = call.gathered or self._rows.gathered(output)
             for tensor in pytree.tree_leaves(output):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     position = len(call.outputs)
@@ -170,11 +186,13 @@ class Observation:
         call.gradients[position] = gradient if known is None else known + gradient
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Send the middle sample's gradient back; returns its true gradient of every parameter."""
+        """Send the chosen sample's gradient back; returns its true gradient of every parameter."""
         leaves = {n: p for n, p in self.parameters.items() if p.requires_grad}
-        if not leaves or not any(out.requires_grad for out in outputs):
+        pairs = [(out, row) for out, row in zip(outputs, gradients, strict=True) if out.requires_grad]
+        if not leaves or not pairs:
             return {}
-        found = torch.autograd.grad(outputs, list(leaves.values()), gradients, allow_unused=True)
+        reached, at = zip(*pairs, strict=True)
+        found = torch.autograd.grad(reached, list(leaves.values()), at, allow_unused=True)
         return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
     def once(self, call: Call) -> bool:
@@ -199,8 +217,8 @@ class Observation:
         if other is None or len(other.outputs) != len(call.outputs):
             return [None]
         return [
-            find_layout(shape, two, call.gradients.get(i))
-            for i, (shape, two) in enumerate(zip(call.outputs, other.outputs, strict=True))
+            find_layout(shape, less, call.gradients.get(i), self.samples)
+            for i, (shape, less) in enumerate(zip(call.outputs, other.outputs, strict=True))
         ]
 
     def batched_leaves(self, call: Call) -> tuple[bool, ...] | None:
@@ -209,11 +227,11 @@ class Observation:
         if other is None or len(call.inputs) != len(other.inputs):
             return None
         flags = []
-        for three, two in zip(call.inputs, other.inputs, strict=True):
-            if three is None or two is None or three == two:
+        for more, less in zip(call.inputs, other.inputs, strict=True):
+            if more is None or less is None or more == less:
                 flags.append(False)
                 continue
-            layout = find_layout(three, two, None)
+            layout = find_layout(more, less, None, self.samples)
             if layout is None or layout.kind not in ("plain", "folded"):
                 return None
             flags.append(True)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from fastgrad._torch import BatchNorm
 from fastgrad.engine.layout import Layout
-from fastgrad.engine.observing import Call, Observation
+from fastgrad.engine.observing import Observation
 from fastgrad.engine.replayed import FallbackSite, ReplaySite
 from fastgrad.engine.sites import BroadcastSite, LayerSite
 from fastgrad.layers.registry import ReplayRule, find_rule
+
+if TYPE_CHECKING:
+    from fastgrad.engine.network import Known
 
 PlannedSite = LayerSite | ReplaySite | FallbackSite | BroadcastSite
 
@@ -39,6 +45,7 @@ class Plan:
         bypassed: Names of those parameters that the model used from elsewhere than its modules' attributes: a copy
             of the modules does not see that.
         outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
+        known: What else is known of the model for inputs of this structure.
     """
 
     names: tuple[str, ...]
@@ -47,6 +54,37 @@ class Plan:
     bytes_per_element: float
     bypassed: tuple[str, ...]
     outputs: tuple[Layout | None, ...] = ()
+    known: Known | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def carriers(self) -> tuple[bool, ...]:
+        """For each leaf of the inputs, whether it carries the batch."""
+        assert self.known is not None
+        return self.known.carriers
+
+    @functools.cached_property
+    def calls(self) -> dict[str, str | None]:
+        """By name, the module in whose one call a parameter is used, None for no use at all.
+
+        Those used throughout the model's call, and those that are broadcast, are left out.
+        """
+        found: dict[str, str | None] = dict.fromkeys(self.names)
+        for site in self.sites:
+            for name in site.parameters:
+                if isinstance(site, BroadcastSite) or not site.path:
+                    found.pop(name, None)
+                else:
+                    found[name] = site.path
+        return found
+
+    def joined(self, other: Plan) -> Plan:
+        """This plan, with the sites of ``other`` for parameters that this one takes for unused."""
+        idle = {name for name in self.names if self.routes[name].route == "zero"}
+        sites = [_restricted(site, idle) for site in other.sites if not idle.isdisjoint(site.parameters)]
+        if not sites:
+            return self
+        routes = self.routes | {name: other.routes[name] for name in idle}
+        return replace(self, sites=tuple(_outermost([*self.sites, *sites], routes)), routes=routes)
 
 
 @dataclass(frozen=True)
@@ -56,11 +94,13 @@ class Caution:
     Attributes:
         broadcast: Whether parameters that are broadcast may get one copy per sample. A model that looks at their
             shape may not bear it.
+        single: Whether an output whose dimension 0 has size 1 may be broadcast over the batch.
         looped: Paths of modules which ``vmap`` cannot take.
         rooted: Parameters that must take the fallback at the model itself.
     """
 
     broadcast: bool = True
+    single: bool = True
     looped: frozenset[str] = frozenset()
     rooted: frozenset[str] = frozenset()
 
@@ -68,6 +108,8 @@ class Caution:
         """The next step after the trial of ``plan`` raised; None if nothing that may raise is left."""
         if any(isinstance(site, BroadcastSite) for site in plan.sites):
             return replace(self, broadcast=False)
+        if any(isinstance(site, LayerSite) and site.layout.kind == "single" for site in plan.sites):
+            return replace(self, single=False)
         mapped = {site.path for site in plan.sites if isinstance(site, FallbackSite) and site.vectorize}
         return replace(self, looped=self.looped | mapped) if mapped else None
 
@@ -109,17 +151,18 @@ class Planner:
     def __init__(self, observation: Observation, names: dict[int, str]) -> None:
         self.seen, self.names = observation, names
 
-    def plan(self, caution: Caution) -> Plan:
-        """Choose a route for every wanted parameter.
+    def plan(self, caution: Caution, names: Iterable[str] | None = None) -> Plan:
+        """Choose a route for every wanted parameter, or for those of ``names``; the others count as unused.
 
         Raises:
             ValueError: If no part of the model that uses a parameter treats samples independently.
         """
         sites: dict[object, PlannedSite] = {}
         routes: dict[str, Route] = {}
+        chosen = set(self.names.values() if names is None else names)
         for name in self.names.values():
             # One that training mode alone uses has come to the fallback by a trial in that mode.
-            if not self.seen.uses[name] and name not in caution.rooted:
+            if name not in chosen or (not self.seen.uses[name] and name not in caution.rooted):
                 routes[name] = Route(name, "zero", "", "the forward pass does not use it")
                 continue
             site, routes[name] = self._choose(name, caution)
@@ -145,7 +188,7 @@ class Planner:
         if len(uses) > 1:
             reason = "it is used by more than one module call; its gradients add up before the norm"
         else:
-            ruled, reason = self._ruled(self.seen.calls[next(iter(uses))], name)
+            ruled, reason = self._ruled(next(iter(uses)), name, caution)
             if ruled is not None:
                 return ruled, Route(name, ruled.rule.name, ruled.path, "")
         site = self._broadcast(name) if caution.broadcast else None
@@ -154,8 +197,11 @@ class Planner:
         site = self._fallback(uses, name, caution)
         return site, Route(name, "fallback", site.path, reason)
 
-    def _ruled(self, call: Call, name: str) -> tuple[LayerSite | ReplaySite | None, str]:
+    def _ruled(self, use: int, name: str, caution: Caution) -> tuple[LayerSite | ReplaySite | None, str]:
         """A site with the rule of the module that is called, or the reason against it."""
+        if use < 0:
+            return None, "a hook of the model uses it"
+        call = self.seen.calls[use]
         # The copy has the forward method that the user's module has when it is not being recorded.
         rule, reason = find_rule(call.copy)
         if rule is None:
@@ -168,15 +214,23 @@ class Planner:
             return None, f"it is used by {type(call.module).__name__}, whose rule does not know it"
         if not self.seen.once(call):
             return None, "its module is called more than once"
-        if isinstance(rule, ReplayRule):
-            return ReplaySite(call.path, (name,), rule, (local,)), ""
+        if call.gathered:
+            return None, "its module gets rows that were gathered by an index computed from the batch"
         layouts = self.seen.output_layouts(call)
-        if len(layouts) != 1 or layouts[0] is None:
+        layout = layouts[0] if layouts else None
+        if layout is None or (len(layouts) > 1 and not isinstance(rule, ReplayRule)):
             return None, "the batch was not found in its module's output"
-        layout = layouts[0]
+        rank = len(call.outputs[0])
+        if isinstance(rule, ReplayRule):
+            place = 0 if getattr(call.module, "batch_first", True) else 1
+            if layout != (Layout("moved", place) if place else Layout("plain")):
+                return None, f"its module gets the batch in another layout ({layout.kind})"
+            return ReplaySite(call.path, (name,), rule, (local,), layout, rank), ""
+        if layout.kind == "single" and not caution.single:
+            return None, "its module's output does not carry the batch"
         if layout.kind in ("folded", "moved") and not rule.positions:
             return None, f"its module gets the batch in another layout ({layout.kind})"
-        return LayerSite(call.path, (name,), rule, (local,), layout), ""
+        return LayerSite(call.path, (name,), rule, (local,), layout, rank), ""
 
     def _broadcast(self, name: str) -> BroadcastSite | None:
         """A site for a parameter that every use broadcasts over the batch: one copy per sample serves as well."""
@@ -194,7 +248,7 @@ class Planner:
     def _fallback(self, uses: set[int], name: str, caution: Caution) -> FallbackSite:
         """The innermost module, called once, that contains all uses and sees the batch in dimension 0."""
         for call in self.seen.enclosing(uses):
-            if not self.seen.once(call):
+            if not self.seen.once(call) or (call.gathered and call.path):
                 continue
             batched = self.seen.batched_leaves(call)
             if batched is None or not any(batched):
@@ -206,6 +260,15 @@ class Planner:
             f"model must treat the samples of a batch independently, batch in dimension 0 of inputs and outputs; "
             f"no part of it that contains all uses of {name!r} does"
         )
+
+
+def _restricted(site: PlannedSite, names: set[str]) -> PlannedSite:
+    """A site for those of its parameters that are among ``names``."""
+    kept = [i for i, name in enumerate(site.parameters) if name in names]
+    parameters = tuple(site.parameters[i] for i in kept)
+    if isinstance(site, (LayerSite, ReplaySite)):
+        return replace(site, parameters=parameters, local=tuple(site.local[i] for i in kept))
+    return replace(site, parameters=parameters)
 
 
 def _joined(site: PlannedSite, other: PlannedSite) -> PlannedSite:

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from fastgrad._torch import pytree
 from fastgrad.engine.fallback import replay_sqnorms
-from fastgrad.engine.run import Run, Site, random_states
+from fastgrad.engine.layout import Layout
+from fastgrad.engine.run import Run, Site
 from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.engine.sites import columns
+from fastgrad.engine.state import RandomState
 from fastgrad.engine.tap import tap
 from fastgrad.engine.tracing import is_fixed
+from fastgrad.engine.unchanged import Unchanged
 from fastgrad.layers.choice import using
 from fastgrad.layers.registry import ReplayRule
 
@@ -32,7 +35,7 @@ class _State:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.draws = random_states(module)
+        self.draws = RandomState(module)
         self.buffers = [(buffer, buffer._version) for buffer in module.buffers()]
 
     def require_unchanged(self, name: str) -> None:
@@ -42,7 +45,7 @@ class _State:
             now is then and version == earlier
             for (now, version), (then, earlier) in zip(buffers, self.buffers, strict=True)
         )
-        drew = not all(map(torch.equal, random_states(self.module), self.draws))
+        drew = not self.draws.same()
         if drew or not same:
             raise NotRepeatableError(
                 f"model must be in evaluation mode, because {name!r} is computed again in the backward pass and "
@@ -60,7 +63,7 @@ class Replayed(Site):
 
     def attach(self, run: Run, shadow: Shadow) -> None:
         """See `Site`."""
-        copy = shadow.submodule(self.path)
+        copy, original = shadow.submodule(self.path), shadow.model.get_submodule(self.path)
         recorded: list[Any] = []
         trains = shadow.training and any(m.training for m in copy.modules())
         states: list[_State] = []
@@ -72,6 +75,7 @@ class Replayed(Site):
                 states.append(_State(copy))
 
         def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
+            run.reach(self)
             leaves, spec = pytree.tree_flatten(recorded.pop())
             if trains:
                 states.pop().require_unchanged(self.path or type(copy).__name__)
@@ -81,9 +85,12 @@ class Replayed(Site):
             rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             outputs, out_spec = pytree.tree_flatten(output)
             taken = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
-            replay = self._replay(run, shadow, outputs[taken[0]].device.type)
+            self._arrived(run, outputs[taken[0]])
+            replay = self._replay(run, shadow, [outputs[i].detach() for i in taken])
+            held = Unchanged(self.path, original, deep=True)
 
             def norms(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+                held.require()
                 filled = list(rest)
                 for place, tensor in zip(places, saved, strict=True):
                     filled[place] = tensor
@@ -99,8 +106,11 @@ class Replayed(Site):
         attach(copy, before, before=True)
         attach(copy, after)
 
-    def _replay(self, run: Run, shadow: Shadow, device: str) -> Replay:
-        """What the backward pass does, made while the forward pass is under way."""
+    def _arrived(self, run: Run, output: Tensor) -> None:
+        """Look at the module's first output; off plan if the batch is not where it was."""
+
+    def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor]) -> Replay:
+        """What the backward pass does, made when the module has computed ``outputs``."""
         raise NotImplementedError
 
 
@@ -111,12 +121,22 @@ class ReplaySite(Replayed):
     Attributes:
         rule: The rule.
         local: The parameters by the names the rule gives them.
+        layout: Where the batch lies in the layer's first output.
+        rank: The number of dimensions of that.
     """
 
     rule: ReplayRule
     local: tuple[str, ...]
+    layout: Layout
+    rank: int
 
-    def _replay(self, run: Run, shadow: Shadow, device: str) -> Replay:
+    def _arrived(self, run: Run, output: Tensor) -> None:
+        if output.dim() != self.rank or not self.layout.holds(output, run.samples):
+            run.leave_plan(
+                self.parameters, f"gives {self.path!r} inputs with the batch in another place than before"
+            )
+
+    def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor]) -> Replay:
         module = shadow.submodule(self.path)
 
         def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
@@ -138,7 +158,8 @@ class FallbackSite(Replayed):
     batched: tuple[bool, ...]
     vectorize: bool = True
 
-    def _replay(self, run: Run, shadow: Shadow, device: str) -> Replay:
+    def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor]) -> Replay:
+        device = outputs[0].device.type
         # The user's module rather than its copy, whose hooks belong to this forward pass.
         module = shadow.model.get_submodule(self.path)
         parameters = [shadow.model.get_parameter(name) for name in self.parameters]
@@ -149,8 +170,8 @@ class FallbackSite(Replayed):
             fixed_before = is_fixed(run.samples)
             with torch.autocast(device, dtype, enabled, cache_enabled=False):
                 norms = replay_sqnorms(
-                    module, parameters, args, kwargs, self.batched, gradients, run.samples,
-                    vectorize=self.vectorize, training=shadow.training,
+                    module, parameters, args, kwargs, self.batched, gradients, run.samples, outputs,
+                    name=self.path, vectorize=self.vectorize, training=shadow.training,
                 )  # fmt: skip
             if is_fixed(run.samples) and not fixed_before:
                 raise RuntimeError(

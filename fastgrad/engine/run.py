@@ -1,17 +1,34 @@
-"""One forward pass: the places where numbers leave it, and what they left: probes for the backward pass, readings."""
+"""One forward pass: the places where numbers leave it, what they left, and whether it kept to its plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from fastgrad._torch import saves_elsewhere
 from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.losses import compute_dtype
+
+if TYPE_CHECKING:
+    from fastgrad.engine.planning import Plan
+
+
+class OffPlanError(Exception):
+    """A forward pass uses parameters in a way that its plan does not know.
+
+    Attributes:
+        parameters: Their names.
+        reason: What it does.
+    """
+
+    def __init__(self, parameters: tuple[str, ...], reason: str) -> None:
+        super().__init__(reason)
+        self.parameters, self.reason = parameters, reason
 
 
 class Run:
@@ -27,6 +44,39 @@ class Run:
         #: Site and probe, in the order in which the forward pass reached them.
         self.probes: list[tuple[Site, Tensor]] = []
         self.readings: dict[Reading, Tensor] = {}
+        #: The plan that the forward pass kept to; None for a pass without one.
+        self.plan: Plan | None = None
+        #: By name of a parameter, what no gradient may reach: what stands in for it where the plan expects no use, see
+        #: `fastgrad.engine.path`, or the user's own where the pass has another in its place.
+        self.unexpected: list[tuple[str, Any]] = []
+        #: Why the forward pass left its plan.
+        self.left: OffPlanError | None = None
+        #: Whether a part of it will be computed again to get at what autograd did not save.
+        self.checkpointed = False
+        #: Whether the forward pass is over.
+        self.closed = False
+        self._reached: set[int] = set()
+
+    def begin(self, plan: Plan | None) -> None:
+        """Begin a forward pass, or begin it again, by ``plan``."""
+        self.plan, self.left, self.closed, self.checkpointed = plan, None, False, False
+        self.probes.clear()
+        self.readings.clear()
+        self.unexpected.clear()
+        self._reached.clear()
+
+    def leave_plan(self, parameters: tuple[str, ...], reason: str) -> NoReturn:
+        """Raise OffPlanError, which the model may catch but the pass remembers."""
+        self.left = OffPlanError(parameters, reason)
+        raise self.left
+
+    def reach(self, site: Site) -> None:
+        """Note that the forward pass comes to a site of its plan, which it may do once."""
+        if self.closed:  # a checkpoint computes a part again
+            return
+        if id(site) in self._reached:
+            self.leave_plan(site.parameters, f"calls {site.path!r} more than once")
+        self._reached.add(id(site))
 
     def probe(self, site: Site, output: Tensor, columns: int | None = None) -> Tensor:
         """A new probe of a site.
@@ -39,27 +89,12 @@ class Run:
         Returns:
             Zeros ``(B, m)``, float32 (float64 for a float64 output), that require gradients.
         """
+        self.checkpointed = self.checkpointed or saves_elsewhere()
         width = len(site.parameters) if columns is None else columns
         dtype = compute_dtype(output.dtype)
         probe = torch.zeros(self.samples, width, dtype=dtype, device=output.device, requires_grad=True)
         self.probes.append((site, probe))
         return probe
-
-
-def random_states(module: nn.Module) -> list[Tensor]:
-    """The states of the generators that ``module`` may draw from: the CPU's and those of its parameters' devices."""
-    return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in _devices(module))]
-
-
-def set_random_states(module: nn.Module, states: list[Tensor]) -> None:
-    """Put back what `random_states` gave."""
-    torch.set_rng_state(states[0])
-    for device, state in zip(_devices(module), states[1:], strict=True):
-        torch.get_device_module(device).set_rng_state(state, device)
-
-
-def _devices(module: nn.Module) -> list[torch.device]:
-    return sorted({p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
 
 
 @dataclass(frozen=True)

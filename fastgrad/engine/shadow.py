@@ -30,12 +30,13 @@ _HOOK_TABLES = frozenset(
     if isinstance(value, dict) and name.endswith(("hooks", "kwargs", "called"))
 )
 _TABLES = _HOOK_TABLES | {"_parameters", "_buffers", "_modules"}
+_ABSENT = object()
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def ordinary(x: Tensor) -> Tensor:
     """``x`` outside any graph and usable in one: detached, and copied if it was made in inference mode."""
-    return x.clone() if x.is_inference() else x.detach()
+    return x.clone().detach() if x.is_inference() else x.detach()
 
 
 class Shadow:
@@ -65,20 +66,20 @@ class Shadow:
         self.training = training
         self._parameter = parameter
         self._copies: dict[int, Any] = {}
-        # Where the copies hold a parameter: tables and keys by its id; modules, original and copy, with parameters
-        # of the tree in plain attributes.
+        # Where the copies hold a parameter: tables and keys by its id; plain attributes with parameters of the tree, of
+        # a copy, by name, and what the original has there.
         self._places: defaultdict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
-        self._holders: list[tuple[nn.Module, nn.Module]] = []
+        self._holders: list[tuple[dict[str, Any], str, Any]] = []
+        self._held: set[int] = set()
+        # Plain attributes in which something was replaced.
+        self._followed: set[tuple[int, str]] = set()
         #: The copy of each module by the id of the original, in the order they were met.
         self.modules: dict[int, nn.Module] = {}
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
         self._named: dict[str, nn.Module] = {}
         self.root: nn.Module = self._module(model, "")
         for pair in self._pairs:
-            self._met_parameter = False
             self._attributes(*pair)
-            if self._met_parameter:
-                self._holders.append(pair)
 
     def submodule(self, path: str) -> nn.Module:
         """The copy of a module by its name within the model, empty for the model itself."""
@@ -92,11 +93,38 @@ class Shadow:
 
     def substitute(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Let the copy hold ``value`` in place of a parameter, wherever it occurs."""
-        self._copies[id(parameter)] = value
         for table, name in self._places[id(parameter)]:
             table[name] = value
-        for original, copy in self._holders:
-            self._attributes(original, copy)
+        self.hold(id(parameter), value)
+
+    def places(self, key: int) -> tuple[list[tuple[dict[str, Any], str]], Tensor, bool]:
+        """Where the copy holds a parameter of this id, what it holds, and whether plain attributes hold it as well."""
+        return self._places[key], self._copies[key], key in self._held
+
+    def hold(self, key: int, value: Tensor) -> None:
+        """Let plain attributes hold ``value`` in place of the parameter with this id."""
+        self._copies[key] = value
+        for state, name, original in self._holders:
+            state[name] = self._replace(original)
+
+    def write_back(self) -> None:
+        """Give the user's modules the attributes and buffers that the forward pass set on their copies."""
+        for original, copy in self._pairs:
+            if type(original).__module__.startswith("torch.nn."):
+                continue
+            state, before = copy.__dict__, original.__dict__
+            for name, value in state.items():
+                followed = name in _TABLES or name == "forward" or (id(state), name) in self._followed
+                if (
+                    not followed
+                    and not isinstance(value, nn.Module)
+                    and value is not before.get(name, _ABSENT)
+                ):
+                    before[name] = value
+            for name, value in state["_buffers"].items():
+                known = before["_buffers"].get(name)
+                if value is not known and not (isinstance(known, Tensor) and known.is_inference()):
+                    before["_buffers"][name] = value
 
     def _module(self, module: nn.Module, prefix: str) -> nn.Module:
         known = self.modules.get(id(module))
@@ -156,9 +184,13 @@ class Shadow:
         for name, value in original.__dict__.items():
             if type(value) in _PLAIN or name in _TABLES:
                 continue
+            self._met_parameter = False
             replaced = self._replace(value)
             if replaced is not value:
                 state[name] = replaced
+                self._followed.add((id(state), name))
+            if self._met_parameter:
+                self._holders.append((state, name, value))
 
     def _replace(self, value: Any) -> Any:
         """``value`` with everything of the tree inside it replaced; ``value`` itself if there is nothing."""
@@ -168,6 +200,7 @@ class Shadow:
             return self.modules.get(id(value), value)
         if isinstance(value, nn.Parameter):
             self._met_parameter = True
+            self._held.add(id(value))
             return self._copies.get(id(value), value)
         if type(value) in _CONTAINERS:
             if isinstance(value, dict):

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import is_batched
+from fastgrad._torch import is_fake
 from fastgrad.engine.layout import Layout
+from fastgrad.engine.path import Copies
 from fastgrad.engine.run import Run, Site
 from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.engine.tap import is_tapped, tap
-from fastgrad.engine.together import SMALL, Waiting
-from fastgrad.engine.tracing import is_symbolic
+from fastgrad.engine.unchanged import Unchanged
 from fastgrad.layers.choice import using
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
@@ -30,11 +30,13 @@ class LayerSite(Site):
         rule: The rule.
         local: The parameters by the names the rule gives them.
         layout: Where the batch lies in the layer's input and output.
+        rank: The number of dimensions of its output.
     """
 
     rule: LayerRule
     local: tuple[str, ...]
     layout: Layout
+    rank: int
 
     def attach(self, run: Run, shadow: Shadow) -> None:
         """See `Site`."""
@@ -43,40 +45,34 @@ class LayerSite(Site):
     def _tap(self, run: Run, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         value = args[0] if args else next(iter(kwargs.values()))
         layout, samples = self.layout, run.samples
+        run.reach(self)
+        if output.dim() != self.rank or not layout.holds(output, samples):
+            run.leave_plan(
+                self.parameters, f"gives {self.path!r} inputs with the batch in another place than before"
+            )
         single = layout.kind == "single"
         if single:
             output = output.expand(samples, *output.shape[1:])
-        elif output.shape[layout.dim] % samples:
-            raise ValueError(
-                f"inputs must be laid out as in the first call: the output of {self.path!r} has shape "
-                f"{tuple(output.shape)}, which does not hold {samples} samples in dimension {layout.dim}"
-            )
         backward = None
         if self.rule.input_gradient is not None and not single and bypassable(module, value, output):
             backward = self.rule.input_gradient(module, value)
-        norms = functools.partial(self._norms, run, module)
+        norms = functools.partial(self._norms, run, module, Unchanged(self.path, module))
         in_place = self.rule.in_place and not single
         return tap([output], [value], run.probe(self, output), norms, in_place=in_place, backward=backward)[0]
 
     def _norms(
-        self, run: Run, module: nn.Module, saved: Sequence[Tensor], gradients: Sequence[Tensor]
-    ) -> Tensor | Waiting:
+        self,
+        run: Run,
+        module: nn.Module,
+        held: Unchanged,
+        saved: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+    ) -> Tensor:
+        held.require()
         a = self.layout.batch_first(saved[0], run.samples)
         g = self.layout.batch_first(gradients[0], run.samples)
-
-        def norms(a: Tensor, g: Tensor) -> Tensor:
-            with using(run.impl):
-                return columns(self.rule.function(module, a, g), self.local)
-
-        if (
-            self.rule.alike is None
-            or is_symbolic(run.samples)
-            or is_batched(g)
-            or a.nbytes + g.nbytes > SMALL
-        ):
-            return norms(a, g)
-        likes = self.rule, self.rule.alike(module), self.local
-        return Waiting((*likes, a.shape[1:], g.shape[1:], a.dtype, g.dtype, a.device), norms, a, g)
+        with using(run.impl):
+            return columns(self.rule.function(module, a, g), self.local)
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,11 @@ class BroadcastSite(Site):
         shape = (1,) * (self.rank - value.dim()) + tuple(value.shape)
         copies = value.reshape(shape).expand(run.samples, *shape[1:])
         probe = run.probe(self, copies)
-        shadow.substitute(parameter, tap([copies], [], probe, _squares, in_place=False)[0])
+        passed = tap([copies], [], probe, functools.partial(_squares, run), in_place=False)[0]
+        if not is_fake(passed):
+            passed = passed.as_subclass(Copies)
+            passed.use = run, self.parameters[0], self.rank
+        shadow.substitute(parameter, passed)
 
 
 def bypassable(module: nn.Module, value: Tensor, output: Tensor) -> bool:
@@ -109,7 +109,8 @@ def bypassable(module: nn.Module, value: Tensor, output: Tensor) -> bool:
     )
 
 
-def _squares(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+def _squares(run: Run, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    # The pass lives as long as its graph holds this.
     (g,) = upcast(gradients[0])
     return sqnorm(g).unsqueeze(1)
 

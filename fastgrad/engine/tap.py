@@ -10,31 +10,26 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import unviewed
-from fastgrad.engine.together import Together, Waiting
 
-#: ``(saved tensors, output gradients) -> (B, m)`` squared norms, or what they may be computed from with others.
-Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor | Waiting]
+#: ``(saved tensors, output gradients) -> (B, m)`` squared norms.
+Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 #: ``output gradient -> input gradient``.
 Backward = Callable[[Tensor], Tensor]
 
-# The probes that backward passes under way ask for, by id, each with what waits in its pass. A pass to an early probe
-# crosses the nodes of later ones, and autograd does not tell a node which of its inputs' gradients are wanted.
-_asked: dict[int, Together] = {}
+# Ids of the probes whose gradients backward passes under way ask for. A pass to an early probe crosses the nodes of
+# later ones, and autograd does not tell a node which of its inputs' gradients are wanted.
+_requested: set[int] = set()
 
 
 @contextlib.contextmanager
-def asking(probes: Iterable[Tensor]) -> Iterator[Together]:
-    """While it lasts, backward passes compute the norms of these probes; of others they compute none.
-
-    Norms that may wait are not among the gradients: what is yielded has them after the pass.
-    """
-    ids, together = [id(probe) for probe in probes], Together()
-    _asked.update(dict.fromkeys(ids, together))
+def requesting_norms(probes: Iterable[Tensor]) -> Iterator[None]:
+    """While it lasts, backward passes compute the norms of these probes; of others they compute none."""
+    ids = {id(probe) for probe in probes}
+    _requested.update(ids)
     try:
-        yield together
+        yield
     finally:
-        for key in ids:
-            _asked.pop(key, None)
+        _requested.difference_update(ids)
 
 
 class _Tap(torch.autograd.Function):
@@ -63,11 +58,8 @@ class _Tap(torch.autograd.Function):
         device = gradients[0].device.type
         reduced = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if reduced else contextlib.nullcontext():
-            if (together := _asked.get(ctx.probe)) is not None:
+            if ctx.probe in _requested:
                 norms = ctx.norms(ctx.saved_tensors, gradients)
-                if isinstance(norms, Waiting):
-                    together.add(ctx.probe, norms)
-                    norms = None
             if ctx.input_gradient is not None and ctx.needs_input_grad[-1]:
                 onward = [ctx.input_gradient(gradients[0])]
         return (None, None, None, None, *gradients, norms, *onward)
@@ -88,7 +80,7 @@ def tap(
         outputs: A layer's floating-point outputs.
         saved: What ``norms`` needs of the forward pass; kept by reference, checked against later modification.
         probe: Zeros of shape ``(B, m)`` that require gradients; their gradient will be the squared norms, where a
-            backward pass asks for them (`asking`).
+            backward pass asks for them (`requesting_norms`).
         norms: Computes them from ``saved`` and the output gradients; may run under ``vmap`` over gradients.
         in_place: Whether the outputs may be passed on as they are. Only where the operation that made them did
             not save them for its own backward; otherwise they are copied.
@@ -111,3 +103,16 @@ def tap(
 def is_tapped(output: Tensor) -> bool:
     """Whether ``output`` comes straight from such a node."""
     return output.grad_fn is not None and output.grad_fn.name() == f"{_Tap.__name__}Backward"
+
+
+def probes_behind(outputs: Iterable[Tensor]) -> Iterator[int]:
+    """Ids of the probes in the graph of ``outputs``."""
+    waiting, seen = [out.grad_fn for out in outputs], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == f"{_Tap.__name__}Backward":
+            yield node.probe  # type: ignore[attr-defined]
+        waiting += [following for following, _ in node.next_functions]

@@ -67,16 +67,18 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         self._joint = not isinstance(max_norm, Mapping)
         self._groups = _groups(self.model, limits)
         self._outputs: list[Tensor] = []
+        self._count = 0
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """See `record`; the outputs are kept, of which the losses are to be made."""
         output = super().call(module, args, kwargs)
+        self._count += 1
         self._outputs = floating(output)
         return output
 
     def __exit__(self, *error: Any) -> None:
         """See `record`."""
-        self._outputs = []
+        self._outputs, self._count = [], 0
         super().__exit__(*error)
 
     def backward(self, losses: Tensor) -> Tensor:
@@ -101,13 +103,13 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
 
     def _backward(self, losses: Tensor) -> Tensor:
         checks.is_float("losses", losses)
-        if len(self.calls) != 1:
+        if self._count != 1:
             raise RuntimeError(
                 "model must be called once, inside clip_gradients and with gradients enabled, before each backward; "
-                f"it had been called {len(self.calls)} times"
+                f"it had been called {self._count} times"
             )
-        (call,) = self.calls
-        samples = call.run.samples
+        call = self.calls[-1]
+        samples = call.samples
         checks.shape_is("losses", losses, (samples,), 'one loss a sample, as with reduction="none"')
         if samples:
             require_separate(self.model, losses, self._outputs, call.outputs)
@@ -122,7 +124,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
             keep = norms is not columns[-1]
             torch.autograd.backward([losses], [factors], retain_graph=keep, inputs=group)
         self.calls.clear()
-        self._outputs = []
+        self._outputs, self._count = [], 0
         return columns[0] if self._joint else torch.stack(columns, 1)
 
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgrad import losses
-from fastgrad._torch import original, outside_of_compilation, pytree
+from fastgrad import checks, losses
+from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
 from fastgrad.batches import batch_size, input_tensors, logits_of, take
 from fastgrad.checks import is_bool, one_of
-from fastgrad.engine.backward import gather, send_back
+from fastgrad.engine.backward import backward_signals, order_by_parameter
 from fastgrad.engine.compiled import CompiledPasses
 from fastgrad.engine.network import Network
 from fastgrad.engine.planning import Plan, Route, refuse_mixing
-from fastgrad.engine.run import Reading, Run
+from fastgrad.engine.run import Run
 from fastgrad.engine.shadow import ordinary
 from fastgrad.engine.tracing import trace
+from fastgrad.gradients.contrasts import check_target
+from fastgrad.gradients.whole import refuse_parts
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.
@@ -31,20 +34,6 @@ Target = str | int | Tensor | Callable[[Tensor], Tensor]
 # ResNet-18 at B = 64; pieces of the batch of about this many bytes (and at least so many samples) are reused.
 _CPU_WORKING_SET = 640 << 20
 _CPU_SAMPLES = 16
-
-
-class Extract(NamedTuple):
-    """What one pass over a batch gives, in the order of its rows.
-
-    Attributes:
-        logits: ``(B, N)``.
-        features: As `GradientFeatures` returns them.
-        readings: ``(B, ...)`` each.
-    """
-
-    logits: Tensor
-    features: Tensor
-    readings: Mapping[Reading, Tensor]
 
 
 class GradientFeatures:
@@ -116,9 +105,16 @@ class GradientFeatures:
             one_of("loss", pair[0], losses.LOSSES)
             if isinstance(pair[1], str) and not self.contrast:
                 one_of("target", pair[1], losses.TARGETS if self.joint else (*losses.TARGETS, "contrast"))
-            elif not isinstance(pair[1], (str, int, Tensor)) and not callable(pair[1]):
+            elif isinstance(pair[1], bool) or not (
+                isinstance(pair[1], (str, int, Tensor)) or callable(pair[1])
+            ):
                 raise TypeError(
                     f"target must be a name, an index, a tensor or a function; it was {pair[1]!r}"
+                )
+            elif isinstance(pair[1], Tensor) and pair[1].dim() > pair[1].is_floating_point():
+                raise ValueError(
+                    "target must be one for all samples, a class index or (N,); give those of a batch to the call, "
+                    f"extractor(x, target=y); it had shape {tuple(pair[1].shape)}"
                 )
             self.signals.append((pair[0], pair[1]))
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
@@ -128,6 +124,7 @@ class GradientFeatures:
         self.chunk_size, self.memory_budget = chunk_size, memory_budget
         self.layers = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
         self._names()
+        refuse_parts(self.model)
         refuse_mixing(self.model, training=False)
         self._network = Network(self.model, self._names, lambda output: [logits_of(output)])
         self._compiled = CompiledPasses() if compile else None
@@ -152,55 +149,63 @@ class GradientFeatures:
             raise ValueError("model must have parameters; it had none")
         return wanted
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, *args: Any, target: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Run the model on a batch.
 
         Args:
-            *args: The model's inputs; every tensor whose dimension 0 equals that of the first is a batch.
-            **kwargs: Likewise.
+            *args: The model's inputs; every tensor whose dimension 0 equals that of the first is a batch, unless some
+                of the samples alone would then give other outputs (a mask of T by T positions where T = B).
+            target: Targets of this batch in place of ``target``: class indices ``(B,)`` or soft targets ``(B, N)``.
+            **kwargs: Likewise inputs.
 
         Returns:
             Logits ``(B, N)`` as the model gives them, and features in float32 (float64 for a float64 model):
             ``(B, P)``; ``(B, S, P)`` for S signals; ``(B, N, P)`` for ``target="contrast"``.
-        """
-        logits, features, _ = self.extract(args, kwargs)
-        return logits, features
-
-    def extract(self, args: Any, kwargs: Any, *, readings: Sequence[Reading] = ()) -> Extract:
-        """Run the model on a batch, and keep what modules see.
-
-        Args:
-            args: The model's positional inputs, as for a call.
-            kwargs: Its inputs by keyword.
-            readings: What to keep.
 
         Raises:
-            RuntimeError: If a module that was to be read was not called.
+            TypeError, ValueError: For a target that is not one of the above, or a model that mixes samples.
         """
         # torch.compile cannot follow an extraction, which builds modules; `trace` gives it a graph.
-        return outside_of_compilation(self._run)(args, kwargs, readings)
+        return outside_of_compilation(self._call)(args, kwargs, target)
 
-    def _run(self, args: Any, kwargs: Any, readings: Sequence[Reading]) -> Extract:
+    def _call(self, args: Any, kwargs: Any, target: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False):
             choose(self.impl, next(self.model.parameters()))
             args, kwargs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
             samples = batch_size(args, kwargs)
+            target = self._of_batch(target, samples)
             if samples == 0:
-                return self._empty(args, kwargs, readings)
-            plan = self._plan(args, kwargs, samples)
-            chunk = self._chunk(plan, args, kwargs, samples)
-            if chunk is None:
-                return self._extract(plan, args, kwargs, samples, readings)
+                return self._empty(args, kwargs)
+            plan = self._network.plan(args, kwargs, samples)
+            chunk = self._chunk(plan, args, kwargs, samples) or samples
             parts = []
             for start in range(0, samples, chunk):
                 index = slice(start, min(start + chunk, samples))
-                part_args, part_kwargs = take((args, kwargs), index, samples)
-                parts.append(self._extract(plan, part_args, part_kwargs, index.stop - start, readings))
-            return Extract(
-                torch.cat([part.logits for part in parts]),
-                torch.cat([part.features for part in parts]),
-                {reading: torch.cat([part.readings[reading] for part in parts]) for reading in readings},
+                part = (
+                    (args, kwargs)
+                    if chunk == samples
+                    else take((args, kwargs), index, samples, plan.carriers)
+                )
+                parts.append(self._piece(plan, *part, None if target is None else target[index]))
+            if len(parts) == 1:
+                return parts[0]
+            return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
+
+    def _of_batch(self, target: Tensor | None, samples: int) -> Tensor | None:
+        """The targets of a call, checked as far as can be without logits."""
+        if target is None:
+            return None
+        if self.contrast or self.joint:
+            raise ValueError(
+                "target of a call must be left out where signals or contrasts name theirs; it was given"
             )
+        checks.is_tensor("target", target)
+        if target.dim() == 0 or target.shape[0] != samples:
+            raise ValueError(
+                f"target must have shape ({samples},) or ({samples}, N), one for each sample; it was "
+                f"{tuple(target.shape)}"
+            )
+        return ordinary(target)
 
     def report(self) -> list[Route]:
         """The route taken for each parameter and why, as chosen by the latest call on a new input structure.
@@ -233,77 +238,65 @@ class GradientFeatures:
             samples = batch_size(args, kwargs)
             if samples < 2:
                 raise ValueError(f"inputs must hold at least two samples to be traced; they held {samples}")
-            return trace(self._pass(self._plan(args, kwargs, samples)), (args, kwargs), samples)
+            plan = self._settled(args, kwargs, samples)
+            return trace(functools.partial(self._pass, plan, target=None), (args, kwargs), samples)
 
-    def _pass(self, plan: Plan) -> Callable[[Any, Any], tuple[Tensor, Tensor]]:
-        """An extraction without readings, as it is traced."""
+    def _settled(self, args: Any, kwargs: Any, samples: int) -> Plan:
+        """The plan of the path that the model takes now, for a graph, which cannot go over to another."""
+        run = Run(samples)
+        self._network.forward(self._network.plan(args, kwargs, samples), run, args, kwargs)
+        assert run.plan is not None
+        return run.plan
 
-        def extract(args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-            logits, features, _ = self._whole(plan, args, kwargs, batch_size(args, kwargs), ())
-            return logits, features
+    def _piece(self, plan: Plan, args: Any, kwargs: Any, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One forward and backward pass, compiled if asked for."""
+        if self._compiled is None:
+            return self._pass(plan, args, kwargs, target)
 
-        return extract
+        def settled() -> Callable[..., tuple[Tensor, ...]]:
+            return functools.partial(self._pass, self._settled(args, kwargs, batch_size(args, kwargs)))
 
-    def _plan(self, args: Any, kwargs: Any, samples: int) -> Plan:
-        plan = self._network.plan(args, kwargs, samples)
-        if plan.bypassed:
-            raise ValueError(
-                f"model must reach {plan.bypassed[0]!r} through an attribute of one of its modules; it used it from "
-                "elsewhere (a closure, a global name), where no copy can stand in for it"
-            )
-        return plan
+        logits, features = self._compiled(self.model, plan.known, settled, (args, kwargs, target))
+        return logits, features
 
-    def _extract(
-        self, plan: Plan, args: Any, kwargs: Any, samples: int, readings: Sequence[Reading]
-    ) -> Extract:
-        if self._compiled is None or readings:  # what is read of modules is no part of a graph
-            return self._whole(plan, args, kwargs, samples, readings)
-        logits, features = self._compiled(self.model, plan, self._pass(plan), args, kwargs)
-        return Extract(logits, features, {})
-
-    def _whole(
-        self, plan: Plan, args: Any, kwargs: Any, samples: int, readings: Sequence[Reading]
-    ) -> Extract:
-        """One forward and backward pass of a batch that is not cut."""
+    def _pass(self, plan: Plan, args: Any, kwargs: Any, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One forward and backward pass of a batch that is not cut, as it is traced."""
+        samples = batch_size(args, kwargs)
         run = Run(samples, self.impl)
         with torch.enable_grad():
-            output = self._network.forward(plan, run, args, kwargs, readings=readings)
-            logits = logits_of(output)
+            logits = logits_of(self._network.forward(plan, run, args, kwargs))
+            assert run.plan is not None
+            if run.plan.bypassed:
+                raise ValueError(
+                    f"model must reach {run.plan.bypassed[0]!r} through an attribute of one of its modules; it used it "
+                    "from elsewhere (a closure, a global name), where no copy can stand in for it"
+                )
             _check_logits(logits, samples)
             z = logits.detach()
-            delta = self._deltas(z)
+            delta = self._deltas(z, target)
             # The backward pass is linear in delta: a unit-sized one keeps every intermediate square in range.
             scale = delta.abs().amax(-1, keepdim=True)
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))
             unit = (delta / scale).to(logits.dtype)
-            found = send_back(run, logits, unit)
-            features = gather(run.probes, found, plan.names, unit, samples)
-        scale = scale.to(features.dtype)
-        if self.log:
-            features = features.clamp_min(torch.finfo(features.dtype).tiny).log() + 2 * scale.log()
-        else:
-            features = features * scale.square()
-        features = features.movedim(0, 1) if self.contrast or self.joint else features[0]
-        return Extract(z, features, run.readings)
+            found = backward_signals(run, logits, unit)
+        with torch.no_grad():
+            features = order_by_parameter(run.probes, found, plan.names, unit, samples)
+            scale = scale.to(features.dtype)
+            if self.log:
+                features = features.clamp_min(torch.finfo(features.dtype).tiny).log() + 2 * scale.log()
+            else:
+                features = features * scale.square()
+        return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
 
-    def _deltas(self, logits: Tensor) -> Tensor:
+    def _deltas(self, logits: Tensor, target: Tensor | None) -> Tensor:
         """Output gradients of all signals, ``(S, B, N)``."""
         if self.contrast:
             return losses.contrast_delta(logits, loss=self.signals[0][0], reduction=self.reduction).movedim(
                 -2, 0
             )
         deltas = []
-        for loss, target in self.signals:
-            value: str | Tensor
-            if callable(target):
-                value = target(logits)
-            elif isinstance(target, int):
-                value = torch.full(logits.shape[:-1], target, dtype=torch.long, device=logits.device)
-            elif isinstance(target, Tensor):
-                value = target.to(logits.device)
-                value = value.expand(logits.shape if value.is_floating_point() else logits.shape[:-1])
-            else:
-                value = target
+        for loss, given in self.signals:
+            value = _checked(given if target is None else target, logits)
             deltas.append(losses.delta(logits, value, loss=loss, reduction=self.reduction))
         return torch.stack(deltas)
 
@@ -322,19 +315,43 @@ class GradientFeatures:
                 chunk = math.ceil(samples / math.ceil(samples / chunk))
         return None if chunk is None or chunk >= samples else chunk
 
-    def _empty(self, args: Any, kwargs: Any, readings: Sequence[Reading]) -> Extract:
+    def _empty(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         one = pytree.tree_map_only(
             Tensor,
             lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() and t.shape[0] == 0 else t,
             (args, kwargs),
         )
         with torch.no_grad():
-            run = Run(1)
-            logits = logits_of(self._network.forward(None, run, *one, readings=readings))[:0]
+            logits = logits_of(self._network.forward(None, Run(1), *one))[:0]
         middle = (logits.shape[1],) if self.contrast else (len(self.signals),) if self.joint else ()
         dtype = losses.compute_dtype(logits.dtype)
-        features = logits.new_zeros((0, *middle, len(self._names())), dtype=dtype)
-        return Extract(logits, features, {reading: value[:0] for reading, value in run.readings.items()})
+        return logits, logits.new_zeros((0, *middle, len(self._names())), dtype=dtype)
+
+
+class NoClassError(ValueError):
+    """A target names a class that the model does not have."""
+
+
+def _checked(target: Target, logits: Tensor) -> str | Tensor:
+    """A target for each row of ``logits``; refused before any kernel reads what it has no class for."""
+    value = target(logits) if callable(target) else target
+    if isinstance(value, int):
+        value = torch.tensor(value)
+    if isinstance(value, Tensor):
+        rows, classes = logits.shape
+        if not value.is_floating_point() and value.dtype != torch.bool and value.numel() and not is_traced():
+            low, high = (int(edge) for edge in value.aminmax())
+            if low < 0 or high >= classes:
+                raise NoClassError(
+                    f"target must hold class indices from 0 to {classes - 1}; it held {low if low < 0 else high}"
+                )
+        value = value.to(logits.device)
+        if value.dim() == 0:
+            value = value.expand(rows)
+        elif value.is_floating_point() and value.dim() == 1:
+            value = value.expand(rows, -1)
+    check_target(value, logits)
+    return value
 
 
 def _matches(name: str, pattern: str) -> bool:

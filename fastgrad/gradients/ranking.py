@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from fastgrad import checks
 from fastgrad.batches import as_call, bar, batch_size, first_input, to_device
-from fastgrad.gradients.features import GradientFeatures
+from fastgrad.gradients.features import GradientFeatures, NoClassError
 
 #: Columns to rank by, and whether the largest value comes first.
 _KEYS = {"grand": True, "el2n": True, "loss": True, "confidence": False}
@@ -102,35 +102,26 @@ def rank_samples(
     if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
         raise ValueError("loader must give samples in the order of the data set; it shuffles (shuffle=True)")
     checks.is_bool("verbose", verbose)
-    # All of a batch at once: a part of it would not know which labels are its own.
-    labels = torch.empty(0)
-
-    def target(logits: Tensor) -> Tensor:
-        low, high = (int(edge) for edge in labels.aminmax()) if len(labels) else (0, 0)
-        if low < 0 or high >= logits.shape[1]:
-            raise ValueError(
-                f"loader must give labels from 0 to {logits.shape[1] - 1}, the model's classes; it gave "
-                f"{low if low < 0 else high}"
-            )
-        return labels
-
-    extractor = GradientFeatures(model, loss="cross_entropy", target=target, layers=layers, chunk_size=2**62)
+    extractor = GradientFeatures(model, loss="cross_entropy", layers=layers)
     device = next(model.parameters()).device
     parts: list[dict[str, Tensor]] = []
     for batch in bar(loader, "samples", verbose):
         x, labels = _labelled(batch)
         labels = labels.to(device)
         args, kwargs = as_call(to_device(x, device))
-        logits, sqnorms = extractor(*args, **kwargs)
+        try:
+            logits, sqnorms = extractor(*args, target=labels, **kwargs)
+        except NoClassError as error:
+            raise ValueError(f"loader must give labels that are classes of the model: {error}") from error
         logp = logits.double().log_softmax(1)
         own = logp.gather(1, labels.unsqueeze(1)).squeeze(1)
-        error = logp.exp() - F.one_hot(labels, logits.shape[1])
+        residual = logp.exp() - F.one_hot(labels, logits.shape[1])
         found = {
             "label": labels,
             "predicted": logits.argmax(1),
             "loss": -own,
             "confidence": own.exp(),
-            "el2n": error.norm(dim=1),
+            "el2n": residual.norm(dim=1),
             "grand": sqnorms.double().sum(1).sqrt(),
         }
         parts.append({name: value.detach().cpu() for name, value in found.items()})

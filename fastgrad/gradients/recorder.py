@@ -5,21 +5,22 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import original, outside_of_compilation, pytree
+from fastgrad._torch import original, outside_of_compilation
 from fastgrad.batches import batch_size
-from fastgrad.engine.backward import pull
+from fastgrad.engine.backward import looped, probe_grads
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
 from fastgrad.engine.planning import refuse_mixing
 from fastgrad.engine.redirect import Redirect
 from fastgrad.engine.run import Run
+from fastgrad.engine.tap import probes_behind
+from fastgrad.gradients.whole import refuse_parts
 from fastgrad.losses import compute_dtype
 
 _active = threading.local()
@@ -29,19 +30,20 @@ _networks: weakref.WeakKeyDictionary[nn.Module, Network] = weakref.WeakKeyDictio
 _lock = threading.Lock()
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """One call from outside.
 
     Attributes:
-        names: Names within the recorded model by the names within the called module.
-        run: Its probes.
+        keys: Ids of the recorded model's parameters by their names within the called module.
+        run: Its probes, as long as the graph of its outputs.
         outputs: Where the batch lies in its outputs.
+        samples: B.
     """
 
-    names: dict[str, str]
-    run: Run
+    keys: dict[str, int]
+    run: weakref.ref[Run]
     outputs: tuple[Layout | None, ...]
+    samples: int
 
 
 _Recording = TypeVar("_Recording", bound="record")
@@ -86,7 +88,11 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         for name, p in self.model.named_parameters():
             if p.is_meta:
                 raise ValueError(f"model must hold values; its parameter {name!r} was on the meta device")
+        refuse_parts(self.model)
+        #: Those whose graph lives.
         self.calls: list[_Call] = []
+        #: B of the latest call.
+        self.samples: int | None = None
 
     def __enter__(self: _Recording) -> _Recording:
         refuse_mixing(self.model, training=True)
@@ -107,6 +113,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
     ) -> None:
         _stack().remove(self)
         self.calls.clear()
+        self.samples = None
         with _lock:
             for module in self._modules:
                 redirect, count = _open.pop(id(module))
@@ -121,27 +128,30 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Run one call from outside with probes."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        renamed = {local: names[id(p)] for local, p in module.named_parameters()}
         with _lock:
             network = _networks.get(module)
             if network is None:
                 network = _networks[module] = Network(module)
         samples = batch_size(args, kwargs)
         # An empty batch, which random sampling may draw, has nothing to be planned on and no norms.
-        plan = network.plan(_detached(args), _detached(kwargs), samples, training=True) if samples else None
-        run, before = Run(samples), len(self.calls)
+        plan = network.plan(args, kwargs, samples, training=True) if samples else None
+        run, earlier = Run(samples), list(self.calls)
         output = network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
-        if plan is not None and plan.bypassed:
+        keys = {name: id(p) for name, p in module.named_parameters()}
+        if run.plan is not None and run.plan.bypassed:
             # Modules that a closure calls are the user's own, and such calls are recorded like any other.
-            seen = {name for call in self.calls[before:] for name in call.names.values()}
-            missed = [renamed[name] for name in plan.bypassed if renamed[name] not in seen]
+            inner = [call for call in self.calls if not any(call is other for other in earlier)]
+            seen = {key for call in inner for key in call.keys.values()}
+            missed = [name for name in run.plan.bypassed if keys[name] not in seen]
             if missed:
                 raise ValueError(
                     f"model must reach {missed[0]!r} through an attribute of one of its modules; it used it from "
                     "elsewhere (a closure, a global name), where its gradients per sample are not seen"
                 )
-        self.calls.append(_Call(renamed, run, () if plan is None else plan.outputs))
+        self.calls = [call for call in self.calls if call.run() is not None]
+        outputs = () if run.plan is None else run.plan.outputs
+        self.calls.append(_Call(keys, weakref.ref(run), outputs, samples))
+        self.samples = samples
         return output
 
 
@@ -172,10 +182,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         module: nn.Module = model.module
         return module
     return model
-
-
-def _detached(tree: Any) -> Any:
-    return pytree.tree_map_only(Tensor, torch.Tensor.detach, tree)
 
 
 def grad_sqnorm(
@@ -232,31 +238,59 @@ def recorded_sqnorms(
     for i, p in enumerate(wanted):
         if id(p) not in names:
             raise ValueError(f"params must be parameters of the recorded model; number {i} is not one")
-    if not recording.calls or not any(out.requires_grad for out in outputs):
+    if recording.samples is None or not any(out.requires_grad for out in outputs):
         raise RuntimeError(
             "outputs must be computed from calls of the recorded model, with gradients enabled"
         )
-    # Only the probes of sites that serve a wanted parameter: the backward pass need not go further.
-    asked = {names[id(p)] for p in wanted}
-    probes = [
-        ([call.names[name] for name in site.parameters], probe)
-        for call in recording.calls
-        for site, probe in call.run.probes
-        if any(call.names[name] in asked for name in site.parameters)
+    # Only the probes of sites that serve a wanted parameter: the backward pass need not go further. Calls of other
+    # models that are being recorded count, too, where they share a parameter.
+    asked = {id(p) for p in wanted}
+    recordings = {id(each): each for each in (*_stack(), recording)}
+    alive = [
+        (call, run) for each in recordings.values() for call in each.calls if (run := call.run()) is not None
     ]
-    found = pull(outputs, [probe for _, probe in probes], gradients, batched=batched, keep=keep)
-    by_name: dict[str, Tensor] = {}
-    for (served, _), norms in zip(probes, found, strict=True):
-        for column, name in enumerate(served):
-            if norms is None or name not in asked:
+    probes = [
+        ([call.keys[name] for name in site.parameters], site, probe, run)
+        for call, run in alive
+        for site, probe in run.probes
+        if any(call.keys[name] in asked for name in site.parameters)
+    ]
+    unexpected = [pair for _, run in alive for pair in run.unexpected]
+    one_by_one = looped((run for _, run in alive), [site for _, site, _, _ in probes], outputs[0])
+    found = probe_grads(
+        outputs, [probe for _, _, probe, _ in probes], gradients, unexpected,
+        batched=batched, looped=one_by_one, keep=keep,
+    )  # fmt: skip
+    by_key: dict[int, Tensor] = {}
+    reached: set[int] = set()
+    for (served, _, _, run), norms in zip(probes, found, strict=True):
+        if norms is not None:
+            reached.add(run.samples)
+        for column, key in enumerate(served):
+            if norms is None or key not in asked:
                 continue
-            if name in by_name:
+            if key in by_key:
                 raise ValueError(
-                    f"params must each take part in one call of the recorded model; {name!r} took part in several, "
-                    "so its gradients would have to be added before the norm is taken"
+                    f"params must each take part in one call of the recorded model; {names[key]!r} took part in "
+                    "several, so its gradients would have to be added before the norm is taken"
                 )
-            by_name[name] = norms[..., column]
+            by_key[key] = norms[..., column]
     leading = (gradients[0].shape[0],) if batched and gradients is not None else ()
-    like = outputs[0].detach()
-    zeros = like.new_zeros((*leading, recording.calls[-1].run.samples), dtype=compute_dtype(like.dtype))
-    return tuple(by_name.get(names[id(p)], zeros) for p in wanted)
+
+    def zeros(p: Tensor) -> Tensor:
+        """Of a parameter that the outputs do not depend on, with the rows of the calls that they depend on."""
+        rows = {run.samples for _, run in alive} if len(reached) != 1 else reached
+        if len(rows) > 1:
+            at = set(probes_behind(outputs))
+            rows = {
+                run.samples for _, run in alive if not at.isdisjoint(id(probe) for _, probe in run.probes)
+            }
+        if len(rows) > 1:
+            raise ValueError(
+                f"params must each take part in a call that outputs depend on, where calls had batches of "
+                f"{' and '.join(map(str, sorted(rows)))} samples; {names[id(p)]!r} takes part in none"
+            )
+        count = next(iter(rows), recording.samples)
+        return torch.zeros((*leading, count or 0), dtype=compute_dtype(p.dtype), device=p.device)
+
+    return tuple(by_key[id(p)] if id(p) in by_key else zeros(p) for p in wanted)

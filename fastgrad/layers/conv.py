@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -99,17 +99,9 @@ def _norms(padding: Padding, module: nn.Module, a: Tensor, g: Tensor) -> dict[st
     return norms
 
 
-def _settings(module: nn.Module) -> Hashable:
-    """All of a module that the rules depend on."""
-    assert isinstance(module, ConvNd)
-    geometry = tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation), module.groups
-    padding = module.padding, module.padding_mode, _zeros_of(getattr(module, "static_padding", None))
-    return (*geometry, *padding, module.bias is None, isinstance(module, ConvTransposeNd))
-
-
 def _rule(name: str, padding: Padding, input_gradient: InputGradient | None = None) -> LayerRule:
     norms = functools.partial(_norms, padding)
-    return LayerRule(name, norms, in_place=True, input_gradient=input_gradient, alike=_settings)
+    return LayerRule(name, norms, in_place=True, input_gradient=input_gradient)
 
 
 #: Of all convolutions of ``torch.nn``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,6 @@ class LayerRule:
         input_gradient: Gives, for a module and its input, the function from the gradient at the output to that
             at the input where there is a cheaper one than autograd's, else None. Only asked for float32 and
             float64 activations.
-        alike: What ``function`` takes from a module, where that is settings alone: modules for which it is equal may
-            be computed in one call, the batch of one behind that of another. None where it takes tensors.
     """
 
     name: str
@@ -47,7 +45,6 @@ class LayerRule:
     unsupported: Unsupported | None = None
     in_place: bool = False
     input_gradient: InputGradient | None = None
-    alike: Callable[[nn.Module], Hashable] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,6 @@ def register_rule(
     unsupported: Unsupported | None = None,
     in_place: bool = False,
     input_gradient: InputGradient | None = None,
-    alike: Callable[[nn.Module], Hashable] | None = None,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register the decorated function as the rule for modules of these types and their subclasses.
 
@@ -98,7 +94,6 @@ def register_rule(
         unsupported: See `LayerRule`.
         in_place: See `LayerRule`.
         input_gradient: See `LayerRule`.
-        alike: See `LayerRule`.
 
     Returns:
         The decorator, which returns the function unchanged.
@@ -126,7 +121,7 @@ def register_rule(
 
     def decorate(function: RuleFunction) -> RuleFunction:
         family: str = name if name is not None else getattr(function, "__name__", "rule")
-        rule = LayerRule(family, function, positions, unsupported, in_place, input_gradient, alike)
+        rule = LayerRule(family, function, positions, unsupported, in_place, input_gradient)
         for module_type in module_types:
             RULES[module_type] = rule
         return function

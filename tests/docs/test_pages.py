@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from doc_pages import DOCS, programs, run
+from doc_pages import DOCS, SLOW, parameters, programs, run
 
 # Recipes change the repository; tests/docs/test_recipes.py follows them in a copy.
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page.parent.name != "how-to" and programs(page)]
@@ -15,6 +15,7 @@ PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page.parent.name != "how
 
 def test_there_are_pages_to_run() -> None:
     assert len(PAGES) >= 9
+    assert {page.stem for page in DOCS.rglob("*.md")} >= SLOW - {"compare-detectors", "introspection"}
 
 
 # Of PyTorch: attention's backward pass has no batching rule of its own on a CPU.
@@ -25,7 +26,7 @@ def test_there_are_pages_to_run() -> None:
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec")
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:The number of training batches")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", parameters(PAGES))
 def test_the_page_runs_as_printed(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

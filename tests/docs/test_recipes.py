@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from doc_pages import DOCS, Block, blocks, programs
+from doc_pages import DOCS, Block, blocks, parameters, programs
 
 ROOT = DOCS.parent
 RECIPES = sorted((DOCS / "how-to").glob("*.md"))
@@ -33,7 +33,7 @@ def apply(block: Block, root: Path) -> None:
     path.write_text(text)
 
 
-@pytest.mark.parametrize("page", RECIPES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", parameters(RECIPES))
 def test_the_recipe_works_as_written(page: Path, tmp_path: Path) -> None:
     copy, folder = tmp_path / "repository", tmp_path / "folder"
     folder.mkdir()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastgrad.engine.backward import gather, pull, send_back
+from fastgrad.engine.backward import backward_signals, order_by_parameter, probe_grads
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
 from fastgrad.engine.run import Run, Site
@@ -65,6 +65,7 @@ def counting(model: nn.Module, path: str, count: Counter[str]) -> LayerSite:
         LayerRule(rule.name, function, in_place=rule.in_place, input_gradient=rule.input_gradient),
         names,
         Layout("plain"),
+        2 if isinstance(layer, nn.Linear) else 4,
     )
 
 
@@ -101,15 +102,17 @@ def test_each_pass_computes_what_it_asks_for_and_no_more(model: nn.Sequential) -
     for asked in (["4"], ["1", "7"], ["0"], []):
         count.clear()
         pairs = [probes[path] for path in asked]
-        found = send_back(run, logits, gradients, pairs, keep=True)
+        found = backward_signals(run, logits, gradients, pairs, keep=True)
         assert set(count) == set(asked)
-        everything = gather(pairs, found, names, gradients, 4)
+        everything = order_by_parameter(pairs, found, names, gradients, 4)
         expected = true * torch.tensor([name.split(".")[0] in asked for name in names])
         torch.testing.assert_close(everything, expected, rtol=1e-10, atol=0)
-    found = send_back(run, logits, gradients)
-    torch.testing.assert_close(gather(run.probes, found, names, gradients, 4), true, rtol=1e-10, atol=0)
+    found = backward_signals(run, logits, gradients)
+    torch.testing.assert_close(
+        order_by_parameter(run.probes, found, names, gradients, 4), true, rtol=1e-10, atol=0
+    )
     with pytest.raises(RuntimeError, match="second time"):
-        send_back(run, logits, gradients)
+        backward_signals(run, logits, gradients)
 
 
 def test_a_pass_stops_at_the_earliest_site_asked_for(model: nn.Sequential) -> None:
@@ -125,7 +128,7 @@ def test_a_pass_stops_at_the_earliest_site_asked_for(model: nn.Sequential) -> No
         pending += [following for following, _ in node.next_functions]
     gradient = torch.ones(1, 4, 3, dtype=torch.float64)
     for probes, convolutions in ((run.probes[1:], 0), (run.probes[:1], 1)):
-        send_back(run, logits, gradient, probes, keep=True)
+        backward_signals(run, logits, gradient, probes, keep=True)
         assert sum("Convolution" in name for name in passed) == convolutions
 
 
@@ -135,7 +138,7 @@ def test_further_sites_beside_the_plans(model: nn.Sequential, planned: bool, sig
     run, logits = forward(model, [ChannelSite("1", ()), ChannelSite("4", ())], planned=planned)
     assert len(run.probes) == (7 if planned else 2)
     gradients = torch.randn(signals, 4, 3, dtype=torch.float64)
-    found = send_back(run, logits, gradients)
+    found = backward_signals(run, logits, gradients)
     sums = {
         site.path: value for (site, _), value in zip(run.probes, found, strict=True) if not site.parameters
     }
@@ -143,7 +146,7 @@ def test_further_sites_beside_the_plans(model: nn.Sequential, planned: bool, sig
         expected = torch.stack([channel_sums(model, layer, g) for g in gradients])
         torch.testing.assert_close(sums[str(layer)], expected, rtol=1e-10, atol=1e-12)
     names = [name for name, _ in model.named_parameters()]
-    everything = gather(run.probes, found, names, gradients, 4)
+    everything = order_by_parameter(run.probes, found, names, gradients, 4)
     expected = torch.stack([norms(model, g) for g in gradients]) if planned else torch.zeros_like(everything)
     torch.testing.assert_close(everything, expected, rtol=1e-10, atol=0)
 
@@ -151,7 +154,7 @@ def test_further_sites_beside_the_plans(model: nn.Sequential, planned: bool, sig
 def test_two_rules_at_one_layer(model: nn.Sequential) -> None:
     count: Counter[str] = Counter()
     run, logits = forward(model, [counting(model, "1", count), counting(model, "1", count)])
-    first, second = send_back(run, logits, torch.randn(1, 4, 3, dtype=torch.float64))
+    first, second = backward_signals(run, logits, torch.randn(1, 4, 3, dtype=torch.float64))
     assert first.all()
     assert torch.equal(first, second)
 
@@ -159,12 +162,12 @@ def test_two_rules_at_one_layer(model: nn.Sequential) -> None:
 def test_outputs_and_probes_that_do_not_meet(model: nn.Sequential) -> None:
     run, logits = forward(model, [ChannelSite("1", ())])
     gradients = torch.ones(2, 4, 3, dtype=torch.float64)
-    (zeros,) = send_back(run, logits.detach(), gradients)
+    (zeros,) = backward_signals(run, logits.detach(), gradients)
     assert torch.equal(zeros, torch.zeros(2, 4, 4, dtype=torch.float64))
     other = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True) * 1
-    (zeros,) = send_back(run, other, gradients)
+    (zeros,) = backward_signals(run, other, gradients)
     assert torch.equal(zeros, torch.zeros(2, 4, 4, dtype=torch.float64))
-    assert pull([other], [run.probes[0][1]], [gradients], batched=True, keep=True) == [None]
+    assert probe_grads([other], [run.probes[0][1]], [gradients], [], batched=True, keep=True) == [None]
 
 
 def test_an_ordinary_backward_pass_computes_no_norms(model: nn.Sequential) -> None:

@@ -6,12 +6,21 @@ import contextlib
 import io
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 DOCS = Path(__file__).parents[2] / "docs"
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+
+
+#: Pages that take more than some seconds, or repeat what another one shows: the documentation's own build runs them.
+SLOW = {
+    "compare-detectors", "endpoint", "file-and-server", "first-score", "index", "introspection", "low-score",
+    "million-images", "onnx", "other-models", "score", "table", "what-it-sees", "wrong-labels",
+}  # fmt: skip
 
 
 class Block(NamedTuple):
@@ -28,6 +37,14 @@ def blocks(page: Path) -> Iterator[Block]:
     content = page.read_text(encoding="utf-8")
     for found in FENCE.finditer(content):
         yield Block(found[1], found[2], found[3], content.count("\n", 0, found.start(3)) + 1)
+
+
+def parameters(pages: Iterable[Path]) -> list[Any]:
+    """Return parameters of a test for each page, marked where it is slow."""
+    return [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in SLOW else [])
+        for page in pages
+    ]
 
 
 def programs(page: Path) -> list[Block]:

@@ -1,0 +1,79 @@
+"""Which inputs carry the batch, where the number of rows does not tell: a mask of B by B positions has B rows, too."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrad._torch import is_traced, pytree
+from fastgrad.batches import carrying, take
+from fastgrad.engine.layout import SAMPLES
+from fastgrad.engine.shadow import Shadow, ordinary
+from fastgrad.engine.state import undone
+
+#: Inputs in doubt up to which every choice is tried.
+_DOUBTS = 4
+
+
+def find_carriers(
+    model: nn.Module, args: Any, kwargs: Any, samples: int, tensors: Callable[[Any], list[Tensor]]
+) -> tuple[bool, ...]:
+    """For each leaf of the inputs, whether it carries the batch.
+
+    The first tensor with B rows does. Of others with B rows, those do with which some of the samples alone give the
+    rows that they have in the batch; where no choice does, as in a model that mixes samples, all count.
+
+    Args:
+        model: The model; only read.
+        args: Positional inputs.
+        kwargs: Inputs by keyword.
+        samples: B.
+        tensors: The tensors of an output that matter.
+    """
+    inputs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
+    leaves = pytree.tree_leaves(inputs)
+    every = carrying(leaves, samples)
+    _, *doubts = [i for i, carries in enumerate(every) if carries] or [0]
+    # A tensor whose rows are as many as nothing else in the inputs has rows for samples.
+    sizes = [size for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape[1:]]
+    if not doubts or len(doubts) > _DOUBTS or samples not in sizes or is_traced():
+        return every
+
+    def outputs(inputs: Any) -> list[Tensor]:
+        with undone(model), torch.no_grad():
+            return tensors(Shadow(model).root(*inputs[0], **inputs[1]))
+
+    index = torch.arange(SAMPLES) % samples
+    batch: list[Tensor] | None = None
+    for count in range(len(doubts) + 1):
+        for left_out in itertools.combinations(doubts, count):
+            carriers = tuple(carries and i not in left_out for i, carries in enumerate(every))
+            batch = outputs(inputs) if batch is None else batch
+            try:
+                if all(
+                    _same_rows(outputs(take(inputs, some, samples, carriers)), batch, some)
+                    for some in (index, index[:-1])
+                ):
+                    return carriers
+            except Exception:
+                continue
+    return every
+
+
+def _same_rows(some: Sequence[Tensor], batch: Sequence[Tensor], index: Tensor) -> bool:
+    """Whether outputs of some samples are their rows of the batch's, in half of the digits."""
+    for part, whole in zip(some, batch, strict=True):
+        if whole.dim() == 0:
+            continue
+        expected = whole[index.to(whole.device)]
+        tolerance = math.sqrt(torch.finfo(whole.dtype).eps)
+        if part.shape != expected.shape or not torch.allclose(
+            part, expected, rtol=0, atol=tolerance * float(expected.abs().amax()), equal_nan=True
+        ):
+            return False
+    return True

@@ -1,0 +1,85 @@
+"""Whose rows a tensor holds: tensors whose rows were gathered by an index that was computed from the batch.
+
+A mixture of experts hands each expert the tokens that chose it, of whichever samples; a model may sort its samples by
+length. How many rows such a tensor has, and in what order, says nothing about where a sample lies in it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastgrad._torch import pytree
+
+#: By name without underscores, functions whose first argument takes up rows and keeps its own.
+_SCATTERING = frozenset(
+    {
+        "setitem", "index_add", "index_put", "index_copy", "index_reduce", "masked_scatter",
+        "scatter", "scatter_add", "scatter_reduce",
+    }
+)  # fmt: skip
+#: Those that gather along a dimension by an index.
+_GATHERING = frozenset({"index_select", "gather", "take_along_dim"})
+#: Those that draw.
+_DRAWING = frozenset({"randperm", "randint", "rand", "randn", "multinomial", "bernoulli"})
+
+
+class Rows:
+    """What is known of the tensors of one forward pass.
+
+    Args:
+        inputs: Those that the model was given.
+    """
+
+    def __init__(self, inputs: Any) -> None:
+        # Held, so that no other tensor gets the id of one.
+        self._held: list[Tensor] = []
+        self._computed: set[int] = set()
+        self._gathered: set[int] = set()
+        self._add(self._computed, inputs)
+
+    def gathered(self, tree: Any) -> bool:
+        """Whether a tensor in ``tree`` holds gathered rows."""
+        return any(id(leaf) in self._gathered for leaf in pytree.tree_leaves(tree))
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Take up one call of a function."""
+        name = getattr(function, "__name__", "").strip("_")
+        computed = name in _DRAWING or self._computed_in((args, kwargs))
+        if not computed:
+            return
+        # What is written to in place comes from what is written.
+        first = args[0] if args else None
+        scatters = name in _SCATTERING
+        written = (
+            (result, first)
+            if name == "setitem" or getattr(function, "__name__", "").endswith("_")
+            else result
+        )
+        self._add(self._computed, written)
+        if self.gathered(first if scatters else (args, kwargs)) or self._gathers(name, args, kwargs):
+            self._add(self._gathered, result)
+
+    def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not args or id(args[0]) not in self._computed:
+            return False
+        if name == "masked_select":
+            return True
+        if name == "getitem":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            return self._computed_in(next((i for i in index if i is not None), ()))
+        if name in _GATHERING:
+            given = {"dim": args[1] if len(args) > 1 else None} | kwargs
+            rest = [*args[1:], *kwargs.values()]
+            return given["dim"] in (0, -args[0].dim()) and self._computed_in(rest)
+        return False
+
+    def _computed_in(self, tree: Any) -> bool:
+        return any(id(leaf) in self._computed for leaf in pytree.tree_leaves(tree))
+
+    def _add(self, known: set[int], tree: Any) -> None:
+        for leaf in pytree.tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                self._held.append(leaf)
+                known.add(id(leaf))

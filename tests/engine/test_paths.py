@@ -1,0 +1,390 @@
+"""Models whose path depends on an argument, on state, on data or on a length: exact on every call, or refused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastgrad
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """``(B, P)``: squared norms of the gradients of each row of the output's sum of squares, along the batch's path."""
+    out = model(*args, **kwargs)
+    parameters = list(model.parameters())
+    rows = []
+    for i in range(len(out)):
+        gradients = torch.autograd.grad(
+            out[i].square().sum(), parameters, retain_graph=True, allow_unused=True
+        )
+        rows.append(
+            torch.stack([torch.zeros(()).double() if g is None else g.square().sum() for g in gradients])
+        )
+    return torch.stack(rows)
+
+
+def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    with fastgrad.record(model):
+        loss = model(*args, **kwargs).square().sum()
+        return torch.stack(fastgrad.grad_sqnorm(loss, list(model.parameters())), 1)
+
+
+def check(
+    model: nn.Module, calls: Iterable[Call], *, prepare: Callable[[int], None] = lambda _: None
+) -> None:
+    """Every call, by recording, by features and by features of chunks, against the loop."""
+    model = model.double().eval()
+    extractors = [
+        fastgrad.GradientFeatures(model, loss="mse", target=lambda z: torch.zeros_like(z), chunk_size=size)
+        for size in (None, 2)
+    ]
+    for number, (args, kwargs) in enumerate(calls):
+        prepare(number)
+        truth = loop(model, args, kwargs)
+        torch.testing.assert_close(recorded(model, args, kwargs), truth, rtol=1e-9, atol=1e-12)
+        for extractor in extractors:
+            torch.testing.assert_close(extractor(*args, **kwargs)[1], truth, rtol=1e-9, atol=1e-12)
+
+
+def inputs(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Modes(nn.Module):
+    """Two layers, of which an argument, an attribute or the data chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.mode: Any = "a"
+
+    def forward(self, x: Tensor, mode: Any = None) -> Tensor:
+        mode = self.mode if mode is None else mode
+        if mode == "functional":
+            return self.head(F.linear(x, self.a.weight).tanh())  # type: ignore[no-any-return]
+        return self.head(self.a(x).tanh() if mode in ("a", 0) else self.b(x).tanh())  # type: ignore[no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("modes", ["abab", [0, 1, 0, 1], ["a", "functional", "b", "a", "functional"]])
+def test_an_argument_chooses(modes: Any) -> None:
+    check(Modes(), [((inputs(5, 3, seed=i),), {"mode": mode}) for i, mode in enumerate(modes)])
+
+
+@pytest.mark.parametrize("modes", ["abab", ["a", "functional", "b", "a", "functional"]])
+def test_an_attribute_chooses(modes: Any) -> None:
+    model = Modes()
+
+    def prepare(number: int) -> None:
+        model.mode = modes[number]
+
+    check(model, [((inputs(5, 3, seed=i),), {}) for i in range(len(modes))], prepare=prepare)
+
+
+class Deeper(nn.Module):
+    """Another layer where a value is large, and a scale that only those calls use."""
+
+    def __init__(self, scaled: bool) -> None:
+        super().__init__()
+        self.first, self.more, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.scale = nn.Parameter(torch.rand(3))
+        self.scaled = scaled
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        if x.abs().max() > 100:
+            h = torch.tanh(self.more(h))
+            if self.scaled:
+                h = h * self.scale
+        return self.head(h)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("place", [0, 5])
+def test_the_data_choose(scaled: bool, place: int) -> None:
+    x = inputs(6, 3)
+    large = x.clone()
+    large[place, 0] = 200.0
+    model = Deeper(scaled).double().eval()
+    extractor = fastgrad.GradientFeatures(model, loss="mse", target=lambda z: torch.zeros_like(z))
+    for batch in (x, large, x, large):
+        truth = loop(model, (batch,), {})
+        torch.testing.assert_close(recorded(model, (batch,), {}), truth, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(extractor(batch)[1], truth, rtol=1e-9, atol=1e-12)
+
+
+class Unrolled(nn.Module):
+    """One layer for every step of a sequence ``(B, T, 3)``."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell, self.head = cell, nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 3)
+        for t in range(x.shape[1]):
+            step = self.cell
+            h = torch.tanh(step(h + x[:, t])) if isinstance(step, nn.Linear) else step(x[:, t], h)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("cell", [nn.Linear(3, 3), nn.GRUCell(3, 3)])
+@pytest.mark.parametrize("lengths", [(1, 4, 2), (1, 3), (3, 1, 5)])
+def test_a_length_chooses(cell: nn.Module, lengths: tuple[int, ...]) -> None:
+    check(Unrolled(cell), [((inputs(5, length, 3),), {}) for length in lengths])
+
+
+class Exits(nn.Module):
+    """Layers of which a call takes the first few, with an optional auxiliary head on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+        self.auxiliary, self.head = nn.Linear(3, 2), nn.Linear(3, 2)
+        self.depth, self.helped = 4, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        extra: Tensor | float = 0.0
+        for i, layer in enumerate(self.layers[: self.depth]):
+            x = torch.tanh(layer(x))
+            if self.helped and i == 0:
+                extra = self.auxiliary(x)
+        return self.head(x) + extra
+
+
+def test_early_exits_and_optional_heads() -> None:
+    model = Exits()
+
+    def prepare(number: int) -> None:
+        model.depth, model.helped = [(2, False), (4, False), (1, True), (4, True), (2, False)][number]
+
+    check(model, [((inputs(5, 3),), {})] * 5, prepare=prepare)
+
+
+class Bare(nn.Module):
+    """A parameter that calls broadcast, multiply with, or leave alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.head, self.way = nn.Parameter(torch.rand(3)), nn.Linear(3, 2), "mul"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "mul":
+            x = x * self.scale
+        elif self.way == "sum":
+            x = x * self.scale.sum()
+        elif self.way == "matmul":
+            x = x * (x @ self.scale).unsqueeze(1)
+        return self.head(torch.tanh(x))
+
+
+@pytest.mark.parametrize("ways", [("mul", "sum", "matmul", "none", "mul"), ("none", "mul", "none", "sum")])
+def test_bare_parameters_under_a_branch(ways: tuple[str, ...]) -> None:
+    model = Bare()
+
+    def prepare(number: int) -> None:
+        model.way = ways[number]
+
+    check(model, [((inputs(5, 3),), {})] * len(ways), prepare=prepare)
+
+
+class Dropped(nn.Module):
+    """Drops layers in training mode, by Python's generator or PyTorch's."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(3, 3) for _ in range(4)), nn.Linear(3, 2)
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if not self.training or self.draw() > 0.5:
+                x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: float(torch.rand(()))])
+def test_dropped_layers(draw: Callable[[], float]) -> None:
+    model = Dropped(draw).double().train()
+    x = inputs(5, 3)
+    for seed in range(12):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        truth = loop(model, (x,), {})
+        after = random.random(), float(torch.rand(()))
+        random.seed(seed)
+        torch.manual_seed(seed)
+        found = recorded(model, (x,), {})
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
+        # A user's own draws go on as if nothing had been recorded.
+        assert (random.random(), float(torch.rand(()))) == after
+
+
+class Squared(torch.autograd.Function):
+    """A function whose arguments Python's protocol for subclasses does not see."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight * weight
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return g * weight * weight, (2 * g * x * weight).sum(0)
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head, self.on = nn.Parameter(torch.rand(3)), nn.Linear(3, 2), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.on:
+            x = Squared.apply(x, self.weight)
+        return self.head(x)
+
+
+def test_a_function_of_autograd_under_a_branch_is_refused_where_it_was_not_seen() -> None:
+    model, x = Custom().double().eval(), inputs(5, 3)
+    extractor = fastgrad.GradientFeatures(model)
+    extractor(x)
+    recorded(model, (x,), {})
+    model.on = True
+    with pytest.raises(ValueError, match=r"'weight'.*function of autograd"):
+        extractor(x)
+    with pytest.raises(ValueError, match=r"'weight'.*function of autograd"):
+        recorded(model, (x,), {})
+
+
+class Checkpointed(Modes):
+    def forward(self, x: Tensor, mode: Any = None) -> Tensor:
+        return checkpoint(super().forward, x, mode, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def test_checkpointing() -> None:
+    model = Checkpointed().double().eval()
+    for mode in ("a", "b", "functional", "a"):
+        x = inputs(4, 3)
+        torch.testing.assert_close(
+            recorded(model, (x, mode), {}), loop(model, (x, mode), {}), rtol=1e-9, atol=1e-12
+        )
+
+
+def test_clipping_and_ranking() -> None:
+    model = Modes().double().eval()
+    for mode in ("a", "b", "functional"):
+        model.mode = mode
+        x, y = inputs(5, 3), torch.tensor([0, 1, 1, 0, 1])
+        truth = []
+        for one in F.cross_entropy(model(x), y, reduction="none"):
+            found = torch.autograd.grad(one, list(model.parameters()), retain_graph=True, allow_unused=True)
+            truth.append(sum(g.square().sum() for g in found if g is not None).sqrt())  # type: ignore[union-attr]
+        with fastgrad.clip_gradients(model, 1.0) as clipped:
+            norms = clipped.backward(F.cross_entropy(model(x), y, reduction="none"))
+        torch.testing.assert_close(norms, torch.stack(truth))
+        table = fastgrad.rank_samples(model, [(x, y)], verbose=False)
+        torch.testing.assert_close(torch.from_numpy(table.grand), torch.stack(truth))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphs_of_the_present_path(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled:
+        monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+        monkeypatch.setattr("fastgrad.engine.compiled.require_cpp_compiler", lambda _: None)
+    model, x = Modes().double().eval(), inputs(5, 3)
+    extractor = fastgrad.GradientFeatures(model, compile=compiled)
+    plain = fastgrad.GradientFeatures(model)
+    for mode in ("a", "b", "functional", "a"):
+        model.mode = mode
+        found = extractor(x) if compiled else extractor.trace(x)(x)
+        torch.testing.assert_close(found, plain(x))
+
+
+def test_a_graph_cannot_follow_the_data() -> None:
+    extractor = fastgrad.GradientFeatures(Deeper(False).double().eval())
+    with pytest.raises(ValueError, match="values of its inputs"):
+        extractor.trace(inputs(4, 3))
+
+
+class Transposed(nn.Module):
+    """One layer before or after its batch was moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, moved: bool) -> Tensor:
+        h = self.layer(x.transpose(0, 1)).transpose(0, 1) if moved else self.layer(x)
+        return self.head(torch.tanh(h).mean(1))
+
+
+def test_the_batch_in_another_place() -> None:
+    calls: list[Call] = [((inputs(4, 6, 3), moved), {}) for moved in (False, True, False, True)]
+    check(Transposed(), [*calls, ((inputs(6, 6, 3), True), {}), ((inputs(6, 6, 3), False), {})])
+
+
+class Reversed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(x.flip(0))).flip(0))
+
+
+class Sorted(nn.Module):
+    """Works through its samples in the order of their lengths."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[..., 0].flatten(1).sum(1).argsort()
+        h = self.body(x[order])
+        h = h[0] if isinstance(h, tuple) else h
+        return self.head(torch.tanh(h[order.argsort()]).mean(1))
+
+
+@pytest.mark.parametrize("model", [Sorted(nn.Linear(3, 3)), Sorted(nn.LSTM(3, 3, batch_first=True))])
+def test_samples_in_another_order(model: nn.Module) -> None:
+    ordered = inputs(5, 2, 3)
+    ordered = ordered[ordered[..., 0].sum(1).argsort()]
+    check(model, [((ordered,), {}), ((ordered.flip(0),), {}), ((inputs(5, 2, 3),), {})])
+
+
+def test_samples_in_reverse() -> None:
+    check(Reversed(), [((inputs(5, 3),), {})])
+
+
+class Closure(nn.Module):
+    def __init__(self, outer: nn.Linear) -> None:
+        super().__init__()
+        self.outer, self.head, self.on = outer, nn.Linear(3, 2), False
+        self.function = lambda x: F.linear(x, outer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(x) if self.on else x)
+
+
+def test_a_parameter_out_of_reach_under_a_branch_is_refused() -> None:
+    model, x = Closure(nn.Linear(3, 3)).double().eval(), inputs(5, 3)
+    extractor = fastgrad.GradientFeatures(model)
+    extractor(x)
+    model.on = True
+    with pytest.raises(ValueError, match=r"'outer.weight'.*attribute of one of its modules"):
+        extractor(x)
