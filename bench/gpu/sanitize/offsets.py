@@ -63,7 +63,7 @@ class _Addresses(Watcher):
         first = base + int(tensor.storage_offset()) * tensor.itemsize
         reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         self.spans.append((first, first + (reach + 1) * tensor.itemsize))
-        return first
+        return first  # type: ignore[return-value]
 
     def _note(self, addresses: np.ndarray) -> None:
         at = addresses.astype(np.int64)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import _torch
-from fastgrad.deploy.file import onnx_export, sorting
+from fastgrad.deploy.file import onnx_export
 from fastgrad.deploy.file.atomic import replace_atomically
 from fastgrad.deploy.file.describe import describe
 from fastgrad.deploy.file.description import description_text
@@ -169,10 +169,9 @@ def compile_function(
         own = _torch.keeping(*OWN_KERNELS) if on_cpu else contextlib.nullcontext()
         with warnings.catch_warnings(), own:
             warnings.simplefilter("ignore")
-            compiled = program.run_decompositions(sorting.TABLE) if on_cpu else program
             # Channels-last convolutions suit a forward pass. The products of a gradient's norms read channels one
             # by one: each would begin with a copy.
-            _torch.compile_package(compiled, file, keep_layout=loop)
+            _torch.compile_package(program, file, keep_layout=loop)
         finish(file)
 
     replace_atomically(make, path)
