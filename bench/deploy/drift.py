@@ -98,7 +98,7 @@ def delays(tuned: float, streams: int, longest: int, seed: int) -> list[dict[str
                 if monitor.update(good):
                     if method.endswith("ever"):
                         continue  # a false alarm has no delay
-                    monitor.reset()
+                    monitor.reset("the alarm was counted")
                 delay = None
                 for start in range(0, longest, 50):
                     if monitor.update(bad[start : start + 50]):

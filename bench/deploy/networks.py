@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.paper import cache
-from bench.paper.data import photographs, sets
-from bench.paper.train import fit
+from bench.detection import cache
+from bench.detection.data import photographs, sets
+from bench.detection.train import fit
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 

@@ -9,19 +9,22 @@ A block is a table or a single number:
 
 - A table is that of the JSON file of the same name. Words after the name keep the rows that have them: in their case's
   name where it is a speed table, as a value elsewhere. ``<!-- table: environment network -->`` is the line of machine,
-  versions, revision and floors of a file. ``detection`` and ``labelled`` are means of several files.
-- A value is ``FILE | CASE | IMPLEMENTATION or METHOD | FIELD`` with an optional format (default ``.3g``). FIELD is a
-  key of the row, or ``faster``, the factor by which fastgrad's fastest form beats it, or ``per second``.
+  versions, revision and floors of a file. Of a detection table the words are the network: its strongest published
+  detector for each group, beside fastgrad's.
+- A value is ``FILE | CASE or NETWORK: CASE | IMPLEMENTATION or METHOD | FIELD`` with an optional format (default
+  ``.3g``). FIELD is a key of the row, or ``faster``, the factor by which fastgrad's fastest form beats it, or
+  ``per second``.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
-from bench.report import detection_tables, speed
+from bench.report import detection, speed
 from bench.report.text import environment
 from bench.report.text import table as markdown
 from bench.results_file import RESULTS
@@ -48,20 +51,14 @@ def table(words: str, folder: Path = RESULTS) -> str:
     name, _, rest = words.strip().partition(" ")
     if name == "environment":
         return environment(load(rest, folder))
-    if name in ("detection", "labelled"):
-        suffix = f"-{rest}" if rest else ""
-        found = {group: load(group + suffix, folder)["rows"] for group in detection_tables.GROUPS}
-        if name == "detection":
-            return detection_tables.summary(found)
-        return detection_tables.labelled(found["adversarial"], found["ood"])
     document = load(name, folder)
+    if "merit" in document:
+        return detection.strongest(document["rows"], document["merit"], rest)
     if "cases" in document:
         return speed.tables(document["cases"], rest)
     rows = [r for r in document["rows"] if not rest or rest in map(str, r.values())]
     if not rows:
         raise ValueError(f"{name} must have rows with {rest!r}; it had none")
-    if {"network", "case", "method", "auroc"} <= set(rows[0]):
-        return detection_tables.detection(rows)
     return markdown(rows)
 
 
@@ -76,7 +73,9 @@ def value(words: str, folder: Path = RESULTS) -> str:
         raise ValueError(f"a value must be FILE | CASE | IMPLEMENTATION | FIELD; it was {words!r}")
     name, case, implementation, key = parts[:4]
     document = load(name, folder)
+    network, _, case = case.rpartition(": ")
     group = [r for r in document.get("cases", document.get("rows", [])) if r.get("case") == case]
+    group = [r for r in group if network in ("", r.get("network"))]
     rows = [r for r in group if implementation in (r.get("implementation"), r.get("method"))]
     if not rows:
         raise ValueError(f"a value must name a case and an implementation of {name}; it was {words!r}")
@@ -88,7 +87,12 @@ def value(words: str, folder: Path = RESULTS) -> str:
     elif key == "per second":
         number = speed.batch(case) / rows[0]["median_s"]
     else:
-        number = rows[0][key]
+        # Over draws the mean, if all have the number.
+        number = (
+            rows[0][key]
+            if len(rows) == 1 or "draw" not in rows[0]
+            else statistics.fmean(r[key] for r in rows)
+        )
     return format(number, parts[4] if len(parts) == 5 else ".3g")
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from bench.report.document import Row
@@ -25,15 +24,10 @@ NAMES = (
 )  # fmt: skip
 
 
-def draw(folder: Path, name: str, document: Mapping[str, Any]) -> list[str]:
-    """Draw what the table's cases allow; returns file names."""
-    cases = document["cases"]
-    scaling = {row["case"] for row in cases if row["case"].startswith("contrasts B=")}
-    figure = _scaling([r for r in cases if r["case"] in scaling]) if scaling else _bars(cases)
-    if figure is None:
-        return []
-    figure.savefig(folder / f"{name}.png", dpi=DPI)
-    return [f"{name}.png"]
+def draw(cases: Sequence[Row]) -> Any:
+    """Return what the cases of a table allow: the scaling of the contrasts, bars elsewhere, or None."""
+    scaling = [row for row in cases if row["case"].startswith("contrasts B=")]
+    return _scaling(scaling) if scaling else _bars(cases)
 
 
 def figure(height: float, panels: int = 1) -> tuple[Any, Any]:

@@ -1,16 +1,22 @@
-"""Local statistics of the input image, whatever the network."""
+"""Local statistics of the input image, whatever the network: what noise, blur, compression and lighting change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings, mixture
-from fastgrad.blocks.image_statistics import image_statistics
+from fastgrad.blocks.local_contrast import EXTREMES, differences, mean_extremes
 from fastgrad.blocks.passes import Pass
-from fastgrad.blocks.subject import Subject
+from fastgrad.blocks.subject import Subject, is_image
+from fastgrad.losses import compute_dtype
 
+#: Four measures a pixel: differences along the diagonals, down and to the side, and the intensity.
+STATISTICS = 4 * EXTREMES
+# More pixels than these say no more about a distribution; larger images are read on a regular grid.
+_PIXELS = 1024
 # The 28 statistics vary together: beyond these components lies little but the noise of estimation.
 _DIMENSIONS = 16
 
@@ -34,3 +40,29 @@ class Image(Block):
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         """A mixture."""
         yield mixture(cls.name, blocks, settings, log=False, dimensions=_DIMENSIONS)
+
+
+def image_statistics(images: Tensor) -> Tensor:
+    """How local contrast and intensity are distributed over the pixels of each image.
+
+    For each pixel the mixed difference along the diagonals and the first differences, root mean squares over channels,
+    and the intensity (see `fastgrad.blocks.local_contrast`). The contrasts are taken as square roots of amplitudes:
+    near a normal distribution over images and free of the singularity that a logarithm has in flat regions.
+
+    Args:
+        images: ``(B, C, H, W)`` floating, H and W at least 3, pixels or normalized inputs.
+
+    Returns:
+        ``(B, 28)`` in at least float32, in units of the root of the input's for the first 21, in the input's
+        for the last 7.
+
+    Raises:
+        ValueError: ``images`` has another rank, dtype or fewer than 3 x 3 pixels.
+    """
+    if not is_image(images):
+        kind = f"{tuple(images.shape)}, {images.dtype}"
+        raise ValueError(f"images must be floating, (B, C, H, W) with H and W at least 3; it was {kind}")
+    found = differences(images.detach().to(compute_dtype(images.dtype)), _PIXELS)
+    contrasts = torch.stack([found.diagonal, found.vertical, found.horizontal], 1).square().mean(2)
+    intensity = found.centre.mean(1, keepdim=True)
+    return mean_extremes(torch.cat([contrasts.sqrt().sqrt(), intensity], 1).flatten(2))

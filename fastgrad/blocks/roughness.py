@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings, mixture
 from fastgrad.blocks.channels import output_of
-from fastgrad.blocks.local_contrast import differences, quantiles
+from fastgrad.blocks.local_contrast import differences, mean_extremes
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
 from fastgrad.losses import compute_dtype
 
 # Positions of a channel that are read, and channels, at most: more say the same.
-_POSITIONS, _CHANNELS = 256, 32
+_POSITIONS, _CHANNELS = 256, 16
 #: Principal components of the mixture.
 _DIMENSIONS = 16
 
@@ -25,9 +25,9 @@ _DIMENSIONS = 16
 class Roughness(Block):
     """Local contrast of every channel of the first normalised, or convolved, maps, ``(B, D)``.
 
-    Of each channel the squared Laplacian, mixed difference along the diagonals and first differences, their quantiles
-    over positions and their mean, as fourth roots: what `fastgrad.blocks.image_statistics` reads of pixels, read
-    through the filters that the network learned to see its inputs with.
+    Of each channel the mixed differences along the diagonals and the first differences, the roots of their sizes and
+    how those are distributed over positions: what `fastgrad.blocks.image` reads of pixels, read through the filters
+    that the network learned to see its inputs with.
     """
 
     name = "roughness"
@@ -55,20 +55,18 @@ class Roughness(Block):
 
 
 def roughness(maps: Tensor) -> Tensor:
-    """Quantiles and means of local contrast of each channel.
+    """How local contrast of each channel is distributed.
 
     Args:
-        maps: ``(B, C, H, W)`` floating, H and W at least 3; of more than 32 channels some, evenly spaced, are read.
+        maps: ``(B, C, H, W)`` floating, H and W at least 3; of more than 16 channels some, evenly spaced, are read.
 
     Returns:
-        ``(B, 3 * C * 8)`` in at least float32, in units of the root of the input's.
+        ``(B, 3 * C * 7)`` in at least float32, in units of the root of the input's.
     """
     x = maps[:, :: -(-maps.shape[1] // _CHANNELS)]
     found = differences(x.to(compute_dtype(x.dtype)), _POSITIONS)
-    first = found.vertical.square() + found.horizontal.square()
-    energies = torch.stack([found.laplacian.square(), found.diagonal.square(), first], 1).flatten(3)
-    columns = torch.cat([energies.mean(-1, keepdim=True), quantiles(energies)], -1)
-    return columns.sqrt().sqrt().flatten(1)
+    sizes = torch.cat([found.diagonal, found.vertical, found.horizontal], 1)
+    return mean_extremes(sizes.abs_().sqrt_().flatten(2))
 
 
 def _of_output(inputs: tuple[Any, ...], output: Any) -> Tensor:

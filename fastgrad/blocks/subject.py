@@ -14,7 +14,6 @@ from fastgrad._torch import DispatchMode, pytree
 from fastgrad.batches import batch_size, logits_of, take
 from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
-from fastgrad.blocks.image_statistics import is_image
 from fastgrad.engine.shadow import Shadow, attach
 
 #: Writing one number costs about as much as this many of a product's operations.
@@ -104,6 +103,17 @@ class _Watch:
         with torch.no_grad(), operations:
             self.logits = logits_of(shadow.root(*args, **kwargs))
         self.operations, self.written = max(1.0, operations.total), operations.written
+
+
+def is_image(value: object) -> bool:
+    """Whether ``value`` is a batch of images ``(B, C, H, W)`` whose pixels have neighbours."""
+    return (
+        isinstance(value, Tensor)
+        and value.dim() == 4
+        and value.is_floating_point()
+        and min(value.shape[2:]) >= 3
+        and value.shape[1] > 0
+    )
 
 
 def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Subject:

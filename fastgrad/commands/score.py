@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import PackageError
+from fastgrad.deploy.score.job import Limits
 from fastgrad.deploy.score.local import score
 
 
@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", help="of the Parquet file (default: image, img, bytes or content)")
     parser.add_argument("--key-column", help="column that names the rows (default: path, name or id)")
     parser.add_argument(
-        "--max-pixels", type=int, default=MAX_PIXELS, help="largest image to decode (50 million)"
+        "--max-pixels", type=int, default=Limits().pixels, help="largest image to decode (10 million)"
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, default=Limits().size, help="largest file or cell to read (64 MiB)"
     )
     parser.add_argument(
         "--ray", action="store_true", help="on a Ray cluster: --out is then a folder of parts"
@@ -38,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     options = {
         "batch": args.batch, "part": args.part, "false_alarm_rate": args.false_alarm_rate,
         "image_column": args.image_column, "key_column": args.key_column, "max_pixels": args.max_pixels,
+        "max_bytes": args.max_bytes,
     }  # fmt: skip
     try:
         if args.ray:

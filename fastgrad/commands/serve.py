@@ -8,9 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
-from fastgrad.checks import extra
 from fastgrad.deploy.file.package import PackageError
 
 
@@ -26,17 +24,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file by name, answering at /predict/NAME; may be given several times, the first answers at /predict",
     )
     parser.add_argument(
+        "--pins",
+        help="file with the SHA-256 of each model file that may be loaded, as sha256sum writes them; with it, and only "
+        "then, a file that changes takes over",
+    )
+    parser.add_argument(
         "--reload-seconds",
         type=float,
         default=1.0,
-        help="how often to look whether a file has changed; 0 for never (1)",
+        help="with --pins: how often to look whether a file has changed (1)",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name in the Host of requests, beside localhost and addresses; may be given several times",
+    )
     parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (8000)")
     parser.add_argument("--workers", type=int, default=1, help="processes that run the model (default: 1)")
     parser.add_argument("--threads", type=int, help="compute threads of each process (default: PyTorch's)")
+    parser.add_argument("--decoders", type=int, help="processes that read bodies (default: cores, at most 4)")
     parser.add_argument("--max-batch", type=int, default=32, help="largest batch (default: 32)")
     parser.add_argument(
         "--batch-wait-ms",
@@ -49,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=float, default=30.0, help="seconds a request may take, then 504 (30)"
     )
     parser.add_argument("--max-body-mb", type=float, default=16.0, help="largest body in MiB, then 413 (16)")
-    parser.add_argument("--max-pixels", type=int, help="largest image in pixels, then 413 (50 million)")
+    parser.add_argument("--max-pixels", type=int, help="largest image in pixels, then 413 (10 million)")
+    parser.add_argument(
+        "--max-connections", type=int, default=512, help="then the one that waits longest is closed (512)"
+    )
     parser.add_argument(
         "--false-alarm-rate", type=float, help="share of in-distribution inputs to flag (default: the file's)"
     )
@@ -74,44 +88,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM, then finish what was accepted; return the exit status."""
     from fastgrad.deploy.file.images import MAX_PIXELS
-    from fastgrad.deploy.serve.app import Limits, create_app
-    from fastgrad.deploy.serve.pool import ModelError, WorkerDiedError
+    from fastgrad.deploy.serve.app import create_app
+    from fastgrad.deploy.serve.bodies import Limits
+    from fastgrad.deploy.serve.child import ChildDiedError
+    from fastgrad.deploy.serve.pool import ModelError
+    from fastgrad.deploy.serve.server import Server
     from fastgrad.deploy.serve.traces import otlp_provider
 
-    with extra("serve"):
-        import uvicorn
-
-    for name in ("workers", "max_batch", "max_queue"):
-        if getattr(args, name) < 1:
-            print(
-                f"--{name.replace('_', '-')} must be at least 1; it was {getattr(args, name)}",
-                file=sys.stderr,
-            )
+    for name in ("workers", "max_batch", "max_queue", "max_connections", "decoders", "max_pixels"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            print(f"--{name.replace('_', '-')} must be at least 1; it was {value}", file=sys.stderr)
             return 2
-    if args.reload_seconds < 0:
-        print(f"--reload-seconds must be at least 0; it was {args.reload_seconds:g}", file=sys.stderr)
+    if not args.reload_seconds > 0:
+        print(f"--reload-seconds must be positive; it was {args.reload_seconds:g}", file=sys.stderr)
         return 2
-    if args.timeout <= 0 or args.max_body_mb <= 0:
+    if not (args.timeout > 0 and args.max_body_mb > 0):
         print("--timeout and --max-body-mb must be positive", file=sys.stderr)
         return 2
+    body = int(args.max_body_mb * 2**20)
+    limits = Limits(
+        body=body,
+        pixels=args.max_pixels or MAX_PIXELS,
+        queue=args.max_queue,
+        seconds=args.timeout,
+        memory=max(Limits.memory, 3 * body),
+        connections=args.max_connections,
+    )
     try:
         key = _api_key(args.api_key_file)
         app = create_app(
             _paths(args.model, args.models),
             workers=args.workers,
             threads=args.threads,
+            decoders=args.decoders,
             max_batch=args.max_batch,
             batch_wait=args.batch_wait_ms / 1000,
-            limits=Limits(
-                body=int(args.max_body_mb * 2**20),
-                pixels=args.max_pixels or MAX_PIXELS,
-                queue=args.max_queue,
-                seconds=args.timeout,
-            ),
+            limits=limits,
             api_key=key,
+            allowed_hosts=[*args.allowed_host, args.host],
             false_alarm_rate=args.false_alarm_rate,
             drift_false_alarm_rate=args.drift_false_alarm_rate,
-            reload_every=args.reload_seconds or None,
+            pins=args.pins,
+            reload_every=args.reload_seconds,
             tracer_provider=otlp_provider() if args.traces else None,
         )
     except (PackageError, ValueError, OSError) as error:
@@ -122,31 +141,14 @@ def run(args: argparse.Namespace) -> int:
             f"fastgrad serve: listening on {args.host} without an API key; anyone who reaches it can use it",
             file=sys.stderr,
         )
-
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            # Balancers see /ready fail; what still arrives is answered until the sockets close.
-            app.state.draining = True
-            super().handle_exit(sig, frame)
-
-    config = uvicorn.Config(
-        app,
-        host=args.host,
-        port=args.port,
-        access_log=False,
-        server_header=False,
-        log_level="info",
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(args.timeout) + 5,
-    )
-    server = Server(config)
+    server = Server(app, host=args.host, port=args.port, limits=limits)
     # When all is finished uvicorn raises the signal once more, with the handler found here.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         server.run()
     except KeyboardInterrupt:
         return 0
-    except (ModelError, WorkerDiedError) as error:
+    except (ModelError, ChildDiedError) as error:
         print(f"fastgrad serve: {error}", file=sys.stderr)
         return 1
     except SystemExit as stop:

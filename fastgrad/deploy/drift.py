@@ -18,7 +18,7 @@ rate:
 probability of *ever* raising a false alarm, on a stream of any length, is at most ``false_alarm_rate``.
 ``form="average"``: the Shiryaev-Roberts sum over start times; the *average* number of images before a false
 alarm is at least ``1 / false_alarm_rate`` (Shin, Ramdas & Rinaldo 2023), in exchange for shorter delays;
-reset it after each alarm.
+reset it after each alarm, with a reason.
 
 Both statements need images that could have come in any order. Frames of one video cannot: feed the monitor
 every k-th frame, or one score a scene.
@@ -29,6 +29,7 @@ Only NumPy is needed; memory and time per score do not grow with the stream.
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -123,7 +124,10 @@ class DriftMonitor:
     Attributes:
         count: scores seen since the start or the last `reset`.
         evidence: the capital ``e`` now: how much a bet of 1 against "nothing has changed" has become.
-        alarm_at: number of the score (from 1) at which the alarm was raised, or None. An alarm stays.
+        alarm_at: number of the score (from 1) at which the alarm was raised, or None. An alarm stays until `reset`.
+        acknowledged: the reason for which somebody has taken note of the alarm, or None.
+        history: the last 100 acknowledgements and resets, a dictionary each: ``action``, ``reason``, and ``count``,
+            ``alarm_at`` and ``evidence`` at that time.
 
     Raises:
         ValueError: a rate outside (0, 1), an unknown form, or an unusable reference.
@@ -146,10 +150,40 @@ class DriftMonitor:
         self.false_alarm_rate = float(false_alarm_rate)
         self.form = form
         self._seed = seed
-        self.reset()
+        self.acknowledged: str | None = None
+        self.history: deque[dict[str, Any]] = deque(maxlen=100)
+        self._start()
 
-    def reset(self) -> None:
-        """Forget the stream; keep the reference."""
+    def acknowledge(self, reason: str) -> None:
+        """Take note of an alarm, which stays; keep why.
+
+        Raises:
+            ValueError: there is no alarm, or no reason.
+        """
+        if not self.alarm:
+            raise ValueError("there is no alarm to acknowledge")
+        self._note("acknowledge", reason)
+        self.acknowledged = reason
+
+    def reset(self, reason: str) -> None:
+        """Forget the stream and its alarm, keep the reference, and why.
+
+        Each start has an error rate of its own: after k resets the probability that any of them raised a false alarm
+        is at most k + 1 times `false_alarm_rate`.
+
+        Raises:
+            ValueError: there is no reason.
+        """
+        self._note("reset", reason)
+        self._start()
+
+    def _note(self, action: str, reason: str) -> None:
+        if not isinstance(reason, str) or not reason.strip():
+            raise ValueError(f"reason must be some words; it was {reason!r}")
+        at = {"count": self.count, "alarm_at": self.alarm_at, "evidence": self.evidence}
+        self.history.append({"action": action, "reason": reason, **at})
+
+    def _start(self) -> None:
         self._random = np.random.default_rng(self._seed)
         self._counts = self.reference.counts.copy()
         self._total = float(self._counts.sum())
@@ -158,6 +192,7 @@ class DriftMonitor:
         self.count = 0
         self.evidence = 0.0 if self.form == "average" else 1.0
         self.alarm_at: int | None = None
+        self.acknowledged = None
 
     @property
     def alarm(self) -> bool:
@@ -202,16 +237,29 @@ class DriftMonitor:
             self.alarm_at = self.count
 
     def state(self) -> dict[str, Any]:
-        """What a dashboard shows: count, evidence, p_value, alarm, alarm_at, false_alarm_rate, form."""
-        return {
-            "count": self.count,
-            "evidence": self.evidence,
-            "p_value": self.p_value,
-            "alarm": self.alarm,
-            "alarm_at": self.alarm_at,
-            "false_alarm_rate": self.false_alarm_rate,
-            "form": self.form,
-        }
+        """What a dashboard shows: the attributes, the rate and the form, and `summary`."""
+        shown = (
+            "count",
+            "evidence",
+            "p_value",
+            "alarm",
+            "alarm_at",
+            "acknowledged",
+            "false_alarm_rate",
+            "form",
+        )
+        return {name: getattr(self, name) for name in shown} | {"summary": self.summary()}
+
+    def summary(self) -> str:
+        """In one sentence: whether there is an alarm, on how many inputs, and with which error rate."""
+        found = f"Drift was shown at input {self.alarm_at} of" if self.alarm else "No drift was shown in"
+        if self.form == "average":
+            rate = f"without drift a false alarm comes once in {1 / self.false_alarm_rate:g} inputs or later on average"
+        else:
+            rate = f"the probability of ever raising this alarm without drift is at most {self.false_alarm_rate:g}"
+        return (
+            f"{found} {self.count} inputs, compared with {self.reference.counts.sum():g} clean ones; {rate}."
+        )
 
 
 def _finite_scores(name: str, scores: ArrayLike) -> FloatArray:

@@ -117,7 +117,7 @@ def fit_to_budget(
     make = extraction if answer is None else answer
     x = _part(model, x)
     while True:
-        measured, error = price(model, make(tuple(kept)), x)
+        measured, error = price(model, make(tuple(kept)), x, limit)
         if measured <= limit or len(kept) == 1:
             break
         dropped.append((kept.pop().name, f"with it {measured:.2f} forward passes, above {limit:g}"))
@@ -133,8 +133,13 @@ def fit_to_budget(
     return PriceReport(names, predicted, measured, tuple(dropped), limit, error, batch_size(x))
 
 
-def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs) -> tuple[float, float]:
-    """Time of ``run`` over that of the plain ``model`` on ``x``: the median over rounds, and its standard error."""
+def price(
+    model: nn.Module, run: Callable[[Inputs], object], x: Inputs, limit: float = math.inf
+) -> tuple[float, float]:
+    """Time of ``run`` over that of the plain ``model`` on ``x``: the median over rounds, and its standard error.
+
+    Measuring ends earlier where the price is certainly above ``limit``.
+    """
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with evaluating(model), torch.no_grad():
         # Watching, planning and warming up are no part of the price.
@@ -148,7 +153,10 @@ def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs) -> tuple
             else:
                 base, taken = _plain(model, x, device), _seconds(lambda: run(x), device)
             ratios.append(taken / base)
-            if len(ratios) >= ROUNDS and _error(ratios) < ERROR:
+            if len(ratios) < ROUNDS:
+                continue
+            error = _error(ratios)
+            if error < ERROR or statistics.median(ratios) - 3 * error > limit:
                 break
     return statistics.median(ratios), _error(ratios)
 
@@ -160,15 +168,18 @@ def _plain(model: nn.Module, x: Inputs, device: torch.device) -> float:
 
 
 def _part(model: nn.Module, x: Inputs) -> Inputs:
-    """As much of a batch as the plain network takes a tenth of a second for."""
+    """The first 1, 2, 4, ... inputs of a batch that the plain network takes at most a tenth of a second for."""
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     samples = batch_size(x)
+    part: Inputs = take(x, slice(0, 1), samples)
     with evaluating(model), torch.no_grad():
-        one: Inputs = take(x, slice(0, 1), samples)
-        _plain(model, one, device)
-        # A batch of one takes longer than its share, so the cut part takes no longer than that.
-        fitting = max(1, int(PASS / max(_plain(model, one, device), 1e-9)))
-    part: Inputs = take(x, slice(0, min(samples, fitting)), samples)
+        _plain(model, part, device)
+        while (size := 2 * batch_size(part)) <= samples:
+            larger: Inputs = take(x, slice(0, size), samples)
+            # The smaller of two: a busy machine only adds to a time.
+            if min(_plain(model, larger, device) for _ in range(2)) > PASS:
+                break
+            part = larger
     return part
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bench.paper.coverage import Coverage, Place
-from bench.paper.networks import residual_network
+from bench.detection.architectures import residual_network
+from bench.detection.coverage import Coverage, Place
 
 PLACES = (Place(100.0, 50, 3), Place(10.0, 20, 2))
 

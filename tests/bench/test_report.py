@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from bench.report import __main__ as command
-from bench.report import blocks, pages, speed
+from bench.report import blocks, detection, pages, speed
 
 ROOT = pathlib.Path(__file__).parents[2]
 CASES = [
@@ -28,11 +28,6 @@ CASES = [
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     head = {"machine": "here", "versions": {"torch": "2"}, "revision": "abc", "seed": 0, "cases": CASES}
     (tmp_path / "network.json").write_text(json.dumps(head))
-    rows = [
-        {"network": "n", "case": "c", "method": m, "auroc": a, "spread": 0.01, "seeds": 3}
-        for m, a in (("fastgrad", 0.9), ("energy", 0.5))
-    ]
-    (tmp_path / "ood.json").write_text(json.dumps({"machine": "here", "rows": rows}))
     return tmp_path
 
 
@@ -69,43 +64,6 @@ def test_a_changed_figure_is_found(folder: pathlib.Path) -> None:
     assert blocks.differing(filled.replace("-->0.50<", "-->0.49<"), folder)
 
 
-def test_detection_rows_become_cases_against_methods(folder: pathlib.Path) -> None:
-    assert "| n | c | 0.900 ± 0.010 | 0.500 ± 0.010 |" in blocks.table("ood", folder)
-
-
-def _write(folder: pathlib.Path, name: str, cells: list[tuple[str, str, str, float]]) -> None:
-    rows = [dict(zip(("network", "case", "method", "auroc"), cell, strict=True)) for cell in cells]
-    (folder / f"{name}.json").write_text(json.dumps({"rows": rows}))
-
-
-def test_detection_summary_takes_means_over_severities_networks_and_cases(tmp_path: pathlib.Path) -> None:
-    _write(tmp_path, "adversarial", [
-        ("resnet", "FGSM", "fastgrad", 0.6), ("densenet", "FGSM", "fastgrad", 0.8),
-        ("resnet", "FGSM after JPEG", "fastgrad", 0.1), ("resnet", "FGSM", "labelled", 1.0),
-        ("resnet", "FGSM", "energy", 0.4), ("densenet", "FGSM", "energy", 0.6),
-    ])  # fmt: skip
-    _write(tmp_path, "ood", [
-        ("cifar10 resnet", "svhn", "fastgrad", 0.9), ("cifar10 resnet", "grey cifar10 (control)", "fastgrad", 0.1),
-        ("mnist resnet", "scenes", "fastgrad", 1.0), ("cifar10 resnet", "svhn", "energy", 0.5),
-        ("mnist resnet", "scenes", "energy", 0.8),
-    ])  # fmt: skip
-    _write(tmp_path, "corruption", [
-        ("resnet", "fog/1", "fastgrad", 0.4), ("resnet", "fog/2", "fastgrad", 0.8),
-        ("resnet", "frost/1", "fastgrad", 0.8), ("resnet", "fog/1", "energy", 0.5), ("resnet", "fog/2", "energy", 0.7),
-        ("resnet", "frost/1", "energy", 0.6),
-    ])  # fmt: skip
-    table = blocks.table("detection", tmp_path)
-    # (0.7 + 0.9 + 1.0 + 0.6 + 0.8) / 5; fog is the mean of its severities.
-    assert "| fastgrad | 0.700 | 0.900 | 1.000 | 0.700 | 0.800 | 0.600 (fog) |" in table
-    assert "| energy | 0.500 | 0.500 | 0.800 | 0.600 | 0.600 | 0.500 (FGSM) |" in table
-    assert "labelled" not in table
-    assert "| labelled | 1.000 |" in blocks.table("labelled", tmp_path)
-    assert "fastgrad" not in blocks.table("labelled", tmp_path)
-    for name in ("adversarial", "ood", "corruption"):
-        (tmp_path / f"{name}.json").rename(tmp_path / f"{name}-resnet18.json")
-    assert blocks.table("detection resnet18", tmp_path) == table
-
-
 def test_factor_and_rate(folder: pathlib.Path) -> None:
     assert blocks.value("network | net B=8 | vmap(grad) | faster", folder) == "8"
     assert blocks.value("network | net B=8 | fastgrad | per second", folder) == "16"
@@ -134,18 +92,43 @@ def test_textbook_forms_are_named_apart() -> None:
     assert "is faster in 1 comparisons, by up to 2 times" in text
 
 
-def test_a_method_that_lacks_a_case_is_in_no_mean(tmp_path: pathlib.Path) -> None:
-    attacks = [("resnet", "FGSM", "fastgrad", 0.6), ("resnet", "FGSM", "energy", 0.5)]
-    lone = ("resnet", "PGD", "fastgrad", 0.7)
-    _write(tmp_path, "ood", [("cifar10 resnet", "svhn", method, 0.9) for method in ("fastgrad", "energy")])
-    _write(tmp_path, "corruption", [("resnet", "fog/1", method, 0.9) for method in ("fastgrad", "energy")])
-    _write(tmp_path, "adversarial", [*attacks, lone])
-    with pytest.raises(ValueError, match="energy must have 1 numbers for 'PGD'"):
-        blocks.table("detection", tmp_path)
-    _write(
-        tmp_path,
-        "adversarial",
-        [*attacks, ("resnet", "PGD", "energy", 0.5), lone, ("resnet", "PGD", "LID", 0.8)],
-    )
-    with pytest.raises(ValueError, match="LID must have FGSM on resnet"):
-        blocks.table("labelled", tmp_path)
+@pytest.fixture
+def detection_folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    rows = []
+    for network, draw, method, protocol, figure in (
+        ("a", 0, "energy", "clean data only", 0.6), ("a", 1, "energy", "clean data only", 0.8),
+        ("a", 0, "KNN", "clean data only", 0.9), ("a", 1, "KNN", "clean data only", None),
+        ("a", 0, "activations alone (control)", "clean data only", 0.99),
+        ("a", 1, "activations alone (control)", "clean data only", 0.99),
+        ("a", 0, "fastgrad, budget 1.2", "with generated challenges", 0.9),
+        ("a", 1, "fastgrad, budget 1.2", "with generated challenges", 1.0), ("b", 0, "energy", "clean data only", 0.5),
+    ):  # fmt: skip
+        row = {
+            "network": network,
+            "draw": draw,
+            "method": method,
+            "protocol": protocol,
+            "case": "mean of attacks",
+        }
+        rows.append(row | ({"not run": "no weights"} if figure is None else {"auroc": figure}))
+    (tmp_path / "attacks.json").write_text(json.dumps({"merit": "auroc", "rows": rows}))
+    return tmp_path
+
+
+def test_a_value_of_a_network_is_the_mean_over_draws(detection_folder: pathlib.Path) -> None:
+    words = "attacks | a: mean of attacks | energy | auroc | .2f"
+    assert blocks.value(words, detection_folder) == "0.70"
+    assert blocks.value(words.replace("a:", "b:"), detection_folder) == "0.50"
+    with pytest.raises(KeyError):
+        blocks.value(words.replace("energy", "KNN"), detection_folder)
+
+
+def test_the_strongest_published_detector_ran_on_all_draws_and_is_no_control(
+    detection_folder: pathlib.Path,
+) -> None:
+    assert "| attacks | energy 0.700 | 0.950 |" in blocks.table("attacks a", detection_folder)
+    rows = json.loads((detection_folder / "attacks.json").read_text())["rows"]
+    found = detection.means(rows, "auroc", "a", "clean data only")
+    assert found["KNN"]["attacks"] == {"not run": "no weights"}
+    assert found["energy"]["attacks"] == {"auroc": 0.7, "spread": 0.1414}
+    assert "| KNN |  | no weights |" in detection.block(rows, "auroc", "a", "clean data only", {})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.paper.small_maps import products
+from bench.detection.small_maps import products
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.paper.cache import Progress
-from bench.paper.train import fit, whiten
+from bench.detection.cache import Progress
+from bench.detection.train import fit, whiten
 
 
 def test_whitening_filters_see_uncorrelated_patches_and_their_negatives() -> None:

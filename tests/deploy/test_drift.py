@@ -93,11 +93,40 @@ def test_one_by_one_equals_in_one_piece_and_reset_starts_over() -> None:
         single.update(float(score))
     assert single.state() == whole.state()
     first = whole.state()
-    whole.reset()
+    whole.reset("again")
     assert whole.count == 0
     assert not whole.alarm
     whole.update(stream)
     assert whole.state() == first
+
+
+def test_an_alarm_is_acknowledged_and_reset_with_a_reason_that_is_kept() -> None:
+    monitor = DriftMonitor(np.arange(100.0))
+    with pytest.raises(ValueError, match="no alarm to acknowledge"):
+        monitor.acknowledge("too early")
+    assert monitor.summary().startswith("No drift was shown in 0 inputs, compared with 50 clean ones;")
+    monitor.update(np.full(40, 1e6))
+    at = monitor.alarm_at
+    for action in (monitor.acknowledge, monitor.reset):
+        with pytest.raises(ValueError, match="reason must be some words; it was ' '"):
+            action(" ")
+    monitor.acknowledge("the camera moved")
+    assert (monitor.alarm, monitor.acknowledged, monitor.count) == (True, "the camera moved", 40)
+    assert f"shown at input {at} of 40 inputs" in monitor.summary()
+    assert "ever raising this alarm without drift is at most 0.01" in monitor.summary()
+    monitor.reset("it is back")
+    assert (monitor.alarm, monitor.acknowledged, monitor.count, monitor.evidence) == (False, None, 0, 1.0)
+    assert [
+        (note["action"], note["reason"], note["count"], note["alarm_at"]) for note in monitor.history
+    ] == [
+        ("acknowledge", "the camera moved", 40, at),
+        ("reset", "it is back", 40, at),
+    ]
+    for number in range(200):
+        monitor.reset(f"reason {number}")
+    assert len(monitor.history) == 100
+    slow = DriftMonitor(np.arange(100.0), false_alarm_rate=0.02, form="average")
+    assert "once in 50 inputs or later on average" in slow.summary()
 
 
 def test_an_alarm_stays_and_huge_evidence_does_not_overflow() -> None:

@@ -4,7 +4,9 @@ import argparse
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +79,7 @@ def test_one_row_an_image_whatever_the_image(
 def test_a_row_says_what_the_server_answers(folder: Path, tiny_explained: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    from fastgrad.deploy.file.answer import answer, results
+    from fastgrad.deploy.file.answer import answer
 
     for i in range(20):
         # Black and white alone, which lie far out.
@@ -92,8 +94,9 @@ def test_a_row_says_what_the_server_answers(folder: Path, tiny_explained: Path, 
             assert row["evidence"] is row["alarm"] is None
             continue
         x = decode_image((folder / row["name"]).read_bytes(), model.description)
-        ((*values,),) = zip(*results(model, x[None]), strict=True)
-        served = answer(model.description, model.description.threshold, *values)
+        (values,) = model.rows(x[None])
+        served = answer(model.description, model.description.threshold, values)
+        assert row["risk"] is served["risk"] is None
         assert row["evidence"] == pytest.approx(served["evidence"], rel=1e-5, abs=1e-5)
         assert row["alarm"] == served["alarm"]
         assert (row["alarm"] is None) == row["reliable"]
@@ -145,31 +148,136 @@ def test_a_range_of_rows_is_the_same_range(tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on_and_repeats_nothing(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, seen, plain = tmp_path / "scores.parquet", [], score_module.score_batch
+    out, parts, plain = (
+        tmp_path / "scores.parquet",
+        tmp_path / "scores.parquet.parts",
+        score_module.write_part,
+    )
+    written: list[str] = []
 
-    def stopping(model, items, **options):
-        if len(seen) >= 8:
+    def stopping(rows, path, *more):
+        if len(written) == 2 and not out.with_suffix(".go").exists():
             raise KeyboardInterrupt
-        seen.extend(item.name for item in items)
-        return plain(model, items, **options)
+        written.append(path.name)
+        plain(rows, path, *more)
 
-    monkeypatch.setattr(score_module, "score_batch", stopping)
+    monkeypatch.setattr(score_module, "write_part", stopping)
     with pytest.raises(KeyboardInterrupt):
         score(tiny_package, folder, out, batch=2, part=4)
     assert not out.exists()
-
-    monkeypatch.setattr(
-        score_module,
-        "score_batch",
-        lambda m, items, **o: seen.extend(i.name for i in items) or plain(m, items, **o),
-    )
-    # Other options would mix two jobs in one file.
+    out.with_suffix(".go").touch()
+    # Other options would mix two jobs in one file, and so would other images of the same names.
     with pytest.raises(ValueError, match="another job"):
         score(tiny_package, folder, out, batch=2, part=5)
+    touched = folder / "00.png"
+    before = touched.stat()
+    os.utime(touched, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match="another job"):
+        score(tiny_package, folder, out, batch=2, part=4)
+    os.utime(touched, ns=(before.st_atime_ns, before.st_mtime_ns))
+    # A part that another job wrote, and one that is none, are not taken for this one's.
+    pq.write_table(pq.read_table(parts / "part-00000000.parquet").replace_schema_metadata({}), parts / "x")
+    os.replace(parts / "x", parts / "part-00000000.parquet")
+    (parts / "part-00000003.parquet").write_bytes(b"torn")
     counts = score(tiny_package, folder, out, batch=2, part=4)
-    assert counts["continued"] == 8
-    assert sorted(seen) == sorted(set(seen))
+    assert counts["continued"] == 4
+    assert written == [f"part-{i:08d}.parquet" for i in (0, 1, 0, 2, 3, 4, 5)]
     check(pq.read_table(out).to_pylist(), folder, tiny_package)
+    assert not parts.exists()
+
+
+def test_a_folder_that_no_job_made_is_left_as_it_is(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, parts = tmp_path / "o", tmp_path / "o.parts"
+    parts.mkdir()
+    (parts / "thesis.txt").write_text("the only copy")
+    for note in (None, "{}", "[1]", '{"id": 3}', "not JSON"):
+        if note is not None:
+            (parts / "job.json").write_text(note)
+        with pytest.raises(ValueError, match=r"was not made by fastgrad score|parts of another job"):
+            score(tiny_package, folder, out)
+        assert (parts / "thesis.txt").read_text() == "the only copy"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "l.parts").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="was not made by"):
+        score(tiny_package, folder, tmp_path / "l")
+    # What is put beside the parts of a job stays, too.
+    plain = score_module.join_parts
+
+    def beside(where: Path, *more: object) -> None:
+        (where / "notes.txt").write_text("mine")
+        plain(where, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(score_module, "join_parts", beside)
+    score(tiny_package, folder, tmp_path / "p")
+    assert [path.name for path in (tmp_path / "p.parts").iterdir()] == ["notes.txt"]
+
+
+def test_odd_names_large_files_and_unreadable_ones(tiny_package: Path, tmp_path: Path) -> None:
+    base = tmp_path / "images"
+    base.mkdir()
+    odd = os.fsencode(base) + b"/caf\xe9.png"
+    Path(os.fsdecode(odd)).write_bytes(image(1))
+    (base / "large.png").write_bytes(image(2, (60, 60)))
+    (base / "gone.png").write_bytes(image(3))
+    (base / "old.tif").write_bytes(image(4, (8, 8), "TIFF"))
+    rows = {}
+    for limit in (2000, 10**6):
+        out = tmp_path / f"{limit}.parquet"
+        plain = Path.open
+
+        def failing(path: Path, *args: Any, plain: Any = plain, **more: Any) -> Any:
+            if path.name == "gone.png":
+                raise FileNotFoundError(2, "No such file or directory", str(path))
+            return plain(path, *args, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "open", failing)
+            score(tiny_package, base, out, max_bytes=limit)
+        rows[limit] = {row["name"]: row for row in pq.read_table(out).to_pylist()}
+    assert set(rows[2000]) == {r"caf\xe9.png", "large.png", "gone.png", "old.tif"}
+    assert rows[2000][r"caf\xe9.png"]["error"] is None
+    assert rows[2000]["large.png"]["error"] == "the image is too large; at most 2000 bytes are read"
+    assert rows[10**6]["large.png"]["error"] is None
+    # Where the images lie is nobody's business who reads the table.
+    assert rows[2000]["gone.png"]["error"] == "the file cannot be read: No such file or directory"
+    assert "none of JPEG, PNG, WEBP" in rows[2000]["old.tif"]["error"]
+
+
+def test_large_cells_are_not_read(tiny_package: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    cells = [image(1), bytes(5000), None]
+    for column in (pa.array(cells, pa.large_binary()), pa.array([{"bytes": cell} for cell in cells])):
+        pq.write_table(pa.table({"image": column}), source)
+        score(tiny_package, source, out, max_bytes=1000)
+        errors = [row["error"] for row in pq.read_table(out).to_pylist()]
+        assert errors == [None, "the image is too large; at most 1000 bytes are read", "the image is empty"]
+
+
+def test_images_are_decoded_while_the_network_runs(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastgrad.deploy.score import job
+
+    running, beside = threading.Event(), threading.Event()
+    rows, decode = ModelPackage.rows, job.decode_pixels
+
+    def slow(self: ModelPackage, x: Any) -> Any:
+        running.set()
+        # The first batch waits for an image of a later one; without one at work it would wait in vain.
+        assert beside.wait(20)
+        return rows(self, x)
+
+    def watched(*args: Any, **options: Any) -> Any:
+        if running.is_set():
+            beside.set()
+        return decode(*args, **options)
+
+    monkeypatch.setattr(ModelPackage, "rows", slow)
+    monkeypatch.setattr(job, "decode_pixels", watched)
+    score(tiny_package, folder, tmp_path / "o", batch=2, decoders=1)
+    assert beside.is_set()
 
 
 def test_command_line(

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from deploy_models import export_tiny
 from doc_pages import DOCS, SLOW, parameters, programs, run
 
 # Recipes change the repository; tests/docs/test_recipes.py follows them in a copy.
@@ -31,7 +32,7 @@ def test_the_page_runs_as_printed(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if "<!-- needs: model.pt2 -->" in page.read_text():
-        shutil.copy(request.getfixturevalue("tiny_explained"), tmp_path / "model.pt2")
+        shutil.copy(export_tiny(evidence=True), tmp_path / "model.pt2")
     for package, version in re.findall(
         r"^<!-- needs: (\w+)(?: ([\d.]+))? -->$", page.read_text(), re.MULTILINE
     ):

@@ -14,15 +14,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 COMMAND = """
-import argparse, sys
+import argparse, asyncio.events, os, sys, time
 from fastgrad.commands import serve
+if os.environ.get("PAUSES"):
+    # The longest that anything has kept the event loop: in seconds of the processor, and of the clock.
+    longest, plain = [0.0, 0.0], asyncio.events.Handle._run
+    def run(handle):
+        clock, own = time.perf_counter(), time.thread_time()
+        plain(handle)
+        took = time.thread_time() - own, time.perf_counter() - clock
+        if took[0] > longest[0] or took[1] > longest[1]:
+            longest[:] = map(max, longest, took)
+            with open(os.environ["PAUSES"], "w") as file:
+                file.write("%f %f" % tuple(longest))
+                print("longest", handle, *took, file=file)
+    asyncio.events.Handle._run = run
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
@@ -33,9 +46,18 @@ if __name__ == "__main__":
 class Server:
     """``fastgrad serve`` on a free port."""
 
-    def __init__(self, package: Path | None, *options: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        package: Path | None,
+        *options: str,
+        env: dict[str, str] | None = None,
+        probe: Path | None = None,
+    ) -> None:
         files = [] if package is None else [str(package)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        self.probe = probe
+        if probe is not None:
+            environment["PAUSES"] = str(probe)
         # A file, which can be read while the server runs and never fills up as a pipe does.
         self._printed = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115 - as long as the server
         self.process = subprocess.Popen(
@@ -65,8 +87,10 @@ class Server:
             response = connection.getresponse()
             return response.status, response.read()
 
-    def predict(self, body: Any, content_type: str, **headers: str) -> tuple[int, dict[str, Any]]:
-        status, content = self.request("POST", "/predict", body, {"Content-Type": content_type, **headers})
+    def predict(
+        self, body: Any, content_type: str, path: str = "/predict", **headers: str
+    ) -> tuple[int, dict[str, Any]]:
+        status, content = self.request("POST", path, body, {"Content-Type": content_type, **headers})
         return status, json.loads(content)
 
     def metric(self, name: str, path: str = "/metrics") -> float:
@@ -74,6 +98,21 @@ class Server:
         found = re.search(rf"^{re.escape(name)} (\S+)$", text.decode(), re.MULTILINE)
         assert found, name
         return float(found.group(1))
+
+    def pauses(self) -> tuple[float, float]:
+        """The longest that anything has kept the event loop, in seconds of the processor and of the clock."""
+        assert self.probe is not None
+        processor, clock = self.probe.read_text().split()[:2]
+        return float(processor), float(clock)
+
+    def memory(self, name: str = "VmRSS") -> float:
+        """MiB of the web process: now, or with ``VmHWM`` at most since `forget`."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(rf"{name}:\s+(\d+) kB", text).group(1)) / 1024  # type: ignore[union-attr]
+
+    def forget(self) -> None:
+        """Begin anew with the most memory, and the longest pause so far."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
     def stop(self, patience: float = 60) -> int:
         """SIGTERM; the exit status."""
@@ -88,21 +127,21 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(package: Path, *options: str) -> Iterator[Server]:
-    server = Server(package, *options)
+def running(package: Path | None, *options: str, probe: Path | None = None) -> Iterator[Server]:
+    server = Server(package, *options, probe=probe)
     try:
         yield server
     finally:
         server.stop()
 
 
-def workers_of(pid: int) -> list[int]:
-    """Process ids of the model processes below a server."""
+def workers_of(pid: int, module: bytes = b"serve.worker") -> list[int]:
+    """Process ids of the model's processes below a server, or of those that read bodies (``serve.decoder``)."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError, IndexError):
             parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == pid and b"spawn_main" in (entry / "cmdline").read_bytes():
+            if parent == pid and module in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
     return found
 
@@ -124,40 +163,47 @@ def form(field: str, content: bytes, boundary: str = "frontier") -> tuple[bytes,
     return body, f"multipart/form-data; boundary={boundary}"
 
 
-def call(
-    app: Any, method: str, path: str, headers: dict[str, str], chunks: list[bytes], pause: float = 0.0
+async def acall(
+    app: Any,
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    chunks: list[bytes],
+    pause: float = 0.0,
+    watch: Callable[[], object] = lambda: None,
+    sent: list[dict[str, Any]] | None = None,
 ) -> tuple[int, dict[str, str], bytes]:
-    """Call an ASGI application without a server; ``pause`` seconds before every chunk of the body."""
+    """Call an ASGI application without a server; ``pause`` seconds, and ``watch``, before every chunk of the body."""
+    waiting = list(chunks)
+    messages: list[dict[str, Any]] = [] if sent is None else sent
 
-    async def run() -> tuple[int, dict[str, str], bytes]:
-        waiting = list(chunks)
-        sent: list[dict[str, Any]] = []
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(pause)
+        watch()
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(0), "more_body": bool(waiting)}
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
 
-        async def receive() -> dict[str, Any]:
-            await asyncio.sleep(pause)
-            if waiting:
-                return {"type": "http.request", "body": waiting.pop(0), "more_body": bool(waiting)}
-            await asyncio.sleep(60)
-            return {"type": "http.disconnect"}
+    async def send(message: dict[str, Any]) -> None:
+        messages.append(message)
 
-        async def send(message: dict[str, Any]) -> None:
-            sent.append(message)
+    path, _, query = path.partition("?")
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
+        "raw_path": path.encode(), "query_string": query.replace(" ", "%20").encode(), "root_path": "",
+        "scheme": "http", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
+        "headers": [(key.lower().encode(), value.encode("latin-1")) for key, value in headers.items()],
+    }  # fmt: skip
+    await app(scope, receive, send)
+    body = b"".join(message.get("body", b"") for message in messages[1:])
+    status = messages[0]["status"]
+    return status, {key.decode(): value.decode() for key, value in messages[0]["headers"]}, body
 
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
-            "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
-            "headers": [(key.lower().encode(), value.encode("latin-1")) for key, value in headers.items()],
-            "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
-        }  # fmt: skip
-        await app(scope, receive, send)
-        body = b"".join(message.get("body", b"") for message in sent[1:])
-        return (
-            sent[0]["status"],
-            {key.decode(): value.decode() for key, value in sent[0]["headers"]},
-            body,
-        )
 
-    return asyncio.run(run())
+def call(*args: Any, **more: Any) -> tuple[int, dict[str, str], bytes]:
+    """`acall`, in an event loop of its own."""
+    return asyncio.run(acall(*args, **more))
 
 
 def wait_for(condition: Any, seconds: float = 30.0) -> None:

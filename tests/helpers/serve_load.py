@@ -17,15 +17,17 @@ from fastgrad.deploy.file.package import ModelPackage
 class Load:
     """Connections that send numbered images and check each answer against the direct call."""
 
-    def __init__(self, server: Server, package: Path, path: str = "/predict", images: int = 40) -> None:
-        self.server, self.path = server, path
+    def __init__(
+        self, server: Server, package: Path, path: str = "/predict", images: int = 40, keep: bool = True
+    ) -> None:
+        self.server, self.path, self.keep = server, path, keep
         model = ModelPackage(package)
         self.contents = [image(i, (8 + i % 5, 9)) for i in range(images)]
         inputs = [decode_image(content, model.description) for content in self.contents]
         self.expected = [float(model(x[None]).uncertainty) for x in inputs]
         assert len({round(value, 6) for value in self.expected}) == images  # a swap would show
         self.lock = threading.Lock()
-        self.right = self.wrong = self.unavailable = self.lost = self.refused = 0
+        self.right = self.wrong = self.unavailable = self.lost = self.cut = self.refused = 0
         self.stop = threading.Event()
 
     def client(self, number: int, requests: int) -> None:
@@ -34,10 +36,11 @@ class Load:
             if self.stop.is_set():
                 break
             index = (number * 7919 + i) % len(self.contents)
-            sent = False
+            made = sent = False
             try:
                 if connection.sock is None:
                     connection.connect()
+                made = True
                 connection.request("POST", self.path, self.contents[index], {"Content-Type": "image/png"})
                 sent = True
                 response = connection.getresponse()
@@ -45,14 +48,18 @@ class Load:
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 with self.lock:
-                    # An answer that began and broke off, or no answer at all to a request that was sent.
+                    # An answer that began and broke off; no answer at all on a connection that was made; no connection.
                     if sent and not isinstance(error, (http.client.RemoteDisconnected, ConnectionResetError)):
                         self.lost += 1
+                    elif made:
+                        self.cut += 1
                     else:
                         self.refused += 1
                 if isinstance(error, ConnectionRefusedError):
                     break
                 continue
+            if not self.keep:
+                connection.close()
             with self.lock:
                 if response.status == 503:
                     self.unavailable += 1
@@ -67,8 +74,8 @@ class Load:
     def counts(self) -> str:
         """In words."""
         return (
-            f"{self.right} right, {self.wrong} wrong or swapped, {self.lost} lost, {self.refused} turned away, "
-            f"{self.unavailable} told 503"
+            f"{self.right} right, {self.wrong} wrong or swapped, {self.lost} lost, {self.cut} cut, "
+            f"{self.refused} turned away, {self.unavailable} told 503"
         )
 
     def start(self, connections: int, requests: int) -> list[threading.Thread]:

@@ -1,14 +1,17 @@
-"""The application of the server with a model that answers, waits or fails at will."""
+"""The application without its processes: bodies are read in this one, the model answers, waits or fails at will."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastgrad.deploy.serve import decoder
 from fastgrad.deploy.serve.app import create_app
+from fastgrad.deploy.serve.child import ChildDiedError
 
 PNG = {"content-type": "image/png"}
 
@@ -18,15 +21,60 @@ def the_one(app: Any) -> Any:
     return next(iter(app.state.models.values())).served
 
 
-def make(package: Path, delay: float = 0.0, error: Exception | None = None, **options: Any) -> Any:
-    app = create_app(str(package), **options)
+def stub(
+    app: Any, rows: Mapping[Any, Sequence[float]], delay: float = 0.0, error: Exception | None = None
+) -> Any:
+    """Give each model a constant row instead of processes."""
+    pixels = app.state.decoders._pixels
 
-    async def submit(value: np.ndarray, on_run: Any) -> tuple[np.ndarray, float]:
-        await asyncio.sleep(delay)
-        if error is not None:
-            raise error
-        return np.array([0.1, 0.2, 0.3, 0.4]), 1.0
+    async def read(kind: str, body: bytes, description: Any) -> bytes:
+        shape, dtype = description.input_shape, description.input_dtype
+        return decoder.read_input(kind, bytes(body), shape, dtype, max_pixels=pixels)
 
-    the_one(app).pool.submit = submit
+    app.state.decoders.read = read
+    for name, model in app.state.models.items():
+
+        async def submit(value: bytes, on_run: Any, name: str = name) -> Any:
+            await asyncio.sleep(delay)
+            if error is not None:
+                raise error
+            return np.array(rows[name])
+
+        model.served.pool.submit = submit
     app.state.ready = True
     return app
+
+
+def make(package: Path, delay: float = 0.0, error: Exception | None = None, **options: Any) -> Any:
+    app = create_app(str(package), **options)
+    rows = dict.fromkeys(app.state.models, (0.1, 0.2, 0.3, 0.4, 1.0))
+    return stub(app, rows, delay, error)
+
+
+class FakeChild:
+    """In place of a model's process: answers every input with 0.25 four times and its first byte, or dies as told."""
+
+    def __init__(self, constant: float | None = None) -> None:
+        self.batches: list[list[int]] = []
+        self.poison: int | None = None
+        self.die_on: set[int] = set()
+        self.constant, self.alive, self.starts = constant, False, 0
+
+    async def start(self, seconds: float) -> tuple[int, bytes]:
+        self.alive, self.starts = True, self.starts + 1
+        return 0, b""
+
+    async def restart(self, seconds: float) -> None:
+        await self.start(seconds)
+
+    async def stop(self, patience: float = 0.0) -> None:
+        self.alive = False
+
+    async def ask(self, parts: Sequence[bytes], seconds: float) -> tuple[int, bytes]:
+        await asyncio.sleep(0)
+        batch = [part[0] for part in parts]
+        self.batches.append(batch)
+        if self.poison in batch or len(self.batches) in self.die_on:
+            raise ChildDiedError("killed")
+        last = [value if self.constant is None else self.constant for value in batch]
+        return 0, np.array([[0.25] * 4 + [value] for value in last]).tobytes()

@@ -22,15 +22,17 @@ RECORD = Path(__file__).parents[1] / "data" / "public.json"
 MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad": None,
     "fastgrad.blocks": None,
-    "fastgrad.detector.budget": ("Entry", "Report"),
+    "fastgrad.detector.report": ("Gain", "Report"),
+    "fastgrad.detector.price": ("PriceReport",),
     "fastgrad.challenges": None,
     "fastgrad.checks": ("MissingExtraError",),
     "fastgrad.deploy.drift": None,
-    "fastgrad.deploy.file.images": None,
+    "fastgrad.deploy.file.images": ("ImageError", "ImageTooLargeError", "decode_image"),
     "fastgrad.deploy.file.package": ("Description", "ModelPackage", "PackageError", "Prediction", "read_description"),
     "fastgrad.deploy.score.local": None,
     "fastgrad.deploy.score.ray": ("score_dataset",),
-    "fastgrad.deploy.serve.app": None,
+    "fastgrad.deploy.serve.app": ("create_app",),
+    "fastgrad.deploy.serve.bodies": ("Limits",),
     "fastgrad.deploy.serve.ray": None,
     "fastgrad.gradients.features": ("Route", "logits_of"),
     "fastgrad.interop": ("as_pytorch_ood",),
@@ -41,7 +43,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     ),
     "fastgrad.metrics": None,
     "fastgrad.plots": None,
-    "fastgrad.detector.model": ("Prediction",),
+    "fastgrad.detector.model": ("Explanation", "Prediction"),
 }  # fmt: skip
 
 

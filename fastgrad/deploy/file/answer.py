@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from fastgrad.deploy.file.package import Description, ModelPackage
+from fastgrad.deploy.file.description import Description
 
 #: Share of all evidence that the parts named as the reason hold.
 _MOST = 2 / 3
@@ -19,45 +17,43 @@ class ResultError(ValueError):
     """The model's result is not finite: the input lies outside what its arithmetic can hold."""
 
 
-def results(model: ModelPackage, batch: Tensor) -> list[np.ndarray[Any, Any]]:
-    """What the answers to a batch ``(B, *input_shape)`` need, ``(B, ...)`` each, in the order of `answer`."""
-    prediction, evidence = model.explain(batch)
-    needed = (prediction.probabilities, prediction.uncertainty, *evidence.values())
-    return [value.cpu().numpy() for value in needed]
-
-
 def answer(
-    description: Description,
-    threshold: float | None,
-    probabilities: np.ndarray[Any, Any],
-    uncertainty: float,
-    *evidence: float,
+    description: Description, threshold: float | None, row: np.ndarray[Any, np.dtype[np.float64]]
 ) -> dict[str, Any]:
     """The answer to one input.
 
+    Args:
+        description: of the model.
+        threshold: in use, or None.
+        row: of `ModelPackage.rows`.
+
     Returns:
-        ``class`` (index), ``label`` (its name, or None), ``probabilities`` (N), ``uncertainty``, ``reliable``: whether
-        the uncertainty is at most the threshold (None without one), ``evidence``: by name, what the uncertainty rests
-        on (None if the file does not give it), and ``alarm``: in words, what the most of it means (`reason`) where the
-        answer is not reliable, else None.
+        ``class`` (index), ``label`` (its name, or None), ``probabilities`` (N), ``uncertainty``, ``risk``: the
+        probability that the class is wrong (None if the file does not give it), ``reliable``: whether the uncertainty
+        is at most the threshold (None without one), ``evidence``: by name, what the uncertainty rests on (None if the
+        file does not give it), and ``alarm``: in words, what the most of it means (`reason`) where the answer is not
+        reliable, else None.
 
     Raises:
         ResultError: The result is not finite.
     """
-    if not (math.isfinite(uncertainty) and np.isfinite([*probabilities, *evidence]).all()):
+    if not np.isfinite(row).all():
         raise ResultError("the model's result for this input is not a finite number")
+    probabilities, (uncertainty, *more) = row[: description.classes], row[description.classes :].tolist()
+    risk = more.pop(0) if description.risk else None
     index = int(probabilities.argmax())
-    reliable = None if threshold is None else float(uncertainty) <= threshold
+    reliable = None if threshold is None else uncertainty <= threshold
     words = description.evidence
-    named = dict(zip(words, map(float, evidence), strict=True)) if words else None
+    evidence = dict(zip(words, more, strict=True)) if words else None
     return {
         "class": index,
         "label": description.labels[index] if description.labels else None,
-        "probabilities": [float(value) for value in probabilities],
-        "uncertainty": float(uncertainty),
+        "probabilities": probabilities.tolist(),
+        "uncertainty": uncertainty,
+        "risk": risk,
         "reliable": reliable,
-        "evidence": named,
-        "alarm": reason(words, named) if words and named and reliable is False else None,
+        "evidence": evidence,
+        "alarm": reason(words, evidence) if words and evidence and reliable is False else None,
     }
 
 

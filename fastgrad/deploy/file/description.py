@@ -84,6 +84,11 @@ class Description:
         """How many tensors the graph gives."""
         return 3 + self.risk + (self.evidence is not None)
 
+    @property
+    def columns(self) -> int:
+        """Numbers in a row of `ModelPackage.rows`."""
+        return self.classes + 1 + self.risk + len(self.evidence or ())
+
     def threshold_at(self, rate: float | None) -> float | None:
         """The threshold at a false-alarm rate, one of those in the file (None: the file's own).
 

@@ -1,22 +1,25 @@
-"""From the bytes of an image file to a network's input, with limits that hostile files cannot get around."""
+"""From the bytes of an image file to a network's input, with limits that hostile files cannot get around.
+
+Needs NumPy and Pillow alone, so that a process that only decodes stays small.
+"""
 
 from __future__ import annotations
 
 import io
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from fastgrad.checks import extra
-from fastgrad.deploy.file.package import Description
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# Reads what browsers and cameras write. Pillow knows some fifty more, several of them rarely exercised
-# parsers.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 50_000_000
+    from fastgrad.deploy.file.description import Description
+
+#: What browsers and cameras write. Pillow knows some fifty more, several of them rarely exercised parsers.
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 10_000_000
+Array = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class ImageError(ValueError):
@@ -24,7 +27,7 @@ class ImageError(ValueError):
 
 
 class ImageTooLargeError(ImageError):
-    """The image has more pixels than allowed."""
+    """The image has more pixels than allowed, or decoding it needs more memory."""
 
 
 def decode_image(content: bytes, description: Description, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -35,7 +38,7 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
     applied.
 
     Args:
-        content: a BMP, GIF (first frame), JPEG, PNG, PPM, TIFF or WebP file.
+        content: a JPEG, PNG or WebP file.
         description: of the model; its input must be ``(1 or 3, H, W)``.
         max_pixels: refuse larger images by their header, before any pixel is decoded.
 
@@ -46,12 +49,32 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
         ImageTooLargeError: more than ``max_pixels``.
         ImageError: not an image, a truncated one, or the model takes no images.
     """
-    with extra("serve"):
-        from PIL import Image, ImageOps, UnidentifiedImageError
+    import torch
 
-    shape = description.input_shape
+    from fastgrad.checks import extra
+    from fastgrad.deploy.file.description import DTYPES
+
+    with extra("serve"):
+        import PIL  # noqa: F401
+
+    pixels = torch.from_numpy(decode_pixels(content, description.input_shape, max_pixels=max_pixels))
+    return description.normalize(pixels.to(DTYPES[description.input_dtype]) / 255)
+
+
+def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = MAX_PIXELS) -> Array:
+    """Decode, crop and scale as `decode_image` does, without normalizing.
+
+    Returns:
+        ``shape``, uint8.
+
+    Raises:
+        ImageTooLargeError: more than ``max_pixels``.
+        ImageError: not an image, a truncated one, or the model takes no images.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ImageError(f"this model takes no images: its inputs have shape {shape}")
+        raise ImageError(f"this model takes no images: its inputs have shape {tuple(shape)}")
     channels, height, width = shape
     if not content:
         raise ImageError("the image is empty")
@@ -65,7 +88,7 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
                 # JPEG files are decoded at half, a quarter or an eighth where that is enough.
                 image.draft("RGB" if channels == 3 else "L", (2 * width, 2 * height))
                 upright: Any = ImageOps.exif_transpose(image)
-                if upright.mode in ("I", "I;16", "I;16B", "F"):
+                if upright.mode.startswith("I"):
                     upright = _to_eight_bits(upright)
                 upright = upright.convert("L" if channels == 1 else "RGB")
         if upright.size != (width, height):
@@ -83,19 +106,22 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
         raise ImageError(f"the image cannot be read: it is none of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(str(error)) from None
+    except MemoryError:
+        raise ImageTooLargeError("decoding the image needs more memory than is allowed") from None
     except Exception as error:
-        # Damaged files make Pillow's readers raise almost anything: OSError, SyntaxError, struct.error,
-        # KeyError.
-        raise ImageError(f"the image cannot be read: {str(error).strip() or type(error).__name__}") from None
-    pixels = torch.from_numpy(np.array(upright, dtype=np.uint8)).view(height, width, channels)
-    dtype = getattr(torch, description.input_dtype)
-    return description.normalize(pixels.permute(2, 0, 1).to(dtype) / 255).contiguous()
+        # Damaged files make Pillow's readers raise almost anything: OSError, SyntaxError, struct.error, KeyError.
+        reason = (str(error).strip() or type(error).__name__)[:200]
+        raise ImageError(f"the image cannot be read: {reason}") from None
+    pixels = np.array(upright, dtype=np.uint8).reshape(height, width, channels)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _to_eight_bits(image: Any) -> Any:
-    """Sixteen-bit and float gray images, which Pillow's convert would clip at 255."""
+    """Sixteen-bit gray, which Pillow's convert would clip at 255."""
     from PIL import Image
 
-    values = np.asarray(image, dtype=np.float64)
-    highest = 65535.0 if values.max(initial=0) > 255 else 255.0
-    return Image.fromarray((values.clip(0, highest) * (255.0 / highest)).round().astype(np.uint8), "L")
+    values = np.asarray(image)
+    if values.max(initial=0) > 255:
+        # As 255 / 65535, rounded.
+        values = (values.clip(0, 65535).astype(np.int32) + 128) // 257
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8), "L")

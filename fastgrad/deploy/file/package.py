@@ -25,6 +25,7 @@ that. The graph is native code: load only files that you would also run as progr
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -111,6 +112,15 @@ def read_description(path: str | os.PathLike[str]) -> Description:
         return Description(**content)
     except (KeyError, TypeError, ValueError) as error:
         raise PackageError(f"{path}: the description inside is damaged: {str(error)[:300]}") from None
+
+
+def digest_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class _Bounded(io.FileIO):

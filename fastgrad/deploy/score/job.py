@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
-import shutil
+import secrets
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from fastgrad.checks import extra
-from fastgrad.deploy.file.answer import ResultError, answer, results
-from fastgrad.deploy.file.images import MAX_PIXELS, ImageError, decode_image
-from fastgrad.deploy.file.package import Description, ModelPackage
+from fastgrad.deploy.file.answer import ResultError, answer
+from fastgrad.deploy.file.atomic import written_beside
+from fastgrad.deploy.file.description import DTYPES, Description
+from fastgrad.deploy.file.images import MAX_PIXELS, ImageError, decode_pixels
+from fastgrad.deploy.file.package import ModelPackage, digest_of
 
 with extra("score"):
     import pyarrow as pa
@@ -25,6 +30,23 @@ with extra("score"):
     import pyarrow.parquet as pq
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+#: In a part's metadata: the random id of the job that wrote it.
+_JOB = b"fastgrad.job"
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class Limits(NamedTuple):
+    """Of one image.
+
+    Attributes:
+        pixels: larger ones are not decoded.
+        size: bytes of a file, or of a cell of a Parquet file; larger ones are not read.
+    """
+
+    pixels: int = MAX_PIXELS
+    size: int = 64 * 2**20
 
 
 class Source(NamedTuple):
@@ -41,14 +63,24 @@ class Source(NamedTuple):
     path: Path | None
 
 
-def list_folder(folder: Path) -> list[Source]:
-    """All image files below a folder, in the order of their names."""
+def list_folder(folder: Path) -> tuple[list[Source], str]:
+    """All image files below a folder in the order of their names, and a digest of names, sizes and times."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return [Source(str(path.relative_to(folder)), None, path) for path in sorted(found)]
+    sources, digest = [], hashlib.sha256()
+    for path in sorted(found):
+        name, stat = os.fsencode(path.relative_to(folder)), path.stat()
+        digest.update(b"%s\0%d %d\0" % (name, stat.st_size, stat.st_mtime_ns))
+        sources.append(Source(name.decode("utf-8", "backslashreplace"), None, path))
+    return sources, digest.hexdigest()
 
 
 def read_parquet(
-    path: Path, column: str | None, key: str | None, start: int = 0, stop: int | None = None
+    path: Path,
+    column: str | None,
+    key: str | None,
+    start: int = 0,
+    stop: int | None = None,
+    most: int = Limits().size,
 ) -> Iterator[Source]:
     """Rows ``start`` to ``stop`` of a Parquet file; row groups that hold none of them are not read.
 
@@ -59,6 +91,7 @@ def read_parquet(
         key: with the names; None takes ``path``, ``name``, ``id`` if there is one, else the row's number.
         start: first row.
         stop: row after the last; None: to the end.
+        most: bytes of a cell; of a larger one no more than one byte beyond comes.
 
     Raises:
         ValueError: there is no such column.
@@ -80,19 +113,22 @@ def read_parquet(
     row = first
     columns = [column] + ([key] if key else [])
     for part in file.iter_batches(batch_size=64, row_groups=groups, columns=columns):
-        images = part.column(column).to_pylist()
+        images = _cells(part.column(column), most)
         keys = part.column(key).to_pylist() if key else range(row, row + len(images))
         for number, (name, content) in enumerate(zip(keys, images, strict=True), start=row):
             if start <= number < stop:
-                yield Source(str(name), content_of(content), None)
+                yield Source(str(name), content, None)
         row += len(images)
 
 
-def content_of(value: Any) -> bytes:
-    """The bytes of an image cell: bytes, or a struct with a field ``bytes`` (as Hugging Face writes them)."""
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    return value if isinstance(value, bytes) else b""
+def _cells(column: Any, most: int) -> list[bytes]:
+    """The bytes of image cells: bytes, or structs with a field ``bytes`` (as Hugging Face writes them)."""
+    if pa.types.is_struct(column.type):
+        names = [field.name for field in column.type]
+        column = pc.struct_field(column, "bytes") if "bytes" in names else pa.nulls(len(column), pa.binary())
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        return [b""] * len(column)
+    return [cell or b"" for cell in pc.binary_slice(column, 0, most + 1).to_pylist()]
 
 
 def _column(names: list[str], given: str | None, guesses: Iterable[str], what: str, *, required: bool) -> Any:
@@ -110,51 +146,71 @@ def _column(names: list[str], given: str | None, guesses: Iterable[str], what: s
     return found
 
 
-def score_batch(
+def score_sources(
     model: ModelPackage,
-    sources: list[Source],
+    sources: Iterator[Source],
     *,
+    batch: int,
     threshold: float | None,
-    max_pixels: int = MAX_PIXELS,
-    pool: ThreadPoolExecutor | None = None,
-) -> list[dict[str, Any]]:
-    """Score images; one row each, in their order.
+    limits: Limits,
+    pool: ThreadPoolExecutor,
+) -> Iterator[list[dict[str, Any]]]:
+    """Score images; the rows of one batch after another, in their order. The next ones are decoded meanwhile.
 
     Returns:
-        Rows with ``name``, ``class``, ``label``, ``probability`` (of that class), ``uncertainty``, ``reliable``,
-        ``evidence`` and ``alarm``, as the server's answers have them (`answer`), and ``error``; where the image cannot
-        be read, ``error`` says why and the others are None.
+        Rows with ``name``, ``class``, ``label``, ``probability`` (of that class), ``uncertainty``, ``risk``,
+        ``reliable``, ``evidence`` and ``alarm``, as the server's answers have them (`answer`), and ``error``; where the
+        image cannot be read, ``error`` says why and the others are None.
     """
-    run = map if pool is None else pool.map
-    decoded = list(run(lambda source: _decode(source, model.description, max_pixels), sources))
-    columns = arrow_schema(model.description).names
+    waiting: deque[tuple[str, Future[Pixels | str]]] = deque()
+    size = min(batch, model.description.max_batch)
+    while True:
+        for source in itertools.islice(sources, 2 * size - len(waiting)):
+            waiting.append((source.name, pool.submit(_decode, source, model.description, limits)))
+        if not waiting:
+            return
+        yield _score(model, [waiting.popleft() for _ in range(min(size, len(waiting)))], threshold)
+
+
+def _score(
+    model: ModelPackage, items: list[tuple[str, Future[Pixels | str]]], threshold: float | None
+) -> list[dict[str, Any]]:
+    description = model.description
+    columns = arrow_schema(description).names
+    decoded = [future.result() for _, future in items]
     rows: list[dict[str, Any]] = [
-        dict.fromkeys(columns) | {"name": source.name, "error": value if isinstance(value, str) else None}
-        for source, value in zip(sources, decoded, strict=True)
+        dict.fromkeys(columns) | {"name": name, "error": value if isinstance(value, str) else None}
+        for (name, _), value in zip(items, decoded, strict=True)
     ]
-    good = [(i, value) for i, value in enumerate(decoded) if isinstance(value, Tensor)]
-    for start in range(0, len(good), model.description.max_batch):
-        part = good[start : start + model.description.max_batch]
-        found = results(model, torch.stack([x for _, x in part]))
-        for (i, _), *values in zip(part, *found, strict=True):
+    good = [(row, value) for row, value in zip(rows, decoded, strict=True) if not isinstance(value, str)]
+    if good:
+        pixels = torch.from_numpy(np.stack([value for _, value in good]))
+        x = description.normalize(pixels.to(DTYPES[description.input_dtype]) / 255)
+        for (row, _), values in zip(good, model.rows(x), strict=True):
             try:
-                row = answer(model.description, threshold, *values)
+                found = answer(description, threshold, values)
             except ResultError as error:
-                rows[i]["error"] = str(error)
+                row["error"] = str(error)
                 continue
-            rows[i] |= {"probability": row.pop("probabilities")[row["class"]], **row}
+            row |= {"probability": found.pop("probabilities")[found["class"]], **found}
     return rows
 
 
-def _decode(source: Source, description: Description, max_pixels: int) -> Tensor | str:
+def _decode(source: Source, description: Description, limits: Limits) -> Pixels | str:
     try:
         content = source.content
         if content is None:
             assert source.path is not None
-            content = source.path.read_bytes()
-        return decode_image(content, description, max_pixels=max_pixels)
-    except (ImageError, OSError) as error:
+            with source.path.open("rb") as file:
+                content = file.read(limits.size + 1)
+        if len(content) > limits.size:
+            return f"the image is too large; at most {limits.size} bytes are read"
+        return decode_pixels(content, description.input_shape, max_pixels=limits.pixels)
+    except ImageError as error:
         return str(error)
+    except OSError as error:
+        # Without the path, which an error's own text has.
+        return f"the file cannot be read: {error.strerror or type(error).__name__}"
 
 
 def arrow_schema(description: Description) -> Any:
@@ -164,20 +220,25 @@ def arrow_schema(description: Description) -> Any:
     return pa.schema(
         [
             ("name", pa.string()), ("class", pa.int64()), ("label", pa.string()), ("probability", pa.float64()),
-            ("uncertainty", pa.float64()), ("reliable", pa.bool_()), ("evidence", evidence), ("alarm", pa.string()),
-            ("error", pa.string()),
+            ("uncertainty", pa.float64()), ("risk", pa.float64()), ("reliable", pa.bool_()), ("evidence", evidence),
+            ("alarm", pa.string()), ("error", pa.string()),
         ]
     )  # fmt: skip
 
 
-def write_part(rows: list[dict[str, Any]], path: Path, schema: Any) -> None:
-    """Write one part: whole under its name, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_part(rows: list[dict[str, Any]], path: Path, schema: Any, job: str) -> None:
+    """Write one part of a job: whole under its name, or not at all."""
+    with written_beside(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata({_JOB: job})), temporary)
+
+
+def is_part(path: Path, job: str) -> bool:
+    """Whether this is a part that the job wrote."""
     try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return bool(metadata.get(_JOB) == job.encode())
 
 
 def part_path(folder: Path, index: int) -> Path:
@@ -207,17 +268,21 @@ class Job:
         self.columns = (image_column, key_column)
         self.listed: list[Source] | None = None
         if images.is_dir():
-            self.listed = list_folder(images)
+            self.listed, self.identity = list_folder(images)
             self.total = len(self.listed)
-            names = "\n".join(item.name for item in self.listed)
-            self.identity = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
         elif images.is_file():
             try:
                 self.total = pq.ParquetFile(images).metadata.num_rows
             except Exception as error:
                 raise ValueError(f"{images} is not a readable Parquet file: {error}") from None
             list(read_parquet(images, *self.columns, stop=0))  # the columns are there
-            self.identity = f"{images.stat().st_size} {images.stat().st_mtime_ns}"
+            stat = images.stat()
+            with images.open("rb") as file:
+                file.seek(-min(stat.st_size, 2**20), os.SEEK_END)
+                digest = hashlib.sha256(
+                    file.read()
+                ).hexdigest()  # the table of contents, and all of a small file
+            self.identity = f"{stat.st_size} {stat.st_mtime_ns} {digest}"
         else:
             raise ValueError(f"images must be a folder or a Parquet file; there is no {str(images)!r}")
         if self.total == 0:
@@ -232,18 +297,18 @@ class Job:
         """How many images part ``index`` has."""
         return min(self.part, self.total - index * self.part)
 
-    def sources(self, index: int) -> Iterator[Source]:
+    def sources(self, index: int, limits: Limits) -> Iterator[Source]:
         """The images of part ``index``, read as they are asked for."""
         start = index * self.part
         if self.listed is not None:
             return iter(self.listed[start : start + self.part])
-        return read_parquet(self.images, *self.columns, start, start + self.size(index))
+        return read_parquet(self.images, *self.columns, start, start + self.size(index), limits.size)
 
-    def open(self, folder: Path, model: Path, threshold: float | None, max_pixels: int) -> None:
-        """Start or continue this job, whose parts lie in ``folder``.
+    def open(self, folder: Path, model: Path, threshold: float | None, limits: Limits) -> str:
+        """Start this job in a new ``folder`` for its parts, or continue it; return its random id.
 
         Raises:
-            ValueError: the folder holds parts of another job.
+            ValueError: the folder holds parts of another job, or was not made by one.
         """
         job = {
             "model": digest_of(model),
@@ -252,22 +317,29 @@ class Job:
             "total": self.total,
             "part": self.part,
             "threshold": threshold,
-            "columns": self.columns,
-            "max_pixels": max_pixels,
+            "columns": list(self.columns),
+            "limits": list(limits),
         }
-        folder.mkdir(parents=True, exist_ok=True)
         note = folder / "job.json"
-        text = json.dumps(job, sort_keys=True, indent=1)
-        if note.exists():
-            if note.read_text() != text:
-                raise ValueError(
-                    f"{folder} holds the parts of another job (other model, images or options); remove it or "
-                    "choose another --out"
-                )
-            return
-        temporary = note.with_name(f".job.{os.getpid()}")
-        temporary.write_text(text)
-        os.replace(temporary, note)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            identity = secrets.token_hex(16)
+            with written_beside(note) as temporary:
+                temporary.write_text(json.dumps({**job, "id": identity}, sort_keys=True, indent=1), "utf-8")
+            return identity
+        try:
+            found = json.loads(note.read_text("utf-8"))
+            identity = str(found.pop("id"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"{folder} was not made by fastgrad score and is left as it is; choose another --out"
+            ) from None
+        if found != job:
+            raise ValueError(
+                f"{folder} holds the parts of another job (other model, images or options); remove it or "
+                "choose another --out"
+            )
+        return identity
 
 
 def count_rows(parts: Iterable[Path]) -> dict[str, int]:
@@ -282,25 +354,15 @@ def count_rows(parts: Iterable[Path]) -> dict[str, int]:
 
 
 def join_parts(folder: Path, count: int, out: Path, schema: Any) -> None:
-    """Make one Parquet file of all parts, then remove them."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with pq.ParquetWriter(temporary, schema) as writer:
-            for index in range(count):
-                writer.write_table(pq.read_table(part_path(folder, index), schema=schema))
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    shutil.rmtree(folder)
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    """Make one Parquet file of all parts, then remove them, and the folder if nothing else is in it."""
+    parts = [part_path(folder, index) for index in range(count)]
+    with written_beside(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for part in parts:
+            writer.write_table(pq.read_table(part).cast(schema))
+    for path in (*parts, folder / "job.json"):
+        path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def progress_bar(total: int, done: int, show: bool) -> Any:

@@ -8,22 +8,22 @@ image gets a row whose ``error`` says why.
 
 from __future__ import annotations
 
-import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.deploy.score.job import (
     Job,
+    Limits,
     arrow_schema,
     count_rows,
+    is_part,
     join_parts,
     part_path,
     progress_bar,
-    score_batch,
+    score_sources,
     write_part,
 )
 
@@ -38,7 +38,8 @@ def score(
     false_alarm_rate: float | None = None,
     image_column: str | None = None,
     key_column: str | None = None,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = Limits().pixels,
+    max_bytes: int = Limits().size,
     decoders: int | None = None,
     progress: bool = False,
 ) -> dict[str, int]:
@@ -54,6 +55,7 @@ def score(
         image_column: of the Parquet file; None guesses.
         key_column: column whose value becomes the row's name; None guesses.
         max_pixels: larger images are not decoded.
+        max_bytes: larger files, and cells of a Parquet file, are not read.
         decoders: threads that decode images; None: one a processor core.
         progress: show a progress bar.
 
@@ -74,18 +76,21 @@ def score(
     threshold, schema = model.description.threshold_at(false_alarm_rate), arrow_schema(model.description)
     job = Job(Path(images), part, image_column, key_column)
     parts = target.with_name(target.name + ".parts")
-    job.open(parts, Path(model_path), threshold, max_pixels)
-    done = [index for index in range(job.parts) if part_path(parts, index).exists()]
+    limits = Limits(max_pixels, max_bytes)
+    identity = job.open(parts, Path(model_path), threshold, limits)
+    done = [index for index in range(job.parts) if is_part(part_path(parts, index), identity)]
     continued = sum(job.size(index) for index in done)
     bar = progress_bar(job.total, continued, progress)
     with ThreadPoolExecutor(decoders or os.cpu_count() or 1) as pool:
         for index in sorted(set(range(job.parts)) - set(done)):
             rows: list[dict[str, Any]] = []
-            sources = job.sources(index)
-            while items := list(itertools.islice(sources, batch)):
-                rows += score_batch(model, items, threshold=threshold, max_pixels=max_pixels, pool=pool)
-                bar.update(len(items))
-            write_part(rows, part_path(parts, index), schema)
+            sources = job.sources(index, limits)
+            for found in score_sources(
+                model, sources, batch=batch, threshold=threshold, limits=limits, pool=pool
+            ):
+                rows += found
+                bar.update(len(found))
+            write_part(rows, part_path(parts, index), schema, identity)
     bar.close()
     counts = count_rows(part_path(parts, index) for index in range(job.parts))
     join_parts(parts, job.parts, target, schema)

@@ -9,22 +9,22 @@ of them can read and write, such as a network file system.
 
 from __future__ import annotations
 
-import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from fastgrad.checks import extra
-from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage, read_description
 from fastgrad.deploy.score.job import (
     Job,
+    Limits,
     arrow_schema,
     count_rows,
+    is_part,
     part_path,
     progress_bar,
-    score_batch,
+    score_sources,
     write_part,
 )
 
@@ -33,24 +33,32 @@ class PartScorer:
     """The stateful worker of `score_dataset`: loads the model once, then scores and writes whole parts."""
 
     def __init__(
-        self, model: str, job: Job, folder: str, batch: int, threshold: float | None, max_pixels: int
+        self,
+        model: str,
+        job: Job,
+        identity: str,
+        folder: str,
+        batch: int,
+        threshold: float | None,
+        limits: Limits,
     ) -> None:
         self.model = ModelPackage(model)
-        self.job, self.folder, self.batch = job, Path(folder), batch
-        self.threshold, self.max_pixels = threshold, max_pixels
+        self.job, self.identity, self.folder = job, identity, Path(folder)
+        self.batch, self.threshold, self.limits = batch, threshold, limits
         self.pool = ThreadPoolExecutor(2)
 
     def __call__(self, parts: dict[str, Any]) -> dict[str, Any]:
         """Score the parts whose numbers are ``parts["id"]``; return how many images each held."""
         sizes = []
         for index in parts["id"].tolist():
-            rows: list[dict[str, Any]] = []
-            sources = self.job.sources(index)
-            while items := list(itertools.islice(sources, self.batch)):
-                rows += score_batch(
-                    self.model, items, threshold=self.threshold, max_pixels=self.max_pixels, pool=self.pool
-                )
-            write_part(rows, part_path(self.folder, index), arrow_schema(self.model.description))
+            found = score_sources(
+                self.model, self.job.sources(index, self.limits),
+                batch=self.batch, threshold=self.threshold, limits=self.limits, pool=self.pool,
+            )  # fmt: skip
+            rows = [row for rows in found for row in rows]
+            write_part(
+                rows, part_path(self.folder, index), arrow_schema(self.model.description), self.identity
+            )
             sizes.append(len(rows))
         return {"id": parts["id"], "size": sizes}
 
@@ -66,7 +74,8 @@ def score_dataset(
     false_alarm_rate: float | None = None,
     image_column: str | None = None,
     key_column: str | None = None,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = Limits().pixels,
+    max_bytes: int = Limits().size,
     gpus_per_worker: float = 0,
     progress: bool = False,
 ) -> dict[str, int]:
@@ -75,7 +84,7 @@ def score_dataset(
     Args:
         model: file written by `fastgrad.export`.
         images: folder, or Parquet file.
-        out: folder for the parts, ``part-00000000.parquet`` and so on, in the order of the images; readers of
+        out: new folder for the parts, ``part-00000000.parquet`` and so on, in the order of the images; readers of
             Parquet take the folder as one table. An unfinished run is continued.
         workers: processes that hold the model, anywhere in the cluster.
         batch: images in one run of the model.
@@ -84,6 +93,7 @@ def score_dataset(
         image_column: of the Parquet file; None guesses.
         key_column: column that names the rows; None guesses.
         max_pixels: larger images are not decoded.
+        max_bytes: larger files, and cells of a Parquet file, are not read.
         gpus_per_worker: GPUs that each worker claims.
         progress: show a progress bar.
 
@@ -102,18 +112,19 @@ def score_dataset(
     model_path, folder = Path(model).resolve(), Path(out).resolve()
     threshold = read_description(model_path).threshold_at(false_alarm_rate)
     job = Job(Path(images), part, image_column, key_column)
-    job.open(folder, model_path, threshold, max_pixels)
-    missing = [index for index in range(job.parts) if not part_path(folder, index).exists()]
+    limits = Limits(max_pixels, max_bytes)
+    identity = job.open(folder, model_path, threshold, limits)
+    missing = [index for index in range(job.parts) if not is_part(part_path(folder, index), identity)]
     continued = job.total - sum(job.size(index) for index in missing)
     bar = progress_bar(job.total, continued, progress)
     if missing:
         if not ray.is_initialized():
-            ray.init(log_to_driver=False)
+            ray.init(log_to_driver=False, include_dashboard=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
         data = ray.data.from_items([{"id": index} for index in missing], override_num_blocks=len(missing))
         done = data.map_batches(
             PartScorer,
-            fn_constructor_args=(str(model_path), job, str(folder), batch, threshold, max_pixels),
+            fn_constructor_args=(str(model_path), job, identity, str(folder), batch, threshold, limits),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(missing))),
             num_gpus=gpus_per_worker or None,

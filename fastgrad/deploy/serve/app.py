@@ -1,40 +1,41 @@
-"""The web application: routes, limits, and what each refusal says."""
+"""The web application: routes, and what each refusal says."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
+import gc
 import json
+import os
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastgrad.checks import extra
 from fastgrad.deploy.file.answer import ResultError, answer
-from fastgrad.deploy.file.images import MAX_PIXELS
-from fastgrad.deploy.serve.openapi import operation
+from fastgrad.deploy.serve.bodies import Budget, Limits, read_body
+from fastgrad.deploy.serve.child import timeout
+from fastgrad.deploy.serve.decoder import RequestError
+from fastgrad.deploy.serve.decoders import Decoders
+from fastgrad.deploy.serve.guard import Guard, refusal
+from fastgrad.deploy.serve.metrics import Metrics
 from fastgrad.deploy.serve.pool import ModelError
-from fastgrad.deploy.serve.requests import MAX_BODY, RequestError, read_input
+from fastgrad.deploy.serve.schema import Answer, Refusal, Status, request_body
 from fastgrad.deploy.serve.served import Model, Served
-from fastgrad.deploy.serve.traces import Trace, Traces
+from fastgrad.deploy.serve.traces import Trace
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
 with extra("serve"):
-    import python_multipart  # noqa: F401 - starlette reads forms with it
-    from fastapi import FastAPI, Request
+    import python_multipart  # noqa: F401 - the processes that read bodies need it
+    from fastapi import FastAPI, Query, Request
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, Response
-    from starlette.requests import ClientDisconnect
 
-# A body that is too large is read on and thrown away up to here, so that the client gets to read the refusal.
-_DISCARD = 256 * 2**20
 # The page is one file; nothing it shows can load or run anything else.
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -43,59 +44,49 @@ _PAGE_HEADERS = {
 }
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one request may cost.
-
-    Attributes:
-        body: bytes of a request body; more is answered 413.
-        pixels: of an image; more is answered 413, before anything is decoded.
-        queue: requests to /predict in progress at once; more are answered 503 with Retry-After.
-        seconds: from the first byte of a request to its answer; then 504 (408 if the body never came).
-    """
-
-    body: int = MAX_BODY
-    pixels: int = MAX_PIXELS
-    queue: int = 256
-    seconds: float = 30.0
-
-
 def create_app(
     path: str | Mapping[str, str],
     *,
     workers: int = 1,
     threads: int | None = None,
+    decoders: int | None = None,
     max_batch: int = 32,
     batch_wait: float = 0.002,
-    limits: Limits = Limits(),
+    limits: Limits = Limits(),  # noqa: B008 - it is frozen
     api_key: str | None = None,
+    allowed_hosts: Collection[str] = (),
     false_alarm_rate: float | None = None,
     drift_false_alarm_rate: float = 0.01,
-    reload_every: float | None = 1.0,
+    pins: str | os.PathLike[str] | None = None,
+    reload_every: float = 1.0,
     tracer_provider: TracerProvider | None = None,
 ) -> FastAPI:
     """Make the application that serves exported models.
 
-    A file that changes takes over, without a request lost, once it is loaded and its processes are ready; where it
-    cannot be loaded, the one before goes on and the log says why. Files are copied to the temporary folder.
+    Exported files hold native code, so none is loaded anew unless ``pins`` names its digest beforehand. Then a file
+    that changes takes over, without a request lost, once it is loaded and its processes are ready; where it cannot be
+    loaded, the one before goes on and the log says why. Files are copied to the temporary folder.
 
     Args:
         path: the ``.pt2`` or ``.onnx``; or several by name, of which the first answers where no name is given.
         workers: processes that run each model.
         threads: compute threads of each process.
+        decoders: processes that read bodies; None: one a processor core, at most four.
         max_batch: largest batch; at most the file's own.
         batch_wait: seconds an idle worker waits for a batch to fill.
-        limits: see `Limits`.
-        api_key: if given, /predict and /metrics need it, as ``X-API-Key: KEY`` or ``Authorization: Bearer
-            KEY``.
+        limits: see `Limits`; those of connections and headers are kept by ``fastgrad serve``.
+        api_key: if given, all but the page, /health and /ready needs it, as ``Authorization: Bearer KEY``.
+        allowed_hosts: names that requests may have in ``Host``, beside ``localhost`` and addresses.
         false_alarm_rate: share of in-distribution inputs to flag, one of the rates in the file; None: the
             file's own.
         drift_false_alarm_rate: bound on the probability of ever raising the drift alarm without drift.
-        reload_every: seconds between two looks at the files; None never looks.
+        pins: a file with the SHA-256 of each model file that may be loaded, a line each, as ``sha256sum`` writes them;
+            it should lie where whoever writes model files cannot write. None: no file is loaded after the start.
+        reload_every: seconds between two looks at the files, with ``pins``.
         tracer_provider: of OpenTelemetry, for the spans of requests to /predict; None makes none.
 
     Raises:
-        PackageError: not an exported model.
+        PackageError: not an exported model, or one that ``pins`` does not name.
         ValueError: the file has no threshold for that rate, an empty key, no model or a name that fits no address.
     """
     paths = {Path(path).stem: path} if isinstance(path, str) else dict(path)
@@ -106,18 +97,19 @@ def create_app(
     for name in paths if not isinstance(path, str) else ():
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"path must have names of letters, digits and _.-; one was {name!r}")
-    key_digest = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
 
     def load(model: Model) -> Served:
         return Served(
             model.path,
+            pins=pins,
             false_alarm_rate=false_alarm_rate,
             max_batch=max_batch,
             pool={
                 "workers": workers,
                 "threads": threads,
                 "batch_wait": batch_wait,
-                "hang_timeout": 2 * limits.seconds,
+                "hang_timeout": limits.seconds,
+                "load_timeout": limits.load_seconds,
             },
             metrics={
                 "drift_false_alarm_rate": drift_false_alarm_rate,
@@ -128,7 +120,11 @@ def create_app(
 
     models = {name: Model(name, file, load) for name, file in paths.items()}
     first = next(iter(models.values()))
-    traces = Traces(tracer_provider)
+    tracer = None if tracer_provider is None else tracer_provider.get_tracer("fastgrad.serve")
+    budget = Budget(limits.memory)
+    readers = Decoders(
+        count=decoders or min(4, os.cpu_count() or 1), pixels=limits.pixels, seconds=limits.decode_seconds
+    )
 
     def named(name: str | None) -> Model:
         if name is None:
@@ -139,11 +135,14 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        for model in models.values():
-            await model.served.pool.start()
+        await asyncio.gather(readers.start(), *(model.served.pool.start() for model in models.values()))
         watching = [
-            asyncio.create_task(model.watch(reload_every)) for model in models.values() if reload_every
+            asyncio.create_task(model.watch(reload_every)) for model in models.values() if pins is not None
         ]
+        app.openapi()
+        # What is there now stays; going through it again and again would stop the event loop for a tenth of a second.
+        gc.collect()
+        gc.freeze()
         app.state.ready = True
         yield
         app.state.ready = False
@@ -151,53 +150,57 @@ def create_app(
             task.cancel()
         await asyncio.gather(*watching, return_exceptions=True)
         await asyncio.gather(*(model.close() for model in models.values()))
+        await readers.close()
 
     app = FastAPI(
         title="fastgrad", description="Class, uncertainty and whether to rely on it.", docs_url=None, redoc_url=None,
         lifespan=lifespan,
     )  # fmt: skip
     app.state.ready, app.state.draining, app.state.active = False, False, 0
-    app.state.models = models
-
-    def authorize(request: Request) -> None:
-        if key_digest is None:
-            return
-        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        given = request.headers.get("x-api-key") or bearer
-        # Digests have one length, and compare_digest takes the same time wherever they differ.
-        if not hmac.compare_digest(hashlib.sha256(given.encode()).digest(), key_digest):
-            raise RequestError(401, "the API key is missing or wrong; send it as X-API-Key")
+    app.state.models, app.state.decoders = models, readers
+    app.add_middleware(
+        Guard, key=api_key, hosts=allowed_hosts,
+        refused=lambda status: first.served.metrics.requests.labels(str(status)).inc(),
+    )  # fmt: skip
 
     async def predict(request: Request, served: Served, trace: Trace) -> dict[str, Any]:
-        authorize(request)
         if not app.state.ready:
             raise RequestError(503, "the server is starting or shutting down")
-        if app.state.active >= limits.queue:
-            raise RequestError(503, "too many requests are waiting; try again in a moment")
-        app.state.active += 1
-        reading = True
+        waits_for = "body"
         try:
-            async with _timeout(limits.seconds):
-                trace.stage("read")
-                body = await _read_body(request, limits.body)
-                reading = False
-                trace.stage("decode")
-                kind = request.headers.get("content-type", "")
-                x = await read_input(kind, body, served.description, max_pixels=limits.pixels)
-                trace.stage("queue")
-                row = await served.pool.submit(x.numpy(), lambda size: trace.stage("run", batch_size=size))
+            with budget.hold() as hold:
+                async with timeout(limits.seconds) as move:
+                    trace.stage("read")
+                    body = await read_body(request, limits, hold, move)
+                    waits_for = "answer"
+                    if app.state.active >= limits.queue:
+                        raise RequestError(503, "too many requests are waiting; try again in a moment")
+                    app.state.active += 1
+                    try:
+                        trace.stage("decode")
+                        kind = request.headers.get("content-type", "")
+                        value = await readers.read(kind, body, served.description)
+                        del body
+                        hold(len(value))
+                        trace.stage("queue")
+                        row = await served.pool.submit(
+                            value, lambda size: trace.stage("run", batch_size=size)
+                        )
+                    finally:
+                        app.state.active -= 1
             trace.stage("answer")
-            result = answer(served.description, served.threshold, *row)
+            result = answer(served.description, served.threshold, row)
         except asyncio.TimeoutError:
-            if reading:
-                raise RequestError(408, f"the body did not arrive within {limits.seconds:g} s") from None
+            if waits_for == "body":
+                least = f"or came slower than {limits.rate} bytes a second"
+                raise RequestError(
+                    408, f"the body did not arrive within {limits.seconds:g} s, {least}"
+                ) from None
             raise RequestError(504, f"no answer within {limits.seconds:g} s") from None
         except ModelError as error:
             raise RequestError(500, str(error)) from None
         except ResultError as error:
             raise RequestError(422, str(error)) from None
-        finally:
-            app.state.active -= 1
         served.metrics.observe(result)
         return result
 
@@ -206,15 +209,13 @@ def create_app(
         headers = {"Connection": "close"} if app.state.draining else {}
         route = "/predict" if name is None else "/predict/{name}"
         # One version of the file from here to the answer, whatever takes over meanwhile.
-        with named(name).served.in_use() as served, traces.request(route, request.headers) as trace:
+        with named(name).served.in_use() as served, Trace(tracer, route, request.headers) as trace:
             try:
                 status, content = 200, await predict(request, served, trace)
             except RequestError as error:
                 status, content = error.status, {"detail": error.message}
                 if status == 503:
                     headers["Retry-After"] = "1"
-                if status == 401:
-                    headers["WWW-Authenticate"] = "Bearer"
             served.metrics.latency.observe(time.perf_counter() - start)
             served.metrics.requests.labels(str(status)).inc()
             trace.answered(status)
@@ -222,11 +223,26 @@ def create_app(
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
-        return JSONResponse({"detail": error.message}, error.status)
+        return refusal(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        found = error.errors()[0]
+        return refusal(RequestError(422, f"{found['loc'][-1]}: {found['msg']}"))
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        # The log has it from the web server.
+        return refusal(RequestError(500, "the server failed; its log says why"))
+
+    def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+        fixed = (400, 401, 403, 500)
+        return {status: {"model": Refusal, "description": "Refused"} for status in (*fixed, *statuses)}
 
     described: dict[str, Any] = {
-        "summary": "Class, probabilities, uncertainty of one input",
-        "openapi_extra": operation(first.served.description.input_shape),
+        "summary": "Class, probabilities, uncertainty and risk of one input",
+        "responses": {200: {"model": Answer}, **refusals(404, 408, 413, 415, 422, 503, 504)},
+        "openapi_extra": request_body(first.served.description.input_shape),
     }
 
     @app.post("/predict", **described)
@@ -237,27 +253,34 @@ def create_app(
     async def predict_named_route(request: Request, name: str) -> Response:
         return await respond(request, name)
 
-    @app.get("/health", summary="Whether the process lives")
+    @app.get("/health", summary="Whether the process lives", responses=refusals())
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready", summary="Whether to send requests here")
+    @app.get(
+        "/ready",
+        summary="Whether to send requests here",
+        responses={200: {"model": Status}, 503: {"model": Status}, **refusals()},
+    )
     async def ready() -> JSONResponse:
         loaded = all(model.served.pool.ready for model in models.values())
         fine = app.state.ready and not app.state.draining and loaded and app.state.active < limits.queue
         return JSONResponse({"ready": fine}, 200 if fine else 503)
 
-    @app.get("/metrics", summary="For Prometheus")
-    @app.get("/metrics/{name}", summary="For Prometheus, of one of several models")
-    async def metrics_route(request: Request, name: str | None = None) -> Response:
-        authorize(request)
+    prometheus: dict[str, Any] = {
+        "response_class": Response, "responses": {200: {"content": {"text/plain": {}}}, **refusals(404)},
+    }  # fmt: skip
+
+    @app.get("/metrics", summary="For Prometheus", **prometheus)
+    @app.get("/metrics/{name}", summary="For Prometheus, of one of several models", **prometheus)
+    async def metrics_route(name: str | None = None) -> Response:
         text = named(name).served.metrics.render()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get(
-        "/model", summary="What travels with the model: shape, labels, threshold, in-distribution scores"
-    )
-    @app.get("/model/{name}", summary="The same of one of several models")
+    told: dict[str, Any] = {"responses": refusals(404)}
+
+    @app.get("/model", summary="What travels with the model: shape, labels, threshold, scores", **told)
+    @app.get("/model/{name}", summary="The same of one of several models", **told)
     async def model_route(name: str | None = None) -> dict[str, Any]:
         served = named(name).served
         return {
@@ -269,8 +292,35 @@ def create_app(
             "false_alarm_rate": served.false_alarm_rate,
             "histogram": served.description.histogram,
             "evidence": served.description.evidence,
-            "needs_key": key_digest is not None,
+            "risk": served.description.risk,
         }
+
+    def drift(name: str | None, action: str | None = None, reason: str = "") -> dict[str, Any]:
+        metrics: Metrics = named(name).served.metrics
+        if metrics.monitor is None:
+            raise RequestError(404, "the model's file has no scores to compare with")
+        if action is not None:
+            try:
+                metrics.note(action, reason)
+            except ValueError as error:
+                raise RequestError(409, str(error)) from None
+        return metrics.monitor.state() | {"history": list(metrics.monitor.history)}
+
+    @app.get("/drift", summary="Whether inputs have drifted, on how many, with which error rate", **told)
+    @app.get("/drift/{name}", summary="The same of one of several models", **told)
+    async def drift_route(name: str | None = None) -> dict[str, Any]:
+        return drift(name)
+
+    noted: dict[str, Any] = {"responses": refusals(404, 409, 422)}
+
+    @app.post("/drift", summary="Acknowledge the drift alarm, or start anew; the reason is kept", **noted)
+    @app.post("/drift/{name}", summary="The same of one of several models", **noted)
+    async def drift_note_route(
+        action: Literal["acknowledge", "reset"],
+        reason: Annotated[str, Query(min_length=1, max_length=500, pattern=r"\S")],
+        name: str | None = None,
+    ) -> dict[str, Any]:
+        return drift(name, action, reason)
 
     page = (files("fastgrad.deploy.serve") / "page.html").read_text("utf-8")
 
@@ -279,49 +329,3 @@ def create_app(
         return HTMLResponse(page, headers=_PAGE_HEADERS)
 
     return app
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    declared = request.headers.get("content-length", "")
-    too_large = declared.isdecimal() and int(declared) > limit
-    size = 0
-    parts: list[bytes] = []
-    try:
-        async for part in request.stream():
-            size += len(part)
-            if size > limit:
-                too_large = True
-                parts.clear()
-            if not too_large:
-                parts.append(part)
-            elif size > _DISCARD:
-                break
-    except ClientDisconnect:
-        raise RequestError(400, "the connection closed before the whole body came") from None
-    if too_large:
-        raise RequestError(413, f"the body is too large; at most {limit} bytes are allowed")
-    if not size:
-        raise RequestError(400, "the body is empty")
-    return b"".join(parts)
-
-
-@asynccontextmanager
-async def _timeout(seconds: float) -> AsyncIterator[None]:
-    """`asyncio.timeout`, which Python 3.10 lacks."""
-    task, expired = asyncio.current_task(), False
-    assert task is not None
-
-    def expire() -> None:
-        nonlocal expired
-        expired = True
-        task.cancel()
-
-    timer = asyncio.get_running_loop().call_later(seconds, expire)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if expired:
-            raise asyncio.TimeoutError from None
-        raise
-    finally:
-        timer.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,13 @@ import numpy as np
 
 from fastgrad.checks import extra
 from fastgrad.deploy.drift import DriftMonitor
-from fastgrad.deploy.file.package import Description
+from fastgrad.deploy.file.description import Description
 
 with extra("serve"):
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 RECENT = 1000
+_log = logging.getLogger("uvicorn.error")
 
 
 class Metrics:
@@ -86,6 +88,11 @@ class Metrics:
                 f"1 once drift is shown; probability of ever being wrong <= {drift_false_alarm_rate:g}",
                 lambda: float(monitor.alarm),
             )
+            gauge(
+                "drift_acknowledged",
+                "1 once somebody took note of it",
+                lambda: float(bool(monitor.acknowledged)),
+            )
 
     def observe(self, answer: dict[str, Any]) -> None:
         """Take note of one answer."""
@@ -96,6 +103,17 @@ class Metrics:
             self._recent.append(not reliable)
         if self.monitor is not None:
             self.monitor.update(answer["uncertainty"])
+
+    def note(self, action: str, reason: str) -> None:
+        """Acknowledge the drift alarm, or reset the monitor; the log has it too.
+
+        Raises:
+            ValueError: there is no monitor, or no alarm to acknowledge.
+        """
+        if self.monitor is None:
+            raise ValueError("there is no drift monitor")
+        {"acknowledge": self.monitor.acknowledge, "reset": self.monitor.reset}[action](reason)
+        _log.warning("drift: %s, because %r", action, reason)
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""

@@ -7,101 +7,32 @@ of the queue, each to be run alone, so that one input that kills its worker cann
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import multiprocessing
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgrad.deploy.serve import worker as worker_module
+from fastgrad.deploy.serve.child import Bytes, Child, ChildDiedError
 
 MAX_ATTEMPTS = 3
-Array = NDArray[Any]
+Row = NDArray[np.float64]
+_log = logging.getLogger("uvicorn.error")
 
 
 class ModelError(RuntimeError):
-    """The model failed on an input, or its worker died on it repeatedly."""
-
-
-class WorkerDiedError(RuntimeError):
-    """The worker process ended, or hung and was ended."""
+    """The model cannot be loaded, failed on an input, or its worker died on it repeatedly."""
 
 
 @dataclass(eq=False)
 class _Item:
-    value: Array
-    future: asyncio.Future[tuple[Any, ...]]
+    value: Bytes
+    future: asyncio.Future[Row]
     on_run: Callable[[int], None]
     attempts: int = 0
-
-
-@dataclass(eq=False)
-class _Worker:
-    """One process and the thread that talks to it."""
-
-    path: str
-    threads: int | None
-    hang_timeout: float
-    executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    process: BaseProcess | None = None
-    pipe: Connection | None = None
-    ready: bool = False
-
-    def start(self) -> None:
-        """Start the process and wait until the model is loaded (blocking)."""
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=worker_module.main,
-            args=(theirs, self.path, self.threads),
-            daemon=True,
-            name="fastgrad-model",
-        )
-        self.process.start()
-        theirs.close()
-        try:
-            status, reason = self.pipe.recv()
-        except (EOFError, OSError):
-            raise WorkerDiedError("the model's process ended while it was loading the model") from None
-        if status != "ready":
-            raise ModelError(f"the model cannot be loaded: {reason}")
-        self.ready = True
-
-    def run(self, batch: Array) -> list[Array]:
-        """Send one batch and wait for its `answer.results` (blocking)."""
-        assert self.pipe is not None
-        try:
-            self.pipe.send(batch)
-            if not self.pipe.poll(self.hang_timeout):
-                raise WorkerDiedError(f"the model did not answer within {self.hang_timeout:g} s")
-            status, result = self.pipe.recv()
-        except (EOFError, OSError):
-            raise WorkerDiedError("the model's process ended") from None
-        if status != "done":
-            raise ModelError(f"the model failed: {result}")
-        arrays: list[Array] = result
-        return arrays
-
-    def stop(self, patience: float = 5.0) -> None:
-        """End the process, kindly first (blocking)."""
-        self.ready = False
-        if self.pipe is not None:
-            with contextlib.suppress(OSError):
-                self.pipe.send(None)
-            self.pipe.close()
-        if self.process is not None:
-            self.process.join(patience)
-            if self.process.is_alive():
-                self.process.kill()
-                self.process.join()
 
 
 class WorkerPool:
@@ -109,30 +40,40 @@ class WorkerPool:
 
     Args:
         path: the exported model.
+        columns: numbers in a row of `ModelPackage.rows`.
         workers: number of processes.
         max_batch: largest batch.
         batch_wait: seconds an idle worker waits for a batch to fill after its first input.
         threads: compute threads of each process; None leaves PyTorch's default.
-        hang_timeout: seconds after which a worker that does not answer is replaced.
+        hang_timeout: seconds after which a worker that does not answer is ended and replaced.
+        load_timeout: seconds in which a worker must have loaded the model.
         on_batch: called with the size of every batch.
     """
 
     def __init__(
         self,
         path: str,
+        columns: int,
         *,
         workers: int = 1,
         max_batch: int = 32,
         batch_wait: float = 0.002,
         threads: int | None = None,
-        hang_timeout: float = 60.0,
+        hang_timeout: float = 30.0,
+        load_timeout: float = 300.0,
         on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
+        if max_batch < 1 or workers < 1:
+            raise ValueError(f"max_batch and workers must be at least 1; they were {max_batch} and {workers}")
         self.max_batch, self.batch_wait, self.on_batch = max_batch, batch_wait, on_batch
-        self.restarts = 0
+        self.hang_timeout, self.load_timeout = hang_timeout, load_timeout
+        self._columns = columns
         self._queue: deque[_Item] = deque()
         self._arrived = asyncio.Event()
-        self._workers = [_Worker(path, threads, hang_timeout) for _ in range(workers)]
+        self.workers = [
+            Child("fastgrad.deploy.serve.worker", (path, threads), most=8 * columns * max_batch + 2**16)
+            for _ in range(workers)
+        ]
         self._tasks: list[asyncio.Task[None]] = []
         self._in_flight = 0
         self._closed = False
@@ -142,43 +83,44 @@ class WorkerPool:
     @property
     def ready(self) -> bool:
         """Whether at least one worker can take a batch."""
-        return any(worker.ready for worker in self._workers)
+        return any(worker.alive for worker in self.workers)
+
+    @property
+    def restarts(self) -> int:
+        """How often a worker was replaced."""
+        return sum(max(0, worker.starts - 1) for worker in self.workers)
 
     @property
     def queued(self) -> int:
         """Inputs that wait for a worker."""
         return len(self._queue)
 
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the living workers."""
-        return [w.process.pid for w in self._workers if w.process and w.process.pid and w.process.is_alive()]
-
     async def start(self) -> None:
         """Start all workers.
 
         Raises:
             ModelError: the model cannot be loaded.
-            WorkerDiedError: a worker ended while loading it.
         """
-        loop = asyncio.get_running_loop()
         started = await asyncio.gather(
-            *(loop.run_in_executor(worker.executor, worker.start) for worker in self._workers),
-            return_exceptions=True,
+            *(worker.start(self.load_timeout) for worker in self.workers), return_exceptions=True
         )
         for outcome in started:
-            if isinstance(outcome, BaseException):
+            if isinstance(outcome, BaseException) or outcome[0]:
                 await self.close()
-                raise outcome
-        self._tasks = [loop.create_task(self._serve(worker)) for worker in self._workers]
+                if isinstance(outcome, BaseException) and not isinstance(outcome, ChildDiedError):
+                    raise outcome
+                reason = (
+                    outcome if isinstance(outcome, BaseException) else outcome[1].decode("utf-8", "replace")
+                )
+                raise ModelError(f"the model cannot be loaded: {reason}")
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._serve(worker)) for worker in self.workers]
 
-    async def submit(
-        self, value: Array, on_run: Callable[[int], None] = lambda size: None
-    ) -> tuple[Any, ...]:
-        """Run one input; return its row of `answer.results`. Cancelling it takes it out of the queue.
+    async def submit(self, value: Bytes, on_run: Callable[[int], None] = lambda size: None) -> Row:
+        """Run one input; return its row of `ModelPackage.rows`. Cancelling it takes it out of the queue.
 
         Args:
-            value: ``input_shape``.
+            value: as `decoder.read_input` gives it.
             on_run: called with the size of its batch when that goes to a worker, again where it has to be run again.
 
         Raises:
@@ -206,10 +148,7 @@ class WorkerPool:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        loop = asyncio.get_running_loop()
-        await asyncio.gather(*(loop.run_in_executor(w.executor, w.stop) for w in self._workers))
-        for worker in self._workers:
-            worker.executor.shutdown(wait=False)
+        await asyncio.gather(*(worker.stop() for worker in self.workers))
 
     async def _next_batch(self) -> list[_Item]:
         batch: list[_Item] = []
@@ -243,54 +182,46 @@ class WorkerPool:
                 self._queue.extendleft(reversed(batch))
                 raise
 
-    async def _serve(self, worker: _Worker) -> None:
-        loop = asyncio.get_running_loop()
+    async def _serve(self, worker: Child) -> None:
         while True:
             # Requests may have gone away while the batch was forming.
             batch = [item for item in await self._next_batch() if not item.future.done()]
             if not batch:
                 continue
-            stacked = np.stack([item.value for item in batch])
-            self.on_batch(len(batch))
-            for item in batch:
-                item.on_run(len(batch))
             try:
-                results = await loop.run_in_executor(worker.executor, worker.run, stacked)
-            except WorkerDiedError as error:
-                self._give_back(batch, str(error))
-                await self._restart(worker)
+                rows = await self._run(worker, batch)
+            except ChildDiedError as error:
+                _log.warning("a worker of the model is replaced: %s", error)
+                self._give_back(batch)
+                await worker.restart(self.load_timeout)
             except Exception as error:
+                _log.exception("a batch of %d failed", len(batch), exc_info=error)
                 for item in batch:
-                    _settle(item, ModelError(str(error)))
+                    _settle(item, ModelError("the model failed on this input; the server's log says why"))
             else:
-                for item, *row in zip(batch, *results, strict=True):
-                    _settle(item, tuple(row))
+                for item, row in zip(batch, rows, strict=True):
+                    _settle(item, row)
 
-    def _give_back(self, batch: list[_Item], reason: str) -> None:
+    async def _run(self, worker: Child, batch: list[_Item]) -> Row:
+        self.on_batch(len(batch))
+        for item in batch:
+            item.on_run(len(batch))
+        status, reply = await worker.ask([item.value for item in batch], self.hang_timeout)
+        if status:
+            raise ModelError(reply.decode("utf-8", "replace"))
+        return np.frombuffer(reply, "<f8").reshape(len(batch), self._columns)
+
+    def _give_back(self, batch: list[_Item]) -> None:
         for item in reversed(batch):
             item.attempts += 1
             if item.attempts >= MAX_ATTEMPTS:
-                _settle(item, ModelError(f"{reason} ({item.attempts} times on this input)"))
+                _settle(item, ModelError(f"the model's process ended {item.attempts} times on this input"))
             else:
                 self._queue.appendleft(item)
         self._arrived.set()
 
-    async def _restart(self, worker: _Worker) -> None:
-        loop = asyncio.get_running_loop()
-        pause = 0.1
-        while True:
-            self.restarts += 1
-            await loop.run_in_executor(worker.executor, worker.stop, 0.0)
-            try:
-                await loop.run_in_executor(worker.executor, worker.start)
-                return
-            except (ModelError, WorkerDiedError, OSError):
-                # The file may be in the middle of a replacement, or memory short for a moment.
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 5.0)
 
-
-def _settle(item: _Item, outcome: tuple[Any, ...] | Exception) -> None:
+def _settle(item: _Item, outcome: Row | Exception) -> None:
     if item.future.done():
         return
     if isinstance(outcome, Exception):

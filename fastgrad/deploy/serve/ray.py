@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from fastgrad.checks import extra
-from fastgrad.deploy.file.images import MAX_PIXELS
+from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.package import ModelPackage, read_description
+from fastgrad.deploy.serve.bodies import Limits
+from fastgrad.deploy.serve.child import timeout
+from fastgrad.deploy.serve.decoder import RequestError
 
 
 def deployment(
@@ -17,25 +22,26 @@ def deployment(
     replicas: int = 1,
     max_batch: int = 32,
     batch_wait: float = 0.005,
-    max_queue: int = 256,
-    max_body: int = 16 * 2**20,
-    max_pixels: int = MAX_PIXELS,
+    limits: Limits = Limits(),  # noqa: B008 - it is frozen
+    api_key: str | None = None,
+    allowed_hosts: Collection[str] = (),
     false_alarm_rate: float | None = None,
     gpus_per_replica: float = 0,
 ) -> Any:
     """A Ray Serve application that answers ``POST /`` as the server's ``/predict`` does.
 
-    Ray brings batching, replicas, draining and back-pressure (503); what `fastgrad serve` has beyond that,
-    page, metrics of uncertainty, drift and key, it leaves to the proxy in front.
+    Ray brings batching, replicas, draining and back-pressure (503). Host, origin, key, bodies and time are checked as
+    by the server, and bodies are read in processes of their own; Ray's proxy has read a body before it is checked. What
+    `fastgrad serve` has beyond that, page, metrics and drift, is not there.
 
     Args:
         model: file written by `fastgrad.export`, readable on every node.
         replicas: processes that hold the model.
         max_batch: largest batch.
         batch_wait: seconds to wait for a batch to fill.
-        max_queue: waiting requests; more are answered 503.
-        max_body: bytes of a body; more is answered 413.
-        max_pixels: of an image; more is answered 413.
+        limits: see `Limits`.
+        api_key: if given, requests need it, as ``Authorization: Bearer KEY``.
+        allowed_hosts: names that requests may have in ``Host``, beside ``localhost`` and addresses.
         false_alarm_rate: share of in-distribution inputs to flag; None: the model file's own.
         gpus_per_replica: GPUs that each replica claims.
 
@@ -46,49 +52,57 @@ def deployment(
         PackageError: not an exported model.
         ValueError: the file has no threshold for that rate.
     """
-    import numpy as np
-    import torch
-
     with extra("cluster"):
         from ray import serve
         from starlette.requests import Request
         from starlette.responses import JSONResponse
 
-    from fastgrad.deploy.file.answer import ResultError, answer, results
-    from fastgrad.deploy.serve.requests import RequestError, read_input
+    from fastgrad.deploy.serve.bodies import Budget, read_body
+    from fastgrad.deploy.serve.decoders import Decoders
+    from fastgrad.deploy.serve.guard import Guard, refusal
+    from fastgrad.deploy.serve.worker import batch_of
 
     path = str(Path(model).resolve())
     description = read_description(path)
     threshold = description.threshold_at(false_alarm_rate)
 
+    guard = Guard(None, key=api_key, hosts=allowed_hosts)
+
     @serve.deployment(
         num_replicas=replicas,
         max_ongoing_requests=2 * max_batch,
-        max_queued_requests=max_queue,
+        max_queued_requests=limits.queue,
         ray_actor_options={"num_gpus": gpus_per_replica} if gpus_per_replica else {},
     )
     class Model:
         def __init__(self) -> None:
             self.model = ModelPackage(path)
+            self.readers = Decoders(count=2, pixels=limits.pixels, seconds=limits.decode_seconds)
+            self.budget = Budget(limits.memory)
+            self.starting: asyncio.Task[None] | None = None
 
         @serve.batch(max_batch_size=min(max_batch, description.max_batch), batch_wait_timeout_s=batch_wait)
-        async def run(self, inputs: list[Any]) -> list[tuple[Any, ...]]:
-            return list(zip(*results(self.model, torch.from_numpy(np.stack(inputs))), strict=True))
+        async def run(self, inputs: list[bytes]) -> list[Any]:
+            batch = batch_of(bytearray().join(inputs), description)
+            return list(await asyncio.get_running_loop().run_in_executor(None, self.model.rows, batch))
 
         async def __call__(self, request: Request) -> JSONResponse:
             try:
-                body = await request.body()
-                if len(body) > max_body:
-                    raise RequestError(413, f"the body is too large; at most {max_body} bytes are allowed")
-                if not body:
-                    raise RequestError(400, "the body is empty")
-                kind = request.headers.get("content-type", "")
-                x = await read_input(kind, body, description, max_pixels=max_pixels)
-                return JSONResponse(answer(description, threshold, *await self.run(x.numpy())))
+                guard.check(request.scope)
+                self.starting = self.starting or asyncio.ensure_future(self.readers.start())
+                await asyncio.shield(self.starting)
+                with self.budget.hold() as hold:
+                    async with timeout(limits.seconds) as move:
+                        body = await read_body(request, limits, hold, move)
+                        kind = request.headers.get("content-type", "")
+                        row = await self.run(await self.readers.read(kind, body, description))
+                return JSONResponse(answer(description, threshold, row))
             except RequestError as error:
-                return JSONResponse({"detail": error.message}, error.status)
+                return refusal(error)
             except ResultError as error:
-                return JSONResponse({"detail": str(error)}, 422)
+                return refusal(RequestError(422, str(error)))
+            except asyncio.TimeoutError:
+                return refusal(RequestError(504, f"no answer within {limits.seconds:g} s"))
 
     application: Any = Model
     return application.bind()

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastgrad.deploy.file.package import read_description
+from fastgrad.deploy.file.package import PackageError, digest_of, read_description
 from fastgrad.deploy.serve.metrics import Metrics
 from fastgrad.deploy.serve.pool import WorkerPool
 
@@ -32,13 +32,14 @@ class Served:
 
     Args:
         path: the ``.pt2`` or ``.onnx``.
+        pins: see `create_app`.
         false_alarm_rate: share of in-distribution inputs to flag; None: the file's own.
         max_batch: largest batch; at most the file's own.
         pool: further options of `WorkerPool`.
         metrics: further options of `Metrics`.
 
     Raises:
-        PackageError: not an exported model.
+        PackageError: not an exported model, or one that ``pins`` does not name.
         ValueError: the file has no threshold for that rate.
     """
 
@@ -46,18 +47,25 @@ class Served:
         self,
         path: str | os.PathLike[str],
         *,
+        pins: str | os.PathLike[str] | None = None,
         false_alarm_rate: float | None,
         max_batch: int,
         pool: dict[str, Any],
         metrics: dict[str, Any],
     ) -> None:
-        # Of the file itself first: where it is not there, the message names it and not its copy.
-        self.description = read_description(path)
+        if not Path(path).is_file():
+            raise PackageError(f"{path}: there is no such file")
         folder = Path(tempfile.mkdtemp(prefix="fastgrad-serve-"))
         self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        copy = folder / Path(path).name
+        self.copy = copy = folder / Path(path).name
         shutil.copyfile(path, copy)
-        self.description = read_description(copy)
+        # Of the copy, and before anything else reads it: the file itself may change at any time.
+        if pins is not None and digest_of(copy) not in Path(pins).read_text("utf-8").lower().split():
+            raise PackageError(f"{path} is not a file that {pins} names: its SHA-256 is {digest_of(copy)}")
+        try:
+            self.description = read_description(copy)
+        except PackageError as error:
+            raise PackageError(str(error).replace(str(copy), str(path))) from None
         self.threshold = self.description.threshold_at(false_alarm_rate)
         self.false_alarm_rate = false_alarm_rate or self.description.false_alarm_rate
         self.metrics = Metrics(
@@ -69,6 +77,7 @@ class Served:
         )
         self.pool = WorkerPool(
             str(copy),
+            self.description.columns,
             max_batch=min(max_batch, self.description.max_batch),
             on_batch=self.metrics.batch_size.observe,
             **pool,

@@ -1,6 +1,7 @@
 """What a request to /predict tells OpenTelemetry: a span of its own and below it one for each stage, in turn.
 
-Without a tracer provider nothing is imported and nothing told.
+Without a tracer provider nothing is imported and nothing told. OpenTelemetry's instrumentation of FastAPI makes the
+first span alone.
 """
 
 from __future__ import annotations
@@ -11,84 +12,65 @@ from typing import TYPE_CHECKING, Any
 from fastgrad.checks import extra
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import Span, Tracer, TracerProvider
+    from opentelemetry.trace import Tracer, TracerProvider
 
 
 class Trace:
-    """Of one request, while it lasts; this one tells nobody."""
-
-    def __enter__(self) -> Trace:
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
-        """The request is over."""
-
-    def stage(self, name: str, **attributes: int) -> None:
-        """The stage before is over, this one begins."""
-
-    def answered(self, status: int) -> None:
-        """With this HTTP status."""
-
-
-class SpanTrace(Trace):
-    """Of one request, as spans.
+    """Of one request, while it lasts.
 
     Args:
-        tracer: makes them.
+        tracer: makes the spans; None makes none.
         route: path of the request, names of models as ``{name}``.
         headers: of the request; a caller's ``traceparent`` (W3C) makes it part of the caller's trace. Where the
             web framework has begun a span already, that one does.
     """
 
-    def __init__(self, tracer: Tracer, route: str, headers: Mapping[str, str]) -> None:
-        from opentelemetry import propagate, trace
+    def __init__(self, tracer: Tracer | None, route: str, headers: Mapping[str, str]) -> None:
+        self._tracer, self._route, self._headers = tracer, route, headers
+        self._span: Any = None
+        self._stage: Any = None
 
-        self._tracer = tracer
-        self._stage: Span = trace.INVALID_SPAN
-        below = trace.get_current_span().get_span_context().is_valid
-        self._span = tracer.start_span(
-            f"POST {route}",
-            context=None if below else propagate.extract(headers),
-            kind=trace.SpanKind.INTERNAL if below else trace.SpanKind.SERVER,
-            attributes={"http.request.method": "POST", "http.route": route},
-        )
-        self._context = trace.set_span_in_context(self._span)
+    def __enter__(self) -> Trace:
+        if self._tracer is not None:
+            from opentelemetry import propagate, trace
+
+            below = trace.get_current_span().get_span_context().is_valid
+            self._span = self._tracer.start_span(
+                f"POST {self._route}",
+                context=None if below else propagate.extract(self._headers),
+                kind=trace.SpanKind.INTERNAL if below else trace.SpanKind.SERVER,
+                attributes={"http.request.method": "POST", "http.route": self._route},
+            )
+            self._context = trace.set_span_in_context(self._span)
+        return self
 
     def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
         """Both spans end."""
-        self._stage.end()
-        if error is not None:
-            self._span.record_exception(error)
-            self.answered(500)
-        self._span.end()
+        if self._span is not None:
+            if error is not None:
+                self._span.record_exception(error)
+                self.answered(500)
+            self._end_stage()
+            self._span.end()
+
+    def _end_stage(self) -> None:
+        if self._stage is not None:
+            self._stage.end()
 
     def stage(self, name: str, **attributes: int) -> None:
-        """As in `Trace`."""
-        self._stage.end()
-        self._stage = self._tracer.start_span(name, context=self._context, attributes=attributes)
+        """The stage before is over, this one begins."""
+        if self._tracer is not None:
+            self._end_stage()
+            self._stage = self._tracer.start_span(name, context=self._context, attributes=attributes)
 
     def answered(self, status: int) -> None:
-        """As in `Trace`; what the caller did wrong is no error of the server's."""
-        from opentelemetry.trace import StatusCode
+        """With this HTTP status; what the caller did wrong is no error of the server's."""
+        if self._span is not None:
+            from opentelemetry.trace import StatusCode
 
-        self._span.set_attribute("http.response.status_code", status)
-        if status >= 500:
-            self._span.set_status(StatusCode.ERROR)
-
-
-class Traces:
-    """Begins the trace of every request.
-
-    Args:
-        provider: of OpenTelemetry; None for none.
-    """
-
-    def __init__(self, provider: TracerProvider | None) -> None:
-        self._tracer = None if provider is None else provider.get_tracer("fastgrad.serve")
-
-    def request(self, route: str, headers: Mapping[str, str]) -> Trace:
-        """To be entered for as long as the request takes."""
-        return Trace() if self._tracer is None else SpanTrace(self._tracer, route, headers)
+            self._span.set_attribute("http.response.status_code", status)
+            if status >= 500:
+                self._span.set_status(StatusCode.ERROR)
 
 
 def otlp_provider() -> TracerProvider:

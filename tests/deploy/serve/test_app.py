@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("fastapi")
@@ -14,41 +15,95 @@ pytest.importorskip("python_multipart")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("PIL")
 
-from serve_client import call, image
-from serve_stub import PNG, make, the_one
+from serve_client import acall, call, image
+from serve_stub import PNG, make, stub, the_one
 
-from fastgrad.deploy.file.package import PackageError
-from fastgrad.deploy.serve.app import Limits, create_app
+from fastgrad.deploy.file.package import Description, PackageError, write_description
+from fastgrad.deploy.serve.app import create_app
+from fastgrad.deploy.serve.bodies import Limits
 from fastgrad.deploy.serve.pool import ModelError
 
 
 def post(
-    app: Any, headers: dict[str, str] = PNG, chunks: list[bytes] | None = None, pause: float = 0.0
+    app: Any,
+    headers: dict[str, str] = PNG,
+    chunks: list[bytes] | None = None,
+    pause: float = 0.0,
+    **more: Any,
 ) -> Any:
-    status, sent, body = call(app, "POST", "/predict", headers, chunks or [image()], pause)
+    status, sent, body = call(app, "POST", "/predict", headers, chunks or [image()], pause, **more)
     return status, sent, json.loads(body)
 
 
-def test_key(tiny_package: Path) -> None:
+CLOSED = [
+    ("GET", "/metrics"), ("GET", "/model"), ("GET", "/model/none"), ("GET", "/openapi.json"), ("GET", "/drift"),
+    ("GET", "/metrics/none"), ("POST", "/drift?action=reset&reason=x"), ("POST", "/predict/none"), ("GET", "/none"),
+]  # fmt: skip
+
+
+def test_key(tiny_package: Path, caplog: pytest.LogCaptureFixture) -> None:
     app = make(tiny_package, api_key="secret")
     for headers in (
         {},
-        {"x-api-key": "wrong"},
-        {"x-api-key": "secre"},
-        {"x-api-key": "sécret"},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "Bearer secre"},
+        {"authorization": "Bearer sécret"},
         {"authorization": "Basic secret"},
+        {"authorization": "secret"},
+        {"authorization": "Bearer"},
+        {"x-api-key": "secret"},
     ):
-        status, _, answer = post(app, {**PNG, **headers})
+        status, sent, answer = post(app, {**PNG, **headers})
         assert status == 401
         assert "API key" in answer["detail"]
-        assert call(app, "GET", "/metrics", headers, [])[0] == 401
-    for headers in ({"x-api-key": "secret"}, {"authorization": "Bearer secret"}):
-        assert post(app, {**PNG, **headers})[0] == 200
-        assert call(app, "GET", "/metrics", headers, [])[0] == 200
-    for open_path in ("/", "/health", "/ready", "/model", "/openapi.json"):
+        assert sent["www-authenticate"] == "Bearer"
+        # No name of a model, no path is told before the key is right.
+        for method, path in CLOSED:
+            assert call(app, method, path, headers, [])[0] == 401, path
+    right = {"authorization": "Bearer secret"}
+    assert post(app, {**PNG, **right})[0] == 200
+    for method, path in CLOSED:
+        assert call(app, method, path, right, [])[0] in (200, 404, 422)
+    for open_path in ("/", "/health", "/ready"):
         assert call(app, "GET", open_path, {}, [])[0] in (200, 503)
     with pytest.raises(ValueError, match="api_key"):
         create_app(str(tiny_package), api_key="")
+    # One line for the first, and the others are counted for a later one.
+    assert caplog.text.count("without the right API key, the last from 127.0.0.1") == 1
+    assert 'fastgrad_requests_total{status="401"} 80.0' in the_one(app).metrics.render().decode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "evil.example"}, 400),
+        ({"host": "evil.example:8000"}, 400),
+        ({"host": "127.0.0.1.evil.example"}, 400),
+        ({"host": "localhost:8000"}, 200),
+        ({"host": "192.168.1.7:80"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "Models.Example"}, 200),
+        ({"host": "localhost", "origin": "http://evil.example"}, 403),
+        ({"host": "localhost:8000", "origin": "http://localhost"}, 403),
+        ({"host": "localhost", "origin": "null"}, 403),
+        ({"host": "localhost:8000", "origin": "http://localhost:8000"}, 200),
+        ({"host": "models.example", "origin": "https://models.example"}, 200),
+    ],
+)
+def test_pages_of_other_sites_get_nothing(tiny_package: Path, headers: dict[str, str], status: int) -> None:
+    app = make(tiny_package, allowed_hosts=["models.example"])
+    assert post(app, {**PNG, **headers})[0] == status
+
+
+def test_every_refusal_names_no_path(tiny_package: Path) -> None:
+    app = make(tiny_package, error=RuntimeError(f"cannot open {tiny_package}"))
+    with pytest.raises(RuntimeError, match="cannot open"):
+        post(app)
+    sent: list[dict[str, Any]] = []
+    with pytest.raises(RuntimeError, match="cannot open"):
+        call(app, "POST", "/predict", PNG, [image()], sent=sent)
+    assert [message["status"] for message in sent if "status" in message] == [500]
+    assert sent[-1]["body"] == b'{"detail":"the server failed; its log says why"}'
 
 
 def test_key_is_compared_in_constant_time(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +112,7 @@ def test_key_is_compared_in_constant_time(tiny_package: Path, monkeypatch: pytes
     compared = []
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)
     app = make(tiny_package, api_key="secret")
-    post(app, {**PNG, "x-api-key": "s"})
+    post(app, {**PNG, "authorization": "Bearer s"})
     # Equal lengths whatever was sent: what is compared are digests.
     assert [(len(a), len(b)) for a, b in compared] == [(32, 32)]
 
@@ -69,6 +124,31 @@ def test_no_answer_in_time_is_504_and_no_body_408(tiny_package: Path) -> None:
     assert "0.1 s" in answer["detail"]
     assert post(app, chunks=[b"a", b"b"], pause=0.3)[0] == 408
     assert app.state.active == 0
+
+
+def test_a_slow_body_takes_no_slot_and_is_cut_off(
+    tiny_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastgrad.deploy.serve.bodies._GRACE", 0.2)
+    app = make(tiny_package, limits=Limits(queue=1, rate=1000))
+    seen = []
+    status, _, answer = post(app, chunks=[b"x"] * 10, pause=0.1, watch=lambda: seen.append(app.state.active))
+    assert (status, set(seen)) == (408, {0})
+    assert "slower than 1000 bytes a second" in answer["detail"]
+    # A body that keeps up may take longer than that.
+    assert post(app, chunks=[image()] + [bytes(200)] * 4, pause=0.1)[0] in (200, 400)
+
+
+def test_bodies_of_all_requests_together_are_bounded(tiny_package: Path) -> None:
+    app = make(tiny_package, delay=0.5, limits=Limits(memory=1000, body=800))
+
+    async def both() -> list[int]:
+        bodies = ([image()], [bytes(700), bytes(90)], [bytes(700), bytes(90)])
+        answers = [acall(app, "POST", "/predict", PNG, body, pause=0.05) for body in bodies]
+        return [status for status, _, _ in await asyncio.gather(*answers)]
+
+    assert sorted(asyncio.run(both())) == [200, 400, 503]
+    assert post(app)[0] == 200
 
 
 def test_full_queue_is_503_with_retry_after(tiny_package: Path) -> None:
@@ -126,13 +206,7 @@ def test_threshold_at_another_rate(tiny_package: Path) -> None:
 
 def test_several_models_answer_by_name(tiny_package: Path) -> None:
     app = create_app({"small": str(tiny_package), "second": str(tiny_package)}, false_alarm_rate=0.01)
-    app.state.ready = True
-    for name, model in app.state.models.items():
-
-        async def submit(value: np.ndarray, on_run: Any, name: str = name) -> tuple[np.ndarray, float]:
-            return np.array([0.1, 0.2, 0.3, 0.4]), float(len(name))
-
-        model.served.pool.submit = submit
+    stub(app, {name: (0.1, 0.2, 0.3, 0.4, len(name)) for name in ("small", "second")})
     for path, uncertainty in (("/predict", 5.0), ("/predict/small", 5.0), ("/predict/second", 6.0)):
         status, _, body = call(app, "POST", path, PNG, [image()])
         assert (status, json.loads(body)["uncertainty"]) == (200, uncertainty)
@@ -149,19 +223,46 @@ def test_several_models_answer_by_name(tiny_package: Path) -> None:
         create_app({})
 
 
-def test_drift_reaches_the_metrics(tiny_package: Path) -> None:
-    app = make(tiny_package)
-
-    async def far_out(value: np.ndarray, on_run: Any) -> tuple[np.ndarray, float]:
-        return np.array([1.0, 0.0, 0.0, 0.0]), 1e3
-
-    the_one(app).pool.submit = far_out
+def test_drift_reaches_the_metrics_and_its_alarm_is_acknowledged_and_reset(tiny_package: Path) -> None:
+    app = stub(create_app(str(tiny_package)), {"tiny": (1.0, 0.0, 0.0, 0.0, 1e3)})
     for _ in range(20):
         answer = post(app)[2]
         assert answer["reliable"] is False
     metrics = call(app, "GET", "/metrics", {}, [])[2].decode()
     assert "fastgrad_drift_alarm 1.0" in metrics
     assert "fastgrad_share_flagged 1.0" in metrics
+
+    def drift(action: str | None = None, reason: str = "") -> tuple[int, Any]:
+        query = "" if action is None else f"?action={action}&reason={reason}"
+        status, _, body = call(app, "GET" if action is None else "POST", "/drift" + query, {}, [])
+        return status, json.loads(body)
+
+    _, state = drift()
+    assert (state["alarm"], state["acknowledged"], state["count"]) == (True, None, 20)
+    assert "of 20 inputs, compared with 100 clean ones" in state["summary"]
+    assert "at most 0.01" in state["summary"]
+    assert drift("acknowledge", "")[0] == 422
+    assert drift("forget", "x")[0] == 422
+    assert drift("acknowledge", "camera moved")[1]["acknowledged"] == "camera moved"
+    assert "fastgrad_drift_acknowledged 1.0" in call(app, "GET", "/metrics", {}, [])[2].decode()
+    _, state = drift("reset", "camera is back")
+    assert (state["alarm"], state["acknowledged"], state["count"]) == (False, None, 0)
+    assert [(note["action"], note["reason"], note["count"]) for note in state["history"]] == [
+        ("acknowledge", "camera moved", 20),
+        ("reset", "camera is back", 20),
+    ]
+    assert drift("acknowledge", "again")[0] == 409
+
+
+def test_risk_reaches_the_answer(tmp_path: Path) -> None:
+    for risk, row, expected in ((True, [0.9, 0.1, 2.0, 0.25], 0.25), (False, [0.9, 0.1, 2.0], None)):
+        path = tmp_path / f"{risk}.pt2"
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("model/version", "1")
+        write_description(path, Description((3, 8, 8), "float32", 2, 8, "cpu", risk=risk))
+        app = stub(create_app(str(path)), {str(risk): row})
+        assert post(app)[2]["risk"] == expected
+        assert json.loads(call(app, "GET", "/model", {}, [])[2])["risk"] is risk
 
 
 def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +276,8 @@ def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.
         ([str(tmp_path / "none.pt2")], "no such file"),
         ([str(tiny_package), "--workers", "0"], "--workers must be at least 1"),
         ([str(tiny_package), "--timeout", "0"], "must be positive"),
-        ([str(tiny_package), "--reload-seconds", "-1"], "--reload-seconds must be at least 0; it was -1"),
+        ([str(tiny_package), "--reload-seconds", "-1"], "--reload-seconds must be positive; it was -1"),
+        ([str(tiny_package), "--pins", str(tmp_path / "none")], "No such file"),
         ([], "give one MODEL, or --model NAME=PATH"),
         ([str(tiny_package), "--model", f"a={tiny_package}"], "give one MODEL, or --model NAME=PATH"),
         (["--model", str(tiny_package)], "--model must be NAME=PATH"),

@@ -5,52 +5,28 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from serve_stub import FakeChild
 
 from fastgrad.deploy.file.package import ModelPackage
-from fastgrad.deploy.serve.pool import MAX_ATTEMPTS, ModelError, WorkerDiedError, WorkerPool
-
-
-class FakeWorker:
-    """In place of a process: answers ``2 x``, or dies as told."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[float]] = []
-        self.poison: float | None = None
-        self.die_on: set[int] = set()
-        self.ready = True
-        self.process = None
-
-    def start(self) -> None:
-        self.ready = True
-
-    def stop(self, patience: float = 0.0) -> None:
-        self.ready = False
-
-    def run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.batches.append(batch.ravel().tolist())
-        if self.poison in batch or len(self.batches) in self.die_on:
-            raise WorkerDiedError("killed")
-        return 2 * batch, batch.ravel()
+from fastgrad.deploy.serve.child import Child
+from fastgrad.deploy.serve.decoder import NUMBERS, PIXELS
+from fastgrad.deploy.serve.pool import MAX_ATTEMPTS, ModelError, WorkerPool
 
 
 def with_fakes(
-    workers: int, body: Callable[[WorkerPool, list[FakeWorker]], Awaitable[Any]], **options: Any
+    workers: int, body: Callable[[WorkerPool, list[FakeChild]], Awaitable[Any]], **options: Any
 ) -> Any:
     async def run() -> Any:
-        pool = WorkerPool("unused", workers=workers, **options)
-        fakes = []
-        for worker in pool._workers:
-            fake = FakeWorker()
-            worker.start, worker.stop, worker.run = fake.start, fake.stop, fake.run  # type: ignore[method-assign]
-            worker.ready = True
-            fakes.append(fake)
+        pool = WorkerPool("unused", 5, workers=workers, **options)
+        fakes = [FakeChild() for _ in range(workers)]
+        pool.workers[:] = fakes  # type: ignore[assignment]
         await pool.start()
         try:
             return await body(pool, fakes)
@@ -60,17 +36,17 @@ def with_fakes(
     return asyncio.run(run())
 
 
-async def submit_all(pool: WorkerPool, values: list[float]) -> list[Any]:
-    calls = [pool.submit(np.array([value])) for value in values]
+async def submit_all(pool: WorkerPool, values: Sequence[int]) -> list[Any]:
+    calls = [pool.submit(bytes([value])) for value in values]
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
 def test_every_input_gets_its_own_answer_and_batches_form() -> None:
     sizes: list[int] = []
 
-    async def body(pool: WorkerPool, fakes: list[FakeWorker]) -> None:
-        answers = await submit_all(pool, [float(i) for i in range(100)])
-        assert [(p.tolist(), u) for p, u in answers] == [([2.0 * i], float(i)) for i in range(100)]
+    async def body(pool: WorkerPool, fakes: list[FakeChild]) -> None:
+        answers = await submit_all(pool, range(100))
+        assert [row.tolist() for row in answers] == [[0.25] * 4 + [i] for i in range(100)]
         assert sum(sizes) == 100
         assert max(sizes) == 8
         assert len(sizes) <= 20
@@ -79,73 +55,142 @@ def test_every_input_gets_its_own_answer_and_batches_form() -> None:
 
 
 def test_a_dead_worker_loses_nothing() -> None:
-    async def body(pool: WorkerPool, fakes: list[FakeWorker]) -> None:
+    async def body(pool: WorkerPool, fakes: list[FakeChild]) -> None:
         fakes[0].die_on = {1, 4}
-        answers = await submit_all(pool, [float(i) for i in range(50)])
-        assert [u for _, u in answers] == [float(i) for i in range(50)]
+        answers = await submit_all(pool, range(50))
+        assert [row[4] for row in answers] == list(range(50))
         assert pool.restarts == 2
 
     with_fakes(1, body, max_batch=8)
 
 
 def test_a_poisonous_input_fails_alone() -> None:
-    async def body(pool: WorkerPool, fakes: list[FakeWorker]) -> None:
-        fakes[0].poison = 7.0
-        answers = await submit_all(pool, [float(i) for i in range(16)])
+    async def body(pool: WorkerPool, fakes: list[FakeChild]) -> None:
+        fakes[0].poison = 7
+        answers = await submit_all(pool, range(16))
         for i, answer in enumerate(answers):
             if i == 7:
                 assert isinstance(answer, ModelError)
                 assert f"{MAX_ATTEMPTS} times" in str(answer)
             else:
-                assert answer[1] == float(i)
+                assert answer[4] == i
         # After the first death it was run alone.
-        assert [batch for batch in fakes[0].batches if 7.0 in batch][1:] == [[7.0]] * (MAX_ATTEMPTS - 1)
+        assert [batch for batch in fakes[0].batches if 7 in batch][1:] == [[7]] * (MAX_ATTEMPTS - 1)
 
     with_fakes(1, body, max_batch=16)
 
 
 def test_cancelled_inputs_are_not_run_and_close_finishes_the_rest() -> None:
-    async def body(pool: WorkerPool, fakes: list[FakeWorker]) -> None:
-        gone = asyncio.ensure_future(pool.submit(np.array([1.0])))
-        kept = asyncio.ensure_future(pool.submit(np.array([2.0])))
+    async def body(pool: WorkerPool, fakes: list[FakeChild]) -> None:
+        gone = asyncio.ensure_future(pool.submit(b"\1"))
+        kept = asyncio.ensure_future(pool.submit(b"\2"))
         await asyncio.sleep(0)
         gone.cancel()
         await pool.close()
         assert kept.done()
-        assert kept.result()[1] == 2.0
-        assert fakes[0].batches == [[2.0]]
+        assert kept.result()[4] == 2
+        assert fakes[0].batches == [[2]]
 
     with_fakes(1, body, batch_wait=0.05)
 
 
+def test_an_exception_beside_the_model_fails_its_batch_and_the_task_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def body(pool: WorkerPool, fakes: list[FakeChild]) -> None:
+        def fail(size: int) -> None:
+            raise ZeroDivisionError("in a callback")
+
+        with pytest.raises(ModelError, match="log says why"):
+            await asyncio.wait_for(pool.submit(b"\1", fail), 10)
+        # One row too few is no answer for anybody.
+        fakes[0].constant = None
+        answers, fakes[0].ask = fakes[0].ask, short  # type: ignore[method-assign]
+        with pytest.raises(ModelError, match="log says why"):
+            await asyncio.wait_for(pool.submit(b"\1"), 10)
+        fakes[0].ask = answers  # type: ignore[method-assign]
+        assert (await asyncio.wait_for(pool.submit(b"\2"), 10))[4] == 2
+
+    async def short(parts: Any, seconds: float) -> tuple[int, bytes]:
+        return 0, bytes(8)
+
+    with_fakes(1, body)
+    assert "in a callback" in caplog.text
+
+
+def test_batches_and_workers_are_at_least_one() -> None:
+    with pytest.raises(ValueError, match="max_batch and workers must be at least 1; they were 0 and 1"):
+        WorkerPool("unused", 5, max_batch=0)
+
+
 def test_real_workers(model_file: Path) -> None:
-    """One process: load, answer in batches, be killed, come back, be closed."""
+    """One process: load, answer in batches, be killed, come back, hang, be closed."""
 
     async def run() -> None:
-        pool = WorkerPool(str(model_file), threads=1, max_batch=16)
+        model = ModelPackage(model_file)
+        pool = WorkerPool(str(model_file), model.description.columns, threads=1, max_batch=16)
         await pool.start()
-        (pid,) = pool.pids
-        values = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
-        first = [asyncio.ensure_future(pool.submit(value)) for value in values[:20]]
+        process = pool.workers[0].process
+        assert process is not None
+        values = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        inputs = [NUMBERS + value.numpy().tobytes() for value in values]
+        pixels = [PIXELS + bytes([i]) * 192 for i in range(3)]
+        first = [asyncio.ensure_future(pool.submit(value)) for value in inputs[:20]]
         await first[0]
-        os.kill(pid, signal.SIGKILL)
-        answers = await asyncio.gather(*first, *(pool.submit(value) for value in values[20:]))
+        os.kill(process.pid, signal.SIGKILL)
+        rows = await asyncio.gather(*first, *(pool.submit(value) for value in inputs[20:] + pixels))
         assert pool.restarts == 1
-        assert pool.pids != [pid]
+        expected = [torch.full((3, 8, 8), ((i / 255) - 0.5) / 0.25) for i in range(3)]
+        direct = np.concatenate([model.rows(values), model.rows(torch.stack(expected))])
+        np.testing.assert_allclose(np.stack(rows), direct, rtol=1e-5, atol=1e-5)
+        # Stopped in the middle of a batch that no pipe holds: it is ended, and the batch runs elsewhere.
+        process = pool.workers[0].process
+        assert process is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        pool.hang_timeout = 0.5
+        hanging = asyncio.gather(*(pool.submit(value) for value in inputs[:16]))
+        while pool.workers[0].process is process:
+            await asyncio.sleep(0.01)
+        pool.hang_timeout = 30.0
+        np.testing.assert_allclose(np.stack(await hanging), direct[:16], rtol=1e-5, atol=1e-5)
         await pool.close()
-        assert pool.pids == []
-        direct = ModelPackage(model_file)(torch.from_numpy(values))
-        np.testing.assert_allclose([u for _, u in answers], direct.uncertainty.numpy(), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(np.stack([p for p, _ in answers]), direct.probabilities.numpy(), rtol=1e-5)
+        last = pool.workers[0].process
+        assert last is not None
+        assert last.returncode is not None
 
     asyncio.run(run())
 
 
-def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_or_takes_too_long(tmp_path: Path) -> None:
     (tmp_path / "bad.pt2").write_bytes(b"no")
 
     async def run() -> None:
-        with pytest.raises(ModelError, match="cannot be loaded"):
-            await WorkerPool(str(tmp_path / "bad.pt2")).start()
+        with pytest.raises(ModelError, match=r"cannot be loaded: .*not a readable"):
+            await WorkerPool(str(tmp_path / "bad.pt2"), 5).start()
+        slow = WorkerPool(str(tmp_path / "bad.pt2"), 5, load_timeout=0.01)
+        with pytest.raises(ModelError, match=r"cannot be loaded: no answer within 0.01 s"):
+            await slow.start()
+        process = slow.workers[0].process
+        assert process is not None
+        assert process.returncode is not None
 
     asyncio.run(run())
+
+
+def test_a_worker_has_none_of_the_servers_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FASTGRAD_API_KEY", "k-4711")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "token=k-4711")
+
+    async def run() -> bytes:
+        child = Child("fastgrad.deploy.serve.decoder", (), most=2**20, small=True)
+        assert await child.start(30) == (0, b"")
+        assert child.process is not None
+        environment = Path(f"/proc/{child.process.pid}/environ").read_bytes()
+        maps = Path(f"/proc/{child.process.pid}/maps").read_bytes()
+        assert b"torch" not in maps
+        await child.stop()
+        return environment
+
+    environment = asyncio.run(run())
+    assert b"PATH=" in environment
+    assert b"k-4711" not in environment

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
-from serve_client import Server, image, wait_for
+from serve_client import wait_for
 from serve_load import Load
+from serve_stub import FakeChild, stub
 
+from fastgrad.deploy.file.package import Description, PackageError, digest_of, write_description
+from fastgrad.deploy.serve.app import create_app
 from fastgrad.deploy.serve.served import Model, Served
 
 
@@ -38,27 +39,12 @@ def load(model: Model) -> Served:
     )
 
 
-class FakeWorker:
-    """Answers with a constant, once it is let."""
-
-    def __init__(self, constant: float) -> None:
-        self.constant, self.ready, self.process = constant, False, None
-
-    def start(self) -> None:
-        self.ready = True
-
-    def stop(self, patience: float = 0.0) -> None:
-        self.ready = False
-
-    def run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.full((len(batch), 4), 0.25), np.full(len(batch), self.constant)
-
-
 def with_fakes(served: Served, constant: float) -> Served:
-    for worker in served.pool._workers:
-        fake: Any = FakeWorker(constant)
-        worker.start, worker.stop, worker.run = fake.start, fake.stop, fake.run  # type: ignore[method-assign]
+    served.pool.workers[:] = [FakeChild(constant)]  # type: ignore[list-item]
     return served
+
+
+VALUE = bytes(193)
 
 
 def test_a_request_keeps_its_version_and_the_old_one_ends_after_it(
@@ -72,15 +58,15 @@ def test_a_request_keeps_its_version_and_the_old_one_ends_after_it(
         model = Model("model", str(path), lambda model: with_fakes(load(model), next(versions)))
         await model.served.pool.start()
         old = model.served
-        copy = Path(old.pool._workers[0].path)
+        copy = old.copy
         with old.in_use():
             await model.reload()
             assert model.served is not old
             # Its body has come only now; meanwhile the file was replaced.
             await asyncio.sleep(0.05)
-            assert (await old.pool.submit(np.zeros((3, 8, 8))))[1] == 1.0
+            assert (await old.pool.submit(VALUE))[4] == 1.0
             assert copy.exists()
-        assert (await model.served.pool.submit(np.zeros((3, 8, 8))))[1] == 2.0
+        assert (await model.served.pool.submit(VALUE))[4] == 2.0
         await model.close()
         assert not copy.exists()
         assert (model.reloads, model.failures) == (1, 0)
@@ -104,11 +90,11 @@ def test_a_change_is_seen_and_a_broken_file_is_not_used(
             await asyncio.sleep(0.01)
         path.unlink()
         await asyncio.sleep(0.05)
-        assert (await model.served.pool.submit(np.zeros((3, 8, 8))))[1] == 1.0
+        assert (await model.served.pool.submit(VALUE))[4] == 1.0
         shutil.copyfile(model_file, path)
         while not model.reloads:
             await asyncio.sleep(0.01)
-        assert (await model.served.pool.submit(np.zeros((3, 8, 8))))[1] == 2.0
+        assert (await model.served.pool.submit(VALUE))[4] == 2.0
         watching.cancel()
         await model.close()
         assert (model.reloads, model.failures) == (1, 1)
@@ -121,18 +107,48 @@ def test_a_change_is_seen_and_a_broken_file_is_not_used(
     )
 
 
-@pytest.fixture(scope="module")
-def both(
-    tiny_package: Path, tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Server, Path]]:
-    """A server of both kinds, each under its suffix, and the folder that it reads them from."""
-    folder = tmp_path_factory.mktemp("served")
-    named = []
-    for file in (tiny_package, tiny_onnx):
-        named += ["--model", f"{file.suffix[1:]}={shutil.copyfile(file, folder / f'model{file.suffix}')}"]
-    server = Server(None, *named, "--reload-seconds", "0.2")
-    yield server, folder
-    assert server.stop() == 0
+def test_only_pinned_files_are_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, pins = archive(tmp_path / "model.pt2", 4), tmp_path / "pins"
+    pins.write_text("# none yet\n")
+    with pytest.raises(PackageError, match=r"is not a file that .*pins names: its SHA-256 is"):
+        create_app(str(path), pins=pins)
+    pins.write_text(f"{digest_of(path).upper()}  {path.name}\n")
+    app = create_app(str(path), pins=pins)
+    (model,) = app.state.models.values()
+    model.served = with_fakes(model.served, 1.0)
+
+    async def run() -> None:
+        archive(path, 5)
+        await model.reload()
+        assert (model.reloads, model.failures) == (0, 1)
+        assert model.served.description.classes == 4
+        await model.close()
+
+    asyncio.run(run())
+    assert "is not a file that" in caplog.text
+
+
+def test_nothing_is_loaded_anew_without_pins(tmp_path: Path) -> None:
+    path = archive(tmp_path / "model.pt2", 4)
+    app = stub(create_app(str(path), reload_every=0.01), {"model": [0.25] * 4 + [1.0]})
+    (model,) = app.state.models.values()
+    model.served = with_fakes(model.served, 1.0)
+
+    async def run() -> None:
+        async with app.router.lifespan_context(app):
+            archive(path, 5)
+            await asyncio.sleep(0.3)
+            assert (model.reloads, model.failures) == (0, 0)
+            assert model.served.description.classes == 4
+
+    asyncio.run(run())
+
+
+def archive(path: Path, classes: int) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("model/version", "1")
+    write_description(path, Description((3, 8, 8), "float32", classes, 8, "cpu"))
+    return path
 
 
 def damaged(content: bytes) -> bytes:
@@ -141,48 +157,42 @@ def damaged(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
 
 
-def test_both_kinds_at_once_give_one_answer(both: tuple[Server, Path]) -> None:
-    server, _ = both
-    answers = [
-        server.request("POST", f"/predict/{name}", image(3), {"Content-Type": "image/png"})
-        for name in ("pt2", "onnx")
-    ]
-    assert [status for status, _ in answers] == [200, 200]
-    one, other = (json.loads(content) for _, content in answers)
-    assert one["uncertainty"] == pytest.approx(other["uncertainty"], abs=1e-5)
-    assert one["label"] in ("cat", "dog", "cow", "hen")
-
-
-def test_a_swap_under_load(both: tuple[Server, Path], model_file: Path) -> None:
-    """A file is replaced by itself, by one that is none, one cut off, one damaged inside, and again by itself."""
-    server, folder = both
-    name, whole = model_file.suffix[1:], model_file.read_bytes()
-    load = Load(server, model_file, f"/predict/{name}")
+def test_a_swap_under_load(served: Any) -> None:
+    """A file is replaced by itself, by one not pinned, one that is none, cut off, damaged inside, and by itself."""
+    server, whole = served.server, served.file.read_bytes()
+    load = Load(server, served.file, f"/predict/{served.name}")
+    # What names it differs, so that it is another file.
     threads = load.start(8, 100_000)
+    counts = {count: served.metric(f"fastgrad_model_{count}") for count in ("reloads", "reload_failures")}
     try:
         wait_for(lambda: load.right > 50, 60)
-        for content, count in (
-            (whole, "reloads"),
-            (b"no model at all", "reload_failures"),
-            (whole[:-2000], "reload_failures"),
-            (damaged(whole), "reload_failures"),
-            (whole, "reloads"),
+        for content, pinned, count in (
+            (whole, True, "reloads"),
+            (whole + b"other", False, "reload_failures"),
+            (b"no model at all", True, "reload_failures"),
+            (whole[:-2000], True, "reload_failures"),
+            (damaged(whole), True, "reload_failures"),
+            (whole, True, "reloads"),
         ):
-            metric = f"fastgrad_model_{count}", f"/metrics/{name}"
-            before, answered = server.metric(*metric), load.right
-            (folder / "new").write_bytes(content)
-            os.replace(folder / "new", folder / f"model{model_file.suffix}")
-            wait_for(lambda metric=metric, before=before: server.metric(*metric) > before, 120)
+            metric = f"fastgrad_model_{count}"
+            before, answered = served.metric(metric), load.right
+            if pinned:
+                served.pin(content)
+            (served.file.parent / "new").write_bytes(content)
+            os.replace(served.file.parent / "new", served.file)
+            wait_for(lambda metric=metric, before=before: served.metric(metric) > before, 120)
             wait_for(lambda answered=answered: load.right > answered + 20, 60)
     finally:
         load.stop.set()
         for thread in threads:
             thread.join()
-    print(f"{model_file.suffix}: {load.counts()}")
+    print(f"{served.name}: {load.counts()}")
     assert (load.wrong, load.lost, load.refused, load.unavailable) == (0, 0, 0, 0)
-    for count, expected in (("reloads", 2), ("reload_failures", 3)):
-        assert server.metric(f"fastgrad_model_{count}", f"/metrics/{name}") == expected
-    reasons = re.findall(rf"model {name}: .* cannot be loaded: (.*); the one before goes on", server.log)
-    assert len(reasons) == 3
-    assert all(f"not a readable {model_file.suffix}" in reason for reason in reasons[:2])
-    assert "is damaged" in reasons[2]
+    for count, expected in (("reloads", 2), ("reload_failures", 4)):
+        assert served.metric(f"fastgrad_model_{count}") - counts[count] == expected
+    reasons = re.findall(
+        rf"model {served.name}: .* cannot be loaded: (.*); the one before goes on", server.log
+    )
+    assert "is not a file that" in reasons[0]
+    assert all("not a readable" in reason for reason in reasons[1:3])
+    assert "is damaged" in reasons[3]

@@ -1,0 +1,1 @@
+"""The detection tables: one runner over a registry of networks, methods and cases."""

@@ -1,0 +1,132 @@
+"""Attacks that know the detector: they seek an image that misleads the network *and* that the detector lets pass.
+
+    python -m bench.detection.adaptive --data DIR --cache CACHE
+
+How they see it, and how they seek, is in `bench.detection.white_box`. The attacks: on the network alone (*unaware*;
+AutoAttack); on the margin less lambda times the detector's score; selective. An image is *protected* if every one of
+its attacks fails or is found (Granese et al., MEAD, 2022), at a threshold that flags a twentieth of clean photographs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from bench.detection import networks  # noqa: F401
+from bench.detection.data import sets
+from bench.detection.registry import NETWORKS, Options
+from bench.detection.subject import Fit, Subject
+from bench.detection.white_box import STARTS, STEPS, WhiteBox, attack, auto_attack, unaware_of, white_box
+from bench.report import pages
+from fastgrad import TwoStageModel
+
+FALSE_ALARMS = 0.05
+RADII = (2 / 255, 8 / 255)
+#: What the attacked detectors may cost, in forward passes.
+FORMS: Mapping[str, float] = {"default": 1.2, "budget 2.5": 2.5}
+#: Weights of the detector's score beside the margin; None is selective.
+LAMBDAS: Mapping[str, float | None] = {"lambda 0.1": 0.1, "lambda 1": 1.0, "selective": None}
+#: Attacked photographs, in quick mode and else.
+IMAGES = (8, 100)
+_BATCH = 8
+
+
+def _resized(images: Tensor) -> Tensor:
+    """To nine tenths and back."""
+    size = images.shape[-2:]
+    less = [round(0.9 * side) for side in size]
+    resize = functools.partial(interpolate, mode="bilinear", antialias=True)
+    return resize(resize(images, size=less), size=size).clamp(0, 1)
+
+
+def _cropped(images: Tensor) -> Tensor:
+    """The middle nine tenths, enlarged."""
+    height, width = images.shape[-2:]
+    top, left = round(0.05 * height), round(0.05 * width)
+    middle = images[..., top : height - top, left : width - left]
+    return interpolate(middle, size=(height, width), mode="bilinear", antialias=True).clamp(0, 1)
+
+
+#: What happens to images between the attack and the network.
+WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "": lambda images: images, " after JPEG": sets.compress, " after resizing": _resized, " after a crop": _cropped,
+}  # fmt: skip
+
+
+def measure(subject: Subject, count: int) -> list[dict[str, Any]]:
+    """Return a row for each radius and detector: how many images mislead, how many of those are found."""
+    fit, model = Fit(subject), subject.model
+    places = subject.right["test"][:count]
+    x, labels = (value[places] for value in subject.parts["test"])
+    boxes = {}
+    for form, budget in FORMS.items():
+        fitted = TwoStageModel(model, budget=budget, seed=subject.draw).fit(fit.loader(fit.clean.images))
+        boxes[form] = white_box(fitted, x[:3], FALSE_ALARMS)
+
+    def every(make: Callable[..., Tensor], seen: Any, *settings: Any) -> Tensor:
+        parts = zip(x.split(_BATCH), labels.split(_BATCH), strict=True)
+        return torch.cat([make(seen, *part, *settings, seed) for seed, part in enumerate(parts)])
+
+    rows = []
+    for radius in RADII:
+        # What does not depend on the detector is made once.
+        shared = {"unaware": every(attack, unaware_of(model), radius, 0.0)}
+        try:
+            shared["AutoAttack"] = every(auto_attack, model, radius)
+        except ModuleNotFoundError as absent:
+            print(f"AutoAttack is not run: {absent}", file=sys.stderr)
+        for form, box in boxes.items():
+            made = shared | {name: every(attack, box, radius, weight) for name, weight in LAMBDAS.items()}
+            row: dict[str, Any] = {"case": f"{round(255 * radius)}/255", "method": form, "images": len(x)}
+            for way, change in WAYS.items():
+                safe = np.ones(len(x), dtype=bool)
+                for name, attacked in made.items():
+                    logits, uncertainty = answers(box, change(attacked))
+                    misled = (logits.argmax(1) != labels).numpy()
+                    found = (uncertainty > box.threshold).numpy()
+                    row[f"misled, {name}{way}"], row[f"found, {name}{way}"] = (
+                        int(misled.sum()),
+                        int((misled & found).sum()),
+                    )
+                    safe &= ~misled | found
+                row["protected" + way] = float(safe.mean())
+                row["alarms" + way] = float((answers(box, change(x))[1] > box.threshold).double().mean())
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
+    return rows
+
+
+def answers(box: WhiteBox, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits and uncertainties of a detector."""
+    logits, uncertainty = zip(*(box.uncertainty(part) for part in images.split(_BATCH)), strict=True)
+    return torch.cat(logits), torch.cat(uncertainty)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path("detection-cache"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    start = time.perf_counter()
+    subject = NETWORKS["lite0"].make(Options(given.data, given.cache, given.quick), 0)
+    rows = measure(subject, IMAGES[0 if given.quick else 1])
+    facts = {"steps": STEPS, "starts": STARTS, "seconds": round(time.perf_counter() - start)}
+    name = "adaptive-quick" if given.quick else "adaptive"
+    pages.save(name, rows, packages=("torch", "pyautoattack"), folder=given.out, facts=facts)
+
+
+if __name__ == "__main__":
+    main()

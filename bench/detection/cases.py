@@ -1,0 +1,175 @@
+"""The cases: attacks, the same after JPEG, other sets, corruptions, and controls.
+
+Images of an attack come from clean images that the network classifies rightly; those count that mislead it. Images
+are kept in the cache, as bytes or, where changes are smaller than the step of a byte, as changes in float16.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench.detection.data import news, sets
+from bench.detection.data.attacks import attack
+from bench.detection.data.corruptions import corrupt
+from bench.detection.data.photographs import stranger
+from bench.detection.registry import IMAGES, PHOTOGRAPHS, SMALL, TEXTS, Shown, case
+from bench.detection.subject import BATCH, Subject, packed
+
+AFTER = " after JPEG"
+#: Of photographs: smaller radii than on CIFAR-10, larger images.
+PHOTOGRAPHED: Mapping[str, Mapping[str, Any]] = {
+    "FGSM 2/255": {"name": "FGSM", "epsilon": 2 / 255},
+    "PGD 2/255": {"name": "PGD", "epsilon": 2 / 255},
+    "PGD 8/255": {"name": "PGD", "epsilon": 8 / 255},
+    "BIM 4/255": {"name": "BIM", "epsilon": 4 / 255},
+    "C&W": {"name": "C&W", "carlini": (3, 40, 0.01, 1.0)},
+    "DeepFool": {"name": "DeepFool"},
+}
+#: In quick mode.
+BRIEF: Mapping[str, Mapping[str, Any]] = {
+    "C&W": {"carlini": (1, 30, 0.02, 1.0)},
+    "DeepFool": {"deepfool": (10, 5)},
+}
+#: Of CIFAR-10, at a radius of 8/255.
+TESTED = {name: {"name": name} for name in ("FGSM", "BIM", "PGD", "IterLL", "Semantic")}
+FINE = ("C&W", "DeepFool")
+#: Kinds that `fastgrad.challenges` generates in a form of its own, and kinds that it has nothing like.
+FAMILIAR = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "brightness", "contrast",
+            "jpeg_compression")  # fmt: skip
+FOREIGN = ("frost", "fog", "snow", "spatter", "pixelate", "elastic_transform", "saturate", "motion_blur")
+#: Other sets: of photographs, and near and far of CIFAR-10 as OpenOOD has them.
+STRANGERS = {
+    "textures": "large textures",
+    "CIFAR-100": "cifar100",
+    "grey scenes": "scenes",
+    "letters": "letters",
+}
+NEAR, FAR = ("cifar100", "tinyimagenet"), ("svhn", "textures")
+
+
+def _seed(subject: Subject, *words: str) -> int:
+    return zlib.crc32("/".join((str(subject.draw), *words)).encode()) % 2**31
+
+
+def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, part: str, count: int) -> Shown:
+    """Attacked images that mislead the network, as they are or once more through JPEG."""
+    places = subject.right[part][:count]
+    clean, labels = (value[places] for value in subject.parts[part])
+    how = {**how, **BRIEF.get(how["name"], {})} if subject.quick else how
+
+    def make() -> dict[str, NDArray[Any]]:
+        model = subject.model
+        parts = [
+            attack(
+                model,
+                x.contiguous(memory_format=torch.channels_last),
+                y,
+                seed=_seed(subject, name, part),
+                **how,
+            )
+            for x, y in zip(clean.split(BATCH), labels.split(BATCH), strict=True)
+        ]
+        change = (torch.cat(parts) - clean).contiguous()
+        return (
+            {"change": change.half().numpy()}
+            if how["name"] in FINE
+            else {"images": sets.to_bytes(clean + change)}
+        )
+
+    images = _pixels(subject.kept(f"images/{name}/{part}", make), clean)
+    if jpeg:
+        images = sets.compress(images)
+    misled = predicted(subject, images) != labels
+    return Shown(images[misled], places[misled], len(places))
+
+
+def _pixels(kept: Mapping[str, NDArray[Any]], clean: Tensor) -> Tensor:
+    if "images" in kept:
+        return sets.to_tensor(kept["images"])
+    return (clean + torch.from_numpy(kept["change"]).float()).clamp(0, 1)
+
+
+@torch.no_grad()
+def predicted(subject: Subject, images: Tensor) -> Tensor:
+    """Return the network's classes ``(n,)``."""
+    parts = packed(images).split(BATCH)
+    return torch.cat([subject.model(x).argmax(1) for x in parts])
+
+
+def corrupted(name: str, severity: int, subject: Subject, part: str, count: int) -> Shown:
+    """One of imagecorruptions' kinds."""
+    clean = subject.parts[part][0][:count]
+
+    def make() -> dict[str, NDArray[Any]]:
+        made = corrupt(clean, name, severity, seed=_seed(subject, name, part))
+        return {"images": sets.to_bytes(made)}
+
+    images = sets.to_tensor(subject.kept(f"images/{name}-{severity}/{part}", make)["images"])
+    return Shown(images, torch.arange(len(images)), len(images))
+
+
+def other(name: str, subject: Subject, part: str, count: int) -> Shown:
+    """Images of another set; of two draws other ones."""
+    start = subject.draw * count
+    if subject.few:
+        images = stranger(subject.root, name, count, start)
+    else:
+        like = sets.load(subject.root, "cifar10", "test", 1)
+        images = sets.stranger(subject.root, name, like, count, start)
+    return Shown(images, torch.full((len(images),), -1), len(images))
+
+
+for _kind, _attacks in ((PHOTOGRAPHS, PHOTOGRAPHED), (SMALL, TESTED)):
+    for _name, _how in _attacks.items():
+        case(_name, "attacks", (_kind,))(partial(attacked, _name, _how, False))
+        case(_name + AFTER, "attacks" + AFTER, (_kind,))(partial(attacked, _name, _how, True))
+for _names, _group in (
+    (FAMILIAR, "corruptions like generated ones"),
+    (FOREIGN, "corruptions unlike generated ones"),
+):
+    for _name in _names:
+        case(_name, _group, IMAGES)(partial(corrupted, _name, 2))
+for _title, _name in STRANGERS.items():
+    case(f"{_title}, enlarged", "other sets", (PHOTOGRAPHS,))(partial(other, _name))
+for _group, _sets in (("near sets", NEAR), ("far sets", FAR)):
+    for _name in _sets:
+        case(_name, _group, (SMALL,))(partial(other, _name))
+
+
+def text(name: str, subject: Subject, part: str, count: int) -> Shown:
+    """Other texts than news."""
+    inputs = subject.source.case(name)[:count]
+    return Shown(inputs, torch.full((len(inputs),), -1), len(inputs))
+
+
+def rewritten(name: str, subject: Subject, part: str, count: int) -> Shown:
+    """News with their words changed, whose labels stay."""
+    inputs = subject.source.corrupted(name, part, count)
+    return Shown(inputs, torch.arange(len(inputs)), len(inputs))
+
+
+for _name in news.CASES:
+    case(_name, "other texts", (TEXTS,))(partial(text, _name))
+for _name in news.CORRUPTED:
+    case(_name, "changed texts", (TEXTS,))(partial(rewritten, _name))
+
+
+@case("JPEG, not attacked", "control", IMAGES)
+def compressed(subject: Subject, part: str, count: int) -> Shown:
+    """What the compression of attacked images does alone."""
+    images = sets.compress(subject.parts[part][0][:count])
+    return Shown(images, torch.arange(len(images)), len(images))
+
+
+@case("grey", "control", IMAGES)
+def grey(subject: Subject, part: str, count: int) -> Shown:
+    """Clean images without colour, for other sets that have none."""
+    images = sets.to_tensor(sets.grey(sets.to_bytes(subject.parts[part][0][:count])))
+    return Shown(images, torch.arange(len(images)), len(images))

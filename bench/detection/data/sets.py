@@ -1,0 +1,207 @@
+"""Data sets from a folder that the user names: ``.npz`` files first, torchvision's own layout second.
+
+``<name>.npz`` holds ``uint8`` images ``(n, H, W)`` or ``(n, H, W, 3)`` as ``train_images``, ``train_labels``,
+``test_images``, ``test_labels``, or only ``images`` for a set used for testing alone. A compressed set
+holds JPEG files back to back instead: image i is ``test_jpeg[test_offsets[i]:test_offsets[i + 1]]``, likewise
+``train_``.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from bench.detection.cache import DAMAGED
+
+Bytes = NDArray[np.uint8]
+
+#: File names tried for every set, in order, and the loader of torchvision that knows the set.
+SETS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "cifar10": (("cifar10", "cifar10-jpeg"), "CIFAR10"),
+    "cifar100": (("cifar100", "cifar100-32"), "CIFAR100"),
+    "tinyimagenet": (("tinyimagenet", "tinyimagenet-32"), None),
+    "svhn": (("svhn", "svhn-gray-32"), "SVHN"),
+    "textures": (("textures", "textures-32"), None),
+    "fashion": (("fashion-mnist",), "FashionMNIST"),
+    "letters": (("notmnist", "notmnist-28"), None),
+    "scenes": (("scenes", "scenes-28"), None),
+    "photographs": (("imagenet-sample-256",), None),
+    "large textures": (("textures-256",), None),
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images ``(n, H, W, C)`` in bytes, their labels if there are any, and whether they went through JPEG."""
+
+    name: str
+    images: Bytes
+    labels: NDArray[np.int64] | None
+    compressed: bool
+
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """Images as `tensor` gives them, and their labels.
+
+        Raises:
+            ValueError: The set has none.
+        """
+        if self.labels is None:
+            raise ValueError(f"the set {self.name!r} must have labels for this table; its file has none")
+        return self.tensor(), torch.from_numpy(self.labels)
+
+    def tensor(self, count: int | None = None) -> Tensor:
+        """The first ``count`` images as floats ``(n, C, H, W)`` in [0, 1]."""
+        return to_tensor(self.images[:count])
+
+
+def to_tensor(images: Bytes) -> Tensor:
+    """Bytes ``(n, H, W, C)`` to floats ``(n, C, H, W)`` in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def to_bytes(images: Tensor) -> Bytes:
+    """The inverse of :func:`to_tensor`, rounded."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def jpeg(images: Bytes, quality: int = 75, subsampling: str = "4:2:0") -> Bytes:
+    """Every colour image once through JPEG, by default with half the chroma in each direction."""
+    result = np.empty_like(images)
+    for i, image in enumerate(images):
+        buffer = io.BytesIO()
+        Image.fromarray(image.squeeze()).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+        result[i] = np.asarray(Image.open(buffer)).reshape(image.shape)
+    return result
+
+
+def compress(images: Tensor) -> Tensor:
+    """Floats once through `jpeg`."""
+    return to_tensor(jpeg(to_bytes(images)))
+
+
+def _from_npz(path: Path, name: str, part: str, limit: int | None, start: int) -> Split | None:
+    """None where the file has no such part."""
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        jpegs, labels = f"{part}_jpeg", None
+        key = f"{part}_images" if f"{part}_images" in archive else "images"
+        if jpegs not in archive and key not in archive:
+            return None
+        total = len(archive[f"{part}_offsets"]) - 1 if jpegs in archive else len(archive[key])
+        chosen = np.arange(total)
+        if jpegs not in archive and key == "images":
+            # Sets without parts are often sorted by class: a fixed shuffle makes any prefix a fair sample.
+            chosen = np.random.default_rng(0).permutation(total)
+        elif own := [k for k in (f"{part}_labels", "labels") if k in archive]:
+            labels = archive[own[0]].astype(np.int64)
+        chosen = chosen[_window(total, start, limit)]
+        if jpegs in archive:
+            files, offsets = archive[jpegs].tobytes(), archive[f"{part}_offsets"]
+            pictures = [Image.open(io.BytesIO(files[offsets[i] : offsets[i + 1]])) for i in chosen]
+            images = np.stack([np.asarray(picture) for picture in pictures])
+        else:
+            images = archive[key][chosen]
+        images = images if images.ndim == 4 else images[..., None]
+        return Split(name, images, None if labels is None else labels[chosen], jpegs in archive)
+
+
+def _from_torchvision(
+    root: Path, loader: str, name: str, part: str, limit: int | None, start: int
+) -> Split | None:
+    from torchvision import datasets
+
+    where: dict[str, Any] = {"split": part} if loader == "SVHN" else {"train": part == "train"}
+    try:
+        loaded = getattr(datasets, loader)(root=str(root), download=False, **where)
+    except RuntimeError:
+        return None
+    images = np.asarray(loaded.data)
+    if loader == "SVHN":
+        images = images.transpose(0, 2, 3, 1)
+    labels = np.asarray(loaded.labels if loader == "SVHN" else loaded.targets, dtype=np.int64)
+    images = images if images.ndim == 4 else images[..., None]
+    window = _window(len(images), start, limit)
+    return Split(name, images[window], labels[window], False)
+
+
+def held_out(total: int, wanted: int) -> int:
+    """How many images at the end of a set are kept from training: ``wanted``, but at most a tenth."""
+    return min(wanted, total // 10)
+
+
+def _window(total: int, start: int, limit: int | None) -> slice:
+    """``limit`` places from ``start``, which counts from the end where it is negative."""
+    first = total - held_out(total, -start) if start < 0 else start
+    return slice(first, total if limit is None else min(total, first + limit))
+
+
+def load(root: Path, name: str, part: str = "test", limit: int | None = None, start: int = 0) -> Split:
+    """``limit`` images of a set in :data:`SETS`, from its ``part`` (``"train"`` or ``"test"``).
+
+    ``start`` is the first one's place; a negative one counts from the end (see `held_out`).
+
+    Raises:
+        ValueError: Unknown name, or a damaged file, which the message names.
+        FileNotFoundError: Neither a ``.npz`` file nor torchvision's files are in ``root``.
+    """
+    if name not in SETS:
+        raise ValueError(f"name must be one of {', '.join(SETS)}; it was {name!r}")
+    files, loader = SETS[name]
+    for path in (root / f"{file}.npz" for file in files):
+        if not path.exists():
+            continue
+        try:
+            split = _from_npz(path, name, part, limit, start)
+        except DAMAGED as error:
+            raise ValueError(f"{path} must be a whole .npz file; it cannot be read ({error})") from error
+        if split is not None:
+            return split
+    if loader is not None and (split := _from_torchvision(root, loader, name, part, limit, start)):
+        return split
+    wanted = " or ".join(f"{file}.npz" for file in files)
+    raise FileNotFoundError(f"{root} must hold {wanted} with a {part} part for the set {name!r}")
+
+
+def grey(images: Bytes) -> Bytes:
+    """The luma of colour images on all three channels."""
+    luma = images.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return np.repeat(luma.round().clip(0, 255).astype(np.uint8)[..., None], 3, -1)
+
+
+def stranger(
+    root: Path,
+    name: str,
+    like: Split,
+    limit: int,
+    start: int = 0,
+    recompress: Callable[[Bytes], Bytes] = jpeg,
+) -> Tensor:
+    """``limit`` images of another set in the shape and with the compression history of ``like``.
+
+    The blocks of JPEG alone tell a set that was never compressed from one that was; so where ``like`` is
+    compressed and the other set is not, it passes through ``recompress``.
+    """
+    split = load(root, name, limit=limit, start=start)
+    images, (size, channels) = split.images, like.images.shape[2:]
+    if images.shape[3] == 1 and channels == 3:
+        images = np.repeat(images, 3, -1)
+    if images.shape[3] == 3 and channels == 1:
+        images = grey(images)[..., :1]
+    if images.shape[1] != size:
+        images = np.stack([_resize(image, size) for image in images])
+    if like.compressed and channels == 3 and not split.compressed:
+        images = recompress(images)
+    return to_tensor(images)
+
+
+def _resize(image: Bytes, size: int) -> Bytes:
+    resized = Image.fromarray(image.squeeze()).resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(resized).reshape(size, size, image.shape[2])

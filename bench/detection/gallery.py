@@ -1,0 +1,139 @@
+"""The figures of the gallery, on a cached small network.
+
+python -m bench.detection.gallery --data DIR --cache CACHE
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.detection import cases, methods_ours  # noqa: F401
+from bench.detection.architectures import read, temperature
+from bench.detection.data import sets
+from bench.detection.networks import small
+from bench.detection.registry import Options
+from bench.detection.subject import BATCH, Fit, Subject
+from bench.detection.train import Recipe, build
+from bench.results_file import RESULTS
+from fastgrad import GradientFeatures, TwoStageModel, plots
+from fastgrad.gradients import contrasts as functional
+from fastgrad.introspection import IntrospectiveClassifier
+
+
+def histograms(subject: Subject, out: Path) -> None:
+    """Scores of the default detector on clean and challenging images."""
+    score = methods_ours.default(Fit(subject))
+    shown = {
+        "clean test images": "clean", "PGD": "PGD", "FGSM": "FGSM", "textures": "textures",
+        "Gaussian noise": "gaussian_noise", "contrast": "contrast",
+    }  # fmt: skip
+    found = {title: score(subject.seen(case)).numpy() for title, case in shown.items()}
+    plots.save(plots.score_histograms(found), out / "gallery-scores.png", dpi=90)
+
+
+def layers(subject: Subject, out: Path) -> None:
+    """Squared norms of every parameter's gradient, confounding label, clean against challenging."""
+    names = [name for name, _ in subject.model.named_parameters()]
+    extractor = GradientFeatures(subject.model.requires_grad_(True), loss="bce", target="ones")
+    found = {
+        case: torch.cat([extractor(x)[1] for x in subject.seen(case).images.split(BATCH)]).double().numpy()
+        for case in ("clean", "PGD", "textures", "grey")
+    }
+    subject.model.requires_grad_(False)
+    plots.save(plots.layer_norms(found, names), out / "gallery-layers.png", dpi=90)
+
+
+def calibration(subject: Subject, out: Path) -> None:
+    """Reliability of softmax, of the tempered softmax, and of the introspective network, on test images."""
+    model = subject.model
+    seen, seen_labels = sets.load(subject.root, "cifar10", "train", 10_000).labelled()
+    test, test_labels = sets.load(subject.root, "cifar10", "test", 5000).labelled()
+    held, held_labels = subject.parts["fit"]
+    introspective = IntrospectiveClassifier(max_epochs=15).fit(read(model, seen), seen_labels.numpy())
+    scale = temperature(read(model, held)["logits"], held_labels.numpy())
+    found = read(model, test)
+    z = torch.from_numpy(found["logits"])
+    probabilities = {
+        "softmax": z.softmax(1),
+        f"temperature {scale:.2f}": (z / scale).softmax(1),
+        "introspective": introspective.predict_proba(found),
+    }
+    axes = plots.reliability_diagram(probabilities, test_labels.numpy())
+    plots.save(axes, out / "gallery-reliability.png", dpi=90)
+
+
+def sparsity(subject: Subject, out: Path) -> None:
+    """Entries of the last layer's contrast gradients that carry their norm, before and after training."""
+    images = subject.parts["test"][0]
+    untrained = build(Recipe())
+    # An untrained network has no batch statistics yet; one pass gives it some.
+    untrained.train()(images)
+    rows = {}
+    for name, model in (("before training", untrained.eval()), ("after training", subject.model)):
+        found = read(model, images)
+        h, logits = torch.from_numpy(found["features"]), torch.from_numpy(found["logits"])
+        rows[name] = functional.contrast_rows(h, logits, loss="cross_entropy").flatten(1)
+    plots.save(plots.contrast_sparsity(rows), out / "gallery-sparsity.png", dpi=90)
+
+
+def moons(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two interleaved half circles ``(count, 2)`` and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 2
+    angle = torch.pi * torch.rand(count, generator=generator)
+    side = 1.0 - 2.0 * labels
+    points = torch.stack([side * angle.cos() + labels, side * angle.sin() + 0.5 * labels], 1)
+    return points + 0.1 * torch.randn(count, 2, generator=generator), labels
+
+
+def manifold(out: Path) -> None:
+    """A 2-D classifier: where its softmax is unsure, and where the detector is."""
+    torch.manual_seed(0)
+    points, labels = moons(1200, 0)
+    model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    for _ in range(400):
+        loss = F.cross_entropy(model(points), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    two_stage = TwoStageModel(model.eval()).fit([moons(1200, 1)[0]], None)
+
+    def softmax(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return 1 - model(x).softmax(1).amax(1)
+
+    def ours(x: Tensor) -> Tensor:
+        return two_stage(x).uncertainty.clamp(max=15)
+
+    shown, classes = points[:300], labels[:300]
+    first = plots.new_axes(8.4, 3.4)
+    figure = first.get_figure(root=True)
+    assert figure is not None
+    first.remove()
+    left, right = figure.subplots(1, 2)
+    plots.manifold(softmax, shown, classes, title="1 - largest softmax probability", axes=left)
+    plots.manifold(ours, shown, classes, title="fastgrad, fitted on clean points alone", axes=right)
+    plots.save(right, out / "gallery-manifold.png", dpi=80)
+
+
+def main() -> None:
+    """Draw all figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path("detection-cache"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    manifold(given.out)
+    subject = small("resnet", Options(given.data, given.cache, True), 0)
+    for draw in (histograms, layers, calibration, sparsity):
+        draw(subject, given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Published detectors that read logits, h or maps of one forward pass; all are fitted on clean data alone.
+
+Hyper-parameters are those of the papers or of pytorch-ood's defaults, fixed before any test image was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.detection.registry import NotRun, Score, method
+from bench.detection.subject import Fit
+from fastgrad.scores.mahalanobis import Mahalanobis
+
+OfLogits = Callable[[Tensor], Tensor]
+
+
+@method("softmax", 2017, "Hendrycks and Gimpel, ICLR")
+def softmax(fit: Fit) -> Score:
+    return lambda seen: 1 - seen.logits.softmax(1).amax(1)
+
+
+@method("entropy", 2020, "Chan et al., ICCV 2021")
+def entropy(fit: Fit) -> Score:
+    return lambda seen: torch.special.entr(seen.logits.double().softmax(1)).sum(1)
+
+
+@method("margin", 2001, "Scheffer et al., IDA")
+def margin(fit: Fit) -> Score:
+    def score(logits: Tensor) -> Tensor:
+        two = logits.softmax(1).topk(2, 1).values
+        return two[:, 1] - two[:, 0]
+
+    return lambda seen: score(seen.logits)
+
+
+@method("energy", 2020, "Liu et al., NeurIPS")
+def energy(fit: Fit) -> Score:
+    return lambda seen: -seen.logits.logsumexp(1)
+
+
+@method("MaxLogit", 2022, "Hendrycks et al., ICML")
+def max_logit(fit: Fit) -> Score:
+    return lambda seen: -seen.logits.amax(1)
+
+
+@method("GEN", 2023, "Liu et al., CVPR")
+def gen(fit: Fit) -> Score:
+    from pytorch_ood.detector import GEN
+
+    return lambda seen: GEN.score(seen.logits, M=min(100, seen.logits.shape[1]))
+
+
+@method("pNormSoftmax", 2024, "Cattelan and Silva, UAI; p = 5 of their grid, nothing is tuned")
+def p_norm(fit: Fit) -> Score:
+    def score(logits: Tensor) -> Tensor:
+        centred = logits - logits.mean(1, keepdim=True)
+        return -(centred / centred.norm(p=5, dim=1, keepdim=True)).amax(1)
+
+    return lambda seen: score(seen.logits)
+
+
+def grad_trust(logits: Tensor) -> Tensor:
+    """Ratio of the largest to the mean ``(z_k - 1/N)^4``: what is left of the variance of squared gradients."""
+    fourth = (logits.double() - 1 / logits.shape[1]) ** 4
+    return fourth.amax(1) / fourth.mean(1)
+
+
+@method("GradTrust", 2024, "Prabhushankar and AlRegib, IEEE MIPR; in closed form")
+def trust(fit: Fit) -> Score:
+    return lambda seen: -grad_trust(seen.logits)
+
+
+@method("GradNorm", 2021, "Huang et al., NeurIPS; in closed form")
+def grad_norm(fit: Fit) -> Score:
+    def score(logits: Tensor, h: Tensor) -> Tensor:
+        return -(logits.softmax(1) - 1 / logits.shape[1]).abs().sum(1) * h.abs().sum(1)
+
+    return lambda seen: score(seen.logits, seen.h)
+
+
+@method("Catalyst", 2026, "Hassan et al., CVPR Findings; deviations, capped at their clean 90th percentile")
+def catalyst(fit: Fit) -> Score:
+    # The authors tune the cap for each network; this is ReAct's rule.
+    cap = float(fit.clean.spread.flatten()[::7].quantile(0.9))
+    return lambda seen: -seen.logits.logsumexp(1) * seen.spread.clamp(0, cap).mean(1)
+
+
+@method("RAS", 2026, "Guglielmo and Masana, arXiv:2604.08572")
+def ras(fit: Fit) -> Score:
+    profile = fit.clean.h.sort(1).values.mean(0)
+
+    def score(h: Tensor) -> Tensor:
+        shifted = torch.empty_like(h).scatter_(1, h.argsort(1), profile.expand_as(h))
+        return -fit.layer(shifted).logsumexp(1)
+
+    return lambda seen: score(seen.h)
+
+
+@method("WeiPer", 2024, "Granz et al., NeurIPS; softmax of 50 perturbed heads, distance 2.1")
+def weiper(fit: Fit) -> Score:
+    weight, bias = fit.layer.weight, fit.layer.bias
+    made = torch.Generator().manual_seed(0)
+    heads = []
+    for _ in range(50):
+        noise = F.normalize(torch.randn(weight.shape, generator=made), dim=1)
+        heads.append(weight + 2.1 * noise * weight.norm(dim=1, keepdim=True))
+
+    def score(h: Tensor) -> Tensor:
+        total = torch.zeros(len(h))
+        for head in heads:
+            total += F.linear(h, head, bias).softmax(1).amax(1)
+        return -total / len(heads)
+
+    return lambda seen: score(seen.h)
+
+
+@method(
+    "Mahalanobis",
+    2018,
+    "Lee et al., NeurIPS; h alone; one Gaussian with shrinkage where classes have few images",
+)
+def mahalanobis(fit: Fit) -> Score:
+    return _gaussians(fit, lambda h: h)
+
+
+@method("Mahalanobis++", 2025, "Mueller and Hein, ICML: h of unit length")
+def mahalanobis_normalised(fit: Fit) -> Score:
+    return _gaussians(fit, lambda h: F.normalize(h, dim=1))
+
+
+def _gaussians(fit: Fit, change: Callable[[Tensor], Tensor]) -> Score:
+    h = change(fit.clean.h)
+    try:
+        labels = fit.labels
+    except NotRun:
+        one = Mahalanobis.fit(h.double().numpy())
+        return lambda seen: one(change(seen.h).double())
+    from pytorch_ood.detector import Mahalanobis as Gaussians
+
+    several = Gaussians(None)
+    several.fit_features(h, labels)
+    return lambda seen: several.predict_features(change(seen.h))
+
+
+@method("KNN", 2022, "Sun et al., ICML: h of unit length")
+def knn(fit: Fit) -> Score:
+    bank, k = F.normalize(fit.clean.h, dim=1), 10 if fit.subject.few else 50
+    return lambda seen: torch.cdist(F.normalize(seen.h, dim=1), bank).kthvalue(k, 1).values
+
+
+def _library(
+    name: str, fit: Fit, *, classes: bool = False, maps: bool = False, of_logits: bool = False
+) -> Score:
+    """A detector of pytorch-ood, fitted on h or logits."""
+    from pytorch_ood import detector as ood
+
+    weight, bias, h = fit.layer.weight.detach(), fit.layer.bias.detach(), fit.clean.h
+
+    def head(values: Tensor) -> Tensor:
+        return values.flatten(1) @ weight.T + bias
+
+    labels = fit.labels if classes else torch.zeros(len(h), dtype=torch.long)
+    make: Mapping[str, Callable[[], Any]] = {
+        "ViM": lambda: ood.ViM(None, min(h.shape[1] // 2, len(h) // 4), weight, bias),
+        "DICE": lambda: ood.DICE(None, weight, bias, p=0.9),
+        "NCI": lambda: ood.NCI(None, fit.layer, alpha=0.0001),
+        "fDBD": lambda: ood.fDBD(None, fit.layer),
+        **{
+            kind: partial(getattr(ood, kind), nn.Identity(), head)
+            for kind in ("ReAct", "ASH", "SCALE", "VRA")
+        },
+        **{kind: partial(getattr(ood, kind), None, head) for kind in ("NNGuide", "PNML", "SHE", "LTS")},
+    }
+    made = make[name]() if name in make else getattr(ood, name)(None)
+    if of_logits:
+        with torch.enable_grad():
+            made.fit_logits(fit.clean.logits, *([fit.labels] if classes else []))
+        return lambda seen: made.predict_logits(seen.logits).detach()
+    if maps:
+        made.fit_feature_maps(h[:, :, None, None], labels)
+        return lambda seen: made.predict_feature_maps(seen.h[:, :, None, None])
+    if name != "LTS":
+        made.fit_features(h, labels)
+    return lambda seen: made.predict_features(seen.h)
+
+
+for _name, _year, _paper, _how in (
+    ("ViM", 2022, "Wang et al., CVPR", {}),
+    ("DICE", 2022, "Sun and Li, ECCV", {}),
+    ("NCI", 2025, "Liu and Qin, CVPR", {}),
+    ("fDBD", 2024, "Liu and Qin, ICML", {}),
+    ("NNGuide", 2023, "Park et al., ICCV", {}),
+    ("PNML", 2021, "Bibas et al., NeurIPS", {}),
+    ("LTS", 2024, "Djurisic et al., arXiv", {}),
+    ("RMD", 2021, "Ren et al., ICML workshop", {"classes": True}),
+    ("SHE", 2023, "Zhang et al., ICLR", {"classes": True}),
+    ("GMM", 2018, "Lee et al., a mixture for every class", {"classes": True}),
+    ("ReAct", 2021, "Sun et al., NeurIPS", {"maps": True}),
+    ("ASH", 2023, "Djurisic et al., ICLR", {"maps": True}),
+    ("SCALE", 2024, "Xu et al., ICLR", {"maps": True}),
+    ("VRA", 2023, "Xu et al., NeurIPS", {"maps": True}),
+    ("KLMatching", 2022, "Hendrycks et al., ICML", {"of_logits": True}),
+    ("TemperatureScaling", 2017, "Guo et al., ICML", {"of_logits": True, "classes": True}),
+    ("OpenMax", 2016, "Bendale and Boult, CVPR", {"of_logits": True, "classes": True}),
+):
+    method(_name, _year, _paper)(partial(_library, _name, **_how))
+
+
+@method("GROOD", 2023, "Elaraby et al.; its prototype of other images is the mean of noise")
+def grood(fit: Fit) -> Score:
+    h, labels = fit.clean.h, fit.labels
+    noise = torch.rand(64, *fit.clean.images.shape[1:], generator=torch.Generator().manual_seed(0))
+    from bench.detection.subject import read
+
+    other = torch.from_numpy(read(fit.subject, noise)["h"]).mean(0, keepdim=True)
+    prototypes = torch.cat([torch.stack([h[labels == label].mean(0) for label in labels.unique()]), other])
+
+    def gradients(values: Tensor) -> Tensor:
+        distance = torch.cdist(values, prototypes)
+        share = (-distance).softmax(1)[:, -1:]
+        return share * (values - prototypes[-1]) / distance[:, -1:].clamp(min=1e-12)
+
+    bank = gradients(h)
+    return lambda seen: torch.cdist(gradients(seen.h), bank).amin(1)
+
+
+@method(
+    "recovery testing",
+    2025,
+    "Yun et al., arXiv:2505.12586; linear, without its logit test, five passes",
+)
+def recovery(fit: Fit) -> Score:
+    """Predict every stage's means from the deepest; few stages with large errors are unusual."""
+    *early, deepest = fit.clean.stages
+    centre = deepest.mean(0)
+    inputs = (deepest - centre).double()
+    gram = inputs.T @ inputs
+    ridge = gram + 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    maps = [(torch.linalg.solve(ridge, inputs.T @ (x - x.mean(0)).double()), x.mean(0)) for x in early]
+
+    def score(stages: list[Tensor]) -> Tensor:
+        inputs = (stages[-1] - centre).double()
+        errors = torch.stack(
+            [
+                (x - mean - inputs @ weight).square().sum(1)
+                for x, (weight, mean) in zip(stages, maps, strict=False)
+            ],
+            1,
+        )
+        share = errors.softmax(1)
+        uneven = torch.tensor(float(errors.shape[1])).log() - torch.special.entr(share).sum(1)
+        return uneven * (errors.mean(1) + 1e-8).log()
+
+    return lambda seen: score(seen.stages)

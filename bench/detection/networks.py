@@ -1,0 +1,101 @@
+"""The networks of the tables, each with the data that it knows."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from bench.detection.architectures import Classifier
+from bench.detection.data import news as data
+from bench.detection.data import photographs, sets
+from bench.detection.registry import PHOTOGRAPHS, SMALL, TEXTS, Options, network
+from bench.detection.subject import Subject
+from bench.detection.train import EPOCHS, HELD_OUT, Recipe, trained
+
+#: Photographs to fit and to test on, and images of a case: of each draw from the 1,000, and in quick mode.
+DRAWS = ((600, 400, 120), (400, 200, 60), (400, 200, 60), (240, 160, 40))
+QUICK = (120, 100, 24)
+#: The same of CIFAR-10.
+CIFAR, CIFAR_QUICK = (1000, 500, 100), (400, 300, 60)
+
+
+def photographed(size: int, options: Options, draw: int) -> Subject:
+    """EfficientNet-Lite with its published weights on a sample of the photographs; larger ones on one of their own."""
+    count, test, case = QUICK if options.quick else DRAWS[draw]
+    split = photographs.photographs(options.data)
+    order = np.random.default_rng(draw if size == 0 else 3).permutation(len(split.images))
+    assert split.labels is not None
+    parts = {}
+    for name, places in {"fit": order[:count], "test": order[count : count + test]}.items():
+        labels = torch.from_numpy(split.labels[places])
+        parts[name] = (sets.to_tensor(split.images[places]), labels)
+    model = (
+        photographs.network(pixels=True, size=size)
+        .requires_grad_(False)
+        .to(memory_format=torch.channels_last)
+    )
+    stages = list(reversed(photographs.stages(model)[1:]))
+    # The map that is pooled is that of the last activation.
+    stages.append(_last_map(model))
+    return Subject(
+        f"lite{size}",
+        draw,
+        model,
+        parts,
+        options.cache,
+        stages,
+        options.data,
+        PHOTOGRAPHS,
+        case,
+        options.quick,
+    )
+
+
+def _last_map(model: torch.nn.Module) -> torch.nn.Module:
+    net = model[-1] if isinstance(model, torch.nn.Sequential) else model
+    found: torch.nn.Module = net._bn1  # type: ignore[assignment]
+    return found
+
+
+for _size, _tuned in ((0, True), (1, False), (2, False)):
+    _title = f"EfficientNet-Lite{_size} on photographs"
+    network(f"lite{_size}", _title, tuned=_tuned)(partial(photographed, _size))
+
+
+@network("news", "BERT on news")
+def news(options: Options, draw: int) -> Subject:
+    """A BERT of four layers, trained on AG News."""
+    made = data.News(options.data, options.cache, draw, short=options.quick)
+    parts = {part: made.news(part) for part in ("fit", "test")}
+    if options.quick:
+        parts = {part: (inputs[:300], labels[:300]) for part, (inputs, labels) in parts.items()}
+    model, count = made.model.requires_grad_(False), 60 if options.quick else data.CASE
+    subject = Subject("news", draw, model, parts, options.cache, [], options.data, TEXTS, count)
+    subject.source = made
+    return subject
+
+
+def small(name: str, options: Options, draw: int) -> Subject:
+    """A network trained on CIFAR-10 without the last images, on which detectors are fitted."""
+    count, test, case = CIFAR_QUICK if options.quick else CIFAR
+    recipe = Recipe(network=name, seed=draw, epochs=EPOCHS.get(name, 8))
+    model = (
+        trained(recipe, options.data, options.cache)
+        .requires_grad_(False)
+        .to(memory_format=torch.channels_last)
+    )
+    assert isinstance(model, Classifier)
+    where = (4000, 0) if options.training else (count, -HELD_OUT)
+    fit = sets.load(options.data, "cifar10", "train", *where).labelled()
+    parts = {"fit": fit, "test": sets.load(options.data, "cifar10", "test", test).labelled()}
+    stages = [model.stem, *model.stages]
+    return Subject(name, draw, model, parts, options.cache, stages, options.data, SMALL, case, options.quick)
+
+
+for _name, _title in (
+    ("resnet18", "ResNet-18 on CIFAR-10"), ("densenet-bc", "DenseNet-BC on CIFAR-10"),
+    ("resnet", "a small residual network on CIFAR-10 (smoke test)"),
+):  # fmt: skip
+    network(_name, _title, tuned=_name == "resnet18")(partial(small, _name))

@@ -1,0 +1,151 @@
+"""What the tables are made of: networks, methods and cases, each one function with a decorator.
+
+    @method("energy", 2020, "Liu et al., NeurIPS")
+    def energy(fit: Fit) -> Score:
+        return lambda seen: -seen.logits.logsumexp(1)
+
+    @case("grey", "control", IMAGES)
+    def grey(subject: Subject, part: str, count: int) -> Shown:
+        ...
+
+    @network("resnet18", "ResNet-18 on CIFAR-10")
+    def resnet18(options: Options, draw: int) -> Subject:
+        ...
+
+A score is higher for what is less reliable. What cannot run raises `NotRun`, or lacks a package or a file: its rows say
+so, and no mean leaves it out.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bench.detection.subject import Fit, Seen, Subject
+
+Score = Callable[["Seen"], Tensor]
+Any_ = TypeVar("Any_", bound=Callable[..., object])
+
+
+class NotRun(Exception):  # noqa: N818
+    """Why a method or a case says nothing about a network."""
+
+
+class Protocol(enum.Enum):
+    """What a method was fitted on."""
+
+    CLEAN = "clean data only"
+    GENERATED = "with generated challenges"
+    LABELLED = "with labelled challenges"
+
+
+class Shown(NamedTuple):
+    """Images of a case.
+
+    Attributes:
+        images: ``(n, C, H, W)`` in [0, 1]; of an attack only those that mislead the network.
+        source: Places of the clean images of the part that they are made from ``(n,)``; -1 for other sets.
+        tried: How many were attacked; ``n`` where it is no attack.
+    """
+
+    images: Tensor
+    source: Tensor
+    tried: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to tell unusual inputs, with year and source; a slow one takes several passes and no part in quick mode."""
+
+    name: str
+    year: int
+    paper: str
+    protocol: Protocol
+    fit: Callable[[Fit], Score]
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of unusual inputs, the group whose mean it enters, and the kinds of data that have it."""
+
+    name: str
+    group: str
+    kinds: tuple[str, ...]
+    make: Callable[[Subject, str, int], Shown]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A classifier with its data; ``tuned`` if choices of this package were compared on it."""
+
+    name: str
+    title: str
+    tuned: bool
+    make: Callable[[Options, int], Subject]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a command was asked for.
+
+    Attributes:
+        data: Folder with the data sets.
+        cache: Folder for networks, images, features and scores; safe to delete.
+        quick: Whether sets are small.
+        draws: Samples of photographs, or networks of other seeds.
+        training: Whether detectors are fitted on images that the network was trained on, as published, instead of
+            others.
+    """
+
+    data: Path
+    cache: Path
+    quick: bool = False
+    draws: int = 1
+    training: bool = False
+
+
+#: Kinds of data: photographs, of which a class has one or two; images of 32 pixels; texts.
+PHOTOGRAPHS, SMALL, TEXTS = "photographs", "small images", "texts"
+IMAGES = (PHOTOGRAPHS, SMALL)
+METHODS: dict[str, Method] = {}
+CASES: dict[str, Case] = {}
+NETWORKS: dict[str, Network] = {}
+
+
+def method(
+    name: str, year: int, paper: str, protocol: Protocol = Protocol.CLEAN, *, slow: bool = False
+) -> Callable[[Callable[[Fit], Score]], Callable[[Fit], Score]]:
+    """Register what returns a score, fitted."""
+
+    def register(function: Callable[[Fit], Score]) -> Callable[[Fit], Score]:
+        METHODS[name] = Method(name, year, paper, protocol, function, slow)
+        return function
+
+    return register
+
+
+def case(name: str, group: str, kinds: tuple[str, ...]) -> Callable[[Any_], Any_]:
+    """Register what makes inputs from ``(subject, part, count)``."""
+
+    def register(function: Any_) -> Any_:
+        CASES[name] = Case(name, group, kinds, function)  # type: ignore[arg-type]
+        return function
+
+    return register
+
+
+def network(name: str, title: str, *, tuned: bool = False) -> Callable[[Any_], Any_]:
+    """Register what makes a `Subject` from ``(options, draw)``."""
+
+    def register(function: Any_) -> Any_:
+        NETWORKS[name] = Network(name, title, tuned, function)  # type: ignore[arg-type]
+        return function
+
+    return register

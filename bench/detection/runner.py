@@ -1,0 +1,173 @@
+"""Run a table: every method on every case of every network, what cannot run said, groups with intervals."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bench.detection import resampled
+from bench.detection.registry import CASES, METHODS, NETWORKS, Method, NotRun, Options, Protocol
+from bench.detection.subject import Fit, Subject
+from bench.detection.tables import Table
+
+Values = NDArray[np.float64]
+Row = dict[str, Any]
+#: What stands for a package, a file or a property of a network that a method needs and does not find.
+ABSENT = (NotRun, ModuleNotFoundError, FileNotFoundError)
+WORST = "worst of the attacks (MEAD)"
+
+
+class Found(NamedTuple):
+    """Scores of a method by case, and why cases have none."""
+
+    scores: dict[str, Values]
+    absent: dict[str, str]
+
+
+def measure(subject: Subject, method: Method, cases: Sequence[str]) -> Found:
+    """Return a method's scores of the clean test images and of every case, from the cache where they are."""
+    scores: dict[str, Values] = {}
+    absent: dict[str, str] = {}
+    fitted: dict[str, Any] = {}
+
+    def score(case: str, of: str) -> Values:
+        def make() -> dict[str, Values]:
+            if of not in fitted:
+                fitted[of] = method.fit(Fit(subject, of))
+            return {"score": fitted[of](subject.seen(case)).detach().double().numpy()}
+
+        return subject.kept(f"scores/{method.name}/{of}/{case}", make)["score"]
+
+    for case in ("clean", *cases):
+        # A detector that is trained on labels has one fit, and one set of clean scores, for each case.
+        of = case if method.protocol is Protocol.LABELLED else ""
+        if of == "clean":
+            continue
+        try:
+            scores[case] = score(case, of)
+            if of:
+                scores[f"clean/{case}"] = score("clean", of)
+        except ABSENT as why:
+            absent[case] = str(why)
+        except Exception as problem:  # a published detector may refuse a network in any way it likes
+            if method.name.startswith("fastgrad"):
+                raise
+            absent[case] = f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+    return Found(scores, absent)
+
+
+def rows(table: Table, subject: Subject, method: Method, quick: bool) -> list[Row]:
+    """Return a row for each case, and one for each group whose cases all have a number."""
+    cases = table.cases(subject.kind)
+    slow = dict.fromkeys(("clean", *cases), "left out of quick mode: several passes an image")
+    found = Found({}, slow) if quick and method.slow else measure(subject, method, cases)
+    head = {
+        "network": subject.network, "draw": subject.draw, "method": method.name, "protocol": method.protocol.value,
+    }  # fmt: skip
+    made: list[Row] = []
+    values: dict[str, Values] = {}
+    for case in cases:
+        why = found.absent.get(case) or found.absent.get("clean")
+        if why is None:
+            try:
+                values[case] = _merit(table, subject, found.scores, case)
+            except ABSENT as reason:
+                why = str(reason)
+        made.append(head | {"case": case} | ({"not run": why} if why else _shown(table, values[case])))
+    for group in dict.fromkeys(CASES[case].group for case in cases if CASES[case].group != "control"):
+        names = [case for case in cases if CASES[case].group == group]
+        own = [row for row in made[: len(cases)] if row["case"] in names]
+        left = {row["case"]: row["not run"] for row in own if "not run" in row}
+        # No image of an attack may mislead the network any more: that is a property of the case, not of a method.
+        lacking = {case: why for case, why in left.items() if "misleads" not in why}
+        present = [values[case] for case in names if case in values]
+        if lacking or not present:
+            made.append(
+                head | {"case": f"mean of {group}", "not run": "; ".join(dict.fromkeys(left.values()))}
+            )
+            continue
+        made.append(
+            head | {"case": f"mean of {group}", "cases": len(present)} | _shown(table, np.mean(present, 0))
+        )
+        if "attacks" in group and table.merit == "auroc" and method.protocol is not Protocol.LABELLED:
+            worst = _worst(subject, found.scores, [case for case in names if case in values])
+            made.append(head | {"case": f"{WORST}, {group}"} | _shown(table, worst))
+    return made
+
+
+def _merit(table: Table, subject: Subject, scores: Mapping[str, Values], case: str) -> Values:
+    clean = scores.get(f"clean/{case}", scores.get("clean"))
+    assert clean is not None
+    if table.merit == "auroc":
+        return resampled.auroc(clean, scores[case])
+    labels = subject.parts["test"][1]
+    shown = subject.seen(case)
+    wrong = [
+        subject.seen("clean").logits.argmax(1) != labels, shown.logits.argmax(1) != labels[shown.shown.source],
+    ]  # fmt: skip
+    places = np.concatenate([np.arange(len(labels)), shown.shown.source.numpy()])
+    return resampled.aurc(np.concatenate([clean, scores[case]]), torch.cat(wrong).double().numpy(), places)
+
+
+def _worst(subject: Subject, scores: Mapping[str, Values], cases: Sequence[str]) -> Values:
+    """AUROC where every image counts with the least unusual of its attacks (Granese et al., MEAD, 2022)."""
+    least: dict[int, float] = {}
+    for case in cases:
+        for source, score in zip(
+            subject.seen(case).shown.source.tolist(), scores[case].tolist(), strict=True
+        ):
+            least[source] = min(score, least.get(source, np.inf))
+    return resampled.auroc(scores["clean"], np.array(list(least.values())))
+
+
+def _shown(table: Table, values: Values) -> Row:
+    return {table.merit: round(float(values[0]), 4), "interval": resampled.interval(values)}
+
+
+def chosen(table: Table, names: Sequence[str] = ()) -> list[Method]:
+    """Return the methods of a table, those of one pass first; of ``names`` alone if there are any."""
+    found = [
+        method for method in METHODS.values()
+        if method.protocol in table.protocols and (not table.methods or method.name in table.methods)
+        and (not names or method.name in names)
+    ]  # fmt: skip
+    return sorted(found, key=lambda method: (method.slow, method.name.startswith("fastgrad")))
+
+
+def run(
+    table: Table, options: Options, networks: Sequence[str] = (), methods: Sequence[str] = ()
+) -> list[Row]:
+    """Return all rows of a table; a network whose files are missing has one that says so."""
+    made: list[Row] = []
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for name in networks or table.networks:
+        for draw in range(options.draws if name == "lite0" or not name.startswith("lite") else 1):
+            start = time.perf_counter()
+            try:
+                subject = NETWORKS[name].make(options, draw)
+            except ABSENT as why:
+                made.append({"network": name, "draw": draw, "not run": str(why)})
+                continue
+            for method in chosen(table, methods):
+                begun = time.perf_counter()
+                made += rows(table, subject, method, options.quick)
+                print(
+                    f"{name}, draw {draw}, {method.name}: {time.perf_counter() - begun:.1f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            right = len(subject.right["test"]) / len(subject.parts["test"][1])
+            made.append(
+                {"network": name, "draw": draw, "accuracy": right, "fit": len(subject.parts["fit"][1]),
+                 "test": len(subject.parts["test"][1]), "count": subject.count,
+                 "seconds": round(time.perf_counter() - start)}
+            )  # fmt: skip
+    return made

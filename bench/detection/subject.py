@@ -1,0 +1,233 @@
+"""A network with its clean images, and what is read of the images that it is shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bench.detection import cache
+from bench.detection.registry import CASES, PHOTOGRAPHS, NotRun, Shown
+
+#: Images at a time.
+BATCH = 16
+
+
+@dataclass
+class Subject:
+    """A network and its data.
+
+    Attributes:
+        network: Key of its row in the tables.
+        draw: Which sample of the data, or seed of the training.
+        model: From images in [0, 1] to logits; evaluation mode, without gradients.
+        parts: ``fit`` and ``test``: clean images and labels.
+        folder: Of the cache.
+        stages: Modules whose maps are read, from the first to the last, which is pooled.
+        root: Folder with the data.
+        kind: Of data, which says what cases there are.
+        count: Images of a case.
+        quick: Whether attacks are shortened.
+        source: What else its cases are made from.
+    """
+
+    network: str
+    draw: int
+    model: nn.Module
+    parts: Mapping[str, tuple[Tensor, Tensor]]
+    folder: Path
+    stages: Sequence[nn.Module]
+    root: Path
+    kind: str
+    count: int
+    quick: bool = False
+    source: Any = None
+    _seen: dict[tuple[str, str], Seen] = field(default_factory=dict)
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of the weights and of the data."""
+        images = [
+            part.double().flatten(2).mean(-1).numpy() if part.ndim > 2 else part.numpy()
+            for part, _ in self.parts.values()
+        ]
+        return cache.digest(self.model, *images, self.count)
+
+    @property
+    def few(self) -> bool:
+        """Whether a class has at most a few images in ``fit``: nothing is fitted to a class then."""
+        return self.kind == PHOTOGRAPHS
+
+    @cached_property
+    def layer(self) -> nn.Linear:
+        """The layer that gives the logits."""
+        return [module for module in self.model.modules() if isinstance(module, nn.Linear)][-1]
+
+    def kept(self, name: str, make: Callable[[], Mapping[str, NDArray[Any]]]) -> cache.Arrays:
+        """Return arrays from the cache, or those made now and kept there."""
+        slug = re.sub(r"[^A-Za-z0-9/]+", "-", name)
+        return cache.arrays(self.folder / f"{self.network}-{self.draw}-{self.key}" / f"{slug}.npz", make)
+
+    def seen(self, case: str, part: str = "test") -> Seen:
+        """Return what is read of a case's images; ``clean`` gives those of the part themselves."""
+        if (case, part) not in self._seen:
+            self._seen[case, part] = Seen(self, case, part)
+        return self._seen[case, part]
+
+    @cached_property
+    def right(self) -> dict[str, Tensor]:
+        """Places of the clean images of each part that the network classifies rightly."""
+        return {
+            part: (self.seen("clean", part).logits.argmax(1) == labels).nonzero()[:, 0]
+            for part, (_, labels) in self.parts.items()
+        }
+
+
+@dataclass
+class Seen:
+    """Images of a case and what a pass reads of them; made once, features kept in the cache."""
+
+    subject: Subject
+    case: str
+    part: str = "test"
+
+    @cached_property
+    def shown(self) -> Shown:
+        """The images.
+
+        Raises:
+            NotRun: The case makes none.
+        """
+        if self.case == "clean":
+            images = self.subject.parts[self.part][0]
+            return Shown(images, torch.arange(len(images)), len(images))
+        # A score asks for the images where it wants no gradients; an attack needs them.
+        with torch.enable_grad():
+            found = CASES[self.case].make(self.subject, self.part, self.subject.count)
+        if not len(found.images):
+            raise NotRun("no image misleads the network")
+        return found
+
+    @property
+    def images(self) -> Tensor:
+        """``(n, C, H, W)`` in the memory layout that is fastest here."""
+        return packed(self.shown.images)
+
+    @cached_property
+    def _read(self) -> dict[str, Tensor]:
+        name = f"read/{self.case}/{self.part}"
+        found = self.subject.kept(name, lambda: read(self.subject, self.images))
+        return {key: torch.from_numpy(value) for key, value in found.items()}
+
+    @property
+    def logits(self) -> Tensor:
+        """``(n, N)``."""
+        return self._read["logits"]
+
+    @property
+    def h(self) -> Tensor:
+        """Input of the last layer ``(n, D)``."""
+        return self._read["h"]
+
+    @property
+    def spread(self) -> Tensor:
+        """Standard deviation of every channel of the map before pooling ``(n, D)``."""
+        return self._map("spread")
+
+    @property
+    def stages(self) -> list[Tensor]:
+        """Means of every channel after each stage ``(n, C_i)``."""
+        self._map("stage0")
+        return [value for name, value in self._read.items() if name.startswith("stage")]
+
+    def _map(self, name: str) -> Tensor:
+        if name not in self._read:
+            raise NotRun("needs a network with maps")
+        return self._read[name]
+
+
+def packed(images: Tensor) -> Tensor:
+    """Return inputs in the memory layout that is fastest here."""
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
+
+
+@torch.no_grad()
+def read(subject: Subject, images: Tensor) -> dict[str, NDArray[np.float32]]:
+    """Return logits, h, spread and the stages' means from one pass."""
+    parts: list[dict[str, Tensor]] = []
+    with ExitStack() as stack:
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                value = args[0] if name == "h" else output
+                parts[-1][name] = value if name == "h" else value.mean((2, 3))
+                if name == f"stage{len(subject.stages) - 1}":
+                    parts[-1]["spread"] = value.std((2, 3), correction=0)
+
+            return hook
+
+        stack.callback(subject.layer.register_forward_hook(keep("h")).remove)
+        for place, stage in enumerate(subject.stages):
+            stack.callback(stage.register_forward_hook(keep(f"stage{place}")).remove)
+        for x in images.split(BATCH):
+            parts.append({})
+            parts[-1]["logits"] = subject.model(x)
+    return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a method is fitted on.
+
+    Attributes:
+        subject: The network.
+        case: Of labelled challenges; empty for none.
+    """
+
+    subject: Subject
+    case: str = ""
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.subject.model
+
+    @property
+    def layer(self) -> nn.Linear:
+        """Its last layer."""
+        return self.subject.layer
+
+    @property
+    def clean(self) -> Seen:
+        """Clean images."""
+        return self.subject.seen("clean", "fit")
+
+    @property
+    def labels(self) -> Tensor:
+        """Their classes, for what is fitted to every class.
+
+        Raises:
+            NotRun: There are too few images of a class.
+        """
+        if self.subject.few:
+            raise NotRun("needs several images of every class")
+        return self.subject.parts["fit"][1]
+
+    @property
+    def challenges(self) -> Seen:
+        """Labelled challenges, made from the clean images."""
+        return self.subject.seen(self.case, "fit")
+
+    def loader(self, images: Tensor, labels: Tensor | None = None) -> list[tuple[Tensor, ...]]:
+        """Return images in batches as a loader gives them."""
+        parts = packed(images).split(BATCH)
+        return [(x,) for x in parts] if labels is None else list(zip(parts, labels.split(BATCH), strict=True))

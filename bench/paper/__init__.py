@@ -1,1 +1,0 @@
-"""The evaluation tables, see README.md."""

@@ -1,1 +1,0 @@
-"""The evaluation tables, a file each; ``python -m bench.paper NAME`` makes one."""

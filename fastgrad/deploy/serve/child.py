@@ -1,0 +1,215 @@
+"""A process that answers framed requests, one at a time, and is killed when it takes too long.
+
+What goes over the pipes is numbers of bytes and bytes, nothing that could be code. The process gets neither the
+server's secrets nor its other files, and ends when its standard input does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import struct
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+Bytes = bytes | bytearray | memoryview
+#: Of a reply: a status, 0 for what was asked for, and the number of bytes that follow.
+REPLY = struct.Struct("<HQ")
+REQUEST = struct.Struct("<Q")
+#: Bytes that are written at once.
+_CHUNK = 2**18
+#: What a child does not get to see of the server's environment, by how a variable's name begins.
+SECRETS = ("FASTGRAD_", "OTEL_", "AWS_", "RAY_")
+_PACKAGE = str(Path(__file__).parents[2])
+# Isolated (-I), so that no file of the working folder takes a module's place; then the server's own path. A small
+# child does not import PyTorch, as the package's __init__ would.
+_START = """
+import json, sys, types
+path, package, module, small, arguments = json.loads(sys.argv[1])
+sys.path[:] = path
+if small:
+    sys.modules["fastgrad"] = types.ModuleType("fastgrad")
+    sys.modules["fastgrad"].__path__ = [package]
+import importlib
+importlib.import_module(module).main(*arguments)
+"""
+
+
+class ChildDiedError(RuntimeError):
+    """The process ended, or took too long and was ended."""
+
+
+class ChildTimeoutError(ChildDiedError):
+    """It took too long."""
+
+
+@asynccontextmanager
+async def timeout(seconds: float) -> AsyncIterator[Callable[[float], None]]:
+    """`asyncio.timeout`, which Python 3.10 lacks; gives a function that moves the end to so many seconds from now."""
+    task, loop, expired = asyncio.current_task(), asyncio.get_running_loop(), False
+    assert task is not None
+
+    def expire() -> None:
+        nonlocal expired
+        expired = True
+        task.cancel()
+
+    timer = loop.call_later(seconds, expire)
+
+    def move(seconds: float) -> None:
+        nonlocal timer
+        timer.cancel()
+        timer = loop.call_later(seconds, expire)
+
+    try:
+        yield move
+    except asyncio.CancelledError:
+        if expired:
+            raise asyncio.TimeoutError from None
+        raise
+    finally:
+        timer.cancel()
+
+
+class Child:
+    """One process.
+
+    Args:
+        module: whose ``main(*arguments)`` it runs.
+        arguments: what JSON can hold.
+        most: bytes of a reply.
+        small: whether ``fastgrad`` itself is left out, and PyTorch with it.
+
+    Attributes:
+        process: once it was started.
+        alive: whether it has started and can be asked.
+        starts: how often it was started.
+    """
+
+    def __init__(self, module: str, arguments: Sequence[object], *, most: int, small: bool = False) -> None:
+        self._start = json.dumps([sys.path, _PACKAGE, module, small, list(arguments)])
+        self._most = most
+        self.process: Process | None = None
+        self.alive, self.starts = False, 0
+
+    async def start(self, seconds: float) -> tuple[int, bytes]:
+        """Start it; return its first reply.
+
+        Raises:
+            ChildDiedError: it ended, or said nothing in time.
+        """
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(SECRETS)}
+        self.starts += 1
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-c", _START, self._start, stdin=PIPE, stdout=PIPE, stderr=None,
+            env=environment, start_new_session=True, limit=2**20,
+        )  # fmt: skip
+        self.alive = True
+        return await self.ask((), seconds)
+
+    async def restart(self, seconds: float) -> None:
+        """Start it anew, again and again until it can be asked."""
+        pause = 0.1
+        while True:
+            await self.stop(0.0)
+            with contextlib.suppress(ChildDiedError, OSError):
+                status, _ = await self.start(seconds)
+                if status == 0:
+                    return
+            # Memory may be short for a moment.
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+    async def ask(self, parts: Sequence[Bytes], seconds: float) -> tuple[int, bytes]:
+        """Send what the parts make together, if there are any; return the status and the bytes of the reply.
+
+        Raises:
+            ChildDiedError: it ended, or did not answer in time; then it is killed, as it is when this is cancelled.
+        """
+        process = self.process
+        if process is None or process.stdin is None or process.stdout is None or not self.alive:
+            raise ChildDiedError("its process is not there")
+        done = False
+        try:
+            async with timeout(seconds):
+                if parts:
+                    process.stdin.write(REQUEST.pack(sum(map(len, parts))))
+                for each in parts:
+                    part = memoryview(each)
+                    for start in range(0, len(part), _CHUNK):
+                        process.stdin.write(part[start : start + _CHUNK])
+                        await process.stdin.drain()
+                status, length = REPLY.unpack(await process.stdout.readexactly(REPLY.size))
+                if length > self._most:
+                    raise ChildDiedError("its reply is too long")
+                reply = await process.stdout.readexactly(length)
+            done = True
+            return status, reply
+        except asyncio.TimeoutError:
+            raise ChildTimeoutError(f"no answer within {seconds:g} s") from None
+        except (EOFError, OSError):
+            raise ChildDiedError("its process ended") from None
+        finally:
+            if not done:
+                self.kill()
+
+    def kill(self) -> None:
+        """End it now, and what it works on."""
+        self.alive = False
+        # Not by `Process.kill`, which may take the exit status before asyncio's own thread does.
+        if self.process is not None and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)
+
+    async def stop(self, patience: float = 1.0) -> None:
+        """End it, kindly first; it is gone afterwards."""
+        self.alive = False
+        if self.process is None:
+            return
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        try:
+            async with timeout(patience):
+                await self.process.wait()
+        except asyncio.TimeoutError:
+            self.kill()
+            await self.process.wait()
+
+
+def pipes() -> tuple[BinaryIO, BinaryIO]:
+    """In a child: where requests come from and replies go; what anything prints goes to standard error."""
+    # Whoever stops the server may signal all processes; the server alone decides when these end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return sys.stdin.buffer, replies
+
+
+def receive(requests: BinaryIO) -> bytearray | None:
+    """In a child: the next request, None at the end."""
+    head = requests.read(REQUEST.size)
+    if len(head) < REQUEST.size:
+        return None
+    content = bytearray(REQUEST.unpack(head)[0])
+    view, size = memoryview(content), 0
+    while size < len(content):
+        read = requests.readinto(view[size:])  # type: ignore[attr-defined]
+        if not read:
+            return None
+        size += read
+    return content
+
+
+def reply(replies: BinaryIO, status: int, content: Bytes) -> None:
+    """In a child: answer a request."""
+    replies.write(REPLY.pack(status, len(content)))
+    replies.write(content)
+    replies.flush()

@@ -1,0 +1,160 @@
+"""The process that reads what strangers send: images, forms and JSON, with little memory and without PyTorch.
+
+A request is one JSON line, the arguments of `read_input`, and the body. The reply is one byte that says what follows,
+`PIXELS` or `NUMBERS`, and the input; or the HTTP status of a refusal and its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from typing import Any, NoReturn
+
+import numpy as np
+
+from fastgrad.deploy.file.images import ImageError, ImageTooLargeError, decode_pixels
+from fastgrad.deploy.serve.child import pipes, receive, reply
+
+#: Pixels from 0 to 255, to be normalized, and what the model takes, in float32 or float64.
+PIXELS, NUMBERS = b"p", b"n"
+#: Bytes that decoding may need beside the process itself.
+MEMORY = 512 * 2**20
+#: Largest finite number of types that NumPy lacks or overflows in.
+_LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028235e38, "float64": 1.8e308}
+
+
+class RequestError(Exception):
+    """A request that cannot be answered.
+
+    Attributes:
+        status: the HTTP status that says so.
+        message: for the person who sent it.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+def main() -> None:
+    """Answer until the end of standard input."""
+    requests, replies = pipes()
+    import PIL.Image
+
+    PIL.Image.preinit()
+    _limit_memory()
+    reply(replies, 0, b"")
+    while (request := receive(requests)) is not None:
+        try:
+            head, _, body = bytes(request).partition(b"\n")
+            del request
+            kind, shape, dtype, max_pixels = json.loads(head)
+            reply(replies, 0, read_input(kind, body, tuple(shape), dtype, max_pixels=max_pixels))
+        except RequestError as error:
+            reply(replies, error.status, error.message.encode("utf-8", "replace"))
+        except MemoryError:
+            reply(replies, 413, b"reading the body needs more memory than is allowed")
+
+
+def _limit_memory() -> None:
+    """No more than `MEMORY` from here on, where the system can hold a process to it."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        with open("/proc/self/statm", "rb") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def read_input(
+    content_type: str, body: bytes, shape: tuple[int, ...], dtype: str, *, max_pixels: int
+) -> bytes:
+    """Read an image, a form with a ``file``, or JSON ``{"inputs": [...]}``.
+
+    Returns:
+        `PIXELS` or `NUMBERS`, and the input. JSON inputs are what the model takes, so whoever sends them has
+        normalized them.
+
+    Raises:
+        RequestError: 400 unreadable, 413 too large, 415 another content type, 422 not this model's input.
+    """
+    kind = content_type.split(";", 1)[0].strip().lower()
+    if kind == "application/json":
+        return NUMBERS + _json_input(body, shape, dtype)
+    if kind == "multipart/form-data":
+        body = _file_of_form(content_type, body)
+    elif not kind.startswith("image/"):
+        raise RequestError(
+            415,
+            "send an image (Content-Type image/*), a form with a field 'file' (multipart/form-data), or JSON "
+            f"(application/json); the content type was {kind[:80] or 'missing'!r}",
+        )
+    try:
+        return PIXELS + decode_pixels(body, shape, max_pixels=max_pixels).tobytes()
+    except ImageTooLargeError as error:
+        raise RequestError(413, str(error)) from None
+    except ImageError as error:
+        raise RequestError(400, str(error)) from None
+
+
+def _file_of_form(content_type: str, body: bytes) -> bytes:
+    from python_multipart.multipart import FormParser, parse_options_header
+
+    files: list[bytes] = []
+
+    def keep(file: Any) -> None:
+        if file.field_name == b"file" and not files:
+            file.file_object.seek(0)
+            files.append(file.file_object.read())
+
+    try:
+        _, options = parse_options_header(content_type)
+        # In memory: no detour over a file on disk.
+        config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
+        parser = FormParser(
+            "multipart/form-data", lambda field: None, keep, boundary=options[b"boundary"], config=config
+        )
+        parser.write(body)
+        parser.finalize()
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = "it has no boundary" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise RequestError(400, f"the form cannot be read: {reason[:200]}") from None
+    if not files:
+        raise RequestError(422, "the form must have a field 'file' that holds an image file")
+    return files[0]
+
+
+def _json_input(body: bytes, shape: tuple[int, ...], dtype: str) -> bytes:
+    def refuse(constant: str) -> NoReturn:
+        raise RequestError(422, f"inputs must be finite numbers; {constant} was among them")
+
+    expected = f"inputs must be numbers in nested lists of shape {list(shape)}"
+    # Before any of it becomes an object, each of which takes some fifty bytes.
+    most = 2 * math.prod(shape) + 100
+    if any(body.count(sign) > most for sign in (b",", b"[", b"{", b":")):
+        raise RequestError(422, f"{expected}; there were more")
+    try:
+        content = json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise RequestError(400, f"the body is not valid JSON: {reason[:200]}") from None
+    if not isinstance(content, dict) or "inputs" not in content:
+        raise RequestError(422, 'the JSON body must be an object with the key "inputs"')
+    try:
+        values = np.array(content["inputs"])
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        raise RequestError(422, f"{expected}; the lists were ragged or nested too deeply") from None
+    if values.dtype.kind not in "iuf":
+        raise RequestError(422, f"{expected}; something else was among them")
+    if values.shape == (1, *shape):
+        values = values[0]
+    if values.shape != shape:
+        raise RequestError(422, f"{expected}; the shape was {list(values.shape)}")
+    values = values.astype(np.float64)
+    if not (np.abs(values) <= _LARGEST[dtype]).all():
+        raise RequestError(422, f"inputs must be finite numbers of type {dtype}")
+    return values.astype(np.float64 if dtype == "float64" else np.float32).tobytes()

@@ -1,0 +1,113 @@
+"""Who may ask at all, decided by a request's headers alone: its host, its origin, its key."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import logging
+import re
+import time
+from collections.abc import Callable, Collection
+from urllib.parse import urlsplit
+
+from fastgrad.checks import extra
+from fastgrad.deploy.serve.decoder import RequestError
+
+with extra("serve"):
+    from starlette.datastructures import Headers
+    from starlette.responses import JSONResponse
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+#: What needs no key: the page, which holds nothing, and what balancers ask.
+OPEN = ("/", "/health", "/ready")
+#: Seconds between two lines of the log about refused keys.
+_QUIET = 10.0
+_log = logging.getLogger("uvicorn.error")
+
+
+def refusal(error: RequestError, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The answer that says why there is none."""
+    return JSONResponse({"detail": error.message}, error.status, headers)
+
+
+class Guard:
+    """Middleware that refuses before anything else of a request is looked at.
+
+    A page of another site can make a browser send requests here. Its name in ``Origin`` or, where it lets its own name
+    point here, in ``Host`` gives it away. Addresses are no names and always fit.
+
+    Args:
+        app: what it stands before; None where only `check` is asked for.
+        key: that requests must carry, as ``Authorization: Bearer KEY``; None for none.
+        hosts: names under which the server may be asked, beside ``localhost``.
+        refused: told the status of each refusal.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp | None,
+        *,
+        key: str | None,
+        hosts: Collection[str],
+        refused: Callable[[int], None] = lambda status: None,
+    ) -> None:
+        self._app, self._refused = app, refused
+        self._digest = None if key is None else hashlib.sha256(key.encode()).digest()
+        self._hosts = {"localhost", *(host.lower() for host in hosts)}
+        self._wrong, self._quiet_until = 0, 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on."""
+        if scope["type"] == "http":
+            try:
+                self.check(scope)
+            except RequestError as error:
+                self._refused(error.status)
+                headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+                await refusal(error, headers)(scope, receive, send)
+                return
+        assert self._app is not None
+        await self._app(scope, receive, send)
+
+    def check(self, scope: Scope) -> None:
+        """Look at the headers of one request.
+
+        Raises:
+            RequestError: 400, 401 or 403.
+        """
+        headers = Headers(scope=scope)
+        host = headers.get("host", "localhost").lower()
+        name = re.sub(r":\d*$", "", host)
+        if name not in self._hosts and not _is_address(name):
+            raise RequestError(400, "the server does not answer under this Host; name it with --allowed-host")
+        origin = headers.get("origin")
+        if (
+            scope["method"] not in ("GET", "HEAD")
+            and origin is not None
+            and urlsplit(origin).netloc.lower() != host
+        ):
+            raise RequestError(403, "pages of other sites must not send requests here")
+        if self._digest is None or scope["path"] in OPEN:
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # Digests have one length, and compare_digest takes the same time wherever they differ.
+        right = hmac.compare_digest(hashlib.sha256(given.encode()).digest(), self._digest)
+        if scheme.lower() != "bearer" or not right:
+            self._note(scope)
+            raise RequestError(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY")
+
+    def _note(self, scope: Scope) -> None:
+        self._wrong += 1
+        if time.monotonic() >= self._quiet_until:
+            client = (scope.get("client") or ("unknown",))[0]
+            _log.warning("%d requests without the right API key, the last from %s", self._wrong, client)
+            self._wrong, self._quiet_until = 0, time.monotonic() + _QUIET
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,60 @@
+"""What the OpenAPI description says of requests to /predict and of answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastgrad.checks import extra
+
+with extra("serve"):
+    from pydantic import BaseModel, ConfigDict, Field
+
+
+class Answer(BaseModel):
+    """The answer to one input."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    class_: int = Field(alias="class", ge=0)
+    label: str | None
+    probabilities: list[float]
+    uncertainty: float = Field(description="higher: clean inputs look like this more rarely")
+    risk: float | None = Field(
+        description="probability that this answer is wrong; null where the file was fitted without labels"
+    )
+    reliable: bool | None = Field(description="uncertainty at most the threshold; null without one")
+    evidence: dict[str, float] | None = Field(
+        description="what the uncertainty rests on: by name as in /model, each block's -log p as the detector sums it; "
+        "null where the file does not give it"
+    )
+    alarm: str | None = Field(
+        description="in words, what two thirds of the evidence mean; null unless reliable is false"
+    )
+
+
+class Refusal(BaseModel):
+    """Why there is no answer."""
+
+    detail: str
+
+
+class Status(BaseModel):
+    """Whether to send requests here; or why this one was refused."""
+
+    ready: bool
+
+
+def request_body(shape: tuple[int, ...]) -> dict[str, Any]:
+    """What /predict takes, for inputs of this ``shape``."""
+    image = {"type": "string", "format": "binary"}
+    numbers = {"type": "array", "items": {}, "description": f"nested lists of numbers, shape {list(shape)}"}
+
+    def with_key(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+        return {"schema": {"type": "object", "required": [name], "properties": {name: schema}}}
+
+    content = {
+        "image/*": {"schema": image},
+        "multipart/form-data": with_key("file", image),
+        "application/json": with_key("inputs", numbers),
+    }
+    return {"requestBody": {"required": True, "content": content}}

@@ -1,0 +1,140 @@
+"""The web server: uvicorn, with limits on connections and headers, and an end that cuts no connection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import socket
+import struct
+import time
+from typing import Any
+
+from fastgrad.checks import extra
+from fastgrad.deploy.serve.bodies import Limits
+
+with extra("serve"):
+    import h11
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+#: Bytes of a request's headers.
+_HEADERS = 16 * 2**10
+#: Bytes that are read at once, and so held for a connection whose request waits.
+_READ = 2**16
+#: Seconds for which connections that have just come, or were in use, may still send a request at the end.
+_LEAST, _MOST = 1.0, 5.0
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+)
+#: Of Linux: SO_ATTACH_FILTER, and a program for it that drops what asks for a new connection (SYN) and nothing else.
+_ATTACH_FILTER = 26
+_NO_NEW = b"".join(
+    struct.pack("=HBBI", *step)
+    for step in ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 2**32 - 1))
+)
+
+
+class Protocol(H11Protocol):
+    """One connection."""
+
+    limits = Limits()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Close another one where there are too many."""
+        super().connection_made(transport)
+        transport.max_size = _READ  # type: ignore[attr-defined]
+        self._since = time.monotonic()
+        self._timer: asyncio.TimerHandle | None = None
+        self._await_headers()
+        if len(self.connections) <= self.limits.connections:
+            return
+        others: Any = (other for other in self.connections if other is not self)
+        oldest = min((other for other in others if other.waits), key=lambda other: other._since, default=None)
+        if oldest is None:
+            transport.write(_FULL)
+            transport.close()
+        else:
+            oldest.transport.abort()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for a request, or the rest of one."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def data_received(self, data: bytes) -> None:
+        """Whole headers stop the clock."""
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._await_headers()
+        else:
+            self._since = time.monotonic()
+            self._headers_came()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is awaited any more."""
+        self._headers_came()
+        super().connection_lost(exc)
+
+    def _await_headers(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(self.limits.header_seconds, self._too_slow)
+
+    def _headers_came(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if self.conn.their_state is h11.IDLE and self.waits:
+            self.transport.abort()
+
+
+class Server(uvicorn.Server):
+    """Serves an application of `create_app` until SIGINT or SIGTERM.
+
+    Args:
+        app: of `create_app`.
+        host: address to listen on.
+        port: 0 takes a free one.
+        limits: see `Limits`.
+    """
+
+    def __init__(self, app: Any, *, host: str, port: int, limits: Limits) -> None:
+        self._app = app
+        config = uvicorn.Config(
+            app, host=host, port=port, http=type("Protocol", (Protocol,), {"limits": limits}), ws="none",
+            access_log=False, server_header=False, log_level="info", timeout_keep_alive=30,
+            timeout_graceful_shutdown=int(limits.seconds) + 5, h11_max_incomplete_event_size=_HEADERS,
+        )  # fmt: skip
+        super().__init__(config)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Balancers see /ready fail; what still arrives is answered, with Connection: close."""
+        self._app.state.draining = True
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no new connection, answer those that wait in the listening queue, then end."""
+        for server in self.servers:
+            for listener in server.sockets:
+                _refuse_new(listener)
+        start = time.monotonic()
+        while (passed := time.monotonic() - start) < _MOST and not self.force_exit:
+            connections: Any = self.server_state.connections
+            if passed >= _LEAST and all(connection.cycle is not None for connection in connections):
+                break
+            await asyncio.sleep(0.05)
+        await super().shutdown(sockets)
+
+
+def _refuse_new(listener: Any) -> None:
+    """Drop requests for new connections; their senders try again and find the port closed, or another server."""
+    program = ctypes.create_string_buffer(_NO_NEW)
+    with contextlib.suppress(OSError, AttributeError):
+        listener.setsockopt(
+            socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(program))
+        )

@@ -1,0 +1,144 @@
+"""Data sets of the detection tables: compression histories, missing files; networks of published sizes; texts."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from bench import results_file
+from bench.detection import cache
+from bench.detection.architectures import dense_network, residual_network
+from bench.detection.data import news, sets
+
+
+def test_other_sets_share_the_compression_of_the_first(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(1).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    files = []
+    for image in pictures:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=75)
+        files.append(np.frombuffer(buffer.getvalue(), np.uint8))
+    offsets = np.cumsum([0, *map(len, files)])
+    np.savez(tmp_path / "cifar10-jpeg.npz", test_jpeg=np.concatenate(files), test_offsets=offsets)
+    np.savez(tmp_path / "textures-32.npz", images=pictures)
+    compressed = sets.load(tmp_path, "cifar10", limit=4)
+    assert compressed.compressed
+    np.testing.assert_array_equal(compressed.images, sets.jpeg(pictures[:4]))
+    order = np.random.default_rng(0).permutation(20)
+    other = sets.stranger(tmp_path, "textures", compressed, 20)
+    assert torch.equal(other, sets.to_tensor(sets.jpeg(pictures[order])))
+    plain = sets.Split("cifar10", pictures, None, False)
+    assert torch.equal(sets.stranger(tmp_path, "textures", plain, 20), sets.to_tensor(pictures[order]))
+
+
+def test_a_missing_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"fashion-mnist\.npz"):
+        sets.load(tmp_path, "fashion")
+    with pytest.raises(ValueError, match="cifar10"):
+        sets.load(tmp_path, "imagenet")
+    with pytest.raises(FileNotFoundError, match=r"ag-news\.csv"):
+        news.News(tmp_path, tmp_path, 0)
+
+
+def test_published_sizes() -> None:
+    def parameters(model: torch.nn.Module) -> int:
+        return sum(p.numel() for p in model.parameters())
+
+    assert parameters(residual_network(width=64, stages=4, blocks=2, stride=1)) == 11_173_962
+    assert parameters(dense_network(layers=16, bottleneck=True, stride=1)) == 769_162
+    for model in (residual_network(), dense_network(channels=1)):
+        channels = model.normalize.mean.shape[1]  # type: ignore[union-attr]
+        stages = model.eval().stage_features(torch.rand(2, channels, 28, 28))  # type: ignore[arg-type]
+        assert [len(stage) for stage in stages] == [2] * 4
+
+
+def test_words_are_dropped_and_mistyped_but_keep_their_letters() -> None:
+    words = ["the", "quick", "brown", "foxes", "jumped", "over", "lazy", "sleeping", "dogs", "again"] * 30
+    rng = np.random.default_rng(0)
+    assert 0.5 < len(news._dropped(words, rng)) / len(words) < 0.7
+    typed = news._mistyped(words, rng)
+    assert [sorted(word) for word in typed] == [sorted(word) for word in words]
+    assert typed != words
+    shuffled = news._shuffled(words, rng)
+    assert shuffled != words
+    assert sorted(shuffled) == sorted(words)
+
+
+def _truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    made = cache.arrays(tmp_path / "2.npz", lambda: {"a": np.arange(9)})
+    assert made["a"].tolist() == cache.arrays(tmp_path / "2.npz", dict)["a"].tolist()
+    _truncate(tmp_path / "2.npz")
+    with pytest.raises(ValueError, match=r"2\.npz must be a whole file.*Delete it"):
+        cache.arrays(tmp_path / "2.npz", dict)
+
+
+def test_a_damaged_set_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "textures.npz", images=np.zeros((9, 32, 32, 3), np.uint8))
+    assert len(sets.load(tmp_path, "textures").images) == 9
+    _truncate(tmp_path / "textures.npz")
+    with pytest.raises(ValueError, match=r"textures\.npz must be a whole \.npz file"):
+        sets.load(tmp_path, "textures")
+
+
+def test_a_set_without_labels_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "fashion-mnist.npz", test_images=np.zeros((9, 28, 28), np.uint8))
+    with pytest.raises(ValueError, match="'fashion' must have labels"):
+        sets.load(tmp_path, "fashion").labelled()
+    with pytest.raises(FileNotFoundError, match=r"fashion-mnist\.npz with a train part"):
+        sets.load(tmp_path, "fashion", "train")
+
+
+def _refuse(model: nn.Module) -> None:
+    raise AssertionError("trained again")
+
+
+def _keep(size: int) -> Callable[[nn.Module], None]:
+    return lambda model: nn.init.constant_(model.weight, size)  # type: ignore[arg-type, return-value]
+
+
+def test_a_network_of_another_recipe_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    cache.weights(path, nn.Linear(2, 3), {"epochs": 8}, _keep(3))
+    model = cache.weights(path, nn.Linear(2, 3), {"epochs": 8}, _refuse)
+    assert torch.equal(model.weight, torch.full((3, 2), 3.0))  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r'net\.pt must hold .*\{"epochs": 60\}; it holds that of \{"epochs": 8\}'
+    ):
+        cache.weights(path, nn.Linear(2, 3), {"epochs": 60}, _refuse)
+    with pytest.raises(ValueError, match=r"net\.pt must be a whole file"):
+        cache.weights(path, nn.Linear(5, 3), {"epochs": 8}, _refuse)
+    torch.save(nn.Linear(2, 3).state_dict(), path)
+    with pytest.raises(ValueError, match=r"net\.pt must hold .*it holds that of null"):
+        cache.weights(path, nn.Linear(2, 3), {"epochs": 8}, _refuse)
+    _truncate(path)
+    with pytest.raises(ValueError, match=r"net\.pt must be a whole file.*Delete it"):
+        cache.weights(path, nn.Linear(2, 3), {"epochs": 8}, _refuse)
+
+
+def test_digests_tell_weights_and_arrays_apart() -> None:
+    torch.manual_seed(0)
+    model, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    assert cache.digest(model, {"a": 1}) == cache.digest(model, {"a": 1})
+    assert cache.digest(model) != cache.digest(other)
+    assert cache.digest(np.arange(3)) != cache.digest(np.arange(4))
+
+
+def test_a_damaged_list_of_rows_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "time.json"
+    results_file.append(path, {"case": "a", "median_s": 1.0})
+    assert results_file.load(path) == [{"case": "a", "median_s": 1.0}]
+    _truncate(path)
+    with pytest.raises(ValueError, match=r"time\.json must be a whole JSON file"):
+        results_file.load(path)

@@ -1,0 +1,148 @@
+"""Formulas of published detectors, against independent code in float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+pytest.importorskip("pytorch_ood")
+
+from bench.detection import methods_images, methods_ours, methods_outputs
+from bench.detection.registry import METHODS, NotRun, Protocol
+
+B, N, D = 12, 5, 7
+
+
+def _seen(h: Tensor, layer: nn.Linear, **more: Any) -> SimpleNamespace:
+    return SimpleNamespace(h=h, logits=layer(h), **more)
+
+
+@pytest.fixture
+def fit() -> SimpleNamespace:
+    torch.manual_seed(0)
+    layer = nn.Linear(D, N).requires_grad_(False)
+    h = torch.rand(60, D)
+    clean = _seen(h, layer, spread=torch.rand(60, D), stages=[torch.rand(60, 4), torch.rand(60, 3), h])
+    subject = SimpleNamespace(few=False, draw=0)
+    return SimpleNamespace(clean=clean, layer=layer, labels=torch.arange(60) % N, subject=subject)
+
+
+def test_grad_trust_is_what_its_authors_compute_and_the_feature_factor_cancels() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(D, N).double()
+    for scale in (1.0, 100.0):
+        h = scale * torch.rand(B, D, dtype=torch.float64)
+        ratios = []
+        for sample in h:
+            loss = nn.MSELoss()(layer(sample[None]), torch.full((1, N), 1 / N, dtype=torch.float64))
+            (gradient,) = torch.autograd.grad(loss, layer.weight)
+            energy = gradient.square().var(1)
+            ratios.append(energy.max() / energy.mean())
+        found = methods_outputs.grad_trust(layer(h).detach())
+        torch.testing.assert_close(found, torch.stack(ratios), rtol=1e-9, atol=0)
+
+
+def test_p_norm_ignores_shift_and_scale(fit: SimpleNamespace) -> None:
+    score = METHODS["pNormSoftmax"].fit(fit)
+    z = torch.randn(B, N, dtype=torch.float64)
+    moved = score(SimpleNamespace(logits=3 * z + 7))
+    torch.testing.assert_close(score(SimpleNamespace(logits=z)), moved)
+    centred = z - z.mean(1, keepdim=True)
+    torch.testing.assert_close(moved, -centred.amax(1) / (centred.abs() ** 5).sum(1) ** 0.2)
+
+
+def test_ras_puts_the_clean_profile_in_the_order_of_the_sample(fit: SimpleNamespace) -> None:
+    profile = fit.clean.h.sort(1).values.mean(0)
+    h = torch.rand(B, D)
+    expected = []
+    for row in h:
+        shifted = torch.empty(D)
+        for rank, place in enumerate(sorted(range(D), key=lambda i, row=row: float(row[i]))):
+            shifted[place] = profile[rank]
+        expected.append(-fit.layer(shifted).logsumexp(0))
+    torch.testing.assert_close(METHODS["RAS"].fit(fit)(_seen(h, fit.layer)), torch.stack(expected))
+
+
+def test_catalyst_is_energy_times_capped_deviations(fit: SimpleNamespace) -> None:
+    score = METHODS["Catalyst"].fit(fit)
+    cap = fit.clean.spread.flatten()[::7].quantile(0.9)
+    spread, z = 2 * torch.rand(B, D), torch.randn(B, N)
+    expected = torch.stack([-z[i].exp().sum().log() * spread[i].minimum(cap).mean() for i in range(B)])
+    torch.testing.assert_close(score(SimpleNamespace(logits=z, spread=spread)), expected)
+
+
+def test_normalised_features_forget_their_length(fit: SimpleNamespace) -> None:
+    h = torch.rand(B, D)
+    for name in ("Mahalanobis++", "KNN"):
+        score = METHODS[name].fit(fit)
+        torch.testing.assert_close(score(_seen(h, fit.layer)), score(_seen(9 * h, fit.layer)))
+    plain = METHODS["Mahalanobis"].fit(fit)
+    assert not torch.allclose(plain(_seen(h, fit.layer)), plain(_seen(9 * h, fit.layer)))
+
+
+def test_knn_is_the_distance_to_the_kth_neighbour(fit: SimpleNamespace) -> None:
+    h = torch.rand(B, D)
+    distance = (F.normalize(h, dim=1)[:, None] - F.normalize(fit.clean.h, dim=1)[None]).norm(dim=2)
+    expected = distance.sort(1).values[:, 49]
+    torch.testing.assert_close(METHODS["KNN"].fit(fit)(_seen(h, fit.layer)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weiper_is_a_mean_of_probabilities(fit: SimpleNamespace) -> None:
+    found = METHODS["WeiPer"].fit(fit)(_seen(torch.rand(B, D), fit.layer))
+    assert ((found >= -1) & (found <= -1 / N)).all()
+    assert found.std() > 0
+
+
+def test_grad_norm_is_the_sum_of_absolute_gradients_of_the_last_layer(fit: SimpleNamespace) -> None:
+    h = torch.rand(B, D)
+    expected = []
+    layer = nn.Linear(D, N)
+    layer.load_state_dict(fit.layer.state_dict())
+    for row in h:
+        loss = F.cross_entropy(layer(row), torch.full((N,), 1 / N))
+        expected.append(-torch.autograd.grad(loss, layer.weight)[0].abs().sum())
+    torch.testing.assert_close(METHODS["GradNorm"].fit(fit)(_seen(h, fit.layer)), torch.stack(expected))
+
+
+def test_recovery_finds_a_stage_that_does_not_follow_from_the_deepest(fit: SimpleNamespace) -> None:
+    score = METHODS["recovery testing"].fit(fit)
+    usual = SimpleNamespace(stages=fit.clean.stages)
+    moved = SimpleNamespace(stages=[fit.clean.stages[0] + 5, *fit.clean.stages[1:]])
+    assert score(moved).median() > score(usual).median()
+
+
+def test_lid_is_large_where_neighbours_are_equally_far(fit: SimpleNamespace) -> None:
+    line = torch.linspace(0, 1, 60)[:, None] * torch.ones(1, D)
+    fit.clean.stages = [line]
+    low = methods_images.local_dimensionality(fit)(SimpleNamespace(stages=[line[:9] + 1e-3]))
+    fit.clean.stages = [torch.randn(60, D)]
+    high = methods_images.local_dimensionality(fit)(SimpleNamespace(stages=[torch.randn(9, D)]))
+    assert low.mean() < high.mean()
+
+
+def test_a_detector_of_classes_is_not_run_where_a_class_has_one_image(fit: SimpleNamespace) -> None:
+    class Few(SimpleNamespace):
+        @property
+        def labels(self) -> Tensor:
+            raise NotRun("needs several images of every class")
+
+    few = Few(**{k: v for k, v in vars(fit).items() if k != "labels"})
+    for name in ("SHE", "RMD", "GMM"):
+        with pytest.raises(NotRun, match="every class"):
+            METHODS[name].fit(few)
+    # One Gaussian with shrinkage needs no classes.
+    assert METHODS["Mahalanobis"].fit(few)(_seen(torch.rand(B, D), fit.layer)).shape == (B,)
+
+
+def test_every_method_has_a_year_a_source_and_a_protocol() -> None:
+    assert methods_ours.SCORES
+    assert all(name in METHODS for name in methods_ours.SCORES)
+    for method in METHODS.values():
+        assert 2000 < method.year < 2100
+        assert method.paper
+        assert method.protocol in Protocol

@@ -1,0 +1,202 @@
+"""The table runner: what is absent is said and is in no mean, and a page names the strongest rival."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pytorch_ood")
+
+from bench.detection import registry, runner
+from bench.detection.architectures import residual_network
+from bench.detection.registry import CASES, METHODS, NETWORKS, SMALL, Method, NotRun, Options, Protocol, Shown
+from bench.detection.subject import Fit, Subject
+from bench.detection.tables import Table
+from bench.report import pages
+from fastgrad.metrics import auroc
+
+TABLE = Table("Trial", ("trial",), ("attacks", "sets"))
+
+
+def _subject(options: Options, draw: int) -> Subject:
+    torch.manual_seed(draw)
+    model = residual_network(width=4).eval().requires_grad_(False)
+    parts = {part: (torch.rand(20, 3, 8, 8), torch.arange(20) % 10) for part in ("fit", "test")}
+    return Subject("trial", draw, model, parts, options.cache, [model.stem, *model.stages], Path(), SMALL, 6)
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Options]:
+    for name, values in (("METHODS", METHODS), ("CASES", CASES), ("NETWORKS", NETWORKS)):
+        kept = dict(values)
+        values.clear()
+        monkeypatch.setattr(registry, f"_kept_{name}", kept, raising=False)
+    registry.network("trial", "a network on noise")(_subject)
+
+    for strength in (1, 2):
+
+        @registry.case(f"brighter {strength}", "attacks", (SMALL,))
+        def brighter(subject: Subject, part: str, count: int, strength: int = strength) -> Shown:
+            places = torch.arange(strength, count)
+            return Shown(subject.parts[part][0][places] + strength, places, count)
+
+    @registry.case("darker", "sets", (SMALL,))
+    def darker(subject: Subject, part: str, count: int) -> Shown:
+        return Shown(0 * subject.parts[part][0][:count], torch.full((count,), -1), count)
+
+    @registry.case("texts alone", "sets", ("texts",))
+    def none(subject: Subject, part: str, count: int) -> Shown:
+        raise AssertionError("there are no texts")
+
+    @registry.method("brightness", 2026, "here")
+    def brightness(fit: Fit) -> registry.Score:
+        return lambda seen: seen.images.mean((1, 2, 3))
+
+    yield Options(tmp_path, tmp_path / "cache", True)
+    for name, values in (("METHODS", METHODS), ("CASES", CASES), ("NETWORKS", NETWORKS)):
+        values.clear()
+        values.update(getattr(registry, f"_kept_{name}"))
+
+
+def _rows(options: Options) -> dict[tuple[str, str], dict[str, object]]:
+    return {(row["method"], row["case"]): row for row in runner.run(TABLE, options) if "case" in row}
+
+
+def test_figures_are_those_of_the_scores(options: Options) -> None:
+    rows = _rows(options)
+    images = _subject(options, 0).parts["test"][0]
+    clean = images.mean((1, 2, 3)).double().numpy()
+    expected = auroc(clean, (images[1:6] + 1).mean((1, 2, 3)).double().numpy())
+    assert rows["brightness", "brighter 1"]["auroc"] == pytest.approx(expected, abs=1e-4) == 1
+    assert rows["brightness", "darker"]["auroc"] == 0
+    assert rows["brightness", "mean of attacks"]["cases"] == 2
+    assert ("brightness", "texts alone") not in rows
+    assert rows["brightness", "mean of sets"]["interval"] == [0, 0]
+
+
+def test_an_attack_has_gradients_also_where_a_score_wants_none(options: Options) -> None:
+    @registry.case("steeper", "attacks", (SMALL,))
+    def steeper(subject: Subject, part: str, count: int) -> Shown:
+        images = subject.parts[part][0][:count].clone().requires_grad_(True)
+        subject.model(images).sum().backward()
+        assert images.grad is not None
+        return Shown(images.detach() + images.grad.sign(), torch.arange(count), count)
+
+    @registry.method("without gradients", 2026, "here")
+    def without(fit: Fit) -> registry.Score:
+        return torch.no_grad()(lambda seen: seen.images.mean((1, 2, 3)))
+
+    METHODS.pop("brightness")
+    assert "auroc" in _rows(options)["without gradients", "steeper"]
+
+
+def test_the_worst_attack_of_every_image_counts(options: Options) -> None:
+    @registry.method("mixed", 2026, "here")
+    def mixed(fit: Fit) -> registry.Score:
+        # Tells the stronger attack, and takes the weaker one for the most usual of all.
+        return lambda seen: torch.where(seen.images.mean((1, 2, 3)) > 2, 9.0, -seen.images.mean((1, 2, 3)))
+
+    rows = _rows(options)
+    assert rows["mixed", "brighter 2"]["auroc"] == 1
+    assert rows["mixed", "brighter 1"]["auroc"] == 0
+    assert rows["mixed", "mean of attacks"]["auroc"] == 0.5
+    assert rows["mixed", f"{runner.WORST}, attacks"]["auroc"] == 0
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (ModuleNotFoundError("No module named 'absent'"), "No module named 'absent'"),
+        (FileNotFoundError("DIR must hold a.npz"), "DIR must hold a.npz"),
+        (NotRun("needs maps"), "needs maps"),
+        (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
+    ],
+)
+def test_what_cannot_run_says_why_and_is_in_no_mean(options: Options, problem: Exception, words: str) -> None:
+    @registry.method("absent", 2026, "nowhere")
+    def absent(fit: Fit) -> registry.Score:
+        raise problem
+
+    rows = _rows(options)
+    assert {rows["absent", case]["not run"] for case in ("brighter 1", "darker", "mean of attacks")} == {
+        words
+    }
+    assert not any("auroc" in row for (method, _), row in rows.items() if method == "absent")
+
+
+def test_a_case_that_lacks_its_data_leaves_no_smaller_mean(options: Options) -> None:
+    @registry.case("lost", "sets", (SMALL,))
+    def lost(subject: Subject, part: str, count: int) -> Shown:
+        raise FileNotFoundError("DIR must hold lost.npz")
+
+    rows = _rows(options)
+    assert rows["brightness", "darker"]["auroc"] == 0
+    assert (
+        rows["brightness", "lost"]["not run"]
+        == rows["brightness", "mean of sets"]["not run"]
+        == "DIR must hold lost.npz"
+    )
+
+
+def test_an_error_of_this_package_is_not_hidden(options: Options) -> None:
+    METHODS["fastgrad, broken"] = Method("fastgrad, broken", 2026, "", Protocol.CLEAN, lambda fit: 1 / 0)  # type: ignore
+    with pytest.raises(ZeroDivisionError):
+        runner.run(TABLE, options)
+
+
+def test_labelled_methods_have_one_fit_for_each_case(options: Options) -> None:
+    fitted: list[str] = []
+
+    @registry.method("labelled", 2026, "here", Protocol.LABELLED)
+    def labelled(fit: Fit) -> registry.Score:
+        fitted.append(fit.case)
+        centre = fit.challenges.images.mean()
+        return lambda seen: -(seen.images.mean((1, 2, 3)) - centre).abs()
+
+    table = Table("Labelled", ("trial",), ("attacks",), (Protocol.LABELLED,))
+    rows = {row["case"]: row for row in runner.run(table, options) if "case" in row}
+    assert fitted == ["brighter 1", "brighter 2"]
+    assert rows["mean of attacks"]["auroc"] == 1
+
+
+def test_failure_is_judged_by_the_errors_of_the_network(options: Options) -> None:
+    @registry.method("oracle", 2026, "here")
+    def oracle(fit: Fit) -> registry.Score:
+        labels = fit.subject.parts["test"][1]
+        return lambda seen: (seen.logits.argmax(1) != labels[seen.shown.source]).double()
+
+    @registry.case("same", "changed", (SMALL,))
+    def same(subject: Subject, part: str, count: int) -> Shown:
+        return Shown(subject.parts[part][0][:count], torch.arange(count), count)
+
+    table = Table("Failure", ("trial",), ("changed",), merit="aurc")
+    rows = {(r["method"], r["case"]): r for r in runner.run(table, options) if "case" in r}
+    assert 0 <= rows["oracle", "same"]["aurc"] <= rows["brightness", "same"]["aurc"] <= 1
+
+
+def test_a_page_names_the_strongest_rival_and_what_was_not_run(options: Options, tmp_path: Path) -> None:
+    @registry.method("absent", 2026, "nowhere")
+    def absent(fit: Fit) -> registry.Score:
+        raise NotRun("needs maps")
+
+    @registry.method("fastgrad, clean only", 2026, "here")
+    def mine(fit: Fit) -> registry.Score:
+        return lambda seen: -seen.images.mean((1, 2, 3))
+
+    facts = {
+        "table": "trial", "title": "Trial", "text": "", "merit": "auroc", "groups": list(TABLE.groups), "quick": True,
+        "seconds": 1, "networks": {"trial": ["a network on noise", False]},
+        "methods": {key: [one.year, one.paper] for key, one in METHODS.items()},
+    }  # fmt: skip
+    path = pages.save("trial", runner.run(TABLE, options), packages=("torch",), folder=tmp_path, facts=facts)
+    text = path.read_text()
+    assert "| attacks | brightness 1.000 | 0.000 |" in text
+    assert "Held out: no choice of this package was compared on this network." in text
+    assert "| absent | 2026 | needs maps |" in text
+    assert "### Clean data only" in text
+    assert json.loads((tmp_path / "trial.json").read_text())["rows"]
+    assert (tmp_path / "trial.png").exists()
