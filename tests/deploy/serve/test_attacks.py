@@ -29,6 +29,13 @@ from serve_client import image, wait_for, workers_of
 #: What the web process may take above its idle size, and how long one callback may keep the event loop.
 MEMORY, PAUSE = 100.0, 0.050
 
+
+@pytest.fixture(scope="module")
+def served(shared: dict[str, Any]) -> Any:
+    """Of one kind: no attack comes as far as the file."""
+    return shared["onnx"]
+
+
 sizes = pytest.mark.parametrize("size", ["short", pytest.param("long", marks=pytest.mark.slow)])
 
 
@@ -52,8 +59,10 @@ def watched(served: Any, name: str) -> Iterator[None]:
 
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(others)
-        yield
-        over.set()
+        try:
+            yield
+        finally:
+            over.set()
         asking.result()
     grown = server.memory("VmHWM") - idle
     processor, clock = server.pauses()
@@ -250,6 +259,7 @@ def test_the_interface_holds_to_its_description(served: Any, size: str) -> None:
     """Whatever fits the OpenAPI description or does not is answered as the description says."""
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
 
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{served.server.port}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
@@ -264,10 +274,11 @@ def test_the_interface_holds_to_its_description(served: Any, size: str) -> None:
             )  # fmt: skip
             @given(case=operation.as_strategy())
             def check(case: Any) -> None:
-                response = case.call()
+                response = case.call(timeout=60)
                 tried[response.status_code] += 1
                 assert response.status_code < 500 or response.status_code in (503, 504)
-                case.validate_response(response)
+                # That a string is an image no schema can say.
+                case.validate_response(response, excluded_checks=[positive_data_acceptance])
 
             check()
     print(dict(sorted(tried.items())))
