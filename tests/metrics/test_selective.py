@@ -113,18 +113,19 @@ def test_threshold_saves_on_digits_that_it_was_not_chosen_on() -> None:
         torch.nn.functional.cross_entropy(net(train.images[pick]), train.labels[pick]).backward()
         optimizer.step()
     net.eval()
-    model = fastgrad.TwoStageModel(net, blocks=["logits", "features"]).fit([train.images[3000:3600]], ())
+    clean = [(train.images[3000:3600], train.labels[3000:3600])]
+    model = fastgrad.TwoStageModel(net, blocks=["logits", "activations"]).fit(clean)
     noise = (torch.rand(1500, 1, 1, 1) - 0.5).clamp_min(0) * torch.randn(1500, 1, 28, 28)
     images = test.images + 2 * noise
-    uncertainty = torch.cat([model(part).uncertainty for part in images.split(250)])
+    risk = torch.cat([model(part).risk for part in images.split(250)])
     wrong = logits_in_batches(net, images).argmax(1) != test.labels
     assert 0.03 < wrong.float().mean() < 0.6
     chosen, new = slice(0, 750), slice(750, 1500)
     for error, review in ((10.0, 1.0), (3.0, 1.0)):
         threshold = fastgrad.threshold_for(
-            uncertainty[chosen], wrong[chosen], cost_of_error=error, cost_of_review=review
+            risk[chosen], wrong[chosen], cost_of_error=error, cost_of_review=review
         )
-        reviewed = uncertainty[new] > threshold
+        reviewed = risk[new] > threshold
         cost = float((error * (wrong[new] & ~reviewed) + review * reviewed).mean())
         assert cost < 0.9 * min(review, error * float(wrong[new].float().mean()))
 

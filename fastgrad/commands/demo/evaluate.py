@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastgrad
 from fastgrad.commands.demo.digits import LabelledImages
 from fastgrad.commands.demo.network import logits_in_batches
-from fastgrad.detector.budget import Report
+from fastgrad.detector.report import Report
 
 Scores = NDArray[np.float64]
 Method = Callable[[Tensor], Scores]
@@ -45,9 +45,9 @@ def methods(network: nn.Sequential, clean: LabelledImages, seed: int) -> tuple[d
     Returns:
         Name to a function from images to scores ``(n,)``, and what the default is made of.
     """
-    two_stage = fastgrad.TwoStageModel(network)
+    two_stage = fastgrad.TwoStageModel(network, seed=seed)
     pairs = list(zip(clean.images.split(250), clean.labels.split(250), strict=True))
-    two_stage.fit(pairs, seed=seed, verbose=True)
+    two_stage.fit(pairs, clip=(0.0, 1.0), verbose=True)
     body, head = network[:-1], network[-1]
     extractor = fastgrad.GradientFeatures(network, signals=SIGNALS)
 
@@ -62,7 +62,7 @@ def methods(network: nn.Sequential, clean: LabelledImages, seed: int) -> tuple[d
         return extractor(batch)[1].detach()
 
     def detector(extract: Callable[[Tensor], Tensor], name: str) -> Method:
-        fitted = fastgrad.UncertaintyDetector(random_state=seed, contrasts=False)
+        fitted = fastgrad.UncertaintyDetector(random_state=seed)
         fitted.fit(in_batches(clean.images.split(256), extract, f"{name}: fitting"))
         return lambda images: np.asarray(
             fitted.decision_function(in_batches(images.split(256), extract, f"{name}: scoring"))
