@@ -1,4 +1,4 @@
-"""Write a result as JSON (with machine, versions and revision) and the Markdown table made from it."""
+"""What every file of results says: machine, versions, revision; and the files themselves."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 import os
 import platform
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,24 +45,6 @@ def revision() -> str:
     return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
 
 
-def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> str:
-    """A Markdown table; ``columns`` maps a row's keys to the headings, which without it are those of the first row."""
-    if not rows:
-        return ""
-    columns = {key: key for key in rows[0]} if columns is None else columns
-    lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
-    return str(value)
-
-
 def dump(document: Mapping[str, Any]) -> str:
     """Return a document as JSON, a line for each of its rows."""
     rows = ",\n  ".join(json.dumps(row) for row in document["rows"])
@@ -86,26 +67,3 @@ def load(path: Path) -> list[dict[str, Any]]:
         return json.loads(path.read_text()) if path.exists() else []  # type: ignore[no-any-return]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} must be a whole JSON file; it cannot be read ({error})") from error
-
-
-def write(
-    name: str,
-    title: str,
-    rows: Sequence[Mapping[str, Any]],
-    sections: Sequence[tuple[str, str]],
-    *,
-    mode: str,
-    packages: Sequence[str] = ("torch", "numpy"),
-    folder: Path | None = None,
-) -> None:
-    """Write ``<name>.json`` and ``<name>.md``; ``sections`` are pairs of (text, table)."""
-    folder = folder or RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    head = {"machine": machine(), "versions": versions(*packages), "revision": revision(), "mode": mode}
-    (folder / f"{name}.json").write_text(json.dumps({**head, "rows": list(rows)}, indent=1) + "\n")
-    versions_line = ", ".join(f"{key} {value}" for key, value in head["versions"].items())  # type: ignore[union-attr]
-    parts = [f"# {title}", f"{head['machine']}; {versions_line}; revision {head['revision']}; {mode} mode."]
-    for text, rendered in sections:
-        parts += [text, rendered]
-    (folder / f"{name}.md").write_text("\n\n".join(part for part in parts if part) + "\n")
-    print(f"wrote {folder / name}.json and .md", file=sys.stderr)

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fastgrad
-from bench import results_file
 from bench.detection.data import sets
+from bench.report import pages
+from bench.results_file import RESULTS
 from fastgrad.metrics import auroc
 from fastgrad.plots import COLOURS, new_axes, save
 
 CLASSES, FLIPPED, FOLDS = 10, 0.1, 3
-#: 97.5 % quantile of Student's distribution by degrees of freedom.
-STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 Scores = dict[str, NDArray[np.float64]]
 
 
@@ -115,58 +114,6 @@ def draw(images: Tensor, truth: Tensor, seed: int, epochs: list[int]) -> list[di
     return rows
 
 
-def interval(values: list[float]) -> str:
-    """Mean and half width of the 95 % interval over draws."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = STUDENT[min(9, len(values) - 1)] * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return f"{mean:.3f} ± {half:.3f}"
-
-
-def tables(rows: list[dict[str, Any]], epochs: list[int], images: int, seeds: int) -> list[tuple[str, str]]:
-    """The sections of the page."""
-    names = list(dict.fromkeys(row["score"] for row in rows))
-
-    def cells(samples: str, key: str, name: str | None = None) -> dict[str, str]:
-        return {
-            f"epoch {epoch}": interval(
-                [
-                    row[key] for row in rows
-                    if (row["samples"], row["epoch"], row["score"]) == (samples, epoch, name or names[0])
-                ]
-            )
-            for epoch in epochs
-        }  # fmt: skip
-
-    intro = (
-        f"{images:,} images a draw, {FLIPPED:.0%} of the labels flipped to another class at random; {seeds} draws; "
-        "mean and 95 % interval over draws. Area under the ROC curve for telling flipped labels from others. `loss` is "
-        "also the ranking by the probability of the label, which cleanlab calls `self_confidence`; `cleanlab` is its "
-        "`normalized_margin`. `confidence` suspects what has no large probability."
-    )
-    sections = [(intro, "")]
-    for samples, text in (
-        ("seen", "Ranked by the network that was trained on them."),
-        (
-            "unseen",
-            f"Ranked by networks that were not: {FOLDS}-fold cross-validation, {FOLDS} networks a draw.",
-        ),
-    ):
-        areas: list[dict[str, Any]] = [{"score": name, **cells(samples, "auroc", name)} for name in names]
-        areas.append({"score": "*predictions that are the true class*", **cells(samples, "accuracy")})
-        areas.append({"score": "*flipped labels that are predicted*", **cells(samples, "learnt")})
-        sections.append((text, results_file.table(areas)))
-        hits: list[dict[str, Any]] = [{"score": name, **cells(samples, "precision", name)} for name in names]
-        sections.append(
-            (
-                "The same: share of flipped labels among the most suspicious, as many as were flipped.",
-                results_file.table(hits),
-            )
-        )
-    return sections
-
-
 def figure(rows: list[dict[str, Any]], epochs: list[int], path: Path) -> None:
     """Mean area under the curve over epochs, every draw as a dot, of networks that were trained on the samples."""
     axes = new_axes(5.6, 3.4)
@@ -188,11 +135,12 @@ def main() -> int:
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with the .npz files or torchvision's"
     )
-    parser.add_argument("--out", type=Path, default=results_file.RESULTS, help="folder for the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--images", type=int, default=5000, help="of a draw")
     parser.add_argument("--seeds", type=int, default=5, help="draws")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 4, 30], help="when scores are taken")
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     try:
         sets.check(given.data, ["fashion"])
         images, truth = sets.load(given.data, "fashion", "train").labelled()
@@ -206,13 +154,9 @@ def main() -> int:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: given.images]
         rows += draw(images[chosen].float().contiguous(), truth[chosen].long(), seed, sorted(given.epochs))
         print(f"draw {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    epochs = sorted(given.epochs)
-    sections = [*tables(rows, epochs, given.images, given.seeds), ("![Wrong labels](audit.png)", "")]
-    results_file.write(
-        "audit", "Wrong labels", rows, sections,
-        mode="full", packages=("torch", "numpy", "cleanlab"), folder=given.out,
-    )  # fmt: skip
-    figure(rows, epochs, given.out / "audit.png")
+    figure(rows, sorted(given.epochs), given.out / "audit.png")
+    facts = {"images": given.images, "seeds": given.seeds, "epochs": sorted(given.epochs)}
+    pages.save("audit", rows, packages=("torch", "numpy", "cleanlab"), folder=given.out, facts=facts)
     return 0
 
 

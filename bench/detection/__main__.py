@@ -48,13 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--networks", nargs="+", choices=NETWORKS, default=[], help="default: those of the table"
     )
     parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=[], metavar="NAME", help="default: all"
+    )
+    parser.add_argument(
         "--training", action="store_true", help="fit on images that the network was trained on"
     )
     given = parser.parse_args(arguments)
     start = time.perf_counter()
     table = TABLES[given.table]
     options = Options(given.data, given.cache, given.quick, given.draws, given.training)
-    rows = runner.run(table, options, given.networks)
+    rows = runner.run(table, options, given.networks, given.methods)
     name = f"{given.table}-quick" if given.quick else given.table
     facts = {
         "table": given.table, "title": table.title, "text": table.text, "merit": table.merit,

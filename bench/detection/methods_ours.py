@@ -14,6 +14,8 @@ from fastgrad import TwoStageModel
 from fastgrad.challenges import iter_challenges
 
 GENERATED, LABELLED = Protocol.GENERATED, Protocol.LABELLED
+#: Labelled challenges that every fold has one of.
+FEWEST = 16
 #: What a logistic regression on published scores reads: those of one pass that need no classes.
 SCORES = (
     "softmax", "energy", "MaxLogit", "entropy", "GEN", "GradNorm", "KNN", "ViM", "DICE", "NCI", "fDBD", "NNGuide",
@@ -49,7 +51,10 @@ def larger(fit: Fit) -> Score:
 
 @method("fastgrad, labelled", 2026, "the default, challenge_loader=the case", LABELLED)
 def labelled(fit: Fit) -> Score:
-    return _fitted(fit, fit.loader(fit.challenges.images))
+    images = fit.challenges.images
+    if len(images) < FEWEST:
+        raise NotRun(f"needs {FEWEST} challenges; there are {len(images)}")
+    return _fitted(fit, fit.loader(images))
 
 
 class _Generated(Seen):

@@ -131,7 +131,19 @@ def _shown(table: Table, values: Values) -> Row:
     return {table.merit: round(float(values[0]), 4), "interval": resampled.interval(values)}
 
 
-def run(table: Table, options: Options, networks: Sequence[str] = ()) -> list[Row]:
+def chosen(table: Table, names: Sequence[str] = ()) -> list[Method]:
+    """Return the methods of a table, those of one pass first; of ``names`` alone if there are any."""
+    found = [
+        method for method in METHODS.values()
+        if method.protocol in table.protocols and (not table.methods or method.name in table.methods)
+        and (not names or method.name in names)
+    ]  # fmt: skip
+    return sorted(found, key=lambda method: (method.slow, method.name.startswith("fastgrad")))
+
+
+def run(
+    table: Table, options: Options, networks: Sequence[str] = (), methods: Sequence[str] = ()
+) -> list[Row]:
     """Return all rows of a table; a network whose files are missing has one that says so."""
     made: list[Row] = []
     warnings.simplefilter("ignore")
@@ -144,11 +156,7 @@ def run(table: Table, options: Options, networks: Sequence[str] = ()) -> list[Ro
             except ABSENT as why:
                 made.append({"network": name, "draw": draw, "not run": str(why)})
                 continue
-            for method in METHODS.values():
-                if method.protocol not in table.protocols or (
-                    table.methods and method.name not in table.methods
-                ):
-                    continue
+            for method in chosen(table, methods):
                 begun = time.perf_counter()
                 made += rows(table, subject, method, options.quick)
                 print(

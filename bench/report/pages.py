@@ -32,7 +32,8 @@ def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | N
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     functions = (
-        text.duration, text.size, text.table, text.pivot, speed.tables, speed.grouped, speed.best, speed.ours,
+        text.duration, text.size, text.table, text.pivot, text.spread,
+        speed.tables, speed.grouped, speed.best, speed.ours,
         detection.block, detection.strongest,
     )  # fmt: skip
     environment.globals |= {function.__name__: function for function in functions}

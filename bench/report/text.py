@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
+#: 97.5 % quantile of Student's distribution by degrees of freedom.
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def duration(seconds: float | None) -> str:
@@ -54,6 +57,15 @@ def pivot(rows: Iterable[Row], index: Sequence[str], column: str, value: str, fo
         line[row[column]] = format(row[value], form) if row[value] is not None else None
         heads[row[column]] = row[column]
     return table(lines.values(), heads)
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """Return the mean and the half width of the 95 % interval over draws."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return format(mean, form)
+    half = STUDENT[min(9, len(values) - 1)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:{form}} ± {half:{form}}"
 
 
 def _cell(value: Any) -> str:

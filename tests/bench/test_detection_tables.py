@@ -1,0 +1,71 @@
+"""Every table runs from its command on a small network and made-up images: a smoke test, not a measurement."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("foolbox")
+pytest.importorskip("imagecorruptions")
+pytest.importorskip("pytorch_ood")
+
+from bench.detection import __main__ as command
+from bench.detection import networks
+from bench.detection.tables import TABLES
+from bench.detection.train import EPOCHS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    rng = np.random.default_rng(0)
+    labels = np.arange(600) % 10
+    # Every class has a shade of its own, so that the network can know something.
+    images = (rng.integers(0, 60, (600, 32, 32, 3)) + 18 * labels[:, None, None, None]).astype(np.uint8)
+    (tmp_path / "data").mkdir()
+    parts = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    np.savez(tmp_path / "data" / "cifar10.npz", **parts)
+    for name in ("cifar100", "svhn", "textures"):
+        np.savez(tmp_path / "data" / f"{name}.npz", images=rng.integers(0, 256, (40, 32, 32, 3), np.uint8))
+    monkeypatch.setattr(networks, "CIFAR_QUICK", (60, 60, 30))
+    monkeypatch.setitem(EPOCHS, "resnet", 2)  # type: ignore[misc]
+    return tmp_path
+
+
+@pytest.mark.parametrize("table", ["other-sets", "attacks", "corruptions", "failure", "labelled"])
+def test_a_table_runs(folder: Path, table: str) -> None:
+    words = [
+        table,
+        "--quick",
+        "--networks",
+        "resnet",
+        "--data",
+        str(folder / "data"),
+        "--cache",
+        str(folder / "cache"),
+    ]
+    assert command.main([*words, "--out", str(folder / "out")]) == 0
+    document = json.loads((folder / "out" / f"{table}-quick.json").read_text())
+    merit = TABLES[table].merit
+    rows = [row for row in document["rows"] if "case" in row]
+    mine = [
+        row for row in rows if row["method"].startswith("fastgrad") and row["case"] != "mean of near sets"
+    ]
+    assert mine
+    missing = "tinyimagenet"
+    assert all(0 <= row[merit] <= 1 for row in mine if "not run" not in row)
+    reasons = {row["not run"] for row in mine if "not run" in row}
+    assert all(missing in why or "needs 16 challenges" in why or "misleads" in why for why in reasons)
+    assert (
+        "## a small residual network on CIFAR-10 (smoke test)"
+        in (folder / "out" / f"{table}-quick.md").read_text()
+    )
+    if table == "other-sets":
+        # A set that is not there is said, and leaves no smaller mean.
+        left = [row["not run"] for row in rows if row["case"] in (missing, "mean of near sets")]
+        assert all("tinyimagenet" in why or "quick mode" in why for why in left)
+        assert any("tinyimagenet" in why for why in left)

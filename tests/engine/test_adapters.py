@@ -1,0 +1,227 @@
+"""Adapters, experts and language models as libraries build them: exact, or refused by the module's name."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gradient_oracle import relative_error
+from torch import Tensor, nn
+
+import fastgrad
+
+# Processes that are spawned import this file by its name.
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "helpers")]
+
+TOKENS = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(0))
+HIDDEN = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(1)).double()
+
+
+def losses_of(model: nn.Module, x: Tensor) -> Tensor:
+    """A loss a sample, of all that the model puts out."""
+    out: Any = model(x)
+    return getattr(out, "logits", out).square().flatten(1).cos().sum(1)
+
+
+def loop(model: nn.Module, x: Tensor) -> Tensor:
+    """Squared norms ``(B, P)`` of the trainable parameters, sample by sample."""
+    model = copy.deepcopy(model)
+    rows = []
+    for i in range(len(x)):
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(losses_of(model, x[i : i + 1]).sum(), wanted, allow_unused=True)
+        rows.append(torch.stack([torch.zeros(()).double() if g is None else g.square().sum() for g in grads]))
+    return torch.stack(rows)
+
+
+# transformers computes norms and angles in float32, also in a float64 model.
+SINGLE = torch.finfo(torch.float32).eps
+
+
+def assert_exact(model: nn.Module, x: Tensor, eps: float = torch.finfo(torch.float64).eps) -> None:
+    """Both ``record`` and ``clip_gradients`` give what the loop gives."""
+    truth = loop(model, x)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    with fastgrad.record(model):
+        found = torch.stack(fastgrad.grad_sqnorm(losses_of(model, x).sum(), wanted), 1)
+    assert relative_error(found, truth, eps).max() < 1e3 * eps
+    with fastgrad.clip_gradients(model, 1.0) as clipped:
+        norms = clipped.backward(losses_of(model, x))
+    torch.testing.assert_close(norms, truth.sum(1).sqrt(), rtol=1e3 * eps, atol=0)
+
+
+class LowRank(nn.Module):
+    """A frozen layer and a product of two narrow matrices beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Parameter(torch.randn(6, 2))
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x)
+        return out + self.down(x) @ self.up.T if self.enabled else out
+
+
+def test_low_rank_adapters_by_hand_and_switched_off() -> None:
+    torch.manual_seed(0)
+    first, second = LowRank(nn.Linear(6, 6)), LowRank(nn.Linear(6, 6))
+    model = nn.Sequential(first, nn.Tanh(), second).double()
+    assert_exact(model, HIDDEN)
+    second.enabled = False
+    assert_exact(model, HIDDEN)
+    second.enabled = True
+    assert_exact(model, HIDDEN)
+
+
+def test_adapters_of_peft_merged_switched_and_disabled() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    config = peft.LoraConfig(r=2, target_modules=["1", "3"], init_lora_weights=False)
+    model = peft.get_peft_model(base, config).double().eval()
+    assert_exact(model, TOKENS)
+    model.add_adapter("other", config)
+    model.double().eval().set_adapter("other")
+    assert_exact(model, TOKENS)
+    with model.disable_adapter():
+        assert not loop_of_all(model, TOKENS)["base_model.model.1.lora_A.other.weight"].any()
+    assert_exact(model, TOKENS)
+    model.merge_adapter()
+    norms = loop_of_all(model, TOKENS)
+    assert not norms["base_model.model.1.lora_A.other.weight"].any()
+    assert norms["base_model.model.1.base_layer.weight"].all()
+    model.unmerge_adapter()
+    assert_exact(model, TOKENS)
+
+
+def loop_of_all(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What ``record`` gives for every parameter, all of them trainable, held against the loop."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(True)
+    try:
+        with fastgrad.record(model):
+            found = fastgrad.grad_sqnorm(losses_of(model, x).sum(), list(model.parameters()))
+        assert relative_error(torch.stack(found, 1), loop(model, x), 2e-16).max() < 1e-12
+    finally:
+        model.requires_grad_(False)
+        for p in trained:
+            p.requires_grad_(True)
+    return dict(zip((n for n, _ in model.named_parameters()), found, strict=True))
+
+
+def llama(**options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16, pad_token_id=0, tie_word_embeddings=True, **options,
+    )  # fmt: skip
+    return config, transformers
+
+
+def test_a_language_model_with_tied_embeddings_rotary_positions_and_grouped_queries() -> None:
+    config, transformers = llama()
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_exact(model, TOKENS, SINGLE)
+    assert_exact(model, TOKENS[:3, :2], SINGLE)
+
+
+def test_the_same_as_a_classifier() -> None:
+    config, transformers = llama(num_labels=3)
+    model = transformers.LlamaForSequenceClassification(config).double().eval()
+    _, features = fastgrad.GradientFeatures(model, loss="mse")(TOKENS)
+    rows = []
+    for i in range(4):
+        loss = (model(TOKENS[i : i + 1]).logits - 1).square().sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.stack([g.square().sum() for g in grads]))
+    assert relative_error(features, torch.stack(rows), SINGLE).max() < 1e3 * SINGLE
+
+
+class Experts(nn.Module):
+    """Tokens that go to one of three experts each: a linear layer, or a slice of one parameter."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.route = way, nn.Linear(6, 3)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3 if way == "mask" else 0))
+        if way != "mask":
+            self.weight = nn.Parameter(torch.randn(3, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.route(x).softmax(-1)
+        if self.way == "bmm":  # every expert sees every token
+            tokens = x.reshape(1, -1, 6).expand(3, -1, -1)
+            each = torch.bmm(tokens, self.weight).unflatten(1, x.shape[:2])
+            return (gates.movedim(-1, 0).unsqueeze(-1) * each).sum(0)
+        if self.way == "einsum":
+            return torch.einsum("btd,edo,bte->bto", x, self.weight, gates)
+        out, chosen = torch.zeros_like(x), gates.argmax(-1)
+        for i, expert in enumerate(self.experts):
+            out[chosen == i] = expert(x[chosen == i]) * gates[chosen == i][:, i : i + 1]
+        return out
+
+
+@pytest.mark.parametrize("way", ["bmm", "einsum"])
+def test_experts_in_one_parameter(way: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), Experts(way)).double()
+    assert_exact(model, HIDDEN)
+    assert_exact(model, HIDDEN[:1])
+
+
+def test_experts_of_gathered_tokens_are_exact_or_refused_by_name() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), Experts("mask")).double()
+    try:
+        assert_exact(model, HIDDEN)
+    except ValueError as refusal:
+        assert "1.experts" in str(refusal)  # noqa: PT017 - either is right
+
+
+def _sharded(rank: int, file: str, out: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    answers = {}
+    for kind in ("FSDP2", "tensor parallel"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+        if kind == "FSDP2":
+            fully_shard(model[0], mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        else:
+            parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        calls: dict[str, Callable[[], Any]] = {
+            "record": lambda model=model: fastgrad.record(model).__enter__(),
+            "clip_gradients": lambda model=model: fastgrad.clip_gradients(model, 1.0).__enter__(),
+            "GradientFeatures": lambda model=model: fastgrad.GradientFeatures(model),
+        }
+        for name, call in calls.items():
+            answers[f"{name}, {kind}"] = "no refusal"
+            try:
+                call()
+            except (TypeError, ValueError) as refusal:
+                answers[f"{name}, {kind}"] = str(refusal)
+    torch.save(answers, f"{out}{rank}")
+    # Both leave together and at once: gloo's threads abort one process in twenty that takes its leave.
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def test_sharded_parameters_are_refused_by_name_before_any_work(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_sharded, (str(tmp_path / "file"), str(tmp_path / "out")), nprocs=2)
+    for rank in (0, 1):
+        for call, message in torch.load(tmp_path / f"out{rank}").items():
+            assert "'0.weight'" in message, (call, message)

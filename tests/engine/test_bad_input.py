@@ -1,0 +1,102 @@
+"""Models and losses that have no gradient per sample, or change between two steps: right, or refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gradient_oracle import relative_error
+from torch import Tensor, nn
+
+import fastgrad
+
+
+class Interacting(nn.Module):
+    """Samples meet in a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        out: Tensor = self.head(h - h.mean(0))
+        return out
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), self.layer(y)
+
+
+def vectors(samples: int) -> Tensor:
+    return torch.randn(samples, 4, generator=torch.Generator().manual_seed(samples)).double()
+
+
+def squares(out: Tensor) -> Tensor:
+    return (out + 1).square().sum(1)
+
+
+def loop(model: nn.Module, x: Tensor) -> Tensor:
+    rows = []
+    for i in range(len(x)):
+        grads = torch.autograd.grad(squares(model(x[i : i + 1])).sum(), list(model.parameters()))
+        rows.append(torch.stack([g.square().sum() for g in grads]))
+    return torch.stack(rows)
+
+
+def assert_exact(found: tuple[Tensor, ...], truth: Tensor) -> None:
+    assert relative_error(torch.stack(found, 1), truth, 2e-16).max() < 1e-10
+
+
+def recorded(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    with fastgrad.record(model):
+        return fastgrad.grad_sqnorm(squares(model(x)).sum(), list(model.parameters()))
+
+
+def test_samples_that_interact_are_refused() -> None:
+    model = Interacting().double()
+    recorded(model, vectors(1))  # alone, a sample has nobody to meet
+    with pytest.raises(ValueError, match="model must treat the samples of a batch independently"):
+        recorded(model, vectors(5))
+    with pytest.raises(ValueError, match="model must treat the samples of a batch independently"):
+        fastgrad.GradientFeatures(model)(vectors(5))
+
+
+def test_two_batch_sizes_in_one_call_are_refused() -> None:
+    with (
+        fastgrad.record(model := Towers().double()),
+        pytest.raises(ValueError, match=r"model must treat the samples .* all uses of 'layer.weight'"),
+    ):
+        model(vectors(8), vectors(16))
+
+
+def test_two_batch_sizes_in_two_calls_are_right() -> None:
+    torch.manual_seed(0)
+    pair, x, y = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]).double(), vectors(8), vectors(16)
+    with fastgrad.record(pair):
+        loss = squares(pair[0](x)).sum() + squares(pair[1](y)).sum()
+        first = fastgrad.grad_sqnorm(loss, list(pair[0].parameters()), retain_graph=True)
+        second = fastgrad.grad_sqnorm(loss, list(pair[1].parameters()))
+    assert_exact(first, loop(pair[0], x))
+    assert_exact(second, loop(pair[1], y))
+
+
+def test_a_parameter_edited_between_forward_and_norms_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    with fastgrad.record(model):
+        loss = squares(model(vectors(5))).sum()
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+        with pytest.raises(RuntimeError, match=r"'weight' of '0' must not be modified in place"):
+            fastgrad.grad_sqnorm(loss, list(model.parameters()))
+
+
+def test_a_mean_divides_every_gradient() -> None:
+    model, x = nn.Linear(4, 3).double(), vectors(5)
+    with fastgrad.record(model):
+        found = fastgrad.grad_sqnorm(squares(model(x)).mean(), list(model.parameters()))
+    assert_exact(tuple(25 * norms for norms in found), loop(model, x))

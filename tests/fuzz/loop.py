@@ -1,0 +1,136 @@
+"""What a call of a model must give: the gradients of each sample in float64, and the model as it is left."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+class WrongError(Exception):
+    """An answer that is not the loop's, an error that names nothing, or a model that was changed."""
+
+
+class RefusedError(Exception):
+    """A refusal that names what is not supported; its cause is what the package raised."""
+
+
+class InvalidError(Exception):
+    """A call that the model itself does not bear."""
+
+
+def floats(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def losses_of(output: Any, samples: int) -> Tensor:
+    """One loss a sample, of all that the model returns."""
+    total = torch.zeros(())
+    for out in floats(output):
+        rows = out.reshape(samples, out.numel() // max(1, samples))
+        weights = torch.cos(torch.arange(rows.shape[1]) * 1.7).to(rows)
+        total = total + (rows * weights).sum(1) + rows.square().sum(1)
+    return total
+
+
+def ones_losses(loss: str, z: Tensor) -> Tensor:
+    """The loss of the target of ones, class by class."""
+    if loss == "bce":
+        return nn.functional.softplus(-z).sum(1)
+    return (z - 1).square().sum(1) if loss == "mse" else -z.log_softmax(1).sum(1)
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """What a call must leave as it was."""
+    held: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        held |= {f"{path}.{k}": v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
+        held[f"{path}:names"] = sorted(vars(module))
+    for name, p in model.named_parameters():
+        held[name] = (p.requires_grad, None if p.grad is None else p.grad.clone(), p.detach().clone())
+    return held | {name: b.clone() for name, b in model.named_buffers()}
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two such values are equal."""
+    leaves, others = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    return len(leaves) == len(others) and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
+        for x, y in zip(leaves, others, strict=True)
+    )
+
+
+def truth(
+    model: nn.Module, inputs: Any, losses: Any, seed: int, *, trainable: bool = False, evaluate: bool = False
+) -> Any:
+    """Run the model without the package.
+
+    Args:
+        model: Not touched.
+        inputs: By keyword, the batch as ``x``.
+        losses: ``(output, samples) -> (B,)``.
+        seed: Of the random numbers that the model draws.
+        trainable: Whether parameters that require no gradient are left out.
+        evaluate: Whether it runs in evaluation mode.
+
+    Returns:
+        Its output, a copy of the model after the call, the state of the random numbers, and for every sample the
+        gradients of its loss in float64, on the path that the batch takes.
+    """
+    plain = copy.deepcopy(model).eval() if evaluate else copy.deepcopy(model)
+    double = copy.deepcopy(plain).double()
+    for p in double.parameters():
+        p.requires_grad_(p.requires_grad or not trainable)
+    wide = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    samples = len(inputs["x"])
+    try:
+        torch.manual_seed(seed)
+        output = plain(**inputs)
+        drawn = torch.get_rng_state()
+        torch.manual_seed(seed)
+        each = losses(double(**wide), samples)
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise InvalidError(str(error)) from error
+    wanted = [p for p in double.parameters() if p.requires_grad]
+    rows = []
+    for i in range(samples):
+        grads: list[Any] = [None] * len(wanted)
+        if each.requires_grad and wanted:
+            grads = list(torch.autograd.grad(each[i], wanted, retain_graph=True, allow_unused=True))
+        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, wanted, strict=True)])
+    return output, plain, drawn, rows
+
+
+def squared(rows: Any, columns: int) -> Tensor:
+    """Squared norms ``(B, P)``."""
+    norms = [[float(g.square().sum()) for g in row] for row in rows]
+    return torch.tensor(norms, dtype=torch.float64).reshape(len(rows), columns)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """A wrong route is wrong by a factor; how exact right ones are, tests of the layers say."""
+    return 1e-2 if dtype == torch.float32 else 1e-6
+
+
+def compare(what: str, found: Tensor, true: Tensor, dtype: torch.dtype) -> None:
+    """Raise WrongError where numbers differ."""
+    if found.shape != true.shape:
+        raise WrongError(f"{what} have shape {tuple(found.shape)} instead of {tuple(true.shape)}")
+    if found.numel() == 0 or not true.isfinite().all():
+        return
+    # What vanishes in exact arithmetic is rounding; two norms of equal numbers amplify it by their 1 / eps, 1e5.
+    floor = (1e5 * torch.finfo(dtype).eps) ** 2 * true.abs().amax(-1, keepdim=True) + 1e-30
+    error = ((found.double() - true).abs() - floor).clamp_min(0) / true.abs().clamp_min(1e-300)
+    if not error.max() <= tolerance(dtype):
+        raise WrongError(f"{what} are off by a factor {float(error.max()):.2g}")
+
+
+def same_output(output: Any, plain: Any) -> None:
+    """Raise WrongError where the package changes what the model returns."""
+    for a, b in zip(floats(output), floats(plain), strict=True):
+        scale = float(b.detach().abs().max()) if b.numel() else 0.0
+        if not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale):
+            raise WrongError("the model's output differs from that without the package")

@@ -1,0 +1,190 @@
+"""Calls of a model, each held against the loop of `tests.fuzz.loop`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastgrad
+from tests.fuzz.loop import (
+    RefusedError,
+    WrongError,
+    alike,
+    compare,
+    floats,
+    losses_of,
+    ones_losses,
+    same_output,
+    squared,
+    state,
+    tolerance,
+    truth,
+)  # fmt: skip
+
+# A refusal names the argument and what it must be; some RuntimeErrors are documented.
+REFUSALS = re.compile(
+    r"^\w+(\[.*?\])? must |^params must |in another way than|"
+    r"outputs must be computed from calls|must be called once|use_reentrant=False"
+)
+
+
+class Session:
+    """A model and the calls made of it.
+
+    Args:
+        model: In training mode and float64.
+        tokens: Whether it takes indices.
+        loss: Of `GradientFeatures`.
+        chunk: Its ``chunk_size``.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, tokens: bool, loss: str = "bce", chunk: int | None = None
+    ) -> None:
+        self.model, self.tokens, self.loss, self.chunk = model, tokens, loss, chunk
+        self.extractor: fastgrad.GradientFeatures | None = None
+        self.calls = 0
+
+    # What happens between calls.
+
+    def step(self) -> None:
+        """Change the parameters in place, as an optimizer does."""
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.mul_(0.9).add_(0.01)
+
+    def switch(self) -> None:
+        """Turn over every attribute that a branch looks at."""
+        for module in self.model.modules():
+            for name, value in list(vars(module).items()):
+                if name.startswith("on"):
+                    setattr(module, name, not value)
+
+    def freeze(self) -> None:
+        """Turn over ``requires_grad`` of every second parameter."""
+        for p in list(self.model.parameters())[::2]:
+            p.requires_grad_(not p.requires_grad)
+
+    def replace(self) -> None:
+        """Put a new layer in the place of the first linear one."""
+        for module in self.model.modules():
+            for name, child in module.named_children():
+                if type(child) is nn.Linear:
+                    new = nn.Linear(child.in_features, child.out_features, child.bias is not None)
+                    setattr(module, name, new.to(child.weight))
+                    return
+
+    # Calls.
+
+    def inputs(self, B: int, T: int, mode: str, depth: int, big: bool, mask: bool) -> dict[str, Any]:
+        self.calls += 1
+        made = torch.Generator().manual_seed(self.calls)
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float64)
+        x = torch.randint(6, (B, T), generator=made) if self.tokens else torch.randn(B, T, 4, generator=made)
+        if big and B:
+            x[-1, -1] += 6 - x[-1, -1]
+        given: dict[str, Any] = {"x": x if self.tokens else x.to(dtype), "mode": mode, "depth": depth}
+        return given | {"mask": torch.ones(T, T).triu(1).bool()} if mask else given
+
+    def run(self, call: Callable[[], Any], after: dict[str, Any], before: dict[str, Any]) -> Any:
+        """The answer of the package, or its refusal; the model must be as ``after``, or untouched where it refused."""
+        torch.manual_seed(self.calls)
+        allowed = [after]
+        try:
+            return call()
+        except (TypeError, ValueError, RuntimeError) as error:
+            allowed.append(before)
+            if REFUSALS.search(str(error)):
+                raise RefusedError from error
+            raise WrongError(f"foreign {type(error).__name__}: {error}") from error
+        except Exception as error:
+            raise WrongError(f"foreign {type(error).__name__}: {error}") from error
+        finally:
+            self.model.zero_grad()
+            now = state(self.model)
+            if not any(alike(now, other) for other in allowed):
+                other = allowed[-1]
+                names = [n for n in now.keys() | other.keys() if not alike(now.get(n), other.get(n))]
+                raise WrongError(f"the model was changed: {names[0]}")
+
+    def record(self, *, B: int, T: int, batched: bool = False, **options: Any) -> None:
+        """Squared norms of every parameter, of a loss on all that the model returns."""
+        inputs, before = self.inputs(B, T, **options), state(self.model)
+        output, after, drawn, rows = truth(self.model, inputs, losses_of, self.calls)
+        parameters = list(self.model.parameters())
+
+        def call() -> Any:
+            with fastgrad.record(self.model):
+                out = self.model(**inputs)
+                losses = losses_of(out, B)
+                if not batched:
+                    return out, torch.stack(fastgrad.grad_sqnorm(losses.sum(), parameters), -1)
+                both = torch.stack([torch.ones_like(losses), -2 * torch.ones_like(losses)])
+                found = fastgrad.grad_sqnorm(losses, parameters, grad_outputs=both, is_grads_batched=True)
+                return out, torch.stack(found, -1)
+
+        out, found = self.run(call, state(after), before)
+        if not torch.equal(torch.get_rng_state(), drawn):
+            raise WrongError("other random numbers were drawn than without the package")
+        dtype = floats(out)[0].dtype
+        same_output(out, output)
+        true = squared(rows, len(parameters))
+        for i, factor in enumerate([1, 4] if batched else [1]):
+            compare("norms", found[i] if batched else found, factor * true, dtype)
+
+    def features(self, *, B: int, T: int, **options: Any) -> None:
+        """`GradientFeatures`, of one extractor for all calls."""
+        inputs, before = self.inputs(B, T, **options), state(self.model)
+        pieces = range(0, max(B, 1), self.chunk or max(B, 1))
+        parts = []
+        for start in pieces:
+            part = inputs | {"x": inputs["x"][start : start + (self.chunk or B)]}
+            parts.append(truth(self.model, part, self.ones, self.calls, evaluate=True))
+
+        def call() -> Any:
+            if self.extractor is None:
+                self.extractor = fastgrad.GradientFeatures(self.model, loss=self.loss, chunk_size=self.chunk)
+            return self.extractor(**inputs)
+
+        logits, features = self.run(call, before, before)
+        same_output(logits, torch.cat([floats(part[0])[0] for part in parts]))
+        if features.requires_grad or logits.requires_grad:
+            raise WrongError("features carry a graph")
+        rows = [row for part in parts for row in part[3]]
+        compare("features", features, squared(rows, features.shape[1]), logits.dtype)
+
+    def ones(self, output: Any, _: int) -> Tensor:
+        """The losses of `GradientFeatures`."""
+        return ones_losses(self.loss, floats(output)[0])
+
+    def clip(self, *, B: int, T: int, **options: Any) -> None:
+        """Clipped gradients, at the middle of the samples' norms."""
+        inputs, before = self.inputs(B, T, **options), state(self.model)
+        if not any(p.requires_grad for p in self.model.parameters()):
+            return
+        output, after, _, rows = truth(self.model, inputs, losses_of, self.calls, trainable=True)
+        norms = squared(rows, len(rows[0]) if rows else 0).sum(1).sqrt()
+        limit = float(norms.median()) or 1.0 if B else 1.0
+
+        def call() -> Any:
+            with fastgrad.clip_gradients(self.model, limit) as clipped:
+                out = self.model(**inputs)
+                norms = clipped.backward(losses_of(out, B))
+                return out, norms, [p.grad for p in self.model.parameters() if p.requires_grad]
+
+        out, found, grads = self.run(call, state(after), before)
+        dtype = floats(out)[0].dtype
+        same_output(out, output)
+        compare("clipped norms", found, norms, dtype)
+        factors = (limit / norms).clamp(max=1).tolist()
+        scale = sum(factor * norm for factor, norm in zip(factors, norms.tolist(), strict=True))
+        for column, grad in enumerate(grads):
+            zero = torch.zeros((), dtype=torch.float64)
+            total = sum((f * row[column] for f, row in zip(factors, rows, strict=True)), zero)
+            error = (total if grad is None else grad.double() - total).norm()
+            if not error <= tolerance(dtype) * scale:
+                raise WrongError("clipped gradients are off")

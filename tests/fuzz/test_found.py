@@ -1,0 +1,92 @@
+"""What random programs found, shrunk: each call is right now, or refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fuzz.generate import Program, Step
+from tests.fuzz.programs import verdicts
+
+
+def one(api: str, **options: object) -> str:
+    """A call with options other than the usual ones."""
+    usual = {"B": 1, "T": 1, "mode": "a", "depth": 1, "big": False, "mask": False}
+    return f"session.{api}({', '.join(f'{k}={v!r}' for k, v in (usual | options).items())})"
+
+
+def around(kind: str, *inside: str) -> Step:
+    return Step(kind, tuple(map(Step, inside)))
+
+
+#: What was found, shrunk, and what each call gives now.
+FOUND: dict[str, tuple[Program, list[str]]] = {
+    "rows in reverse": (Program((around("reversed batch", "linear"),), (one("record", B=2),)), ["right"]),
+    "rows sorted": (
+        Program((around("sorted batch", "attention with a mask"),), (one("features", B=4, T=4),)),
+        ["right"],
+    ),
+    "twice the rows": (Program((around("batch doubled", "LSTM"),), (one("record"),)), ["right"]),
+    "every row twice": (Program((around("batch repeated", "attention"),), (one("features"),)), ["right"]),
+    "the batch where another dimension should be": (
+        Program((around("batch second", "GRU's last state"),), (one("clip"), one("clip", B=3))),
+        ["refused", "refused"],
+    ),
+    "folded, at two lengths": (
+        Program((around("folded", "layer norm"),), (one("record"), one("record", B=2, T=2))),
+        ["right", "right"],
+    ),
+    "positions of a folded batch": (Program((around("folded", "positions"),), (one("features"),)), ["right"]),
+    "samples that interact, alone first": (
+        Program((Step("samples mixed"),), (one("clip"), one("clip", B=2)), input="tokens"),
+        ["right", "refused"],
+    ),
+    "an attribute that forward writes": (
+        Program((Step("attribute counted"), Step("linear")), (one("record"), one("record"))),
+        ["right", "right"],
+    ),
+    "tokens gathered by expert": (
+        Program((Step("experts by mask"),), (one("features", B=2), one("clip", B=2, T=3))),
+        ["right", "right"],
+    ),
+    "a mask as long as the batch": (
+        Program((Step("attention with a mask"),), (one("features", B=4, T=4, mask=True),)),
+        ["right"],
+    ),
+    "an output without gradients": (
+        Program((), (one("record"), one("clip")), head="functional", output="tuple"),
+        ["right", "right"],
+    ),
+    "positions of one, beside a bare weight": (
+        Program((Step("standardized weight"), Step("positions")), (one("features"),)),
+        ["right"],
+    ),
+    "several gradients through a checkpoint": (
+        Program((around("checkpoint", "attention"),), (one("record", batched=True),)),
+        ["right"],
+    ),
+    "several gradients through a function of one's own": (
+        Program(
+            (Step("function of one's own"), around("batch doubled", "PReLU")), (one("record", batched=True),)
+        ),
+        ["right"],
+    ),
+    "a branch on the size of the batch": (
+        Program((around("branch on batch size", "linear"),), (one("features", B=4), one("record", B=3))),
+        ["refused", "refused"],
+    ),
+    "a branch that the last sample opens": (
+        Program((around("branch on input", "spectral norm"),), (one("features", B=4, big=True),)),
+        ["refused"],
+    ),
+    "a gate of another sample": (
+        Program((around("batch second", "functional use", "experts of samples"),), (one("record", B=3),)),
+        ["refused"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found(name: str) -> None:
+    program, wanted = FOUND[name]
+    found = list(verdicts(program))
+    assert [verdict.partition(":")[0] for verdict in found] == wanted, found
