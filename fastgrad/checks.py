@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,6 +55,40 @@ def shape_is(name: str, value: torch.Tensor, expected: tuple[int, ...], meaning:
     """Raise ValueError unless ``value`` has exactly the ``expected`` shape; ``meaning`` says where it comes from."""
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {tuple(expected)} ({meaning}); it was {tuple(value.shape)}")
+
+
+def to_array(name: str, value: Any, *, single: bool = False) -> NDArray[np.float64]:
+    """``value`` as a float64 array; tensors of any device and dtype are accepted.
+
+    Args:
+        name: Of the argument, for the errors.
+        value: Numbers.
+        single: Whether float32 stays what it is, which halves the memory of wide blocks.
+
+    Raises:
+        TypeError: It is sparse, complex or not numeric.
+        ValueError: It holds NaN or infinity.
+    """
+    if hasattr(value, "toarray") and not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be dense; it was a sparse {type(value).__name__}: use .toarray()")
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value if value.dtype == torch.float32 else value.double()).numpy()
+    array = np.asarray(value)
+    if array.dtype.kind == "c":
+        raise ValueError(f"Complex data not supported: {name} must be real; it was {array.dtype}")
+    try:
+        array = array if single and array.dtype == np.float32 else array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name} must be numeric; it was an array of {array.dtype}: {error}") from error
+    finite = np.isfinite(array)
+    if not finite.all():
+        rows = np.unique(np.argwhere(~finite)[:, 0]) if array.ndim else np.zeros(1, dtype=np.int64)
+        kind = "NaN" if np.isnan(array).any() else "infinity"
+        raise ValueError(
+            f"{name} must be finite; it contains {kind} (NaN or inf) in {len(rows)} rows, as in row {rows[0]}"
+        )
+    return array
 
 
 class MissingExtraError(ModuleNotFoundError):

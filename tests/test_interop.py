@@ -22,10 +22,10 @@ def test_works_as_a_pytorch_ood_detector():
     known = TensorDataset(
         torch.cat([clean[:200], odd]), torch.cat([torch.arange(200) % 3, torch.full((40,), -1)])
     )
-    detector = as_pytorch_ood(TwoStageModel(network), challenge_loader=())
+    detector = as_pytorch_ood(TwoStageModel(network, blocks=["logits", "image"]), challenges=None)
     assert isinstance(detector, Detector)
     assert detector.fit(DataLoader(known, batch_size=40)) is detector
-    assert sum(map(len, detector.two_stage.detector.shapes_.values())) > 0
+    assert detector.two_stage.report().drawn == 200
 
     metrics = OODMetrics()
     for x, label in ((clean[200:], 0), (odd, -1)):

@@ -33,7 +33,7 @@ from fastgrad.deploy.file import onnx_export, onnx_file
 from fastgrad.deploy.file.export import compile_function, export
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.detector.model import TwoStageModel
-from fastgrad.detector.worth import USUAL
+from fastgrad.detector.presets import DEFAULT_BLOCKS as USUAL
 
 Cases = dict[str, Callable[[Tensor], Any]]
 
@@ -64,7 +64,7 @@ def fitted(net: nn.Module, images: Images, form: str, samples: int) -> TwoStageM
     """The two-stage model of a form, on clean images alone."""
     x = images.held_out(samples)
     loader = [(x[i : i + 16],) for i in range(0, samples, 16)]
-    return TwoStageModel(net, blocks=(*USUAL, *FORMS[form])).fit(loader, ())
+    return TwoStageModel(net, blocks=(*USUAL, *FORMS[form])).fit(loader, None)
 
 
 def clock(run: Callable[[Tensor], Any], x: Tensor, seconds: float) -> list[float]:
@@ -256,7 +256,7 @@ def main() -> None:
             RUNTIMES[suffix]: cases_of(net, ready, stem, suffix, images(8, seed=4))
             for suffix in args.runtimes
         }
-        prices = {form: live.report().price[0] for form, live in ready.items()}
+        prices = {form: live.report().price.predicted for form, live in ready.items()}
         for batch in args.batches:
             x = images(batch, seed=5)
             for runtime, cases in runtimes.items():

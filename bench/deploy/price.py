@@ -23,7 +23,7 @@ from bench.clock import in_turns
 from bench.report import pages
 from fastgrad import TwoStageModel
 from fastgrad.batches import logits_of
-from fastgrad.detector.worth import USUAL
+from fastgrad.detector.presets import DEFAULT_BLOCKS as USUAL
 
 Inputs = Tensor | dict[str, Tensor]
 FORMS = {"default": (), "with bias gradients": ("bias_gradients",)}
@@ -78,8 +78,10 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] 
 
 def fitted(net: nn.Module, inputs: Callable[[int], Inputs], form: str) -> TwoStageModel:
     """A two-stage model on clean inputs alone."""
-    blocks = [block for block in (*USUAL, *FORMS[form]) if block != "image" or inputs is images]
-    return TwoStageModel(net, blocks=blocks).fit([inputs(_FIT // 2) for _ in range(2)], ())
+    blocks = [
+        block for block in (*USUAL, *FORMS[form]) if block not in ("image", "roughness") or inputs is images
+    ]
+    return TwoStageModel(net, blocks=blocks).fit([inputs(_FIT // 2) for _ in range(2)], None)
 
 
 def measure(name: str, batches: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
@@ -113,7 +115,7 @@ def measure(name: str, batches: tuple[int, ...], rounds: int) -> list[dict[str, 
                     "plain_ms": round(1e3 * statistics.median(taken["plain"]), 1),
                     "ratio": round(statistics.median(ratios), 3),
                     "quartiles": [round(low, 3), round(high, 3)],
-                    "predicted": round(model.report().price[0], 2),
+                    "predicted": round(model.report().price.predicted, 2),
                     "aim": AIMS[form],
                 }
             )

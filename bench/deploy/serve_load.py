@@ -33,7 +33,7 @@ from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import Description
 from fastgrad.detector.model import TwoStageModel
-from fastgrad.detector.worth import USUAL
+from fastgrad.detector.presets import DEFAULT_BLOCKS as USUAL
 
 #: What is served: images of one size, and the network that takes them.
 SIDES = {"small": 32, "resnet18": 112}
@@ -84,7 +84,7 @@ def prepare(name: str, folder: Path) -> dict[str, Path]:
             net.train()(part)
         net.eval()
         loader = [(part,) for part in x.split(50)]
-        model = TwoStageModel(net, blocks=USUAL).fit(loader, ())
+        model = TwoStageModel(net, blocks=USUAL).fit(loader, None)
         export(model, x[:1], files["with uncertainty"], max_batch=64)
         export(Plain(net).eval(), x[:1], files["plain"], max_batch=64)
     return files

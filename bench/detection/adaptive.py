@@ -70,7 +70,7 @@ def measure(subject: Subject, count: int) -> list[dict[str, Any]]:
     x, labels = (value[places] for value in subject.parts["test"])
     boxes = {}
     for form, budget in FORMS.items():
-        fitted = TwoStageModel(model, budget=budget).fit(fit.loader(fit.clean.images), seed=subject.draw)
+        fitted = TwoStageModel(model, budget=budget, seed=subject.draw).fit(fit.loader(fit.clean.images))
         boxes[form] = white_box(fitted, x[:3], FALSE_ALARMS)
 
     def every(make: Callable[..., Tensor], seen: Any, *settings: Any) -> Tensor:

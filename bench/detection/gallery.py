@@ -102,7 +102,7 @@ def manifold(out: Path) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    two_stage = TwoStageModel(model.eval()).fit([moons(1200, 1)[0]], challenge_loader=())
+    two_stage = TwoStageModel(model.eval()).fit([moons(1200, 1)[0]], None)
 
     def softmax(x: Tensor) -> Tensor:
         with torch.no_grad():

@@ -24,8 +24,8 @@ SCORES = (
 
 
 def _fitted(fit: Fit, challenges: Any, **options: Any) -> Score:
-    model = TwoStageModel(fit.model, **options)
-    model.fit(fit.loader(fit.clean.images), challenges, seed=fit.subject.draw)
+    model = TwoStageModel(fit.model, seed=fit.subject.draw, **options)
+    model.fit(fit.loader(fit.clean.images), challenges)
 
     def score(seen: Seen) -> Tensor:
         with torch.no_grad():
@@ -34,22 +34,22 @@ def _fitted(fit: Fit, challenges: Any, **options: Any) -> Score:
     return score
 
 
-@method("fastgrad, clean only", 2026, "the default, challenge_loader=()")
+@method("fastgrad, clean only", 2026, "the default, challenges=None")
 def clean_only(fit: Fit) -> Score:
-    return _fitted(fit, ())
+    return _fitted(fit, None)
 
 
 @method("fastgrad, budget 1.2", 2026, "the default", GENERATED)
 def default(fit: Fit) -> Score:
-    return _fitted(fit, None)
+    return _fitted(fit, "generate")
 
 
 @method("fastgrad, budget 2.5", 2026, "with a second look at the image", GENERATED)
 def larger(fit: Fit) -> Score:
-    return _fitted(fit, None, budget=2.5)
+    return _fitted(fit, "generate", budget=2.5)
 
 
-@method("fastgrad, labelled", 2026, "the default, challenge_loader=the case", LABELLED)
+@method("fastgrad, labelled", 2026, "the default, challenges=the case", LABELLED)
 def labelled(fit: Fit) -> Score:
     images = fit.challenges.images
     if len(images) < FEWEST:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import TwoStageModel
-from fastgrad.detector.combined import DetectorModule
+from fastgrad.detector.calibrate import DetectorModule
 from fastgrad.engine.tracing import trace
 
 #: Steps and random starts of each objective.
@@ -39,7 +39,7 @@ class WhiteBox(NamedTuple):
 
 def white_box(model: TwoStageModel, example: Tensor, false_alarms: float) -> WhiteBox:
     """A fitted model's, with everything cut out that stops a derivative."""
-    extraction, detector = model.extraction, model.detector_module
+    extraction, detector = model.extraction_, model.detector_
     assert extraction is not None
     assert detector is not None
 
@@ -55,7 +55,7 @@ def white_box(model: TwoStageModel, example: Tensor, false_alarms: float) -> Whi
 
 
 def _uncapped(detector: DetectorModule, blocks: Mapping[str, Tensor]) -> Tensor:
-    return detector.joined(detector.raw(blocks), cap=math.inf)
+    return detector.evidence(detector.raw(blocks), cap=math.inf).sum(-1)
 
 
 def _differentiable(

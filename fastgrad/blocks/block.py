@@ -3,7 +3,7 @@
 A block is added by adding a file to this room and its class to `fastgrad.blocks.BLOCKS`. It has two sides. On the
 side of the network it says which modules it reads and which gradients it needs, and makes its tensor from them;
 all blocks share one forward pass. On the side of the detector it says which shapes it takes, which one-class scores
-can be fitted on it, and what the classifier H sees of it.
+can be fitted on it, and what the classifier of challenges sees of it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ class Settings:
         log: Whether blocks of squared norms hold the norms themselves, whose logarithms are to be taken.
         components: Gaussians of a mixture, at most.
         dimensions: Principal components that a mixture sees, at most.
-        neighbours: k of the nearest neighbours.
+        count: Clean samples of the smallest fit, from which it follows how many components all fits have: their scores
+            are compared.
         seed: Of mixtures.
     """
 
     log: bool
     components: int
     dimensions: int
-    neighbours: int
+    count: int
     seed: int
 
 
@@ -113,7 +114,7 @@ class Block:
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
-        """What H sees of the block, standardised."""
+        """What the classifier of challenges sees of the block, standardised."""
         return Rows.fit(blocks, cls.name)
 
 
@@ -136,7 +137,7 @@ def mixture(
         log: Whether the block's norms may need their logarithm taken.
         dimensions: Components at most; the settings' own by default.
     """
-    count = len(blocks[name])
+    count = settings.count
     rows = Rows.fit(
         blocks,
         name,

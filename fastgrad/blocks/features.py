@@ -1,4 +1,4 @@
-"""h, what enters the last linear layer, and the distance to its nearest neighbours."""
+"""h, what enters the last linear layer."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ from typing import Any
 
 from torch import Tensor
 
+from fastgrad.blocks.activations import wide_mahalanobis
 from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
-from fastgrad.scores.conformal import OneSided
-from fastgrad.scores.neighbours import NearestNeighbours
 from fastgrad.scores.rows import Rows
 
-#: Principal components that H sees.
+#: Principal components that the classifier of challenges sees.
 _COMPONENTS = 64
 
 
 def head_input(inputs: tuple[Any, ...], output: Any) -> Tensor:
-    """H ``(B, D)``."""
+    """The last layer's input ``(B, D)``."""
     value: Tensor = inputs[0]
     return value.detach()
 
 
 class Features(Block):
-    """h ``(B, D)`` (Sun et al., "Out-of-distribution detection with deep nearest neighbors", 2022)."""
+    """h ``(B, D)``; its score is the shrunk Mahalanobis distance of the standardised columns."""
 
     name = "features"
-    alarm = "no similar input among the known ones"
+    alarm = "last features unlike those of known inputs"
     shapes = "(B, D)"
 
     def refusal(self, subject: Subject) -> str | None:
@@ -41,7 +40,7 @@ class Features(Block):
         return () if subject.head is None else (Reading(subject.head, head_input),)
 
     def values(self, found: Pass) -> Tensor:
-        """H."""
+        """The last layer's input."""
         return found.readings(self.name)[0]
 
     @classmethod
@@ -51,14 +50,5 @@ class Features(Block):
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """Distance to the k-th nearest clean sample, all of unit length.
-
-        Beside other blocks only where a class may have k clean samples: with fewer of them than k for each class, the
-        k-th nearest is of another class for usual inputs, too.
-        """
-        classes = blocks["logits"].shape[1] if "logits" in blocks else 1
-        if len(blocks) > 1 and len(blocks[cls.name]) < settings.neighbours * classes:
-            return
-        rows = Rows.fit(blocks, cls.name, unit=True, standardise=False)
-        bank = NearestNeighbours.fit(rows.of(blocks), settings.neighbours)
-        yield f"{cls.name}_neighbours", rows, bank, OneSided
+        """One distance."""
+        yield wide_mahalanobis(cls.name, blocks)

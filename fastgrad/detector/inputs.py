@@ -1,25 +1,67 @@
-"""What a detector is given, checked and brought into one form: labels, kinds, rates, the held-out part."""
+"""What a detector is given, checked and brought into one form: features, labels, kinds, groups, rates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
+from fastgrad.blocks import Block
+from fastgrad.checks import to_array
 from fastgrad.scores.rows import as_tensor
 
 Array = NDArray[np.float64]
+Blocks = Mapping[str, Block | type[Block]]
 
 
-class Split(NamedTuple):
-    """Clean and challenging samples to fit on, and which of the calibrating ones that scores."""
+def check_blocks(X: Mapping[str, Any], known: Blocks, *, log: bool) -> dict[str, Array]:
+    """Named blocks as float64 arrays of one length, in the order of ``known``.
 
-    clean: NDArray[np.intp]
-    challenging: NDArray[np.intp]
-    scored: NDArray[np.intp]
+    Raises:
+        ValueError: No block, an unknown one, a wrong rank, different lengths, or a negative squared norm.
+    """
+    unknown = sorted(map(str, set(X) - set(known)))
+    if unknown or not X:
+        raise ValueError(
+            f"X must have blocks named {', '.join(known)}; it had {', '.join(map(repr, X)) or 'none'}"
+        )
+    arrays = {name: to_array(f"X[{name!r}]", X[name], single=True) for name in known if name in X}
+    length = -1
+    for name, array in arrays.items():
+        block = known[name]
+        if array.ndim not in block.ranks or array.size == 0:
+            raise ValueError(
+                f"X[{name!r}] must be a non-empty array of shape {block.shapes}; it was {array.shape}"
+            )
+        if length not in (-1, len(array)):
+            raise ValueError(
+                f"X[{name!r}] must have as many rows as the other blocks, {length}; it had {len(array)}"
+            )
+        length = len(array)
+        if block.squared_norms and log:
+            check_squared(f"X[{name!r}]", array)
+    if "contrasts" in arrays and "logits" in arrays:
+        classes, axis = arrays["logits"].shape[1], 2 if arrays["contrasts"].ndim == 4 else 1
+        if arrays["contrasts"].shape[axis] != classes:
+            raise ValueError(
+                f"X['contrasts'] must have one entry per class on axis {axis}, {classes} like X['logits']; "
+                f"it was {arrays['contrasts'].shape}"
+            )
+    return arrays
+
+
+def check_squared(name: str, array: Array) -> None:
+    """Raise ValueError where a squared norm is negative."""
+    if (array < 0).any():
+        row = int(np.argwhere(array < 0)[0][0])
+        raise ValueError(
+            f"Negative values in data passed to UncertaintyDetector: {name} must hold squared norms, or set "
+            f"log=False for features of any sign; the first is in row {row}"
+        )
 
 
 def challenging_of(y: ArrayLike | None, count: int) -> tuple[NDArray[np.bool_], NDArray[Any]]:
@@ -31,7 +73,7 @@ def challenging_of(y: ArrayLike | None, count: int) -> tuple[NDArray[np.bool_], 
     neither = np.zeros(count, dtype=bool), np.array([0, 1])
     if y is None:
         return neither
-    values = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
+    values = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
     if values.ndim == 2 and values.shape[1] == 1:
         from sklearn.utils.validation import column_or_1d
 
@@ -65,65 +107,56 @@ def kinds_of(kinds: ArrayLike | None, challenging: NDArray[np.bool_]) -> NDArray
     return codes
 
 
-def deal(
-    challenging: NDArray[np.bool_],
+def held_out_of(
     held_out: ArrayLike | None,
-    groups: ArrayLike | None,
-    parts: int | float,
+    challenging: NDArray[np.bool_],
+    share: float | None,
     random: np.random.RandomState,
-) -> tuple[NDArray[np.intp], list[Split]]:
-    """The clean samples that calibrate, in random order, and how each of them is scored.
-
-    Held-out samples, or a random share of all if ``parts`` is less than 1, are scored by what is fitted on the others.
-    With more parts every clean sample calibrates and fits: it is dealt, with its group, into one of so many folds, and
-    what is fitted on the other folds scores it. No fit sees a challenging sample of a group that it scores.
+) -> NDArray[np.bool_]:
+    """Which clean samples calibrate and nothing else: as told, or a random ``share`` of all; None for none.
 
     Raises:
-        ValueError: There are fewer than 4 clean samples, or an argument is malformed, or leaves fewer than 2 clean
-            samples on a side.
+        ValueError: There are fewer than 4 clean samples, or a side would have too few.
     """
-    order = random.permutation(np.flatnonzero(~challenging))
-    if len(order) < 4:
+    clean = np.flatnonzero(~challenging)
+    if len(clean) < 4:
         raise ValueError(
-            f"X must have at least 4 in-distribution samples; it had {len(order)} "
+            f"X must have at least 4 in-distribution samples; it had {len(clean)} "
             f"(n_samples = {len(challenging)})"
         )
-    numbers = np.arange(len(challenging)) if groups is None else np.asarray(groups)
-    if numbers.shape != challenging.shape or numbers.dtype.kind not in "iu":
-        raise ValueError(
-            f"groups must be integers of shape {challenging.shape}; they were {numbers.dtype}, {numbers.shape}"
-        )
+    mask = np.zeros(len(challenging), dtype=bool)
     if held_out is not None:
-        mask = np.asarray(held_out)
-        if mask.shape != challenging.shape or mask.dtype != bool:
+        given = np.asarray(held_out)
+        if given.shape != challenging.shape or given.dtype != bool:
             raise ValueError(
-                f"held_out must be bool of shape {challenging.shape}; it was {mask.dtype}, {mask.shape}"
+                f"held_out must be bool of shape {challenging.shape}; it was {given.dtype}, {given.shape}"
             )
-        fold_of, folds = mask[order].astype(np.intp), [1]
-        kept = int(fold_of.sum())
-        if min(kept, len(order) - kept) < 2:
+        mask = given & ~challenging
+        kept = int(mask.sum())
+        if kept < 1 or len(clean) - kept < 3:
             raise ValueError(
-                "held_out must leave at least 2 in-distribution samples on each side; it left "
-                f"{kept} held out and {len(order) - kept} to fit on"
+                "held_out must hold at least 1 in-distribution sample out and leave 3 to fit on; it held out "
+                f"{kept} and left {len(clean) - kept}"
             )
-    elif parts < 1:
-        share = min(max(2, round(parts * len(order))), len(order) - 2)
-        fold_of, folds = (np.arange(len(order)) < share).astype(np.intp), [1]
-    else:
-        # Groups in the order in which their first clean sample comes.
-        _, first, inverse = np.unique(numbers[order], return_index=True, return_inverse=True)
-        if len(first) < 2:
-            raise ValueError(f"groups must tell at least 2 of clean samples apart; there was {len(first)}")
-        count = min(int(parts), len(first))
-        fold_of, folds = (np.argsort(np.argsort(first)) % count)[inverse], list(range(count))
-    calibrating = np.isin(fold_of, folds)
-    others = np.flatnonzero(challenging)
-    splits = []
-    for fold in folds:
-        scored = order[fold_of == fold]
-        apart = others[~np.isin(numbers[others], numbers[scored])]
-        splits.append(Split(order[fold_of != fold], apart, np.flatnonzero(fold_of[calibrating] == fold)))
-    return order[calibrating], splits
+    elif share is not None:
+        count = min(max(1, round(share * len(clean))), len(clean) - 3)
+        mask[random.permutation(clean)[:count]] = True
+    return mask
+
+
+def groups_of(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
+    """The number of the source that each of ``count`` samples comes from; of no source where ``groups`` is negative."""
+    if groups is None:
+        return np.arange(count)
+    numbers = np.asarray(groups)
+    if numbers.shape != (count,) or numbers.dtype.kind not in "iu":
+        raise ValueError(
+            f"groups must be integers of shape ({count},); they were {numbers.dtype}, {numbers.shape}"
+        )
+    alone = numbers < 0
+    numbers = numbers.astype(np.intp)
+    numbers[alone] = numbers.max(initial=0) + 1 + np.arange(alone.sum())
+    return numbers
 
 
 def check_rate(rate: float) -> float:
@@ -133,12 +166,12 @@ def check_rate(rate: float) -> float:
     return float(rate)
 
 
-def take(blocks: Mapping[str, Array], indices: NDArray[np.intp]) -> dict[str, Array]:
-    """The named rows of every block."""
+def take(blocks: Mapping[str, Array], indices: NDArray[Any]) -> dict[str, Array]:
+    """The chosen rows of every block."""
     return {name: array[indices] for name, array in blocks.items()}
 
 
-def as_tensors(blocks: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+def as_tensors(blocks: Mapping[str, Array]) -> dict[str, Tensor]:
     """Every block as a tensor."""
     return {name: as_tensor(array) for name, array in blocks.items()}
 

@@ -117,7 +117,7 @@ def fit_to_budget(
     make = extraction if answer is None else answer
     x = _part(model, x)
     while True:
-        measured, error = price(model, make(tuple(kept)), x)
+        measured, error = price(model, make(tuple(kept)), x, limit)
         if measured <= limit or len(kept) == 1:
             break
         dropped.append((kept.pop().name, f"with it {measured:.2f} forward passes, above {limit:g}"))
@@ -133,8 +133,13 @@ def fit_to_budget(
     return PriceReport(names, predicted, measured, tuple(dropped), limit, error, batch_size(x))
 
 
-def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs) -> tuple[float, float]:
-    """Time of ``run`` over that of the plain ``model`` on ``x``: the median over rounds, and its standard error."""
+def price(
+    model: nn.Module, run: Callable[[Inputs], object], x: Inputs, limit: float = math.inf
+) -> tuple[float, float]:
+    """Time of ``run`` over that of the plain ``model`` on ``x``: the median over rounds, and its standard error.
+
+    Measuring ends earlier where the price is certainly above ``limit``.
+    """
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with evaluating(model), torch.no_grad():
         # Watching, planning and warming up are no part of the price.
@@ -148,7 +153,10 @@ def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs) -> tuple
             else:
                 base, taken = _plain(model, x, device), _seconds(lambda: run(x), device)
             ratios.append(taken / base)
-            if len(ratios) >= ROUNDS and _error(ratios) < ERROR:
+            if len(ratios) < ROUNDS:
+                continue
+            error = _error(ratios)
+            if error < ERROR or statistics.median(ratios) - 3 * error > limit:
                 break
     return statistics.median(ratios), _error(ratios)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad.detector.blocks import to_array
+from fastgrad.checks import to_array
 from fastgrad.introspection.network import ACTIVATIONS, IntrospectiveNetwork, RowMoments, new_layers
 from fastgrad.introspection.training import Batches, Inputs, Trainer
 from fastgrad.losses import LOSSES
@@ -45,7 +45,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         loss: The loss whose contrast rows are formed from features and logits.
         learning_rate: Of AdamW.
         weight_decay: Of AdamW.
-        batch_size: Samples in a step; for arrays, a loader has its own.
+        batch_size: Samples in a step.
         max_epochs: Passes over the data, at most.
         patience: Epochs without improvement before training stops.
         validation_fraction: Share of an array's samples held out to decide when to stop; 0 watches the
@@ -127,51 +127,6 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         validation = (lambda: batches(watched, False)) if held_out else None
         moments = self._moments(inputs)
         return self._train(moments, seed, lambda: batches(chosen, True), validation)
-
-    def fit_loader(
-        self, loader: Iterable[Any], validation_loader: Iterable[Any] | None = None
-    ) -> IntrospectiveClassifier:
-        """Train on batches, for sets that do not fit in memory.
-
-        Args:
-            loader: Iterated once for the labels and the rows' scale, then once per epoch. Each batch is
-                ``(rows, labels)`` or ``((features, logits), labels)``, with integer labels.
-            validation_loader: Held-out batches that decide when to stop; None watches the training loss.
-
-        Returns:
-            The classifier itself.
-
-        Raises:
-            TypeError: The loader is an iterator, which cannot be read twice.
-        """
-        self._check_parameters()
-        for name, value in (("loader", loader), ("validation_loader", validation_loader)):
-            if isinstance(value, Iterator):
-                raise TypeError(
-                    f"{name} must be iterable once per epoch (a DataLoader, a list); it was an iterator"
-                )
-        moments, labels = RowMoments(), []
-        for inputs, target in map(_batch, loader):
-            self._add(moments, inputs)
-            labels.append(target.cpu().numpy())
-            shapes = tuple(tuple(value.shape[1:]) for value in inputs)
-        if not labels:
-            raise ValueError("loader must hold at least one batch; it was empty")
-        self.classes_ = np.unique(np.concatenate(labels))
-        self.shapes_: tuple[tuple[int, ...], ...] = shapes
-        self.n_features_in_ = int(np.prod([np.prod(shape) for shape in self.shapes_]))
-        lookup = torch.as_tensor(self.classes_)
-
-        def batches(source: Iterable[Any]) -> Iterator[tuple[Inputs, Tensor]]:
-            for inputs, target in map(_batch, source):
-                if not bool(torch.isin(target.cpu(), lookup).all()):
-                    raise ValueError(f"labels must be among those of loader, {lookup.tolist()[:20]}")
-                yield inputs, torch.searchsorted(lookup, target.cpu().contiguous())
-
-        held_out = validation_loader
-        validation = None if held_out is None else (lambda: batches(held_out))
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        return self._train(moments, seed, lambda: batches(loader), validation)
 
     def calibrate(self, R: ArrayLike | Pairs, y: ArrayLike) -> IntrospectiveClassifier:
         """Make the probabilities as often right as they say, by a temperature (`fastgrad.scores.Temperature`).
@@ -348,16 +303,3 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         parts = zip(*(torch.split(value, 4096) for value in inputs), strict=True)
         result: Array = torch.cat([self._forward(part) for part in parts]).numpy()
         return result
-
-
-def _batch(batch: Any) -> tuple[Inputs, Tensor]:
-    """A loader's batch as inputs and labels."""
-    inputs, labels = batch
-    pair = isinstance(inputs, (tuple, list))
-    tensors = tuple(inputs) if pair else (inputs.flatten(1),)
-    if pair and len(tensors) != 2:
-        expected = "(rows, labels) or ((features, logits), labels)"
-        raise ValueError(f"a batch must be {expected}; its inputs had {len(tensors)} parts")
-    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.dtype.is_floating_point:
-        raise TypeError("a batch's labels must be an integer tensor of shape (B,)")
-    return tuple(value.detach() for value in tensors), labels

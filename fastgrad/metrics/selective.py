@@ -1,4 +1,4 @@
-"""What is gained by answering only where the uncertainty is low: risk, coverage and the best threshold.
+"""What is gained by answering only where risk or uncertainty is low: errors, coverage and the best threshold.
 
 The risk-coverage curve shows the mean error of the answers against the share of samples that are answered, the
 least uncertain first (Geifman and El-Yaniv, "Selective classification for deep neural networks", 2017).
@@ -106,26 +106,27 @@ def e_aurc(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> float
 
 
 def threshold_for(
-    uncertainty: ArrayLike | Tensor,
+    risk: ArrayLike | Tensor,
     errors: ArrayLike | Tensor,
     *,
     cost_of_error: float,
     cost_of_review: float,
 ) -> float:
-    """The threshold of least cost: samples above it are reviewed, the others answered.
+    """The risk of least cost: samples above it are reviewed, the others answered.
 
     The mean cost of a sample is ``cost_of_error * risk * coverage + cost_of_review * (1 - coverage)``, minimised over
     the points of the risk-coverage curve of labelled samples that nothing was fitted on. Of equal costs the highest
     coverage wins.
 
     Args:
-        uncertainty: ``(n,)``, higher is less reliable; what is infinite is reviewed in any case.
+        risk: ``(n,)``, of a `TwoStageModel`, or any score of which a higher one is less reliable; what is infinite is
+            reviewed in any case.
         errors: ``(n,)``, whether each prediction was wrong, or its loss, at least 0.
         cost_of_error: Of one wrong answer, or of a loss of 1, in any currency.
         cost_of_review: Of one sample that is looked at, in the same currency; its review is taken to be right.
 
     Returns:
-        One of the uncertainties; minus infinity where a review is always cheaper.
+        One of the risks; minus infinity where a review is always cheaper.
 
     Raises:
         ValueError: As for :func:`risk_coverage`, or a cost is not positive.
@@ -133,13 +134,13 @@ def threshold_for(
     for name, cost in (("cost_of_error", cost_of_error), ("cost_of_review", cost_of_review)):
         if not 0 < cost < math.inf:
             raise ValueError(f"{name} must be positive and finite; it was {cost!r}")
-    curve = risk_coverage(uncertainty, errors)
+    curve = risk_coverage(risk, errors)
     # The last sample of each tie: a threshold lets all of them pass.
     ends = np.append(curve.thresholds[1:] != curve.thresholds[:-1], True) & np.isfinite(curve.thresholds)
     coverage = np.append(0.0, curve.coverage[ends])
-    risk = np.append(0.0, curve.risk[ends])
+    mean_error = np.append(0.0, curve.risk[ends])
     thresholds = np.append(-np.inf, curve.thresholds[ends])
-    cost = cost_of_error * risk * coverage + cost_of_review * (1 - coverage)
+    cost = cost_of_error * mean_error * coverage + cost_of_review * (1 - coverage)
     # Equal costs differ by rounding of sums of n terms.
     near = cost <= cost.min() + len(curve.risk) * np.finfo(np.float64).eps * max(
         cost_of_error * curve.risk.max(), cost_of_review

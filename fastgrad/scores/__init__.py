@@ -11,7 +11,6 @@ from fastgrad.scores.fitted import Fitted, Sequence, rebuild
 from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.logits import Energy, Margin
 from fastgrad.scores.mahalanobis import Mahalanobis
-from fastgrad.scores.neighbours import NearestNeighbours
 from fastgrad.scores.rows import Rows
 from fastgrad.scores.temperature import Temperature
 
@@ -21,7 +20,6 @@ __all__ = [
     "GaussianMixture",
     "Mahalanobis",
     "Margin",
-    "NearestNeighbours",
     "OneSided",
     "Rows",
     "Sequence",

@@ -41,9 +41,10 @@ class UpperTail(Fitted):
     that it is strictly monotone and two scores that happen to lie close together make no cliff, where the
     rounding of the network's float32 arithmetic would show in the p-value.
 
-    Beyond the k-th highest score s the counts are too small to tell extreme values apart. Were the excesses over s
-    exponential, with mean e, then a new score would exceed s by t with probability ``(1 + t / (k e))^-k``, the
-    uncertainty about their mean included: strictly monotone, and no promise of one in a million from k scores.
+    Beyond the k-th highest score s, or beyond the highest where all are counted, the counts are too small to tell
+    extreme values apart. Were the excesses over s exponential, with mean e, then a new score would exceed s by t with
+    probability ``(1 + t / (k e))^-k``, the uncertainty about their mean included: strictly monotone, and no promise of
+    one in a million from k scores.
 
     Where scores truly lie close together (a lump, an end of their range) the slope of log p is limited to
     `STEEPEST`, by raising p-values, never by lowering them.
@@ -59,20 +60,21 @@ class UpperTail(Fitted):
     scale: Tensor
 
     @classmethod
-    def fit(cls, scores: Tensor) -> UpperTail:
-        """From calibration ``scores`` ``(n,)``."""
+    def fit(cls, scores: Tensor, *, counted: bool = False) -> UpperTail:
+        """From calibration ``scores`` ``(n,)``; ``counted`` counts up to the highest, and describes what is beyond."""
         ordered = torch.sort(scores.double()).values
         n = len(ordered)
         steepest = STEEPEST / _spread(ordered)
         count = min(n - 1, max(2, min(_TAIL, n // 10)))
-        first = n - 1 - count
+        excess = ordered[n - count :] - ordered[n - 1 - count]
+        above = 0 if counted else count
         # Counts of scores at or above a knot: from all down to a fifth in equal steps, from there in equal ratios.
-        fifth = max(n / 5, count + 1)
-        steps = math.ceil(math.log(fifth / (count + 1)) / _STEP) + 1
+        fifth = max(n / 5, above + 1)
+        steps = math.ceil(math.log(fifth / (above + 1)) / _STEP) + 1
         counts = torch.cat(
             [
                 torch.linspace(n, fifth, 1 + round(4 / _STEP), dtype=torch.float64),
-                torch.linspace(math.log(fifth), math.log(count + 1), steps, dtype=torch.float64).exp(),
+                torch.linspace(math.log(fifth), math.log(above + 1), steps, dtype=torch.float64).exp(),
             ]
         ).round()
         knots = ordered[(n - counts).long().unique()]
@@ -81,12 +83,11 @@ class UpperTail(Fitted):
         # The lowest map above this one that falls nowhere faster. A long line rounds: never below for that.
         line = steepest * (knots - ordered[n // 2])
         log_p = torch.maximum(log_p, torch.cummax(log_p + line, 0).values - line)
-        excess = ordered[first + 1 :] - ordered[first]
         scale = torch.clamp(excess.mean() if count else ordered.new_zeros(()), min=1 / steepest)
         return cls(
             scores=knots,
             log_p=log_p,
-            start=ordered[first],
+            start=ordered[n - 1 - above],
             start_log_p=log_p[-1],
             scale=scale,
             count=max(1, count),
@@ -135,13 +136,13 @@ class OneSided(Fitted):
     upper: UpperTail
 
     @classmethod
-    def fit(cls, scores: Tensor) -> OneSided:
-        """From calibration ``scores`` ``(n,)``."""
-        return cls(upper=UpperTail.fit(scores))
+    def fit(cls, scores: Tensor, *, counted: bool = False) -> OneSided:
+        """From calibration ``scores`` ``(n,)``, as `UpperTail.fit`."""
+        return cls(upper=UpperTail.fit(scores, counted=counted))
 
     def forward(self, scores: Tensor) -> Tensor:
         """Log p-values ``(B,)``."""
-        return meanings([self], scores.unsqueeze(0)).squeeze(0)
+        return p_value_map([self], scores.unsqueeze(0)).squeeze(0)
 
 
 class TwoSided(Fitted):
@@ -161,10 +162,10 @@ class TwoSided(Fitted):
 
     def forward(self, scores: Tensor) -> Tensor:
         """Log typicalities ``(B,)``, at most 0."""
-        return meanings([self], scores.unsqueeze(0)).squeeze(0)
+        return p_value_map([self], scores.unsqueeze(0)).squeeze(0)
 
 
-def meanings(each: Sequence[OneSided | TwoSided], scores: Tensor) -> Tensor:
+def p_value_map(each: Sequence[OneSided | TwoSided], scores: Tensor) -> Tensor:
     """What each of K maps says of its row of ``scores`` ``(K, B)``: log p-values ``(K, B)``."""
     two = [k for k, meaning in enumerate(each) if isinstance(meaning, TwoSided)]
     tails = [meaning.upper for meaning in each]
@@ -183,17 +184,3 @@ def meanings(each: Sequence[OneSided | TwoSided], scores: Tensor) -> Tensor:
 def weighted(log_p: Tensor, cap: float, weights: Sequence[float]) -> Tensor:
     """Each -log p, at most ``cap``, times its weight: ``(B, K)``."""
     return (-log_p).clamp(max=cap) * log_p.new_tensor(weights)
-
-
-def fisher(log_p: Tensor, cap: float, weights: Sequence[float]) -> Tensor:
-    """Weighted sum of -log p, each at most ``cap``: ``(B, K)`` to ``(B,)`` (Fisher's method)."""
-    return weighted(log_p, cap, weights).sum(-1)
-
-
-def harmonic(log_p: Tensor, cap: float, weights: Sequence[float]) -> Tensor:
-    """Minus the log of the p-values' weighted harmonic mean, each at least exp(-``cap``)."""
-    log_shares = torch.log(log_p.new_tensor(weights) / sum(weights))
-    return torch.logsumexp((-log_p).clamp(max=cap) + log_shares, -1)
-
-
-COMBINATIONS = {"fisher": fisher, "harmonic": harmonic}

@@ -75,9 +75,9 @@ def test_demo_writes_table_figure_and_record(
         assert len(row) == 4
         assert all(0 <= value <= 1 for value in row.values())
     assert record["test_accuracy"] > 0.5
-    for name, value in record["auroc"]["fastgrad, default budget"].items():
+    for name, value in record["auroc"]["fastgrad, budget 1.5"].items():
         assert f"{value:.3f}" in (out / "demo.md").read_text(), name
-    assert "budget 1.2" in record["blocks"]
+    assert "limit 1.5" in record["blocks"]
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -3,19 +3,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from scipy.stats import betabinom
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from fastgrad import UncertaintyDetector
-from fastgrad.detector.blocks import are_contrasts
 from fastgrad.losses import contrast_norms
 
 
 @parametrize_with_checks(
-    [UncertaintyDetector(), UncertaintyDetector(supervised="logistic", combine="harmonic")]
+    [UncertaintyDetector(folds=2), UncertaintyDetector(calibration_fraction=0.4, folds=2, log=False)]
 )
 def test_scikit_learn_api(estimator, check):
     check(estimator)
@@ -58,7 +56,7 @@ def test_higher_is_less_reliable_for_every_feature_matrix(kind, labels):
     clean, odd, new, worse = (
         make(network_like(300, seed, shift)) for seed, shift in ((0, 0), (1, 2), (2, 0), (3, 2))
     )
-    detector = UncertaintyDetector(members=1)
+    detector = UncertaintyDetector(contrasts=kind in ("(B, N)", "(B, N, P)"), folds=3)
     if labels:
         both = (
             {name: np.concatenate([clean[name], odd[name]]) for name in clean}
@@ -71,34 +69,9 @@ def test_higher_is_less_reliable_for_every_feature_matrix(kind, labels):
     scores = np.concatenate([detector.decision_function(new), detector.decision_function(worse)])
     assert np.isfinite(scores).all()
     assert roc_auc_score(np.repeat([0, 1], 300), scores) > 0.85
-    proba = detector.predict_proba(new)
-    np.testing.assert_allclose(proba[:, 0], np.exp(-detector.decision_function(new)))
     np.testing.assert_array_equal(
         detector.predict(new), (detector.decision_function(new) > detector.threshold()).astype(int)
     )
-
-
-@pytest.mark.parametrize("labels", [False, True])
-@pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
-def test_false_alarm_rate_is_what_it_says(rate, labels):
-    """Flagged clean samples follow a beta-binomial law: the threshold is an order statistic of n scores."""
-    fit, new = 3000, 5000
-    clean, odd = network_like(fit, 10)["gradients"], network_like(300, 11, 1.0)["gradients"]
-    detector = UncertaintyDetector(members=1, hidden=8)
-    if labels:
-        detector.fit(np.concatenate([clean, odd]), np.repeat([0, 1], [fit, 300]))
-    else:
-        detector.fit(clean)
-    flagged = (
-        detector.decision_function(network_like(new, 12)["gradients"]) > detector.threshold(rate)
-    ).sum()
-    n = len(detector.module_.calibration_scores)
-    assert n == fit
-    # Interpolation puts the threshold between two neighbouring order statistics.
-    k = int(rate * (n + 1))
-    low = betabinom(new, max(1, k - 1), n + 2 - k).ppf(1e-6)
-    high = betabinom(new, k + 1, n - k).ppf(1 - 1e-6)
-    assert low <= flagged <= high
 
 
 def test_class_names_do_not_matter():
@@ -118,48 +91,30 @@ def test_class_names_do_not_matter():
     )
 
 
-def test_contrasts_are_recognised():
-    blocks = network_like(300, 0)
-    assert are_contrasts(blocks["contrasts"])
-    assert are_contrasts(blocks["contrasts"][:, :, -1])
-    assert not are_contrasts(blocks["gradients"])
-    assert not are_contrasts(np.stack([blocks["gradients"], 2 * blocks["gradients"] ** 2], 1))
-    assert UncertaintyDetector().fit(blocks["contrasts"]).contrasts_ is True
-    assert UncertaintyDetector(contrasts=False).fit(blocks["contrasts"]).contrasts_ is False
-
-
-def test_guard_catches_what_labels_never_showed():
-    """H, trained on one side, takes the other side for very safe; the guard does not."""
+def test_one_class_scores_catch_what_challenges_never_showed():
+    """The classifier, trained on one side, takes the other side for very safe; the scores beside it do not."""
     rng = np.random.default_rng(0)
     clean, seen, unseen, new = (np.exp(rng.normal(size=(600, 4)) + shift) for shift in (0, 2.5, -4.0, 0))
     X, y = np.concatenate([clean, seen]), np.repeat([0, 1], 600)
-    truth = np.repeat([0, 1], 600)
-
-    def auroc(detector):
-        return roc_auc_score(truth, detector.decision_function(np.concatenate([new, unseen])))
-
-    options = {"contrasts": False, "members": 1}
-    alone = auroc(UncertaintyDetector(guard=False, **options).fit(X, y))
-    beside = auroc(UncertaintyDetector(**options).fit(X, y))
-    without = auroc(UncertaintyDetector(**options).fit(clean))
-    assert alone < 0.2
-    assert beside > without - 0.03
+    detector = UncertaintyDetector().fit(X, y)
+    scores = detector.decision_function(np.concatenate([new, unseen]))
+    assert roc_auc_score(np.repeat([0, 1], 600), scores) > 0.9
+    alone = detector.explain(np.concatenate([new, unseen]))["challenges"]
+    assert roc_auc_score(np.repeat([0, 1], 600), alone) < 0.2
 
 
-def test_trust_grows_with_the_kinds_of_challenge():
-    X = np.concatenate([network_like(200, s, s % 5)["gradients"] for s in range(5)])
-    y = np.repeat([0, 1, 1, 1, 1], 200)
-    few = UncertaintyDetector(members=1).fit(X, y)
-    kinds = np.arange(1000) % 9
-    many = UncertaintyDetector(members=1).fit(X, y, kinds=kinds)
-    assert few.module_.scores.labels.options["relevant"] < 1
-    assert many.module_.scores.labels.options["relevant"] == 1
-    assert many.module_.scores.labels.score.bias.shape[-1] == 10
+def test_features_of_any_sign_are_accepted_when_the_user_says_so():
+    rng = np.random.default_rng(0)
+    X, odd = rng.normal(size=(200, 6)), rng.normal(size=(200, 6)) + 3
+    detector = UncertaintyDetector(log=False).fit(X)
+    assert roc_auc_score(np.repeat([0, 1], 200), detector.decision_function(np.concatenate([X, odd]))) > 0.95
+    with pytest.raises(ValueError, match="log=False for features of any sign"):
+        UncertaintyDetector().fit(X)
 
 
 def test_zeros_and_extremes_are_scored():
     X = network_like(200, 0)["gradients"]
-    detector = UncertaintyDetector(contrasts=False).fit(X)
+    detector = UncertaintyDetector().fit(X)
     scores = detector.decision_function(np.stack([np.zeros(4), np.full(4, 1e-300), np.full(4, 1e300), X[0]]))
     assert np.isfinite(scores).all()
     assert (scores[:3] > scores[3]).all()
@@ -167,8 +122,8 @@ def test_zeros_and_extremes_are_scored():
 
 def test_logarithms_give_the_same_scores_as_norms():
     X, new = network_like(200, 0)["gradients"], network_like(50, 1)["gradients"]
-    plain = UncertaintyDetector(contrasts=False).fit(X).decision_function(new)
-    logs = UncertaintyDetector(contrasts=False, log=False).fit(np.log(X)).decision_function(np.log(new))
+    plain = UncertaintyDetector().fit(X).decision_function(new)
+    logs = UncertaintyDetector(log=False).fit(np.log(X)).decision_function(np.log(new))
     np.testing.assert_allclose(plain, logs, rtol=1e-9)
 
 
@@ -193,23 +148,26 @@ def test_module_equals_estimator_and_seeds_reproduce():
 
 def test_tensors_and_float32_are_accepted():
     X = torch.tensor(network_like(100, 0)["contrasts"], dtype=torch.float32, requires_grad=True)
-    assert UncertaintyDetector().fit(X).decision_function(X).shape == (100,)
+    assert UncertaintyDetector(contrasts=True, folds=2).fit(X).decision_function(X).shape == (100,)
 
 
-def test_explain_names_every_part():
+def test_evidence_names_every_source_and_adds_up():
     blocks = network_like(100, 0)
-    parts = UncertaintyDetector().fit(blocks).explain(blocks)
-    assert set(parts) == {
-        "gradients_mixture", "contrasts_mixture", "ranked_mixture", "image_mixture", "energy", "margin",
-        "features_neighbours",
-    }  # fmt: skip
+    odd = network_like(100, 1, 2.0)
+    both = {name: np.concatenate([blocks[name], odd[name]]) for name in blocks}
+    detector = UncertaintyDetector(folds=2).fit(both, np.repeat([0, 1], 100))
+    evidence = detector.explain(both)
+    assert set(evidence) == {*blocks, "challenges"}
+    assert all((values >= 0).all() for values in evidence.values())
+    order = np.argsort(sum(evidence.values()))
+    assert (np.diff(detector.decision_function(both)[order]) >= -1e-9).all()
 
 
 def test_model_selection_uses_auroc():
     X = np.concatenate([network_like(100, 0)["gradients"], network_like(100, 1, 2.0)["gradients"]])
     y = np.repeat([0, 1], 100)
     folds = StratifiedKFold(2, shuffle=True, random_state=0)
-    assert cross_val_score(UncertaintyDetector(members=1), X, y, cv=folds).mean() > 0.9
+    assert cross_val_score(UncertaintyDetector(folds=2), X, y, cv=folds).mean() > 0.9
 
 
 GOOD = network_like(60, 0)
@@ -245,10 +203,8 @@ def test_bad_input_is_named(case):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("contrasts", "yes"), ("supervised", "forest"), ("combine", "sum"), ("trust", "blind"), ("hidden", 0),
-        ("components", 1.5), ("cap", 0), ("calibration_fraction", 1.0), ("folds", 1), ("folds", 2.5),
+        ("components", 1.5), ("cap", 0), ("weight", -1), ("calibration_fraction", 1.0), ("folds", 1), ("folds", 2.5),
         ("false_alarm_rate", 0.0),
-        ("dropout", 1.0),
     ],
 )  # fmt: skip
 def test_bad_parameters_are_named(name, value):

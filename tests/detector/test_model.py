@@ -10,9 +10,22 @@ from torch import nn
 
 import fastgrad
 from fastgrad import IntrospectiveClassifier, TwoStageModel, UncertaintyDetector
-from fastgrad.blocks import BLOCKS, BiasGradients, Features, Gradients, Image, Logits, Ranked, View
+from fastgrad.blocks import (
+    BLOCKS,
+    BiasGradients,
+    Block,
+    Features,
+    Gradients,
+    Image,
+    Logits,
+    Ranked,
+    View,
+    register_block,
+)
+from fastgrad.blocks.activations import wide_mahalanobis
 from fastgrad.blocks.extraction import Extraction, arguments
 from fastgrad.blocks.subject import watch
+from fastgrad.deploy.file.package import ModelPackage
 
 CLASSES = 4
 ALL = ["logits", "features", "activations", "bias_gradients", "gradients", "view", "image"]
@@ -49,7 +62,7 @@ def loader(count=200, seed=0, labels=True):
 def fitted():
     network = small_network()
     classifier = IntrospectiveClassifier(max_epochs=2, hidden=(8,))
-    return TwoStageModel(network, classifier=classifier).fit(loader(400))
+    return TwoStageModel(network, classifier=classifier, budget=math.inf).fit(loader(200), verbose=False)
 
 
 def test_gives_a_named_tuple_and_leaves_the_network_alone(fitted):
@@ -57,8 +70,10 @@ def test_gives_a_named_tuple_and_leaves_the_network_alone(fitted):
     before = copy.deepcopy(network.state_dict())
     assert network.training
     prediction = fitted(images(7, 5))
-    assert prediction._fields == ("logits", "probabilities", "uncertainty")
-    logits, probabilities, uncertainty = prediction
+    assert prediction._fields == ("logits", "probabilities", "uncertainty", "risk")
+    logits, probabilities, uncertainty, risk = prediction
+    assert risk.shape == (7,)
+    assert ((risk > 0) & (risk < 1)).all()
     assert logits.shape == probabilities.shape == (7, CLASSES)
     assert uncertainty.shape == (7,)
     assert uncertainty.dtype == torch.float32
@@ -75,12 +90,11 @@ def test_gives_a_named_tuple_and_leaves_the_network_alone(fitted):
 def test_explains_what_a_call_gives(fitted, tmp_path):
     x = images(50, 9)
     x[25:] += 0.3 * torch.randn(x[25:].shape, generator=torch.Generator().manual_seed(1))
-    prediction, evidence = fitted.explain(x)
+    prediction, evidence, raised = fitted.explain(x)
     for explained, called in zip(prediction, fitted(x), strict=True):
         assert torch.equal(explained, called)
-    kept = set(fitted.report().kept)
-    assert set(evidence) == set(fitted.alarms) == (kept & set(evidence)) | {"challenges"}
-    assert "logits" in evidence
+    kept = fitted.report().kept
+    assert list(evidence) == list(fitted.alarms) == list(raised) == [*kept, "challenges"]
     assert all(
         own.shape == (50,) and own.dtype == torch.float32 and (own >= 0).all() for own in evidence.values()
     )
@@ -89,23 +103,31 @@ def test_explains_what_a_call_gives(fitted, tmp_path):
     order = total.argsort()
     assert (prediction.uncertainty[order].diff() >= -1e-4).all()
     assert total[25:].mean() > 2 * total[:25].mean()
+    # Without any of its evidence the risk would be less by so much.
+    _, confidence, columns = fitted._predict(x)
+    less = columns.clone()
+    less[:, -1] = 0
+    torch.testing.assert_close(
+        raised["challenges"].double(),
+        fitted.risk_(confidence, columns) - fitted.risk_(confidence, less),
+        rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
     words = {name: BLOCKS[name].alarm for name in kept}
-    assert {name: text for name, text in fitted.alarms.items() if name != "challenges"} == {
-        name: words[name] for name in evidence if name != "challenges"
-    }
+    assert {name: text for name, text in fitted.alarms.items() if name != "challenges"} == words
     # The classifier of challenges reads every block that was kept, and says which.
-    seen = ", ".join(name.replace("_", " ") for name in fitted.report().kept)
+    seen = ", ".join(name.replace("_", " ") for name in kept)
     assert fitted.alarms["challenges"].endswith(f"trained on (seen in {seen})")
     loaded = TwoStageModel.load(fitted.save(tmp_path / "estimators.safetensors"), fitted.model)
     assert loaded.alarms == fitted.alarms
-    assert all(torch.equal(own, evidence[name]) for name, own in loaded.explain(x)[1].items())
+    assert all(torch.equal(own, evidence[name]) for name, own in loaded.explain(x).evidence.items())
     with pytest.raises(RuntimeError, match="fitted first"):
         TwoStageModel(fitted.model).explain(x)
 
 
 def test_evidence_that_cannot_be_computed_is_infinite(fitted):
-    prediction, evidence = fitted.explain(torch.full((2, 3, 8, 8), torch.nan))
+    prediction, evidence, _ = fitted.explain(torch.full((2, 3, 8, 8), torch.nan))
     assert (prediction.uncertainty == torch.inf).all()
+    assert (prediction.risk == 1).all()
     assert (evidence["logits"] == torch.inf).all()
 
 
@@ -134,7 +156,8 @@ def test_round_trip_is_bit_equal(fitted, tmp_path):
     x = images(9, 3)
     for saved, restored in zip(fitted(x), loaded(x), strict=True):
         assert torch.equal(saved, restored)
-    assert loaded.threshold(0.01) == fitted.threshold(0.01)
+    assert loaded.threshold(0.1) == fitted.threshold(0.1)
+    assert str(loaded.report()) == str(fitted.report())
     assert torch.equal(loaded.calibration_scores, fitted.calibration_scores)
     again = loaded.save(tmp_path / "again.safetensors")
     assert again.read_bytes() == path.read_bytes()
@@ -181,9 +204,9 @@ def test_foreign_files_and_networks_are_refused(fitted, tmp_path):
 def test_blocks_by_name_and_clean_data_alone(block):
     blocks = [block, "logits", "features", "image"]
     two_stage = TwoStageModel(small_network(), blocks=blocks)
-    two_stage.fit(loader(120, labels=False), ())
-    assert set(two_stage.detector.shapes_) == set(blocks)
-    assert "labels" not in dict(two_stage.detector.module_.scores.named_children())
+    two_stage.fit(loader(120, labels=False), None)
+    assert set(two_stage.detector_.sources) == set(blocks)
+    assert two_stage(images(2)).risk is None
     prediction = two_stage(images(5))
     torch.testing.assert_close(prediction.probabilities, prediction.logits.softmax(-1))
     # One sample's result does not depend on its neighbours, beyond rounding.
@@ -208,9 +231,12 @@ def test_blocks_hold_what_they_say():
 
 def test_given_loaders_are_used():
     challenges = [(1 - x, [f"kind {i % 3}" for i in range(len(x))]) for x in images(90, 4).split(30)]
-    two_stage = TwoStageModel(small_network()).fit(loader(150), challenges, calibration_loader=loader(100, 7))
+    two_stage = TwoStageModel(small_network(), blocks=["logits", "image"])
+    two_stage.fit(loader(150), challenges, loader(100, 7))
     assert len(two_stage.calibration_scores) == 100  # all of the calibration loader
-    assert two_stage.detector.module_.scores.labels.score.bias.shape[-1] == 4
+    assert two_stage.report().exact
+    assert two_stage.detector_.scores.challenges.score.bias.shape == (4,)
+    assert two_stage.report().challenges == {f"kind kind {i}": 30 for i in range(3)}
 
 
 def test_a_bad_input_is_never_called_reliable(fitted):
@@ -223,7 +249,7 @@ def test_a_bad_input_is_never_called_reliable(fitted):
 
 
 def test_a_block_that_fails_makes_its_batch_unreliable_and_says_so(monkeypatch):
-    two_stage = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), ())
+    two_stage = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), None)
     x = images(5)
     assert torch.isfinite(two_stage(x).uncertainty).all()
 
@@ -239,7 +265,7 @@ def test_a_block_that_fails_makes_its_batch_unreliable_and_says_so(monkeypatch):
     torch.testing.assert_close(prediction.logits, two_stage.model.eval()(x).detach())
     # While it is fitted, a failure is an error.
     with pytest.raises(RuntimeError, match="out of luck"):
-        TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), ())
+        TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(120), None)
 
 
 def test_copies_and_pickles_score_alike(fitted):
@@ -247,7 +273,7 @@ def test_copies_and_pickles_score_alike(fitted):
     for twin in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):
         assert twin.model is not fitted.model
         assert torch.equal(twin(x).uncertainty, fitted(x).uncertainty)
-        assert twin.extraction.model is twin.model
+        assert twin.extraction_.model is twin.model
 
 
 def test_threads_share_one_module(fitted):
@@ -270,28 +296,24 @@ def test_threads_share_one_module(fitted):
 def test_what_the_classifier_was_not_trained_on_calibrates_it():
     """Labels that say nothing: trained on by heart, right about one time in four on others, and saying so."""
     generator = torch.Generator().manual_seed(0)
-    network = small_network()
 
     def labelled(count, seed):
         labels = torch.randint(0, CLASSES, (count,), generator=generator)
         return list(zip(images(count, seed).split(50), labels.split(50), strict=True))
 
-    def classifier():
-        return IntrospectiveClassifier(
-            hidden=(64,), activation="relu", max_epochs=60, patience=60, learning_rate=1e-2
-        )
-
-    train, calibration = labelled(300, 1), labelled(200, 2)
-    for others in (calibration, None):
-        model = TwoStageModel(network, classifier=classifier(), blocks=["logits"])
-        model.fit(train, (), calibration_loader=others)
-        assert model.classifier.temperature_ > 1.5
+    classifier = IntrospectiveClassifier(
+        hidden=(64,), activation="relu", max_epochs=60, patience=60, learning_rate=1e-2
+    )
+    for others in (labelled(200, 2), None):
+        model = TwoStageModel(small_network(), classifier=classifier, blocks=["logits"])
+        model.fit(labelled(300, 1), None, others)
         sure = torch.cat([model(x).probabilities.amax(1) for x, _ in labelled(200, 3)]).mean()
         # An honest answer is one in four; without a temperature it is far more certain.
         assert sure < 0.55
-    # What comes from an iterator is gone once the detector has been calibrated on it: a part of the rest serves.
-    model.fit(train, (), calibration_loader=iter(calibration))
-    assert model.classifier.temperature_ > 1.5
+        # Three of four answers are wrong.
+        assert 0.6 < float(model(images(50, 4)).risk.mean()) < 0.9
+    # What the user passed is as it was.
+    assert not hasattr(classifier, "network_")
 
 
 def test_bad_arguments_are_named(fitted):
@@ -304,12 +326,8 @@ def test_bad_arguments_are_named(fitted):
         TwoStageModel(network, classifier=UncertaintyDetector())
     with pytest.raises(RuntimeError, match="must be fitted first"):
         TwoStageModel(network)(images(2))
-    with pytest.raises(ValueError, match="train_loader must hold at least one batch"):
-        TwoStageModel(network).fit([])
-    with pytest.raises(TypeError, match="train_loader must give tensors"):
-        TwoStageModel(network).fit(["x"])
-    with pytest.raises(ValueError, match="it gave no labels"):
-        TwoStageModel(network, classifier=IntrospectiveClassifier()).fit(loader(60, labels=False), ())
+    with pytest.raises(ValueError, match="seed must be an integer"):
+        TwoStageModel(network, seed=-1)
 
 
 def test_bad_budgets_and_blocks_are_named():
@@ -330,51 +348,143 @@ def test_bad_budgets_and_blocks_are_named():
         TwoStageModel(network, blocks=[3])
     headless = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ValueError, match=r"can be had here, .*'logits'.*; 'features': .*linear layer"):
-        TwoStageModel(headless, blocks=["logits", "features"]).fit(loader(60), ())
+        TwoStageModel(headless, blocks=["logits", "features"]).fit(loader(60), None)
     with pytest.raises(RuntimeError, match="a report needs a fit"):
         TwoStageModel(network).report()
 
 
-def test_the_report_says_price_worth_and_what_is_kept(fitted):
+def test_the_report_says_price_samples_and_promises(fitted):
     report = fitted.report()
-    entries = {entry.block: entry for entry in report.entries}
-    assert set(entries) == set(BLOCKS)
-    assert report.kept == list(fitted.detector.shapes_)
-    assert "logits" in report.kept
-    for name in ("gradients", "ranked", "view"):
-        assert not entries[name].kept
-        assert entries[name].why == "beyond the budget"
-        assert entries[name].predicted > 0.2
-    for name in ("activations", "image"):
-        assert entries[name].predicted <= 0.2
-        assert entries[name].measured is not None
-        assert entries[name].worth is not None
-    assert 0.5 < report.auroc <= 1
+    assert report.kept == ["logits", "activations", "image", "roughness", "view"]
+    assert report.price.limit == math.inf
+    assert report.price.measured > 1
+    assert (report.drawn, report.seen, report.calibrating, report.exact) == (200, 200, 200, False)
+    assert sum(report.challenges.values()) == 600
+    assert report.passes < 14
     text = str(report)
-    assert all(name in text for name in BLOCKS)
-    assert "budget 1.2" in text
+    for words in (
+        "logits, activations",
+        "forward passes predicted",
+        "200 of 200",
+        "from 0.005 on",
+        "of their challenges",
+    ):
+        assert words in text
+
+
+def test_gains_are_measured_on_demand(tmp_path):
+    two_stage = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(80))
+    report = two_stage.report(gains=True)
+    assert set(report.gains) == {"logits", "image"}
+    assert all(-1 < gain.auroc < 1 and 0 < gain.interval < 0.5 for gain in report.gains.values())
+    # The network is random and challenges are pictures: what is seen of them is worth more.
+    assert report.gains["image"].auroc > report.gains["logits"].auroc
+    assert "gain in AUROC" in str(report)
+    loaded = TwoStageModel.load(two_stage.save(tmp_path / "model.safetensors"), two_stage.model)
+    assert loaded.report().gains == report.gains
+    plain = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(80), None)
+    with pytest.raises(ValueError, match="at least two blocks and two families"):
+        plain.report(gains=True)
+
+
+def test_a_limit_binds():
+    with pytest.warns(RuntimeWarning, match="the budget must be at least"):
+        two_stage = TwoStageModel(small_network(), budget=1.0).fit(loader(60), None)
+    assert two_stage.report().kept == ["logits"]
+    assert [name for name, _ in two_stage.report().price.dropped][-3:] == [
+        "roughness",
+        "image",
+        "activations",
+    ]
 
 
 def test_asked_for_blocks_are_kept_whatever_they_cost():
     two_stage = TwoStageModel(small_network(), blocks=["logits", View(mirror=True), BiasGradients(depth=0.5)])
-    two_stage.fit(loader(120, labels=False), ())
-    assert list(two_stage.detector.shapes_) == ["logits", "bias_gradients", "view"]
-    assert two_stage.report().kept == ["logits", "view", "bias_gradients"]
+    two_stage.fit(loader(120, labels=False), None)
+    assert two_stage.detector_.sources == two_stage.report().kept == ["logits", "view", "bias_gradients"]
     assert torch.isfinite(two_stage(images(5)).uncertainty).all()
+
+
+def test_one_seed_decides_all(tmp_path):
+    def file(name, **options):
+        two_stage = TwoStageModel(small_network(), blocks=["logits", "image"], **options).fit(loader(60))
+        return two_stage.save(tmp_path / name).read_bytes()
+
+    assert file("one") == file("two") != file("three", seed=1)
+
+
+def test_what_the_user_passed_is_honoured_and_not_changed():
+    detector = UncertaintyDetector(
+        log=False, weight=2.0, cap=9.0, folds=3, calibration_fraction=0.5, false_alarm_rate=0.1
+    )
+    before = detector.get_params()
+    two_stage = TwoStageModel(small_network(), detector=detector, blocks=["logits", "image"]).fit(loader(80))
+    assert detector.get_params() == before
+    assert not hasattr(detector, "module_")
+    module = two_stage.detector_
+    assert module.options["cap"] == 9
+    assert module.scores.challenges.options["weight"] == 2
+    assert len(two_stage.calibration_scores) == 40
+    # What is held out has no challenges.
+    assert sum(two_stage.report().challenges.values()) == 120
+    assert two_stage.threshold() == pytest.approx(-math.log(0.1))
+
+
+class Brightness(Block):
+    """A block of the user's."""
+
+    name = "brightness"
+    shapes = "(B, 3)"
+
+    def values(self, found):
+        return found.image().mean((2, 3))
+
+    @classmethod
+    def scores(cls, blocks, settings):
+        yield wide_mahalanobis(cls.name, blocks)
+
+
+def test_a_block_of_the_users_goes_from_fit_to_file(tmp_path):
+    two_stage = TwoStageModel(small_network(), blocks=["logits", Brightness()]).fit(loader(120))
+    assert two_stage.detector_.sources == ["logits", "brightness", "challenges"]
+    x = images(20, 9)
+    assert (
+        two_stage.explain(x + 1).evidence["brightness"].mean()
+        > 4 * two_stage.explain(x).evidence["brightness"].mean()
+    )
+    with pytest.raises(ValueError, match=r"use fastgrad\.blocks\.register_block; 'brightness' is not"):
+        two_stage.save(tmp_path / "model.safetensors")
+    register_block(Brightness)
+    try:
+        loaded = TwoStageModel.load(two_stage.save(tmp_path / "model.safetensors"), two_stage.model)
+        assert torch.equal(loaded(x).risk, two_stage(x).risk)
+        named = TwoStageModel(small_network(), blocks=["brightness"]).fit(loader(60), None)
+        assert named.report().kept == ["brightness"]
+    finally:
+        del BLOCKS["brightness"]
+    with pytest.raises(ValueError, match=r"must be registered \(register_block\); unknown: \['brightness'\]"):
+        TwoStageModel.load(tmp_path / "model.safetensors", two_stage.model)
+    pytest.importorskip("onnxruntime")
+    file = fastgrad.export(two_stage, x, tmp_path / "model.onnx", evidence=True, tolerance=1e-4)
+    package = ModelPackage(file)
+    assert package.description.risk
+    assert list(package.description.evidence) == ["logits", "brightness", "challenges"]
+    torch.testing.assert_close(package(x).risk, two_stage(x).risk, rtol=1e-4, atol=1e-4)
 
 
 def test_labels_calibrate_the_probabilities():
     network = small_network()
-    two_stage = TwoStageModel(network, blocks=["logits"]).fit(loader(400), ())
-    logits, probabilities, _ = two_stage(images(50, 3))
+    two_stage = TwoStageModel(network, blocks=["logits"]).fit(loader(400), None)
+    logits, probabilities, _, risk = two_stage(images(50, 3))
     labels = torch.arange(50) % CLASSES
 
     def loss(p):
         return float(-p[torch.arange(50), labels].log().mean())
 
-    # The labels are those of nobody's images: probabilities learn to say so.
+    # The labels are those of nobody's images: probabilities and risk learn to say so.
     assert loss(probabilities) < loss(logits.softmax(-1))
     assert torch.equal(probabilities.argmax(1), logits.argmax(1))
+    assert 0.6 < float(risk.mean()) < 0.9
 
 
 def test_the_last_layer_is_found():
@@ -411,8 +521,8 @@ def test_hugging_face_and_timm_classifiers_need_no_adapter():
     mixer = timm.create_model("resnet10t", num_classes=CLASSES)
     for network, head, size in ((vit, "classifier", 8), (mixer, "fc", 32)):
         data = [nn.functional.interpolate(x, size=(size, size)) for x in loader(60, labels=False)]
-        two_stage = TwoStageModel(network, blocks=ALL).fit(data, ())
-        assert two_stage.extraction.known.head == head
+        two_stage = TwoStageModel(network, blocks=ALL).fit(data, None)
+        assert two_stage.extraction_.known.head == head
         assert torch.isfinite(two_stage(data[0]).uncertainty).all()
 
 
@@ -427,8 +537,8 @@ def test_text_classifier_takes_a_mapping():
     network = transformers.BertForSequenceClassification(config)
     tokens = torch.randint(0, 20, (60, 6), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in tokens.split(20)]
-    two_stage = TwoStageModel(network, budget=4).fit(data, ())
-    assert {"logits", "features", "activations", "bias_gradients"} <= set(two_stage.report().kept)
+    two_stage = TwoStageModel(network, budget=math.inf).fit(data, None)
+    assert two_stage.report().kept == ["logits", "activations"]
     assert two_stage(data[0]).uncertainty.shape == (20,)
     with pytest.raises(ValueError, match="challenges can be generated from images"):
         TwoStageModel(network).fit(data)

@@ -26,14 +26,13 @@ def fitted() -> UncertaintyDetector:
 
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "dimensions": (lambda: UncertaintyDetector(dimensions=-1).fit(ROWS), ValueError, "dimensions .* -1"),
-    "neighbours": (lambda: UncertaintyDetector(neighbours=0).fit(ROWS), ValueError, "neighbours .* 0"),
     "norms": (lambda: UncertaintyDetector().fit({"gradients": -ROWS}), ValueError, r"X\['gradients'\] must hold"),
     "no rows": (lambda: UncertaintyDetector().fit(np.ones((0, 2, 3))), ValueError, "X must not be empty"),
     "labels": (lambda: UncertaintyDetector().fit(ROWS, np.full(60, np.nan)), ValueError, "y must be finite"),
     "not fitted": (lambda: UncertaintyDetector().decision_function(ROWS), NotFittedError, "not fitted yet"),
     "other blocks": (lambda: fitted().decision_function({"logits": ROWS}), ValueError, "blocks and shapes of fit"),
     "label count": (lambda: fitted().score(ROWS, [0, 1]), ValueError, "y must have one label per row"),
-    "few": (lambda: TwoStageModel(NET).fit([IMAGES[:3]], ()), ValueError, "at least"),
+    "few": (lambda: TwoStageModel(NET).fit([IMAGES[:3]], None), ValueError, "at least"),
     "unknown file": (lambda: TwoStageModel.load("no/such.safetensors", NET), FileNotFoundError, "no/such"),
 }  # fmt: skip
 

@@ -46,4 +46,4 @@ def two_stage_model(form: str) -> nn.Module:
         nn.functional.cross_entropy(net(x), labels).backward()
         optimizer.step()
     # In training mode, as it comes from a training loop: a fitted module is exported as it is.
-    return TwoStageModel(net, blocks=FORMS[form]).fit([(shapes(400, 1)[0],)], ())
+    return TwoStageModel(net, blocks=FORMS[form]).fit([(shapes(400, 1)[0],)], None)

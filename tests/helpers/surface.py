@@ -22,7 +22,8 @@ RECORD = Path(__file__).parents[1] / "data" / "public.json"
 MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad": None,
     "fastgrad.blocks": None,
-    "fastgrad.detector.budget": ("Entry", "Report"),
+    "fastgrad.detector.report": ("Gain", "Report"),
+    "fastgrad.detector.price": ("PriceReport",),
     "fastgrad.challenges": None,
     "fastgrad.checks": ("MissingExtraError",),
     "fastgrad.deploy.drift": None,
@@ -42,7 +43,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     ),
     "fastgrad.metrics": None,
     "fastgrad.plots": None,
-    "fastgrad.detector.model": ("Prediction",),
+    "fastgrad.detector.model": ("Explanation", "Prediction"),
 }  # fmt: skip
 
 

@@ -115,31 +115,6 @@ def test_calibration_on_new_samples():
         classifier.calibrate(R, np.full(2000, "z"))
 
 
-class Loader:
-    def __init__(self, seed, pairs):
-        features, logits, labels = (torch.tensor(part) for part in problem(600, seed))
-        features, logits = features.float(), logits.float()
-        rows = fastgrad.contrast_rows(features, logits)
-        inputs = [
-            (features[i : i + 64], logits[i : i + 64]) if pairs else rows[i : i + 64]
-            for i in range(0, 600, 64)
-        ]
-        self.batches = list(zip(inputs, labels.split(64), strict=True))
-
-    def __iter__(self):
-        return iter(self.batches)
-
-
-@pytest.mark.parametrize("pairs", [True, False])
-def test_loader(pairs, capsys):
-    classifier = IntrospectiveClassifier(hidden=(32,), max_epochs=20, verbose=True)
-    classifier.fit_loader(Loader(0, pairs), Loader(1, pairs))
-    features, logits, labels = problem(300, 2)
-    assert classifier.score({"features": features, "logits": logits}, labels) > 0.9
-    assert "introspective network" in capsys.readouterr().err
-    assert classifier.classes_.tolist() == [0, 1, 2, 3]
-
-
 def test_row_moments_need_no_rows():
     features, logits, _ = (torch.tensor(part) for part in problem(100, 0))
     moments = RowMoments()
@@ -185,13 +160,7 @@ def test_bad_parameters_are_named(name, value):
         IntrospectiveClassifier(**{name: value}).fit(FEATURES, LABELS)
 
 
-def test_bad_loaders_are_named():
-    with pytest.raises(TypeError, match="loader must be iterable once per epoch"):
-        IntrospectiveClassifier().fit_loader(iter(Loader(0, True)))
-    with pytest.raises(ValueError, match="at least one batch"):
-        IntrospectiveClassifier().fit_loader([])
-    with pytest.raises(TypeError, match="labels must be an integer tensor"):
-        IntrospectiveClassifier().fit_loader([(torch.zeros(3, 4), torch.zeros(3))])
+def test_other_shapes_than_in_fit_are_refused():
     fitted = IntrospectiveClassifier(max_epochs=1).fit({"features": FEATURES, "logits": LOGITS}, LABELS)
     with pytest.raises(ValueError, match="shape of fit"):
         fitted.predict({"features": FEATURES[:, :3], "logits": LOGITS})

@@ -114,19 +114,20 @@ def test_threshold_saves_on_digits_that_it_was_not_chosen_on() -> None:
         torch.nn.functional.cross_entropy(net(train.images[pick]), train.labels[pick]).backward()
         optimizer.step()
     net.eval()
-    model = fastgrad.TwoStageModel(net, blocks=["logits", "features"]).fit([train.images[800:]], ())
+    clean = [(train.images[800:], train.labels[800:])]
+    model = fastgrad.TwoStageModel(net, blocks=["logits", "activations"]).fit(clean)
     count = len(test.images)
     noise = (torch.rand(count, 1, 1, 1) - 0.5).clamp_min(0) * torch.randn(test.images.shape)
     images = test.images + noise
-    uncertainty = torch.cat([model(part).uncertainty for part in images.split(250)])
+    risk = torch.cat([model(part).risk for part in images.split(250)])
     wrong = logits_in_batches(net, images).argmax(1) != test.labels
     assert 0.03 < wrong.float().mean() < 0.6
     chosen, new = slice(0, count // 2), slice(count // 2, count)
     for error, review in ((10.0, 1.0), (3.0, 1.0)):
         threshold = fastgrad.threshold_for(
-            uncertainty[chosen], wrong[chosen], cost_of_error=error, cost_of_review=review
+            risk[chosen], wrong[chosen], cost_of_error=error, cost_of_review=review
         )
-        reviewed = uncertainty[new] > threshold
+        reviewed = risk[new] > threshold
         cost = float((error * (wrong[new] & ~reviewed) + review * reviewed).mean())
         assert cost < 0.9 * min(review, error * float(wrong[new].float().mean()))
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fastgrad.scores.conformal import COMBINATIONS, STEEPEST, OneSided, TwoSided, UpperTail, meanings
+from fastgrad.scores.conformal import STEEPEST, OneSided, TwoSided, UpperTail, p_value_map, weighted
 
 RATES = (0.01, 0.05, 0.1, 0.2)
 
@@ -157,23 +157,29 @@ def test_constant_calibration_scores_stay_usable():
     assert log_p[2] < log_p[1]
 
 
-@pytest.mark.parametrize("name", sorted(COMBINATIONS))
-def test_combinations_grow_with_every_part_and_stop_at_the_cap(name):
-    combine = COMBINATIONS[name]
-    weights = [1.0, 2.0]
-    base = combine(torch.tensor([[-1.0, -1.0]]), 20.0, weights)
-    assert (combine(torch.tensor([[-2.0, -1.0]]), 20.0, weights) > base).all()
-    assert (combine(torch.tensor([[-1.0, -2.0]]), 20.0, weights) > base).all()
-    assert torch.equal(
-        combine(torch.tensor([[-99.0, -1.0]]), 20.0, weights),
-        combine(torch.tensor([[-20.0, -1.0]]), 20.0, weights),
-    )
+def test_evidence_grows_with_every_part_and_stops_at_the_cap():
+    def total(*log_p):
+        return float(weighted(torch.tensor([log_p]), 20.0, [1.0, 2.0]).sum())
+
+    assert total(-1.0, -1.0) == 3
+    assert total(-2.0, -1.0) == 4
+    assert total(-1.0, -2.0) == 5
+    assert total(-99.0, -1.0) == total(-20.0, -1.0) == 22
 
 
-def test_harmonic_is_the_weighted_harmonic_mean():
-    p = torch.tensor([[0.1, 0.5]], dtype=torch.float64)
-    value = COMBINATIONS["harmonic"](p.log(), 20.0, [1.0, 3.0])
-    assert float(value) == pytest.approx(np.log((1 / 0.1 + 3 / 0.5) / 4), rel=1e-12)
+@pytest.mark.parametrize("count", [20, 50, 1000])
+def test_counted_p_values_are_ranks_down_to_the_highest_score(count):
+    scores = torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    ordered = scores.sort(descending=True).values
+    tail = OneSided.fit(scores, counted=True)
+    ranks = torch.arange(1, count + 1)
+    found = tail(ordered).exp() * (count + 1)
+    # Every rank counts at the top; below, ranks between two counted ones are interpolated. Where scores lie close
+    # together p is raised.
+    assert 1 - 1e-9 <= found[0] < 2.5
+    assert ((found - ranks) > -0.15 * ranks - 1e-9).all()
+    assert (found.diff() > 0).all()
+    assert tail(ordered[:1] + 1).exp() * (count + 1) < found[0]
 
 
 def test_nan_scores_stay_nan():
@@ -198,7 +204,7 @@ def test_several_scores_together_mean_what_each_means(kinds: str) -> None:
         )  # tables of unequal lengths
         each.append(OneSided.fit(calibration) if kind == "o" else TwoSided.fit(calibration))
     scores = torch.tensor(rng.normal(size=(len(kinds), 500)) * 3 * 10.0 ** np.arange(len(kinds))[:, None])
-    found = meanings(each, scores)
+    found = p_value_map(each, scores)
     for meaning, row, values in zip(each, found, scores.numpy(), strict=True):
         expected = by_definition(meaning.upper, values)
         if isinstance(meaning, TwoSided):

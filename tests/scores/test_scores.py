@@ -2,10 +2,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.mixture import GaussianMixture as SklearnMixture
-from sklearn.neighbors import NearestNeighbors as SklearnNeighbours
 
-from fastgrad.detector.supervised import fit_perceptrons, views
-from fastgrad.scores import Energy, GaussianMixture, NearestNeighbours
+from fastgrad.scores import Energy, GaussianMixture
 from fastgrad.scores.rows import SMALLEST, Rows, order_by_rank
 
 RNG = np.random.default_rng(0)
@@ -17,14 +15,6 @@ def test_mixture_scores_as_scikit_learn_does():
     theirs = SklearnMixture(3, reg_covar=1e-3, random_state=0, max_iter=200).fit(rows)
     # The same sums in another order: some hundred float64 roundings.
     np.testing.assert_allclose(ours, -theirs.score_samples(new), rtol=1e-12, atol=1e-12)
-
-
-def test_neighbours_agree_with_scikit_learn():
-    rows, new = RNG.normal(size=(200, 6)), RNG.normal(size=(30, 6))
-    ours = NearestNeighbours.fit(rows, 7)(torch.tensor(new)).numpy()
-    theirs = SklearnNeighbours(n_neighbors=7).fit(rows).kneighbors(new)[0][:, -1]
-    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
-    assert NearestNeighbours.fit(rows[:3], 7)(torch.tensor(new)).shape == (30,)
 
 
 def test_energy():
@@ -77,50 +67,7 @@ def test_clipped_rows_stop_at_the_limit_and_infinity_is_no_value():
     assert torch.isnan(found[1:, 0]).all()
 
 
-def test_a_small_bank_of_neighbours_is_a_part_of_the_whole():
-    rows, new = RNG.normal(size=(500, 8)), torch.tensor(RNG.normal(size=(40, 8)))
-    whole, small = NearestNeighbours.fit(rows, 5), NearestNeighbours.fit(rows, 5, most=100 * 8 * 4)
-    assert small.bank.shape == (100, 8)
-    assert small.bank.dtype == torch.float32
-    assert NearestNeighbours.fit(rows, 5, most=1).bank.shape == (5, 8)
-    assert (small(new) >= whole(new) - 1e-5).all()
-    assert whole.bank.dtype == torch.float64
-    every = NearestNeighbours.fit(rows, 5, most=500 * 8 * 4)
-    assert every.bank.shape == (500, 8)
-    # Squared lengths near 8 in float32, under a root of about 1.
-    np.testing.assert_allclose(every(new), whole(new), atol=1e-5)
-
-
 def test_constant_columns_are_harmless():
     values = np.ones((30, 3))
     rows = Rows.fit({"features": values}, "features", dimensions=2)
     assert torch.isfinite(rows({"features": torch.tensor(values)})).all()
-
-
-@pytest.mark.parametrize(("hidden", "kinds"), [(None, 2), (None, 3), (8, 2), (8, 4)])
-def test_perceptrons_separate_what_is_separable(hidden, kinds):
-    codes = RNG.integers(0, kinds, 400)
-    rows = RNG.normal(size=(400, 3)) + 4 * codes[:, None]
-    network = fit_perceptrons(rows, codes, hidden=hidden, sees=views([3], 2), seed=0)
-    scores = network(torch.tensor(rows)).numpy()
-    assert scores.shape == (400,)
-    assert np.median(scores[codes > 0]) > np.quantile(scores[codes == 0], 0.95)
-
-
-def test_a_network_with_dropout_reads_every_input():
-    """Some inputs separate perfectly, others well: without dropout the latter are hardly read."""
-    rng = np.random.default_rng(0)
-    kinds = np.repeat([0, 1], 400)
-    rows = rng.normal(size=(800, 8))
-    rows[:, 0] += 8 * kinds
-    rows[:, 1:] += kinds[:, None]
-    new = rng.normal(size=(800, 8))
-    new[400:, 1:] += 1
-    aurocs = []
-    for dropout in (0.0, 0.5):
-        h = fit_perceptrons(rows, kinds, hidden=16, sees=views([8], 2), seed=0, dropout=dropout)
-        scores = h(torch.tensor(new)).numpy()
-        aurocs.append((scores[400:, None] > scores[:400]).mean())
-    assert aurocs[1] > aurocs[0] + 0.02
-    again = fit_perceptrons(rows, kinds, hidden=16, sees=views([8], 2), seed=0, dropout=0.5)
-    assert torch.equal(again(torch.tensor(new)), torch.tensor(scores))

@@ -65,8 +65,11 @@ def describe(
         raise ValueError(f"std must be positive; it was {list(std)!r}")
 
     outputs = two_stage(example_input[:1])
-    if not isinstance(outputs, tuple) or len(outputs) != 3 or outputs[0].ndim != 2 or outputs[2].ndim != 1:
-        raise ValueError("two_stage must return (logits (B, N), probabilities (B, N), uncertainty (B,))")
+    given = [value for value in outputs if value is not None] if isinstance(outputs, tuple) else []
+    if [value.ndim for value in given] not in ([2, 2, 1], [2, 2, 1, 1]):
+        raise ValueError(
+            "two_stage must return (logits (B, N), probabilities (B, N), uncertainty (B,)), and risk (B,) if it has one"
+        )
     if evidence and not hasattr(two_stage, "explain"):
         raise ValueError(
             "evidence must be False for a module that cannot explain its answers as a TwoStageModel does; "
@@ -106,6 +109,7 @@ def describe(
         thresholds=thresholds,
         histogram=histogram,
         reference=reference,
+        risk=len(given) == 4,
         evidence=dict(two_stage.alarms) if evidence else None,  # type: ignore[arg-type]
         versions={
             "fastgrad": own,
@@ -133,7 +137,9 @@ def _scores(two_stage: nn.Module, scores: Any) -> np.ndarray[Any, Any] | None:
 def _thresholds(
     two_stage: nn.Module, scores: np.ndarray[Any, Any] | None, rate: float
 ) -> tuple[float | None, list[tuple[float, float]]]:
-    rates = sorted({*RATES, rate})
+    # Rates that the calibration cannot promise are left out; the one that was asked for warns.
+    least = 0.0 if scores is None else 1 / (len(scores) + 1)
+    rates = sorted({*(value for value in RATES if value >= least), rate})
     own = getattr(two_stage, "threshold", None)
     if callable(own):
         pairs = [(value, float(own(value))) for value in rates]

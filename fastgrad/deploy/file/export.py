@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import _torch
-from fastgrad.deploy.file import onnx_export
+from fastgrad.deploy.file import onnx_export, onnx_file
 from fastgrad.deploy.file.atomic import replace_atomically
 from fastgrad.deploy.file.describe import describe
 from fastgrad.deploy.file.description import description_text
@@ -57,7 +57,8 @@ def export(
 
     The path's suffix says which: ``.pt2`` is native code for PyTorch, ``.onnx`` is for ONNX Runtime, NVIDIA's Triton
     Inference Server and others (`fastgrad.deploy.file.onnx_file` says how to read it). The graph takes a batch of
-    any size from 1 to ``max_batch`` and returns logits, probabilities and uncertainty, equal to those of the live
+    any size from 1 to ``max_batch`` and returns logits, probabilities, uncertainty and, if it was fitted with labels,
+    risk, equal to those of the live
     module for contiguous inputs up to float32 rounding: measured on trained networks, 4e-6 for logits and 2e-5 for
     the uncertainty, which is -log p. To an untrained network all images are nearly the same, and the detector
     magnifies rounding with what little they differ in.
@@ -69,7 +70,8 @@ def export(
 
     Args:
         two_stage: a fitted `TwoStageModel` (whole network or last layer only), or any module in evaluation
-            mode that returns ``(logits (B, N), probabilities (B, N), uncertainty (B,))``.
+            mode that returns ``(logits (B, N), probabilities (B, N), uncertainty (B,))`` and, if it has one, ``risk
+            (B,)``.
         example_input: ``(B, ...)``, at least one input. To a ``.pt2`` only its shape, dtype and device matter; an
             ``.onnx`` is checked on it, so real inputs serve best.
         path: where to write, ending in ``.pt2`` or ``.onnx``. The file appears whole or not at all.
@@ -85,7 +87,7 @@ def export(
         one_by_one: whether the file works through a batch one input after another, which on a CPU is faster
             for whole-network gradients of large inputs; None chooses. ONNX files never do.
         tolerance: largest difference of an ONNX file's outputs from the live module's, relative to their size or 1.
-        evidence: whether the file's graph also returns a fourth, ``evidence`` ``(B, E)``: which of the E parts of the
+        evidence: whether the file's graph also returns ``evidence`` ``(B, E)``: which of the E parts of the
             detector raised an alarm (`TwoStageModel.explain`). The server then says so.
 
     Returns:
@@ -104,10 +106,10 @@ def export(
     )
 
     def answers(x: Tensor) -> tuple[Tensor, ...]:
-        if not evidence:
-            return tuple(two_stage(x))
-        prediction, parts = two_stage.explain(x)  # type: ignore[operator]
-        return *prediction, torch.stack(list(parts.values()), -1)
+        prediction, parts = two_stage.explain(x)[:2] if evidence else (two_stage(x), None)  # type: ignore[operator]
+        # Without labels there is no risk.
+        given = tuple(value for value in prediction if value is not None)
+        return given if parts is None else (*given, torch.stack(list(parts.values()), -1))
 
     if target.suffix == ".onnx":
         if one_by_one:
@@ -121,6 +123,7 @@ def export(
                 example_input,
                 file,
                 description_text(description),
+                (*onnx_file.OUTPUTS, *[onnx_file.RISK] * description.risk, *[onnx_file.EVIDENCE] * evidence),
                 max_batch=max_batch,
                 tolerance=tolerance,
             ),

@@ -1,16 +1,18 @@
 """What an ONNX file of this package holds, and how it is run.
 
-It takes ``input`` ``(batch, ...)`` and gives ``logits``, ``probabilities`` and ``uncertainty``. What travels with it is
+It takes ``input`` ``(batch, ...)`` and gives ``logits``, ``probabilities``, ``uncertainty``, where it was fitted with
+labels ``risk``, and where it was asked for ``evidence``. What travels with it is
 one JSON text under the key ``fastgrad`` of the file's ``metadata_props``, so neither PyTorch nor this package is needed
 to run it::
 
     import json, onnxruntime
     session = onnxruntime.InferenceSession("model.onnx")
     description = json.loads(session.get_modelmeta().custom_metadata_map["fastgrad"])
-    logits, probabilities, uncertainty = session.run(None, {"input": x})    # a numpy array, normalized
+    found = session.run(None, {"input": x})    # a numpy array, normalized
+    answer = dict(zip((output.name for output in session.get_outputs()), found))
 
-A file exported with ``evidence=True`` gives a fourth, ``evidence``, whose columns the description names. The last entry
-of ``metadata_props``, ``fastgrad.sha256``, is the sum of all bytes before it: ONNX has none of its own, and a weight of
+The columns of ``evidence`` are named in the description, which also says whether there is a ``risk``. The last entry of
+ ``metadata_props``, ``fastgrad.sha256``, is the sum of all bytes before it: ONNX has none of its own, and a weight of
 which one bit is another would answer like any. Whoever changes a file on purpose removes that entry.
 """
 
@@ -28,8 +30,8 @@ from fastgrad.checks import extra
 
 INPUT = "input"
 OUTPUTS = ("logits", "probabilities", "uncertainty")
-#: And of files that give the evidence.
-EXPLAINED = (*OUTPUTS, "evidence")
+#: And what a file may give beside them, in this order.
+RISK, EVIDENCE = "risk", "evidence"
 KEY = "fastgrad"
 #: Of the entry with the SHA-256, in hexadecimal digits.
 SUM = "fastgrad.sha256"

@@ -209,11 +209,11 @@ def test_a_layer_whose_gradients_have_no_form_for_every_batch_size_is_named() ->
 
     torch.manual_seed(0)
     net = nn.Sequential(Padded(3, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(384, 4)).eval()
-    live = TwoStageModel(net, blocks=["logits", "gradients"]).fit([(shapes(200, 1)[0],)], ())
+    live = TwoStageModel(net, blocks=["logits", "gradients"]).fit([(shapes(200, 1)[0],)], None)
     with pytest.raises(RuntimeError, match=r"layer '.*0' \(Padded\) .*dynamic batch.* one_by_one=True"):
-        trace(lambda x: tuple(live(x)), X, one_by_one=False)
+        trace(lambda x: live(x)[:3], X, one_by_one=False)
     x = shapes(5, 2)[0]
-    assert_equal(trace(lambda x: tuple(live(x)), X, one_by_one=True).module()(x), live(x))
+    assert_equal(trace(lambda x: live(x)[:3], X, one_by_one=True).module()(x), live(x)[:3])
 
 
 def assert_equal(ours: tuple, theirs: tuple) -> None:

@@ -1,0 +1,291 @@
+"""From scores to one calibrated uncertainty: p-values by folds, their weighted sum, and what the sum means.
+
+Two forms say what the sum means.
+
+*Split*: clean inputs on which nothing was fitted and nothing chosen. Of n of them and a new clean input, all
+exchangeable, the new one's p-value is below a with probability a at every multiple of ``1 / (n + 1)`` (split conformal
+prediction: Papadopoulos et al., 2002; Vovk, Gammerman and Shafer, 2005). This is exact, whatever the scores.
+
+*Folds and refit*, where there are too few inputs to hold any out: each clean input is scored by what was fitted without
+its fold, new inputs by what was fitted on all. For stable scores its error vanishes as n grows (Steinberger and Leeb,
+"Conditional predictive inference for stable algorithms", 2023); for few inputs it is conservative as a rule, because
+more inputs to fit on make a clean one look less unusual (Barber, Candes, Ramdas and Tibshirani, "Predictive inference
+with the jackknife+", 2021, compare both). There is no promise for every distribution, as there is with a split.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastgrad.blocks.block import Settings
+from fastgrad.detector.challenge_classifier import NAME, ChallengeClassifier, JointRows
+from fastgrad.detector.inputs import Array, Blocks, as_tensors, check_rate, take
+from fastgrad.scores.conformal import OneSided, TwoSided, p_value_map, weighted
+from fastgrad.scores.fitted import Fitted, Sequence
+
+
+class ScoreSpec(NamedTuple):
+    """A fitted score whose p-values are not known yet.
+
+    Attributes:
+        rows: What it reads of the blocks.
+        score: From those rows to ``(B,)``.
+        p_value: One-sided, or two-sided for a score that can be too good to be true.
+        source: The block that it reads, or the classifier of challenges.
+        weight: How much its evidence counts beside the others'.
+    """
+
+    rows: Fitted
+    score: Fitted
+    p_value: type[OneSided] | type[TwoSided]
+    source: str
+    weight: float = 1.0
+
+
+class Score(Fitted):
+    """One score: rows, score, map to p-values; options ``source`` and ``weight`` as in `ScoreSpec`."""
+
+    rows: Fitted
+    score: Fitted
+    p_value: Fitted
+
+    def raw(self, blocks: Mapping[str, Tensor]) -> Tensor:
+        """Scores ``(B,)`` before calibration."""
+        result: Tensor = self.score(self.rows(blocks))
+        return result
+
+    def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
+        """Log p-values ``(B,)``."""
+        result: Tensor = self.p_value(self.raw(blocks))
+        return result
+
+
+class DetectorModule(Fitted):
+    """Every score's p-value, the weighted sum of their logarithms, and the p-value of the sum.
+
+    Calling it with named blocks of tensors gives ``(B,)`` float64: minus the natural logarithm of the p-value that a
+    clean sample looks at least so unusual. Higher is less reliable, and the threshold at a false-alarm rate a is
+    -log(a). Where a score is NaN, because a block failed, it is infinite.
+    """
+
+    scores: Sequence
+    final: OneSided
+    calibration_scores: Tensor
+
+    def evidence(self, raw: Tensor, *, cap: float | None = None) -> Tensor:
+        """Weighted -log p ``(B, K)`` of all scores' ``raw`` values ``(K, B)``; ``cap`` is the detector's by default."""
+        log_p = p_value_map([score.p_value for score in self.scores], raw)
+        return weighted(
+            log_p.t(),
+            self.options["cap"] if cap is None else cap,
+            [score.options["weight"] for score in self.scores],
+        )
+
+    def raw(self, blocks: Mapping[str, Tensor]) -> Tensor:
+        """Every score's values before calibration, ``(K, B)``."""
+        return torch.stack([score.raw(blocks) for score in self.scores])
+
+    def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
+        """Uncertainty ``(B,)``, at least 0."""
+        return self.explain(blocks)[0]
+
+    def explain(self, blocks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Uncertainty ``(B,)``, and the evidence ``(B, S)`` of each of `sources`, whose sum it calibrates."""
+        evidence = self.evidence(self.raw(blocks))
+        return infinite_where_nan(-self.final(evidence.sum(-1))), infinite_where_nan(self.by_source(evidence))
+
+    @property
+    def sources(self) -> list[str]:
+        """The blocks that have a score, and the classifier of challenges."""
+        return list(dict.fromkeys(score.options["source"] for score in self.scores))
+
+    def by_source(self, evidence: Tensor) -> Tensor:
+        """The evidence ``(B, K)`` of scores, summed over those of one source: ``(B, S)``."""
+        each = [score.options["source"] for score in self.scores]
+        columns = evidence.unbind(-1)
+        return torch.stack(
+            [sum((c for c, s in zip(columns, each, strict=True) if s == source), start=torch.zeros_like(columns[0]))
+             for source in self.sources],
+            -1,
+        )  # fmt: skip
+
+    def classifier_blocks(self) -> list[str]:
+        """The blocks that the classifier of challenges reads; none without it."""
+        if NAME not in self.scores._modules:
+            return []
+        return [name for name, _ in self.scores.get_submodule(f"{NAME}.rows.parts").named_children()]
+
+    def threshold(self, false_alarm_rate: float) -> float:
+        """-log of the rate; warns where the calibration cannot promise so small a one."""
+        rate, n = check_rate(false_alarm_rate), len(self.calibration_scores)
+        if rate < 1 / (n + 1):
+            warnings.warn(
+                f"false_alarm_rate={rate:g} is below what {n} calibration inputs can promise, {1 / (n + 1):.2g}: the "
+                "threshold is extrapolated",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return -float(np.log(rate))
+
+
+def infinite_where_nan(values: Tensor) -> Tensor:
+    """A comparison with NaN is false, and would pass for reliable."""
+    return torch.where(values.isnan(), torch.inf, values)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `UncertaintyDetector` says to its calibration: parameters of the same names."""
+
+    settings: Settings
+    folds: int
+    weight: float
+    cap: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """Blocks of clean samples and challenges.
+
+    Attributes:
+        blocks: ``(n, ...)`` by name.
+        known: What says how each block is scored.
+        kinds: ``(n,)``: 0 for clean samples, 1 and up for kinds of challenge.
+        groups: ``(n,)``: the source that each comes from; of a challenge the clean sample that it was made of.
+        held_out: ``(n,)``: clean samples that calibrate the sum and nothing else.
+    """
+
+    blocks: dict[str, Array]
+    known: Blocks
+    kinds: NDArray[np.intp]
+    groups: NDArray[np.intp]
+    held_out: NDArray[np.bool_]
+
+
+class Calibrated(NamedTuple):
+    """A detector and what it was made of.
+
+    Attributes:
+        module: The detector.
+        evidence: ``(n, S)``, as `DetectorModule.explain` gives it, of every sample of the table by what was fitted
+            without it and its source.
+        table: What it was fitted on.
+        options: How.
+    """
+
+    module: DetectorModule
+    evidence: Tensor
+    table: Table
+    options: Options
+
+
+def fit_scores(table: Table, chosen: NDArray[np.bool_], options: Options) -> dict[str, ScoreSpec]:
+    """One score or more a block on the clean samples among the ``chosen``, and the classifier of challenges on all."""
+    clean = take(table.blocks, chosen & (table.kinds == 0))
+    specs: dict[str, ScoreSpec] = {}
+    for source in clean:
+        for name, rows, score, p_value in table.known[source].scores(clean, options.settings):
+            specs[name] = ScoreSpec(rows, score, p_value, source)
+    if (chosen & (table.kinds > 0)).any():
+        joint = JointRows.fit(clean, table.known, options.settings)
+        classifier = ChallengeClassifier.fit(joint.of(take(table.blocks, chosen)), table.kinds[chosen])
+        specs[NAME] = ScoreSpec(joint, classifier, OneSided, NAME, options.weight)
+    return specs
+
+
+def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.intp]:
+    """The fold ``(n,)`` of each sample, all of one source in one fold; -1 for those held out and their challenges.
+
+    Raises:
+        ValueError: The clean samples come from fewer than 2 sources.
+    """
+    apart = np.isin(table.groups, table.groups[table.held_out])
+    clean = np.unique(table.groups[(table.kinds == 0) & ~apart])
+    if len(clean) < 2:
+        raise ValueError(f"groups must tell at least 2 of clean samples apart; there was {len(clean)}")
+    # A fit needs two samples.
+    count = len(clean) if len(clean) - -(-len(clean) // folds) < 2 else min(folds, len(clean))
+    others = np.setdiff1d(np.unique(table.groups), clean)
+    fold = np.full(int(table.groups.max()) + 1, -1)
+    for sources in (clean, others):
+        fold[random.permutation(sources)] = np.arange(len(sources)) % count
+    return np.where(apart, -1, fold[table.groups])
+
+
+def fit_detector(table: Table, options: Options, random: np.random.RandomState) -> Calibrated:
+    """Fit scores by folds and once more on all, and calibrate their sum.
+
+    Raises:
+        ValueError: There is no score, or one is NaN for a clean sample.
+    """
+    fold = deal(table, options.folds, random)
+    fitting, clean = fold >= 0, table.kinds == 0
+    smallest = min(int((clean & fitting & (fold != number)).sum()) for number in range(fold.max() + 1))
+    options = replace(options, settings=replace(options.settings, count=smallest))
+    # Score every sample by what was fitted without its fold, and fit once more on all.
+    parts = [
+        (fold == number, fit_scores(table, fitting & (fold != number), options))
+        for number in range(fold.max() + 1)
+    ]
+    final = fit_scores(table, fitting, options)
+    names = [name for name in final if all(name in specs for _, specs in parts)]
+    if not names:
+        raise ValueError(
+            "blocks must have at least one score, or there must be challenges; there was neither"
+        )
+    raw = torch.full((len(names), len(fold)), torch.nan, dtype=torch.float64)
+    for chosen, specs in [*parts, (~fitting, final)]:
+        if chosen.any():
+            raw[:, torch.as_tensor(chosen)] = _scores(table, chosen, [specs[name] for name in names])
+    failed = {
+        name: int(values.isnan().sum())
+        for name, values in zip(names, raw[:, torch.as_tensor(clean)], strict=True)
+        if values.isnan().any()
+    }
+    if failed:
+        raise ValueError(f"clean samples must have finite scores to calibrate on; these were NaN: {failed}")
+
+    def mapped(counted: NDArray[np.bool_]) -> DetectorModule:
+        scores = {
+            name: Score(
+                rows=final[name].rows,
+                score=final[name].score,
+                p_value=final[name].p_value.fit(values),
+                source=final[name].source,
+                weight=float(final[name].weight),
+            )
+            for name, values in zip(names, raw[:, torch.as_tensor(counted)], strict=True)
+        }
+        return DetectorModule(scores=Sequence(**scores), cap=float(options.cap))
+
+    # p-values come from the clean samples of the other folds, so that none helps to call itself usual.
+    evidence = torch.empty(len(fold), len(names), dtype=torch.float64)
+    module = mapped(clean & fitting)
+    for number in range(-1, fold.max() + 1):
+        chosen = torch.as_tensor(fold == number)
+        others = module if number < 0 else mapped(clean & fitting & (fold != number))
+        evidence[chosen] = others.evidence(raw[:, chosen])
+    # What the sum means: counted on what was held out, or else on every clean sample.
+    sums = evidence.sum(-1)
+    calibrating = table.held_out if table.held_out.any() else clean & fitting
+    module.add_module("final", OneSided.fit(sums[torch.as_tensor(calibrating)], counted=True))
+    module.register_buffer("calibration_scores", -module.final(sums[torch.as_tensor(calibrating)]))
+    module.options["exact"] = bool(table.held_out.any())
+    return Calibrated(module.eval(), module.by_source(evidence), table, options)
+
+
+def _scores(table: Table, chosen: NDArray[np.bool_], specs: list[ScoreSpec]) -> Tensor:
+    """Raw scores ``(K, m)`` of the m chosen samples, a few at a time, so that a large set needs little memory."""
+    columns = []
+    for part in np.array_split(np.flatnonzero(chosen), -(-int(chosen.sum()) // 1024)):
+        blocks = as_tensors(take(table.blocks, part))
+        columns.append(torch.stack([spec.score(spec.rows(blocks)) for spec in specs]))
+    return torch.cat(columns, 1)

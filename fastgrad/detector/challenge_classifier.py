@@ -1,0 +1,82 @@
+"""The classifier of challenges: one multinomial logistic regression of clean inputs and kinds of challenge.
+
+Telling the kinds apart makes a better "clean or not" than that question alone. Clean and challenging samples weigh the
+same in all, however many there are. It is linear: its weights can be read, and the objective has one minimum, so that
+no seed decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastgrad.blocks.block import Settings
+from fastgrad.detector.constants import INVERSE_PENALTY, LIMIT, STEPS
+from fastgrad.detector.inputs import Blocks, as_tensors
+from fastgrad.detector.logistic import logistic_regression
+from fastgrad.scores import fitted
+from fastgrad.scores.fitted import Fitted
+from fastgrad.scores.rows import clipped
+
+#: The classifier among the sources of evidence.
+NAME = "challenges"
+
+
+def alarm(blocks: Sequence[str]) -> str:
+    """What an alarm of a classifier means that reads these ``blocks``, as `Block.alarm` says it of a block."""
+    seen = ", ".join(name.replace("_", " ") for name in blocks)
+    return f"resemblance to altered or foreign inputs that the detector was trained on (seen in {seen})"
+
+
+class JointRows(Fitted):
+    """Rows of several blocks side by side, ``(B, d)``."""
+
+    parts: fitted.Sequence
+
+    @classmethod
+    def fit(cls, clean: Mapping[str, NDArray[np.float64]], known: Blocks, settings: Settings) -> JointRows:
+        """Standardised on ``clean`` blocks."""
+        parts: dict[str, Fitted] = {name: known[name].joint(clean, settings) for name in clean}
+        return cls(parts=fitted.Sequence(**parts))
+
+    def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
+        """Standardised rows, cut at 50 standard deviations."""
+        return clipped(torch.cat([rows(blocks) for rows in self.parts], -1), LIMIT)
+
+    def of(self, blocks: Mapping[str, NDArray[np.float64]]) -> Tensor:
+        """The rows of arrays."""
+        with torch.no_grad():
+            rows: Tensor = self(as_tensors(blocks))
+        return rows
+
+
+class ChallengeClassifier(Fitted):
+    """-log P(clean) of a linear map to classes, of which the first is "clean".
+
+    Buffers: ``weight`` ``(d, C)``, ``bias`` ``(C,)``.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def fit(cls, rows: Tensor, kinds: NDArray[np.intp]) -> ChallengeClassifier:
+        """Minimise the weighted cross-entropy plus ``||W||^2 / (2 C n)``.
+
+        Args:
+            rows: ``(n, d)`` of `JointRows`.
+            kinds: ``(n,)``: 0 for clean, others for kinds of challenge; both must be there.
+        """
+        codes = torch.as_tensor(np.unique(kinds, return_inverse=True)[1])
+        challenging = (codes > 0).float()
+        shares = torch.where(codes > 0, 0.5 / challenging.sum(), 0.5 / (1 - challenging).sum())
+        weight, bias = logistic_regression(rows, codes, shares, INVERSE_PENALTY, STEPS)
+        return cls(weight=weight, bias=bias)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Scores ``(B,)`` of ``rows`` ``(B, d)``; higher is less like clean data."""
+        return -torch.log_softmax(rows @ self.weight + self.bias, -1)[:, 0]

@@ -1,0 +1,377 @@
+"""`TwoStageModel.fit`, step by step: check, draw, read, calibrate, price, probabilities, risk, report."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import clone
+from torch import Tensor
+
+from fastgrad.batches import batch_size, to_device
+from fastgrad.blocks import BLOCKS, Block, Features
+from fastgrad.blocks.extraction import Extraction, Inputs, arguments
+from fastgrad.blocks.subject import Subject, watch
+from fastgrad.challenges import PixelRange, challenge_cost
+from fastgrad.detector import collect, constants
+from fastgrad.detector.calibrate import Calibrated
+from fastgrad.detector.collect import Drawn, shows_progress
+from fastgrad.detector.estimator import UncertaintyDetector
+from fastgrad.detector.inputs import held_out_of
+from fastgrad.detector.presets import preset
+from fastgrad.detector.price import PriceReport, fit_to_budget
+from fastgrad.detector.report import Report
+from fastgrad.detector.risk import Risk, confidence_of
+from fastgrad.scores.temperature import Temperature
+
+if TYPE_CHECKING:
+    from fastgrad.detector.model import TwoStageModel
+    from fastgrad.introspection import IntrospectiveClassifier
+    from fastgrad.introspection.network import IntrospectiveNetwork
+
+__all__ = ["FitOptions", "fit", "shows_progress"]
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Arguments of `TwoStageModel.fit` of the same names."""
+
+    max_samples: int
+    challenges_per_input: int | None
+    risk: bool | None
+    clip: tuple[float, float] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    verbose: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """All clean inputs, those of ``clean`` before those of ``calibration``.
+
+    Attributes:
+        clean: Drawn from the first loader.
+        calibration: From the second, or None.
+        challenges: Challenges of the user's, or None.
+        labels: ``(n,)`` of all clean inputs, -1 for none; None without any.
+        held_out: ``(n,)``: those that calibrate and nothing else.
+        each: Challenges that are generated of each of the others; 0 for none.
+        pixels: Their range, of images.
+    """
+
+    clean: Drawn
+    calibration: Drawn | None
+    challenges: Drawn | None
+    labels: NDArray[np.int64] | None
+    held_out: NDArray[np.bool_]
+    each: int
+    pixels: PixelRange | None
+
+
+def fit(
+    two_stage: TwoStageModel,
+    clean: Iterable[Any],
+    challenges: str | Iterable[Any] | None,
+    calibration: Iterable[Any] | None,
+    options: FitOptions,
+) -> None:
+    """Fit ``two_stage``, which changes once everything has worked."""
+    base = _base(two_stage)
+    sample = _drawn(clean, challenges, calibration, two_stage.seed, options)
+    x = to_device(sample.clean.batches[0], two_stage.device)
+    subject = watch(two_stage.model, *arguments(x))
+    blocks = _blocks(two_stage, subject)
+    sample = _checked(sample, challenges, subject, base, two_stage, options)
+    reading = [block for block in blocks if block.refusal(subject) is None]
+    if two_stage.classifier is not None and all(block.name != Features.name for block in reading):
+        reading.append(Features())
+    extraction = two_stage._extraction(reading, subject)
+    features = _read(extraction, two_stage, sample, options.verbose)
+    held_out = np.zeros(len(features.kinds), bool)
+    held_out[: len(sample.held_out)] = sample.held_out
+
+    @functools.cache
+    def calibrated(names: tuple[str, ...]) -> Calibrated:
+        detector: UncertaintyDetector = clone(base)
+        return detector.fit_table(
+            {name: features.blocks[name] for name in names},
+            (features.kinds != "").astype(int),
+            kinds=features.kinds,
+            held_out=held_out if held_out.any() else None,
+            groups=features.groups,
+            known={block.name: block for block in blocks},
+        )
+
+    def answer(chosen: tuple[Block, ...]) -> Callable[[Inputs], object]:
+        module = calibrated(tuple(block.name for block in chosen)).module.to(two_stage.device)
+        one = extraction.of(chosen)
+        return lambda x: module(one(x)[1])
+
+    price = _price(two_stage, blocks, x, subject, answer)
+    found = calibrated(price.blocks)
+    classifier, temperature, fresh = _probabilities(two_stage, sample, features)
+    two_stage.extraction_ = extraction.of(
+        [block for block in reading if block.name in price.blocks or block not in blocks]
+    )
+    two_stage.detector_ = found.module.to(two_stage.device)
+    two_stage.classifier_, two_stage.temperature_ = classifier, temperature
+    two_stage.risk_, why = _risk(two_stage, sample, features, found, fresh, options)
+    two_stage.report_ = _report(sample, features, price, found, why)
+    two_stage._gains = functools.partial(
+        two_stage.report_.with_gains, found.table, found.options, features.kinds
+    )
+
+
+def _base(two_stage: TwoStageModel) -> UncertaintyDetector:
+    """The parameters of the user's detector, or the default ones."""
+    if two_stage.detector is None:
+        return UncertaintyDetector(log=False, random_state=two_stage.seed)
+    copied: UncertaintyDetector = clone(two_stage.detector)
+    return copied
+
+
+def _drawn(
+    clean: Iterable[Any],
+    challenges: str | Iterable[Any] | None,
+    calibration: Iterable[Any] | None,
+    seed: int,
+    options: FitOptions,
+) -> Sample:
+    """All loaders, read once."""
+    if options.max_samples < constants.FEWEST_CLEAN:
+        raise ValueError(
+            f"max_samples must be at least {constants.FEWEST_CLEAN}; it was {options.max_samples}"
+        )
+    each = options.challenges_per_input
+    if each is not None and each < 1:
+        raise ValueError(f"challenges_per_input must be at least 1 or None; it was {each}")
+    if isinstance(challenges, str) and challenges != "generate":
+        raise ValueError(f"challenges must be 'generate', None or a loader; it was {challenges!r}")
+
+    def draw(name: str, loader: Iterable[Any], shift: int) -> Drawn:
+        if isinstance(loader, (str, Tensor)) or not isinstance(loader, Iterable):
+            raise TypeError(f"{name} must be a loader of batches; it was {type(loader).__name__}")
+        return collect.draw(name, loader, options.max_samples, seed + shift, verbose=options.verbose)
+
+    own = draw("clean", clean, 0)
+    if len(own) < constants.FEWEST_CLEAN:
+        raise ValueError(
+            f"clean must give at least {constants.FEWEST_CLEAN} inputs, with which a false-alarm rate of "
+            f"{1 / (constants.FEWEST_CLEAN + 1):.2f} is possible; it gave {len(own)}"
+        )
+    apart = None if calibration is None else draw("calibration", calibration, 1)
+    if apart is not None and len(apart) < constants.FEWEST_CLEAN:
+        raise ValueError(
+            f"calibration must give at least {constants.FEWEST_CLEAN} inputs; it gave {len(apart)}"
+        )
+    given = None if challenges is None or isinstance(challenges, str) else draw("challenges", challenges, 2)
+    return Sample(own, apart, given, None, np.zeros(0, bool), 0, None)
+
+
+def _checked(
+    sample: Sample,
+    challenges: str | Iterable[Any] | None,
+    subject: Subject,
+    base: UncertaintyDetector,
+    two_stage: TwoStageModel,
+    options: FitOptions,
+) -> Sample:
+    """Labels, images, the held-out part and the number of challenges, before any is made."""
+    count = len(sample.clean)
+    labels = collect.labels_of("clean", sample.clean, subject.classes)
+    classifier = two_stage.classifier
+    if labels is None and (options.risk or classifier is not None):
+        what = "risk=True" if options.risk else "the classifier"
+        raise ValueError(
+            f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out"
+        )
+    if options.risk and subject.classes < 2:
+        raise ValueError("risk=True needs a network of at least two classes; it has one logit")
+    if classifier is not None and labels is not None:
+        missing = np.setdiff1d(np.arange(subject.classes), labels)
+        if len(missing):
+            raise ValueError(
+                f"labels must take every value from 0 to {subject.classes - 1}, the network's classes, to fit the "
+                f"classifier; {missing[:10].tolist()} were not there"
+            )
+    if sample.calibration is not None:
+        others = collect.labels_of("calibration", sample.calibration, subject.classes)
+        nothing = np.full(len(sample.calibration), -1)
+        if labels is not None or others is not None:
+            labels = np.concatenate(
+                [np.full(count, -1) if labels is None else labels, nothing if others is None else others]
+            )
+        held_out = np.repeat([False, True], [count, len(sample.calibration)])
+    else:
+        share = base.calibration_fraction
+        if share is None and count >= constants.SPLIT_FROM:
+            share = constants.SPLIT_SHARE
+        held_out = held_out_of(None, np.zeros(count, bool), share, np.random.RandomState(two_stage.seed))
+    images, pixels, each = sample.clean.images(), None, 0
+    if images:
+        collect.check_images("clean", images)
+        pixels = PixelRange.of(images, clip=options.clip, mean=options.mean, std=options.std)
+    elif any(value is not None for value in (options.clip, options.mean, options.std)):
+        raise ValueError("clip, mean and std need images (B, C, H, W); clean gave other inputs")
+    if isinstance(challenges, str):
+        if not images:
+            raise ValueError(
+                "challenges can be generated from images (B, C, H, W) only; give challenges=None to fit on clean data "
+                "alone, or a loader of challenges"
+            )
+        most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
+        each = options.challenges_per_input or min(constants.EACH, most)
+    return replace(sample, labels=labels, held_out=held_out, each=each, pixels=pixels)
+
+
+def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
+    """The blocks that were asked for, or those of the preset.
+
+    Raises:
+        ValueError: One that was asked for cannot be had; the message says which can.
+    """
+    if two_stage.classifier is not None and subject.head is None:
+        raise ValueError("the introspective classifier needs a model that ends in a linear layer")
+    if two_stage.blocks is None:
+        return [
+            BLOCKS[name]() for name in preset(two_stage.budget)
+        ]  # what cannot be served is dropped with the price
+    for block in two_stage.blocks:
+        why = block.refusal(subject)
+        if why is not None:
+            possible = ", ".join(
+                repr(name) for name, kind in BLOCKS.items() if kind().refusal(subject) is None
+            )
+            raise ValueError(f"blocks must be ones that can be had here, {possible}; {block.name!r}: {why}")
+    return list(two_stage.blocks)
+
+
+def _read(
+    extraction: Extraction, two_stage: TwoStageModel, sample: Sample, verbose: bool
+) -> collect.Features:
+    """Blocks of clean inputs, and of challenges, which are generated on the way."""
+    reader = collect.Reader(extraction, two_stage.device, verbose=verbose)
+    reader.clean(*(drawn for drawn in (sample.clean, sample.calibration) if drawn is not None))
+    if sample.challenges is not None:
+        reader.given(sample.challenges)
+    if sample.each:
+        chosen = ~sample.held_out[: len(sample.clean)]
+        reader.generated(two_stage.model, sample.clean, chosen, sample.each, sample.pixels, two_stage.seed)
+    return reader.features()
+
+
+def _price(
+    two_stage: TwoStageModel,
+    blocks: Sequence[Block],
+    x: Inputs,
+    subject: Subject,
+    answer: Callable[[tuple[Block, ...]], Callable[[Inputs], object]],
+) -> PriceReport:
+    """The blocks that fit the budget, measured as they will run; those that were named, at whatever price."""
+    if two_stage.blocks is None:
+        return fit_to_budget(two_stage.model, blocks, x, two_stage.budget, subject=subject, answer=answer)
+    predicted = 1 + sum(block.price(subject) for block in blocks)
+    names = tuple(block.name for block in blocks)
+    return PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x))
+
+
+def _probabilities(
+    two_stage: TwoStageModel, sample: Sample, features: collect.Features
+) -> tuple[IntrospectiveNetwork | None, Temperature | None, NDArray[np.bool_]]:
+    """The classifier or the temperature, and which clean inputs it was not trained on."""
+    count = len(sample.held_out)
+    everything = np.ones(count, bool)
+    if sample.labels is None:
+        return None, None, everything
+    labelled = sample.labels >= 0
+    if two_stage.classifier is None:
+        if labelled.sum() < constants.FEWEST_LABELLED:
+            return None, None, everything
+        chosen = torch.from_numpy(labelled)
+        fitted = Temperature.fit(features.logits[:count][chosen], torch.from_numpy(sample.labels)[chosen])
+        return None, fitted.to(two_stage.device), everything
+
+    def rows(chosen: NDArray[np.bool_]) -> dict[str, Tensor]:
+        places = torch.from_numpy(np.flatnonzero(chosen))
+        return {"features": features.blocks[Features.name][places], "logits": features.logits[places]}
+
+    classes = features.logits.shape[1]
+    random = np.random.default_rng(two_stage.seed)
+    kept = labelled & (sample.held_out | (random.random(count) < constants.UNSEEN))
+    trained = labelled & ~kept
+    enough = kept.sum() >= constants.FEWEST_LABELLED and len(np.unique(sample.labels[trained])) == classes
+    if not enough:
+        kept, trained = np.zeros(count, bool), labelled
+    classifier: IntrospectiveClassifier = clone(two_stage.classifier)
+    classifier.fit(rows(trained), sample.labels[trained])
+    if enough:
+        classifier.calibrate(rows(kept), sample.labels[kept])
+    return classifier.to_module().to(two_stage.device), None, kept
+
+
+def _risk(
+    two_stage: TwoStageModel,
+    sample: Sample,
+    features: collect.Features,
+    found: Calibrated,
+    fresh: NDArray[np.bool_],
+    options: FitOptions,
+) -> tuple[Risk | None, str]:
+    """The risk, from labelled clean inputs that the answer was not trained on and challenges made from them."""
+    classes = features.logits.shape[1]
+    if options.risk is False or sample.labels is None or classes < 2:
+        why = (
+            "not asked for"
+            if options.risk is False
+            else "no labels"
+            if classes > 1
+            else "the network has one logit"
+        )
+        return None, f"none: {why}"
+    # A challenge has the label of its source; one of the user's has none.
+    source = np.where(features.groups >= 0, features.groups, 0)
+    labels = np.where((features.groups >= 0) & fresh[source], sample.labels[source], -1)
+    challenging = features.kinds != ""
+    usual = int(((labels >= 0) & ~challenging).sum())
+    if usual < constants.FEWEST_LABELLED:
+        if options.risk:
+            raise ValueError(
+                f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs; there were {usual}"
+            )
+        return None, f"none: {usual} labelled clean inputs are too few"
+    chosen = torch.from_numpy(labels >= 0)
+    h = features.blocks[Features.name][chosen] if two_stage.classifier is not None else None
+    with torch.no_grad():
+        device = two_stage.device
+        log_p = two_stage.log_probabilities(
+            features.logits[chosen].to(device), None if h is None else h.to(device)
+        ).cpu()
+    wrong = log_p.argmax(-1) != torch.from_numpy(labels)[chosen]
+    others = torch.from_numpy(challenging)[chosen]
+    risk = Risk.fit(confidence_of(log_p), found.evidence[chosen], wrong, others)
+    made = int(others.sum())
+    text = f"from {usual} clean inputs, {int(wrong[~others].sum())} answered wrongly, and {made} of their challenges"
+    return risk.to(device), text
+
+
+def _report(
+    sample: Sample, features: collect.Features, price: PriceReport, found: Calibrated, risk: str
+) -> Report:
+    made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
+    drawn = [one for one in (sample.clean, sample.calibration) if one is not None]
+    return Report(
+        price=price,
+        drawn=sum(map(len, drawn)),
+        seen=sum(one.seen for one in drawn),
+        challenges=dict(zip(made.tolist(), counts.tolist(), strict=True)),
+        passes=price.predicted + (challenge_cost(sample.each) if sample.each else 0.0),
+        calibrating=len(found.module.calibration_scores),
+        exact=bool(found.module.options["exact"]),
+        risk=risk,
+    )

@@ -1,0 +1,209 @@
+"""What `TwoStageModel.fit` did, and what each block adds to the detection of kinds of challenge that it never saw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastgrad.challenges import CHALLENGES
+from fastgrad.detector.calibrate import Options, Table, deal, fit_scores
+from fastgrad.detector.challenge_classifier import NAME, ChallengeClassifier
+from fastgrad.detector.inputs import as_tensors, take
+from fastgrad.detector.price import PriceReport
+from fastgrad.scores.conformal import OneSided, p_value_map, weighted
+
+#: Half the width of a 95 % interval, in standard errors.
+_INTERVAL = 1.96
+
+
+class Gain(NamedTuple):
+    """What AUROC loses without a block, and half the width of its 95 % interval over inputs."""
+
+    auroc: float
+    interval: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a fit read, drew and promises; prints as a text.
+
+    Attributes:
+        price: The blocks, what was dropped and why, and the price. Where blocks were named nothing was measured.
+        drawn: Clean inputs that were used, of ``seen`` that the loader gave.
+        seen: See ``drawn``.
+        challenges: How many challenges of each kind.
+        passes: Forward passes of the clean inputs that reading and challenges took, as counted.
+        calibrating: Clean inputs behind the false-alarm rates; ``1 / (calibrating + 1)`` is the smallest they promise.
+        exact: Whether nothing was fitted on them.
+        risk: What the risk was learned from, or why there is none.
+        gains: What each block adds, by name; None until it was asked for.
+    """
+
+    price: PriceReport
+    drawn: int
+    seen: int
+    challenges: dict[str, int]
+    passes: float
+    calibrating: int
+    exact: bool
+    risk: str
+    gains: dict[str, Gain] | None = None
+
+    @property
+    def kept(self) -> list[str]:
+        """Names of the blocks that the detector reads."""
+        return list(self.price.blocks)
+
+    def to_json(self) -> dict[str, Any]:
+        """For storage."""
+        price = {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in self.price.to_json().items()
+        }
+        return {**asdict(self), "price": price}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Report:
+        """The inverse of `to_json`."""
+        price = {
+            name: math.nan if value is None and name in ("measured", "error") else value
+            for name, value in stored["price"].items()
+        }
+        gains = stored["gains"]
+        return cls(
+            **{
+                **stored,
+                "price": PriceReport.from_json(price),
+                "gains": None if gains is None else {name: Gain(*gain) for name, gain in gains.items()},
+            }
+        )
+
+    def __str__(self) -> str:
+        made = sum(self.challenges.values())
+        measured = (
+            "not measured, as the blocks were named"
+            if math.isnan(self.price.measured)
+            else f"{self.price.measured:.2f} +- {self.price.error:.2f} measured on batches of {self.price.batch}, "
+            f"limit {self.price.limit:g}"
+        )
+        form = "held out, so rates are exact" if self.exact else "each scored by what was fitted without it"
+        lines = [
+            f"blocks        {', '.join(self.kept)}",
+            *(f"  without {name}: {why}" for name, why in self.price.dropped),
+            f"price         {self.price.predicted:.2f} forward passes predicted, {measured}",
+            f"clean inputs  {self.drawn} of {self.seen}",
+            f"challenges    {made} of {len(self.challenges)} kinds; about {self.passes:.0f} forward passes in all",
+            f"false alarms  from {1 / (self.calibrating + 1):.2g} on: {self.calibrating} clean inputs, {form}",
+            f"risk          {self.risk}",
+        ]
+        if self.gains is not None:
+            lines.append("gain in AUROC on kinds of challenge left out of training")
+            lines += [
+                f"  {name:20} {gain.auroc:+.3f} +- {gain.interval:.3f}" for name, gain in self.gains.items()
+            ]
+        return "\n".join(lines)
+
+    def with_gains(self, table: Table, options: Options, kinds: NDArray[np.str_]) -> Report:
+        """The same with what each block adds."""
+        return replace(self, gains=gains(table, options, kinds))
+
+
+def gains(table: Table, options: Options, kinds: NDArray[np.str_]) -> dict[str, Gain]:
+    """AUROC with all blocks less AUROC without each, on families of challenges that the classifier did not learn.
+
+    Half of the sources fit, the other half judges, and the other way round.
+
+    Args:
+        table: All blocks of clean samples and challenges.
+        options: Of the detector.
+        kinds: ``(n,)``, names of kinds; empty for clean samples.
+
+    Raises:
+        ValueError: There are challenges of less than two families, so that none can be left out.
+    """
+    family = np.array([CHALLENGES[kind].family if kind in CHALLENGES else kind for kind in kinds])
+    families = sorted(set(family) - {""})
+    if len(families) < 2 or len(table.blocks) < 2:
+        raise ValueError(
+            f"gains need at least two blocks and two families of challenge; there were {list(table.blocks)}, {families}"
+        )
+    sets = {"": list(table.blocks), **{name: [b for b in table.blocks if b != name] for name in table.blocks}}
+    fold = deal(table, 2, np.random.RandomState(options.settings.seed))
+    placed: dict[str, list[NDArray[np.float64]]] = {name: [] for name in sets}
+    sources: list[NDArray[np.intp]] = []
+    for number in (0, 1):
+        sums = _sums(table, options, fold, number, family, families, sets)
+        judged = np.flatnonzero(fold == number)
+        for left_out in families:
+            own = judged[family[judged] == left_out]
+            clean = judged[family[judged] == ""]
+            sources.append(table.groups[own])
+            for name in sets:
+                found = sums[name, left_out]
+                placed[name].append(_placements(found[clean], found[own]))
+    _, source = np.unique(np.concatenate(sources), return_inverse=True)
+    joined = {name: np.concatenate(values) for name, values in placed.items()}
+    result = {}
+    for name in table.blocks:
+        difference = joined[""] - joined[name]
+        # Challenges of one source are no independent samples.
+        error = np.sqrt(np.square(np.bincount(source, difference - difference.mean())).sum()) / len(
+            difference
+        )
+        result[name] = Gain(float(difference.mean()), float(_INTERVAL * error))
+    return result
+
+
+def _sums(
+    table: Table,
+    options: Options,
+    fold: NDArray[np.intp],
+    number: int,
+    family: NDArray[np.str_],
+    families: list[str],
+    sets: Mapping[str, list[str]],
+) -> dict[tuple[str, str], NDArray[np.float64]]:
+    """The weighted sum ``(n,)`` of every set of blocks and family left out, by what was fitted on the other fold."""
+    inside = (fold >= 0) & (fold != number)
+    options = replace(
+        options, settings=replace(options.settings, count=int((inside & (table.kinds == 0)).sum()))
+    )
+    specs = fit_scores(table, inside, options)
+    tensors = as_tensors(take(table.blocks, np.arange(len(fold))))
+    joint = specs.pop(NAME).rows.get_submodule("parts")
+    clean = torch.as_tensor((fold == number) & (table.kinds == 0))
+    evidence: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for spec in specs.values():
+            raw = spec.score(spec.rows(tensors))
+            log_p = p_value_map([spec.p_value.fit(raw[clean])], raw.unsqueeze(0))
+            own = weighted(log_p.t(), options.cap, [1.0])[:, 0]
+            evidence[spec.source] = evidence.get(spec.source, 0) + own
+        parts = {name: rows(tensors) for name, rows in joint.named_children()}
+        found = {}
+        for name, chosen in sets.items():
+            rows = torch.cat([parts[block] for block in chosen], 1)
+            total = sum((evidence[block] for block in chosen if block in evidence), torch.zeros(len(fold)))
+            for left_out in families:
+                picked = inside & (family != left_out)
+                classifier = ChallengeClassifier.fit(rows[torch.as_tensor(picked)], table.kinds[picked])
+                raw = classifier(rows)
+                log_p = p_value_map([OneSided.fit(raw[clean])], raw.unsqueeze(0))
+                found[name, left_out] = (
+                    total + weighted(log_p.t(), options.cap, [options.weight])[:, 0]
+                ).numpy()
+    return found
+
+
+def _placements(clean: NDArray[np.float64], challenging: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each challenge the share of clean samples that it lies above, ties counted half; their mean is the AUROC."""
+    ordered = np.sort(clean)
+    below, upto = np.searchsorted(ordered, challenging), np.searchsorted(ordered, challenging, side="right")
+    result: NDArray[np.float64] = (below + upto) / (2 * len(clean))
+    return result

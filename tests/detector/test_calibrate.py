@@ -1,0 +1,214 @@
+"""Every clean sample is scored by what was fitted without it and its source, and rates are what they say."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import betabinom
+
+from fastgrad import UncertaintyDetector
+from fastgrad.blocks import BLOCKS
+from fastgrad.detector.calibrate import DetectorModule, Table, deal
+from fastgrad.scores import TwoSided
+
+LOGITS = np.random.default_rng(1).normal(size=(8, 5))
+WIDE = np.random.default_rng(2).normal(size=(8, 40))
+RATES = (0.05, 0.1, 0.2)
+
+
+def clean(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
+    h = rng.normal(size=(count, 8)) * np.exp(0.3 * rng.normal(size=(count, 1)))
+    return {"logits": h @ LOGITS, "activations": h @ WIDE + rng.normal(size=(count, 40))}
+
+
+def challenged(rng: np.random.Generator, count: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Clean samples and one challenge of each, their kinds (0 is clean) and sources."""
+    own = clean(rng, count)
+    kinds = np.concatenate([np.zeros(count, int), 1 + np.arange(count) % 4])
+    other = {name: value + 0.5 * kinds[count:, None] for name, value in own.items()}
+    X = {name: np.concatenate([own[name], other[name]]) for name in own}
+    return X, kinds, np.tile(np.arange(count), 2)
+
+
+def fitted(rng: np.random.Generator, count: int, **options: object) -> UncertaintyDetector:
+    X, kinds, groups = challenged(rng, count)
+    return UncertaintyDetector(log=False, **options).fit(
+        X, (kinds > 0).astype(int), kinds=kinds, groups=groups
+    )
+
+
+@pytest.mark.parametrize("count", [4, 7, 50])
+def test_a_source_is_in_one_fold(count: int) -> None:
+    rng = np.random.default_rng(count)
+    # Three challenges of each clean sample, in any order, and some of other sources.
+    groups = np.concatenate([np.arange(count), np.repeat(np.arange(count), 3), count + np.arange(5)])
+    kinds = (np.arange(len(groups)) >= count).astype(int)
+    order = rng.permutation(len(groups))
+    groups, kinds = groups[order], kinds[order]
+    nobody = np.zeros(len(groups), bool)
+    fold = deal(Table({}, BLOCKS, kinds, groups, nobody), 5, np.random.RandomState(0))
+    assert set(fold) == set(range(min(5, count)))
+    for source in range(count):
+        assert len(set(fold[groups == source])) == 1
+    sizes = np.bincount(fold[kinds == 0])
+    assert sizes.max() - sizes.min() <= 1
+    # What is held out is in no fold, nor are the challenges made from it.
+    apart = deal(Table({}, BLOCKS, kinds, groups, (groups < 2) & (kinds == 0)), 5, np.random.RandomState(0))
+    assert ((apart == -1) == (groups < 2)).all()
+
+
+def test_no_fit_sees_what_it_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgrad.detector import calibrate
+
+    seen = []
+    original = calibrate.fit_scores
+
+    def watched(
+        table: Table, chosen: np.ndarray, options: calibrate.Options
+    ) -> dict[str, calibrate.ScoreSpec]:
+        seen.append(set(table.groups[chosen]))
+        return original(table, chosen, options)
+
+    monkeypatch.setattr(calibrate, "fit_scores", watched)
+    rng = np.random.default_rng(0)
+    X, kinds, groups = challenged(rng, 40)
+    held_out = (groups < 10) & (kinds == 0)
+    UncertaintyDetector(log=False, folds=3).fit(X, kinds > 0, kinds=kinds, groups=groups, held_out=held_out)
+    *folds, final = seen
+    assert final == set(range(10, 40))
+    left_out = [final - one for one in folds]
+    assert sorted(source for one in left_out for source in one) == list(range(10, 40))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (np.zeros(9, int), "groups must be integers of shape"),
+        (np.zeros(60), "groups must be integers of shape"),
+        (np.zeros(60, int), "groups must tell at least 2 of clean samples apart; there was 1"),
+    ],
+)
+def test_bad_groups_are_named(groups: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UncertaintyDetector(log=False).fit(clean(np.random.default_rng(0), 60), groups=groups)
+
+
+def shares(count: int, fits: int, new: int = 200, **options: object) -> np.ndarray:
+    """The flagged share of new clean samples, ``(fits, rates)``."""
+    found = np.empty((fits, len(RATES)))
+    for number in range(fits):
+        rng = np.random.default_rng([count, number])
+        detector = fitted(rng, count, random_state=number, **options)
+        scores = detector.decision_function(clean(rng, new))
+        found[number] = [(scores > detector.threshold(rate)).mean() for rate in RATES]
+    return found
+
+
+def check_exact(found: np.ndarray, calibrating: int, new: int = 200) -> None:
+    """Flagged counts of one fit follow a beta-binomial law; their mean over fits lies within its interval."""
+    for rate, share in zip(RATES, found.T, strict=True):
+        k = rate * (calibrating + 1)
+        law = betabinom(new, k, calibrating + 1 - k)
+        assert abs(share.mean() - rate) < 3.3 * law.std() / new / math.sqrt(len(share))
+        assert share.std() < 1.35 * law.std() / new
+
+
+def check_folds(found: np.ndarray, count: int, new: int = 200) -> None:
+    """As if all samples had calibrated, or fewer flagged: more inputs to fit on make a clean one less unusual."""
+    for rate, share in zip(RATES, found.T, strict=True):
+        k = rate * (count + 1)
+        law = betabinom(new, k, count + 1 - k)
+        error = 3.3 * 1.35 * law.std() / new / math.sqrt(len(share))
+        assert share.mean() < rate + error
+        assert share.mean() > 0.6 * rate - error
+
+
+@pytest.mark.parametrize(("count", "fits"), [(50, 20), (160, 12)])
+def test_the_flagged_share_of_folds_is_at_most_what_it_says(count: int, fits: int) -> None:
+    check_folds(shares(count, fits, folds=5), count)
+
+
+def test_the_flagged_share_of_a_split_is_what_it_says() -> None:
+    check_exact(shares(160, 25, calibration_fraction=0.4, folds=2), 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [50, 160, 1000])
+def test_the_flagged_share_over_200_fits(count: int) -> None:
+    found = shares(count, 200)
+    if count == 1000:
+        check_exact(found, 200)
+    else:
+        check_folds(found, count)
+
+
+def test_a_thousand_samples_hold_a_part_out() -> None:
+    X = {name: value[:, :3] for name, value in clean(np.random.default_rng(0), 1000).items()}
+    detector = UncertaintyDetector(log=False).fit(X)
+    assert len(detector.module_.calibration_scores) == 200
+    assert detector.module_.options["exact"]
+    detector.fit({name: value[:999] for name, value in X.items()})
+    assert len(detector.module_.calibration_scores) == 999
+    assert not detector.module_.options["exact"]
+
+
+def test_a_rate_that_cannot_be_promised_warns() -> None:
+    detector = fitted(np.random.default_rng(0), 50, folds=2)
+    with pytest.warns(
+        RuntimeWarning, match=r"false_alarm_rate=0.001 is below what 50 calibration inputs can promise, 0.02"
+    ):
+        assert detector.threshold(0.001) == pytest.approx(-math.log(0.001))
+    assert detector.threshold(0.02) == pytest.approx(-math.log(0.02))
+
+
+def module() -> tuple[DetectorModule, dict[str, torch.Tensor]]:
+    rng = np.random.default_rng(3)
+    new = {name: torch.tensor(value) for name, value in clean(rng, 30).items()}
+    return fitted(rng, 100, folds=2).to_module(), new
+
+
+def test_evidence_is_the_weighted_capped_sum_of_log_p_values() -> None:
+    detector, new = module()
+    raw = detector.raw(new)
+    uncertainty, evidence = detector.explain(new)
+    assert detector.sources == ["logits", "activations", "challenges"]
+    by_hand = dict.fromkeys(detector.sources, torch.zeros(30, dtype=torch.float64))
+    for score, own in zip(detector.scores, raw, strict=True):
+        options = score.options
+        by_hand[options["source"]] = by_hand[options["source"]] + options["weight"] * (
+            -score.p_value(own)
+        ).clamp(0, 20)
+    for source, own in zip(detector.sources, evidence.T, strict=True):
+        torch.testing.assert_close(own, by_hand[source])
+    torch.testing.assert_close(uncertainty, -detector.final(sum(by_hand.values())))
+    assert [score.options["weight"] for score in detector.scores] == [1.0, 1.0, 1.0, 3.0]
+    assert isinstance(detector.scores.energy.p_value, TwoSided)
+
+
+def test_a_score_that_fails_makes_its_samples_unreliable_and_no_others() -> None:
+    detector, new = module()
+    expected = detector(new)
+    new["activations"][2, 7] = torch.nan
+    found = detector(new)
+    assert torch.isinf(found).nonzero().flatten().tolist() == [2]
+    kept = torch.arange(30) != 2
+    torch.testing.assert_close(found[kept], expected[kept])
+
+
+def test_clean_samples_that_a_score_fails_on_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgrad.scores import Margin
+
+    monkeypatch.setattr(Margin, "forward", lambda self, rows: rows[:, 0] * torch.nan)
+    with pytest.raises(ValueError, match=r"these were NaN: \{'margin': 40\}"):
+        UncertaintyDetector(log=False).fit(clean(np.random.default_rng(0), 40))
+
+
+def test_few_samples_are_enough_to_score() -> None:
+    for count in (4, 5, 11):
+        detector = UncertaintyDetector(log=False).fit(clean(np.random.default_rng(count), count))
+        found = detector.decision_function(clean(np.random.default_rng(9), 50))
+        assert np.isfinite(found).all()
+        assert (found >= 0).all()
