@@ -11,7 +11,7 @@ from deploy_models import export_tiny
 from doc_pages import DOCS, SLOW, parameters, programs, run
 
 # Recipes change the repository; tests/docs/test_recipes.py follows them in a copy.
-PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page.parent.name != "how-to" and programs(page)]
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page.parent.name != "contributing" and programs(page)]
 
 
 def test_there_are_pages_to_run() -> None:
