@@ -133,7 +133,11 @@ def _gradients(
             shadow.root.__dict__[table] = OrderedDict()
         with Steps({id(value): i for i, value in enumerate(values)}) as steps:
             outputs = floating(shadow.root(*args, **kwargs))
-        if uses is not None and any(many > 1 and many != steps.uses[i] for i, many in enumerate(uses)):
+        if (
+            uses is not None
+            and not vectorize
+            and any(many > 1 and many != steps.uses[i] for i, many in enumerate(uses))
+        ):
             raise ValueError(
                 _ALONE.format(name or type(module).__name__, "uses a parameter another number of times")
             )
