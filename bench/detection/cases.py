@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -174,9 +173,3 @@ def grey(subject: Subject, part: str, count: int) -> Shown:
     """Clean images without colour, for other sets that have none."""
     images = sets.to_tensor(sets.grey(sets.to_bytes(subject.parts[part][0][:count])))
     return Shown(images, torch.arange(len(images)), len(images))
-
-
-def sources(shown: Shown) -> NDArray[np.int64]:
-    """Return which clean image each is made from."""
-    found: NDArray[np.int64] = shown.source.numpy()
-    return found

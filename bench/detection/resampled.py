@@ -26,17 +26,6 @@ def auroc(clean: Scores, other: Scores) -> Scores:
     return ((first @ above) * second).sum(1)  # type: ignore[no-any-return]
 
 
-def missed(clean: Scores, other: Scores, kept: float = 0.95) -> Scores:
-    """Share of the other images that pass where a share ``kept`` of the clean ones passes ``(1 + R,)``.
-
-    The literature on other data sets calls it the false positive rate at a true positive rate of 95 %.
-    """
-    first, second = _weights(len(clean), len(other))
-    order = np.argsort(clean)
-    place = (first[:, order].cumsum(1) < kept - 1e-9).sum(1).clip(max=len(clean) - 1)
-    return (second * (other[None] <= clean[order][place][:, None])).sum(1)  # type: ignore[no-any-return]
-
-
 def aurc(uncertainty: Scores, errors: Scores, source: NDArray[np.int64]) -> Scores:
     """Area under the risk-coverage curve ``(1 + R,)``; copies of one image are drawn together."""
     from fastgrad.metrics import aurc as area
@@ -66,10 +55,3 @@ def bounds(resamples: Scores) -> list[float]:
 def interval(values: Scores) -> list[float]:
     """`bounds` of the resampled values ``(1 + R,)``, as a file of results keeps them."""
     return [round(value, 4) for value in bounds(values[1:])]
-
-
-def difference(values: Scores, digits: int) -> str:
-    """A difference ``(1 + R,)`` as found, with its interval, and *none* where that holds zero."""
-    low, high = interval(values)
-    found = f"{values[0]:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return found if low > 0 or high < 0 else f"{found} none"

@@ -18,10 +18,11 @@ from torch import Tensor
 
 import fastgrad
 from fastgrad import losses
+from fastgrad.ops.dispatch import KERNEL_DTYPES
 
 SHAPES = [(1, 1, 1), (3, 10, 64), (64, 1000, 512), (33, 17001, 200), (130, 4096, 384), (2, 70000, 96)]
 TINY = [(1, 1, 1), (3, 10, 20)]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = tuple(KERNEL_DTYPES)
 #: Relative error of a squared norm, absolute of its logarithm beyond its own roundings.
 ALLOWED = 1e-5
 

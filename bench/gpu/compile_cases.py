@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-DTYPES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
+from fastgrad.ops.dispatch import KERNEL_DTYPES
+
+DTYPES = KERNEL_DTYPES | {torch.int32: "i32", torch.int64: "i64"}
 
 
 @dataclasses.dataclass(frozen=True)

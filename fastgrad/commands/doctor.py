@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 import fastgrad
-from fastgrad.ops.dispatch import choose, interpreting, triton_refusal
+from fastgrad.ops.dispatch import KERNEL_DTYPES, choose, interpreting, triton_refusal
 
 _PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "torchvision", "matplotlib", "fastapi", "ray")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

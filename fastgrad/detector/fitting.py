@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from fastgrad.detector.inputs import held_out_of
 from fastgrad.detector.presets import preset
 from fastgrad.detector.price import PriceReport, fit_to_budget
 from fastgrad.detector.report import Report
-from fastgrad.detector.risk import Risk, confidence_of
+from fastgrad.detector.risk import LogOdds, Risk, confidence_of
 from fastgrad.scores.temperature import Temperature
 
 if TYPE_CHECKING:
@@ -115,13 +115,14 @@ def fit(
 
     price = _price(two_stage, blocks, x, subject, answer)
     found = calibrated(price.blocks)
-    classifier, temperature, fresh = _probabilities(two_stage, sample, features)
+    answers = _answers(two_stage, sample, features, found)
     two_stage.extraction_ = extraction.of(
         [block for block in reading if block.name in price.blocks or block not in blocks]
     )
     two_stage.detector_ = found.module.to(two_stage.device)
-    two_stage.classifier_, two_stage.temperature_ = classifier, temperature
-    two_stage.risk_, why = _risk(two_stage, sample, features, found, fresh, options)
+    two_stage.classifier_, two_stage.gate_ = answers.classifier, answers.gate
+    two_stage.temperature_ = answers.temperature
+    two_stage.risk_, why = _risk(two_stage, sample, features, found, answers.fresh, options)
     two_stage.report_ = _report(sample, features, price, found, why)
     two_stage._gains = functools.partial(
         two_stage.report_.with_gains, found.table, found.options, features.kinds
@@ -281,25 +282,48 @@ def _price(
     return PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x))
 
 
-def _probabilities(
-    two_stage: TwoStageModel, sample: Sample, features: collect.Features
-) -> tuple[IntrospectiveNetwork | None, Temperature | None, NDArray[np.bool_]]:
-    """The classifier or the temperature, and which clean inputs it was not trained on."""
-    count = len(sample.held_out)
+class Answers(NamedTuple):
+    """What turns logits into probabilities.
+
+    Attributes:
+        classifier: The introspective classifier, or None.
+        gate: Log odds that an input is a challenge, which say how much the classifier counts; None without challenges.
+        temperature: Of the softmax, or None.
+        fresh: ``(n,)``: the clean inputs that none of it was trained on.
+    """
+
+    classifier: IntrospectiveNetwork | None
+    gate: LogOdds | None
+    temperature: Temperature | None
+    fresh: NDArray[np.bool_]
+
+
+def _answers(
+    two_stage: TwoStageModel, sample: Sample, features: collect.Features, found: Calibrated
+) -> Answers:
+    """Fit the temperature, and the classifier on clean inputs and challenges with the clean input's label."""
+    count, device = len(sample.held_out), two_stage.device
     everything = np.ones(count, bool)
     if sample.labels is None:
-        return None, None, everything
+        return Answers(None, None, None, everything)
     labelled = sample.labels >= 0
-    if two_stage.classifier is None:
-        if labelled.sum() < constants.FEWEST_LABELLED:
-            return None, None, everything
+    temperature = None
+    if labelled.sum() >= constants.FEWEST_LABELLED:
         chosen = torch.from_numpy(labelled)
-        fitted = Temperature.fit(features.logits[:count][chosen], torch.from_numpy(sample.labels)[chosen])
-        return None, fitted.to(two_stage.device), everything
+        temperature = Temperature.fit(
+            features.logits[:count][chosen], torch.from_numpy(sample.labels)[chosen]
+        )
+        temperature = temperature.to(device)
+    if two_stage.classifier is None:
+        return Answers(None, None, temperature, everything)
+    challenging = features.kinds != ""
+    labels = _labels(sample, features, labelled)
 
-    def rows(chosen: NDArray[np.bool_]) -> dict[str, Tensor]:
-        places = torch.from_numpy(np.flatnonzero(chosen))
-        return {"features": features.blocks[Features.name][places], "logits": features.logits[places]}
+    def rows(sources: NDArray[np.bool_]) -> tuple[dict[str, Tensor], NDArray[np.int64]]:
+        places = np.flatnonzero((labels >= 0) & sources[np.maximum(features.groups, 0)])
+        index = torch.from_numpy(places)
+        h = features.blocks[Features.name]
+        return {"features": h[index], "logits": features.logits[index]}, labels[places]
 
     classes = features.logits.shape[1]
     random = np.random.default_rng(two_stage.seed)
@@ -309,10 +333,20 @@ def _probabilities(
     if not enough:
         kept, trained = np.zeros(count, bool), labelled
     classifier: IntrospectiveClassifier = clone(two_stage.classifier)
-    classifier.fit(rows(trained), sample.labels[trained])
+    classifier.fit(*rows(trained))
     if enough:
-        classifier.calibrate(rows(kept), sample.labels[kept])
-    return classifier.to_module().to(two_stage.device), None, kept
+        classifier.calibrate(*rows(kept))
+    gate = None
+    if (challenging & (labels >= 0)).any():
+        gate = LogOdds.fit(found.evidence, torch.from_numpy(challenging), balanced=True).to(device)
+    return Answers(classifier.to_module().to(device), gate, temperature, kept)
+
+
+def _labels(sample: Sample, features: collect.Features, counted: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return each row's label, a challenge's being its source's; -1 where there is none, or it is not counted."""
+    assert sample.labels is not None
+    source = np.maximum(features.groups, 0)
+    return np.where((features.groups >= 0) & counted[source], sample.labels[source], -1)
 
 
 def _risk(
@@ -334,9 +368,7 @@ def _risk(
             else "the network has one logit"
         )
         return None, f"none: {why}"
-    # A challenge has the label of its source; one of the user's has none.
-    source = np.where(features.groups >= 0, features.groups, 0)
-    labels = np.where((features.groups >= 0) & fresh[source], sample.labels[source], -1)
+    labels = _labels(sample, features, fresh)
     challenging = features.kinds != ""
     usual = int(((labels >= 0) & ~challenging).sum())
     if usual < constants.FEWEST_LABELLED:
@@ -350,7 +382,9 @@ def _risk(
     with torch.no_grad():
         device = two_stage.device
         log_p = two_stage.log_probabilities(
-            features.logits[chosen].to(device), None if h is None else h.to(device)
+            features.logits[chosen].to(device),
+            None if h is None else h.to(device),
+            found.evidence[chosen].to(device),
         ).cpu()
     wrong = log_p.argmax(-1) != torch.from_numpy(labels)[chosen]
     others = torch.from_numpy(challenging)[chosen]

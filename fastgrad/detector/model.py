@@ -16,7 +16,7 @@ from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
 from fastgrad.detector import constants, fitting, storage
-from fastgrad.detector.risk import Risk, confidence_of
+from fastgrad.detector.risk import LogOdds, Risk, confidence_of
 from fastgrad.losses import compute_dtype
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ class Prediction(NamedTuple):
 
     Attributes:
         logits: ``(B, N)``, the network's own.
-        probabilities: ``(B, N)``: how likely each class is, for inputs like the clean ones; of the introspective
-            classifier where there is one, else the softmax, with a temperature where labels gave one.
+        probabilities: ``(B, N)``: how likely each class is. Without an introspective classifier the softmax, with a
+            temperature where labels gave one; with one ``(1 - g) p_network + g p_classifier``, where ``g`` is the
+            probability that the input is a challenge and not clean.
         uncertainty: ``(B,)``: how atypical the input is; higher is less reliable. It is -log of the probability that
             a clean input looks at least so unusual, infinite where it cannot be computed, and no probability of error.
         risk: ``(B,)``: the probability that the answer is wrong, for clean and for unusual inputs; None where the model
@@ -74,8 +75,9 @@ class TwoStageModel(nn.Module):
             tensor, as ``.logits`` or first in a tuple.
         detector: An `UncertaintyDetector` whose parameters are used; it is not changed. One that is fitted on named
             blocks serves without `fit`. None for the default one.
-        classifier: An `IntrospectiveClassifier` that gives the probabilities; it is not changed. One that is fitted
-            serves without `fit`. None for the network's softmax.
+        classifier: An `IntrospectiveClassifier` that answers unusual inputs; it is not changed. `fit` trains it on
+            clean inputs and challenges with the clean input's label. One that is fitted serves without `fit`, and
+            then answers all inputs. None for the network's softmax alone.
         budget: What an answer may cost, in forward passes of this network on its device as measured by `fit`; the
             forward pass that gives the logits is the first. ``math.inf`` for no limit.
         blocks: Names or instances of the blocks to read, whatever they cost; None for the preset of the budget.
@@ -84,6 +86,7 @@ class TwoStageModel(nn.Module):
     Attributes:
         detector_: The fitted `DetectorModule`.
         classifier_: The fitted network of the classifier, or None.
+        gate_: Log odds that an input is a challenge, from its evidence, or None: the classifier answers every input.
         temperature_: Of the softmax, from labels, or None.
         risk_: The fitted `Risk`, or None.
         report_: The `Report` of the last fit, or None.
@@ -133,6 +136,7 @@ class TwoStageModel(nn.Module):
         self.extraction_: Extraction | None = None
         self.detector_: DetectorModule | None = None
         self.classifier_: IntrospectiveNetwork | None = None
+        self.gate_: LogOdds | None = None
         self.temperature_: Temperature | None = None
         self.risk_: Risk | None = None
         self.report_: Report | None = None
@@ -193,21 +197,28 @@ class TwoStageModel(nn.Module):
         logits, blocks = self.extraction_(x)
         with torch.no_grad():
             uncertainty, evidence = detector.explain(blocks)
-            log_p = self.log_probabilities(logits, blocks.get(Features.name))
+            log_p = self.log_probabilities(logits, blocks.get(Features.name), evidence)
             confidence = confidence_of(log_p) if log_p.shape[1] > 1 else log_p[:, 0].double()
             risk = None if self.risk_ is None else self.risk_(confidence, evidence).to(log_p.dtype)
             prediction = Prediction(logits, log_p.exp(), uncertainty.to(log_p.dtype), risk)
         return prediction, confidence, evidence
 
-    def log_probabilities(self, logits: Tensor, h: Tensor | None) -> Tensor:
-        """Of the answer ``(B, N)``: the classifier's, or the softmax's with the temperature."""
+    def log_probabilities(self, logits: Tensor, h: Tensor | None, evidence: Tensor) -> Tensor:
+        """Return log probabilities ``(B, N)`` of the answer: the network's and the classifier's, mixed by the gate."""
         precise = logits.to(compute_dtype(logits.dtype))
-        if self.classifier_ is not None:
-            assert h is not None  # read for it
-            precise = self.classifier_.from_features(h.to(precise.dtype), precise)
-        elif self.temperature_ is not None:
-            precise = self.temperature_(precise)
-        return precise.log_softmax(-1)
+        network = precise if self.temperature_ is None else self.temperature_(precise)
+        first = network.log_softmax(-1)
+        if self.classifier_ is None:
+            return first
+        assert h is not None  # read for it
+        second = self.classifier_.from_features(h.to(precise.dtype), precise).log_softmax(-1)
+        if self.gate_ is None:
+            return second
+        odds = self.gate_(evidence)
+        # What has evidence beyond all numbers is unusual.
+        odds = torch.where(evidence.isfinite().all(-1), odds, torch.inf).to(first.dtype).unsqueeze(-1)
+        unusual = nn.functional.logsigmoid(odds)
+        return torch.logaddexp(first + nn.functional.logsigmoid(-odds), second + unusual)
 
     @property
     def alarms(self) -> dict[str, str]:
@@ -312,6 +323,7 @@ class TwoStageModel(nn.Module):
         modules: dict[str, Any] = {
             "detector": self._fitted(),
             "classifier": self.classifier_,
+            "gate": self.gate_,
             "temperature": self.temperature_,
             "risk": self.risk_,
         }

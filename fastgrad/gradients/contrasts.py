@@ -90,16 +90,9 @@ def target_sqnorm(
 ) -> Tensor:
     """Squared L2 norm of the last layer's gradient for one label a sample.
 
-    Args:
-        features: ``(..., D)``.
-        logits: ``(..., N)``.
-        target: ``"ones"`` (the confounding label, 1 for every class; with cross_entropy the sum over all one-hot
-            labels), ``"uniform"`` (1/N), ``"predicted"``, class indices ``(...)`` or soft targets ``(..., N)``.
-        loss: As in :func:`contrast_sqnorm`, like ``bias``, ``reduction``, ``log`` and ``impl``.
-        bias: See there.
-        reduction: See there.
-        log: See there.
-        impl: See there.
+    ``target`` is ``"ones"`` (the confounding label, 1 for every class; with cross_entropy the sum over all one-hot
+    labels), ``"uniform"`` (1/N), ``"predicted"``, class indices ``(...)`` or soft targets ``(..., N)``. The other
+    arguments are those of :func:`contrast_sqnorm`.
 
     Returns:
         ``(...)``, float32 (float64 for float64 logits).
@@ -136,14 +129,8 @@ def linear_contrast_sqnorm(
 ) -> tuple[Tensor, Tensor]:
     """The last layer and all its contrasts in one launch: ``(logits, contrast_sqnorm(features, logits))``.
 
-    Args:
-        features: ``(..., D)``.
-        weight: ``(N, D)``, of the same dtype and device.
-        bias: ``(N,)`` or None; its gradient belongs to the norm where it is given.
-        loss: As in :func:`contrast_sqnorm`, like ``reduction``, ``log`` and ``impl``.
-        reduction: See there.
-        log: See there.
-        impl: See there.
+    Features are ``(..., D)``, the weight ``(N, D)`` and the bias ``(N,)`` or None, all of one dtype and device; the
+    bias' gradient belongs to the norm where it is given. The other arguments are those of :func:`contrast_sqnorm`.
 
     Returns:
         Logits ``(..., N)`` in the dtype of the features, and the squared norms ``(..., N)`` of exactly these logits,
@@ -174,15 +161,8 @@ def linear_contrast_stats(
 ) -> ContrastStats:
     """Statistics over all contrasts without ever storing ``(..., N)``: for vocabularies of 128k and more.
 
-    The Triton kernel needs memory in proportion to B; the eager form holds a few rows of logits at a time.
-
-    Args:
-        features: ``(..., D)``.
-        weight: ``(N, D)``, of the same dtype and device.
-        bias: ``(N,)`` or None.
-        loss: As in :func:`contrast_sqnorm`, like ``reduction`` and ``impl``.
-        reduction: See there.
-        impl: See there.
+    The Triton kernel needs memory in proportion to B; the eager form holds a few rows of logits at a time. The
+    arguments are those of :func:`linear_contrast_sqnorm`.
 
     Returns:
         :class:`ContrastStats` of tensors ``(...)``, float32 (float64 for float64).

@@ -21,8 +21,8 @@ from fastgrad.ops import schemas  # noqa: F401  (defines the operators)
 
 _T = TypeVar("_T")
 
-#: What the kernels read; they compute in float32.
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+#: What the kernels read, by Triton's name; they compute in float32.
+KERNEL_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 #: Stands for a tensor among an operator's saved arguments.
 _TENSOR = object()
 

@@ -39,8 +39,8 @@ def test_other_sets_share_the_compression_of_the_first(tmp_path: Path) -> None:
 
 
 def test_a_missing_set_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"mnist\.npz"):
-        sets.load(tmp_path, "mnist")
+    with pytest.raises(FileNotFoundError, match=r"fashion-mnist\.npz"):
+        sets.load(tmp_path, "fashion")
     with pytest.raises(ValueError, match="cifar10"):
         sets.load(tmp_path, "imagenet")
     with pytest.raises(FileNotFoundError, match=r"ag-news\.csv"):
@@ -93,11 +93,11 @@ def test_a_damaged_set_is_named(tmp_path: Path) -> None:
 
 
 def test_a_set_without_labels_is_named(tmp_path: Path) -> None:
-    np.savez(tmp_path / "mnist.npz", test_images=np.zeros((9, 28, 28), np.uint8))
-    with pytest.raises(ValueError, match="'mnist' must have labels"):
-        sets.load(tmp_path, "mnist").labelled()
-    with pytest.raises(FileNotFoundError, match=r"mnist\.npz with a train part"):
-        sets.load(tmp_path, "mnist", "train")
+    np.savez(tmp_path / "fashion-mnist.npz", test_images=np.zeros((9, 28, 28), np.uint8))
+    with pytest.raises(ValueError, match="'fashion' must have labels"):
+        sets.load(tmp_path, "fashion").labelled()
+    with pytest.raises(FileNotFoundError, match=r"fashion-mnist\.npz with a train part"):
+        sets.load(tmp_path, "fashion", "train")
 
 
 def _refuse(model: nn.Module) -> None:

@@ -316,6 +316,45 @@ def test_what_the_classifier_was_not_trained_on_calibrates_it():
     assert not hasattr(classifier, "network_")
 
 
+def test_the_gate_mixes_network_and_classifier():
+    labels = torch.arange(120) % CLASSES
+    classifier = IntrospectiveClassifier(hidden=(8,), max_epochs=2)
+    model = TwoStageModel(small_network(), classifier=classifier, blocks=["logits", "features"])
+    model.fit([(images(120, 1), labels)])
+    x = torch.cat([images(20, 2), images(20, 3) * 4 - 1])
+    answer = model(x)
+    logits, blocks = model.extraction_(x)
+    logits = logits.double()
+    evidence = model.detector_.explain(blocks)[1]
+    g = torch.sigmoid(evidence @ model.gate_.weight + model.gate_.bias).unsqueeze(1)
+    second = model.classifier_.from_features(blocks["features"].double(), logits).softmax(1)
+    expected = (1 - g) * model.temperature_(logits).softmax(1) + g * second
+    torch.testing.assert_close(answer.probabilities.double(), expected, rtol=1e-4, atol=1e-6)
+    assert 0 < float(g.min()) < float(g.max()) < 1
+    # What is beyond all evidence is answered by the classifier.
+    model.gate_.bias = torch.tensor(torch.inf, dtype=torch.float64)
+    torch.testing.assert_close(model(x).probabilities.double(), second, rtol=1e-4, atol=1e-6)
+
+
+def test_the_classifier_learns_from_challenges_with_the_label_of_their_source(monkeypatch):
+    seen = {}
+    plain = IntrospectiveClassifier.fit
+
+    def fit(self, rows, y):
+        seen["rows"], seen["labels"] = rows, y
+        return plain(self, rows, y)
+
+    monkeypatch.setattr(IntrospectiveClassifier, "fit", fit)
+    labels = torch.arange(120) % CLASSES
+    classifier = IntrospectiveClassifier(hidden=(8,), max_epochs=2)
+    for challenges, factor in (("generate", 4), (None, 1)):
+        model = TwoStageModel(small_network(), classifier=classifier, blocks=["logits"])
+        model.fit([(images(120, 1), labels)], challenges, challenges_per_input=3)
+        # Too few to keep some for calibration: all are trained on.
+        assert np.bincount(seen["labels"]).tolist() == [factor * 120 // CLASSES] * CLASSES
+        assert (model.gate_ is None) == (challenges is None)
+
+
 def test_bad_arguments_are_named(fitted):
     network = small_network()
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):

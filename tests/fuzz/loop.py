@@ -95,12 +95,16 @@ def truth(
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise InvalidError(str(error)) from error
     wanted = [p for p in double.parameters() if p.requires_grad]
-    rows = []
-    for i in range(samples):
-        grads: list[Any] = [None] * len(wanted)
+
+    def gradients(i: int) -> list[Tensor]:
+        grads: Any = [None] * len(wanted)
         if each.requires_grad and wanted:
-            grads = list(torch.autograd.grad(each[i], wanted, retain_graph=True, allow_unused=True))
-        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, wanted, strict=True)])
+            grads = torch.autograd.grad(each[i], wanted, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, wanted, strict=True)]
+
+    rows = [gradients(i) for i in range(samples)]
+    if rows and not alike(gradients(0), rows[0]):
+        raise InvalidError("a checkpoint computes again with what forward has changed")
     return output, plain, drawn, rows
 
 

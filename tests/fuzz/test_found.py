@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.fuzz import steps
 from tests.fuzz.generate import Program, Step
 from tests.fuzz.programs import verdicts
 
@@ -90,3 +91,23 @@ def test_what_was_found(name: str) -> None:
     program, wanted = FOUND[name]
     found = list(verdicts(program))
     assert [verdict.partition(":")[0] for verdict in found] == wanted, found
+
+
+#: Steps that are refused, and a word of the reason.
+REFUSED = {"samples mixed": "independently", "embedding scaled by frequency": "independently"}
+
+
+@pytest.mark.parametrize("kind", steps.LEAVES)
+def test_each_kind_of_step_at_two_lengths_and_batch_sizes(kind: str) -> None:
+    calls = (
+        "session.model.eval()",
+        one("record", B=5, T=3),
+        one("features", B=4, T=2),
+        one("clip", B=2, T=3),
+    )
+    for verdict in verdicts(Program((Step("linear"), Step(kind)), calls)):
+        if kind in REFUSED:
+            assert verdict.startswith("refused"), verdict
+            assert REFUSED[kind] in verdict
+        else:
+            assert verdict == "right"

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bench.detection.architectures import Normalize
@@ -57,11 +56,6 @@ def stages(model: nn.Module) -> list[nn.Module]:
     return [pooling, *(blocks[place - 1] for place in reversed(halved))]
 
 
-def inputs(images: Tensor) -> Tensor:
-    """What the network takes, from images in [0, 1]."""
-    return (images - MEAN) / STD
-
-
 def crop(images: Any) -> Any:
     """The middle of images ``(..., 256, 256)`` or of bytes ``(n, 256, 256, 3)``."""
     middle = slice((SIDE - CROP) // 2, (SIDE + CROP) // 2)
@@ -74,16 +68,6 @@ def photographs(root: Path) -> sets.Split:
     split = sets.load(root, "photographs")
     split.labelled()
     return sets.Split(split.name, crop(split.images), split.labels, split.compressed)
-
-
-def predicted(model: nn.Module, images: Tensor, batch: int = 16) -> NDArray[np.int64]:
-    """The class that a network of pixels sees in each image."""
-    with torch.no_grad():
-        parts = [
-            model(part.contiguous(memory_format=torch.channels_last)).argmax(1)
-            for part in images.split(batch)
-        ]
-    return torch.cat(parts).numpy()
 
 
 def stranger(root: Path, name: str, count: int, start: int) -> Tensor:

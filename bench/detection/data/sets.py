@@ -9,7 +9,7 @@ holds JPEG files back to back instead: image i is ``test_jpeg[test_offsets[i]:te
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,8 @@ SETS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "tinyimagenet": (("tinyimagenet", "tinyimagenet-32"), None),
     "svhn": (("svhn", "svhn-gray-32"), "SVHN"),
     "textures": (("textures", "textures-32"), None),
-    "mnist": (("mnist",), "MNIST"),
     "fashion": (("fashion-mnist",), "FashionMNIST"),
-    "kuzushiji": (("kmnist", "kmnist-28"), "KMNIST"),
     "letters": (("notmnist", "notmnist-28"), None),
-    "omniglot": (("omniglot", "omniglot-28"), None),
     "scenes": (("scenes", "scenes-28"), None),
     "photographs": (("imagenet-sample-256",), None),
     "large textures": (("textures-256",), None),
@@ -171,26 +168,6 @@ def load(root: Path, name: str, part: str = "test", limit: int | None = None, st
         return split
     wanted = " or ".join(f"{file}.npz" for file in files)
     raise FileNotFoundError(f"{root} must hold {wanted} with a {part} part for the set {name!r}")
-
-
-def check(root: Path, names: Iterable[str]) -> None:
-    """Raise what `load` would for a set that is not there, for all of them at once, without reading any.
-
-    Raises:
-        FileNotFoundError: The folder or files of some sets are missing; the message names them.
-    """
-    if not root.is_dir():
-        raise FileNotFoundError(f"--data must name a folder; {root} is none")
-    missing = []
-    for name in names:
-        files, loader = SETS[name]
-        there = any((root / f"{file}.npz").exists() for file in files)
-        if not there and loader is not None:
-            there = any(_from_torchvision(root, loader, name, part, 1, 0) for part in ("test", "train"))
-        if not there:
-            missing.append(" or ".join(f"{file}.npz" for file in files) + f" for the set {name!r}")
-    if missing:
-        raise FileNotFoundError(f"{root} must hold {'; '.join(missing)}")
 
 
 def grey(images: Bytes) -> Bytes:

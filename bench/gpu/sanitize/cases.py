@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ def _targets() -> Iterator[Case]:
         yield Case(
             f"target {kind} {loss} B={B} N={N} D={D}", [t for t in (h, z, y) if t is not None],
             pinned(
-                lambda options=(h, z, y, kind, loss): target.target_sqnorm(*options, True, False, False),  # type: ignore[call-arg]
+                partial(target.target_sqnorm, h, z, y, kind, loss, True, False, False),
                 target=TargetConfig(rows=2, block_n=16, block_d=16, num_warps=1),
             ),
             quick=(kind, loss) in (("indices", "bce"), ("soft", "brier"), ("ones", "cross_entropy")) and B == 5,
@@ -145,7 +146,7 @@ def _heads() -> Iterator[Case]:
             yield Case(
                 f"head {path} {loss} B={B} N={N} D={D}", (x, w, b),
                 pinned(
-                    lambda options=(x, w, bias, loss): linear_contrast.linear_contrast_sqnorm(*options, False, True),  # type: ignore[call-arg]
+                    partial(linear_contrast.linear_contrast_sqnorm, x, w, bias, loss, False, True),
                     linear_contrast=config,
                 ),
                 quick=loss == "cross_entropy" and B == 17,
@@ -168,7 +169,7 @@ def _layers() -> Iterator[Case]:
         yield Case(
             f"convolution {name}", (a, g),
             pinned(
-                lambda options=(a, g, kernel, stride, padding, dilation, groups): layer_sqnorm.conv_sqnorm(*options),
+                partial(layer_sqnorm.conv_sqnorm, a, g, kernel, stride, padding, dilation, groups),
                 **LAYERS,
             ),
             quick=name in ("strided", "dilated groups"),

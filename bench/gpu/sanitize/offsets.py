@@ -60,7 +60,7 @@ class _Addresses(Watcher):
         """Views of one storage share a range; bounds are those of the storage's elements that the view reaches."""
         key = tensor.untyped_storage()._cdata
         base = self.bases.setdefault(key, (len(self.bases) + 1) * APART)
-        first = base + tensor.storage_offset() * tensor.itemsize
+        first = base + int(tensor.storage_offset()) * tensor.itemsize
         reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         self.spans.append((first, first + (reach + 1) * tensor.itemsize))
         return first  # type: ignore[return-value]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from fastgrad.ops.conv.products import suits
 
@@ -55,32 +54,15 @@ class Shape:
     budget: int | None = CHUNK_BYTES
 
 
-class Machine(NamedTuple):
-    """Rates of a machine.
-
-    Attributes:
-        product: Multiply-adds per second of ``torch.bmm``.
-        convolution: Multiply-adds per second of the library's convolutions and weight gradients.
-        gather: Elements per second of a strided copy.
-        add: Elements per second of an elementwise addition of strided views.
-        filter: The same for the large blocks a box filter adds.
-        call: Seconds per operator call.
-        sample: Seconds per matrix of a batched product.
-        stream: Elements per second the library's weight gradient reads and writes.
-    """
-
-    product: float
-    convolution: float
-    gather: float
-    add: float
-    filter: float
-    call: float
-    sample: float
-    stream: float
-
-
-#: Two cores of an AMD EPYC (AVX-512), torch 2.13 with oneDNN convolutions and MKL products.
-CPU_TWO_CORES = Machine(105e9, 170e9, 2.5e9, 2.5e9, 13e9, 4e-6, 1e-6, 2.5e9)
+# Measured on two cores of an AMD EPYC (AVX-512), torch 2.13 with oneDNN convolutions and MKL products.
+#: Multiply-adds per second of ``torch.bmm``, and of the library's convolutions and weight gradients.
+PRODUCT, CONVOLUTION = 105e9, 170e9
+#: Elements per second of a strided copy, of an addition of strided views, and of the large blocks of a box filter.
+GATHER, ADD, FILTER = 2.5e9, 2.5e9, 13e9
+#: Elements per second that the library's weight gradient reads and writes.
+STREAM = 2.5e9
+#: Seconds per operator call, and per matrix of a batched product.
+CALL, SAMPLE = 4e-6, 1e-6
 
 
 def chunk_bytes(route: str, s: Shape) -> int:
@@ -136,7 +118,7 @@ def candidates(s: Shape) -> tuple[str, ...]:
     return tuple(found)
 
 
-def seconds(route: str, s: Shape, machine: Machine = CPU_TWO_CORES) -> float:
+def seconds(route: str, s: Shape) -> float:
     """Predicted time of one route for the whole batch."""
     taps, positions, pixels = math.prod(s.kernel), math.prod(s.positions), math.prod(s.size)
     units = s.batch * s.groups
@@ -144,20 +126,19 @@ def seconds(route: str, s: Shape, machine: Machine = CPU_TWO_CORES) -> float:
     direct = s.count * s.outputs * s.inputs * taps * positions
     gradient = s.count * s.outputs * s.inputs * taps
     wide = 2.0 if s.itemsize == 8 or (route.endswith("gram") and not s.guarded) else 1.0
-    product = machine.product / wide
-    memory = machine.add / wide
+    product = PRODUCT / wide
+    memory = ADD / wide
     if route == "patch":
-        work = direct / product + (s.inputs * taps * positions if taps > 1 else 0) / machine.gather
-        work += gradient / memory + machine.sample
+        work = direct / product + (s.inputs * taps * positions if taps > 1 else 0) / GATHER
+        work += gradient / memory + SAMPLE
         calls = 8
     elif route == "rows":
         gathered = s.inputs * (taps // s.kernel[0]) * positions // s.positions[0] * s.size[0]
-        work = direct / product + gathered / machine.gather + gradient / memory + machine.sample * s.kernel[0]
+        work = direct / product + gathered / GATHER + gradient / memory + SAMPLE * s.kernel[0]
         calls = 6 + 6 * s.kernel[0]
     elif route == "grouped":
         work = (
-            direct / machine.convolution
-            + (gradient + s.inputs * pixels + s.outputs * s.count * positions) / machine.stream
+            direct / CONVOLUTION + (gradient + s.inputs * pixels + s.outputs * s.count * positions) / STREAM
         )
         calls = 12
     elif route == "taps":
@@ -165,29 +146,29 @@ def seconds(route: str, s: Shape, machine: Machine = CPU_TWO_CORES) -> float:
         calls = 5 * taps
     else:
         detour = s.guarded and s.itemsize == 4 and s.outputs < positions
-        rate = machine.convolution if detour and suits(s.count * s.outputs, positions) else product
+        rate = CONVOLUTION if detour and suits(s.count * s.outputs, positions) else product
         form = s.count * positions**2 * s.outputs / rate + s.count * _form(s) / memory
         if route == "patch_gram":
-            work = positions**2 * s.inputs * taps / product + s.inputs * taps * positions / machine.gather
+            work = positions**2 * s.inputs * taps / product + s.inputs * taps * positions / GATHER
             calls = 16
         else:
             added, size = 0.0, list(s.image)
             for axis in range(len(size)):
                 size[axis] = s.positions[axis]
                 added += math.prod(size) ** 2 * s.kernel[axis]
-            work = math.prod(s.image) ** 2 * s.inputs / product + added * wide / machine.filter
+            work = math.prod(s.image) ** 2 * s.inputs / product + added * wide / FILTER
             calls = 16 + sum(s.kernel)
-        work += form + machine.sample * 2
-    return units * work + chunks * calls * machine.call
+        work += form + SAMPLE * 2
+    return units * work + chunks * calls * CALL
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_route(s: Shape, machine: Machine = CPU_TWO_CORES) -> str:
+def choose_route(s: Shape) -> str:
     """The route with the least predicted time."""
-    return min(candidates(s), key=lambda route: seconds(route, s, machine))
+    return min(candidates(s), key=lambda route: seconds(route, s))
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_direct(s: Shape, machine: Machine = CPU_TWO_CORES) -> str:
+def choose_direct(s: Shape) -> str:
     """The cheapest route without cancellation."""
-    return min((r for r in candidates(s) if not r.endswith("gram")), key=lambda r: seconds(r, s, machine))
+    return min((r for r in candidates(s) if not r.endswith("gram")), key=lambda r: seconds(r, s))

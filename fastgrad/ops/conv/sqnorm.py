@@ -134,27 +134,6 @@ def _linear_eager(a: Tensor, g: Tensor, route: str | None, impl: str) -> Tensor:
     return _solve(p, route) if operands is None else _LINEAR_KERNEL(*operands)
 
 
-def _composition(name: str, eager: Callable[..., Tensor]) -> None:
-    """Register both operators of one norm: the composition that tracers see through, and the node that they do not."""
-    whole = getattr(torch.ops.fastgrad, f"{name}_whole").default
-
-    def composed(a: Tensor, *rest: Any) -> Tensor:
-        return (whole if _whole.get() and a.device.type == "cpu" else eager)(a, *rest)
-
-    torch.library.impl(f"fastgrad::{name}", "CompositeImplicitAutograd", composed)
-    torch.library.impl(f"fastgrad::{name}_whole", "CPU", eager)
-    for key in ("CUDA", "CPU"):  # on the CPU the launcher accepts Triton's interpreter alone
-        torch.library.impl(f"fastgrad::{name}_kernel", key, launcher("layer_sqnorm", name))
-
-
-_composition("conv_sqnorm", _conv_eager)
-_composition("linear_sqnorm", _linear_eager)
-_CONV = torch.ops.fastgrad.conv_sqnorm.default
-_LINEAR = torch.ops.fastgrad.linear_sqnorm.default
-_CONV_KERNEL = torch.ops.fastgrad.conv_sqnorm_kernel.default
-_LINEAR_KERNEL = torch.ops.fastgrad.linear_sqnorm_kernel.default
-
-
 def _batched(
     op: Callable[..., Tensor], size: int, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *rest: object
 ) -> tuple[Tensor, int]:
@@ -170,14 +149,32 @@ def _batched(
     return norms.reshape(count, size, batch), 1
 
 
-@torch.library.register_vmap("fastgrad::conv_sqnorm")
-def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    return _batched(_CONV, info.batch_size, in_dims, *args)
+def _register(name: str, eager: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Register a norm's composition, which tracers see through, and its nodes, which they do not.
+
+    Returns:
+        The composition and the kernel.
+    """
+    composition, whole, kernel = (
+        getattr(torch.ops.fastgrad, name + suffix).default for suffix in ("", "_whole", "_kernel")
+    )
+
+    def composed(a: Tensor, *rest: Any) -> Tensor:
+        return (whole if _whole.get() and a.device.type == "cpu" else eager)(a, *rest)
+
+    def mapped(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return _batched(composition, info.batch_size, in_dims, *args)
+
+    torch.library.impl(f"fastgrad::{name}", "CompositeImplicitAutograd", composed)
+    torch.library.register_vmap(f"fastgrad::{name}", mapped)
+    torch.library.impl(f"fastgrad::{name}_whole", "CPU", eager)
+    for key in ("CUDA", "CPU"):  # on the CPU the launcher accepts Triton's interpreter alone
+        torch.library.impl(f"fastgrad::{name}_kernel", key, launcher("layer_sqnorm", name))
+    return composition, kernel
 
 
-@torch.library.register_vmap("fastgrad::linear_sqnorm")
-def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    return _batched(_LINEAR, info.batch_size, in_dims, *args)
+_CONV, _CONV_KERNEL = _register("conv_sqnorm", _conv_eager)
+_LINEAR, _LINEAR_KERNEL = _register("linear_sqnorm", _linear_eager)
 
 
 def conv_sqnorm(

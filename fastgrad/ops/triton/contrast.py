@@ -15,19 +15,7 @@ from fastgrad.ops.triton import devices
 def contrast_sqnorm(
     features: torch.Tensor, logits: torch.Tensor, loss: str, bias: bool, log: bool, mean: bool
 ) -> torch.Tensor:
-    """Squared norms of the last layer's gradients for every one-hot contrast.
-
-    Args:
-        features: ``(B, D)``, input of the last layer; any strides.
-        logits: ``(B, N)``; any strides.
-        loss: One of ``fastgrad.losses.LOSSES``.
-        bias: Whether the layer's bias gradient belongs to the norm.
-        log: Return logarithms, computed in log space.
-        mean: Whether the loss averages over classes instead of summing.
-
-    Returns:
-        ``(B, N)`` float32.
-    """
+    """Squared norms for every one-hot contrast, ``(B, N)`` float32, of features ``(B, D)`` and logits ``(B, N)``."""
     devices.check(features=features, logits=logits)
     (B, D), N = features.shape, logits.shape[1]
     out = devices.empty((B, N), torch.float32, logits)

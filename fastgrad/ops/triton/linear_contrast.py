@@ -32,18 +32,8 @@ def linear_contrast_sqnorm(
     """Logits of a linear layer and the squared norms of its gradients for every one-hot contrast.
 
     The norms are those of the logits as returned, after rounding to their dtype: the result equals
-    ``contrast_sqnorm(features, logits)`` up to the order of sums.
-
-    Args:
-        features: ``(B, D)``; any strides.
-        weight: ``(N, D)`` of the same dtype; any strides.
-        bias: ``(N,)`` or None; with it the norm includes the bias gradient.
-        loss: One of ``fastgrad.losses.LOSSES``.
-        log: Return logarithms, computed in log space.
-        mean: Whether the loss averages over classes instead of summing.
-
-    Returns:
-        ``(B, N)`` logits in the dtype of ``features`` and ``(B, N)`` float32.
+    ``contrast_sqnorm(features, logits)`` up to the order of sums. Features are ``(B, D)``, the weight ``(N, D)`` and
+    the logits ``(B, N)`` of one dtype, the norms ``(B, N)`` float32.
     """
     _check(features, weight, bias)
     (B, D), N = features.shape, weight.shape[0]
@@ -84,15 +74,8 @@ def linear_contrast_stats(
 ) -> torch.Tensor:
     """Statistics of the contrast norms of a linear layer whose logits are never written.
 
-    Args:
-        features: ``(B, D)``; any strides.
-        weight: ``(N, D)`` of the same dtype; any strides.
-        bias: ``(N,)`` or None; with it the norm includes the bias gradient.
-        loss: One of ``fastgrad.losses.LOSSES``. Brier takes a second launch that repeats the product.
-        mean: Whether the loss averages over classes instead of summing.
-
-    Returns:
-        ``(B, 5)`` float32: minimum, maximum, mean, expectation under ``softmax(logits)``, predicted class.
+    ``(B, 5)`` float32: minimum, maximum, mean, expectation under ``softmax(logits)``, predicted class. Brier takes a
+    second launch that repeats the product.
     """
     _check(features, weight, bias)
     (B, D), N = features.shape, weight.shape[0]

@@ -21,21 +21,10 @@ def target_sqnorm(
     log: bool,
     mean: bool,
 ) -> torch.Tensor:
-    """Squared norm of the last layer's gradient for one target per sample.
+    """Squared norm for one target per sample, ``(B,)`` float32, of features ``(B, D)`` and logits ``(B, N)``.
 
-    Args:
-        features: ``(B, D)``, input of the last layer; any strides.
-        logits: ``(B, N)``; any strides.
-        target: ``(B,)`` int64 for ``indices``, ``(B, N)`` of a floating dtype for ``soft``, else None. An index
-            outside ``[0, N)`` gives NaN: reading it back to raise would wait for the device.
-        kind: One of ``KINDS``.
-        loss: One of ``fastgrad.losses.LOSSES``.
-        bias: Whether the layer's bias gradient belongs to the norm.
-        log: Return logarithms; in log space where the squared norm itself could underflow.
-        mean: Whether the loss averages over classes instead of summing.
-
-    Returns:
-        ``(B,)`` float32.
+    ``target`` is ``(B,)`` int64 for ``indices``, ``(B, N)`` of a floating dtype for ``soft``, else None. An index
+    outside ``[0, N)`` gives NaN: reading it back to raise would wait for the device.
     """
     devices.check(features=features, logits=logits)
     if kind not in KINDS:
