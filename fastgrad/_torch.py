@@ -82,12 +82,12 @@ def unviewed(tensor: Tensor) -> Tensor:
     return own
 
 
-def without_subclasses() -> contextlib.AbstractContextManager[None]:
-    """While it lasts, operations treat tensors of Python's subclasses as ordinary ones.
+def without_modes() -> contextlib.AbstractContextManager[None]:
+    """While it lasts, operations pass by what watches a model's own.
 
-    Without, what a subclass does to run an operation would come back to it.
+    Without, every look of a hook at a tensor's shape would cost as much as a step of the model.
     """
-    context: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    context: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunction()
     return context
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -108,8 +110,15 @@ def class_logits(output: Any) -> Tensor:
     return logits
 
 
-def bar(items: Iterable[Any], name: str, verbose: bool) -> Iterable[Any]:
-    """``items``, with a progress bar if ``verbose``."""
+def bar(items: Iterable[Any], name: str, verbose: bool | None) -> Iterable[Any]:
+    """``items``, with a progress bar if ``verbose``.
+
+    None shows one where a terminal is attached, or a line where tqdm is not installed.
+    """
+    if verbose is None and sys.stderr.isatty():
+        verbose = find_spec("tqdm") is not None
+        if not verbose:
+            print(f"fastgrad: {name} ...", file=sys.stderr)
     if not verbose:
         return items
     with extra("demo"):

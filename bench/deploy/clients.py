@@ -77,7 +77,7 @@ async def _ask(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes
 ) -> tuple[int, dict[str, Any]]:
     writer.write(
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\n"
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
         + f"Content-Length: {len(body)}\r\n\r\n".encode()
         + body
     )

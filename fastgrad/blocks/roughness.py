@@ -18,6 +18,8 @@ from fastgrad.losses import compute_dtype
 
 # Positions of a channel that are read, and channels, at most: more say the same.
 _POSITIONS, _CHANNELS = 256, 16
+# Contrast this far below a channel's own is rounding, which the root would otherwise magnify.
+_FLOOR = 1e-3
 #: Principal components of the mixture.
 _DIMENSIONS = 16
 
@@ -65,8 +67,8 @@ def roughness(maps: Tensor) -> Tensor:
     """
     x = maps[:, :: -(-maps.shape[1] // _CHANNELS)]
     found = differences(x.to(compute_dtype(x.dtype)), _POSITIONS)
-    sizes = torch.cat([found.diagonal, found.vertical, found.horizontal], 1)
-    return mean_extremes(sizes.abs_().sqrt_().flatten(2))
+    sizes = torch.cat([found.diagonal, found.vertical, found.horizontal], 1).flatten(2).abs_()
+    return mean_extremes((sizes + _FLOOR * sizes.mean(-1, keepdim=True)).sqrt_())
 
 
 def _of_output(inputs: tuple[Any, ...], output: Any) -> Tensor:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrad._torch import is_fake, is_traced
+from fastgrad._torch import is_fake
 from fastgrad.engine.replayed import FallbackSite, Replayed
 from fastgrad.engine.run import Run, Site
 from fastgrad.engine.tap import requesting_norms
@@ -22,7 +21,6 @@ def probe_grads(
     outputs: Sequence[Tensor],
     probes: Sequence[Tensor],
     gradients: Sequence[Tensor] | None,
-    unexpected: Sequence[tuple[str, Any]],
     *,
     batched: bool = False,
     looped: bool = False,
@@ -34,31 +32,18 @@ def probe_grads(
         outputs: What is differentiated.
         probes: Probes of any runs; the pass goes back to the earliest of them and no further.
         gradients: One for each output; None for scalars.
-        unexpected: By name of a parameter, what no gradient may reach; see `Run.unexpected`.
         batched: Whether each has a leading dimension S of several gradients, which then go back together.
         looped: Whether they go back one after the other all the same, see `looped`.
         keep: Whether to keep the graph for another call.
 
     Returns:
         ``(B, m)`` for each probe, ``(S, B, m)`` if batched; None where the outputs do not depend on it.
-
-    Raises:
-        ValueError: A gradient reaches what is unexpected.
     """
-    if not probes and not unexpected:
+    if not probes:
         return []
 
     def back(grads: Sequence[Tensor] | None) -> Sequence[Tensor | None]:
-        inputs = [*probes, *(tensor for _, tensor in unexpected)]
-        found = torch.autograd.grad(outputs, inputs, grads, retain_graph=keep, allow_unused=True)
-        for (name, _), gradient in zip(unexpected, found[len(probes) :], strict=True):
-            if gradient is not None:
-                raise ValueError(
-                    f"model must reach {name!r} through an attribute of one of its modules, and in every call as in "
-                    "the first; it used it from elsewhere (a closure, a global name) or handed it to a function of "
-                    "autograd where it was not used before"
-                )
-        return found[: len(probes)]
+        return torch.autograd.grad(outputs, probes, grads, retain_graph=keep, allow_unused=True)
 
     with requesting_norms(probes):
         if not batched:
@@ -67,9 +52,7 @@ def probe_grads(
         count = gradients[0].shape[0]
         if looped or count == 1:
             rows = [
-                probe_grads(
-                    outputs, probes, [g[i] for g in gradients], unexpected, keep=keep or i < count - 1
-                )
+                probe_grads(outputs, probes, [g[i] for g in gradients], keep=keep or i < count - 1)
                 for i in range(count)
             ]
             return [_stacked(column) for column in zip(*rows, strict=True)]
@@ -118,10 +101,8 @@ def backward_signals(
     count = gradients.shape[0]
     if not output.requires_grad:
         return [probe.new_zeros(count, *probe.shape) for probe in wanted]
-    # A graph that is recorded took the path of an ordinary call, and its tensors have no copies to tell apart.
-    unexpected = [] if is_traced() else run.unexpected
     one_by_one = looped([run], [site for site, _ in probes], output)
-    parts = probe_grads([output], wanted, [gradients], unexpected, batched=True, looped=one_by_one, keep=keep)
+    parts = probe_grads([output], wanted, [gradients], batched=True, looped=one_by_one, keep=keep)
     return [
         probe.new_zeros(count, *probe.shape) if part is None else part
         for part, probe in zip(parts, wanted, strict=True)

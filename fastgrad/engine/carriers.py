@@ -21,12 +21,19 @@ _DOUBTS = 4
 
 
 def find_carriers(
-    model: nn.Module, args: Any, kwargs: Any, samples: int, tensors: Callable[[Any], list[Tensor]]
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    samples: int,
+    tensors: Callable[[Any], list[Tensor]],
+    *,
+    training: bool,
 ) -> tuple[bool, ...]:
     """For each leaf of the inputs, whether it carries the batch.
 
     The first tensor with B rows does. Of others with B rows, those do with which some of the samples alone give the
-    rows that they have in the batch; where no choice does, as in a model that mixes samples, all count.
+    rows that they have in the batch; where no choice does, as in a model that mixes
+    samples, those that the model bears without an error.
 
     Args:
         model: The model; only read.
@@ -34,6 +41,7 @@ def find_carriers(
         kwargs: Inputs by keyword.
         samples: B.
         tensors: The tensors of an output that matter.
+        training: Whether a module will run in training mode, where the model must bear the choice as well.
     """
     inputs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
     leaves = pytree.tree_leaves(inputs)
@@ -44,25 +52,29 @@ def find_carriers(
     if not doubts or len(doubts) > _DOUBTS or samples not in sizes or is_traced():
         return every
 
-    def outputs(inputs: Any) -> list[Tensor]:
+    def outputs(inputs: Any, mode: bool = False) -> list[Tensor]:
         with undone(model), torch.no_grad():
-            return tensors(Shadow(model).root(*inputs[0], **inputs[1]))
+            return tensors(Shadow(model, training=mode).root(*inputs[0], **inputs[1]))
 
     index = torch.arange(SAMPLES) % samples
     batch: list[Tensor] | None = None
+    borne: tuple[bool, ...] | None = None
     for count in range(len(doubts) + 1):
         for left_out in itertools.combinations(doubts, count):
             carriers = tuple(carries and i not in left_out for i, carries in enumerate(every))
             batch = outputs(inputs) if batch is None else batch
             try:
-                if all(
-                    _same_rows(outputs(take(inputs, some, samples, carriers)), batch, some)
-                    for some in (index, index[:-1])
-                ):
+                parts = [(some, take(inputs, some, samples, carriers)) for some in (index, index[:-1])]
+                found = [(some, outputs(part)) for some, part in parts]
+                if training:
+                    for _, part in parts:
+                        outputs(part, True)
+                if all(_same_rows(out, batch, some) for some, out in found):
                     return carriers
+                borne = carriers if borne is None else borne
             except Exception:
                 continue
-    return every
+    return every if borne is None else borne
 
 
 def _same_rows(some: Sequence[Tensor], batch: Sequence[Tensor], index: Tensor) -> bool:

@@ -8,6 +8,7 @@ that is computed again, so their gradients add up before the norm is taken.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,14 @@ from torch import Tensor, nn
 
 from fastgrad._torch import is_readable, pytree
 from fastgrad.engine.shadow import Shadow, ordinary
+from fastgrad.engine.steps import Steps
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
 
+_ALONE = (
+    "model must treat the samples of a batch independently and alike each time; its module {!r} {} for a sample alone "
+    "than for the batch"
+)
 #: Bytes of per-sample gradients held at once.
 CHUNK_BYTES = 64 * 2**20
 
@@ -38,6 +44,7 @@ def replay_sqnorms(
     samples: int,
     outputs: Sequence[Tensor],
     *,
+    uses: Sequence[int] | None = None,
     name: str = "",
     vectorize: bool = True,
     training: bool = False,
@@ -54,6 +61,8 @@ def replay_sqnorms(
         gradients: Gradients of the floating-point outputs, batch in dimension 0 likewise.
         samples: B.
         outputs: The outputs of the call, of which the replay must give every row again.
+        uses: For each parameter, in how many functions the call used it, of which one that it used several times must
+            be used as often by every sample.
         name: The module's name in messages.
         vectorize: Whether samples of a chunk run together under ``vmap``; else one after the other, for modules
             which ``vmap`` cannot take.
@@ -85,13 +94,11 @@ def replay_sqnorms(
         grads = [g[part] for g in split_gradients]
         with torch.enable_grad():
             again, found = _gradients(
-                module, parameters, local, spec, batched, grads, vectorize=vectorize, training=training
-            )
+                module, parameters, local, spec, batched, grads, uses,
+                name=name, vectorize=vectorize, training=training,
+            )  # fmt: skip
         if not all(map(_agree, again, [out[part] for out in split_outputs])):
-            raise ValueError(
-                "model must treat the samples of a batch independently and alike each time; its module "
-                f"{name or type(module).__name__!r} gives other outputs for a sample alone than it gave for the batch"
-            )
+            raise ValueError(_ALONE.format(name or type(module).__name__, "gives other outputs"))
         rows.append(torch.stack([sqnorm(f) for f in upcast(*found)], 1))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
@@ -103,7 +110,9 @@ def _gradients(
     spec: Any,
     batched: Sequence[bool],
     gradients: Sequence[Tensor],
+    uses: Sequence[int] | None,
     *,
+    name: str,
     vectorize: bool,
     training: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -119,7 +128,20 @@ def _gradients(
         ]
         args, kwargs = pytree.tree_unflatten(inner, spec)
         shadow = Shadow(module, lambda p: own.get(id(p), ordinary(p)), training=training)
-        return floating(shadow.root(*args, **kwargs))
+        # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
+        for table in ("_forward_hooks", "_forward_pre_hooks"):
+            shadow.root.__dict__[table] = OrderedDict()
+        with Steps({id(value): i for i, value in enumerate(values)}) as steps:
+            outputs = floating(shadow.root(*args, **kwargs))
+        if (
+            uses is not None
+            and not vectorize
+            and any(many > 1 and many != steps.uses[i] for i, many in enumerate(uses))
+        ):
+            raise ValueError(
+                _ALONE.format(name or type(module).__name__, "uses a parameter another number of times")
+            )
+        return outputs
 
     if vectorize:
         outputs = torch.func.vmap(one)(wanted, tensors)

@@ -81,13 +81,14 @@ def _block_only(gradient: Tensor, dim: int, rows: int) -> bool:
     return not bool(outside.any())
 
 
-def probe_cotangent(out: Tensor, fewer: Tensor, samples: int) -> Tensor | None:
-    """A fixed gradient for the chosen sample of an output; None for an output without the batch.
+def probe_cotangent(out: Tensor, fewer: Tensor, samples: int, chosen: int) -> Tensor | None:
+    """A fixed gradient for one sample of an output; None for an output without the batch.
 
     Args:
         out: The output at ``samples`` samples.
         fewer: The output at one sample less.
         samples: At least 2.
+        chosen: Number of the sample.
     """
     layout = find_layout(tuple(out.shape), tuple(fewer.shape), None, samples)
     if layout is None or layout.kind == "single":
@@ -95,7 +96,7 @@ def probe_cotangent(out: Tensor, fewer: Tensor, samples: int) -> Tensor | None:
     rows = out.shape[layout.dim] // samples
     pattern = torch.cos(torch.arange(out.numel(), device=out.device, dtype=torch.float64) * 1.7 + 0.3)
     keep = torch.zeros(out.shape[layout.dim], device=out.device, dtype=torch.float64)
-    keep.narrow(0, CHOSEN * rows, rows).fill_(1)
+    keep.narrow(0, chosen * rows, rows).fill_(1)
     shape = [1] * out.dim()
     shape[layout.dim] = -1
     return (pattern.reshape(out.shape) * keep.reshape(shape)).to(out.dtype)

@@ -21,12 +21,12 @@ from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.engine.observing import Observation
-from fastgrad.engine.path import Sentinel, watched
 from fastgrad.engine.planning import Caution, Plan, Planner, Route
 from fastgrad.engine.replayed import NotRepeatableError
 from fastgrad.engine.run import OffPlanError, Reading, Run, Site
 from fastgrad.engine.shadow import Shadow, ordinary
 from fastgrad.engine.state import Snapshot, undone
+from fastgrad.engine.steps import Steps
 
 #: Structures of inputs whose plans are kept, and plans kept for one: paths that no single plan serves.
 _STRUCTURES_KEPT = 16
@@ -41,18 +41,14 @@ class Known:
         training: Whether a module runs in training mode.
         names: The wanted parameters, names by id.
         parts: The model's modules and parameters. As long as all live, their ids are theirs.
-        originals: The wanted parameters, by name.
         carriers: For each leaf of the inputs, whether it carries the batch.
-        sentinels: By name, the id of a parameter and what may stand in for it.
         plans: Most recently used first.
     """
 
     training: bool
     names: dict[int, str]
     parts: list[weakref.ref[Any]]
-    originals: dict[str, weakref.ref[nn.Parameter]]
     carriers: tuple[bool, ...]
-    sentinels: dict[str, tuple[int, Sentinel]]
     plans: list[Plan] = field(default_factory=list)
 
 
@@ -63,6 +59,7 @@ class Network:
         model: The user's model; held weakly.
         names: Gives the wanted parameters, name by id, in order; all by default.
         tensors: The tensors in an output whose gradients matter.
+        shared: Whether passes use the user's own parameters, which a trial has copies of.
     """
 
     def __init__(
@@ -70,9 +67,11 @@ class Network:
         model: nn.Module,
         names: Callable[[], dict[int, str]] | None = None,
         tensors: Callable[[Any], list[Tensor]] = floating,
+        *,
+        shared: bool = False,
     ) -> None:
         self._model = weakref.ref(model)
-        self.names, self.tensors = names or self._all_names, tensors
+        self.names, self.tensors, self.shared = names or self._all_names, tensors, shared
         self._known: OrderedDict[Any, Known] = OrderedDict()
         self._lock = threading.Lock()
         keep_freed_memory()
@@ -104,7 +103,7 @@ class Network:
             if known.plans:
                 return known.plans[0]
         plan = self._make_plan(known, args, kwargs, samples)
-        self._keep(known, plan)
+        self._keep(plan)
         return plan
 
     def routes(self) -> list[Route]:
@@ -146,53 +145,66 @@ class Network:
             RuntimeError: If a module that was to be read was not called.
             ValueError: If no plan holds for the path that the pass takes.
         """
-
-        def run_by(plan: Plan | None) -> Any:
-            return self._pass(plan, run, args, kwargs, sites, readings, parameter, training=training)
-
-        if plan is None:
-            return run_by(None)
-        known = plan.known
-        assert known is not None
-        before = Snapshot(self.model, training=training)
+        known = None if plan is None else plan.known
+        before = None if plan is None else Snapshot(self.model, training=training)
         versions = [t._version for t in _tensors(args, kwargs)]
         tried: list[Plan] = []
         # The few samples that a plan is tried on may take another path than the batch.
-        attempts = iter((False, True))
+        attempts = iter(() if plan is None else (SAMPLES, run.samples + 1, max(2, run.samples)))
         while True:
+            reason = "calls other functions, or on other parameters, than when it was planned"
+            output, shadow, raised = None, None, None
             try:
-                output = run_by(plan)
+                output, shadow = self._pass(
+                    plan, run, args, kwargs, sites, readings, parameter, training=training
+                )
             except OffPlanError:
                 pass
-            except Exception:
-                if run.left is None:
+            except Exception as error:
+                if plan is None or not plan.replaces or is_traced():
                     raise
-            if run.left is None:
-                self._keep(known, plan)
+                raised = error
+                # It may be that the model does not bear what the plan gives it in place of a parameter.
+                run.left = run.left or OffPlanError((), f"raises {type(error).__name__}: {error}")
+            if run.left is not None:
+                reason = run.left.reason
+            elif plan is None or run.steps is None or run.steps.path() in plan.paths:
+                if plan is not None:
+                    self._keep(plan)
+                if parameter is not ordinary and shadow is not None:
+                    shadow.write_back()
                 return output
+            assert plan is not None
+            assert known is not None
+            assert before is not None
             if is_traced():
                 raise ValueError(
-                    f"model must take the path of an ordinary call while its graph is recorded; it {run.left.reason}"
+                    f"model must take the path of an ordinary call while its graph is recorded; it {reason}"
                 )
             before.restore()
             if [t._version for t in _tensors(args, kwargs)] != versions:
                 raise ValueError(
-                    "model must not write to its inputs in a call whose path was not seen before; it "
-                    f"{run.left.reason}. Make the same call again with the inputs as they were"
+                    f"model must not write to its inputs in a call whose path was not seen before; it {reason}. Make "
+                    "the same call again with the inputs as they were"
                 )
             tried.append(plan)
-            left = run.left
-            failed = [other.sites for other in tried]
-            plan = next((other for other in known.plans if other.sites not in failed), None)
-            while plan is None:
-                whole = next(attempts, None)
-                if whole is None:
+            following = next((other for other in known.plans if all(other is not one for one in tried)), None)
+            while following is None:
+                count = next(attempts, None)
+                if count is None:
+                    if raised is not None:
+                        raise raised
                     raise ValueError(
                         "model must take the same path each time it is given the same inputs; a call that was planned "
-                        f"on its own {run.samples} samples and one more {left.reason}"
+                        f"on its own {run.samples} samples {reason}"
                     )
-                made = self._make_plan(known, args, kwargs, run.samples, older=tried[0], whole=whole)
-                plan = None if made.sites in failed else made
+                made = self._make_plan(known, args, kwargs, run.samples, count, older=tried[0])
+                following = next((other for other in tried if other == made), made)
+                if following is not made:
+                    grown = not made.paths <= following.paths
+                    following.paths.update(made.paths)
+                    following = following if grown else None
+            plan = following
 
     def _pass(
         self,
@@ -205,35 +217,30 @@ class Network:
         parameter: Callable[[nn.Parameter], Tensor],
         *,
         training: bool,
-    ) -> Any:
-        """One try at a forward pass."""
+    ) -> tuple[Any, Shadow]:
+        """One try at a forward pass; its output and the copy that ran."""
         run.begin(plan)
         shadow = Shadow(self.model, parameter, training=training)
         if not training:
             for copy in shadow.modules.values():
                 attend_alike(copy)
-        known = None if plan is None else plan.known
-        calls = {} if plan is None else plan.calls
         # Of two hooks on a module the one attached later runs earlier. The plan's may replace what autograd recorded
         # of a layer, so they come before other sites; readings come first of all, to read what the module returned.
         tapped: tuple[Site, ...] = (*sites, *(() if plan is None else plan.sites))
         places: tuple[Site | Reading, ...] = (*tapped, *readings)
-        with (
-            torch.set_grad_enabled(plan is not None or bool(tapped) or torch.is_grad_enabled()),
-            watched(run, shadow, calls, {} if known is None else known.sentinels),
-        ):
+        with torch.set_grad_enabled(plan is not None or bool(tapped) or torch.is_grad_enabled()):
             for place in places:
                 place.attach(run, shadow)
-            output = shadow.root(*args, **kwargs)
-        if known is not None and parameter is ordinary:
-            originals = ((name, original()) for name, original in known.originals.items())
-            run.unexpected += [(name, p) for name, p in originals if p is not None and p.requires_grad]
-        if parameter is not ordinary and run.left is None:
-            shadow.write_back()
+            if plan is None or is_traced():
+                output = shadow.root(*args, **kwargs)
+            else:
+                with Steps(shadow.stand_ins(apart=not self.shared)) as run.steps:
+                    output = shadow.root(*args, **kwargs)
+        run.closed = True
         for reading in readings:
             if reading not in run.readings and run.left is None:
                 raise RuntimeError(f"the forward pass did not call {reading.path!r}, which was to be read")
-        return output
+        return output, shadow
 
     def _structure(self, args: Any, kwargs: Any, samples: int, *, training: bool) -> Known:
         """What is known for inputs of this structure, and of a model with these modules and modes."""
@@ -245,14 +252,11 @@ class Network:
             if known is not None and all(part() is not None for part in known.parts):
                 self._known.move_to_end(key)
                 return known
-        parameters = {id(p): p for p in self.model.parameters()}
         known = Known(
             any(modes),
             names,
-            [weakref.ref(part) for part in (*modules, *parameters.values())],
-            {name: weakref.ref(parameters[i]) for i, name in names.items()},
-            find_carriers(self.model, args, kwargs, samples, self.tensors),
-            {name: (i, Sentinel.of(parameters[i], name)) for i, name in names.items()},
+            [weakref.ref(part) for part in (*modules, *self.model.parameters())],
+            find_carriers(self.model, args, kwargs, samples, self.tensors, training=any(modes)),
         )
         with self._lock:
             self._known[key] = known
@@ -260,12 +264,13 @@ class Network:
                 self._known.popitem(last=False)
         return known
 
-    def _keep(self, known: Known, plan: Plan) -> None:
+    def _keep(self, plan: Plan) -> None:
         """Have ``plan`` be the first to be tried."""
-        if known.plans and known.plans[0] is plan:
-            return
-        with self._lock:
-            known.plans[:] = [plan, *(other for other in known.plans if other is not plan)][:_PLANS_KEPT]
+        known = plan.known
+        assert known is not None
+        if not known.plans or known.plans[0] is not plan:
+            with self._lock:
+                known.plans[:] = [plan, *(other for other in known.plans if other is not plan)][:_PLANS_KEPT]
 
     def _make_plan(
         self,
@@ -273,9 +278,9 @@ class Network:
         args: Any,
         kwargs: Any,
         samples: int,
+        count: int = SAMPLES,
         *,
         older: Plan | None = None,
-        whole: bool = False,
     ) -> Plan:
         """A plan that agreed with autograd on a few samples of the inputs.
 
@@ -284,13 +289,12 @@ class Network:
             args: Positional inputs.
             kwargs: Inputs by keyword.
             samples: B.
+            count: How many of them to take; the first ones again where there are fewer.
             older: A plan that serves parameters which the new path does not use.
-            whole: Whether to take all samples, and one of them twice.
 
         Raises:
             ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
         """
-        count = samples + 1 if whole else SAMPLES
         index = torch.arange(count) % samples
         inputs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
         more, less = (take(inputs, i, samples, known.carriers) for i in (index, index[:-1]))
@@ -310,15 +314,29 @@ class Network:
                     observation = Observation(self.model, more, count, fewer, training=True)
                 planners.append(Planner(observation, known.names))
             outputs, at_less = self.tensors(observation.output), self.tensors(fewer.output)
-            found = [probe_cotangent(out, other, count) for out, other in zip(outputs, at_less, strict=True)]
-            if all(row is None for row in found):
+            pairs = list(zip(outputs, at_less, strict=True))
+            if all(probe_cotangent(out, other, count, 0) is None for out, other in pairs):
                 raise ValueError(
                     "model must return a floating-point tensor that carries the batch; it returned none"
                 )
-            rows = [
-                torch.zeros_like(out) if row is None else row for out, row in zip(outputs, found, strict=True)
-            ]
-            truth = observation.backward(outputs, rows)
+            # The chosen sample first, whose gradient shows where modules have the batch; others as long as a parameter
+            # is left that none of them has a gradient of.
+            checks: list[tuple[int, list[Tensor], dict[str, Tensor]]] = []
+            idle = {name for name, p in observation.parameters.items() if p.requires_grad} & set(
+                known.names.values()
+            )
+            order = (CHOSEN, *(i for i in range(min(count, SAMPLES)) if i != CHOSEN))
+            for chosen in order:
+                rows = [
+                    torch.zeros_like(out) if row is None else row
+                    for out, other in pairs
+                    for row in [probe_cotangent(out, other, count, chosen)]
+                ]
+                truth = observation.backward(outputs, rows)
+                checks.append((chosen, rows, truth))
+                idle -= {name for name, gradient in truth.items() if bool(gradient.any())}
+                if count >= SAMPLES and not any(observation.uses[name] for name in idle):
+                    break
             layouts = tuple(
                 find_layout(tuple(out.shape), tuple(other.shape), None, count)
                 for out, other in zip(outputs, at_less, strict=True)
@@ -328,27 +346,34 @@ class Network:
             while caution is not None:
                 plan = planners[0].plan(caution)
                 for planner in planners[1:]:
-                    idle = [name for name in plan.names if plan.routes[name].route == "zero"]
-                    plan = plan.joined(planner.plan(caution, idle))
-                plan = replace(plan, outputs=layouts, known=known)
+                    unused = [name for name in plan.names if plan.routes[name].route == "zero"]
+                    plan = plan.joined(planner.plan(caution, unused))
+                plan = replace(plan, outputs=layouts, known=known, paths=set())
+                plan = plan if older is None else plan.joined(older)
+                wrong: frozenset[str] = frozenset()
                 try:
-                    with undone(self.model):
-                        features = self._trial(plan, more, count, rows, training=training)
+                    for chosen, rows, truth in checks:
+                        with undone(self.model):
+                            features = self._trial(plan, more, count, rows, training=training)
+                        wrong |= _disagreeing(plan, features, truth, chosen)
                 except NotRepeatableError:
                     raise
                 except OffPlanError as error:
                     wrong = frozenset(error.parameters)
-                    caution = caution.after_disagreement(wrong)
-                    continue
                 except Exception:
                     # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
+                    if older is not None:
+                        older = None
+                        continue
                     caution = caution.after_error(plan)
                     if caution is None:
                         raise
                     continue
-                wrong = _disagreeing(plan, features, truth)
                 if not wrong:
-                    return plan if older is None else plan.joined(older)
+                    return plan
+                if older is not None:
+                    older = None
+                    continue
                 caution = caution.after_disagreement(wrong)
         raise ValueError(
             "model must treat the samples of a batch independently, alike each time: squared norms of "
@@ -360,13 +385,15 @@ class Network:
     ) -> Tensor:
         """Squared norms ``(B, P)`` as the plan finds them."""
         run = Run(samples)
-        output = self._pass(plan, run, inputs[0], inputs[1], (), (), ordinary, training=training)
+        output, _ = self._pass(plan, run, inputs[0], inputs[1], (), (), ordinary, training=training)
         if run.left is not None:
             raise run.left
+        assert run.steps is not None
+        plan.paths.add(run.steps.path())
         outputs = self.tensors(output)
         pairs = [(out, row) for out, row in zip(outputs, rows, strict=True) if out.requires_grad]
         probes = [probe for _, probe in run.probes] if pairs else []
-        norms = probe_grads([out for out, _ in pairs], probes, [row for _, row in pairs], [])
+        norms = probe_grads([out for out, _ in pairs], probes, [row for _, row in pairs])
         found = [
             (torch.zeros_like(probe) if value is None else value).unsqueeze(0)
             for probe, value in zip(probes, norms, strict=True)
@@ -397,8 +424,8 @@ def _kind(args: Any, kwargs: Any, samples: int) -> Any:
     return str(spec), kinds, tuple(torch.is_autocast_enabled(device) for device in sorted(devices))
 
 
-def _disagreeing(plan: Plan, features: Tensor, truth: dict[str, Tensor]) -> frozenset[str]:
-    """Parameters whose squared norms are not those of the chosen sample's true gradient."""
+def _disagreeing(plan: Plan, features: Tensor, truth: dict[str, Tensor], chosen: int) -> frozenset[str]:
+    """Parameters whose squared norms are not those of the chosen sample's true gradient, and of no other."""
     dtype, zero = features.dtype, features.new_zeros(())
     true = torch.stack(
         [truth[name].to(dtype).square().sum() if name in truth else zero for name in plan.names]
@@ -409,6 +436,6 @@ def _disagreeing(plan: Plan, features: Tensor, truth: dict[str, Tensor]) -> froz
     tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
     floor = (1e3 * precision) ** 2 * true.max()
     expected = torch.zeros_like(features)
-    expected[CHOSEN] = true
+    expected[chosen] = true
     wrong = ~((features - expected).abs() <= tolerance * expected + floor).all(0)
     return frozenset(name for name, bad in zip(plan.names, wrong.tolist(), strict=True) if bad)

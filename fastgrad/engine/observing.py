@@ -18,9 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import pytree
 from fastgrad.engine.layout import Layout, find_layout
-from fastgrad.engine.path import broadcasts
 from fastgrad.engine.rows import Rows
 from fastgrad.engine.shadow import Shadow, attach, ordinary
+
+# Functions that broadcast a parameter over the batch, by name without underscores.
+_BROADCASTING = frozenset(
+    {"add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "div", "expand"}
+)
 
 
 @dataclass
@@ -84,7 +88,8 @@ class _Uses(TorchFunctionMode):
         gathered = bool(found) and self.rows.gathered((args, kwargs))
         self.rows.note(func, args, kwargs or {}, result)
         if found and tensors:
-            broadcast = broadcasts(func, result, self.samples) and not gathered
+            name = getattr(func, "__name__", "").strip("_")
+            broadcast = name in _BROADCASTING and result.shape[:1] == (self.samples,) and not gathered
             for name in found:
                 self.ranks[name].add(result.dim() if broadcast else None)
                 if any(r.requires_grad for r in tensors):
@@ -126,6 +131,8 @@ class Observation:
         self.parameters: dict[str, Tensor] = {}
         self.bytes = 0
         self.samples = samples
+        #: Backward passes that have begun.
+        self.passes = 0
         self._rows = Rows(inputs)
         self._stack: list[int] = []
         self._times: Counter[str] = Counter()
@@ -175,24 +182,27 @@ class Observation:
                     call.outputs.append(tuple(tensor.shape))
                     self.bytes += tensor.numel() * tensor.element_size()
                     if tensor.requires_grad:
-                        tensor.register_hook(functools.partial(self._keep_gradient, call, position))
+                        tensor.register_hook(functools.partial(self._keep_gradient, self, call, position))
 
         attach(copy, enter, before=True)
         attach(copy, leave)
 
     @staticmethod
-    def _keep_gradient(call: Call, position: int, gradient: Tensor) -> None:
+    def _keep_gradient(observation: Observation, call: Call, position: int, gradient: Tensor) -> None:
+        if observation.passes > 1:  # of another sample
+            return
         known = call.gradients.get(position)
         call.gradients[position] = gradient if known is None else known + gradient
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Send the chosen sample's gradient back; returns its true gradient of every parameter."""
+        """Send one sample's gradient back, first that of the chosen one; returns its gradient of every parameter."""
+        self.passes += 1
         leaves = {n: p for n, p in self.parameters.items() if p.requires_grad}
         pairs = [(out, row) for out, row in zip(outputs, gradients, strict=True) if out.requires_grad]
         if not leaves or not pairs:
             return {}
         reached, at = zip(*pairs, strict=True)
-        found = torch.autograd.grad(reached, list(leaves.values()), at, allow_unused=True)
+        found = torch.autograd.grad(reached, list(leaves.values()), at, allow_unused=True, retain_graph=True)
         return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
     def once(self, call: Call) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -46,15 +45,17 @@ class Plan:
             of the modules does not see that.
         outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
         known: What else is known of the model for inputs of this structure.
+        paths: Those on which it agreed with autograd, see `fastgrad.engine.steps`.
     """
 
     names: tuple[str, ...]
     sites: tuple[PlannedSite, ...]
     routes: dict[str, Route]
-    bytes_per_element: float
+    bytes_per_element: float = field(compare=False)
     bypassed: tuple[str, ...]
     outputs: tuple[Layout | None, ...] = ()
     known: Known | None = field(default=None, compare=False, repr=False)
+    paths: set[int] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def carriers(self) -> tuple[bool, ...]:
@@ -62,20 +63,13 @@ class Plan:
         assert self.known is not None
         return self.known.carriers
 
-    @functools.cached_property
-    def calls(self) -> dict[str, str | None]:
-        """By name, the module in whose one call a parameter is used, None for no use at all.
-
-        Those used throughout the model's call, and those that are broadcast, are left out.
-        """
-        found: dict[str, str | None] = dict.fromkeys(self.names)
-        for site in self.sites:
-            for name in site.parameters:
-                if isinstance(site, BroadcastSite) or not site.path:
-                    found.pop(name, None)
-                else:
-                    found[name] = site.path
-        return found
+    @property
+    def replaces(self) -> bool:
+        """Whether the model is given something else in place of a parameter or an output, which it may not bear."""
+        return any(
+            isinstance(site, BroadcastSite) or (isinstance(site, LayerSite) and site.layout.kind == "single")
+            for site in self.sites
+        )
 
     def joined(self, other: Plan) -> Plan:
         """This plan, with the sites of ``other`` for parameters that this one takes for unused."""
@@ -84,7 +78,13 @@ class Plan:
         if not sites:
             return self
         routes = self.routes | {name: other.routes[name] for name in idle}
-        return replace(self, sites=tuple(_outermost([*self.sites, *sites], routes)), routes=routes)
+        return replace(
+            self,
+            sites=tuple(_outermost([*self.sites, *sites], routes)),
+            routes=routes,
+            # A path is the same only where it comes to the same sites.
+            paths=self.paths | other.paths,
+        )
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,18 @@ class Caution:
 
 
 def refuse_mixing(model: nn.Module, *, training: bool) -> None:
-    """Raise ValueError for a batch norm that normalises with the statistics of the batch.
+    """Raise ValueError for a layer that computes with the statistics of the batch.
 
     Args:
         model: The model.
         training: Whether modules run in their own mode rather than in evaluation mode.
     """
     for path, module in model.named_modules():
+        if getattr(module, "scale_grad_by_freq", False):
+            raise ValueError(
+                "model must not mix the samples of a batch, or there is no gradient per sample; its embedding "
+                f"{path or type(model).__name__!r} divides gradients by counts over the batch (scale_grad_by_freq=True)"
+            )
         if not isinstance(module, BatchNorm):
             continue
         if training and module.training:

@@ -54,6 +54,11 @@ class _State:
             )
 
 
+def held_by(site: Site, shadow: Shadow) -> list[Tensor]:
+    """What the copy holds in place of the parameters of a site."""
+    return [shadow.tensor(shadow.model.get_parameter(name)) for name in site.parameters]
+
+
 @dataclass(frozen=True)
 class Replayed(Site):
     """A module that the backward pass computes once more, from its recorded inputs.
@@ -67,8 +72,11 @@ class Replayed(Site):
         recorded: list[Any] = []
         trains = shadow.training and any(m.training for m in copy.modules())
         states: list[_State] = []
+        counts: list[list[int]] = []
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if run.steps is not None:
+                counts.append([run.steps.used(t) for t in held_by(self, shadow)])
             # Copied: the module may overwrite its inputs.
             recorded.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs)))
             if trains:
@@ -86,7 +94,10 @@ class Replayed(Site):
             outputs, out_spec = pytree.tree_flatten(output)
             taken = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
             self._arrived(run, outputs[taken[0]])
-            replay = self._replay(run, shadow, [outputs[i].detach() for i in taken])
+            uses = None if run.steps is None else [run.steps.used(t) for t in held_by(self, shadow)]
+            if uses is not None:
+                uses = [now - then for now, then in zip(uses, counts.pop(), strict=True)]
+            replay = self._replay(run, shadow, uses, [outputs[i].detach() for i in taken])
             held = Unchanged(self.path, original, deep=True)
 
             def norms(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -109,7 +120,7 @@ class Replayed(Site):
     def _arrived(self, run: Run, output: Tensor) -> None:
         """Look at the module's first output; off plan if the batch is not where it was."""
 
-    def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor]) -> Replay:
+    def _replay(self, run: Run, shadow: Shadow, uses: list[int] | None, outputs: list[Tensor]) -> Replay:
         """What the backward pass does, made when the module has computed ``outputs``."""
         raise NotImplementedError
 
@@ -136,7 +147,7 @@ class ReplaySite(Replayed):
                 self.parameters, f"gives {self.path!r} inputs with the batch in another place than before"
             )
 
-    def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor]) -> Replay:
+    def _replay(self, run: Run, shadow: Shadow, uses: list[int] | None, outputs: list[Tensor]) -> Replay:
         module = shadow.submodule(self.path)
 
         def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
@@ -158,7 +169,7 @@ class FallbackSite(Replayed):
     batched: tuple[bool, ...]
     vectorize: bool = True
 
-    def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor]) -> Replay:
+    def _replay(self, run: Run, shadow: Shadow, uses: list[int] | None, outputs: list[Tensor]) -> Replay:
         device = outputs[0].device.type
         # The user's module rather than its copy, whose hooks belong to this forward pass.
         module = shadow.model.get_submodule(self.path)
@@ -171,7 +182,7 @@ class FallbackSite(Replayed):
             with torch.autocast(device, dtype, enabled, cache_enabled=False):
                 norms = replay_sqnorms(
                     module, parameters, args, kwargs, self.batched, gradients, run.samples, outputs,
-                    name=self.path, vectorize=self.vectorize, training=shadow.training,
+                    uses=uses, name=self.path, vectorize=self.vectorize, training=shadow.training,
                 )  # fmt: skip
             if is_fixed(run.samples) and not fixed_before:
                 raise RuntimeError(

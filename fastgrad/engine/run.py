@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastgrad._torch import saves_elsewhere
 from fastgrad.engine.shadow import Shadow, attach
+from fastgrad.engine.steps import Steps
 from fastgrad.losses import compute_dtype
 
 if TYPE_CHECKING:
@@ -46,24 +47,21 @@ class Run:
         self.readings: dict[Reading, Tensor] = {}
         #: The plan that the forward pass kept to; None for a pass without one.
         self.plan: Plan | None = None
-        #: By name of a parameter, what no gradient may reach: what stands in for it where the plan expects no use, see
-        #: `fastgrad.engine.path`, or the user's own where the pass has another in its place.
-        self.unexpected: list[tuple[str, Any]] = []
-        #: Why the forward pass left its plan.
-        self.left: OffPlanError | None = None
         #: Whether a part of it will be computed again to get at what autograd did not save.
         self.checkpointed = False
+        #: Why the forward pass left its plan.
+        self.left: OffPlanError | None = None
         #: Whether the forward pass is over.
         self.closed = False
-        self._reached: set[int] = set()
+        #: Where the path is noted.
+        self.steps: Steps | None = None
 
     def begin(self, plan: Plan | None) -> None:
         """Begin a forward pass, or begin it again, by ``plan``."""
-        self.plan, self.left, self.closed, self.checkpointed = plan, None, False, False
+        self.plan, self.left, self.checkpointed, self.closed = plan, None, False, False
+        self.steps = None
         self.probes.clear()
         self.readings.clear()
-        self.unexpected.clear()
-        self._reached.clear()
 
     def leave_plan(self, parameters: tuple[str, ...], reason: str) -> NoReturn:
         """Raise OffPlanError, which the model may catch but the pass remembers."""
@@ -71,12 +69,9 @@ class Run:
         raise self.left
 
     def reach(self, site: Site) -> None:
-        """Note that the forward pass comes to a site of its plan, which it may do once."""
-        if self.closed:  # a checkpoint computes a part again
-            return
-        if id(site) in self._reached:
-            self.leave_plan(site.parameters, f"calls {site.path!r} more than once")
-        self._reached.add(id(site))
+        """Note that the forward pass comes to a site of its plan."""
+        if self.steps is not None:
+            self.steps.note(type(site).__name__, site.path, site.parameters)
 
     def probe(self, site: Site, output: Tensor, columns: int | None = None) -> Tensor:
         """A new probe of a site.
@@ -93,7 +88,8 @@ class Run:
         width = len(site.parameters) if columns is None else columns
         dtype = compute_dtype(output.dtype)
         probe = torch.zeros(self.samples, width, dtype=dtype, device=output.device, requires_grad=True)
-        self.probes.append((site, probe))
+        if not self.closed:  # else a checkpoint computes a part again
+            self.probes.append((site, probe))
         return probe
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastgrad import _torch
 from fastgrad.engine.redirect import Redirect
+from fastgrad.engine.steps import unnoted
 
 _SEQUENCES = (list, tuple, set)
 _CONTAINERS = (*_SEQUENCES, dict, OrderedDict)
@@ -70,7 +71,6 @@ class Shadow:
         # a copy, by name, and what the original has there.
         self._places: defaultdict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
         self._holders: list[tuple[dict[str, Any], str, Any]] = []
-        self._held: set[int] = set()
         # Plain attributes in which something was replaced.
         self._followed: set[tuple[int, str]] = set()
         #: The copy of each module by the id of the original, in the order they were met.
@@ -93,19 +93,20 @@ class Shadow:
 
     def substitute(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Let the copy hold ``value`` in place of a parameter, wherever it occurs."""
+        self._copies[id(parameter)] = value
         for table, name in self._places[id(parameter)]:
             table[name] = value
-        self.hold(id(parameter), value)
-
-    def places(self, key: int) -> tuple[list[tuple[dict[str, Any], str]], Tensor, bool]:
-        """Where the copy holds a parameter of this id, what it holds, and whether plain attributes hold it as well."""
-        return self._places[key], self._copies[key], key in self._held
-
-    def hold(self, key: int, value: Tensor) -> None:
-        """Let plain attributes hold ``value`` in place of the parameter with this id."""
-        self._copies[key] = value
         for state, name, original in self._holders:
             state[name] = self._replace(original)
+
+    def stand_ins(self, *, apart: bool) -> dict[int, int]:
+        """By id of a tensor, the number of the parameter that it is: those of the copy, and the user's own.
+
+        Args:
+            apart: Whether these two have different numbers.
+        """
+        found = {key: 2 * i + apart for i, key in enumerate(self._copies)}
+        return found | {id(value): 2 * i for i, value in enumerate(self._copies.values())}
 
     def write_back(self) -> None:
         """Give the user's modules the attributes and buffers that the forward pass set on their copies."""
@@ -200,7 +201,6 @@ class Shadow:
             return self.modules.get(id(value), value)
         if isinstance(value, nn.Parameter):
             self._met_parameter = True
-            self._held.add(id(value))
             return self._copies.get(id(value), value)
         if type(value) in _CONTAINERS:
             if isinstance(value, dict):
@@ -230,6 +230,7 @@ def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False)
     kind = "_forward_pre_hooks" if before else "_forward_hooks"
     table = module.__dict__[kind]
     fresh: OrderedDict[int, Callable[..., Any]] = OrderedDict()
+    hook = unnoted(hook)
     key = id(hook)
     if before:
         fresh.update(table)

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import is_fake
 from fastgrad.engine.layout import Layout
-from fastgrad.engine.path import Copies
 from fastgrad.engine.run import Run, Site
 from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.engine.tap import is_tapped, tap
@@ -93,9 +91,6 @@ class BroadcastSite(Site):
         copies = value.reshape(shape).expand(run.samples, *shape[1:])
         probe = run.probe(self, copies)
         passed = tap([copies], [], probe, functools.partial(_squares, run), in_place=False)[0]
-        if not is_fake(passed):
-            passed = passed.as_subclass(Copies)
-            passed.use = run, self.parameters[0], self.rank
         shadow.substitute(parameter, passed)
 
 

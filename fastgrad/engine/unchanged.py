@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastgrad.engine.path import Sentinel
-
 
 class Unchanged:
     """The parameters and buffers of a module at the time of its call.
@@ -17,12 +15,12 @@ class Unchanged:
     """
 
     def __init__(self, path: str, module: nn.Module, *, deep: bool = False) -> None:
-        self._path = path
+        self._path = path or type(module).__name__
         self._versions: list[tuple[str, Tensor, int]] = []
         for name, part in module.named_modules() if deep else [("", module)]:
             for table in (part._parameters, part._buffers):
                 for own, tensor in table.items():
-                    if tensor is None or isinstance(tensor, Sentinel) or tensor.is_inference():
+                    if tensor is None or tensor.is_inference():
                         continue
                     self._versions.append((f"{name}.{own}".lstrip("."), tensor, tensor._version))
 

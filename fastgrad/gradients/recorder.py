@@ -19,6 +19,7 @@ from fastgrad.engine.network import Network
 from fastgrad.engine.planning import refuse_mixing
 from fastgrad.engine.redirect import Redirect
 from fastgrad.engine.run import Run
+from fastgrad.engine.steps import suspended
 from fastgrad.engine.tap import probes_behind
 from fastgrad.gradients.whole import refuse_parts
 from fastgrad.losses import compute_dtype
@@ -131,12 +132,13 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         with _lock:
             network = _networks.get(module)
             if network is None:
-                network = _networks[module] = Network(module)
+                network = _networks[module] = Network(module, shared=True)
         samples = batch_size(args, kwargs)
         # An empty batch, which random sampling may draw, has nothing to be planned on and no norms.
-        plan = network.plan(args, kwargs, samples, training=True) if samples else None
         run, earlier = Run(samples), list(self.calls)
-        output = network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
+        with suspended():
+            plan = network.plan(args, kwargs, samples, training=True) if samples else None
+            output = network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
         keys = {name: id(p) for name, p in module.named_parameters()}
         if run.plan is not None and run.plan.bypassed:
             # Modules that a closure calls are the user's own, and such calls are recorded like any other.
@@ -255,10 +257,9 @@ def recorded_sqnorms(
         for site, probe in run.probes
         if any(call.keys[name] in asked for name in site.parameters)
     ]
-    unexpected = [pair for _, run in alive for pair in run.unexpected]
     one_by_one = looped((run for _, run in alive), [site for _, site, _, _ in probes], outputs[0])
     found = probe_grads(
-        outputs, [probe for _, _, probe, _ in probes], gradients, unexpected,
+        outputs, [probe for _, _, probe, _ in probes], gradients,
         batched=batched, looped=one_by_one, keep=keep,
     )  # fmt: skip
     by_key: dict[int, Tensor] = {}

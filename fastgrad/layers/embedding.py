@@ -9,12 +9,6 @@ from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
 
 
-def _unsupported(module: nn.Module) -> str | None:
-    if getattr(module, "scale_grad_by_freq", False):
-        return "scale_grad_by_freq divides by counts over the batch"
-    return None
-
-
 def embedding(module: nn.Module, index: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for ``torch.nn.Embedding``: positions with the same index add up before the norm is taken.
 
@@ -34,4 +28,4 @@ def embedding(module: nn.Module, index: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"weight": gram.sum((1, 2), dtype=torch.float64).to(g.dtype)}
 
 
-EMBEDDING = LayerRule("embedding", embedding, positions=True, unsupported=_unsupported, in_place=True)
+EMBEDDING = LayerRule("embedding", embedding, positions=True, in_place=True)

@@ -167,7 +167,7 @@ def test_outputs_and_probes_that_do_not_meet(model: nn.Sequential) -> None:
     other = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True) * 1
     (zeros,) = backward_signals(run, other, gradients)
     assert torch.equal(zeros, torch.zeros(2, 4, 4, dtype=torch.float64))
-    assert probe_grads([other], [run.probes[0][1]], [gradients], [], batched=True, keep=True) == [None]
+    assert probe_grads([other], [run.probes[0][1]], [gradients], batched=True, keep=True) == [None]
 
 
 def test_an_ordinary_backward_pass_computes_no_norms(model: nn.Sequential) -> None:

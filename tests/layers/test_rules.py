@@ -187,10 +187,9 @@ def test_embedding(positions: tuple[int, ...], padding_idx: int | None, seed: in
     check_module(nn.Embedding(4, 5, padding_idx=padding_idx), torch.randint(0, 4, (3, *positions)), seed=seed)
 
 
-def test_embedding_by_frequency_takes_the_fallback() -> None:
-    rule, reason = find_rule(nn.Embedding(4, 5, scale_grad_by_freq=True))
-    assert rule is None
-    assert "scale_grad_by_freq" in reason
+def test_embedding_by_frequency_is_refused() -> None:
+    with pytest.raises(ValueError, match="'Embedding' divides gradients by counts over the batch"):
+        fastgrad.GradientFeatures(nn.Embedding(4, 5, scale_grad_by_freq=True))
 
 
 class Attended(nn.Module):

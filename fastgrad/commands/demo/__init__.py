@@ -1,1 +1,1 @@
-"""``fastgrad demo``: from real digits to a detector, a table and a figure, in under two minutes on two CPU cores."""
+"""``fastgrad demo``: from real digits to a detector, a table and a figure, in half a minute on one CPU core."""

@@ -1,38 +1,48 @@
-"""The images that ship with the package: digits of MNIST, clothes of Fashion-MNIST (see ``data/LICENSES.md``)."""
+"""What the demo is shown: handwritten digits and pieces of photographs, both from scikit-learn."""
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
+
+from fastgrad.checks import extra
+
+#: Height and width of the images.
+SIDE = 24
 
 
 class LabelledImages(NamedTuple):
-    """Grey images ``(n, 1, 28, 28)``, float32 in [0, 1], and their classes ``(n,)``, int64."""
+    """Grey images ``(n, 1, 24, 24)``, float32 in [0, 1], and their classes ``(n,)``, int64."""
 
     images: Tensor
     labels: Tensor
 
+    def part(self, start: int, stop: int | None = None) -> LabelledImages:
+        """Some of the images."""
+        return LabelledImages(self.images[start:stop], self.labels[start:stop])
 
-def load(name: str, part: str) -> LabelledImages:
-    """Load a shipped set.
 
-    Args:
-        name: ``"digits"`` or ``"fashion"``.
-        part: ``"train"`` (6,000 digits) or ``"test"`` (1,500 digits, 1,000 clothes).
+def digits(generator: torch.Generator) -> LabelledImages:
+    """The 1,797 digits of 8 x 8 pixels, enlarged, in a random order (E. Alpaydin, C. Kaynak, UCI, 1998)."""
+    from sklearn.datasets import load_digits
 
-    Raises:
-        ValueError: There is no such set or part.
-    """
-    if (name, part) not in {("digits", "train"), ("digits", "test"), ("fashion", "test")}:
-        raise ValueError(
-            f"name, part must be a shipped set such as 'digits', 'train'; it was {name!r}, {part!r}"
-        )
-    path = resources.files("fastgrad") / "data" / f"{name}.npz"
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-    pixels = torch.from_numpy(images.astype(np.float32) / 255).unsqueeze(1)
-    return LabelledImages(pixels, torch.from_numpy(labels.astype(np.int64)))
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=generator)
+    pixels = torch.from_numpy(data.images.astype(np.float32) / 16)[order, None]
+    images = interpolate(pixels, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    return LabelledImages(images, torch.from_numpy(data.target.astype(np.int64))[order])
+
+
+def photographs(count: int) -> Tensor:
+    """Pieces of scikit-learn's two photographs, grey, ``(count, 1, 24, 24)`` in [0, 1]."""
+    with extra("demo"):
+        from sklearn.datasets import load_sample_images
+
+        pictures = load_sample_images().images
+    grey = torch.from_numpy(np.stack(pictures).astype(np.float32) / 255).mean(-1)
+    pieces = grey.unfold(1, SIDE, SIDE).unfold(2, SIDE, SIDE).reshape(-1, 1, SIDE, SIDE)
+    return pieces[torch.linspace(0, len(pieces) - 1, count).long()]

@@ -27,7 +27,7 @@ def draw(
         clean: scores of the clean digits.
         scores: scores of each challenging set.
         auroc: of each challenging set against the clean digits.
-        images: clean digits under ``"clean digits"``, and each challenging set; ``(n, 1, 28, 28)``.
+        images: clean digits under ``"clean digits"``, and each challenging set; ``(n, 1, 24, 24)``.
         threshold: the score above which 5 % of clean images lie.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastgrad.commands.demo.digits import LabelledImages
+from fastgrad.batches import bar
+from fastgrad.commands.demo.digits import SIDE, LabelledImages
+
+_BATCH = 50
 
 
 def digit_network() -> nn.Sequential:
-    """Three convolutions with batch norm and a linear last layer: ``(B, 1, 28, 28)`` to logits ``(B, 10)``."""
+    """Three convolutions with batch norm and a linear last layer: ``(B, 1, 24, 24)`` to logits ``(B, 10)``."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         return [
@@ -21,11 +24,11 @@ def digit_network() -> nn.Sequential:
         ]
 
     return nn.Sequential(
-        *block(1, 16),
-        *block(16, 32),
+        *block(1, 32),
         *block(32, 64),
+        *block(64, 128),
         nn.Flatten(),
-        nn.Linear(64 * 9, 64),
+        nn.Linear(128 * (SIDE // 8) ** 2, 64),
         nn.ReLU(),
         nn.Linear(64, 10),
     )
@@ -33,24 +36,18 @@ def digit_network() -> nn.Sequential:
 
 def train(network: nn.Module, data: LabelledImages, *, epochs: int, generator: torch.Generator) -> None:
     """Train in place with Adam under a one-cycle schedule, and leave the network in evaluation mode."""
-    from tqdm.auto import tqdm
-
-    batch = 128
-    steps = epochs * (len(data.images) // batch)
+    steps = epochs * (len(data.images) // _BATCH)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=4e-3, total_steps=steps)
     network.train()
-    with tqdm(total=steps, desc="training the network", unit="step") as progress:
-        for _ in range(epochs):
-            order = torch.randperm(len(data.images), generator=generator)
-            for pick in order[: len(order) // batch * batch].split(batch):
-                loss = cross_entropy(network(data.images[pick]), data.labels[pick])
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                schedule.step()
-                progress.update()
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+    for _ in bar(range(epochs), "training the network", None):
+        order = torch.randperm(len(data.images), generator=generator)
+        for pick in order[: len(order) // _BATCH * _BATCH].split(_BATCH):
+            loss = cross_entropy(network(data.images[pick]), data.labels[pick])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
     network.eval()
 
 

@@ -139,9 +139,11 @@ class Child:
         done = False
         try:
             async with timeout(seconds):
-                if parts:
-                    process.stdin.write(REQUEST.pack(sum(map(len, parts))))
-                for each in parts:
+                whole = [REQUEST.pack(sum(map(len, parts))), *parts] if parts else []
+                if sum(map(len, whole)) <= _CHUNK:
+                    # At once: the other side wakes once.
+                    whole = [b"".join(whole)]
+                for each in whole:
                     part = memoryview(each)
                     for start in range(0, len(part), _CHUNK):
                         process.stdin.write(part[start : start + _CHUNK])

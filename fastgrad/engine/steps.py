@@ -1,0 +1,161 @@
+"""The path of a forward pass: which functions it calls on which parameters, one after the other, as Python sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastgrad._torch import without_modes
+
+#: Functions whose whole numbers name dimensions, by name without underscores.
+_OF_DIMENSIONS = frozenset(
+    {
+        "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "flip", "roll", "rot90", "select",
+        "mean", "sum", "prod", "amax", "amin", "max", "min", "var", "std", "norm", "logsumexp", "any", "all", "argmax",
+        "softmax", "log_softmax", "cumsum", "cumprod", "sort", "argsort", "cat", "stack", "unbind", "index_select",
+        "gather", "flatten", "unsqueeze", "squeeze",
+    }
+)  # fmt: skip
+
+
+class _Current(threading.local):
+    steps: Steps | None = None
+
+
+_current = _Current()
+
+
+class Steps(TorchFunctionMode):
+    """Notes every function that gives a tensor: its name, the dimensions that it is told, and those of what it gives.
+
+    Sizes are not noted: a plan that was tried on a few samples serves batches of any size.
+
+    Args:
+        parameters: Which parameter a tensor is, by id.
+    """
+
+    def __init__(self, parameters: dict[int, int]) -> None:
+        super().__init__()
+        self._parameters = parameters
+        #: Whether functions are noted.
+        self.on = True
+        #: How often a function was called on each parameter.
+        self.uses: Counter[int] = Counter()
+        self._noted: list[Hashable] = []
+        self._outer: Steps | None = None
+
+    def __enter__(self) -> Steps:
+        """Begin."""
+        self._outer, _current.steps = _current.steps, self
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """End."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _current.steps = self._outer
+
+    def note(self, *what: Hashable) -> None:
+        """Take up what else belongs to the path."""
+        self._noted.append(what)
+
+    def path(self) -> int:
+        """What tells one path from another."""
+        return hash(tuple(self._noted))
+
+    def _use(self, parameter: Tensor) -> None:
+        number = self._parameters[id(parameter)]
+        self._noted.append(number)
+        self.uses[number] += 1
+
+    def used(self, tensor: Tensor) -> int:
+        """How often a function was called on a parameter."""
+        number = self._parameters.get(id(tensor))
+        return 0 if number is None else self.uses[number]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Note the call, and make it."""
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if not self.on:
+            return result
+        if isinstance(result, Tensor):
+            rank = result.dim()
+        elif result is None or isinstance(result, (tuple, list)):
+            rank = -1
+        else:
+            return result
+        name = func.__name__
+        if name == "__get__":
+            if rank < 0:  # a shape
+                return result
+            name = func.__self__.__name__
+        noted = self._noted
+        noted.append(name)
+        noted.append(rank if torch.is_grad_enabled() else -2 - rank)
+        values = (*args, *kwargs.values()) if kwargs else args
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) in self._parameters:
+                    self._use(value)
+            elif isinstance(value, (tuple, list)):
+                for inner in value:
+                    if id(inner) in self._parameters:
+                        self._use(inner)
+        if name in ("__getitem__", "__setitem__"):
+            noted.append(_shape_of_index(args[1]))
+        elif name.strip("_") in _OF_DIMENSIONS:
+            noted.append(_whole_numbers(values[1:]))
+        return result
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """While it lasts, the pass under way notes nothing: another one, which notes its own path, runs within it."""
+    outer = _current.steps
+    on = outer is not None and outer.on
+    if outer is not None:
+        outer.on = False
+    try:
+        yield
+    finally:
+        if outer is not None:
+            outer.on = on
+
+
+def unnoted(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook``, whose functions are no steps of the model's."""
+
+    def run(*args: Any) -> Any:
+        if _current.steps is None:
+            return hook(*args)
+        with without_modes():
+            return hook(*args)
+
+    return run
+
+
+def _whole_numbers(values: Any) -> Hashable:
+    """The whole numbers among arguments."""
+    return tuple(
+        _whole_numbers(v) if isinstance(v, (tuple, list)) else v
+        for v in values
+        if isinstance(v, (int, tuple, list))
+    )
+
+
+def _shape_of_index(index: Any) -> Hashable:
+    """An index without its sizes."""
+    if isinstance(index, tuple):
+        return tuple(map(_shape_of_index, index))
+    if isinstance(index, slice):
+        return index.start is None, index.stop is None
+    return None if index is None else type(index).__name__

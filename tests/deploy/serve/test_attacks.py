@@ -1,0 +1,301 @@
+"""Whatever arrives: an answer or a 4xx in one sentence, little memory, and an event loop that is never away for long.
+
+The slow form of each attack is larger; it prints what the documentation's table says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("PIL")
+
+from serve_client import image, wait_for, workers_of
+
+#: What the web process may take above its idle size, and how long one callback may keep the event loop.
+MEMORY, PAUSE = 100.0, 0.050
+
+
+@pytest.fixture(scope="module")
+def served(shared: dict[str, Any]) -> Any:
+    """Of one kind: no attack comes as far as the file."""
+    return shared["onnx"]
+
+
+sizes = pytest.mark.parametrize("size", ["short", pytest.param("long", marks=pytest.mark.slow)])
+
+
+@contextlib.contextmanager
+def watched(served: Any, name: str) -> Iterator[None]:
+    """Hold the web process to its memory and its event loop, and ask it like anybody else meanwhile."""
+    server = served.server
+    assert served.predict(image(), "image/png")[0] == 200
+    idle = server.memory()
+    server.forget()
+    slowest, over = 0.0, threading.Event()
+
+    def others() -> None:
+        nonlocal slowest
+        while not over.is_set():
+            start = time.perf_counter()
+            # No attack takes the server out of the balancer.
+            assert server.request("GET", "/ready")[0] == 200
+            slowest = max(slowest, time.perf_counter() - start)
+            time.sleep(0.05)
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(others)
+        try:
+            yield
+        finally:
+            over.set()
+        asking.result()
+    grown = server.memory("VmHWM") - idle
+    processor, clock = server.pauses()
+    print(
+        f"{name}: {grown:.0f} MiB above idle; longest callback {1000 * processor:.0f} ms of the processor, "
+        f"{1000 * clock:.0f} ms of the clock; /ready at most {1000 * slowest:.0f} ms"
+    )
+    assert grown <= MEMORY
+    # The clock also counts what other processes take of the machine meanwhile.
+    assert processor <= PAUSE
+    assert served.predict(image(), "image/png")[0] == 200
+
+
+def connect(served: Any) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", served.server.port), timeout=60)
+
+
+def post(served: Any, body: bytes, kind: str) -> int:
+    status, answer = served.predict(body, kind)
+    assert status == 200 or (400 <= status < 500 or status in (503, 504)), (status, answer)
+    if status != 200:
+        assert 0 < len(answer["detail"]) < 500
+        assert "/" not in answer["detail"].replace("image/", "").replace("multipart/", "").replace(
+            "application/", ""
+        )
+    return status
+
+
+def at_once(served: Any, bodies: list[tuple[bytes, str]], clients: int) -> Counter[int]:
+    with ThreadPoolExecutor(clients) as pool:
+        return Counter(pool.map(lambda sent: post(served, *sent), bodies))
+
+
+def drip(served: Any, count: int, head: bytes, seconds: float) -> int:
+    """Send a head on many connections, then a byte a second; how many the server has closed."""
+    sockets = []
+    for _ in range(count):
+        with contextlib.suppress(OSError):
+            sockets.append(connect(served))
+            sockets[-1].sendall(head)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for each in sockets:
+            with contextlib.suppress(OSError):
+                each.send(b"x")
+        time.sleep(1)
+    closed = 0
+    for each in sockets:
+        each.settimeout(0.001)
+        try:
+            closed += not each.recv(1) or True
+        except TimeoutError:
+            pass
+        except OSError:
+            closed += 1
+        each.close()
+    return closed
+
+
+@sizes
+def test_slow_headers(served: Any, size: str) -> None:
+    count = 600 if size == "long" else 60
+    with watched(served, f"slow headers, {count} connections"):
+        closed = drip(
+            served, count, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-", 14 if size == "long" else 12
+        )
+    assert closed == count
+
+
+@sizes
+def test_slow_bodies(served: Any, size: str) -> None:
+    count = 600 if size == "long" else 60
+    head = (
+        f"POST /predict/{served.name} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+        "Content-Length: 1000000\r\n\r\n"
+    ).encode()
+    with watched(served, f"slow bodies, {count} connections"):
+        closed = drip(served, count, head, 8)
+    assert closed == count
+
+
+def test_headers_without_end(served: Any) -> None:
+    with watched(served, "headers without end"), connect(served) as sent:
+        sent.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+        with contextlib.suppress(OSError):
+            for number in range(2000):
+                sent.sendall(b"X-%d: %s\r\n" % (number, b"a" * 100))
+        answer = b""
+        with contextlib.suppress(OSError):
+            answer = sent.recv(1000)
+        assert answer == b"" or b" 400 " in answer.split(b"\r\n")[0]
+
+
+def gray(width: int, height: int) -> bytes:
+    """A PNG of sixteen bits and few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(2 * width + 1)) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@sizes
+def test_images_that_decode_to_much(served: Any, size: str) -> None:
+    count = 100 if size == "long" else 8
+    with watched(served, f"{count} images of 10 megapixels and 16 bits"):
+        found = at_once(served, [(gray(4000, 2500), "image/png")] * count, count)
+    assert set(found) <= {200, 422, 503, 504}
+    assert at_once(served, [(gray(7071, 7071), "image/png")] * 8, 8) == {413: 8}
+
+
+@sizes
+def test_large_bodies(served: Any, size: str) -> None:
+    count = 64 if size == "long" else 8
+    body = random.Random(0).randbytes(2**20) * 15
+    numbers = b'{"inputs": [' + b"1.0," * (15 * 2**18) + b"1]}"
+    kinds = [(body, "image/png"), (numbers, "application/json"), (b"[" * len(body), "application/json"),
+             (b"\r\n--b" * (3 * 2**20), "multipart/form-data; boundary=b")]  # fmt: skip
+    with watched(served, f"{count} bodies of 15 MiB"):
+        found = at_once(served, kinds * (count // 4), 16)
+    assert set(found) <= {400, 408, 422, 503}
+    assert found[503] < count
+
+
+@sizes
+def test_mutated_images(served: Any, size: str) -> None:
+    count = 10_000 if size == "long" else 200
+    rng, decoders = random.Random(7), sorted(workers_of(served.server.process.pid, b"serve.decoder"))
+    seeds = [
+        (image(number, shape, kind), f"image/{kind.lower()}")
+        for number, (kind, shape) in enumerate(
+            (k, s) for k in ("PNG", "JPEG", "WEBP") for s in ((8, 8), (61, 40))
+        )
+    ]
+    bodies = [mutated(rng, *rng.choice(seeds)) for _ in range(count)]
+    with watched(served, f"{count} mutated images"):
+        found = at_once(served, bodies, 8)
+    print(dict(sorted(found.items())))
+    assert set(found) <= {200, 400, 413, 415, 422}
+    assert found[200] > 0
+    assert found[400] > 0
+    assert sorted(workers_of(served.server.process.pid, b"serve.decoder")) == decoders
+
+
+def mutated(rng: random.Random, body: bytes, kind: str) -> tuple[bytes, str]:
+    content = bytearray(body)
+    for _ in range(rng.randint(1, 8)):
+        place = rng.randrange(len(content) + 1)
+        match rng.randrange(5):
+            case 0:
+                content[place:place] = rng.randbytes(rng.randint(1, 30))
+            case 1:
+                del content[place : place + rng.randint(1, 60)]
+            case 2 if place < len(content):
+                content[place] ^= 1 << rng.randrange(8)
+            case 3:
+                content[place : place + 4] = struct.pack(">I", rng.choice([0, 1, 2**31, 2**32 - 1]))
+            case _:
+                content[place:] = b""
+    return bytes(content) or b"\0", kind
+
+
+STOPPED: dict[str, tuple[bytes, Callable[[], tuple[bytes, str]]]] = {
+    "a process that reads bodies": (b"serve.decoder", lambda: (image(1, (900, 900)), "image/png")),
+    "a process of the model": (b"serve.worker", lambda: (image(1), "image/png")),
+}
+
+
+@pytest.mark.parametrize("which", STOPPED)
+def test_processes_stopped_in_the_middle_of_a_send(served: Any, which: str) -> None:
+    module, make = STOPPED[which]
+    pids = workers_of(served.server.process.pid, module)
+    with watched(served, f"{which}, stopped"):
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        if module == b"serve.decoder":
+            found = at_once(served, [make()] * 4, 4)
+            # Those that waited for a stopped process are told; for the others there is a new one.
+            assert set(found) <= {200, 422}
+            assert found[422] >= 1
+        else:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+            assert at_once(served, [make()] * 4, 4) == {200: 4}
+    wait_for(lambda: len(workers_of(served.server.process.pid, module)) == len(pids))
+    assert served.predict(*make())[0] == 200
+
+
+@sizes
+def test_the_interface_holds_to_its_description(served: Any, size: str) -> None:
+    """Whatever fits the OpenAPI description or does not is answered as the description says."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{served.server.port}/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    each = -(-2000 // len(operations)) if size == "long" else 4
+    tried: Counter[int] = Counter()
+    with watched(served, f"schemathesis, {each} cases of each of {len(operations)} operations"):
+        for operation in operations:
+
+            @settings(
+                max_examples=each, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )  # fmt: skip
+            @given(case=operation.as_strategy())
+            def check(case: Any) -> None:
+                response = case.call(timeout=60)
+                tried[response.status_code] += 1
+                assert response.status_code < 500 or response.status_code in (503, 504)
+                # That a string is an image no schema can say.
+                case.validate_response(response, excluded_checks=[positive_data_acceptance])
+
+            check()
+    print(dict(sorted(tried.items())))
+    assert sum(tried.values()) >= len(operations) * each * 0.5
+
+
+def test_connections_beyond_the_limit_close_the_one_that_waits_longest(tiny_onnx: Any) -> None:
+    from serve_client import running
+
+    with running(tiny_onnx, "--max-connections", "8") as server:
+        idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(8)]
+        assert server.predict(image(), "image/png")[0] == 200
+        idle[0].settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            assert idle[0].recv(1) == b""
+        # The others wait on.
+        idle[7].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"200 OK" in idle[7].recv(1000)
+        for each in idle:
+            each.close()
