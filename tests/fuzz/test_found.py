@@ -19,6 +19,8 @@ def around(kind: str, *inside: str) -> Step:
     return Step(kind, tuple(map(Step, inside)))
 
 
+GATE = around("reversed batch", "experts of samples")
+
 #: What was found, shrunk, and what each call gives now.
 FOUND: dict[str, tuple[Program, list[str]]] = {
     "rows in reverse": (Program((around("reversed batch", "linear"),), (one("record", B=2),)), ["right"]),
@@ -79,6 +81,29 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
         Program((around("branch on input", "spectral norm"),), (one("features", B=4, big=True),)),
         ["refused"],
     ),
+    "rows in reverse, of which some have no gradient": (
+        Program((GATE,), (one("record", B=2), one("features", B=2))),
+        ["right", "right"],
+    ),
+    "rows in reverse, behind a norm of one number": (
+        Program((around("reversed batch", "group norm"),), (one("record", B=2, big=True),)),
+        ["right"],
+    ),
+    "indices counted over the batch": (
+        Program((Step("embedding scaled by frequency"),), (one("features"), one("record", B=4))),
+        ["refused", "refused"],
+    ),
+    "a checkpoint around a table by index": (
+        Program((around("checkpoint", "table by index"),), (one("features"), one("features", B=3, T=2))),
+        ["right", "right"],
+    ),
+    "a mask of one row, on a second path": (
+        Program(
+            (around("branch on mode", "attention with a mask"), Step("linear")),
+            (one("record", mask=True), "session.model.eval()", one("record", mask=True)),
+        ),
+        ["right", "right"],
+    ),
     "a gate of another sample": (
         Program((around("batch second", "functional use", "experts of samples"),), (one("record", B=3),)),
         ["refused"],
@@ -94,7 +119,7 @@ def test_what_was_found(name: str) -> None:
 
 
 #: Steps that are refused, and a word of the reason.
-REFUSED = {"samples mixed": "independently", "embedding scaled by frequency": "independently"}
+REFUSED = {"samples mixed": "independently", "embedding scaled by frequency": "scale_grad_by_freq"}
 
 
 @pytest.mark.parametrize("kind", steps.LEAVES)

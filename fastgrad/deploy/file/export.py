@@ -50,7 +50,7 @@ def export(
     scores: Tensor | np.ndarray[Any, Any] | None = None,
     max_batch: int = 1024,
     one_by_one: bool | None = None,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-4,
     evidence: bool = False,
 ) -> Path:
     """Write ``two_stage`` as one file that runs without fastgrad and without autograd.
@@ -86,7 +86,9 @@ def export(
         max_batch: largest batch size.
         one_by_one: whether the file works through a batch one input after another, which on a CPU is faster
             for whole-network gradients of large inputs; None chooses. ONNX files never do.
-        tolerance: largest difference of an ONNX file's outputs from the live module's, relative to their size or 1.
+        tolerance: largest difference of an ONNX file's outputs from the live module's, relative to their size or 1. A
+            p-value map is as steep as 8 over the middle half of clean scores, and the classifier of challenges counts
+            three times: 4e-6 of rounding becomes 1e-4 of evidence.
         evidence: whether the file's graph also returns ``evidence`` ``(B, E)``: which of the E parts of the
             detector raised an alarm (`TwoStageModel.explain`). The server then says so.
 

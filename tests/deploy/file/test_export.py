@@ -40,7 +40,7 @@ def test_evidence_is_a_fourth_output_where_it_is_asked_for(tiny_package: Path, t
     generator = torch.Generator().manual_seed(3)
     for batch in (1, 2, 17):
         x = torch.randn(batch, *live.shape, generator=generator)
-        (prediction, evidence), (_, expected) = package.explain(x), live.explain(x)
+        (prediction, evidence), (_, expected) = package.explain(x), live.explain(x)[:2]
         assert list(evidence) == list(expected)
         for name, own in evidence.items():
             torch.testing.assert_close(own, expected[name], rtol=1e-5, atol=1e-5)
@@ -231,7 +231,7 @@ def assert_equal(ours: tuple, theirs: tuple) -> None:
 
     For a network that was trained: what 1e-7 of rounding becomes depends on how much images differ to the network.
     """
-    for got, expected, relative in zip(ours, theirs, (1e-5, 0.0, 0.0), strict=True):
+    for got, expected, relative in zip(ours[:3], theirs[:3], (1e-5, 0.0, 0.0), strict=True):
         torch.testing.assert_close(got, expected, rtol=relative, atol=1e-5)
 
 

@@ -1,0 +1,161 @@
+"""What is drawn and read: uniformly, once, and refused before any challenge is made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgrad import IntrospectiveClassifier, TwoStageModel
+from fastgrad.blocks import Logits
+from fastgrad.blocks.extraction import Extraction
+from fastgrad.challenges import CHALLENGES
+from fastgrad.detector import collect
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def pairs(x: Tensor, labels: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+    labels = torch.arange(len(x)) % 3 if labels is None else labels
+    return list(zip(x.split(20), labels.split(20), strict=True))
+
+
+def test_inputs_are_drawn_uniformly_from_the_whole_loader() -> None:
+    # Sorted by class, as folders are: the first inputs are of one class.
+    loader = [(torch.arange(50.0).view(50, 1) + 50 * i, torch.full((50,), i)) for i in range(10)]
+    counts: Counter[int] = Counter()
+    for seed in range(40):
+        drawn = collect.draw("clean", loader, 60, seed)
+        assert (len(drawn), drawn.seen) == (60, 500)
+        values = torch.cat([x for x in drawn.batches if isinstance(x, Tensor)])[:, 0]
+        assert values.tolist() == sorted(set(values.tolist()))  # in the loader's order, none twice
+        assert drawn.beside == [int(value) // 50 for value in values]
+        counts.update(drawn.beside)
+    # 2,400 draws from ten classes: chi-squared with 9 degrees of freedom, its 99.9 % quantile.
+    assert sum((counts[i] - 240) ** 2 / 240 for i in range(10)) < 27.9
+
+
+def test_a_loader_is_read_once_and_mappings_keep_their_shapes() -> None:
+    def once() -> Any:
+        for length in (5, 7, 5):
+            yield {"input_ids": torch.full((4, length), length), "scale": 2.0}
+
+    drawn = collect.draw("clean", once(), 100, 0)
+    assert len(drawn) == drawn.seen == 12
+    assert sorted(tuple(x["input_ids"].shape) for x in drawn.batches) == [(4, 5), (4, 5), (4, 7)]
+    assert all(x["scale"] == 2.0 for x in drawn.batches)
+
+
+@pytest.mark.parametrize("batch", [8, 120])
+def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int) -> None:
+    model = network()
+    drawn = collect.draw("clean", images(240).split(batch), 240, 0)
+    reader = collect.Reader(Extraction(model, [Logits()]), torch.device("cpu"), verbose=False)
+    reader.clean(drawn)
+    chosen = np.arange(240) < 200
+    reader.generated(model, drawn, chosen, 3, None, 0)
+    features = reader.features()
+    made = features.kinds != ""
+    assert made.sum() == 600
+    assert set(features.kinds[made]) == set(CHALLENGES)
+    assert (np.bincount(features.groups[made], minlength=240) == np.where(chosen, 3, 0)).all()
+    assert (features.groups[~made] == np.arange(240)).all()
+    # What a challenge is made from is what its number says: brightness changes no order of pixels.
+    with torch.no_grad():
+        torch.testing.assert_close(features.logits[:240], model(torch.cat(drawn.batches)))
+
+
+CLEAN = images(60)
+BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
+    "empty": (lambda m: m.fit([]), "clean must hold at least one batch; it was empty"),
+    "read already": (lambda m: m.fit(iter([])), "an iterator can be read once"),
+    "few": (
+        lambda m: m.fit([CLEAN[:19]]),
+        "at least 20 inputs, with which a false-alarm rate of 0.05 is possible; it gave 19",
+    ),
+    "few to calibrate": (
+        lambda m: m.fit([CLEAN], None, [CLEAN[:5]]),
+        "calibration must give at least 20 inputs; it gave 5",
+    ),
+    "one class": (
+        lambda m: m.fit(pairs(CLEAN, torch.zeros(60, dtype=torch.long))),
+        "of at least two classes; all 60 were 0",
+    ),
+    "no class": (
+        lambda m: m.fit(pairs(CLEAN, torch.arange(60) % 4)),
+        "class indices from 0 to 2, or .* from 0 to 3",
+    ),
+    "negative": (lambda m: m.fit(pairs(CLEAN, torch.arange(60) % 3 - 1)), "they went from -1 to 1"),
+    "soft labels": (lambda m: m.fit(pairs(CLEAN, torch.rand(60, 3))), "they were of shape \\(3,\\) each"),
+    "some labels": (lambda m: m.fit([*pairs(CLEAN[:40]), CLEAN[40:]]), "20 of 60 inputs had no label"),
+    "other count": (lambda m: m.fit([(CLEAN, torch.arange(5))]), "a batch had 60 inputs and 5"),
+    "risk": (lambda m: m.fit([CLEAN], risk=True), r"give \(x, labels\) for risk=True; it gave inputs alone"),
+    "constant": (
+        lambda m: m.fit([torch.ones(60, 3, 4, 4)]),
+        "images that show something; every one was constant",
+    ),
+    "infinite": (lambda m: m.fit([CLEAN / 0]), "finite images"),
+    "range": (
+        lambda m: m.fit([CLEAN * 255], clip=(0, 1)),
+        "must lie in the range that clip, mean and std give",
+    ),
+    "normalised": (lambda m: m.fit([CLEAN], mean=[0.5] * 3, std=[2.0] * 3), "must lie in the range"),
+    "mixed ranges": (lambda m: m.fit([CLEAN, 255 * CLEAN]), "images must share one range"),
+    "word": (
+        lambda m: m.fit([CLEAN], "none"),
+        "challenges must be 'generate', None or a loader; it was 'none'",
+    ),
+    "no images": (lambda m: m.fit([CLEAN.flatten(1)]), "challenges can be generated from images"),
+    "range of no images": (
+        lambda m: m.fit([CLEAN.flatten(1)], None, clip=(0, 1)),
+        "clip, mean and std need images",
+    ),
+    "empty challenges": (lambda m: m.fit([CLEAN], []), "challenges must hold at least one batch"),
+    "max_samples": (lambda m: m.fit([CLEAN], max_samples=3), "max_samples must be at least 20; it was 3"),
+    "each": (lambda m: m.fit([CLEAN], challenges_per_input=0), "challenges_per_input must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_any_challenge_is_made(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a challenge was made")
+
+    monkeypatch.setattr(collect, "iter_challenges", never)
+    fit, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        fit(TwoStageModel(network(), blocks=["logits"]))
+
+
+def test_the_classifier_needs_labels_of_every_class() -> None:
+    model = TwoStageModel(network(), classifier=IntrospectiveClassifier(), blocks=["logits"])
+    with pytest.raises(ValueError, match="for the classifier; it gave inputs alone"):
+        model.fit([CLEAN])
+    with pytest.raises(ValueError, match=r"labels must take every value from 0 to 2.*\[2\] were not there"):
+        model.fit(pairs(CLEAN, torch.arange(60) % 2))
+    with pytest.raises(TypeError, match="clean must be a loader of batches; it was Tensor"):
+        model.fit(CLEAN)
+
+
+def test_without_labels_there_is_no_risk_and_the_report_says_so() -> None:
+    model = TwoStageModel(network(), blocks=["logits"]).fit([CLEAN], None)
+    assert model(CLEAN).risk is None
+    assert model.explain(CLEAN).raised is None
+    assert "risk          none: no labels" in str(model.report())
+    model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN), None, risk=False)
+    assert model(CLEAN).risk is None
+    assert "none: not asked for" in str(model.report())
