@@ -32,7 +32,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run the whole suite in a process for each core; named tests, which start sooner so, in this one."""
-    whole = config.args_source is config.ArgsSource.TESTPATHS
+    # A process of these runs the whole suite's hooks as well, and must start none of its own.
+    whole = config.args_source is config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
     options = config.option
     if whole and getattr(options, "numprocesses", 0) is None and not (options.usepdb or options.collectonly):
         options.numprocesses = min(PROCESSES, os.cpu_count() or 1)
