@@ -320,7 +320,7 @@ class Network:
                     "model must return a floating-point tensor that carries the batch; it returned none"
                 )
             # The chosen sample first, whose gradient shows where modules have the batch; others as long as a parameter
-            # is left that none of them has a gradient of.
+            # is left that none of them has a gradient of, beyond rounding.
             checks: list[tuple[int, list[Tensor], dict[str, Tensor]]] = []
             idle = {name for name, p in observation.parameters.items() if p.requires_grad} & set(
                 known.names.values()
@@ -334,7 +334,8 @@ class Network:
                 ]
                 truth = observation.backward(outputs, rows)
                 checks.append((chosen, rows, truth))
-                idle -= {name for name, gradient in truth.items() if bool(gradient.any())}
+                floor = _floor(truth)
+                idle -= {name for name, gradient in truth.items() if bool(gradient.square().sum() > floor)}
                 if count >= SAMPLES and not any(observation.uses[name] for name in idle):
                     break
             layouts = tuple(
@@ -430,12 +431,22 @@ def _disagreeing(plan: Plan, features: Tensor, truth: dict[str, Tensor], chosen:
     true = torch.stack(
         [truth[name].to(dtype).square().sum() if name in truth else zero for name in plan.names]
     )
-    precision = max((torch.finfo(g.dtype).eps for g in truth.values()), default=torch.finfo(dtype).eps)
-    # A wrong route is wrong by a factor; this is no test of accuracy. Gradients that vanish in exact arithmetic
-    # (an attention's key bias) are rounding errors of the largest.
+    # A wrong route is wrong by a factor; this is no test of accuracy.
+    precision = _precision(truth)
     tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
-    floor = (1e3 * precision) ** 2 * true.max()
+    floor = _floor(truth)
     expected = torch.zeros_like(features)
     expected[chosen] = true
     wrong = ~((features - expected).abs() <= tolerance * expected + floor).all(0)
     return frozenset(name for name, bad in zip(plan.names, wrong.tolist(), strict=True) if bad)
+
+
+def _precision(truth: dict[str, Tensor]) -> float:
+    """The relative rounding error of the coarsest of the gradients."""
+    return max((torch.finfo(gradient.dtype).eps for gradient in truth.values()), default=0.0)
+
+
+def _floor(truth: dict[str, Tensor]) -> float:
+    """The squared norm up to which a gradient is rounding, as where it vanishes in exact arithmetic (a key's bias)."""
+    largest = max((float(gradient.double().square().sum()) for gradient in truth.values()), default=0.0)
+    return (1e3 * _precision(truth)) ** 2 * largest

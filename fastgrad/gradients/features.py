@@ -21,7 +21,7 @@ from fastgrad.engine.network import Network
 from fastgrad.engine.planning import Plan, Route, refuse_mixing
 from fastgrad.engine.run import Run
 from fastgrad.engine.shadow import ordinary
-from fastgrad.engine.tracing import trace
+from fastgrad.engine.tracing import is_symbolic, trace
 from fastgrad.gradients.contrasts import check_target
 from fastgrad.gradients.whole import refuse_parts
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose
@@ -177,18 +177,14 @@ class GradientFeatures:
             if samples == 0:
                 return self._empty(args, kwargs)
             plan = self._network.plan(args, kwargs, samples)
-            chunk = self._chunk(plan, args, kwargs, samples) or samples
+            chunk = self._chunk(plan, args, kwargs, samples)
+            if chunk is None:
+                return self._piece(plan, args, kwargs, target)
             parts = []
             for start in range(0, samples, chunk):
                 index = slice(start, min(start + chunk, samples))
-                part = (
-                    (args, kwargs)
-                    if chunk == samples
-                    else take((args, kwargs), index, samples, plan.carriers)
-                )
+                part = take((args, kwargs), index, samples, plan.carriers)
                 parts.append(self._piece(plan, *part, None if target is None else target[index]))
-            if len(parts) == 1:
-                return parts[0]
             return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
 
     def _of_batch(self, target: Tensor | None, samples: int) -> Tensor | None:
@@ -302,6 +298,9 @@ class GradientFeatures:
 
     def _chunk(self, plan: Plan, args: Any, kwargs: Any, samples: int) -> int | None:
         chunk = self.chunk_size
+        # A symbolic batch, in a graph being traced, stays in one piece.
+        if is_symbolic(samples):
+            return None
         if chunk is None:
             tensors = input_tensors(args, kwargs)
             elements = sum(t.numel() for t in tensors)

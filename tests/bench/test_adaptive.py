@@ -49,10 +49,10 @@ def test_the_white_box_is_the_detector_with_derivatives(model: TwoStageModel) ->
     # The score has kinks, so what its slopes along a way add up to is compared, not a slope.
     way = 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     rise = 0.0
-    for share in (torch.arange(40) + 0.5) / 40:
+    for share in (torch.arange(200) + 0.5) / 200:
         between = (x + share * way).requires_grad_(True)
         (gradient,) = torch.autograd.grad(box.differentiable(between)[1].sum(), between)
-        rise += float((gradient * way).sum()) / 40
+        rise += float((gradient * way).sum()) / 200
     ends = [float(box.differentiable(end)[1].sum()) for end in (x, x + way)]
     assert rise == pytest.approx(ends[1] - ends[0], rel=0.05)
 

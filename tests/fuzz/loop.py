@@ -126,8 +126,8 @@ def compare(what: str, found: Tensor, true: Tensor, dtype: torch.dtype) -> None:
     if found.numel() == 0 or not true.isfinite().all():
         return
     # What vanishes in exact arithmetic is rounding; norms of equal numbers, one behind the other, amplify it by far.
-    vanishing = min(1e7 * torch.finfo(dtype).eps, 1e-2)
-    floor = vanishing**2 * true.abs().amax(-1, keepdim=True) + 1e-30
+    eps = torch.finfo(dtype).eps
+    floor = min(1e9 * eps, 1e-2) ** 2 * true.abs().amax(-1, keepdim=True) + (1e4 * eps) ** 2
     error = ((found.double() - true).abs() - floor).clamp_min(0) / true.abs().clamp_min(1e-300)
     if not error.max() <= tolerance(dtype):
         raise WrongError(f"{what} are off by a factor {float(error.max()):.2g}")

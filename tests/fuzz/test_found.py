@@ -24,6 +24,10 @@ GATE = around("reversed batch", "experts of samples")
 #: What was found, shrunk, and what each call gives now.
 FOUND: dict[str, tuple[Program, list[str]]] = {
     "rows in reverse": (Program((around("reversed batch", "linear"),), (one("record", B=2),)), ["right"]),
+    "rows in reverse, one of whose gradients is rounding": (
+        Program((around("reversed batch", "group norm"),), (one("record", B=2, big=True),)),
+        ["right"],
+    ),
     "rows sorted": (
         Program((around("sorted batch", "attention with a mask"),), (one("features", B=4, T=4),)),
         ["right"],

@@ -239,7 +239,7 @@ def assert_equal(ours: tuple, theirs: tuple) -> None:
 @pytest.mark.parametrize("form", ["forward", "view", "bias gradients", "gradients", "contrasts"])
 def test_a_two_stage_model_unrolls_to_one_graph(form: str, one_by_one: bool) -> None:
     live = two_stage_model(form)
-    program = trace(lambda x: tuple(live(x)), X, one_by_one=one_by_one)
+    program = trace(lambda x: tuple(live(x))[:3], X, one_by_one=one_by_one)
     assert not [node for node in program.graph.nodes if "fastgrad" in str(node.target)]
     for batch in (1, 2, 7, 64):
         x, _ = shapes(batch, 2000 + batch)
