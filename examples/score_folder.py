@@ -1,10 +1,11 @@
-"""Score a folder of images into one CSV file: ``fastgrad score`` from Python."""
+"""Score a folder of images into one Parquet file: ``fastgrad score`` from Python."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
 
+import pyarrow.parquet
 from PIL import Image
 from small_model import digits, export
 
@@ -19,8 +20,10 @@ def main() -> None:
         (root / "images").mkdir()
         for number, image in enumerate(images):
             Image.fromarray(image).save(root / "images" / f"{number:03}.png")
-        score(export(root / "model.pt2"), root / "images", root / "scores.csv")
-        print("\n".join((root / "scores.csv").read_text().splitlines()[:5]))
+        score(export(root / "model.pt2"), root / "images", root / "scores.parquet")
+        table = pyarrow.parquet.read_table(root / "scores.parquet")
+        print(table.column_names)
+        print(table.slice(0, 3).to_pylist())
 
 
 if __name__ == "__main__":
