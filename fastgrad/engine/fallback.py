@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import is_readable, pytree
-from fastgrad.engine.shadow import Shadow, ordinary
+from fastgrad.engine.shadow import Settings, Shadow, ordinary
 from fastgrad.engine.steps import Steps
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
@@ -44,6 +44,7 @@ def replay_sqnorms(
     samples: int,
     outputs: Sequence[Tensor],
     *,
+    settings: Settings,
     uses: Sequence[int] | None = None,
     name: str = "",
     vectorize: bool = True,
@@ -61,6 +62,7 @@ def replay_sqnorms(
         gradients: Gradients of the floating-point outputs, batch in dimension 0 likewise.
         samples: B.
         outputs: The outputs of the call, of which the replay must give every row again.
+        settings: Of the module and its descendants when the call began.
         uses: For each parameter, in how many functions the call used it, of which one that it used several times must
             be used as often by every sample.
         name: The module's name in messages.
@@ -95,7 +97,7 @@ def replay_sqnorms(
         with torch.enable_grad():
             again, found = _gradients(
                 module, parameters, local, spec, batched, grads, uses,
-                name=name, vectorize=vectorize, training=training,
+                settings=settings, name=name, vectorize=vectorize, training=training,
             )  # fmt: skip
         if not all(map(_agree, again, [out[part] for out in split_outputs])):
             raise ValueError(_ALONE.format(name or type(module).__name__, "gives other outputs"))
@@ -112,6 +114,7 @@ def _gradients(
     gradients: Sequence[Tensor],
     uses: Sequence[int] | None,
     *,
+    settings: Settings,
     name: str,
     vectorize: bool,
     training: bool,
@@ -128,6 +131,7 @@ def _gradients(
         ]
         args, kwargs = pytree.tree_unflatten(inner, spec)
         shadow = Shadow(module, lambda p: own.get(id(p), ordinary(p)), training=training)
+        shadow.restore(settings)
         # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
         for table in ("_forward_hooks", "_forward_pre_hooks"):
             shadow.root.__dict__[table] = OrderedDict()

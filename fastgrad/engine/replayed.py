@@ -13,7 +13,7 @@ from fastgrad._torch import pytree
 from fastgrad.engine.fallback import replay_sqnorms
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.run import Run, Site
-from fastgrad.engine.shadow import Shadow, attach
+from fastgrad.engine.shadow import Settings, Shadow, attach
 from fastgrad.engine.sites import columns
 from fastgrad.engine.state import RandomState
 from fastgrad.engine.tap import tap
@@ -73,10 +73,13 @@ class Replayed(Site):
         trains = shadow.training and any(m.training for m in copy.modules())
         states: list[_State] = []
         counts: list[list[int]] = []
+        settings: list[Settings] = []
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             if run.steps is not None:
                 counts.append([run.steps.used(t) for t in held_by(self, shadow)])
+            # The forward pass may change them, as a counter of calls.
+            settings.append(shadow.settings(original))
             # Copied: the module may overwrite its inputs.
             recorded.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs)))
             if trains:
@@ -97,7 +100,7 @@ class Replayed(Site):
             uses = None if run.steps is None else [run.steps.used(t) for t in held_by(self, shadow)]
             if uses is not None:
                 uses = [now - then for now, then in zip(uses, counts.pop(), strict=True)]
-            replay = self._replay(run, shadow, uses, [outputs[i].detach() for i in taken])
+            replay = self._replay(run, shadow, uses, [outputs[i].detach() for i in taken], settings.pop())
             held = Unchanged(self.path, original, deep=True)
 
             def norms(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -120,8 +123,15 @@ class Replayed(Site):
     def _arrived(self, run: Run, output: Tensor) -> None:
         """Look at the module's first output; off plan if the batch is not where it was."""
 
-    def _replay(self, run: Run, shadow: Shadow, uses: list[int] | None, outputs: list[Tensor]) -> Replay:
-        """What the backward pass does, made when the module has computed ``outputs``."""
+    def _replay(
+        self,
+        run: Run,
+        shadow: Shadow,
+        uses: list[int] | None,
+        outputs: list[Tensor],
+        settings: Settings,
+    ) -> Replay:
+        """What the backward pass does, made when the module, of these ``settings`` before, has computed ``outputs``."""
         raise NotImplementedError
 
 
@@ -147,7 +157,14 @@ class ReplaySite(Replayed):
                 self.parameters, f"gives {self.path!r} inputs with the batch in another place than before"
             )
 
-    def _replay(self, run: Run, shadow: Shadow, uses: list[int] | None, outputs: list[Tensor]) -> Replay:
+    def _replay(
+        self,
+        run: Run,
+        shadow: Shadow,
+        uses: list[int] | None,
+        outputs: list[Tensor],
+        settings: Settings,
+    ) -> Replay:
         module = shadow.submodule(self.path)
 
         def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
@@ -169,7 +186,14 @@ class FallbackSite(Replayed):
     batched: tuple[bool, ...]
     vectorize: bool = True
 
-    def _replay(self, run: Run, shadow: Shadow, uses: list[int] | None, outputs: list[Tensor]) -> Replay:
+    def _replay(
+        self,
+        run: Run,
+        shadow: Shadow,
+        uses: list[int] | None,
+        outputs: list[Tensor],
+        settings: Settings,
+    ) -> Replay:
         device = outputs[0].device.type
         # The user's module rather than its copy, whose hooks belong to this forward pass.
         module = shadow.model.get_submodule(self.path)
@@ -182,7 +206,7 @@ class FallbackSite(Replayed):
             with torch.autocast(device, dtype, enabled, cache_enabled=False):
                 norms = replay_sqnorms(
                     module, parameters, args, kwargs, self.batched, gradients, run.samples, outputs,
-                    uses=uses, name=self.path, vectorize=self.vectorize, training=shadow.training,
+                    settings=settings, uses=uses, name=self.path, vectorize=self.vectorize, training=shadow.training,
                 )  # fmt: skip
             if is_fixed(run.samples) and not fixed_before:
                 raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Whose rows a tensor holds: tensors whose rows were gathered by an index that was computed from the batch.
+"""Whose rows a tensor holds: tensors whose rows were reordered, or gathered by an index computed from the batch.
 
 A mixture of experts hands each expert the tokens that chose it, of whichever samples; a model may sort its samples by
 length. How many rows such a tensor has, and in what order, says nothing about where a sample lies in it.
@@ -21,6 +21,8 @@ _SCATTERING = frozenset(
 )  # fmt: skip
 #: Those that gather along a dimension by an index.
 _GATHERING = frozenset({"index_select", "gather", "take_along_dim"})
+#: Those that reorder along dimensions, with the place of these among their arguments.
+_REORDERING = {"flip": 1, "flipud": 1, "roll": 2}
 #: Those that draw.
 _DRAWING = frozenset({"randperm", "randint", "rand", "randn", "multinomial", "bernoulli"})
 
@@ -69,6 +71,9 @@ class Rows:
         if name == "getitem":
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             return self._computed_in(next((i for i in index if i is not None), ()))
+        if name in _REORDERING:
+            told = pytree.tree_leaves((args[_REORDERING[name] :], kwargs.get("dims")))
+            return name == "flipud" or any(dim in (0, -args[0].dim()) for dim in told)
         if name in _GATHERING:
             given = {"dim": args[1] if len(args) > 1 else None} | kwargs
             rest = [*args[1:], *kwargs.values()]

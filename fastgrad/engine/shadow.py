@@ -25,6 +25,8 @@ _CONTAINERS = (*_SEQUENCES, dict, OrderedDict)
 _PLAIN = frozenset(
     (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor)
 )
+#: Plain attributes of modules, by id of the user's module.
+Settings = dict[int, dict[str, Any]]
 _HOOK_TABLES = frozenset(
     name
     for name, value in vars(nn.Module()).items()
@@ -107,6 +109,22 @@ class Shadow:
         """
         found = {key: 2 * i + apart for i, key in enumerate(self._copies)}
         return found | {id(value): 2 * i for i, value in enumerate(self._copies.values())}
+
+    def settings(self, module: nn.Module) -> Settings:
+        """What the copies of ``module`` and its descendants hold at present in attributes that are no tensors."""
+        return {
+            id(part): {
+                name: value
+                for name, value in self.modules[id(part)].__dict__.items()
+                if type(value) in _PLAIN and not isinstance(value, Tensor)
+            }
+            for part in module.modules()
+        }
+
+    def restore(self, settings: Settings) -> None:
+        """Give the copies the attributes that `settings` of another copy of the same modules had."""
+        for key, values in settings.items():
+            self.modules[key].__dict__.update(values)
 
     def write_back(self) -> None:
         """Give the user's modules the attributes and buffers that the forward pass set on their copies."""

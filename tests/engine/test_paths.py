@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -366,6 +367,46 @@ def test_samples_in_another_order(model: nn.Module) -> None:
 
 def test_samples_in_reverse() -> None:
     check(Reversed(), [((inputs(5, 3),), {})])
+
+
+class Gated(nn.Module):
+    """Two experts, of which every sample uses one, on samples in reverse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flip(0)
+        gate = (x[:, :1] > 0).to(x.dtype)
+        return (gate * self.experts[0](x) + (1 - gate) * self.experts[1](x)).flip(0)
+
+
+def test_an_expert_that_the_first_call_does_not_use_serves_samples_in_reverse() -> None:
+    check(Gated(), [((inputs(1, 3),), {}), ((inputs(5, 3, seed=1),), {})])
+
+
+class Counted(nn.Module):
+    """Scales its input by how often it was called, over the steps of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.count = nn.Linear(4, 4), 0
+
+    def step(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return torch.tanh(self.layer(x * (1 + self.count % 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.step(x[:, t]) for t in range(x.shape[1])], 1)
+
+
+def test_what_is_computed_again_has_the_attributes_that_the_call_began_with() -> None:
+    model, x = Counted().double(), inputs(3, 3, 4)
+    for _ in range(2):
+        truth = loop(copy.deepcopy(model), (x,), {})
+        torch.testing.assert_close(recorded(model, (x,), {}), truth, rtol=1e-9, atol=1e-12)
+    assert model.count == 6
 
 
 class Closure(nn.Module):
