@@ -332,7 +332,9 @@ class Network:
                     for out, other in pairs
                     for row in [probe_cotangent(out, other, count, chosen)]
                 ]
-                truth = observation.backward(outputs, rows)
+                # A checkpoint runs a part of the model again.
+                with undone(self.model):
+                    truth = observation.backward(outputs, rows)
                 checks.append((chosen, rows, truth))
                 floor = _floor(truth)
                 idle -= {name for name, gradient in truth.items() if bool(gradient.square().sum() > floor)}

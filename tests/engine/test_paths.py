@@ -409,6 +409,31 @@ def test_what_is_computed_again_has_the_attributes_that_the_call_began_with() ->
     assert model.count == 6
 
 
+class Counting(nn.Module):
+    """Counts large batches in a buffer, within a checkpoint, whose backward pass runs it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("count", torch.zeros(()))
+
+    def part(self, x: Tensor) -> Tensor:
+        if len(x) > 3:
+            self.count += 1
+        return self.layer(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.part, x, use_reentrant=False)
+
+
+def test_planning_changes_no_buffer() -> None:
+    # Planning runs more samples than the call has.
+    model, x = Counting().double().eval(), inputs(2, 3)
+    truth = loop(model, (x,), {})
+    torch.testing.assert_close(recorded(model, (x,), {}), truth, rtol=1e-9, atol=1e-12)
+    assert float(model.count) == 0
+
+
 class Closure(nn.Module):
     def __init__(self, outer: nn.Linear) -> None:
         super().__init__()
