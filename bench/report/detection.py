@@ -166,7 +166,9 @@ def bars(rows: Sequence[Row], merit: str) -> Any:
     made, (panel,) = figure(1.4 + 0.14 * (len(shown) + 1) * len(groups))
     mine = [m for m in shown if ours(m)]
     colours = dict(zip(mine, OURS * 3, strict=False))
-    colours |= dict(zip([m for m in sorted(found) if not ours(m)], OTHERS * 6, strict=False))
+    # Softmax, which most figures show, has the same colour in all; no two of one figure share theirs.
+    others = sorted((m for m in shown if not ours(m)), key=lambda m: (m != "softmax", m))
+    colours |= dict(zip(others, OTHERS * 6, strict=False))
     for place, method in enumerate(shown):
         at = [group * (len(shown) + 1) + place for group in range(len(groups))]
         panel.barh(

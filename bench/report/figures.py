@@ -11,7 +11,7 @@ from bench.report.text import sizes
 
 #: Pixels of a figure's width at `DPI`.
 WIDTH, DPI = 900, 100
-OURS = ("#c1272d", "#e8703a", "#f0a04b")
+OURS = ("#c1272d", "#e8703a", "#f0a04b", "#7d1128", "#f6cf8b")
 OTHERS = (
     "#1f4e79", "#5b8db8", "#6a9a5b", "#8c6bb1", "#7f7f7f", "#b8a13a", "#3b9c9c", "#a05a7a", "#2f2f2f", "#a9c9e8",
     "#b5d6a7", "#c9b3dd", "#6b4a2b",

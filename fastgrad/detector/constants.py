@@ -38,7 +38,7 @@ CHALLENGED_TOGETHER = 256
 UNSEEN = 0.2
 #: With fewer clean inputs no false-alarm rate of .05 can be promised.
 FEWEST_CLEAN = 20
-#: Fewer labelled clean inputs give no temperature, or no risk, worth having.
+#: Fewer labelled clean inputs give no temperature and no risk.
 FEWEST_LABELLED = 30
 #: Steps of the regressions for the risk, whose penalty is that of the classifier of challenges.
 RISK_STEPS = 200

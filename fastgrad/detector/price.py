@@ -90,7 +90,7 @@ def fit_to_budget(
 
     Args:
         model: The network.
-        blocks: In the order of their worth.
+        blocks: In the order of the preset.
         x: A batch on the network's device; of one that takes longer than a tenth of a second, a part is measured.
         limit: In forward passes.
         subject: What is known of the network; None to watch it on ``x``.

@@ -1,4 +1,4 @@
-"""The process that reads what strangers send: images, forms and JSON, with little memory and without PyTorch.
+"""The process that reads what clients send: images, forms and JSON, with little memory and without PyTorch.
 
 A request is one JSON line, the arguments of `read_input`, and the body. The reply is one byte that says what follows,
 `PIXELS` or `NUMBERS`, and the input; or the HTTP status of a refusal and its reason.
