@@ -33,8 +33,7 @@ html_static_path = ["_static"]
 myst_enable_extensions = ["attrs_inline", "deflist"]
 myst_heading_anchors = 3
 # `output` and `about` are what a page's code printed, see contributing/site.md.
-# A live model and a file each have a `Prediction`; the first one found is linked.
-suppress_warnings = ["misc.highlighting_failure", "ref.python"]
+suppress_warnings = ["misc.highlighting_failure"]
 # A name in single backticks leads to its entry where there is one.
 default_role = "py:obj"
 autodoc_typehints = "signature"

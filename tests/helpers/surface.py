@@ -28,7 +28,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "fastgrad.checks": ("MissingExtraError",),
     "fastgrad.deploy.drift": None,
     "fastgrad.deploy.file.images": ("ImageError", "ImageTooLargeError", "decode_image"),
-    "fastgrad.deploy.file.package": ("Description", "ModelPackage", "PackageError", "Prediction", "read_description"),
+    "fastgrad.deploy.file.package": ("Description", "ModelPackage", "PackageError", "read_description"),
     "fastgrad.deploy.score.local": None,
     "fastgrad.deploy.score.ray": ("score_dataset",),
     "fastgrad.deploy.serve.app": ("create_app",),
@@ -43,7 +43,8 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     ),
     "fastgrad.metrics": None,
     "fastgrad.plots": None,
-    "fastgrad.detector.model": ("Explanation", "Prediction"),
+    "fastgrad.prediction": ("Prediction",),
+    "fastgrad.detector.model": ("Explanation",),
 }  # fmt: skip
 
 

@@ -38,11 +38,11 @@ def digits(generator: torch.Generator) -> LabelledImages:
 
 
 def photographs(count: int) -> Tensor:
-    """Pieces of scikit-learn's two photographs, grey, ``(count, 1, 24, 24)`` in [0, 1]."""
+    """Pieces of scikit-learn's two photographs in random order, grey, ``(count, 1, 24, 24)`` in [0, 1]."""
     with extra("demo"):
         from sklearn.datasets import load_sample_images
 
         pictures = load_sample_images().images
     grey = torch.from_numpy(np.stack(pictures).astype(np.float32) / 255).mean(-1)
     pieces = grey.unfold(1, SIDE, SIDE).unfold(2, SIDE, SIDE).reshape(-1, 1, SIDE, SIDE)
-    return pieces[torch.linspace(0, len(pieces) - 1, count).long()]
+    return pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[:count]]

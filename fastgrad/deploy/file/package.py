@@ -34,7 +34,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from fastgrad.deploy.file import onnx_file
 from fastgrad.deploy.file.description import DTYPES, FORMATS, description_text
 from fastgrad.deploy.file.description import Description as Description
 from fastgrad.engine.memory import keep_freed_memory
+from fastgrad.prediction import Prediction
 
 MEMBER = "extra/fastgrad.json"
 #: What reading a damaged archive raises.
@@ -57,22 +58,6 @@ _X86 = ("DEFAULT", "AVX2", "AVX512")
 
 class PackageError(ValueError):
     """The file is not an exported fastgrad model, or is one that this machine cannot run."""
-
-
-class Prediction(NamedTuple):
-    """What the network says, and how far to trust it.
-
-    Attributes:
-        logits: ``(B, N)``.
-        probabilities: ``(B, N)``, of the introspective classifier where there is one, else the softmax.
-        uncertainty: ``(B,)``, higher = less like the inputs that it was calibrated on.
-        risk: ``(B,)``, the probability that the answer is wrong; None where the file does not give it.
-    """
-
-    logits: Tensor
-    probabilities: Tensor
-    uncertainty: Tensor
-    risk: Tensor | None = None
 
 
 def write_description(path: str | os.PathLike[str], description: Description) -> None:
