@@ -195,8 +195,8 @@ def huge() -> Iterator[tuple[str, Callable[[], object], int]]:
     each = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
     image = meta(70_000, 64, 32, 32)
     yield "convolution of 4e9 elements", partial(layer_sqnorm.conv_sqnorm, image, image[None], *each), 1
-    far = (_spread(2, 18, 4, 5), _spread(2, 2, 17, 4, 5))
-    yield "convolution, strides beyond 2^31", partial(layer_sqnorm.conv_sqnorm, *far, *each), 1
+    apart = _spread(2, 18, 4, 5), _spread(2, 2, 17, 4, 5)
+    yield "convolution, strides beyond 2^31", partial(layer_sqnorm.conv_sqnorm, *apart, *each), 1
     for kind, gram in (("direct", False), ("gram", True)):
         for size, a, g in (
             (" of 4e9 elements", meta(70_000, 64, 1024), meta(1, 70_000, 64, 1024)),
