@@ -21,7 +21,9 @@ def the_one(app: Any) -> Any:
     return next(iter(app.state.models.values())).served
 
 
-def stub(app: Any, rows: dict[str, Sequence[float]], delay: float = 0.0, error: Exception | None = None) -> Any:
+def stub(
+    app: Any, rows: dict[str, Sequence[float]], delay: float = 0.0, error: Exception | None = None
+) -> Any:
     """Give each model a constant row instead of processes."""
     pixels = app.state.decoders._pixels
 
