@@ -1,4 +1,4 @@
-"""What a detector reads of an input, one file a block.
+"""Groups of features that a detector computes from an input, one file a block.
 
 | block            | reads                | price (forward passes) | content                                |
 |------------------|----------------------|------------------------|----------------------------------------|
@@ -13,9 +13,9 @@
 | `gradients`      | 3 backward passes    | about 8                | gradient norms of every parameter      |
 | `ranked`         | 10 backward passes   | about 25               | contrasts through the whole network    |
 
-Detectors read the first four by default, the fifth where the budget allows a second forward pass; the others by name.
-`activations` and `bias_gradients` read layers; of networks that do little work for each number that they write, as
-those for mobile devices, the last layers alone: reading stays cheap beside the forward pass.
+Detectors read the first four by default, and the fifth if the budget allows a second forward pass. Name the others.
+`activations` and `bias_gradients` read layers. In networks with little arithmetic for each output, such as those for
+mobile devices, they read the last layers only, which keeps their cost low.
 """
 
 from __future__ import annotations

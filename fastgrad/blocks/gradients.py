@@ -89,8 +89,8 @@ class Gradients(Block):
 class Ranked(Gradients):
     """Squared gradient norms of every parameter for "why not Q?", Q the K classes of highest logit, ``(B, K, P)``.
 
-    The contrasts of Prabhushankar and AlRegib, "Introspective Learning: A Two-Stage Approach for Inference in Neural
-    Networks" (2022), through the whole network; by rank, so that what is learned does not depend on class names.
+    The contrasts of Prabhushankar and AlRegib, "Introspective Learning" (2022), through the whole network. They are
+    ordered by rank, so a detector fitted on them does not depend on class names.
     """
 
     name = "ranked"

@@ -1,8 +1,7 @@
 """The price of a set of blocks, measured as it will run, and the part of the set that fits a limit.
 
-A price is the time of an answer over that of the plain network on the same inputs and device, measured in turns, so
-that a machine that slows down slows both. It holds for batches of the measured size: each call has a fixed cost, which
-small networks on single inputs feel most.
+A price is the time of an answer over that of the plain network, on the same inputs and device, measured in turns. It
+holds for batches of the measured size: the fixed cost of each call weighs most for small networks on single inputs.
 """
 
 from __future__ import annotations

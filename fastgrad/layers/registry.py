@@ -29,14 +29,13 @@ class LayerRule:
         function: ``(module, input, output gradient) -> {own parameter: (B,)}``. Both tensors carry the batch
             in dimension 0; the module is a private copy which shares the user's tensors, in evaluation mode except
             within ``record``.
-        positions: Whether further dimensions may stand between the batch and the layer's own dimensions, as
-            they do when a network folds windows or frames into the batch.
+        positions: Whether further dimensions may stand between the batch and the layer's own, as when a network folds
+            windows or frames into the batch.
         unsupported: Says why a particular module needs the general fallback, or None.
-        in_place: Whether the layer's output may be handed on without a copy: true where the operation that
-            makes it does not need it for its own backward pass.
-        input_gradient: Gives, for a module and its input, the function from the gradient at the output to that
-            at the input where there is a cheaper one than autograd's, else None. Only asked for float32 and
-            float64 activations.
+        in_place: Whether the layer's output may be passed on without a copy: its operation does not need it for the
+            backward pass.
+        input_gradient: ``(module, input) -> (output gradient -> input gradient)``, where a cheaper one than autograd's
+            exists, else None. Used for float32 and float64 activations.
     """
 
     name: str
@@ -82,9 +81,8 @@ def register_rule(
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register the decorated function as the rule for modules of these types and their subclasses.
 
-    The rule of the nearest class in a module's method resolution order is taken. It does not reach subclasses
-    that override ``forward``: what they compute is unknown, so they need a rule of their own or take the
-    general fallback.
+    The rule of the nearest class in a module's method resolution order is taken. It does not apply to subclasses that
+    override ``forward``: they need their own rule or take the general fallback.
 
     Args:
         *module_types: The ``torch.nn.Module`` subclasses the rule is for, or their full dotted names where the
