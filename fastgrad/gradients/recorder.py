@@ -54,8 +54,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
     """Context in which calls of ``model``, or of its submodules, by this thread can be asked for squared norms.
 
     Inside, ordinary calls and backward passes work as always, and modules keep their mode (batch norm must be in
-    evaluation mode). ``forward`` of the model's modules is redirected on the instances, for this thread only, until the
-    context ends. Activation checkpointing (``use_reentrant=False``) and gradient accumulation work as always.
+    evaluation mode). ``forward`` of the model's modules is redirected on the instances for this thread; leaving the
+    context puts it back. Activation checkpointing (``use_reentrant=False``) and gradient accumulation work as always.
 
     Args:
         model: The model to be called inside. Of ``DistributedDataParallel`` the module it wraps is recorded, and of
