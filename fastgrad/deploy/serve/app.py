@@ -100,23 +100,17 @@ def create_app(
 
     def load(model: Model) -> Served:
         return Served(
-            model.path,
-            pins=pins,
-            false_alarm_rate=false_alarm_rate,
-            max_batch=max_batch,
+            model.path, pins=pins, false_alarm_rate=false_alarm_rate, max_batch=max_batch,
+            drift_false_alarm_rate=drift_false_alarm_rate,
             pool={
-                "workers": workers,
-                "threads": threads,
-                "batch_wait": batch_wait,
-                "hang_timeout": limits.seconds,
+                "workers": workers, "threads": threads, "batch_wait": batch_wait, "hang_timeout": limits.seconds,
                 "load_timeout": limits.load_seconds,
             },
-            metrics={
-                "drift_false_alarm_rate": drift_false_alarm_rate,
-                "reloads": lambda: model.reloads,
-                "reload_failures": lambda: model.failures,
+            gauges={
+                "model_reloads": ("Changed files that took over since the start", lambda: model.reloads),
+                "model_reload_failures": ("Changed files that could not be loaded", lambda: model.failures),
             },
-        )
+        )  # fmt: skip
 
     models = {name: Model(name, file, load) for name, file in paths.items()}
     first = next(iter(models.values()))

@@ -15,8 +15,9 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fastgrad.deploy.file.package import PackageError, digest_of, read_description
@@ -36,12 +37,15 @@ class Served:
         false_alarm_rate: share of in-distribution inputs to flag; None: the file's own.
         max_batch: largest batch; at most the file's own.
         pool: further options of `WorkerPool`.
-        metrics: further options of `Metrics`.
+        drift_false_alarm_rate: of `Metrics`.
+        gauges: further ones of `Metrics`.
 
     Raises:
         PackageError: not an exported model, or one that ``pins`` does not name.
         ValueError: the file has no threshold for that rate.
     """
+
+    pool: WorkerPool
 
     def __init__(
         self,
@@ -51,7 +55,8 @@ class Served:
         false_alarm_rate: float | None,
         max_batch: int,
         pool: dict[str, Any],
-        metrics: dict[str, Any],
+        drift_false_alarm_rate: float = 0.01,
+        gauges: Mapping[str, tuple[str, Callable[[], float]]] = MappingProxyType({}),
     ) -> None:
         if not Path(path).is_file():
             raise PackageError(f"{path}: there is no such file")
@@ -71,17 +76,17 @@ class Served:
         self.metrics = Metrics(
             self.description,
             false_alarm_rate=None if self.threshold is None else self.false_alarm_rate,
-            queue_length=lambda: self.pool.queued,
-            restarts=lambda: self.pool.restarts,
-            **metrics,
+            drift_false_alarm_rate=drift_false_alarm_rate,
+            gauges={
+                "queue_length": ("Inputs that wait for a worker", lambda: self.pool.queued),
+                "worker_restarts": ("Worker processes replaced since the start", lambda: self.pool.restarts),
+                **gauges,
+            },
         )
         self.pool = WorkerPool(
-            str(copy),
-            self.description.columns,
-            max_batch=min(max_batch, self.description.max_batch),
-            on_batch=self.metrics.batch_size.observe,
-            **pool,
-        )
+            str(copy), self.description.columns, max_batch=min(max_batch, self.description.max_batch),
+            on_batch=self.metrics.batch_size.observe, **pool,
+        )  # fmt: skip
         self._users = 0
         self._free = asyncio.Event()
         self._free.set()
