@@ -150,11 +150,7 @@ def test_a_range_of_rows_is_the_same_range(tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on_and_repeats_nothing(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, parts, plain = (
-        tmp_path / "scores.parquet",
-        tmp_path / "scores.parquet.parts",
-        job.write_part,
-    )
+    out, parts, plain = (tmp_path / "scores.parquet", tmp_path / "scores.parquet.parts", job.write_part)
     written: list[str] = []
 
     def stopping(rows, path, *more):

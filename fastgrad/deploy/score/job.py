@@ -61,6 +61,13 @@ class Source(NamedTuple):
     path: Path | None
 
 
+def at_least_one(**values: int) -> None:
+    """Raise ValueError for an argument below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; it was {value}")
+
+
 def list_folder(folder: Path) -> tuple[list[Source], str]:
     """All image files below a folder in the order of their names, and a digest of names, sizes and times."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
@@ -271,9 +278,7 @@ class Job:
         key_column: str | None = None,
         limits: Limits = Limits(),  # noqa: B008 - it is frozen
     ) -> None:
-        for name, value in (("batch", batch), ("part", part)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; it was {value}")
+        at_least_one(batch=batch, part=part)
         self.threshold = description.threshold_at(false_alarm_rate)
         self.images, self.folder, self.batch, self.part = images.resolve(), folder, batch, part
         self.columns, self.limits = (image_column, key_column), limits

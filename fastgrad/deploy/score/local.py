@@ -13,7 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastgrad.deploy.file.package import ModelPackage
-from fastgrad.deploy.score.job import Job, Limits, arrow_schema, count_rows, join_parts, progress_bar
+from fastgrad.deploy.score.job import (
+    Job,
+    Limits,
+    arrow_schema,
+    at_least_one,
+    count_rows,
+    join_parts,
+    progress_bar,
+)
 
 
 def score(
@@ -55,6 +63,7 @@ def score(
         ValueError: arguments that do not fit, no images, or parts of another job beside ``out``.
         PackageError: not an exported model.
     """
+    at_least_one(batch=batch, part=part)
     target = Path(out)
     if not target.parent.is_dir():
         raise ValueError(f"out must lie in an existing folder; there is no {str(target.parent)!r}")

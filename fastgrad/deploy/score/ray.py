@@ -16,7 +16,7 @@ from typing import Any
 
 from fastgrad.checks import extra
 from fastgrad.deploy.file.package import ModelPackage, read_description
-from fastgrad.deploy.score.job import Job, Limits, count_rows, progress_bar
+from fastgrad.deploy.score.job import Job, Limits, at_least_one, count_rows, progress_bar
 
 
 class PartScorer:
@@ -64,8 +64,7 @@ def score_dataset(
     with extra("cluster"):
         import ray
 
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1; it was {workers}")
+    at_least_one(workers=workers)
     path, folder = Path(model).resolve(), Path(out).resolve()
     sizes = Limits(options.pop("max_pixels", Limits().pixels), options.pop("max_bytes", Limits().size))
     job = Job(path, read_description(path), Path(images), folder, limits=sizes, **options)

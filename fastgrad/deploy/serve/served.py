@@ -1,9 +1,8 @@
 """A name and the file that answers under it: loaded, watched, and replaced when the file changes.
 
-A file is copied before anything is read of it. What loads is what was checked, and a worker that has to start again
-finds it, whatever has become of the file meanwhile. A changed file is loaded beside the old one. Only when its workers
-are ready do new requests go there; the old one ends when the last of its requests is answered. A file that cannot be
-loaded changes nothing.
+A file is copied before anything is read of it: what loads is what was checked, now and when a worker starts again. A
+changed file is loaded beside the old one. When its workers are ready, new requests go there; the old one ends when the
+last of its requests is answered. A file that cannot be loaded changes nothing.
 """
 
 from __future__ import annotations
@@ -154,12 +153,8 @@ class Model:
             await fresh.pool.start()
         except Exception as error:
             self.failures += 1
-            _log.error(
-                "model %s: %s has changed and cannot be loaded: %s; the one before goes on",
-                self.name,
-                self.path,
-                error,
-            )
+            message = "model %s: %s has changed and cannot be loaded: %s; the one before goes on"
+            _log.error(message, self.name, self.path, error)
             if fresh is not None:
                 await fresh.retire()
             return

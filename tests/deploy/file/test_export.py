@@ -14,12 +14,7 @@ from exported_models import X, shapes, two_stage_model
 from torch import nn
 
 from fastgrad.deploy.file.export import compile_function, export, trace
-from fastgrad.deploy.file.package import (
-    Description,
-    ModelPackage,
-    PackageError,
-    read_description,
-)
+from fastgrad.deploy.file.package import Description, ModelPackage, PackageError, read_description
 from fastgrad.detector.constants import WEIGHT
 
 
