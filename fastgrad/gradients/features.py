@@ -39,16 +39,18 @@ _CPU_SAMPLES = 16
 class GradientFeatures:
     """Squared L2 norms of the gradient of every parameter, for every sample, from one backward pass.
 
-    Each call runs a private copy of the module tree, in evaluation mode, which shares the model's tensors. The model
-    stays as it is, frozen parameters get features all the same, and several threads may use one model. The first call
-    on a new structure of inputs chooses a route for each parameter and compares the result with autograd once.
+    The model is not changed: each call runs a private copy of its module tree, in evaluation mode, that shares its
+    tensors. Frozen parameters get features too, and several threads may use one model.
+
+    The first call on a new structure of inputs runs the model on three of the samples and chooses a route for each
+    parameter. It compares the result with autograd once.
 
     Args:
         model: Maps a batch to logits ``(B, N)``; see `fastgrad.batches.logits_of` for the kinds of outputs it may have.
         loss: ``"cross_entropy"``, ``"bce"``, ``"mse"`` or ``"brier"``.
-        target: ``"ones"``, ``"uniform"``, ``"predicted"``; ``"contrast"`` for every class in turn; a class index
-            or a soft target ``(N,)`` for all samples; or a function from logits ``(B, N)`` to targets, ``(B,)``
-            class indices or ``(B, N)``.
+        target: ``"ones"``, ``"uniform"``, ``"predicted"``, or ``"contrast"`` for every class. Also a class index or a
+            soft target ``(N,)`` for all samples, or a function from logits ``(B, N)`` to targets, ``(B,)`` class
+            indices or ``(B, N)``.
         reduction: ``"sum"`` or ``"mean"`` over classes.
         signals: Several ``(loss, target)`` pairs in place of ``loss`` and ``target``: one forward and one batched
             backward pass.
