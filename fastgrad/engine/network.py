@@ -1,4 +1,4 @@
-"""A network with its plans: choosing routes once per path that it takes, running forward passes with probes."""
+"""A network with its plans: one for each path that it takes, and forward passes with probes by them."""
 
 from __future__ import annotations
 
@@ -7,58 +7,26 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import attend_alike, is_traced, pytree
-from fastgrad.batches import take
-from fastgrad.engine.backward import order_by_parameter, probe_grads
 from fastgrad.engine.carriers import find_carriers
 from fastgrad.engine.fallback import floating
-from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
+from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import keep_freed_memory
-from fastgrad.engine.observing import Observation
-from fastgrad.engine.planning import Caution, Plan, Planner, Route
+from fastgrad.engine.planning import Known, Plan, Route
 from fastgrad.engine.run import OffPlanError, Reading, Run, Site
 from fastgrad.engine.shadow import Shadow, ordinary
-from fastgrad.engine.state import NotRepeatableError, Snapshot, Versions, devices_of, undone
+from fastgrad.engine.state import Snapshot, Versions, devices_of
 from fastgrad.engine.steps import Steps
+from fastgrad.engine.trial import Trial
 
 #: Structures of inputs whose plans are kept, and plans kept for one: paths that no single plan serves.
 _STRUCTURES_KEPT = 16
 _PLANS_KEPT = 4
-
-
-@dataclass(eq=False)
-class Known:
-    """What is known of a model for inputs of one structure.
-
-    Attributes:
-        training: Whether a module runs in training mode.
-        names: The wanted parameters, names by id.
-        modules: The model's modules. As long as they and its parameters live, their ids are theirs.
-        parameters: Its parameters.
-        carriers: For each leaf of the inputs, whether it carries the batch.
-        devices: Those beside the CPU on which the model may draw random numbers.
-        plans: Most recently used first.
-    """
-
-    training: bool
-    names: dict[int, str]
-    modules: list[weakref.ref[nn.Module]]
-    parameters: list[weakref.ref[nn.Parameter]]
-    carriers: tuple[bool, ...]
-    devices: list[torch.device]
-    plans: list[Plan] = field(default_factory=list)
-
-    def lives(self) -> bool:
-        """Whether no module and no parameter is gone, whose id another one may have now."""
-        return all(ref() is not None for ref in self.modules) and all(
-            ref() is not None for ref in self.parameters
-        )
 
 
 class Network:
@@ -111,7 +79,7 @@ class Network:
         with self._lock:
             if known.plans:
                 return known.plans[0]
-        plan = self._make_plan(known, args, kwargs, samples)
+        plan = Trial(self, known, args, kwargs, samples).plan()
         self._keep(plan)
         return plan
 
@@ -167,8 +135,15 @@ class Network:
             reason = "calls other functions, or on other parameters, than when it was planned"
             output, shadow, raised = None, None, None
             try:
-                output, shadow = self._pass(
-                    plan, run, args, kwargs, sites, readings, parameter, training=training
+                output, shadow = self.once(
+                    plan,
+                    run,
+                    args,
+                    kwargs,
+                    sites=sites,
+                    readings=readings,
+                    parameter=parameter,
+                    training=training,
                 )
             except OffPlanError:
                 pass
@@ -210,7 +185,7 @@ class Network:
                         "model must take the same path each time it is given the same inputs; a call that was planned "
                         f"on its own {run.samples} samples {reason}"
                     )
-                made = self._make_plan(known, args, kwargs, run.samples, count, older=tried[0])
+                made = Trial(self, known, args, kwargs, run.samples, count).plan(older=tried[0])
                 following = next((other for other in tried if other == made), made)
                 if following is not made:
                     grown = not made.paths <= following.paths
@@ -218,17 +193,17 @@ class Network:
                     following = following if grown else None
             plan = following
 
-    def _pass(
+    def once(
         self,
         plan: Plan | None,
         run: Run,
         args: Any,
         kwargs: Any,
-        sites: Sequence[Site],
-        readings: Sequence[Reading],
-        parameter: Callable[[nn.Parameter], Tensor],
         *,
-        training: bool,
+        sites: Sequence[Site] = (),
+        readings: Sequence[Reading] = (),
+        parameter: Callable[[nn.Parameter], Tensor] = ordinary,
+        training: bool = False,
     ) -> tuple[Any, Shadow]:
         """One try at a forward pass; its output and the copy that ran."""
         run.begin(plan)
@@ -286,139 +261,6 @@ class Network:
             with self._lock:
                 known.plans[:] = [plan, *(other for other in known.plans if other is not plan)][:_PLANS_KEPT]
 
-    def _make_plan(
-        self,
-        known: Known,
-        args: Any,
-        kwargs: Any,
-        samples: int,
-        count: int = SAMPLES,
-        *,
-        older: Plan | None = None,
-    ) -> Plan:
-        """A plan that agreed with autograd on a few samples of the inputs.
-
-        Args:
-            known: What is known of the model for inputs of this structure.
-            args: Positional inputs.
-            kwargs: Inputs by keyword.
-            samples: B.
-            count: How many of them to take; the first ones again where there are fewer.
-            older: A plan that serves parameters which the new path does not use.
-
-        Raises:
-            ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
-        """
-        index = torch.arange(count) % samples
-        inputs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
-        more, less = (take(inputs, i, samples, known.carriers) for i in (index, index[:-1]))
-        training = known.training
-        with torch.enable_grad():
-            with undone(self.model):
-                fewer = Observation(self.model, less, count - 1)
-            with undone(self.model):
-                observation = Observation(self.model, more, count, fewer)
-            planners = [Planner(observation, known.names)]
-            if training:
-                # What may be used is planned in evaluation mode, which skips no layer by chance. Whether it holds is
-                # seen in the mode that will run, with the same random numbers as the trial.
-                with undone(self.model):
-                    fewer = Observation(self.model, less, count - 1, training=True)
-                with undone(self.model):
-                    observation = Observation(self.model, more, count, fewer, training=True)
-                planners.append(Planner(observation, known.names))
-            outputs, at_less = self.tensors(observation.output), self.tensors(fewer.output)
-            pairs = list(zip(outputs, at_less, strict=True))
-            if all(probe_cotangent(out, other, count, 0) is None for out, other in pairs):
-                raise ValueError(
-                    "model must return a floating-point tensor that carries the batch; it returned none"
-                )
-            # The chosen sample first, whose gradient shows where modules have the batch; others as long as a parameter
-            # is left that none of them has a gradient of, beyond rounding.
-            checks: list[tuple[int, list[Tensor], dict[str, Tensor]]] = []
-            idle = {name for name, p in observation.parameters.items() if p.requires_grad} & set(
-                known.names.values()
-            )
-            order = (CHOSEN, *(i for i in range(min(count, SAMPLES)) if i != CHOSEN))
-            for chosen in order:
-                rows = [
-                    torch.zeros_like(out) if row is None else row
-                    for out, other in pairs
-                    for row in [probe_cotangent(out, other, count, chosen)]
-                ]
-                # A checkpoint runs a part of the model again.
-                with undone(self.model):
-                    truth = observation.backward(outputs, rows)
-                checks.append((chosen, rows, truth))
-                floor = _floor(truth)
-                idle -= {name for name, gradient in truth.items() if bool(gradient.square().sum() > floor)}
-                if count >= SAMPLES and not any(observation.uses[name] for name in idle):
-                    break
-            layouts = tuple(
-                find_layout(tuple(out.shape), tuple(other.shape), None, count)
-                for out, other in zip(outputs, at_less, strict=True)
-            )
-            caution: Caution | None = Caution()
-            # Each turn gives up more of what may fail, of which there is finitely much.
-            while caution is not None:
-                plan = planners[0].plan(caution)
-                for planner in planners[1:]:
-                    unused = [name for name in plan.names if plan.routes[name].route == "zero"]
-                    plan = plan.joined(planner.plan(caution, unused))
-                plan = replace(plan, outputs=layouts, known=known, paths=set())
-                plan = plan if older is None else plan.joined(older)
-                wrong: frozenset[str] = frozenset()
-                try:
-                    for chosen, rows, truth in checks:
-                        with undone(self.model):
-                            features = self._trial(plan, more, count, rows, training=training)
-                        wrong |= _disagreeing(plan, features, truth, chosen)
-                except NotRepeatableError:
-                    raise
-                except OffPlanError as error:
-                    wrong = frozenset(error.parameters)
-                except Exception:
-                    # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
-                    if older is not None:
-                        older = None
-                        continue
-                    caution = caution.after_error(plan)
-                    if caution is None:
-                        raise
-                    continue
-                if not wrong:
-                    return plan
-                if older is not None:
-                    older = None
-                    continue
-                caution = caution.after_disagreement(wrong)
-        raise ValueError(
-            "model must treat the samples of a batch independently, alike each time: squared norms of "
-            f"{', '.join(sorted(wrong))} disagree with autograd"
-        )
-
-    def _trial(
-        self, plan: Plan, inputs: Any, samples: int, rows: Sequence[Tensor], *, training: bool
-    ) -> Tensor:
-        """Squared norms ``(B, P)`` as the plan finds them."""
-        run = Run(samples)
-        output, _ = self._pass(plan, run, inputs[0], inputs[1], (), (), ordinary, training=training)
-        if run.left is not None:
-            raise run.left
-        assert run.steps is not None
-        plan.paths.add(run.steps.path())
-        outputs = self.tensors(output)
-        pairs = [(out, row) for out, row in zip(outputs, rows, strict=True) if out.requires_grad]
-        probes = [probe for _, probe in run.probes] if pairs else []
-        norms = probe_grads([out for out, _ in pairs], probes, [row for _, row in pairs])
-        found = [
-            (torch.zeros_like(probe) if value is None else value).unsqueeze(0)
-            for probe, value in zip(probes, norms, strict=True)
-        ]
-        return order_by_parameter(
-            run.probes[: len(found)], found, plan.names, outputs[0].detach()[None], samples
-        )[0]
-
 
 def _kind(args: Any, kwargs: Any, samples: int) -> Any:
     """What a plan depends on: the structure of the inputs, not their sizes; switches, not numbers."""
@@ -433,30 +275,3 @@ def _kind(args: Any, kwargs: Any, samples: int) -> Any:
     )
     devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
     return str(spec), kinds, tuple(torch.is_autocast_enabled(device) for device in sorted(devices))
-
-
-def _disagreeing(plan: Plan, features: Tensor, truth: dict[str, Tensor], chosen: int) -> frozenset[str]:
-    """Parameters whose squared norms are not those of the chosen sample's true gradient, and of no other."""
-    dtype, zero = features.dtype, features.new_zeros(())
-    true = torch.stack(
-        [truth[name].to(dtype).square().sum() if name in truth else zero for name in plan.names]
-    )
-    # A wrong route is wrong by a factor; this is no test of accuracy.
-    precision = _precision(truth)
-    tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
-    floor = _floor(truth)
-    expected = torch.zeros_like(features)
-    expected[chosen] = true
-    wrong = ~((features - expected).abs() <= tolerance * expected + floor).all(0)
-    return frozenset(name for name, bad in zip(plan.names, wrong.tolist(), strict=True) if bad)
-
-
-def _precision(truth: dict[str, Tensor]) -> float:
-    """The relative rounding error of the coarsest of the gradients."""
-    return max((torch.finfo(gradient.dtype).eps for gradient in truth.values()), default=0.0)
-
-
-def _floor(truth: dict[str, Tensor]) -> float:
-    """The squared norm up to which a gradient is rounding, as where it vanishes in exact arithmetic (a key's bias)."""
-    largest = max((float(gradient.double().square().sum()) for gradient in truth.values()), default=0.0)
-    return (1e3 * _precision(truth)) ** 2 * largest

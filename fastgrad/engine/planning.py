@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from fastgrad._torch import BatchNorm
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.observing import Observation
 from fastgrad.engine.replayed import FallbackSite, ReplaySite
-from fastgrad.engine.sites import BroadcastSite, LayerSite
+from fastgrad.engine.sites import BroadcastSite, LayerSite, RuledSite
 from fastgrad.layers.registry import ReplayRule, find_rule
-
-if TYPE_CHECKING:
-    from fastgrad.engine.network import Known
 
 PlannedSite = LayerSite | ReplaySite | FallbackSite | BroadcastSite
 
@@ -30,6 +28,35 @@ class Route:
     route: str
     module: str
     reason: str
+
+
+@dataclass(eq=False)
+class Known:
+    """What is known of a model for inputs of one structure.
+
+    Attributes:
+        training: Whether a module runs in training mode.
+        names: The wanted parameters, names by id.
+        modules: The model's modules. As long as they and its parameters live, their ids are theirs.
+        parameters: Its parameters.
+        carriers: For each leaf of the inputs, whether it carries the batch.
+        devices: Those beside the CPU on which the model may draw random numbers.
+        plans: Most recently used first.
+    """
+
+    training: bool
+    names: dict[int, str]
+    modules: list[weakref.ref[nn.Module]]
+    parameters: list[weakref.ref[nn.Parameter]]
+    carriers: tuple[bool, ...]
+    devices: list[torch.device]
+    plans: list[Plan] = field(default_factory=list)
+
+    def lives(self) -> bool:
+        """Whether no module and no parameter is gone, whose id another one may have now."""
+        return all(ref() is not None for ref in self.modules) and all(
+            ref() is not None for ref in self.parameters
+        )
 
 
 @dataclass(frozen=True)
@@ -230,12 +257,12 @@ class Planner:
             place = 0 if getattr(call.module, "batch_first", True) else 1
             if layout != (Layout("moved", place) if place else Layout("plain")):
                 return None, f"its module gets the batch in another layout ({layout.kind})"
-            return ReplaySite(call.path, (name,), rule, (local,), layout, rank), ""
+            return ReplaySite(call.path, (name,), (local,), layout, rank, rule), ""
         if layout.kind == "single" and not caution.single:
             return None, "its module's output does not carry the batch"
         if layout.kind in ("folded", "moved") and not rule.positions:
             return None, f"its module gets the batch in another layout ({layout.kind})"
-        return LayerSite(call.path, (name,), rule, (local,), layout, rank), ""
+        return LayerSite(call.path, (name,), (local,), layout, rank, rule), ""
 
     def _broadcast(self, name: str) -> BroadcastSite | None:
         """A site for a parameter that every use broadcasts over the batch: one copy per sample serves as well."""
@@ -275,7 +302,7 @@ def _restricted(site: PlannedSite, names: set[str]) -> PlannedSite:
     """A site for those of its parameters that are among ``names``."""
     kept = [i for i, name in enumerate(site.parameters) if name in names]
     parameters = tuple(site.parameters[i] for i in kept)
-    if isinstance(site, (LayerSite, ReplaySite)):
+    if isinstance(site, RuledSite):
         return replace(site, parameters=parameters, local=tuple(site.local[i] for i in kept))
     return replace(site, parameters=parameters)
 
@@ -283,7 +310,7 @@ def _restricted(site: PlannedSite, names: set[str]) -> PlannedSite:
 def _joined(site: PlannedSite, other: PlannedSite) -> PlannedSite:
     """One site for the parameters of two that are alike in all else."""
     parameters = site.parameters + other.parameters
-    if isinstance(site, (LayerSite, ReplaySite)) and isinstance(other, (LayerSite, ReplaySite)):
+    if isinstance(site, RuledSite) and isinstance(other, RuledSite):
         return replace(site, parameters=parameters, local=site.local + other.local)
     return replace(site, parameters=parameters)
 

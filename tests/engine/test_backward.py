@@ -62,10 +62,10 @@ def counting(model: nn.Module, path: str, count: Counter[str]) -> LayerSite:
     return LayerSite(
         path,
         tuple(f"{path}.{name}" for name in names),
-        LayerRule(rule.name, function, in_place=rule.in_place, input_gradient=rule.input_gradient),
         names,
         Layout("plain"),
         2 if isinstance(layer, nn.Linear) else 4,
+        LayerRule(rule.name, function, in_place=rule.in_place, input_gradient=rule.input_gradient),
     )
 
 
