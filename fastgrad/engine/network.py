@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+import functools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -122,48 +123,52 @@ class Network:
             RuntimeError: If a module that was to be read was not called.
             ValueError: If no plan holds for the path that the pass takes.
         """
-        known = None if plan is None else plan.known
-        before = None
-        if known is not None:
-            modules = [module for ref in known.modules if (module := ref()) is not None]
-            before = Snapshot(modules, known.devices, training=training)
+        once = functools.partial(
+            self.once, run=run, args=args, kwargs=kwargs, sites=sites, readings=readings,
+            parameter=parameter, training=training,
+        )  # fmt: skip
+        if plan is None:
+            output, shadow = once(None)
+        else:
+            output, shadow = self._on_plan(once, plan, run, args, kwargs, training=training)
+        if parameter is not ordinary:
+            shadow.write_back()
+        return output
+
+    def _on_plan(
+        self,
+        once: Callable[[Plan], tuple[Any, Shadow]],
+        plan: Plan,
+        run: Run,
+        args: Any,
+        kwargs: Any,
+        *,
+        training: bool,
+    ) -> tuple[Any, Shadow]:
+        """Make the pass ``once`` by ``plan``, or by others until it keeps to one."""
+        known = plan.known
+        assert known is not None
+        modules = [module for ref in known.modules if (module := ref()) is not None]
+        before = Snapshot(modules, known.devices, training=training)
         inputs = Versions([leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
         tried: list[Plan] = []
-        # The few samples that a plan is tried on may take another path than the batch.
-        attempts = iter(() if plan is None else (SAMPLES, run.samples + 1, max(2, run.samples)))
-        while True:
-            reason = "calls other functions, or on other parameters, than when it was planned"
-            output, shadow, raised = None, None, None
+        raised: Exception | None = None
+        reason = ""
+        for candidate in self._candidates(plan, tried, args, kwargs, run.samples):
+            raised, reason = None, "calls other functions, or on other parameters, than when it was planned"
             try:
-                output, shadow = self.once(
-                    plan,
-                    run,
-                    args,
-                    kwargs,
-                    sites=sites,
-                    readings=readings,
-                    parameter=parameter,
-                    training=training,
-                )
+                output, shadow = once(candidate)
+                if run.left is None and (run.steps is None or run.steps.path() in candidate.paths):
+                    self._keep(candidate)
+                    return output, shadow
             except OffPlanError:
                 pass
             except Exception as error:
-                if plan is None or not plan.replaces or is_traced():
+                if not candidate.replaces or is_traced():
                     raise
-                raised = error
                 # It may be that the model does not bear what the plan gives it in place of a parameter.
-                run.left = run.left or OffPlanError((), f"raises {type(error).__name__}: {error}")
-            if run.left is not None:
-                reason = run.left.reason
-            elif plan is None or run.steps is None or run.steps.path() in plan.paths:
-                if plan is not None:
-                    self._keep(plan)
-                if parameter is not ordinary and shadow is not None:
-                    shadow.write_back()
-                return output
-            assert plan is not None
-            assert known is not None
-            assert before is not None
+                raised, reason = error, f"raises {type(error).__name__}: {error}"
+            reason = reason if run.left is None else run.left.reason
             if is_traced():
                 raise ValueError(
                     f"model must take the path of an ordinary call while its graph is recorded; it {reason}"
@@ -174,24 +179,31 @@ class Network:
                     f"model must not write to its inputs in a call whose path was not seen before; it {reason}. Make "
                     "the same call again with the inputs as they were"
                 )
-            tried.append(plan)
+            tried.append(candidate)
+        raise raised or ValueError(
+            "model must take the same path each time it is given the same inputs; a call that was planned "
+            f"on its own {run.samples} samples {reason}"
+        )
+
+    def _candidates(
+        self, plan: Plan, tried: Sequence[Plan], args: Any, kwargs: Any, samples: int
+    ) -> Iterator[Plan]:
+        """``plan``, others that are known, and at last new ones, none of them twice on the paths that it has."""
+        known = plan.known
+        assert known is not None
+        following: Plan | None = plan
+        while following is not None:
+            yield following
             following = next((other for other in known.plans if all(other is not one for one in tried)), None)
-            while following is None:
-                count = next(attempts, None)
-                if count is None:
-                    if raised is not None:
-                        raise raised
-                    raise ValueError(
-                        "model must take the same path each time it is given the same inputs; a call that was planned "
-                        f"on its own {run.samples} samples {reason}"
-                    )
-                made = Trial(self, known, args, kwargs, run.samples, count).plan(older=tried[0])
-                following = next((other for other in tried if other == made), made)
-                if following is not made:
-                    grown = not made.paths <= following.paths
-                    following.paths.update(made.paths)
-                    following = following if grown else None
-            plan = following
+        # The few samples that a plan is tried on may take another path than the batch.
+        for count in (SAMPLES, samples + 1, max(2, samples)):
+            made = Trial(self, known, args, kwargs, samples, count).plan(older=plan)
+            same = next((other for other in tried if other == made), None)
+            if same is None:
+                yield made
+            elif not made.paths <= same.paths:
+                same.paths.update(made.paths)
+                yield same
 
     def once(
         self,
