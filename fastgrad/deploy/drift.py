@@ -1,27 +1,25 @@
 """Drift: has the incoming data left the training distribution?
 
-One uncertain image says little; a thousand slightly too uncertain ones say that the camera has moved. The
-monitor reads a stream of uncertainty scores, one number an image, and raises an alarm with a stated error
-rate:
+The monitor reads a stream of uncertainty scores, one number an image, and raises an alarm with a stated
+error rate:
 
 - Every score becomes a *conformal p-value*: its randomised rank among the calibration scores and all scores
-  seen so far. While the stream is exchangeable with the calibration images these p-values are independent
-  and uniform, whatever the distribution of the scores (Vovk, Nouretdinov & Gammerman, ICML 2003).
+  seen so far. While the stream is exchangeable with the calibration images, these p-values are independent
+  and uniform (Vovk, Nouretdinov & Gammerman, ICML 2003). That holds for any distribution of the scores.
 - A family of Beta densities *bets* against uniformity: each multiplies its capital by its density at the
-  p-value. Under uniformity no bet gains on average. High scores, low scores (an attack can look too
-  certain), both tails and a pile-up in one place (a frozen camera) each have bets that grow exponentially
-  on them.
-- A fresh share of capital starts at every image, so a change after a million good images is found about as
-  fast as one after a hundred.
+  p-value. Under uniformity no bet gains on average. High scores, low scores, both tails and a pile-up in
+  one place (a frozen camera) each have bets that grow exponentially.
+- A fresh share of capital starts at every image. So a change after a million images is found about as fast
+  as one after a hundred.
 
-``form="ever"``: the total capital is a martingale that starts at 1, so by Ville's inequality the
-probability of *ever* raising a false alarm, on a stream of any length, is at most ``false_alarm_rate``.
-``form="average"``: the Shiryaev-Roberts sum over start times; the *average* number of images before a false
-alarm is at least ``1 / false_alarm_rate`` (Shin, Ramdas & Rinaldo 2023), in exchange for shorter delays;
-reset it after each alarm, with a reason.
+``form="ever"``: the total capital is a martingale that starts at 1. By Ville's inequality, the probability
+of *ever* raising a false alarm, on a stream of any length, is at most ``false_alarm_rate``.
+``form="average"``: the Shiryaev-Roberts sum over start times, with shorter delays. The *average* number of
+images before a false alarm is at least ``1 / false_alarm_rate`` (Shin, Ramdas & Rinaldo 2023). Reset it
+after each alarm, with a reason.
 
-Both statements need images that could have come in any order. Frames of one video cannot: feed the monitor
-every k-th frame, or one score a scene.
+Both statements need exchangeable images. Frames of one video are not: feed the monitor every k-th frame, or
+one score a scene.
 
 Only NumPy is needed; memory and time per score do not grow with the stream.
 """
@@ -116,8 +114,8 @@ class DriftMonitor:
 
     Args:
         reference: a `ScoreReference`, or the held-out in-distribution scores themselves.
-        false_alarm_rate: ``alpha`` in (0, 1): the bound on the probability of ever raising a false alarm
-            (``form="ever"``), or one over the least average number of images before one (``form="average"``).
+        false_alarm_rate: In (0, 1). For ``form="ever"`` the bound on the probability of ever raising a false alarm.
+            For ``form="average"`` one over the least average number of images before one.
         form: ``"ever"`` or ``"average"``, see the module's description.
         seed: of the tie-breaking random numbers; two monitors with one seed agree on the same stream.
 

@@ -39,26 +39,26 @@ Features = ArrayLike | Mapping[str, ArrayLike]
 class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
     """Scores how far each sample lies from clean data; higher is less reliable.
 
-    One-class scores of clean data become p-values, two-sided where a score can be too good to be true. With challenges
-    a linear classifier joins them. The weighted sum of the logarithms of all p-values is calibrated once more. So the
-    score is ``-log(p)``, p being the probability that a clean sample looks at least so unusual, and above
-    ``threshold(a)``, which is -log(a), lies a share a of clean data. `fastgrad.detector.calibrate` says how exactly.
+    One-class scores of clean data become p-values, two-sided where either side is unusual. With challenges a linear
+    classifier joins them. The weighted sum of the logarithms of all p-values is calibrated once more. The score is
+    ``-log(p)``, where p is the probability that a clean sample looks at least this unusual. A share ``a`` of clean data
+    is above ``threshold(a)``, which is -log(a); `fastgrad.detector.calibrate` says how exactly.
 
-    Features are an array or a mapping of named blocks (see `fastgrad.blocks`), which says what is what.
+    Features are an array or a mapping of named blocks (see `fastgrad.blocks`).
 
     Args:
-        log: True when a plain array, or a block of gradient norms, holds squared norms, whose logarithm is taken; False
-            for features of any sign, taken as they are, logarithms of norms among them.
+        log: True takes the logarithm of a plain array, or of a block of gradient norms: they are squared norms. False
+            takes features of any sign as they are, such as logarithms of norms.
         contrasts: Whether axis 1 of a plain array runs over contrast classes, to be ordered by the norms themselves,
             which rank as the logits do.
         weight: How much the classifier of challenges counts beside a one-class score's 1.
         cap: Largest -log p that one score may contribute.
         components: Gaussians in a mixture; fewer where there is little data.
         dimensions: Principal components that a mixture sees, at most.
-        folds: Parts of the clean data of which each is scored by what was fitted on the others; None for ten below 300
-            samples, five from there on, three where a part is held out.
-        calibration_fraction: Share of the clean data that calibrates and nothing else, which makes the false-alarm rate
-            exact; None for a fifth from 1,000 clean samples on, and none below.
+        folds: Folds of the clean data, each scored by a fit on the others. None for ten below 300 samples, five from
+            there on, three where a part is held out.
+        calibration_fraction: Share of the clean data used for calibration alone: the false-alarm rate is then exact.
+            None for a fifth from 1,000 clean samples on, and none below.
         false_alarm_rate: Share of clean data that `predict` flags.
         random_state: Seed of the folds, the held-out part and the mixtures.
 
@@ -108,13 +108,12 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             X: Feature matrix ``(B, N)``, ``(B, P)``, ``(B, S, P)``, ``(B, N, P)``, or named blocks. Prefer samples
                 that the network was not trained on: it is more certain of its training data.
             y: ``(B,)``, 0 for in-distribution, 1 for challenging; None when all are in-distribution.
-            kinds: ``(B,)``, names or numbers that tell kinds of challenge apart; clean samples' are not read. The
-                classifier learns more from ten kinds than from one label.
+            kinds: ``(B,)``, names or numbers of the kinds of challenge; clean samples' are not read. The classifier
+                learns more from ten kinds than from one label.
             held_out: ``(B,)`` of bool, the in-distribution samples that calibrate, on which nothing is fitted; None as
                 ``calibration_fraction`` says.
-            groups: ``(B,)``, integers: samples of one number come from one source and are never on both sides of a fit,
-                as a clean image and the challenges made from it. A negative number is a source of its own. None where
-                all samples are.
+            groups: ``(B,)``, integers of sources, such as a clean image and its challenges. One source is never on both
+                sides of a fit. A negative number is its own source. None where all samples are.
 
         Returns:
             The detector itself.

@@ -53,10 +53,9 @@ _Recording = TypeVar("_Recording", bound="record")
 class record:  # noqa: N801 - reads as a statement: ``with record(model):``
     """Context in which calls of ``model``, or of its submodules, by this thread can be asked for squared norms.
 
-    Inside, ordinary calls and ordinary backward passes work as always, and modules keep their mode (batch norm
-    must be in evaluation mode). While the context is open, ``forward`` of the model's modules is redirected on
-    the instances; other threads run through to the original, and leaving the context puts it back, also after
-    an exception. Activation checkpointing (``use_reentrant=False``) and gradient accumulation work as always.
+    Inside, ordinary calls and backward passes work as always, and modules keep their mode (batch norm must be in
+    evaluation mode). ``forward`` of the model's modules is redirected on the instances for this thread; leaving the
+    context puts it back. Activation checkpointing (``use_reentrant=False``) and gradient accumulation work as always.
 
     Args:
         model: The model to be called inside. Of ``DistributedDataParallel`` the module it wraps is recorded, and of
@@ -64,10 +63,9 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
     Raises:
         TypeError: If ``model`` is not an ordinary ``torch.nn.Module``.
-        ValueError: If it has batch norm in training mode, which mixes the samples of a batch; if it was compiled in
-            place, is replicated on several devices, or holds no values (the meta device). A call raises it if a
-            module must be computed again in the backward pass, but draws random numbers in training mode (an
-            attention with dropout).
+        ValueError: If it has batch norm in training mode, was compiled in place, is replicated on several devices, or
+            holds no values (the meta device). A call raises it for a module that is recomputed in the backward pass
+            and draws random numbers, such as attention with dropout.
 
     Example::
 
@@ -197,8 +195,8 @@ def grad_sqnorm(
     """Squared L2 norm of each sample's gradient, where ``torch.autograd.grad`` would give the sum of gradients.
 
     Args:
-        outputs: What is differentiated: a loss that is a *sum* over samples (``reduction="sum"``; a mean divides
-            every gradient by B), or any tensors computed from the recorded model's outputs.
+        outputs: A loss that is a *sum* over samples, or any tensors computed from the recorded model's outputs. A mean
+            divides every gradient by B.
         params: Parameters of the recorded model, in any order.
         grad_outputs: As in ``torch.autograd.grad``.
         is_grads_batched: Whether ``grad_outputs`` has a leading dimension S of several gradients; what depends
@@ -212,8 +210,7 @@ def grad_sqnorm(
 
     Raises:
         RuntimeError: Outside of ``record``, or if no recorded call leads to ``outputs``.
-        ValueError: If a parameter is not the recorded model's, or took part in several calls (its gradients
-            would have to be added before the norm is taken).
+        ValueError: If a parameter is not the recorded model's, or took part in several calls.
     """
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [params] if isinstance(params, Tensor) else list(params)

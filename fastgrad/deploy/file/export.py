@@ -55,18 +55,17 @@ def export(
 ) -> Path:
     """Write ``two_stage`` as one file that runs without fastgrad and without autograd.
 
-    The path's suffix says which: ``.pt2`` is native code for PyTorch, ``.onnx`` is for ONNX Runtime, NVIDIA's Triton
-    Inference Server and others (`fastgrad.deploy.file.onnx_file` says how to read it). The graph takes a batch of
-    any size from 1 to ``max_batch`` and returns logits, probabilities, uncertainty and, if it was fitted with labels,
-    risk, equal to those of the live
-    module for contiguous inputs up to float32 rounding: measured on trained networks, 4e-6 for logits and 2e-5 for
-    the uncertainty, which is -log p. To an untrained network all images are nearly the same, and the detector
-    magnifies rounding with what little they differ in.
+    The path's suffix chooses the form. ``.pt2`` is native code for PyTorch. ``.onnx`` is for ONNX Runtime, NVIDIA's
+    Triton Inference Server and others (`fastgrad.deploy.file.onnx_file`).
+
+    The graph takes a batch of any size from 1 to ``max_batch``. It returns logits, probabilities, uncertainty and, if
+    fitted with labels, risk. For contiguous inputs they equal those of the live module up to float32 rounding. On an
+    untrained network all images are nearly the same, and the detector magnifies the rounding.
 
     A ``.pt2`` runs on the kind of device that holds ``example_input``, and on processors with at least this one's
     vector instructions. An ``.onnx`` runs wherever ONNX Runtime does. It is checked by ``onnx.checker``, and its
-    answers on ``example_input`` are compared with the live module's before it appears. Where a block reads gradients,
-    a rounding that takes an activation across a kink opens or closes a path of the backward pass, and may show.
+    answers on ``example_input`` are compared with the live module's before it appears. With gradients, rounding that
+    moves an activation across the kink of a ReLU changes the backward pass, and the answer with it.
 
     Args:
         two_stage: a fitted `TwoStageModel` (whole network or last layer only), or any module in evaluation
@@ -99,8 +98,8 @@ def export(
         TypeError: ``two_stage`` is no module or ``example_input`` no floating tensor.
         ValueError: an argument does not fit the model; the module is in training mode.
         MissingExtraError: an ``.onnx`` needs ``pip install 'fastgrad[onnx]'``.
-        RuntimeError: no C++ compiler is installed for a ``.pt2``; the module's graph depends on the batch size; an
-            operation has no ONNX form, or the ONNX file's answers differ by more than ``tolerance``.
+        RuntimeError: no C++ compiler is installed for a ``.pt2``, or the module's graph depends on the batch size. For
+            an ``.onnx``: an operation has no ONNX form, or the answers differ by more than ``tolerance``.
     """
     target = Path(path)
     description = describe(

@@ -2,22 +2,21 @@
 
 `fastgrad.deploy.file.onnx_file` says what is in an ``.onnx``.
 
-A ``.pt2`` is a zip. Beside the compiled graph it holds one JSON member, ``<name>/extra/fastgrad.json``, so
-the description can be read by anything that reads zips::
+A ``.pt2`` is a zip. Its member ``<name>/extra/fastgrad.json`` is the description::
 
     import json, zipfile
     with zipfile.ZipFile("model.pt2") as archive:
         member = next(name for name in archive.namelist() if name.endswith("/extra/fastgrad.json"))
         description = json.loads(archive.read(member))
 
-and the graph runs without this package::
+The graph runs without this package::
 
     import torch
     model = torch._inductor.aoti_load_package("model.pt2")
     logits, probabilities, uncertainty = model(x)     # x (B, *input shape), normalized with mean and std
 
-A file whose description says ``risk`` gives the risk ``(B,)`` next, and one exported with ``evidence=True`` the
-evidence ``(B, E)`` last, its columns named in the description. ``x`` must have the dtype and shape of the description
+A file whose description says ``risk`` gives the risk ``(B,)`` next. One exported with ``evidence=True`` gives the
+evidence ``(B, E)`` last; the description names its columns. ``x`` must have the dtype and shape of the description
 and be contiguous (``x.contiguous()``): native code reads memory as it is and checks nothing. `ModelPackage` checks all
 that. The graph is native code: load only files that you would also run as programs.
 """

@@ -1,9 +1,8 @@
 """Scoring on this machine: one row an image, whatever the image.
 
 Images come from a folder (recursively, every file with an image's name) or from a Parquet file with a
-column of image bytes. Work is done in parts: each part is written under its final name only when it is
-whole, so a run that was stopped, however, goes on where it left off and repeats nothing. An unreadable
-image gets a row whose ``error`` says why.
+column of image bytes. Rows are written in parts, each under its final name only when it is complete. So a
+stopped run continues where it stopped. An unreadable image gets a row whose ``error`` says why.
 """
 
 from __future__ import annotations

@@ -63,9 +63,9 @@ def create_app(
 ) -> FastAPI:
     """Make the application that serves exported models.
 
-    Exported files hold native code, so none is loaded anew unless ``pins`` names its digest beforehand. Then a file
-    that changes takes over, without a request lost, once it is loaded and its processes are ready; where it cannot be
-    loaded, the one before goes on and the log says why. Files are copied to the temporary folder.
+    Exported files hold native code, so none is loaded again unless ``pins`` names its digest. Then a changed file takes
+    over once its processes are ready, and no request is lost. If it cannot be loaded, the previous one goes on and the
+    log says why. Files are copied to the temporary folder.
 
     Args:
         path: the ``.pt2`` or ``.onnx``; or several by name, of which the first answers where no name is given.
@@ -80,8 +80,8 @@ def create_app(
         false_alarm_rate: share of in-distribution inputs to flag, one of the rates in the file; None: the
             file's own.
         drift_false_alarm_rate: bound on the probability of ever raising the drift alarm without drift.
-        pins: a file with the SHA-256 of each model file that may be loaded, a line each, as ``sha256sum`` writes them;
-            it should lie where whoever writes model files cannot write. None: no file is loaded after the start.
+        pins: a file with the SHA-256 of each model file that may be loaded, a line each, as ``sha256sum`` writes them.
+            Keep it where writers of model files cannot write. None: no file is loaded after the start.
         reload_every: seconds between two looks at the files, with ``pins``.
         tracer_provider: of OpenTelemetry, for the spans of requests to /predict; None makes none.
 

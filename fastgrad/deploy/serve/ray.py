@@ -31,8 +31,8 @@ def deployment(
     """A Ray Serve application that answers ``POST /`` as the server's ``/predict`` does.
 
     Ray brings batching, replicas, draining and back-pressure (503). Host, origin, key, bodies and time are checked as
-    by the server, and bodies are read in processes of their own; Ray's proxy has read a body before it is checked. What
-    `fastgrad serve` has beyond that, page, metrics and drift, is not there.
+    by the server, and separate processes read bodies. Ray's proxy reads a body before it is checked. The page, metrics
+    and drift of `fastgrad serve` are missing.
 
     Args:
         model: file written by `fastgrad.export`, readable on every node.
