@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import attend_alike, is_traced, pytree
+from fastgrad._torch import disable_mha_fastpath, is_traced, pytree
 from fastgrad.engine.carriers import find_carriers
+from fastgrad.engine.copy import Shadow, detach_plain
 from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import keep_freed_memory
-from fastgrad.engine.planning import Known, Plan, Route
+from fastgrad.engine.plan import Known, Plan, Route
 from fastgrad.engine.run import OffPlanError, Reading, Run, Site
-from fastgrad.engine.shadow import Shadow, ordinary
 from fastgrad.engine.state import Snapshot, Versions, devices_of
 from fastgrad.engine.steps import Steps
 from fastgrad.engine.trial import Trial
@@ -101,7 +101,7 @@ class Network:
         *,
         sites: Sequence[Site] = (),
         readings: Sequence[Reading] = (),
-        parameter: Callable[[nn.Parameter], Tensor] = ordinary,
+        parameter: Callable[[nn.Parameter], Tensor] = detach_plain,
         training: bool = False,
     ) -> Any:
         """One forward pass of a private copy, with probes and readings.
@@ -131,7 +131,7 @@ class Network:
             output, shadow = once(None)
         else:
             output, shadow = self._on_plan(once, plan, run, args, kwargs, training=training)
-        if parameter is not ordinary:
+        if parameter is not detach_plain:
             shadow.write_back()
         return output
 
@@ -214,7 +214,7 @@ class Network:
         *,
         sites: Sequence[Site] = (),
         readings: Sequence[Reading] = (),
-        parameter: Callable[[nn.Parameter], Tensor] = ordinary,
+        parameter: Callable[[nn.Parameter], Tensor] = detach_plain,
         training: bool = False,
     ) -> tuple[Any, Shadow]:
         """One try at a forward pass; its output and the copy that ran."""
@@ -222,7 +222,7 @@ class Network:
         shadow = Shadow(self.model, parameter, training=training)
         if not training:
             for copy in shadow.modules.values():
-                attend_alike(copy)
+                disable_mha_fastpath(copy)
         # Of two hooks on a module the one attached later runs earlier. The plan's may replace what autograd recorded
         # of a layer, so they come before other sites; readings come first of all, to read what the module returned.
         tapped: tuple[Site, ...] = (*sites, *(() if plan is None else plan.sites))

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad.engine.copy import Shadow, attach
 from fastgrad.engine.layout import Layout
+from fastgrad.engine.probe import is_tapped, tap
 from fastgrad.engine.run import Run, Site
-from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.engine.state import Unchanged
-from fastgrad.engine.tap import is_tapped, tap
 from fastgrad.layers.choice import using
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
@@ -64,7 +64,11 @@ class LayerSite(RuledSite):
         if single:
             output = output.expand(run.samples, *output.shape[1:])
         backward = None
-        if self.rule.input_gradient is not None and not single and bypassable(module, value, output):
+        if (
+            self.rule.input_gradient is not None
+            and not single
+            and can_override_backward(module, value, output)
+        ):
             backward = self.rule.input_gradient(module, value)
         norms = functools.partial(self._norms, run, module, Unchanged(self.path, module))
         in_place = self.rule.in_place and not single
@@ -106,7 +110,7 @@ class BroadcastSite(Site):
         shadow.substitute(parameter, passed)
 
 
-def bypassable(module: nn.Module, value: Tensor, output: Tensor) -> bool:
+def can_override_backward(module: nn.Module, value: Tensor, output: Tensor) -> bool:
     """Whether a rule's own backward pass may replace autograd's: it rounds once, and gives no parameter gradients."""
     return (
         output.dtype in (torch.float32, torch.float64)

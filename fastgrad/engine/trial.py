@@ -12,11 +12,11 @@ from torch import Tensor
 from fastgrad._torch import pytree
 from fastgrad.batches import take
 from fastgrad.engine.backward import order_by_parameter, probe_grads
+from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
-from fastgrad.engine.observing import Observation
-from fastgrad.engine.planning import Caution, Known, Plan, Planner
+from fastgrad.engine.observe import Observation
+from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
 from fastgrad.engine.run import OffPlanError, Run
-from fastgrad.engine.shadow import ordinary
 from fastgrad.engine.state import NotRepeatableError, undone
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Trial:
     ) -> None:
         self._network, self._known, self._count = network, known, count
         index = torch.arange(count) % samples
-        inputs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
+        inputs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
         self._more, self._less = (take(inputs, i, samples, known.carriers) for i in (index, index[:-1]))
         with torch.enable_grad():
             fewer, seen = self._observe(training=False)
@@ -115,11 +115,11 @@ class Trial:
         Raises:
             ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
         """
-        caution: Caution | None = Caution()
+        constraints: PlanConstraints | None = PlanConstraints()
         wrong: frozenset[str] = frozenset()
         # Each turn gives up more of what may fail, of which there is finitely much.
-        while caution is not None:
-            plan = self._candidate(caution, older)
+        while constraints is not None:
+            plan = self._candidate(constraints, older)
             failure: Exception | None = None
             try:
                 wrong = frozenset().union(*(self._disagreeing(plan, check) for check in self._checks))
@@ -135,22 +135,22 @@ class Trial:
             if older is not None:
                 older = None
             elif failure is None:
-                caution = caution.after_disagreement(wrong)
+                constraints = constraints.after_disagreement(wrong)
             else:
-                caution = caution.after_error(plan)
-                if caution is None:
+                constraints = constraints.after_error(plan)
+                if constraints is None:
                     raise failure
         raise ValueError(
             "model must treat the samples of a batch independently, alike each time: squared norms of "
             f"{', '.join(sorted(wrong))} disagree with autograd"
         )
 
-    def _candidate(self, caution: Caution, older: Plan | None) -> Plan:
+    def _candidate(self, constraints: PlanConstraints, older: Plan | None) -> Plan:
         first, *others = self._planners
-        plan = first.plan(caution)
+        plan = first.plan(constraints)
         for planner in others:
             unused = [name for name in plan.names if plan.routes[name].route == "zero"]
-            plan = plan.joined(planner.plan(caution, unused))
+            plan = plan.joined(planner.plan(constraints, unused))
         plan = replace(plan, outputs=self._layouts, known=self._known, paths=set())
         return plan if older is None else plan.joined(older)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad.engine.backward import backward_signals, order_by_parameter, probe_grads
+from fastgrad.engine.copy import Shadow, attach
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
+from fastgrad.engine.probe import tap
 from fastgrad.engine.run import Run, Site
-from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.engine.sites import LayerSite
-from fastgrad.engine.tap import tap
 from fastgrad.layers import LayerRule, find_rule
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

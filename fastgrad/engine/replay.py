@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import pytree
+from fastgrad.engine.copy import Settings, Shadow, attach
 from fastgrad.engine.fallback import Fallback
+from fastgrad.engine.probe import tap
 from fastgrad.engine.run import Run, Site
-from fastgrad.engine.shadow import Settings, Shadow, attach
 from fastgrad.engine.sites import RuledSite, columns
 from fastgrad.engine.state import Repeatable, Unchanged
-from fastgrad.engine.tap import tap
 from fastgrad.engine.tracing import is_fixed
 from fastgrad.layers.choice import using
 from fastgrad.layers.registry import ReplayRule
@@ -34,7 +34,7 @@ class _Begun(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Replayed(Site):
+class RecomputedSite(Site):
     """A module that the backward pass computes once more, from its recorded inputs.
 
     In training mode that must give the same again, see `fastgrad.engine.state.NotRepeatableError`.
@@ -91,7 +91,7 @@ class Replayed(Site):
 
 
 @dataclass(frozen=True)
-class ReplaySite(Replayed, RuledSite):
+class ReplaySite(RecomputedSite, RuledSite):
     """A layer with a replay rule (attention, recurrent).
 
     Attributes:
@@ -112,7 +112,7 @@ class ReplaySite(Replayed, RuledSite):
 
 
 @dataclass(frozen=True)
-class FallbackSite(Replayed):
+class FallbackSite(RecomputedSite):
     """A module of any kind, see `fastgrad.engine.fallback`.
 
     Attributes:
