@@ -15,8 +15,8 @@ from fastgrad.batches import as_call, batch_size
 from fastgrad.blocks.block import Block
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject, watch
+from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.network import Network
-from fastgrad.engine.shadow import ordinary
 
 Inputs = Tensor | Mapping[str, Any]
 
@@ -142,5 +142,5 @@ class Extraction:
 
 def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The model's arguments, outside any graph."""
-    outside: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, ordinary, as_call(x))
+    outside: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, detach_plain, as_call(x))
     return outside

@@ -14,7 +14,7 @@ from fastgrad._torch import DispatchMode, pytree
 from fastgrad.batches import batch_size, logits_of, take
 from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
-from fastgrad.engine.shadow import Shadow, attach
+from fastgrad.engine.copy import Shadow, attach
 
 #: Writing one number costs about as much as this many of a product's operations.
 _WRITE = 16

@@ -37,9 +37,15 @@ def score_dataset(
     out: str | os.PathLike[str],
     *,
     workers: int = 1,
+    batch: int = 64,
+    part: int = 4096,
+    false_alarm_rate: float | None = None,
+    image_column: str | None = None,
+    key_column: str | None = None,
+    max_pixels: int = Limits().pixels,
+    max_bytes: int = Limits().size,
     gpus_per_worker: float = 0,
     progress: bool = False,
-    **options: Any,
 ) -> dict[str, int]:
     """Score a folder or Parquet file on a Ray cluster (or on this machine, if no cluster is connected).
 
@@ -49,10 +55,15 @@ def score_dataset(
         out: new folder for the parts, ``part-00000000.parquet`` and so on, in the order of the images; readers of
             Parquet take the folder as one table. An unfinished run is continued.
         workers: processes that hold the model, anywhere in the cluster.
+        batch: images in one run of the model.
+        part: images in one part, the unit of repetition.
+        false_alarm_rate: as for `fastgrad.deploy.score.local.score`, and so are the next four.
+        image_column: of the Parquet file.
+        key_column: of the Parquet file.
+        max_pixels: of an image.
+        max_bytes: of an image's file or cell.
         gpus_per_worker: GPUs that each worker claims.
         progress: show a progress bar.
-        **options: ``batch``, ``part``, ``false_alarm_rate``, ``image_column``, ``key_column``, ``max_pixels`` and
-            ``max_bytes``, as for `fastgrad.deploy.score.local.score`.
 
     Returns:
         ``images``, ``unreadable``, ``unreliable``, ``continued``, as `fastgrad.deploy.score.local.score`.
@@ -66,8 +77,10 @@ def score_dataset(
 
     at_least_one(workers=workers)
     path, folder = Path(model).resolve(), Path(out).resolve()
-    sizes = Limits(options.pop("max_pixels", Limits().pixels), options.pop("max_bytes", Limits().size))
-    job = Job(path, read_description(path), Path(images), folder, limits=sizes, **options)
+    job = Job(
+        path, read_description(path), Path(images), folder, batch=batch, part=part, false_alarm_rate=false_alarm_rate,
+        image_column=image_column, key_column=key_column, limits=Limits(max_pixels, max_bytes),
+    )  # fmt: skip
     bar = progress_bar(job.total, job.done, progress)
     if job.missing:
         if not ray.is_initialized():
