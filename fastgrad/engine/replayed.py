@@ -18,8 +18,8 @@ from fastgrad.engine.sites import columns
 from fastgrad.engine.state import Repeatable, Unchanged
 from fastgrad.engine.tap import tap
 from fastgrad.engine.tracing import is_fixed
-from fastgrad.layers.choice import using
 from fastgrad.layers.registry import ReplayRule
+from fastgrad.ops.dispatch import using
 
 #: ``(args, kwargs, output gradients) -> (B, m)`` of a module computed again.
 Replay = Callable[[Any, Any, Sequence[Tensor]], Tensor]

@@ -15,9 +15,9 @@ from fastgrad.engine.run import Run, Site
 from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.engine.state import Unchanged
 from fastgrad.engine.tap import is_tapped, tap
-from fastgrad.layers.choice import using
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
+from fastgrad.ops.dispatch import using
 
 
 @dataclass(frozen=True)

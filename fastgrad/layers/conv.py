@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrad._torch import ConvNd, ConvTransposeNd, padding_pairs
-from fastgrad.layers.choice import implementation
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import InputGradient, LayerRule
 from fastgrad.ops.conv.sqnorm import conv_sqnorm
+from fastgrad.ops.dispatch import implementation
 
 #: ``(module, input) -> (input, zeros before and after each axis)``, last axis first as for ``torch.nn.functional.pad``.
 Padding = Callable[[ConvNd, Tensor], tuple[Tensor, Sequence[int]]]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastgrad.layers.choice import implementation
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
 from fastgrad.ops.conv.sqnorm import linear_sqnorm
+from fastgrad.ops.dispatch import implementation
 
 
 def weight_sqnorm(a: Tensor, g: Tensor) -> Tensor:
