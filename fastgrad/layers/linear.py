@@ -11,15 +11,7 @@ from fastgrad.ops.dispatch import implementation
 
 
 def weight_sqnorm(a: Tensor, g: Tensor) -> Tensor:
-    """Squared norm of the weight gradient ``sum_t g_t a_t^T`` of each sample.
-
-    Args:
-        a: Inputs ``(B, T, C)``.
-        g: Output gradients ``(B, T, O)``.
-
-    Returns:
-        ``(B,)``, float32 (float64 for float64 tensors).
-    """
+    """Squared norm of each sample's weight gradient ``sum_t g_t a_t^T``, of ``(B, T, C)`` and ``(B, T, O)``."""
     if a.shape[1] == 1:
         a, g = upcast(a, g)
         return sqnorm(a) * sqnorm(g)

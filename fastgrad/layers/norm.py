@@ -126,10 +126,7 @@ def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
 
 def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for the layer norms of ``(B, C, H, W)`` over C which image libraries define."""
-    assert isinstance(module, nn.LayerNorm)
-    a, g = upcast(a.movedim(1, -1), g.movedim(1, -1))
-    shape = list(module.normalized_shape)
-    return _positionwise(F.layer_norm(a, shape, eps=module.eps), g, len(shape))
+    return layer_norm(module, a.movedim(1, -1), g.movedim(1, -1))
 
 
 def rms_norm_of_transformers(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
