@@ -16,11 +16,11 @@ from fastgrad.batches import batch_size
 from fastgrad.engine.backward import looped, probe_grads
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
-from fastgrad.engine.planning import refuse_mixing
+from fastgrad.engine.plan import refuse_mixing
+from fastgrad.engine.probe import probes_behind
 from fastgrad.engine.redirect import Redirect
 from fastgrad.engine.run import Run
 from fastgrad.engine.steps import suspended
-from fastgrad.engine.tap import probes_behind
 from fastgrad.gradients.whole import refuse_parts
 from fastgrad.losses import compute_dtype
 
@@ -138,11 +138,11 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             plan = network.plan(args, kwargs, samples, training=True) if samples else None
             output = network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
         keys = {name: id(p) for name, p in module.named_parameters()}
-        if run.plan is not None and run.plan.bypassed:
+        if run.plan is not None and run.plan.untracked:
             # Modules that a closure calls are the user's own, and such calls are recorded like any other.
             inner = [call for call in self.calls if not any(call is other for other in earlier)]
             seen = {key for call in inner for key in call.keys.values()}
-            missed = [name for name in run.plan.bypassed if keys[name] not in seen]
+            missed = [name for name in run.plan.untracked if keys[name] not in seen]
             if missed:
                 raise ValueError(
                     f"model must reach {missed[0]!r} through an attribute of one of its modules; it used it from "
