@@ -57,7 +57,7 @@ def to_device(tree: Tree, device: torch.device) -> Tree:
 
 
 def first_input(name: str, batch: Any) -> Tensor | dict[str, Any]:
-    """The inputs in the batch of a loader: a tensor, a mapping, or the first of a tuple; TypeError for anything else."""
+    """The inputs in the batch of a loader: a tensor, a mapping, or the first of a tuple; else TypeError."""
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if isinstance(x, Tensor):
         return x
