@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,23 +33,6 @@ def _strided_batch_norm(a: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> dic
     ]
     weight, bias = (torch.cat(parts) for parts in zip(*products, strict=True))
     return {"weight": sqnorm(weight * rstd), "bias": sqnorm(bias)}
-
-
-def _batch_norm_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """``g * weight / std``: one pass, where the library's operator, which can do more, takes four times as long."""
-    assert isinstance(module, NormBase)
-    if module.running_var is None:
-        return None
-    var, weight, eps = module.running_var, module.weight, module.eps
-    shape = (-1,) + (1,) * (a.dim() - 2)
-
-    def backward(g: Tensor) -> Tensor:
-        scale = torch.rsqrt(var.to(g.dtype) + eps)
-        if weight is not None:
-            scale = scale * weight.to(g.dtype)
-        return g * scale.view(shape)
-
-    return backward
 
 
 def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -126,10 +107,7 @@ def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
 
 def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for the layer norms of ``(B, C, H, W)`` over C which image libraries define."""
-    assert isinstance(module, nn.LayerNorm)
-    a, g = upcast(a.movedim(1, -1), g.movedim(1, -1))
-    shape = list(module.normalized_shape)
-    return _positionwise(F.layer_norm(a, shape, eps=module.eps), g, len(shape))
+    return layer_norm(module, a.movedim(1, -1), g.movedim(1, -1))
 
 
 def rms_norm_of_transformers(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -140,9 +118,7 @@ def rms_norm_of_transformers(module: nn.Module, a: Tensor, g: Tensor) -> dict[st
     return {"weight": _positionwise(F.rms_norm(a, [a.shape[-1]], eps=eps), g, 1)["weight"]}
 
 
-BATCH_NORM = LayerRule(
-    "batch norm (evaluation)", batch_norm, in_place=True, input_gradient=_batch_norm_input_gradient
-)
+BATCH_NORM = LayerRule("batch norm (evaluation)", batch_norm, in_place=True)
 INSTANCE_NORM = LayerRule("instance norm", instance_norm, in_place=True)
 GROUP_NORM = LayerRule("group norm", group_norm, in_place=True)
 LAYER_NORM = LayerRule("layer norm", layer_norm, positions=True, in_place=True)
