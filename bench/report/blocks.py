@@ -12,8 +12,8 @@ A block is a table or a single number:
   versions, revision and floors of a file. Of a detection table the words are the network: its strongest published
   detector for each group, beside fastgrad's.
 - A value is ``FILE | CASE or NETWORK: CASE | IMPLEMENTATION or METHOD | FIELD`` with an optional format (default
-  ``.3g``). In a row of a table ``;`` stands in place of ``|``, which would end the cell. FIELD is a key of the row, or ``faster``, the factor by which fastgrad's fastest form beats it, or
-  ``per second``.
+  ``.3g``). In a row of a table ``;`` stands in place of ``|``, which would end the cell. FIELD is a key of the row, or
+  ``faster``, the factor by which fastgrad's fastest form beats it, or ``per second``.
 """
 
 from __future__ import annotations
