@@ -13,7 +13,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ from torch.nn.functional import interpolate
 
 from bench.detection import networks  # noqa: F401
 from bench.detection.data import sets
+from bench.detection.methods_ours import fitted
 from bench.detection.registry import NETWORKS, Options
 from bench.detection.subject import Fit, Subject
 from bench.detection.white_box import STARTS, STEPS, WhiteBox, attack, auto_attack, unaware_of, white_box
 from bench.report import pages
-from fastgrad import TwoStageModel
+from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS
 
 FALSE_ALARMS = 0.05
 RADII = (2 / 255, 8 / 255)
-#: What the attacked detectors may cost, in forward passes.
-FORMS: Mapping[str, float] = {"default": 1.2, "budget 2.5": 2.5}
+#: The blocks of the attacked detectors.
+FORMS: Mapping[str, Sequence[str]] = {"default": DEFAULT_BLOCKS, "second look": EXTENDED_BLOCKS}
 #: Weights of the detector's score beside the margin; None is selective.
 LAMBDAS: Mapping[str, float | None] = {"lambda 0.1": 0.1, "lambda 1": 1.0, "selective": None}
 #: Attacked photographs, in quick mode and else.
@@ -69,9 +70,8 @@ def measure(subject: Subject, count: int) -> list[dict[str, Any]]:
     places = subject.right["test"][:count]
     x, labels = (value[places] for value in subject.parts["test"])
     boxes = {}
-    for form, budget in FORMS.items():
-        fitted = TwoStageModel(model, budget=budget, seed=subject.draw).fit(fit.loader(fit.clean.images))
-        boxes[form] = white_box(fitted, x[:3], FALSE_ALARMS)
+    for form, blocks in FORMS.items():
+        boxes[form] = white_box(fitted(fit, blocks), x[:3], FALSE_ALARMS)
 
     def every(make: Callable[..., Tensor], seen: Any, *settings: Any) -> Tensor:
         parts = zip(x.split(_BATCH), labels.split(_BATCH), strict=True)
@@ -124,8 +124,7 @@ def main() -> None:
     subject = NETWORKS["lite0"].make(Options(given.data, given.cache, given.quick), 0)
     rows = measure(subject, IMAGES[0 if given.quick else 1])
     facts = {"steps": STEPS, "starts": STARTS, "seconds": round(time.perf_counter() - start)}
-    name = "adaptive-quick" if given.quick else "adaptive"
-    pages.save(name, rows, packages=("torch", "pyautoattack"), folder=given.out, facts=facts)
+    pages.save("adaptive", rows, packages=("torch", "pyautoattack"), folder=given.out, facts=facts)
 
 
 if __name__ == "__main__":

@@ -44,25 +44,6 @@ class ResidualBlock(nn.Module):
         return F.relu(out + self.shortcut(x))
 
 
-class DenseLayer(nn.Module):
-    """BN, ReLU, 3x3 convolution; the result is appended to the input channels (Huang et al. 2017).
-
-    With ``bottleneck`` a 1x1 convolution to four times the growth comes first.
-    """
-
-    def __init__(self, inputs: int, growth: int, bottleneck: bool = False) -> None:
-        super().__init__()
-        self.narrow: nn.Module = nn.Identity()
-        if bottleneck:
-            self.narrow = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(), conv(inputs, 4 * growth, 1, 1))
-            inputs = 4 * growth
-        self.bn, self.conv = nn.BatchNorm2d(inputs), conv(inputs, growth)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to ``(B, C + growth, H, W)``."""
-        return torch.cat([x, self.conv(F.relu(self.bn(self.narrow(x))))], 1)
-
-
 class Classifier(nn.Module):
     """``normalize``, ``stem``, three ``stages``, global average pooling, ``fc``.
 
@@ -79,15 +60,6 @@ class Classifier(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, classes)
-
-    def stage_features(self, x: Tensor) -> list[Tensor]:
-        """Spatial means after the stem and after every stage: ``(B, C_i)`` each."""
-        x = self.stem(self.normalize(x))
-        found = [x.mean((2, 3))]
-        for stage in self.stages:
-            x = stage(x)
-            found.append(x.mean((2, 3)))
-        return found
 
     def features(self, x: Tensor) -> Tensor:
         """Penultimate features h ``(B, D)``."""
@@ -112,7 +84,8 @@ def residual_network(
 ) -> Classifier:
     """A residual network of ``stages`` with ``blocks`` each; the defaults make the small one of seven convolutions.
 
-    ``width=64, stages=4, blocks=2, stride=1`` is ResNet-18 as it is used on CIFAR-10.
+    ``width=64, stages=4, blocks=2, stride=1`` is ResNet-18 as it is used on CIFAR-10; ``width=16, stages=3, blocks=3,
+    stride=1`` is ResNet-20, with a convolution where a shortcut widens.
     """
     stem = nn.Sequential(conv(channels, width, stride), nn.BatchNorm2d(width), nn.ReLU())
     parts: list[nn.Module] = []
@@ -124,36 +97,6 @@ def residual_network(
         parts.append(made[0] if blocks == 1 else nn.Sequential(*made))
         inputs = outputs
     return Classifier(stem, parts, inputs, classes, channels)
-
-
-def dense_network(
-    channels: int = 3,
-    classes: int = 10,
-    *,
-    growth: int = 12,
-    layers: int = 4,
-    bottleneck: bool = False,
-    stride: int = 2,
-) -> Classifier:
-    """A densely connected network of three blocks of ``layers``; between them the image and the width halve.
-
-    ``layers=16, bottleneck=True, stride=1`` is DenseNet-BC of depth 100 and growth 12.
-    """
-    width = 2 * growth
-    stem = conv(channels, width, stride)
-    stages: list[nn.Module] = []
-    for block in range(3):
-        parts: list[nn.Module] = []
-        if block:
-            parts += [nn.BatchNorm2d(width), nn.ReLU(), conv(width, width // 2, 1, 1), nn.AvgPool2d(2)]
-            width //= 2
-        for _ in range(layers):
-            parts.append(DenseLayer(width, growth, bottleneck))
-            width += growth
-        if block == 2:
-            parts += [nn.BatchNorm2d(width), nn.ReLU()]
-        stages.append(nn.Sequential(*parts))
-    return Classifier(stem, stages, width, classes, channels)
 
 
 def read(model: Any, images: Tensor) -> dict[str, np.ndarray]:
