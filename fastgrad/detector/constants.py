@@ -40,5 +40,5 @@ UNSEEN = 0.2
 FEWEST_CLEAN = 20
 #: Fewer labelled clean inputs give no temperature and no risk.
 FEWEST_LABELLED = 30
-#: Steps of the regressions for the risk, whose penalty is that of the classifier of challenges.
+#: Steps of L-BFGS for the risk, at most; a dozen are enough as a rule.
 RISK_STEPS = 200

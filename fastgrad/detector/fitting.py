@@ -27,7 +27,7 @@ from fastgrad.detector.inputs import held_out_of
 from fastgrad.detector.presets import preset
 from fastgrad.detector.price import PriceReport, fit_to_budget
 from fastgrad.detector.report import Report
-from fastgrad.detector.risk import LogOdds, Risk, confidence_of
+from fastgrad.detector.risk import NoisyOr, doubt
 from fastgrad.scores.temperature import Temperature
 
 if TYPE_CHECKING:
@@ -287,13 +287,13 @@ class Answers(NamedTuple):
 
     Attributes:
         classifier: The introspective classifier, or None.
-        gate: Log odds that an input is a challenge, which say how much the classifier counts; None without challenges.
+        gate: The probability that an input is a challenge: so much the classifier counts; None without challenges.
         temperature: Of the softmax, or None.
         fresh: ``(n,)``: the clean inputs that none of it was trained on.
     """
 
     classifier: IntrospectiveNetwork | None
-    gate: LogOdds | None
+    gate: NoisyOr | None
     temperature: Temperature | None
     fresh: NDArray[np.bool_]
 
@@ -338,7 +338,9 @@ def _answers(
         classifier.calibrate(*rows(kept))
     gate = None
     if (challenging & (labels >= 0)).any():
-        gate = LogOdds.fit(found.evidence, torch.from_numpy(challenging), balanced=True).to(device)
+        unusual = torch.from_numpy(challenging)
+        known = torch.zeros(len(unusual), dtype=torch.float64)
+        gate = NoisyOr.fit(known, found.evidence, unusual, unusual).to(device)
     return Answers(classifier.to_module().to(device), gate, temperature, kept)
 
 
@@ -356,7 +358,7 @@ def _risk(
     found: Calibrated,
     fresh: NDArray[np.bool_],
     options: FitOptions,
-) -> tuple[Risk | None, str]:
+) -> tuple[NoisyOr | None, str]:
     """The risk, from labelled clean inputs that the answer was not trained on and challenges made from them."""
     classes = features.logits.shape[1]
     if options.risk is False or sample.labels is None or classes < 2:
@@ -388,7 +390,7 @@ def _risk(
         ).cpu()
     wrong = log_p.argmax(-1) != torch.from_numpy(labels)[chosen]
     others = torch.from_numpy(challenging)[chosen]
-    risk = Risk.fit(confidence_of(log_p), found.evidence[chosen], wrong, others)
+    risk = NoisyOr.fit(doubt(log_p), found.evidence[chosen], wrong, others)
     made = int(others.sum())
     text = f"from {usual} clean inputs, {int(wrong[~others].sum())} answered wrongly, and {made} of their challenges"
     return risk.to(device), text

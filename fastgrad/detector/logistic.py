@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def logistic_regression(
-    rows: Tensor, codes: Tensor, shares: Tensor, inverse_penalty: float, steps: int, *, classes: int = 0
+    rows: Tensor, codes: Tensor, shares: Tensor, inverse_penalty: float, steps: int
 ) -> tuple[Tensor, Tensor]:
     """Weights ``(d, C)`` and biases ``(C,)``, float64, that minimise ``sum_i shares_i NLL_i + ||W||^2 / (2 c n)``.
 
@@ -22,12 +22,11 @@ def logistic_regression(
         shares: ``(n,)``, the weight of each sample; they add up to 1.
         inverse_penalty: c.
         steps: At most.
-        classes: C; of the codes if 0.
     """
     from scipy.optimize import minimize
 
     x, shares, count = rows.detach().float().contiguous(), shares.float().unsqueeze(1), len(rows)
-    width = (x.shape[1], classes or int(codes.max()) + 1)
+    width = (x.shape[1], int(codes.max()) + 1)
     own = codes.unsqueeze(1)
     decay = 1 / (inverse_penalty * count)
 

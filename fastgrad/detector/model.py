@@ -16,7 +16,7 @@ from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
 from fastgrad.detector import constants, fitting, storage
-from fastgrad.detector.risk import LogOdds, Risk, confidence_of
+from fastgrad.detector.risk import NoisyOr, doubt
 from fastgrad.losses import compute_dtype
 from fastgrad.prediction import Prediction
 
@@ -67,9 +67,9 @@ class TwoStageModel(nn.Module):
     Attributes:
         detector_: The fitted `DetectorModule`.
         classifier_: The fitted network of the classifier, or None.
-        gate_: Log odds that an input is a challenge, from its evidence, or None: the classifier answers every input.
+        gate_: The probability that an input is a challenge, from its evidence, or None: the classifier answers all.
         temperature_: Of the softmax, from labels, or None.
-        risk_: The fitted `Risk`, or None.
+        risk_: The probability that the answer is wrong, from its own and the evidence, or None.
         report_: The `Report` of the last fit, or None.
         extraction_: What reads the blocks.
 
@@ -117,9 +117,9 @@ class TwoStageModel(nn.Module):
         self.extraction_: Extraction | None = None
         self.detector_: DetectorModule | None = None
         self.classifier_: IntrospectiveNetwork | None = None
-        self.gate_: LogOdds | None = None
+        self.gate_: NoisyOr | None = None
         self.temperature_: Temperature | None = None
-        self.risk_: Risk | None = None
+        self.risk_: NoisyOr | None = None
         self.report_: Report | None = None
         self._gains: Callable[[], Report] | None = None
         self._adopt()
@@ -161,28 +161,28 @@ class TwoStageModel(nn.Module):
         Raises:
             RuntimeError: Before `fit`.
         """
-        prediction, confidence, evidence = self._predict(x)
+        prediction, own, evidence = self._predict(x)
         names, dtype = self._fitted().sources, prediction.uncertainty.dtype
 
         def named(columns: Tensor) -> dict[str, Tensor]:
             return dict(zip(names, columns.to(dtype).unbind(-1), strict=True))
 
         with torch.no_grad():
-            raised = None if self.risk_ is None else named(self.risk_.raised(confidence, evidence))
+            raised = None if self.risk_ is None else named(self.risk_.raised(own, evidence))
         return Explanation(prediction, named(evidence), raised)
 
     def _predict(self, x: Inputs) -> tuple[Prediction, Tensor, Tensor]:
-        """The prediction, the answer's confidence ``(B,)`` and the evidence ``(B, S)``."""
+        """The prediction, 1 - its largest probability ``(B,)``, and the evidence ``(B, S)``."""
         detector = self._fitted()
         assert self.extraction_ is not None  # a fitted model has one
         logits, blocks = self.extraction_(x)
         with torch.no_grad():
             uncertainty, evidence = detector.explain(blocks)
             log_p = self.log_probabilities(logits, blocks.get(Features.name), evidence)
-            confidence = confidence_of(log_p) if log_p.shape[1] > 1 else log_p[:, 0].double()
-            risk = None if self.risk_ is None else self.risk_(confidence, evidence).to(log_p.dtype)
+            own = doubt(log_p)
+            risk = None if self.risk_ is None else self.risk_(own, evidence).to(log_p.dtype)
             prediction = Prediction(logits, log_p.exp(), uncertainty.to(log_p.dtype), risk)
-        return prediction, confidence, evidence
+        return prediction, own, evidence
 
     def log_probabilities(self, logits: Tensor, h: Tensor | None, evidence: Tensor) -> Tensor:
         """Return log probabilities ``(B, N)`` of the answer: the network's and the classifier's, mixed by the gate."""
@@ -195,9 +195,7 @@ class TwoStageModel(nn.Module):
         second = self.classifier_.from_features(h.to(precise.dtype), precise).log_softmax(-1)
         if self.gate_ is None:
             return second
-        odds = self.gate_(evidence)
-        # What has evidence beyond all numbers is unusual.
-        odds = torch.where(evidence.isfinite().all(-1), odds, torch.inf).to(first.dtype).unsqueeze(-1)
+        odds = self.gate_.log_odds(evidence).to(first.dtype).unsqueeze(-1)
         unusual = nn.functional.logsigmoid(odds)
         return torch.logaddexp(first + nn.functional.logsigmoid(-odds), second + unusual)
 

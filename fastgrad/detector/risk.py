@@ -1,115 +1,97 @@
-"""Risk: the probability that the answer is wrong, from the answer's own confidence and the evidence against its input.
+"""Risk: the probability that the answer is wrong, from its own probability and the evidence against its input.
 
-By the law of total probability, x being clean or a challenge:
+An answer is wrong because the network is unsure of it, or because the input misleads the network, whichever it is: a
+noisy-or (Pearl, *Probabilistic Reasoning in Intelligent Systems*, 1988) of two causes,
 
-    P(wrong | x) = P(clean | x) P(wrong | x, clean) + P(challenge | x) P(wrong | x, challenge)
+    risk = 1 - p (1 - m),    m = sigmoid(b + sum_s w_s log(1 + e_s)),    w_s >= 0
 
-Each of the three is a logistic regression: of evidence, whether x is a challenge; on clean inputs, of the confidence
-alone; on challenges, of confidence and evidence. Challenges keep the label of the clean input that they are made from:
-an attack or a corruption does not change what is seen. So where nothing is unusual the risk ranks as the answer's own
-probabilities do, and where much is, it follows the evidence.
+p the largest probability, e_s the evidence of source s. So risk is 1 - p where nothing is unusual, and no evidence ever
+lowers it. w and b are those of largest likelihood on clean inputs and challenges, both weighing the same in all. A
+challenge keeps the label of the clean input that it is made from: it does not change what is seen.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgrad.detector.constants import INVERSE_PENALTY, RISK_STEPS
-from fastgrad.detector.logistic import logistic_regression
+from fastgrad.detector.constants import RISK_STEPS
 from fastgrad.scores.fitted import Fitted
 
-#: Log odds of a largest probability are cut here: what is beyond is one answer.
-_LARGEST = 50.0
 
+class NoisyOr(Fitted):
+    """P(event) from a cause of known probability, and the evidence for another.
 
-class LogOdds(Fitted):
-    """Log odds ``(B,)``, linear in rows ``(B, d)``; buffers ``weight`` ``(d,)`` and ``bias`` ``()``."""
+    With a known probability of 0 it is a logistic regression of the evidence. Buffers: ``weight`` ``(S,)``, ``bias``
+    ``()``.
+    """
 
     weight: Tensor
     bias: Tensor
 
     @classmethod
-    def fit(cls, rows: Tensor, positive: Tensor, *, balanced: bool = False) -> LogOdds:
-        """Logistic regression on standardised columns.
+    def fit(cls, known: Tensor, evidence: Tensor, event: Tensor, challenging: Tensor) -> NoisyOr:
+        """Maximise the likelihood; without challenges the evidence counts nothing.
 
         Args:
-            rows: ``(n, d)``.
-            positive: ``(n,)`` of bool.
-            balanced: Whether both sides weigh the same in all.
-        """
-        shares = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
-        if balanced:
-            for side in (positive, ~positive):
-                shares[side] = 0.5 / max(1, int(side.sum()))
-        mean = shares @ rows
-        spread = (shares @ (rows - mean).square()).sqrt()
-        scale = torch.where(spread > 0, spread, torch.ones_like(spread))
-        weight, bias = logistic_regression(
-            (rows - mean) / scale, positive.long(), shares, INVERSE_PENALTY, RISK_STEPS, classes=2
-        )
-        slope = (weight[:, 1] - weight[:, 0]) / scale
-        return cls(weight=slope, bias=bias[1] - bias[0] - slope @ mean)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Log odds of ``rows``."""
-        return rows @ self.weight + self.bias
-
-
-class Risk(Fitted):
-    """The mixture; children ``challenge`` (of evidence), ``clean`` (of confidence), ``challenged`` (of both)."""
-
-    challenge: LogOdds
-    clean: LogOdds
-    challenged: LogOdds
-
-    @classmethod
-    def fit(cls, confidence: Tensor, evidence: Tensor, wrong: Tensor, challenging: Tensor) -> Risk:
-        """From answers with labels; without challenges among them, of the confidence alone.
-
-        Args:
-            confidence: ``(n,)`` of `confidence_of`.
-            evidence: ``(n, S)``, of each answer by what was fitted without it and its source.
-            wrong: ``(n,)`` of bool.
+            known: ``(n,)``, the probability of the other cause.
+            evidence: ``(n, S)``, of each input by what was fitted without it and its source.
+            event: ``(n,)`` of bool.
             challenging: ``(n,)`` of bool.
         """
-        own, both = confidence.unsqueeze(1), torch.cat([confidence.unsqueeze(1), evidence], 1)
-        usual = LogOdds.fit(own[~challenging], wrong[~challenging])
+        from scipy.optimize import minimize
+
+        count = evidence.shape[1]
         if not challenging.any():
-            never = LogOdds(weight=torch.zeros_like(evidence[0]), bias=evidence.new_tensor(-torch.inf))
-            nothing = LogOdds(weight=torch.zeros_like(both[0]), bias=evidence.new_zeros(()))
-            return cls(challenge=never, clean=usual, challenged=nothing)
-        return cls(
-            challenge=LogOdds.fit(evidence, challenging, balanced=True),
-            clean=usual,
-            challenged=LogOdds.fit(both[challenging], wrong[challenging]),
-        )
+            return cls(weight=evidence.new_zeros(count), bias=evidence.new_tensor(-torch.inf))
+        usable = evidence.isfinite().all(1)
+        known, evidence, event, challenging = (v[usable] for v in (known, evidence, event, challenging))
+        rows = torch.cat([evidence.log1p(), torch.ones_like(evidence[:, :1])], 1)
+        shares = torch.where(challenging, 0.5 / challenging.sum(), 0.5 / (~challenging).sum())
 
-    def forward(self, confidence: Tensor, evidence: Tensor) -> Tensor:
-        """Probabilities ``(B,)`` from ``confidence`` ``(B,)`` and ``evidence`` ``(B, S)``; 1 where one is no number."""
-        own = confidence.unsqueeze(1)
-        unusual = torch.sigmoid(self.challenge(evidence))
-        usual = torch.sigmoid(self.clean(own))
-        risk = (1 - unusual) * usual + unusual * torch.sigmoid(self.challenged(torch.cat([own, evidence], 1)))
-        finite = confidence.isfinite() & evidence.isfinite().all(1)
-        return torch.where(finite, risk, 1.0)
+        def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            values = torch.from_numpy(flat)
+            misled = torch.sigmoid(rows @ values)
+            p = (known + (1 - known) * misled).clamp(1e-12, 1 - 1e-12)
+            loss = -(shares * torch.where(event, p.log(), (1 - p).log())).sum()
+            error = shares * torch.where(event, -(1 - p) * misled / p, misled)
+            penalty = values * torch.cat([torch.ones(count), torch.zeros(1)]) / len(rows)
+            return float(loss + penalty @ values / 2), (rows.T @ error + penalty).numpy()
 
-    def raised(self, confidence: Tensor, evidence: Tensor) -> Tensor:
-        """By how much each source raises the risk ``(B, S)``: without its evidence the risk would be so much less."""
-        risk: Tensor = self(confidence, evidence)
-        without = [
-            self(
-                confidence,
-                torch.where(torch.arange(evidence.shape[1], device=evidence.device) == k, 0.0, evidence),
+        with torch.inference_mode(False), torch.no_grad():
+            found = minimize(
+                objective,
+                np.zeros(count + 1),
+                jac=True,
+                method="L-BFGS-B",
+                bounds=[(0, None)] * count + [(None, None)],
+                options={"maxiter": RISK_STEPS},
             )
-            for k in range(evidence.shape[1])
-        ]
-        return risk.unsqueeze(1) - torch.stack(without, 1)
+        values = torch.from_numpy(found.x)
+        return cls(weight=values[:-1].contiguous(), bias=values[-1].contiguous())
+
+    def log_odds(self, evidence: Tensor) -> Tensor:
+        """Log odds ``(B,)`` by the evidence alone; infinite where some is no finite number."""
+        odds = evidence.log1p() @ self.weight + self.bias
+        return torch.where(evidence.isfinite().all(1), odds, torch.inf)
+
+    def forward(self, known: Tensor, evidence: Tensor) -> Tensor:
+        """Probabilities ``(B,)`` from ``known`` ``(B,)`` and ``evidence`` ``(B, S)``; 1 where one is no number."""
+        p = known + (1 - known) * torch.sigmoid(self.log_odds(evidence))
+        return torch.where(p.isnan(), 1.0, p)
+
+    def raised(self, known: Tensor, evidence: Tensor) -> Tensor:
+        """By how much each source raises the probability ``(B, S)``: without its evidence it would be so much less."""
+        columns = torch.arange(evidence.shape[1], device=evidence.device)
+        without = [self(known, torch.where(columns == k, 0.0, evidence)) for k in range(len(columns))]
+        p: Tensor = self(known, evidence)
+        return p.unsqueeze(1) - torch.stack(without, 1)
 
 
-def confidence_of(log_probabilities: Tensor) -> Tensor:
-    """Log odds ``(B,)`` of the largest probability, float64, from ``(B, N)``, N at least 2."""
+def doubt(log_probabilities: Tensor) -> Tensor:
+    """The sum of all probabilities but the largest ``(B,)``, float64, from ``(B, N)``: exact where it is tiny, too."""
     log_p = log_probabilities.double()
     others = torch.arange(log_p.shape[1], device=log_p.device) != log_p.argmax(-1, keepdim=True)
-    rest = torch.where(others, log_p, -torch.inf).logsumexp(-1)
-    return (log_p.amax(-1) - rest).clamp(-_LARGEST, _LARGEST)
+    return torch.where(others, log_p, -torch.inf).logsumexp(-1).exp()

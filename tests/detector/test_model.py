@@ -104,12 +104,12 @@ def test_explains_what_a_call_gives(fitted, tmp_path):
     assert (prediction.uncertainty[order].diff() >= -1e-4).all()
     assert total[25:].mean() > 2 * total[:25].mean()
     # Without any of its evidence the risk would be less by so much.
-    _, confidence, columns = fitted._predict(x)
+    _, own, columns = fitted._predict(x)
     less = columns.clone()
     less[:, -1] = 0
     torch.testing.assert_close(
         raised["challenges"].double(),
-        fitted.risk_(confidence, columns) - fitted.risk_(confidence, less),
+        fitted.risk_(own, columns) - fitted.risk_(own, less),
         rtol=1e-5, atol=1e-6,
     )  # fmt: skip
     words = {name: BLOCKS[name].alarm for name in kept}
@@ -326,7 +326,7 @@ def test_the_gate_mixes_network_and_classifier():
     logits, blocks = model.extraction_(x)
     logits = logits.double()
     evidence = model.detector_.explain(blocks)[1]
-    g = torch.sigmoid(evidence @ model.gate_.weight + model.gate_.bias).unsqueeze(1)
+    g = torch.sigmoid(evidence.log1p() @ model.gate_.weight + model.gate_.bias).unsqueeze(1)
     second = model.classifier_.from_features(blocks["features"].double(), logits).softmax(1)
     expected = (1 - g) * model.temperature_(logits).softmax(1) + g * second
     torch.testing.assert_close(answer.probabilities.double(), expected, rtol=1e-4, atol=1e-6)

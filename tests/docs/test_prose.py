@@ -23,7 +23,7 @@ def test_what_counts_as_a_sentence() -> None:
         "# A 1 2 3\n\nOne `x = 1` of 2.\nTwo of ResNet-18, 3.\n\n```\n1 2 3 4\n```\n\n| a | b c |\n- item\n"
     )
     assert [s for _, s, _ in prose.sentences(text)] == [
-        "One code of 2.", "Two of ResNet-18, 3.", "a", "b c", "- item"
+        "One `code` of 2.", "Two of ResNet-18, 3.", "a", "b c", "- item"
     ]  # fmt: skip
 
 

@@ -16,6 +16,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 CEILINGS = ROOT / "tests" / "data" / "prose.json"
 LONGEST, FIGURES = 25, 2
+ROOT_PAGES = (
+    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md", "bench/detection/README.md"
+)  # fmt: skip
 #: Words that a reader of the field does not know, and what to write.
 PRIVATE = {
     r"had (a|no|its) say": "was (not) used for tuning",
@@ -34,6 +37,20 @@ PRIVATE = {
     r"\bwhat is read\b": "features used",
     r"\bwhat it is worth\b": "AUROC gain",
     r"\bmade of one's own\b": "custom",
+    r"\bmend(s|ed|ing)?\b": "fix",
+    r"\bholes?\b": "vulnerability, gap",
+    r"\bwhoever\b": "a user who",
+    r"\bin vain\b": "wrongly",
+    r"\bstays? in place\b": "name the allocator setting",
+    r"\b(every|any|no)body\b": "name the actor",
+    r"\bsecond look\b": "second forward pass",
+    r"\bneeds a hand\b": "needs a wrapper",
+    r"\bwithout more ado\b": "directly",
+    r"\bof (mine|one's own)\b": "my own, your own",
+    r"\bpulls? (at|any)\b": "large gradient",
+    r"\btells? (\w+ ){1,4}from\b|\btold from\b": "distinguishes",
+    r"\bhardly\b": "name the figure",
+    r"\bat hand\b": "available",
 }
 _FIGURE = re.compile(r"(?<![\w.\-/])\.?\d[\d,]*(?:\.\d+)?(?![\w\-/])")
 _WORD = re.compile(r"[\w'’./%+-]*\w[\w'’./%+-]*")
@@ -49,10 +66,11 @@ class Finding(NamedTuple):
 
 
 def pages() -> list[Path]:
-    """Return README and the pages of the documentation."""
+    """Return README, the pages of the documentation and the templates of the result pages."""
     docs = ROOT / "docs"
     # docs/measured holds copies of generated tables.
-    return [ROOT / "README.md", *sorted(p for p in docs.rglob("*.md") if p.parent != docs / "measured")]
+    own = sorted(p for p in docs.rglob("*.md") if p.parent != docs / "measured")
+    return [ROOT / name for name in ROOT_PAGES] + own + sorted(ROOT.glob("bench/report/pages/*.j2"))
 
 
 def sentences(text: str) -> Iterator[tuple[int, str, bool]]:
@@ -61,14 +79,17 @@ def sentences(text: str) -> Iterator[tuple[int, str, bool]]:
     text = re.sub(r"^(```|~~~|:::).*?^\1$", blank, text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"<!-- table: .*?<!-- end -->", blank, text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", blank, text, flags=re.DOTALL)
-    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    text = re.sub(r"`[^`\n]+`", "code", text)
+    text = re.sub(r"{%.*?%}", "", text)
+    text = re.sub(r"{{.*?}}", "`code`", text)
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"`[^`\n]+`", "`code`", text)
     paragraph: list[tuple[int, str]] = []
 
     def split() -> Iterator[tuple[int, str, bool]]:
         if paragraph:
             joined = " ".join(line for _, line in paragraph)
-            for sentence in re.split(r"(?<=[.!?])\s+(?=[\"(*A-Z`\d])", joined):
+            for sentence in re.split(r"(?<=[.!?])[)*]*\s+(?=[\"(*A-Z`\d]|fastgrad)", joined):
                 yield paragraph[0][0], sentence, False
         paragraph.clear()
 
