@@ -9,12 +9,10 @@ its attacks fails or is found (Granese et al., MEAD, 2022), at a threshold that 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,12 +112,9 @@ def answers(box: WhiteBox, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("detection-cache"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    given = parser.parse_args()
+    from bench.detection.__main__ import parser
+
+    given = parser("detection.adaptive").parse_args()
     start = time.perf_counter()
     subject = NETWORKS["lite0"].make(Options(given.data, given.cache, given.quick), 0)
     rows = measure(subject, IMAGES[0 if given.quick else 1])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,17 +42,11 @@ class ResidualBlock(nn.Module):
 
 
 class Classifier(nn.Module):
-    """``normalize``, ``stem``, three ``stages``, global average pooling, ``fc``.
+    """``normalize``, ``stem``, three ``stages``, global average pooling, ``fc``."""
 
-    The stages are kept apart so that the feature-ensemble baselines can read one feature vector after each.
-    """
-
-    def __init__(
-        self, stem: nn.Module, stages: list[nn.Module], width: int, classes: int, channels: int
-    ) -> None:
+    def __init__(self, stem: nn.Module, stages: list[nn.Module], width: int, classes: int) -> None:
         super().__init__()
-        grey, colour = ([0.5], [0.3]), ([0.491, 0.482, 0.447], [0.247, 0.243, 0.262])
-        self.normalize = Normalize(*(colour if channels == 3 else grey))
+        self.normalize = Normalize([0.491, 0.482, 0.447], [0.247, 0.243, 0.262])
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -74,20 +65,14 @@ class Classifier(nn.Module):
 
 
 def residual_network(
-    channels: int = 3,
-    classes: int = 10,
-    *,
-    width: int = 32,
-    stages: int = 3,
-    blocks: int = 1,
-    stride: int = 2,
+    width: int = 32, stages: int = 3, blocks: int = 1, stride: int = 2, classes: int = 10
 ) -> Classifier:
     """A residual network of ``stages`` with ``blocks`` each; the defaults make the small one of seven convolutions.
 
     ``width=64, stages=4, blocks=2, stride=1`` is ResNet-18 as it is used on CIFAR-10; ``width=16, stages=3, blocks=3,
     stride=1`` is ResNet-20, with a convolution where a shortcut widens.
     """
-    stem = nn.Sequential(conv(channels, width, stride), nn.BatchNorm2d(width), nn.ReLU())
+    stem = nn.Sequential(conv(3, width, stride), nn.BatchNorm2d(width), nn.ReLU())
     parts: list[nn.Module] = []
     inputs = width
     for stage in range(stages):
@@ -96,18 +81,4 @@ def residual_network(
         made += [ResidualBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
         parts.append(made[0] if blocks == 1 else nn.Sequential(*made))
         inputs = outputs
-    return Classifier(stem, parts, inputs, classes, channels)
-
-
-def read(model: Any, images: Tensor) -> dict[str, np.ndarray]:
-    """Features h and logits."""
-    with torch.no_grad():
-        h = torch.cat([model.features(part) for part in torch.split(images, 500)])
-        return {"features": h.numpy(), "logits": model.fc(h).numpy()}
-
-
-def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature of smallest negative log-likelihood, on a grid of factors of 1.05."""
-    z, y = torch.from_numpy(logits), torch.from_numpy(labels)
-    grid = [1.05**power for power in range(-30, 50)]
-    return min(grid, key=lambda t: float(F.cross_entropy(z / t, y)))
+    return Classifier(stem, parts, inputs, classes)

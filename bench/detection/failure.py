@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from bench.detection import resampled, runner
 from bench.detection.methods_ours import answer, fitted
-from bench.detection.registry import CASES, METHODS, Method, NotRun, Options, Protocol
+from bench.detection.registry import CASES, METHODS, Method, Options, Protocol
 from bench.detection.subject import Fit, Seen, Subject
 from bench.detection.tables import ALIKE, UNALIKE
 from bench.report import pages
@@ -39,7 +39,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "clean and other sets": ("other sets", "near sets", "far sets", "other texts"),
 }  # fmt: skip
 EVERYTHING = "everything"
-PROBABILITIES = ("softmax", "softmax, temperature", "fastgrad, risk", "fastgrad, risk, clean only")
+PROBABILITIES = ("softmax", "softmax, temperature", "fastgrad, risk")
 
 
 class Judged(NamedTuple):
@@ -49,20 +49,16 @@ class Judged(NamedTuple):
     source: NDArray[np.int64]
 
 
-def risk(challenges: str | None) -> Callable[[Fit], Callable[[Seen], torch.Tensor]]:
-    """Return the method that asks a fitted model for the risk."""
+def risk(fit: Fit) -> Callable[[Seen], torch.Tensor]:
+    """The risk of a model fitted on labels and generated challenges."""
+    two_stage = fitted(fit, DEFAULT_BLOCKS)
 
-    def fit(fit: Fit) -> Callable[[Seen], torch.Tensor]:
-        two_stage = fitted(fit, DEFAULT_BLOCKS, challenges)
+    def score(seen: Seen) -> torch.Tensor:
+        found = answer(two_stage, seen).risk
+        assert found is not None
+        return found
 
-        def score(seen: Seen) -> torch.Tensor:
-            found = answer(two_stage, seen).risk
-            assert found is not None
-            return found
-
-        return score
-
-    return fit
+    return score
 
 
 def scaled(fit: Fit) -> Callable[[Seen], torch.Tensor]:
@@ -72,14 +68,12 @@ def scaled(fit: Fit) -> Callable[[Seen], torch.Tensor]:
 
 
 OWN = {
-    "softmax, temperature": Method(
-        "softmax, temperature", 2017, "Guo et al., ICML", Protocol.CLEAN, scaled
-    ),
-    "fastgrad, risk": Method("fastgrad, risk", 2026, "the default", Protocol.GENERATED, risk("generate")),
-    "fastgrad, risk, clean only": Method(
-        "fastgrad, risk, clean only", 2026, "the default, challenges=None", Protocol.CLEAN, risk(None)
-    ),
-}  # fmt: skip
+    one.name: one
+    for one in (
+        Method("softmax, temperature", 2017, "Guo et al., ICML", Protocol.CLEAN, scaled),
+        Method("fastgrad, risk", 2026, "the default", Protocol.GENERATED, risk),
+    )
+}
 
 
 def judged(subject: Subject, case: str) -> Judged:
@@ -125,11 +119,13 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
         if case.group in wanted[EVERYTHING] and subject.kind in case.kinds
     ]
     judgements: dict[str, Judged] = {"clean": judged(subject, "clean")}
+    lost: dict[str, str] = {}
     for case in cases:
         try:
             judgements[case] = judged(subject, case)
-        except NotRun:
-            continue  # no image misleads the network: there is nothing to judge
+        except runner.ABSENT as why:
+            # Where no image misleads the network, there is nothing to judge.
+            lost |= {} if "misleads" in str(why) else {case: str(why)}
     rows = []
     for name in (*RIVALS, *OWN):
         method = OWN.get(name) or METHODS[name]
@@ -140,7 +136,10 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
                 "network": subject.network, "draw": subject.draw, "method": name, "protocol": method.protocol.value,
                 "case": group, "group": group,
             }  # fmt: skip
-            absent = list(dict.fromkeys(found.absent[case] for case in own if case in found.absent))
+            absent = [why for case, why in lost.items() if CASES[case].group in parts]
+            absent = list(
+                dict.fromkeys(absent + [found.absent[case] for case in own if case in found.absent])
+            )
             if absent:
                 rows.append(head | {"not run": "; ".join(absent)})
                 continue
@@ -156,7 +155,7 @@ def main() -> None:
     """Command line."""
     from bench.detection.__main__ import PACKAGES, facts, parser
 
-    given = parser("failure", DEFAULT_NETWORKS).parse_args()
+    given = parser("detection.failure", DEFAULT_NETWORKS).parse_args()
     start = time.perf_counter()
     options = Options(given.data, given.cache, given.quick, given.draws)
     rows = runner.over(given.networks or DEFAULT_NETWORKS, options, measure)

@@ -11,13 +11,11 @@ statistics adapted.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,7 +138,7 @@ def gated(two_stage: TwoStageModel, values: Mapping[str, Tensor]) -> tuple[Tenso
     assert two_stage.detector_ is not None
     assert two_stage.gate_ is not None
     assert two_stage.temperature_ is not None
-    odds = two_stage.gate_(two_stage.detector_.explain(dict(values))[1])
+    odds = two_stage.gate_.log_odds(two_stage.detector_.explain(dict(values))[1])
     return two_stage.temperature_(values["logits"]).softmax(1).float(), odds.sigmoid().float().unsqueeze(1)
 
 
@@ -199,20 +197,16 @@ def _right(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("detection-cache"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    given = parser.parse_args()
+    from bench.detection.__main__ import PACKAGES, parser
+
+    given = parser("detection.introspective").parse_args()
     start = time.perf_counter()
     rows = measure(Options(given.data, given.cache, given.quick))
-    packages = ("torch", "torchvision", "numpy", "scikit-learn", "imagecorruptions-imaug")
     facts = {
         "seconds": round(time.perf_counter() - start), "fitted": FITTED, "tested": TESTED, "copies": COPIES,
         "groups": list(GROUPS),
     }  # fmt: skip
-    pages.save("introspective", rows, packages=packages, folder=given.out, facts=facts)
+    pages.save("introspective", rows, packages=PACKAGES, folder=given.out, facts=facts)
 
 
 if __name__ == "__main__":

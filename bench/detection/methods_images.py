@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastgrad
-from bench.detection.coverage import CIFAR10, IMAGENET, Coverage
-from bench.detection.registry import Protocol, Score, method
+from bench.detection.registry import NotRun, Protocol, Score, method
 from bench.detection.subject import BATCH, Fit, Seen
 
 Columns = Callable[..., Callable[[Seen], Tensor]]
@@ -30,13 +29,9 @@ def odin(fit: Fit) -> Score:
     return _batched(ODIN(fit.model).predict)
 
 
-@method("NAC", 2024, "Liu et al., ICLR; bins of its authors", slow=True)
+@method("NAC", 2024, "Liu et al., ICLR")
 def nac(fit: Fit) -> Score:
-    deepest = [module for module in fit.model.modules() if isinstance(module, nn.AdaptiveAvgPool2d)][-1]
-    places = IMAGENET if fit.subject.few else CIFAR10
-    coverage = Coverage(fit.model, [deepest, *reversed(fit.subject.stages[:-1])], places)
-    coverage.fit(fit.clean.images, BATCH)
-    return _batched(coverage)
+    raise NotRun("its bins are set for tens of thousands of training images, read with gradients")
 
 
 @method("GradUncertainty", 2020, "Lee and AlRegib, ICIP; the last layer, as in OpenOOD", slow=True)

@@ -13,7 +13,7 @@ pytest.importorskip("imagecorruptions")
 pytest.importorskip("pytorch_ood")
 
 from bench.detection import __main__ as command
-from bench.detection import networks
+from bench.detection import failure, networks
 from bench.detection.train import EPOCHS
 
 pytestmark = pytest.mark.slow
@@ -66,3 +66,15 @@ def test_a_table_runs(folder: Path, table: str) -> None:
         left = [row["not run"] for row in rows if row["case"] in (missing, "mean of near sets")]
         assert all("tinyimagenet" in why or "quick mode" in why for why in left)
         assert any("tinyimagenet" in why for why in left)
+
+
+def test_the_table_of_errors_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failure, "DEFAULT_NETWORKS", ("resnet",))
+    words = ["failure", "--quick", "--data", str(folder / "data"), "--cache", str(folder / "cache")]
+    monkeypatch.setattr("sys.argv", [*words, "--out", str(folder / "out")])
+    failure.main()
+    rows = json.loads((folder / "out" / "failure.json").read_text())["rows"]
+    found = {(row["method"], row["case"]): row for row in rows if "case" in row}
+    assert 0 <= found["fastgrad, risk", "clean and corruptions"]["auroc"] <= 1
+    assert found["fastgrad, risk", "clean"]["log loss"] > 0
+    assert "tinyimagenet" in found["softmax", "everything"]["not run"]
