@@ -40,8 +40,6 @@ QUICK = (
     "target_sqnorm B=4096 N=1000 D=512 bf16 soft brier",
     "conv_sqnorm B=64 64 to 64 32x32 kernel 3 stride 1 bf16",
     "linear_sqnorm B=64 T=196 C=768 O=3072 bf16",
-    "channel_moments B=32 C=256 T=784 bf16 contiguous",
-    "channel_moments B=32 C=768 T=197 bf16 channels last",
 )
 
 
@@ -52,13 +50,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def cases() -> list[Case]:
     """The shapes that `tune` treats differently, for every kernel."""
-    from fastgrad.ops.triton import (
-        channel_moments,
-        contrast,
-        layer_sqnorm,
-        linear_contrast,
-        target,
-    )
+    from fastgrad.ops.triton import contrast, layer_sqnorm, linear_contrast, target
 
     losses = ("cross_entropy", "bce", "mse", "brier")
     half, single = torch.bfloat16, torch.float32
@@ -154,27 +146,6 @@ def cases() -> list[Case]:
                     ),
                 )
             )
-
-    def moments(B: int, C: int, T: int, dtype: torch.dtype, last: bool, wide: bool = True) -> None:
-        x = meta(B, T, C, dtype=dtype).transpose(1, 2) if last else meta(B, C, T, dtype=dtype)
-        found.append(
-            Case(
-                f"channel_moments B={B} C={C} T={T} {DTYPES[dtype]} {'channels last' if last else 'contiguous'}",
-                lambda: channel_moments.channel_moments(x),
-                wide=wide,
-            )
-        )
-
-    for dtype in (half, torch.float16, single):
-        moments(1, 64, 12544, dtype, False)
-        moments(32, 256, 784, dtype, False)
-        moments(32, 2048, 49, dtype, False, wide=False)
-        moments(1, 64, 12544, dtype, True)
-        moments(32, 768, 197, dtype, True)
-        moments(32, 2048, 49, dtype, True)
-        moments(32, 3, 50176, dtype, True, wide=False)
-        moments(4096, 512, 1, dtype, False)
-    moments(1, 1, 1, single, False, wide=False)
 
     # Sizes of 1 are constants to the compiler, and take other branches of the language.
     one, ones, loss = meta(1, 1), meta(1), "mse"

@@ -70,12 +70,13 @@ def probe_grads(
 def looped(runs: Iterable[Run], sites: Sequence[Site], output: Tensor) -> bool:
     """Whether several gradients must go back one after the other, where functorch's batched tensors cannot go.
 
-    They cannot be traced with a symbolic batch, nor where a replay differentiates; functions of autograd that a
-    checkpoint or a replay without ``vmap`` runs once more may not know them.
+    They cannot be traced with a symbolic batch, nor where a replay differentiates; a replay that compares gradients
+    must read them; functions of autograd that a checkpoint or a replay without ``vmap`` runs once more may not know
+    them.
     """
     return (
         any(is_symbolic(run.samples) or run.checkpointed for run in runs)
-        or any(isinstance(site, FallbackSite) and not site.vectorize for site in sites)
+        or any(isinstance(site, FallbackSite) and (site.verify or not site.vectorize) for site in sites)
         or (is_fake(output) and any(isinstance(site, Replayed) for site in sites))
     )
 

@@ -115,6 +115,7 @@ class Observation:
         uses: By name, the numbers of the calls that use a parameter.
         ranks: By name, the numbers of dimensions in which a parameter is broadcast over the batch, None among
             them where it is used otherwise.
+        gathers: Whether rows were gathered or reordered, see `fastgrad.engine.rows`.
         bypassed: Names of parameters that the model used from elsewhere than its modules' attributes.
     """
 
@@ -159,6 +160,7 @@ class Observation:
         with torch.enable_grad(), _Uses(tracked, names, current, self._rows, samples) as uses:
             self.output = shadow.root(*inputs[0], **inputs[1])
         self.uses, self.ranks, self.bypassed = uses.uses, uses.ranks, uses.bypassed
+        self.gathers = self._rows.gathers
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:

@@ -260,7 +260,11 @@ class Planner:
                 continue
             layouts = self.seen.output_layouts(call)
             if layouts and all(x is not None and x.kind in ("plain", "folded") for x in layouts):
-                return FallbackSite(call.path, (name,), batched, call.path not in caution.looped)
+                vectorize = call.path not in caution.looped
+                # A function that vmap cannot take may look at values.
+                return FallbackSite(
+                    call.path, (name,), batched, vectorize, self.seen.gathers or not vectorize
+                )
         raise ValueError(
             f"model must treat the samples of a batch independently, batch in dimension 0 of inputs and outputs; "
             f"no part of it that contains all uses of {name!r} does"
@@ -296,6 +300,7 @@ def _outermost(sites: list[PlannedSite], routes: dict[str, Route]) -> list[Plann
             outer,
             parameters=outer.parameters + site.parameters,
             vectorize=outer.vectorize and site.vectorize,
+            verify=outer.verify or site.verify,
         )
         for name in site.parameters:
             routes[name] = replace(routes[name], module=outer.path)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import pytree
-from fastgrad.engine.fallback import replay_sqnorms
+from fastgrad.engine.fallback import Fallback
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.run import Run, Site
 from fastgrad.engine.shadow import Settings, Shadow, attach
@@ -54,11 +54,6 @@ class _State:
             )
 
 
-def held_by(site: Site, shadow: Shadow) -> list[Tensor]:
-    """What the copy holds in place of the parameters of a site."""
-    return [shadow.tensor(shadow.model.get_parameter(name)) for name in site.parameters]
-
-
 @dataclass(frozen=True)
 class Replayed(Site):
     """A module that the backward pass computes once more, from its recorded inputs.
@@ -72,12 +67,9 @@ class Replayed(Site):
         recorded: list[Any] = []
         trains = shadow.training and any(m.training for m in copy.modules())
         states: list[_State] = []
-        counts: list[list[int]] = []
         settings: list[Settings] = []
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if run.steps is not None:
-                counts.append([run.steps.used(t) for t in held_by(self, shadow)])
             # The forward pass may change them, as a counter of calls.
             settings.append(shadow.settings(original))
             # Copied: the module may overwrite its inputs.
@@ -97,10 +89,7 @@ class Replayed(Site):
             outputs, out_spec = pytree.tree_flatten(output)
             taken = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
             self._arrived(run, outputs[taken[0]])
-            uses = None if run.steps is None else [run.steps.used(t) for t in held_by(self, shadow)]
-            if uses is not None:
-                uses = [now - then for now, then in zip(uses, counts.pop(), strict=True)]
-            replay = self._replay(run, shadow, uses, [outputs[i].detach() for i in taken], settings.pop())
+            replay = self._replay(run, shadow, [outputs[i].detach() for i in taken], settings.pop())
             held = Unchanged(self.path, original, deep=True)
 
             def norms(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -123,14 +112,7 @@ class Replayed(Site):
     def _arrived(self, run: Run, output: Tensor) -> None:
         """Look at the module's first output; off plan if the batch is not where it was."""
 
-    def _replay(
-        self,
-        run: Run,
-        shadow: Shadow,
-        uses: list[int] | None,
-        outputs: list[Tensor],
-        settings: Settings,
-    ) -> Replay:
+    def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
         """What the backward pass does, made when the module, of these ``settings`` before, has computed ``outputs``."""
         raise NotImplementedError
 
@@ -157,14 +139,7 @@ class ReplaySite(Replayed):
                 self.parameters, f"gives {self.path!r} inputs with the batch in another place than before"
             )
 
-    def _replay(
-        self,
-        run: Run,
-        shadow: Shadow,
-        uses: list[int] | None,
-        outputs: list[Tensor],
-        settings: Settings,
-    ) -> Replay:
+    def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
         module = shadow.submodule(self.path)
 
         def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
@@ -181,33 +156,36 @@ class FallbackSite(Replayed):
     Attributes:
         batched: For each leaf of the inputs, whether it carries the batch.
         vectorize: Whether the module can run under ``vmap``.
+        verify: Whether the gradients of single samples are compared with those of the batch.
     """
 
     batched: tuple[bool, ...]
-    vectorize: bool = True
+    vectorize: bool
+    verify: bool
 
-    def _replay(
-        self,
-        run: Run,
-        shadow: Shadow,
-        uses: list[int] | None,
-        outputs: list[Tensor],
-        settings: Settings,
-    ) -> Replay:
+    def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
         device = outputs[0].device.type
         # The user's module rather than its copy, whose hooks belong to this forward pass.
         module = shadow.model.get_submodule(self.path)
         parameters = [shadow.model.get_parameter(name) for name in self.parameters]
+        fallback = Fallback(
+            module,
+            parameters,
+            self.batched,
+            outputs,
+            settings,
+            self.path,
+            self.vectorize,
+            self.verify,
+            shadow.training,
+        )
         enabled = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if enabled else torch.bfloat16
 
         def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
             fixed_before = is_fixed(run.samples)
             with torch.autocast(device, dtype, enabled, cache_enabled=False):
-                norms = replay_sqnorms(
-                    module, parameters, args, kwargs, self.batched, gradients, run.samples, outputs,
-                    settings=settings, uses=uses, name=self.path, vectorize=self.vectorize, training=shadow.training,
-                )  # fmt: skip
+                norms = fallback.sqnorms(args, kwargs, gradients, run.samples)
             if is_fixed(run.samples) and not fixed_before:
                 raise RuntimeError(
                     f"layer {self.path!r} ({type(module).__name__}) has no rule of its own and is run again for each "

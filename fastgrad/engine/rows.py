@@ -41,6 +41,11 @@ class Rows:
         self._gathered: set[int] = set()
         self._add(self._computed, inputs)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether rows were gathered or reordered at all."""
+        return bool(self._gathered)
+
     def gathered(self, tree: Any) -> bool:
         """Whether a tensor in ``tree`` holds gathered rows."""
         return any(id(leaf) in self._gathered for leaf in pytree.tree_leaves(tree))

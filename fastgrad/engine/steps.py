@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -46,8 +45,6 @@ class Steps(TorchFunctionMode):
         self._parameters = parameters
         #: Whether functions are noted.
         self.on = True
-        #: How often a function was called on each parameter.
-        self.uses: Counter[int] = Counter()
         self._noted: list[Hashable] = []
         self._outer: Steps | None = None
 
@@ -69,16 +66,6 @@ class Steps(TorchFunctionMode):
     def path(self) -> int:
         """What tells one path from another."""
         return hash(tuple(self._noted))
-
-    def _use(self, parameter: Tensor) -> None:
-        number = self._parameters[id(parameter)]
-        self._noted.append(number)
-        self.uses[number] += 1
-
-    def used(self, tensor: Tensor) -> int:
-        """How often a function was called on a parameter."""
-        number = self._parameters.get(id(tensor))
-        return 0 if number is None else self.uses[number]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -105,11 +92,11 @@ class Steps(TorchFunctionMode):
         for value in values:
             if isinstance(value, Tensor):
                 if id(value) in self._parameters:
-                    self._use(value)
+                    noted.append(self._parameters[id(value)])
             elif isinstance(value, (tuple, list)):
                 for inner in value:
                     if id(inner) in self._parameters:
-                        self._use(inner)
+                        noted.append(self._parameters[id(inner)])
         if name in ("__getitem__", "__setitem__"):
             noted.append(_shape_of_index(args[1]))
         elif name.strip("_") in _OF_DIMENSIONS:

@@ -216,10 +216,10 @@ def contrast_rows_linear(
     *,
     loss: str = "mse",
 ) -> Tensor:
-    """A linear layer over the flattened :func:`contrast_rows`, which are never stored.
+    """A linear layer over the flattened :func:`contrast_rows`, which are stored only where they are small.
 
-    Equal to ``linear(contrast_rows(features, logits).flatten(-2), weight, bias)``. Features are multiplied with the
-    weight first, some units at a time, in the backward pass too.
+    Equal to ``linear(contrast_rows(features, logits).flatten(-2), weight, bias)``. In place of many rows the features
+    are multiplied with the weight, some units at a time, in the backward pass too.
 
     Args:
         features: ``(..., D)``.

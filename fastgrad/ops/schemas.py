@@ -56,13 +56,6 @@ def _layer_kernel(a: Tensor, g: Tensor, *options: Any) -> Tensor:
     return g.new_empty(g.shape[:2], dtype=torch.float32)
 
 
-def _channel_moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    check(x.dim() >= 2, lambda: f"x must have 2 dimensions or more; it had {x.dim()}")
-    check(-x.dim() < dim < x.dim() and dim != 0, lambda: f"dim must be one behind the batch; it was {dim}")
-    shape, dtype = (x.shape[0], x.shape[dim]), compute_dtype(x.dtype)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
-
-
 def _is_matrix(name: str, tensor: Tensor) -> None:
     check(tensor.dim() == 2, lambda: f"{name} must be 2-D; it was {tensor.dim()}-D")
 
@@ -114,4 +107,3 @@ _define("linear_sqnorm", _LINEAR_SQNORM)
 _define("linear_sqnorm_whole", _LINEAR_SQNORM, _layer)
 _define("conv_sqnorm_kernel", f"(Tensor a, Tensor g, {_CONV}) -> Tensor", _layer_kernel)
 _define("linear_sqnorm_kernel", "(Tensor a, Tensor g) -> Tensor", _layer_kernel)
-_define("channel_moments", "(Tensor x, int dim) -> (Tensor sum, Tensor sum_of_squares)", _channel_moments)

@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from onnx_needed import skip_without_onnx
 from torch import nn
 
 import fastgrad
@@ -503,7 +504,7 @@ def test_a_block_of_the_users_goes_from_fit_to_file(tmp_path):
         del BLOCKS["brightness"]
     with pytest.raises(ValueError, match=r"must be registered \(register_block\); unknown: \['brightness'\]"):
         TwoStageModel.load(tmp_path / "model.safetensors", two_stage.model)
-    pytest.importorskip("onnxruntime")
+    skip_without_onnx()
     file = fastgrad.export(two_stage, x, tmp_path / "model.onnx", evidence=True, tolerance=1e-4)
     package = ModelPackage(file)
     assert package.description.risk

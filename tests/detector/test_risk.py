@@ -36,10 +36,12 @@ def test_without_another_cause_it_is_a_logistic_regression() -> None:
 def test_finds_the_source_that_misleads() -> None:
     known, evidence, event, challenging = drawn(20000)
     found = NoisyOr.fit(known, evidence, event, challenging)
-    assert abs(float(found.weight[0]) - 2) < 0.2 and float(found.weight[1]) < 0.1
+    assert abs(float(found.weight[0]) - 2) < 0.2
+    assert float(found.weight[1]) < 0.1
     assert abs(float(found.bias) + 4) < 0.4
     risk = found(known, evidence)
-    assert (risk >= known).all() and (found.raised(known, evidence) >= 0).all()
+    assert (risk >= known).all()
+    assert (found.raised(known, evidence) >= 0).all()
     torch.testing.assert_close(risk, 1 - (1 - known) * (1 - torch.sigmoid(found.log_odds(evidence))))
     # As often right as it says, in each tenth of the answers.
     for part in risk.argsort().chunk(10):
@@ -59,9 +61,12 @@ def test_what_is_no_number_is_a_risk_of_one() -> None:
     assert found.weight.isfinite().all()
     evidence[4, 0], known[5] = torch.inf, torch.nan
     risk = found(known, evidence)
-    assert (risk[3:6] == 1).all() and (risk[6:] < 1).all()
+    assert (risk[3:6] == 1).all()
+    assert (risk[6:] < 1).all()
 
 
 def test_doubt_is_accurate_where_the_answer_is_certain() -> None:
     logits = torch.tensor([[0.0, -40.0]], dtype=torch.float64)
-    torch.testing.assert_close(doubt(logits.log_softmax(1)), torch.tensor([np.exp(-40.0)]).double(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        doubt(logits.log_softmax(1)), torch.tensor([np.exp(-40.0)]).double(), rtol=1e-9, atol=0
+    )

@@ -108,6 +108,28 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
         ),
         ["right", "right"],
     ),
+    "a norm of the first sample in a sorted batch": (
+        Program(
+            (
+                Step("convolution 3d"),
+                Step("RMS norm"),
+                Step("sorted batch", (around("first sample", "RMS norm"),)),
+            ),
+            (one("record"), one("features", B=4)),
+            head="none",
+            options="loss='bce'",
+            seed=6245,
+        ),
+        ["refused", "refused"],
+    ),
+    "a layer called for each half of the batch": (
+        Program((around("batch in halves", "linear"),), (one("record", B=5, T=2), one("features", B=4))),
+        ["right", "right"],
+    ),
+    "a layer called for each sample": (
+        Program((around("sample by sample", "bilinear"),), (one("record", B=3, T=2), one("clip", B=2))),
+        ["right", "right"],
+    ),
     "a gate of another sample": (
         Program((around("batch second", "functional use", "experts of samples"),), (one("record", B=3),)),
         ["refused"],

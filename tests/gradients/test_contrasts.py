@@ -100,10 +100,11 @@ def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_rows(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [60, 1 << 22])
+def test_rows(loss: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastgrad.ops.last_layer import rows
 
-    monkeypatch.setattr(rows, "_CHUNK", 60)
+    monkeypatch.setattr(rows, "_CHUNK", chunk)
     h, weight, b = head(2, 2, dtype=torch.float64)
     z = linear(h, weight, b)
     full = fastgrad.contrast_rows(h, z, loss=loss, rows="full")

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgrad.ops.conv import cost, routes, sqnorm
-from fastgrad.ops.conv.geometry import canonical
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, linear_sqnorm
 
 CONVS = {
@@ -80,10 +79,7 @@ def test_every_route_equals_autograd(case):
         options = {k: v for k, v in case["options"].items() if k != "output_padding"}
         expected = oracle(a, g, case["weight"], transposed=case["transposed"], **case["options"])
         kernel = case["weight"][2:]
-        p = canonical(a, g, kernel, transposed=case["transposed"], **options)
         for route in (None, *routes.ROUTES):
-            if route is not None and routes.applicable(route, p) is not None:
-                continue
             result = conv_sqnorm(a, g, kernel, transposed=case["transposed"], route=route, **options)
             assert result.dtype == dtype
             assert result.shape == expected.shape
@@ -93,7 +89,7 @@ def test_every_route_equals_autograd(case):
             assert one.shape == (a.shape[0],)
 
 
-@pytest.mark.parametrize("route", routes.ROUTES[:3] + tuple(routes.GRAM))
+@pytest.mark.parametrize("route", routes.ROUTES)
 @pytest.mark.parametrize("kind", ["constant input", "opposed gradients", "zero"])
 def test_cancellation(route, kind):
     """Gradients that nearly vanish (1e4 times smaller than their terms, squared) keep their digits."""
@@ -132,7 +128,7 @@ def test_half_accumulates_in_float32(dtype):
     torch.manual_seed(5)
     a, g = torch.randn(2, 8, 9, 9).to(dtype), torch.randn(2, 6, 9, 9).to(dtype)
     expected = oracle(a, g[None], (6, 8, 3, 3), transposed=False, padding=1)[0]
-    for route in (None, "patch", "rows", "grouped", "patch_gram", "box_gram"):
+    for route in (None, "patch", "grouped", "patch_gram", "box_gram"):
         result = conv_sqnorm(a, g, 3, padding=1, route=route)
         assert result.dtype == torch.float32
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
@@ -143,7 +139,7 @@ def test_linear_with_positions(t):
     torch.manual_seed(t)
     a, g = torch.randn(3, t, 7), torch.randn(2, 3, t, 9)
     expected = torch.einsum("kbto,btc->kboc", g.double(), a.double()).square().sum((2, 3))
-    for route in (None, "patch", "rows", "grouped", "patch_gram"):
+    for route in (None, "patch", "grouped", "patch_gram"):
         torch.testing.assert_close(linear_sqnorm(a, g, route=route).double(), expected, rtol=1e-5, atol=0)
         torch.testing.assert_close(
             linear_sqnorm(a, g[1], route=route).double(), expected[1], rtol=1e-5, atol=0
@@ -158,8 +154,7 @@ def test_chunks_and_layout_do_not_matter(monkeypatch):
     last = conv_sqnorm(a.to(memory_format=torch.channels_last), strided, 3, padding=1)
     monkeypatch.setattr(cost, "CHUNK_BYTES", 1)
     for route in routes.ROUTES:
-        if route != "taps":
-            torch.testing.assert_close(conv_sqnorm(a, g, 3, padding=1, route=route), whole, rtol=1e-5, atol=0)
+        torch.testing.assert_close(conv_sqnorm(a, g, 3, padding=1, route=route), whole, rtol=1e-5, atol=0)
     torch.testing.assert_close(last, whole, rtol=1e-5, atol=0)
 
 
@@ -179,8 +174,7 @@ def test_empty_batch():
         ({"groups": 2}, "groups must divide"),
         ({"stride": (1, 2, 3)}, "stride must be"),
         ({"route": "fast"}, "route must be one of"),
-        ({"route": "taps"}, "route must suit"),
-        ({"route": "rows", "stride": 2, "g": torch.zeros(2, 4, 3, 3)}, "route must suit"),
+        ({"route": "rows"}, "route must be one of"),
     ],
 )
 def test_bad_arguments(change, word):
@@ -195,7 +189,7 @@ def test_bad_arguments(change, word):
         conv_sqnorm(**arguments)
 
 
-@pytest.mark.parametrize("route", [None, "patch", "rows", "box_gram"])
+@pytest.mark.parametrize("route", [None, "patch", "box_gram"])
 def test_opcheck(route):
     torch.manual_seed(7)
     a, g = torch.randn(2, 3, 5, 5), torch.randn(2, 2, 4, 5, 5)
@@ -261,7 +255,7 @@ def test_differentiable():
     torch.manual_seed(10)
     a = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     g = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    for route in ("patch", "rows", "patch_gram", "box_gram"):
+    for route in ("patch", "patch_gram", "box_gram"):
         assert torch.autograd.gradcheck(
             lambda a, g, r=route: conv_sqnorm(a, g, 3, padding=1, route=r), (a, g)
         )

@@ -16,9 +16,8 @@ from torch import Tensor
 from bench.gpu.sanitize.memory import guarded
 from fastgrad.losses import LOSSES
 from fastgrad.ops import tune
-from fastgrad.ops.triton import channel_moments, contrast, layer_sqnorm, linear_contrast, target
+from fastgrad.ops.triton import contrast, layer_sqnorm, linear_contrast, target
 from fastgrad.ops.tune import (
-    ChannelConfig,
     ContrastConfig,
     DirectConfig,
     GramConfig,
@@ -39,10 +38,6 @@ HEADS = {
     "last": HEAD,
     "last, norm in loop": dataclasses.replace(HEAD, norm_in_loop=True, group_m=1),
     "launch": dataclasses.replace(HEAD, chunks=2),
-}
-CHANNELS = {
-    "one step": ChannelConfig(4, 64, 1, 1, 1),
-    "shared": ChannelConfig(2, 4, 2, 3, 1),
 }
 LAYERS = {
     "layer_direct": DirectConfig(16, 16, 16, "ieee", 4, 2),
@@ -101,7 +96,6 @@ def cases() -> Iterator[Case]:
     yield from _targets()
     yield from _heads()
     yield from _layers()
-    yield from _channels()
 
 
 def _contrasts() -> Iterator[Case]:
@@ -180,18 +174,6 @@ def _layers() -> Iterator[Case]:
             f"linear {'gram' if gram else 'direct'} T={positions}", (a, g),
             pinned(lambda a=a, g=g: layer_sqnorm.linear_sqnorm(a, g), layer_prefers_gram=gram, **LAYERS),
             quick=positions == 37,
-        )  # fmt: skip
-
-
-def _channels() -> Iterator[Case]:
-    for (path, config), last, (B, C, T) in itertools.product(
-        CHANNELS.items(), (False, True), ((2, 5, 42), (1, 1, 1), (3, 16, 64))
-    ):
-        x = made(B, T, C, pad=3).transpose(1, 2) if last else made(B, C, T, pad=3)
-        yield Case(
-            f"channels {path} {'last' if last else 'first'} B={B} C={C} T={T}", (x,),
-            pinned(lambda x=x: channel_moments.channel_moments(x), channel_moments=config),
-            quick=B == 2,
         )  # fmt: skip
 
 
@@ -299,10 +281,3 @@ def huge() -> Iterator[tuple[str, Callable[[], object], int]]:
                 layer_prefers_gram=gram,
             ), 1,
         )  # fmt: skip
-    for last in (False, True):
-        x = _meta(90_000, 196, 256).transpose(1, 2) if last else _meta(90_000, 256, 196)
-        where = "channels last" if last else "contiguous"
-        yield (
-            f"channels of 4e9 elements, {where}", lambda x=x: channel_moments.channel_moments(x), 1,
-        )  # fmt: skip
-    yield "channels, strides beyond 2^31", lambda: channel_moments.channel_moments(_spread(2, 5, 42)), 1

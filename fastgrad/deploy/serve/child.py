@@ -25,8 +25,13 @@ REPLY = struct.Struct("<HQ")
 REQUEST = struct.Struct("<Q")
 #: Bytes that are written at once.
 _CHUNK = 2**18
-#: What a child does not get to see of the server's environment, by how a variable's name begins.
-SECRETS = ("FASTGRAD_", "OTEL_", "AWS_", "RAY_")
+#: What a child sees of the server's environment, by how a variable's name begins: where things are, and settings of
+#: compute libraries. Keys and passwords may have any other name.
+_SHOWN = (
+    "PATH", "HOME", "LANG", "LC_", "TZ", "TMP", "TEMP", "SYSTEMROOT", "LD_", "DYLD_", "MALLOC_", "OMP_", "GOMP_",
+    "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_", "NVIDIA_", "HIP_",
+    "ROCR_", "HSA_", "MIOPEN_",
+)  # fmt: skip
 _PACKAGE = str(Path(__file__).parents[2])
 # Isolated (-I), so that no file of the working folder takes a module's place; then the server's own path. A small
 # child does not import PyTorch, as the package's __init__ would.
@@ -105,7 +110,7 @@ class Child:
         Raises:
             ChildDiedError: it ended, or said nothing in time.
         """
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(SECRETS)}
+        environment = {key: value for key, value in os.environ.items() if key.upper().startswith(_SHOWN)}
         self.starts += 1
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-c", _START, self._start, stdin=PIPE, stdout=PIPE, stderr=None,

@@ -82,11 +82,7 @@ class Guard:
         if name not in self._hosts and not _is_address(name):
             raise RequestError(400, "the server does not answer under this Host; name it with --allowed-host")
         origin = headers.get("origin")
-        if (
-            scope["method"] not in ("GET", "HEAD")
-            and origin is not None
-            and urlsplit(origin).netloc.lower() != host
-        ):
+        if scope["method"] not in ("GET", "HEAD") and origin is not None and _host_of(origin) != host:
             raise RequestError(403, "pages of other sites must not send requests here")
         if self._digest is None or scope["path"] in OPEN:
             return
@@ -103,6 +99,13 @@ class Guard:
             client = (scope.get("client") or ("unknown",))[0]
             _log.warning("%d requests without the right API key, the last from %s", self._wrong, client)
             self._wrong, self._quiet_until = 0, time.monotonic() + _QUIET
+
+
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _is_address(name: str) -> bool:

@@ -120,7 +120,10 @@ def serve_model(
         **options: of `deployment`.
     """
     with extra("cluster"):
+        import ray
         from ray import serve
 
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False)
     serve.start(http_options={"host": host, "port": port})
     return serve.run(deployment(model, **options), name="fastgrad", route_prefix="/predict")

@@ -21,7 +21,7 @@ with extra("serve"):
 #: Bytes of a request's headers.
 _HEADERS = 16 * 2**10
 #: Bytes that are read at once, and so held for a connection whose request waits.
-_READ = 2**16
+_READ = 2**15
 #: Seconds for which connections that have just come, or were in use, may still send a request at the end.
 _LEAST, _MOST = 1.0, 5.0
 _FULL = (
@@ -59,8 +59,9 @@ class Protocol(H11Protocol):
 
     @property
     def waits(self) -> bool:
-        """Whether it waits for a request, or the rest of one."""
-        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+        """Whether it waits for its client: for a request, the rest of one, or until an answer is read."""
+        idle = self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+        return bool(idle or self.flow.write_paused)
 
     def data_received(self, data: bytes) -> None:
         """Whole headers stop the clock."""

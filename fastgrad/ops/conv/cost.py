@@ -33,7 +33,6 @@ class Shape:
         image: Input size per axis without padding, as far as windows reach.
         positions: Output size per axis.
         kernel: Kernel size per axis.
-        stride: Stride per axis.
         itemsize: Bytes per element of the dtype computed in (4 or 8).
         guarded: Whether a Gram route may look at values; if not it computes in float64.
         budget: Bytes of one chunk's intermediates; None if the batch cannot be cut, being symbolic.
@@ -48,7 +47,6 @@ class Shape:
     image: tuple[int, ...]
     positions: tuple[int, ...]
     kernel: tuple[int, ...]
-    stride: tuple[int, ...]
     itemsize: int = 4
     guarded: bool = True
     budget: int | None = CHUNK_BYTES
@@ -71,13 +69,8 @@ def chunk_bytes(route: str, s: Shape) -> int:
     gradient = s.count * s.outputs * s.inputs * taps
     if route == "patch":
         elements = s.inputs * taps * positions + gradient
-    elif route == "rows":
-        elements = s.inputs * (taps // s.kernel[0]) * positions // s.positions[0] * s.size[0]
-        elements += gradient // s.kernel[0]
     elif route == "grouped":
         elements = gradient + s.inputs * pixels
-    elif route == "taps":
-        elements = s.count * s.outputs * positions + pixels
     elif route == "patch_gram":
         elements = s.inputs * taps * positions + positions**2 + s.count * _form(s)
     else:
@@ -108,10 +101,6 @@ def candidates(s: Shape) -> tuple[str, ...]:
     found = ["patch", "patch_gram"]
     if math.prod(s.kernel) > 1:
         found.append("box_gram")
-        if s.stride[0] == 1:
-            found.append("rows")
-    if s.inputs == 1:
-        found.append("taps")
     if s.itemsize == 4 and s.budget is not None:
         # oneDNN has no float64 convolution, and one per sample cannot be traced for an unknown batch.
         found.append("grouped")
@@ -132,18 +121,11 @@ def seconds(route: str, s: Shape) -> float:
         work = direct / product + (s.inputs * taps * positions if taps > 1 else 0) / GATHER
         work += gradient / memory + SAMPLE
         calls = 8
-    elif route == "rows":
-        gathered = s.inputs * (taps // s.kernel[0]) * positions // s.positions[0] * s.size[0]
-        work = direct / product + gathered / GATHER + gradient / memory + SAMPLE * s.kernel[0]
-        calls = 6 + 6 * s.kernel[0]
     elif route == "grouped":
         work = (
             direct / CONVOLUTION + (gradient + s.inputs * pixels + s.outputs * s.count * positions) / STREAM
         )
         calls = 12
-    elif route == "taps":
-        work = s.count * s.outputs * positions * taps / memory
-        calls = 5 * taps
     else:
         detour = s.guarded and s.itemsize == 4 and s.outputs < positions
         rate = CONVOLUTION if detour and suits(s.count * s.outputs, positions) else product

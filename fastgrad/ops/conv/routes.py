@@ -14,7 +14,6 @@ where it is too large; where values cannot be looked at (tracing, vmap) the Gram
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
@@ -46,16 +45,15 @@ def _ungroup(norms: Tensor, p: Problem) -> Tensor:
     return norms.reshape(-1, p.groups, norms.shape[1]).sum(1).t()
 
 
-def _windows(x: Tensor, p: Problem, first: int) -> Tensor:
-    """All windows along the axes from ``first`` on, a view ``(X, C, *k[first:], *L[:first], *T[first:])``."""
+def _windows(x: Tensor, p: Problem) -> Tensor:
+    """All patches, ``(X, C * taps, positions)``."""
     axes = len(p.kernel)
-    for axis in range(first, axes):
-        reach = p.dilation[axis] * (p.kernel[axis] - 1) + 1
-        x = x.unfold(2 + axis, reach, p.stride[axis])
-        if p.dilation[axis] > 1:
-            x = x[..., :: p.dilation[axis]]
-    spatial, taps = range(2, 2 + axes), range(2 + axes, x.dim())
-    return x.permute(0, 1, *taps, *spatial)
+    for axis, (kernel, stride, dilation) in enumerate(zip(p.kernel, p.stride, p.dilation, strict=True)):
+        x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)
+        if dilation > 1:
+            x = x[..., ::dilation]
+    columns = x.permute(0, 1, *range(2 + axes, x.dim()), *range(2, 2 + axes))
+    return columns.reshape(x.shape[0], x.shape[1] * math.prod(p.kernel), -1)
 
 
 def _samples(p: Problem) -> Tensor:
@@ -64,36 +62,13 @@ def _samples(p: Problem) -> Tensor:
     return x.reshape(x.shape[0] * p.groups, x.shape[1] // p.groups, *x.shape[2:])
 
 
-def _images(p: Problem) -> Tensor:
-    """`_samples`, the positions of a channel side by side where windows are to be gathered from them."""
-    return _samples(p if math.prod(p.kernel) == 1 else p._replace(a=p.a.contiguous()))
-
-
 def patch(p: Problem) -> Tensor:
     """Gather all patches, one batched product: cost 2 T C K O."""
-    x = _images(p)
-    columns = _windows(x, p, 0)
-    columns = columns.reshape(x.shape[0], x.shape[1] * math.prod(p.kernel), -1)
+    # Windows are gathered fastest where the positions of a channel lie side by side.
+    columns = _windows(_samples(p if math.prod(p.kernel) == 1 else p._replace(a=p.a.contiguous())), p)
     g = _gradient_matrix(p)
     gradient = torch.bmm(g.flatten(1, 2), columns.transpose(1, 2))
     return _ungroup(_squares(gradient.view(*g.shape[:3], -1)), p)
-
-
-def rows(p: Problem) -> Tensor:
-    """Gather windows along all axes but the first, where (stride 1) a shift is only an offset: k products."""
-    x = _images(p)
-    columns = _windows(x, p, 1)
-    columns = columns.reshape(x.shape[0], x.shape[1] * math.prod(p.kernel[1:]), -1)
-    g = _gradient_matrix(p)
-    flat = g.flatten(1, 2)
-    positions, pitch = flat.shape[2], math.prod(p.g.shape[4:]) * p.dilation[0]
-    norms = None
-    for tap in range(p.kernel[0]):
-        shifted = columns[:, :, tap * pitch : tap * pitch + positions]
-        part = _squares(torch.bmm(flat, shifted.transpose(1, 2)).view(*g.shape[:3], -1))
-        norms = part if norms is None else norms + part
-    assert norms is not None
-    return _ungroup(norms, p)
 
 
 def grouped(p: Problem) -> Tensor:
@@ -117,25 +92,6 @@ def grouped(p: Problem) -> Tensor:
         p.dilation, False, [0] * len(pads), batch * p.groups, [False, True, False],
     )[1]  # fmt: skip
     return _ungroup(_squares(gradient.view(batch * p.groups, count, outputs, -1)), p)
-
-
-def taps(p: Problem) -> Tensor:
-    """Depthwise: one product and sum over positions for each kernel offset."""
-    x = p.padded().unsqueeze(2)
-    count, batch, channels = p.g.shape[:3]
-    g = p.g.reshape(count, batch, p.groups, channels // p.groups, *p.g.shape[3:])
-    space = tuple(range(-len(p.kernel), 0))
-    norms = None
-    for offset in itertools.product(*map(range, p.kernel)):
-        view = x
-        for axis, tap in enumerate(offset):
-            start = tap * p.dilation[axis]
-            stop = start + (p.g.shape[3 + axis] - 1) * p.stride[axis] + 1
-            view = view[(slice(None),) * (3 + axis) + (slice(start, stop, p.stride[axis]),)]
-        part = (view * g).sum(space).square().sum((2, 3))
-        norms = part if norms is None else norms + part
-    assert norms is not None
-    return norms
 
 
 def _quadratic_form(gram: Tensor, p: Problem, concrete: bool) -> tuple[Tensor, Tensor]:
@@ -164,8 +120,7 @@ def _quadratic_form(gram: Tensor, p: Problem, concrete: bool) -> tuple[Tensor, T
 def patch_gram(p: Problem, wide: bool = False, concrete: bool = False) -> tuple[Tensor, Tensor]:
     """Gram matrix of the gathered patches: cost T^2 (C K + O)."""
     x = _samples(p)
-    columns = _windows(x.double() if wide else x, p, 0)
-    columns = columns.reshape(x.shape[0], x.shape[1] * math.prod(p.kernel), -1)
+    columns = _windows(x.double() if wide else x, p)
     return _quadratic_form(torch.bmm(columns.transpose(1, 2), columns), p, concrete)
 
 
@@ -222,18 +177,9 @@ def box_gram(p: Problem, wide: bool = False, concrete: bool = False) -> tuple[Te
     return _quadratic_form(gram.view(-1, positions, positions), p, concrete)
 
 
-DIRECT = {"patch": patch, "rows": rows, "grouped": grouped, "taps": taps}
+DIRECT = {"patch": patch, "grouped": grouped}
 GRAM = {"patch_gram": patch_gram, "box_gram": box_gram}
 ROUTES = (*DIRECT, *GRAM)
-
-
-def applicable(route: str, p: Problem) -> str | None:
-    """Why a route cannot serve a problem, or None if it can."""
-    if route == "rows" and p.stride[0] != 1:
-        return f"the first axis has stride {p.stride[0]}"
-    if route == "taps" and p.a.shape[1] != p.groups:
-        return "the convolution is not depthwise"
-    return None
 
 
 def run(route: str, p: Problem, *, guarded: bool, fallback: str = "patch") -> Tensor:

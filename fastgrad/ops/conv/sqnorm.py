@@ -58,7 +58,6 @@ def shape_of(p: Problem, *, guarded: bool = True) -> cost.Shape:
         image=tuple(int(n) + min(0, after) for n, (_, after) in zip(p.a.shape[2:], p.pads, strict=True)),
         positions=tuple(int(n) for n in p.g.shape[3:]),
         kernel=p.kernel,
-        stride=p.stride,
         itemsize=8 if torch.float64 in (p.a.dtype, p.g.dtype) else 4,
         guarded=guarded,
         budget=None if symbolic else cost.CHUNK_BYTES if guarded else TRACED_CHUNK_BYTES,
@@ -73,9 +72,6 @@ def _solve(p: Problem, route: str | None) -> Tensor:
         route = cost.choose_route(shape)
     else:
         checks.one_of("route", route, routes.ROUTES)
-        refusal = routes.applicable(route, p)
-        if refusal is not None:
-            raise ValueError(f"route must suit the convolution; it was {route!r}, but {refusal}")
     dtype = torch.float64 if shape.itemsize == 8 else torch.float32
     if not shape.batch:
         return p.a.new_zeros((shape.count, 0), dtype=dtype)
@@ -203,8 +199,7 @@ def conv_sqnorm(
         groups: Channel groups.
         transposed: Whether the layer is a transposed convolution (``a`` its input, ``g`` at its output, which
             may include output padding).
-        route: One of ``"patch"``, ``"rows"``, ``"grouped"``, ``"taps"``, ``"patch_gram"``, ``"box_gram"``; the
-            cheapest by the cost model if None.
+        route: ``"patch"``, ``"grouped"``, ``"patch_gram"`` or ``"box_gram"``; the cheapest by the cost model if None.
         impl: ``"auto"`` (a Triton kernel on a GPU), ``"triton"`` or ``"eager"``.
 
     Returns:

@@ -1,7 +1,7 @@
-"""A linear layer over contrast rows that are never stored.
+"""A linear layer over contrast rows, which are stored only where they are small.
 
-``y[b, u] = sum_k d[b, k] sum_j V[u, k, j] h[b, j] + c[u]`` is one product of ``h`` with ``V`` seen as ``(U N, D)``,
-then a sum over the classes weighted by ``d``: the operations of the layer on stored rows, without ``(B, N, D)``.
+``y[b, u] = sum_k d[b, k] sum_j V[u, k, j] h[b, j] + c[u]``. Many rows, ``(B, N, D)``, are never formed: ``h`` is
+multiplied with ``V`` seen as ``(U N, D)``, and the classes are summed with the weights ``d``: as many operations.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgrad.losses import compute_dtype
 
-# Products (B, U, N) held at a time.
+# Elements of rows (B, N, D), or of products (B, U, N), held at a time.
 _CHUNK = 1 << 22
 
 
@@ -28,7 +28,9 @@ def rows_linear(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor
     dtype = compute_dtype(features.dtype)
     h, d = features.to(dtype), diagonal.to(dtype)
     units = max(1, _CHUNK // max(d.numel(), 1))
-    if torch.compiler.is_compiling() or weight.shape[0] <= units:
+    if not torch.compiler.is_compiling() and d.numel() * h.shape[1] <= _CHUNK:
+        out = (d.unsqueeze(-1) * h.unsqueeze(-2)).flatten(1) @ weight.to(dtype).t()
+    elif torch.compiler.is_compiling() or weight.shape[0] <= units:
         out = _some_units(h, d, weight)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (features, diagonal, weight)):
         # Each part is computed again in the backward pass instead of being kept.

@@ -86,6 +86,8 @@ def test_key(tiny_package: Path, caplog: pytest.LogCaptureFixture) -> None:
         ({"host": "localhost", "origin": "http://evil.example"}, 403),
         ({"host": "localhost:8000", "origin": "http://localhost"}, 403),
         ({"host": "localhost", "origin": "null"}, 403),
+        ({"host": "localhost", "origin": "http://["}, 403),
+        ({"host": "["}, 400),
         ({"host": "localhost:8000", "origin": "http://localhost:8000"}, 200),
         ({"host": "models.example", "origin": "https://models.example"}, 200),
     ],

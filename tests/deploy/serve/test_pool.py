@@ -180,6 +180,8 @@ def test_a_model_that_cannot_be_loaded_or_takes_too_long(tmp_path: Path) -> None
 def test_a_worker_has_none_of_the_servers_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTGRAD_API_KEY", "k-4711")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "token=k-4711")
+    monkeypatch.setenv("DATABASE_PASSWORD", "k-4711")
+    monkeypatch.setenv("OMP_DYNAMIC", "FALSE")
 
     async def run() -> bytes:
         child = Child("fastgrad.deploy.serve.decoder", (), most=2**20, small=True)
@@ -193,4 +195,5 @@ def test_a_worker_has_none_of_the_servers_secrets(monkeypatch: pytest.MonkeyPatc
 
     environment = asyncio.run(run())
     assert b"PATH=" in environment
+    assert b"OMP_DYNAMIC=FALSE" in environment
     assert b"k-4711" not in environment
