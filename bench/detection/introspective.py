@@ -37,7 +37,7 @@ from fastgrad.detector.presets import DEFAULT_BLOCKS
 from fastgrad.metrics import calibration_report
 
 #: Splits of the images that the network was not trained on, clean images of each, clean test images, copies of a kind.
-SEEDS, FITTED, TESTED, COPIES = 3, 1000, 1000, 200
+SEEDS, FITTED, TESTED, COPIES = 3, 2000, 1000, 200
 #: Of those fitted, the share that makes probabilities calibrated.
 UNSEEN = 0.2
 GROUPS: Mapping[str, tuple[str, ...]] = {

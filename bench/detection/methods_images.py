@@ -128,6 +128,18 @@ def h_columns(fit: Fit) -> Callable[[Seen], Tensor]:
     return lambda seen: seen.h
 
 
+@labelled("all but gradients, labelled", 2026, "control: stages, logits and h")
+def other_columns(fit: Fit) -> Callable[[Seen], Tensor]:
+    parts = [of(fit) for of in (stage_columns, logit_columns, h_columns)]
+    return lambda seen: torch.cat([part(seen) for part in parts], 1)
+
+
+@labelled("all with gradients, labelled", 2026, "control: the same and gradient norms")
+def all_columns(fit: Fit) -> Callable[[Seen], Tensor]:
+    parts = [other_columns(fit), gradient_columns(fit)]
+    return lambda seen: torch.cat([part(seen) for part in parts], 1)
+
+
 @labelled("LID", 2018, "Ma et al., ICLR")
 def local_dimensionality(fit: Fit, neighbours: int = 20, bank: int = 100) -> Callable[[Seen], Tensor]:
     """Of every stage ``-1 / mean(log(d_i / d_k))`` over the k nearest clean images of a batch."""

@@ -143,6 +143,10 @@ def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: An
     """Register a form of the detector: the default blocks and others beside them."""
 
     def make(fit: Fit) -> Score:
+        subject = fit.subject
+        dear = subject.quick and subject.few and not set(extra) <= set(READINGS[0])
+        if dear and ("view" in extra or (subject.network, subject.draw) != ("lite0", 0)):
+            raise NotRun("in quick mode more passes are read of one draw of Lite0 alone, for gradients")
         two_stage = fitted(fit, (*DEFAULT_BLOCKS, *extra), challenges)
         return lambda seen: answer(two_stage, seen).uncertainty
 
