@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report.figures import OTHERS, OURS, figure
+from bench.report.figures import OTHERS, OURS, TEXT, stacked
 from bench.report.text import table
 
 Row = Mapping[str, Any]
@@ -160,21 +160,13 @@ def bars(rows: Sequence[Row], merit: str) -> Any:
     shown = [m for m in shown if all(merit in found[m].get(group, {}) for group in groups)]
     if not shown:
         return None
-    made, (panel,) = figure(1.4 + 0.14 * (len(shown) + 1) * len(groups))
     mine = [m for m in shown if ours(m)]
     colours = dict(zip(mine, OURS * 3, strict=False))
     # Softmax, which most figures show, has the same colour in all; no two of one figure share theirs.
     others = sorted((m for m in shown if not ours(m)), key=lambda m: (m != "softmax", m))
     colours |= dict(zip(others, OTHERS * 6, strict=False))
-    for place, method in enumerate(shown):
-        at = [group * (len(shown) + 1) + place for group in range(len(groups))]
-        panel.barh(
-            at, [found[method][g][merit] for g in groups], color=colours[method], label=method, height=0.9
-        )
-    middle = [g * (len(shown) + 1) + (len(shown) - 1) / 2 for g in range(len(groups))]
-    panel.set_yticks(middle, groups, fontsize=7)
-    panel.invert_yaxis()
-    panel.set(xlabel="AUROC" if merit == "auroc" else "area under the risk-coverage curve", title=network)
-    panel.grid(True, axis="x", alpha=0.3)
-    made.legend(fontsize=7, loc="outside lower center", ncols=3)
+    blocks = {group: [(m, found[m][group][merit]) for m in shown] for group in groups}
+    made, panel = stacked(blocks, colours, ".3f")
+    panel.set_xlabel("AUROC" if merit == "auroc" else "area under the risk-coverage curve", fontsize=TEXT)
+    panel.set_title(network, fontsize=TEXT)
     return made

@@ -1,16 +1,18 @@
-"""Figures of the speed cases, at most 900 pixels wide, drawn from the results alone."""
+"""Figures of the speed cases, drawn from the results alone, with text that a phone shows readably."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.report.document import Row
-from bench.report.speed import best, grouped, ours
+from bench.report.speed import YARDSTICKS, best, grouped, ours
 from bench.report.text import sizes
 
-#: Pixels of a figure's width at `DPI`.
-WIDTH, DPI = 900, 100
+#: Pixels of a figure's width at `DPI`, and points of its text: a phone shows 350 pixels.
+WIDTH, DPI, TEXT = 600, 100, 12
+#: Bars of a case beside fastgrad's and its baseline's.
+RIVALS = 2
 OURS = ("#c1272d", "#e8703a", "#f0a04b", "#7d1128", "#f6cf8b")
 OTHERS = (
     "#1f4e79", "#5b8db8", "#6a9a5b", "#8c6bb1", "#7f7f7f", "#b8a13a", "#3b9c9c", "#a05a7a", "#2f2f2f", "#a9c9e8",
@@ -31,18 +33,45 @@ def draw(cases: Sequence[Row]) -> Any:
 
 
 def figure(height: float, panels: int = 1) -> tuple[Any, Any]:
-    """Return a figure of the usual width and its panels."""
+    """Return a figure of the usual width and its panels, one below the other."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(WIDTH / DPI, height), layout="constrained")
-    return made, made.subplots(1, panels, squeeze=False)[0]
+    return made, made.subplots(panels, 1, squeeze=False)[:, 0]
+
+
+def stacked(
+    blocks: Mapping[str, Sequence[tuple[str, float]]], colour: Mapping[str, str], form: str
+) -> tuple[Any, Any]:
+    """Return a figure and its panel with a heading for each block, and its bars below: names and lengths."""
+    made, (panel,) = figure(1.8 + sum(0.24 * len(bars) + 0.4 for bars in blocks.values()))
+    place, seen = 0.0, set()
+    for head, bars in blocks.items():
+        clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        at = panel.get_yaxis_transform()
+        panel.text(0.01, place, head, transform=at, fontsize=TEXT, va="center", bbox=clear)
+        for name, length in bars:
+            place += 1
+            label = None if name in seen else name
+            panel.barh(place, length, color=colour[name], label=label, height=0.9)
+            panel.annotate(f" {length:{form}}", (length, place), va="center", fontsize=TEXT - 1)
+            seen.add(name)
+        place += 1.6
+    panel.set(yticks=[], ylim=(place - 0.9, -0.8))
+    panel.tick_params(labelsize=TEXT - 1)
+    panel.margins(x=0.16)
+    panel.grid(True, axis="x", alpha=0.3)
+    made.legend(fontsize=TEXT - 1, loc="outside lower center", ncols=2)
+    return made, panel
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
     """Return a colour for each implementation, the same in every figure; fastgrad's stand out."""
     mine = [name for name in names if ours(name)]
-    rest = [*NAMES, *(name for name in names if not ours(name) and name not in NAMES)]
-    found = {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(rest)}
+    fixed = dict(zip(NAMES, OTHERS, strict=True))
+    new = [name for name in names if not ours(name) and name not in fixed]
+    free = [colour for name, colour in fixed.items() if name not in names] or list(OTHERS)
+    found = fixed | {name: free[i % len(free)] for i, name in enumerate(new)}
     return found | {name: OURS[i % len(OURS)] for i, name in enumerate(mine)}
 
 
@@ -52,7 +81,7 @@ def _scaling(rows: list[Row]) -> Any:
     if len({r["case"] for r in rows}) < 3:
         return None
     colour = colours(list(dict.fromkeys(r["implementation"] for r in rows)))
-    made, panels = figure(4.2, 2)
+    made, panels = figure(8.4, 2)
     for panel, along, fixed in ((panels[0], "N", "B"), (panels[1], "B", "N")):
         values = [sizes(case)[fixed] for case in {r["case"] for r in rows}]
         value = max(sorted(set(values)), key=lambda v, values=values: (values.count(v), -v))  # type: ignore[misc]
@@ -65,42 +94,39 @@ def _scaling(rows: list[Row]) -> Any:
                 width = 2.4 if ours(name) else 1.2
                 panel.plot(*zip(*line, strict=True), "o-", color=colour[name], label=name, linewidth=width)
         what = "classes" if along == "N" else "samples"
-        panel.set(xscale="log", yscale="log", xlabel=f"{along} ({what})", ylabel="seconds")
-        panel.set_title(f"all contrasts, {fixed} = {value}")
+        panel.set(xscale="log", yscale="log")
+        panel.set_xlabel(f"{along} ({what})", fontsize=TEXT)
+        panel.set_ylabel("seconds", fontsize=TEXT)
+        panel.set_title(f"all contrasts, {fixed} = {value}", fontsize=TEXT)
+        panel.tick_params(labelsize=TEXT - 1)
         panel.grid(True, which="major", alpha=0.3)
     lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
-    made.legend(lines.values(), lines.keys(), fontsize=7, loc="outside lower center", ncols=4)
+    made.legend(lines.values(), lines.keys(), fontsize=TEXT - 1, loc="outside lower center", ncols=2)
     return made
 
 
 def _bars(cases: Sequence[Row]) -> Any:
-    """Time over fastgrad's, a block of bars for each case, fastgrad's own among them."""
+    """Time over fastgrad's: its own bar in each case, the baseline's and the fastest rivals'."""
     colour = colours(list(dict.fromkeys(r["implementation"] for r in cases)))
     blocks = {}
     for case, group in grouped(cases).items():
         mine = best(group)
-        if mine is not None:
-            blocks[case] = [
-                (r["implementation"], r["median_s"] / mine["median_s"]) for r in group if r["median_s"]
-            ]
+        if mine is None:
+            continue
+        others = [r for r in group if r["median_s"] and r is not mine and not ours(r["implementation"])]
+        # Rivals first, then what does less than the task.
+        others.sort(key=lambda r: (r["implementation"] in YARDSTICKS, r["median_s"]))
+        base = [r for r in others if r["implementation"] == r["relative_to"]]
+        shown = [mine, *base, *[r for r in others if r not in base][:RIVALS]]
+        blocks[case] = [(r["implementation"], r["median_s"] / mine["median_s"]) for r in shown]
     if not blocks:
         return None
-    made, (panel,) = figure(1.2 + sum(0.15 * len(bars) + 0.16 for bars in blocks.values()))
-    place, ticks, seen = 0.0, [], set()
-    for bars in blocks.values():
-        ticks.append(place + (len(bars) - 1) / 2)
-        for name, length in bars:
-            panel.barh(place, length, color=colour[name], label=None if name in seen else name, height=0.9)
-            panel.annotate(f" {length:.3g}", (length, place), va="center", fontsize=6)
-            seen.add(name)
-            place += 1
-        place += 1.1
-    panel.set_yticks(ticks, list(blocks), fontsize=7)
-    panel.set(
-        ylim=(place - 0.5, -1.1), xscale="log", xlabel="time over fastgrad's: right of 1, fastgrad is faster"
-    )
+    made, panel = stacked(blocks, colour, ".3g")
+    panel.set(xscale="log")
+    least, most = panel.get_xlim()
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if least <= t <= most]
+    panel.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    panel.set_xticks([], minor=True)
+    panel.set_xlabel("time over fastgrad's: above 1, fastgrad is faster", fontsize=TEXT)
     panel.axvline(1.0, color="black", linewidth=0.8)
-    panel.margins(x=0.12)
-    panel.grid(True, axis="x", alpha=0.3)
-    made.legend(fontsize=7, loc="outside lower center", ncols=3)
     return made

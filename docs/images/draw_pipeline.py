@@ -5,44 +5,41 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-WIDTH, HEIGHT = 880, 420
+WIDTH, HEIGHT = 600, 496
 INK, PALE, ACCENT, OURS = "#1f2933", "#f4f6f8", "#9aa5b1", "#1f6feb"
 
-#: Left, top, width, height, whether it is fastgrad's, heading, lines.
+#: Left, top, width, height, whether it is fastgrad's, heading, lines. Wide enough for a phone's 350 pixels.
 BOXES = {
-    "x": (16, 176, 104, 84, False, "input x", ["image, text", "or any batch"]),
-    "network": (160, 176, 176, 84, False, "your network", ["one forward pass,", "unchanged"]),
+    "x": (36, 8, 150, 80, False, "input x", ["image, text, …"]),
+    "network": (232, 8, 360, 80, False, "your network", ["one forward pass, unchanged"]),
     "contrasts": (
-        392, 24, 236, 104, True, "all N contrasts",
-        ["“why P, rather than Q?”", "backward pass of the last layer", "and squared norms, one launch"],
+        36, 124, 280, 116, True, "all N contrasts",
+        ["“why P, rather than Q?”", "last layer's backward pass", "and norms in one launch"],
     ),
     "blocks": (
-        392, 166, 236, 104, True, "blocks",
-        ["logits, activations, image;", "a second view or gradients", "where the budget allows"],
+        36, 252, 280, 116, True, "blocks",
+        ["logits, activations, image;", "a second view or gradients", "within the cost limit"],
     ),
     "parameters": (
-        392, 308, 236, 84, True, "all P parameters",
+        36, 380, 280, 108, True, "all P parameters",
         ["squared norm per sample,", "one backward pass"],
     ),
     "introspection": (
-        672, 34, 196, 84, True, "introspective classifier",
+        356, 124, 236, 116, True, "introspective classifier",
         ["predicts again,", "from the contrasts"],
     ),
     "detector": (
-        672, 166, 196, 104, True, "detector",
-        ["uncertainty: how unusual", "risk: P(answer is wrong)", "one file, one server"],
+        356, 252, 236, 116, True, "detector",
+        ["how unusual: uncertainty", "probably wrong: risk", "one file, one server"],
     ),
     "training": (
-        672, 298, 196, 104, True, "training",
-        ["private training,", "ranking of samples,", "noise scale"],
+        356, 380, 236, 108, True, "training",
+        ["private training,", "rank samples"],
     ),
 }  # fmt: skip
-#: From and to.
+#: From and to, side by side.
 ARROWS = [
     ("x", "network"),
-    ("network", "contrasts"),
-    ("network", "blocks"),
-    ("network", "parameters"),
     ("contrasts", "introspection"),
     ("blocks", "detector"),
     ("parameters", "training"),
@@ -56,10 +53,10 @@ def box(left: int, top: int, width: int, height: int, ours: bool, heading: str, 
     parts = [
         f'<rect x="{left}" y="{top}" width="{width}" height="{height}" rx="8" fill="{fill}" stroke="{border}" '
         'stroke-width="2"/>',
-        f'<text x="{middle}" y="{top + 26}" class="heading">{escape(heading)}</text>',
+        f'<text x="{middle}" y="{top + 32}" class="heading">{escape(heading)}</text>',
     ]
     parts += [
-        f'<text x="{middle}" y="{top + 50 + 20 * i}" class="line">{escape(line)}</text>'
+        f'<text x="{middle}" y="{top + 58 + 23 * i}" class="line">{escape(line)}</text>'
         for i, line in enumerate(lines)
     ]
     return "\n".join(parts)
@@ -73,18 +70,27 @@ def arrow(start: str, end: str) -> str:
     return f'<path d="M{x0} {y0} L{x1} {y1}" class="arrow" marker-end="url(#head)"/>'
 
 
+def trunk() -> str:
+    """Lines from the network down to the three boxes that read it."""
+    left, top, _, height = BOXES["network"][:4]
+    start, end = f"M{left + 40} {top + height} V{top + height + 18} H12", BOXES["blocks"][0] - 6
+    rows = [BOXES[name][1] + BOXES[name][3] / 2 for name in ("contrasts", "blocks", "parameters")]
+    ways = [f'<path d="{start} V{row} H{end}" class="arrow" marker-end="url(#head)"/>' for row in rows]
+    return "\n".join(ways)
+
+
 def draw() -> str:
     """The whole picture."""
     style = (
         f"text {{ font-family: Helvetica, Arial, sans-serif; fill: {INK}; text-anchor: middle; }} "
-        ".heading { font-size: 17px; font-weight: bold; } .line { font-size: 15px; } "
+        ".heading { font-size: 20px; font-weight: bold; } .line { font-size: 18px; } "
         f".arrow {{ stroke: {INK}; stroke-width: 2; fill: none; }}"
     )
     head = (
         '<marker id="head" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0 0 L10 5 L0 10 z" fill="{INK}"/></marker>'
     )
-    body = [arrow(*one) for one in ARROWS] + [box(*one) for one in BOXES.values()]
+    body = [arrow(*one) for one in ARROWS] + [trunk()] + [box(*one) for one in BOXES.values()]
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '

@@ -22,10 +22,9 @@ from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.engine.observing import Observation
 from fastgrad.engine.planning import Caution, Plan, Planner, Route
-from fastgrad.engine.replayed import NotRepeatableError
 from fastgrad.engine.run import OffPlanError, Reading, Run, Site
 from fastgrad.engine.shadow import Shadow, ordinary
-from fastgrad.engine.state import Snapshot, undone
+from fastgrad.engine.state import NotRepeatableError, Snapshot, Versions, devices_of, undone
 from fastgrad.engine.steps import Steps
 
 #: Structures of inputs whose plans are kept, and plans kept for one: paths that no single plan serves.
@@ -40,16 +39,26 @@ class Known:
     Attributes:
         training: Whether a module runs in training mode.
         names: The wanted parameters, names by id.
-        parts: The model's modules and parameters. As long as all live, their ids are theirs.
+        modules: The model's modules. As long as they and its parameters live, their ids are theirs.
+        parameters: Its parameters.
         carriers: For each leaf of the inputs, whether it carries the batch.
+        devices: Those beside the CPU on which the model may draw random numbers.
         plans: Most recently used first.
     """
 
     training: bool
     names: dict[int, str]
-    parts: list[weakref.ref[Any]]
+    modules: list[weakref.ref[nn.Module]]
+    parameters: list[weakref.ref[nn.Parameter]]
     carriers: tuple[bool, ...]
+    devices: list[torch.device]
     plans: list[Plan] = field(default_factory=list)
+
+    def lives(self) -> bool:
+        """Whether no module and no parameter is gone, whose id another one may have now."""
+        return all(ref() is not None for ref in self.modules) and all(
+            ref() is not None for ref in self.parameters
+        )
 
 
 class Network:
@@ -146,8 +155,11 @@ class Network:
             ValueError: If no plan holds for the path that the pass takes.
         """
         known = None if plan is None else plan.known
-        before = None if plan is None else Snapshot(self.model, training=training)
-        versions = [t._version for t in _tensors(args, kwargs)]
+        before = None
+        if known is not None:
+            modules = [module for ref in known.modules if (module := ref()) is not None]
+            before = Snapshot(modules, known.devices, training=training)
+        inputs = Versions([leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
         tried: list[Plan] = []
         # The few samples that a plan is tried on may take another path than the batch.
         attempts = iter(() if plan is None else (SAMPLES, run.samples + 1, max(2, run.samples)))
@@ -182,7 +194,7 @@ class Network:
                     f"model must take the path of an ordinary call while its graph is recorded; it {reason}"
                 )
             before.restore()
-            if [t._version for t in _tensors(args, kwargs)] != versions:
+            if inputs.modified():
                 raise ValueError(
                     f"model must not write to its inputs in a call whose path was not seen before; it {reason}. Make "
                     "the same call again with the inputs as they were"
@@ -249,14 +261,16 @@ class Network:
         key = (_kind(args, kwargs, samples), tuple(map(id, modules)), tuple(names.items()), modes)
         with self._lock:
             known = self._known.get(key)
-            if known is not None and all(part() is not None for part in known.parts):
+            if known is not None and known.lives():
                 self._known.move_to_end(key)
                 return known
         known = Known(
             any(modes),
             names,
-            [weakref.ref(part) for part in (*modules, *self.model.parameters())],
+            list(map(weakref.ref, modules)),
+            list(map(weakref.ref, self.model.parameters())),
             find_carriers(self.model, args, kwargs, samples, self.tensors, training=any(modes)),
+            devices_of(self.model),
         )
         with self._lock:
             self._known[key] = known
@@ -404,12 +418,6 @@ class Network:
         return order_by_parameter(
             run.probes[: len(found)], found, plan.names, outputs[0].detach()[None], samples
         )[0]
-
-
-def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
-    """The inputs that a pass may write to, where that can be seen."""
-    leaves = pytree.tree_leaves((args, kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
 def _kind(args: Any, kwargs: Any, samples: int) -> Any:

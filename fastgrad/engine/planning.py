@@ -126,7 +126,7 @@ def refuse_mixing(model: nn.Module, *, training: bool) -> None:
         training: Whether modules run in their own mode rather than in evaluation mode.
     """
     for path, module in model.named_modules():
-        if getattr(module, "scale_grad_by_freq", False):
+        if module.__dict__.get("scale_grad_by_freq"):
             raise ValueError(
                 "model must not mix the samples of a batch, or there is no gradient per sample; its embedding "
                 f"{path or type(model).__name__!r} divides gradients by counts over the batch (scale_grad_by_freq=True)"

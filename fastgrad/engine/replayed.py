@@ -15,10 +15,9 @@ from fastgrad.engine.layout import Layout
 from fastgrad.engine.run import Run, Site
 from fastgrad.engine.shadow import Settings, Shadow, attach
 from fastgrad.engine.sites import columns
-from fastgrad.engine.state import RandomState
+from fastgrad.engine.state import Repeatable, Unchanged
 from fastgrad.engine.tap import tap
 from fastgrad.engine.tracing import is_fixed
-from fastgrad.engine.unchanged import Unchanged
 from fastgrad.layers.choice import using
 from fastgrad.layers.registry import ReplayRule
 
@@ -26,39 +25,11 @@ from fastgrad.layers.registry import ReplayRule
 Replay = Callable[[Any, Any, Sequence[Tensor]], Tensor]
 
 
-class NotRepeatableError(ValueError):
-    """A module that is computed again in the backward pass would not give the same again."""
-
-
-class _State:
-    """What a module's forward pass depends on beside its inputs and parameters: random numbers and buffers."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.draws = RandomState(module)
-        self.buffers = [(buffer, buffer._version) for buffer in module.buffers()]
-
-    def require_unchanged(self, name: str) -> None:
-        """Raise NotRepeatableError if the module, called ``name`` in messages, drew numbers or changed a buffer."""
-        buffers = [(buffer, buffer._version) for buffer in self.module.buffers()]
-        same = len(buffers) == len(self.buffers) and all(
-            now is then and version == earlier
-            for (now, version), (then, earlier) in zip(buffers, self.buffers, strict=True)
-        )
-        drew = not self.draws.same()
-        if drew or not same:
-            raise NotRepeatableError(
-                f"model must be in evaluation mode, because {name!r} is computed again in the backward pass and "
-                f"would {'draw other random numbers' if drew else 'find its buffers changed'}; call model.eval()"
-                + (", or set its dropout to 0" if drew else "")
-            )
-
-
 @dataclass(frozen=True)
 class Replayed(Site):
     """A module that the backward pass computes once more, from its recorded inputs.
 
-    In training mode that must give the same again, see `NotRepeatableError`.
+    In training mode that must give the same again, see `fastgrad.engine.state.NotRepeatableError`.
     """
 
     def attach(self, run: Run, shadow: Shadow) -> None:
@@ -66,7 +37,7 @@ class Replayed(Site):
         copy, original = shadow.submodule(self.path), shadow.model.get_submodule(self.path)
         recorded: list[Any] = []
         trains = shadow.training and any(m.training for m in copy.modules())
-        states: list[_State] = []
+        states: list[Repeatable] = []
         settings: list[Settings] = []
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -75,13 +46,13 @@ class Replayed(Site):
             # Copied: the module may overwrite its inputs.
             recorded.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs)))
             if trains:
-                states.append(_State(copy))
+                states.append(Repeatable(copy))
 
         def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
             run.reach(self)
             leaves, spec = pytree.tree_flatten(recorded.pop())
             if trains:
-                states.pop().require_unchanged(self.path or type(copy).__name__)
+                states.pop().require(self.path or type(copy).__name__)
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             saved = [leaves[i] for i in places]
             # The tap's node keeps the tensors; a second reference would hide that they were modified.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.run import Run, Site
 from fastgrad.engine.shadow import Shadow, attach
+from fastgrad.engine.state import Unchanged
 from fastgrad.engine.tap import is_tapped, tap
-from fastgrad.engine.unchanged import Unchanged
 from fastgrad.layers.choice import using
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule

@@ -1,10 +1,10 @@
-"""What a forward pass changes beside its output: random numbers drawn, buffers written."""
+"""What a forward pass depends on, and may change, beside its inputs: random numbers, parameters and buffers."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,31 @@ import torch
 from torch import Tensor, nn
 
 
-class RandomState:
-    """The generators that ``module`` may draw from: PyTorch's on its devices, NumPy's and Python's."""
+class Versions:
+    """Tensors at one time, to see which of them were modified in place since.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._devices = sorted(
-            {p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}, key=str
-        )
+    Args:
+        tensors: Those made in inference mode, which count no modifications, are left out, and so is None.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor | None]) -> None:
+        self._held = [(t, t._version) for t in tensors if t is not None and not t.is_inference()]
+
+    def modified(self) -> list[Tensor]:
+        """Those that were modified."""
+        return [tensor for tensor, version in self._held if tensor._version != version]
+
+
+def devices_of(module: nn.Module) -> list[torch.device]:
+    """Devices beside the CPU on which ``module`` may draw random numbers."""
+    return sorted({p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
+
+
+class RandomState:
+    """The generators that a model may draw from: PyTorch's on the CPU and on ``devices``, NumPy's and Python's."""
+
+    def __init__(self, devices: list[torch.device]) -> None:
+        self._devices = devices
         self._torch = self._read()
         self._numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002  (the state that models draw from)
         self._python = random.getstate()
@@ -28,10 +46,13 @@ class RandomState:
 
     def same(self) -> bool:
         """Whether nothing was drawn since."""
+        numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+        one, two = numpy["state"], self._numpy["state"]
         return (
             all(map(torch.equal, self._read(), self._torch))
             and random.getstate() == self._python
-            and _same_numpy(np.random.get_state(legacy=False), self._numpy)  # noqa: NPY002
+            and one["pos"] == two["pos"]
+            and np.array_equal(one["key"], two["key"])
         )
 
     def restore(self) -> None:
@@ -47,20 +68,29 @@ class Snapshot:
     """Random numbers and buffers before a forward pass, to take back what it does to them.
 
     Args:
-        model: The user's model.
+        modules: All modules of the model.
+        devices: Its `devices_of`.
         training: Whether modules run in their own mode; buffers of those in training mode are expected to change.
         every: Whether to copy the other buffers as well.
     """
 
-    def __init__(self, model: nn.Module, *, training: bool, every: bool = False) -> None:
-        self._random = RandomState(model)
-        self._buffers: list[tuple[Tensor, int, Tensor | None]] = []
-        for module in model.modules():
-            copied = every or (training and module.training)
-            for buffer in module._buffers.values():
-                if buffer is not None and not buffer.is_inference():
-                    value = buffer.detach().clone() if copied else None
-                    self._buffers.append((buffer, buffer._version, value))
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        devices: list[torch.device],
+        *,
+        training: bool,
+        every: bool = False,
+    ) -> None:
+        self._random = RandomState(devices)
+        copied: list[Tensor | None] = []
+        kept: list[Tensor | None] = []
+        for module in modules:
+            if module._buffers:
+                (copied if every or (training and module.training) else kept).extend(module._buffers.values())
+        self._copied = Versions(copied)
+        self._values = {id(b): b.detach().clone() for b in copied if b is not None}
+        self._kept = Versions(kept)
 
     def restore(self) -> None:
         """Put everything back.
@@ -70,28 +100,72 @@ class Snapshot:
         """
         self._random.restore()
         with torch.no_grad():
-            for buffer, version, value in self._buffers:
-                if buffer._version == version:
-                    continue
-                if value is None:
-                    raise ValueError(
-                        "model must not write to its buffers in a call whose path was not seen before; "
-                        f"a buffer of shape {tuple(buffer.shape)} was written. Make the same call again"
-                    )
-                buffer.copy_(value)
+            for buffer in self._copied.modified():
+                buffer.copy_(self._values[id(buffer)])
+        for buffer in self._kept.modified():
+            raise ValueError(
+                "model must not write to its buffers in a call whose path was not seen before; "
+                f"a buffer of shape {tuple(buffer.shape)} was written. Make the same call again"
+            )
 
 
 @contextlib.contextmanager
 def undone(model: nn.Module) -> Iterator[None]:
     """Take back what forward passes do to random numbers and buffers."""
-    before = Snapshot(model, training=True, every=True)
+    before = Snapshot(model.modules(), devices_of(model), training=True, every=True)
     try:
         yield
     finally:
         before.restore()
 
 
-def _same_numpy(state: Any, other: Any) -> bool:
-    one, two = state["state"], other["state"]
-    same: bool = one["pos"] == two["pos"] and np.array_equal(one["key"], two["key"])
-    return same
+class Unchanged:
+    """The parameters and buffers of a module at the time of its call: the backward pass must read the same.
+
+    Args:
+        path: The module's name in messages.
+        module: The module.
+        deep: Whether those of its descendants count as well.
+    """
+
+    def __init__(self, path: str, module: nn.Module, *, deep: bool = False) -> None:
+        self._path, self._module = path, module
+        tensors: list[Tensor | None] = []
+        for part in module.modules() if deep else (module,):
+            tensors += [*part._parameters.values(), *part._buffers.values()]
+        self._versions = Versions(tensors)
+
+    def require(self) -> None:
+        """Raise RuntimeError, as autograd does, if one of them was modified in place since."""
+        for tensor in self._versions.modified():
+            held = [*self._module.named_parameters(), *self._module.named_buffers()]
+            name = next((name for name, other in held if other is tensor), "a tensor")
+            raise RuntimeError(
+                f"{name!r} of {self._path or type(self._module).__name__!r} must not be modified in place between the "
+                "forward pass and its gradients; it was. Ask for the norms before the optimizer's step"
+            )
+
+
+class NotRepeatableError(ValueError):
+    """A module that is computed again in the backward pass would not give the same again."""
+
+
+class Repeatable:
+    """Random numbers and buffers of a module before its call, which computing it again must find as they were."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._random = RandomState(devices_of(module))
+        self._buffers = list(module.buffers())
+        self._versions = Versions(self._buffers)
+
+    def require(self, name: str) -> None:
+        """Raise NotRepeatableError if the module, called ``name`` in messages, drew numbers or changed a buffer."""
+        drew = not self._random.same()
+        replaced = [id(b) for b in self._module.buffers()] != [id(b) for b in self._buffers]
+        if drew or replaced or self._versions.modified():
+            raise NotRepeatableError(
+                f"model must be in evaluation mode, because {name!r} is computed again in the backward pass and "
+                f"would {'draw other random numbers' if drew else 'find its buffers changed'}; call model.eval()"
+                + (", or set its dropout to 0" if drew else "")
+            )

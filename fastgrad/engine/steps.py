@@ -13,14 +13,17 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import without_modes
 
-#: Functions whose whole numbers name dimensions, by name without underscores.
+_INDEXING = frozenset({"__getitem__", "__setitem__"})
+#: Functions whose whole numbers name dimensions.
 _OF_DIMENSIONS = frozenset(
-    {
+    name + end
+    for end in ("", "_")
+    for name in (
         "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "flip", "roll", "rot90", "select",
         "mean", "sum", "prod", "amax", "amin", "max", "min", "var", "std", "norm", "logsumexp", "any", "all", "argmax",
         "softmax", "log_softmax", "cumsum", "cumprod", "sort", "argsort", "cat", "stack", "unbind", "index_select",
         "gather", "flatten", "unsqueeze", "squeeze",
-    }
+    )
 )  # fmt: skip
 
 
@@ -85,21 +88,16 @@ class Steps(TorchFunctionMode):
             if rank < 0:  # a shape
                 return result
             name = func.__self__.__name__
-        noted = self._noted
-        noted.append(name)
-        noted.append(rank if torch.is_grad_enabled() else -2 - rank)
+        noted, numbers = self._noted, self._parameters
+        noted += (name, rank if torch.is_grad_enabled() else -2 - rank)
         values = (*args, *kwargs.values()) if kwargs else args
         for value in values:
-            if isinstance(value, Tensor):
-                if id(value) in self._parameters:
-                    noted.append(self._parameters[id(value)])
-            elif isinstance(value, (tuple, list)):
-                for inner in value:
-                    if id(inner) in self._parameters:
-                        noted.append(self._parameters[id(inner)])
-        if name in ("__getitem__", "__setitem__"):
+            for one in value if type(value) in (tuple, list) else (value,):
+                if id(one) in numbers:
+                    noted.append(numbers[id(one)])
+        if name in _INDEXING:
             noted.append(_shape_of_index(args[1]))
-        elif name.strip("_") in _OF_DIMENSIONS:
+        elif name in _OF_DIMENSIONS:
             noted.append(_whole_numbers(values[1:]))
         return result
 

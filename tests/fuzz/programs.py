@@ -1,7 +1,7 @@
 """Random programs, small modules and sequences of calls, held against float64 loops: one integer is one program.
 
-``python tests/fuzz/programs.py --programs 10000 --seed 0`` counts right, refused (by reason) and wrong calls, and
-prints each wrong program, shrunk, as a program of its own.
+``python tests/fuzz/programs.py --programs 10000 --processes 2 --save`` counts right, refused (by reason) and wrong
+calls, and prints each wrong program, shrunk, as a program of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -145,33 +147,61 @@ def brief(inside: tuple[Step, ...]) -> str:
     return "; ".join(s.kind + (f" ({brief(s.inside)})" if s.inside else "") for s in inside)
 
 
+def tally(seeds: range) -> tuple[Counter[str], list[tuple[int, str]]]:
+    """How often each verdict was given, and the wrong programs with theirs."""
+    torch.set_num_threads(1)
+    counts: Counter[str] = Counter()
+    wrong = []
+    for seed in seeds:
+        for verdict in verdicts(draw(seed)):
+            counts[verdict if verdict.startswith("refused") else verdict.partition(":")[0]] += 1
+            if verdict.startswith("wrong"):
+                wrong.append((seed, verdict))
+    return counts, wrong
+
+
+def save(counts: Counter[str], seeds: range) -> None:
+    """Write `bench/results/programs.json` and the page of it."""
+    from bench.report.pages import save
+
+    rows = [{"verdict": verdict, "calls": count} for verdict, count in counts.most_common()]
+    save("programs", rows, packages=("torch",), facts={"programs": len(seeds), "seed": seeds.start})
+
+
 def main() -> None:
     """Run programs, print what came out."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--programs", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for the programs that went wrong")
     parser.add_argument("--show", type=int, default=5, help="wrong programs of one kind that are shrunk")
+    parser.add_argument(
+        "--save", action="store_true", help="write bench/results/programs.json and programs.md"
+    )
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    seeds = range(options.seed, options.seed + options.programs)
+    parts = [seeds[i : i + 100] for i in range(0, len(seeds), 100)]
     counts: Counter[str] = Counter()
     seen: Counter[str] = Counter()
-    for seed in range(options.seed, options.seed + options.programs):
-        program = draw(seed)
-        for verdict in verdicts(program):
-            counts[verdict if verdict.startswith("refused") else verdict.partition(":")[0]] += 1
-            if verdict.startswith("wrong"):
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        for done, wrong in pool.map(tally, parts):
+            counts += done
+            for seed, verdict in wrong:
                 kind = _kind(verdict)
                 seen[kind] += 1
                 print(seed, verdict, flush=True)
                 if seen[kind] > options.show:
                     continue
-                small = shrunk(program, verdict)
+                small = shrunk(draw(seed), verdict)
                 print(f"    {brief(small.steps)}", small.calls, flush=True)
                 if options.out is not None:
                     (options.out / f"program_{seed}.py").write_text(standalone(small, verdict))
+    counts["wrong"] += 0
     for verdict, count in counts.most_common():
         print(f"{count:7d}  {verdict}")
+    if options.save:
+        save(counts, seeds)
     sys.exit(1 if counts["wrong"] else 0)
 
 

@@ -33,29 +33,29 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns, examples = len(scores), 3
-    figure = Figure(figsize=(3.3 * columns, 7.6), layout="constrained")
+    # Two columns, so that a phone shows readable text.
+    columns, examples = 2, 2
+    figure = Figure(figsize=(6.4, 8.4), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.1), squeeze=False)[:, 0]
-    top.suptitle(
-        "Uncertainty score, -log p (right of the dashed line: flagged, 5 % of clean images)", fontsize=11
-    )
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.5, 1.0), squeeze=False)[:, 0]
+    top.suptitle("Uncertainty, -log p (right of the line: flagged)", fontsize=13)
     # A few scores are far out; they go into the last bin, so that the rest can be seen.
     largest = max(np.quantile(values, 0.99) for values in (clean, *scores.values()))
     edges = np.linspace(0, max(largest, 1.2 * threshold), 40)
-    for axis, (name, values) in zip(top.subplots(1, columns, sharey=True), scores.items(), strict=True):
+    panels = top.subplots(-(-len(scores) // columns), columns, sharex=True, sharey=True, squeeze=False)
+    for axis, (name, values) in zip(panels.flat, scores.items(), strict=False):
         for data, colour, label in ((clean, _CLEAN, "clean digits"), (values, _CHALLENGE, "challenging")):
             weights = np.full(len(data), 1 / len(data))
             axis.hist(
                 np.minimum(data, edges[-1]), edges, weights=weights, color=colour, alpha=0.65, label=label
             )
         axis.axvline(threshold, color="black", linestyle="--", linewidth=1)
-        axis.set_title(f"{name}\nAUROC {auroc[name]:.3f}", fontsize=10)
-        axis.set_xlabel("score (last bin: and above)")
-    top.axes[0].set_ylabel("share of images")
-    top.axes[0].legend(fontsize=8)
+        axis.set_title(f"{name}\nAUROC {auroc[name]:.3f}", fontsize=12)
+        axis.tick_params(labelsize=11)
+    top.supylabel("share of images", fontsize=12)
+    top.axes[0].legend(fontsize=11, loc="upper center")
 
-    bottom.suptitle("First images of each set with their scores (orange: flagged)", fontsize=11)
+    bottom.suptitle("Images and their scores (orange: flagged)", fontsize=13)
     rows = {"clean digits": clean, **scores}
     grid = bottom.subplots(examples, len(rows))
     for column, (name, values) in enumerate(rows.items()):
@@ -65,7 +65,7 @@ def draw(
             axis.set_xticks([])
             axis.set_yticks([])
             flagged = values[row] > threshold
-            axis.set_xlabel(f"{values[row]:.1f}", fontsize=9, color=_CHALLENGE if flagged else "black")
+            axis.set_xlabel(f"{values[row]:.1f}", fontsize=12, color=_CHALLENGE if flagged else "black")
             if row == 0:
-                axis.set_title(name, fontsize=9)
+                axis.set_title(name.replace(" ", "\n", 1), fontsize=11)
     figure.savefig(path, dpi=110)

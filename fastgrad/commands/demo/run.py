@@ -99,8 +99,8 @@ def markdown(record: dict[str, object]) -> str:
     challenges = list(gains)
     lines = [
         f"Network: {record['test_accuracy']:.1%} of the test digits right, trained in {record['training_s']:.1f} s.",
-        "Detection AUROC (1 is perfect, 0.5 is chance), one seed. Every method was given clean digits only; "
-        "fastgrad makes its own challenges of them, noise and FGSM among them:",
+        "Detection AUROC (1 is perfect, 0.5 is chance), one seed. All methods were fitted on clean digits; fastgrad "
+        "generates challenges from them, including noise and FGSM:",
         "",
         "| method | " + " | ".join(challenges) + " | mean |",
         "|---|" + "---|" * (len(challenges) + 1),
@@ -110,13 +110,13 @@ def markdown(record: dict[str, object]) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {np.mean(list(row.values())):.3f} |")
     lines += [
         "",
-        "What the gradients of the whole network add over its last layer's: "
+        "AUROC gain of the whole network's gradients over its last layer's: "
         + ", ".join(f"{c} {gain:+.3f}" for c, gain in gains.items())
         + ".",
         f"At a false-alarm rate of 5 % fastgrad flags "
         f"{record['clean_flagged_at_5_percent']:.1%} of the clean test digits.",
         "",
-        "What fastgrad reads, price in forward passes:",
+        "Features and their cost in forward passes:",
         "",
         "```",
         str(record["blocks"]),
