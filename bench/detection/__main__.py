@@ -69,13 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument(
         "--methods", nargs="+", choices=METHODS, default=[], metavar="NAME", help="default: all"
     )
-    options.add_argument(
-        "--training", action="store_true", help="fit on images that the network was trained on"
-    )
     given = options.parse_args(arguments)
     start = time.perf_counter()
     table = TABLES[given.table]
-    how = Options(given.data, given.cache, given.quick, given.draws, given.training)
+    how = Options(given.data, given.cache, given.quick, given.draws)
     rows = runner.run(table, how, given.networks, given.methods)
     said = facts(table.title, given, start, METHODS)
     pages.save(given.table, rows, packages=PACKAGES, folder=given.out, facts=said)

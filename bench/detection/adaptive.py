@@ -9,7 +9,6 @@ its attacks fails or is found (Granese et al., MEAD, 2022), at a threshold that 
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from bench.detection import networks  # noqa: F401
 from bench.detection.data import sets
@@ -40,26 +38,8 @@ IMAGES = (8, 100)
 _BATCH = 8
 
 
-def _resized(images: Tensor) -> Tensor:
-    """To nine tenths and back."""
-    size = images.shape[-2:]
-    less = [round(0.9 * side) for side in size]
-    resize = functools.partial(interpolate, mode="bilinear", antialias=True)
-    return resize(resize(images, size=less), size=size).clamp(0, 1)
-
-
-def _cropped(images: Tensor) -> Tensor:
-    """The middle nine tenths, enlarged."""
-    height, width = images.shape[-2:]
-    top, left = round(0.05 * height), round(0.05 * width)
-    middle = images[..., top : height - top, left : width - left]
-    return interpolate(middle, size=(height, width), mode="bilinear", antialias=True).clamp(0, 1)
-
-
 #: What happens to images between the attack and the network.
-WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "": lambda images: images, " after JPEG": sets.compress, " after resizing": _resized, " after a crop": _cropped,
-}  # fmt: skip
+WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {"": lambda images: images, " after JPEG": sets.compress}
 
 
 def measure(subject: Subject, count: int) -> list[dict[str, Any]]:

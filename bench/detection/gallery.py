@@ -5,7 +5,6 @@ python -m bench.detection.gallery --data DIR --cache CACHE
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -90,15 +89,14 @@ def manifold(out: Path) -> None:
 
 def main() -> None:
     """Draw all figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("detection-cache"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    manifold(given.out)
+    from bench.detection.__main__ import parser
+
+    given = parser("detection.gallery").parse_args()
+    out = given.out or RESULTS
+    manifold(out)
     subject = small("resnet20", Options(given.data, given.cache, True), 0)
-    histograms(subject, given.out)
-    layers(subject, given.out)
+    histograms(subject, out)
+    layers(subject, out)
 
 
 if __name__ == "__main__":

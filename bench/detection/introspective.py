@@ -100,7 +100,7 @@ def answers(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     two_stage = fitted(
         fit, DEFAULT_BLOCKS, classifier=IntrospectiveClassifier(max_epochs=1), challenges_per_input=3
     )
-    kept = subject.kept("images/generated/fit", dict)
+    kept = subject.kept("inputs/generated/fit", dict)
     groups = torch.from_numpy(kept["groups"])
     labels = subject.parts["fit"][1][groups]
     rows = blocks_of(subject, "generated/fit", torch.from_numpy(kept["inputs"]), ("features", "logits"))

@@ -89,8 +89,7 @@ def small(name: str, options: Options, draw: int) -> Subject:
         .to(memory_format=torch.channels_last)
     )
     assert isinstance(model, Classifier)
-    where = (4000, 0) if options.training else (count, draw * count - HELD_OUT)
-    fit = sets.load(options.data, "cifar10", "train", *where).labelled()
+    fit = sets.load(options.data, "cifar10", "train", count, draw * count - HELD_OUT).labelled()
     parts = {"fit": fit, "test": sets.load(options.data, "cifar10", "test", test, draw * test).labelled()}
     stages = [model.stem, *model.stages]
     return Subject(name, draw, model, parts, options.cache, stages, options.data, SMALL, case, options.quick)

@@ -22,8 +22,6 @@ Groups = dict[str, Values]
 Row = dict[str, Any]
 #: What stands for a package, a file or a property of a network that a method needs and does not find.
 ABSENT = (NotRun, ModuleNotFoundError, FileNotFoundError)
-#: Networks of which there are several draws.
-DRAWN = ("lite0", "resnet18", "resnet20", "news", "trial")
 WORST = "worst of the attacks (MEAD)"
 
 
@@ -146,7 +144,7 @@ def over(networks: Sequence[str], options: Options, measured: Callable[[Subject]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for name in networks:
-        for draw in range(options.draws if name in DRAWN else 1):
+        for draw in range(1 if name in ("lite1", "lite2") else options.draws):
             start = time.perf_counter()
             try:
                 subject = NETWORKS[name].make(options, draw)

@@ -56,7 +56,7 @@ def test_challenges_and_their_blocks_are_those_of_a_users_fit(subject: Subject) 
     fitted(fit, DEFAULT_BLOCKS)
     with mock.patch.object(fitting, "_read", lambda *given: direct.append(read(*given)) or direct[0]):
         TwoStageModel(subject.model, blocks=DEFAULT_BLOCKS, seed=0).fit(fit.loader(*subject.parts["fit"]))
-    kept = subject.kept("images/generated/fit", dict)
+    kept = subject.kept("inputs/generated/fit", dict)
     found = blocks_of(subject, "generated/fit", torch.from_numpy(kept["inputs"]), DEFAULT_BLOCKS)
     assert kept["kinds"].tolist() == direct[0].kinds.tolist()
     assert kept["groups"].tolist() == direct[0].groups.tolist()
