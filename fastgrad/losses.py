@@ -18,8 +18,8 @@ the largest logit ``i``: there a confident network makes them cancel to nothing.
 *leave-one-out* sums, which never form ``p_i - 1`` and in which all terms have one sign. Detectors take logarithms of
 these numbers, so relative accuracy is what counts, and ``log=True`` stays in log space where the square underflows.
 
-All functions are differentiable with respect to the logits and work on any leading shape; float16, bfloat16 and
-float32 are computed in float32, float64 in float64. Arguments are assumed to be checked (see ``functional``).
+All functions are differentiable with respect to the logits and work on any leading shape. Arguments are assumed to be
+checked.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def logits_of(net: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 #: What the detector of each form reads beside `USUAL`, what the default budget keeps of most networks.
-FORMS = {"default": (), "bias gradients": ("bias_gradients",), "all parameters": ("gradients",)}
+FORMS = {"default": (), "all parameters": ("gradients",)}
 #: Where a file comes from, by its suffix.
 RUNTIMES = {"pt2": "AOTInductor", "onnx": "ONNX Runtime"}
 #: What a file may differ by to be timed, relative, with the default blocks: a runtime has sums of its own, which the

@@ -22,9 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.gpu.compile_cases import DTYPES
+from bench.gpu.compile_cases import DTYPES, as_if_on
 from fastgrad.ops import tune
-from fastgrad.ops.triton import devices
 
 TARGETS = {
     name: GPUTarget("hip", name, 64) if arch.backend == "hip" else GPUTarget("cuda", arch.version, 32)
@@ -47,18 +46,17 @@ class Launch:
 def _catching(arch: str, caught: list[Launch]) -> Iterator[None]:
     """Collect launches instead of making them, as if the tensors were on a device of the given architecture."""
     jit = triton.runtime.jit.JITFunction
-    saved = (jit.run, devices.architecture, devices.check)
+    saved = jit.run
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         caught.append(_describe(kernel, args, kwargs))
 
     jit.run = run
-    devices.architecture = lambda tensor: tune.KNOWN_ARCHITECTURES[arch]
-    devices.check = lambda **tensors: None
     try:
-        yield
+        with as_if_on(tune.KNOWN_ARCHITECTURES[arch]):
+            yield
     finally:
-        jit.run, devices.architecture, devices.check = saved
+        jit.run = saved
 
 
 def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:

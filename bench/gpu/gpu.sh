@@ -4,8 +4,8 @@
 #     bash bench/gpu/gpu.sh --out DIR
 #     bash bench/gpu/gpu.sh --out DIR --dry-run      # every step on a CPU, in Triton's interpreter, at tiny sizes
 #
-# Needs a checkout, Python with PyTorch and Triton, and nothing else: no installation, no network. Where pytest, ncu or
-# compute-sanitizer are missing their step says so. A step that fails or takes too long does not stop the next; the
+# Needs a checkout, Python with PyTorch, Triton, pytest, pytest-benchmark and hypothesis: no installation, no network. What
+# is missing, ncu and compute-sanitizer too, its step says. A step that fails or takes too long does not stop the next; the
 # exit status is 0 only if all passed. Written to DIR: environment.txt, tests.txt, kernels.json, one JSON file a table,
 # ncu.csv, sanitizer.txt and, last, summary.md.
 set -u
@@ -70,7 +70,6 @@ rm -f "$out"/{environment.txt,tests.txt,last-layer.json,rows.json,network.json,e
 [ -n "$dry" ] || ! have nvidia-smi || step "nvidia-smi" 20 bash -c 'kept "$@"' kept "$out/environment.txt" nvidia-smi
 step "environment" 60 bash -c 'kept "$@"' kept "$out/environment.txt" "$python" -m fastgrad doctor
 
-step "kernels against float64" 120 bash -c 'kept "$@"' kept "$out/tests.txt" "$python" -m bench.gpu.check $tiny
 if imports pytest && imports hypothesis; then
     # On a device the tests of kernels and operators run on it, without the interpreter.
     if [ -n "$dry" ]; then
@@ -81,7 +80,7 @@ if imports pytest && imports hypothesis; then
     step "test suite" 150 bash -c 'kept "$@"' kept "$out/tests.txt" \
         "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
 else
-    skip "test suite" "pytest or hypothesis is not installed; the step before checked every kernel"
+    skip "test suite" "pytest or hypothesis is not installed: nothing says that the kernels are right"
 fi
 
 if imports pytest_benchmark; then

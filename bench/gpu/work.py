@@ -3,7 +3,7 @@
 ``loaded`` and ``stored`` count each element as often as the kernel names it, wherever it then comes from; ``memory``
 is the part that must cross the device's memory: every input once, every output once, and again what a later sweep no
 longer finds in the cache. Formulas are for cross-entropy without logarithm; ``tests/bench`` compares them with what
-the kernels do in the interpreter (``counter``).
+the kernels do in the interpreter.
 """
 
 from __future__ import annotations

@@ -9,23 +9,18 @@
 | `view`           | input                | 1                      | change of the answer under a zoom      |
 | `features`       | h                    | 0                      | what enters the last linear layer      |
 | `contrasts`      | h, logits            | 0                      | last-layer gradient norms, all classes |
-| `bias_gradients` | one backward pass    | up to 1.3              | signed gradients of biases             |
 | `gradients`      | 3 backward passes    | about 8                | gradient norms of every parameter      |
-| `ranked`         | 10 backward passes   | about 25               | contrasts through the whole network    |
 
 Detectors read the first four by default, the fifth where the budget allows a second forward pass; the others by name.
-`activations` and `bias_gradients` read layers; of networks that do little work for each number that they write, as
-those for mobile devices, the last layers alone: reading stays cheap beside the forward pass.
 """
 
 from __future__ import annotations
 
 from fastgrad.blocks.activations import Activations
-from fastgrad.blocks.bias_gradients import BiasGradients
 from fastgrad.blocks.block import Block
 from fastgrad.blocks.contrasts import Contrasts
 from fastgrad.blocks.features import Features
-from fastgrad.blocks.gradients import Gradients, Ranked
+from fastgrad.blocks.gradients import Gradients
 from fastgrad.blocks.image import Image
 from fastgrad.blocks.logits import Logits
 from fastgrad.blocks.roughness import Roughness
@@ -62,23 +57,19 @@ for _block in (
     View,
     Features,
     Contrasts,
-    BiasGradients,
     Gradients,
-    Ranked,
 ):
     register_block(_block)
 
 __all__ = [
     "BLOCKS",
     "Activations",
-    "BiasGradients",
     "Block",
     "Contrasts",
     "Features",
     "Gradients",
     "Image",
     "Logits",
-    "Ranked",
     "Roughness",
     "View",
     "register_block",

@@ -40,15 +40,11 @@ class Activations(Block):
         """A network without a layer whose channels could be read."""
         return None if subject.channels else "the network has no normalisation, convolutional or linear layer"
 
-    def places(self, subject: Subject) -> tuple[Channels, ...]:
-        """Where channels are read."""
-        return subject.sampled or subject.channels
-
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         """Every place's mean squares."""
         return tuple(
             Reading(place.path, functools.partial(mean_square, place, mask), copied=False)
-            for place in self.places(subject)
+            for place in subject.channels
         )
 
     def values(self, found: Pass) -> Tensor:

@@ -24,7 +24,7 @@ from fastgrad.scores.rows import Rows
 if TYPE_CHECKING:
     from fastgrad.blocks.passes import Pass, Signal, Wants
     from fastgrad.blocks.subject import Subject
-    from fastgrad.engine.run import Reading, Site
+    from fastgrad.engine.run import Reading
 
 Array = NDArray[np.float64]
 #: Name, rows, fitted score and meaning of a one-class score.
@@ -61,7 +61,6 @@ class Block:
         ranks: Numbers of dimensions that its tensor may have.
         shapes: The same in words.
         squared_norms: Whether it holds squared norms, which detectors take the logarithm of.
-        parameters: Whether it reads the norms of all parameters' gradients, by the plan of `GradientFeatures`.
     """
 
     name: ClassVar[str]
@@ -69,7 +68,6 @@ class Block:
     ranks: ClassVar[tuple[int, ...]] = (2,)
     shapes: ClassVar[str]
     squared_norms: ClassVar[bool] = False
-    parameters: ClassVar[bool] = False
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments that make this block again (JSON)."""
@@ -88,20 +86,14 @@ class Block:
         return ()
 
     def signals(self, subject: Subject) -> tuple[Signal, ...]:
-        """What it sends back from the logits; blocks with the same signals share one batched backward pass."""
-        return ()
-
-    def sites(self, subject: Subject) -> tuple[Site, ...]:
-        """What it reads in that backward pass, which goes no further than the earliest of all sites."""
+        """What it sends back from the logits, for the squared norms of all parameters' gradients."""
         return ()
 
     def wants(self, subject: Subject, mask: Tensor | None) -> Wants:
         """All that it needs of a pass."""
         from fastgrad.blocks.passes import Wants
 
-        return Wants(
-            self.readings(subject, mask), self.sites(subject), self.signals(subject), self.parameters
-        )
+        return Wants(self.readings(subject, mask), self.signals(subject))
 
     def values(self, found: Pass) -> Tensor:
         """The block ``(B, ...)`` from what a pass has found."""

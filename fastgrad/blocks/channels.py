@@ -1,14 +1,12 @@
 """Where a network's channels are read: the outputs of its normalisation layers, or of its layers where those say less.
 
 A normalised channel has the same scale in every input of the training distribution, so its mean square over
-positions says how unusual an input is; and the gradient of its bias is the sum of the output's gradient. A network
-that does not normalise is read at the outputs of its convolutional, linear, recurrent and attention layers; and so is
-one with layer norms, which give every position of every input the same scale, however unusual it is.
+positions says how unusual an input is. A network that does not normalise is read at the outputs of its convolutional,
+linear, recurrent and attention layers; and so is one with layer norms, which give every position of every input the
+same scale, however unusual it is.
 
-Reading is to cost little beside the forward pass. A backward pass reads every number that a place puts out. Where a
-network computes little for each of them, as one of depthwise convolutions does, it reads the last layers, and not the
-first, which write the most. A forward pass needs no more of a map than a coarse grid of its positions, and neighbouring
-layers say nearly the same: it reads a few places from the first layers to the last.
+Reading is to cost little beside the forward pass. Of a map a coarse grid of positions says enough, and neighbouring
+layers say nearly the same.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from fastgrad._torch import BatchNorm, ConvNd, InstanceNorm, is_traced
 #: Fewer places of one kind than this say little, and the next kind is read instead.
 _LEAST = 2
 #: Of the forward pass's operations, the share of numbers that are read at most: a tenth of its time or so.
-READ = 1 / 600
+_READ = 1 / 600
 #: Places that a forward pass reads at most, and positions along an axis of a map that are still read one by one.
 _SPREAD, _GRID = 12, 8
 _CHANNELS_FIRST = (BatchNorm, InstanceNorm, nn.GroupNorm, nn.LocalResponseNorm, ConvNd)
@@ -45,16 +43,12 @@ class Channels:
         path: The module whose output is read; of several tensors, the first.
         dim: Where the channels lie, 1 or -1; all dimensions but this and the batch are positions.
         count: How many there are.
-        depth: Share of the forward pass's operations that come before the output, from 0 to 1.
-        share: Numbers that this place and all later ones put out, over the forward pass's operations.
         grid: Of a map, each axis with more positions is read at fewer than so many; 0 for all.
     """
 
     path: str
     dim: int
     count: int
-    depth: float
-    share: float = 0.0
     grid: int = 0
 
 
@@ -97,7 +91,10 @@ def channel_dim(module: nn.Module, shape: tuple[int, ...]) -> int | None:
 
 
 def choose(seen: Sequence[tuple[nn.Module, Channels, int]], operations: float) -> tuple[Channels, ...]:
-    """Of all places seen in a forward pass, in order, those that say what is read of this network.
+    """Of all places seen in a forward pass, in order, those that are read of this network.
+
+    Of maps these are a few from the first to the last, on a grid. Of tokens, whose first layers are words, they are the
+    last ones: as many as the network's operations bear, and two in any case.
 
     Args:
         seen: The module, the place and how many numbers it puts out for one sample.
@@ -106,21 +103,19 @@ def choose(seen: Sequence[tuple[nn.Module, Channels, int]], operations: float) -
     norms = [found for found in seen if is_normalization(found[0])]
     steady = [found for found in norms if not is_layer_norm(found[0])]
     layers = [found for found in seen if is_layer(found[0])]
-    enough = (places for places in (steady, layers) if len(places) >= _LEAST)
+    picked = next((places for places in (steady, layers) if len(places) >= _LEAST), layers or norms)
+    if all(place.dim == 1 for _, place, _ in picked):
+        step = -(-len(picked) // _SPREAD) or 1
+        few = picked[(len(picked) - 1) % step :: step]
+        return tuple(dataclasses.replace(place, grid=_GRID) for _, place, _ in few)
     found: list[Channels] = []
     numbers = 0
-    for _, place, count in reversed(next(enough, layers or norms)):
+    for _, place, count in reversed(picked):
         numbers += count
-        found.append(dataclasses.replace(place, share=numbers / max(1, operations)))
+        if numbers > _READ * operations and len(found) >= _LEAST:
+            break
+        found.append(place)
     return tuple(reversed(found))
-
-
-def spread(places: Sequence[Channels]) -> tuple[Channels, ...]:
-    """Of maps, a few places from the first to the last, on a grid; none of tokens, whose first layers are words."""
-    if any(place.dim != 1 for place in places):
-        return ()
-    step = -(-len(places) // _SPREAD) or 1
-    return tuple(dataclasses.replace(place, grid=_GRID) for place in places[(len(places) - 1) % step :: step])
 
 
 def sampled(value: Tensor, grid: int) -> Tensor:
@@ -139,11 +134,6 @@ def sampled(value: Tensor, grid: int) -> Tensor:
     inside = (..., *(slice(None if step == 1 else 1, None) for step in steps))
     result: Tensor = pool(value, 1, steps)[inside]
     return result
-
-
-def last(places: Sequence[Channels], share: float) -> tuple[Channels, ...]:
-    """Those from which on at most ``share`` of the operations is read in numbers; two, if there are, in any case."""
-    return tuple(place for i, place in enumerate(places) if place.share <= share or i >= len(places) - _LEAST)
 
 
 def positions(value: Tensor, dim: int, mask: Tensor | None) -> Tensor | None:

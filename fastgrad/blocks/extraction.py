@@ -149,7 +149,7 @@ class Extraction:
         self, subject: Subject, args: Any, kwargs: Any, samples: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         plan = None
-        if any(block.parameters for block in self.blocks):
+        if any(block.signals(subject) for block in self.blocks):
             plan = self._network.plan(args, kwargs, samples)
         mask = None if subject.mask is None else kwargs[subject.mask]
         wants = {block.name: block.wants(subject, mask) for block in self.blocks}

@@ -1,11 +1,10 @@
-"""Squared gradient norms of every parameter: for three signals, or for the contrasts of the likeliest classes."""
+"""Squared gradient norms of every parameter, for three signals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fastgrad import losses
@@ -16,27 +15,11 @@ from fastgrad.scores.rows import Rows
 
 #: Backward pass and norms of one signal: about a training step's backward pass.
 BACKWARD = 2.5
-#: Classes whose contrasts are sent back.
-RANKS = 10
 
 
 def of_loss(loss: str, target: str) -> Signal:
     """The gradient of ``loss`` against a fixed ``target``."""
     return Signal(f"{loss}-{target}", lambda logits: losses.delta(logits, target, loss=loss))
-
-
-def of_rank(rank: int) -> Signal:
-    """The gradient of cross-entropy against the class of the given rank, 0 for the predicted one."""
-
-    def delta(logits: Tensor) -> Tensor:
-        return losses.delta(logits, class_of_rank(logits, rank), loss="cross_entropy")
-
-    return Signal(f"cross_entropy-rank{rank}", delta)
-
-
-def class_of_rank(logits: Tensor, rank: int) -> Tensor:
-    """The class of the given rank, 0 for the predicted one: ``(B, N)`` to ``(B,)``."""
-    return torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, rank]
 
 
 #: Three losses whose gradients say different things about a sample.
@@ -59,7 +42,6 @@ class Gradients(Block):
     ranks: ClassVar[tuple[int, ...]] = (2, 3)
     shapes = "(B, P) or (B, S, P)"
     squared_norms = True
-    parameters = True
 
     def price(self, subject: Subject) -> float:
         """Backward passes with the norms of every parameter."""
@@ -71,9 +53,7 @@ class Gradients(Block):
 
     def values(self, found: Pass) -> Tensor:
         """Norms or their logarithms, as the pass is asked for."""
-        back = found.back(self.name)
-        assert back.parameters is not None  # this block asks for them
-        return back.squared(back.parameters)
+        return found.squared_norms(self.name)
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
@@ -84,20 +64,3 @@ class Gradients(Block):
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         """The logarithms."""
         return Rows.fit(blocks, cls.name, log=settings.log)
-
-
-class Ranked(Gradients):
-    """Squared gradient norms of every parameter for "why not Q?", Q the K classes of highest logit, ``(B, K, P)``.
-
-    The contrasts of Prabhushankar and AlRegib, "Introspective Learning: A Two-Stage Approach for Inference in Neural
-    Networks" (2022), through the whole network; by rank, so that what is learned does not depend on class names.
-    """
-
-    name = "ranked"
-    alarm = "an unusual pattern of what would have to change for another answer"
-    ranks: ClassVar[tuple[int, ...]] = (3,)
-    shapes = "(B, K, P)"
-
-    def signals(self, subject: Subject) -> tuple[Signal, ...]:
-        """One for each rank."""
-        return tuple(of_rank(rank) for rank in range(min(RANKS, subject.classes)))

@@ -29,12 +29,11 @@ class Subject:
         head: Name of the linear layer that gave the logits, its input one row ``(B, D)`` a sample; None where
             there is none.
         bias: Whether that layer has a bias.
-        channels: Where a backward pass reads channels, in the order of the forward pass.
+        channels: Where channels are read, in the order of the forward pass.
         image: Place among the inputs of the one image tensor ``(B, C, H, W)``, an index or a keyword; None
             where there is none or several.
         mask: Keyword of the input that marks the positions of a text ``(B, T)``, or None.
         written: Bytes that the forward pass of one sample writes.
-        sampled: Where the forward pass reads channels, if not at all of those.
         first: The module whose output are the first normalised, or else convolved, maps ``(B, C, H, W)``, or None.
     """
 
@@ -45,7 +44,6 @@ class Subject:
     image: int | str | None
     mask: str | None
     written: float
-    sampled: tuple[Channels, ...] = ()
     first: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -55,11 +53,7 @@ class Subject:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Subject:
         """The inverse of `to_json`."""
-        places = {
-            name: tuple(Channels(**place) for place in stored.get(name, ()))
-            for name in ("channels", "sampled")
-        }
-        return cls(**{**stored, **places})
+        return cls(**{**stored, "channels": tuple(Channels(**place) for place in stored["channels"])})
 
 
 class _Operations(DispatchMode):
@@ -85,7 +79,7 @@ class _Watch:
     """One forward pass with what every module put out."""
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self.seen: list[tuple[str, nn.Module, Any, Tensor, float]] = []
+        self.seen: list[tuple[str, nn.Module, Any, Tensor]] = []
         shadow = Shadow(model)
         operations = _Operations()
 
@@ -93,7 +87,7 @@ class _Watch:
             def leave(_: nn.Module, inputs: Any, __: Any, output: Any) -> None:
                 value = channels.output_of(output)
                 if value is not None and value.is_floating_point():
-                    self.seen.append((path, module, inputs, value, operations.total))
+                    self.seen.append((path, module, inputs, value))
 
             attach(shadow.modules[id(module)], leave)
 
@@ -144,7 +138,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
     head = next(
         (
             (path, module)
-            for path, module, inputs, value, _ in reversed(three.seen)
+            for path, module, inputs, value in reversed(three.seen)
             if isinstance(module, nn.Linear)
             and inputs
             and inputs[0].dim() == 2
@@ -156,19 +150,16 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     images = [place for place, value in given if is_image(value)]
     found = _places(three, two, None if head is None else head[0])
-    places = channels.choose(
-        [(module, place, value.numel()) for module, place, value in found], three.operations / 3
-    )
+    seen = [(module, place, value.numel()) for module, place, value in found]
     mask = kwargs.get("attention_mask")
     return Subject(
         classes=logits.shape[1],
         head=None if head is None else head[0],
         bias=head is not None and getattr(head[1], "bias", None) is not None,
-        channels=channels.last(places, channels.READ),
+        channels=channels.choose(seen, three.operations / 3),
         image=images[0] if len(images) == 1 else None,
         mask="attention_mask" if isinstance(mask, Tensor) and mask.dim() == 2 else None,
         written=three.written / 3,
-        sampled=channels.spread(places),
         first=_first(found),
     )
 
@@ -179,15 +170,14 @@ def _places(three: _Watch, two: _Watch, head: str | None) -> list[tuple[nn.Modul
     The layer of the logits says nothing new.
     """
     calls = [path for path, *_ in three.seen]
-    fewer = {path: value for path, _, _, value, _ in two.seen}
+    fewer = {path: value for path, _, _, value in two.seen}
     found = []
-    for path, module, _, value, before in three.seen:
+    for path, module, _, value in three.seen:
         dim = channels.channel_dim(module, tuple(value.shape))
         alone = calls.count(path) == 1 and path != head and path in fewer
         if dim is None or not alone or value.shape[0] != 3 or fewer[path].shape[0] != 2:
             continue
-        place = Channels(path, dim, value.shape[dim], before / three.operations)
-        found.append((module, place, value[0]))
+        found.append((module, Channels(path, dim, value.shape[dim]), value[0]))
     return found
 
 

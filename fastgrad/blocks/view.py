@@ -36,22 +36,20 @@ class View(Block):
 
     Args:
         zoom: Share of height and width that the view keeps.
-        mirror: Whether the view is mirrored as well: only where a mirror image keeps its label, which digits,
-            letters and signs do not.
     """
 
     name = "view"
     alarm = "an answer that changes when the image is enlarged a little"
     shapes = "(B, 1)"
 
-    def __init__(self, zoom: float = 0.9, mirror: bool = False) -> None:
+    def __init__(self, zoom: float = 0.9) -> None:
         if not 0.5 <= zoom < 1:
             raise ValueError(f"zoom must lie in [0.5, 1); it was {zoom!r}")
-        self.zoom, self.mirror = zoom, mirror
+        self.zoom = zoom
 
     def options(self) -> dict[str, Any]:
-        """Zoom and mirror."""
-        return {"zoom": self.zoom, "mirror": self.mirror}
+        """The zoom."""
+        return {"zoom": self.zoom}
 
     def refusal(self, subject: Subject) -> str | None:
         """Inputs that hold no image, or several."""
@@ -67,8 +65,7 @@ class View(Block):
         h, w = max(1, round(height * self.zoom)), max(1, round(width * self.zoom))
         top, left = (height - h) // 2, (width - w) // 2
         part = images[..., top : top + h, left : left + w]
-        view = F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)
-        return view.flip(-1) if self.mirror else view
+        return F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)
 
     def values(self, found: Pass) -> Tensor:
         """The logarithm of the divergence."""

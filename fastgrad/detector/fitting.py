@@ -279,7 +279,7 @@ def _price(
         return fit_to_budget(two_stage.model, blocks, x, two_stage.budget, subject=subject, answer=answer)
     predicted = 1 + sum(block.price(subject) for block in blocks)
     names = tuple(block.name for block in blocks)
-    return PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x))
+    return PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x), math.nan)
 
 
 class Answers(NamedTuple):

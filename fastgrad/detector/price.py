@@ -1,8 +1,9 @@
 """The price of a set of blocks, measured as it will run, and the part of the set that fits a limit.
 
 A price is the time of an answer over that of the plain network on the same inputs and device, measured in turns, so
-that a machine that slows down slows both. It holds for batches of the measured size: each call has a fixed cost, which
-small networks on single inputs feel most.
+that a machine that slows down slows both. It holds for batches of the measured size, the loader's: each call has a
+fixed cost, which fast networks on single inputs feel most. So the price of single inputs is measured as well, and said
+where it is above the limit; no block that is left out brings it down by much.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class PriceReport:
         limit: What the price may be.
         error: Standard error of ``measured``.
         batch: Inputs at a time while it was measured.
+        single: The price of one input at a time.
     """
 
     blocks: tuple[str, ...]
@@ -52,6 +54,7 @@ class PriceReport:
     limit: float
     error: float
     batch: int
+    single: float
 
     def to_json(self) -> dict[str, Any]:
         """For storage."""
@@ -63,15 +66,6 @@ class PriceReport:
         limit = math.inf if stored["limit"] is None else stored["limit"]
         dropped = tuple((str(name), str(why)) for name, why in stored["dropped"])
         return cls(**{**stored, "limit": limit, "blocks": tuple(stored["blocks"]), "dropped": dropped})
-
-    def __str__(self) -> str:
-        lines = [
-            f"blocks: {', '.join(self.blocks)}",
-            f"price: {self.predicted:.2f} forward passes predicted, {self.measured:.2f} +- {self.error:.2f} measured "
-            f"on batches of {self.batch}; limit {self.limit:g}",
-            *(f"without {name}: {why}" for name, why in self.dropped),
-        ]
-        return "\n".join(lines)
 
 
 def fit_to_budget(
@@ -117,7 +111,8 @@ def fit_to_budget(
     make = extraction if answer is None else answer
     x = _part(model, x)
     while True:
-        measured, error = price(model, make(tuple(kept)), x, limit)
+        run = make(tuple(kept))
+        measured, error = price(model, run, x, limit)
         if measured <= limit or len(kept) == 1:
             break
         dropped.append((kept.pop().name, f"with it {measured:.2f} forward passes, above {limit:g}"))
@@ -130,7 +125,10 @@ def fit_to_budget(
         )
     predicted = 1 + sum(block.price(subject) for block in kept)
     names = tuple(block.name for block in kept)
-    return PriceReport(names, predicted, measured, tuple(dropped), limit, error, batch_size(x))
+    samples, single = batch_size(x), measured
+    if samples > 1:
+        single, _ = price(model, run, take(x, slice(0, 1), samples), limit)
+    return PriceReport(names, predicted, measured, tuple(dropped), limit, error, samples, single)
 
 
 def price(

@@ -72,7 +72,7 @@ class Report:
     def from_json(cls, stored: Mapping[str, Any]) -> Report:
         """The inverse of `to_json`."""
         price = {
-            name: math.nan if value is None and name in ("measured", "error") else value
+            name: math.nan if value is None and name in ("measured", "error", "single") else value
             for name, value in stored["price"].items()
         }
         gains = stored["gains"]
@@ -92,6 +92,10 @@ class Report:
             else f"{self.price.measured:.2f} +- {self.price.error:.2f} measured on batches of {self.price.batch}, "
             f"limit {self.price.limit:g}"
         )
+        if self.price.single > self.price.limit:
+            measured += (
+                f"; {self.price.single:.2f} on single inputs, above it: answer batches, or export a file"
+            )
         form = "held out, so rates are exact" if self.exact else "each scored by what was fitted without it"
         lines = [
             f"blocks        {', '.join(self.kept)}",

@@ -1,8 +1,7 @@
-"""``clip_gradients``: every sample's gradient clipped, without any of them being stored.
+"""``clip_gradients``: every sample's gradient clipped (Abadi et al., 2016), without any of them being stored.
 
-The norms come from one backward pass. They give each sample a factor ``min(1, max_norm / norm)``, and a second backward
-pass over the same forward graph, of the losses times their factors, sums the clipped gradients. Abadi et al., 2016
-(arXiv:1607.00133) clip; Li et al., 2022 (arXiv:2110.05679) do it in two passes.
+The norms come from one backward pass. A second one, of the losses times ``min(1, max_norm / norm)``, sums the clipped
+gradients (Li et al., 2022, arXiv:2110.05679).
 """
 
 from __future__ import annotations
@@ -25,13 +24,11 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
     """Context of a training step whose gradients are clipped sample by sample.
 
     Inside, call ``model`` once, compute one loss for each sample and call `backward`: it adds the sum of the samples'
-    clipped gradients to ``.grad``, as ``losses.sum().backward()`` would add the sum of their gradients. Micro-batches
-    accumulate: each is one more call of the model and of `backward`. Noise and privacy accounting are not done here;
-    Opacus' optimizers take the ``.grad`` that this leaves.
+    clipped gradients to ``.grad``. Micro-batches accumulate: each is one more call of the model and of `backward`.
+    Noise and privacy accounting are not done here; Opacus' optimizers take the ``.grad`` that this leaves.
 
-    Modules keep their mode: with dropout, norms and gradients are those of the same draw. Frozen parameters
-    (``requires_grad`` False) are left out of norms and gradients. Under ``DistributedDataParallel`` ranks average, as
-    always: ``.grad`` becomes the sum of all clipped gradients over the number of ranks. Lengths hold up to rounding:
+    Modules keep their mode: with dropout, norms and gradients are those of the same draw. Frozen parameters are left
+    out of norms and gradients. Under ``DistributedDataParallel`` ranks average, as always. Lengths hold up to rounding:
     compute the losses in float32 where the model runs in half precision.
 
     Args:
@@ -43,9 +40,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If a norm is not positive and finite, a group has no trainable parameter or a trainable parameter
-            no group, or for a model that `record` refuses. Batch norm in training mode is refused: it normalises with
-            the statistics of the batch, so that one sample changes the gradients of all others, and no clipping can
-            bound what it does.
+            no group, or for a model that `record` refuses, as with batch norm in training mode: there one sample
+            changes the gradients of all others, which no clipping bounds.
 
     Example::
 

@@ -1,9 +1,7 @@
-"""Public stateless functions on the last layer: squared gradient norms of all contrasts, introspective rows.
+"""Stateless functions on the last layer ``z = W h + b``: squared gradient norms of all contrasts, introspective rows.
 
-Shapes: ``B`` stands for any leading shape, ``N`` for the classes, ``D`` for the features that enter the last layer
-``z = W h + b``. For one sample every gradient of that layer is rank one, ``delta h^T`` with ``delta = dL/dz``, so all
-of this follows from features and logits alone: no backward pass, no graph, no ``(N, D)`` gradient. The losses and
-their numerics are described in :mod:`fastgrad.losses`.
+One sample's gradient of that layer is rank one, ``delta h^T`` with ``delta = dL/dz``. So all of this follows from the
+``D`` features and ``N`` logits, without a backward pass. The losses stand in :mod:`fastgrad.losses`.
 """
 
 from __future__ import annotations
@@ -20,8 +18,6 @@ from fastgrad.ops.last_layer import contrast as contrast_op
 from fastgrad.ops.last_layer import linear_contrast as linear_op
 from fastgrad.ops.last_layer import rows as rows_op
 from fastgrad.ops.last_layer import target as target_op
-
-ROWS = ("diagonal", "full")
 
 
 class ContrastStats(NamedTuple):
@@ -68,9 +64,7 @@ def contrast_sqnorm(
         TypeError: A tensor is missing or not floating.
         ValueError: Shapes or devices do not fit, an option is unknown, or ``impl="triton"`` cannot serve the tensors.
     """
-    _options(loss, reduction, bias=bias, log=log)
-    leading = _head_pair(features, logits)
-    choose(impl, logits)
+    leading = _head_pair(features, logits, loss, reduction, impl, bias=bias, log=log)
     norms = contrast_op.contrast_sqnorm(
         _matrix(features), _matrix(logits), loss, bias, log, reduction == "mean", impl
     )
@@ -101,10 +95,8 @@ def target_sqnorm(
         TypeError: A tensor is missing or has the wrong kind of dtype.
         ValueError: A label is out of range, or as in :func:`contrast_sqnorm`.
     """
-    _options(loss, reduction, bias=bias, log=log)
-    leading = _head_pair(features, logits)
+    leading = _head_pair(features, logits, loss, reduction, impl, bias=bias, log=log)
     check_target(target, logits)
-    choose(impl, logits)
     if isinstance(target, str):
         kind, label = target, None
     elif target.is_floating_point():
@@ -140,9 +132,7 @@ def linear_contrast_sqnorm(
         TypeError: A tensor is missing, not floating, or of another dtype than the features.
         ValueError: As in :func:`contrast_sqnorm`.
     """
-    _options(loss, reduction, log=log)
-    _linear(features, weight, bias)
-    choose(impl, features)
+    _linear(features, weight, bias, loss, reduction, impl, log=log)
     logits, norms = linear_op.linear_contrast_sqnorm(
         _matrix(features), weight, bias, loss, log, reduction == "mean", impl
     )
@@ -166,14 +156,8 @@ def linear_contrast_stats(
 
     Returns:
         :class:`ContrastStats` of tensors ``(...)``, float32 (float64 for float64).
-
-    Raises:
-        TypeError: As in :func:`linear_contrast_sqnorm`.
-        ValueError: As in :func:`linear_contrast_sqnorm`.
     """
-    _options(loss, reduction)
-    _linear(features, weight, bias)
-    choose(impl, features)
+    _linear(features, weight, bias, loss, reduction, impl)
     stats = linear_op.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction == "mean", impl)
     return ContrastStats(*stats.reshape(*features.shape[:-1], 5).unbind(-1))
 
@@ -194,14 +178,9 @@ def contrast_rows(features: Tensor, logits: Tensor, *, loss: str = "mse", rows: 
     Returns:
         ``(..., N, D)``, or ``(..., N, N, D)`` for ``"full"`` with ``[..., k, j, :]`` the row j of contrast k; float32
         (float64 for float64 logits).
-
-    Raises:
-        TypeError: As in :func:`contrast_sqnorm`.
-        ValueError: As in :func:`contrast_sqnorm`.
     """
-    _options(loss)
-    checks.one_of("rows", rows, ROWS)
-    _head_pair(features, logits)
+    checks.one_of("rows", rows, ("diagonal", "full"))
+    _head_pair(features, logits, loss)
     h = features.to(losses.compute_dtype(logits.dtype))
     if rows == "diagonal":
         return losses.contrast_diagonal(logits, loss=loss).unsqueeze(-1) * h.unsqueeze(-2)
@@ -230,13 +209,8 @@ def contrast_rows_linear(
 
     Returns:
         ``(..., U)``, float32 (float64 for float64 features).
-
-    Raises:
-        TypeError: As in :func:`contrast_sqnorm`.
-        ValueError: As in :func:`contrast_sqnorm`.
     """
-    _options(loss)
-    leading = _head_pair(features, logits)
+    leading = _head_pair(features, logits, loss)
     checks.is_float("weight", weight)
     checks.same_device("weight", weight, "features", features)
     width = features.shape[-1] * logits.shape[-1]
@@ -280,7 +254,7 @@ def check_target(target: str | Tensor, logits: Tensor) -> None:
         raise ValueError(f"target must hold class indices from 0 to {classes - 1}; it held {worst}")
 
 
-def _options(loss: str, reduction: str = "sum", **flags: object) -> None:
+def _options(loss: str, reduction: str, flags: dict[str, object]) -> None:
     checks.one_of("loss", loss, losses.LOSSES)
     checks.one_of("reduction", reduction, losses.REDUCTIONS)
     for name, value in flags.items():
@@ -292,8 +266,11 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-def _head_pair(features: Tensor, logits: Tensor) -> tuple[int, ...]:
-    """Check features against logits and return their leading shape."""
+def _head_pair(
+    features: Tensor, logits: Tensor, loss: str, reduction: str = "sum", impl: str = "auto", **flags: object
+) -> tuple[int, ...]:
+    """Check options, and features against logits; return their leading shape."""
+    _options(loss, reduction, flags)
     checks.is_float("features", features)
     checks.is_float("logits", logits)
     if features.dim() < 1:
@@ -310,10 +287,20 @@ def _head_pair(features: Tensor, logits: Tensor) -> tuple[int, ...]:
         raise TypeError(
             f"features and logits must both be float64 or neither; they were {features.dtype} and {logits.dtype}"
         )
+    choose(impl, logits)
     return tuple(logits.shape[:-1])
 
 
-def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _linear(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss: str,
+    reduction: str,
+    impl: str,
+    **flags: object,
+) -> None:
+    _options(loss, reduction, flags)
     checks.is_float("features", features)
     checks.is_float("weight", weight)
     if features.dim() < 1:
@@ -328,6 +315,7 @@ def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _bias(bias, weight)
     if bias is not None:
         _same_dtype("bias", bias, features)
+    choose(impl, features)
 
 
 def _bias(bias: Tensor | None, weight: Tensor) -> None:

@@ -30,8 +30,8 @@ from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose
 Target = str | int | Tensor | Callable[[Tensor], Tensor]
 
 
-# On a CPU large tensors come fresh from the system at every call, page by page, which took a tenth of the time of
-# ResNet-18 at B = 64; pieces of the batch of about this many bytes (and at least so many samples) are reused.
+# On a CPU the pages of large tensors come fresh from the system at every call; pieces of the batch of about this many
+# bytes (and at least so many samples) are reused.
 _CPU_WORKING_SET = 640 << 20
 _CPU_SAMPLES = 16
 
@@ -39,12 +39,9 @@ _CPU_SAMPLES = 16
 class GradientFeatures:
     """Squared L2 norms of the gradient of every parameter, for every sample, from one backward pass.
 
-    The model itself is only read: each call runs a private copy of its module tree (in evaluation mode, sharing
-    its tensors), so training mode, ``requires_grad``, ``.grad`` and hooks stay as they are, frozen parameters
-    get features all the same, and several threads may use one model.
-
-    The first call on a new structure of inputs watches the model on three of the samples to choose a route for
-    each parameter, and compares the result with autograd once.
+    Each call runs a private copy of the module tree, in evaluation mode, which shares the model's tensors. The model
+    stays as it is, frozen parameters get features all the same, and several threads may use one model. The first call
+    on a new structure of inputs chooses a route for each parameter and compares the result with autograd once.
 
     Args:
         model: Maps a batch to logits ``(B, N)``; see `fastgrad.batches.logits_of` for the kinds of outputs it may have.
@@ -204,19 +201,14 @@ class GradientFeatures:
         return ordinary(target)
 
     def report(self) -> list[Route]:
-        """The route taken for each parameter and why, as chosen by the latest call on a new input structure.
-
-        Raises:
-            RuntimeError: Before the first call.
-        """
+        """Return the route of each parameter and why; RuntimeError before the first call."""
         return self._network.routes()
 
     def trace(self, *args: Any, **kwargs: Any) -> torch.fx.GraphModule:
-        """Trace the extraction to one flat graph of tensor operations, backward pass included.
+        """Trace the extraction, backward pass included, to one flat graph that can be compiled or exported.
 
-        The batch stays dynamic, other sizes are those of the example. The graph holds the model's present
-        parameters, needs neither the model nor Python's autograd, and can be compiled or given to
-        ``torch.export``. Joined signals and contrasts become one backward pass each.
+        The batch stays dynamic, other sizes are those of the example. The graph holds the model's present parameters.
+        Joined signals and contrasts become one backward pass each.
 
         Args:
             *args: An example batch of at least two samples on the model's device.

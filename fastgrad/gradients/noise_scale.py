@@ -14,11 +14,9 @@ class NoiseScale:
     """How large a batch may be before its gradient hardly improves: ``tr(Sigma) / |G|^2``.
 
     ``G`` is the true gradient of the mean loss and ``Sigma`` the covariance of single samples' gradients. A step on a
-    batch of that many samples makes half the progress of a step along ``G``; larger batches gain less and less.
-
-    A batch gives an unbiased estimate of each of the two terms, not of their quotient. The estimates are noisy, so that
-    each is averaged over batches before they are divided. With ``s`` the mean of the B squared norms of the samples'
-    gradients and ``b`` the squared norm of their mean, the estimates are (appendix A.1, batches of sizes 1 and B)::
+    batch of that many samples makes half the progress of a step along ``G``. Unbiased estimates of the two terms are
+    averaged over batches before they are divided. With ``s`` the mean of the B squared norms of the samples' gradients
+    and ``b`` the squared norm of their mean, they are (appendix A.1, batches of sizes 1 and B)::
 
         |G|^2 = (B b - s) / (B - 1)        tr(Sigma) = B (s - b) / (B - 1)
 

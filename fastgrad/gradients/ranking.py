@@ -1,8 +1,6 @@
-"""``rank_samples``: which samples of a data set a network learns most from, or should not have been asked to learn.
+"""``rank_samples``: GraNd and EL2N of every sample (Paul et al., 2021, arXiv:2107.07075).
 
-A sample whose gradient is large long after training has begun is one that the rest of the data contradicts: rare, hard,
-or labelled wrongly. Paul et al., 2021 (arXiv:2107.07075) rank by the norm of the gradient (GraNd) and, without a
-backward pass, by the length of the error of the probabilities (EL2N).
+A sample whose gradient is large long after training has begun is rare, hard, or labelled wrongly.
 """
 
 from __future__ import annotations
@@ -79,9 +77,8 @@ def rank_samples(
 ) -> SampleTable:
     """Norms of every sample's gradient of the cross-entropy, and what is known of it without a backward pass.
 
-    The model runs as a private copy in evaluation mode on its own device, batch by batch as the loader gives them.
-    Norms of several models of one kind, or of one at several times in training, say more than those of a single one:
-    average their columns.
+    The model runs as a private copy in evaluation mode on its own device. Averages over several models of one kind, or
+    over several times in training, say more than one table.
 
     Args:
         model: Maps a batch to logits ``(B, N)``.

@@ -53,10 +53,9 @@ _Recording = TypeVar("_Recording", bound="record")
 class record:  # noqa: N801 - reads as a statement: ``with record(model):``
     """Context in which calls of ``model``, or of its submodules, by this thread can be asked for squared norms.
 
-    Inside, ordinary calls and ordinary backward passes work as always, and modules keep their mode (batch norm
-    must be in evaluation mode). While the context is open, ``forward`` of the model's modules is redirected on
-    the instances; other threads run through to the original, and leaving the context puts it back, also after
-    an exception. Activation checkpointing (``use_reentrant=False``) and gradient accumulation work as always.
+    Inside, ordinary calls and backward passes work as always, and modules keep their mode (batch norm must be in
+    evaluation mode). ``forward`` of the model's modules is redirected on the instances for this thread; leaving the
+    context puts it back. Activation checkpointing (``use_reentrant=False``) and gradient accumulation work as always.
 
     Args:
         model: The model to be called inside. Of ``DistributedDataParallel`` the module it wraps is recorded, and of

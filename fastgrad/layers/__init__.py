@@ -25,7 +25,7 @@ from fastgrad.layers.norm import (
     RMS_NORM_OF_TRANSFORMERS,
 )
 from fastgrad.layers.recurrent import RECURRENT
-from fastgrad.layers.registry import RULES, LayerRule, ReplayRule, find_rule, register_replay, register_rule
+from fastgrad.layers.registry import RULES, LayerRule, ReplayRule, find_rule, register_rule
 
 RULES.update(
     {
@@ -65,4 +65,4 @@ RULES.update(
     }
 )
 
-__all__ = ["RULES", "LayerRule", "ReplayRule", "find_rule", "register_replay", "register_rule"]
+__all__ = ["RULES", "LayerRule", "ReplayRule", "find_rule", "register_rule"]

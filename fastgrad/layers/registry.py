@@ -16,8 +16,6 @@ ReplayFunction = Callable[
 ]
 #: ``(module, input) -> (output gradient -> input gradient)`` of a layer in evaluation mode, or None.
 InputGradient = Callable[[nn.Module, Tensor], "Callable[[Tensor], Tensor] | None"]
-#: ``module -> reason`` why this very module cannot use the rule, or None.
-Unsupported = Callable[[nn.Module], "str | None"]
 
 
 @dataclass(frozen=True)
@@ -26,23 +24,19 @@ class LayerRule:
 
     Attributes:
         name: The family, as it appears in ``GradientFeatures.report()``.
-        function: ``(module, input, output gradient) -> {own parameter: (B,)}``. Both tensors carry the batch
-            in dimension 0; the module is a private copy which shares the user's tensors, in evaluation mode except
-            within ``record``.
-        positions: Whether further dimensions may stand between the batch and the layer's own dimensions, as
-            they do when a network folds windows or frames into the batch.
-        unsupported: Says why a particular module needs the general fallback, or None.
-        in_place: Whether the layer's output may be handed on without a copy: true where the operation that
-            makes it does not need it for its own backward pass.
-        input_gradient: Gives, for a module and its input, the function from the gradient at the output to that
-            at the input where there is a cheaper one than autograd's, else None. Only asked for float32 and
-            float64 activations.
+        function: ``(module, input, output gradient) -> {own parameter: (B,)}``. Both tensors carry the batch in
+            dimension 0. The module is a private copy, in evaluation mode except within ``record``.
+        positions: Whether further dimensions may stand between the batch and the layer's own dimensions, as they do
+            when a network folds windows or frames into the batch.
+        in_place: Whether the layer's output may be handed on without a copy: where the operation that makes it does
+            not need it for its own backward pass.
+        input_gradient: Returns, for a module and its input in float32 or float64, a cheaper function than autograd's
+            from the gradient at the output to that at the input, or None.
     """
 
     name: str
     function: RuleFunction
     positions: bool = False
-    unsupported: Unsupported | None = None
     in_place: bool = False
     input_gradient: InputGradient | None = None
 
@@ -55,16 +49,14 @@ class ReplayRule:
 
     Attributes:
         name: The family, as it appears in ``GradientFeatures.report()``.
-        function: ``(module, args, kwargs, output gradients) -> {parameter: (B,)}``; the gradients are those of
-            the floating-point tensors among the outputs, in order.
+        function: ``(module, args, kwargs, output gradients) -> {parameter: (B,)}``; the gradients are those of the
+            floating-point tensors among the outputs, in order.
         children: Parameters of child modules which this module uses itself, by dotted name.
-        unsupported: As in `LayerRule`.
     """
 
     name: str
     function: ReplayFunction
     children: tuple[str, ...] = ()
-    unsupported: Unsupported | None = None
 
 
 Rule = LayerRule | ReplayRule
@@ -76,34 +68,26 @@ def register_rule(
     *module_types: type[nn.Module] | str,
     name: str | None = None,
     positions: bool = False,
-    unsupported: Unsupported | None = None,
     in_place: bool = False,
     input_gradient: InputGradient | None = None,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register the decorated function as the rule for modules of these types and their subclasses.
 
-    The rule of the nearest class in a module's method resolution order is taken. It does not reach subclasses
-    that override ``forward``: what they compute is unknown, so they need a rule of their own or take the
-    general fallback.
+    The rule of the nearest class in a module's method resolution order is taken. It does not reach subclasses that
+    override ``forward``, since what they compute is unknown. A later registration replaces an earlier one.
 
     Args:
         *module_types: The ``torch.nn.Module`` subclasses the rule is for, or their full dotted names where the
-            library that defines them need not be installed. A later registration replaces an earlier one.
+            library that defines them need not be installed.
         name: The family's name in reports; the function's name by default.
         positions: See `LayerRule`.
-        unsupported: See `LayerRule`.
         in_place: See `LayerRule`.
         input_gradient: See `LayerRule`.
-
-    Returns:
-        The decorator, which returns the function unchanged.
 
     Raises:
         TypeError: If no type is given or one is not a ``torch.nn.Module`` subclass.
 
     Example::
-
-        from fastgrad.layers import register_rule
 
         @register_rule(MyScale)
         def my_scale(module, input, grad_output):
@@ -111,53 +95,27 @@ def register_rule(
     """
     if not module_types:
         raise TypeError("register_rule needs at least one torch.nn.Module subclass; it was given none")
-    for module_type in module_types:
-        if not isinstance(module_type, str) and not (
-            isinstance(module_type, type) and issubclass(module_type, nn.Module)
-        ):
-            raise TypeError(
-                f"module_types must be torch.nn.Module subclasses or names; one was {module_type!r}"
-            )
+    for kind in module_types:
+        if not isinstance(kind, str) and not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise TypeError(f"module_types must be torch.nn.Module subclasses or names; one was {kind!r}")
 
     def decorate(function: RuleFunction) -> RuleFunction:
         family: str = name if name is not None else getattr(function, "__name__", "rule")
-        rule = LayerRule(family, function, positions, unsupported, in_place, input_gradient)
-        for module_type in module_types:
-            RULES[module_type] = rule
-        return function
-
-    return decorate
-
-
-def register_replay(
-    *module_types: type[nn.Module] | str,
-    name: str,
-    children: tuple[str, ...] = (),
-    unsupported: Unsupported | None = None,
-) -> Callable[[ReplayFunction], ReplayFunction]:
-    """Register the decorated function as a `ReplayRule`, found like the rules of `register_rule`."""
-
-    def decorate(function: ReplayFunction) -> ReplayFunction:
-        for module_type in module_types:
-            RULES[module_type] = ReplayRule(name, function, children, unsupported)
+        rule = LayerRule(family, function, positions, in_place, input_gradient)
+        RULES.update(dict.fromkeys(module_types, rule))
         return function
 
     return decorate
 
 
 def find_rule(module: nn.Module) -> tuple[Rule | None, str]:
-    """Find the rule for a module along its class hierarchy.
-
-    Returns:
-        The rule and an empty string, or None and the reason why the general fallback is needed.
-    """
+    """Return the rule for a module and an empty string, or None and why the general fallback is needed."""
     if "forward" in vars(module):
         return None, "its forward method was replaced on the instance"
     for cls in type(module).__mro__:
         rule = RULES.get(cls) or RULES.get(f"{cls.__module__}.{cls.__qualname__}")
         if rule is not None:
-            reason = rule.unsupported(module) if rule.unsupported is not None else None
-            return (None, reason) if reason is not None else (rule, "")
+            return rule, ""
         if "forward" in vars(cls):
             return None, f"{cls.__name__} has no rule"
     return None, f"{type(module).__name__} has no rule"

@@ -59,11 +59,7 @@ def _by_samples(x: Tensor, dtype: torch.dtype, reduce: Callable[[Tensor], Tensor
 
 
 def _total(x: Tensor) -> Tensor:
-    """The sum over the positions.
-
-    Inductor adds up to 4096 numbers of a channel one after the other on a CPU, where ATen keeps to a tree. Where they
-    are too many, they are in two steps as many as the last axis has positions, and then as many as the others have.
-    """
+    """The sum over the positions, of many in two steps: Inductor adds them in a row, where ATen keeps to a tree."""
     others = tuple(range(2, x.dim() - 1))
     if others and is_traced() and x.device.type == "cpu" and not _few(x.shape[2:]):
         return x.sum(-1).sum(others)

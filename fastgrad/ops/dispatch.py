@@ -1,7 +1,6 @@
 """Which implementation runs: Triton on a GPU, plain torch elsewhere, or what the caller insists on.
 
-A public function calls the eager form itself where that is to run, so that compilers fuse it and exported files carry
-no custom operator; else it calls the operator, for which the tensor's device decides.
+Where the eager form is to run it is called itself: compilers fuse it, and exported files carry no custom operator.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ _TENSOR = object()
 IMPLEMENTATIONS = ("auto", "triton", "eager")
 
 
-def _installed(package: str) -> bool:
-    """Whether a package can be found, without importing it; a broken or blocked one cannot."""
+def _triton_installed() -> bool:
+    """Whether it can be found, without importing it; a broken or blocked one cannot."""
     try:
-        return importlib.util.find_spec(package) is not None
+        return importlib.util.find_spec("triton") is not None
     except (ImportError, ValueError):
         return False
 
 
-TRITON_INSTALLED = _installed("triton")
+TRITON_INSTALLED = _triton_installed()
 
 
 def interpreting() -> bool:
@@ -59,10 +58,7 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def choose(impl: str, tensor: torch.Tensor) -> str:
-    """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``.
-
-    ``"auto"`` takes Triton on a GPU where it can serve the dtype, and plain torch otherwise, also in the interpreter,
-    which is for tests. An explicit choice is never replaced by another.
+    """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``; an explicit choice is never replaced.
 
     Raises:
         ValueError: ``impl`` is unknown, or is ``"triton"`` where Triton cannot run.
@@ -72,11 +68,11 @@ def choose(impl: str, tensor: torch.Tensor) -> str:
     if impl == "eager" or (impl == "auto" and tensor.device.type != "cuda"):
         return "eager"
     refusal = triton_refusal(tensor.device, tensor.dtype)
-    if impl == "triton":
-        if refusal is not None:
-            raise ValueError(f"impl must be 'auto' or 'eager' here: it was 'triton', but {refusal}")
+    if refusal is None:
         return "triton"
-    return "triton" if refusal is None else "eager"
+    if impl == "triton":
+        raise ValueError(f"impl must be 'auto' or 'eager' here: it was 'triton', but {refusal}")
+    return "eager"
 
 
 @contextlib.contextmanager
@@ -98,21 +94,6 @@ def launcher(module: str, name: str) -> Callable[..., Any]:
     return launch
 
 
-def register(name: str, eager: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Give an operator its two implementations, of the schema's arguments, and return its handle.
-
-    A tensor on a GPU takes the kernel, one on a CPU only where Triton interprets.
-    """
-
-    def chosen(first: Tensor, *arguments: Any) -> Any:
-        serves = first.device.type == "cuda" or triton_refusal(first.device, first.dtype) is None
-        return (kernel if serves else eager)(first, *arguments)
-
-    torch.library.impl(f"fastgrad::{name}", "CompositeExplicitAutograd", chosen)
-    overload: Callable[..., Any] = getattr(torch.ops.fastgrad, name).default
-    return overload
-
-
 def operator(name: str, eager: Callable[..., _T], kernel: Callable[..., Any]) -> Callable[..., _T]:
     """Register an operator whose derivative is that of ``eager``, run again in the backward pass.
 
@@ -120,6 +101,11 @@ def operator(name: str, eager: Callable[..., _T], kernel: Callable[..., Any]) ->
         ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, as `choose` says for the first
         argument.
     """
+
+    def chosen(first: Tensor, *arguments: Any) -> Any:
+        # On a CPU the kernel serves only where Triton interprets.
+        serves = first.device.type == "cuda" or triton_refusal(first.device, first.dtype) is None
+        return (kernel if serves else eager)(first, *arguments)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
@@ -136,7 +122,8 @@ def operator(name: str, eager: Callable[..., _T], kernel: Callable[..., Any]) ->
         gradients = iter(torch.autograd.grad(outputs, sources, grads, allow_unused=True))
         return tuple(next(gradients) if want else None for want in wanted)
 
-    overload = register(name, eager, kernel)
+    torch.library.impl(f"fastgrad::{name}", "CompositeExplicitAutograd", chosen)
+    overload = getattr(torch.ops.fastgrad, name).default
     torch.library.register_autograd(f"fastgrad::{name}", backward, setup_context=setup)
 
     def function(*arguments: Any) -> _T:

@@ -1,7 +1,6 @@
 """The schema of every operator, beside its fake form: shapes and dtypes of the results, without values.
 
-The operators live in the namespace ``fastgrad`` and exist for the Triton kernels, which a tracer cannot see into:
-``torch.compile`` and ``torch.export`` keep them as one node. Those of the last layer take matrices, any strides.
+The operators exist for the Triton kernels, which a tracer cannot see into. Those of the last layer take matrices.
 """
 
 from __future__ import annotations
@@ -63,21 +62,15 @@ def _is_matrix(name: str, tensor: Tensor) -> None:
 def _rows_agree(features: Tensor, logits: Tensor) -> None:
     _is_matrix("features", features)
     _is_matrix("logits", logits)
-    check(
-        features.shape[0] == logits.shape[0],
-        lambda: (
-            f"features and logits must have one row a sample; they had {features.shape[0]}, {logits.shape[0]}"
-        ),
-    )
+    rows = features.shape[0], logits.shape[0]
+    check(rows[0] == rows[1], lambda: f"features and logits must have one row a sample; they had {rows}")
 
 
 def _columns_agree(features: Tensor, weight: Tensor) -> None:
     _is_matrix("features", features)
     _is_matrix("weight", weight)
-    check(
-        features.shape[1] == weight.shape[1],
-        lambda: f"weight must have D={features.shape[1]} columns; it had {weight.shape[1]}",
-    )
+    D, columns = features.shape[1], weight.shape[1]
+    check(columns == D, lambda: f"weight must have D={D} columns; it had {columns}")
 
 
 _define(

@@ -1,8 +1,6 @@
 """Launch configurations of the Triton kernels: pure functions of shape, dtype and architecture.
 
-Nothing here touches a device or imports Triton, so every choice can be read, printed and tested anywhere.
-``override`` replaces a choice for the duration of a ``with`` block: tests reach every path with it, and a user who has
-tuned a shape can pin it. Nothing is tuned unless asked for.
+``override`` replaces a choice inside a ``with`` block: tests reach every path with it, and users pin a tuned shape.
 """
 
 from __future__ import annotations

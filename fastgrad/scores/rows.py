@@ -13,7 +13,7 @@ from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.spectrum import principal
 
 #: Blocks of squared norms: their logarithm is taken.
-SQUARED_NORMS = ("gradients", "contrasts", "ranked")
+SQUARED_NORMS = ("gradients", "contrasts")
 Array = NDArray[np.float64]
 
 # Squared norms that underflowed to zero get the logarithm of the smallest normal float32, a value no

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("counts in Triton's interpreter", allow_module_level=True)
 
-from bench.gpu import counter, work
+from triton.runtime.interpreter import InterpreterBuilder
+
+from bench.gpu import work
+from bench.gpu.sanitize.interpreter import Watcher, watching
 from fastgrad.ops import tune
 from fastgrad.ops.tune import INTERPRETER, ContrastConfig, LinearConfig
 
@@ -24,13 +29,33 @@ def _head(B: int, N: int, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...
     return tuple(torch.randn(*s, generator=made).to(dtype) for s in ((B, D), (B, N), (N, D), (N,)))
 
 
-def _counted(call: Callable[[], object]) -> counter.Counts:
-    with counter.counting() as counts:
+class Counts(Watcher):
+    """Bytes of loads and stores, operations of products."""
+
+    loaded = stored = product = 0
+
+    def load(self, addresses: np.ndarray, width: int) -> None:
+        self.loaded += addresses.size * width
+
+    def store(self, addresses: np.ndarray, width: int) -> bool:
+        self.stored += addresses.size * width
+        return False
+
+
+def _counted(call: Callable[[], object]) -> Counts:
+    counts, plain = Counts(), InterpreterBuilder.create_dot
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        counts.product += 2 * a.data.size * b.data.shape[-1]
+        return plain(self, a, b, *rest)
+
+    with pytest.MonkeyPatch.context() as patched, watching(counts):
+        patched.setattr(InterpreterBuilder, "create_dot", dot)
         call()
     return counts
 
 
-def _compare(counts: counter.Counts, launches: list[work.Work]) -> None:
+def _compare(counts: Counts, launches: list[work.Work]) -> None:
     assert counts.loaded == sum(w.loaded for w in launches)
     assert counts.stored == sum(w.stored for w in launches)
     assert counts.product == sum(w.product for w in launches)

@@ -31,7 +31,6 @@ def network_like(count, seed, shift=0.0, classes=5, parameters=4):
     return {
         "contrasts": contrasts,
         "gradients": contrasts.sum(1),
-        "ranked": -np.sort(-contrasts, 1)[:, :3],
         "logits": logits,
         "features": rng.normal(size=(count, 6)) + shift,
         "image": rng.normal(size=(count, 28)) * (1 + shift),

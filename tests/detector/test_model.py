@@ -13,13 +13,11 @@ import fastgrad
 from fastgrad import IntrospectiveClassifier, TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import (
     BLOCKS,
-    BiasGradients,
     Block,
     Features,
     Gradients,
     Image,
     Logits,
-    Ranked,
     View,
     register_block,
 )
@@ -29,7 +27,7 @@ from fastgrad.blocks.subject import watch
 from fastgrad.deploy.file.package import ModelPackage
 
 CLASSES = 4
-ALL = ["logits", "features", "activations", "bias_gradients", "gradients", "view", "image"]
+ALL = ["logits", "features", "activations", "gradients", "view", "image"]
 
 
 def small_network(seed=0):
@@ -201,7 +199,7 @@ def test_foreign_files_and_networks_are_refused(fitted, tmp_path):
         TwoStageModel.load(path, small_network(1))
 
 
-@pytest.mark.parametrize("block", ["ranked", "gradients", "contrasts"])
+@pytest.mark.parametrize("block", ["gradients", "contrasts"])
 def test_blocks_by_name_and_clean_data_alone(block):
     blocks = [block, "logits", "features", "image"]
     two_stage = TwoStageModel(small_network(), blocks=blocks)
@@ -218,14 +216,11 @@ def test_blocks_by_name_and_clean_data_alone(block):
 
 def test_blocks_hold_what_they_say():
     network, x = small_network().eval(), images(4)
-    logits, blocks = Extraction(network, [Ranked(), Gradients(), Features()], log=False)(x)
+    logits, blocks = Extraction(network, [Gradients(), Features()], log=False)(x)
     features = network[:-1](x).detach()
     torch.testing.assert_close(blocks["features"], features)
     torch.testing.assert_close(logits, network(x).detach())
-    norms = fastgrad.contrast_sqnorm(features, logits, bias=False)
-    ranked = norms.gather(1, logits.argsort(1, descending=True))
     names = [name for name, _ in network.named_parameters()]
-    torch.testing.assert_close(blocks["ranked"][:, :, names.index("6.weight")], ranked, rtol=1e-4, atol=0)
     ones = fastgrad.target_sqnorm(features, logits, "ones", loss="bce", bias=False)
     torch.testing.assert_close(blocks["gradients"][:, 0, names.index("6.weight")], ones, rtol=1e-4, atol=0)
 
@@ -440,9 +435,9 @@ def test_a_limit_binds():
 
 
 def test_asked_for_blocks_are_kept_whatever_they_cost():
-    two_stage = TwoStageModel(small_network(), blocks=["logits", View(mirror=True), BiasGradients(depth=0.5)])
+    two_stage = TwoStageModel(small_network(), blocks=["logits", View(zoom=0.8), "gradients"])
     two_stage.fit(loader(120, labels=False), None)
-    assert two_stage.detector_.sources == two_stage.report().kept == ["logits", "view", "bias_gradients"]
+    assert two_stage.detector_.sources == two_stage.report().kept == ["logits", "view", "gradients"]
     assert torch.isfinite(two_stage(images(5)).uncertainty).all()
 
 

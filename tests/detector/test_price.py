@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from fastgrad.blocks import BLOCKS, Block, Logits
 from fastgrad.blocks.passes import Pass
 from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS, preset
 from fastgrad.detector.price import PriceReport, fit_to_budget, price
+from fastgrad.detector.report import Report
 
 
 @pytest.fixture(autouse=True)
@@ -100,10 +102,30 @@ def test_a_long_batch_is_cut_and_the_price_carries_its_error(monkeypatch, images
     assert 0 <= error < 0.15
 
 
-def test_a_report_survives_storage_and_prints_what_was_dropped():
-    report = PriceReport(("logits",), 1.0, 1.05, (("image", "beyond"),), math.inf, 0.01, 8)
+def test_the_price_of_single_inputs_is_measured_too_and_said_where_it_is_above_the_limit(images):
+    model = network()
+    slow = nn.Sequential(nn.Flatten(), nn.Linear(1024, 1024, bias=False))
+
+    def answer(blocks):
+        def run(x):
+            model(x)
+            # A fixed cost of each call, small beside a batch.
+            for _ in range(60 * (len(x) == 1)):
+                slow(torch.ones(1, 1024))
+
+        return run
+
+    found = fit_to_budget(model, [Logits()], images, 1.5, answer=answer)
+    assert found.measured < 1.5 < found.single
+    report = Report(found, 8, 8, {}, 1.0, 8, False, "none")
+    assert f"{found.single:.2f} on single inputs, above it" in str(report)
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert "single inputs" not in str(replace(report, price=replace(found, single=1.4)))
+
+
+def test_a_report_survives_storage():
+    report = PriceReport(("logits",), 1.0, 1.05, (("image", "beyond"),), math.inf, 0.01, 8, 1.3)
     assert PriceReport.from_json(json.loads(json.dumps(report.to_json()))) == report
-    assert "without image: beyond" in str(report)
 
 
 def test_presets_hold_known_blocks_and_the_second_pass_begins_at_two():

@@ -23,9 +23,7 @@ def shapes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 FORMS = {
     "forward": ["logits", "features", "activations", "image", "roughness"],
     "view": ["logits", "activations", "view"],
-    "bias gradients": ["logits", "bias_gradients"],
     "gradients": ["gradients", "logits", "features", "image"],
-    "ranked": ["gradients", "ranked", "logits", "features", "image"],
     "contrasts": ["contrasts", "logits", "features", "image"],
 }
 

@@ -9,10 +9,12 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.gpu import compile_cases
 from bench.gpu.sanitize.memory import guarded
 from fastgrad.losses import LOSSES
 from fastgrad.ops import tune
@@ -54,11 +56,7 @@ CONVOLUTIONS = {
 }
 
 
-Call = Callable[[], Tensor | tuple[Tensor, ...]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One call of a launcher.
 
     Attributes:
@@ -70,28 +68,28 @@ class Case:
 
     name: str
     inputs: Sequence[Tensor]
-    call: Call
+    call: Callable[[], Tensor | tuple[Tensor, ...]]
     quick: bool = False
 
 
 def made(*shape: int, pad: int = 0, seed: int = 0) -> Tensor:
-    """Normal numbers, rows ``pad`` elements further apart than they are long, between poisoned margins."""
+    """Return normal numbers, rows ``pad`` elements further apart than they are long, between poisoned margins."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return guarded(torch.randn(shape, generator=generator), pad)
 
 
-def pinned(
-    call: Callable[[], Tensor | tuple[Tensor, ...]], **configs: object
-) -> Callable[[], Tensor | tuple[Tensor, ...]]:
-    def configured() -> Tensor | tuple[Tensor, ...]:
+def pinned(function: Callable[..., Any], *arguments: object, **configs: object) -> Callable[[], Any]:
+    """Return a call under configurations."""
+
+    def configured() -> Any:
         with tune.override(**configs):
-            return call()
+            return function(*arguments)
 
     return configured
 
 
 def cases() -> Iterator[Case]:
-    """All of them; `Case.quick` marks one for each path of each kernel."""
+    """Return all of them; `Case.quick` marks one for each path of each kernel."""
     yield from _contrasts()
     yield from _targets()
     yield from _heads()
@@ -104,30 +102,21 @@ def _contrasts() -> Iterator[Case]:
     ):
         h, z = made(B, D, pad=pad), made(B, N, pad=pad, seed=1)
         log = loss in ("bce", "brier")
-        yield Case(
-            f"contrast {path} {loss} B={B} N={N} D={D}", (h, z),
-            pinned(
-                lambda h=h, z=z, loss=loss, log=log: contrast.contrast_sqnorm(h, z, loss, True, log, False),
-                contrast=config,
-            ),
-            quick=loss == "brier" and B == 5,
-        )  # fmt: skip
+        call = pinned(contrast.contrast_sqnorm, h, z, loss, True, log, False, contrast=config)
+        yield Case(f"contrast {path} {loss} B={B} N={N} D={D}", (h, z), call, loss == "brier" and B == 5)
 
 
 def _targets() -> Iterator[Case]:
+    quick = (("indices", "bce"), ("soft", "brier"), ("ones", "cross_entropy"))
     for kind, loss, ((B, N, D), pad) in itertools.product(
         target.KINDS, LOSSES, (((5, 37, 19), 3), ((2, 16, 16), 0), ((1, 1, 1), 0))
     ):
         h, z = made(B, D, pad=pad), made(B, N, pad=pad, seed=1)
         y = {"indices": guarded(torch.arange(B) % N), "soft": made(B, N, pad=pad, seed=2)}.get(kind)
-        yield Case(
-            f"target {kind} {loss} B={B} N={N} D={D}", [t for t in (h, z, y) if t is not None],
-            pinned(
-                partial(target.target_sqnorm, h, z, y, kind, loss, True, False, False),
-                target=TargetConfig(rows=2, block_n=16, block_d=16, num_warps=1),
-            ),
-            quick=(kind, loss) in (("indices", "bce"), ("soft", "brier"), ("ones", "cross_entropy")) and B == 5,
-        )  # fmt: skip
+        config = TargetConfig(rows=2, block_n=16, block_d=16, num_warps=1)
+        call = pinned(target.target_sqnorm, h, z, y, kind, loss, True, False, False, target=config)
+        inputs = [t for t in (h, z, y) if t is not None]
+        yield Case(f"target {kind} {loss} B={B} N={N} D={D}", inputs, call, (kind, loss) in quick and B == 5)
 
 
 def _heads() -> Iterator[Case]:
@@ -135,149 +124,82 @@ def _heads() -> Iterator[Case]:
         LOSSES, (((35, 37, 21), 3), ((16, 16, 16), 0), ((1, 1, 1), 0), ((17, 33, 5), 1))
     ):
         x, w, b = made(B, D, pad=pad), made(N, D, pad=pad, seed=1), made(N, seed=2)
+        size = f"{loss} B={B} N={N} D={D}"
         for path, config in HEADS.items():
             bias = None if path == "launch" else b
-            yield Case(
-                f"head {path} {loss} B={B} N={N} D={D}", (x, w, b),
-                pinned(
-                    partial(linear_contrast.linear_contrast_sqnorm, x, w, bias, loss, False, True),
-                    linear_contrast=config,
-                ),
-                quick=loss == "cross_entropy" and B == 17,
-            )  # fmt: skip
-        yield Case(
-            f"statistics {loss} B={B} N={N} D={D}", (x, w, b),
-            pinned(
-                lambda x=x, w=w, b=b, loss=loss: linear_contrast.linear_contrast_stats(x, w, b, loss, False),
-                linear_stats=dataclasses.replace(HEAD, tiles_per_split=1),
-            ),
-            quick=loss == "brier" and B == 17,
-        )  # fmt: skip
+            arguments = (x, w, bias, loss, False, True)
+            call = pinned(linear_contrast.linear_contrast_sqnorm, *arguments, linear_contrast=config)
+            yield Case(f"head {path} {size}", (x, w, b), call, loss == "cross_entropy" and B == 17)
+        split = dataclasses.replace(HEAD, tiles_per_split=1)
+        call = pinned(linear_contrast.linear_contrast_stats, x, w, b, loss, False, linear_stats=split)
+        yield Case(f"statistics {size}", (x, w, b), call, loss == "brier" and B == 17)
 
 
 def _layers() -> Iterator[Case]:
-    for name, (shape, outputs, kernel, stride, padding, dilation, groups) in CONVOLUTIONS.items():
-        sizes = zip(shape[2:], kernel, stride, padding, dilation, strict=True)
+    for name, (shape, outputs, *each) in CONVOLUTIONS.items():
+        sizes = zip(shape[2:], *each[:4], strict=True)
         out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
         a, g = made(*shape, pad=3), made(2, shape[0], outputs, *out, pad=5, seed=1)
-        yield Case(
-            f"convolution {name}", (a, g),
-            pinned(
-                partial(layer_sqnorm.conv_sqnorm, a, g, kernel, stride, padding, dilation, groups),
-                **LAYERS,
-            ),
-            quick=name in ("strided", "dilated groups"),
-        )  # fmt: skip
+        call = pinned(layer_sqnorm.conv_sqnorm, a, g, *each, **LAYERS)
+        yield Case(f"convolution {name}", (a, g), call, name in ("strided", "dilated groups"))
     for gram, positions in itertools.product((False, True), (1, 16, 37)):
         a, g = made(3, positions, 20, pad=3), made(2, 3, positions, 17, pad=5, seed=1)
-        yield Case(
-            f"linear {'gram' if gram else 'direct'} T={positions}", (a, g),
-            pinned(lambda a=a, g=g: layer_sqnorm.linear_sqnorm(a, g), layer_prefers_gram=gram, **LAYERS),
-            quick=positions == 37,
-        )  # fmt: skip
+        call = pinned(layer_sqnorm.linear_sqnorm, a, g, layer_prefers_gram=gram, **LAYERS)
+        yield Case(f"linear {'gram' if gram else 'direct'} T={positions}", (a, g), call, positions == 37)
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _spread(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def _spread(*shape: int) -> Tensor:
     """Neighbours along every axis lie more than 2^31 elements apart."""
     strides = [(1 << 31) + 16 * (axis + 1) for axis in range(len(shape))]
-    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return torch.empty_strided(shape, strides, dtype=torch.bfloat16, device="meta")
 
 
 def huge() -> Iterator[tuple[str, Callable[[], object], int]]:
-    """Name, call on meta tensors and the integer that lies in memory."""
-    loss = "brier"
+    """Return name, call on meta tensors and the integer that lies in memory."""
+    loss, meta = "brier", partial(compile_cases.meta, dtype=torch.bfloat16)
+    function: Callable[..., Any] = contrast.contrast_sqnorm
     split = ContrastConfig("split", block_n=1 << 17, block_d=2048, splits=8, num_warps=16)
     for name, (B, N, D), configs in (
         ("rows", (4_300_000, 1000, 512), {}),
         ("stream", (120_000, 40_000, 64), {}),
         ("split", (3_000, 1_500_001, 64), {"contrast": split}),
     ):
-        yield (
-            f"contrast {name} B={B} N={N} D={D}",
-            pinned(
-                lambda B=B, N=N, D=D: contrast.contrast_sqnorm(
-                    _meta(B, D), _meta(B, N), loss, True, False, False
-                ),
-                **configs,
-            ), 1,
-        )  # fmt: skip
-    for kind in ("rows", "stream", "split"):
-        yield (
-            f"contrast {kind}, strides beyond 2^31",
-            pinned(
-                lambda: contrast.contrast_sqnorm(_spread(5, 19), _spread(5, 37), loss, True, True, False),
-                contrast=CONTRAST[kind],
-            ), 1,
-        )  # fmt: skip
+        arguments = (meta(B, D), meta(B, N), loss, True, False, False)
+        yield f"contrast {name} B={B} N={N} D={D}", pinned(function, *arguments, **configs), 1
+        far = (_spread(5, 19), _spread(5, 37), loss, True, True, False)
+        yield f"contrast {name}, strides beyond 2^31", pinned(function, *far, contrast=CONTRAST[name]), 1
+
+    function = target.target_sqnorm
     for kind, B, N in (("soft", 4_300_000, 1000), ("indices", 120_000, 40_000), ("ones", 120_000, 40_000)):
-        y = {"indices": _meta(B, dtype=torch.int64), "soft": _meta(B, N)}.get(kind)
-        yield (
-            f"target {kind} B={B} N={N}",
-            lambda B=B, N=N, y=y, kind=kind: target.target_sqnorm(
-                _meta(B, 16), _meta(B, N), y, kind, loss, True, False, False
-            ),
-            N - 1,
-        )
-    yield (
-        "target soft, strides beyond 2^31",
-        lambda: target.target_sqnorm(
-            _spread(5, 19), _spread(5, 37), _spread(5, 37), "soft", loss, True, True, False
-        ),
-        1,
-    )
+        y = {"indices": compile_cases.meta(B, dtype=torch.int64), "soft": meta(B, N)}.get(kind)
+        call = partial(function, meta(B, 16), meta(B, N), y, kind, loss, True, False, False)
+        yield f"target {kind} B={B} N={N}", call, N - 1
+    call = partial(function, _spread(5, 19), _spread(5, 37), _spread(5, 37), "soft", loss, True, True, False)
+    yield "target soft, strides beyond 2^31", call, 1
+
+    function = linear_contrast.linear_contrast_sqnorm
     for B, N, D in ((200_000, 32_000, 64), (9_000_000, 1000, 320)):
-        x, w, b = _meta(B, D), _meta(N, D), _meta(N)
-        yield f"head B={B} N={N} D={D}", lambda x=x, w=w, b=b: linear_contrast.linear_contrast_sqnorm(
-            x, w, b, loss, False, False
-        ), 1  # fmt: skip
+        call = partial(function, meta(B, D), meta(N, D), meta(N), loss, False, False)
+        yield f"head B={B} N={N} D={D}", call, 1
+    for path, config in HEADS.items():
+        far = (_spread(35, 21), _spread(37, 21), meta(37), loss, False, False)
+        yield f"head {path}, strides beyond 2^31", pinned(function, *far, linear_contrast=config), 1
     # Few tiles a program, so that the partial moments alone have more than 2^31 elements.
     tiles = dataclasses.replace(HEAD, block_m=128, block_n=128, block_k=64, parts=16, tiles_per_split=4)
-    for B, N, D in ((1_500_000, 65_536, 64), (3, 9_000_000, 320)):
-        x, w, b = _meta(B, D), _meta(N, D), _meta(N)
-        split = tiles if B > N else dataclasses.replace(tiles, block_m=16, block_n=1 << 13, tiles_per_split=1)
-        yield (
-            f"statistics B={B} N={N} D={D}",
-            pinned(
-                lambda x=x, w=w, b=b: linear_contrast.linear_contrast_stats(x, w, b, loss, False),
-                linear_stats=split,
-            ), 1,
-        )  # fmt: skip
-    for path, config in HEADS.items():
-        yield (
-            f"head {path}, strides beyond 2^31",
-            pinned(
-                lambda: linear_contrast.linear_contrast_sqnorm(
-                    _spread(35, 21), _spread(37, 21), _meta(37), loss, False, False
-                ),
-                linear_contrast=config,
-            ), 1,
-        )  # fmt: skip
+    narrow = dataclasses.replace(tiles, block_m=16, block_n=1 << 13, tiles_per_split=1)
+    for (B, N, D), config in (((1_500_000, 65_536, 64), tiles), ((3, 9_000_000, 320), narrow)):
+        arguments = (meta(B, D), meta(N, D), meta(N), loss, False)
+        call = pinned(linear_contrast.linear_contrast_stats, *arguments, linear_stats=config)
+        yield f"statistics B={B} N={N} D={D}", call, 1
+
     each = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-    yield (
-        "convolution of 4e9 elements",
-        lambda: layer_sqnorm.conv_sqnorm(_meta(70_000, 64, 32, 32), _meta(1, 70_000, 64, 32, 32), *each), 1,
-    )  # fmt: skip
-    yield (
-        "convolution, strides beyond 2^31",
-        lambda: layer_sqnorm.conv_sqnorm(_spread(2, 18, 4, 5), _spread(2, 2, 17, 4, 5), *each), 1,
-    )  # fmt: skip
-    for gram in (False, True):
-        kind = "gram" if gram else "direct"
-        yield (
-            f"linear {kind} of 4e9 elements",
-            pinned(
-                lambda: layer_sqnorm.linear_sqnorm(_meta(70_000, 64, 1024), _meta(1, 70_000, 64, 1024)),
-                layer_prefers_gram=gram,
-            ), 1,
-        )  # fmt: skip
-        yield (
-            f"linear {kind}, strides beyond 2^31",
-            pinned(
-                lambda: layer_sqnorm.linear_sqnorm(_spread(3, 37, 20), _spread(2, 3, 37, 17)),
-                layer_prefers_gram=gram,
-            ), 1,
-        )  # fmt: skip
+    image = meta(70_000, 64, 32, 32)
+    yield "convolution of 4e9 elements", partial(layer_sqnorm.conv_sqnorm, image, image[None], *each), 1
+    apart = _spread(2, 18, 4, 5), _spread(2, 2, 17, 4, 5)
+    yield "convolution, strides beyond 2^31", partial(layer_sqnorm.conv_sqnorm, *apart, *each), 1
+    for kind, gram in (("direct", False), ("gram", True)):
+        for size, a, g in (
+            (" of 4e9 elements", meta(70_000, 64, 1024), meta(1, 70_000, 64, 1024)),
+            (", strides beyond 2^31", _spread(3, 37, 20), _spread(2, 3, 37, 17)),
+        ):
+            yield f"linear {kind}{size}", pinned(layer_sqnorm.linear_sqnorm, a, g, layer_prefers_gram=gram), 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from random import Random
 
 import torch
@@ -74,65 +75,50 @@ def check_schedules(case: Case, limit: int = 0) -> int:
 
 
 def scheduled(programs: int, quick: bool = False) -> Iterator[Case]:
-    """The reductions that the last program to arrive finishes, with so many programs a row block."""
+    """Return the reductions that the last program to arrive finishes, with so many programs a row block."""
     N, D = 16 * programs, 3
     x, w, b = made(2, D), made(N, D, seed=1), made(N, seed=2)
+    one = dataclasses.replace(HEADS["last"], group_m=1, tiles_per_split=1)
     for loss in ("cross_entropy",) if quick else ("cross_entropy", "bce", "brier"):
-        yield Case(
-            f"head, {programs} programs, {loss}", (x, w, b),
-            pinned(
-                lambda loss=loss: linear_contrast.linear_contrast_sqnorm(x, w, b, loss, False, False),
-                linear_contrast=dataclasses.replace(HEADS["last"], group_m=1),
-            ),
-        )  # fmt: skip
-        yield Case(
-            f"statistics, {programs} programs, {loss}", (x, w, b),
-            pinned(
-                lambda loss=loss: linear_contrast.linear_contrast_stats(x, w, b, loss, False),
-                linear_stats=dataclasses.replace(HEADS["last"], tiles_per_split=1),
-            ),
-        )  # fmt: skip
+        call = pinned(
+            linear_contrast.linear_contrast_sqnorm, x, w, b, loss, False, False, linear_contrast=one
+        )
+        yield Case(f"head, {programs} programs, {loss}", (x, w, b), call)
+        call = pinned(linear_contrast.linear_contrast_stats, x, w, b, loss, False, linear_stats=one)
+        yield Case(f"statistics, {programs} programs, {loss}", (x, w, b), call)
+
+
+def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Return every check by name."""
+    for case in cases():
+        if case.quick or not quick:
+            yield f"memory: {case.name}", partial(check_memory, case, 1 if quick else SHUFFLED)
+    for programs in (2,) if quick else (2, 3, 4):
+        for case in scheduled(programs, quick):
+            if "brier" not in case.name or programs < 4:
+                yield f"all schedules: {case.name}", partial(check_schedules, case)
+    for case in scheduled(6 if quick else 24, quick):
+        yield f"random schedules: {case.name}", partial(check_schedules, case, 3 if quick else 30)
+    for arch in ("sm_90",) if quick else tune.KNOWN_ARCHITECTURES:
+        for name, call, integer in huge():
+            if not quick or "beyond" in name:
+                check = partial(offsets.check, call, tune.KNOWN_ARCHITECTURES[arch], integer)
+                yield f"offsets on {arch}: {name}", check
 
 
 def run(quick: bool, only: str, say: Callable[[str], None]) -> tuple[list[str], int]:
-    """All checks whose name contains ``only``: the faults, and how many ran."""
-    jobs: list[tuple[str, Callable[[], object]]] = [
-        (f"memory: {case.name}", lambda case=case: check_memory(case, 1 if quick else SHUFFLED))
-        for case in cases()
-        if case.quick or not quick
-    ]
-    for programs in (2,) if quick else (2, 3, 4):
-        jobs += [
-            (f"all schedules: {case.name}", lambda case=case: check_schedules(case))
-            for case in scheduled(programs, quick)
-            if "brier" not in case.name or programs < 4
-        ]
-    jobs += [
-        (f"random schedules: {case.name}", lambda case=case: check_schedules(case, 3 if quick else 30))
-        for case in scheduled(6 if quick else 24, quick)
-    ]
-    architectures = ("sm_90",) if quick else tuple(tune.KNOWN_ARCHITECTURES)
-    for arch in architectures:
-        jobs += [
-            (
-                f"offsets on {arch}: {name}",
-                lambda call=call, arch=arch, n=integer: offsets.check(
-                    call, tune.KNOWN_ARCHITECTURES[arch], n
-                ),
-            )
-            for name, call, integer in huge()
-            if not quick or "beyond" in name
-        ]
+    """Run all checks whose name contains ``only``: the faults, and how many ran."""
     faults, checked = [], 0
-    for name, job in jobs:
-        if only in name:
-            begun, checked = time.perf_counter(), checked + 1
-            try:
-                outcome = job()
-                say(
-                    f"{name}: right{'' if outcome is None else f' ({outcome})'}, {time.perf_counter() - begun:.1f} s"
-                )
-            except Exception as problem:  # the other cases are still worth a look
-                faults.append(f"{name}: {problem}")
-                say(f"FAULT {faults[-1]}")
+    for name, job in jobs(quick):
+        if only not in name:
+            continue
+        begun, checked = time.perf_counter(), checked + 1
+        try:
+            outcome = job()
+        except Exception as problem:  # the other cases are still worth a look
+            faults.append(f"{name}: {problem}")
+            say(f"FAULT {faults[-1]}")
+        else:
+            count = "" if outcome is None else f" ({outcome})"
+            say(f"{name}: right{count}, {time.perf_counter() - begun:.1f} s")
     return faults, checked

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
+from bench.gpu.compile_cases import as_if_on
 from bench.gpu.sanitize.interpreter import Watcher, watching
 from bench.gpu.sanitize.memory import SanitizerError
 from fastgrad.ops import tune
-from fastgrad.ops.triton import devices
 
 #: Addresses between two operands; no operand reaches so far.
 APART = 1 << 50
@@ -124,18 +124,6 @@ def _wide() -> Iterator[None]:
         semantic.program_id = semantic_id
 
 
-@contextlib.contextmanager
-def _as_if_on(architecture: tune.Architecture) -> Iterator[None]:
-    """Launchers take meta tensors, as tensors on a device of this kind."""
-    saved = devices.architecture, devices.check
-    devices.architecture = lambda tensor: architecture
-    devices.check = lambda **tensors: None
-    try:
-        yield
-    finally:
-        devices.architecture, devices.check = saved
-
-
 def check(call: Callable[[], object], architecture: tune.Architecture, integer: int = 1) -> int:
     """Run a launcher on meta tensors and compare; returns how many addresses were compared.
 
@@ -148,7 +136,7 @@ def check(call: Callable[[], object], architecture: tune.Architecture, integer: 
         SanitizerError: An address lies outside every operand, or 64-bit arithmetic gives another.
     """
     narrow, wide = _Addresses(integer), _Addresses(integer)
-    with _as_if_on(architecture), torch.no_grad():
+    with as_if_on(architecture), torch.no_grad():
         with watching(narrow, on_tensors=False):
             call()
         with watching(wide, on_tensors=False), _wide():

@@ -1,8 +1,6 @@
 """Predicted seconds of every route for a convolution's shape, and the choice made from them.
 
-Everything here is a pure function of integers: no tensor is looked at, no device probed. The constants were
-fitted to measurements on two CPU cores (bench/micro/conv_routes.py measures again and compares); only their
-ratios matter for the choice.
+Pure functions of integers. Only the ratios of the constants matter; bench/micro/conv_routes.py measures them.
 """
 
 from __future__ import annotations
@@ -13,9 +11,8 @@ from dataclasses import dataclass
 
 from fastgrad.ops.conv.products import suits
 
-#: Bytes of the largest intermediate of one chunk. Twice this still fits a common last-level cache, and the C
-#: library reuses blocks below 32 MiB without asking the system for fresh pages, which costs more than the
-#: arithmetic.
+#: Bytes of the largest intermediate of one chunk. Twice this still fits a common last-level cache, and the C library
+#: reuses blocks below 32 MiB.
 CHUNK_BYTES = 8 * 2**20
 
 

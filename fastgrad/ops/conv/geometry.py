@@ -1,9 +1,7 @@
 """The one form every convolution is brought to before its per-sample squared norms are taken.
 
-The weight gradient of any convolution, transposed or not, of any dimension, is a correlation of two images
-per sample, ``G[o, c, d] = sum_t g[o, t] a[c, stride * t + dilation * d]`` with ``t`` over positions and ``d``
-over the kernel. This module finds those two images: it swaps the roles for a transposed convolution and works
-out how much to pad or crop ``a`` so that it holds exactly the positions that some window reads.
+The weight gradient of any convolution, transposed or not, is a correlation of two images per sample,
+``G[o, c, d] = sum_t g[o, t] a[c, stride * t + dilation * d]`` with ``t`` over positions and ``d`` over the kernel.
 """
 
 from __future__ import annotations
@@ -67,20 +65,11 @@ def canonical(
     groups: int,
     transposed: bool,
 ) -> Problem:
-    """Check the arguments and bring the convolution to canonical form.
-
-    Args:
-        a: input of the layer, ``(B, C_in, *spatial)``.
-        g: gradients at its output, ``(K, B, C_out, *spatial)``.
-        kernel_size: per axis or one int for all.
-        stride: likewise.
-        padding: zeros added on both sides of each axis, as in ``torch.nn.Conv2d``.
-        dilation: likewise.
-        groups: number of channel groups.
-        transposed: whether the layer is a transposed convolution.
+    """Check the arguments of `fastgrad.ops.conv.sqnorm.conv_sqnorm`, with g ``(K, B, C_out, *spatial)``, and bring
+    them to canonical form.
 
     Raises:
-        ValueError: naming the argument whose shape does not fit.
+        ValueError: Naming the argument whose shape does not fit.
     """
     checks.same_device("g", g, "a", a)
     axes = a.dim() - 2

@@ -1,10 +1,7 @@
 """Batched matrix products on a CPU, by whichever of the framework's two libraries is faster.
 
-``torch.bmm`` calls MKL, which on processors of another make leaves their widest vector registers unused; oneDNN
-does not, and a batch of products ``left[n] @ right[n]`` is a grouped convolution with kernel 1: samples are
-groups, rows of ``right`` channels, its columns positions, and ``left`` the weights. No operand is moved for it.
-Measured on an AMD EPYC with AVX-512, over the time of ``torch.bmm``: 0.5 to 0.8 for the sizes `suits` accepts, with one
-thread and with two.
+``torch.bmm`` calls MKL, which leaves the widest vector registers of an AMD EPYC unused; oneDNN takes 0.5 to 0.8 of its
+time for the sizes that `suits` accepts. ``left[n] @ right[n]`` is a convolution with kernel 1 whose groups are samples.
 """
 
 from __future__ import annotations
@@ -25,17 +22,7 @@ def suits(rows: int, inner: int) -> bool:
 
 
 def product(left: Tensor, right: Tensor, *, concrete: bool) -> Tensor:
-    """``(n, M, K) @ (n, K, N)``.
-
-    Args:
-        left: First operand.
-        right: Second operand.
-        concrete: Whether these are ordinary tensors on a CPU: a tracer must not see the batch as a number of
-            groups.
-
-    Returns:
-        ``(n, M, N)``.
-    """
+    """``(n, M, K) @ (n, K, N)``; ``concrete``: on a CPU, and no tracer would take the batch for a number of groups."""
     batch, rows, inner = left.shape
     if not (
         concrete

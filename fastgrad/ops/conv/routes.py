@@ -1,15 +1,12 @@
 """Exact routes to a convolution's per-sample squared weight-gradient norms.
 
-Each route takes a `Problem` small enough for the cache and returns ``(K, B)``. The direct routes form the
-gradient ``G = sum_t g_t p_t`` of a few samples (``p_t`` the patch under position t) and sum its squares; K
-gradients of one sample are K times as many output channels, so they share every gather. The Gram routes never
-form it: ``||G||^2 = sum_{t,t'} (p_t . p_t')(g_t . g_t')``, whose first factor depends on the activation alone
-and is shared by all K gradients.
+Each route takes a `Problem` small enough for the cache and returns ``(K, B)``. The direct routes form the gradient
+``G = sum_t g_t p_t`` of a few samples (``p_t`` the patch under position t) and sum its squares. The Gram routes never
+form it: ``||G||^2 = sum_{t,t'} (p_t . p_t')(g_t . g_t')``, whose first factor is shared by all K gradients.
 
-Every term of a Gram sum is rounded relative to the terms, not to the result, so a Gram route loses
-``D / ||G||^2`` of its digits, ``D = sum_t |p_t|^2 |g_t|^2`` being the same sum without interference between
-positions. `run` measures that ratio, which costs only the diagonals, and takes a direct route for the samples
-where it is too large; where values cannot be looked at (tracing, vmap) the Gram matrices are float64.
+A Gram sum rounds relative to its terms, so it loses ``D / ||G||^2`` of its digits, ``D = sum_t |p_t|^2 |g_t|^2``. `run`
+measures that ratio and takes a direct route for the samples where it is too large; where values cannot be looked at
+(tracing, vmap) the Gram matrices are float64.
 """
 
 from __future__ import annotations

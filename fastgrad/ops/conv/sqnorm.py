@@ -1,18 +1,12 @@
 """Per-sample squared norms of the weight gradients of convolutions and of linear layers with positions.
 
-``fastgrad::conv_sqnorm`` and ``fastgrad::linear_sqnorm`` are composite operators: their implementation is
-made of ATen operators, which ``make_fx``, ``torch.compile`` and ahead-of-time compilation see through, so
-that compilers fuse it and an exported file needs nothing of this package. They are operators at all for the
-sake of their batching rule: under ``vmap`` (``is_grads_batched=True``) the gradients of one sample stay
-together as the K of one call, which shares everything that depends on the activation alone; batching the
-composition operator by operator would not.
+``fastgrad::conv_sqnorm`` and ``fastgrad::linear_sqnorm`` are compositions of ATen operators, which compilers see
+through. They are operators for the sake of their batching rule: under ``vmap`` the gradients of one sample stay the K
+of one call, which shares what depends on the activation alone. `opaque_ops` makes one node of them for a compilation in
+this process, where they choose their route by looking at values.
 
-`opaque_ops` makes one node of them for a compilation in this process, where the operator chooses its route by looking
-at values, as it does without compilation.
-
-On a GPU the composition is one node, ``fastgrad::conv_sqnorm_kernel`` or ``fastgrad::linear_sqnorm_kernel``:
-a Triton kernel, which tracers cannot see into. Those have no derivative, so ``impl="auto"`` takes the
-composition where one is asked for.
+On a GPU the composition is one node of a Triton kernel. That has no derivative, so ``impl="auto"`` takes ATen's
+operators where one is asked for.
 """
 
 from __future__ import annotations

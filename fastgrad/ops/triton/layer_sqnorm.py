@@ -61,37 +61,20 @@ def conv_sqnorm(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Squared norm of every sample's weight gradient of a convolution.
+    """Squared norm of every sample's weight gradient of a convolution, ``(K, B)`` float32.
 
-    Args:
-        a: ``(B, G * C, *spatial)``, input; any strides, channels-last is fastest.
-        g: ``(K, B, G * O, *spatial)``, gradients at the output, same dtype; any strides.
-        kernel: Kernel size per axis.
-        stride: Per axis.
-        padding: Zeros before each axis; positions past either end read as zero.
-        dilation: Per axis.
-        groups: G.
-
-    Returns:
-        ``(K, B)`` float32.
+    The input is ``(B, G * C, *spatial)``, the gradients at the output ``(K, B, G * O, *spatial)`` of the same dtype;
+    channels-last is fastest. Positions past either end, ``padding`` before each axis, read as zero.
     """
     devices.check(a=a, g=g)
     return _direct(a, g, kernel, stride, padding, dilation, groups, None)
 
 
 def linear_sqnorm(a: Tensor, g: Tensor) -> Tensor:
-    """Squared norm of every sample's weight gradient of a linear layer with T positions.
+    """Squared norm of every sample's weight gradient, ``(K, B)`` float32, of ``a (B, T, C)`` and ``g (K, B, T, O)``.
 
-    Takes the direct kernel, or the Gram kernel where its T^2 (C + O) products are fewer; samples whose
-    gradient nearly cancels over positions are then computed again by the direct kernel, without a look from
-    the host.
-
-    Args:
-        a: ``(B, T, C)``; any strides.
-        g: ``(K, B, T, O)``, same dtype; any strides.
-
-    Returns:
-        ``(K, B)`` float32.
+    Takes the direct kernel, or the Gram kernel where its products are fewer; samples whose gradient nearly cancels over
+    positions are then computed again by the direct kernel, without a look from the host.
     """
     devices.check(a=a, g=g)
     count, batch, positions, outputs = g.shape
