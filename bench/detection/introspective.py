@@ -37,7 +37,7 @@ from fastgrad.detector.presets import DEFAULT_BLOCKS
 from fastgrad.metrics import calibration_report
 
 #: Splits of the images that the network was not trained on, clean images of each, clean test images, copies of a kind.
-SEEDS, FITTED, TESTED, COPIES = 3, 2000, 1000, 200
+SEEDS, FITTED, TESTED, COPIES = 3, 1000, 1000, 200
 #: Of those fitted, the share that makes probabilities calibrated.
 UNSEEN = 0.2
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -143,7 +143,7 @@ def gated(two_stage: TwoStageModel, values: Mapping[str, Tensor]) -> tuple[Tenso
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
-    """Return a row for each method: by group accuracy and calibration error over splits, and the gain with interval."""
+    """Return a row for each method and group: accuracy and calibration error over splits, and the gain."""
     base = NETWORKS["resnet20"].make(options, 0)
     images, labels = sets.load(options.data, "cifar10", "train", HELD_OUT, -HELD_OUT).labelled()
     clean = sets.load(options.data, "cifar10", "test", TESTED).labelled()
@@ -165,25 +165,27 @@ def measure(options: Options) -> list[dict[str, Any]]:
     found["batch norm adapted"] = [{case: adapted(base.model, seen.images) for case, seen in tests.items()}]
     rows = []
     for name, splits in found.items():
-        row: dict[str, Any] = {"network": "resnet20", "method": name, "seeds": len(splits)}
         for group, cases in GROUPS.items():
             known = np.concatenate([truth[case].numpy() for case in cases])
+            row: dict[str, Any] = {
+                "network": "resnet20",
+                "method": name,
+                "case": group,
+                "splits": len(splits),
+            }
             reports = [
                 calibration_report(torch.cat([own[case] for case in cases]).double().numpy(), known)
                 for own in splits
             ]
             for metric in ("accuracy", "ece"):
                 values = [float(report[metric]) for report in reports]
-                spread = round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None
-                row[f"{group}: {metric}"] = [round(float(np.mean(values)), 4), spread]
-            gain = (
-                sum(_right(splits, truth, cases)) / len(splits)
-                - sum(_right(found[NETWORK], truth, cases)) / SEEDS
-            )
+                row[metric] = round(float(np.mean(values)), 4)
+                row[f"{metric} spread"] = round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None
+            gain = sum(_right(splits, truth, cases)) / len(splits)
+            gain = gain - sum(_right(found[NETWORK], truth, cases)) / SEEDS
             # All copies of an image are drawn together.
             change = resampled.mean(gain.reshape(len(cases), -1).mean(0))
-            row[f"{group}: gain"] = [round(float(change[0]), 4), *resampled.interval(change)]
-        rows.append(row)
+            rows.append(row | {"gain": round(float(change[0]), 4), "interval": resampled.interval(change)})
     return rows
 
 
@@ -204,8 +206,7 @@ def main() -> None:
     rows = measure(Options(given.data, given.cache, given.quick))
     facts = {
         "seconds": round(time.perf_counter() - start), "fitted": FITTED, "tested": TESTED, "copies": COPIES,
-        "groups": list(GROUPS),
-    }  # fmt: skip
+            }  # fmt: skip
     pages.save("introspective", rows, packages=PACKAGES, folder=given.out, facts=facts)
 
 

@@ -145,7 +145,7 @@ def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: An
     def make(fit: Fit) -> Score:
         subject = fit.subject
         if subject.quick and not set(extra) <= set(READINGS[0]):
-            if subject.few and ("view" in extra or subject.network != "lite0"):
+            if subject.few:
                 raise NotRun("left out of quick mode: several passes an image")
             if subject.draw and "view" not in extra:
                 raise NotRun("quick mode reads gradients of one draw")
@@ -159,13 +159,12 @@ def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: An
 _registered(", clean only", "the default, challenges=None", challenges=None)
 _registered(", default", "the default blocks")
 _registered(", second look", "the default blocks of a budget of 2.5", ("view",))
-for _extra, _what in {
-    "contrasts": "squared norms of all contrasts of the last layer",
-    "normalisation_norms": "squared gradient norms of normalisation layers",
-    "all_norms": "squared gradient norms of every parameter",
-}.items():
-    _registered(f" + {_extra}", f"beside the default blocks: {_what}", (_extra,))
-    _registered(f", clean only + {_extra}", f"the same, challenges=None: {_what}", (_extra,), None)
+for _what, _block in {
+    "all contrasts of the last layer": "contrasts", "norms of normalisation layers": NormalisationNorms.name,
+    "norms of all parameters": AllNorms.name,
+}.items():  # fmt: skip
+    _registered(f", default + {_what}", "beside the default blocks: squared gradient norms", (_block,))
+    _registered(f", clean only + {_what}", "the same, challenges=None", (_block,), None)
 
 
 @method("fastgrad, labelled", 2026, "the default, challenges=the case", LABELLED)

@@ -97,20 +97,21 @@ def rows(table: Table, subject: Subject, method: Method, quick: bool, known: dic
         # No image of an attack may mislead the network any more: that is a property of the case, not of a method.
         lacking = {case: why for case, why in left.items() if "misleads" not in why}
         present = [values[case] for case in names if case in values]
-        whole = head | {"case": f"mean of {group}", "group": group}
+        wholes = [head | {"case": f"mean of {group}", "group": group}]
+        if "attacks" in group and method.protocol is not Protocol.LABELLED:
+            wholes.append(head | {"case": f"{WORST}, {group}", "group": f"{WORST}, {group}"})
         if lacking or not present:
-            made.append(whole | {"not run": "; ".join(dict.fromkeys(left.values()))})
+            made += [whole | {"not run": "; ".join(dict.fromkeys(left.values()))} for whole in wholes]
             continue
         groups[group] = np.mean(present, 0)
-        made.append(whole | {"cases": len(present)} | _shown(groups[group]))
+        made.append(wholes[0] | {"cases": len(present)} | _shown(groups[group]))
         if group in beside:
             gain = groups[group] - beside[group]
             made.append(head | {"case": f"gain in {group}", "gain": round(float(gain[0]), 4),
                                 "interval": resampled.interval(gain)})  # fmt: skip
-        if "attacks" in group and method.protocol is not Protocol.LABELLED:
+        for whole in wholes[1:]:
             worst = _worst(subject, found.scores, [case for case in names if case in values])
-            words = f"{WORST}, {group}"
-            made.append(head | {"case": words, "group": words} | _shown(worst))
+            made.append(whole | _shown(worst))
     return made
 
 
