@@ -55,7 +55,7 @@ def original(module: nn.Module) -> nn.Module:
     return module if inner is None else inner
 
 
-def unviewed(tensor: Tensor) -> Tensor:
+def drop_view_base(tensor: Tensor) -> Tensor:
     """The same memory as a tensor of its own where ``tensor`` is a view of a whole one, as ``nn.Linear`` returns it.
 
     Without, autograd goes through the tensor that it views: three copies of the gradient in every backward pass.
@@ -119,7 +119,7 @@ def outside_of_compilation(function: Callable[_Arguments, _Result]) -> Callable[
     return left
 
 
-def attend_alike(module: nn.Module) -> None:
+def disable_mha_fastpath(module: nn.Module) -> None:
     """Let a private copy of PyTorch's attention, with copied parameters, compute as it does with gradients.
 
     Without, it takes a path (``torch._transformer_encoder_layer_fwd``) that rounds otherwise and that tracers cannot

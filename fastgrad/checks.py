@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: What the kernels read, by Triton's name; they compute in float32.
+KERNEL_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def one_of(name: str, value: object, choices: Iterable[object]) -> None:

@@ -1,7 +1,7 @@
 """Figures for scores, calibration and gradient features; matplotlib is imported where it is used.
 
-Every function draws on the axes it is given, or on a new figure, and returns the axes; nothing touches the
-global state of ``pyplot``, so that the functions work on servers and in threads.
+Every function draws on the given axes, or on a new figure, and returns the axes. None uses the global state of
+``pyplot``, so they work on servers and in threads.
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ class Prediction(NamedTuple):
 
     Attributes:
         logits: ``(B, N)``, the network's own.
-        probabilities: ``(B, N)``: how likely each class is. Without an introspective classifier the softmax, with a
-            temperature where labels gave one; with one ``(1 - g) p_network + g p_classifier``, where ``g`` is the
-            probability that the input is a challenge and not clean.
-        uncertainty: ``(B,)``: how atypical the input is; higher is less reliable. It is -log of the probability that
-            a clean input looks at least so unusual, infinite where it cannot be computed, and no probability of error.
-        risk: ``(B,)``: the probability that the answer is wrong, for clean and for unusual inputs; None where the model
-            was fitted without labels.
+        probabilities: ``(B, N)``: how likely each class is. The softmax, with a temperature if fitted with labels. With
+            an introspective classifier ``(1 - g) p_network + g p_classifier``, where ``g`` is the probability that the
+            input is a challenge.
+        uncertainty: ``(B,)``: how atypical the input is; higher is less reliable. It is -log of the probability that a
+            clean input looks at least this unusual, not a probability of error. Infinite where it cannot be computed.
+        risk: ``(B,)``: the probability that the answer is wrong, for clean and unusual inputs; None if fitted without
+            labels.
     """
 
     logits: Tensor

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastgrad.checks import KERNEL_DTYPES
 from fastgrad.losses import LOSSES
-from fastgrad.ops.dispatch import KERNEL_DTYPES
 from fastgrad.ops.triton import contrast, devices, layer_sqnorm, linear_contrast, target
 from fastgrad.ops.tune import Architecture
 

@@ -1,4 +1,4 @@
-"""What a detector reads of an input, one file a block.
+"""Groups of features that a detector computes from an input, one file a block.
 
 | block            | reads                | price (forward passes) | content                                |
 |------------------|----------------------|------------------------|----------------------------------------|
@@ -11,7 +11,7 @@
 | `contrasts`      | h, logits            | 0                      | last-layer gradient norms, all classes |
 | `gradients`      | 3 backward passes    | about 8                | gradient norms of every parameter      |
 
-Detectors read the first four by default, the fifth where the budget allows a second forward pass; the others by name.
+Detectors read the first four by default, and the fifth if the budget allows a second forward pass. Name the others.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from fastgrad.engine.run import Reading
 
 Array = NDArray[np.float64]
+#: Gaussians of a mixture, and principal components that it sees, at most.
+_COMPONENTS, _DIMENSIONS = 8, 24
 #: Name, rows, fitted score and meaning of a one-class score.
 Part = tuple[str, Rows, Fitted, type[OneSided] | type[TwoSided]]
 
@@ -37,16 +39,12 @@ class Settings:
 
     Attributes:
         log: Whether blocks of squared norms hold the norms themselves, whose logarithms are to be taken.
-        components: Gaussians of a mixture, at most.
-        dimensions: Principal components that a mixture sees, at most.
         count: Clean samples of the smallest fit, from which it follows how many components all fits have: their scores
             are compared.
         seed: Of mixtures.
     """
 
     log: bool
-    components: int
-    dimensions: int
     count: int
     seed: int
 
@@ -117,7 +115,7 @@ def mixture(
     *,
     rank: bool = False,
     log: bool = True,
-    dimensions: int | None = None,
+    dimensions: int = _DIMENSIONS,
 ) -> Part:
     """The part that scores a block by a Gaussian mixture on its principal components.
 
@@ -127,7 +125,7 @@ def mixture(
         settings: As in `Block.scores`.
         rank: Whether axis 1 runs over classes, to be ordered by the logits.
         log: Whether the block's norms may need their logarithm taken.
-        dimensions: Components at most; the settings' own by default.
+        dimensions: Components at most.
     """
     count = settings.count
     rows = Rows.fit(
@@ -135,8 +133,8 @@ def mixture(
         name,
         rank=rank,
         log=log and settings.log,
-        dimensions=min(dimensions or settings.dimensions, max(1, count // 10)),
+        dimensions=min(dimensions, max(1, count // 10)),
     )
     values = rows.of(blocks)
-    fewer = max(1, min(settings.components, count // (5 * values.shape[1])))
+    fewer = max(1, min(_COMPONENTS, count // (5 * values.shape[1])))
     return f"{name}_mixture", rows, GaussianMixture.fit(values, fewer, 1e-2, settings.seed), OneSided

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,20 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
-from fastgrad.batches import as_call, batch_size, take
+from fastgrad.batches import as_call, batch_size
 from fastgrad.blocks.block import Block
-from fastgrad.blocks.features import Features
-from fastgrad.blocks.logits import Logits
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject, watch
+from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.network import Network
-from fastgrad.engine.shadow import ordinary
 
 Inputs = Tensor | Mapping[str, Any]
-
-# On a CPU a batch with a backward pass goes in pieces whose tensors, of about this many bytes, the next piece reuses.
-_WORKING_SET = 640 << 20
-_SAMPLES = 16
 
 
 class Extraction:
@@ -88,18 +81,8 @@ class Extraction:
                 args, kwargs = pytree.tree_map_only(
                     Tensor, lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() else t, (args, kwargs)
                 )
-            piece = self._piece(subject, samples)
-            if piece is None:
-                logits, values = self._extract(subject, args, kwargs, 1 if empty else samples)
-                return (logits[:0], {n: v[:0] for n, v in values.items()}) if empty else (logits, values)
-            parts = []
-            for start in range(0, samples, piece):
-                index = slice(start, min(start + piece, samples))
-                part_args, part_kwargs = take((args, kwargs), index, samples)
-                parts.append(self._extract(subject, part_args, part_kwargs, index.stop - start))
-        return torch.cat([logits for logits, _ in parts]), {
-            name: torch.cat([values[name] for _, values in parts]) for name in parts[0][1]
-        }
+            logits, values = self._extract(subject, args, kwargs, 1 if empty else samples)
+        return (logits[:0], {n: v[:0] for n, v in values.items()}) if empty else (logits, values)
 
     def subject(self, x: Inputs) -> Subject:
         """What is known of the network and inputs like ``x``, watched at the first call.
@@ -126,24 +109,6 @@ class Extraction:
         other = Extraction(self.model, blocks, log=self.log)
         other.known, other._network, other._shapes = self.known, self._network, self._shapes
         return other
-
-    def plain(self, x: Inputs) -> tuple[Tensor, Tensor | None]:
-        """Logits and h ``(B, D)`` alone: one forward pass, no gradient; None where the model ends otherwise."""
-        subject = self.subject(x)
-        blocks = [Logits()] if subject.head is None else [Logits(), Features()]
-        logits, values = self.of(blocks)(x)
-        return logits, values.get("features")
-
-    def _piece(self, subject: Subject, samples: int) -> int | None:
-        """Samples at a time, or None for all."""
-        device = next((p.device.type for p in self.model.parameters()), "cpu")
-        backward = any(block.signals(subject) for block in self.blocks)
-        if not isinstance(samples, int) or device != "cpu" or not backward:
-            return None
-        piece = max(_SAMPLES, int(_WORKING_SET / max(1.0, 2 * subject.written)))
-        # Pieces of equal size: a short last one would waste the most.
-        piece = math.ceil(samples / max(1, math.ceil(samples / piece)))
-        return None if piece >= samples else piece
 
     def _extract(
         self, subject: Subject, args: Any, kwargs: Any, samples: int
@@ -177,5 +142,5 @@ class Extraction:
 
 def arguments(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The model's arguments, outside any graph."""
-    outside: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, ordinary, as_call(x))
+    outside: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, detach_plain, as_call(x))
     return outside

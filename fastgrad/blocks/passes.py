@@ -13,7 +13,7 @@ from fastgrad.batches import logits_of
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.backward import backward_signals, order_by_parameter
 from fastgrad.engine.network import Network
-from fastgrad.engine.planning import Plan
+from fastgrad.engine.plan import Plan
 from fastgrad.engine.run import Reading, Run
 
 

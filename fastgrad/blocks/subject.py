@@ -14,7 +14,7 @@ from fastgrad._torch import DispatchMode, pytree
 from fastgrad.batches import batch_size, logits_of, take
 from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
-from fastgrad.engine.shadow import Shadow, attach
+from fastgrad.engine.copy import Shadow, attach
 
 #: Writing one number costs about as much as this many of a product's operations.
 _WRITE = 16
@@ -33,7 +33,6 @@ class Subject:
         image: Place among the inputs of the one image tensor ``(B, C, H, W)``, an index or a keyword; None
             where there is none or several.
         mask: Keyword of the input that marks the positions of a text ``(B, T)``, or None.
-        written: Bytes that the forward pass of one sample writes.
         first: The module whose output are the first normalised, or else convolved, maps ``(B, C, H, W)``, or None.
     """
 
@@ -43,7 +42,6 @@ class Subject:
     channels: tuple[Channels, ...]
     image: int | str | None
     mask: str | None
-    written: float
     first: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +59,7 @@ class _Operations(DispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = self.written = 0.0
+        self.total = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -71,7 +69,6 @@ class _Operations(DispatchMode):
         for tensor in pytree.tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.total += _WRITE * tensor.numel()
-                self.written += tensor.nbytes
         return out
 
 
@@ -96,7 +93,7 @@ class _Watch:
                 watch(path, module)
         with torch.no_grad(), operations:
             self.logits = logits_of(shadow.root(*args, **kwargs))
-        self.operations, self.written = max(1.0, operations.total), operations.written
+        self.operations = max(1.0, operations.total)
 
 
 def is_image(value: object) -> bool:
@@ -159,7 +156,6 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
         channels=channels.choose(seen, three.operations / 3),
         image=images[0] if len(images) == 1 else None,
         mask="attention_mask" if isinstance(mask, Tensor) and mask.dim() == 2 else None,
-        written=three.written / 3,
         first=_first(found),
     )
 

@@ -52,13 +52,13 @@ class PixelRange:
             mean: per-channel mean that was subtracted from images whose black is 0 and white 1 (or ``clip``).
             std: per-channel standard deviation by which they were divided afterwards.
 
-        Without any of them: values within [0, 1] are taken as unit images, values within [0, 255] as bytes,
-        everything else as normalised, with every channel's own smallest and largest value as its range. A
-        constant channel gets a range of width one around its value.
+        Without any of them: values within [0, 1] are unit images. Values up to 255 are bytes. All others are
+        normalised images, with every channel's smallest and largest value as its range. A constant channel gets a
+        range of width one around its value.
 
         Raises:
-            ValueError: for a lone ``mean`` or ``std``, lengths other than C, an empty range, images outside the range
-                that was told, or images of which some hold bytes and others values within [0, 1].
+            ValueError: for a lone ``mean`` or ``std``, lengths other than C, or an empty range. Also for images
+                outside the given range, or a mixture of bytes and unit images.
         """
         batches = [images] if isinstance(images, Tensor) else list(images)
         like, told = batches[0], _told(batches[0], clip, mean, std)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 import fastgrad
-from fastgrad.ops.dispatch import KERNEL_DTYPES, choose, interpreting, triton_refusal
+from fastgrad.checks import FLOAT_DTYPES
+from fastgrad.ops.dispatch import choose, interpreting, triton_refusal
 
 _PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "torchvision", "matplotlib", "fastapi", "ray")
-_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def examine() -> dict[str, Any]:
 
 def _implementations(device: torch.device) -> dict[str, dict[str, str]]:
     found = {}
-    for dtype in _DTYPES:
+    for dtype in FLOAT_DTYPES:
         refusal = triton_refusal(device, dtype)
         runs = choose("auto", torch.empty(0, device=device, dtype=dtype))
         if runs == "triton":

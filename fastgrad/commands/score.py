@@ -15,34 +15,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="file written by fastgrad.export (.pt2 or .onnx)")
     parser.add_argument("images", help="folder of images, or a Parquet file with a column of image bytes")
     parser.add_argument("--out", required=True, help="Parquet file to write, one row an image")
-    parser.add_argument("--batch", type=int, default=64, help="images in one run of the model (64)")
-    parser.add_argument(
-        "--part", type=int, default=4096, help="images between two points to resume from (4096)"
-    )
-    parser.add_argument("--false-alarm-rate", type=float, help="share of good images to flag (the file's)")
-    parser.add_argument("--image-column", help="of the Parquet file (default: image, img, bytes or content)")
-    parser.add_argument("--key-column", help="column that names the rows (default: path, name or id)")
-    parser.add_argument(
-        "--max-pixels", type=int, default=Limits().pixels, help="largest image to decode (10 million)"
-    )
-    parser.add_argument(
-        "--max-bytes", type=int, default=Limits().size, help="largest file or cell to read (64 MiB)"
-    )
+    for name, kind, default, text in (
+        ("--batch", int, 64, "images in one run of the model (64)"),
+        ("--part", int, 4096, "images between two points to resume from (4096)"),
+        ("--false-alarm-rate", float, None, "share of good images to flag (the file's)"),
+        ("--image-column", str, None, "of the Parquet file (default: image, img, bytes or content)"),
+        ("--key-column", str, None, "column that names the rows (default: path, name or id)"),
+        ("--max-pixels", int, Limits().pixels, "largest image to decode (10 million)"),
+        ("--max-bytes", int, Limits().size, "largest file or cell to read (64 MiB)"),
+        ("--workers", int, 1, "with --ray: processes that hold the model (1)"),
+    ):
+        parser.add_argument(name, type=kind, default=default, help=text)
     parser.add_argument(
         "--ray", action="store_true", help="on a Ray cluster: --out is then a folder of parts"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=1, help="with --ray: processes that hold the model (1)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Score, and say what there was; return the exit status."""
-    options = {
-        "batch": args.batch, "part": args.part, "false_alarm_rate": args.false_alarm_rate,
-        "image_column": args.image_column, "key_column": args.key_column, "max_pixels": args.max_pixels,
-        "max_bytes": args.max_bytes,
-    }  # fmt: skip
+    passed = ("batch", "part", "false_alarm_rate", "image_column", "key_column", "max_pixels", "max_bytes")
+    options = {name: getattr(args, name) for name in passed}
     try:
         if args.ray:
             from fastgrad.deploy.score.ray import score_dataset

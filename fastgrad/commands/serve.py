@@ -9,85 +9,55 @@ import signal
 import sys
 from pathlib import Path
 
+from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import PackageError
+
+#: Options that take a value: name, type, default, help.
+_OPTIONS = (
+    ("--pins", str, None, "file with the SHA-256 of each model file that may be loaded, as sha256sum writes them; with "
+     "it, and only then, a file that changes takes over"),
+    ("--reload-seconds", float, 1.0, "with --pins: how often to look whether a file has changed (1)"),
+    ("--host", str, "127.0.0.1", "address to listen on (default: this machine only)"),
+    ("--port", int, 8000, "port; 0 takes a free one (8000)"),
+    ("--workers", int, 1, "processes that run the model (default: 1)"),
+    ("--threads", int, None, "compute threads of each process (default: PyTorch's)"),
+    ("--decoders", int, None, "processes that read bodies (default: cores, at most 4)"),
+    ("--max-batch", int, 32, "largest batch (default: 32)"),
+    ("--batch-wait-ms", float, 2.0, "how long an idle worker waits for a batch to fill (2)"),
+    ("--max-queue", int, 256, "requests in progress, then 503 (256)"),
+    ("--timeout", float, 30.0, "seconds a request may take, then 504 (30)"),
+    ("--max-body-mb", float, 16.0, "largest body in MiB, then 413 (16)"),
+    ("--max-pixels", int, MAX_PIXELS, "largest image in pixels, then 413 (10 million)"),
+    ("--max-connections", int, 512, "then the one that waits longest is closed (512)"),
+    ("--false-alarm-rate", float, None, "share of in-distribution inputs to flag (default: the file's)"),
+    ("--drift-false-alarm-rate", float, 0.01,
+     "bound on the probability of ever raising the drift alarm without drift (0.01)"),
+    ("--api-key-file", Path, None,
+     "file with the key that requests must carry; without it the variable FASTGRAD_API_KEY, else none"),
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
     parser.add_argument("model", nargs="?", help="file written by fastgrad.export (.pt2 or .onnx)")
     parser.add_argument(
-        "--model",
-        dest="models",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
+        "--model", dest="models", action="append", default=[], metavar="NAME=PATH",
         help="a file by name, answering at /predict/NAME; may be given several times, the first answers at /predict",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--pins",
-        help="file with the SHA-256 of each model file that may be loaded, as sha256sum writes them; with it, and only "
-        "then, a file that changes takes over",
-    )
-    parser.add_argument(
-        "--reload-seconds",
-        type=float,
-        default=1.0,
-        help="with --pins: how often to look whether a file has changed (1)",
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
-    )
-    parser.add_argument(
-        "--allowed-host",
-        action="append",
-        default=[],
-        metavar="NAME",
+        "--allowed-host", action="append", default=[], metavar="NAME",
         help="name in the Host of requests, beside localhost and addresses; may be given several times",
-    )
-    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (8000)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that run the model (default: 1)")
-    parser.add_argument("--threads", type=int, help="compute threads of each process (default: PyTorch's)")
-    parser.add_argument("--decoders", type=int, help="processes that read bodies (default: cores, at most 4)")
-    parser.add_argument("--max-batch", type=int, default=32, help="largest batch (default: 32)")
+    )  # fmt: skip
+    for name, kind, default, text in _OPTIONS:
+        parser.add_argument(name, type=kind, default=default, help=text)
     parser.add_argument(
-        "--batch-wait-ms",
-        type=float,
-        default=2.0,
-        help="how long an idle worker waits for a batch to fill (2)",
-    )
-    parser.add_argument("--max-queue", type=int, default=256, help="requests in progress, then 503 (256)")
-    parser.add_argument(
-        "--timeout", type=float, default=30.0, help="seconds a request may take, then 504 (30)"
-    )
-    parser.add_argument("--max-body-mb", type=float, default=16.0, help="largest body in MiB, then 413 (16)")
-    parser.add_argument("--max-pixels", type=int, help="largest image in pixels, then 413 (10 million)")
-    parser.add_argument(
-        "--max-connections", type=int, default=512, help="then the one that waits longest is closed (512)"
-    )
-    parser.add_argument(
-        "--false-alarm-rate", type=float, help="share of in-distribution inputs to flag (default: the file's)"
-    )
-    parser.add_argument(
-        "--drift-false-alarm-rate",
-        type=float,
-        default=0.01,
-        help="bound on the probability of ever raising the drift alarm without drift (0.01)",
-    )
-    parser.add_argument(
-        "--api-key-file",
-        type=Path,
-        help="file with the key that requests must carry; without it the variable FASTGRAD_API_KEY, else none",
-    )
-    parser.add_argument(
-        "--traces",
-        action="store_true",
+        "--traces", action="store_true",
         help="send OpenTelemetry traces over OTLP/HTTP, as its variables OTEL_* say; needs the extra traces",
-    )
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM, then finish what was accepted; return the exit status."""
-    from fastgrad.deploy.file.images import MAX_PIXELS
     from fastgrad.deploy.serve.app import create_app
     from fastgrad.deploy.serve.bodies import Limits
     from fastgrad.deploy.serve.child import ChildDiedError
@@ -108,31 +78,18 @@ def run(args: argparse.Namespace) -> int:
         return 2
     body = int(args.max_body_mb * 2**20)
     limits = Limits(
-        body=body,
-        pixels=args.max_pixels or MAX_PIXELS,
-        queue=args.max_queue,
-        seconds=args.timeout,
-        memory=max(Limits.memory, 3 * body),
-        connections=args.max_connections,
-    )
+        body=body, pixels=args.max_pixels, queue=args.max_queue, seconds=args.timeout,
+        memory=max(Limits.memory, 3 * body), connections=args.max_connections,
+    )  # fmt: skip
     try:
         key = _api_key(args.api_key_file)
         app = create_app(
-            _paths(args.model, args.models),
-            workers=args.workers,
-            threads=args.threads,
-            decoders=args.decoders,
-            max_batch=args.max_batch,
-            batch_wait=args.batch_wait_ms / 1000,
-            limits=limits,
-            api_key=key,
-            allowed_hosts=[*args.allowed_host, args.host],
-            false_alarm_rate=args.false_alarm_rate,
-            drift_false_alarm_rate=args.drift_false_alarm_rate,
-            pins=args.pins,
-            reload_every=args.reload_seconds,
+            _paths(args.model, args.models), workers=args.workers, threads=args.threads, decoders=args.decoders,
+            max_batch=args.max_batch, batch_wait=args.batch_wait_ms / 1000, limits=limits, api_key=key,
+            allowed_hosts=[*args.allowed_host, args.host], false_alarm_rate=args.false_alarm_rate,
+            drift_false_alarm_rate=args.drift_false_alarm_rate, pins=args.pins, reload_every=args.reload_seconds,
             tracer_provider=otlp_provider() if args.traces else None,
-        )
+        )  # fmt: skip
     except (PackageError, ValueError, OSError) as error:
         print(f"fastgrad serve: {error}", file=sys.stderr)
         return 2

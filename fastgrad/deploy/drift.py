@@ -1,29 +1,22 @@
 """Drift: has the incoming data left the training distribution?
 
-One uncertain image says little; a thousand slightly too uncertain ones say that the camera has moved. The
-monitor reads a stream of uncertainty scores, one number an image, and raises an alarm with a stated error
-rate:
+The monitor reads a stream of uncertainty scores, one an image, and raises an alarm with a stated error rate:
 
-- Every score becomes a *conformal p-value*: its randomised rank among the calibration scores and all scores
-  seen so far. While the stream is exchangeable with the calibration images these p-values are independent
-  and uniform, whatever the distribution of the scores (Vovk, Nouretdinov & Gammerman, ICML 2003).
-- A family of Beta densities *bets* against uniformity: each multiplies its capital by its density at the
-  p-value. Under uniformity no bet gains on average. High scores, low scores (an attack can look too
-  certain), both tails and a pile-up in one place (a frozen camera) each have bets that grow exponentially
-  on them.
-- A fresh share of capital starts at every image, so a change after a million good images is found about as
-  fast as one after a hundred.
+- Every score becomes a *conformal p-value*: its randomised rank among the calibration scores and all scores seen so
+  far. While the stream is exchangeable with the calibration images these p-values are independent and uniform,
+  whatever the distribution of the scores (Vovk, Nouretdinov & Gammerman, ICML 2003).
+- A family of Beta densities *bets* against uniformity: each multiplies its capital by its density at the p-value.
+  Under uniformity no bet gains on average. High scores, low scores, both tails and a pile-up in one place each have
+  bets that grow exponentially on them.
+- A fresh share of capital starts at every image: a change after a million images is found as fast as an early one.
 
-``form="ever"``: the total capital is a martingale that starts at 1, so by Ville's inequality the
-probability of *ever* raising a false alarm, on a stream of any length, is at most ``false_alarm_rate``.
-``form="average"``: the Shiryaev-Roberts sum over start times; the *average* number of images before a false
-alarm is at least ``1 / false_alarm_rate`` (Shin, Ramdas & Rinaldo 2023), in exchange for shorter delays;
-reset it after each alarm, with a reason.
+``form="ever"``: the total capital is a martingale that starts at 1. By Ville's inequality the probability of *ever*
+raising a false alarm, on a stream of any length, is at most ``false_alarm_rate``.
+``form="average"``: the Shiryaev-Roberts sum over start times. The *average* number of images before a false alarm is
+at least ``1 / false_alarm_rate`` (Shin, Ramdas & Rinaldo 2023); delays are shorter. Reset it after each alarm.
 
-Both statements need images that could have come in any order. Frames of one video cannot: feed the monitor
-every k-th frame, or one score a scene.
-
-Only NumPy is needed; memory and time per score do not grow with the stream.
+Both need images that could have come in any order. Frames of one video cannot: take every k-th, or one a scene.
+Memory and time per score do not grow with the stream.
 """
 
 from __future__ import annotations
@@ -85,14 +78,12 @@ class ScoreReference:
     def from_scores(cls, scores: ArrayLike, *, bins: int = 256, seed: int = 0) -> ScoreReference:
         """Make a reference from the scores of held-out in-distribution images.
 
-        A random half places the bin edges (at its quantiles), the other half is counted. The split is what
-        keeps the p-values exactly uniform: edges laid through the very scores that are counted would not
-        be.
+        A random half places the bin edges at its quantiles, the other half is counted. With edges laid through the
+        very scores that are counted the p-values would not be uniform.
 
         Args:
-            scores: one-dimensional, finite, at least 20. Images that trained the detector must not be among
-                them.
-            bins: at most this many bins, fewer when there are not enough scores.
+            scores: one-dimensional, finite, at least 20; none of images that trained the detector.
+            bins: at most this many, fewer where there are not enough scores.
             seed: of the split.
 
         Raises:
@@ -257,9 +248,8 @@ class DriftMonitor:
             rate = f"without drift a false alarm comes once in {1 / self.false_alarm_rate:g} inputs or later on average"
         else:
             rate = f"the probability of ever raising this alarm without drift is at most {self.false_alarm_rate:g}"
-        return (
-            f"{found} {self.count} inputs, compared with {self.reference.counts.sum():g} clean ones; {rate}."
-        )
+        compared = f"compared with {self.reference.counts.sum():g} clean ones"
+        return f"{found} {self.count} inputs, {compared}; {rate}."
 
 
 def _finite_scores(name: str, scores: ArrayLike) -> FloatArray:
@@ -267,7 +257,6 @@ def _finite_scores(name: str, scores: ArrayLike) -> FloatArray:
     if values.ndim != 1:
         raise ValueError(f"{name} must be one number or one-dimensional; the shape was {values.shape}")
     if not np.isfinite(values).all():
-        raise ValueError(
-            f"{name} must be finite; {int((~np.isfinite(values)).sum())} of {len(values)} were not"
-        )
+        wrong = int((~np.isfinite(values)).sum())
+        raise ValueError(f"{name} must be finite; {wrong} of {len(values)} were not")
     return values

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastgrad.blocks.block import Settings
 from fastgrad.detector.challenge_classifier import NAME, ChallengeClassifier, JointRows
+from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.inputs import Array, Blocks, as_tensors, check_rate, take
 from fastgrad.scores.conformal import OneSided, TwoSided, p_value_map, weighted
 from fastgrad.scores.fitted import Fitted, Sequence
@@ -80,14 +81,10 @@ class DetectorModule(Fitted):
     final: OneSided
     calibration_scores: Tensor
 
-    def evidence(self, raw: Tensor, *, cap: float | None = None) -> Tensor:
-        """Weighted -log p ``(B, K)`` of all scores' ``raw`` values ``(K, B)``; ``cap`` is the detector's by default."""
+    def evidence(self, raw: Tensor, *, cap: float = CAP) -> Tensor:
+        """Weighted -log p, at most ``cap``, ``(B, K)`` of all scores' ``raw`` values ``(K, B)``."""
         log_p = p_value_map([score.p_value for score in self.scores], raw)
-        return weighted(
-            log_p.t(),
-            self.options["cap"] if cap is None else cap,
-            [score.options["weight"] for score in self.scores],
-        )
+        return weighted(log_p.t(), cap, [score.options["weight"] for score in self.scores])
 
     def raw(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Every score's values before calibration, ``(K, B)``."""
@@ -142,16 +139,6 @@ def infinite_where_nan(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Options:
-    """What `UncertaintyDetector` says to its calibration: parameters of the same names."""
-
-    settings: Settings
-    folds: int
-    weight: float
-    cap: float
-
-
-@dataclass(frozen=True)
 class Table:
     """Blocks of clean samples and challenges.
 
@@ -178,26 +165,26 @@ class Calibrated(NamedTuple):
         evidence: ``(n, S)``, as `DetectorModule.explain` gives it, of every sample of the table by what was fitted
             without it and its source.
         table: What it was fitted on.
-        options: How.
+        settings: How.
     """
 
     module: DetectorModule
     evidence: Tensor
     table: Table
-    options: Options
+    settings: Settings
 
 
-def fit_scores(table: Table, chosen: NDArray[np.bool_], options: Options) -> dict[str, ScoreSpec]:
+def fit_scores(table: Table, chosen: NDArray[np.bool_], settings: Settings) -> dict[str, ScoreSpec]:
     """One score or more a block on the clean samples among the ``chosen``, and the classifier of challenges on all."""
     clean = take(table.blocks, chosen & (table.kinds == 0))
     specs: dict[str, ScoreSpec] = {}
     for source in clean:
-        for name, rows, score, p_value in table.known[source].scores(clean, options.settings):
+        for name, rows, score, p_value in table.known[source].scores(clean, settings):
             specs[name] = ScoreSpec(rows, score, p_value, source)
     if (chosen & (table.kinds > 0)).any():
-        joint = JointRows.fit(clean, table.known, options.settings)
+        joint = JointRows.fit(clean, table.known, settings)
         classifier = ChallengeClassifier.fit(joint.of(take(table.blocks, chosen)), table.kinds[chosen])
-        specs[NAME] = ScoreSpec(joint, classifier, OneSided, NAME, options.weight)
+        specs[NAME] = ScoreSpec(joint, classifier, OneSided, NAME, WEIGHT)
     return specs
 
 
@@ -220,22 +207,22 @@ def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.
     return np.where(apart, -1, fold[table.groups])
 
 
-def fit_detector(table: Table, options: Options, random: np.random.RandomState) -> Calibrated:
+def fit_detector(table: Table, settings: Settings, folds: int, random: np.random.RandomState) -> Calibrated:
     """Fit scores by folds and once more on all, and calibrate their sum.
 
     Raises:
         ValueError: There is no score, or one is NaN for a clean sample.
     """
-    fold = deal(table, options.folds, random)
+    fold = deal(table, folds, random)
     fitting, clean = fold >= 0, table.kinds == 0
     smallest = min(int((clean & fitting & (fold != number)).sum()) for number in range(fold.max() + 1))
-    options = replace(options, settings=replace(options.settings, count=smallest))
+    settings = replace(settings, count=smallest)
     # Score every sample by what was fitted without its fold, and fit once more on all.
     parts = [
-        (fold == number, fit_scores(table, fitting & (fold != number), options))
+        (fold == number, fit_scores(table, fitting & (fold != number), settings))
         for number in range(fold.max() + 1)
     ]
-    final = fit_scores(table, fitting, options)
+    final = fit_scores(table, fitting, settings)
     names = [name for name in final if all(name in specs for _, specs in parts)]
     if not names:
         raise ValueError(
@@ -260,11 +247,11 @@ def fit_detector(table: Table, options: Options, random: np.random.RandomState) 
                 score=final[name].score,
                 p_value=final[name].p_value.fit(values),
                 source=final[name].source,
-                weight=float(final[name].weight),
+                weight=final[name].weight,
             )
             for name, values in zip(names, raw[:, torch.as_tensor(counted)], strict=True)
         }
-        return DetectorModule(scores=Sequence(**scores), cap=float(options.cap))
+        return DetectorModule(scores=Sequence(**scores))
 
     # p-values come from the clean samples of the other folds, so that none helps to call itself usual.
     evidence = torch.empty(len(fold), len(names), dtype=torch.float64)
@@ -279,7 +266,7 @@ def fit_detector(table: Table, options: Options, random: np.random.RandomState) 
     module.add_module("final", OneSided.fit(sums[torch.as_tensor(calibrating)], counted=True))
     module.register_buffer("calibration_scores", -module.final(sums[torch.as_tensor(calibrating)]))
     module.options["exact"] = bool(table.held_out.any())
-    return Calibrated(module.eval(), module.by_source(evidence), table, options)
+    return Calibrated(module.eval(), module.by_source(evidence), table, settings)
 
 
 def _scores(table: Table, chosen: NDArray[np.bool_], specs: list[ScoreSpec]) -> Tensor:

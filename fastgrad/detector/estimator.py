@@ -18,7 +18,7 @@ from fastgrad.blocks import BLOCKS
 from fastgrad.blocks.block import Settings
 from fastgrad.checks import to_array
 from fastgrad.detector import constants
-from fastgrad.detector.calibrate import Calibrated, DetectorModule, Options, Table, fit_detector
+from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table, fit_detector
 from fastgrad.detector.inputs import (
     Array,
     Blocks,
@@ -39,26 +39,20 @@ Features = ArrayLike | Mapping[str, ArrayLike]
 class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
     """Scores how far each sample lies from clean data; higher is less reliable.
 
-    One-class scores of clean data become p-values, two-sided where a score can be too good to be true. With challenges
-    a linear classifier joins them. The weighted sum of the logarithms of all p-values is calibrated once more. So the
-    score is ``-log(p)``, p being the probability that a clean sample looks at least so unusual, and above
-    ``threshold(a)``, which is -log(a), lies a share a of clean data. `fastgrad.detector.calibrate` says how exactly.
+    One-class scores of clean data become p-values, two-sided where either side is unusual. With challenges a linear
+    classifier joins them. The weighted sum of the logarithms of all p-values is calibrated once more. The score is
+    ``-log(p)``, where p is the probability that a clean sample looks at least this unusual. A share ``a`` of clean data
+    is above ``threshold(a)``, which is -log(a); `fastgrad.detector.calibrate` says how exactly.
 
-    Features are an array or a mapping of named blocks (see `fastgrad.blocks`), which says what is what.
+    Features are an array of gradient norms, or a mapping of named blocks (see `fastgrad.blocks`).
 
     Args:
-        log: True when a plain array, or a block of gradient norms, holds squared norms, whose logarithm is taken; False
-            for features of any sign, taken as they are, logarithms of norms among them.
-        contrasts: Whether axis 1 of a plain array runs over contrast classes, to be ordered by the norms themselves,
-            which rank as the logits do.
-        weight: How much the classifier of challenges counts beside a one-class score's 1.
-        cap: Largest -log p that one score may contribute.
-        components: Gaussians in a mixture; fewer where there is little data.
-        dimensions: Principal components that a mixture sees, at most.
-        folds: Parts of the clean data of which each is scored by what was fitted on the others; None for ten below 300
-            samples, five from there on, three where a part is held out.
-        calibration_fraction: Share of the clean data that calibrates and nothing else, which makes the false-alarm rate
-            exact; None for a fifth from 1,000 clean samples on, and none below.
+        log: True takes the logarithm of a plain array, or of a block of gradient norms: they are squared norms. False
+            takes features of any sign as they are, such as logarithms of norms.
+        folds: Folds of the clean data, each scored by a fit on the others. None for ten below 300 samples, five from
+            there on, three where a part is held out.
+        calibration_fraction: Share of the clean data used for calibration alone: the false-alarm rate is then exact.
+            None for a fifth from 1,000 clean samples on, and none below.
         false_alarm_rate: Share of clean data that `predict` flags.
         random_state: Seed of the folds, the held-out part and the mixtures.
 
@@ -72,22 +66,12 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         self,
         *,
         log: bool = True,
-        contrasts: bool = False,
-        weight: float = constants.WEIGHT,
-        cap: float = constants.CAP,
-        components: int = 8,
-        dimensions: int = 24,
         folds: int | None = None,
         calibration_fraction: float | None = None,
         false_alarm_rate: float = 0.05,
         random_state: Any = 0,
     ) -> None:
         self.log = log
-        self.contrasts = contrasts
-        self.weight = weight
-        self.cap = cap
-        self.components = components
-        self.dimensions = dimensions
         self.folds = folds
         self.calibration_fraction = calibration_fraction
         self.false_alarm_rate = false_alarm_rate
@@ -105,16 +89,15 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         """Fit on features of clean samples, or of clean and challenging ones.
 
         Args:
-            X: Feature matrix ``(B, N)``, ``(B, P)``, ``(B, S, P)``, ``(B, N, P)``, or named blocks. Prefer samples
-                that the network was not trained on: it is more certain of its training data.
+            X: Feature matrix ``(B, P)`` or ``(B, S, P)``, or named blocks. Prefer samples that the network was not
+                trained on: it is more certain of its training data.
             y: ``(B,)``, 0 for in-distribution, 1 for challenging; None when all are in-distribution.
-            kinds: ``(B,)``, names or numbers that tell kinds of challenge apart; clean samples' are not read. The
-                classifier learns more from ten kinds than from one label.
+            kinds: ``(B,)``, names or numbers of the kinds of challenge; clean samples' are not read. The classifier
+                learns more from ten kinds than from one label.
             held_out: ``(B,)`` of bool, the in-distribution samples that calibrate, on which nothing is fitted; None as
                 ``calibration_fraction`` says.
-            groups: ``(B,)``, integers: samples of one number come from one source and are never on both sides of a fit,
-                as a clean image and the challenges made from it. A negative number is a source of its own. None where
-                all samples are.
+            groups: ``(B,)``, integers of sources, such as a clean image and its challenges. One source is never on both
+                sides of a fit. A negative number is its own source. None where all samples are.
 
         Returns:
             The detector itself.
@@ -157,17 +140,13 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         if share is None and count - challenging.sum() >= constants.SPLIT_FROM:
             share = constants.SPLIT_SHARE
         apart = held_out_of(held_out, challenging, share, random)
-        settings = Settings(self.log, self.components, self.dimensions, 0, seed)
+        settings = Settings(self.log, 0, seed)
         folds = self.folds
         if folds is None and apart.any():
             folds = constants.FOLDS_OF_SPLIT
         elif folds is None:
             folds = constants.FOLDS_OF_FEW if count - challenging.sum() < constants.FEW else constants.FOLDS
-        found = fit_detector(
-            Table(blocks, self._known, codes, numbers, apart),
-            Options(settings, int(folds), float(self.weight), float(self.cap)),
-            random,
-        )
+        found = fit_detector(Table(blocks, self._known, codes, numbers, apart), settings, int(folds), random)
         self.module_ = found.module
         return found
 
@@ -234,14 +213,6 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
 
     def _check_parameters(self) -> None:
         checks.is_bool("log", self.log)
-        checks.is_bool("contrasts", self.contrasts)
-        for name in ("components", "dimensions"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; it was {value!r}")
-        for name in ("cap", "weight"):
-            if not 0 < float(getattr(self, name)) < np.inf:
-                raise ValueError(f"{name} must be greater than 0 and finite; it was {getattr(self, name)!r}")
         if self.folds is not None and (not isinstance(self.folds, (int, np.integer)) or self.folds < 2):
             raise ValueError(f"folds must be an integer of at least 2 or None; it was {self.folds!r}")
         if self.calibration_fraction is not None and not 0 < float(self.calibration_fraction) < 1:
@@ -266,7 +237,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                 array = validate_data(self, X, reset=reset, dtype=np.float64)
             if self.log:
                 check_squared("X", array)
-            blocks = {"contrasts" if self.contrasts else "gradients": array}
+            blocks = {"gradients": array}
         shapes = {name: array.shape[1:] for name, array in blocks.items()}
         if reset:
             self.shapes_ = shapes

@@ -125,7 +125,7 @@ def fit(
     two_stage.risk_, why = _risk(two_stage, sample, features, found, answers.fresh, options)
     two_stage.report_ = _report(sample, features, price, found, why)
     two_stage._gains = functools.partial(
-        two_stage.report_.with_gains, found.table, found.options, features.kinds
+        two_stage.report_.with_gains, found.table, found.settings, features.kinds
     )
 
 

@@ -33,11 +33,11 @@ class Explanation(NamedTuple):
     """A prediction and what it rests on.
 
     Attributes:
-        prediction: What a call gives.
-        evidence: ``(B,)`` by name of block, and of the classifier of challenges as ``"challenges"``: -log p of the
-            block's scores, capped, weighted, summed; 0 is none, infinite where it cannot be computed. The uncertainty
-            is -log of the share of clean inputs that have so large a sum of all evidence.
-        raised: ``(B,)`` by the same names: the risk would be so much less without that evidence; None without risk.
+        prediction: The result of a call.
+        evidence: ``(B,)`` by name of block: the capped, weighted sum of -log p of its scores. ``"challenges"`` is the
+            challenge classifier. 0 is none; infinite where it cannot be computed. The uncertainty is -log of the share
+            of clean inputs with at least this sum of all evidence.
+        raised: ``(B,)`` by the same names: how much the evidence raises the risk; None without risk.
     """
 
     prediction: Prediction
@@ -52,18 +52,18 @@ class TwoStageModel(nn.Module):
     mode, and its mode, gradients and hooks stay what they were.
 
     Args:
-        model: The trained network; from a batch, or a mapping of keyword arguments, to logits ``(B, N)``, given as a
-            tensor, as ``.logits`` or first in a tuple.
+        model: The trained network, from a batch or a mapping of keyword arguments to logits ``(B, N)``: a tensor,
+            ``.logits``, or the first item of a tuple.
         detector: An `UncertaintyDetector` whose parameters are used; it is not changed. One that is fitted on named
             blocks serves without `fit`. None for the default one.
         classifier: An `IntrospectiveClassifier` that answers unusual inputs; it is not changed. `fit` trains it on
             h, the last layer's input, of clean inputs and challenges, with the clean input's label. One that is fitted,
             on h or on pairs of h and logits, serves without `fit`, and then answers all inputs. None for the network's
             softmax alone.
-        budget: What an answer may cost, in forward passes of this network on its device as measured by `fit`; the
-            forward pass that gives the logits is the first. ``math.inf`` for no limit.
-        blocks: Names or instances of the blocks to read, whatever they cost; None for the preset of the budget.
-        seed: Of all that is drawn.
+        budget: Cost limit of an answer, in forward passes of this network as measured by `fit`. The forward pass that
+            gives the logits is the first. ``math.inf`` for no limit.
+        blocks: Names or instances of the blocks, without a cost limit; None for the preset of the budget.
+        seed: Of all random numbers.
 
     Attributes:
         detector_: The fitted `DetectorModule`.
@@ -233,9 +233,8 @@ class TwoStageModel(nn.Module):
             challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`), None fits on clean data
                 alone, else batches of challenging inputs, ``x`` or ``(x, kinds)``.
             calibration: Clean batches on which nothing is fitted: false-alarm rates are then exact. None holds out a
-                fifth of ``clean`` from 1,000 inputs on, and below scores each by what was fitted without it
-                (`fastgrad.detector.calibrate`).
-            max_samples: Clean inputs that are used of each loader, drawn uniformly; as many challenges of the user's.
+                fifth of ``clean`` from 1,000 inputs on; below, it cross-validates (`fastgrad.detector.calibrate`).
+            max_samples: Clean inputs used of each loader, drawn uniformly; as many challenges of the user's.
             challenges_per_input: How many challenges are generated from one clean input; None: three, or fewer where
                 there are many inputs.
             risk: True refuses data without labels, False fits no risk; None fits it where there are labels.
@@ -249,9 +248,9 @@ class TwoStageModel(nn.Module):
             The module itself.
 
         Raises:
-            TypeError, ValueError: A loader is empty, malformed or holds too little; labels are missing or no classes;
-                images contradict the range that was given; challenges cannot be made from the inputs; a block that was
-                asked for cannot be had. All of it is said before the first challenge is made.
+            TypeError, ValueError: A loader is empty, malformed or too small. Labels are missing or no classes. Images
+                are outside the given range, or challenges cannot be made from the inputs. A named block is impossible.
+                All of it is checked before the first challenge is made.
         """
         options = fitting.FitOptions(
             max_samples, challenges_per_input, risk, clip, mean, std, fitting.shows_progress(verbose)

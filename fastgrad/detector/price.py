@@ -1,9 +1,8 @@
 """The price of a set of blocks, measured as it will run, and the part of the set that fits a limit.
 
-A price is the time of an answer over that of the plain network on the same inputs and device, measured in turns, so
-that a machine that slows down slows both. It holds for batches of the measured size, the loader's: each call has a
-fixed cost, which fast networks on single inputs feel most. So the price of single inputs is measured as well, and said
-where it is above the limit; no block that is left out brings it down by much.
+A price is the time of an answer over that of the plain network, on the same inputs and device, measured in turns. It
+holds for batches of the loader's size: the fixed cost of each call weighs most for fast networks on single inputs. So
+the price of single inputs is measured too, and reported if it exceeds the limit; leaving out a block lowers it little.
 """
 
 from __future__ import annotations

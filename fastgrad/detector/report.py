@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastgrad.blocks.block import Settings
 from fastgrad.challenges import CHALLENGES
-from fastgrad.detector.calibrate import Options, Table, deal, fit_scores
+from fastgrad.detector.calibrate import Table, deal, fit_scores
 from fastgrad.detector.challenge_classifier import NAME, ChallengeClassifier
+from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.inputs import as_tensors, take
 from fastgrad.detector.price import PriceReport
 from fastgrad.scores.conformal import OneSided, p_value_map, weighted
@@ -113,19 +115,19 @@ class Report:
             ]
         return "\n".join(lines)
 
-    def with_gains(self, table: Table, options: Options, kinds: NDArray[np.str_]) -> Report:
+    def with_gains(self, table: Table, settings: Settings, kinds: NDArray[np.str_]) -> Report:
         """The same with what each block adds."""
-        return replace(self, gains=gains(table, options, kinds))
+        return replace(self, gains=gains(table, settings, kinds))
 
 
-def gains(table: Table, options: Options, kinds: NDArray[np.str_]) -> dict[str, Gain]:
+def gains(table: Table, settings: Settings, kinds: NDArray[np.str_]) -> dict[str, Gain]:
     """AUROC with all blocks less AUROC without each, on families of challenges that the classifier did not learn.
 
     Half of the sources fit, the other half judges, and the other way round.
 
     Args:
         table: All blocks of clean samples and challenges.
-        options: Of the detector.
+        settings: Of the detector.
         kinds: ``(n,)``, names of kinds; empty for clean samples.
 
     Raises:
@@ -138,11 +140,11 @@ def gains(table: Table, options: Options, kinds: NDArray[np.str_]) -> dict[str, 
             f"gains need at least two blocks and two families of challenge; there were {list(table.blocks)}, {families}"
         )
     sets = {"": list(table.blocks), **{name: [b for b in table.blocks if b != name] for name in table.blocks}}
-    fold = deal(table, 2, np.random.RandomState(options.settings.seed))
+    fold = deal(table, 2, np.random.RandomState(settings.seed))
     placed: dict[str, list[NDArray[np.float64]]] = {name: [] for name in sets}
     sources: list[NDArray[np.intp]] = []
     for number in (0, 1):
-        sums = _sums(table, options, fold, number, family, families, sets)
+        sums = _sums(table, settings, fold, number, family, families, sets)
         judged = np.flatnonzero(fold == number)
         for left_out in families:
             own = judged[family[judged] == left_out]
@@ -166,7 +168,7 @@ def gains(table: Table, options: Options, kinds: NDArray[np.str_]) -> dict[str, 
 
 def _sums(
     table: Table,
-    options: Options,
+    settings: Settings,
     fold: NDArray[np.intp],
     number: int,
     family: NDArray[np.str_],
@@ -175,10 +177,8 @@ def _sums(
 ) -> dict[tuple[str, str], NDArray[np.float64]]:
     """The weighted sum ``(n,)`` of every set of blocks and family left out, by what was fitted on the other fold."""
     inside = (fold >= 0) & (fold != number)
-    options = replace(
-        options, settings=replace(options.settings, count=int((inside & (table.kinds == 0)).sum()))
-    )
-    specs = fit_scores(table, inside, options)
+    settings = replace(settings, count=int((inside & (table.kinds == 0)).sum()))
+    specs = fit_scores(table, inside, settings)
     tensors = as_tensors(take(table.blocks, np.arange(len(fold))))
     joint = specs.pop(NAME).rows.get_submodule("parts")
     clean = torch.as_tensor((fold == number) & (table.kinds == 0))
@@ -187,7 +187,7 @@ def _sums(
         for spec in specs.values():
             raw = spec.score(spec.rows(tensors))
             log_p = p_value_map([spec.p_value.fit(raw[clean])], raw.unsqueeze(0))
-            own = weighted(log_p.t(), options.cap, [1.0])[:, 0]
+            own = weighted(log_p.t(), CAP, [1.0])[:, 0]
             evidence[spec.source] = evidence.get(spec.source, 0) + own
         parts = {name: rows(tensors) for name, rows in joint.named_children()}
         found = {}
@@ -199,9 +199,7 @@ def _sums(
                 classifier = ChallengeClassifier.fit(rows[torch.as_tensor(picked)], table.kinds[picked])
                 raw = classifier(rows)
                 log_p = p_value_map([OneSided.fit(raw[clean])], raw.unsqueeze(0))
-                found[name, left_out] = (
-                    total + weighted(log_p.t(), options.cap, [options.weight])[:, 0]
-                ).numpy()
+                found[name, left_out] = (total + weighted(log_p.t(), CAP, [WEIGHT])[:, 0]).numpy()
     return found
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import is_fake
-from fastgrad.engine.replayed import FallbackSite, Replayed
+from fastgrad.engine.probe import requesting_norms
+from fastgrad.engine.replay import FallbackSite, RecomputedSite
 from fastgrad.engine.run import Run, Site
-from fastgrad.engine.tap import requesting_norms
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.losses import compute_dtype
 
@@ -77,7 +77,7 @@ def looped(runs: Iterable[Run], sites: Sequence[Site], output: Tensor) -> bool:
     return (
         any(is_symbolic(run.samples) or run.checkpointed for run in runs)
         or any(isinstance(site, FallbackSite) and (site.verify or not site.vectorize) for site in sites)
-        or (is_fake(output) and any(isinstance(site, Replayed) for site in sites))
+        or (is_fake(output) and any(isinstance(site, RecomputedSite) for site in sites))
     )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastgrad._torch import is_traced, pytree
 from fastgrad.batches import carrying, take
+from fastgrad.engine.copy import Shadow, detach_plain
 from fastgrad.engine.layout import SAMPLES
-from fastgrad.engine.shadow import Shadow, ordinary
 from fastgrad.engine.state import undone
 
 #: Inputs in doubt up to which every choice is tried.
@@ -43,7 +43,7 @@ def find_carriers(
         tensors: The tensors of an output that matter.
         training: Whether a module will run in training mode, where the model must bear the choice as well.
     """
-    inputs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
+    inputs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
     leaves = pytree.tree_leaves(inputs)
     every = carrying(leaves, samples)
     _, *doubts = [i for i, carries in enumerate(every) if carries] or [0]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import is_readable, pytree
-from fastgrad.engine.shadow import Settings, Shadow, ordinary
+from fastgrad.engine.copy import Settings, Shadow, detach_plain
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
 
@@ -123,7 +123,7 @@ class Fallback:
     def _forward(self, values: Sequence[Tensor], args: Any, kwargs: Any) -> list[Tensor]:
         """The module's outputs, with these values of the parameters."""
         own = {id(p): v for p, v in zip(self.parameters, values, strict=True)}
-        shadow = Shadow(self.module, lambda p: own.get(id(p), ordinary(p)), training=self.training)
+        shadow = Shadow(self.module, lambda p: own.get(id(p), detach_plain(p)), training=self.training)
         shadow.restore(self.settings)
         # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
         for table in ("_forward_hooks", "_forward_pre_hooks"):
@@ -143,7 +143,7 @@ class Fallback:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs and gradients of each sample of a chunk, ``(B, *shape)``."""
         count = gradients[0].shape[0]
-        wanted = [leaf(ordinary(p).unsqueeze(0).expand(count, *p.shape)) for p in self.parameters]
+        wanted = [leaf(detach_plain(p).unsqueeze(0).expand(count, *p.shape)) for p in self.parameters]
         if self.vectorize:
             outputs = torch.func.vmap(forward)(wanted, inputs)
         else:
@@ -160,7 +160,7 @@ class Fallback:
         norms: Tensor,
     ) -> None:
         """Raise ValueError where ``weighted`` gradients of single samples are not those of the batch."""
-        wanted = [leaf(ordinary(p)) for p in self.parameters]
+        wanted = [leaf(detach_plain(p)) for p in self.parameters]
         at = [
             g * weights.repeat_interleave(g.shape[0] // len(weights)).reshape(-1, *[1] * (g.dim() - 1)).to(g)
             for g in gradients

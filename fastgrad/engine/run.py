@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import saves_elsewhere
-from fastgrad.engine.shadow import Shadow, attach
+from fastgrad.engine.copy import Shadow, attach
 from fastgrad.engine.steps import Steps
 from fastgrad.losses import compute_dtype
 
 if TYPE_CHECKING:
-    from fastgrad.engine.planning import Plan
+    from fastgrad.engine.plan import Plan
 
 
 class OffPlanError(Exception):
@@ -95,7 +95,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Site:
-    """One place where numbers leave the backward pass: as the gradient of a probe, see `fastgrad.engine.tap`.
+    """One place where numbers leave the backward pass: as the gradient of a probe, see `fastgrad.engine.probe`.
 
     Attributes:
         path: The module's name within the model (empty for the model itself).

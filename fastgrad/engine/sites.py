@@ -10,31 +10,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad.engine.copy import Shadow, attach
 from fastgrad.engine.layout import Layout
+from fastgrad.engine.probe import is_tapped, tap
 from fastgrad.engine.run import Run, Site
-from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.engine.state import Unchanged
-from fastgrad.engine.tap import is_tapped, tap
 from fastgrad.layers.choice import using
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
 
 
 @dataclass(frozen=True)
-class LayerSite(Site):
+class RuledSite(Site):
     """A layer with a rule.
 
     Attributes:
-        rule: The rule.
         local: The parameters by the names the rule gives them.
-        layout: Where the batch lies in the layer's input and output.
-        rank: The number of dimensions of its output.
+        layout: Where the batch lies in the layer's input and first output.
+        rank: The number of dimensions of that output.
     """
 
-    rule: LayerRule
     local: tuple[str, ...]
     layout: Layout
     rank: int
+
+    def require_layout(self, run: Run, output: Tensor) -> None:
+        """Leave the plan if the batch is not where it was."""
+        if output.dim() != self.rank or not self.layout.holds(output, run.samples):
+            run.leave_plan(
+                self.parameters, f"gives {self.path!r} inputs with the batch in another place than before"
+            )
+
+
+@dataclass(frozen=True)
+class LayerSite(RuledSite):
+    """A layer whose rule needs its input and the gradient of its output.
+
+    Attributes:
+        rule: The rule.
+    """
+
+    rule: LayerRule
 
     def attach(self, run: Run, shadow: Shadow) -> None:
         """See `Site`."""
@@ -42,17 +58,17 @@ class LayerSite(Site):
 
     def _tap(self, run: Run, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         value = args[0] if args else next(iter(kwargs.values()))
-        layout, samples = self.layout, run.samples
         run.reach(self)
-        if output.dim() != self.rank or not layout.holds(output, samples):
-            run.leave_plan(
-                self.parameters, f"gives {self.path!r} inputs with the batch in another place than before"
-            )
-        single = layout.kind == "single"
+        self.require_layout(run, output)
+        single = self.layout.kind == "single"
         if single:
-            output = output.expand(samples, *output.shape[1:])
+            output = output.expand(run.samples, *output.shape[1:])
         backward = None
-        if self.rule.input_gradient is not None and not single and bypassable(module, value, output):
+        if (
+            self.rule.input_gradient is not None
+            and not single
+            and can_override_backward(module, value, output)
+        ):
             backward = self.rule.input_gradient(module, value)
         norms = functools.partial(self._norms, run, module, Unchanged(self.path, module))
         in_place = self.rule.in_place and not single
@@ -94,7 +110,7 @@ class BroadcastSite(Site):
         shadow.substitute(parameter, passed)
 
 
-def bypassable(module: nn.Module, value: Tensor, output: Tensor) -> bool:
+def can_override_backward(module: nn.Module, value: Tensor, output: Tensor) -> bool:
     """Whether a rule's own backward pass may replace autograd's: it rounds once, and gives no parameter gradients."""
     return (
         output.dtype in (torch.float32, torch.float64)

@@ -23,25 +23,25 @@ from fastgrad.gradients.separate import require_separate
 class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_gradients(model, 1.0):``
     """Context of a training step whose gradients are clipped sample by sample.
 
-    Inside, call ``model`` once, compute one loss for each sample and call `backward`: it adds the sum of the samples'
+    Inside, call ``model`` once, compute one loss for each sample and call `backward`. It adds the sum of the samples'
     clipped gradients to ``.grad``. Micro-batches accumulate: each is one more call of the model and of `backward`.
-    Noise and privacy accounting are not done here; Opacus' optimizers take the ``.grad`` that this leaves.
+    Noise and privacy accounting are not done here; Opacus' optimizers take this ``.grad``.
 
-    Modules keep their mode: with dropout, norms and gradients are those of the same draw. Frozen parameters are left
-    out of norms and gradients. Under ``DistributedDataParallel`` ranks average, as always. Lengths hold up to rounding:
+    Modules keep their mode: with dropout, norms and gradients have the same mask. Frozen parameters are left out of
+    norms and gradients. Under ``DistributedDataParallel`` ranks average, as always. Lengths hold up to rounding:
     compute the losses in float32 where the model runs in half precision.
 
     Args:
         model: The model to be called inside; as for `record`.
         max_norm: The largest L2 norm that a sample's gradient keeps, over all trainable parameters together. A mapping
-            clips groups of parameters separately: from names of parameters or modules to the norm of each group; a
-            parameter belongs to the longest name that it begins with. Each group costs a backward pass.
+            from names of parameters or modules to norms clips groups separately. A parameter belongs to the longest
+            name that it begins with. Each group costs a backward pass.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If a norm is not positive and finite, a group has no trainable parameter or a trainable parameter
-            no group, or for a model that `record` refuses, as with batch norm in training mode: there one sample
-            changes the gradients of all others, which no clipping bounds.
+            no group. Also for a model that `record` refuses, such as batch norm in training mode: there one sample
+            changes the gradients of all others.
 
     Example::
 
@@ -81,9 +81,9 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         """Add the clipped gradients to ``.grad`` of the trainable parameters.
 
         Args:
-            losses: ``(B,)``, one loss a sample (``reduction="none"``), each computed from that sample's row of the
-                output of the one call of the model since the last `backward`. A factor on all losses, as of a mean
-                or of loss scaling, is a factor on the norms.
+            losses: ``(B,)``, one loss a sample (``reduction="none"``). Each is computed from that sample's row of the
+                model's output, of one call since the last `backward`. A factor on all losses, as of a mean or of loss
+                scaling, is a factor on the norms.
 
         Returns:
             The norms before clipping, ``(B,)``, or ``(B, G)`` for G groups, in the order of ``max_norm``; float32
@@ -91,8 +91,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
 
         Raises:
             TypeError: If ``losses`` is no floating-point tensor.
-            ValueError: If ``losses`` is not ``(B,)``, mixes samples, or depends on parameters in another way than
-                through the model's output (a weight decay), which has no gradient per sample.
+            ValueError: If ``losses`` is not ``(B,)``, mixes samples, or depends on parameters other than through the
+                model's output, as a weight decay does.
             RuntimeError: If the model was not called exactly once since the last `backward`, or without gradients.
         """
         return outside_of_compilation(self._backward)(losses)

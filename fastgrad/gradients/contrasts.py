@@ -45,8 +45,8 @@ def contrast_sqnorm(
 ) -> Tensor:
     """Squared L2 norm of the last layer's gradient for every one-hot contrast: "why P, rather than k?".
 
-    Relatively accurate to a few units in the last place of float32 also where the network is confident and
-    autograd in the same dtype has no correct digit. Differentiable with respect to both tensors.
+    The relative error is a few units in the last place of float32, even where a confident network leaves autograd no
+    correct digit. Differentiable with respect to both tensors.
 
     Args:
         features: ``(..., D)``, the input ``h`` of the last layer; float16, bfloat16, float32 or float64; any strides.
@@ -84,9 +84,9 @@ def target_sqnorm(
 ) -> Tensor:
     """Squared L2 norm of the last layer's gradient for one label a sample.
 
-    ``target`` is ``"ones"`` (the confounding label, 1 for every class; with cross_entropy the sum over all one-hot
-    labels), ``"uniform"`` (1/N), ``"predicted"``, class indices ``(...)`` or soft targets ``(..., N)``. The other
-    arguments are those of :func:`contrast_sqnorm`.
+    ``target`` is ``"ones"``, ``"uniform"`` (1/N), ``"predicted"``, class indices ``(...)`` or soft targets
+    ``(..., N)``. ``"ones"`` is the confounding label, 1 for every class. The other arguments are those of
+    :func:`contrast_sqnorm`.
 
     Returns:
         ``(...)``, float32 (float64 for float64 logits).
@@ -121,8 +121,8 @@ def linear_contrast_sqnorm(
 ) -> tuple[Tensor, Tensor]:
     """The last layer and all its contrasts in one launch: ``(logits, contrast_sqnorm(features, logits))``.
 
-    Features are ``(..., D)``, the weight ``(N, D)`` and the bias ``(N,)`` or None, all of one dtype and device; the
-    bias' gradient belongs to the norm where it is given. The other arguments are those of :func:`contrast_sqnorm`.
+    Features are ``(..., D)``, the weight ``(N, D)`` and the bias ``(N,)`` or None, all of one dtype and device. A given
+    bias' gradient belongs to the norm. The other arguments are those of :func:`contrast_sqnorm`.
 
     Returns:
         Logits ``(..., N)`` in the dtype of the features, and the squared norms ``(..., N)`` of exactly these logits,

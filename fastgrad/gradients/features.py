@@ -16,11 +16,11 @@ from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
 from fastgrad.batches import batch_size, input_tensors, logits_of, take
 from fastgrad.checks import is_bool, one_of
 from fastgrad.engine.backward import backward_signals, order_by_parameter
-from fastgrad.engine.compiled import CompiledPasses
+from fastgrad.engine.compile import CompiledPasses
+from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.network import Network
-from fastgrad.engine.planning import Plan, Route, refuse_mixing
+from fastgrad.engine.plan import Plan, Route, refuse_mixing
 from fastgrad.engine.run import Run
-from fastgrad.engine.shadow import ordinary
 from fastgrad.engine.tracing import is_symbolic, trace
 from fastgrad.gradients.contrasts import check_target
 from fastgrad.gradients.whole import refuse_parts
@@ -39,16 +39,18 @@ _CPU_SAMPLES = 16
 class GradientFeatures:
     """Squared L2 norms of the gradient of every parameter, for every sample, from one backward pass.
 
-    Each call runs a private copy of the module tree, in evaluation mode, which shares the model's tensors. The model
-    stays as it is, frozen parameters get features all the same, and several threads may use one model. The first call
-    on a new structure of inputs chooses a route for each parameter and compares the result with autograd once.
+    The model is not changed: each call runs a private copy of its module tree, in evaluation mode, that shares its
+    tensors. Frozen parameters get features too, and several threads may use one model.
+
+    The first call on a new structure of inputs runs the model on three of the samples and chooses a route for each
+    parameter. It compares the result with autograd once.
 
     Args:
         model: Maps a batch to logits ``(B, N)``; see `fastgrad.batches.logits_of` for the kinds of outputs it may have.
         loss: ``"cross_entropy"``, ``"bce"``, ``"mse"`` or ``"brier"``.
-        target: ``"ones"``, ``"uniform"``, ``"predicted"``; ``"contrast"`` for every class in turn; a class index
-            or a soft target ``(N,)`` for all samples; or a function from logits ``(B, N)`` to targets, ``(B,)``
-            class indices or ``(B, N)``.
+        target: ``"ones"``, ``"uniform"``, ``"predicted"``, or ``"contrast"`` for every class. Also a class index or a
+            soft target ``(N,)`` for all samples, or a function from logits ``(B, N)`` to targets, ``(B,)`` class
+            indices or ``(B, N)``.
         reduction: ``"sum"`` or ``"mean"`` over classes.
         signals: Several ``(loss, target)`` pairs in place of ``loss`` and ``target``: one forward and one batched
             backward pass.
@@ -168,7 +170,7 @@ class GradientFeatures:
     def _call(self, args: Any, kwargs: Any, target: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False):
             choose(self.impl, next(self.model.parameters()))
-            args, kwargs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
+            args, kwargs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
             samples = batch_size(args, kwargs)
             target = self._of_batch(target, samples)
             if samples == 0:
@@ -198,7 +200,7 @@ class GradientFeatures:
                 f"target must have shape ({samples},) or ({samples}, N), one for each sample; it was "
                 f"{tuple(target.shape)}"
             )
-        return ordinary(target)
+        return detach_plain(target)
 
     def report(self) -> list[Route]:
         """Return the route of each parameter and why; RuntimeError before the first call."""
@@ -222,7 +224,7 @@ class GradientFeatures:
             RuntimeError: A layer without a rule is run again for each sample in operations that fix the batch size.
         """
         with torch.inference_mode(False):
-            args, kwargs = pytree.tree_map_only(Tensor, ordinary, (args, kwargs))
+            args, kwargs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
             samples = batch_size(args, kwargs)
             if samples < 2:
                 raise ValueError(f"inputs must hold at least two samples to be traced; they held {samples}")
@@ -254,10 +256,10 @@ class GradientFeatures:
         with torch.enable_grad():
             logits = logits_of(self._network.forward(plan, run, args, kwargs))
             assert run.plan is not None
-            if run.plan.bypassed:
+            if run.plan.untracked:
                 raise ValueError(
-                    f"model must reach {run.plan.bypassed[0]!r} through an attribute of one of its modules; it used it "
-                    "from elsewhere (a closure, a global name), where no copy can stand in for it"
+                    f"model must reach {run.plan.untracked[0]!r} through an attribute of one of its modules; it used "
+                    "it from elsewhere (a closure, a global name), where no copy can stand in for it"
                 )
             _check_logits(logits, samples)
             z = logits.detach()

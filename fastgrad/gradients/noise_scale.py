@@ -11,12 +11,12 @@ from fastgrad import checks
 
 
 class NoiseScale:
-    """How large a batch may be before its gradient hardly improves: ``tr(Sigma) / |G|^2``.
+    """The batch size beyond which a larger batch gains little: ``tr(Sigma) / |G|^2``.
 
     ``G`` is the true gradient of the mean loss and ``Sigma`` the covariance of single samples' gradients. A step on a
     batch of that many samples makes half the progress of a step along ``G``. Unbiased estimates of the two terms are
-    averaged over batches before they are divided. With ``s`` the mean of the B squared norms of the samples' gradients
-    and ``b`` the squared norm of their mean, they are (appendix A.1, batches of sizes 1 and B)::
+    averaged over batches before they are divided. ``s`` is the mean of the B squared norms of the samples' gradients,
+    ``b`` the squared norm of their mean (appendix A.1, batches of sizes 1 and B)::
 
         |G|^2 = (B b - s) / (B - 1)        tr(Sigma) = B (s - b) / (B - 1)
 
@@ -51,12 +51,12 @@ class NoiseScale:
 
         Args:
             sqnorms: ``(B,)``, B at least 2: each sample's squared gradient norm, over all parameters together.
-            batch_sqnorm: Squared norm of the batch's gradient, the **sum** over the same samples, as a loss with
-                ``reduction="sum"`` gives it; for that of a mean, times B squared.
+            batch_sqnorm: Squared norm of the batch's gradient, of the **sum** over the same samples
+                (``reduction="sum"``). Multiply that of a mean by B squared.
 
         Raises:
-            TypeError, ValueError: For anything else; also if ``batch_sqnorm`` is larger than any sum of gradients of
-                these norms can be, which is what gradients of another loss or other parameters give.
+            TypeError, ValueError: For anything else, or if ``batch_sqnorm`` is too large for a sum of gradients of
+                these norms, as with another loss or other parameters.
         """
         checks.is_float("sqnorms", sqnorms)
         if sqnorms.dim() != 1 or len(sqnorms) < 2:

@@ -93,8 +93,8 @@ def rank_samples(
 
     Raises:
         TypeError: If the loader gives something else.
-        ValueError: If it shuffles, gives no labels or no samples, or a label is no class of the model; for ``layers``
-            that the model does not have, or a model that mixes samples.
+        ValueError: If it shuffles, gives no labels or no samples, or a label is no class of the model. Also for unknown
+            ``layers``, or a model that mixes samples.
     """
     if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
         raise ValueError("loader must give samples in the order of the data set; it shuffles (shuffle=True)")

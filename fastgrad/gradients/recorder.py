@@ -16,11 +16,11 @@ from fastgrad.batches import batch_size
 from fastgrad.engine.backward import looped, probe_grads
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
-from fastgrad.engine.planning import refuse_mixing
+from fastgrad.engine.plan import refuse_mixing
+from fastgrad.engine.probe import probes_behind
 from fastgrad.engine.redirect import Redirect
 from fastgrad.engine.run import Run
 from fastgrad.engine.steps import suspended
-from fastgrad.engine.tap import probes_behind
 from fastgrad.gradients.whole import refuse_parts
 from fastgrad.losses import compute_dtype
 
@@ -63,10 +63,9 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
     Raises:
         TypeError: If ``model`` is not an ordinary ``torch.nn.Module``.
-        ValueError: If it has batch norm in training mode, which mixes the samples of a batch; if it was compiled in
-            place, is replicated on several devices, or holds no values (the meta device). A call raises it if a
-            module must be computed again in the backward pass, but draws random numbers in training mode (an
-            attention with dropout).
+        ValueError: If it has batch norm in training mode, was compiled in place, is replicated on several devices, or
+            holds no values (the meta device). A call raises it for a module that is recomputed in the backward pass
+            and draws random numbers, such as attention with dropout.
 
     Example::
 
@@ -139,11 +138,11 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             plan = network.plan(args, kwargs, samples, training=True) if samples else None
             output = network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
         keys = {name: id(p) for name, p in module.named_parameters()}
-        if run.plan is not None and run.plan.bypassed:
+        if run.plan is not None and run.plan.untracked:
             # Modules that a closure calls are the user's own, and such calls are recorded like any other.
             inner = [call for call in self.calls if not any(call is other for other in earlier)]
             seen = {key for call in inner for key in call.keys.values()}
-            missed = [name for name in run.plan.bypassed if keys[name] not in seen]
+            missed = [name for name in run.plan.untracked if keys[name] not in seen]
             if missed:
                 raise ValueError(
                     f"model must reach {missed[0]!r} through an attribute of one of its modules; it used it from "
@@ -196,8 +195,8 @@ def grad_sqnorm(
     """Squared L2 norm of each sample's gradient, where ``torch.autograd.grad`` would give the sum of gradients.
 
     Args:
-        outputs: What is differentiated: a loss that is a *sum* over samples (``reduction="sum"``; a mean divides
-            every gradient by B), or any tensors computed from the recorded model's outputs.
+        outputs: A loss that is a *sum* over samples, or any tensors computed from the recorded model's outputs. A mean
+            divides every gradient by B.
         params: Parameters of the recorded model, in any order.
         grad_outputs: As in ``torch.autograd.grad``.
         is_grads_batched: Whether ``grad_outputs`` has a leading dimension S of several gradients; what depends
@@ -211,8 +210,7 @@ def grad_sqnorm(
 
     Raises:
         RuntimeError: Outside of ``record``, or if no recorded call leads to ``outputs``.
-        ValueError: If a parameter is not the recorded model's, or took part in several calls (its gradients
-            would have to be added before the norm is taken).
+        ValueError: If a parameter is not the recorded model's, or took part in several calls.
     """
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [params] if isinstance(params, Tensor) else list(params)

@@ -31,10 +31,9 @@ _DOUBLE_LIMIT = 10_000_000
 class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """The introspective network H as a scikit-learn classifier.
 
-    Its input is, for each sample, row k of the last layer's gradient for contrast class k, for all k:
-    ``delta^(k)_k h``, N*D numbers (Prabhushankar and AlRegib, "Introspective Learning", 2022). They are given
-    as such, or as ``{"features": h, "logits": z}``: then the first layer runs through
-    `fastgrad.contrast_rows_linear` and the rows are never stored.
+    Its input is row k of the last layer's gradient for contrast class k, for all k: ``delta^(k)_k h``, N*D numbers.
+    The source is Prabhushankar and AlRegib, "Introspective Learning", 2022. Give these rows, or ``{"features": h,
+    "logits": z}``: then `fastgrad.contrast_rows_linear` computes the first layer, and the rows are never stored.
 
     The defaults are the published shape: three linear layers with sigmoids, N*D-300-100-N, which for D = 64
     and N = 10 is 640-300-100-10.
@@ -131,8 +130,8 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     def calibrate(self, R: ArrayLike | Pairs, y: ArrayLike) -> IntrospectiveClassifier:
         """Make the probabilities as often right as they say, by a temperature (`fastgrad.scores.Temperature`).
 
-        A network is more certain of the samples it was trained on than of new ones, and so is what is fitted on
-        its features of them, a held-out part of them included. So this needs samples that neither has seen.
+        A network is more certain of its training samples than of new ones, and so is a classifier fitted on their
+        features. So this needs samples that neither has seen.
         The temperature becomes part of ``network_``; the predicted labels stay as they are.
 
         Args:

@@ -26,12 +26,12 @@ class LayerRule:
         name: The family, as it appears in ``GradientFeatures.report()``.
         function: ``(module, input, output gradient) -> {own parameter: (B,)}``. Both tensors carry the batch in
             dimension 0. The module is a private copy, in evaluation mode except within ``record``.
-        positions: Whether further dimensions may stand between the batch and the layer's own dimensions, as they do
-            when a network folds windows or frames into the batch.
-        in_place: Whether the layer's output may be handed on without a copy: where the operation that makes it does
-            not need it for its own backward pass.
-        input_gradient: Returns, for a module and its input in float32 or float64, a cheaper function than autograd's
-            from the gradient at the output to that at the input, or None.
+        positions: Whether further dimensions may stand between the batch and the layer's own, as when a network folds
+            windows or frames into the batch.
+        in_place: Whether the layer's output may be passed on without a copy: its operation does not need it for the
+            backward pass.
+        input_gradient: ``(module, input) -> (output gradient -> input gradient)``, where a cheaper one than autograd's
+            exists, else None. Used for float32 and float64 activations.
     """
 
     name: str
@@ -73,8 +73,8 @@ def register_rule(
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register the decorated function as the rule for modules of these types and their subclasses.
 
-    The rule of the nearest class in a module's method resolution order is taken. It does not reach subclasses that
-    override ``forward``, since what they compute is unknown. A later registration replaces an earlier one.
+    The rule of the nearest class in a module's method resolution order is taken. It does not apply to subclasses that
+    override ``forward``. A later registration replaces an earlier one.
 
     Args:
         *module_types: The ``torch.nn.Module`` subclasses the rule is for, or their full dotted names where the

@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastgrad.checks import KERNEL_DTYPES
 from fastgrad.ops import schemas  # noqa: F401  (defines the operators)
 
 _T = TypeVar("_T")
 
-#: What the kernels read, by Triton's name; they compute in float32.
-KERNEL_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 #: Stands for a tensor among an operator's saved arguments.
 _TENSOR = object()
 

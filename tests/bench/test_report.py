@@ -44,7 +44,7 @@ def test_a_page_is_a_template_over_its_results(folder: pathlib.Path) -> None:
         "| net B=8 | BackPACK BatchL2Grad | refused | - | 2 KiB | - | training step | TypeError: batch norm |"
         in text
     )
-    assert text.endswith("![network](network.png)\n")
+    assert text.endswith("![network: time over fastgrad's, by case](network.png)\n")
     with Image.open(folder / "network.png") as image:
         assert image.width <= 900
     assert command.stale(folder, []) == []

@@ -118,10 +118,7 @@ def test_an_alarm_is_acknowledged_and_reset_with_a_reason_that_is_kept() -> None
     assert (monitor.alarm, monitor.acknowledged, monitor.count, monitor.evidence) == (False, None, 0, 1.0)
     assert [
         (note["action"], note["reason"], note["count"], note["alarm_at"]) for note in monitor.history
-    ] == [
-        ("acknowledge", "the camera moved", 40, at),
-        ("reset", "it is back", 40, at),
-    ]
+    ] == [("acknowledge", "the camera moved", 40, at), ("reset", "it is back", 40, at)]
     for number in range(200):
         monitor.reset(f"reason {number}")
     assert len(monitor.history) == 100

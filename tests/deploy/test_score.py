@@ -16,8 +16,9 @@ from serve_client import image
 from fastgrad.commands import score as command
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage, PackageError
+from fastgrad.deploy.score import job
 from fastgrad.deploy.score import local as score_module
-from fastgrad.deploy.score.job import Job, read_parquet
+from fastgrad.deploy.score.job import read_parquet
 from fastgrad.deploy.score.local import score
 
 
@@ -149,11 +150,7 @@ def test_a_range_of_rows_is_the_same_range(tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on_and_repeats_nothing(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, parts, plain = (
-        tmp_path / "scores.parquet",
-        tmp_path / "scores.parquet.parts",
-        score_module.write_part,
-    )
+    out, parts, plain = (tmp_path / "scores.parquet", tmp_path / "scores.parquet.parts", job.write_part)
     written: list[str] = []
 
     def stopping(rows, path, *more):
@@ -162,7 +159,7 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(
         written.append(path.name)
         plain(rows, path, *more)
 
-    monkeypatch.setattr(score_module, "write_part", stopping)
+    monkeypatch.setattr(job, "write_part", stopping)
     with pytest.raises(KeyboardInterrupt):
         score(tiny_package, folder, out, batch=2, part=4)
     assert not out.exists()
@@ -206,9 +203,9 @@ def test_a_folder_that_no_job_made_is_left_as_it_is(
     # What is put beside the parts of a job stays, too.
     plain = score_module.join_parts
 
-    def beside(where: Path, *more: object) -> None:
-        (where / "notes.txt").write_text("mine")
-        plain(where, *more)  # type: ignore[arg-type]
+    def beside(done: job.Job, *more: object) -> None:
+        (done.folder / "notes.txt").write_text("mine")
+        plain(done, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(score_module, "join_parts", beside)
     score(tiny_package, folder, tmp_path / "p")
@@ -259,8 +256,6 @@ def test_large_cells_are_not_read(tiny_package: Path, tmp_path: Path) -> None:
 def test_images_are_decoded_while_the_network_runs(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastgrad.deploy.score import job
-
     running, beside = threading.Event(), threading.Event()
     rows, decode = ModelPackage.rows, job.decode_pixels
 
@@ -309,13 +304,13 @@ def test_command_line(
 def test_what_cannot_be_scored(tiny_package: Path, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="no images"):
-        Job(tmp_path / "nothing", 10)
+        score(tiny_package, tmp_path / "nothing", tmp_path / "out")
     source = tmp_path / "in.parquet"
     pq.write_table(pa.table({"a": [b""], "b": [b""]}), source)
     with pytest.raises(ValueError, match=r"--image-column.*a, b"):
-        Job(source, 10)
+        score(tiny_package, source, tmp_path / "out")
     with pytest.raises(ValueError, match="'c'"):
-        Job(source, 10, image_column="c")
+        score(tiny_package, source, tmp_path / "out", image_column="c")
     with pytest.raises(PackageError):
         score(source, source, tmp_path / "out")
 

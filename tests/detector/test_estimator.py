@@ -38,10 +38,10 @@ def network_like(count, seed, shift=0.0, classes=5, parameters=4):
 
 
 SHAPES = {
-    "(B, N)": lambda blocks: blocks["contrasts"][:, :, -1],
+    "(B, N)": lambda blocks: {"contrasts": blocks["contrasts"][:, :, -1]},
     "(B, P)": lambda blocks: blocks["gradients"],
     "(B, S, P)": lambda blocks: np.stack([blocks["gradients"], 2 * blocks["gradients"] ** 2], 1),
-    "(B, N, P)": lambda blocks: blocks["contrasts"],
+    "(B, N, P)": lambda blocks: {"contrasts": blocks["contrasts"]},
     "(B, S, N, P)": lambda blocks: {"contrasts": np.stack([blocks["contrasts"]] * 2, 1)},
     "blocks": lambda blocks: blocks,
     "logits and features": lambda blocks: {name: blocks[name] for name in ("logits", "features")},
@@ -55,7 +55,7 @@ def test_higher_is_less_reliable_for_every_feature_matrix(kind, labels):
     clean, odd, new, worse = (
         make(network_like(300, seed, shift)) for seed, shift in ((0, 0), (1, 2), (2, 0), (3, 2))
     )
-    detector = UncertaintyDetector(contrasts=kind in ("(B, N)", "(B, N, P)"), folds=3)
+    detector = UncertaintyDetector(folds=3)
     if labels:
         both = (
             {name: np.concatenate([clean[name], odd[name]]) for name in clean}
@@ -82,11 +82,10 @@ def test_class_names_do_not_matter():
     np.testing.assert_allclose(
         detector.decision_function(permuted), detector.decision_function(blocks), rtol=1e-9, atol=1e-9
     )
-    plain = UncertaintyDetector(contrasts=True).fit(blocks["contrasts"])
+    alone = [{"contrasts": each["contrasts"]} for each in (blocks, permuted)]
+    plain = UncertaintyDetector().fit(alone[0])
     np.testing.assert_allclose(
-        plain.decision_function(permuted["contrasts"]),
-        plain.decision_function(blocks["contrasts"]),
-        rtol=1e-9,
+        plain.decision_function(alone[1]), plain.decision_function(alone[0]), rtol=1e-9
     )
 
 
@@ -146,8 +145,8 @@ def test_module_equals_estimator_and_seeds_reproduce():
 
 
 def test_tensors_and_float32_are_accepted():
-    X = torch.tensor(network_like(100, 0)["contrasts"], dtype=torch.float32, requires_grad=True)
-    assert UncertaintyDetector(contrasts=True, folds=2).fit(X).decision_function(X).shape == (100,)
+    X = torch.tensor(network_like(100, 0)["gradients"], dtype=torch.float32, requires_grad=True)
+    assert UncertaintyDetector(folds=2).fit(X).decision_function(X).shape == (100,)
 
 
 def test_evidence_names_every_source_and_adds_up():
@@ -202,7 +201,7 @@ def test_bad_input_is_named(case):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("components", 1.5), ("cap", 0), ("weight", -1), ("calibration_fraction", 1.0), ("folds", 1), ("folds", 2.5),
+        ("calibration_fraction", 1.0), ("folds", 1), ("folds", 2.5),
         ("false_alarm_rate", 0.0),
     ],
 )  # fmt: skip

@@ -450,16 +450,11 @@ def test_one_seed_decides_all(tmp_path):
 
 
 def test_what_the_user_passed_is_honoured_and_not_changed():
-    detector = UncertaintyDetector(
-        log=False, weight=2.0, cap=9.0, folds=3, calibration_fraction=0.5, false_alarm_rate=0.1
-    )
+    detector = UncertaintyDetector(log=False, folds=3, calibration_fraction=0.5, false_alarm_rate=0.1)
     before = detector.get_params()
     two_stage = TwoStageModel(small_network(), detector=detector, blocks=["logits", "image"]).fit(loader(80))
     assert detector.get_params() == before
     assert not hasattr(detector, "module_")
-    module = two_stage.detector_
-    assert module.options["cap"] == 9
-    assert module.scores.challenges.options["weight"] == 2
     assert len(two_stage.calibration_scores) == 40
     # What is held out has no challenges.
     assert sum(two_stage.report().challenges.values()) == 120

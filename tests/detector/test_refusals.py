@@ -21,11 +21,11 @@ NET = nn.Sequential(
 
 
 def fitted() -> UncertaintyDetector:
-    return UncertaintyDetector(components=1).fit(ROWS)
+    return UncertaintyDetector(folds=2).fit(ROWS)
 
 
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "dimensions": (lambda: UncertaintyDetector(dimensions=-1).fit(ROWS), ValueError, "dimensions .* -1"),
+    "folds": (lambda: UncertaintyDetector(folds=1).fit(ROWS), ValueError, "folds .* it was 1"),
     "norms": (lambda: UncertaintyDetector().fit({"gradients": -ROWS}), ValueError, r"X\['gradients'\] must hold"),
     "no rows": (lambda: UncertaintyDetector().fit(np.ones((0, 2, 3))), ValueError, "X must not be empty"),
     "labels": (lambda: UncertaintyDetector().fit(ROWS, np.full(60, np.nan)), ValueError, "y must be finite"),

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad.engine.backward import backward_signals, order_by_parameter, probe_grads
+from fastgrad.engine.copy import Shadow, attach
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
+from fastgrad.engine.probe import tap
 from fastgrad.engine.run import Run, Site
-from fastgrad.engine.shadow import Shadow, attach
 from fastgrad.engine.sites import LayerSite
-from fastgrad.engine.tap import tap
 from fastgrad.layers import LayerRule, find_rule
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -62,10 +62,10 @@ def counting(model: nn.Module, path: str, count: Counter[str]) -> LayerSite:
     return LayerSite(
         path,
         tuple(f"{path}.{name}" for name in names),
-        LayerRule(rule.name, function, in_place=rule.in_place, input_gradient=rule.input_gradient),
         names,
         Layout("plain"),
         2 if isinstance(layer, nn.Linear) else 4,
+        LayerRule(rule.name, function, in_place=rule.in_place, input_gradient=rule.input_gradient),
     )
 
 

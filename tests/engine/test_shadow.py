@@ -8,9 +8,9 @@ from gradient_oracle import relative_error, true_norms
 from torch import Tensor, nn
 
 import fastgrad
+from fastgrad.engine.copy import Shadow
 from fastgrad.engine.network import Network
 from fastgrad.engine.run import Run
-from fastgrad.engine.shadow import Shadow
 
 
 class Scattered(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def the_one(app: Any) -> Any:
 
 
 def stub(
-    app: Any, rows: dict[str, Sequence[float]], delay: float = 0.0, error: Exception | None = None
+    app: Any, rows: Mapping[Any, Sequence[float]], delay: float = 0.0, error: Exception | None = None
 ) -> Any:
     """Give each model a constant row instead of processes."""
     pixels = app.state.decoders._pixels

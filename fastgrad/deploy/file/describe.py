@@ -36,9 +36,9 @@ def describe(
         raise TypeError(f"two_stage must be a torch.nn.Module; it was {type(two_stage).__name__}")
     checks.is_float("example_input", example_input)
     if example_input.ndim < 2 or example_input.numel() == 0:
+        shape = tuple(example_input.shape)
         raise ValueError(
-            f"example_input must be a batch (B, ...) of at least one input; "
-            f"its shape was {tuple(example_input.shape)}"
+            f"example_input must be a batch (B, ...) of at least one input; its shape was {shape}"
         )
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in {' or '.join(SUFFIXES)}; it was {str(path)!r}")
@@ -83,8 +83,7 @@ def describe(
     threshold, thresholds = _thresholds(two_stage, calibration, false_alarm_rate)
     histogram = reference = None
     if calibration is not None:
-        # The few most extreme scores join the outermost bins, or one of them could leave all others in one
-        # bin.
+        # The most extreme scores join the outermost bins, or one of them could leave all others in one bin.
         bulk = np.clip(calibration, *np.quantile(calibration, (0.002, 0.998)))
         counts, edges = np.histogram(bulk, bins=40)
         histogram = {"edges": edges.tolist(), "counts": counts.tolist()}

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastgrad.deploy.drift import ScoreReference
 
-#: Of the description; 2 for a file whose graph gives more than three outputs, which no reader of 1 expects.
-FORMATS = (1, 2)
+#: Of the description.
+FORMAT = 1
 #: Types of an input.
 DTYPES = {
     "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
@@ -44,8 +44,8 @@ class Description:
         reference: the same scores as the drift monitor reads them: ``{"edges": (K-1), "counts": (K)}``, or
             None.
         versions: of fastgrad and torch, and the processor's instruction set the graph was compiled for.
-        evidence: of a file that gives the evidence: names in the order of its columns, and in plain words what an
-            alarm means that they raise; else None.
+        evidence: of a file that gives the evidence: the name of each column, with the meaning of its alarm in words;
+            else None.
         risk: whether the file gives the probability that an answer is wrong.
 
     Raises:
@@ -211,9 +211,4 @@ _FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
 
 def description_text(description: Description) -> str:
     """As it stands in the file, JSON."""
-    content = asdict(description)
-    if description.evidence is None:
-        del content["evidence"]
-    if not description.risk:
-        del content["risk"]
-    return json.dumps({"format": FORMATS[description.outputs > 3], **content})
+    return json.dumps({"format": FORMAT, **asdict(description)})

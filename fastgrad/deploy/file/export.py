@@ -1,10 +1,8 @@
 """One file for deployment: network, backward pass, squared norms and detector as one graph.
 
-The extraction calls ``torch.autograd.grad`` inside ``forward``, which no exporter follows. So it is
-unrolled first (`fastgrad.deploy.file.graph`): run once on fake tensors, it leaves a flat graph of every operation,
-those of the backward pass among them, without autograd. `torch.export` then checks that graph for every batch size,
-and AOTInductor compiles it to native code in a ``.pt2``, or it becomes an ONNX file
-(`fastgrad.deploy.file.onnx_export`).
+The extraction calls ``torch.autograd.grad`` inside ``forward``, which no exporter follows. `fastgrad.deploy.file.graph`
+unrolls it: run once on fake tensors, it leaves a flat graph of every operation, without autograd. AOTInductor compiles
+that to native code in a ``.pt2``, or it becomes an ONNX file (`fastgrad.deploy.file.onnx_export`).
 `fastgrad.deploy.file.package` says how to read either.
 """
 
@@ -55,18 +53,17 @@ def export(
 ) -> Path:
     """Write ``two_stage`` as one file that runs without fastgrad and without autograd.
 
-    The path's suffix says which: ``.pt2`` is native code for PyTorch, ``.onnx`` is for ONNX Runtime, NVIDIA's Triton
-    Inference Server and others (`fastgrad.deploy.file.onnx_file` says how to read it). The graph takes a batch of
-    any size from 1 to ``max_batch`` and returns logits, probabilities, uncertainty and, if it was fitted with labels,
-    risk, equal to those of the live
-    module for contiguous inputs up to float32 rounding: measured on trained networks, 4e-6 for logits and 2e-5 for
-    the uncertainty, which is -log p. To an untrained network all images are nearly the same, and the detector
-    magnifies rounding with what little they differ in.
+    The path's suffix chooses the form. ``.pt2`` is native code for PyTorch. ``.onnx`` is for ONNX Runtime, NVIDIA's
+    Triton Inference Server and others (`fastgrad.deploy.file.onnx_file`).
+
+    The graph takes a batch of any size from 1 to ``max_batch``. It returns logits, probabilities, uncertainty and, if
+    fitted with labels, risk. For contiguous inputs they equal those of the live module up to float32 rounding. On an
+    untrained network all images are nearly the same, and the detector magnifies the rounding.
 
     A ``.pt2`` runs on the kind of device that holds ``example_input``, and on processors with at least this one's
     vector instructions. An ``.onnx`` runs wherever ONNX Runtime does. It is checked by ``onnx.checker``, and its
-    answers on ``example_input`` are compared with the live module's before it appears. Where a block reads gradients,
-    a rounding that takes an activation across a kink opens or closes a path of the backward pass, and may show.
+    answers on ``example_input`` are compared with the live module's before it appears. With gradients, rounding that
+    moves an activation across the kink of a ReLU changes the backward pass, and the answer with it.
 
     Args:
         two_stage: a fitted `TwoStageModel` (whole network or last layer only), or any module in evaluation
@@ -79,18 +76,16 @@ def export(
         mean: per-channel mean of the normalization that turned pixels (0 to 1) into inputs.
         std: per-channel standard deviation of the same.
         false_alarm_rate: the share of in-distribution inputs that the file's threshold flags.
-        scores: uncertainties of held-out in-distribution inputs, ``(n,)``; by default those that the module
-            was calibrated on (its ``calibration_scores``, if there are at least 20). They give the
-            histogram and the drift monitor's reference, and the thresholds of a module without
-            ``threshold``.
+        scores: uncertainties of held-out in-distribution inputs, ``(n,)``; by default the module's
+            ``calibration_scores``, if there are at least 20. They give the histogram, the drift monitor's reference,
+            and the thresholds of a module without ``threshold``.
         max_batch: largest batch size.
         one_by_one: whether the file works through a batch one input after another, which on a CPU is faster
             for whole-network gradients of large inputs; None chooses. ONNX files never do.
-        tolerance: largest difference of an ONNX file's outputs from the live module's, relative to their size or 1. A
-            p-value map is as steep as 8 over the middle half of clean scores, and the classifier of challenges counts
-            three times: 4e-6 of rounding becomes 1e-4 of evidence.
-        evidence: whether the file's graph also returns ``evidence`` ``(B, E)``: which of the E parts of the
-            detector raised an alarm (`TwoStageModel.explain`). The server then says so.
+        tolerance: largest difference of an ONNX file's outputs from the live module's, relative to their size or 1.
+            The detector may turn 4e-6 of rounding into 1e-4 of evidence.
+        evidence: whether the graph also returns ``evidence`` ``(B, E)``: which of the E parts of the detector raised
+            an alarm (`TwoStageModel.explain`). The server then says so.
 
     Returns:
         The path.
@@ -99,8 +94,8 @@ def export(
         TypeError: ``two_stage`` is no module or ``example_input`` no floating tensor.
         ValueError: an argument does not fit the model; the module is in training mode.
         MissingExtraError: an ``.onnx`` needs ``pip install 'fastgrad[onnx]'``.
-        RuntimeError: no C++ compiler is installed for a ``.pt2``; the module's graph depends on the batch size; an
-            operation has no ONNX form, or the ONNX file's answers differ by more than ``tolerance``.
+        RuntimeError: no C++ compiler is installed for a ``.pt2``, or the module's graph depends on the batch size. For
+            an ``.onnx``: an operation has no ONNX form, or the answers differ by more than ``tolerance``.
     """
     target = Path(path)
     description = describe(
@@ -118,27 +113,22 @@ def export(
             raise ValueError("one_by_one must be None or False for an .onnx, which has no loop; it was True")
         if not tolerance > 0:
             raise ValueError(f"tolerance must be positive; it was {tolerance!r}")
-        replace_atomically(
-            lambda file: onnx_export.write(
-                two_stage,
-                answers,
-                example_input,
-                file,
-                description_text(description),
-                (*onnx_file.OUTPUTS, *[onnx_file.RISK] * description.risk, *[onnx_file.EVIDENCE] * evidence),
-                max_batch=max_batch,
-                tolerance=tolerance,
-            ),
-            target,
-        )
+        names = (*onnx_file.OUTPUTS, *[onnx_file.RISK] * description.risk, *[onnx_file.EVIDENCE] * evidence)
+        text = description_text(description)
+
+        def write(file: Path) -> None:
+            onnx_export.write(
+                two_stage, answers, example_input, file, text, names, max_batch=max_batch, tolerance=tolerance
+            )
+
+        replace_atomically(write, target)
         return target
+
+    def finish(file: Path) -> None:
+        write_description(file, description)
+
     compile_function(
-        answers,
-        example_input,
-        target,
-        max_batch=max_batch,
-        one_by_one=one_by_one,
-        finish=lambda file: write_description(file, description),
+        answers, example_input, target, max_batch=max_batch, one_by_one=one_by_one, finish=finish
     )
     return target
 

@@ -1,11 +1,9 @@
 """A module's computation, backward pass included, as one flat graph for any batch size.
 
-The function is recorded once (`fastgrad.engine.tracing`). There are two ways to any batch size. The batch may be a
-symbol, so that every operation works on the whole batch. Or the graph is recorded for one input, and a loop in the
-exported program takes the inputs one after another. On a CPU the loop is faster for whole-network gradients of large
-inputs: what one input leaves behind fills the caches by itself, sizes are constants, several signals share one
-backward pass, and the gradients of one input need no grouped or batched form. ResNet-18 at 224 x 224 takes half the
-time for one input.
+The function is recorded once (`fastgrad.engine.tracing`). The batch may be a symbol, so that every operation works on
+the whole batch. Or the graph is recorded for one input, and a loop in the exported program takes the inputs one after
+another. On a CPU the loop is faster for whole-network gradients of large inputs: the gradients of one input fill the
+caches by themselves and need no grouped form. ResNet-18 at 224 x 224 takes half the time.
 """
 
 from __future__ import annotations
@@ -132,19 +130,13 @@ def _fold_products(graph: torch.fx.GraphModule) -> None:
     for node in graph.graph.find_nodes(op="call_function", target=aten.bmm.default):
         rows, weight = node.args
         source = weight
-        while (
-            source.target in (aten.view.default, aten.expand.default)
-            and source.args[0].meta["val"].dim() >= 2
-        ):
+        views = (aten.view.default, aten.expand.default)
+        while source.target in views and source.args[0].meta["val"].dim() >= 2:
             source = source.args[0]
         shape = source.meta["val"].shape
         sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
-        if (
-            source is weight
-            or len(shape) != 2
-            or weight.meta["val"].shape[1:] != shape
-            or sizes.count(-1) > 1
-        ):
+        repeats = source is not weight and len(shape) == 2 and weight.meta["val"].shape[1:] == shape
+        if not repeats or sizes.count(-1) > 1:
             continue
         with graph.graph.inserting_before(node):
             flat = graph.graph.call_function(aten.reshape.default, (rows, [-1, shape[0]]))
@@ -161,11 +153,8 @@ def _constant(graph: torch.fx.GraphModule, node: Any) -> Tensor | None:
     """The constant that an argument is, if it is one."""
     while isinstance(node, torch.fx.Node) and node.target is torch.ops.aten.detach.default:
         node = node.args[0]
-    found = (
-        getattr(graph, str(node.target))
-        if isinstance(node, torch.fx.Node) and node.op == "get_attr"
-        else None
-    )
+    constant = isinstance(node, torch.fx.Node) and node.op == "get_attr"
+    found = getattr(graph, str(node.target)) if constant else None
     return found if isinstance(found, Tensor) else None
 
 

@@ -33,9 +33,8 @@ class ImageTooLargeError(ImageError):
 def decode_image(content: bytes, description: Description, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode, crop to the network's shape of frame, scale, normalize.
 
-    The largest centered rectangle of the network's aspect ratio is scaled to its input size (bilinear,
-    antialiased); an image that has this size already is left as it is. The orientation a camera noted is
-    applied.
+    The largest centered rectangle of the network's aspect ratio is scaled to its input size (bilinear, antialiased).
+    An image of this size is not scaled. The orientation that a camera noted is applied.
 
     Args:
         content: a JPEG, PNG or WebP file.

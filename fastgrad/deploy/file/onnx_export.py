@@ -1,8 +1,6 @@
-"""The exported graph as an ONNX file, for ONNX Runtime, NVIDIA's Triton Inference Server and all else that reads ONNX.
+"""The exported graph as an ONNX file. `fastgrad.deploy.file.onnx_file` says what is in it.
 
-`fastgrad.deploy.file.onnx_file` says what is in it. Backward passes are part of the graph like any other operation;
-what has
-no ONNX form is refused by name.
+Backward passes are part of the graph like any other operation; what has no ONNX form is refused by name.
 """
 
 from __future__ import annotations
@@ -67,15 +65,9 @@ def convert(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = torch.onnx.export(
-                program,
-                (),
-                input_names=[INPUT],
-                output_names=list(outputs),
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-                optimize=False,
-            )
+                program, (), input_names=[INPUT], output_names=list(outputs), opset_version=OPSET,
+                dynamo=True, verbose=False, optimize=False,
+            )  # fmt: skip
         assert result is not None  # dynamo=True gives a program
         optimize(result.model)
         model = result.model_proto
@@ -147,20 +139,13 @@ def _named(error: BaseException | None) -> list[str]:
 def _tidy(model: Any) -> None:
     """Name the batch, and leave out where in whose files each operation came from."""
     graph = model.graph
+    values = (*graph.input, *graph.output, *graph.value_info)
     symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    for value in (*graph.input, *graph.output, *graph.value_info):
+    for value in values:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param == symbol:
                 dim.dim_param = "batch"
-    for part in (
-        model,
-        graph,
-        *graph.node,
-        *graph.input,
-        *graph.output,
-        *graph.value_info,
-        *graph.initializer,
-    ):
+    for part in (model, graph, *graph.node, *values, *graph.initializer):
         del part.metadata_props[:]
         part.doc_string = ""
 

@@ -10,33 +10,14 @@ from typing import Any
 
 #: By their names in ``onnxscript.rewriter.rules.common``; an older one lacks the last.
 _RULES = (
-    "add_0_rule",
-    "sub_0_rule",
-    "mul_by_1_rule",
-    "div_by_1_rule",
-    "cast_cast_rule",
-    "no_op_cast_rule",
-    "no_op_expand_rule",
-    "no_op_transpose_rule",
-    "transpose_transpose_rule",
-    "unsqueeze_unsqueeze_rule",
-    "reshape_reshape_rule",
-    "flatten_to_reshape_rule",
-    "squeeze_reshape_1d_rule",
-    "collapse_slice_rule",
-    "collapse_slice2_rule",
-    "min_max_rule",
-    "max_min_rule",
-    "successive_clip_rule",
-    "successive_clip_relu_rule",
-    "successive_relu_clip_rule",
-    "normalize_pad_format_conv_rule",
-    "fuse_pad_into_conv_rule",
-    "fuse_batchnorm_into_conv_rule",
-    "remove_optional_bias_from_conv_rule",
-    "remove_optional_bias_from_gemm_rule",
+    "add_0_rule", "sub_0_rule", "mul_by_1_rule", "div_by_1_rule", "cast_cast_rule", "no_op_cast_rule",
+    "no_op_expand_rule", "no_op_transpose_rule", "transpose_transpose_rule", "unsqueeze_unsqueeze_rule",
+    "reshape_reshape_rule", "flatten_to_reshape_rule", "squeeze_reshape_1d_rule", "collapse_slice_rule",
+    "collapse_slice2_rule", "min_max_rule", "max_min_rule", "successive_clip_rule", "successive_clip_relu_rule",
+    "successive_relu_clip_rule", "normalize_pad_format_conv_rule", "fuse_pad_into_conv_rule",
+    "fuse_batchnorm_into_conv_rule", "remove_optional_bias_from_conv_rule", "remove_optional_bias_from_gemm_rule",
     "materialize_reshape_shape_rule",
-)
+)  # fmt: skip
 #: A constant found by one turn lets a rule apply in the next.
 _TURNS = 2
 

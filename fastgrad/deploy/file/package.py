@@ -2,22 +2,21 @@
 
 `fastgrad.deploy.file.onnx_file` says what is in an ``.onnx``.
 
-A ``.pt2`` is a zip. Beside the compiled graph it holds one JSON member, ``<name>/extra/fastgrad.json``, so
-the description can be read by anything that reads zips::
+A ``.pt2`` is a zip. Its member ``<name>/extra/fastgrad.json`` is the description::
 
     import json, zipfile
     with zipfile.ZipFile("model.pt2") as archive:
         member = next(name for name in archive.namelist() if name.endswith("/extra/fastgrad.json"))
         description = json.loads(archive.read(member))
 
-and the graph runs without this package::
+The graph runs without this package::
 
     import torch
     model = torch._inductor.aoti_load_package("model.pt2")
     logits, probabilities, uncertainty = model(x)     # x (B, *input shape), normalized with mean and std
 
-A file whose description says ``risk`` gives the risk ``(B,)`` next, and one exported with ``evidence=True`` the
-evidence ``(B, E)`` last, its columns named in the description. ``x`` must have the dtype and shape of the description
+A file whose description says ``risk`` gives the risk ``(B,)`` next. One exported with ``evidence=True`` gives the
+evidence ``(B, E)`` last; the description names its columns. ``x`` must have the dtype and shape of the description
 and be contiguous (``x.contiguous()``): native code reads memory as it is and checks nothing. `ModelPackage` checks all
 that. The graph is native code: load only files that you would also run as programs.
 """
@@ -42,7 +41,7 @@ from torch import Tensor
 
 from fastgrad._torch import load_package
 from fastgrad.deploy.file import onnx_file
-from fastgrad.deploy.file.description import DTYPES, FORMATS, description_text
+from fastgrad.deploy.file.description import DTYPES, FORMAT, description_text
 from fastgrad.deploy.file.description import Description as Description
 from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.prediction import Prediction
@@ -81,15 +80,13 @@ def read_description(path: str | os.PathLike[str]) -> Description:
         if text is None:
             raise PackageError(f"{path} was not written by fastgrad.export: it holds no {MEMBER}")
         content = json.loads(text)
+    except PackageError:
+        raise
     except (*DAMAGED, OSError, ValueError, RecursionError) as error:
-        if isinstance(error, PackageError):
-            raise
-        raise PackageError(
-            f"{path} is not a readable {'.onnx' if onnx else '.pt2 archive'}: {error}"
-        ) from None
-    if not isinstance(content, dict) or content.pop("format", None) not in FORMATS:
-        known = " and ".join(map(str, FORMATS))
-        raise PackageError(f"{path} has another format than {known}; a newer fastgrad may read it")
+        kind = ".onnx" if onnx else ".pt2 archive"
+        raise PackageError(f"{path} is not a readable {kind}: {error}") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise PackageError(f"{path} has another format than {FORMAT}; a newer fastgrad may read it")
     try:
         for name, convert in (("input_shape", tuple), ("thresholds", lambda pairs: list(map(tuple, pairs)))):
             if isinstance(content[name], list):
@@ -201,25 +198,13 @@ class ModelPackage:
         return self.explain(x)[0]
 
     def explain(self, x: Tensor) -> tuple[Prediction, dict[str, Tensor]]:
-        """Run a batch, and say what makes it unusual: the evidence ``(B,)`` by name, as `TwoStageModel.explain` does.
-
-        Without evidence in the file there is none, an empty dictionary.
-
-        Raises:
-            ValueError: a wrong shape or batch size.
-            TypeError: a wrong dtype.
-        """
+        """Run a batch as `__call__` does; also give the evidence ``(B,)`` by name, none where the file has none."""
         prediction, evidence = self._outputs(x)
         columns = () if evidence is None else evidence.unbind(-1)
         return prediction, dict(zip(self.description.evidence or (), columns, strict=True))
 
     def rows(self, x: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Run a batch; return a row for each input: N probabilities, uncertainty, then risk and evidence if given.
-
-        Raises:
-            ValueError: a wrong shape or batch size.
-            TypeError: a wrong dtype.
-        """
+        """Run a batch as `__call__` does; a row an input: N probabilities, uncertainty, risk and evidence if given."""
         prediction, evidence = self._outputs(x)
         columns = [prediction.probabilities, prediction.uncertainty[:, None]]
         columns += [] if prediction.risk is None else [prediction.risk[:, None]]

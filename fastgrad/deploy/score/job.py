@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +30,6 @@ with extra("score"):
     import pyarrow.parquet as pq
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
 #: In a part's metadata: the random id of the job that wrote it.
 _JOB = b"fastgrad.job"
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -61,6 +59,13 @@ class Source(NamedTuple):
     name: str
     content: bytes | None
     path: Path | None
+
+
+def at_least_one(**values: int) -> None:
+    """Raise ValueError for an argument below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; it was {value}")
 
 
 def list_folder(folder: Path) -> tuple[list[Source], str]:
@@ -101,16 +106,12 @@ def read_parquet(
     column = _column(names, column, ("image", "img", "bytes", "content"), "image", required=True)
     key = _column(names, key, ("path", "name", "id"), "key", required=False)
     stop = file.metadata.num_rows if stop is None else stop
-    groups: list[int] = []
-    row = first = 0
-    for group in range(file.metadata.num_row_groups):
-        size = file.metadata.row_group(group).num_rows
-        if row < stop and row + size > start:
-            if not groups:
-                first = row
-            groups.append(group)
-        row += size
-    row = first
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    ends = list(itertools.accumulate(sizes))
+    groups = [
+        i for i, (size, end) in enumerate(zip(sizes, ends, strict=True)) if end - size < stop and end > start
+    ]
+    row = ends[groups[0]] - sizes[groups[0]] if groups else 0
     columns = [column] + ([key] if key else [])
     for part in file.iter_batches(batch_size=64, row_groups=groups, columns=columns):
         images = _cells(part.column(column), most)
@@ -134,15 +135,15 @@ def _cells(column: Any, most: int) -> list[bytes]:
 def _column(names: list[str], given: str | None, guesses: Iterable[str], what: str, *, required: bool) -> Any:
     if given is not None:
         if given not in names:
+            listed = ", ".join(names)
             raise ValueError(
-                f"--{what}-column must be one of the file's columns ({', '.join(names)}); it was {given!r}"
+                f"--{what}-column must be one of the file's columns ({listed}); it was {given!r}"
             )
         return given
     found = next((guess for guess in guesses if guess in names), None)
     if found is None and required:
-        raise ValueError(
-            f"name the column with the images (--{what}-column); the file has {', '.join(names)}"
-        )
+        listed = ", ".join(names)
+        raise ValueError(f"name the column with the images (--{what}-column); the file has {listed}")
     return found
 
 
@@ -241,34 +242,61 @@ def is_part(path: Path, job: str) -> bool:
     return bool(metadata.get(_JOB) == job.encode())
 
 
-def part_path(folder: Path, index: int) -> Path:
-    """Where part ``index`` belongs."""
-    return folder / f"part-{index:08d}.parquet"
-
-
 class Job:
-    """A source of images, cut into parts.
+    """Images to score, cut into parts, and a folder of the parts that are there.
 
     Args:
+        model: the exported file.
+        description: of it.
         images: folder, or Parquet file.
+        folder: of the parts. It is made, or continued where this very job has made it.
+        batch: images in one run of the model.
         part: images in one part.
+        false_alarm_rate: share of in-distribution images to call unreliable; None: the model file's own.
         image_column: of the Parquet file; None guesses.
         key_column: column that names the rows; None guesses.
+        limits: of an image.
+
+    Attributes:
+        missing: numbers of the parts that are not there yet.
 
     Raises:
-        ValueError: nothing to score, or an unreadable file.
+        ValueError: nothing to score, an unreadable file, or a folder of another job, or not made by one.
     """
 
     def __init__(
-        self, images: Path, part: int, image_column: str | None = None, key_column: str | None = None
+        self,
+        model: Path,
+        description: Description,
+        images: Path,
+        folder: Path,
+        *,
+        batch: int = 64,
+        part: int = 4096,
+        false_alarm_rate: float | None = None,
+        image_column: str | None = None,
+        key_column: str | None = None,
+        limits: Limits = Limits(),  # noqa: B008 - it is frozen
     ) -> None:
-        if part < 1:
-            raise ValueError(f"part must be at least 1; it was {part}")
-        self.images, self.part = images.resolve(), part
-        self.columns = (image_column, key_column)
+        at_least_one(batch=batch, part=part)
+        self.threshold = description.threshold_at(false_alarm_rate)
+        self.images, self.folder, self.batch, self.part = images.resolve(), folder, batch, part
+        self.columns, self.limits = (image_column, key_column), limits
         self.listed: list[Source] | None = None
+        identity = self._look()
+        self.id = self._open(
+            {
+                "model": digest_of(model), "images": str(self.images), "identity": identity, "total": self.total,
+                "part": part, "threshold": self.threshold, "columns": list(self.columns), "limits": list(limits),
+            }
+        )  # fmt: skip
+        self.missing = [index for index, path in enumerate(self.paths) if not is_part(path, self.id)]
+
+    def _look(self) -> str:
+        """Count the images; return what changes when they do."""
+        images = self.images
         if images.is_dir():
-            self.listed, self.identity = list_folder(images)
+            self.listed, identity = list_folder(images)
             self.total = len(self.listed)
         elif images.is_file():
             try:
@@ -278,51 +306,20 @@ class Job:
             list(read_parquet(images, *self.columns, stop=0))  # the columns are there
             stat = images.stat()
             with images.open("rb") as file:
+                # The table of contents, and all of a small file.
                 file.seek(-min(stat.st_size, 2**20), os.SEEK_END)
-                digest = hashlib.sha256(
-                    file.read()
-                ).hexdigest()  # the table of contents, and all of a small file
-            self.identity = f"{stat.st_size} {stat.st_mtime_ns} {digest}"
+                identity = f"{stat.st_size} {stat.st_mtime_ns} {hashlib.sha256(file.read()).hexdigest()}"
         else:
             raise ValueError(f"images must be a folder or a Parquet file; there is no {str(images)!r}")
         if self.total == 0:
             raise ValueError(f"there are no images in {images}")
+        return identity
 
-    @property
-    def parts(self) -> int:
-        """How many parts there are."""
-        return -(-self.total // self.part)
-
-    def size(self, index: int) -> int:
-        """How many images part ``index`` has."""
-        return min(self.part, self.total - index * self.part)
-
-    def sources(self, index: int, limits: Limits) -> Iterator[Source]:
-        """The images of part ``index``, read as they are asked for."""
-        start = index * self.part
-        if self.listed is not None:
-            return iter(self.listed[start : start + self.part])
-        return read_parquet(self.images, *self.columns, start, start + self.size(index), limits.size)
-
-    def open(self, folder: Path, model: Path, threshold: float | None, limits: Limits) -> str:
-        """Start this job in a new ``folder`` for its parts, or continue it; return its random id.
-
-        Raises:
-            ValueError: the folder holds parts of another job, or was not made by one.
-        """
-        job = {
-            "model": digest_of(model),
-            "images": str(self.images),
-            "identity": self.identity,
-            "total": self.total,
-            "part": self.part,
-            "threshold": threshold,
-            "columns": list(self.columns),
-            "limits": list(limits),
-        }
-        note = folder / "job.json"
-        if not folder.exists():
-            folder.mkdir(parents=True)
+    def _open(self, job: dict[str, Any]) -> str:
+        """Make the folder, or check that this job has made it; return the job's random id."""
+        note = self.folder / "job.json"
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
             identity = secrets.token_hex(16)
             with written_beside(note) as temporary:
                 temporary.write_text(json.dumps({**job, "id": identity}, sort_keys=True, indent=1), "utf-8")
@@ -332,14 +329,42 @@ class Job:
             identity = str(found.pop("id"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
-                f"{folder} was not made by fastgrad score and is left as it is; choose another --out"
+                f"{self.folder} was not made by fastgrad score and is left as it is; choose another --out"
             ) from None
         if found != job:
             raise ValueError(
-                f"{folder} holds the parts of another job (other model, images or options); remove it or "
+                f"{self.folder} holds the parts of another job (other model, images or options); remove it or "
                 "choose another --out"
             )
         return identity
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where each part belongs."""
+        return [self.folder / f"part-{i:08d}.parquet" for i in range(-(-self.total // self.part))]
+
+    @property
+    def done(self) -> int:
+        """How many images the parts hold that were there from the beginning."""
+        return self.total - sum(min(self.part, self.total - index * self.part) for index in self.missing)
+
+    def write(
+        self, model: ModelPackage, index: int, pool: ThreadPoolExecutor, told: Callable[[int], Any] = int
+    ) -> int:
+        """Score part ``index`` and write it; return how many images it holds. Each batch's number is ``told``."""
+        start, rows = index * self.part, list[dict[str, Any]]()
+        stop = min(start + self.part, self.total)
+        if self.listed is not None:
+            sources = iter(self.listed[start:stop])
+        else:
+            sources = read_parquet(self.images, *self.columns, start, stop, self.limits.size)
+        for found in score_sources(
+            model, sources, batch=self.batch, threshold=self.threshold, limits=self.limits, pool=pool
+        ):
+            rows += found
+            told(len(found))
+        write_part(rows, self.paths[index], arrow_schema(model.description), self.id)
+        return len(rows)
 
 
 def count_rows(parts: Iterable[Path]) -> dict[str, int]:
@@ -353,16 +378,15 @@ def count_rows(parts: Iterable[Path]) -> dict[str, int]:
     return counts
 
 
-def join_parts(folder: Path, count: int, out: Path, schema: Any) -> None:
+def join_parts(job: Job, out: Path, schema: Any) -> None:
     """Make one Parquet file of all parts, then remove them, and the folder if nothing else is in it."""
-    parts = [part_path(folder, index) for index in range(count)]
     with written_beside(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for part in parts:
+        for part in job.paths:
             writer.write_table(pq.read_table(part).cast(schema))
-    for path in (*parts, folder / "job.json"):
+    for path in (*job.paths, job.folder / "job.json"):
         path.unlink()
     with contextlib.suppress(OSError):
-        folder.rmdir()
+        job.folder.rmdir()
 
 
 def progress_bar(total: int, done: int, show: bool) -> Any:

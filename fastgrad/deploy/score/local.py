@@ -1,9 +1,8 @@
 """Scoring on this machine: one row an image, whatever the image.
 
 Images come from a folder (recursively, every file with an image's name) or from a Parquet file with a
-column of image bytes. Work is done in parts: each part is written under its final name only when it is
-whole, so a run that was stopped, however, goes on where it left off and repeats nothing. An unreadable
-image gets a row whose ``error`` says why.
+column of image bytes. Rows are written in parts, each under its final name only when it is complete. So a
+stopped run continues where it stopped. An unreadable image gets a row whose ``error`` says why.
 """
 
 from __future__ import annotations
@@ -11,20 +10,16 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.deploy.score.job import (
     Job,
     Limits,
     arrow_schema,
+    at_least_one,
     count_rows,
-    is_part,
     join_parts,
-    part_path,
     progress_bar,
-    score_sources,
-    write_part,
 )
 
 
@@ -67,31 +62,21 @@ def score(
         ValueError: arguments that do not fit, no images, or parts of another job beside ``out``.
         PackageError: not an exported model.
     """
+    at_least_one(batch=batch, part=part)
     target = Path(out)
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1; it was {batch}")
     if not target.parent.is_dir():
         raise ValueError(f"out must lie in an existing folder; there is no {str(target.parent)!r}")
     model = ModelPackage(model_path)
-    threshold, schema = model.description.threshold_at(false_alarm_rate), arrow_schema(model.description)
-    job = Job(Path(images), part, image_column, key_column)
-    parts = target.with_name(target.name + ".parts")
-    limits = Limits(max_pixels, max_bytes)
-    identity = job.open(parts, Path(model_path), threshold, limits)
-    done = [index for index in range(job.parts) if is_part(part_path(parts, index), identity)]
-    continued = sum(job.size(index) for index in done)
-    bar = progress_bar(job.total, continued, progress)
+    job = Job(
+        Path(model_path), model.description, Path(images), target.with_name(target.name + ".parts"), batch=batch,
+        part=part, false_alarm_rate=false_alarm_rate, image_column=image_column, key_column=key_column,
+        limits=Limits(max_pixels, max_bytes),
+    )  # fmt: skip
+    bar = progress_bar(job.total, job.done, progress)
     with ThreadPoolExecutor(decoders or os.cpu_count() or 1) as pool:
-        for index in sorted(set(range(job.parts)) - set(done)):
-            rows: list[dict[str, Any]] = []
-            sources = job.sources(index, limits)
-            for found in score_sources(
-                model, sources, batch=batch, threshold=threshold, limits=limits, pool=pool
-            ):
-                rows += found
-                bar.update(len(found))
-            write_part(rows, part_path(parts, index), schema, identity)
+        for index in job.missing:
+            job.write(model, index, pool, bar.update)
     bar.close()
-    counts = count_rows(part_path(parts, index) for index in range(job.parts))
-    join_parts(parts, job.parts, target, schema)
-    return {**counts, "continued": continued}
+    counts = count_rows(job.paths)
+    join_parts(job, target, arrow_schema(model.description))
+    return {**counts, "continued": job.done}

@@ -16,50 +16,18 @@ from typing import Any
 
 from fastgrad.checks import extra
 from fastgrad.deploy.file.package import ModelPackage, read_description
-from fastgrad.deploy.score.job import (
-    Job,
-    Limits,
-    arrow_schema,
-    count_rows,
-    is_part,
-    part_path,
-    progress_bar,
-    score_sources,
-    write_part,
-)
+from fastgrad.deploy.score.job import Job, Limits, at_least_one, count_rows, progress_bar
 
 
 class PartScorer:
     """The stateful worker of `score_dataset`: loads the model once, then scores and writes whole parts."""
 
-    def __init__(
-        self,
-        model: str,
-        job: Job,
-        identity: str,
-        folder: str,
-        batch: int,
-        threshold: float | None,
-        limits: Limits,
-    ) -> None:
-        self.model = ModelPackage(model)
-        self.job, self.identity, self.folder = job, identity, Path(folder)
-        self.batch, self.threshold, self.limits = batch, threshold, limits
-        self.pool = ThreadPoolExecutor(2)
+    def __init__(self, model: str, job: Job) -> None:
+        self.model, self.job, self.pool = ModelPackage(model), job, ThreadPoolExecutor(2)
 
     def __call__(self, parts: dict[str, Any]) -> dict[str, Any]:
         """Score the parts whose numbers are ``parts["id"]``; return how many images each held."""
-        sizes = []
-        for index in parts["id"].tolist():
-            found = score_sources(
-                self.model, self.job.sources(index, self.limits),
-                batch=self.batch, threshold=self.threshold, limits=self.limits, pool=self.pool,
-            )  # fmt: skip
-            rows = [row for rows in found for row in rows]
-            write_part(
-                rows, part_path(self.folder, index), arrow_schema(self.model.description), self.identity
-            )
-            sizes.append(len(rows))
+        sizes = [self.job.write(self.model, index, self.pool) for index in parts["id"].tolist()]
         return {"id": parts["id"], "size": sizes}
 
 
@@ -89,11 +57,11 @@ def score_dataset(
         workers: processes that hold the model, anywhere in the cluster.
         batch: images in one run of the model.
         part: images in one part, the unit of repetition.
-        false_alarm_rate: share of in-distribution images to call unreliable; None: the model file's own.
-        image_column: of the Parquet file; None guesses.
-        key_column: column that names the rows; None guesses.
-        max_pixels: larger images are not decoded.
-        max_bytes: larger files, and cells of a Parquet file, are not read.
+        false_alarm_rate: as for `fastgrad.deploy.score.local.score`, and so are the next four.
+        image_column: of the Parquet file.
+        key_column: of the Parquet file.
+        max_pixels: of an image.
+        max_bytes: of an image's file or cell.
         gpus_per_worker: GPUs that each worker claims.
         progress: show a progress bar.
 
@@ -107,30 +75,23 @@ def score_dataset(
     with extra("cluster"):
         import ray
 
-    if workers < 1 or batch < 1:
-        raise ValueError(f"workers and batch must be at least 1; they were {workers} and {batch}")
-    model_path, folder = Path(model).resolve(), Path(out).resolve()
-    threshold = read_description(model_path).threshold_at(false_alarm_rate)
-    job = Job(Path(images), part, image_column, key_column)
-    limits = Limits(max_pixels, max_bytes)
-    identity = job.open(folder, model_path, threshold, limits)
-    missing = [index for index in range(job.parts) if not is_part(part_path(folder, index), identity)]
-    continued = job.total - sum(job.size(index) for index in missing)
-    bar = progress_bar(job.total, continued, progress)
-    if missing:
+    at_least_one(workers=workers)
+    path, folder = Path(model).resolve(), Path(out).resolve()
+    job = Job(
+        path, read_description(path), Path(images), folder, batch=batch, part=part, false_alarm_rate=false_alarm_rate,
+        image_column=image_column, key_column=key_column, limits=Limits(max_pixels, max_bytes),
+    )  # fmt: skip
+    bar = progress_bar(job.total, job.done, progress)
+    if job.missing:
         if not ray.is_initialized():
             ray.init(log_to_driver=False, include_dashboard=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        data = ray.data.from_items([{"id": index} for index in missing], override_num_blocks=len(missing))
-        done = data.map_batches(
-            PartScorer,
-            fn_constructor_args=(str(model_path), job, identity, str(folder), batch, threshold, limits),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(missing))),
-            num_gpus=gpus_per_worker or None,
-        )
+        items = [{"id": index} for index in job.missing]
+        done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            PartScorer, fn_constructor_args=(str(path), job), batch_size=1, num_gpus=gpus_per_worker or None,
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
+        )  # fmt: skip
         for row in done.iter_rows():
             bar.update(row["size"])
     bar.close()
-    counts = count_rows(part_path(folder, index) for index in range(job.parts))
-    return {**counts, "continued": continued}
+    return {**count_rows(job.paths), "continued": job.done}

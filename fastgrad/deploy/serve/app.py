@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastgrad.checks import extra
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.serve.bodies import Budget, Limits, read_body
-from fastgrad.deploy.serve.child import timeout
 from fastgrad.deploy.serve.decoder import RequestError
 from fastgrad.deploy.serve.decoders import Decoders
 from fastgrad.deploy.serve.guard import Guard, refusal
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
 with extra("serve"):
     import python_multipart  # noqa: F401 - the processes that read bodies need it
+    from anyio import fail_after
     from fastapi import FastAPI, Query, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -63,9 +63,9 @@ def create_app(
 ) -> FastAPI:
     """Make the application that serves exported models.
 
-    Exported files hold native code, so none is loaded anew unless ``pins`` names its digest beforehand. Then a file
-    that changes takes over, without a request lost, once it is loaded and its processes are ready; where it cannot be
-    loaded, the one before goes on and the log says why. Files are copied to the temporary folder.
+    Exported files hold native code, so none is loaded again unless ``pins`` names its digest. Then a changed file takes
+    over once its processes are ready, and no request is lost. If it cannot be loaded, the previous one goes on and the
+    log says why. Files are copied to the temporary folder.
 
     Args:
         path: the ``.pt2`` or ``.onnx``; or several by name, of which the first answers where no name is given.
@@ -80,8 +80,8 @@ def create_app(
         false_alarm_rate: share of in-distribution inputs to flag, one of the rates in the file; None: the
             file's own.
         drift_false_alarm_rate: bound on the probability of ever raising the drift alarm without drift.
-        pins: a file with the SHA-256 of each model file that may be loaded, a line each, as ``sha256sum`` writes them;
-            it should lie where whoever writes model files cannot write. None: no file is loaded after the start.
+        pins: a file with the SHA-256 of each model file that may be loaded, a line each, as ``sha256sum`` writes them.
+            Keep it where writers of model files cannot write. None: no file is loaded after the start.
         reload_every: seconds between two looks at the files, with ``pins``.
         tracer_provider: of OpenTelemetry, for the spans of requests to /predict; None makes none.
 
@@ -100,23 +100,17 @@ def create_app(
 
     def load(model: Model) -> Served:
         return Served(
-            model.path,
-            pins=pins,
-            false_alarm_rate=false_alarm_rate,
-            max_batch=max_batch,
+            model.path, pins=pins, false_alarm_rate=false_alarm_rate, max_batch=max_batch,
+            drift_false_alarm_rate=drift_false_alarm_rate,
             pool={
-                "workers": workers,
-                "threads": threads,
-                "batch_wait": batch_wait,
-                "hang_timeout": limits.seconds,
+                "workers": workers, "threads": threads, "batch_wait": batch_wait, "hang_timeout": limits.seconds,
                 "load_timeout": limits.load_seconds,
             },
-            metrics={
-                "drift_false_alarm_rate": drift_false_alarm_rate,
-                "reloads": lambda: model.reloads,
-                "reload_failures": lambda: model.failures,
+            gauges={
+                "model_reloads": ("Changed files that took over since the start", lambda: model.reloads),
+                "model_reload_failures": ("Changed files that could not be loaded", lambda: model.failures),
             },
-        )
+        )  # fmt: skip
 
     models = {name: Model(name, file, load) for name, file in paths.items()}
     first = next(iter(models.values()))
@@ -169,9 +163,9 @@ def create_app(
         waits_for = "body"
         try:
             with budget.hold() as hold:
-                async with timeout(limits.seconds) as move:
+                with fail_after(limits.seconds) as scope:
                     trace.stage("read")
-                    body = await read_body(request, limits, hold, move)
+                    body = await read_body(request, limits, hold, scope)
                     waits_for = "answer"
                     if app.state.active >= limits.queue:
                         raise RequestError(503, "too many requests are waiting; try again in a moment")
@@ -190,7 +184,7 @@ def create_app(
                         app.state.active -= 1
             trace.stage("answer")
             result = answer(served.description, served.threshold, row)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             if waits_for == "body":
                 least = f"or came slower than {limits.rate} bytes a second"
                 raise RequestError(

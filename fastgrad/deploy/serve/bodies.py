@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.serve.decoder import RequestError
 
 with extra("serve"):
+    from anyio import CancelScope, current_time
     from starlette.requests import ClientDisconnect, Request
 
 #: A body that is too large is read on and thrown away up to here, so that the client gets to read the refusal.
@@ -78,7 +78,7 @@ class Budget:
 
 
 async def read_body(
-    request: Request, limits: Limits, hold: Callable[[int], None], move: Callable[[float], None]
+    request: Request, limits: Limits, hold: Callable[[int], None], scope: CancelScope
 ) -> bytearray:
     """Read a body.
 
@@ -86,25 +86,19 @@ async def read_body(
         request: whose.
         limits: it keeps to ``body``, ``rate`` and ``seconds``.
         hold: told how many bytes there are.
-        move: told in how many seconds the next bytes must have come.
+        scope: of the whole request; its deadline moves to when the next bytes must have come, at last to its end.
 
     Raises:
         RequestError: 400 empty or broken off, 413 too large, 503 too many at once.
     """
     declared = request.headers.get("content-length", "")
     too_large = declared.isdecimal() and int(declared[:20]) > limits.body
-    body, size = bytearray(), 0
-    clock = asyncio.get_running_loop().time
-    start = clock()
-
-    def left(seconds: float) -> float:
-        return min(limits.seconds, seconds) - (clock() - start)
-
-    move(left(_GRACE))
+    body, size, start = bytearray(), 0, current_time()
+    scope.deadline = start + min(limits.seconds, _GRACE)
     try:
         async for part in request.stream():
             size += len(part)
-            move(left(_GRACE + size / limits.rate))
+            scope.deadline = start + min(limits.seconds, _GRACE + size / limits.rate)
             too_large = too_large or size > limits.body
             if too_large:
                 body.clear()
@@ -119,5 +113,5 @@ async def read_body(
         raise RequestError(413, f"the body is too large; at most {limits.body} bytes are allowed")
     if not size:
         raise RequestError(400, "the body is empty")
-    move(left(limits.seconds))
+    scope.deadline = start + limits.seconds
     return body

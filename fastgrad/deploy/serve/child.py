@@ -1,7 +1,7 @@
 """A process that answers framed requests, one at a time, and is killed when it takes too long.
 
-What goes over the pipes is numbers of bytes and bytes, nothing that could be code. The process gets neither the
-server's secrets nor its other files, and ends when its standard input does.
+Only lengths and bytes go over the pipes, nothing that could be code. The process gets neither the server's secrets nor
+its open files, and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import signal
 import struct
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+from anyio import fail_after
 
 Bytes = bytes | bytearray | memoryview
 #: Of a reply: a status, 0 for what was asked for, and the number of bytes that follow.
@@ -53,34 +54,6 @@ class ChildDiedError(RuntimeError):
 
 class ChildTimeoutError(ChildDiedError):
     """It took too long."""
-
-
-@asynccontextmanager
-async def timeout(seconds: float) -> AsyncIterator[Callable[[float], None]]:
-    """`asyncio.timeout`, which Python 3.10 lacks; gives a function that moves the end to so many seconds from now."""
-    task, loop, expired = asyncio.current_task(), asyncio.get_running_loop(), False
-    assert task is not None
-
-    def expire() -> None:
-        nonlocal expired
-        expired = True
-        task.cancel()
-
-    timer = loop.call_later(seconds, expire)
-
-    def move(seconds: float) -> None:
-        nonlocal timer
-        timer.cancel()
-        timer = loop.call_later(seconds, expire)
-
-    try:
-        yield move
-    except asyncio.CancelledError:
-        if expired:
-            raise asyncio.TimeoutError from None
-        raise
-    finally:
-        timer.cancel()
 
 
 class Child:
@@ -143,7 +116,7 @@ class Child:
             raise ChildDiedError("its process is not there")
         done = False
         try:
-            async with timeout(seconds):
+            with fail_after(seconds):
                 whole = [REQUEST.pack(sum(map(len, parts))), *parts] if parts else []
                 if sum(map(len, whole)) <= _CHUNK:
                     # At once: the other side wakes once.
@@ -159,7 +132,7 @@ class Child:
                 reply = await process.stdout.readexactly(length)
             done = True
             return status, reply
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise ChildTimeoutError(f"no answer within {seconds:g} s") from None
         except (EOFError, OSError):
             raise ChildDiedError("its process ended") from None
@@ -183,9 +156,9 @@ class Child:
         if self.process.stdin is not None:
             self.process.stdin.close()
         try:
-            async with timeout(patience):
+            with fail_after(patience):
                 await self.process.wait()
-        except asyncio.TimeoutError:
+        except TimeoutError:
             self.kill()
             await self.process.wait()
 

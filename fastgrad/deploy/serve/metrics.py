@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,7 @@ class Metrics:
             monitor.
         false_alarm_rate: share of in-distribution inputs that the threshold in use flags, or None.
         drift_false_alarm_rate: bound on the probability that the drift alarm is ever raised without cause.
-        queue_length: asked for the number of waiting inputs.
-        restarts: asked for the number of replaced workers.
-        reloads: asked how often a changed file took over.
-        reload_failures: asked how often one could not be loaded.
+        gauges: by name, a text and what is asked for the value.
     """
 
     def __init__(
@@ -40,10 +37,7 @@ class Metrics:
         *,
         false_alarm_rate: float | None,
         drift_false_alarm_rate: float,
-        queue_length: Callable[[], int],
-        restarts: Callable[[], int],
-        reloads: Callable[[], int],
-        reload_failures: Callable[[], int],
+        gauges: Mapping[str, tuple[str, Callable[[], float]]],
     ) -> None:
         self.registry = CollectorRegistry()
         reference = description.score_reference()
@@ -71,28 +65,18 @@ class Metrics:
         )
         self.batch_size = histogram("batch_size", "Inputs in a batch", (1, 2, 4, 8, 16, 32, 64, 128, 256))
         self.uncertainty = histogram("uncertainty", "Uncertainty of predictions", _buckets(description))
-        gauge("queue_length", "Inputs that wait for a worker", queue_length)
-        gauge("worker_restarts", "Worker processes replaced since the start", restarts)
-        gauge("model_reloads", "Changed files that took over since the start", reloads)
-        gauge("model_reload_failures", "Changed files that could not be loaded", reload_failures)
+        for name, (text, value) in gauges.items():
+            gauge(name, text, value)
         gauge("share_flagged", f"Share called unreliable among the last {RECENT} predictions", self._share)
         if false_alarm_rate is not None:
-            rate = false_alarm_rate
-            gauge("expected_share_flagged", "That share on in-distribution inputs", lambda: rate)
+            gauge("expected_share_flagged", "That share on in-distribution inputs", lambda: false_alarm_rate)
         monitor = self.monitor
         if monitor is not None:
             gauge("drift_evidence", "Wealth of the bet that inputs have drifted", lambda: monitor.evidence)
-            gauge("drift_scores", "Scores that the drift monitor has read", lambda: float(monitor.count))
-            gauge(
-                "drift_alarm",
-                f"1 once drift is shown; probability of ever being wrong <= {drift_false_alarm_rate:g}",
-                lambda: float(monitor.alarm),
-            )
-            gauge(
-                "drift_acknowledged",
-                "1 once somebody took note of it",
-                lambda: float(bool(monitor.acknowledged)),
-            )
+            gauge("drift_scores", "Scores that the drift monitor has read", lambda: monitor.count)
+            shown = f"1 once drift is shown; probability of ever being wrong <= {drift_false_alarm_rate:g}"
+            gauge("drift_alarm", shown, lambda: monitor.alarm)
+            gauge("drift_acknowledged", "1 once somebody took note of it", lambda: bool(monitor.acknowledged))
 
     def observe(self, answer: dict[str, Any]) -> None:
         """Take note of one answer."""

@@ -1,7 +1,6 @@
 """Worker processes behind one queue: batches form while workers are busy, and a killed worker loses nothing.
 
-Inference has no side effects, so what a dead worker held is simply run again: its inputs return to the head
-of the queue, each to be run alone, so that one input that kills its worker cannot take others with it.
+What a dead worker held is run again, each input alone: one that kills its worker takes no other with it.
 """
 
 from __future__ import annotations
@@ -105,14 +104,13 @@ class WorkerPool:
             *(worker.start(self.load_timeout) for worker in self.workers), return_exceptions=True
         )
         for outcome in started:
-            if isinstance(outcome, BaseException) or outcome[0]:
-                await self.close()
-                if isinstance(outcome, BaseException) and not isinstance(outcome, ChildDiedError):
-                    raise outcome
-                reason = (
-                    outcome if isinstance(outcome, BaseException) else outcome[1].decode("utf-8", "replace")
-                )
-                raise ModelError(f"the model cannot be loaded: {reason}")
+            if isinstance(outcome, tuple) and not outcome[0]:
+                continue
+            await self.close()
+            if isinstance(outcome, BaseException) and not isinstance(outcome, ChildDiedError):
+                raise outcome
+            reason = outcome[1].decode("utf-8", "replace") if isinstance(outcome, tuple) else outcome
+            raise ModelError(f"the model cannot be loaded: {reason}")
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._serve(worker)) for worker in self.workers]
 

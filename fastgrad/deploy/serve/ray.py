@@ -12,7 +12,6 @@ from fastgrad.checks import extra
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.package import ModelPackage, read_description
 from fastgrad.deploy.serve.bodies import Limits
-from fastgrad.deploy.serve.child import timeout
 from fastgrad.deploy.serve.decoder import RequestError
 
 
@@ -31,8 +30,8 @@ def deployment(
     """A Ray Serve application that answers ``POST /`` as the server's ``/predict`` does.
 
     Ray brings batching, replicas, draining and back-pressure (503). Host, origin, key, bodies and time are checked as
-    by the server, and bodies are read in processes of their own; Ray's proxy has read a body before it is checked. What
-    `fastgrad serve` has beyond that, page, metrics and drift, is not there.
+    by the server, and separate processes read bodies. Ray's proxy reads a body before it is checked. The page, metrics
+    and drift of `fastgrad serve` are missing.
 
     Args:
         model: file written by `fastgrad.export`, readable on every node.
@@ -53,6 +52,7 @@ def deployment(
         ValueError: the file has no threshold for that rate.
     """
     with extra("cluster"):
+        from anyio import fail_after
         from ray import serve
         from starlette.requests import Request
         from starlette.responses import JSONResponse
@@ -92,8 +92,8 @@ def deployment(
                 self.starting = self.starting or asyncio.ensure_future(self.readers.start())
                 await asyncio.shield(self.starting)
                 with self.budget.hold() as hold:
-                    async with timeout(limits.seconds) as move:
-                        body = await read_body(request, limits, hold, move)
+                    with fail_after(limits.seconds) as scope:
+                        body = await read_body(request, limits, hold, scope)
                         kind = request.headers.get("content-type", "")
                         row = await self.run(await self.readers.read(kind, body, description))
                 return JSONResponse(answer(description, threshold, row))
@@ -101,7 +101,7 @@ def deployment(
                 return refusal(error)
             except ResultError as error:
                 return refusal(RequestError(422, str(error)))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 return refusal(RequestError(504, f"no answer within {limits.seconds:g} s"))
 
     application: Any = Model

@@ -1,9 +1,8 @@
 """A name and the file that answers under it: loaded, watched, and replaced when the file changes.
 
-A file is copied before anything is read of it. What loads is what was checked, and a worker that has to start again
-finds it, whatever has become of the file meanwhile. A changed file is loaded beside the old one. Only when its workers
-are ready do new requests go there; the old one ends when the last of its requests is answered. A file that cannot be
-loaded changes nothing.
+A file is copied before anything is read of it: what loads is what was checked, now and when a worker starts again. A
+changed file is loaded beside the old one. When its workers are ready, new requests go there; the old one ends when the
+last of its requests is answered. A file that cannot be loaded changes nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fastgrad.deploy.file.package import PackageError, digest_of, read_description
@@ -36,12 +36,15 @@ class Served:
         false_alarm_rate: share of in-distribution inputs to flag; None: the file's own.
         max_batch: largest batch; at most the file's own.
         pool: further options of `WorkerPool`.
-        metrics: further options of `Metrics`.
+        drift_false_alarm_rate: of `Metrics`.
+        gauges: further ones of `Metrics`.
 
     Raises:
         PackageError: not an exported model, or one that ``pins`` does not name.
         ValueError: the file has no threshold for that rate.
     """
+
+    pool: WorkerPool
 
     def __init__(
         self,
@@ -51,7 +54,8 @@ class Served:
         false_alarm_rate: float | None,
         max_batch: int,
         pool: dict[str, Any],
-        metrics: dict[str, Any],
+        drift_false_alarm_rate: float = 0.01,
+        gauges: Mapping[str, tuple[str, Callable[[], float]]] = MappingProxyType({}),
     ) -> None:
         if not Path(path).is_file():
             raise PackageError(f"{path}: there is no such file")
@@ -71,17 +75,17 @@ class Served:
         self.metrics = Metrics(
             self.description,
             false_alarm_rate=None if self.threshold is None else self.false_alarm_rate,
-            queue_length=lambda: self.pool.queued,
-            restarts=lambda: self.pool.restarts,
-            **metrics,
+            drift_false_alarm_rate=drift_false_alarm_rate,
+            gauges={
+                "queue_length": ("Inputs that wait for a worker", lambda: self.pool.queued),
+                "worker_restarts": ("Worker processes replaced since the start", lambda: self.pool.restarts),
+                **gauges,
+            },
         )
         self.pool = WorkerPool(
-            str(copy),
-            self.description.columns,
-            max_batch=min(max_batch, self.description.max_batch),
-            on_batch=self.metrics.batch_size.observe,
-            **pool,
-        )
+            str(copy), self.description.columns, max_batch=min(max_batch, self.description.max_batch),
+            on_batch=self.metrics.batch_size.observe, **pool,
+        )  # fmt: skip
         self._users = 0
         self._free = asyncio.Event()
         self._free.set()
@@ -149,12 +153,8 @@ class Model:
             await fresh.pool.start()
         except Exception as error:
             self.failures += 1
-            _log.error(
-                "model %s: %s has changed and cannot be loaded: %s; the one before goes on",
-                self.name,
-                self.path,
-                error,
-            )
+            message = "model %s: %s has changed and cannot be loaded: %s; the one before goes on"
+            _log.error(message, self.name, self.path, error)
             if fresh is not None:
                 await fresh.retire()
             return

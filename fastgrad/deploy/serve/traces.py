@@ -1,8 +1,4 @@
-"""What a request to /predict tells OpenTelemetry: a span of its own and below it one for each stage, in turn.
-
-Without a tracer provider nothing is imported and nothing told. OpenTelemetry's instrumentation of FastAPI makes the
-first span alone.
-"""
+"""What a request to /predict tells OpenTelemetry: a span of its own, and below it one for each stage in turn."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fastgrad.ops.dispatch import KERNEL_DTYPES, interpreting
+from fastgrad.checks import KERNEL_DTYPES
+from fastgrad.ops.dispatch import interpreting
 from fastgrad.ops.tune import INTERPRETER, Architecture
 
 # Compiler options of every launch. Fused multiply-adds are wanted, and Triton 3.9 warns where nobody says so.
@@ -39,9 +40,8 @@ def check(**tensors: torch.Tensor) -> None:
     """Raise ValueError for a device or dtype the kernels do not serve."""
     for name, tensor in tensors.items():
         if tensor.dtype not in KERNEL_DTYPES:
-            raise ValueError(
-                f"{name} must be float16, bfloat16 or float32 for impl='triton'; it was {tensor.dtype}"
-            )
+            served = ", ".join(str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES)
+            raise ValueError(f"{name} must be one of {served} for impl='triton'; it was {tensor.dtype}")
         if tensor.device.type != "cuda" and not (interpreting() and tensor.device.type == "cpu"):
             raise ValueError(f"{name} must be on a GPU for impl='triton'; it was on {tensor.device}")
 

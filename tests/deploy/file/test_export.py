@@ -14,13 +14,7 @@ from exported_models import X, shapes, two_stage_model
 from torch import nn
 
 from fastgrad.deploy.file.export import compile_function, export, trace
-from fastgrad.deploy.file.package import (
-    Description,
-    ModelPackage,
-    PackageError,
-    read_description,
-    write_description,
-)
+from fastgrad.deploy.file.package import Description, ModelPackage, PackageError, read_description
 from fastgrad.detector.constants import WEIGHT
 
 
@@ -61,18 +55,6 @@ def test_a_file_of_which_one_bit_is_another_is_refused(
     (tmp_path / f"m{model_file.suffix}").write_bytes(content)
     with pytest.raises(PackageError, match=r"damaged|not a readable|format"):
         ModelPackage(tmp_path / f"m{model_file.suffix}")
-
-
-def test_only_files_with_evidence_have_the_newer_format(tmp_path: Path) -> None:
-    found = []
-    for evidence in (None, TinyTwoStage.alarms):
-        path = tmp_path / "model.pt2"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("model/version", "1")
-        write_description(path, Description((3, 8, 8), "float32", 4, 8, "cpu", evidence=evidence))
-        with zipfile.ZipFile(path) as archive:
-            found.append(json.loads(archive.read("model/extra/fastgrad.json"))["format"])
-    assert found == [1, 2]
 
 
 def test_runs_in_a_process_without_fastgrad(tiny_package: Path, tmp_path: Path) -> None:

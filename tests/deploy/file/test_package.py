@@ -52,9 +52,6 @@ def test_a_description_is_read_back(tmp_path: Path) -> None:
     assert read_description(archive(tmp_path / "m.pt2")) == GOOD
     plain = Description((5,), "float64", 2, 1, "cpu")
     assert read_description(archive(tmp_path / "p.pt2", description=plain)) == plain
-    # Files without the two later fields are of the first format, which earlier readers know.
-    text = json.loads(zipfile.ZipFile(tmp_path / "p.pt2").read(f"model/{MEMBER}"))
-    assert (text["format"], "risk" in text, "evidence" in text) == (1, False, False)
 
 
 BAD = [
@@ -80,7 +77,7 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_every_field_is_checked_before_it_is_used(tmp_path: Path, name: str, value: Any) -> None:
-    content = {"format": 2, **dataclasses.asdict(GOOD), name: value}
+    content = {"format": 1, **dataclasses.asdict(GOOD), name: value}
     with pytest.raises(PackageError, match="damaged") as refused:
         read_description(with_text(tmp_path / "m.pt2", content))
     # Labels are one a class: what is wrong there shows at the labels.
@@ -89,7 +86,7 @@ def test_every_field_is_checked_before_it_is_used(tmp_path: Path, name: str, val
 
 def test_random_descriptions_are_read_or_refused(tmp_path: Path) -> None:
     rng, path = random.Random(0), tmp_path / "m.pt2"
-    content = {"format": 2, **dataclasses.asdict(GOOD)}
+    content = {"format": 1, **dataclasses.asdict(GOOD)}
     odd = [None, -1, 0, 1.5, 2**70, "x", [], [None], {}, {"edges": []}, True, float("nan"), [[]], "\ud800"]
     for _ in range(300):
         changed = dict(content)

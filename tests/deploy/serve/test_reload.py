@@ -26,17 +26,7 @@ from fastgrad.deploy.serve.served import Model, Served
 
 
 def load(model: Model) -> Served:
-    return Served(
-        model.path,
-        false_alarm_rate=None,
-        max_batch=32,
-        pool={"threads": 1},
-        metrics={
-            "drift_false_alarm_rate": 0.01,
-            "reloads": lambda: model.reloads,
-            "reload_failures": lambda: model.failures,
-        },
-    )
+    return Served(model.path, false_alarm_rate=None, max_batch=32, pool={"threads": 1})
 
 
 def with_fakes(served: Served, constant: float) -> Served:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad._torch import unviewed
+from fastgrad._torch import drop_view_base
 
 #: ``(saved tensors, output gradients) -> (B, m)`` squared norms.
 Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -93,7 +93,7 @@ def tap(
     if backward is None:
         saved = [t.detach() for t in saved]
         if in_place:
-            outputs = [unviewed(t) for t in outputs]
+            outputs = [drop_view_base(t) for t in outputs]
     else:
         outputs = [t.detach() for t in outputs]
     passed = _Tap.apply(norms, backward, len(outputs), in_place, *outputs, probe, *saved)  # type: ignore[no-untyped-call]

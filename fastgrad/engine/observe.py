@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import pytree
+from fastgrad.engine.copy import Shadow, attach, detach_plain
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.rows import Rows
-from fastgrad.engine.shadow import Shadow, attach, ordinary
 
 # Functions that broadcast a parameter over the batch, by name without underscores.
 _BROADCASTING = frozenset(
@@ -71,7 +71,7 @@ class _Uses(TorchFunctionMode):
         self.parameters, self.originals, self.current = parameters, originals, current
         self.rows, self.samples = rows, samples
         #: Parameters of the user's model that were used themselves, not through its copy.
-        self.bypassed: set[str] = set()
+        self.untracked: set[str] = set()
         self.uses: dict[str, set[int]] = {name: set() for name in parameters.values()}
         #: Number of dimensions in which a parameter is broadcast over the batch, None where it is used otherwise.
         self.ranks: dict[str, set[int | None]] = {name: set() for name in parameters.values()}
@@ -84,7 +84,7 @@ class _Uses(TorchFunctionMode):
         found = [self.parameters[id(leaf)] for leaf in leaves if id(leaf) in self.parameters]
         tensors = [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
         if tensors:
-            self.bypassed |= {self.originals[id(leaf)] for leaf in leaves if id(leaf) in self.originals}
+            self.untracked |= {self.originals[id(leaf)] for leaf in leaves if id(leaf) in self.originals}
         gathered = bool(found) and self.rows.gathered((args, kwargs))
         self.rows.note(func, args, kwargs or {}, result)
         if found and tensors:
@@ -116,7 +116,7 @@ class Observation:
         ranks: By name, the numbers of dimensions in which a parameter is broadcast over the batch, None among
             them where it is used otherwise.
         gathers: Whether rows were gathered or reordered, see `fastgrad.engine.rows`.
-        bypassed: Names of parameters that the model used from elsewhere than its modules' attributes.
+        untracked: Names of parameters that the model used from elsewhere than its modules' attributes.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Observation:
         tracked: dict[int, str] = {}
 
         def leaf(parameter: nn.Parameter) -> Tensor:
-            value = ordinary(parameter)
+            value = detach_plain(parameter)
             if value.is_floating_point():
                 value.requires_grad_()
             name = names[id(parameter)]
@@ -159,7 +159,7 @@ class Observation:
 
         with torch.enable_grad(), _Uses(tracked, names, current, self._rows, samples) as uses:
             self.output = shadow.root(*inputs[0], **inputs[1])
-        self.uses, self.ranks, self.bypassed = uses.uses, uses.ranks, uses.bypassed
+        self.uses, self.ranks, self.untracked = uses.uses, uses.ranks, uses.untracked
         self.gathers = self._rows.gathers
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:

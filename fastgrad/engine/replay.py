@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import pytree
+from fastgrad.engine.copy import Settings, Shadow, attach
 from fastgrad.engine.fallback import Fallback
-from fastgrad.engine.layout import Layout
+from fastgrad.engine.probe import tap
 from fastgrad.engine.run import Run, Site
-from fastgrad.engine.shadow import Settings, Shadow, attach
-from fastgrad.engine.sites import columns
+from fastgrad.engine.sites import RuledSite, columns
 from fastgrad.engine.state import Repeatable, Unchanged
-from fastgrad.engine.tap import tap
 from fastgrad.engine.tracing import is_fixed
 from fastgrad.layers.choice import using
 from fastgrad.layers.registry import ReplayRule
@@ -25,8 +24,17 @@ from fastgrad.layers.registry import ReplayRule
 Replay = Callable[[Any, Any, Sequence[Tensor]], Tensor]
 
 
+class _Begun(NamedTuple):
+    """A call of a module that has begun: copies of its inputs, and what else computing it again depends on."""
+
+    leaves: list[Any]
+    spec: Any
+    settings: Settings
+    state: Repeatable | None
+
+
 @dataclass(frozen=True)
-class Replayed(Site):
+class RecomputedSite(Site):
     """A module that the backward pass computes once more, from its recorded inputs.
 
     In training mode that must give the same again, see `fastgrad.engine.state.NotRepeatableError`.
@@ -35,32 +43,29 @@ class Replayed(Site):
     def attach(self, run: Run, shadow: Shadow) -> None:
         """See `Site`."""
         copy, original = shadow.submodule(self.path), shadow.model.get_submodule(self.path)
-        recorded: list[Any] = []
         trains = shadow.training and any(m.training for m in copy.modules())
-        states: list[Repeatable] = []
-        settings: list[Settings] = []
+        calls: list[_Begun] = []
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            # The forward pass may change them, as a counter of calls.
-            settings.append(shadow.settings(original))
-            # Copied: the module may overwrite its inputs.
-            recorded.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs)))
-            if trains:
-                states.append(Repeatable(copy))
+            # Copied: the module may overwrite its inputs, and change its settings, as a counter of calls.
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            leaves = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
+            calls.append(
+                _Begun(leaves, spec, shadow.settings(original), Repeatable(copy) if trains else None)
+            )
 
         def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
             run.reach(self)
-            leaves, spec = pytree.tree_flatten(recorded.pop())
-            if trains:
-                states.pop().require(self.path or type(copy).__name__)
+            leaves, spec, settings, state = calls.pop()
+            if state is not None:
+                state.require(self.path or type(copy).__name__)
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             saved = [leaves[i] for i in places]
             # The tap's node keeps the tensors; a second reference would hide that they were modified.
             rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             outputs, out_spec = pytree.tree_flatten(output)
             taken = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
-            self._arrived(run, outputs[taken[0]])
-            replay = self._replay(run, shadow, [outputs[i].detach() for i in taken], settings.pop())
+            replay = self._replay(run, shadow, [outputs[i].detach() for i in taken], settings)
             held = Unchanged(self.path, original, deep=True)
 
             def norms(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -80,37 +85,23 @@ class Replayed(Site):
         attach(copy, before, before=True)
         attach(copy, after)
 
-    def _arrived(self, run: Run, output: Tensor) -> None:
-        """Look at the module's first output; off plan if the batch is not where it was."""
-
     def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
         """What the backward pass does, made when the module, of these ``settings`` before, has computed ``outputs``."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class ReplaySite(Replayed):
+class ReplaySite(RecomputedSite, RuledSite):
     """A layer with a replay rule (attention, recurrent).
 
     Attributes:
         rule: The rule.
-        local: The parameters by the names the rule gives them.
-        layout: Where the batch lies in the layer's first output.
-        rank: The number of dimensions of that.
     """
 
     rule: ReplayRule
-    local: tuple[str, ...]
-    layout: Layout
-    rank: int
-
-    def _arrived(self, run: Run, output: Tensor) -> None:
-        if output.dim() != self.rank or not self.layout.holds(output, run.samples):
-            run.leave_plan(
-                self.parameters, f"gives {self.path!r} inputs with the batch in another place than before"
-            )
 
     def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
+        self.require_layout(run, outputs[0])
         module = shadow.submodule(self.path)
 
         def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
@@ -121,7 +112,7 @@ class ReplaySite(Replayed):
 
 
 @dataclass(frozen=True)
-class FallbackSite(Replayed):
+class FallbackSite(RecomputedSite):
     """A module of any kind, see `fastgrad.engine.fallback`.
 
     Attributes:

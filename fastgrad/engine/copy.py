@@ -37,7 +37,7 @@ _ABSENT = object()
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
-def ordinary(x: Tensor) -> Tensor:
+def detach_plain(x: Tensor) -> Tensor:
     """``x`` outside any graph and usable in one: detached, and copied if it was made in inference mode."""
     return x.clone().detach() if x.is_inference() else x.detach()
 
@@ -59,7 +59,7 @@ class Shadow:
     def __init__(
         self,
         model: nn.Module,
-        parameter: Callable[[nn.Parameter], Tensor] = ordinary,
+        parameter: Callable[[nn.Parameter], Tensor] = detach_plain,
         *,
         training: bool = False,
     ) -> None:
@@ -180,7 +180,7 @@ class Shadow:
                 self._places[id(value)].append((tensors, name))
         state["_parameters"] = tensors
         state["_buffers"] = {
-            name: ordinary(value) if isinstance(value, Tensor) and value.is_inference() else value
+            name: detach_plain(value) if isinstance(value, Tensor) and value.is_inference() else value
             for name, value in state["_buffers"].items()
         }
         children: dict[str, nn.Module | None] = {}

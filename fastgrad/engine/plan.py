@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from fastgrad._torch import BatchNorm
 from fastgrad.engine.layout import Layout
-from fastgrad.engine.observing import Observation
-from fastgrad.engine.replayed import FallbackSite, ReplaySite
-from fastgrad.engine.sites import BroadcastSite, LayerSite
+from fastgrad.engine.observe import Observation
+from fastgrad.engine.replay import FallbackSite, ReplaySite
+from fastgrad.engine.sites import BroadcastSite, LayerSite, RuledSite
 from fastgrad.layers.registry import ReplayRule, find_rule
-
-if TYPE_CHECKING:
-    from fastgrad.engine.network import Known
 
 PlannedSite = LayerSite | ReplaySite | FallbackSite | BroadcastSite
 
@@ -32,6 +30,35 @@ class Route:
     reason: str
 
 
+@dataclass(eq=False)
+class Known:
+    """What is known of a model for inputs of one structure.
+
+    Attributes:
+        training: Whether a module runs in training mode.
+        names: The wanted parameters, names by id.
+        modules: The model's modules. As long as they and its parameters live, their ids are theirs.
+        parameters: Its parameters.
+        carriers: For each leaf of the inputs, whether it carries the batch.
+        devices: Those beside the CPU on which the model may draw random numbers.
+        plans: Most recently used first.
+    """
+
+    training: bool
+    names: dict[int, str]
+    modules: list[weakref.ref[nn.Module]]
+    parameters: list[weakref.ref[nn.Parameter]]
+    carriers: tuple[bool, ...]
+    devices: list[torch.device]
+    plans: list[Plan] = field(default_factory=list)
+
+    def lives(self) -> bool:
+        """Whether no module and no parameter is gone, whose id another one may have now."""
+        return all(ref() is not None for ref in self.modules) and all(
+            ref() is not None for ref in self.parameters
+        )
+
+
 @dataclass(frozen=True)
 class Plan:
     """The sites of one model for one structure of inputs, and why.
@@ -41,7 +68,7 @@ class Plan:
         sites: What serves them.
         routes: By name, what the report says.
         bytes_per_element: Bytes of layer outputs per input element, to estimate memory.
-        bypassed: Names of those parameters that the model used from elsewhere than its modules' attributes: a copy
+        untracked: Names of those parameters that the model used from elsewhere than its modules' attributes: a copy
             of the modules does not see that.
         outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
         known: What else is known of the model for inputs of this structure.
@@ -52,7 +79,7 @@ class Plan:
     sites: tuple[PlannedSite, ...]
     routes: dict[str, Route]
     bytes_per_element: float = field(compare=False)
-    bypassed: tuple[str, ...]
+    untracked: tuple[str, ...]
     outputs: tuple[Layout | None, ...] = ()
     known: Known | None = field(default=None, compare=False, repr=False)
     paths: set[int] = field(default_factory=set, compare=False, repr=False)
@@ -88,34 +115,34 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Caution:
+class PlanConstraints:
     """What a plan does without, because a trial failed.
 
     Attributes:
         broadcast: Whether parameters that are broadcast may get one copy per sample. A model that looks at their
             shape may not bear it.
         single: Whether an output whose dimension 0 has size 1 may be broadcast over the batch.
-        looped: Paths of modules which ``vmap`` cannot take.
-        rooted: Parameters that must take the fallback at the model itself.
+        no_vmap: Paths of modules which ``vmap`` cannot take.
+        at_root: Parameters that must take the fallback at the model itself.
     """
 
     broadcast: bool = True
     single: bool = True
-    looped: frozenset[str] = frozenset()
-    rooted: frozenset[str] = frozenset()
+    no_vmap: frozenset[str] = frozenset()
+    at_root: frozenset[str] = frozenset()
 
-    def after_error(self, plan: Plan) -> Caution | None:
+    def after_error(self, plan: Plan) -> PlanConstraints | None:
         """The next step after the trial of ``plan`` raised; None if nothing that may raise is left."""
         if any(isinstance(site, BroadcastSite) for site in plan.sites):
             return replace(self, broadcast=False)
         if any(isinstance(site, LayerSite) and site.layout.kind == "single" for site in plan.sites):
             return replace(self, single=False)
         mapped = {site.path for site in plan.sites if isinstance(site, FallbackSite) and site.vectorize}
-        return replace(self, looped=self.looped | mapped) if mapped else None
+        return replace(self, no_vmap=self.no_vmap | mapped) if mapped else None
 
-    def after_disagreement(self, wrong: frozenset[str]) -> Caution | None:
+    def after_disagreement(self, wrong: frozenset[str]) -> PlanConstraints | None:
         """The next step after the squared norms of ``wrong`` were not autograd's; None if nothing is left."""
-        return None if wrong <= self.rooted else replace(self, rooted=self.rooted | wrong)
+        return None if wrong <= self.at_root else replace(self, at_root=self.at_root | wrong)
 
 
 def refuse_mixing(model: nn.Module, *, training: bool) -> None:
@@ -156,7 +183,7 @@ class Planner:
     def __init__(self, observation: Observation, names: dict[int, str]) -> None:
         self.seen, self.names = observation, names
 
-    def plan(self, caution: Caution, names: Iterable[str] | None = None) -> Plan:
+    def plan(self, constraints: PlanConstraints, names: Iterable[str] | None = None) -> Plan:
         """Choose a route for every wanted parameter, or for those of ``names``; the others count as unused.
 
         Raises:
@@ -167,10 +194,10 @@ class Planner:
         chosen = set(self.names.values() if names is None else names)
         for name in self.names.values():
             # One that training mode alone uses has come to the fallback by a trial in that mode.
-            if name not in chosen or (not self.seen.uses[name] and name not in caution.rooted):
+            if name not in chosen or (not self.seen.uses[name] and name not in constraints.at_root):
                 routes[name] = Route(name, "zero", "", "the forward pass does not use it")
                 continue
-            site, routes[name] = self._choose(name, caution)
+            site, routes[name] = self._choose(name, constraints)
             # One module has one site for all the parameters that it serves in the same way.
             key = name if isinstance(site, BroadcastSite) else (type(site), site.path)
             sites[key] = _joined(sites[key], site) if key in sites else site
@@ -180,29 +207,31 @@ class Planner:
             tuple(_outermost(list(sites.values()), routes)),
             routes,
             self.seen.bytes / max(1, elements),
-            tuple(name for name in self.names.values() if name in self.seen.bypassed),
+            tuple(name for name in self.names.values() if name in self.seen.untracked),
         )
 
-    def _choose(self, name: str, caution: Caution) -> tuple[PlannedSite, Route]:
+    def _choose(self, name: str, constraints: PlanConstraints) -> tuple[PlannedSite, Route]:
         """A site for one parameter: its layer's rule, a copy per sample, or the fallback."""
         uses = self.seen.uses[name]
         site: PlannedSite | None = None
-        if name in caution.rooted:
-            site = self._fallback({0}, name, caution)
+        if name in constraints.at_root:
+            site = self._fallback({0}, name, constraints)
             return site, Route(name, "fallback", site.path, "its rule disagreed with autograd on this model")
         if len(uses) > 1:
             reason = "it is used by more than one module call; its gradients add up before the norm"
         else:
-            ruled, reason = self._ruled(next(iter(uses)), name, caution)
+            ruled, reason = self._ruled(next(iter(uses)), name, constraints)
             if ruled is not None:
                 return ruled, Route(name, ruled.rule.name, ruled.path, "")
-        site = self._broadcast(name) if caution.broadcast else None
+        site = self._broadcast(name) if constraints.broadcast else None
         if site is not None:
             return site, Route(name, "broadcast", site.path, reason)
-        site = self._fallback(uses, name, caution)
+        site = self._fallback(uses, name, constraints)
         return site, Route(name, "fallback", site.path, reason)
 
-    def _ruled(self, use: int, name: str, caution: Caution) -> tuple[LayerSite | ReplaySite | None, str]:
+    def _ruled(
+        self, use: int, name: str, constraints: PlanConstraints
+    ) -> tuple[LayerSite | ReplaySite | None, str]:
         """A site with the rule of the module that is called, or the reason against it."""
         if use < 0:
             return None, "a hook of the model uses it"
@@ -230,12 +259,12 @@ class Planner:
             place = 0 if getattr(call.module, "batch_first", True) else 1
             if layout != (Layout("moved", place) if place else Layout("plain")):
                 return None, f"its module gets the batch in another layout ({layout.kind})"
-            return ReplaySite(call.path, (name,), rule, (local,), layout, rank), ""
-        if layout.kind == "single" and not caution.single:
+            return ReplaySite(call.path, (name,), (local,), layout, rank, rule), ""
+        if layout.kind == "single" and not constraints.single:
             return None, "its module's output does not carry the batch"
         if layout.kind in ("folded", "moved") and not rule.positions:
             return None, f"its module gets the batch in another layout ({layout.kind})"
-        return LayerSite(call.path, (name,), rule, (local,), layout, rank), ""
+        return LayerSite(call.path, (name,), (local,), layout, rank, rule), ""
 
     def _broadcast(self, name: str) -> BroadcastSite | None:
         """A site for a parameter that every use broadcasts over the batch: one copy per sample serves as well."""
@@ -250,7 +279,7 @@ class Planner:
             return None
         return BroadcastSite(name.rpartition(".")[0], (name,), rank)
 
-    def _fallback(self, uses: set[int], name: str, caution: Caution) -> FallbackSite:
+    def _fallback(self, uses: set[int], name: str, constraints: PlanConstraints) -> FallbackSite:
         """The innermost module, called once, that contains all uses and sees the batch in dimension 0."""
         for call in self.seen.enclosing(uses):
             if not self.seen.once(call) or (call.gathered and call.path):
@@ -260,7 +289,7 @@ class Planner:
                 continue
             layouts = self.seen.output_layouts(call)
             if layouts and all(x is not None and x.kind in ("plain", "folded") for x in layouts):
-                vectorize = call.path not in caution.looped
+                vectorize = call.path not in constraints.no_vmap
                 # A function that vmap cannot take may look at values.
                 return FallbackSite(
                     call.path, (name,), batched, vectorize, self.seen.gathers or not vectorize
@@ -275,7 +304,7 @@ def _restricted(site: PlannedSite, names: set[str]) -> PlannedSite:
     """A site for those of its parameters that are among ``names``."""
     kept = [i for i, name in enumerate(site.parameters) if name in names]
     parameters = tuple(site.parameters[i] for i in kept)
-    if isinstance(site, (LayerSite, ReplaySite)):
+    if isinstance(site, RuledSite):
         return replace(site, parameters=parameters, local=tuple(site.local[i] for i in kept))
     return replace(site, parameters=parameters)
 
@@ -283,7 +312,7 @@ def _restricted(site: PlannedSite, names: set[str]) -> PlannedSite:
 def _joined(site: PlannedSite, other: PlannedSite) -> PlannedSite:
     """One site for the parameters of two that are alike in all else."""
     parameters = site.parameters + other.parameters
-    if isinstance(site, (LayerSite, ReplaySite)) and isinstance(other, (LayerSite, ReplaySite)):
+    if isinstance(site, RuledSite) and isinstance(other, RuledSite):
         return replace(site, parameters=parameters, local=site.local + other.local)
     return replace(site, parameters=parameters)
 

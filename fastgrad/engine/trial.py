@@ -1,0 +1,200 @@
+"""Making a plan: watch a model on a few samples, choose routes, and compare what they find with autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrad._torch import pytree
+from fastgrad.batches import take
+from fastgrad.engine.backward import order_by_parameter, probe_grads
+from fastgrad.engine.copy import detach_plain
+from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
+from fastgrad.engine.observe import Observation
+from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
+from fastgrad.engine.run import OffPlanError, Run
+from fastgrad.engine.state import NotRepeatableError, undone
+
+if TYPE_CHECKING:
+    from fastgrad.engine.network import Network
+
+
+class _Check(NamedTuple):
+    """The gradient of one sample.
+
+    Attributes:
+        sample: Its number.
+        cotangents: What is sent back from each output: zero but in its rows.
+        truth: By name, what autograd finds for each parameter.
+    """
+
+    sample: int
+    cotangents: list[Tensor]
+    truth: dict[str, Tensor]
+
+
+class Trial:
+    """A model on a few samples of its inputs.
+
+    Args:
+        network: The model.
+        known: What is known of it for inputs of this structure.
+        args: Its positional inputs.
+        kwargs: Inputs by keyword.
+        samples: B.
+        count: How many of them to take; the first ones again where there are fewer.
+    """
+
+    def __init__(
+        self, network: Network, known: Known, args: Any, kwargs: Any, samples: int, count: int = SAMPLES
+    ) -> None:
+        self._network, self._known, self._count = network, known, count
+        index = torch.arange(count) % samples
+        inputs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
+        self._more, self._less = (take(inputs, i, samples, known.carriers) for i in (index, index[:-1]))
+        with torch.enable_grad():
+            fewer, seen = self._observe(training=False)
+            self._planners = [Planner(seen, known.names)]
+            if known.training:
+                # What may be used is planned in evaluation mode, which skips no layer by chance. Whether it holds is
+                # seen in the mode that will run, with the same random numbers as the trial.
+                fewer, seen = self._observe(training=True)
+                self._planners.append(Planner(seen, known.names))
+            outputs = network.tensors(seen.output)
+            pairs = list(zip(outputs, network.tensors(fewer.output), strict=True))
+            self._layouts = tuple(find_layout(tuple(a.shape), tuple(b.shape), None, count) for a, b in pairs)
+            self._checks = self._gradients(seen, pairs)
+
+    def _observe(self, *, training: bool) -> tuple[Observation, Observation]:
+        """What the model does with one sample less, and with all of them."""
+        model = self._network.model
+        with undone(model):
+            fewer = Observation(model, self._less, self._count - 1, training=training)
+        with undone(model):
+            return fewer, Observation(model, self._more, self._count, fewer, training=training)
+
+    def _gradients(self, seen: Observation, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Check]:
+        """The gradients of some samples, given each output and that of one sample less.
+
+        The chosen sample comes first, whose gradient shows where modules have the batch; others as long as a parameter
+        is left that none of them has a gradient of, beyond rounding.
+        """
+        checks = []
+        idle = {name for name, p in seen.parameters.items() if p.requires_grad}
+        idle &= set(self._known.names.values())
+        for sample in (CHOSEN, *(i for i in range(min(self._count, SAMPLES)) if i != CHOSEN)):
+            found = [probe_cotangent(out, less, self._count, sample) for out, less in pairs]
+            if all(rows is None for rows in found):
+                raise ValueError(
+                    "model must return a floating-point tensor that carries the batch; it returned none"
+                )
+            cotangents = [
+                torch.zeros_like(out) if rows is None else rows
+                for rows, (out, _) in zip(found, pairs, strict=True)
+            ]
+            # A checkpoint runs a part of the model again.
+            with undone(self._network.model):
+                truth = seen.backward([out for out, _ in pairs], cotangents)
+            checks.append(_Check(sample, cotangents, truth))
+            floor = _floor(truth)
+            idle -= {name for name, gradient in truth.items() if bool(gradient.square().sum() > floor)}
+            if self._count >= SAMPLES and not any(seen.uses[name] for name in idle):
+                break
+        return checks
+
+    def plan(self, older: Plan | None = None) -> Plan:
+        """A plan that agrees with autograd.
+
+        Args:
+            older: A plan that serves parameters which the present path does not use; left out if it does not agree.
+
+        Raises:
+            ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
+        """
+        constraints: PlanConstraints | None = PlanConstraints()
+        wrong: frozenset[str] = frozenset()
+        # Each turn gives up more of what may fail, of which there is finitely much.
+        while constraints is not None:
+            plan = self._candidate(constraints, older)
+            failure: Exception | None = None
+            try:
+                wrong = frozenset().union(*(self._disagreeing(plan, check) for check in self._checks))
+            except NotRepeatableError:
+                raise
+            except OffPlanError as error:
+                wrong = frozenset(error.parameters)
+            except Exception as error:
+                # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
+                failure = error
+            if failure is None and not wrong:
+                return plan
+            if older is not None:
+                older = None
+            elif failure is None:
+                constraints = constraints.after_disagreement(wrong)
+            else:
+                constraints = constraints.after_error(plan)
+                if constraints is None:
+                    raise failure
+        raise ValueError(
+            "model must treat the samples of a batch independently, alike each time: squared norms of "
+            f"{', '.join(sorted(wrong))} disagree with autograd"
+        )
+
+    def _candidate(self, constraints: PlanConstraints, older: Plan | None) -> Plan:
+        first, *others = self._planners
+        plan = first.plan(constraints)
+        for planner in others:
+            unused = [name for name in plan.names if plan.routes[name].route == "zero"]
+            plan = plan.joined(planner.plan(constraints, unused))
+        plan = replace(plan, outputs=self._layouts, known=self._known, paths=set())
+        return plan if older is None else plan.joined(older)
+
+    def _disagreeing(self, plan: Plan, check: _Check) -> frozenset[str]:
+        """Parameters whose squared norms are not those of one sample's true gradient, and zero for the others."""
+        with torch.enable_grad(), undone(self._network.model):
+            features = self._features(plan, check.cotangents)
+        truth = {name: gradient.to(features.dtype).square().sum() for name, gradient in check.truth.items()}
+        zero = features.new_zeros(())
+        expected = torch.zeros_like(features)
+        expected[check.sample] = torch.stack([truth.get(name, zero) for name in plan.names])
+        # A wrong route is wrong by a factor; this is no test of accuracy.
+        precision = _precision(check.truth)
+        tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
+        agree = ((features - expected).abs() <= tolerance * expected + _floor(check.truth)).all(0)
+        return frozenset(name for name, good in zip(plan.names, agree.tolist(), strict=True) if not good)
+
+    def _features(self, plan: Plan, cotangents: Sequence[Tensor]) -> Tensor:
+        """Squared norms ``(B, P)`` as the plan finds them; its path becomes one of the plan's."""
+        run = Run(self._count)
+        output, _ = self._network.once(plan, run, *self._more, training=self._known.training)
+        if run.left is not None:
+            raise run.left
+        assert run.steps is not None
+        plan.paths.add(run.steps.path())
+        outputs = self._network.tensors(output)
+        pairs = [(out, rows) for out, rows in zip(outputs, cotangents, strict=True) if out.requires_grad]
+        probes = run.probes if pairs else []
+        norms = probe_grads(
+            [out for out, _ in pairs], [probe for _, probe in probes], [row for _, row in pairs]
+        )
+        found = [
+            (torch.zeros_like(probe) if value is None else value).unsqueeze(0)
+            for (_, probe), value in zip(probes, norms, strict=True)
+        ]
+        return order_by_parameter(probes, found, plan.names, outputs[0].detach()[None], self._count)[0]
+
+
+def _precision(truth: dict[str, Tensor]) -> float:
+    """The relative rounding error of the coarsest of the gradients."""
+    return max((torch.finfo(gradient.dtype).eps for gradient in truth.values()), default=0.0)
+
+
+def _floor(truth: dict[str, Tensor]) -> float:
+    """The squared norm up to which a gradient is rounding, as where it vanishes in exact arithmetic (a key's bias)."""
+    largest = max((float(gradient.double().square().sum()) for gradient in truth.values()), default=0.0)
+    return (1e3 * _precision(truth)) ** 2 * largest
