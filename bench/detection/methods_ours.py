@@ -113,7 +113,7 @@ def fitted(
             return {"inputs": made.blocks["inputs"].numpy(), "kinds": made.kinds, "groups": made.groups}
 
         made = subject.kept(f"inputs/{where}/fit", shown)
-        inputs = torch.from_numpy(made["inputs"])
+        inputs = torch.from_numpy(made["inputs"]).to(clean.dtype)
         wanted = [*(block.name for block in extraction.blocks), "logits"]
         values = blocks_of(subject, f"{where}/fit", inputs, wanted)
         return collect.Features(values, values["logits"], made["kinds"], made["groups"])
