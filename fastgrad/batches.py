@@ -30,13 +30,9 @@ def batch_size(*trees: Any) -> int:
 
 
 def take(tree: Tree, index: Tensor | slice, samples: int, carriers: Sequence[bool] | None = None) -> Tree:
-    """Some rows of every tensor that carries the batch; all else as it is.
+    """Some rows of every tensor that carries the batch of ``samples``; all else as it is.
 
-    Args:
-        tree: Inputs.
-        index: The rows.
-        samples: B.
-        carriers: For each leaf, whether it carries the batch; by default what has B rows does.
+    ``carriers`` says for each leaf whether it does; by default what has as many rows does.
     """
     leaves, spec = pytree.tree_flatten(tree)
     if carriers is None:
@@ -61,15 +57,7 @@ def to_device(tree: Tree, device: torch.device) -> Tree:
 
 
 def first_input(name: str, batch: Any) -> Tensor | dict[str, Any]:
-    """The inputs in a loader's batch: a tensor, a mapping, or the first of a tuple.
-
-    Args:
-        name: Of the loader, for the error.
-        batch: What it gave.
-
-    Raises:
-        TypeError: If it is none of these.
-    """
+    """The inputs in the batch of a loader: a tensor, a mapping, or the first of a tuple; else TypeError."""
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if isinstance(x, Tensor):
         return x

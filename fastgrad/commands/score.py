@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from fastgrad.deploy.file.package import PackageError
-from fastgrad.deploy.score.job import Limits
 from fastgrad.deploy.score.local import score
+from fastgrad.deploy.score.sources import Limits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

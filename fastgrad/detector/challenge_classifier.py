@@ -17,7 +17,6 @@ from torch import Tensor
 from fastgrad.blocks.block import Settings
 from fastgrad.detector.constants import INVERSE_PENALTY, LIMIT, STEPS
 from fastgrad.detector.inputs import Blocks, as_tensors
-from fastgrad.detector.logistic import logistic_regression
 from fastgrad.scores import fitted
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.rows import clipped
@@ -67,15 +66,37 @@ class ChallengeClassifier(Fitted):
     def fit(cls, rows: Tensor, kinds: NDArray[np.intp]) -> ChallengeClassifier:
         """Minimise the weighted cross-entropy plus ``||W||^2 / (2 C n)``.
 
+        Products are in float32: L-BFGS (Liu and Nocedal, "On the limited memory BFGS method for large scale
+        optimization", 1989) ends long before their rounding matters.
+
         Args:
             rows: ``(n, d)`` of `JointRows`.
             kinds: ``(n,)``: 0 for clean, others for kinds of challenge; both must be there.
         """
-        codes = torch.as_tensor(np.unique(kinds, return_inverse=True)[1])
+        from scipy.optimize import minimize
+
+        codes = torch.as_tensor(np.unique(kinds, return_inverse=True)[1]).unsqueeze(1)
         challenging = (codes > 0).float()
         shares = torch.where(codes > 0, 0.5 / challenging.sum(), 0.5 / (1 - challenging).sum())
-        weight, bias = logistic_regression(rows, codes, shares, INVERSE_PENALTY, STEPS)
-        return cls(weight=weight, bias=bias)
+        x = rows.detach().float().contiguous()
+        shape = (x.shape[1] + 1, int(codes.max()) + 1)
+        decay = 1 / (INVERSE_PENALTY * len(x))
+
+        def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            values = torch.from_numpy(flat).float().view(shape)
+            weight, bias = values[:-1], values[-1]
+            log_p = torch.addmm(bias, x, weight).log_softmax(1)
+            value = -(log_p.gather(1, codes) * shares).sum() + decay / 2 * weight.square().sum()
+            error = log_p.exp_() * shares
+            error.scatter_add_(1, codes, -shares)
+            slope = torch.cat([torch.addmm(weight, x.T, error, beta=decay), error.sum(0, keepdim=True)])
+            return float(value), slope.flatten().double().numpy()
+
+        with torch.inference_mode(False), torch.no_grad():
+            start = np.zeros(shape[0] * shape[1])
+            found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": STEPS})
+        values = torch.from_numpy(found.x).view(shape)
+        return cls(weight=values[:-1].contiguous(), bias=values[-1].contiguous())
 
     def forward(self, rows: Tensor) -> Tensor:
         """Scores ``(B,)`` of ``rows`` ``(B, d)``; higher is less like clean data."""

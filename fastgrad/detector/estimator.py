@@ -120,13 +120,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
     ) -> Calibrated:
         """As `fit`; returns also what the fitted parts say of each sample without having seen it.
 
-        Args:
-            X: As for `fit`.
-            y: Likewise.
-            kinds: Likewise.
-            held_out: Likewise.
-            groups: Likewise.
-            known: The blocks by name, where some are not those of `fastgrad.blocks`.
+        ``known`` are the blocks by name, where some are not those of `fastgrad.blocks`.
         """
         self._check_parameters()
         self._known = {**BLOCKS, **(known or {})}

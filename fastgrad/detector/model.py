@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -316,7 +315,7 @@ class TwoStageModel(nn.Module):
         extra = {
             "network": storage.fingerprint(self.model),
             "log": extraction.log,
-            "budget": self.budget if math.isfinite(self.budget) else None,
+            "budget": self.budget,
             "seed": self.seed,
             "blocks": [{"name": block.name, "options": block.options()} for block in extraction.blocks],
             "subject": None if extraction.known is None else extraction.known.to_json(),
@@ -349,7 +348,7 @@ class TwoStageModel(nn.Module):
             raise ValueError(
                 f"blocks of {str(path)!r} must be registered (register_block); unknown: {unknown}"
             )
-        result = cls(model, budget=extra["budget"] or math.inf, seed=extra["seed"])
+        result = cls(model, budget=extra["budget"], seed=extra["seed"])
         known = extra["subject"]
         blocks = [BLOCKS[entry["name"]](**entry["options"]) for entry in extra["blocks"]]
         result.extraction_ = Extraction(model, blocks, log=extra["log"])

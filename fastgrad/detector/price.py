@@ -11,10 +11,9 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -54,17 +53,6 @@ class PriceReport:
     error: float
     batch: int
     single: float
-
-    def to_json(self) -> dict[str, Any]:
-        """For storage."""
-        return {**asdict(self), "limit": self.limit if math.isfinite(self.limit) else None}
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> PriceReport:
-        """The inverse of `to_json`."""
-        limit = math.inf if stored["limit"] is None else stored["limit"]
-        dropped = tuple((str(name), str(why)) for name, why in stored["dropped"])
-        return cls(**{**stored, "limit": limit, "blocks": tuple(stored["blocks"]), "dropped": dropped})
 
 
 def fit_to_budget(

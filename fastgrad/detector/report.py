@@ -64,27 +64,17 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """For storage."""
-        price = {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in self.price.to_json().items()
-        }
-        return {**asdict(self), "price": price}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Report:
         """The inverse of `to_json`."""
-        price = {
-            name: math.nan if value is None and name in ("measured", "error", "single") else value
-            for name, value in stored["price"].items()
-        }
-        gains = stored["gains"]
-        return cls(
-            **{
-                **stored,
-                "price": PriceReport.from_json(price),
-                "gains": None if gains is None else {name: Gain(*gain) for name, gain in gains.items()},
-            }
+        price = dict(stored["price"])
+        price["blocks"], price["dropped"] = tuple(price["blocks"]), tuple(map(tuple, price["dropped"]))
+        gains = (
+            None if stored["gains"] is None else {name: Gain(*gain) for name, gain in stored["gains"].items()}
         )
+        return cls(**{**stored, "price": PriceReport(**price), "gains": gains})
 
     def __str__(self) -> str:
         made = sum(self.challenges.values())

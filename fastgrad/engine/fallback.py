@@ -96,8 +96,8 @@ class Fallback:
 
         readable = is_readable(*gradients, *self.outputs)
         verify = self.verify and readable
-        weights = 1.5 + torch.cos(1.7 * torch.arange(samples, device=gradients[0].device))
-        rows, agree, weighted = [], True, [0.0 * p.detach() for p in self.parameters if verify]
+        rows, agree = [], True
+        weighted = [torch.zeros_like(p) for p in self.parameters] if verify else []
         split_inputs, split_gradients, split_outputs = (
             [t.reshape(samples, -1, *t.shape[1:]) for t in tensors]
             for tensors in (inputs, gradients, self.outputs)
@@ -109,11 +109,15 @@ class Fallback:
                 )
                 agree = agree and all(map(_agree, again, [out[part] for out in split_outputs]))
                 rows.append(torch.stack([sqnorm(f) for f in upcast(*found)], 1))
-                for total, each in zip(weighted, found, strict=False):
-                    total += torch.tensordot(weights[part].to(each.dtype), each, 1)
+                if verify:
+                    weights = _weights(samples, found[0].device)[part]
+                    weighted = [
+                        total + torch.tensordot(weights.to(each.dtype), each.detach(), 1)
+                        for total, each in zip(weighted, found, strict=True)
+                    ]
             norms = rows[0] if len(rows) == 1 else torch.cat(rows)
             if verify:
-                self._compare(forward, inputs, gradients, weights, weighted, norms)
+                self._compare(forward, inputs, gradients, weighted, norms)
             elif not agree:
                 if not readable:
                     raise self._refusal("gives other outputs for a sample alone than for the batch")
@@ -155,12 +159,11 @@ class Fallback:
         forward: Forward,
         inputs: Sequence[Tensor],
         gradients: Sequence[Tensor],
-        weights: Tensor,
         weighted: Sequence[Tensor],
         norms: Tensor,
     ) -> None:
         """Raise ValueError where ``weighted`` gradients of single samples are not those of the batch."""
-        wanted = [leaf(detach_plain(p)) for p in self.parameters]
+        wanted, weights = [leaf(detach_plain(p)) for p in self.parameters], _weights(len(norms), norms.device)
         at = [
             g * weights.repeat_interleave(g.shape[0] // len(weights)).reshape(-1, *[1] * (g.dim() - 1)).to(g)
             for g in gradients
@@ -195,6 +198,11 @@ def _differentiated(
         [out.detach() for out in outputs],
         [torch.zeros_like(w) if f is None else f for f, w in zip(found, wanted, strict=True)],
     )
+
+
+def _weights(samples: int, device: torch.device) -> Tensor:
+    """Fixed weights of samples, no two alike."""
+    return 1.5 + torch.cos(1.7 * torch.arange(samples, device=device))
 
 
 def _agree(again: Tensor, output: Tensor) -> bool:

@@ -94,9 +94,20 @@ def probe_cotangent(out: Tensor, fewer: Tensor, samples: int, chosen: int) -> Te
     if layout is None or layout.kind == "single":
         return None
     rows = out.shape[layout.dim] // samples
-    pattern = torch.cos(torch.arange(out.numel(), device=out.device, dtype=torch.float64) * 1.7 + 0.3)
     keep = torch.zeros(out.shape[layout.dim], device=out.device, dtype=torch.float64)
     keep.narrow(0, chosen * rows, rows).fill_(1)
     shape = [1] * out.dim()
     shape[layout.dim] = -1
-    return (pattern.reshape(out.shape) * keep.reshape(shape)).to(out.dtype)
+    return (_pattern(out) * keep.reshape(shape)).to(out.dtype)
+
+
+def whole_cotangent(out: Tensor, layout: Layout | None) -> Tensor:
+    """Likewise for an output of one sample alone; zero for an output without the batch."""
+    carries = layout is not None and layout.kind != "single"
+    return _pattern(out).to(out.dtype) if carries else torch.zeros_like(out)
+
+
+def _pattern(out: Tensor) -> Tensor:
+    """Fixed numbers of the shape of ``out``, no two alike."""
+    numbers = torch.arange(out.numel(), device=out.device, dtype=torch.float64)
+    return torch.cos(numbers * 1.7 + 0.3).reshape(out.shape)

@@ -197,13 +197,17 @@ class Network:
             following = next((other for other in known.plans if all(other is not one for one in tried)), None)
         # The few samples that a plan is tried on may take another path than the batch.
         for count in (SAMPLES, samples + 1, max(2, samples)):
-            made = Trial(self, known, args, kwargs, samples, count).plan(older=plan)
+            trial = Trial(self, known, args, kwargs, samples, count)
+            made = trial.plan(older=plan)
             same = next((other for other in tried if other == made), None)
             if same is None:
                 yield made
             elif not made.paths <= same.paths:
                 same.paths.update(made.paths)
                 yield same
+        # Where the batch lies is seen on two samples at least, which a loop over samples makes another path.
+        if samples == 1 and trial.serves_one(made):
+            yield made
 
     def once(
         self,

@@ -13,8 +13,6 @@ from fastgrad._torch import drop_view_base
 
 #: ``(saved tensors, output gradients) -> (B, m)`` squared norms.
 Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
-#: ``output gradient -> input gradient``.
-Backward = Callable[[Tensor], Tensor]
 
 # Ids of the probes whose gradients backward passes under way ask for. A pass to an early probe crosses the nodes of
 # later ones, and autograd does not tell a node which of its inputs' gradients are wanted.
@@ -36,12 +34,10 @@ class _Tap(torch.autograd.Function):
     """``outputs -> outputs``; backward passes the gradients on and gives the probe the squared norms."""
 
     @staticmethod
-    def forward(
-        ctx: Any, norms: Norms, backward: Backward | None, count: int, in_place: bool, *tensors: Tensor
-    ) -> Any:
+    def forward(ctx: Any, norms: Norms, count: int, in_place: bool, *tensors: Tensor) -> Any:
         # The outputs come first: autograd takes the first input of a node that modifies a view for that view.
         outputs, probe, saved = tensors[:count], tensors[count], tensors[count + 1 :]
-        ctx.norms, ctx.probe, ctx.input_gradient, ctx.saved_count = norms, id(probe), backward, len(saved)
+        ctx.norms, ctx.probe, ctx.saved_count = norms, id(probe), len(saved)
         ctx.save_for_backward(*saved)
         if in_place:
             # Returned as if modified in place: neither a copy nor a view, so a later in-place activation may
@@ -53,26 +49,18 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        norms, onward = None, [None] * ctx.saved_count
+        norms = None
         # Reduced precision is for the network; the norms are summed in float32 whatever the caller's context.
         device = gradients[0].device.type
         reduced = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if reduced else contextlib.nullcontext():
             if ctx.probe in _requested:
                 norms = ctx.norms(ctx.saved_tensors, gradients)
-            if ctx.input_gradient is not None and ctx.needs_input_grad[-1]:
-                onward = [ctx.input_gradient(gradients[0])]
-        return (None, None, None, None, *gradients, norms, *onward)
+        return (None, None, None, *gradients, norms, *[None] * ctx.saved_count)
 
 
 def tap(
-    outputs: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    probe: Tensor,
-    norms: Norms,
-    *,
-    in_place: bool,
-    backward: Backward | None = None,
+    outputs: Sequence[Tensor], saved: Sequence[Tensor], probe: Tensor, norms: Norms, *, in_place: bool
 ) -> list[Tensor]:
     """Route ``outputs`` through an identity node.
 
@@ -84,25 +72,15 @@ def tap(
         norms: Computes them from ``saved`` and the output gradients; may run under ``vmap`` over gradients.
         in_place: Whether the outputs may be passed on as they are. Only where the operation that made them did
             not save them for its own backward; otherwise they are copied.
-        backward: For a layer of one output and one input, which is ``saved``: turns the gradient at the output
-            into that at the input. What autograd recorded of the layer is dropped.
 
     Returns:
         The outputs to go on with.
     """
-    if backward is None:
-        saved = [t.detach() for t in saved]
-        if in_place:
-            outputs = [drop_view_base(t) for t in outputs]
-    else:
-        outputs = [t.detach() for t in outputs]
-    passed = _Tap.apply(norms, backward, len(outputs), in_place, *outputs, probe, *saved)  # type: ignore[no-untyped-call]
+    saved = [t.detach() for t in saved]
+    if in_place:
+        outputs = [drop_view_base(t) for t in outputs]
+    passed = _Tap.apply(norms, len(outputs), in_place, *outputs, probe, *saved)  # type: ignore[no-untyped-call]
     return [passed] if len(outputs) == 1 else list(passed)
-
-
-def is_tapped(output: Tensor) -> bool:
-    """Whether ``output`` comes straight from such a node."""
-    return output.grad_fn is not None and output.grad_fn.name() == f"{_Tap.__name__}Backward"
 
 
 def probes_behind(outputs: Iterable[Tensor]) -> Iterator[int]:

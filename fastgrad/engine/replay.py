@@ -17,8 +17,8 @@ from fastgrad.engine.run import Run, Site
 from fastgrad.engine.sites import RuledSite, columns
 from fastgrad.engine.state import Repeatable, Unchanged
 from fastgrad.engine.tracing import is_fixed
-from fastgrad.layers.choice import using
 from fastgrad.layers.registry import ReplayRule
+from fastgrad.ops.dispatch import using
 
 #: ``(args, kwargs, output gradients) -> (B, m)`` of a module computed again.
 Replay = Callable[[Any, Any, Sequence[Tensor]], Tensor]

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fastgrad.engine.copy import Shadow, attach
 from fastgrad.engine.layout import Layout
-from fastgrad.engine.probe import is_tapped, tap
+from fastgrad.engine.probe import tap
 from fastgrad.engine.run import Run, Site
 from fastgrad.engine.state import Unchanged
-from fastgrad.layers.choice import using
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
+from fastgrad.ops.dispatch import using
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,9 @@ class LayerSite(RuledSite):
         single = self.layout.kind == "single"
         if single:
             output = output.expand(run.samples, *output.shape[1:])
-        backward = None
-        if (
-            self.rule.input_gradient is not None
-            and not single
-            and can_override_backward(module, value, output)
-        ):
-            backward = self.rule.input_gradient(module, value)
         norms = functools.partial(self._norms, run, module, Unchanged(self.path, module))
         in_place = self.rule.in_place and not single
-        return tap([output], [value], run.probe(self, output), norms, in_place=in_place, backward=backward)[0]
+        return tap([output], [value], run.probe(self, output), norms, in_place=in_place)[0]
 
     def _norms(
         self,
@@ -108,16 +101,6 @@ class BroadcastSite(Site):
         probe = run.probe(self, copies)
         passed = tap([copies], [], probe, functools.partial(_squares, run), in_place=False)[0]
         shadow.substitute(parameter, passed)
-
-
-def can_override_backward(module: nn.Module, value: Tensor, output: Tensor) -> bool:
-    """Whether a rule's own backward pass may replace autograd's: it rounds once, and gives no parameter gradients."""
-    return (
-        output.dtype in (torch.float32, torch.float64)
-        and value.dtype == output.dtype
-        and not any(p is not None and p.requires_grad for p in module._parameters.values())
-        and not is_tapped(output)
-    )
 
 
 def _squares(run: Run, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:

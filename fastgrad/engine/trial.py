@@ -13,7 +13,7 @@ from fastgrad._torch import pytree
 from fastgrad.batches import take
 from fastgrad.engine.backward import order_by_parameter, probe_grads
 from fastgrad.engine.copy import detach_plain
-from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
+from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent, whole_cotangent
 from fastgrad.engine.observe import Observation
 from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
 from fastgrad.engine.run import OffPlanError, Run
@@ -122,7 +122,9 @@ class Trial:
             plan = self._candidate(constraints, older)
             failure: Exception | None = None
             try:
-                wrong = frozenset().union(*(self._disagreeing(plan, check) for check in self._checks))
+                wrong = frozenset().union(
+                    *(self._disagreeing(plan, check, self._more, self._count) for check in self._checks)
+                )
             except NotRepeatableError:
                 raise
             except OffPlanError as error:
@@ -145,6 +147,20 @@ class Trial:
             f"{', '.join(sorted(wrong))} disagree with autograd"
         )
 
+    def serves_one(self, plan: Plan) -> bool:
+        """Whether ``plan`` agrees with autograd on one sample alone as well; that path then is one of the plan's."""
+        model, training = self._network.model, self._known.training
+        one = take(self._more, slice(0, 1), self._count, self._known.carriers)
+        with torch.enable_grad(), undone(model):
+            seen = Observation(model, one, 1, training=training)
+            outputs = self._network.tensors(seen.output)
+            cotangents = list(map(whole_cotangent, outputs, self._layouts))
+            truth = seen.backward(outputs, cotangents)
+        try:
+            return not self._disagreeing(plan, _Check(0, cotangents, truth), one, 1)
+        except OffPlanError:
+            return False
+
     def _candidate(self, constraints: PlanConstraints, older: Plan | None) -> Plan:
         first, *others = self._planners
         plan = first.plan(constraints)
@@ -154,10 +170,10 @@ class Trial:
         plan = replace(plan, outputs=self._layouts, known=self._known, paths=set())
         return plan if older is None else plan.joined(older)
 
-    def _disagreeing(self, plan: Plan, check: _Check) -> frozenset[str]:
+    def _disagreeing(self, plan: Plan, check: _Check, inputs: Any, count: int) -> frozenset[str]:
         """Parameters whose squared norms are not those of one sample's true gradient, and zero for the others."""
         with torch.enable_grad(), undone(self._network.model):
-            features = self._features(plan, check.cotangents)
+            features = self._features(plan, check.cotangents, inputs, count)
         truth = {name: gradient.to(features.dtype).square().sum() for name, gradient in check.truth.items()}
         zero = features.new_zeros(())
         expected = torch.zeros_like(features)
@@ -168,10 +184,10 @@ class Trial:
         agree = ((features - expected).abs() <= tolerance * expected + _floor(check.truth)).all(0)
         return frozenset(name for name, good in zip(plan.names, agree.tolist(), strict=True) if not good)
 
-    def _features(self, plan: Plan, cotangents: Sequence[Tensor]) -> Tensor:
+    def _features(self, plan: Plan, cotangents: Sequence[Tensor], inputs: Any, count: int) -> Tensor:
         """Squared norms ``(B, P)`` as the plan finds them; its path becomes one of the plan's."""
-        run = Run(self._count)
-        output, _ = self._network.once(plan, run, *self._more, training=self._known.training)
+        run = Run(count)
+        output, _ = self._network.once(plan, run, *inputs, training=self._known.training)
         if run.left is not None:
             raise run.left
         assert run.steps is not None
@@ -186,7 +202,7 @@ class Trial:
             (torch.zeros_like(probe) if value is None else value).unsqueeze(0)
             for (_, probe), value in zip(probes, norms, strict=True)
         ]
-        return order_by_parameter(probes, found, plan.names, outputs[0].detach()[None], self._count)[0]
+        return order_by_parameter(probes, found, plan.names, outputs[0].detach()[None], count)[0]
 
 
 def _precision(truth: dict[str, Tensor]) -> float:

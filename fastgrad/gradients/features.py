@@ -42,7 +42,7 @@ class GradientFeatures:
     The model is not changed: each call runs a private copy of its module tree, in evaluation mode, that shares its
     tensors. Frozen parameters get features too, and several threads may use one model.
 
-    The first call on a new structure of inputs runs the model on three of the samples and chooses a route for each
+    The first call on a new structure of inputs runs the model on four of the samples and chooses a route for each
     parameter. It compares the result with autograd once.
 
     Args:

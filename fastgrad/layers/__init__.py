@@ -1,8 +1,7 @@
 """Rules: from a layer's input and the gradient at its output to one squared norm per parameter.
 
-The table says which rule serves which layer; a class of another library is named, so that it need not be installed.
-A subclass takes the rule of its nearest base class here unless it has a ``forward`` of its own. What no rule serves
-takes the general fallback, which is as exact and slower. `register_rule` adds a row.
+A class of another library is named, so that it need not be installed. A subclass takes the rule of its nearest base
+class here unless it has a ``forward`` of its own. What no rule serves takes the general fallback, as exact and slower.
 """
 
 from __future__ import annotations

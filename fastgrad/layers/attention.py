@@ -16,15 +16,8 @@ from fastgrad.layers.registry import ReplayRule
 from fastgrad.losses import compute_dtype
 
 _OPTIONS = (
-    "query",
-    "key",
-    "value",
-    "key_padding_mask",
-    "need_weights",
-    "attn_mask",
-    "average_attn_weights",
-    "is_causal",
-)
+    "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal",
+)  # fmt: skip
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrad._torch import ConvNd, ConvTransposeNd, padding_pairs
-from fastgrad.layers.choice import implementation
 from fastgrad.layers.reduce import sqnorm, upcast
-from fastgrad.layers.registry import InputGradient, LayerRule
+from fastgrad.layers.registry import LayerRule
 from fastgrad.ops.conv.sqnorm import conv_sqnorm
+from fastgrad.ops.dispatch import implementation
 
 #: ``(module, input) -> (input, zeros before and after each axis)``, last axis first as for ``torch.nn.functional.pad``.
 Padding = Callable[[ConvNd, Tensor], tuple[Tensor, Sequence[int]]]
@@ -48,34 +48,6 @@ def _zeros_of(layer: Any) -> Sequence[int]:
     return tuple(layer.padding) if isinstance(layer, nn.ZeroPad2d) else (0, 0, 0, 0)
 
 
-def _pointwise_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """For kernel 1 and a stride: the few pixels that were read get a gradient, the rest is zero.
-
-    The library's own backward pass of such a layer takes two to three times as long on a CPU.
-    """
-    assert isinstance(module, ConvNd)
-    strided = (
-        a.device.type == "cpu"
-        and a.dim() == 4
-        and not isinstance(module, ConvTransposeNd)
-        and module.groups == 1
-        and module.kernel_size == (1, 1)
-        and max(module.stride) > 1
-        and module.padding in ("valid", "same", (0, 0))
-    )
-    if not strided:
-        return None
-    weight, (down, across), shape = module.weight, module.stride, a.shape
-
-    def backward(g: Tensor) -> Tensor:
-        pixels = F.conv2d(g, weight.transpose(0, 1))
-        full = g.new_zeros((g.shape[0], *shape[1:]))
-        full[:, :, ::down, ::across] = pixels
-        return full
-
-    return backward
-
-
 def _norms(padding: Padding, module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     assert isinstance(module, ConvNd)
     norms = {}
@@ -99,13 +71,10 @@ def _norms(padding: Padding, module: nn.Module, a: Tensor, g: Tensor) -> dict[st
     return norms
 
 
-def _rule(name: str, padding: Padding, input_gradient: InputGradient | None = None) -> LayerRule:
-    norms = functools.partial(_norms, padding)
-    return LayerRule(name, norms, in_place=True, input_gradient=input_gradient)
-
-
 #: Of all convolutions of ``torch.nn``.
-CONVOLUTION = _rule("convolution", _own, _pointwise_input_gradient)
+CONVOLUTION = LayerRule("convolution", functools.partial(_norms, _own), in_place=True)
 #: Of subclasses that pad in their ``forward``.
-SAME_CONVOLUTION = _rule("convolution, same padding", _same)
-STORED_CONVOLUTION = _rule("convolution, stored padding", _stored)
+SAME_CONVOLUTION = LayerRule("convolution, same padding", functools.partial(_norms, _same), in_place=True)
+STORED_CONVOLUTION = LayerRule(
+    "convolution, stored padding", functools.partial(_norms, _stored), in_place=True
+)

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastgrad.layers.choice import implementation
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
 from fastgrad.ops.conv.sqnorm import linear_sqnorm
+from fastgrad.ops.dispatch import implementation
 
 
 def weight_sqnorm(a: Tensor, g: Tensor) -> Tensor:
-    """Squared norm of the weight gradient ``sum_t g_t a_t^T`` of each sample.
-
-    Args:
-        a: Inputs ``(B, T, C)``.
-        g: Output gradients ``(B, T, O)``.
-
-    Returns:
-        ``(B,)``, float32 (float64 for float64 tensors).
-    """
+    """Squared norm of each sample's weight gradient ``sum_t g_t a_t^T``, of ``(B, T, C)`` and ``(B, T, O)``."""
     if a.shape[1] == 1:
         a, g = upcast(a, g)
         return sqnorm(a) * sqnorm(g)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,9 +9,6 @@ from torch import Tensor, nn
 from fastgrad._torch import NormBase, is_batched
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
-
-#: Elements of an activation worked on at once where that takes several passes.
-_CHUNK = 2**18
 
 
 def _channel_norms(xhat: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -24,36 +19,6 @@ def _channel_norms(xhat: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"weight": sqnorm((g * xhat.flatten(2)).sum(2)), "bias": sqnorm(g.sum(2))}
 
 
-def _strided_batch_norm(a: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tensor]:
-    """The same for tensors that are not contiguous (channels-last), a few samples at a time to stay in cache."""
-    step = max(1, _CHUNK // max(1, a[0].numel()))
-    mean = mean.view(1, -1, *(1,) * (a.dim() - 2))
-    space = tuple(range(2, a.dim()))
-    products = [
-        ((x - mean).mul_(y).sum(space), y.sum(space))
-        for x, y in zip(a.split(step), g.split(step), strict=True)
-    ]
-    weight, bias = (torch.cat(parts) for parts in zip(*products, strict=True))
-    return {"weight": sqnorm(weight * rstd), "bias": sqnorm(bias)}
-
-
-def _batch_norm_input_gradient(module: nn.Module, a: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """``g * weight / std``: one pass, where the library's operator, which can do more, takes four times as long."""
-    assert isinstance(module, NormBase)
-    if module.running_var is None:
-        return None
-    var, weight, eps = module.running_var, module.weight, module.eps
-    shape = (-1,) + (1,) * (a.dim() - 2)
-
-    def backward(g: Tensor) -> Tensor:
-        scale = torch.rsqrt(var.to(g.dtype) + eps)
-        if weight is not None:
-            scale = scale * weight.to(g.dtype)
-        return g * scale.view(shape)
-
-    return backward
-
-
 def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for batch norm with running statistics."""
     assert isinstance(module, NormBase)
@@ -62,12 +27,10 @@ def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     assert mean is not None
     assert var is not None
     mean, var = mean.to(a.dtype), var.to(a.dtype)
-    if a.dim() == 2 or is_batched(g):
+    if a.dim() == 2 or is_batched(g) or not a.is_contiguous():
         shape = (1, -1) + (1,) * (a.dim() - 2)
         return _channel_norms((a - mean.view(shape)) * torch.rsqrt(var + module.eps).view(shape), g)
     samples, channels = a.shape[:2]
-    if not a.is_contiguous() and isinstance(samples, int):
-        return _strided_batch_norm(a, g, mean, torch.rsqrt(var + module.eps))
     # Samples folded into channels, the ordinary reduction over (batch, positions) becomes one per sample, and
     # one pass over the two tensors gives both sums.
     _, weight, bias = torch.ops.aten.native_batch_norm_backward(
@@ -126,10 +89,7 @@ def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
 
 def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for the layer norms of ``(B, C, H, W)`` over C which image libraries define."""
-    assert isinstance(module, nn.LayerNorm)
-    a, g = upcast(a.movedim(1, -1), g.movedim(1, -1))
-    shape = list(module.normalized_shape)
-    return _positionwise(F.layer_norm(a, shape, eps=module.eps), g, len(shape))
+    return layer_norm(module, a.movedim(1, -1), g.movedim(1, -1))
 
 
 def rms_norm_of_transformers(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -140,9 +100,7 @@ def rms_norm_of_transformers(module: nn.Module, a: Tensor, g: Tensor) -> dict[st
     return {"weight": _positionwise(F.rms_norm(a, [a.shape[-1]], eps=eps), g, 1)["weight"]}
 
 
-BATCH_NORM = LayerRule(
-    "batch norm (evaluation)", batch_norm, in_place=True, input_gradient=_batch_norm_input_gradient
-)
+BATCH_NORM = LayerRule("batch norm (evaluation)", batch_norm, in_place=True)
 INSTANCE_NORM = LayerRule("instance norm", instance_norm, in_place=True)
 GROUP_NORM = LayerRule("group norm", group_norm, in_place=True)
 LAYER_NORM = LayerRule("layer norm", layer_norm, positions=True, in_place=True)

@@ -19,8 +19,7 @@ from fastgrad.losses import compute_dtype
 class _Direction:
     """One direction of one layer, unrolled in time.
 
-    Zeros are added to the pre-activations of every step, on the input's and on the hidden state's side (and to
-    the projected state); their gradients are the gradients at the outputs of the linear maps.
+    The gradients of zeros added to every step's linear maps are the gradients at the outputs of these maps.
     """
 
     def __init__(self, module: nn.RNNBase, suffix: str, dtype: torch.dtype) -> None:

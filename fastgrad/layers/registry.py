@@ -14,8 +14,6 @@ RuleFunction = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
 ReplayFunction = Callable[
     [nn.Module, tuple[Any, ...], dict[str, Any], Sequence[Tensor]], Mapping[str, Tensor]
 ]
-#: ``(module, input) -> (output gradient -> input gradient)`` of a layer in evaluation mode, or None.
-InputGradient = Callable[[nn.Module, Tensor], "Callable[[Tensor], Tensor] | None"]
 
 
 @dataclass(frozen=True)
@@ -30,15 +28,12 @@ class LayerRule:
             windows or frames into the batch.
         in_place: Whether the layer's output may be passed on without a copy: its operation does not need it for the
             backward pass.
-        input_gradient: ``(module, input) -> (output gradient -> input gradient)``, where a cheaper one than autograd's
-            exists, else None. Used for float32 and float64 activations.
     """
 
     name: str
     function: RuleFunction
     positions: bool = False
     in_place: bool = False
-    input_gradient: InputGradient | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,6 @@ def register_rule(
     name: str | None = None,
     positions: bool = False,
     in_place: bool = False,
-    input_gradient: InputGradient | None = None,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register the decorated function as the rule for modules of these types and their subclasses.
 
@@ -82,7 +76,6 @@ def register_rule(
         name: The family's name in reports; the function's name by default.
         positions: See `LayerRule`.
         in_place: See `LayerRule`.
-        input_gradient: See `LayerRule`.
 
     Raises:
         TypeError: If no type is given or one is not a ``torch.nn.Module`` subclass.
@@ -101,7 +94,7 @@ def register_rule(
 
     def decorate(function: RuleFunction) -> RuleFunction:
         family: str = name if name is not None else getattr(function, "__name__", "rule")
-        rule = LayerRule(family, function, positions, in_place, input_gradient)
+        rule = LayerRule(family, function, positions, in_place)
         RULES.update(dict.fromkeys(module_types, rule))
         return function
 

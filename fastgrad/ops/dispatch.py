@@ -84,6 +84,19 @@ def bind_contextvar(variable: ContextVar[_T], value: _T) -> Iterator[None]:
         variable.reset(token)
 
 
+_default: ContextVar[str] = ContextVar("fastgrad_impl", default="auto")
+
+
+def implementation() -> str:
+    """The ``impl`` that a layer rule hands to the operators it calls."""
+    return _default.get()
+
+
+def using(impl: str) -> contextlib.AbstractContextManager[None]:
+    """Let layer rules take ``impl`` inside; set where they run, since a device's backward pass has its own threads."""
+    return bind_contextvar(_default, impl)
+
+
 def launcher(module: str, name: str) -> Callable[..., Any]:
     """A function of ``fastgrad.ops.triton``, which is imported, and Triton with it, when it is first called."""
 

@@ -16,7 +16,6 @@ from fastgrad.losses import compute_dtype
 
 _CONV = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 _CONV_SQNORM = f"(Tensor a, Tensor g, {_CONV}, bool transposed, str? route, str impl) -> Tensor"
-_LINEAR_SQNORM = "(Tensor a, Tensor g, str? route, str impl) -> Tensor"
 
 
 def _define(name: str, schema: str, fake: Callable[..., Any] | None = None) -> None:
@@ -93,10 +92,8 @@ _define(
     "(Tensor features, Tensor weight, Tensor? bias, str loss, bool mean) -> Tensor",
     _linear_stats,
 )
-# Compositions, which tracers see through; and the same as one node, for compilation in this process.
+# A composition, which tracers see through; and the same as one node, for compilation in this process.
 _define("conv_sqnorm", _CONV_SQNORM)
 _define("conv_sqnorm_whole", _CONV_SQNORM, _layer)
-_define("linear_sqnorm", _LINEAR_SQNORM)
-_define("linear_sqnorm_whole", _LINEAR_SQNORM, _layer)
 _define("conv_sqnorm_kernel", f"(Tensor a, Tensor g, {_CONV}) -> Tensor", _layer_kernel)
 _define("linear_sqnorm_kernel", "(Tensor a, Tensor g) -> Tensor", _layer_kernel)

@@ -50,7 +50,7 @@ class Rows(Fitted):
     """Rows ``(B, d)`` for a score, from the named blocks.
 
     Options: ``block``, the block's name; ``rank``, whether to order its class axis by logit rank; ``log``,
-    whether to take logarithms; ``unit``, whether to scale each row to unit length; ``top``, how many of the
+    whether to take logarithms; ``top``, how many of the
     largest entries to keep, in falling order (0 for all, as they come); ``clip``, where standardised values are
     cut, None for nowhere.
     Buffers: ``mean`` and ``scale`` ``(d,)`` of the clean rows after the logarithm; ``projection`` ``(d, e)`` and
@@ -70,7 +70,6 @@ class Rows(Fitted):
         *,
         rank: bool = False,
         log: bool = False,
-        unit: bool = False,
         top: int = 0,
         standardise: bool = True,
         clip: float | None = None,
@@ -79,7 +78,7 @@ class Rows(Fitted):
         """From clean ``blocks``; ``dimensions`` keeps that many whitened principal components."""
         by_logits = "logits" in blocks
         options = {
-            "block": block, "rank": rank, "log": log, "unit": unit, "top": top, "by_logits": by_logits, "clip": clip,
+            "block": block, "rank": rank, "log": log, "top": top, "by_logits": by_logits, "clip": clip,
         }  # fmt: skip
         rows = cls(**options)
         flat = rows.flat({name: torch.as_tensor(array) for name, array in blocks.items()})
@@ -122,8 +121,6 @@ class Rows(Fitted):
             values = values.clamp(min=SMALLEST).log()
         if self.options["top"]:
             values = torch.topk(values, min(self.options["top"], values.shape[-1]), dim=-1).values
-        if self.options["unit"]:
-            values = values / values.norm(dim=-1, keepdim=True).clamp(min=SMALLEST)
         return values
 
     def standardised(self, flat: Tensor) -> Tensor:

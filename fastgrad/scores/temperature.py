@@ -32,27 +32,9 @@ class Temperature(Fitted):
 
         Args:
             logits: ``(n, N)``, of any floating dtype.
-            labels: ``(n,)``, class indices.
-
-        Raises:
-            ValueError: The shapes do not match, there is no sample, a logit is not finite, or a label is no class.
+            labels: ``(n,)``, class indices; checked, as the loaders' are.
         """
-        if logits.dim() != 2 or not len(logits) or logits.shape[1] < 1:
-            raise ValueError(
-                f"logits must have shape (n, N), n and N at least 1; it was {tuple(logits.shape)}"
-            )
-        if labels.shape != logits.shape[:1] or labels.is_floating_point():
-            raise ValueError(
-                f"labels must hold {len(logits)} class indices, one per row of logits; it had shape "
-                f"{tuple(labels.shape)} and dtype {labels.dtype}"
-            )
-        if bool((labels < 0).any()) or bool((labels >= logits.shape[1]).any()):
-            raise ValueError(
-                f"labels must lie in 0 to {logits.shape[1] - 1}; it had {labels.unique().tolist()[:20]}"
-            )
         z = logits.detach().double()
-        if not bool(torch.isfinite(z).all()):
-            raise ValueError("logits must be finite; it contains NaN or infinity")
         own = z.gather(1, labels.to(z.device).long().unsqueeze(1)).sum()
 
         def slope(inverse: float) -> float:

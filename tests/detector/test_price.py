@@ -9,7 +9,7 @@ from torch import nn
 from fastgrad.blocks import BLOCKS, Block, Logits
 from fastgrad.blocks.passes import Pass
 from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS, preset
-from fastgrad.detector.price import PriceReport, fit_to_budget, price
+from fastgrad.detector.price import fit_to_budget, price
 from fastgrad.detector.report import Report
 
 
@@ -117,15 +117,15 @@ def test_the_price_of_single_inputs_is_measured_too_and_said_where_it_is_above_t
 
     found = fit_to_budget(model, [Logits()], images, 1.5, answer=answer)
     assert found.measured < 1.5 < found.single
-    report = Report(found, 8, 8, {}, 1.0, 8, False, "none")
+    report = Report(
+        replace(found, dropped=(("image", "beyond"),), limit=1.5), 8, 8, {}, 1.0, 8, False, "none"
+    )
     assert f"{found.single:.2f} on single inputs, above it" in str(report)
-    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert "without image: beyond" in str(report)
+    endless = replace(report, price=replace(found, limit=math.inf))
+    for one in (report, endless):
+        assert Report.from_json(json.loads(json.dumps(one.to_json()))) == one
     assert "single inputs" not in str(replace(report, price=replace(found, single=1.4)))
-
-
-def test_a_report_survives_storage():
-    report = PriceReport(("logits",), 1.0, 1.05, (("image", "beyond"),), math.inf, 0.01, 8, 1.3)
-    assert PriceReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
 def test_presets_hold_known_blocks_and_the_second_pass_begins_at_two():

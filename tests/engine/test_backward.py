@@ -65,7 +65,7 @@ def counting(model: nn.Module, path: str, count: Counter[str]) -> LayerSite:
         names,
         Layout("plain"),
         2 if isinstance(layer, nn.Linear) else 4,
-        LayerRule(rule.name, function, in_place=rule.in_place, input_gradient=rule.input_gradient),
+        LayerRule(rule.name, function, in_place=rule.in_place),
     )
 
 

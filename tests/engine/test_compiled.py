@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fastgrad
-from fastgrad.engine import compiled
+from fastgrad.engine import compile as compiled
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -74,7 +74,7 @@ def test_every_kind_of_pass_can_be_compiled(
     expected = fastgrad.GradientFeatures(model, **options)(x)  # type: ignore[arg-type]
     torch.testing.assert_close(found, expected)
     names = {str(node.target) for node in graphs[0].graph.nodes}
-    assert {"fastgrad.conv_sqnorm_whole.default", "fastgrad.linear_sqnorm_whole.default"} <= names
+    assert "fastgrad.conv_sqnorm_whole.default" in names
 
 
 def test_the_operators_still_see_where_a_gram_matrix_would_lose_digits(

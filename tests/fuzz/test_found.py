@@ -127,8 +127,11 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
         ["right", "right"],
     ),
     "a layer called for each sample": (
-        Program((around("sample by sample", "bilinear"),), (one("record", B=3, T=2), one("clip", B=2))),
-        ["right", "right"],
+        Program(
+            (around("sample by sample", "bilinear"),),
+            (one("record", B=3, T=2), one("clip", B=2), one("record"), one("features", T=2)),
+        ),
+        ["right"] * 4,
     ),
     "a gate of another sample": (
         Program((around("batch second", "functional use", "experts of samples"),), (one("record", B=3),)),

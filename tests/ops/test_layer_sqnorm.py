@@ -197,11 +197,6 @@ def test_opcheck(route):
     torch.library.opcheck(torch.ops.fastgrad.conv_sqnorm.default, (a, g, *options))
 
 
-def test_opcheck_linear():
-    a, g = torch.randn(2, 5, 3), torch.randn(2, 2, 5, 4)
-    torch.library.opcheck(torch.ops.fastgrad.linear_sqnorm.default, (a, g, None, "auto"))
-
-
 @pytest.mark.parametrize("which", ["g", "a", "both"])
 def test_vmap(which):
     torch.manual_seed(8)

@@ -70,19 +70,3 @@ def test_calibrates_and_keeps_the_prediction_and_the_dtype():
     assert score(sharp.half()).dtype == torch.float16
     stored = rebuild(score.spec(), score.state_dict())
     assert torch.equal(stored(sharp), score(sharp))
-
-
-@pytest.mark.parametrize(
-    ("logits", "labels", "message"),
-    [
-        (torch.zeros(3), torch.zeros(3, dtype=torch.long), "logits must have shape"),
-        (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), "logits must have shape"),
-        (torch.zeros(3, 2), torch.zeros(2, dtype=torch.long), "labels must hold 3 class indices"),
-        (torch.zeros(3, 2), torch.zeros(3), "labels must hold 3 class indices"),
-        (torch.zeros(3, 2), torch.full((3,), 2), "labels must lie in 0 to 1"),
-        (torch.full((3, 2), torch.nan), torch.zeros(3, dtype=torch.long), "logits must be finite"),
-    ],
-)
-def test_bad_input_is_named(logits, labels, message):
-    with pytest.raises(ValueError, match=message):
-        Temperature.fit(logits, labels)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,19 +107,22 @@ def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"offsets on {arch}: {name}", check
 
 
-def run(quick: bool, only: str, say: Callable[[str], None]) -> tuple[list[str], int]:
-    """Run all checks whose name contains ``only``: the faults, and how many ran."""
-    faults, checked = [], 0
+def run(quick: bool, only: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Run all checks whose name contains ``only``; return a row for each.
+
+    Its count is of the schedules that ran, or of the addresses that were computed.
+    """
+    rows: list[dict[str, Any]] = []
     for name, job in jobs(quick):
-        if only not in name:
-            continue
-        begun, checked = time.perf_counter(), checked + 1
-        try:
-            outcome = job()
-        except Exception as problem:  # the other cases are still worth a look
-            faults.append(f"{name}: {problem}")
-            say(f"FAULT {faults[-1]}")
-        else:
-            count = "" if outcome is None else f" ({outcome})"
-            say(f"{name}: right{count}, {time.perf_counter() - begun:.1f} s")
-    return faults, checked
+        if only in name:
+            begun, outcome, fault = time.perf_counter(), None, None
+            try:
+                outcome = job()
+            except Exception as problem:  # the other cases are still worth a look
+                fault = str(problem)
+            seconds = round(time.perf_counter() - begun, 1)
+            check, _, case = name.partition(": ")
+            rows.append({"check": check, "case": case, "count": outcome, "fault": fault, "seconds": seconds})
+            of = "" if outcome is None else f" ({outcome})"
+            say(f"FAULT {name}: {fault}" if fault else f"{name}: right{of}, {seconds} s")
+    return rows

@@ -1,64 +1,31 @@
-"""Scoring many images: where they come from, the row each one gets, and parts that are whole or absent."""
+"""A job of scoring many images, cut into parts that are whole or absent."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import secrets
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
+from typing import Any
 
 from fastgrad.checks import extra
-from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.atomic import written_beside
-from fastgrad.deploy.file.description import DTYPES, Description
-from fastgrad.deploy.file.images import MAX_PIXELS, ImageError, decode_pixels
+from fastgrad.deploy.file.description import Description
 from fastgrad.deploy.file.package import ModelPackage, digest_of
+from fastgrad.deploy.score.rows import arrow_schema, score_sources
+from fastgrad.deploy.score.sources import Limits, Source, list_folder, read_parquet
 
 with extra("score"):
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: In a part's metadata: the random id of the job that wrote it.
 _JOB = b"fastgrad.job"
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-
-
-class Limits(NamedTuple):
-    """Of one image.
-
-    Attributes:
-        pixels: larger ones are not decoded.
-        size: bytes of a file, or of a cell of a Parquet file; larger ones are not read.
-    """
-
-    pixels: int = MAX_PIXELS
-    size: int = 64 * 2**20
-
-
-class Source(NamedTuple):
-    """One image to score.
-
-    Attributes:
-        name: its path, or its key in the Parquet file.
-        content: its bytes, or None: to be read from ``path``.
-        path: the file.
-    """
-
-    name: str
-    content: bytes | None
-    path: Path | None
 
 
 def at_least_one(**values: int) -> None:
@@ -66,165 +33,6 @@ def at_least_one(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1; it was {value}")
-
-
-def list_folder(folder: Path) -> tuple[list[Source], str]:
-    """All image files below a folder in the order of their names, and a digest of names, sizes and times."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    sources, digest = [], hashlib.sha256()
-    for path in sorted(found):
-        name, stat = os.fsencode(path.relative_to(folder)), path.stat()
-        digest.update(b"%s\0%d %d\0" % (name, stat.st_size, stat.st_mtime_ns))
-        sources.append(Source(name.decode("utf-8", "backslashreplace"), None, path))
-    return sources, digest.hexdigest()
-
-
-def read_parquet(
-    path: Path,
-    column: str | None,
-    key: str | None,
-    start: int = 0,
-    stop: int | None = None,
-    most: int = Limits().size,
-) -> Iterator[Source]:
-    """Rows ``start`` to ``stop`` of a Parquet file; row groups that hold none of them are not read.
-
-    Args:
-        path: the file.
-        column: with the images, bytes or structs with a field ``bytes``; None takes the first of ``image``,
-            ``img``, ``bytes``, ``content``.
-        key: with the names; None takes ``path``, ``name``, ``id`` if there is one, else the row's number.
-        start: first row.
-        stop: row after the last; None: to the end.
-        most: bytes of a cell; of a larger one no more than one byte beyond comes.
-
-    Raises:
-        ValueError: there is no such column.
-    """
-    file = pq.ParquetFile(path)
-    names = file.schema_arrow.names
-    column = _column(names, column, ("image", "img", "bytes", "content"), "image", required=True)
-    key = _column(names, key, ("path", "name", "id"), "key", required=False)
-    stop = file.metadata.num_rows if stop is None else stop
-    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-    ends = list(itertools.accumulate(sizes))
-    groups = [
-        i for i, (size, end) in enumerate(zip(sizes, ends, strict=True)) if end - size < stop and end > start
-    ]
-    row = ends[groups[0]] - sizes[groups[0]] if groups else 0
-    columns = [column] + ([key] if key else [])
-    for part in file.iter_batches(batch_size=64, row_groups=groups, columns=columns):
-        images = _cells(part.column(column), most)
-        keys = part.column(key).to_pylist() if key else range(row, row + len(images))
-        for number, (name, content) in enumerate(zip(keys, images, strict=True), start=row):
-            if start <= number < stop:
-                yield Source(str(name), content, None)
-        row += len(images)
-
-
-def _cells(column: Any, most: int) -> list[bytes]:
-    """The bytes of image cells: bytes, or structs with a field ``bytes`` (as Hugging Face writes them)."""
-    if pa.types.is_struct(column.type):
-        names = [field.name for field in column.type]
-        column = pc.struct_field(column, "bytes") if "bytes" in names else pa.nulls(len(column), pa.binary())
-    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-        return [b""] * len(column)
-    return [cell or b"" for cell in pc.binary_slice(column, 0, most + 1).to_pylist()]
-
-
-def _column(names: list[str], given: str | None, guesses: Iterable[str], what: str, *, required: bool) -> Any:
-    if given is not None:
-        if given not in names:
-            listed = ", ".join(names)
-            raise ValueError(
-                f"--{what}-column must be one of the file's columns ({listed}); it was {given!r}"
-            )
-        return given
-    found = next((guess for guess in guesses if guess in names), None)
-    if found is None and required:
-        listed = ", ".join(names)
-        raise ValueError(f"name the column with the images (--{what}-column); the file has {listed}")
-    return found
-
-
-def score_sources(
-    model: ModelPackage,
-    sources: Iterator[Source],
-    *,
-    batch: int,
-    threshold: float | None,
-    limits: Limits,
-    pool: ThreadPoolExecutor,
-) -> Iterator[list[dict[str, Any]]]:
-    """Score images; the rows of one batch after another, in their order. The next ones are decoded meanwhile.
-
-    Returns:
-        Rows with ``name``, ``class``, ``label``, ``probability`` (of that class), ``uncertainty``, ``risk``,
-        ``reliable``, ``evidence`` and ``alarm``, as the server's answers have them (`answer`), and ``error``; where the
-        image cannot be read, ``error`` says why and the others are None.
-    """
-    waiting: deque[tuple[str, Future[Pixels | str]]] = deque()
-    size = min(batch, model.description.max_batch)
-    while True:
-        for source in itertools.islice(sources, 2 * size - len(waiting)):
-            waiting.append((source.name, pool.submit(_decode, source, model.description, limits)))
-        if not waiting:
-            return
-        yield _score(model, [waiting.popleft() for _ in range(min(size, len(waiting)))], threshold)
-
-
-def _score(
-    model: ModelPackage, items: list[tuple[str, Future[Pixels | str]]], threshold: float | None
-) -> list[dict[str, Any]]:
-    description = model.description
-    columns = arrow_schema(description).names
-    decoded = [future.result() for _, future in items]
-    rows: list[dict[str, Any]] = [
-        dict.fromkeys(columns) | {"name": name, "error": value if isinstance(value, str) else None}
-        for (name, _), value in zip(items, decoded, strict=True)
-    ]
-    good = [(row, value) for row, value in zip(rows, decoded, strict=True) if not isinstance(value, str)]
-    if good:
-        pixels = torch.from_numpy(np.stack([value for _, value in good]))
-        x = description.normalize(pixels.to(DTYPES[description.input_dtype]) / 255)
-        for (row, _), values in zip(good, model.rows(x), strict=True):
-            try:
-                found = answer(description, threshold, values)
-            except ResultError as error:
-                row["error"] = str(error)
-                continue
-            row |= {"probability": found.pop("probabilities")[found["class"]], **found}
-    return rows
-
-
-def _decode(source: Source, description: Description, limits: Limits) -> Pixels | str:
-    try:
-        content = source.content
-        if content is None:
-            assert source.path is not None
-            with source.path.open("rb") as file:
-                content = file.read(limits.size + 1)
-        if len(content) > limits.size:
-            return f"the image is too large; at most {limits.size} bytes are read"
-        return decode_pixels(content, description.input_shape, max_pixels=limits.pixels)
-    except ImageError as error:
-        return str(error)
-    except OSError as error:
-        # Without the path, which an error's own text has.
-        return f"the file cannot be read: {error.strerror or type(error).__name__}"
-
-
-def arrow_schema(description: Description) -> Any:
-    """The columns of the output; ``evidence`` has a field for each part, and is null where the file gives none."""
-    names = description.evidence
-    evidence = pa.struct([(name, pa.float64()) for name in names]) if names else pa.null()
-    return pa.schema(
-        [
-            ("name", pa.string()), ("class", pa.int64()), ("label", pa.string()), ("probability", pa.float64()),
-            ("uncertainty", pa.float64()), ("risk", pa.float64()), ("reliable", pa.bool_()), ("evidence", evidence),
-            ("alarm", pa.string()), ("error", pa.string()),
-        ]
-    )  # fmt: skip
 
 
 def write_part(rows: list[dict[str, Any]], path: Path, schema: Any, job: str) -> None:

@@ -12,15 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastgrad.deploy.file.package import ModelPackage
-from fastgrad.deploy.score.job import (
-    Job,
-    Limits,
-    arrow_schema,
-    at_least_one,
-    count_rows,
-    join_parts,
-    progress_bar,
-)
+from fastgrad.deploy.score.job import Job, at_least_one, count_rows, join_parts, progress_bar
+from fastgrad.deploy.score.rows import arrow_schema
+from fastgrad.deploy.score.sources import Limits
 
 
 def score(

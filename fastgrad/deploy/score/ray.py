@@ -16,7 +16,8 @@ from typing import Any
 
 from fastgrad.checks import extra
 from fastgrad.deploy.file.package import ModelPackage, read_description
-from fastgrad.deploy.score.job import Job, Limits, at_least_one, count_rows, progress_bar
+from fastgrad.deploy.score.job import Job, at_least_one, count_rows, progress_bar
+from fastgrad.deploy.score.sources import Limits
 
 
 class PartScorer:

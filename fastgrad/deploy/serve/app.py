@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastgrad.checks import extra
 from fastgrad.deploy.file.answer import ResultError, answer
@@ -20,10 +20,10 @@ from fastgrad.deploy.serve.bodies import Budget, Limits, read_body
 from fastgrad.deploy.serve.decoder import RequestError
 from fastgrad.deploy.serve.decoders import Decoders
 from fastgrad.deploy.serve.guard import Guard, refusal
-from fastgrad.deploy.serve.metrics import Metrics
 from fastgrad.deploy.serve.pool import ModelError
-from fastgrad.deploy.serve.schema import Answer, Refusal, Status, request_body
+from fastgrad.deploy.serve.schema import Answer, refusals, request_body
 from fastgrad.deploy.serve.served import Model, Served
+from fastgrad.deploy.serve.status import status_routes
 from fastgrad.deploy.serve.traces import Trace
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 with extra("serve"):
     import python_multipart  # noqa: F401 - the processes that read bodies need it
     from anyio import fail_after
-    from fastapi import FastAPI, Query, Request
+    from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, Response
 
@@ -229,10 +229,6 @@ def create_app(
         # The log has it from the web server.
         return refusal(RequestError(500, "the server failed; its log says why"))
 
-    def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-        fixed = (400, 401, 403, 500)
-        return {status: {"model": Refusal, "description": "Refused"} for status in (*fixed, *statuses)}
-
     described: dict[str, Any] = {
         "summary": "Class, probabilities, uncertainty and risk of one input",
         "responses": {200: {"model": Answer}, **refusals(404, 408, 413, 415, 422, 503, 504)},
@@ -247,75 +243,7 @@ def create_app(
     async def predict_named_route(request: Request, name: str) -> Response:
         return await respond(request, name)
 
-    @app.get("/health", summary="Whether the process lives", responses=refusals())
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get(
-        "/ready",
-        summary="Whether to send requests here",
-        responses={200: {"model": Status}, 503: {"model": Status}, **refusals()},
-    )
-    async def ready() -> JSONResponse:
-        loaded = all(model.served.pool.ready for model in models.values())
-        fine = app.state.ready and not app.state.draining and loaded and app.state.active < limits.queue
-        return JSONResponse({"ready": fine}, 200 if fine else 503)
-
-    prometheus: dict[str, Any] = {
-        "response_class": Response, "responses": {200: {"content": {"text/plain": {}}}, **refusals(404)},
-    }  # fmt: skip
-
-    @app.get("/metrics", summary="For Prometheus", **prometheus)
-    @app.get("/metrics/{name}", summary="For Prometheus, of one of several models", **prometheus)
-    async def metrics_route(name: str | None = None) -> Response:
-        text = named(name).served.metrics.render()
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    told: dict[str, Any] = {"responses": refusals(404)}
-
-    @app.get("/model", summary="What travels with the model: shape, labels, threshold, scores", **told)
-    @app.get("/model/{name}", summary="The same of one of several models", **told)
-    async def model_route(name: str | None = None) -> dict[str, Any]:
-        served = named(name).served
-        return {
-            "models": list(models),
-            "input_shape": served.description.input_shape,
-            "labels": served.description.labels,
-            "classes": served.description.classes,
-            "threshold": served.threshold,
-            "false_alarm_rate": served.false_alarm_rate,
-            "histogram": served.description.histogram,
-            "evidence": served.description.evidence,
-            "risk": served.description.risk,
-        }
-
-    def drift(name: str | None, action: str | None = None, reason: str = "") -> dict[str, Any]:
-        metrics: Metrics = named(name).served.metrics
-        if metrics.monitor is None:
-            raise RequestError(404, "the model's file has no scores to compare with")
-        if action is not None:
-            try:
-                metrics.note(action, reason)
-            except ValueError as error:
-                raise RequestError(409, str(error)) from None
-        return metrics.monitor.state() | {"history": list(metrics.monitor.history)}
-
-    @app.get("/drift", summary="Whether inputs have drifted, on how many, with which error rate", **told)
-    @app.get("/drift/{name}", summary="The same of one of several models", **told)
-    async def drift_route(name: str | None = None) -> dict[str, Any]:
-        return drift(name)
-
-    noted: dict[str, Any] = {"responses": refusals(404, 409, 422)}
-
-    @app.post("/drift", summary="Acknowledge the drift alarm, or start anew; the reason is kept", **noted)
-    @app.post("/drift/{name}", summary="The same of one of several models", **noted)
-    async def drift_note_route(
-        action: Literal["acknowledge", "reset"],
-        reason: Annotated[str, Query(min_length=1, max_length=500, pattern=r"\S")],
-        name: str | None = None,
-    ) -> dict[str, Any]:
-        return drift(name, action, reason)
-
+    app.include_router(status_routes(named, models, limits.queue))
     page = (files("fastgrad.deploy.serve") / "page.html").read_text("utf-8")
 
     @app.get("/", include_in_schema=False)

@@ -44,6 +44,12 @@ class Status(BaseModel):
     ready: bool
 
 
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The refusals that a route may answer with: these, and those of every route."""
+    fixed = (400, 401, 403, 500)
+    return {status: {"model": Refusal, "description": "Refused"} for status in (*fixed, *statuses)}
+
+
 def request_body(shape: tuple[int, ...]) -> dict[str, Any]:
     """What /predict takes, for inputs of this ``shape``."""
     image = {"type": "string", "format": "binary"}

@@ -106,9 +106,10 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Any, *, host: str, port: int, limits: Limits) -> None:
         self._app = app
+        # The limits of `Protocol` need asyncio's own transports: uvloop's read as much at once as they like.
         config = uvicorn.Config(
             app, host=host, port=port, http=type("Protocol", (Protocol,), {"limits": limits}), ws="none",
-            access_log=False, server_header=False, log_level="info", timeout_keep_alive=30,
+            loop="asyncio", access_log=False, server_header=False, log_level="info", timeout_keep_alive=30,
             timeout_graceful_shutdown=int(limits.seconds) + 5, h11_max_incomplete_event_size=_HEADERS,
         )  # fmt: skip
         super().__init__(config)

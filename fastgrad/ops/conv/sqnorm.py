@@ -1,18 +1,19 @@
 """Per-sample squared norms of the weight gradients of convolutions and of linear layers with positions.
 
-``fastgrad::conv_sqnorm`` and ``fastgrad::linear_sqnorm`` are compositions of ATen operators, which compilers see
-through. They are operators for the sake of their batching rule: under ``vmap`` the gradients of one sample stay the K
-of one call, which shares what depends on the activation alone. `opaque_ops` makes one node of them for a compilation in
-this process, where they choose their route by looking at values.
+``fastgrad::conv_sqnorm`` is a composition of ATen operators, which compilers see through. It is an operator for its
+batching rule: under ``vmap`` the gradients of one sample stay the K of one call, which shares what depends on the
+activation alone. `opaque_ops` makes one node of it for a compilation in this process, where it chooses its route by
+looking at values.
 
-On a GPU the composition is one node of a Triton kernel. That has no derivative, so ``impl="auto"`` takes ATen's
-operators where one is asked for.
+On a GPU it is one node of a Triton kernel. That has no derivative, so ``impl="auto"`` takes ATen's operators where one
+is asked for.
 """
 
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -95,7 +96,7 @@ def _kernel_operands(a: Tensor, g: Tensor, route: str | None, impl: str) -> tupl
     return a.to(dtype), g.to(dtype)
 
 
-def _conv_eager(
+def _eager(
     a: Tensor,
     g: Tensor,
     kernel_size: Sequence[int],
@@ -112,59 +113,47 @@ def _conv_eager(
     operands = _kernel_operands(p.a, p.g, route, impl)
     if operands is None:
         norms = _solve(p, route)
+    elif (p.kernel, p.stride, p.pads, groups) == ((1,), (1,), ((0, 0),), 1):
+        # Positions along one axis: a linear layer.
+        norms = torch.ops.fastgrad.linear_sqnorm_kernel(operands[0].mT, operands[1].mT)
     else:
         before = [pair[0] for pair in p.pads]
-        norms = _CONV_KERNEL(*operands, p.kernel, p.stride, before, p.dilation, groups)
+        norms = torch.ops.fastgrad.conv_sqnorm_kernel(
+            *operands, p.kernel, p.stride, before, p.dilation, groups
+        )
     return norms.reshape(count, batch)
 
 
-def _linear_eager(a: Tensor, g: Tensor, route: str | None, impl: str) -> Tensor:
-    p = canonical(a.transpose(1, 2), g.transpose(2, 3), 1, 1, 0, 1, 1, False)
-    operands = _kernel_operands(a, g, route, impl)
-    return _solve(p, route) if operands is None else _LINEAR_KERNEL(*operands)
+_composition = torch.ops.fastgrad.conv_sqnorm.default
+_whole_operator = torch.ops.fastgrad.conv_sqnorm_whole.default
+
+
+def _composed(a: Tensor, *rest: Any) -> Tensor:
+    return (_whole_operator if _whole.get() and a.device.type == "cpu" else _eager)(a, *rest)
 
 
 def _batched(
-    op: Callable[..., Tensor], size: int, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *rest: object
+    info: Any, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *rest: object
 ) -> tuple[Tensor, int]:
     """Fold a mapped dimension into K where only ``g`` carries it, else into the batch."""
+    size = info.batch_size
     a_dim, g_dim = in_dims[:2]
     g = g.unsqueeze(0).expand(size, *g.shape) if g_dim is None else g.movedim(g_dim, 0)
     count, batch = g.shape[1:3]
     if a_dim is None:
-        norms = op(a, g.flatten(0, 1), *rest)
+        norms = _composition(a, g.flatten(0, 1), *rest)
         return norms.reshape(size, count, batch), 0
     a = a.movedim(a_dim, 0)
-    norms = op(a.flatten(0, 1), g.transpose(0, 1).flatten(1, 2), *rest)
+    norms = _composition(a.flatten(0, 1), g.transpose(0, 1).flatten(1, 2), *rest)
     return norms.reshape(count, size, batch), 1
 
 
-def _register(name: str, eager: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Register a norm's composition, which tracers see through, and its nodes, which they do not.
-
-    Returns:
-        The composition and the kernel.
-    """
-    composition, whole, kernel = (
-        getattr(torch.ops.fastgrad, name + suffix).default for suffix in ("", "_whole", "_kernel")
-    )
-
-    def composed(a: Tensor, *rest: Any) -> Tensor:
-        return (whole if _whole.get() and a.device.type == "cpu" else eager)(a, *rest)
-
-    def mapped(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return _batched(composition, info.batch_size, in_dims, *args)
-
-    torch.library.impl(f"fastgrad::{name}", "CompositeImplicitAutograd", composed)
-    torch.library.register_vmap(f"fastgrad::{name}", mapped)
-    torch.library.impl(f"fastgrad::{name}_whole", "CPU", eager)
-    for key in ("CUDA", "CPU"):  # on the CPU the launcher accepts Triton's interpreter alone
-        torch.library.impl(f"fastgrad::{name}_kernel", key, launcher("layer_sqnorm", name))
-    return composition, kernel
-
-
-_CONV, _CONV_KERNEL = _register("conv_sqnorm", _conv_eager)
-_LINEAR, _LINEAR_KERNEL = _register("linear_sqnorm", _linear_eager)
+torch.library.impl("fastgrad::conv_sqnorm", "CompositeImplicitAutograd", _composed)
+torch.library.register_vmap("fastgrad::conv_sqnorm", _batched)
+torch.library.impl("fastgrad::conv_sqnorm_whole", "CPU", _eager)
+for _name, _key in itertools.product(("conv_sqnorm", "linear_sqnorm"), ("CUDA", "CPU")):
+    # On the CPU the launcher accepts Triton's interpreter alone.
+    torch.library.impl(f"fastgrad::{_name}_kernel", _key, launcher("layer_sqnorm", _name))
 
 
 def conv_sqnorm(
@@ -213,7 +202,7 @@ def conv_sqnorm(
             f"g must have as many dimensions as a, or one more in front for several gradients per sample; "
             f"its shape was {tuple(g.shape)} beside {tuple(a.shape)}"
         )
-    op = _conv_eager if is_exporting() else _CONV
+    op = _eager if is_exporting() else _composition
     norms = op(
         a,
         g if g.dim() > a.dim() else g.unsqueeze(0),
@@ -235,7 +224,7 @@ def linear_sqnorm(a: Tensor, g: Tensor, *, route: str | None = None, impl: str =
     Args:
         a: Input, ``(B, T, C)`` with T positions.
         g: Gradient at the output, ``(B, T, O)`` or ``(K, B, T, O)``.
-        route: ``"patch"`` (direct), ``"patch_gram"`` or ``"grouped"``; the cheapest if None.
+        route: As in `conv_sqnorm`.
         impl: ``"auto"`` (a Triton kernel on a GPU), ``"triton"`` or ``"eager"``.
 
     Returns:
@@ -247,6 +236,4 @@ def linear_sqnorm(a: Tensor, g: Tensor, *, route: str | None = None, impl: str =
         raise ValueError(f"a must be (B, T, C); its shape was {tuple(a.shape)}")
     if g.dim() not in (3, 4):
         raise ValueError(f"g must be (B, T, O) or (K, B, T, O); its shape was {tuple(g.shape)}")
-    op = _linear_eager if is_exporting() else _LINEAR
-    norms = op(a, g if g.dim() == 4 else g.unsqueeze(0), route, impl)
-    return norms if g.dim() == 4 else norms.squeeze(0)
+    return conv_sqnorm(a.mT, g.mT, 1, route=route, impl=impl)

@@ -10,6 +10,8 @@ from fastgrad.ops.dispatch import launcher, operator
 
 # Rows are worked on in pieces of at most this many elements (8 MiB), which stay in the outer cache of a CPU.
 _CHUNK = 1 << 21
+# Numbers whose largest is found at once.
+_FEW = 1 << 16
 # Longer rows have their normalisation corrected, which costs a few operations on one number a row.
 _LONG = 1 << 12
 
@@ -78,7 +80,7 @@ def _argmax(p: Tensor) -> Tensor:
     ``sqrt(N)`` columns, the one with the largest maximum.
     """
     classes = p.shape[-1]
-    if p.device.type != "cpu" or torch.compiler.is_compiling() or classes < 256:
+    if p.device.type != "cpu" or torch.compiler.is_compiling() or classes < 256 or p.numel() < _FEW:
         plain: Tensor = p.argmax(-1, keepdim=True)
         return plain
     width = 1 << (classes.bit_length() // 2)

@@ -328,3 +328,16 @@ def test_clients_that_do_not_read_are_closed_where_connections_run_out(tiny_onnx
         assert [server.request("GET", "/health")[0] for _ in range(8)] == [200] * 8
         for each in idle:
             each.close()
+
+
+def test_another_event_loop_is_not_taken(tiny_onnx: Any, tmp_path: Any) -> None:
+    from serve_client import Server
+
+    # uvicorn takes uvloop where it is installed; its transports have no limit of what they read at once.
+    (tmp_path / "uvloop.py").write_text("raise RuntimeError('uvloop was imported')")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    server = Server(tiny_onnx, env={"PYTHONPATH": path})
+    try:
+        assert server.predict(image(), "image/png")[0] == 200
+    finally:
+        assert server.stop() == 0

@@ -1,0 +1,125 @@
+"""Where the images to score come from: a folder, or a column of a Parquet file."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastgrad.checks import extra
+from fastgrad.deploy.file.images import MAX_PIXELS
+
+with extra("score"):
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Limits(NamedTuple):
+    """Of one image.
+
+    Attributes:
+        pixels: larger ones are not decoded.
+        size: bytes of a file, or of a cell of a Parquet file; larger ones are not read.
+    """
+
+    pixels: int = MAX_PIXELS
+    size: int = 64 * 2**20
+
+
+class Source(NamedTuple):
+    """One image to score.
+
+    Attributes:
+        name: its path, or its key in the Parquet file.
+        content: its bytes, or None: to be read from ``path``.
+        path: the file.
+    """
+
+    name: str
+    content: bytes | None
+    path: Path | None
+
+
+def list_folder(folder: Path) -> tuple[list[Source], str]:
+    """All image files below a folder in the order of their names, and a digest of names, sizes and times."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    sources, digest = [], hashlib.sha256()
+    for path in sorted(found):
+        name, stat = os.fsencode(path.relative_to(folder)), path.stat()
+        digest.update(b"%s\0%d %d\0" % (name, stat.st_size, stat.st_mtime_ns))
+        sources.append(Source(name.decode("utf-8", "backslashreplace"), None, path))
+    return sources, digest.hexdigest()
+
+
+def read_parquet(
+    path: Path,
+    column: str | None,
+    key: str | None,
+    start: int = 0,
+    stop: int | None = None,
+    most: int = Limits().size,
+) -> Iterator[Source]:
+    """Rows ``start`` to ``stop`` of a Parquet file; row groups that hold none of them are not read.
+
+    Args:
+        path: the file.
+        column: with the images, bytes or structs with a field ``bytes``; None takes the first of ``image``,
+            ``img``, ``bytes``, ``content``.
+        key: with the names; None takes ``path``, ``name``, ``id`` if there is one, else the row's number.
+        start: first row.
+        stop: row after the last; None: to the end.
+        most: bytes of a cell; of a larger one no more than one byte beyond comes.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    file = pq.ParquetFile(path)
+    names = file.schema_arrow.names
+    column = _column(names, column, ("image", "img", "bytes", "content"), "image", required=True)
+    key = _column(names, key, ("path", "name", "id"), "key", required=False)
+    stop = file.metadata.num_rows if stop is None else stop
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    ends = list(itertools.accumulate(sizes))
+    groups = [
+        i for i, (size, end) in enumerate(zip(sizes, ends, strict=True)) if end - size < stop and end > start
+    ]
+    row = ends[groups[0]] - sizes[groups[0]] if groups else 0
+    columns = [column] + ([key] if key else [])
+    for part in file.iter_batches(batch_size=64, row_groups=groups, columns=columns):
+        images = _cells(part.column(column), most)
+        keys = part.column(key).to_pylist() if key else range(row, row + len(images))
+        for number, (name, content) in enumerate(zip(keys, images, strict=True), start=row):
+            if start <= number < stop:
+                yield Source(str(name), content, None)
+        row += len(images)
+
+
+def _cells(column: Any, most: int) -> list[bytes]:
+    """The bytes of image cells: bytes, or structs with a field ``bytes`` (as Hugging Face writes them)."""
+    if pa.types.is_struct(column.type):
+        names = [field.name for field in column.type]
+        column = pc.struct_field(column, "bytes") if "bytes" in names else pa.nulls(len(column), pa.binary())
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        return [b""] * len(column)
+    return [cell or b"" for cell in pc.binary_slice(column, 0, most + 1).to_pylist()]
+
+
+def _column(names: list[str], given: str | None, guesses: Iterable[str], what: str, *, required: bool) -> Any:
+    if given is not None:
+        if given not in names:
+            listed = ", ".join(names)
+            raise ValueError(
+                f"--{what}-column must be one of the file's columns ({listed}); it was {given!r}"
+            )
+        return given
+    found = next((guess for guess in guesses if guess in names), None)
+    if found is None and required:
+        listed = ", ".join(names)
+        raise ValueError(f"name the column with the images (--{what}-column); the file has {listed}")
+    return found

@@ -1,0 +1,99 @@
+"""Routes that say how the server and its models are: health, readiness, metrics, the model, drift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from fastgrad.checks import extra
+from fastgrad.deploy.serve.decoder import RequestError
+from fastgrad.deploy.serve.metrics import Metrics
+from fastgrad.deploy.serve.schema import Status, refusals
+from fastgrad.deploy.serve.served import Model
+
+with extra("serve"):
+    from fastapi import APIRouter, Query, Request
+    from fastapi.responses import JSONResponse, Response
+
+
+def status_routes(named: Callable[[str | None], Model], models: Mapping[str, Model], queue: int) -> APIRouter:
+    """The routes.
+
+    Args:
+        named: gives the model of a name, or the first.
+        models: by name.
+        queue: requests in progress from which on the server is not ready for more.
+    """
+    router = APIRouter()
+
+    @router.get("/health", summary="Whether the process lives", responses=refusals())
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @router.get(
+        "/ready",
+        summary="Whether to send requests here",
+        responses={200: {"model": Status}, 503: {"model": Status}, **refusals()},
+    )
+    async def ready(request: Request) -> JSONResponse:
+        state = request.app.state
+        loaded = all(model.served.pool.ready for model in models.values())
+        fine = state.ready and not state.draining and loaded and state.active < queue
+        return JSONResponse({"ready": fine}, 200 if fine else 503)
+
+    prometheus: dict[str, Any] = {
+        "response_class": Response, "responses": {200: {"content": {"text/plain": {}}}, **refusals(404)},
+    }  # fmt: skip
+
+    @router.get("/metrics", summary="For Prometheus", **prometheus)
+    @router.get("/metrics/{name}", summary="For Prometheus, of one of several models", **prometheus)
+    async def metrics_route(name: str | None = None) -> Response:
+        text = named(name).served.metrics.render()
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    told: dict[str, Any] = {"responses": refusals(404)}
+
+    @router.get("/model", summary="What travels with the model: shape, labels, threshold, scores", **told)
+    @router.get("/model/{name}", summary="The same of one of several models", **told)
+    async def model_route(name: str | None = None) -> dict[str, Any]:
+        served = named(name).served
+        return {
+            "models": list(models),
+            "input_shape": served.description.input_shape,
+            "labels": served.description.labels,
+            "classes": served.description.classes,
+            "threshold": served.threshold,
+            "false_alarm_rate": served.false_alarm_rate,
+            "histogram": served.description.histogram,
+            "evidence": served.description.evidence,
+            "risk": served.description.risk,
+        }
+
+    def drift(name: str | None, action: str | None = None, reason: str = "") -> dict[str, Any]:
+        metrics: Metrics = named(name).served.metrics
+        if metrics.monitor is None:
+            raise RequestError(404, "the model's file has no scores to compare with")
+        if action is not None:
+            try:
+                metrics.note(action, reason)
+            except ValueError as error:
+                raise RequestError(409, str(error)) from None
+        return metrics.monitor.state() | {"history": list(metrics.monitor.history)}
+
+    @router.get("/drift", summary="Whether inputs have drifted, on how many, with which error rate", **told)
+    @router.get("/drift/{name}", summary="The same of one of several models", **told)
+    async def drift_route(name: str | None = None) -> dict[str, Any]:
+        return drift(name)
+
+    noted: dict[str, Any] = {"responses": refusals(404, 409, 422)}
+
+    @router.post("/drift", summary="Acknowledge the drift alarm, or start anew; the reason is kept", **noted)
+    @router.post("/drift/{name}", summary="The same of one of several models", **noted)
+    async def drift_note_route(
+        action: Literal["acknowledge", "reset"],
+        reason: Annotated[str, Query(min_length=1, max_length=500, pattern=r"\S")],
+        name: str | None = None,
+    ) -> dict[str, Any]:
+        return drift(name, action, reason)
+
+    return router
