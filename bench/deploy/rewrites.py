@@ -1,0 +1,170 @@
+"""What each rewrite of an ONNX graph gives: the time of the file without it over that of the file with all.
+
+``python -m bench.deploy.rewrites`` translates two-stage models of untrained networks with every rewrite, and again
+without each one. ONNX Runtime runs the files in turns, on the processor's clock and one thread. The ratio is the median
+over rounds. A graph that a rewrite leaves as it is has no row. The weights do not matter to the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from bench.clock import in_turns
+from bench.deploy.price import NETWORKS as PRICED
+from bench.report import pages
+from fastgrad import TwoStageModel
+from fastgrad.commands.demo.network import digit_network
+from fastgrad.deploy.file import graph, onnx_export, onnx_file, onnx_operators
+from fastgrad.detector.presets import DEFAULT_BLOCKS
+
+FORMS = {"default": (), "all parameters": ("gradients",)}
+aten = torch.ops.aten
+
+
+def _small_vit() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(224, 16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
+
+
+#: How each network is built, and the shape of its inputs.
+NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "EfficientNet-Lite0": (PRICED["EfficientNet-Lite0"][0], (3, 224, 224)),
+    "ResNet-18": (PRICED["ResNet-18"][0], (3, 224, 224)),
+    "ViT-Tiny/16": (_small_vit, (3, 224, 224)),
+    "the demo's network": (digit_network, (1, 24, 24)),
+}
+
+
+def _nothing(target: Any, name: str) -> Callable[[], Any]:
+    return lambda: mock.patch.object(target, name, return_value=None)
+
+
+def _without(operator: Any) -> Callable[[], Any]:
+    table = {key: value for key, value in onnx_operators.decompositions().items() if key != operator}
+    own = torch.export.default_decompositions()
+    if operator in own:
+        table[operator] = own[operator]
+    return lambda: mock.patch.object(onnx_export, "decompositions", return_value=table)
+
+
+def _without_both() -> contextlib.ExitStack:
+    """`sample_apart` and `keep_blocked`: where Clip alone breaks the layout, either does for the other."""
+    stack = contextlib.ExitStack()
+    for name in ("sample_apart", "keep_blocked"):
+        stack.enter_context(_nothing(onnx_export, name)())
+    return stack
+
+
+#: How to do without each.
+REWRITES: Mapping[str, Callable[[], Any]] = {
+    name: _nothing(target, name.split()[0])
+    for target, names in (
+        (onnx_export, ("sample_apart", "keep_blocked", "join_means", "optimize")),
+        (graph, ("_fold_batch_norms", "_fold_products")),
+    )
+    for name in names
+} | {
+    "square as a product": _without(aten.pow.Tensor_Scalar),
+    "sum as a pooling": _without(aten.sum.dim_IntList),
+    "step as a convolution": lambda: mock.patch.object(onnx_operators, "_is_images", return_value=False),
+    "sample_apart and keep_blocked": _without_both,
+}
+
+
+def translated(model: TwoStageModel, example: Tensor, file: Path) -> bytes:
+    """Write the file; return its bytes."""
+
+    def answers(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value for value in model(x) if value is not None)
+
+    made = onnx_export.convert(answers, example, max_batch=64)
+    file.write_bytes(content := made.SerializeToString())
+    return bytes(content)
+
+
+def repeated(run: Callable[[Tensor], object], x: Tensor, calls: int) -> Callable[[], None]:
+    """So many calls: the clock's own cost would show in one of a small network."""
+
+    def call() -> None:
+        for _ in range(calls):
+            run(x)
+
+    return call
+
+
+def measure(
+    name: str, form: str, batches: tuple[int, ...], rounds: int, folder: Path
+) -> list[dict[str, Any]]:
+    """Rows of one network and form."""
+    torch.manual_seed(0)
+    build, shape = NETWORKS[name]
+    net, generator = build().eval(), torch.Generator().manual_seed(0)
+    blocks = (*DEFAULT_BLOCKS, *FORMS[form])
+    loader = [torch.rand(24, *shape, generator=generator) for _ in range(2)]
+    model = TwoStageModel(net, blocks=blocks).fit(loader, None, verbose=None)
+    example = torch.rand(2, *shape, generator=generator)
+    files = {"all": folder / "all.onnx"}
+    whole = translated(model, example, files["all"])
+    for rewrite, without in REWRITES.items():
+        file = folder / f"{len(files)}.onnx"
+        with without():
+            if translated(model, example, file) != whole:
+                files[rewrite] = file
+    runs = {rewrite: onnx_file.load(file) for rewrite, file in files.items()}
+    rows = []
+    for batch in batches:
+        x = torch.rand(batch, *shape, generator=generator)
+        expected = runs["all"](x)[0]
+        for run in runs.values():
+            # Another answer would mean that something else is timed.
+            torch.testing.assert_close(run(x)[0], expected, rtol=1e-3, atol=1e-3)
+        calls = max(1, round(0.02 / statistics.median(in_turns({"": repeated(runs["all"], x, 1)}, 3)[""])))
+        taken = in_turns({key: repeated(run, x, calls) for key, run in runs.items()}, rounds)
+        for rewrite in list(runs)[1:]:
+            ratios = [one / base for one, base in zip(taken[rewrite], taken["all"], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            rows.append(
+                {"network": name, "form": form, "batch": batch, "without": rewrite,
+                 "ms": round(1e3 * statistics.median(taken["all"]) / calls, 2), "ratio": round(middle, 3),
+                 "quartiles": [round(low, 3), round(high, 3)]}
+            )  # fmt: skip
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in given.networks:
+            for form in given.forms:
+                rows += measure(name, form, tuple(given.batches), given.rounds, Path(folder))
+    pages.save(
+        "onnx-rewrites", rows, packages=("torch", "onnx", "onnxruntime", "onnxscript"), folder=given.out
+    )
+
+
+if __name__ == "__main__":
+    main()
