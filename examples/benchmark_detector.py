@@ -1,4 +1,4 @@
-"""Compare a detector of your own with fastgrad's, on clean data only and with generated challenges.
+"""Compare your own detector with fastgrad's, on clean data only and with generated challenges.
 
 Every detector is a function that is fitted on the same clean images and returns scores, higher for less reliable.
 """
@@ -40,7 +40,7 @@ def ours(challenges: str | None) -> Callable[[nn.Module, Tensor, Tensor], Score]
 
 
 def cases(clean: Tensor) -> dict[str, Tensor]:
-    """Return inputs to be told from clean ones, all of kinds that ``fit`` does not generate."""
+    """Return inputs to distinguish from clean ones, of kinds that ``fit`` does not generate."""
     generator = torch.Generator().manual_seed(1)
     salt = torch.rand(clean.shape, generator=generator)
     occluded = clean.clone()

@@ -238,8 +238,8 @@ LOSSES = tuple(_TABLE)
 def delta(logits: Tensor, target: str | Tensor, *, loss: str, reduction: str = "sum") -> Tensor:
     """Gradient of the loss at the logits, ``(..., N)``, relatively accurate also where the network is confident.
 
-    ``target`` is ``"ones"``, ``"uniform"``, ``"predicted"``, class indices ``(...)`` or soft targets ``(..., N)``;
-    ``reduction`` over classes ``"sum"`` or ``"mean"`` (divides by N). float32 (float64 for float64 logits).
+    ``target`` is ``"ones"``, ``"uniform"``, ``"predicted"``, class indices ``(...)`` or soft targets ``(..., N)``.
+    ``reduction`` over classes is ``"sum"`` or ``"mean"`` (divides by N). float32 (float64 for float64 logits).
     """
     z = _upcast(logits)
     result = _TABLE[loss].delta(z, target)

@@ -1,22 +1,18 @@
 """Every route on every convolution of the zoo: is the one that the cost model picks the fastest?
 
-    python -m bench.micro.conv_routes --slice 0/4     # measure a quarter of the shapes, added to the raw file
-    python -m bench.micro.conv_routes --report        # bench/results/conv-routes.json and .md from the raw file
+    python -m bench.micro.conv_routes        # bench/results/conv-routes.json and .md
 
-The acceptance is a pick within 20 % of the measured best for at least 90 % of the shapes. A route predicted
-more than `HOPELESS` times slower than the pick is not measured, and one that turns out `SLOW` times slower
-than the best so far is run twice.
+The acceptance is a pick within 20 % of the measured best for at least 90 % of the shapes. A route predicted more than
+`HOPELESS` times slower than the pick is not measured, and one `SLOW` times slower than the best so far is run twice.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import tempfile
+import sys
 import time
 from collections import defaultdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,79 +81,38 @@ def seconds(call: Any, best: float) -> float:
     return shortest
 
 
-def measure(key: tuple[Any, ...]) -> dict[str, Any]:
-    """All routes on one shape."""
+def measure(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
+    """Return a row: the pick, and all routes on one shape."""
     channels, height, width, outputs, kernel, stride, padding, dilation, groups = key
     torch.manual_seed(0)
     a = torch.randn(BATCH, channels, height, width)
-    with torch.device("meta"):
-        like = nn.Conv2d(channels, outputs, kernel, stride, padding, dilation, groups)(a.to("meta"))
-    g = torch.randn(like.shape)
-    p = canonical(a, g.unsqueeze(0), kernel, stride, padding, dilation, groups, False)
-    shape = shape_of(p)
+    layer = nn.Conv2d(channels, outputs, kernel, stride, padding, dilation, groups, device="meta")
+    g = torch.randn(layer(a.to("meta")).shape)
+    shape = shape_of(canonical(a, g.unsqueeze(0), kernel, stride, padding, dilation, groups, False))
     predicted = {route: cost.seconds(route, shape) for route in cost.candidates(shape)}
     picked = cost.choose_route(shape)
     measured: dict[str, float] = {}
     for route in sorted(predicted, key=lambda r: predicted[r]):
-        if predicted[route] > HOPELESS * predicted[picked]:
-            continue
-        best = min(measured.values(), default=math.inf)
-        measured[route] = seconds(
-            lambda r=route: conv_sqnorm(a, g, kernel, stride, padding, dilation, groups, route=r), best
-        )
-    return {"shape": key, "picked": picked, "measured": measured}
-
-
-def judge(row: dict[str, Any]) -> dict[str, Any]:
-    """Pick and prediction by the present cost model, from stored measurements."""
-    channels, height, width, outputs, kernel, stride, padding, dilation, groups = row["shape"]
-    a, g = torch.empty(BATCH, channels, height, width, device="meta"), None
-    conv = nn.Conv2d(channels, outputs, kernel, stride, padding, dilation, groups, device="meta")
-    g = conv(a).unsqueeze(0)
-    shape = shape_of(canonical(a, g, kernel, stride, padding, dilation, groups, False))
-    measured = row["measured"]
+        if predicted[route] <= HOPELESS * predicted[picked]:
+            call = partial(conv_sqnorm, a, g, kernel, stride, padding, dilation, groups, route=route)
+            measured[route] = seconds(call, min(measured.values(), default=math.inf))
     best = min(measured, key=measured.__getitem__)
-    picked = cost.choose_route(shape)
     return {
         "shape": f"{channels} to {outputs}, {height}x{width}, kernel {'x'.join(map(str, kernel))}, "
         f"stride {stride[0]}" + (f", groups {groups}" if groups > 1 else ""),
-        "models": ", ".join(row["models"]),
-        "picked": picked,
-        "predicted_ms": 1e3 * cost.seconds(picked, shape),
-        "measured_ms": 1e3 * measured[picked] if picked in measured else None,
-        "best": best,
-        "best_ms": 1e3 * measured[best],
-        "ratio": measured[picked] / measured[best] if picked in measured else math.inf,
-        **{f"{route}_ms": 1e3 * t for route, t in measured.items()},
-    }
-
-
-def report(raw: list[dict[str, Any]]) -> None:
-    """Write the table."""
-    rows = sorted((judge(row) for row in raw), key=lambda row: -row["ratio"])
-    pages.save("conv-routes", rows, packages=("torch", "torchvision"))
+        "models": ", ".join(models), "picked": picked, "predicted_ms": 1e3 * predicted[picked],
+        "measured_ms": 1e3 * measured[picked], "best": best, "best_ms": 1e3 * measured[best],
+        "ratio": measured[picked] / measured[best], **{f"{route}_ms": 1e3 * t for route, t in measured.items()},
+    }  # fmt: skip
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--slice", help="i/n: measure the i-th of n parts")
-    parser.add_argument("--report", action="store_true")
-    parser.add_argument("--raw", type=Path, default=Path(tempfile.gettempdir()) / "conv-routes-raw.json")
-    options = parser.parse_args()
-    raw = json.loads(options.raw.read_text()) if options.raw.exists() else []
-    if options.slice:
-        i, n = map(int, options.slice.split("/"))
-        known = options.raw.with_suffix(".shapes.json")
-        if not known.exists():
-            known.write_text(json.dumps(list(shapes().items())))
-        for key, models in json.loads(known.read_text())[i::n]:
-            raw.append({**measure(key), "models": models})
-        raw = list({json.dumps(row["shape"]): row for row in raw}.values())  # the latest of each shape
-        options.raw.write_text(json.dumps(raw))
-        print(len(raw), "shapes measured")
-    if options.report:
-        report(raw)
+    """Measure every shape."""
+    rows = []
+    for key, models in shapes().items():
+        rows.append(measure(key, models))
+        print(rows[-1]["shape"], file=sys.stderr)
+    pages.save("conv-routes", sorted(rows, key=lambda row: -row["ratio"]), packages=("torch", "torchvision"))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ A block is a table or a single number:
   versions, revision and floors of a file. Of a detection table the words are the network: its strongest published
   detector for each group, beside fastgrad's.
 - A value is ``FILE | CASE or NETWORK: CASE | IMPLEMENTATION or METHOD | FIELD`` with an optional format (default
-  ``.3g``). FIELD is a key of the row, or ``faster``, the factor by which fastgrad's fastest form beats it, or
-  ``per second``.
+  ``.3g``). In a row of a table ``;`` stands in place of ``|``, which would end the cell. FIELD is a key of the row, or
+  ``faster``, the factor by which fastgrad's fastest form beats it, or ``per second``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def value(words: str, folder: Path = RESULTS) -> str:
     Raises:
         ValueError: The words do not name a number of the results.
     """
-    parts = [part.strip() for part in words.split("|")]
+    parts = [part.strip() for part in re.split("[|;]", words)]
     if len(parts) not in (4, 5):
         raise ValueError(f"a value must be FILE | CASE | IMPLEMENTATION | FIELD; it was {words!r}")
     name, case, implementation, key = parts[:4]

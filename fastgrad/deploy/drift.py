@@ -3,8 +3,8 @@
 The monitor reads a stream of uncertainty scores, one an image, and raises an alarm with a stated error rate:
 
 - Every score becomes a *conformal p-value*: its randomised rank among the calibration scores and all scores seen so
-  far. While the stream is exchangeable with the calibration images these p-values are independent and uniform,
-  whatever the distribution of the scores (Vovk, Nouretdinov & Gammerman, ICML 2003).
+  far. While the stream is exchangeable with the calibration images, these p-values are independent and uniform
+  (Vovk, Nouretdinov & Gammerman, ICML 2003). That holds for any distribution of the scores.
 - A family of Beta densities *bets* against uniformity: each multiplies its capital by its density at the p-value.
   Under uniformity no bet gains on average. High scores, low scores, both tails and a pile-up in one place each have
   bets that grow exponentially on them.
@@ -107,8 +107,8 @@ class DriftMonitor:
 
     Args:
         reference: a `ScoreReference`, or the held-out in-distribution scores themselves.
-        false_alarm_rate: ``alpha`` in (0, 1): the bound on the probability of ever raising a false alarm
-            (``form="ever"``), or one over the least average number of images before one (``form="average"``).
+        false_alarm_rate: In (0, 1). For ``form="ever"`` the bound on the probability of ever raising a false alarm.
+            For ``form="average"`` one over the least average number of images before one.
         form: ``"ever"`` or ``"average"``, see the module's description.
         seed: of the tie-breaking random numbers; two monitors with one seed agree on the same stream.
 

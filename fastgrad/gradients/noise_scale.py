@@ -15,8 +15,8 @@ class NoiseScale:
 
     ``G`` is the true gradient of the mean loss and ``Sigma`` the covariance of single samples' gradients. A step on a
     batch of that many samples makes half the progress of a step along ``G``. Unbiased estimates of the two terms are
-    averaged over batches before they are divided. ``s`` is the mean of the B squared norms of the samples' gradients,
-    ``b`` the squared norm of their mean (appendix A.1, batches of sizes 1 and B)::
+    averaged over batches before they are divided. ``s`` is the mean of the B squared norms of the samples' gradients.
+    ``b`` is the squared norm of their mean (appendix A.1, batches of sizes 1 and B)::
 
         |G|^2 = (B b - s) / (B - 1)        tr(Sigma) = B (s - b) / (B - 1)
 

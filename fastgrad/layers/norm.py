@@ -10,9 +10,6 @@ from fastgrad._torch import NormBase, is_batched
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
 
-#: Elements of an activation worked on at once where that takes several passes.
-_CHUNK = 2**18
-
 
 def _channel_norms(xhat: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Norms of per-channel affine parameters from ``(B, C, *)`` tensors."""
@@ -20,19 +17,6 @@ def _channel_norms(xhat: Tensor, g: Tensor) -> dict[str, Tensor]:
         return {"weight": sqnorm(g * xhat), "bias": sqnorm(g)}
     g = g.flatten(2)
     return {"weight": sqnorm((g * xhat.flatten(2)).sum(2)), "bias": sqnorm(g.sum(2))}
-
-
-def _strided_batch_norm(a: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tensor]:
-    """The same for tensors that are not contiguous (channels-last), a few samples at a time to stay in cache."""
-    step = max(1, _CHUNK // max(1, a[0].numel()))
-    mean = mean.view(1, -1, *(1,) * (a.dim() - 2))
-    space = tuple(range(2, a.dim()))
-    products = [
-        ((x - mean).mul_(y).sum(space), y.sum(space))
-        for x, y in zip(a.split(step), g.split(step), strict=True)
-    ]
-    weight, bias = (torch.cat(parts) for parts in zip(*products, strict=True))
-    return {"weight": sqnorm(weight * rstd), "bias": sqnorm(bias)}
 
 
 def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -43,12 +27,10 @@ def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     assert mean is not None
     assert var is not None
     mean, var = mean.to(a.dtype), var.to(a.dtype)
-    if a.dim() == 2 or is_batched(g):
+    if a.dim() == 2 or is_batched(g) or not a.is_contiguous():
         shape = (1, -1) + (1,) * (a.dim() - 2)
         return _channel_norms((a - mean.view(shape)) * torch.rsqrt(var + module.eps).view(shape), g)
     samples, channels = a.shape[:2]
-    if not a.is_contiguous() and isinstance(samples, int):
-        return _strided_batch_norm(a, g, mean, torch.rsqrt(var + module.eps))
     # Samples folded into channels, the ordinary reduction over (batch, positions) becomes one per sample, and
     # one pass over the two tensors gives both sums.
     _, weight, bias = torch.ops.aten.native_batch_norm_backward(
