@@ -111,7 +111,9 @@ def detection_folder(tmp_path: pathlib.Path) -> pathlib.Path:
             "case": "mean of attacks",
             "group": "attacks",
         }
-        rows.append(row | ({"not run": "no weights"} if figure is None else {"auroc": figure, "interval": [0.4, 1.0]}))
+        rows.append(
+            row | ({"not run": "no weights"} if figure is None else {"auroc": figure, "interval": [0.4, 1.0]})
+        )
     (tmp_path / "attacks.json").write_text(json.dumps({"merit": "auroc", "rows": rows}))
     return tmp_path
 
