@@ -22,7 +22,7 @@ from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.rows import Rows
 
 if TYPE_CHECKING:
-    from fastgrad.blocks.passes import Pass, Signal, Wants
+    from fastgrad.blocks.passes import Pass, Signal
     from fastgrad.blocks.subject import Subject
     from fastgrad.engine.run import Reading
 
@@ -86,12 +86,6 @@ class Block:
     def signals(self, subject: Subject) -> tuple[Signal, ...]:
         """What it sends back from the logits, for the squared norms of all parameters' gradients."""
         return ()
-
-    def wants(self, subject: Subject, mask: Tensor | None) -> Wants:
-        """All that it needs of a pass."""
-        from fastgrad.blocks.passes import Wants
-
-        return Wants(self.readings(subject, mask), self.signals(subject))
 
     def values(self, found: Pass) -> Tensor:
         """The block ``(B, ...)`` from what a pass has found."""

@@ -113,12 +113,11 @@ class Extraction:
     def _extract(
         self, subject: Subject, args: Any, kwargs: Any, samples: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        plan = None
-        if any(block.signals(subject) for block in self.blocks):
-            plan = self._network.plan(args, kwargs, samples)
         mask = None if subject.mask is None else kwargs[subject.mask]
-        wants = {block.name: block.wants(subject, mask) for block in self.blocks}
-        found = Pass(self._network, plan, subject, wants, args, kwargs, samples, log=self.log)
+        readings = {block.name: block.readings(subject, mask) for block in self.blocks}
+        signals = {block.name: block.signals(subject) for block in self.blocks}
+        plan = self._network.plan(args, kwargs, samples) if any(signals.values()) else None
+        found = Pass(self._network, plan, subject, readings, signals, args, kwargs, samples, log=self.log)
         with torch.no_grad():
             return found.logits, {block.name: self._values(block, found) for block in self.blocks}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -17,16 +18,10 @@ from fastgrad.scores.rows import Rows
 BACKWARD = 2.5
 
 
-def of_loss(loss: str, target: str) -> Signal:
-    """The gradient of ``loss`` against a fixed ``target``."""
-    return Signal(f"{loss}-{target}", lambda logits: losses.delta(logits, target, loss=loss))
-
-
-#: Three losses whose gradients say different things about a sample.
-JOINED = (
-    of_loss("bce", "ones"),
-    of_loss("cross_entropy", "ones"),
-    of_loss("cross_entropy", "predicted"),
+#: Three losses, each against a fixed target, whose gradients say different things about a sample.
+JOINED: tuple[Signal, ...] = tuple(
+    partial(losses.delta, target=target, loss=loss)
+    for loss, target in (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"))
 )
 
 

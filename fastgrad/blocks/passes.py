@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,30 +15,8 @@ from fastgrad.engine.network import Network
 from fastgrad.engine.plan import Plan
 from fastgrad.engine.run import Reading, Run
 
-
-@dataclass(frozen=True)
-class Signal:
-    """What is sent back through a network: one gradient at the logits.
-
-    Attributes:
-        name: What it is called in reports and files.
-        delta: ``logits (B, N) -> (B, N)``.
-    """
-
-    name: str
-    delta: Callable[[Tensor], Tensor]
-
-
-class Wants(NamedTuple):
-    """What a block needs of a pass.
-
-    Attributes:
-        readings: What to keep of what modules see.
-        signals: What to send back, for the squared norms of all parameters' gradients.
-    """
-
-    readings: tuple[Reading, ...] = ()
-    signals: tuple[Signal, ...] = ()
+#: What is sent back through a network: from logits ``(B, N)`` one gradient at them ``(B, N)``.
+Signal = Callable[[Tensor], Tensor]
 
 
 class Pass:
@@ -49,7 +26,8 @@ class Pass:
         network: The network.
         plan: How the norms of parameters are found; None where no block asks for them.
         subject: What is known of the network and its inputs.
-        wants: What every block that will take its values needs, by name.
+        readings: What to keep of what modules see, by the name of the block that reads it.
+        signals: What to send back for it.
         args: The batch, positional.
         kwargs: The batch, by keyword.
         samples: B.
@@ -61,7 +39,8 @@ class Pass:
         network: Network,
         plan: Plan | None,
         subject: Subject,
-        wants: Mapping[str, Wants],
+        readings: Mapping[str, tuple[Reading, ...]],
+        signals: Mapping[str, tuple[Signal, ...]],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         samples: int,
@@ -70,26 +49,26 @@ class Pass:
     ) -> None:
         self.network, self.plan, self.subject, self.log = network, plan, subject, log
         self.args, self.kwargs, self.samples = args, kwargs, samples
-        self.wants = wants
-        self._left = [own.signals for own in wants.values() if own.signals]
+        self._readings, self._signals = readings, signals
+        self._left = [own for own in signals.values() if own]
         self.run = Run(samples)
-        readings = [reading for own in wants.values() for reading in own.readings]
         with torch.set_grad_enabled(bool(self._left)):
-            output = network.forward(plan, self.run, args, kwargs, readings=readings)
+            every = [reading for own in readings.values() for reading in own]
+            output = network.forward(plan, self.run, args, kwargs, readings=every)
         self._output = logits_of(output)
         #: ``(B, N)``.
         self.logits = self._output.detach()
 
     def readings(self, name: str) -> list[Tensor]:
         """What a block's readings saw, in its order."""
-        return [self.run.readings[reading] for reading in self.wants[name].readings]
+        return [self.run.readings[reading] for reading in self._readings[name]]
 
     def squared_norms(self, name: str) -> Tensor:
         """Squared norms of every parameter's gradient ``(B, S, P)`` for a block's S signals, or their logarithms."""
         assert self.plan is not None  # made because this block has signals
-        signals = self.wants[name].signals
+        signals = self._signals[name]
         self._left.remove(signals)
-        delta = torch.stack([signal.delta(self.logits) for signal in signals])
+        delta = torch.stack([signal(self.logits) for signal in signals])
         # The backward pass is linear in delta: one of unit size keeps every intermediate square in range.
         scale = delta.abs().amax(-1, keepdim=True)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))

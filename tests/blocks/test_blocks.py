@@ -227,7 +227,7 @@ def test_signals_are_the_losses_gradients() -> None:
     for signal, (loss, target) in zip(
         JOINED, (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted")), strict=True
     ):
-        assert torch.equal(signal.delta(logits), losses.delta(logits, target, loss=loss))
+        assert torch.equal(signal(logits), losses.delta(logits, target, loss=loss))
 
 
 class Positions(nn.Module):
