@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from bench.detection import cases, methods_images, methods_ours, methods_outputs, networks, runner  # noqa: F401
-from bench.detection.registry import METHODS, NETWORKS, Options
+from bench.detection.registry import METHODS, NETWORKS, Method, Options
 from bench.detection.tables import TABLES
 from bench.report import pages
 
@@ -29,43 +31,51 @@ PACKAGES = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="bench.detection", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("table", choices=TABLES)
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with the .npz files or torchvision's"
-    )
-    parser.add_argument(
+def parser(name: str, known: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """Return what all tables take."""
+    found = argparse.ArgumentParser(prog=f"bench.{name}")
+    found.add_argument("--data", type=Path, required=True, help="folder with the .npz files or torchvision's")
+    found.add_argument(
         "--cache", type=Path, default=Path("detection-cache"), help="networks, images, features, scores"
     )
-    parser.add_argument("--out", type=Path, help="folder for the results (default: bench/results)")
-    parser.add_argument("--quick", action="store_true", help="small sets; the files carry the word")
-    parser.add_argument(
-        "--draws", type=int, default=1, help="samples of the data, or networks of other seeds"
+    found.add_argument("--out", type=Path, help="folder for the results (default: bench/results)")
+    found.add_argument("--quick", action="store_true", help="small sets; the page says so")
+    found.add_argument("--draws", type=int, default=1, help="samples of the data")
+    found.add_argument(
+        "--networks",
+        nargs="+",
+        choices=known or list(NETWORKS),
+        default=[],
+        help="default: those of the table",
     )
-    parser.add_argument(
-        "--networks", nargs="+", choices=NETWORKS, default=[], help="default: those of the table"
-    )
-    parser.add_argument(
+    return found
+
+
+def facts(
+    title: str, given: argparse.Namespace, start: float, methods: Mapping[str, Method]
+) -> dict[str, Any]:
+    """Return what a page says of a table."""
+    return {
+        "title": title, "merit": "auroc", "quick": given.quick, "seconds": round(time.perf_counter() - start),
+        "networks": {key: [one.title, one.tuned] for key, one in NETWORKS.items()},
+        "methods": {key: [one.year, one.paper] for key, one in methods.items()},
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    options = parser("detection")
+    options.add_argument("table", choices=TABLES)
+    options.add_argument(
         "--methods", nargs="+", choices=METHODS, default=[], metavar="NAME", help="default: all"
     )
-    parser.add_argument(
-        "--training", action="store_true", help="fit on images that the network was trained on"
-    )
-    given = parser.parse_args(arguments)
+    given = options.parse_args(arguments)
     start = time.perf_counter()
     table = TABLES[given.table]
-    options = Options(given.data, given.cache, given.quick, given.draws, given.training)
-    rows = runner.run(table, options, given.networks, given.methods)
-    name = f"{given.table}-quick" if given.quick else given.table
-    facts = {
-        "table": given.table, "title": table.title, "text": table.text, "merit": table.merit,
-        "groups": list(table.groups), "quick": given.quick, "seconds": round(time.perf_counter() - start),
-        "networks": {key: [one.title, one.tuned] for key, one in NETWORKS.items()},
-        "methods": {key: [one.year, one.paper] for key, one in METHODS.items()},
-    }  # fmt: skip
-    pages.save(name, rows, packages=PACKAGES, folder=given.out, facts=facts)
+    how = Options(given.data, given.cache, given.quick, given.draws)
+    rows = runner.run(table, how, given.networks, given.methods)
+    said = facts(table.title, given, start, METHODS)
+    pages.save(given.table, rows, packages=PACKAGES, folder=given.out, facts=said)
     return 0
 
 

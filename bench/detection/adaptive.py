@@ -9,31 +9,28 @@ its attacks fails or is found (Granese et al., MEAD, 2022), at a threshold that 
 
 from __future__ import annotations
 
-import argparse
-import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from bench.detection import networks  # noqa: F401
 from bench.detection.data import sets
+from bench.detection.methods_ours import fitted
 from bench.detection.registry import NETWORKS, Options
 from bench.detection.subject import Fit, Subject
 from bench.detection.white_box import STARTS, STEPS, WhiteBox, attack, auto_attack, unaware_of, white_box
 from bench.report import pages
-from fastgrad import TwoStageModel
+from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS
 
 FALSE_ALARMS = 0.05
 RADII = (2 / 255, 8 / 255)
-#: What the attacked detectors may cost, in forward passes.
-FORMS: Mapping[str, float] = {"default": 1.2, "budget 2.5": 2.5}
+#: The blocks of the attacked detectors.
+FORMS: Mapping[str, Sequence[str]] = {"default": DEFAULT_BLOCKS, "second look": EXTENDED_BLOCKS}
 #: Weights of the detector's score beside the margin; None is selective.
 LAMBDAS: Mapping[str, float | None] = {"lambda 0.1": 0.1, "lambda 1": 1.0, "selective": None}
 #: Attacked photographs, in quick mode and else.
@@ -41,26 +38,8 @@ IMAGES = (8, 100)
 _BATCH = 8
 
 
-def _resized(images: Tensor) -> Tensor:
-    """To nine tenths and back."""
-    size = images.shape[-2:]
-    less = [round(0.9 * side) for side in size]
-    resize = functools.partial(interpolate, mode="bilinear", antialias=True)
-    return resize(resize(images, size=less), size=size).clamp(0, 1)
-
-
-def _cropped(images: Tensor) -> Tensor:
-    """The middle nine tenths, enlarged."""
-    height, width = images.shape[-2:]
-    top, left = round(0.05 * height), round(0.05 * width)
-    middle = images[..., top : height - top, left : width - left]
-    return interpolate(middle, size=(height, width), mode="bilinear", antialias=True).clamp(0, 1)
-
-
 #: What happens to images between the attack and the network.
-WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "": lambda images: images, " after JPEG": sets.compress, " after resizing": _resized, " after a crop": _cropped,
-}  # fmt: skip
+WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {"": lambda images: images, " after JPEG": sets.compress}
 
 
 def measure(subject: Subject, count: int) -> list[dict[str, Any]]:
@@ -69,9 +48,8 @@ def measure(subject: Subject, count: int) -> list[dict[str, Any]]:
     places = subject.right["test"][:count]
     x, labels = (value[places] for value in subject.parts["test"])
     boxes = {}
-    for form, budget in FORMS.items():
-        fitted = TwoStageModel(model, budget=budget, seed=subject.draw).fit(fit.loader(fit.clean.images))
-        boxes[form] = white_box(fitted, x[:3], FALSE_ALARMS)
+    for form, blocks in list(FORMS.items())[: 1 if subject.quick else None]:
+        boxes[form] = white_box(fitted(fit, blocks), x[:3], FALSE_ALARMS)
 
     def every(make: Callable[..., Tensor], seen: Any, *settings: Any) -> Tensor:
         parts = zip(x.split(_BATCH), labels.split(_BATCH), strict=True)
@@ -114,18 +92,14 @@ def answers(box: WhiteBox, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("detection-cache"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    given = parser.parse_args()
+    from bench.detection.__main__ import parser
+
+    given = parser("detection.adaptive").parse_args()
     start = time.perf_counter()
     subject = NETWORKS["lite0"].make(Options(given.data, given.cache, given.quick), 0)
     rows = measure(subject, IMAGES[0 if given.quick else 1])
     facts = {"steps": STEPS, "starts": STARTS, "seconds": round(time.perf_counter() - start)}
-    name = "adaptive-quick" if given.quick else "adaptive"
-    pages.save(name, rows, packages=("torch", "pyautoattack"), folder=given.out, facts=facts)
+    pages.save("adaptive", rows, packages=("torch", "pyautoattack"), folder=given.out, facts=facts)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,50 +41,16 @@ class ResidualBlock(nn.Module):
         return F.relu(out + self.shortcut(x))
 
 
-class DenseLayer(nn.Module):
-    """BN, ReLU, 3x3 convolution; the result is appended to the input channels (Huang et al. 2017).
-
-    With ``bottleneck`` a 1x1 convolution to four times the growth comes first.
-    """
-
-    def __init__(self, inputs: int, growth: int, bottleneck: bool = False) -> None:
-        super().__init__()
-        self.narrow: nn.Module = nn.Identity()
-        if bottleneck:
-            self.narrow = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(), conv(inputs, 4 * growth, 1, 1))
-            inputs = 4 * growth
-        self.bn, self.conv = nn.BatchNorm2d(inputs), conv(inputs, growth)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to ``(B, C + growth, H, W)``."""
-        return torch.cat([x, self.conv(F.relu(self.bn(self.narrow(x))))], 1)
-
-
 class Classifier(nn.Module):
-    """``normalize``, ``stem``, three ``stages``, global average pooling, ``fc``.
+    """``normalize``, ``stem``, three ``stages``, global average pooling, ``fc``."""
 
-    The stages are kept apart so that the feature-ensemble baselines can read one feature vector after each.
-    """
-
-    def __init__(
-        self, stem: nn.Module, stages: list[nn.Module], width: int, classes: int, channels: int
-    ) -> None:
+    def __init__(self, stem: nn.Module, stages: list[nn.Module], width: int, classes: int) -> None:
         super().__init__()
-        grey, colour = ([0.5], [0.3]), ([0.491, 0.482, 0.447], [0.247, 0.243, 0.262])
-        self.normalize = Normalize(*(colour if channels == 3 else grey))
+        self.normalize = Normalize([0.491, 0.482, 0.447], [0.247, 0.243, 0.262])
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, classes)
-
-    def stage_features(self, x: Tensor) -> list[Tensor]:
-        """Spatial means after the stem and after every stage: ``(B, C_i)`` each."""
-        x = self.stem(self.normalize(x))
-        found = [x.mean((2, 3))]
-        for stage in self.stages:
-            x = stage(x)
-            found.append(x.mean((2, 3)))
-        return found
 
     def features(self, x: Tensor) -> Tensor:
         """Penultimate features h ``(B, D)``."""
@@ -102,19 +65,14 @@ class Classifier(nn.Module):
 
 
 def residual_network(
-    channels: int = 3,
-    classes: int = 10,
-    *,
-    width: int = 32,
-    stages: int = 3,
-    blocks: int = 1,
-    stride: int = 2,
+    width: int = 32, stages: int = 3, blocks: int = 1, stride: int = 2, classes: int = 10
 ) -> Classifier:
     """A residual network of ``stages`` with ``blocks`` each; the defaults make the small one of seven convolutions.
 
-    ``width=64, stages=4, blocks=2, stride=1`` is ResNet-18 as it is used on CIFAR-10.
+    ``width=64, stages=4, blocks=2, stride=1`` is ResNet-18 as it is used on CIFAR-10; ``width=16, stages=3, blocks=3,
+    stride=1`` is ResNet-20, with a convolution where a shortcut widens.
     """
-    stem = nn.Sequential(conv(channels, width, stride), nn.BatchNorm2d(width), nn.ReLU())
+    stem = nn.Sequential(conv(3, width, stride), nn.BatchNorm2d(width), nn.ReLU())
     parts: list[nn.Module] = []
     inputs = width
     for stage in range(stages):
@@ -123,48 +81,4 @@ def residual_network(
         made += [ResidualBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
         parts.append(made[0] if blocks == 1 else nn.Sequential(*made))
         inputs = outputs
-    return Classifier(stem, parts, inputs, classes, channels)
-
-
-def dense_network(
-    channels: int = 3,
-    classes: int = 10,
-    *,
-    growth: int = 12,
-    layers: int = 4,
-    bottleneck: bool = False,
-    stride: int = 2,
-) -> Classifier:
-    """A densely connected network of three blocks of ``layers``; between them the image and the width halve.
-
-    ``layers=16, bottleneck=True, stride=1`` is DenseNet-BC of depth 100 and growth 12.
-    """
-    width = 2 * growth
-    stem = conv(channels, width, stride)
-    stages: list[nn.Module] = []
-    for block in range(3):
-        parts: list[nn.Module] = []
-        if block:
-            parts += [nn.BatchNorm2d(width), nn.ReLU(), conv(width, width // 2, 1, 1), nn.AvgPool2d(2)]
-            width //= 2
-        for _ in range(layers):
-            parts.append(DenseLayer(width, growth, bottleneck))
-            width += growth
-        if block == 2:
-            parts += [nn.BatchNorm2d(width), nn.ReLU()]
-        stages.append(nn.Sequential(*parts))
-    return Classifier(stem, stages, width, classes, channels)
-
-
-def read(model: Any, images: Tensor) -> dict[str, np.ndarray]:
-    """Features h and logits."""
-    with torch.no_grad():
-        h = torch.cat([model.features(part) for part in torch.split(images, 500)])
-        return {"features": h.numpy(), "logits": model.fc(h).numpy()}
-
-
-def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature of smallest negative log-likelihood, on a grid of factors of 1.05."""
-    z, y = torch.from_numpy(logits), torch.from_numpy(labels)
-    grid = [1.05**power for power in range(-30, 50)]
-    return min(grid, key=lambda t: float(F.cross_entropy(z / t, y)))
+    return Classifier(stem, parts, inputs, classes)

@@ -79,40 +79,6 @@ def weights(
     return model.eval()
 
 
-class Progress:
-    """What a long training has reached, in a file next to that of its weights, until it has ended.
-
-    Args:
-        path: The file.
-        recipe: What is trained; progress of anything else is not gone on with.
-    """
-
-    def __init__(self, path: Path, recipe: Mapping[str, Any]) -> None:
-        self.path, self.recipe = path, dict(recipe)
-
-    def load(self) -> dict[str, Any] | None:
-        """What was kept last, or None where nothing was, or of another recipe.
-
-        Raises:
-            ValueError: The file is damaged; the message names it.
-        """
-        if not self.path.exists():
-            return None
-        kept = _read(self.path)
-        try:
-            return kept["state"] if kept["recipe"] == self.recipe else None
-        except (KeyError, TypeError) as error:
-            raise damaged(self.path, error) from error
-
-    def keep(self, state: Mapping[str, Any]) -> None:
-        """Keep it in the place of what was kept before."""
-        _write(self.path, lambda file: torch.save({"recipe": self.recipe, "state": dict(state)}, file))
-
-    def forget(self) -> None:
-        """The training has ended."""
-        self.path.unlink(missing_ok=True)
-
-
 def digest(*parts: object) -> str:
     """Twelve hexadecimal digits of modules' weights, arrays, and whatever JSON can write."""
     total = sha256()

@@ -34,8 +34,8 @@ PHOTOGRAPHED: Mapping[str, Mapping[str, Any]] = {
 }
 #: In quick mode.
 BRIEF: Mapping[str, Mapping[str, Any]] = {
-    "C&W": {"carlini": (1, 30, 0.02, 1.0)},
-    "DeepFool": {"deepfool": (10, 5)},
+    "C&W": {"carlini": (1, 20, 0.03, 1.0)},
+    "DeepFool": {"deepfool": (4, 4)},
 }
 #: Of CIFAR-10, at a radius of 8/255.
 TESTED = {name: {"name": name} for name in ("FGSM", "BIM", "PGD", "IterLL", "Semantic")}

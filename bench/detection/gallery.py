@@ -1,38 +1,36 @@
-"""The figures of the gallery, on a cached small network.
+"""The figures of the gallery.
 
 python -m bench.detection.gallery --data DIR --cache CACHE
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.detection import cases, methods_ours  # noqa: F401
-from bench.detection.architectures import read, temperature
-from bench.detection.data import sets
+from bench.detection import cases  # noqa: F401
+from bench.detection.methods_ours import answer, fitted
 from bench.detection.networks import small
 from bench.detection.registry import Options
 from bench.detection.subject import BATCH, Fit, Subject
-from bench.detection.train import Recipe, build
 from bench.results_file import RESULTS
 from fastgrad import GradientFeatures, TwoStageModel, plots
-from fastgrad.gradients import contrasts as functional
-from fastgrad.introspection import IntrospectiveClassifier
+from fastgrad.detector.presets import DEFAULT_BLOCKS
 
 
 def histograms(subject: Subject, out: Path) -> None:
     """Scores of the default detector on clean and challenging images."""
-    score = methods_ours.default(Fit(subject))
+    two_stage = fitted(Fit(subject), DEFAULT_BLOCKS)
     shown = {
         "clean test images": "clean", "PGD": "PGD", "FGSM": "FGSM", "textures": "textures",
         "Gaussian noise": "gaussian_noise", "contrast": "contrast",
     }  # fmt: skip
-    found = {title: score(subject.seen(case)).numpy() for title, case in shown.items()}
+    found = {
+        title: answer(two_stage, subject.seen(case)).uncertainty.numpy() for title, case in shown.items()
+    }
     plots.save(plots.score_histograms(found), out / "gallery-scores.png", dpi=90)
 
 
@@ -46,39 +44,6 @@ def layers(subject: Subject, out: Path) -> None:
     }
     subject.model.requires_grad_(False)
     plots.save(plots.layer_norms(found, names), out / "gallery-layers.png", dpi=90)
-
-
-def calibration(subject: Subject, out: Path) -> None:
-    """Reliability of softmax, of the tempered softmax, and of the introspective network, on test images."""
-    model = subject.model
-    seen, seen_labels = sets.load(subject.root, "cifar10", "train", 10_000).labelled()
-    test, test_labels = sets.load(subject.root, "cifar10", "test", 5000).labelled()
-    held, held_labels = subject.parts["fit"]
-    introspective = IntrospectiveClassifier(max_epochs=15).fit(read(model, seen), seen_labels.numpy())
-    scale = temperature(read(model, held)["logits"], held_labels.numpy())
-    found = read(model, test)
-    z = torch.from_numpy(found["logits"])
-    probabilities = {
-        "softmax": z.softmax(1),
-        f"temperature {scale:.2f}": (z / scale).softmax(1),
-        "introspective": introspective.predict_proba(found),
-    }
-    axes = plots.reliability_diagram(probabilities, test_labels.numpy())
-    plots.save(axes, out / "gallery-reliability.png", dpi=90)
-
-
-def sparsity(subject: Subject, out: Path) -> None:
-    """Entries of the last layer's contrast gradients that carry their norm, before and after training."""
-    images = subject.parts["test"][0]
-    untrained = build(Recipe())
-    # An untrained network has no batch statistics yet; one pass gives it some.
-    untrained.train()(images)
-    rows = {}
-    for name, model in (("before training", untrained.eval()), ("after training", subject.model)):
-        found = read(model, images)
-        h, logits = torch.from_numpy(found["features"]), torch.from_numpy(found["logits"])
-        rows[name] = functional.contrast_rows(h, logits, loss="cross_entropy").flatten(1)
-    plots.save(plots.contrast_sparsity(rows), out / "gallery-sparsity.png", dpi=90)
 
 
 def moons(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -124,15 +89,14 @@ def manifold(out: Path) -> None:
 
 def main() -> None:
     """Draw all figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("detection-cache"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    manifold(given.out)
-    subject = small("resnet", Options(given.data, given.cache, True), 0)
-    for draw in (histograms, layers, calibration, sparsity):
-        draw(subject, given.out)
+    from bench.detection.__main__ import parser
+
+    given = parser("detection.gallery").parse_args()
+    out = given.out or RESULTS
+    manifold(out)
+    subject = small("resnet20", Options(given.data, given.cache, True), 0)
+    histograms(subject, out)
+    layers(subject, out)
 
 
 if __name__ == "__main__":

@@ -1,127 +1,213 @@
-"""Introspective learning: accuracy and calibration of the network, of H on its contrast rows, and of H on h.
+"""Introspection where it gains: a second answer from what the last layer reads, trained on generated challenges.
 
-    python -m bench.detection.introspective --network resnet18 --data DIR --cache CACHE
+    python -m bench.detection.introspective --quick --data DIR --cache CACHE
 
-H is trained on images that the network was trained on. The controls are the same H on the features h alone, and
-temperature scaling of every method. Each is repeated on networks made robust in other ways (`bench.detection.robust`);
-those that train another network run on the small one.
+H learns the clean image's label from clean images and from challenges made of them; the network stays as it is. What
+H reads: h, the contrast rows of the published method, their norms, h and the norms, or the logits. How its answer joins
+the network's: by the gate of `TwoStageModel`, the probability that the image is a challenge; by their mean; not at all,
+H alone. Beside it what one would try first: the last layer trained again on the same images, and batch norm's
+statistics adapted.
 """
 
 from __future__ import annotations
 
-import argparse
+import copy
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.special import softmax
+from torch import Tensor, nn
 
-from bench.detection import resampled
-from bench.detection.architectures import read, temperature
+from bench.detection import networks, resampled  # noqa: F401
+from bench.detection.cases import FAMILIAR, FOREIGN
 from bench.detection.data import sets
-from bench.detection.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from bench.detection.registry import Options
-from bench.detection.robust import TECHNIQUES, robust
-from bench.detection.train import EPOCHS, HELD_OUT, Recipe
+from bench.detection.methods_ours import blocks_of, fitted
+from bench.detection.registry import NETWORKS, Options
+from bench.detection.subject import BATCH, Fit, Seen, Subject
+from bench.detection.train import HELD_OUT
 from bench.report import pages
-from fastgrad.introspection import IntrospectiveClassifier
+from fastgrad import IntrospectiveClassifier, TwoStageModel, contrast_sqnorm
+from fastgrad.detector.presets import DEFAULT_BLOCKS
 from fastgrad.metrics import calibration_report
 
-BASE, OURS, CONTROL = "feed-forward", "introspective", "H on h (control)"
-#: Of H on one network.
-SEEDS = 3
+#: Splits of the images that the network was not trained on, clean images of each, clean test images, copies of a kind.
+SEEDS, FITTED, TESTED, COPIES = 3, 1000, 1000, 200
+#: Of those fitted, the share that makes probabilities calibrated.
+UNSEEN = 0.2
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "clean": ("clean",), "corruptions like generated ones": FAMILIAR, "corruptions unlike generated ones": FOREIGN,
+}  # fmt: skip
+NETWORK = "network"
+Answers = dict[str, dict[str, Tensor]]
 
 
-def measure(recipe: Recipe, options: Options, techniques: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return a row for each technique, case and method, and what H on contrasts gains, with intervals."""
-    count, per_cell = (10_000, 100) if options.quick else (45_000, 10_000)
-    images, labels = sets.load(options.data, "cifar10", "train", count).labelled()
-    held, held_labels = sets.load(options.data, "cifar10", "train", 2000, -HELD_OUT).labelled()
-    clean, truth = sets.load(options.data, "cifar10", "test", 2000 if options.quick else 10_000).labelled()
-    kinds = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
-    cells = [corrupt(clean[:per_cell], name, severity, seed=recipe.seed) for name, severity in kinds]
-    cases = {
-        "clean": (clean, truth.numpy()),
-        "corrupted": (torch.cat(cells), np.tile(truth[:per_cell].numpy(), len(cells))),
-    }
-    rows: list[dict[str, Any]] = []
-    for technique in techniques:
+def reads(h: Tensor, logits: Tensor, layer: nn.Linear) -> dict[str, Any]:
+    """Return by name what H may read."""
+    norms = contrast_sqnorm(h, logits, bias=layer.bias is not None, log=True)
+    return {
+        "h": h, "contrast rows": {"features": h, "logits": logits}, "contrast norms": norms,
+        "h and contrast norms": torch.cat([h, norms], 1), "logits": logits,
+    }  # fmt: skip
+
+
+def chosen(value: Any, places: Tensor) -> Any:
+    """Return rows of what H reads."""
+    if isinstance(value, dict):
+        return {name: part[places].numpy() for name, part in value.items()}
+    return value[places].numpy()
+
+
+def retrained(layer: nn.Linear, h: Tensor, labels: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
+    """Return the probabilities of the last layer, trained further on h."""
+    torch.manual_seed(seed)
+    own = copy.deepcopy(layer).requires_grad_(True)
+    optimizer = torch.optim.AdamW(own.parameters(), 1e-3)
+    for _ in range(30):
+        for index in torch.randperm(len(h)).split(128):
+            optimizer.zero_grad()
+            F.cross_entropy(own(h[index]), labels[index]).backward()
+            optimizer.step()
+    own.requires_grad_(False)
+    return lambda values: own(values).softmax(1)
+
+
+@torch.no_grad()
+def adapted(model: nn.Module, images: Tensor) -> Tensor:
+    """Return probabilities with batch norm's statistics of the very images (Schneider et al., 2020)."""
+    own = copy.deepcopy(model)
+    for module in own.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    own.train()
+    parts = images.split(len(images))
+    for x in parts:
+        own(x)
+    own.eval()
+    return torch.cat([own(x).softmax(1) for x in images.split(BATCH)])
+
+
+def answers(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
+    """Return probabilities by method and case, of everything fitted on one split."""
+    fit = Fit(subject)
+    # The detector and its gate are those of `TwoStageModel.fit`; H is trained below on each thing that it may read.
+    two_stage = fitted(
+        fit, DEFAULT_BLOCKS, classifier=IntrospectiveClassifier(max_epochs=1), challenges_per_input=3
+    )
+    kept = subject.kept("inputs/generated/fit", dict)
+    groups = torch.from_numpy(kept["groups"])
+    labels = subject.parts["fit"][1][groups]
+    rows = blocks_of(subject, "generated/fit", torch.from_numpy(kept["inputs"]), ("features", "logits"))
+    unseen = torch.rand(len(subject.parts["fit"][1]), generator=torch.Generator().manual_seed(seed)) < UNSEEN
+    trained, calibrating = ((~unseen)[groups]).nonzero()[:, 0], unseen[groups].nonzero()[:, 0]
+    read = reads(rows["features"], rows["logits"], subject.layer)
+    seconds: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+    for name, value in read.items():
+        H = IntrospectiveClassifier(random_state=seed).fit(chosen(value, trained), labels[trained].numpy())
+        H.calibrate(chosen(value, calibrating), labels[calibrating].numpy())
+
+        def second(h: Tensor, z: Tensor, name: str = name, H: Any = H) -> Tensor:
+            value = reads(h, z, subject.layer)[name]
+            return torch.from_numpy(H.predict_proba(chosen(value, torch.arange(len(h))))).float()
+
+        seconds[f"H on {name}"] = second
+    again = retrained(subject.layer, rows["features"][trained], labels[trained], seed)
+    seconds["last layer, trained again"] = lambda h, z: again(h)
+    found: Answers = {}
+    for case, seen in tests.items():
+        values = blocks_of(seen.subject, f"{case}/test", seen.images, (*DEFAULT_BLOCKS, "features"))
+        first, gate = gated(two_stage, values)
+        found.setdefault(NETWORK, {})[case] = first
+        for name, second_of in seconds.items():
+            p = second_of(values["features"], values["logits"])
+            shares = {", gated": gate, ", mean": torch.full_like(gate, 0.5), "": torch.ones_like(gate)}
+            for how, share in shares.items():
+                found.setdefault(name + how, {})[case] = (1 - share) * first + share * p
+    return found
+
+
+@torch.no_grad()
+def gated(two_stage: TwoStageModel, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the network's calibrated probabilities ``(n, N)``, and the probabilities ``(n, 1)`` of a challenge."""
+    assert two_stage.detector_ is not None
+    assert two_stage.gate_ is not None
+    assert two_stage.temperature_ is not None
+    odds = two_stage.gate_.log_odds(two_stage.detector_.explain(dict(values))[1])
+    return two_stage.temperature_(values["logits"]).softmax(1).float(), odds.sigmoid().float().unsqueeze(1)
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    """Return a row for each method and group: accuracy and calibration error over splits, and the gain."""
+    base = NETWORKS["resnet20"].make(options, 0)
+    images, labels = sets.load(options.data, "cifar10", "train", HELD_OUT, -HELD_OUT).labelled()
+    clean = sets.load(options.data, "cifar10", "test", TESTED).labelled()
+    base = replace(
+        base, parts={"fit": (images[:FITTED], labels[:FITTED]), "test": clean}, count=COPIES, _seen={}
+    )
+    tests = {case: base.seen(case) for cases in GROUPS.values() for case in cases}
+    truth = {case: clean[1][seen.shown.source] for case, seen in tests.items()}
+    found: dict[str, list[dict[str, Tensor]]] = {}
+    for seed in range(SEEDS):
         start = time.perf_counter()
-        model = robust(technique, recipe, options, images, labels)
-        train, held_out = read(model, images), read(model, held)
-        outputs = {case: read(model, pictures) for case, (pictures, _) in cases.items()}
-        found: dict[tuple[str, str], list[dict[str, float]]] = {}
-        right: dict[tuple[str, str], list[NDArray[np.bool_]]] = {}
-        for seed in range(SEEDS):
-            ours, control = (
-                IntrospectiveClassifier(max_epochs=15 if options.quick else 100, random_state=seed).fit(
-                    x, labels.numpy()
-                )
-                for x in (train, train["features"])
-            )
-            scales = {
-                name: temperature(z, held_labels.numpy())
-                for name, z in _logits(held_out, ours, control).items()
-            }
-            for case, (_, known) in cases.items():
-                for name, z in _logits(outputs[case], ours, control).items():
-                    for after, scale in (("", 1.0), (", temperature", scales[name])):
-                        p = softmax(z / scale, axis=1)
-                        found.setdefault((case, name + after), []).append(calibration_report(p, known))
-                        right.setdefault((case, name + after), []).append(p.argmax(1) == known)
-        for (case, method), reports in found.items():
+        places = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:FITTED]
+        subject = replace(
+            base, draw=seed, parts={"fit": (images[places], labels[places]), "test": clean}, _seen={}
+        )
+        for name, own in answers(subject, tests, seed).items():
+            found.setdefault(name, []).append(own)
+        print(f"split {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    found["batch norm adapted"] = [{case: adapted(base.model, seen.images) for case, seen in tests.items()}]
+    rows = []
+    for name, splits in found.items():
+        for group, cases in GROUPS.items():
+            known = np.concatenate([truth[case].numpy() for case in cases])
             row: dict[str, Any] = {
-                "network": recipe.network,
-                "technique": technique,
-                "case": case,
-                "method": method,
+                "network": "resnet20",
+                "method": name,
+                "case": group,
+                "splits": len(splits),
             }
-            for metric in ("accuracy", "ece", "nll", "brier"):
-                values = [report[metric] for report in reports]
-                row[metric], row[f"{metric}_spread"] = (
-                    round(np.mean(values), 4),
-                    round(np.std(values, ddof=1), 4),
-                )
-            if method == OURS:
-                copies = 1 if case == "clean" else len(kinds)
-                for other in (BASE, CONTROL):
-                    gain = np.mean(right[case, OURS], 0) - np.mean(right[case, other], 0)
-                    change = resampled.mean(gain.reshape(copies, -1).mean(0))
-                    row[f"gain over {other}"] = [round(float(change[0]), 4), *resampled.interval(change)]
-            rows.append(row | {"seeds": SEEDS})
-        print(f"{technique}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            reports = [
+                calibration_report(torch.cat([own[case] for case in cases]).double().numpy(), known)
+                for own in splits
+            ]
+            for metric in ("accuracy", "ece"):
+                values = [float(report[metric]) for report in reports]
+                row[metric] = round(float(np.mean(values)), 4)
+                row[f"{metric} spread"] = round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None
+            gain = sum(_right(splits, truth, cases)) / len(splits)
+            gain = gain - sum(_right(found[NETWORK], truth, cases)) / SEEDS
+            # All copies of an image are drawn together.
+            change = resampled.mean(gain.reshape(len(cases), -1).mean(0))
+            rows.append(row | {"gain": round(float(change[0]), 4), "interval": resampled.interval(change)})
     return rows
 
 
-def _logits(found: Any, ours: Any, control: Any) -> dict[str, NDArray[np.float64]]:
-    """Of the network, and the logarithms of the probabilities of both H."""
-    p = {OURS: ours.predict_proba(found), CONTROL: control.predict_proba(found["features"])}
-    return {BASE: found["logits"].astype(np.float64)} | {
-        name: np.log(np.maximum(values, 1e-30)) for name, values in p.items()
-    }
+def _right(
+    splits: list[dict[str, Tensor]], truth: Mapping[str, Tensor], cases: tuple[str, ...]
+) -> list[NDArray[np.float64]]:
+    return [
+        torch.cat([own[case].argmax(1) == truth[case] for case in cases]).double().numpy() for own in splits
+    ]
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("detection-cache"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--network", choices=["resnet18", "densenet-bc", "resnet"], default="resnet18")
-    parser.add_argument("--quick", action="store_true")
-    given = parser.parse_args()
-    recipe = Recipe(network=given.network, epochs=EPOCHS.get(given.network, 8))
-    techniques = TECHNIQUES if given.network == "resnet" else TECHNIQUES[:2]
-    rows = measure(recipe, Options(given.data, given.cache, given.quick), techniques)
-    packages = ("torch", "torchvision", "numpy", "scikit-learn", "imagecorruptions-imaug")
-    name = (
-        "introspective" + ("-small" if given.network == "resnet" else "") + ("-quick" if given.quick else "")
-    )
-    pages.save(name, rows, packages=packages, folder=given.out)
+    from bench.detection.__main__ import PACKAGES, parser
+
+    given = parser("detection.introspective").parse_args()
+    start = time.perf_counter()
+    rows = measure(Options(given.data, given.cache, given.quick))
+    facts = {
+        "seconds": round(time.perf_counter() - start), "fitted": FITTED, "tested": TESTED, "copies": COPIES,
+            }  # fmt: skip
+    pages.save("introspective", rows, packages=PACKAGES, folder=given.out, facts=facts)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import fastgrad
-from bench.detection.coverage import CIFAR10, IMAGENET, Coverage
-from bench.detection.registry import Protocol, Score, method
+from bench.detection.registry import NotRun, Protocol, Score, method
 from bench.detection.subject import BATCH, Fit, Seen
-
-#: AdaSCALE-A for ResNet-50: percentiles, shares of features left and moved, weight of the latter, share of pixels,
-#: step.
-_PERCENTILES, _SHARES, _SHIFT, _PIXELS, _STEP = (80.0, 85.0), (0.05, 0.01), 10.0, 0.05, 0.5
-
 
 Columns = Callable[..., Callable[[Seen], Tensor]]
 
@@ -36,13 +29,9 @@ def odin(fit: Fit) -> Score:
     return _batched(ODIN(fit.model).predict)
 
 
-@method("NAC", 2024, "Liu et al., ICLR; bins of its authors", slow=True)
+@method("NAC", 2024, "Liu et al., ICLR")
 def nac(fit: Fit) -> Score:
-    deepest = [module for module in fit.model.modules() if isinstance(module, nn.AdaptiveAvgPool2d)][-1]
-    places = IMAGENET if fit.subject.few else CIFAR10
-    coverage = Coverage(fit.model, [deepest, *reversed(fit.subject.stages[:-1])], places)
-    coverage.fit(fit.clean.images, BATCH)
-    return _batched(coverage)
+    raise NotRun("its bins are set for tens of thousands of training images, read with gradients")
 
 
 @method("GradUncertainty", 2020, "Lee and AlRegib, ICIP; the last layer, as in OpenOOD", slow=True)
@@ -80,54 +69,6 @@ def _norms(fit: Fit) -> Callable[[Seen], Tensor]:
         return torch.from_numpy(fit.subject.kept(f"gradients/{seen.case}/{seen.part}", make)["norms"])
 
     return norms
-
-
-@method("AdaSCALE", 2025, "Regmi, arXiv; a compact form of AdaSCALE-A", slow=True)
-def adascale(fit: Fit) -> Score:
-    model, layer = fit.model, fit.layer
-    known = torch.cat([_movement(*_perturbed(model, layer, x)) for x in fit.clean.images[:200].split(BATCH)])
-    return _batched(partial(_adascale, model, layer, known))
-
-
-def _perturbed(model: nn.Module, layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Features h ``(B, D)``, and those of the images with the pixels moved that matter least to the predicted logit."""
-    seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    try:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(model(leaf).amax(1).sum(), leaf)
-        flat = slope.reshape(len(x), -1)
-        least = flat.abs().topk(int(_PIXELS * flat.shape[1]), largest=False).indices
-        # The step is in units of the network's normalised input, whose deviation is about half of [0, 1].
-        step = torch.zeros_like(flat).scatter_(1, least, 0.5 * _STEP * flat.gather(1, least).sign())
-        with torch.no_grad():
-            model(x + step.view_as(slope))
-    finally:
-        hook.remove()
-    return seen[0], seen[1]
-
-
-def _movement(h: Tensor, other: Tensor) -> Tensor:
-    """How far the largest features moved, and what is left of them, ``(B,)``."""
-    few, more = (max(1, int(share * h.shape[1])) for share in _SHARES)
-    left = other.relu().gather(1, h.topk(few).indices).sum(1)
-    return left + _SHIFT * (h - other).abs().gather(1, h.topk(more).indices).sum(1)
-
-
-def _adascale(model: nn.Module, layer: nn.Linear, known: Tensor, x: Tensor) -> Tensor:
-    """Minus the energy of features scaled the more, the less they moved."""
-    h, other = _perturbed(model, layer, x)
-    rank = torch.searchsorted(known.sort().values, _movement(h, other), right=True) / len(known)
-    low, high = _PERCENTILES
-    percentile = low + (1 - rank) * (high - low)
-    positive = h.relu()
-    keep = (h.shape[1] - (h.shape[1] * percentile / 100).round()).long().clamp(min=1)
-    ordered = positive.sort(1, descending=True).values
-    top = ordered.cumsum(1).gather(1, keep[:, None] - 1)
-    scale = (positive.sum(1, keepdim=True) / top).exp()
-    with torch.no_grad():
-        return -layer(h * scale).logsumexp(1)
 
 
 @method("MultiMahalanobis", 2018, "Lee et al., NeurIPS: every stage")
@@ -185,6 +126,18 @@ def logit_columns(fit: Fit) -> Callable[[Seen], Tensor]:
 @labelled("h, labelled", 2022, "control")
 def h_columns(fit: Fit) -> Callable[[Seen], Tensor]:
     return lambda seen: seen.h
+
+
+@labelled("all but gradients, labelled", 2026, "control: stages, logits and h")
+def other_columns(fit: Fit) -> Callable[[Seen], Tensor]:
+    parts = [of(fit) for of in (stage_columns, logit_columns, h_columns)]
+    return lambda seen: torch.cat([part(seen) for part in parts], 1)
+
+
+@labelled("all with gradients, labelled", 2026, "control: the same and gradient norms")
+def all_columns(fit: Fit) -> Callable[[Seen], Tensor]:
+    parts = [other_columns(fit), gradient_columns(fit)]
+    return lambda seen: torch.cat([part(seen) for part in parts], 1)
 
 
 @labelled("LID", 2018, "Ma et al., ICLR")

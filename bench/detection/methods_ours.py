@@ -1,17 +1,28 @@
-"""fastgrad's own detectors, through its public interface, and the control that has the same challenges."""
+"""fastgrad's own detectors, through its public interface, and the control that has the same challenges.
+
+What they read is kept, so that forms of the detector share it; all else is done by `TwoStageModel.fit` and a call, as
+for users. Blocks are named, so that a busy machine, on which blocks seem dear, takes none away.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from bench.detection.methods_images import logistic
-from bench.detection.registry import METHODS, NotRun, Protocol, Score, method
-from bench.detection.subject import BATCH, Fit, Seen
+from bench.detection.registry import METHODS, TEXTS, NotRun, Protocol, Score, method
+from bench.detection.subject import BATCH, Fit, Seen, Subject, packed
 from fastgrad import TwoStageModel
-from fastgrad.challenges import iter_challenges
+from fastgrad.blocks import BLOCKS, Gradients
+from fastgrad.blocks.extraction import Extraction
+from fastgrad.blocks.subject import watch
+from fastgrad.detector import collect, fitting
+from fastgrad.detector.presets import DEFAULT_BLOCKS
+from fastgrad.prediction import Prediction
 
 GENERATED, LABELLED = Protocol.GENERATED, Protocol.LABELLED
 #: Labelled challenges that every fold has one of.
@@ -23,30 +34,137 @@ SCORES = (
 )  # fmt: skip
 
 
-def _fitted(fit: Fit, challenges: Any, **options: Any) -> Score:
-    model = TwoStageModel(fit.model, seed=fit.subject.draw, **options)
-    model.fit(fit.loader(fit.clean.images), challenges)
+class AllNorms(Gradients):
+    """Squared gradient norms of every parameter for one signal, the published one."""
 
-    def score(seen: Seen) -> Tensor:
+    name = "all_norms"
+
+    def signals(self, subject: Any) -> Any:
+        """The first of three."""
+        return super().signals(subject)[:1]
+
+
+class NormalisationNorms(AllNorms):
+    """The same of vectors alone: weights and biases of normalisation layers, and the last layer's bias."""
+
+    name = "normalisation_norms"
+
+
+MADE = {kind.name: kind for kind in (*BLOCKS.values(), AllNorms, NormalisationNorms)}
+#: Blocks that one reading of an image gives.
+READINGS = ((*DEFAULT_BLOCKS, "features", "contrasts"), ("view",), ("all_norms",))
+
+
+def blocks_of(subject: Subject, where: str, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return named blocks of inputs, those that can be had, from the cache where they are."""
+    wanted = {"all_norms" if name == NormalisationNorms.name else name for name in names}
+    found: dict[str, Tensor] = {}
+    for reading in READINGS:
+        if wanted & set(reading):
+            kept = subject.kept(
+                f"blocks/{'-'.join(reading)}/{where}", lambda reading=reading: _read(subject, images, reading)
+            )
+            found |= {name: torch.from_numpy(value) for name, value in kept.items()}
+    if NormalisationNorms.name in names:
+        vectors = torch.tensor([parameter.dim() == 1 for parameter in subject.model.parameters()])
+        found[NormalisationNorms.name] = found["all_norms"][..., vectors]
+    return {name: found[name] for name in names if name in found}
+
+
+def _read(subject: Subject, images: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    model = subject.model.requires_grad_("all_norms" in names)
+    known = watch(model, (images[:BATCH],), {})
+    had = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
+    extraction = Extraction(model, had)
+    parts = [extraction(packed(x))[1] for x in images.split(BATCH)]
+    model.requires_grad_(False)
+    return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
+
+
+class _Images:
+    """In place of what reads blocks: the inputs themselves."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return x.flatten(1)[:, :1], {"inputs": x}
+
+
+def fitted(
+    fit: Fit, names: Sequence[str], challenges: Any = "generate", classifier: Any = None, **options: Any
+) -> TwoStageModel:
+    """Return a model fitted on named blocks, those that can be had, read from the cache where they are."""
+    subject = fit.subject
+    clean, labels = subject.parts["fit"]
+    if subject.kind == TEXTS and challenges == "generate":
+        raise NotRun("challenges are generated from images alone")
+    known = watch(fit.model, (clean[:BATCH],), {})
+    blocks = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
+    where = "clean" if challenges is None else fit.case or "generated"
+
+    def read(extraction: Extraction, model: Any, sample: Any, verbose: bool) -> collect.Features:
+        def shown() -> dict[str, Any]:
+            reader = collect.Reader(_Images(), model.device, verbose=False)  # type: ignore[arg-type]
+            reader.clean(sample.clean)
+            if sample.challenges is not None:
+                reader.given(sample.challenges)
+            if sample.each:
+                chosen = ~sample.held_out[: len(sample.clean)]
+                reader.generated(model.model, sample.clean, chosen, sample.each, sample.pixels, model.seed)
+            made = reader.features()
+            return {"inputs": made.blocks["inputs"].numpy(), "kinds": made.kinds, "groups": made.groups}
+
+        made = subject.kept(f"inputs/{where}/fit", shown)
+        inputs = torch.from_numpy(made["inputs"]).to(clean.dtype)
+        wanted = [*(block.name for block in extraction.blocks), "logits"]
+        values = blocks_of(subject, f"{where}/fit", inputs, wanted)
+        return collect.Features(values, values["logits"], made["kinds"], made["groups"])
+
+    two_stage = TwoStageModel(fit.model, blocks=blocks, seed=subject.draw, classifier=classifier)
+    with mock.patch.object(fitting, "_read", read), torch.enable_grad():
+        two_stage.fit(fit.loader(clean, labels), challenges, **options)
+    return two_stage
+
+
+def answer(two_stage: TwoStageModel, seen: Seen) -> Prediction:
+    """Return what a fitted model says of the inputs of a case."""
+    extraction = two_stage.extraction_
+    assert extraction is not None
+    wanted = [*(block.name for block in extraction.blocks), "logits"]
+    values = blocks_of(seen.subject, f"{seen.case}/{seen.part}", seen.images, wanted)
+    two_stage.extraction_ = lambda _: (values["logits"], values)  # type: ignore[assignment]
+    try:
         with torch.no_grad():
-            return torch.cat([model(x).uncertainty for x in seen.images.split(BATCH)])
-
-    return score
-
-
-@method("fastgrad, clean only", 2026, "the default, challenges=None")
-def clean_only(fit: Fit) -> Score:
-    return _fitted(fit, None)
+            found: Prediction = two_stage(seen.images)
+    finally:
+        two_stage.extraction_ = extraction
+    return found
 
 
-@method("fastgrad, budget 1.2", 2026, "the default", GENERATED)
-def default(fit: Fit) -> Score:
-    return _fitted(fit, "generate")
+def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: Any = "generate") -> None:
+    """Register a form of the detector: the default blocks and others beside them."""
+
+    def make(fit: Fit) -> Score:
+        subject = fit.subject
+        if subject.quick and not set(extra) <= set(READINGS[0]):
+            if subject.few:
+                raise NotRun("left out of quick mode: several passes an image")
+            if subject.draw and "view" not in extra:
+                raise NotRun("quick mode reads gradients of one draw")
+        two_stage = fitted(fit, (*DEFAULT_BLOCKS, *extra), challenges)
+        return lambda seen: answer(two_stage, seen).uncertainty
+
+    protocol = Protocol.CLEAN if challenges is None else GENERATED
+    method(f"fastgrad{name}", 2026, paper, protocol)(make)
 
 
-@method("fastgrad, budget 2.5", 2026, "with a second look at the image", GENERATED)
-def larger(fit: Fit) -> Score:
-    return _fitted(fit, "generate", budget=2.5)
+_registered(", clean only", "the default, challenges=None", challenges=None)
+_registered(", default", "the default blocks")
+_registered(", second look", "the default blocks of a budget of 2.5", ("view",))
+for _what, _block in {
+    "all contrasts of the last layer": "contrasts", "norms of normalisation layers": NormalisationNorms.name,
+    "norms of all parameters": AllNorms.name,
+}.items():  # fmt: skip
+    _registered(f", default + {_what}", "beside the default blocks: squared gradient norms", (_block,))
+    _registered(f", clean only + {_what}", "the same, challenges=None", (_block,), None)
 
 
 @method("fastgrad, labelled", 2026, "the default, challenges=the case", LABELLED)
@@ -54,27 +172,25 @@ def labelled(fit: Fit) -> Score:
     images = fit.challenges.images
     if len(images) < FEWEST:
         raise NotRun(f"needs {FEWEST} challenges; there are {len(images)}")
-    return _fitted(fit, fit.loader(images))
+    two_stage = fitted(fit, DEFAULT_BLOCKS, fit.loader(images))
+    return lambda seen: answer(two_stage, seen).uncertainty
 
 
 class _Generated(Seen):
-    """Challenges generated from the clean images, two of each, as `TwoStageModel.fit` makes them."""
+    """The challenges that fastgrad's default is fitted on."""
 
     @property
     def images(self) -> Tensor:
         """``(n, C, H, W)``."""
-        clean = self.subject.parts["fit"][0]
-        made = iter_challenges(self.subject.model, clean, each=2, seed=self.subject.draw)
-        images = torch.cat([batch.inputs for batch in made])
-        return images.contiguous(memory_format=torch.channels_last)
+        fitted(Fit(self.subject), ("logits",))
+        kept = self.subject.kept("inputs/generated/fit", dict)
+        return packed(torch.from_numpy(kept["inputs"][kept["kinds"] != ""]))
 
 
 @method(
-    "published scores, generated challenges",
-    2026,
-    "control: logistic regression on the scores of one pass",
+    "published scores, generated challenges", 2026, "control: logistic regression on the scores of one pass",
     GENERATED,
-)
+)  # fmt: skip
 def control(fit: Fit) -> Score:
     return _regression(fit, _Generated(fit.subject, "generated", "fit"))
 
@@ -85,16 +201,10 @@ def labelled_control(fit: Fit) -> Score:
 
 
 def _regression(fit: Fit, challenges: Seen) -> Score:
-    fitted = _published(fit)
-    if not fitted:
-        raise NotRun("none of the published scores can be computed")
+    scores = [METHODS[name].fit(Fit(fit.subject)) for name in SCORES]
 
     def columns(seen: Seen) -> Tensor:
-        return torch.stack([score(seen).double() for score in fitted], 1).detach()
+        return torch.stack([score(seen).double() for score in scores], 1).detach()
 
     score = logistic(columns(fit.clean), columns(challenges))
     return lambda seen: score(columns(seen))
-
-
-def _published(fit: Fit) -> list[Score]:
-    return [METHODS[name].fit(Fit(fit.subject)) for name in SCORES]

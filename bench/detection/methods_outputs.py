@@ -212,24 +212,6 @@ for _name, _year, _paper, _how in (
     method(_name, _year, _paper)(partial(_library, _name, **_how))
 
 
-@method("GROOD", 2023, "Elaraby et al.; its prototype of other images is the mean of noise")
-def grood(fit: Fit) -> Score:
-    h, labels = fit.clean.h, fit.labels
-    noise = torch.rand(64, *fit.clean.images.shape[1:], generator=torch.Generator().manual_seed(0))
-    from bench.detection.subject import read
-
-    other = torch.from_numpy(read(fit.subject, noise)["h"]).mean(0, keepdim=True)
-    prototypes = torch.cat([torch.stack([h[labels == label].mean(0) for label in labels.unique()]), other])
-
-    def gradients(values: Tensor) -> Tensor:
-        distance = torch.cdist(values, prototypes)
-        share = (-distance).softmax(1)[:, -1:]
-        return share * (values - prototypes[-1]) / distance[:, -1:].clamp(min=1e-12)
-
-    bank = gradients(h)
-    return lambda seen: torch.cdist(gradients(seen.h), bank).amin(1)
-
-
 @method(
     "recovery testing",
     2025,

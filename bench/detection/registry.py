@@ -100,15 +100,12 @@ class Options:
         cache: Folder for networks, images, features and scores; safe to delete.
         quick: Whether sets are small.
         draws: Samples of photographs, or networks of other seeds.
-        training: Whether detectors are fitted on images that the network was trained on, as published, instead of
-            others.
     """
 
     data: Path
     cache: Path
     quick: bool = False
     draws: int = 1
-    training: bool = False
 
 
 #: Kinds of data: photographs, of which a class has one or two; images of 32 pixels; texts.

@@ -26,18 +26,16 @@ def auroc(clean: Scores, other: Scores) -> Scores:
     return ((first @ above) * second).sum(1)  # type: ignore[no-any-return]
 
 
-def aurc(uncertainty: Scores, errors: Scores, source: NDArray[np.int64]) -> Scores:
-    """Area under the risk-coverage curve ``(1 + R,)``; copies of one image are drawn together."""
-    from fastgrad.metrics import aurc as area
-
+def grouped_auroc(scores: Scores, wrong: Scores, source: NDArray[np.int64]) -> Scores:
+    """AUROC ``(1 + R,)`` of wrong against right answers; copies of one image are drawn together."""
     ids, places = np.unique(source, return_inverse=True)
-    rng = np.random.default_rng(0)
-    found = [area(uncertainty, errors)]
-    for _ in range(RESAMPLES):
-        drawn = np.bincount(rng.integers(0, len(ids), len(ids)), minlength=len(ids))
-        chosen = np.repeat(np.arange(len(source)), drawn[places])
-        found.append(area(uncertainty[chosen], errors[chosen]))
-    return np.array(found)
+    rng = np.random.default_rng(len(ids))
+    drawn = rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), RESAMPLES)
+    weights = np.concatenate([np.ones((1, len(ids))), drawn])[:, places]
+    bad = wrong > 0
+    above = (scores[bad][:, None] > scores[~bad]) + 0.5 * (scores[bad][:, None] == scores[~bad])
+    of_bad, of_good = weights[:, bad], weights[:, ~bad]
+    return ((of_bad @ above) * of_good).sum(1) / (of_bad.sum(1) * of_good.sum(1))  # type: ignore[no-any-return]
 
 
 def mean(values: Scores) -> Scores:
@@ -48,7 +46,7 @@ def mean(values: Scores) -> Scores:
 
 def bounds(resamples: Scores) -> list[float]:
     """95 % of the values lie between these two."""
-    low, high = np.quantile(resamples, [0.025, 0.975])
+    low, high = np.nanquantile(resamples, [0.025, 0.975])
     return [float(low), float(high)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from bench.detection.subject import Fit, Subject
 from bench.detection.tables import Table
 
 Values = NDArray[np.float64]
+Groups = dict[str, Values]
 Row = dict[str, Any]
 #: What stands for a package, a file or a property of a network that a method needs and does not find.
 ABSENT = (NotRun, ModuleNotFoundError, FileNotFoundError)
@@ -63,11 +64,15 @@ def measure(subject: Subject, method: Method, cases: Sequence[str]) -> Found:
     return Found(scores, absent)
 
 
-def rows(table: Table, subject: Subject, method: Method, quick: bool) -> list[Row]:
-    """Return a row for each case, and one for each group whose cases all have a number."""
+def rows(table: Table, subject: Subject, method: Method, quick: bool, known: dict[str, Groups]) -> list[Row]:
+    """Return a row for each case, and one for each group whose cases all have a number.
+
+    ``known`` holds the groups of the methods before; those of this one are added. A method named ``A + B`` has rows of
+    what B adds to A, from the same resampled images.
+    """
     cases = table.cases(subject.kind)
     slow = dict.fromkeys(("clean", *cases), "left out of quick mode: several passes an image")
-    found = Found({}, slow) if quick and method.slow else measure(subject, method, cases)
+    found = Found({}, slow) if quick and method.slow and subject.few else measure(subject, method, cases)
     head = {
         "network": subject.network, "draw": subject.draw, "method": method.name, "protocol": method.protocol.value,
     }  # fmt: skip
@@ -77,10 +82,14 @@ def rows(table: Table, subject: Subject, method: Method, quick: bool) -> list[Ro
         why = found.absent.get(case) or found.absent.get("clean")
         if why is None:
             try:
-                values[case] = _merit(table, subject, found.scores, case)
+                clean = found.scores.get(f"clean/{case}", found.scores.get("clean"))
+                assert clean is not None
+                values[case] = resampled.auroc(clean, found.scores[case])
             except ABSENT as reason:
                 why = str(reason)
-        made.append(head | {"case": case} | ({"not run": why} if why else _shown(table, values[case])))
+        made.append(head | {"case": case} | ({"not run": why} if why else _shown(values[case])))
+    groups = known.setdefault(method.name, {})
+    beside = known.get(method.name.split(" + ")[0], {}) if " + " in method.name else {}
     for group in dict.fromkeys(CASES[case].group for case in cases if CASES[case].group != "control"):
         names = [case for case in cases if CASES[case].group == group]
         own = [row for row in made[: len(cases)] if row["case"] in names]
@@ -88,32 +97,22 @@ def rows(table: Table, subject: Subject, method: Method, quick: bool) -> list[Ro
         # No image of an attack may mislead the network any more: that is a property of the case, not of a method.
         lacking = {case: why for case, why in left.items() if "misleads" not in why}
         present = [values[case] for case in names if case in values]
+        wholes = [head | {"case": f"mean of {group}", "group": group}]
+        if "attacks" in group and method.protocol is not Protocol.LABELLED:
+            wholes.append(head | {"case": f"{WORST}, {group}", "group": f"{WORST}, {group}"})
         if lacking or not present:
-            made.append(
-                head | {"case": f"mean of {group}", "not run": "; ".join(dict.fromkeys(left.values()))}
-            )
+            made += [whole | {"not run": "; ".join(dict.fromkeys(left.values()))} for whole in wholes]
             continue
-        made.append(
-            head | {"case": f"mean of {group}", "cases": len(present)} | _shown(table, np.mean(present, 0))
-        )
-        if "attacks" in group and table.merit == "auroc" and method.protocol is not Protocol.LABELLED:
+        groups[group] = np.mean(present, 0)
+        made.append(wholes[0] | {"cases": len(present)} | _shown(groups[group]))
+        if group in beside:
+            gain = groups[group] - beside[group]
+            made.append(head | {"case": f"gain in {group}", "gain": round(float(gain[0]), 4),
+                                "interval": resampled.interval(gain)})  # fmt: skip
+        for whole in wholes[1:]:
             worst = _worst(subject, found.scores, [case for case in names if case in values])
-            made.append(head | {"case": f"{WORST}, {group}"} | _shown(table, worst))
+            made.append(whole | _shown(worst))
     return made
-
-
-def _merit(table: Table, subject: Subject, scores: Mapping[str, Values], case: str) -> Values:
-    clean = scores.get(f"clean/{case}", scores.get("clean"))
-    assert clean is not None
-    if table.merit == "auroc":
-        return resampled.auroc(clean, scores[case])
-    labels = subject.parts["test"][1]
-    shown = subject.seen(case)
-    wrong = [
-        subject.seen("clean").logits.argmax(1) != labels, shown.logits.argmax(1) != labels[shown.shown.source],
-    ]  # fmt: skip
-    places = np.concatenate([np.arange(len(labels)), shown.shown.source.numpy()])
-    return resampled.aurc(np.concatenate([clean, scores[case]]), torch.cat(wrong).double().numpy(), places)
 
 
 def _worst(subject: Subject, scores: Mapping[str, Values], cases: Sequence[str]) -> Values:
@@ -127,43 +126,33 @@ def _worst(subject: Subject, scores: Mapping[str, Values], cases: Sequence[str])
     return resampled.auroc(scores["clean"], np.array(list(least.values())))
 
 
-def _shown(table: Table, values: Values) -> Row:
-    return {table.merit: round(float(values[0]), 4), "interval": resampled.interval(values)}
+def _shown(values: Values) -> Row:
+    return {"auroc": round(float(values[0]), 4), "interval": resampled.interval(values)}
 
 
 def chosen(table: Table, names: Sequence[str] = ()) -> list[Method]:
     """Return the methods of a table, those of one pass first; of ``names`` alone if there are any."""
     found = [
         method for method in METHODS.values()
-        if method.protocol in table.protocols and (not table.methods or method.name in table.methods)
-        and (not names or method.name in names)
+        if method.protocol in table.protocols and (not names or method.name in names)
     ]  # fmt: skip
     return sorted(found, key=lambda method: (method.slow, method.name.startswith("fastgrad")))
 
 
-def run(
-    table: Table, options: Options, networks: Sequence[str] = (), methods: Sequence[str] = ()
-) -> list[Row]:
-    """Return all rows of a table; a network whose files are missing has one that says so."""
+def over(networks: Sequence[str], options: Options, measured: Callable[[Subject], list[Row]]) -> list[Row]:
+    """Return the rows of each draw of each network; a network whose files are missing has one that says so."""
     made: list[Row] = []
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for name in networks or table.networks:
-        for draw in range(options.draws if name == "lite0" or not name.startswith("lite") else 1):
+    for name in networks:
+        for draw in range(1 if name in ("lite1", "lite2") else options.draws):
             start = time.perf_counter()
             try:
                 subject = NETWORKS[name].make(options, draw)
             except ABSENT as why:
                 made.append({"network": name, "draw": draw, "not run": str(why)})
                 continue
-            for method in chosen(table, methods):
-                begun = time.perf_counter()
-                made += rows(table, subject, method, options.quick)
-                print(
-                    f"{name}, draw {draw}, {method.name}: {time.perf_counter() - begun:.1f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            made += measured(subject)
             right = len(subject.right["test"]) / len(subject.parts["test"][1])
             made.append(
                 {"network": name, "draw": draw, "accuracy": right, "fit": len(subject.parts["fit"][1]),
@@ -171,3 +160,25 @@ def run(
                  "seconds": round(time.perf_counter() - start)}
             )  # fmt: skip
     return made
+
+
+def run(
+    table: Table, options: Options, networks: Sequence[str] = (), methods: Sequence[str] = ()
+) -> list[Row]:
+    """Return all rows of a table."""
+
+    def measured(subject: Subject) -> list[Row]:
+        made: list[Row] = []
+        known: dict[str, Groups] = {}
+        for method in chosen(table, methods):
+            begun = time.perf_counter()
+            made += rows(table, subject, method, options.quick, known)
+            taken = time.perf_counter() - begun
+            print(
+                f"{subject.network}, draw {subject.draw}, {method.name}: {taken:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        return made
+
+    return over(networks or table.networks, options, measured)

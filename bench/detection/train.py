@@ -14,44 +14,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.detection import cache
-from bench.detection.architectures import Classifier, dense_network, residual_network
+from bench.detection.architectures import Classifier, residual_network
 from bench.detection.data import sets
-from bench.detection.small_maps import products
 
 #: Training images at the end of the training part that no network sees: detectors are fitted on them.
 HELD_OUT = 5000
-#: From the numbers of channels and classes to an untrained network. The first two are small, for trials; the others are
-#: those of the literature on CIFAR-10.
-NETWORKS: Mapping[str, Callable[[int, int], Classifier]] = {
+#: Untrained networks. The first is small, for trials; the others are those of the literature on CIFAR-10.
+NETWORKS: Mapping[str, Callable[[], Classifier]] = {
     "resnet": residual_network,
-    "densenet": dense_network,
     "resnet18": partial(residual_network, width=64, stages=4, blocks=2, stride=1),
-    "densenet-bc": partial(dense_network, layers=16, bottleneck=True, stride=1),
+    "resnet20": partial(residual_network, width=16, stages=3, blocks=3, stride=1),
 }
-#: Highest learning rates and passes over the data of those of the literature.
-RATES: Mapping[str, float] = {"resnet18": 0.15, "densenet-bc": 0.15}
-EPOCHS: Mapping[str, int] = {"resnet18": 24, "densenet-bc": 10}
-#: Pixels of the images, each for an equal share of the passes: coarse shapes are learned from small ones as well, in
-#: half of the time.
-SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32), "densenet-bc": (16, 16, 16, 24, 32)}
+#: Passes over the data, and highest learning rates.
+EPOCHS: Mapping[str, int] = {"resnet": 8, "resnet18": 24, "resnet20": 12}
+RATES: Mapping[str, float] = {"resnet": 0.3, "resnet18": 0.15, "resnet20": 0.3}
+#: Those whose training takes an hour or more on one core.
+LONG = ("resnet18",)
+#: Pixels of the images, each for an equal share of the passes: coarse shapes are learned from small ones in less time.
+SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32), "resnet20": (16, 16, 24, 32)}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How one network is trained; its fields name the cached file and are written into it."""
 
-    dataset: str = "cifar10"
     network: str = "resnet"
     seed: int = 0
     epochs: int = 8
-    augment: str = "plain"
 
     def file(self) -> str:
         """The name of the cached weights."""
         return "-".join(str(value) for value in asdict(self).values()) + ".pt"
 
 
-def build(recipe: Recipe, classes: int = 10) -> nn.Module:
+def build(recipe: Recipe) -> Classifier:
     """An untrained network.
 
     Raises:
@@ -60,7 +56,7 @@ def build(recipe: Recipe, classes: int = 10) -> nn.Module:
     if recipe.network not in NETWORKS:
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}; it was {recipe.network!r}")
     torch.manual_seed(recipe.seed)
-    return NETWORKS[recipe.network](3 if recipe.dataset == "cifar10" else 1, classes)
+    return NETWORKS[recipe.network]()
 
 
 def augment_crop(x: Tensor, padded: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
@@ -84,10 +80,8 @@ def fit(
     seed: int,
     rate: float = 0.3,
     batch: int = 128,
-    change: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
     flips: bool = True,
     sizes: Sequence[int] = (),
-    progress: cache.Progress | None = None,
 ) -> nn.Module:
     """SGD with one cycle of the learning rate.
 
@@ -99,10 +93,8 @@ def fit(
         seed: Of order, crops and flips.
         rate: Highest learning rate.
         batch: Images of a step.
-        change: Alters every batch after cropping.
         flips: Whether images are cropped and flipped.
         sizes: Pixels that images are brought to, each for an equal share of the passes; none for their own.
-        progress: Where each pass is kept, and taken from to go on.
     """
     device = next(model.parameters()).device
     model = model.to(memory_format=torch.channels_last)
@@ -114,15 +106,8 @@ def fit(
     )
     generator = torch.Generator().manual_seed(seed)
     padded = F.pad(images, (3,) * 4, mode="reflect")
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    begun = 0
-    if progress is not None and (state := progress.load()) is not None:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        generator.set_state(state["generator"])
-        begun = state["passes"]
     # bfloat16 halves the time of a step on processors with matrix units; accuracy changes by less than a seed.
-    for epoch in range(begun, epochs):
+    for epoch in range(epochs):
         model.train()
         start = time.perf_counter()
         for index in torch.randperm(len(images), generator=generator)[: steps * batch].view(steps, batch):
@@ -131,19 +116,12 @@ def fit(
                 x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
             x = x.to(device, memory_format=torch.channels_last)
             y = labels[index].to(device)
-            if change is not None:
-                x = change(model, x, y)
-            with products(model), torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 loss = F.cross_entropy(model(x).float(), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        if progress is not None:
-            progress.keep(
-                {name: part.state_dict() for name, part in parts.items()}
-                | {"generator": generator.get_state(), "passes": epoch + 1}
-            )
         if (taken := time.perf_counter() - start) > 60:
             print(f"epoch {epoch + 1} of {epochs}: {taken:.0f} s", file=sys.stderr, flush=True)
     return model.to(memory_format=torch.contiguous_format).eval()
@@ -183,30 +161,21 @@ def trained(recipe: Recipe, root: Path, folder: Path) -> Classifier:
     """The network of ``recipe`` from the cache's ``folder``, or trained now and kept there. Evaluation mode."""
 
     def train(model: nn.Module) -> None:
+        assert isinstance(model, Classifier)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        images, labels = sets.load(root, recipe.dataset, "train").labelled()
+        images, labels = sets.load(root, "cifar10", "train").labelled()
         seen = len(images) - sets.held_out(len(images), HELD_OUT)
-        start, flips = time.perf_counter(), recipe.dataset == "cifar10"
-        if recipe.network in RATES:
-            assert isinstance(model, Classifier)
-            stem = next(m for m in model.stem.modules() if isinstance(m, nn.Conv2d))
-            whiten(stem, model.normalize(images[:2000]))
+        start = time.perf_counter()
+        stem = next(m for m in model.stem.modules() if isinstance(m, nn.Conv2d))
+        whiten(stem, model.normalize(images[:2000]))
         fit(
-            model.to(device), images[:seen], labels[:seen], epochs=recipe.epochs, seed=recipe.seed, flips=flips,
-            rate=RATES.get(recipe.network, 0.3), sizes=SIZES.get(recipe.network, ()), progress=progress,
+            model.to(device), images[:seen], labels[:seen], epochs=recipe.epochs, seed=recipe.seed,
+            rate=RATES[recipe.network], sizes=SIZES.get(recipe.network, ()),
         )  # fmt: skip
         seconds = time.perf_counter() - start
-        images, labels = sets.load(root, recipe.dataset, "test").labelled()
+        images, labels = sets.load(root, "cifar10", "test").labelled()
         score = accuracy(model.cpu(), images, labels)
         words = f"{score:.1%} on {len(labels):,} test images, {seconds:.0f} s"
         print(f"{recipe.file()}: {words}", file=sys.stderr, flush=True)
 
-    # Where there is a GPU the networks are larger.
-    made_by = asdict(recipe) | {"parameters": sum(p.numel() for p in build(recipe).parameters())}
-    path = folder / recipe.file()
-    # Of what takes hours each pass is kept.
-    progress = cache.Progress(path.with_suffix(".progress"), made_by) if recipe.network in RATES else None
-    found = cache.weights(path, build(recipe), made_by, train)
-    if progress is not None:
-        progress.forget()
-    return found  # type: ignore[return-value]
+    return cache.weights(folder / recipe.file(), build(recipe), asdict(recipe), train)  # type: ignore[return-value]

@@ -21,7 +21,7 @@ def ours(method: str) -> bool:
 
 def published(method: str) -> bool:
     """Whether a method is a published detector."""
-    return not ours(method) and "(control)" not in method
+    return not ours(method) and not method.startswith("published")
 
 
 def networks(rows: Sequence[Row]) -> list[str]:
@@ -33,20 +33,14 @@ def means(rows: Sequence[Row], merit: str, network: str, protocol: str) -> dict[
     """Return by method and group the mean over draws, or why there is none."""
     found: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
-        if (row.get("network"), row.get("protocol")) == (network, protocol) and not _lone(row):
-            found.setdefault(row["method"], {}).setdefault(_group(row), []).append(row)
+        if (row.get("network"), row.get("protocol")) != (network, protocol) or "group" not in row:
+            continue
+        if merit in row or "not run" in row:
+            found.setdefault(row["method"], {}).setdefault(row["group"], []).append(row)
     return {
         method: {group: _joined(own, merit) for group, own in groups.items()}
         for method, groups in found.items()
     }
-
-
-def _lone(row: Row) -> bool:
-    return not row["case"].startswith(("mean of ", "worst of "))
-
-
-def _group(row: Row) -> str:
-    return str(row["case"]).removeprefix("mean of ")
 
 
 def _joined(rows: Sequence[Row], merit: str) -> Row:
@@ -58,7 +52,7 @@ def _joined(rows: Sequence[Row], merit: str) -> Row:
     joined: dict[str, Any] = {merit: round(value, 4)}
     if len(rows) > 1:
         return joined | {"spread": round(float(np.std([row[merit] for row in rows], ddof=1)), 4)}
-    return joined | ({"interval": rows[0]["interval"]} if rows[0].get("interval") else {})
+    return joined | ({"interval": rows[0]["interval"]} if merit in ("auroc", "gain") else {})
 
 
 def block(rows: Sequence[Row], merit: str, network: str, protocol: str, methods: Mapping[str, Any]) -> str:
@@ -87,7 +81,7 @@ def block(rows: Sequence[Row], merit: str, network: str, protocol: str, methods:
             continue
         lines.append(
             {"method": method, "year": year}
-            | dict(zip(groups, map(_cell, cells), strict=True))
+            | dict(zip(groups, (_cell(cell, merit) for cell in cells), strict=True))
             | {"paper": paper}
         )
     heads = {"method": "method", "year": "year"} | {group: group for group in groups} | {"paper": "source"}
@@ -97,45 +91,48 @@ def block(rows: Sequence[Row], merit: str, network: str, protocol: str, methods:
     return "\n\n".join(parts)
 
 
-def _cell(value: Row) -> str:
+def _cell(value: Row, merit: str) -> str:
     if "not run" in value:
         return "not run"
-    merit = next(key for key in value if key in ("auroc", "aurc"))
+    form = {"aurc": ".0f", "gain": "+.3f"}.get(merit, ".3f")
+    text = f"{value[merit]:{form}}"
     if "spread" in value:
-        return f"{value[merit]:.3f} ± {value['spread']:.3f}"
+        return f"{text} ± {value['spread']:{form.lstrip('+')}}"
     if "interval" in value:
-        return "{:.3f} [{:.3f}, {:.3f}]".format(value[merit], *value["interval"])
-    return f"{value[merit]:.3f}"
+        return text + " [{:{form}}, {:{form}}]".format(*value["interval"], form=form)
+    return text
+
+
+def gains(rows: Sequence[Row], network: str) -> str:
+    """Return what a block adds to a form of fastgrad's, by group, with the interval of the difference or over draws."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        if row.get("network") == network and "gain" in row:
+            group = row["case"].removeprefix("gain in ")
+            found.setdefault(row["method"], {}).setdefault(group, []).append(row)
+    lines = [
+        {"method": method} | {group: _cell(_joined(own, "gain"), "gain") for group, own in groups.items()}
+        for method, groups in found.items()
+    ]
+    return table(lines)
 
 
 def strongest(rows: Sequence[Row], merit: str, network: str) -> str:
-    """Return for every group the best published detector beside fastgrad's from clean data, and the default."""
+    """Return for every group the best published detector from clean data, beside fastgrad's and the control."""
     clean = means(rows, merit, network, PROTOCOLS[0])
     generated = means(rows, merit, network, PROTOCOLS[1])
-    pick = max if merit == "auroc" else min
     lines = []
     for group in dict.fromkeys(group for own in clean.values() for group in own):
-        rivals = {
-            m: own[group][merit] for m, own in clean.items() if published(m) and merit in own.get(group, {})
-        }
-        mine = {
-            m: own[group][merit]
-            for m, own in (clean | generated).items()
-            if ours(m) and merit in own.get(group, {})
-        }
-        control = {
-            m: own[group][merit]
-            for m, own in generated.items()
-            if m.startswith("published") and merit in own.get(group, {})
-        }
+        values = {m: own[group] for m, own in (clean | generated).items() if merit in own.get(group, {})}
+        rivals = [m for m in values if published(m)]
         if not rivals:
             continue
-        best = pick(rivals, key=lambda m, rivals=rivals: rivals[m])  # type: ignore[misc]
-        line = {"group": group, "strongest published": f"{best} {rivals[best]:.3f}"}
-        line |= {m: f"{value:.3f}" for m, value in mine.items()} | {
-            m: f"{value:.3f}" for m, value in control.items()
-        }
-        lines.append(line)
+        best = max(rivals, key=lambda m, values=values: values[m][merit])  # type: ignore[misc]
+        beside = [m for m in values if (ours(m) and " + " not in m) or m.startswith("published")]
+        lines.append(
+            {"group": group, "strongest published": f"{best} {_cell(values[best], merit)}"}
+            | {m: _cell(values[m], merit) for m in sorted(beside, key=lambda m: not ours(m))}
+        )
     heads = {key: key for line in lines for key in line}
     return table(lines, heads)
 
@@ -157,7 +154,7 @@ def bars(rows: Sequence[Row], merit: str) -> Any:
         }
         if values:
             rivals.append(pick(values, key=lambda m, values=values: values[m]))  # type: ignore[misc]
-    shown = [m for m in found if ours(m)] + list(
+    shown = [m for m in found if ours(m) and " + " not in m] + list(
         dict.fromkeys([*rivals, *(["softmax"] if "softmax" in found else [])])
     )
     shown = [m for m in shown if all(merit in found[m].get(group, {}) for group in groups)]

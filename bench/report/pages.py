@@ -34,7 +34,7 @@ def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | N
     functions = (
         text.duration, text.size, text.table, text.pivot, text.spread,
         speed.tables, speed.grouped, speed.best, speed.ours,
-        detection.block, detection.strongest,
+        detection.block, detection.gains, detection.strongest,
     )  # fmt: skip
     environment.globals |= {function.__name__: function for function in functions}
     environment.globals |= {"detection_networks": detection.networks, "protocols": detection.PROTOCOLS}

@@ -319,11 +319,10 @@ def _answers(
     challenging = features.kinds != ""
     labels = _labels(sample, features, labelled)
 
-    def rows(sources: NDArray[np.bool_]) -> tuple[dict[str, Tensor], NDArray[np.int64]]:
+    def rows(sources: NDArray[np.bool_]) -> tuple[Tensor, NDArray[np.int64]]:
         places = np.flatnonzero((labels >= 0) & sources[np.maximum(features.groups, 0)])
-        index = torch.from_numpy(places)
-        h = features.blocks[Features.name]
-        return {"features": h[index], "logits": features.logits[index]}, labels[places]
+        # h alone: on challenges the contrast rows gained less (ResNet-20 on CIFAR-10).
+        return features.blocks[Features.name][torch.from_numpy(places)], labels[places]
 
     classes = features.logits.shape[1]
     random = np.random.default_rng(two_stage.seed)

@@ -56,8 +56,9 @@ class TwoStageModel(nn.Module):
         detector: An `UncertaintyDetector` whose parameters are used; it is not changed. One that is fitted on named
             blocks serves without `fit`. None for the default one.
         classifier: An `IntrospectiveClassifier` that answers unusual inputs; it is not changed. `fit` trains it on
-            clean inputs and challenges with the clean input's label. One that is fitted serves without `fit`, and
-            then answers all inputs. None for the network's softmax alone.
+            h, the last layer's input, of clean inputs and challenges, with the clean input's label. One that is fitted,
+            on h or on pairs of h and logits, serves without `fit`, and then answers all inputs. None for the network's
+            softmax alone.
         budget: Cost limit of an answer, in forward passes of this network as measured by `fit`. The forward pass that
             gives the logits is the first. ``math.inf`` for no limit.
         blocks: Names or instances of the blocks, without a cost limit; None for the preset of the budget.
@@ -191,7 +192,7 @@ class TwoStageModel(nn.Module):
         if self.classifier_ is None:
             return first
         assert h is not None  # read for it
-        second = self.classifier_.from_features(h.to(precise.dtype), precise).log_softmax(-1)
+        second = self.classifier_.answer(h.to(precise.dtype), precise).log_softmax(-1)
         if self.gate_ is None:
             return second
         odds = self.gate_.log_odds(evidence).to(first.dtype).unsqueeze(-1)

@@ -34,6 +34,12 @@ class IntrospectiveNetwork(Fitted):
         )
         return self._rest(first)
 
+    def answer(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Class logits from ``features`` alone where it was fitted on them, else from the rows."""
+        alone = self.get_buffer("weight0").shape[1] == features.shape[-1]
+        result: Tensor = self(features) if alone else self.from_features(features, logits)
+        return result
+
     def _rest(self, hidden: Tensor) -> Tensor:
         activation = ACTIVATIONS[self.options["activation"]]
         for index in range(1, self.options["layers"]):

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from bench.detection.adaptive import FALSE_ALARMS, FORMS, WAYS
 from bench.detection.white_box import attack, auto_attack, away_from, unaware_of, white_box
 from fastgrad import TwoStageModel
-from fastgrad.detector.presets import preset
 
 
 def images(count: int, seed: int) -> Tensor:
@@ -35,7 +34,7 @@ def model(request: pytest.FixtureRequest) -> TwoStageModel:
     net.train()(images(64, 1))
     loader = [(images(40, seed),) for seed in (2, 3)]
     # Named: a network so small is above any limit.
-    return TwoStageModel(net, blocks=preset(FORMS[request.param])).fit(loader, None)
+    return TwoStageModel(net, blocks=FORMS[request.param]).fit(loader, None)
 
 
 def test_the_white_box_is_the_detector_with_derivatives(model: TwoStageModel) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from bench import results_file
 from bench.detection import cache
-from bench.detection.architectures import dense_network, residual_network
+from bench.detection.architectures import residual_network
 from bench.detection.data import news, sets
 
 
@@ -52,11 +52,7 @@ def test_published_sizes() -> None:
         return sum(p.numel() for p in model.parameters())
 
     assert parameters(residual_network(width=64, stages=4, blocks=2, stride=1)) == 11_173_962
-    assert parameters(dense_network(layers=16, bottleneck=True, stride=1)) == 769_162
-    for model in (residual_network(), dense_network(channels=1)):
-        channels = model.normalize.mean.shape[1]  # type: ignore[union-attr]
-        stages = model.eval().stage_features(torch.rand(2, channels, 28, 28))  # type: ignore[arg-type]
-        assert [len(stage) for stage in stages] == [2] * 4
+    assert parameters(residual_network(width=16, stages=3, blocks=3, stride=1)) == 272_474
 
 
 def test_words_are_dropped_and_mistyped_but_keep_their_letters() -> None:

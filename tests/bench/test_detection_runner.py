@@ -163,19 +163,21 @@ def test_labelled_methods_have_one_fit_for_each_case(options: Options) -> None:
     assert rows["mean of attacks"]["auroc"] == 1
 
 
-def test_failure_is_judged_by_the_errors_of_the_network(options: Options) -> None:
-    @registry.method("oracle", 2026, "here")
-    def oracle(fit: Fit) -> registry.Score:
-        labels = fit.subject.parts["test"][1]
-        return lambda seen: (seen.logits.argmax(1) != labels[seen.shown.source]).double()
+def test_what_a_block_adds_is_a_difference_on_the_same_resamples(options: Options) -> None:
+    @registry.method("brightness + nothing", 2026, "here")
+    def same(fit: Fit) -> registry.Score:
+        return lambda seen: seen.images.mean((1, 2, 3))
 
-    @registry.case("same", "changed", (SMALL,))
-    def same(subject: Subject, part: str, count: int) -> Shown:
-        return Shown(subject.parts[part][0][:count], torch.arange(count), count)
+    @registry.method("brightness + all", 2026, "here")
+    def better(fit: Fit) -> registry.Score:
+        return lambda seen: (seen.images.mean((1, 2, 3)) - 0.5).abs()
 
-    table = Table("Failure", ("trial",), ("changed",), merit="aurc")
-    rows = {(r["method"], r["case"]): r for r in runner.run(table, options) if "case" in r}
-    assert 0 <= rows["oracle", "same"]["aurc"] <= rows["brightness", "same"]["aurc"] <= 1
+    rows = _rows(options)
+    nothing, gain = (rows[f"brightness + {name}", "gain in sets"] for name in ("nothing", "all"))
+    assert nothing["gain"] == 0
+    assert nothing["interval"] == [0, 0]
+    assert gain["gain"] == 1
+    assert ("brightness", "gain in sets") not in rows
 
 
 def test_a_page_names_the_strongest_rival_and_what_was_not_run(options: Options, tmp_path: Path) -> None:
@@ -188,13 +190,13 @@ def test_a_page_names_the_strongest_rival_and_what_was_not_run(options: Options,
         return lambda seen: -seen.images.mean((1, 2, 3))
 
     facts = {
-        "table": "trial", "title": "Trial", "text": "", "merit": "auroc", "groups": list(TABLE.groups), "quick": True,
+        "title": "Trial", "merit": "auroc", "quick": True,
         "seconds": 1, "networks": {"trial": ["a network on noise", False]},
         "methods": {key: [one.year, one.paper] for key, one in METHODS.items()},
     }  # fmt: skip
     path = pages.save("trial", runner.run(TABLE, options), packages=("torch",), folder=tmp_path, facts=facts)
     text = path.read_text()
-    assert "| attacks | brightness 1.000 | 0.000 |" in text
+    assert "| attacks | brightness 1.000 [1.000, 1.000] | 0.000 [0.000, 0.000] |" in text
     assert "Held out: no choice of this package was compared on this network." in text
     assert "| absent | 2026 | needs maps |" in text
     assert "### Clean data only" in text

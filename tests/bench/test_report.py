@@ -98,8 +98,8 @@ def detection_folder(tmp_path: pathlib.Path) -> pathlib.Path:
     for network, draw, method, protocol, figure in (
         ("a", 0, "energy", "clean data only", 0.6), ("a", 1, "energy", "clean data only", 0.8),
         ("a", 0, "KNN", "clean data only", 0.9), ("a", 1, "KNN", "clean data only", None),
-        ("a", 0, "activations alone (control)", "clean data only", 0.99),
-        ("a", 1, "activations alone (control)", "clean data only", 0.99),
+        ("a", 0, "published scores, control", "clean data only", 0.99),
+        ("a", 1, "published scores, control", "clean data only", 0.99),
         ("a", 0, "fastgrad, budget 1.2", "with generated challenges", 0.9),
         ("a", 1, "fastgrad, budget 1.2", "with generated challenges", 1.0), ("b", 0, "energy", "clean data only", 0.5),
     ):  # fmt: skip
@@ -109,8 +109,11 @@ def detection_folder(tmp_path: pathlib.Path) -> pathlib.Path:
             "method": method,
             "protocol": protocol,
             "case": "mean of attacks",
+            "group": "attacks",
         }
-        rows.append(row | ({"not run": "no weights"} if figure is None else {"auroc": figure}))
+        rows.append(
+            row | ({"not run": "no weights"} if figure is None else {"auroc": figure, "interval": [0.4, 1.0]})
+        )
     (tmp_path / "attacks.json").write_text(json.dumps({"merit": "auroc", "rows": rows}))
     return tmp_path
 
@@ -126,7 +129,7 @@ def test_a_value_of_a_network_is_the_mean_over_draws(detection_folder: pathlib.P
 def test_the_strongest_published_detector_ran_on_all_draws_and_is_no_control(
     detection_folder: pathlib.Path,
 ) -> None:
-    assert "| attacks | energy 0.700 | 0.950 |" in blocks.table("attacks a", detection_folder)
+    assert "| attacks | energy 0.700 ± 0.141 | 0.950 ± 0.071 |" in blocks.table("attacks a", detection_folder)
     rows = json.loads((detection_folder / "attacks.json").read_text())["rows"]
     found = detection.means(rows, "auroc", "a", "clean data only")
     assert found["KNN"]["attacks"] == {"not run": "no weights"}

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import pathlib
-
-import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.detection.cache import Progress
 from bench.detection.train import fit, whiten
 
 
@@ -40,42 +36,3 @@ def test_images_grow_in_equal_shares_of_the_passes() -> None:
     images, labels = torch.rand(8, 3, 8, 8), torch.randint(0, 2, (8,))
     fit(Network(), images, labels, epochs=5, seed=0, batch=8, sizes=(4, 8))
     assert seen == [4, 4, 4, 8, 8]
-
-
-def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: pathlib.Path) -> None:
-    torch.manual_seed(1)
-    images, labels = torch.rand(32, 3, 8, 8), torch.arange(32) % 4
-    recipe = {"network": "a small one"}
-    progress = Progress(tmp_path / "net.progress", recipe)
-    calls = 0
-
-    def network() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)
-        )
-
-    def power_cut(_: nn.Module, x: Tensor, __: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 11:
-            raise KeyboardInterrupt
-        return x
-
-    whole = fit(network(), images, labels, epochs=4, seed=0, batch=8)
-    with pytest.raises(KeyboardInterrupt):
-        fit(network(), images, labels, epochs=4, seed=0, batch=8, progress=progress, change=power_cut)
-    seen = []
-    resumed = fit(
-        network(), images, labels, epochs=4, seed=0, batch=8, progress=progress,
-        change=lambda _, x, __: seen.append(len(x)) or x,
-    )  # fmt: skip
-    assert len(seen) == 8  # steps of the last two of four passes
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
-    assert Progress(progress.path, {"network": "another"}).load() is None
-    progress.path.write_bytes(progress.path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"net\.progress must be a whole file"):
-        progress.load()
-    progress.forget()
-    assert not progress.path.exists()

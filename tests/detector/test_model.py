@@ -323,7 +323,7 @@ def test_the_gate_mixes_network_and_classifier():
     logits = logits.double()
     evidence = model.detector_.explain(blocks)[1]
     g = torch.sigmoid(evidence.log1p() @ model.gate_.weight + model.gate_.bias).unsqueeze(1)
-    second = model.classifier_.from_features(blocks["features"].double(), logits).softmax(1)
+    second = model.classifier_(blocks["features"].double()).softmax(1)
     expected = (1 - g) * model.temperature_(logits).softmax(1) + g * second
     torch.testing.assert_close(answer.probabilities.double(), expected, rtol=1e-4, atol=1e-6)
     assert 0 < float(g.min()) < float(g.max()) < 1
@@ -346,6 +346,7 @@ def test_the_classifier_learns_from_challenges_with_the_label_of_their_source(mo
     for challenges, factor in (("generate", 4), (None, 1)):
         model = TwoStageModel(small_network(), classifier=classifier, blocks=["logits"])
         model.fit([(images(120, 1), labels)], challenges, challenges_per_input=3)
+        assert seen["rows"].shape[1] == model.model[-1].in_features  # h alone
         # Too few to keep some for calibration: all are trained on.
         assert np.bincount(seen["labels"]).tolist() == [factor * 120 // CLASSES] * CLASSES
         assert (model.gate_ is None) == (challenges is None)

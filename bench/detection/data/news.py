@@ -29,7 +29,7 @@ CASES = ("encyclopedia", "questions", "German")
 #: What is done to news whose labels stay.
 CORRUPTED = ("dropped words", "typos", "shuffled words")
 #: News of each part, and texts of each case.
-PARTS = {"train": 4800, "fit": 1000, "calibration": 800, "test": 1000}
+PARTS = {"train": 5600, "fit": 1000, "test": 1000}
 CASE = 300
 _PIECES, _LENGTH, _EPOCHS, _BATCH, _RATE = 4000, 96, 6, 32, 1e-3
 

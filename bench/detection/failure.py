@@ -1,0 +1,167 @@
+"""Which answers are wrong: risk beside what a user has without it, judged by the network's errors.
+
+    python -m bench.detection.failure --quick --data DIR --cache CACHE
+
+Clean images, and clean ones together with those of each group of cases; every answer to an image of another set is
+wrong. AUROC of wrong against right answers, the area under the risk-coverage curve, and of what is a probability of an
+error the calibration error and the log loss. Resampled intervals draw all copies of an image together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bench.detection import resampled, runner
+from bench.detection.methods_ours import answer, fitted
+from bench.detection.registry import CASES, METHODS, Method, Options, Protocol
+from bench.detection.subject import Fit, Seen, Subject
+from bench.detection.tables import ALIKE, UNALIKE
+from bench.report import pages
+from fastgrad.detector.presets import DEFAULT_BLOCKS
+from fastgrad.metrics import aurc, calibration_report
+
+Values = NDArray[np.float64]
+DEFAULT_NETWORKS = ("lite0", "lite1", "lite2", "resnet20", "news")
+#: Published scores, of one pass.
+RIVALS = (
+    "softmax", "entropy", "margin", "energy", "MaxLogit", "GEN", "pNormSoftmax", "GradTrust", "KNN", "ViM",
+    "fastgrad, clean only", "fastgrad, default",
+)  # fmt: skip
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "clean": (), "clean and corruptions": (ALIKE, UNALIKE, "changed texts"),
+    "clean and attacks": ("attacks", "attacks after JPEG"),
+    "clean and other sets": ("other sets", "near sets", "far sets", "other texts"),
+}  # fmt: skip
+EVERYTHING = "everything"
+PROBABILITIES = ("softmax", "softmax, temperature", "fastgrad, risk")
+
+
+class Judged(NamedTuple):
+    """Answers of some images: whether they are wrong, and which image each is or was made from."""
+
+    wrong: Values
+    source: NDArray[np.int64]
+
+
+def risk(fit: Fit) -> Callable[[Seen], torch.Tensor]:
+    """The risk of a model fitted on labels and generated challenges."""
+    two_stage = fitted(fit, DEFAULT_BLOCKS)
+
+    def score(seen: Seen) -> torch.Tensor:
+        found = answer(two_stage, seen).risk
+        assert found is not None
+        return found
+
+    return score
+
+
+def scaled(fit: Fit) -> Callable[[Seen], torch.Tensor]:
+    """The softmax over a temperature from the clean images."""
+    two_stage = fitted(fit, ("logits",), None)
+    return lambda seen: 1 - answer(two_stage, seen).probabilities.amax(1)
+
+
+OWN = {
+    one.name: one
+    for one in (
+        Method("softmax, temperature", 2017, "Guo et al., ICML", Protocol.CLEAN, scaled),
+        Method("fastgrad, risk", 2026, "the default", Protocol.GENERATED, risk),
+    )
+}
+
+
+def judged(subject: Subject, case: str) -> Judged:
+    """Return the errors of a case; an answer to what belongs to no class is one."""
+    seen, labels = subject.seen(case), subject.parts["test"][1]
+    source = seen.shown.source
+    wrong = (seen.logits.argmax(1) != labels[source.clamp_min(0)]) | (source < 0)
+    # Images of other sets are each drawn for themselves.
+    own = torch.where(source < 0, len(labels) + torch.arange(len(source)), source)
+    return Judged(wrong.double().numpy(), own.numpy())
+
+
+def row(scores: Values, found: Judged, probability: bool) -> dict[str, Any]:
+    """Return the figures of one method on some images."""
+    values = resampled.grouped_auroc(scores, found.wrong, found.source)
+    made: dict[str, Any] = {
+        "auroc": round(float(values[0]), 4), "interval": resampled.interval(values),
+        "aurc": round(1000 * aurc(scores, found.wrong), 1),
+    }  # fmt: skip
+    if probability:
+        p = np.stack([scores, 1 - scores], 1)
+        report = calibration_report(p, (1 - found.wrong).astype(int))
+        made |= {"ece": round(_error(scores, found.wrong), 4), "log loss": round(float(report["nll"]), 4)}
+    return made
+
+
+def _error(scores: Values, wrong: Values, bins: int = 15) -> float:
+    """Mean difference between the risk that is said and the share of errors, over bins of what is said."""
+    place = np.minimum((scores * bins).astype(int), bins - 1)
+    total = np.bincount(place, scores - wrong, minlength=bins)
+    return float(np.abs(total).sum() / len(scores))
+
+
+def measure(subject: Subject) -> list[dict[str, Any]]:
+    """Return a row for each method and group of images."""
+    known = {case.group for case in CASES.values() if subject.kind in case.kinds}
+    wanted = {group: tuple(part for part in parts if part in known) for group, parts in GROUPS.items()}
+    wanted = {group: parts for group, parts in wanted.items() if parts or group == "clean"}
+    wanted[EVERYTHING] = tuple(part for parts in wanted.values() for part in parts)
+    cases = [
+        name
+        for name, case in CASES.items()
+        if case.group in wanted[EVERYTHING] and subject.kind in case.kinds
+    ]
+    judgements: dict[str, Judged] = {"clean": judged(subject, "clean")}
+    lost: dict[str, str] = {}
+    for case in cases:
+        try:
+            judgements[case] = judged(subject, case)
+        except runner.ABSENT as why:
+            # Where no image misleads the network, there is nothing to judge.
+            lost |= {} if "misleads" in str(why) else {case: str(why)}
+    rows = []
+    for name in (*RIVALS, *OWN):
+        method = OWN.get(name) or METHODS[name]
+        found = runner.measure(subject, method, [case for case in judgements if case != "clean"])
+        for group, parts in wanted.items():
+            own = ["clean", *(case for case in judgements if case != "clean" and CASES[case].group in parts)]
+            head = {
+                "network": subject.network, "draw": subject.draw, "method": name, "protocol": method.protocol.value,
+                "case": group, "group": group,
+            }  # fmt: skip
+            absent = [why for case, why in lost.items() if CASES[case].group in parts]
+            absent = list(
+                dict.fromkeys(absent + [found.absent[case] for case in own if case in found.absent])
+            )
+            if absent:
+                rows.append(head | {"not run": "; ".join(absent)})
+                continue
+            together = Judged(
+                *(np.concatenate(values) for values in zip(*(judgements[c] for c in own), strict=True))
+            )
+            scores = np.concatenate([found.scores[case] for case in own])
+            rows.append(head | row(scores, together, name in PROBABILITIES))
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    from bench.detection.__main__ import PACKAGES, facts, parser
+
+    given = parser("detection.failure", DEFAULT_NETWORKS).parse_args()
+    start = time.perf_counter()
+    options = Options(given.data, given.cache, given.quick, given.draws)
+    rows = runner.over(given.networks or DEFAULT_NETWORKS, options, measure)
+    said = facts("Which answers are wrong", given, start, {**METHODS, **OWN})
+    pages.save("failure", rows, packages=PACKAGES, folder=given.out, facts=said)
+
+
+if __name__ == "__main__":
+    main()

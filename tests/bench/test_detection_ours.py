@@ -1,0 +1,104 @@
+"""What the tables keep of the blocks gives the detector that a user's `TwoStageModel.fit` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("pytorch_ood")
+
+from bench.detection import methods_ours, registry
+from bench.detection.architectures import residual_network
+from bench.detection.methods_ours import AllNorms, NormalisationNorms, answer, blocks_of, fitted
+from bench.detection.registry import CASES, SMALL, TEXTS, NotRun, Shown
+from bench.detection.subject import Fit, Subject
+from fastgrad import TwoStageModel
+from fastgrad.blocks.extraction import Extraction
+from fastgrad.detector import fitting
+from fastgrad.detector.presets import DEFAULT_BLOCKS
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Iterator[Subject]:
+    torch.manual_seed(0)
+    model = residual_network(width=4).eval().requires_grad_(False)
+    parts = {part: (torch.rand(40, 3, 16, 16), torch.arange(40) % 10) for part in ("fit", "test")}
+
+    @registry.case("darker", "sets", (SMALL,))
+    def darker(subject: Subject, part: str, count: int) -> Shown:
+        return Shown(0.3 * subject.parts[part][0][:count], torch.full((count,), -1), count)
+
+    yield Subject("trial", 0, model, parts, tmp_path, [model.stem, *model.stages], Path(), SMALL, 6)
+    del CASES["darker"]
+
+
+def test_a_fit_on_kept_blocks_is_the_users(subject: Subject) -> None:
+    fit = Fit(subject)
+    kept = fitted(fit, DEFAULT_BLOCKS, None)
+    direct = TwoStageModel(subject.model, blocks=DEFAULT_BLOCKS, seed=0)
+    direct.fit(fit.loader(*subject.parts["fit"]), None)
+    seen = subject.seen("darker")
+    expected, found = direct(seen.images), answer(kept, seen)
+    torch.testing.assert_close(found.uncertainty, expected.uncertainty, rtol=1e-5, atol=1e-6)
+    assert found.risk is not None
+    assert expected.risk is not None
+    torch.testing.assert_close(found.risk, expected.risk, rtol=1e-4, atol=1e-6)
+    again = fitted(fit, DEFAULT_BLOCKS, None)
+    assert torch.equal(answer(again, seen).uncertainty, found.uncertainty)
+
+
+def test_challenges_and_their_blocks_are_those_of_a_users_fit(subject: Subject) -> None:
+    fit, read, direct = Fit(subject), fitting._read, []
+    fitted(fit, DEFAULT_BLOCKS)
+    with mock.patch.object(fitting, "_read", lambda *given: direct.append(read(*given)) or direct[0]):
+        TwoStageModel(subject.model, blocks=DEFAULT_BLOCKS, seed=0).fit(fit.loader(*subject.parts["fit"]))
+    kept = subject.kept("inputs/generated/fit", dict)
+    found = blocks_of(subject, "generated/fit", torch.from_numpy(kept["inputs"]), DEFAULT_BLOCKS)
+    assert kept["kinds"].tolist() == direct[0].kinds.tolist()
+    assert kept["groups"].tolist() == direct[0].groups.tolist()
+    for name, value in direct[0].blocks.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_of_normalisation_layers_are_those_of_vectors(subject: Subject) -> None:
+    images = subject.seen("clean").images
+    found = blocks_of(subject, "clean/test", images, [AllNorms.name, NormalisationNorms.name])
+    names = [name for name, value in subject.model.named_parameters() if value.dim() == 1]
+    assert found[NormalisationNorms.name].shape[-1] == len(names)
+    assert all(
+        "bn" in name or "stem.1" in name or "shortcut.1" in name or name == "fc.bias" for name in names
+    )
+    model = subject.model.requires_grad_(True)
+    expected = []
+    for x in images[:3].double():
+        model.double().zero_grad()
+        z = model(x[None])
+        torch.nn.functional.binary_cross_entropy_with_logits(
+            z, torch.ones_like(z), reduction="sum"
+        ).backward()
+        expected.append([float(p.grad.square().sum().log()) for p in model.parameters() if p.dim() == 1])  # type: ignore
+    model.float().requires_grad_(False)
+    torch.testing.assert_close(
+        found[NormalisationNorms.name][:3, 0].double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_model_answers_by_the_network_again(subject: Subject) -> None:
+    two_stage = fitted(Fit(subject), DEFAULT_BLOCKS, None)
+    answer(two_stage, subject.seen("darker"))
+    assert isinstance(two_stage.extraction_, Extraction)
+
+
+def test_texts_have_no_generated_challenges(subject: Subject) -> None:
+    subject.kind = TEXTS
+    with pytest.raises(NotRun, match="images"):
+        fitted(Fit(subject), ("logits",))
+
+
+def test_the_control_has_the_challenges_of_the_default(subject: Subject) -> None:
+    challenges = methods_ours._Generated(subject, "generated", "fit").images
+    assert challenges.shape == (120, 3, 16, 16)
