@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,9 @@ def test_its_blocks_equal_the_results(document: Path) -> None:
     assert blocks.BLOCK.findall(text), "no block, so nothing to keep up to date: take it off the list"
     stale = blocks.differing(text)
     assert not stale, f"run python -m bench.report; stale: {stale}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_no_value_ends_the_cell_that_it_stands_in(document: Path) -> None:
+    rows = [line for line in document.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert not [row for row in rows if "|" in "".join(re.findall("<!-- value: (.*?) -->", row))]

@@ -6,17 +6,21 @@ The slow form of each attack is larger; it prints what the documentation's table
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
 import socket
 import struct
+import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +28,10 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("PIL")
 
-from serve_client import image, wait_for, workers_of
+from serve_client import form, image, wait_for, workers_of
 
+#: Of this machine; an answer may quote what was sent, but no path.
+FOLDERS = (tempfile.gettempdir(), sys.prefix, str(Path(__file__).parents[3]))
 #: What the web process may take above its idle size, and how long one callback may keep the event loop.
 MEMORY, PAUSE = 100.0, 0.050
 
@@ -85,9 +91,7 @@ def post(served: Any, body: bytes, kind: str) -> int:
     assert status == 200 or (400 <= status < 500 or status in (503, 504)), (status, answer)
     if status != 200:
         assert 0 < len(answer["detail"]) < 500
-        assert "/" not in answer["detail"].replace("image/", "").replace("multipart/", "").replace(
-            "application/", ""
-        )
+        assert not any(folder in answer["detail"] for folder in FOLDERS)
     return status
 
 
@@ -201,17 +205,17 @@ def test_large_bodies(served: Any, size: str) -> None:
 
 
 @sizes
-def test_mutated_images(served: Any, size: str) -> None:
+def test_mutated_bodies(served: Any, size: str) -> None:
     count = 10_000 if size == "long" else 200
     rng, decoders = random.Random(7), sorted(workers_of(served.server.process.pid, b"serve.decoder"))
+    inputs = json.dumps({"inputs": [[[0.5] * 8] * 8] * 3}).encode()
+    formats = ("PNG", "PNG", "JPEG", "JPEG", "WEBP", "WEBP", "BMP", "GIF", "TIFF", "PPM")
     seeds = [
-        (image(number, shape, kind), f"image/{kind.lower()}")
-        for number, (kind, shape) in enumerate(
-            (k, s) for k in ("PNG", "JPEG", "WEBP") for s in ((8, 8), (61, 40))
-        )
-    ]
+        *((image(n, ((8, 8), (61, 40))[n % 2], kind), f"image/{kind.lower()}") for n, kind in enumerate(formats)),
+        form("file", image(2)), (inputs, "application/json"), (b'{"inputs": [[1, 2], [3, 4]]}', "application/json"),
+    ]  # fmt: skip
     bodies = [mutated(rng, *rng.choice(seeds)) for _ in range(count)]
-    with watched(served, f"{count} mutated images"):
+    with watched(served, f"{count} mutated bodies"):
         found = at_once(served, bodies, 8)
     print(dict(sorted(found.items())))
     assert set(found) <= {200, 400, 413, 415, 422}
@@ -224,7 +228,7 @@ def mutated(rng: random.Random, body: bytes, kind: str) -> tuple[bytes, str]:
     content = bytearray(body)
     for _ in range(rng.randint(1, 8)):
         place = rng.randrange(len(content) + 1)
-        match rng.randrange(5):
+        match rng.randrange(6):
             case 0:
                 content[place:place] = rng.randbytes(rng.randint(1, 30))
             case 1:
@@ -233,8 +237,20 @@ def mutated(rng: random.Random, body: bytes, kind: str) -> tuple[bytes, str]:
                 content[place] ^= 1 << rng.randrange(8)
             case 3:
                 content[place : place + 4] = struct.pack(">I", rng.choice([0, 1, 2**31, 2**32 - 1]))
+            case 4:
+                content[place:place] = content[: rng.randint(0, 100)]
             case _:
                 content[place:] = b""
+    if rng.random() < 0.1:
+        odd = [
+            "",
+            "image/",
+            "other",
+            "application/json",
+            "multipart/form-data; boundary=",
+            "image/png; x=\xff",
+        ]
+        kind = rng.choice(odd)
     return bytes(content) or b"\0", kind
 
 
