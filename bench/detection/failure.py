@@ -38,7 +38,6 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "clean and attacks": ("attacks", "attacks after JPEG"),
     "clean and other sets": ("other sets", "near sets", "far sets", "other texts"),
 }  # fmt: skip
-EVERYTHING = "everything"
 PROBABILITIES = ("softmax", "softmax, temperature", "fastgrad, risk")
 
 
@@ -112,11 +111,11 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
     known = {case.group for case in CASES.values() if subject.kind in case.kinds}
     wanted = {group: tuple(part for part in parts if part in known) for group, parts in GROUPS.items()}
     wanted = {group: parts for group, parts in wanted.items() if parts or group == "clean"}
-    wanted[EVERYTHING] = tuple(part for parts in wanted.values() for part in parts)
+    wanted["everything"] = tuple(part for parts in wanted.values() for part in parts)
     cases = [
         name
         for name, case in CASES.items()
-        if case.group in wanted[EVERYTHING] and subject.kind in case.kinds
+        if case.group in wanted["everything"] and subject.kind in case.kinds
     ]
     judgements: dict[str, Judged] = {"clean": judged(subject, "clean")}
     lost: dict[str, str] = {}

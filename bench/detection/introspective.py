@@ -86,9 +86,7 @@ def adapted(model: nn.Module, images: Tensor) -> Tensor:
             module.reset_running_stats()
             module.momentum = None
     own.train()
-    parts = images.split(len(images))
-    for x in parts:
-        own(x)
+    own(images)
     own.eval()
     return torch.cat([own(x).softmax(1) for x in images.split(BATCH)])
 

@@ -81,13 +81,6 @@ def _read(subject: Subject, images: Tensor, names: Sequence[str]) -> dict[str, A
     return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
 
 
-class _Images:
-    """In place of what reads blocks: the inputs themselves."""
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return x.flatten(1)[:, :1], {"inputs": x}
-
-
 def fitted(
     fit: Fit, names: Sequence[str], challenges: Any = "generate", classifier: Any = None, **options: Any
 ) -> TwoStageModel:
@@ -102,7 +95,9 @@ def fitted(
 
     def read(extraction: Extraction, model: Any, sample: Any, verbose: bool) -> collect.Features:
         def shown() -> dict[str, Any]:
-            reader = collect.Reader(_Images(), model.device, verbose=False)  # type: ignore[arg-type]
+            # In place of what reads blocks: the inputs themselves.
+            inputs: Any = lambda x: (x.flatten(1)[:, :1], {"inputs": x})  # noqa: E731
+            reader = collect.Reader(inputs, model.device, verbose=False)
             reader.clean(sample.clean)
             if sample.challenges is not None:
                 reader.given(sample.challenges)

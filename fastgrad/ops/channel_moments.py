@@ -1,9 +1,7 @@
-"""Sum, or sum of squares, of every channel of every sample: of an activation, or of a gradient at a layer's output.
+"""Sum of squares of every channel of every sample of an activation, ``sum_t x[b, c, t]^2``.
 
-    channel_sums: sum_t x[b, c, t]        channel_square_sums: sum_t x[b, c, t]^2
-
-A traced graph holds plain ATen reductions, which a compiler fuses with the operation that makes ``x``. Elsewhere both
-run at the speed of memory: ``square().sum()`` would write all squares to it, so squares are taken without a temporary,
+A traced graph holds plain ATen reductions, which a compiler fuses with the operation that makes ``x``. Elsewhere it
+runs at the speed of memory: ``square().sum()`` would write all squares to it, so squares are taken without a temporary,
 or in one that stays in the cache.
 """
 
@@ -69,13 +67,6 @@ def _total(x: Tensor) -> Tensor:
 def _few(positions: torch.Size) -> bool:
     """Whether so few positions may be added one after the other; of a symbolic number nobody knows."""
     return all(isinstance(n, int) for n in positions) and math.prod(positions) <= LONGEST_RUN
-
-
-def _sums(x: Tensor) -> Tensor:
-    dtype = compute_dtype(x.dtype)
-    if _in_one_piece(x) or x.device.type != "cpu":
-        return _total(_in(dtype, x))
-    return _by_samples(x, dtype, _total)
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -144,8 +135,8 @@ def _checked(x: Tensor, dim: int) -> Tensor:
     return canonical(x, dim)
 
 
-def channel_sums(x: Tensor, dim: int = 1) -> Tensor:
-    """Return every channel's sum over its positions, for each sample: of a gradient at a layer's output, its bias's.
+def channel_square_sums(x: Tensor, dim: int = 1) -> Tensor:
+    """Return every channel's sum of squares over its positions, for each sample.
 
     Args:
         x: ``(B, C, ...)``, or with ``dim=-1`` ``(B, ..., C)``: the dimensions other than the batch and the channels
@@ -159,9 +150,4 @@ def channel_sums(x: Tensor, dim: int = 1) -> Tensor:
         TypeError: If ``x`` is no floating tensor.
         ValueError: If ``x`` or ``dim`` is not as above.
     """
-    return _sums(_checked(x, dim))
-
-
-def channel_square_sums(x: Tensor, dim: int = 1) -> Tensor:
-    """Return every channel's sum of squares over its positions, for each sample; as `channel_sums`."""
     return _squares(_checked(x, dim))
