@@ -133,8 +133,10 @@ def layer_norms(
     Raises:
         ValueError: a matrix whose number of columns differs from the number of names.
     """
-    axes = axes or new_axes(max(5.0, 0.16 * len(names) + 2), 4.2)
+    axes = axes or new_axes(min(max(5.0, 0.16 * len(names) + 2), 6.5), 4.2)
     positions = np.arange(len(names))
+    # Of many names some are written, so that they can be read.
+    step = -(-len(names) // 30)
     for i, (name, values) in enumerate(sqnorms.items()):
         matrix = _values(values)
         if matrix.ndim != 2 or matrix.shape[1] != len(names):
@@ -149,7 +151,7 @@ def layer_norms(
     axes.set(
         ylabel="squared L2 norm of the gradient", title="squared L2 distances for different parameter sets"
     )
-    axes.set_xticks(positions, names, rotation=90, fontsize=6)
+    axes.set_xticks(positions[::step], names[::step], rotation=90, fontsize=8)
     axes.margins(x=0.01)
     axes.legend(frameon=False, fontsize=8)
     return axes
