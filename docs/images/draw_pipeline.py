@@ -18,7 +18,7 @@ BOXES = {
     ),
     "blocks": (
         36, 252, 280, 116, True, "blocks",
-        ["logits, activations, image;", "a second view or gradients", "within the cost limit"],
+        ["logits, activations, image;", "a second view", "within the cost limit"],
     ),
     "parameters": (
         36, 380, 280, 108, True, "all P parameters",
