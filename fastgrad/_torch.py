@@ -133,7 +133,7 @@ def disable_mha_fastpath(module: nn.Module) -> None:
             # It multiplies transposed inputs. Where the weight needs no gradient, PyTorch takes that for a batch of
             # products, one a position, each with a copy of the weight: many times slower, with or without a graph.
             for name, value in module._parameters.items():
-                if name.endswith("proj_weight") and value is not None:
+                if name.endswith("proj_weight") and value is not None and not is_batched(value):
                     value.requires_grad_()
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from fastgrad._torch import is_readable, pytree
+from fastgrad._torch import disable_mha_fastpath, is_readable, pytree
 from fastgrad.engine.copy import Settings, Shadow, detach_plain
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
@@ -129,6 +130,9 @@ class Fallback:
         own = {id(p): v for p, v in zip(self.parameters, values, strict=True)}
         shadow = Shadow(self.module, lambda p: own.get(id(p), detach_plain(p)), training=self.training)
         shadow.restore(self.settings)
+        for copy in shadow.modules.values():
+            if not copy.training:
+                disable_mha_fastpath(copy)
         # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
         for table in ("_forward_hooks", "_forward_pre_hooks"):
             shadow.root.__dict__[table] = OrderedDict()
@@ -168,14 +172,16 @@ class Fallback:
             g * weights.repeat_interleave(g.shape[0] // len(weights)).reshape(-1, *[1] * (g.dim() - 1)).to(g)
             for g in gradients
         ]
-        again, found = _differentiated(forward(wanted, inputs), wanted, at)
-        if not all(map(_agree, again, self.outputs)):
+        with _Precision() as seen:
+            outputs = forward(wanted, inputs)
+        again, found = _differentiated(outputs, wanted, at)
+        precision = max(seen.eps, *(torch.finfo(t.dtype).eps for t in (*self.outputs, *found)))
+        if not all(_agree(one, other, precision) for one, other in zip(again, self.outputs, strict=True)):
             raise self._refusal("gives other outputs when it is computed again")
-        precision = max(torch.finfo(t.dtype).eps for t in (*self.outputs, *found))
         scales = (weights.square() @ norms.to(weights)).sqrt()
         floor = 1e3 * precision * scales.max()
         for scale, one, other in zip(scales, weighted, found, strict=True):
-            if not (one - other).norm() <= _half_of_digits(precision) * scale + floor:
+            if not (one - other).norm() <= math.sqrt(precision) * scale + floor:
                 raise self._refusal("gives other gradients for a sample alone than for the batch")
 
     def _refusal(self, what: str) -> ValueError:
@@ -205,15 +211,25 @@ def _weights(samples: int, device: torch.device) -> Tensor:
     return 1.5 + torch.cos(1.7 * torch.arange(samples, device=device))
 
 
-def _agree(again: Tensor, output: Tensor) -> bool:
-    """Whether two computations of one output differ by rounding at most: in half of its digits."""
+def _agree(again: Tensor, output: Tensor, precision: float = 0.0) -> bool:
+    """Whether two computations of one output differ by rounding at most: in half of its digits, or of ``precision``."""
     if not is_readable(again, output) or again.numel() == 0:
         return True
-    tolerance = _half_of_digits(torch.finfo(output.dtype).eps)
+    tolerance = math.sqrt(max(precision, torch.finfo(output.dtype).eps))
     again, output = (t.double().nan_to_num() for t in (again, output.reshape(again.shape)))
     return bool((again - output).abs().max() <= tolerance * output.abs().max())
 
 
-def _half_of_digits(precision: float) -> float:
-    """The tolerance for two computations. Models in float64 may compute parts in float32."""
-    return max(math.sqrt(precision), 1e-5)
+class _Precision(TorchFunctionMode):
+    """Notes the relative rounding error of the coarsest numbers computed: models in float64 have parts in float32."""
+
+    eps = 0.0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # A mask of zeros is no computation.
+        if floating(result) and floating(args):
+            self.eps = max(self.eps, *(torch.finfo(t.dtype).eps for t in floating(result)))
+        return result

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fastgrad._torch import without_modes
 
 _INDEXING = frozenset({"__getitem__", "__setitem__"})
+_SEQUENCES = frozenset({tuple, list})
 #: Functions whose whole numbers name dimensions.
 _OF_DIMENSIONS = frozenset(
     name + end
@@ -92,9 +93,10 @@ class Steps(TorchFunctionMode):
         noted += (name, rank if torch.is_grad_enabled() else -2 - rank)
         values = (*args, *kwargs.values()) if kwargs else args
         for value in values:
-            for one in value if type(value) in (tuple, list) else (value,):
-                if id(one) in numbers:
-                    noted.append(numbers[id(one)])
+            if id(value) in numbers:
+                noted.append(numbers[id(value)])
+            elif type(value) in _SEQUENCES:
+                noted += [numbers[id(one)] for one in value if id(one) in numbers]
         if name in _INDEXING:
             noted.append(_shape_of_index(args[1]))
         elif name in _OF_DIMENSIONS:

@@ -11,6 +11,7 @@ from scipy.stats import betabinom
 
 from fastgrad import UncertaintyDetector
 from fastgrad.blocks import BLOCKS
+from fastgrad.blocks.block import Settings
 from fastgrad.detector.calibrate import DetectorModule, Table, deal
 from fastgrad.scores import TwoSided
 
@@ -66,11 +67,9 @@ def test_no_fit_sees_what_it_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     original = calibrate.fit_scores
 
-    def watched(
-        table: Table, chosen: np.ndarray, options: calibrate.Options
-    ) -> dict[str, calibrate.ScoreSpec]:
+    def watched(table: Table, chosen: np.ndarray, settings: Settings) -> dict[str, calibrate.ScoreSpec]:
         seen.append(set(table.groups[chosen]))
-        return original(table, chosen, options)
+        return original(table, chosen, settings)
 
     monkeypatch.setattr(calibrate, "fit_scores", watched)
     rng = np.random.default_rng(0)

@@ -133,6 +133,20 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
         ),
         ["right"] * 4,
     ),
+    "a branch that changes a sample's numbers by 5e-6 alone": (
+        Program(
+            (around("branch on input", "batch norm"), around("twice", "linear")),
+            (one("record", B=2, big=True),),
+            options="loss='bce'",
+        ),
+        ["refused"],
+    ),
+    "attention in evaluation mode, computed again without gradients": (
+        Program(
+            (around("batch repeated", "scale", "attention"),), ("session.model.eval()", one("clip", B=1, T=1))
+        ),
+        ["right"],
+    ),
     "a gate of another sample": (
         Program((around("batch second", "functional use", "experts of samples"),), (one("record", B=3),)),
         ["refused"],
