@@ -131,7 +131,10 @@ class Fallback:
         shadow = Shadow(self.module, lambda p: own.get(id(p), detach_plain(p)), training=self.training)
         shadow.restore(self.settings)
         for copy in shadow.modules.values():
-            if not copy.training:
+            if copy.training:
+                # A sample alone may take a branch that writes to buffers, which the batch did not take.
+                copy._buffers = {name: b if b is None else b.clone() for name, b in copy._buffers.items()}
+            else:
                 disable_mha_fastpath(copy)
         # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
         for table in ("_forward_hooks", "_forward_pre_hooks"):

@@ -141,6 +141,16 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
         ),
         ["refused"],
     ),
+    "a branch of a sample alone that counts in a buffer": (
+        Program(
+            (Step("block", (around("branch on data", "buffer counted"),)),),
+            (one("clip", B=2),),
+            head="functional",
+            options="loss='bce'",
+            seed=9401,
+        ),
+        ["refused"],
+    ),
     "attention in evaluation mode, computed again without gradients": (
         Program(
             (around("batch repeated", "scale", "attention"),), ("session.model.eval()", one("clip", B=1, T=1))
