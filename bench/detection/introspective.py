@@ -37,7 +37,7 @@ from fastgrad.detector.presets import DEFAULT_BLOCKS
 from fastgrad.metrics import calibration_report
 
 #: Splits of the images that the network was not trained on, clean images of each, clean test images, copies of a kind.
-SEEDS, FITTED, TESTED, COPIES = 3, 1000, 1000, 200
+SEEDS, FITTED, TESTED, COPIES = 3, 4000, 1000, 200
 #: Of those fitted, the share that makes probabilities calibrated.
 UNSEEN = 0.2
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -96,7 +96,11 @@ def answers(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     fit = Fit(subject)
     # The detector and its gate are those of `TwoStageModel.fit`; H is trained below on each thing that it may read.
     two_stage = fitted(
-        fit, DEFAULT_BLOCKS, classifier=IntrospectiveClassifier(max_epochs=1), challenges_per_input=3
+        fit,
+        DEFAULT_BLOCKS,
+        classifier=IntrospectiveClassifier(max_epochs=1),
+        challenges_per_input=3,
+        max_samples=FITTED,
     )
     kept = subject.kept("inputs/generated/fit", dict)
     groups = torch.from_numpy(kept["groups"])
