@@ -35,6 +35,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     # A process of these runs the whole suite's hooks as well, and must start none of its own.
     whole = config.args_source is config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
     options = config.option
+    # pytest-cov must know of processes before this.
+    whole = whole and not getattr(options, "cov_source", None)
     if whole and getattr(options, "numprocesses", 0) is None and not (options.usepdb or options.collectonly):
         options.numprocesses = min(PROCESSES, os.cpu_count() or 1)
         # Tests of one file share servers and exported models.
