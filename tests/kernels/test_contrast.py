@@ -268,7 +268,7 @@ def test_the_oracle_agrees_with_autograd() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
 def test_refuses_other_dtypes(dtype: torch.dtype, device: torch.device) -> None:
-    with pytest.raises(ValueError, match="logits must be float16"):
+    with pytest.raises(ValueError, match="logits must be one of float16, bfloat16, float32"):
         contrast_sqnorm(
             torch.ones(1, 2, device=device),
             torch.ones(1, 2, dtype=dtype, device=device),
