@@ -95,13 +95,8 @@ def answers(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     """Return probabilities by method and case, of everything fitted on one split."""
     fit = Fit(subject)
     # The detector and its gate are those of `TwoStageModel.fit`; H is trained below on each thing that it may read.
-    two_stage = fitted(
-        fit,
-        DEFAULT_BLOCKS,
-        classifier=IntrospectiveClassifier(max_epochs=1),
-        challenges_per_input=3,
-        max_samples=FITTED,
-    )
+    H = IntrospectiveClassifier(max_epochs=1)
+    two_stage = fitted(fit, DEFAULT_BLOCKS, classifier=H, challenges_per_input=3, max_samples=FITTED)
     kept = subject.kept("inputs/generated/fit", dict)
     groups = torch.from_numpy(kept["groups"])
     labels = subject.parts["fit"][1][groups]
