@@ -72,11 +72,10 @@ class Pass:
         # The backward pass is linear in delta: one of unit size keeps every intermediate square in range.
         scale = delta.abs().amax(-1, keepdim=True)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        probes = [(site, probe) for site, probe in self.run.probes if site.parameters]
         with torch.enable_grad():
             unit = (delta / scale).to(self._output.dtype)
-            found = backward_signals(self.run, self._output, unit, probes, keep=bool(self._left))
-        norms = order_by_parameter(probes, found, self.plan.names, scale, self.samples)
+            found = backward_signals(self.run, self._output, unit, keep=bool(self._left))
+        norms = order_by_parameter(self.run.probes, found, self.plan.names, scale, self.samples)
         scale = scale.to(norms.dtype)
         if self.log:
             norms = norms.clamp_min(torch.finfo(norms.dtype).tiny).log() + 2 * scale.log()

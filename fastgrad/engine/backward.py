@@ -81,28 +81,23 @@ def looped(runs: Iterable[Run], sites: Sequence[Site], output: Tensor) -> bool:
     )
 
 
-def backward_signals(
-    run: Run, output: Tensor, gradients: Tensor, probes: Probes | None = None, *, keep: bool = False
-) -> list[Tensor]:
-    """Send S gradients of a run's output back to some of its sites.
+def backward_signals(run: Run, output: Tensor, gradients: Tensor, *, keep: bool = False) -> list[Tensor]:
+    """Send S gradients of a run's output back to its sites.
 
     Args:
         run: The forward pass.
         output: Its output ``(B, ...)``.
         gradients: ``(S, B, ...)``, in the output's dtype.
-        probes: Those of ``run.probes`` that are asked for; all by default. The pass goes back to the earliest of
-            them and no further, and computes nothing for the others.
         keep: Whether to keep the graph for another call.
 
     Returns:
-        ``(S, B, m)`` for each of ``probes``; zeros where the output does not depend on it.
+        ``(S, B, m)`` for each of ``run.probes``; zeros where the output does not depend on it.
     """
-    probes = run.probes if probes is None else probes
-    wanted = [probe for _, probe in probes]
+    wanted = [probe for _, probe in run.probes]
     count = gradients.shape[0]
     if not output.requires_grad:
         return [probe.new_zeros(count, *probe.shape) for probe in wanted]
-    one_by_one = looped([run], [site for site, _ in probes], output)
+    one_by_one = looped([run], [site for site, _ in run.probes], output)
     parts = probe_grads([output], wanted, [gradients], batched=True, looped=one_by_one, keep=keep)
     return [
         probe.new_zeros(count, *probe.shape) if part is None else part
@@ -122,7 +117,7 @@ def order_by_parameter(
     """Order the probes' gradients by parameter.
 
     Args:
-        probes: Site and probe; sites that serve no parameter are left out.
+        probes: Site and probe.
         found: Gradient of each, ``(S, B, m)``.
         names: P wanted parameters; those no probe reports have gradient zero.
         like: ``(S, ...)``, gives device and dtype.
@@ -132,7 +127,7 @@ def order_by_parameter(
         ``(S, B, P)``, float32 (float64 for float64).
     """
     dtype = compute_dtype(like.dtype)
-    served = [(site.parameters, f) for (site, _), f in zip(probes, found, strict=True) if site.parameters]
+    served = [(site.parameters, f) for (site, _), f in zip(probes, found, strict=True)]
     columns = [name for parameters, _ in served for name in parameters]
     place = {name: i for i, name in enumerate(columns)}
     zeros = like.new_zeros((like.shape[0], samples, 1), dtype=dtype)

@@ -99,7 +99,6 @@ class Network:
         args: Any,
         kwargs: Any,
         *,
-        sites: Sequence[Site] = (),
         readings: Sequence[Reading] = (),
         parameter: Callable[[nn.Parameter], Tensor] = detach_plain,
         training: bool = False,
@@ -114,7 +113,6 @@ class Network:
             run: Takes up the probes and readings, and the plan that the pass kept to.
             args: Positional inputs.
             kwargs: Inputs by keyword.
-            sites: Further places where numbers are to leave the backward pass; any site turns gradients on.
             readings: What to keep of what modules see.
             parameter: What the copy holds in place of each parameter.
             training: Whether modules keep their own mode instead of evaluation mode.
@@ -124,8 +122,8 @@ class Network:
             ValueError: If no plan holds for the path that the pass takes.
         """
         once = functools.partial(
-            self.once, run=run, args=args, kwargs=kwargs, sites=sites, readings=readings,
-            parameter=parameter, training=training,
+            self.once, run=run, args=args, kwargs=kwargs, readings=readings, parameter=parameter,
+            training=training,
         )  # fmt: skip
         if plan is None:
             output, shadow = once(None)
@@ -216,7 +214,6 @@ class Network:
         args: Any,
         kwargs: Any,
         *,
-        sites: Sequence[Site] = (),
         readings: Sequence[Reading] = (),
         parameter: Callable[[nn.Parameter], Tensor] = detach_plain,
         training: bool = False,
@@ -227,11 +224,9 @@ class Network:
         if not training:
             for copy in shadow.modules.values():
                 disable_mha_fastpath(copy)
-        # Of two hooks on a module the one attached later runs earlier. The plan's may replace what autograd recorded
-        # of a layer, so they come before other sites; readings come first of all, to read what the module returned.
-        tapped: tuple[Site, ...] = (*sites, *(() if plan is None else plan.sites))
-        places: tuple[Site | Reading, ...] = (*tapped, *readings)
-        with torch.set_grad_enabled(plan is not None or bool(tapped) or torch.is_grad_enabled()):
+        # Of two hooks on a module the one attached later runs earlier: readings read what the module returned.
+        places: tuple[Site | Reading, ...] = (*(() if plan is None else plan.sites), *readings)
+        with torch.set_grad_enabled(plan is not None or torch.is_grad_enabled()):
             for place in places:
                 place.attach(run, shadow)
             if plan is None or is_traced():

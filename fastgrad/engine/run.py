@@ -73,21 +73,21 @@ class Run:
         if self.steps is not None:
             self.steps.note(type(site).__name__, site.path, site.parameters)
 
-    def probe(self, site: Site, output: Tensor, columns: int | None = None) -> Tensor:
+    def probe(self, site: Site, output: Tensor) -> Tensor:
         """A new probe of a site.
 
         Args:
             site: The site.
             output: Tensor that gives device and dtype.
-            columns: m; by default one for each of the site's parameters.
 
         Returns:
-            Zeros ``(B, m)``, float32 (float64 for a float64 output), that require gradients.
+            Zeros ``(B, m)`` for the site's m parameters, float32 (float64 for a float64 output), with gradients.
         """
         self.checkpointed = self.checkpointed or saves_elsewhere()
-        width = len(site.parameters) if columns is None else columns
         dtype = compute_dtype(output.dtype)
-        probe = torch.zeros(self.samples, width, dtype=dtype, device=output.device, requires_grad=True)
+        probe = torch.zeros(
+            self.samples, len(site.parameters), dtype=dtype, device=output.device, requires_grad=True
+        )
         if not self.closed:  # else a checkpoint computes a part again
             self.probes.append((site, probe))
         return probe
@@ -99,8 +99,7 @@ class Site:
 
     Attributes:
         path: The module's name within the model (empty for the model itself).
-        parameters: Names within the model, one for each column of the probe's gradient; empty for a site that
-            serves no parameter.
+        parameters: Names within the model, one for each column of the probe's gradient.
     """
 
     path: str
