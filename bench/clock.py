@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,12 @@ def in_turns(
             if turn:
                 taken[name].append(clock() - start)
     return taken
+
+
+def ratio_quartiles(taken: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+    """Return the lower quartile, the median and the upper quartile of the ratios, round by round."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(taken, base, strict=True)], n=4)
+    return low, middle, high
 
 
 def timer(device: str) -> Callable[[Call], float]:

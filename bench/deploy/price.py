@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.clock import in_turns
+from bench.clock import in_turns, ratio_quartiles
 from bench.report import pages
 from fastgrad import TwoStageModel
 from fastgrad.batches import logits_of
@@ -107,15 +107,14 @@ def measure(name: str, batches: tuple[int, ...], rounds: int) -> list[dict[str, 
             calls[form] = lambda model=model, x=x: model(x)  # type: ignore[misc]
         taken = in_turns(calls, rounds)
         for form, model in forms.items():
-            ratios = [one / base for one, base in zip(taken[form], taken["plain"], strict=True)]
-            low, _, high = statistics.quantiles(ratios, n=4)
+            low, middle, high = ratio_quartiles(taken[form], taken["plain"])
             rows.append(
                 {
                     "network": name,
                     "batch": batch,
                     "form": form,
                     "plain_ms": round(1e3 * statistics.median(taken["plain"]), 1),
-                    "ratio": round(statistics.median(ratios), 3),
+                    "ratio": round(middle, 3),
                     "quartiles": [round(low, 3), round(high, 3)],
                     "predicted": round(model.report().price.predicted, 2),
                     "aim": AIMS[form],

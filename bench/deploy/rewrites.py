@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from bench.clock import in_turns
+from bench.clock import in_turns, ratio_quartiles
 from bench.deploy.price import NETWORKS as PRICED
 from bench.report import pages
 from fastgrad import TwoStageModel
@@ -134,8 +134,7 @@ def measure(
         calls = max(1, round(0.02 / statistics.median(in_turns({"": repeated(runs["all"], x, 1)}, 3)[""])))
         taken = in_turns({key: repeated(run, x, calls) for key, run in runs.items()}, rounds)
         for rewrite in list(runs)[1:]:
-            ratios = [one / base for one, base in zip(taken[rewrite], taken["all"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
+            low, middle, high = ratio_quartiles(taken[rewrite], taken["all"])
             rows.append(
                 {"network": name, "form": form, "batch": batch, "without": rewrite,
                  "ms": round(1e3 * statistics.median(taken["all"]) / calls, 2), "ratio": round(middle, 3),
