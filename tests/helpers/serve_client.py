@@ -25,17 +25,24 @@ import argparse, asyncio.events, os, signal, sys, time
 from fastgrad.commands import serve
 if os.environ.get("PAUSES"):
     # The longest that anything has kept the event loop: in seconds of the processor, and of the clock.
-    longest, plain = [0.0, 0.0], asyncio.events.Handle._run
+    longest, plain, asked = [0.0, 0.0], asyncio.events.Handle._run, 0
+    def tell(what):
+        with open(os.environ["PAUSES"] + ".new", "w") as file:
+            print(asked, *longest, what, file=file)
+        os.replace(file.name, os.environ["PAUSES"])
     def run(handle):
-        clock, own = time.perf_counter(), time.thread_time()
+        before, clock, own = asked, time.perf_counter(), time.thread_time()
         plain(handle)
         took = time.thread_time() - own, time.perf_counter() - clock
-        if took[0] > longest[0] or took[1] > longest[1]:
+        if before == asked and (took[0] > longest[0] or took[1] > longest[1]):
             longest[:] = map(max, longest, took)
-            with open(os.environ["PAUSES"], "w") as file:
-                print(*longest, handle, file=file)
+            tell(handle)
+    def forget(*_):
+        global asked
+        longest[:], asked = [0.0, 0.0], asked + 1
+        tell("nothing yet")
     asyncio.events.Handle._run = run
-    signal.signal(signal.SIGUSR1, lambda *_: longest.__setitem__(slice(2), [0.0, 0.0]))
+    signal.signal(signal.SIGUSR1, forget)
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
@@ -55,7 +62,7 @@ class Server:
     ) -> None:
         files = [] if package is None else [str(package)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-        self.probe = probe
+        self.probe, self._forgotten = probe, 0
         if probe is not None:
             environment["PAUSES"] = str(probe)
         # A file, which can be read while the server runs and never fills up as a pipe does.
@@ -102,7 +109,7 @@ class Server:
     def pauses(self) -> tuple[float, float]:
         """The longest that anything has kept the event loop, in seconds of the processor and of the clock."""
         assert self.probe is not None
-        processor, clock = self.probe.read_text().split()[:2]
+        processor, clock = self.probe.read_text().split()[1:3]
         return float(processor), float(clock)
 
     def memory(self, name: str = "VmRSS") -> float:
@@ -114,8 +121,10 @@ class Server:
         """Begin anew with the most memory, and the longest pause so far."""
         assert self.probe is not None
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        self._forgotten += 1
         self.process.send_signal(signal.SIGUSR1)
-        self.probe.write_text("0 0")
+        while not (self.probe.exists() and int(self.probe.read_text().split()[0]) == self._forgotten):
+            time.sleep(0.01)
 
     def stop(self, patience: float = 60) -> int:
         """SIGTERM; the exit status."""
