@@ -22,7 +22,7 @@ from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.engine.plan import Known, Plan, Route
 from fastgrad.engine.run import OffPlanError, Reading, Run, Site
 from fastgrad.engine.state import Snapshot, Versions, devices_of
-from fastgrad.engine.steps import Steps
+from fastgrad.engine.steps import Steps, layer_as_one_step
 from fastgrad.engine.trial import Trial
 
 #: Structures of inputs whose plans are kept, and plans kept for one: paths that no single plan serves.
@@ -232,6 +232,8 @@ class Network:
             if plan is None or is_traced():
                 output = shadow.root(*args, **kwargs)
             else:
+                for copy in shadow.modules.values():
+                    layer_as_one_step(copy)
                 with Steps(shadow.stand_ins(apart=not self.shared)) as run.steps:
                     output = shadow.root(*args, **kwargs)
         run.closed = True

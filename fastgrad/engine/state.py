@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+_version = operator.attrgetter("_version")
 
 
 class Versions:
@@ -20,11 +23,19 @@ class Versions:
     """
 
     def __init__(self, tensors: Iterable[Tensor | None]) -> None:
-        self._held = [(t, t._version) for t in tensors if t is not None and not t.is_inference()]
+        self._tensors = [t for t in tensors if t is not None]
+        try:
+            self._versions = [*map(_version, self._tensors)]
+        except RuntimeError:
+            self._tensors = [t for t in self._tensors if not t.is_inference()]
+            self._versions = [*map(_version, self._tensors)]
 
     def modified(self) -> list[Tensor]:
         """Those that were modified."""
-        return [tensor for tensor, version in self._held if tensor._version != version]
+        now = [*map(_version, self._tensors)]
+        if now == self._versions:
+            return []
+        return [t for t, one, other in zip(self._tensors, now, self._versions, strict=True) if one != other]
 
 
 def devices_of(module: nn.Module) -> list[torch.device]:
@@ -130,10 +141,10 @@ class Unchanged:
 
     def __init__(self, path: str, module: nn.Module, *, deep: bool = False) -> None:
         self._path, self._module = path, module
-        tensors: list[Tensor | None] = []
-        for part in module.modules() if deep else (module,):
-            tensors += [*part._parameters.values(), *part._buffers.values()]
-        self._versions = Versions(tensors)
+        parts = module.modules() if deep else (module,)
+        self._versions = Versions(
+            [t for part in parts for t in (*part._parameters.values(), *part._buffers.values())]
+        )
 
     def require(self) -> None:
         """Raise RuntimeError, as autograd does, if one of them was modified in place since."""
