@@ -133,10 +133,10 @@ def layer_norms(
     Raises:
         ValueError: a matrix whose number of columns differs from the number of names.
     """
-    axes = axes or new_axes(min(max(5.0, 0.16 * len(names) + 2), 6.5), 4.2)
+    axes = axes or new_axes(5.0, 4.8)
     positions = np.arange(len(names))
     # Of many names some are written, so that they can be read.
-    step = -(-len(names) // 30)
+    step = -(-len(names) // 16)
     for i, (name, values) in enumerate(sqnorms.items()):
         matrix = _values(values)
         if matrix.ndim != 2 or matrix.shape[1] != len(names):
@@ -148,10 +148,8 @@ def layer_norms(
         axes.plot(positions, middle, color=colour, lw=1.4, marker="o", ms=3, label=name)
         axes.fill_between(positions, low, high, color=colour, alpha=0.15, lw=0)
     axes.set_yscale("log")
-    axes.set(
-        ylabel="squared L2 norm of the gradient", title="squared L2 distances for different parameter sets"
-    )
-    axes.set_xticks(positions[::step], names[::step], rotation=90, fontsize=8)
+    axes.set(ylabel="squared norm of the gradient", title="squared norms by parameter")
+    axes.set_xticks(positions[::step], names[::step], rotation=90, fontsize=9)
     axes.margins(x=0.01)
     axes.legend(frameon=False, fontsize=8)
     return axes

@@ -77,14 +77,14 @@ def manifold(out: Path) -> None:
         return two_stage(x).uncertainty.clamp(max=15)
 
     shown, classes = points[:300], labels[:300]
-    first = plots.new_axes(8.4, 3.4)
+    first = plots.new_axes(4.6, 7.4)
     figure = first.get_figure(root=True)
     assert figure is not None
     first.remove()
-    left, right = figure.subplots(1, 2)
-    plots.manifold(softmax, shown, classes, title="1 - largest softmax probability", axes=left)
-    plots.manifold(ours, shown, classes, title="fastgrad, fitted on clean points alone", axes=right)
-    plots.save(right, out / "gallery-manifold.png", dpi=80)
+    above, below = figure.subplots(2, 1)
+    plots.manifold(softmax, shown, classes, title="1 - largest softmax probability", axes=above)
+    plots.manifold(ours, shown, classes, title="fastgrad, fitted on clean points alone", axes=below)
+    plots.save(below, out / "gallery-manifold.png", dpi=80)
 
 
 def main() -> None:

@@ -7,16 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.report.figures import OTHERS, OURS, TEXT, stacked
+from bench.report.figures import OF_DETECTION, OURS_OF_DETECTION, TEXT, colours, stacked
+from bench.report.speed import ours
 from bench.report.text import table
 
 Row = Mapping[str, Any]
 PROTOCOLS = ("clean data only", "with generated challenges", "with labelled challenges")
-
-
-def ours(method: str) -> bool:
-    """Whether a method is fastgrad's."""
-    return method.startswith("fastgrad")
 
 
 def published(method: str) -> bool:
@@ -160,13 +156,8 @@ def bars(rows: Sequence[Row], merit: str) -> Any:
     shown = [m for m in shown if all(merit in found[m].get(group, {}) for group in groups)]
     if not shown:
         return None
-    mine = [m for m in shown if ours(m)]
-    colours = dict(zip(mine, OURS * 3, strict=False))
-    # Softmax, which most figures show, has the same colour in all; no two of one figure share theirs.
-    others = sorted((m for m in shown if not ours(m)), key=lambda m: (m != "softmax", m))
-    colours |= dict(zip(others, OTHERS * 6, strict=False))
     blocks = {group: [(m, found[m][group][merit]) for m in shown] for group in groups}
-    made, panel = stacked(blocks, colours, ".3f")
+    made, panel = stacked(blocks, colours(shown, OF_DETECTION, OURS_OF_DETECTION), ".3f")
     panel.set_xlabel("AUROC" if merit == "auroc" else "area under the risk-coverage curve", fontsize=TEXT)
     panel.set_title(network, fontsize=TEXT)
     return made

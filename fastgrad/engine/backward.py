@@ -92,7 +92,11 @@ def backward_signals(run: Run, output: Tensor, gradients: Tensor, *, keep: bool 
 
     Returns:
         ``(S, B, m)`` for each of ``run.probes``; zeros where the output does not depend on it.
+
+    Raises:
+        RuntimeError: A parameter was modified since.
     """
+    run.held.require()
     wanted = [probe for _, probe in run.probes]
     count = gradients.shape[0]
     if not output.requires_grad:

@@ -66,7 +66,9 @@ class RecomputedSite(Site):
             outputs, out_spec = pytree.tree_flatten(output)
             taken = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
             replay = self._replay(run, shadow, [outputs[i].detach() for i in taken], settings)
-            held = Unchanged(self.path, original, deep=True)
+            held = Unchanged()
+            for name, part in original.named_modules():
+                held.hold(f"{self.path}.{name}".strip("."), part)
 
             def norms(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
                 held.require()

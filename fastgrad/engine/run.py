@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastgrad._torch import saves_elsewhere
 from fastgrad.engine.copy import Shadow, attach
+from fastgrad.engine.state import Unchanged
 from fastgrad.engine.steps import Steps
 from fastgrad.losses import compute_dtype
 
@@ -55,11 +56,13 @@ class Run:
         self.closed = False
         #: Where the path is noted.
         self.steps: Steps | None = None
+        #: What layers with a rule held when they were called.
+        self.held = Unchanged()
 
     def begin(self, plan: Plan | None) -> None:
         """Begin a forward pass, or begin it again, by ``plan``."""
         self.plan, self.left, self.checkpointed, self.closed = plan, None, False, False
-        self.steps = None
+        self.steps, self.held = None, Unchanged()
         self.probes.clear()
         self.readings.clear()
 

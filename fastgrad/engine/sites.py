@@ -14,7 +14,6 @@ from fastgrad.engine.copy import Shadow, attach
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.probe import tap
 from fastgrad.engine.run import Run, Site
-from fastgrad.engine.state import Unchanged
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
 from fastgrad.ops.dispatch import using
@@ -63,7 +62,9 @@ class LayerSite(RuledSite):
         single = self.layout.kind == "single"
         if single:
             output = output.expand(run.samples, *output.shape[1:])
-        norms = functools.partial(self._norms, run, module, Unchanged(self.path, module))
+        if not run.closed:
+            run.held.hold(self.path, module)
+        norms = functools.partial(self._norms, run, module)
         in_place = self.rule.in_place and not single
         return tap([output], [value], run.probe(self, output), norms, in_place=in_place)[0]
 
@@ -71,11 +72,9 @@ class LayerSite(RuledSite):
         self,
         run: Run,
         module: nn.Module,
-        held: Unchanged,
         saved: Sequence[Tensor],
         gradients: Sequence[Tensor],
     ) -> Tensor:
-        held.require()
         a = self.layout.batch_first(saved[0], run.samples)
         g = self.layout.batch_first(gradients[0], run.samples)
         with using(run.impl):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -131,30 +131,25 @@ def undone(model: nn.Module) -> Iterator[None]:
 
 
 class Unchanged:
-    """The parameters and buffers of a module at the time of its call: the backward pass must read the same.
+    """Parameters and buffers of modules at the time of their calls: the backward pass must read the same."""
 
-    Args:
-        path: The module's name in messages.
-        module: The module.
-        deep: Whether those of its descendants count as well.
-    """
+    def __init__(self) -> None:
+        self._held: list[tuple[str, nn.Module, Versions]] = []
 
-    def __init__(self, path: str, module: nn.Module, *, deep: bool = False) -> None:
-        self._path, self._module = path, module
-        parts = module.modules() if deep else (module,)
-        self._versions = Versions(
-            [t for part in parts for t in (*part._parameters.values(), *part._buffers.values())]
-        )
+    def hold(self, path: str, module: nn.Module) -> None:
+        """Take up a module's own, as they are now; ``path`` is its name in messages."""
+        self._held.append((path, module, Versions([*module._parameters.values(), *module._buffers.values()])))
 
-    def require(self) -> None:
-        """Raise RuntimeError, as autograd does, if one of them was modified in place since."""
-        for tensor in self._versions.modified():
-            held = [*self._module.named_parameters(), *self._module.named_buffers()]
-            name = next((name for name, other in held if other is tensor), "a tensor")
-            raise RuntimeError(
-                f"{name!r} of {self._path or type(self._module).__name__!r} must not be modified in place between the "
-                "forward pass and its gradients; it was. Ask for the norms before the optimizer's step"
-            )
+    def require(self, paths: Container[str] | None = None) -> None:
+        """Raise RuntimeError, as autograd does, if one was modified in place since; of ``paths`` alone where given."""
+        for path, module, versions in self._held:
+            if (paths is None or path in paths) and (modified := versions.modified()):
+                own = {**module._parameters, **module._buffers}
+                name = next(name for name, tensor in own.items() if tensor is modified[0])
+                raise RuntimeError(
+                    f"{name!r} of {path or type(module).__name__!r} must not be modified in place between the forward "
+                    "pass and its gradients; it was. Ask for the norms before the optimizer's step"
+                )
 
 
 class NotRepeatableError(ValueError):

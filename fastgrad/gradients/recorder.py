@@ -254,6 +254,8 @@ def recorded_sqnorms(
         for site, probe in run.probes
         if any(call.keys[name] in asked for name in site.parameters)
     ]
+    for _, run in alive:
+        run.held.require({site.path for _, site, _, of in probes if of is run})
     one_by_one = looped((run for _, run in alive), [site for _, site, _, _ in probes], outputs[0])
     found = probe_grads(
         outputs, [probe for _, _, probe, _ in probes], gradients,

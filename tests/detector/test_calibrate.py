@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import betabinom
 
-from fastgrad import UncertaintyDetector
+from fastgrad import TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import BLOCKS
 from fastgrad.blocks.block import Settings
 from fastgrad.detector.calibrate import DetectorModule, Table, deal
@@ -138,6 +138,27 @@ def test_the_flagged_share_of_a_split_is_what_it_says() -> None:
 @pytest.mark.parametrize("count", [50, 160, 1000])
 def test_the_flagged_share_over_200_fits(count: int) -> None:
     found = shares(count, 200)
+    if count == 1000:
+        check_exact(found, 200)
+    else:
+        check_folds(found, count)
+
+
+@pytest.mark.parametrize(
+    ("count", "fits"),
+    [(50, 10), *(pytest.param(count, 200, marks=pytest.mark.slow) for count in (50, 160, 1000))],
+)
+def test_the_flagged_share_of_a_fitted_model(count: int, fits: int) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5)).eval()
+    found = np.empty((fits, len(RATES)))
+    for number in range(fits):
+        generator = torch.Generator().manual_seed(1000 * count + number)
+        own, odd, new = torch.randn(3, max(count, 200), 8, generator=generator)
+        model = TwoStageModel(network, blocks=["logits", "activations"], seed=number)
+        model.fit(own[:count].split(50), (2 * odd[:count]).split(50), verbose=False)
+        uncertainty = model(new[:200]).uncertainty.numpy()
+        found[number] = [(uncertainty > model.threshold(rate)).mean() for rate in RATES]
     if count == 1000:
         check_exact(found, 200)
     else:

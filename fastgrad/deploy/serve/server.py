@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import os
 import socket
 import struct
 import time
@@ -120,9 +119,9 @@ class Server(uvicorn.Server):
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve; freed bodies go back to the system, where the heap's gaps would hold as much once more."""
-        mallopt = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt", None)
-        for option, size in _HEAP.items() if mallopt else ():
-            mallopt(option, size)
+        with contextlib.suppress(TypeError, AttributeError):  # Windows; another C library
+            for option, size in _HEAP.items():
+                ctypes.CDLL(None).mallopt(option, size)
         super().run(sockets)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
