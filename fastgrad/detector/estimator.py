@@ -12,6 +12,7 @@ from scipy.sparse import issparse
 from sklearn.base import BaseEstimator
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
+from threadpoolctl import threadpool_limits
 
 from fastgrad import checks
 from fastgrad.blocks import BLOCKS
@@ -140,7 +141,10 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             folds = constants.FOLDS_OF_SPLIT
         elif folds is None:
             folds = constants.FOLDS_OF_FEW if count - challenging.sum() < constants.FEW else constants.FOLDS
-        found = fit_detector(Table(blocks, self._known, codes, numbers, apart), settings, int(folds), random)
+        table = Table(blocks, self._known, codes, numbers, apart)
+        # Of small products. NumPy's threads and PyTorch's, which spin, would wait for each other: three times as long.
+        with threadpool_limits(limits=1):
+            found = fit_detector(table, settings, int(folds), random)
         self.module_ = found.module
         return found
 
