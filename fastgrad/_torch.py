@@ -73,6 +73,11 @@ def without_modes() -> contextlib.AbstractContextManager[None]:
     return context
 
 
+def has_modes() -> bool:
+    """Whether anything watches operations. Without, a mode of the user's would miss those of whole layers."""
+    return bool(torch._C._len_torch_function_stack())
+
+
 def saves_elsewhere() -> bool:
     """Whether saved tensors go through hooks. Without, batched gradients would meet a checkpoint's recomputation."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastgrad._torch import without_modes
+from fastgrad._torch import has_modes, without_modes
 
 _INDEXING = frozenset({"__getitem__", "__setitem__"})
 _SEQUENCES = frozenset({tuple, list})
@@ -63,7 +63,7 @@ class Steps(TorchFunctionMode):
         """Begin."""
         self._outer, _current.steps = _current.steps, self
         #: Whether no mode of the user's wants to see the functions, too.
-        self.alone = torch._C._len_torch_function_stack() == 0
+        self.alone = not has_modes()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
