@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import fastgrad
@@ -432,6 +435,39 @@ def test_planning_changes_no_buffer() -> None:
     truth = loop(model, (x,), {})
     torch.testing.assert_close(recorded(model, (x,), {}), truth, rtol=1e-9, atol=1e-12)
     assert float(model.count) == 0
+
+
+def test_a_mode_of_the_users_sees_the_functions_of_layers() -> None:
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).double().eval(), inputs(5, 3)
+    expected = recorded(model, (x,), {})
+    with Watch():
+        found = recorded(model, (x,), {})
+    assert {F.linear, F.relu} <= set(seen)
+    assert torch.equal(found, expected)
+
+
+def test_a_pass_leaves_no_copy_for_the_garbage_collector() -> None:
+    copies = []
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).eval(), torch.randn(5, 3)
+    model[1].register_forward_hook(lambda layer, *_: copies.append(weakref.ref(layer)))
+    extractor = fastgrad.GradientFeatures(model)
+    extractor(x)
+    gc.collect()
+    gc.disable()
+    try:
+        copies.clear()
+        extractor(x)
+        assert copies
+        assert all(ref() is None for ref in copies)
+    finally:
+        gc.enable()
 
 
 class Closure(nn.Module):
