@@ -145,7 +145,7 @@ class Unchanged:
         for path, module, versions in self._held:
             if (paths is None or path in paths) and (modified := versions.modified()):
                 own = {**module._parameters, **module._buffers}
-                name = next(name for name, tensor in own.items() if tensor is modified[0])
+                name = next((name for name, tensor in own.items() if tensor is modified[0]), "a tensor")
                 raise RuntimeError(
                     f"{name!r} of {path or type(module).__name__!r} must not be modified in place between the forward "
                     "pass and its gradients; it was. Ask for the norms before the optimizer's step"

@@ -254,13 +254,19 @@ def recorded_sqnorms(
         for site, probe in run.probes
         if any(call.keys[name] in asked for name in site.parameters)
     ]
-    for _, run in alive:
-        run.held.require({site.path for _, site, _, of in probes if of is run})
     one_by_one = looped((run for _, run in alive), [site for _, site, _, _ in probes], outputs[0])
     found = probe_grads(
         outputs, [probe for _, _, probe, _ in probes], gradients,
         batched=batched, looped=one_by_one, keep=keep,
     )  # fmt: skip
+    for _, run in alive:
+        run.held.require(
+            {
+                site.path
+                for (_, site, _, of), norms in zip(probes, found, strict=True)
+                if of is run and norms is not None
+            }
+        )
     by_key: dict[int, Tensor] = {}
     reached: set[int] = set()
     for (served, _, _, run), norms in zip(probes, found, strict=True):

@@ -95,6 +95,19 @@ def test_a_parameter_edited_between_forward_and_norms_is_refused() -> None:
             fastgrad.grad_sqnorm(loss, list(model.parameters()))
 
 
+def test_an_earlier_call_that_the_loss_does_not_depend_on_may_be_out_of_date() -> None:
+    model, x, kept = nn.Sequential(nn.Linear(4, 3)).double(), vectors(5), []
+    with fastgrad.record(model):
+        for _ in range(2):
+            kept.append(squares(model(x)).sum())
+            found = fastgrad.grad_sqnorm(kept[-1], list(model.parameters()), retain_graph=True)
+            assert_exact(found, loop(model, x))
+            with torch.no_grad():
+                model[0].weight.mul_(2)
+        with pytest.raises(RuntimeError, match=r"'weight' of '0' must not be modified in place"):
+            fastgrad.grad_sqnorm(kept[0], list(model.parameters()))
+
+
 def test_a_mean_divides_every_gradient() -> None:
     model, x = nn.Linear(4, 3).double(), vectors(5)
     with fastgrad.record(model):
