@@ -145,7 +145,7 @@ for _group, _sets in (("near sets", NEAR), ("far sets", FAR)):
 
 def text(name: str, subject: Subject, part: str, count: int) -> Shown:
     """Other texts than news."""
-    inputs = subject.source.case(name)[:count]
+    inputs = subject.source.case(name, count)
     return Shown(inputs, torch.full((len(inputs),), -1), len(inputs))
 
 

@@ -76,9 +76,14 @@ def _read(subject: Subject, images: Tensor, names: Sequence[str]) -> dict[str, A
     known = watch(model, (images[:BATCH],), {})
     had = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
     extraction = Extraction(model, had)
-    parts = [extraction(packed(x))[1] for x in images.split(BATCH)]
+    parts = [extraction(_given(subject, x))[1] for x in images.split(BATCH)]
     model.requires_grad_(False)
     return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
+
+
+def _given(subject: Subject, x: Tensor) -> Tensor | dict[str, Tensor]:
+    """A batch as a user gives it: texts with the mask by which blocks leave out padding."""
+    return {"input_ids": x, "attention_mask": (x != 0).long()} if subject.kind == TEXTS else packed(x)
 
 
 def fitted(

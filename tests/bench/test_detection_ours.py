@@ -8,11 +8,14 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
+from transformers import BertConfig, BertModel
 
 pytest.importorskip("pytorch_ood")
 
 from bench.detection import methods_ours, registry
 from bench.detection.architectures import residual_network
+from bench.detection.data import news
 from bench.detection.methods_ours import AllNorms, NormalisationNorms, answer, blocks_of, fitted
 from bench.detection.registry import CASES, SMALL, TEXTS, NotRun, Shown
 from bench.detection.subject import Fit, Subject
@@ -97,6 +100,22 @@ def test_texts_have_no_generated_challenges(subject: Subject) -> None:
     subject.kind = TEXTS
     with pytest.raises(NotRun, match="images"):
         fitted(Fit(subject), ("logits",))
+
+
+def test_padding_is_no_part_of_a_text(tmp_path: Path) -> None:
+    config = BertConfig(  # type: ignore[call-arg]
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = news.Classifier(BertModel(config, add_pooling_layer=False), nn.Linear(16, 3)).eval()
+    alone = torch.randint(1, 50, (6, 5))
+    padded = nn.functional.pad(alone, (0, 4))
+    torch.testing.assert_close(model(padded), model(alone))
+    parts = {"fit": (padded, torch.zeros(6)), "test": (padded, torch.zeros(6))}
+    subject = Subject("trial", 0, model.requires_grad_(False), parts, tmp_path, [], Path(), TEXTS, 6)
+    found = blocks_of(subject, "padded", padded, DEFAULT_BLOCKS)
+    for name, value in blocks_of(subject, "alone", alone, DEFAULT_BLOCKS).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+    assert "activations" in found
 
 
 def test_the_control_has_the_challenges_of_the_default(subject: Subject) -> None:
