@@ -37,6 +37,11 @@ def ratio_quartiles(taken: Sequence[float], base: Sequence[float]) -> tuple[floa
     return low, middle, high
 
 
+def deciles(times: Sequence[float]) -> list[float]:
+    """Return the nine cuts of the times of a call: the first decile, ..., the median, ..., the last."""
+    return statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [*times] * 9
+
+
 def timer(device: str) -> Callable[[Call], float]:
     """Return what times one call: wall time on a CPU, CUDA events on a GPU."""
     return EventClock() if device == "cuda" else _wall

@@ -1,4 +1,4 @@
-"""Each kernel's share of the device's measured rates, from the bytes and operations of `work`.
+"""Each kernel's share of the device's measured rates: of what it must at least read, write and multiply.
 
 python -m bench.gpu.kernels --out DIR [--tiny]     # writes DIR/kernels.json
 python -m bench.gpu.kernels --once [--tiny]        # one launch of each, for a profiler or a sanitizer
@@ -7,9 +7,9 @@ python -m bench.gpu.kernels --once [--tiny]        # one launch of each, for a p
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,87 +17,90 @@ import torch
 
 import fastgrad
 from bench import clock, results_file
-from bench.gpu import work
-from fastgrad.ops.triton import devices
 
-TINY = (
-    "contrast_sqnorm B=3 N=40 D=16 fp32 cross_entropy",
-    "target_sqnorm B=3 N=40 D=16 fp32 ones cross_entropy",
-    "linear_contrast_sqnorm B=3 N=40 D=16 fp32 cross_entropy",
-    "linear_contrast_stats B=3 N=40 D=16 fp32 cross_entropy",
+#: Operator, samples, classes, features, dtype.
+CASES = (
+    ("contrast_sqnorm", 4096, 1000, 512, "bfloat16"),
+    ("contrast_sqnorm", 4096, 16384, 4096, "float32"),
+    ("contrast_sqnorm", 4096, 32000, 4096, "bfloat16"),
+    ("contrast_sqnorm", 4096, 262144, 4096, "bfloat16"),
+    ("contrast_sqnorm", 8, 131072, 4096, "bfloat16"),
+    ("target_sqnorm", 4096, 1000, 512, "bfloat16"),
+    ("linear_contrast_sqnorm", 1, 1000, 2048, "bfloat16"),
+    ("linear_contrast_sqnorm", 32, 1000, 2048, "bfloat16"),
+    ("linear_contrast_sqnorm", 64, 32000, 4096, "bfloat16"),
+    ("linear_contrast_sqnorm", 1024, 32000, 4096, "bfloat16"),
+    ("linear_contrast_sqnorm", 1024, 1000, 2048, "float32"),
+    ("linear_contrast_stats", 8, 128256, 4096, "bfloat16"),
+    ("linear_contrast_stats", 1024, 128256, 4096, "bfloat16"),
 )
+TINY = tuple((operator, 3, 40, 16, "float32") for operator in dict.fromkeys(case[0] for case in CASES))
 
 
-def call(case: str, device: str) -> Callable[[], Any]:
-    """The operator of a case on random tensors."""
-    operator, size, dtype = work.parse(case)
-    B, N, D = size["B"], size["N"], size["D"]
+def prepared(operator: str, B: int, N: int, D: int, dtype: str, device: str) -> partial[Any]:
+    """Return the operator on random tensors."""
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device).to(dtype)
+        return torch.randn(*shape, device=device).to(getattr(torch, dtype))
 
-    h = normal(B, D)
-    if operator in ("contrast_sqnorm", "target_sqnorm"):
-        z = normal(B, N)
-        if operator == "contrast_sqnorm":
-            return lambda: fastgrad.contrast_sqnorm(h, z, impl="triton")
-        return lambda: fastgrad.target_sqnorm(h, z, "ones", impl="triton")
-    weight, bias = normal(N, D), normal(N)
-    function = getattr(fastgrad, operator)
-    return lambda: function(h, weight, bias, impl="triton")
+    operands = (
+        (normal(B, D), normal(N, D), normal(N)) if "linear" in operator else (normal(B, D), normal(B, N))
+    )
+    target = ("ones",) if operator == "target_sqnorm" else ()
+    return partial(getattr(fastgrad, operator), *operands, *target, impl="triton")
 
 
-def measure(case: str, device: str, floor: clock.Floor) -> dict[str, Any]:
-    """Median of a case and shares of the measured rates."""
-    run = call(case, device)
-    run()
+def measure(
+    operator: str, B: int, N: int, D: int, dtype: str, *, device: str, floor: clock.Floor
+) -> dict[str, Any]:
+    """Return the median of a case and its shares of the measured rates."""
+    run = prepared(operator, B, N, D, dtype, device)
+    result = run()
+    tensors = (*run.args, *(result if isinstance(result, tuple) else (result,)))
+    moved = sum(t.nbytes for t in tensors if torch.is_tensor(t))
+    replay, rounds = (run, 3) if device == "cpu" else (clock.graphed(run), 50)
     timer = clock.timer(device)
-    replay = run if device == "cpu" else clock.graphed(run)
-    times = torch.tensor([timer(replay) for _ in range(3 if device == "cpu" else 50)], dtype=torch.float64)
-    seconds = float(times.median())
-    launches = work.launches(case, devices.architecture(torch.empty(1, device=device)))
-    moved, useful = sum(w.memory for w in launches), sum(w.useful for w in launches)
-    rate = floor.matrix_per_s.get(str(work.parse(case)[2]).removeprefix("torch."), 0.0)
+    cut = clock.deciles([timer(replay) for _ in range(rounds)])
+    rate = floor.matrix_per_s.get(dtype)
     return {
-        "case": case, "median_s": seconds, "p10_s": float(times.quantile(0.1)), "p90_s": float(times.quantile(0.9)),
-        "of_copy_rate": moved / seconds / floor.copy_bytes_per_s,
-        "of_matrix_rate": useful / seconds / rate if rate and useful else None,
+        "case": f"{operator} B={B} N={N} D={D} {dtype}", "median_s": cut[4], "p10_s": cut[0], "p90_s": cut[8],
+        "of_copy_rate": moved / cut[4] / floor.copy_bytes_per_s,
+        "of_matrix_rate": 2 * B * N * D / cut[4] / rate if rate and "linear" in operator else None,
     }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="bench.gpu.kernels", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--once", action="store_true")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--out", type=Path)
+    wanted.add_argument("--once", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = TINY if options.tiny else work.CASES
+    cases = TINY if options.tiny else CASES
     if options.once:
-        for case in chosen:
-            call(case, device)()
+        for case in cases:
+            prepared(*case, device)()
         if device == "cuda":
             torch.cuda.synchronize()
         return 0
-    if options.out is None:
-        parser.error("--out must name a folder")
     floor = clock.floor(device, options.tiny)
-    name = torch.cuda.get_device_name() if device == "cuda" else "interpreter"
-    found, failed = [], 0
-    for case in chosen:
+    rows, failed = [], False
+    for case in cases:
         try:
-            found.append(measure(case, device, floor))
+            rows.append(measure(*case, device=device, floor=floor))
         except Exception as problem:  # the other kernels are still worth measuring
-            failed += 1
+            failed = True
             print(f"FAILED {case}: {type(problem).__name__}: {problem}", file=sys.stderr)
     document = {
-        "device": name, "versions": results_file.versions("torch", "triton"), "revision": results_file.revision(),
-        "copy_bytes_per_s": floor.copy_bytes_per_s, "matrix_per_s": dict(floor.matrix_per_s), "rows": found,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "interpreter",
+        "versions": results_file.versions("torch", "triton"), "revision": results_file.revision(),
+        **dataclasses.asdict(floor), "rows": rows,
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "kernels.json").write_text(json.dumps(document, indent=1) + "\n")
-    return 1 if failed else 0
+    (options.out / "kernels.json").write_text(results_file.dump(document))
+    return int(failed)
 
 
 if __name__ == "__main__":
