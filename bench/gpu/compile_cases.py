@@ -9,6 +9,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
@@ -54,13 +55,8 @@ def meta(*shape: int, dtype: torch.dtype = SINGLE) -> torch.Tensor:
 @contextlib.contextmanager
 def as_if_on(architecture: Architecture) -> Iterator[None]:
     """Let launchers take meta tensors, as tensors on a device of this kind."""
-    saved = devices.architecture, devices.check
-    devices.architecture = lambda tensor: architecture
-    devices.check = lambda **tensors: None
-    try:
+    with mock.patch.multiple(devices, architecture=lambda tensor: architecture, check=lambda **tensors: None):
         yield
-    finally:
-        devices.architecture, devices.check = saved
 
 
 def cases() -> list[Case]:
@@ -68,14 +64,24 @@ def cases() -> list[Case]:
     return [*_contrasts(), *_heads(), *_targets(), *_layers(), *_ones()]
 
 
-def _contrasts() -> Iterator[Case]:
-    def case(
-        B: int, N: int, D: int, dtype: torch.dtype, loss: str, log: bool = False, wide: bool = True
-    ) -> Case:
-        h, z = meta(B, D, dtype=dtype), meta(B, N, dtype=dtype)
-        name = f"contrast_sqnorm B={B} N={N} D={D} {DTYPES[dtype]} {loss}{' log' if log else ''}"
-        return Case(name, lambda: contrast.contrast_sqnorm(h, z, loss, True, log, False), wide)
+def _case(
+    launcher: Callable[..., object], B: int, N: int, D: int, dtype: torch.dtype, loss: str, log: bool = False, *,
+    kind: str = "", wide: bool = True,
+) -> Case:  # fmt: skip
+    words = (launcher.__name__, f"B={B} N={N} D={D}", DTYPES[dtype], kind, loss, "log" if log else "")
+    h, z, w, b = (meta(*shape, dtype=dtype) for shape in ((B, D), (B, N), (N, D), (N,)))
+    y = {"indices": meta(B, dtype=torch.int64), "soft": meta(B, N)}.get(kind)
+    arguments = {
+        contrast.contrast_sqnorm: (h, z, loss, True, log, False),
+        linear_contrast.linear_contrast_sqnorm: (h, w, b, loss, log, False),
+        linear_contrast.linear_contrast_stats: (h, w, b, loss, False),
+        target.target_sqnorm: (h, z, y, kind, loss, True, log, False),
+    }[launcher]
+    return Case(" ".join(filter(None, words)), functools.partial(launcher, *arguments), wide)
 
+
+def _contrasts() -> Iterator[Case]:
+    case = functools.partial(_case, contrast.contrast_sqnorm)
     for loss in LOSSES:
         yield case(4096, 1000, 512, HALF, loss)
         yield case(4096, 1000, 512, HALF, loss, True)
@@ -88,16 +94,8 @@ def _contrasts() -> Iterator[Case]:
 
 
 def _heads() -> Iterator[Case]:
-    def case(B: int, N: int, D: int, dtype: torch.dtype, loss: str, log: bool = False) -> Case:
-        x, w, b = meta(B, D, dtype=dtype), meta(N, D, dtype=dtype), meta(N, dtype=dtype)
-        name = f"linear_contrast_sqnorm B={B} N={N} D={D} {DTYPES[dtype]} {loss}{' log' if log else ''}"
-        return Case(name, lambda: linear_contrast.linear_contrast_sqnorm(x, w, b, loss, log, False))
-
-    def statistics(B: int, N: int, D: int, dtype: torch.dtype, loss: str) -> Case:
-        x, w, b = meta(B, D, dtype=dtype), meta(N, D, dtype=dtype), meta(N, dtype=dtype)
-        name = f"linear_contrast_stats B={B} N={N} D={D} {DTYPES[dtype]} {loss}"
-        return Case(name, lambda: linear_contrast.linear_contrast_stats(x, w, b, loss, False))
-
+    case = functools.partial(_case, linear_contrast.linear_contrast_sqnorm)
+    statistics = functools.partial(_case, linear_contrast.linear_contrast_stats)
     for loss in LOSSES:
         for B, N, D in ((1, 1000, 2048), (32, 1000, 2048), (64, 32000, 4096), (1024, 32000, 4096)):
             yield case(B, N, D, HALF, loss)
@@ -110,16 +108,11 @@ def _heads() -> Iterator[Case]:
 
 
 def _targets() -> Iterator[Case]:
-    def case(B: int, N: int, D: int, kind: str, loss: str, log: bool = False) -> Case:
-        h, z = meta(B, D, dtype=HALF), meta(B, N, dtype=HALF)
-        y = {"indices": meta(B, dtype=torch.int64), "soft": meta(B, N)}.get(kind)
-        name = f"target_sqnorm B={B} N={N} D={D} bf16 {kind} {loss}{' log' if log else ''}"
-        return Case(name, lambda: target.target_sqnorm(h, z, y, kind, loss, True, log, False))
-
+    case = functools.partial(_case, target.target_sqnorm)
     for loss in LOSSES:
         for kind in ("ones", "predicted", "soft"):
-            yield case(4096, 1000, 512, kind, loss)
-    yield case(256, 128256, 4096, "indices", "brier", True)
+            yield case(4096, 1000, 512, HALF, loss, kind=kind)
+    yield case(256, 128256, 4096, HALF, "brier", True, kind="indices")
 
 
 def _layers() -> Iterator[Case]:

@@ -16,13 +16,10 @@ import json
 import sys
 from typing import Any
 
-from bench import results_file
-from bench.gpu import machine_code
-from bench.gpu.compile_cases import QUICK, Case, cases
-from bench.gpu.compiler import TARGETS, Launch, compile_launch, launches
+from bench.gpu.compile_cases import QUICK, cases
+from bench.gpu.compiler import TARGETS, compiled, launches
 from bench.report import pages
 from bench.report.text import table
-from bench.results_file import RESULTS
 from fastgrad.ops import tune
 
 Row = dict[str, Any]
@@ -31,16 +28,6 @@ PRODUCTS = {"linear_contrast_kernel", "linear_stats_kernel", "direct_kernel", "g
 #: Kernels that write whole rows; the others write one number per row or tile, or, on AMD, a tile of a product straight
 #: from the layout of the matrix units.
 WIDE_STORES = {"contrast_rows_kernel", "contrast_stream_kernel", "contrast_finish_kernel"}
-
-
-def read(case: Case, one: Launch, arch: str) -> Row:
-    """Compile one launch and read its machine code."""
-    compiled = compile_launch(one, arch)
-    row: Row = {
-        "case": case.name, "kernel": one.kernel.__name__, "arch": arch, "warps": compiled.metadata.num_warps,
-        "shared": compiled.metadata.shared, **machine_code.read(compiled.asm),
-    }  # fmt: skip
-    return row | {"faults": faults(row, case.wide)}
 
 
 def faults(row: Row, wide: bool) -> list[str]:
@@ -68,30 +55,19 @@ def report(only: str = "", archs: tuple[str, ...] = tuple(TARGETS), quick: bool 
         if only not in case.name or (quick and case.name not in QUICK):
             continue
         for arch in archs:
-            for one in launches(case.call, arch):
-                described = str((one.signature, one.constants, one.attributes, one.options))
-                key = (one.kernel.__name__, arch, described)
-                if key not in seen:
-                    seen.add(key)
-                    try:
-                        rows.append(read(case, one, arch))
-                    except Exception as error:
-                        raise RuntimeError(f"{case.name} does not compile for {arch}") from error
-                    print(f"{arch} {case.name} {one.kernel.__name__}", file=sys.stderr)
+            for launch in launches(case.call, arch):
+                source, options = launch
+                key = (arch, source.hash(), str(options))
+                if key in seen:
+                    continue
+                seen.add(key)
+                print(f"{arch} {case.name} {source.name}", file=sys.stderr)
+                try:
+                    row = {"case": case.name, "kernel": source.name, "arch": arch, **compiled(launch, arch)}
+                except Exception as error:
+                    raise RuntimeError(f"{case.name} does not compile for {arch}") from error
+                rows.append(row | {"faults": faults(row, case.wide)})
     return rows
-
-
-def write(rows: list[Row]) -> None:
-    """Put rows into ``bench/results/compile.json`` and its page; those of the same compiler for other cases stay."""
-    path = RESULTS / "compile.json"
-    before = json.loads(path.read_text()) if path.exists() else {"versions": None, "rows": []}
-    fresh = {(row["case"], row["arch"]) for row in rows}
-    if before["versions"] == results_file.versions("triton", "torch"):
-        rows = rows + [row for row in before["rows"] if (row["case"], row["arch"]) not in fresh]
-    order = {case.name: i for i, case in enumerate(cases())}
-    kept = [row for row in rows if row["case"] in order]
-    kept.sort(key=lambda row: (list(TARGETS).index(row["arch"]), order[row["case"]]))
-    pages.save("compile", kept, packages=("triton", "torch"))
 
 
 def main() -> None:
@@ -101,12 +77,15 @@ def main() -> None:
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="may be repeated; default all")
     parser.add_argument("--quick", action="store_true", help="the cases of QUICK alone")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", action="store_true", help=f"add to {RESULTS.name}/compile.json and its page")
+    parser.add_argument("--out", action="store_true", help="write bench/results/compile.json and its page")
     options = parser.parse_args()
+    if options.out and (options.only or options.arch or options.quick):
+        parser.error("--out writes the whole table: leave out --only, --arch and --quick")
     rows = report(options.only, tuple(options.arch or TARGETS), options.quick)
     print(json.dumps({"rows": rows}, indent=1) if options.json else table(rows))
     if options.out:
-        write(rows)
+        rows.sort(key=lambda row: list(TARGETS).index(row["arch"]))
+        pages.save("compile", rows, packages=("triton", "torch"))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Catch the launches that a call makes and compile each for a GPU that need not be there."""
+"""Catch the launches that a call makes, compile each for a GPU that need not be there, and read the machine code."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
+import pathlib
+import re
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+import tempfile
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise ImportError(
@@ -29,71 +32,97 @@ TARGETS = {
     name: GPUTarget("hip", name, 64) if arch.backend == "hip" else GPUTarget("cuda", arch.version, 32)
     for name, arch in tune.KNOWN_ARCHITECTURES.items()
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """A caught launch: what the compiler needs to know of it."""
-
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    attributes: dict[tuple[int, ...], list[list[Any]]]
-    options: dict[str, int]
-
-
-@contextlib.contextmanager
-def _catching(arch: str, caught: list[Launch]) -> Iterator[None]:
-    """Collect launches instead of making them, as if the tensors were on a device of the given architecture."""
-    jit = triton.runtime.jit.JITFunction
-    saved = jit.run
-
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        caught.append(_describe(kernel, args, kwargs))
-
-    jit.run = run
-    try:
-        with as_if_on(tune.KNOWN_ARCHITECTURES[arch]):
-            yield
-    finally:
-        jit.run = saved
-
-
-def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """Specialise arguments as Triton's launcher does: 1 is a constant, multiples of 16 and fresh pointers are known."""
-    values = dict(zip(kernel.arg_names, args, strict=False))
-    options = {}
-    for name, value in kwargs.items():
-        (values if name in kernel.arg_names else options)[name] = value
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        plain = parameter.do_not_specialize
-        if parameter.is_constexpr or (value is None) or (isinstance(value, int) and value == 1 and not plain):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + DTYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not plain:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    return Launch(kernel, signature, constants, attributes, options)
+Launch = tuple[ASTSource, dict[str, Any]]
 
 
 def launches(call: Callable[[], object], arch: str) -> list[Launch]:
-    """The launches that a call makes on an architecture."""
+    """Return the sources and options of the launches that a call makes on an architecture."""
     caught: list[Launch] = []
-    with _catching(arch, caught):
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        caught.append(_specialised(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+
+    with (
+        as_if_on(tune.KNOWN_ARCHITECTURES[arch]),
+        mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
+    ):
         call()
     return caught
 
 
-def compile_launch(one: Launch, arch: str) -> Any:
-    """Compile a caught launch for an architecture."""
-    source = ASTSource(one.kernel, one.signature, constexprs=one.constants, attrs=one.attributes)
-    return triton.compile(source, target=TARGETS[arch], options=one.options)
+def _specialised(kernel: Any, values: dict[str, Any]) -> Launch:
+    """Specialise arguments as Triton's launcher does: 1 is a constant, multiples of 16 and fresh pointers are known."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, parameter in enumerate(kernel.params):
+        name, value, plain = parameter.name, values.pop(parameter.name), parameter.do_not_specialize
+        whole = isinstance(value, int)
+        if parameter.is_constexpr or value is None or (whole and value == 1 and not plain):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + DTYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if not whole else "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (
+            whole and name not in constants and value % 16 == 0 and not plain
+        ):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes), values
+
+
+def compiled(launch: Launch, arch: str) -> dict[str, int]:
+    """Compile a launch; return its warps and shared memory, and what its machine code holds."""
+    source, options = launch
+    kernel = triton.compile(source, target=TARGETS[arch], options=options)
+    read = _amdgcn(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _cubin(kernel.asm["cubin"])
+    return {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared, **read}
+
+
+def _cubin(cubin: bytes) -> dict[str, int]:
+    # The tools ship with Triton.
+    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, code = (
+            subprocess.run([tools / tool, option, path], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    return {
+        "registers": _largest(r"\bREG:(\d+)", usage),
+        "local": _largest(r"\bSTACK:(\d+)", usage) + _largest(r"\bLOCAL:(\d+)", usage),
+        **_counted(
+            code,
+            spills=r"\b(?:LDL|STL)\b",
+            # Asynchronous copies to shared memory are loads too.
+            wide_loads=r"\b(?:LDG\.E\S*\.128|LDGSTS\S*\.128|UTMALDG|LDG\.E\S*\.ENL2\.256)",
+            wide_stores=r"\b(?:STG\.E\S*\.128|UTMASTG|STG\.E\S*\.ENL2\.256)",
+            matrix=r"\b(?:HMMA|HGMMA|QGMMA|UTC\w*MMA)\b",
+            instructions=r"/\*[0-9a-f]{4,}\*/\s+\S",
+        ),
+    }
+
+
+def _amdgcn(code: str) -> dict[str, int]:
+    return {
+        "registers": _largest(r"\.vgpr_count:\s+(\d+)", code),
+        # Scalar registers spill into lanes of vector registers; memory is touched only by what "local" counts.
+        "spills": _largest(r"\.vgpr_spill_count:\s+(\d+)", code),
+        "local": _largest(r"\.private_segment_fixed_size:\s+(\d+)", code),
+        **_counted(
+            code,
+            wide_loads=r"\b(?:global|buffer|flat)_load_(?:dwordx4|b128)",
+            wide_stores=r"\b(?:global|buffer|flat)_store_(?:dwordx4|b128)",
+            matrix=r"\bv_mfma",
+            instructions=r"(?m)^\t[a-z]\w+",
+        ),
+    }
+
+
+def _largest(pattern: str, text: str) -> int:
+    return max(map(int, re.findall(pattern, text)), default=0)
+
+
+def _counted(code: str, **patterns: str) -> dict[str, int]:
+    return {name: len(re.findall(pattern, code)) for name, pattern in patterns.items()}
