@@ -1,4 +1,4 @@
-"""Memory, order, schedules and offsets of every kernel; and kernels with a fault each, which must not pass."""
+"""Memory, orders and offsets of every kernel; and kernels with a fault each, which must not pass."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton.language as tl  # noqa: E402
 
-from bench.gpu.sanitize import checks, offsets, schedule  # noqa: E402
+from bench.gpu.sanitize import checks  # noqa: E402
 from bench.gpu.sanitize.cases import Case  # noqa: E402
-from bench.gpu.sanitize.memory import SanitizerError, guarded  # noqa: E402
+from bench.gpu.sanitize.watchers import SanitizerError  # noqa: E402
 from fastgrad.ops import tune  # noqa: E402
 from fastgrad.ops.triton import devices  # noqa: E402
 
-GROUPS = ("memory", "schedules", "offsets")
+GROUPS = ("memory", "orders", "offsets")
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -73,7 +73,7 @@ def added_kernel(x_ptr, out_ptr):
 
 
 def sums(fault: str) -> Case:
-    x = guarded(torch.rand(21))
+    x = torch.rand(21)
 
     def call() -> torch.Tensor:
         part, out = devices.empty((3,), x.dtype, x), devices.empty((1,), x.dtype, x)
@@ -85,10 +85,8 @@ def sums(fault: str) -> Case:
 
 
 def test_a_sound_kernel_passes() -> None:
-    checks.check_memory(sums("none"))
-    # Three programs arrive in six orders, and nothing else of them is shared without order.
-    assert 6 <= checks.check_schedules(sums("none")) < 10
-    assert checks.check_schedules(sums("none"), 5) == 5
+    assert checks.check_memory(sums("none"), checks.every_order(3)) == 6
+    assert checks.check_memory(sums("none"), checks.shuffled(5)) == 5
 
 
 @triton.jit
@@ -99,13 +97,29 @@ def arrivals_kernel(sync_ptr, out_ptr):
 
 @pytest.mark.parametrize("programs", [2, 3, 4])
 def test_every_order_of_arrivals_is_run(programs: int) -> None:
+    found = []
+
     def call() -> torch.Tensor:
         out = torch.empty(programs, dtype=torch.int32)
         arrivals_kernel[(programs,)](torch.zeros(1, dtype=torch.int32), out)
-        return out
+        found.append(tuple(out.tolist()))
+        return torch.zeros(1)
 
-    orders = [tuple(out.tolist()) for out in schedule.outcomes(call, ())]
-    assert sorted(set(orders)) == list(itertools.permutations(range(programs)))
+    checks.check_memory(Case("arrivals", (), call), checks.every_order(programs))
+    assert sorted(found) == list(itertools.permutations(range(programs)))
+
+
+@triton.jit
+def twice_kernel(sync_ptr):
+    """Each program arrives twice, so that orders of whole programs are not all orders."""
+    tl.atomic_add(sync_ptr, 1)
+    tl.atomic_add(sync_ptr, 1)
+
+
+def test_a_program_that_arrives_twice_is_refused() -> None:
+    call = lambda: twice_kernel[(2,)](torch.zeros(1, dtype=torch.int32))  # noqa: E731
+    with pytest.raises(Exception, match="second atomic operation"):
+        checks.check_memory(Case("twice", (), call))
 
 
 @pytest.mark.parametrize(
@@ -124,21 +138,21 @@ def test_a_fault_is_found(fault: str, message: str) -> None:
         checks.check_memory(sums(fault))
 
 
-@pytest.mark.parametrize("limit", [0, 20])
-def test_a_schedule_that_changes_the_result_is_found(limit: int) -> None:
-    x = guarded(torch.rand(3))
+def test_what_runs_between_two_programs_of_another_is_found() -> None:
+    """The first to arrive reads what the others write later: no order of whole programs shows it but the race does."""
+    x = torch.zeros(3)
 
     def call() -> torch.Tensor:
         part, out = torch.zeros(3), torch.zeros(1)
         sums_kernel[(3,)](x, part, torch.zeros(1, dtype=torch.int32), out, 3, FAULT="too early", BLOCK=1)
         return out
 
-    with pytest.raises(SanitizerError, match=r"schedule \d+ changes the result"):
-        checks.check_schedules(Case("too early", (x,), call), limit)
+    with pytest.raises(Exception, match="writes what program 0 reads, and nothing orders them"):
+        checks.check_memory(Case("too early", (x,), call))
 
 
 def test_an_order_that_changes_the_result_is_found() -> None:
-    x = guarded(torch.tensor([1.0, 1e8, -1e8]))
+    x = torch.tensor([1.0, 1e8, -1e8])
 
     def call() -> torch.Tensor:
         out = torch.zeros(1)
@@ -164,6 +178,6 @@ def test_an_offset_of_32_bits_is_found() -> None:
     def call(wide: bool) -> Callable[[], object]:
         return lambda: rows_kernel[(len(x),)](x, 1000, WIDE=wide)
 
-    assert offsets.check(call(True), tune.INTERPRETER) == 3
-    with pytest.raises(Exception, match=r"outside every operand|64-bit arithmetic gives other addresses"):
-        offsets.check(call(False), tune.INTERPRETER)
+    assert checks.check_addresses(call(True), tune.INTERPRETER) == 3
+    with pytest.raises(Exception, match=r"outside every operand|int32 overflow"):
+        checks.check_addresses(call(False), tune.INTERPRETER)

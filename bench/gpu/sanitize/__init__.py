@@ -1,11 +1,10 @@
-"""What a GPU could still surprise with, checked in Triton's interpreter: addresses, races, order, schedules, offsets.
+"""What a GPU could still surprise with, checked in Triton's interpreter: addresses, races, order, offsets.
 
 - ``interpreter``: watches every load, store and atomic of a launch and decides in which order its programs run.
-- ``memory``: each address is an element of an operand, read after it was written, and written by one program, or by
-  several that atomics order; operands lie between poisoned margins.
-- ``schedule``: programs stop between any two of their memory operations; all orders that could differ, or random ones.
-- ``offsets``: shapes that no memory holds, with addresses compared to those of 64-bit arithmetic.
+- ``watchers``: each address is an element of an operand, read after it was written, and written by one program, or by
+  several that an atomic orders; on shapes that no memory holds, addresses and the arithmetic that leads to them.
 - ``cases``: every kernel with edge shapes.
+- ``checks``: equal bits in several orders of the programs, in all of them where the last to arrive finishes.
 
 Run all of it with ``python -m bench.gpu.sanitize``.
 """

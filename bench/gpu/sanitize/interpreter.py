@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -22,14 +22,8 @@ class Watcher:
     """What `watching` tells of every launch; subclasses override what they need."""
 
     def launch(self, kernel: str, arguments: dict[str, Any], programs: int) -> Sequence[int]:
-        """A launch begins; returns the programs to run, in order."""
+        """A launch begins; returns the programs to run, in order. May replace arguments."""
         return range(programs)
-
-    def run(self, programs: Sequence[int], body: Callable[[], None], select: Callable[[int], None]) -> None:
-        """Run ``body`` for every program, after ``select(program)``."""
-        for program in programs:
-            select(program)
-            body()
 
     def load(self, addresses: np.ndarray, width: int) -> np.ndarray | None:
         """Addresses are about to be read, ``width`` bytes each; returns values to take instead of reading."""
@@ -38,20 +32,8 @@ class Watcher:
         """Addresses are about to be written; returns whether not to."""
         return False
 
-    def atomic(self, addresses: np.ndarray, ordered: bool) -> np.ndarray | None:
+    def atomic(self, addresses: np.ndarray, width: int, ordered: bool) -> np.ndarray | None:
         """Addresses are about to be changed atomically; returns values to take as the old ones instead."""
-
-
-class _Programs:
-    """Stands in the executor's place of a kernel: its first call runs all programs, as the watcher says."""
-
-    def __init__(self, kernel: Any, run: Callable[[Callable[[], None]], None]) -> None:
-        self.kernel, self._run = kernel, run
-        self.__globals__, self.__name__ = kernel.__globals__, kernel.__name__
-        self.__signature__ = inspect.signature(kernel)
-
-    def __call__(self, **arguments: Any) -> None:
-        self._run(lambda: self.kernel(**arguments))
 
 
 @contextlib.contextmanager
@@ -61,7 +43,7 @@ def patching_once() -> Iterator[None]:
     The interpreter does so in every call of a device function, which takes half the time of a launch.
     """
     executor, function = interpreter.GridExecutor, interpreter.InterpretedFunction
-    launch, call = executor.__call__, function.__call__
+    launch = executor.__call__
     patched: set[int] = set()
 
     def begin(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -75,77 +57,71 @@ def patching_once() -> Iterator[None]:
             patched.add(id(names))
         return self.rewrite()(*args, **kwargs)
 
-    executor.__call__, function.__call__ = begin, device_function
-    try:
+    with (
+        mock.patch.object(executor, "__call__", begin),
+        mock.patch.object(function, "__call__", device_function),
+    ):
         yield
-    finally:
-        executor.__call__, function.__call__ = launch, call
 
 
 @contextlib.contextmanager
-def watching(watcher: Watcher, *, on_tensors: bool = True) -> Iterator[None]:
-    """Let a watcher see and steer every launch inside.
-
-    Args:
-        watcher: What to tell.
-        on_tensors: Whether the operands have memory; else each is replaced by what `Watcher.launch` put into its
-            arguments.
-    """
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Let a watcher see and steer every launch inside; operands are on the CPU, or what it puts in their place."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    plain = {
-        name: getattr(builder, name)
-        for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw")
-    }
-    call, operands, restore = executor.__call__, executor._init_args_hst, executor._restore_args_dev
+    call, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
+    atomic, dim, index = builder.create_atomic_rmw, builder.set_grid_dim, builder.set_grid_idx
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
         (size,) = self.grid
         named = dict(zip(self.arg_names, args, strict=False)) | kwargs
         programs = watcher.launch(self.fn.__name__, named, size)
-        state = interpreter.interpreter_builder
-
-        def run(body: Callable[[], None]) -> None:
-            state.set_grid_dim(size, 1, 1)
-            watcher.run(programs, body, lambda program: state.set_grid_idx(program, 0, 0))
-
-        self.grid, self.fn = (1,), _Programs(self.fn, run)
-        known = {name: value for name, value in named.items() if name in self.arg_names}
-        call(self, **(known if not on_tensors else named))
+        self.grid = (len(programs),)
+        with mock.patch.multiple(
+            builder,
+            set_grid_dim=lambda self, *_: dim(self, size, 1, 1),
+            set_grid_idx=lambda self, x, *_: index(self, programs[x], 0, 0),
+        ):
+            call(self, **named)
 
     def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
         kind = ptrs.get_element_ty()
         values = watcher.load(ptrs.data[mask.data], kind.primitive_bitwidth // 8)
         if values is None:
-            return plain["create_masked_load"](self, ptrs, mask, other, *rest)
+            return load(self, ptrs, mask, other, *rest)
         dtype = interpreter._get_np_dtype(kind)
         result = np.zeros(ptrs.data.shape, dtype) if other is None else other.data.astype(dtype).copy()
         result[mask.data] = values
         return interpreter.TensorHandle(result, kind)
 
     def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        if watcher.store(ptrs.data[mask.data], ptrs.get_element_ty().primitive_bitwidth // 8):
-            return None
-        return plain["create_masked_store"](self, ptrs, value, mask, *rest)
+        skip = watcher.store(ptrs.data[mask.data], ptrs.get_element_ty().primitive_bitwidth // 8)
+        return None if skip else store(self, ptrs, value, mask, *rest)
 
-    def atomic(self: Any, operation: Any, ptr: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
+    def atomic_rmw(self: Any, operation: Any, ptr: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
         ordered = "ACQUIRE_RELEASE" in str(sem) and "GPU" in str(scope)
-        values = watcher.atomic(ptr.data[mask.data], ordered)
+        width = ptr.get_element_ty().primitive_bitwidth // 8
+        values = watcher.atomic(ptr.data[mask.data], width, ordered)
         if values is None:
-            return plain["create_atomic_rmw"](self, operation, ptr, value, mask, sem, scope)
+            return atomic(self, operation, ptr, value, mask, sem, scope)
         result = value.data.copy()
         result[mask.data] = values
         return interpreter.TensorHandle(result, value.dtype.scalar)
 
-    try:
-        executor.__call__ = launch
-        builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
-        builder.create_atomic_rmw = atomic
-        if not on_tensors:
-            executor._init_args_hst = lambda self, args, kwargs: (args, kwargs)
-            executor._restore_args_dev = lambda self, *args: None
-        with np.errstate(all="ignore"), patching_once():
-            yield
-    finally:
-        executor.__call__, executor._init_args_hst, executor._restore_args_dev = call, operands, restore
-        for name, function in plain.items():
-            setattr(builder, name, function)
+    with (
+        mock.patch.multiple(
+            builder,
+            create_masked_load=masked_load,
+            create_masked_store=masked_store,
+            create_atomic_rmw=atomic_rmw,
+        ),
+        # The interpreter would copy operands to the CPU and back.
+        mock.patch.multiple(
+            executor,
+            __call__=launch,
+            _init_args_hst=lambda self, args, kwargs: (args, kwargs),
+            _restore_args_dev=lambda self, *args: None,
+        ),
+        np.errstate(all="ignore"),
+        patching_once(),
+    ):
+        yield

@@ -1,0 +1,244 @@
+"""Watchers that find faults: every byte of real operands, or the addresses alone of operands that no memory holds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import interpreter_builder
+
+from bench.gpu.sanitize.interpreter import Watcher
+from fastgrad.ops import tune
+from fastgrad.ops.triton import devices
+
+#: Bytes between the addresses of two operands without memory; no operand reaches so far.
+APART = 1 << 50
+
+
+class SanitizerError(AssertionError):
+    """A memory operation that a kernel must not make."""
+
+
+def addresses_of(tensor: Tensor) -> np.ndarray:
+    """Return the address of every element."""
+    offsets = np.zeros((1,) * tensor.dim(), np.int64)
+    for axis, (n, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        offsets = offsets + np.expand_dims(
+            np.arange(n) * stride, [*range(axis), *range(axis + 1, tensor.dim())]
+        )
+    return (tensor.data_ptr() + offsets * tensor.itemsize).ravel()
+
+
+class _Region:
+    """The shadow of one allocation, byte by byte.
+
+    Attributes:
+        width: Bytes of the element that starts here, 0 where none does: between rows, or within an element.
+        written: Whether the byte holds something.
+        writer, reader: What last did so in this launch, see `Memory`; -1 before.
+    """
+
+    def __init__(self, tensor: Tensor, fresh: bool, constant: bool) -> None:
+        self.storage = tensor.untyped_storage()  # kept, so that no other allocation takes its place
+        self.base, size, self.constant = self.storage.data_ptr(), self.storage.nbytes(), constant
+        self.width, self.written = np.zeros(size, np.int8), np.full(size, not fresh)
+        self.begin()
+
+    def begin(self) -> None:
+        self.writer, self.reader = np.full(len(self.width), -1), np.full(len(self.width), -1)
+
+
+class Memory(Watcher):
+    """Checks every memory operation of the launches that it watches.
+
+    Two programs that touch one address, at least one of them writing, must be ordered: an atomic operation with acquire
+    and release semantics hands on what its program did before it. A program makes one a launch at most. So whatever
+    else it does is ordered by the arrivals alone, and running whole programs in every order is every schedule.
+
+    What a program does before and after its arrival is numbered ``2 * program`` and ``2 * program + 1``.
+
+    Args:
+        inputs: Tensors that no kernel may write.
+        order: From the number of programs to the order in which they run.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], order: Callable[[int], Sequence[int]] = range) -> None:
+        self.order = order
+        self.regions: dict[int, _Region] = {}
+        self.inputs = {t.untyped_storage().data_ptr() for t in inputs}
+        self.operations = 0
+
+    @contextlib.contextmanager
+    def allocating(self) -> Iterator[None]:
+        """Count what launchers allocate inside as never written; it holds NaN."""
+
+        def empty(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
+            made = torch.full(tuple(shape), torch.nan, dtype=dtype)
+            self.regions[made.untyped_storage().data_ptr()] = _Region(made, fresh=True, constant=False)
+            return made
+
+        with mock.patch.object(devices, "empty", empty):
+            yield
+
+    def launch(self, kernel: str, arguments: dict[str, Any], programs: int) -> Sequence[int]:
+        """Shadow the operands of a launch."""
+        self.kernel = kernel
+        for tensor in arguments.values():
+            if isinstance(tensor, Tensor):
+                base = tensor.untyped_storage().data_ptr()
+                if base not in self.regions:
+                    self.regions[base] = _Region(tensor, fresh=False, constant=base in self.inputs)
+                self.regions[base].width[addresses_of(tensor) - base] = tensor.itemsize
+        for region in self.regions.values():
+            region.begin()
+        self.bases = np.array(sorted(self.regions))
+        self.arrived = np.zeros(programs, bool)
+        #: Whether a program comes after what is so numbered, and what an atomic address hands on.
+        self.after = np.eye(programs, dtype=bool).repeat(2, axis=1)
+        self.handed: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(2 * programs, bool))
+        return self.order(programs)
+
+    def load(self, addresses: np.ndarray, width: int) -> None:
+        """Check a read."""
+        for region, at in self._located(addresses, width, "reads"):
+            if not region.written[at].all():
+                self._fault("reads what nobody wrote")
+            self._ordered(region.writer[at], "reads what program {} writes")
+            region.reader[at] = self._number()
+
+    def store(self, addresses: np.ndarray, width: int) -> bool:
+        """Check a write."""
+        for region, at in self._located(addresses, width, "writes"):
+            if region.constant:
+                self._fault("writes an input")
+            self._ordered(region.writer[at], "writes what program {} writes")
+            self._ordered(region.reader[at], "writes what program {} reads")
+            region.written[at] = True
+            region.writer[at] = self._number()
+        return False
+
+    def atomic(self, addresses: np.ndarray, width: int, ordered: bool) -> None:
+        """Check an atomic operation, and hand on what its program did before."""
+        self._located(addresses, width, "changes")
+        if self.arrived[self.program]:
+            self._fault("makes a second atomic operation, of which not every order is run")
+        for address in addresses.tolist() if ordered else ():
+            self.after[self.program] |= self.handed[address]
+            self.handed[address][2 * self.program] = True
+        self.arrived[self.program] = True
+
+    @property
+    def program(self) -> int:
+        """The program that runs."""
+        return int(interpreter_builder.grid_idx[0])
+
+    def _number(self) -> int:
+        return 2 * self.program + int(self.arrived[self.program])
+
+    def _fault(self, does: str) -> None:
+        raise SanitizerError(f"{self.kernel}: program {self.program} {does}")
+
+    def _located(self, addresses: np.ndarray, width: int, does: str) -> list[tuple[_Region, np.ndarray]]:
+        """Return regions and the bytes in them; an address that is no element is a fault."""
+        self.operations += 1
+        addresses = addresses.astype(np.int64)
+        index = np.searchsorted(self.bases, addresses, "right") - 1
+        located = []
+        for i in np.unique(index):
+            region = self.regions[int(self.bases[i])]
+            at = addresses[index == i] - region.base
+            if i < 0 or (at >= len(region.width)).any() or (region.width[at] != width).any():
+                self._fault(f"{does} {width} bytes that no operand holds")
+            located.append((region, at))
+        return located
+
+    def _ordered(self, earlier: np.ndarray, does: str) -> None:
+        """Find a fault where an earlier operation was not handed on to this program."""
+        late = earlier[(earlier >= 0) & ~self.after[self.program][earlier]]
+        if late.size:
+            self._fault(f"{does.format(late[0] // 2)}, and nothing orders them")
+
+
+class _Pointer:
+    """An operand without memory, as the interpreter takes one."""
+
+    def __init__(self, tensor: Tensor, address: int) -> None:
+        self.dtype, self._address = tensor.dtype, address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+class Addresses(Watcher):
+    """Checks the addresses and the 32-bit arithmetic of the first, the middle and the last program of a launch.
+
+    Operands are meta tensors; each gets addresses of its own. Programs read made-up values and write nothing.
+
+    Args:
+        integer: What integers in memory are: flags, class indices.
+    """
+
+    def __init__(self, integer: int) -> None:
+        self.integer, self.count = integer, 0
+        self.spans: list[tuple[int, int]] = []
+        self.bases: dict[int, int] = {}
+
+    @contextlib.contextmanager
+    def checking_overflow(self) -> Iterator[None]:
+        """Have the interpreter refuse every sum and product of integers that leaves 32 bits."""
+        options = dataclasses.replace(interpreter_builder.options, debug=True)
+        with mock.patch.object(interpreter_builder, "options", options):
+            yield
+
+    def launch(self, kernel: str, arguments: dict[str, Any], programs: int) -> Sequence[int]:
+        """Give the operands addresses."""
+        self.kernel, self.arrivals = kernel, _arrivals(arguments)
+        for name, tensor in arguments.items():
+            if isinstance(tensor, Tensor):
+                arguments[name] = _Pointer(tensor, self._first(tensor))
+        return sorted({0, programs // 2, programs - 1})
+
+    def _first(self, tensor: Tensor) -> int:
+        """Return the first address; views of one storage share a range, of which a view holds what it reaches."""
+        base = self.bases.setdefault(tensor.untyped_storage()._cdata, (len(self.bases) + 1) * APART)
+        first = base + int(tensor.storage_offset()) * tensor.itemsize
+        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        self.spans.append((first, first + (reach + 1) * tensor.itemsize))
+        return first
+
+    def _note(self, addresses: np.ndarray) -> None:
+        at = addresses.astype(np.int64)
+        if not np.any([(at >= start) & (at < stop) for start, stop in self.spans], axis=0).all():
+            raise SanitizerError(f"{self.kernel}: an address lies outside every operand")
+        self.count += at.size
+
+    def load(self, addresses: np.ndarray, width: int) -> np.ndarray:
+        """Check a read."""
+        self._note(addresses)
+        return np.full(addresses.shape, self.integer)
+
+    def store(self, addresses: np.ndarray, width: int) -> bool:
+        """Check a write."""
+        self._note(addresses)
+        return True
+
+    def atomic(self, addresses: np.ndarray, width: int, ordered: bool) -> np.ndarray:
+        """Check an atomic operation; its program is the last to arrive."""
+        self._note(addresses)
+        return np.full(addresses.shape, self.arrivals)
+
+
+def _arrivals(arguments: dict[str, Any]) -> int:
+    """Return how many programs came before the one that finishes a row block."""
+    if "splits" in arguments:
+        return int(arguments["splits"]) - 1
+    if "GROUP_M" in arguments:
+        return tune.cdiv(arguments["N_units"] * arguments["ALIGN_N"], arguments["BLOCK_N"]) - 1
+    return 0
