@@ -39,20 +39,18 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
     return peak
 
 
-def of_case(size: str, case: str, name: str, place: registry.Place, threads: int) -> int:
+def of_case(size: str, case: str, name: str, device: str, threads: int) -> int:
     """Return the peak of an implementation of a case, measured in a process of its own."""
-    kind = "spawn" if place.device == "cuda" or os.name == "nt" else "forkserver"
-    context = multiprocessing.get_context(kind)
-    if kind == "forkserver":
-        context.set_forkserver_preload(["bench.memory", "bench.micro.network"])
+    # The server that such processes come from has imported what they need, and never touches a GPU.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.memory", "bench.micro.network"])
     with context.Pool(1) as pool:
-        return pool.apply(_measured, (size, case, name, place, threads))
+        return pool.apply(_measured, (size, case, name, device, threads))
 
 
-def _measured(size: str, case: str, name: str, place: registry.Place, threads: int) -> int:
+def _measured(size: str, case: str, name: str, device: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    one = next(c for c in registry.cases(size) if c.name == case and name in c.names)
-    return peak_bytes(one.ready(name, place)[0], place.device)
+    return peak_bytes(registry.find(size, case, name).ready(name, device)[0], device)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
     @case("rows", "rows B={0} N={1} D={2}", against="stored rows", names=("fastgrad eager", "stored rows"),
           tiny=[(3, 5, 8)], quick=[(64, 10, 512)], full=[...], gpu=[...])
-    def rows(place: Place, B: int, N: int, D: int) -> Iterator[Implementation]:
+    def rows(device: str, B: int, N: int, D: int) -> Iterator[Implementation]:
         ...
         yield Implementation("stored rows", lambda: call, check, tolerance)
 
@@ -12,28 +12,22 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 SIZES = ("tiny", "quick", "full", "gpu")
+#: Of models and inputs.
+SEED = 0
 #: Modules whose import registers cases.
-MODULES = ("last_layer", "network", "private", "rows", "end_to_end", "growth")
+MODULES = ("last_layer", "network", "private", "rows", "end_to_end")
 
 
-class Place(NamedTuple):
-    """Where a case runs: ``"cpu"`` or ``"cuda"``, and the seed of models and inputs."""
-
-    device: str
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Implementation:
+class Implementation(NamedTuple):
     """One way to do a case's task.
 
     Attributes:
@@ -51,6 +45,9 @@ class Implementation:
     graph: bool = True
 
 
+Build = Callable[..., Iterable[Implementation]]
+
+
 @dataclass(frozen=True)
 class Case:
     """One task at one size.
@@ -60,27 +57,27 @@ class Case:
         name: Task and sizes, e.g. ``contrasts B=256 N=1000 D=512 float32``.
         against: The implementation that ratios refer to.
         names: Implementations; some may be left out at a size.
-        build: Makes inputs and implementations.
+        build: Makes inputs and implementations on a device, ``"cpu"`` or ``"cuda"``.
     """
 
     table: str
     name: str
     against: str
     names: tuple[str, ...]
-    build: Callable[[Place], Iterable[Implementation]]
+    build: Build
 
-    def implementations(self, place: Place) -> dict[str, Implementation]:
+    def implementations(self, device: str) -> dict[str, Implementation]:
         """Return the implementations by name; the inputs of the latest case are kept."""
-        return _built(self, place)
+        return _built(self, device)
 
-    def ready(self, name: str, place: Place) -> tuple[Callable[[], Any], float]:
+    def ready(self, name: str, device: str) -> tuple[Callable[[], Any], float]:
         """Return the call of an implementation and its error.
 
         Raises:
             LookupError: The case has no such implementation at this size.
             ValueError: The result is wrong.
         """
-        found = self.implementations(place)
+        found = self.implementations(device)
         if name not in found:
             raise LookupError(f"{self.name} has no {name}")
         call = found[name].prepare()
@@ -94,11 +91,10 @@ class Case:
 
 
 @lru_cache(maxsize=1)
-def _built(one: Case, place: Place) -> dict[str, Implementation]:
-    return {item.name: item for item in one.build(place)}
+def _built(one: Case, device: str) -> dict[str, Implementation]:
+    return {item.name: item for item in one.build(device)}
 
 
-Build = Callable[..., Iterator[Implementation]]
 _CASES: dict[str, list[Case]] = {size: [] for size in SIZES}
 
 
@@ -118,15 +114,11 @@ def case(
     def register(function: Build) -> Build:
         for size, shapes in sizes.items():
             for args in shapes:
-                build = partial(_called, function, args)
+                build = lambda device, args=args: function(device, *args)  # noqa: E731
                 _CASES[size].append(Case(table, title.format(*args), against, tuple(names), build))
         return function
 
     return register
-
-
-def _called(function: Build, args: tuple[Any, ...], place: Place) -> Iterator[Implementation]:
-    return function(place, *args)
 
 
 def cases(size: str) -> list[Case]:
@@ -136,13 +128,9 @@ def cases(size: str) -> list[Case]:
     return _CASES[size]
 
 
-def forms(
-    call: Callable[[str], Any], check: Callable[[Any], float], tolerance: float, place: Place
-) -> Iterator[Implementation]:
-    """Yield the eager form of an operator and, on a GPU, its kernels; ``call`` takes the operator's ``impl``."""
-    for impl, name in {"triton": "fastgrad Triton", "eager": "fastgrad eager"}.items():
-        if impl == "eager" or place.device == "cuda":
-            yield Implementation(name, lambda impl=impl: lambda: call(impl), check, tolerance)  # type: ignore[misc]
+def find(size: str, name: str, implementation: str) -> Case:
+    """Return the case of a name that has an implementation."""
+    return next(c for c in cases(size) if c.name == name and implementation in c.names)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,11 @@ def revision() -> str:
         ["git", *args], cwd=root, capture_output=True, text=True, check=False
     ).stdout.strip()
     return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+
+
+def origin(packages: Sequence[str]) -> dict[str, Any]:
+    """Return machine, versions and revision."""
+    return {"machine": machine(), "versions": versions(*packages), "revision": revision()}
 
 
 def dump(document: Mapping[str, Any]) -> str:

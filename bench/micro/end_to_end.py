@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import fastgrad
 from bench.micro import network_peers as peers
-from bench.micro.network import BCE, made
-from bench.micro.network_task import OURS, PEERS
-from bench.registry import Implementation, Place, case, relative_error, scaled_error
+from bench.micro.models import NETWORKS
+from bench.micro.network import OURS, PEERS, one
+from bench.micro.tasks import UNIT, Task
+from bench.registry import Implementation, case, relative_error
 
 SIGNALS = [("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted")]
 
@@ -32,51 +33,36 @@ SIGNALS = [("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predic
           ("ViT-B/16 64x64", 8)],
     gpu=[("ResNet-18 32x32", 512), ("ViT-B/16 224x224", 128)],
 )  # fmt: skip
-def end_to_end(place: Place, name: str, batch: int) -> Iterator[Implementation]:
+def end_to_end(device: str, name: str, batch: int) -> Iterator[Implementation]:
     """The network alone, with one kind of uncertainty, with three, and a backward pass a sample."""
-    task = made(place, name, batch, BCE)
-    model, x = task.model, task.x
-    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    exact, wide = task.double()
-    with torch.no_grad():
-        logits = exact(wide)
-    unit = 256 * torch.finfo(task.dtype).eps
+    task = Task(NETWORKS[name], batch, device)
 
-    def plain() -> Tensor:
-        with torch.no_grad():
-            out: Tensor = model(x)
-        return out
+    def whole(signals: list[tuple[str, str]]) -> Callable[[], Any]:
+        features = fastgrad.GradientFeatures(task.model, signals=signals)
+        return lambda: features(task.x)
 
-    def last() -> tuple[Tensor, Tensor]:
-        # The head's input is caught on the way; the closed form needs nothing else.
-        kept: list[Tensor] = []
-        handle = head.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
-        try:
-            with torch.no_grad():
-                z = model(x)
-                return z, fastgrad.contrast_sqnorm(kept[0], z)
-        finally:
-            handle.remove()
+    def whole_error(out: Any) -> float:
+        return task.error(out[1][:, 0])
 
     def last_error(out: tuple[Tensor, Tensor]) -> float:
-        kept: list[Tensor] = []
-        inner = [m for m in exact.modules() if isinstance(m, nn.Linear)][-1]
-        handle = inner.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
-        with torch.no_grad():
-            exact(wide)
-        handle.remove()
-        return relative_error(out[1], fastgrad.contrast_sqnorm(kept[0], logits))
+        return relative_error(out[1], last_layer(*task.double())[1])
 
-    def whole(signals: list[tuple[str, str]]) -> Callable[[], Callable[[], Any]]:
-        def prepare() -> Callable[[], Any]:
-            features = fastgrad.GradientFeatures(model, signals=signals)
-            return lambda: features(x)
-
-        return prepare
-
-    one = partial(Implementation, graph=False)
-    yield one("network alone", lambda: plain, lambda out: scaled_error(out, logits), unit)
+    last = partial(last_layer, task.model, task.x)
+    yield one("network alone", partial(peers.forward, task), task.forward_error, UNIT)
     yield one("fastgrad, last layer", lambda: last, last_error, PEERS)
-    yield one("fastgrad, whole network", whole(SIGNALS[:1]), lambda out: task.error(out[1][:, 0]), OURS)
-    yield one("fastgrad, three signals", whole(SIGNALS), lambda out: task.error(out[1][:, 0]), OURS)
-    yield one("gradient per sample", lambda: peers.loop(task), task.error, PEERS)
+    yield one("fastgrad, whole network", partial(whole, SIGNALS[:1]), whole_error, OURS)
+    yield one("fastgrad, three signals", partial(whole, SIGNALS), whole_error, OURS)
+    yield one("gradient per sample", partial(peers.loop, task), task.error, PEERS)
+
+
+def last_layer(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits and all contrasts of the last linear layer, whose input is caught on the way."""
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    caught: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    try:
+        with torch.no_grad():
+            z = model(x)
+            return z, fastgrad.contrast_sqnorm(caught[0], z)
+    finally:
+        handle.remove()

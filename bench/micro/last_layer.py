@@ -9,7 +9,7 @@ a probability is near one; 64 units of the dtype, relative to the largest entry,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,27 +19,47 @@ from torch import Tensor
 
 import fastgrad
 from bench.micro import last_layer_peers as peers
-from bench.micro.last_layer_inputs import Head
-from bench.registry import Implementation, Place, case, forms, relative_error, scaled_error
+from bench.micro.last_layer_peers import Head
+from bench.registry import Implementation, case, relative_error, scaled_error
 
 OURS, PEERS = 1e-5, 1e-3
 #: Contrasts times samples up to which the slow peers take part: a call of theirs takes seconds beyond.
 SLOW = 2_000
 FORMS = ("fastgrad Triton", "fastgrad eager")
 TITLE = " B={0} N={1} D={2} {3}"
-
-F32, HALF = ("float32",), ("bfloat16",)
 TINY = [(3, 5, 8), (2, 33, 16)]
 QUICK = [(64, 10, 512), (1, 1000, 512), (256, 1000, 512)]
 FULL = [
     (1, 10, 512), (64, 10, 512), (4096, 10, 512), (1, 1000, 512), (8, 1000, 512), (32, 1000, 512), (256, 1000, 512),
     (4096, 1000, 512), (1, 32000, 768), (32, 32000, 768), (256, 32000, 768), (1, 128256, 1024), (8, 128256, 1024),
 ]  # fmt: skip
-LARGEST = (1024, 128256, 4096)
 
 
-def _at(shapes: list[tuple[int, int, int]], dtype: tuple[str] = F32) -> list[tuple[Any, ...]]:
-    return [(*shape, *dtype) for shape in shapes]
+def _at(shapes: list[tuple[int, int, int]], dtype: str = "float32") -> list[tuple[Any, ...]]:
+    return [(*shape, dtype) for shape in shapes]
+
+
+def _forms(
+    call: Callable[..., Any], check: Callable[[Any], float], tolerance: float, device: str
+) -> Iterator[Implementation]:
+    """Yield the eager form of an operator and, on a GPU, its kernels; ``call`` takes the operator's ``impl``."""
+    for impl, name in zip(("triton", "eager"), FORMS, strict=True):
+        if impl == "eager" or device == "cuda":
+            yield Implementation(name, lambda impl=impl: partial(call, impl=impl), check, tolerance)  # type: ignore[misc]
+
+
+def _softmax(head_: Head) -> Implementation:
+    def check(out: Tensor) -> float:
+        return scaled_error(out, head_.z.double().softmax(-1))
+
+    return Implementation("torch.softmax", lambda: partial(torch.softmax, head_.z, -1), check, head_.unit)
+
+
+def _linear(head_: Head) -> Implementation:
+    def check(out: Tensor) -> float:
+        return scaled_error(out, head_.exact)
+
+    return Implementation("linear alone", lambda: partial(F.linear, *head_.layer), check, head_.unit)
 
 
 @case(
@@ -48,18 +68,18 @@ def _at(shapes: list[tuple[int, int, int]], dtype: tuple[str] = F32) -> list[tup
            "autograd loop"),
     tiny=_at(TINY), quick=_at(QUICK),
     full=[*_at(FULL), (256, 1000, 512, "float16"), (256, 1000, 512, "bfloat16")],
-    gpu=[*_at([(4096, 32000, 4096), (256, 1000, 2048)], HALF), (8, 1000, 512, "float32")],
+    gpu=[*_at([(4096, 32000, 4096), (256, 1000, 2048)], "bfloat16"), (8, 1000, 512, "float32")],
 )  # fmt: skip
-def contrasts(place: Place, B: int, N: int, D: int, dtype: str) -> Iterator[Implementation]:
+def contrasts(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Implementation]:
     """Squared norms of all contrasts, from features and logits; peers that differentiate start from the features."""
-    head_ = Head((B, N, D), dtype, place)
+    head_ = Head(B, N, D, dtype, device)
     h, z, check = head_.h, head_.z, head_.error
-    yield from forms(lambda impl: fastgrad.contrast_sqnorm(h, z, impl=impl), check, OURS, place)
-    yield _softmax(z)
-    yield Implementation("closed form, textbook", lambda: lambda: peers.textbook(h, z), check, PEERS)
+    yield from _forms(partial(fastgrad.contrast_sqnorm, h, z), check, OURS, device)
+    yield _softmax(head_)
+    yield Implementation("closed form, textbook", lambda: partial(peers.textbook, h, z), check, PEERS)
     compiled = partial(peers.compiled, peers.textbook, h, z)
     yield Implementation("closed form, torch.compile", compiled, check, PEERS)
-    if B * N <= SLOW and (dtype == "float32" or place.device == "cuda"):
+    if B * N <= SLOW and (dtype == "float32" or device == "cuda"):
         tolerance = PEERS if dtype == "float32" else 1.0
         yield Implementation("vmap(grad)", partial(peers.vmap, head_), check, tolerance, graph=False)
         yield Implementation("autograd loop", partial(peers.loop, head_), check, tolerance, graph=False)
@@ -70,17 +90,15 @@ def contrasts(place: Place, B: int, N: int, D: int, dtype: str) -> Iterator[Impl
     names=(*FORMS, "linear alone", "linear, softmax, closed form", "the same, torch.compile", "Liger fused linear loss",
            "Cut Cross-Entropy"),
     tiny=_at(TINY), quick=_at(QUICK), full=_at(FULL),
-    gpu=_at([(1024, 32000, 4096), *((B, 1000, 2048) for B in (1, 8, 32, 256))], HALF),
+    gpu=_at([(1024, 32000, 4096), *((B, 1000, 2048) for B in (1, 8, 32, 256))], "bfloat16"),
 )  # fmt: skip
-def head(place: Place, B: int, N: int, D: int, dtype: str) -> Iterator[Implementation]:
+def head(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Implementation]:
     """The layer and all contrasts; norms are judged for the logits each implementation returned."""
-    head_ = Head((B, N, D), dtype, place)
-    h, weight, bias = head_.h, head_.weight, head_.bias
-    product = F.linear(h.double(), weight.double(), bias.double())
+    head_ = Head(B, N, D, dtype, device)
 
     def check(out: tuple[Tensor, Tensor]) -> float:
         logits, norms = out
-        if scaled_error(logits, product) > _unit(h):
+        if scaled_error(logits, head_.exact) > head_.unit:
             return float("inf")
         return relative_error(norms, head_.norms(logits))
 
@@ -88,99 +106,67 @@ def head(place: Place, B: int, N: int, D: int, dtype: str) -> Iterator[Implement
         z = F.linear(h, weight, bias)
         return z, peers.textbook(h, z)
 
-    yield from forms(
-        lambda impl: fastgrad.linear_contrast_sqnorm(h, weight, bias, impl=impl), check, OURS, place
-    )
-    yield _linear(head_, product)
-    yield Implementation(
-        "linear, softmax, closed form", lambda: lambda: unfused(h, weight, bias), check, PEERS
-    )
-    compiled = partial(peers.compiled, unfused, h, weight, bias)
-    yield Implementation("the same, torch.compile", compiled, check, PEERS)
-    if place.device == "cuda":
-        yield from peers.neighbours(head_, product)
+    layer = head_.layer
+    yield from _forms(partial(fastgrad.linear_contrast_sqnorm, *layer), check, OURS, device)
+    yield _linear(head_)
+    yield Implementation("linear, softmax, closed form", lambda: partial(unfused, *layer), check, PEERS)
+    yield Implementation("the same, torch.compile", partial(peers.compiled, unfused, *layer), check, PEERS)
+    if device == "cuda":
+        yield from peers.neighbours(head_)
 
 
 @case(
     "last-layer", "uniform target" + TITLE, against="torch.softmax",
     names=(*FORMS, "torch.softmax", "GradNorm, as OpenOOD", "GradNorm, pytorch-ood"),
-    tiny=_at(TINY), quick=_at(QUICK[:1]), full=_at([s for s in FULL if s[0] > 1]), gpu=_at([(64, 1000, 2048)], HALF),
+    tiny=_at(TINY), quick=_at(QUICK[:1]), full=_at([s for s in FULL if s[0] > 1]),
+    gpu=_at([(64, 1000, 2048)], "bfloat16"),
 )  # fmt: skip
-def uniform(place: Place, B: int, N: int, D: int, dtype: str) -> Iterator[Implementation]:
+def uniform(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Implementation]:
     """One norm a sample under the uniform target; GradNorm's own norm is L1 and is checked as such."""
-    head_ = Head((B, N, D), dtype, place)
+    head_ = Head(B, N, D, dtype, device)
     h, z = head_.h, head_.z
     delta = z.double().softmax(-1) - 1 / N
-    squared = delta.square().sum(-1) * head_.factor().squeeze(-1)
+    squared = delta.square().sum(-1) * head_.factor.squeeze(-1)
     absolute = delta.abs().sum(-1) * h.double().abs().sum(-1)
-
-    def check(out: Tensor) -> float:
-        return relative_error(out, squared)
-
-    yield from forms(lambda impl: fastgrad.target_sqnorm(h, z, "uniform", impl=impl), check, OURS, place)
-    yield _softmax(z)
+    check = partial(relative_error, reference=squared)
+    yield from _forms(partial(fastgrad.target_sqnorm, h, z, "uniform"), check, OURS, device)
+    yield _softmax(head_)
     tolerance = PEERS if dtype == "float32" else 0.1
     # OpenOOD's confidence is the norm itself; pytorch-ood's score, higher for outliers, is minus the norm.
-    for name, peer, limit, sign in (
-        ("GradNorm, as OpenOOD", peers.openood, 64, 1), ("GradNorm, pytorch-ood", peers.pytorch_ood, 256, -1),
-    ):  # fmt: skip
+    for name, peer, limit, reference in (
+        ("GradNorm, as OpenOOD", peers.openood, 64, absolute),
+        ("GradNorm, pytorch-ood", peers.pytorch_ood, 256, -absolute),
+    ):
         if limit >= B:
-            yield Implementation(
-                name, partial(peer, head_), lambda out, sign=sign: relative_error(sign * out, absolute),  # type: ignore[misc]
-                tolerance, graph=False,
-            )  # fmt: skip
+            check = partial(relative_error, reference=reference)
+            yield Implementation(name, partial(peer, head_), check, tolerance, graph=False)
 
 
 @case(
     "last-layer", "statistics" + TITLE, against="linear alone",
     names=(*FORMS, "linear alone", "linear, softmax, closed form"),
-    tiny=_at(TINY[-1:]), quick=_at(QUICK[-1:]), full=_at(FULL[-1:]), gpu=_at([LARGEST], HALF),
+    tiny=_at(TINY[-1:]), quick=_at(QUICK[-1:]), full=_at(FULL[-1:]), gpu=_at([(1024, 128256, 4096)], "bfloat16"),
 )  # fmt: skip
-def statistics(place: Place, B: int, N: int, D: int, dtype: str) -> Iterator[Implementation]:
+def statistics(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Implementation]:
     """Minimum, maximum, mean, expectation and predicted contrast, without the matrix."""
-    head_ = Head((B, N, D), dtype, place)
-    h, weight, bias = head_.h, head_.weight, head_.bias
-    z = F.linear(h.double(), weight.double(), bias.double())
+    head_ = Head(B, N, D, dtype, device)
 
     def summed(norms: Tensor, z: Tensor) -> Tensor:
         top = norms.gather(-1, z.argmax(-1, keepdim=True)).squeeze(-1)
         expected = (z.softmax(-1) * norms).sum(-1)
         return torch.stack([norms.amin(-1), norms.amax(-1), norms.mean(-1), expected, top], -1)
 
-    wanted = summed(head_.norms(z), z)
+    wanted = summed(head_.norms(head_.exact), head_.exact)
     # The norms follow the logits, whose products round by units of the dtype.
-    tolerance = _unit(h) * float(z.abs().max())
+    tolerance = head_.unit * float(head_.exact.abs().max())
 
     def unfused() -> Tensor:
-        z = F.linear(h, weight, bias)
-        return summed(peers.textbook(h, z), z.float())
+        z = F.linear(*head_.layer)
+        return summed(peers.textbook(head_.h, z), z.float())
 
     def check(out: Any) -> float:
         return relative_error(torch.stack(list(out), -1) if isinstance(out, tuple) else out, wanted)
 
-    yield from forms(
-        lambda impl: fastgrad.linear_contrast_stats(h, weight, bias, impl=impl), check, tolerance, place
-    )
-    yield _linear(head_, z)
+    yield from _forms(partial(fastgrad.linear_contrast_stats, *head_.layer), check, tolerance, device)
+    yield _linear(head_)
     yield Implementation("linear, softmax, closed form", lambda: unfused, check, max(PEERS, tolerance))
-
-
-def _softmax(z: Tensor) -> Implementation:
-    def check(out: Tensor) -> float:
-        return scaled_error(out, z.double().softmax(-1))
-
-    return Implementation("torch.softmax", lambda: lambda: torch.softmax(z, -1), check, _unit(z))
-
-
-def _linear(head_: Head, product: Tensor) -> Implementation:
-    def alone() -> Tensor:
-        return F.linear(head_.h, head_.weight, head_.bias)
-
-    return Implementation(
-        "linear alone", lambda: alone, lambda out: scaled_error(out, product), _unit(head_.h)
-    )
-
-
-def _unit(values: Tensor) -> float:
-    """What a plain product may lose, relative to its largest entry."""
-    return 64 * torch.finfo(values.dtype).eps

@@ -1,16 +1,65 @@
-"""Other ways to the last layer's gradient norms: the textbook form, autograd, other libraries."""
+"""The inputs of the last layer's cases, and other ways to its gradient norms: textbook, autograd, other libraries."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.micro.last_layer_inputs import Head
-from bench.registry import Implementation, relative_error, scaled_error
+from bench.registry import SEED, Implementation, relative_error, scaled_error
+
+
+class Head:
+    """Seeded features, weights and logits of spread 3, and what float64 makes of them."""
+
+    def __init__(self, B: int, N: int, D: int, dtype: str, device: str) -> None:
+        made = torch.Generator(device).manual_seed(SEED)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=made, device=device)
+
+        kind = getattr(torch, dtype)
+        self.h = normal(B, D).to(kind)
+        self.weight = (normal(N, D) * 3 / D**0.5).to(kind)
+        self.bias = normal(N).to(kind)
+        self.layer = (self.h, self.weight, self.bias)
+        self.z = F.linear(*self.layer)
+        #: What a plain product may lose, relative to its largest entry.
+        self.unit = 64 * torch.finfo(kind).eps
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """The logits in float64."""
+        return F.linear(*(t.double() for t in self.layer))
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """``||h||^2 + 1`` in float64, ``(B, 1)``."""
+        return self.h.double().square().sum(-1, keepdim=True) + 1
+
+    def norms(self, logits: Tensor) -> Tensor:
+        """Return all contrasts' squared norms in float64, by leave-one-out sums."""
+        p = logits.double().softmax(-1)
+        top = p.argmax(-1, keepdim=True)
+        rest = p.scatter(-1, top, 0.0)
+        s1, s2 = rest.sum(-1, keepdim=True), rest.square().sum(-1, keepdim=True)
+        # 1 - p_k keeps its digits in float64 for every k but the largest.
+        norms = (1 - rest).square() + (p.square().sum(-1, keepdim=True) - rest.square())
+        return norms.scatter(-1, top, s1.square() + s2) * self.factor
+
+    def error(self, found: Tensor) -> float:
+        """Return the relative error of all contrasts for the case's own logits."""
+        return relative_error(found, self.norms(self.z))
+
+    def module(self) -> torch.nn.Linear:
+        """Return the last layer as a module, in float32."""
+        layer = torch.nn.Linear(self.h.shape[1], len(self.bias), device=self.h.device)
+        layer.load_state_dict({"weight": self.weight.float(), "bias": self.bias.float()})
+        return layer
 
 
 def textbook(h: Tensor, z: Tensor) -> Tensor:
@@ -22,8 +71,7 @@ def textbook(h: Tensor, z: Tensor) -> Tensor:
 
 def compiled(function: Callable[..., Any], *tensors: Tensor) -> Callable[[], Any]:
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, dynamic=False)
-    return lambda: compiled(*tensors)
+    return partial(torch.compile(function, fullgraph=True, dynamic=False), *tensors)
 
 
 def loop(head_: Head) -> Callable[[], Tensor]:
@@ -50,7 +98,7 @@ def loop(head_: Head) -> Callable[[], Tensor]:
 def vmap(head_: Head, memory: int = 1 << 28) -> Callable[[], Tensor]:
     """``vmap`` over samples and contrasts of ``grad``, in chunks that keep the gradients within ``memory`` bytes."""
     weight, bias, h = head_.weight.float(), head_.bias.float(), head_.h.float()
-    B, N, D = head_.shape
+    (N, D), B = weight.shape, len(h)
 
     def loss(weight: Tensor, bias: Tensor, sample: Tensor, k: Tensor) -> Tensor:
         return -F.linear(sample, weight, bias).log_softmax(-1).gather(-1, k.unsqueeze(-1)).squeeze(-1)
@@ -68,9 +116,7 @@ def vmap(head_: Head, memory: int = 1 << 28) -> Callable[[], Tensor]:
 
 def openood(head_: Head) -> Callable[[], Tensor]:
     """OpenOOD's postprocessor: one backward pass a sample through the last layer, L1 norm of its weight gradient."""
-    h = head_.h.float()
-    layer = torch.nn.Linear(h.shape[1], head_.weight.shape[0], device=h.device)
-    layer.load_state_dict({"weight": head_.weight.float(), "bias": head_.bias.float()})
+    h, layer = head_.h.float(), head_.module()
 
     def call() -> Tensor:
         confs = []
@@ -91,17 +137,15 @@ def pytorch_ood(head_: Head) -> Callable[[], Tensor]:
     from pytorch_ood.detector import GradNorm
 
     h = head_.h.float()
-    layer = torch.nn.Linear(h.shape[1], head_.weight.shape[0], device=h.device)
-    layer.load_state_dict({"weight": head_.weight.float(), "bias": head_.bias.float()})
-    detector = GradNorm(layer, param_filter=lambda name: name == "weight").to(h.device)
+    detector = GradNorm(head_.module(), param_filter=lambda name: name == "weight").to(h.device)
     return lambda: detector.predict(h)
 
 
-def neighbours(head_: Head, product: Tensor) -> Iterator[Implementation]:
+def neighbours(head_: Head) -> Iterator[Implementation]:
     """Fused linear losses: one number a sample of the same product, so neighbours in bandwidth, not peers."""
     h, weight, bias = head_.h, head_.weight, head_.bias
     labels = torch.arange(h.shape[0], device=h.device) % weight.shape[0]
-    losses = F.cross_entropy(product, labels, reduction="none")
+    losses = F.cross_entropy(head_.exact, labels, reduction="none")
 
     def liger() -> Callable[[], Tensor]:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss

@@ -8,10 +8,14 @@ last token. Activations are modules and projections are ``nn.Linear``, so that a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Inputs = Callable[[int, torch.Generator], Tensor]
+Network = tuple[Callable[[], nn.Module], Inputs]
 
 
 class Block(nn.Module):
@@ -20,26 +24,19 @@ class Block(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool, norm: type[nn.Module]) -> None:
         super().__init__()
         outputs = 4 * width if bottleneck else width
-        shapes = (
-            [(inputs, width, 1, 1), (width, width, 3, stride), (width, outputs, 1, 1)]
-            if bottleneck
-            else [(inputs, width, 3, stride), (width, outputs, 3, 1)]
-        )
+        if bottleneck:
+            shapes = [(inputs, width, 1, 1), (width, width, 3, stride), (width, outputs, 1, 1)]
+        else:
+            shapes = [(inputs, width, 3, stride), (width, outputs, 3, 1)]
         layers: list[nn.Module] = []
         for a, b, kernel, step in shapes:
-            layers += [
-                nn.Conv2d(a, b, kernel, step, kernel // 2, bias=False),
-                normalisation(norm, b),
-                nn.ReLU(),
-            ]
+            convolution = nn.Conv2d(a, b, kernel, step, kernel // 2, bias=False)
+            layers += [convolution, normalisation(norm, b), nn.ReLU()]
         self.body = nn.Sequential(*layers[:-1])
-        self.shortcut = (
-            nn.Identity()
-            if stride == 1 and inputs == outputs
-            else nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), normalisation(norm, outputs)
-            )
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, normalisation(norm, outputs))
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,27 +51,22 @@ def normalisation(kind: type[nn.Module], channels: int) -> nn.Module:
 
 
 def resnet(
-    depth: int = 18,
-    classes: int = 10,
-    *,
-    small: bool = True,
-    norm: type[nn.Module] = nn.BatchNorm2d,
-    width: int = 64,
+    depth: int = 18, classes: int = 10, *, small: bool = True, norm: type[nn.Module] = nn.BatchNorm2d
 ) -> nn.Module:
-    """ResNet-18 or -50 in evaluation mode."""
+    """ResNet-18 or -50."""
     counts, bottleneck = {18: ((2, 2, 2, 2), False), 50: ((3, 4, 6, 3), True)}[depth]
-    stem = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small else nn.Conv2d(3, width, 7, 2, 3, bias=False)
-    layers: list[nn.Module] = [stem, normalisation(norm, width), nn.ReLU()]
+    stem = nn.Conv2d(3, 64, 3, 1, 1, bias=False) if small else nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+    layers: list[nn.Module] = [stem, normalisation(norm, 64), nn.ReLU()]
     if not small:
         layers.append(nn.MaxPool2d(3, 2, 1))
-    channels = width
+    channels = 64
     for stage, count in enumerate(counts):
         for i in range(count):
-            inner = width << stage
+            inner = 64 << stage
             layers.append(Block(channels, inner, 2 if i == 0 and stage else 1, bottleneck, norm))
             channels = 4 * inner if bottleneck else inner
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
-    return nn.Sequential(*layers).eval()
+    return nn.Sequential(*layers)
 
 
 def plain(classes: int = 10, width: int = 32) -> nn.Module:
@@ -82,18 +74,29 @@ def plain(classes: int = 10, width: int = 32) -> nn.Module:
     layers: list[nn.Module] = []
     channels = 3
     for stage in range(3):
-        for i in range(2):
-            outputs = width << stage
-            layers += [nn.Conv2d(channels, outputs, 3, 2 if i == 1 else 1, 1), nn.ReLU()]
-            channels = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)).eval()
+        for stride in (1, 2):
+            layers += [nn.Conv2d(channels, width << stage, 3, stride, 1), nn.ReLU()]
+            channels = width << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def stages(width: int) -> nn.Module:
+    """Six convolutions with batch norm; the second and third pair halve the image and double the width."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for stage in range(3):
+        for stride in (2 if stage else 1, 1):
+            out = width << stage
+            layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            channels = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
 def densenet(classes: int = 10) -> nn.Module:
     """DenseNet-121 of torchvision, its activations not in place (two peers save what they would overwrite)."""
     from torchvision.models import densenet121
 
-    model: nn.Module = densenet121(num_classes=classes).eval()
+    model: nn.Module = densenet121(num_classes=classes)
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False
@@ -175,11 +178,28 @@ class GPT(nn.Module):
         return out
 
 
-def images(batch: int, size: int) -> Callable[[torch.Generator], Tensor]:
-    """What makes ``(batch, 3, size, size)``."""
-    return lambda made: torch.randn(batch, 3, size, size, generator=made)
+def images(size: int) -> Inputs:
+    """Return what makes ``(batch, 3, size, size)``."""
+    return lambda batch, made: torch.randn(batch, 3, size, size, generator=made)
 
 
-def tokens(batch: int, length: int, vocabulary: int) -> Callable[[torch.Generator], Tensor]:
-    """What makes ``(batch, length)`` of integers below ``vocabulary``."""
-    return lambda made: torch.randint(vocabulary, (batch, length), generator=made)
+def tokens(length: int, vocabulary: int) -> Inputs:
+    """Return what makes ``(batch, length)`` of integers below ``vocabulary``."""
+    return lambda batch, made: torch.randint(vocabulary, (batch, length), generator=made)
+
+
+#: Each network, and its inputs given a batch.
+NETWORKS: dict[str, Network] = {
+    "plain CNN 8x8": (partial(plain, width=4), images(8)),
+    "plain CNN 8x8, 3 classes": (partial(plain, classes=3, width=4), images(8)),
+    "plain CNN 32x32": (plain, images(32)),
+    "ResNet-18 32x32": (resnet, images(32)),
+    "ResNet-18 group norm 32x32": (partial(resnet, norm=nn.GroupNorm), images(32)),
+    "ResNet-50 64x64": (partial(resnet, 50, 100, small=False), images(64)),
+    "ResNet-50 224x224": (partial(resnet, 50, 1000, small=False), images(224)),
+    "DenseNet-121 64x64": (densenet, images(64)),
+    "ViT-B/16 64x64": (partial(ViT, 100, 64), images(64)),
+    "ViT-B/16 224x224": (ViT, images(224)),
+    "GPT T=6": (partial(GPT, vocabulary=16, length=6, width=8, depth=1, heads=2), tokens(6, 16)),
+    "GPT T=128": (GPT, tokens(128, 8192)),
+}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bench.micro.network_task import Task, first_leaf
+from bench.micro.tasks import BCE, Task, first_leaf
 
 
 def step(task: Task, compiled: bool = False) -> Callable[[], Tensor]:
@@ -50,7 +50,7 @@ def backpack(task: Task) -> Callable[[], Tensor]:
     from backpack.extensions import BatchL2Grad
 
     model = extend(copy.deepcopy(task.model))
-    if task.signal == "bce ones":
+    if task.signal == BCE:
         loss_function = extend(nn.BCEWithLogitsLoss(reduction="sum"))
     else:
         loss_function = extend(nn.CrossEntropyLoss(reduction="sum"))
@@ -58,7 +58,7 @@ def backpack(task: Task) -> Callable[[], Tensor]:
     def call() -> Tensor:
         model.zero_grad(set_to_none=True)
         logits = model(task.x)
-        labels = torch.ones_like(logits) if task.signal == "bce ones" else logits.detach().argmax(-1)
+        labels = torch.ones_like(logits) if task.signal == BCE else logits.detach().argmax(-1)
         with backpack(BatchL2Grad()):
             loss_function(logits, labels).backward()
         return torch.stack([p.batch_l2 for p in model.parameters()], -1)

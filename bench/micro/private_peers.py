@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastgrad
-from bench.micro.private_task import ClippedTask
+from bench.micro.tasks import ClippedTask
 
 Call = Callable[[], list[Tensor]]
 
@@ -41,7 +41,7 @@ def opacus_hooks(task: ClippedTask) -> Call:
     from opacus.optimizers import DPOptimizer
 
     model = GradSampleModule(copy.deepcopy(task.model), loss_reduction="sum")
-    optimizer: Any = DPOptimizer(_sgd(model), **_options(task))
+    optimizer = _optimizer(DPOptimizer, model, task)
 
     def call() -> list[Tensor]:
         optimizer.zero_grad(set_to_none=True)
@@ -61,7 +61,7 @@ def opacus_ghost(task: ClippedTask) -> Call:
     model = GradSampleModuleFastGradientClipping(
         copy.deepcopy(task.model), loss_reduction="sum", max_grad_norm=task.max_norm, use_ghost_clipping=True
     )
-    optimizer = DPOptimizerFastGradientClipping(_sgd(model), **_options(task))
+    optimizer = _optimizer(DPOptimizerFastGradientClipping, model, task)
 
     def call() -> list[Tensor]:
         model.zero_grad(set_to_none=True)
@@ -103,14 +103,9 @@ def _gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def _sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def _options(task: ClippedTask) -> dict[str, Any]:
-    return {
-        "noise_multiplier": 0.0,
-        "max_grad_norm": task.max_norm,
-        "expected_batch_size": len(task.x),
-        "loss_reduction": "sum",
-    }
+def _optimizer(kind: Any, model: nn.Module, task: ClippedTask) -> Any:
+    """Opacus' optimizer, without noise."""
+    return kind(
+        torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=0.0, max_grad_norm=task.max_norm,
+        expected_batch_size=len(task.x), loss_reduction="sum",
+    )  # fmt: skip

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastgrad
-from bench.registry import Implementation, Place, case, scaled_error
+from bench.registry import SEED, Implementation, case, scaled_error
 
 
 @case(
@@ -26,13 +26,13 @@ from bench.registry import Implementation, Place, case, scaled_error
     )],
     gpu=[(64, 10, 512, 300, "bfloat16"), (32, 1000, 2048, 128, "bfloat16")],
 )  # fmt: skip
-def rows(place: Place, B: int, N: int, D: int, U: int, name: str) -> Iterator[Implementation]:
+def rows(device: str, B: int, N: int, D: int, U: int, name: str) -> Iterator[Implementation]:
     """``contrast_rows_linear`` beside a product with rows in memory."""
     dtype = getattr(torch, name)
-    made = torch.Generator(place.device).manual_seed(place.seed)
+    made = torch.Generator(device).manual_seed(SEED)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=made, device=place.device).to(dtype)
+        return torch.randn(*size, generator=made, device=device).to(dtype)
 
     h, z = normal(B, D), normal(B, N)
     weight, bias = normal(U, N * D), normal(U)

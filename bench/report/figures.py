@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.report.document import Row
 from bench.report.speed import YARDSTICKS, best, grouped, ours
-from bench.report.text import sizes
+from bench.report.text import Row, sizes
 
 #: Pixels of a figure's width at `DPI`, and points of its text: a phone shows 350 pixels.
 WIDTH, DPI, TEXT = 600, 100, 12

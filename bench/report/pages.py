@@ -14,6 +14,7 @@ from typing import Any
 
 from bench import results_file
 from bench.report import detection, figures, speed, text
+from bench.report.text import Row
 from bench.results_file import RESULTS
 
 TEMPLATES = Path(__file__).parent / "pages"
@@ -55,21 +56,56 @@ def save(
     """Write rows with machine, versions, revision and facts as a JSON file, and its page; returns the page's path."""
     folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    head = {
-        "machine": results_file.machine(), "versions": results_file.versions(*packages),
-        "revision": results_file.revision(),
-    }  # fmt: skip
-    document = {**head, **(facts or {}), "rows": list(rows)}
+    document = {**results_file.origin(packages), **(facts or {}), "rows": list(rows)}
     (folder / f"{name}.json").write_text(results_file.dump(document))
     path = write(name, folder)
     print(f"wrote {path.with_suffix('')}.json and .md", file=sys.stderr)
     return path
 
 
+def add(
+    name: str,
+    rows: Sequence[Row],
+    device: str,
+    *,
+    packages: Sequence[str],
+    folder: Path,
+    facts: Mapping[str, Any],
+) -> None:
+    """Add rows of speed to a table's JSON file, in place of those of the same case and implementation.
+
+    ``{"machine", "versions", "revision", "seed", "floor", "cases": [{"case", "implementation", "median_s", "p10_s",
+    "p90_s", "peak_bytes", "relative_to", "ratio", "correct", "error", "note"}]}``, where ``ratio`` is the median over
+    that of ``relative_to`` in the same case; times are null where an implementation was not correct or did not accept
+    the task.
+
+    Raises:
+        ValueError: The file is of another machine, other versions or another seed.
+    """
+    new: dict[str, Any] = {**results_file.origin(packages), **facts, "cases": list(rows)}
+    new["machine"] += f", {device}"
+    path = folder / f"{name}.json"
+    if path.exists():
+        old = json.loads(path.read_text())
+        for key in ("machine", "versions", "seed"):
+            if old[key] != new[key]:
+                raise ValueError(f"{key} of {path} must be {new[key]!r} to be extended; it was {old[key]!r}")
+        renewed = {(r["case"], r["implementation"]) for r in rows}
+        new["cases"] = [r for r in old["cases"] if (r["case"], r["implementation"]) not in renewed] + new[
+            "cases"
+        ]
+    medians = {(r["case"], r["implementation"]): r["median_s"] for r in new["cases"]}
+    for one in new["cases"]:
+        base = medians.get((one["case"], one["relative_to"]))
+        one["ratio"] = one["median_s"] / base if one["median_s"] and base else None
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(new, indent=1) + "\n")
+    print(f"wrote {path}", file=sys.stderr)
+
+
 def write(name: str, folder: Path = RESULTS) -> Path:
     """Write the page, if there is a template, and the figure of a JSON file; returns the page's path."""
     document = json.loads((folder / f"{name}.json").read_text())
-    pictures = []
     drawn = None
     if "cases" in document:
         drawn = figures.draw(document["cases"])
@@ -77,8 +113,7 @@ def write(name: str, folder: Path = RESULTS) -> Path:
         drawn = detection.bars(document["rows"], document["merit"])
     if drawn is not None:
         drawn.savefig(folder / f"{name}.png", dpi=figures.DPI)
-        pictures.append(f"{name}.png")
-    rendered = page(name, document, pictures)
+    rendered = page(name, document, [f"{name}.png"] if drawn is not None else [])
     path = folder / f"{name}.md"
     if rendered is not None:
         path.write_text(rendered)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.report.document import Row
-from bench.report.text import duration, size, sizes, table
+from bench.report.text import Row, duration, size, sizes, table
 
 #: Implementations that do less than the task: nothing is claimed against them.
 YARDSTICKS = {

@@ -11,15 +11,15 @@ import sys
 import pytest
 
 from bench import memory
-from bench.registry import SIZES, Case, Implementation, Place, cases
+from bench.registry import SIZES, Case, Implementation, cases
 
 ROOT = pathlib.Path(__file__).parents[2]
-CPU = Place("cpu")
+CPU = "cpu"
 
 
 def _case(error: float) -> Case:
     made = [Implementation("fastgrad", lambda: lambda: 1, lambda out: error, 1e-5)]
-    return Case("table", "case B=1", "fastgrad", ("fastgrad", "peer"), lambda place: made)
+    return Case("table", "case B=1", "fastgrad", ("fastgrad", "peer"), lambda device: made)
 
 
 @pytest.mark.parametrize("error", [1e-4, float("nan"), float("inf")])
