@@ -13,17 +13,20 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_model
 
 from bench.clock import in_turns, ratio_quartiles
+from bench.detection.data import photographs
 from bench.report import pages
 from fastgrad import TwoStageModel
 from fastgrad.batches import logits_of
-from fastgrad.detector.presets import DEFAULT_BLOCKS as USUAL
+from fastgrad.detector.presets import DEFAULT_BLOCKS
 
 Inputs = Tensor | dict[str, Tensor]
 FORMS = {"default": (), "with the view": ("view",)}
@@ -45,22 +48,6 @@ def tokens(count: int) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(1000, 20000, (count, 128)), "attention_mask": mask}
 
 
-def _torchvision(name: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        import torchvision.models as models
-
-        net: nn.Module = getattr(models, name)()
-        return net
-
-    return build
-
-
-def _efficientnet() -> nn.Module:
-    from bench.detection.data.photographs import network
-
-    return network()
-
-
 def _bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -68,21 +55,18 @@ def _bert() -> nn.Module:
 
 
 NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
-    "ResNet-18": (_torchvision("resnet18"), images),
-    "ResNet-50": (_torchvision("resnet50"), images),
-    "EfficientNet-Lite0": (_efficientnet, images),
-    "ViT-B/16": (_torchvision("vit_b_16"), images),
+    "ResNet-18": (partial(get_model, "resnet18"), images),
+    "ResNet-50": (partial(get_model, "resnet50"), images),
+    "EfficientNet-Lite0": (photographs.network, images),
+    "ViT-B/16": (partial(get_model, "vit_b_16"), images),
     "BERT-base, 128 tokens": (_bert, tokens),
 }
 
 
 def fitted(net: nn.Module, inputs: Callable[[int], Inputs], form: str) -> TwoStageModel:
     """A two-stage model on clean inputs alone."""
-    blocks = [
-        block
-        for block in (*USUAL, *FORMS[form])
-        if block not in ("image", "roughness", "view") or inputs is images
-    ]
+    of_images = () if inputs is images else ("image", "roughness", "view")
+    blocks = [block for block in (*DEFAULT_BLOCKS, *FORMS[form]) if block not in of_images]
     return TwoStageModel(net, blocks=blocks).fit([inputs(_FIT // 2) for _ in range(2)], None)
 
 
@@ -104,22 +88,16 @@ def measure(name: str, batches: tuple[int, ...], rounds: int) -> list[dict[str, 
         for form, model in forms.items():
             # Logits of another value would mean that something else is timed.
             torch.testing.assert_close(model(x).logits, plain(), rtol=1e-3, atol=1e-3)
-            calls[form] = lambda model=model, x=x: model(x)  # type: ignore[misc]
+            calls[form] = partial(model, x)
         taken = in_turns(calls, rounds)
         for form, model in forms.items():
             low, middle, high = ratio_quartiles(taken[form], taken["plain"])
             rows.append(
-                {
-                    "network": name,
-                    "batch": batch,
-                    "form": form,
-                    "plain_ms": round(1e3 * statistics.median(taken["plain"]), 1),
-                    "ratio": round(middle, 3),
-                    "quartiles": [round(low, 3), round(high, 3)],
-                    "predicted": round(model.report().price.predicted, 2),
-                    "aim": AIMS[form],
-                }
-            )
+                {"network": name, "batch": batch, "form": form,
+                 "plain_ms": round(1e3 * statistics.median(taken["plain"]), 1), "ratio": round(middle, 3),
+                 "quartiles": [round(low, 3), round(high, 3)],
+                 "predicted": round(model.report().price.predicted, 2), "aim": AIMS[form]}
+            )  # fmt: skip
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
 

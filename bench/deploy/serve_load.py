@@ -3,15 +3,17 @@
 ``python -m bench.deploy.serve_load`` trains nothing: networks with random weights are exported twice, with the
 uncertainty of the default blocks and plain. Both files run behind servers of their own, which the same clients load in
 turn, round by round, so that a slow minute of the machine hits both. The clients are many connections of a process of
-their own, which check each answer against the direct call and count what is missing, refused or wrong. Where that is
-not 0, the numbers are printed and nothing is written.
+their own, which compare each answer with the direct call. One that is missing, refused or wrong ends the run.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import io
 import itertools
+import json
 import os
 import re
 import signal
@@ -19,21 +21,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from bench.deploy.clients import Clients, Tally, pictures
 from bench.report import pages
 from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.images import decode_image
-from fastgrad.deploy.file.package import Description
+from fastgrad.deploy.file.package import Description, ModelPackage
 from fastgrad.detector.model import TwoStageModel
-from fastgrad.detector.presets import DEFAULT_BLOCKS as USUAL
+from fastgrad.detector.presets import DEFAULT_BLOCKS
 
 #: What is served: images of one size, and the network that takes them.
 SIDES = {"small": 32, "resnet18": 112}
@@ -48,12 +51,8 @@ def network(name: str) -> nn.Module:
         return net
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise((3, 32, 64, 128)):
-        layers += [
-            nn.Conv2d(inputs, outputs, 3, padding=1),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        ]
+        convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
+        layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
@@ -71,9 +70,20 @@ class Plain(nn.Module):
         return logits, probabilities, 1 - probabilities.max(1).values
 
 
+def pictures(count: int, side: int) -> list[bytes]:
+    """Return PNG files of smooth random color."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        pixels = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(out, "PNG")
+        found.append(out.getvalue())
+    return found
+
+
 def prepare(name: str, folder: Path) -> dict[str, Path]:
     """Export both forms of a network (once; files in the folder are used again)."""
-    warnings.simplefilter("ignore")
     torch.manual_seed(0)
     net, side = network(name).eval(), SIDES[name]
     files = {"plain": folder / f"{name}-plain.pt2", "with uncertainty": folder / f"{name}.pt2"}
@@ -83,18 +93,16 @@ def prepare(name: str, folder: Path) -> dict[str, Path]:
         for part in x[:192].split(64):  # running statistics that fit the pictures
             net.train()(part)
         net.eval()
-        loader = [(part,) for part in x.split(50)]
-        model = TwoStageModel(net, blocks=USUAL).fit(loader, None)
+        model = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit([(part,) for part in x.split(50)], None)
         export(model, x[:1], files["with uncertainty"], max_batch=64)
         export(Plain(net).eval(), x[:1], files["plain"], max_batch=64)
     return files
 
 
-def serve(file: Path, *options: str) -> tuple[subprocess.Popen[str], int]:
-    """Start the server; its process and port."""
+def serve(file: Path) -> tuple[subprocess.Popen[str], int]:
+    """Start the server; return its process and port."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastgrad", "serve", str(file),
-         "--port", "0", "--threads", "1", *options],
+        [sys.executable, "-m", "fastgrad", "serve", str(file), "--port", "0", "--threads", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdout is not None
@@ -104,33 +112,81 @@ def serve(file: Path, *options: str) -> tuple[subprocess.Popen[str], int]:
     raise RuntimeError("the server did not start")
 
 
-def measure(
-    name: str, files: dict[str, Path], connections: Sequence[int], requests: int, rounds: int
-) -> list[dict[str, Any]]:
-    """Rows of one network: both servers loaded in turn."""
+class Clients:
+    """Clients of one server: the images that they send, and the uncertainties that they expect of its file."""
+
+    def __init__(self, file: Path, port: int) -> None:
+        package = ModelPackage(file)
+        self.port, self.jobs = port, pictures(200, package.description.input_shape[-1])
+        inputs = torch.stack([decode_image(content, package.description) for content in self.jobs])
+        self.expected = torch.cat([package(part).uncertainty for part in inputs.split(50)]).tolist()
+
+    def load(self, connections: int, each: int) -> tuple[list[float], float]:
+        """Return the seconds of each request, and answers per second."""
+
+        async def run() -> list[list[float]]:
+            return await asyncio.gather(*(self.connection(number, each) for number in range(connections)))
+
+        start = time.perf_counter()
+        times = list(itertools.chain(*asyncio.run(run())))
+        return times, len(times) / (time.perf_counter() - start)
+
+    async def connection(self, number: int, count: int) -> list[float]:
+        """Send ``count`` images, one after another; return the seconds of each.
+
+        Raises:
+            OSError, EOFError: An answer is missing.
+            RuntimeError: An answer is a refusal, or wrong.
+        """
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        times = []
+        try:
+            for i in range(count):
+                index = (number * 7919 + i) % len(self.jobs)
+                start = time.perf_counter()
+                status, answer = await _ask(reader, writer, self.jobs[index])
+                times.append(time.perf_counter() - start)
+                wanted = self.expected[index]
+                if status != 200 or not np.isclose(answer["uncertainty"], wanted, rtol=1e-3, atol=1e-3):
+                    raise RuntimeError(
+                        f"image {index} must have the uncertainty {wanted}; it was {status} {answer}"
+                    )
+        finally:
+            writer.close()
+            await writer.wait_closed()
+        return times
+
+
+async def _ask(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes
+) -> tuple[int, dict[str, Any]]:
+    head = (
+        f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {len(body)}"
+    )
+    writer.write(f"{head}\r\n\r\n".encode() + body)
+    answer = await reader.readuntil(b"\r\n\r\n")
+    length = int(re.search(rb"content-length: (\d+)", answer.lower()).group(1))  # type: ignore[union-attr]
+    return int(answer.split(b" ", 2)[1]), json.loads(await reader.readexactly(length))
+
+
+def measure(name: str, files: dict[str, Path], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of one network: both servers loaded in turn."""
     running = {form: serve(file) for form, file in files.items()}
     try:
-        clients = {form: Clients(file) for form, file in files.items()}
+        clients = {form: Clients(file, running[form][1]) for form, file in files.items()}
         rows: list[dict[str, Any]] = []
-        for form, (_, port) in running.items():
-            clients[form].load(port, 8, 20)
-        for count in connections:
-            tallies = {form: Tally() for form in files}
-            rates: dict[str, list[float]] = {form: [] for form in files}
-            for _ in range(rounds):
-                for form, (_, port) in running.items():
-                    found, seconds = clients[form].load(port, count, max(1, requests // rounds // count))
-                    rates[form].append(len(found.times) / seconds)
-                    tallies[form] += found
-            for form, tally in tallies.items():
-                sent = count * rounds * max(1, requests // rounds // count)
-                if tally.errors or tally.wrong:
-                    raise SystemExit(f"{name}, {form}: of {sent} requests {tally.errors} without answer or refused, "
-                                     f"{tally.wrong} answered wrongly")  # fmt: skip
-                cut = statistics.quantiles(tally.times, n=100)
+        for one in clients.values():
+            one.load(8, 20)
+        for count in args.connections:
+            each = max(1, args.requests // args.rounds // count)
+            turns = [
+                {form: one.load(count, each) for form, one in clients.items()} for _ in range(args.rounds)
+            ]
+            for form in files:
+                cut = statistics.quantiles([t for turn in turns for t in turn[form][0]], n=100)
                 rows.append(
-                    {"network": name, "model": form, "connections": count, "requests": sent, "errors": tally.errors,
-                     "wrong": tally.wrong, "per_s": statistics.median(rates[form]), "p50_ms": 1e3 * cut[49],
+                    {"network": name, "model": form, "connections": count, "requests": count * args.rounds * each,
+                     "per_s": statistics.median(turn[form][1] for turn in turns), "p50_ms": 1e3 * cut[49],
                      "p99_ms": 1e3 * cut[98], "throughput": None, "p99": None}
                 )  # fmt: skip
             plain, ours = rows[-2:]
@@ -150,16 +206,14 @@ def main() -> None:
     parser.add_argument("--connections", nargs="+", type=int, default=[1, 16, 64])
     parser.add_argument("--requests", type=int, default=3000, help="in all, at each number of connections")
     parser.add_argument("--rounds", type=int, default=5, help="turns of both servers")
-    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--cache", type=Path, help="folder for the files, to be used again")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    warnings.simplefilter("ignore")
     with contextlib.ExitStack() as stack:
         folder = args.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        for name in args.networks:
-            files = prepare(name, folder)
-            rows += measure(name, files, args.connections, args.requests, args.rounds)
+        rows = [row for name in args.networks for row in measure(name, prepare(name, folder), args)]
     pages.save("serve", rows, packages=("torch", "fastapi", "uvicorn", "numpy"), folder=args.out)
 
 

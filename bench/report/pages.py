@@ -99,7 +99,7 @@ def add(
         base = medians.get((one["case"], one["relative_to"]))
         one["ratio"] = one["median_s"] / base if one["median_s"] and base else None
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(new, indent=1) + "\n")
+    path.write_text(results_file.dump(new))
     print(f"wrote {path}", file=sys.stderr)
 
 

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bench import results_file
 from bench.detection import cache
 from bench.detection.architectures import residual_network
 from bench.detection.data import news, sets
@@ -129,12 +128,3 @@ def test_digests_tell_weights_and_arrays_apart() -> None:
     assert cache.digest(model, {"a": 1}) == cache.digest(model, {"a": 1})
     assert cache.digest(model) != cache.digest(other)
     assert cache.digest(np.arange(3)) != cache.digest(np.arange(4))
-
-
-def test_a_damaged_list_of_rows_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "time.json"
-    results_file.append(path, {"case": "a", "median_s": 1.0})
-    assert results_file.load(path) == [{"case": "a", "median_s": 1.0}]
-    _truncate(path)
-    with pytest.raises(ValueError, match=r"time\.json must be a whole JSON file"):
-        results_file.load(path)
