@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.report import blocks, pages
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "docs/results.md", "docs/explanation/what-it-finds.md")]
 
 
-def stale(folder: Path = RESULTS, documents: list[Path] | None = None) -> list[str]:
+def stale(folder: Path = RESULTS, documents: Sequence[Path] = DOCUMENTS) -> list[str]:
     """Return what does not say what the results say: pages, and blocks of documents."""
     found = []
     for path in sorted(folder.glob("*.json")):
@@ -28,28 +29,25 @@ def stale(folder: Path = RESULTS, documents: list[Path] | None = None) -> list[s
         target = path.with_suffix(".md")
         if rendered is not None and (not target.exists() or target.read_text() != rendered):
             found.append(target.name)
-    for file in DOCUMENTS if documents is None else documents:
+    for file in documents:
         found += [f"{file.name}: {name}" for name in blocks.differing(file.read_text(), folder)]
     return found
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="bench.report", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("names", nargs="*", metavar="TABLE", help="default: all")
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if a block or page is stale")
-    parser.add_argument(
-        "--file", type=Path, nargs="+", default=DOCUMENTS, help="default: README and the result pages"
-    )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     try:
         if options.check:
-            found = stale(documents=options.file)
+            found = stale()
             print("\n".join(f"stale: {name}" for name in found))
             return 1 if found else 0
         for name in options.names or sorted(path.stem for path in RESULTS.glob("*.json")):
             pages.write(name)
-        for file in options.file:
+        for file in DOCUMENTS:
             file.write_text(blocks.fill(file.read_text()))
     except (ValueError, FileNotFoundError) as error:
         print(f"bench.report: {error}", file=sys.stderr)

@@ -5,15 +5,13 @@ A block is a table or a single number:
     <!-- table: network -->
     ...
     <!-- end -->
-    ResNet-18 takes <!-- value: network | ResNet-18 32x32 B=64 bce ones | fastgrad | ratio -->0.81<!-- end --> steps.
+    ResNet-18 takes <!-- value: network | ResNet-18 32x32 B=64 bce ones | fastgrad | ratio | .2f -->0.81<!-- end -->
 
-- A table is that of the JSON file of the same name. Words after the name keep the rows that have them: in their case's
-  name where it is a speed table, as a value elsewhere. ``<!-- table: environment network -->`` is the line of machine,
-  versions, revision and floors of a file. Of a detection table the words are the network: its strongest published
-  detector for each group, beside fastgrad's.
-- A value is ``FILE | CASE or NETWORK: CASE | IMPLEMENTATION or METHOD | FIELD`` with an optional format (default
-  ``.3g``). In a row of a table ``;`` stands in place of ``|``, which would end the cell. FIELD is a key of the row, or
-  ``faster``, the factor by which fastgrad's fastest form beats it, or ``per second``.
+- A table is that of the JSON file of the same name. Words after the name of a speed table keep the cases that contain
+  them. After the name of a detection table they are the network: its strongest published detector for each group,
+  beside fastgrad's. ``<!-- table: environment network -->`` is the line of machine, versions, revision and floors.
+- A value is ``FILE | CASE or NETWORK: CASE | IMPLEMENTATION or METHOD | FIELD | FORMAT``, over draws the mean. In a row
+  of a table ``;`` stands in place of ``|``, which would end the cell.
 """
 
 from __future__ import annotations
@@ -54,12 +52,7 @@ def table(words: str, folder: Path = RESULTS) -> str:
     document = load(name, folder)
     if "merit" in document:
         return detection.strongest(document["rows"], document["merit"], rest)
-    if "cases" in document:
-        return speed.tables(document["cases"], rest)
-    rows = [r for r in document["rows"] if not rest or rest in map(str, r.values())]
-    if not rows:
-        raise ValueError(f"{name} must have rows with {rest!r}; it had none")
-    return markdown(rows)
+    return speed.tables(document["cases"], rest) if "cases" in document else markdown(document["rows"])
 
 
 def value(words: str, folder: Path = RESULTS) -> str:
@@ -69,31 +62,22 @@ def value(words: str, folder: Path = RESULTS) -> str:
         ValueError: The words do not name a number of the results.
     """
     parts = [part.strip() for part in re.split("[|;]", words)]
-    if len(parts) not in (4, 5):
-        raise ValueError(f"a value must be FILE | CASE | IMPLEMENTATION | FIELD; it was {words!r}")
-    name, case, implementation, key = parts[:4]
+    if len(parts) != 5:
+        raise ValueError(f"a value must be FILE | CASE | IMPLEMENTATION | FIELD | FORMAT; it was {words!r}")
+    name, case, implementation, key, form = parts
     document = load(name, folder)
     network, _, case = case.rpartition(": ")
-    group = [r for r in document.get("cases", document.get("rows", [])) if r.get("case") == case]
-    group = [r for r in group if network in ("", r.get("network"))]
-    rows = [r for r in group if implementation in (r.get("implementation"), r.get("method"))]
+    rows = [
+        row
+        for row in document.get("cases", document.get("rows"))
+        if row.get("case") == case
+        and network in ("", row.get("network"))
+        and implementation in (row.get("implementation"), row.get("method"))
+    ]
     if not rows:
         raise ValueError(f"a value must name a case and an implementation of {name}; it was {words!r}")
-    if key == "faster":
-        mine = speed.best(group)
-        if mine is None or not rows[0]["median_s"]:
-            raise ValueError(f"a factor needs two timed implementations; it was {words!r}")
-        number = rows[0]["median_s"] / mine["median_s"]
-    elif key == "per second":
-        number = speed.batch(case) / rows[0]["median_s"]
-    else:
-        # Over draws the mean, if all have the number.
-        number = (
-            rows[0][key]
-            if len(rows) == 1 or "draw" not in rows[0]
-            else statistics.fmean(r[key] for r in rows)
-        )
-    return format(number, parts[4] if len(parts) == 5 else ".3g")
+    drawn = "draw" in rows[0] and len(rows) > 1
+    return format(statistics.fmean(row[key] for row in rows) if drawn else rows[0][key], form)
 
 
 def fill(text: str, folder: Path = RESULTS) -> str:
@@ -101,15 +85,13 @@ def fill(text: str, folder: Path = RESULTS) -> str:
 
     def one(match: re.Match[str]) -> str:
         kind, words = match[1], match[2].strip()
-        if kind == "table":
-            return f"<!-- table: {words} -->\n\n{table(words, folder)}\n\n<!-- end -->"
-        return f"<!-- value: {words} -->{value(words, folder)}<!-- end -->"
+        made = f"\n\n{table(words, folder)}\n\n" if kind == "table" else value(words, folder)
+        return f"<!-- {kind}: {words} -->{made}<!-- end -->"
 
     return BLOCK.sub(one, text)
 
 
 def differing(text: str, folder: Path = RESULTS) -> list[str]:
     """Return the names of the blocks whose content is not what the results say."""
-    fresh = fill(text, folder)
-    pairs = zip(BLOCK.finditer(text), BLOCK.finditer(fresh), strict=True)
+    pairs = zip(BLOCK.finditer(text), BLOCK.finditer(fill(text, folder)), strict=True)
     return [f"{old[1]}: {old[2]}" for old, new in pairs if old[3].strip() != new[3].strip()]

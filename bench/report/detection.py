@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.report.figures import OF_DETECTION, OURS_OF_DETECTION, TEXT, colours, stacked
+from bench.report.figures import TEXT, colours, stacked
 from bench.report.speed import ours
-from bench.report.text import table
+from bench.report.text import Row, table
 
-Row = Mapping[str, Any]
 PROTOCOLS = ("clean data only", "with generated challenges", "with labelled challenges")
 
 
@@ -64,24 +63,15 @@ def block(rows: Sequence[Row], merit: str, network: str, protocol: str, methods:
 
     lines, left = [], []
     for method in sorted(found, key=place):
-        cells = [found[method].get(group, {"not run": ""}) for group in groups]
+        cells = {group: found[method].get(group, {"not run": ""}) for group in groups}
         year, paper = methods.get(method, ("", ""))
-        if all("not run" in cell for cell in cells):
-            left.append(
-                {
-                    "method": method,
-                    "year": year,
-                    "not run": "; ".join(dict.fromkeys(c["not run"] for c in cells if c["not run"])),
-                }
-            )
-            continue
-        lines.append(
-            {"method": method, "year": year}
-            | dict(zip(groups, (_cell(cell, merit) for cell in cells), strict=True))
-            | {"paper": paper}
-        )
-    heads = {"method": "method", "year": "year"} | {group: group for group in groups} | {"paper": "source"}
-    parts = [table(lines, heads)] if lines else []
+        if all("not run" in cell for cell in cells.values()):
+            why = dict.fromkeys(cell["not run"] for cell in cells.values() if cell["not run"])
+            left.append({"method": method, "year": year, "not run": "; ".join(why)})
+        else:
+            shown = {group: _cell(cell, merit) for group, cell in cells.items()}
+            lines.append({"method": method, "year": year, **shown, "source": paper})
+    parts = [table(lines)] if lines else []
     if left:
         parts.append("Not run:\n\n" + table(left))
     return "\n\n".join(parts)
@@ -143,21 +133,18 @@ def bars(rows: Sequence[Row], merit: str) -> Any:
         found |= means(rows, merit, network, protocol)
     groups = [g for g in dict.fromkeys(g for own in found.values() for g in own) if "MEAD" not in g]
     pick = max if merit == "auroc" else min
-    rivals = []
+    shown = [m for m in found if ours(m) and " + " not in m]
     for group in groups:
         values = {
             m: own[group][merit] for m, own in found.items() if published(m) and merit in own.get(group, {})
         }
-        if values:
-            rivals.append(pick(values, key=lambda m, values=values: values[m]))  # type: ignore[misc]
-    shown = [m for m in found if ours(m) and " + " not in m] + list(
-        dict.fromkeys([*rivals, *(["softmax"] if "softmax" in found else [])])
-    )
-    shown = [m for m in shown if all(merit in found[m].get(group, {}) for group in groups)]
+        shown += [pick(values, key=values.__getitem__)] if values else []
+    shown += [m for m in found if m == "softmax"]
+    shown = [m for m in dict.fromkeys(shown) if all(merit in found[m].get(group, {}) for group in groups)]
     if not shown:
         return None
     blocks = {group: [(m, found[m][group][merit]) for m in shown] for group in groups}
-    made, panel = stacked(blocks, colours(shown, OF_DETECTION, OURS_OF_DETECTION), ".3f")
+    made, panel = stacked(blocks, colours(shown), ".3f")
     panel.set_xlabel("AUROC" if merit == "auroc" else "area under the risk-coverage curve", fontsize=TEXT)
     panel.set_title(network, fontsize=TEXT)
     return made

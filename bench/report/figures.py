@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,19 +18,26 @@ OTHERS = (
     "#1f4e79", "#5b8db8", "#6a9a5b", "#8c6bb1", "#7f7f7f", "#b8a13a", "#3b9c9c", "#a05a7a", "#2f2f2f", "#a9c9e8",
     "#b5d6a7", "#c9b3dd", "#6b4a2b",
 )  # fmt: skip
-#: One colour a name in all figures of speed, and in all of detection, in this order.
-OF_SPEED = (
-    "training step", "forward", "forward and data gradients", "BackPACK BatchL2Grad", "Opacus ghost norms",
-    "vmap(grad)", "per-sample loop", "Opacus hooks", "Opacus ghost clipping", "torch.softmax", "closed form, textbook",
-    "closed form, torch.compile", "autograd loop",
-)  # fmt: skip
-OF_DETECTION = (
-    "softmax", "margin", "Mahalanobis", "GradTrust", "all with gradients, labelled", "pNormSoftmax", "ReAct", "RMD",
-    "RAS", "LTS", "Catalyst", "MultiMahalanobis", "Mahalanobis++",
-)  # fmt: skip
-OURS_OF_DETECTION = (
-    "fastgrad, default", "fastgrad, clean only", "fastgrad, second look", "fastgrad, risk", "fastgrad, labelled",
-)  # fmt: skip
+#: A name has one colour in all figures of speed, and in all of detection.
+KNOWN = {
+    name: colour
+    for palette, names in (
+        (OTHERS, (
+            "training step", "forward", "forward and data gradients", "BackPACK BatchL2Grad", "Opacus ghost norms",
+            "vmap(grad)", "per-sample loop", "Opacus hooks", "Opacus ghost clipping", "torch.softmax",
+            "closed form, textbook", "closed form, torch.compile", "autograd loop",
+        )),
+        (OTHERS, (
+            "softmax", "margin", "Mahalanobis", "GradTrust", "all with gradients, labelled", "pNormSoftmax", "ReAct",
+            "RMD", "RAS", "LTS", "Catalyst", "MultiMahalanobis", "Mahalanobis++",
+        )),
+        (OURS, (
+            "fastgrad, default", "fastgrad, clean only", "fastgrad, second look", "fastgrad, risk",
+            "fastgrad, labelled",
+        )),
+    )
+    for name, colour in zip(names, palette, strict=True)
+}  # fmt: skip
 
 
 def draw(cases: Sequence[Row]) -> Any:
@@ -71,16 +79,13 @@ def stacked(
     return made, panel
 
 
-def colours(
-    names: Sequence[str], known: Sequence[str] = OF_SPEED, known_of_ours: Sequence[str] = ()
-) -> dict[str, str]:
-    """Return a colour for each name: one that is known has its own in every figure; fastgrad's stand out."""
-    found = {}
-    for mine, fixed, palette in ((True, known_of_ours, OURS), (False, known, OTHERS)):
-        own = dict(zip(fixed, palette, strict=False))
-        new = [name for name in names if ours(name) is mine and name not in own]
-        free = [colour for colour in palette if colour not in {own.get(name) for name in names}]
-        found |= own | {name: free[i % len(free)] for i, name in enumerate(new)}
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """Return a colour for each name, its own where it is known; fastgrad's stand out."""
+    found = {name: KNOWN[name] for name in names if name in KNOWN}
+    for mine, palette in ((True, OURS), (False, OTHERS)):
+        new = [name for name in names if name not in KNOWN and ours(name) is mine]
+        free = [colour for colour in palette if colour not in found.values()]
+        found |= zip(new, itertools.cycle(free), strict=False)
     return found
 
 

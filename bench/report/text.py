@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
-#: 97.5 % quantile of Student's distribution by degrees of freedom.
-STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def duration(seconds: float | None) -> str:
@@ -64,7 +62,9 @@ def spread(values: Sequence[float], form: str = ".3f") -> str:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return format(mean, form)
-    half = STUDENT[min(9, len(values) - 1)] * statistics.stdev(values) / len(values) ** 0.5
+    from scipy.special import stdtrit  # here, so that a GPU run needs no more than PyTorch
+
+    half = stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / len(values) ** 0.5
     return f"{mean:{form}} ± {half:{form}}"
 
 

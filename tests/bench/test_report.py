@@ -64,12 +64,7 @@ def test_a_changed_figure_is_found(folder: pathlib.Path) -> None:
     assert blocks.differing(filled.replace("-->0.50<", "-->0.49<"), folder)
 
 
-def test_factor_and_rate(folder: pathlib.Path) -> None:
-    assert blocks.value("network | net B=8 | vmap(grad) | faster", folder) == "8"
-    assert blocks.value("network | net B=8 | fastgrad | per second", folder) == "16"
-
-
-@pytest.mark.parametrize("words", ["network", "network | net B=9 | fastgrad | ratio", "none | a | b | c"])
+@pytest.mark.parametrize("words", ["network", "network | net B=9 | fastgrad | ratio | .2f", "none | a | b | c | d"])
 def test_an_unknown_value_is_refused(words: str, folder: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"value|one of"):
         blocks.value(words, folder)
