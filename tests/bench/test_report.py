@@ -64,7 +64,9 @@ def test_a_changed_figure_is_found(folder: pathlib.Path) -> None:
     assert blocks.differing(filled.replace("-->0.50<", "-->0.49<"), folder)
 
 
-@pytest.mark.parametrize("words", ["network", "network | net B=9 | fastgrad | ratio | .2f", "none | a | b | c | d"])
+@pytest.mark.parametrize(
+    "words", ["network", "network | net B=9 | fastgrad | ratio | .2f", "none | a | b | c | d"]
+)
 def test_an_unknown_value_is_refused(words: str, folder: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"value|one of"):
         blocks.value(words, folder)
