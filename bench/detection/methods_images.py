@@ -48,7 +48,7 @@ def gradient_norms(fit: Fit) -> Score:
     clean = norms(fit.clean)
     from fastgrad.scores.mahalanobis import Mahalanobis
 
-    gaussian = Mahalanobis.fit(clean.double().numpy())
+    gaussian = Mahalanobis.fit(clean.double().numpy(), directions=clean.shape[1])
     return lambda seen: gaussian(norms(seen).double())
 
 

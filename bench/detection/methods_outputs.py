@@ -139,7 +139,7 @@ def _gaussians(fit: Fit, change: Callable[[Tensor], Tensor]) -> Score:
     try:
         labels = fit.labels
     except NotRun:
-        one = Mahalanobis.fit(h.double().numpy())
+        one = Mahalanobis.fit(h.double().numpy(), directions=h.shape[1])
         return lambda seen: one(change(seen.h).double())
     from pytorch_ood.detector import Mahalanobis as Gaussians
 

@@ -10,18 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part, Settings
+from fastgrad.blocks.block import CLIP, Array, Block, Part, Settings
 from fastgrad.blocks.channels import Channels, output_of, positions, sampled
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
 from fastgrad.ops.channel_moments import channel_square_sums
-from fastgrad.scores.conformal import OneSided
-from fastgrad.scores.mahalanobis import Mahalanobis
 from fastgrad.scores.rows import Rows
 
-#: Standardised columns are cut here: no single channel decides alone.
-CLIP = 8.0
 #: Principal components that H sees.
 COMPONENTS = 64
 
@@ -55,12 +51,12 @@ class Activations(Block):
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         """One distance."""
-        yield wide_mahalanobis(cls.name, blocks)
+        yield cls.distance(blocks, settings)
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         """The leading principal components."""
-        return Rows.fit(blocks, cls.name, clip=CLIP, dimensions=COMPONENTS)
+        return cls.rows(blocks, settings, clip=CLIP, dimensions=COMPONENTS)
 
 
 def mean_square(place: Channels, mask: Tensor | None, inputs: tuple[Any, ...], output: Any) -> Tensor:
@@ -74,9 +70,3 @@ def mean_square(place: Channels, mask: Tensor | None, inputs: tuple[Any, ...], o
     if place.grid:
         value = sampled(value, place.grid)
     return channel_square_sums(value, place.dim) / max(1, math.prod(value.shape[1:]) // place.count)
-
-
-def wide_mahalanobis(name: str, blocks: Mapping[str, Array]) -> Part:
-    """The part that scores a block of many columns."""
-    rows = Rows.fit(blocks, name, clip=CLIP)
-    return f"{name}_mahalanobis", rows, Mahalanobis.fit(rows.of(blocks)), OneSided

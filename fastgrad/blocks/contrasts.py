@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part, Settings, mixture
+from fastgrad.blocks.block import FEW, Array, Block, Part, Settings
 from fastgrad.blocks.features import Features
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
@@ -39,10 +39,10 @@ class Contrasts(Block):
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """A mixture on the logarithms, classes in order of the logits."""
-        yield mixture(cls.name, blocks, settings, rank=True)
+        """The distance of the logarithms, classes in order of the logits, in a few principal components."""
+        yield cls.distance(blocks, settings, rank=True, dimensions=FEW)
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         """The logarithms, classes in order of the logits."""
-        return Rows.fit(blocks, cls.name, rank=True, log=settings.log)
+        return cls.rows(blocks, settings, rank=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fastgrad.blocks.activations import wide_mahalanobis
 from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
@@ -46,9 +45,9 @@ class Features(Block):
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         """Standardised, or the leading principal components where h is wide."""
-        return Rows.fit(blocks, cls.name, dimensions=_COMPONENTS)
+        return cls.rows(blocks, settings, dimensions=_COMPONENTS)
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         """One distance."""
-        yield wide_mahalanobis(cls.name, blocks)
+        yield cls.distance(blocks, settings)

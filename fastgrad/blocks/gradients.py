@@ -9,10 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastgrad import losses
-from fastgrad.blocks.block import Array, Block, Part, Settings, mixture
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.passes import Pass, Signal
 from fastgrad.blocks.subject import Subject
-from fastgrad.scores.rows import Rows
 
 #: Backward pass and norms of one signal: about a training step's backward pass.
 BACKWARD = 2.5
@@ -52,10 +51,5 @@ class Gradients(Block):
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """A mixture on the logarithms."""
-        yield mixture(cls.name, blocks, settings)
-
-    @classmethod
-    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
-        """The logarithms."""
-        return Rows.fit(blocks, cls.name, log=settings.log)
+        """The distance of the logarithms."""
+        yield cls.distance(blocks, settings)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part, Settings, mixture
+from fastgrad.blocks.block import FEW, Array, Block, Part, Settings
 from fastgrad.blocks.local_contrast import EXTREMES, differences, mean_extremes
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject, is_image
@@ -17,8 +17,6 @@ from fastgrad.losses import compute_dtype
 STATISTICS = 4 * EXTREMES
 # More pixels than these say no more about a distribution; larger images are read on a regular grid.
 _PIXELS = 1024
-# The 28 statistics vary together: beyond these components lies little but the noise of estimation.
-_DIMENSIONS = 16
 
 
 class Image(Block):
@@ -38,8 +36,8 @@ class Image(Block):
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """A mixture."""
-        yield mixture(cls.name, blocks, settings, log=False, dimensions=_DIMENSIONS)
+        """The distance in a few principal components."""
+        yield cls.distance(blocks, settings, dimensions=FEW)
 
 
 def image_statistics(images: Tensor) -> Tensor:

@@ -42,4 +42,4 @@ class Logits(Block):
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         """The highest logits in falling order: what H learns must not depend on class names."""
-        return Rows.fit(blocks, cls.name, top=_HIGHEST)
+        return cls.rows(blocks, settings, top=_HIGHEST)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part, Settings, mixture
+from fastgrad.blocks.block import FEW, Array, Block, Part, Settings
 from fastgrad.blocks.channels import output_of
 from fastgrad.blocks.local_contrast import differences, mean_extremes
 from fastgrad.blocks.passes import Pass
@@ -20,8 +20,6 @@ from fastgrad.losses import compute_dtype
 _POSITIONS, _CHANNELS = 256, 16
 # Contrast this far below a channel's own is rounding, which the root would otherwise magnify.
 _FLOOR = 1e-3
-#: Principal components of the mixture.
-_DIMENSIONS = 16
 
 
 class Roughness(Block):
@@ -52,8 +50,8 @@ class Roughness(Block):
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """A mixture."""
-        yield mixture(cls.name, blocks, settings, log=False, dimensions=_DIMENSIONS)
+        """The distance in a few principal components."""
+        yield cls.distance(blocks, settings, dimensions=FEW)
 
 
 def roughness(maps: Tensor) -> Tensor:

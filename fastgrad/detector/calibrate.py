@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -215,8 +215,6 @@ def fit_detector(table: Table, settings: Settings, folds: int, random: np.random
     """
     fold = deal(table, folds, random)
     fitting, clean = fold >= 0, table.kinds == 0
-    smallest = min(int((clean & fitting & (fold != number)).sum()) for number in range(fold.max() + 1))
-    settings = replace(settings, count=smallest)
     # Score every sample by what was fitted without its fold, and fit once more on all.
     parts = [
         (fold == number, fit_scores(table, fitting & (fold != number), settings))

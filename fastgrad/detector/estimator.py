@@ -55,7 +55,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         calibration_fraction: Share of the clean data used for calibration alone: the false-alarm rate is then exact.
             None for a fifth from 1,000 clean samples on, and none below.
         false_alarm_rate: Share of clean data that `predict` flags.
-        random_state: Seed of the folds, the held-out part and the mixtures.
+        random_state: Seed of the folds and the held-out part.
 
     Attributes:
         classes_: The two labels, reliable and unreliable.
@@ -130,12 +130,11 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         challenging, self.classes_ = challenging_of(y, count)
         codes, numbers = kinds_of(kinds, challenging), groups_of(groups, count)
         random = check_random_state(self.random_state)
-        seed = int(random.randint(2**31 - 1))
         share = self.calibration_fraction
         if share is None and count - challenging.sum() >= constants.SPLIT_FROM:
             share = constants.SPLIT_SHARE
         apart = held_out_of(held_out, challenging, share, random)
-        settings = Settings(self.log, 0, seed)
+        settings = Settings(self.log)
         folds = self.folds
         if folds is None and apart.any():
             folds = constants.FOLDS_OF_SPLIT

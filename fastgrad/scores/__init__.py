@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from fastgrad.scores.conformal import OneSided, TwoSided, UpperTail
 from fastgrad.scores.fitted import Fitted, Sequence, rebuild
-from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.logits import Energy, Margin
 from fastgrad.scores.mahalanobis import Mahalanobis
 from fastgrad.scores.rows import Rows
@@ -17,7 +16,6 @@ from fastgrad.scores.temperature import Temperature
 __all__ = [
     "Energy",
     "Fitted",
-    "GaussianMixture",
     "Mahalanobis",
     "Margin",
     "OneSided",

@@ -12,8 +12,6 @@ from torch import Tensor
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.spectrum import principal
 
-#: Blocks of squared norms: their logarithm is taken.
-SQUARED_NORMS = ("gradients", "contrasts")
 Array = NDArray[np.float64]
 
 # Squared norms that underflowed to zero get the logarithm of the smallest normal float32, a value no
@@ -68,6 +66,7 @@ class Rows(Fitted):
         blocks: Mapping[str, Array],
         block: str,
         *,
+        norms: bool = False,
         rank: bool = False,
         log: bool = False,
         top: int = 0,
@@ -85,7 +84,7 @@ class Rows(Fitted):
         mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
         # Squared norms are logarithms by now: a relative error became an absolute one, stored once more.
         size = flat.abs().mean(0)
-        rounding = _ROUNDING + _EPS * size if block in SQUARED_NORMS else _ROUNDING * size
+        rounding = _ROUNDING + _EPS * size if norms else _ROUNDING * size
         if standardise:
             mean, spread = flat.mean(0), flat.std(0, correction=0)
             # A constant column says nothing while it stays constant; any change then counts in its own unit.

@@ -21,7 +21,6 @@ from fastgrad.blocks import (
     View,
     register_block,
 )
-from fastgrad.blocks.activations import wide_mahalanobis
 from fastgrad.blocks.extraction import Extraction, arguments
 from fastgrad.blocks.subject import watch
 from fastgrad.deploy.file.package import ModelPackage
@@ -472,7 +471,7 @@ class Brightness(Block):
 
     @classmethod
     def scores(cls, blocks, settings):
-        yield wide_mahalanobis(cls.name, blocks)
+        yield cls.distance(blocks, settings)
 
 
 def test_a_block_of_the_users_goes_from_fit_to_file(tmp_path):

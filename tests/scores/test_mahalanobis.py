@@ -5,9 +5,10 @@ from scipy.stats import spearmanr
 from sklearn.covariance import ledoit_wolf
 
 from fastgrad.scores import Mahalanobis, rebuild
+from fastgrad.scores.mahalanobis import DIRECTIONS
 from fastgrad.scores.spectrum import principal, shrinkage
 
-EPS = float(np.finfo(np.float32).eps)
+EPS = float(np.finfo(np.float64).eps)
 
 
 def decaying(n, d, seed, factors=30):
@@ -17,27 +18,16 @@ def decaying(n, d, seed, factors=30):
     return rng.normal(size=(n, factors)) @ loadings + rng.normal(size=(n, d)) + 5
 
 
-def budget(score, rows):
-    """What float32 products may err by, at most.
-
-    A product of d terms errs by some sqrt(d) eps of the vectors' lengths; squares and their sums twice that, under the
-    largest weight.
-    """
-    weight = max(float(score.weights.max()), float(score.rest))
-    length = np.square(rows - score.mean.numpy()).sum(1)
-    return 2 * weight * length * EPS * (2 + np.sqrt(rows.shape[1]))
-
-
 @pytest.mark.parametrize(("n", "d"), [(600, 40), (90, 90), (600, 400), (60, 400), (50, 51), (40, 2000)])
-def test_equals_the_distance_of_ledoit_and_wolf(n, d):
+def test_with_all_directions_it_is_the_distance_of_ledoit_and_wolf(n, d):
     rows, new = decaying(n, d, 0), decaying(50, d, 1)
-    score = Mahalanobis.fit(rows)
+    score = Mahalanobis.fit(rows, directions=d)
     covariance, _ = ledoit_wolf(rows)
     centred = new - rows.mean(0)
     expected = np.einsum("bd,bd->b", centred, np.linalg.solve(covariance, centred.T).T)
-    found = score(torch.tensor(new)).numpy()
-    assert (np.abs(found - expected) <= budget(score, new)).all()
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    # Two solutions of a system of condition c round by c eps, and the sums by a thousand terms.
+    condition = np.linalg.cond(covariance)
+    np.testing.assert_allclose(score(torch.tensor(new)), expected, rtol=1e3 * condition * EPS)
 
 
 @pytest.mark.parametrize(("n", "d"), [(300, 20), (30, 200), (20, 20)])
@@ -50,10 +40,10 @@ def test_shrinkage_is_that_of_scikit_learn(n, d):
 
 
 def test_fifty_times_more_columns_than_rows_against_the_formula_over_rows():
-    """``(rho m I + c X^T X)^-1`` by Woodbury's identity: matrices of 100 rows, in float64."""
+    """``(rho m I + c X^T X)^-1`` by Woodbury's identity: matrices of 100 rows."""
     n, d = 100, 5000
     rows, new = decaying(n, d, 3), decaying(30, d, 4)
-    score = Mahalanobis.fit(rows, least=2**30, most=2**30)
+    score = Mahalanobis.fit(rows, directions=d)
     X, z = rows - rows.mean(0), new - rows.mean(0)
     gram = X @ X.T
     average = np.trace(gram) / n / d
@@ -64,52 +54,23 @@ def test_fifty_times_more_columns_than_rows_against_the_formula_over_rows():
     cross = z @ X.T
     inside = np.linalg.solve(np.eye(n) * floor / share + gram, cross.T).T
     expected = (np.square(z).sum(1) - (cross * inside).sum(1)) / floor
-    found = score(torch.tensor(new)).numpy()
-    assert (np.abs(found - expected) <= budget(score, new)).all()
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(score(torch.tensor(new)), expected, rtol=1e-9)
 
 
 def test_fewer_directions_keep_the_order():
     rows, new = decaying(400, 3000, 5), np.concatenate([decaying(100, 3000, 6), 1.1 * decaying(50, 3000, 7)])
-    exact = Mahalanobis.fit(rows, least=2**30, most=2**30)
-    kept = Mahalanobis.fit(rows, least=1)
-    assert exact.directions.shape[1] == 399
-    assert kept.directions.shape[1] < 80
-    assert spearmanr(kept(torch.tensor(new)), exact(torch.tensor(new))).statistic > 0.98
-    small = Mahalanobis.fit(rows, least=1, most=5 * 3000 * 4)
-    assert small.directions.shape == (3000, 5)
-    assert small.directions.dtype == torch.float32
+    exact, kept = Mahalanobis.fit(rows, directions=3000), Mahalanobis.fit(rows)
+    assert exact.directions.shape == (3000, 399)
+    assert kept.directions.shape == (3000, DIRECTIONS)
+    assert spearmanr(kept(torch.tensor(new)), exact(torch.tensor(new))).statistic > 0.95
 
 
 def test_what_many_rows_and_few_directions_leave_out_counts_by_its_own_variance():
     """With n far above d, rho is nearly 0: a weight of 1 / (rho m) outside would drown the rest."""
-    rows = decaying(4000, 60, 8, factors=60)
-    new = decaying(500, 60, 9, factors=60)
-    exact, kept = Mahalanobis.fit(rows), Mahalanobis.fit(rows, least=1, most=40 * 60 * 4)
-    assert kept.directions.shape[1] <= 40
+    rows, new = decaying(4000, 60, 8, factors=60), decaying(500, 60, 9, factors=60)
+    exact, kept = Mahalanobis.fit(rows, directions=60), Mahalanobis.fit(rows, directions=40)
     assert float(exact.rest) == 0
     assert spearmanr(kept(torch.tensor(new)), exact(torch.tensor(new))).statistic > 0.8
-
-
-def test_what_the_strongest_directions_round_is_not_magnified():
-    """A row a hundred times as long along a few directions as outside, whose weight is the largest."""
-    rng = np.random.default_rng(3)
-    strong = np.linalg.qr(rng.normal(size=(3000, 8)))[0].T * 5000
-
-    def rows(n):
-        return rng.normal(size=(n, 8)) @ strong + rng.normal(size=(n, 3000))
-
-    score, new = Mahalanobis.fit(rows(160)), rows(40)
-    centred, directions = new - score.mean.numpy(), score.directions.double().numpy()
-    along = centred @ directions
-    outside = np.square(centred).sum(1) - np.square(along).sum(1)
-    truth = np.square(along) @ score.weights.numpy() + score.rest.numpy() * outside
-    each = EPS * np.sqrt(3000) * np.linalg.norm(centred, axis=1)
-    bound = 2 * float(score.rest) * each * np.abs(along[:, 8:]).sum(1)
-    assert (10 * bound < budget(score, new)).all()
-    for batch in (1, 40):
-        found = torch.cat([score(part) for part in torch.tensor(new).split(batch)]).numpy()
-        assert (np.abs(found - truth) <= bound).all()
 
 
 def test_deterministic_and_stored():
@@ -119,9 +80,9 @@ def test_deterministic_and_stored():
     stored = rebuild(score.spec(), score.state_dict())
     assert torch.equal(score(new), again(new))
     assert torch.equal(score(new), stored(new))
-    # Alone or among others, up to the order in which a product of float32 is summed.
+    # Alone or among others, up to the order in which a product is summed.
     alone = torch.cat([score(row[None]) for row in new])
-    assert ((alone - score(new)).abs().numpy() <= budget(score, new.numpy())).all()
+    np.testing.assert_allclose(alone, score(new), rtol=1e-9)
 
 
 @pytest.mark.parametrize("rows", [np.ones((30, 4)), np.ones((5, 40)), np.eye(2, 7), np.zeros((1, 3))])

@@ -38,7 +38,7 @@ def methods(network: nn.Sequential, clean: LabelledImages, seed: int) -> tuple[d
     Args:
         network: ends in ``nn.Linear``.
         clean: images ``(n, 1, 24, 24)`` with their labels, which only the probabilities need.
-        seed: of the detectors' splits and mixtures.
+        seed: of the detectors' splits.
 
     Returns:
         Name to a function from images to scores ``(n,)``, and what the default is made of.
