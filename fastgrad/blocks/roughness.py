@@ -16,8 +16,9 @@ from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
 from fastgrad.losses import compute_dtype
 
-# Positions of a channel that are read, and channels, at most: more say the same.
-_POSITIONS, _CHANNELS = 256, 16
+# Positions of a channel that are read, and channels, at most. Photographs, EfficientNet-Lite0, AUROC of unseen cases:
+# 256, 1024 and 4096 positions .893, .907 and .904; all 32 channels .901 for the .907 of 16.
+_POSITIONS, _CHANNELS = 1024, 16
 # Contrast this far below a channel's own is rounding, which the root would otherwise magnify.
 _FLOOR = 1e-3
 
