@@ -6,7 +6,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,23 +92,13 @@ def graphed(call: Call) -> Call:
     return lambda: graph.replay()
 
 
-@dataclass(frozen=True)
-class Floor:
-    """Measured rates.
+def floor(device: str, small: bool = False) -> dict[str, Any]:
+    """Measure a large copy, a large product in every dtype of the device, and the smallest call; fastest of nine.
 
-    Attributes:
-        copy_bytes_per_s: Bytes read plus bytes written per second by a large ``copy_``.
-        matrix_per_s: Floating-point operations per second of a large matrix product, by dtype.
-        launch_s: Seconds of the smallest call.
+    Returns:
+        ``copy_bytes_per_s``: bytes read plus bytes written; ``matrix_per_s``: floating-point operations, by dtype;
+        ``launch_s``: seconds.
     """
-
-    copy_bytes_per_s: float
-    matrix_per_s: Mapping[str, float]
-    launch_s: float
-
-
-def floor(device: str, small: bool = False) -> Floor:
-    """Measure a large copy, a large product in every dtype of the device, and the smallest call; fastest of nine."""
     clock = timer(device)
 
     def fastest(call: Call) -> float:
@@ -125,4 +114,4 @@ def floor(device: str, small: bool = False) -> Floor:
         a = torch.ones(edge, edge, device=device, dtype=getattr(torch, name))
         out = a.clone()
         rates[name] = 2 * edge**3 / fastest(lambda a=a, out=out: torch.mm(a, a, out=out))  # type: ignore[misc]
-    return Floor(copied, rates, fastest(lambda: one.add_(1)))
+    return {"copy_bytes_per_s": copied, "matrix_per_s": rates, "launch_s": fastest(lambda: one.add_(1))}

@@ -6,7 +6,6 @@ pytest bench/micro --size full -k "network and ResNet" --out bench/results
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +17,7 @@ import torch
 from bench import clock, memory, registry
 from bench.report import pages
 
-PACKAGES = (
-    "torch", "triton", "numpy", "torchvision", "backpack-for-pytorch", "opacus", "pytorch-ood", "liger-kernel",
-    "cut-cross-entropy",
-)  # fmt: skip
+PACKAGES = ("torch", "triton", "numpy", "torchvision", "backpack-for-pytorch", "opacus", "pytorch-ood")
 Row = dict[str, Any]
 #: What was measured, by table.
 ROWS = pytest.StashKey[dict[str, list[Row]]]()
@@ -123,6 +119,6 @@ def written(request: pytest.FixtureRequest, device: str) -> Iterator[None]:
     out, found = request.config.option.out, request.config.stash[ROWS]
     if out is not None and found:
         name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-        facts = {"seed": registry.SEED, "floor": dataclasses.asdict(clock.floor(device))}
+        facts = {"seed": registry.SEED, "floor": clock.floor(device)}
         for table, rows in found.items():
             pages.add(table, rows, name, packages=PACKAGES, folder=out, facts=facts)

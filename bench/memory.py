@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         call()
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
-    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         call()
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
@@ -50,17 +49,6 @@ def of_case(size: str, case: str, name: str, device: str, threads: int) -> int:
 
 def _measured(size: str, case: str, name: str, device: str, threads: int) -> int:
     torch.set_num_threads(threads)
+    # The profiler's C++ side announces itself, and blocks older than the call.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     return peak_bytes(registry.find(size, case, name).ready(name, device)[0], device)
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Keep the profiler's C++ side from announcing itself and blocks older than the call."""
-    saved = os.dup(2)
-    with open(os.devnull, "wb") as sink:
-        os.dup2(sink.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cleanlab.rank import get_label_quality_scores
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -71,19 +72,12 @@ def scores(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
     }
 
 
-def cleanlab(labels: Tensor, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Label quality as cleanlab has it, turned round."""
-    from cleanlab.rank import get_label_quality_scores
-
-    quality = get_label_quality_scores(labels.numpy(), probabilities, method="normalized_margin")
-    return 1 - np.asarray(quality)
-
-
 def draw(images: Tensor, truth: Tensor, seed: int, epochs: list[int]) -> list[dict[str, Any]]:
     """One draw: a row for every score, epoch and way of training."""
     torch.manual_seed(seed)
     wrong = torch.rand(len(truth)) < FLIPPED
     labels = torch.where(wrong, (truth + torch.randint(1, CLASSES, truth.shape)) % CLASSES, truth)
+    flipped = wrong.numpy()
     found: dict[tuple[str, int], Scores] = {}
     for epoch, model in trained(images, labels, epochs):
         found["seen", epoch] = scores(model, images, labels)
@@ -99,16 +93,18 @@ def draw(images: Tensor, truth: Tensor, seed: int, epochs: list[int]) -> list[di
     rows = []
     for (samples, epoch), columns in found.items():
         probabilities = columns.pop("probabilities")
-        columns["cleanlab"] = cleanlab(labels, probabilities)
-        right = float((probabilities.argmax(1) == truth.numpy()).mean())
-        agrees = float((probabilities.argmax(1) == labels.numpy())[wrong.numpy()].mean())
+        # Label quality, turned round.
+        quality = get_label_quality_scores(labels.numpy(), probabilities, method="normalized_margin")
+        columns["cleanlab"] = 1 - np.asarray(quality)
+        answers = probabilities.argmax(1)
         for name, values in columns.items():
-            area = auroc(values[~wrong.numpy()], values[wrong.numpy()])
-            first = np.argsort(-values)[: int(wrong.sum())]
+            first = np.argsort(-values)[: flipped.sum()]
             rows.append(
                 {
-                    "seed": seed, "samples": samples, "epoch": epoch, "score": name, "auroc": area,
-                    "precision": float(wrong.numpy()[first].mean()), "accuracy": right, "learnt": agrees,
+                    "seed": seed, "samples": samples, "epoch": epoch, "score": name,
+                    "auroc": auroc(values[~flipped], values[flipped]), "precision": float(flipped[first].mean()),
+                    "accuracy": float((answers == truth.numpy()).mean()),
+                    "learnt": float((answers == labels.numpy())[flipped].mean()),
                 }
             )  # fmt: skip
     return rows

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -40,17 +38,6 @@ FORMS = {"default": (), "all parameters": ("gradients",)}
 RUNTIMES = {"pt2": "AOTInductor", "onnx": "ONNX Runtime"}
 #: Batches in which a file is compared with the live model.
 CHECKED = (1, 3, 17)
-
-#: Runs a file with PyTorch alone.
-BARE = """
-import sys
-for name in ("fastgrad", "sklearn"):
-    sys.modules[name] = None
-import torch
-model = torch._inductor.aoti_load_package(sys.argv[1])
-batches = torch.load(sys.argv[2])
-torch.save([tuple(model(x)) for x in batches], sys.argv[3])
-"""
 
 
 def allowed(name: str, form: str) -> float:
@@ -97,27 +84,14 @@ def loaded(live: TwoStageModel | Run, images: Images, file: Path, tolerance: flo
     return run
 
 
-def alone(file: Path, inputs: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    """Return what a file answers, a compiled one in a process without fastgrad."""
-    if file.suffix == ".onnx":
-        run = onnx_file.load(file)
-        return [tuple(run(x)) for x in inputs]
-    with tempfile.TemporaryDirectory() as folder:
-        x, out = Path(folder) / "x.pt", Path(folder) / "out.pt"
-        torch.save(inputs, x)
-        subprocess.run([sys.executable, "-c", BARE, str(file), str(x), str(out)], cwd=folder, check=True)
-        answers: list[tuple[Tensor, ...]] = torch.load(out)
-    return answers
-
-
-def equality(live: TwoStageModel, file: Path, images: Images) -> dict[str, float]:
+def equality(live: TwoStageModel, run: Run, images: Images) -> dict[str, float]:
     """Return the largest differences between a file's answers and the live model's, and the largest uncertainty."""
     worst = {"logits": 0.0, "probabilities": 0.0, "uncertainty": 0.0, "at": 0.0}
-    inputs = [images(batch, seed=3 + i) for i, batch in enumerate(CHECKED)]
-    for x, ours in zip(inputs, alone(file, inputs), strict=True):
-        theirs = live(x)
-        for name, one, other in zip(worst, ours, theirs, strict=False):
-            worst[name] = max(worst[name], float((one - other).abs().max()))
+    for i, batch in enumerate(CHECKED):
+        x = images(batch, seed=3 + i)
+        ours, theirs = run(x), live(x)
+        for name in ("logits", "probabilities", "uncertainty"):
+            worst[name] = max(worst[name], float((getattr(ours, name) - getattr(theirs, name)).abs().max()))
         worst["at"] = max(worst["at"], float(theirs.uncertainty.max()))
     # How far the live model is from itself when the same images come one by one: the rounding of float32 sums.
     single = torch.cat([live(row[None]).uncertainty for row in x])
@@ -154,7 +128,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             if isinstance(model, TwoStageModel):
                 rows.append(
                     {"kind": "equality", "network": name, "form": case, "runtime": runtime, "batches": CHECKED,
-                     **equality(model, file, images)}
+                     **equality(model, runs[case], images)}
                 )  # fmt: skip
                 print(rows[-1], flush=True)
         for batch in args.batches:

@@ -27,11 +27,9 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=${PYTHON:-$(command -v python3 || command -v python)}
 
 tiny=
-device=cuda
 if [ -n "$dry" ]; then
     export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
     tiny=--tiny
-    device=cpu
 elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "bench/gpu/gpu.sh: PyTorch sees no CUDA device; --dry-run walks through the steps without one" >&2
     exit 2
@@ -39,77 +37,70 @@ fi
 
 steps=()
 failed=0
-# step NAME SECONDS COMMAND...: run, report, remember.
+# step NAME SECONDS FILE COMMAND...: run, show and keep the output, remember the outcome.
 step() {
-    local name=$1 seconds=$2 start=$SECONDS status
-    shift 2
+    local name=$1 seconds=$2 file=$3 start=$SECONDS status code
+    shift 3
     # A walk through on a busy machine says nothing about time.
     [ -z "$dry" ] || seconds=$((4 * seconds))
     printf '\n== %s\n' "$name"
-    if timeout --kill-after=10 "$seconds" "$@"; then
-        status="passed, $((SECONDS - start)) s"
-    else
-        local code=$?
-        failed=1
-        [ $code = 124 ] && status="FAILED: stopped after $seconds s" || status="FAILED: exit status $code"
-    fi
+    timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee -a "$file"
+    code=${PIPESTATUS[0]}
+    case $code in
+        0) status="passed, $((SECONDS - start)) s" ;;
+        124) failed=1 status="FAILED: stopped after $seconds s" ;;
+        *) failed=1 status="FAILED: exit status $code" ;;
+    esac
     steps+=(--step "$name=$status")
     echo "== $name: $status"
 }
 skip() { echo "== $1: skipped, $2"; steps+=(--step "$1=skipped: $2"); }
 have() { command -v "$1" >/dev/null 2>&1; }
 imports() { "$python" -c "import $1" >/dev/null 2>&1; }
-# into FILE COMMAND...: show and keep.
-into() { local file=$1; shift; "$@" 2>&1 | tee -a "$file"; return "${PIPESTATUS[0]}"; }
-export -f into
-kept() { bash -c 'into "$@"' into "$@"; }
-export -f kept
 
 rm -f "$out"/{environment.txt,tests.txt,last-layer.json,rows.json,network.json,end-to-end.json,kernels.json,ncu.csv,sanitizer.txt,summary.md}
 
-[ -n "$dry" ] || ! have nvidia-smi || step "nvidia-smi" 20 bash -c 'kept "$@"' kept "$out/environment.txt" nvidia-smi
-step "environment" 60 bash -c 'kept "$@"' kept "$out/environment.txt" "$python" -m fastgrad doctor
+[ -n "$dry" ] || ! have nvidia-smi || step "nvidia-smi" 20 "$out/environment.txt" nvidia-smi
+step "environment" 60 "$out/environment.txt" "$python" -m fastgrad doctor
 
 if imports pytest && imports hypothesis; then
     # On a device the tests of kernels and operators run on it, without the interpreter.
-    if [ -n "$dry" ]; then
-        tests=(tests/gradients/test_contrasts.py -k "bad_input or bad_row" -x)
-    else
-        tests=(tests/kernels tests/ops tests/gradients/test_contrasts.py)
-    fi
-    step "test suite" 150 bash -c 'kept "$@"' kept "$out/tests.txt" \
-        "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
+    tests=(tests/kernels tests/ops tests/gradients/test_contrasts.py)
+    [ -z "$dry" ] || tests=(tests/gradients/test_contrasts.py -k "bad_input or bad_row" -x)
+    step "test suite" 150 "$out/tests.txt" "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
 else
     skip "test suite" "pytest or hypothesis is not installed: nothing says that the kernels are right"
 fi
 
 if imports pytest_benchmark; then
-    step "micro benchmarks" 200 "$python" -m pytest -q -p no:cacheprovider bench/micro --out "$out" --threads 1 \
-        --size "$([ -n "$dry" ] && echo tiny || echo gpu)" -k "$([ -n "$dry" ] && echo "rows" || echo "not compile")"
+    cases=(--size gpu -k "not compile")
+    [ -z "$dry" ] || cases=(--size tiny -k rows)
+    step "micro benchmarks" 200 /dev/null \
+        "$python" -m pytest -q -p no:cacheprovider bench/micro --out "$out" --threads 1 "${cases[@]}"
 else
     skip "micro benchmarks" "pytest-benchmark is not installed"
 fi
-step "share of the measured rates" 60 "$python" -m bench.gpu.kernels --out "$out" $tiny
+step "share of the measured rates" 60 /dev/null "$python" -m bench.gpu.kernels --out "$out" $tiny
 
 once=("$python" -m bench.gpu.kernels --once)
 metrics=dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed
 metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,lts__throughput.avg.pct_of_peak_sustained_elapsed
 metrics+=,gpu__time_duration.sum,launch__registers_per_thread
-if have ncu && [ -z "$dry" ]; then
-    step "profiler counters" 90 ncu --csv --log-file "$out/ncu.csv" --metrics "$metrics" \
-        --kernel-name "regex:contrast|linear|target" --launch-count 40 "${once[@]}"
-elif [ -n "$dry" ]; then
-    step "profiler counters" 60 "${once[@]}" --tiny
+if [ -n "$dry" ]; then
+    step "one launch of each kernel" 60 "$out/sanitizer.txt" "${once[@]}" --tiny
 else
-    skip "profiler counters" "ncu is not installed"
-fi
-if have compute-sanitizer && [ -z "$dry" ]; then
-    step "compute-sanitizer" 90 bash -c 'kept "$@"' kept "$out/sanitizer.txt" \
-        compute-sanitizer --tool memcheck --error-exitcode 9 "${once[@]}" --tiny
-elif [ -n "$dry" ]; then
-    step "compute-sanitizer" 60 bash -c 'kept "$@"' kept "$out/sanitizer.txt" "${once[@]}" --tiny
-else
-    skip "compute-sanitizer" "it is not installed"
+    if have ncu; then
+        step "profiler counters" 90 /dev/null ncu --csv --log-file "$out/ncu.csv" --metrics "$metrics" \
+            --kernel-name "regex:contrast|linear|target" --launch-count 40 "${once[@]}"
+    else
+        skip "profiler counters" "ncu is not installed"
+    fi
+    if have compute-sanitizer; then
+        step "compute-sanitizer" 90 "$out/sanitizer.txt" \
+            compute-sanitizer --tool memcheck --error-exitcode 9 "${once[@]}" --tiny
+    else
+        skip "compute-sanitizer" "it is not installed"
+    fi
 fi
 
 "$python" -m bench.gpu.summary --out "$out" "${steps[@]}" ${dry:+--dry-run} || failed=1

@@ -7,7 +7,6 @@ python -m bench.gpu.kernels --once [--tiny]        # one launch of each, for a p
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
@@ -51,7 +50,7 @@ def prepared(operator: str, B: int, N: int, D: int, dtype: str, device: str) -> 
 
 
 def measure(
-    operator: str, B: int, N: int, D: int, dtype: str, *, device: str, floor: clock.Floor
+    operator: str, B: int, N: int, D: int, dtype: str, *, device: str, floor: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the median of a case and its shares of the measured rates."""
     run = prepared(operator, B, N, D, dtype, device)
@@ -61,10 +60,10 @@ def measure(
     replay, rounds = (run, 3) if device == "cpu" else (clock.graphed(run), 50)
     timer = clock.timer(device)
     cut = clock.deciles([timer(replay) for _ in range(rounds)])
-    rate = floor.matrix_per_s.get(dtype)
+    rate = floor["matrix_per_s"].get(dtype)
     return {
         "case": f"{operator} B={B} N={N} D={D} {dtype}", "median_s": cut[4], "p10_s": cut[0], "p90_s": cut[8],
-        "of_copy_rate": moved / cut[4] / floor.copy_bytes_per_s,
+        "of_copy_rate": moved / cut[4] / floor["copy_bytes_per_s"],
         "of_matrix_rate": 2 * B * N * D / cut[4] / rate if rate and "linear" in operator else None,
     }  # fmt: skip
 
@@ -96,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     document = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "interpreter",
         "versions": results_file.versions("torch", "triton"), "revision": results_file.revision(),
-        **dataclasses.asdict(floor), "rows": rows,
+        **floor, "rows": rows,
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "kernels.json").write_text(results_file.dump(document))

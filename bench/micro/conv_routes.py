@@ -3,54 +3,46 @@
     python -m bench.micro.conv_routes        # bench/results/conv-routes.json and .md
 
 The acceptance is a pick within 20 % of the measured best for at least 90 % of the shapes. A route predicted more than
-`HOPELESS` times slower than the pick is not measured, and one `SLOW` times slower than the best so far is run twice.
+`HOPELESS` times slower than the pick is not measured.
 """
 
 from __future__ import annotations
 
-import math
+import argparse
 import sys
-import time
 from collections import defaultdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from bench.report import pages
 from fastgrad.ops.conv import cost
 from fastgrad.ops.conv.geometry import canonical
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, shape_of
 
-BATCH, IMAGE = 16, 64
-HOPELESS, SLOW = 12.0, 4.0
-MODELS = (
-    "resnet18", "densenet121", "mobilenet_v3_small", "efficientnet_b0", "shufflenet_v2_x1_0", "googlenet",
-    "vgg11_bn", "squeezenet1_1", "regnet_y_400mf", "mnasnet1_0", "convnext_tiny", "vit_b_16", "swin_t", "maxvit",
-)  # fmt: skip
-
-
-def build(name: str) -> nn.Module:
-    """A torchvision model without weights."""
-    if name == "maxvit":
-        return torchvision.models.maxvit.MaxVit(
-            (IMAGE, IMAGE), 64, 2, [64, 128, 256, 512], [2, 2, 5, 2], 32, 0.2
-        )
-    options: dict[str, Any] = {}
-    if name == "vit_b_16":
-        options["image_size"] = IMAGE
-    if name == "googlenet":
-        options |= {"aux_logits": False, "init_weights": False}
-    return torchvision.models.get_model(name, weights=None, **options)
+BATCH, IMAGE, HOPELESS = 16, 64, 12.0
+#: torchvision's name of each model, and what it takes beside no weights.
+MODELS: dict[str, dict[str, Any]] = {
+    "resnet18": {}, "densenet121": {}, "mobilenet_v3_small": {}, "efficientnet_b0": {}, "shufflenet_v2_x1_0": {},
+    "googlenet": {"aux_logits": False, "init_weights": False}, "vgg11_bn": {}, "squeezenet1_1": {},
+    "regnet_y_400mf": {}, "mnasnet1_0": {}, "convnext_tiny": {}, "vit_b_16": {"image_size": IMAGE}, "swin_t": {},
+}  # fmt: skip
 
 
 def shapes() -> dict[tuple[Any, ...], list[str]]:
-    """Every distinct convolution of the zoo, with the models it occurs in."""
+    """Return every distinct convolution of the zoo, with the models it occurs in."""
+    zoo = {
+        name: torchvision.models.get_model(name, weights=None, **options) for name, options in MODELS.items()
+    }
+    size, channels, blocks = (IMAGE, IMAGE), [64, 128, 256, 512], [2, 2, 5, 2]
+    zoo["maxvit"] = torchvision.models.maxvit.MaxVit(size, 64, 2, channels, blocks, 32, 0.2)
     found: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for name in MODELS:
-        model = build(name).eval().to("meta")
+    for name, model in zoo.items():
 
         def note(module: nn.Conv2d, args: Any, output: Any, name: str = name) -> None:
             key = (
@@ -63,22 +55,8 @@ def shapes() -> dict[tuple[Any, ...], list[str]]:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(note)
-        model(torch.empty(2, 3, IMAGE, IMAGE, device="meta"))
+        model.eval().to("meta")(torch.empty(2, 3, IMAGE, IMAGE, device="meta"))
     return found
-
-
-def seconds(call: Any, best: float) -> float:
-    """Fastest of at least three runs and 30 ms, after one to warm up; a slow route is run twice."""
-    shortest, spent, runs = math.inf, 0.0, 0
-    while runs < 4 or spent < 0.03:
-        start = time.perf_counter()
-        call()
-        took = time.perf_counter() - start
-        runs, spent = runs + 1, spent + took
-        shortest = min(shortest, took)
-        if runs == 2 and shortest > SLOW * best:
-            break
-    return shortest
 
 
 def measure(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
@@ -92,10 +70,11 @@ def measure(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
     predicted = {route: cost.seconds(route, shape) for route in cost.candidates(shape)}
     picked = cost.choose_route(shape)
     measured: dict[str, float] = {}
-    for route in sorted(predicted, key=lambda r: predicted[r]):
-        if predicted[route] <= HOPELESS * predicted[picked]:
+    for route, seconds in predicted.items():
+        if seconds <= HOPELESS * predicted[picked]:
             call = partial(conv_sqnorm, a, g, kernel, stride, padding, dilation, groups, route=route)
-            measured[route] = seconds(call, min(measured.values(), default=math.inf))
+            timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+            measured[route] = min(timer.blocked_autorange(min_run_time=0.03).times)
     best = min(measured, key=measured.__getitem__)
     return {
         "shape": f"{channels} to {outputs}, {height}x{width}, kernel {'x'.join(map(str, kernel))}, "
@@ -107,12 +86,17 @@ def measure(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure every shape."""
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--shapes", type=int, help="measure the first so many alone")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
     rows = []
-    for key, models in shapes().items():
+    for key, models in list(shapes().items())[: args.shapes]:
         rows.append(measure(key, models))
         print(rows[-1]["shape"], file=sys.stderr)
-    pages.save("conv-routes", sorted(rows, key=lambda row: -row["ratio"]), packages=("torch", "torchvision"))
+    rows.sort(key=lambda row: -row["ratio"])
+    pages.save("conv-routes", rows, packages=("torch", "torchvision"), folder=args.out)
 
 
 if __name__ == "__main__":

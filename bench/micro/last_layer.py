@@ -87,8 +87,7 @@ def contrasts(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Imple
 
 @case(
     "last-layer", "head" + TITLE, against="linear alone",
-    names=(*FORMS, "linear alone", "linear, softmax, closed form", "the same, torch.compile", "Liger fused linear loss",
-           "Cut Cross-Entropy"),
+    names=(*FORMS, "linear alone", "linear, softmax, closed form", "the same, torch.compile"),
     tiny=_at(TINY), quick=_at(QUICK), full=_at(FULL),
     gpu=_at([(1024, 32000, 4096), *((B, 1000, 2048) for B in (1, 8, 32, 256))], "bfloat16"),
 )  # fmt: skip
@@ -111,8 +110,6 @@ def head(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Implementa
     yield _linear(head_)
     yield Implementation("linear, softmax, closed form", lambda: partial(unfused, *layer), check, PEERS)
     yield Implementation("the same, torch.compile", partial(peers.compiled, unfused, *layer), check, PEERS)
-    if device == "cuda":
-        yield from peers.neighbours(head_)
 
 
 @case(

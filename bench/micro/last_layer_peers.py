@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.registry import SEED, Implementation, relative_error, scaled_error
+from bench.registry import SEED, relative_error
 
 
 class Head:
@@ -139,26 +139,3 @@ def pytorch_ood(head_: Head) -> Callable[[], Tensor]:
     h = head_.h.float()
     detector = GradNorm(head_.module(), param_filter=lambda name: name == "weight").to(h.device)
     return lambda: detector.predict(h)
-
-
-def neighbours(head_: Head) -> Iterator[Implementation]:
-    """Fused linear losses: one number a sample of the same product, so neighbours in bandwidth, not peers."""
-    h, weight, bias = head_.h, head_.weight, head_.bias
-    labels = torch.arange(h.shape[0], device=h.device) % weight.shape[0]
-    losses = F.cross_entropy(head_.exact, labels, reduction="none")
-
-    def liger() -> Callable[[], Tensor]:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        return lambda: loss(weight, h, labels, bias)
-
-    def cut() -> Callable[[], Tensor]:
-        from cut_cross_entropy import linear_cross_entropy
-
-        return lambda: linear_cross_entropy(h, weight, labels, bias=bias, reduction="none")
-
-    yield Implementation(
-        "Liger fused linear loss", liger, lambda out: relative_error(out, losses.sum()), 0.05, graph=False
-    )
-    yield Implementation("Cut Cross-Entropy", cut, lambda out: scaled_error(out, losses), 0.05, graph=False)

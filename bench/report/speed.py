@@ -9,8 +9,7 @@ from bench.report.text import Row, duration, size, sizes, table
 #: Implementations that do less than the task: nothing is claimed against them.
 YARDSTICKS = {
     "torch.softmax", "linear alone", "training step", "training step, compiled", "training step, memory kept",
-    "forward", "forward and data gradients", "network alone", "Liger fused linear loss", "Cut Cross-Entropy",
-    "stored rows",
+    "forward", "forward and data gradients", "network alone", "stored rows",
 }  # fmt: skip
 #: Peers that are right on the timed inputs but have no correct digit once a sample is confident (margin 20).
 TEXTBOOK = {

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -166,16 +168,6 @@ class Memory(Watcher):
             self._fault(f"{does.format(late[0] // 2)}, and nothing orders them")
 
 
-class _Pointer:
-    """An operand without memory, as the interpreter takes one."""
-
-    def __init__(self, tensor: Tensor, address: int) -> None:
-        self.dtype, self._address = tensor.dtype, address
-
-    def data_ptr(self) -> int:
-        return self._address
-
-
 class Addresses(Watcher):
     """Checks the addresses and the 32-bit arithmetic of the first, the middle and the last program of a launch.
 
@@ -187,8 +179,6 @@ class Addresses(Watcher):
 
     def __init__(self, integer: int) -> None:
         self.integer, self.count = integer, 0
-        self.spans: list[tuple[int, int]] = []
-        self.bases: dict[int, int] = {}
 
     @contextlib.contextmanager
     def checking_overflow(self) -> Iterator[None]:
@@ -200,18 +190,15 @@ class Addresses(Watcher):
     def launch(self, kernel: str, arguments: dict[str, Any], programs: int) -> Sequence[int]:
         """Give the operands addresses."""
         self.kernel, self.arrivals = kernel, _arrivals(arguments)
+        self.spans: list[tuple[int, int]] = []
         for name, tensor in arguments.items():
             if isinstance(tensor, Tensor):
-                arguments[name] = _Pointer(tensor, self._first(tensor))
+                first = (len(self.spans) + 1) * APART
+                reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                self.spans.append((first, first + (reach + 1) * tensor.itemsize))
+                # What the interpreter takes as a pointer.
+                arguments[name] = SimpleNamespace(dtype=tensor.dtype, data_ptr=partial(int, first))
         return sorted({0, programs // 2, programs - 1})
-
-    def _first(self, tensor: Tensor) -> int:
-        """Return the first address; views of one storage share a range, of which a view holds what it reaches."""
-        base = self.bases.setdefault(tensor.untyped_storage()._cdata, (len(self.bases) + 1) * APART)
-        first = base + int(tensor.storage_offset()) * tensor.itemsize
-        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        self.spans.append((first, first + (reach + 1) * tensor.itemsize))
-        return first
 
     def _note(self, addresses: np.ndarray) -> None:
         at = addresses.astype(np.int64)
