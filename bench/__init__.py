@@ -1,10 +1,10 @@
-"""Measurements, in rooms that know only those named before them.
+"""Measurements. Modules import only those named before them.
 
-- ``registry``, ``clock``, ``memory``, ``results_file``: cases, and what pytest-benchmark cannot do.
+- ``registry``, ``clock``, ``memory``, ``results_file``: cases of speed, and what pytest-benchmark cannot do.
 - ``report``: pages, figures and the blocks of README and documentation from ``results``.
 - ``micro``: operators and networks against the alternatives; ``conftest`` has the fixtures, ``paired`` the comparison
   with another revision.
-- ``gpu``: the kernels on a device, and as compiled without one.
-- ``paper``: the evaluation tables, see its README.md.
-- ``deploy``: exported files, the server under load, the drift monitor.
+- ``gpu``: the kernels on a device, and as compiled and interpreted without one.
+- ``detection``, ``audit``: what detectors and rankings find, see detection/README.md.
+- ``deploy``: exported files, the server under load, scoring, the drift monitor.
 """

@@ -1,72 +1,66 @@
-"""Other ways to per-sample gradient norms, and the training step beside them."""
+"""Other ways to per-sample gradient norms and to sums of clipped gradients, and the training step beside them."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.micro.tasks import BCE, Task, first_leaf
+import fastgrad
+from bench.micro.tasks import BCE, ClippedTask, Task, first_leaf, sqnorms
+
+Norms = Callable[[], Tensor]
+Gradients = Callable[[], list[Tensor]]
+#: Bytes of gradients that ``vmap`` may hold at once.
+MEMORY = 1 << 30
 
 
-def step(task: Task, compiled: bool = False) -> Callable[[], Tensor]:
+def step(task: Task, compiled: bool = False) -> Norms:
     parameters = list(task.model.parameters())
     model = torch.compile(task.model, dynamic=False) if compiled else task.model
-
-    def call() -> Tensor:
-        return torch.autograd.grad(task.loss(model(task.x)), parameters)[-1]
-
-    return call
+    return lambda: torch.autograd.grad(task.loss(model(task.x)), parameters)[-1]
 
 
-def forward(task: Task) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with torch.no_grad():
-            out: Tensor = task.model(task.x)
-        return out
-
-    return call
+def forward(task: Task) -> Norms:
+    return torch.no_grad()(lambda: task.model(task.x))
 
 
-def data_gradients(task: Task) -> Callable[[], Tensor]:
+def data_gradients(task: Task) -> Norms:
     """What every exact method begins with: the forward pass, and the backward pass without a parameter's gradient.
 
     It goes back to the images, or to the first parameter, the embedding, where the input are tokens.
     """
     model = copy.deepcopy(task.model).requires_grad_(False)
     x, leaf = first_leaf(model, task.x)
-
-    def call() -> Tensor:
-        return torch.autograd.grad(task.loss(model(x)), leaf)[0]
-
-    return call
+    return lambda: torch.autograd.grad(task.loss(model(x)), leaf)[0]
 
 
-def backpack(task: Task) -> Callable[[], Tensor]:
+def backpack(task: Task) -> Norms:
     """As in BackPACK's documentation: extend the model and the loss, backward inside the context."""
     from backpack import backpack, extend
     from backpack.extensions import BatchL2Grad
 
     model = extend(copy.deepcopy(task.model))
-    if task.signal == BCE:
-        loss_function = extend(nn.BCEWithLogitsLoss(reduction="sum"))
-    else:
-        loss_function = extend(nn.CrossEntropyLoss(reduction="sum"))
+    loss = extend((nn.BCEWithLogitsLoss if task.signal == BCE else nn.CrossEntropyLoss)(reduction="sum"))
 
     def call() -> Tensor:
         model.zero_grad(set_to_none=True)
         logits = model(task.x)
         labels = torch.ones_like(logits) if task.signal == BCE else logits.detach().argmax(-1)
         with backpack(BatchL2Grad()):
-            loss_function(logits, labels).backward()
+            loss(logits, labels).backward()
         return torch.stack([p.batch_l2 for p in model.parameters()], -1)
 
     return call
 
 
-def opacus(task: Task) -> Callable[[], Tensor]:
+def opacus(task: Task) -> Norms:
     """Opacus's ghost clipping up to the norms; its hooks work in training mode, so networks with batch norm fail."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
@@ -84,44 +78,131 @@ def opacus(task: Task) -> Callable[[], Tensor]:
     return call
 
 
-def vmap(task: Task, memory: int = 1 << 30) -> Callable[[], Tensor]:
-    """PyTorch's tutorial on per-sample gradients, in chunks that keep the gradients within ``memory`` bytes."""
-    from torch.func import functional_call, grad, vmap
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    parameters = dict(task.model.named_parameters())
-    buffers = dict(task.model.named_buffers())
-    detached = {name: p.detach() for name, p in parameters.items()}
+def vmap(task: Task) -> Norms:
+    """PyTorch's tutorial on per-sample gradients, in chunks that keep the gradients within `MEMORY`."""
+    parameters, buffers = _state(task.model)
 
     def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-        logits = functional_call(task.model, (parameters, buffers), (sample.unsqueeze(0),))
-        return task.loss(logits)
-
-    size = sum(p.numel() * p.element_size() for p in detached.values())
-    chunk = max(1, min(len(task.x), memory // size))
+        return task.loss(functional_call(task.model, (parameters, buffers), (sample.unsqueeze(0),)))
 
     def norms(sample: Tensor) -> Tensor:
-        grads = grad(loss)(detached, sample)
-        return torch.stack([g.square().sum() for g in grads.values()])
+        return torch.stack([g.square().sum() for g in grad(loss)(parameters, sample).values()])
 
-    batched = vmap(norms, randomness="different", chunk_size=chunk)
+    batched = torch.func.vmap(norms, randomness="different", chunk_size=_chunk(task))
+    return _batching(lambda: batched(task.x))
 
+
+def loop(task: Task) -> Norms:
     def call() -> Tensor:
-        # The fused attention of a CPU has no batching rule and would run sample by sample.
+        return torch.stack([sqnorms(task.loss(task.model(sample[None])), task.model) for sample in task.x])
+
+    return call
+
+
+def clipped(task: ClippedTask) -> Gradients:
+    def call() -> list[Tensor]:
+        task.model.zero_grad()
+        with fastgrad.clip_gradients(task.model, task.max_norm) as clipped:
+            clipped.backward(task.losses(task.model))
+        return _gradients(task.model)
+
+    return call
+
+
+def whole_step(task: ClippedTask) -> Gradients:
+    """The same without clipping."""
+
+    def call() -> list[Tensor]:
+        task.model.zero_grad()
+        task.losses(task.model).sum().backward()
+        return _gradients(task.model)
+
+    return call
+
+
+def clipped_by_hooks(task: ClippedTask) -> Gradients:
+    """Per-sample gradients from hooks, clipped by Opacus' optimizer."""
+    from opacus.grad_sample import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    model = GradSampleModule(copy.deepcopy(task.model), loss_reduction="sum")
+    optimizer = _optimizer(DPOptimizer, model, task)
+
+    def call() -> list[Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        task.losses(model).sum().backward()
+        optimizer.clip_and_accumulate()
+        return [p.summed_grad for p in model.parameters()]
+
+    return call
+
+
+def clipped_by_ghosts(task: ClippedTask) -> Gradients:
+    """Opacus' ghost clipping, which is two backward passes as well."""
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+
+    model = GradSampleModuleFastGradientClipping(
+        copy.deepcopy(task.model), loss_reduction="sum", max_grad_norm=task.max_norm, use_ghost_clipping=True
+    )
+    optimizer = _optimizer(DPOptimizerFastGradientClipping, model, task)
+
+    def call() -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        DPTensorFastGradientClipping(model, optimizer, task.losses(model), "sum").backward()
+        return _gradients(model)
+
+    return call
+
+
+def clipped_by_vmap(task: ClippedTask) -> Gradients:
+    """PyTorch's tutorial on per-sample gradients, in chunks that keep the gradients within `MEMORY`."""
+    parameters, buffers = _state(task.model)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(task.model, (parameters, buffers), (x[None],)), y[None])
+
+    each, chunk = torch.func.vmap(grad(loss), in_dims=(None, 0, 0)), _chunk(task)
+
+    def call() -> list[Tensor]:
+        totals = [torch.zeros_like(p) for p in parameters.values()]
+        for x, y in zip(task.x.split(chunk), task.y.split(chunk), strict=True):
+            found = list(each(parameters, x, y).values())
+            norms = torch.stack([g.flatten(1).square().sum(1) for g in found]).sum(0).sqrt()
+            factors = (task.max_norm / norms).clamp(max=1)
+            for total, g in zip(totals, found, strict=True):
+                total += torch.einsum("b,b...->...", factors, g)
+        return totals
+
+    return _batching(call)
+
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return {name: p.detach() for name, p in model.named_parameters()}, dict(model.named_buffers())
+
+
+def _chunk(task: Task) -> int:
+    return max(1, min(len(task.x), MEMORY // sum(p.nbytes for p in task.model.parameters())))
+
+
+def _batching(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The fused attention of a CPU has no batching rule and would run sample by sample."""
+
+    def batched() -> Any:
         with sdpa_kernel(SDPBackend.MATH):
-            return batched(task.x)
+            return call()
 
-    return call
+    return batched
 
 
-def loop(task: Task) -> Callable[[], Tensor]:
-    parameters = list(task.model.parameters())
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
 
-    def call() -> Tensor:
-        rows = []
-        for sample in task.x:
-            grads = torch.autograd.grad(task.loss(task.model(sample.unsqueeze(0))), parameters)
-            rows.append(torch.stack([g.square().sum() for g in grads]))
-        return torch.stack(rows)
 
-    return call
+def _optimizer(kind: Any, model: nn.Module, task: ClippedTask) -> Any:
+    """Opacus' optimizer, without noise."""
+    return kind(
+        torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=0.0, max_grad_norm=task.max_norm,
+        expected_batch_size=len(task.x), loss_reduction="sum",
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-from bench.micro import private_peers as peers
+from bench.micro import network_peers as peers
 from bench.micro.models import NETWORKS
 from bench.micro.network import OURS, PEERS, one
 from bench.micro.tasks import ClippedTask
@@ -27,8 +27,8 @@ from bench.registry import Implementation, case
 def private(device: str, name: str, batch: int) -> Iterator[Implementation]:
     """The sum of clipped gradients."""
     task = ClippedTask(NETWORKS[name], batch, device)
-    yield one("fastgrad", partial(peers.ours, task), task.distance, OURS)
-    yield one("training step", partial(peers.step, task), partial(task.distance, limit=math.inf), OURS)
-    yield one("Opacus hooks", partial(peers.opacus_hooks, task), task.distance, PEERS)
-    yield one("Opacus ghost clipping", partial(peers.opacus_ghost, task), task.distance, PEERS)
-    yield one("vmap(grad)", partial(peers.functorch, task), task.distance, PEERS)
+    yield one("fastgrad", partial(peers.clipped, task), task.distance, OURS)
+    yield one("training step", partial(peers.whole_step, task), partial(task.distance, limit=math.inf), OURS)
+    yield one("Opacus hooks", partial(peers.clipped_by_hooks, task), task.distance, PEERS)
+    yield one("Opacus ghost clipping", partial(peers.clipped_by_ghosts, task), task.distance, PEERS)
+    yield one("vmap(grad)", partial(peers.clipped_by_vmap, task), task.distance, PEERS)
