@@ -116,24 +116,20 @@ def _targets() -> Iterator[Case]:
 
 
 def _layers() -> Iterator[Case]:
+    last = torch.channels_last
     for dtype in (HALF, torch.float16, SINGLE):
         for C, O, size, kernel, stride in ((64, 64, 32, 3, 1), (256, 512, 8, 3, 2), (3, 64, 32, 3, 1)):  # noqa: E741
             out = (size - 1) // stride + 1
-            a, g = (
-                meta(64, n, width, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
-                for n, width in ((C, size), (O, out))
-            )
+            a = meta(64, C, size, size, dtype=dtype).contiguous(memory_format=last)
+            g = meta(64, O, out, out, dtype=dtype).contiguous(memory_format=last).unsqueeze(0)
             each = ((kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1), 1)
-            name = (
-                f"conv_sqnorm B=64 {C} to {O} {size}x{size} kernel {kernel} stride {stride} {DTYPES[dtype]}"
-            )
-            yield Case(
-                name, functools.partial(layer_sqnorm.conv_sqnorm, a, g.unsqueeze(0), *each), C % 16 == 0
-            )
+            shape = f"{C} to {O} {size}x{size} kernel {kernel} stride {stride}"
+            call = functools.partial(layer_sqnorm.conv_sqnorm, a, g, *each)
+            yield Case(f"conv_sqnorm B=64 {shape} {DTYPES[dtype]}", call, wide=C % 16 == 0)
         for T, C, O in ((196, 768, 3072), (1024, 256, 256)):  # noqa: E741
             a, g = meta(64, T, C, dtype=dtype), meta(1, 64, T, O, dtype=dtype)
-            name = f"linear_sqnorm B=64 T={T} C={C} O={O} {DTYPES[dtype]}"
-            yield Case(name, functools.partial(layer_sqnorm.linear_sqnorm, a, g))
+            call = functools.partial(layer_sqnorm.linear_sqnorm, a, g)
+            yield Case(f"linear_sqnorm B=64 T={T} C={C} O={O} {DTYPES[dtype]}", call)
 
 
 def _ones() -> Iterator[Case]:

@@ -45,10 +45,11 @@ def end_to_end(device: str, name: str, batch: int) -> Iterator[Implementation]:
         return task.error(out[1][:, 0])
 
     def last_error(out: tuple[Tensor, Tensor]) -> float:
-        return relative_error(out[1], last_layer(*task.double())[1])
+        exact = task.double()
+        return relative_error(out[1], last_layer(exact.model, exact.x)[1])
 
     last = partial(last_layer, task.model, task.x)
-    yield one("network alone", partial(peers.forward, task), task.forward_error, UNIT)
+    yield one("network alone", partial(peers.forward, task), task.against(peers.forward), UNIT)
     yield one("fastgrad, last layer", lambda: last, last_error, PEERS)
     yield one("fastgrad, whole network", partial(whole, SIGNALS[:1]), whole_error, OURS)
     yield one("fastgrad, three signals", partial(whole, SIGNALS), whole_error, OURS)

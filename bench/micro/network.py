@@ -52,7 +52,7 @@ def features(task: Task, compiled: bool = False) -> Callable[[], Tensor]:
 def same_for_all(task: Task) -> Iterator[Implementation]:
     """Yield fastgrad's norms and the training step."""
     yield one("fastgrad", partial(features, task), task.error, OURS)
-    yield one("training step", partial(peers.step, task), task.bias_error, UNIT)
+    yield one("training step", partial(peers.step, task), task.against(peers.step), UNIT)
 
 
 @case(
@@ -66,8 +66,14 @@ def network(device: str, name: str, batch: int, signal: str) -> Iterator[Impleme
     """Norms of one target."""
     task = Task(NETWORKS[name], batch, device, signal)
     yield from same_for_all(task)
-    yield one("forward", partial(peers.forward, task), task.forward_error, UNIT)
-    yield one("forward and data gradients", partial(peers.data_gradients, task), task.data_error, OURS)
+    data_error = task.sample_by_sample if task.x.is_floating_point() else task.against
+    yield one("forward", partial(peers.forward, task), task.against(peers.forward), UNIT)
+    yield one(
+        "forward and data gradients",
+        partial(peers.data_gradients, task),
+        data_error(peers.data_gradients),
+        OURS,
+    )
     yield one("BackPACK BatchL2Grad", partial(peers.backpack, task), task.error, PEERS)
     yield one("Opacus ghost norms", partial(peers.opacus, task), task.error, PEERS)
     if device == "cpu" or batch <= SLOW:
@@ -85,7 +91,9 @@ def compiled(device: str, name: str, batch: int, signal: str) -> Iterator[Implem
     task = Task(NETWORKS[name], batch, device, signal)
     yield one("fastgrad, compiled", partial(features, task, compiled=True), task.error, OURS)
     yield from same_for_all(task)
-    yield one("training step, compiled", partial(peers.step, task, compiled=True), task.bias_error, UNIT)
+    yield one(
+        "training step, compiled", partial(peers.step, task, compiled=True), task.against(peers.step), UNIT
+    )
 
 
 @case(
@@ -114,9 +122,9 @@ def contrasts(device: str, name: str, batch: int) -> Iterator[Implementation]:
         return F.cross_entropy(logits, labels, reduction="sum")
 
     def check(norms: Tensor) -> float:
-        model, x = task.double()
+        exact = task.double()
         return max(
-            error(norms[b, k], sqnorms(against(k, model(x[b : b + 1])), model))
+            error(norms[b, k], sqnorms(against(k, exact.model(exact.x[b : b + 1])), exact.model))
             for b in (0, batch - 1)
             for k in (0, classes - 1)
         )
@@ -134,6 +142,6 @@ def contrasts(device: str, name: str, batch: int) -> Iterator[Implementation]:
         return lambda: torch.stack([call() for call in calls], 1)
 
     yield one("fastgrad", fast, check, OURS)
-    yield one("training step", partial(peers.step, task), task.bias_error, UNIT)
+    yield one("training step", partial(peers.step, task), task.against(peers.step), UNIT)
     yield one("vmap(grad)", partial(looped, peers.vmap), check, PEERS)
     yield one("per-sample loop", partial(looped, peers.loop), check, PEERS)

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgrad
-from bench.micro.tasks import BCE, ClippedTask, Task, first_leaf, sqnorms
+from bench.micro.tasks import BCE, ClippedTask, Task, sqnorms
 
 Norms = Callable[[], Tensor]
 Gradients = Callable[[], list[Tensor]]
@@ -37,7 +37,10 @@ def data_gradients(task: Task) -> Norms:
     It goes back to the images, or to the first parameter, the embedding, where the input are tokens.
     """
     model = copy.deepcopy(task.model).requires_grad_(False)
-    x, leaf = first_leaf(model, task.x)
+    if task.x.is_floating_point():
+        x = leaf = task.x.detach().requires_grad_()
+    else:
+        x, leaf = task.x, next(model.parameters()).requires_grad_()
     return lambda: torch.autograd.grad(task.loss(model(x)), leaf)[0]
 
 

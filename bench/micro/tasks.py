@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,46 +35,32 @@ class Task:
             return F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits), reduction="sum")
         return F.cross_entropy(logits, logits.detach().argmax(-1), reduction="sum")
 
-    def double(self) -> tuple[nn.Module, Tensor]:
-        """Return the network and the batch in float64."""
-        return copy.deepcopy(self.model).double(), self.x.double() if self.x.is_floating_point() else self.x
+    def double(self) -> Task:
+        """Return the same in float64."""
+        one = copy.copy(self)
+        one.model = copy.deepcopy(self.model).double()
+        one.x = self.x.double() if self.x.is_floating_point() else self.x
+        return one
 
     def error(self, norms: Tensor) -> float:
         """Return the relative error of ``(B, P)`` on the first and last sample."""
         if not self._wanted:
-            model, x = self.double()
-            for b in (0, len(x) - 1):
-                self._wanted[b] = sqnorms(self.loss(model(x[b : b + 1])), model)
+            exact = self.double()
+            for b in (0, len(exact.x) - 1):
+                self._wanted[b] = sqnorms(exact.loss(exact.model(exact.x[b : b + 1])), exact.model)
         worst = max(error(norms[b], wanted) for b, wanted in self._wanted.items())
         return worst if bool(torch.isfinite(norms).all()) else float("inf")
 
-    def forward_error(self, logits: Tensor) -> float:
-        """Return the error of the logits."""
-        model, x = self.double()
-        with torch.no_grad():
-            return scaled_error(logits, model(x))
+    def against(self, call: Callable[[Task], Callable[[], Tensor]]) -> Callable[[Tensor], float]:
+        """Return the check against the same call in float64."""
+        return lambda found: scaled_error(found, call(self.double())())
 
-    def data_error(self, gradient: Tensor) -> float:
-        """Return the error of the gradient at the images, or of the embedding's.
+    def sample_by_sample(self, call: Callable[[Task], Callable[[], Tensor]]) -> Callable[[Tensor], float]:
+        """Return the check against the same call in float64, of the samples' errors the middle one.
 
-        Of the samples' errors the middle one: where a rectifier lies within rounding of its corner, a sample's gradient
-        is another.
+        Where a rectifier lies within rounding of its corner, a sample's gradient is another.
         """
-        model, x = self.double()
-        x, leaf = first_leaf(model.requires_grad_(False), x)
-        wanted = torch.autograd.grad(self.loss(model(x)), leaf)[0]
-        if leaf is not x:
-            return scaled_error(gradient, wanted)
-        return statistics.median(scaled_error(*pair) for pair in zip(gradient, wanted, strict=True))
-
-    def bias_error(self, gradient: Tensor) -> float:
-        """Return the error of the last bias's gradient for the batch, which needs only a float64 forward pass."""
-        model, x = self.double()
-        with torch.no_grad():
-            z = model(x)
-        z.requires_grad_()
-        (delta,) = torch.autograd.grad(self.loss(z), z)
-        return scaled_error(gradient, delta.sum(0))
+        return lambda found: statistics.median(map(scaled_error, found, call(self.double())()))
 
 
 class ClippedTask(Task):
@@ -99,10 +85,10 @@ class ClippedTask(Task):
             gradients: All parameters'.
             limit: The norm to clip to; infinite for gradients as they are.
         """
-        model, inputs = self.double()
-        parameters = list(model.parameters())
+        exact = self.double()
+        model, parameters = exact.model, list(exact.model.parameters())
         wanted = [torch.zeros_like(p) for p in parameters]
-        for x, y in zip(inputs, self.y, strict=True):
+        for x, y in zip(exact.x, self.y, strict=True):
             found = torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), parameters)
             norm = float(torch.stack([g.square().sum() for g in found]).sum().sqrt())
             for total, g in zip(wanted, found, strict=True):
@@ -110,14 +96,6 @@ class ClippedTask(Task):
         pairs = list(zip(gradients, wanted, strict=True))
         off = torch.stack([(g.double() - w).square().sum() for g, w in pairs]).sum()
         return float((off / torch.stack([w.square().sum() for w in wanted]).sum()).sqrt())
-
-
-def first_leaf(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the input, and where a backward pass without parameters ends: at images, or the embedding of tokens."""
-    if x.is_floating_point():
-        x = x.detach().requires_grad_()
-        return x, x
-    return x, next(model.parameters()).requires_grad_()
 
 
 def sqnorms(loss: Tensor, model: nn.Module) -> Tensor:

@@ -88,42 +88,42 @@ def pinned(function: Callable[..., Any], *arguments: object, **configs: object) 
     return configured
 
 
-def cases() -> Iterator[Case]:
-    """Return all of them; `Case.quick` marks one for each path of each kernel."""
-    yield from _contrasts()
-    yield from _targets()
-    yield from _heads()
-    yield from _layers()
+def cases(make: Callable[..., Tensor] = made) -> Iterator[Case]:
+    """Return all of them, on tensors that ``make`` makes; `Case.quick` marks one for each path of each kernel."""
+    yield from _contrasts(make)
+    yield from _targets(make)
+    yield from _heads(make)
+    yield from _layers(make)
 
 
-def _contrasts() -> Iterator[Case]:
+def _contrasts(make: Callable[..., Tensor]) -> Iterator[Case]:
     for (path, config), loss, ((B, N, D), pad) in itertools.product(
         CONTRAST.items(), LOSSES, (((5, 37, 19), 3), ((3, 64, 16), 0), ((1, 1, 1), 0), ((2, 33, 1), 1))
     ):
-        h, z = made(B, D, pad=pad), made(B, N, pad=pad, seed=1)
+        h, z = make(B, D, pad=pad), make(B, N, pad=pad, seed=1)
         log = loss in ("bce", "brier")
         call = pinned(contrast.contrast_sqnorm, h, z, loss, True, log, False, contrast=config)
         yield Case(f"contrast {path} {loss} B={B} N={N} D={D}", (h, z), call, loss == "brier" and B == 5)
 
 
-def _targets() -> Iterator[Case]:
+def _targets(make: Callable[..., Tensor]) -> Iterator[Case]:
     quick = (("indices", "bce"), ("soft", "brier"), ("ones", "cross_entropy"))
     for kind, loss, ((B, N, D), pad) in itertools.product(
         target.KINDS, LOSSES, (((5, 37, 19), 3), ((2, 16, 16), 0), ((1, 1, 1), 0))
     ):
-        h, z = made(B, D, pad=pad), made(B, N, pad=pad, seed=1)
-        y = {"indices": torch.arange(B) % N, "soft": made(B, N, pad=pad, seed=2)}.get(kind)
+        h, z = make(B, D, pad=pad), make(B, N, pad=pad, seed=1)
+        y = {"indices": torch.arange(B) % N, "soft": make(B, N, pad=pad, seed=2)}.get(kind)
         config = TargetConfig(rows=2, block_n=16, block_d=16, num_warps=1)
         call = pinned(target.target_sqnorm, h, z, y, kind, loss, True, False, False, target=config)
         inputs = [t for t in (h, z, y) if t is not None]
         yield Case(f"target {kind} {loss} B={B} N={N} D={D}", inputs, call, (kind, loss) in quick and B == 5)
 
 
-def _heads() -> Iterator[Case]:
+def _heads(make: Callable[..., Tensor]) -> Iterator[Case]:
     for loss, ((B, N, D), pad) in itertools.product(
         LOSSES, (((35, 37, 21), 3), ((16, 16, 16), 0), ((1, 1, 1), 0), ((17, 33, 5), 1))
     ):
-        x, w, b = made(B, D, pad=pad), made(N, D, pad=pad, seed=1), made(N, seed=2)
+        x, w, b = make(B, D, pad=pad), make(N, D, pad=pad, seed=1), make(N, seed=2)
         size = f"{loss} B={B} N={N} D={D}"
         for path, config in HEADS.items():
             bias = None if path == "launch" else b
@@ -135,29 +135,32 @@ def _heads() -> Iterator[Case]:
         yield Case(f"statistics {size}", (x, w, b), call, loss == "brier" and B == 17)
 
 
-def _layers() -> Iterator[Case]:
+def _layers(make: Callable[..., Tensor]) -> Iterator[Case]:
     for name, (shape, outputs, *each) in CONVOLUTIONS.items():
         sizes = zip(shape[2:], *each[:4], strict=True)
         out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
-        a, g = made(*shape, pad=3), made(2, shape[0], outputs, *out, pad=5, seed=1)
+        a, g = make(*shape, pad=3), make(2, shape[0], outputs, *out, pad=5, seed=1)
         call = pinned(layer_sqnorm.conv_sqnorm, a, g, *each, **LAYERS)
         yield Case(f"convolution {name}", (a, g), call, name in ("strided", "dilated groups"))
     for gram, positions in itertools.product((False, True), (1, 16, 37)):
-        a, g = made(3, positions, 20, pad=3), made(2, 3, positions, 17, pad=5, seed=1)
+        a, g = make(3, positions, 20, pad=3), make(2, 3, positions, 17, pad=5, seed=1)
         call = pinned(layer_sqnorm.linear_sqnorm, a, g, layer_prefers_gram=gram, **LAYERS)
         yield Case(f"linear {'gram' if gram else 'direct'} T={positions}", (a, g), call, positions == 37)
 
 
-def _spread(*shape: int) -> Tensor:
-    """Neighbours along every axis lie more than 2^31 elements apart."""
+def _spread(*shape: int, pad: int = 0, seed: int = 0) -> Tensor:
+    """Return a tensor without memory, whose neighbours along every axis lie more than 2^31 elements apart."""
     strides = [(1 << 31) + 16 * (axis + 1) for axis in range(len(shape))]
     return torch.empty_strided(shape, strides, dtype=torch.bfloat16, device="meta")
 
 
 def huge() -> Iterator[tuple[str, Callable[[], object], int]]:
     """Return name, call on meta tensors and the integer that lies in memory."""
+    for case in cases(_spread):
+        if case.quick:
+            yield f"{case.name}, strides beyond 2^31", case.call, 1
+
     loss, meta = "brier", partial(compile_cases.meta, dtype=torch.bfloat16)
-    function: Callable[..., Any] = contrast.contrast_sqnorm
     split = ContrastConfig("split", block_n=1 << 17, block_d=2048, splits=8, num_warps=16)
     for name, (B, N, D), configs in (
         ("rows", (4_300_000, 1000, 512), {}),
@@ -165,25 +168,14 @@ def huge() -> Iterator[tuple[str, Callable[[], object], int]]:
         ("split", (3_000, 1_500_001, 64), {"contrast": split}),
     ):
         arguments = (meta(B, D), meta(B, N), loss, True, False, False)
-        yield f"contrast {name} B={B} N={N} D={D}", pinned(function, *arguments, **configs), 1
-        far = (_spread(5, 19), _spread(5, 37), loss, True, True, False)
-        yield f"contrast {name}, strides beyond 2^31", pinned(function, *far, contrast=CONTRAST[name]), 1
-
-    function = target.target_sqnorm
+        yield f"contrast {name} B={B} N={N} D={D}", pinned(contrast.contrast_sqnorm, *arguments, **configs), 1
     for kind, B, N in (("soft", 4_300_000, 1000), ("indices", 120_000, 40_000), ("ones", 120_000, 40_000)):
         y = {"indices": compile_cases.meta(B, dtype=torch.int64), "soft": meta(B, N)}.get(kind)
-        call = partial(function, meta(B, 16), meta(B, N), y, kind, loss, True, False, False)
-        yield f"target {kind} B={B} N={N}", call, N - 1
-    call = partial(function, _spread(5, 19), _spread(5, 37), _spread(5, 37), "soft", loss, True, True, False)
-    yield "target soft, strides beyond 2^31", call, 1
-
-    function = linear_contrast.linear_contrast_sqnorm
+        arguments = (meta(B, 16), meta(B, N), y, kind, loss, True, False, False)
+        yield f"target {kind} B={B} N={N}", pinned(target.target_sqnorm, *arguments), N - 1
     for B, N, D in ((200_000, 32_000, 64), (9_000_000, 1000, 320)):
-        call = partial(function, meta(B, D), meta(N, D), meta(N), loss, False, False)
-        yield f"head B={B} N={N} D={D}", call, 1
-    for path, config in HEADS.items():
-        far = (_spread(35, 21), _spread(37, 21), meta(37), loss, False, False)
-        yield f"head {path}, strides beyond 2^31", pinned(function, *far, linear_contrast=config), 1
+        arguments = (meta(B, D), meta(N, D), meta(N), loss, False, False)
+        yield f"head B={B} N={N} D={D}", pinned(linear_contrast.linear_contrast_sqnorm, *arguments), 1
     # Few tiles a program, so that the partial moments alone have more than 2^31 elements.
     tiles = dataclasses.replace(HEAD, block_m=128, block_n=128, block_k=64, parts=16, tiles_per_split=4)
     narrow = dataclasses.replace(tiles, block_m=16, block_n=1 << 13, tiles_per_split=1)
@@ -191,15 +183,9 @@ def huge() -> Iterator[tuple[str, Callable[[], object], int]]:
         arguments = (meta(B, D), meta(N, D), meta(N), loss, False)
         call = pinned(linear_contrast.linear_contrast_stats, *arguments, linear_stats=config)
         yield f"statistics B={B} N={N} D={D}", call, 1
-
-    each = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-    image = meta(70_000, 64, 32, 32)
-    yield "convolution of 4e9 elements", partial(layer_sqnorm.conv_sqnorm, image, image[None], *each), 1
-    apart = _spread(2, 18, 4, 5), _spread(2, 2, 17, 4, 5)
-    yield "convolution, strides beyond 2^31", partial(layer_sqnorm.conv_sqnorm, *apart, *each), 1
-    for kind, gram in (("direct", False), ("gram", True)):
-        for size, a, g in (
-            (" of 4e9 elements", meta(70_000, 64, 1024), meta(1, 70_000, 64, 1024)),
-            (", strides beyond 2^31", _spread(3, 37, 20), _spread(2, 3, 37, 17)),
-        ):
-            yield f"linear {kind}{size}", pinned(layer_sqnorm.linear_sqnorm, a, g, layer_prefers_gram=gram), 1
+    image, each = meta(70_000, 64, 32, 32), ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    yield "convolution of 4e9 elements", pinned(layer_sqnorm.conv_sqnorm, image, image[None], *each), 1
+    for kind in ("direct", "gram"):
+        arguments = (meta(70_000, 64, 1024), meta(1, 70_000, 64, 1024))
+        call = pinned(layer_sqnorm.linear_sqnorm, *arguments, layer_prefers_gram=kind == "gram")
+        yield f"linear {kind} of 4e9 elements", call, 1
