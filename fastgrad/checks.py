@@ -45,6 +45,13 @@ def is_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False; it was {value!r}")
 
 
+def at_least_one(**values: int) -> None:
+    """Raise ValueError for an argument below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; it was {value}")
+
+
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Raise ValueError unless both tensors live on one device."""
     if value.device != other.device:

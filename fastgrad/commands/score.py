@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fastgrad.deploy.file.package import PackageError
 from fastgrad.deploy.score.local import score
 from fastgrad.deploy.score.sources import Limits
 
@@ -42,9 +41,6 @@ def run(args: argparse.Namespace) -> int:
             counts = score_dataset(args.model, args.images, args.out, workers=args.workers, **options)
         else:
             counts = score(args.model, args.images, args.out, progress=True, **options)
-    except (ValueError, PackageError, OSError) as error:
-        print(f"fastgrad score: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("fastgrad score: stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from fastgrad.deploy.file.images import MAX_PIXELS
-from fastgrad.deploy.file.package import PackageError
 
 #: Options that take a value: name, type, default, help.
 _OPTIONS = (
@@ -60,39 +59,23 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM, then finish what was accepted; return the exit status."""
     from fastgrad.deploy.serve.app import create_app
     from fastgrad.deploy.serve.bodies import Limits
-    from fastgrad.deploy.serve.child import ChildDiedError
-    from fastgrad.deploy.serve.pool import ModelError
+    from fastgrad.deploy.serve.child import ChildError
     from fastgrad.deploy.serve.server import Server
     from fastgrad.deploy.serve.traces import otlp_provider
 
-    for name in ("workers", "max_batch", "max_queue", "max_connections", "decoders", "max_pixels"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            print(f"--{name.replace('_', '-')} must be at least 1; it was {value}", file=sys.stderr)
-            return 2
-    if not args.reload_seconds > 0:
-        print(f"--reload-seconds must be positive; it was {args.reload_seconds:g}", file=sys.stderr)
-        return 2
-    if not (args.timeout > 0 and args.max_body_mb > 0):
-        print("--timeout and --max-body-mb must be positive", file=sys.stderr)
-        return 2
     body = int(args.max_body_mb * 2**20)
     limits = Limits(
         body=body, pixels=args.max_pixels, queue=args.max_queue, seconds=args.timeout,
         memory=max(Limits.memory, 3 * body), connections=args.max_connections,
     )  # fmt: skip
-    try:
-        key = _api_key(args.api_key_file)
-        app = create_app(
-            _paths(args.model, args.models), workers=args.workers, threads=args.threads, decoders=args.decoders,
-            max_batch=args.max_batch, batch_wait=args.batch_wait_ms / 1000, limits=limits, api_key=key,
-            allowed_hosts=[*args.allowed_host, args.host], false_alarm_rate=args.false_alarm_rate,
-            drift_false_alarm_rate=args.drift_false_alarm_rate, pins=args.pins, reload_every=args.reload_seconds,
-            tracer_provider=otlp_provider() if args.traces else None,
-        )  # fmt: skip
-    except (PackageError, ValueError, OSError) as error:
-        print(f"fastgrad serve: {error}", file=sys.stderr)
-        return 2
+    key = _api_key(args.api_key_file)
+    app = create_app(
+        _paths(args.model, args.models), workers=args.workers, threads=args.threads, decoders=args.decoders,
+        max_batch=args.max_batch, batch_wait=args.batch_wait_ms / 1000, limits=limits, api_key=key,
+        allowed_hosts=[*args.allowed_host, args.host], false_alarm_rate=args.false_alarm_rate,
+        drift_false_alarm_rate=args.drift_false_alarm_rate, pins=args.pins, reload_every=args.reload_seconds,
+        tracer_provider=otlp_provider() if args.traces else None,
+    )  # fmt: skip
     if key is None and not _is_loopback(args.host):
         print(
             f"fastgrad serve: listening on {args.host} without an API key; anyone who reaches it can use it",
@@ -105,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
         server.run()
     except KeyboardInterrupt:
         return 0
-    except (ModelError, ChildDiedError) as error:
-        print(f"fastgrad serve: {error}", file=sys.stderr)
+    except ChildError as error:
+        print(f"fastgrad serve: a process did not start: {error}", file=sys.stderr)
         return 1
     except SystemExit as stop:
         return int(stop.code or 0)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import subprocess
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from serve_client import image
 
-from fastgrad.commands import score as command
+from fastgrad.commands import cli
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage, PackageError
 from fastgrad.deploy.score import job
@@ -284,10 +283,8 @@ def test_images_are_decoded_while_the_network_runs(
 def test_command_line(
     folder: Path, tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
     out = tmp_path / "o.parquet"
-    assert command.run(parser.parse_args([str(tiny_package), str(folder), "--out", str(out)])) == 0
+    assert cli.main(["score", str(tiny_package), str(folder), "--out", str(out)]) == 0
     captured = capsys.readouterr()
     assert "23 images, 3 unreadable" in captured.out
     assert "23/23" in captured.err  # the progress bar
@@ -298,7 +295,7 @@ def test_command_line(
         ([str(folder / "notes.txt"), str(folder), "--out", str(out)], "not a readable .pt2"),
         ([str(tiny_package), str(folder), "--out", str(out), "--part", "0"], "part must be at least 1"),
     ):
-        assert command.run(parser.parse_args(arguments)) == 2
+        assert cli.main(["score", *arguments]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastgrad.deploy.serve import decoder
 from fastgrad.deploy.serve.app import create_app
+from fastgrad.deploy.serve.bodies import Limits
 from fastgrad.deploy.serve.child import ChildDiedError
 
 PNG = {"content-type": "image/png"}
@@ -22,23 +23,26 @@ def the_one(app: Any) -> Any:
 
 
 def stub(
-    app: Any, rows: Mapping[Any, Sequence[float]], delay: float = 0.0, error: Exception | None = None
+    app: Any,
+    rows: Mapping[Any, Sequence[float]],
+    delay: float = 0.0,
+    error: Exception | None = None,
+    limits: Limits = Limits(),  # noqa: B008 - it is frozen
 ) -> Any:
     """Give each model a constant row instead of processes."""
-    pixels = app.state.decoders._pixels
 
     async def read(kind: str, body: bytes, description: Any) -> bytes:
         shape, dtype = description.input_shape, description.input_dtype
-        return decoder.read_input(kind, bytes(body), shape, dtype, max_pixels=pixels)
+        return decoder.read_input(kind, bytes(body), shape, dtype, max_pixels=limits.pixels)
 
-    app.state.decoders.read = read
+    app.state.readers.read = read
     for name, model in app.state.models.items():
 
-        async def submit(value: bytes, on_run: Any, name: str = name) -> Any:
+        async def submit(parts: Sequence[bytes], on_run: Any, name: str = name) -> bytes:
             await asyncio.sleep(delay)
             if error is not None:
                 raise error
-            return np.array(rows[name])
+            return np.array(rows[name], float).tobytes()
 
         model.served.pool.submit = submit
     app.state.ready = True
@@ -48,7 +52,7 @@ def stub(
 def make(package: Path, delay: float = 0.0, error: Exception | None = None, **options: Any) -> Any:
     app = create_app(str(package), **options)
     rows = dict.fromkeys(app.state.models, (0.1, 0.2, 0.3, 0.4, 1.0))
-    return stub(app, rows, delay, error)
+    return stub(app, rows, delay, error, options.get("limits", Limits()))
 
 
 class FakeChild:
@@ -60,9 +64,8 @@ class FakeChild:
         self.die_on: set[int] = set()
         self.constant, self.alive, self.starts = constant, False, 0
 
-    async def start(self, seconds: float) -> tuple[int, bytes]:
+    async def start(self, seconds: float) -> None:
         self.alive, self.starts = True, self.starts + 1
-        return 0, b""
 
     async def restart(self, seconds: float) -> None:
         await self.start(seconds)
@@ -70,11 +73,11 @@ class FakeChild:
     async def stop(self, patience: float = 0.0) -> None:
         self.alive = False
 
-    async def ask(self, parts: Sequence[bytes], seconds: float) -> tuple[int, bytes]:
+    async def ask(self, parts: Sequence[bytes], seconds: float) -> bytes:
         await asyncio.sleep(0)
         batch = [part[0] for part in parts]
         self.batches.append(batch)
         if self.poison in batch or len(self.batches) in self.die_on:
             raise ChildDiedError("killed")
         last = [value if self.constant is None else self.constant for value in batch]
-        return 0, np.array([[0.25] * 4 + [value] for value in last]).tobytes()
+        return np.array([[0.25] * 4 + [value] for value in last]).tobytes()

@@ -77,6 +77,7 @@ class Description:
             except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
                 good = False
             if not good:
+                expected = expected.format(classes=self.classes, shape=self.input_shape)
                 raise ValueError(f"{name} must be {expected}; it was {repr(value)[:80]}")
 
     @property
@@ -119,6 +120,10 @@ class Description:
         if self.std is not None:
             pixels = pixels / _per_channel(tuple(self.std), pixels.dtype)
         return pixels
+
+    def normalize_pixels(self, pixels: Tensor) -> Tensor:
+        """The network's input for pixels ``(..., C, H, W)`` from 0 to 255."""
+        return self.normalize(pixels.to(DTYPES[self.input_dtype]) / 255)
 
 
 @functools.lru_cache(64)
@@ -192,10 +197,10 @@ _FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
     "max_batch": (lambda _, v: _count(v, 2**20), "an integer from 1 to 2**20"),
     "device": (lambda _, v: v in ("cpu", "cuda"), "cpu or cuda"),
     "labels": (_or_none(lambda d, v: isinstance(v, list) and len(v) == d.classes and _words(v, 2**20)),
-               "None or a list of names, one a class"),
-    "mean": (_or_none(_channels), "None or a list of finite numbers, one a channel"),
+               "None or {classes} names, one a class"),
+    "mean": (_or_none(_channels), "None or a finite number a channel of images {shape}"),
     "std": (_or_none(lambda d, v: _channels(d, v) and min(v) > 0),
-            "None or a list of positive numbers, one a channel"),
+            "None or a positive number a channel of images {shape}"),
     "false_alarm_rate": (_or_none(lambda _, v: _rate(v)), "None or a number between 0 and 1"),
     "threshold": (_or_none(lambda _, v: _numbers([v])), "None or a finite number"),
     "thresholds": (lambda _, v: isinstance(v, list) and len(v) <= 1000

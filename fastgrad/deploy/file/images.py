@@ -51,13 +51,12 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
     import torch
 
     from fastgrad.checks import extra
-    from fastgrad.deploy.file.description import DTYPES
 
     with extra("serve"):
         import PIL  # noqa: F401
 
     pixels = torch.from_numpy(decode_pixels(content, description.input_shape, max_pixels=max_pixels))
-    return description.normalize(pixels.to(DTYPES[description.input_dtype]) / 255)
+    return description.normalize_pixels(pixels)
 
 
 def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = MAX_PIXELS) -> Array:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastgrad.checks import extra
+from fastgrad.checks import at_least_one, extra
 from fastgrad.deploy.file.atomic import written_beside
 from fastgrad.deploy.file.description import Description
 from fastgrad.deploy.file.package import ModelPackage, digest_of
@@ -26,13 +26,6 @@ with extra("score"):
 
 #: In a part's metadata: the random id of the job that wrote it.
 _JOB = b"fastgrad.job"
-
-
-def at_least_one(**values: int) -> None:
-    """Raise ValueError for an argument below 1."""
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; it was {value}")
 
 
 def write_part(rows: list[dict[str, Any]], path: Path, schema: Any, job: str) -> None:

@@ -11,8 +11,9 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fastgrad.checks import at_least_one
 from fastgrad.deploy.file.package import ModelPackage
-from fastgrad.deploy.score.job import Job, at_least_one, count_rows, join_parts, progress_bar
+from fastgrad.deploy.score.job import Job, count_rows, join_parts, progress_bar
 from fastgrad.deploy.score.rows import arrow_schema
 from fastgrad.deploy.score.sources import Limits
 

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastgrad.checks import extra
+from fastgrad.checks import at_least_one, extra
 from fastgrad.deploy.file.package import ModelPackage, read_description
-from fastgrad.deploy.score.job import Job, at_least_one, count_rows, progress_bar
+from fastgrad.deploy.score.job import Job, count_rows, progress_bar
 from fastgrad.deploy.score.sources import Limits
 
 

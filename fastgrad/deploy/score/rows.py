@@ -13,7 +13,7 @@ import torch
 
 from fastgrad.checks import extra
 from fastgrad.deploy.file.answer import ResultError, answer
-from fastgrad.deploy.file.description import DTYPES, Description
+from fastgrad.deploy.file.description import Description
 from fastgrad.deploy.file.images import ImageError, decode_pixels
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.deploy.score.sources import Limits, Source
@@ -63,8 +63,7 @@ def _score(
     good = [(row, value) for row, value in zip(rows, decoded, strict=True) if not isinstance(value, str)]
     if good:
         pixels = torch.from_numpy(np.stack([value for _, value in good]))
-        x = description.normalize(pixels.to(DTYPES[description.input_dtype]) / 255)
-        for (row, _), values in zip(good, model.rows(x), strict=True):
+        for (row, _), values in zip(good, model.rows(description.normalize_pixels(pixels)), strict=True):
             try:
                 found = answer(description, threshold, values)
             except ResultError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import json
 import os
@@ -14,13 +15,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgrad.checks import extra
+import numpy as np
+
+from fastgrad.checks import at_least_one, extra
 from fastgrad.deploy.file.answer import ResultError, answer
-from fastgrad.deploy.serve.bodies import Budget, Limits, read_body
-from fastgrad.deploy.serve.decoder import RequestError
-from fastgrad.deploy.serve.decoders import Decoders
+from fastgrad.deploy.serve.bodies import Budget, Limits, Readers, read_body
+from fastgrad.deploy.serve.child import ChildDiedError, RequestError
 from fastgrad.deploy.serve.guard import Guard, refusal
-from fastgrad.deploy.serve.pool import ModelError
 from fastgrad.deploy.serve.schema import Answer, refusals, request_body
 from fastgrad.deploy.serve.served import Model, Served
 from fastgrad.deploy.serve.status import status_routes
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 with extra("serve"):
     import python_multipart  # noqa: F401 - the processes that read bodies need it
-    from anyio import fail_after
+    from anyio import current_time, fail_after
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -87,38 +88,30 @@ def create_app(
 
     Raises:
         PackageError: not an exported model, or one that ``pins`` does not name.
-        ValueError: the file has no threshold for that rate, an empty key, no model or a name that fits no address.
+        ValueError: the file has no threshold for that rate, an empty key, no model, a name that fits no address, or a
+            number that must be positive.
     """
     paths = {Path(path).stem: path} if isinstance(path, str) else dict(path)
     if not paths:
         raise ValueError("path must name at least one model; it was empty")
+    at_least_one(workers=workers, max_batch=max_batch, decoders=1 if decoders is None else decoders)
+    if not reload_every > 0:
+        raise ValueError(f"reload_every must be positive; it was {reload_every:g}")
     if api_key is not None and not api_key:
         raise ValueError("api_key must not be empty")
     for name in paths if not isinstance(path, str) else ():
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"path must have names of letters, digits and _.-; one was {name!r}")
 
-    def load(model: Model) -> Served:
-        return Served(
-            model.path, pins=pins, false_alarm_rate=false_alarm_rate, max_batch=max_batch,
-            drift_false_alarm_rate=drift_false_alarm_rate,
-            pool={
-                "workers": workers, "threads": threads, "batch_wait": batch_wait, "hang_timeout": limits.seconds,
-                "load_timeout": limits.load_seconds,
-            },
-            gauges={
-                "model_reloads": ("Changed files that took over since the start", lambda: model.reloads),
-                "model_reload_failures": ("Changed files that could not be loaded", lambda: model.failures),
-            },
-        )  # fmt: skip
-
+    load = functools.partial(
+        Served, workers=workers, threads=threads, max_batch=max_batch, batch_wait=batch_wait, limits=limits,
+        false_alarm_rate=false_alarm_rate, drift_false_alarm_rate=drift_false_alarm_rate, pins=pins,
+    )  # fmt: skip
     models = {name: Model(name, file, load) for name, file in paths.items()}
     first = next(iter(models.values()))
     tracer = None if tracer_provider is None else tracer_provider.get_tracer("fastgrad.serve")
     budget = Budget(limits.memory)
-    readers = Decoders(
-        count=decoders or min(4, os.cpu_count() or 1), pixels=limits.pixels, seconds=limits.decode_seconds
-    )
+    readers = Readers(decoders or min(4, os.cpu_count() or 1), limits)
 
     def named(name: str | None) -> Model:
         if name is None:
@@ -151,7 +144,7 @@ def create_app(
         lifespan=lifespan,
     )  # fmt: skip
     app.state.ready, app.state.draining, app.state.active = False, False, 0
-    app.state.models, app.state.decoders = models, readers
+    app.state.models, app.state.readers = models, readers
     app.add_middleware(
         Guard, key=api_key, hosts=allowed_hosts,
         refused=lambda status: first.served.metrics.requests.labels(str(status)).inc(),
@@ -160,43 +153,32 @@ def create_app(
     async def predict(request: Request, served: Served, trace: Trace) -> dict[str, Any]:
         if not app.state.ready:
             raise RequestError(503, "the server is starting or shutting down")
-        waits_for = "body"
-        try:
-            with budget.hold() as hold:
-                with fail_after(limits.seconds) as scope:
-                    trace.stage("read")
-                    body = await read_body(request, limits, hold, scope)
-                    waits_for = "answer"
-                    if app.state.active >= limits.queue:
-                        raise RequestError(503, "too many requests are waiting; try again in a moment")
-                    app.state.active += 1
-                    try:
-                        trace.stage("decode")
-                        kind = request.headers.get("content-type", "")
-                        value = await readers.read(kind, body, served.description)
-                        del body
-                        hold(len(value))
-                        trace.stage("queue")
-                        row = await served.pool.submit(
-                            value, lambda size: trace.stage("run", batch_size=size)
-                        )
-                    finally:
-                        app.state.active -= 1
-            trace.stage("answer")
-            result = answer(served.description, served.threshold, row)
-        except TimeoutError:
-            if waits_for == "body":
-                least = f"or came slower than {limits.rate} bytes a second"
-                raise RequestError(
-                    408, f"the body did not arrive within {limits.seconds:g} s, {least}"
-                ) from None
-            raise RequestError(504, f"no answer within {limits.seconds:g} s") from None
-        except ModelError as error:
-            raise RequestError(500, str(error)) from None
-        except ResultError as error:
-            raise RequestError(422, str(error)) from None
-        served.metrics.observe(result)
-        return result
+        end = current_time() + limits.seconds
+        with budget.hold() as hold:
+            trace.stage("read")
+            body = await read_body(request, limits, hold)
+            if app.state.active >= limits.queue:
+                raise RequestError(503, "too many requests are waiting; try again in a moment")
+            app.state.active += 1
+            try:
+                with fail_after(end - current_time()):
+                    trace.stage("decode")
+                    kind = request.headers.get("content-type", "")
+                    value = await readers.read(kind, body, served.description)
+                    del body
+                    hold(len(value))
+                    trace.stage("queue")
+                    row = await served.pool.submit((value,), lambda size: trace.stage("run", batch_size=size))
+                trace.stage("answer")
+                return answer(served.description, served.threshold, np.frombuffer(row))
+            except TimeoutError:
+                raise RequestError(504, f"no answer within {limits.seconds:g} s") from None
+            except ChildDiedError as error:
+                raise RequestError(500, f"the model failed on this input: {error}") from None
+            except ResultError as error:
+                raise RequestError(422, str(error)) from None
+            finally:
+                app.state.active -= 1
 
     async def respond(request: Request, name: str | None) -> Response:
         start = time.perf_counter()
@@ -206,6 +188,7 @@ def create_app(
         with named(name).served.in_use() as served, Trace(tracer, route, request.headers) as trace:
             try:
                 status, content = 200, await predict(request, served, trace)
+                served.metrics.observe(content)
             except RequestError as error:
                 status, content = error.status, {"detail": error.message}
                 if status == 503:

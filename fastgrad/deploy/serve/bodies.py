@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fastgrad.checks import extra
+from fastgrad.deploy.file.description import Description
 from fastgrad.deploy.file.images import MAX_PIXELS
-from fastgrad.deploy.serve.decoder import RequestError
+from fastgrad.deploy.serve.child import Bytes, Child, ChildDiedError, RequestError
+from fastgrad.deploy.serve.pool import Pool
 
 with extra("serve"):
-    from anyio import CancelScope, current_time
+    from anyio import current_time, move_on_after
     from starlette.requests import ClientDisconnect, Request
 
 #: A body that is too large is read on and thrown away up to here, so that the client gets to read the refusal.
 _DISCARD = 256 * 2**20
 #: Seconds that a body may take however small it is.
 _GRACE = 5.0
+#: Bytes of the largest input.
+_INPUT = 2**28
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,9 @@ class Limits:
         load_seconds: to load a model.
         connections: open at once; of more, the one is closed that has waited longest for a request to come.
         header_seconds: in which a request's headers must have come; then the connection is closed.
+
+    Raises:
+        ValueError: one is not positive.
     """
 
     body: int = 16 * 2**20
@@ -47,6 +55,11 @@ class Limits:
     load_seconds: float = 300.0
     connections: int = 512
     header_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive; it was {value:g}")
 
 
 class Budget:
@@ -77,41 +90,66 @@ class Budget:
             self.used -= own
 
 
-async def read_body(
-    request: Request, limits: Limits, hold: Callable[[int], None], scope: CancelScope
-) -> bytearray:
+async def read_body(request: Request, limits: Limits, hold: Callable[[int], None]) -> bytearray:
     """Read a body.
 
     Args:
         request: whose.
         limits: it keeps to ``body``, ``rate`` and ``seconds``.
         hold: told how many bytes there are.
-        scope: of the whole request; its deadline moves to when the next bytes must have come, at last to its end.
 
     Raises:
-        RequestError: 400 empty or broken off, 413 too large, 503 too many at once.
+        RequestError: 400 empty or broken off, 408 too slow, 413 too large, 503 too many at once.
     """
     declared = request.headers.get("content-length", "")
     too_large = declared.isdecimal() and int(declared[:20]) > limits.body
     body, size, start = bytearray(), 0, current_time()
-    scope.deadline = start + min(limits.seconds, _GRACE)
     try:
-        async for part in request.stream():
-            size += len(part)
-            scope.deadline = start + min(limits.seconds, _GRACE + size / limits.rate)
-            too_large = too_large or size > limits.body
-            if too_large:
-                body.clear()
-                if size > _DISCARD:
-                    break
-            else:
-                hold(size)
-                body += part
+        with move_on_after(min(limits.seconds, _GRACE)) as scope:
+            async for part in request.stream():
+                size += len(part)
+                scope.deadline = start + min(limits.seconds, _GRACE + size / limits.rate)
+                too_large = too_large or size > limits.body
+                if too_large:
+                    body.clear()
+                    if size > _DISCARD:
+                        break
+                else:
+                    hold(size)
+                    body += part
     except ClientDisconnect:
         raise RequestError(400, "the connection closed before the whole body came") from None
+    if scope.cancelled_caught:
+        least = f"or came slower than {limits.rate} bytes a second"
+        raise RequestError(408, f"the body did not arrive within {limits.seconds:g} s, {least}")
     if too_large:
         raise RequestError(413, f"the body is too large; at most {limits.body} bytes are allowed")
     if not size:
         raise RequestError(400, "the body is empty")
-    scope.deadline = start + limits.seconds
     return body
+
+
+class Readers(Pool):
+    """Turns bodies into inputs, each in a process that is killed when it takes too long.
+
+    Args:
+        count: processes.
+        limits: they keep to ``pixels`` and ``decode_seconds``.
+    """
+
+    def __init__(self, count: int, limits: Limits) -> None:
+        module, arguments = "fastgrad.deploy.serve.decoder", (limits.pixels,)
+        children = [Child(module, arguments, most=_INPUT, small=True) for _ in range(count)]
+        super().__init__(children, hang_timeout=limits.decode_seconds, load_timeout=60.0)
+
+    async def read(self, content_type: str, body: Bytes, description: Description) -> bytes:
+        """Read one body, as `decoder.read_input` does.
+
+        Raises:
+            RequestError: what that raises; 422 if it takes too long, or ends three processes.
+        """
+        arguments = (content_type, description.input_shape, description.input_dtype)
+        try:
+            return await self.submit((json.dumps(arguments).encode() + b"\n", body))
+        except ChildDiedError as error:
+            raise RequestError(422, f"the body cannot be read: {error}") from None

@@ -14,7 +14,8 @@ import signal
 import struct
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +24,8 @@ from anyio import fail_after
 Bytes = bytes | bytearray | memoryview
 #: Of a reply: a status, 0 for what was asked for, and the number of bytes that follow.
 REPLY = struct.Struct("<HQ")
+#: The status of what the server's log gets to read, and not the client.
+_FAILED = 500
 REQUEST = struct.Struct("<Q")
 #: Bytes that are written at once.
 _CHUNK = 2**18
@@ -43,13 +46,30 @@ sys.path[:] = path
 if small:
     sys.modules["fastgrad"] = types.ModuleType("fastgrad")
     sys.modules["fastgrad"].__path__ = [package]
-import importlib
-importlib.import_module(module).main(*arguments)
+from fastgrad.deploy.serve.child import answer_requests
+answer_requests(module, arguments)
 """
 
 
-class ChildDiedError(RuntimeError):
-    """The process ended, or took too long and was ended."""
+class RequestError(Exception):
+    """A request that cannot be answered.
+
+    Attributes:
+        status: the HTTP status that says so.
+        message: for the person who sent it.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+class ChildError(RuntimeError):
+    """The process failed."""
+
+
+class ChildDiedError(ChildError):
+    """It ended, or took too long and was ended."""
 
 
 class ChildTimeoutError(ChildDiedError):
@@ -77,11 +97,11 @@ class Child:
         self.process: Process | None = None
         self.alive, self.starts = False, 0
 
-    async def start(self, seconds: float) -> tuple[int, bytes]:
-        """Start it; return its first reply.
+    async def start(self, seconds: float) -> None:
+        """Start it.
 
         Raises:
-            ChildDiedError: it ended, or said nothing in time.
+            ChildError: it cannot do its work, ended, or said nothing in time.
         """
         environment = {key: value for key, value in os.environ.items() if key.upper().startswith(_SHOWN)}
         self.starts += 1
@@ -90,25 +110,25 @@ class Child:
             env=environment, start_new_session=True, limit=2**20,
         )  # fmt: skip
         self.alive = True
-        return await self.ask((), seconds)
+        await self.ask((), seconds)
 
     async def restart(self, seconds: float) -> None:
         """Start it anew, again and again until it can be asked."""
         pause = 0.1
         while True:
             await self.stop(0.0)
-            with contextlib.suppress(ChildDiedError, OSError):
-                status, _ = await self.start(seconds)
-                if status == 0:
-                    return
+            with contextlib.suppress(ChildError, OSError):
+                return await self.start(seconds)
             # Memory may be short for a moment.
             await asyncio.sleep(pause)
             pause = min(2 * pause, 5.0)
 
-    async def ask(self, parts: Sequence[Bytes], seconds: float) -> tuple[int, bytes]:
-        """Send what the parts make together, if there are any; return the status and the bytes of the reply.
+    async def ask(self, parts: Sequence[Bytes], seconds: float) -> bytes:
+        """Send what the parts make together, if there are any; return the reply.
 
         Raises:
+            RequestError: the process refuses what was sent.
+            ChildError: it failed.
             ChildDiedError: it ended, or did not answer in time; then it is killed, as it is when this is cancelled.
         """
         process = self.process
@@ -131,7 +151,6 @@ class Child:
                     raise ChildDiedError("its reply is too long")
                 reply = await process.stdout.readexactly(length)
             done = True
-            return status, reply
         except TimeoutError:
             raise ChildTimeoutError(f"no answer within {seconds:g} s") from None
         except (EOFError, OSError):
@@ -139,6 +158,10 @@ class Child:
         finally:
             if not done:
                 self.kill()
+        if status:
+            reason = reply.decode("utf-8", "replace")
+            raise ChildError(reason) if status == _FAILED else RequestError(status, reason)
+        return reply
 
     def kill(self) -> None:
         """End it now, and what it works on."""
@@ -163,18 +186,36 @@ class Child:
             await self.process.wait()
 
 
-def pipes() -> tuple[BinaryIO, BinaryIO]:
-    """In a child: where requests come from and replies go; what anything prints goes to standard error."""
+def answer_requests(module: str, arguments: Sequence[object]) -> None:
+    """In a child: reply that the function is there which ``start`` of the module gives, then to requests with it."""
     # Whoever stops the server may signal all processes; the server alone decides when these end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    replies = os.fdopen(os.dup(1), "wb")
+    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    # What anything prints goes to standard error.
     os.dup2(2, 1)
-    return sys.stdin.buffer, replies
+    answer: Callable[[bytearray], Bytes] | None = None
+    request: bytearray | None = bytearray()
+    while request is not None:
+        status = 0
+        content: Bytes = b""
+        try:
+            if answer is None:
+                answer = import_module(module).start(*arguments)
+            else:
+                content = answer(request)
+        except RequestError as error:
+            status, content = error.status, error.message.encode("utf-8", "replace")
+        except Exception as error:
+            status, content = _FAILED, str(error).encode("utf-8", "replace")
+        replies.write(REPLY.pack(status, len(content)))
+        replies.write(content)
+        replies.flush()
+        request = None if answer is None else _receive(requests)
 
 
-def receive(requests: BinaryIO) -> bytearray | None:
-    """In a child: the next request, None at the end."""
+def _receive(requests: BinaryIO) -> bytearray | None:
+    """The next request, None at the end."""
     head = requests.read(REQUEST.size)
     if len(head) < REQUEST.size:
         return None
@@ -186,10 +227,3 @@ def receive(requests: BinaryIO) -> bytearray | None:
             return None
         size += read
     return content
-
-
-def reply(replies: BinaryIO, status: int, content: Bytes) -> None:
-    """In a child: answer a request."""
-    replies.write(REPLY.pack(status, len(content)))
-    replies.write(content)
-    replies.flush()

@@ -1,7 +1,7 @@
 """The process that reads what clients send: images, forms and JSON, with little memory and without PyTorch.
 
 A request is one JSON line, the arguments of `read_input`, and the body. The reply is one byte that says what follows,
-`PIXELS` or `NUMBERS`, and the input; or the HTTP status of a refusal and its reason.
+`PIXELS` or `NUMBERS`, and the input.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 
 from fastgrad.deploy.file.images import ImageError, ImageTooLargeError, decode_pixels
-from fastgrad.deploy.serve.child import pipes, receive, reply
+from fastgrad.deploy.serve.child import RequestError
 
 #: Pixels from 0 to 255, to be normalized, and what the model takes, in float32 or float64.
 PIXELS, NUMBERS = b"p", b"n"
@@ -24,37 +25,22 @@ MEMORY = 512 * 2**20
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028235e38, "float64": 1.8e308}
 
 
-class RequestError(Exception):
-    """A request that cannot be answered.
-
-    Attributes:
-        status: the HTTP status that says so.
-        message: for the person who sent it.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status, self.message = status, message
-
-
-def main() -> None:
-    """Answer until the end of standard input."""
-    requests, replies = pipes()
+def start(max_pixels: int) -> Callable[[bytearray], bytes]:
+    """What answers requests, in a process of its own."""
     import PIL.Image
 
     PIL.Image.preinit()
     _limit_memory()
-    reply(replies, 0, b"")
-    while (request := receive(requests)) is not None:
+
+    def answer(request: bytearray) -> bytes:
         try:
-            head, _, body = bytes(request).partition(b"\n")
-            del request
-            kind, shape, dtype, max_pixels = json.loads(head)
-            reply(replies, 0, read_input(kind, body, tuple(shape), dtype, max_pixels=max_pixels))
-        except RequestError as error:
-            reply(replies, error.status, error.message.encode("utf-8", "replace"))
+            body = request.index(b"\n") + 1
+            kind, shape, dtype = json.loads(request[:body])
+            return read_input(kind, bytes(memoryview(request)[body:]), shape, dtype, max_pixels=max_pixels)
         except MemoryError:
-            reply(replies, 413, b"reading the body needs more memory than is allowed")
+            raise RequestError(413, "reading the body needs more memory than is allowed") from None
+
+    return answer
 
 
 def _limit_memory() -> None:
@@ -68,9 +54,7 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def read_input(
-    content_type: str, body: bytes, shape: tuple[int, ...], dtype: str, *, max_pixels: int
-) -> bytes:
+def read_input(content_type: str, body: bytes, shape: Sequence[int], dtype: str, *, max_pixels: int) -> bytes:
     """Read an image, a form with a ``file``, or JSON ``{"inputs": [...]}``.
 
     Returns:
@@ -80,6 +64,7 @@ def read_input(
     Raises:
         RequestError: 400 unreadable, 413 too large, 415 another content type, 422 not this model's input.
     """
+    shape = tuple(shape)
     kind = content_type.split(";", 1)[0].strip().lower()
     if kind == "application/json":
         return NUMBERS + _json_input(body, shape, dtype)

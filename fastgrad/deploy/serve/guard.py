@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
 from fastgrad.checks import extra
-from fastgrad.deploy.serve.decoder import RequestError
+from fastgrad.deploy.serve.child import RequestError
 
 with extra("serve"):
     from starlette.datastructures import Headers

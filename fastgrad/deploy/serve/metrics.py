@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ with extra("serve"):
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 RECENT = 1000
-_log = logging.getLogger("uvicorn.error")
 
 
 class Metrics:
@@ -28,29 +26,23 @@ class Metrics:
             monitor.
         false_alarm_rate: share of in-distribution inputs that the threshold in use flags, or None.
         drift_false_alarm_rate: bound on the probability that the drift alarm is ever raised without cause.
-        gauges: by name, a text and what is asked for the value.
+
+    Attributes:
+        monitor: of drift; None where the file has no scores to compare with.
     """
 
     def __init__(
-        self,
-        description: Description,
-        *,
-        false_alarm_rate: float | None,
-        drift_false_alarm_rate: float,
-        gauges: Mapping[str, tuple[str, Callable[[], float]]],
+        self, description: Description, *, false_alarm_rate: float | None, drift_false_alarm_rate: float
     ) -> None:
         self.registry = CollectorRegistry()
         reference = description.score_reference()
-        self.monitor = (
+        self.monitor = monitor = (
             None if reference is None else DriftMonitor(reference, false_alarm_rate=drift_false_alarm_rate)
         )
         self._recent: deque[bool] = deque(maxlen=RECENT)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
             return Histogram(f"fastgrad_{name}", text, buckets=buckets, registry=self.registry)
-
-        def gauge(name: str, text: str, value: Callable[[], float]) -> None:
-            Gauge(f"fastgrad_{name}", text, registry=self.registry).set_function(value)
 
         self.requests = Counter(
             "fastgrad_requests", "Answers of /predict by HTTP status", ["status"], registry=self.registry
@@ -65,18 +57,20 @@ class Metrics:
         )
         self.batch_size = histogram("batch_size", "Inputs in a batch", (1, 2, 4, 8, 16, 32, 64, 128, 256))
         self.uncertainty = histogram("uncertainty", "Uncertainty of predictions", _buckets(description))
-        for name, (text, value) in gauges.items():
-            gauge(name, text, value)
+        gauge = self.gauge
         gauge("share_flagged", f"Share called unreliable among the last {RECENT} predictions", self._share)
         if false_alarm_rate is not None:
             gauge("expected_share_flagged", "That share on in-distribution inputs", lambda: false_alarm_rate)
-        monitor = self.monitor
         if monitor is not None:
             gauge("drift_evidence", "Wealth of the bet that inputs have drifted", lambda: monitor.evidence)
             gauge("drift_scores", "Scores that the drift monitor has read", lambda: monitor.count)
             shown = f"1 once drift is shown; probability of ever being wrong <= {drift_false_alarm_rate:g}"
             gauge("drift_alarm", shown, lambda: monitor.alarm)
             gauge("drift_acknowledged", "1 once somebody took note of it", lambda: bool(monitor.acknowledged))
+
+    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Add a number, which is asked for when Prometheus does."""
+        Gauge(f"fastgrad_{name}", text, registry=self.registry).set_function(value)
 
     def observe(self, answer: dict[str, Any]) -> None:
         """Take note of one answer."""
@@ -87,17 +81,6 @@ class Metrics:
             self._recent.append(not reliable)
         if self.monitor is not None:
             self.monitor.update(answer["uncertainty"])
-
-    def note(self, action: str, reason: str) -> None:
-        """Acknowledge the drift alarm, or reset the monitor; the log has it too.
-
-        Raises:
-            ValueError: there is no monitor, or no alarm to acknowledge.
-        """
-        if self.monitor is None:
-            raise ValueError("there is no drift monitor")
-        {"acknowledge": self.monitor.acknowledge, "reset": self.monitor.reset}[action](reason)
-        _log.warning("drift: %s, because %r", action, reason)
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""

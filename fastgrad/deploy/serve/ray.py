@@ -11,8 +11,10 @@ from typing import Any
 from fastgrad.checks import extra
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.package import ModelPackage, read_description
-from fastgrad.deploy.serve.bodies import Limits
-from fastgrad.deploy.serve.decoder import RequestError
+from fastgrad.deploy.serve.bodies import Budget, Limits, Readers, read_body
+from fastgrad.deploy.serve.child import RequestError
+from fastgrad.deploy.serve.guard import Guard, refusal
+from fastgrad.deploy.serve.worker import batch_of
 
 
 def deployment(
@@ -52,15 +54,10 @@ def deployment(
         ValueError: the file has no threshold for that rate.
     """
     with extra("cluster"):
-        from anyio import fail_after
+        from anyio import current_time, fail_after
         from ray import serve
         from starlette.requests import Request
         from starlette.responses import JSONResponse
-
-    from fastgrad.deploy.serve.bodies import Budget, read_body
-    from fastgrad.deploy.serve.decoders import Decoders
-    from fastgrad.deploy.serve.guard import Guard, refusal
-    from fastgrad.deploy.serve.worker import batch_of
 
     path = str(Path(model).resolve())
     description = read_description(path)
@@ -77,7 +74,7 @@ def deployment(
     class Model:
         def __init__(self) -> None:
             self.model = ModelPackage(path)
-            self.readers = Decoders(count=2, pixels=limits.pixels, seconds=limits.decode_seconds)
+            self.readers = Readers(2, limits)
             self.budget = Budget(limits.memory)
             self.starting: asyncio.Task[None] | None = None
 
@@ -91,9 +88,10 @@ def deployment(
                 guard.check(request.scope)
                 self.starting = self.starting or asyncio.ensure_future(self.readers.start())
                 await asyncio.shield(self.starting)
+                end = current_time() + limits.seconds
                 with self.budget.hold() as hold:
-                    with fail_after(limits.seconds) as scope:
-                        body = await read_body(request, limits, hold, scope)
+                    body = await read_body(request, limits, hold)
+                    with fail_after(end - current_time()):
                         kind = request.headers.get("content-type", "")
                         row = await self.run(await self.readers.read(kind, body, description))
                 return JSONResponse(answer(description, threshold, row))

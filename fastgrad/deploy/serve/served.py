@@ -14,14 +14,14 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 from fastgrad.deploy.file.package import PackageError, digest_of, read_description
+from fastgrad.deploy.serve.bodies import Limits
+from fastgrad.deploy.serve.child import Child
 from fastgrad.deploy.serve.metrics import Metrics
-from fastgrad.deploy.serve.pool import WorkerPool
+from fastgrad.deploy.serve.pool import Pool
 
 # Of the server, whose command sets it up.
 _log = logging.getLogger("uvicorn.error")
@@ -32,30 +32,26 @@ class Served:
 
     Args:
         path: the ``.pt2`` or ``.onnx``.
-        pins: see `create_app`.
-        false_alarm_rate: share of in-distribution inputs to flag; None: the file's own.
-        max_batch: largest batch; at most the file's own.
-        pool: further options of `WorkerPool`.
-        drift_false_alarm_rate: of `Metrics`.
-        gauges: further ones of `Metrics`.
+        limits: see `Limits`.
+        **options: as for `create_app`.
 
     Raises:
         PackageError: not an exported model, or one that ``pins`` does not name.
         ValueError: the file has no threshold for that rate.
     """
 
-    pool: WorkerPool
-
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
-        pins: str | os.PathLike[str] | None = None,
-        false_alarm_rate: float | None,
-        max_batch: int,
-        pool: dict[str, Any],
+        workers: int = 1,
+        threads: int | None = None,
+        max_batch: int = 32,
+        batch_wait: float = 0.002,
+        limits: Limits = Limits(),  # noqa: B008 - it is frozen
+        false_alarm_rate: float | None = None,
         drift_false_alarm_rate: float = 0.01,
-        gauges: Mapping[str, tuple[str, Callable[[], float]]] = MappingProxyType({}),
+        pins: str | os.PathLike[str] | None = None,
     ) -> None:
         if not Path(path).is_file():
             raise PackageError(f"{path}: there is no such file")
@@ -67,25 +63,29 @@ class Served:
         if pins is not None and digest_of(copy) not in Path(pins).read_text("utf-8").lower().split():
             raise PackageError(f"{path} is not a file that {pins} names: its SHA-256 is {digest_of(copy)}")
         try:
-            self.description = read_description(copy)
+            self.description = description = read_description(copy)
         except PackageError as error:
             raise PackageError(str(error).replace(str(copy), str(path))) from None
-        self.threshold = self.description.threshold_at(false_alarm_rate)
-        self.false_alarm_rate = false_alarm_rate or self.description.false_alarm_rate
-        self.metrics = Metrics(
-            self.description,
+        self.threshold = description.threshold_at(false_alarm_rate)
+        self.false_alarm_rate = false_alarm_rate or description.false_alarm_rate
+        self.metrics = metrics = Metrics(
+            description,
             false_alarm_rate=None if self.threshold is None else self.false_alarm_rate,
             drift_false_alarm_rate=drift_false_alarm_rate,
-            gauges={
-                "queue_length": ("Inputs that wait for a worker", lambda: self.pool.queued),
-                "worker_restarts": ("Worker processes replaced since the start", lambda: self.pool.restarts),
-                **gauges,
-            },
         )
-        self.pool = WorkerPool(
-            str(copy), self.description.columns, max_batch=min(max_batch, self.description.max_batch),
-            on_batch=self.metrics.batch_size.observe, **pool,
+        max_batch = min(max_batch, description.max_batch)
+        module, arguments, most = (
+            "fastgrad.deploy.serve.worker",
+            (str(copy), threads),
+            8 * description.columns,
+        )
+        self.pool = pool = Pool(
+            [Child(module, arguments, most=most * max_batch + 2**16) for _ in range(workers)], max_batch=max_batch,
+            batch_wait=batch_wait, hang_timeout=limits.seconds, load_timeout=limits.load_seconds,
+            on_batch=metrics.batch_size.observe,
         )  # fmt: skip
+        metrics.gauge("queue_length", "Inputs that wait for a worker", lambda: pool.queued)
+        metrics.gauge("worker_restarts", "Worker processes replaced since the start", lambda: pool.restarts)
         self._users = 0
         self._free = asyncio.Event()
         self._free.set()
@@ -115,7 +115,7 @@ class Model:
     Args:
         name: for the log.
         path: the file.
-        load: makes a `Served` of it.
+        load: makes a `Served` of a file.
 
     Attributes:
         served: what new requests go to.
@@ -123,12 +123,19 @@ class Model:
         failures: how often one could not be loaded.
     """
 
-    def __init__(self, name: str, path: str, load: Callable[[Model], Served]) -> None:
+    def __init__(self, name: str, path: str, load: Callable[[str], Served]) -> None:
         self.name, self.path, self._load = name, path, load
         self.reloads = self.failures = 0
         self._stamp = _stamp(path)
-        self.served = load(self)
+        self.served = self._version()
         self._retiring: set[asyncio.Task[None]] = set()
+
+    def _version(self) -> Served:
+        found = self._load(self.path)
+        gauge = found.metrics.gauge
+        gauge("model_reloads", "Changed files that took over since the start", lambda: self.reloads)
+        gauge("model_reload_failures", "Changed files that could not be loaded", lambda: self.failures)
+        return found
 
     async def watch(self, seconds: float) -> None:
         """Look at the file every so many seconds, for ever."""
@@ -149,7 +156,7 @@ class Model:
         """Load the file anew and let it take over; where that fails, say why and go on."""
         fresh = None
         try:
-            fresh = await asyncio.get_running_loop().run_in_executor(None, self._load, self)
+            fresh = await asyncio.get_running_loop().run_in_executor(None, self._version)
             await fresh.pool.start()
         except Exception as error:
             self.failures += 1

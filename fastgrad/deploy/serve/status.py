@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from fastgrad.checks import extra
-from fastgrad.deploy.serve.decoder import RequestError
-from fastgrad.deploy.serve.metrics import Metrics
+from fastgrad.deploy.serve.child import RequestError
 from fastgrad.deploy.serve.schema import Status, refusals
 from fastgrad.deploy.serve.served import Model
 
 with extra("serve"):
     from fastapi import APIRouter, Query, Request
     from fastapi.responses import JSONResponse, Response
+
+_log = logging.getLogger("uvicorn.error")
 
 
 def status_routes(named: Callable[[str | None], Model], models: Mapping[str, Model], queue: int) -> APIRouter:
@@ -70,15 +72,16 @@ def status_routes(named: Callable[[str | None], Model], models: Mapping[str, Mod
         }
 
     def drift(name: str | None, action: str | None = None, reason: str = "") -> dict[str, Any]:
-        metrics: Metrics = named(name).served.metrics
-        if metrics.monitor is None:
+        monitor = named(name).served.metrics.monitor
+        if monitor is None:
             raise RequestError(404, "the model's file has no scores to compare with")
         if action is not None:
             try:
-                metrics.note(action, reason)
+                {"acknowledge": monitor.acknowledge, "reset": monitor.reset}[action](reason)
             except ValueError as error:
                 raise RequestError(409, str(error)) from None
-        return metrics.monitor.state() | {"history": list(metrics.monitor.history)}
+            _log.warning("drift: %s, because %r", action, reason)
+        return monitor.state() | {"history": list(monitor.history)}
 
     @router.get("/drift", summary="Whether inputs have drifted, on how many, with which error rate", **told)
     @router.get("/drift/{name}", summary="The same of one of several models", **told)

@@ -21,7 +21,7 @@ from serve_stub import PNG, make, stub, the_one
 from fastgrad.deploy.file.package import Description, PackageError, write_description
 from fastgrad.deploy.serve.app import create_app
 from fastgrad.deploy.serve.bodies import Limits
-from fastgrad.deploy.serve.pool import ModelError
+from fastgrad.deploy.serve.child import ChildDiedError
 
 
 def post(
@@ -180,9 +180,9 @@ def test_pixel_limit(tiny_package: Path) -> None:
 
 
 def test_a_failing_model_is_500_in_plain_words(tiny_package: Path) -> None:
-    status, _, answer = post(make(tiny_package, error=ModelError("the model failed: out of memory")))
+    status, _, answer = post(make(tiny_package, error=ChildDiedError("its process ended 3 times")))
     assert status == 500
-    assert answer == {"detail": "the model failed: out of memory"}
+    assert answer == {"detail": "the model failed on this input: its process ended 3 times"}
 
 
 def test_not_ready_before_the_start_and_while_draining(tiny_package: Path) -> None:
@@ -268,28 +268,37 @@ def test_risk_reaches_the_answer(tmp_path: Path) -> None:
 
 
 def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fastgrad.commands import cli
+
+    file = str(tiny_package)
+    for arguments, message in (
+        ([str(tmp_path / "none.pt2")], "no such file"),
+        ([file, "--workers", "0"], "workers must be at least 1; it was 0"),
+        ([file, "--max-batch", "0"], "max_batch must be at least 1; it was 0"),
+        ([file, "--decoders", "0"], "decoders must be at least 1; it was 0"),
+        ([file, "--max-pixels", "0"], "pixels must be positive; it was 0"),
+        ([file, "--timeout", "0"], "seconds must be positive; it was 0"),
+        ([file, "--reload-seconds", "-1"], "reload_every must be positive; it was -1"),
+        ([file, "--pins", str(tmp_path / "none")], "No such file"),
+        ([], "give one MODEL, or --model NAME=PATH"),
+        ([file, "--model", f"a={file}"], "give one MODEL, or --model NAME=PATH"),
+        (["--model", file], "--model must be NAME=PATH"),
+        (["--model", f"a={file}", "--model", f"a={file}"], "each name once"),
+        (["--model", f"a/b={file}"], "one was 'a/b'"),
+        ([file, "--false-alarm-rate", "0.5"], "false_alarm_rate must be one"),
+        ([file, "--api-key-file", str(tmp_path / "key")], "No such file"),
+    ):
+        assert cli.main(["serve", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_it_listens_on_this_machine_alone(tmp_path: Path) -> None:
     import argparse
 
     from fastgrad.commands import serve
 
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
-    for arguments, message in (
-        ([str(tmp_path / "none.pt2")], "no such file"),
-        ([str(tiny_package), "--workers", "0"], "--workers must be at least 1"),
-        ([str(tiny_package), "--timeout", "0"], "must be positive"),
-        ([str(tiny_package), "--reload-seconds", "-1"], "--reload-seconds must be positive; it was -1"),
-        ([str(tiny_package), "--pins", str(tmp_path / "none")], "No such file"),
-        ([], "give one MODEL, or --model NAME=PATH"),
-        ([str(tiny_package), "--model", f"a={tiny_package}"], "give one MODEL, or --model NAME=PATH"),
-        (["--model", str(tiny_package)], "--model must be NAME=PATH"),
-        (["--model", f"a={tiny_package}", "--model", f"a={tiny_package}"], "each name once"),
-        (["--model", f"a/b={tiny_package}"], "one was 'a/b'"),
-        ([str(tiny_package), "--false-alarm-rate", "0.5"], "false_alarm_rate must be one"),
-        ([str(tiny_package), "--api-key-file", str(tmp_path / "key")], "No such file"),
-    ):
-        assert serve.run(parser.parse_args(arguments)) == 2
-        assert message in capsys.readouterr().err
-    assert parser.parse_args([str(tiny_package)]).host == "127.0.0.1"
+    assert parser.parse_args(["model.pt2"]).host == "127.0.0.1"
     with pytest.raises(PackageError):
         create_app(str(tmp_path / "none.pt2"))

@@ -15,18 +15,16 @@ import torch
 from serve_stub import FakeChild
 
 from fastgrad.deploy.file.package import ModelPackage
-from fastgrad.deploy.serve.child import Child
+from fastgrad.deploy.serve.child import Child, ChildDiedError, ChildError, RequestError
 from fastgrad.deploy.serve.decoder import NUMBERS, PIXELS
-from fastgrad.deploy.serve.pool import MAX_ATTEMPTS, ModelError, WorkerPool
+from fastgrad.deploy.serve.pool import MAX_ATTEMPTS, Pool
+from fastgrad.deploy.serve.served import Served
 
 
-def with_fakes(
-    workers: int, body: Callable[[WorkerPool, list[FakeChild]], Awaitable[Any]], **options: Any
-) -> Any:
+def with_fakes(workers: int, body: Callable[[Pool, list[FakeChild]], Awaitable[Any]], **options: Any) -> Any:
     async def run() -> Any:
-        pool = WorkerPool("unused", 5, workers=workers, **options)
         fakes = [FakeChild() for _ in range(workers)]
-        pool.workers[:] = fakes  # type: ignore[assignment]
+        pool = Pool(fakes, hang_timeout=30.0, load_timeout=30.0, **options)  # type: ignore[arg-type]
         await pool.start()
         try:
             return await body(pool, fakes)
@@ -36,15 +34,16 @@ def with_fakes(
     return asyncio.run(run())
 
 
-async def submit_all(pool: WorkerPool, values: Sequence[int]) -> list[Any]:
-    calls = [pool.submit(bytes([value])) for value in values]
-    return await asyncio.gather(*calls, return_exceptions=True)
+async def submit_all(pool: Pool, values: Sequence[int]) -> list[Any]:
+    calls = [pool.submit([bytes([value])]) for value in values]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    return [np.frombuffer(answer) if isinstance(answer, bytes) else answer for answer in answers]
 
 
 def test_every_input_gets_its_own_answer_and_batches_form() -> None:
     sizes: list[int] = []
 
-    async def body(pool: WorkerPool, fakes: list[FakeChild]) -> None:
+    async def body(pool: Pool, fakes: list[FakeChild]) -> None:
         answers = await submit_all(pool, range(100))
         assert [row.tolist() for row in answers] == [[0.25] * 4 + [i] for i in range(100)]
         assert sum(sizes) == 100
@@ -55,7 +54,7 @@ def test_every_input_gets_its_own_answer_and_batches_form() -> None:
 
 
 def test_a_dead_worker_loses_nothing() -> None:
-    async def body(pool: WorkerPool, fakes: list[FakeChild]) -> None:
+    async def body(pool: Pool, fakes: list[FakeChild]) -> None:
         fakes[0].die_on = {1, 4}
         answers = await submit_all(pool, range(50))
         assert [row[4] for row in answers] == list(range(50))
@@ -65,12 +64,12 @@ def test_a_dead_worker_loses_nothing() -> None:
 
 
 def test_a_poisonous_input_fails_alone() -> None:
-    async def body(pool: WorkerPool, fakes: list[FakeChild]) -> None:
+    async def body(pool: Pool, fakes: list[FakeChild]) -> None:
         fakes[0].poison = 7
         answers = await submit_all(pool, range(16))
         for i, answer in enumerate(answers):
             if i == 7:
-                assert isinstance(answer, ModelError)
+                assert isinstance(answer, ChildDiedError)
                 assert f"{MAX_ATTEMPTS} times" in str(answer)
             else:
                 assert answer[4] == i
@@ -81,14 +80,14 @@ def test_a_poisonous_input_fails_alone() -> None:
 
 
 def test_cancelled_inputs_are_not_run_and_close_finishes_the_rest() -> None:
-    async def body(pool: WorkerPool, fakes: list[FakeChild]) -> None:
-        gone = asyncio.ensure_future(pool.submit(b"\1"))
-        kept = asyncio.ensure_future(pool.submit(b"\2"))
+    async def body(pool: Pool, fakes: list[FakeChild]) -> None:
+        gone = asyncio.ensure_future(pool.submit([b"\1"]))
+        kept = asyncio.ensure_future(pool.submit([b"\2"]))
         await asyncio.sleep(0)
         gone.cancel()
         await pool.close()
         assert kept.done()
-        assert kept.result()[4] == 2
+        assert np.frombuffer(kept.result())[4] == 2
         assert fakes[0].batches == [[2]]
 
     with_fakes(1, body, batch_wait=0.05)
@@ -97,62 +96,53 @@ def test_cancelled_inputs_are_not_run_and_close_finishes_the_rest() -> None:
 def test_an_exception_beside_the_model_fails_its_batch_and_the_task_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def body(pool: WorkerPool, fakes: list[FakeChild]) -> None:
+    async def body(pool: Pool, fakes: list[FakeChild]) -> None:
         def fail(size: int) -> None:
             raise ZeroDivisionError("in a callback")
 
-        with pytest.raises(ModelError, match="log says why"):
-            await asyncio.wait_for(pool.submit(b"\1", fail), 10)
-        # One row too few is no answer for anybody.
-        fakes[0].constant = None
-        answers, fakes[0].ask = fakes[0].ask, short  # type: ignore[method-assign]
-        with pytest.raises(ModelError, match="log says why"):
-            await asyncio.wait_for(pool.submit(b"\1"), 10)
-        fakes[0].ask = answers  # type: ignore[method-assign]
-        assert (await asyncio.wait_for(pool.submit(b"\2"), 10))[4] == 2
-
-    async def short(parts: Any, seconds: float) -> tuple[int, bytes]:
-        return 0, bytes(8)
+        with pytest.raises(RequestError, match="log says why"):
+            await asyncio.wait_for(pool.submit([b"\1"], fail), 10)
+        (answer,) = await submit_all(pool, [2])
+        assert answer[4] == 2
 
     with_fakes(1, body)
     assert "in a callback" in caplog.text
 
 
-def test_batches_and_workers_are_at_least_one() -> None:
-    with pytest.raises(ValueError, match="max_batch and workers must be at least 1; they were 0 and 1"):
-        WorkerPool("unused", 5, max_batch=0)
-
-
 def test_real_workers(model_file: Path) -> None:
     """One process: load, answer in batches, be killed, come back, hang, be closed."""
 
+    def numbers(rows: list[bytes]) -> np.ndarray:
+        return np.stack([np.frombuffer(row) for row in rows])
+
     async def run() -> None:
         model = ModelPackage(model_file)
-        pool = WorkerPool(str(model_file), model.description.columns, threads=1, max_batch=16)
+        served = Served(model_file, threads=1, max_batch=16)  # whose copy of the file lives as long as it
+        pool = served.pool
         await pool.start()
         process = pool.workers[0].process
         assert process is not None
         values = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         inputs = [NUMBERS + value.numpy().tobytes() for value in values]
         pixels = [PIXELS + bytes([i]) * 192 for i in range(3)]
-        first = [asyncio.ensure_future(pool.submit(value)) for value in inputs[:20]]
+        first = [asyncio.ensure_future(pool.submit([value])) for value in inputs[:20]]
         await first[0]
         os.kill(process.pid, signal.SIGKILL)
-        rows = await asyncio.gather(*first, *(pool.submit(value) for value in inputs[20:] + pixels))
+        rows = await asyncio.gather(*first, *(pool.submit([value]) for value in inputs[20:] + pixels))
         assert pool.restarts == 1
         expected = [torch.full((3, 8, 8), ((i / 255) - 0.5) / 0.25) for i in range(3)]
         direct = np.concatenate([model.rows(values), model.rows(torch.stack(expected))])
-        np.testing.assert_allclose(np.stack(rows), direct, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(numbers(rows), direct, rtol=1e-5, atol=1e-5)
         # Stopped in the middle of a batch that no pipe holds: it is ended, and the batch runs elsewhere.
         process = pool.workers[0].process
         assert process is not None
         os.kill(process.pid, signal.SIGSTOP)
         pool.hang_timeout = 0.5
-        hanging = asyncio.gather(*(pool.submit(value) for value in inputs[:16]))
+        hanging = asyncio.gather(*(pool.submit([value]) for value in inputs[:16]))
         while pool.workers[0].process is process:
             await asyncio.sleep(0.01)
         pool.hang_timeout = 30.0
-        np.testing.assert_allclose(np.stack(await hanging), direct[:16], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(numbers(await hanging), direct[:16], rtol=1e-5, atol=1e-5)
         await pool.close()
         last = pool.workers[0].process
         assert last is not None
@@ -165,14 +155,12 @@ def test_a_model_that_cannot_be_loaded_or_takes_too_long(tmp_path: Path) -> None
     (tmp_path / "bad.pt2").write_bytes(b"no")
 
     async def run() -> None:
-        with pytest.raises(ModelError, match=r"cannot be loaded: .*not a readable"):
-            await WorkerPool(str(tmp_path / "bad.pt2"), 5).start()
-        slow = WorkerPool(str(tmp_path / "bad.pt2"), 5, load_timeout=0.01)
-        with pytest.raises(ModelError, match=r"cannot be loaded: no answer within 0.01 s"):
-            await slow.start()
-        process = slow.workers[0].process
-        assert process is not None
-        assert process.returncode is not None
+        for seconds, reason in ((60.0, "not a readable"), (0.01, "no answer within 0.01 s")):
+            child = Child("fastgrad.deploy.serve.worker", (str(tmp_path / "bad.pt2"), None), most=2**20)
+            with pytest.raises(ChildError, match=reason):
+                await Pool([child], hang_timeout=30.0, load_timeout=seconds).start()
+            assert child.process is not None
+            assert child.process.returncode is not None
 
     asyncio.run(run())
 
@@ -184,8 +172,8 @@ def test_a_worker_has_none_of_the_servers_secrets(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("OMP_DYNAMIC", "FALSE")
 
     async def run() -> bytes:
-        child = Child("fastgrad.deploy.serve.decoder", (), most=2**20, small=True)
-        assert await child.start(30) == (0, b"")
+        child = Child("fastgrad.deploy.serve.decoder", (100,), most=2**20, small=True)
+        await child.start(30)
         assert child.process is not None
         environment = Path(f"/proc/{child.process.pid}/environ").read_bytes()
         maps = Path(f"/proc/{child.process.pid}/maps").read_bytes()

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi")
@@ -25,16 +26,13 @@ from fastgrad.deploy.serve.app import create_app
 from fastgrad.deploy.serve.served import Model, Served
 
 
-def load(model: Model) -> Served:
-    return Served(model.path, false_alarm_rate=None, max_batch=32, pool={"threads": 1})
-
-
 def with_fakes(served: Served, constant: float) -> Served:
-    served.pool.workers[:] = [FakeChild(constant)]  # type: ignore[list-item]
+    served.pool.workers = [FakeChild(constant)]  # type: ignore[list-item]
     return served
 
 
-VALUE = bytes(193)
+async def answer(served: Served) -> float:
+    return float(np.frombuffer(await served.pool.submit([bytes(193)]))[4])
 
 
 def test_a_request_keeps_its_version_and_the_old_one_ends_after_it(
@@ -45,7 +43,7 @@ def test_a_request_keeps_its_version_and_the_old_one_ends_after_it(
     versions = iter((1.0, 2.0))
 
     async def run() -> None:
-        model = Model("model", str(path), lambda model: with_fakes(load(model), next(versions)))
+        model = Model("model", str(path), lambda path: with_fakes(Served(path), next(versions)))
         await model.served.pool.start()
         old = model.served
         copy = old.copy
@@ -54,9 +52,9 @@ def test_a_request_keeps_its_version_and_the_old_one_ends_after_it(
             assert model.served is not old
             # Its body has come only now; meanwhile the file was replaced.
             await asyncio.sleep(0.05)
-            assert (await old.pool.submit(VALUE))[4] == 1.0
+            assert await answer(old) == 1.0
             assert copy.exists()
-        assert (await model.served.pool.submit(VALUE))[4] == 2.0
+        assert await answer(model.served) == 2.0
         await model.close()
         assert not copy.exists()
         assert (model.reloads, model.failures) == (1, 0)
@@ -72,7 +70,7 @@ def test_a_change_is_seen_and_a_broken_file_is_not_used(
     versions = iter((1.0, 2.0))
 
     async def run() -> None:
-        model = Model("model", str(path), lambda model: with_fakes(load(model), next(versions)))
+        model = Model("model", str(path), lambda path: with_fakes(Served(path), next(versions)))
         await model.served.pool.start()
         watching = asyncio.create_task(model.watch(0.01))
         path.write_bytes(model_file.read_bytes()[:1000])
@@ -80,11 +78,11 @@ def test_a_change_is_seen_and_a_broken_file_is_not_used(
             await asyncio.sleep(0.01)
         path.unlink()
         await asyncio.sleep(0.05)
-        assert (await model.served.pool.submit(VALUE))[4] == 1.0
+        assert await answer(model.served) == 1.0
         shutil.copyfile(model_file, path)
         while not model.reloads:
             await asyncio.sleep(0.01)
-        assert (await model.served.pool.submit(VALUE))[4] == 2.0
+        assert await answer(model.served) == 2.0
         watching.cancel()
         await model.close()
         assert (model.reloads, model.failures) == (1, 1)

@@ -22,7 +22,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from serve_client import Server, call, image
 from serve_stub import PNG, make, the_one
 
-from fastgrad.deploy.serve.pool import ModelError
+from fastgrad.deploy.serve.child import ChildDiedError
 
 STAGES = ["read", "decode", "queue", "run", "answer"]
 
@@ -33,9 +33,9 @@ def traced(package: Path, **options: Any) -> tuple[Any, InMemorySpanExporter]:
     app = make(package, tracer_provider=provider, **options)
     answers = the_one(app).pool.submit
 
-    async def submit(value: Any, on_run: Any) -> Any:
+    async def submit(parts: Any, on_run: Any) -> Any:
         on_run(3)
-        return await answers(value, on_run)
+        return await answers(parts, on_run)
 
     the_one(app).pool.submit = submit
     return app, found
@@ -89,9 +89,9 @@ def test_refusals_and_failures(tiny_package: Path) -> None:
         400,
         StatusCode.UNSET,
     )
-    for error, status in ((ModelError("it failed"), 500), (RuntimeError("unforeseen"), 500)):
+    for error, status in ((ChildDiedError("it failed"), 500), (RuntimeError("unforeseen"), 500)):
         app, found = traced(tiny_package, error=error)
-        if isinstance(error, ModelError):
+        if isinstance(error, ChildDiedError):
             assert request(app) == status
         else:
             with pytest.raises(RuntimeError, match="unforeseen"):
