@@ -30,7 +30,7 @@ def describe(
     max_batch: int,
     evidence: bool,
 ) -> Description:
-    """Check every argument, run the model once, and collect what travels in the file."""
+    """Check the arguments, run the model once, and collect what travels in the file, which checks itself."""
     checks.is_bool("evidence", evidence)
     if not isinstance(two_stage, nn.Module):
         raise TypeError(f"two_stage must be a torch.nn.Module; it was {type(two_stage).__name__}")
@@ -44,26 +44,11 @@ def describe(
         raise ValueError(f"path must end in {' or '.join(SUFFIXES)}; it was {str(path)!r}")
     if not path.parent.is_dir():
         raise ValueError(f"path must lie in an existing folder; there is no {str(path.parent)!r}")
-    if not isinstance(max_batch, int) or max_batch < 1:
-        raise ValueError(f"max_batch must be a positive int; it was {max_batch!r}")
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
     evaluates = getattr(two_stage, "evaluates", False)
     if not evaluates and any(module.training for module in two_stage.modules()):
         raise ValueError("two_stage must be in evaluation mode; call two_stage.eval() first")
-    channels = example_input.shape[1] if example_input.ndim == 4 else None
-    for name, values in (("mean", mean), ("std", std)):
-        if values is None:
-            continue
-        if channels is None:
-            raise ValueError(f"{name} needs an example_input of images (B, C, H, W)")
-        if len(values) != channels or not all(np.isfinite(float(value)) for value in values):
-            raise ValueError(
-                f"{name} must be {channels} finite numbers, one a channel; it was {list(values)!r}"
-            )
-    if std is not None and not all(value > 0 for value in std):
-        raise ValueError(f"std must be positive; it was {list(std)!r}")
-
     outputs = two_stage(example_input[:1])
     given = [value for value in outputs if value is not None] if isinstance(outputs, tuple) else []
     if [value.ndim for value in given] not in ([2, 2, 1], [2, 2, 1, 1]):
@@ -75,9 +60,6 @@ def describe(
             "evidence must be False for a module that cannot explain its answers as a TwoStageModel does; "
             f"two_stage was a {type(two_stage).__name__}"
         )
-    classes = outputs[0].shape[1]
-    if labels is not None and len(labels) != classes:
-        raise ValueError(f"labels must be {classes} names, one a class; there were {len(labels)}")
 
     calibration = _scores(two_stage, scores)
     threshold, thresholds = _thresholds(two_stage, calibration, false_alarm_rate)
@@ -96,7 +78,7 @@ def describe(
     return Description(
         input_shape=tuple(example_input.shape[1:]),
         input_dtype=str(example_input.dtype).removeprefix("torch."),
-        classes=classes,
+        classes=outputs[0].shape[1],
         max_batch=max_batch,
         # ONNX is no compiled code: the runtime chooses.
         device=example_input.device.type if path.suffix == ".pt2" else "cpu",

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import _torch
-from fastgrad.deploy.file import onnx_export, onnx_file
+from fastgrad.deploy.file import onnx_export
 from fastgrad.deploy.file.atomic import replace_atomically
 from fastgrad.deploy.file.describe import describe
-from fastgrad.deploy.file.description import description_text
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.package import write_description
 
@@ -108,28 +107,20 @@ def export(
         given = tuple(value for value in prediction if value is not None)
         return given if parts is None else (*given, torch.stack(list(parts.values()), -1))
 
-    if target.suffix == ".onnx":
-        if one_by_one:
-            raise ValueError("one_by_one must be None or False for an .onnx, which has no loop; it was True")
-        if not tolerance > 0:
-            raise ValueError(f"tolerance must be positive; it was {tolerance!r}")
-        names = (*onnx_file.OUTPUTS, *[onnx_file.RISK] * description.risk, *[onnx_file.EVIDENCE] * evidence)
-        text = description_text(description)
+    onnx = target.suffix == ".onnx"
+    if onnx and one_by_one:
+        raise ValueError("one_by_one must be None or False for an .onnx, which has no loop; it was True")
+    if onnx and not tolerance > 0:
+        raise ValueError(f"tolerance must be positive; it was {tolerance!r}")
 
-        def write(file: Path) -> None:
-            onnx_export.write(
-                two_stage, answers, example_input, file, text, names, max_batch=max_batch, tolerance=tolerance
-            )
+    def write(file: Path) -> None:
+        if onnx:
+            onnx_export.write(two_stage, answers, example_input, file, description, tolerance=tolerance)
+        else:
+            compile_function(answers, example_input, file, max_batch=max_batch, one_by_one=one_by_one)
+            write_description(file, description)
 
-        replace_atomically(write, target)
-        return target
-
-    def finish(file: Path) -> None:
-        write_description(file, description)
-
-    compile_function(
-        answers, example_input, target, max_batch=max_batch, one_by_one=one_by_one, finish=finish
-    )
+    replace_atomically(write, target)
     return target
 
 
@@ -140,7 +131,6 @@ def compile_function(
     *,
     max_batch: int = 1024,
     one_by_one: bool | None = None,
-    finish: Callable[[Path], None] = lambda file: None,
 ) -> None:
     """Trace ``function`` of one batch of any size, compile it, write it to ``path``.
 
@@ -150,7 +140,6 @@ def compile_function(
         path: a ``.pt2``.
         max_batch: largest batch size.
         one_by_one: as for `export`.
-        finish: called with the finished file before it is moved to ``path``.
 
     Raises:
         RuntimeError: no C++ compiler, or the graph depends on the batch size.
@@ -160,13 +149,9 @@ def compile_function(
     loop = any("while_loop" in str(node.target) for node in program.graph.nodes)
     on_cpu = example_input.device.type == "cpu"
 
-    def make(file: Path) -> None:
-        own = _torch.keeping(*OWN_KERNELS) if on_cpu else contextlib.nullcontext()
-        with warnings.catch_warnings(), own:
-            warnings.simplefilter("ignore")
-            # Channels-last convolutions suit a forward pass. The products of a gradient's norms read channels one
-            # by one: each would begin with a copy.
-            _torch.compile_package(program, file, keep_layout=loop)
-        finish(file)
-
-    replace_atomically(make, path)
+    own = _torch.keeping(*OWN_KERNELS) if on_cpu else contextlib.nullcontext()
+    with warnings.catch_warnings(), own:
+        warnings.simplefilter("ignore")
+        # Channels-last convolutions suit a forward pass. The products of a gradient's norms read channels one
+        # by one: each would begin with a copy.
+        _torch.compile_package(program, Path(path), keep_layout=loop)

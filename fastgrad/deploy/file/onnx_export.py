@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgrad.checks import extra
+from fastgrad.deploy.file.description import Description, description_text
 from fastgrad.deploy.file.graph import trace
-from fastgrad.deploy.file.onnx_file import EVIDENCE, INPUT, KEY, OUTPUTS, load, sum_entry
+from fastgrad.deploy.file.onnx_file import EVIDENCE, INPUT, KEY, OUTPUTS, RISK, load, sum_entry
 from fastgrad.deploy.file.onnx_layout import join_means, keep_blocked, sample_apart
 from fastgrad.deploy.file.onnx_operators import decompositions
 from fastgrad.deploy.file.onnx_optimizer import optimize
@@ -155,10 +156,8 @@ def write(
     answers: Callable[[Tensor], tuple[Tensor, ...]],
     example_input: Tensor,
     path: Path,
-    description: str,
-    outputs: tuple[str, ...],
+    description: Description,
     *,
-    max_batch: int,
     tolerance: float,
 ) -> None:
     """Write ``two_stage`` to ``path``, with ``description`` inside, once its answers are the live module's.
@@ -168,20 +167,20 @@ def write(
         answers: From a batch to what the file returns, of the live module.
         example_input: Inputs on which both are compared, ``(B, ...)``.
         path: The file.
-        description: JSON text.
-        outputs: Names of what the file returns.
-        max_batch: Largest batch size.
+        description: What travels in it.
         tolerance: As for `fastgrad.export`.
 
     Raises:
         MissingExtraError: The extra ``onnx`` is not installed.
         RuntimeError: As for `convert`; or the answers differ by more than the tolerance.
     """
+    evidence, max_batch = description.evidence is not None, description.max_batch
+    outputs = (*OUTPUTS, *[RISK] * description.risk, *[EVIDENCE] * evidence)
     try:
         model = convert(answers, example_input, outputs=outputs, max_batch=max_batch)
     except UntranslatableError as error:
         raise UntranslatableError(error.names, _source(two_stage, example_input, error.names)) from None
-    model.metadata_props.add(key=KEY, value=description)
+    model.metadata_props.add(key=KEY, value=description_text(description))
     content = model.SerializeToString()
     path.write_bytes(content + sum_entry(hashlib.sha256(content).hexdigest()))
     compare(path, answers, example_input[:max_batch], outputs, tolerance)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import torch
@@ -84,33 +84,37 @@ def read_metadata(path: str | os.PathLike[str]) -> bytes | None:
     Raises:
         RuntimeError: It is no such file, or not a whole one.
     """
-    size, text = os.path.getsize(path), None
-    with open(path, "rb") as file:
-        while file.tell() < size:
-            field, kind = divmod(_varint(file), 8)
-            if kind == 0:
-                _varint(file)
-                continue
-            length = _varint(file) if kind == 2 else {1: 8, 5: 4}.get(kind, -1)
-            if length < 0 or field == 0 or file.tell() + length > size:
-                raise RuntimeError(_NOT_WHOLE)
-            if field != _METADATA:
-                file.seek(length, os.SEEK_CUR)
-                continue
-            end = file.tell() + length
-            pair = {}
-            while file.tell() < end:
-                part, length = _varint(file) // 8, _varint(file)
-                if file.tell() + length > end or length > LARGEST:
-                    raise RuntimeError(_NOT_WHOLE)
-                pair[part] = file.read(length)
-            if pair.get(1) == KEY.encode():
-                if text is not None:
-                    raise RuntimeError(f"it holds {KEY!r} twice")
-                text = pair.get(2)
+    size, texts = os.path.getsize(path), []
     if size == 0:
         raise RuntimeError("it is empty")
-    return text
+    with open(path, "rb") as file:
+        for field, stop in _fields(file, size):
+            if field != _METADATA:
+                continue
+            if stop - file.tell() > LARGEST:
+                raise RuntimeError(_NOT_WHOLE)
+            pair = {part: file.read(end - file.tell()) for part, end in _fields(file, stop)}
+            if pair.get(1) == KEY.encode():
+                texts.append(pair.get(2))
+    if len(texts) > 1:
+        raise RuntimeError(f"it holds {KEY!r} twice")
+    return texts[0] if texts else None
+
+
+def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
+    """Each field of a message of protocol buffers that has a length: its number, and where it ends."""
+    while file.tell() < end:
+        field, kind = divmod(_varint(file), 8)
+        if kind == 0:
+            _varint(file)
+            continue
+        length = _varint(file) if kind == 2 else {1: 8, 5: 4}.get(kind, -1)
+        stop = file.tell() + length
+        if length < 0 or field == 0 or stop > end:
+            raise RuntimeError(_NOT_WHOLE)
+        if kind == 2:
+            yield field, stop
+        file.seek(stop)
 
 
 def _varint(file: BinaryIO) -> int:
