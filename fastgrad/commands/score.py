@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.score.local import score
-from fastgrad.deploy.score.sources import Limits
+from fastgrad.deploy.score.sources import MAX_BYTES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--false-alarm-rate", float, None, "share of good images to flag (the file's)"),
         ("--image-column", str, None, "of the Parquet file (default: image, img, bytes or content)"),
         ("--key-column", str, None, "column that names the rows (default: path, name or id)"),
-        ("--max-pixels", int, Limits().pixels, "largest image to decode (10 million)"),
-        ("--max-bytes", int, Limits().size, "largest file or cell to read (64 MiB)"),
+        ("--max-pixels", int, MAX_PIXELS, "largest image to decode (10 million)"),
+        ("--max-bytes", int, MAX_BYTES, "largest file or cell to read (64 MiB)"),
         ("--workers", int, 1, "with --ray: processes that hold the model (1)"),
     ):
         parser.add_argument(name, type=kind, default=default, help=text)

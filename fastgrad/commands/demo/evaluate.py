@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 import fastgrad
 from fastgrad.commands.demo.digits import LabelledImages
-from fastgrad.commands.demo.network import logits_in_batches
 from fastgrad.detector.report import Report
 
-Scores = NDArray[np.float64]
-Method = Callable[[Tensor], Scores]
+Method = Callable[[Tensor], NDArray[np.float64]]
 
 # So small a network takes little longer for an image than what is read of it: 1.2 leaves the logits alone.
 BUDGET = 1.5
@@ -25,11 +23,6 @@ LAST_LAYER = "gradient norms, last layer"
 
 # Both sets of gradient norms use the same labels, so that the difference is what the other layers add.
 SIGNALS = (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"))
-
-
-def in_batches(images: Iterable[Tensor], extract: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:
-    """Apply ``extract`` to every batch."""
-    return torch.cat([extract(batch) for batch in images]).numpy()
 
 
 def methods(network: nn.Sequential, clean: LabelledImages, seed: int) -> tuple[dict[str, Method], Report]:
@@ -46,39 +39,32 @@ def methods(network: nn.Sequential, clean: LabelledImages, seed: int) -> tuple[d
     two_stage = fastgrad.TwoStageModel(network, budget=BUDGET, seed=seed)
     pairs = list(zip(clean.images.split(250), clean.labels.split(250), strict=True))
     two_stage.fit(pairs, clip=(0.0, 1.0), verbose=None)
-    body, head = network[:-1], network[-1]
     extractor = fastgrad.GradientFeatures(network, signals=SIGNALS)
 
-    def last_layer(batch: Tensor) -> Tensor:
-        with torch.no_grad():
-            h = body(batch)
-            z = head(h)
-            norms = [fastgrad.target_sqnorm(h, z, target, loss=loss) for loss, target in SIGNALS]
-            return torch.stack(norms, -1).unsqueeze(-1)
+    @torch.no_grad()
+    def logits(images: Tensor) -> Tensor:
+        found: Tensor = network(images)
+        return found.double()
 
-    def whole_network(batch: Tensor) -> Tensor:
-        return extractor(batch)[1].detach()
+    @torch.no_grad()
+    def last_layer(images: Tensor) -> Tensor:
+        h = network[:-1](images)
+        norms = [fastgrad.target_sqnorm(h, network[-1](h), target, loss=loss) for loss, target in SIGNALS]
+        return torch.stack(norms, -1).unsqueeze(-1)
+
+    def whole_network(images: Tensor) -> Tensor:
+        return torch.cat([extractor(batch)[1].detach() for batch in images.split(256)])
 
     def detector(extract: Callable[[Tensor], Tensor]) -> Method:
-        fitted = fastgrad.UncertaintyDetector(random_state=seed)
-        fitted.fit(in_batches(clean.images.split(256), extract))
-        return lambda images: np.asarray(fitted.decision_function(in_batches(images.split(256), extract)))
+        fitted = fastgrad.UncertaintyDetector(random_state=seed).fit(extract(clean.images).numpy())
+        return lambda images: np.asarray(fitted.decision_function(extract(images).numpy()))
 
-    def confidence(images: Tensor) -> Scores:
-        return -logits_in_batches(network, images).double().log_softmax(-1).amax(-1).numpy()
-
-    def energy(images: Tensor) -> Scores:
-        return -logits_in_batches(network, images).double().logsumexp(-1).numpy()
-
-    def default(images: Tensor) -> Scores:
-        return in_batches(images.split(256), lambda x: two_stage(x).uncertainty).astype(float)
-
-    found = {
-        "softmax confidence": confidence,
-        "energy": energy,
+    found: dict[str, Method] = {
+        "softmax confidence": lambda images: -logits(images).log_softmax(-1).amax(-1).numpy(),
+        "energy": lambda images: -logits(images).logsumexp(-1).numpy(),
         LAST_LAYER: detector(last_layer),
         WHOLE_NETWORK: detector(whole_network),
-        DEFAULT: default,
+        DEFAULT: lambda images: two_stage(images).uncertainty.double().numpy(),
     }
     return found, two_stage.report()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fastgrad.batches import bar
@@ -49,9 +49,3 @@ def train(network: nn.Module, data: LabelledImages, *, epochs: int, generator: t
             optimiser.step()
             schedule.step()
     network.eval()
-
-
-def logits_in_batches(network: nn.Module, images: Tensor) -> Tensor:
-    """Logits of many images without gradients, ``(n, N)``."""
-    with torch.no_grad():
-        return torch.cat([network(batch) for batch in images.split(256)])

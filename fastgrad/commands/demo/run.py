@@ -14,7 +14,7 @@ import torch
 import fastgrad
 from fastgrad.checks import extra
 from fastgrad.commands.demo import digits, evaluate, figure
-from fastgrad.commands.demo.network import digit_network, logits_in_batches, train
+from fastgrad.commands.demo.network import digit_network, train
 from fastgrad.metrics import auroc
 
 # Used at the end and on the way: to be missed before the work, not after it.
@@ -50,22 +50,23 @@ def run(arguments: argparse.Namespace) -> int:
     train(network, data.part(0, _TRAINED), epochs=arguments.epochs, generator=generator)
     trained = time.perf_counter()
     test = data.part(_TRAINED + _FITTED)
-    accuracy = (logits_in_batches(network, test.images).argmax(-1) == test.labels).double().mean().item()
+    with torch.no_grad():
+        accuracy = (network(test.images).argmax(-1) == test.labels).double().mean().item()
 
     clean = data.part(_TRAINED, _TRAINED + _FITTED)
     methods, report = evaluate.methods(network, clean, arguments.seed)
     photographs = digits.photographs(len(test.images))
     challenges = evaluate.challenging(network, test.images, photographs, generator)
+    shown = {"clean digits": test.images, **challenges}
     table: dict[str, dict[str, float]] = {}
     for name, score in methods.items():
-        usual = score(test.images)
-        scores = {challenge: score(images) for challenge, images in challenges.items()}
-        table[name] = {challenge: auroc(usual, values) for challenge, values in scores.items()}
+        scores = {challenge: score(images) for challenge, images in shown.items()}
+        usual = scores["clean digits"]
+        table[name] = {challenge: auroc(usual, scores[challenge]) for challenge in challenges}
     # The loop ends with the default, whose scores the figure shows.
     assert name == evaluate.DEFAULT
     threshold = -np.log(0.05)
-    shown = {"clean digits": test.images, **challenges}
-    figure.draw(out / "demo.png", usual, scores, table[name], shown, threshold)
+    figure.draw(out / "demo.png", scores, shown, threshold)
 
     gains = {c: table[evaluate.WHOLE_NETWORK][c] - table[evaluate.LAST_LAYER][c] for c in challenges}
     record = {
