@@ -121,9 +121,10 @@ class Description:
             pixels = pixels / _per_channel(tuple(self.std), pixels.dtype)
         return pixels
 
-    def normalize_pixels(self, pixels: Tensor) -> Tensor:
-        """The network's input for pixels ``(..., C, H, W)`` from 0 to 255."""
-        return self.normalize(pixels.to(DTYPES[self.input_dtype]) / 255)
+
+def normalize_pixels(description: Description, pixels: Tensor) -> Tensor:
+    """The network's input for pixels ``(..., C, H, W)`` from 0 to 255."""
+    return description.normalize(pixels.to(DTYPES[description.input_dtype]) / 255)
 
 
 @functools.lru_cache(64)

@@ -51,12 +51,13 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
     import torch
 
     from fastgrad.checks import extra
+    from fastgrad.deploy.file.description import normalize_pixels
 
     with extra("serve"):
         import PIL  # noqa: F401
 
     pixels = torch.from_numpy(decode_pixels(content, description.input_shape, max_pixels=max_pixels))
-    return description.normalize_pixels(pixels)
+    return normalize_pixels(description, pixels)
 
 
 def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = MAX_PIXELS) -> Array:

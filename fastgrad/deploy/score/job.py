@@ -15,9 +15,10 @@ from typing import Any
 from fastgrad.checks import at_least_one, extra
 from fastgrad.deploy.file.atomic import written_beside
 from fastgrad.deploy.file.description import Description
+from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage, digest_of
 from fastgrad.deploy.score.rows import arrow_schema, score_sources
-from fastgrad.deploy.score.sources import Limits, Source, list_folder, read_parquet
+from fastgrad.deploy.score.sources import MAX_BYTES, Source, list_folder, read_parquet
 
 with extra("score"):
     import pyarrow as pa
@@ -56,7 +57,8 @@ class Job:
         false_alarm_rate: share of in-distribution images to call unreliable; None: the model file's own.
         image_column: of the Parquet file; None guesses.
         key_column: column that names the rows; None guesses.
-        limits: of an image.
+        max_pixels: larger images are not decoded.
+        max_bytes: larger files and cells are not read.
 
     Attributes:
         missing: numbers of the parts that are not there yet.
@@ -77,18 +79,20 @@ class Job:
         false_alarm_rate: float | None = None,
         image_column: str | None = None,
         key_column: str | None = None,
-        limits: Limits = Limits(),  # noqa: B008 - it is frozen
+        max_pixels: int = MAX_PIXELS,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         at_least_one(batch=batch, part=part)
         self.threshold = description.threshold_at(false_alarm_rate)
         self.images, self.folder, self.batch, self.part = images.resolve(), folder, batch, part
-        self.columns, self.limits = (image_column, key_column), limits
+        self.columns, self.max_pixels, self.max_bytes = (image_column, key_column), max_pixels, max_bytes
         self.listed: list[Source] | None = None
         identity = self._look()
         self.id = self._open(
             {
                 "model": digest_of(model), "images": str(self.images), "identity": identity, "total": self.total,
-                "part": part, "threshold": self.threshold, "columns": list(self.columns), "limits": list(limits),
+                "part": part, "threshold": self.threshold, "columns": list(self.columns),
+                "limits": [max_pixels, max_bytes],
             }
         )  # fmt: skip
         self.missing = [index for index, path in enumerate(self.paths) if not is_part(path, self.id)]
@@ -158,9 +162,15 @@ class Job:
         if self.listed is not None:
             sources = iter(self.listed[start:stop])
         else:
-            sources = read_parquet(self.images, *self.columns, start, stop, self.limits.size)
+            sources = read_parquet(self.images, *self.columns, start, stop, self.max_bytes)
         for found in score_sources(
-            model, sources, batch=self.batch, threshold=self.threshold, limits=self.limits, pool=pool
+            model,
+            sources,
+            batch=self.batch,
+            threshold=self.threshold,
+            max_pixels=self.max_pixels,
+            max_bytes=self.max_bytes,
+            pool=pool,
         ):
             rows += found
             told(len(found))

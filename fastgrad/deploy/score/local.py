@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastgrad.checks import at_least_one
+from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.deploy.score.job import Job, count_rows, join_parts, progress_bar
 from fastgrad.deploy.score.rows import arrow_schema
-from fastgrad.deploy.score.sources import Limits
+from fastgrad.deploy.score.sources import MAX_BYTES
 
 
 def score(
@@ -28,8 +29,8 @@ def score(
     false_alarm_rate: float | None = None,
     image_column: str | None = None,
     key_column: str | None = None,
-    max_pixels: int = Limits().pixels,
-    max_bytes: int = Limits().size,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
     decoders: int | None = None,
     progress: bool = False,
 ) -> dict[str, int]:
@@ -65,7 +66,7 @@ def score(
     job = Job(
         Path(model_path), model.description, Path(images), target.with_name(target.name + ".parts"), batch=batch,
         part=part, false_alarm_rate=false_alarm_rate, image_column=image_column, key_column=key_column,
-        limits=Limits(max_pixels, max_bytes),
+        max_pixels=max_pixels, max_bytes=max_bytes,
     )  # fmt: skip
     bar = progress_bar(job.total, job.done, progress)
     with ThreadPoolExecutor(decoders or os.cpu_count() or 1) as pool:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fastgrad.checks import at_least_one, extra
+from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage, read_description
 from fastgrad.deploy.score.job import Job, count_rows, progress_bar
-from fastgrad.deploy.score.sources import Limits
+from fastgrad.deploy.score.sources import MAX_BYTES
 
 
 class PartScorer:
@@ -43,8 +44,8 @@ def score_dataset(
     false_alarm_rate: float | None = None,
     image_column: str | None = None,
     key_column: str | None = None,
-    max_pixels: int = Limits().pixels,
-    max_bytes: int = Limits().size,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
     gpus_per_worker: float = 0,
     progress: bool = False,
 ) -> dict[str, int]:
@@ -80,7 +81,7 @@ def score_dataset(
     path, folder = Path(model).resolve(), Path(out).resolve()
     job = Job(
         path, read_description(path), Path(images), folder, batch=batch, part=part, false_alarm_rate=false_alarm_rate,
-        image_column=image_column, key_column=key_column, limits=Limits(max_pixels, max_bytes),
+        image_column=image_column, key_column=key_column, max_pixels=max_pixels, max_bytes=max_bytes,
     )  # fmt: skip
     bar = progress_bar(job.total, job.done, progress)
     if job.missing:

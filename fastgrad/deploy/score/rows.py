@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ import torch
 
 from fastgrad.checks import extra
 from fastgrad.deploy.file.answer import ResultError, answer
-from fastgrad.deploy.file.description import Description
+from fastgrad.deploy.file.description import Description, normalize_pixels
 from fastgrad.deploy.file.images import ImageError, decode_pixels
 from fastgrad.deploy.file.package import ModelPackage
-from fastgrad.deploy.score.sources import Limits, Source
+from fastgrad.deploy.score.sources import Source
 
 with extra("score"):
     import pyarrow as pa
@@ -30,7 +31,8 @@ def score_sources(
     *,
     batch: int,
     threshold: float | None,
-    limits: Limits,
+    max_pixels: int,
+    max_bytes: int,
     pool: ThreadPoolExecutor,
 ) -> Iterator[list[dict[str, Any]]]:
     """Score images; the rows of one batch after another, in their order. The next ones are decoded meanwhile.
@@ -44,7 +46,9 @@ def score_sources(
     size = min(batch, model.description.max_batch)
     while True:
         for source in itertools.islice(sources, 2 * size - len(waiting)):
-            waiting.append((source.name, pool.submit(_decode, source, model.description, limits)))
+            waiting.append(
+                (source.name, pool.submit(_decode, source, model.description, max_pixels, max_bytes))
+            )
         if not waiting:
             return
         yield _score(model, [waiting.popleft() for _ in range(min(size, len(waiting)))], threshold)
@@ -63,7 +67,7 @@ def _score(
     good = [(row, value) for row, value in zip(rows, decoded, strict=True) if not isinstance(value, str)]
     if good:
         pixels = torch.from_numpy(np.stack([value for _, value in good]))
-        for (row, _), values in zip(good, model.rows(description.normalize_pixels(pixels)), strict=True):
+        for (row, _), values in zip(good, model.rows(normalize_pixels(description, pixels)), strict=True):
             try:
                 found = answer(description, threshold, values)
             except ResultError as error:
@@ -73,16 +77,15 @@ def _score(
     return rows
 
 
-def _decode(source: Source, description: Description, limits: Limits) -> Pixels | str:
+def _decode(source: Source, description: Description, max_pixels: int, max_bytes: int) -> Pixels | str:
     try:
         content = source.content
-        if content is None:
-            assert source.path is not None
-            with source.path.open("rb") as file:
-                content = file.read(limits.size + 1)
-        if len(content) > limits.size:
-            return f"the image is too large; at most {limits.size} bytes are read"
-        return decode_pixels(content, description.input_shape, max_pixels=limits.pixels)
+        if isinstance(content, Path):
+            with content.open("rb") as file:
+                content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            return f"the image is too large; at most {max_bytes} bytes are read"
+        return decode_pixels(content, description.input_shape, max_pixels=max_pixels)
     except ImageError as error:
         return str(error)
     except OSError as error:

@@ -10,26 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastgrad.checks import extra
-from fastgrad.deploy.file.images import MAX_PIXELS
 
 with extra("score"):
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+#: Bytes of a file, or of a cell of a Parquet file; larger ones are not read.
+MAX_BYTES = 64 * 2**20
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
-class Limits(NamedTuple):
-    """Of one image.
-
-    Attributes:
-        pixels: larger ones are not decoded.
-        size: bytes of a file, or of a cell of a Parquet file; larger ones are not read.
-    """
-
-    pixels: int = MAX_PIXELS
-    size: int = 64 * 2**20
 
 
 class Source(NamedTuple):
@@ -37,13 +26,11 @@ class Source(NamedTuple):
 
     Attributes:
         name: its path, or its key in the Parquet file.
-        content: its bytes, or None: to be read from ``path``.
-        path: the file.
+        content: its bytes, or the file that holds them.
     """
 
     name: str
-    content: bytes | None
-    path: Path | None
+    content: bytes | Path
 
 
 def list_folder(folder: Path) -> tuple[list[Source], str]:
@@ -53,7 +40,7 @@ def list_folder(folder: Path) -> tuple[list[Source], str]:
     for path in sorted(found):
         name, stat = os.fsencode(path.relative_to(folder)), path.stat()
         digest.update(b"%s\0%d %d\0" % (name, stat.st_size, stat.st_mtime_ns))
-        sources.append(Source(name.decode("utf-8", "backslashreplace"), None, path))
+        sources.append(Source(name.decode("utf-8", "backslashreplace"), path))
     return sources, digest.hexdigest()
 
 
@@ -63,7 +50,7 @@ def read_parquet(
     key: str | None,
     start: int = 0,
     stop: int | None = None,
-    most: int = Limits().size,
+    most: int = MAX_BYTES,
 ) -> Iterator[Source]:
     """Rows ``start`` to ``stop`` of a Parquet file; row groups that hold none of them are not read.
 
@@ -96,7 +83,7 @@ def read_parquet(
         keys = part.column(key).to_pylist() if key else range(row, row + len(images))
         for number, (name, content) in enumerate(zip(keys, images, strict=True), start=row):
             if start <= number < stop:
-                yield Source(str(name), content, None)
+                yield Source(str(name), content)
         row += len(images)
 
 

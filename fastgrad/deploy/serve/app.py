@@ -180,24 +180,6 @@ def create_app(
             finally:
                 app.state.active -= 1
 
-    async def respond(request: Request, name: str | None) -> Response:
-        start = time.perf_counter()
-        headers = {"Connection": "close"} if app.state.draining else {}
-        route = "/predict" if name is None else "/predict/{name}"
-        # One version of the file from here to the answer, whatever takes over meanwhile.
-        with named(name).served.in_use() as served, Trace(tracer, route, request.headers) as trace:
-            try:
-                status, content = 200, await predict(request, served, trace)
-                served.metrics.observe(content)
-            except RequestError as error:
-                status, content = error.status, {"detail": error.message}
-                if status == 503:
-                    headers["Retry-After"] = "1"
-            served.metrics.latency.observe(time.perf_counter() - start)
-            served.metrics.requests.labels(str(status)).inc()
-            trace.answered(status)
-            return Response(json.dumps(content, allow_nan=False), status, headers, "application/json")
-
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
         return refusal(error)
@@ -219,12 +201,24 @@ def create_app(
     }
 
     @app.post("/predict", **described)
-    async def predict_route(request: Request) -> Response:
-        return await respond(request, None)
-
     @app.post("/predict/{name}", **described)
-    async def predict_named_route(request: Request, name: str) -> Response:
-        return await respond(request, name)
+    async def predict_route(request: Request, name: str | None = None) -> Response:
+        start = time.perf_counter()
+        headers = {"Connection": "close"} if app.state.draining else {}
+        route = "/predict" if name is None else "/predict/{name}"
+        # One version of the file from here to the answer, whatever takes over meanwhile.
+        with named(name).served.in_use() as served, Trace(tracer, route, request.headers) as trace:
+            try:
+                status, content = 200, await predict(request, served, trace)
+                served.metrics.observe(content)
+            except RequestError as error:
+                status, content = error.status, {"detail": error.message}
+                if status == 503:
+                    headers["Retry-After"] = "1"
+            served.metrics.latency.observe(time.perf_counter() - start)
+            served.metrics.requests.labels(str(status)).inc()
+            trace.answered(status)
+            return Response(json.dumps(content, allow_nan=False), status, headers, "application/json")
 
     app.include_router(status_routes(named, models, limits.queue))
     page = (files("fastgrad.deploy.serve") / "page.html").read_text("utf-8")

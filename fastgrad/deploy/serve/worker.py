@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrad.deploy.file.description import DTYPES, Description
+from fastgrad.deploy.file.description import DTYPES, Description, normalize_pixels
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.deploy.serve.decoder import PIXELS
 
@@ -40,6 +40,6 @@ def batch_of(content: bytearray, description: Description) -> Tensor:
         values = np.frombuffer(content, np.uint8 if pixels else wide, math.prod(shape), place + 1)
         # A copy where numbers do not lie at a multiple of their size, as PyTorch needs them.
         x = torch.from_numpy(np.require(values, requirements="A").reshape(shape))
-        inputs.append(description.normalize_pixels(x) if pixels else x.to(dtype))
+        inputs.append(normalize_pixels(description, x) if pixels else x.to(dtype))
         place += 1 + values.nbytes
     return torch.stack(inputs)

@@ -104,8 +104,8 @@ def test_normalization() -> None:
     assert description.normalize(pixels).flatten().tolist() == [1.0, 0.25, -0.5]
 
 
-def test_wrong_inputs_to_the_loaded_model(tiny_package: Path) -> None:
-    package = ModelPackage(tiny_package)
+def test_wrong_inputs_to_the_loaded_model(model_file: Path) -> None:
+    package = ModelPackage(model_file)
     for x in (torch.zeros(0, 3, 8, 8), torch.zeros(2, 3, 8, 9), torch.zeros(65, 3, 8, 8), torch.zeros(8)):
         with pytest.raises(ValueError, match="x must have shape"):
             package(x)
@@ -113,24 +113,34 @@ def test_wrong_inputs_to_the_loaded_model(tiny_package: Path) -> None:
         package(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
 
 
-def test_foreign_files_are_refused(tmp_path: Path, tiny_package: Path) -> None:
+def test_foreign_and_broken_files_are_refused(model_file: Path, tmp_path: Path) -> None:
+    file, whole = tmp_path / f"m{model_file.suffix}", model_file.read_bytes()
     with pytest.raises(PackageError, match="no such file"):
-        ModelPackage(tmp_path / "none.pt2")
-    (tmp_path / "text.pt2").write_text("hello")
-    with pytest.raises(PackageError, match="not a readable"):
-        ModelPackage(tmp_path / "text.pt2")
-    with zipfile.ZipFile(tmp_path / "zip.pt2", "w") as archive:
+        ModelPackage(file)
+    for content in (b"hello", whole[: len(whole) // 2], b""):
+        file.write_bytes(content)
+        with pytest.raises(PackageError, match=rf"not a readable \{file.suffix}"):
+            ModelPackage(file)
+
+
+def test_a_file_without_a_description_or_with_a_foreign_one(tiny_onnx: Path, tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(tiny_onnx)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "bare.onnx")
+    with zipfile.ZipFile(tmp_path / "bare.pt2", "w") as archive:
         archive.writestr("a/b", "")
-    with pytest.raises(PackageError, match="not written by fastgrad"):
-        ModelPackage(tmp_path / "zip.pt2")
-    whole = tiny_package.read_bytes()
-    (tmp_path / "short.pt2").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(PackageError, match="not a readable"):
-        ModelPackage(tmp_path / "short.pt2")
-    for content in ({"format": 99}, {"format": 1, "input_shape": [1]}):
+    for suffix in ("onnx", "pt2"):
+        with pytest.raises(PackageError, match=r"not written by fastgrad\.export"):
+            ModelPackage(tmp_path / f"bare.{suffix}")
+    for content, message in (
+        ({"format": 99}, "another format"),
+        ({"format": 1, "input_shape": [1]}, "damaged"),
+    ):
         with zipfile.ZipFile(tmp_path / "new.pt2", "w") as archive:
             archive.writestr("a/extra/fastgrad.json", json.dumps(content))
-        with pytest.raises(PackageError, match=r"format|damaged"):
+        with pytest.raises(PackageError, match=message):
             read_description(tmp_path / "new.pt2")
 
 
@@ -154,10 +164,14 @@ class Mute(nn.Module):
         ({"example_input": X[:0]}, ValueError, "at least one input"),
         ({"path": "model.pth"}, ValueError, r"end in \.pt2 or \.onnx"),
         ({"path": "no/such/folder/model.pt2"}, ValueError, "existing folder"),
-        ({"labels": ["a"]}, ValueError, "labels must be 4 names"),
-        ({"mean": [0.5]}, ValueError, "mean must be 3"),
-        ({"std": [0.5, 0.0, 0.5]}, ValueError, "std must be positive"),
-        ({"std": [1, 1, float("nan")]}, ValueError, "std must be 3 finite numbers"),
+        ({"labels": ["a"]}, ValueError, "labels must be None or 4 names, one a class; it was"),
+        (
+            {"mean": [0.5]},
+            ValueError,
+            r"mean must be None or a finite number a channel of images \(3, 8, 8\)",
+        ),
+        ({"std": [0.5, 0.0, 0.5]}, ValueError, "std must be None or a positive number a channel"),
+        ({"std": [1, 1, float("nan")]}, ValueError, "std must be None or a positive number a channel"),
         ({"example_input": [1.0]}, TypeError, r"example_input must be a torch\.Tensor; it was list"),
         ({"false_alarm_rate": 1.5}, ValueError, "false_alarm_rate"),
         ({"max_batch": 0}, ValueError, "max_batch"),
