@@ -8,7 +8,6 @@ over rounds. A graph that a rewrite leaves as it is has no row. The weights do n
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import sys
 import tempfile
@@ -30,7 +29,6 @@ from fastgrad.deploy.file import graph, onnx_export, onnx_file, onnx_operators
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 
 FORMS = {"default": (), "all parameters": ("gradients",)}
-aten = torch.ops.aten
 
 
 def _small_vit() -> nn.Module:
@@ -52,36 +50,16 @@ def _nothing(target: Any, name: str) -> Callable[[], Any]:
     return lambda: mock.patch.object(target, name, return_value=None)
 
 
-def _without(operator: Any) -> Callable[[], Any]:
-    table = {key: value for key, value in onnx_operators.decompositions().items() if key != operator}
-    own = torch.export.default_decompositions()
-    if operator in own:
-        table[operator] = own[operator]
-    return lambda: mock.patch.object(onnx_export, "decompositions", return_value=table)
-
-
-def _without_both() -> contextlib.ExitStack:
-    """`sample_apart` and `keep_blocked`: where Clip alone breaks the layout, either does for the other."""
-    stack = contextlib.ExitStack()
-    for name in ("sample_apart", "keep_blocked"):
-        stack.enter_context(_nothing(onnx_export, name)())
-    return stack
-
-
 #: How to do without each.
 REWRITES: Mapping[str, Callable[[], Any]] = {
-    name: _nothing(target, name.split()[0])
-    for target, names in (
-        (onnx_export, ("sample_apart", "keep_blocked", "join_means", "optimize")),
-        (graph, ("_fold_batch_norms", "_fold_products")),
+    name: _nothing(target, name)
+    for target, name in (
+        (onnx_export, "sample_apart"),
+        (onnx_export, "optimize"),
+        (graph, "_fold_batch_norms"),
+        (graph, "_fold_products"),
     )
-    for name in names
-} | {
-    "square as a product": _without(aten.pow.Tensor_Scalar),
-    "sum as a pooling": _without(aten.sum.dim_IntList),
-    "step as a convolution": lambda: mock.patch.object(onnx_operators, "_is_images", return_value=False),
-    "sample_apart and keep_blocked": _without_both,
-}
+} | {"step as a convolution": lambda: mock.patch.object(onnx_operators, "_is_images", return_value=False)}
 
 
 def translated(model: TwoStageModel, example: Tensor, file: Path) -> bytes:

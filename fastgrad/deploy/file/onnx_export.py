@@ -20,7 +20,7 @@ from fastgrad.checks import extra
 from fastgrad.deploy.file.description import Description, description_text
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.onnx_file import EVIDENCE, INPUT, KEY, OUTPUTS, RISK, load, sum_entry
-from fastgrad.deploy.file.onnx_layout import join_means, keep_blocked, sample_apart
+from fastgrad.deploy.file.onnx_layout import sample_apart
 from fastgrad.deploy.file.onnx_operators import decompositions
 from fastgrad.deploy.file.onnx_optimizer import optimize
 
@@ -78,8 +78,6 @@ def convert(
     if model.ByteSize() >= _LARGEST:
         raise RuntimeError("the model is larger than the 2 GB that one ONNX file can hold; export to .pt2")
     sample_apart(model.graph)
-    keep_blocked(model.graph)
-    join_means(model.graph)
     _tidy(model)
     try:
         onnx.checker.check_model(model, full_check=True)

@@ -7,7 +7,6 @@ whose ONNX namesake means something else.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,23 +48,6 @@ def _searchsorted(
     if right or side == "right" or sorter is not None:
         return NotImplemented
     return (scores.unsqueeze(-2) < values.unsqueeze(-1)).sum(-1)
-
-
-def _square(x: Tensor, exponent: float) -> Any:
-    """A product, which ONNX Runtime computes in a convolution's blocked layout, as it does no power."""
-    return x * x if exponent == 2 else NotImplemented
-
-
-def _sum(
-    x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> Any:
-    """Rows of an image, or all of it, as a pooling, likewise: a sum would bring its input into another layout first."""
-    summed = sorted(axis % 4 for axis in dim or ())
-    plain = x.dim() == 4 and not keepdim and dtype is None and x.dtype == torch.float32
-    if not plain or summed not in ([3], [2, 3]) or not all(isinstance(size, int) for size in x.shape[2:]):
-        return NotImplemented
-    window = [x.shape[axis] if axis in summed else 1 for axis in (2, 3)]
-    return aten.avg_pool2d.default(x, window).squeeze(tuple(summed)) * math.prod(window)
 
 
 def _above(x: Tensor, sign: float, edge: float) -> Tensor:
@@ -178,9 +160,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.convolution_backward.default: _convolution_backward,
         aten.hardtanh_backward.default: _hardtanh_backward,
         aten.max_pool2d_with_indices_backward.default: _max_pool2d_backward,
-        aten.pow.Tensor_Scalar: _square,
         aten.searchsorted.Tensor: _searchsorted,
         aten.sort.stable: _stable_sort,
-        aten.sum.dim_IntList: _sum,
         aten.threshold_backward.default: _threshold_backward,
     }
