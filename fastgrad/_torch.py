@@ -233,7 +233,8 @@ def compile_package(program: torch.export.ExportedProgram, file: Path, *, keep_l
         "cpp.dynamic_threads": True,
         # Pays off after many compilations; this is one, of two files.
         "cpp_cache_precompile_headers": False,
-        # Rounds as the CPU's own operators do (`fastgrad.deploy.file.graph` says where that matters).
+        # Rounds as the CPU's own operators do: a last place that takes an activation across the kink of a ReLU opens or
+        # closes a path of the backward pass.
         "cpp.enable_floating_point_contract_flag": "fast",
     }
     if keep_layout:

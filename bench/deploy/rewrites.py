@@ -56,7 +56,6 @@ REWRITES: Mapping[str, Callable[[], Any]] = {
     for target, name in (
         (onnx_export, "sample_apart"),
         (onnx_export, "optimize"),
-        (graph, "_fold_batch_norms"),
         (graph, "_fold_products"),
     )
 } | {"step as a convolution": lambda: mock.patch.object(onnx_operators, "_is_images", return_value=False)}

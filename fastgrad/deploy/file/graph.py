@@ -8,7 +8,6 @@ caches by themselves and need no grouped form. ResNet-18 at 224 x 224 takes half
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -75,49 +74,12 @@ def _record(function: Callable[[Tensor], Any], one: Tensor, *, symbolic: bool) -
     """The flat graph, for one input or for a batch of symbolic size."""
     if symbolic:
         graph = tracing.trace(function, (one.expand(3, *one.shape[1:]).contiguous(),), 3)
-        _fold_batch_norms(graph)
         _fold_products(graph)
         return graph
     # A loop's body may not write in place.
     graph = tracing.trace(function, (one,), None, functional=True)
-    _fold_batch_norms(graph)
     _share_constants(graph)
     return graph
-
-
-def _fold_batch_norms(graph: torch.fx.GraphModule) -> None:
-    """Write batch norms as ``x * scale + shift`` with constants, rounded as the CPU's own operator rounds.
-
-    One fused multiply and add from these very constants gives its results bit for bit. Another order of operations
-    would be as exact, but a difference in the last place, where it takes an activation across the kink of a ReLU,
-    opens or closes a path of the backward pass.
-    """
-    batch_norm = torch.ops.aten._native_batch_norm_legit_no_training.default
-    for i, node in enumerate(graph.graph.find_nodes(op="call_function", target=batch_norm)):
-        x, *rest, _, eps = node.args
-        constants = [_constant(graph, source) for source in rest]
-        value = x.meta["val"]
-        if value.device.type != "cpu" or value.dtype != torch.float32 or any(c is None for c in constants):
-            continue
-        weight, bias, mean, variance = (c.detach() for c in constants if c is not None)
-        scale = weight * torch.rsqrt(variance + eps)
-        shift = (bias.double() - mean.double() * scale.double()).float()
-        with graph.graph.inserting_before(node):
-            pair = []
-            for name, constant in (("scale", scale), ("shift", shift)):
-                graph.register_buffer(f"_{name}{i}", constant.view(-1, *(1,) * (value.ndim - 2)))
-                pair.append(graph.graph.get_attr(f"_{name}{i}"))
-            product = graph.graph.call_function(torch.ops.aten.mul.Tensor, (x, pair[0]))
-            result = graph.graph.call_function(torch.ops.aten.add.Tensor, (product, pair[1]))
-        product.meta["val"] = result.meta["val"] = value
-        for user in list(node.users):
-            if user.target is operator.getitem and user.args[1] == 0:
-                user.replace_all_uses_with(result)
-            if user.target is operator.getitem and not user.users:
-                graph.graph.erase_node(user)
-        if not node.users:
-            graph.graph.erase_node(node)
-    graph.recompile()
 
 
 def _fold_products(graph: torch.fx.GraphModule) -> None:
@@ -147,15 +109,6 @@ def _fold_products(graph: torch.fx.GraphModule) -> None:
         graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-
-
-def _constant(graph: torch.fx.GraphModule, node: Any) -> Tensor | None:
-    """The constant that an argument is, if it is one."""
-    while isinstance(node, torch.fx.Node) and node.target is torch.ops.aten.detach.default:
-        node = node.args[0]
-    constant = isinstance(node, torch.fx.Node) and node.op == "get_attr"
-    found = getattr(graph, str(node.target)) if constant else None
-    return found if isinstance(found, Tensor) else None
 
 
 def _share_constants(graph: torch.fx.GraphModule) -> None:
