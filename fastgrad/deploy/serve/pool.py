@@ -138,10 +138,11 @@ class Pool:
         while not self._queue:
             self._arrived.clear()
             await self._arrived.wait()
-        with move_on_after(self.batch_wait):
-            while self._queue and len(self._queue) < self.max_batch and not self._queue[0].attempts:
-                self._arrived.clear()
-                await self._arrived.wait()
+        if self.max_batch > 1:
+            with move_on_after(self.batch_wait):
+                while self._queue and len(self._queue) < self.max_batch and not self._queue[0].attempts:
+                    self._arrived.clear()
+                    await self._arrived.wait()
         most = 1 if self._queue and self._queue[0].attempts else self.max_batch
         batch: list[_Item] = []
         while self._queue and len(batch) < most:
