@@ -92,11 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as problem:  # the other kernels are still worth measuring
             failed = True
             print(f"FAILED {case}: {type(problem).__name__}: {problem}", file=sys.stderr)
-    document = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "interpreter",
-        "versions": results_file.versions("torch", "triton"), "revision": results_file.revision(),
-        **floor, "rows": rows,
-    }  # fmt: skip
+    document = {**results_file.origin(("torch", "triton")), "floor": floor, "rows": rows}
+    document["machine"] += f", {torch.cuda.get_device_name() if device == 'cuda' else 'interpreter'}"
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "kernels.json").write_text(results_file.dump(document))
     return int(failed)
