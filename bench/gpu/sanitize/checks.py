@@ -49,8 +49,6 @@ def check_memory(case: Case, orders: Iterable[Order] = (range, lambda n: range(n
         with watching(memory), memory.allocating():
             result = case.call()
         found = torch.cat([t.flatten() for t in (result if isinstance(result, tuple) else (result,))])
-        if not memory.operations:
-            raise SanitizerError(f"{case.name}: no memory operation was seen")
         if found.isnan().any():
             raise SanitizerError(f"{case.name}: a result was not written")
         bits = found.view(torch.int32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from bench.gpu.sanitize.interpreter import Watcher
 from fastgrad.ops import tune
 from fastgrad.ops.triton import devices
 
+NOWHERE, RELAXED = -1, 0
 #: Bytes between the addresses of two operands without memory; no operand reaches so far.
 APART = 1 << 50
 
@@ -28,14 +28,15 @@ class SanitizerError(AssertionError):
     """A memory operation that a kernel must not make."""
 
 
+def reach(tensor: Tensor) -> int:
+    """Return how many elements lie between the first of a view and its last, both included."""
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def addresses_of(tensor: Tensor) -> np.ndarray:
     """Return the address of every element."""
-    offsets = np.zeros((1,) * tensor.dim(), np.int64)
-    for axis, (n, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        offsets = offsets + np.expand_dims(
-            np.arange(n) * stride, [*range(axis), *range(axis + 1, tensor.dim())]
-        )
-    return (tensor.data_ptr() + offsets * tensor.itemsize).ravel()
+    offsets = torch.arange(reach(tensor)).as_strided(tensor.shape, tensor.stride()).flatten().numpy()
+    return tensor.data_ptr() + offsets * tensor.itemsize
 
 
 class _Region:
@@ -60,9 +61,10 @@ class _Region:
 class Memory(Watcher):
     """Checks every memory operation of the launches that it watches.
 
-    Two programs that touch one address, at least one of them writing, must be ordered: an atomic operation with acquire
-    and release semantics hands on what its program did before it. A program makes one a launch at most. So whatever
-    else it does is ordered by the arrivals alone, and running whole programs in every order is every schedule.
+    Two programs that touch one address, at least one of them writing, must be ordered: the first did so before it
+    arrived at a counter, by an atomic operation with acquire and release semantics, and the second has arrived there
+    since. A program makes one atomic operation a launch at most. So whatever else it does is ordered by the arrivals
+    alone, and running whole programs in every order is every schedule.
 
     What a program does before and after its arrival is numbered ``2 * program`` and ``2 * program + 1``.
 
@@ -75,7 +77,6 @@ class Memory(Watcher):
         self.order = order
         self.regions: dict[int, _Region] = {}
         self.inputs = {t.untyped_storage().data_ptr() for t in inputs}
-        self.operations = 0
 
     @contextlib.contextmanager
     def allocating(self) -> Iterator[None]:
@@ -101,10 +102,8 @@ class Memory(Watcher):
         for region in self.regions.values():
             region.begin()
         self.bases = np.array(sorted(self.regions))
-        self.arrived = np.zeros(programs, bool)
-        #: Whether a program comes after what is so numbered, and what an atomic address hands on.
-        self.after = np.eye(programs, dtype=bool).repeat(2, axis=1)
-        self.handed: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(2 * programs, bool))
+        #: The address at which each program has arrived; `RELAXED` where that orders nothing.
+        self.counter = np.full(programs, NOWHERE)
         return self.order(programs)
 
     def load(self, addresses: np.ndarray, width: int) -> None:
@@ -127,14 +126,12 @@ class Memory(Watcher):
         return False
 
     def atomic(self, addresses: np.ndarray, width: int, ordered: bool) -> None:
-        """Check an atomic operation, and hand on what its program did before."""
+        """Check an atomic operation, at which its program arrives."""
         self._located(addresses, width, "changes")
-        if self.arrived[self.program]:
+        if self.counter[self.program] != NOWHERE:
             self._fault("makes a second atomic operation, of which not every order is run")
-        for address in addresses.tolist() if ordered else ():
-            self.after[self.program] |= self.handed[address]
-            self.handed[address][2 * self.program] = True
-        self.arrived[self.program] = True
+        if addresses.size:
+            self.counter[self.program] = addresses[0] if ordered else RELAXED
 
     @property
     def program(self) -> int:
@@ -142,14 +139,13 @@ class Memory(Watcher):
         return int(interpreter_builder.grid_idx[0])
 
     def _number(self) -> int:
-        return 2 * self.program + int(self.arrived[self.program])
+        return 2 * self.program + int(self.counter[self.program] != NOWHERE)
 
     def _fault(self, does: str) -> None:
         raise SanitizerError(f"{self.kernel}: program {self.program} {does}")
 
     def _located(self, addresses: np.ndarray, width: int, does: str) -> list[tuple[_Region, np.ndarray]]:
         """Return regions and the bytes in them; an address that is no element is a fault."""
-        self.operations += 1
         addresses = addresses.astype(np.int64)
         index = np.searchsorted(self.bases, addresses, "right") - 1
         located = []
@@ -162,10 +158,12 @@ class Memory(Watcher):
         return located
 
     def _ordered(self, earlier: np.ndarray, does: str) -> None:
-        """Find a fault where an earlier operation was not handed on to this program."""
-        late = earlier[(earlier >= 0) & ~self.after[self.program][earlier]]
-        if late.size:
-            self._fault(f"{does.format(late[0] // 2)}, and nothing orders them")
+        """Find a fault where nothing orders another program's earlier operation and this program's next."""
+        earlier = earlier[(earlier >= 0) & (earlier // 2 != self.program)]
+        here = self.counter[self.program]
+        met = (here > RELAXED) & (self.counter[earlier // 2] == here) & (earlier % 2 == 0)
+        if not met.all():
+            self._fault(f"{does.format(earlier[~met][0] // 2)}, and nothing orders them")
 
 
 class Addresses(Watcher):
@@ -194,8 +192,7 @@ class Addresses(Watcher):
         for name, tensor in arguments.items():
             if isinstance(tensor, Tensor):
                 first = (len(self.spans) + 1) * APART
-                reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-                self.spans.append((first, first + (reach + 1) * tensor.itemsize))
+                self.spans.append((first, first + reach(tensor) * tensor.itemsize))
                 # What the interpreter takes as a pointer.
                 arguments[name] = SimpleNamespace(dtype=tensor.dtype, data_ptr=partial(int, first))
         return sorted({0, programs // 2, programs - 1})
