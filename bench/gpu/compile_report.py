@@ -13,11 +13,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
-from bench.gpu.compile_cases import QUICK, cases
-from bench.gpu.compiler import TARGETS, compiled, launches
+if os.environ.get("TRITON_INTERPRET") == "1":
+    raise ImportError(
+        "kernels are compiled in a process without TRITON_INTERPRET=1, which would interpret them"
+    )
+
+# Triton 3.4 asks for ROCm's linker, later ones bring their own. What is read here is the assembly, which comes before.
+os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bench.gpu.compile_cases import DTYPES, QUICK, as_if_on, cases
 from bench.report import pages
 from bench.report.text import table
 from fastgrad.ops import tune
@@ -28,6 +48,104 @@ PRODUCTS = {"linear_contrast_kernel", "linear_stats_kernel", "direct_kernel", "g
 #: Kernels that write whole rows; the others write one number per row or tile, or, on AMD, a tile of a product straight
 #: from the layout of the matrix units.
 WIDE_STORES = {"contrast_rows_kernel", "contrast_stream_kernel", "contrast_finish_kernel"}
+TARGETS = {
+    name: GPUTarget("hip", name, 64) if arch.backend == "hip" else GPUTarget("cuda", arch.version, 32)
+    for name, arch in tune.KNOWN_ARCHITECTURES.items()
+}
+Launch = tuple[ASTSource, dict[str, Any]]
+
+
+def launches(call: Callable[[], object], arch: str) -> list[Launch]:
+    """Return the sources and options of the launches that a call makes on an architecture."""
+    caught: list[Launch] = []
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        caught.append(_specialised(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+
+    with (
+        as_if_on(tune.KNOWN_ARCHITECTURES[arch]),
+        mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
+    ):
+        call()
+    return caught
+
+
+def _specialised(kernel: Any, values: dict[str, Any]) -> Launch:
+    """Specialise arguments as Triton's launcher does: 1 is a constant, multiples of 16 and fresh pointers are known."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, parameter in enumerate(kernel.params):
+        name, value, plain = parameter.name, values.pop(parameter.name), parameter.do_not_specialize
+        whole = isinstance(value, int)
+        if parameter.is_constexpr or value is None or (whole and value == 1 and not plain):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + DTYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if not whole else "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (
+            whole and name not in constants and value % 16 == 0 and not plain
+        ):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes), values
+
+
+def compiled(launch: Launch, arch: str) -> dict[str, int]:
+    """Compile a launch; return its warps and shared memory, and what its machine code holds."""
+    source, options = launch
+    kernel = triton.compile(source, target=TARGETS[arch], options=options)
+    read = _amdgcn(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _cubin(kernel.asm["cubin"])
+    return {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared, **read}
+
+
+def _cubin(cubin: bytes) -> dict[str, int]:
+    # The tools ship with Triton.
+    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, code = (
+            subprocess.run([tools / tool, option, path], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    return {
+        "registers": _largest(r"\bREG:(\d+)", usage),
+        "local": _largest(r"\bSTACK:(\d+)", usage) + _largest(r"\bLOCAL:(\d+)", usage),
+        **_counted(
+            code,
+            spills=r"\b(?:LDL|STL)\b",
+            # Asynchronous copies to shared memory are loads too.
+            wide_loads=r"\b(?:LDG\.E\S*\.128|LDGSTS\S*\.128|UTMALDG|LDG\.E\S*\.ENL2\.256)",
+            wide_stores=r"\b(?:STG\.E\S*\.128|UTMASTG|STG\.E\S*\.ENL2\.256)",
+            matrix=r"\b(?:HMMA|HGMMA|QGMMA|UTC\w*MMA)\b",
+            instructions=r"/\*[0-9a-f]{4,}\*/\s+\S",
+        ),
+    }
+
+
+def _amdgcn(code: str) -> dict[str, int]:
+    return {
+        "registers": _largest(r"\.vgpr_count:\s+(\d+)", code),
+        # Scalar registers spill into lanes of vector registers; memory is touched only by what "local" counts.
+        "spills": _largest(r"\.vgpr_spill_count:\s+(\d+)", code),
+        "local": _largest(r"\.private_segment_fixed_size:\s+(\d+)", code),
+        **_counted(
+            code,
+            wide_loads=r"\b(?:global|buffer|flat)_load_(?:dwordx4|b128)",
+            wide_stores=r"\b(?:global|buffer|flat)_store_(?:dwordx4|b128)",
+            matrix=r"\bv_mfma",
+            instructions=r"(?m)^\t[a-z]\w+",
+        ),
+    }
+
+
+def _largest(pattern: str, text: str) -> int:
+    return max(map(int, re.findall(pattern, text)), default=0)
+
+
+def _counted(code: str, **patterns: str) -> dict[str, int]:
+    return {name: len(re.findall(pattern, code)) for name, pattern in patterns.items()}
 
 
 def faults(row: Row, wide: bool) -> list[str]:

@@ -5,6 +5,10 @@
 
 Errors allowed, relative to float64: 1e-5 for fastgrad, 1e-3 for the peers, whose float32 autograd loses digits where
 a probability is near one; 64 units of the dtype, relative to the largest entry, for logits and other plain products.
+
+``rows`` is the first layer of the introspective classifier: on stored contrast rows, and on rows that are never formed.
+Allowed there, relative to the largest entry: sqrt(N D) roundings of the working precision for float32, 2^-6 for halves,
+whose rows are rounded once more than in float64.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from torch import Tensor
 import fastgrad
 from bench.micro import last_layer_peers as peers
 from bench.micro.last_layer_peers import Head
-from bench.registry import Implementation, case, relative_error, scaled_error
+from bench.registry import SEED, Implementation, case, relative_error, scaled_error
 
 OURS, PEERS = 1e-5, 1e-3
 #: Contrasts times samples up to which the slow peers take part: a call of theirs takes seconds beyond.
@@ -167,3 +171,43 @@ def statistics(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Impl
     yield from _forms(partial(fastgrad.linear_contrast_stats, *head_.layer), check, tolerance, device)
     yield _linear(head_)
     yield Implementation("linear, softmax, closed form", lambda: unfused, check, max(PEERS, tolerance))
+
+
+@case(
+    "rows", "rows B={0} N={1} D={2} U={3} {4}", against="stored rows",
+    names=("fastgrad", "stored rows", "rows written, then linear"),
+    tiny=[(3, 5, 8, 7, "float32")], quick=[(64, 10, 512, 300, "float32")],
+    full=[(*shape, "float32") for shape in (
+        (1, 10, 64, 300), (256, 10, 64, 300), (1, 10, 512, 300), (64, 10, 512, 300), (1024, 10, 512, 300),
+        (1, 1000, 512, 64), (32, 1000, 512, 64),
+    )],
+    gpu=[(64, 10, 512, 300, "bfloat16"), (32, 1000, 2048, 128, "bfloat16")],
+)  # fmt: skip
+def rows(device: str, B: int, N: int, D: int, U: int, name: str) -> Iterator[Implementation]:
+    """``contrast_rows_linear`` beside a product with rows in memory."""
+    dtype = getattr(torch, name)
+    made = torch.Generator(device).manual_seed(SEED)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=made, device=device).to(dtype)
+
+    h, z = normal(B, D), normal(B, N)
+    weight, bias = normal(U, N * D), normal(U)
+    exact = 2 * (z.double() - 1).unsqueeze(-1) * h.double().unsqueeze(-2)
+    wanted = F.linear(exact.flatten(-2), weight.double(), bias.double())
+    tolerance = 2.0**-6 if dtype != torch.float32 else 2.0**-23 * (N * D) ** 0.5
+
+    def check(out: Tensor) -> float:
+        return scaled_error(out, wanted)
+
+    stored = (2 * (z.float() - 1).unsqueeze(-1) * h.float().unsqueeze(-2)).flatten(-2).to(dtype)
+
+    def written() -> Tensor:
+        return F.linear(fastgrad.contrast_rows(h, z).flatten(-2).to(dtype), weight, bias)
+
+    def ours() -> Tensor:
+        return fastgrad.contrast_rows_linear(h, z, weight, bias)
+
+    yield Implementation("fastgrad", lambda: ours, check, tolerance)
+    yield Implementation("stored rows", lambda: lambda: F.linear(stored, weight, bias), check, tolerance)
+    yield Implementation("rows written, then linear", lambda: written, check, tolerance)
