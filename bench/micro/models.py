@@ -69,27 +69,19 @@ def resnet(
     return nn.Sequential(*layers)
 
 
-def plain(classes: int = 10, width: int = 32) -> nn.Module:
-    """Six convolutions and a linear layer, no norm: what every peer accepts."""
+def plain(classes: int = 10, width: int = 32, norm: bool = False) -> nn.Module:
+    """Six convolutions and a linear layer, without norm what every peer accepts.
+
+    The second of each pair halves the image; with batch norm the first of the second and of the third pair.
+    """
     layers: list[nn.Module] = []
     channels = 3
     for stage in range(3):
-        for stride in (1, 2):
-            layers += [nn.Conv2d(channels, width << stage, 3, stride, 1), nn.ReLU()]
+        for stride in (1, 2) if not norm else (2 if stage else 1, 1):
+            layers.append(nn.Conv2d(channels, width << stage, 3, stride, 1, bias=not norm))
             channels = width << stage
+            layers += [nn.BatchNorm2d(channels), nn.ReLU()] if norm else [nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
-
-
-def stages(width: int) -> nn.Module:
-    """Six convolutions with batch norm; the second and third pair halve the image and double the width."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for stage in range(3):
-        for stride in (2 if stage else 1, 1):
-            out = width << stage
-            layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-            channels = out
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
 def densenet(classes: int = 10) -> nn.Module:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import fastgrad
 from bench.micro import network_peers as peers
-from bench.micro.models import NETWORKS, images, stages
+from bench.micro.models import NETWORKS, images, plain
 from bench.micro.tasks import BCE, CE, UNIT, ClippedTask, Task, error, sqnorms
 from bench.registry import Implementation, case, relative_error
 
@@ -116,7 +116,7 @@ def compiled(device: str, name: str, batch: int, signal: str) -> Iterator[Implem
 )  # fmt: skip
 def growth(device: str, batch: int, image: int, width: int) -> Iterator[Implementation]:
     """How the cost grows with batch, image and width."""
-    yield from same_for_all(Task((partial(stages, width), images(image)), batch, device))
+    yield from same_for_all(Task((partial(plain, width=width, norm=True), images(image)), batch, device))
 
 
 @case(

@@ -32,12 +32,8 @@ def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | N
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    functions = (
-        text.duration, text.size, text.table, text.pivot, text.spread,
-        speed.tables, speed.grouped, speed.best, speed.ours,
-        detection.block, detection.gains, detection.strongest,
-    )  # fmt: skip
-    environment.globals |= {function.__name__: function for function in functions}
+    environment.globals |= vars(text) | vars(speed) | vars(detection)
+    # A document of detection has networks of its own.
     environment.globals |= {"detection_networks": detection.networks, "protocols": detection.PROTOCOLS}
     template = environment.get_template(f"{name}.md.j2" if own else f"{kind}.md.j2")
     return template.render(
