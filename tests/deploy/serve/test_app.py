@@ -21,7 +21,8 @@ from serve_stub import PNG, make, stub, the_one
 from fastgrad.deploy.file.package import Description, PackageError, write_description
 from fastgrad.deploy.serve.app import create_app
 from fastgrad.deploy.serve.bodies import Limits
-from fastgrad.deploy.serve.child import ChildDiedError
+from fastgrad.deploy.serve.child import ChildDiedError, RequestError
+from fastgrad.deploy.serve.guard import Guard
 
 
 def post(
@@ -71,6 +72,14 @@ def test_key(tiny_package: Path, caplog: pytest.LogCaptureFixture) -> None:
     # One line for the first, and the others are counted for a later one.
     assert caplog.text.count("without the right API key, the last from 127.0.0.1") == 1
     assert 'fastgrad_requests_total{status="401"} 80.0' in the_one(app).metrics.render().decode()
+
+
+def test_a_guard_of_one_route_asks_for_the_key_under_every_path() -> None:
+    """Ray Serve's deployment answers where it is put, also at ``/``."""
+    guard = Guard(None, key="secret", hosts=())
+    for path in ("/", "/ready", "/predict"):
+        with pytest.raises(RequestError, match="API key"):
+            guard.check({"type": "http", "method": "POST", "path": path, "headers": []})
 
 
 @pytest.mark.parametrize(
