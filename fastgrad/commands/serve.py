@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
         body=body, pixels=args.max_pixels, queue=args.max_queue, seconds=args.timeout,
         memory=max(Limits.memory, 3 * body), connections=args.max_connections,
     )  # fmt: skip
-    key = _api_key(args.api_key_file)
+    file = args.api_key_file
+    key = os.environ.get("FASTGRAD_API_KEY") if file is None else file.read_text().strip()
     app = create_app(
         _paths(args.model, args.models), workers=args.workers, threads=args.threads, decoders=args.decoders,
         max_batch=args.max_batch, batch_wait=args.batch_wait_ms / 1000, limits=limits, api_key=key,
@@ -109,13 +110,6 @@ def _paths(model: str | None, named: list[str]) -> str | dict[str, str]:
             raise ValueError(f"--model must be NAME=PATH, each name once; it was {pair!r}")
         found[name] = path
     return found
-
-
-def _api_key(file: Path | None) -> str | None:
-    key = file.read_text().strip() if file is not None else os.environ.get("FASTGRAD_API_KEY")
-    if key is not None and not key:
-        raise ValueError("the API key is empty")
-    return key
 
 
 def _is_loopback(host: str) -> bool:

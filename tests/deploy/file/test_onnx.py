@@ -99,17 +99,9 @@ def test_answers_where_only_numpy_and_onnx_runtime_are(tiny_onnx: Path, tmp_path
             assert onnx_export.difference(torch.from_numpy(found[f"{name}-{part}"]), theirs) <= ROUNDING
 
 
-def test_what_travels_in_the_file(tiny_onnx: Path) -> None:
+def test_nothing_of_the_machine_travels_in_the_file(tiny_onnx: Path) -> None:
     import onnx
 
-    live = TinyTwoStage()
-    description = read_description(tiny_onnx)
-    assert description.input_shape == live.shape
-    assert (description.labels, description.mean) == (["cat", "dog", "cow", "hen"], [0.5, 0.5, 0.5])
-    assert description.threshold_at(0.01) == live.threshold(0.01)
-    assert description.histogram is not None
-    assert description.score_reference() is not None
-    # Nothing of the machine that wrote it.
     assert b"site-packages" not in tiny_onnx.read_bytes()
     assert [prop.key for prop in onnx.load(tiny_onnx).metadata_props] == ["fastgrad", "fastgrad.sha256"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,7 @@ def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.
         (["--model", f"a/b={file}"], "one was 'a/b'"),
         ([file, "--false-alarm-rate", "0.5"], "false_alarm_rate must be one"),
         ([file, "--api-key-file", str(tmp_path / "key")], "No such file"),
+        ([file, "--api-key-file", os.devnull], "api_key must not be empty"),
     ):
         assert cli.main(["serve", *arguments]) == 2
         assert message in capsys.readouterr().err
