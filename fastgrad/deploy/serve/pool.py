@@ -59,9 +59,6 @@ class Pool:
         self._queue: deque[_Item] = deque()
         self._arrived = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     @property
     def ready(self) -> bool:
@@ -107,20 +104,11 @@ class Pool:
         """
         item = _Item(parts, asyncio.get_running_loop().create_future(), on_run)
         self._queue.append(item)
-        self._in_flight += 1
-        self._idle.clear()
         self._arrived.set()
-        try:
-            return await item.future
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
+        return await item.future
 
     async def close(self) -> None:
-        """Finish what was submitted, then end the processes."""
-        if self._tasks:
-            await self._idle.wait()
+        """End the processes. Whoever calls it has waited for what was submitted."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
