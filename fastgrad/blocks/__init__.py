@@ -49,16 +49,7 @@ def register_block(block: type[Block]) -> type[Block]:
     return block
 
 
-for _block in (
-    Logits,
-    Activations,
-    Image,
-    Roughness,
-    View,
-    Features,
-    Contrasts,
-    Gradients,
-):
+for _block in (Logits, Activations, Image, Roughness, View, Features, Contrasts, Gradients):
     register_block(_block)
 
 __all__ = [

@@ -9,7 +9,6 @@ can be fitted on it, and what the classifier of challenges sees of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -34,17 +33,6 @@ CLIP = 8.0
 FEW = 4
 #: Name, rows, fitted score and meaning of a one-class score.
 Part = tuple[str, Rows, Fitted, type[OneSided] | type[TwoSided]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `UncertaintyDetector` says to the scores that blocks fit.
-
-    Attributes:
-        log: Whether blocks of squared norms hold the norms themselves, whose logarithms are to be taken.
-    """
-
-    log: bool
 
 
 class Block:
@@ -90,23 +78,23 @@ class Block:
         raise NotImplementedError
 
     @classmethod
-    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """The one-class scores that clean ``blocks`` allow."""
+    def scores(cls, blocks: Mapping[str, Array], log: bool) -> Iterator[Part]:
+        """The one-class scores that clean ``blocks`` allow; ``log``: squared norms are no logarithms yet."""
         yield from ()
 
     @classmethod
-    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], log: bool) -> Rows:
         """What the classifier of challenges sees of the block, standardised."""
-        return cls.rows(blocks, settings)
+        return cls.rows(blocks, log)
 
     @classmethod
-    def rows(cls, blocks: Mapping[str, Array], settings: Settings, **how: Any) -> Rows:
+    def rows(cls, blocks: Mapping[str, Array], log: bool, **how: Any) -> Rows:
         """The block's standardised columns, of norms their logarithms; ``how`` goes to `Rows.fit`."""
         norms = cls.squared_norms
-        return Rows.fit(blocks, cls.name, norms=norms, log=norms and settings.log, **how)
+        return Rows.fit(blocks, cls.name, norms=norms, log=norms and log, **how)
 
     @classmethod
-    def distance(cls, blocks: Mapping[str, Array], settings: Settings, **how: Any) -> Part:
+    def distance(cls, blocks: Mapping[str, Array], log: bool, **how: Any) -> Part:
         """The score that is the Mahalanobis distance of `rows`, each column cut at `CLIP`."""
-        rows = cls.rows(blocks, settings, clip=CLIP, **how)
+        rows = cls.rows(blocks, log, clip=CLIP, **how)
         return f"{cls.name}_distance", rows, Mahalanobis.fit(rows.of(blocks)), OneSided

@@ -28,18 +28,11 @@ class Extraction:
 
     Args:
         model: Any classifier; outputs as `fastgrad.gradients.features.logits_of` reads them.
-        blocks: What to extract, see `fastgrad.blocks`.
+        blocks: What to extract, see `fastgrad.blocks`; no two of one name.
         log: Whether squared norms are given as logarithms.
-
-    Raises:
-        ValueError: Two blocks have one name.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], *, log: bool = True) -> None:
-        names = [block.name for block in blocks]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"blocks must differ; {name!r} was there {names.count(name)} times")
         self.model, self.blocks, self.log = original(model), tuple(blocks), log
         self.known: Subject | None = None
         self._setup()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import FEW, Array, Block, Part, Settings
+from fastgrad.blocks.block import FEW, Array, Block, Part
 from fastgrad.blocks.channels import output_of
 from fastgrad.blocks.local_contrast import differences, mean_extremes
 from fastgrad.blocks.passes import Pass
@@ -50,9 +50,9 @@ class Roughness(Block):
         return found.readings(self.name)[0]
 
     @classmethod
-    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+    def scores(cls, blocks: Mapping[str, Array], log: bool) -> Iterator[Part]:
         """The distance in a few principal components."""
-        yield cls.distance(blocks, settings, dimensions=FEW)
+        yield cls.distance(blocks, log, dimensions=FEW)
 
 
 def roughness(maps: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,13 +44,9 @@ class Subject:
     mask: str | None
     first: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """For storage."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Subject:
-        """The inverse of `to_json`."""
+        """From what `dataclasses.asdict` made of one."""
         return cls(**{**stored, "channels": tuple(Channels(**place) for place in stored["channels"])})
 
 

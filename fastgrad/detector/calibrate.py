@@ -25,7 +25,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgrad.blocks.block import Settings
 from fastgrad.detector.challenge_classifier import NAME, ChallengeClassifier, JointRows
 from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.inputs import Array, Blocks, as_tensors, check_rate, take
@@ -58,14 +57,9 @@ class Score(Fitted):
     score: Fitted
     p_value: Fitted
 
-    def raw(self, blocks: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Scores ``(B,)`` before calibration."""
         result: Tensor = self.score(self.rows(blocks))
-        return result
-
-    def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Log p-values ``(B,)``."""
-        result: Tensor = self.p_value(self.raw(blocks))
         return result
 
 
@@ -88,7 +82,7 @@ class DetectorModule(Fitted):
 
     def raw(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Every score's values before calibration, ``(K, B)``."""
-        return torch.stack([score.raw(blocks) for score in self.scores])
+        return torch.stack([score(blocks) for score in self.scores])
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Uncertainty ``(B,)``, at least 0."""
@@ -148,6 +142,7 @@ class Table:
         kinds: ``(n,)``: 0 for clean samples, 1 and up for kinds of challenge.
         groups: ``(n,)``: the source that each comes from; of a challenge the clean sample that it was made of.
         held_out: ``(n,)``: clean samples that calibrate the sum and nothing else.
+        log: Whether blocks of squared norms hold the norms themselves, whose logarithms are to be taken.
     """
 
     blocks: dict[str, Array]
@@ -155,6 +150,7 @@ class Table:
     kinds: NDArray[np.intp]
     groups: NDArray[np.intp]
     held_out: NDArray[np.bool_]
+    log: bool = False
 
 
 class Calibrated(NamedTuple):
@@ -165,24 +161,22 @@ class Calibrated(NamedTuple):
         evidence: ``(n, S)``, as `DetectorModule.explain` gives it, of every sample of the table by what was fitted
             without it and its source.
         table: What it was fitted on.
-        settings: How.
     """
 
     module: DetectorModule
     evidence: Tensor
     table: Table
-    settings: Settings
 
 
-def fit_scores(table: Table, chosen: NDArray[np.bool_], settings: Settings) -> dict[str, ScoreSpec]:
+def fit_scores(table: Table, chosen: NDArray[np.bool_]) -> dict[str, ScoreSpec]:
     """One score or more a block on the clean samples among the ``chosen``, and the classifier of challenges on all."""
     clean = take(table.blocks, chosen & (table.kinds == 0))
     specs: dict[str, ScoreSpec] = {}
     for source in clean:
-        for name, rows, score, p_value in table.known[source].scores(clean, settings):
+        for name, rows, score, p_value in table.known[source].scores(clean, table.log):
             specs[name] = ScoreSpec(rows, score, p_value, source)
     if (chosen & (table.kinds > 0)).any():
-        joint = JointRows.fit(clean, table.known, settings)
+        joint = JointRows.fit(clean, table.known, table.log)
         classifier = ChallengeClassifier.fit(joint.of(take(table.blocks, chosen)), table.kinds[chosen])
         specs[NAME] = ScoreSpec(joint, classifier, OneSided, NAME, WEIGHT)
     return specs
@@ -207,7 +201,7 @@ def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.
     return np.where(apart, -1, fold[table.groups])
 
 
-def fit_detector(table: Table, settings: Settings, folds: int, random: np.random.RandomState) -> Calibrated:
+def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Calibrated:
     """Fit scores by folds and once more on all, and calibrate their sum.
 
     Raises:
@@ -217,10 +211,9 @@ def fit_detector(table: Table, settings: Settings, folds: int, random: np.random
     fitting, clean = fold >= 0, table.kinds == 0
     # Score every sample by what was fitted without its fold, and fit once more on all.
     parts = [
-        (fold == number, fit_scores(table, fitting & (fold != number), settings))
-        for number in range(fold.max() + 1)
+        (fold == number, fit_scores(table, fitting & (fold != number))) for number in range(fold.max() + 1)
     ]
-    final = fit_scores(table, fitting, settings)
+    final = fit_scores(table, fitting)
     names = [name for name in final if all(name in specs for _, specs in parts)]
     if not names:
         raise ValueError(
@@ -264,7 +257,7 @@ def fit_detector(table: Table, settings: Settings, folds: int, random: np.random
     module.add_module("final", OneSided.fit(sums[torch.as_tensor(calibrating)], counted=True))
     module.register_buffer("calibration_scores", -module.final(sums[torch.as_tensor(calibrating)]))
     module.options["exact"] = bool(table.held_out.any())
-    return Calibrated(module.eval(), module.by_source(evidence), table, settings)
+    return Calibrated(module.eval(), module.by_source(evidence), table)
 
 
 def _scores(table: Table, chosen: NDArray[np.bool_], specs: list[ScoreSpec]) -> Tensor:

@@ -16,7 +16,6 @@ from threadpoolctl import threadpool_limits
 
 from fastgrad import checks
 from fastgrad.blocks import BLOCKS
-from fastgrad.blocks.block import Settings
 from fastgrad.checks import to_array
 from fastgrad.detector import constants
 from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table, fit_detector
@@ -134,16 +133,15 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         if share is None and count - challenging.sum() >= constants.SPLIT_FROM:
             share = constants.SPLIT_SHARE
         apart = held_out_of(held_out, challenging, share, random)
-        settings = Settings(self.log)
         folds = self.folds
         if folds is None and apart.any():
             folds = constants.FOLDS_OF_SPLIT
         elif folds is None:
             folds = constants.FOLDS_OF_FEW if count - challenging.sum() < constants.FEW else constants.FOLDS
-        table = Table(blocks, self._known, codes, numbers, apart)
+        table = Table(blocks, self._known, codes, numbers, apart, self.log)
         # Of small products. NumPy's threads and PyTorch's, which spin, would wait for each other: three times as long.
         with threadpool_limits(limits=1):
-            found = fit_detector(table, settings, int(folds), random)
+            found = fit_detector(table, int(folds), random)
         self.module_ = found.module
         return found
 

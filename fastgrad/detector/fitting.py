@@ -21,12 +21,12 @@ from fastgrad.blocks.subject import Subject, watch
 from fastgrad.challenges import PixelRange, challenge_cost
 from fastgrad.detector import collect, constants
 from fastgrad.detector.calibrate import Calibrated
-from fastgrad.detector.collect import Drawn, shows_progress
+from fastgrad.detector.collect import Drawn
 from fastgrad.detector.estimator import UncertaintyDetector
 from fastgrad.detector.inputs import held_out_of
 from fastgrad.detector.presets import preset
 from fastgrad.detector.price import PriceReport, fit_to_budget
-from fastgrad.detector.report import Report
+from fastgrad.detector.report import Report, gains
 from fastgrad.detector.risk import NoisyOr, doubt
 from fastgrad.scores.temperature import Temperature
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from fastgrad.detector.model import TwoStageModel
     from fastgrad.introspection import IntrospectiveClassifier
     from fastgrad.introspection.network import IntrospectiveNetwork
-
-__all__ = ["FitOptions", "fit", "shows_progress"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def fit(
     options: FitOptions,
 ) -> None:
     """Fit ``two_stage``, which changes once everything has worked."""
-    base = _base(two_stage)
+    base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
     sample = _drawn(clean, challenges, calibration, two_stage.seed, options)
     x = to_device(sample.clean.batches[0], two_stage.device)
     subject = watch(two_stage.model, *arguments(x))
@@ -124,17 +122,7 @@ def fit(
     two_stage.temperature_ = answers.temperature
     two_stage.risk_, why = _risk(two_stage, sample, features, found, answers.fresh, options)
     two_stage.report_ = _report(sample, features, price, found, why)
-    two_stage._gains = functools.partial(
-        two_stage.report_.with_gains, found.table, found.settings, features.kinds
-    )
-
-
-def _base(two_stage: TwoStageModel) -> UncertaintyDetector:
-    """The parameters of the user's detector, or the default ones."""
-    if two_stage.detector is None:
-        return UncertaintyDetector(log=False, random_state=two_stage.seed)
-    copied: UncertaintyDetector = clone(two_stage.detector)
-    return copied
+    two_stage._gains = functools.partial(gains, found.table, features.kinds)
 
 
 def _drawn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
-from fastgrad.detector import constants, fitting, storage
+from fastgrad.detector import collect, constants, fitting, storage
 from fastgrad.detector.risk import NoisyOr, doubt
 from fastgrad.losses import compute_dtype
 from fastgrad.prediction import Prediction
@@ -22,7 +23,7 @@ from fastgrad.prediction import Prediction
 if TYPE_CHECKING:
     from fastgrad.detector import UncertaintyDetector
     from fastgrad.detector.calibrate import DetectorModule
-    from fastgrad.detector.report import Report
+    from fastgrad.detector.report import Gain, Report
     from fastgrad.introspection import IntrospectiveClassifier
     from fastgrad.introspection.network import IntrospectiveNetwork
     from fastgrad.scores.temperature import Temperature
@@ -121,7 +122,7 @@ class TwoStageModel(nn.Module):
         self.temperature_: Temperature | None = None
         self.risk_: NoisyOr | None = None
         self.report_: Report | None = None
-        self._gains: Callable[[], Report] | None = None
+        self._gains: Callable[[], dict[str, Gain]] | None = None
         self._adopt()
 
     def _adopt(self) -> None:
@@ -252,7 +253,7 @@ class TwoStageModel(nn.Module):
                 All of it is checked before the first challenge is made.
         """
         options = fitting.FitOptions(
-            max_samples, challenges_per_input, risk, clip, mean, std, fitting.shows_progress(verbose)
+            max_samples, challenges_per_input, risk, clip, mean, std, collect.shows_progress(verbose)
         )
         fitting.fit(self, clean, challenges, calibration, options)
         return self
@@ -275,7 +276,7 @@ class TwoStageModel(nn.Module):
                 raise RuntimeError(
                     "gains need the features of the fit, which are not stored: call fit(clean)"
                 )
-            self.report_ = self._gains()
+            self.report_ = replace(self.report_, gains=self._gains())
         return self.report_
 
     def threshold(self, false_alarm_rate: float | None = None) -> float:
@@ -318,8 +319,8 @@ class TwoStageModel(nn.Module):
             "budget": self.budget,
             "seed": self.seed,
             "blocks": [{"name": block.name, "options": block.options()} for block in extraction.blocks],
-            "subject": None if extraction.known is None else extraction.known.to_json(),
-            "report": None if self.report_ is None else self.report_.to_json(),
+            "subject": None if extraction.known is None else asdict(extraction.known),
+            "report": None if self.report_ is None else asdict(self.report_),
         }
         return storage.save(
             path, {name: module for name, module in modules.items() if module is not None}, extra

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastgrad.blocks.block import Settings
 from fastgrad.challenges import CHALLENGES
 from fastgrad.detector.calibrate import Table, deal, fit_scores
 from fastgrad.detector.challenge_classifier import NAME, ChallengeClassifier
@@ -62,13 +61,9 @@ class Report:
         """Names of the blocks that the detector reads."""
         return list(self.price.blocks)
 
-    def to_json(self) -> dict[str, Any]:
-        """For storage."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Report:
-        """The inverse of `to_json`."""
+        """From what `dataclasses.asdict` made of one."""
         price = dict(stored["price"])
         price["blocks"], price["dropped"] = tuple(price["blocks"]), tuple(map(tuple, price["dropped"]))
         gains = (
@@ -105,19 +100,14 @@ class Report:
             ]
         return "\n".join(lines)
 
-    def with_gains(self, table: Table, settings: Settings, kinds: NDArray[np.str_]) -> Report:
-        """The same with what each block adds."""
-        return replace(self, gains=gains(table, settings, kinds))
 
-
-def gains(table: Table, settings: Settings, kinds: NDArray[np.str_]) -> dict[str, Gain]:
+def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
     """AUROC with all blocks less AUROC without each, on families of challenges that the classifier did not learn.
 
     Half of the sources fit, the other half judges, and the other way round.
 
     Args:
         table: All blocks of clean samples and challenges.
-        settings: Of the detector.
         kinds: ``(n,)``, names of kinds; empty for clean samples.
 
     Raises:
@@ -134,7 +124,7 @@ def gains(table: Table, settings: Settings, kinds: NDArray[np.str_]) -> dict[str
     placed: dict[str, list[NDArray[np.float64]]] = {name: [] for name in sets}
     sources: list[NDArray[np.intp]] = []
     for number in (0, 1):
-        sums = _sums(table, settings, fold, number, family, families, sets)
+        sums = _sums(table, fold, number, family, families, sets)
         judged = np.flatnonzero(fold == number)
         for left_out in families:
             own = judged[family[judged] == left_out]
@@ -158,7 +148,6 @@ def gains(table: Table, settings: Settings, kinds: NDArray[np.str_]) -> dict[str
 
 def _sums(
     table: Table,
-    settings: Settings,
     fold: NDArray[np.intp],
     number: int,
     family: NDArray[np.str_],
@@ -167,7 +156,7 @@ def _sums(
 ) -> dict[tuple[str, str], NDArray[np.float64]]:
     """The weighted sum ``(n,)`` of every set of blocks and family left out, by what was fitted on the other fold."""
     inside = (fold >= 0) & (fold != number)
-    specs = fit_scores(table, inside, settings)
+    specs = fit_scores(table, inside)
     tensors = as_tensors(take(table.blocks, np.arange(len(fold))))
     joint = specs.pop(NAME).rows.get_submodule("parts")
     clean = torch.as_tensor((fold == number) & (table.kinds == 0))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad.atomic import written_beside
 from fastgrad.scores.fitted import Fitted, rebuild
 
 FORMAT = 1
@@ -45,14 +45,8 @@ def save(path: str | os.PathLike[str], modules: Mapping[str, Fitted], extra: Map
     data = serialise(tensors, {_KEY: json.dumps(content)})
     digest = hashlib.sha256(data).hexdigest()
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.replace(_EMPTY.encode(), digest.encode(), 1))
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with written_beside(target) as file:
+        file.write_bytes(data.replace(_EMPTY.encode(), digest.encode(), 1))
     return target
 
 

@@ -19,8 +19,8 @@ from fastgrad.checks import to_array
 from fastgrad.introspection.network import ACTIVATIONS, IntrospectiveNetwork, RowMoments, new_layers
 from fastgrad.introspection.training import Batches, Inputs, Trainer
 from fastgrad.losses import LOSSES
-from fastgrad.scores import Temperature
 from fastgrad.scores.rows import as_tensor
+from fastgrad.scores.temperature import Temperature
 
 Array = NDArray[np.float64]
 Pairs = Mapping[str, ArrayLike]

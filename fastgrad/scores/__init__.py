@@ -6,23 +6,7 @@ of clean data; `rows.Rows` makes those rows from a block of features, `conformal
 
 from __future__ import annotations
 
-from fastgrad.scores.conformal import OneSided, TwoSided, UpperTail
-from fastgrad.scores.fitted import Fitted, Sequence, rebuild
-from fastgrad.scores.logits import Energy, Margin
-from fastgrad.scores.mahalanobis import Mahalanobis
-from fastgrad.scores.rows import Rows
-from fastgrad.scores.temperature import Temperature
+# `rebuild` knows the kinds of module that have been imported.
+from fastgrad.scores import conformal, fitted, logits, mahalanobis, rows, temperature
 
-__all__ = [
-    "Energy",
-    "Fitted",
-    "Mahalanobis",
-    "Margin",
-    "OneSided",
-    "Rows",
-    "Sequence",
-    "Temperature",
-    "TwoSided",
-    "UpperTail",
-    "rebuild",
-]
+__all__ = ["conformal", "fitted", "logits", "mahalanobis", "rows", "temperature"]

@@ -47,10 +47,9 @@ def order_by_rank(contrasts: Tensor, logits: Tensor) -> Tensor:
 class Rows(Fitted):
     """Rows ``(B, d)`` for a score, from the named blocks.
 
-    Options: ``block``, the block's name; ``rank``, whether to order its class axis by logit rank; ``log``,
-    whether to take logarithms; ``top``, how many of the
-    largest entries to keep, in falling order (0 for all, as they come); ``clip``, where standardised values are
-    cut, None for nowhere.
+    Options: ``block``, the block's name; ``rank``, whether to order its class axis by logit rank; ``log``, whether to
+    take logarithms; ``top``, how many of the largest entries to keep, in falling order (0 for all, as they come);
+    ``clip``, where standardised values are cut, None for nowhere.
     Buffers: ``mean`` and ``scale`` ``(d,)`` of the clean rows after the logarithm; ``projection`` ``(d, e)`` and
     ``shift`` ``(e,)``, what a clean row's projection is on average.
     """
@@ -127,11 +126,6 @@ class Rows(Fitted):
         rows = (flat - self.mean) / self.scale
         clip = self.options.get("clip")
         return rows if clip is None else clipped(rows, clip)
-
-    @property
-    def width(self) -> int:
-        """How many columns rows have."""
-        return len(self.shift if "shift" in self._buffers else self.mean)
 
     def of(self, blocks: Mapping[str, Array]) -> Array:
         """The rows of arrays."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -301,7 +302,7 @@ def test_a_forward_pass_reads_a_few_maps_on_a_grid_from_the_first_to_the_last() 
     for place, own in zip(places, found.unbind(1), strict=True):
         output = net[: int(place.path) + 1](images)[:, :, 3::3, 2::2]
         torch.testing.assert_close(own, output.square().mean((2, 3)).log())
-    assert Subject.from_json(json.loads(json.dumps(subject.to_json()))) == subject
+    assert Subject.from_json(json.loads(json.dumps(asdict(subject)))) == subject
 
 
 def test_tokens_are_read_at_every_position() -> None:

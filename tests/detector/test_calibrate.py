@@ -11,9 +11,8 @@ from scipy.stats import betabinom
 
 from fastgrad import TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import BLOCKS
-from fastgrad.blocks.block import Settings
 from fastgrad.detector.calibrate import DetectorModule, Table, deal
-from fastgrad.scores import TwoSided
+from fastgrad.scores.conformal import TwoSided
 
 LOGITS = np.random.default_rng(1).normal(size=(8, 5))
 WIDE = np.random.default_rng(2).normal(size=(8, 40))
@@ -67,9 +66,9 @@ def test_no_fit_sees_what_it_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     original = calibrate.fit_scores
 
-    def watched(table: Table, chosen: np.ndarray, settings: Settings) -> dict[str, calibrate.ScoreSpec]:
+    def watched(table: Table, chosen: np.ndarray) -> dict[str, calibrate.ScoreSpec]:
         seen.append(set(table.groups[chosen]))
-        return original(table, chosen, settings)
+        return original(table, chosen)
 
     monkeypatch.setattr(calibrate, "fit_scores", watched)
     rng = np.random.default_rng(0)
@@ -219,7 +218,7 @@ def test_a_score_that_fails_makes_its_samples_unreliable_and_no_others() -> None
 
 
 def test_clean_samples_that_a_score_fails_on_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.scores import Margin
+    from fastgrad.scores.logits import Margin
 
     monkeypatch.setattr(Margin, "forward", lambda self, rows: rows[:, 0] * torch.nan)
     with pytest.raises(ValueError, match=r"these were NaN: \{'margin': 40\}"):

@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -124,7 +124,7 @@ def test_the_price_of_single_inputs_is_measured_too_and_said_where_it_is_above_t
     assert "without image: beyond" in str(report)
     endless = replace(report, price=replace(found, limit=math.inf))
     for one in (report, endless):
-        assert Report.from_json(json.loads(json.dumps(one.to_json()))) == one
+        assert Report.from_json(json.loads(json.dumps(asdict(one)))) == one
     assert "single inputs" not in str(replace(report, price=replace(found, single=1.4)))
 
 

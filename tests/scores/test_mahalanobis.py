@@ -4,8 +4,8 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.covariance import ledoit_wolf
 
-from fastgrad.scores import Mahalanobis, rebuild
-from fastgrad.scores.mahalanobis import DIRECTIONS
+from fastgrad.scores.fitted import rebuild
+from fastgrad.scores.mahalanobis import DIRECTIONS, Mahalanobis
 from fastgrad.scores.spectrum import principal, shrinkage
 
 EPS = float(np.finfo(np.float64).eps)

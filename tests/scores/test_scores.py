@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrad.scores import Energy
+from fastgrad.scores.logits import Energy
 from fastgrad.scores.rows import SMALLEST, Rows, order_by_rank
 
 RNG = np.random.default_rng(0)

@@ -4,7 +4,8 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from fastgrad import metrics
-from fastgrad.scores import Temperature, rebuild
+from fastgrad.scores.fitted import rebuild
+from fastgrad.scores.temperature import Temperature
 
 
 def drawn(count, seed, classes=5):

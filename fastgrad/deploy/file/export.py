@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import _torch
+from fastgrad.atomic import replace_atomically
 from fastgrad.deploy.file import onnx_export
-from fastgrad.deploy.file.atomic import replace_atomically
 from fastgrad.deploy.file.describe import describe
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.package import write_description

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fastgrad.atomic import written_beside
 from fastgrad.checks import at_least_one, extra
-from fastgrad.deploy.file.atomic import written_beside
 from fastgrad.deploy.file.description import Description
 from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage, digest_of

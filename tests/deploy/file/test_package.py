@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrad.deploy.file.atomic import replace_atomically
+from fastgrad.atomic import replace_atomically
 from fastgrad.deploy.file.package import (
     MEMBER,
     Description,
