@@ -72,12 +72,15 @@ class Description:
     def __post_init__(self) -> None:
         for name, (fits, expected) in _FIELDS.items():
             value = getattr(self, name)
+            optional = type(self).__dataclass_fields__[name].default is None
             try:
-                good = fits(self, value)
+                good = (optional and value is None) or fits(self, value)
             except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
                 good = False
             if not good:
-                expected = expected.format(classes=self.classes, shape=self.input_shape)
+                expected = "None or " * optional + expected.format(
+                    classes=self.classes, shape=self.input_shape
+                )
                 raise ValueError(f"{name} must be {expected}; it was {repr(value)[:80]}")
 
     @property
@@ -184,11 +187,7 @@ def _reference(value: Any) -> bool:
     return True
 
 
-def _or_none(fits: Callable[[Description, Any], bool]) -> Callable[[Description, Any], bool]:
-    return lambda description, value: value is None or fits(description, value)
-
-
-#: What each field must be, in an order in which a later one may rest on those before.
+#: What each field must be where it is not None, in an order in which a later one may rest on those before.
 _FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
     "input_shape": (
         lambda _, v: isinstance(v, tuple) and 1 <= len(v) <= 8 and all(_count(n, 2**20) for n in v)
@@ -197,20 +196,19 @@ _FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
     "classes": (lambda _, v: _count(v, 2**20), "an integer from 1 to 2**20"),
     "max_batch": (lambda _, v: _count(v, 2**20), "an integer from 1 to 2**20"),
     "device": (lambda _, v: v in ("cpu", "cuda"), "cpu or cuda"),
-    "labels": (_or_none(lambda d, v: isinstance(v, list) and len(v) == d.classes and _words(v, 2**20)),
-               "None or {classes} names, one a class"),
-    "mean": (_or_none(_channels), "None or a finite number a channel of images {shape}"),
-    "std": (_or_none(lambda d, v: _channels(d, v) and min(v) > 0),
-            "None or a positive number a channel of images {shape}"),
-    "false_alarm_rate": (_or_none(lambda _, v: _rate(v)), "None or a number between 0 and 1"),
-    "threshold": (_or_none(lambda _, v: _numbers([v])), "None or a finite number"),
+    "labels": (lambda d, v: isinstance(v, list) and len(v) == d.classes and _words(v, 2**20),
+               "{classes} names, one a class"),
+    "mean": (_channels, "a finite number a channel of images {shape}"),
+    "std": (lambda d, v: _channels(d, v) and min(v) > 0, "a positive number a channel of images {shape}"),
+    "false_alarm_rate": (lambda _, v: _rate(v), "a number between 0 and 1"),
+    "threshold": (lambda _, v: _number(v), "a finite number"),
     "thresholds": (lambda _, v: isinstance(v, list) and len(v) <= 1000
-                   and all(_rate(rate) and _numbers([value]) for rate, value in v),
+                   and all(_rate(rate) and _number(value) for rate, value in v),
                    "pairs of a rate between 0 and 1 and a finite number"),
-    "histogram": (_or_none(lambda _, v: _histogram(v)), "None or increasing edges and a count between each two"),
-    "reference": (_or_none(lambda _, v: _reference(v)), "None or increasing edges and one count more"),
+    "histogram": (lambda _, v: _histogram(v), "increasing edges and a count between each two"),
+    "reference": (lambda _, v: _reference(v), "increasing edges and one count more"),
     "versions": (lambda _, v: _mapping(v), "names and versions"),
-    "evidence": (_or_none(lambda _, v: bool(v) and _mapping(v)), "None or names and what an alarm of them means"),
+    "evidence": (lambda _, v: bool(v) and _mapping(v), "names and what an alarm of them means"),
     "risk": (lambda _, v: isinstance(v, bool), "true or false"),
 }  # fmt: skip
 
