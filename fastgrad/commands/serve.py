@@ -35,6 +35,11 @@ _OPTIONS = (
      "file with the key that requests must carry; without it the variable FASTGRAD_API_KEY, else none"),
 )  # fmt: skip
 
+_POSITIVE = (
+    "workers", "threads", "decoders", "max-batch", "max-queue", "max-pixels", "max-connections", "max-body-mb",
+    "timeout", "reload-seconds",
+)  # fmt: skip
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
@@ -63,6 +68,10 @@ def run(args: argparse.Namespace) -> int:
     from fastgrad.deploy.serve.server import Server
     from fastgrad.deploy.serve.traces import otlp_provider
 
+    for name in _POSITIVE:
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} must be positive; it was {value:g}")
     body = int(args.max_body_mb * 2**20)
     limits = Limits(
         body=body, pixels=args.max_pixels, queue=args.max_queue, seconds=args.timeout,

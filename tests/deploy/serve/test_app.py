@@ -283,12 +283,12 @@ def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.
     file = str(tiny_package)
     for arguments, message in (
         ([str(tmp_path / "none.pt2")], "no such file"),
-        ([file, "--workers", "0"], "workers must be at least 1; it was 0"),
-        ([file, "--max-batch", "0"], "max_batch must be at least 1; it was 0"),
-        ([file, "--decoders", "0"], "decoders must be at least 1; it was 0"),
-        ([file, "--max-pixels", "0"], "pixels must be positive; it was 0"),
-        ([file, "--timeout", "0"], "seconds must be positive; it was 0"),
-        ([file, "--reload-seconds", "-1"], "reload_every must be positive; it was -1"),
+        ([file, "--workers", "0"], "--workers must be positive; it was 0"),
+        ([file, "--max-batch", "0"], "--max-batch must be positive; it was 0"),
+        ([file, "--decoders", "0"], "--decoders must be positive; it was 0"),
+        ([file, "--max-pixels", "0"], "--max-pixels must be positive; it was 0"),
+        ([file, "--timeout", "0"], "--timeout must be positive; it was 0"),
+        ([file, "--reload-seconds", "-1"], "--reload-seconds must be positive; it was -1"),
         ([file, "--pins", str(tmp_path / "none")], "No such file"),
         ([], "give one MODEL, or --model NAME=PATH"),
         ([file, "--model", f"a={file}"], "give one MODEL, or --model NAME=PATH"),
