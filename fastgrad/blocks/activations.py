@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import CLIP, Array, Block, Part
+from fastgrad.blocks.block import CLIP, Array, Block, Part, Settings
 from fastgrad.blocks.channels import Channels, output_of, positions, sampled
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
@@ -49,14 +49,14 @@ class Activations(Block):
         return columns.clamp_min(torch.finfo(torch.float32).tiny).log()
 
     @classmethod
-    def scores(cls, blocks: Mapping[str, Array], log: bool) -> Iterator[Part]:
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         """One distance."""
-        yield cls.distance(blocks, log)
+        yield cls.distance(blocks, settings)
 
     @classmethod
-    def joint(cls, blocks: Mapping[str, Array], log: bool) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         """The leading principal components."""
-        return cls.rows(blocks, log, clip=CLIP, dimensions=COMPONENTS)
+        return cls.rows(blocks, settings, clip=CLIP, dimensions=COMPONENTS)
 
 
 def mean_square(place: Channels, mask: Tensor | None, inputs: tuple[Any, ...], output: Any) -> Tensor:

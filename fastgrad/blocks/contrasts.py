@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from fastgrad.blocks.block import FEW, Array, Block, Part
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.features import Features
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
@@ -38,11 +38,11 @@ class Contrasts(Block):
         return functional.contrast_sqnorm(h, found.logits, bias=found.subject.bias, log=found.log)
 
     @classmethod
-    def scores(cls, blocks: Mapping[str, Array], log: bool) -> Iterator[Part]:
-        """The distance of the logarithms, classes in order of the logits, in a few principal components."""
-        yield cls.distance(blocks, log, rank=True, dimensions=FEW)
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        """A mixture on the logarithms, classes in order of the logits."""
+        yield cls.mixture(blocks, settings, rank=True)
 
     @classmethod
-    def joint(cls, blocks: Mapping[str, Array], log: bool) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         """The logarithms, classes in order of the logits."""
-        return cls.rows(blocks, log, rank=True)
+        return cls.rows(blocks, settings, rank=True)

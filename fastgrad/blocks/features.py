@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
@@ -43,11 +43,11 @@ class Features(Block):
         return found.readings(self.name)[0]
 
     @classmethod
-    def joint(cls, blocks: Mapping[str, Array], log: bool) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         """Standardised, or the leading principal components where h is wide."""
-        return cls.rows(blocks, log, dimensions=_COMPONENTS)
+        return cls.rows(blocks, settings, dimensions=_COMPONENTS)
 
     @classmethod
-    def scores(cls, blocks: Mapping[str, Array], log: bool) -> Iterator[Part]:
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         """One distance."""
-        yield cls.distance(blocks, log)
+        yield cls.distance(blocks, settings)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastgrad import losses
-from fastgrad.blocks.block import Array, Block, Part
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.passes import Pass, Signal
 from fastgrad.blocks.subject import Subject
 
@@ -50,6 +50,6 @@ class Gradients(Block):
         return found.squared_norms(self.name)
 
     @classmethod
-    def scores(cls, blocks: Mapping[str, Array], log: bool) -> Iterator[Part]:
-        """The distance of the logarithms."""
-        yield cls.distance(blocks, log)
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        """A mixture on the logarithms."""
+        yield cls.mixture(blocks, settings)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import FEW, Array, Block, Part
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.local_contrast import EXTREMES, differences, mean_extremes
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject, is_image
@@ -35,9 +35,9 @@ class Image(Block):
         return image_statistics(found.image())
 
     @classmethod
-    def scores(cls, blocks: Mapping[str, Array], log: bool) -> Iterator[Part]:
-        """The distance in a few principal components."""
-        yield cls.distance(blocks, log, dimensions=FEW)
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+        """A mixture."""
+        yield cls.mixture(blocks, settings)
 
 
 def image_statistics(images: Tensor) -> Tensor:

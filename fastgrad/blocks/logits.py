@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.passes import Pass
 from fastgrad.scores.conformal import OneSided, TwoSided
 from fastgrad.scores.logits import Energy, Margin
@@ -33,13 +33,13 @@ class Logits(Block):
         return found.logits
 
     @classmethod
-    def scores(cls, blocks: Mapping[str, Array], log: bool) -> Iterator[Part]:
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         """Energy, and the margin where there are two classes."""
         yield "energy", Rows.fit(blocks, cls.name, standardise=False), Energy(), TwoSided
         if blocks[cls.name].shape[1] > 1:
             yield "margin", Rows.fit(blocks, cls.name, top=2, standardise=False), Margin(), OneSided
 
     @classmethod
-    def joint(cls, blocks: Mapping[str, Array], log: bool) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         """The highest logits in falling order: what H learns must not depend on class names."""
-        return cls.rows(blocks, log, top=_HIGHEST)
+        return cls.rows(blocks, settings, top=_HIGHEST)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.losses import compute_dtype
@@ -77,6 +77,6 @@ class View(Block):
         return torch.log(divergence.clamp_min(0) + _LEAST)
 
     @classmethod
-    def scores(cls, blocks: Mapping[str, Array], log: bool) -> Iterator[Part]:
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         """The divergence itself."""
         yield cls.name, Rows.fit(blocks, cls.name, standardise=False), Plain(), OneSided

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastgrad.blocks.block import Settings
 from fastgrad.detector.challenge_classifier import NAME, ChallengeClassifier, JointRows
 from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.inputs import Array, Blocks, as_tensors, check_rate, take
@@ -142,7 +143,7 @@ class Table:
         kinds: ``(n,)``: 0 for clean samples, 1 and up for kinds of challenge.
         groups: ``(n,)``: the source that each comes from; of a challenge the clean sample that it was made of.
         held_out: ``(n,)``: clean samples that calibrate the sum and nothing else.
-        log: Whether blocks of squared norms hold the norms themselves, whose logarithms are to be taken.
+        settings: How its blocks fit their scores.
     """
 
     blocks: dict[str, Array]
@@ -150,7 +151,7 @@ class Table:
     kinds: NDArray[np.intp]
     groups: NDArray[np.intp]
     held_out: NDArray[np.bool_]
-    log: bool = False
+    settings: Settings
 
 
 class Calibrated(NamedTuple):
@@ -173,10 +174,10 @@ def fit_scores(table: Table, chosen: NDArray[np.bool_]) -> dict[str, ScoreSpec]:
     clean = take(table.blocks, chosen & (table.kinds == 0))
     specs: dict[str, ScoreSpec] = {}
     for source in clean:
-        for name, rows, score, p_value in table.known[source].scores(clean, table.log):
+        for name, rows, score, p_value in table.known[source].scores(clean, table.settings):
             specs[name] = ScoreSpec(rows, score, p_value, source)
     if (chosen & (table.kinds > 0)).any():
-        joint = JointRows.fit(clean, table.known, table.log)
+        joint = JointRows.fit(clean, table.known, table.settings)
         classifier = ChallengeClassifier.fit(joint.of(take(table.blocks, chosen)), table.kinds[chosen])
         specs[NAME] = ScoreSpec(joint, classifier, OneSided, NAME, WEIGHT)
     return specs
@@ -209,6 +210,8 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
     """
     fold = deal(table, folds, random)
     fitting, clean = fold >= 0, table.kinds == 0
+    smallest = min(int((clean & fitting & (fold != number)).sum()) for number in range(fold.max() + 1))
+    table = replace(table, settings=replace(table.settings, count=smallest))
     # Score every sample by what was fitted without its fold, and fit once more on all.
     parts = [
         (fold == number, fit_scores(table, fitting & (fold != number))) for number in range(fold.max() + 1)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastgrad.blocks.block import Settings
 from fastgrad.detector.constants import INVERSE_PENALTY, LIMIT, STEPS
 from fastgrad.detector.inputs import Blocks, as_tensors
 from fastgrad.scores import fitted
@@ -36,9 +37,9 @@ class JointRows(Fitted):
     parts: fitted.Sequence
 
     @classmethod
-    def fit(cls, clean: Mapping[str, NDArray[np.float64]], known: Blocks, log: bool) -> JointRows:
+    def fit(cls, clean: Mapping[str, NDArray[np.float64]], known: Blocks, settings: Settings) -> JointRows:
         """Standardised on ``clean`` blocks."""
-        parts: dict[str, Fitted] = {name: known[name].joint(clean, log) for name in clean}
+        parts: dict[str, Fitted] = {name: known[name].joint(clean, settings) for name in clean}
         return cls(parts=fitted.Sequence(**parts))
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from fastgrad import checks
 from fastgrad.blocks import BLOCKS
+from fastgrad.blocks.block import Settings
 from fastgrad.checks import to_array
 from fastgrad.detector import constants
 from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table, fit_detector
@@ -138,7 +139,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             folds = constants.FOLDS_OF_SPLIT
         elif folds is None:
             folds = constants.FOLDS_OF_FEW if count - challenging.sum() < constants.FEW else constants.FOLDS
-        table = Table(blocks, self._known, codes, numbers, apart, self.log)
+        table = Table(blocks, self._known, codes, numbers, apart, Settings(self.log))
         # Of small products. NumPy's threads and PyTorch's, which spin, would wait for each other: three times as long.
         with threadpool_limits(limits=1):
             found = fit_detector(table, int(folds), random)

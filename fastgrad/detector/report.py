@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,6 +156,8 @@ def _sums(
 ) -> dict[tuple[str, str], NDArray[np.float64]]:
     """The weighted sum ``(n,)`` of every set of blocks and family left out, by what was fitted on the other fold."""
     inside = (fold >= 0) & (fold != number)
+    count = int((inside & (table.kinds == 0)).sum())
+    table = replace(table, settings=replace(table.settings, count=count))
     specs = fit_scores(table, inside)
     tensors = as_tensors(take(table.blocks, np.arange(len(fold))))
     joint = specs.pop(NAME).rows.get_submodule("parts")

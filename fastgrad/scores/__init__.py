@@ -7,6 +7,6 @@ of clean data; `rows.Rows` makes those rows from a block of features, `conformal
 from __future__ import annotations
 
 # `rebuild` knows the kinds of module that have been imported.
-from fastgrad.scores import conformal, fitted, logits, mahalanobis, rows, temperature
+from fastgrad.scores import conformal, fitted, gaussian_mixture, logits, mahalanobis, rows, temperature
 
-__all__ = ["conformal", "fitted", "logits", "mahalanobis", "rows", "temperature"]
+__all__ = ["conformal", "fitted", "gaussian_mixture", "logits", "mahalanobis", "rows", "temperature"]

@@ -11,6 +11,7 @@ from scipy.stats import betabinom
 
 from fastgrad import TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import BLOCKS
+from fastgrad.blocks.block import Settings
 from fastgrad.detector.calibrate import DetectorModule, Table, deal
 from fastgrad.scores.conformal import TwoSided
 
@@ -49,14 +50,18 @@ def test_a_source_is_in_one_fold(count: int) -> None:
     order = rng.permutation(len(groups))
     groups, kinds = groups[order], kinds[order]
     nobody = np.zeros(len(groups), bool)
-    fold = deal(Table({}, BLOCKS, kinds, groups, nobody), 5, np.random.RandomState(0))
+    fold = deal(Table({}, BLOCKS, kinds, groups, nobody, Settings(False)), 5, np.random.RandomState(0))
     assert set(fold) == set(range(min(5, count)))
     for source in range(count):
         assert len(set(fold[groups == source])) == 1
     sizes = np.bincount(fold[kinds == 0])
     assert sizes.max() - sizes.min() <= 1
     # What is held out is in no fold, nor are the challenges made from it.
-    apart = deal(Table({}, BLOCKS, kinds, groups, (groups < 2) & (kinds == 0)), 5, np.random.RandomState(0))
+    apart = deal(
+        Table({}, BLOCKS, kinds, groups, (groups < 2) & (kinds == 0), Settings(False)),
+        5,
+        np.random.RandomState(0),
+    )
     assert ((apart == -1) == (groups < 2)).all()
 
 

@@ -470,8 +470,8 @@ class Brightness(Block):
         return found.image().mean((2, 3))
 
     @classmethod
-    def scores(cls, blocks, log):
-        yield cls.distance(blocks, log)
+    def scores(cls, blocks, settings):
+        yield cls.distance(blocks, settings)
 
 
 def test_a_block_of_the_users_goes_from_fit_to_file(tmp_path):

@@ -1,11 +1,21 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.mixture import GaussianMixture as SklearnMixture
 
+from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.logits import Energy
 from fastgrad.scores.rows import SMALLEST, Rows, order_by_rank
 
 RNG = np.random.default_rng(0)
+
+
+def test_mixture_scores_as_scikit_learn_does():
+    rows, new = RNG.normal(size=(300, 5)), 3 * RNG.normal(size=(40, 5))
+    ours = GaussianMixture.fit(rows, 3)(torch.tensor(new)).numpy()
+    theirs = SklearnMixture(3, reg_covar=1e-2, random_state=0, max_iter=200).fit(rows)
+    # The same sums in another order: some hundred float64 roundings.
+    np.testing.assert_allclose(ours, -theirs.score_samples(new), rtol=1e-12, atol=1e-12)
 
 
 def test_energy():
