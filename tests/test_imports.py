@@ -10,8 +10,8 @@ import fastgrad
 
 ROOT = Path(fastgrad.__file__).parent
 ORDER = [
-    "_torch", "checks", "kernels", "losses", "ops", "layers", "batches", "prediction", "engine", "gradients", "scores",
-    "blocks", "challenges", "introspection", "metrics", "plots", "detector", "interop", "deploy", "commands",
+    "_torch", "atomic", "checks", "kernels", "losses", "ops", "layers", "batches", "prediction", "engine", "gradients",
+    "scores", "blocks", "challenges", "introspection", "metrics", "plots", "detector", "interop", "deploy", "commands",
     "__main__",
 ]  # fmt: skip
 #: What these may import of anything but the standard library.
