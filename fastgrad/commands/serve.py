@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
     for name in _POSITIVE:
         value = getattr(args, name.replace("-", "_"))
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ValueError(f"--{name} must be positive; it was {value:g}")
     body = int(args.max_body_mb * 2**20)
     limits = Limits(

@@ -10,8 +10,8 @@ from torch import Tensor
 from fastgrad.scores.fitted import Fitted, as_buffer
 from fastgrad.scores.spectrum import principal, shrinkage
 
-#: Leading directions that have a variance of their own. Photographs, activations of EfficientNet-Lite0: 10, 43 and all
-#: 239 directions give the same AUROC, .743, .737 and .738; all cost time with every input.
+#: Leading directions that have a variance of their own. From 16 to 400 of them the AUROC of photographs was the same to
+#: .002, of EfficientNet-Lite1 and Lite2; each costs time with every input.
 DIRECTIONS = 32
 
 
@@ -43,8 +43,9 @@ class Mahalanobis(Fitted):
         values = as_buffer(rows)
         d = values.shape[1]
         mean = values.mean(0)
-        variances, leading = principal(values - mean, min(directions, d))
-        rho, average = shrinkage(variances, values - mean)
+        centred = values - mean
+        variances, leading = principal(centred, min(directions, d))
+        rho, average = shrinkage(variances, centred)
         # Where nothing varies, any scale does.
         floor = max(rho * average, 1e-10 * float(variances[0])) or 1.0
         kept = leading.shape[1]
@@ -58,8 +59,8 @@ class Mahalanobis(Fitted):
         )
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Scores ``(B,)`` of ``rows`` ``(B, d)``, in the dtype of the rows."""
-        centred = rows - self.mean.to(rows.dtype)
-        squares = (centred @ self.directions.to(rows.dtype)).square()
+        """Scores ``(B,)`` of ``rows`` ``(B, d)``, float64."""
+        centred = rows - self.mean
+        squares = (centred @ self.directions).square()
         outside = (centred.square().sum(-1) - squares.sum(-1)).clamp(min=0)
-        return squares @ self.weights.to(rows.dtype) + self.rest.to(rows.dtype) * outside
+        return squares @ self.weights + self.rest * outside

@@ -73,7 +73,7 @@ class Rows(Fitted):
         clip: float | None = None,
         dimensions: int | None = None,
     ) -> Rows:
-        """From clean ``blocks``; ``dimensions`` keeps that many whitened principal components."""
+        """From clean ``blocks``; ``norms``: of squared norms; ``dimensions``: so many whitened principal components."""
         by_logits = "logits" in blocks
         options = {
             "block": block, "rank": rank, "log": log, "top": top, "by_logits": by_logits, "clip": clip,

@@ -35,10 +35,32 @@ class Another(Again):
     name = "another"
 
 
+class Counted(nn.Flatten):
+    """Counts forward passes."""
+
+    passes = 0
+
+    def forward(self, x):
+        Counted.passes += 1
+        return super().forward(x)
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """A clock that ticks once a forward pass, so that no machine is too busy for a price."""
+
+    def ticks(run, device):
+        before = Counted.passes
+        run()
+        return Counted.passes - before
+
+    monkeypatch.setattr("fastgrad.detector.price._seconds", ticks)
+
+
 def network():
     layers = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
     layers += [nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()] * 3
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), Counted(), nn.Linear(32, 4))
 
 
 @pytest.fixture
@@ -47,7 +69,7 @@ def images():
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(1.5, ["logits"]), (2.5, ["logits", "again"])])
-def test_blocks_are_taken_off_the_end_until_the_measured_price_fits(images, limit, kept):
+def test_blocks_are_taken_off_the_end_until_the_measured_price_fits(counting, images, limit, kept):
     report = fit_to_budget(network(), [Logits(), Again(), Another()], images, limit)
     assert list(report.blocks) == kept
     assert [name for name, _ in report.dropped] == ["another", "again"][: 3 - len(kept)]
@@ -57,7 +79,7 @@ def test_blocks_are_taken_off_the_end_until_the_measured_price_fits(images, limi
     assert "above" in report.dropped[0][1]
 
 
-def test_where_nothing_fits_the_first_block_stays_and_a_warning_says_so(images):
+def test_where_nothing_fits_the_first_block_stays_and_a_warning_says_so(counting, images):
     with pytest.warns(
         RuntimeWarning, match=r"budget must be at least .* 'again', which is kept alone; it was 1.2"
     ):
@@ -76,7 +98,7 @@ def test_what_cannot_be_served_is_dropped_with_its_reason():
         fit_to_budget(model, [BLOCKS["view"]()], torch.rand(4, 6), 3.0)
 
 
-def test_the_answer_itself_is_measured_and_the_model_stays_as_it_was(images):
+def test_the_answer_itself_is_measured_and_the_model_stays_as_it_was(counting, images):
     model = network().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     seen = []

@@ -288,6 +288,7 @@ def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.
         ([file, "--decoders", "0"], "--decoders must be positive; it was 0"),
         ([file, "--max-pixels", "0"], "--max-pixels must be positive; it was 0"),
         ([file, "--timeout", "0"], "--timeout must be positive; it was 0"),
+        ([file, "--max-body-mb", "nan"], "--max-body-mb must be positive; it was nan"),
         ([file, "--reload-seconds", "-1"], "--reload-seconds must be positive; it was -1"),
         ([file, "--pins", str(tmp_path / "none")], "No such file"),
         ([], "give one MODEL, or --model NAME=PATH"),
