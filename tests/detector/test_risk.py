@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
@@ -21,6 +22,8 @@ def drawn(count: int = 4000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
     return tuple(torch.from_numpy(v) for v in (known, evidence, event, challenging))  # type: ignore[return-value]
 
 
+# Of scikit-learn before 1.7 with SciPy from 1.16.
+@pytest.mark.filterwarnings("ignore:scipy.optimize. The `disp` and `iprint` options:DeprecationWarning")
 def test_without_another_cause_it_is_a_logistic_regression() -> None:
     _, evidence, _, challenging = drawn()
     found = NoisyOr.fit(torch.zeros(len(evidence)).double(), evidence, challenging, challenging)
