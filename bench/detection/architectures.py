@@ -44,9 +44,16 @@ class ResidualBlock(nn.Module):
 class Classifier(nn.Module):
     """``normalize``, ``stem``, three ``stages``, global average pooling, ``fc``."""
 
-    def __init__(self, stem: nn.Module, stages: list[nn.Module], width: int, classes: int) -> None:
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: list[nn.Module],
+        width: int,
+        classes: int,
+        std: tuple[float, float, float] = (0.247, 0.243, 0.262),
+    ) -> None:
         super().__init__()
-        self.normalize = Normalize([0.491, 0.482, 0.447], [0.247, 0.243, 0.262])
+        self.normalize = Normalize([0.491, 0.482, 0.447], list(std))
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -82,3 +89,44 @@ def residual_network(
         parts.append(made[0] if blocks == 1 else nn.Sequential(*made))
         inputs = outputs
     return Classifier(stem, parts, inputs, classes)
+
+
+class DenseLayer(nn.Module):
+    """Narrow by 1x1, convolve by 3x3, and join what came in with what is found (Huang et al. 2017)."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv(inputs, 4 * growth, kernel=1)
+        self.bn2, self.conv2 = nn.BatchNorm2d(4 * growth), conv(4 * growth, growth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, C + growth, H, W)``."""
+        out = self.conv1(F.relu(self.bn1(x)))
+        return torch.cat([x, self.conv2(F.relu(self.bn2(out)))], 1)
+
+
+class Transition(nn.Module):
+    """Half of the channels on a map of half the height and width."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv(inputs, inputs // 2, kernel=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, C / 2, H / 2, W / 2)``."""
+        return F.avg_pool2d(self.conv1(F.relu(self.bn1(x))), 2)
+
+
+def dense_network(growth: int = 12, layers: int = 16, classes: int = 10) -> Classifier:
+    """DenseNet-BC of three blocks; the defaults make the one of 100 layers, as its published weights expect pixels."""
+    width = 2 * growth
+    parts: list[nn.Module] = []
+    for last in (False, False, True):
+        block = nn.Sequential(*[DenseLayer(width + i * growth, growth) for i in range(layers)])
+        width += layers * growth
+        if last:
+            parts.append(nn.Sequential(block, nn.BatchNorm2d(width), nn.ReLU()))
+        else:
+            parts.append(nn.Sequential(block, Transition(width)))
+            width //= 2
+    return Classifier(conv(3, 2 * growth), parts, width, classes, std=(0.2023, 0.1994, 0.2010))

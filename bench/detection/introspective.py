@@ -24,11 +24,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bench.detection import networks, resampled  # noqa: F401
+from bench.detection import resampled
 from bench.detection.cases import FAMILIAR, FOREIGN
 from bench.detection.data import sets
 from bench.detection.methods_ours import blocks_of, fitted
+from bench.detection.networks import FITTED_ON
 from bench.detection.registry import NETWORKS, Options
+from bench.detection.runner import ABSENT
 from bench.detection.subject import BATCH, Fit, Seen, Subject
 from bench.detection.train import HELD_OUT
 from bench.report import pages
@@ -44,6 +46,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "clean": ("clean",), "corruptions like generated ones": FAMILIAR, "corruptions unlike generated ones": FOREIGN,
 }  # fmt: skip
 NETWORK = "network"
+#: What H reads and on how many images was chosen on the first.
+DEFAULT_NETWORKS = ("resnet20", "resnet18", "densenet")
 Answers = dict[str, dict[str, Tensor]]
 
 
@@ -139,10 +143,14 @@ def gated(two_stage: TwoStageModel, values: Mapping[str, Tensor]) -> tuple[Tenso
     return two_stage.temperature_(values["logits"]).softmax(1).float(), odds.sigmoid().float().unsqueeze(1)
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
+def measure(options: Options, network: str) -> list[dict[str, Any]]:
     """Return a row for each method and group: accuracy and calibration error over splits, and the gain."""
-    base = NETWORKS["resnet20"].make(options, 0)
-    images, labels = sets.load(options.data, "cifar10", "train", HELD_OUT, -HELD_OUT).labelled()
+    try:
+        base = NETWORKS[network].make(options, 0)
+    except ABSENT as why:
+        return [{"network": network, "not run": str(why)}]
+    part = FITTED_ON.get(network, "train")
+    images, labels = sets.load(options.data, "cifar10", part, HELD_OUT, -HELD_OUT).labelled()
     clean = sets.load(options.data, "cifar10", "test", TESTED).labelled()
     base = replace(
         base, parts={"fit": (images[:FITTED], labels[:FITTED]), "test": clean}, count=COPIES, _seen={}
@@ -158,14 +166,14 @@ def measure(options: Options) -> list[dict[str, Any]]:
         )
         for name, own in answers(subject, tests, seed).items():
             found.setdefault(name, []).append(own)
-        print(f"split {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        print(f"{network}, split {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     found["batch norm adapted"] = [{case: adapted(base.model, seen.images) for case, seen in tests.items()}]
     rows = []
     for name, splits in found.items():
         for group, cases in GROUPS.items():
             known = np.concatenate([truth[case].numpy() for case in cases])
             row: dict[str, Any] = {
-                "network": "resnet20",
+                "network": network,
                 "method": name,
                 "case": group,
                 "splits": len(splits),
@@ -198,12 +206,14 @@ def main() -> None:
     """Command line."""
     from bench.detection.__main__ import PACKAGES, parser
 
-    given = parser("detection.introspective").parse_args()
+    given = parser("detection.introspective", DEFAULT_NETWORKS).parse_args()
     start = time.perf_counter()
-    rows = measure(Options(given.data, given.cache, given.quick))
+    options = Options(given.data, given.cache, given.quick)
+    rows = [row for name in given.networks or DEFAULT_NETWORKS for row in measure(options, name)]
     facts = {
         "seconds": round(time.perf_counter() - start), "fitted": FITTED, "tested": TESTED, "copies": COPIES,
-            }  # fmt: skip
+        "networks": {name: [NETWORKS[name].title, name == DEFAULT_NETWORKS[0]] for name in DEFAULT_NETWORKS},
+    }  # fmt: skip
     pages.save("introspective", rows, packages=PACKAGES, folder=given.out, facts=facts)
 
 

@@ -26,7 +26,7 @@ NETWORKS: Mapping[str, Callable[[], Classifier]] = {
     "resnet20": partial(residual_network, width=16, stages=3, blocks=3, stride=1),
 }
 #: Passes over the data, and highest learning rates.
-EPOCHS: Mapping[str, int] = {"resnet": 8, "resnet18": 24, "resnet20": 12}
+EPOCHS: Mapping[str, int] = {"resnet": 8, "resnet18": 8, "resnet20": 12}
 RATES: Mapping[str, float] = {"resnet": 0.3, "resnet18": 0.15, "resnet20": 0.3}
 #: Those whose training takes an hour or more on one core.
 LONG = ("resnet18",)
