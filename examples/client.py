@@ -34,9 +34,7 @@ def main() -> None:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             assert server.stdout is not None
-            address = next(
-                found[0] for line in server.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+", line))
-            )
+            address = next(found[0] for line in server.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
             print(json.dumps(ask(address, png.getvalue()), indent=2))
         finally:
             server.terminate()

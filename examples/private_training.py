@@ -24,9 +24,7 @@ def main() -> None:
     order = torch.randperm(len(images))
     images, labels = images[order], labels[order]
     x, y, test, truth = images[:1500], labels[:1500], images[1500:], labels[1500:]
-    model = nn.Sequential(
-        nn.Conv2d(1, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10)
-    )
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10))
     rate = BATCH / len(x)
     noise = get_noise_multiplier(
         target_epsilon=EPSILON, target_delta=DELTA, sample_rate=rate, steps=STEPS, accountant="rdp"

@@ -52,8 +52,4 @@ def export(path: Path) -> Path:
     blocks = ["logits", "activations", "image"]
     two_stage = fastgrad.TwoStageModel(model, blocks=blocks).fit([(images[900:1500], labels[900:1500])])
     names = [str(digit) for digit in range(10)]
-    return Path(
-        fastgrad.export(
-            two_stage, images[:1], path, labels=names, mean=[0.0] * 3, std=[1.0] * 3, max_batch=16
-        )
-    )
+    return Path(fastgrad.export(two_stage, images[:1], path, labels=names, mean=[0.0] * 3, std=[1.0] * 3, max_batch=16))

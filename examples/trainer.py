@@ -34,9 +34,7 @@ class NormTrainer(Trainer):
 def main() -> None:
     """Train a tiny network for three steps and print the largest norm of each."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
-    )
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     samples = [{"input_ids": torch.randint(50, (12,)), "labels": i % 2} for i in range(32)]
     arguments = TrainingArguments(
         "trainer",

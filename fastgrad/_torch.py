@@ -176,9 +176,7 @@ def flat_graph(
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
     def fake(tensor: Tensor, batch: bool) -> Tensor:
-        sizes = [
-            DimDynamic.DYNAMIC if batch and axis == 0 else DimDynamic.STATIC for axis in range(tensor.dim())
-        ]
+        sizes = [DimDynamic.DYNAMIC if batch and axis == 0 else DimDynamic.STATIC for axis in range(tensor.dim())]
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         return mode.from_tensor(tensor, symbolic_context=context)
 

@@ -62,9 +62,7 @@ def first_input(name: str, batch: Any) -> Tensor | dict[str, Any]:
     if isinstance(x, Tensor):
         return x
     if not isinstance(x, Mapping):
-        raise TypeError(
-            f"{name} must give tensors, mappings or tuples that begin with one; it gave {type(x).__name__}"
-        )
+        raise TypeError(f"{name} must give tensors, mappings or tuples that begin with one; it gave {type(x).__name__}")
     return dict(x)
 
 

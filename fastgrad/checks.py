@@ -55,9 +55,7 @@ def at_least_one(**values: int) -> None:
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Raise ValueError unless both tensors live on one device."""
     if value.device != other.device:
-        raise ValueError(
-            f"{name} must be on the device of {other_name}, {other.device}; it was on {value.device}"
-        )
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; it was on {value.device}")
 
 
 def shape_is(name: str, value: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:

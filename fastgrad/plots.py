@@ -120,9 +120,7 @@ def reliability_diagram(
     return axes
 
 
-def layer_norms(
-    sqnorms: Mapping[str, ArrayLike | Tensor], names: Sequence[str], *, axes: Axes | None = None
-) -> Axes:
+def layer_norms(sqnorms: Mapping[str, ArrayLike | Tensor], names: Sequence[str], *, axes: Axes | None = None) -> Axes:
     """Squared L2 norms of every parameter set's gradient: median, band from the 10th to the 90th percentile.
 
     Args:
@@ -184,14 +182,10 @@ def manifold(
     axes = axes or new_axes(4.4, 3.6)
     low, high = points.amin(0), points.amax(0)
     reach = margin * (high - low)
-    xs, ys = (
-        torch.linspace(float(low[i] - reach[i]), float(high[i] + reach[i]), resolution) for i in range(2)
-    )
+    xs, ys = (torch.linspace(float(low[i] - reach[i]), float(high[i] + reach[i]), resolution) for i in range(2))
     grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2).to(points)
     values = _values(score(grid)).reshape(resolution, resolution)
-    image = axes.pcolormesh(
-        xs.numpy(), ys.numpy(), values, cmap="viridis", shading="nearest", rasterized=True
-    )
+    image = axes.pcolormesh(xs.numpy(), ys.numpy(), values, cmap="viridis", shading="nearest", rasterized=True)
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.colorbar(image, ax=axes, label="uncertainty")

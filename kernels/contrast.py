@@ -40,9 +40,7 @@ def square_sum(h_ptrs, valid, start, stop, stride_d, ROWS: tl.constexpr, BLOCK_D
     for d in range(start, stop, BLOCK_D):
         offs = d + tl.arange(0, BLOCK_D)
         inside = valid[:, None] & (offs < stop)[None, :]
-        h = tl.load(h_ptrs[:, None] + offs.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0).to(
-            tl.float32
-        )
+        h = tl.load(h_ptrs[:, None] + offs.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
         total += h * h
     return tl.sum(total, 1)
 

@@ -77,9 +77,7 @@ def direct_kernel(
             x_w = w * step_w + tap_w * dil_w - pad_w
             valid = inside & (x_d >= 0) & (x_d < size_d) & (x_h >= 0) & (x_h < size_h)
             valid = valid & (x_w >= 0) & (x_w < size_w)
-            a_offs = (
-                x_d.to(tl.int64) * stride_ad + x_h.to(tl.int64) * stride_ah + x_w.to(tl.int64) * stride_aw
-            )
+            a_offs = x_d.to(tl.int64) * stride_ad + x_h.to(tl.int64) * stride_ah + x_w.to(tl.int64) * stride_aw
             g_offs = d.to(tl.int64) * stride_gd + h.to(tl.int64) * stride_gh + w.to(tl.int64) * stride_gw
             a = tl.load(a_base[None, :] + a_offs[:, None], mask=valid[:, None] & c_in, other=0.0)
             g = tl.load(g_base[None, :] + g_offs[:, None], mask=inside[:, None] & o_in, other=0.0)

@@ -113,9 +113,7 @@ def linear_contrast_kernel(
         w_rows = w_ptr + tl.minimum(cols, N - 1).to(tl.int64) * stride_wn * ALIGN_W
         if NORM_IN_LOOP == 0:
             start = tl.minimum(tile_n * slice_d, D)
-            features = square_sum(
-                x_rows, valid, start, tl.minimum(start + slice_d, D), stride_xd, BLOCK_M, 16
-            )
+            features = square_sum(x_rows, valid, start, tl.minimum(start + slice_d, D), stride_xd, BLOCK_M, 16)
         acc, seen = product_tile(
             x_rows, w_rows, D, stride_xd, stride_wd, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, UPCAST,
             NORM_IN_LOOP,
@@ -129,9 +127,7 @@ def linear_contrast_kernel(
         store_part(work_rows + tile_n.to(tl.int64) * B, plane, valid, moments, features)
         if LAST:  # noqa: SIM102 - a constant, and a condition at run time
             if arrive(sync_ptr + tile_m) == tiles_n - 1:
-                moments, features = merge_parts(
-                    work_rows, tiles_n, B, plane, valid, LOSS, LOG, False, BLOCK_M, PARTS
-                )
+                moments, features = merge_parts(work_rows, tiles_n, B, plane, valid, LOSS, LOG, False, BLOCK_M, PARTS)
                 factor = features_factor(features, N, HAS_BIAS, LOG, MEAN)
                 write_values(z_rows, 1, out_rows, 0, N, valid, factor, moments, LOSS, LOG, BLOCK_F, True)
 
@@ -165,9 +161,7 @@ def linear_stats_kernel(
     last = tl.minimum(first + tiles_per_split, tl.cdiv(N, BLOCK_N))
 
     if EXTREMES:
-        moments, features = merge_parts(
-            work_ptr + rows, splits, B, plane, valid, LOSS, False, True, BLOCK_M, PARTS
-        )
+        moments, features = merge_parts(work_ptr + rows, splits, B, plane, valid, LOSS, False, True, BLOCK_M, PARTS)
         factor = features_factor(features, N, HAS_BIAS, False, MEAN)
         coefficients = columns(contrast_coefficients(moments, LOSS, False))
         low = tl.zeros([BLOCK_M], tl.float32) + float("inf")
@@ -219,9 +213,7 @@ def linear_stats_kernel(
             tl.store(out_rows, low, mask=valid)
             tl.store(out_rows + 1, high, mask=valid)
         else:
-            moments, features = merge_parts(
-                work_ptr + rows, splits, B, plane, valid, LOSS, False, True, BLOCK_M, PARTS
-            )
+            moments, features = merge_parts(work_ptr + rows, splits, B, plane, valid, LOSS, False, True, BLOCK_M, PARTS)
             factor = features_factor(features, N, HAS_BIAS, False, MEAN)
             low, high, mean, expected, predicted = contrast_statistics(moments, N, LOSS)
             tl.store(out_rows, low * factor, mask=valid)

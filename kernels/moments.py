@@ -122,8 +122,6 @@ def write_values(
         if SHARED:
             z = load_plane(z_rows[:, None] + offs * stride_n, inside, 0.0)
         else:
-            z = tl.load(
-                z_rows[:, None] + offs * stride_n, mask=inside, other=0.0, eviction_policy="evict_first"
-            )
+            z = tl.load(z_rows[:, None] + offs * stride_n, mask=inside, other=0.0, eviction_policy="evict_first")
         v = contrast_values(z.to(tl.float32), factor, coefficients, LOSS, LOG)
         tl.store(out_rows[:, None] + offs, v, mask=inside)

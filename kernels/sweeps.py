@@ -124,15 +124,11 @@ def brier_soft(
     reference = reference / copies
     centre = tl.zeros([ROWS], tl.float32)
     for n in range(0, N, BLOCK_N):
-        p, h = brier_terms(
-            zs, ys, stride_zn, stride_yn, n, N, valid, top, base, rho, tail, reference, BLOCK_N
-        )
+        p, h = brier_terms(zs, ys, stride_zn, stride_yn, n, N, valid, top, base, rho, tail, reference, BLOCK_N)
         centre += tl.sum(p * h, 1)
     value = tl.zeros([ROWS], tl.float32)
     for n in range(0, N, BLOCK_N):
-        p, h = brier_terms(
-            zs, ys, stride_zn, stride_yn, n, N, valid, top, base, rho, tail, reference, BLOCK_N
-        )
+        p, h = brier_terms(zs, ys, stride_zn, stride_yn, n, N, valid, top, base, rho, tail, reference, BLOCK_N)
         delta = 2.0 * p * (centre[:, None] - h)
         value += tl.sum(delta * delta, 1)
     return value
@@ -194,9 +190,7 @@ def target_value(
     elif LOSS == "cross_entropy":
         value = cross_entropy_constant(zs, stride_zn, N, valid, top, tail, KIND == "uniform", ROWS, BLOCK_N)
     elif (LOSS == "brier") and (KIND == "soft"):
-        value = brier_soft(
-            zs, ys, stride_zn, stride_yn, N, valid, top, finite(second), rho, tail, ROWS, BLOCK_N
-        )
+        value = brier_soft(zs, ys, stride_zn, stride_yn, N, valid, top, finite(second), rho, tail, ROWS, BLOCK_N)
     elif LOSS == "brier":
         # A constant target drops out: what is left is the contrast's polynomial at p_k = 0.
         _, _, _, square_top, shift, constant, _, scale, _ = contrast_coefficients(moments, LOSS, LOG)

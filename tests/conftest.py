@@ -54,9 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(
                 f"the interpreter of Triton {release} needs numpy below 2.4; it was {np.__version__}"
             )
-    config.addinivalue_line(
-        "filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
-    )
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -79,15 +79,11 @@ def test_same_seed_same_challenges_whatever_else_is_made() -> None:
 
 def test_severity_orders_the_distance() -> None:
     images = photos(batch=12)
-    made = generate_challenges(
-        small_net(), images, names=["noise", "contrast", "brightness", "pgd", "mixture"]
-    )
+    made = generate_challenges(small_net(), images, names=["noise", "contrast", "brightness", "pgd", "mixture"])
     for kind in ("noise", "contrast", "brightness", "pgd", "mixture"):
         distances = [float((made[f"{kind}-{n}"] - images).square().mean()) for n in (1, 2, 3)]
         assert distances == sorted(distances), kind
-    assert list(generate_challenges(None, images, names=["noise", "inversion"], severities=[2])) == [
-        "noise-2"
-    ]
+    assert list(generate_challenges(None, images, names=["noise", "inversion"], severities=[2])) == ["noise-2"]
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -253,9 +249,7 @@ class Counting(nn.Module):
     ("names", "each", "attacked"),
     [(["pgd"], 3, 3), (["pgd", "compressed_pgd"], 3, 1), (["compressed_pgd-2"], 2, 1), (None, 3, 0.25)],
 )
-def test_what_goes_through_jpeg_shares_its_attack(
-    names: list[str] | None, each: int, attacked: float
-) -> None:
+def test_what_goes_through_jpeg_shares_its_attack(names: list[str] | None, each: int, attacked: float) -> None:
     images, net = photos(12), Counting()
     made = list(iter_challenges(net, images, names=names, each=each))
     assert sum(len(batch.kinds) for batch in made) == 12 * each
@@ -311,9 +305,7 @@ def test_magnification_shows_a_part_and_tiling_repeats_the_whole() -> None:
     ramp = torch.linspace(0, 1, 32).expand(2, 3, 32, 32)
     made = generate_challenges(None, ramp, names=["magnification", "tiling"], clip=(0, 1))
     for level, factor in enumerate(CHALLENGES["magnification"].strengths, 1):
-        spread = made[f"magnification-{level}"].amax((1, 2, 3)) - made[f"magnification-{level}"].amin(
-            (1, 2, 3)
-        )
+        spread = made[f"magnification-{level}"].amax((1, 2, 3)) - made[f"magnification-{level}"].amin((1, 2, 3))
         assert float(spread.max()) < 1.2 / factor
     for level, cells in enumerate(CHALLENGES["tiling"].strengths, 1):
         tiled = made[f"tiling-{level}"]
@@ -329,8 +321,7 @@ def test_blur_and_compression_do_what_they_say() -> None:
         assert float((challenge - constant).abs().max()) <= (1e-6 if "blur" in name else 2 / 255)
     rough = photos(size=32)
     roughness = [
-        float(c.diff(dim=-1).square().mean())
-        for c in generate_challenges(None, rough, names=["blur"]).values()
+        float(c.diff(dim=-1).square().mean()) for c in generate_challenges(None, rough, names=["blur"]).values()
     ]
     assert roughness == sorted(roughness, reverse=True)
 

@@ -19,9 +19,7 @@ def test_works_as_a_pytorch_ood_detector():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 3))
     clean, odd = torch.rand(240, 3, 4, 4) * 0.2 + 0.4, torch.rand(40, 3, 4, 4)
-    known = TensorDataset(
-        torch.cat([clean[:200], odd]), torch.cat([torch.arange(200) % 3, torch.full((40,), -1)])
-    )
+    known = TensorDataset(torch.cat([clean[:200], odd]), torch.cat([torch.arange(200) % 3, torch.full((40,), -1)]))
     detector = as_pytorch_ood(TwoStageModel(network, blocks=["logits", "image"]), challenges=None)
     assert isinstance(detector, Detector)
     assert detector.fit(DataLoader(known, batch_size=40)) is detector

@@ -159,7 +159,5 @@ def test_gradients(loss: str, log: bool) -> None:
 def test_an_unknown_target_is_refused() -> None:
     for loss in losses.LOSSES:
         for call in (losses.delta, losses.target_norms):
-            with pytest.raises(
-                ValueError, match=r"target must be one of 'ones', 'uniform', 'predicted'.*'best'"
-            ):
+            with pytest.raises(ValueError, match=r"target must be one of 'ones', 'uniform', 'predicted'.*'best'"):
                 call(torch.zeros(2, 3), "best", loss=loss)

@@ -35,9 +35,7 @@ def test_import_and_eager_work_without_triton() -> None:
 
 
 def test_import_is_light() -> None:
-    loaded = run(
-        "import sys, torch; before = set(sys.modules); import fastgrad; print(*(set(sys.modules) - before))"
-    )
+    loaded = run("import sys, torch; before = set(sys.modules); import fastgrad; print(*(set(sys.modules) - before))")
     roots = {name.split(".")[0] for name in loaded.split()}
     assert not roots & {"triton", "sklearn", "matplotlib", "tqdm", "ray", "scipy", "fastapi", "litserve"}
     assert "fastgrad.gradients.contrasts" in loaded
@@ -65,8 +63,6 @@ def test_kernels_refuse_a_foreign_import_name(code: str) -> None:
 
 def test_a_checkout_hides_no_other_project() -> None:
     # How transformers looks for the project that owns the name.
-    probe = (
-        "import kernels as k; assert getattr(k, '__version__', None) is getattr(k, '__file__', None) is None"
-    )
+    probe = "import kernels as k; assert getattr(k, '__version__', None) is getattr(k, '__file__', None) is None"
     assert in_checkout(probe).returncode == 0
     assert in_checkout("import kernels.contrast").returncode != 0

@@ -37,6 +37,4 @@ def test_its_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
         if anchor:
             heads = re.findall(r"^#+ (.*)$", (ROOT / target).read_text(), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}, (
-                anchor
-            )
+            assert anchor in {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}, anchor

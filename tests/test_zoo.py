@@ -41,9 +41,7 @@ FAST = {
     "vit-tiny": Case(
         lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=10),
     ),
-    "swin-tiny": Case(
-        lambda: torchvision.models.SwinTransformer([4, 4], 12, [1, 1], [2, 2], [2, 2], num_classes=10)
-    ),
+    "swin-tiny": Case(lambda: torchvision.models.SwinTransformer([4, 4], 12, [1, 1], [2, 2], [2, 2], num_classes=10)),
 }
 ZOO = {
     "resnet18": vision("resnet18"),
@@ -122,14 +120,10 @@ def compare(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, **kwa
     eps = torch.finfo(dtype).eps
     if dtype == torch.float32:
         for batched in (False, True):
-            plain = true_norms(
-                model, inputs, gradient, output=output, dtype=torch.float32, batched=batched, **kwargs
-            )
+            plain = true_norms(model, inputs, gradient, output=output, dtype=torch.float32, batched=batched, **kwargs)
             if relative_error(plain, truth, eps).max() > TOLERANCE[dtype] / 3:
                 raise KinkedError
-    cast = pytree.tree_map_only(
-        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (inputs, kwargs)
-    )
+    cast = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (inputs, kwargs))
     extractor = fastgrad.GradientFeatures(model.to(dtype), loss="bce", target="ones")
     _, features = extractor(*cast[0], **cast[1])
     error = relative_error(features, truth, eps)

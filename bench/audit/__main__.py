@@ -128,9 +128,7 @@ def figure(rows: list[dict[str, Any]], epochs: list[int], path: Path) -> None:
 def main() -> int:
     """Measure and write; 2 and a plain message where the folder is not what it must be."""
     parser = argparse.ArgumentParser(prog="bench.audit", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with the .npz files or torchvision's"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with the .npz files or torchvision's")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--images", type=int, default=5000, help="of a draw")
     parser.add_argument("--seeds", type=int, default=5, help="draws")

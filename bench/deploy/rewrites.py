@@ -82,9 +82,7 @@ def repeated(run: Callable[[Tensor], object], x: Tensor, calls: int) -> Callable
     return call
 
 
-def measure(
-    name: str, form: str, batches: tuple[int, ...], rounds: int, folder: Path
-) -> list[dict[str, Any]]:
+def measure(name: str, form: str, batches: tuple[int, ...], rounds: int, folder: Path) -> list[dict[str, Any]]:
     """Rows of one network and form."""
     torch.manual_seed(0)
     build, shape = NETWORKS[name]
@@ -137,9 +135,7 @@ def main() -> None:
         for name in given.networks:
             for form in given.forms:
                 rows += measure(name, form, tuple(given.batches), given.rounds, Path(folder))
-    pages.save(
-        "onnx-rewrites", rows, packages=("torch", "onnx", "onnxruntime", "onnxscript"), folder=given.out
-    )
+    pages.save("onnx-rewrites", rows, packages=("torch", "onnx", "onnxruntime", "onnxscript"), folder=given.out)
 
 
 if __name__ == "__main__":

@@ -148,21 +148,15 @@ class Clients:
                 times.append(time.perf_counter() - start)
                 wanted = self.expected[index]
                 if status != 200 or not np.isclose(answer["uncertainty"], wanted, rtol=1e-3, atol=1e-3):
-                    raise RuntimeError(
-                        f"image {index} must have the uncertainty {wanted}; it was {status} {answer}"
-                    )
+                    raise RuntimeError(f"image {index} must have the uncertainty {wanted}; it was {status} {answer}")
         finally:
             writer.close()
             await writer.wait_closed()
         return times
 
 
-async def _ask(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes
-) -> tuple[int, dict[str, Any]]:
-    head = (
-        f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {len(body)}"
-    )
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes) -> tuple[int, dict[str, Any]]:
+    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {len(body)}"
     writer.write(f"{head}\r\n\r\n".encode() + body)
     answer = await reader.readuntil(b"\r\n\r\n")
     length = int(re.search(rb"content-length: (\d+)", answer.lower()).group(1))  # type: ignore[union-attr]
@@ -179,9 +173,7 @@ def measure(name: str, files: dict[str, Path], args: argparse.Namespace) -> list
             one.load(8, 20)
         for count in args.connections:
             each = max(1, args.requests // args.rounds // count)
-            turns = [
-                {form: one.load(count, each) for form, one in clients.items()} for _ in range(args.rounds)
-            ]
+            turns = [{form: one.load(count, each) for form, one in clients.items()} for _ in range(args.rounds)]
             for form in files:
                 cut = statistics.quantiles([t for turn in turns for t in turn[form][0]], n=100)
                 rows.append(

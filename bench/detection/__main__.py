@@ -37,9 +37,7 @@ def parser(name: str, known: Iterable[str] = ()) -> argparse.ArgumentParser:
     """Return what all tables take."""
     found = argparse.ArgumentParser(prog=f"bench.{name}")
     found.add_argument("--data", type=Path, required=True, help="folder with the .npz files or torchvision's")
-    found.add_argument(
-        "--cache", type=Path, default=Path("detection-cache"), help="networks, images, features, scores"
-    )
+    found.add_argument("--cache", type=Path, default=Path("detection-cache"), help="networks, images, features, scores")
     found.add_argument("--out", type=Path, help="folder for the results (default: bench/results)")
     found.add_argument("--quick", action="store_true", help="small sets; the page says so")
     found.add_argument("--draws", type=int, default=1, help="samples of the data")
@@ -53,9 +51,7 @@ def parser(name: str, known: Iterable[str] = ()) -> argparse.ArgumentParser:
     return found
 
 
-def facts(
-    title: str, given: argparse.Namespace, start: float, methods: Mapping[str, Method]
-) -> dict[str, Any]:
+def facts(title: str, given: argparse.Namespace, start: float, methods: Mapping[str, Method]) -> dict[str, Any]:
     """Return what a page says of a table."""
     return {
         "title": title, "merit": "auroc", "quick": given.quick, "seconds": round(time.perf_counter() - start),
@@ -68,9 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     options = parser("detection")
     options.add_argument("table", choices=TABLES)
-    options.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=[], metavar="NAME", help="default: all"
-    )
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=[], metavar="NAME", help="default: all")
     given = options.parse_args(arguments)
     start = time.perf_counter()
     table = TABLES[given.table]

@@ -26,9 +26,7 @@ DAMAGED = (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZip
 def damaged(path: Path, error: Exception) -> ValueError:
     """The error for a file that is there and cannot be read."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return ValueError(
-        f"{path} must be a whole file; it cannot be read ({reason}). Delete it to have it made again"
-    )
+    return ValueError(f"{path} must be a whole file; it cannot be read ({reason}). Delete it to have it made again")
 
 
 def read_arrays(path: Path) -> Arrays:
@@ -53,9 +51,7 @@ def arrays(path: Path, make: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays
     return found
 
 
-def weights(
-    path: Path, model: nn.Module, recipe: Mapping[str, Any], train: Callable[[nn.Module], object]
-) -> nn.Module:
+def weights(path: Path, model: nn.Module, recipe: Mapping[str, Any], train: Callable[[nn.Module], object]) -> nn.Module:
     """``model`` in evaluation mode with the weights in ``path``, or trained by ``train`` and kept there.
 
     Raises:

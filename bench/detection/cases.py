@@ -77,11 +77,7 @@ def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, pa
             for x, y in zip(clean.split(BATCH), labels.split(BATCH), strict=True)
         ]
         change = (torch.cat(parts) - clean).contiguous()
-        return (
-            {"change": change.half().numpy()}
-            if how["name"] in FINE
-            else {"images": sets.to_bytes(clean + change)}
-        )
+        return {"change": change.half().numpy()} if how["name"] in FINE else {"images": sets.to_bytes(clean + change)}
 
     images = _pixels(subject.kept(f"images/{name}/{part}", make), clean)
     if jpeg:

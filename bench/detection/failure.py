@@ -112,11 +112,7 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
     wanted = {group: tuple(part for part in parts if part in known) for group, parts in GROUPS.items()}
     wanted = {group: parts for group, parts in wanted.items() if parts or group == "clean"}
     wanted["everything"] = tuple(part for parts in wanted.values() for part in parts)
-    cases = [
-        name
-        for name, case in CASES.items()
-        if case.group in wanted["everything"] and subject.kind in case.kinds
-    ]
+    cases = [name for name, case in CASES.items() if case.group in wanted["everything"] and subject.kind in case.kinds]
     judgements: dict[str, Judged] = {"clean": judged(subject, "clean")}
     lost: dict[str, str] = {}
     for case in cases:
@@ -136,15 +132,11 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
                 "case": group, "group": group,
             }  # fmt: skip
             absent = [why for case, why in lost.items() if CASES[case].group in parts]
-            absent = list(
-                dict.fromkeys(absent + [found.absent[case] for case in own if case in found.absent])
-            )
+            absent = list(dict.fromkeys(absent + [found.absent[case] for case in own if case in found.absent]))
             if absent:
                 rows.append(head | {"not run": "; ".join(absent)})
                 continue
-            together = Judged(
-                *(np.concatenate(values) for values in zip(*(judgements[c] for c in own), strict=True))
-            )
+            together = Judged(*(np.concatenate(values) for values in zip(*(judgements[c] for c in own), strict=True)))
             scores = np.concatenate([found.scores[case] for case in own])
             rows.append(head | row(scores, together, name in PROBABILITIES))
     return rows

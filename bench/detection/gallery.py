@@ -28,9 +28,7 @@ def histograms(subject: Subject, out: Path) -> None:
         "clean test images": "clean", "PGD": "PGD", "FGSM": "FGSM", "textures": "textures",
         "Gaussian noise": "gaussian_noise", "contrast": "contrast",
     }  # fmt: skip
-    found = {
-        title: answer(two_stage, subject.seen(case)).uncertainty.numpy() for title, case in shown.items()
-    }
+    found = {title: answer(two_stage, subject.seen(case)).uncertainty.numpy() for title, case in shown.items()}
     plots.save(plots.score_histograms(found), out / "gallery-scores.png", dpi=90)
 
 

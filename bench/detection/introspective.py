@@ -152,18 +152,14 @@ def measure(options: Options, network: str) -> list[dict[str, Any]]:
     part = FITTED_ON.get(network, "train")
     images, labels = sets.load(options.data, "cifar10", part, HELD_OUT, -HELD_OUT).labelled()
     clean = sets.load(options.data, "cifar10", "test", TESTED).labelled()
-    base = replace(
-        base, parts={"fit": (images[:FITTED], labels[:FITTED]), "test": clean}, count=COPIES, _seen={}
-    )
+    base = replace(base, parts={"fit": (images[:FITTED], labels[:FITTED]), "test": clean}, count=COPIES, _seen={})
     tests = {case: base.seen(case) for cases in GROUPS.values() for case in cases}
     truth = {case: clean[1][seen.shown.source] for case, seen in tests.items()}
     found: dict[str, list[dict[str, Tensor]]] = {}
     for seed in range(SEEDS):
         start = time.perf_counter()
         places = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:FITTED]
-        subject = replace(
-            base, draw=seed, parts={"fit": (images[places], labels[places]), "test": clean}, _seen={}
-        )
+        subject = replace(base, draw=seed, parts={"fit": (images[places], labels[places]), "test": clean}, _seen={})
         for name, own in answers(subject, tests, seed).items():
             found.setdefault(name, []).append(own)
         print(f"{network}, split {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
@@ -179,8 +175,7 @@ def measure(options: Options, network: str) -> list[dict[str, Any]]:
                 "splits": len(splits),
             }
             reports = [
-                calibration_report(torch.cat([own[case] for case in cases]).double().numpy(), known)
-                for own in splits
+                calibration_report(torch.cat([own[case] for case in cases]).double().numpy(), known) for own in splits
             ]
             for metric in ("accuracy", "ece"):
                 values = [float(report[metric]) for report in reports]
@@ -197,9 +192,7 @@ def measure(options: Options, network: str) -> list[dict[str, Any]]:
 def _right(
     splits: list[dict[str, Tensor]], truth: Mapping[str, Tensor], cases: tuple[str, ...]
 ) -> list[NDArray[np.float64]]:
-    return [
-        torch.cat([own[case].argmax(1) == truth[case] for case in cases]).double().numpy() for own in splits
-    ]
+    return [torch.cat([own[case].argmax(1) == truth[case] for case in cases]).double().numpy() for own in splits]
 
 
 def main() -> None:

@@ -154,9 +154,7 @@ def knn(fit: Fit) -> Score:
     return lambda seen: torch.cdist(F.normalize(seen.h, dim=1), bank).kthvalue(k, 1).values
 
 
-def _library(
-    name: str, fit: Fit, *, classes: bool = False, maps: bool = False, of_logits: bool = False
-) -> Score:
+def _library(name: str, fit: Fit, *, classes: bool = False, maps: bool = False, of_logits: bool = False) -> Score:
     """A detector of pytorch-ood, fitted on h or logits."""
     from pytorch_ood import detector as ood
 
@@ -171,10 +169,7 @@ def _library(
         "DICE": lambda: ood.DICE(None, weight, bias, p=0.9),
         "NCI": lambda: ood.NCI(None, fit.layer, alpha=0.0001),
         "fDBD": lambda: ood.fDBD(None, fit.layer),
-        **{
-            kind: partial(getattr(ood, kind), nn.Identity(), head)
-            for kind in ("ReAct", "ASH", "SCALE", "VRA")
-        },
+        **{kind: partial(getattr(ood, kind), nn.Identity(), head) for kind in ("ReAct", "ASH", "SCALE", "VRA")},
         **{kind: partial(getattr(ood, kind), None, head) for kind in ("NNGuide", "PNML", "SHE", "LTS")},
     }
     made = make[name]() if name in make else getattr(ood, name)(None)
@@ -229,10 +224,7 @@ def recovery(fit: Fit) -> Score:
     def score(stages: list[Tensor]) -> Tensor:
         inputs = (stages[-1] - centre).double()
         errors = torch.stack(
-            [
-                (x - mean - inputs @ weight).square().sum(1)
-                for x, (weight, mean) in zip(stages, maps, strict=False)
-            ],
+            [(x - mean - inputs @ weight).square().sum(1) for x, (weight, mean) in zip(stages, maps, strict=False)],
             1,
         )
         share = errors.softmax(1)

@@ -47,11 +47,7 @@ def photographed(size: int, options: Options, draw: int) -> Subject:
     for name, places in {"fit": order[:count], "test": order[count : count + test]}.items():
         labels = torch.from_numpy(split.labels[places])
         parts[name] = (sets.to_tensor(split.images[places]), labels)
-    model = (
-        photographs.network(pixels=True, size=size)
-        .requires_grad_(False)
-        .to(memory_format=torch.channels_last)
-    )
+    model = photographs.network(pixels=True, size=size).requires_grad_(False).to(memory_format=torch.channels_last)
     stages = list(reversed(photographs.stages(model)[1:]))
     # The map that is pooled is that of the last activation.
     stages.append(_last_map(model))
@@ -87,9 +83,7 @@ def news(options: Options, draw: int) -> Subject:
     count, test, case = NEWS_QUICK if options.quick else NEWS
     parts = {"fit": source.news("fit", count), "test": source.news("test", test)}
     model = source.model.requires_grad_(False)
-    return Subject(
-        "news", draw, model, parts, options.cache, [], options.data, TEXTS, case, options.quick, source
-    )
+    return Subject("news", draw, model, parts, options.cache, [], options.data, TEXTS, case, options.quick, source)
 
 
 def published(folder: Path) -> Classifier:
@@ -105,9 +99,7 @@ def published(folder: Path) -> Classifier:
         try:
             torch.hub.download_url_to_file(DENSENET, str(path), progress=False)
         except OSError as why:
-            raise NotRun(
-                f"its weights are not in {path} and cannot be downloaded from {DENSENET} ({why})"
-            ) from why
+            raise NotRun(f"its weights are not in {path} and cannot be downloaded from {DENSENET} ({why})") from why
     if (found := sha256(path.read_bytes()).hexdigest()) != DENSENET_SHA256:
         raise ValueError(f"{path} must have the SHA-256 {DENSENET_SHA256}; it has {found}. Delete it")
     model = dense_network()

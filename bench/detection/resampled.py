@@ -13,8 +13,7 @@ def _weights(clean: int, other: int) -> tuple[Scores, Scores]:
     """How much each image counts, ``(1 + R, n)`` each; once each to begin with. All methods share the resamples."""
     rng = np.random.default_rng(clean + other)
     first, second = (
-        np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)]) / n
-        for n in (clean, other)
+        np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)]) / n for n in (clean, other)
     )
     return first, second
 

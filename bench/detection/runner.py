@@ -119,9 +119,7 @@ def _worst(subject: Subject, scores: Mapping[str, Values], cases: Sequence[str])
     """AUROC where every image counts with the least unusual of its attacks (Granese et al., MEAD, 2022)."""
     least: dict[int, float] = {}
     for case in cases:
-        for source, score in zip(
-            subject.seen(case).shown.source.tolist(), scores[case].tolist(), strict=True
-        ):
+        for source, score in zip(subject.seen(case).shown.source.tolist(), scores[case].tolist(), strict=True):
             least[source] = min(score, least.get(source, np.inf))
     return resampled.auroc(scores["clean"], np.array(list(least.values())))
 
@@ -162,9 +160,7 @@ def over(networks: Sequence[str], options: Options, measured: Callable[[Subject]
     return made
 
 
-def run(
-    table: Table, options: Options, networks: Sequence[str] = (), methods: Sequence[str] = ()
-) -> list[Row]:
+def run(table: Table, options: Options, networks: Sequence[str] = (), methods: Sequence[str] = ()) -> list[Row]:
     """Return all rows of a table."""
 
     def measured(subject: Subject) -> list[Row]:

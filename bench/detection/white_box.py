@@ -87,9 +87,7 @@ def away_from(logits: Tensor, predicted: Tensor) -> Tensor:
     return others.amax(1) - logits.gather(1, predicted[:, None])[:, 0]
 
 
-def attack(
-    box: WhiteBox, images: Tensor, labels: Tensor, radius: float, weight: float | None, seed: int
-) -> Tensor:
+def attack(box: WhiteBox, images: Tensor, labels: Tensor, radius: float, weight: float | None, seed: int) -> Tensor:
     """The most usual-looking image that misleads, for each of ``images`` ``(B, 3, H, W)`` in [0, 1].
 
     Projected gradient steps on the sign (Madry et al., 2018).

@@ -25,9 +25,7 @@ from typing import Any
 from unittest import mock
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    raise ImportError(
-        "kernels are compiled in a process without TRITON_INTERPRET=1, which would interpret them"
-    )
+    raise ImportError("kernels are compiled in a process without TRITON_INTERPRET=1, which would interpret them")
 
 # Triton 3.4 asks for ROCm's linker, later ones bring their own. What is read here is the assembly, which comes before.
 os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
@@ -84,9 +82,7 @@ def _specialised(kernel: Any, values: dict[str, Any]) -> Launch:
             signature[name] = "*" + DTYPES[value.dtype]
         else:
             signature[name] = "fp32" if not whole else "i32" if -(2**31) <= value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (
-            whole and name not in constants and value % 16 == 0 and not plain
-        ):
+        if isinstance(value, torch.Tensor) or (whole and name not in constants and value % 16 == 0 and not plain):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes), values
 

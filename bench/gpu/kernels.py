@@ -42,16 +42,12 @@ def prepared(operator: str, B: int, N: int, D: int, dtype: str, device: str) -> 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device).to(getattr(torch, dtype))
 
-    operands = (
-        (normal(B, D), normal(N, D), normal(N)) if "linear" in operator else (normal(B, D), normal(B, N))
-    )
+    operands = (normal(B, D), normal(N, D), normal(N)) if "linear" in operator else (normal(B, D), normal(B, N))
     target = ("ones",) if operator == "target_sqnorm" else ()
     return partial(getattr(fastgrad, operator), *operands, *target, impl="triton")
 
 
-def measure(
-    operator: str, B: int, N: int, D: int, dtype: str, *, device: str, floor: dict[str, Any]
-) -> dict[str, Any]:
+def measure(operator: str, B: int, N: int, D: int, dtype: str, *, device: str, floor: dict[str, Any]) -> dict[str, Any]:
     """Return the median of a case and its shares of the measured rates."""
     run = prepared(operator, B, N, D, dtype, device)
     result = run()

@@ -36,9 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def shapes() -> dict[tuple[Any, ...], list[str]]:
     """Return every distinct convolution of the zoo, with the models it occurs in."""
-    zoo = {
-        name: torchvision.models.get_model(name, weights=None, **options) for name, options in MODELS.items()
-    }
+    zoo = {name: torchvision.models.get_model(name, weights=None, **options) for name, options in MODELS.items()}
     size, channels, blocks = (IMAGE, IMAGE), [64, 128, 256, 512], [2, 2, 5, 2]
     zoo["maxvit"] = torchvision.models.maxvit.MaxVit(size, 64, 2, channels, blocks, 32, 0.2)
     found: dict[tuple[Any, ...], list[str]] = defaultdict(list)

@@ -103,9 +103,7 @@ def compiled(device: str, name: str, batch: int, signal: str) -> Iterator[Implem
     task = Task(NETWORKS[name], batch, device, signal)
     yield one("fastgrad, compiled", partial(features, task, compiled=True), task.error, OURS)
     yield from same_for_all(task)
-    yield one(
-        "training step, compiled", partial(peers.step, task, compiled=True), task.against(peers.step), UNIT
-    )
+    yield one("training step, compiled", partial(peers.step, task, compiled=True), task.against(peers.step), UNIT)
 
 
 @case(

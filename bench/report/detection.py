@@ -32,10 +32,7 @@ def means(rows: Sequence[Row], merit: str, network: str, protocol: str) -> dict[
             continue
         if merit in row or "not run" in row:
             found.setdefault(row["method"], {}).setdefault(row["group"], []).append(row)
-    return {
-        method: {group: _joined(own, merit) for group, own in groups.items()}
-        for method, groups in found.items()
-    }
+    return {method: {group: _joined(own, merit) for group, own in groups.items()} for method, groups in found.items()}
 
 
 def _joined(rows: Sequence[Row], merit: str) -> Row:
@@ -135,9 +132,7 @@ def bars(rows: Sequence[Row], merit: str) -> Any:
     pick = max if merit == "auroc" else min
     shown = [m for m in found if ours(m) and " + " not in m]
     for group in groups:
-        values = {
-            m: own[group][merit] for m, own in found.items() if published(m) and merit in own.get(group, {})
-        }
+        values = {m: own[group][merit] for m, own in found.items() if published(m) and merit in own.get(group, {})}
         shown += [pick(values, key=values.__getitem__)] if values else []
     shown += [m for m in found if m == "softmax"]
     shown = [m for m in dict.fromkeys(shown) if all(merit in found[m].get(group, {}) for group in groups)]

@@ -54,9 +54,7 @@ def figure(height: float, panels: int = 1) -> tuple[Any, Any]:
     return made, made.subplots(panels, 1, squeeze=False)[:, 0]
 
 
-def stacked(
-    blocks: Mapping[str, Sequence[tuple[str, float]]], colour: Mapping[str, str], form: str
-) -> tuple[Any, Any]:
+def stacked(blocks: Mapping[str, Sequence[tuple[str, float]]], colour: Mapping[str, str], form: str) -> tuple[Any, Any]:
     """Return a figure and its panel with a heading for each block, and its bars below: names and lengths."""
     made, (panel,) = figure(1.8 + sum(0.24 * len(bars) + 0.4 for bars in blocks.values()))
     place, seen = 0.0, set()

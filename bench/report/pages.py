@@ -87,9 +87,7 @@ def add(
             if old[key] != new[key]:
                 raise ValueError(f"{key} of {path} must be {new[key]!r} to be extended; it was {old[key]!r}")
         renewed = {(r["case"], r["implementation"]) for r in rows}
-        new["cases"] = [r for r in old["cases"] if (r["case"], r["implementation"]) not in renewed] + new[
-            "cases"
-        ]
+        new["cases"] = [r for r in old["cases"] if (r["case"], r["implementation"]) not in renewed] + new["cases"]
     medians = {(r["case"], r["implementation"]): r["median_s"] for r in new["cases"]}
     for one in new["cases"]:
         base = medians.get((one["case"], one["relative_to"]))

@@ -54,11 +54,7 @@ def standing(cases: Sequence[Row]) -> str:
     for case, group in grouped(cases).items():
         mine = best(group)
         for row in group if mine else ():
-            if (
-                row["implementation"] in peers
-                and row["median_s"]
-                and NOISE * row["median_s"] < mine["median_s"]
-            ):
+            if row["implementation"] in peers and row["median_s"] and NOISE * row["median_s"] < mine["median_s"]:
                 faster[case, row["implementation"]] = mine["median_s"] / row["median_s"]
     textbook = [factor for (_, name), factor in faster.items() if name in TEXTBOOK]
     behind = [
@@ -94,9 +90,7 @@ def tables(cases: Sequence[Row], words: str = "") -> str:
         base = row["relative_to"]
         first = row["case"].split(" B=")[0] if base in ("torch.softmax", "linear alone") else ""
         tasks.setdefault((first, base), []).append(row)
-    shown = [
-        _each(rows) if base == "network alone" else _beside(rows, base) for (_, base), rows in tasks.items()
-    ]
+    shown = [_each(rows) if base == "network alone" else _beside(rows, base) for (_, base), rows in tasks.items()]
     return "\n\n".join([standing(cases), *shown])
 
 

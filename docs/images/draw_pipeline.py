@@ -56,8 +56,7 @@ def box(left: int, top: int, width: int, height: int, ours: bool, heading: str, 
         f'<text x="{middle}" y="{top + 32}" class="heading">{escape(heading)}</text>',
     ]
     parts += [
-        f'<text x="{middle}" y="{top + 58 + 23 * i}" class="line">{escape(line)}</text>'
-        for i, line in enumerate(lines)
+        f'<text x="{middle}" y="{top + 58 + 23 * i}" class="line">{escape(line)}</text>' for i, line in enumerate(lines)
     ]
     return "\n".join(parts)
 

@@ -39,8 +39,7 @@ class Activations(Block):
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         """Every place's mean squares."""
         return tuple(
-            Reading(place.path, functools.partial(mean_square, place, mask), copied=False)
-            for place in subject.channels
+            Reading(place.path, functools.partial(mean_square, place, mask), copied=False) for place in subject.channels
         )
 
     def values(self, found: Pass) -> Tensor:

@@ -44,11 +44,7 @@ class Extraction:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without lock and plans, which are made anew: copies and pickles work."""
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in ("_lock", "_network", "_shapes")
-        }
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_network", "_shapes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -91,9 +87,7 @@ class Extraction:
                     refusal = block.refusal(subject)
                     if refusal is not None:
                         served = f"{type(self.model).__name__} with this input"
-                        raise ValueError(
-                            f"blocks must be ones that can be had of {served}; {block.name!r}: {refusal}"
-                        )
+                        raise ValueError(f"blocks must be ones that can be had of {served}; {block.name!r}: {refusal}")
                 self.known = subject
             return self.known
 
@@ -103,9 +97,7 @@ class Extraction:
         other.known, other._network, other._shapes = self.known, self._network, self._shapes
         return other
 
-    def _extract(
-        self, subject: Subject, args: Any, kwargs: Any, samples: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _extract(self, subject: Subject, args: Any, kwargs: Any, samples: int) -> tuple[Tensor, dict[str, Tensor]]:
         mask = None if subject.mask is None else kwargs[subject.mask]
         readings = {block.name: block.readings(subject, mask) for block in self.blocks}
         signals = {block.name: block.signals(subject) for block in self.blocks}

@@ -37,9 +37,7 @@ class Roughness(Block):
 
     def refusal(self, subject: Subject) -> str | None:
         """A network whose first layers put out no maps."""
-        return (
-            None if subject.first is not None else "the network's first layers put out no maps (B, C, H, W)"
-        )
+        return None if subject.first is not None else "the network's first layers put out no maps (B, C, H, W)"
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         """The first maps."""

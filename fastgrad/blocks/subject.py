@@ -122,9 +122,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
             (args, kwargs),
         )
         samples = 1
-    three, two = (
-        _Watch(model, *take((args, kwargs), torch.arange(count) % samples, samples)) for count in (3, 2)
-    )
+    three, two = (_Watch(model, *take((args, kwargs), torch.arange(count) % samples, samples)) for count in (3, 2))
     logits = three.logits
     if logits.dim() != 2:
         raise ValueError(f"model must return logits of shape (B, N); it returned {tuple(logits.shape)}")

@@ -48,9 +48,7 @@ def _predicted(model: nn.Module, unit: Tensor, pixels: PixelRange) -> Tensor:
         return _prediction(class_logits(model(pixels.from_unit(unit))))
 
 
-def _slope(
-    model: nn.Module, unit: Tensor, predicted: Tensor | None, pixels: PixelRange
-) -> tuple[Tensor, Tensor]:
+def _slope(model: nn.Module, unit: Tensor, predicted: Tensor | None, pixels: PixelRange) -> tuple[Tensor, Tensor]:
     """Gradient of how far predictions have been pushed, and the predictions, those at ``unit`` where None."""
     with torch.enable_grad():
         point = unit.detach().requires_grad_()

@@ -118,9 +118,7 @@ def magnification(unit: Tensor, factor: float, generator: Generator) -> Tensor:
     """A random part of each image, enlarged ``factor`` times, as images of a lower resolution are."""
     height, width = unit.shape[-2:]
     h, w = max(1, round(height / factor)), max(1, round(width / factor))
-    corners = torch.rand((unit.shape[0], 2), generator=generator) * torch.tensor(
-        [height - h + 1, width - w + 1]
-    )
+    corners = torch.rand((unit.shape[0], 2), generator=generator) * torch.tensor([height - h + 1, width - w + 1])
     parts = [
         image[:, top : top + h, left : left + w]
         for image, (top, left) in zip(unit, corners.long().tolist(), strict=True)

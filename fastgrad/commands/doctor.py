@@ -35,9 +35,7 @@ def examine() -> dict[str, Any]:
     versions["torch"] = torch.__version__
     devices = [("cpu", platform.processor() or platform.machine())]
     if torch.cuda.is_available():
-        devices += [
-            (f"cuda:{index}", torch.cuda.get_device_name(index)) for index in range(torch.cuda.device_count())
-        ]
+        devices += [(f"cuda:{index}", torch.cuda.get_device_name(index)) for index in range(torch.cuda.device_count())]
     return {
         "versions": versions,
         "machine": {

@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--workers", int, 1, "with --ray: processes that hold the model (1)"),
     ):
         parser.add_argument(name, type=kind, default=default, help=text)
-    parser.add_argument(
-        "--ray", action="store_true", help="on a Ray cluster: --out is then a folder of parts"
-    )
+    parser.add_argument("--ray", action="store_true", help="on a Ray cluster: --out is then a folder of parts")
 
 
 def run(args: argparse.Namespace) -> int:

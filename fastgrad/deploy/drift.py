@@ -63,9 +63,7 @@ class ScoreReference:
         edges = np.asarray(self.edges, dtype=np.float64)
         counts = np.asarray(self.counts, dtype=np.float64)
         if edges.ndim != 1 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
-            raise ValueError(
-                f"edges must be finite and increasing in one dimension; they had shape {edges.shape}"
-            )
+            raise ValueError(f"edges must be finite and increasing in one dimension; they had shape {edges.shape}")
         if counts.shape != (len(edges) + 1,) or (counts < 0).any() or not np.isfinite(counts).all():
             raise ValueError(
                 f"counts must be {len(edges) + 1} non-negative numbers, one more than edges; "
@@ -135,9 +133,7 @@ class DriftMonitor:
         if not 0 < false_alarm_rate < 1:
             raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
         checks.one_of("form", form, ("ever", "average"))
-        self.reference = (
-            reference if isinstance(reference, ScoreReference) else ScoreReference.from_scores(reference)
-        )
+        self.reference = reference if isinstance(reference, ScoreReference) else ScoreReference.from_scores(reference)
         self.false_alarm_rate = float(false_alarm_rate)
         self.form = form
         self._seed = seed

@@ -213,15 +213,11 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
     smallest = min(int((clean & fitting & (fold != number)).sum()) for number in range(fold.max() + 1))
     table = replace(table, settings=replace(table.settings, count=smallest))
     # Score every sample by what was fitted without its fold, and fit once more on all.
-    parts = [
-        (fold == number, fit_scores(table, fitting & (fold != number))) for number in range(fold.max() + 1)
-    ]
+    parts = [(fold == number, fit_scores(table, fitting & (fold != number))) for number in range(fold.max() + 1)]
     final = fit_scores(table, fitting)
     names = [name for name in final if all(name in specs for _, specs in parts)]
     if not names:
-        raise ValueError(
-            "blocks must have at least one score, or there must be challenges; there was neither"
-        )
+        raise ValueError("blocks must have at least one score, or there must be challenges; there was neither")
     raw = torch.full((len(names), len(fold)), torch.nan, dtype=torch.float64)
     for chosen, specs in [*parts, (~fitting, final)]:
         if chosen.any():

@@ -77,9 +77,7 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
             place = seen if seen < limit else int(rng.integers(seen + 1))
             seen += 1
             if place < limit:
-                row = pytree.tree_map_only(
-                    Tensor, lambda t: t.detach().cpu().clone(), take(x, slice(i, i + 1), count)
-                )
+                row = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), take(x, slice(i, i + 1), count))
                 kept[place : place + 1] = [(seen, row, beside[i])]
     if not kept:
         raise ValueError(
@@ -191,9 +189,7 @@ class Reader:
     def add(self, x: Inputs, kinds: Iterable[str], groups: Iterable[int]) -> None:
         """Read one batch."""
         logits, blocks = self.extraction(to_device(x, self.device))
-        self._parts.append(
-            (logits.float().cpu(), {name: value.float().cpu() for name, value in blocks.items()})
-        )
+        self._parts.append((logits.float().cpu(), {name: value.float().cpu() for name, value in blocks.items()}))
         self._kinds += kinds
         self._groups += groups
 

@@ -134,9 +134,7 @@ def _drawn(
 ) -> Sample:
     """All loaders, read once."""
     if options.max_samples < constants.FEWEST_CLEAN:
-        raise ValueError(
-            f"max_samples must be at least {constants.FEWEST_CLEAN}; it was {options.max_samples}"
-        )
+        raise ValueError(f"max_samples must be at least {constants.FEWEST_CLEAN}; it was {options.max_samples}")
     each = options.challenges_per_input
     if each is not None and each < 1:
         raise ValueError(f"challenges_per_input must be at least 1 or None; it was {each}")
@@ -156,9 +154,7 @@ def _drawn(
         )
     apart = None if calibration is None else draw("calibration", calibration, 1)
     if apart is not None and len(apart) < constants.FEWEST_CLEAN:
-        raise ValueError(
-            f"calibration must give at least {constants.FEWEST_CLEAN} inputs; it gave {len(apart)}"
-        )
+        raise ValueError(f"calibration must give at least {constants.FEWEST_CLEAN} inputs; it gave {len(apart)}")
     given = None if challenges is None or isinstance(challenges, str) else draw("challenges", challenges, 2)
     return Sample(own, apart, given, None, np.zeros(0, bool), 0, None)
 
@@ -177,9 +173,7 @@ def _checked(
     classifier = two_stage.classifier
     if labels is None and (options.risk or classifier is not None):
         what = "risk=True" if options.risk else "the classifier"
-        raise ValueError(
-            f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out"
-        )
+        raise ValueError(f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out")
     if options.risk and subject.classes < 2:
         raise ValueError("risk=True needs a network of at least two classes; it has one logit")
     if classifier is not None and labels is not None:
@@ -228,22 +222,16 @@ def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
     if two_stage.classifier is not None and subject.head is None:
         raise ValueError("the introspective classifier needs a model that ends in a linear layer")
     if two_stage.blocks is None:
-        return [
-            BLOCKS[name]() for name in preset(two_stage.budget)
-        ]  # what cannot be served is dropped with the price
+        return [BLOCKS[name]() for name in preset(two_stage.budget)]  # what cannot be served is dropped with the price
     for block in two_stage.blocks:
         why = block.refusal(subject)
         if why is not None:
-            possible = ", ".join(
-                repr(name) for name, kind in BLOCKS.items() if kind().refusal(subject) is None
-            )
+            possible = ", ".join(repr(name) for name, kind in BLOCKS.items() if kind().refusal(subject) is None)
             raise ValueError(f"blocks must be ones that can be had here, {possible}; {block.name!r}: {why}")
     return list(two_stage.blocks)
 
 
-def _read(
-    extraction: Extraction, two_stage: TwoStageModel, sample: Sample, verbose: bool
-) -> collect.Features:
+def _read(extraction: Extraction, two_stage: TwoStageModel, sample: Sample, verbose: bool) -> collect.Features:
     """Blocks of clean inputs, and of challenges, which are generated on the way."""
     reader = collect.Reader(extraction, two_stage.device, verbose=verbose)
     reader.clean(*(drawn for drawn in (sample.clean, sample.calibration) if drawn is not None))
@@ -286,9 +274,7 @@ class Answers(NamedTuple):
     fresh: NDArray[np.bool_]
 
 
-def _answers(
-    two_stage: TwoStageModel, sample: Sample, features: collect.Features, found: Calibrated
-) -> Answers:
+def _answers(two_stage: TwoStageModel, sample: Sample, features: collect.Features, found: Calibrated) -> Answers:
     """Fit the temperature, and the classifier on clean inputs and challenges with the clean input's label."""
     count, device = len(sample.held_out), two_stage.device
     everything = np.ones(count, bool)
@@ -298,9 +284,7 @@ def _answers(
     temperature = None
     if labelled.sum() >= constants.FEWEST_LABELLED:
         chosen = torch.from_numpy(labelled)
-        temperature = Temperature.fit(
-            features.logits[:count][chosen], torch.from_numpy(sample.labels)[chosen]
-        )
+        temperature = Temperature.fit(features.logits[:count][chosen], torch.from_numpy(sample.labels)[chosen])
         temperature = temperature.to(device)
     if two_stage.classifier is None:
         return Answers(None, None, temperature, everything)
@@ -349,13 +333,7 @@ def _risk(
     """The risk, from labelled clean inputs that the answer was not trained on and challenges made from them."""
     classes = features.logits.shape[1]
     if options.risk is False or sample.labels is None or classes < 2:
-        why = (
-            "not asked for"
-            if options.risk is False
-            else "no labels"
-            if classes > 1
-            else "the network has one logit"
-        )
+        why = "not asked for" if options.risk is False else "no labels" if classes > 1 else "the network has one logit"
         return None, f"none: {why}"
     labels = _labels(sample, features, fresh)
     challenging = features.kinds != ""
@@ -383,9 +361,7 @@ def _risk(
     return risk.to(device), text
 
 
-def _report(
-    sample: Sample, features: collect.Features, price: PriceReport, found: Calibrated, risk: str
-) -> Report:
+def _report(sample: Sample, features: collect.Features, price: PriceReport, found: Calibrated, risk: str) -> Report:
     made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
     drawn = [one for one in (sample.clean, sample.calibration) if one is not None]
     return Report(

@@ -26,21 +26,15 @@ def check_blocks(X: Mapping[str, Any], known: Blocks, *, log: bool) -> dict[str,
     """
     unknown = sorted(map(str, set(X) - set(known)))
     if unknown or not X:
-        raise ValueError(
-            f"X must have blocks named {', '.join(known)}; it had {', '.join(map(repr, X)) or 'none'}"
-        )
+        raise ValueError(f"X must have blocks named {', '.join(known)}; it had {', '.join(map(repr, X)) or 'none'}")
     arrays = {name: to_array(f"X[{name!r}]", X[name], single=True) for name in known if name in X}
     length = -1
     for name, array in arrays.items():
         block = known[name]
         if array.ndim not in block.ranks or array.size == 0:
-            raise ValueError(
-                f"X[{name!r}] must be a non-empty array of shape {block.shapes}; it was {array.shape}"
-            )
+            raise ValueError(f"X[{name!r}] must be a non-empty array of shape {block.shapes}; it was {array.shape}")
         if length not in (-1, len(array)):
-            raise ValueError(
-                f"X[{name!r}] must have as many rows as the other blocks, {length}; it had {len(array)}"
-            )
+            raise ValueError(f"X[{name!r}] must have as many rows as the other blocks, {length}; it had {len(array)}")
         length = len(array)
         if block.squared_norms and log:
             check_squared(f"X[{name!r}]", array)
@@ -121,16 +115,13 @@ def held_out_of(
     clean = np.flatnonzero(~challenging)
     if len(clean) < 4:
         raise ValueError(
-            f"X must have at least 4 in-distribution samples; it had {len(clean)} "
-            f"(n_samples = {len(challenging)})"
+            f"X must have at least 4 in-distribution samples; it had {len(clean)} (n_samples = {len(challenging)})"
         )
     mask = np.zeros(len(challenging), dtype=bool)
     if held_out is not None:
         given = np.asarray(held_out)
         if given.shape != challenging.shape or given.dtype != bool:
-            raise ValueError(
-                f"held_out must be bool of shape {challenging.shape}; it was {given.dtype}, {given.shape}"
-            )
+            raise ValueError(f"held_out must be bool of shape {challenging.shape}; it was {given.dtype}, {given.shape}")
         mask = given & ~challenging
         kept = int(mask.sum())
         if kept < 1 or len(clean) - kept < 3:
@@ -150,9 +141,7 @@ def groups_of(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
         return np.arange(count)
     numbers = np.asarray(groups)
     if numbers.shape != (count,) or numbers.dtype.kind not in "iu":
-        raise ValueError(
-            f"groups must be integers of shape ({count},); they were {numbers.dtype}, {numbers.shape}"
-        )
+        raise ValueError(f"groups must be integers of shape ({count},); they were {numbers.dtype}, {numbers.shape}")
     alone = numbers < 0
     numbers = numbers.astype(np.intp)
     numbers[alone] = numbers.max(initial=0) + 1 + np.arange(alone.sum())

@@ -273,9 +273,7 @@ class TwoStageModel(nn.Module):
             raise RuntimeError("a report needs a fit: call fit(clean)")
         if gains and self.report_.gains is None:
             if self._gains is None:
-                raise RuntimeError(
-                    "gains need the features of the fit, which are not stored: call fit(clean)"
-                )
+                raise RuntimeError("gains need the features of the fit, which are not stored: call fit(clean)")
             self.report_ = replace(self.report_, gains=self._gains())
         return self.report_
 
@@ -322,9 +320,7 @@ class TwoStageModel(nn.Module):
             "subject": None if extraction.known is None else asdict(extraction.known),
             "report": None if self.report_ is None else asdict(self.report_),
         }
-        return storage.save(
-            path, {name: module for name, module in modules.items() if module is not None}, extra
-        )
+        return storage.save(path, {name: module for name, module in modules.items() if module is not None}, extra)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> TwoStageModel:
@@ -341,14 +337,10 @@ class TwoStageModel(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
         if storage.fingerprint(model) != extra["network"]:
-            raise ValueError(
-                f"model must be the network that {str(path)!r} was saved with; its parameters differ"
-            )
+            raise ValueError(f"model must be the network that {str(path)!r} was saved with; its parameters differ")
         unknown = [entry["name"] for entry in extra["blocks"] if entry["name"] not in BLOCKS]
         if unknown:
-            raise ValueError(
-                f"blocks of {str(path)!r} must be registered (register_block); unknown: {unknown}"
-            )
+            raise ValueError(f"blocks of {str(path)!r} must be registered (register_block); unknown: {unknown}")
         result = cls(model, budget=extra["budget"], seed=extra["seed"])
         known = extra["subject"]
         blocks = [BLOCKS[entry["name"]](**entry["options"]) for entry in extra["blocks"]]

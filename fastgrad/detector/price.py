@@ -118,9 +118,7 @@ def fit_to_budget(
     return PriceReport(names, predicted, measured, tuple(dropped), limit, error, samples, single)
 
 
-def price(
-    model: nn.Module, run: Callable[[Inputs], object], x: Inputs, limit: float = math.inf
-) -> tuple[float, float]:
+def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs, limit: float = math.inf) -> tuple[float, float]:
     """Time of ``run`` over that of the plain ``model`` on ``x``: the median over rounds, and its standard error.
 
     Measuring ends earlier where the price is certainly above ``limit``.

@@ -66,9 +66,7 @@ class Report:
         """From what `dataclasses.asdict` made of one."""
         price = dict(stored["price"])
         price["blocks"], price["dropped"] = tuple(price["blocks"]), tuple(map(tuple, price["dropped"]))
-        gains = (
-            None if stored["gains"] is None else {name: Gain(*gain) for name, gain in stored["gains"].items()}
-        )
+        gains = None if stored["gains"] is None else {name: Gain(*gain) for name, gain in stored["gains"].items()}
         return cls(**{**stored, "price": PriceReport(**price), "gains": gains})
 
     def __str__(self) -> str:
@@ -80,9 +78,7 @@ class Report:
             f"limit {self.price.limit:g}"
         )
         if self.price.single > self.price.limit:
-            measured += (
-                f"; {self.price.single:.2f} on single inputs, above it: answer batches, or export a file"
-            )
+            measured += f"; {self.price.single:.2f} on single inputs, above it: answer batches, or export a file"
         form = "held out, so rates are exact" if self.exact else "each scored by what was fitted without it"
         lines = [
             f"blocks        {', '.join(self.kept)}",
@@ -95,9 +91,7 @@ class Report:
         ]
         if self.gains is not None:
             lines.append("gain in AUROC on kinds of challenge left out of training")
-            lines += [
-                f"  {name:20} {gain.auroc:+.3f} +- {gain.interval:.3f}" for name, gain in self.gains.items()
-            ]
+            lines += [f"  {name:20} {gain.auroc:+.3f} +- {gain.interval:.3f}" for name, gain in self.gains.items()]
         return "\n".join(lines)
 
 
@@ -139,9 +133,7 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
     for name in table.blocks:
         difference = joined[""] - joined[name]
         # Challenges of one source are no independent samples.
-        error = np.sqrt(np.square(np.bincount(source, difference - difference.mean())).sum()) / len(
-            difference
-        )
+        error = np.sqrt(np.square(np.bincount(source, difference - difference.mean())).sum()) / len(difference)
         result[name] = Gain(float(difference.mean()), float(_INTERVAL * error))
     return result
 

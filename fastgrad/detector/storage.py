@@ -75,13 +75,9 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Fitted], dict[str, Any
         raise ValueError(foreign)
     original = data.replace(digest.encode(), _EMPTY.encode(), 1)
     if hashlib.sha256(original).hexdigest() != digest:
-        raise ValueError(
-            f"{str(path)!r} has been changed or damaged since it was saved: its digest does not match"
-        )
+        raise ValueError(f"{str(path)!r} has been changed or damaged since it was saved: its digest does not match")
     if number != FORMAT:
-        raise ValueError(
-            f"{str(path)!r} has format {number!r}; this version of fastgrad reads format {FORMAT}"
-        )
+        raise ValueError(f"{str(path)!r} has format {number!r}; this version of fastgrad reads format {FORMAT}")
     try:
         tensors: dict[str, Tensor] = deserialise(data)
     except SafetensorError as error:

@@ -22,9 +22,7 @@ from fastgrad.engine.steps import unnoted
 _SEQUENCES = (list, tuple, set)
 _CONTAINERS = (*_SEQUENCES, dict, OrderedDict)
 # Values of these types hold nothing of a module tree.
-_PLAIN = frozenset(
-    (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor)
-)
+_PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor))
 #: Plain attributes of modules, by id of the user's module.
 Settings = dict[int, dict[str, Any]]
 _HOOK_TABLES = frozenset(
@@ -134,11 +132,7 @@ class Shadow:
             state, before = copy.__dict__, original.__dict__
             for name, value in state.items():
                 followed = name in _TABLES or name == "forward" or (id(state), name) in self._followed
-                if (
-                    not followed
-                    and not isinstance(value, nn.Module)
-                    and value is not before.get(name, _ABSENT)
-                ):
+                if not followed and not isinstance(value, nn.Module) and value is not before.get(name, _ABSENT):
                     before[name] = value
             for name, value in state["_buffers"].items():
                 known = before["_buffers"].get(name)

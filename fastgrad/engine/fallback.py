@@ -90,8 +90,7 @@ class Fallback:
         def forward(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
             carried = iter(tensors)
             filled = [
-                next(carried) if is_batched else value
-                for value, is_batched in zip(leaves, self.batched, strict=True)
+                next(carried) if is_batched else value for value, is_batched in zip(leaves, self.batched, strict=True)
             ]
             return self._forward(values, *pytree.tree_unflatten(filled, spec))
 
@@ -100,14 +99,11 @@ class Fallback:
         rows, agree = [], True
         weighted = [torch.zeros_like(p) for p in self.parameters] if verify else []
         split_inputs, split_gradients, split_outputs = (
-            [t.reshape(samples, -1, *t.shape[1:]) for t in tensors]
-            for tensors in (inputs, gradients, self.outputs)
+            [t.reshape(samples, -1, *t.shape[1:]) for t in tensors] for tensors in (inputs, gradients, self.outputs)
         )
         with torch.enable_grad():
             for part in self._chunks(samples):
-                again, found = self._each(
-                    forward, [t[part] for t in split_inputs], [g[part] for g in split_gradients]
-                )
+                again, found = self._each(forward, [t[part] for t in split_inputs], [g[part] for g in split_gradients])
                 agree = agree and all(map(_agree, again, [out[part] for out in split_outputs]))
                 rows.append(torch.stack([sqnorm(f) for f in upcast(*found)], 1))
                 if verify:

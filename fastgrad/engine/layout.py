@@ -45,9 +45,7 @@ class Layout:
         return x
 
 
-def find_layout(
-    shape: tuple[int, ...], other: tuple[int, ...], gradient: Tensor | None, samples: int
-) -> Layout | None:
+def find_layout(shape: tuple[int, ...], other: tuple[int, ...], gradient: Tensor | None, samples: int) -> Layout | None:
     """Where the batch lies in a tensor.
 
     Args:

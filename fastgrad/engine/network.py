@@ -183,9 +183,7 @@ class Network:
             f"on its own {run.samples} samples {reason}"
         )
 
-    def _candidates(
-        self, plan: Plan, tried: Sequence[Plan], args: Any, kwargs: Any, samples: int
-    ) -> Iterator[Plan]:
+    def _candidates(self, plan: Plan, tried: Sequence[Plan], args: Any, kwargs: Any, samples: int) -> Iterator[Plan]:
         """``plan``, others that are known, and at last new ones, none of them twice on the paths that it has."""
         known = plan.known
         assert known is not None

@@ -22,9 +22,7 @@ from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.rows import Rows
 
 # Functions that broadcast a parameter over the batch, by name without underscores.
-_BROADCASTING = frozenset(
-    {"add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "div", "expand"}
-)
+_BROADCASTING = frozenset({"add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "div", "expand"})
 
 
 @dataclass
@@ -167,8 +165,7 @@ class Observation:
             index = len(self.calls)
             parent = self._stack[-1] if self._stack else -1
             inputs = [
-                tuple(leaf.shape) if isinstance(leaf, Tensor) else None
-                for leaf in pytree.tree_leaves((args, kwargs))
+                tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves((args, kwargs))
             ]
             self.calls.append(Call(index, original, copy, path, parent, self._times[path], inputs))
             self.calls[-1].gathered = self._rows.gathered((args, kwargs))

@@ -54,9 +54,7 @@ class Known:
 
     def lives(self) -> bool:
         """Whether no module and no parameter is gone, whose id another one may have now."""
-        return all(ref() is not None for ref in self.modules) and all(
-            ref() is not None for ref in self.parameters
-        )
+        return all(ref() is not None for ref in self.modules) and all(ref() is not None for ref in self.parameters)
 
 
 @dataclass(frozen=True)
@@ -229,9 +227,7 @@ class Planner:
         site = self._fallback(uses, name, constraints)
         return site, Route(name, "fallback", site.path, reason)
 
-    def _ruled(
-        self, use: int, name: str, constraints: PlanConstraints
-    ) -> tuple[LayerSite | ReplaySite | None, str]:
+    def _ruled(self, use: int, name: str, constraints: PlanConstraints) -> tuple[LayerSite | ReplaySite | None, str]:
         """A site with the rule of the module that is called, or the reason against it."""
         if use < 0:
             return None, "a hook of the model uses it"
@@ -241,9 +237,7 @@ class Planner:
         if rule is None:
             return None, reason
         children = rule.children if isinstance(rule, ReplayRule) else ()
-        local = next(
-            (local for local, p in call.module.named_parameters() if self.names.get(id(p)) == name), None
-        )
+        local = next((local for local, p in call.module.named_parameters() if self.names.get(id(p)) == name), None)
         if local is None or local not in {*call.module._parameters, *children}:
             return None, f"it is used by {type(call.module).__name__}, whose rule does not know it"
         if not self.seen.once(call):
@@ -273,9 +267,7 @@ class Planner:
         if len(ranks) != 1:
             return None
         rank = next(iter(ranks))
-        if rank is None or not (
-            rank > parameter.dim() or (rank == parameter.dim() and parameter.shape[0] == 1)
-        ):
+        if rank is None or not (rank > parameter.dim() or (rank == parameter.dim() and parameter.shape[0] == 1)):
             return None
         return BroadcastSite(name.rpartition(".")[0], (name,), rank)
 
@@ -291,9 +283,7 @@ class Planner:
             if layouts and all(x is not None and x.kind in ("plain", "folded") for x in layouts):
                 vectorize = call.path not in constraints.no_vmap
                 # A function that vmap cannot take may look at values.
-                return FallbackSite(
-                    call.path, (name,), batched, vectorize, self.seen.gathers or not vectorize
-                )
+                return FallbackSite(call.path, (name,), batched, vectorize, self.seen.gathers or not vectorize)
         raise ValueError(
             f"model must treat the samples of a batch independently, batch in dimension 0 of inputs and outputs; "
             f"no part of it that contains all uses of {name!r} does"

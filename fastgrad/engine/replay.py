@@ -50,9 +50,7 @@ class RecomputedSite(Site):
             # Copied: the module may overwrite its inputs, and change its settings, as a counter of calls.
             leaves, spec = pytree.tree_flatten((args, kwargs))
             leaves = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
-            calls.append(
-                _Begun(leaves, spec, shadow.settings(original), Repeatable(copy) if trains else None)
-            )
+            calls.append(_Begun(leaves, spec, shadow.settings(original), Repeatable(copy) if trains else None))
 
         def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
             run.reach(self)

@@ -59,11 +59,7 @@ class Rows:
         # What is written to in place comes from what is written.
         first = args[0] if args else None
         scatters = name in _SCATTERING
-        written = (
-            (result, first)
-            if name == "setitem" or getattr(function, "__name__", "").endswith("_")
-            else result
-        )
+        written = (result, first) if name == "setitem" or getattr(function, "__name__", "").endswith("_") else result
         self._add(self._computed, written)
         if self.gathered(first if scatters else (args, kwargs)) or self._gathers(name, args, kwargs):
             self._add(self._gathered, result)

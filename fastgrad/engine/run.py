@@ -88,9 +88,7 @@ class Run:
         """
         self.checkpointed = self.checkpointed or saves_elsewhere()
         dtype = compute_dtype(output.dtype)
-        probe = torch.zeros(
-            self.samples, len(site.parameters), dtype=dtype, device=output.device, requires_grad=True
-        )
+        probe = torch.zeros(self.samples, len(site.parameters), dtype=dtype, device=output.device, requires_grad=True)
         if not self.closed:  # else a checkpoint computes a part again
             self.probes.append((site, probe))
         return probe

@@ -36,9 +36,7 @@ class RuledSite(Site):
     def require_layout(self, run: Run, output: Tensor) -> None:
         """Leave the plan if the batch is not where it was."""
         if output.dim() != self.rank or not self.layout.holds(output, run.samples):
-            run.leave_plan(
-                self.parameters, f"gives {self.path!r} inputs with the batch in another place than before"
-            )
+            run.leave_plan(self.parameters, f"gives {self.path!r} inputs with the batch in another place than before")
 
 
 @dataclass(frozen=True)

@@ -127,9 +127,7 @@ def _one_step(ref: Callable[[], Any], forward: Callable[..., Any], *args: Any, *
     with without_modes():
         output: Tensor = forward(layer, *args, **kwargs)
         rank = output.dim() if torch.is_grad_enabled() else -2 - output.dim()
-        steps.note(
-            type(layer).__name__, rank, *map(steps.parameters.get, map(id, layer._parameters.values()))
-        )
+        steps.note(type(layer).__name__, rank, *map(steps.parameters.get, map(id, layer._parameters.values())))
     return output
 
 
@@ -162,9 +160,7 @@ def unnoted(hook: Callable[..., Any]) -> Callable[..., Any]:
 def _whole_numbers(values: Any) -> Hashable:
     """The whole numbers among arguments."""
     return tuple(
-        _whole_numbers(v) if isinstance(v, (tuple, list)) else v
-        for v in values
-        if isinstance(v, (int, tuple, list))
+        _whole_numbers(v) if isinstance(v, (tuple, list)) else v for v in values if isinstance(v, (int, tuple, list))
     )
 
 

@@ -89,12 +89,9 @@ class Trial:
         for sample in (CHOSEN, *(i for i in range(min(self._count, SAMPLES)) if i != CHOSEN)):
             found = [probe_cotangent(out, less, self._count, sample) for out, less in pairs]
             if all(rows is None for rows in found):
-                raise ValueError(
-                    "model must return a floating-point tensor that carries the batch; it returned none"
-                )
+                raise ValueError("model must return a floating-point tensor that carries the batch; it returned none")
             cotangents = [
-                torch.zeros_like(out) if rows is None else rows
-                for rows, (out, _) in zip(found, pairs, strict=True)
+                torch.zeros_like(out) if rows is None else rows for rows, (out, _) in zip(found, pairs, strict=True)
             ]
             # A checkpoint runs a part of the model again.
             with undone(self._network.model):
@@ -195,9 +192,7 @@ class Trial:
         outputs = self._network.tensors(output)
         pairs = [(out, rows) for out, rows in zip(outputs, cotangents, strict=True) if out.requires_grad]
         probes = run.probes if pairs else []
-        norms = probe_grads(
-            [out for out, _ in pairs], [probe for _, probe in probes], [row for _, row in pairs]
-        )
+        norms = probe_grads([out for out, _ in pairs], [probe for _, probe in probes], [row for _, row in pairs])
         found = [
             (torch.zeros_like(probe) if value is None else value).unsqueeze(0)
             for (_, probe), value in zip(probes, norms, strict=True)

@@ -65,9 +65,7 @@ def contrast_sqnorm(
         ValueError: Shapes or devices do not fit, an option is unknown, or ``impl="triton"`` cannot serve the tensors.
     """
     leading = _head_pair(features, logits, loss, reduction, impl, bias=bias, log=log)
-    norms = contrast_op.contrast_sqnorm(
-        _matrix(features), _matrix(logits), loss, bias, log, reduction == "mean", impl
-    )
+    norms = contrast_op.contrast_sqnorm(_matrix(features), _matrix(logits), loss, bias, log, reduction == "mean", impl)
     return norms.reshape(*leading, logits.shape[-1])
 
 
@@ -215,9 +213,7 @@ def contrast_rows_linear(
     checks.same_device("weight", weight, "features", features)
     width = features.shape[-1] * logits.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(
-            f"weight must have shape (U, N * D) with N * D = {width}; it was {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight must have shape (U, N * D) with N * D = {width}; it was {tuple(weight.shape)}")
     _bias(bias, weight)
     diagonal = losses.contrast_diagonal(_matrix(logits), loss=loss)
     out = rows_op.rows_linear(_matrix(features), diagonal, weight, bias)
@@ -236,9 +232,7 @@ def check_target(target: str | Tensor, logits: Tensor) -> None:
         checks.shape_is("target", target, tuple(logits.shape), "soft targets, the shape of logits")
         return
     if target.dtype == torch.bool or target.dtype.is_complex:
-        raise TypeError(
-            f"target must hold class indices (integers) or soft targets (floats); it was {target.dtype}"
-        )
+        raise TypeError(f"target must hold class indices (integers) or soft targets (floats); it was {target.dtype}")
     checks.shape_is("target", target, tuple(logits.shape[:-1]), "class indices, the leading shape of logits")
     if target.numel() == 0:
         return

@@ -104,12 +104,8 @@ class GradientFeatures:
             one_of("loss", pair[0], losses.LOSSES)
             if isinstance(pair[1], str) and not self.contrast:
                 one_of("target", pair[1], losses.TARGETS if self.joint else (*losses.TARGETS, "contrast"))
-            elif isinstance(pair[1], bool) or not (
-                isinstance(pair[1], (str, int, Tensor)) or callable(pair[1])
-            ):
-                raise TypeError(
-                    f"target must be a name, an index, a tensor or a function; it was {pair[1]!r}"
-                )
+            elif isinstance(pair[1], bool) or not (isinstance(pair[1], (str, int, Tensor)) or callable(pair[1])):
+                raise TypeError(f"target must be a name, an index, a tensor or a function; it was {pair[1]!r}")
             elif isinstance(pair[1], Tensor) and pair[1].dim() > pair[1].is_floating_point():
                 raise ValueError(
                     "target must be one for all samples, a class index or (N,); give those of a batch to the call, "
@@ -140,9 +136,7 @@ class GradientFeatures:
         else:
             for pattern in self.layers:
                 if not any(_matches(name, pattern) for name in found.values()):
-                    raise ValueError(
-                        f"layers must name parameters or modules of the model; nothing is {pattern!r}"
-                    )
+                    raise ValueError(f"layers must name parameters or modules of the model; nothing is {pattern!r}")
             wanted = {i: n for i, n in found.items() if any(_matches(n, pattern) for pattern in self.layers)}
         if not wanted:
             raise ValueError("model must have parameters; it had none")
@@ -191,9 +185,7 @@ class GradientFeatures:
         if target is None:
             return None
         if self.contrast or self.joint:
-            raise ValueError(
-                "target of a call must be left out where signals or contrasts name theirs; it was given"
-            )
+            raise ValueError("target of a call must be left out where signals or contrasts name theirs; it was given")
         checks.is_tensor("target", target)
         if target.dim() == 0 or target.shape[0] != samples:
             raise ValueError(
@@ -281,9 +273,7 @@ class GradientFeatures:
     def _deltas(self, logits: Tensor, target: Tensor | None) -> Tensor:
         """Output gradients of all signals, ``(S, B, N)``."""
         if self.contrast:
-            return losses.contrast_delta(logits, loss=self.signals[0][0], reduction=self.reduction).movedim(
-                -2, 0
-            )
+            return losses.contrast_delta(logits, loss=self.signals[0][0], reduction=self.reduction).movedim(-2, 0)
         deltas = []
         for loss, given in self.signals:
             value = _checked(given if target is None else target, logits)

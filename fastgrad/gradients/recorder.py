@@ -81,9 +81,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             raise TypeError("model must be the module that was given to torch.compile, not its compiled form")
         self.model: nn.Module = _unwrapped(model)
         if getattr(self.model, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                "model must not be compiled in place (model.compile()); compile its parts instead"
-            )
+            raise ValueError("model must not be compiled in place (model.compile()); compile its parts instead")
         for name, p in self.model.named_parameters():
             if p.is_meta:
                 raise ValueError(f"model must hold values; its parameter {name!r} was on the meta device")
@@ -175,9 +173,7 @@ def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The module that a wrapper for data parallelism calls as it is."""
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-        raise ValueError(
-            "model must not be replicated on several devices by DataParallel; use DistributedDataParallel"
-        )
+        raise ValueError("model must not be replicated on several devices by DataParallel; use DistributedDataParallel")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         module: nn.Module = model.module
         return module
@@ -238,16 +234,12 @@ def recorded_sqnorms(
         if id(p) not in names:
             raise ValueError(f"params must be parameters of the recorded model; number {i} is not one")
     if recording.samples is None or not any(out.requires_grad for out in outputs):
-        raise RuntimeError(
-            "outputs must be computed from calls of the recorded model, with gradients enabled"
-        )
+        raise RuntimeError("outputs must be computed from calls of the recorded model, with gradients enabled")
     # Only the probes of sites that serve a wanted parameter: the backward pass need not go further. Calls of other
     # models that are being recorded count, too, where they share a parameter.
     asked = {id(p) for p in wanted}
     recordings = {id(each): each for each in (*_stack(), recording)}
-    alive = [
-        (call, run) for each in recordings.values() for call in each.calls if (run := call.run()) is not None
-    ]
+    alive = [(call, run) for each in recordings.values() for call in each.calls if (run := call.run()) is not None]
     probes = [
         ([call.keys[name] for name in site.parameters], site, probe, run)
         for call, run in alive
@@ -288,9 +280,7 @@ def recorded_sqnorms(
         rows = {run.samples for _, run in alive} if len(reached) != 1 else reached
         if len(rows) > 1:
             at = set(probes_behind(outputs))
-            rows = {
-                run.samples for _, run in alive if not at.isdisjoint(id(probe) for _, probe in run.probes)
-            }
+            rows = {run.samples for _, run in alive if not at.isdisjoint(id(probe) for _, probe in run.probes)}
         if len(rows) > 1:
             raise ValueError(
                 f"params must each take part in a call that outputs depend on, where calls had batches of "

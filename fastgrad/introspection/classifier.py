@@ -102,9 +102,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         self._check_parameters()
         inputs = self._inputs(R, reset=True)
         if y is None:
-            raise ValueError(
-                "requires y to be passed, but the target y is None: y holds a label per row of R"
-            )
+            raise ValueError("requires y to be passed, but the target y is None: y holds a label per row of R")
         labels = self._labels(y, len(inputs[0]))
         self.classes_, codes = np.unique(labels, return_inverse=True)
         random = check_random_state(self.random_state)
@@ -197,9 +195,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             if set(R) != {"features", "logits"}:
                 raise ValueError(f"R must have the entries 'features' and 'logits'; it had {sorted(R)}")
             arrays = [to_array(f"R[{name!r}]", R[name]) for name in ("features", "logits")]
-            if any(array.ndim != 2 or array.size == 0 for array in arrays) or len(arrays[0]) != len(
-                arrays[1]
-            ):
+            if any(array.ndim != 2 or array.size == 0 for array in arrays) or len(arrays[0]) != len(arrays[1]):
                 raise ValueError(
                     "R['features'] and R['logits'] must have shapes (B, D) and (B, N), not empty; they were "
                     f"{arrays[0].shape} and {arrays[1].shape}"
@@ -241,9 +237,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         return result
 
     def _add(self, moments: RowMoments, inputs: Inputs) -> None:
-        for name, value in zip(
-            ("features", "logits") if len(inputs) == 2 else ("rows",), inputs, strict=True
-        ):
+        for name, value in zip(("features", "logits") if len(inputs) == 2 else ("rows",), inputs, strict=True):
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} must be finite; a batch contains NaN or infinity")
         if len(inputs) == 2:
@@ -278,10 +272,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         self.history_ = trainer.run(training, validation)
         self.n_iter_ = len(self.history_)
         parameters = [value.detach() for value in trainer.folded()]
-        tensors = {
-            f"{'bias' if index % 2 else 'weight'}{index // 2}": value
-            for index, value in enumerate(parameters)
-        }
+        tensors = {f"{'bias' if index % 2 else 'weight'}{index // 2}": value for index, value in enumerate(parameters)}
         self.network_ = IntrospectiveNetwork(
             **tensors, layers=len(parameters) // 2, activation=self.activation, loss=self.loss
         )

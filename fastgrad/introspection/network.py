@@ -29,9 +29,7 @@ class IntrospectiveNetwork(Fitted):
 
     def from_features(self, features: Tensor, logits: Tensor) -> Tensor:
         """Class logits ``(B, classes)`` of the rows of ``features`` ``(B, D)`` and ``logits`` ``(B, N)``."""
-        first = first_layer(
-            features, logits, self.weight(0, features), self.bias(0, features), self.options["loss"]
-        )
+        first = first_layer(features, logits, self.weight(0, features), self.bias(0, features), self.options["loss"])
         return self._rest(first)
 
     def answer(self, features: Tensor, logits: Tensor) -> Tensor:

@@ -118,6 +118,4 @@ def multihead_attention(
     return norms
 
 
-ATTENTION = ReplayRule(
-    "multi-head attention", multihead_attention, children=("out_proj.weight", "out_proj.bias")
-)
+ATTENTION = ReplayRule("multi-head attention", multihead_attention, children=("out_proj.weight", "out_proj.bias"))

@@ -39,9 +39,7 @@ def _same(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
 
 def _stored(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
     """Likewise for the image size that was named beforehand, by a layer that pads or one that does nothing."""
-    return a, [
-        sum(pair) for pair in zip(_zeros_of(module.static_padding), padding_pairs(module), strict=True)
-    ]
+    return a, [sum(pair) for pair in zip(_zeros_of(module.static_padding), padding_pairs(module), strict=True)]
 
 
 def _zeros_of(layer: Any) -> Sequence[int]:
@@ -75,6 +73,4 @@ def _norms(padding: Padding, module: nn.Module, a: Tensor, g: Tensor) -> dict[st
 CONVOLUTION = LayerRule("convolution", functools.partial(_norms, _own), in_place=True)
 #: Of subclasses that pad in their ``forward``.
 SAME_CONVOLUTION = LayerRule("convolution, same padding", functools.partial(_norms, _same), in_place=True)
-STORED_CONVOLUTION = LayerRule(
-    "convolution, stored padding", functools.partial(_norms, _stored), in_place=True
-)
+STORED_CONVOLUTION = LayerRule("convolution, stored padding", functools.partial(_norms, _stored), in_place=True)

@@ -41,9 +41,7 @@ class Reliability:
         return float(np.nanmax(np.abs(self.confidence - self.accuracy)))
 
 
-def _probabilities(
-    probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor
-) -> tuple[Array, NDArray[np.int64]]:
+def _probabilities(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> tuple[Array, NDArray[np.int64]]:
     p = as_array("probabilities", probabilities)
     y: NDArray[Any] = as_array("labels", labels)
     if p.ndim != 2 or not len(p) or p.shape[1] < 2:
@@ -54,15 +52,11 @@ def _probabilities(
         raise ValueError(f"probabilities must lie in [0, 1]; they were in [{p.min():g}, {p.max():g}]")
     indices = y.astype(np.int64)
     if (indices != y).any() or indices.min() < 0 or indices.max() >= p.shape[1]:
-        raise ValueError(
-            f"labels must be class indices 0 to {p.shape[1] - 1}; they were in [{y.min():g}, {y.max():g}]"
-        )
+        raise ValueError(f"labels must be class indices 0 to {p.shape[1] - 1}; they were in [{y.min():g}, {y.max():g}]")
     return p, indices
 
 
-def reliability(
-    probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *, bins: int = 15
-) -> Reliability:
+def reliability(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *, bins: int = 15) -> Reliability:
     """Confidence and accuracy per bin of confidence.
 
     Args:

@@ -9,9 +9,7 @@ from torch import Tensor
 from fastgrad.metrics.arrays import Array, as_array
 
 
-def _two_samples(
-    clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor
-) -> tuple[Array, NDArray[np.int64]]:
+def _two_samples(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> tuple[Array, NDArray[np.int64]]:
     first, second = as_array("clean", clean), as_array("challenging", challenging)
     for name, array in (("clean", first), ("challenging", second)):
         if array.ndim != 1 or not len(array):

@@ -64,9 +64,7 @@ def _samples(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> tup
         uncertainty = uncertainty.detach().cpu().double().numpy()
     scores = np.asarray(uncertainty, dtype=np.float64)
     if scores.shape != losses.shape:
-        raise ValueError(
-            f"uncertainty must have shape {losses.shape}, one score per error; it was {scores.shape}"
-        )
+        raise ValueError(f"uncertainty must have shape {losses.shape}, one score per error; it was {scores.shape}")
     if not (scores > -np.inf).all():
         raise ValueError("uncertainty must not hold NaN or minus infinity")
     return scores, losses

@@ -43,9 +43,7 @@ def override(**configs: Any) -> Iterator[None]:
     """
     unknown = set(configs) - set(NAMES)
     if unknown:
-        raise ValueError(
-            f"configs must be named after one of {', '.join(NAMES)}; it was {', '.join(sorted(unknown))}"
-        )
+        raise ValueError(f"configs must be named after one of {', '.join(NAMES)}; it was {', '.join(sorted(unknown))}")
     before = dict(_PINS)
     _PINS.update(configs)
     try:
@@ -133,9 +131,7 @@ def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Archit
         while rows * block > least and rows > 1 and cdiv(B, rows) < 2 * arch.processors:
             rows //= 2
         width = rows * block
-        warps = (
-            1 if width <= 256 else 2 if width <= 512 else 4 if width <= 2048 else 8 if width <= 4096 else 16
-        )
+        warps = 1 if width <= 256 else 2 if width <= 512 else 4 if width <= 2048 else 8 if width <= 4096 else 16
         if arch.backend == "hip":
             warps = max(1, warps // 2)  # 64 threads each
         block_d = _block(D, max(16, 2048 // rows))
@@ -182,9 +178,7 @@ class LinearConfig:
     num_stages: int
 
 
-def _product(
-    B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture
-) -> tuple[int, int, int, int, int]:
+def _product(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> tuple[int, int, int, int, int]:
     """Tile, warps and stages of a product of ``(B, D)`` and ``(N, D)``."""
     wide = dtype == torch.float32
     block_m = 16 if B <= 16 else 32 if B <= 32 else 64 if B <= 64 or wide else 128
@@ -329,9 +323,7 @@ def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture)
     # Below 32 positions a step of half-precision operands has less than 16 bytes for every thread.
     block_t = (16 if max(block_o, block_c) == 64 else 32) if wide else max(32, _block(T, 64))
     warps = 8 if block_o * block_c > 64 * 64 else 4
-    return DirectConfig(
-        block_o, block_c, block_t, _precision(dtype, arch), warps, 2 if arch.backend == "hip" else 3
-    )
+    return DirectConfig(block_o, block_c, block_t, _precision(dtype, arch), warps, 2 if arch.backend == "hip" else 3)
 
 
 @pinnable
@@ -340,9 +332,7 @@ def layer_gram(T: int, dtype: torch.dtype, arch: Architecture) -> GramConfig:
     wide = dtype == torch.float32
     # Two accumulators of block_t x block_t.
     block_t = _block(T, 32 if wide else 64)
-    return GramConfig(
-        block_t, 32 if wide else 64, _precision(dtype, arch), 4, 2 if arch.backend == "hip" else 3
-    )
+    return GramConfig(block_t, 32 if wide else 64, _precision(dtype, arch), 4, 2 if arch.backend == "hip" else 3)
 
 
 @pinnable

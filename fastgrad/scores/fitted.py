@@ -60,9 +60,7 @@ class Fitted(nn.Module):
             "kind": type(self).__name__,
             "options": self.options,
             "tensors": sorted(name for name, _ in self.named_buffers(recurse=False)),
-            "children": {
-                name: child.spec() for name, child in self.named_children() if isinstance(child, Fitted)
-            },
+            "children": {name: child.spec() for name, child in self.named_children() if isinstance(child, Fitted)},
         }
 
 

@@ -32,11 +32,7 @@ class GaussianMixture(Fitted):
         mixture.fit(rows)
         factors = as_buffer(mixture.precisions_cholesky_)
         log_determinant = torch.diagonal(factors, dim1=1, dim2=2).log().sum(1)
-        constants = (
-            as_buffer(np.log(mixture.weights_))
-            + log_determinant
-            - 0.5 * rows.shape[1] * math.log(2 * math.pi)
-        )
+        constants = as_buffer(np.log(mixture.weights_)) + log_determinant - 0.5 * rows.shape[1] * math.log(2 * math.pi)
         return cls(means=as_buffer(mixture.means_), factors=factors, constants=constants)
 
     def forward(self, rows: Tensor) -> Tensor:

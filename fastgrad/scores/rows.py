@@ -109,9 +109,7 @@ class Rows(Fitted):
                 # The last parameter set is as a rule the last layer's bias, whose squared norm falls as the
                 # contrast's logit rises.
                 order_by = (
-                    -values.reshape(*values.shape[:2], -1)[..., -1]
-                    if values.dim() < 4
-                    else -values[:, -1, :, -1]
+                    -values.reshape(*values.shape[:2], -1)[..., -1] if values.dim() < 4 else -values[:, -1, :, -1]
                 )
             values = order_by_rank(values, order_by)
         values = values.flatten(1)

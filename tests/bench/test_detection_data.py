@@ -108,9 +108,7 @@ def test_a_network_of_another_recipe_is_named(tmp_path: Path) -> None:
     cache.weights(path, nn.Linear(2, 3), {"epochs": 8}, _keep(3))
     model = cache.weights(path, nn.Linear(2, 3), {"epochs": 8}, _refuse)
     assert torch.equal(model.weight, torch.full((3, 2), 3.0))  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match=r'net\.pt must hold .*\{"epochs": 60\}; it holds that of \{"epochs": 8\}'
-    ):
+    with pytest.raises(ValueError, match=r'net\.pt must hold .*\{"epochs": 60\}; it holds that of \{"epochs": 8\}'):
         cache.weights(path, nn.Linear(2, 3), {"epochs": 60}, _refuse)
     with pytest.raises(ValueError, match=r"net\.pt must be a whole file"):
         cache.weights(path, nn.Linear(5, 3), {"epochs": 8}, _refuse)

@@ -72,17 +72,13 @@ def test_norms_of_normalisation_layers_are_those_of_vectors(subject: Subject) ->
     found = blocks_of(subject, "clean/test", images, [AllNorms.name, NormalisationNorms.name])
     names = [name for name, value in subject.model.named_parameters() if value.dim() == 1]
     assert found[NormalisationNorms.name].shape[-1] == len(names)
-    assert all(
-        "bn" in name or "stem.1" in name or "shortcut.1" in name or name == "fc.bias" for name in names
-    )
+    assert all("bn" in name or "stem.1" in name or "shortcut.1" in name or name == "fc.bias" for name in names)
     model = subject.model.requires_grad_(True)
     expected = []
     for x in images[:3].double():
         model.double().zero_grad()
         z = model(x[None])
-        torch.nn.functional.binary_cross_entropy_with_logits(
-            z, torch.ones_like(z), reduction="sum"
-        ).backward()
+        torch.nn.functional.binary_cross_entropy_with_logits(z, torch.ones_like(z), reduction="sum").backward()
         expected.append([float(p.grad.square().sum().log()) for p in model.parameters() if p.dim() == 1])  # type: ignore
     model.float().requires_grad_(False)
     torch.testing.assert_close(

@@ -122,9 +122,7 @@ def test_what_cannot_run_says_why_and_is_in_no_mean(options: Options, problem: E
         raise problem
 
     rows = _rows(options)
-    assert {rows["absent", case]["not run"] for case in ("brighter 1", "darker", "mean of attacks")} == {
-        words
-    }
+    assert {rows["absent", case]["not run"] for case in ("brighter 1", "darker", "mean of attacks")} == {words}
     assert not any("auroc" in row for (method, _), row in rows.items() if method == "absent")
 
 
@@ -197,10 +195,7 @@ def test_a_page_names_the_strongest_rival_and_what_was_not_run(options: Options,
     path = pages.save("trial", runner.run(TABLE, options), packages=("torch",), folder=tmp_path, facts=facts)
     text = path.read_text()
     assert "| attacks | brightness 1.000 [1.000, 1.000] | 0.000 [0.000, 0.000] |" in text
-    assert (
-        "Held out: nothing was tuned on this network; changes that lost on a held-out network were not made."
-        in text
-    )
+    assert "Held out: nothing was tuned on this network; changes that lost on a held-out network were not made." in text
     assert "| absent | 2026 | needs maps |" in text
     assert "### Clean data only" in text
     assert json.loads((tmp_path / "trial.json").read_text())["rows"]

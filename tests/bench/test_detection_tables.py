@@ -50,17 +50,13 @@ def test_a_table_runs(folder: Path, table: str) -> None:
     assert command.main([*words, "--out", str(folder / "out")]) == 0
     document = json.loads((folder / "out" / f"{table}.json").read_text())
     rows = [row for row in document["rows"] if "case" in row]
-    mine = [
-        row for row in rows if row["method"].startswith("fastgrad") and row["case"] != "mean of near sets"
-    ]
+    mine = [row for row in rows if row["method"].startswith("fastgrad") and row["case"] != "mean of near sets"]
     assert mine
     missing = "tinyimagenet"
     assert all(0 <= row["auroc"] <= 1 for row in mine if "auroc" in row)
     reasons = {row["not run"] for row in mine if "not run" in row}
     assert all(missing in why or "needs 16 challenges" in why or "misleads" in why for why in reasons)
-    assert (
-        "## a small residual network on CIFAR-10 (smoke test)" in (folder / "out" / f"{table}.md").read_text()
-    )
+    assert "## a small residual network on CIFAR-10 (smoke test)" in (folder / "out" / f"{table}.md").read_text()
     if table == "other-sets":
         # A set that is not there is said, and leaves no smaller mean.
         # Published detectors may refuse this network for reasons of their own: it is hardly trained.

@@ -18,9 +18,7 @@ def test_auroc_of_errors_is_scikit_learns_and_copies_are_drawn_together() -> Non
     values = resampled.grouped_auroc(scores, wrong, np.arange(60))
     assert values[0] == pytest.approx(roc_auc_score(wrong, scores))
     # Six copies of ten images vary more than sixty images.
-    grouped = resampled.grouped_auroc(
-        np.tile(scores[:10], 6), np.tile(wrong[:10], 6), np.tile(np.arange(10), 6)
-    )
+    grouped = resampled.grouped_auroc(np.tile(scores[:10], 6), np.tile(wrong[:10], 6), np.tile(np.arange(10), 6))
     assert np.nanstd(grouped[1:]) > values[1:].std()
 
 

@@ -11,9 +11,7 @@ from bench.detection import networks
 from bench.detection.registry import NotRun
 
 
-def test_a_network_whose_weights_are_nowhere_is_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_whose_weights_are_nowhere_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks, "DENSENET", (tmp_path / "absent").as_uri())
     with pytest.raises(NotRun, match="cannot be downloaded"):
         networks.published(tmp_path / "cache")

@@ -41,8 +41,7 @@ def test_a_page_is_a_template_over_its_results(folder: pathlib.Path) -> None:
     assert "# Benchmark: network\n\nhere; torch 2; revision abc; seed 0." in text
     assert "| net B=8 | vmap(grad) | 4 s | 4 s to 4 s | 2 KiB | 4 | training step |  |" in text
     assert (
-        "| net B=8 | BackPACK BatchL2Grad | refused | - | 2 KiB | - | training step | TypeError: batch norm |"
-        in text
+        "| net B=8 | BackPACK BatchL2Grad | refused | - | 2 KiB | - | training step | TypeError: batch norm |" in text
     )
     assert text.endswith("![network: time over fastgrad's, by case](network.png)\n")
     with Image.open(folder / "network.png") as image:
@@ -64,9 +63,7 @@ def test_a_changed_figure_is_found(folder: pathlib.Path) -> None:
     assert blocks.differing(filled.replace("-->0.50<", "-->0.49<"), folder)
 
 
-@pytest.mark.parametrize(
-    "words", ["network", "network | net B=9 | fastgrad | ratio | .2f", "none | a | b | c | d"]
-)
+@pytest.mark.parametrize("words", ["network", "network | net B=9 | fastgrad | ratio | .2f", "none | a | b | c | d"])
 def test_an_unknown_value_is_refused(words: str, folder: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"value|one of"):
         blocks.value(words, folder)
@@ -108,9 +105,7 @@ def detection_folder(tmp_path: pathlib.Path) -> pathlib.Path:
             "case": "mean of attacks",
             "group": "attacks",
         }
-        rows.append(
-            row | ({"not run": "no weights"} if figure is None else {"auroc": figure, "interval": [0.4, 1.0]})
-        )
+        rows.append(row | ({"not run": "no weights"} if figure is None else {"auroc": figure, "interval": [0.4, 1.0]}))
     (tmp_path / "attacks.json").write_text(json.dumps({"merit": "auroc", "rows": rows}))
     return tmp_path
 

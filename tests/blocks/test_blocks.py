@@ -162,9 +162,7 @@ def test_a_network_without_normalisation_is_read_at_its_layers() -> None:
     assert [place.path for place in subject.channels] == ["lstm"]
     _, values = Extraction(net, [Activations()])(x)
     states = net.lstm(x)[0]
-    torch.testing.assert_close(
-        values["activations"], states.square().mean(1).log().detach(), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(values["activations"], states.square().mean(1).log().detach(), rtol=0, atol=1e-12)
 
 
 def test_one_forward_pass_serves_every_block() -> None:
@@ -327,8 +325,6 @@ def test_tokens_are_read_at_every_position() -> None:
         ((2, 3), np.s_[:]),
     ],
 )
-def test_a_grid_takes_evenly_spaced_positions_inside_any_map(
-    shape: tuple[int, ...], inside: tuple[Any, ...]
-) -> None:
+def test_a_grid_takes_evenly_spaced_positions_inside_any_map(shape: tuple[int, ...], inside: tuple[Any, ...]) -> None:
     value = torch.randn(shape)
     assert torch.equal(channels.sampled(value, 8), value[inside])

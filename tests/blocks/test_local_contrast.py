@@ -68,9 +68,7 @@ def test_extremes_are_those_of_groups_and_order_a_distribution(count: int) -> No
 
 
 @pytest.mark.parametrize("shape", [(3, 9, 7), (1, 3, 3), (4, 12, 12)])
-@pytest.mark.parametrize(
-    ("function", "reference"), [(image_statistics, reference_image), (roughness, reference_maps)]
-)
+@pytest.mark.parametrize(("function", "reference"), [(image_statistics, reference_image), (roughness, reference_maps)])
 def test_equal_to_the_definition(shape: tuple[int, int, int], function: object, reference: object) -> None:
     x = torch.rand(5, *shape, dtype=torch.float64)
     expected = np.stack([reference(one) for one in x.numpy()])  # type: ignore[operator]

@@ -45,9 +45,7 @@ def test_false_alarm_rate_on_in_distribution_streams(distribution: str) -> None:
         "discrete": lambda n: random.integers(0, 5, size=n).astype(float),
     }[distribution]
     alpha, streams = 0.2, 120
-    alarms = sum(
-        DriftMonitor(draw(100), false_alarm_rate=alpha, seed=i).update(draw(400)) for i in range(streams)
-    )
+    alarms = sum(DriftMonitor(draw(100), false_alarm_rate=alpha, seed=i).update(draw(400)) for i in range(streams))
     assert alarms <= binomial_upper(alpha, streams)
 
 
@@ -116,9 +114,10 @@ def test_an_alarm_is_acknowledged_and_reset_with_a_reason_that_is_kept() -> None
     assert "ever raising this alarm without drift is at most 0.01" in monitor.summary()
     monitor.reset("it is back")
     assert (monitor.alarm, monitor.acknowledged, monitor.count, monitor.evidence) == (False, None, 0, 1.0)
-    assert [
-        (note["action"], note["reason"], note["count"], note["alarm_at"]) for note in monitor.history
-    ] == [("acknowledge", "the camera moved", 40, at), ("reset", "it is back", 40, at)]
+    assert [(note["action"], note["reason"], note["count"], note["alarm_at"]) for note in monitor.history] == [
+        ("acknowledge", "the camera moved", 40, at),
+        ("reset", "it is back", 40, at),
+    ]
     for number in range(200):
         monitor.reset(f"reason {number}")
     assert len(monitor.history) == 100

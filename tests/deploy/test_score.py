@@ -64,9 +64,7 @@ def check(rows: list[dict], folder: Path, package: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [1, 7, 100])
-def test_one_row_an_image_whatever_the_image(
-    folder: Path, model_file: Path, tmp_path: Path, part: int
-) -> None:
+def test_one_row_an_image_whatever_the_image(folder: Path, model_file: Path, tmp_path: Path, part: int) -> None:
     out = tmp_path / "scores.parquet"
     counts = score(model_file, folder, out, batch=4, part=part)
     rows = pq.read_table(out).to_pylist()
@@ -126,9 +124,7 @@ def test_parquet_input(tiny_package: Path, tmp_path: Path) -> None:
     results = []
     for kind, cell in cells.items():
         source, out = tmp_path / f"{kind}.parquet", tmp_path / f"{kind}.out"
-        pq.write_table(
-            pa.table({"id": ids, "image": cell, "other": list(range(32))}), source, row_group_size=5
-        )
+        pq.write_table(pa.table({"id": ids, "image": cell, "other": list(range(32))}), source, row_group_size=5)
         counts = score(tiny_package, source, out, part=8)
         assert counts == {**counts, "images": 32, "unreadable": 2}
         results.append(pq.read_table(out).to_pylist())
@@ -280,9 +276,7 @@ def test_images_are_decoded_while_the_network_runs(
     assert beside.is_set()
 
 
-def test_command_line(
-    folder: Path, tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line(folder: Path, tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "o.parquet"
     assert cli.main(["score", str(tiny_package), str(folder), "--out", str(out)]) == 0
     captured = capsys.readouterr()

@@ -36,9 +36,7 @@ def challenged(rng: np.random.Generator, count: int) -> tuple[dict[str, np.ndarr
 
 def fitted(rng: np.random.Generator, count: int, **options: object) -> UncertaintyDetector:
     X, kinds, groups = challenged(rng, count)
-    return UncertaintyDetector(log=False, **options).fit(
-        X, (kinds > 0).astype(int), kinds=kinds, groups=groups
-    )
+    return UncertaintyDetector(log=False, **options).fit(X, (kinds > 0).astype(int), kinds=kinds, groups=groups)
 
 
 @pytest.mark.parametrize("count", [4, 7, 50])
@@ -202,9 +200,7 @@ def test_evidence_is_the_weighted_capped_sum_of_log_p_values() -> None:
     by_hand = dict.fromkeys(detector.sources, torch.zeros(30, dtype=torch.float64))
     for score, own in zip(detector.scores, raw, strict=True):
         options = score.options
-        by_hand[options["source"]] = by_hand[options["source"]] + options["weight"] * (
-            -score.p_value(own)
-        ).clamp(0, 20)
+        by_hand[options["source"]] = by_hand[options["source"]] + options["weight"] * (-score.p_value(own)).clamp(0, 20)
     for source, own in zip(detector.sources, evidence.T, strict=True):
         torch.testing.assert_close(own, by_hand[source])
     torch.testing.assert_close(uncertainty, -detector.final(sum(by_hand.values())))

@@ -129,9 +129,7 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_before_any_challenge_is_made(
-    case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input_is_refused_before_any_challenge_is_made(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a challenge was made")
 

@@ -52,9 +52,7 @@ SHAPES = {
 @pytest.mark.parametrize("kind", SHAPES)
 def test_higher_is_less_reliable_for_every_feature_matrix(kind, labels):
     make = SHAPES[kind]
-    clean, odd, new, worse = (
-        make(network_like(300, seed, shift)) for seed, shift in ((0, 0), (1, 2), (2, 0), (3, 2))
-    )
+    clean, odd, new, worse = (make(network_like(300, seed, shift)) for seed, shift in ((0, 0), (1, 2), (2, 0), (3, 2)))
     detector = UncertaintyDetector(folds=3)
     if labels:
         both = (
@@ -84,9 +82,7 @@ def test_class_names_do_not_matter():
     )
     alone = [{"contrasts": each["contrasts"]} for each in (blocks, permuted)]
     plain = UncertaintyDetector().fit(alone[0])
-    np.testing.assert_allclose(
-        plain.decision_function(alone[1]), plain.decision_function(alone[0]), rtol=1e-9
-    )
+    np.testing.assert_allclose(plain.decision_function(alone[1]), plain.decision_function(alone[0]), rtol=1e-9)
 
 
 def test_one_class_scores_catch_what_challenges_never_showed():
@@ -131,15 +127,12 @@ def test_module_equals_estimator_and_seeds_reproduce():
     module = detector.to_module()
     tensors = {name: torch.tensor(value) for name, value in new.items()}
     np.testing.assert_array_equal(module(tensors).numpy(), detector.decision_function(new))
-    np.testing.assert_array_equal(
-        clone(detector).fit(blocks).decision_function(new), detector.decision_function(new)
-    )
+    np.testing.assert_array_equal(clone(detector).fit(blocks).decision_function(new), detector.decision_function(new))
     np.testing.assert_array_equal(
         pickle.loads(pickle.dumps(detector)).decision_function(new), detector.decision_function(new)
     )
     assert (
-        UncertaintyDetector(random_state=1).fit(blocks).decision_function(new)
-        != detector.decision_function(new)
+        UncertaintyDetector(random_state=1).fit(blocks).decision_function(new) != detector.decision_function(new)
     ).any()
     assert module.half().scores.energy.rows.mean.dtype == torch.float64  # stays exact inside a half network
 

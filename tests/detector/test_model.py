@@ -93,9 +93,7 @@ def test_explains_what_a_call_gives(fitted, tmp_path):
         assert torch.equal(explained, called)
     kept = fitted.report().kept
     assert list(evidence) == list(fitted.alarms) == list(raised) == [*kept, "challenges"]
-    assert all(
-        own.shape == (50,) and own.dtype == torch.float32 and (own >= 0).all() for own in evidence.values()
-    )
+    assert all(own.shape == (50,) and own.dtype == torch.float32 and (own >= 0).all() for own in evidence.values())
     # The uncertainty rises with the sum of all evidence.
     total = sum(own.double() for own in evidence.values())
     order = total.argsort()
@@ -252,9 +250,7 @@ def test_a_block_that_fails_makes_its_batch_unreliable_and_says_so(monkeypatch):
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(Image, "values", fail)
-    with pytest.warns(
-        RuntimeWarning, match="'image' failed on a batch, whose uncertainty is infinite: out of"
-    ):
+    with pytest.warns(RuntimeWarning, match="'image' failed on a batch, whose uncertainty is infinite: out of"):
         prediction = two_stage(x)
     assert (prediction.uncertainty == torch.inf).all()
     torch.testing.assert_close(prediction.logits, two_stage.model.eval()(x).detach())
@@ -479,8 +475,7 @@ def test_a_block_of_the_users_goes_from_fit_to_file(tmp_path):
     assert two_stage.detector_.sources == ["logits", "brightness", "challenges"]
     x = images(20, 9)
     assert (
-        two_stage.explain(x + 1).evidence["brightness"].mean()
-        > 4 * two_stage.explain(x).evidence["brightness"].mean()
+        two_stage.explain(x + 1).evidence["brightness"].mean() > 4 * two_stage.explain(x).evidence["brightness"].mean()
     )
     with pytest.raises(ValueError, match=r"use fastgrad\.blocks\.register_block; 'brightness' is not"):
         two_stage.save(tmp_path / "model.safetensors")

@@ -80,9 +80,7 @@ def test_blocks_are_taken_off_the_end_until_the_measured_price_fits(counting, im
 
 
 def test_where_nothing_fits_the_first_block_stays_and_a_warning_says_so(counting, images):
-    with pytest.warns(
-        RuntimeWarning, match=r"budget must be at least .* 'again', which is kept alone; it was 1.2"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"budget must be at least .* 'again', which is kept alone; it was 1.2"):
         report = fit_to_budget(network(), [Again(), Logits()], images, 1.2)
     assert report.blocks == ("again",)
     assert report.measured > 1.2
@@ -139,9 +137,7 @@ def test_the_price_of_single_inputs_is_measured_too_and_said_where_it_is_above_t
 
     found = fit_to_budget(model, [Logits()], images, 1.5, answer=answer)
     assert found.measured < 1.5 < found.single
-    report = Report(
-        replace(found, dropped=(("image", "beyond"),), limit=1.5), 8, 8, {}, 1.0, 8, False, "none"
-    )
+    report = Report(replace(found, dropped=(("image", "beyond"),), limit=1.5), 8, 8, {}, 1.0, 8, False, "none")
     assert f"{found.single:.2f} on single inputs, above it" in str(report)
     assert "without image: beyond" in str(report)
     endless = replace(report, price=replace(found, limit=math.inf))

@@ -15,9 +15,7 @@ from fastgrad import TwoStageModel, UncertaintyDetector
 
 ROWS = np.random.default_rng(0).random((60, 6))
 IMAGES = torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-NET = nn.Sequential(
-    nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)
-).eval()
+NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)).eval()
 
 
 def fitted() -> UncertaintyDetector:

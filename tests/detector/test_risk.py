@@ -70,6 +70,4 @@ def test_what_is_no_number_is_a_risk_of_one() -> None:
 
 def test_doubt_is_accurate_where_the_answer_is_certain() -> None:
     logits = torch.tensor([[0.0, -40.0]], dtype=torch.float64)
-    torch.testing.assert_close(
-        doubt(logits.log_softmax(1)), torch.tensor([np.exp(-40.0)]).double(), rtol=1e-9, atol=0
-    )
+    torch.testing.assert_close(doubt(logits.log_softmax(1)), torch.tensor([np.exp(-40.0)]).double(), rtol=1e-9, atol=0)

@@ -33,9 +33,7 @@ def test_the_page_runs_as_printed(
 ) -> None:
     if "<!-- needs: model.pt2 -->" in page.read_text():
         shutil.copy(export_tiny(evidence=True), tmp_path / "model.pt2")
-    for package, version in re.findall(
-        r"^<!-- needs: (\w+)(?: ([\d.]+))? -->$", page.read_text(), re.MULTILINE
-    ):
+    for package, version in re.findall(r"^<!-- needs: (\w+)(?: ([\d.]+))? -->$", page.read_text(), re.MULTILINE):
         pytest.importorskip(package, minversion=version or None)
     monkeypatch.chdir(tmp_path)
     run(page)

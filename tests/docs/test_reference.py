@@ -11,9 +11,7 @@ from doc_pages import DOCS
 
 def test_every_public_name_has_an_entry() -> None:
     pages = "\n".join(page.read_text() for page in sorted((DOCS / "reference").glob("*.md")))
-    entries = set(
-        re.findall(r"^\.\. (?:auto(?:function|class|exception|data)|py:data):: (\S+)$", pages, re.MULTILINE)
-    )
+    entries = set(re.findall(r"^\.\. (?:auto(?:function|class|exception|data)|py:data):: (\S+)$", pages, re.MULTILINE))
     whole = re.findall(r"^\.\. automodule:: (\S+)\n   :members:(.*)$", pages, re.MULTILINE)
     named = {f"{module}.{name.strip()}" for module, names in whole for name in names.split(",") if name}
     everything = {module for module, names in whole if not names}

@@ -89,9 +89,7 @@ def test_each_pass_computes_what_it_asks_for_and_no_more(model: nn.Sequential) -
         expected = true * torch.tensor([name.split(".")[0] in asked for name in names])
         torch.testing.assert_close(everything, expected, rtol=1e-10, atol=0)
     found = backward_signals(run, logits, gradients)
-    torch.testing.assert_close(
-        order_by_parameter(run.probes, found, names, gradients, 4), true, rtol=1e-10, atol=0
-    )
+    torch.testing.assert_close(order_by_parameter(run.probes, found, names, gradients, 4), true, rtol=1e-10, atol=0)
     with pytest.raises(RuntimeError, match="second time"):
         backward_signals(run, logits, gradients)
 

@@ -65,9 +65,7 @@ def test_a_module_in_another_s_place_is_seen(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "options", [{"target": "contrast"}, {"signals": [("bce", "ones"), ("mse", 1)]}, {"chunk_size": 2}]
 )
-def test_every_kind_of_pass_can_be_compiled(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
-) -> None:
+def test_every_kind_of_pass_can_be_compiled(monkeypatch: pytest.MonkeyPatch, options: dict[str, object]) -> None:
     graphs = _without_compiler(monkeypatch)
     model, x = network().double(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
     found = fastgrad.GradientFeatures(model, compile=True, **options)(x)  # type: ignore[arg-type]

@@ -32,9 +32,7 @@ print(faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other rules")
 def test_freed_memory_is_kept() -> None:
     def run(which: str) -> int:
-        found = subprocess.run(
-            [sys.executable, "-c", COUNT, which], capture_output=True, text=True, check=True
-        )
+        found = subprocess.run([sys.executable, "-c", COUNT, which], capture_output=True, text=True, check=True)
         return int(found.stdout)
 
     # Ten rounds of 24 MiB: all of their pages come anew, or hardly any.

@@ -27,12 +27,8 @@ def loop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
     parameters = list(model.parameters())
     rows = []
     for i in range(len(out)):
-        gradients = torch.autograd.grad(
-            out[i].square().sum(), parameters, retain_graph=True, allow_unused=True
-        )
-        rows.append(
-            torch.stack([torch.zeros(()).double() if g is None else g.square().sum() for g in gradients])
-        )
+        gradients = torch.autograd.grad(out[i].square().sum(), parameters, retain_graph=True, allow_unused=True)
+        rows.append(torch.stack([torch.zeros(()).double() if g is None else g.square().sum() for g in gradients]))
     return torch.stack(rows)
 
 
@@ -42,9 +38,7 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return torch.stack(fastgrad.grad_sqnorm(loss, list(model.parameters())), 1)
 
 
-def check(
-    model: nn.Module, calls: Iterable[Call], *, prepare: Callable[[int], None] = lambda _: None
-) -> None:
+def check(model: nn.Module, calls: Iterable[Call], *, prepare: Callable[[int], None] = lambda _: None) -> None:
     """Every call, by recording, by features and by features of chunks, against the loop."""
     model = model.double().eval()
     extractors = [
@@ -280,9 +274,7 @@ def test_checkpointing() -> None:
     model = Checkpointed().double().eval()
     for mode in ("a", "b", "functional", "a"):
         x = inputs(4, 3)
-        torch.testing.assert_close(
-            recorded(model, (x, mode), {}), loop(model, (x, mode), {}), rtol=1e-9, atol=1e-12
-        )
+        torch.testing.assert_close(recorded(model, (x, mode), {}), loop(model, (x, mode), {}), rtol=1e-9, atol=1e-12)
 
 
 def test_clipping_and_ranking() -> None:

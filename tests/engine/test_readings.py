@@ -66,9 +66,7 @@ def plain(model: nn.Module, x: Tensor, path: str) -> tuple[Tensor, Tensor, Tenso
     return (logits, *seen[-1])
 
 
-def read(
-    model: nn.Module, x: Tensor, *readings: Reading, planned: bool = True
-) -> tuple[Tensor, dict[Reading, Tensor]]:
+def read(model: nn.Module, x: Tensor, *readings: Reading, planned: bool = True) -> tuple[Tensor, dict[Reading, Tensor]]:
     """Logits and readings of one forward pass, with the plan's sites or without."""
     network, run = Network(model), Run(len(x))
     plan = network.plan((x,), {}, len(x)) if planned else None
@@ -158,9 +156,7 @@ def test_hooks_of_the_user_come_after_the_reading() -> None:
 
 
 def test_traced() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 3)
-    )
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 3))
     torch.manual_seed(0)
     model = model.double().eval()
     readings = [Reading("4", entering), Reading("1", lambda _, out: out.sum((2, 3)))]

@@ -125,9 +125,7 @@ def smaller(program: Program) -> Iterator[Program]:
     for i, line in enumerate(program.calls):
         for old, new in simpler:
             if re.search(old, line):
-                yield replace(
-                    program, calls=(*program.calls[:i], re.sub(old, new, line), *program.calls[i + 1 :])
-                )
+                yield replace(program, calls=(*program.calls[:i], re.sub(old, new, line), *program.calls[i + 1 :]))
 
 
 def fewer(inside: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:
@@ -176,9 +174,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for the programs that went wrong")
     parser.add_argument("--show", type=int, default=5, help="wrong programs of one kind that are shrunk")
-    parser.add_argument(
-        "--save", action="store_true", help="write bench/results/programs.json and programs.md"
-    )
+    parser.add_argument("--save", action="store_true", help="write bench/results/programs.json and programs.md")
     options = parser.parse_args()
     seeds = range(options.seed, options.seed + options.programs)
     parts = [seeds[i : i + 100] for i in range(0, len(seeds), 100)]

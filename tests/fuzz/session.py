@@ -42,9 +42,7 @@ class Session:
         chunk: Its ``chunk_size``.
     """
 
-    def __init__(
-        self, model: nn.Module, *, tokens: bool, loss: str = "bce", chunk: int | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, *, tokens: bool, loss: str = "bce", chunk: int | None = None) -> None:
         self.model, self.tokens, self.loss, self.chunk = model, tokens, loss, chunk
         self.extractor: fastgrad.GradientFeatures | None = None
         self.calls = 0

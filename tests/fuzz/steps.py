@@ -42,9 +42,7 @@ LEAVES: dict[str, tuple[str, str]] = {
     "batch norm": layer("nn.BatchNorm1d(4).eval()", _CHANNELS),
     "PReLU": layer("nn.PReLU()"),
     "positions": layer("nn.Embedding(9, 4)", "h + self.{n}(torch.arange(T))"),
-    "bag": layer(
-        "nn.EmbeddingBag(5, 4)", "h + self.{n}((h * 3).round().long().abs().amax(2) % 5).unsqueeze(1)"
-    ),
+    "bag": layer("nn.EmbeddingBag(5, 4)", "h + self.{n}((h * 3).round().long().abs().amax(2) % 5).unsqueeze(1)"),
     "attention": layer("nn.MultiheadAttention(4, 2, batch_first=True)", "self.{n}(h, h, h)[0]"),
     "attention with a mask": layer(
         "nn.MultiheadAttention(4, 2, batch_first=True)",
@@ -54,13 +52,9 @@ LEAVES: dict[str, tuple[str, str]] = {
         "nn.MultiheadAttention(4, 2, bias=False, add_bias_kv=True)",
         "self.{n}(h.transpose(0, 1), h.transpose(0, 1), h.transpose(0, 1))[0].transpose(0, 1)",
     ),
-    "transformer layer": layer(
-        "nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)", "self.{n}(h)"
-    ),
+    "transformer layer": layer("nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)", "self.{n}(h)"),
     "LSTM": layer("nn.LSTM(4, 4, batch_first=True)", "self.{n}(h)[0]"),
-    "GRU both ways": layer(
-        "nn.GRU(4, 2, bidirectional=True)", "self.{n}(h.transpose(0, 1))[0].transpose(0, 1)"
-    ),
+    "GRU both ways": layer("nn.GRU(4, 2, bidirectional=True)", "self.{n}(h.transpose(0, 1))[0].transpose(0, 1)"),
     "GRU's last state": layer("nn.GRU(4, 4, batch_first=True)", "h + self.{n}(h)[1].transpose(0, 1)"),
     # Cells and layers unrolled over the sequence.
     "GRU cell": (
@@ -87,9 +81,7 @@ LEAVES: dict[str, tuple[str, str]] = {
     "bare matrix": bare("4, 4", "h @ self.{n}"),
     "einsum": bare("2, 4, 2", "torch.einsum('btd,kdo->btko', h, self.{n}).flatten(2)"),
     "table by index": bare("9, 4", "h + self.{n}[:T]"),
-    "standardized weight": bare(
-        "4, 4", "nn.functional.linear(h, (self.{n} - self.{n}.mean()) / self.{n}.std())"
-    ),
+    "standardized weight": bare("4, 4", "nn.functional.linear(h, (self.{n} - self.{n}.mean()) / self.{n}.std())"),
     "pruned weight": (
         "self.{n} = nn.Linear(4, 4)\nself.register_buffer('{n}m', torch.ones(4, 4).tril())",
         "h = nn.functional.linear(h, self.{n}.weight * self.{n}m, self.{n}.bias)",
@@ -141,9 +133,7 @@ LEAVES: dict[str, tuple[str, str]] = {
         "m = (h[:, :1, :1] > 0).to(h.dtype)\nh = m * self.{n}[0](h) + (1 - m) * self.{n}[1](h)",
     ),
     "experts by bmm": bare("3, 4, 4", "torch.bmm(h, self.{n}[(h[:, 0, 0] > 0).long()])"),
-    "experts by einsum": bare(
-        "2, 4, 4", "torch.einsum('btd,edo,bte->bto', h, self.{n}, h[..., :2].softmax(-1))"
-    ),
+    "experts by einsum": bare("2, 4, 4", "torch.einsum('btd,edo,bte->bto', h, self.{n}, h[..., :2].softmax(-1))"),
     # Steps without parameters.
     "tanh": ("", "h = torch.tanh(h)"),
     "ReLU in place": ("", "h = nn.functional.relu_(h * 1.0)"),

@@ -72,9 +72,7 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
         ["right"],
     ),
     "several gradients through a function of one's own": (
-        Program(
-            (Step("function of one's own"), around("batch doubled", "PReLU")), (one("record", batched=True),)
-        ),
+        Program((Step("function of one's own"), around("batch doubled", "PReLU")), (one("record", batched=True),)),
         ["right"],
     ),
     "a branch on the size of the batch": (
@@ -152,9 +150,7 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
         ["refused"],
     ),
     "attention in evaluation mode, computed again without gradients": (
-        Program(
-            (around("batch repeated", "scale", "attention"),), ("session.model.eval()", one("clip", B=1, T=1))
-        ),
+        Program((around("batch repeated", "scale", "attention"),), ("session.model.eval()", one("clip", B=1, T=1))),
         ["right"],
     ),
     "a gate of another sample": (

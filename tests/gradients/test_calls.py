@@ -51,9 +51,7 @@ def test_targets_of_a_call(model: nn.Sequential, chunk_size: int | None, target:
         ([0] * 6, TypeError, "target must be a torch.Tensor"),
     ],
 )
-def test_targets_that_are_refused(
-    model: nn.Sequential, target: Any, error: type[Exception], message: str
-) -> None:
+def test_targets_that_are_refused(model: nn.Sequential, target: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fastgrad.GradientFeatures(model)(X, target=target)
 

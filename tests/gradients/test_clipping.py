@@ -67,9 +67,7 @@ def image_model(*layers: nn.Module) -> nn.Module:
 
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     "convolution": lambda: image_model(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1)),
-    "strided and grouped": lambda: image_model(
-        nn.Conv2d(2, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, groups=2), nn.PReLU(4)
-    ),
+    "strided and grouped": lambda: image_model(nn.Conv2d(2, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, groups=2), nn.PReLU(4)),
     "transposed": lambda: image_model(nn.ConvTranspose2d(2, 4, 3), nn.Tanh()),
     "group norm": lambda: image_model(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()),
     "instance norm": lambda: image_model(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True)),
@@ -146,9 +144,7 @@ def assert_clipped(
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 99),
 )
-def test_gradients_are_those_of_a_loop(
-    kind: str, samples: int, limit: float, dtype: torch.dtype, seed: int
-) -> None:
+def test_gradients_are_those_of_a_loop(kind: str, samples: int, limit: float, dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
     model = (IMAGES | TEXTS)[kind]().to(dtype)
     x, y = inputs(kind, samples, seed)
@@ -191,9 +187,7 @@ def test_groups_are_clipped_on_their_own() -> None:
 
 def test_the_draw_of_dropout_is_that_of_the_gradient() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 50), nn.Dropout(0.5), nn.Linear(50, 2)
-    )
+    model = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 50), nn.Dropout(0.5), nn.Linear(50, 2))
     x, y = torch.randn(3, 4), torch.tensor([0, 1, 1])
     torch.manual_seed(5)
     with fastgrad.clip_gradients(model, 1e-3) as clipped:
@@ -426,9 +420,7 @@ def test_instance_norm_with_running_statistics_in_training_mode() -> None:
 def test_records_refuse_models_without_values_and_compiled_ones() -> None:
     with torch.device("meta"):
         model = nn.Linear(2, 2)
-    with pytest.raises(
-        ValueError, match="model must hold values; its parameter 'weight' was on the meta device"
-    ):
+    with pytest.raises(ValueError, match="model must hold values; its parameter 'weight' was on the meta device"):
         fastgrad.record(model)
     compiled = nn.Linear(2, 2)
     compiled.compile(backend="eager")

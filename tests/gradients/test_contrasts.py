@@ -18,9 +18,7 @@ from fastgrad.losses import LOSSES
 EPS = torch.finfo(torch.float32).eps
 
 
-def head(
-    *leading: int, D: int = 7, N: int = 11, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, ...]:
+def head(*leading: int, D: int = 7, N: int = 11, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     return torch.randn(*leading, D, dtype=dtype), torch.randn(N, D, dtype=dtype), torch.randn(N, dtype=dtype)
 
 
@@ -94,9 +92,7 @@ def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(stats.max, norms.amax(-1))
         torch.testing.assert_close(stats.mean, norms.mean(-1))
         torch.testing.assert_close(stats.expected, (logits.softmax(-1) * norms).sum(-1))
-        torch.testing.assert_close(
-            stats.predicted, norms.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
-        )
+        torch.testing.assert_close(stats.predicted, norms.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -138,9 +134,7 @@ def test_a_layer_over_rows_a_unit_at_a_time(dtype: torch.dtype, monkeypatch: pyt
         got = fastgrad.contrast_rows_linear(*inputs, loss="brier")
         assert got.dtype == torch.float32
         # Half precision enters, and is computed with in float32; only gradients are rounded to it.
-        torch.testing.assert_close(
-            got.double(), expected, rtol=0, atol=33 * EPS * float(expected.abs().max())
-        )
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=33 * EPS * float(expected.abs().max()))
         with torch.no_grad():
             torch.testing.assert_close(fastgrad.contrast_rows_linear(*inputs, loss="brier"), got)
         for found, value in zip(torch.autograd.grad(got, inputs, cotangent), exact, strict=True):
@@ -181,9 +175,7 @@ def test_differentiable_in_everything(loss: str) -> None:
         assert check(lambda a, y, t=target: fastgrad.target_sqnorm(a, y, t, loss=loss), (h, z))
 
 
-def _everything(
-    h: torch.Tensor, weight: torch.Tensor, b: torch.Tensor, V: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def _everything(h: torch.Tensor, weight: torch.Tensor, b: torch.Tensor, V: torch.Tensor) -> tuple[torch.Tensor, ...]:
     z, norms = fastgrad.linear_contrast_sqnorm(h, weight, b)
     return (
         norms,

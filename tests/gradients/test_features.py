@@ -182,9 +182,7 @@ def _state(model: nn.Module) -> list[Any]:
     state: list[Any] = []
     for module in model.modules():
         own = {k: (dict(v) if isinstance(v, dict) else v) for k, v in vars(module).items()}
-        state.append(
-            {k: {n: id(t) for n, t in v.items()} if isinstance(v, dict) else v for k, v in own.items()}
-        )
+        state.append({k: {n: id(t) for n, t in v.items()} if isinstance(v, dict) else v for k, v in own.items()})
     state += [(p.requires_grad, p.grad, p._version) for p in model.parameters()]
     return state
 
@@ -384,9 +382,7 @@ def test_models_that_mix_samples_are_refused(x: Tensor) -> None:
     with pytest.raises(ValueError, match="independently"):
         fastgrad.GradientFeatures(Mixing())(torch.randn(4, 3))
     with pytest.raises(ValueError, match="'1' keeps no running statistics"):
-        fastgrad.GradientFeatures(
-            nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
-        )
+        fastgrad.GradientFeatures(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)))
 
 
 class Output:
@@ -453,9 +449,7 @@ def test_trace_to_one_graph(model: Net, x: Tensor) -> None:
     more = torch.randn(8, 3, 9, 9)
     for value, truth in zip(graph(more), extractor(more), strict=True):
         assert torch.allclose(value, truth, rtol=1e-4)
-    exported = torch.export.export(
-        graph, (x,), dynamic_shapes=[{0: torch.export.Dim("batch", min=1, max=64)}]
-    ).module()
+    exported = torch.export.export(graph, (x,), dynamic_shapes=[{0: torch.export.Dim("batch", min=1, max=64)}]).module()
     for size in (1, 6):
         for value, truth in zip(exported(more[:size]), extractor(more[:size]), strict=True):
             assert torch.allclose(value, truth, rtol=1e-4)

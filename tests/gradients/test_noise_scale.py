@@ -57,9 +57,7 @@ def test_moving_averages_forget() -> None:
         last.update(*given)
         estimates.append((last.trace, last.gradient_sqnorm))
     weights = [0.9**k for k in range(4, -1, -1)]
-    trace, gradient = (
-        sum(w * e[i] for w, e in zip(weights, estimates, strict=True)) / sum(weights) for i in (0, 1)
-    )
+    trace, gradient = (sum(w * e[i] for w, e in zip(weights, estimates, strict=True)) / sum(weights) for i in (0, 1))
     assert noise.trace == pytest.approx(trace, rel=1e-12)
     assert noise.gradient_sqnorm == pytest.approx(gradient, rel=1e-12)
     assert noise.scale == pytest.approx(trace / gradient, rel=1e-12)

@@ -99,9 +99,7 @@ def loop(model: nn.Module, case: Case) -> tuple[Tensor, list[Tensor]]:
     for x, y in case.batches:
         x = x.double() if x.is_floating_point() else x
         for i in range(len(x)):
-            grads = torch.autograd.grad(
-                case.losses(model, x[i : i + 1], y[i : i + 1]), list(model.parameters())
-            )
+            grads = torch.autograd.grad(case.losses(model, x[i : i + 1], y[i : i + 1]), list(model.parameters()))
             norms.append(torch.stack([g.square().sum() for g in grads]).sum().sqrt())
             for t, g in zip(total, grads, strict=True):
                 t += (case.limit / norms[-1]).clamp(max=1) * g

@@ -106,9 +106,7 @@ def test_what_is_refused(model: nn.Module, loader: Any, kind: type[Exception], m
 
 def test_sorting_that_is_refused(model: nn.Module) -> None:
     table = fastgrad.rank_samples(model, [(X[:2], Y[:2])], verbose=False)
-    with pytest.raises(
-        ValueError, match="by must be one of 'grand', 'el2n', 'loss', 'confidence'; it was 'index'"
-    ):
+    with pytest.raises(ValueError, match="by must be one of 'grand', 'el2n', 'loss', 'confidence'; it was 'index'"):
         table.sort("index")
     with pytest.raises(ValueError, match="count must not be negative; it was -1"):
         table.sort(count=-1)

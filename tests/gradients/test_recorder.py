@@ -60,9 +60,7 @@ def test_batched_output_gradients(model: nn.Sequential) -> None:
     gradients = torch.randn(6, 4, 3)
     with fastgrad.record(model):
         z = model(X)
-        batched = fastgrad.grad_sqnorm(
-            z, list(model.parameters()), grad_outputs=gradients, is_grads_batched=True
-        )
+        batched = fastgrad.grad_sqnorm(z, list(model.parameters()), grad_outputs=gradients, is_grads_batched=True)
     assert all(b.shape == (6, 4) for b in batched)
     for s in range(6):
         truth = true_norms(model, (X,), lambda i, _: gradients[s, i : i + 1])  # noqa: B023
@@ -73,9 +71,7 @@ def test_several_outputs_and_parts_called_alone(model: nn.Sequential) -> None:
     with fastgrad.record(model):
         hidden = model[:4](X) if False else model[3](model[2](model[1](model[0](X))))
         z = model[4](hidden)
-        found = fastgrad.grad_sqnorm(
-            [z, hidden], list(model.parameters()), grad_outputs=[z.detach(), hidden.detach()]
-        )
+        found = fastgrad.grad_sqnorm([z, hidden], list(model.parameters()), grad_outputs=[z.detach(), hidden.detach()])
 
     def gradient(model: nn.Module) -> Tensor:
         rows = []
@@ -97,10 +93,7 @@ def test_ordinary_backward_works_inside(model: nn.Sequential) -> None:
     model.zero_grad()
     y = X.clone().requires_grad_()
     F.cross_entropy(model(y), Y, reduction="sum").backward()
-    assert all(
-        torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6)
-        for a, p in zip(inside, model.parameters(), strict=True)
-    )  # type: ignore[arg-type]
+    assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6) for a, p in zip(inside, model.parameters(), strict=True))  # type: ignore[arg-type]
     assert torch.allclose(x.grad, y.grad, atol=1e-6)  # type: ignore[arg-type]
 
 

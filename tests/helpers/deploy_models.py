@@ -32,12 +32,8 @@ class TinyTwoStage(nn.Module):
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter.copy_(
-                    torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
-                )
-        self.register_buffer(
-            "calibration_scores", self(torch.randn(200, *self.shape, generator=generator))[2]
-        )
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+        self.register_buffer("calibration_scores", self(torch.randn(200, *self.shape, generator=generator))[2])
 
     def forward(self, x: Tensor) -> Out:
         with torch.enable_grad():

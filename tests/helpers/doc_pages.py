@@ -41,10 +41,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 def parameters(pages: Iterable[Path]) -> list[Any]:
     """Return parameters of a test for each page, marked where it is slow."""
-    return [
-        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in SLOW else [])
-        for page in pages
-    ]
+    return [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in SLOW else []) for page in pages]
 
 
 def programs(page: Path) -> list[Block]:

@@ -42,9 +42,7 @@ def true_norms(
         return t[i : i + 1] if t.dim() and t.shape[0] == samples else t
 
     def run(tree: Any) -> Tensor:
-        args, keywords = pytree.tree_map_only(
-            Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree
-        )
+        args, keywords = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
         return output(model(*args, **keywords))
 
     together = run((inputs, kwargs)) if batched else None
@@ -58,10 +56,7 @@ def true_norms(
         )
         rows.append(
             torch.stack(
-                [
-                    torch.zeros((), dtype=torch.float64) if g is None else g.double().square().sum()
-                    for g in grads
-                ]
+                [torch.zeros((), dtype=torch.float64) if g is None else g.double().square().sum() for g in grads]
             )
         )
     return torch.stack(rows)
@@ -85,13 +80,9 @@ def check_module(module: nn.Module, x: Tensor, *, eps: float | None = None, seed
     generator = torch.Generator().manual_seed(seed)
     gradient = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     with fastgrad.record(module):
-        found = fastgrad.grad_sqnorm(
-            module(x), list(module.parameters()), grad_outputs=gradient.to(out.dtype)
-        )
+        found = fastgrad.grad_sqnorm(module(x), list(module.parameters()), grad_outputs=gradient.to(out.dtype))
     truth = true_norms(module, (x,), lambda i, _: gradient[i : i + 1])
     eps = torch.finfo(out.dtype).eps if eps is None else eps
     # Sums of up to some thousand products, each rounded to eps, and squares of their sums.
     error = relative_error(torch.stack(found, 1), truth, eps)
-    assert error.max() <= 500 * eps, dict(
-        zip((n for n, _ in module.named_parameters()), error.tolist(), strict=True)
-    )
+    assert error.max() <= 500 * eps, dict(zip((n for n, _ in module.named_parameters()), error.tolist(), strict=True))

@@ -119,9 +119,7 @@ def contrast_matrix(logits: torch.Tensor, loss: str, *, log: bool = False) -> to
     """``contrast_norms`` of every row of ``(B, N)`` logits, as float64."""
     rows = [contrast_norms(row, loss) for row in logits.double().tolist()]
     convert = logarithm if log else float
-    return torch.tensor([[convert(v) for v in row] for row in rows], dtype=torch.float64).reshape(
-        logits.shape
-    )
+    return torch.tensor([[convert(v) for v in row] for row in rows], dtype=torch.float64).reshape(logits.shape)
 
 
 def confident_logits(B: int, N: int, margin: float, generator: torch.Generator) -> torch.Tensor:

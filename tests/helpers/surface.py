@@ -121,13 +121,10 @@ def _signature(value: Any) -> str:
         return "(...)"
     empty = inspect.Signature.empty
     parameters = [
-        p if p.annotation is empty else p.replace(annotation=_Bare(p.annotation))
-        for p in signature.parameters.values()
+        p if p.annotation is empty else p.replace(annotation=_Bare(p.annotation)) for p in signature.parameters.values()
     ]
     result = signature.return_annotation
-    shown = signature.replace(
-        parameters=parameters, return_annotation=empty if result is empty else _Bare(result)
-    )
+    shown = signature.replace(parameters=parameters, return_annotation=empty if result is empty else _Bare(result))
     return re.sub(r" at 0x[0-9a-f]+", "", str(shown))
 
 

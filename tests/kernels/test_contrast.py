@@ -31,9 +31,7 @@ SMALLEST_NORMAL = 2.0**-126
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def by_margins(
-    n: int, seed: int, margins: tuple[float, ...] = (0, 0.01, 1, 5, 10, 20, 30, 40)
-) -> torch.Tensor:
+def by_margins(n: int, seed: int, margins: tuple[float, ...] = (0, 0.01, 1, 5, 10, 20, 30, 40)) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.cat([oracles.confident_logits(1, n, margin, generator) for margin in margins])
 
@@ -113,9 +111,7 @@ def test_any_strides(path: str, device: torch.device) -> None:
             check(out, features, logits, "cross_entropy", False)
 
 
-@pytest.mark.parametrize(
-    ("path", "log"), [("rows", False), ("rows", True), ("stream", True), ("split", False)]
-)
+@pytest.mark.parametrize(("path", "log"), [("rows", False), ("rows", True), ("stream", True), ("split", False)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_ties_and_masked_classes(loss: str, path: str, log: bool, device: torch.device) -> None:
     logits = torch.randn(4, 37, generator=torch.Generator().manual_seed(7))
@@ -159,9 +155,7 @@ def test_one_class(loss: str, device: torch.device) -> None:
 
 
 def test_empty_batch(device: torch.device) -> None:
-    out = contrast_sqnorm(
-        torch.ones(0, 3, device=device), torch.ones(0, 7, device=device), "bce", True, False, False
-    )
+    out = contrast_sqnorm(torch.ones(0, 3, device=device), torch.ones(0, 7, device=device), "bce", True, False, False)
     assert out.shape == (0, 7)
     assert out.dtype == torch.float32
 
@@ -191,9 +185,7 @@ def test_a_vocabulary_of_262144(kind: str, device: torch.device) -> None:
     logits[0, 200000] = 20.0
     config = ContrastConfig(kind, block_n=16384, block_d=16, splits=5, num_warps=16)  # type: ignore[arg-type]
     with tune.override(contrast=config):
-        out = contrast_sqnorm(
-            torch.ones(1, 3).to(device), logits.to(device), "cross_entropy", True, False, False
-        )
+        out = contrast_sqnorm(torch.ones(1, 3).to(device), logits.to(device), "cross_entropy", True, False, False)
     # Float64 with the maximum left out; the rest needs no care at this margin.
     p = logits.double().softmax(-1)[0]
     expected = p.square().sum() - 2 * p + 1

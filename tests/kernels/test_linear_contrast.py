@@ -92,9 +92,7 @@ def test_every_path(loss: str, path: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_norms_are_those_of_the_rounded_logits(
-    dtype: torch.dtype, device: torch.device
-) -> None:
+def test_half_precision_norms_are_those_of_the_rounded_logits(dtype: torch.dtype, device: torch.device) -> None:
     x, w, b = (t.to(device) for t in head(18, 33, 32, seed=2, dtype=dtype))
     for path in ("last", "launch"):
         with tune.override(linear_contrast=PATHS[path]):

@@ -23,9 +23,7 @@ SMALLEST_NORMAL = 2.0**-126
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def targets(
-    kind: str, logits: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor | None, torch.Tensor]:
+def targets(kind: str, logits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor | None, torch.Tensor]:
     """What the launcher takes, and the dense float64 target the oracle takes."""
     B, N = logits.shape
     top = logits.argmax(-1)
@@ -71,9 +69,7 @@ def test_accuracy(loss: str, kind: str, log: bool, path: str, device: torch.devi
         exact = exact * oracles.square_norm(features[b].tolist())
         if log:
             expected = oracles.logarithm(exact)
-            if kind != "soft" or expected > math.log(
-                SMALLEST_NORMAL
-            ):  # a soft target has no form in log space
+            if kind != "soft" or expected > math.log(SMALLEST_NORMAL):  # a soft target has no form in log space
                 close = got == expected or abs(got - expected) <= PROMISE + 2**-22 * abs(expected)
                 assert close, (b, got, expected)
         elif exact >= SMALLEST_NORMAL:

@@ -54,9 +54,7 @@ def test_convolution(data: st.DataObject) -> None:
         4, 2 * data.draw(st.integers(1, 2)), kernel, stride, padding, dilation, groups,
         data.draw(st.booleans()), mode, dtype=dtype,
     )  # fmt: skip
-    check_module(
-        layer, torch.randn(data.draw(st.integers(1, 3)), 4, *(6, 7, 5)[:rank], dtype=dtype), seed=seed
-    )
+    check_module(layer, torch.randn(data.draw(st.integers(1, 3)), 4, *(6, 7, 5)[:rank], dtype=dtype), seed=seed)
 
 
 @few
@@ -169,9 +167,7 @@ def test_norms_and_activations(module: nn.Module, shape: tuple[int, ...], dtype:
     check_module(_random_statistics(module.to(dtype)), torch.randn(shape, dtype=dtype) + 0.3)
 
 
-@pytest.mark.parametrize(
-    "norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)], ids=repr
-)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)], ids=repr)
 def test_norms_of_channels_last_tensors(norm: nn.Module) -> None:
     torch.manual_seed(1)
     # The convolution keeps the layout, and asks the norm for its input's gradient: without that PyTorch's own
@@ -341,9 +337,7 @@ def test_a_subclass_that_overrides_forward_takes_the_fallback() -> None:
     assert "Doubling has no rule" in route.reason
 
 
-@pytest.mark.parametrize(
-    "module", [Scale(), nn.Bilinear(4, 4, 3), nn.LSTMCell(4, 3), nn.EmbeddingBag(5, 3)], ids=repr
-)
+@pytest.mark.parametrize("module", [Scale(), nn.Bilinear(4, 4, 3), nn.LSTMCell(4, 3), nn.EmbeddingBag(5, 3)], ids=repr)
 def test_layers_without_a_rule(module: nn.Module) -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:

@@ -19,9 +19,7 @@ def by_definition(uncertainty: list[float], errors: list[float]) -> np.ndarray:
         for order in itertools.permutations(range(n))
         if all(uncertainty[a] <= uncertainty[b] for a, b in itertools.pairwise(order))
     ]
-    return np.mean(
-        [[np.mean([errors[i] for i in order[:k]]) for k in range(1, n + 1)] for order in orders], 0
-    )
+    return np.mean([[np.mean([errors[i] for i in order[:k]]) for k in range(1, n + 1)] for order in orders], 0)
 
 
 @settings(deadline=None, max_examples=80)
@@ -36,8 +34,7 @@ def test_curve_and_areas_by_trying_every_order(samples: list[tuple[int, float]])
     np.testing.assert_allclose(curve.coverage, np.arange(1, len(errors) + 1) / len(errors))
     assert metrics.aurc(uncertainty, errors) == pytest.approx(risk.mean(), rel=1e-12)
     best = min(
-        np.mean([np.mean(order[:k]) for k in range(1, len(errors) + 1)])
-        for order in itertools.permutations(errors)
+        np.mean([np.mean(order[:k]) for k in range(1, len(errors) + 1)]) for order in itertools.permutations(errors)
     )
     assert metrics.e_aurc(uncertainty, errors) == pytest.approx(risk.mean() - best, abs=1e-12)
     assert metrics.e_aurc(errors, errors) == pytest.approx(0, abs=1e-12)
@@ -89,9 +86,7 @@ def test_threshold_follows_the_costs() -> None:
         found = metrics.threshold_for(uncertainty, errors, cost_of_error=1.0, cost_of_review=review)
         # The cost is a random walk around a parabola; its lowest point wanders by some n^(-1/3).
         assert abs(found - review) < 3 * 200_000 ** (-1 / 3)
-    assert (
-        metrics.threshold_for(uncertainty, errors, cost_of_error=1.0, cost_of_review=2.0) == uncertainty.max()
-    )
+    assert metrics.threshold_for(uncertainty, errors, cost_of_error=1.0, cost_of_review=2.0) == uncertainty.max()
     always_wrong = metrics.threshold_for([0.1, 0.2], [1, 1], cost_of_error=5.0, cost_of_review=1.0)
     assert always_wrong == -np.inf
 
@@ -125,9 +120,7 @@ def test_threshold_saves_on_digits_that_it_was_not_chosen_on() -> None:
     assert 0.03 < wrong.float().mean() < 0.6
     chosen, new = slice(0, count // 2), slice(count // 2, count)
     for error, review in ((10.0, 1.0), (3.0, 1.0)):
-        threshold = fastgrad.threshold_for(
-            risk[chosen], wrong[chosen], cost_of_error=error, cost_of_review=review
-        )
+        threshold = fastgrad.threshold_for(risk[chosen], wrong[chosen], cost_of_error=error, cost_of_review=review)
         reviewed = risk[new] > threshold
         cost = float((error * (wrong[new] & ~reviewed) + review * reviewed).mean())
         assert cost < 0.9 * min(review, error * float(wrong[new].float().mean()))

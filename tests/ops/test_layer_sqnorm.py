@@ -141,9 +141,7 @@ def test_linear_with_positions(t):
     expected = torch.einsum("kbto,btc->kboc", g.double(), a.double()).square().sum((2, 3))
     for route in (None, "patch", "grouped", "patch_gram"):
         torch.testing.assert_close(linear_sqnorm(a, g, route=route).double(), expected, rtol=1e-5, atol=0)
-        torch.testing.assert_close(
-            linear_sqnorm(a, g[1], route=route).double(), expected[1], rtol=1e-5, atol=0
-        )
+        torch.testing.assert_close(linear_sqnorm(a, g[1], route=route).double(), expected[1], rtol=1e-5, atol=0)
 
 
 def test_chunks_and_layout_do_not_matter(monkeypatch):
@@ -251,6 +249,4 @@ def test_differentiable():
     a = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     g = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     for route in ("patch", "patch_gram", "box_gram"):
-        assert torch.autograd.gradcheck(
-            lambda a, g, r=route: conv_sqnorm(a, g, 3, padding=1, route=r), (a, g)
-        )
+        assert torch.autograd.gradcheck(lambda a, g, r=route: conv_sqnorm(a, g, 3, padding=1, route=r), (a, g))

@@ -91,9 +91,7 @@ def test_meta_tensors_of_more_than_two_billion_elements() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_device_and_impl_say_what_runs(
-    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_device_and_impl_say_what_runs(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastgrad.ops.triton import devices
 
     launched: list[str] = []

@@ -21,9 +21,7 @@ shapes = {
 
 @settings(deadline=None, max_examples=200)
 @given(**shapes)
-def test_configurations_cover_their_shape(
-    B: int, N: int, D: int, dtype: torch.dtype, arch: tune.Architecture
-) -> None:
+def test_configurations_cover_their_shape(B: int, N: int, D: int, dtype: torch.dtype, arch: tune.Architecture) -> None:
     contrast = tune.contrast(B, N, D, "brier", dtype, arch)
     assert contrast.kind != "rows" or contrast.block_n >= N
     assert contrast.kind == "split" or contrast.splits == 1

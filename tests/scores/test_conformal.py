@@ -17,9 +17,7 @@ def width(calibration):
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.integers(-4, 4), min_size=1, max_size=60), st.integers(-20, 20), st.sampled_from([1.0, 1e-6])
-)
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=60), st.integers(-20, 20), st.sampled_from([1.0, 1e-6]))
 def test_body_is_the_lowest_map_above_the_counts_that_falls_no_faster_than_allowed(values, quarter, unit):
     """Ties and near ties included."""
     calibration = np.array(values) * unit + (np.array(values) > 1)
@@ -32,8 +30,7 @@ def test_body_is_the_lowest_map_above_the_counts_that_falls_no_faster_than_allow
 
     def raised(at):
         return max(
-            np.log((calibration >= lower).sum() / (len(calibration) + 1))
-            - STEEPEST / width(calibration) * (at - lower)
+            np.log((calibration >= lower).sum() / (len(calibration) + 1)) - STEEPEST / width(calibration) * (at - lower)
             for lower in knots[knots <= at]
         )
 
@@ -199,9 +196,7 @@ def test_several_scores_together_mean_what_each_means(kinds: str) -> None:
     rng = np.random.default_rng(len(kinds))
     each: list[OneSided | TwoSided] = []
     for number, kind in enumerate(kinds):
-        calibration = torch.tensor(
-            rng.normal(size=30 + 170 * number) * 10.0**number
-        )  # tables of unequal lengths
+        calibration = torch.tensor(rng.normal(size=30 + 170 * number) * 10.0**number)  # tables of unequal lengths
         each.append(OneSided.fit(calibration) if kind == "o" else TwoSided.fit(calibration))
     scores = torch.tensor(rng.normal(size=(len(kinds), 500)) * 3 * 10.0 ** np.arange(len(kinds))[:, None])
     found = p_value_map(each, scores)

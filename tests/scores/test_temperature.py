@@ -37,9 +37,7 @@ def test_minimises_what_it_says(count):
 
     best = minimize_scalar(objective, bounds=(-7, 7), method="bounded", options={"xatol": 1e-10}).x
     # A minimum is known to the root of eps only.
-    assert float(Temperature.fit(torch.tensor(z), labels).temperature) == pytest.approx(
-        np.exp(-best), rel=1e-6
-    )
+    assert float(Temperature.fit(torch.tensor(z), labels).temperature) == pytest.approx(np.exp(-best), rel=1e-6)
 
 
 def test_extremes_stay_finite():
@@ -56,9 +54,7 @@ def test_extremes_stay_finite():
         assert torch.isfinite(score(values).softmax(1)).all()
     right = Temperature.fit(10 * torch.eye(5, dtype=torch.float64)[labels], labels)
     assert 0.5 < float(right.temperature) <= 1
-    assert float(
-        Temperature.fit(torch.zeros(4, 1), torch.zeros(4, dtype=torch.long)).temperature
-    ) == pytest.approx(1)
+    assert float(Temperature.fit(torch.zeros(4, 1), torch.zeros(4, dtype=torch.long)).temperature) == pytest.approx(1)
 
 
 def test_calibrates_and_keeps_the_prediction_and_the_dtype():

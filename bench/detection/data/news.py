@@ -161,9 +161,7 @@ class News:
             pieces, labels = self.news("train")
             h = torch.cat([model.encoded(x) for x in pieces.split(32)])
             found = LogisticRegression(max_iter=1000).fit(h.numpy(), labels.numpy())
-            head.load_state_dict(
-                {"weight": torch.from_numpy(found.coef_), "bias": torch.from_numpy(found.intercept_)}
-            )
+            head.load_state_dict({"weight": torch.from_numpy(found.coef_), "bias": torch.from_numpy(found.intercept_)})
 
         recipe = {"encoder": "all-MiniLM-L6-v2", "pieces": LENGTH, "seed": self.seed}
         cache.weights(self.folder / f"news-head-{self.seed}.pt", model.head, recipe, train)

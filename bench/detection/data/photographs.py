@@ -85,7 +85,5 @@ def stranger(root: Path, name: str, count: int, start: int) -> Tensor:
         like = sets.load(root, "photographs", limit=1)
         images = crop(sets.stranger(root, name, like, count, start, same_jpeg)).contiguous()
     if len(images) < count:
-        raise ValueError(
-            f"the set {name!r} in {root} must have {start + count} images; it has {start + len(images)}"
-        )
+        raise ValueError(f"the set {name!r} in {root} must have {start + count} images; it has {start + len(images)}")
     return images

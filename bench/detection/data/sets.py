@@ -113,9 +113,7 @@ def _from_npz(path: Path, name: str, part: str, limit: int | None, start: int) -
         return Split(name, images, None if labels is None else labels[chosen], jpegs in archive)
 
 
-def _from_torchvision(
-    root: Path, loader: str, name: str, part: str, limit: int | None, start: int
-) -> Split | None:
+def _from_torchvision(root: Path, loader: str, name: str, part: str, limit: int | None, start: int) -> Split | None:
     from torchvision import datasets
 
     where: dict[str, Any] = {"split": part} if loader == "SVHN" else {"train": part == "train"}

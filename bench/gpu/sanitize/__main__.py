@@ -24,9 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.gpu.sanitize", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="one case for each path of each kernel")
     parser.add_argument("--only", default="", help="checks and cases whose name contains this")
-    parser.add_argument(
-        "--save", action="store_true", help="write bench/results/sanitize.json and sanitize.md"
-    )
+    parser.add_argument("--save", action="store_true", help="write bench/results/sanitize.json and sanitize.md")
     options = parser.parse_args()
     if options.save and (options.quick or options.only):
         parser.error("--save writes the whole table: leave out --quick and --only")

@@ -11,9 +11,7 @@ from unittest import mock
 import numpy as np
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    raise ImportError(
-        "the sanitizer interprets kernels: TRITON_INTERPRET=1 must be set before Triton is imported"
-    )
+    raise ImportError("the sanitizer interprets kernels: TRITON_INTERPRET=1 must be set before Triton is imported")
 
 from triton.runtime import interpreter
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from fastgrad.plots import COLOURS, score_histograms
 
 
-def draw(
-    path: Path, scores: dict[str, NDArray[np.float64]], images: dict[str, Tensor], threshold: float
-) -> None:
+def draw(path: Path, scores: dict[str, NDArray[np.float64]], images: dict[str, Tensor], threshold: float) -> None:
     """Write the figure.
 
     Args:

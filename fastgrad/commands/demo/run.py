@@ -28,9 +28,7 @@ _TRAINED, _FITTED = 900, 500
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``fastgrad demo``."""
-    parser.add_argument(
-        "--out", type=Path, default=Path("fastgrad-demo"), help="folder for everything it writes"
-    )
+    parser.add_argument("--out", type=Path, default=Path("fastgrad-demo"), help="folder for everything it writes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=8, help="passes over the training digits")
 

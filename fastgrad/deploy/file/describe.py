@@ -37,9 +37,7 @@ def describe(
     checks.is_float("example_input", example_input)
     if example_input.ndim < 2 or example_input.numel() == 0:
         shape = tuple(example_input.shape)
-        raise ValueError(
-            f"example_input must be a batch (B, ...) of at least one input; its shape was {shape}"
-        )
+        raise ValueError(f"example_input must be a batch (B, ...) of at least one input; its shape was {shape}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in {' or '.join(SUFFIXES)}; it was {str(path)!r}")
     if not path.parent.is_dir():
@@ -109,9 +107,7 @@ def _scores(two_stage: nn.Module, scores: Any) -> np.ndarray[Any, Any] | None:
         scores = scores.detach().cpu().numpy()
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or len(values) < 20 or not np.isfinite(values).all():
-        raise ValueError(
-            f"scores must be at least 20 finite numbers in one dimension; the shape was {values.shape}"
-        )
+        raise ValueError(f"scores must be at least 20 finite numbers in one dimension; the shape was {values.shape}")
     return values
 
 
@@ -128,9 +124,7 @@ def _thresholds(
         # The conformal quantile: the smallest score with at most rate * (n + 1) - 1 scores at or above it.
         n = len(scores)
         ordered = np.sort(scores)
-        pairs = [
-            (value, float(ordered[min(n - 1, int(np.ceil((1 - value) * (n + 1))) - 1)])) for value in rates
-        ]
+        pairs = [(value, float(ordered[min(n - 1, int(np.ceil((1 - value) * (n + 1))) - 1)])) for value in rates]
     else:
         return None, []
     return dict(pairs)[rate], pairs

@@ -78,9 +78,7 @@ class Description:
             except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
                 good = False
             if not good:
-                expected = "None or " * optional + expected.format(
-                    classes=self.classes, shape=self.input_shape
-                )
+                expected = "None or " * optional + expected.format(classes=self.classes, shape=self.input_shape)
                 raise ValueError(f"{name} must be {expected}; it was {repr(value)[:80]}")
 
     @property
@@ -106,8 +104,7 @@ class Description:
                 return threshold
         known_rates = ", ".join(f"{known:g}" for known, _ in self.thresholds) or "none"
         raise ValueError(
-            "false_alarm_rate must be one for which the file holds a threshold "
-            f"({known_rates}); it was {rate!r}"
+            f"false_alarm_rate must be one for which the file holds a threshold ({known_rates}); it was {rate!r}"
         )
 
     def score_reference(self) -> ScoreReference | None:

@@ -53,9 +53,7 @@ def convert(
             PyTorch is older than 2.9.
     """
     if not TRANSLATES:
-        raise RuntimeError(
-            f"ONNX files need PyTorch 2.9 or newer; it was {torch.__version__}; export to .pt2"
-        )
+        raise RuntimeError(f"ONNX files need PyTorch 2.9 or newer; it was {torch.__version__}; export to .pt2")
     with extra("onnx"):
         import onnx
         import onnxscript  # noqa: F401 - torch.onnx writes with it
@@ -196,9 +194,8 @@ def _source(two_stage: nn.Module, example_input: Tensor, names: list[str]) -> st
     if own.intersection(names):
         return ", which the network itself needs"
     backward = [block.name for block in extraction.blocks if block.signals(extraction.known)]
-    return (
-        f", which the blocks {', '.join(backward)} need; fit with blocks=[...] that need no gradients"
-        * bool(backward)
+    return f", which the blocks {', '.join(backward)} need; fit with blocks=[...] that need no gradients" * bool(
+        backward
     )
 
 

@@ -79,9 +79,7 @@ def _hardtanh_backward(grad: Tensor, x: Tensor, low: float, high: float) -> Tens
     return torch.where((x <= low) | (x >= high), 0.0, grad)
 
 
-def _stable_sort(
-    x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False
-) -> tuple[Tensor, Tensor]:
+def _stable_sort(x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
     """ONNX's TopK keeps the order of equal values."""
     values, indices = torch.topk(x, x.shape[dim], dim=dim, largest=descending)
     return values, indices
@@ -108,32 +106,18 @@ def _convolution_backward(
     if not transposed and set(stride) == {1} and min(turned) >= 0:
         # An ordinary convolution with the kernel turned round, which a runtime computes several times as fast. Constant
         # weights are turned when it loads the file.
-        kernel = (
-            weight.unflatten(0, (groups, -1))
-            .transpose(1, 2)
-            .flatten(0, 1)
-            .flip(tuple(range(2, weight.dim())))
-        )
-        back = aten.convolution.default(
-            grad, kernel, None, stride, turned, dilation, False, [0] * len(stride), groups
-        )
+        kernel = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(tuple(range(2, weight.dim())))
+        back = aten.convolution.default(grad, kernel, None, stride, turned, dilation, False, [0] * len(stride), groups)
         return back if mask[0] else None, None, bias
     extra = [0] * len(stride)
     if not transposed:
         # What the stride cut off at the end of the input.
         extra = [
             x.shape[2 + i]
-            - (
-                (grad.shape[2 + i] - 1) * stride[i]
-                - 2 * padding[i]
-                + dilation[i] * (weight.shape[2 + i] - 1)
-                + 1
-            )
+            - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
             for i in range(len(stride))
         ]
-    back = aten.convolution.default(
-        grad, weight, None, stride, padding, dilation, not transposed, extra, groups
-    )
+    back = aten.convolution.default(grad, weight, None, stride, padding, dilation, not transposed, extra, groups)
     return back if mask[0] else None, None, bias
 
 

@@ -153,9 +153,7 @@ class Job:
         """How many images the parts hold that were there from the beginning."""
         return self.total - sum(min(self.part, self.total - index * self.part) for index in self.missing)
 
-    def write(
-        self, model: ModelPackage, index: int, pool: ThreadPoolExecutor, told: Callable[[int], Any] = int
-    ) -> int:
+    def write(self, model: ModelPackage, index: int, pool: ThreadPoolExecutor, told: Callable[[int], Any] = int) -> int:
         """Score part ``index`` and write it; return how many images it holds. Each batch's number is ``told``."""
         start, rows = index * self.part, list[dict[str, Any]]()
         stop = min(start + self.part, self.total)

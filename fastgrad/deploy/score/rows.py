@@ -46,9 +46,7 @@ def score_sources(
     size = min(batch, model.description.max_batch)
     while True:
         for source in itertools.islice(sources, 2 * size - len(waiting)):
-            waiting.append(
-                (source.name, pool.submit(_decode, source, model.description, max_pixels, max_bytes))
-            )
+            waiting.append((source.name, pool.submit(_decode, source, model.description, max_pixels, max_bytes)))
         if not waiting:
             return
         yield _score(model, [waiting.popleft() for _ in range(min(size, len(waiting)))], threshold)

@@ -73,9 +73,7 @@ def read_parquet(
     stop = file.metadata.num_rows if stop is None else stop
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     ends = list(itertools.accumulate(sizes))
-    groups = [
-        i for i, (size, end) in enumerate(zip(sizes, ends, strict=True)) if end - size < stop and end > start
-    ]
+    groups = [i for i, (size, end) in enumerate(zip(sizes, ends, strict=True)) if end - size < stop and end > start]
     row = ends[groups[0]] - sizes[groups[0]] if groups else 0
     columns = [column] + ([key] if key else [])
     for part in file.iter_batches(batch_size=64, row_groups=groups, columns=columns):
@@ -101,9 +99,7 @@ def _column(names: list[str], given: str | None, guesses: Iterable[str], what: s
     if given is not None:
         if given not in names:
             listed = ", ".join(names)
-            raise ValueError(
-                f"--{what}-column must be one of the file's columns ({listed}); it was {given!r}"
-            )
+            raise ValueError(f"--{what}-column must be one of the file's columns ({listed}); it was {given!r}")
         return given
     found = next((guess for guess in guesses if guess in names), None)
     if found is None and required:

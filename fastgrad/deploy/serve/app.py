@@ -123,9 +123,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.gather(readers.start(), *(model.served.pool.start() for model in models.values()))
-        watching = [
-            asyncio.create_task(model.watch(reload_every)) for model in models.values() if pins is not None
-        ]
+        watching = [asyncio.create_task(model.watch(reload_every)) for model in models.values() if pins is not None]
         app.openapi()
         # What is there now stays; going through it again and again would stop the event loop for a tenth of a second.
         gc.collect()

@@ -89,9 +89,7 @@ class Pool:
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._serve(worker)) for worker in self.workers]
 
-    async def submit(
-        self, parts: Sequence[Bytes], on_run: Callable[[int], None] = lambda size: None
-    ) -> bytes:
+    async def submit(self, parts: Sequence[Bytes], on_run: Callable[[int], None] = lambda size: None) -> bytes:
         """Have one input answered. Cancelling it takes it out of the queue.
 
         Args:

@@ -106,9 +106,7 @@ def deployment(
     return application.bind()
 
 
-def serve_model(
-    model: str | os.PathLike[str], *, host: str = "127.0.0.1", port: int = 8000, **options: Any
-) -> Any:
+def serve_model(model: str | os.PathLike[str], *, host: str = "127.0.0.1", port: int = 8000, **options: Any) -> Any:
     """Start Ray Serve with `deployment` at ``/predict``; return its handle.
 
     Args:

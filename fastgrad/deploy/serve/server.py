@@ -27,9 +27,7 @@ _LEAST, _MOST = 1.0, 5.0
 #: Of the GNU C library's ``mallopt``: blocks above the first size come from the system and go back when they are freed,
 #: the heap goes back above the second.
 _HEAP = {-3: 2**20, -1: 2**24}
-_FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-)
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 #: Of Linux: SO_ATTACH_FILTER, and a program for it that drops what asks for a new connection (SYN) and nothing else.
 _ATTACH_FILTER = 26
 _NO_NEW = b"".join(
@@ -147,6 +145,4 @@ def _refuse_new(listener: Any) -> None:
     """Drop requests for new connections; their senders try again and find the port closed, or another server."""
     program = ctypes.create_string_buffer(_NO_NEW)
     with contextlib.suppress(OSError, AttributeError):
-        listener.setsockopt(
-            socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(program))
-        )
+        listener.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(program)))

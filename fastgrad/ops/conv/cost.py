@@ -119,9 +119,7 @@ def seconds(route: str, s: Shape) -> float:
         work += gradient / memory + SAMPLE
         calls = 8
     elif route == "grouped":
-        work = (
-            direct / CONVOLUTION + (gradient + s.inputs * pixels + s.outputs * s.count * positions) / STREAM
-        )
+        work = direct / CONVOLUTION + (gradient + s.inputs * pixels + s.outputs * s.count * positions) / STREAM
         calls = 12
     else:
         detour = s.guarded and s.itemsize == 4 and s.outputs < positions

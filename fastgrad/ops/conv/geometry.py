@@ -74,9 +74,7 @@ def canonical(
     checks.same_device("g", g, "a", a)
     axes = a.dim() - 2
     if groups < 1 or a.shape[1] % groups or g.shape[2] % groups:
-        raise ValueError(
-            f"groups must divide the channels of a, {a.shape[1]}, and of g, {g.shape[2]}; it was {groups}"
-        )
+        raise ValueError(f"groups must divide the channels of a, {a.shape[1]}, and of g, {g.shape[2]}; it was {groups}")
     kernel = per_axis("kernel_size", kernel_size, axes)
     strides = per_axis("stride", stride, axes)
     pads = per_axis("padding", padding, axes)

@@ -73,9 +73,7 @@ def grouped(p: Problem) -> Tensor:
     x, pads = p.a, [before for before, _ in p.pads]
     left_over = [
         s - (t - 1) * step - d * (k - 1) - 1 + 2 * pad
-        for s, t, step, d, k, pad in zip(
-            x.shape[2:], p.g.shape[3:], p.stride, p.dilation, p.kernel, pads, strict=True
-        )
+        for s, t, step, d, k, pad in zip(x.shape[2:], p.g.shape[3:], p.stride, p.dilation, p.kernel, pads, strict=True)
     ]
     if any(not 0 <= rest < step for rest, step in zip(left_over, p.stride, strict=True)):
         x, pads = p.padded(), [0] * len(pads)

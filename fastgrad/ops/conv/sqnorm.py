@@ -73,9 +73,7 @@ def _solve(p: Problem, route: str | None) -> Tensor:
     direct = cost.choose_direct(shape)
     step = cost.chunk_size(route, shape)
     if step >= shape.batch:
-        return routes.run(
-            route, p._replace(a=p.a.to(dtype), g=p.g.to(dtype)), guarded=guarded, fallback=direct
-        )
+        return routes.run(route, p._replace(a=p.a.to(dtype), g=p.g.to(dtype)), guarded=guarded, fallback=direct)
     parts = []
     for start in range(0, shape.batch, step):
         part = p._replace(a=p.a[start : start + step].to(dtype), g=p.g[:, start : start + step].to(dtype))
@@ -118,9 +116,7 @@ def _eager(
         norms = torch.ops.fastgrad.linear_sqnorm_kernel(operands[0].mT, operands[1].mT)
     else:
         before = [pair[0] for pair in p.pads]
-        norms = torch.ops.fastgrad.conv_sqnorm_kernel(
-            *operands, p.kernel, p.stride, before, p.dilation, groups
-        )
+        norms = torch.ops.fastgrad.conv_sqnorm_kernel(*operands, p.kernel, p.stride, before, p.dilation, groups)
     return norms.reshape(count, batch)
 
 
@@ -132,9 +128,7 @@ def _composed(a: Tensor, *rest: Any) -> Tensor:
     return (_whole_operator if _whole.get() and a.device.type == "cpu" else _eager)(a, *rest)
 
 
-def _batched(
-    info: Any, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *rest: object
-) -> tuple[Tensor, int]:
+def _batched(info: Any, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *rest: object) -> tuple[Tensor, int]:
     """Fold a mapped dimension into K where only ``g`` carries it, else into the batch."""
     size = info.batch_size
     a_dim, g_dim = in_dims[:2]

@@ -42,9 +42,7 @@ def eager_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str
         return _statistics(features, weight, bias, loss, mean)
     pieces = features.split(rows)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (features, weight, bias)):
-        parts = [
-            checkpoint(_statistics, piece, weight, bias, loss, mean, use_reentrant=False) for piece in pieces
-        ]
+        parts = [checkpoint(_statistics, piece, weight, bias, loss, mean, use_reentrant=False) for piece in pieces]
     else:
         parts = [_statistics(piece, weight, bias, loss, mean) for piece in pieces]
     return torch.cat(parts)

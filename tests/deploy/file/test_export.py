@@ -47,9 +47,7 @@ def test_evidence_is_a_fourth_output_where_it_is_asked_for(tiny_package: Path, t
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.7])
-def test_a_file_of_which_one_bit_is_another_is_refused(
-    model_file: Path, tmp_path: Path, share: float
-) -> None:
+def test_a_file_of_which_one_bit_is_another_is_refused(model_file: Path, tmp_path: Path, share: float) -> None:
     content = bytearray(model_file.read_bytes())
     content[int(share * len(content))] ^= 1
     (tmp_path / f"m{model_file.suffix}").write_bytes(content)
@@ -68,9 +66,7 @@ import torch
 model = torch._inductor.aoti_load_package({str(tiny_package)!r})
 torch.save(tuple(model(torch.load("x.pt"))), "out.pt")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(torch.load(tmp_path / "out.pt"), live(x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -101,9 +101,7 @@ def test_signals_of_a_network_with_attention(one_by_one: bool) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.mix(x, x, x, need_weights=False)[0].mean(1))
 
-    extractor = GradientFeatures(
-        Model().double().eval(), signals=[("bce", "ones"), ("cross_entropy", "predicted")]
-    )
+    extractor = GradientFeatures(Model().double().eval(), signals=[("bce", "ones"), ("cross_entropy", "predicted")])
     example = torch.randn(2, 5, 8, dtype=torch.float64)
     extractor(example)
     program = unroll.trace(extractor, example, one_by_one=one_by_one)

@@ -130,9 +130,7 @@ class Unsteady(TinyTwoStage):
 
 
 def test_what_has_no_onnx_form_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        RuntimeError, match=r"no ONNX form exists of aten\._linalg_eigh\.default; export to \.pt2"
-    ):
+    with pytest.raises(RuntimeError, match=r"no ONNX form exists of aten\._linalg_eigh\.default; export to \.pt2"):
         export(Foreign(), X, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -150,9 +148,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         export(TinyTwoStage(), X, tmp_path / "m.onnx", tolerance=0)
 
 
-def test_a_file_that_was_changed_is_refused_and_one_without_a_sum_is_not(
-    tiny_onnx: Path, tmp_path: Path
-) -> None:
+def test_a_file_that_was_changed_is_refused_and_one_without_a_sum_is_not(tiny_onnx: Path, tmp_path: Path) -> None:
     import onnx
 
     model = onnx.load(tiny_onnx)

@@ -116,11 +116,7 @@ def test_a_backward_pass_has_convolutions_and_steps_alone(tmp_path: Path) -> Non
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_step_is_a_comparison(sign: float, edge: float) -> None:
     near = torch.tensor([edge]).nextafter(torch.tensor([-10.0, 10.0]))
-    x = (
-        torch.cat([near, torch.tensor([edge, -3e38, 3e38, 1.0, -1e-20, 1e-20])])
-        .view(1, 1, 2, 4)
-        .repeat(1, 2, 1, 1)
-    )
+    x = torch.cat([near, torch.tensor([edge, -3e38, 3e38, 1.0, -1e-20, 1e-20])]).view(1, 1, 2, 4).repeat(1, 2, 1, 1)
     if edge == 0:  # numbers beside zero are too small to be a gradient's doing
         x[..., 0, :2] *= 2.0**60
     expected = (sign * (x - edge) > 0).float()

@@ -138,9 +138,7 @@ def test_no_answer_in_time_is_504_and_no_body_408(tiny_package: Path) -> None:
     assert app.state.active == 0
 
 
-def test_a_slow_body_takes_no_slot_and_is_cut_off(
-    tiny_package: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_body_takes_no_slot_and_is_cut_off(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgrad.deploy.serve.bodies._GRACE", 0.2)
     app = make(tiny_package, limits=Limits(queue=1, rate=1000))
     seen = []
@@ -227,9 +225,7 @@ def test_several_models_answer_by_name(tiny_package: Path) -> None:
         assert status == 404
         assert json.loads(body)["detail"] == "the model must be one of small, second; it was 'none'"
     assert json.loads(call(app, "GET", "/model/second", {}, [])[2])["models"] == ["small", "second"]
-    assert (
-        'fastgrad_requests_total{status="200"} 1.0' in call(app, "GET", "/metrics/second", {}, [])[2].decode()
-    )
+    assert 'fastgrad_requests_total{status="200"} 1.0' in call(app, "GET", "/metrics/second", {}, [])[2].decode()
     assert 'fastgrad_requests_total{status="200"} 2.0' in call(app, "GET", "/metrics", {}, [])[2].decode()
     with pytest.raises(ValueError, match="path must name at least one model"):
         create_app({})

@@ -130,9 +130,7 @@ def drip(served: Any, count: int, head: bytes, seconds: float) -> int:
 def test_slow_headers(served: Any, size: str) -> None:
     count = 600 if size == "long" else 60
     with watched(served, f"slow headers, {count} connections"):
-        closed = drip(
-            served, count, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-", 14 if size == "long" else 12
-        )
+        closed = drip(served, count, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-", 14 if size == "long" else 12)
     assert closed == count
 
 

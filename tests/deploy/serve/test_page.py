@@ -139,18 +139,14 @@ def test_an_alarm_says_what_raised_it(explaining: Server, browser: Any) -> None:
     parts = sorted(answer["evidence"].items(), key=lambda part: -part[1])
     total = sum(value for _, value in parts)
     rows = [row.text.splitlines() for row in browser.find_elements("css selector", "#evidence li")]
-    assert rows == [
-        [TinyTwoStage.alarms[name], f"{int(100 * value / total + 0.5)} %"] for name, value in parts
-    ]
+    assert rows == [[TinyTwoStage.alarms[name], f"{int(100 * value / total + 0.5)} %"] for name, value in parts]
     named = [TinyTwoStage.alarms[name] for name, _ in parts]
     named = named[:1] if parts[0][1] >= 2 / 3 * total else named
     assert browser.find_element("id", "why").text == f"Mostly because: {'; '.join(named)}."
     keep(browser, "alarm")
 
 
-def test_nothing_is_explained_without_an_alarm_or_evidence(
-    server: Server, explaining: Server, browser: Any
-) -> None:
+def test_nothing_is_explained_without_an_alarm_or_evidence(server: Server, explaining: Server, browser: Any) -> None:
     content, _ = odd_one(server)
     usual = next(
         other
@@ -192,10 +188,7 @@ def test_what_a_screen_reader_is_told(explaining: Server, browser: Any) -> None:
     wait_until(browser, "!document.getElementById('result').hidden")
     chart = browser.find_element("id", "chart")
     assert chart.aria_role in ("img", "image")
-    assert (
-        f"limit {json.loads(explaining.request('GET', '/model')[1])['threshold']:.2f}"
-        in chart.accessible_name
-    )
+    assert f"limit {json.loads(explaining.request('GET', '/model')[1])['threshold']:.2f}" in chart.accessible_name
     assert browser.find_element("id", "where").text in chart.accessible_name
     spoken = browser.find_element("css selector", "[role=status]").text
     for part in (answer["label"], "Do not rely", "Mostly because", f"{answer['uncertainty']:.2f}"):

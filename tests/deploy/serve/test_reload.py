@@ -35,9 +35,7 @@ async def answer(served: Served) -> float:
     return float(np.frombuffer(await served.pool.submit([bytes(193)]))[4])
 
 
-def test_a_request_keeps_its_version_and_the_old_one_ends_after_it(
-    tiny_package: Path, tmp_path: Path
-) -> None:
+def test_a_request_keeps_its_version_and_the_old_one_ends_after_it(tiny_package: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     shutil.copyfile(tiny_package, path)
     versions = iter((1.0, 2.0))
@@ -178,9 +176,7 @@ def test_a_swap_under_load(served: Any) -> None:
     assert (load.wrong, load.lost, load.refused, load.unavailable) == (0, 0, 0, 0)
     for count, expected in (("reloads", 2), ("reload_failures", 4)):
         assert served.metric(f"fastgrad_model_{count}") - counts[count] == expected
-    reasons = re.findall(
-        rf"model {served.name}: .* cannot be loaded: (.*); the one before goes on", server.log
-    )
+    reasons = re.findall(rf"model {served.name}: .* cannot be loaded: (.*); the one before goes on", server.log)
     assert "is not a file that" in reasons[0]
     assert all("not a readable" in reason for reason in reasons[1:3])
     assert "is damaged" in reasons[3]

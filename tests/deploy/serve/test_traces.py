@@ -47,9 +47,7 @@ def request(app: Any, headers: dict[str, str] = PNG, body: bytes = image()) -> i
 
 def spans(found: InMemorySpanExporter) -> tuple[ReadableSpan, list[ReadableSpan]]:
     """That of the request, and those of its stages."""
-    *stages, whole = sorted(
-        found.get_finished_spans(), key=lambda span: (span.parent is None, span.start_time)
-    )
+    *stages, whole = sorted(found.get_finished_spans(), key=lambda span: (span.parent is None, span.start_time))
     assert all(stage.parent is not None and stage.parent.span_id == whole.context.span_id for stage in stages)
     return whole, stages
 
