@@ -20,8 +20,8 @@ from torch import nn
 
 from fastgrad.batches import as_call, batch_size, logits_of, take
 from fastgrad.blocks import Block
-from fastgrad.blocks.extraction import Extraction, Inputs
-from fastgrad.blocks.subject import Subject, watch
+from fastgrad.blocks.extraction import Inputs
+from fastgrad.blocks.subject import Subject
 from fastgrad.challenges.attacks import evaluating
 
 #: Standard error of a price that ends its measurement, rounds at least, seconds at most once there are so many.
@@ -61,8 +61,8 @@ def fit_to_budget(
     x: Inputs,
     limit: float,
     *,
-    subject: Subject | None = None,
-    answer: Callable[[tuple[Block, ...]], Callable[[Inputs], object]] | None = None,
+    subject: Subject,
+    answer: Callable[[tuple[Block, ...]], Callable[[Inputs], object]],
 ) -> PriceReport:
     """Take blocks off the end until the measured price of the others is at most ``limit``.
 
@@ -74,31 +74,20 @@ def fit_to_budget(
         blocks: In the order of the preset.
         x: A batch on the network's device; of one that takes longer than a tenth of a second, a part is measured.
         limit: In forward passes.
-        subject: What is known of the network; None to watch it on ``x``.
-        answer: From blocks to what will run, a function of a batch; None: the extraction of the blocks, without a
-            detector.
+        subject: What is known of the network.
+        answer: From blocks to what will run, a function of a batch.
 
     Raises:
         ValueError: There is no block that the network can serve.
     """
-    args, kwargs = as_call(x)
-    if subject is None:
-        subject = watch(model, args, kwargs)
     refusals = [(block.name, block.refusal(subject)) for block in blocks]
     dropped = [(name, why) for name, why in refusals if why is not None]
     kept = [block for block, (_, why) in zip(blocks, refusals, strict=True) if why is None]
     if not kept:
         raise ValueError(f"blocks must be ones that the network can serve; {dropped or 'there was none'}")
-
-    def extraction(chosen: tuple[Block, ...]) -> Callable[[Inputs], object]:
-        made = Extraction(model, chosen)
-        made.known = subject
-        return made
-
-    make = extraction if answer is None else answer
     x = _part(model, x)
     while True:
-        run = make(tuple(kept))
+        run = answer(tuple(kept))
         measured, error = price(model, run, x, limit)
         if measured <= limit or len(kept) == 1:
             break
