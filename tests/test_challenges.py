@@ -216,8 +216,13 @@ def test_kinds_take_turns_over_all_inputs_in_whatever_parts_they_come(parts: int
     counts = Counter(kind for _, kind in found)
     attacks = {name: kind for name, kind in CHALLENGES.items() if kind.passes}
     others = {name: kind for name, kind in CHALLENGES.items() if not kind.passes}
-    assert {name: counts[name] for name in attacks} == {"pgd": 15, "compressed_pgd": 30}
-    turns = 135 / len(challenge_names(list(others)))
+    assert {name: counts[name] for name in attacks} == {
+        "fgsm": 12,
+        "pgd": 12,
+        "compressed_fgsm": 24,
+        "compressed_pgd": 24,
+    }
+    turns = 108 / len(challenge_names(list(others)))
     for name, kind in others.items():
         assert abs(counts[name] - turns * len(kind.strengths)) <= len(kind.strengths)
 
@@ -246,16 +251,24 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("names", "each", "attacked"),
-    [(["pgd"], 3, 3), (["pgd", "compressed_pgd"], 3, 1), (["compressed_pgd-2"], 2, 1), (None, 3, 0.25)],
+    ("names", "each", "gradients", "starts"),
+    [
+        (["pgd"], 3, 3 * STEPS, 3),
+        (["pgd", "compressed_pgd"], 3, STEPS, 1),
+        (["compressed_pgd-2"], 2, STEPS, 1),
+        (["fgsm", "compressed_fgsm"], 3, 1, 0),
+        (None, 3, 0.4 * (1 + STEPS) / 2, 0.4 / 2),
+    ],
 )
-def test_what_goes_through_jpeg_shares_its_attack(names: list[str] | None, each: int, attacked: float) -> None:
-    images, net = photos(12), Counting()
+def test_what_goes_through_jpeg_shares_its_attack(
+    names: list[str] | None, each: int, gradients: float, starts: float
+) -> None:
+    images, net = photos(30), Counting()
     made = list(iter_challenges(net, images, names=names, each=each))
-    assert sum(len(batch.kinds) for batch in made) == 12 * each
-    assert net.calls == 12 * attacked * (1 + STEPS)
-    # Backward passes, and reading what was made, are the rest of the cost.
-    assert challenge_cost(each, names=names) == pytest.approx(each + attacked * (1 + 2.4 * STEPS))
+    assert sum(len(batch.kinds) for batch in made) == 30 * each
+    # The first gradient of FGSM finds the prediction on its way; the random start of PGD needs one more pass.
+    assert net.calls == pytest.approx(30 * (gradients + starts))
+    assert challenge_cost(each, names=names) == pytest.approx(each + 2.4 * gradients + starts)
 
 
 def test_attacks_of_all_strengths_are_made_in_one_batch() -> None:
@@ -338,7 +351,7 @@ def test_blur_and_compression_do_what_they_say() -> None:
         ({"mean": [0.5], "std": [0.5]}, ValueError, "per channel"),
         ({"mean": [0.5] * 3, "std": [0.0] * 3}, ValueError, "std"),
         ({"batch_size": 0}, ValueError, "batch_size"),
-        ({"model": None}, ValueError, "compressed_pgd, pgd; it was None"),
+        ({"model": None}, ValueError, "compressed_fgsm, compressed_pgd, fgsm, pgd; it was None"),
         ({"model": "resnet"}, TypeError, "model"),
         ({"images": torch.zeros(3, 8, 8)}, ValueError, "B, C, H, W"),
         ({"images": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, TypeError, "images"),
