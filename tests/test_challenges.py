@@ -216,13 +216,9 @@ def test_kinds_take_turns_over_all_inputs_in_whatever_parts_they_come(parts: int
     counts = Counter(kind for _, kind in found)
     attacks = {name: kind for name, kind in CHALLENGES.items() if kind.passes}
     others = {name: kind for name, kind in CHALLENGES.items() if not kind.passes}
-    assert {name: counts[name] for name in attacks} == {
-        "fgsm": 12,
-        "pgd": 12,
-        "compressed_fgsm": 24,
-        "compressed_pgd": 24,
-    }
-    turns = 108 / len(challenge_names(list(others)))
+    made = {name: counts[name] for name in attacks}
+    assert made == {"fgsm": 9, "pgd": 9, "compressed_fgsm": 18, "compressed_pgd": 18}
+    turns = 126 / len(challenge_names(list(others)))
     for name, kind in others.items():
         assert abs(counts[name] - turns * len(kind.strengths)) <= len(kind.strengths)
 
@@ -257,17 +253,17 @@ class Counting(nn.Module):
         (["pgd", "compressed_pgd"], 3, STEPS, 1),
         (["compressed_pgd-2"], 2, STEPS, 1),
         (["fgsm", "compressed_fgsm"], 3, 1, 0),
-        (None, 3, 0.4 * (1 + STEPS) / 2, 0.4 / 2),
+        (None, 3, 0.3 * (1 + STEPS) / 2, 0.3 / 2),
     ],
 )
 def test_what_goes_through_jpeg_shares_its_attack(
     names: list[str] | None, each: int, gradients: float, starts: float
 ) -> None:
-    images, net = photos(30), Counting()
+    images, net = photos(60), Counting()
     made = list(iter_challenges(net, images, names=names, each=each))
-    assert sum(len(batch.kinds) for batch in made) == 30 * each
+    assert sum(len(batch.kinds) for batch in made) == 60 * each
     # The first gradient of FGSM finds the prediction on its way; the random start of PGD needs one more pass.
-    assert net.calls == pytest.approx(30 * (gradients + starts))
+    assert net.calls == pytest.approx(60 * (gradients + starts))
     assert challenge_cost(each, names=names) == pytest.approx(each + 2.4 * gradients + starts)
 
 

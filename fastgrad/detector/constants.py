@@ -29,8 +29,8 @@ LIMIT = 50.0
 #: Clean inputs that are kept of a loader, drawn uniformly. More change little and cost memory, an image of 224 pixels
 #: 600 KB.
 MOST_CLEAN = 2000
-#: Challenges generated of each clean input, and in all, where there are many inputs. Three cost nine forward passes of
-#: the clean inputs, and more say little more: photographs with a third of all challenges, .890 for .909.
+#: Challenges generated of each clean input, and in all, where there are many inputs. Three cost seven forward passes
+#: of the clean inputs, and more say little more: photographs with a third of all challenges, .890 for .909.
 EACH, MOST_CHALLENGES = 3, 3000
 #: Clean inputs whose challenges are made together: an attack is fast on large batches.
 CHALLENGED_TOGETHER = 256
