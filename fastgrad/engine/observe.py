@@ -7,6 +7,7 @@ chosen sample, is sent back.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,13 @@ class _Uses(TorchFunctionMode):
         return result
 
 
+def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradient: Tensor) -> None:
+    """Add up one output's gradients of the first backward pass; later ones are of other samples."""
+    if len(passes) == 1:
+        known = gradients.get(position)
+        gradients[position] = gradient if known is None else known + gradient
+
+
 class Observation:
     """What a model does with a few samples.
 
@@ -130,8 +138,8 @@ class Observation:
         self.parameters: dict[str, Tensor] = {}
         self.bytes = 0
         self.samples = samples
-        #: Backward passes that have begun.
-        self.passes = 0
+        # One entry for each backward pass that has begun.
+        self._passes: list[None] = []
         self._rows = Rows(inputs)
         self._stack: list[int] = []
         self._times: Counter[str] = Counter()
@@ -161,41 +169,39 @@ class Observation:
         self.gathers = self._rows.gathers
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:
+        # Weakly: the calls hold the copy, and so its hooks.
+        own = weakref.proxy(self)
+
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-            index = len(self.calls)
-            parent = self._stack[-1] if self._stack else -1
+            index = len(own.calls)
+            parent = own._stack[-1] if own._stack else -1
             inputs = [
                 tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves((args, kwargs))
             ]
-            self.calls.append(Call(index, original, copy, path, parent, self._times[path], inputs))
-            self.calls[-1].gathered = self._rows.gathered((args, kwargs))
-            self._times[path] += 1
-            self._stack.append(index)
+            own.calls.append(Call(index, original, copy, path, parent, own._times[path], inputs))
+            own.calls[-1].gathered = own._rows.gathered((args, kwargs))
+            own._times[path] += 1
+            own._stack.append(index)
 
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            call = self.calls[self._stack.pop()]
-            call.gathered = call.gathered or self._rows.gathered(output)
+            call = own.calls[own._stack.pop()]
+            call.gathered = call.gathered or own._rows.gathered(output)
             for tensor in pytree.tree_leaves(output):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     position = len(call.outputs)
                     call.outputs.append(tuple(tensor.shape))
-                    self.bytes += tensor.numel() * tensor.element_size()
+                    own.bytes += tensor.numel() * tensor.element_size()
                     if tensor.requires_grad:
-                        tensor.register_hook(functools.partial(self._keep_gradient, self, call, position))
+                        # The graph holds the hook, so the hook must hold nothing that leads to the graph: neither
+                        # sees the other's garbage.
+                        tensor.register_hook(functools.partial(_keep, own._passes, call.gradients, position))
 
         attach(copy, enter, before=True)
         attach(copy, leave)
 
-    @staticmethod
-    def _keep_gradient(observation: Observation, call: Call, position: int, gradient: Tensor) -> None:
-        if observation.passes > 1:  # of another sample
-            return
-        known = call.gradients.get(position)
-        call.gradients[position] = gradient if known is None else known + gradient
-
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
         """Send one sample's gradient back, first that of the chosen one; returns its gradient of every parameter."""
-        self.passes += 1
+        self._passes.append(None)
         leaves = {n: p for n, p in self.parameters.items() if p.requires_grad}
         pairs = [(out, row) for out, row in zip(outputs, gradients, strict=True) if out.requires_grad]
         if not leaves or not pairs:

@@ -1,12 +1,17 @@
-"""Memory that a call frees is there for the next one, without a page from the system."""
+"""What a call frees is there for the next one, without a page from the system, and a trial frees all that it made."""
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
+
+import fastgrad
 
 COUNT = """
 import resource, sys
@@ -40,3 +45,25 @@ def test_freed_memory_is_kept() -> None:
     if run("plain") < pages / 2:
         pytest.skip("this system's pages are larger, or its C library keeps memory by itself")
     assert run("kept") < pages / 20
+
+
+def graphs() -> list[torch.Tensor]:
+    """Tensors whose graph is alive."""
+    return [o for o in gc.get_objects() if type(o) is torch.Tensor and o.grad_fn is not None]
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_plan_leaves_nothing_of_its_trial_alive(train: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2)).train(train)
+    gc.collect()
+    before = len(graphs())
+    gc.disable()
+    try:
+        for size in (5, 6, 7):
+            # A new extractor each: every first call is a trial.
+            fastgrad.GradientFeatures(model)(torch.randn(size, 3, 8, 8))
+        # Neither cycles nor hooks of the graph hold on to activations: nobody waits for a collector.
+        assert len(graphs()) == before
+    finally:
+        gc.enable()
