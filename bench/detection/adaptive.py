@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor
 from bench.detection import networks  # noqa: F401
 from bench.detection.data import sets
 from bench.detection.methods_ours import fitted
-from bench.detection.registry import NETWORKS, Options
+from bench.detection.registry import NETWORKS, PHOTOGRAPHS, SMALL, Options
 from bench.detection.subject import Fit, Subject
-from bench.detection.white_box import STARTS, STEPS, WhiteBox, attack, auto_attack, unaware_of, white_box
+from bench.detection.white_box import STEPS, WhiteBox, attack, auto_attack, unaware_of, white_box
 from bench.report import pages
 from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS
 
@@ -33,39 +33,58 @@ RADII = (2 / 255, 8 / 255)
 FORMS: Mapping[str, Sequence[str]] = {"default": DEFAULT_BLOCKS, "second look": EXTENDED_BLOCKS}
 #: Weights of the detector's score beside the margin; None is selective.
 LAMBDAS: Mapping[str, float | None] = {"lambda 0.1": 0.1, "lambda 1": 1.0, "selective": None}
-#: Attacked photographs, in quick mode and else.
-IMAGES = (8, 100)
-_BATCH = 8
+DEFAULT_NETWORKS = ("lite0", "resnet20")
+
+
+class Effort(NamedTuple):
+    """Attacked images, random starts of each objective, images at a time."""
+
+    images: int
+    starts: int
+    batch: int
+
+
+#: By kind of data; a photograph takes a hundred times as long as a small image.
+EFFORTS = {PHOTOGRAPHS: Effort(100, 1, 8), SMALL: Effort(100, 5, 25)}
+#: Photographs in quick mode.
+FEW = 8
 
 
 #: What happens to images between the attack and the network.
 WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {"": lambda images: images, " after JPEG": sets.compress}
 
 
-def measure(subject: Subject, count: int) -> list[dict[str, Any]]:
+def measure(subject: Subject) -> list[dict[str, Any]]:
     """Return a row for each radius and detector: how many images mislead, how many of those are found."""
-    fit, model = Fit(subject), subject.model
-    places = subject.right["test"][:count]
+    fit, model, (count, starts, batch) = Fit(subject), subject.model, EFFORTS[subject.kind]
+    places = subject.right["test"][: FEW if subject.quick and subject.few else count]
     x, labels = (value[places] for value in subject.parts["test"])
     boxes = {}
-    for form, blocks in list(FORMS.items())[: 1 if subject.quick else None]:
+    for form, blocks in list(FORMS.items())[: 1 if subject.quick and subject.few else None]:
         boxes[form] = white_box(fitted(fit, blocks), x[:3], FALSE_ALARMS)
 
     def every(make: Callable[..., Tensor], seen: Any, *settings: Any) -> Tensor:
-        parts = zip(x.split(_BATCH), labels.split(_BATCH), strict=True)
-        return torch.cat([make(seen, *part, *settings, seed) for seed, part in enumerate(parts)])
+        parts = zip(x.split(batch), labels.split(batch), strict=True)
+        return torch.cat([make(seen, *part, *settings, seed=seed) for seed, part in enumerate(parts)])
+
+    def answers(box: WhiteBox, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, uncertainty = zip(*(box.uncertainty(part) for part in images.split(batch)), strict=True)
+        return torch.cat(logits), torch.cat(uncertainty)
 
     rows = []
     for radius in RADII:
         # What does not depend on the detector is made once.
-        shared = {"unaware": every(attack, unaware_of(model), radius, 0.0)}
+        shared = {"unaware": every(attack, unaware_of(model), radius, 0.0, starts)}
         try:
             shared["AutoAttack"] = every(auto_attack, model, radius)
         except ModuleNotFoundError as absent:
             print(f"AutoAttack is not run: {absent}", file=sys.stderr)
         for form, box in boxes.items():
-            made = shared | {name: every(attack, box, radius, weight) for name, weight in LAMBDAS.items()}
-            row: dict[str, Any] = {"case": f"{round(255 * radius)}/255", "method": form, "images": len(x)}
+            made = shared | {name: every(attack, box, radius, weight, starts) for name, weight in LAMBDAS.items()}
+            row: dict[str, Any] = {
+                "network": subject.network, "case": f"{round(255 * radius)}/255", "method": form, "images": len(x),
+                "starts": starts,
+            }  # fmt: skip
             for way, change in WAYS.items():
                 safe = np.ones(len(x), dtype=bool)
                 for name, attacked in made.items():
@@ -84,21 +103,17 @@ def measure(subject: Subject, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def answers(box: WhiteBox, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits and uncertainties of a detector."""
-    logits, uncertainty = zip(*(box.uncertainty(part) for part in images.split(_BATCH)), strict=True)
-    return torch.cat(logits), torch.cat(uncertainty)
-
-
 def main() -> None:
     """Command line."""
     from bench.detection.__main__ import parser
 
-    given = parser("detection.adaptive").parse_args()
+    given = parser("detection.adaptive", DEFAULT_NETWORKS).parse_args()
     start = time.perf_counter()
-    subject = NETWORKS["lite0"].make(Options(given.data, given.cache, given.quick), 0)
-    rows = measure(subject, IMAGES[0 if given.quick else 1])
-    facts = {"steps": STEPS, "starts": STARTS, "seconds": round(time.perf_counter() - start)}
+    options = Options(given.data, given.cache, given.quick)
+    names = given.networks or DEFAULT_NETWORKS
+    rows = [row for name in names for row in measure(NETWORKS[name].make(options, 0))]
+    titles = {name: NETWORKS[name].title for name in names}
+    facts = {"steps": STEPS, "networks": titles, "seconds": round(time.perf_counter() - start)}
     pages.save("adaptive", rows, packages=("torch", "pyautoattack"), folder=given.out, facts=facts)
 
 

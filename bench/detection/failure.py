@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from bench.detection import resampled, runner
 from bench.detection.methods_ours import answer, fitted
-from bench.detection.registry import CASES, METHODS, Method, Options, Protocol
-from bench.detection.subject import Fit, Seen, Subject
+from bench.detection.registry import CASES, METHODS, Method, NotRun, Options, Protocol
+from bench.detection.subject import BATCH, Fit, Seen, Subject
 from bench.detection.tables import ALIKE, UNALIKE
+from bench.detection.train import EPOCHS, Recipe, trained
 from bench.report import pages
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 from fastgrad.metrics import aurc, calibration_report
@@ -38,7 +39,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "clean and attacks": ("attacks", "attacks after JPEG"),
     "clean and other sets": ("other sets", "near sets", "far sets", "other texts"),
 }  # fmt: skip
-PROBABILITIES = ("softmax", "softmax, temperature", "fastgrad, risk")
+PROBABILITIES = ("softmax", "softmax, temperature", "ensemble of five", "fastgrad, risk")
+#: Networks small enough to be trained five times.
+ENSEMBLES = ("resnet20",)
 
 
 class Judged(NamedTuple):
@@ -66,9 +69,28 @@ def scaled(fit: Fit) -> Callable[[Seen], torch.Tensor]:
     return lambda seen: 1 - answer(two_stage, seen).probabilities.amax(1)
 
 
+def ensemble(fit: Fit) -> Callable[[Seen], torch.Tensor]:
+    """1 - the probability of the network's answer, over it and four others of other seeds."""
+    subject = fit.subject
+    if subject.network not in ENSEMBLES:
+        raise NotRun("needs four more trainings of the network")
+    recipes = [Recipe(subject.network, seed, EPOCHS[subject.network]) for seed in range(1, 5)]
+    if subject.quick and not all((subject.folder / recipe.file()).exists() for recipe in recipes):
+        raise NotRun("needs four more trainings of the network, which quick mode leaves out")
+    models = [subject.model, *(trained(recipe, subject.root, subject.folder) for recipe in recipes)]
+
+    @torch.no_grad()
+    def score(seen: Seen) -> torch.Tensor:
+        p = torch.stack([torch.cat([one(x).softmax(1) for x in seen.images.split(BATCH)]) for one in models]).mean(0)
+        return 1 - p.gather(1, seen.logits.argmax(1, keepdim=True))[:, 0]
+
+    return score
+
+
 OWN = {
     one.name: one
     for one in (
+        Method("ensemble of five", 2017, "Lakshminarayanan et al., NeurIPS", Protocol.CLEAN, ensemble),
         Method("softmax, temperature", 2017, "Guo et al., ICML", Protocol.CLEAN, scaled),
         Method("fastgrad, risk", 2026, "the default", Protocol.GENERATED, risk),
     )

@@ -144,11 +144,9 @@ def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: An
 
     def make(fit: Fit) -> Score:
         subject = fit.subject
-        if subject.quick and not set(extra) <= set(READINGS[0]):
-            if subject.few:
-                raise NotRun("left out of quick mode: several passes an image")
-            if subject.draw and "view" not in extra:
-                raise NotRun("quick mode reads gradients of one draw")
+        once = subject.draw == 0 and subject.network not in ("lite1", "lite2")
+        if subject.quick and not once and not set(extra) <= {*READINGS[0], "view"}:
+            raise NotRun("quick mode reads gradients of one draw, and of one network on photographs")
         two_stage = fitted(fit, (*DEFAULT_BLOCKS, *extra), challenges)
         return lambda seen: answer(two_stage, seen).uncertainty
 

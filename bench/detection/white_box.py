@@ -19,8 +19,8 @@ from fastgrad import TwoStageModel
 from fastgrad.detector.calibrate import DetectorModule
 from fastgrad.engine.tracing import trace
 
-#: Steps and random starts of each objective.
-STEPS, STARTS = 20, 1
+#: Steps of each objective.
+STEPS = 20
 
 
 class WhiteBox(NamedTuple):
@@ -87,7 +87,9 @@ def away_from(logits: Tensor, predicted: Tensor) -> Tensor:
     return others.amax(1) - logits.gather(1, predicted[:, None])[:, 0]
 
 
-def attack(box: WhiteBox, images: Tensor, labels: Tensor, radius: float, weight: float | None, seed: int) -> Tensor:
+def attack(
+    box: WhiteBox, images: Tensor, labels: Tensor, radius: float, weight: float | None, starts: int, seed: int
+) -> Tensor:
     """The most usual-looking image that misleads, for each of ``images`` ``(B, 3, H, W)`` in [0, 1].
 
     Projected gradient steps on the sign (Madry et al., 2018).
@@ -99,14 +101,15 @@ def attack(box: WhiteBox, images: Tensor, labels: Tensor, radius: float, weight:
         radius: Largest change of a pixel.
         weight: Of the detector's score beside the margin; 0 is unaware of it, None is selective: the margin until the
             image misleads, from there on the score (Bryniarski et al., 2021).
-        seed: Of the random starts.
+        starts: Random ones, of which the best image counts.
+        seed: Of them.
 
     Returns:
         Images; as it was, where none misleads.
     """
     generator = torch.Generator().manual_seed(seed)
     best, least = images.clone(), torch.full((len(images),), math.inf, dtype=torch.float64)
-    for _ in range(STARTS):
+    for _ in range(starts):
         start = torch.empty_like(images).uniform_(-radius, radius, generator=generator)
         x = (images + start).clamp(0, 1)
         for step in range(STEPS + 1):

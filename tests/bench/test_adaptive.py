@@ -62,7 +62,7 @@ def test_the_attack_misleads_within_its_radius_and_lowers_the_score(model: TwoSt
     x, radius = images(4, 8), 0.2
     box = white_box(model, x[:3], FALSE_ALARMS)
     labels = model(x).logits.argmax(1)
-    found = {weight: attack(box, x, labels, radius, weight, seed=0) for weight in (0.0, None)}
+    found = {weight: attack(box, x, labels, radius, weight, 1, seed=0) for weight in (0.0, None)}
     scores = {}
     for weight, attacked in found.items():
         assert (attacked - x).abs().max() <= radius + 1e-6
@@ -78,7 +78,7 @@ def test_the_attack_misleads_within_its_radius_and_lowers_the_score(model: TwoSt
 def test_an_unaware_attack_needs_the_network_alone(model: TwoStageModel) -> None:
     x, radius = images(4, 8), 0.2
     labels = model(x).logits.argmax(1)
-    attacked = attack(unaware_of(model.model.eval()), x, labels, radius, 0.0, seed=0)
+    attacked = attack(unaware_of(model.model.eval()), x, labels, radius, 0.0, 1, seed=0)
     assert (attacked - x).abs().max() <= radius + 1e-6
     misled = model(attacked).logits.argmax(1) != labels
     assert bool(misled.any())
