@@ -136,4 +136,4 @@ for _name, _title in (
     ("densenet", "DenseNet-BC on CIFAR-10, published weights"),
     ("resnet", "a small residual network on CIFAR-10 (smoke test)"),
 ):  # fmt: skip
-    network(_name, _title, tuned=_name == "resnet18")(partial(small, _name))
+    network(_name, _title)(partial(small, _name))

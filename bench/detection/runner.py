@@ -23,6 +23,8 @@ Row = dict[str, Any]
 #: What stands for a package, a file or a property of a network that a method needs and does not find.
 ABSENT = (NotRun, ModuleNotFoundError, FileNotFoundError)
 WORST = "worst of the attacks (MEAD)"
+#: Networks that take long: their intervals are over resampled images.
+ONE_DRAW = ("lite1", "lite2", "densenet")
 
 
 class Found(NamedTuple):
@@ -143,7 +145,7 @@ def over(networks: Sequence[str], options: Options, measured: Callable[[Subject]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for name in networks:
-        for draw in range(1 if name in ("lite1", "lite2") else options.draws):
+        for draw in range(1 if name in ONE_DRAW else options.draws):
             start = time.perf_counter()
             try:
                 subject = NETWORKS[name].make(options, draw)
