@@ -8,6 +8,7 @@ reads a backward pass, the attack differentiates it a second time.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -138,6 +139,8 @@ def auto_attack(model: nn.Module, images: Tensor, labels: Tensor, radius: float,
     """AutoAttack on the network alone, standard version (Croce and Hein, 2020), as its authors wrote it."""
     from pyautoattack import AutoAttack
 
+    # Other memory layouts stop it.
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     strongest = AutoAttack(model, eps=radius, norm="Linf", version="standard", seed=seed)
-    found: Tensor = strongest.run_standard_evaluation(images, labels, batch_size=len(images))[0]
+    found: Tensor = strongest.run_standard_evaluation(images.contiguous(), labels, batch_size=len(images))[0]
     return found
