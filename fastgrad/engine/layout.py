@@ -79,33 +79,17 @@ def _block_only(gradient: Tensor, dim: int, rows: int) -> bool:
     return not bool(outside.any())
 
 
-def probe_cotangent(out: Tensor, fewer: Tensor, samples: int, chosen: int) -> Tensor | None:
-    """A fixed gradient for one sample of an output; None for an output without the batch.
-
-    Args:
-        out: The output at ``samples`` samples.
-        fewer: The output at one sample less.
-        samples: At least 2.
-        chosen: Number of the sample.
-    """
-    layout = find_layout(tuple(out.shape), tuple(fewer.shape), None, samples)
+def probe_cotangent(out: Tensor, layout: Layout | None, samples: int, chosen: int) -> Tensor:
+    """A fixed gradient for one sample of an output of ``samples``; zero for an output without the batch."""
     if layout is None or layout.kind == "single":
-        return None
-    rows = out.shape[layout.dim] // samples
-    keep = torch.zeros(out.shape[layout.dim], device=out.device, dtype=torch.float64)
-    keep.narrow(0, chosen * rows, rows).fill_(1)
-    shape = [1] * out.dim()
-    shape[layout.dim] = -1
-    return (_pattern(out) * keep.reshape(shape)).to(out.dtype)
-
-
-def whole_cotangent(out: Tensor, layout: Layout | None) -> Tensor:
-    """Likewise for an output of one sample alone; zero for an output without the batch."""
-    carries = layout is not None and layout.kind != "single"
-    return _pattern(out).to(out.dtype) if carries else torch.zeros_like(out)
-
-
-def _pattern(out: Tensor) -> Tensor:
-    """Fixed numbers of the shape of ``out``, no two alike."""
+        return torch.zeros_like(out)
     numbers = torch.arange(out.numel(), device=out.device, dtype=torch.float64)
-    return torch.cos(numbers * 1.7 + 0.3).reshape(out.shape)
+    # No two alike.
+    pattern = torch.cos(numbers * 1.7 + 0.3).reshape(out.shape).to(out.dtype)
+    if samples == 1:
+        return pattern
+    rows = out.shape[layout.dim] // samples
+    place = (layout.dim, chosen * rows, rows)
+    found = torch.zeros_like(out)
+    found.narrow(*place).copy_(pattern.narrow(*place))
+    return found

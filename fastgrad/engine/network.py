@@ -144,10 +144,8 @@ class Network:
         training: bool,
     ) -> tuple[Any, Shadow]:
         """Make the pass ``once`` by ``plan``, or by others until it keeps to one."""
-        known = plan.known
-        assert known is not None
-        modules = [module for ref in known.modules if (module := ref()) is not None]
-        before = Snapshot(modules, known.devices, training=training)
+        modules = [module for ref in plan.known.modules if (module := ref()) is not None]
+        before = Snapshot(modules, plan.known.devices, training=training)
         inputs = Versions([leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
         tried: list[Plan] = []
         raised: Exception | None = None
@@ -185,15 +183,12 @@ class Network:
 
     def _candidates(self, plan: Plan, tried: Sequence[Plan], args: Any, kwargs: Any, samples: int) -> Iterator[Plan]:
         """``plan``, others that are known, and at last new ones, none of them twice on the paths that it has."""
-        known = plan.known
-        assert known is not None
-        following: Plan | None = plan
-        while following is not None:
-            yield following
-            following = next((other for other in known.plans if all(other is not one for one in tried)), None)
+        yield plan
+        while others := [other for other in plan.known.plans if all(other is not one for one in tried)]:
+            yield others[0]
         # The few samples that a plan is tried on may take another path than the batch.
         for count in (SAMPLES, samples + 1, max(2, samples)):
-            trial = Trial(self, known, args, kwargs, samples, count)
+            trial = Trial(self, plan.known, args, kwargs, samples, count)
             made = trial.plan(older=plan)
             same = next((other for other in tried if other == made), None)
             if same is None:
@@ -266,11 +261,10 @@ class Network:
 
     def _keep(self, plan: Plan) -> None:
         """Have ``plan`` be the first to be tried."""
-        known = plan.known
-        assert known is not None
-        if not known.plans or known.plans[0] is not plan:
+        plans = plan.known.plans
+        if not plans or plans[0] is not plan:
             with self._lock:
-                known.plans[:] = [plan, *(other for other in known.plans if other is not plan)][:_PLANS_KEPT]
+                plans[:] = [plan, *(other for other in plans if other is not plan)][:_PLANS_KEPT]
 
 
 def _kind(args: Any, kwargs: Any, samples: int) -> Any:

@@ -68,8 +68,8 @@ class Plan:
         bytes_per_element: Bytes of layer outputs per input element, to estimate memory.
         untracked: Names of those parameters that the model used from elsewhere than its modules' attributes: a copy
             of the modules does not see that.
-        outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
         known: What else is known of the model for inputs of this structure.
+        outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
         paths: Those on which it agreed with autograd, see `fastgrad.engine.steps`.
     """
 
@@ -78,15 +78,9 @@ class Plan:
     routes: dict[str, Route]
     bytes_per_element: float = field(compare=False)
     untracked: tuple[str, ...]
+    known: Known = field(compare=False, repr=False)
     outputs: tuple[Layout | None, ...] = ()
-    known: Known | None = field(default=None, compare=False, repr=False)
     paths: set[int] = field(default_factory=set, compare=False, repr=False)
-
-    @property
-    def carriers(self) -> tuple[bool, ...]:
-        """For each leaf of the inputs, whether it carries the batch."""
-        assert self.known is not None
-        return self.known.carriers
 
     @property
     def replaces(self) -> bool:
@@ -175,11 +169,11 @@ class Planner:
 
     Args:
         observation: What it does with a few samples, gradients included.
-        names: Wanted parameter names by id, in order.
+        known: What is known of it for inputs of this structure.
     """
 
-    def __init__(self, observation: Observation, names: dict[int, str]) -> None:
-        self.seen, self.names = observation, names
+    def __init__(self, observation: Observation, known: Known) -> None:
+        self.seen, self.known, self.names = observation, known, known.names
 
     def plan(self, constraints: PlanConstraints, names: Iterable[str] | None = None) -> Plan:
         """Choose a route for every wanted parameter, or for those of ``names``; the others count as unused.
@@ -206,6 +200,7 @@ class Planner:
             routes,
             self.seen.bytes / max(1, elements),
             tuple(name for name in self.names.values() if name in self.seen.untracked),
+            self.known,
         )
 
     def _choose(self, name: str, constraints: PlanConstraints) -> tuple[PlannedSite, Route]:

@@ -13,7 +13,7 @@ from fastgrad._torch import pytree
 from fastgrad.batches import take
 from fastgrad.engine.backward import order_by_parameter, probe_grads
 from fastgrad.engine.copy import detach_plain
-from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent, whole_cotangent
+from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.observe import Observation
 from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
 from fastgrad.engine.run import OffPlanError, Run
@@ -58,16 +58,18 @@ class Trial:
         self._more, self._less = (take(inputs, i, samples, known.carriers) for i in (index, index[:-1]))
         with torch.enable_grad():
             fewer, seen = self._observe(training=False)
-            self._planners = [Planner(seen, known.names)]
+            self._planners = [Planner(seen, known)]
             if known.training:
                 # What may be used is planned in evaluation mode, which skips no layer by chance. Whether it holds is
                 # seen in the mode that will run, with the same random numbers as the trial.
                 fewer, seen = self._observe(training=True)
-                self._planners.append(Planner(seen, known.names))
+                self._planners.append(Planner(seen, known))
             outputs = network.tensors(seen.output)
-            pairs = list(zip(outputs, network.tensors(fewer.output), strict=True))
-            self._layouts = tuple(find_layout(tuple(a.shape), tuple(b.shape), None, count) for a, b in pairs)
-            self._checks = self._gradients(seen, pairs)
+            less = network.tensors(fewer.output)
+            self._layouts = tuple(
+                find_layout(tuple(a.shape), tuple(b.shape), None, count) for a, b in zip(outputs, less, strict=True)
+            )
+            self._checks = self._gradients(seen, outputs)
 
     def _observe(self, *, training: bool) -> tuple[Observation, Observation]:
         """What the model does with one sample less, and with all of them."""
@@ -77,25 +79,28 @@ class Trial:
         with undone(model):
             return fewer, Observation(model, self._more, self._count, fewer, training=training)
 
-    def _gradients(self, seen: Observation, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Check]:
-        """The gradients of some samples, given each output and that of one sample less.
+    def _cotangents(self, outputs: Sequence[Tensor], samples: int, chosen: int) -> list[Tensor]:
+        """What is sent back for one of the samples that the outputs hold."""
+        # A sample alone may give fewer outputs.
+        pairs = zip(outputs, self._layouts, strict=False)
+        return [probe_cotangent(out, layout, samples, chosen) for out, layout in pairs]
+
+    def _gradients(self, seen: Observation, outputs: Sequence[Tensor]) -> list[_Check]:
+        """The gradients of some samples.
 
         The chosen sample comes first, whose gradient shows where modules have the batch; others as long as a parameter
         is left that none of them has a gradient of, beyond rounding.
         """
+        if all(layout is None or layout.kind == "single" for layout in self._layouts):
+            raise ValueError("model must return a floating-point tensor that carries the batch; it returned none")
         checks = []
         idle = {name for name, p in seen.parameters.items() if p.requires_grad}
         idle &= set(self._known.names.values())
         for sample in (CHOSEN, *(i for i in range(min(self._count, SAMPLES)) if i != CHOSEN)):
-            found = [probe_cotangent(out, less, self._count, sample) for out, less in pairs]
-            if all(rows is None for rows in found):
-                raise ValueError("model must return a floating-point tensor that carries the batch; it returned none")
-            cotangents = [
-                torch.zeros_like(out) if rows is None else rows for rows, (out, _) in zip(found, pairs, strict=True)
-            ]
+            cotangents = self._cotangents(outputs, self._count, sample)
             # A checkpoint runs a part of the model again.
             with undone(self._network.model):
-                truth = seen.backward([out for out, _ in pairs], cotangents)
+                truth = seen.backward(outputs, cotangents)
             checks.append(_Check(sample, cotangents, truth))
             floor = _floor(truth)
             idle -= {name for name, gradient in truth.items() if bool(gradient.square().sum() > floor)}
@@ -151,7 +156,7 @@ class Trial:
         with torch.enable_grad(), undone(model):
             seen = Observation(model, one, 1, training=training)
             outputs = self._network.tensors(seen.output)
-            cotangents = list(map(whole_cotangent, outputs, self._layouts))
+            cotangents = self._cotangents(outputs, 1, 0)
             truth = seen.backward(outputs, cotangents)
         try:
             return not self._disagreeing(plan, _Check(0, cotangents, truth), one, 1)
@@ -164,7 +169,7 @@ class Trial:
         for planner in others:
             unused = [name for name in plan.names if plan.routes[name].route == "zero"]
             plan = plan.joined(planner.plan(constraints, unused))
-        plan = replace(plan, outputs=self._layouts, known=self._known, paths=set())
+        plan = replace(plan, outputs=self._layouts)
         return plan if older is None else plan.joined(older)
 
     def _disagreeing(self, plan: Plan, check: _Check, inputs: Any, count: int) -> frozenset[str]:
