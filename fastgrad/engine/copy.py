@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import _torch
-from fastgrad.engine.redirect import Redirect
 from fastgrad.engine.steps import unnoted
 
 _SEQUENCES = (list, tuple, set)
@@ -38,6 +37,31 @@ _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 def detach_plain(x: Tensor) -> Tensor:
     """``x`` outside any graph and usable in one: detached, and copied if it was made in inference mode."""
     return x.clone().detach() if x.is_inference() else x.detach()
+
+
+class Redirect:
+    """What stands in for ``forward`` of a user's module while a thread records it.
+
+    Args:
+        module: The module; in other threads its own ``forward`` runs.
+        call: Called with the module, its own ``forward`` and the inputs.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self._own = module.__dict__.get("forward")
+        self._forward = module.forward
+        self._module, self._call = module, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as ``forward`` of the module."""
+        return self._call(self._module, self._forward, args, kwargs)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back the ``forward`` which ``state``, a module's ``__dict__``, had before."""
+        if self._own is None:
+            state.pop("forward", None)
+        else:
+            state["forward"] = self._own
 
 
 class Shadow:
@@ -240,15 +264,9 @@ def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False)
     With ``before=True`` the hook runs last among the forward pre-hooks, so that it sees what ``forward`` gets.
     """
     kind = "_forward_pre_hooks" if before else "_forward_hooks"
-    table = module.__dict__[kind]
-    fresh: OrderedDict[int, Callable[..., Any]] = OrderedDict()
-    hook = unnoted(hook)
-    key = id(hook)
-    if before:
-        fresh.update(table)
-    fresh[key] = hook
+    state, hook = module.__dict__, unnoted(hook)
+    hooks = OrderedDict({**state[kind], id(hook): hook})
     if not before:
-        fresh.update(table)
-    module.__dict__[kind] = fresh
-    flags = module.__dict__[kind + "_with_kwargs"]
-    module.__dict__[kind + "_with_kwargs"] = OrderedDict([*flags.items(), (key, True)])
+        hooks.move_to_end(id(hook), last=False)
+    state[kind] = hooks
+    state[kind + "_with_kwargs"] = OrderedDict({**state[kind + "_with_kwargs"], id(hook): True})

@@ -17,6 +17,9 @@ from fastgrad.engine.replay import FallbackSite, ReplaySite
 from fastgrad.engine.sites import BroadcastSite, LayerSite, RuledSite
 from fastgrad.layers.registry import ReplayRule, find_rule
 
+#: Names of the classes that hold a part of a parameter, or of several.
+_PARTS = frozenset({"DTensor", "FlatParameter", "ShardedTensor"})
+
 PlannedSite = LayerSite | ReplaySite | FallbackSite | BroadcastSite
 
 
@@ -135,6 +138,18 @@ class PlanConstraints:
     def after_disagreement(self, wrong: frozenset[str]) -> PlanConstraints | None:
         """The next step after the squared norms of ``wrong`` were not autograd's; None if nothing is left."""
         return None if wrong <= self.at_root else replace(self, at_root=self.at_root | wrong)
+
+
+def refuse_parts(model: nn.Module) -> None:
+    """Raise TypeError if a parameter of ``model`` is one part of several, of which one process alone knows no norm."""
+    for name, parameter in model.named_parameters():
+        kinds = {cls.__name__ for kind in (type(parameter), type(parameter.data)) for cls in kind.__mro__}
+        found = sorted(kinds & _PARTS)
+        if found:
+            raise TypeError(
+                f"model must hold whole parameters; {name!r} was a {found[0]} (FSDP, tensor parallelism), of which "
+                "each process holds a part. Use DistributedDataParallel, or norms before the model is sharded"
+            )
 
 
 def refuse_mixing(model: nn.Module, *, training: bool) -> None:

@@ -19,11 +19,10 @@ from fastgrad.engine.backward import backward_signals, order_by_parameter
 from fastgrad.engine.compile import CompiledPasses
 from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.network import Network
-from fastgrad.engine.plan import Plan, Route, refuse_mixing
+from fastgrad.engine.plan import Plan, Route, refuse_mixing, refuse_parts
 from fastgrad.engine.run import Run
 from fastgrad.engine.tracing import is_symbolic, trace
 from fastgrad.gradients.contrasts import check_target
-from fastgrad.gradients.whole import refuse_parts
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from fastgrad._torch import original, outside_of_compilation
 from fastgrad.batches import batch_size
 from fastgrad.engine.backward import looped, probe_grads
+from fastgrad.engine.copy import Redirect
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
-from fastgrad.engine.plan import refuse_mixing
+from fastgrad.engine.plan import refuse_mixing, refuse_parts
 from fastgrad.engine.probe import probes_behind
-from fastgrad.engine.redirect import Redirect
 from fastgrad.engine.run import Run
 from fastgrad.engine.steps import suspended
-from fastgrad.gradients.whole import refuse_parts
 from fastgrad.losses import compute_dtype
 
 _active = threading.local()
