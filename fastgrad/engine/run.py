@@ -43,11 +43,15 @@ class Run:
 
     def __init__(self, samples: int, impl: str = "auto") -> None:
         self.samples, self.impl = samples, impl
+        self.begin(None)
+
+    def begin(self, plan: Plan | None) -> None:
+        """Begin a forward pass, or begin it again, by ``plan``."""
         #: Site and probe, in the order in which the forward pass reached them.
         self.probes: list[tuple[Site, Tensor]] = []
         self.readings: dict[Reading, Tensor] = {}
         #: The plan that the forward pass kept to; None for a pass without one.
-        self.plan: Plan | None = None
+        self.plan = plan
         #: Whether a part of it will be computed again to get at what autograd did not save.
         self.checkpointed = False
         #: Why the forward pass left its plan.
@@ -58,13 +62,6 @@ class Run:
         self.steps: Steps | None = None
         #: What layers with a rule held when they were called.
         self.held = Unchanged()
-
-    def begin(self, plan: Plan | None) -> None:
-        """Begin a forward pass, or begin it again, by ``plan``."""
-        self.plan, self.left, self.checkpointed, self.closed = plan, None, False, False
-        self.steps, self.held = None, Unchanged()
-        self.probes.clear()
-        self.readings.clear()
 
     def leave_plan(self, parameters: tuple[str, ...], reason: str) -> NoReturn:
         """Raise OffPlanError, which the model may catch but the pass remembers."""

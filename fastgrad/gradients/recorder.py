@@ -23,7 +23,15 @@ from fastgrad.engine.run import Run
 from fastgrad.engine.steps import suspended
 from fastgrad.losses import compute_dtype
 
-_active = threading.local()
+
+class _Active(threading.local):
+    """The recordings that a thread is in, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[record] = []
+
+
+_active = _Active()
 # Redirections by the id of the module: how many recordings of it are open, in all threads.
 _open: dict[int, tuple[Redirect, int]] = {}
 _networks: weakref.WeakKeyDictionary[nn.Module, Network] = weakref.WeakKeyDictionary()
@@ -100,14 +108,13 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
                     redirect = Redirect(module, _dispatch)
                     module.__dict__["forward"] = redirect
                 _open[id(module)] = (redirect, count + 1)
-        stack = _stack()
-        stack.append(self)
+        _active.stack.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _stack().remove(self)
+        _active.stack.remove(self)
         self.calls.clear()
         self.samples = None
         with _lock:
@@ -152,15 +159,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         return output
 
 
-def _stack() -> list[record]:
-    stack: list[record] | None = getattr(_active, "stack", None)
-    if stack is None:
-        stack = _active.stack = []
-    return stack
-
-
 def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-    for recording in reversed(_stack()):
+    for recording in reversed(_active.stack):
         if recording.owns(module):
             if not torch.is_grad_enabled() or not any(True for _ in module.parameters()):
                 break
@@ -212,11 +212,10 @@ def grad_sqnorm(
     gradients = [grad_outputs] if isinstance(grad_outputs, Tensor) else grad_outputs
     if is_grads_batched and gradients is None:
         raise ValueError("grad_outputs must be given when is_grads_batched is True; it was None")
-    stack = _stack()
-    if not stack:
+    if not _active.stack:
         raise RuntimeError("grad_sqnorm must be called inside record(model)")
     found = outside_of_compilation(recorded_sqnorms)
-    return found(stack[-1], outputs, wanted, gradients, is_grads_batched, bool(retain_graph))
+    return found(_active.stack[-1], outputs, wanted, gradients, is_grads_batched, bool(retain_graph))
 
 
 def recorded_sqnorms(
@@ -237,7 +236,7 @@ def recorded_sqnorms(
     # Only the probes of sites that serve a wanted parameter: the backward pass need not go further. Calls of other
     # models that are being recorded count, too, where they share a parameter.
     asked = {id(p) for p in wanted}
-    recordings = {id(each): each for each in (*_stack(), recording)}
+    recordings = {id(each): each for each in (*_active.stack, recording)}
     alive = [(call, run) for each in recordings.values() for call in each.calls if (run := call.run()) is not None]
     probes = [
         ([call.keys[name] for name in site.parameters], site, probe, run)

@@ -18,6 +18,8 @@ from fastgrad.losses import compute_dtype
 _OPTIONS = (
     "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal",
 )  # fmt: skip
+#: Projection weights that are not packed in one.
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -25,25 +27,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
     return mask.to(dtype)
-
-
-class _Projections:
-    """The projection weights of a module, packed or separate, in the accumulation dtype."""
-
-    def __init__(self, module: nn.MultiheadAttention, dtype: torch.dtype) -> None:
-        self.packed = module.in_proj_weight is not None
-        weights: Sequence[Tensor]
-        if self.packed:
-            weights = module.in_proj_weight.chunk(3)
-        else:
-            weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        self.weights = [w.to(dtype) for w in weights]
-        bias = module.in_proj_bias
-        self.biases = [None] * 3 if bias is None else [b.to(dtype) for b in bias.chunk(3)]
-
-    def __call__(self, i: int, x: Tensor) -> Tensor:
-        projected: Tensor = F.linear(x, self.weights[i], self.biases[i])
-        return projected
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -69,9 +52,11 @@ def multihead_attention(
         inputs, grad = [x.transpose(0, 1) for x in inputs], grad.transpose(0, 1)
     samples, length = inputs[0].shape[:2]
     heads = module.num_heads
-    project = _Projections(module, dtype)
+    packed, bias = module.in_proj_weight is not None, module.in_proj_bias
+    weights = module.in_proj_weight.chunk(3) if packed else [getattr(module, name) for name in _SEPARATE]
+    biases = [None] * 3 if bias is None else bias.to(dtype).chunk(3)
     with torch.enable_grad():
-        leaves = [leaf(project(i, x.detach())) for i, x in enumerate(inputs)]
+        leaves = [leaf(F.linear(x.detach(), w.to(dtype), b)) for x, w, b in zip(inputs, weights, biases, strict=True)]
         query, key, value = leaves
         extra: dict[str, Tensor] = {}
         padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
@@ -80,8 +65,8 @@ def multihead_attention(
             scores_mask = scores_mask.reshape(samples, heads, *scores_mask.shape[1:])
         appended = 0
         if module.bias_k is not None and module.bias_v is not None:
-            for name, bias in (("bias_k", module.bias_k), ("bias_v", module.bias_v)):
-                extra[name] = leaf(bias.to(dtype).expand(samples, 1, -1))
+            for name, row in (("bias_k", module.bias_k), ("bias_v", module.bias_v)):
+                extra[name] = leaf(row.to(dtype).expand(samples, 1, -1))
             key, value = torch.cat([key, extra["bias_k"]], 1), torch.cat([value, extra["bias_v"]], 1)
             appended += 1
         if module.add_zero_attn:
@@ -93,13 +78,13 @@ def multihead_attention(
             scores = scores + F.pad(scores_mask, (0, appended))
         if padding is not None:
             scores = scores + F.pad(_additive(padding, dtype), (0, appended))[:, None, None, :]
-        weights = scores.softmax(-1)
-        context = (weights @ value).transpose(1, 2).reshape(samples, length, -1)
+        attended = scores.softmax(-1)
+        context = (attended @ value).transpose(1, 2).reshape(samples, length, -1)
         out = F.linear(context, module.out_proj.weight.to(dtype), None)
         outputs, grads = [out], [grad]
         if len(gradients) > 1:
             averaged = given.get("average_attn_weights", True)
-            outputs.append(weights.mean(1) if averaged else weights)
+            outputs.append(attended.mean(1) if averaged else attended)
             grads.append(gradients[1].to(dtype))
         wanted = [*leaves, *extra.values()]
         found = torch.autograd.grad(outputs, wanted, grads)
@@ -109,10 +94,10 @@ def multihead_attention(
         "out_proj.bias": bias_sqnorm(grad),
         "in_proj_bias": sum((bias_sqnorm(g) for g in found[1:3]), bias_sqnorm(found[0])),
     }
-    if project.packed:
+    if packed:
         norms["in_proj_weight"] = per_projection[0] + per_projection[1] + per_projection[2]
     else:
-        norms |= dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), per_projection, strict=True))
+        norms |= dict(zip(_SEPARATE, per_projection, strict=True))
     for name, g in zip(extra, found[3:], strict=True):
         norms[name] = bias_sqnorm(g)
     return norms

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,11 +38,8 @@ def _same(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
 
 def _stored(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
     """Likewise for the image size that was named beforehand, by a layer that pads or one that does nothing."""
-    return a, [sum(pair) for pair in zip(_zeros_of(module.static_padding), padding_pairs(module), strict=True)]
-
-
-def _zeros_of(layer: Any) -> Sequence[int]:
-    return tuple(layer.padding) if isinstance(layer, nn.ZeroPad2d) else (0, 0, 0, 0)
+    stored = module.static_padding.padding if isinstance(module.static_padding, nn.ZeroPad2d) else (0, 0, 0, 0)
+    return a, [sum(pair) for pair in zip(stored, padding_pairs(module), strict=True)]
 
 
 def _norms(padding: Padding, module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def instance_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     assert isinstance(module, NormBase)
     a, g = upcast(a, g)
     if module.running_mean is not None and not module.training:
-        return dict(batch_norm(module, a, g))
+        return batch_norm(module, a, g)
     return _channel_norms(F.instance_norm(a, eps=module.eps), g)
 
 

@@ -98,15 +98,13 @@ def recurrent(
     dtype = compute_dtype(gradients[0].dtype)
     x = x.to(dtype) if module.batch_first else x.to(dtype).transpose(0, 1)
     both = 2 if module.bidirectional else 1
-    width = module.proj_size or module.hidden_size
     if state is None:
-        hiddens, cells = [x.new_zeros(x.shape[0], width)] * (both * module.num_layers), None
-        if module.mode == "LSTM":
-            cells = [x.new_zeros(x.shape[0], module.hidden_size)] * (both * module.num_layers)
-    elif module.mode == "LSTM":
-        hiddens, cells = list(state[0].to(dtype).unbind(0)), list(state[1].to(dtype).unbind(0))
-    else:
-        hiddens, cells = list(state.to(dtype).unbind(0)), None
+        widths = (module.proj_size or module.hidden_size, module.hidden_size)
+        state = [x.new_zeros(both * module.num_layers, x.shape[0], width) for width in widths]
+    elif module.mode != "LSTM":
+        state = [state]
+    hiddens = state[0].to(dtype).unbind(0)
+    cells = state[1].to(dtype).unbind(0) if module.mode == "LSTM" else None
     directions: list[_Direction] = []
     last_hidden, last_cell = [], []
     with torch.enable_grad():
