@@ -21,27 +21,14 @@ _DOUBTS = 4
 
 
 def find_carriers(
-    model: nn.Module,
-    args: Any,
-    kwargs: Any,
-    samples: int,
-    tensors: Callable[[Any], list[Tensor]],
-    *,
-    training: bool,
+    model: nn.Module, args: Any, kwargs: Any, samples: int, tensors: Callable[[Any], list[Tensor]], *, training: bool
 ) -> tuple[bool, ...]:
     """For each leaf of the inputs, whether it carries the batch.
 
     The first tensor with B rows does. Of others with B rows, those do with which some of the samples alone give the
     rows that they have in the batch; where no choice does, as in a model that mixes
-    samples, those that the model bears without an error.
-
-    Args:
-        model: The model; only read.
-        args: Positional inputs.
-        kwargs: Inputs by keyword.
-        samples: B.
-        tensors: The tensors of an output that matter.
-        training: Whether a module will run in training mode, where the model must bear the choice as well.
+    samples, those that the model bears without an error. Where a module will run in training mode, the model must bear
+    the choice in that mode as well. ``tensors`` gives the tensors of an output that matter.
     """
     inputs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
     leaves = pytree.tree_leaves(inputs)

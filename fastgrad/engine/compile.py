@@ -45,11 +45,8 @@ class CompiledPasses:
     ) -> tuple[Tensor, ...]:
         """Compile or find the graph of a pass, and call it.
 
-        Args:
-            model: The model.
-            structure: Stands for the model's modules and the structure of the inputs, by its identity.
-            make: Gives the pass that is to be compiled, which uses nothing but the model and the inputs.
-            inputs: The arguments of the pass.
+        ``structure`` stands for the model's modules and the structure of the inputs, by its identity. ``make`` gives
+        the pass that is to be compiled, which uses nothing but the model and the inputs.
         """
         leaves = pytree.tree_leaves(inputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

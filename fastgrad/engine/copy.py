@@ -40,11 +40,9 @@ def detach_plain(x: Tensor) -> Tensor:
 
 
 class Redirect:
-    """What stands in for ``forward`` of a user's module while a thread records it.
+    """What stands in for ``forward`` of a user's module while it is recorded.
 
-    Args:
-        module: The module; in other threads its own ``forward`` runs.
-        call: Called with the module, its own ``forward`` and the inputs.
+    ``call`` gets the module, its own ``forward`` and the inputs.
     """
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
@@ -79,11 +77,7 @@ class Shadow:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        parameter: Callable[[nn.Parameter], Tensor] = detach_plain,
-        *,
-        training: bool = False,
+        self, model: nn.Module, parameter: Callable[[nn.Parameter], Tensor] = detach_plain, *, training: bool = False
     ) -> None:
         #: The user's model.
         self.model = model
@@ -124,11 +118,7 @@ class Shadow:
             state[name] = self._replace(original)
 
     def stand_ins(self, *, apart: bool) -> dict[int, int]:
-        """By id of a tensor, the number of the parameter that it is: those of the copy, and the user's own.
-
-        Args:
-            apart: Whether these two have different numbers.
-        """
+        """The number of every parameter, by its id and its copy's; ``apart`` gives the two different numbers."""
         found = {key: 2 * i + apart for i, key in enumerate(self._copies)}
         return found | {id(value): 2 * i for i, value in enumerate(self._copies.values())}
 

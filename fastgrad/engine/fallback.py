@@ -70,16 +70,7 @@ class Fallback:
     def sqnorms(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor], samples: int
     ) -> Tensor:
-        """Squared norms of each sample's gradient of the parameters, with all their uses inside the module.
-
-        Args:
-            args: The inputs of the call, positional.
-            kwargs: The inputs by keyword.
-            gradients: Of the outputs.
-            samples: B.
-
-        Returns:
-            ``(B, len(parameters))``.
+        """Squared norms ``(B, P)`` of each sample's gradient of the parameters, with all their uses inside the module.
 
         Raises:
             ValueError: If a sample alone has other gradients than in its batch.

@@ -46,13 +46,9 @@ class Layout:
 
 
 def find_layout(shape: tuple[int, ...], other: tuple[int, ...], gradient: Tensor | None, samples: int) -> Layout | None:
-    """Where the batch lies in a tensor.
+    """Where the batch lies in a tensor of this shape at ``samples``, 2 at least, and the other at one less.
 
-    Args:
-        shape: Its shape at ``samples`` samples.
-        other: Its shape at one sample less.
-        gradient: Its gradient when that of the chosen sample is sent back.
-        samples: At least 2.
+    ``gradient`` is the tensor's when that of the chosen sample is sent back.
     """
     if len(shape) != len(other) or not shape:
         return None

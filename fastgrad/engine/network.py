@@ -33,6 +33,8 @@ _PLANS_KEPT = 4
 class Network:
     """Runs a model with probes; only reads it.
 
+    ``training`` lets modules keep their own mode; else they run in evaluation mode.
+
     Args:
         model: The user's model; held weakly.
         names: Gives the wanted parameters, name by id, in order; all by default.
@@ -67,12 +69,6 @@ class Network:
     def plan(self, args: Any, kwargs: Any, samples: int, *, training: bool = False) -> Plan:
         """The plan for inputs of this structure, made and checked at their first appearance.
 
-        Args:
-            args: Positional inputs.
-            kwargs: Inputs by keyword.
-            samples: B.
-            training: Whether modules will keep their own mode instead of evaluation mode.
-
         Raises:
             ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
         """
@@ -105,17 +101,9 @@ class Network:
     ) -> Any:
         """One forward pass of a private copy, with probes and readings.
 
-        Where the pass leaves its plan, another plan is taken or made, and the pass begins again.
-
-        Args:
-            plan: The plan for inputs of this structure; None for a pass without its sites, which needs no
-                observation and no trial.
-            run: Takes up the probes and readings, and the plan that the pass kept to.
-            args: Positional inputs.
-            kwargs: Inputs by keyword.
-            readings: What to keep of what modules see.
-            parameter: What the copy holds in place of each parameter.
-            training: Whether modules keep their own mode instead of evaluation mode.
+        Where the pass leaves its plan, another plan is taken or made, and the pass begins again. Without a plan it has
+        no sites, and needs no observation and no trial. ``run`` takes up the probes and readings, and the plan that the
+        pass kept to. ``parameter`` gives what the copy holds in place of each parameter.
 
         Raises:
             RuntimeError: If a module that was to be read was not called.

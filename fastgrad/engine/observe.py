@@ -104,14 +104,7 @@ def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradi
 
 
 class Observation:
-    """What a model does with a few samples.
-
-    Args:
-        model: The user's model; only read.
-        inputs: Its positional inputs and those by keyword.
-        samples: How many they hold.
-        fewer: What it does with one of the samples less; what differs is the batch.
-        training: Whether modules keep their own mode instead of evaluation mode.
+    """What a model does with a few samples; what differs from ``fewer``, with one of them less, is the batch.
 
     Attributes:
         output: What the model returned.

@@ -155,9 +155,7 @@ def refuse_parts(model: nn.Module) -> None:
 def refuse_mixing(model: nn.Module, *, training: bool) -> None:
     """Raise ValueError for a layer that computes with the statistics of the batch.
 
-    Args:
-        model: The model.
-        training: Whether modules run in their own mode rather than in evaluation mode.
+    ``training``: modules run in their own mode rather than in evaluation mode.
     """
     for path, module in model.named_modules():
         if module.__dict__.get("scale_grad_by_freq"):
@@ -180,12 +178,7 @@ def refuse_mixing(model: nn.Module, *, training: bool) -> None:
 
 
 class Planner:
-    """Makes the plans of one model.
-
-    Args:
-        observation: What it does with a few samples, gradients included.
-        known: What is known of it for inputs of this structure.
-    """
+    """Makes the plans of one model, from what it does with a few samples, gradients included."""
 
     def __init__(self, observation: Observation, known: Known) -> None:
         self.seen, self.known, self.names = observation, known, known.names

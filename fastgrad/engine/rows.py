@@ -28,11 +28,7 @@ _DRAWING = frozenset({"randperm", "randint", "rand", "randn", "multinomial", "be
 
 
 class Rows:
-    """What is known of the tensors of one forward pass.
-
-    Args:
-        inputs: Those that the model was given.
-    """
+    """What is known of the tensors of one forward pass on ``inputs``."""
 
     def __init__(self, inputs: Any) -> None:
         # Held, so that no other tensor gets the id of one.

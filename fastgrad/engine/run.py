@@ -74,14 +74,9 @@ class Run:
             self.steps.note(type(site).__name__, site.path, site.parameters)
 
     def probe(self, site: Site, output: Tensor) -> Tensor:
-        """A new probe of a site.
+        """A new probe of a site, on the device of ``output``.
 
-        Args:
-            site: The site.
-            output: Tensor that gives device and dtype.
-
-        Returns:
-            Zeros ``(B, m)`` for the site's m parameters, float32 (float64 for a float64 output), with gradients.
+        Zeros ``(B, m)`` for the site's m parameters, float32 (float64 for a float64 output), that require gradients.
         """
         self.checkpointed = self.checkpointed or saves_elsewhere()
         dtype = compute_dtype(output.dtype)

@@ -66,13 +66,7 @@ class LayerSite(RuledSite):
         in_place = self.rule.in_place and not single
         return tap([output], [value], run.probe(self, output), norms, in_place=in_place)[0]
 
-    def _norms(
-        self,
-        run: Run,
-        module: nn.Module,
-        saved: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-    ) -> Tensor:
+    def _norms(self, run: Run, module: nn.Module, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         a = self.layout.batch_first(saved[0], run.samples)
         g = self.layout.batch_first(gradients[0], run.samples)
         with using(run.impl):

@@ -86,12 +86,7 @@ class Snapshot:
     """
 
     def __init__(
-        self,
-        modules: Iterable[nn.Module],
-        devices: list[torch.device],
-        *,
-        training: bool,
-        every: bool = False,
+        self, modules: Iterable[nn.Module], devices: list[torch.device], *, training: bool, every: bool = False
     ) -> None:
         self._random = RandomState(devices)
         copied: list[Tensor | None] = []

@@ -45,10 +45,8 @@ _current = _Current()
 class Steps(TorchFunctionMode):
     """Notes every function that gives a tensor: its name, the dimensions that it is told, and those of what it gives.
 
-    Sizes are not noted: a plan that was tried on a few samples serves batches of any size.
-
-    Args:
-        parameters: Which parameter a tensor is, by id.
+    Sizes are not noted: a plan that was tried on a few samples serves batches of any size. ``parameters`` tells by id
+    which parameter a tensor is.
     """
 
     def __init__(self, parameters: dict[int, int]) -> None:

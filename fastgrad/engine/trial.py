@@ -38,16 +38,7 @@ class _Check(NamedTuple):
 
 
 class Trial:
-    """A model on a few samples of its inputs.
-
-    Args:
-        network: The model.
-        known: What is known of it for inputs of this structure.
-        args: Its positional inputs.
-        kwargs: Inputs by keyword.
-        samples: B.
-        count: How many of them to take; the first ones again where there are fewer.
-    """
+    """A model on ``count`` samples of its inputs, the first ones again where there are fewer."""
 
     def __init__(
         self, network: Network, known: Known, args: Any, kwargs: Any, samples: int, count: int = SAMPLES
@@ -111,8 +102,7 @@ class Trial:
     def plan(self, older: Plan | None = None) -> Plan:
         """A plan that agrees with autograd.
 
-        Args:
-            older: A plan that serves parameters which the present path does not use; left out if it does not agree.
+        ``older`` serves parameters which the present path does not use; it is left out if it does not agree.
 
         Raises:
             ValueError: If the model does not treat the samples of a batch independently, or not alike each time.

@@ -186,12 +186,7 @@ def contrast_rows(features: Tensor, logits: Tensor, *, loss: str = "mse", rows: 
 
 
 def contrast_rows_linear(
-    features: Tensor,
-    logits: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    loss: str = "mse",
+    features: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, loss: str = "mse"
 ) -> Tensor:
     """A linear layer over the flattened :func:`contrast_rows`, which are stored only where they are small.
 
@@ -286,13 +281,7 @@ def _head_pair(
 
 
 def _linear(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    loss: str,
-    reduction: str,
-    impl: str,
-    **flags: object,
+    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, impl: str, **flags: object
 ) -> None:
     _options(loss, reduction, flags)
     checks.is_float("features", features)

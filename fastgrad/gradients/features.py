@@ -299,9 +299,7 @@ class GradientFeatures:
 
     def _empty(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         one = pytree.tree_map_only(
-            Tensor,
-            lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() and t.shape[0] == 0 else t,
-            (args, kwargs),
+            Tensor, lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() and t.shape[0] == 0 else t, (args, kwargs)
         )
         with torch.no_grad():
             logits = logits_of(self._network.forward(None, Run(1), *one))[:0]

@@ -69,11 +69,7 @@ class SampleTable:
 
 
 def rank_samples(
-    model: nn.Module,
-    loader: Iterable[Any],
-    *,
-    layers: str | Iterable[str] | None = None,
-    verbose: bool = False,
+    model: nn.Module, loader: Iterable[Any], *, layers: str | Iterable[str] | None = None, verbose: bool = False
 ) -> SampleTable:
     """Norms of every sample's gradient of the cross-entropy, and what is known of it without a backward pass.
 

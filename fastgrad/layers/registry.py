@@ -58,10 +58,7 @@ RULES: dict[type[nn.Module] | str, Rule] = {}
 
 
 def register_rule(
-    *module_types: type[nn.Module] | str,
-    name: str | None = None,
-    positions: bool = False,
-    in_place: bool = False,
+    *module_types: type[nn.Module] | str, name: str | None = None, positions: bool = False, in_place: bool = False
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register the decorated function as the rule for modules of these types and their subclasses.
 
