@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import disable_mha_fastpath, is_traced, pytree
+from fastgrad.batches import input_tensors
 from fastgrad.engine.carriers import find_carriers
 from fastgrad.engine.copy import Shadow, detach_plain
 from fastgrad.engine.fallback import floating
@@ -134,7 +135,7 @@ class Network:
         """Make the pass ``once`` by ``plan``, or by others until it keeps to one."""
         modules = [module for ref in plan.known.modules if (module := ref()) is not None]
         before = Snapshot(modules, plan.known.devices, training=training)
-        inputs = Versions([leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+        inputs = Versions(input_tensors(args, kwargs))
         tried: list[Plan] = []
         raised: Exception | None = None
         reason = ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import pytree
 from fastgrad.engine.copy import Shadow, attach, detach_plain
+from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.rows import Rows
 
@@ -59,15 +60,10 @@ class _Uses(TorchFunctionMode):
     """Notes which calls hand a parameter to a differentiable function."""
 
     def __init__(
-        self,
-        parameters: dict[int, str],
-        originals: dict[int, str],
-        current: Callable[[], int],
-        rows: Rows,
-        samples: int,
+        self, parameters: dict[int, str], originals: dict[int, str], stack: list[int], rows: Rows, samples: int
     ) -> None:
         super().__init__()
-        self.parameters, self.originals, self.current = parameters, originals, current
+        self.parameters, self.originals, self.stack = parameters, originals, stack
         self.rows, self.samples = rows, samples
         #: Parameters of the user's model that were used themselves, not through its copy.
         self.untracked: set[str] = set()
@@ -92,7 +88,7 @@ class _Uses(TorchFunctionMode):
             for name in found:
                 self.ranks[name].add(result.dim() if broadcast else None)
                 if any(r.requires_grad for r in tensors):
-                    self.uses[name].add(self.current())
+                    self.uses[name].add(self.stack[-1])
         return result
 
 
@@ -134,7 +130,8 @@ class Observation:
         # One entry for each backward pass that has begun.
         self._passes: list[None] = []
         self._rows = Rows(inputs)
-        self._stack: list[int] = []
+        # Numbers of the calls under way.
+        self._stack = [-1]
         self._times: Counter[str] = Counter()
         self._fewer = {} if fewer is None else {(call.path, call.ordinal): call for call in fewer.calls}
         names = {id(p): name for name, p in model.named_parameters()}
@@ -153,10 +150,7 @@ class Observation:
         for path, original in model.named_modules():
             self._watch(original, shadow.modules[id(original)], path)
 
-        def current() -> int:
-            return self._stack[-1] if self._stack else -1
-
-        with torch.enable_grad(), _Uses(tracked, names, current, self._rows, samples) as uses:
+        with torch.enable_grad(), _Uses(tracked, names, self._stack, self._rows, samples) as uses:
             self.output = shadow.root(*inputs[0], **inputs[1])
         self.uses, self.ranks, self.untracked = uses.uses, uses.ranks, uses.untracked
         self.gathers = self._rows.gathers
@@ -167,11 +161,10 @@ class Observation:
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             index = len(own.calls)
-            parent = own._stack[-1] if own._stack else -1
             inputs = [
                 tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves((args, kwargs))
             ]
-            own.calls.append(Call(index, original, copy, path, parent, own._times[path], inputs))
+            own.calls.append(Call(index, original, copy, path, own._stack[-1], own._times[path], inputs))
             own.calls[-1].gathered = own._rows.gathered((args, kwargs))
             own._times[path] += 1
             own._stack.append(index)
@@ -179,15 +172,13 @@ class Observation:
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = own.calls[own._stack.pop()]
             call.gathered = call.gathered or own._rows.gathered(output)
-            for tensor in pytree.tree_leaves(output):
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    position = len(call.outputs)
-                    call.outputs.append(tuple(tensor.shape))
-                    own.bytes += tensor.numel() * tensor.element_size()
-                    if tensor.requires_grad:
-                        # The graph holds the hook, so the hook must hold nothing that leads to the graph: neither
-                        # sees the other's garbage.
-                        tensor.register_hook(functools.partial(_keep, own._passes, call.gradients, position))
+            for position, tensor in enumerate(floating(output)):
+                call.outputs.append(tuple(tensor.shape))
+                own.bytes += tensor.numel() * tensor.element_size()
+                if tensor.requires_grad:
+                    # The graph holds the hook, so the hook must hold nothing that leads to the graph: neither
+                    # sees the other's garbage.
+                    tensor.register_hook(functools.partial(_keep, own._passes, call.gradients, position))
 
         attach(copy, enter, before=True)
         attach(copy, leave)

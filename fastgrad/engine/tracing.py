@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import flat_graph, pytree
+from fastgrad.batches import input_tensors
 
 
 def is_symbolic(size: object) -> bool:
@@ -38,15 +39,11 @@ def trace(
     Returns:
         A module that takes the inputs' tensors positionally.
     """
-    leaves, spec = pytree.tree_flatten(inputs)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def flat(*tensors: Tensor) -> Any:
-        filled = list(leaves)
-        for place, tensor in zip(places, tensors, strict=True):
-            filled[place] = tensor
-        return function(*pytree.tree_unflatten(filled, spec))
+        given = iter(tensors)
+        return function(*pytree.tree_map_only(Tensor, lambda _: next(given), inputs))
 
-    tensors = [leaves[i] for i in places]
+    tensors = input_tensors(inputs)
     carries = [tensor.dim() > 0 and tensor.shape[0] == batch for tensor in tensors]
     return flat_graph(flat, tensors, carries, functional=functional)

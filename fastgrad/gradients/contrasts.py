@@ -237,10 +237,19 @@ def check_target(target: str | Tensor, logits: Tensor) -> None:
         inside = ((target >= 0) & (target < classes)).all()
         check_later(inside, f"target must hold class indices from 0 to {classes - 1}")
         return
-    low, high = (int(edge) for edge in torch.aminmax(target))
+    require_classes(target, classes)
+
+
+class NoClassError(ValueError):
+    """A target names a class that the model does not have."""
+
+
+def require_classes(target: Tensor, classes: int) -> None:
+    """Raise NoClassError unless all indices are of classes. Waits for the device."""
+    low, high = (int(edge) for edge in target.aminmax())
     if low < 0 or high >= classes:
         worst = low if low < 0 else high
-        raise ValueError(f"target must hold class indices from 0 to {classes - 1}; it held {worst}")
+        raise NoClassError(f"target must hold class indices from 0 to {classes - 1}; it held {worst}")
 
 
 def _options(loss: str, reduction: str, flags: dict[str, object]) -> None:

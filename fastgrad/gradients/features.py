@@ -22,7 +22,7 @@ from fastgrad.engine.network import Network
 from fastgrad.engine.plan import Plan, Route, refuse_mixing, refuse_parts
 from fastgrad.engine.run import Run
 from fastgrad.engine.tracing import is_symbolic, trace
-from fastgrad.gradients.contrasts import check_target
+from fastgrad.gradients.contrasts import check_target, require_classes
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.
@@ -308,10 +308,6 @@ class GradientFeatures:
         return logits, logits.new_zeros((0, *middle, len(self._names())), dtype=dtype)
 
 
-class NoClassError(ValueError):
-    """A target names a class that the model does not have."""
-
-
 def _checked(target: Target, logits: Tensor) -> str | Tensor:
     """A target for each row of ``logits``; refused before any kernel reads what it has no class for."""
     value = target(logits) if callable(target) else target
@@ -320,11 +316,7 @@ def _checked(target: Target, logits: Tensor) -> str | Tensor:
     if isinstance(value, Tensor):
         rows, classes = logits.shape
         if not value.is_floating_point() and value.dtype != torch.bool and value.numel() and not is_traced():
-            low, high = (int(edge) for edge in value.aminmax())
-            if low < 0 or high >= classes:
-                raise NoClassError(
-                    f"target must hold class indices from 0 to {classes - 1}; it held {low if low < 0 else high}"
-                )
+            require_classes(value, classes)
         value = value.to(logits.device)
         if value.dim() == 0:
             value = value.expand(rows)

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from fastgrad import checks
 from fastgrad.batches import as_call, bar, batch_size, first_input, to_device
-from fastgrad.gradients.features import GradientFeatures, NoClassError
+from fastgrad.gradients.contrasts import NoClassError
+from fastgrad.gradients.features import GradientFeatures
 
 #: Columns to rank by, and whether the largest value comes first.
 _KEYS = {"grand": True, "el2n": True, "loss": True, "confidence": False}
