@@ -7,33 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fastgrad
 from fastgrad.layers import register_rule
-
-
-class Mixing(nn.Module):
-    """Every sample's logits depend on the other samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(3, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.inner(x)
-        return z - z.mean(0)
-
 
 NET, X = nn.Linear(3, 4), torch.rand(5, 3)
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "target": (lambda: fastgrad.GradientFeatures(NET, target=0.5), TypeError, "target must be .* 0.5"),  # type: ignore[arg-type]
     "log": (lambda: fastgrad.GradientFeatures(NET, log=1), TypeError, "log must be .* it was 1"),  # type: ignore[arg-type]
     "signals": (lambda: fastgrad.GradientFeatures(NET, signals=["bce"]), ValueError, "signals .* 'bce'"),  # type: ignore[list-item]
-    "layers": (lambda: fastgrad.GradientFeatures(NET, layers="head"), ValueError, "layers must name .* 'head'"),
     "memory": (lambda: fastgrad.GradientFeatures(NET, memory_budget=1.5), ValueError, "memory_budget .* 1.5"),  # type: ignore[arg-type]
     "trace": (lambda: fastgrad.GradientFeatures(NET).trace(X[:1]), ValueError, "at least two samples .* held 1"),
-    "mixing": (lambda: fastgrad.GradientFeatures(Mixing())(X), ValueError, "samples of a batch independently"),
     "compiled": (lambda: fastgrad.record(torch.compile(NET)), TypeError, "not its compiled form"),
     "rule": (lambda: register_rule(NET), TypeError, "module_types must be .*; one was Linear"),  # type: ignore[arg-type]
 }  # fmt: skip
