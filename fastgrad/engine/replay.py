@@ -113,13 +113,7 @@ class ReplaySite(RecomputedSite, RuledSite):
 
 @dataclass(frozen=True)
 class FallbackSite(RecomputedSite):
-    """A module of any kind, see `fastgrad.engine.fallback`.
-
-    Attributes:
-        batched: For each leaf of the inputs, whether it carries the batch.
-        vectorize: Whether the module can run under ``vmap``.
-        verify: Whether the gradients of single samples are compared with those of the batch.
-    """
+    """A module of any kind; its attributes are those of `fastgrad.engine.fallback.Fallback`."""
 
     batched: tuple[bool, ...]
     vectorize: bool

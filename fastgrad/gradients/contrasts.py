@@ -252,11 +252,14 @@ def require_classes(target: Tensor, classes: int) -> None:
         raise NoClassError(f"target must hold class indices from 0 to {classes - 1}; it held {worst}")
 
 
-def _options(loss: str, reduction: str, flags: dict[str, object]) -> None:
+def _features_and_options(features: Tensor, loss: str, reduction: str, flags: dict[str, object]) -> None:
     checks.one_of("loss", loss, losses.LOSSES)
     checks.one_of("reduction", reduction, losses.REDUCTIONS)
     for name, value in flags.items():
         checks.is_bool(name, value)
+    checks.is_float("features", features)
+    if features.dim() < 1:
+        raise ValueError("features must have shape (..., D); it was a scalar")
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -268,11 +271,8 @@ def _head_pair(
     features: Tensor, logits: Tensor, loss: str, reduction: str = "sum", impl: str = "auto", **flags: object
 ) -> tuple[int, ...]:
     """Check options, and features against logits; return their leading shape."""
-    _options(loss, reduction, flags)
-    checks.is_float("features", features)
+    _features_and_options(features, loss, reduction, flags)
     checks.is_float("logits", logits)
-    if features.dim() < 1:
-        raise ValueError("features must have shape (..., D); it was a scalar")
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape (..., N) with N >= 1; it was {tuple(logits.shape)}")
     if features.shape[:-1] != logits.shape[:-1]:
@@ -292,11 +292,8 @@ def _head_pair(
 def _linear(
     features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, reduction: str, impl: str, **flags: object
 ) -> None:
-    _options(loss, reduction, flags)
-    checks.is_float("features", features)
+    _features_and_options(features, loss, reduction, flags)
     checks.is_float("weight", weight)
-    if features.dim() < 1:
-        raise ValueError("features must have shape (..., D); it was a scalar")
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != features.shape[-1]:
         raise ValueError(
             f"weight must have shape (N, D) with N >= 1 and D = {features.shape[-1]}, the features' last size; "

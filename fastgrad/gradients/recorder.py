@@ -271,20 +271,19 @@ def recorded_sqnorms(
                     "several, so its gradients would have to be added before the norm is taken"
                 )
             by_key[key] = norms[..., column]
-    leading = (gradients[0].shape[0],) if batched and gradients is not None else ()
-
-    def zeros(p: Tensor) -> Tensor:
-        """Of a parameter that the outputs do not depend on, with the rows of the calls that they depend on."""
-        rows = {run.samples for _, run in alive} if len(reached) != 1 else reached
-        if len(rows) > 1:
-            at = set(probes_behind(outputs))
-            rows = {run.samples for _, run in alive if not at.isdisjoint(id(probe) for _, probe in run.probes)}
+    # Gradients of parameters that the outputs do not depend on are zero, in rows of the calls that they depend on.
+    idle = [p for p in wanted if id(p) not in by_key]
+    rows = reached if len(reached) == 1 else {run.samples for _, run in alive}
+    if idle and len(rows) > 1:
+        at = set(probes_behind(outputs))
+        rows = {run.samples for _, run in alive if not at.isdisjoint(id(probe) for _, probe in run.probes)}
         if len(rows) > 1:
             raise ValueError(
                 f"params must each take part in a call that outputs depend on, where calls had batches of "
-                f"{' and '.join(map(str, sorted(rows)))} samples; {names[id(p)]!r} takes part in none"
+                f"{' and '.join(map(str, sorted(rows)))} samples; {names[id(idle[0])]!r} takes part in none"
             )
-        count = next(iter(rows), recording.samples)
-        return torch.zeros((*leading, count or 0), dtype=compute_dtype(p.dtype), device=p.device)
-
-    return tuple(by_key[id(p)] if id(p) in by_key else zeros(p) for p in wanted)
+    leading = (gradients[0].shape[0],) if batched and gradients is not None else ()
+    count = next(iter(rows), recording.samples)
+    for p in idle:
+        by_key[id(p)] = torch.zeros((*leading, count), dtype=compute_dtype(p.dtype), device=p.device)
+    return tuple(by_key[id(p)] for p in wanted)
