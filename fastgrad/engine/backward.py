@@ -109,6 +109,27 @@ def backward_signals(run: Run, output: Tensor, gradients: Tensor, *, keep: bool 
     ]
 
 
+@torch.no_grad()
+def signal_sqnorms(
+    run: Run, output: Tensor, delta: Tensor, names: Sequence[str], *, log: bool = False, keep: bool = False
+) -> Tensor:
+    """Squared norms ``(S, B, P)`` of the named parameters' gradients, or their logarithms, finite for vanishing ones.
+
+    ``delta`` ``(S, B, N)`` are S gradients of a run's output; ``keep`` keeps the graph for another call.
+    """
+    # The backward pass is linear in delta: a unit-sized one keeps every intermediate square in range.
+    scale = delta.abs().amax(-1, keepdim=True)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    unit = (delta / scale).to(output.dtype)
+    with torch.enable_grad():
+        found = backward_signals(run, output, unit, keep=keep)
+    norms = order_by_parameter(run.probes, found, names, unit, run.samples)
+    scale = scale.to(norms.dtype)
+    if log:
+        return norms.clamp_min(torch.finfo(norms.dtype).tiny).log() + 2 * scale.log()
+    return norms * scale.square()
+
+
 def _stacked(column: Sequence[Tensor | None]) -> Tensor | None:
     """One probe's gradients, which it has for all output gradients or for none."""
     present = [value for value in column if value is not None]

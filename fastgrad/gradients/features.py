@@ -15,7 +15,7 @@ from fastgrad import checks, losses
 from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
 from fastgrad.batches import batch_size, input_tensors, logits_of, take
 from fastgrad.checks import is_bool, one_of
-from fastgrad.engine.backward import backward_signals, order_by_parameter
+from fastgrad.engine.backward import signal_sqnorms
 from fastgrad.engine.compile import CompiledPasses
 from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.network import Network
@@ -254,19 +254,7 @@ class GradientFeatures:
                 )
             _check_logits(logits, samples)
             z = logits.detach()
-            delta = self._deltas(z, target)
-            # The backward pass is linear in delta: a unit-sized one keeps every intermediate square in range.
-            scale = delta.abs().amax(-1, keepdim=True)
-            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-            unit = (delta / scale).to(logits.dtype)
-            found = backward_signals(run, logits, unit)
-        with torch.no_grad():
-            features = order_by_parameter(run.probes, found, plan.names, unit, samples)
-            scale = scale.to(features.dtype)
-            if self.log:
-                features = features.clamp_min(torch.finfo(features.dtype).tiny).log() + 2 * scale.log()
-            else:
-                features = features * scale.square()
+            features = signal_sqnorms(run, logits, self._deltas(z, target), plan.names, log=self.log)
         return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
 
     def _deltas(self, logits: Tensor, target: Tensor | None) -> Tensor:
