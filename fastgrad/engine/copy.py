@@ -255,8 +255,8 @@ def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False)
     """
     kind = "_forward_pre_hooks" if before else "_forward_hooks"
     state, hook = module.__dict__, unnoted(hook)
-    hooks = OrderedDict({**state[kind], id(hook): hook})
+    hooks, flags = OrderedDict(state[kind]), OrderedDict(state[kind + "_with_kwargs"])
+    hooks[id(hook)], flags[id(hook)] = hook, True
     if not before:
         hooks.move_to_end(id(hook), last=False)
-    state[kind] = hooks
-    state[kind + "_with_kwargs"] = OrderedDict({**state[kind + "_with_kwargs"], id(hook): True})
+    state[kind], state[kind + "_with_kwargs"] = hooks, flags
