@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgrad.batches import logits_of
 from fastgrad.blocks.subject import Subject
-from fastgrad.engine.backward import backward_signals, order_by_parameter
+from fastgrad.engine.backward import signal_sqnorms
 from fastgrad.engine.network import Network
 from fastgrad.engine.plan import Plan
 from fastgrad.engine.run import Reading, Run
@@ -69,19 +69,8 @@ class Pass:
         signals = self._signals[name]
         self._left.remove(signals)
         delta = torch.stack([signal(self.logits) for signal in signals])
-        # The backward pass is linear in delta: one of unit size keeps every intermediate square in range.
-        scale = delta.abs().amax(-1, keepdim=True)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        with torch.enable_grad():
-            unit = (delta / scale).to(self._output.dtype)
-            found = backward_signals(self.run, self._output, unit, keep=bool(self._left))
-        norms = order_by_parameter(self.run.probes, found, self.plan.names, scale, self.samples)
-        scale = scale.to(norms.dtype)
-        if self.log:
-            norms = norms.clamp_min(torch.finfo(norms.dtype).tiny).log() + 2 * scale.log()
-        else:
-            norms = norms * scale.square()
-        return norms.movedim(0, 1)
+        names, keep = self.plan.names, bool(self._left)
+        return signal_sqnorms(self.run, self._output, delta, names, log=self.log, keep=keep).movedim(0, 1)
 
     def image(self) -> Tensor:
         """The one image tensor among the inputs."""
