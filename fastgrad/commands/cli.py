@@ -17,11 +17,7 @@ COMMANDS = {
         "demo",
         "train on real digits, detect what the network does not know, draw it",
     ),
-    "doctor": (
-        "fastgrad.commands.doctor",
-        None,
-        "print versions, devices and which implementation would run, and why",
-    ),
+    "doctor": ("fastgrad.commands.doctor", None, "print versions, devices and which implementation would run, and why"),
     "serve": ("fastgrad.commands.serve", "serve", "serve an exported file over HTTP"),
     "score": ("fastgrad.commands.score", "score", "score a folder or a Parquet file of images"),
 }

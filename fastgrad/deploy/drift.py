@@ -225,16 +225,7 @@ class DriftMonitor:
 
     def state(self) -> dict[str, Any]:
         """What a dashboard shows: the attributes, the rate and the form, and `summary`."""
-        shown = (
-            "count",
-            "evidence",
-            "p_value",
-            "alarm",
-            "alarm_at",
-            "acknowledged",
-            "false_alarm_rate",
-            "form",
-        )
+        shown = ("count", "evidence", "p_value", "alarm", "alarm_at", "acknowledged", "false_alarm_rate", "form")
         return {name: getattr(self, name) for name in shown} | {"summary": self.summary()}
 
     def summary(self) -> str:

@@ -69,11 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     gains = {c: table[evaluate.WHOLE_NETWORK][c] - table[evaluate.LAST_LAYER][c] for c in challenges}
     record = {
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "fastgrad": fastgrad.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {"fastgrad": fastgrad.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "seed": arguments.seed,
         "test_accuracy": accuracy,
         "auroc": table,

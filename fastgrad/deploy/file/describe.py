@@ -90,11 +90,7 @@ def describe(
         reference=reference,
         risk=len(given) == 4,
         evidence=dict(two_stage.alarms) if evidence else None,  # type: ignore[arg-type]
-        versions={
-            "fastgrad": own,
-            "torch": str(torch.__version__),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-        },
+        versions={"fastgrad": own, "torch": str(torch.__version__), "cpu": torch.backends.cpu.get_cpu_capability()},
     )
 
 

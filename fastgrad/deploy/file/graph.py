@@ -23,11 +23,7 @@ LOOP_BYTES = 32 << 20
 
 
 def trace(
-    function: Callable[[Tensor], Any],
-    example_input: Tensor,
-    *,
-    max_batch: int = 1024,
-    one_by_one: bool | None = None,
+    function: Callable[[Tensor], Any], example_input: Tensor, *, max_batch: int = 1024, one_by_one: bool | None = None
 ) -> Any:
     """Unroll ``function`` with its backward pass; return a `torch.export.ExportedProgram` of dynamic batch.
 

@@ -45,12 +45,7 @@ def list_folder(folder: Path) -> tuple[list[Source], str]:
 
 
 def read_parquet(
-    path: Path,
-    column: str | None,
-    key: str | None,
-    start: int = 0,
-    stop: int | None = None,
-    most: int = MAX_BYTES,
+    path: Path, column: str | None, key: str | None, start: int = 0, stop: int | None = None, most: int = MAX_BYTES
 ) -> Iterator[Source]:
     """Rows ``start`` to ``stop`` of a Parquet file; row groups that hold none of them are not read.
 

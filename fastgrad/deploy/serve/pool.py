@@ -49,12 +49,7 @@ class Pool:
         load_timeout: float,
         on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
-        self.workers, self.max_batch, self.batch_wait, self.on_batch = (
-            workers,
-            max_batch,
-            batch_wait,
-            on_batch,
-        )
+        self.workers, self.max_batch, self.batch_wait, self.on_batch = workers, max_batch, batch_wait, on_batch
         self.hang_timeout, self.load_timeout = hang_timeout, load_timeout
         self._queue: deque[_Item] = deque()
         self._arrived = asyncio.Event()

@@ -74,13 +74,9 @@ class Served:
             drift_false_alarm_rate=drift_false_alarm_rate,
         )
         max_batch = min(max_batch, description.max_batch)
-        module, arguments, most = (
-            "fastgrad.deploy.serve.worker",
-            (str(copy), threads),
-            8 * description.columns,
-        )
+        module, most = "fastgrad.deploy.serve.worker", 8 * description.columns * max_batch + 2**16
         self.pool = pool = Pool(
-            [Child(module, arguments, most=most * max_batch + 2**16) for _ in range(workers)], max_batch=max_batch,
+            [Child(module, (str(copy), threads), most=most) for _ in range(workers)], max_batch=max_batch,
             batch_wait=batch_wait, hang_timeout=limits.seconds, load_timeout=limits.load_seconds,
             on_batch=metrics.batch_size.observe,
         )  # fmt: skip

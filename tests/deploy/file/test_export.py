@@ -132,10 +132,7 @@ def test_a_file_without_a_description_or_with_a_foreign_one(tiny_onnx: Path, tmp
     for suffix in ("onnx", "pt2"):
         with pytest.raises(PackageError, match=r"not written by fastgrad\.export"):
             ModelPackage(tmp_path / f"bare.{suffix}")
-    for content, message in (
-        ({"format": 99}, "another format"),
-        ({"format": 1, "input_shape": [1]}, "damaged"),
-    ):
+    for content, message in (({"format": 99}, "another format"), ({"format": 1, "input_shape": [1]}, "damaged")):
         with zipfile.ZipFile(tmp_path / "new.pt2", "w") as archive:
             archive.writestr("a/extra/fastgrad.json", json.dumps(content))
         with pytest.raises(PackageError, match=message):
@@ -163,11 +160,7 @@ class Mute(nn.Module):
         ({"path": "model.pth"}, ValueError, r"end in \.pt2 or \.onnx"),
         ({"path": "no/such/folder/model.pt2"}, ValueError, "existing folder"),
         ({"labels": ["a"]}, ValueError, "labels must be None or 4 names, one a class; it was"),
-        (
-            {"mean": [0.5]},
-            ValueError,
-            r"mean must be None or a finite number a channel of images \(3, 8, 8\)",
-        ),
+        ({"mean": [0.5]}, ValueError, r"mean must be None or a finite number a channel of images \(3, 8, 8\)"),
         ({"std": [0.5, 0.0, 0.5]}, ValueError, "std must be None or a positive number a channel"),
         ({"std": [1, 1, float("nan")]}, ValueError, "std must be None or a positive number a channel"),
         ({"example_input": [1.0]}, TypeError, r"example_input must be a torch\.Tensor; it was list"),
@@ -246,13 +239,7 @@ def test_a_two_stage_model_unrolls_to_one_graph(form: str, one_by_one: bool) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "one_by_one"),
-    [
-        ("forward", None),
-        ("view", None),
-        ("gradients", None),
-        ("gradients", True),
-        ("contrasts", None),
-    ],
+    [("forward", None), ("view", None), ("gradients", None), ("gradients", True), ("contrasts", None)],
 )
 def test_a_two_stage_model_in_one_file(form: str, one_by_one: bool | None, tmp_path: Path) -> None:
     live = two_stage_model(form)

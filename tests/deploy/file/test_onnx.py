@@ -111,11 +111,7 @@ class Foreign(TinyTwoStage):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         logits, probabilities, uncertainty = super().forward(x)
-        return (
-            logits,
-            probabilities,
-            uncertainty + torch.linalg.eigvalsh(probabilities.T @ probabilities).sum(),
-        )
+        return logits, probabilities, uncertainty + torch.linalg.eigvalsh(probabilities.T @ probabilities).sum()
 
 
 class Unsteady(TinyTwoStage):

@@ -183,11 +183,7 @@ def test_code_for_another_processor_is_refused(tiny_package: Path, monkeypatch: 
 def test_rows_are_what_explain_gives(tiny_explained: Path) -> None:
     model, x = ModelPackage(tiny_explained), torch.randn(3, 3, 8, 8)
     prediction, evidence = model.explain(x)
-    columns = [
-        prediction.probabilities,
-        prediction.uncertainty[:, None],
-        *(v[:, None] for v in evidence.values()),
-    ]
+    columns = [prediction.probabilities, prediction.uncertainty[:, None], *(v[:, None] for v in evidence.values())]
     np.testing.assert_array_equal(model.rows(x), torch.cat(columns, 1).double().numpy())
 
 

@@ -27,11 +27,7 @@ from fastgrad.deploy.serve.guard import Guard
 
 
 def post(
-    app: Any,
-    headers: dict[str, str] = PNG,
-    chunks: list[bytes] | None = None,
-    pause: float = 0.0,
-    **more: Any,
+    app: Any, headers: dict[str, str] = PNG, chunks: list[bytes] | None = None, pause: float = 0.0, **more: Any
 ) -> Any:
     status, sent, body = call(app, "POST", "/predict", headers, chunks or [image()], pause, **more)
     return status, sent, json.loads(body)

@@ -240,14 +240,7 @@ def mutated(rng: random.Random, body: bytes, kind: str) -> tuple[bytes, str]:
             case _:
                 content[place:] = b""
     if rng.random() < 0.1:
-        odd = [
-            "",
-            "image/",
-            "other",
-            "application/json",
-            "multipart/form-data; boundary=",
-            "image/png; x=\xff",
-        ]
+        odd = ["", "image/", "other", "application/json", "multipart/form-data; boundary=", "image/png; x=\xff"]
         kind = rng.choice(odd)
     return bytes(content) or b"\0", kind
 

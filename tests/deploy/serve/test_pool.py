@@ -91,9 +91,7 @@ def test_cancelled_inputs_are_not_run() -> None:
     with_fakes(1, body, max_batch=8, batch_wait=0.05)
 
 
-def test_an_exception_beside_the_model_fails_its_batch_and_the_task_goes_on(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_an_exception_beside_the_model_fails_its_batch_and_the_task_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     async def body(pool: Pool, fakes: list[FakeChild]) -> None:
         def fail(size: int) -> None:
             raise ZeroDivisionError("in a callback")

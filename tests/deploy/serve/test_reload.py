@@ -88,8 +88,7 @@ def test_a_change_is_seen_and_a_broken_file_is_not_used(
     with caplog.at_level(logging.INFO, "uvicorn.error"):
         asyncio.run(asyncio.wait_for(run(), 60))
     assert re.search(
-        rf"model: .*model\{path.suffix} has changed and cannot be loaded: .*not a readable .*goes on",
-        caplog.text,
+        rf"model: .*model\{path.suffix} has changed and cannot be loaded: .*not a readable .*goes on", caplog.text
     )
 
 

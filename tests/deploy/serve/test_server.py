@@ -27,16 +27,7 @@ from fastgrad.deploy.file.package import ModelPackage
 
 def check(answer: dict, package: ModelPackage, x: torch.Tensor) -> None:
     direct = package(x[None])
-    assert set(answer) == {
-        "class",
-        "label",
-        "probabilities",
-        "uncertainty",
-        "risk",
-        "reliable",
-        "evidence",
-        "alarm",
-    }
+    assert set(answer) == {"class", "label", "probabilities", "uncertainty", "risk", "reliable", "evidence", "alarm"}
     assert answer["evidence"] is answer["alarm"] is None
     assert answer["class"] == int(direct.probabilities[0].argmax())
     assert answer["label"] == package.description.labels[answer["class"]]

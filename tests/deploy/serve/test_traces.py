@@ -83,10 +83,7 @@ def test_refusals_and_failures(tiny_package: Path) -> None:
     assert request(app, body=b"no image") == 400
     whole, stages = spans(found)
     assert [stage.name for stage in stages] == STAGES[:2]
-    assert (whole.attributes["http.response.status_code"], whole.status.status_code) == (
-        400,
-        StatusCode.UNSET,
-    )
+    assert (whole.attributes["http.response.status_code"], whole.status.status_code) == (400, StatusCode.UNSET)
     for error, status in ((ChildDiedError("it failed"), 500), (RuntimeError("unforeseen"), 500)):
         app, found = traced(tiny_package, error=error)
         if isinstance(error, ChildDiedError):
@@ -96,10 +93,7 @@ def test_refusals_and_failures(tiny_package: Path) -> None:
                 request(app)
         whole, stages = spans(found)
         assert [stage.name for stage in stages] == STAGES[:4]
-        assert (whole.attributes["http.response.status_code"], whole.status.status_code) == (
-            status,
-            StatusCode.ERROR,
-        )
+        assert (whole.attributes["http.response.status_code"], whole.status.status_code) == (status, StatusCode.ERROR)
 
 
 def test_spans_arrive_at_a_collector(tiny_package: Path) -> None:
