@@ -28,22 +28,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastgrad", description=fastgrad.__doc__)
     parser.add_argument("--version", action="version", version=f"fastgrad {fastgrad.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {}
+    for name, (_, _, line) in COMMANDS.items():
+        parsers[name] = subparsers.add_parser(name, help=line, description=line)
     words = sys.argv[1:] if arguments is None else arguments
+    name = parser.parse_args(words[:1]).command
+    module, needed, _ = COMMANDS[name]
     try:
-        for name, (module, needed, line) in COMMANDS.items():
-            command = subparsers.add_parser(name, help=line, description=line)
+        with extra(needed) if needed else contextlib.nullcontext():
             # Only the chosen command is imported: the others may need extras that are not installed.
-            if words[:1] == [name]:
-                with _imports(needed):
-                    importlib.import_module(module).add_arguments(command)
-        parsed = parser.parse_args(words)
-        module, needed, _ = COMMANDS[parsed.command]
-        with _imports(needed):
-            return int(importlib.import_module(module).run(parsed))
+            command = importlib.import_module(module)
+            command.add_arguments(parsers[name])
+            return int(command.run(parser.parse_args(words)))
     except (MissingExtraError, ValueError, TypeError, OSError) as error:
-        print(f"fastgrad {words[0]}: {error}", file=sys.stderr)
+        print(f"fastgrad {name}: {error}", file=sys.stderr)
         return 2
-
-
-def _imports(needed: str | None) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if needed is None else extra(needed)

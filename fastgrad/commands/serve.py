@@ -15,30 +15,28 @@ from fastgrad.deploy.file.images import MAX_PIXELS
 _OPTIONS = (
     ("--pins", str, None, "file with the SHA-256 of each model file that may be loaded, as sha256sum writes them; with "
      "it, and only then, a file that changes takes over"),
-    ("--reload-seconds", float, 1.0, "with --pins: how often to look whether a file has changed (1)"),
+    ("--api-key-file", Path, None,
+     "file with the key that requests must carry; without it the variable FASTGRAD_API_KEY, else none"),
     ("--host", str, "127.0.0.1", "address to listen on (default: this machine only)"),
     ("--port", int, 8000, "port; 0 takes a free one (8000)"),
+    ("--batch-wait-ms", float, 2.0, "how long an idle worker waits for a batch to fill (2)"),
+    ("--false-alarm-rate", float, None, "share of in-distribution inputs to flag (default: the file's)"),
+    ("--drift-false-alarm-rate", float, 0.01,
+     "bound on the probability of ever raising the drift alarm without drift (0.01)"),
+)  # fmt: skip
+#: The same, of options whose value must be positive.
+_POSITIVE = (
+    ("--reload-seconds", float, 1.0, "with --pins: how often to look whether a file has changed (1)"),
     ("--workers", int, 1, "processes that run the model (default: 1)"),
     ("--threads", int, None, "compute threads of each process (default: PyTorch's)"),
     ("--decoders", int, None, "processes that read bodies (default: cores, at most 4)"),
     ("--max-batch", int, 32, "largest batch (default: 32)"),
-    ("--batch-wait-ms", float, 2.0, "how long an idle worker waits for a batch to fill (2)"),
     ("--max-queue", int, 256, "requests in progress, then 503 (256)"),
     ("--timeout", float, 30.0, "seconds a request may take, then 504 (30)"),
     ("--max-body-mb", float, 16.0, "largest body in MiB, then 413 (16)"),
     ("--max-pixels", int, MAX_PIXELS, "largest image in pixels, then 413 (10 million)"),
     ("--max-connections", int, 512, "then the one that waits longest is closed (512)"),
-    ("--false-alarm-rate", float, None, "share of in-distribution inputs to flag (default: the file's)"),
-    ("--drift-false-alarm-rate", float, 0.01,
-     "bound on the probability of ever raising the drift alarm without drift (0.01)"),
-    ("--api-key-file", Path, None,
-     "file with the key that requests must carry; without it the variable FASTGRAD_API_KEY, else none"),
-)  # fmt: skip
-
-_POSITIVE = (
-    "workers", "threads", "decoders", "max-batch", "max-queue", "max-pixels", "max-connections", "max-body-mb",
-    "timeout", "reload-seconds",
-)  # fmt: skip
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allowed-host", action="append", default=[], metavar="NAME",
         help="name in the Host of requests, beside localhost and addresses; may be given several times",
     )  # fmt: skip
-    for name, kind, default, text in _OPTIONS:
+    for name, kind, default, text in (*_OPTIONS, *_POSITIVE):
         parser.add_argument(name, type=kind, default=default, help=text)
     parser.add_argument(
         "--traces", action="store_true",
@@ -68,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
     from fastgrad.deploy.serve.server import Server
     from fastgrad.deploy.serve.traces import otlp_provider
 
-    for name in _POSITIVE:
-        value = getattr(args, name.replace("-", "_"))
+    for name, *_ in _POSITIVE:
+        value = getattr(args, name[2:].replace("-", "_"))
         if value is not None and not value > 0:
-            raise ValueError(f"--{name} must be positive; it was {value:g}")
+            raise ValueError(f"{name} must be positive; it was {value:g}")
     body = int(args.max_body_mb * 2**20)
     limits = Limits(
         body=body, pixels=args.max_pixels, queue=args.max_queue, seconds=args.timeout,

@@ -7,6 +7,7 @@ import json
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,15 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
     (out / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
     text = markdown(record)
     (out / "demo.md").write_text(text)
-    print(f"\n{text}\n{(out).resolve()}")
+    print(f"\n{text}\n{out.resolve()}")
     return 0
 
 
-def markdown(record: dict[str, object]) -> str:
+def markdown(record: dict[str, Any]) -> str:
     """The report as Markdown, from the demo's own record."""
     table, gains = record["auroc"], record["whole_network_adds"]
-    assert isinstance(table, dict)
-    assert isinstance(gains, dict)
     challenges = list(gains)
     lines = [
         f"Network: {record['test_accuracy']:.1%} of the test digits right, trained in {record['training_s']:.1f} s.",
