@@ -61,15 +61,7 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
 
 
 def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = MAX_PIXELS) -> Array:
-    """Decode, crop and scale as `decode_image` does, without normalizing.
-
-    Returns:
-        ``shape``, uint8.
-
-    Raises:
-        ImageTooLargeError: more than ``max_pixels``.
-        ImageError: not an image, a truncated one, or the model takes no images.
-    """
+    """Decode, crop and scale to ``shape``, uint8, as `decode_image` does, without normalizing."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if len(shape) != 3 or shape[0] not in (1, 3):
@@ -90,15 +82,7 @@ def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = M
                 if upright.mode.startswith("I"):
                     upright = _to_eight_bits(upright)
                 upright = upright.convert("L" if channels == 1 else "RGB")
-        if upright.size != (width, height):
-            scale = min(upright.width / width, upright.height / height)
-            left, top = (upright.width - width * scale) / 2, (upright.height - height * scale) / 2
-            right, bottom = left + width * scale, top + height * scale
-            upright = upright.resize(
-                (width, height),
-                Image.Resampling.BILINEAR,
-                box=(max(left, 0), max(top, 0), min(right, upright.width), min(bottom, upright.height)),
-            )
+        upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
     except ImageError:
         raise
     except UnidentifiedImageError:
