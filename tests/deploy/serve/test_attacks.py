@@ -28,7 +28,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("PIL")
 
-from serve_client import form, image, wait_for, workers_of
+from serve_client import Server, form, image, png, running, wait_for, workers_of
 
 #: Of this machine; an answer may quote what was sent, but no path.
 FOLDERS = (tempfile.gettempdir(), sys.prefix, str(Path(__file__).parents[3]))
@@ -170,14 +170,9 @@ def test_bodies_of_many_small_parts(served: Any) -> None:
 
 def gray(width: int, height: int) -> bytes:
     """A PNG of sixteen bits and few bytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     packer = zlib.compressobj(9)
     rows = b"".join(packer.compress(bytes(2 * width + 1)) for _ in range(height)) + packer.flush()
-    header = struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return png(width, height, 16, 0, rows)
 
 
 @sizes
@@ -304,8 +299,6 @@ def test_the_interface_holds_to_its_description(served: Any, size: str) -> None:
 
 
 def test_connections_beyond_the_limit_close_the_one_that_waits_longest(tiny_onnx: Any) -> None:
-    from serve_client import running
-
     with running(tiny_onnx, "--max-connections", "8") as server:
         idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(8)]
         assert server.predict(image(), "image/png")[0] == 200
@@ -320,8 +313,6 @@ def test_connections_beyond_the_limit_close_the_one_that_waits_longest(tiny_onnx
 
 
 def test_clients_that_do_not_read_are_closed_where_connections_run_out(tiny_onnx: Any) -> None:
-    from serve_client import running
-
     with running(tiny_onnx, "--max-connections", "8") as server:
         idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(8)]
         for each in idle:
@@ -338,8 +329,6 @@ def test_clients_that_do_not_read_are_closed_where_connections_run_out(tiny_onnx
 
 
 def test_another_event_loop_is_not_taken(tiny_onnx: Any, tmp_path: Any) -> None:
-    from serve_client import Server
-
     # uvicorn takes uvloop where it is installed; its transports have no limit of what they read at once.
     (tmp_path / "uvloop.py").write_text("raise RuntimeError('uvloop was imported')")
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import struct
 import zlib
 from typing import Any
 
@@ -19,7 +18,7 @@ pytest.importorskip("python_multipart")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("PIL")
 
-from serve_client import form, image
+from serve_client import form, image, png
 
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage
@@ -83,13 +82,7 @@ def test_both_kinds_give_one_answer(shared: dict[str, Any]) -> None:
 
 def bomb(width: int = 30_000, height: int = 30_000) -> bytes:
     """A PNG of so many pixels in some 3 MB; 2.7 GB when decoded."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = zlib.compress(bytes(width * 3 + 1) * 1000, 9)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return png(width, height, 8, 2, zlib.compress(bytes(width * 3 + 1) * 1000, 9))
 
 
 def nested(value: str) -> str:
