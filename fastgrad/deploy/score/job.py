@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from fastgrad.atomic import written_beside
-from fastgrad.checks import at_least_one, extra
+from fastgrad.checks import extra
 from fastgrad.deploy.file.description import Description
-from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage, digest_of
 from fastgrad.deploy.score.rows import arrow_schema, score_sources
-from fastgrad.deploy.score.sources import MAX_BYTES, Source, list_folder, read_parquet
+from fastgrad.deploy.score.sources import Source, list_folder, read_parquet
 
 with extra("score"):
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
+    from tqdm import tqdm
 
 #: In a part's metadata: the random id of the job that wrote it.
 _JOB = b"fastgrad.job"
@@ -47,21 +47,13 @@ def is_part(path: Path, job: str) -> bool:
 class Job:
     """Images to score, cut into parts, and a folder of the parts that are there.
 
-    Args:
-        model: the exported file.
-        description: of it.
-        images: folder, or Parquet file.
-        folder: of the parts. It is made, or continued where this very job has made it.
-        batch: images in one run of the model.
-        part: images in one part.
-        false_alarm_rate: share of in-distribution images to call unreliable; None: the model file's own.
-        image_column: of the Parquet file; None guesses.
-        key_column: column that names the rows; None guesses.
-        max_pixels: larger images are not decoded.
-        max_bytes: larger files and cells are not read.
+    The folder is made, or continued where this very job has made it. The options are those of
+    `fastgrad.deploy.score.local.score`.
 
     Attributes:
+        paths: where each part belongs.
         missing: numbers of the parts that are not there yet.
+        done: how many images the parts hold that were there from the beginning.
 
     Raises:
         ValueError: nothing to score, an unreadable file, or a folder of another job, or not made by one.
@@ -74,15 +66,14 @@ class Job:
         images: Path,
         folder: Path,
         *,
-        batch: int = 64,
-        part: int = 4096,
-        false_alarm_rate: float | None = None,
-        image_column: str | None = None,
-        key_column: str | None = None,
-        max_pixels: int = MAX_PIXELS,
-        max_bytes: int = MAX_BYTES,
+        batch: int,
+        part: int,
+        false_alarm_rate: float | None,
+        image_column: str | None,
+        key_column: str | None,
+        max_pixels: int,
+        max_bytes: int,
     ) -> None:
-        at_least_one(batch=batch, part=part)
         self.threshold = description.threshold_at(false_alarm_rate)
         self.images, self.folder, self.batch, self.part = images.resolve(), folder, batch, part
         self.columns, self.max_pixels, self.max_bytes = (image_column, key_column), max_pixels, max_bytes
@@ -95,7 +86,9 @@ class Job:
                 "limits": [max_pixels, max_bytes],
             }
         )  # fmt: skip
+        self.paths = [folder / f"part-{i:08d}.parquet" for i in range(-(-self.total // part))]
         self.missing = [index for index, path in enumerate(self.paths) if not is_part(path, self.id)]
+        self.done = self.total - sum(min(part, self.total - index * part) for index in self.missing)
 
     def _look(self) -> str:
         """Count the images; return what changes when they do."""
@@ -143,16 +136,6 @@ class Job:
             )
         return identity
 
-    @property
-    def paths(self) -> list[Path]:
-        """Where each part belongs."""
-        return [self.folder / f"part-{i:08d}.parquet" for i in range(-(-self.total // self.part))]
-
-    @property
-    def done(self) -> int:
-        """How many images the parts hold that were there from the beginning."""
-        return self.total - sum(min(self.part, self.total - index * self.part) for index in self.missing)
-
     def write(self, model: ModelPackage, index: int, pool: ThreadPoolExecutor, told: Callable[[int], Any] = int) -> int:
         """Score part ``index`` and write it; return how many images it holds. Each batch's number is ``told``."""
         start, rows = index * self.part, list[dict[str, Any]]()
@@ -162,14 +145,9 @@ class Job:
         else:
             sources = read_parquet(self.images, *self.columns, start, stop, self.max_bytes)
         for found in score_sources(
-            model,
-            sources,
-            batch=self.batch,
-            threshold=self.threshold,
-            max_pixels=self.max_pixels,
-            max_bytes=self.max_bytes,
-            pool=pool,
-        ):
+            model, sources, batch=self.batch, threshold=self.threshold, max_pixels=self.max_pixels,
+            max_bytes=self.max_bytes, pool=pool,
+        ):  # fmt: skip
             rows += found
             told(len(found))
         write_part(rows, self.paths[index], arrow_schema(model.description), self.id)
@@ -198,9 +176,6 @@ def join_parts(job: Job, out: Path, schema: Any) -> None:
         job.folder.rmdir()
 
 
-def progress_bar(total: int, done: int, show: bool) -> Any:
-    """A progress bar over images."""
-    with extra("score"):
-        from tqdm import tqdm
-
-    return tqdm(total=total, initial=done, unit="image", disable=not show)
+def progress_bar(job: Job, show: bool) -> Any:
+    """A progress bar over the images of a job."""
+    return tqdm(total=job.total, initial=job.done, unit="image", disable=not show)

@@ -68,7 +68,7 @@ def score(
         part=part, false_alarm_rate=false_alarm_rate, image_column=image_column, key_column=key_column,
         max_pixels=max_pixels, max_bytes=max_bytes,
     )  # fmt: skip
-    bar = progress_bar(job.total, job.done, progress)
+    bar = progress_bar(job, progress)
     with ThreadPoolExecutor(decoders or os.cpu_count() or 1) as pool:
         for index in job.missing:
             job.write(model, index, pool, bar.update)

@@ -77,13 +77,13 @@ def score_dataset(
     with extra("cluster"):
         import ray
 
-    at_least_one(workers=workers)
+    at_least_one(workers=workers, batch=batch, part=part)
     path, folder = Path(model).resolve(), Path(out).resolve()
     job = Job(
         path, read_description(path), Path(images), folder, batch=batch, part=part, false_alarm_rate=false_alarm_rate,
         image_column=image_column, key_column=key_column, max_pixels=max_pixels, max_bytes=max_bytes,
     )  # fmt: skip
-    bar = progress_bar(job.total, job.done, progress)
+    bar = progress_bar(job, progress)
     if job.missing:
         if not ray.is_initialized():
             ray.init(log_to_driver=False, include_dashboard=False)
