@@ -91,12 +91,7 @@ class Budget:
 
 
 async def read_body(request: Request, limits: Limits, hold: Callable[[int], None]) -> bytearray:
-    """Read a body.
-
-    Args:
-        request: whose.
-        limits: it keeps to ``body``, ``rate`` and ``seconds``.
-        hold: told how many bytes there are.
+    """Read a body within ``body``, ``rate`` and ``seconds`` of the limits; ``hold`` is told how many bytes there are.
 
     Raises:
         RequestError: 400 empty or broken off, 408 too slow, 413 too large, 503 too many at once.
@@ -130,12 +125,7 @@ async def read_body(request: Request, limits: Limits, hold: Callable[[int], None
 
 
 class Readers(Pool):
-    """Turns bodies into inputs, each in a process that is killed when it takes too long.
-
-    Args:
-        count: processes.
-        limits: they keep to ``pixels`` and ``decode_seconds``.
-    """
+    """Turns bodies into inputs, each in a process that is killed when it takes too long."""
 
     def __init__(self, count: int, limits: Limits) -> None:
         module, arguments = "fastgrad.deploy.serve.decoder", (limits.pixels,)

@@ -220,10 +220,5 @@ def _receive(requests: BinaryIO) -> bytearray | None:
     if len(head) < REQUEST.size:
         return None
     content = bytearray(REQUEST.unpack(head)[0])
-    view, size = memoryview(content), 0
-    while size < len(content):
-        read = requests.readinto(view[size:])  # type: ignore[attr-defined]
-        if not read:
-            return None
-        size += read
-    return content
+    read = requests.readinto(content)  # type: ignore[attr-defined]
+    return content if read == len(content) else None

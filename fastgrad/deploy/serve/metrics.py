@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastgrad.checks import extra
-from fastgrad.deploy.drift import DriftMonitor
+from fastgrad.deploy.drift import DriftMonitor, ScoreReference
 from fastgrad.deploy.file.description import Description
 
 with extra("serve"):
@@ -56,7 +56,7 @@ class Metrics:
             (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
         )
         self.batch_size = histogram("batch_size", "Inputs in a batch", (1, 2, 4, 8, 16, 32, 64, 128, 256))
-        self.uncertainty = histogram("uncertainty", "Uncertainty of predictions", _buckets(description))
+        self.uncertainty = histogram("uncertainty", "Uncertainty of predictions", _buckets(reference))
         gauge = self.gauge
         gauge("share_flagged", f"Share called unreliable among the last {RECENT} predictions", self._share)
         if false_alarm_rate is not None:
@@ -84,20 +84,18 @@ class Metrics:
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""
-        text: bytes = generate_latest(self.registry)
-        return text
+        return bytes(generate_latest(self.registry))
 
     def _share(self) -> float:
         return sum(self._recent) / len(self._recent) if self._recent else 0.0
 
 
-def _buckets(description: Description) -> tuple[float, ...]:
+def _buckets(reference: ScoreReference | None) -> tuple[float, ...]:
     """Quantiles of the in-distribution scores, and two steps beyond the last; decades without them."""
-    reference = description.score_reference()
     if reference is None or len(reference.edges) < 2:
         return tuple(float(10.0**k) for k in range(-6, 7))
     levels = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
-    edges = [float(np.quantile(reference.edges, level)) for level in levels]
+    edges = np.quantile(reference.edges, levels).tolist()
     spread = edges[-1] - edges[0]
     edges += [edges[-1] + spread, edges[-1] + 3 * spread]
     return tuple(dict.fromkeys(edges))

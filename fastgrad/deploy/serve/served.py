@@ -28,12 +28,7 @@ _log = logging.getLogger("uvicorn.error")
 
 
 class Served:
-    """One version of a file, with the processes that run it and its metrics.
-
-    Args:
-        path: the ``.pt2`` or ``.onnx``.
-        limits: see `Limits`.
-        **options: as for `create_app`.
+    """One version of a file, with the processes that run it and its metrics; the arguments are those of `create_app`.
 
     Raises:
         PackageError: not an exported model, or one that ``pins`` does not name.

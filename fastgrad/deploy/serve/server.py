@@ -96,14 +96,7 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves an application of `create_app` until SIGINT or SIGTERM.
-
-    Args:
-        app: of `create_app`.
-        host: address to listen on.
-        port: 0 takes a free one.
-        limits: see `Limits`.
-    """
+    """Serves an application of `create_app` until SIGINT or SIGTERM."""
 
     def __init__(self, app: Any, *, host: str, port: int, limits: Limits) -> None:
         self._app = app
