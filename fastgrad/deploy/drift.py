@@ -87,7 +87,7 @@ class ScoreReference:
         Raises:
             ValueError: fewer than 20 scores, or scores that are not finite.
         """
-        values = _finite_scores("scores", scores)
+        values = _finite(scores)
         if len(values) < 20:
             raise ValueError(f"scores must hold at least 20 in-distribution scores; there were {len(values)}")
         if bins < 2:
@@ -189,7 +189,7 @@ class DriftMonitor:
     @property
     def p_value(self) -> float:
         """Bound on the probability of evidence this high if nothing has changed, valid at any time."""
-        return min(1.0, 1.0 / max(self._peak, 1.0))
+        return 1.0 / max(self._peak, 1.0)
 
     def update(self, scores: ArrayLike) -> bool:
         """Read one score or a one-dimensional array of scores, in their order of arrival; return `alarm`.
@@ -197,7 +197,7 @@ class DriftMonitor:
         Raises:
             ValueError: a score is not finite (nothing of the array has been read then).
         """
-        values = _finite_scores("scores", scores)
+        values = _finite(scores)
         bins = np.searchsorted(self.reference.edges, values, side="right")
         for bin_, tie in zip(bins.tolist(), self._random.random(len(bins)).tolist(), strict=True):
             self._step(bin_, tie)
@@ -239,11 +239,11 @@ class DriftMonitor:
         return f"{found} {self.count} inputs, {compared}; {rate}."
 
 
-def _finite_scores(name: str, scores: ArrayLike) -> FloatArray:
+def _finite(scores: ArrayLike) -> FloatArray:
     values = np.atleast_1d(np.asarray(scores, dtype=np.float64))
     if values.ndim != 1:
-        raise ValueError(f"{name} must be one number or one-dimensional; the shape was {values.shape}")
+        raise ValueError(f"scores must be one number or one-dimensional; the shape was {values.shape}")
     if not np.isfinite(values).all():
         wrong = int((~np.isfinite(values)).sum())
-        raise ValueError(f"{name} must be finite; {wrong} of {len(values)} were not")
+        raise ValueError(f"scores must be finite; {wrong} of {len(values)} were not")
     return values

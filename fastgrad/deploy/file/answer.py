@@ -20,12 +20,7 @@ class ResultError(ValueError):
 def answer(
     description: Description, threshold: float | None, row: np.ndarray[Any, np.dtype[np.float64]]
 ) -> dict[str, Any]:
-    """The answer to one input.
-
-    Args:
-        description: of the model.
-        threshold: in use, or None.
-        row: of `ModelPackage.rows`.
+    """The answer to one input, by its row of `ModelPackage.rows` and the threshold in use.
 
     Returns:
         ``class`` (index), ``label`` (its name, or None), ``probabilities`` (N), ``uncertainty``, ``risk``: the

@@ -77,14 +77,12 @@ def read_description(path: str | os.PathLike[str]) -> Description:
     onnx = Path(path).suffix == ".onnx"
     try:
         text = onnx_file.read_metadata(path) if onnx else _read_member(path)
-        if text is None:
-            raise PackageError(f"{path} was not written by fastgrad.export: it holds no {MEMBER}")
-        content = json.loads(text)
-    except PackageError:
-        raise
+        content = None if text is None else json.loads(text)
     except (*DAMAGED, OSError, ValueError, RecursionError) as error:
         kind = ".onnx" if onnx else ".pt2 archive"
         raise PackageError(f"{path} is not a readable {kind}: {error}") from None
+    if text is None:
+        raise PackageError(f"{path} was not written by fastgrad.export: it holds no {MEMBER}")
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise PackageError(f"{path} has another format than {FORMAT}; a newer fastgrad may read it")
     try:
