@@ -9,7 +9,7 @@ caches by themselves and need no grouped form. ResNet-18 at 224 x 224 takes half
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,14 +41,17 @@ def trace(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if one_by_one or (one_by_one is None and one.device.type == "cpu"):
-            single = _record(function, one, symbolic=False)
-            if one_by_one or (has_backward(single) and written(single) > LOOP_BYTES):
+            # A loop's body may not write in place.
+            single = tracing.trace(function, (one,), None, functional=True)
+            _share_constants(single)
+            if one_by_one or (_has_backward(single) and written(single) > LOOP_BYTES):
                 return _export(_Loop(single, one), one, max_batch)
-        return _export(_record(function, one, symbolic=True), one, max_batch)
+        graph = tracing.trace(function, (one.expand(3, *one.shape[1:]).contiguous(),), 3)
+        _fold_products(graph)
+        return _export(graph, one, max_batch)
 
 
-def has_backward(graph: torch.fx.GraphModule) -> bool:
-    """Whether a backward pass is part of the graph."""
+def _has_backward(graph: torch.fx.GraphModule) -> bool:
     return any("backward" in str(node.target) for node in graph.graph.nodes if node.op == "call_function")
 
 
@@ -64,18 +67,6 @@ def written(graph: torch.fx.GraphModule) -> int:
             seen.add(key)
             total += value.numel() * value.element_size()
     return total
-
-
-def _record(function: Callable[[Tensor], Any], one: Tensor, *, symbolic: bool) -> torch.fx.GraphModule:
-    """The flat graph, for one input or for a batch of symbolic size."""
-    if symbolic:
-        graph = tracing.trace(function, (one.expand(3, *one.shape[1:]).contiguous(),), 3)
-        _fold_products(graph)
-        return graph
-    # A loop's body may not write in place.
-    graph = tracing.trace(function, (one,), None, functional=True)
-    _share_constants(graph)
-    return graph
 
 
 def _fold_products(graph: torch.fx.GraphModule) -> None:
@@ -125,14 +116,10 @@ def _share_constants(graph: torch.fx.GraphModule) -> None:
             setattr(graph, node.target, nn.Parameter(copy) if isinstance(value, nn.Parameter) else copy)
         memory.add(value.untyped_storage().data_ptr())
     graph.graph.eliminate_dead_code()
-    for name in {name for name, _ in _tensors(graph)} - set(names.values()):
+    tensors = (*graph.named_parameters(recurse=False), *graph.named_buffers(recurse=False))
+    for name in {name for name, _ in tensors} - set(names.values()):
         delattr(graph, name)
     graph.recompile()
-
-
-def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
 
 
 class _Loop(nn.Module):

@@ -39,13 +39,7 @@ def convert(
     outputs: tuple[str, ...] = OUTPUTS,
     max_batch: int = 1024,
 ) -> Any:
-    """Translate ``function`` of one batch of any size to an ``onnx.ModelProto``, checked by ``onnx.checker``.
-
-    Args:
-        function: From a tensor ``(B, ...)`` to a tensor or tuple of tensors; may call `torch.autograd.grad`.
-        example_input: Gives shape, dtype, device.
-        outputs: Names of what comes out.
-        max_batch: Largest batch size.
+    """Translate ``function`` as `trace` takes it to an ``onnx.ModelProto``, checked by ``onnx.checker``.
 
     Raises:
         MissingExtraError: The extra ``onnx`` is not installed.
@@ -59,7 +53,7 @@ def convert(
         import onnxscript  # noqa: F401 - torch.onnx writes with it
 
     program = _decomposed(function, example_input, max_batch)
-    refuse(name for name in operators(program) if _is_foreign(name))
+    _refuse(name for name in operators(program) if _is_foreign(name))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -71,7 +65,7 @@ def convert(
         optimize(result.model)
         model = result.model_proto
     except torch.onnx.errors.OnnxExporterError as error:
-        refuse(_named(error))
+        _refuse(_named(error))
         raise
     if model.ByteSize() >= _LARGEST:
         raise RuntimeError("the model is larger than the 2 GB that one ONNX file can hold; export to .pt2")
@@ -84,10 +78,8 @@ def convert(
     return model
 
 
-def refuse(names: Iterable[str]) -> None:
-    """Raise RuntimeError if there is a name of an operation without an ONNX form."""
-    found = sorted(set(names))
-    if found:
+def _refuse(names: Iterable[str]) -> None:
+    if found := sorted(set(names)):
         raise UntranslatableError(found)
 
 
@@ -156,30 +148,20 @@ def write(
     *,
     tolerance: float,
 ) -> None:
-    """Write ``two_stage`` to ``path``, with ``description`` inside, once its answers are the live module's.
+    """Write ``two_stage``, with ``description`` inside; refuse a file that does not give the live module's answers.
 
-    Args:
-        two_stage: As for `fastgrad.export`.
-        answers: From a batch to what the file returns, of the live module.
-        example_input: Inputs on which both are compared, ``(B, ...)``.
-        path: The file.
-        description: What travels in it.
-        tolerance: As for `fastgrad.export`.
-
-    Raises:
-        MissingExtraError: The extra ``onnx`` is not installed.
-        RuntimeError: As for `convert`; or the answers differ by more than the tolerance.
+    Both are compared on ``example_input``; ``answers`` gives what the file returns, of the live module. The errors are
+    those of `convert`, and RuntimeError where the answers differ by more than ``tolerance``.
     """
-    evidence, max_batch = description.evidence is not None, description.max_batch
-    outputs = (*OUTPUTS, *[RISK] * description.risk, *[EVIDENCE] * evidence)
+    outputs = (*OUTPUTS, *[RISK] * description.risk, *[EVIDENCE] * (description.evidence is not None))
     try:
-        model = convert(answers, example_input, outputs=outputs, max_batch=max_batch)
+        model = convert(answers, example_input, outputs=outputs, max_batch=description.max_batch)
     except UntranslatableError as error:
         raise UntranslatableError(error.names, _source(two_stage, example_input, error.names)) from None
     model.metadata_props.add(key=KEY, value=description_text(description))
     content = model.SerializeToString()
     path.write_bytes(content + sum_entry(hashlib.sha256(content).hexdigest()))
-    compare(path, answers, example_input[:max_batch], outputs, tolerance)
+    compare(path, answers, example_input[: description.max_batch], outputs, tolerance)
 
 
 def _source(two_stage: nn.Module, example_input: Tensor, names: list[str]) -> str:
