@@ -96,7 +96,7 @@ def class_logits(output: Any) -> Tensor:
     return logits
 
 
-def bar(items: Iterable[Any], name: str, verbose: bool | None) -> Iterable[Any]:
+def bar(items: Iterable[Any], name: str, verbose: bool | None, *, unit: str = "batch") -> Iterable[Any]:
     """``items``, with a progress bar if ``verbose``.
 
     None shows one where a terminal is attached, or a line where tqdm is not installed.
@@ -110,5 +110,5 @@ def bar(items: Iterable[Any], name: str, verbose: bool | None) -> Iterable[Any]:
     with extra("demo"):
         from tqdm.auto import tqdm
 
-    shown: Iterable[Any] = tqdm(items, desc=name, unit="batch")
+    shown: Iterable[Any] = tqdm(items, desc=name, unit=unit)
     return shown

@@ -16,8 +16,15 @@ from torch import Tensor
 
 from fastgrad import checks
 from fastgrad.checks import to_array
-from fastgrad.introspection.network import ACTIVATIONS, IntrospectiveNetwork, RowMoments, new_layers
-from fastgrad.introspection.training import Batches, Inputs, Trainer
+from fastgrad.introspection.network import (
+    ACTIVATIONS,
+    CHUNK,
+    Inputs,
+    IntrospectiveNetwork,
+    mean_and_scale,
+    new_layers,
+)
+from fastgrad.introspection.training import train
 from fastgrad.losses import LOSSES
 from fastgrad.scores.rows import as_tensor
 from fastgrad.scores.temperature import Temperature
@@ -121,9 +128,30 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             for part in torch.split(indices, self.batch_size):
                 yield tuple(value[part] for value in inputs), targets[part]
 
-        validation = (lambda: batches(watched, False)) if held_out else None
-        moments = self._moments(inputs)
-        return self._train(moments, seed, lambda: batches(chosen, True), validation)
+        mean, scale = mean_and_scale(inputs, self.loss)
+        sizes = [len(mean), *map(int, self.hidden), len(self.classes_)]
+        parameters, self.history_ = train(
+            new_layers(sizes, self.activation, seed),
+            mean,
+            scale,
+            lambda: batches(chosen, True),
+            (lambda: batches(watched, False)) if held_out else None,
+            activation=self.activation,
+            loss=self.loss,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            max_epochs=self.max_epochs,
+            patience=self.patience,
+            device=torch.device(self.device),
+            verbose=bool(self.verbose),
+        )
+        self.n_iter_ = len(self.history_)
+        tensors = {f"{'bias' if index % 2 else 'weight'}{index // 2}": value for index, value in enumerate(parameters)}
+        self.network_ = IntrospectiveNetwork(
+            **tensors, layers=len(parameters) // 2, activation=self.activation, loss=self.loss
+        )
+        self.temperature_ = 1.0
+        return self
 
     def calibrate(self, R: ArrayLike | Pairs, y: ArrayLike) -> IntrospectiveClassifier:
         """Make the probabilities as often right as they say, by a temperature (`fastgrad.scores.Temperature`).
@@ -236,60 +264,13 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         result: NDArray[Any] = values
         return result
 
-    def _add(self, moments: RowMoments, inputs: Inputs) -> None:
-        for name, value in zip(("features", "logits") if len(inputs) == 2 else ("rows",), inputs, strict=True):
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{name} must be finite; a batch contains NaN or infinity")
-        if len(inputs) == 2:
-            moments.add_pairs(inputs[0].cpu(), inputs[1].cpu(), self.loss)
-        else:
-            moments.add_rows(inputs[0].cpu())
-
-    def _moments(self, inputs: Inputs) -> RowMoments:
-        moments = RowMoments()
-        for parts in zip(*(torch.split(value, 4096) for value in inputs), strict=True):
-            self._add(moments, parts)
-        return moments
-
-    def _train(
-        self, moments: RowMoments, seed: int, training: Batches, validation: Batches | None
-    ) -> IntrospectiveClassifier:
-        mean, scale = moments.mean_and_scale()
-        sizes = [len(mean), *map(int, self.hidden), len(self.classes_)]
-        trainer = Trainer(
-            parameters=new_layers(sizes, self.activation, seed),
-            mean=mean,
-            scale=scale,
-            activation=self.activation,
-            loss=self.loss,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            max_epochs=self.max_epochs,
-            patience=self.patience,
-            device=torch.device(self.device),
-            verbose=self.verbose,
-        )
-        self.history_ = trainer.run(training, validation)
-        self.n_iter_ = len(self.history_)
-        parameters = [value.detach() for value in trainer.folded()]
-        tensors = {f"{'bias' if index % 2 else 'weight'}{index // 2}": value for index, value in enumerate(parameters)}
-        self.network_ = IntrospectiveNetwork(
-            **tensors, layers=len(parameters) // 2, activation=self.activation, loss=self.loss
-        )
-        self.temperature_ = 1.0
-        return self
-
-    def _forward(self, inputs: Inputs) -> Tensor:
-        """Class logits ``(B, classes)`` of rows, or of features and logits; a wide first layer runs in float32."""
-        wide = self.network_.get_buffer("weight0").numel() > _DOUBLE_LIMIT
-        inputs = tuple(value.cpu().to(torch.float32 if wide else torch.float64) for value in inputs)
-        forward = self.network_ if len(inputs) == 1 else self.network_.from_features
-        return forward(*inputs).double()
-
     @torch.no_grad()
     def _logits(self, R: ArrayLike | Pairs) -> Array:
+        """Class logits ``(B, classes)``; a wide first layer runs in float32."""
         check_is_fitted(self, "network_")
         inputs = self._inputs(R, reset=False)
-        parts = zip(*(torch.split(value, 4096) for value in inputs), strict=True)
-        result: Array = torch.cat([self._forward(part) for part in parts]).numpy()
+        wide = self.network_.get_buffer("weight0").numel() > _DOUBLE_LIMIT
+        parts = zip(*(torch.split(value.float() if wide else value, CHUNK) for value in inputs), strict=True)
+        forward = self.network_ if len(inputs) == 1 else self.network_.from_features
+        result: Array = torch.cat([forward(*part).double() for part in parts]).numpy()
         return result

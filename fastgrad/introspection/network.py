@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
+from fastgrad.gradients.contrasts import contrast_rows_linear
+from fastgrad.losses import contrast_diagonal
 from fastgrad.scores.fitted import Fitted
 
+#: What a network reads: rows alone, or features and logits.
+Inputs = tuple[Tensor, ...]
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}
 # Glorot's initial scale assumes a slope of one at zero; the sigmoid's is a quarter (Glorot and Bengio, 2010).
 GAINS = {"sigmoid": 4.0, "relu": math.sqrt(2.0), "tanh": 5 / 3}
+#: Samples whose rows are read at a time.
+CHUNK = 4096
 
 
 class IntrospectiveNetwork(Fitted):
@@ -25,12 +33,11 @@ class IntrospectiveNetwork(Fitted):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Class logits ``(B, classes)`` of ``rows`` ``(B, N*D)`` or ``(B, N, D)``, in the rows' dtype."""
-        return self._rest(layer(rows.flatten(1), self.weight(0, rows), self.bias(0, rows)))
+        return self._logits((rows.flatten(1),))
 
     def from_features(self, features: Tensor, logits: Tensor) -> Tensor:
         """Class logits ``(B, classes)`` of the rows of ``features`` ``(B, D)`` and ``logits`` ``(B, N)``."""
-        first = first_layer(features, logits, self.weight(0, features), self.bias(0, features), self.options["loss"])
-        return self._rest(first)
+        return self._logits((features, logits))
 
     def answer(self, features: Tensor, logits: Tensor) -> Tensor:
         """Class logits from ``features`` alone where it was fitted on them, else from the rows."""
@@ -38,32 +45,25 @@ class IntrospectiveNetwork(Fitted):
         result: Tensor = self(features) if alone else self.from_features(features, logits)
         return result
 
-    def _rest(self, hidden: Tensor) -> Tensor:
-        activation = ACTIVATIONS[self.options["activation"]]
-        for index in range(1, self.options["layers"]):
-            hidden = layer(activation(hidden), self.weight(index, hidden), self.bias(index, hidden))
-        return hidden
-
-    def weight(self, index: int, like: Tensor) -> Tensor:
-        """Layer ``index``'s weight in the dtype of ``like``."""
-        return self.get_buffer(f"weight{index}").to(like.dtype)
-
-    def bias(self, index: int, like: Tensor) -> Tensor:
-        """Layer ``index``'s bias in the dtype of ``like``."""
-        return self.get_buffer(f"bias{index}").to(like.dtype)
+    def _logits(self, inputs: Inputs) -> Tensor:
+        names = [f"{kind}{index}" for index in range(self.options["layers"]) for kind in ("weight", "bias")]
+        parameters = [self.get_buffer(name).to(inputs[0].dtype) for name in names]
+        return class_logits(parameters, inputs, self.options["activation"], self.options["loss"])
 
 
-def layer(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """One linear layer."""
-    return torch.nn.functional.linear(rows, weight, bias)
+def class_logits(parameters: Sequence[Tensor], inputs: Inputs, activation: str, loss: str) -> Tensor:
+    """Class logits ``(B, classes)`` of rows ``(B, N*D)``, or of features and logits, whose rows are never stored.
 
-
-def first_layer(features: Tensor, logits: Tensor, weight: Tensor, bias: Tensor, loss: str) -> Tensor:
-    """The first layer over the contrast rows of ``features`` and ``logits``, which are never stored."""
-    from fastgrad.gradients.contrasts import contrast_rows_linear
-
-    result: Tensor = contrast_rows_linear(features, logits, weight, bias, loss=loss)
-    return result
+    ``parameters`` are weights and biases in turn.
+    """
+    weight, bias, *others = parameters
+    if len(inputs) == 1:
+        hidden = linear(inputs[0], weight, bias)
+    else:
+        hidden = contrast_rows_linear(inputs[0], inputs[1], weight, bias, loss=loss)
+    for weight, bias in zip(others[::2], others[1::2], strict=True):
+        hidden = linear(ACTIVATIONS[activation](hidden), weight, bias)
+    return hidden
 
 
 def new_layers(sizes: list[int], activation: str, seed: int) -> list[Tensor]:
@@ -78,41 +78,21 @@ def new_layers(sizes: list[int], activation: str, seed: int) -> list[Tensor]:
     return parameters
 
 
-class RowMoments:
-    """Streaming mean and standard deviation of the rows, without forming them for pairs.
+def mean_and_scale(inputs: Inputs, loss: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``(F,)`` of the rows, the latter 1 where the column is constant.
 
-    The row entry of class k and feature j is d_k h_j, so over a batch its sum is (d^T h)[k, j] and the sum of
-    its squares (d*d)^T (h*h).
+    Of features and logits they need no rows: the entry of class k and feature j is d_k h_j, so over a batch its sum is
+    (d^T h)[k, j] and the sum of its squares (d*d)^T (h*h).
     """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total: Tensor | None = None
-        self.squares: Tensor | None = None
-
-    def add_rows(self, rows: Tensor) -> None:
-        """A batch of rows ``(B, F)``."""
-        rows = rows.double()
-        self._add(len(rows), rows.sum(0), rows.square().sum(0))
-
-    def add_pairs(self, features: Tensor, logits: Tensor, loss: str) -> None:
-        """A batch of ``features`` ``(B, D)`` and ``logits`` ``(B, N)``."""
-        from fastgrad.losses import contrast_diagonal
-
-        h, d = features.double(), contrast_diagonal(logits.double(), loss=loss)
-        self._add(len(h), (d.T @ h).flatten(), (d.square().T @ h.square()).flatten())
-
-    def _add(self, count: int, total: Tensor, squares: Tensor) -> None:
-        self.count += count
-        self.total = total if self.total is None else self.total + total
-        self.squares = squares if self.squares is None else self.squares + squares
-
-    def mean_and_scale(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation ``(F,)``, the latter 1 where the column is constant."""
-        if self.total is None or self.squares is None:
-            raise ValueError("the training data must not be empty; it had 0 samples")
-        mean = self.total / self.count
-        variance = (self.squares / self.count - mean.square()).clamp(min=0)
-        # Below this the two terms agree to every digit that float64 holds.
-        constant = variance <= 1e-12 * (mean.square() + 1e-300)
-        return mean, torch.where(constant, torch.ones_like(variance), variance.sqrt())
+    total, squares = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for rows, *logits in zip(*(torch.split(value.double(), CHUNK) for value in inputs), strict=True):
+        if logits:
+            d = contrast_diagonal(logits[0], loss=loss)
+            total, squares = total + (d.T @ rows).flatten(), squares + (d.square().T @ rows.square()).flatten()
+        else:
+            total, squares = total + rows.sum(0), squares + rows.square().sum(0)
+    mean = total / len(inputs[0])
+    variance = (squares / len(inputs[0]) - mean.square()).clamp(min=0)
+    # Below this the two terms agree to every digit that float64 holds.
+    constant = variance <= 1e-12 * (mean.square() + 1e-300)
+    return mean, torch.where(constant, torch.ones_like(variance), variance.sqrt())

@@ -5,7 +5,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastgrad
 from fastgrad import IntrospectiveClassifier, metrics
-from fastgrad.introspection.network import RowMoments
+from fastgrad.introspection.network import mean_and_scale
 from fastgrad.losses import LOSSES
 
 
@@ -55,7 +55,7 @@ def test_published_shape_is_the_default():
     rng = np.random.default_rng(0)
     R, labels = rng.normal(size=(40, 10, 64)), np.arange(40) % 10
     network = IntrospectiveClassifier(max_epochs=1).fit(R, labels).to_module()
-    shapes = [tuple(network.weight(i, torch.zeros(1)).shape) for i in range(3)]
+    shapes = [tuple(network.get_buffer(f"weight{i}").shape) for i in range(3)]
     assert shapes == [(300, 640), (100, 300), (10, 100)]
     assert network.options["activation"] == "sigmoid"
 
@@ -115,13 +115,11 @@ def test_calibration_on_new_samples():
         classifier.calibrate(R, np.full(2000, "z"))
 
 
-def test_row_moments_need_no_rows():
+def test_row_moments_need_no_rows(monkeypatch):
+    monkeypatch.setattr("fastgrad.introspection.network.CHUNK", 30)
     features, logits, _ = (torch.tensor(part) for part in problem(100, 0))
-    moments = RowMoments()
-    for part in (slice(0, 30), slice(30, 100)):
-        moments.add_pairs(features[part], logits[part], "mse")
     rows = fastgrad.contrast_rows(features, logits).flatten(1)
-    mean, scale = moments.mean_and_scale()
+    mean, scale = mean_and_scale((features, logits), "mse")
     torch.testing.assert_close(mean, rows.mean(0), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(scale, rows.std(0, correction=0), rtol=1e-8, atol=1e-8)
 
