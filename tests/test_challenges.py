@@ -216,8 +216,8 @@ def test_kinds_take_turns_over_all_inputs_in_whatever_parts_they_come(parts: int
     counts = Counter(kind for _, kind in found)
     attacks = {name: kind for name, kind in CHALLENGES.items() if kind.passes}
     others = {name: kind for name, kind in CHALLENGES.items() if not kind.passes}
-    made = {name: counts[name] for name in attacks}
-    assert made == {"fgsm": 9, "pgd": 9, "compressed_fgsm": 18, "compressed_pgd": 18}
+    attacked = {"fgsm": 9, "pgd": 9, "compressed_fgsm": 18, "compressed_pgd": 18}
+    assert {name: counts[name] for name in attacks} == attacked
     turns = 126 / len(challenge_names(list(others)))
     for name, kind in others.items():
         assert abs(counts[name] - turns * len(kind.strengths)) <= len(kind.strengths)
