@@ -48,7 +48,7 @@ class Settings:
     """
 
     log: bool
-    count: int = 0
+    count: int
 
 
 class Block:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -143,7 +143,7 @@ class Table:
         kinds: ``(n,)``: 0 for clean samples, 1 and up for kinds of challenge.
         groups: ``(n,)``: the source that each comes from; of a challenge the clean sample that it was made of.
         held_out: ``(n,)``: clean samples that calibrate the sum and nothing else.
-        settings: How its blocks fit their scores.
+        log: Whether the logarithms of squared norms are to be taken.
     """
 
     blocks: dict[str, Array]
@@ -151,7 +151,7 @@ class Table:
     kinds: NDArray[np.intp]
     groups: NDArray[np.intp]
     held_out: NDArray[np.bool_]
-    settings: Settings
+    log: bool
 
 
 class Calibrated(NamedTuple):
@@ -169,16 +169,20 @@ class Calibrated(NamedTuple):
     table: Table
 
 
-def fit_scores(table: Table, chosen: NDArray[np.bool_]) -> dict[str, ScoreSpec]:
-    """One score or more a block on the clean samples among the ``chosen``, and the classifier of challenges on all."""
+def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str, ScoreSpec]:
+    """One score or more a block on the clean samples among the ``chosen``, and the classifier of challenges on all.
+
+    ``count`` as in `Settings`.
+    """
+    settings = Settings(table.log, count)
     clean = take(table.blocks, chosen & (table.kinds == 0))
     specs: dict[str, ScoreSpec] = {}
     for source in clean:
-        for name, rows, score, p_value in table.known[source].scores(clean, table.settings):
+        for name, rows, score, p_value in table.known[source].scores(clean, settings):
             specs[name] = ScoreSpec(rows, score, p_value, source)
     if (chosen & (table.kinds > 0)).any():
-        joint = JointRows.fit(clean, table.known, table.settings)
-        classifier = ChallengeClassifier.fit(joint.of(take(table.blocks, chosen)), table.kinds[chosen])
+        joint = JointRows.fit(clean, table.known, settings)
+        classifier = ChallengeClassifier.fit(joint(as_tensors(take(table.blocks, chosen))), table.kinds[chosen])
         specs[NAME] = ScoreSpec(joint, classifier, OneSided, NAME, WEIGHT)
     return specs
 
@@ -211,10 +215,11 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
     fold = deal(table, folds, random)
     fitting, clean = fold >= 0, table.kinds == 0
     smallest = min(int((clean & fitting & (fold != number)).sum()) for number in range(fold.max() + 1))
-    table = replace(table, settings=replace(table.settings, count=smallest))
     # Score every sample by what was fitted without its fold, and fit once more on all.
-    parts = [(fold == number, fit_scores(table, fitting & (fold != number))) for number in range(fold.max() + 1)]
-    final = fit_scores(table, fitting)
+    parts = [
+        (fold == number, fit_scores(table, fitting & (fold != number), smallest)) for number in range(fold.max() + 1)
+    ]
+    final = fit_scores(table, fitting, smallest)
     names = [name for name in final if all(name in specs for _, specs in parts)]
     if not names:
         raise ValueError("blocks must have at least one score, or there must be challenges; there was neither")

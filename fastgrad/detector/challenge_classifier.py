@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgrad.blocks.block import Settings
 from fastgrad.detector.constants import INVERSE_PENALTY, LIMIT, STEPS
-from fastgrad.detector.inputs import Blocks, as_tensors
+from fastgrad.detector.inputs import Blocks
 from fastgrad.scores import fitted
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.rows import clipped
@@ -45,12 +45,6 @@ class JointRows(Fitted):
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Standardised rows, cut at 50 standard deviations."""
         return clipped(torch.cat([rows(blocks) for rows in self.parts], -1), LIMIT)
-
-    def of(self, blocks: Mapping[str, NDArray[np.float64]]) -> Tensor:
-        """The rows of arrays."""
-        with torch.no_grad():
-            rows: Tensor = self(as_tensors(blocks))
-        return rows
 
 
 class ChallengeClassifier(Fitted):

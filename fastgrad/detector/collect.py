@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -52,7 +50,7 @@ class Drawn:
             start += batch_size(x)
 
 
-def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bool = False) -> Drawn:
+def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bool | None = False) -> Drawn:
     """At most ``limit`` inputs of a loader, each as likely as any other, in one pass (a reservoir; Vitter, 1985).
 
     Args:
@@ -60,7 +58,7 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
         loader: Batches, ``x`` or ``(x, something beside each input)``.
         limit: Inputs that are kept.
         seed: Of the choice.
-        verbose: Whether to show a progress bar.
+        verbose: Whether to show a progress bar; None: in a terminal.
 
     Raises:
         TypeError, ValueError: The loader is empty, or a batch is malformed.
@@ -177,10 +175,10 @@ class Reader:
     Args:
         extraction: Network and blocks.
         device: Where to.
-        verbose: Whether to show progress bars.
+        verbose: Whether to show progress bars; None: in a terminal.
     """
 
-    def __init__(self, extraction: Extraction, device: torch.device, *, verbose: bool) -> None:
+    def __init__(self, extraction: Extraction, device: torch.device, *, verbose: bool | None) -> None:
         self.extraction, self.device, self.verbose = extraction, device, verbose
         self._parts: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._kinds: list[str] = []
@@ -247,8 +245,3 @@ class Reader:
             np.array(self._kinds),
             np.array(self._groups),
         )
-
-
-def shows_progress(verbose: bool | None) -> bool:
-    """Whether to show progress bars: as told, or where a terminal is attached and tqdm is installed."""
-    return (sys.stderr.isatty() and find_spec("tqdm") is not None) if verbose is None else verbose

@@ -16,7 +16,6 @@ from threadpoolctl import threadpool_limits
 
 from fastgrad import checks
 from fastgrad.blocks import BLOCKS
-from fastgrad.blocks.block import Settings
 from fastgrad.checks import to_array
 from fastgrad.detector import constants
 from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table, fit_detector
@@ -28,10 +27,10 @@ from fastgrad.detector.inputs import (
     check_blocks,
     check_rate,
     check_squared,
-    chunks,
     groups_of,
     held_out_of,
     kinds_of,
+    take,
 )
 
 Features = ArrayLike | Mapping[str, ArrayLike]
@@ -130,16 +129,13 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         challenging, self.classes_ = challenging_of(y, count)
         codes, numbers = kinds_of(kinds, challenging), groups_of(groups, count)
         random = check_random_state(self.random_state)
-        share = self.calibration_fraction
-        if share is None and count - challenging.sum() >= constants.SPLIT_FROM:
-            share = constants.SPLIT_SHARE
-        apart = held_out_of(held_out, challenging, share, random)
+        apart = held_out_of(held_out, challenging, self.calibration_fraction, random)
         folds = self.folds
         if folds is None and apart.any():
             folds = constants.FOLDS_OF_SPLIT
         elif folds is None:
             folds = constants.FOLDS_OF_FEW if count - challenging.sum() < constants.FEW else constants.FOLDS
-        table = Table(blocks, self._known, codes, numbers, apart, Settings(self.log))
+        table = Table(blocks, self._known, codes, numbers, apart, self.log)
         # Of small products. NumPy's threads and PyTorch's, which spin, would wait for each other: three times as long.
         with threadpool_limits(limits=1):
             found = fit_detector(table, int(folds), random)
@@ -151,8 +147,10 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "module_")
         blocks = self._blocks(X, reset=False)
         with torch.no_grad():
-            scores = [self.module_(part) for part in chunks(blocks)]
-        result: Array = torch.cat(scores).numpy()
+            count = len(next(iter(blocks.values())))
+            # A few at a time, so that a large set needs little memory.
+            parts = [take(blocks, slice(start, start + 4096)) for start in range(0, count, 4096)]
+            result: Array = torch.cat([self.module_(as_tensors(part)) for part in parts]).numpy()
         return result
 
     def predict(self, X: Features) -> NDArray[Any]:

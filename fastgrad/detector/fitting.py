@@ -28,12 +28,12 @@ from fastgrad.detector.presets import preset
 from fastgrad.detector.price import PriceReport, fit_to_budget
 from fastgrad.detector.report import Report, gains
 from fastgrad.detector.risk import NoisyOr, doubt
+from fastgrad.introspection import IntrospectiveClassifier
+from fastgrad.introspection.network import IntrospectiveNetwork
 from fastgrad.scores.temperature import Temperature
 
 if TYPE_CHECKING:
     from fastgrad.detector.model import TwoStageModel
-    from fastgrad.introspection import IntrospectiveClassifier
-    from fastgrad.introspection.network import IntrospectiveNetwork
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FitOptions:
     clip: tuple[float, float] | None
     mean: Sequence[float] | None
     std: Sequence[float] | None
-    verbose: bool
+    verbose: bool | None
 
 
 @dataclass(frozen=True)
@@ -192,10 +192,8 @@ def _checked(
             )
         held_out = np.repeat([False, True], [count, len(sample.calibration)])
     else:
-        share = base.calibration_fraction
-        if share is None and count >= constants.SPLIT_FROM:
-            share = constants.SPLIT_SHARE
-        held_out = held_out_of(None, np.zeros(count, bool), share, np.random.RandomState(two_stage.seed))
+        random = np.random.RandomState(two_stage.seed)
+        held_out = held_out_of(None, np.zeros(count, bool), base.calibration_fraction, random)
     images, pixels, each = sample.clean.images(), None, 0
     if images:
         collect.check_images("clean", images)
@@ -231,7 +229,7 @@ def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
     return list(two_stage.blocks)
 
 
-def _read(extraction: Extraction, two_stage: TwoStageModel, sample: Sample, verbose: bool) -> collect.Features:
+def _read(extraction: Extraction, two_stage: TwoStageModel, sample: Sample, verbose: bool | None) -> collect.Features:
     """Blocks of clean inputs, and of challenges, which are generated on the way."""
     reader = collect.Reader(extraction, two_stage.device, verbose=verbose)
     reader.clean(*(drawn for drawn in (sample.clean, sample.calibration) if drawn is not None))

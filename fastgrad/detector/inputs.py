@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fastgrad.blocks import Block
 from fastgrad.checks import to_array
+from fastgrad.detector import constants
 from fastgrad.scores.rows import as_tensor
 
 Array = NDArray[np.float64]
@@ -107,7 +107,9 @@ def held_out_of(
     share: float | None,
     random: np.random.RandomState,
 ) -> NDArray[np.bool_]:
-    """Which clean samples calibrate and nothing else: as told, or a random ``share`` of all; None for none.
+    """Which clean samples calibrate and nothing else: as told, or a random ``share`` of all.
+
+    A share of None is a fifth where there are many clean samples, and none where there are few.
 
     Raises:
         ValueError: There are fewer than 4 clean samples, or a side would have too few.
@@ -129,7 +131,10 @@ def held_out_of(
                 "held_out must hold at least 1 in-distribution sample out and leave 3 to fit on; it held out "
                 f"{kept} and left {len(clean) - kept}"
             )
-    elif share is not None:
+        return mask
+    if share is None and len(clean) >= constants.SPLIT_FROM:
+        share = constants.SPLIT_SHARE
+    if share is not None:
         count = min(max(1, round(share * len(clean))), len(clean) - 3)
         mask[random.permutation(clean)[:count]] = True
     return mask
@@ -155,7 +160,7 @@ def check_rate(rate: float) -> float:
     return float(rate)
 
 
-def take(blocks: Mapping[str, Array], indices: NDArray[Any]) -> dict[str, Array]:
+def take(blocks: Mapping[str, Array], indices: NDArray[Any] | slice) -> dict[str, Array]:
     """The chosen rows of every block."""
     return {name: array[indices] for name, array in blocks.items()}
 
@@ -163,9 +168,3 @@ def take(blocks: Mapping[str, Array], indices: NDArray[Any]) -> dict[str, Array]
 def as_tensors(blocks: Mapping[str, Array]) -> dict[str, Tensor]:
     """Every block as a tensor."""
     return {name: as_tensor(array) for name, array in blocks.items()}
-
-
-def chunks(blocks: Mapping[str, Array], rows: int = 4096) -> Iterator[dict[str, torch.Tensor]]:
-    """Slices of all blocks, so that a large set needs little memory."""
-    for start in range(0, len(next(iter(blocks.values()))), rows):
-        yield as_tensors({name: array[start : start + rows] for name, array in blocks.items()})

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,18 +15,15 @@ from torch import Tensor, nn
 from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
-from fastgrad.detector import collect, constants, fitting, storage
+from fastgrad.detector import UncertaintyDetector, challenge_classifier, constants, fitting, storage
+from fastgrad.detector.calibrate import DetectorModule
+from fastgrad.detector.report import Gain, Report
 from fastgrad.detector.risk import NoisyOr, doubt
+from fastgrad.introspection import IntrospectiveClassifier
+from fastgrad.introspection.network import IntrospectiveNetwork
 from fastgrad.losses import compute_dtype
 from fastgrad.prediction import Prediction
-
-if TYPE_CHECKING:
-    from fastgrad.detector import UncertaintyDetector
-    from fastgrad.detector.calibrate import DetectorModule
-    from fastgrad.detector.report import Gain, Report
-    from fastgrad.introspection import IntrospectiveClassifier
-    from fastgrad.introspection.network import IntrospectiveNetwork
-    from fastgrad.scores.temperature import Temperature
+from fastgrad.scores.temperature import Temperature
 
 
 class Explanation(NamedTuple):
@@ -92,9 +89,6 @@ class TwoStageModel(nn.Module):
         blocks: Sequence[str | Block] | None = None,
         seed: int = 0,
     ) -> None:
-        from fastgrad.detector import UncertaintyDetector
-        from fastgrad.introspection import IntrospectiveClassifier
-
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
@@ -203,8 +197,6 @@ class TwoStageModel(nn.Module):
     @property
     def alarms(self) -> dict[str, str]:
         """What an alarm means that each part of the evidence raises, in plain words, by name."""
-        from fastgrad.detector import challenge_classifier
-
         detector = self._fitted()
         assert self.extraction_ is not None  # a fitted model has one
         words = {block.name: block.alarm for block in self.extraction_.blocks}
@@ -252,9 +244,7 @@ class TwoStageModel(nn.Module):
                 are outside the given range, or challenges cannot be made from the inputs. A named block is impossible.
                 All of it is checked before the first challenge is made.
         """
-        options = fitting.FitOptions(
-            max_samples, challenges_per_input, risk, clip, mean, std, collect.shows_progress(verbose)
-        )
+        options = fitting.FitOptions(max_samples, challenges_per_input, risk, clip, mean, std, verbose)
         fitting.fit(self, clean, challenges, calibration, options)
         return self
 
@@ -331,8 +321,6 @@ class TwoStageModel(nn.Module):
             ValueError: The file is foreign, changed or damaged, ``model`` is not the network it was saved with, or a
                 block's class is not registered.
         """
-        from fastgrad.detector.report import Report
-
         modules, extra = storage.load(path)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from fastgrad.challenges import CHALLENGES
 from fastgrad.detector.calibrate import Table, deal, fit_scores
 from fastgrad.detector.challenge_classifier import NAME, ChallengeClassifier
 from fastgrad.detector.constants import CAP, WEIGHT
-from fastgrad.detector.inputs import as_tensors, take
+from fastgrad.detector.inputs import as_tensors
 from fastgrad.detector.price import PriceReport
 from fastgrad.scores.conformal import OneSided, p_value_map, weighted
 
@@ -149,9 +149,8 @@ def _sums(
     """The weighted sum ``(n,)`` of every set of blocks and family left out, by what was fitted on the other fold."""
     inside = (fold >= 0) & (fold != number)
     count = int((inside & (table.kinds == 0)).sum())
-    table = replace(table, settings=replace(table.settings, count=count))
-    specs = fit_scores(table, inside)
-    tensors = as_tensors(take(table.blocks, np.arange(len(fold))))
+    specs = fit_scores(table, inside, count)
+    tensors = as_tensors(table.blocks)
     joint = specs.pop(NAME).rows.get_submodule("parts")
     clean = torch.as_tensor((fold == number) & (table.kinds == 0))
     evidence: dict[str, torch.Tensor] = {}

@@ -11,7 +11,6 @@ from scipy.stats import betabinom
 
 from fastgrad import TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import BLOCKS
-from fastgrad.blocks.block import Settings
 from fastgrad.detector.calibrate import DetectorModule, Table, deal
 from fastgrad.scores.conformal import TwoSided
 
@@ -48,7 +47,7 @@ def test_a_source_is_in_one_fold(count: int) -> None:
     order = rng.permutation(len(groups))
     groups, kinds = groups[order], kinds[order]
     nobody = np.zeros(len(groups), bool)
-    fold = deal(Table({}, BLOCKS, kinds, groups, nobody, Settings(False)), 5, np.random.RandomState(0))
+    fold = deal(Table({}, BLOCKS, kinds, groups, nobody, False), 5, np.random.RandomState(0))
     assert set(fold) == set(range(min(5, count)))
     for source in range(count):
         assert len(set(fold[groups == source])) == 1
@@ -56,7 +55,7 @@ def test_a_source_is_in_one_fold(count: int) -> None:
     assert sizes.max() - sizes.min() <= 1
     # What is held out is in no fold, nor are the challenges made from it.
     apart = deal(
-        Table({}, BLOCKS, kinds, groups, (groups < 2) & (kinds == 0), Settings(False)),
+        Table({}, BLOCKS, kinds, groups, (groups < 2) & (kinds == 0), False),
         5,
         np.random.RandomState(0),
     )
@@ -69,9 +68,9 @@ def test_no_fit_sees_what_it_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     original = calibrate.fit_scores
 
-    def watched(table: Table, chosen: np.ndarray) -> dict[str, calibrate.ScoreSpec]:
+    def watched(table: Table, chosen: np.ndarray, count: int) -> dict[str, calibrate.ScoreSpec]:
         seen.append(set(table.groups[chosen]))
-        return original(table, chosen)
+        return original(table, chosen, count)
 
     monkeypatch.setattr(calibrate, "fit_scores", watched)
     rng = np.random.default_rng(0)

@@ -1,6 +1,8 @@
 import copy
 import math
 import pickle
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -157,6 +159,14 @@ def test_round_trip_is_bit_equal(fitted, tmp_path):
     assert torch.equal(loaded.calibration_scores, fitted.calibration_scores)
     again = loaded.save(tmp_path / "again.safetensors")
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_new_process_knows_every_stored_part():
+    code = (
+        "import fastgrad; fastgrad.TwoStageModel; from fastgrad.scores.fitted import Fitted; "
+        "assert {'IntrospectiveNetwork', 'Temperature', 'NoisyOr'} <= set(Fitted.kinds)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_changed_byte_is_refused(fitted, tmp_path):
