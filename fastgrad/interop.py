@@ -29,6 +29,12 @@ def as_pytorch_ood(two_stage: TwoStageModel, **fit_options: Any) -> Any:
     with extra("interop"):
         from pytorch_ood.api import Detector
 
+    def inside(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, labels in loader:
+            known = torch.as_tensor(labels) >= 0
+            if known.any():
+                yield x[known], labels[known]
+
     class FastgradDetector(Detector):  # type: ignore[misc]
         requires_fit = True
 
@@ -36,7 +42,7 @@ def as_pytorch_ood(two_stage: TwoStageModel, **fit_options: Any) -> Any:
             self.two_stage = two_stage
 
         def fit(self, data_loader: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
-            self.two_stage.fit(_InDistribution(data_loader), **fit_options)
+            self.two_stage.fit(inside(data_loader), **fit_options)
             return self
 
         def predict(self, x: Tensor) -> Tensor:
@@ -44,16 +50,3 @@ def as_pytorch_ood(two_stage: TwoStageModel, **fit_options: Any) -> Any:
             return result
 
     return FastgradDetector()
-
-
-class _InDistribution:
-    """The batches of a loader without the samples whose label is below 0."""
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, labels in self.loader:
-            inside = torch.as_tensor(labels) >= 0
-            if inside.any():
-                yield x[inside], labels[inside]

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fastgrad import metrics
 from fastgrad.checks import extra
+from fastgrad.metrics.arrays import numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,12 +46,6 @@ def save(axes: Axes, path: str | Path, *, dpi: int = 110) -> None:
     figure.savefig(path, dpi=dpi)
 
 
-def _values(values: ArrayLike | Tensor) -> NDArray[np.float64]:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    return np.asarray(values, dtype=np.float64)
-
-
 def score_histograms(
     scores: Mapping[str, ArrayLike | Tensor], *, reference: str | None = None, axes: Axes | None = None
 ) -> Axes:
@@ -70,7 +65,7 @@ def score_histograms(
     if reference not in scores:
         raise ValueError(f"reference must be one of {', '.join(scores)}; it was {reference!r}")
     axes = axes or new_axes()
-    arrays = {name: _values(values) for name, values in scores.items()}
+    arrays = {name: numbers(values) for name, values in scores.items()}
     together = np.concatenate(list(arrays.values()))
     # The outermost half per cent would squeeze everything else into a few bins.
     low, high = np.quantile(together, [0.005, 0.995])
@@ -136,7 +131,7 @@ def layer_norms(sqnorms: Mapping[str, ArrayLike | Tensor], names: Sequence[str],
     # Of many names some are written, so that they can be read.
     step = -(-len(names) // 16)
     for i, (name, values) in enumerate(sqnorms.items()):
-        matrix = _values(values)
+        matrix = numbers(values)
         if matrix.ndim != 2 or matrix.shape[1] != len(names):
             raise ValueError(
                 f"sqnorms[{name!r}] must have shape (B, {len(names)}), column per name; it was {matrix.shape}"
@@ -184,7 +179,7 @@ def manifold(
     reach = margin * (high - low)
     xs, ys = (torch.linspace(float(low[i] - reach[i]), float(high[i] + reach[i]), resolution) for i in range(2))
     grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2).to(points)
-    values = _values(score(grid)).reshape(resolution, resolution)
+    values = numbers(score(grid)).reshape(resolution, resolution)
     image = axes.pcolormesh(xs.numpy(), ys.numpy(), values, cmap="viridis", shading="nearest", rasterized=True)
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -210,7 +205,7 @@ def contrast_sparsity(gradients: Mapping[str, ArrayLike | Tensor], *, axes: Axes
     """
     axes = axes or new_axes(4.4, 3.4)
     for i, (name, values) in enumerate(gradients.items()):
-        energy = np.sort(_values(values).reshape(-1, np.shape(values)[-1]) ** 2, axis=1)[:, ::-1]
+        energy = np.sort(numbers(values).reshape(-1, np.shape(values)[-1]) ** 2, axis=1)[:, ::-1]
         energy = energy[energy.sum(1) > 0]
         if not len(energy):
             raise ValueError(f"gradients[{name!r}] must hold a vector that is not zero; all were")

@@ -60,7 +60,6 @@ class Extraction:
         return outside_of_compilation(self._run)(x)
 
     def _run(self, x: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        subject = self.subject(x)
         with torch.inference_mode(False):
             args, kwargs = arguments(x)
             samples = batch_size(args, kwargs)
@@ -68,21 +67,23 @@ class Extraction:
             if empty:
                 # Blocks of no sample have the shapes of one.
                 args, kwargs = pytree.tree_map_only(
-                    Tensor, lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() else t, (args, kwargs)
+                    Tensor,
+                    lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() and not t.shape[0] else t,
+                    (args, kwargs),
                 )
+            subject = self.subject(args, kwargs)
             logits, values = self._extract(subject, args, kwargs, 1 if empty else samples)
         return (logits[:0], {n: v[:0] for n, v in values.items()}) if empty else (logits, values)
 
-    def subject(self, x: Inputs) -> Subject:
-        """What is known of the network and inputs like ``x``, watched at the first call.
+    def subject(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Subject:
+        """What is known of the network and inputs like these, watched at the first call.
 
         Raises:
             ValueError: A block cannot be had.
         """
         with self._lock:
             if self.known is None:
-                with torch.inference_mode(False):
-                    subject = watch(self.model, *arguments(x))
+                subject = watch(self.model, args, kwargs)
                 for block in self.blocks:
                     refusal = block.refusal(subject)
                     if refusal is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from fastgrad._torch import DispatchMode, pytree
-from fastgrad.batches import batch_size, logits_of, take
+from fastgrad.batches import batch_size, class_logits, take
 from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
 from fastgrad.engine.copy import Shadow, attach
@@ -76,19 +77,16 @@ class _Watch:
         shadow = Shadow(model)
         operations = _Operations()
 
-        def watch(path: str, module: nn.Module) -> None:
-            def leave(_: nn.Module, inputs: Any, __: Any, output: Any) -> None:
-                value = channels.output_of(output)
-                if value is not None and value.is_floating_point():
-                    self.seen.append((path, module, inputs, value))
-
-            attach(shadow.modules[id(module)], leave)
+        def leave(path: str, module: nn.Module, _: nn.Module, inputs: Any, __: Any, output: Any) -> None:
+            value = channels.output_of(output)
+            if value is not None and value.is_floating_point():
+                self.seen.append((path, module, inputs, value))
 
         for path, module in model.named_modules():
             if path and (channels.is_normalization(module) or channels.is_layer(module)):
-                watch(path, module)
+                attach(shadow.modules[id(module)], functools.partial(leave, path, module))
         with torch.no_grad(), operations:
-            self.logits = logits_of(shadow.root(*args, **kwargs))
+            self.logits = class_logits(shadow.root(*args, **kwargs))
         self.operations = max(1.0, operations.total)
 
 
@@ -108,24 +106,15 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
 
     Args:
         model: The network.
-        args: Its positional inputs, a batch of any size.
+        args: Its positional inputs, a batch of at least one sample.
         kwargs: Its inputs by keyword.
 
     Raises:
         ValueError: It does not return logits ``(B, N)``.
     """
     samples = batch_size(args, kwargs)
-    if samples == 0:
-        args, kwargs = pytree.tree_map_only(
-            Tensor,
-            lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() and not t.shape[0] else t,
-            (args, kwargs),
-        )
-        samples = 1
     three, two = (_Watch(model, *take((args, kwargs), torch.arange(count) % samples, samples)) for count in (3, 2))
     logits = three.logits
-    if logits.dim() != 2:
-        raise ValueError(f"model must return logits of shape (B, N); it returned {tuple(logits.shape)}")
     head = next(
         (
             (path, module)

@@ -9,11 +9,16 @@ from torch import Tensor
 Array = NDArray[np.float64]
 
 
-def as_array(name: str, values: ArrayLike | Tensor) -> Array:
+def numbers(values: ArrayLike | Tensor) -> Array:
     """A float64 array; tensors come from any device."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
-    array = np.asarray(values, dtype=np.float64)
+    return np.asarray(values, dtype=np.float64)
+
+
+def as_array(name: str, values: ArrayLike | Tensor) -> Array:
+    """`numbers` that are finite; ValueError where some are not."""
+    array = numbers(values)
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite; it held NaN or infinity")
     return array

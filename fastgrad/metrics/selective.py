@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastgrad.metrics.arrays import Array, as_array
+from fastgrad.metrics.arrays import Array, as_array, numbers
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,7 @@ def _samples(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> tup
         raise ValueError(f"errors must be a non-empty vector; its shape was {losses.shape}")
     if losses.min() < 0:
         raise ValueError(f"errors must be at least 0; the smallest was {losses.min():g}")
-    if isinstance(uncertainty, Tensor):
-        uncertainty = uncertainty.detach().cpu().double().numpy()
-    scores = np.asarray(uncertainty, dtype=np.float64)
+    scores = numbers(uncertainty)
     if scores.shape != losses.shape:
         raise ValueError(f"uncertainty must have shape {losses.shape}, one score per error; it was {scores.shape}")
     if not (scores > -np.inf).all():

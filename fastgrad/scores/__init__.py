@@ -3,10 +3,3 @@
 A higher score is less usual. Every score is a traceable module (`fitted.Fitted`) with a ``fit`` that takes rows
 of clean data; `rows.Rows` makes those rows from a block of features, `conformal` turns scores into p-values.
 """
-
-from __future__ import annotations
-
-# `rebuild` knows the kinds of module that have been imported.
-from fastgrad.scores import conformal, fitted, gaussian_mixture, logits, mahalanobis, rows, temperature
-
-__all__ = ["conformal", "fitted", "gaussian_mixture", "logits", "mahalanobis", "rows", "temperature"]

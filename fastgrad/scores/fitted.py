@@ -65,16 +65,10 @@ class Fitted(nn.Module):
 
 
 class Sequence(Fitted):
-    """An ordered list of `Fitted` modules that can be stored."""
-
-    def __init__(self, *modules: Fitted, **named: Fitted) -> None:
-        super().__init__(**({f"{index}": module for index, module in enumerate(modules)} | named))
+    """An ordered list of named `Fitted` modules that can be stored."""
 
     def __iter__(self) -> Any:
         return iter(self.children())
-
-    def __len__(self) -> int:
-        return len(self._modules)
 
 
 def rebuild(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> Fitted:

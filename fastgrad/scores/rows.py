@@ -122,7 +122,7 @@ class Rows(Fitted):
     def standardised(self, flat: Tensor) -> Tensor:
         """Rows of `flat` ``(B, d)`` in units of the clean ones."""
         rows = (flat - self.mean) / self.scale
-        clip = self.options.get("clip")
+        clip = self.options["clip"]
         return rows if clip is None else clipped(rows, clip)
 
     def of(self, blocks: Mapping[str, Array]) -> Array:
@@ -136,8 +136,7 @@ class Rows(Fitted):
         rows = self.standardised(self.flat(blocks))
         if "projection" not in self._buffers:
             return rows
-        projected = (rows.to(self.projection.dtype) @ self.projection).double()
-        return projected - self.shift if "shift" in self._buffers else projected
+        return (rows.to(self.projection.dtype) @ self.projection).double() - self.shift
 
 
 def as_tensor(array: Array) -> Tensor:

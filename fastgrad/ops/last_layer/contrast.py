@@ -16,30 +16,21 @@ _FEW = 1 << 16
 _LONG = 1 << 12
 
 
-def scale_of(features: Tensor, bias: bool) -> Tensor:
-    """The factor of ``||delta||^2`` in the squared norm, ``||h||^2 + 1`` (no 1 without bias): ``(B, 1)``."""
-    h = features.to(losses.compute_dtype(features.dtype))
-    squares: Tensor = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square()
-    return squares + 1 if bias else squares
-
-
-def differentiable(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, mean: bool) -> Tensor:
-    """The definition in plain torch, differentiable to any order; ``(B, N)``."""
-    norms = losses.contrast_norms(logits, loss=loss, reduction=losses.REDUCTIONS[mean], log=log)
-    h = features.to(norms.dtype)
-    scale = h.square().sum(-1, keepdim=True) + (1 if bias else 0)
-    return norms + scale.log() if log else norms * scale
-
-
 def eager(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, mean: bool) -> Tensor:
-    """The same numbers on any device; for inference in fewer passes, in place where the memory is ours."""
+    """``||delta||^2 (||h||^2 + 1)`` of every contrast ``(B, N)``, without the 1 where there is no bias.
+
+    The definition, differentiable to any order; for inference in fewer passes, in place where the memory is ours.
+    """
     inference = not (torch.is_grad_enabled() and (features.requires_grad or logits.requires_grad))
     if inference and loss == "cross_entropy" and not log and logits.numel():
-        scale = scale_of(features, bias)
-        if mean:
-            scale = scale / logits.shape[-1] ** 2
+        h = features.to(losses.compute_dtype(features.dtype))
+        scale = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square()
+        scale = scale + 1 if bias else scale
+        scale = scale / logits.shape[-1] ** 2 if mean else scale
         return _cross_entropy(scale.to(losses.compute_dtype(logits.dtype)), logits)
-    return differentiable(features, logits, loss, bias, log, mean)
+    norms = losses.contrast_norms(logits, loss=loss, reduction=losses.REDUCTIONS[mean], log=log)
+    scale = features.to(norms.dtype).square().sum(-1, keepdim=True) + (1 if bias else 0)
+    return norms + scale.log() if log else norms * scale
 
 
 def _cross_entropy(scale: Tensor, logits: Tensor) -> Tensor:
