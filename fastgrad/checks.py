@@ -98,6 +98,26 @@ def to_array(name: str, value: Any, *, single: bool = False) -> NDArray[np.float
     return array
 
 
+def validated(estimator: Any, name: str, values: Any, *, reset: bool) -> NDArray[np.float64]:
+    """The features of a scikit-learn estimator as float64 ``(B, P)``, or with three dimensions as they are.
+
+    ``reset`` notes their number, as `sklearn.utils.validation.validate_data` does, which checks matrices.
+    """
+    from sklearn.utils.validation import validate_data
+
+    array: NDArray[np.float64]
+    if getattr(values, "ndim", None) != 3:
+        values = to_array(name, values) if isinstance(values, torch.Tensor) else values
+        array = validate_data(estimator, values, reset=reset, dtype=np.float64)
+        return array
+    array = to_array(name, values)
+    if array.size == 0:
+        raise ValueError(f"{name} must not be empty; it had shape {array.shape}")
+    if reset:
+        estimator.n_features_in_ = int(np.prod(array.shape[1:]))
+    return array
+
+
 class MissingExtraError(ModuleNotFoundError):
     """An optional package is not installed; the message names the extra that brings it."""
 

@@ -11,12 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator
 from sklearn.utils import Tags, check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from threadpoolctl import threadpool_limits
 
 from fastgrad import checks
 from fastgrad.blocks import BLOCKS
-from fastgrad.checks import to_array
 from fastgrad.detector import constants
 from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table, fit_detector
 from fastgrad.detector.inputs import (
@@ -219,16 +218,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         if isinstance(X, Mapping) and not issparse(X):
             blocks = check_blocks(X, self._known, log=self.log)
         else:
-            if getattr(X, "ndim", None) == 3:
-                array = to_array("X", X)
-                if array.size == 0:
-                    raise ValueError(f"X must not be empty; it had shape {array.shape}")
-                if reset:
-                    self.n_features_in_ = int(np.prod(array.shape[1:]))
-            else:
-                if isinstance(X, torch.Tensor):
-                    X = to_array("X", X)
-                array = validate_data(self, X, reset=reset, dtype=np.float64)
+            array = checks.validated(self, "X", X, reset=reset)
             if self.log:
                 check_squared("X", array)
             blocks = {"gradients": array}

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
 from fastgrad import checks
@@ -229,30 +229,16 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
                     f"{arrays[0].shape} and {arrays[1].shape}"
                 )
         else:
-            if getattr(R, "ndim", None) == 3:
-                array = to_array("R", R)
-                if array.size == 0:
-                    raise ValueError(f"R must not be empty; it had shape {array.shape}")
-                if reset:
-                    self.n_features_in_ = int(np.prod(array.shape[1:]))
-                array = array.reshape(len(array), -1)
-            else:
-                R = to_array("R", R) if isinstance(R, Tensor) else R
-                array = validate_data(self, R, reset=reset, dtype=np.float64)
-            arrays = [array]
+            array = checks.validated(self, "R", R, reset=reset)
+            arrays = [array.reshape(len(array), -1)]
         shapes = tuple(array.shape[1:] for array in arrays)
-        if reset:
-            self.shapes_ = shapes
-            self.n_features_in_ = int(np.prod([np.prod(shape) for shape in shapes]))
-        else:
-            self._match(shapes)
-        return tuple(as_tensor(array) for array in arrays)
-
-    def _match(self, shapes: tuple[tuple[int, ...], ...]) -> None:
         width = int(np.prod([np.prod(shape) for shape in shapes]))
-        pairs = len(shapes) == 2 and len(self.shapes_) == 2
+        if reset:
+            self.shapes_, self.n_features_in_ = shapes, width
+        pairs = len(shapes) == len(self.shapes_) == 2
         if width != self.n_features_in_ or (pairs and shapes != self.shapes_):
             raise ValueError(f"R must have the shape of fit, {self.shapes_} per sample; it had {shapes}")
+        return tuple(as_tensor(array) for array in arrays)
 
     def _labels(self, y: ArrayLike, count: int) -> NDArray[Any]:
         values = column_or_1d(np.asarray(y.cpu() if isinstance(y, Tensor) else y), warn=True)
