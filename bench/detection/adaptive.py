@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,20 +36,11 @@ LAMBDAS: Mapping[str, float | None] = {"lambda 0.1": 0.1, "lambda 1": 1.0, "sele
 DEFAULT_NETWORKS = ("lite0", "resnet20")
 
 
-class Effort(NamedTuple):
-    """Attacked images, random starts of each objective, images at a time."""
-
-    images: int
-    starts: int
-    batch: int
-
-
-#: By kind of data; a photograph takes a hundred times as long as a small image.
-EFFORTS = {PHOTOGRAPHS: Effort(100, 1, 8), SMALL: Effort(100, 5, 25)}
+#: By kind of data: attacked images, random starts of each objective, images at a time.
+#: A photograph takes a hundred times as long as a small image.
+EFFORTS = {PHOTOGRAPHS: (100, 1, 8), SMALL: (100, 5, 25)}
 #: Photographs in quick mode.
 FEW = 8
-
-
 #: What happens to images between the attack and the network.
 WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {"": lambda images: images, " after JPEG": sets.compress}
 
@@ -91,10 +82,8 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
                     logits, uncertainty = answers(box, change(attacked))
                     misled = (logits.argmax(1) != labels).numpy()
                     found = (uncertainty > box.threshold).numpy()
-                    row[f"misled, {name}{way}"], row[f"found, {name}{way}"] = (
-                        int(misled.sum()),
-                        int((misled & found).sum()),
-                    )
+                    row[f"misled, {name}{way}"] = int(misled.sum())
+                    row[f"found, {name}{way}"] = int((misled & found).sum())
                     safe &= ~misled | found
                 row["protected" + way] = float(safe.mean())
                 row["alarms" + way] = float((answers(box, change(x))[1] > box.threshold).double().mean())

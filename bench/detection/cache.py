@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,29 +24,27 @@ DAMAGED = (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZip
            pickle.UnpicklingError)  # fmt: skip
 
 
-def damaged(path: Path, error: Exception) -> ValueError:
-    """The error for a file that is there and cannot be read."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return ValueError(f"{path} must be a whole file; it cannot be read ({reason}). Delete it to have it made again")
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name a file that is there and cannot be read."""
+    try:
+        yield
+    except DAMAGED as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} must be a whole file; it cannot be read ({reason}). Delete it to have it made again"
+        ) from error
 
 
-def read_arrays(path: Path) -> Arrays:
-    """The arrays of a ``.npz`` file.
+def arrays(path: Path, make: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays:
+    """The arrays in ``path``, or those that ``make`` returns, kept there.
 
     Raises:
         ValueError: The file is damaged; the message names it.
     """
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return dict(archive)
-    except DAMAGED as error:
-        raise damaged(path, error) from error
-
-
-def arrays(path: Path, make: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays:
-    """The arrays in ``path``, or those that ``make`` returns, kept there."""
     if path.exists():
-        return read_arrays(path)
+        with _reading(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return dict(archive)
     found = dict(make())
     _write(path, lambda file: np.savez(file, **found))  # type: ignore[arg-type]
     return found
@@ -61,17 +60,16 @@ def weights(path: Path, model: nn.Module, recipe: Mapping[str, Any], train: Call
         train(model)
         _write(path, lambda file: torch.save({"recipe": dict(recipe), "weights": model.state_dict()}, file))
         return model.eval()
-    kept = _read(path)
+    with _reading(path):
+        kept = torch.load(path, weights_only=True)
     found = kept.get("recipe") if isinstance(kept, dict) else None
     if found != dict(recipe):
         raise ValueError(
             f"{path} must hold the network of the recipe {json.dumps(dict(recipe))}; it holds that of "
             f"{json.dumps(found)}. Delete it to have the network trained again"
         )
-    try:
+    with _reading(path):
         model.load_state_dict(kept["weights"])
-    except DAMAGED as error:
-        raise damaged(path, error) from error
     return model.eval()
 
 
@@ -88,14 +86,6 @@ def digest(*parts: object) -> str:
         else:
             total.update(json.dumps(part, sort_keys=True).encode())
     return total.hexdigest()[:12]
-
-
-def _read(path: Path) -> Any:
-    """What `torch.save` wrote."""
-    try:
-        return torch.load(path, weights_only=True)
-    except DAMAGED as error:
-        raise damaged(path, error) from error
 
 
 def _write(path: Path, write: Callable[[Any], object]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from bench.detection import cases  # noqa: F401
@@ -75,11 +76,7 @@ def manifold(out: Path) -> None:
         return two_stage(x).uncertainty.clamp(max=15)
 
     shown, classes = points[:300], labels[:300]
-    first = plots.new_axes(4.6, 7.4)
-    figure = first.get_figure(root=True)
-    assert figure is not None
-    first.remove()
-    above, below = figure.subplots(2, 1)
+    above, below = Figure(figsize=(4.6, 7.4), layout="constrained").subplots(2, 1)
     plots.manifold(softmax, shown, classes, title="1 - largest softmax probability", axes=above)
     plots.manifold(ours, shown, classes, title="fastgrad, fitted on clean points alone", axes=below)
     plots.save(below, out / "gallery-manifold.png", dpi=80)

@@ -17,8 +17,6 @@ from bench.detection.registry import NotRun, Score, method
 from bench.detection.subject import Fit
 from fastgrad.scores.mahalanobis import Mahalanobis
 
-OfLogits = Callable[[Tensor], Tensor]
-
 
 @method("softmax", 2017, "Hendrycks and Gimpel, ICLR")
 def softmax(fit: Fit) -> Score:

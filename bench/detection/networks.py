@@ -48,27 +48,9 @@ def photographed(size: int, options: Options, draw: int) -> Subject:
         labels = torch.from_numpy(split.labels[places])
         parts[name] = (sets.to_tensor(split.images[places]), labels)
     model = photographs.network(pixels=True, size=size).requires_grad_(False).to(memory_format=torch.channels_last)
-    stages = list(reversed(photographs.stages(model)[1:]))
-    # The map that is pooled is that of the last activation.
-    stages.append(_last_map(model))
-    return Subject(
-        f"lite{size}",
-        draw,
-        model,
-        parts,
-        options.cache,
-        stages,
-        options.data,
-        PHOTOGRAPHS,
-        case,
-        options.quick,
-    )
-
-
-def _last_map(model: torch.nn.Module) -> torch.nn.Module:
-    net = model[-1] if isinstance(model, torch.nn.Sequential) else model
-    found: torch.nn.Module = net._bn1  # type: ignore[assignment]
-    return found
+    stages = photographs.stages(model)
+    network = f"lite{size}"
+    return Subject(network, draw, model, parts, options.cache, stages, options.data, PHOTOGRAPHS, case, options.quick)
 
 
 for _size, _tuned in ((0, True), (1, False), (2, False)):
@@ -117,7 +99,7 @@ def small(name: str, options: Options, draw: int) -> Subject:
     if name == "densenet":
         model = published(options.cache)
     else:
-        recipe = Recipe(network=name, epochs=EPOCHS.get(name, 8))
+        recipe = Recipe(name, 0, EPOCHS[name])
         if options.quick and name in LONG and not (options.cache / recipe.file()).exists():
             raise NotRun("its training takes an hour or two on one core, and quick mode leaves it out")
         model = trained(recipe, options.data, options.cache)

@@ -73,9 +73,8 @@ class Method:
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of unusual inputs, the group whose mean it enters, and the kinds of data that have it."""
+    """A kind of unusual inputs: the group whose mean it enters, and the kinds of data that have it."""
 
-    name: str
     group: str
     kinds: tuple[str, ...]
     make: Callable[[Subject, str, int], Shown]
@@ -85,7 +84,6 @@ class Case:
 class Network:
     """A classifier with its data; ``tuned`` if choices of this package were compared on it."""
 
-    name: str
     title: str
     tuned: bool
     make: Callable[[Options, int], Subject]
@@ -132,7 +130,7 @@ def case(name: str, group: str, kinds: tuple[str, ...]) -> Callable[[Any_], Any_
     """Register what makes inputs from ``(subject, part, count)``."""
 
     def register(function: Any_) -> Any_:
-        CASES[name] = Case(name, group, kinds, function)  # type: ignore[arg-type]
+        CASES[name] = Case(group, kinds, function)  # type: ignore[arg-type]
         return function
 
     return register
@@ -142,7 +140,7 @@ def network(name: str, title: str, *, tuned: bool = False) -> Callable[[Any_], A
     """Register what makes a `Subject` from ``(options, draw)``."""
 
     def register(function: Any_) -> Any_:
-        NETWORKS[name] = Network(name, title, tuned, function)  # type: ignore[arg-type]
+        NETWORKS[name] = Network(title, tuned, function)  # type: ignore[arg-type]
         return function
 
     return register

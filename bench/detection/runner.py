@@ -172,11 +172,8 @@ def run(table: Table, options: Options, networks: Sequence[str] = (), methods: S
             begun = time.perf_counter()
             made += rows(table, subject, method, options.quick, known)
             taken = time.perf_counter() - begun
-            print(
-                f"{subject.network}, draw {subject.draw}, {method.name}: {taken:.1f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            words = f"{subject.network}, draw {subject.draw}, {method.name}: {taken:.1f} s"
+            print(words, file=sys.stderr, flush=True)
         return made
 
     return over(networks or table.networks, options, measured)

@@ -38,25 +38,13 @@ SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32), "resnet20"
 class Recipe:
     """How one network is trained; its fields name the cached file and are written into it."""
 
-    network: str = "resnet"
-    seed: int = 0
-    epochs: int = 8
+    network: str
+    seed: int
+    epochs: int
 
     def file(self) -> str:
         """The name of the cached weights."""
         return "-".join(str(value) for value in asdict(self).values()) + ".pt"
-
-
-def build(recipe: Recipe) -> Classifier:
-    """An untrained network.
-
-    Raises:
-        ValueError: ``recipe.network`` is none of `NETWORKS`.
-    """
-    if recipe.network not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}; it was {recipe.network!r}")
-    torch.manual_seed(recipe.seed)
-    return NETWORKS[recipe.network]()
 
 
 def augment_crop(x: Tensor, padded: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
@@ -80,7 +68,6 @@ def fit(
     seed: int,
     rate: float = 0.3,
     batch: int = 128,
-    flips: bool = True,
     sizes: Sequence[int] = (),
 ) -> nn.Module:
     """SGD with one cycle of the learning rate.
@@ -93,7 +80,6 @@ def fit(
         seed: Of order, crops and flips.
         rate: Highest learning rate.
         batch: Images of a step.
-        flips: Whether images are cropped and flipped.
         sizes: Pixels that images are brought to, each for an equal share of the passes; none for their own.
     """
     device = next(model.parameters()).device
@@ -111,7 +97,7 @@ def fit(
         model.train()
         start = time.perf_counter()
         for index in torch.randperm(len(images), generator=generator)[: steps * batch].view(steps, batch):
-            x = augment_crop(images, padded, index, generator) if flips else images[index]
+            x = augment_crop(images, padded, index, generator)
             if sizes and (size := sizes[epoch * len(sizes) // epochs]) != x.shape[-1]:
                 x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
             x = x.to(device, memory_format=torch.channels_last)
@@ -178,4 +164,6 @@ def trained(recipe: Recipe, root: Path, folder: Path) -> Classifier:
         words = f"{score:.1%} on {len(labels):,} test images, {seconds:.0f} s"
         print(f"{recipe.file()}: {words}", file=sys.stderr, flush=True)
 
-    return cache.weights(folder / recipe.file(), build(recipe), asdict(recipe), train)  # type: ignore[return-value]
+    torch.manual_seed(recipe.seed)
+    model = NETWORKS[recipe.network]()
+    return cache.weights(folder / recipe.file(), model, asdict(recipe), train)  # type: ignore[return-value]

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 #: L-infinity radius of the gradient attacks in the unit range.
 EPSILON = 8 / 255
-#: The attacks of the table ``adversarial``.
-ATTACKS = ("FGSM", "BIM", "C&W", "PGD", "IterLL", "Semantic")
 _BOUNDED = ("FGSM", "BIM", "IterLL", "PGD")
 
 

@@ -1,4 +1,4 @@
-"""The 19 common corruptions at five severities (Hendrycks and Dietterich 2019), by imagecorruptions."""
+"""Common corruptions (Hendrycks and Dietterich 2019), by imagecorruptions."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ import torch
 from torch import Tensor
 
 from bench.detection.data.sets import to_bytes, to_tensor
-
-CORRUPTIONS = (
-    "gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise",
-    "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "gaussian_blur",
-    "snow", "frost", "fog", "spatter",
-    "brightness", "contrast", "saturate", "elastic_transform", "pixelate", "jpeg_compression",
-)  # fmt: skip
-SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def corrupt(images: Tensor, name: str, severity: int, *, seed: int) -> Tensor:

@@ -129,20 +129,16 @@ class News:
         elif name == "questions":
             found = json.loads((self.root / FILES[2]).read_text(encoding="utf-8"))
             texts = [found[i]["qText"] for i in rng.permutation(len(found))[:count]]
-        elif name == "German":
+        else:
             from faker import Faker
 
             fake = Faker("de_DE")
             fake.seed_instance(self.seed)
             texts = [fake.paragraph(nb_sentences=4) for _ in range(count)]
-        else:
-            raise ValueError(f"name must be one of {', '.join(CASES)}; it was {name!r}")
         return self._inputs(texts)
 
     def corrupted(self, name: str, part: str, count: int) -> Tensor:
         """Inputs ``(count, LENGTH)`` of the first news of a part, in order, with one of `CORRUPTED` done to them."""
-        if name not in CORRUPTED:
-            raise ValueError(f"name must be one of {', '.join(CORRUPTED)}; it was {name!r}")
         rng, change = np.random.default_rng((self.seed, list(CORRUPTED).index(name))), CORRUPTED[name]
         return self._inputs([" ".join(change(text.split(), rng)) for text, _ in self._news[part][:count]])
 

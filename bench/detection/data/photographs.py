@@ -47,13 +47,11 @@ def network(*, pixels: bool = False, size: int = 0) -> nn.Module:
     return nn.Sequential(*enlarge, Normalize([MEAN] * 3, [STD] * 3), net).eval()
 
 
-def stages(model: nn.Module) -> list[nn.Module]:
-    """Of a `network` its pooling, and before that the last block of each size of maps, from the last to the first."""
-    net = model[-1] if isinstance(model, nn.Sequential) else model
-    blocks: Any = net._blocks
-    halved = [place for place, block in enumerate(blocks) if max(block._depthwise_conv.stride) == 2]
-    pooling: Any = net._avg_pooling
-    return [pooling, *(blocks[place - 1] for place in reversed(halved))]
+def stages(model: Any) -> list[nn.Module]:
+    """Of a `network` of pixels the last block of each size of maps, and what gives the map that is pooled."""
+    net = model[-1]
+    halved = [place for place, block in enumerate(net._blocks) if max(block._depthwise_conv.stride) == 2]
+    return [*(net._blocks[place - 1] for place in halved), net._bn1]
 
 
 def crop(images: Any) -> Any:

@@ -58,9 +58,9 @@ class Split:
             raise ValueError(f"the set {self.name!r} must have labels for this table; its file has none")
         return self.tensor(), torch.from_numpy(self.labels)
 
-    def tensor(self, count: int | None = None) -> Tensor:
-        """The first ``count`` images as floats ``(n, C, H, W)`` in [0, 1]."""
-        return to_tensor(self.images[:count])
+    def tensor(self) -> Tensor:
+        """The images as floats ``(n, C, H, W)`` in [0, 1]."""
+        return to_tensor(self.images)
 
 
 def to_tensor(images: Bytes) -> Tensor:
