@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -16,11 +17,9 @@ RESULTS = Path(__file__).parent / "results"
 
 def machine() -> str:
     """One line: processor, cores, memory, system."""
-    name = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
+    listed = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.*)$", listed.read_text() if listed.exists() else "", re.MULTILINE)
+    name = model[1].strip() if model else platform.processor() or platform.machine()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
 
@@ -38,11 +37,9 @@ def versions(*packages: str) -> dict[str, str]:
 
 def revision() -> str:
     """The commit the checkout stands at, with a plus sign if files differ from it."""
-    root = Path(__file__).parents[1]
-    run = lambda *args: subprocess.run(  # noqa: E731
-        ["git", *args], cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+    # Commits by their number alone, whatever tags there are.
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def origin(packages: Sequence[str]) -> dict[str, Any]:

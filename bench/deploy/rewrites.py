@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,19 +47,16 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def _nothing(target: Any, name: str) -> Callable[[], Any]:
-    return lambda: mock.patch.object(target, name, return_value=None)
-
-
 #: How to do without each.
 REWRITES: Mapping[str, Callable[[], Any]] = {
-    name: _nothing(target, name)
-    for target, name in (
-        (onnx_export, "sample_apart"),
-        (onnx_export, "optimize"),
-        (graph, "_fold_products"),
+    title: partial(mock.patch.object, target, name, return_value=answer)
+    for title, target, name, answer in (
+        ("sample_apart", onnx_export, "sample_apart", None),
+        ("optimize", onnx_export, "optimize", None),
+        ("_fold_products", graph, "_fold_products", None),
+        ("step as a convolution", onnx_operators, "_is_images", False),
     )
-} | {"step as a convolution": lambda: mock.patch.object(onnx_operators, "_is_images", return_value=False)}
+}
 
 
 def translated(model: TwoStageModel, example: Tensor, file: Path) -> bytes:
