@@ -44,6 +44,7 @@ def test_import_is_light() -> None:
 def test_public_names_exist() -> None:
     for name in fastgrad.__all__:
         assert callable(getattr(fastgrad, name)), name
+        assert getattr(fastgrad, name).__doc__, name
     assert set(fastgrad.__all__) <= set(dir(fastgrad))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fastgrad.nothing

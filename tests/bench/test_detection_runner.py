@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -30,11 +32,15 @@ def _subject(options: Options, draw: int) -> Subject:
 
 
 @pytest.fixture
-def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Options]:
-    for name, values in (("METHODS", METHODS), ("CASES", CASES), ("NETWORKS", NETWORKS)):
-        kept = dict(values)
-        values.clear()
-        monkeypatch.setattr(registry, f"_kept_{name}", kept, raising=False)
+def options(tmp_path: Path) -> Iterator[Options]:
+    with contextlib.ExitStack() as stack:
+        for values in (METHODS, CASES, NETWORKS):
+            stack.enter_context(mock.patch.dict(values, clear=True))  # type: ignore[arg-type]
+        _register()
+        yield Options(tmp_path, tmp_path / "cache", True)
+
+
+def _register() -> None:
     registry.network("trial", "a network on noise")(_subject)
 
     for strength in (1, 2):
@@ -55,11 +61,6 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Options
     @registry.method("brightness", 2026, "here")
     def brightness(fit: Fit) -> registry.Score:
         return lambda seen: seen.images.mean((1, 2, 3))
-
-    yield Options(tmp_path, tmp_path / "cache", True)
-    for name, values in (("METHODS", METHODS), ("CASES", CASES), ("NETWORKS", NETWORKS)):
-        values.clear()
-        values.update(getattr(registry, f"_kept_{name}"))
 
 
 def _rows(options: Options) -> dict[tuple[str, str], dict[str, object]]:

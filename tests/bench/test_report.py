@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 
 import pytest
 from PIL import Image
@@ -34,6 +35,14 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 def test_pages_and_blocks_say_what_the_results_say() -> None:
     found = command.stale()
     assert not found, f"run python -m bench.report; stale: {found}"
+
+
+@pytest.mark.parametrize("document", command.DOCUMENTS, ids=lambda path: path.stem)
+def test_documents_have_blocks_and_no_value_ends_the_cell_that_it_stands_in(document: pathlib.Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert blocks.BLOCK.search(text), "no block, so nothing to keep up to date: take it off the list"
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert not [row for row in rows if "|" in "".join(re.findall("<!-- value: (.*?) -->", row))]
 
 
 def test_a_page_is_a_template_over_its_results(folder: pathlib.Path) -> None:

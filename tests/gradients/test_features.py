@@ -368,7 +368,7 @@ def test_batches_in_other_places() -> None:
     assert routes["conv.weight"] == "fallback"
 
 
-def test_statistics_of_the_batch_are_refused() -> None:
+def test_batch_norm_without_running_statistics_is_refused() -> None:
     with pytest.raises(ValueError, match="'1' keeps no running statistics"):
         fastgrad.GradientFeatures(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)))
 
