@@ -35,11 +35,7 @@ def parser(name: str, known: Iterable[str] = ()) -> argparse.ArgumentParser:
     found.add_argument("--quick", action="store_true", help="small sets; the page says so")
     found.add_argument("--draws", type=int, default=1, help="samples of the data")
     found.add_argument(
-        "--networks",
-        nargs="+",
-        choices=known or list(NETWORKS),
-        default=[],
-        help="default: those of the table",
+        "--networks", nargs="+", choices=known or list(NETWORKS), default=[], help="default: those of the table"
     )
     return found
 

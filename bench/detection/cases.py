@@ -33,10 +33,7 @@ PHOTOGRAPHED: Mapping[str, Mapping[str, Any]] = {
     "DeepFool": {"name": "DeepFool"},
 }
 #: In quick mode.
-BRIEF: Mapping[str, Mapping[str, Any]] = {
-    "C&W": {"carlini": (1, 20, 0.03, 1.0)},
-    "DeepFool": {"deepfool": (4, 4)},
-}
+BRIEF: Mapping[str, Mapping[str, Any]] = {"C&W": {"carlini": (1, 20, 0.03, 1.0)}, "DeepFool": {"deepfool": (4, 4)}}
 #: Of CIFAR-10, at a radius of 8/255.
 TESTED = {name: {"name": name} for name in ("FGSM", "BIM", "PGD", "IterLL", "Semantic")}
 FINE = ("C&W", "DeepFool")
@@ -45,12 +42,7 @@ FAMILIAR = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "br
             "jpeg_compression")  # fmt: skip
 FOREIGN = ("frost", "fog", "snow", "spatter", "pixelate", "elastic_transform", "saturate", "motion_blur")
 #: Other sets: of photographs, and near and far of CIFAR-10 as OpenOOD has them.
-STRANGERS = {
-    "textures": "large textures",
-    "CIFAR-100": "cifar100",
-    "grey scenes": "scenes",
-    "letters": "letters",
-}
+STRANGERS = {"textures": "large textures", "CIFAR-100": "cifar100", "grey scenes": "scenes", "letters": "letters"}
 NEAR, FAR = ("cifar100", "tinyimagenet"), ("svhn", "textures")
 
 
@@ -67,13 +59,7 @@ def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, pa
     def make() -> dict[str, NDArray[Any]]:
         model = subject.model
         parts = [
-            attack(
-                model,
-                x.contiguous(memory_format=torch.channels_last),
-                y,
-                seed=_seed(subject, name, part),
-                **how,
-            )
+            attack(model, x.contiguous(memory_format=torch.channels_last), y, seed=_seed(subject, name, part), **how)
             for x, y in zip(clean.split(BATCH), labels.split(BATCH), strict=True)
         ]
         change = (torch.cat(parts) - clean).contiguous()
@@ -126,10 +112,7 @@ for _kind, _attacks in ((PHOTOGRAPHS, PHOTOGRAPHED), (SMALL, TESTED)):
     for _name, _how in _attacks.items():
         case(_name, "attacks", (_kind,))(partial(attacked, _name, _how, False))
         case(_name + AFTER, "attacks" + AFTER, (_kind,))(partial(attacked, _name, _how, True))
-for _names, _group in (
-    (FAMILIAR, "corruptions like generated ones"),
-    (FOREIGN, "corruptions unlike generated ones"),
-):
+for _names, _group in ((FAMILIAR, "corruptions like generated ones"), (FOREIGN, "corruptions unlike generated ones")):
     for _name in _names:
         case(_name, _group, IMAGES)(partial(corrupted, _name, 2))
 for _title, _name in STRANGERS.items():

@@ -168,12 +168,7 @@ def measure(options: Options, network: str) -> list[dict[str, Any]]:
     for name, splits in found.items():
         for group, cases in GROUPS.items():
             known = np.concatenate([truth[case].numpy() for case in cases])
-            row: dict[str, Any] = {
-                "network": network,
-                "method": name,
-                "case": group,
-                "splits": len(splits),
-            }
+            row: dict[str, Any] = {"network": network, "method": name, "case": group, "splits": len(splits)}
             reports = [
                 calibration_report(torch.cat([own[case] for case in cases]).double().numpy(), known) for own in splits
             ]

@@ -118,11 +118,7 @@ def weiper(fit: Fit) -> Score:
     return lambda seen: score(seen.h)
 
 
-@method(
-    "Mahalanobis",
-    2018,
-    "Lee et al., NeurIPS; h alone; one Gaussian with shrinkage where classes have few images",
-)
+@method("Mahalanobis", 2018, "Lee et al., NeurIPS; h alone; one Gaussian with shrinkage where classes have few images")
 def mahalanobis(fit: Fit) -> Score:
     return _gaussians(fit, lambda h: h)
 
@@ -205,11 +201,7 @@ for _name, _year, _paper, _how in (
     method(_name, _year, _paper)(partial(_library, _name, **_how))
 
 
-@method(
-    "recovery testing",
-    2025,
-    "Yun et al., arXiv:2505.12586; linear, without its logit test, five passes",
-)
+@method("recovery testing", 2025, "Yun et al., arXiv:2505.12586; linear, without its logit test, five passes")
 def recovery(fit: Fit) -> Score:
     """Predict every stage's means from the deepest; few stages with large errors are unusual."""
     *early, deepest = fit.clean.stages
@@ -222,8 +214,7 @@ def recovery(fit: Fit) -> Score:
     def score(stages: list[Tensor]) -> Tensor:
         inputs = (stages[-1] - centre).double()
         errors = torch.stack(
-            [(x - mean - inputs @ weight).square().sum(1) for x, (weight, mean) in zip(stages, maps, strict=False)],
-            1,
+            [(x - mean - inputs @ weight).square().sum(1) for x, (weight, mean) in zip(stages, maps, strict=False)], 1
         )
         share = errors.softmax(1)
         uneven = torch.tensor(float(errors.shape[1])).log() - torch.special.entr(share).sum(1)

@@ -105,10 +105,7 @@ def small(name: str, options: Options, draw: int) -> Subject:
         model = trained(recipe, options.data, options.cache)
     model = model.requires_grad_(False).to(memory_format=torch.channels_last)
     fit = sets.load(options.data, "cifar10", FITTED_ON.get(name, "train"), count, draw * count - HELD_OUT)
-    parts = {
-        "fit": fit.labelled(),
-        "test": sets.load(options.data, "cifar10", "test", test, draw * test).labelled(),
-    }
+    parts = {"fit": fit.labelled(), "test": sets.load(options.data, "cifar10", "test", test, draw * test).labelled()}
     stages = [model.stem, *model.stages]
     return Subject(name, draw, model, parts, options.cache, stages, options.data, SMALL, case, options.quick)
 

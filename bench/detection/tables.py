@@ -36,14 +36,10 @@ ALIKE, UNALIKE = "corruptions like generated ones", "corruptions unlike generate
 
 TABLES = {
     "photographs": Table(
-        "Unusual photographs",
-        LITE,
-        ("attacks", "attacks after JPEG", "other sets", ALIKE, UNALIKE, "control"),
+        "Unusual photographs", LITE, ("attacks", "attacks after JPEG", "other sets", ALIKE, UNALIKE, "control")
     ),
     "other-sets": Table(
-        "Other data sets",
-        (*CIFAR, "news"),
-        ("near sets", "far sets", "other texts", "changed texts", "control"),
+        "Other data sets", (*CIFAR, "news"), ("near sets", "far sets", "other texts", "changed texts", "control")
     ),
     "attacks": Table("Attacks", CIFAR, ("attacks", "attacks after JPEG", "control")),
     "corruptions": Table("Corruptions", CIFAR, (ALIKE, UNALIKE)),

@@ -60,10 +60,7 @@ def launches(call: Callable[[], object], arch: str) -> list[Launch]:
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         caught.append(_specialised(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
 
-    with (
-        as_if_on(tune.KNOWN_ARCHITECTURES[arch]),
-        mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
-    ):
+    with as_if_on(tune.KNOWN_ARCHITECTURES[arch]), mock.patch.object(triton.runtime.jit.JITFunction, "run", run):
         call()
     return caught
 

@@ -80,12 +80,7 @@ def network(device: str, name: str, batch: int, signal: str) -> Iterator[Impleme
     yield from same_for_all(task)
     data_error = task.sample_by_sample if task.x.is_floating_point() else task.against
     yield one("forward", partial(peers.forward, task), task.against(peers.forward), UNIT)
-    yield one(
-        "forward and data gradients",
-        partial(peers.data_gradients, task),
-        data_error(peers.data_gradients),
-        OURS,
-    )
+    yield one("forward and data gradients", partial(peers.data_gradients, task), data_error(peers.data_gradients), OURS)
     yield one("BackPACK BatchL2Grad", partial(peers.backpack, task), task.error, PEERS)
     yield one("Opacus ghost norms", partial(peers.opacus, task), task.error, PEERS)
     if device == "cpu" or batch <= SLOW:

@@ -26,10 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_micro(
-    timed: Callable[[Case, str], dict[str, Any]],
-    peak_memory: Callable[[Case, str], int],
-    case: Case,
-    name: str,
+    timed: Callable[[Case, str], dict[str, Any]], peak_memory: Callable[[Case, str], int], case: Case, name: str
 ) -> None:
     row = timed(case, name)
     row["peak_bytes"] = peak_memory(case, name)

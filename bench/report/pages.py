@@ -60,13 +60,7 @@ def save(
 
 
 def add(
-    name: str,
-    rows: Sequence[Row],
-    device: str,
-    *,
-    packages: Sequence[str],
-    folder: Path,
-    facts: Mapping[str, Any],
+    name: str, rows: Sequence[Row], device: str, *, packages: Sequence[str], folder: Path, facts: Mapping[str, Any]
 ) -> None:
     """Add rows of speed to a table's JSON file, in place of those of the same case and implementation.
 

@@ -108,12 +108,7 @@ def _beside(rows: Sequence[Row], yardstick: str) -> str:
         }  # fmt: skip
         if mine is not None:
             memory, base = mine["peak_bytes"], by_name.get(yardstick, {}).get("peak_bytes")
-            cells = [
-                case,
-                duration(mine["median_s"]),
-                size(memory),
-                f"{mine['ratio']:.2f}" if mine["ratio"] else "-",
-            ]
+            cells = [case, duration(mine["median_s"]), size(memory), f"{mine['ratio']:.2f}" if mine["ratio"] else "-"]
             cells += [f"{memory / base:.2f}" if base and memory else "-"]
             cells += [_factor(by_name.get(other), mine) for other in others]
             line = dict(zip(line, cells, strict=True))

@@ -175,12 +175,7 @@ def grey(images: Bytes) -> Bytes:
 
 
 def stranger(
-    root: Path,
-    name: str,
-    like: Split,
-    limit: int,
-    start: int = 0,
-    recompress: Callable[[Bytes], Bytes] = jpeg,
+    root: Path, name: str, like: Split, limit: int, start: int = 0, recompress: Callable[[Bytes], Bytes] = jpeg
 ) -> Tensor:
     """``limit`` images of another set in the shape and with the compression history of ``like``.
 

@@ -18,13 +18,7 @@ from bench.gpu import compile_cases
 from fastgrad.losses import LOSSES
 from fastgrad.ops import tune
 from fastgrad.ops.triton import contrast, layer_sqnorm, linear_contrast, target
-from fastgrad.ops.tune import (
-    ContrastConfig,
-    DirectConfig,
-    GramConfig,
-    LinearConfig,
-    TargetConfig,
-)
+from fastgrad.ops.tune import ContrastConfig, DirectConfig, GramConfig, LinearConfig, TargetConfig
 
 HEAD = LinearConfig(
     block_m=16, block_n=16, block_k=16, group_m=2, chunks=0, block_f=16, parts=2, tiles_per_split=2,
@@ -40,10 +34,7 @@ HEADS = {
     "last, norm in loop": dataclasses.replace(HEAD, norm_in_loop=True, group_m=1),
     "launch": dataclasses.replace(HEAD, chunks=2),
 }
-LAYERS = {
-    "layer_direct": DirectConfig(16, 16, 16, "ieee", 4, 2),
-    "layer_gram": GramConfig(16, 16, "ieee", 4, 2),
-}
+LAYERS = {"layer_direct": DirectConfig(16, 16, 16, "ieee", 4, 2), "layer_gram": GramConfig(16, 16, "ieee", 4, 2)}
 #: Kind, input, output channels, kernel, stride, padding, dilation, groups.
 CONVOLUTIONS = {
     "plain": ((2, 18, 4, 5), 17, (3, 3), (1, 1), (1, 1), (1, 1), 1),

@@ -55,10 +55,7 @@ def patching_once() -> Iterator[None]:
             patched.add(id(names))
         return self.rewrite()(*args, **kwargs)
 
-    with (
-        mock.patch.object(executor, "__call__", begin),
-        mock.patch.object(function, "__call__", device_function),
-    ):
+    with mock.patch.object(executor, "__call__", begin), mock.patch.object(function, "__call__", device_function):
         yield
 
 
@@ -107,10 +104,7 @@ def watching(watcher: Watcher) -> Iterator[None]:
 
     with (
         mock.patch.multiple(
-            builder,
-            create_masked_load=masked_load,
-            create_masked_store=masked_store,
-            create_atomic_rmw=atomic_rmw,
+            builder, create_masked_load=masked_load, create_masked_store=masked_store, create_atomic_rmw=atomic_rmw
         ),
         # The interpreter would copy operands to the CPU and back.
         mock.patch.multiple(
