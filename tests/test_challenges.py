@@ -179,11 +179,7 @@ def test_range_is_read_from_the_data() -> None:
 @pytest.mark.parametrize(
     ("told", "images", "words"),
     [
-        (
-            {"clip": (0, 1)},
-            [photos(), 255 * photos()],
-            r"range that clip, mean and std give, \[0, 1\]; they reached",
-        ),
+        ({"clip": (0, 1)}, [photos(), 255 * photos()], r"range that clip, mean and std give, \[0, 1\]; they reached"),
         ({"mean": MEAN, "std": STD}, [photos() - 3], r"reached \[-3, "),
         ({}, [photos(), 255 * photos(2)], r"share one range; 6 of 8 lie within \[0, 1\], others reach 25\d"),
     ],

@@ -38,23 +38,11 @@ CASES = {
         "prometheus_client": "from fastgrad.deploy.serve.app import create_app",
         "uvicorn": "main(['serve', 'model.pt2'])",
     },
-    "score": {
-        "pyarrow": "main(['score', 'model.pt2', 'images', '--out', 'scores.parquet'])",
-    },
-    "onnx": {
-        "onnx": EXPORT,
-        "onnxruntime": EXPORT,
-        "onnxscript": EXPORT,
-    },
-    "interop": {
-        "pytorch_ood": "import fastgrad.interop; fastgrad.interop.as_pytorch_ood(None)",
-    },
-    "traces": {
-        "opentelemetry": "main(['serve', 'model.pt2', '--traces'])",
-    },
-    "cluster": {
-        "ray": "main(['score', 'model.pt2', 'images', '--out', 'scores', '--ray'])",
-    },
+    "score": {"pyarrow": "main(['score', 'model.pt2', 'images', '--out', 'scores.parquet'])"},
+    "onnx": {"onnx": EXPORT, "onnxruntime": EXPORT, "onnxscript": EXPORT},
+    "interop": {"pytorch_ood": "import fastgrad.interop; fastgrad.interop.as_pytorch_ood(None)"},
+    "traces": {"opentelemetry": "main(['serve', 'model.pt2', '--traces'])"},
+    "cluster": {"ray": "main(['score', 'model.pt2', 'images', '--out', 'scores', '--ray'])"},
 }
 
 # Blocks packages as if they were not installed, runs code, prints what a user sees.
@@ -145,12 +133,7 @@ def test_every_extra_of_the_package_is_in_the_table() -> None:
 
 def test_a_plain_installation_is_useful() -> None:
     plain = _distributions(PROJECT["dependencies"])
-    extras = {p for calls in CASES.values() for p in calls} | {
-        "torchvision",
-        "pandas",
-        "timm",
-        "transformers",
-    }
+    extras = {p for calls in CASES.values() for p in calls} | {"torchvision", "pandas", "timm", "transformers"}
     assert not {package.replace("_", "-") for package in extras} & plain
     (text,) = _run([(sorted(extras), PLAIN)])
     assert text.endswith("all of it ran\n"), text

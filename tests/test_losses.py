@@ -134,10 +134,7 @@ def test_ties_and_masked_classes(loss: str) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(
-    N=st.integers(1, 40),
-    scale=st.floats(0, 30),
-    seed=st.integers(0, 2**31 - 1),
-    loss=st.sampled_from(losses.LOSSES),
+    N=st.integers(1, 40), scale=st.floats(0, 30), seed=st.integers(0, 2**31 - 1), loss=st.sampled_from(losses.LOSSES)
 )
 def test_plain_and_logarithmic_agree(N: int, scale: float, seed: int, loss: str) -> None:
     z = scale * torch.randn(3, N, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -38,9 +38,7 @@ def vision(name: str, size: int = 32, **kwargs: Any) -> Case:
 FAST = {
     "squeezenet": vision("squeezenet1_1"),
     "shufflenet": vision("shufflenet_v2_x0_5"),
-    "vit-tiny": Case(
-        lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=10),
-    ),
+    "vit-tiny": Case(lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=10)),
     "swin-tiny": Case(lambda: torchvision.models.SwinTransformer([4, 4], 12, [1, 1], [2, 2], [2, 2], num_classes=10)),
 }
 ZOO = {

@@ -37,16 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("table", ["other-sets", "attacks", "corruptions", "labelled"])
 def test_a_table_runs(folder: Path, table: str) -> None:
-    words = [
-        table,
-        "--quick",
-        "--networks",
-        "resnet",
-        "--data",
-        str(folder / "data"),
-        "--cache",
-        str(folder / "cache"),
-    ]
+    words = [table, "--quick", "--networks", "resnet", "--data", str(folder / "data"), "--cache", str(folder / "cache")]
     assert command.main([*words, "--out", str(folder / "out")]) == 0
     document = json.loads((folder / "out" / f"{table}.json").read_text())
     rows = [row for row in document["rows"] if "case" in row]

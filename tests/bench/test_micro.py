@@ -56,17 +56,7 @@ def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
 
 
 def test_a_run_writes_its_results(tmp_path: pathlib.Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "bench/micro",
-        "--size",
-        "tiny",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/micro", "--size", "tiny"]
     done = subprocess.run(
         [*command, "-k", "rows", "--out", str(tmp_path)],
         cwd=ROOT,

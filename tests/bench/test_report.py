@@ -127,9 +127,7 @@ def test_a_value_of_a_network_is_the_mean_over_draws(detection_folder: pathlib.P
         blocks.value(words.replace("energy", "KNN"), detection_folder)
 
 
-def test_the_strongest_published_detector_ran_on_all_draws_and_is_no_control(
-    detection_folder: pathlib.Path,
-) -> None:
+def test_the_strongest_published_detector_ran_on_all_draws_and_is_no_control(detection_folder: pathlib.Path) -> None:
     assert "| attacks | energy 0.700 ± 0.141 | 0.950 ± 0.071 |" in blocks.table("attacks a", detection_folder)
     rows = json.loads((detection_folder / "attacks.json").read_text())["rows"]
     found = detection.means(rows, "auroc", "a", "clean data only")

@@ -15,12 +15,7 @@ from bench.deploy.serve_load import Clients
 
 @pytest.mark.parametrize(
     ("status", "uncertainty", "problem"),
-    [
-        (b"200 OK", 1.0, None),
-        (b"200 OK", 2.0, RuntimeError),
-        (b"503 Busy", 1.0, RuntimeError),
-        (b"", 1.0, EOFError),
-    ],
+    [(b"200 OK", 1.0, None), (b"200 OK", 2.0, RuntimeError), (b"503 Busy", 1.0, RuntimeError), (b"", 1.0, EOFError)],
     ids=["right", "wrong", "refused", "missing"],
 )
 def test_every_answer_is_checked(status: bytes, uncertainty: float, problem: type[Exception] | None) -> None:
@@ -38,11 +33,7 @@ def test_every_answer_is_checked(status: bytes, uncertainty: float, problem: typ
     async def run() -> list[float]:
         async with await asyncio.start_server(behave, "127.0.0.1", 0) as server:
             clients = object.__new__(Clients)
-            clients.port, clients.jobs, clients.expected = (
-                server.sockets[0].getsockname()[1],
-                [b"image"],
-                [1.0],
-            )
+            clients.port, clients.jobs, clients.expected = (server.sockets[0].getsockname()[1], [b"image"], [1.0])
             try:
                 return await clients.connection(0, 20)
             finally:

@@ -31,8 +31,7 @@ LEAVES: dict[str, tuple[str, str]] = {
     "circular convolution": layer("nn.Conv1d(4, 4, 3, padding=1, padding_mode='circular')", _CHANNELS),
     "convolution 2d": layer("nn.Conv2d(2, 2, 3, padding=1)", _IMAGE),
     "convolution 3d": layer(
-        "nn.Conv3d(1, 1, 3, padding=1)",
-        "self.{n}(h.unflatten(2, (2, 2)).unsqueeze(1)).squeeze(1).flatten(2)",
+        "nn.Conv3d(1, 1, 3, padding=1)", "self.{n}(h.unflatten(2, (2, 2)).unsqueeze(1)).squeeze(1).flatten(2)"
     ),
     "transposed convolution": layer("nn.ConvTranspose1d(4, 4, 3, padding=1)", _CHANNELS),
     "layer norm": layer("nn.LayerNorm(4)"),
@@ -45,8 +44,7 @@ LEAVES: dict[str, tuple[str, str]] = {
     "bag": layer("nn.EmbeddingBag(5, 4)", "h + self.{n}((h * 3).round().long().abs().amax(2) % 5).unsqueeze(1)"),
     "attention": layer("nn.MultiheadAttention(4, 2, batch_first=True)", "self.{n}(h, h, h)[0]"),
     "attention with a mask": layer(
-        "nn.MultiheadAttention(4, 2, batch_first=True)",
-        "self.{n}(h, h, h, attn_mask=c['mask'], need_weights=False)[0]",
+        "nn.MultiheadAttention(4, 2, batch_first=True)", "self.{n}(h, h, h, attn_mask=c['mask'], need_weights=False)[0]"
     ),
     "attention, batch second": layer(
         "nn.MultiheadAttention(4, 2, bias=False, add_bias_kv=True)",
@@ -119,8 +117,7 @@ LEAVES: dict[str, tuple[str, str]] = {
         "h = self.{n}(h)",
     ),
     "embedding scaled by frequency": layer(
-        "nn.Embedding(5, 4, scale_grad_by_freq=True)",
-        "h + self.{n}((h * 3).round().long().abs().amax(2) % 5)",
+        "nn.Embedding(5, 4, scale_grad_by_freq=True)", "h + self.{n}((h * 3).round().long().abs().amax(2) % 5)"
     ),
     # Experts.
     "experts by mask": (
@@ -169,10 +166,7 @@ WRAPPERS: dict[str, tuple[str, str]] = {
     "loop": ("", "for _ in range(c['depth']):\n    h = {call}"),
     "loop over the sequence": ("", "for _ in range(T):\n    h = torch.tanh({call})"),
     "position by position": ("", "s = h\nh = torch.cat([self.{b}(s[:, t : t + 1], c) for t in range(T)], 1)"),
-    "sample by sample": (
-        "",
-        "s = h\nh = torch.cat([self.{b}(s[i : i + 1], c) for i in range(B)]) if B else h",
-    ),
+    "sample by sample": ("", "s = h\nh = torch.cat([self.{b}(s[i : i + 1], c) for i in range(B)]) if B else h"),
     "branch on argument": ("", "if c['mode'] == 'a':\n    h = {call}"),
     "branch on state": ("self.on{n} = True", "if self.on{n}:\n    h = {call}"),
     "branch on input": ("", "if c['big']:\n    h = {call}"),
@@ -180,27 +174,18 @@ WRAPPERS: dict[str, tuple[str, str]] = {
     "branch on batch size": ("", "if B > 3:\n    h = {call}"),
     "branch on mode": ("", "if self.training:\n    h = {call}"),
     "branch at random": ("", "if self.training and torch.rand(()) < 0.5:\n    h = {call}"),
-    "loop on data": (
-        "",
-        "n = 0\nwhile n < 3 and h.detach().abs().mean() > 0.2:\n    h, n = 0.5 * {call}, n + 1",
-    ),
+    "loop on data": ("", "n = 0\nwhile n < 3 and h.detach().abs().mean() > 0.2:\n    h, n = 0.5 * {call}, n + 1"),
     "without gradients": ("", "with torch.no_grad():\n    g = {call}\nh = h + g"),
     "checkpoint": ("", "h = checkpoint(self.{b}, h, c, use_reentrant=False)"),
     "folded": ("", "s = h\nh = self.{b}(s.reshape(B * T, 1, 4), c).reshape(B, T, 4)"),
-    "batch second": (
-        "",
-        "h = self.{b}(h.transpose(0, 1), c | dict(mask=torch.zeros(B, B).bool())).transpose(0, 1)",
-    ),
+    "batch second": ("", "h = self.{b}(h.transpose(0, 1), c | dict(mask=torch.zeros(B, B).bool())).transpose(0, 1)"),
     "reversed batch": ("", "h = self.{b}(h.flip(0), c).flip(0)"),
     "sorted batch": ("", "o = h.detach().sum((1, 2)).argsort()\nh = self.{b}(h[o], c)[o.argsort()]"),
     "batch doubled": ("", "h = self.{b}(torch.cat([h, -h]), c)\nh = h[:B] + h[B:]"),
     "batch repeated": ("", "h = self.{b}(h.repeat_interleave(2, 0), c).unflatten(0, (B, 2)).sum(1)"),
     "first sample": ("", "h = torch.cat([self.{b}(h[:1], c), h[1:]])"),
     "batch in halves": ("", "h = torch.cat([self.{b}(p, c) for p in h.split(max(1, (B + 1) // 2))])"),
-    "hook": (
-        "self.{b}.register_forward_hook(lambda module, args, output: output * 0.5)",
-        "h = {call}",
-    ),
+    "hook": ("self.{b}.register_forward_hook(lambda module, args, output: output * 0.5)", "h = {call}"),
     "part of the layers twice": ("", "h = {call} + self.{b}(h * 0.5, c)"),
 }
 
@@ -217,10 +202,7 @@ HEADS: dict[str, tuple[str, str]] = {
     "mean": ("self.head = nn.Linear(4, 3)", "z = self.head(h.mean(1))"),
     "last": ("self.head = nn.Linear(4, 3)", "z = self.head(h)[:, -1]"),
     "largest": ("self.head = nn.Linear(4, 3)", "z = self.head(h.amax(1))"),
-    "functional": (
-        "self.head = nn.Parameter(torch.randn(3, 4))",
-        "z = nn.functional.linear(h, self.head).sum(1)",
-    ),
+    "functional": ("self.head = nn.Parameter(torch.randn(3, 4))", "z = nn.functional.linear(h, self.head).sum(1)"),
     "none": ("", "z = h.mean(1)[:, :3]"),
 }
 

@@ -108,11 +108,7 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
     ),
     "a norm of the first sample in a sorted batch": (
         Program(
-            (
-                Step("convolution 3d"),
-                Step("RMS norm"),
-                Step("sorted batch", (around("first sample", "RMS norm"),)),
-            ),
+            (Step("convolution 3d"), Step("RMS norm"), Step("sorted batch", (around("first sample", "RMS norm"),))),
             (one("record"), one("features", B=4)),
             head="none",
             options="loss='bce'",
@@ -173,12 +169,7 @@ REFUSED = {"samples mixed": "independently", "embedding scaled by frequency": "s
 
 @pytest.mark.parametrize("kind", steps.LEAVES)
 def test_each_kind_of_step_at_two_lengths_and_batch_sizes(kind: str) -> None:
-    calls = (
-        "session.model.eval()",
-        one("record", B=5, T=3),
-        one("features", B=4, T=2),
-        one("clip", B=2, T=3),
-    )
+    calls = ("session.model.eval()", one("record", B=5, T=3), one("features", B=4, T=2), one("clip", B=2, T=3))
     for verdict in verdicts(Program((Step("linear"), Step(kind)), calls)):
         if kind in REFUSED:
             assert verdict.startswith("refused"), verdict

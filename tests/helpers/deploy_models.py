@@ -66,10 +66,7 @@ def export_tiny(name: str = "tiny.pt2", evidence: bool = False) -> Path:
 
     folder = Path(tempfile.mkdtemp(prefix="fastgrad-test-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with (
-        warnings.catch_warnings(),
-        torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}),
-    ):
+    with warnings.catch_warnings(), torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
         warnings.simplefilter("ignore")
         return export(
             TinyTwoStage(),

@@ -56,11 +56,7 @@ class Server:
     """``fastgrad serve`` on a free port."""
 
     def __init__(
-        self,
-        package: Path | None,
-        *options: str,
-        env: dict[str, str] | None = None,
-        probe: Path | None = None,
+        self, package: Path | None, *options: str, env: dict[str, str] | None = None, probe: Path | None = None
     ) -> None:
         files = [] if package is None else [str(package)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
