@@ -13,16 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrad import losses
-from fastgrad.blocks import (
-    BLOCKS,
-    Activations,
-    Block,
-    Contrasts,
-    Gradients,
-    View,
-    channels,
-    register_block,
-)
+from fastgrad.blocks import BLOCKS, Activations, Block, Contrasts, Gradients, View, channels, register_block
 from fastgrad.blocks.extraction import Extraction, arguments
 from fastgrad.blocks.gradients import JOINED
 from fastgrad.blocks.passes import Pass

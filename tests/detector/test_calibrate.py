@@ -146,8 +146,7 @@ def test_the_flagged_share_over_200_fits(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "fits"),
-    [(50, 10), *(pytest.param(count, 200, marks=pytest.mark.slow) for count in (50, 160, 1000))],
+    ("count", "fits"), [(50, 10), *(pytest.param(count, 200, marks=pytest.mark.slow) for count in (50, 160, 1000))]
 )
 def test_the_flagged_share_of_a_fitted_model(count: int, fits: int) -> None:
     torch.manual_seed(0)

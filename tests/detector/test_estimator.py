@@ -171,11 +171,7 @@ BAD = {
     "no block": ({}, None, "blocks named"),
     "lengths": ({"logits": GOOD["logits"], "features": GOOD["features"][:5]}, None, "as many rows"),
     "rank": ({"logits": GOOD["contrasts"]}, None, "must be a non-empty array of shape \\(B, N\\)"),
-    "classes": (
-        {"logits": GOOD["logits"][:, :3], "contrasts": GOOD["contrasts"]},
-        None,
-        "one entry per class",
-    ),
+    "classes": ({"logits": GOOD["logits"][:, :3], "contrasts": GOOD["contrasts"]}, None, "one entry per class"),
     "labels": (GOOD, np.zeros(5), "y must have shape \\(60,\\)"),
     "three labels": (GOOD, np.arange(60) % 3, "two labels"),
     "other labels": (GOOD, np.tile([-1, 1], 30), "scikit-learn's -1 and 1"),

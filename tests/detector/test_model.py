@@ -13,16 +13,7 @@ from torch import nn
 
 import fastgrad
 from fastgrad import IntrospectiveClassifier, TwoStageModel, UncertaintyDetector
-from fastgrad.blocks import (
-    BLOCKS,
-    Block,
-    Features,
-    Gradients,
-    Image,
-    Logits,
-    View,
-    register_block,
-)
+from fastgrad.blocks import BLOCKS, Block, Features, Gradients, Image, Logits, View, register_block
 from fastgrad.blocks.extraction import Extraction, arguments
 from fastgrad.blocks.subject import watch
 from fastgrad.deploy.file.package import ModelPackage
@@ -179,13 +170,7 @@ def test_every_changed_byte_is_refused(fitted, tmp_path):
         bad.write_bytes(changed)
         with pytest.raises(ValueError, match=r"not one|changed or damaged"):
             TwoStageModel.load(bad, fitted.model)
-    for content in (
-        b"",
-        bytes(data[:-1]),
-        bytes(data) + b"0",
-        b"PK\x03\x04 not ours",
-        bytes(data[: len(data) // 2]),
-    ):
+    for content in (b"", bytes(data[:-1]), bytes(data) + b"0", b"PK\x03\x04 not ours", bytes(data[: len(data) // 2])):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match=r"not one|changed or damaged"):
             TwoStageModel.load(bad, fitted.model)
@@ -432,11 +417,7 @@ def test_a_limit_binds():
     with pytest.warns(RuntimeWarning, match="the budget must be at least"):
         two_stage = TwoStageModel(small_network(), budget=1.0).fit(loader(60), None)
     assert two_stage.report().kept == ["logits"]
-    assert [name for name, _ in two_stage.report().price.dropped][-3:] == [
-        "roughness",
-        "image",
-        "activations",
-    ]
+    assert [name for name, _ in two_stage.report().price.dropped][-3:] == ["roughness", "image", "activations"]
 
 
 def test_asked_for_blocks_are_kept_whatever_they_cost():

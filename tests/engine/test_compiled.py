@@ -75,9 +75,7 @@ def test_every_kind_of_pass_can_be_compiled(monkeypatch: pytest.MonkeyPatch, opt
     assert "fastgrad.conv_sqnorm_whole.default" in names
 
 
-def test_the_operators_still_see_where_a_gram_matrix_would_lose_digits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_operators_still_see_where_a_gram_matrix_would_lose_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output gradients that cancel over positions: in float32 a Gram route would be off by a factor."""
     _without_compiler(monkeypatch)
 

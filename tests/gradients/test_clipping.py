@@ -121,12 +121,7 @@ def loop(model: nn.Module, x: Tensor, y: Tensor, limit: float) -> tuple[Tensor, 
 
 
 def assert_clipped(
-    model: nn.Module,
-    norms: Tensor,
-    x: Tensor,
-    y: Tensor,
-    limit: float,
-    eps: float = torch.finfo(torch.float32).eps,
+    model: nn.Module, norms: Tensor, x: Tensor, y: Tensor, limit: float, eps: float = torch.finfo(torch.float32).eps
 ) -> None:
     wanted, total, scale = loop(model, x, y, limit)
     # Sums of some thousand products, each rounded to eps, of gradients whose lengths add up to the scale.
@@ -314,10 +309,7 @@ def interacting(losses: Tensor) -> Tensor:
 )
 def test_losses_that_are_refused(spoil: Callable[[Tensor], Tensor], message: str) -> None:
     model, (x, y) = IMAGES["convolution"](), inputs("convolution", 4, 0)
-    with (
-        fastgrad.clip_gradients(model, 1.0) as clipped,
-        pytest.raises((ValueError, TypeError), match=message),
-    ):
+    with fastgrad.clip_gradients(model, 1.0) as clipped, pytest.raises((ValueError, TypeError), match=message):
         clipped.backward(spoil(losses_of(model, x, y)))
     assert all(p.grad is None for p in model.parameters())
 
@@ -339,11 +331,7 @@ def test_what_else_is_refused() -> None:
         (0.0, ValueError, "max_norm must be positive and finite; it was 0.0"),
         ("1", TypeError, "max_norm must be a positive number; it was '1'"),
         ({"0": -1.0}, ValueError, r"max_norm\['0'\] must be positive"),
-        (
-            {"0": 1.0},
-            ValueError,
-            "max_norm must cover every trainable parameter; it had nothing for '2.weight'",
-        ),
+        ({"0": 1.0}, ValueError, "max_norm must cover every trainable parameter; it had nothing for '2.weight'"),
         ({"": 1.0, "nowhere": 1.0}, ValueError, "max_norm must name .*'nowhere' had none"),
     ]:
         with pytest.raises(kind, match=message):
@@ -356,14 +344,8 @@ def test_what_else_is_refused() -> None:
     ("layer", "message"),
     [
         (Attended(0.1), "'layer.attention' is computed again .* other random numbers"),
-        (
-            nn.LSTM(8, 8, 2, dropout=0.1, batch_first=True),
-            "'layer' is computed again .* other random numbers",
-        ),
-        (
-            nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
-            "'layer' is computed again .* buffers changed",
-        ),
+        (nn.LSTM(8, 8, 2, dropout=0.1, batch_first=True), "'layer' is computed again .* other random numbers"),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), "'layer' is computed again .* buffers changed"),
     ],
 )
 def test_what_training_mode_cannot_compute_again_is_refused(layer: nn.Module, message: str) -> None:
@@ -397,10 +379,7 @@ def test_a_parameter_that_the_copy_cannot_see_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     weight = model[0].weight
     model.append(type("Closure", (nn.Module,), {"forward": lambda self, x: x @ weight})())
-    with (
-        fastgrad.record(model),
-        pytest.raises(ValueError, match=r"model must reach '0.weight' through an attribute"),
-    ):
+    with fastgrad.record(model), pytest.raises(ValueError, match=r"model must reach '0.weight' through an attribute"):
         model(torch.randn(2, 3))
 
 

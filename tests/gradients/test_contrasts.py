@@ -105,10 +105,7 @@ def test_rows(loss: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     z = linear(h, weight, b)
     full = fastgrad.contrast_rows(h, z, loss=loss, rows="full")
     torch.testing.assert_close(
-        full.square().sum((-1, -2)),
-        fastgrad.contrast_sqnorm(h, z, loss=loss, bias=False),
-        rtol=1e-9,
-        atol=1e-12,
+        full.square().sum((-1, -2)), fastgrad.contrast_sqnorm(h, z, loss=loss, bias=False), rtol=1e-9, atol=1e-12
     )
     diagonal = fastgrad.contrast_rows(h, z, loss=loss)
     torch.testing.assert_close(diagonal, full.diagonal(dim1=-3, dim2=-2).transpose(-1, -2))

@@ -133,13 +133,7 @@ def test_names_report_and_unused_parameters(model: Net, x: Tensor) -> None:
 def test_selection_of_layers(model: Net, x: Tensor) -> None:
     _, everything = fastgrad.GradientFeatures(model)(x)
     extractor = fastgrad.GradientFeatures(model, layers=["head", "block.*.weight", "stem.bias"])
-    assert extractor.names == [
-        "stem.bias",
-        "block.conv.weight",
-        "block.bn.weight",
-        "head.weight",
-        "head.bias",
-    ]
+    assert extractor.names == ["stem.bias", "block.conv.weight", "block.bn.weight", "head.weight", "head.bias"]
     names = fastgrad.GradientFeatures(model).names
     assert torch.allclose(extractor(x)[1], everything[:, [names.index(n) for n in extractor.names]])
     with pytest.raises(ValueError, match=r"layers.*'tail'"):
@@ -155,11 +149,7 @@ def test_chunks(model: Net, x: Tensor, options: dict[str, int]) -> None:
 
 
 def test_empty_and_single_batches(model: Net, x: Tensor) -> None:
-    for options, middle in (
-        ({}, ()),
-        ({"target": "contrast"}, (4,)),
-        ({"signals": [("bce", "ones")] * 2}, (2,)),
-    ):
+    for options, middle in (({}, ()), ({"target": "contrast"}, (4,)), ({"signals": [("bce", "ones")] * 2}, (2,))):
         extractor = fastgrad.GradientFeatures(model, **options)  # type: ignore[arg-type]
         logits, features = extractor(x[:0])
         assert logits.shape == (0, 4)

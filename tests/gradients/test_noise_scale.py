@@ -73,18 +73,10 @@ def test_no_estimate_and_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
-        (
-            (torch.ones(1), 1.0),
-            ValueError,
-            r"sqnorms must have shape \(B,\) with B at least 2; it was \(1,\)",
-        ),
+        ((torch.ones(1), 1.0), ValueError, r"sqnorms must have shape \(B,\) with B at least 2; it was \(1,\)"),
         ((torch.ones(2, 2), 1.0), ValueError, "sqnorms must have shape"),
         (([1.0, 1.0], 1.0), TypeError, "sqnorms must be a torch.Tensor"),
-        (
-            (torch.tensor([1.0, -1.0]), 1.0),
-            ValueError,
-            "sqnorms must be finite and not negative; it held -1.0",
-        ),
+        ((torch.tensor([1.0, -1.0]), 1.0), ValueError, "sqnorms must be finite and not negative; it held -1.0"),
         ((torch.tensor([1.0, math.nan]), 1.0), ValueError, "sqnorms must be finite"),
         ((torch.ones(2), torch.ones(2)), ValueError, "batch_sqnorm must be one number"),
         ((torch.ones(2), math.inf), ValueError, "batch_sqnorm must be finite"),

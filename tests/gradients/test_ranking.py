@@ -84,17 +84,9 @@ def test_one_layer_and_mappings() -> None:
     [
         (DataLoader(TensorDataset(X, Y), shuffle=True), ValueError, "loader must give samples in the order"),
         ([X], ValueError, "loader must give labels beside the inputs"),
-        (
-            [(X, Y.float())],
-            ValueError,
-            r"loader must give integer labels of shape \(300,\); they were torch.float32",
-        ),
+        ([(X, Y.float())], ValueError, r"loader must give integer labels of shape \(300,\); they were torch.float32"),
         ([(X, Y[:5])], ValueError, r"loader must give integer labels of shape \(300,\); .* \(5,\)"),
-        (
-            [(X, Y + 1)],
-            ValueError,
-            "loader must give labels that are classes of the model: .* from 0 to 2; it held 3",
-        ),
+        ([(X, Y + 1)], ValueError, "loader must give labels that are classes of the model: .* from 0 to 2; it held 3"),
         ([], ValueError, "loader must hold at least one batch"),
         (["x"], TypeError, "loader must give tensors"),
     ],

@@ -128,11 +128,7 @@ FEATURES, LOGITS, LABELS = problem(40, 0)
 BAD = {
     "no labels": (FEATURES, None, "requires y"),
     "NaN": (np.full((4, 2, 3), np.nan), np.arange(4) % 2, "R must be finite"),
-    "NaN pairs": (
-        {"features": FEATURES * np.nan, "logits": LOGITS},
-        LABELS,
-        r"R\['features'\] must be finite",
-    ),
+    "NaN pairs": ({"features": FEATURES * np.nan, "logits": LOGITS}, LABELS, r"R\['features'\] must be finite"),
     "one of the pair": ({"features": FEATURES}, LABELS, "'features' and 'logits'"),
     "lengths": ({"features": FEATURES, "logits": LOGITS[:3]}, LABELS, "shapes"),
     "labels": (FEATURES, LABELS[:5], "y must have one label per row"),

@@ -164,14 +164,7 @@ def test_empty_batch(device: torch.device) -> None:
 def test_bias_and_mean(loss: str, device: torch.device) -> None:
     logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(9)).to(device)
     features = torch.randn(3, 5, generator=torch.Generator().manual_seed(10)).to(device)
-    check(
-        contrast_sqnorm(features, logits, loss, False, False, False),
-        features,
-        logits,
-        loss,
-        False,
-        bias=False,
-    )
+    check(contrast_sqnorm(features, logits, loss, False, False, False), features, logits, loss, False, bias=False)
     for log in (False, True):
         mean = contrast_sqnorm(features, logits, loss, True, log, True)
         scaled = mean + 2 * math.log(12) if log else mean * 144
@@ -262,10 +255,5 @@ def test_the_oracle_agrees_with_autograd() -> None:
 def test_refuses_other_dtypes(dtype: torch.dtype, device: torch.device) -> None:
     with pytest.raises(ValueError, match="logits must be one of float16, bfloat16, float32"):
         contrast_sqnorm(
-            torch.ones(1, 2, device=device),
-            torch.ones(1, 2, dtype=dtype, device=device),
-            "bce",
-            True,
-            False,
-            False,
+            torch.ones(1, 2, device=device), torch.ones(1, 2, dtype=dtype, device=device), "bce", True, False, False
         )

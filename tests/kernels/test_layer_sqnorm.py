@@ -16,10 +16,7 @@ from fastgrad.ops.tune import DirectConfig, GramConfig  # noqa: E402
 pytestmark = pytest.mark.usefixtures("poison")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SMALL = {
-    "layer_direct": DirectConfig(16, 16, 16, "ieee", 4, 2),
-    "layer_gram": GramConfig(16, 16, "ieee", 4, 2),
-}
+SMALL = {"layer_direct": DirectConfig(16, 16, 16, "ieee", 4, 2), "layer_gram": GramConfig(16, 16, "ieee", 4, 2)}
 
 
 def exact(a, g, kernel, **options):
@@ -47,8 +44,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"),
-    [(case, torch.float32) for case in CASES] + [("strided", dtype) for dtype in DTYPES[1:]],
+    ("case", "dtype"), [(case, torch.float32) for case in CASES] + [("strided", dtype) for dtype in DTYPES[1:]]
 )
 def test_convolution(case, dtype, device):
     shape, outputs, kernel, options = CASES[case]

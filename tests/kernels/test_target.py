@@ -103,14 +103,7 @@ def test_bad_rows_stay_alone(device: torch.device) -> None:
     index = torch.tensor([3, 3, 9, -1])
     for loss in LOSSES:
         out = target_sqnorm(
-            torch.ones(4, 2, device=device),
-            logits.to(device),
-            index.to(device),
-            "indices",
-            loss,
-            True,
-            False,
-            False,
+            torch.ones(4, 2, device=device), logits.to(device), index.to(device), "indices", loss, True, False, False
         )
         assert out.isnan().tolist() == [False, True, True, True]
 
@@ -122,12 +115,5 @@ def test_empty_batch_and_bad_arguments(device: torch.device) -> None:
         target_sqnorm(h, z, None, "zeros", "bce", True, False, False)
     with pytest.raises(ValueError, match="target must be a tensor"):
         target_sqnorm(
-            torch.ones(1, 3, device=device),
-            torch.ones(1, 7, device=device),
-            None,
-            "soft",
-            "bce",
-            True,
-            False,
-            False,
+            torch.ones(1, 3, device=device), torch.ones(1, 7, device=device), None, "soft", "bce", True, False, False
         )

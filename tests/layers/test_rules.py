@@ -22,13 +22,7 @@ DTYPES = st.sampled_from([torch.float32, torch.float64])
 
 
 @few
-@given(
-    DTYPES,
-    st.integers(1, 4),
-    st.sampled_from([(), (1,), (3,), (2, 3), (40,)]),
-    st.booleans(),
-    st.integers(0, 99),
-)
+@given(DTYPES, st.integers(1, 4), st.sampled_from([(), (1,), (3,), (2, 3), (40,)]), st.booleans(), st.integers(0, 99))
 def test_linear(dtype: torch.dtype, samples: int, positions: tuple[int, ...], bias: bool, seed: int) -> None:
     torch.manual_seed(seed)
     layer = nn.Linear(7, 5, bias=bias, dtype=dtype)
@@ -119,10 +113,7 @@ def test_convolutions_that_pad_in_their_forward(name: str, data: st.DataObject) 
     )
     options = {"groups": groups, "dilation": data.draw(st.integers(1, 2)), "bias": data.draw(st.booleans())}
     if "Static" in name:
-        options |= {
-            "image_size": size + data.draw(st.integers(-1, 1)),
-            "padding": data.draw(st.integers(0, 1)),
-        }
+        options |= {"image_size": size + data.draw(st.integers(-1, 1)), "padding": data.draw(st.integers(0, 1))}
     layer = _library(name)(4, 8, data.draw(st.integers(1, 5)), stride, **options).double()
     assert "padding" in find_rule(layer)[0].name  # type: ignore[union-attr]
     check_module(layer, torch.randn(3, 4, size, size + 2, dtype=torch.float64))
@@ -222,10 +213,7 @@ class Attended(nn.Module):
         ({"add_bias_kv": True, "batch_first": True}, {"need_weights": False}),
         ({"add_bias_kv": True, "add_zero_attn": True}, {"padding": True}),
         ({"kdim": 5, "vdim": 6, "batch_first": True}, {"need_weights": False}),
-        (
-            {"batch_first": True},
-            {"attn_mask": nn.Transformer.generate_square_subsequent_mask(7), "is_causal": True},
-        ),
+        ({"batch_first": True}, {"attn_mask": nn.Transformer.generate_square_subsequent_mask(7), "is_causal": True}),
         ({"batch_first": True}, {"attn_mask": torch.eye(7).bool(), "need_weights": False}),
     ],
 )

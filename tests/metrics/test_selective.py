@@ -23,9 +23,7 @@ def by_definition(uncertainty: list[float], errors: list[float]) -> np.ndarray:
 
 
 @settings(deadline=None, max_examples=80)
-@given(
-    st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 1.0, 0.5, 2.0])), min_size=1, max_size=6),
-)
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 1.0, 0.5, 2.0])), min_size=1, max_size=6))
 def test_curve_and_areas_by_trying_every_order(samples: list[tuple[int, float]]) -> None:
     uncertainty, errors = [float(u) for u, _ in samples], [e for _, e in samples]
     curve = metrics.risk_coverage(uncertainty, errors)
@@ -56,9 +54,7 @@ def test_areas_of_known_orders() -> None:
 @settings(deadline=None, max_examples=150)
 @given(
     st.lists(
-        st.tuples(st.sampled_from([0.0, 1.0, 2.0, 3.0, np.inf]), st.sampled_from([0.0, 1.0])),
-        min_size=1,
-        max_size=12,
+        st.tuples(st.sampled_from([0.0, 1.0, 2.0, 3.0, np.inf]), st.sampled_from([0.0, 1.0])), min_size=1, max_size=12
     ),
     st.sampled_from([0.5, 1.0, 2.0, 10.0]),
 )
@@ -135,14 +131,8 @@ def test_threshold_saves_on_digits_that_it_was_not_chosen_on() -> None:
         (lambda: metrics.aurc([-np.inf], [1.0]), "uncertainty must not hold NaN or minus infinity"),
         (lambda: metrics.aurc([1.0], [-1.0]), "errors must be at least 0"),
         (lambda: metrics.aurc([1.0], [np.inf]), "errors must be finite"),
-        (
-            lambda: metrics.threshold_for([1.0], [1], cost_of_error=0, cost_of_review=1),
-            "cost_of_error must",
-        ),
-        (
-            lambda: metrics.threshold_for([1.0], [1], cost_of_error=1, cost_of_review=np.nan),
-            "cost_of_review must",
-        ),
+        (lambda: metrics.threshold_for([1.0], [1], cost_of_error=0, cost_of_review=1), "cost_of_error must"),
+        (lambda: metrics.threshold_for([1.0], [1], cost_of_error=1, cost_of_review=np.nan), "cost_of_review must"),
     ],
 )
 def test_errors_name_the_argument(call, words: str) -> None:

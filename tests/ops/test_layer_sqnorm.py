@@ -14,10 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastgrad.ops.conv import cost, routes, sqnorm
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, linear_sqnorm
 
-CONVS = {
-    False: (F.conv1d, F.conv2d, F.conv3d),
-    True: (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
-}
+CONVS = {False: (F.conv1d, F.conv2d, F.conv3d), True: (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)}
 
 
 def oracle(a, g, weight_shape, *, transposed, **options):
@@ -176,13 +173,7 @@ def test_empty_batch():
     ],
 )
 def test_bad_arguments(change, word):
-    arguments = {
-        "a": torch.zeros(2, 3, 6, 6),
-        "g": torch.zeros(2, 4, 6, 6),
-        "kernel_size": 3,
-        "padding": 1,
-        **change,
-    }
+    arguments = {"a": torch.zeros(2, 3, 6, 6), "g": torch.zeros(2, 4, 6, 6), "kernel_size": 3, "padding": 1, **change}
     with pytest.raises((ValueError, TypeError), match=word):
         conv_sqnorm(**arguments)
 

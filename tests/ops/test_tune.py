@@ -28,10 +28,7 @@ def test_configurations_cover_their_shape(B: int, N: int, D: int, dtype: torch.d
     for value in (contrast.block_n, contrast.block_d, contrast.rows, contrast.num_warps):
         assert value & (value - 1) == 0
     assert contrast.rows * contrast.block_n <= 1 << 14
-    for config in (
-        tune.linear_contrast(B, N, D, dtype, arch),
-        tune.linear_stats(B, N, D, dtype, arch, "brier"),
-    ):
+    for config in (tune.linear_contrast(B, N, D, dtype, arch), tune.linear_stats(B, N, D, dtype, arch, "brier")):
         element = 4 if dtype == torch.float32 else 2
         buffers = config.num_stages - 1 if arch.backend == "hip" else config.num_stages
         assert buffers * (config.block_m + config.block_n) * config.block_k * element <= arch.shared_memory
@@ -63,8 +60,5 @@ def test_override_is_undone_and_checked() -> None:
     with tune.override(contrast=pinned):
         assert tune.contrast(1, 2, 3, "bce", torch.float32, arch) is pinned
     assert tune.contrast(1, 2, 3, "bce", torch.float32, arch) is not pinned
-    with (
-        pytest.raises(ValueError, match="configs must be named after one of"),
-        tune.override(nothing=pinned),
-    ):
+    with pytest.raises(ValueError, match="configs must be named after one of"), tune.override(nothing=pinned):
         pass
