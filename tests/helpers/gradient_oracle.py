@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,17 @@ import fastgrad
 
 def doubled(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)
+
+
+def loss_norms(losses: Iterable[Tensor], model: nn.Module) -> Tensor:
+    """``(B, P)``: squared norms of the gradients of each of the losses, one a sample, by trainable parameter."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        zero = torch.zeros((), dtype=torch.float64)
+        rows.append(torch.stack([zero if g is None else g.double().square().sum() for g in grads]))
+    return torch.stack(rows)
 
 
 def true_norms(
@@ -34,9 +45,8 @@ def true_norms(
     their algorithms by the batch size.
     """
     model = copy.deepcopy(model).to(dtype).eval()
-    parameters = [p.requires_grad_() for p in model.parameters()]
+    model.requires_grad_()
     samples = next(t for t in pytree.tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)).shape[0]
-    rows = []
 
     def sample(t: Tensor, i: int) -> Tensor:
         return t[i : i + 1] if t.dim() and t.shape[0] == samples else t
@@ -46,20 +56,15 @@ def true_norms(
         return output(model(*args, **keywords))
 
     together = run((inputs, kwargs)) if batched else None
-    for i in range(samples):
+
+    def loss(i: int) -> Tensor:
         if together is not None:
             out = together[i : i + 1]
         else:
             out = run(pytree.tree_map_only(Tensor, functools.partial(sample, i=i), (inputs, kwargs)))
-        grads = torch.autograd.grad(
-            out, parameters, gradient(i, out.detach()).to(out), allow_unused=True, retain_graph=batched
-        )
-        rows.append(
-            torch.stack(
-                [torch.zeros((), dtype=torch.float64) if g is None else g.double().square().sum() for g in grads]
-            )
-        )
-    return torch.stack(rows)
+        return (out * gradient(i, out.detach()).to(out)).sum()
+
+    return loss_norms(map(loss, range(samples)), model)
 
 
 def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:
