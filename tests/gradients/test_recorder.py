@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from gradient_oracle import loss_norms, relative_error, true_norms
+from gradient_oracle import relative_error, true_norms
 from torch import Tensor, nn
 
 import fastgrad
