@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastgrad import checks
 from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
@@ -244,6 +245,9 @@ class TwoStageModel(nn.Module):
                 are outside the given range, or challenges cannot be made from the inputs. A named block is impossible.
                 All of it is checked before the first challenge is made.
         """
+        for name, value in (("risk", risk), ("verbose", verbose)):
+            if value is not None:
+                checks.is_bool(name, value)
         options = fitting.FitOptions(max_samples, challenges_per_input, risk, clip, mean, std, verbose)
         fitting.fit(self, clean, challenges, calibration, options)
         return self

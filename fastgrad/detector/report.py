@@ -111,7 +111,8 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
     families = sorted(set(family) - {""})
     if len(families) < 2 or len(table.blocks) < 2:
         raise ValueError(
-            f"gains need at least two blocks and two families of challenge; there were {list(table.blocks)}, {families}"
+            "gains need at least two blocks and two families of challenge; there were "
+            f"{list(table.blocks)}, {list(map(str, families))}"
         )
     sets = {"": list(table.blocks), **{name: [b for b in table.blocks if b != name] for name in table.blocks}}
     fold = deal(table, 2, np.random.RandomState(0))

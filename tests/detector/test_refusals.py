@@ -31,6 +31,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "other blocks": (lambda: fitted().decision_function({"logits": ROWS}), ValueError, "blocks and shapes of fit"),
     "label count": (lambda: fitted().score(ROWS, [0, 1]), ValueError, "y must have one label per row"),
     "few": (lambda: TwoStageModel(NET).fit([IMAGES[:3]], None), ValueError, "at least"),
+    "risk": (lambda: TwoStageModel(NET).fit([IMAGES], None, risk="yes"), TypeError, "risk must be .* 'yes'"),  # type: ignore[arg-type]
+    "verbose": (lambda: TwoStageModel(NET).fit([IMAGES], None, verbose=2), TypeError, "verbose must be .* 2"),  # type: ignore[arg-type]
     "unknown file": (lambda: TwoStageModel.load("no/such.safetensors", NET), FileNotFoundError, "no/such"),
 }  # fmt: skip
 
