@@ -11,6 +11,7 @@ of the batch whose output gradients have these weights.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ from fastgrad.layers.reduce import leaf, sqnorm, upcast
 
 #: Bytes of per-sample gradients held at once.
 CHUNK_BYTES = 64 * 2**20
+
+_EMBEDDING = inspect.signature(torch.nn.functional.embedding)
 
 #: ``(parameters, inputs that carry the batch) -> outputs``.
 Forward = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
@@ -143,7 +146,8 @@ class Fallback:
         count = gradients[0].shape[0]
         wanted = [leaf(detach_plain(p).unsqueeze(0).expand(count, *p.shape)) for p in self.parameters]
         if self.vectorize:
-            outputs = torch.func.vmap(forward)(wanted, inputs)
+            with _PaddedRows():
+                outputs = torch.func.vmap(forward)(wanted, inputs)
         else:
             outputs = [out.unsqueeze(0) for out in forward([w[0] for w in wanted], [t[0] for t in inputs])]
         return _differentiated(outputs, wanted, gradients)
@@ -208,6 +212,24 @@ def _agree(again: Tensor, output: Tensor, precision: float = 0.0) -> bool:
     tolerance = math.sqrt(max(precision, torch.finfo(output.dtype).eps))
     again, output = (t.double().nan_to_num() for t in (again, output.reshape(again.shape)))
     return bool((again - output).abs().max() <= tolerance * output.abs().max())
+
+
+class _PaddedRows(TorchFunctionMode):
+    """Lets the row of an embedding's padding have no gradient: under ``vmap`` PyTorch does so for one sample alone."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.nn.functional.embedding:
+            return func(*args, **(kwargs or {}))
+        call = _EMBEDDING.bind(*args, **(kwargs or {}))
+        row = call.arguments.get("padding_idx")
+        if row is None:
+            return func(*call.args, **call.kwargs)
+        call.arguments["padding_idx"] = None
+        rows = func(*call.args, **call.kwargs)
+        padded = call.arguments["input"] == row % call.arguments["weight"].shape[0]
+        return torch.where(padded.unsqueeze(-1), rows.detach(), rows)
 
 
 class _Precision(TorchFunctionMode):

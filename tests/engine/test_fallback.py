@@ -1,0 +1,51 @@
+"""Parameters that several calls use, in layers that compute otherwise under ``vmap``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gradient_oracle import relative_error
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import fastgrad
+
+
+class Tied(nn.Module):
+    """A table with padding whose rows are also the classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = nn.Embedding(5, 4, padding_idx=-5), nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return linear(self.inner(self.table(tokens).mean(1)).tanh(), self.table.weight)
+
+
+class Twice(Tied):
+    """A table with padding that is asked twice."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.inner(self.table(tokens).mean(1) * self.table(tokens[:, :2]).sum(1))
+        return out
+
+
+def square(model: nn.Module, tokens: Tensor) -> Tensor:
+    return (model(tokens) + 1).square().sum(1)
+
+
+@pytest.mark.parametrize("made", [Tied, Twice])
+def test_tables_that_are_used_twice(made: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = made().double().eval()
+    # Padding is not among the samples that a plan is tried on, but in those of other calls.
+    for rows in ([[1, 2, 3]] * 5 + [[0, 0, 4]], [[0, 1, 2], [3, 0, 4]], [[0, 0, 1]]):
+        tokens = torch.tensor(rows)
+        parameters = list(model.parameters())
+        truth = torch.stack([
+            torch.stack([g.square().sum() for g in torch.autograd.grad(square(model, one[None]).sum(), parameters)])
+            for one in tokens
+        ])  # fmt: skip
+        with fastgrad.record(model):
+            found = fastgrad.grad_sqnorm(square(model, tokens).sum(), parameters)
+        assert relative_error(torch.stack(found, 1), truth, 2e-16).max() < 1e-10
