@@ -98,6 +98,14 @@ def is_batched(tensor: Tensor) -> bool:
     return bool(_functorch.is_batchedtensor(tensor))
 
 
+def is_transformed() -> bool:
+    """Whether ``torch.func`` transforms what runs. Without, tensors of an inner level would be told to need gradients.
+
+    A function transformed has no graph that probes could be part of.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def is_traced() -> bool:
     """Whether a compiler will see the operations. Without, work in pieces would be recorded piece by piece."""
     return torch.compiler.is_compiling() or _python_dispatch.is_in_torch_dispatch_mode()
@@ -138,7 +146,7 @@ def disable_mha_fastpath(module: nn.Module) -> None:
             # It multiplies transposed inputs. Where the weight needs no gradient, PyTorch takes that for a batch of
             # products, one a position, each with a copy of the weight: many times slower, with or without a graph.
             for name, value in module._parameters.items():
-                if name.endswith("proj_weight") and value is not None and not is_batched(value):
+                if name.endswith("proj_weight") and value is not None and not is_transformed():
                     value.requires_grad_()
 
 

@@ -21,14 +21,22 @@ _DOUBTS = 4
 
 
 def find_carriers(
-    model: nn.Module, args: Any, kwargs: Any, samples: int, tensors: Callable[[Any], list[Tensor]], *, training: bool
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    samples: int,
+    tensors: Callable[[Any], list[Tensor]],
+    *,
+    training: bool,
+    recorded: bool = False,
 ) -> tuple[bool, ...]:
     """For each leaf of the inputs, whether it carries the batch.
 
     The first tensor with B rows does. Of others with B rows, those do with which some of the samples alone give the
     rows that they have in the batch; where no choice does, as in a model that mixes
     samples, those that the model bears without an error. Where a module will run in training mode, the model must bear
-    the choice in that mode as well. ``tensors`` gives the tensors of an output that matter.
+    the choice in that mode as well. ``tensors`` gives the tensors of an output that matter. ``recorded`` as in
+    `fastgrad.engine.copy`.
     """
     inputs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
     leaves = pytree.tree_leaves(inputs)
@@ -41,7 +49,7 @@ def find_carriers(
 
     def outputs(inputs: Any, mode: bool = False) -> list[Tensor]:
         with undone(model), torch.no_grad():
-            return tensors(Shadow(model, training=mode).root(*inputs[0], **inputs[1]))
+            return tensors(Shadow(model, training=mode, recorded=recorded).root(*inputs[0], **inputs[1]))
 
     index = torch.arange(SAMPLES) % samples
     batch: list[Tensor] | None = None

@@ -66,21 +66,30 @@ class Shadow:
     """A copy of ``model``'s module tree, in evaluation mode by default, sharing parameters and buffers.
 
     Modules, parameters and bound methods of the tree are replaced wherever an attribute holds them, also inside
-    lists, tuples, dicts and ``functools.partial``. Forward hooks of the user stay (they may change outputs),
-    backward hooks are left out.
+    lists, tuples, dicts and ``functools.partial``. Forward hooks of the user stay: they may change outputs. Backward
+    hooks, which may change gradients, stay on request.
 
     Args:
         model: The module to copy; it is only read.
         parameter: Called with each parameter once; what the copy holds in its place. By default the detached
             parameter, so that autograd computes no weight gradient.
         training: Whether modules keep their own mode instead of evaluation mode.
+        recorded: Whether the user's own call of ``model`` is under way. Its hooks on ``model`` itself are then at work
+            already, and its parts keep their backward hooks.
     """
 
     def __init__(
-        self, model: nn.Module, parameter: Callable[[nn.Parameter], Tensor] = detach_plain, *, training: bool = False
+        self,
+        model: nn.Module,
+        parameter: Callable[[nn.Parameter], Tensor] = detach_plain,
+        *,
+        training: bool = False,
+        recorded: bool = False,
     ) -> None:
         #: The user's model.
         self.model = model
+        #: Whether the user's own call of it is under way.
+        self.recorded = recorded
         #: Whether modules keep their own mode instead of evaluation mode.
         self.training = training
         self._parameter = parameter
@@ -96,6 +105,8 @@ class Shadow:
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
         self._named: dict[str, nn.Module] = {}
         self.root: nn.Module = self._module(model, "")
+        if recorded:
+            self._without_hooks(self.root.__dict__)
         for pair in self._pairs:
             self._attributes(*pair)
 
@@ -153,6 +164,15 @@ class Shadow:
                 if value is not known and not (isinstance(known, Tensor) and known.is_inference()):
                     before["_buffers"][name] = value
 
+    @staticmethod
+    def _without_hooks(state: dict[str, Any]) -> None:
+        """Leave out the hooks whose work on inputs, outputs and gradients is done around the copy."""
+        for name in ("_forward_hooks", *_BACKWARD_HOOKS):
+            state[name] = OrderedDict()
+        # Those that run before may make weights of parameters, as for weight norm, which the copy needs of its own.
+        before = state["_forward_pre_hooks"]
+        state["_forward_pre_hooks"] = OrderedDict((key, functools.partial(_run, hook)) for key, hook in before.items())
+
     def _module(self, module: nn.Module, prefix: str) -> nn.Module:
         known = self.modules.get(id(module))
         if known is not None:
@@ -178,7 +198,7 @@ class Shadow:
             if table:
                 state[name] = table.copy()
         for name in _BACKWARD_HOOKS:
-            if state.get(name):
+            if state.get(name) and not self.recorded:
                 state[name] = OrderedDict()
         tensors: dict[str, Any] = {}
         for name, value in state["_parameters"].items():
@@ -246,6 +266,11 @@ class Shadow:
                 return value
             return functools.partial(function, *args, **keywords)
         return value
+
+
+def _run(hook: Callable[..., Any], *args: Any) -> None:
+    """Run a hook and leave its answer aside."""
+    hook(*args)
 
 
 def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:

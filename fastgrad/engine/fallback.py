@@ -58,6 +58,7 @@ class Fallback:
         verify: Whether to compare the gradients with those of the whole batch. It happens in any case where a sample
             alone gives other outputs than in its batch.
         training: Whether modules keep their own mode instead of evaluation mode.
+        recorded: Whether the user's own call is under way, see `fastgrad.engine.copy`.
     """
 
     module: nn.Module
@@ -69,6 +70,7 @@ class Fallback:
     vectorize: bool
     verify: bool
     training: bool
+    recorded: bool
 
     def sqnorms(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor], samples: int
@@ -118,7 +120,10 @@ class Fallback:
     def _forward(self, values: Sequence[Tensor], args: Any, kwargs: Any) -> list[Tensor]:
         """The module's outputs, with these values of the parameters."""
         own = {id(p): v for p, v in zip(self.parameters, values, strict=True)}
-        shadow = Shadow(self.module, lambda p: own.get(id(p), detach_plain(p)), training=self.training)
+        shadow = Shadow(
+            self.module, lambda p: own.get(id(p), detach_plain(p)),
+            training=self.training, recorded=self.recorded,
+        )  # fmt: skip
         shadow.restore(self.settings)
         for copy in shadow.modules.values():
             if copy.training:
@@ -127,7 +132,7 @@ class Fallback:
             else:
                 disable_mha_fastpath(copy)
         # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
-        for table in ("_forward_hooks", "_forward_pre_hooks"):
+        for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             shadow.root.__dict__[table] = OrderedDict()
         return floating(shadow.root(*args, **kwargs))
 

@@ -40,7 +40,8 @@ class Network:
         model: The user's model; held weakly.
         names: Gives the wanted parameters, name by id, in order; all by default.
         tensors: The tensors in an output whose gradients matter.
-        shared: Whether passes use the user's own parameters, which a trial has copies of.
+        shared: Whether passes use the user's own parameters, which a trial has copies of, in a call of the
+            user's own.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class Network:
     ) -> tuple[Any, Shadow]:
         """One try at a forward pass; its output and the copy that ran."""
         run.begin(plan)
-        shadow = Shadow(self.model, parameter, training=training)
+        shadow = Shadow(self.model, parameter, training=training, recorded=self.shared)
         if not training:
             for copy in shadow.modules.values():
                 disable_mha_fastpath(copy)
@@ -239,7 +240,7 @@ class Network:
             names,
             list(map(weakref.ref, modules)),
             list(map(weakref.ref, self.model.parameters())),
-            find_carriers(self.model, args, kwargs, samples, self.tensors, training=any(modes)),
+            find_carriers(self.model, args, kwargs, samples, self.tensors, training=any(modes), recorded=self.shared),
             devices_of(self.model),
         )
         with self._lock:

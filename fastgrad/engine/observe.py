@@ -102,6 +102,8 @@ def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradi
 class Observation:
     """What a model does with a few samples; what differs from ``fewer``, with one of them less, is the batch.
 
+    ``recorded`` as in `fastgrad.engine.copy`.
+
     Attributes:
         output: What the model returned.
         calls: All calls of modules.
@@ -122,6 +124,7 @@ class Observation:
         fewer: Observation | None = None,
         *,
         training: bool = False,
+        recorded: bool = False,
     ) -> None:
         self.calls: list[Call] = []
         self.parameters: dict[str, Tensor] = {}
@@ -146,7 +149,7 @@ class Observation:
             tracked[id(value)] = name
             return value
 
-        shadow = Shadow(model, leaf, training=training)
+        shadow = Shadow(model, leaf, training=training, recorded=recorded)
         for path, original in model.named_modules():
             self._watch(original, shadow.modules[id(original)], path)
 

@@ -141,7 +141,19 @@ class PlanConstraints:
 
 
 def refuse_parts(model: nn.Module) -> None:
-    """Raise TypeError if a parameter of ``model`` is one part of several, of which one process alone knows no norm."""
+    """Raise for a model that has no squared norm of each parameter here.
+
+    Raises:
+        TypeError: If a parameter is one part of several, as under FSDP or tensor parallelism, of which one process
+            alone knows no norm, or complex, or if a module was scripted or traced.
+        ValueError: If a parameter holds no values.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"model must be made of ordinary modules; {name!r} was a {type(module).__name__} (torch.jit). Use the "
+                "module that it was made of"
+            )
     for name, parameter in model.named_parameters():
         kinds = {cls.__name__ for kind in (type(parameter), type(parameter.data)) for cls in kind.__mro__}
         found = sorted(kinds & _PARTS)
@@ -150,6 +162,13 @@ def refuse_parts(model: nn.Module) -> None:
                 f"model must hold whole parameters; {name!r} was a {found[0]} (FSDP, tensor parallelism), of which "
                 "each process holds a part. Use DistributedDataParallel, or norms before the model is sharded"
             )
+        if parameter.is_complex():
+            raise TypeError(
+                f"model must have real parameters; {name!r} was {parameter.dtype}. Hold its two parts in one real "
+                "parameter and view that as complex (torch.view_as_complex)"
+            )
+        if parameter.is_meta:
+            raise ValueError(f"model must hold values; its parameter {name!r} was on the meta device")
 
 
 def refuse_mixing(model: nn.Module, *, training: bool) -> None:

@@ -125,7 +125,16 @@ class FallbackSite(RecomputedSite):
         module = shadow.model.get_submodule(self.path)
         parameters = [shadow.model.get_parameter(name) for name in self.parameters]
         fallback = Fallback(
-            module, parameters, self.batched, outputs, settings, self.path, self.vectorize, self.verify, shadow.training
+            module,
+            parameters,
+            self.batched,
+            outputs,
+            settings,
+            self.path,
+            self.vectorize,
+            self.verify,
+            shadow.training,
+            shadow.recorded,
         )
         enabled = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if enabled else torch.bfloat16

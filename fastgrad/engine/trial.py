@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrad._torch import pytree
 from fastgrad.batches import take
@@ -64,11 +64,11 @@ class Trial:
 
     def _observe(self, *, training: bool) -> tuple[Observation, Observation]:
         """What the model does with one sample less, and with all of them."""
-        model = self._network.model
+        model, shared = self._network.model, self._network.shared
         with undone(model):
-            fewer = Observation(model, self._less, self._count - 1, training=training)
+            fewer = Observation(model, self._less, self._count - 1, training=training, recorded=shared)
         with undone(model):
-            return fewer, Observation(model, self._more, self._count, fewer, training=training)
+            return fewer, Observation(model, self._more, self._count, fewer, training=training, recorded=shared)
 
     def _cotangents(self, outputs: Sequence[Tensor], samples: int, chosen: int) -> list[Tensor]:
         """What is sent back for one of the samples that the outputs hold."""
@@ -79,8 +79,9 @@ class Trial:
     def _gradients(self, seen: Observation, outputs: Sequence[Tensor]) -> list[_Check]:
         """The gradients of some samples.
 
-        The chosen sample comes first, whose gradient shows where modules have the batch; others as long as a parameter
-        is left that none of them has a gradient of, beyond rounding.
+        The chosen sample comes first, whose gradient shows where modules have the batch. A second one follows: where
+        one sample decides for all, as by the largest value in the batch, the gradient of that one reaches no other.
+        Others follow as long as a parameter is left that none of them has a gradient of, beyond rounding.
         """
         if all(layout is None or layout.kind == "single" for layout in self._layouts):
             raise ValueError("model must return a floating-point tensor that carries the batch; it returned none")
@@ -95,7 +96,7 @@ class Trial:
             checks.append(_Check(sample, cotangents, truth))
             floor = _floor(truth)
             idle -= {name for name, gradient in truth.items() if bool(gradient.square().sum() > floor)}
-            if self._count >= SAMPLES and not any(seen.uses[name] for name in idle):
+            if len(checks) > 1 and self._count >= SAMPLES and not any(seen.uses[name] for name in idle):
                 break
         return checks
 
@@ -134,6 +135,11 @@ class Trial:
                 constraints = constraints.after_error(plan)
                 if constraints is None:
                     raise failure
+        if not all(gradient.isfinite().all() for check in self._checks for gradient in check.truth.values()):
+            raise ValueError(
+                "model must have finite gradients on the samples of a first call, which it is checked with; those of "
+                f"{', '.join(sorted(wrong))} held NaN or infinity. Look at the first samples of the batch"
+            )
         raise ValueError(
             "model must treat the samples of a batch independently, alike each time: squared norms of "
             f"{', '.join(sorted(wrong))} disagree with autograd"
@@ -144,7 +150,7 @@ class Trial:
         model, training = self._network.model, self._known.training
         one = take(self._more, slice(0, 1), self._count, self._known.carriers)
         with torch.enable_grad(), undone(model):
-            seen = Observation(model, one, 1, training=training)
+            seen = Observation(model, one, 1, training=training, recorded=self._network.shared)
             outputs = self._network.tensors(seen.output)
             cotangents = self._cotangents(outputs, 1, 0)
             truth = seen.backward(outputs, cotangents)
@@ -179,7 +185,12 @@ class Trial:
     def _features(self, plan: Plan, cotangents: Sequence[Tensor], inputs: Any, count: int) -> Tensor:
         """Squared norms ``(B, P)`` as the plan finds them; its path becomes one of the plan's."""
         run = Run(count)
-        output, _ = self._network.once(plan, run, *inputs, training=self._known.training)
+        # With the user's own parameters, PyTorch's layers take the path of parameters that need gradients.
+        shared = self._network.shared
+        output, _ = self._network.once(
+            plan, run, *inputs,
+            parameter=_apart if shared else detach_plain, training=shared or self._known.training,
+        )  # fmt: skip
         if run.left is not None:
             raise run.left
         assert run.steps is not None
@@ -193,6 +204,11 @@ class Trial:
             for (_, probe), value in zip(probes, norms, strict=True)
         ]
         return order_by_parameter(probes, found, plan.names, outputs[0].detach()[None], count)[0]
+
+
+def _apart(parameter: nn.Parameter) -> Tensor:
+    """A copy that shares memory, and needs gradients where ``parameter`` does."""
+    return detach_plain(parameter).requires_grad_(parameter.requires_grad)
 
 
 def _precision(truth: dict[str, Tensor]) -> float:

@@ -39,7 +39,8 @@ class GradientFeatures:
     """Squared L2 norms of the gradient of every parameter, for every sample, from one backward pass.
 
     The model is not changed: each call runs a private copy of its module tree, in evaluation mode, that shares its
-    tensors. Frozen parameters get features too, and several threads may use one model.
+    tensors. Frozen parameters get features too, and several threads may use one model. Forward hooks of modules run,
+    backward hooks do not.
 
     The first call on a new structure of inputs runs the model on four of the samples and chooses a route for each
     parameter. It compares the result with autograd once.
@@ -63,7 +64,8 @@ class GradientFeatures:
             modules hold beside tensors, are as they were then.
 
     Raises:
-        TypeError, ValueError: For an argument that is not one of the above, or a model that mixes samples.
+        TypeError, ValueError: For an argument that is not one of the above, a model that mixes samples, or one that
+            holds scripted modules, complex parameters or parts of parameters.
     """
 
     def __init__(

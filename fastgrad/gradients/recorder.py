@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import original, outside_of_compilation
+from fastgrad._torch import is_transformed, original, outside_of_compilation
 from fastgrad.batches import batch_size
 from fastgrad.engine.backward import looped, probe_grads
 from fastgrad.engine.copy import Redirect
@@ -62,14 +62,17 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
     Inside, ordinary calls and backward passes work as always, and modules keep their mode (batch norm must be in
     evaluation mode). ``forward`` of the model's modules is redirected on the instances for this thread; leaving the
-    context puts it back. Activation checkpointing (``use_reentrant=False``) and gradient accumulation work as always.
+    context puts it back. Activation checkpointing (``use_reentrant=False``) and gradient accumulation work as always,
+    and so do hooks of modules. Hooks of parameters (``Tensor.register_hook``) see summed gradients: norms are without
+    them.
 
     Args:
         model: The model to be called inside. Of ``DistributedDataParallel`` the module it wraps is recorded, and of
             ``DataParallel`` on one device.
 
     Raises:
-        TypeError: If ``model`` is not an ordinary ``torch.nn.Module``.
+        TypeError: If ``model`` is not an ordinary ``torch.nn.Module``, or holds scripted modules, complex parameters or
+            parts of parameters.
         ValueError: If it has batch norm in training mode, was compiled in place, is replicated on several devices, or
             holds no values (the meta device). A call raises it for a module that is recomputed in the backward pass
             and draws random numbers, such as attention with dropout.
@@ -89,9 +92,6 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         self.model: nn.Module = _unwrapped(model)
         if getattr(self.model, "_compiled_call_impl", None) is not None:
             raise ValueError("model must not be compiled in place (model.compile()); compile its parts instead")
-        for name, p in self.model.named_parameters():
-            if p.is_meta:
-                raise ValueError(f"model must hold values; its parameter {name!r} was on the meta device")
         refuse_parts(self.model)
         #: Those whose graph lives.
         self.calls: list[_Call] = []
@@ -163,6 +163,9 @@ def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
     for recording in reversed(_active.stack):
         if recording.owns(module):
             if not torch.is_grad_enabled() or not any(True for _ in module.parameters()):
+                break
+            # A compiler that follows this call takes the look at transforms for one of them.
+            if not torch.compiler.is_compiling() and is_transformed():
                 break
             # torch.compile cannot follow a recorded call, which builds modules.
             return outside_of_compilation(recording.call)(module, args, kwargs)

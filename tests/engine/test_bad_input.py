@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from gradient_oracle import relative_error, true_norms
@@ -109,3 +111,63 @@ def test_a_mean_divides_every_gradient() -> None:
     with fastgrad.record(model):
         found = fastgrad.grad_sqnorm(squares(model(x)).mean(), list(model.parameters()))
     assert_exact(tuple(25 * norms for norms in found), loop(model, x))
+
+
+class Divided(nn.Module):
+    """One number of one sample divides all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        out: Tensor = self.head(h / h.abs().max())
+        return out
+
+
+@pytest.mark.parametrize("largest", range(4))
+def test_one_sample_that_decides_for_all_is_refused(largest: int) -> None:
+    model, x = Divided().double().eval(), vectors(6)
+    x[largest] *= 9
+    with pytest.raises(ValueError, match="samples of a batch independently"):
+        recorded(model, x)
+    with pytest.raises(ValueError, match="samples of a batch independently"):
+        fastgrad.GradientFeatures(model)(x)
+
+
+def test_a_first_batch_that_is_not_finite() -> None:
+    model, x = nn.Linear(4, 3).double(), vectors(6)
+    bad = x.clone()
+    bad[1] = torch.nan
+    with pytest.raises(ValueError, match=r"finite gradients .* bias, weight held NaN"):
+        recorded(model, bad)
+    recorded(model, x)
+    found = torch.stack(recorded(model, bad), 1)
+    assert found.isnan().all(1).tolist() == [i == 1 for i in range(6)]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("entry", [fastgrad.GradientFeatures, fastgrad.record])
+def test_parameters_that_are_not_seen_whole(entry: Any) -> None:
+    for part, error, message in (
+        (nn.Linear(4, 3, dtype=torch.complex64), TypeError, "real parameters; 'weight' was torch.complex64"),
+        (nn.Sequential(nn.Linear(4, 3, device="meta")), ValueError, "'0.weight' was on the meta device"),
+        (nn.Sequential(torch.jit.trace(nn.Linear(4, 3), torch.rand(2, 4))), TypeError, "ordinary modules; '0' was a"),
+    ):
+        with pytest.raises(error, match=message):
+            entry(part)
+
+
+def test_transforms_of_functions_inside_a_recording() -> None:
+    model, x = nn.Linear(4, 3).double(), vectors(6)
+    own = dict(model.named_parameters())
+
+    def total(values: dict[str, Tensor]) -> Tensor:
+        return squares(torch.func.functional_call(model, values, (x,))).sum()
+
+    with fastgrad.record(model):
+        found = torch.func.grad(total)(own)
+        assert torch.equal(torch.func.vmap(model)(x), model(x))
+    truth = torch.autograd.grad(squares(model(x)).sum(), list(own.values()))
+    torch.testing.assert_close(tuple(found.values()), truth)

@@ -1,4 +1,4 @@
-"""Parameters that several calls use, in layers that compute otherwise under ``vmap``."""
+"""Parameters that several calls use, in layers that compute otherwise under ``vmap`` or without gradients."""
 
 from __future__ import annotations
 
@@ -30,11 +30,25 @@ class Twice(Tied):
         return out
 
 
+class Encoder(nn.Module):
+    """PyTorch's encoder with a mask, one table for two sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        self.table, self.encoder, self.head = nn.Embedding(5, 4), nn.TransformerEncoder(layer, 2), nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.encoder(self.table(tokens), src_key_padding_mask=tokens == 0)
+        out: Tensor = self.head(h[:, -1] + self.table(tokens[:, -1]))
+        return out
+
+
 def square(model: nn.Module, tokens: Tensor) -> Tensor:
     return (model(tokens) + 1).square().sum(1)
 
 
-@pytest.mark.parametrize("made", [Tied, Twice])
+@pytest.mark.parametrize("made", [Tied, Twice, Encoder])
 def test_tables_that_are_used_twice(made: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = made().double().eval()

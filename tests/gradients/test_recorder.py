@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -203,3 +204,30 @@ def test_plans_are_kept_between_recordings(model: nn.Sequential, monkeypatch: py
     monkeypatch.setattr("fastgrad.engine.network.Trial", None)
     with fastgrad.record(model):
         model(X)
+
+
+HOOKS: dict[str, Any] = {
+    "input": lambda part: part.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
+    "output": lambda part: part.register_forward_hook(lambda *call: 3 * call[-1], with_kwargs=True),
+    "gradient of the input": lambda part: part.register_full_backward_hook(
+        lambda _, given, __: tuple(None if g is None else -2 * g for g in given)
+    ),
+    "gradient of the output": lambda part: part.register_full_backward_pre_hook(lambda _, given: (3 * given[0],)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("place", ["", "0", "2"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_of_modules_work_once(place: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    HOOKS[kind](model.get_submodule(place))
+    x, parameters = torch.randn(6, 4).double(), list(model.parameters())
+    outside = model(x)
+    truth = [torch.autograd.grad(out.square().sum(), parameters, retain_graph=True) for out in outside.split(1)]
+    with fastgrad.record(model):
+        inside = model(x)
+        found = fastgrad.grad_sqnorm(inside.square().sum(), parameters)
+    assert torch.equal(inside, outside)
+    assert_close(found, torch.stack([torch.stack([g.square().sum() for g in row]) for row in truth]))
