@@ -125,9 +125,12 @@ def threshold_for(
         One of the risks; minus infinity where a review is always cheaper.
 
     Raises:
+        TypeError: A cost is no number.
         ValueError: As for :func:`risk_coverage`, or a cost is not positive.
     """
     for name, cost in (("cost_of_error", cost_of_error), ("cost_of_review", cost_of_review)):
+        if isinstance(cost, bool) or not isinstance(cost, (int, float, np.integer, np.floating)):
+            raise TypeError(f"{name} must be a number; it was {cost!r}")
         if not 0 < cost < math.inf:
             raise ValueError(f"{name} must be positive and finite; it was {cost!r}")
     curve = risk_coverage(risk, errors)
