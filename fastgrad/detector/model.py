@@ -20,6 +20,7 @@ from fastgrad.detector import UncertaintyDetector, challenge_classifier, constan
 from fastgrad.detector.calibrate import DetectorModule
 from fastgrad.detector.report import Gain, Report
 from fastgrad.detector.risk import NoisyOr, doubt
+from fastgrad.engine.refusals import refuse_scripted
 from fastgrad.introspection import IntrospectiveClassifier
 from fastgrad.introspection.network import IntrospectiveNetwork
 from fastgrad.losses import compute_dtype
@@ -93,6 +94,7 @@ class TwoStageModel(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
+        refuse_scripted(model)
         for name, value, kind in (
             ("detector", detector, UncertaintyDetector),
             ("classifier", classifier, IntrospectiveClassifier),

@@ -10,15 +10,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from fastgrad._torch import BatchNorm
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.observe import Observation
 from fastgrad.engine.replay import FallbackSite, ReplaySite
 from fastgrad.engine.sites import BroadcastSite, LayerSite, RuledSite
 from fastgrad.layers.registry import ReplayRule, find_rule
-
-#: Names of the classes that hold a part of a parameter, or of several.
-_PARTS = frozenset({"DTensor", "FlatParameter", "ShardedTensor"})
 
 PlannedSite = LayerSite | ReplaySite | FallbackSite | BroadcastSite
 
@@ -138,62 +134,6 @@ class PlanConstraints:
     def after_disagreement(self, wrong: frozenset[str]) -> PlanConstraints | None:
         """The next step after the squared norms of ``wrong`` were not autograd's; None if nothing is left."""
         return None if wrong <= self.at_root else replace(self, at_root=self.at_root | wrong)
-
-
-def refuse_parts(model: nn.Module) -> None:
-    """Raise for a model that has no squared norm of each parameter here.
-
-    Raises:
-        TypeError: If a parameter is one part of several, as under FSDP or tensor parallelism, of which one process
-            alone knows no norm, or complex, or if a module was scripted or traced.
-        ValueError: If a parameter holds no values.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(
-                f"model must be made of ordinary modules; {name!r} was a {type(module).__name__} (torch.jit). Use the "
-                "module that it was made of"
-            )
-    for name, parameter in model.named_parameters():
-        kinds = {cls.__name__ for kind in (type(parameter), type(parameter.data)) for cls in kind.__mro__}
-        found = sorted(kinds & _PARTS)
-        if found:
-            raise TypeError(
-                f"model must hold whole parameters; {name!r} was a {found[0]} (FSDP, tensor parallelism), of which "
-                "each process holds a part. Use DistributedDataParallel, or norms before the model is sharded"
-            )
-        if parameter.is_complex():
-            raise TypeError(
-                f"model must have real parameters; {name!r} was {parameter.dtype}. Hold its two parts in one real "
-                "parameter and view that as complex (torch.view_as_complex)"
-            )
-        if parameter.is_meta:
-            raise ValueError(f"model must hold values; its parameter {name!r} was on the meta device")
-
-
-def refuse_mixing(model: nn.Module, *, training: bool) -> None:
-    """Raise ValueError for a layer that computes with the statistics of the batch.
-
-    ``training``: modules run in their own mode rather than in evaluation mode.
-    """
-    for path, module in model.named_modules():
-        if module.__dict__.get("scale_grad_by_freq"):
-            raise ValueError(
-                "model must not mix the samples of a batch, or there is no gradient per sample; its embedding "
-                f"{path or type(model).__name__!r} divides gradients by counts over the batch (scale_grad_by_freq=True)"
-            )
-        if not isinstance(module, BatchNorm):
-            continue
-        if training and module.training:
-            why, advice = "is in training mode", " (call model.eval())"
-        elif module.running_mean is None:
-            why, advice = "keeps no running statistics", ""
-        else:
-            continue
-        raise ValueError(
-            "model must not mix the samples of a batch, or there is no gradient per sample; its batch norm "
-            f"{path or type(model).__name__!r} {why}, so it normalises with the statistics of the batch{advice}"
-        )
 
 
 class Planner:

@@ -19,7 +19,8 @@ from fastgrad.engine.backward import signal_sqnorms
 from fastgrad.engine.compile import CompiledPasses
 from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.network import Network
-from fastgrad.engine.plan import Plan, Route, refuse_mixing, refuse_parts
+from fastgrad.engine.plan import Plan, Route
+from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import Run
 from fastgrad.engine.tracing import is_symbolic, trace
 from fastgrad.gradients.contrasts import check_target, require_classes

@@ -17,8 +17,8 @@ from fastgrad.engine.backward import looped, probe_grads
 from fastgrad.engine.copy import Redirect
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
-from fastgrad.engine.plan import refuse_mixing, refuse_parts
 from fastgrad.engine.probe import probes_behind
+from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import Run
 from fastgrad.engine.steps import suspended
 from fastgrad.losses import compute_dtype

@@ -22,6 +22,11 @@ def fitted() -> UncertaintyDetector:
     return UncertaintyDetector(folds=2).fit(ROWS)
 
 
+def scripted() -> nn.Module:
+    traced: nn.Module = torch.jit.trace(NET, IMAGES)
+    return traced
+
+
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "folds": (lambda: UncertaintyDetector(folds=1).fit(ROWS), ValueError, "folds .* it was 1"),
     "norms": (lambda: UncertaintyDetector().fit({"gradients": -ROWS}), ValueError, r"X\['gradients'\] must hold"),
@@ -33,10 +38,12 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "few": (lambda: TwoStageModel(NET).fit([IMAGES[:3]], None), ValueError, "at least"),
     "risk": (lambda: TwoStageModel(NET).fit([IMAGES], None, risk="yes"), TypeError, "risk must be .* 'yes'"),  # type: ignore[arg-type]
     "verbose": (lambda: TwoStageModel(NET).fit([IMAGES], None, verbose=2), TypeError, "verbose must be .* 2"),  # type: ignore[arg-type]
+    "scripted": (lambda: TwoStageModel(nn.Sequential(scripted())), TypeError, "ordinary modules; '0' was a"),
     "unknown file": (lambda: TwoStageModel.load("no/such.safetensors", NET), FileNotFoundError, "no/such"),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("case", BAD)
 def test_the_error_names_the_argument(case: str) -> None:
     call, error, message = BAD[case]
