@@ -76,6 +76,8 @@ class Shadow:
         training: Whether modules keep their own mode instead of evaluation mode.
         recorded: Whether the user's own call of ``model`` is under way. Its hooks on ``model`` itself are then at work
             already, and its parts keep their backward hooks.
+        apart: Whether lists, dicts and sets in attributes are the copy's own, so that the pass leaves the user's as
+            they are.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Shadow:
         *,
         training: bool = False,
         recorded: bool = False,
+        apart: bool = True,
     ) -> None:
         #: The user's model.
         self.model = model
@@ -92,7 +95,7 @@ class Shadow:
         self.recorded = recorded
         #: Whether modules keep their own mode instead of evaluation mode.
         self.training = training
-        self._parameter = parameter
+        self._parameter, self._apart = parameter, apart
         self._copies: dict[int, Any] = {}
         # Where the copies hold a parameter: tables and keys by its id; plain attributes with parameters of the tree, of
         # a copy, by name, and what the original has there.
@@ -134,12 +137,16 @@ class Shadow:
         return found | {id(value): 2 * i for i, value in enumerate(self._copies.values())}
 
     def settings(self, module: nn.Module) -> Settings:
-        """What the copies of ``module`` and its descendants hold at present in attributes that are no tensors."""
+        """What the copies of ``module`` and its descendants hold at present in attributes that are no tensors.
+
+        Lists, dicts and sets with nothing of a module tree are among them, as they are now.
+        """
         return {
             id(part): {
-                name: value
+                name: _own(value)
                 for name, value in self.modules[id(part)].__dict__.items()
-                if type(value) in _PLAIN and not isinstance(value, Tensor)
+                if (type(value) in _PLAIN and not isinstance(value, Tensor))
+                or (name not in _TABLES and _is_filled_plainly(value))
             }
             for part in module.modules()
         }
@@ -147,7 +154,7 @@ class Shadow:
     def restore(self, settings: Settings) -> None:
         """Give the copies the attributes that `settings` of another copy of the same modules had."""
         for key, values in settings.items():
-            self.modules[key].__dict__.update(values)
+            self.modules[key].__dict__.update({name: _own(value) for name, value in values.items()})
 
     def write_back(self) -> None:
         """Give the user's modules the attributes and buffers that the forward pass set on their copies."""
@@ -241,8 +248,10 @@ class Shadow:
 
     def _replace(self, value: Any) -> Any:
         """``value`` with everything of the tree inside it replaced; ``value`` itself if there is nothing."""
-        if type(value) in _PLAIN or (type(value) in _SEQUENCES and _PLAIN.issuperset(map(type, value))):
+        if type(value) in _PLAIN:
             return value
+        if type(value) in _SEQUENCES and _PLAIN.issuperset(map(type, value)):
+            return type(value)(value) if self._apart else value
         if isinstance(value, nn.Module):
             return self.modules.get(id(value), value)
         if isinstance(value, nn.Parameter):
@@ -252,10 +261,10 @@ class Shadow:
             if isinstance(value, dict):
                 items = {key: self._replace(item) for key, item in value.items()}
                 same = all(items[key] is item for key, item in value.items())
-                return value if same else type(value)(items)
+                return value if same and not self._apart else type(value)(items)
             elements = [self._replace(item) for item in value]
             same = all(new is old for new, old in zip(elements, value, strict=True))
-            return value if same else type(value)(elements)
+            return value if same and (not self._apart or type(value) is tuple) else type(value)(elements)
         if isinstance(value, types.MethodType):
             owner = self._replace(value.__self__) if isinstance(value.__self__, nn.Module) else value.__self__
             return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
@@ -266,6 +275,18 @@ class Shadow:
                 return value
             return functools.partial(function, *args, **keywords)
         return value
+
+
+def _is_filled_plainly(value: Any) -> bool:
+    """Whether ``value`` is a list, dict or set with nothing of a module tree."""
+    if type(value) in (dict, OrderedDict):
+        return _PLAIN.issuperset(map(type, value.values()))
+    return type(value) in (list, set) and _PLAIN.issuperset(map(type, value))
+
+
+def _own(value: Any) -> Any:
+    """A shallow copy of a list, dict or set; ``value`` itself otherwise."""
+    return type(value)(value) if type(value) in _CONTAINERS else value
 
 
 def _run(hook: Callable[..., Any], *args: Any) -> None:

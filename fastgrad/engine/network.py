@@ -113,7 +113,7 @@ class Network:
         """
         once = functools.partial(
             self.once, run=run, args=args, kwargs=kwargs, readings=readings, parameter=parameter,
-            training=training,
+            training=training, apart=not self.shared,
         )  # fmt: skip
         if plan is None:
             output, shadow = once(None)
@@ -200,10 +200,11 @@ class Network:
         readings: Sequence[Reading] = (),
         parameter: Callable[[nn.Parameter], Tensor] = detach_plain,
         training: bool = False,
+        apart: bool = True,
     ) -> tuple[Any, Shadow]:
-        """One try at a forward pass; its output and the copy that ran."""
+        """One try at a forward pass; its output and the copy that ran. ``apart`` as for `Shadow`."""
         run.begin(plan)
-        shadow = Shadow(self.model, parameter, training=training, recorded=self.shared)
+        shadow = Shadow(self.model, parameter, training=training, recorded=self.shared, apart=apart)
         if not training:
             for copy in shadow.modules.values():
                 disable_mha_fastpath(copy)

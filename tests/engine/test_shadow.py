@@ -62,3 +62,41 @@ def test_attention_with_a_forward_of_its_own_keeps_the_mode() -> None:
     model, x = Own(8, 2, 16).eval(), torch.randn(3, 8)
     with torch.no_grad():
         assert torch.equal(Network(model).forward(None, Run(3), (x,), {}), model(x))
+
+
+class Keeping(nn.Module):
+    """Keeps in its attributes what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.seen: list[Tensor] = []
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "weight" not in self.cache:
+            self.cache["weight"] = self.layer.weight * 2
+        self.seen.append(x)
+        return x @ self.cache["weight"].T + self.layer.bias
+
+
+def test_lists_and_dicts_of_the_model_are_its_own() -> None:
+    model, x = Keeping().double(), torch.randn(5, 3).double()
+    truth = torch.stack(
+        [
+            torch.autograd.grad(model(x)[i].sum(), model.layer.weight)[0].square().sum()
+            for i in range(5)
+            if model.cache.clear() is None
+        ]
+    )
+    model.cache.clear()
+    model.seen.clear()
+    _, features = fastgrad.GradientFeatures(model, loss="mse", target=lambda z: z.detach() - 0.5)(x)
+    assert not model.cache
+    assert not model.seen
+    assert torch.allclose(features[:, 0], truth)
+    with fastgrad.record(model):
+        found = fastgrad.grad_sqnorm(model(x).sum(), model.layer.weight)[0]
+    # The user's own call fills them, once.
+    assert torch.allclose(found, truth)
+    assert len(model.seen) == 1
