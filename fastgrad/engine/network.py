@@ -76,8 +76,9 @@ class Network:
         """
         known = self._structure(args, kwargs, samples, training=training)
         with self._lock:
-            if known.plans:
+            if known.plans and not known.plans[0].outdated():
                 return known.plans[0]
+            known.plans.clear()
         plan = Trial(self, known, args, kwargs, samples).plan()
         self._keep(plan)
         return plan

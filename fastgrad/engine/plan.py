@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from fastgrad._torch import is_traced
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.observe import Observation
 from fastgrad.engine.replay import FallbackSite, ReplaySite
@@ -70,6 +71,7 @@ class Plan:
         known: What else is known of the model for inputs of this structure.
         outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
         paths: Those on which it agreed with autograd, see `fastgrad.engine.steps`.
+        zeros: Parameters that were zero in the trial, if others that were used had no gradient there.
     """
 
     names: tuple[str, ...]
@@ -80,6 +82,11 @@ class Plan:
     known: Known = field(compare=False, repr=False)
     outputs: tuple[Layout | None, ...] = ()
     paths: set[int] = field(default_factory=set, compare=False, repr=False)
+    zeros: tuple[weakref.ref[nn.Parameter], ...] = field(default=(), compare=False, repr=False)
+
+    def outdated(self) -> bool:
+        """Whether gradients flow by now that the trial could not see: behind a layer that began with zeros."""
+        return not is_traced() and any(bool(p.any()) for ref in self.zeros if (p := ref()) is not None)
 
     @property
     def replaces(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,7 +61,9 @@ class Trial:
             self._layouts = tuple(
                 find_layout(tuple(a.shape), tuple(b.shape), None, count) for a, b in zip(outputs, less, strict=True)
             )
-            self._checks = self._gradients(seen, outputs)
+            self._checks, unseen = self._gradients(seen, outputs)
+            zeros = [p for p in network.model.parameters() if not p.any()] if unseen else []
+            self._zeros = tuple(map(weakref.ref, zeros))
 
     def _observe(self, *, training: bool) -> tuple[Observation, Observation]:
         """What the model does with one sample less, and with all of them."""
@@ -76,8 +79,8 @@ class Trial:
         pairs = zip(outputs, self._layouts, strict=False)
         return [probe_cotangent(out, layout, samples, chosen) for out, layout in pairs]
 
-    def _gradients(self, seen: Observation, outputs: Sequence[Tensor]) -> list[_Check]:
-        """The gradients of some samples.
+    def _gradients(self, seen: Observation, outputs: Sequence[Tensor]) -> tuple[list[_Check], bool]:
+        """The gradients of some samples, and whether a parameter that is used has none in all of them.
 
         The chosen sample comes first, whose gradient shows where modules have the batch. A second one follows: where
         one sample decides for all, as by the largest value in the batch, the gradient of that one reaches no other.
@@ -96,9 +99,10 @@ class Trial:
             checks.append(_Check(sample, cotangents, truth))
             floor = _floor(truth)
             idle -= {name for name, gradient in truth.items() if bool(gradient.square().sum() > floor)}
-            if len(checks) > 1 and self._count >= SAMPLES and not any(seen.uses[name] for name in idle):
+            unseen = any(seen.uses[name] for name in idle)
+            if len(checks) > 1 and self._count >= SAMPLES and not unseen:
                 break
-        return checks
+        return checks, unseen
 
     def plan(self, older: Plan | None = None) -> Plan:
         """A plan that agrees with autograd.
@@ -165,7 +169,7 @@ class Trial:
         for planner in others:
             unused = [name for name in plan.names if plan.routes[name].route == "zero"]
             plan = plan.joined(planner.plan(constraints, unused))
-        plan = replace(plan, outputs=self._layouts)
+        plan = replace(plan, outputs=self._layouts, zeros=self._zeros)
         return plan if older is None else plan.joined(older)
 
     def _disagreeing(self, plan: Plan, check: _Check, inputs: Any, count: int) -> frozenset[str]:

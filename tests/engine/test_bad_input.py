@@ -113,6 +113,19 @@ def test_a_mean_divides_every_gradient() -> None:
     assert_exact(tuple(25 * norms for norms in found), loop(model, x))
 
 
+def test_samples_that_interact_before_a_head_of_zeros_are_refused_once_it_has_learned() -> None:
+    model, x = Interacting().double(), vectors(5)
+    nn.init.zeros_(model.head.weight)
+    features = fastgrad.GradientFeatures(model)
+    features(x)
+    recorded(model, x)
+    nn.init.normal_(model.head.weight)
+    with pytest.raises(ValueError, match="samples of a batch independently"):
+        features(x)
+    with pytest.raises(ValueError, match="samples of a batch independently"):
+        recorded(model, x)
+
+
 class Divided(nn.Module):
     """One number of one sample divides all."""
 
