@@ -56,14 +56,22 @@ def to_device(tree: Tree, device: torch.device) -> Tree:
     return moved
 
 
-def first_input(name: str, batch: Any) -> Tensor | dict[str, Any]:
-    """The inputs in the batch of a loader: a tensor, a mapping, or the first of a tuple; else TypeError."""
-    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+def split_batch(name: str, batch: Any) -> tuple[Tensor | dict[str, Any], Any]:
+    """The inputs in the batch of a loader, a tensor or a mapping, and what stands beside them.
+
+    That is the second of a tuple, or what a mapping has under "labels"; None if there is neither. TypeError for other
+    inputs.
+    """
+    pair = isinstance(batch, (tuple, list)) and len(batch) > 0
+    x = batch[0] if pair else batch
+    beside = batch[1] if pair and len(batch) > 1 else None
     if isinstance(x, Tensor):
-        return x
+        return x, beside
     if not isinstance(x, Mapping):
         raise TypeError(f"{name} must give tensors, mappings or tuples that begin with one; it gave {type(x).__name__}")
-    return dict(x)
+    inputs = dict(x)
+    labels = inputs.pop("labels", None)
+    return inputs, labels if beside is None else beside
 
 
 def as_call(x: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

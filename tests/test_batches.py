@@ -32,13 +32,18 @@ def test_only_what_carries_the_batch_is_taken() -> None:
 
 
 def test_inputs_of_a_loaders_batch() -> None:
-    assert batches.first_input("loader", (X, 1)) is X
-    assert batches.first_input("loader", X) is X
-    assert batches.first_input("loader", [UserDict(x=X), 0]) == {"x": X}
+    for batch, beside in (((X, 1), 1), ((X,), None), (X, None)):
+        found, other = batches.split_batch("loader", batch)
+        assert found is X
+        assert other is beside
+    assert batches.split_batch("loader", [UserDict(x=X), 0]) == ({"x": X}, 0)
+    given = {"x": X, "labels": 2}
+    assert batches.split_batch("loader", given) == ({"x": X}, 2)
+    assert given["labels"] == 2
     assert batches.as_call(X) == ((X,), {})
     assert batches.as_call(UserDict(x=X)) == ((), {"x": X})
     with pytest.raises(TypeError, match=r"loader must give tensors, mappings or tuples .* gave int"):
-        batches.first_input("loader", (3, X))
+        batches.split_batch("loader", (3, X))
 
 
 @pytest.mark.parametrize("output", [X, {"logits": X}, (X, 1), UserDict(logits=X)])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastgrad._torch import pytree
-from fastgrad.batches import bar, batch_size, first_input, take, to_device
+from fastgrad.batches import bar, batch_size, split_batch, take, to_device
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.challenges import PixelRange, iter_challenges
 from fastgrad.detector.constants import CHALLENGED_TOGETHER
@@ -55,7 +55,7 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
 
     Args:
         name: Of the loader, for errors.
-        loader: Batches, ``x`` or ``(x, something beside each input)``.
+        loader: Batches, ``x`` or ``(x, something beside each input)``, or mappings with labels among the inputs.
         limit: Inputs that are kept.
         seed: Of the choice.
         verbose: Whether to show a progress bar; None: in a terminal.
@@ -67,10 +67,10 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
     kept: list[tuple[int, Inputs, Any]] = []
     seen, size = 0, 1
     for batch in bar(loader, name, verbose):
-        x = first_input(name, batch)
+        x, given = split_batch(name, batch)
         count = batch_size(x)
         size = max(size, count)
-        beside = _beside(name, batch, count)
+        beside = _beside(name, given, count)
         for i in range(count):
             place = seen if seen < limit else int(rng.integers(seen + 1))
             seen += 1
@@ -97,8 +97,7 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
     return Drawn(batches, others, seen)
 
 
-def _beside(name: str, batch: Any, count: int) -> list[Any]:
-    value = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+def _beside(name: str, value: Any, count: int) -> list[Any]:
     if value is None or isinstance(value, Mapping):
         return [None] * count
     listed = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else list(value)

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.challenges import PixelRange, challenge_cost
 from fastgrad.detector import collect, constants
+from fastgrad.detector.answers import Answers, fit_answers, labels_of_rows
 from fastgrad.detector.calibrate import Calibrated
 from fastgrad.detector.collect import Drawn
 from fastgrad.detector.estimator import UncertaintyDetector
@@ -28,9 +29,6 @@ from fastgrad.detector.presets import preset
 from fastgrad.detector.price import PriceReport, fit_to_budget
 from fastgrad.detector.report import Report, gains
 from fastgrad.detector.risk import NoisyOr, doubt
-from fastgrad.introspection import IntrospectiveClassifier
-from fastgrad.introspection.network import IntrospectiveNetwork
-from fastgrad.scores.temperature import Temperature
 
 if TYPE_CHECKING:
     from fastgrad.detector.model import TwoStageModel
@@ -113,14 +111,15 @@ def fit(
 
     price = _price(two_stage, blocks, x, subject, answer)
     found = calibrated(price.blocks)
-    answers = _answers(two_stage, sample, features, found)
+    answers, fresh = fit_answers(two_stage, sample, features, found)
+    risk, why = _risk(two_stage, answers, sample, features, found, fresh, options)
     two_stage.extraction_ = extraction.of(
         [block for block in reading if block.name in price.blocks or block not in blocks]
     )
     two_stage.detector_ = found.module.to(two_stage.device)
     two_stage.classifier_, two_stage.gate_ = answers.classifier, answers.gate
     two_stage.temperature_ = answers.temperature
-    two_stage.risk_, why = _risk(two_stage, sample, features, found, answers.fresh, options)
+    two_stage.risk_ = risk
     two_stage.report_ = _report(sample, features, price, found, why)
     two_stage._gains = functools.partial(gains, found.table, features.kinds)
 
@@ -174,6 +173,8 @@ def _checked(
     if labels is None and (options.risk or classifier is not None):
         what = "risk=True" if options.risk else "the classifier"
         raise ValueError(f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out")
+    if options.risk and count < constants.FEWEST_LABELLED:
+        raise ValueError(f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs; there were {count}")
     if options.risk and subject.classes < 2:
         raise ValueError("risk=True needs a network of at least two classes; it has one logit")
     if classifier is not None and labels is not None:
@@ -256,72 +257,9 @@ def _price(
     return PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x), math.nan)
 
 
-class Answers(NamedTuple):
-    """What turns logits into probabilities.
-
-    Attributes:
-        classifier: The introspective classifier, or None.
-        gate: The probability that an input is a challenge: so much the classifier counts; None without challenges.
-        temperature: Of the softmax, or None.
-        fresh: ``(n,)``: the clean inputs that none of it was trained on.
-    """
-
-    classifier: IntrospectiveNetwork | None
-    gate: NoisyOr | None
-    temperature: Temperature | None
-    fresh: NDArray[np.bool_]
-
-
-def _answers(two_stage: TwoStageModel, sample: Sample, features: collect.Features, found: Calibrated) -> Answers:
-    """Fit the temperature, and the classifier on clean inputs and challenges with the clean input's label."""
-    count, device = len(sample.held_out), two_stage.device
-    everything = np.ones(count, bool)
-    if sample.labels is None:
-        return Answers(None, None, None, everything)
-    labelled = sample.labels >= 0
-    temperature = None
-    if labelled.sum() >= constants.FEWEST_LABELLED:
-        chosen = torch.from_numpy(labelled)
-        temperature = Temperature.fit(features.logits[:count][chosen], torch.from_numpy(sample.labels)[chosen])
-        temperature = temperature.to(device)
-    if two_stage.classifier is None:
-        return Answers(None, None, temperature, everything)
-    challenging = features.kinds != ""
-    labels = _labels(sample, features, labelled)
-
-    def rows(sources: NDArray[np.bool_]) -> tuple[Tensor, NDArray[np.int64]]:
-        places = np.flatnonzero((labels >= 0) & sources[np.maximum(features.groups, 0)])
-        # h alone: on challenges the contrast rows gained less (ResNet-20 on CIFAR-10).
-        return features.blocks[Features.name][torch.from_numpy(places)], labels[places]
-
-    classes = features.logits.shape[1]
-    random = np.random.default_rng(two_stage.seed)
-    kept = labelled & (sample.held_out | (random.random(count) < constants.UNSEEN))
-    trained = labelled & ~kept
-    enough = kept.sum() >= constants.FEWEST_LABELLED and len(np.unique(sample.labels[trained])) == classes
-    if not enough:
-        kept, trained = np.zeros(count, bool), labelled
-    classifier: IntrospectiveClassifier = clone(two_stage.classifier)
-    classifier.fit(*rows(trained))
-    if enough:
-        classifier.calibrate(*rows(kept))
-    gate = None
-    if (challenging & (labels >= 0)).any():
-        unusual = torch.from_numpy(challenging)
-        known = torch.zeros(len(unusual), dtype=torch.float64)
-        gate = NoisyOr.fit(known, found.evidence, unusual, unusual).to(device)
-    return Answers(classifier.to_module().to(device), gate, temperature, kept)
-
-
-def _labels(sample: Sample, features: collect.Features, counted: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return each row's label, a challenge's being its source's; -1 where there is none, or it is not counted."""
-    assert sample.labels is not None
-    source = np.maximum(features.groups, 0)
-    return np.where((features.groups >= 0) & counted[source], sample.labels[source], -1)
-
-
 def _risk(
     two_stage: TwoStageModel,
+    answers: Answers,
     sample: Sample,
     features: collect.Features,
     found: Calibrated,
@@ -333,7 +271,7 @@ def _risk(
     if options.risk is False or sample.labels is None or classes < 2:
         why = "not asked for" if options.risk is False else "no labels" if classes > 1 else "the network has one logit"
         return None, f"none: {why}"
-    labels = _labels(sample, features, fresh)
+    labels = labels_of_rows(sample, features, fresh)
     challenging = features.kinds != ""
     usual = int(((labels >= 0) & ~challenging).sum())
     if usual < constants.FEWEST_LABELLED:
@@ -346,7 +284,7 @@ def _risk(
     h = features.blocks[Features.name][chosen] if two_stage.classifier is not None else None
     with torch.no_grad():
         device = two_stage.device
-        log_p = two_stage.log_probabilities(
+        log_p = answers.log_probabilities(
             features.logits[chosen].to(device),
             None if h is None else h.to(device),
             found.evidence[chosen].to(device),

@@ -17,13 +17,13 @@ from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
 from fastgrad.detector import UncertaintyDetector, challenge_classifier, constants, fitting, storage
+from fastgrad.detector.answers import Answers
 from fastgrad.detector.calibrate import DetectorModule
 from fastgrad.detector.report import Gain, Report
 from fastgrad.detector.risk import NoisyOr, doubt
 from fastgrad.engine.refusals import refuse_scripted
 from fastgrad.introspection import IntrospectiveClassifier
 from fastgrad.introspection.network import IntrospectiveNetwork
-from fastgrad.losses import compute_dtype
 from fastgrad.prediction import Prediction
 from fastgrad.scores.temperature import Temperature
 
@@ -184,18 +184,8 @@ class TwoStageModel(nn.Module):
 
     def log_probabilities(self, logits: Tensor, h: Tensor | None, evidence: Tensor) -> Tensor:
         """Return log probabilities ``(B, N)`` of the answer: the network's and the classifier's, mixed by the gate."""
-        precise = logits.to(compute_dtype(logits.dtype))
-        network = precise if self.temperature_ is None else self.temperature_(precise)
-        first = network.log_softmax(-1)
-        if self.classifier_ is None:
-            return first
-        assert h is not None  # read for it
-        second = self.classifier_.answer(h.to(precise.dtype), precise).log_softmax(-1)
-        if self.gate_ is None:
-            return second
-        odds = self.gate_.log_odds(evidence).to(first.dtype).unsqueeze(-1)
-        unusual = nn.functional.logsigmoid(odds)
-        return torch.logaddexp(first + nn.functional.logsigmoid(-odds), second + unusual)
+        answers = Answers(self.classifier_, self.gate_, self.temperature_)
+        return answers.log_probabilities(logits, h, evidence)
 
     @property
     def alarms(self) -> dict[str, str]:
@@ -223,8 +213,9 @@ class TwoStageModel(nn.Module):
         """Fit the detector on clean inputs and challenges; with labels also the probabilities and the risk.
 
         Args:
-            clean: Batches of clean inputs, ``x`` or ``(x, labels)``, read once. Data that the network was not trained
-                on is better: it is more certain of its training data than of anything else.
+            clean: Batches of clean inputs, ``x`` or ``(x, labels)``, or mappings with the key ``"labels"``; read once.
+                Data that the network was not trained on is better: it is more certain of its training data than of
+                anything else.
             challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`), None fits on clean data
                 alone, else batches of challenging inputs, ``x`` or ``(x, kinds)``.
             calibration: Clean batches on which nothing is fitted: false-alarm rates are then exact. None holds out a

@@ -6,7 +6,7 @@ A sample whose gradient is large long after training has begun is rare, hard, or
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from fastgrad import checks
-from fastgrad.batches import as_call, bar, batch_size, first_input, to_device
+from fastgrad.batches import as_call, bar, batch_size, split_batch, to_device
 from fastgrad.gradients.contrasts import NoClassError
 from fastgrad.gradients.features import GradientFeatures
 
@@ -127,11 +127,7 @@ def rank_samples(
 
 def _labelled(batch: Any) -> tuple[Tensor | dict[str, Any], Tensor]:
     """The inputs of a batch without its labels, and those."""
-    x = first_input("loader", batch)
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        labels = batch[1]
-    else:
-        labels = x.pop("labels", None) if isinstance(x, Mapping) else None
+    x, labels = split_batch("loader", batch)
     if labels is None:
         raise ValueError("loader must give labels beside the inputs: (x, labels) or a mapping with 'labels'")
     labels = torch.as_tensor(labels)

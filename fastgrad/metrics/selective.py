@@ -53,8 +53,8 @@ class RiskCoverage:
         return float((self.risk - self.best).mean())
 
 
-def _samples(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> tuple[Array, Array]:
-    """Both arguments as vectors; infinite uncertainty is what comes last."""
+def _samples(name: str, uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> tuple[Array, Array]:
+    """Both as vectors, the first of them under its name in errors; infinite uncertainty is what comes last."""
     losses = as_array("errors", errors)
     if losses.ndim != 1 or not len(losses):
         raise ValueError(f"errors must be a non-empty vector; its shape was {losses.shape}")
@@ -62,9 +62,9 @@ def _samples(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> tup
         raise ValueError(f"errors must be at least 0; the smallest was {losses.min():g}")
     scores = numbers(uncertainty)
     if scores.shape != losses.shape:
-        raise ValueError(f"uncertainty must have shape {losses.shape}, one score per error; it was {scores.shape}")
+        raise ValueError(f"{name} must have shape {losses.shape}, one score per error; it was {scores.shape}")
     if not (scores > -np.inf).all():
-        raise ValueError("uncertainty must not hold NaN or minus infinity")
+        raise ValueError(f"{name} must not hold NaN or minus infinity")
     return scores, losses
 
 
@@ -78,7 +78,10 @@ def risk_coverage(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -
     Raises:
         ValueError: Shapes differ, nothing is given, a loss is negative or not finite, or an uncertainty is NaN.
     """
-    scores, losses = _samples(uncertainty, errors)
+    return _curve(*_samples("uncertainty", uncertainty, errors))
+
+
+def _curve(scores: Array, losses: Array) -> RiskCoverage:
     values, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
     # Each sample of a tie carries the mean error of all of them.
     means = np.bincount(group, losses) / sizes
@@ -133,7 +136,7 @@ def threshold_for(
             raise TypeError(f"{name} must be a number; it was {cost!r}")
         if not 0 < cost < math.inf:
             raise ValueError(f"{name} must be positive and finite; it was {cost!r}")
-    curve = risk_coverage(risk, errors)
+    curve = _curve(*_samples("risk", risk, errors))
     # The last sample of each tie: a threshold lets all of them pass.
     ends = np.append(curve.thresholds[1:] != curve.thresholds[:-1], True) & np.isfinite(curve.thresholds)
     coverage = np.append(0.0, curve.coverage[ends])

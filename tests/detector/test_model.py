@@ -17,6 +17,7 @@ from fastgrad.blocks import BLOCKS, Block, Features, Gradients, Image, Logits, V
 from fastgrad.blocks.extraction import Extraction, arguments
 from fastgrad.blocks.subject import watch
 from fastgrad.deploy.file.package import ModelPackage
+from fastgrad.detector import fitting
 
 CLASSES = 4
 ALL = ["logits", "features", "activations", "gradients", "view", "image"]
@@ -556,5 +557,21 @@ def test_text_classifier_takes_a_mapping():
     two_stage = TwoStageModel(network, budget=math.inf).fit(data, None)
     assert two_stage.report().kept == ["logits", "activations"]
     assert two_stage(data[0]).uncertainty.shape == (20,)
+    assert two_stage(data[0]).risk is None
+    labelled = [batch | {"labels": torch.arange(20) % 3} for batch in data]
+    assert TwoStageModel(network, budget=math.inf).fit(labelled, None)(data[0]).risk is not None
     with pytest.raises(ValueError, match="challenges can be generated from images"):
         TwoStageModel(network).fit(data)
+
+
+def test_a_fit_that_fails_at_last_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TwoStageModel(small_network(), blocks=["logits"]).fit(loader(60), None)
+    before = {name: getattr(model, name) for name in ("extraction_", "detector_", "temperature_", "risk_", "report_")}
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no risk")
+
+    monkeypatch.setattr(fitting, "_risk", fails)
+    with pytest.raises(RuntimeError, match="no risk"):
+        model.fit(loader(80), None)
+    assert all(getattr(model, name) is value for name, value in before.items())

@@ -131,6 +131,7 @@ def test_threshold_saves_on_digits_that_it_was_not_chosen_on() -> None:
         (lambda: metrics.aurc([-np.inf], [1.0]), "uncertainty must not hold NaN or minus infinity"),
         (lambda: metrics.aurc([1.0], [-1.0]), "errors must be at least 0"),
         (lambda: metrics.aurc([1.0], [np.inf]), "errors must be finite"),
+        (lambda: metrics.threshold_for([np.nan], [1], cost_of_error=1, cost_of_review=1), "risk must not hold NaN"),
         (lambda: metrics.threshold_for([1.0], [1], cost_of_error=0, cost_of_review=1), "cost_of_error must"),
         (lambda: metrics.threshold_for([1.0], [1], cost_of_error=1, cost_of_review=np.nan), "cost_of_review must"),
     ],

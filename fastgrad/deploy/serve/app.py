@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastgrad import __version__
 from fastgrad.checks import at_least_one, extra
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.serve.bodies import Budget, Limits, Readers, read_body
@@ -138,8 +139,8 @@ def create_app(
         await readers.close()
 
     app = FastAPI(
-        title="fastgrad", description="Class, uncertainty and whether to rely on it.", docs_url=None, redoc_url=None,
-        lifespan=lifespan,
+        title="fastgrad", description="Class, uncertainty and whether to rely on it.", version=__version__,
+        docs_url=None, redoc_url=None, lifespan=lifespan,
     )  # fmt: skip
     app.state.ready, app.state.draining, app.state.active = False, False, 0
     app.state.models, app.state.readers = models, readers

@@ -20,6 +20,7 @@ pytest.importorskip("PIL")
 
 from serve_client import form, image, png
 
+import fastgrad
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage
 
@@ -148,6 +149,7 @@ def test_health_ready_model_and_openapi(served: Any) -> None:
     assert model["labels"] == ["cat", "dog", "cow", "hen"]
     assert len(model["histogram"]["counts"]) + 1 == len(model["histogram"]["edges"])
     openapi = json.loads(served.server.request("GET", "/openapi.json")[1])
+    assert openapi["info"]["version"] == fastgrad.__version__
     operation = openapi["paths"]["/predict"]["post"]
     assert set(operation["requestBody"]["content"]) == {"image/*", "multipart/form-data", "application/json"}
     assert {"200", "401", "413", "415", "422", "503", "504"} <= set(operation["responses"])
