@@ -95,7 +95,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         Raises:
             TypeError: If ``losses`` is no floating-point tensor.
             ValueError: If ``losses`` is not ``(B,)``, mixes samples, or depends on parameters other than through the
-                model's output, as a weight decay does.
+                model's output, as a weight decay does. Also if a trainable parameter has a hook
+                (``Tensor.register_hook``), which changes gradients after they are clipped.
             RuntimeError: If the model was not called exactly once since the last `backward`, or without gradients.
         """
         return outside_of_compilation(self._backward)(losses)
@@ -113,6 +114,12 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         if samples:
             _require_separate(self.model, losses, self._outputs, call.outputs)
         parameters = [p for group, _ in self._groups for p in group]
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and p._backward_hooks:
+                raise ValueError(
+                    f"model must have no hooks on its parameters (Tensor.register_hook): {name!r} had one, which would "
+                    "change a gradient after it is clipped. Remove it, or change .grad after backward"
+                )
         sqnorms = recorded_sqnorms(self, [losses], parameters, [torch.ones_like(losses)], False, True)
         found, columns = iter(sqnorms), []
         for group, _ in self._groups:

@@ -314,6 +314,18 @@ def test_losses_that_are_refused(spoil: Callable[[Tensor], Tensor], message: str
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_hooks_of_parameters_are_refused_as_they_come_after_clipping() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    hook = model.bias.register_hook(lambda gradient: 3 * gradient)
+    with fastgrad.clip_gradients(model, 1.0) as clipped:
+        losses = model(x).square().sum(1)
+        with pytest.raises(ValueError, match=r"must have no hooks on its parameters .*'bias' had one"):
+            clipped.backward(losses)
+        assert model.bias.grad is None
+        hook.remove()
+        assert clipped.backward(losses).shape == (5,)
+
+
 def test_what_else_is_refused() -> None:
     model, (x, y) = IMAGES["convolution"](), inputs("convolution", 4, 0)
     with fastgrad.clip_gradients(model, 1.0) as clipped:
