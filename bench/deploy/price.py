@@ -1,6 +1,6 @@
 """What an answer costs live: `TwoStageModel` over the plain network, beside the price that the plan predicts.
 
-``python -m bench.deploy.price`` measures the blocks that the default budget keeps, and those with a second look at
+``python -m bench.deploy.price`` measures the blocks that the default budget keeps, and those with a second pass at
 the image, on five networks. Each round times every form of one network and batch in turn, on the processor's clock
 and one thread, so that what else the machine does hits all; the ratio is the median over rounds. Prices do not depend
 on the weights, which are untrained, nor on how well the detector is fitted: a few dozen random inputs do.

@@ -30,7 +30,7 @@ from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS
 FALSE_ALARMS = 0.05
 RADII = (2 / 255, 8 / 255)
 #: The blocks of the attacked detectors.
-FORMS: Mapping[str, Sequence[str]] = {"default": DEFAULT_BLOCKS, "second look": EXTENDED_BLOCKS}
+FORMS: Mapping[str, Sequence[str]] = {"default": DEFAULT_BLOCKS, "second pass": EXTENDED_BLOCKS}
 #: Weights of the detector's score beside the margin; None is selective.
 LAMBDAS: Mapping[str, float | None] = {"lambda 0.1": 0.1, "lambda 1": 1.0, "selective": None}
 DEFAULT_NETWORKS = ("lite0", "resnet20")

@@ -156,7 +156,7 @@ def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: An
 
 _registered(", clean only", "the default, challenges=None", challenges=None)
 _registered(", default", "the default blocks")
-_registered(", second look", "the default blocks of a budget of 2.5", ("view",))
+_registered(", second pass", "the default blocks of a budget of 2.5", ("view",))
 for _what, _block in {
     "all contrasts of the last layer": "contrasts", "norms of normalisation layers": NormalisationNorms.name,
     "norms of all parameters": AllNorms.name,

@@ -32,7 +32,7 @@ KNOWN = {
             "RMD", "RAS", "LTS", "Catalyst", "MultiMahalanobis", "Mahalanobis++",
         )),
         (OURS, (
-            "fastgrad, default", "fastgrad, clean only", "fastgrad, second look", "fastgrad, risk",
+            "fastgrad, default", "fastgrad, clean only", "fastgrad, second pass", "fastgrad, risk",
             "fastgrad, labelled",
         )),
     )

@@ -1,4 +1,4 @@
-"""A second look: how much the answer changes when the image is zoomed in a little."""
+"""A second forward pass: how much the answer changes when the image is zoomed in a little."""
 
 from __future__ import annotations
 
