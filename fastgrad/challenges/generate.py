@@ -115,7 +115,7 @@ def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int
     return full
 
 
-def challenge_cost(each: int = 2, *, names: Sequence[str] | None = None) -> float:
+def challenge_cost(each: int = 3, *, names: Sequence[str] | None = None) -> float:
     """Forward passes for each clean input that it takes to make ``each`` challenges and to read them."""
     attacked, _, share = _turns(challenge_names(names))
     made = {(row.function, strength): row.passes for row, strength in map(_row, attacked)}
@@ -143,7 +143,7 @@ def iter_challenges(
     model: nn.Module | None,
     inputs: Tensor,
     *,
-    each: int = 2,
+    each: int = 3,
     names: Sequence[str] | None = None,
     first: int = 0,
     seed: int = 0,
