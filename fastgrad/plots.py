@@ -76,7 +76,7 @@ def score_histograms(
         style = {"histtype": "stepfilled", "alpha": 0.35} if name == reference else {"histtype": "step"}
         axes.hist(clipped, edges, density=True, color=COLOURS[i % len(COLOURS)], label=label, lw=1.5, **style)
     axes.set(xlabel="uncertainty score", ylabel="density")
-    axes.legend(frameon=False, fontsize=8, title="set (AUROC)", title_fontsize=8)
+    axes.legend(framealpha=0.9, edgecolor="none", fontsize=8, title="set (AUROC)", title_fontsize=8)
     return axes
 
 
