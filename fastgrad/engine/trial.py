@@ -99,10 +99,11 @@ class Trial:
             checks.append(_Check(sample, cotangents, truth))
             floor = _floor(truth)
             idle -= {name for name, gradient in truth.items() if bool(gradient.square().sum() > floor)}
-            unseen = any(seen.uses[name] for name in idle)
-            if len(checks) > 1 and self._count >= SAMPLES and not unseen:
+            idle = {name for name in idle if seen.uses[name]}
+            if len(checks) > 1 and self._count >= SAMPLES and not idle:
                 break
-        return checks, unseen
+        gradients = [check.truth[name] for check in checks for name in idle if name in check.truth]
+        return checks, bool(idle) and not all(bool(gradient.any()) for gradient in gradients)
 
     def plan(self, older: Plan | None = None) -> Plan:
         """A plan that agrees with autograd.
