@@ -50,6 +50,14 @@ def carrying(leaves: Sequence[object], samples: int) -> tuple[bool, ...]:
     return tuple(isinstance(t, Tensor) and t.dim() > 0 and bool(t.shape[0] == samples) for t in leaves)
 
 
+def one_for_none(tree: Tree) -> Tree:
+    """The same with one sample of zeros in place of none, whose results have the shapes of those of none."""
+    filled: Tree = pytree.tree_map_only(
+        Tensor, lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() and not t.shape[0] else t, tree
+    )
+    return filled
+
+
 def to_device(tree: Tree, device: torch.device) -> Tree:
     """The same with every tensor on ``device``."""
     moved: Tree = pytree.tree_map_only(Tensor, lambda t: t.to(device), tree)

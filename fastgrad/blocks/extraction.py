@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
-from fastgrad.batches import as_call, batch_size
+from fastgrad.batches import as_call, batch_size, one_for_none
 from fastgrad.blocks.block import Block
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject, watch
@@ -65,12 +65,7 @@ class Extraction:
             samples = batch_size(args, kwargs)
             empty = isinstance(samples, int) and samples == 0
             if empty:
-                # Blocks of no sample have the shapes of one.
-                args, kwargs = pytree.tree_map_only(
-                    Tensor,
-                    lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() and not t.shape[0] else t,
-                    (args, kwargs),
-                )
+                args, kwargs = one_for_none((args, kwargs))
             subject = self.subject(args, kwargs)
             logits, values = self._extract(subject, args, kwargs, 1 if empty else samples)
         return (logits[:0], {n: v[:0] for n, v in values.items()}) if empty else (logits, values)

@@ -173,8 +173,8 @@ def _checked(
     if labels is None and (options.risk or classifier is not None):
         what = "risk=True" if options.risk else "the classifier"
         raise ValueError(f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out")
-    if options.risk and count < constants.FEWEST_LABELLED:
-        raise ValueError(f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs; there were {count}")
+    if options.risk:
+        _require_labelled(count)
     if options.risk and subject.classes < 2:
         raise ValueError("risk=True needs a network of at least two classes; it has one logit")
     if classifier is not None and labels is not None:
@@ -210,6 +210,12 @@ def _checked(
         most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
         each = options.challenges_per_input or min(constants.EACH, most)
     return replace(sample, labels=labels, held_out=held_out, each=each, pixels=pixels)
+
+
+def _require_labelled(count: int) -> None:
+    """Raise ValueError where there are too few for a risk."""
+    if count < constants.FEWEST_LABELLED:
+        raise ValueError(f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs; there were {count}")
 
 
 def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
@@ -276,9 +282,7 @@ def _risk(
     usual = int(((labels >= 0) & ~challenging).sum())
     if usual < constants.FEWEST_LABELLED:
         if options.risk:
-            raise ValueError(
-                f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs; there were {usual}"
-            )
+            _require_labelled(usual)
         return None, f"none: {usual} labelled clean inputs are too few"
     chosen = torch.from_numpy(labels >= 0)
     h = features.blocks[Features.name][chosen] if two_stage.classifier is not None else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastgrad import checks, losses
 from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
-from fastgrad.batches import batch_size, input_tensors, logits_of, take
+from fastgrad.batches import batch_size, input_tensors, logits_of, one_for_none, take
 from fastgrad.checks import is_bool, one_of
 from fastgrad.engine.backward import signal_sqnorms
 from fastgrad.engine.compile import CompiledPasses
@@ -289,11 +289,8 @@ class GradientFeatures:
         return None if chunk is None or chunk >= samples else chunk
 
     def _empty(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        one = pytree.tree_map_only(
-            Tensor, lambda t: t.new_zeros((1, *t.shape[1:])) if t.dim() and t.shape[0] == 0 else t, (args, kwargs)
-        )
         with torch.no_grad():
-            logits = logits_of(self._network.forward(None, Run(1), *one))[:0]
+            logits = logits_of(self._network.forward(None, Run(1), *one_for_none((args, kwargs))))[:0]
         middle = (logits.shape[1],) if self.contrast else (len(self.signals),) if self.joint else ()
         dtype = losses.compute_dtype(logits.dtype)
         return logits, logits.new_zeros((0, *middle, len(self._names())), dtype=dtype)
