@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+#: A number of each of three channels.
+Pixel = tuple[float, float, float]
 
 
 class Normalize(nn.Module):
     """Subtract a mean and divide by a standard deviation per channel; buffers, not parameters."""
 
-    def __init__(self, mean: list[float], std: list[float]) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
@@ -24,15 +29,26 @@ def conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Conv
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
 
 
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2016)."""
+class Padded(nn.Module):
+    """Every second position, and channels of zeros on both sides: a shortcut without parameters."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, 2 C, H / 2, W / 2)``."""
+        half = x.shape[1] // 2
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016), which is convolved or ``padded`` where it widens."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, padded: bool = False) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv(inputs, outputs, stride), nn.BatchNorm2d(outputs)
         self.conv2, self.bn2 = conv(outputs, outputs), nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
+        if padded and inputs != outputs:
+            self.shortcut = Padded()
+        elif stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(conv(inputs, outputs, stride, 1), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,10 +66,11 @@ class Classifier(nn.Module):
         stages: list[nn.Module],
         width: int,
         classes: int,
-        std: tuple[float, float, float] = (0.247, 0.243, 0.262),
+        mean: Pixel = (0.491, 0.482, 0.447),
+        std: Pixel = (0.247, 0.243, 0.262),
     ) -> None:
         super().__init__()
-        self.normalize = Normalize([0.491, 0.482, 0.447], list(std))
+        self.normalize = Normalize(mean, std)
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -72,23 +89,30 @@ class Classifier(nn.Module):
 
 
 def residual_network(
-    width: int = 32, stages: int = 3, blocks: int = 1, stride: int = 2, classes: int = 10
+    width: int = 32,
+    stages: int = 3,
+    blocks: int = 1,
+    stride: int = 2,
+    classes: int = 10,
+    *,
+    padded: bool = False,
+    **pixels: Pixel,
 ) -> Classifier:
     """A residual network of ``stages`` with ``blocks`` each; the defaults make the small one of seven convolutions.
 
     ``width=64, stages=4, blocks=2, stride=1`` is ResNet-18 as it is used on CIFAR-10; ``width=16, stages=3, blocks=3,
-    stride=1`` is ResNet-20, with a convolution where a shortcut widens.
+    stride=1`` is ResNet-20, with a convolution where a shortcut widens. ``pixels``: the mean and standard deviation.
     """
     stem = nn.Sequential(conv(3, width, stride), nn.BatchNorm2d(width), nn.ReLU())
     parts: list[nn.Module] = []
     inputs = width
     for stage in range(stages):
         outputs = width * 2**stage
-        made = [ResidualBlock(inputs, outputs, 2 if stage else 1)]
+        made = [ResidualBlock(inputs, outputs, 2 if stage else 1, padded=padded)]
         made += [ResidualBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
         parts.append(made[0] if blocks == 1 else nn.Sequential(*made))
         inputs = outputs
-    return Classifier(stem, parts, inputs, classes)
+    return Classifier(stem, parts, inputs, classes, **pixels)
 
 
 class DenseLayer(nn.Module):

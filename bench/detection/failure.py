@@ -28,7 +28,7 @@ from fastgrad.detector.presets import DEFAULT_BLOCKS
 from fastgrad.metrics import aurc, calibration_report
 
 Values = NDArray[np.float64]
-DEFAULT_NETWORKS = ("lite0", "lite1", "lite2", "resnet20", "resnet18", "densenet", "news")
+DEFAULT_NETWORKS = ("lite0", "lite1", "lite2", "resnet20", "resnet18", "resnet56", "densenet", "news")
 #: Published scores, of one pass.
 RIVALS = (
     "softmax", "entropy", "margin", "energy", "MaxLogit", "GEN", "pNormSoftmax", "GradTrust", "KNN", "ViM",

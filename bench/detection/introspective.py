@@ -28,7 +28,7 @@ from bench.detection import resampled
 from bench.detection.cases import FAMILIAR, FOREIGN
 from bench.detection.data import sets
 from bench.detection.methods_ours import blocks_of, fitted
-from bench.detection.networks import FITTED_ON
+from bench.detection.networks import unseen
 from bench.detection.registry import NETWORKS, Options
 from bench.detection.runner import ABSENT
 from bench.detection.subject import BATCH, Fit, Seen, Subject
@@ -47,7 +47,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 NETWORK = "network"
 #: What H reads and on how many images was chosen on the first.
-DEFAULT_NETWORKS = ("resnet20", "resnet18", "densenet")
+DEFAULT_NETWORKS = ("resnet20", "resnet18", "resnet56", "densenet")
 Answers = dict[str, dict[str, Tensor]]
 
 
@@ -105,8 +105,8 @@ def answers(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     groups = torch.from_numpy(kept["groups"])
     labels = subject.parts["fit"][1][groups]
     rows = blocks_of(subject, "generated/fit", torch.from_numpy(kept["inputs"]), ("features", "logits"))
-    unseen = torch.rand(len(subject.parts["fit"][1]), generator=torch.Generator().manual_seed(seed)) < UNSEEN
-    trained, calibrating = ((~unseen)[groups]).nonzero()[:, 0], unseen[groups].nonzero()[:, 0]
+    apart = torch.rand(len(subject.parts["fit"][1]), generator=torch.Generator().manual_seed(seed)) < UNSEEN
+    trained, calibrating = ((~apart)[groups]).nonzero()[:, 0], apart[groups].nonzero()[:, 0]
     read = reads(rows["features"], rows["logits"], subject.layer)
     seconds: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
     for name, value in read.items():
@@ -149,8 +149,7 @@ def measure(options: Options, network: str) -> list[dict[str, Any]]:
         base = NETWORKS[network].make(options, 0)
     except ABSENT as why:
         return [{"network": network, "not run": str(why)}]
-    part = FITTED_ON.get(network, "train")
-    images, labels = sets.load(options.data, "cifar10", part, HELD_OUT, -HELD_OUT).labelled()
+    images, labels = sets.load(options.data, "cifar10", unseen(network), HELD_OUT, -HELD_OUT).labelled()
     clean = sets.load(options.data, "cifar10", "test", TESTED).labelled()
     base = replace(base, parts={"fit": (images[:FITTED], labels[:FITTED]), "test": clean}, count=COPIES, _seen={})
     tests = {case: base.seen(case) for cases in GROUPS.values() for case in cases}

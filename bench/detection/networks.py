@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from bench.detection.architectures import Classifier, dense_network
 from bench.detection.data import news as data
 from bench.detection.data import photographs, sets
+from bench.detection.published import PUBLISHED
 from bench.detection.registry import PHOTOGRAPHS, SMALL, TEXTS, NotRun, Options, network
 from bench.detection.subject import Subject
 from bench.detection.train import EPOCHS, HELD_OUT, LONG, Recipe, trained
@@ -23,18 +21,6 @@ QUICK = (240, 100, 24)
 CIFAR, CIFAR_QUICK = (1000, 500, 100), (800, 400, 60)
 #: The same of news; fewer to fit on would leave the covariance of h, of 384 numbers, singular.
 NEWS, NEWS_QUICK = (data.HELD_OUT, data.HELD_OUT, 300), (data.HELD_OUT, 300, 60)
-#: The part of CIFAR-10 on whose last images detectors are fitted; the published network has seen all training images.
-FITTED_ON = {"densenet": "test"}
-#: A published network: its weights, and where each of them belongs in `dense_network`.
-DENSENET = (
-    "https://github.com/deeplearning-wisc/dice/raw/8acfb8d52eee997a7bf6f9d17ff5363fd91ba47b/"
-    "checkpoints/CIFAR-10/densenet/checkpoint_100.pth.tar"
-)
-DENSENET_SHA256 = "deaefd082911a1c6c92aacdcfecf03c71b932acc5c08b779c85c44eccdc0c817"
-PLACES = {
-    "conv1.": "stem.", "block1.layer.": "stages.0.0.", "trans1.": "stages.0.1.", "block2.layer.": "stages.1.0.",
-    "trans2.": "stages.1.1.", "block3.layer.": "stages.2.0.", "bn1.": "stages.2.1.", "fc.": "fc.",
-}  # fmt: skip
 
 
 def photographed(size: int, options: Options, draw: int) -> Subject:
@@ -68,43 +54,23 @@ def news(options: Options, draw: int) -> Subject:
     return Subject("news", draw, model, parts, options.cache, [], options.data, TEXTS, case, options.quick, source)
 
 
-def published(folder: Path) -> Classifier:
-    """DenseNet-BC of 100 layers with the weights of "DICE" (Sun and Li, ECCV 2022), kept in ``folder``.
-
-    Raises:
-        NotRun: They are not there and cannot be downloaded.
-        ValueError: The file is not the one that was published; the message names it.
-    """
-    path = folder / "densenet-cifar10.pth.tar"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(DENSENET, str(path), progress=False)
-        except OSError as why:
-            raise NotRun(f"its weights are not in {path} and cannot be downloaded from {DENSENET} ({why})") from why
-    if (found := sha256(path.read_bytes()).hexdigest()) != DENSENET_SHA256:
-        raise ValueError(f"{path} must have the SHA-256 {DENSENET_SHA256}; it has {found}. Delete it")
-    model = dense_network()
-    weights = model.state_dict()
-    for name, value in torch.load(path, map_location="cpu", weights_only=True)["state_dict"].items():
-        head, rest = next((head, name[len(head) :]) for head in PLACES if name.startswith(head))
-        weights[PLACES[head] + rest] = value
-    model.load_state_dict(weights)
-    return model.eval()
+def unseen(name: str) -> str:
+    """Return the part of CIFAR-10 on whose last images detectors are fitted; published networks have seen the other."""
+    return "test" if name in PUBLISHED else "train"
 
 
 def small(name: str, options: Options, draw: int) -> Subject:
     """A network of CIFAR-10; detectors are fitted on images that it was not trained on."""
     count, test, case = CIFAR_QUICK if options.quick else CIFAR
-    if name == "densenet":
-        model = published(options.cache)
+    if name in PUBLISHED:
+        model = PUBLISHED[name].load(options.cache / f"{name}-cifar10.pth.tar")
     else:
         recipe = Recipe(name, 0, EPOCHS[name])
         if options.quick and name in LONG and not (options.cache / recipe.file()).exists():
             raise NotRun("its training takes an hour or two on one core, and quick mode leaves it out")
         model = trained(recipe, options.data, options.cache)
     model = model.requires_grad_(False).to(memory_format=torch.channels_last)
-    fit = sets.load(options.data, "cifar10", FITTED_ON.get(name, "train"), count, draw * count - HELD_OUT)
+    fit = sets.load(options.data, "cifar10", unseen(name), count, draw * count - HELD_OUT)
     parts = {"fit": fit.labelled(), "test": sets.load(options.data, "cifar10", "test", test, draw * test).labelled()}
     stages = [model.stem, *model.stages]
     return Subject(name, draw, model, parts, options.cache, stages, options.data, SMALL, case, options.quick)
@@ -112,6 +78,7 @@ def small(name: str, options: Options, draw: int) -> Subject:
 
 for _name, _title in (
     ("resnet18", "ResNet-18 on CIFAR-10"), ("resnet20", "ResNet-20 on CIFAR-10"),
+    ("resnet56", "ResNet-56 on CIFAR-10, published weights"),
     ("densenet", "DenseNet-BC on CIFAR-10, published weights"),
     ("resnet", "a small residual network on CIFAR-10 (smoke test)"),
 ):  # fmt: skip

@@ -31,7 +31,7 @@ class Table:
 
 
 LITE = ("lite0", "lite1", "lite2")
-CIFAR = ("resnet20", "resnet18", "densenet")
+CIFAR = ("resnet20", "resnet18", "resnet56", "densenet")
 ALIKE, UNALIKE = "corruptions like generated ones", "corruptions unlike generated ones"
 
 TABLES = {
