@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastgrad
-from bench.detection.registry import NotRun, Protocol, Score, method
+from bench.detection.registry import TEXTS, NotRun, Protocol, Score, method
 from bench.detection.subject import BATCH, Fit, Seen
 
 Columns = Callable[..., Callable[[Seen], Tensor]]
@@ -26,6 +26,8 @@ def _batched(predict: Callable[[Tensor], Tensor]) -> Score:
 def odin(fit: Fit) -> Score:
     from pytorch_ood.detector import ODIN
 
+    if fit.subject.kind == TEXTS:
+        raise NotRun("moves inputs along their gradient, and a text has none")
     return _batched(ODIN(fit.model).predict)
 
 
@@ -34,12 +36,12 @@ def nac(fit: Fit) -> Score:
     raise NotRun("its bins are set for tens of thousands of training images, read with gradients")
 
 
-@method("GradUncertainty", 2020, "Lee and AlRegib, ICIP; the last layer, as in OpenOOD", slow=True)
+@method("GradUncertainty", 2020, "Lee and AlRegib, ICIP; the last layer, as in OpenOOD")
 def grad_uncertainty(fit: Fit) -> Score:
     from pytorch_ood.detector import GradUncertainty
 
-    names = [name for name, module in fit.model.named_modules() if module is fit.layer]
-    return _batched(GradUncertainty(fit.model, lambda name: name.startswith(f"{names[0]}.")).predict)
+    detector = GradUncertainty(nn.Sequential(fit.layer))
+    return lambda seen: torch.cat([detector.predict(h).detach() for h in seen.h.split(BATCH)])
 
 
 @method("gradient norms", 2022, "Lee et al.: all parameters, scored from clean data by a Gaussian", slow=True)
