@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 #: What the kernels read, by Triton's name; they compute in float32.
 KERNEL_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -116,6 +116,19 @@ def validated(estimator: Any, name: str, values: Any, *, reset: bool) -> NDArray
     if reset:
         estimator.n_features_in_ = int(np.prod(array.shape[1:]))
     return array
+
+
+def groups_of(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
+    """The number of each of ``count`` samples' source; of one of its own where it is negative or None."""
+    if groups is None:
+        return np.arange(count)
+    numbers = np.asarray(groups)
+    if numbers.shape != (count,) or numbers.dtype.kind not in "iu":
+        raise ValueError(f"groups must be integers of shape ({count},); they were {numbers.dtype}, {numbers.shape}")
+    alone = numbers < 0
+    numbers = numbers.astype(np.intp)
+    numbers[alone] = numbers.max(initial=0) + 1 + np.arange(alone.sum())
+    return numbers
 
 
 class MissingExtraError(ModuleNotFoundError):

@@ -110,7 +110,8 @@ def answers(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     read = reads(rows["features"], rows["logits"], subject.layer)
     seconds: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
     for name, value in read.items():
-        H = IntrospectiveClassifier(random_state=seed).fit(chosen(value, trained), labels[trained].numpy())
+        H = IntrospectiveClassifier(random_state=seed)
+        H.fit(chosen(value, trained), labels[trained].numpy(), groups=groups[trained])
         H.calibrate(chosen(value, calibrating), labels[calibrating].numpy())
 
         def second(h: Tensor, z: Tensor, name: str = name, H: Any = H) -> Tensor:

@@ -76,8 +76,10 @@ def fit_answers(
     challenging = features.kinds != ""
     labels = labels_of_rows(sample, features, labelled)
 
-    def rows(sources: NDArray[np.bool_]) -> tuple[Tensor, NDArray[np.int64]]:
-        places = np.flatnonzero((labels >= 0) & sources[np.maximum(features.groups, 0)])
+    def places_of(sources: NDArray[np.bool_]) -> NDArray[np.intp]:
+        return np.flatnonzero((labels >= 0) & sources[np.maximum(features.groups, 0)])
+
+    def rows(places: NDArray[np.intp]) -> tuple[Tensor, NDArray[np.int64]]:
         # h alone: on challenges the contrast rows gained less (ResNet-20 on CIFAR-10).
         return features.blocks[Features.name][torch.from_numpy(places)], labels[places]
 
@@ -89,9 +91,10 @@ def fit_answers(
     if not enough:
         kept, trained = np.zeros(count, bool), labelled
     classifier: IntrospectiveClassifier = clone(two_stage.classifier)
-    classifier.fit(*rows(trained))
+    places = places_of(trained)
+    classifier.fit(*rows(places), groups=features.groups[places])
     if enough:
-        classifier.calibrate(*rows(kept))
+        classifier.calibrate(*rows(places_of(kept)))
     gate = None
     if (challenging & (labels >= 0)).any():
         unusual = torch.from_numpy(challenging)

@@ -26,7 +26,6 @@ from fastgrad.detector.inputs import (
     check_blocks,
     check_rate,
     check_squared,
-    groups_of,
     held_out_of,
     kinds_of,
     take,
@@ -126,7 +125,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         blocks = self._blocks(X, reset=True)
         count = len(next(iter(blocks.values())))
         challenging, self.classes_ = challenging_of(y, count)
-        codes, numbers = kinds_of(kinds, challenging), groups_of(groups, count)
+        codes, numbers = kinds_of(kinds, challenging), checks.groups_of(groups, count)
         random = check_random_state(self.random_state)
         apart = held_out_of(held_out, challenging, self.calibration_fraction, random)
         folds = self.folds

@@ -140,19 +140,6 @@ def held_out_of(
     return mask
 
 
-def groups_of(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
-    """The number of the source that each of ``count`` samples comes from; of no source where ``groups`` is negative."""
-    if groups is None:
-        return np.arange(count)
-    numbers = np.asarray(groups)
-    if numbers.shape != (count,) or numbers.dtype.kind not in "iu":
-        raise ValueError(f"groups must be integers of shape ({count},); they were {numbers.dtype}, {numbers.shape}")
-    alone = numbers < 0
-    numbers = numbers.astype(np.intp)
-    numbers[alone] = numbers.max(initial=0) + 1 + np.arange(alone.sum())
-    return numbers
-
-
 def check_rate(rate: float) -> float:
     """``rate`` as a float in (0, 1)."""
     if not isinstance(rate, (int, float, np.floating)) or not 0 < rate < 1:

@@ -96,12 +96,14 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         self.verbose = verbose
         self.random_state = random_state
 
-    def fit(self, R: ArrayLike | Pairs, y: ArrayLike) -> IntrospectiveClassifier:
+    def fit(self, R: ArrayLike | Pairs, y: ArrayLike, *, groups: ArrayLike | None = None) -> IntrospectiveClassifier:
         """Train on arrays.
 
         Args:
             R: Rows ``(B, N*D)`` or ``(B, N, D)``, or ``{"features": (B, D), "logits": (B, N)}``.
             y: Labels ``(B,)``.
+            groups: ``(B,)``, integers of sources, such as a clean image and its challenges: those of one source are
+                either trained on or decide when to stop. Negative ones and None: each sample its own.
 
         Returns:
             The classifier itself.
@@ -115,8 +117,10 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
         targets = torch.as_tensor(codes.astype(np.int64))
-        order = torch.as_tensor(random.permutation(len(codes)))
-        held_out = round(self.validation_fraction * len(codes))
+        sources = np.unique(checks.groups_of(groups, len(codes)), return_inverse=True)[1]
+        place = np.argsort(random.permutation(sources.max() + 1))[sources]
+        order = torch.as_tensor(np.argsort(place, kind="stable"))
+        held_out = int((place < round(self.validation_fraction * (sources.max() + 1))).sum())
         # A handful of held-out samples says nothing about when to stop.
         held_out = held_out if held_out >= 20 else 0
         chosen, watched = order[held_out:], order[:held_out]

@@ -327,9 +327,9 @@ def test_the_classifier_learns_from_challenges_with_the_label_of_their_source(mo
     seen = {}
     plain = IntrospectiveClassifier.fit
 
-    def fit(self, rows, y):
-        seen["rows"], seen["labels"] = rows, y
-        return plain(self, rows, y)
+    def fit(self, rows, y, groups):
+        seen["rows"], seen["labels"], seen["groups"] = rows, y, groups
+        return plain(self, rows, y, groups=groups)
 
     monkeypatch.setattr(IntrospectiveClassifier, "fit", fit)
     labels = torch.arange(120) % CLASSES
@@ -340,6 +340,8 @@ def test_the_classifier_learns_from_challenges_with_the_label_of_their_source(mo
         assert seen["rows"].shape[1] == model.model[-1].in_features  # h alone
         # Too few to keep some for calibration: all are trained on.
         assert np.bincount(seen["labels"]).tolist() == [factor * 120 // CLASSES] * CLASSES
+        # A clean input and its challenges are one source.
+        assert np.bincount(seen["groups"]).tolist() == [factor] * 120
         assert (model.gate_ is None) == (challenges is None)
 
 

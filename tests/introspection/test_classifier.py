@@ -169,3 +169,19 @@ def test_a_network_answers_from_what_it_was_fitted_on():
     for classifier, given in ((alone, R["features"]), (rows, R)):
         answer = classifier.to_module().answer(h, z).softmax(-1)
         np.testing.assert_allclose(answer, classifier.predict_proba(given), rtol=1e-10)
+
+
+def test_samples_of_one_source_decide_together_when_to_stop():
+    """Copies of held-out samples among those trained on would call every epoch a gain."""
+    rng = np.random.default_rng(0)
+    noise, labels = np.tile(rng.normal(size=(100, 8)), (4, 1)), np.tile(rng.integers(0, 2, 100), 4)
+    groups = np.tile(np.arange(100), 4)
+
+    def epochs(**kwargs):
+        classifier = IntrospectiveClassifier(hidden=(64,), learning_rate=0.03, patience=20, max_epochs=80)
+        return classifier.fit(noise, labels, **kwargs).n_iter_
+
+    assert epochs(groups=groups) < 40 < epochs()
+    assert epochs(groups=np.full(400, -1)) == epochs()
+    with pytest.raises(ValueError, match="groups must be integers of shape"):
+        epochs(groups=groups[1:])
