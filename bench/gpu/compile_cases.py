@@ -15,6 +15,7 @@ import torch
 
 from fastgrad.checks import KERNEL_DTYPES
 from fastgrad.losses import LOSSES
+from fastgrad.ops import tune
 from fastgrad.ops.triton import contrast, devices, layer_sqnorm, linear_contrast, target
 from fastgrad.ops.tune import Architecture
 
@@ -56,6 +57,15 @@ def meta(*shape: int, dtype: torch.dtype = SINGLE) -> torch.Tensor:
 def as_if_on(architecture: Architecture) -> Iterator[None]:
     """Let launchers take meta tensors, as tensors on a device of this kind."""
     with mock.patch.multiple(devices, architecture=lambda tensor: architecture, check=lambda **tensors: None):
+        yield
+
+
+@contextlib.contextmanager
+def configured(**configs: object) -> Iterator[None]:
+    """Let launchers run as these say, by name of the function of `tune` that would choose."""
+    with contextlib.ExitStack() as stack:
+        for name, config in configs.items():
+            stack.enter_context(mock.patch.object(tune, name, return_value=config))
         yield
 
 

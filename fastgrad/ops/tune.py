@@ -1,56 +1,11 @@
-"""Launch configurations of the Triton kernels: pure functions of shape, dtype and architecture.
-
-``override`` replaces a choice inside a ``with`` block: tests reach every path with it, and users pin a tuned shape.
-"""
+"""Launch configurations of the Triton kernels: pure functions of shape, dtype and architecture."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Literal
 
 import torch
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-_PINS: dict[str, Any] = {}
-#: The choosing functions, whose names ``override`` knows.
-NAMES: list[str] = []
-
-
-def pinnable(choose: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Let ``override`` replace what a function chooses."""
-    name = choose.__name__
-    NAMES.append(name)
-
-    @functools.wraps(choose)
-    def chosen(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        pinned: _T = _PINS[name] if name in _PINS else choose(*args, **kwargs)
-        return pinned
-
-    return chosen
-
-
-@contextlib.contextmanager
-def override(**configs: Any) -> Iterator[None]:
-    """Use the given configurations, by name of the choosing function, whatever the shape.
-
-    Example:
-        >>> with override(contrast=ContrastConfig("stream", block_n=1024, block_d=64)):
-        ...     ...
-    """
-    unknown = set(configs) - set(NAMES)
-    if unknown:
-        raise ValueError(f"configs must be named after one of {', '.join(NAMES)}; it was {', '.join(sorted(unknown))}")
-    before = dict(_PINS)
-    _PINS.update(configs)
-    try:
-        yield
-    finally:
-        _PINS.clear()
-        _PINS.update(before)
 
 
 @dataclass(frozen=True)
@@ -113,7 +68,6 @@ def _block(size: int, largest: int) -> int:
     return min(max(power_of_two(size), 16), largest)
 
 
-@pinnable
 def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Architecture) -> ContrastConfig:
     """Choose for features ``(B, D)`` and logits ``(B, N)``.
 
@@ -209,7 +163,6 @@ def _parts(parts: int, block_m: int, warps: int) -> int:
     return max(2, min(power_of_two(parts), 128 * warps // block_m))
 
 
-@pinnable
 def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
     """Choose for features ``(B, D)`` and weight ``(N, D)``."""
     block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
@@ -234,7 +187,6 @@ def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architectu
     )  # fmt: skip
 
 
-@pinnable
 def linear_stats(
     B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture, loss: str = "cross_entropy"
 ) -> LinearConfig:
@@ -275,7 +227,6 @@ class TargetConfig:
     num_warps: int
 
 
-@pinnable
 def target(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> TargetConfig:
     """Choose for features ``(B, D)`` and logits ``(B, N)``; rows up to 2048 logits are one block."""
     block = _block(N, 2048)
@@ -311,7 +262,6 @@ class GramConfig:
     num_stages: int
 
 
-@pinnable
 def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture) -> DirectConfig:  # noqa: E741
     """Choose for C input and O output channels per group and T positions.
 
@@ -326,7 +276,6 @@ def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture)
     return DirectConfig(block_o, block_c, block_t, _precision(dtype, arch), warps, 2 if arch.backend == "hip" else 3)
 
 
-@pinnable
 def layer_gram(T: int, dtype: torch.dtype, arch: Architecture) -> GramConfig:
     """Choose for T positions."""
     wide = dtype == torch.float32
@@ -335,7 +284,6 @@ def layer_gram(T: int, dtype: torch.dtype, arch: Architecture) -> GramConfig:
     return GramConfig(block_t, 32 if wide else 64, _precision(dtype, arch), 4, 2 if arch.backend == "hip" else 3)
 
 
-@pinnable
 def layer_prefers_gram(C: int, O: int, T: int) -> bool:  # noqa: E741
     """Whether the symmetric half of ``T^2 (C + O)`` products is below a quarter of the direct route's ``T C O``."""
     return 2 * T * (C + O) < C * O

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
+from bench.gpu.compile_cases import configured  # noqa: E402
 from fastgrad.losses import contrast_norms  # noqa: E402
-from fastgrad.ops import tune  # noqa: E402
 from fastgrad.ops.triton.contrast import contrast_sqnorm  # noqa: E402
 from fastgrad.ops.tune import ContrastConfig  # noqa: E402
 
@@ -73,7 +73,7 @@ def test_accuracy_at_margins_0_to_40(loss: str, log: bool, path: str, device: to
     margins = (0.0, 0.01, 1.0, 5.0, 10.0, 20.0, 30.0, 40.0) if path == "rows" else (0.01, 40.0)
     logits = by_margins(37, 1, margins)
     features = torch.randn(len(logits), 19, generator=torch.Generator().manual_seed(2))
-    with tune.override(contrast=PATHS[path]):
+    with configured(contrast=PATHS[path]):
         out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, log, False)
     check(out, features, logits, loss, log)
 
@@ -104,7 +104,7 @@ def test_any_strides(path: str, device: torch.device) -> None:
         (spaced[::2, ::3], columns.T[::2, 1::2]),
         (spaced[:1].expand(2, 40), columns.T.contiguous()[:1].expand(2, 35)),
     ]
-    with tune.override(contrast=PATHS[path]):
+    with configured(contrast=PATHS[path]):
         for features, logits in cases:
             out = contrast_sqnorm(features, logits, "cross_entropy", True, False, False)
             assert out.is_contiguous()
@@ -121,7 +121,7 @@ def test_ties_and_masked_classes(loss: str, path: str, log: bool, device: torch.
         logits[2, :34] = -math.inf
         logits[3, 1:] = -math.inf
     features = torch.ones(4, 3)
-    with tune.override(contrast=PATHS[path]):
+    with configured(contrast=PATHS[path]):
         out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, log, False)
         check(out, features, logits, loss, log)
 
@@ -135,7 +135,7 @@ def test_nan_and_infinity_stay_in_their_row(loss: str, log: bool, path: str, dev
     logits[2, 20] = math.inf
     logits[4] = math.nan
     features[3, 1] = math.nan
-    with tune.override(contrast=PATHS[path]):
+    with configured(contrast=PATHS[path]):
         out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, log, False).cpu()
     assert out[[0, 3, 4]].isnan().all()
     if loss in ("cross_entropy", "brier"):
@@ -177,7 +177,7 @@ def test_a_vocabulary_of_262144(kind: str, device: torch.device) -> None:
     logits = torch.randn(1, N, generator=torch.Generator().manual_seed(11))
     logits[0, 200000] = 20.0
     config = ContrastConfig(kind, block_n=16384, block_d=16, splits=5, num_warps=16)  # type: ignore[arg-type]
-    with tune.override(contrast=config):
+    with configured(contrast=config):
         out = contrast_sqnorm(torch.ones(1, 3).to(device), logits.to(device), "cross_entropy", True, False, False)
     # Float64 with the maximum left out; the rest needs no care at this margin.
     p = logits.double().softmax(-1)[0]
@@ -209,7 +209,7 @@ def test_offsets_beyond_32_bits(path: str, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(12)
     storage = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
     features = torch.randn(2, 3, generator=generator).half().to(device)
-    with tune.override(contrast=PATHS[path]):
+    with configured(contrast=PATHS[path]):
         for size, stride in (((2, 33), (2**31, 1)), ((2, 3), (40, 2**30))):
             logits = storage.as_strided(size, stride)
             logits.copy_(torch.randn(size, generator=generator))
@@ -233,7 +233,7 @@ def test_any_shape(B: int, N: int, D: int, margin: float, path: str, loss: str, 
     generator = torch.Generator().manual_seed(seed)
     logits = oracles.confident_logits(B, N, margin, generator)
     features = torch.randn(B, D, generator=generator)
-    with tune.override(contrast=PATHS[path]):
+    with configured(contrast=PATHS[path]):
         out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, log, False)
     check(out, features, logits, loss, log)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 triton = pytest.importorskip("triton")
 
-from fastgrad.ops import tune  # noqa: E402
+from bench.gpu.compile_cases import configured  # noqa: E402
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, linear_sqnorm  # noqa: E402
 from fastgrad.ops.triton.layer_sqnorm import linear_sqnorm as launch_linear  # noqa: E402
 from fastgrad.ops.tune import DirectConfig, GramConfig  # noqa: E402
@@ -56,7 +56,7 @@ def test_convolution(case, dtype, device):
     if a.dim() == 4:
         a = a.to(memory_format=torch.channels_last)
     g = g.transpose(1, 2).contiguous().transpose(1, 2)
-    with tune.override(**SMALL):
+    with configured(**SMALL):
         result = conv_sqnorm(a.to(device), g.to(device), kernel, impl="triton", **options)
     assert result.dtype == torch.float32
     # Sums of up to 130 products and as many squares in float32, without systematic cancellation.
@@ -72,7 +72,7 @@ def test_linear(positions, gram, dtype, device):
     a = torch.randn(3, 20, positions, generator=generator).to(dtype).transpose(1, 2)
     g = torch.randn(2, 3, positions, 17, generator=generator).to(dtype)
     expected = torch.einsum("kbto,btc->kboc", g.double(), a.double()).square().sum((2, 3))
-    with tune.override(**SMALL, layer_prefers_gram=gram):
+    with configured(**SMALL, layer_prefers_gram=gram):
         result = linear_sqnorm(a.to(device), g.to(device), impl="triton")
     torch.testing.assert_close(result.double().cpu(), expected, rtol=1e-5, atol=0)
 
@@ -85,10 +85,10 @@ def test_cancelling_samples_are_computed_again(device):
     a[1] = 1 + 1e-2 * a[1]
     g[:, 1] -= g[:, 1].mean(1, keepdim=True)
     expected = torch.einsum("kbto,btc->kboc", g.double(), a.double()).square().sum((2, 3))
-    with tune.override(**SMALL, layer_prefers_gram=True):
+    with configured(**SMALL, layer_prefers_gram=True):
         result = launch_linear(a.to(device), g.to(device)).double().cpu()
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=0)
-    with tune.override(**SMALL, layer_prefers_gram=False):
+    with configured(**SMALL, layer_prefers_gram=False):
         direct = launch_linear(a.to(device), g.to(device)).double().cpu()
     assert (result[:, 1] == direct[:, 1]).all()
     # The others keep the Gram route's rounding, which is seldom the same.
@@ -99,7 +99,7 @@ def test_cancelling_samples_are_computed_again(device):
 def test_nan_stays_in_its_sample(device):
     a, g = torch.ones(3, 4, 5, 5, device=device), torch.ones(1, 3, 4, 5, 5, device=device)
     a[1, 2, 3, 3] = torch.nan
-    with tune.override(**SMALL):
+    with configured(**SMALL):
         result = conv_sqnorm(a, g, 3, padding=1, impl="triton")[0]
     assert result[1].isnan()
     assert result[0] == result[2]
@@ -122,7 +122,7 @@ def test_refusals(device):
 @pytest.mark.parametrize("operator", ["conv", "linear"])
 def test_opcheck(operator, device):
     a, g = torch.ones(2, 4, 5, 5, device=device), torch.ones(1, 2, 4, 5, 5, device=device)
-    with tune.override(**SMALL):
+    with configured(**SMALL):
         if operator == "conv":
             arguments = (a, g, [3, 3], [1, 1], [1, 1], [1, 1], 1)
             torch.library.opcheck(torch.ops.fastgrad.conv_sqnorm_kernel.default, arguments)

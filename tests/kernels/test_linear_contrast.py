@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
-from fastgrad.ops import tune  # noqa: E402
+from bench.gpu.compile_cases import configured  # noqa: E402
 from fastgrad.ops.triton import devices  # noqa: E402
 from fastgrad.ops.triton.contrast import contrast_sqnorm  # noqa: E402
 from fastgrad.ops.triton.linear_contrast import linear_contrast_sqnorm, linear_contrast_stats  # noqa: E402
@@ -84,7 +84,7 @@ def test_every_path(loss: str, path: str, device: torch.device) -> None:
     # Three row blocks in groups of two, the last block and the last group incomplete; D not a multiple of the block.
     x, w, b = (t.to(device) for t in head(35, 37, 21, seed=1))
     log = path == "launch"
-    with tune.override(linear_contrast=PATHS[path]):
+    with configured(linear_contrast=PATHS[path]):
         z, out = linear_contrast_sqnorm(x, w, b, loss, log, False)
     assert z.dtype == torch.float32
     check_logits(z, x, w, b)
@@ -95,7 +95,7 @@ def test_every_path(loss: str, path: str, device: torch.device) -> None:
 def test_half_precision_norms_are_those_of_the_rounded_logits(dtype: torch.dtype, device: torch.device) -> None:
     x, w, b = (t.to(device) for t in head(18, 33, 32, seed=2, dtype=dtype))
     for path in ("last", "launch"):
-        with tune.override(linear_contrast=PATHS[path]):
+        with configured(linear_contrast=PATHS[path]):
             z, out = linear_contrast_sqnorm(x, w, b, "cross_entropy", False, False)
         assert z.dtype == dtype
         check_logits(z, x, w, b)
@@ -107,7 +107,7 @@ def test_half_precision_norms_are_those_of_the_rounded_logits(dtype: torch.dtype
 def test_strides_without_bias_and_mean(device: torch.device) -> None:
     x, w, _ = (t.to(device) for t in head(20, 19, 24, seed=3))
     x, w = x.T.contiguous().T[::2, ::2], w[:, ::2]
-    with tune.override(linear_contrast=SMALL):
+    with configured(linear_contrast=SMALL):
         z, out = linear_contrast_sqnorm(x, w, None, "brier", False, True)
     check_logits(z, x, w, None)
     check_norms(out * 19.0**2, x, z, "brier", False, False, rows=[0, 9])
@@ -135,7 +135,7 @@ def test_empty_batch(device: torch.device) -> None:
 def test_nan_stays_in_its_row(path: str, device: torch.device) -> None:
     x, w, b = (t.to(device) for t in head(18, 20, 8, seed=6))
     x[4, 3], x[17, 0] = math.nan, math.inf
-    with tune.override(linear_contrast=PATHS[path], linear_stats=PATHS[path]):
+    with configured(linear_contrast=PATHS[path], linear_stats=PATHS[path]):
         z, out = linear_contrast_sqnorm(x, w, b, "cross_entropy", False, False)
         stats = linear_contrast_stats(x, w, b, "cross_entropy", False)
     good = [i for i in range(18) if i not in (4, 17)]
@@ -150,7 +150,7 @@ def test_equal_calls_give_equal_bits(device: torch.device) -> None:
     x, w, b = (t.to(device) for t in head(18, 37, 21, seed=7))
     found = {}
     for path in ("last", "launch"):
-        with tune.override(linear_contrast=PATHS[path]):
+        with configured(linear_contrast=PATHS[path]):
             first, second = (linear_contrast_sqnorm(x, w, b, "brier", False, False) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert torch.equal(first[1], second[1])
@@ -177,7 +177,7 @@ def test_any_shape(B: int, N: int, D: int, ties: bool, path: str, loss: str, log
     if ties:
         # Every logit stands twice, the largest too; the copies lie in different tiles where there is more than one.
         w[N - N // 2 :], b[N - N // 2 :] = w[: N // 2].clone(), b[: N // 2].clone()
-    with tune.override(linear_contrast=PATHS[path]):
+    with configured(linear_contrast=PATHS[path]):
         z, out = linear_contrast_sqnorm(x, w, b, loss, log, False)
     check_logits(z, x, w, b)
     check_norms(out, x, z, loss, log, True, rows=[0, B - 1])
@@ -187,7 +187,7 @@ def test_any_shape(B: int, N: int, D: int, ties: bool, path: str, loss: str, log
 def test_statistics(loss: str, device: torch.device) -> None:
     x, w, b = (t.to(device) for t in head(18, 70, 21, seed=8))
     w[3], b[3] = w[9], b[9]  # a tie
-    with tune.override(linear_stats=SMALL):
+    with configured(linear_stats=SMALL):
         got = linear_contrast_stats(x, w, b, loss, False).double().cpu()
     z = torch.nn.functional.linear(x, w, b)
     rows = [0, 7, 16, 17]
@@ -205,7 +205,7 @@ def test_statistics(loss: str, device: torch.device) -> None:
 def test_statistics_of_half_precision_match_the_written_matrix(device: torch.device) -> None:
     x, w, b = (t.to(device) for t in head(18, 40, 16, seed=9, dtype=torch.bfloat16))
     for loss in ("bce", "brier"):
-        with tune.override(linear_stats=SMALL, linear_contrast=SMALL):
+        with configured(linear_stats=SMALL, linear_contrast=SMALL):
             got = linear_contrast_stats(x, w, b, loss, True)
             z, v = linear_contrast_sqnorm(x, w, b, loss, False, True)
         top = z.float().argmax(1, keepdim=True)
@@ -226,7 +226,7 @@ def test_statistics_never_allocate_the_matrix(monkeypatch: pytest.MonkeyPatch, d
     monkeypatch.setattr(devices, "empty", counted)
     x, w, b = (t.to(device) for t in head(16, 4096, 16, seed=10))
     config = dataclasses.replace(SMALL, block_n=256, tiles_per_split=8)
-    with tune.override(linear_stats=config):
+    with configured(linear_stats=config):
         linear_contrast_stats(x, w, b, "brier", False)
     assert sum(sizes) < 16 * 64 < 16 * 4096
 
@@ -238,7 +238,7 @@ def test_offsets_beyond_32_bits(device: torch.device) -> None:
     values_x, values_w, b = (t.to(device) for t in head(2, 2, 8, seed=11, dtype=torch.float16))
     x.copy_(values_x)
     w.copy_(values_w)
-    with tune.override(linear_contrast=PATHS["launch"], linear_stats=SMALL):
+    with configured(linear_contrast=PATHS["launch"], linear_stats=SMALL):
         z, out = linear_contrast_sqnorm(x, w, b, "bce", False, False)
         stats = linear_contrast_stats(x, w, b, "bce", False)
     check_logits(z, x, w, b)

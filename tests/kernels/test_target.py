@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 triton = pytest.importorskip("triton")
 
-from fastgrad.ops import tune  # noqa: E402
+from bench.gpu.compile_cases import configured  # noqa: E402
 from fastgrad.ops.triton.target import KINDS, target_sqnorm  # noqa: E402
 from fastgrad.ops.tune import TargetConfig  # noqa: E402
 
@@ -58,7 +58,7 @@ def test_accuracy(loss: str, kind: str, log: bool, path: str, device: torch.devi
     logits = torch.cat([oracles.confident_logits(1, 21, margin, generator) for margin in margins])
     features = torch.randn(len(margins), 7, generator=generator)
     target, dense = targets(kind, logits, generator)
-    with tune.override(target=PATHS[path]):
+    with configured(target=PATHS[path]):
         out = target_sqnorm(
             features.to(device), logits.to(device), None if target is None else target.to(device), kind, loss, True,
             log, False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,13 +51,3 @@ def test_a_serving_batch_fills_the_device() -> None:
         for B in (1, 32):
             config = tune.linear_contrast(B, 32_000, 4096, torch.bfloat16, arch)
             assert tune.cdiv(32_000, config.block_n) >= arch.processors
-
-
-def test_override_is_undone_and_checked() -> None:
-    arch = tune.INTERPRETER
-    pinned = tune.ContrastConfig("stream", 16, 16)
-    with tune.override(contrast=pinned):
-        assert tune.contrast(1, 2, 3, "bce", torch.float32, arch) is pinned
-    assert tune.contrast(1, 2, 3, "bce", torch.float32, arch) is not pinned
-    with pytest.raises(ValueError, match="configs must be named after one of"), tune.override(nothing=pinned):
-        pass

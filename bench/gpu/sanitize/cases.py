@@ -16,7 +16,6 @@ from torch import Tensor
 
 from bench.gpu import compile_cases
 from fastgrad.losses import LOSSES
-from fastgrad.ops import tune
 from fastgrad.ops.triton import contrast, layer_sqnorm, linear_contrast, target
 from fastgrad.ops.tune import ContrastConfig, DirectConfig, GramConfig, LinearConfig, TargetConfig
 
@@ -73,7 +72,7 @@ def pinned(function: Callable[..., Any], *arguments: object, **configs: object) 
     """Return a call under configurations."""
 
     def configured() -> Any:
-        with tune.override(**configs):
+        with compile_cases.configured(**configs):
             return function(*arguments)
 
     return configured
