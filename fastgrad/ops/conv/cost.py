@@ -9,8 +9,6 @@ import functools
 import math
 from dataclasses import dataclass
 
-from fastgrad.ops.conv.products import suits
-
 #: Bytes of the largest intermediate of one chunk. Twice this still fits a common last-level cache, and the C library
 #: reuses blocks below 32 MiB.
 CHUNK_BYTES = 8 * 2**20
@@ -30,8 +28,9 @@ class Shape:
         image: Input size per axis without padding, as far as windows reach.
         positions: Output size per axis.
         kernel: Kernel size per axis.
+        overlaps: Whether windows overlap, see `fastgrad.ops.conv.geometry.Problem`.
         itemsize: Bytes per element of the dtype computed in (4 or 8).
-        guarded: Whether a Gram route may look at values; if not it computes in float64.
+        guarded: Whether the Gram route may look at values; if not it computes in float64.
         budget: Bytes of one chunk's intermediates; None if the batch cannot be cut, being symbolic.
     """
 
@@ -44,6 +43,7 @@ class Shape:
     image: tuple[int, ...]
     positions: tuple[int, ...]
     kernel: tuple[int, ...]
+    overlaps: bool
     itemsize: int = 4
     guarded: bool = True
     budget: int | None = CHUNK_BYTES
@@ -68,11 +68,11 @@ def chunk_bytes(route: str, s: Shape) -> int:
         elements = s.inputs * taps * positions + gradient
     elif route == "grouped":
         elements = gradient + s.inputs * pixels
-    elif route == "patch_gram":
-        elements = s.inputs * taps * positions + positions**2 + s.count * _form(s)
-    else:
+    elif s.overlaps:
         elements = math.prod(s.image) ** 2 + s.count * _form(s)
-    wide = not s.guarded and route.endswith("gram")
+    else:
+        elements = s.inputs * taps * positions + positions**2 + s.count * _form(s)
+    wide = not s.guarded and route == "gram"
     return max(1, elements * s.groups * (8 if wide else s.itemsize))
 
 
@@ -95,13 +95,9 @@ def chunk_size(route: str, s: Shape) -> int:
 
 def candidates(s: Shape) -> tuple[str, ...]:
     """Routes that can serve a shape."""
-    found = ["patch", "patch_gram"]
-    if math.prod(s.kernel) > 1:
-        found.append("box_gram")
-    if s.itemsize == 4 and s.budget is not None:
-        # oneDNN has no float64 convolution, and one per sample cannot be traced for an unknown batch.
-        found.append("grouped")
-    return tuple(found)
+    # oneDNN has no float64 convolution, and one per sample cannot be traced for an unknown batch.
+    grouped = s.itemsize == 4 and s.budget is not None
+    return ("patch", "gram", "grouped") if grouped else ("patch", "gram")
 
 
 def seconds(route: str, s: Shape) -> float:
@@ -111,7 +107,7 @@ def seconds(route: str, s: Shape) -> float:
     chunks = math.ceil(s.batch / chunk_size(route, s))
     direct = s.count * s.outputs * s.inputs * taps * positions
     gradient = s.count * s.outputs * s.inputs * taps
-    wide = 2.0 if s.itemsize == 8 or (route.endswith("gram") and not s.guarded) else 1.0
+    wide = 2.0 if s.itemsize == 8 or (route == "gram" and not s.guarded) else 1.0
     product = PRODUCT / wide
     memory = ADD / wide
     if route == "patch":
@@ -122,19 +118,17 @@ def seconds(route: str, s: Shape) -> float:
         work = direct / CONVOLUTION + (gradient + s.inputs * pixels + s.outputs * s.count * positions) / STREAM
         calls = 12
     else:
-        detour = s.guarded and s.itemsize == 4 and s.outputs < positions
-        rate = CONVOLUTION if detour and suits(s.count * s.outputs, positions) else product
-        form = s.count * positions**2 * s.outputs / rate + s.count * _form(s) / memory
-        if route == "patch_gram":
-            work = positions**2 * s.inputs * taps / product + s.inputs * taps * positions / GATHER
-            calls = 16
-        else:
+        if s.overlaps:
             added, size = 0.0, list(s.image)
             for axis in range(len(size)):
                 size[axis] = s.positions[axis]
                 added += math.prod(size) ** 2 * s.kernel[axis]
             work = math.prod(s.image) ** 2 * s.inputs / product + added * wide / FILTER
             calls = 16 + sum(s.kernel)
+        else:
+            work = positions**2 * s.inputs * taps / product + s.inputs * taps * positions / GATHER
+            calls = 16
+        form = s.count * positions**2 * s.outputs / product + s.count * _form(s) / memory
         work += form + SAMPLE * 2
     return units * work + chunks * calls * CALL
 
@@ -148,4 +142,4 @@ def choose_route(s: Shape) -> str:
 @functools.lru_cache(maxsize=4096)
 def choose_direct(s: Shape) -> str:
     """The cheapest route without cancellation."""
-    return min((r for r in candidates(s) if not r.endswith("gram")), key=lambda r: seconds(r, s))
+    return min((r for r in candidates(s) if r != "gram"), key=lambda r: seconds(r, s))

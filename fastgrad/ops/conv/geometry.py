@@ -6,6 +6,7 @@ The weight gradient of any convolution, transposed or not, is a correlation of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,6 +39,12 @@ class Problem(NamedTuple):
     dilation: Ints
     pads: tuple[tuple[int, int], ...]
     groups: int
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the patches hold more numbers than the padded image."""
+        size = math.prod(int(n) + sum(pair) for n, pair in zip(self.a.shape[2:], self.pads, strict=True))
+        return math.prod(self.kernel) * math.prod(map(int, self.g.shape[3:])) > size
 
     def padded(self) -> Tensor:
         """``a`` with the zeros written out."""

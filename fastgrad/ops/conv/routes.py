@@ -1,8 +1,8 @@
 """Exact routes to a convolution's per-sample squared weight-gradient norms.
 
 Each route takes a `Problem` small enough for the cache and returns ``(K, B)``. The direct routes form the gradient
-``G = sum_t g_t p_t`` of a few samples (``p_t`` the patch under position t) and sum its squares. The Gram routes never
-form it: ``||G||^2 = sum_{t,t'} (p_t . p_t')(g_t . g_t')``, whose first factor is shared by all K gradients.
+``G = sum_t g_t p_t`` of a few samples (``p_t`` the patch under position t) and sum its squares. The Gram route never
+forms it: ``||G||^2 = sum_{t,t'} (p_t . p_t')(g_t . g_t')``, whose first factor is shared by all K gradients.
 
 A Gram sum rounds relative to its terms, so it loses ``D / ||G||^2`` of its digits, ``D = sum_t |p_t|^2 |g_t|^2``. `run`
 measures that ratio and takes a direct route for the samples where it is too large; where values cannot be looked at
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fastgrad.ops.conv.geometry import Problem
-from fastgrad.ops.conv.products import product
 
 #: Largest D / ||G||^2 a float32 Gram result is kept for. One rounding is 6e-8 and errors of different terms
 #: are independent, so the relative error stays near 6e-8 * 100 = 6e-6.
@@ -89,18 +88,18 @@ def grouped(p: Problem) -> Tensor:
     return _ungroup(_squares(gradient.view(batch * p.groups, count, outputs, -1)), p)
 
 
-def _quadratic_form(gram: Tensor, p: Problem, concrete: bool) -> tuple[Tensor, Tensor]:
+def _quadratic_form(gram: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
     """``sum_{t,t'} gram[t, t'] (g_t . g_t')`` and its diagonal part, both ``(K, B)``."""
     g = _gradient_matrix(p).to(gram.dtype)
     outputs, positions = g.shape[2:]
     if outputs < positions:  # fewer elements in g than in its Gram matrix; one product serves all K
         flat = g.flatten(1, 2)
         if flat.stride(2) == 1:
-            moved = product(flat, gram, concrete=concrete) * flat
+            moved = torch.bmm(flat, gram) * flat
             norms = moved.view(g.shape).sum(-1).sum(-1, dtype=torch.float64)
         else:  # positions first; the Gram matrix is symmetric
             flat = flat.transpose(1, 2)
-            moved = product(gram, flat, concrete=concrete) * flat
+            moved = torch.bmm(gram, flat) * flat
             norms = moved.sum(1).view(g.shape[:3]).sum(-1, dtype=torch.float64)
         squares = g.square().sum(2)
     else:
@@ -110,13 +109,6 @@ def _quadratic_form(gram: Tensor, p: Problem, concrete: bool) -> tuple[Tensor, T
         norms = (own * gram.unsqueeze(1)).sum(-1).sum(-1, dtype=torch.float64)
     incoherent = (squares * gram.diagonal(dim1=1, dim2=2).unsqueeze(1)).sum(-1)
     return _ungroup(norms, p), _ungroup(incoherent, p)
-
-
-def patch_gram(p: Problem, wide: bool = False, concrete: bool = False) -> tuple[Tensor, Tensor]:
-    """Gram matrix of the gathered patches: cost T^2 (C K + O)."""
-    x = _samples(p)
-    columns = _windows(x.double() if wide else x, p)
-    return _quadratic_form(torch.bmm(columns.transpose(1, 2), columns), p, concrete)
 
 
 def _box_filter(gram: Tensor, p: Problem, axis: int) -> Tensor:
@@ -151,8 +143,8 @@ def _box_filter(gram: Tensor, p: Problem, axis: int) -> Tensor:
     return total
 
 
-def box_gram(p: Problem, wide: bool = False, concrete: bool = False) -> tuple[Tensor, Tensor]:
-    """Gram matrix of the patches as a diagonal box filter of that of the pixels.
+def _overlapping_gram(p: Problem, wide: bool) -> Tensor:
+    """Gram matrix of overlapping patches as a diagonal box filter of that of the pixels.
 
     ``p_t . p_t' = sum_d a[s t + d] . a[s t' + d]``: one pixel Gram matrix, then k shifted copies of it added
     along each axis. Any stride and dilation.
@@ -165,16 +157,24 @@ def box_gram(p: Problem, wide: bool = False, concrete: bool = False) -> tuple[Te
     x = x.reshape(x.shape[0] * p.groups, x.shape[1] // p.groups, -1)
     if wide:
         x = x.double()
-    gram = torch.bmm(x.transpose(1, 2), x).view(-1, *size, *size)
+    matrix = torch.bmm(x.transpose(1, 2), x).view(-1, *size, *size)
     for axis in range(axes):
-        gram = _box_filter(gram, p, axis)
+        matrix = _box_filter(matrix, p, axis)
     positions = math.prod(p.g.shape[3:])
-    return _quadratic_form(gram.view(-1, positions, positions), p, concrete)
+    return matrix.view(-1, positions, positions)
+
+
+def gram(p: Problem, wide: bool = False) -> tuple[Tensor, Tensor]:
+    """Norms from the Gram matrix of the patches, and the sum of their terms' sizes: cost T^2 (C K + O)."""
+    if p.overlaps:
+        return _quadratic_form(_overlapping_gram(p, wide), p)
+    x = _samples(p)
+    columns = _windows(x.double() if wide else x, p)
+    return _quadratic_form(torch.bmm(columns.transpose(1, 2), columns), p)
 
 
 DIRECT = {"patch": patch, "grouped": grouped}
-GRAM = {"patch_gram": patch_gram, "box_gram": box_gram}
-ROUTES = (*DIRECT, *GRAM)
+ROUTES = (*DIRECT, "gram")
 
 
 def run(route: str, p: Problem, *, guarded: bool, fallback: str = "patch") -> Tensor:
@@ -193,7 +193,7 @@ def run(route: str, p: Problem, *, guarded: bool, fallback: str = "patch") -> Te
     if route in DIRECT:
         return DIRECT[route](p)
     single = p.a.dtype == torch.float32
-    norms, incoherent = GRAM[route](p, wide=single and not guarded, concrete=guarded)
+    norms, incoherent = gram(p, wide=single and not guarded)
     if guarded and single:
         lost = (norms * CANCELLATION_LIMIT < incoherent).any(0)
         if bool(lost.any()):

@@ -53,6 +53,7 @@ def shape_of(p: Problem, *, guarded: bool = True) -> cost.Shape:
         image=tuple(int(n) + min(0, after) for n, (_, after) in zip(p.a.shape[2:], p.pads, strict=True)),
         positions=tuple(int(n) for n in p.g.shape[3:]),
         kernel=p.kernel,
+        overlaps=p.overlaps,
         itemsize=8 if torch.float64 in (p.a.dtype, p.g.dtype) else 4,
         guarded=guarded,
         budget=None if symbolic else cost.CHUNK_BYTES if guarded else TRACED_CHUNK_BYTES,
@@ -176,7 +177,7 @@ def conv_sqnorm(
         groups: Channel groups.
         transposed: Whether the layer is a transposed convolution (``a`` its input, ``g`` at its output, which
             may include output padding).
-        route: ``"patch"``, ``"grouped"``, ``"patch_gram"`` or ``"box_gram"``; the cheapest by the cost model if None.
+        route: ``"patch"``, ``"grouped"`` or ``"gram"``; the cheapest by the cost model if None.
         impl: ``"auto"`` (a Triton kernel on a GPU), ``"triton"`` or ``"eager"``.
 
     Returns:
