@@ -26,7 +26,7 @@ from bench.deploy.price import NETWORKS as PRICED
 from bench.report import pages
 from fastgrad import TwoStageModel
 from fastgrad.commands.demo.network import digit_network
-from fastgrad.deploy.file import graph, onnx_export, onnx_file, onnx_operators
+from fastgrad.deploy.file import onnx_export, onnx_file, onnx_operators
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 
 FORMS = {"default": (), "all parameters": ("gradients",)}
@@ -53,7 +53,6 @@ REWRITES: Mapping[str, Callable[[], Any]] = {
     for title, target, name, answer in (
         ("sample_apart", onnx_export, "sample_apart", None),
         ("optimize", onnx_export, "optimize", None),
-        ("_fold_products", graph, "_fold_products", None),
         ("step as a convolution", onnx_operators, "_is_images", False),
     )
 }

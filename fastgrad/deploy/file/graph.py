@@ -47,7 +47,6 @@ def trace(
             if one_by_one or (_has_backward(single) and written(single) > LOOP_BYTES):
                 return _export(_Loop(single, one), one, max_batch)
         graph = tracing.trace(function, (one.expand(3, *one.shape[1:]).contiguous(),), 3)
-        _fold_products(graph)
         return _export(graph, one, max_batch)
 
 
@@ -67,35 +66,6 @@ def written(graph: torch.fx.GraphModule) -> int:
             seen.add(key)
             total += value.numel() * value.element_size()
     return total
-
-
-def _fold_products(graph: torch.fx.GraphModule) -> None:
-    """Write products of every matrix of a batch with one and the same matrix as one product of their rows.
-
-    `torch.matmul` does so itself for a weight that could learn, and its graph else holds a copy of the weight for each
-    matrix: attention whose first dimension is the sequence, as torch's own, would multiply with hundreds.
-    """
-    aten = torch.ops.aten
-    for node in graph.graph.find_nodes(op="call_function", target=aten.bmm.default):
-        rows, weight = node.args
-        source = weight
-        views = (aten.view.default, aten.expand.default)
-        while source.target in views and source.args[0].meta["val"].dim() >= 2:
-            source = source.args[0]
-        shape = source.meta["val"].shape
-        sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
-        repeats = source is not weight and len(shape) == 2 and weight.meta["val"].shape[1:] == shape
-        if not repeats or sizes.count(-1) > 1:
-            continue
-        with graph.graph.inserting_before(node):
-            flat = graph.graph.call_function(aten.reshape.default, (rows, [-1, shape[0]]))
-            product = graph.graph.call_function(aten.mm.default, (flat, source))
-            result = graph.graph.call_function(aten.view.default, (product, sizes))
-        result.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(result)
-        graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
 
 
 def _share_constants(graph: torch.fx.GraphModule) -> None:
