@@ -25,7 +25,7 @@ from bench.clock import in_turns, ratio_quartiles
 from bench.deploy.price import NETWORKS as PRICED
 from bench.report import pages
 from fastgrad import TwoStageModel
-from fastgrad.commands.demo.network import digit_network
+from fastgrad.commands.demo import digit_network
 from fastgrad.deploy.file import onnx_export, onnx_file, onnx_operators
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 

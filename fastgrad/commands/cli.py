@@ -13,7 +13,7 @@ from fastgrad.checks import MissingExtraError, extra
 # Command: module with add_arguments(parser) and run(arguments), the extra it needs, one line of help.
 COMMANDS = {
     "demo": (
-        "fastgrad.commands.demo.run",
+        "fastgrad.commands.demo",
         "demo",
         "train on real digits, detect what the network does not know, draw it",
     ),

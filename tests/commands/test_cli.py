@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrad.commands import cli
-from fastgrad.commands.demo import digits, run
+from fastgrad.commands import cli, demo
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,9 +62,9 @@ def test_doctor_says_what_would_run_and_why(capsys: pytest.CaptureFixture[str]) 
 def test_demo_writes_table_figure_and_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "_TRAINED", 600)
-    monkeypatch.setattr(run, "_FITTED", 300)
-    monkeypatch.setattr(digits, "digits", lambda generator, load=digits.digits: load(generator).part(0, 1000))
+    monkeypatch.setattr(demo, "_TRAINED", 600)
+    monkeypatch.setattr(demo, "_FITTED", 300)
+    monkeypatch.setattr(demo, "digits", lambda generator, load=demo.digits: load(generator).part(0, 1000))
     out = tmp_path / "demo"
     assert cli.main(["demo", "--out", str(out), "--epochs", "3"]) == 0
     assert capsys.readouterr().out.rstrip().splitlines()[-1] == str(out.resolve())
@@ -82,11 +81,11 @@ def test_demo_writes_table_figure_and_record(
 
 
 def test_images_of_the_demo() -> None:
-    images, labels = digits.digits(torch.Generator().manual_seed(0))
+    images, labels = demo.digits(torch.Generator().manual_seed(0))
     assert images.shape == (1797, 1, 24, 24)
     assert labels.bincount(minlength=10).min() > 170
-    for x in (images, digits.photographs(300)):
+    for x in (images, demo.photographs(300)):
         assert x.shape[1:] == (1, 24, 24)
         assert 0 <= float(x.min()) < 0.1
         assert 0.9 < float(x.max()) <= 1
-    assert torch.equal(digits.digits(torch.Generator().manual_seed(0)).labels, labels)
+    assert torch.equal(demo.digits(torch.Generator().manual_seed(0)).labels, labels)

@@ -92,11 +92,10 @@ def test_threshold_saves_on_digits_that_it_was_not_chosen_on() -> None:
     import torch
 
     import fastgrad
-    from fastgrad.commands.demo import digits
-    from fastgrad.commands.demo.network import digit_network
+    from fastgrad.commands.demo import digit_network, digits
 
     torch.manual_seed(0)
-    data = digits.digits(torch.Generator().manual_seed(0))
+    data = digits(torch.Generator().manual_seed(0))
     train, test = data.part(0, 1200), data.part(1200)
     net = digit_network()
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)

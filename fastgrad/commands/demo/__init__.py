@@ -1,1 +1,0 @@
-"""``fastgrad demo``: from real digits to a detector, a table and a figure, in half a minute on one CPU core."""
