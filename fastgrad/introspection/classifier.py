@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,7 @@ from torch import Tensor
 
 from fastgrad import checks
 from fastgrad.checks import to_array
-from fastgrad.introspection.network import (
-    ACTIVATIONS,
-    CHUNK,
-    Inputs,
-    IntrospectiveNetwork,
-    mean_and_scale,
-    new_layers,
-)
+from fastgrad.introspection.network import ACTIVATIONS, CHUNK, Inputs, IntrospectiveNetwork
 from fastgrad.introspection.training import train
 from fastgrad.losses import LOSSES
 from fastgrad.scores.rows import as_tensor
@@ -123,32 +116,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         held_out = int((place < round(self.validation_fraction * (sources.max() + 1))).sum())
         # A handful of held-out samples says nothing about when to stop.
         held_out = held_out if held_out >= 20 else 0
-        chosen, watched = order[held_out:], order[:held_out]
-        generator = torch.Generator().manual_seed(seed)
-
-        def batches(indices: Tensor, shuffle: bool) -> Iterator[tuple[Inputs, Tensor]]:
-            if shuffle:
-                indices = indices[torch.randperm(len(indices), generator=generator)]
-            for part in torch.split(indices, self.batch_size):
-                yield tuple(value[part] for value in inputs), targets[part]
-
-        mean, scale = mean_and_scale(inputs, self.loss)
-        sizes = [len(mean), *map(int, self.hidden), len(self.classes_)]
-        parameters, self.history_ = train(
-            new_layers(sizes, self.activation, seed),
-            mean,
-            scale,
-            lambda: batches(chosen, True),
-            (lambda: batches(watched, False)) if held_out else None,
-            activation=self.activation,
-            loss=self.loss,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            max_epochs=self.max_epochs,
-            patience=self.patience,
-            device=torch.device(self.device),
-            verbose=bool(self.verbose),
-        )
+        parameters, self.history_ = train(self, inputs, targets, order[held_out:], order[:held_out], seed)
         self.n_iter_ = len(self.history_)
         tensors = {f"{'bias' if index % 2 else 'weight'}{index // 2}": value for index, value in enumerate(parameters)}
         self.network_ = IntrospectiveNetwork(

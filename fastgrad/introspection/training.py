@@ -2,86 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from fastgrad.batches import bar
-from fastgrad.introspection.network import Inputs, class_logits
+from fastgrad.introspection.network import Inputs, class_logits, mean_and_scale, new_layers
 
-Batches = Callable[[], Iterable[tuple[Inputs, Tensor]]]
+if TYPE_CHECKING:
+    from fastgrad.introspection.classifier import IntrospectiveClassifier
 
 
 def train(
-    parameters: list[Tensor],
-    mean: Tensor,
-    scale: Tensor,
-    training: Batches,
-    validation: Batches | None,
-    *,
-    activation: str,
-    loss: str,
-    learning_rate: float,
-    weight_decay: float,
-    max_epochs: int,
-    patience: int,
-    device: torch.device,
-    verbose: bool,
+    given: IntrospectiveClassifier, inputs: Inputs, targets: Tensor, chosen: Tensor, watched: Tensor, seed: int
 ) -> tuple[list[Tensor], list[float]]:
-    """Fit ``parameters``, weights and biases in turn, over rows standardised by ``mean`` and ``scale`` ``(F,)``.
+    """Train on the samples ``chosen``, with the options of ``given``; those ``watched`` decide when to stop.
 
     Returns:
-        The parameters of the best epoch, the standardisation inside the first layer, and the watched loss of every
-        epoch: that of ``validation`` where there is one, else the training loss itself.
+        Weights and biases in turn of the best epoch, the rows' standardisation inside the first layer, and the watched
+        loss of every epoch: the training loss itself where no samples are watched.
     """
-    mean, scale = mean.float(), scale.float()
+    device, generator = torch.device(given.device), Generator().manual_seed(seed)
+    mean, scale = (value.float() for value in mean_and_scale(inputs, given.loss))
     there = mean.to(device), scale.to(device)
-    parameters = [value.to(device).requires_grad_() for value in parameters]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
+    sizes = [len(mean), *map(int, given.hidden), len(given.classes_)]
+    parameters = [value.to(device).requires_grad_() for value in new_layers(sizes, given.activation, seed)]
+    optimizer = torch.optim.AdamW(parameters, given.learning_rate, weight_decay=given.weight_decay)
 
-    def batch_loss(inputs: Inputs, labels: Tensor, reduction: str) -> Tensor:
-        moved = tuple(value.to(device, torch.float32) for value in inputs)
-        logits = class_logits(_folded(parameters, *there), moved, activation, loss)
-        return F.cross_entropy(logits, labels.to(device), reduction=reduction)
+    def batch_loss(samples: Tensor, reduction: str) -> Tensor:
+        moved = tuple(value[samples].to(device, torch.float32) for value in inputs)
+        logits = class_logits(_folded(parameters, *there), moved, given.activation, given.loss)
+        return F.cross_entropy(logits, targets[samples].to(device), reduction=reduction)
 
     def epoch() -> float:
-        total, count = 0.0, 0
-        for inputs, labels in training():
-            value = batch_loss(inputs, labels, "mean")
+        total = 0.0
+        for samples in chosen[torch.randperm(len(chosen), generator=generator)].split(given.batch_size):
+            value = batch_loss(samples, "mean")
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             optimizer.step()
-            total, count = total + float(value.detach()) * len(labels), count + len(labels)
-        return total / count
+            total += float(value.detach()) * len(samples)
+        return total / len(chosen)
 
     @torch.no_grad()
-    def evaluated(batches: Batches) -> float:
-        total, count = 0.0, 0
-        for inputs, labels in batches():
-            total, count = total + float(batch_loss(inputs, labels, "sum")), count + len(labels)
-        return total / count
+    def held_out() -> float:
+        return sum(float(batch_loss(samples, "sum")) for samples in watched.split(given.batch_size)) / len(watched)
 
     def snapshot() -> list[Tensor]:
         return [value.detach().cpu().clone() for value in parameters]
 
     best, best_loss, waited = snapshot(), float("inf"), 0
     history: list[float] = []
-    epochs: Any = bar(range(max_epochs), "introspective network", verbose, unit="epoch")
+    epochs: Any = bar(range(given.max_epochs), "introspective network", bool(given.verbose), unit="epoch")
     for _ in epochs:
-        watched = epoch()
-        if validation is not None:
-            watched = evaluated(validation)
-        history.append(watched)
-        if verbose:
-            epochs.set_postfix(loss=f"{watched:.4f}")
-        if watched < best_loss - 1e-4 * abs(best_loss if best_loss < float("inf") else 0.0):
-            best, best_loss, waited = snapshot(), watched, 0
+        found = epoch()
+        if len(watched):
+            found = held_out()
+        history.append(found)
+        if given.verbose:
+            epochs.set_postfix(loss=f"{found:.4f}")
+        if found < best_loss - 1e-4 * abs(best_loss if best_loss < float("inf") else 0.0):
+            best, best_loss, waited = snapshot(), found, 0
         else:
             waited += 1
-            if waited >= patience:
+            if waited >= given.patience:
                 break
     return _folded(best, mean, scale), history
 
