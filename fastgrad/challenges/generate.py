@@ -187,34 +187,26 @@ def iter_challenges(
             # All strengths of an attack are made together.
             groups[_row(name)[0].function if under_attack else name].append((number - first, name))
     size = batch_size or _fitting(inputs)
-    return _batches(model, inputs.detach(), list(groups.values()), first, seed, pixels, size)
 
+    def batches() -> Iterator[Challenges]:
+        made: list[Tensor] = []
+        kinds: list[str] = []
+        sources: list[int] = []
+        for group in groups.values():
+            for start in range(0, len(group), size):
+                places, names = zip(*group[start : start + size], strict=True)
+                generator = _generator(f"{seed}/{first + places[0]}/{names[0]}")
+                made.append(_altered(model, inputs.detach(), places, names, generator, pixels))
+                kinds += [name.partition("-")[0] for name in names]
+                sources += [first + place for place in places]
+                # Groups of few images wait for others: a network is slow on small batches.
+                if len(kinds) >= size:
+                    yield Challenges(torch.cat(made), kinds, torch.tensor(sources))
+                    made, kinds, sources = [], [], []
+        if kinds:
+            yield Challenges(torch.cat(made), kinds, torch.tensor(sources))
 
-def _batches(
-    model: nn.Module | None,
-    inputs: Tensor,
-    groups: list[list[tuple[int, str]]],
-    first: int,
-    seed: int,
-    pixels: PixelRange,
-    size: int,
-) -> Iterator[Challenges]:
-    made: list[Tensor] = []
-    kinds: list[str] = []
-    sources: list[int] = []
-    for group in groups:
-        for start in range(0, len(group), size):
-            places, names = zip(*group[start : start + size], strict=True)
-            generator = _generator(f"{seed}/{first + places[0]}/{names[0]}")
-            made.append(_altered(model, inputs, places, names, generator, pixels))
-            kinds += [name.partition("-")[0] for name in names]
-            sources += [first + place for place in places]
-            # Groups of few images wait for others: a network is slow on small batches.
-            if len(kinds) >= size:
-                yield Challenges(torch.cat(made), kinds, torch.tensor(sources))
-                made, kinds, sources = [], [], []
-    if kinds:
-        yield Challenges(torch.cat(made), kinds, torch.tensor(sources))
+    return batches()
 
 
 def generate_challenges(
