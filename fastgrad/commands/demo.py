@@ -179,12 +179,10 @@ def draw(path: Path, scores: dict[str, NDArray[np.float64]], images: dict[str, T
         images: of the same sets, ``(n, 1, 24, 24)``.
         threshold: the score above which 5 % of clean images lie.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Two columns, so that a phone shows readable text.
     figure = Figure(figsize=(6.4, 8.4), layout="constrained")
-    FigureCanvasAgg(figure)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.5, 1.0), squeeze=False)[:, 0]
     top.suptitle("Uncertainty, -log p (right of the line: flagged)", fontsize=13)
     clean, *others = scores
