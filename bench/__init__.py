@@ -2,7 +2,7 @@
 
 - ``registry``, ``clock``, ``memory``, ``results_file``: cases of speed, and what pytest-benchmark cannot do.
 - ``report``: pages, figures and the blocks of README and documentation from ``results``.
-- ``micro``: operators and networks against the alternatives; ``conftest`` has the fixtures, ``paired`` the comparison
+- ``micro``: operators and networks against the alternatives; ``conftest`` has the options, ``paired`` the comparison
   with another revision.
 - ``gpu``: the kernels on a device, and as compiled and interpreted without one.
 - ``detection``, ``audit``: what detectors and rankings find, see detection/README.md.

@@ -19,7 +19,6 @@ from fastgrad.ops import tune
 from fastgrad.ops.triton import contrast, devices, layer_sqnorm, linear_contrast, target
 from fastgrad.ops.tune import Architecture
 
-DTYPES = KERNEL_DTYPES | {torch.int32: "i32", torch.int64: "i64"}
 HALF, SINGLE = torch.bfloat16, torch.float32
 #: One case for each kernel: what every test run compiles.
 QUICK = (
@@ -78,7 +77,7 @@ def _case(
     launcher: Callable[..., object], B: int, N: int, D: int, dtype: torch.dtype, loss: str, log: bool = False, *,
     kind: str = "", wide: bool = True,
 ) -> Case:  # fmt: skip
-    words = (launcher.__name__, f"B={B} N={N} D={D}", DTYPES[dtype], kind, loss, "log" if log else "")
+    words = (launcher.__name__, f"B={B} N={N} D={D}", KERNEL_DTYPES[dtype], kind, loss, "log" if log else "")
     h, z, w, b = (meta(*shape, dtype=dtype) for shape in ((B, D), (B, N), (N, D), (N,)))
     y = {"indices": meta(B, dtype=torch.int64), "soft": meta(B, N)}.get(kind)
     arguments = {
@@ -135,11 +134,11 @@ def _layers() -> Iterator[Case]:
             each = ((kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1), 1)
             shape = f"{C} to {O} {size}x{size} kernel {kernel} stride {stride}"
             call = functools.partial(layer_sqnorm.conv_sqnorm, a, g, *each)
-            yield Case(f"conv_sqnorm B=64 {shape} {DTYPES[dtype]}", call, wide=C % 16 == 0)
+            yield Case(f"conv_sqnorm B=64 {shape} {KERNEL_DTYPES[dtype]}", call, wide=C % 16 == 0)
         for T, C, O in ((196, 768, 3072), (1024, 256, 256)):  # noqa: E741
             a, g = meta(64, T, C, dtype=dtype), meta(1, 64, T, O, dtype=dtype)
             call = functools.partial(layer_sqnorm.linear_sqnorm, a, g)
-            yield Case(f"linear_sqnorm B=64 T={T} C={C} O={O} {DTYPES[dtype]}", call)
+            yield Case(f"linear_sqnorm B=64 T={T} C={C} O={O} {KERNEL_DTYPES[dtype]}", call)
 
 
 def _ones() -> Iterator[Case]:

@@ -4,9 +4,9 @@
     python -m bench.gpu.compile_report --out                  # also bench/results/compile.json and compile.md
     python -m bench.gpu.compile_report --only contrast --arch sm_90
 
-A case calls a launcher on meta tensors, which have a shape but no memory. The launches it makes are caught before they
-reach a device, and each is compiled exactly as it would be launched. Registers, spills, memory, the widest loads and
-stores and the matrix instructions are then read from the machine code.
+A case calls a launcher on meta tensors, which have a shape but no memory. Triton compiles each of its
+launches as on a device, and launches none. Registers, spills, memory, the widest loads and stores and the matrix
+instructions are then read from the machine code.
 """
 
 from __future__ import annotations
@@ -30,12 +30,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 # Triton 3.4 asks for ROCm's linker, later ones bring their own. What is read here is the assembly, which comes before.
 os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from bench.gpu.compile_cases import DTYPES, QUICK, as_if_on, cases
+from bench.gpu.compile_cases import QUICK, as_if_on, cases
 from bench.report import pages
 from bench.report.text import table
 from fastgrad.ops import tune
@@ -50,44 +48,26 @@ TARGETS = {
     name: GPUTarget("hip", name, 64) if arch.backend == "hip" else GPUTarget("cuda", arch.version, 32)
     for name, arch in tune.KNOWN_ARCHITECTURES.items()
 }
-Launch = tuple[ASTSource, dict[str, Any]]
 
 
-def launches(call: Callable[[], object], arch: str) -> list[Launch]:
-    """Return the sources and options of the launches that a call makes on an architecture."""
-    caught: list[Launch] = []
+def compiled(call: Callable[[], object], arch: str) -> list[Any]:
+    """Return the kernels that a call launches on an architecture, compiled by Triton's own launcher."""
+    JITFunction, kernels = triton.runtime.jit.JITFunction, []
+    run = JITFunction.run
 
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        caught.append(_specialised(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+    def compile_alone(*args: Any, warmup: bool, **kwargs: Any) -> None:
+        kernels.append(run(*args, warmup=True, **kwargs))
 
-    with as_if_on(tune.KNOWN_ARCHITECTURES[arch]), mock.patch.object(triton.runtime.jit.JITFunction, "run", run):
+    device = {"current_device": arch, "current_stream": None, "current_target": TARGETS[arch]}
+    driver = mock.Mock(**{f"get_{name}.return_value": value for name, value in device.items()})
+    triton.runtime.driver.set_active(driver)
+    with as_if_on(tune.KNOWN_ARCHITECTURES[arch]), mock.patch.object(JITFunction, "run", compile_alone):
         call()
-    return caught
+    return kernels
 
 
-def _specialised(kernel: Any, values: dict[str, Any]) -> Launch:
-    """Specialise arguments as Triton's launcher does: 1 is a constant, multiples of 16 and fresh pointers are known."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, parameter in enumerate(kernel.params):
-        name, value, plain = parameter.name, values.pop(parameter.name), parameter.do_not_specialize
-        whole = isinstance(value, int)
-        if parameter.is_constexpr or value is None or (whole and value == 1 and not plain):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + DTYPES[value.dtype]
-        else:
-            signature[name] = "fp32" if not whole else "i32" if -(2**31) <= value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (whole and name not in constants and value % 16 == 0 and not plain):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes), values
-
-
-def compiled(launch: Launch, arch: str) -> dict[str, int]:
-    """Compile a launch; return its warps and shared memory, and what its machine code holds."""
-    source, options = launch
-    kernel = triton.compile(source, target=TARGETS[arch], options=options)
+def measured(kernel: Any) -> dict[str, int]:
+    """Return the warps and shared memory of a kernel, and what its machine code holds."""
     read = _amdgcn(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _cubin(kernel.asm["cubin"])
     return {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared, **read}
 
@@ -166,17 +146,16 @@ def report(only: str = "", archs: tuple[str, ...] = tuple(TARGETS), quick: bool 
         if only not in case.name or (quick and case.name not in QUICK):
             continue
         for arch in archs:
-            for launch in launches(case.call, arch):
-                source, options = launch
-                key = (arch, source.hash(), str(options))
-                if key in seen:
+            try:
+                kernels = compiled(case.call, arch)
+            except Exception as error:
+                raise RuntimeError(f"{case.name} does not compile for {arch}") from error
+            for kernel in kernels:
+                if (arch, kernel.hash) in seen:
                     continue
-                seen.add(key)
-                print(f"{arch} {case.name} {source.name}", file=sys.stderr)
-                try:
-                    row = {"case": case.name, "kernel": source.name, "arch": arch, **compiled(launch, arch)}
-                except Exception as error:
-                    raise RuntimeError(f"{case.name} does not compile for {arch}") from error
+                seen.add((arch, kernel.hash))
+                print(f"{arch} {case.name} {kernel.name}", file=sys.stderr)
+                row = {"case": case.name, "kernel": kernel.name, "arch": arch, **measured(kernel)}
                 rows.append(row | {"faults": faults(row, case.wide)})
     return rows
 
