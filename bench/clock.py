@@ -14,9 +14,9 @@ Call = Callable[[], Any]
 
 
 def in_turns(
-    calls: Mapping[str, Call], rounds: int, clock: Callable[[], float] = time.process_time
+    calls: Mapping[str, Call], rounds: int, clock: Callable[[], float] = time.process_time, each: int = 1
 ) -> dict[str, list[float]]:
-    """Return the seconds of each call in every round, after a first round that plans and warms up.
+    """Return the seconds of ``each`` calls of a kind in every round, after a first round that plans and warms up.
 
     Processor time leaves out what else runs; a slow minute of the machine hits all calls.
     """
@@ -24,7 +24,8 @@ def in_turns(
     for turn in range(rounds + 1):
         for name, call in calls.items():
             start = clock()
-            call()
+            for _ in range(each):
+                call()
             if turn:
                 taken[name].append(clock() - start)
     return taken
@@ -34,6 +35,12 @@ def ratio_quartiles(taken: Sequence[float], base: Sequence[float]) -> tuple[floa
     """Return the lower quartile, the median and the upper quartile of the ratios, round by round."""
     low, middle, high = statistics.quantiles([a / b for a, b in zip(taken, base, strict=True)], n=4)
     return low, middle, high
+
+
+def rounded_ratio(taken: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
+    """Return the columns ``ratio`` and ``quartiles`` of a row."""
+    low, middle, high = ratio_quartiles(taken, base)
+    return {"ratio": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
 
 
 def deciles(times: Sequence[float]) -> list[float]:

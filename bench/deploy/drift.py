@@ -8,16 +8,15 @@ on the true distribution, to the monitor's own measured false-alarm rate, which 
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.deploy import parser
 from bench.report import pages
 from fastgrad.deploy.drift import DriftMonitor, ScoreReference
 
@@ -118,10 +117,9 @@ def delays(tuned: float, streams: int, longest: int, seed: int) -> list[dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    found = parser(__doc__)
+    found.add_argument("--quick", action="store_true")
+    args = found.parse_args()
     streams, length, shifted, longest = (60, 2000, 10, 2000) if args.quick else (500, 5000, 60, 4000)
     alarms, tuned = false_alarms(streams, length, seed=0)
     delay_rows = delays(tuned, shifted, longest, seed=1)

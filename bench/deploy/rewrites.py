@@ -7,7 +7,6 @@ over rounds. A graph that a rewrite leaves as it is has no row. The weights do n
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from bench.clock import in_turns, ratio_quartiles
+from bench.clock import in_turns, rounded_ratio
+from bench.deploy import parser
 from bench.deploy.price import NETWORKS as PRICED
 from bench.report import pages
 from fastgrad import TwoStageModel
@@ -30,6 +30,7 @@ from fastgrad.deploy.file import onnx_export, onnx_file, onnx_operators
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 
 FORMS = {"default": (), "all parameters": ("gradients",)}
+BATCHES, ROUNDS = (1, 8), 15
 
 
 def _small_vit() -> nn.Module:
@@ -69,17 +70,7 @@ def translated(model: TwoStageModel, example: Tensor, file: Path) -> bytes:
     return bytes(content)
 
 
-def repeated(run: Callable[[Tensor], object], x: Tensor, calls: int) -> Callable[[], None]:
-    """So many calls: the clock's own cost would show in one of a small network."""
-
-    def call() -> None:
-        for _ in range(calls):
-            run(x)
-
-    return call
-
-
-def measure(name: str, form: str, batches: tuple[int, ...], rounds: int, folder: Path) -> list[dict[str, Any]]:
+def measure(name: str, form: str, folder: Path) -> list[dict[str, Any]]:
     """Rows of one network and form."""
     torch.manual_seed(0)
     build, shape = NETWORKS[name]
@@ -97,41 +88,32 @@ def measure(name: str, form: str, batches: tuple[int, ...], rounds: int, folder:
                 files[rewrite] = file
     runs = {rewrite: onnx_file.load(file) for rewrite, file in files.items()}
     rows = []
-    for batch in batches:
+    for batch in BATCHES:
         x = torch.rand(batch, *shape, generator=generator)
         expected = runs["all"](x)[0]
         for run in runs.values():
             # Another answer would mean that something else is timed.
             torch.testing.assert_close(run(x)[0], expected, rtol=1e-3, atol=1e-3)
-        calls = max(1, round(0.02 / statistics.median(in_turns({"": repeated(runs["all"], x, 1)}, 3)[""])))
-        taken = in_turns({key: repeated(run, x, calls) for key, run in runs.items()}, rounds)
+        calls = {rewrite: partial(run, x) for rewrite, run in runs.items()}
+        # The clock's own cost would show in one call of a small network.
+        each = max(1, round(0.02 / statistics.median(in_turns({"all": calls["all"]}, 3)["all"])))
+        taken = in_turns(calls, ROUNDS, each=each)
         for rewrite in list(runs)[1:]:
-            low, middle, high = ratio_quartiles(taken[rewrite], taken["all"])
             rows.append(
                 {"network": name, "form": form, "batch": batch, "without": rewrite,
-                 "ms": round(1e3 * statistics.median(taken["all"]) / calls, 2), "ratio": round(middle, 3),
-                 "quartiles": [round(low, 3), round(high, 3)]}
+                 "ms": round(1e3 * statistics.median(taken["all"]) / each, 2),
+                 **rounded_ratio(taken[rewrite], taken["all"])}
             )  # fmt: skip
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    given = parser(__doc__, NETWORKS).parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in given.networks:
-            for form in given.forms:
-                rows += measure(name, form, tuple(given.batches), given.rounds, Path(folder))
+        rows = [row for name in given.networks for form in FORMS for row in measure(name, form, Path(folder))]
     pages.save("onnx-rewrites", rows, packages=("torch", "onnx", "onnxruntime", "onnxscript"), folder=given.out)
 
 

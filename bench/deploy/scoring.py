@@ -9,7 +9,6 @@ such as `bench.deploy.export` leaves in its cache.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.deploy import parser
 from bench.report import pages
 
 #: Images in one part of the output, what a kill loses at most, and in one folder.
@@ -104,13 +104,11 @@ def measure(model: Path, root: Path, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    found = parser(__doc__)
+    found.add_argument("--model", type=Path, required=True)
+    found.add_argument("--data", type=Path, required=True)
+    found.add_argument("--images", type=int, default=20_000)
+    args = found.parse_args()
     row = measure(args.model, args.data, args.images)
     pages.save("scoring", [row], packages=("torch", "pyarrow", "pillow"), folder=args.out)
 

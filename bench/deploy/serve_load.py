@@ -8,7 +8,6 @@ their own, which compare each answer with the direct call. One that is missing, 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import io
@@ -31,6 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from bench.deploy import parser
 from bench.report import pages
 from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.images import decode_image
@@ -40,6 +40,7 @@ from fastgrad.detector.presets import DEFAULT_BLOCKS
 
 #: What is served: images of one size, and the network that takes them.
 SIDES = {"small": 32, "resnet18": 112}
+CONNECTIONS, ROUNDS = (1, 16, 64), 5
 
 
 def network(name: str) -> nn.Module:
@@ -163,7 +164,7 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body:
     return int(answer.split(b" ", 2)[1]), json.loads(await reader.readexactly(length))
 
 
-def measure(name: str, files: dict[str, Path], args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, files: dict[str, Path], requests: int) -> list[dict[str, Any]]:
     """Return the rows of one network: both servers loaded in turn."""
     running = {form: serve(file) for form, file in files.items()}
     try:
@@ -171,13 +172,13 @@ def measure(name: str, files: dict[str, Path], args: argparse.Namespace) -> list
         rows: list[dict[str, Any]] = []
         for one in clients.values():
             one.load(8, 20)
-        for count in args.connections:
-            each = max(1, args.requests // args.rounds // count)
-            turns = [{form: one.load(count, each) for form, one in clients.items()} for _ in range(args.rounds)]
+        for count in CONNECTIONS:
+            each = max(1, requests // ROUNDS // count)
+            turns = [{form: one.load(count, each) for form, one in clients.items()} for _ in range(ROUNDS)]
             for form in files:
                 cut = statistics.quantiles([t for turn in turns for t in turn[form][0]], n=100)
                 rows.append(
-                    {"network": name, "model": form, "connections": count, "requests": count * args.rounds * each,
+                    {"network": name, "model": form, "connections": count, "requests": count * ROUNDS * each,
                      "per_s": statistics.median(turn[form][1] for turn in turns), "p50_ms": 1e3 * cut[49],
                      "p99_ms": 1e3 * cut[98], "throughput": None, "p99": None}
                 )  # fmt: skip
@@ -192,20 +193,15 @@ def measure(name: str, files: dict[str, Path], args: argparse.Namespace) -> list
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--networks", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--connections", nargs="+", type=int, default=[1, 16, 64])
-    parser.add_argument("--requests", type=int, default=3000, help="in all, at each number of connections")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of both servers")
-    parser.add_argument("--cache", type=Path, help="folder for the files, to be used again")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    found = parser(__doc__, SIDES)
+    found.add_argument("--requests", type=int, default=3000, help="in all, at each number of connections")
+    found.add_argument("--cache", type=Path, help="folder for the files, to be used again")
+    args = found.parse_args()
     warnings.simplefilter("ignore")
     with contextlib.ExitStack() as stack:
         folder = args.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [row for name in args.networks for row in measure(name, prepare(name, folder), args)]
+        rows = [row for name in args.networks for row in measure(name, prepare(name, folder), args.requests)]
     pages.save("serve", rows, packages=("torch", "fastapi", "uvicorn", "numpy"), folder=args.out)
 
 
