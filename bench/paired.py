@@ -106,7 +106,6 @@ def _ratios(
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("revision", help="anything git can resolve")
     parser.add_argument("--size", choices=registry.SIZES, default="quick")

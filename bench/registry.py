@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,8 +22,6 @@ from torch import Tensor
 SIZES = ("tiny", "quick", "full", "gpu")
 #: Of models and inputs.
 SEED = 0
-#: Modules whose import registers cases.
-MODULES = ("last_layer", "network")
 
 
 class Implementation(NamedTuple):
@@ -123,8 +120,8 @@ def case(
 
 def cases(size: str) -> list[Case]:
     """Return all cases of a size."""
-    for name in MODULES:
-        importlib.import_module(f"bench.micro.{name}")
+    from bench.micro import last_layer, network  # noqa: F401  (they register themselves)
+
     return _CASES[size]
 
 

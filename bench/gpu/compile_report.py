@@ -161,7 +161,6 @@ def report(only: str = "", archs: tuple[str, ...] = tuple(TARGETS), quick: bool 
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="may be repeated; default all")

@@ -65,7 +65,6 @@ def measure(operator: str, B: int, N: int, D: int, dtype: str, *, device: str, f
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line."""
     parser = argparse.ArgumentParser(prog="bench.gpu.kernels", description=(__doc__ or "").split("\n", 1)[0])
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--out", type=Path)

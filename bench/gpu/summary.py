@@ -39,7 +39,6 @@ def summary(folder: Path, steps: Sequence[str], dry: bool) -> str:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--step", action="append", default=[], metavar="NAME=STATUS")

@@ -84,7 +84,6 @@ def measure(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--shapes", type=int, help="measure the first so many alone")
     parser.add_argument("--out", type=Path)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import fastgrad
 from bench.micro import network_peers as peers
 from bench.micro.models import NETWORKS, images, plain
-from bench.micro.tasks import BCE, CE, UNIT, ClippedTask, Task, error, sqnorms
+from bench.micro.network_peers import BCE, CE, UNIT, ClippedTask, Task, error, sqnorms
 from bench.registry import Implementation, case, relative_error
 
 OURS, PEERS = 1e-4, 1e-3

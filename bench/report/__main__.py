@@ -35,7 +35,6 @@ def stale(folder: Path = RESULTS, documents: Sequence[Path] = DOCUMENTS) -> list
 
 
 def main() -> int:
-    """Command line."""
     parser = argparse.ArgumentParser(prog="bench.report", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("names", nargs="*", metavar="TABLE", help="default: all")
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if a block or page is stale")

@@ -17,7 +17,6 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 
 def main() -> int:
-    """Command line."""
     from bench.gpu.sanitize.checks import run
     from bench.report import pages
 
@@ -28,7 +27,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.save and (options.quick or options.only):
         parser.error("--save writes the whole table: leave out --quick and --only")
-    rows = run(options.quick, options.only, lambda line: print(line, flush=True))
+    rows = run(options.quick, options.only)
     faults = sum(row["fault"] is not None for row in rows)
     print(f"{len(rows)} checks, {faults} faults")
     if options.save:

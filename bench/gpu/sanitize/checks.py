@@ -108,7 +108,7 @@ def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], int]]]:
                 yield f"offsets on {arch}: {name}", check
 
 
-def run(quick: bool, only: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def run(quick: bool, only: str) -> list[dict[str, Any]]:
     """Run all checks whose name contains ``only``; return a row for each.
 
     Its count is of the orders that ran, or of the addresses that were computed.
@@ -124,5 +124,5 @@ def run(quick: bool, only: str, say: Callable[[str], None]) -> list[dict[str, An
             seconds = round(time.perf_counter() - begun, 1)
             check, _, case = name.partition(": ")
             rows.append({"check": check, "case": case, "count": outcome, "fault": fault, "seconds": seconds})
-            say(f"FAULT {name}: {fault}" if fault else f"{name}: right ({outcome}), {seconds} s")
+            print(f"FAULT {name}: {fault}" if fault else f"{name}: right ({outcome}), {seconds} s", flush=True)
     return rows

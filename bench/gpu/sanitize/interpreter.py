@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -14,24 +14,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     raise ImportError("the sanitizer interprets kernels: TRITON_INTERPRET=1 must be set before Triton is imported")
 
 from triton.runtime import interpreter
-
-
-class Watcher:
-    """What `watching` tells of every launch; subclasses override what they need."""
-
-    def launch(self, kernel: str, arguments: dict[str, Any], programs: int) -> Sequence[int]:
-        """A launch begins; returns the programs to run, in order. May replace arguments."""
-        return range(programs)
-
-    def load(self, addresses: np.ndarray, width: int) -> np.ndarray | None:
-        """Addresses are about to be read, ``width`` bytes each; returns values to take instead of reading."""
-
-    def store(self, addresses: np.ndarray, width: int) -> bool:
-        """Addresses are about to be written; returns whether not to."""
-        return False
-
-    def atomic(self, addresses: np.ndarray, width: int, ordered: bool) -> np.ndarray | None:
-        """Addresses are about to be changed atomically; returns values to take as the old ones instead."""
 
 
 @contextlib.contextmanager
@@ -60,8 +42,12 @@ def patching_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watching(watcher: Watcher) -> Iterator[None]:
-    """Let a watcher see and steer every launch inside; operands are on the CPU, or what it puts in their place."""
+def watching(watcher: Any) -> Iterator[None]:
+    """Let a watcher see and steer every launch inside; operands are on the CPU, or what it puts in their place.
+
+    Its ``launch`` may replace arguments, and returns the programs to run, in order. Its ``load`` and ``atomic`` return
+    values to take instead of those in memory, or None; its ``store`` returns whether not to write.
+    """
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     call, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
     atomic, dim, index = builder.create_atomic_rmw, builder.set_grid_dim, builder.set_grid_idx

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder
 
-from bench.gpu.sanitize.interpreter import Watcher
 from fastgrad.ops import tune
 from fastgrad.ops.triton import devices
 
@@ -58,7 +57,7 @@ class _Region:
         self.writer, self.reader = np.full(len(self.width), -1), np.full(len(self.width), -1)
 
 
-class Memory(Watcher):
+class Memory:
     """Checks every memory operation of the launches that it watches.
 
     Two programs that touch one address, at least one of them writing, must be ordered: the first did so before it
@@ -166,7 +165,7 @@ class Memory(Watcher):
             self._fault(f"{does.format(earlier[~met][0] // 2)}, and nothing orders them")
 
 
-class Addresses(Watcher):
+class Addresses:
     """Checks the addresses and the 32-bit arithmetic of the first, the middle and the last program of a launch.
 
     Operands are meta tensors; each gets addresses of its own. Programs read made-up values and write nothing.
