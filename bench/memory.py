@@ -1,17 +1,13 @@
-"""Peak memory of one call, beyond what was allocated before it, in a process of its own."""
+"""Peak memory of one call, beyond what was allocated before it."""
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-from bench import registry
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
@@ -30,25 +26,22 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         return int(torch.cuda.max_memory_allocated() - before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         call()
-    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    allocations = _allocations(trace.profiler.kineto_results.experimental_event_tree())
+    held: dict[int, int] = {}
     live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
+    for event in sorted(allocations, key=lambda event: event.start_time_ns):
+        pointer, size = event.typed[1].ptr, event.typed[1].alloc_size
+        if size > 0:
+            held[pointer] = size
+            live += size
+        else:  # blocks older than the call do not count
+            live -= held.pop(pointer, 0)
         peak = max(peak, live)
     return peak
 
 
-def of_case(size: str, case: str, name: str, device: str, threads: int) -> int:
-    """Return the peak of an implementation of a case, measured in a process of its own."""
-    # The server that such processes come from has imported what they need, and never touches a GPU.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.memory", "bench.micro.network"])
-    with context.Pool(1) as pool:
-        return pool.apply(_measured, (size, case, name, device, threads))
-
-
-def _measured(size: str, case: str, name: str, device: str, threads: int) -> int:
-    torch.set_num_threads(threads)
-    # The profiler's C++ side announces itself, and blocks older than the call.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    return peak_bytes(registry.find(size, case, name).ready(name, device)[0], device)
+def _allocations(events: list[Any]) -> Iterator[Any]:
+    for event in events:
+        if event.tag.name == "Allocation":
+            yield event
+        yield from _allocations(event.children)

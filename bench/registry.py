@@ -125,11 +125,6 @@ def cases(size: str) -> list[Case]:
     return _CASES[size]
 
 
-def find(size: str, name: str, implementation: str) -> Case:
-    """Return the case of a name that has an implementation."""
-    return next(c for c in cases(size) if c.name == name and implementation in c.names)
-
-
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """Largest elementwise relative error; infinite where shapes differ or a value is not finite."""
     return _worst(value, reference, reference.double().abs())

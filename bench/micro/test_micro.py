@@ -55,9 +55,7 @@ def measured(request: pytest.FixtureRequest, device: str) -> Iterator[Rows]:
             pages.add(table, rows, name, packages=PACKAGES, folder=out, facts=facts)
 
 
-def test_micro(
-    benchmark: Any, device: str, measured: Rows, request: pytest.FixtureRequest, case: Case, name: str
-) -> None:
+def test_micro(benchmark: Any, device: str, measured: Rows, case: Case, name: str) -> None:
     """An implementation of fastgrad's that is wrong fails, a peer is skipped; their rows have no times."""
     row: dict[str, Any] = {
         "case": case.name, "implementation": name, "median_s": None, "p10_s": None, "p90_s": None, "peak_bytes": None,
@@ -85,8 +83,7 @@ def test_micro(
     cut = clock.deciles(benchmark.stats.stats.data)
     row |= {"correct": True, "median_s": cut[4], "p10_s": cut[0], "p90_s": cut[8]}
     measured[case.table].append(row)
-    option = request.config.option
-    row["peak_bytes"] = memory.of_case(option.size, case.name, name, device, option.threads)
+    row["peak_bytes"] = memory.peak_bytes(call, device)
 
 
 def _by_events(benchmark: Any, graph: bool, call: clock.Call) -> None:

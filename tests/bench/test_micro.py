@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bench import memory
 from bench.registry import SIZES, Case, Implementation, cases
@@ -50,9 +51,19 @@ def test_implementations_are_those_that_are_named(case: Case) -> None:
     assert any(name.startswith("fastgrad") for name in made)
 
 
-def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
+def test_peak_memory_is_that_of_the_call_alone() -> None:
     case = next(c for c in cases("tiny") if c.table == "rows")
-    assert memory.of_case("tiny", case.name, "stored rows", CPU, 1) == 4 * 3 * 7
+    assert memory.peak_bytes(case.ready("stored rows", CPU)[0], CPU) == 4 * 3 * 7
+
+
+def test_what_is_older_than_the_call_does_not_count_when_it_is_freed() -> None:
+    kept = []
+
+    def call() -> None:
+        kept.clear()
+        kept.append(torch.ones(1000))
+
+    assert [memory.peak_bytes(call, CPU) for _ in range(3)] == [4000] * 3
 
 
 def test_a_run_writes_its_results(tmp_path: pathlib.Path) -> None:
