@@ -177,7 +177,8 @@ class Fallback:
         precision = max(seen.eps, *(torch.finfo(t.dtype).eps for t in (*self.outputs, *found)))
         if not all(_agree(one, other, precision) for one, other in zip(again, self.outputs, strict=True)):
             raise self._refusal("gives other outputs when it is computed again")
-        scales = (weights.square() @ norms.to(weights)).sqrt()
+        # In the dtype of the norms: squares of gradients in float64 leave the range of float32.
+        scales = (weights.to(norms).square() @ norms).sqrt()
         floor = 1e3 * precision * scales.max()
         for scale, one, other in zip(scales, weighted, found, strict=True):
             if not (one - other).norm() <= math.sqrt(precision) * scale + floor:

@@ -63,3 +63,25 @@ def test_tables_that_are_used_twice(made: type[nn.Module]) -> None:
         with fastgrad.record(model):
             found = fastgrad.grad_sqnorm(square(model, tokens).sum(), parameters)
         assert relative_error(torch.stack(found, 1), truth, 2e-16).max() < 1e-10
+
+
+class Gathered(nn.Module):
+    """Rows in the order of their sums, through a layer without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x.sum(1).argsort()
+        return (x[order] * self.scale).tanh()[order.argsort()]
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_gradients_whose_squares_leave_the_range_of_float32(factor: float) -> None:
+    torch.manual_seed(0)
+    model, x = Gathered().double().eval(), torch.randn(6, 4, dtype=torch.float64)
+    with fastgrad.record(model):
+        (found,) = fastgrad.grad_sqnorm(factor * model(x).square().sum(), [model.scale])
+    truth = [torch.autograd.grad(factor * model(one[None]).square().sum(), model.scale)[0].square().sum() for one in x]
+    torch.testing.assert_close(found, torch.stack(truth), rtol=1e-10, atol=0)
