@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastgrad._torch import is_traced, pytree
 from fastgrad.batches import carrying, take
-from fastgrad.engine.copy import Shadow, detach_plain
+from fastgrad.engine.copy import Shadow, detach_plain, unwritten
 from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.state import undone
 
@@ -48,8 +48,9 @@ def find_carriers(
         return every
 
     def outputs(inputs: Any, mode: bool = False) -> list[Tensor]:
+        given = unwritten(inputs)
         with undone(model), torch.no_grad():
-            return tensors(Shadow(model, training=mode, recorded=recorded).root(*inputs[0], **inputs[1]))
+            return tensors(Shadow(model, training=mode, recorded=recorded).root(*given[0], **given[1]))
 
     index = torch.arange(SAMPLES) % samples
     batch: list[Tensor] | None = None

@@ -6,10 +6,12 @@ nothing to restore after an exception, and threads cannot disturb one another.
 
 from __future__ import annotations
 
+import enum
 import functools
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from copy import copy as shallow_copy
 from typing import Any
 
 import torch
@@ -287,6 +289,44 @@ def _is_filled_plainly(value: Any) -> bool:
 def _own(value: Any) -> Any:
     """A shallow copy of a list, dict or set; ``value`` itself otherwise."""
     return type(value)(value) if type(value) in _CONTAINERS else value
+
+
+def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: dict[int, Any] | None = None) -> Any:
+    """A copy of an object that a module is given and may write to, as a cache of keys and values, at all depths.
+
+    ``tensor`` gives what it holds in place of each tensor. Modules, functions and classes are shared.
+    """
+    if isinstance(value, Tensor):
+        return tensor(value)
+    if type(value) in _PLAIN or isinstance(value, (nn.Module, type, enum.Enum)) or callable(value):
+        return value
+    known = {} if known is None else known
+    if id(value) in known:
+        return known[id(value)]
+    held = getattr(value, "__dict__", None)
+    if type(value) not in (*_CONTAINERS, defaultdict) and type(held) is not dict:
+        return value
+    try:
+        made = shallow_copy(value)
+    except Exception:
+        # What cannot be copied is shared, as a handle of the system's.
+        return value
+    # Objects may lead back to themselves.
+    known[id(value)] = made
+    if type(held) is dict:
+        made.__dict__.update({name: apart(item, tensor, known) for name, item in held.items()})
+    if isinstance(value, dict):
+        made.update({key: apart(item, tensor, known) for key, item in value.items()})
+    elif type(value) is list:
+        made[:] = [apart(item, tensor, known) for item in value]
+    elif type(value) is tuple:
+        made = known[id(value)] = tuple(apart(item, tensor, known) for item in value)
+    return made
+
+
+def unwritten(inputs: Any) -> Any:
+    """Inputs of a pass that leaves the user's objects as they are: see `apart`; tensors among them are the same."""
+    return _torch.pytree.tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else apart(leaf, detach_plain), inputs)
 
 
 def _run(hook: Callable[..., Any], *args: Any) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import disable_mha_fastpath, is_readable, pytree
-from fastgrad.engine.copy import Settings, Shadow, detach_plain
+from fastgrad.engine.copy import Settings, Shadow, apart, detach_plain
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
 
@@ -86,7 +86,8 @@ class Fallback:
         def forward(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
             carried = iter(tensors)
             filled = [
-                next(carried) if is_batched else value for value, is_batched in zip(leaves, self.batched, strict=True)
+                next(carried) if is_batched else value if isinstance(value, Tensor) else apart(value, Tensor.clone)
+                for value, is_batched in zip(leaves, self.batched, strict=True)
             ]
             return self._forward(values, *pytree.tree_unflatten(filled, spec))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import pytree
-from fastgrad.engine.copy import Settings, Shadow, attach
+from fastgrad.engine.copy import Settings, Shadow, apart, attach, detach_plain
 from fastgrad.engine.fallback import Fallback
 from fastgrad.engine.probe import tap
 from fastgrad.engine.run import Run, Site
@@ -49,7 +49,7 @@ class RecomputedSite(Site):
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             # Copied: the module may overwrite its inputs, and change its settings, as a counter of calls.
             leaves, spec = pytree.tree_flatten((args, kwargs))
-            leaves = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
+            leaves = [t.detach().clone() if isinstance(t, Tensor) else apart(t, detach_plain) for t in leaves]
             calls.append(_Begun(leaves, spec, shadow.settings(original), Repeatable(copy) if trains else None))
 
         def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:

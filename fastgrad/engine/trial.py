@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastgrad._torch import pytree
 from fastgrad.batches import take
 from fastgrad.engine.backward import order_by_parameter, probe_grads
-from fastgrad.engine.copy import detach_plain
+from fastgrad.engine.copy import detach_plain, unwritten
 from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.observe import Observation
 from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
@@ -69,9 +69,10 @@ class Trial:
         """What the model does with one sample less, and with all of them."""
         model, shared = self._network.model, self._network.shared
         with undone(model):
-            fewer = Observation(model, self._less, self._count - 1, training=training, recorded=shared)
+            fewer = Observation(model, unwritten(self._less), self._count - 1, training=training, recorded=shared)
         with undone(model):
-            return fewer, Observation(model, self._more, self._count, fewer, training=training, recorded=shared)
+            more = unwritten(self._more)
+            return fewer, Observation(model, more, self._count, fewer, training=training, recorded=shared)
 
     def _cotangents(self, outputs: Sequence[Tensor], samples: int, chosen: int) -> list[Tensor]:
         """What is sent back for one of the samples that the outputs hold."""
@@ -155,7 +156,7 @@ class Trial:
         model, training = self._network.model, self._known.training
         one = take(self._more, slice(0, 1), self._count, self._known.carriers)
         with torch.enable_grad(), undone(model):
-            seen = Observation(model, one, 1, training=training, recorded=self._network.shared)
+            seen = Observation(model, unwritten(one), 1, training=training, recorded=self._network.shared)
             outputs = self._network.tensors(seen.output)
             cotangents = self._cotangents(outputs, 1, 0)
             truth = seen.backward(outputs, cotangents)
@@ -193,7 +194,7 @@ class Trial:
         # With the user's own parameters, PyTorch's layers take the path of parameters that need gradients.
         shared = self._network.shared
         output, _ = self._network.once(
-            plan, run, *inputs,
+            plan, run, *unwritten(inputs),
             parameter=_apart if shared else detach_plain, training=shared or self._known.training,
         )  # fmt: skip
         if run.left is not None:

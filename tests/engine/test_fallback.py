@@ -85,3 +85,60 @@ def test_gradients_whose_squares_leave_the_range_of_float32(factor: float) -> No
         (found,) = fastgrad.grad_sqnorm(factor * model(x).square().sum(), [model.scale])
     truth = [torch.autograd.grad(factor * model(one[None]).square().sum(), model.scale)[0].square().sum() for one in x]
     torch.testing.assert_close(found, torch.stack(truth), rtol=1e-10, atol=0)
+
+
+class Cache:
+    """Keys that modules add to, as in a model that can go on with its sequence; it holds a reference to itself."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.steps, self.own = {"seen": 0}, self
+
+    def update(self, keys: Tensor) -> Tensor:
+        self.keys.append(keys)
+        self.steps["seen"] += 1
+        return torch.cat(self.keys, 1)
+
+
+class Cached(nn.Module):
+    """A layer without a rule that is given a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        keys = x * self.scale
+        return x + (keys.tanh() @ (keys if cache is None else cache.update(keys)).sum(1, keepdim=True).mT) * self.scale
+
+
+class Sequence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Cached(), Cached()])
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        cache = Cache() if cache is None else cache
+        for layer in self.layers:
+            x = layer(x, cache=cache)
+        return x[:, -1]
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_cache_is_to_a_layer_that_runs_again_what_it_was(samples: int) -> None:
+    torch.manual_seed(0)
+    model, x = Sequence().double().eval(), torch.randn(samples, 5, 4, dtype=torch.float64)
+    extractor = fastgrad.GradientFeatures(model, loss="mse", target="ones")
+    _, features = extractor(x)
+    losses = [(model(one[None]) - 1).square().sum() / 2 for one in x]
+    truth = torch.stack([
+        torch.stack([g.square().sum() for g in torch.autograd.grad(loss, list(model.parameters()))]) for loss in losses
+    ])  # fmt: skip
+    assert relative_error(features / features[:1, :1] * truth[:1, :1], truth, 2e-16).max() < 1e-10
+
+    cache = Cache()
+    with fastgrad.record(model):
+        out = model(x, cache=cache)
+        fastgrad.grad_sqnorm(out.square().sum(), list(model.parameters()))
+    assert cache.steps == {"seen": 2}
+    assert [len(keys) for keys in cache.keys] == [samples, samples]
