@@ -41,6 +41,11 @@ def floating(outputs: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
+def batch_first(outputs: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
+    """The outputs with these dimensions moved to the front."""
+    return [out.movedim(place, 0) if place else out for out, place in zip(outputs, places, strict=True)]
+
+
 @dataclass(frozen=True)
 class Fallback:
     """One call of a module that is computed again, sample by sample.
@@ -50,7 +55,8 @@ class Fallback:
         parameters: Those of the module or its descendants whose gradients are wanted.
         batched: For each leaf of the inputs, whether its dimension 0 is the batch (or a multiple of it, sample by
             sample).
-        outputs: The floating-point outputs of the call.
+        outputs: The floating-point outputs of the call, with the batch moved to dimension 0.
+        places: The dimension in which each output has the batch, a multiple of it in dimension 0 alone.
         settings: Of the module and its descendants when the call began.
         name: The module's name in messages.
         vectorize: Whether samples of a chunk run together under ``vmap``; else one after the other, for modules
@@ -65,6 +71,7 @@ class Fallback:
     parameters: Sequence[nn.Parameter]
     batched: Sequence[bool]
     outputs: Sequence[Tensor]
+    places: Sequence[int]
     settings: Settings
     name: str
     vectorize: bool
@@ -119,7 +126,7 @@ class Fallback:
         return norms
 
     def _forward(self, values: Sequence[Tensor], args: Any, kwargs: Any) -> list[Tensor]:
-        """The module's outputs, with these values of the parameters."""
+        """The module's outputs, batch first, with these values of the parameters."""
         own = {id(p): v for p, v in zip(self.parameters, values, strict=True)}
         shadow = Shadow(
             self.module, lambda p: own.get(id(p), detach_plain(p)),
@@ -135,7 +142,7 @@ class Fallback:
         # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
         for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             shadow.root.__dict__[table] = OrderedDict()
-        return floating(shadow.root(*args, **kwargs))
+        return batch_first(floating(shadow.root(*args, **kwargs)), self.places)
 
     def _chunks(self, samples: int) -> list[slice]:
         """Which samples are computed at once. A symbolic batch, in a graph being traced, stays in one piece."""

@@ -241,7 +241,7 @@ class Planner:
         return BroadcastSite(name.rpartition(".")[0], (name,), rank)
 
     def _fallback(self, uses: set[int], name: str, constraints: PlanConstraints) -> FallbackSite:
-        """The innermost module, called once, that contains all uses and sees the batch in dimension 0."""
+        """The innermost module, called once, that contains all uses and is given the batch in dimension 0."""
         for call in self.seen.enclosing(uses):
             if not self.seen.once(call) or (call.gathered and call.path):
                 continue
@@ -249,13 +249,15 @@ class Planner:
             if batched is None or not any(batched):
                 continue
             layouts = self.seen.output_layouts(call)
-            if layouts and all(x is not None and x.kind in ("plain", "folded") for x in layouts):
+            # One with the batch elsewhere may stand beside others, as states of all steps.
+            places = tuple(x.dim for x in layouts if x is not None and x.kind != "single")
+            if layouts and len(places) == len(layouts):
                 vectorize = call.path not in constraints.no_vmap
                 # A function that vmap cannot take may look at values.
-                return FallbackSite(call.path, (name,), batched, vectorize, self.seen.gathers or not vectorize)
+                return FallbackSite(call.path, (name,), batched, places, vectorize, self.seen.gathers or not vectorize)
         raise ValueError(
-            f"model must treat the samples of a batch independently, batch in dimension 0 of inputs and outputs; "
-            f"no part of it that contains all uses of {name!r} does"
+            "model must treat the samples of a batch independently, batch in dimension 0 of inputs; no part of it that "
+            f"contains all uses of {name!r} does"
         )
 
 

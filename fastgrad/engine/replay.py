@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgrad._torch import pytree
 from fastgrad.engine.copy import Settings, Shadow, apart, attach, detach_plain
-from fastgrad.engine.fallback import Fallback
+from fastgrad.engine.fallback import Fallback, batch_first
 from fastgrad.engine.probe import tap
 from fastgrad.engine.run import Run, Site
 from fastgrad.engine.sites import RuledSite, columns
@@ -116,6 +116,7 @@ class FallbackSite(RecomputedSite):
     """A module of any kind; its attributes are those of `fastgrad.engine.fallback.Fallback`."""
 
     batched: tuple[bool, ...]
+    places: tuple[int, ...]
     vectorize: bool
     verify: bool
 
@@ -128,7 +129,8 @@ class FallbackSite(RecomputedSite):
             module,
             parameters,
             self.batched,
-            outputs,
+            batch_first(outputs, self.places),
+            self.places,
             settings,
             self.path,
             self.vectorize,
@@ -142,7 +144,7 @@ class FallbackSite(RecomputedSite):
         def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
             fixed_before = is_fixed(run.samples)
             with torch.autocast(device, dtype, enabled, cache_enabled=False):
-                norms = fallback.sqnorms(args, kwargs, gradients, run.samples)
+                norms = fallback.sqnorms(args, kwargs, batch_first(gradients, self.places), run.samples)
             if is_fixed(run.samples) and not fixed_before:
                 raise RuntimeError(
                     f"layer {self.path!r} ({type(module).__name__}) has no rule of its own and is run again for each "
