@@ -329,6 +329,33 @@ def unwritten(inputs: Any) -> Any:
     return _torch.pytree.tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else apart(leaf, detach_plain), inputs)
 
 
+class Given:
+    """Objects among the inputs of a pass, as a cache of keys and values, to give them back what they held before.
+
+    Attributes:
+        tensors: Those that the objects held.
+    """
+
+    def __init__(self, inputs: Any) -> None:
+        self.tensors: list[Tensor] = []
+        leaves = [leaf for leaf in _torch.pytree.tree_leaves(inputs) if not isinstance(leaf, Tensor)]
+        copies = [(leaf, apart(leaf, self._hold)) for leaf in leaves]
+        self._held = [(leaf, kept) for leaf, kept in copies if kept is not leaf]
+
+    def _hold(self, tensor: Tensor) -> Tensor:
+        self.tensors.append(tensor)
+        return tensor
+
+    def restore(self) -> None:
+        """Give back everything but what was written to the tensors."""
+        # They may lead back to themselves.
+        known = {id(kept): leaf for leaf, kept in self._held}
+        for leaf, kept in self._held:
+            before = {name: apart(item, lambda tensor: tensor, known) for name, item in kept.__dict__.items()}
+            leaf.__dict__.clear()
+            leaf.__dict__.update(before)
+
+
 def _run(hook: Callable[..., Any], *args: Any) -> None:
     """Run a hook and leave its answer aside."""
     hook(*args)

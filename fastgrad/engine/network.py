@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastgrad._torch import disable_mha_fastpath, is_traced, pytree
 from fastgrad.batches import input_tensors
 from fastgrad.engine.carriers import find_carriers
-from fastgrad.engine.copy import Shadow, detach_plain
+from fastgrad.engine.copy import Given, Shadow, detach_plain
 from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import keep_freed_memory
@@ -137,7 +137,8 @@ class Network:
         """Make the pass ``once`` by ``plan``, or by others until it keeps to one."""
         modules = [module for ref in plan.known.modules if (module := ref()) is not None]
         before = Snapshot(modules, plan.known.devices, training=training)
-        inputs = Versions(input_tensors(args, kwargs))
+        given = Given((args, kwargs))
+        inputs = Versions([*input_tensors(args, kwargs), *given.tensors])
         tried: list[Plan] = []
         raised: Exception | None = None
         reason = ""
@@ -161,6 +162,7 @@ class Network:
                     f"model must take the path of an ordinary call while its graph is recorded; it {reason}"
                 )
             before.restore()
+            given.restore()
             if inputs.modified():
                 raise ValueError(
                     f"model must not write to its inputs in a call whose path was not seen before; it {reason}. Make "

@@ -175,3 +175,29 @@ def test_outputs_with_the_batch_elsewhere() -> None:
         out = model(x)
         norms = clipped.backward(out[0].square().sum(1) + out[1].pow(3).sum((0, 2)))
     torch.testing.assert_close(norms.square(), truth.sum(1), rtol=1e-10, atol=0)
+
+
+class Branching(Sequence):
+    """Another path for inputs with a negative sum."""
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        return super().forward(x if x.sum() > 0 else x * self.layers[0].scale, cache)
+
+
+def test_a_cache_is_filled_once_by_a_call_that_is_begun_again() -> None:
+    torch.manual_seed(0)
+    model = Branching().double().eval()
+    x = torch.rand(3, 5, 4, dtype=torch.float64)
+    parameters = list(model.parameters())
+    for batch in (x, -x):
+        cache = Cache()
+        with fastgrad.record(model):
+            out = model(batch, cache=cache)
+            found = fastgrad.grad_sqnorm(out.square().sum(), parameters)
+        truth = torch.stack([
+            torch.stack([g.square().sum() for g in torch.autograd.grad(model(one[None]).square().sum(), parameters)])
+            for one in batch
+        ])  # fmt: skip
+        assert relative_error(torch.stack(found, 1), truth, 2e-16).max() < 1e-10
+        assert cache.steps == {"seen": 2}
+        assert cache.own is cache
