@@ -226,6 +226,8 @@ class Shadow:
             if child is not None:
                 children[name] = self._named[prefix + name] = self._module(child, f"{prefix}{name}.")
         state["_modules"] = children
+        if isinstance(copy, _torch.BatchNorm):
+            attach(copy, _lay_out_gradient)
         return copy
 
     def _tensor(self, parameter: nn.Parameter) -> Tensor:
@@ -359,6 +361,16 @@ class Given:
 def _run(hook: Callable[..., Any], *args: Any) -> None:
     """Run a hook and leave its answer aside."""
     hook(*args)
+
+
+def _lay_out_gradient(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
+    """Have the gradient of one sample reach a batch norm in the layout that PyTorch's kernel for CPUs takes it for.
+
+    It takes one that lies channels last for one that does not, where the only sample has a stride of its own, as behind
+    a transposition. Its gradients then are silently those of other channels.
+    """
+    if isinstance(output, Tensor) and output.requires_grad and not _torch.is_traced() and output.shape[0] == 1:
+        output.register_hook(Tensor.contiguous)
 
 
 def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:

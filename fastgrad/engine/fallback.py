@@ -43,7 +43,9 @@ def floating(outputs: Any) -> list[Tensor]:
 
 def batch_first(outputs: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
     """The outputs with these dimensions moved to the front."""
-    return [out.movedim(place, 0) if place else out for out, place in zip(outputs, places, strict=True)]
+    # In training mode a module may have fewer outputs than it was planned with, or more.
+    every = (*places, *[0] * len(outputs))
+    return [out.movedim(place, 0) if place else out for out, place in zip(outputs, every, strict=False)]
 
 
 @dataclass(frozen=True)
