@@ -99,6 +99,23 @@ def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradi
         gradients[position] = gradient if known is None else known + gradient
 
 
+def _reached(outputs: Sequence[Tensor], parameters: dict[int, str]) -> set[str]:
+    """Names of those parameters, by id, that the graph of ``outputs`` leads to."""
+    found: set[str] = set()
+    seen: set[Any] = set()
+    nodes = [out.grad_fn for out in outputs]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        variable = getattr(node, "variable", None)
+        if id(variable) in parameters:
+            found.add(parameters[id(variable)])
+    return found
+
+
 class Observation:
     """What a model does with a few samples; what differs from ``fewer``, with one of them less, is the batch.
 
@@ -113,7 +130,8 @@ class Observation:
         ranks: By name, the numbers of dimensions in which a parameter is broadcast over the batch, None among
             them where it is used otherwise.
         gathers: Whether rows were gathered or reordered, see `fastgrad.engine.rows`.
-        untracked: Names of parameters that the model used from elsewhere than its modules' attributes.
+        untracked: Names of parameters that the model used from elsewhere than its modules' attributes: from a closure,
+            or through a tensor that an earlier call computed of them and kept.
     """
 
     def __init__(
@@ -155,7 +173,8 @@ class Observation:
 
         with torch.enable_grad(), _Uses(tracked, names, self._stack, self._rows, samples) as uses:
             self.output = shadow.root(*inputs[0], **inputs[1])
-        self.uses, self.ranks, self.untracked = uses.uses, uses.ranks, uses.untracked
+        self.uses, self.ranks = uses.uses, uses.ranks
+        self.untracked = uses.untracked | _reached(floating(self.output), names)
         self.gathers = self._rows.gathers
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:

@@ -253,7 +253,8 @@ class GradientFeatures:
             if run.plan.untracked:
                 raise ValueError(
                     f"model must reach {run.plan.untracked[0]!r} through an attribute of one of its modules; it used "
-                    "it from elsewhere (a closure, a global name), where no copy can stand in for it"
+                    "it from elsewhere (a closure, a global name, a tensor that an earlier call kept), where no copy "
+                    "can stand in for it"
                 )
             _check_logits(logits, samples)
             z = logits.detach()

@@ -150,7 +150,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             if missed:
                 raise ValueError(
                     f"model must reach {missed[0]!r} through an attribute of one of its modules; it used it from "
-                    "elsewhere (a closure, a global name), where its gradients per sample are not seen"
+                    "elsewhere (a closure, a global name, a tensor that an earlier call kept), where its gradients per "
+                    "sample are not seen"
                 )
         self.calls = [call for call in self.calls if call.run() is not None]
         outputs = () if run.plan is None else run.plan.outputs

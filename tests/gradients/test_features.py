@@ -475,6 +475,35 @@ def test_parameters_out_of_reach_are_refused() -> None:
     assert_close(torch.stack(norms, 1), truth)
 
 
+def test_a_tensor_of_parameters_that_an_earlier_call_kept_is_refused() -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(4))
+            self.layer = nn.Linear(4, 3)
+            self.kept: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.kept:
+                self.kept["twice"] = self.scale * 2
+            return self.layer(x * self.kept["twice"])  # type: ignore[no-any-return]
+
+    model, x = Kept(), torch.randn(3, 4)
+    # A call of the copy keeps nothing in the user's model.
+    truth = true_norms(model, (x,), lambda _, z: losses.delta(z, "ones", loss="bce"))
+    model.kept.clear()
+    extractor = fastgrad.GradientFeatures(model, loss="bce", target="ones")
+    assert_close(extractor(x)[1], truth)
+    model(x)
+    with pytest.raises(ValueError, match=r"model must reach 'scale' .* a tensor that an earlier call kept"):
+        fastgrad.GradientFeatures(model)(x)
+    with fastgrad.record(model), pytest.raises(ValueError, match="model must reach 'scale'"):
+        model(x)
+    # One that was computed without gradients is a constant to autograd, too.
+    model.kept["twice"] = model.kept["twice"].detach()
+    assert (fastgrad.GradientFeatures(model)(x)[1][:, 0] == 0).all()
+
+
 @pytest.mark.slow
 def test_compile_with_inductor(model: Net, x: Tensor) -> None:
     extractor = fastgrad.GradientFeatures(model)
