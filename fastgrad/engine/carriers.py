@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastgrad._torch import is_traced, pytree
 from fastgrad.batches import carrying, take
-from fastgrad.engine.copy import Shadow, detach_plain, unwritten
+from fastgrad.engine.copy import Shadow, detach_plain
+from fastgrad.engine.given import unwritten
 from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.state import undone
 

@@ -6,12 +6,10 @@ nothing to restore after an exception, and threads cannot disturb one another.
 
 from __future__ import annotations
 
-import enum
 import functools
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from copy import copy as shallow_copy
 from typing import Any
 
 import torch
@@ -21,9 +19,10 @@ from fastgrad import _torch
 from fastgrad.engine.steps import unnoted
 
 _SEQUENCES = (list, tuple, set)
-_CONTAINERS = (*_SEQUENCES, dict, OrderedDict)
-# Values of these types hold nothing of a module tree.
-_PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor))
+#: Types of containers in which parts of a module tree are looked for.
+CONTAINERS = (*_SEQUENCES, dict, OrderedDict)
+#: Values of these types hold nothing of a module tree.
+PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor))
 #: Plain attributes of modules, by id of the user's module.
 Settings = dict[int, dict[str, Any]]
 _HOOK_TABLES = frozenset(
@@ -147,7 +146,7 @@ class Shadow:
             id(part): {
                 name: _own(value)
                 for name, value in self.modules[id(part)].__dict__.items()
-                if (type(value) in _PLAIN and not isinstance(value, Tensor))
+                if (type(value) in PLAIN and not isinstance(value, Tensor))
                 or (name not in _TABLES and _is_filled_plainly(value))
             }
             for part in module.modules()
@@ -240,7 +239,7 @@ class Shadow:
         """Follow modules, parameters and methods which plain attributes hold."""
         state = copy.__dict__
         for name, value in original.__dict__.items():
-            if type(value) in _PLAIN or name in _TABLES:
+            if type(value) in PLAIN or name in _TABLES:
                 continue
             self._met_parameter = False
             replaced = self._replace(value)
@@ -252,16 +251,16 @@ class Shadow:
 
     def _replace(self, value: Any) -> Any:
         """``value`` with everything of the tree inside it replaced; ``value`` itself if there is nothing."""
-        if type(value) in _PLAIN:
+        if type(value) in PLAIN:
             return value
-        if type(value) in _SEQUENCES and _PLAIN.issuperset(map(type, value)):
+        if type(value) in _SEQUENCES and PLAIN.issuperset(map(type, value)):
             return type(value)(value) if self._apart else value
         if isinstance(value, nn.Module):
             return self.modules.get(id(value), value)
         if isinstance(value, nn.Parameter):
             self._met_parameter = True
             return self._copies.get(id(value), value)
-        if type(value) in _CONTAINERS:
+        if type(value) in CONTAINERS:
             if isinstance(value, dict):
                 items = {key: self._replace(item) for key, item in value.items()}
                 same = all(items[key] is item for key, item in value.items())
@@ -284,78 +283,13 @@ class Shadow:
 def _is_filled_plainly(value: Any) -> bool:
     """Whether ``value`` is a list, dict or set with nothing of a module tree."""
     if type(value) in (dict, OrderedDict):
-        return _PLAIN.issuperset(map(type, value.values()))
-    return type(value) in (list, set) and _PLAIN.issuperset(map(type, value))
+        return PLAIN.issuperset(map(type, value.values()))
+    return type(value) in (list, set) and PLAIN.issuperset(map(type, value))
 
 
 def _own(value: Any) -> Any:
     """A shallow copy of a list, dict or set; ``value`` itself otherwise."""
-    return type(value)(value) if type(value) in _CONTAINERS else value
-
-
-def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: dict[int, Any] | None = None) -> Any:
-    """A copy of an object that a module is given and may write to, as a cache of keys and values, at all depths.
-
-    ``tensor`` gives what it holds in place of each tensor. Modules, functions and classes are shared.
-    """
-    if isinstance(value, Tensor):
-        return tensor(value)
-    if type(value) in _PLAIN or isinstance(value, (nn.Module, type, enum.Enum)) or callable(value):
-        return value
-    known = {} if known is None else known
-    if id(value) in known:
-        return known[id(value)]
-    held = getattr(value, "__dict__", None)
-    if type(value) not in (*_CONTAINERS, defaultdict) and type(held) is not dict:
-        return value
-    try:
-        made = shallow_copy(value)
-    except Exception:
-        # What cannot be copied is shared, as a handle of the system's.
-        return value
-    # Objects may lead back to themselves.
-    known[id(value)] = made
-    if type(held) is dict:
-        made.__dict__.update({name: apart(item, tensor, known) for name, item in held.items()})
-    if isinstance(value, dict):
-        made.update({key: apart(item, tensor, known) for key, item in value.items()})
-    elif type(value) is list:
-        made[:] = [apart(item, tensor, known) for item in value]
-    elif type(value) is tuple:
-        made = known[id(value)] = tuple(apart(item, tensor, known) for item in value)
-    return made
-
-
-def unwritten(inputs: Any) -> Any:
-    """Inputs of a pass that leaves the user's objects as they are: see `apart`; tensors among them are the same."""
-    return _torch.pytree.tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else apart(leaf, detach_plain), inputs)
-
-
-class Given:
-    """Objects among the inputs of a pass, as a cache of keys and values, to give them back what they held before.
-
-    Attributes:
-        tensors: Those that the objects held.
-    """
-
-    def __init__(self, inputs: Any) -> None:
-        self.tensors: list[Tensor] = []
-        leaves = [leaf for leaf in _torch.pytree.tree_leaves(inputs) if not isinstance(leaf, Tensor)]
-        copies = [(leaf, apart(leaf, self._hold)) for leaf in leaves]
-        self._held = [(leaf, kept) for leaf, kept in copies if kept is not leaf]
-
-    def _hold(self, tensor: Tensor) -> Tensor:
-        self.tensors.append(tensor)
-        return tensor
-
-    def restore(self) -> None:
-        """Give back everything but what was written to the tensors."""
-        # They may lead back to themselves.
-        known = {id(kept): leaf for leaf, kept in self._held}
-        for leaf, kept in self._held:
-            before = {name: apart(item, lambda tensor: tensor, known) for name, item in kept.__dict__.items()}
-            leaf.__dict__.clear()
-            leaf.__dict__.update(before)
+    return type(value)(value) if type(value) in CONTAINERS else value
 
 
 def _run(hook: Callable[..., Any], *args: Any) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import disable_mha_fastpath, is_readable, pytree
-from fastgrad.engine.copy import Settings, Shadow, apart, detach_plain
+from fastgrad.engine.copy import Settings, Shadow, detach_plain
+from fastgrad.engine.given import apart
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fastgrad._torch import disable_mha_fastpath, is_traced, pytree
 from fastgrad.batches import input_tensors
 from fastgrad.engine.carriers import find_carriers
-from fastgrad.engine.copy import Given, Shadow, detach_plain
+from fastgrad.engine.copy import Shadow, detach_plain
 from fastgrad.engine.fallback import floating
+from fastgrad.engine.given import Given
 from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.engine.plan import Known, Plan, Route

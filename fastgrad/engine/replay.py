@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import pytree
-from fastgrad.engine.copy import Settings, Shadow, apart, attach, detach_plain
+from fastgrad.engine.copy import Settings, Shadow, attach, detach_plain
 from fastgrad.engine.fallback import Fallback, batch_first
+from fastgrad.engine.given import apart
 from fastgrad.engine.probe import tap
 from fastgrad.engine.run import Run, Site
 from fastgrad.engine.sites import RuledSite, columns

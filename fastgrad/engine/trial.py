@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fastgrad._torch import pytree
 from fastgrad.batches import take
 from fastgrad.engine.backward import order_by_parameter, probe_grads
-from fastgrad.engine.copy import detach_plain, unwritten
+from fastgrad.engine.copy import detach_plain
+from fastgrad.engine.given import unwritten
 from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.observe import Observation
 from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
