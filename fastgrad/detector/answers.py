@@ -98,8 +98,7 @@ def fit_answers(
     gate = None
     if (challenging & (labels >= 0)).any():
         unusual = torch.from_numpy(challenging)
-        known = torch.zeros(len(unusual), dtype=torch.float64)
-        gate = NoisyOr.fit(known, found.evidence, unusual, unusual).to(device)
+        gate = NoisyOr.fit(None, found.evidence, unusual, unusual).to(device)
     return Answers(classifier.to_module().to(device), gate, temperature), kept
 
 

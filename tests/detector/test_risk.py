@@ -8,7 +8,7 @@ import torch
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from fastgrad.detector.risk import NoisyOr, doubt
+from fastgrad.detector.risk import NoisyOr, certainty_of, doubt
 
 
 def drawn(count: int = 4000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -26,7 +26,7 @@ def drawn(count: int = 4000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
 @pytest.mark.filterwarnings("ignore:scipy.optimize. The `disp` and `iprint` options:DeprecationWarning")
 def test_without_another_cause_it_is_a_logistic_regression() -> None:
     _, evidence, _, challenging = drawn()
-    found = NoisyOr.fit(torch.zeros(len(evidence)).double(), evidence, challenging, challenging)
+    found = NoisyOr.fit(None, evidence, challenging, challenging)
     # Scikit-learn's objective is C times the weighted losses plus ||w||^2 / 2.
     count = len(evidence)
     weights = np.where(challenging, 0.5 / challenging.sum(), 0.5 / (~challenging).sum()) * count
@@ -49,6 +49,24 @@ def test_finds_the_source_that_misleads() -> None:
     # As often right as it says, in each tenth of the answers.
     for part in risk.argsort().chunk(10):
         assert abs(float(risk[part].mean()) - float(event[part].double().mean())) < 0.04
+
+
+def test_evidence_against_a_certain_answer_weighs_more() -> None:
+    known, evidence, _, challenging = drawn(20000)
+    known = known.square()
+    misled = torch.sigmoid((0.5 + 0.3 * certainty_of(known)) * evidence.log1p().sum(1) - 4)
+    event = torch.rand(len(known), generator=torch.Generator().manual_seed(0)) < known + (1 - known) * misled
+    found = NoisyOr.fit(known, evidence, event, challenging)
+    torch.testing.assert_close(found.weight, torch.full_like(found.weight, 0.5), rtol=0, atol=0.15)
+    assert abs(float(found.certain) - 0.3) < 0.05
+    risk, doubtful = found(known, evidence), found(known, evidence / 2)
+    assert (risk > doubtful).all()
+    assert (found.raised(known, evidence) > 0).all()
+
+
+def test_certainty_is_finite() -> None:
+    doubts = torch.tensor([0.0, 1e-300, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(certainty_of(doubts), torch.tensor([20, 20, np.log(9), 0, 0, 0]).double())
 
 
 def test_without_challenges_the_risk_is_the_answers_own() -> None:
