@@ -3,13 +3,13 @@
 An answer is wrong because the network is unsure of it, or because the input misleads the network, whichever it is: a
 noisy-or (Pearl, *Probabilistic Reasoning in Intelligent Systems*, 1988) of two causes,
 
-    risk = 1 - p (1 - m),    m = sigmoid(b + sum_s (w_s + v c) log(1 + e_s)),    w_s, v >= 0
+    risk = 1 - p (1 - m),    m = sigmoid(b + sum_s w_s log(1 + e_s) + v c log(1 + e_challenges)),    w_s, v >= 0
 
 p the largest probability, c = log(p / (1 - p)) how certain the answer is, at least 0, e_s the evidence of source s. So
-risk is 1 - p where nothing is unusual, and no evidence ever lowers it. Evidence against a certain answer weighs more: a
-foreign or blurred input leaves the network unsure, an attack makes it certain (chosen on a ResNet-20). b, v and w are
-those of largest likelihood on clean inputs and challenges, both weighing the same in all. A challenge keeps the label
-of the clean input that it is made from: it does not change what is seen.
+risk is 1 - p where nothing is unusual, and no evidence ever lowers it. What resembles challenges counts more against a
+certain answer: a foreign or blurred input leaves the network unsure, an attack makes it certain. b, v and w are those
+of largest likelihood on clean inputs and challenges, both weighing the same in all. A challenge keeps the label of the
+clean input that it is made from: it does not change what is seen.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgrad.detector.constants import RISK_STEPS
+from fastgrad.detector.constants import CERTAINTY, RISK_STEPS
 from fastgrad.scores.fitted import Fitted
 
 
 class NoisyOr(Fitted):
     """P(event) from a cause of known probability, and the evidence for another.
 
-    Buffers: ``weight`` ``(S,)``, ``certain`` ``()``, by which each weight rises with the certainty that the known cause
-    is absent, and ``bias`` ``()``.
+    Buffers: ``weight`` ``(S,)``, ``bias`` ``()``, and ``certain`` ``()``, by which the weight of the last source rises
+    with the certainty that the known cause is absent.
     """
 
     weight: Tensor
@@ -41,7 +41,8 @@ class NoisyOr(Fitted):
         Args:
             known: ``(n,)``, the probability of the other cause. None: there is none, and this is a logistic regression
                 of the evidence.
-            evidence: ``(n, S)``, of each input by what was fitted without it and its source.
+            evidence: ``(n, S)``, of each input by what was fitted without it and its source; the classifier of
+                challenges comes last.
             event: ``(n,)`` of bool.
             challenging: ``(n,)`` of bool.
         """
@@ -58,7 +59,7 @@ class NoisyOr(Fitted):
             v[usable] for v in (other, certainty, evidence, event, challenging)
         )
         amounts = evidence.log1p()
-        rows = torch.cat([amounts, (certainty * amounts.sum(1)).unsqueeze(1), torch.ones_like(amounts[:, :1])], 1)
+        rows = torch.cat([amounts, certainty.unsqueeze(1) * amounts[:, -1:], torch.ones_like(amounts[:, :1])], 1)
         shares = torch.where(challenging, 0.5 / challenging.sum(), 0.5 / (~challenging).sum())
 
         def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
@@ -87,7 +88,7 @@ class NoisyOr(Fitted):
         amounts = evidence.log1p()
         odds = amounts @ self.weight + self.bias
         if certainty is not None:
-            odds = odds + self.certain * certainty * amounts.sum(-1)
+            odds = odds + self.certain * certainty * amounts[:, -1]
         return torch.where(evidence.isfinite().all(1), odds, torch.inf)
 
     def forward(self, known: Tensor, evidence: Tensor) -> Tensor:
@@ -111,5 +112,5 @@ def doubt(log_probabilities: Tensor) -> Tensor:
 
 
 def certainty_of(doubt: Tensor) -> Tensor:
-    """Log odds ``(B,)`` that an answer is right by itself, from 0 to 20, for the probability that it is not."""
-    return (torch.log1p(-doubt) - doubt.log()).clamp(0, 20)
+    """Log odds ``(B,)`` that an answer is right by itself, from 0 to 20, over `CERTAINTY`."""
+    return (torch.log1p(-doubt) - doubt.log()).clamp(0, 20) / CERTAINTY
