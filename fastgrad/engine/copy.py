@@ -96,7 +96,7 @@ class Shadow:
         self.recorded = recorded
         #: Whether modules keep their own mode instead of evaluation mode.
         self.training = training
-        self._parameter, self._apart = parameter, apart
+        self._parameter, self._apart, self._graded = parameter, apart, torch.is_grad_enabled()
         self._copies: dict[int, Any] = {}
         # Where the copies hold a parameter: tables and keys by its id; plain attributes with parameters of the tree, of
         # a copy, by name, and what the original has there.
@@ -225,7 +225,7 @@ class Shadow:
             if child is not None:
                 children[name] = self._named[prefix + name] = self._module(child, f"{prefix}{name}.")
         state["_modules"] = children
-        if isinstance(copy, _torch.BatchNorm):
+        if self._graded and isinstance(copy, _torch.BatchNorm):
             attach(copy, _lay_out_gradient)
         return copy
 
