@@ -78,8 +78,7 @@ def small(name: str, options: Options, draw: int) -> Subject:
 
 for _name, _title in (
     ("resnet18", "ResNet-18 on CIFAR-10"), ("resnet20", "ResNet-20 on CIFAR-10"),
-    ("resnet56", "ResNet-56 on CIFAR-10, published weights"),
+    ("resnet56", "ResNet-56 on CIFAR-10, published weights"), ("resnet", "a small residual network (smoke test)"),
     ("densenet", "DenseNet-BC on CIFAR-10, published weights"),
-    ("resnet", "a small residual network on CIFAR-10 (smoke test)"),
 ):  # fmt: skip
     network(_name, _title)(partial(small, _name))

@@ -41,8 +41,7 @@ class Published(NamedTuple):
             try:
                 torch.hub.download_url_to_file(self.url, str(path), progress=False)
             except OSError as why:
-                reason = f"its weights are not in {path} and cannot be downloaded from {self.url} ({why})"
-                raise NotRun(reason) from why
+                raise NotRun(f"its weights are not in {path} and cannot be downloaded from {self.url} ({why})") from why
         if (found := sha256(path.read_bytes()).hexdigest()) != self.digest:
             raise ValueError(f"{path} must have the SHA-256 {self.digest}; it has {found}. Delete it")
         model = self.make()
@@ -54,14 +53,12 @@ class Published(NamedTuple):
         return model.eval()
 
 
-_ON_GITHUB = "https://github.com/{}/raw/{}"
+_DICE = "https://github.com/deeplearning-wisc/dice/raw/8acfb8d52eee997a7bf6f9d17ff5363fd91ba47b/checkpoints/CIFAR-10"
+_RESNETS = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/d5489e8995e81e91ce6b1d69dcc98ad579b0b153"
 PUBLISHED: Mapping[str, Published] = {
     # "DICE" (Sun and Li, ECCV 2022).
     "densenet": Published(
-        _ON_GITHUB.format(
-            "deeplearning-wisc/dice",
-            "8acfb8d52eee997a7bf6f9d17ff5363fd91ba47b/checkpoints/CIFAR-10/densenet/checkpoint_100.pth.tar",
-        ),
+        f"{_DICE}/densenet/checkpoint_100.pth.tar",
         "deaefd082911a1c6c92aacdcfecf03c71b932acc5c08b779c85c44eccdc0c817",
         dense_network,
         {"conv1.": "stem.", "block1.layer.": "stages.0.0.", "trans1.": "stages.0.1.", "block2.layer.": "stages.1.0.",
@@ -69,10 +66,7 @@ PUBLISHED: Mapping[str, Published] = {
     ),
     # Idelbayev, "Proper ResNet implementation for CIFAR10/CIFAR100 in PyTorch" (2018).
     "resnet56": Published(
-        _ON_GITHUB.format(
-            "akamaster/pytorch_resnet_cifar10",
-            "d5489e8995e81e91ce6b1d69dcc98ad579b0b153/pretrained_models/resnet56-4bfd9763.th",
-        ),
+        f"{_RESNETS}/pretrained_models/resnet56-4bfd9763.th",
         "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367",
         partial(
             residual_network, width=16, blocks=9, stride=1, padded=True,
