@@ -24,7 +24,6 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
-# PyTorch 2.13 meets a deprecated name of its own when it compiles.
 @pytest.mark.parametrize("case", BAD)
 def test_the_error_names_the_argument(case: str) -> None:
     call, error, message = BAD[case]
