@@ -186,7 +186,7 @@ def iter_challenges(
             name = attacked[place % len(attacked)] if under_attack else others[order[place % len(others)]]
             # All strengths of an attack are made together.
             groups[_row(name)[0].function if under_attack else name].append((number - first, name))
-    size = batch_size or _fitting(inputs)
+    size, inputs = batch_size or _fitting(inputs), inputs.detach()
 
     def batches() -> Iterator[Challenges]:
         made: list[Tensor] = []
@@ -196,7 +196,7 @@ def iter_challenges(
             for start in range(0, len(group), size):
                 places, names = zip(*group[start : start + size], strict=True)
                 generator = _generator(f"{seed}/{first + places[0]}/{names[0]}")
-                made.append(_altered(model, inputs.detach(), places, names, generator, pixels))
+                made.append(_altered(model, inputs, places, names, generator, pixels))
                 kinds += [name.partition("-")[0] for name in names]
                 sources += [first + place for place in places]
                 # Groups of few images wait for others: a network is slow on small batches.
