@@ -39,15 +39,29 @@ def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: dict[int, Any] 
         return value
     # Objects may lead back to themselves.
     known[id(value)] = made
-    if type(held) is dict:
-        made.__dict__.update({name: apart(item, tensor, known) for name, item in held.items()})
-    if isinstance(value, dict):
-        made.update({key: apart(item, tensor, known) for key, item in value.items()})
-    elif type(value) is list:
-        made[:] = [apart(item, tensor, known) for item in value]
-    elif type(value) is tuple:
+    if type(value) is tuple:
         made = known[id(value)] = tuple(apart(item, tensor, known) for item in value)
+    else:
+        _fill(made, value, lambda item: apart(item, tensor, known))
     return made
+
+
+def _fill(target: Any, source: Any, each: Callable[[Any], Any]) -> None:
+    """Have an object hold what another of its type holds, item by item."""
+    if type(getattr(source, "__dict__", None)) is dict:
+        held = {name: each(item) for name, item in source.__dict__.items()}
+        target.__dict__.clear()
+        target.__dict__.update(held)
+    if isinstance(source, dict):
+        items = {key: each(item) for key, item in source.items()}
+        target.clear()
+        target.update(items)
+    elif isinstance(source, list):
+        target[:] = [each(item) for item in source]
+    elif isinstance(source, set):
+        members = set(source)
+        target.clear()
+        target.update(members)
 
 
 def unwritten(inputs: Any) -> Any:
@@ -77,6 +91,4 @@ class Given:
         # They may lead back to themselves.
         known = {id(kept): leaf for leaf, kept in self._held}
         for leaf, kept in self._held:
-            before = {name: apart(item, lambda tensor: tensor, known) for name, item in kept.__dict__.items()}
-            leaf.__dict__.clear()
-            leaf.__dict__.update(before)
+            _fill(leaf, kept, lambda item: apart(item, lambda tensor: tensor, known))

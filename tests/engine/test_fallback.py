@@ -87,63 +87,6 @@ def test_gradients_whose_squares_leave_the_range_of_float32(factor: float) -> No
     torch.testing.assert_close(found, torch.stack(truth), rtol=1e-10, atol=0)
 
 
-class Cache:
-    """Keys that modules add to, as in a model that can go on with its sequence; it holds a reference to itself."""
-
-    def __init__(self) -> None:
-        self.keys: list[Tensor] = []
-        self.steps, self.own = {"seen": 0}, self
-
-    def update(self, keys: Tensor) -> Tensor:
-        self.keys.append(keys)
-        self.steps["seen"] += 1
-        return torch.cat(self.keys, 1)
-
-
-class Cached(nn.Module):
-    """A layer without a rule that is given a cache."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.rand(4) + 0.5)
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        keys = x * self.scale
-        return x + (keys.tanh() @ (keys if cache is None else cache.update(keys)).sum(1, keepdim=True).mT) * self.scale
-
-
-class Sequence(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Cached(), Cached()])
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        cache = Cache() if cache is None else cache
-        for layer in self.layers:
-            x = layer(x, cache=cache)
-        return x[:, -1]
-
-
-@pytest.mark.parametrize("samples", [1, 3])
-def test_a_cache_is_to_a_layer_that_runs_again_what_it_was(samples: int) -> None:
-    torch.manual_seed(0)
-    model, x = Sequence().double().eval(), torch.randn(samples, 5, 4, dtype=torch.float64)
-    extractor = fastgrad.GradientFeatures(model, loss="mse", target="ones")
-    _, features = extractor(x)
-    losses = [(model(one[None]) - 1).square().sum() / 2 for one in x]
-    truth = torch.stack([
-        torch.stack([g.square().sum() for g in torch.autograd.grad(loss, list(model.parameters()))]) for loss in losses
-    ])  # fmt: skip
-    assert relative_error(features / features[:1, :1] * truth[:1, :1], truth, 2e-16).max() < 1e-10
-
-    cache = Cache()
-    with fastgrad.record(model):
-        out = model(x, cache=cache)
-        fastgrad.grad_sqnorm(out.square().sum(), list(model.parameters()))
-    assert cache.steps == {"seen": 2}
-    assert [len(keys) for keys in cache.keys] == [samples, samples]
-
-
 class States(nn.Module):
     """Classes, and in evaluation mode the states of all steps, steps first; one scale for both halves of the steps."""
 
@@ -176,29 +119,3 @@ def test_outputs_with_the_batch_elsewhere(training: bool) -> None:
         out = model(x)
         norms = clipped.backward(out[0].square().sum(1) + sum(states.pow(3).sum((0, 2)) for states in out[1:]))
     torch.testing.assert_close(norms.square(), truth.sum(1), rtol=1e-10, atol=0)
-
-
-class Branching(Sequence):
-    """Another path for inputs with a negative sum."""
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        return super().forward(x if x.sum() > 0 else x * self.layers[0].scale, cache)
-
-
-def test_a_cache_is_filled_once_by_a_call_that_is_begun_again() -> None:
-    torch.manual_seed(0)
-    model = Branching().double().eval()
-    x = torch.rand(3, 5, 4, dtype=torch.float64)
-    parameters = list(model.parameters())
-    for batch in (x, -x):
-        cache = Cache()
-        with fastgrad.record(model):
-            out = model(batch, cache=cache)
-            found = fastgrad.grad_sqnorm(out.square().sum(), parameters)
-        truth = torch.stack([
-            torch.stack([g.square().sum() for g in torch.autograd.grad(model(one[None]).square().sum(), parameters)])
-            for one in batch
-        ])  # fmt: skip
-        assert relative_error(torch.stack(found, 1), truth, 2e-16).max() < 1e-10
-        assert cache.steps == {"seen": 2}
-        assert cache.own is cache
