@@ -43,7 +43,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 @pytest.mark.parametrize("case", BAD)
 def test_the_error_names_the_argument(case: str) -> None:
     call, error, message = BAD[case]

@@ -160,7 +160,7 @@ def test_a_first_batch_that_is_not_finite() -> None:
     assert found.isnan().all(1).tolist() == [i == 1 for i in range(6)]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 @pytest.mark.parametrize("entry", [fastgrad.GradientFeatures, fastgrad.record])
 def test_parameters_that_are_not_seen_whole(entry: Any) -> None:
     for part, error, message in (
