@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgrad.scores.conformal import OneSided, TwoSided
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.mahalanobis import Mahalanobis
@@ -33,8 +32,8 @@ CLIP = 8.0
 #: Gaussians of a mixture, and principal components that it sees, at most. Image statistics and roughness, from clean
 #: data, attacks on a ResNet-20: eight Gaussians on 16 components AUROC .91, one Gaussian .84, one on 4 components .76.
 _COMPONENTS, _DIMENSIONS = 8, 16
-#: Name, rows, fitted score and meaning of a one-class score.
-Part = tuple[str, Rows, Fitted, type[OneSided] | type[TwoSided]]
+#: Name, rows and fitted score of a one-class score; with the option ``two_sided=True`` it can be too good to be true.
+Part = tuple[str, Rows, Fitted]
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Block:
     def distance(cls, blocks: Mapping[str, Array], settings: Settings, **how: Any) -> Part:
         """The score that is the Mahalanobis distance of `rows`, each column cut at `CLIP`."""
         rows = cls.rows(blocks, settings, clip=CLIP, **how)
-        return f"{cls.name}_distance", rows, Mahalanobis.fit(rows.of(blocks)), OneSided
+        return f"{cls.name}_distance", rows, Mahalanobis.fit(rows.of(blocks))
 
     @classmethod
     def mixture(cls, blocks: Mapping[str, Array], settings: Settings, **how: Any) -> Part:
@@ -122,4 +121,4 @@ class Block:
         rows = cls.rows(blocks, settings, dimensions=dimensions, **how)
         values = rows.of(blocks)
         components = max(1, min(_COMPONENTS, settings.count // (5 * values.shape[1])))
-        return f"{cls.name}_mixture", rows, GaussianMixture.fit(values, components), OneSided
+        return f"{cls.name}_mixture", rows, GaussianMixture.fit(values, components)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.passes import Pass
-from fastgrad.scores.conformal import OneSided, TwoSided
 from fastgrad.scores.logits import Energy, Margin
 from fastgrad.scores.rows import Rows
 
@@ -35,9 +34,9 @@ class Logits(Block):
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         """Energy, and the margin where there are two classes."""
-        yield "energy", Rows.fit(blocks, cls.name, standardise=False), Energy(), TwoSided
+        yield "energy", Rows.fit(blocks, cls.name, standardise=False), Energy(two_sided=True)
         if blocks[cls.name].shape[1] > 1:
-            yield "margin", Rows.fit(blocks, cls.name, top=2, standardise=False), Margin(), OneSided
+            yield "margin", Rows.fit(blocks, cls.name, top=2, standardise=False), Margin()
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:

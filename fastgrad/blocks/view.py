@@ -13,7 +13,6 @@ from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.losses import compute_dtype
-from fastgrad.scores.conformal import OneSided
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.rows import Rows
 
@@ -79,4 +78,4 @@ class View(Block):
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         """The divergence itself."""
-        yield cls.name, Rows.fit(blocks, cls.name, standardise=False), Plain(), OneSided
+        yield cls.name, Rows.fit(blocks, cls.name, standardise=False), Plain()

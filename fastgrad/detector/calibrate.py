@@ -29,39 +29,29 @@ from fastgrad.blocks.block import Settings
 from fastgrad.detector.challenge_classifier import NAME, ChallengeClassifier, JointRows
 from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.inputs import Array, Blocks, as_tensors, check_rate, take
-from fastgrad.scores.conformal import OneSided, TwoSided, p_value_map, weighted
+from fastgrad.scores.conformal import PValues, weighted
 from fastgrad.scores.fitted import Fitted, Sequence
 
 
-class ScoreSpec(NamedTuple):
-    """A fitted score whose p-values are not known yet.
+class Score(Fitted):
+    """One score: what it reads of the blocks, and what it makes of it.
 
-    Attributes:
-        rows: What it reads of the blocks.
-        score: From those rows to ``(B,)``.
-        p_value: One-sided, or two-sided for a score that can be too good to be true.
-        source: The block that it reads, or the classifier of challenges.
-        weight: How much its evidence counts beside the others'.
+    Options: ``source``, the block that it reads, or the classifier of challenges; ``weight``, how much its evidence
+    counts beside the others'.
     """
 
     rows: Fitted
     score: Fitted
-    p_value: type[OneSided] | type[TwoSided]
-    source: str
-    weight: float = 1.0
-
-
-class Score(Fitted):
-    """One score: rows, score, map to p-values; options ``source`` and ``weight`` as in `ScoreSpec`."""
-
-    rows: Fitted
-    score: Fitted
-    p_value: Fitted
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Scores ``(B,)`` before calibration."""
         result: Tensor = self.score(self.rows(blocks))
         return result
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether it can be too good to be true."""
+        return bool(self.score.options.get("two_sided"))
 
 
 class DetectorModule(Fitted):
@@ -73,13 +63,13 @@ class DetectorModule(Fitted):
     """
 
     scores: Sequence
-    final: OneSided
+    p_values: PValues
+    final: PValues
     calibration_scores: Tensor
 
     def evidence(self, raw: Tensor, *, cap: float = CAP) -> Tensor:
         """Weighted -log p, at most ``cap``, ``(B, K)`` of all scores' ``raw`` values ``(K, B)``."""
-        log_p = p_value_map([score.p_value for score in self.scores], raw)
-        return weighted(log_p.t(), cap, [score.options["weight"] for score in self.scores])
+        return weighted(self.p_values(raw).t(), cap, [score.options["weight"] for score in self.scores])
 
     def raw(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Every score's values before calibration, ``(K, B)``."""
@@ -92,7 +82,12 @@ class DetectorModule(Fitted):
     def explain(self, blocks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Uncertainty ``(B,)``, and the evidence ``(B, S)`` of each of `sources`, whose sum it calibrates."""
         evidence = self.evidence(self.raw(blocks))
-        return infinite_where_nan(-self.final(evidence.sum(-1))), infinite_where_nan(self.by_source(evidence))
+        return infinite_where_nan(self.total(evidence)), infinite_where_nan(self.by_source(evidence))
+
+    def total(self, evidence: Tensor) -> Tensor:
+        """-log p ``(B,)`` of the sum of ``evidence`` ``(B, K)``."""
+        log_p: Tensor = self.final(evidence.sum(-1).unsqueeze(0))
+        return -log_p.squeeze(0)
 
     @property
     def sources(self) -> list[str]:
@@ -169,22 +164,22 @@ class Calibrated(NamedTuple):
     table: Table
 
 
-def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str, ScoreSpec]:
+def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str, Score]:
     """One score or more a block on the clean samples among the ``chosen``, and the classifier of challenges on all.
 
     ``count`` as in `Settings`.
     """
     settings = Settings(table.log, count)
     clean = take(table.blocks, chosen & (table.kinds == 0))
-    specs: dict[str, ScoreSpec] = {}
+    scores: dict[str, Score] = {}
     for source in clean:
-        for name, rows, score, p_value in table.known[source].scores(clean, settings):
-            specs[name] = ScoreSpec(rows, score, p_value, source)
+        for name, rows, score in table.known[source].scores(clean, settings):
+            scores[name] = Score(rows=rows, score=score, source=source, weight=1.0)
     if (chosen & (table.kinds > 0)).any():
         joint = JointRows.fit(clean, table.known, settings)
         classifier = ChallengeClassifier.fit(joint(as_tensors(take(table.blocks, chosen))), table.kinds[chosen])
-        specs[NAME] = ScoreSpec(joint, classifier, OneSided, NAME, WEIGHT)
-    return specs
+        scores[NAME] = Score(rows=joint, score=classifier, source=NAME, weight=WEIGHT)
+    return scores
 
 
 def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.intp]:
@@ -220,13 +215,13 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
         (fold == number, fit_scores(table, fitting & (fold != number), smallest)) for number in range(fold.max() + 1)
     ]
     final = fit_scores(table, fitting, smallest)
-    names = [name for name in final if all(name in specs for _, specs in parts)]
+    names = [name for name in final if all(name in scores for _, scores in parts)]
     if not names:
         raise ValueError("blocks must have at least one score, or there must be challenges; there was neither")
     raw = torch.full((len(names), len(fold)), torch.nan, dtype=torch.float64)
-    for chosen, specs in [*parts, (~fitting, final)]:
+    for chosen, scores in [*parts, (~fitting, final)]:
         if chosen.any():
-            raw[:, torch.as_tensor(chosen)] = _scores(table, chosen, [specs[name] for name in names])
+            raw[:, torch.as_tensor(chosen)] = _scores(table, chosen, [scores[name] for name in names])
     failed = {
         name: int(values.isnan().sum())
         for name, values in zip(names, raw[:, torch.as_tensor(clean)], strict=True)
@@ -236,17 +231,9 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
         raise ValueError(f"clean samples must have finite scores to calibrate on; these were NaN: {failed}")
 
     def mapped(counted: NDArray[np.bool_]) -> DetectorModule:
-        scores = {
-            name: Score(
-                rows=final[name].rows,
-                score=final[name].score,
-                p_value=final[name].p_value.fit(values),
-                source=final[name].source,
-                weight=final[name].weight,
-            )
-            for name, values in zip(names, raw[:, torch.as_tensor(counted)], strict=True)
-        }
-        return DetectorModule(scores=Sequence(**scores))
+        own = {name: final[name] for name in names}
+        p_values = PValues.fit(raw[:, torch.as_tensor(counted)], [score.two_sided for score in own.values()])
+        return DetectorModule(scores=Sequence(**own), p_values=p_values)
 
     # p-values come from the clean samples of the other folds, so that none helps to call itself usual.
     evidence = torch.empty(len(fold), len(names), dtype=torch.float64)
@@ -256,18 +243,17 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
         others = module if number < 0 else mapped(clean & fitting & (fold != number))
         evidence[chosen] = others.evidence(raw[:, chosen])
     # What the sum means: counted on what was held out, or else on every clean sample.
-    sums = evidence.sum(-1)
-    calibrating = table.held_out if table.held_out.any() else clean & fitting
-    module.add_module("final", OneSided.fit(sums[torch.as_tensor(calibrating)], counted=True))
-    module.register_buffer("calibration_scores", -module.final(sums[torch.as_tensor(calibrating)]))
+    calibrating = evidence[torch.as_tensor(table.held_out if table.held_out.any() else clean & fitting)]
+    module.add_module("final", PValues.fit(calibrating.sum(-1).unsqueeze(0), [False], counted=True))
+    module.register_buffer("calibration_scores", module.total(calibrating))
     module.options["exact"] = bool(table.held_out.any())
     return Calibrated(module.eval(), module.by_source(evidence), table)
 
 
-def _scores(table: Table, chosen: NDArray[np.bool_], specs: list[ScoreSpec]) -> Tensor:
+def _scores(table: Table, chosen: NDArray[np.bool_], scores: list[Score]) -> Tensor:
     """Raw scores ``(K, m)`` of the m chosen samples, a few at a time, so that a large set needs little memory."""
     columns = []
     for part in np.array_split(np.flatnonzero(chosen), -(-int(chosen.sum()) // 1024)):
         blocks = as_tensors(take(table.blocks, part))
-        columns.append(torch.stack([spec.score(spec.rows(blocks)) for spec in specs]))
+        columns.append(torch.stack([score(blocks) for score in scores]))
     return torch.cat(columns, 1)

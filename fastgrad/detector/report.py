@@ -17,7 +17,7 @@ from fastgrad.detector.challenge_classifier import NAME, ChallengeClassifier
 from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.inputs import as_tensors
 from fastgrad.detector.price import PriceReport
-from fastgrad.scores.conformal import OneSided, p_value_map, weighted
+from fastgrad.scores.conformal import PValues, weighted
 
 #: Half the width of a 95 % interval, in standard errors.
 _INTERVAL = 1.96
@@ -150,17 +150,18 @@ def _sums(
     """The weighted sum ``(n,)`` of every set of blocks and family left out, by what was fitted on the other fold."""
     inside = (fold >= 0) & (fold != number)
     count = int((inside & (table.kinds == 0)).sum())
-    specs = fit_scores(table, inside, count)
+    scores = fit_scores(table, inside, count)
     tensors = as_tensors(table.blocks)
-    joint = specs.pop(NAME).rows.get_submodule("parts")
+    joint = scores.pop(NAME).rows.get_submodule("parts")
     clean = torch.as_tensor((fold == number) & (table.kinds == 0))
     evidence: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        for spec in specs.values():
-            raw = spec.score(spec.rows(tensors))
-            log_p = p_value_map([spec.p_value.fit(raw[clean])], raw.unsqueeze(0))
+        for score in scores.values():
+            raw = score(tensors).unsqueeze(0)
+            log_p = PValues.fit(raw[:, clean], [score.two_sided])(raw)
             own = weighted(log_p.t(), CAP, [1.0])[:, 0]
-            evidence[spec.source] = evidence.get(spec.source, 0) + own
+            source = score.options["source"]
+            evidence[source] = evidence.get(source, 0) + own
         parts = {name: rows(tensors) for name, rows in joint.named_children()}
         found = {}
         for name, chosen in sets.items():
@@ -169,8 +170,8 @@ def _sums(
             for left_out in families:
                 picked = inside & (family != left_out)
                 classifier = ChallengeClassifier.fit(rows[torch.as_tensor(picked)], table.kinds[picked])
-                raw = classifier(rows)
-                log_p = p_value_map([OneSided.fit(raw[clean])], raw.unsqueeze(0))
+                raw = classifier(rows).unsqueeze(0)
+                log_p = PValues.fit(raw[:, clean], [False])(raw)
                 found[name, left_out] = (total + weighted(log_p.t(), CAP, [WEIGHT])[:, 0]).numpy()
     return found
 

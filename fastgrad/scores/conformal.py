@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastgrad.scores.fitted import Fitted
 
@@ -34,8 +34,8 @@ def _spread(ordered: Tensor) -> float:
     return middle or float(ordered[-1] - ordered[0]) or 1.0
 
 
-class UpperTail(Fitted):
-    """Natural logarithm of the p-value of a score, large scores being unusual.
+class PValues(Fitted):
+    """Natural logarithms of the p-values of K scores, large ones being unusual, and of some of them small ones, too.
 
     In the body p is counted at scores that are a few ranks apart and the logarithm interpolated between them, so
     that it is strictly monotone and two scores that happen to lie close together make no cliff, where the
@@ -49,8 +49,13 @@ class UpperTail(Fitted):
     Where scores truly lie close together (a lump, an end of their range) the slope of log p is limited to
     `STEEPEST`, by raising p-values, never by lowering them.
 
-    Buffers: ``scores`` and ``log_p``, the counted ones; ``start``, ``start_log_p``, ``scale``: s, its log p and e.
-    Option ``count``: k.
+    A two-sided score has the typicality 2 min(p, 1 - p): too good to be true is as suspicious as too bad. An attack
+    that overshoots makes a network more certain than any clean image does; one-sided, the energy calls it safe.
+
+    Buffers, with a row for the upper tail of each score, then for the lower one of each two-sided score: ``scores`` and
+    ``log_p`` ``(T, m)``, the counted ones; ``start``, ``start_log_p``, ``scale``, ``count`` ``(T, 1)``: s, its log p,
+    e and k. ``two_sided`` ``(T - K,)``: which scores have a lower tail; ``other`` ``(K,)``: the row of each score's
+    lower tail, or of its upper one; ``factor`` ``(K, 1)``: log 2, or 0.
     """
 
     scores: Tensor
@@ -58,127 +63,70 @@ class UpperTail(Fitted):
     start: Tensor
     start_log_p: Tensor
     scale: Tensor
+    count: Tensor
+    two_sided: Tensor
+    other: Tensor
+    factor: Tensor
 
     @classmethod
-    def fit(cls, scores: Tensor, *, counted: bool = False) -> UpperTail:
-        """From calibration ``scores`` ``(n,)``; ``counted`` counts up to the highest, and describes what is beyond."""
-        ordered = torch.sort(scores.double()).values
-        n = len(ordered)
-        steepest = STEEPEST / _spread(ordered)
-        count = min(n - 1, max(2, min(_TAIL, n // 10)))
-        excess = ordered[n - count :] - ordered[n - 1 - count]
-        above = 0 if counted else count
-        # Counts of scores at or above a knot: from all down to a fifth in equal steps, from there in equal ratios.
-        fifth = max(n / 5, above + 1)
-        steps = math.ceil(math.log(fifth / (above + 1)) / _STEP) + 1
-        counts = torch.cat(
-            [
-                torch.linspace(n, fifth, 1 + round(4 / _STEP), dtype=torch.float64),
-                torch.linspace(math.log(fifth), math.log(above + 1), steps, dtype=torch.float64).exp(),
-            ]
-        ).round()
-        knots = ordered[(n - counts).long().unique()]
-        # Of tied scores the first counts all the others.
-        log_p = torch.log((n - torch.searchsorted(ordered, knots)).double() / (n + 1))
-        # The lowest map above this one that falls nowhere faster. A long line rounds: never below for that.
-        line = steepest * (knots - ordered[n // 2])
-        log_p = torch.maximum(log_p, torch.cummax(log_p + line, 0).values - line)
-        scale = torch.clamp(excess.mean() if count else ordered.new_zeros(()), min=1 / steepest)
-        return cls(
-            scores=knots,
-            log_p=log_p,
-            start=ordered[n - 1 - above],
-            start_log_p=log_p[-1],
-            scale=scale,
-            count=max(1, count),
-        )
+    def fit(cls, scores: Tensor, two_sided: Sequence[bool], *, counted: bool = False) -> PValues:
+        """From calibration ``scores`` ``(K, n)``; ``counted`` counts up to the highest, and describes what is above."""
+        both = torch.tensor(two_sided)
+        lower, rows = both.nonzero().flatten(), torch.arange(len(both))
+        tails = [_tail(row, counted) for row in torch.cat([scores, -scores[lower]]).double()]
+        # Beyond the last counted score, s, no table is read.
+        tables = {name: pad_sequence([tail[name] for tail in tails], True, math.inf) for name in tails[0]}
+        other = rows.index_copy(0, lower, len(both) + torch.arange(len(lower)))
+        return cls(**tables, two_sided=lower, other=other, factor=both.double().unsqueeze(1) * math.log(2.0))
 
     def forward(self, scores: Tensor) -> Tensor:
-        """Log p-values ``(B,)`` of ``scores`` ``(B,)``."""
-        return upper_tails([self], scores.unsqueeze(0)).squeeze(0)
+        """Log p-values ``(K, B)`` of ``scores`` ``(K, B)``, at most 0."""
+        scores = scores.double()
+        tails = torch.cat([scores, -scores.index_select(0, self.two_sided)])
+        upper = torch.searchsorted(self.scores, tails).clamp(max=self.scores.shape[1] - 1)
+        lower = (upper - 1).clamp(min=0)
+        low, high = self.scores.gather(1, lower), self.scores.gather(1, upper)
+        share = ((tails - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
+        first = self.log_p.gather(1, lower)
+        body = first + share * (self.log_p.gather(1, upper) - first)
+        excess = ((tails - self.start) / self.scale).clamp(min=0)
+        log_p = torch.where(tails > self.start, self.start_log_p - self.count * torch.log1p(excess / self.count), body)
+        smaller = torch.minimum(log_p[: len(self.other)], log_p.index_select(0, self.other))
+        return (smaller + self.factor).clamp(max=0.0)
 
 
-def upper_tails(tails: Sequence[UpperTail], scores: Tensor) -> Tensor:
-    """Log p-values ``(K, B)`` of ``scores`` ``(K, B)``, each row by its own tail, in as many operations as for one."""
-
-    def each(name: str) -> Tensor:
-        # Compilers refuse to stack scalars.
-        return torch.cat([getattr(tail, name).expand(1) for tail in tails]).unsqueeze(1)
-
-    def table(name: str) -> Tensor:
-        # Beyond the last counted score, `start`, no table is read.
-        columns = [getattr(tail, name) for tail in tails]
-        longest = max(len(column) for column in columns)
-
-        def padded(column: Tensor) -> Tensor:
-            missing = longest - len(column)
-            return F.pad(column, (0, missing), value=math.inf) if missing else column
-
-        return torch.stack([padded(column) for column in columns])
-
-    scores = scores.double().contiguous()
-    knots, log_p = table("scores"), table("log_p")
-    upper = torch.searchsorted(knots, scores).clamp(max=knots.shape[1] - 1)
-    lower = (upper - 1).clamp(min=0)
-    low, high = knots.gather(1, lower), knots.gather(1, upper)
-    share = ((scores - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
-    first = log_p.gather(1, lower)
-    body = first + share * (log_p.gather(1, upper) - first)
-    count = scores.new_tensor([tail.options["count"] for tail in tails]).unsqueeze(1)
-    start = each("start")
-    excess = ((scores - start) / each("scale")).clamp(min=0)
-    return torch.where(scores > start, each("start_log_p") - count * torch.log1p(excess / count), body)
-
-
-class OneSided(Fitted):
-    """Log p-value of a score that is suspicious when high."""
-
-    upper: UpperTail
-
-    @classmethod
-    def fit(cls, scores: Tensor, *, counted: bool = False) -> OneSided:
-        """From calibration ``scores`` ``(n,)``, as `UpperTail.fit`."""
-        return cls(upper=UpperTail.fit(scores, counted=counted))
-
-    def forward(self, scores: Tensor) -> Tensor:
-        """Log p-values ``(B,)``."""
-        return p_value_map([self], scores.unsqueeze(0)).squeeze(0)
-
-
-class TwoSided(Fitted):
-    """Log of the typicality 2 min(p, 1 - p): too good to be true is as suspicious as too bad.
-
-    An attack that overshoots makes a network more certain than any clean image does; one-sided, confidence
-    and energy call it safe.
-    """
-
-    upper: UpperTail
-    lower: UpperTail
-
-    @classmethod
-    def fit(cls, scores: Tensor) -> TwoSided:
-        """From calibration ``scores`` ``(n,)``."""
-        return cls(upper=UpperTail.fit(scores), lower=UpperTail.fit(-scores))
-
-    def forward(self, scores: Tensor) -> Tensor:
-        """Log typicalities ``(B,)``, at most 0."""
-        return p_value_map([self], scores.unsqueeze(0)).squeeze(0)
-
-
-def p_value_map(each: Sequence[OneSided | TwoSided], scores: Tensor) -> Tensor:
-    """What each of K maps says of its row of ``scores`` ``(K, B)``: log p-values ``(K, B)``."""
-    two = [k for k, meaning in enumerate(each) if isinstance(meaning, TwoSided)]
-    tails = [meaning.upper for meaning in each]
-    if not two:
-        return upper_tails(tails, scores)
-    chosen = torch.tensor(two, device=scores.device)
-    lower = [meaning.lower for meaning in each if isinstance(meaning, TwoSided)]
-    found = upper_tails([*tails, *lower], torch.cat([scores, -scores.index_select(0, chosen)]))
-    smaller = torch.minimum(found.index_select(0, chosen), found[len(each) :])
-    typical = (smaller + math.log(2.0)).clamp(max=0.0)
-    places = [len(each) + two.index(k) if k in two else k for k in range(len(each))]
-    order = torch.tensor(places, device=scores.device)
-    return torch.cat([found[: len(each)], typical]).index_select(0, order)
+def _tail(scores: Tensor, counted: bool) -> dict[str, Tensor]:
+    """One row of each buffer of `PValues`, from calibration scores ``(n,)``."""
+    ordered = torch.sort(scores).values
+    n = len(ordered)
+    steepest = STEEPEST / _spread(ordered)
+    count = min(n - 1, max(2, min(_TAIL, n // 10)))
+    excess = ordered[n - count :] - ordered[n - 1 - count]
+    above = 0 if counted else count
+    # Counts of scores at or above a knot: from all down to a fifth in equal steps, from there in equal ratios.
+    fifth = max(n / 5, above + 1)
+    steps = math.ceil(math.log(fifth / (above + 1)) / _STEP) + 1
+    counts = torch.cat(
+        [
+            torch.linspace(n, fifth, 1 + round(4 / _STEP), dtype=torch.float64),
+            torch.linspace(math.log(fifth), math.log(above + 1), steps, dtype=torch.float64).exp(),
+        ]
+    ).round()
+    knots = ordered[(n - counts).long().unique()]
+    # Of tied scores the first counts all the others.
+    log_p = torch.log((n - torch.searchsorted(ordered, knots)).double() / (n + 1))
+    # The lowest map above this one that falls nowhere faster. A long line rounds: never below for that.
+    line = steepest * (knots - ordered[n // 2])
+    log_p = torch.maximum(log_p, torch.cummax(log_p + line, 0).values - line)
+    scale = torch.clamp(excess.mean() if count else ordered.new_zeros(()), min=1 / steepest)
+    return {
+        "scores": knots,
+        "log_p": log_p,
+        "start": ordered[n - 1 - above :][:1],
+        "start_log_p": log_p[-1:],
+        "scale": scale.reshape(1),
+        "count": ordered.new_tensor([max(1, count)]),
+    }
 
 
 def weighted(log_p: Tensor, cap: float, weights: Sequence[float]) -> Tensor:

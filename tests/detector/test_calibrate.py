@@ -12,7 +12,6 @@ from scipy.stats import betabinom
 from fastgrad import TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import BLOCKS
 from fastgrad.detector.calibrate import DetectorModule, Table, deal
-from fastgrad.scores.conformal import TwoSided
 
 LOGITS = np.random.default_rng(1).normal(size=(8, 5))
 WIDE = np.random.default_rng(2).normal(size=(8, 40))
@@ -68,7 +67,7 @@ def test_no_fit_sees_what_it_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     original = calibrate.fit_scores
 
-    def watched(table: Table, chosen: np.ndarray, count: int) -> dict[str, calibrate.ScoreSpec]:
+    def watched(table: Table, chosen: np.ndarray, count: int) -> dict[str, calibrate.Score]:
         seen.append(set(table.groups[chosen]))
         return original(table, chosen, count)
 
@@ -196,14 +195,14 @@ def test_evidence_is_the_weighted_capped_sum_of_log_p_values() -> None:
     uncertainty, evidence = detector.explain(new)
     assert detector.sources == ["logits", "activations", "challenges"]
     by_hand = dict.fromkeys(detector.sources, torch.zeros(30, dtype=torch.float64))
-    for score, own in zip(detector.scores, raw, strict=True):
+    for score, log_p in zip(detector.scores, detector.p_values(raw), strict=True):
         options = score.options
-        by_hand[options["source"]] = by_hand[options["source"]] + options["weight"] * (-score.p_value(own)).clamp(0, 20)
+        by_hand[options["source"]] = by_hand[options["source"]] + options["weight"] * (-log_p).clamp(0, 20)
     for source, own in zip(detector.sources, evidence.T, strict=True):
         torch.testing.assert_close(own, by_hand[source])
-    torch.testing.assert_close(uncertainty, -detector.final(sum(by_hand.values())))
+    torch.testing.assert_close(uncertainty, -detector.final(sum(by_hand.values()).unsqueeze(0)).squeeze(0))
     assert [score.options["weight"] for score in detector.scores] == [1.0, 1.0, 1.0, 3.0]
-    assert isinstance(detector.scores.energy.p_value, TwoSided)
+    assert [score.two_sided for score in detector.scores] == [True, False, False, False]
 
 
 def test_a_score_that_fails_makes_its_samples_unreliable_and_no_others() -> None:

@@ -5,9 +5,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fastgrad.scores.conformal import STEEPEST, OneSided, TwoSided, UpperTail, p_value_map, weighted
+from fastgrad.scores.conformal import STEEPEST, PValues, weighted
 
 RATES = (0.01, 0.05, 0.1, 0.2)
+
+
+def one_sided(calibration, **how):
+    return PValues.fit(torch.as_tensor(calibration).unsqueeze(0), [False], **how)
+
+
+def log_p_of(tail, scores):
+    return tail(torch.as_tensor(scores, dtype=torch.float64).unsqueeze(0)).squeeze(0)
 
 
 def width(calibration):
@@ -21,11 +29,11 @@ def width(calibration):
 def test_body_is_the_lowest_map_above_the_counts_that_falls_no_faster_than_allowed(values, quarter, unit):
     """Ties and near ties included."""
     calibration = np.array(values) * unit + (np.array(values) > 1)
-    tail = UpperTail.fit(torch.tensor(calibration))
+    tail = one_sided(calibration)
     score = quarter / 4 * unit + (quarter / 4 > 1)
     if score > float(tail.start):
         return
-    knots = tail.scores.numpy()
+    knots = tail.scores[0].numpy()
     assert set(knots) <= set(calibration)
 
     def raised(at):
@@ -34,7 +42,7 @@ def test_body_is_the_lowest_map_above_the_counts_that_falls_no_faster_than_allow
             for lower in knots[knots <= at]
         )
 
-    log_p = float(tail(torch.tensor([score], dtype=torch.float64)))
+    log_p = float(log_p_of(tail, [score]))
     below, above = knots[knots <= score], knots[knots >= score]
     highest = raised(below.max()) if len(below) else 0.0
     # 1e-16 of a score of 1 times the slope, up to 8e6.
@@ -44,9 +52,9 @@ def test_body_is_the_lowest_map_above_the_counts_that_falls_no_faster_than_allow
 @pytest.mark.parametrize("n", [50, 160, 1000])
 def test_knots_are_counts_a_few_ranks_apart(n):
     calibration = np.random.default_rng(n).exponential(size=n)
-    tail = UpperTail.fit(torch.tensor(calibration))
-    counts = np.array([(calibration >= knot).sum() for knot in tail.scores.numpy()])
-    np.testing.assert_allclose(tail.log_p, np.log(counts / (n + 1)), rtol=1e-12)
+    tail = one_sided(calibration)
+    counts = np.array([(calibration >= knot).sum() for knot in tail.scores[0].numpy()])
+    np.testing.assert_allclose(tail.log_p[0], np.log(counts / (n + 1)), rtol=1e-12)
     assert counts[0] == n
     assert counts[-1] == min(10, n // 10) + 1
     # A twentieth of all or a quarter of the scores above, rounded to whole ranks.
@@ -62,9 +70,9 @@ def test_slope_is_limited_in_body_and_tail(seed):
     calibration = torch.randn(60, generator=generator, dtype=torch.float64).repeat(2)
     calibration[60:] += 1e-9 * torch.rand(60, generator=generator, dtype=torch.float64)
     calibration = torch.cat([calibration, 3 + 1e-9 * torch.arange(30), 5 + 1e-9 * torch.arange(3)])
-    tail = UpperTail.fit(calibration)
+    tail = one_sided(calibration)
     grid = torch.cat([torch.linspace(-4, 9, 2001, dtype=torch.float64), calibration]).sort().values
-    log_p = tail(grid)
+    log_p = log_p_of(tail, grid)
     assert (log_p.diff() <= 0).all()
     # eps of log p's size beside the steps of 1e-9.
     assert (-log_p.diff() <= STEEPEST / width(calibration.numpy()) * grid.diff() * (1 + 1e-9) + 1e-13).all()
@@ -72,8 +80,7 @@ def test_slope_is_limited_in_body_and_tail(seed):
 
 
 def test_tail_goes_on_falling_beyond_every_calibration_score():
-    tail = UpperTail.fit(torch.linspace(0, 1, 200))
-    log_p = tail(torch.tensor([0.99, 1.0, 2.0, 10.0, 100.0]))
+    log_p = log_p_of(one_sided(torch.linspace(0, 1, 200)), [0.99, 1.0, 2.0, 10.0, 100.0])
     assert (log_p.diff() < 0).all()
     assert torch.isfinite(log_p).all()
 
@@ -86,9 +93,9 @@ def test_tail_is_the_predictive_law_of_exponential_excesses():
     share = (new > t * seen.mean(1)).mean()
     expected = (1 + t / k) ** -k
     assert abs(share - expected) < 5 * np.sqrt(expected / 200_000)
-    zero = torch.zeros(1, dtype=torch.float64)
-    buffers = {"scores": zero, "log_p": zero, "start": zero[0], "start_log_p": zero[0], "scale": zero[0] + 1}
-    log_p = UpperTail(**buffers, count=k)(torch.tensor([-1.0, t]))
+    tail = one_sided([0.0])
+    tail.scale, tail.count, tail.start_log_p, tail.log_p = (torch.full((1, 1), v) for v in (1.0, k, 0.0, 0.0))
+    log_p = log_p_of(tail, [-1.0, t])
     assert log_p.exp().tolist() == pytest.approx([1, expected], rel=1e-12)
 
 
@@ -107,7 +114,7 @@ def test_flagged_share_is_the_stated_one_on_average(n, name):
     new = torch.tensor(law.isf((np.arange(4000) + 0.5) / 4000))
     shares = np.empty((draws, len(RATES)))
     for draw in range(draws):
-        log_p = UpperTail.fit(torch.tensor(law.rvs(n, random_state=rng)))(new)
+        log_p = log_p_of(one_sided(law.rvs(n, random_state=rng)), new)
         shares[draw] = [(log_p < np.log(rate)).double().mean() for rate in RATES]
     for rate, share in zip(RATES, shares.T, strict=True):
         error = np.sqrt(rate * (1 - rate) / (n + 2) / draws)
@@ -123,8 +130,7 @@ def test_bounded_scores_keep_their_power():
     rng = np.random.default_rng(0)
     new = torch.linspace(0, 1, 4001, dtype=torch.float64)
     shares = [
-        float((UpperTail.fit(torch.tensor(rng.uniform(size=1000)))(new) < np.log(0.05)).double().mean())
-        for _ in range(100)
+        float((log_p_of(one_sided(rng.uniform(size=1000)), new) < np.log(0.05)).double().mean()) for _ in range(100)
     ]
     assert 0.04 < np.mean(shares) < 0.051
 
@@ -133,23 +139,23 @@ def test_bounded_scores_keep_their_power():
 def test_p_values_of_new_clean_scores_are_uniform(seed):
     generator = torch.Generator().manual_seed(seed)
     calibration, new = torch.randn(2000, generator=generator), torch.randn(4000, generator=generator)
-    p = OneSided.fit(calibration)(new).exp().numpy()
+    p = log_p_of(one_sided(calibration), new).exp().numpy()
     # Two empirical distributions of 2,000 and 4,000: the two-sample bound at a probability of 1e-6, and one rank.
     bound = np.sqrt(-np.log(1e-6 / 2) / 2 * (1 / 2000 + 1 / 4000)) + 1 / 2001
     assert stats.kstest(p, "uniform").statistic < bound
 
 
 def test_two_sided_flags_what_is_too_good():
-    meaning = TwoSided.fit(torch.randn(1000, generator=torch.Generator().manual_seed(0)))
-    low, middle, high = meaning(torch.tensor([-9.0, 0.0, 9.0]))
+    meaning = PValues.fit(torch.randn(1, 1000, generator=torch.Generator().manual_seed(0)), [True])
+    low, middle, high = log_p_of(meaning, [-9.0, 0.0, 9.0])
     assert low < -5
     assert high < -5
     assert middle > -0.2
-    assert float(meaning(torch.linspace(-9, 9, 500)).max()) <= 0
+    assert float(log_p_of(meaning, torch.linspace(-9, 9, 500)).max()) <= 0
 
 
 def test_constant_calibration_scores_stay_usable():
-    log_p = OneSided.fit(torch.full((50,), 3.0))(torch.tensor([2.0, 3.0, 4.0]))
+    log_p = log_p_of(one_sided(torch.full((50,), 3.0)), [2.0, 3.0, 4.0])
     assert log_p[:2].exp().tolist() == pytest.approx([50 / 51, 50 / 51])
     assert log_p[2] < log_p[1]
 
@@ -168,41 +174,42 @@ def test_evidence_grows_with_every_part_and_stops_at_the_cap():
 def test_counted_p_values_are_ranks_down_to_the_highest_score(count):
     scores = torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
     ordered = scores.sort(descending=True).values
-    tail = OneSided.fit(scores, counted=True)
+    tail = one_sided(scores, counted=True)
     ranks = torch.arange(1, count + 1)
-    found = tail(ordered).exp() * (count + 1)
+    found = log_p_of(tail, ordered).exp() * (count + 1)
     # Every rank counts at the top; below, ranks between two counted ones are interpolated. Where scores lie close
     # together p is raised.
     assert 1 - 1e-9 <= found[0] < 2.5
     assert ((found - ranks) > -0.15 * ranks - 1e-9).all()
     assert (found.diff() > 0).all()
-    assert tail(ordered[:1] + 1).exp() * (count + 1) < found[0]
+    assert log_p_of(tail, ordered[:1] + 1).exp() * (count + 1) < found[0]
 
 
 def test_nan_scores_stay_nan():
-    assert torch.isnan(OneSided.fit(torch.randn(20))(torch.tensor([float("nan")]))).all()
+    for two_sided in (False, True):
+        assert PValues.fit(torch.randn(1, 20), [two_sided])(torch.full((1, 3), torch.nan)).isnan().all()
 
 
-def by_definition(tail: UpperTail, scores: np.ndarray) -> np.ndarray:
+def by_definition(tail: PValues, scores: np.ndarray) -> np.ndarray:
     """Interpolated between counted scores; from the last one on the tail."""
-    knots, log_p = tail.scores.numpy(), tail.log_p.numpy()
-    excess = np.maximum(scores - float(tail.start), 0) / float(tail.scale)
-    beyond = float(tail.start_log_p) - tail.options["count"] * np.log1p(excess / tail.options["count"])
-    return np.where(scores > float(tail.start), beyond, np.interp(scores, knots, log_p))
+    knots, log_p = tail.scores[0].numpy(), tail.log_p[0].numpy()
+    start, start_log_p, scale, count = (float(v) for v in (tail.start, tail.start_log_p, tail.scale, tail.count))
+    beyond = start_log_p - count * np.log1p(np.maximum(scores - start, 0) / scale / count)
+    return np.where(scores > start, beyond, np.interp(scores, knots, log_p))
 
 
 @pytest.mark.parametrize("kinds", ["o", "t", "oo", "tt", "toto", "oot"])
 def test_several_scores_together_mean_what_each_means(kinds: str) -> None:
     rng = np.random.default_rng(len(kinds))
-    each: list[OneSided | TwoSided] = []
-    for number, kind in enumerate(kinds):
-        calibration = torch.tensor(rng.normal(size=30 + 170 * number) * 10.0**number)  # tables of unequal lengths
-        each.append(OneSided.fit(calibration) if kind == "o" else TwoSided.fit(calibration))
-    scores = torch.tensor(rng.normal(size=(len(kinds), 500)) * 3 * 10.0 ** np.arange(len(kinds))[:, None])
-    found = p_value_map(each, scores)
-    for meaning, row, values in zip(each, found, scores.numpy(), strict=True):
-        expected = by_definition(meaning.upper, values)
-        if isinstance(meaning, TwoSided):
-            smaller = np.minimum(expected, by_definition(meaning.lower, -values))
+    scale = 10.0 ** np.arange(len(kinds))[:, None]
+    # Ties make tables of unequal lengths.
+    calibration = rng.normal(size=(len(kinds), 200)) * scale
+    calibration[0, 100:] = 0
+    scores = rng.normal(size=(len(kinds), 500)) * 3 * scale
+    found = PValues.fit(torch.tensor(calibration), [kind == "t" for kind in kinds])(torch.tensor(scores))
+    for kind, row, seen, values in zip(kinds, found, calibration, scores, strict=True):
+        expected = by_definition(one_sided(seen), values)
+        if kind == "t":
+            smaller = np.minimum(expected, by_definition(one_sided(-seen), -values))
             expected = np.minimum(smaller + np.log(2), 0)
         np.testing.assert_allclose(row.numpy(), expected, rtol=1e-12, atol=1e-12)
