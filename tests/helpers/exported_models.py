@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import nn
 
+from fastgrad.detector.model import TwoStageModel
+
 X = torch.zeros(1, 3, 8, 8)
 
 
@@ -29,10 +31,8 @@ FORMS = {
 
 
 @functools.cache
-def two_stage_model(form: str) -> nn.Module:
+def two_stage_model(form: str) -> TwoStageModel:
     """A trained and fitted model with a convolution, in-place activations and a batch norm."""
-    from fastgrad.detector.model import TwoStageModel
-
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(384, 4)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import nn
 from fastgrad.deploy.file import onnx_export
 from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
+from fastgrad.detector.model import TwoStageModel
 
 skip_without_onnx()
 pytestmark = WARNINGS
@@ -25,15 +28,22 @@ pytestmark = WARNINGS
 
 #: What `export` allows: a p-value map magnifies the rounding of a score.
 ROUNDING = 1e-4
-QUICK = ("forward", "view", "contrasts")
+QUICK = ("forward", "contrasts")
+
+
+@functools.cache
+def in_onnx(form: str) -> tuple[TwoStageModel, ModelPackage]:
+    """A fitted model, and its file with the evidence."""
+    live = two_stage_model(form)
+    with tempfile.TemporaryDirectory() as folder:
+        return live, ModelPackage(export(live, shapes(8, 3)[0], Path(folder) / "m.onnx", evidence=True))
 
 
 @pytest.mark.parametrize(
     "form", [pytest.param(form, marks=[] if form in QUICK else pytest.mark.slow) for form in FORMS]
 )
-def test_every_block_has_an_onnx_form(form: str, tmp_path: Path) -> None:
-    live = two_stage_model(form)
-    package = ModelPackage(export(live, shapes(8, 3)[0], tmp_path / "m.onnx", evidence=True))
+def test_every_block_has_an_onnx_form(form: str) -> None:
+    live, package = in_onnx(form)
     assert package.description.threshold == pytest.approx(live.threshold(0.05))
     assert package.description.evidence == live.alarms
     for batch in (1, 3, 8, 64):
@@ -50,9 +60,8 @@ def test_every_block_has_an_onnx_form(form: str, tmp_path: Path) -> None:
             assert onnx_export.difference(found, reasons[block]) <= ROUNDING + rounding
 
 
-def test_what_is_not_finite_is_so_in_the_file(tmp_path: Path) -> None:
-    live = two_stage_model("forward")
-    package = ModelPackage(export(live, shapes(8, 3)[0], tmp_path / "m.onnx"))
+def test_what_is_not_finite_is_so_in_the_file() -> None:
+    live, package = in_onnx("forward")
     for value in (torch.nan, torch.inf, -torch.inf, 1e20, 1e38, 0.0):
         x = torch.full((2, 3, 8, 8), value)
         for ours, theirs in zip(package(x)[:3], live(x)[:3], strict=True):
@@ -167,10 +176,9 @@ def test_lengths_beyond_the_end_are_no_reason_to_read_them(tmp_path: Path) -> No
             read_description(tmp_path / "long.onnx")
 
 
-@pytest.mark.parametrize("network", ["max pooling", "attention"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's, of attention and several gradients
+@pytest.mark.parametrize("network", ["max pooling", pytest.param("attention", marks=pytest.mark.slow)])
 def test_backward_passes_of_other_layers(network: str, tmp_path: Path) -> None:
-    from fastgrad.detector.model import TwoStageModel
-
     torch.manual_seed(0)
     if network == "max pooling":
         net = nn.Sequential(
@@ -184,7 +192,7 @@ def test_backward_passes_of_other_layers(network: str, tmp_path: Path) -> None:
             nn.Linear(48, 4),
         )  # fmt: skip
     x, _ = shapes(120, 5)
-    live = TwoStageModel(net.eval(), blocks=["logits", "activations"]).fit([x], None)
+    live = TwoStageModel(net.eval(), blocks=["logits", "gradients"]).fit([x], None)
     package = ModelPackage(export(live, shapes(8, 3)[0], tmp_path / "m.onnx", tolerance=1e-4))
     for ours, theirs in zip(package(x[:5])[:3], live(x[:5])[:3], strict=True):
         assert onnx_export.difference(ours, theirs) <= 1e-4
