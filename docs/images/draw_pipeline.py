@@ -26,7 +26,7 @@ BOXES = {
     ),
     "introspection": (
         356, 124, 236, 116, True, "introspective classifier",
-        ["predicts again,", "from the contrasts"],
+        ["predicts again,", "from contrasts or h"],
     ),
     "detector": (
         356, 252, 236, 116, True, "detector",
