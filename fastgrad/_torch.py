@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that the package uses: what a release changes is mended here.
+"""Every private name of PyTorch that the package uses: what a release changes is fixed here.
 
 Each entry says what happens without it. All were tried on PyTorch 2.8.0, 2.13.0 and 2.15.0. ATen's operators
 (``torch.ops.aten``) and ``nn.Module``'s tables are not private: exported programs and pickled models hold them.
@@ -50,7 +50,7 @@ def padding_pairs(module: ConvNd) -> list[int]:
 
 
 def original(module: nn.Module) -> nn.Module:
-    """The module that was given to ``torch.compile``. Without, the copied wrapper would know nothing of hooks."""
+    """The module that was given to ``torch.compile``. Otherwise the copied wrapper would skip hooks."""
     inner = module._modules.get("_orig_mod")
     return module if inner is None else inner
 
@@ -84,7 +84,7 @@ def saves_elsewhere() -> bool:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Tells apart the memory of tensors, fake ones included. Without, views would count as memory of their own."""
+    """Identifies the memory of tensors, fake ones included. Otherwise views would count as memory of their own."""
     return int(tensor.untyped_storage()._cdata)
 
 

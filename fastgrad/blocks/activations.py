@@ -18,7 +18,7 @@ from fastgrad.engine.run import Reading
 from fastgrad.ops.channel_moments import channel_square_sums
 from fastgrad.scores.rows import Rows
 
-#: Principal components that H sees.
+#: Principal components that the challenge classifier reads.
 COMPONENTS = 64
 
 

@@ -1,6 +1,6 @@
 """What a block is: something that a detector reads of an input, with its price and its one-class scores.
 
-A block is added by adding a file to this room and its class to `fastgrad.blocks.BLOCKS`. It has two sides. On the
+A block is added by adding a file to this folder and its class to `fastgrad.blocks.BLOCKS`. It has two sides. On the
 side of the network it says which modules it reads and which gradients it needs, and makes its tensor from them;
 all blocks share one forward pass. On the side of the detector it says which shapes it takes, which one-class scores
 can be fitted on it, and what the classifier of challenges sees of it.

@@ -11,16 +11,15 @@ from fastgrad.blocks.passes import Pass
 from fastgrad.scores.logits import Energy, Margin
 from fastgrad.scores.rows import Rows
 
-#: Logits that H sees, in falling order.
+#: Logits that the challenge classifier reads, in falling order.
 _HIGHEST = 10
 
 
 class Logits(Block):
     """Logits ``(B, N)``.
 
-    Energy can be too good to be true: an attack that overshoots makes the network more certain than any clean input
-    does, so it is two-sided. The margin beside it is one-sided: an attack that stops at the boundary leaves a small
-    one.
+    Energy is two-sided: an attack may make the network more certain than any clean input does. The margin is
+    one-sided: an attack that stops at the boundary leaves a small one.
     """
 
     name = "logits"
@@ -40,5 +39,5 @@ class Logits(Block):
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
-        """The highest logits in falling order: what H learns must not depend on class names."""
+        """The highest logits in falling order: the classifier must not depend on the order of classes."""
         return cls.rows(blocks, settings, top=_HIGHEST)

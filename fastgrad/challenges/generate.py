@@ -25,7 +25,7 @@ STEPS, ATTACKED = 10, 0.3
 _GRADIENT = 2.4
 #: Numbers in a batch of images that is altered together, on a CPU; elsewhere eight times as many.
 _NUMBERS = 1 << 21
-#: JPEG qualities that cameras and sites write; attacks survive them, traces of them in pixels hardly.
+#: JPEG qualities that cameras and sites write; attacks survive them, most of their traces in pixels do not.
 _QUALITIES = (60, 95)
 
 

@@ -25,7 +25,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit status, 2 for unusable arguments or a missing extra."""
-    parser = argparse.ArgumentParser(prog="fastgrad", description=fastgrad.__doc__)
+    parser = argparse.ArgumentParser(prog="fastgrad", description="Try fastgrad; serve or score an exported model.")
     parser.add_argument("--version", action="version", version=f"fastgrad {fastgrad.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}

@@ -191,7 +191,7 @@ def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.
     apart = np.isin(table.groups, table.groups[table.held_out])
     clean = np.unique(table.groups[(table.kinds == 0) & ~apart])
     if len(clean) < 2:
-        raise ValueError(f"groups must tell at least 2 of clean samples apart; there was {len(clean)}")
+        raise ValueError(f"groups must have at least 2 sources of clean samples; there was {len(clean)}")
     # A fit needs two samples.
     count = len(clean) if len(clean) - -(-len(clean) // folds) < 2 else min(folds, len(clean))
     others = np.setdiff1d(np.unique(table.groups), clean)

@@ -29,7 +29,7 @@ from fastgrad.scores.temperature import Temperature
 
 
 class Explanation(NamedTuple):
-    """A prediction and what it rests on.
+    """A prediction and the evidence behind it.
 
     Attributes:
         prediction: The result of a call.
@@ -145,6 +145,9 @@ class TwoStageModel(nn.Module):
         Args:
             x: What the network takes, ``(B, ...)``, or a mapping of its keyword arguments.
 
+        Returns:
+            The `Prediction`: logits and probabilities ``(B, N)``, uncertainty and risk ``(B,)``.
+
         Raises:
             RuntimeError: Before `fit`.
         """
@@ -155,6 +158,9 @@ class TwoStageModel(nn.Module):
 
         Args:
             x: As for a call.
+
+        Returns:
+            The `Explanation`, evidence ``(B,)`` by name of block.
 
         Raises:
             RuntimeError: Before `fit`.
@@ -189,7 +195,7 @@ class TwoStageModel(nn.Module):
 
     @property
     def alarms(self) -> dict[str, str]:
-        """What an alarm means that each part of the evidence raises, in plain words, by name."""
+        """The meaning of each alarm in words, by the names of the evidence."""
         detector = self._fitted()
         assert self.extraction_ is not None  # a fitted model has one
         words = {block.name: block.alarm for block in self.extraction_.blocks}
@@ -214,8 +220,7 @@ class TwoStageModel(nn.Module):
 
         Args:
             clean: Batches of clean inputs, ``x`` or ``(x, labels)``, or mappings with the key ``"labels"``; read once.
-                Data that the network was not trained on is better: it is more certain of its training data than of
-                anything else.
+                Prefer data that the network was not trained on: it is more certain of its training data.
             challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`), None fits on clean data
                 alone, else batches of challenging inputs, ``x`` or ``(x, kinds)``.
             calibration: Clean batches on which nothing is fitted: false-alarm rates are then exact. None holds out a
@@ -224,9 +229,9 @@ class TwoStageModel(nn.Module):
             challenges_per_input: How many challenges are generated from one clean input; None: three, or fewer where
                 there are many inputs.
             risk: True refuses data without labels, False fits no risk; None fits it where there are labels.
-            clip: Values of black and white of the images, before ``mean`` and ``std``; None: 0 and 1.
-            mean: Of the normalisation of the images, one a channel. Without it and ``clip`` the range is read from all
-                drawn images.
+            clip: Values of black and white of the images, before ``mean`` and ``std``. None: 0 and 1 with ``mean``,
+                else read from all drawn images.
+            mean: Of the normalisation of the images, one a channel.
             std: Of the same.
             verbose: Whether to show progress bars; None: in a terminal.
 
@@ -246,7 +251,7 @@ class TwoStageModel(nn.Module):
         return self
 
     def report(self, *, gains: bool = False) -> Report:
-        """What the last fit read, drew and promises; it prints as a text.
+        """Return the summary of the last fit; it prints as text.
 
         Args:
             gains: Whether to measure what each block adds to the AUROC on kinds of challenge left out of training; it
@@ -282,7 +287,7 @@ class TwoStageModel(nn.Module):
         """Write everything but the network to ``path``, a safetensors file with a digest (no pickle).
 
         Raises:
-            ValueError: A block is of a class that `fastgrad.blocks.register_block` has not been told of.
+            ValueError: A block's class is not registered (`fastgrad.blocks.register_block`).
         """
         modules: dict[str, Any] = {
             "detector": self._fitted(),
@@ -311,10 +316,11 @@ class TwoStageModel(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> TwoStageModel:
-        """The saved module around ``model``, the same bare network with the same weights.
+        """Return the saved two-stage model; ``model`` is the network it was saved with, with the same weights.
 
         Raises:
             FileNotFoundError: There is no such file.
+            TypeError: ``model`` is no module.
             ValueError: The file is foreign, changed or damaged, ``model`` is not the network it was saved with, or a
                 block's class is not registered.
         """

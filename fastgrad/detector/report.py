@@ -24,7 +24,7 @@ _INTERVAL = 1.96
 
 
 class Gain(NamedTuple):
-    """What AUROC loses without a block, and half the width of its 95 % interval over inputs."""
+    """AUROC gain of a block beside all others, and half the width of its 95 % interval over inputs."""
 
     auroc: float
     interval: float
@@ -32,12 +32,12 @@ class Gain(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What a fit read, drew and promises; prints as a text.
+    """Summary of a fit; prints as text.
 
     Attributes:
         price: The blocks, what was dropped and why, and the price. Where blocks were named nothing was measured.
-        drawn: Clean inputs that were used, of ``seen`` that the loader gave.
-        seen: See ``drawn``.
+        drawn: Clean inputs that were used.
+        seen: Clean inputs that the loader gave.
         challenges: How many challenges of each kind.
         passes: Forward passes of the clean inputs that reading and challenges took, as counted.
         calibrating: Clean inputs behind the false-alarm rates; ``1 / (calibrating + 1)`` is the smallest they promise.

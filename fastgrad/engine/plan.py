@@ -22,7 +22,7 @@ PlannedSite = LayerSite | ReplaySite | FallbackSite | BroadcastSite
 
 @dataclass(frozen=True)
 class Route:
-    """What `GradientFeatures.report` says about one parameter."""
+    """A parameter's name, its route, the module that uses it, and the reason (`GradientFeatures.report`)."""
 
     parameter: str
     route: str

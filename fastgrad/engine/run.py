@@ -108,7 +108,7 @@ class Reading:
     """What a module saw in the forward pass of a batch, in the order of the logits' rows.
 
     ``function`` is called right after the module has run, while its output is in cache. Only the batch itself
-    counts: trials and replays are read by nobody. Of several calls of the module the last one counts.
+    counts: trials and replays are never read. Of several calls of the module the last one counts.
 
     Attributes:
         path: The module's name within the model (empty for the model itself).

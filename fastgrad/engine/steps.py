@@ -75,7 +75,7 @@ class Steps(TorchFunctionMode):
         self._noted.append(what)
 
     def path(self) -> int:
-        """What tells one path from another."""
+        """What distinguishes one path from another."""
         return hash(tuple(self._noted))
 
     def __torch_function__(

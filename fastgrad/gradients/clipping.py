@@ -24,7 +24,7 @@ _UNITS = 16
 
 
 class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_gradients(model, 1.0):``
-    """Context of a training step whose gradients are clipped sample by sample.
+    """Context of a training step whose gradients are clipped sample by sample (Abadi et al., 2016).
 
     Inside, call ``model`` once, compute one loss for each sample and call `backward`. It adds the sum of the samples'
     clipped gradients to ``.grad``. Micro-batches accumulate: each is one more call of the model and of `backward`.
@@ -69,7 +69,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         self._count = 0
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """See `record`; the outputs are kept, of which the losses are to be made."""
+        """As `record`; also keep the outputs, from which the losses are computed."""
         output = super().call(module, args, kwargs)
         self._count += 1
         self._outputs = floating(output)

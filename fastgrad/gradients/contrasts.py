@@ -61,7 +61,7 @@ def contrast_sqnorm(
         ``(..., N)``, float32 (float64 for float64 logits). NaN or infinity in one row reaches that row only.
 
     Raises:
-        TypeError: A tensor is missing or not floating.
+        TypeError: A tensor is missing or not floating, or only one of them is float64.
         ValueError: Shapes or devices do not fit, an option is unknown, or ``impl="triton"`` cannot serve the tensors.
     """
     leading = _head_pair(features, logits, loss, reduction, impl, bias=bias, log=log)
@@ -117,10 +117,11 @@ def linear_contrast_sqnorm(
     log: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The last layer and all its contrasts in one launch: ``(logits, contrast_sqnorm(features, logits))``.
+    """Compute the last layer and all its contrasts: ``(logits, contrast_sqnorm(features, logits))``.
 
-    Features are ``(..., D)``, the weight ``(N, D)`` and the bias ``(N,)`` or None, all of one dtype and device. A given
-    bias' gradient belongs to the norm. The other arguments are those of :func:`contrast_sqnorm`.
+    On a GPU that is one kernel launch, or two for large N. Features are ``(..., D)``, the weight ``(N, D)`` and
+    the bias ``(N,)`` or None, all of one dtype and device. With a bias, its gradient belongs to the norm. The other
+    arguments are those of :func:`contrast_sqnorm`.
 
     Returns:
         Logits ``(..., N)`` in the dtype of the features, and the squared norms ``(..., N)`` of exactly these logits,
@@ -154,6 +155,9 @@ def linear_contrast_stats(
 
     Returns:
         :class:`ContrastStats` of tensors ``(...)``, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: As in :func:`linear_contrast_sqnorm`.
     """
     _linear(features, weight, bias, loss, reduction, impl)
     stats = linear_op.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction == "mean", impl)
@@ -167,6 +171,8 @@ def contrast_rows(features: Tensor, logits: Tensor, *, loss: str = "mse", rows: 
     ``cross_entropy`` and ``brier`` they are not. The rows left out are not small in general: ``rows="full"`` gives
     the whole gradient of every contrast.
 
+    The source is Prabhushankar and AlRegib, "Introspective Learning", 2022.
+
     Args:
         features: ``(..., D)``.
         logits: ``(..., N)``.
@@ -176,6 +182,9 @@ def contrast_rows(features: Tensor, logits: Tensor, *, loss: str = "mse", rows: 
     Returns:
         ``(..., N, D)``, or ``(..., N, N, D)`` for ``"full"`` with ``[..., k, j, :]`` the row j of contrast k; float32
         (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: As in :func:`contrast_sqnorm`, or ``rows`` is unknown.
     """
     checks.one_of("rows", rows, ("diagonal", "full"))
     _head_pair(features, logits, loss)
@@ -202,6 +211,9 @@ def contrast_rows_linear(
 
     Returns:
         ``(..., U)``, float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError: As in :func:`contrast_sqnorm`, or ``weight`` or ``bias`` has another shape or device.
     """
     leading = _head_pair(features, logits, loss)
     checks.is_float("weight", weight)

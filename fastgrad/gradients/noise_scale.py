@@ -16,7 +16,7 @@ class NoiseScale:
     ``G`` is the true gradient of the mean loss and ``Sigma`` the covariance of single samples' gradients. A step on a
     batch of that many samples makes half the progress of a step along ``G``. Unbiased estimates of the two terms are
     averaged over batches before they are divided. ``s`` is the mean of the B squared norms of the samples' gradients.
-    ``b`` is the squared norm of their mean (appendix A.1, batches of sizes 1 and B)::
+    ``b`` is the squared norm of their mean (McCandlish et al., 2018, appendix A.1, batches of sizes 1 and B)::
 
         |G|^2 = (B b - s) / (B - 1)        tr(Sigma) = B (s - b) / (B - 1)
 
@@ -47,7 +47,7 @@ class NoiseScale:
         self._gradient = self._trace = self._weight = 0.0
 
     def update(self, sqnorms: Tensor, batch_sqnorm: Tensor | float) -> None:
-        """Take in a batch. Waits for the device.
+        """Add a batch to the averages. Waits for the device.
 
         Args:
             sqnorms: ``(B,)``, B at least 2: each sample's squared gradient norm, over all parameters together.

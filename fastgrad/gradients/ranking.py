@@ -28,10 +28,10 @@ _KEYS = {"grand": True, "el2n": True, "loss": True, "confidence": False}
 
 @dataclass(frozen=True)
 class SampleTable:
-    """What a network makes of each sample of a data set; arrays ``(n,)``, one row a sample.
+    """Losses and norms of each sample of a data set; arrays ``(n,)``, one row a sample.
 
     Attributes:
-        index: The sample's place in the data set, int64.
+        index: The sample's position in the data set, int64.
         label: Its label, int64.
         predicted: The most probable class, int64.
         loss: Cross-entropy, in nats, float64.
@@ -52,7 +52,7 @@ class SampleTable:
         return len(self.index)
 
     def sort(self, by: str = "grand", count: int | None = None) -> SampleTable:
-        """The rows in another order, those first that deserve a look.
+        """Return the rows sorted, the most suspicious first.
 
         Args:
             by: ``"grand"``, ``"el2n"`` or ``"loss"``, largest first; or ``"confidence"``, smallest first.
@@ -72,10 +72,10 @@ class SampleTable:
 def rank_samples(
     model: nn.Module, loader: Iterable[Any], *, layers: str | Iterable[str] | None = None, verbose: bool = False
 ) -> SampleTable:
-    """Norms of every sample's gradient of the cross-entropy, and what is known of it without a backward pass.
+    """Compute loss, confidence, EL2N and gradient norm (GraNd) of every sample (Paul et al., 2021).
 
-    The model runs as a private copy in evaluation mode on its own device. Averages over several models of one kind, or
-    over several times in training, say more than one table.
+    The loss is the cross-entropy. The model runs as a private copy in evaluation mode on its own device. Averages over
+    several models of one kind, or over several times in training, say more than one table.
 
     Args:
         model: Maps a batch to logits ``(B, N)``.

@@ -58,7 +58,7 @@ _Recording = TypeVar("_Recording", bound="record")
 
 
 class record:  # noqa: N801 - reads as a statement: ``with record(model):``
-    """Context in which calls of ``model``, or of its submodules, by this thread can be asked for squared norms.
+    """Context in which `grad_sqnorm` takes norms of this thread's calls of ``model`` or its submodules.
 
     Inside, ordinary calls and backward passes work as always, and modules keep their mode (batch norm must be in
     evaluation mode). ``forward`` of the model's modules is redirected on the instances for this thread; leaving the

@@ -90,7 +90,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         self.random_state = random_state
 
     def fit(self, R: ArrayLike | Pairs, y: ArrayLike, *, groups: ArrayLike | None = None) -> IntrospectiveClassifier:
-        """Train on arrays.
+        """Train the network on labelled samples.
 
         Args:
             R: Rows ``(B, N*D)`` or ``(B, N, D)``, or ``{"features": (B, D), "logits": (B, N)}``.
@@ -100,6 +100,9 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
         Returns:
             The classifier itself.
+
+        Raises:
+            ValueError: A parameter is out of range, or shapes of R, y and groups do not fit.
         """
         self._check_parameters()
         inputs = self._inputs(R, reset=True)
@@ -126,11 +129,10 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         return self
 
     def calibrate(self, R: ArrayLike | Pairs, y: ArrayLike) -> IntrospectiveClassifier:
-        """Make the probabilities as often right as they say, by a temperature (`fastgrad.scores.Temperature`).
+        """Calibrate the probabilities by a temperature (`fastgrad.scores.Temperature`).
 
-        A network is more certain of its training samples than of new ones, and so is a classifier fitted on their
-        features. So this needs samples that neither has seen.
-        The temperature becomes part of ``network_``; the predicted labels stay as they are.
+        The network and the classifier are more certain of their training samples, so give samples that neither was
+        trained on. The temperature becomes part of ``network_``; the predicted labels stay as they are.
 
         Args:
             R: As for `fit`.
@@ -138,6 +140,9 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
         Returns:
             The classifier itself.
+
+        Raises:
+            ValueError: A label is not one of `fit`, or shapes do not fit.
         """
         logits = torch.as_tensor(self._logits(R))
         labels = self._labels(y, len(logits))
@@ -151,24 +156,24 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         return self
 
     def decision_function(self, R: ArrayLike | Pairs) -> Array:
-        """Class logits ``(B, classes)``; for two classes ``(B,)``, the log odds of the second."""
+        """Return class logits ``(B, classes)``; for two classes ``(B,)``, the log odds of the second."""
         logits = self._logits(R)
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def predict_proba(self, R: ArrayLike | Pairs) -> Array:
-        """Class probabilities ``(B, classes)``."""
+        """Return class probabilities ``(B, classes)``."""
         logits = self._logits(R)
         result: Array = torch.as_tensor(logits).softmax(-1).numpy()
         return result
 
     def predict(self, R: ArrayLike | Pairs) -> NDArray[Any]:
-        """Labels ``(B,)``."""
+        """Return labels ``(B,)``."""
         logits = self._logits(R)
         result: NDArray[Any] = self.classes_[logits.argmax(-1)]
         return result
 
     def to_module(self) -> IntrospectiveNetwork:
-        """The fitted network as a traceable module."""
+        """Return the fitted network as a traceable module."""
         check_is_fitted(self, "network_")
         return self.network_
 

@@ -111,14 +111,14 @@ def threshold_for(
     cost_of_error: float,
     cost_of_review: float,
 ) -> float:
-    """The risk of least cost: samples above it are reviewed, the others answered.
+    """Return the risk threshold of least cost: samples above it are reviewed, the others answered.
 
     The mean cost of a sample is ``cost_of_error * risk * coverage + cost_of_review * (1 - coverage)``, minimised over
     the points of the risk-coverage curve of labelled samples that nothing was fitted on. Of equal costs the highest
     coverage wins.
 
     Args:
-        risk: ``(n,)``, of a `TwoStageModel`, or any score of which a higher one is less reliable; what is infinite is
+        risk: ``(n,)``, of a `TwoStageModel`, or any score of which a higher one is less reliable; infinite ones are
             reviewed in any case.
         errors: ``(n,)``, whether each prediction was wrong, or its loss, at least 0.
         cost_of_error: Of one wrong answer, or of a loss of 1, in any currency.

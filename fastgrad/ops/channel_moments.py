@@ -47,7 +47,7 @@ def _total(x: Tensor) -> Tensor:
 
 
 def _few(positions: torch.Size) -> bool:
-    """Whether so few positions may be added one after the other; of a symbolic number nobody knows."""
+    """Whether so few positions may be added one after the other; unknown for a symbolic number."""
     return all(isinstance(n, int) for n in positions) and math.prod(positions) <= LONGEST_RUN
 
 

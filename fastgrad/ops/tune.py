@@ -266,7 +266,7 @@ def layer_direct(C: int, O: int, T: int, dtype: torch.dtype, arch: Architecture)
     """Choose for C input and O output channels per group and T positions.
 
     The accumulator is the whole of a program's state, so it is as large as registers allow; float32 operands
-    take twice the room and, with IEEE products, no tensor cores.
+    take twice the space and, with IEEE products, no tensor cores.
     """
     wide = dtype == torch.float32
     block_o, block_c = _block(O, 64 if wide else 128), _block(C, 64 if wide else 128)

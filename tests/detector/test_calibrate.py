@@ -87,7 +87,7 @@ def test_no_fit_sees_what_it_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (np.zeros(9, int), "groups must be integers of shape"),
         (np.zeros(60), "groups must be integers of shape"),
-        (np.zeros(60, int), "groups must tell at least 2 of clean samples apart; there was 1"),
+        (np.zeros(60, int), "groups must have at least 2 sources of clean samples; there was 1"),
     ],
 )
 def test_bad_groups_are_named(groups: np.ndarray, message: str) -> None:

@@ -13,7 +13,7 @@ to run it::
 
 The columns of ``evidence`` are named in the description, which also says whether there is a ``risk``. The last entry of
  ``metadata_props``, ``fastgrad.sha256``, is the sum of all bytes before it: ONNX has none of its own, and a weight of
-which one bit is another would answer like any. Whoever changes a file on purpose removes that entry.
+which one bit is another would answer like any. A user who changes a file on purpose removes that entry.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def sum_entry(digits: str) -> bytes:
 
 
 def _check_sum(path: str | os.PathLike[str]) -> None:
-    """Raise RuntimeError unless the bytes are those that were written; without the entry nobody can tell."""
+    """Raise RuntimeError unless the bytes are those that were written; without the entry nothing is checked."""
     total = hashlib.sha256()
     left = os.path.getsize(path) - len(sum_entry(total.hexdigest()))
     with open(path, "rb") as file:

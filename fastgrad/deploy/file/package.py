@@ -162,7 +162,7 @@ def _check_processor(path: str | os.PathLike[str], description: Description) -> 
 
 
 class ModelPackage:
-    """An exported model, loaded.
+    """An exported model, loaded: call it with a batch ``(B, *input_shape)`` for a `Prediction`.
 
     Args:
         path: the ``.pt2``, or the ``.onnx``, which runs on the CPU.

@@ -188,7 +188,7 @@ class Child:
 
 def answer_requests(module: str, arguments: Sequence[object]) -> None:
     """In a child: reply that the function is there which ``start`` of the module gives, then to requests with it."""
-    # Whoever stops the server may signal all processes; the server alone decides when these end.
+    # A service manager may signal all processes at a stop; the server alone decides when these end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")

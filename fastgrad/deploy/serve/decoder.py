@@ -58,8 +58,8 @@ def read_input(content_type: str, body: bytes, shape: Sequence[int], dtype: str,
     """Read an image, a form with a ``file``, or JSON ``{"inputs": [...]}``.
 
     Returns:
-        `PIXELS` or `NUMBERS`, and the input. JSON inputs are what the model takes, so whoever sends them has
-        normalized them.
+        `PIXELS` or `NUMBERS`, and the input. JSON inputs are what the model takes, so the client has normalized
+        them.
 
     Raises:
         RequestError: 400 unreadable, 413 too large, 415 another content type, 422 not this model's input.

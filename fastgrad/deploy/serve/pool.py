@@ -101,7 +101,7 @@ class Pool:
         return await item.future
 
     async def close(self) -> None:
-        """End the processes. Whoever calls it has waited for what was submitted."""
+        """End the processes. The caller has waited for what was submitted."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

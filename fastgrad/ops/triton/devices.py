@@ -13,7 +13,7 @@ from fastgrad.checks import KERNEL_DTYPES
 from fastgrad.ops.dispatch import interpreting
 from fastgrad.ops.tune import INTERPRETER, Architecture
 
-# Compiler options of every launch. Fused multiply-adds are wanted, and Triton 3.9 warns where nobody says so.
+# Compiler options of every launch. Fused multiply-adds are wanted, and Triton 3.9 warns unless this is set.
 OPTIONS = {"enable_fp_fusion": True}
 
 
