@@ -74,7 +74,7 @@ class Extraction:
         """What is known of the network and inputs like these, watched at the first call.
 
         Raises:
-            ValueError: A block cannot be had.
+            ValueError: The network cannot serve a block.
         """
         with self._lock:
             if self.known is None:
@@ -83,7 +83,7 @@ class Extraction:
                     refusal = block.refusal(subject)
                     if refusal is not None:
                         served = f"{type(self.model).__name__} with this input"
-                        raise ValueError(f"blocks must be ones that can be had of {served}; {block.name!r}: {refusal}")
+                        raise ValueError(f"blocks must be ones that {served} can serve; {block.name!r}: {refusal}")
                 self.known = subject
             return self.known
 

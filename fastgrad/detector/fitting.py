@@ -222,7 +222,7 @@ def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
     """The blocks that were asked for, or those of the preset.
 
     Raises:
-        ValueError: One that was asked for cannot be had; the message says which can.
+        ValueError: The network cannot serve one that was asked for; the message says which it can.
     """
     if two_stage.classifier is not None and subject.head is None:
         raise ValueError("the introspective classifier needs a model that ends in a linear layer")
@@ -232,7 +232,7 @@ def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
         why = block.refusal(subject)
         if why is not None:
             possible = ", ".join(repr(name) for name, kind in BLOCKS.items() if kind().refusal(subject) is None)
-            raise ValueError(f"blocks must be ones that can be had here, {possible}; {block.name!r}: {why}")
+            raise ValueError(f"blocks must be ones that the network can serve, {possible}; {block.name!r}: {why}")
     return list(two_stage.blocks)
 
 

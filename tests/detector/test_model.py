@@ -376,7 +376,7 @@ def test_bad_budgets_and_blocks_are_named():
     with pytest.raises(TypeError, match="blocks must be names or blocks; one was 3"):
         TwoStageModel(network, blocks=[3])
     headless = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(ValueError, match=r"can be had here, .*'logits'.*; 'features': .*linear layer"):
+    with pytest.raises(ValueError, match=r"the network can serve, .*'logits'.*; 'features': .*linear layer"):
         TwoStageModel(headless, blocks=["logits", "features"]).fit(loader(60), None)
     with pytest.raises(RuntimeError, match="a report needs a fit"):
         TwoStageModel(network).report()
