@@ -1,4 +1,4 @@
-"""Challenging inputs made from a network and its clean images, for detectors that have seen nothing else."""
+"""Challenging inputs made from a network and its clean images, to fit detectors on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""H, the introspective network: a perceptron over contrast rows that are never written out."""
+"""H, the introspective network: a perceptron over contrast rows, which are not stored."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Metrics on arrays or tensors; scikit-learn is imported where it is used.
 
 Scores follow the estimators of this package: higher means less reliable. `detection`: does a score separate
-challenging samples from clean ones? `calibration`: are probabilities as often right as they say? `selective`: what is
-gained by answering only where the uncertainty is low?
+challenging samples from clean ones? `calibration`: does a probability equal the share of right answers? `selective`:
+what is gained by answering only where the uncertainty is low?
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether probabilities are as often right as they say."""
+"""Calibration: whether probabilities equal the share of right answers."""
 
 from __future__ import annotations
 
@@ -91,7 +91,10 @@ def mce(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *, bins: 
 
 
 def brier(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
-    """Mean over samples of ``sum_j (p_j - [j = y])^2``, from 0 to 2 (Brier 1950)."""
+    """Mean over samples of ``sum_j (p_j - [j = y])^2``, from 0 to 2 (Brier 1950).
+
+    Arguments are as for :func:`reliability`.
+    """
     p, y = _probabilities(probabilities, labels)
     own = p[np.arange(len(p)), y]
     # Leaving p_y out of the sum of squares keeps the digits of a nearly perfect forecast.
@@ -101,7 +104,10 @@ def brier(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> floa
 
 
 def nll(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
-    """Mean negative log-likelihood in nats of normalised rows; zeros count as the smallest normal float."""
+    """Mean negative log-likelihood in nats of normalised rows; zeros count as the smallest normal float.
+
+    Arguments are as for :func:`reliability`.
+    """
     p, y = _probabilities(probabilities, labels)
     own = p[np.arange(len(p)), y]
     tiny = np.finfo(np.float64).tiny
@@ -111,7 +117,7 @@ def nll(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
 def calibration_report(
     probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *, bins: int = 15
 ) -> dict[str, float]:
-    """``accuracy``, ``ece``, ``mce``, ``brier``, ``nll``."""
+    """Return ``accuracy``, ``ece``, ``mce``, ``brier`` and ``nll``; arguments as for :func:`reliability`."""
     p, y = _probabilities(probabilities, labels)
     found = reliability(p, y, bins=bins)
     return {

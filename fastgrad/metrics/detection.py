@@ -1,4 +1,4 @@
-"""How well scores tell challenging samples, the positive class, from clean ones; higher means less reliable."""
+"""How well scores distinguish challenging samples, the positive class, from clean ones; higher means less reliable."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def auroc(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
 
 
 def aupr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
-    """Area under the precision-recall curve, challenging as the positive class (average precision)."""
+    """Average precision, the area under the precision-recall curve, challenging as the positive class.
+
+    Arguments are as for :func:`auroc`.
+    """
     from sklearn.metrics import average_precision_score
 
     scores, labels = _two_samples(clean, challenging)
@@ -43,7 +46,10 @@ def aupr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
 
 
 def fpr_at_tpr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor, tpr: float = 0.95) -> float:
-    """Share of clean samples flagged at the largest threshold that flags ``tpr`` of the challenging."""
+    """Share of clean samples flagged at the largest threshold that flags ``tpr`` of the challenging.
+
+    Arguments are as for :func:`auroc`; ``tpr`` lies in (0, 1], else ValueError.
+    """
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr must be in (0, 1]; it was {tpr}")
     scores, labels = _two_samples(clean, challenging)
@@ -54,7 +60,10 @@ def fpr_at_tpr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor, tpr: 
 
 
 def detection_accuracy(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
-    """Largest ``(TPR + TNR) / 2`` over all thresholds: accuracy when both classes are equally likely."""
+    """Largest ``(TPR + TNR) / 2`` over all thresholds: accuracy when both classes are equally likely.
+
+    Arguments are as for :func:`auroc`.
+    """
     from sklearn.metrics import roc_curve
 
     scores, labels = _two_samples(clean, challenging)
@@ -63,7 +72,7 @@ def detection_accuracy(clean: ArrayLike | Tensor, challenging: ArrayLike | Tenso
 
 
 def detection_report(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> dict[str, float]:
-    """All four detection metrics: ``auroc``, ``aupr``, ``fpr95``, ``accuracy``."""
+    """Return ``auroc``, ``aupr``, ``fpr95`` and ``accuracy``; arguments as for :func:`auroc`."""
     return {
         "auroc": auroc(clean, challenging),
         "aupr": aupr(clean, challenging),

@@ -1,4 +1,4 @@
-"""Temperature: how far logits must be softened for their softmax to be as often right as it says."""
+"""Temperature: the number that logits are divided by to calibrate their softmax (Guo et al., 2017)."""
 
 from __future__ import annotations
 
