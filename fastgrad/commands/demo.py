@@ -205,9 +205,9 @@ def draw(path: Path, scores: dict[str, NDArray[np.float64]], images: dict[str, T
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``fastgrad demo``."""
-    parser.add_argument("--out", type=Path, default=Path("fastgrad-demo"), help="folder for everything it writes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the training digits")
+    parser.add_argument("--out", type=Path, default=Path("fastgrad-demo"), help="folder to write to (fastgrad-demo)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (0)")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the training digits (8)")
 
 
 def run(arguments: argparse.Namespace) -> int:
