@@ -49,8 +49,8 @@ class PValues(Fitted):
     Where scores truly lie close together (a lump, an end of their range) the slope of log p is limited to
     `STEEPEST`, by raising p-values, never by lowering them.
 
-    A two-sided score has the typicality 2 min(p, 1 - p): too good to be true is as suspicious as too bad. An attack
-    that overshoots makes a network more certain than any clean image does; one-sided, the energy calls it safe.
+    A two-sided score, unusual when high or low, has the typicality 2 min(p, 1 - p): an attack may make the network more
+    certain than any clean input does.
 
     Buffers, with a row for the upper tail of each score, then for the lower one of each two-sided score: ``scores`` and
     ``log_p`` ``(T, m)``, the counted ones; ``start``, ``start_log_p``, ``scale``, ``count`` ``(T, 1)``: s, its log p,
