@@ -76,7 +76,16 @@ def score_histograms(
         style = {"histtype": "stepfilled", "alpha": 0.35} if name == reference else {"histtype": "step"}
         axes.hist(clipped, edges, density=True, color=COLOURS[i % len(COLOURS)], label=label, lw=1.5, **style)
     axes.set(xlabel="uncertainty score", ylabel="density")
-    axes.legend(framealpha=0.9, edgecolor="none", fontsize=8, title="set (AUROC)", title_fontsize=8)
+    # Above the axes: on them it would cover a bar.
+    axes.legend(
+        ncols=1 + (len(scores) > 3),
+        frameon=False,
+        fontsize=8,
+        title="set (AUROC)",
+        title_fontsize=8,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+    )
     return axes
 
 

@@ -88,6 +88,7 @@ def main() -> None:
 
     given = parser("detection.gallery").parse_args()
     out = given.out or RESULTS
+    out.mkdir(parents=True, exist_ok=True)
     manifold(out)
     subject = small("resnet20", Options(given.data, given.cache, True), 0)
     histograms(subject, out)
