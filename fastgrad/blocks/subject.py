@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from fastgrad._torch import DispatchMode, pytree
+from fastgrad._torch import DispatchMode, original, pytree
 from fastgrad.batches import batch_size, class_logits, take
 from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
@@ -112,7 +112,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
     Raises:
         ValueError: It does not return logits ``(B, N)``.
     """
-    samples = batch_size(args, kwargs)
+    model, samples = original(model), batch_size(args, kwargs)
     three, two = (_Watch(model, *take((args, kwargs), torch.arange(count) % samples, samples)) for count in (3, 2))
     logits = three.logits
     head = next(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad._torch import original
 from fastgrad.atomic import written_beside
 from fastgrad.scores.fitted import Fitted, rebuild
 
@@ -90,7 +91,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Fitted], dict[str, Any
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of a network's parameters and buffers: names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(original(model).state_dict().items()):
         if not isinstance(value, Tensor):
             continue
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())

@@ -528,6 +528,16 @@ def test_the_last_layer_is_found():
 SLOW_ATTENTION = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 
+def test_a_compiled_network_is_the_one_that_was_compiled(tmp_path):
+    plain, options = small_network(), {"blocks": ["logits", "activations", "features"]}
+    one = TwoStageModel(plain, **options).fit(loader(60), None)
+    other = TwoStageModel(torch.compile(plain, backend="eager"), **options).fit(loader(60), None)
+    assert other.extraction_.known == one.extraction_.known
+    torch.testing.assert_close(other(images(5)), one(images(5)), rtol=0, atol=0)
+    other.save(tmp_path / "compiled")
+    torch.testing.assert_close(TwoStageModel.load(tmp_path / "compiled", plain)(images(5)), one(images(5)))
+
+
 @SLOW_ATTENTION
 def test_hugging_face_and_timm_classifiers_need_no_adapter():
     transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
