@@ -176,6 +176,21 @@ def test_range_is_read_from_the_data() -> None:
     assert float(told.low[0, 0]) == -1
 
 
+@pytest.mark.parametrize("inference", [True, False])
+def test_what_is_made_depends_on_no_mode_of_pytorch(inference: bool) -> None:
+    net, images = small_net(), photos(size=15)
+    expected = generate_challenges(net, images)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(inference):
+            made = generate_challenges(net, images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, challenge in made.items():
+        assert challenge.dtype == torch.float32
+        assert torch.equal(challenge, expected[name]), name
+
+
 @pytest.mark.parametrize(
     ("told", "images", "words"),
     [

@@ -111,6 +111,6 @@ def pgd(
 
     Arguments and result as for :func:`fgsm`; ``generator`` draws the start.
     """
-    offset = (2 * torch.rand(unit.shape, generator=generator) - 1).to(unit)
+    offset = (2 * torch.rand(unit.shape, generator=generator, dtype=torch.float32) - 1).to(unit)
     start = (unit + epsilon * offset).clamp(0, 1)
     return _ascend(model, unit, start, pixels, epsilon, 2.5 * epsilon / steps, steps)

@@ -17,12 +17,12 @@ from fastgrad.challenges.jpeg import recompressed
 
 def _uniform(unit: Tensor, shape: tuple[int, ...], generator: Generator) -> Tensor:
     """Random numbers drawn on the CPU, so that a seed means the same on every device."""
-    return torch.rand(shape, generator=generator).to(unit)
+    return torch.rand(shape, generator=generator, dtype=torch.float32).to(unit)
 
 
 def noise(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
     """White Gaussian noise of standard deviation ``sigma``."""
-    return unit + sigma * torch.randn(unit.shape, generator=generator).to(unit)
+    return unit + sigma * torch.randn(unit.shape, generator=generator, dtype=torch.float32).to(unit)
 
 
 def blur(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
@@ -75,7 +75,7 @@ def shuffle(unit: Tensor, grid: float, generator: Generator) -> Tensor:
     patches = inner.reshape(batch, channels, cells, h, cells, w).permute(0, 2, 4, 1, 3, 5)
     patches = patches.reshape(batch, cells * cells, channels, h, w)
     # One random cyclic order per image: no patch keeps its place by chance.
-    order = torch.rand((batch, cells * cells), generator=generator).argsort(1)
+    order = torch.rand((batch, cells * cells), generator=generator, dtype=torch.float32).argsort(1)
     source = torch.empty_like(order).scatter_(1, order, order.roll(1, 1)).to(unit.device)
     moved = patches.gather(1, source[:, :, None, None, None].expand_as(patches))
     moved = moved.view(batch, cells, cells, channels, h, w).permute(0, 3, 1, 4, 2, 5)
@@ -118,7 +118,8 @@ def magnification(unit: Tensor, factor: float, generator: Generator) -> Tensor:
     """A random part of each image, enlarged ``factor`` times, as images of a lower resolution are."""
     height, width = unit.shape[-2:]
     h, w = max(1, round(height / factor)), max(1, round(width / factor))
-    corners = torch.rand((unit.shape[0], 2), generator=generator) * torch.tensor([height - h + 1, width - w + 1])
+    corners = torch.rand((unit.shape[0], 2), generator=generator, dtype=torch.float32)
+    corners *= torch.tensor([height - h + 1, width - w + 1])
     parts = [
         image[:, top : top + h, left : left + w]
         for image, (top, left) in zip(unit, corners.long().tolist(), strict=True)

@@ -260,6 +260,7 @@ def generate_challenges(
     return found
 
 
+@torch.inference_mode(False)
 def _altered(
     model: nn.Module | None,
     inputs: Tensor,

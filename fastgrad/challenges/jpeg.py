@@ -81,7 +81,7 @@ def _cosines() -> Tensor:
 def _halved(plane: Tensor) -> Tensor:
     """Return the means of 2 x 2 pixels; halves round up in every other column, as libjpeg has it."""
     plane = F.pad(plane, (0, plane.shape[3] % 2, 0, plane.shape[2] % 2), mode="replicate")
-    bias = torch.arange(plane.shape[3] // 2, device=plane.device) % 2 * 0.25 + 0.25
+    bias = torch.arange(plane.shape[3] // 2, dtype=plane.dtype, device=plane.device) % 2 * 0.25 + 0.25
     return (F.avg_pool2d(plane, 2) + bias).floor()
 
 
@@ -94,5 +94,5 @@ def _doubled(plane: Tensor) -> Tensor:
         near = 3 * plane
         lower, upper = near + wide.narrow(axis, 0, length), near + wide.narrow(axis, 2, length)
         plane = torch.stack([lower, upper], axis + 1).flatten(axis, axis + 1) / 4
-    halves = torch.where(torch.arange(plane.shape[3], device=plane.device) % 2 == 0, 8 / 16, 7 / 16)
+    halves = 8 / 16 - torch.arange(plane.shape[3], dtype=plane.dtype, device=plane.device) % 2 / 16
     return (plane + halves).floor()

@@ -202,6 +202,7 @@ class TwoStageModel(nn.Module):
         words[challenge_classifier.NAME] = challenge_classifier.alarm(detector.classifier_blocks())
         return {name: words.get(name) or name for name in detector.sources}
 
+    @torch.inference_mode(False)
     def fit(
         self,
         clean: Iterable[Any],

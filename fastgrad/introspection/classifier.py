@@ -89,6 +89,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         self.verbose = verbose
         self.random_state = random_state
 
+    @torch.inference_mode(False)
     def fit(self, R: ArrayLike | Pairs, y: ArrayLike, *, groups: ArrayLike | None = None) -> IntrospectiveClassifier:
         """Train the network on labelled samples.
 

@@ -73,8 +73,8 @@ def new_layers(sizes: list[int], activation: str, seed: int) -> list[Tensor]:
     for index, (inputs, outputs) in enumerate(pairwise(sizes)):
         gain = GAINS[activation] if index > 0 else 1.0
         bound = gain * math.sqrt(6 / (inputs + outputs))
-        parameters.append((torch.rand(outputs, inputs, generator=generator) * 2 - 1) * bound)
-        parameters.append(torch.zeros(outputs))
+        parameters.append((torch.rand(outputs, inputs, generator=generator, dtype=torch.float32) * 2 - 1) * bound)
+        parameters.append(torch.zeros(outputs, dtype=torch.float32))
     return parameters
 
 

@@ -430,6 +430,16 @@ def test_asked_for_blocks_are_kept_whatever_they_cost():
     assert torch.isfinite(two_stage(images(5)).uncertainty).all()
 
 
+def test_a_fit_in_inference_mode_is_the_fit_outside():
+    fits = []
+    for inference in (False, True):
+        model, classifier = small_network(), IntrospectiveClassifier(max_epochs=2, hidden=(8,))
+        with torch.inference_mode(inference):
+            fits.append(TwoStageModel(model, classifier=classifier, blocks=["logits"]).fit(loader(60)))
+    assert not any(value.is_inference() for value in fits[1].state_dict().values())
+    torch.testing.assert_close(fits[1](images(5)), fits[0](images(5)), rtol=0, atol=0)
+
+
 def test_one_seed_decides_all(tmp_path):
     def file(name, **options):
         two_stage = TwoStageModel(small_network(), blocks=["logits", "image"], **options).fit(loader(60))

@@ -36,6 +36,19 @@ def test_pairs_and_rows_give_the_same_prediction(loss):
     np.testing.assert_allclose(pairs.sum(1), 1)
 
 
+def test_a_fit_depends_on_no_mode_of_pytorch():
+    features, _, labels = problem(100, 0)
+    fit = IntrospectiveClassifier(max_epochs=3, hidden=(8,)).fit
+    expected = fit(features, labels).predict_proba(features)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            found = fit(features, labels).predict_proba(features)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("form", ["pairs", "rows"])
 def test_learns(form):
     def data(count, seed):
