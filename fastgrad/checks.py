@@ -45,11 +45,11 @@ def is_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False; it was {value!r}")
 
 
-def at_least_one(**values: int) -> None:
-    """Raise ValueError for an argument below 1."""
+def at_least(least: int, **values: object) -> None:
+    """Raise ValueError for an argument that is no integer or is below ``least``."""
     for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; it was {value}")
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}; it was {value!r}")
 
 
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

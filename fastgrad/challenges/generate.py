@@ -171,8 +171,7 @@ def iter_challenges(
     """
     full = challenge_names(names)
     _check(model, inputs, full, batch_size)
-    if each < 1:
-        raise ValueError(f"each must be at least 1; it was {each}")
+    checks.at_least(1, each=each)
     if pixels is None:
         pixels = PixelRange.of(inputs)
     attacked, others, share = _turns(full)
@@ -301,8 +300,8 @@ def _check(model: nn.Module | None, images: Tensor, names: Sequence[str], batch_
     needing = sorted({name.partition("-")[0] for name in names if _row(name)[0].passes})
     if model is None and needing:
         raise ValueError(f"model must be given for {', '.join(needing)}; it was None")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; it was {batch_size}")
+    if batch_size is not None:
+        checks.at_least(1, batch_size=batch_size)
 
 
 def _fitting(images: Tensor) -> int:

@@ -103,18 +103,19 @@ def _told(
 ) -> PixelRange | None:
     """The range that the arguments give, or None."""
     channels = like.shape[1]
-    if clip is not None and not clip[0] < clip[1]:
-        raise ValueError(f"clip must be (black, white) with black < white; it was {clip!r}")
     if (mean is None) != (std is None):
         raise ValueError("mean and std must be given together; one of them was None")
+    for name, values, count in (("clip", clip, 2), ("mean", mean, channels), ("std", std, channels)):
+        if values is not None and checks.to_array(name, values).shape != (count,):
+            meaning = "black and white" if name == "clip" else "one per channel"
+            raise ValueError(f"{name} must have {count} values, {meaning}; it was {values!r}")
     black, white = clip if clip is not None else (0.0, 1.0)
+    if not black < white:
+        raise ValueError(f"clip must be (black, white) with black < white; it was {clip!r}")
     if mean is None or std is None:
         if clip is None:
             return None
         return PixelRange(like.new_full((1, 1, 1, 1), black), like.new_full((1, 1, 1, 1), white))
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise ValueError(f"{name} must have one value per channel ({channels}); it had {len(values)}")
     if min(std) <= 0:
         raise ValueError(f"std must be positive; it was {std!r}")
     shift, scale = (like.new_tensor(list(v)).view(1, -1, 1, 1) for v in (mean, std))

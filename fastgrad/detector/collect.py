@@ -100,7 +100,8 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
 def _beside(name: str, value: Any, count: int) -> list[Any]:
     if value is None or isinstance(value, Mapping):
         return [None] * count
-    listed = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else list(value)
+    given = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
+    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
     if len(listed) != count:
         raise ValueError(
             f"{name} must give one label per input, or inputs alone; a batch had {count} inputs and {len(listed)}"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 from torch import Tensor
 
+from fastgrad import checks
 from fastgrad.batches import batch_size, to_device
 from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
@@ -132,11 +133,9 @@ def _drawn(
     options: FitOptions,
 ) -> Sample:
     """All loaders, read once."""
-    if options.max_samples < constants.FEWEST_CLEAN:
-        raise ValueError(f"max_samples must be at least {constants.FEWEST_CLEAN}; it was {options.max_samples}")
-    each = options.challenges_per_input
-    if each is not None and each < 1:
-        raise ValueError(f"challenges_per_input must be at least 1 or None; it was {each}")
+    checks.at_least(constants.FEWEST_CLEAN, max_samples=options.max_samples)
+    if options.challenges_per_input is not None:
+        checks.at_least(1, challenges_per_input=options.challenges_per_input)
     if isinstance(challenges, str) and challenges != "generate":
         raise ValueError(f"challenges must be 'generate', None or a loader; it was {challenges!r}")
 

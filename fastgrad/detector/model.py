@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -106,8 +105,7 @@ class TwoStageModel(nn.Module):
                 "budget must be at least 1, the forward pass that gives the logits, in forward passes; "
                 f"it was {budget!r}"
             )
-        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0; it was {seed!r}")
+        checks.at_least(0, seed=seed)
         self.model = model
         self.detector, self.classifier = detector, classifier
         self.budget, self.seed = float(budget), int(seed)

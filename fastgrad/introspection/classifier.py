@@ -186,10 +186,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     def _check_parameters(self) -> None:
         checks.one_of("activation", self.activation, ACTIVATIONS)
         checks.one_of("loss", self.loss, LOSSES)
-        for name in ("batch_size", "max_epochs", "patience"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; it was {value!r}")
+        checks.at_least(1, batch_size=self.batch_size, max_epochs=self.max_epochs, patience=self.patience)
         if any(not isinstance(width, (int, np.integer)) or width < 1 for width in self.hidden):
             raise ValueError(f"hidden must hold widths of at least 1; it was {self.hidden!r}")
         if not 0 <= self.validation_fraction < 1:

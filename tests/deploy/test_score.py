@@ -287,7 +287,7 @@ def test_command_line(folder: Path, tiny_package: Path, tmp_path: Path, capsys: 
         ([str(tiny_package), str(folder / "notes.txt"), "--out", str(out)], "not a readable Parquet"),
         ([str(tiny_package), str(folder), "--out", str(tmp_path / "no" / "o")], "existing folder"),
         ([str(folder / "notes.txt"), str(folder), "--out", str(out)], "not a readable .pt2"),
-        ([str(tiny_package), str(folder), "--out", str(out), "--part", "0"], "part must be at least 1"),
+        ([str(tiny_package), str(folder), "--out", str(out), "--part", "0"], "part must be an integer of at least 1"),
     ):
         assert cli.main(["score", *arguments]) == 2
         assert message in capsys.readouterr().err

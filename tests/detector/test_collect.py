@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -109,8 +110,15 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     "no images": (lambda m: m.fit([CLEAN.flatten(1)]), "challenges can be generated from images"),
     "range of no images": (lambda m: m.fit([CLEAN.flatten(1)], None, clip=(0, 1)), "clip, mean and std need images"),
     "empty challenges": (lambda m: m.fit([CLEAN], []), "challenges must hold at least one batch"),
-    "max_samples": (lambda m: m.fit([CLEAN], max_samples=3), "max_samples must be at least 20; it was 3"),
-    "each": (lambda m: m.fit([CLEAN], challenges_per_input=0), "challenges_per_input must be at least 1"),
+    "max_samples": (lambda m: m.fit([CLEAN], max_samples=3), "max_samples must be an integer of at least 20; it was 3"),
+    "each": (lambda m: m.fit([CLEAN], challenges_per_input=0), "challenges_per_input must be an integer of at least 1"),
+    "half": (lambda m: m.fit([CLEAN], challenges_per_input=1.5), "an integer of at least 1; it was 1.5"),  # type: ignore[arg-type]
+    "no number": (lambda m: m.fit([CLEAN], max_samples="all"), "an integer of at least 20; it was 'all'"),  # type: ignore[arg-type]
+    "one label a batch": (lambda m: m.fit([(CLEAN, 1)]), "a batch had 60 inputs and 1"),
+    "one word a batch": (lambda m: m.fit([CLEAN], [(CLEAN[:5], "noise")]), "a batch had 5 inputs and 1"),
+    "one mean": (lambda m: m.fit([CLEAN], mean=0.5, std=0.5), "mean must have 3 values, one per channel; it was 0.5"),  # type: ignore[arg-type]
+    "no deviation": (lambda m: m.fit([CLEAN], mean=[0.5] * 3, std=[math.nan] * 3), "std must be finite"),
+    "three bounds": (lambda m: m.fit([CLEAN], clip=(0, 0.5, 1)), "clip must have 2 values, black and white"),  # type: ignore[arg-type]
 }
 
 

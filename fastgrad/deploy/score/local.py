@@ -11,7 +11,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fastgrad.checks import at_least_one
+from fastgrad.checks import at_least
 from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.deploy.score.job import Job, count_rows, join_parts, progress_bar
@@ -58,7 +58,7 @@ def score(
         ValueError: arguments that do not fit, no images, or parts of another job beside ``out``.
         PackageError: not an exported model.
     """
-    at_least_one(batch=batch, part=part)
+    at_least(1, batch=batch, part=part)
     target = Path(out)
     if not target.parent.is_dir():
         raise ValueError(f"out must lie in an existing folder; there is no {str(target.parent)!r}")

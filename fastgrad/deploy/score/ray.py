@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastgrad.checks import at_least_one, extra
+from fastgrad.checks import at_least, extra
 from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage, read_description
 from fastgrad.deploy.score.job import Job, count_rows, progress_bar
@@ -77,7 +77,7 @@ def score_dataset(
     with extra("cluster"):
         import ray
 
-    at_least_one(workers=workers, batch=batch, part=part)
+    at_least(1, workers=workers, batch=batch, part=part)
     path, folder = Path(model).resolve(), Path(out).resolve()
     job = Job(
         path, read_description(path), Path(images), folder, batch=batch, part=part, false_alarm_rate=false_alarm_rate,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgrad import __version__
-from fastgrad.checks import at_least_one, extra
+from fastgrad.checks import at_least, extra
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.serve.bodies import Budget, Limits, Readers, read_body
 from fastgrad.deploy.serve.child import ChildDiedError, RequestError
@@ -95,7 +95,7 @@ def create_app(
     paths = {Path(path).stem: path} if isinstance(path, str) else dict(path)
     if not paths:
         raise ValueError("path must name at least one model; it was empty")
-    at_least_one(workers=workers, max_batch=max_batch, decoders=1 if decoders is None else decoders)
+    at_least(1, workers=workers, max_batch=max_batch, decoders=1 if decoders is None else decoders)
     if not reload_every > 0:
         raise ValueError(f"reload_every must be positive; it was {reload_every:g}")
     if api_key is not None and not api_key:
