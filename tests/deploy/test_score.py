@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -120,6 +121,7 @@ def test_parquet_input(tiny_package: Path, tmp_path: Path) -> None:
     cells = {
         "bytes": pa.array(contents, pa.binary()),
         "struct": pa.array([{"bytes": c, "path": None} for c in contents]),
+        "dictionary": pa.array(contents, pa.binary()).dictionary_encode(),
     }
     results = []
     for kind, cell in cells.items():
@@ -128,7 +130,7 @@ def test_parquet_input(tiny_package: Path, tmp_path: Path) -> None:
         counts = score(tiny_package, source, out, part=8)
         assert counts == {**counts, "images": 32, "unreadable": 2}
         results.append(pq.read_table(out).to_pylist())
-    assert results[0] == results[1]
+    assert all(result == results[0] for result in results)
     assert [row["name"] for row in results[0]] == ids
 
 
@@ -305,6 +307,31 @@ def test_what_cannot_be_scored(tiny_package: Path, tmp_path: Path) -> None:
         score(tiny_package, source, tmp_path / "out", image_column="c")
     with pytest.raises(PackageError):
         score(source, source, tmp_path / "out")
+    for column, kind in ((pa.array([[1, 2]]), "list<"), (pa.array([{"path": "a.png"}]), "struct<path")):
+        pq.write_table(pa.table({"image": column}), source)
+        with pytest.raises(ValueError, match=f"must hold bytes, or structs with bytes; it has {kind}"):
+            score(tiny_package, source, tmp_path / "out")
+    pq.write_table(pa.Table.from_arrays([pa.array([b""])] * 2, ["image", "image"]), source)
+    with pytest.raises(ValueError, match="the file has image, image"):
+        score(tiny_package, source, tmp_path / "out")
+    with pytest.raises(ValueError, match="decoders must be an integer of at least 1; it was 0"):
+        score(tiny_package, source, tmp_path / "out", decoders=0)
+
+
+@pytest.mark.parametrize("name", ["in.parquet", "model.pt2", "folder", "photo.png"])
+def test_what_another_program_wrote_is_not_replaced(name: str, tiny_package: Path, tmp_path: Path) -> None:
+    source, model, out = tmp_path / "in.parquet", tmp_path / "model.pt2", tmp_path / name
+    pq.write_table(pa.table({"image": [image(0)]}), source)
+    shutil.copy(tiny_package, model)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "photo.png").write_bytes(image(1))
+    before = out.read_bytes() if out.is_file() else None
+    with pytest.raises(ValueError, match=f"{name} was not made by fastgrad score and is left as it is"):
+        score(model, source, out)
+    assert before is None or out.read_bytes() == before
+    # A result of its own is.
+    for _ in range(2):
+        assert score(model, source, tmp_path / "out")["images"] == 1
 
 
 RAY = """

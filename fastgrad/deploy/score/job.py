@@ -35,13 +35,25 @@ def write_part(rows: list[dict[str, Any]], path: Path, schema: Any, job: str) ->
         pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata({_JOB: job})), temporary)
 
 
+def _schema(path: Path) -> Any:
+    """Of a Parquet file; an empty one where there is no such file."""
+    try:
+        return pq.read_schema(path)
+    except (OSError, pa.ArrowInvalid):
+        return pa.schema([])
+
+
 def is_part(path: Path, job: str) -> bool:
     """Whether this is a part that the job wrote."""
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (OSError, pa.ArrowInvalid):
-        return False
-    return bool(metadata.get(_JOB) == job.encode())
+    return bool((_schema(path).metadata or {}).get(_JOB) == job.encode())
+
+
+def check_out(path: Path, schema: Any) -> None:
+    """Raise ValueError where ``path`` is no name for a result: what another program wrote would be lost."""
+    if not path.parent.is_dir():
+        raise ValueError(f"out must lie in an existing folder; there is no {str(path.parent)!r}")
+    if os.path.lexists(path) and _schema(path).names != schema.names:
+        raise ValueError(f"{path} was not made by fastgrad score and is left as it is; choose another --out")
 
 
 class Job:

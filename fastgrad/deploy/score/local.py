@@ -14,7 +14,7 @@ from pathlib import Path
 from fastgrad.checks import at_least
 from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage
-from fastgrad.deploy.score.job import Job, count_rows, join_parts, progress_bar
+from fastgrad.deploy.score.job import Job, check_out, count_rows, join_parts, progress_bar
 from fastgrad.deploy.score.rows import arrow_schema
 from fastgrad.deploy.score.sources import MAX_BYTES
 
@@ -55,24 +55,25 @@ def score(
         earlier run.
 
     Raises:
-        ValueError: arguments that do not fit, no images, or parts of another job beside ``out``.
+        ValueError: arguments that do not fit, no images, parts of another job beside ``out``, or a file of another
+            program's in its place.
         PackageError: not an exported model.
     """
-    at_least(1, batch=batch, part=part)
-    target = Path(out)
-    if not target.parent.is_dir():
-        raise ValueError(f"out must lie in an existing folder; there is no {str(target.parent)!r}")
-    model = ModelPackage(model_path)
+    decoders = os.cpu_count() or 1 if decoders is None else decoders
+    at_least(1, batch=batch, part=part, max_pixels=max_pixels, max_bytes=max_bytes, decoders=decoders)
+    target, model = Path(out), ModelPackage(model_path)
+    schema = arrow_schema(model.description)
+    check_out(target, schema)
     job = Job(
         Path(model_path), model.description, Path(images), target.with_name(target.name + ".parts"), batch=batch,
         part=part, false_alarm_rate=false_alarm_rate, image_column=image_column, key_column=key_column,
         max_pixels=max_pixels, max_bytes=max_bytes,
     )  # fmt: skip
     bar = progress_bar(job, progress)
-    with ThreadPoolExecutor(decoders or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(decoders) as pool:
         for index in job.missing:
             job.write(model, index, pool, bar.update)
     bar.close()
     counts = count_rows(job.paths)
-    join_parts(job, target, arrow_schema(model.description))
+    join_parts(job, target, schema)
     return {**counts, "continued": job.done}

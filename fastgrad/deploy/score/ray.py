@@ -77,7 +77,7 @@ def score_dataset(
     with extra("cluster"):
         import ray
 
-    at_least(1, workers=workers, batch=batch, part=part)
+    at_least(1, workers=workers, batch=batch, part=part, max_pixels=max_pixels, max_bytes=max_bytes)
     path, folder = Path(model).resolve(), Path(out).resolve()
     job = Job(
         path, read_description(path), Path(images), folder, batch=batch, part=part, false_alarm_rate=false_alarm_rate,

@@ -59,7 +59,7 @@ def read_parquet(
         most: bytes of a cell; of a larger one no more than one byte beyond comes.
 
     Raises:
-        ValueError: there is no such column.
+        ValueError: there is no such column, or several, or it holds no bytes.
     """
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
@@ -71,6 +71,7 @@ def read_parquet(
     groups = [i for i, (size, end) in enumerate(zip(sizes, ends, strict=True)) if end - size < stop and end > start]
     row = ends[groups[0]] - sizes[groups[0]] if groups else 0
     columns = [column] + ([key] if key else [])
+    _cells(pa.nulls(0, file.schema_arrow.field(column).type), most)  # before the first image is read
     for part in file.iter_batches(batch_size=64, row_groups=groups, columns=columns):
         images = _cells(part.column(column), most)
         keys = part.column(key).to_pylist() if key else range(row, row + len(images))
@@ -84,19 +85,21 @@ def _cells(column: Any, most: int) -> list[bytes]:
     """The bytes of image cells: bytes, or structs with a field ``bytes`` (as Hugging Face writes them)."""
     if pa.types.is_struct(column.type):
         names = [field.name for field in column.type]
-        column = pc.struct_field(column, "bytes") if "bytes" in names else pa.nulls(len(column), pa.binary())
-    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-        return [b""] * len(column)
+        column = pc.struct_field(column, "bytes") if "bytes" in names else column
+    try:
+        column = column.cast(pa.large_binary())
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        raise ValueError(f"the column of images must hold bytes, or structs with bytes; it has {column.type}") from None
     return [cell or b"" for cell in pc.binary_slice(column, 0, most + 1).to_pylist()]
 
 
 def _column(names: list[str], given: str | None, guesses: Iterable[str], what: str, *, required: bool) -> Any:
     if given is not None:
-        if given not in names:
+        if names.count(given) != 1:
             listed = ", ".join(names)
-            raise ValueError(f"--{what}-column must be one of the file's columns ({listed}); it was {given!r}")
+            raise ValueError(f"--{what}-column must be one column of the file's ({listed}); it was {given!r}")
         return given
-    found = next((guess for guess in guesses if guess in names), None)
+    found = next((guess for guess in guesses if names.count(guess) == 1), None)
     if found is None and required:
         listed = ", ".join(names)
         raise ValueError(f"name the column with the images (--{what}-column); the file has {listed}")
