@@ -126,7 +126,7 @@ def groups_of(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
     if numbers.shape != (count,) or numbers.dtype.kind not in "iu":
         raise ValueError(f"groups must be integers of shape ({count},); they were {numbers.dtype}, {numbers.shape}")
     alone = numbers < 0
-    numbers = numbers.astype(np.intp)
+    numbers = np.unique(numbers, return_inverse=True)[1]
     numbers[alone] = numbers.max(initial=0) + 1 + np.arange(alone.sum())
     return numbers
 

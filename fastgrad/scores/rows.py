@@ -140,8 +140,8 @@ class Rows(Fitted):
 
 
 def as_tensor(array: Array) -> Tensor:
-    """``array`` as a tensor, copied only where it is read-only memory."""
-    return torch.as_tensor(array if array.flags.writeable else array.copy())
+    """``array`` as a tensor, copied only where it is read-only memory or runs backwards."""
+    return torch.as_tensor(array if array.flags.writeable and min(array.strides) >= 0 else array.copy())
 
 
 def clipped(rows: Tensor, limit: float) -> Tensor:

@@ -95,6 +95,12 @@ def test_bad_groups_are_named(groups: np.ndarray, message: str) -> None:
         UncertaintyDetector(log=False).fit(clean(np.random.default_rng(0), 60), groups=groups)
 
 
+def test_sources_may_have_any_number() -> None:
+    X, groups = clean(np.random.default_rng(0), 60), np.arange(60) // 2
+    expected, found = (UncertaintyDetector(log=False).fit(X, groups=g) for g in (groups, 2**63 - 100 + groups))
+    np.testing.assert_array_equal(found.decision_function(X), expected.decision_function(X))
+
+
 def shares(count: int, fits: int, new: int = 200, **options: object) -> np.ndarray:
     """The flagged share of new clean samples, ``(fits, rates)``."""
     found = np.empty((fits, len(RATES)))

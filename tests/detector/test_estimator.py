@@ -142,6 +142,19 @@ def test_tensors_and_float32_are_accepted():
     assert UncertaintyDetector(folds=2).fit(X).decision_function(X).shape == (100,)
 
 
+def test_arrays_that_run_backwards_are_accepted():
+    X = network_like(100, 0)["gradients"]
+    detector = UncertaintyDetector(folds=2).fit(X)
+    np.testing.assert_array_equal(detector.decision_function(X[::-1])[::-1], detector.decision_function(X))
+    np.testing.assert_array_equal(
+        detector.fit(X.copy()[::-1]).decision_function(X), detector.fit(X[::-1].copy()).decision_function(X)
+    )
+    np.testing.assert_array_equal(
+        detector.fit({"logits": X[:, ::-1]}).decision_function({"logits": X}),
+        detector.fit({"logits": X[:, ::-1].copy()}).decision_function({"logits": X}),
+    )
+
+
 def test_evidence_names_every_source_and_adds_up():
     blocks = network_like(100, 0)
     odd = network_like(100, 1, 2.0)
