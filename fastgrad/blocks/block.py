@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgrad.scores.fitted import Fitted
+from fastgrad.scores.fitted import Fitted, Sequence
 from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.mahalanobis import Mahalanobis
 from fastgrad.scores.rows import Rows
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from fastgrad.engine.run import Reading
 
 Array = NDArray[np.float64]
+#: The classifier of challenges among the sources of evidence, where the others are blocks.
+CHALLENGES = "challenges"
 #: Standardised columns are cut here: no single one decides alone.
 CLIP = 8.0
 #: Gaussians of a mixture, and principal components that it sees, at most. Image statistics and roughness, from clean
@@ -54,7 +56,7 @@ class Block:
     """Base of all blocks; a subclass a file.
 
     Attributes:
-        name: The block's key in feature mappings.
+        name: The block's key in feature mappings; a part of the detector has it, too.
         alarm: What an alarm that it raises means, in words for everyone, to follow "Mostly because:"; empty for its
             name.
         ranks: Numbers of dimensions that its tensor may have.
@@ -67,6 +69,15 @@ class Block:
     ranks: ClassVar[tuple[int, ...]] = (2,)
     shapes: ClassVar[str]
     squared_norms: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Refuse a name that no part of a detector can have."""
+        super().__init_subclass__()
+        name = getattr(cls, "name", "")
+        if "." in name or name == CHALLENGES or hasattr(Sequence(), name):
+            raise ValueError(
+                f"name of a block must have no dot and be none of PyTorch's or fastgrad's; it was {name!r}"
+            )
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments that make this block again (JSON)."""

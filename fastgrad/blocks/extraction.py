@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad import checks
 from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
 from fastgrad.batches import as_call, batch_size, one_for_none
 from fastgrad.blocks.block import Block
@@ -105,7 +106,8 @@ class Extraction:
     def _values(self, block: Block, found: Pass) -> Tensor:
         """A block's values; NaN, which no score takes for usual, where it fails after it has worked before."""
         try:
-            values = block.values(found).detach()
+            checks.is_tensor(f"values of the block {block.name!r}", values := block.values(found))
+            values = values.detach()
         except Exception as error:
             shape = self._shapes.get(block.name)
             if shape is None or is_traced():

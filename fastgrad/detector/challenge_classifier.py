@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgrad.blocks.block import Settings
+from fastgrad.blocks.block import CHALLENGES, Settings
 from fastgrad.detector.constants import INVERSE_PENALTY, LIMIT, STEPS
 from fastgrad.detector.inputs import Blocks
 from fastgrad.scores import fitted
@@ -22,7 +22,7 @@ from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.rows import clipped
 
 #: The classifier among the sources of evidence.
-NAME = "challenges"
+NAME = CHALLENGES
 
 
 def alarm(blocks: Sequence[str]) -> str:

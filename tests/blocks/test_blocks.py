@@ -190,6 +190,12 @@ def test_a_block_of_ones_own_is_known_by_its_name() -> None:
         register_block(type("Nameless", (Block,), {}))
     with pytest.raises(TypeError, match="subclass of Block; it was 5"):
         register_block(5)  # type: ignore[arg-type]
+    for name in ("my.block", "training", "forward", "challenges"):
+        with pytest.raises(ValueError, match=f"name of a block must .*; it was '{name}'"):
+            type("Named", (Block,), {"name": name})
+    array = type("Other", (Block,), {"name": "array", "values": lambda self, found: found.image().numpy()})()
+    with pytest.raises(TypeError, match=r"values of the block 'array' must be a torch\.Tensor; it was ndarray"):
+        Extraction(net, [array])(x)
 
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))
