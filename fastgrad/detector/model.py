@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -100,7 +101,7 @@ class TwoStageModel(nn.Module):
         ):
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{name} must be an {kind.__name__} or None; it was {type(value).__name__}")
-        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget >= 1:
+        if isinstance(budget, bool) or not isinstance(budget, (int, float, np.integer, np.floating)) or not budget >= 1:
             raise ValueError(
                 "budget must be at least 1, the forward pass that gives the logits, in forward passes; "
                 f"it was {budget!r}"

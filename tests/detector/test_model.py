@@ -364,6 +364,7 @@ def test_bad_budgets_and_blocks_are_named():
     for budget in (0.9, math.nan, "1.2", True):
         with pytest.raises(ValueError, match=r"budget must be at least 1, the forward pass .* it was"):
             TwoStageModel(network, budget=budget)
+    assert [TwoStageModel(network, budget=kind(2)).budget for kind in (np.float32, np.int64)] == [2, 2]
     for blocks, message in (
         (["logits", "colours"], "blocks must be among .*'activations'.*; one was 'colours'"),
         (["logits", Logits()], "blocks must differ; 'logits' was there twice"),
