@@ -50,6 +50,11 @@ def carrying(leaves: Sequence[object], samples: int) -> tuple[bool, ...]:
     return tuple(isinstance(t, Tensor) and t.dim() > 0 and bool(t.shape[0] == samples) for t in leaves)
 
 
+def bytes_of(tensor: Tensor) -> bytes:
+    """The bytes of a tensor's numbers."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def one_for_none(tree: Tree) -> Tree:
     """The same with one sample of zeros in place of none, whose results have the shapes of those of none."""
     filled: Tree = pytree.tree_map_only(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastgrad._torch import pytree
-from fastgrad.batches import bar, batch_size, split_batch, take, to_device
+from fastgrad.batches import bar, batch_size, bytes_of, carrying, split_batch, take, to_device
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.challenges import PixelRange, iter_challenges
 from fastgrad.detector.constants import CHALLENGED_TOGETHER
@@ -64,36 +64,40 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
         TypeError, ValueError: The loader is empty, or a batch is malformed.
     """
     rng = np.random.default_rng(seed)
-    kept: list[tuple[int, Inputs, Any]] = []
+    kept: list[tuple[int, Inputs, Any, tuple[bool, ...], int]] = []
     seen, size = 0, 1
     for batch in bar(loader, name, verbose):
         x, given = split_batch(name, batch)
         count = batch_size(x)
         size = max(size, count)
-        beside = _beside(name, given, count)
+        beside, leaves = _beside(name, given, count), pytree.tree_leaves(x)
+        carriers = carrying(leaves, count)
+        constants = [t for t, carries in zip(leaves, carriers, strict=True) if isinstance(t, Tensor) and not carries]
+        same = hash((carriers, *map(bytes_of, constants)))
         for i in range(count):
             place = seen if seen < limit else int(rng.integers(seen + 1))
             seen += 1
             if place < limit:
-                row = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), take(x, slice(i, i + 1), count))
-                kept[place : place + 1] = [(seen, row, beside[i])]
+                row = take(x, slice(i, i + 1), count, carriers)
+                row = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), row)
+                kept[place : place + 1] = [(seen, row, beside[i], carriers, same)]
     if not kept:
         raise ValueError(
             f"{name} must hold at least one batch; it was empty (an iterator can be read once: give a loader or list)"
         )
-    # In the loader's order, and inputs of one shape together.
+    # In the loader's order, and inputs of one shape together, with whatever else was the same for their batches.
     kept.sort(key=lambda entry: entry[0])
-    shapes: dict[str, list[tuple[int, Inputs, Any]]] = {}
+    shapes: dict[str, list[tuple[int, Inputs, Any, tuple[bool, ...], int]]] = {}
     for entry in kept:
         leaves = pytree.tree_leaves(entry[1])
-        signature = str([(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in leaves])
+        signature = str([(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in leaves]) + str(entry[-1])
         shapes.setdefault(signature, []).append(entry)
     batches, others = [], []
     for entries in shapes.values():
         for start in range(0, len(entries), size):
             part = entries[start : start + size]
-            batches.append(_joined([row for _, row, _ in part]))
-            others += [own for *_, own in part]
+            batches.append(_joined([row for _, row, *_ in part], entries[0][3]))
+            others += [own for _, _, own, *_ in part]
     return Drawn(batches, others, seen)
 
 
@@ -109,14 +113,12 @@ def _beside(name: str, value: Any, count: int) -> list[Any]:
     return listed
 
 
-def _joined(rows: list[Inputs]) -> Inputs:
-    """Rows of one shape as one batch; what carries no batch is that of the first."""
+def _joined(rows: list[Inputs], carriers: tuple[bool, ...]) -> Inputs:
+    """Rows of one shape as one batch; what carries no batch is the same for all."""
     flat = [pytree.tree_flatten(row) for row in rows]
     leaves = [
-        torch.cat(values)
-        if isinstance(values[0], Tensor) and values[0].dim() and values[0].shape[0] == 1
-        else values[0]
-        for values in zip(*(leaves for leaves, _ in flat), strict=True)
+        torch.cat(values) if carries else values[0]
+        for *values, carries in zip(*(leaves for leaves, _ in flat), carriers, strict=True)
     ]
     joined: Inputs = pytree.tree_unflatten(leaves, flat[0][1])
     return joined

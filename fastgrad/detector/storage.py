@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastgrad._torch import original
 from fastgrad.atomic import written_beside
+from fastgrad.batches import bytes_of
 from fastgrad.scores.fitted import Fitted, rebuild
 
 FORMAT = 1
@@ -95,6 +96,5 @@ def fingerprint(model: nn.Module) -> str:
         if not isinstance(value, Tensor):
             continue
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        flat = value.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(value))
     return digest.hexdigest()

@@ -59,6 +59,16 @@ def test_a_loader_is_read_once_and_mappings_keep_their_shapes() -> None:
     assert all(x["scale"] == 2.0 for x in drawn.batches)
 
 
+def test_what_came_beside_a_batch_stays_beside_its_inputs() -> None:
+    inputs = torch.arange(12.0).view(12, 1)
+    for shape in ((), (1,), (2, 3)):
+        loader = [{"x": part, "scale": torch.full(shape, float(i % 2))} for i, part in enumerate(inputs.split(4))]
+        drawn = collect.draw("clean", loader, 100, 0)
+        assert [tuple(x["scale"].shape) for x in drawn.batches] == [shape] * 3
+        found = {value: x["scale"].mean().item() for x in drawn.batches for value in x["x"].flatten().tolist()}
+        assert found == {float(i): float(i // 4 % 2) for i in range(12)}
+
+
 @pytest.mark.parametrize("batch", [8, 120])
 def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int) -> None:
     model = network()
