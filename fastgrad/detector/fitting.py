@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -94,9 +95,11 @@ def fit(
     held_out[: len(sample.held_out)] = sample.held_out
 
     @functools.cache
-    def calibrated(names: tuple[str, ...]) -> Calibrated:
+    def complete(chosen: tuple[Block, ...]) -> tuple[TwoStageModel, Calibrated, str]:
+        """What would answer with these blocks, what its detector was made of, and where its risk comes from."""
+        names = [block.name for block in chosen]
         detector: UncertaintyDetector = clone(base)
-        return detector.fit_table(
+        found = detector.fit_table(
             {name: features.blocks[name] for name in names},
             (features.kinds != "").astype(int),
             kinds=features.kinds,
@@ -104,23 +107,19 @@ def fit(
             groups=features.groups,
             known={block.name: block for block in blocks},
         )
+        answers, fresh = fit_answers(two_stage, sample, features, found)
+        result = copy.copy(two_stage)
+        result._modules = dict(two_stage._modules)
+        result.extraction_ = extraction.of([one for one in reading if one.name in names or one not in blocks])
+        result.detector_ = found.module.to(two_stage.device)
+        result.classifier_, result.gate_, result.temperature_ = answers
+        result.risk_, why = _risk(two_stage, answers, sample, features, found, fresh, options)
+        return result, found, why
 
-    def answer(chosen: tuple[Block, ...]) -> Callable[[Inputs], object]:
-        module = calibrated(tuple(block.name for block in chosen)).module.to(two_stage.device)
-        one = extraction.of(chosen)
-        return lambda x: module(one(x)[1])
-
-    price = _price(two_stage, blocks, x, subject, answer)
-    found = calibrated(price.blocks)
-    answers, fresh = fit_answers(two_stage, sample, features, found)
-    risk, why = _risk(two_stage, answers, sample, features, found, fresh, options)
-    two_stage.extraction_ = extraction.of(
-        [block for block in reading if block.name in price.blocks or block not in blocks]
-    )
-    two_stage.detector_ = found.module.to(two_stage.device)
-    two_stage.classifier_, two_stage.gate_ = answers.classifier, answers.gate
-    two_stage.temperature_ = answers.temperature
-    two_stage.risk_ = risk
+    price = _price(two_stage, blocks, x, subject, lambda chosen: complete(chosen)[0])
+    result, found, why = complete(tuple(block for block in blocks if block.name in price.blocks))
+    for name in ("extraction_", "detector_", "classifier_", "gate_", "temperature_", "risk_"):
+        setattr(two_stage, name, getattr(result, name))
     two_stage.report_ = _report(sample, features, price, found, why)
     two_stage._gains = functools.partial(gains, found.table, features.kinds)
 

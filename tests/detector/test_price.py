@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from fastgrad.batches import take
 from fastgrad.blocks import BLOCKS, Block, Logits
 from fastgrad.blocks.extraction import Extraction, arguments
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import watch
+from fastgrad.detector.model import TwoStageModel
 from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS, preset
 from fastgrad.detector.price import fit_to_budget, price
 from fastgrad.detector.report import Report
@@ -120,6 +122,22 @@ def test_the_answer_itself_is_measured_and_the_model_stays_as_it_was(counting, i
     assert report.measured == pytest.approx(2, abs=0.3)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_fit_measures_what_its_user_will_call(monkeypatch):
+    seen = []
+
+    def measured(model, run, x, limit):
+        seen.append(run(x))
+        return 1.0, 0.0
+
+    monkeypatch.setattr("fastgrad.detector.price.price", measured)
+    x = torch.rand(60, 3, 8, 8)
+    two_stage = TwoStageModel(network()).fit([(x, torch.arange(60) % 4)], verbose=False)
+    answer = two_stage(take(x, slice(0, len(seen[0].logits)), 60))
+    for before, now in zip(seen[0], answer, strict=True):
+        torch.testing.assert_close(before, now)
+    assert seen[0].risk is not None
 
 
 def test_a_long_batch_is_cut_and_the_price_carries_its_error(monkeypatch, counting, images):
