@@ -37,7 +37,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, norms: Norms, count: int, in_place: bool, *tensors: Tensor) -> Any:
         # The outputs come first: autograd takes the first input of a node that modifies a view for that view.
         outputs, probe, saved = tensors[:count], tensors[count], tensors[count + 1 :]
-        ctx.norms, ctx.probe, ctx.saved_count = norms, id(probe), len(saved)
+        ctx.norms, ctx.probe, ctx.saved_count = norms, probe, len(saved)
         ctx.save_for_backward(*saved)
         if in_place:
             # Returned as if modified in place: neither a copy nor a view, so a later in-place activation may
@@ -54,9 +54,29 @@ class _Tap(torch.autograd.Function):
         device = gradients[0].device.type
         reduced = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if reduced else contextlib.nullcontext():
-            if ctx.probe in _requested:
+            if id(ctx.probe) in _requested:
                 norms = ctx.norms(ctx.saved_tensors, gradients)
+        if torch.is_grad_enabled():
+            gradients = _Graphed.apply(ctx.probe, *gradients)  # type: ignore[no-untyped-call]
         return (None, None, None, *gradients, norms, *[None] * ctx.saved_count)
+
+
+class _Graphed(torch.autograd.Function):
+    """``gradients -> gradients`` of a backward pass that has a graph; what layers do in that graph, no probe sees."""
+
+    @staticmethod
+    def forward(ctx: Any, probe: Tensor, *gradients: Tensor) -> Any:
+        ctx.probe = probe
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        if id(ctx.probe) in _requested:
+            raise ValueError(
+                "outputs must not be computed from gradients that passed the recorded model (create_graph=True, as for "
+                "a gradient penalty): its layers then have a part in them of which no gradient per sample is known"
+            )
+        return None, *gradients
 
 
 def tap(
@@ -92,5 +112,5 @@ def probes_behind(outputs: Iterable[Tensor]) -> Iterator[int]:
             continue
         seen.add(node)
         if node.name() == f"{_Tap.__name__}Backward":
-            yield node.probe  # type: ignore[attr-defined]
+            yield id(node.probe)  # type: ignore[attr-defined]
         waiting += [following for following, _ in node.next_functions]

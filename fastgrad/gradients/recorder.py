@@ -209,7 +209,8 @@ def grad_sqnorm(
 
     Raises:
         RuntimeError: Outside of ``record``, or if no recorded call leads to ``outputs``.
-        ValueError: If a parameter is not the recorded model's, or took part in several calls.
+        ValueError: If a parameter is not the recorded model's, or took part in several calls. Also for a gradient
+            penalty: outputs that depend on gradients (``create_graph=True``) which passed the model.
     """
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [params] if isinstance(params, Tensor) else list(params)

@@ -184,3 +184,36 @@ def test_transforms_of_functions_inside_a_recording() -> None:
         assert torch.equal(torch.func.vmap(model)(x), model(x))
     truth = torch.autograd.grad(squares(model(x)).sum(), list(own.values()))
     torch.testing.assert_close(tuple(found.values()), truth)
+
+
+class Scaled(nn.Module):
+    """A scale for each sample's features, in a module without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ torch.diag(self.scale))
+
+
+@pytest.mark.parametrize("layers", [[nn.Linear(4, 3)], [nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)], [Scaled()]])
+def test_a_penalty_of_gradients_is_refused(layers: list[nn.Module]) -> None:
+    model, x = nn.Sequential(*layers).double(), vectors(5).requires_grad_()
+    parameters = list(model.parameters())
+
+    def penalty() -> tuple[Tensor, Tensor]:
+        out = model(x)
+        (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return out, gradient.square().sum()
+
+    truth = torch.autograd.grad(penalty()[1], parameters, allow_unused=True)
+    with fastgrad.record(model):
+        out, term = penalty()
+        with pytest.raises(ValueError, match="outputs must not be computed from gradients"):
+            fastgrad.grad_sqnorm(term + out.sum(), parameters, retain_graph=True)
+        # What depends on no gradient is found, and autograd's own passes are as always.
+        found = fastgrad.grad_sqnorm(squares(out).sum(), parameters, retain_graph=True)
+        assert_exact(found, loop(model, x.detach()))
+        for one, other in zip(torch.autograd.grad(term, parameters, allow_unused=True), truth, strict=True):
+            torch.testing.assert_close(one, other)
