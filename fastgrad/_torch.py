@@ -73,6 +73,16 @@ def without_modes() -> contextlib.AbstractContextManager[None]:
     return context
 
 
+def next_number() -> int:
+    """That of this thread's next operation in a graph. Without, what a call did would be unknown among other work."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def number_of(node: Any) -> int:
+    """The number of an operation in a graph, see `next_number`."""
+    return int(node._sequence_nr())
+
+
 def has_modes() -> bool:
     """Whether anything watches operations. Without, a mode of the user's would miss those of whole layers."""
     return bool(torch._C._len_torch_function_stack())

@@ -21,6 +21,7 @@ from fastgrad._torch import pytree
 from fastgrad.engine.copy import Shadow, attach, detach_plain
 from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import Layout, find_layout
+from fastgrad.engine.probe import nodes_behind
 from fastgrad.engine.rows import Rows
 
 # Functions that broadcast a parameter over the batch, by name without underscores.
@@ -101,19 +102,8 @@ def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradi
 
 def _reached(outputs: Sequence[Tensor], parameters: dict[int, str]) -> set[str]:
     """Names of those parameters, by id, that the graph of ``outputs`` leads to."""
-    found: set[str] = set()
-    seen: set[Any] = set()
-    nodes = [out.grad_fn for out in outputs]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
-        variable = getattr(node, "variable", None)
-        if id(variable) in parameters:
-            found.add(parameters[id(variable)])
-    return found
+    reached = (id(getattr(node, "variable", None)) for node in nodes_behind(outputs))
+    return {parameters[key] for key in reached if key in parameters}
 
 
 class Observation:

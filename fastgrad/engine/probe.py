@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -103,14 +103,18 @@ def tap(
     return [passed] if len(outputs) == 1 else list(passed)
 
 
-def probes_behind(outputs: Iterable[Tensor]) -> Iterator[int]:
-    """Ids of the probes in the graph of ``outputs``."""
+def nodes_behind(outputs: Iterable[Tensor], stops: Container[int] = ()) -> Iterator[Any]:
+    """Nodes of the graph of ``outputs``, where it is not behind the taps of probes with these ids."""
     waiting, seen = [out.grad_fn for out in outputs], set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
+        if node is None or node in seen or probe_of(node) in stops:
             continue
         seen.add(node)
-        if node.name() == f"{_Tap.__name__}Backward":
-            yield id(node.probe)  # type: ignore[attr-defined]
+        yield node
         waiting += [following for following, _ in node.next_functions]
+
+
+def probe_of(node: Any) -> int | None:
+    """The id of the probe of a tap; None for another node."""
+    return id(node.probe) if node.name() == f"{_Tap.__name__}Backward" else None

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import is_transformed, original, outside_of_compilation
+from fastgrad._torch import is_transformed, next_number, number_of, original, outside_of_compilation
 from fastgrad.batches import batch_size
 from fastgrad.engine.backward import looped, probe_grads
 from fastgrad.engine.copy import Redirect
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
-from fastgrad.engine.probe import probes_behind
+from fastgrad.engine.probe import nodes_behind, probe_of
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
+from fastgrad.engine.replay import RecomputedSite
 from fastgrad.engine.run import Run
 from fastgrad.engine.steps import suspended
 from fastgrad.losses import compute_dtype
@@ -46,12 +47,14 @@ class _Call(NamedTuple):
         run: Its probes, as long as the graph of its outputs.
         outputs: Where the batch lies in its outputs.
         samples: B.
+        numbers: Of the operations in its graph; none of an empty batch.
     """
 
     keys: dict[str, int]
     run: weakref.ref[Run]
     outputs: tuple[Layout | None, ...]
     samples: int
+    numbers: range
 
 
 _Recording = TypeVar("_Recording", bound="record")
@@ -137,7 +140,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
                 network = _networks[module] = Network(module, shared=True)
         samples = batch_size(args, kwargs)
         # An empty batch, which random sampling may draw, has nothing to be planned on and no norms.
-        run, earlier = Run(samples), list(self.calls)
+        run, earlier, first = Run(samples), list(self.calls), next_number()
         with suspended():
             plan = network.plan(args, kwargs, samples, training=True) if samples else None
             output = network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
@@ -155,7 +158,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
                 )
         self.calls = [call for call in self.calls if call.run() is not None]
         outputs = () if run.plan is None else run.plan.outputs
-        self.calls.append(_Call(keys, weakref.ref(run), outputs, samples))
+        numbers = range(first, next_number() if samples else first)
+        self.calls.append(_Call(keys, weakref.ref(run), outputs, samples, numbers))
         self.samples = samples
         return output
 
@@ -210,7 +214,8 @@ def grad_sqnorm(
     Raises:
         RuntimeError: Outside of ``record``, or if no recorded call leads to ``outputs``.
         ValueError: If a parameter is not the recorded model's, or took part in several calls. Also for a gradient
-            penalty: outputs that depend on gradients (``create_graph=True``) which passed the model.
+            penalty: outputs that depend on gradients (``create_graph=True``) which passed the model. And for a
+            parameter without a layer's rule, if outputs depend on it past what modules return, as by an attribute.
     """
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [params] if isinstance(params, Tensor) else list(params)
@@ -249,6 +254,9 @@ def recorded_sqnorms(
         for site, probe in run.probes
         if any(call.keys[name] in asked for name in site.parameters)
     ]
+    ruled = {key for keys, site, _, _ in probes if not isinstance(site, RecomputedSite) for key in keys}
+    taps = {id(probe) for _, site, probe, _ in probes if isinstance(site, RecomputedSite)}
+    _require_returned(outputs, {key: names[key] for key in asked - ruled}, taps, [call for call, _ in alive])
     one_by_one = looped((run for _, run in alive), [site for _, site, _, _ in probes], outputs[0])
     found = probe_grads(
         outputs, [probe for _, _, probe, _ in probes], gradients,
@@ -280,7 +288,7 @@ def recorded_sqnorms(
     idle = [p for p in wanted if id(p) not in by_key]
     rows = reached if len(reached) == 1 else {run.samples for _, run in alive}
     if idle and len(rows) > 1:
-        at = set(probes_behind(outputs))
+        at = set(map(probe_of, nodes_behind(outputs)))
         rows = {run.samples for _, run in alive if not at.isdisjoint(id(probe) for _, probe in run.probes)}
         if len(rows) > 1:
             raise ValueError(
@@ -292,3 +300,21 @@ def recorded_sqnorms(
     for p in idle:
         by_key[id(p)] = torch.zeros((*leading, count), dtype=compute_dtype(p.dtype), device=p.device)
     return tuple(by_key[id(p)] for p in wanted)
+
+
+def _require_returned(
+    outputs: Sequence[Tensor], names: Mapping[int, str], taps: Container[int], calls: Sequence[_Call]
+) -> None:
+    """Raise ValueError where ``outputs`` reach one of these parameters in a call, past the taps on what modules return.
+
+    What a call does not compute, as a weight decay, has other numbers.
+    """
+    for node in nodes_behind(outputs, taps) if names else ():
+        for following, _ in node.next_functions:
+            key = id(getattr(following, "variable", None))
+            if key in names and any(number_of(node) in call.numbers for call in calls):
+                raise ValueError(
+                    f"outputs must depend on {names[key]!r} through what the recorded model returns: real tensors, "
+                    "also in tuples, lists and dicts. They reach it in another way (an attribute, a hook, a complex "
+                    "tensor, an object, a gradient with create_graph=True), where its gradients per sample are not seen"
+                )

@@ -210,7 +210,7 @@ def test_a_penalty_of_gradients_is_refused(layers: list[nn.Module]) -> None:
     truth = torch.autograd.grad(penalty()[1], parameters, allow_unused=True)
     with fastgrad.record(model):
         out, term = penalty()
-        with pytest.raises(ValueError, match="outputs must not be computed from gradients"):
+        with pytest.raises(ValueError, match=r"outputs must .* gradient"):
             fastgrad.grad_sqnorm(term + out.sum(), parameters, retain_graph=True)
         # What depends on no gradient is found, and autograd's own passes are as always.
         found = fastgrad.grad_sqnorm(squares(out).sum(), parameters, retain_graph=True)

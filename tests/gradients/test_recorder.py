@@ -231,3 +231,55 @@ def test_hooks_of_modules_work_once(place: str, kind: str) -> None:
         found = fastgrad.grad_sqnorm(inside.square().sum(), parameters)
     assert torch.equal(inside, outside)
     assert_close(found, torch.stack([torch.stack([g.square().sum() for g in row]) for row in truth]))
+
+
+class Leaking(nn.Module):
+    """A layer without a rule and one with a rule, and what they make, in a place where it is not returned."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.weight, self.last = way, nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 3)
+        self.kept: Any = None
+
+    def forward(self, x: Tensor) -> Any:
+        h = x @ self.weight
+        z = self.last(torch.tanh(h))
+        if self.way == "attribute":
+            self.kept = h
+        elif self.way == "complex":
+            return z, torch.fft.fft(h)
+        elif self.way == "object":
+            return z, Cell(h)
+        elif self.way == "behind a rule":
+            self.kept = z * 2
+        return z
+
+
+class Cell:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize("way", ["attribute", "complex", "object", "behind a rule", "decay"])
+def test_what_a_module_does_not_return(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = Leaking(way).double(), torch.randn(5, 4, dtype=torch.float64)
+    with fastgrad.record(model):
+        out = model(x)
+        z, other = out if isinstance(out, tuple) else (out, model.kept)
+        if way == "decay":
+            other = model.weight
+        other = other.value if isinstance(other, Cell) else other
+        loss = z.sum() + other.abs().square().sum()
+        found = {model.last.bias: fastgrad.grad_sqnorm(loss, model.last.bias, retain_graph=True)[0]}
+        if way == "decay":
+            # It has no gradient per sample, and is left out.
+            other = torch.zeros(5)
+            (found[model.weight],) = fastgrad.grad_sqnorm(loss, model.weight)
+        else:
+            with pytest.raises(ValueError, match="outputs must depend on 'weight' through what"):
+                fastgrad.grad_sqnorm(loss, model.weight, retain_graph=True)
+    rows = [z[i].sum() + other[i].abs().square().sum() for i in range(5)]
+    for parameter, norms in found.items():
+        each = [torch.autograd.grad(row, parameter, retain_graph=True)[0].square().sum() for row in rows]
+        torch.testing.assert_close(norms, torch.stack(each))
