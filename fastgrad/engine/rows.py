@@ -1,7 +1,8 @@
 """Whose rows a tensor holds: tensors whose rows were reordered, or gathered by an index computed from the batch.
 
-A mixture of experts hands each expert the tokens that chose it, of whichever samples; a model may sort its samples by
-length. How many rows such a tensor has, and in what order, says nothing about where a sample lies in it.
+A mixture of experts hands each expert the tokens that chose it, of whichever samples, by an index or by a product with
+zeros and ones; a model may sort its samples by length. How many rows such a tensor has, and in what order, says nothing
+about where a sample lies in it.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Rows:
             self._add(self._gathered, result)
 
     def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if name == "einsum":
+            return self._sums_over_rows(*args)
         if not args or id(args[0]) not in self._computed:
             return False
         if name == "masked_select":
@@ -68,6 +71,8 @@ class Rows:
         if name == "getitem":
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             return self._computed_in(next((i for i in index if i is not None), ()))
+        if name in ("matmul", "mm") and isinstance(args[1], Tensor):
+            return args[1].dim() == 2 and self._computed_in(args[1])
         if name in _REORDERING:
             told = pytree.tree_leaves((args[_REORDERING[name] :], kwargs.get("dims")))
             return name == "flipud" or any(dim in (0, -args[0].dim()) for dim in told)
@@ -76,6 +81,15 @@ class Rows:
             rest = [*args[1:], *kwargs.values()]
             return given["dim"] in (0, -args[0].dim()) and self._computed_in(rest)
         return False
+
+    def _sums_over_rows(self, equation: object, *operands: Any) -> bool:
+        """Whether rows of several tensors computed from the batch are multiplied and added up."""
+        if not isinstance(equation, str):
+            return False
+        terms, _, kept = equation.replace(" ", "").partition("->")
+        tensors = pytree.tree_leaves(operands)
+        first = [term[0] for term, t in zip(terms.split(","), tensors, strict=True) if term and id(t) in self._computed]
+        return any(first.count(letter) > 1 and letter not in kept for letter in first)
 
     def _computed_in(self, tree: Any) -> bool:
         return any(id(leaf) in self._computed for leaf in pytree.tree_leaves(tree))

@@ -216,3 +216,36 @@ def test_sharded_parameters_are_refused_by_name_before_any_work(tmp_path: Path) 
     for rank in (0, 1):
         for call, message in torch.load(tmp_path / f"out{rank}").items():
             assert "'0.weight'" in message, (call, message)
+
+
+class Dispatched(nn.Module):
+    """Every expert gets the samples that chose it in the first places, by a product with zeros and ones."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.route = way, nn.Linear(6, 2)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = nn.functional.one_hot(self.route(x).argmax(-1), 2)
+        place = ((chosen.cumsum(0) - 1) * chosen).sum(-1)
+        dispatch = (chosen.unsqueeze(2) * nn.functional.one_hot(place, len(x)).unsqueeze(1)).to(x)
+        if self.way == "einsum":
+            slots = torch.einsum("bec, bd -> ecd", dispatch, x)
+        else:
+            slots = torch.matmul(dispatch.movedim(0, -1), x)
+        made = torch.stack([expert(each) for expert, each in zip(self.experts, slots, strict=True)])
+        return torch.einsum("bec,ecd->bd", dispatch, made)
+
+
+@pytest.mark.parametrize("way", ["einsum", "matmul"])
+def test_experts_of_dispatched_samples(way: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Dispatched(way), nn.Linear(6, 3)).double()
+    # The samples that a plan is tried on come to one expert, which has them in their own places.
+    x = torch.randn(9, 6).double()
+    with torch.no_grad():
+        expert = model[0].route(x).argmax(-1)
+    x = x[expert.argsort(descending=bool(expert.sum() > 4))]
+    assert_exact(model, x)
+    assert_exact(model, x.flip(0))
