@@ -103,7 +103,7 @@ class Fallback:
 
         readable = is_readable(*gradients, *self.outputs)
         verify = self.verify and readable
-        rows, agree = [], True
+        rows, same = [], True
         weighted = [torch.zeros_like(p) for p in self.parameters] if verify else []
         split_inputs, split_gradients, split_outputs = (
             [t.reshape(samples, -1, *t.shape[1:]) for t in tensors] for tensors in (inputs, gradients, self.outputs)
@@ -111,7 +111,7 @@ class Fallback:
         with torch.enable_grad():
             for part in self._chunks(samples):
                 again, found = self._each(forward, [t[part] for t in split_inputs], [g[part] for g in split_gradients])
-                agree = agree and all(map(_agree, again, [out[part] for out in split_outputs]))
+                same = same and all(map(agree, again, [out[part] for out in split_outputs]))
                 rows.append(torch.stack([sqnorm(f) for f in upcast(*found)], 1))
                 if verify:
                     weights = _weights(samples, found[0].device)[part]
@@ -122,7 +122,7 @@ class Fallback:
             norms = rows[0] if len(rows) == 1 else torch.cat(rows)
             if verify:
                 self._compare(forward, inputs, gradients, weighted, norms)
-            elif not agree:
+            elif not same:
                 if not readable:
                     raise self._refusal("gives other outputs for a sample alone than for the batch")
                 return replace(self, verify=True).sqnorms(args, kwargs, gradients, samples)
@@ -186,7 +186,7 @@ class Fallback:
             outputs = forward(wanted, inputs)
         again, found = _differentiated(outputs, wanted, at)
         precision = max(seen.eps, *(torch.finfo(t.dtype).eps for t in (*self.outputs, *found)))
-        if not all(_agree(one, other, precision) for one, other in zip(again, self.outputs, strict=True)):
+        if not all(agree(one, other, precision) for one, other in zip(again, self.outputs, strict=True)):
             raise self._refusal("gives other outputs when it is computed again")
         # In the dtype of the norms: squares of gradients in float64 leave the range of float32.
         scales = (weights.to(norms).square() @ norms).sqrt()
@@ -222,7 +222,7 @@ def _weights(samples: int, device: torch.device) -> Tensor:
     return 1.5 + torch.cos(1.7 * torch.arange(samples, device=device))
 
 
-def _agree(again: Tensor, output: Tensor, precision: float = 0.0) -> bool:
+def agree(again: Tensor, output: Tensor, precision: float = 0.0) -> bool:
     """Whether two computations of one output differ by rounding at most: in half of its digits, or of ``precision``."""
     if not is_readable(again, output) or again.numel() == 0:
         return True

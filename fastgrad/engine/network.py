@@ -235,11 +235,14 @@ class Network:
         names, modules = self.names(), list(self.model.modules())
         modes = tuple(module.training and training for module in modules)
         key = (_kind(args, kwargs, samples), tuple(map(id, modules)), tuple(names.items()), modes)
+        # A trial of one sample does not see whether others change what it gives. A graph makes no trial.
+        keys = [(*key, False), (*key, True)] if is_traced() or samples == 1 else [(*key, False)]
         with self._lock:
-            known = self._known.get(key)
-            if known is not None and known.lives():
-                self._known.move_to_end(key)
-                return known
+            for one in keys:
+                known = self._known.get(one)
+                if known is not None and known.lives() and (known.plans or one is keys[-1]):
+                    self._known.move_to_end(one)
+                    return known
         known = Known(
             any(modes),
             names,
@@ -249,7 +252,7 @@ class Network:
             devices_of(self.model),
         )
         with self._lock:
-            self._known[key] = known
+            self._known[keys[-1]] = known
             while len(self._known) > _STRUCTURES_KEPT:
                 self._known.popitem(last=False)
         return known

@@ -23,6 +23,7 @@ from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.probe import nodes_behind
 from fastgrad.engine.rows import Rows
+from fastgrad.engine.state import RandomState, devices_of
 
 # Functions that broadcast a parameter over the batch, by name without underscores.
 _BROADCASTING = frozenset({"add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "div", "expand"})
@@ -66,6 +67,8 @@ class _Uses(TorchFunctionMode):
         super().__init__()
         self.parameters, self.originals, self.stack = parameters, originals, stack
         self.rows, self.samples = rows, samples
+        #: Names of the functions that gave tensors.
+        self.functions: list[str] = []
         #: Parameters of the user's model that were used themselves, not through its copy.
         self.untracked: set[str] = set()
         self.uses: dict[str, set[int]] = {name: set() for name in parameters.values()}
@@ -80,6 +83,7 @@ class _Uses(TorchFunctionMode):
         found = [self.parameters[id(leaf)] for leaf in leaves if id(leaf) in self.parameters]
         tensors = [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
         if tensors:
+            self.functions.append(getattr(func, "__name__", ""))
             self.untracked |= {self.originals[id(leaf)] for leaf in leaves if id(leaf) in self.originals}
         gathered = bool(found) and self.rows.gathered((args, kwargs))
         self.rows.note(func, args, kwargs or {}, result)
@@ -120,6 +124,9 @@ class Observation:
         ranks: By name, the numbers of dimensions in which a parameter is broadcast over the batch, None among
             them where it is used otherwise.
         gathers: Whether rows were gathered or reordered, see `fastgrad.engine.rows`.
+        functions: Names of all functions that gave tensors, in order.
+        drew: Whether random numbers were drawn.
+        precision: The relative rounding error of the coarsest output of a call.
         untracked: Names of parameters that the model used from elsewhere than its modules' attributes: from a closure,
             or through a tensor that an earlier call computed of them and kept.
     """
@@ -137,6 +144,7 @@ class Observation:
         self.calls: list[Call] = []
         self.parameters: dict[str, Tensor] = {}
         self.bytes = 0
+        self.precision = 0.0
         self.samples = samples
         # One entry for each backward pass that has begun.
         self._passes: list[None] = []
@@ -161,9 +169,11 @@ class Observation:
         for path, original in model.named_modules():
             self._watch(original, shadow.modules[id(original)], path)
 
+        before = RandomState(devices_of(model))
         with torch.enable_grad(), _Uses(tracked, names, self._stack, self._rows, samples) as uses:
             self.output = shadow.root(*inputs[0], **inputs[1])
-        self.uses, self.ranks = uses.uses, uses.ranks
+        self.drew = not before.same()
+        self.uses, self.ranks, self.functions = uses.uses, uses.ranks, uses.functions
         self.untracked = uses.untracked | _reached(floating(self.output), names)
         self.gathers = self._rows.gathers
 
@@ -187,6 +197,7 @@ class Observation:
             for position, tensor in enumerate(floating(output)):
                 call.outputs.append(tuple(tensor.shape))
                 own.bytes += tensor.numel() * tensor.element_size()
+                own.precision = max(own.precision, torch.finfo(tensor.dtype).eps)
                 if tensor.requires_grad:
                     # The graph holds the hook, so the hook must hold nothing that leads to the graph: neither
                     # sees the other's garbage.

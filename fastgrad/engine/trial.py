@@ -14,10 +14,12 @@ from fastgrad._torch import pytree
 from fastgrad.batches import take
 from fastgrad.engine.backward import order_by_parameter, probe_grads
 from fastgrad.engine.copy import detach_plain
+from fastgrad.engine.fallback import agree
 from fastgrad.engine.given import unwritten
 from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.observe import Observation
 from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
+from fastgrad.engine.probe import GraphedError
 from fastgrad.engine.run import OffPlanError, Run
 from fastgrad.engine.state import NotRepeatableError, undone
 
@@ -48,32 +50,72 @@ class Trial:
         self._network, self._known, self._count = network, known, count
         index = torch.arange(count) % samples
         inputs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
-        self._more, self._less = (take(inputs, i, samples, known.carriers) for i in (index, index[:-1]))
+        indices = (index, index[:-1], index[-1:].expand(count))
+        self._more, self._less, self._last = (take(inputs, i, samples, known.carriers) for i in indices)
+        self._alone = samples == 1
         with torch.enable_grad():
-            fewer, seen = self._observe(training=False)
+            seen = self._observe(training=False)
             self._planners = [Planner(seen, known)]
             if known.training:
                 # What may be used is planned in evaluation mode, which skips no layer by chance. Whether it holds is
                 # seen in the mode that will run, with the same random numbers as the trial.
-                fewer, seen = self._observe(training=True)
+                seen = self._observe(training=True)
                 self._planners.append(Planner(seen, known))
             outputs = network.tensors(seen.output)
-            less = network.tensors(fewer.output)
-            self._layouts = tuple(
-                find_layout(tuple(a.shape), tuple(b.shape), None, count) for a, b in zip(outputs, less, strict=True)
-            )
             self._checks, unseen = self._gradients(seen, outputs)
             zeros = [p for p in network.model.parameters() if not p.any()] if unseen else []
             self._zeros = tuple(map(weakref.ref, zeros))
 
-    def _observe(self, *, training: bool) -> tuple[Observation, Observation]:
-        """What the model does with one sample less, and with all of them."""
-        model, shared = self._network.model, self._network.shared
-        with undone(model):
-            fewer = Observation(model, unwritten(self._less), self._count - 1, training=training, recorded=shared)
-        with undone(model):
-            more = unwritten(self._more)
-            return fewer, Observation(model, more, self._count, fewer, training=training, recorded=shared)
+    def _observe(self, *, training: bool) -> Observation:
+        """What the model does with the samples.
+
+        Raises:
+            ValueError: If the other samples change what it returns for one.
+        """
+        options = {"training": training, "recorded": self._network.shared}
+
+        def observe(inputs: Any, count: int, fewer: Observation | None = None) -> Observation:
+            with undone(self._network.model):
+                return Observation(self._network.model, unwritten(inputs), count, fewer, **options)
+
+        fewer = observe(self._less, self._count - 1)
+        seen = observe(self._more, self._count, fewer)
+        outputs, less = (self._network.tensors(each.output) for each in (seen, fewer))
+        if len(outputs) != len(less):
+            raise ValueError(
+                "model must return tensors that carry the batch; it returned more of them for more samples, as a list "
+                "with one for each"
+            )
+        self._layouts = tuple(
+            find_layout(tuple(a.shape), tuple(b.shape), None, self._count) for a, b in zip(outputs, less, strict=True)
+        )
+        if self._alone:
+            return seen
+        # One sample may decide for all, as the largest: it is not among both the first samples and the last alone.
+        last = observe(self._last, self._count)
+        for other, rows in ((fewer, slice(0, self._count - 1)), (last, slice(self._count - 1, self._count))):
+            self._require_alone(seen, other, rows)
+        return seen
+
+    def _require_alone(self, seen: Observation, other: Observation, rows: slice) -> None:
+        """Raise ValueError unless the samples in ``rows`` have the same outputs in both, among other samples.
+
+        Gradients do not tell where they do not lead to the others: by statistics of the inputs, or detached ones.
+        """
+        # Values of a batch may choose another path; random numbers come in another order.
+        if seen.drew or seen.functions != other.functions:
+            return
+        precision = max(seen.precision, torch.finfo(torch.float32).eps)
+        outputs, again = (self._network.tensors(each.output) for each in (seen, other))
+        for out, one, layout in zip(outputs, again, self._layouts, strict=True):
+            if layout is None or layout.kind == "single":
+                continue
+            own = layout.batch_first(out.detach(), seen.samples)[rows]
+            if not agree(layout.batch_first(one.detach(), other.samples)[rows], own, precision):
+                raise ValueError(
+                    "model must treat the samples of a batch independently; what it returns for a sample changes with "
+                    "the other samples of the batch"
+                )
 
     def _cotangents(self, outputs: Sequence[Tensor], samples: int, chosen: int) -> list[Tensor]:
         """What is sent back for one of the samples that the outputs hold."""
@@ -129,6 +171,9 @@ class Trial:
                 raise
             except OffPlanError as error:
                 wrong = frozenset(error.parameters)
+            except GraphedError:
+                # The model itself takes gradients, as forces are those of an energy.
+                wrong = frozenset(plan.names)
             except Exception as error:
                 # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
                 failure = error

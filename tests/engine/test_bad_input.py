@@ -217,3 +217,46 @@ def test_a_penalty_of_gradients_is_refused(layers: list[nn.Module]) -> None:
         assert_exact(found, loop(model, x.detach()))
         for one, other in zip(torch.autograd.grad(term, parameters, allow_unused=True), truth, strict=True):
             torch.testing.assert_close(one, other)
+
+
+class Statistics(nn.Module):
+    """A number of all samples, which no gradient passes."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of, self.layer, self.head = of, nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.of == "inputs":
+            x = x - x.mean(0)
+        h = self.layer(x)
+        if self.of == "detached":
+            h = h / h.detach().abs().max()
+        out: Tensor = self.head(h) / (len(x) if self.of == "size" else 1)
+        return out
+
+
+@pytest.mark.parametrize("of", ["inputs", "detached", "size"])
+@pytest.mark.parametrize("largest", [0, 2, 3])
+def test_samples_that_interact_without_gradients_are_refused(of: str, largest: int) -> None:
+    model, x = Statistics(of).double().eval(), vectors(6)
+    x[largest] *= 9
+    features = fastgrad.GradientFeatures(model)
+    # Alone, a sample has nobody to meet.
+    recorded(model, x[:1])
+    features(x[:1])
+    with pytest.raises(ValueError, match="samples of a batch independently; what it returns"):
+        recorded(model, x)
+    with pytest.raises(ValueError, match="samples of a batch independently; what it returns"):
+        features(x)
+
+
+class Unbound(nn.Linear):
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        return list(super().forward(x).unbind(0))
+
+
+def test_one_output_for_each_sample_is_refused() -> None:
+    model = Unbound(4, 3).double()
+    with fastgrad.record(model), pytest.raises(ValueError, match="model must return tensors that carry the batch"):
+        model(vectors(5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gradient_oracle import relative_error
+from gradient_oracle import loss_norms, relative_error
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -119,3 +119,26 @@ def test_outputs_with_the_batch_elsewhere(training: bool) -> None:
         out = model(x)
         norms = clipped.backward(out[0].square().sum(1) + sum(states.pow(3).sum((0, 2)) for states in out[1:]))
     torch.testing.assert_close(norms.square(), truth.sum(1), rtol=1e-10, atol=0)
+
+
+class Forces(nn.Module):
+    """The gradient of an energy, which the model itself takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.second(torch.tanh(self.first(x)))
+            return torch.autograd.grad(energy.sum(), x, create_graph=True)[0] + energy
+
+
+def test_a_model_that_takes_gradients() -> None:
+    torch.manual_seed(0)
+    model, x = Forces().double().eval(), torch.randn(5, 4).double()
+    with fastgrad.record(model):
+        found = fastgrad.grad_sqnorm(model(x).square().sum(), list(model.parameters()))
+    truth = loss_norms((model(row).square().sum() for row in x.split(1)), model)
+    torch.testing.assert_close(torch.stack(found, 1), truth)
