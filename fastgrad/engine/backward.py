@@ -117,9 +117,10 @@ def signal_sqnorms(
 
     ``delta`` ``(S, B, N)`` are S gradients of a run's output; ``keep`` keeps the graph for another call.
     """
-    # The backward pass is linear in delta: a unit-sized one keeps every intermediate square in range.
+    # Where the backward pass is linear in delta, a unit-sized one keeps every intermediate square in range.
     scale = delta.abs().amax(-1, keepdim=True)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    linear = run.plan is None or run.plan.linear
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale)) if linear else torch.ones_like(scale)
     unit = (delta / scale).to(output.dtype)
     with torch.enable_grad():
         found = backward_signals(run, output, unit, keep=keep)

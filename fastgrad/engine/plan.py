@@ -72,6 +72,7 @@ class Plan:
         outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
         paths: Those on which it agreed with autograd, see `fastgrad.engine.steps`.
         zeros: Parameters that were zero in the trial, if others that were used had no gradient there.
+        linear: Whether gradients are in proportion to those of the outputs; not behind a hook that clamps them.
     """
 
     names: tuple[str, ...]
@@ -83,6 +84,7 @@ class Plan:
     outputs: tuple[Layout | None, ...] = ()
     paths: set[int] = field(default_factory=set, compare=False, repr=False)
     zeros: tuple[weakref.ref[nn.Parameter], ...] = field(default=(), compare=False, repr=False)
+    linear: bool = True
 
     def outdated(self) -> bool:
         """Whether gradients flow by now that the trial could not see: behind a layer that began with zeros."""

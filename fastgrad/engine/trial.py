@@ -63,6 +63,7 @@ class Trial:
                 self._planners.append(Planner(seen, known))
             outputs = network.tensors(seen.output)
             self._checks, unseen = self._gradients(seen, outputs)
+            self._linear = self._is_linear(seen, outputs)
             zeros = [p for p in network.model.parameters() if not p.any()] if unseen else []
             self._zeros = tuple(map(weakref.ref, zeros))
 
@@ -149,6 +150,15 @@ class Trial:
         gradients = [check.truth[name] for check in checks for name in idle if name in check.truth]
         return checks, bool(idle) and not all(bool(gradient.any()) for gradient in gradients)
 
+    def _is_linear(self, seen: Observation, outputs: Sequence[Tensor]) -> bool:
+        """Whether larger gradients of the outputs give gradients of parameters that are larger by the same factor."""
+        check, factor = self._checks[0], 8 if seen.precision > 1e-6 else 1024
+        with undone(self._network.model):
+            scaled = seen.backward(outputs, [factor * rows for rows in check.cotangents])
+        pairs = [(check.truth[name].double(), gradient.double() / factor) for name, gradient in scaled.items()]
+        sizes = [(float(one.square().sum()), float(other.square().sum())) for one, other in pairs]
+        return not any(abs(other - one) > 0.1 * one + _floor(check.truth) for one, other in sizes)
+
     def plan(self, older: Plan | None = None) -> Plan:
         """A plan that agrees with autograd.
 
@@ -217,7 +227,7 @@ class Trial:
         for planner in others:
             unused = [name for name in plan.names if plan.routes[name].route == "zero"]
             plan = plan.joined(planner.plan(constraints, unused))
-        plan = replace(plan, outputs=self._layouts, zeros=self._zeros)
+        plan = replace(plan, outputs=self._layouts, zeros=self._zeros, linear=self._linear)
         return plan if older is None else plan.joined(older)
 
     def _disagreeing(self, plan: Plan, check: _Check, inputs: Any, count: int) -> frozenset[str]:

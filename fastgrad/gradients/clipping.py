@@ -113,6 +113,12 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         checks.shape_is("losses", losses, (samples,), 'one loss a sample, as with reduction="none"')
         if samples:
             _require_separate(self.model, losses, self._outputs, call.outputs)
+        run = call.run()
+        if run is not None and run.plan is not None and not run.plan.linear:
+            raise ValueError(
+                "model must have gradients in proportion to its losses, to be clipped by a factor on these; they were "
+                "not, as behind a hook or a function of autograd that clamps them"
+            )
         parameters = [p for group, _ in self._groups for p in group]
         for name, p in self.model.named_parameters():
             if p.requires_grad and p._backward_hooks:

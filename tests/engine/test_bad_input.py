@@ -260,3 +260,35 @@ def test_one_output_for_each_sample_is_refused() -> None:
     model = Unbound(4, 3).double()
     with fastgrad.record(model), pytest.raises(ValueError, match="model must return tensors that carry the batch"):
         model(vectors(5))
+
+
+class Clamped(nn.Module):
+    """Gradients of hidden states that are clamped, as for recurrent networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        h.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+        out: Tensor = self.head(h)
+        return out
+
+
+def test_gradients_that_are_not_in_proportion_to_the_loss() -> None:
+    model, x = Clamped().double().eval(), vectors(5)
+    truth = torch.stack(
+        [
+            torch.stack([g.square().sum() for g in torch.autograd.grad(squares(model(row)).sum(), model.parameters())])
+            for row in x.split(1)
+        ]
+    )
+    assert_exact(recorded(model, x), truth)
+    features = fastgrad.GradientFeatures(model, loss="mse", target=lambda z: torch.full_like(z, -1))
+    assert_exact(features(x)[1].unbind(1), truth)
+    with (
+        fastgrad.clip_gradients(model, 1.0) as clipped,
+        pytest.raises(ValueError, match="model must have gradients in proportion to its losses"),
+    ):
+        clipped.backward(squares(model(x)))
