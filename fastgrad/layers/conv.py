@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgrad._torch import ConvNd, ConvTransposeNd, padding_pairs
+from fastgrad._torch import ConvNd, ConvTransposeNd, along_axes, padding_pairs
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
 from fastgrad.ops.conv.sqnorm import conv_sqnorm
@@ -54,10 +54,10 @@ def _norms(padding: Padding, module: nn.Module, a: Tensor, g: Tensor) -> dict[st
     norms["weight"] = conv_sqnorm(
         a,
         g,
-        tuple(module.kernel_size),
-        tuple(module.stride),
+        tuple(module.weight.shape[2:]),
+        along_axes(module.stride, len(before)),
         before,
-        tuple(module.dilation),
+        along_axes(module.dilation, len(before)),
         module.groups,
         transposed=isinstance(module, ConvTransposeNd),
         impl=implementation(),

@@ -77,6 +77,21 @@ def test_depthwise_convolution() -> None:
     check_module(nn.Conv2d(6, 12, 3, padding=1, groups=6), torch.randn(3, 6, 5, 5))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"padding": (0, 1)}, {"padding": 2, "dilation": 2}, {"stride": 2}, {"dilation": (2, 2), "padding": "same"}],
+)
+def test_a_convolution_that_is_changed_between_calls(changes: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(3, 3, 7, 6)
+    extractor = fastgrad.GradientFeatures(nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten()), loss="mse")
+    extractor(x)
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    truth = true_norms(extractor.model, (x,), lambda _, z: 2 * (z - 1))
+    torch.testing.assert_close(extractor(x)[1].double(), truth, rtol=1e-4, atol=1e-9)
+
+
 def _library(name: str) -> type[nn.Conv2d]:
     """A convolution of another library, or one of that name which stores its zeros as the library's does."""
     module, _, cls = name.rpartition(".")
