@@ -157,7 +157,8 @@ class Trial:
             scaled = seen.backward(outputs, [factor * rows for rows in check.cotangents])
         pairs = [(check.truth[name].double(), gradient.double() / factor) for name, gradient in scaled.items()]
         sizes = [(float(one.square().sum()), float(other.square().sum())) for one, other in pairs]
-        return not any(abs(other - one) > 0.1 * one + _floor(check.truth) for one, other in sizes)
+        floor = _floor(check.truth)
+        return not any(abs(other - one) > 0.1 * one + floor for one, other in sizes)
 
     def plan(self, older: Plan | None = None) -> Plan:
         """A plan that agrees with autograd.
