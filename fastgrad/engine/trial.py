@@ -155,8 +155,7 @@ class Trial:
         check, factor = self._checks[0], 8 if seen.precision > 1e-6 else 1024
         with undone(self._network.model):
             scaled = seen.backward(outputs, [factor * rows for rows in check.cotangents])
-        pairs = [(check.truth[name].double(), gradient.double() / factor) for name, gradient in scaled.items()]
-        sizes = [(float(one.square().sum()), float(other.square().sum())) for one, other in pairs]
+        sizes = [(_size(check.truth[name]), _size(gradient) / factor**2) for name, gradient in scaled.items()]
         floor = _floor(check.truth)
         return not any(abs(other - one) > 0.1 * one + floor for one, other in sizes)
 
@@ -281,5 +280,10 @@ def _precision(truth: dict[str, Tensor]) -> float:
 
 def _floor(truth: dict[str, Tensor]) -> float:
     """The squared norm up to which a gradient is rounding, as where it vanishes in exact arithmetic (a key's bias)."""
-    largest = max((float(gradient.double().square().sum()) for gradient in truth.values()), default=0.0)
+    largest = max(map(_size, truth.values()), default=0.0)
     return (1e3 * _precision(truth)) ** 2 * largest
+
+
+def _size(gradient: Tensor) -> float:
+    """The squared norm."""
+    return float(gradient.double().square().sum())
