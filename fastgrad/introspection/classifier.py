@@ -187,7 +187,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         checks.one_of("activation", self.activation, ACTIVATIONS)
         checks.one_of("loss", self.loss, LOSSES)
         checks.at_least(1, batch_size=self.batch_size, max_epochs=self.max_epochs, patience=self.patience)
-        if any(not isinstance(width, (int, np.integer)) or width < 1 for width in self.hidden):
+        if np.ndim(self.hidden) != 1 or any(not isinstance(n, (int, np.integer)) or n < 1 for n in self.hidden):
             raise ValueError(f"hidden must hold widths of at least 1; it was {self.hidden!r}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1); it was {self.validation_fraction!r}")

@@ -159,7 +159,7 @@ def test_bad_input_is_named(case):
     ("name", "value"),
     [
         ("activation", "sine"), ("loss", "hinge"), ("batch_size", 0), ("hidden", (0,)), ("validation_fraction", 1.0),
-        ("max_epochs", 1.5),
+        ("max_epochs", 1.5), ("hidden", 30),
     ],
 )  # fmt: skip
 def test_bad_parameters_are_named(name, value):
