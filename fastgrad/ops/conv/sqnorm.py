@@ -145,7 +145,8 @@ def _batched(info: Any, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *
 
 torch.library.impl("fastgrad::conv_sqnorm", "CompositeImplicitAutograd", _composed)
 torch.library.register_vmap("fastgrad::conv_sqnorm", _batched)
-torch.library.impl("fastgrad::conv_sqnorm_whole", "CPU", _eager)
+# A compiler relies on the strides of the fake form, and several gradients a sample come transposed.
+torch.library.impl("fastgrad::conv_sqnorm_whole", "CPU", lambda *arguments: _eager(*arguments).contiguous())
 for _name, _key in itertools.product(("conv_sqnorm", "linear_sqnorm"), ("CUDA", "CPU")):
     # On the CPU the launcher accepts Triton's interpreter alone.
     torch.library.impl(f"fastgrad::{_name}_kernel", _key, launcher("layer_sqnorm", _name))
