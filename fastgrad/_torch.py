@@ -128,6 +128,13 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def unwrapped(tensor: Tensor) -> Tensor:
+    """What ``torch.func`` has wrapped, of all samples together. Without, a look at values would fail under vmap."""
+    while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def is_traced() -> bool:
     """Whether a compiler will see the operations. Without, work in pieces would be recorded piece by piece."""
     return torch.compiler.is_compiling() or _python_dispatch.is_in_torch_dispatch_mode()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgrad import checks, losses
-from fastgrad._torch import check_later
+from fastgrad._torch import check_later, is_traced, unwrapped
 from fastgrad.ops.dispatch import choose
 from fastgrad.ops.last_layer import contrast as contrast_op
 from fastgrad.ops.last_layer import linear_contrast as linear_op
@@ -243,8 +243,8 @@ def check_target(target: str | Tensor, logits: Tensor) -> None:
     checks.shape_is("target", target, tuple(logits.shape[:-1]), "class indices, the leading shape of logits")
     if target.numel() == 0:
         return
-    classes = logits.shape[-1]
-    if target.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not torch.Tensor:
+    classes, target = logits.shape[-1], unwrapped(target)
+    if target.device.type != "cpu" or is_traced() or type(target) is not torch.Tensor:
         # Reading the labels here would synchronise with the device or break the graph; this check runs with them.
         inside = ((target >= 0) & (target < classes)).all()
         check_later(inside, f"target must hold class indices from 0 to {classes - 1}")

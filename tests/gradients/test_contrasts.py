@@ -184,6 +184,14 @@ def _everything(h: torch.Tensor, weight: torch.Tensor, b: torch.Tensor, V: torch
     )
 
 
+def test_labels_of_samples_under_vmap() -> None:
+    h, z, y = torch.randn(6, 3), torch.randn(6, 5), torch.randint(5, (6,))
+    mapped = torch.func.vmap(fastgrad.target_sqnorm)
+    torch.testing.assert_close(mapped(h, z, y), fastgrad.target_sqnorm(h, z, y))
+    with pytest.raises(ValueError, match="class indices from 0 to 4; it held 5"):
+        mapped(h, z, torch.full((6,), 5))
+
+
 def test_compiles_without_graph_breaks_at_dynamic_batch() -> None:
     compiled = torch.compile(_everything, fullgraph=True, dynamic=True, backend="aot_eager")
     weight, b, V = torch.randn(11, 7), torch.randn(11), torch.randn(3, 77)
