@@ -64,9 +64,10 @@ class NoiseScale:
         if isinstance(batch_sqnorm, Tensor) and batch_sqnorm.numel() != 1:
             raise ValueError(f"batch_sqnorm must be one number; it had shape {tuple(batch_sqnorm.shape)}")
         norms, total, count = sqnorms.detach().double(), float(batch_sqnorm), len(sqnorms)
-        for name, least in (("sqnorms", float(norms.min())), ("batch_sqnorm", total)):
-            if not 0 <= least < math.inf:
-                raise ValueError(f"{name} must be finite and not negative; it held {least}")
+        low, high = (float(edge) for edge in norms.aminmax())
+        for name, value in (("sqnorms", low), ("sqnorms", high), ("batch_sqnorm", total)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and not negative; it held {value}")
         largest = float(norms.sqrt().sum()) ** 2
         if total > largest * (1 + 1e3 * torch.finfo(sqnorms.dtype).eps):
             raise ValueError(

@@ -78,6 +78,7 @@ def test_no_estimate_and_no_gradient() -> None:
         (([1.0, 1.0], 1.0), TypeError, "sqnorms must be a torch.Tensor"),
         ((torch.tensor([1.0, -1.0]), 1.0), ValueError, "sqnorms must be finite and not negative; it held -1.0"),
         ((torch.tensor([1.0, math.nan]), 1.0), ValueError, "sqnorms must be finite"),
+        ((torch.tensor([1.0, math.inf]), 1.0), ValueError, "sqnorms must be finite and not negative; it held inf"),
         ((torch.ones(2), torch.ones(2)), ValueError, "batch_sqnorm must be one number"),
         ((torch.ones(2), math.inf), ValueError, "batch_sqnorm must be finite"),
         ((torch.ones(2), 4.1), ValueError, "batch_sqnorm must be that of the sum .* at most 4 .*it was 4.1"),
