@@ -14,11 +14,3 @@ def numbers(values: ArrayLike | Tensor) -> Array:
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=np.float64)
-
-
-def as_array(name: str, values: ArrayLike | Tensor) -> Array:
-    """`numbers` that are finite; ValueError where some are not."""
-    array = numbers(values)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite; it held NaN or infinity")
-    return array

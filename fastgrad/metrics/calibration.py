@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fastgrad.metrics.arrays import Array, as_array
+from fastgrad import checks
+from fastgrad.metrics.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Reliability:
 
 
 def _probabilities(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> tuple[Array, NDArray[np.int64]]:
-    p = as_array("probabilities", probabilities)
-    y: NDArray[Any] = as_array("labels", labels)
+    p = checks.to_array("probabilities", probabilities)
+    y: NDArray[Any] = checks.to_array("labels", labels)
     if p.ndim != 2 or not len(p) or p.shape[1] < 2:
         raise ValueError(f"probabilities must have shape (B, N), B >= 1, N >= 2; it was {p.shape}")
     if y.shape != (len(p),):
@@ -67,17 +68,17 @@ def reliability(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *
     Raises:
         ValueError: wrong shapes, values out of range, fewer than one bin.
     """
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1; it was {bins}")
+    checks.at_least(1, bins=bins)
     p, y = _probabilities(probabilities, labels)
     confidence = np.minimum(p.max(1), 1)
     right = (p.argmax(1) == y).astype(np.float64)
-    which = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    edges = np.arange(bins + 1) / bins
+    which = np.maximum(np.searchsorted(edges, confidence) - 1, 0)
     counts = np.bincount(which, minlength=bins)
     with np.errstate(invalid="ignore"):
         mean_confidence = np.bincount(which, confidence, bins) / counts
         mean_accuracy = np.bincount(which, right, bins) / counts
-    return Reliability(np.linspace(0, 1, bins + 1), counts, mean_confidence, mean_accuracy)
+    return Reliability(edges, counts, mean_confidence, mean_accuracy)
 
 
 def ece(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *, bins: int = 15) -> float:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fastgrad.metrics.arrays import Array, as_array
+from fastgrad import checks
+from fastgrad.metrics.arrays import Array
 
 
 def _two_samples(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> tuple[Array, NDArray[np.int64]]:
-    first, second = as_array("clean", clean), as_array("challenging", challenging)
+    first, second = checks.to_array("clean", clean), checks.to_array("challenging", challenging)
     for name, array in (("clean", first), ("challenging", second)):
         if array.ndim != 1 or not len(array):
             raise ValueError(f"{name} must be a non-empty vector of scores; its shape was {array.shape}")
@@ -55,7 +58,7 @@ def fpr_at_tpr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor, tpr: 
     scores, labels = _two_samples(clean, challenging)
     # The k-th largest challenging score is the largest threshold that still flags k of them.
     positive = np.sort(scores[labels == 1])[::-1]
-    needed = int(np.ceil(tpr * len(positive) - 1e-9))
+    needed = max(1, math.ceil(tpr * len(positive) - 1e-9))
     return float((scores[labels == 0] >= positive[needed - 1]).mean())
 
 

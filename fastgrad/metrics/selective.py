@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastgrad.metrics.arrays import Array, as_array, numbers
+from fastgrad import checks
+from fastgrad.metrics.arrays import Array, numbers
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class RiskCoverage:
 
 def _samples(name: str, uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> tuple[Array, Array]:
     """Both as vectors, the first of them under its name in errors; infinite uncertainty is what comes last."""
-    losses = as_array("errors", errors)
+    losses = checks.to_array("errors", errors)
     if losses.ndim != 1 or not len(losses):
         raise ValueError(f"errors must be a non-empty vector; its shape was {losses.shape}")
     if losses.min() < 0:

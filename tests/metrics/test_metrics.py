@@ -26,7 +26,7 @@ def test_auroc_is_the_chance_of_the_right_order(seed: int, ties: bool) -> None:
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("tpr", [0.5, 0.95, 1.0])
+@pytest.mark.parametrize("tpr", [1e-12, 0.5, 0.95, 1.0])
 def test_threshold_metrics_by_trying_every_threshold(ties: bool, tpr: float) -> None:
     clean, hard = scores(2, ties)
     thresholds = np.concatenate([clean, hard, [np.inf]])
@@ -67,6 +67,13 @@ def test_calibration_error_by_its_definition(bins: int) -> None:
     assert found.edges.shape == (bins + 1,)
 
 
+def test_a_confidence_at_an_edge_is_in_the_bin_that_ends_there() -> None:
+    confidence = np.arange(51, 101) / 100
+    found = metrics.reliability(np.stack([confidence, 1 - confidence], 1), np.zeros(50), bins=100)
+    assert found.counts[50:].tolist() == [1] * 50
+    assert found.edges[51:].tolist() == confidence.tolist()
+
+
 def test_calibration_error_agrees_with_torchmetrics() -> None:
     functional = pytest.importorskip("torchmetrics.functional.classification")
     p, y = probabilities(4)
@@ -104,6 +111,8 @@ def test_brier_and_nll() -> None:
         (lambda: metrics.ece([[0.5, 0.5]], [2]), "class indices"),
         (lambda: metrics.brier([[0.5, 0.5]], [0.5]), "class indices"),
         (lambda: metrics.reliability([[0.5, 0.5]], [0], bins=0), "bins"),
+        (lambda: metrics.reliability([[0.5, 0.5]], [0], bins=2.5), "bins must be an integer"),
+        (lambda: metrics.auroc([1j], [1.0]), "clean must be real"),
     ],
 )
 def test_errors_name_the_argument(call, words: str) -> None:
