@@ -127,6 +127,12 @@ def _mse_delta(z: Tensor, target: str | Tensor) -> Tensor:
 
 
 def _brier_delta(z: Tensor, target: str | Tensor) -> Tensor:
+    scaled, log_rho = _brier_scaled(z, target)
+    return scaled * log_rho.exp()
+
+
+def _brier_scaled(z: Tensor, target: str | Tensor) -> tuple[Tensor, Tensor]:
+    """``delta / rho``, which never underflows, and ``log(rho)``."""
     # With g = p - y: delta_j = 2 p_j sum_l p_l (g_j - g_l). Seen from i, only D_l = g_i - g_l is needed.
     loo = _leave_one_out(z)
     y = _soft_target(z, target)
@@ -135,9 +141,9 @@ def _brier_delta(z: Tensor, target: str | Tensor) -> Tensor:
     near = loo.gap - loo.a * step
     far = (1 - step) - e_others - (loo.a - 1) * step  # the same number, arranged for step near 1
     difference = torch.where(loo.top, 0, torch.where(step > 0.5, far, near)) / loo.a
-    mean = (loo.p_others * difference).sum(-1, keepdim=True)
-    p = torch.where(loo.top, 1 / loo.a, loo.p_others)
-    return 2 * p * (mean - difference)
+    p = loo.f / loo.a  # without rho
+    mean = (p * difference).sum(-1, keepdim=True)
+    return 2 * torch.where(loo.top, mean / loo.a, p * (loo.log_rho.exp() * mean - difference)), loo.log_rho
 
 
 def _brier_diagonal(z: Tensor) -> Tensor:
@@ -284,10 +290,10 @@ def target_norms(
     elif loss == "bce" and isinstance(target, str) and target == "ones":
         result = torch.logsumexp(2 * logsigmoid(-z), -1)
     else:
-        d = _TABLE[loss].delta(z, target)
+        d, scale = _brier_scaled(z, target) if loss == "brier" else (_TABLE[loss].delta(z, target), z.new_zeros(()))
         largest = d.detach().abs().amax(-1, keepdim=True)
         largest = torch.where(largest == 0, 1, largest)
-        result = (d / largest).square().sum(-1).log() + 2 * largest.squeeze(-1).log()
+        result = (d / largest).square().sum(-1).log() + 2 * (largest.log() + scale).squeeze(-1)
     return _reduced(result, logits.shape[-1], reduction, log)
 
 

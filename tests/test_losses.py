@@ -112,6 +112,15 @@ def test_targets_are_relatively_accurate(loss: str, target: str, margin: int) ->
 
 
 @pytest.mark.parametrize("target", ["ones", "uniform"])
+@pytest.mark.parametrize("margin", [50.0, 200.0, 1e4])
+def test_logarithm_where_the_gradient_itself_underflows(target: str, margin: float) -> None:
+    z = torch.tensor([0.0, margin, 0.0])
+    # With q = exp(-margin) delta is (-2, 4, -2) q, up to q^2.
+    expected = torch.tensor(math.log(24) - 2 * margin)
+    torch.testing.assert_close(losses.target_norms(z, target, loss="brier", log=True), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("target", ["ones", "uniform"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "brier"])
 def test_nearly_equal_logits_do_not_cancel(loss: str, target: str) -> None:
     z = 1e-3 * torch.randn(6, 50)

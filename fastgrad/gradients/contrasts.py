@@ -84,7 +84,7 @@ def target_sqnorm(
 
     ``target`` is ``"ones"``, ``"uniform"`` (1/N), ``"predicted"``, class indices ``(...)`` or soft targets
     ``(..., N)``. ``"ones"`` is the confounding label, 1 for every class. The other arguments are those of
-    :func:`contrast_sqnorm`.
+    :func:`contrast_sqnorm`. The norm of a soft target may underflow before ``log`` takes its logarithm.
 
     Returns:
         ``(...)``, float32 (float64 for float64 logits).
