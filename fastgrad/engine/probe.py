@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import drop_view_base
+from fastgrad.ops.dispatch import full_precision
 
 #: ``(saved tensors, output gradients) -> (B, m)`` squared norms.
 Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -50,10 +51,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         norms = None
-        # Reduced precision is for the network; the norms are summed in float32 whatever the caller's context.
-        device = gradients[0].device.type
-        reduced = torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if reduced else contextlib.nullcontext():
+        with full_precision(gradients[0].device):
             if id(ctx.probe) in _requested:
                 norms = ctx.norms(ctx.saved_tensors, gradients)
         if torch.is_grad_enabled():

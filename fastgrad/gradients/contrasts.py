@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgrad import checks, losses
 from fastgrad._torch import check_later, is_traced, unwrapped
-from fastgrad.ops.dispatch import choose
+from fastgrad.ops.dispatch import choose, full_precision
 from fastgrad.ops.last_layer import contrast as contrast_op
 from fastgrad.ops.last_layer import linear_contrast as linear_op
 from fastgrad.ops.last_layer import rows as rows_op
@@ -223,7 +223,8 @@ def contrast_rows_linear(
         raise ValueError(f"weight must have shape (U, N * D) with N * D = {width}; it was {tuple(weight.shape)}")
     _bias(bias, weight)
     diagonal = losses.contrast_diagonal(_matrix(logits), loss=loss)
-    out = rows_op.rows_linear(_matrix(features), diagonal, weight, bias)
+    with full_precision(features.device):
+        out = rows_op.rows_linear(_matrix(features), diagonal, weight, bias)
     return out.reshape(*leading, weight.shape[0])
 
 

@@ -97,6 +97,12 @@ def using(impl: str) -> contextlib.AbstractContextManager[None]:
     return bind_contextvar(_default, impl)
 
 
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Suspend autocast, which is for the network. Norms are summed in full precision whatever the caller's context."""
+    reduced = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if reduced else contextlib.nullcontext()
+
+
 def launcher(module: str, name: str) -> Callable[..., Any]:
     """A function of ``fastgrad.ops.triton``, which is imported, and Triton with it, when it is first called."""
 
@@ -140,7 +146,8 @@ def operator(name: str, eager: Callable[..., _T], kernel: Callable[..., Any]) ->
 
     def function(*arguments: Any) -> _T:
         *inputs, impl = arguments
-        result: _T = (overload if choose(impl, inputs[0]) == "triton" else eager)(*inputs)
+        with full_precision(inputs[0].device):
+            result: _T = (overload if choose(impl, inputs[0]) == "triton" else eager)(*inputs)
         return result
 
     return function

@@ -184,6 +184,22 @@ def _everything(h: torch.Tensor, weight: torch.Tensor, b: torch.Tensor, V: torch
     )
 
 
+def test_autocast_reduces_no_precision() -> None:
+    h, z, weight, units = torch.randn(6, 3), torch.randn(6, 5), torch.randn(5, 3), torch.randn(2, 15)
+
+    def everything() -> tuple[torch.Tensor, ...]:
+        return (
+            *fastgrad.linear_contrast_sqnorm(h, weight),
+            *fastgrad.linear_contrast_stats(h, weight),
+            fastgrad.contrast_rows_linear(h, z, units),
+        )
+
+    expected = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = everything()
+    torch.testing.assert_close(found, expected)
+
+
 def test_labels_of_samples_under_vmap() -> None:
     h, z, y = torch.randn(6, 3), torch.randn(6, 5), torch.randint(5, (6,))
     mapped = torch.func.vmap(fastgrad.target_sqnorm)
