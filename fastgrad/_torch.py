@@ -45,20 +45,8 @@ DispatchMode = _python_dispatch.TorchDispatchMode
 
 
 def padding_pairs(module: ConvNd) -> list[int]:
-    """What a convolution adds at both ends of each axis, last axis first; other than zeros as when it was made."""
-    if module.padding_mode != "zeros":
-        return list(module._reversed_padding_repeated_twice)
-    kernel = module.weight.shape[2:]
-    if module.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(along_axes(module.dilation, len(kernel)), kernel, strict=True)]
-        return [part for total in reversed(totals) for part in (total // 2, total - total // 2)]
-    both = 0 if isinstance(module.padding, str) else module.padding
-    return [size for size in reversed(along_axes(both, len(kernel))) for _ in range(2)]
-
-
-def along_axes(value: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """An attribute of a convolution for each axis: it may have been set to one number, as PyTorch's functions take."""
-    return (value,) * count if isinstance(value, int) else tuple(value)
+    """What a convolution that pads with other than zeros adds at both ends of each axis, last axis first."""
+    return list(module._reversed_padding_repeated_twice)
 
 
 def original(module: nn.Module) -> nn.Module:

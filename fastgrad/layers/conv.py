@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgrad._torch import ConvNd, ConvTransposeNd, along_axes, padding_pairs
+from fastgrad._torch import ConvNd, ConvTransposeNd, padding_pairs
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
 from fastgrad.ops.conv.sqnorm import conv_sqnorm
@@ -18,28 +18,49 @@ from fastgrad.ops.dispatch import implementation
 Padding = Callable[[ConvNd, Tensor], tuple[Tensor, Sequence[int]]]
 
 
+def _axes(value: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """An attribute for each axis: it may have been set to one number, as PyTorch's functions take."""
+    return (value,) * count if isinstance(value, int) else tuple(value)
+
+
+def _geometry(module: ConvNd) -> tuple[tuple[int, ...], ...]:
+    """Kernel, stride and dilation of each axis, as a call reads them now: they may change after the module is made."""
+    kernel = tuple(module.weight.shape[2:])
+    return kernel, _axes(module.stride, len(kernel)), _axes(module.dilation, len(kernel))
+
+
+def _split(totals: Sequence[int]) -> list[int]:
+    """So many zeros an axis at both ends, last axis first; an odd one comes after."""
+    return [part for total in reversed(totals) for part in (total // 2, total - total // 2)]
+
+
+def _zeros(module: ConvNd) -> list[int]:
+    """Those that ``torch.nn`` adds by ``padding``."""
+    kernel, _, dilation = _geometry(module)
+    if module.padding == "same":
+        return _split([d * (k - 1) for k, d in zip(kernel, dilation, strict=True)])
+    both = 0 if isinstance(module.padding, str) else module.padding
+    return _split([2 * size for size in _axes(both, len(kernel))])
+
+
 def _own(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
     """As ``torch.nn`` pads."""
-    pads = padding_pairs(module)
     if module.padding_mode != "zeros":
+        pads = padding_pairs(module)
         return F.pad(a, pads, mode=module.padding_mode), [0] * len(pads)
-    return a, pads
+    return a, _zeros(module)
 
 
 def _same(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
-    """TensorFlow's ``SAME``: a stride s leaves ``ceil(n / s)`` places of n; the odd zero comes after."""
-    pads: list[int] = []
-    axes = zip(a.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True)
-    for n, kernel, stride, dilation in reversed(list(axes)):
-        total = max((-(-n // stride) - 1) * stride + dilation * (kernel - 1) + 1 - n, 0)
-        pads += [total // 2, total - total // 2]
-    return a, pads
+    """TensorFlow's ``SAME``: a stride s leaves ``ceil(n / s)`` places of n."""
+    axes = zip(a.shape[2:], *_geometry(module), strict=True)
+    return a, _split([max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0) for n, k, s, d in axes])
 
 
 def _stored(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:
     """Likewise for the image size that was named beforehand, by a layer that pads or one that does nothing."""
     stored = module.static_padding.padding if isinstance(module.static_padding, nn.ZeroPad2d) else (0, 0, 0, 0)
-    return a, [sum(pair) for pair in zip(stored, padding_pairs(module), strict=True)]
+    return a, [sum(pair) for pair in zip(stored, _zeros(module), strict=True)]
 
 
 def _norms(padding: Padding, module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -51,17 +72,11 @@ def _norms(padding: Padding, module: nn.Module, a: Tensor, g: Tensor) -> dict[st
     before, after = tuple(pads[::2][::-1]), tuple(pads[1::2][::-1])
     if before != after:
         a, before = F.pad(a, list(pads)), (0,) * len(before)
+    kernel, stride, dilation = _geometry(module)
     norms["weight"] = conv_sqnorm(
-        a,
-        g,
-        tuple(module.weight.shape[2:]),
-        along_axes(module.stride, len(before)),
-        before,
-        along_axes(module.dilation, len(before)),
-        module.groups,
-        transposed=isinstance(module, ConvTransposeNd),
-        impl=implementation(),
-    )
+        a, g, kernel, stride, before, dilation, module.groups,
+        transposed=isinstance(module, ConvTransposeNd), impl=implementation(),
+    )  # fmt: skip
     return norms
 
 
