@@ -54,12 +54,12 @@ class Answers(NamedTuple):
 
 
 def fit_answers(
-    two_stage: TwoStageModel, sample: Sample, features: collect.Features, found: Calibrated
+    two_stage: TwoStageModel, sample: Sample, features: collect.Features
 ) -> tuple[Answers, NDArray[np.bool_]]:
     """Fit the temperature, and the classifier on clean inputs and challenges with the clean input's label.
 
     Returns:
-        What was fitted, and ``(n,)``: the clean inputs that none of it was trained on.
+        What was fitted, without a gate, and ``(n,)``: the clean inputs that none of it was trained on.
     """
     count, device = len(sample.held_out), two_stage.device
     everything = np.ones(count, bool)
@@ -73,7 +73,6 @@ def fit_answers(
         temperature = temperature.to(device)
     if two_stage.classifier is None:
         return Answers(None, None, temperature), everything
-    challenging = features.kinds != ""
     labels = labels_of_rows(sample, features, labelled)
 
     def places_of(sources: NDArray[np.bool_]) -> NDArray[np.intp]:
@@ -95,11 +94,20 @@ def fit_answers(
     classifier.fit(*rows(places), groups=features.groups[places])
     if enough:
         classifier.calibrate(*rows(places_of(kept)))
-    gate = None
-    if (challenging & (labels >= 0)).any():
-        unusual = torch.from_numpy(challenging)
-        gate = NoisyOr.fit(None, found.evidence, unusual, unusual).to(device)
-    return Answers(classifier.to_module().to(device), gate, temperature), kept
+    return Answers(classifier.to_module().to(device), None, temperature), kept
+
+
+def gated(
+    answers: Answers, sample: Sample, features: collect.Features, found: Calibrated, device: torch.device
+) -> Answers:
+    """Return the answers with a gate by a detector's evidence, where the classifier was trained on challenges."""
+    if answers.classifier is None or sample.labels is None:
+        return answers
+    challenging = features.kinds != ""
+    if not (challenging & (labels_of_rows(sample, features, sample.labels >= 0) >= 0)).any():
+        return answers
+    unusual = torch.from_numpy(challenging)
+    return answers._replace(gate=NoisyOr.fit(None, found.evidence, unusual, unusual).to(device))
 
 
 def labels_of_rows(sample: Sample, features: collect.Features, counted: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -22,7 +22,7 @@ from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.challenges import PixelRange, challenge_cost
 from fastgrad.detector import collect, constants
-from fastgrad.detector.answers import Answers, fit_answers, labels_of_rows
+from fastgrad.detector.answers import Answers, fit_answers, gated, labels_of_rows
 from fastgrad.detector.calibrate import Calibrated
 from fastgrad.detector.collect import Drawn
 from fastgrad.detector.estimator import UncertaintyDetector
@@ -94,6 +94,8 @@ def fit(
     held_out = np.zeros(len(features.kinds), bool)
     held_out[: len(sample.held_out)] = sample.held_out
 
+    answers, fresh = fit_answers(two_stage, sample, features)
+
     @functools.cache
     def complete(chosen: tuple[Block, ...]) -> tuple[TwoStageModel, Calibrated, str]:
         """What would answer with these blocks, what its detector was made of, and where its risk comes from."""
@@ -107,13 +109,13 @@ def fit(
             groups=features.groups,
             known={block.name: block for block in blocks},
         )
-        answers, fresh = fit_answers(two_stage, sample, features, found)
+        own = gated(answers, sample, features, found, two_stage.device)
         result = copy.copy(two_stage)
         result._modules = dict(two_stage._modules)
         result.extraction_ = extraction.of([one for one in reading if one.name in names or one not in blocks])
         result.detector_ = found.module.to(two_stage.device)
-        result.classifier_, result.gate_, result.temperature_ = answers
-        result.risk_, why = _risk(two_stage, answers, sample, features, found, fresh, options)
+        result.classifier_, result.gate_, result.temperature_ = own
+        result.risk_, why = _risk(two_stage, own, sample, features, found, fresh, options)
         return result, found, why
 
     price = _price(two_stage, blocks, x, subject, lambda chosen: complete(chosen)[0])

@@ -15,6 +15,7 @@ from fastgrad.detector.model import TwoStageModel
 from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS, preset
 from fastgrad.detector.price import fit_to_budget, price
 from fastgrad.detector.report import Report
+from fastgrad.introspection import IntrospectiveClassifier
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +139,24 @@ def test_a_fit_measures_what_its_user_will_call(monkeypatch):
     for before, now in zip(seen[0], answer, strict=True):
         torch.testing.assert_close(before, now)
     assert seen[0].risk is not None
+
+
+def test_blocks_that_are_dropped_train_no_classifier_again(monkeypatch):
+    trained = []
+
+    class Counting(IntrospectiveClassifier):
+        def fit(self, *args, **kwargs):
+            trained.append(self)
+            return super().fit(*args, **kwargs)
+
+    monkeypatch.setattr("fastgrad.detector.price.price", lambda *_: (9.0, 0.0))
+    x = torch.rand(60, 3, 8, 8)
+    two_stage = TwoStageModel(network(), classifier=Counting(max_epochs=1))
+    with pytest.warns(RuntimeWarning, match="which is kept alone"):
+        two_stage.fit([(x, torch.arange(60) % 4)], verbose=False)
+    assert len(two_stage.report().price.dropped) == len(DEFAULT_BLOCKS) - 1
+    assert len(trained) == 1
+    assert two_stage.gate_ is not None
 
 
 def test_a_long_batch_is_cut_and_the_price_carries_its_error(monkeypatch, counting, images):
