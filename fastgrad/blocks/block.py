@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 #: The classifier of challenges among the sources of evidence, where the others are blocks.
-CHALLENGES = "challenges"
+CHALLENGE_CLASSIFIER = "challenges"
 #: Standardised columns are cut here: no single one decides alone.
 CLIP = 8.0
 #: Gaussians of a mixture, and principal components that it sees, at most. Image statistics and roughness, from clean
@@ -74,7 +74,7 @@ class Block:
         """Refuse a name that no part of a detector can have."""
         super().__init_subclass__()
         name = getattr(cls, "name", "")
-        if "." in name or name == CHALLENGES or hasattr(Sequence(), name):
+        if "." in name or name == CHALLENGE_CLASSIFIER or hasattr(Sequence(), name):
             raise ValueError(
                 f"name of a block must have no dot and be none of PyTorch's or fastgrad's; it was {name!r}"
             )

@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgrad.blocks.block import Settings
-from fastgrad.detector.challenge_classifier import NAME, ChallengeClassifier, JointRows
+from fastgrad.blocks.block import CHALLENGE_CLASSIFIER, Settings
+from fastgrad.detector.challenge_classifier import ChallengeClassifier, JointRows
 from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.inputs import Array, Blocks, as_tensors, check_rate, take
 from fastgrad.scores.conformal import PValues, weighted
@@ -106,9 +106,9 @@ class DetectorModule(Fitted):
 
     def classifier_blocks(self) -> list[str]:
         """The blocks that the classifier of challenges reads; none without it."""
-        if NAME not in self.scores._modules:
+        if CHALLENGE_CLASSIFIER not in self.scores._modules:
             return []
-        return [name for name, _ in self.scores.get_submodule(f"{NAME}.rows.parts").named_children()]
+        return [name for name, _ in self.scores.get_submodule(f"{CHALLENGE_CLASSIFIER}.rows.parts").named_children()]
 
     def threshold(self, false_alarm_rate: float) -> float:
         """-log of the rate; warns where the calibration cannot promise so small a one."""
@@ -178,7 +178,7 @@ def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str,
     if (chosen & (table.kinds > 0)).any():
         joint = JointRows.fit(clean, table.known, settings)
         classifier = ChallengeClassifier.fit(joint(as_tensors(take(table.blocks, chosen))), table.kinds[chosen])
-        scores[NAME] = Score(rows=joint, score=classifier, source=NAME, weight=WEIGHT)
+        scores[CHALLENGE_CLASSIFIER] = Score(rows=joint, score=classifier, source=CHALLENGE_CLASSIFIER, weight=WEIGHT)
     return scores
 
 

@@ -14,15 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgrad.blocks.block import CHALLENGES, Settings
+from fastgrad.blocks.block import Settings
 from fastgrad.detector.constants import INVERSE_PENALTY, LIMIT, STEPS
 from fastgrad.detector.inputs import Blocks
 from fastgrad.scores import fitted
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.rows import clipped
-
-#: The classifier among the sources of evidence.
-NAME = CHALLENGES
 
 
 def alarm(blocks: Sequence[str]) -> str:

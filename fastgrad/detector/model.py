@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgrad import checks
 from fastgrad.blocks import BLOCKS, Block, Features
+from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
 from fastgrad.detector import UncertaintyDetector, challenge_classifier, constants, fitting, storage
@@ -198,7 +199,7 @@ class TwoStageModel(nn.Module):
         detector = self._fitted()
         assert self.extraction_ is not None  # a fitted model has one
         words = {block.name: block.alarm for block in self.extraction_.blocks}
-        words[challenge_classifier.NAME] = challenge_classifier.alarm(detector.classifier_blocks())
+        words[CHALLENGE_CLASSIFIER] = challenge_classifier.alarm(detector.classifier_blocks())
         return {name: words.get(name) or name for name in detector.sources}
 
     @torch.inference_mode(False)

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.challenges import CHALLENGES
 from fastgrad.detector.calibrate import Table, deal, fit_scores
-from fastgrad.detector.challenge_classifier import NAME, ChallengeClassifier
+from fastgrad.detector.challenge_classifier import ChallengeClassifier
 from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.inputs import as_tensors
 from fastgrad.detector.price import PriceReport
@@ -152,16 +153,18 @@ def _sums(
     count = int((inside & (table.kinds == 0)).sum())
     scores = fit_scores(table, inside, count)
     tensors = as_tensors(table.blocks)
-    joint = scores.pop(NAME).rows.get_submodule("parts")
+    joint = scores.pop(CHALLENGE_CLASSIFIER).rows.get_submodule("parts")
     clean = torch.as_tensor((fold == number) & (table.kinds == 0))
     evidence: dict[str, torch.Tensor] = {}
+
+    def evidence_of(raw: torch.Tensor, two_sided: bool, weight: float) -> torch.Tensor:
+        log_p = PValues.fit(raw[clean].unsqueeze(0), [two_sided])(raw.unsqueeze(0))
+        return weighted(log_p.t(), CAP, [weight])[:, 0]
+
     with torch.no_grad():
         for score in scores.values():
-            raw = score(tensors).unsqueeze(0)
-            log_p = PValues.fit(raw[:, clean], [score.two_sided])(raw)
-            own = weighted(log_p.t(), CAP, [1.0])[:, 0]
             source = score.options["source"]
-            evidence[source] = evidence.get(source, 0) + own
+            evidence[source] = evidence.get(source, 0) + evidence_of(score(tensors), score.two_sided, 1.0)
         parts = {name: rows(tensors) for name, rows in joint.named_children()}
         found = {}
         for name, chosen in sets.items():
@@ -170,9 +173,7 @@ def _sums(
             for left_out in families:
                 picked = inside & (family != left_out)
                 classifier = ChallengeClassifier.fit(rows[torch.as_tensor(picked)], table.kinds[picked])
-                raw = classifier(rows).unsqueeze(0)
-                log_p = PValues.fit(raw[:, clean], [False])(raw)
-                found[name, left_out] = (total + weighted(log_p.t(), CAP, [WEIGHT])[:, 0]).numpy()
+                found[name, left_out] = (total + evidence_of(classifier(rows), False, WEIGHT)).numpy()
     return found
 
 
