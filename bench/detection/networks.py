@@ -39,7 +39,7 @@ def photographed(size: int, options: Options, draw: int) -> Subject:
     return Subject(network, draw, model, parts, options.cache, stages, options.data, PHOTOGRAPHS, case, options.quick)
 
 
-for _size, _tuned in ((0, True), (1, False), (2, False)):
+for _size, _tuned in ((0, True), (1, True), (2, False)):
     _title = f"EfficientNet-Lite{_size} on photographs"
     network(f"lite{_size}", _title, tuned=_tuned)(partial(photographed, _size))
 
@@ -81,4 +81,4 @@ for _name, _title in (
     ("resnet56", "ResNet-56 on CIFAR-10, published weights"), ("resnet", "a small residual network (smoke test)"),
     ("densenet", "DenseNet-BC on CIFAR-10, published weights"),
 ):  # fmt: skip
-    network(_name, _title)(partial(small, _name))
+    network(_name, _title, tuned=_name == "resnet20")(partial(small, _name))
