@@ -120,11 +120,15 @@ def strongest(rows: Sequence[Row], merit: str, network: str) -> str:
     return table(lines, heads)
 
 
-def bars(rows: Sequence[Row], merit: str) -> Any:
-    """Return the figure: by group the strongest rivals of the first network beside fastgrad's."""
+def bars(rows: Sequence[Row], merit: str, about: Mapping[str, tuple[str, bool]]) -> Any:
+    """Return the figure: by group the strongest rivals beside fastgrad's, of the first network that is held out.
+
+    ``about`` gives each network's title, and whether choices of this package were compared on it.
+    """
     if not networks(rows):
         return None
-    network = networks(rows)[0]
+    network = min(networks(rows), key=lambda name: about[name][1])
+    title, tuned = about[network]
     found: dict[str, dict[str, Row]] = {}
     for protocol in PROTOCOLS:
         found |= means(rows, merit, network, protocol)
@@ -141,5 +145,5 @@ def bars(rows: Sequence[Row], merit: str) -> Any:
     blocks = {group: [(m, found[m][group][merit]) for m in shown] for group in groups}
     made, panel = stacked(blocks, colours(shown), ".3f")
     panel.set_xlabel("AUROC" if merit == "auroc" else "area under the risk-coverage curve", fontsize=TEXT)
-    panel.set_title(network, fontsize=TEXT)
+    panel.set_title(f"{title}, {'tuned on' if tuned else 'held out'}", fontsize=TEXT)
     return made

@@ -98,7 +98,7 @@ def write(name: str, folder: Path = RESULTS) -> Path:
     if "cases" in document:
         drawn = figures.draw(document["cases"])
     elif "merit" in document:
-        drawn = detection.bars(document["rows"], document["merit"])
+        drawn = detection.bars(document["rows"], document["merit"], document["networks"])
     if drawn is not None:
         drawn.savefig(folder / f"{name}.png", dpi=figures.DPI)
     rendered = page(name, document, [f"{name}.png"] if drawn is not None else [])
