@@ -15,8 +15,8 @@ The method in fifteen lines, a module or function each:
 11. `DetectorModule.explain`: sum it; the p-value of the sum among clean inputs left out is the uncertainty, -log p.
 12. `temperature`: labels of clean inputs make the probabilities as often right as they say.
 13. `risk`: the answer is wrong because the network is unsure, or because the input misleads it; how far evidence speaks
-    for the second, more so against a certain answer, is learned on clean inputs and challenges, each with the evidence
-    of what was fitted without it.
+    for the second, and how often each kind of challenge does, is learned on clean inputs and challenges, each with the
+    evidence of what was fitted without it.
 14. `report`: what was read, drawn and dropped, the price, and on demand what each block adds on kinds left out.
 15. `storage`: all of it is one module of named tensors, in one file without code.
 """

@@ -16,7 +16,7 @@ with the jackknife+", 2021, compare both). There is no promise for every distrib
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ class Score(Fitted):
     score: Fitted
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Scores ``(B,)`` before calibration."""
+        """Scores ``(B,)`` before calibration; the classifier's log probabilities ``(B, C)``."""
         result: Tensor = self.score(self.rows(blocks))
         return result
 
@@ -73,7 +73,7 @@ class DetectorModule(Fitted):
 
     def raw(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Every score's values before calibration, ``(K, B)``."""
-        return torch.stack([score(blocks) for score in self.scores])
+        return values_of(self.scores, blocks)[0]
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Uncertainty ``(B,)``, at least 0."""
@@ -81,8 +81,13 @@ class DetectorModule(Fitted):
 
     def explain(self, blocks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Uncertainty ``(B,)``, and the evidence ``(B, S)`` of each of `sources`, whose sum it calibrates."""
-        evidence = self.evidence(self.raw(blocks))
-        return infinite_where_nan(self.total(evidence)), infinite_where_nan(self.by_source(evidence))
+        return self.judge(blocks)[:2]
+
+    def judge(self, blocks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """As `explain`, and log probabilities ``(B, C)`` of the classifier of challenges, "clean" first."""
+        raw, log_p = values_of(self.scores, blocks)
+        evidence = self.evidence(raw)
+        return infinite_where_nan(self.total(evidence)), infinite_where_nan(self.by_source(evidence)), log_p
 
     def total(self, evidence: Tensor) -> Tensor:
         """-log p ``(B,)`` of the sum of ``evidence`` ``(B, K)``."""
@@ -123,6 +128,19 @@ class DetectorModule(Fitted):
         return -float(np.log(rate))
 
 
+def values_of(scores: Iterable[Score], blocks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What K scores say ``(K, B)``, and the classifier's log probabilities ``(B, C)``; C is 0 without one."""
+    values: list[Tensor] = []
+    log_p = None
+    for score in scores:
+        value: Tensor = score(blocks)
+        if score.options["source"] == CHALLENGE_CLASSIFIER:
+            value, log_p = -value[:, 0], value
+        values.append(value)
+    raw = torch.stack(values)
+    return raw, raw.new_empty(raw.shape[1], 0) if log_p is None else log_p
+
+
 def infinite_where_nan(values: Tensor) -> Tensor:
     """A comparison with NaN is false, and would pass for reliable."""
     return torch.where(values.isnan(), torch.inf, values)
@@ -148,6 +166,11 @@ class Table:
     held_out: NDArray[np.bool_]
     log: bool
 
+    @property
+    def classes(self) -> int:
+        """Clean, and kinds of challenge."""
+        return int(self.kinds.max()) + 1
+
 
 class Calibrated(NamedTuple):
     """A detector and what it was made of.
@@ -156,11 +179,13 @@ class Calibrated(NamedTuple):
         module: The detector.
         evidence: ``(n, S)``, as `DetectorModule.explain` gives it, of every sample of the table by what was fitted
             without it and its source.
+        log_p: ``(n, C)``, what the classifier of challenges that was fitted without it says of it; C is 0 without one.
         table: What it was fitted on.
     """
 
     module: DetectorModule
     evidence: Tensor
+    log_p: Tensor
     table: Table
 
 
@@ -177,7 +202,8 @@ def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str,
             scores[name] = Score(rows=rows, score=score, source=source, weight=1.0)
     if (chosen & (table.kinds > 0)).any():
         joint = JointRows.fit(clean, table.known, settings)
-        classifier = ChallengeClassifier.fit(joint(as_tensors(take(table.blocks, chosen))), table.kinds[chosen])
+        rows = joint(as_tensors(take(table.blocks, chosen)))
+        classifier = ChallengeClassifier.fit(rows, table.kinds[chosen], table.classes)
         scores[CHALLENGE_CLASSIFIER] = Score(rows=joint, score=classifier, source=CHALLENGE_CLASSIFIER, weight=WEIGHT)
     return scores
 
@@ -219,9 +245,11 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
     if not names:
         raise ValueError("blocks must have at least one score, or there must be challenges; there was neither")
     raw = torch.full((len(names), len(fold)), torch.nan, dtype=torch.float64)
+    log_p = torch.empty(len(fold), table.classes if CHALLENGE_CLASSIFIER in names else 0, dtype=torch.float64)
     for chosen, scores in [*parts, (~fitting, final)]:
         if chosen.any():
-            raw[:, torch.as_tensor(chosen)] = _scores(table, chosen, [scores[name] for name in names])
+            rows = torch.as_tensor(chosen)
+            raw[:, rows], log_p[rows] = _values(table, chosen, [scores[name] for name in names])
     failed = {
         name: int(values.isnan().sum())
         for name, values in zip(names, raw[:, torch.as_tensor(clean)], strict=True)
@@ -247,13 +275,11 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
     module.add_module("final", PValues.fit(calibrating.sum(-1).unsqueeze(0), [False], counted=True))
     module.register_buffer("calibration_scores", module.total(calibrating))
     module.options["exact"] = bool(table.held_out.any())
-    return Calibrated(module.eval(), module.by_source(evidence), table)
+    return Calibrated(module.eval(), module.by_source(evidence), log_p, table)
 
 
-def _scores(table: Table, chosen: NDArray[np.bool_], scores: list[Score]) -> Tensor:
-    """Raw scores ``(K, m)`` of the m chosen samples, a few at a time, so that a large set needs little memory."""
-    columns = []
-    for part in np.array_split(np.flatnonzero(chosen), -(-int(chosen.sum()) // 1024)):
-        blocks = as_tensors(take(table.blocks, part))
-        columns.append(torch.stack([score(blocks) for score in scores]))
-    return torch.cat(columns, 1)
+def _values(table: Table, chosen: NDArray[np.bool_], scores: list[Score]) -> tuple[Tensor, Tensor]:
+    """`values_of` the m chosen samples, a few at a time, so that a large set needs little memory."""
+    parts = np.array_split(np.flatnonzero(chosen), -(-int(chosen.sum()) // 1024))
+    raw, log_p = zip(*(values_of(scores, as_tensors(take(table.blocks, part))) for part in parts), strict=True)
+    return torch.cat(raw, 1), torch.cat(log_p)

@@ -45,7 +45,7 @@ class JointRows(Fitted):
 
 
 class ChallengeClassifier(Fitted):
-    """-log P(clean) of a linear map to classes, of which the first is "clean".
+    """Log probabilities of a linear map to classes, of which the first is "clean".
 
     Buffers: ``weight`` ``(d, C)``, ``bias`` ``(C,)``.
     """
@@ -54,7 +54,7 @@ class ChallengeClassifier(Fitted):
     bias: Tensor
 
     @classmethod
-    def fit(cls, rows: Tensor, kinds: NDArray[np.intp]) -> ChallengeClassifier:
+    def fit(cls, rows: Tensor, kinds: NDArray[np.intp], classes: int) -> ChallengeClassifier:
         """Minimise the weighted cross-entropy plus ``||W||^2 / (2 C n)``.
 
         Products are in float32: L-BFGS (Liu and Nocedal, "On the limited memory BFGS method for large scale
@@ -63,20 +63,22 @@ class ChallengeClassifier(Fitted):
         Args:
             rows: ``(n, d)`` of `JointRows`.
             kinds: ``(n,)``: 0 for clean, others for kinds of challenge; both must be there.
+            classes: C, one more than the largest kind; those that are not there get probability 0.
         """
         from scipy.optimize import minimize
 
-        codes = torch.as_tensor(np.unique(kinds, return_inverse=True)[1]).unsqueeze(1)
+        codes = torch.as_tensor(kinds).unsqueeze(1)
+        absent = torch.where(torch.bincount(codes[:, 0], minlength=classes) == 0, -torch.inf, 0.0)
         challenging = (codes > 0).float()
         shares = torch.where(codes > 0, 0.5 / challenging.sum(), 0.5 / (1 - challenging).sum())
         x = rows.detach().float().contiguous()
-        shape = (x.shape[1] + 1, int(codes.max()) + 1)
+        shape = (x.shape[1] + 1, classes)
         decay = 1 / (INVERSE_PENALTY * len(x))
 
         def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             values = torch.from_numpy(flat).float().view(shape)
             weight, bias = values[:-1], values[-1]
-            log_p = torch.addmm(bias, x, weight).log_softmax(1)
+            log_p = torch.addmm(bias + absent, x, weight).log_softmax(1)
             value = -(log_p.gather(1, codes) * shares).sum() + decay / 2 * weight.square().sum()
             error = log_p.exp_() * shares
             error.scatter_add_(1, codes, -shares)
@@ -87,8 +89,8 @@ class ChallengeClassifier(Fitted):
             start = np.zeros(shape[0] * shape[1])
             found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": STEPS})
         values = torch.from_numpy(found.x).view(shape)
-        return cls(weight=values[:-1].contiguous(), bias=values[-1].contiguous())
+        return cls(weight=values[:-1].contiguous(), bias=values[-1] + absent)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Scores ``(B,)`` of ``rows`` ``(B, d)``; higher is less like clean data."""
-        return -torch.log_softmax(rows @ self.weight + self.bias, -1)[:, 0]
+        """Log probabilities ``(B, C)`` of ``rows`` ``(B, d)``."""
+        return torch.log_softmax(rows @ self.weight + self.bias, -1)

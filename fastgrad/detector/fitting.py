@@ -30,7 +30,7 @@ from fastgrad.detector.inputs import held_out_of
 from fastgrad.detector.presets import preset
 from fastgrad.detector.price import PriceReport, fit_to_budget
 from fastgrad.detector.report import Report, gains
-from fastgrad.detector.risk import NoisyOr, doubt
+from fastgrad.detector.risk import Risk, doubt
 
 if TYPE_CHECKING:
     from fastgrad.detector.model import TwoStageModel
@@ -271,7 +271,7 @@ def _risk(
     found: Calibrated,
     fresh: NDArray[np.bool_],
     options: FitOptions,
-) -> tuple[NoisyOr | None, str]:
+) -> tuple[Risk | None, str]:
     """The risk, from labelled clean inputs that the answer was not trained on and challenges made from them."""
     classes = features.logits.shape[1]
     if options.risk is False or sample.labels is None or classes < 2:
@@ -294,10 +294,10 @@ def _risk(
             found.evidence[chosen].to(device),
         ).cpu()
     wrong = log_p.argmax(-1) != torch.from_numpy(labels)[chosen]
-    others = torch.from_numpy(challenging)[chosen]
-    risk = NoisyOr.fit(doubt(log_p), found.evidence[chosen], wrong, others)
-    made = int(others.sum())
-    text = f"from {usual} clean inputs, {int(wrong[~others].sum())} answered wrongly, and {made} of their challenges"
+    kinds = torch.from_numpy(found.table.kinds)[chosen]
+    risk = Risk.fit(doubt(log_p), found.evidence[chosen], found.log_p[chosen], wrong, kinds)
+    made = int((kinds > 0).sum())
+    text = f"from {usual} clean inputs, {int(wrong[kinds == 0].sum())} answered wrongly, and {made} of their challenges"
     return risk.to(device), text
 
 

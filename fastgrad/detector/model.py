@@ -21,7 +21,7 @@ from fastgrad.detector import UncertaintyDetector, challenge_classifier, constan
 from fastgrad.detector.answers import Answers
 from fastgrad.detector.calibrate import DetectorModule
 from fastgrad.detector.report import Gain, Report
-from fastgrad.detector.risk import NoisyOr, doubt
+from fastgrad.detector.risk import NoisyOr, Risk, doubt
 from fastgrad.engine.refusals import refuse_scripted
 from fastgrad.introspection import IntrospectiveClassifier
 from fastgrad.introspection.network import IntrospectiveNetwork
@@ -117,7 +117,7 @@ class TwoStageModel(nn.Module):
         self.classifier_: IntrospectiveNetwork | None = None
         self.gate_: NoisyOr | None = None
         self.temperature_: Temperature | None = None
-        self.risk_: NoisyOr | None = None
+        self.risk_: Risk | None = None
         self.report_: Report | None = None
         self._gains: Callable[[], dict[str, Gain]] | None = None
         self._adopt()
@@ -165,28 +165,28 @@ class TwoStageModel(nn.Module):
         Raises:
             RuntimeError: Before `fit`.
         """
-        prediction, own, evidence = self._predict(x)
+        prediction, own, evidence, kinds = self._predict(x)
         names, dtype = self._fitted().sources, prediction.uncertainty.dtype
 
         def named(columns: Tensor) -> dict[str, Tensor]:
             return dict(zip(names, columns.to(dtype).unbind(-1), strict=True))
 
         with torch.no_grad():
-            raised = None if self.risk_ is None else named(self.risk_.raised(own, evidence))
+            raised = None if self.risk_ is None else named(self.risk_.raised(own, evidence, kinds))
         return Explanation(prediction, named(evidence), raised)
 
-    def _predict(self, x: Inputs) -> tuple[Prediction, Tensor, Tensor]:
-        """The prediction, 1 - its largest probability ``(B,)``, and the evidence ``(B, S)``."""
+    def _predict(self, x: Inputs) -> tuple[Prediction, Tensor, Tensor, Tensor]:
+        """The prediction, 1 - its largest probability ``(B,)``, evidence ``(B, S)``, log p of kinds ``(B, C)``."""
         detector = self._fitted()
         assert self.extraction_ is not None  # a fitted model has one
         logits, blocks = self.extraction_(x)
         with torch.no_grad():
-            uncertainty, evidence = detector.explain(blocks)
+            uncertainty, evidence, kinds = detector.judge(blocks)
             log_p = self.log_probabilities(logits, blocks.get(Features.name), evidence)
             own = doubt(log_p)
-            risk = None if self.risk_ is None else self.risk_(own, evidence).to(log_p.dtype)
+            risk = None if self.risk_ is None else self.risk_(own, evidence, kinds).to(log_p.dtype)
             prediction = Prediction(logits, log_p.exp(), uncertainty.to(log_p.dtype), risk)
-        return prediction, own, evidence
+        return prediction, own, evidence, kinds
 
     def log_probabilities(self, logits: Tensor, h: Tensor | None, evidence: Tensor) -> Tensor:
         """Return log probabilities ``(B, N)`` of the answer: the network's and the classifier's, mixed by the gate."""

@@ -172,8 +172,8 @@ def _sums(
             total = sum((evidence[block] for block in chosen if block in evidence), torch.zeros(len(fold)))
             for left_out in families:
                 picked = inside & (family != left_out)
-                classifier = ChallengeClassifier.fit(rows[torch.as_tensor(picked)], table.kinds[picked])
-                found[name, left_out] = (total + evidence_of(classifier(rows), False, WEIGHT)).numpy()
+                classifier = ChallengeClassifier.fit(rows[torch.as_tensor(picked)], table.kinds[picked], table.classes)
+                found[name, left_out] = (total + evidence_of(-classifier(rows)[:, 0], False, WEIGHT)).numpy()
     return found
 
 

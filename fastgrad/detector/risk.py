@@ -3,13 +3,14 @@
 An answer is wrong because the network is unsure of it, or because the input misleads the network, whichever it is: a
 noisy-or (Pearl, *Probabilistic Reasoning in Intelligent Systems*, 1988) of two causes,
 
-    risk = 1 - p (1 - m),    m = sigmoid(b + sum_s w_s log(1 + e_s) + v c log(1 + e_challenges)),    w_s, v >= 0
+    risk = 1 - p (1 - m),    m = sigmoid(b + sum_s w_s log(1 + e_s)),    w_s >= 0
 
-p the largest probability, c = log(p / (1 - p)) how certain the answer is, at least 0, e_s the evidence of source s. So
-risk is 1 - p where nothing is unusual, and no evidence ever lowers it. What resembles challenges counts more against a
-certain answer: a foreign or blurred input leaves the network unsure, an attack makes it certain. b, v and w are those
-of largest likelihood on clean inputs and challenges, both weighing the same in all. A challenge keeps the label of the
-clean input that it is made from: it does not change what is seen.
+p the largest probability, e_s the evidence of source s. So risk is 1 - p where nothing is unusual, and no evidence ever
+lowers it. In place of the classifier's evidence stands e = o / `UNIT`, o the odds of sum_k q_k r_k: q_k the probability
+that the input is a challenge of kind k, r_k the share of these that the network answers wrongly. Kinds differ: of
+attacks nearly all are, of brighter images few. b and w are those of largest likelihood on clean inputs and challenges,
+both weighing the same in all. A challenge keeps the label of the clean input that it is made from: it does not change
+what is seen.
 """
 
 from __future__ import annotations
@@ -19,19 +20,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgrad.detector.constants import CERTAINTY, RISK_STEPS
+from fastgrad.detector.constants import RISK_STEPS, UNIT
 from fastgrad.scores.fitted import Fitted
 
 
 class NoisyOr(Fitted):
     """P(event) from a cause of known probability, and the evidence for another.
 
-    Buffers: ``weight`` ``(S,)``, ``bias`` ``()``, and ``certain`` ``()``, by which the weight of the last source rises
-    with the certainty that the known cause is absent.
+    Buffers: ``weight`` ``(S,)`` and ``bias`` ``()``.
     """
 
     weight: Tensor
-    certain: Tensor
     bias: Tensor
 
     @classmethod
@@ -41,8 +40,7 @@ class NoisyOr(Fitted):
         Args:
             known: ``(n,)``, the probability of the other cause. None: there is none, and this is a logistic regression
                 of the evidence.
-            evidence: ``(n, S)``, of each input by what was fitted without it and its source; the classifier of
-                challenges comes last.
+            evidence: ``(n, S)``, of each input by what was fitted without it and its source.
             event: ``(n,)`` of bool.
             challenging: ``(n,)`` of bool.
         """
@@ -50,16 +48,11 @@ class NoisyOr(Fitted):
 
         count = evidence.shape[1]
         if not challenging.any():
-            nothing = evidence.new_zeros(count + 1)
-            return cls(weight=nothing[1:], certain=nothing[0], bias=evidence.new_tensor(-torch.inf))
+            return cls(weight=evidence.new_zeros(count), bias=evidence.new_tensor(-torch.inf))
         other = evidence.new_zeros(len(evidence)) if known is None else known
-        certainty = torch.zeros_like(other) if known is None else certainty_of(other)
         usable = evidence.isfinite().all(1)
-        other, certainty, evidence, event, challenging = (
-            v[usable] for v in (other, certainty, evidence, event, challenging)
-        )
-        amounts = evidence.log1p()
-        rows = torch.cat([amounts, certainty.unsqueeze(1) * amounts[:, -1:], torch.ones_like(amounts[:, :1])], 1)
+        other, evidence, event, challenging = (v[usable] for v in (other, evidence, event, challenging))
+        rows = torch.cat([evidence.log1p(), torch.ones_like(evidence[:, :1])], 1)
         shares = torch.where(challenging, 0.5 / challenging.sum(), 0.5 / (~challenging).sum())
 
         def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
@@ -68,32 +61,28 @@ class NoisyOr(Fitted):
             p = (other + (1 - other) * misled).clamp(1e-12, 1 - 1e-12)
             loss = -(shares * torch.where(event, p.log(), (1 - p).log())).sum()
             error = shares * torch.where(event, -(1 - p) * misled / p, misled)
-            penalty = values * torch.cat([torch.ones(count + 1), torch.zeros(1)]) / len(rows)
+            penalty = values * torch.cat([torch.ones(count), torch.zeros(1)]) / len(rows)
             return float(loss + penalty @ values / 2), (rows.T @ error + penalty).numpy()
 
         with torch.inference_mode(False), torch.no_grad():
             found = minimize(
                 objective,
-                np.zeros(count + 2),
+                np.zeros(count + 1),
                 jac=True,
                 method="L-BFGS-B",
-                bounds=[(0, None)] * (count + 1) + [(None, None)],
+                bounds=[(0, None)] * count + [(None, None)],
                 options={"maxiter": RISK_STEPS},
             )
         values = torch.from_numpy(found.x)
-        return cls(weight=values[:count], certain=values[count], bias=values[-1])
+        return cls(weight=values[:count], bias=values[-1])
 
-    def log_odds(self, evidence: Tensor, certainty: Tensor | None = None) -> Tensor:
+    def log_odds(self, evidence: Tensor) -> Tensor:
         """Log odds ``(B,)`` by the evidence alone; infinite where some is no finite number."""
-        amounts = evidence.log1p()
-        odds = amounts @ self.weight + self.bias
-        if certainty is not None:
-            odds = odds + self.certain * certainty * amounts[:, -1]
-        return torch.where(evidence.isfinite().all(1), odds, torch.inf)
+        return torch.where(evidence.isfinite().all(1), evidence.log1p() @ self.weight + self.bias, torch.inf)
 
     def forward(self, known: Tensor, evidence: Tensor) -> Tensor:
         """Probabilities ``(B,)`` from ``known`` ``(B,)`` and ``evidence`` ``(B, S)``; 1 where one is no number."""
-        p = known + (1 - known) * torch.sigmoid(self.log_odds(evidence, certainty_of(known)))
+        p = known + (1 - known) * torch.sigmoid(self.log_odds(evidence))
         return torch.where(p.isnan(), 1.0, p)
 
     def raised(self, known: Tensor, evidence: Tensor) -> Tensor:
@@ -104,13 +93,53 @@ class NoisyOr(Fitted):
         return p.unsqueeze(1) - torch.stack(without, 1)
 
 
+class Risk(Fitted):
+    """P(wrong) from the answer's own doubt and the evidence against its input.
+
+    Buffer: ``rates`` ``(C,)``, the share of wrong answers to each kind of challenge, 0 of "clean"; C is 0 without any.
+    """
+
+    rates: Tensor
+    cause: NoisyOr
+
+    @classmethod
+    def fit(cls, doubt: Tensor, evidence: Tensor, log_p: Tensor, wrong: Tensor, kinds: Tensor) -> Risk:
+        """Fit on clean inputs and challenges.
+
+        Args:
+            doubt: ``(n,)``, 1 less the largest probability.
+            evidence: ``(n, S)``, of each input by what was fitted without it and its source.
+            log_p: ``(n, C)``, the same of kinds of challenge, "clean" first.
+            wrong: ``(n,)`` of bool, whether the answer is.
+            kinds: ``(n,)``, 0 of clean inputs.
+        """
+        classes = log_p.shape[1]
+        counts, errors = (torch.bincount(kinds[rows], minlength=classes)[:classes] for rows in (kinds >= 0, wrong))
+        # By Laplace's rule, so that few inputs make nothing certain.
+        rates = (errors + 1) / (counts + 2) * (torch.arange(classes) > 0)
+        rates = rates.to(evidence.dtype)
+        return cls(rates=rates, cause=NoisyOr.fit(doubt, misleading(evidence, log_p, rates), wrong, kinds > 0))
+
+    def forward(self, doubt: Tensor, evidence: Tensor, log_p: Tensor) -> Tensor:
+        """Probabilities ``(B,)`` from ``(B,)``, ``(B, S)`` and ``(B, C)``; 1 where one is no number."""
+        p: Tensor = self.cause(doubt, misleading(evidence, log_p, self.rates))
+        return p
+
+    def raised(self, doubt: Tensor, evidence: Tensor, log_p: Tensor) -> Tensor:
+        """By how much each source raises the risk ``(B, S)``: without its evidence it would be so much less."""
+        return self.cause.raised(doubt, misleading(evidence, log_p, self.rates))
+
+
+def misleading(evidence: Tensor, log_p: Tensor, rates: Tensor) -> Tensor:
+    """``evidence`` ``(B, S)`` with the odds of an error, as kinds of challenge go, in place of the classifier's."""
+    if not len(rates):
+        return evidence
+    wrong = log_p.exp() @ rates
+    return torch.cat([evidence[:, :-1], (wrong / (1 - wrong) / UNIT).unsqueeze(1)], 1)
+
+
 def doubt(log_probabilities: Tensor) -> Tensor:
     """The sum of all probabilities but the largest ``(B,)``, float64, from ``(B, N)``: exact where it is tiny, too."""
     log_p = log_probabilities.double()
     others = torch.arange(log_p.shape[1], device=log_p.device) != log_p.argmax(-1, keepdim=True)
     return torch.where(others, log_p, -torch.inf).logsumexp(-1).exp()
-
-
-def certainty_of(doubt: Tensor) -> Tensor:
-    """Log odds ``(B,)`` that an answer is right by itself, from 0 to 20, over `CERTAINTY`."""
-    return (torch.log1p(-doubt) - doubt.log()).clamp(0, 20) / CERTAINTY

@@ -94,12 +94,12 @@ def test_explains_what_a_call_gives(fitted, tmp_path):
     assert (prediction.uncertainty[order].diff() >= -1e-4).all()
     assert total[25:].mean() > 2 * total[:25].mean()
     # Without any of its evidence the risk would be less by so much.
-    _, own, columns = fitted._predict(x)
-    less = columns.clone()
-    less[:, -1] = 0
+    _, own, columns, kinds = fitted._predict(x)
+    clean = torch.full_like(kinds, -torch.inf)
+    clean[:, 0] = 0
     torch.testing.assert_close(
         raised["challenges"].double(),
-        fitted.risk_(own, columns) - fitted.risk_(own, less),
+        fitted.risk_(own, columns, kinds) - fitted.risk_(own, columns, clean),
         rtol=1e-5, atol=1e-6,
     )  # fmt: skip
     words = {name: BLOCKS[name].alarm for name in kept}
@@ -156,7 +156,7 @@ def test_round_trip_is_bit_equal(fitted, tmp_path):
 def test_a_new_process_knows_every_stored_part():
     code = (
         "import fastgrad; fastgrad.TwoStageModel; from fastgrad.scores.fitted import Fitted; "
-        "assert {'IntrospectiveNetwork', 'Temperature', 'NoisyOr'} <= set(Fitted.kinds)"
+        "assert {'IntrospectiveNetwork', 'Temperature', 'NoisyOr', 'Risk'} <= set(Fitted.kinds)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

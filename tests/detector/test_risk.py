@@ -8,8 +8,7 @@ import torch
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from fastgrad.detector.constants import CERTAINTY
-from fastgrad.detector.risk import NoisyOr, certainty_of, doubt
+from fastgrad.detector.risk import NoisyOr, Risk, doubt, misleading
 
 
 def drawn(count: int = 4000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -52,32 +51,61 @@ def test_finds_the_source_that_misleads() -> None:
         assert abs(float(risk[part].mean()) - float(event[part].double().mean())) < 0.04
 
 
-def test_evidence_against_a_certain_answer_weighs_more() -> None:
-    known, evidence, _, challenging = drawn(20000)
-    known, amounts = known.square(), evidence.log1p()
-    certainty, uniform = certainty_of(known), torch.rand(len(known), generator=torch.Generator().manual_seed(0))
-
-    def fitted(certain: float) -> NoisyOr:
-        misled = torch.sigmoid(0.5 * amounts.sum(1) + certain * certainty * amounts[:, 1] - 4)
-        return NoisyOr.fit(known, evidence, uniform < known + (1 - known) * misled, challenging)
-
-    # The penalty holds it back.
-    assert float(fitted(0).certain) < 2 < 8 < float(fitted(20).certain) < 22
-    found = fitted(20)
-    risk, doubtful = found(known, evidence), found(known, evidence / 2)
-    assert (risk > doubtful).all()
-    assert (found.raised(known, evidence) > 0).all()
+def of_two_kinds(count: int = 20000) -> tuple[torch.Tensor, ...]:
+    """Doubt, evidence, log probabilities of clean and two kinds, wrong answers, kinds: the second misleads, usually."""
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 3, count)
+    logits = rng.normal(size=(count, 3)) + 3 * np.eye(3)[kinds]
+    log_p = torch.from_numpy(logits).log_softmax(1)
+    known = rng.random(count) * 0.2
+    wrong = rng.random(count) < known + (1 - known) * np.array([0.0, 0.1, 0.9])[kinds]
+    evidence = torch.stack([torch.from_numpy(rng.exponential(1.0, count)), -log_p[:, 0]], 1)
+    return torch.from_numpy(known), evidence, log_p, torch.from_numpy(wrong), torch.from_numpy(kinds)
 
 
-def test_certainty_is_finite() -> None:
-    doubts = torch.tensor([0.0, 1e-300, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(certainty_of(doubts), torch.tensor([20, 20, np.log(9), 0, 0, 0]).double() / CERTAINTY)
+def test_resemblance_to_what_misleads_counts_most() -> None:
+    known, evidence, log_p, wrong, kinds = of_two_kinds()
+    found = Risk.fit(known, evidence, log_p, wrong, kinds)
+    torch.testing.assert_close(found.rates, torch.tensor([0.0, 0.19, 0.91]).double(), rtol=0, atol=0.02)
+    risk = found(known, evidence, log_p)
+    assert (risk >= known).all()
+    assert abs(float(risk.mean()) - float(wrong.double().mean())) < 0.02
+    raised = found.raised(known, evidence, log_p)
+    assert (raised >= 0).all()
+    assert float(raised[kinds == 2, 1].mean()) > 3 * float(raised[kinds == 1, 1].mean())
+    # As many challenges, whose kind says nothing.
+    blind = NoisyOr.fit(known, evidence, wrong, kinds > 0)
+    assert log_loss(wrong, risk) < log_loss(wrong, blind(known, evidence)) - 0.1
+
+
+def log_loss(event: torch.Tensor, p: torch.Tensor) -> float:
+    return float(torch.nn.functional.binary_cross_entropy(p, event.double()))
+
+
+def test_odds_of_an_error_stand_in_place_of_the_classifiers_evidence() -> None:
+    log_p = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64).log()
+    evidence = torch.tensor([[1.0, 5.0], [2.0, 0.0], [3.0, torch.inf]], dtype=torch.float64)
+    found = misleading(evidence, log_p, torch.tensor([0.0, 0.4, 0.8], dtype=torch.float64))
+    expected = torch.tensor([[1.0, 3 / 7 * 1000], [2.0, 0.0], [3.0, 4000.0]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
+    assert misleading(evidence, log_p[:, :0], evidence.new_empty(0)) is evidence
+
+
+def test_a_kind_that_is_rare_makes_nothing_certain() -> None:
+    known, evidence, log_p, wrong, kinds = (values[:40].clone() for values in of_two_kinds())
+    kinds[kinds == 2] = 1
+    kinds[0], wrong[0] = 2, True
+    found = Risk.fit(known, evidence, log_p, wrong, kinds)
+    torch.testing.assert_close(found.rates[[0, 2]], torch.tensor([0, 2 / 3]).double())
 
 
 def test_without_challenges_the_risk_is_the_answers_own() -> None:
     known, evidence, event, challenging = drawn(50)
     found = NoisyOr.fit(known, evidence, event, torch.zeros_like(challenging))
     assert torch.equal(found(known, evidence), known)
+    nothing = evidence[:, :0]
+    risk = Risk.fit(known, evidence, nothing, event, torch.zeros(50, dtype=torch.int64))
+    assert torch.equal(risk(known, evidence, nothing), known)
 
 
 def test_what_is_no_number_is_a_risk_of_one() -> None:
