@@ -1,18 +1,28 @@
-"""What every file of results says: machine, versions, revision; and the files themselves."""
+"""Every file of results: machine, versions and revision at its head; its JSON, and the options of what writes it."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def parser(doc: str | None, networks: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """Return a command line that says where the results go and, where there are several, of which networks."""
+    found = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
+    if networks:
+        found.add_argument("--networks", nargs="+", choices=list(networks), default=list(networks))
+    found.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: bench/results)")
+    return found
 
 
 def machine() -> str:

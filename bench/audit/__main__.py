@@ -9,7 +9,6 @@ cleanlab is made for, and what the other columns are given too. Every score is t
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from torch.nn.functional import cross_entropy
 import fastgrad
 from bench.detection.data import sets
 from bench.report import pages
-from bench.results_file import RESULTS
+from bench.results_file import parser
 from fastgrad.metrics import auroc
 from fastgrad.plots import COLOURS, new_axes, save
 
@@ -127,13 +126,12 @@ def figure(rows: list[dict[str, Any]], epochs: list[int], path: Path) -> None:
 
 def main() -> int:
     """Measure and write; 2 and a plain message where the folder is not what it must be."""
-    parser = argparse.ArgumentParser(prog="bench.audit", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with the .npz files or torchvision's")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    parser.add_argument("--images", type=int, default=5000, help="of a draw")
-    parser.add_argument("--seeds", type=int, default=5, help="draws")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 4, 30], help="when scores are taken")
-    given = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, required=True, help="folder with the .npz files or torchvision's")
+    options.add_argument("--images", type=int, default=5000, help="of a draw")
+    options.add_argument("--seeds", type=int, default=5, help="draws")
+    options.add_argument("--epochs", type=int, nargs="+", default=[1, 4, 30], help="when scores are taken")
+    given = options.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     try:
         images, truth = sets.load(given.data, "fashion", "train").labelled()

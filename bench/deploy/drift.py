@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.deploy import parser
 from bench.report import pages
+from bench.results_file import parser
 from fastgrad.deploy.drift import DriftMonitor, ScoreReference
 
 Scores = NDArray[np.float64]

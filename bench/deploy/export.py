@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.clock import deciles, in_turns
-from bench.deploy import parser
 from bench.deploy.networks import NETWORKS, Images, network
 from bench.report import pages
+from bench.results_file import parser
 from fastgrad.deploy.file import onnx_export, onnx_file
 from fastgrad.deploy.file.export import compile_function, export
 from fastgrad.deploy.file.package import ModelPackage

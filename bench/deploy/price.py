@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from bench.clock import in_turns, rounded_ratio
-from bench.deploy import parser
 from bench.detection.data import photographs
 from bench.report import pages
+from bench.results_file import parser
 from fastgrad import TwoStageModel
 from fastgrad.batches import logits_of
 from fastgrad.detector.presets import DEFAULT_BLOCKS

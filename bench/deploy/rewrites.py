@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.clock import in_turns, rounded_ratio
-from bench.deploy import parser
 from bench.deploy.price import NETWORKS as PRICED
 from bench.report import pages
+from bench.results_file import parser
 from fastgrad import TwoStageModel
 from fastgrad.commands.demo import digit_network
 from fastgrad.deploy.file import onnx_export, onnx_file, onnx_operators

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.deploy import parser
 from bench.report import pages
+from bench.results_file import parser
 
 #: Images in one part of the output, what a kill loses at most, and in one folder.
 PART = 1000

@@ -30,8 +30,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bench.deploy import parser
 from bench.report import pages
+from bench.results_file import parser
 from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import Description, ModelPackage

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench import results_file
 from bench.detection import cases, methods_images, methods_ours, methods_outputs, networks, runner  # noqa: F401
 from bench.detection.registry import METHODS, NETWORKS, Method, Options
 from bench.detection.tables import TABLES
@@ -26,12 +27,11 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def parser(name: str, known: Iterable[str] = ()) -> argparse.ArgumentParser:
+def parser(doc: str | None, known: Iterable[str] = ()) -> argparse.ArgumentParser:
     """Return what all tables take."""
-    found = argparse.ArgumentParser(prog=f"bench.{name}")
+    found = results_file.parser(doc)
     found.add_argument("--data", type=Path, required=True, help="folder with the .npz files or torchvision's")
     found.add_argument("--cache", type=Path, default=Path("detection-cache"), help="networks, images, features, scores")
-    found.add_argument("--out", type=Path, help="folder for the results (default: bench/results)")
     found.add_argument("--quick", action="store_true", help="small sets; the page says so")
     found.add_argument("--draws", type=int, default=1, help="samples of the data")
     found.add_argument(
@@ -51,7 +51,7 @@ def facts(title: str, given: argparse.Namespace, start: float, methods: Mapping[
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
-    options = parser("detection")
+    options = parser(__doc__)
     options.add_argument("table", choices=TABLES)
     options.add_argument("--methods", nargs="+", choices=METHODS, default=[], metavar="NAME", help="default: all")
     given = options.parse_args(arguments)

@@ -96,7 +96,7 @@ def main() -> None:
     """Command line."""
     from bench.detection.__main__ import parser
 
-    given = parser("detection.adaptive", DEFAULT_NETWORKS).parse_args()
+    given = parser(__doc__, DEFAULT_NETWORKS).parse_args()
     start = time.perf_counter()
     options = Options(given.data, given.cache, given.quick)
     names = given.networks or DEFAULT_NETWORKS

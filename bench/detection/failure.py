@@ -168,7 +168,7 @@ def main() -> None:
     """Command line."""
     from bench.detection.__main__ import PACKAGES, facts, parser
 
-    given = parser("detection.failure", DEFAULT_NETWORKS).parse_args()
+    given = parser(__doc__, DEFAULT_NETWORKS).parse_args()
     start = time.perf_counter()
     options = Options(given.data, given.cache, given.quick, given.draws)
     rows = runner.over(given.networks or DEFAULT_NETWORKS, options, measure)

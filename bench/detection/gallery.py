@@ -17,7 +17,6 @@ from bench.detection.methods_ours import answer, fitted
 from bench.detection.networks import small
 from bench.detection.registry import Options
 from bench.detection.subject import BATCH, Fit, Subject
-from bench.results_file import RESULTS
 from fastgrad import GradientFeatures, TwoStageModel, plots
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 
@@ -86,13 +85,12 @@ def main() -> None:
     """Draw all figures."""
     from bench.detection.__main__ import parser
 
-    given = parser("detection.gallery").parse_args()
-    out = given.out or RESULTS
-    out.mkdir(parents=True, exist_ok=True)
-    manifold(out)
+    given = parser(__doc__).parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    manifold(given.out)
     subject = small("resnet20", Options(given.data, given.cache, True), 0)
-    histograms(subject, out)
-    layers(subject, out)
+    histograms(subject, given.out)
+    layers(subject, given.out)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def main() -> None:
     """Command line."""
     from bench.detection.__main__ import PACKAGES, parser
 
-    given = parser("detection.introspective", DEFAULT_NETWORKS).parse_args()
+    given = parser(__doc__, DEFAULT_NETWORKS).parse_args()
     start = time.perf_counter()
     options = Options(given.data, given.cache, given.quick)
     rows = [row for name in given.networks or DEFAULT_NETWORKS for row in measure(options, name)]

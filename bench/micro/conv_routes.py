@@ -8,11 +8,9 @@ The acceptance is a pick within 20 % of the measured best for at least 90 % of t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from bench.report import pages
+from bench.results_file import parser
 from fastgrad.ops.conv import cost
 from fastgrad.ops.conv.geometry import canonical
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, shape_of
@@ -84,10 +83,9 @@ def measure(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--shapes", type=int, help="measure the first so many alone")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    given = parser(__doc__)
+    given.add_argument("--shapes", type=int, help="measure the first so many alone")
+    args = given.parse_args()
     rows = []
     for key, models in list(shapes().items())[: args.shapes]:
         rows.append(measure(key, models))

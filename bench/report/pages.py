@@ -46,11 +46,10 @@ def save(
     rows: Sequence[Mapping[str, Any]],
     *,
     packages: Sequence[str],
-    folder: Path | None = None,
+    folder: Path = RESULTS,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write rows with machine, versions, revision and facts as a JSON file, and its page; returns the page's path."""
-    folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     document = {**results_file.origin(packages), **(facts or {}), "rows": list(rows)}
     (folder / f"{name}.json").write_text(results_file.dump(document))
