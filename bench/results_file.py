@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,14 +53,16 @@ def revision() -> str:
     return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def origin(packages: Sequence[str]) -> dict[str, Any]:
-    """Return machine, versions and revision."""
-    return {"machine": machine(), "versions": versions(*packages), "revision": revision()}
+def origin(packages: Sequence[str], *device: str) -> dict[str, Any]:
+    """Return machine and device, versions and revision."""
+    return {"machine": ", ".join([machine(), *device]), "versions": versions(*packages), "revision": revision()}
 
 
-def dump(document: Mapping[str, Any]) -> str:
-    """Return a document as JSON, a line for each of its ``rows`` or, of speed, its ``cases``."""
+def store(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a document as JSON, a line for each of its ``rows`` or, of speed, its ``cases``."""
     key = "cases" if "cases" in document else "rows"
     rows = ",\n  ".join(json.dumps(row) for row in document[key])
     head = json.dumps({name: value for name, value in document.items() if name != key}, indent=1)
-    return f'{head[:-2]},\n "{key}": [\n  {rows}\n ]\n}}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head[:-2]},\n "{key}": [\n  {rows}\n ]\n}}\n')
+    print(f"wrote {path}", file=sys.stderr)

@@ -87,10 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as problem:  # the other kernels are still worth measuring
             failed = True
             print(f"FAILED {case}: {type(problem).__name__}: {problem}", file=sys.stderr)
-    document = {**results_file.origin(("torch", "triton")), "floor": floor, "rows": rows}
-    document["machine"] += f", {torch.cuda.get_device_name() if device == 'cuda' else 'interpreter'}"
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "kernels.json").write_text(results_file.dump(document))
+    name = torch.cuda.get_device_name() if device == "cuda" else "interpreter"
+    origin = results_file.origin(("torch", "triton"), name)
+    results_file.store(options.out / "kernels.json", {**origin, "floor": floor, "rows": rows})
     return int(failed)
 
 

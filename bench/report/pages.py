@@ -7,7 +7,6 @@ template has the JSON's keys and the functions of `bench.report.text` and `bench
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,12 +49,8 @@ def save(
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write rows with machine, versions, revision and facts as a JSON file, and its page; returns the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {**results_file.origin(packages), **(facts or {}), "rows": list(rows)}
-    (folder / f"{name}.json").write_text(results_file.dump(document))
-    path = write(name, folder)
-    print(f"wrote {path.with_suffix('')}.json and .md", file=sys.stderr)
-    return path
+    results_file.store(folder / f"{name}.json", {**results_file.origin(packages), **(facts or {}), "rows": list(rows)})
+    return write(name, folder)
 
 
 def add(
@@ -71,8 +66,7 @@ def add(
     Raises:
         ValueError: The file is of another machine, other versions or another seed.
     """
-    new: dict[str, Any] = {**results_file.origin(packages), **facts, "cases": list(rows)}
-    new["machine"] += f", {device}"
+    new: dict[str, Any] = {**results_file.origin(packages, device), **facts, "cases": list(rows)}
     path = folder / f"{name}.json"
     if path.exists():
         old = json.loads(path.read_text())
@@ -85,9 +79,7 @@ def add(
     for one in new["cases"]:
         base = medians.get((one["case"], one["relative_to"]))
         one["ratio"] = one["median_s"] / base if one["median_s"] and base else None
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(results_file.dump(new))
-    print(f"wrote {path}", file=sys.stderr)
+    results_file.store(path, new)
 
 
 def write(name: str, folder: Path = RESULTS) -> Path:
