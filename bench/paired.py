@@ -47,7 +47,7 @@ def _begin(package: Path) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _ready(size: str, case: str, name: str) -> Callable[[], Any]:
-    return next(c for c in registry.cases(size) if c.name == case and name in c.names).ready(name, "cpu")[0]
+    return next(c for c in registry.cases(size) if c.name == case and name in c.names).ready(name, "cpu")
 
 
 def _seconds(size: str, case: str, name: str, calls: int) -> float:

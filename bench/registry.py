@@ -63,12 +63,13 @@ class Case:
     names: tuple[str, ...]
     build: Build
 
+    @lru_cache(maxsize=1)  # noqa: B019 - of one case, the latest
     def implementations(self, device: str) -> dict[str, Implementation]:
         """Return the implementations by name; the inputs of the latest case are kept."""
-        return _built(self, device)
+        return {item.name: item for item in self.build(device)}
 
-    def ready(self, name: str, device: str) -> tuple[Callable[[], Any], float]:
-        """Return the call of an implementation and its error.
+    def ready(self, name: str, device: str) -> Callable[[], Any]:
+        """Return the call of an implementation, whose result was checked.
 
         Raises:
             LookupError: The case has no such implementation at this size.
@@ -84,12 +85,7 @@ class Case:
                 f"{self.name}, {name}: the relative error must be at most {found[name].tolerance:.1e} to be timed; "
                 f"it was {error:.1e}"
             )
-        return call, error
-
-
-@lru_cache(maxsize=1)
-def _built(one: Case, device: str) -> dict[str, Implementation]:
-    return {item.name: item for item in one.build(device)}
+        return call
 
 
 _CASES: dict[str, list[Case]] = {size: [] for size in SIZES}

@@ -59,13 +59,13 @@ def test_micro(benchmark: Any, device: str, measured: Rows, case: Case, name: st
     """An implementation of fastgrad's that is wrong fails, a peer is skipped; their rows have no times."""
     row: dict[str, Any] = {
         "case": case.name, "implementation": name, "median_s": None, "p10_s": None, "p90_s": None, "peak_bytes": None,
-        "relative_to": case.against, "ratio": None, "correct": False, "error": None, "note": "",
+        "relative_to": case.against, "ratio": None, "correct": False, "note": "",
     }  # fmt: skip
     with warnings.catch_warnings():
         # Peers warn of hooks and missing batching rules; whether their numbers are right is checked.
         warnings.simplefilter("ignore")
         try:
-            call, row["error"] = case.ready(name, device)
+            call = case.ready(name, device)
         except LookupError as absent:
             pytest.skip(str(absent))
         except Exception as problem:  # a peer may refuse a task in any way it likes

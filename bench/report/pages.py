@@ -59,9 +59,8 @@ def add(
     """Add rows of speed to a table's JSON file, in place of those of the same case and implementation.
 
     ``{"machine", "versions", "revision", "seed", "floor", "cases": [{"case", "implementation", "median_s", "p10_s",
-    "p90_s", "peak_bytes", "relative_to", "ratio", "correct", "error", "note"}]}``, where ``ratio`` is the median over
-    that of ``relative_to`` in the same case; times are null where an implementation was not correct or did not accept
-    the task.
+    "p90_s", "peak_bytes", "relative_to", "ratio", "correct", "note"}]}``, where ``ratio`` is the median over that of
+    ``relative_to`` in the same case; times are null where an implementation was not correct or did not accept the task.
 
     Raises:
         ValueError: The file is of another machine, other versions or another seed.

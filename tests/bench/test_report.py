@@ -15,7 +15,7 @@ from bench.report import blocks, detection, pages, speed
 ROOT = pathlib.Path(__file__).parents[2]
 CASES = [
     {"case": case, "implementation": name, "median_s": median, "p10_s": median, "p90_s": median, "peak_bytes": 2048,
-     "relative_to": "training step", "ratio": ratio, "correct": median is not None, "error": None, "note": note}
+     "relative_to": "training step", "ratio": ratio, "correct": median is not None, "note": note}
     for case, name, median, ratio, note in (
         ("net B=8", "fastgrad", 0.5, 0.5, ""), ("net B=8", "training step", 1.0, 1.0, ""),
         ("net B=8", "vmap(grad)", 4.0, 4.0, ""),
