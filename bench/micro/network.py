@@ -54,9 +54,9 @@ SIGNALS = [("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predic
 one = partial(Implementation, graph=False)
 
 
-def features(task: Task, compiled: bool = False) -> Callable[[], Tensor]:
-    """Return fastgrad's norms of a task."""
-    loss, target = task.signal.split()
+def features(task: Task, signal: str = "", compiled: bool = False) -> Callable[[], Tensor]:
+    """Return fastgrad's norms of a task, or of another signal."""
+    loss, target = (signal or task.signal).split()
     extractor = fastgrad.GradientFeatures(task.model, loss=loss, target=target, compile=compiled)
     return lambda: extractor(task.x)[1]
 
@@ -134,10 +134,6 @@ def contrasts(device: str, name: str, batch: int) -> Iterator[Implementation]:
             for k in (0, classes - 1)
         )
 
-    def fast() -> Callable[[], Tensor]:
-        extractor = fastgrad.GradientFeatures(task.model, loss="cross_entropy", target="contrast")
-        return lambda: extractor(task.x)[1]
-
     def looped(make: Callable[[Task], Callable[[], Tensor]]) -> Callable[[], Tensor]:
         calls = []
         for k in range(classes):
@@ -146,7 +142,7 @@ def contrasts(device: str, name: str, batch: int) -> Iterator[Implementation]:
             calls.append(make(single))
         return lambda: torch.stack([call() for call in calls], 1)
 
-    yield one("fastgrad", fast, check, OURS)
+    yield one("fastgrad", partial(features, task, "cross_entropy contrast"), check, OURS)
     yield one("training step", partial(peers.step, task), task.against(peers.step), UNIT)
     yield one("vmap(grad)", partial(looped, peers.vmap), check, PEERS)
     yield one("per-sample loop", partial(looped, peers.loop), check, PEERS)
