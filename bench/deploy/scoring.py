@@ -80,9 +80,9 @@ def measure(model: Path, root: Path, count: int) -> dict[str, Any]:
         command = [sys.executable, "-m", "fastgrad", "score", str(model), str(images), "--out", str(out),
                    "--part", str(PART)]  # fmt: skip
         until = count // PART // 3
-        before, first = run(command, parts, until)
+        _, first = run(command, parts, until)
         kept = len(list(parts.glob("part-*.parquet")))
-        after, second = run(command, parts, None)
+        seconds, second = run(command, parts, None)
         rows = pq.read_table(out).to_pylist()
         expected = sorted(str(path.relative_to(images)) for path in images.rglob("*.jpg"))
     assert kept >= until
@@ -97,8 +97,7 @@ def measure(model: Path, root: Path, count: int) -> dict[str, Any]:
     late = statistics.median(mib for done, mib in second if done == second[-1][0])
     return {
         "images": count, "kept of the killed run": kept * PART,
-        "seconds before, after": [round(before, 1), round(after, 1)],
-        "images_per_s": (count - kept * PART) / after, "early_mib": early, "late_mib": late,
+        "images_per_s": (count - kept * PART) / seconds, "early_mib": early, "late_mib": late,
         "peak_mib": max(mib for _, mib in first + second), "apart": apart,
     }  # fmt: skip
 

@@ -9,7 +9,6 @@ their own, which compare each answer with the direct call. One that is missing, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import itertools
 import json
@@ -84,19 +83,18 @@ def pictures(count: int, side: int) -> list[bytes]:
 
 
 def prepare(name: str, folder: Path) -> dict[str, Path]:
-    """Export both forms of a network (once; files in the folder are used again)."""
+    """Export both forms of a network."""
     torch.manual_seed(0)
-    net, side = network(name).eval(), SIDES[name]
+    net, side = network(name), SIDES[name]
     files = {"plain": folder / f"{name}-plain.pt2", "with uncertainty": folder / f"{name}.pt2"}
-    if not all(file.exists() for file in files.values()):
-        description = Description((3, side, side), "float32", 10, 1, "cpu")
-        x = torch.stack([decode_image(content, description) for content in pictures(300, side)])
-        for part in x[:192].split(64):  # running statistics that fit the pictures
-            net.train()(part)
-        net.eval()
-        model = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit([(part,) for part in x.split(50)], None)
-        export(model, x[:1], files["with uncertainty"], max_batch=64)
-        export(Plain(net).eval(), x[:1], files["plain"], max_batch=64)
+    description = Description((3, side, side), "float32", 10, 1, "cpu")
+    x = torch.stack([decode_image(content, description) for content in pictures(300, side)])
+    for part in x[:192].split(64):  # running statistics that fit the pictures
+        net.train()(part)
+    net.eval()
+    model = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit([(part,) for part in x.split(50)], None)
+    export(model, x[:1], files["with uncertainty"], max_batch=64)
+    export(Plain(net).eval(), x[:1], files["plain"], max_batch=64)
     return files
 
 
@@ -195,13 +193,10 @@ def measure(name: str, files: dict[str, Path], requests: int) -> list[dict[str, 
 def main() -> None:
     found = parser(__doc__, SIDES)
     found.add_argument("--requests", type=int, default=3000, help="in all, at each number of connections")
-    found.add_argument("--cache", type=Path, help="folder for the files, to be used again")
     args = found.parse_args()
     warnings.simplefilter("ignore")
-    with contextlib.ExitStack() as stack:
-        folder = args.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [row for name in args.networks for row in measure(name, prepare(name, folder), args.requests)]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for name in args.networks for row in measure(name, prepare(name, Path(folder)), args.requests)]
     pages.save("serve", rows, packages=("torch", "fastapi", "uvicorn", "numpy"), folder=args.out)
 
 
