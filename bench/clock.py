@@ -6,6 +6,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -49,35 +51,25 @@ def deciles(times: Sequence[float]) -> list[float]:
 
 
 def timer(device: str) -> Callable[[Call], float]:
-    """Return what times one call: wall time on a CPU, CUDA events on a GPU."""
-    return EventClock() if device == "cuda" else _wall
+    """Return what times one call: wall time on a CPU, CUDA events on a GPU.
 
-
-def _wall(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-class EventClock:
-    """CUDA events around a call; the cache is overwritten first, which also hides the launch from the host.
-
-    As a timer of pytest-benchmark it reads the sum of all calls that it timed.
+    The GPU's cache is overwritten first, which also hides the launch from the host.
     """
+    if device == "cpu":
+        return partial(timeit, number=1)
+    size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    flush = torch.empty(max(4 * size, 1 << 28), dtype=torch.int8, device="cuda")
 
-    def __init__(self) -> None:
-        size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self.flush = torch.empty(max(4 * size, 1 << 28), dtype=torch.int8, device="cuda")
-
-    def __call__(self, call: Call) -> float:
-        """Return the seconds of a call."""
-        self.flush.zero_()
+    def by_events(call: Call) -> float:
+        flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
         end.record()
         torch.cuda.synchronize()
         return float(start.elapsed_time(end)) * 1e-3
+
+    return by_events
 
 
 def graphed(call: Call) -> Call:

@@ -88,7 +88,7 @@ def test_micro(benchmark: Any, device: str, measured: Rows, case: Case, name: st
 
 def _by_events(benchmark: Any, graph: bool, call: clock.Call) -> None:
     """Have pytest-benchmark read the device's clock instead of the host's."""
-    events, spent = clock.EventClock(), [0.0]
+    events, spent = clock.timer("cuda"), [0.0]
     replay = clock.graphed(call) if graph else call
 
     def once() -> None:
