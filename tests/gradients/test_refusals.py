@@ -1,4 +1,4 @@
-"""What `GradientFeatures`, `record` and `register_rule` refuse, with an error that names the argument."""
+"""What `GradientFeatures`, `record`, `clip_gradients` and `register_rule` refuse, naming the argument."""
 
 from __future__ import annotations
 
@@ -9,17 +9,40 @@ import pytest
 import torch
 from torch import nn
 
-import fastgrad
+from fastgrad import GradientFeatures, clip_gradients, record
 from fastgrad.layers import register_rule
 
 NET, X = nn.Linear(3, 4), torch.rand(5, 3)
+TWO, BATCH_NORM = nn.Sequential(nn.Linear(3, 3), NET), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+WITHOUT_STATISTICS = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "target": (lambda: fastgrad.GradientFeatures(NET, target=0.5), TypeError, "target must be .* 0.5"),  # type: ignore[arg-type]
-    "log": (lambda: fastgrad.GradientFeatures(NET, log=1), TypeError, "log must be .* it was 1"),  # type: ignore[arg-type]
-    "signals": (lambda: fastgrad.GradientFeatures(NET, signals=["bce"]), ValueError, "signals .* 'bce'"),  # type: ignore[list-item]
-    "memory": (lambda: fastgrad.GradientFeatures(NET, memory_budget=1.5), ValueError, "memory_budget .* 1.5"),  # type: ignore[arg-type]
-    "trace": (lambda: fastgrad.GradientFeatures(NET).trace(X[:1]), ValueError, "at least two samples .* held 1"),
-    "compiled": (lambda: fastgrad.record(torch.compile(NET)), TypeError, "not its compiled form"),
+    "model": (lambda: GradientFeatures(torch.relu), TypeError, "model must be"),  # type: ignore[arg-type]
+    "no parameters": (lambda: GradientFeatures(nn.ReLU()), ValueError, "model must have parameters"),
+    "no statistics": (lambda: GradientFeatures(WITHOUT_STATISTICS), ValueError, "'1' keeps no running stat"),
+    "images": (lambda: GradientFeatures(nn.Conv2d(3, 4, 1))(torch.rand(5, 3, 2, 2)), ValueError, "logits of shape"),
+    "no input": (lambda: GradientFeatures(NET)(), ValueError, "inputs must hold a tensor"),
+    "loss": (lambda: GradientFeatures(NET, loss="hinge"), ValueError, "loss must be one of"),
+    "target's name": (lambda: GradientFeatures(NET, target="zeros"), ValueError, "target must be one of"),
+    "target": (lambda: GradientFeatures(NET, target=0.5), TypeError, "target must be .* 0.5"),  # type: ignore[arg-type]
+    "log": (lambda: GradientFeatures(NET, log=1), TypeError, "log must be .* it was 1"),  # type: ignore[arg-type]
+    "signals": (lambda: GradientFeatures(NET, signals=["bce"]), ValueError, "signals .* 'bce'"),  # type: ignore[list-item]
+    "no signal": (lambda: GradientFeatures(NET, signals=[]), ValueError, "signals must name"),
+    "contrasts": (lambda: GradientFeatures(NET, signals=[("bce", "contrast")]), ValueError, "target must be one of"),
+    "reduction": (lambda: GradientFeatures(NET, reduction="max"), ValueError, "reduction must be one of"),
+    "chunk": (lambda: GradientFeatures(NET, chunk_size=0), ValueError, "chunk_size must be a positive integer"),
+    "impl": (lambda: GradientFeatures(NET, impl="cuda"), ValueError, "impl must be one of"),
+    "memory": (lambda: GradientFeatures(NET, memory_budget=1.5), ValueError, "memory_budget .* 1.5"),  # type: ignore[arg-type]
+    "trace": (lambda: GradientFeatures(NET).trace(X[:1]), ValueError, "at least two samples .* held 1"),
+    "compiled": (lambda: record(torch.compile(NET)), TypeError, "not its compiled form"),
+    "recorded": (lambda: record(torch.relu), TypeError, "model must be"),  # type: ignore[arg-type]
+    "training": (lambda: record(BATCH_NORM).__enter__(), ValueError, "batch norm '1' is in training .*model.eval"),
+    "clipped": (lambda: clip_gradients(BATCH_NORM, 1.0).__enter__(), ValueError, "batch norm '1' is in training"),
+    "frozen": (lambda: clip_gradients(nn.Linear(3, 4).requires_grad_(False), 1.0), ValueError, "require gradients"),
+    "norm": (lambda: clip_gradients(TWO, 0.0), ValueError, "max_norm must be positive and finite; it was 0.0"),
+    "norm's type": (lambda: clip_gradients(TWO, "1"), TypeError, "max_norm must be a positive number; .* '1'"),
+    "one norm": (lambda: clip_gradients(TWO, {"0": -1.0}), ValueError, r"max_norm\['0'\] must be positive"),
+    "no norm": (lambda: clip_gradients(TWO, {"0": 1.0}), ValueError, "cover every .* nothing for '1.weight'"),
+    "nowhere": (lambda: clip_gradients(TWO, {"": 1.0, "no": 1.0}), ValueError, "max_norm must name .*'no' had none"),
     "rule": (lambda: register_rule(NET), TypeError, "module_types must be .*; one was Linear"),  # type: ignore[arg-type]
 }  # fmt: skip
 
