@@ -198,27 +198,3 @@ def test_bad_input_is_named(case):
     X, y, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         UncertaintyDetector().fit(X, y)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("calibration_fraction", 1.0), ("folds", 1), ("folds", 2.5),
-        ("false_alarm_rate", 0.0),
-    ],
-)  # fmt: skip
-def test_bad_parameters_are_named(name, value):
-    with pytest.raises(ValueError, match=f"{name} must"):
-        UncertaintyDetector(**{name: value}).fit(GOOD)
-
-
-def test_other_shapes_than_in_fit_are_refused():
-    detector = UncertaintyDetector().fit(GOOD)
-    with pytest.raises(ValueError, match="blocks and shapes of fit"):
-        detector.decision_function({"logits": GOOD["logits"]})
-    with pytest.raises(ValueError, match="false_alarm_rate must lie in"):
-        detector.threshold(1.0)
-    with pytest.raises(ValueError, match="held_out must"):
-        detector.fit(GOOD, held_out=np.zeros(60, dtype=bool))
-    with pytest.raises(ValueError, match="kinds must"):
-        detector.fit(GOOD, np.tile([0, 1], 30), kinds=[1])

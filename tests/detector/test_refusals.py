@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,16 @@ from sklearn.exceptions import NotFittedError
 from torch import nn
 
 from fastgrad import TwoStageModel, UncertaintyDetector
+from fastgrad.blocks import Logits
 
 ROWS = np.random.default_rng(0).random((60, 6))
+BLOCKS = {"logits": ROWS, "image": ROWS}
 IMAGES = torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)).eval()
 
 
-def fitted() -> UncertaintyDetector:
-    return UncertaintyDetector(folds=2).fit(ROWS)
+def fitted(X: Any = ROWS) -> UncertaintyDetector:
+    return UncertaintyDetector(folds=2).fit(X)
 
 
 def scripted() -> nn.Module:
@@ -27,14 +30,37 @@ def scripted() -> nn.Module:
     return traced
 
 
+HEADLESS = r"the network can serve, .*'logits'.*; 'features': .*linear layer"
+BUDGET = "budget must be at least 1, the forward pass .* it was"
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "folds": (lambda: UncertaintyDetector(folds=1).fit(ROWS), ValueError, "folds .* it was 1"),
+    "half a fold": (lambda: UncertaintyDetector(folds=2.5).fit(ROWS), ValueError, "folds must"),  # type: ignore[arg-type]
+    "fraction": (lambda: UncertaintyDetector(calibration_fraction=1.0).fit(ROWS), ValueError, "_fraction must"),
+    "alarms": (lambda: UncertaintyDetector(false_alarm_rate=0.0).fit(ROWS), ValueError, "false_alarm_rate must"),
+    "kinds": (lambda: fitted().fit(ROWS, np.tile([0, 1], 30), kinds=[1]), ValueError, "kinds must"),
+    "held out": (lambda: fitted().fit(ROWS, held_out=np.zeros(60, dtype=bool)), ValueError, "held_out must"),
+    "threshold": (lambda: fitted().threshold(1.0), ValueError, "false_alarm_rate must lie in"),
     "norms": (lambda: UncertaintyDetector().fit({"gradients": -ROWS}), ValueError, r"X\['gradients'\] must hold"),
     "no rows": (lambda: UncertaintyDetector().fit(np.ones((0, 2, 3))), ValueError, "X must not be empty"),
     "labels": (lambda: UncertaintyDetector().fit(ROWS, np.full(60, np.nan)), ValueError, "y must be finite"),
     "not fitted": (lambda: UncertaintyDetector().decision_function(ROWS), NotFittedError, "not fitted yet"),
     "other blocks": (lambda: fitted().decision_function({"logits": ROWS}), ValueError, "blocks and shapes of fit"),
+    "one block": (lambda: fitted(BLOCKS).decision_function({"logits": ROWS}), ValueError, "blocks and shapes of fit"),
     "label count": (lambda: fitted().score(ROWS, [0, 1]), ValueError, "y must have one label per row"),
+    "model": (lambda: TwoStageModel("resnet18"), TypeError, r"model must be a torch\.nn\.Module"),  # type: ignore[arg-type]
+    "detector": (lambda: TwoStageModel(NET, detector=NET), TypeError, "detector must be"),  # type: ignore[arg-type]
+    "classifier": (lambda: TwoStageModel(NET, classifier=fitted()), TypeError, "classifier must be"),  # type: ignore[arg-type]
+    "seed": (lambda: TwoStageModel(NET, seed=-1), ValueError, "seed must be an integer"),
+    "no fit": (lambda: TwoStageModel(NET)(IMAGES), RuntimeError, "must be fitted first"),
+    "no report": (lambda: TwoStageModel(NET).report(), RuntimeError, "a report needs a fit"),
+    "unknown": (lambda: TwoStageModel(NET, blocks=["colours"]), ValueError, "among .*'image'.*; one was 'colours'"),
+    "twice": (lambda: TwoStageModel(NET, blocks=["logits", Logits()]), ValueError, "differ; 'logits' was there twice"),
+    "no block": (lambda: TwoStageModel(NET, blocks=[]), ValueError, "blocks must name at least one block"),
+    "one name": (lambda: TwoStageModel(NET, blocks="logits"), TypeError, "blocks must be a sequence"),
+    "a number": (lambda: TwoStageModel(NET, blocks=[3]), TypeError, "blocks must be names or blocks; one was 3"),  # type: ignore[list-item]
+    "headless": (lambda: TwoStageModel(NET[:4], blocks=["features"]).fit([IMAGES], None), ValueError, HEADLESS),
+    **{f"budget {budget}": (lambda budget=budget: TwoStageModel(NET, budget=budget), ValueError, BUDGET)
+       for budget in (0.9, math.nan, "1.2", True)},
     "few": (lambda: TwoStageModel(NET).fit([IMAGES[:3]], None), ValueError, "at least"),
     "risk": (lambda: TwoStageModel(NET).fit([IMAGES], None, risk="yes"), TypeError, "risk must be .* 'yes'"),  # type: ignore[arg-type]
     "verbose": (lambda: TwoStageModel(NET).fit([IMAGES], None, verbose=2), TypeError, "verbose must be .* 2"),  # type: ignore[arg-type]
