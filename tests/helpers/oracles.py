@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 DIGITS = 80
+#: The largest relative error of a kernel, and float32's smallest normal number.
+PROMISE, SMALLEST_NORMAL = 1e-5, 2.0**-126
 
 
 def loss_value(logits: torch.Tensor, target: torch.Tensor, loss: str) -> torch.Tensor:
@@ -113,6 +115,33 @@ def square_norm(row: Sequence[float], bias: bool = True) -> mpmath.mpf:
     """``||h||^2 + bias`` of one row of features, without rounding."""
     with mpmath.workdps(DIGITS):
         return mpmath.fsum(mpmath.mpf(x) ** 2 for x in row) + int(bias)
+
+
+def check(got: float, exact: mpmath.mpf, log: bool, *place: int) -> None:
+    """Compare a number of a kernel, or its logarithm, with the exact one."""
+    if log:
+        # Rounded to float32 itself: two units in its last place come on top.
+        expected = logarithm(exact)
+        allowed = PROMISE + 2**-22 * abs(expected) if math.isfinite(expected) else 0
+        assert got == expected or abs(got - expected) <= allowed, (*place, got, expected)
+    elif exact >= SMALLEST_NORMAL:
+        assert abs(got / float(exact) - 1) <= PROMISE, (*place, got, float(exact))
+    else:
+        # Below float32's range only the logarithm keeps its digits.
+        assert 0 <= got <= 1.01 * SMALLEST_NORMAL, (*place, got)
+
+
+def check_contrasts(
+    out: torch.Tensor, features: torch.Tensor, logits: torch.Tensor, loss: str, log: bool, bias: bool = True,
+    rows: Sequence[int] | None = None, digits: int = DIGITS,
+) -> None:  # fmt: skip
+    """Compare all contrasts of some rows, by default of all, on exactly the numbers that the kernel saw."""
+    assert out.dtype == torch.float32
+    for b in range(len(out)) if rows is None else rows:
+        factor = square_norm(features[b].double().tolist(), bias)
+        exact = contrast_norms(logits[b].double().tolist(), loss, digits)
+        for k, (got, value) in enumerate(zip(out[b].tolist(), exact, strict=True)):
+            check(got, value * factor, log, b, k)
 
 
 def contrast_matrix(logits: torch.Tensor, loss: str, *, log: bool = False) -> torch.Tensor:

@@ -9,60 +9,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import PROMISE, SMALLEST_NORMAL, check_contrasts
 
 triton = pytest.importorskip("triton")
 
 from bench.gpu.compile_cases import configured  # noqa: E402
+from bench.gpu.sanitize.cases import CONTRAST as PATHS  # noqa: E402
 from fastgrad.losses import contrast_norms  # noqa: E402
 from fastgrad.ops.triton.contrast import contrast_sqnorm  # noqa: E402
 from fastgrad.ops.tune import ContrastConfig  # noqa: E402
 
 LOSSES = ("cross_entropy", "bce", "mse", "brier")
-# One of each kind, with blocks shorter than the row so that every loop and every merge runs.
-PATHS = {
-    "rows": ContrastConfig("rows", block_n=64, block_d=16, rows=4, num_warps=1),
-    "stream": ContrastConfig("stream", block_n=32, block_d=16, num_warps=1),
-    "split": ContrastConfig("split", block_n=32, block_d=16, splits=2, num_warps=1),
-}
-# The promise is 1e-5. A logarithm is rounded to float32 itself: two units in its last place come on top.
-PROMISE = 1e-5
-SMALLEST_NORMAL = 2.0**-126
-
 pytestmark = pytest.mark.usefixtures("poison")
 
 
 def by_margins(n: int, seed: int, margins: tuple[float, ...] = (0, 0.01, 1, 5, 10, 20, 30, 40)) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.cat([oracles.confident_logits(1, n, margin, generator) for margin in margins])
-
-
-def check(
-    out: torch.Tensor,
-    features: torch.Tensor,
-    logits: torch.Tensor,
-    loss: str,
-    log: bool,
-    bias: bool = True,
-    digits: int = 80,
-) -> None:
-    """Compare with the oracle on exactly the numbers the kernel saw."""
-    assert out.dtype == torch.float32
-    out, features, logits = out.double().cpu(), features.cpu(), logits.cpu()
-    factor = [oracles.square_norm(row, bias) for row in features.double().tolist()]
-    for b, row in enumerate(logits.double().tolist()):
-        for k, value in enumerate(oracles.contrast_norms(row, loss, digits)):
-            exact, got = value * factor[b], out[b, k].item()
-            if log:
-                expected = oracles.logarithm(exact)
-                if math.isinf(expected):
-                    assert got == expected
-                else:
-                    assert abs(got - expected) <= PROMISE + 2**-22 * abs(expected), (b, k, got, expected)
-            elif exact >= SMALLEST_NORMAL:
-                assert abs(got / float(exact) - 1) <= PROMISE, (b, k, got, float(exact))
-            else:
-                # Below float32's range only the logarithm keeps its digits.
-                assert 0 <= got <= 1.01 * SMALLEST_NORMAL, (b, k, got)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -75,7 +38,7 @@ def test_accuracy_at_margins_0_to_40(loss: str, log: bool, path: str, device: to
     features = torch.randn(len(logits), 19, generator=torch.Generator().manual_seed(2))
     with configured(contrast=PATHS[path]):
         out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, log, False)
-    check(out, features, logits, loss, log)
+    check_contrasts(out, features, logits, loss, log)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -83,7 +46,7 @@ def test_logarithm_far_beyond_underflow(loss: str, device: torch.device) -> None
     logits = by_margins(9, seed=3, margins=(60, 200))
     features = torch.ones(2, 4)
     out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, True, False)
-    check(out, features, logits, loss, True, digits=400)
+    check_contrasts(out, features, logits, loss, True, digits=400)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -92,7 +55,7 @@ def test_half_precision_input(loss: str, dtype: torch.dtype, device: torch.devic
     logits = by_margins(20, seed=4).to(dtype)
     features = torch.randn(len(logits), 8, generator=torch.Generator().manual_seed(5)).to(dtype)
     out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, False, False)
-    check(out, features, logits, loss, False)
+    check_contrasts(out, features, logits, loss, False)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -108,7 +71,7 @@ def test_any_strides(path: str, device: torch.device) -> None:
         for features, logits in cases:
             out = contrast_sqnorm(features, logits, "cross_entropy", True, False, False)
             assert out.is_contiguous()
-            check(out, features, logits, "cross_entropy", False)
+            check_contrasts(out, features, logits, "cross_entropy", False)
 
 
 @pytest.mark.parametrize(("path", "log"), [("rows", False), ("rows", True), ("stream", True), ("split", False)])
@@ -123,7 +86,7 @@ def test_ties_and_masked_classes(loss: str, path: str, log: bool, device: torch.
     features = torch.ones(4, 3)
     with configured(contrast=PATHS[path]):
         out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, log, False)
-        check(out, features, logits, loss, log)
+        check_contrasts(out, features, logits, loss, log)
 
 
 @pytest.mark.parametrize(("path", "log"), [("rows", False), ("rows", True), ("split", False)])
@@ -143,7 +106,7 @@ def test_nan_and_infinity_stay_in_their_row(loss: str, log: bool, path: str, dev
     elif loss == "mse":
         assert (out[2] == math.inf).all()
     good = [1, 5]
-    check(out[good], features[good], logits[good], loss, log)
+    check_contrasts(out[good], features[good], logits[good], loss, log)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -151,7 +114,7 @@ def test_one_class(loss: str, device: torch.device) -> None:
     logits, features = torch.tensor([[0.5], [-40.0], [17.0]]), torch.ones(3, 2)
     for log in (False, True):
         out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, log, False)
-        check(out, features, logits, loss, log)
+        check_contrasts(out, features, logits, loss, log)
 
 
 def test_empty_batch(device: torch.device) -> None:
@@ -164,11 +127,12 @@ def test_empty_batch(device: torch.device) -> None:
 def test_bias_and_mean(loss: str, device: torch.device) -> None:
     logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(9)).to(device)
     features = torch.randn(3, 5, generator=torch.Generator().manual_seed(10)).to(device)
-    check(contrast_sqnorm(features, logits, loss, False, False, False), features, logits, loss, False, bias=False)
+    plain = contrast_sqnorm(features, logits, loss, False, False, False)
+    check_contrasts(plain, features, logits, loss, False, bias=False)
     for log in (False, True):
         mean = contrast_sqnorm(features, logits, loss, True, log, True)
         scaled = mean + 2 * math.log(12) if log else mean * 144
-        check(scaled, features, logits, loss, log)
+        check_contrasts(scaled, features, logits, loss, log)
 
 
 @pytest.mark.parametrize("kind", ["stream", "split"])
@@ -200,7 +164,7 @@ def test_powers_of_probabilities_leave_the_range_where_their_product_does_not(
     else:
         out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, False, False)
     assert math.exp(-margin * (2 if loss == "cross_entropy" else 4)) < SMALLEST_NORMAL < out[0, 7]
-    check(out, features, logits, loss, False)
+    check_contrasts(out, features, logits, loss, False)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -214,7 +178,7 @@ def test_offsets_beyond_32_bits(path: str, device: torch.device) -> None:
             logits = storage.as_strided(size, stride)
             logits.copy_(torch.randn(size, generator=generator))
             out = contrast_sqnorm(features, logits, "cross_entropy", True, False, False)
-            check(out, features, logits, "cross_entropy", False)
+            check_contrasts(out, features, logits, "cross_entropy", False)
 
 
 @settings(max_examples=10, deadline=None)
@@ -235,7 +199,7 @@ def test_any_shape(B: int, N: int, D: int, margin: float, path: str, loss: str, 
     features = torch.randn(B, D, generator=generator)
     with configured(contrast=PATHS[path]):
         out = contrast_sqnorm(features.to(device), logits.to(device), loss, True, log, False)
-    check(out, features, logits, loss, log)
+    check_contrasts(out, features, logits, loss, log)
 
 
 def test_the_oracle_agrees_with_autograd() -> None:

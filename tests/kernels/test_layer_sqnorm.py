@@ -9,14 +9,13 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 
 from bench.gpu.compile_cases import configured  # noqa: E402
+from bench.gpu.sanitize.cases import LAYERS as SMALL  # noqa: E402
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, linear_sqnorm  # noqa: E402
 from fastgrad.ops.triton.layer_sqnorm import linear_sqnorm as launch_linear  # noqa: E402
-from fastgrad.ops.tune import DirectConfig, GramConfig  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SMALL = {"layer_direct": DirectConfig(16, 16, 16, "ieee", 4, 2), "layer_gram": GramConfig(16, 16, "ieee", 4, 2)}
 
 
 def exact(a, g, kernel, **options):

@@ -10,29 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import PROMISE, check_contrasts
 
 triton = pytest.importorskip("triton")
 
 from bench.gpu.compile_cases import configured  # noqa: E402
+from bench.gpu.sanitize.cases import HEAD as SMALL  # noqa: E402
+from bench.gpu.sanitize.cases import HEADS as PATHS  # noqa: E402
 from fastgrad.ops.triton import devices  # noqa: E402
 from fastgrad.ops.triton.contrast import contrast_sqnorm  # noqa: E402
 from fastgrad.ops.triton.linear_contrast import linear_contrast_sqnorm, linear_contrast_stats  # noqa: E402
-from fastgrad.ops.tune import LinearConfig  # noqa: E402
 
 LOSSES = ("cross_entropy", "bce", "mse", "brier")
-PROMISE = 1e-5
-SMALLEST_NORMAL = 2.0**-126
-SMALL = LinearConfig(
-    block_m=16, block_n=16, block_k=16, group_m=2, chunks=0, block_f=16, parts=2, tiles_per_split=2,
-    norm_in_loop=False, precision="ieee", num_warps=4, num_stages=2,
-)  # fmt: skip
-# Who finishes a row (the last tile of its block, a second launch, or programs that wait in the same one), and where the
-# features' norm comes from.
-PATHS = {
-    "last": SMALL,
-    "last, norm in loop": dataclasses.replace(SMALL, norm_in_loop=True, group_m=1),
-    "launch": dataclasses.replace(SMALL, chunks=2),
-}
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -59,25 +48,6 @@ def check_logits(z: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Ten
     assert ((z.double().cpu() - exact).abs() <= allowed).all()
 
 
-def check_norms(
-    out: torch.Tensor, x: torch.Tensor, z: torch.Tensor, loss: str, log: bool, bias: bool, rows: list[int]
-) -> None:
-    assert out.dtype == torch.float32
-    for b in rows:
-        factor = oracles.square_norm(x[b].double().tolist(), bias)
-        got_row = out[b].tolist()
-        for got, value in zip(got_row, oracles.contrast_norms(z[b].double().tolist(), loss), strict=True):
-            exact = value * factor
-            if log:
-                expected = oracles.logarithm(exact)
-                # Of a single class the norm is zero, and its logarithm minus infinity.
-                assert got == expected or abs(got - expected) <= PROMISE + 2**-22 * abs(expected)
-            elif exact >= SMALLEST_NORMAL:
-                assert abs(got / float(exact) - 1) <= PROMISE
-            else:
-                assert 0 <= got <= 1.01 * SMALLEST_NORMAL
-
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_path(loss: str, path: str, device: torch.device) -> None:
@@ -88,7 +58,7 @@ def test_every_path(loss: str, path: str, device: torch.device) -> None:
         z, out = linear_contrast_sqnorm(x, w, b, loss, log, False)
     assert z.dtype == torch.float32
     check_logits(z, x, w, b)
-    check_norms(out, x, z, loss, log, True, rows=[0, 15, 16, 34])
+    check_contrasts(out, x, z, loss, log, True, rows=[0, 15, 16, 34])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -99,7 +69,7 @@ def test_half_precision_norms_are_those_of_the_rounded_logits(dtype: torch.dtype
             z, out = linear_contrast_sqnorm(x, w, b, "cross_entropy", False, False)
         assert z.dtype == dtype
         check_logits(z, x, w, b)
-        check_norms(out, x, z, "cross_entropy", False, True, rows=[0, 17])
+        check_contrasts(out, x, z, "cross_entropy", False, True, rows=[0, 17])
         unfused = contrast_sqnorm(x, z, "cross_entropy", True, False, False)
         torch.testing.assert_close(out, unfused, rtol=PROMISE, atol=0)
 
@@ -110,7 +80,7 @@ def test_strides_without_bias_and_mean(device: torch.device) -> None:
     with configured(linear_contrast=SMALL):
         z, out = linear_contrast_sqnorm(x, w, None, "brier", False, True)
     check_logits(z, x, w, None)
-    check_norms(out * 19.0**2, x, z, "brier", False, False, rows=[0, 9])
+    check_contrasts(out * 19.0**2, x, z, "brier", False, False, rows=[0, 9])
 
 
 def test_one_class_and_one_feature(device: torch.device) -> None:
@@ -118,7 +88,7 @@ def test_one_class_and_one_feature(device: torch.device) -> None:
         x, w, b = (t.to(device) for t in head(3, 1, 1, seed=4))
         z, out = linear_contrast_sqnorm(x, w, b, loss, False, False)
         check_logits(z, x, w, b)
-        check_norms(out, x, z, loss, False, True, rows=[0, 1, 2])
+        check_contrasts(out, x, z, loss, False, True, rows=[0, 1, 2])
         stats = linear_contrast_stats(x, w, b, loss, False)
         torch.testing.assert_close(stats, out.expand(3, 5), rtol=PROMISE, atol=0)
 
@@ -143,7 +113,7 @@ def test_nan_stays_in_its_row(path: str, device: torch.device) -> None:
     assert stats[[4, 17]].isnan().all()
     assert out[good].isfinite().all()
     assert stats[good].isfinite().all()
-    check_norms(out, x, z, "cross_entropy", False, True, rows=[0, 3, 5, 16])
+    check_contrasts(out, x, z, "cross_entropy", False, True, rows=[0, 3, 5, 16])
 
 
 def test_equal_calls_give_equal_bits(device: torch.device) -> None:
@@ -180,7 +150,7 @@ def test_any_shape(B: int, N: int, D: int, ties: bool, path: str, loss: str, log
     with configured(linear_contrast=PATHS[path]):
         z, out = linear_contrast_sqnorm(x, w, b, loss, log, False)
     check_logits(z, x, w, b)
-    check_norms(out, x, z, loss, log, True, rows=[0, B - 1])
+    check_contrasts(out, x, z, loss, log, True, rows=[0, B - 1])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -242,7 +212,7 @@ def test_offsets_beyond_32_bits(device: torch.device) -> None:
         z, out = linear_contrast_sqnorm(x, w, b, "bce", False, False)
         stats = linear_contrast_stats(x, w, b, "bce", False)
     check_logits(z, x, w, b)
-    check_norms(out, x, z, "bce", False, True, rows=[0, 1])
+    check_contrasts(out, x, z, "bce", False, True, rows=[0, 1])
     torch.testing.assert_close(stats[:, 0], out.amin(1), rtol=PROMISE, atol=0)
 
 

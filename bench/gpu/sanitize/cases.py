@@ -19,14 +19,16 @@ from fastgrad.losses import LOSSES
 from fastgrad.ops.triton import contrast, layer_sqnorm, linear_contrast, target
 from fastgrad.ops.tune import ContrastConfig, DirectConfig, GramConfig, LinearConfig, TargetConfig
 
+# Blocks shorter than a row, so that every loop and every merge runs. HEADS: who finishes a row (the last tile of its
+# block or a second launch), and where the features' norm comes from.
 HEAD = LinearConfig(
     block_m=16, block_n=16, block_k=16, group_m=2, chunks=0, block_f=16, parts=2, tiles_per_split=2,
     norm_in_loop=False, precision="ieee", num_warps=4, num_stages=2,
 )  # fmt: skip
 CONTRAST = {
-    "rows": ContrastConfig("rows", block_n=64, block_d=16, rows=4),
-    "stream": ContrastConfig("stream", block_n=32, block_d=16),
-    "split": ContrastConfig("split", block_n=32, block_d=16, splits=2),
+    "rows": ContrastConfig("rows", block_n=64, block_d=16, rows=4, num_warps=1),
+    "stream": ContrastConfig("stream", block_n=32, block_d=16, num_warps=1),
+    "split": ContrastConfig("split", block_n=32, block_d=16, splits=2, num_warps=1),
 }
 HEADS = {
     "last": HEAD,
