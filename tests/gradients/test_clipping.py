@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gradient_oracle import clipped_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -102,28 +103,11 @@ def losses_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y, reduction="none")
 
 
-def loop(model: nn.Module, x: Tensor, y: Tensor, limit: float) -> tuple[Tensor, list[Tensor], float]:
-    """Norms, the sum of clipped gradients and the sum of their norms, in float64 and sample by sample."""
-    model = copy.deepcopy(model).double()
-    x = x.double() if x.is_floating_point() else x
-    total = [torch.zeros(p.shape, dtype=torch.float64) for p in trained(model)]
-    norms, scale = [], 0.0
-    for i in range(len(x)):
-        grads = torch.autograd.grad(losses_of(model, x[i : i + 1], y[i : i + 1]), trained(model))
-        dense = [g.to_dense() for g in grads]
-        norm = torch.stack([g.square().sum() for g in dense]).sum().sqrt()
-        factor = min(1.0, limit / float(norm))
-        for t, g in zip(total, dense, strict=True):
-            t += factor * g
-        norms.append(norm)
-        scale += factor * float(norm)
-    return torch.stack(norms), total, scale
-
-
 def assert_clipped(
     model: nn.Module, norms: Tensor, x: Tensor, y: Tensor, limit: float, eps: float = torch.finfo(torch.float32).eps
 ) -> None:
-    wanted, total, scale = loop(model, x, y, limit)
+    wanted, total = clipped_gradients(model, [(x, y)], losses_of, limit)
+    scale = wanted.clamp(max=limit).sum()
     # Sums of some thousand products, each rounded to eps, of gradients whose lengths add up to the scale.
     assert (norms - wanted).abs().max() <= 500 * eps * wanted.max()
     for p, t in zip(trained(model), total, strict=True):

@@ -1,4 +1,4 @@
-"""Per-sample squared gradient norms by a plain float64 autograd loop, and the comparison with them."""
+"""Per-sample gradient norms, and sums of clipped gradients, by a plain float64 autograd loop; the comparison."""
 
 from __future__ import annotations
 
@@ -65,6 +65,22 @@ def true_norms(
         return (out * gradient(i, out.detach()).to(out)).sum()
 
     return loss_norms(map(loss, range(samples)), model)
+
+
+def clipped_gradients(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], losses: Callable[..., Tensor], limit: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Norms of all samples, and the sum of their gradients clipped to the limit, by trainable parameter."""
+    model = copy.deepcopy(model).double()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total, norms = [torch.zeros_like(p) for p in parameters], []
+    for x, y in batches:
+        for a, b in zip(doubled(x).split(1), y.split(1), strict=True):
+            grads = [g.to_dense() for g in torch.autograd.grad(losses(model, a, b), parameters)]
+            norms.append(torch.stack([g.square().sum() for g in grads]).sum().sqrt())
+            for t, g in zip(total, grads, strict=True):
+                t += (limit / norms[-1]).clamp(max=1) * g
+    return torch.stack(norms), total
 
 
 def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:
