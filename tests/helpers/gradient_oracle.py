@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fastgrad
+
+#: By whether they are transposed, of one, two and three dimensions.
+CONVOLUTIONS: dict[bool, tuple[Callable[..., Tensor], ...]] = {
+    False: (F.conv1d, F.conv2d, F.conv3d),
+    True: (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+}
 
 
 def doubled(tree: Any) -> Any:
@@ -81,6 +89,18 @@ def clipped_gradients(
             for t, g in zip(total, grads, strict=True):
                 t += (limit / norms[-1]).clamp(max=1) * g
     return torch.stack(norms), total
+
+
+def weight_norms(a: Tensor, g: Tensor, weight: tuple[int, ...], *, transposed: bool = False, **options: Any) -> Tensor:
+    """Norms ``(K, B)`` of a convolution's weight gradients from its inputs and K gradients of its outputs."""
+    a, g = a.double(), g.double()
+    convolution = CONVOLUTIONS[transposed][a.dim() - 3]
+    norms = torch.empty(g.shape[:2], dtype=torch.float64)
+    for k, b in itertools.product(range(len(g)), range(len(a))):
+        zero = torch.zeros(weight, dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(convolution(a[b : b + 1], zero, **options), zero, g[k, b : b + 1])
+        norms[k, b] = gradient.square().sum()
+    return norms
 
 
 def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from gradient_oracle import CONVOLUTIONS, weight_norms
 
 triton = pytest.importorskip("triton")
 
@@ -16,20 +16,6 @@ from fastgrad.ops.triton.layer_sqnorm import linear_sqnorm as launch_linear  # n
 pytestmark = pytest.mark.usefixtures("poison")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def exact(a, g, kernel, **options):
-    """Norms ``(K, B)`` and the sums of squares of the positions' own gradients, in float64."""
-    conv = (F.conv1d, F.conv2d, F.conv3d)[a.dim() - 3]
-    groups = options.get("groups", 1)
-    weight = torch.zeros(g.shape[2], a.shape[1] // groups, *kernel, dtype=torch.float64, requires_grad=True)
-    norms = torch.empty(g.shape[:2], dtype=torch.float64)
-    for k in range(g.shape[0]):
-        for b in range(g.shape[1]):
-            y = conv(a[b : b + 1].double(), weight, **options)
-            (gradient,) = torch.autograd.grad(y, weight, g[k, b : b + 1].double())
-            norms[k, b] = gradient.square().sum()
-    return norms
 
 
 CASES = {
@@ -50,7 +36,7 @@ def test_convolution(case, dtype, device):
     generator = torch.Generator().manual_seed(11)
     a = torch.randn(shape, generator=generator).to(dtype)
     weight = torch.zeros(outputs, shape[1] // options.get("groups", 1), *kernel)
-    like = (F.conv1d, F.conv2d, F.conv3d)[a.dim() - 3](a.float(), weight, **options)
+    like = CONVOLUTIONS[False][a.dim() - 3](a.float(), weight, **options)
     g = torch.randn(2, *like.shape, generator=generator).to(dtype)
     if a.dim() == 4:
         a = a.to(memory_format=torch.channels_last)
@@ -59,7 +45,7 @@ def test_convolution(case, dtype, device):
         result = conv_sqnorm(a.to(device), g.to(device), kernel, impl="triton", **options)
     assert result.dtype == torch.float32
     # Sums of up to 130 products and as many squares in float32, without systematic cancellation.
-    torch.testing.assert_close(result.double().cpu(), exact(a, g, kernel, **options), rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.double().cpu(), weight_norms(a, g, weight.shape, **options), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("gram", [False, True])

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import functools
-import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
+from gradient_oracle import CONVOLUTIONS, weight_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgrad.ops.conv import cost, routes, sqnorm
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, linear_sqnorm
-
-CONVS = {False: (F.conv1d, F.conv2d, F.conv3d), True: (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)}
-
-
-def oracle(a, g, weight_shape, *, transposed, **options):
-    """Norms ``(K, B)`` from one float64 weight gradient per sample and gradient."""
-    a, g = a.double(), g.double()
-    conv = CONVS[transposed][a.dim() - 3]
-    norms = torch.empty(g.shape[0], a.shape[0], dtype=torch.float64)
-    for k, b in itertools.product(range(g.shape[0]), range(a.shape[0])):
-        weight = torch.zeros(weight_shape, dtype=torch.float64, requires_grad=True)
-        (gradient,) = torch.autograd.grad(conv(a[b : b + 1], weight, **options), weight, g[k, b : b + 1])
-        norms[k, b] = gradient.square().sum()
-    return norms
 
 
 @st.composite
@@ -62,7 +47,7 @@ def make(case, dtype):
     torch.manual_seed(case["seed"])
     a = torch.randn(case["a"], dtype=torch.float64)
     weight = torch.randn(case["weight"], dtype=torch.float64)
-    output = CONVS[case["transposed"]][a.dim() - 3](a, weight, **case["options"])
+    output = CONVOLUTIONS[case["transposed"]][a.dim() - 3](a, weight, **case["options"])
     g = torch.randn(case["count"], *output.shape, dtype=torch.float64)
     return a.to(dtype), g.to(dtype)
 
@@ -75,7 +60,7 @@ def test_every_route_equals_autograd(case):
     for dtype, budget in ((torch.float32, 100 * 8 * 2**-24), (torch.float64, 1e-10)):
         a, g = make(case, dtype)
         options = {k: v for k, v in case["options"].items() if k != "output_padding"}
-        expected = oracle(a, g, case["weight"], transposed=case["transposed"], **case["options"])
+        expected = weight_norms(a, g, case["weight"], transposed=case["transposed"], **case["options"])
         kernel = case["weight"][2:]
         for route in (None, *routes.ROUTES):
             result = conv_sqnorm(a, g, kernel, transposed=case["transposed"], route=route, **options)
@@ -101,7 +86,7 @@ def test_cancellation(route, kind):
         a[:, :, 4:] = a[:, :, :4] * (1 + 1e-2 * torch.rand(3, 4, 4, 8))
     else:
         g.zero_()
-    expected = oracle(a, g[None], (5, 4, 1, 1), transposed=False)[0]
+    expected = weight_norms(a, g[None], (5, 4, 1, 1))[0]
     result = conv_sqnorm(a, g, 1, route=route)
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=0)
 
@@ -116,7 +101,7 @@ def test_only_cancelling_samples_leave_the_gram_route(monkeypatch):
     monkeypatch.setattr(cost, "choose_direct", lambda shape: "patch")
     result = conv_sqnorm(a, g, 1, route="gram")
     assert seen == [1]
-    expected = oracle(a, g[None], (5, 3, 1, 1), transposed=False)[0]
+    expected = weight_norms(a, g[None], (5, 3, 1, 1))[0]
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=0)
 
 
@@ -124,7 +109,7 @@ def test_only_cancelling_samples_leave_the_gram_route(monkeypatch):
 def test_half_accumulates_in_float32(dtype):
     torch.manual_seed(5)
     a, g = torch.randn(2, 8, 9, 9).to(dtype), torch.randn(2, 6, 9, 9).to(dtype)
-    expected = oracle(a, g[None], (6, 8, 3, 3), transposed=False, padding=1)[0]
+    expected = weight_norms(a, g[None], (6, 8, 3, 3), padding=1)[0]
     for route in (None, *routes.ROUTES):
         result = conv_sqnorm(a, g, 3, padding=1, route=route)
         assert result.dtype == torch.float32
