@@ -16,6 +16,7 @@ import torch
 
 import fastgrad
 from bench import clock, results_file
+from bench.micro.last_layer_peers import normals
 
 #: Operator, samples, classes, features, dtype.
 CASES = (
@@ -38,12 +39,9 @@ TINY = tuple((operator, 3, 40, 16, "float32") for operator in dict.fromkeys(case
 
 def prepared(operator: str, B: int, N: int, D: int, dtype: str, device: str) -> partial[Any]:
     """Return the operator on random tensors."""
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device).to(getattr(torch, dtype))
-
-    operands = (normal(B, D), normal(N, D), normal(N)) if "linear" in operator else (normal(B, D), normal(B, N))
+    shapes = ((B, D), (N, D), (N,)) if "linear" in operator else ((B, D), (B, N))
     target = ("ones",) if operator == "target_sqnorm" else ()
+    operands = normals(device, *shapes, dtype=getattr(torch, dtype))
     return partial(getattr(fastgrad, operator), *operands, *target, impl="triton")
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 import fastgrad
 from bench.micro import last_layer_peers as peers
 from bench.micro.last_layer_peers import Head
-from bench.registry import SEED, Implementation, case, relative_error, scaled_error
+from bench.registry import Implementation, case, relative_error, scaled_error
 
 OURS, PEERS = 1e-5, 1e-3
 #: Contrasts times samples up to which the slow peers take part: a call of theirs takes seconds beyond.
@@ -186,13 +186,7 @@ def statistics(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Impl
 def rows(device: str, B: int, N: int, D: int, U: int, name: str) -> Iterator[Implementation]:
     """``contrast_rows_linear`` beside a product with rows in memory."""
     dtype = getattr(torch, name)
-    made = torch.Generator(device).manual_seed(SEED)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=made, device=device).to(dtype)
-
-    h, z = normal(B, D), normal(B, N)
-    weight, bias = normal(U, N * D), normal(U)
+    h, z, weight, bias = peers.normals(device, (B, D), (B, N), (U, N * D), (U,), dtype=dtype)
     exact = 2 * (z.double() - 1).unsqueeze(-1) * h.double().unsqueeze(-2)
     wanted = F.linear(exact.flatten(-2), weight.double(), bias.double())
     tolerance = 2.0**-6 if dtype != torch.float32 else 2.0**-23 * (N * D) ** 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,19 +13,20 @@ from torch import Tensor
 from bench.registry import SEED, relative_error
 
 
+def normals(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    """Yield seeded normal numbers of each shape."""
+    made = torch.Generator(device).manual_seed(SEED)
+    for shape in shapes:
+        yield torch.randn(shape, generator=made, device=device).to(dtype)
+
+
 class Head:
     """Seeded features, weights and logits of spread 3, and what float64 makes of them."""
 
     def __init__(self, B: int, N: int, D: int, dtype: str, device: str) -> None:
-        made = torch.Generator(device).manual_seed(SEED)
-
-        def normal(*size: int) -> Tensor:
-            return torch.randn(*size, generator=made, device=device)
-
         kind = getattr(torch, dtype)
-        self.h = normal(B, D).to(kind)
-        self.weight = (normal(N, D) * 3 / D**0.5).to(kind)
-        self.bias = normal(N).to(kind)
+        h, weight, bias = normals(device, (B, D), (N, D), (N,))
+        self.h, self.weight, self.bias = h.to(kind), (weight * 3 / D**0.5).to(kind), bias.to(kind)
         self.layer = (self.h, self.weight, self.bias)
         self.z = F.linear(*self.layer)
         #: What a plain product may lose, relative to its largest entry.
