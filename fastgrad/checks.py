@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 KERNEL_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
+Array = NDArray[np.float64]
+
 
 def one_of(name: str, value: object, choices: Iterable[object]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
@@ -52,6 +54,13 @@ def at_least(least: int, **values: object) -> None:
             raise ValueError(f"{name} must be an integer of at least {least}; it was {value!r}")
 
 
+def is_number(**values: object) -> None:
+    """Raise TypeError for an argument that is no real number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+            raise TypeError(f"{name} must be a number; it was {value!r}")
+
+
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Raise ValueError unless both tensors live on one device."""
     if value.device != other.device:
@@ -64,48 +73,51 @@ def shape_is(name: str, value: torch.Tensor, expected: tuple[int, ...], meaning:
         raise ValueError(f"{name} must have shape {tuple(expected)} ({meaning}); it was {tuple(value.shape)}")
 
 
-def to_array(name: str, value: Any, *, single: bool = False) -> NDArray[np.float64]:
+def to_array(name: str, value: Any, *, single: bool = False, finite: bool = True) -> Array:
     """``value`` as a float64 array; tensors of any device and dtype are accepted.
 
     Args:
         name: Of the argument, for the errors.
         value: Numbers.
         single: Whether float32 stays what it is, which halves the memory of wide blocks.
+        finite: Whether NaN and infinity are refused.
 
     Raises:
-        TypeError: It is sparse, complex or not numeric.
-        ValueError: It holds NaN or infinity.
+        TypeError: It is sparse or not numeric.
+        ValueError: It is complex or ragged, or holds NaN or infinity.
     """
     if hasattr(value, "toarray") and not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be dense; it was a sparse {type(value).__name__}: use .toarray()")
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        value = (value if value.dtype == torch.float32 else value.double()).numpy()
-    array = np.asarray(value)
-    if array.dtype.kind == "c":
-        raise ValueError(f"Complex data not supported: {name} must be real; it was {array.dtype}")
     try:
+        if isinstance(value, torch.Tensor):
+            plain = value.detach().cpu()
+            value = (plain if plain.is_complex() or plain.dtype == torch.float32 else plain.double()).numpy()
+        array = np.asarray(value)
+        if array.dtype.kind == "c":
+            raise ValueError("Complex data not supported")
         array = array if single and array.dtype == np.float32 else array.astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name} must be numeric; it was an array of {array.dtype}: {error}") from error
-    finite = np.isfinite(array)
-    if not finite.all():
-        rows = np.unique(np.argwhere(~finite)[:, 0]) if array.ndim else np.zeros(1, dtype=np.int64)
-        kind = "NaN" if np.isnan(array).any() else "infinity"
+    # Of sparse, meta and quantized tensors, ragged lists and what holds no numbers.
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be numeric; it was {type(value).__name__}: {error}") from error
+    wrong = ~np.isfinite(array)
+    if finite and wrong.any():
+        rows = np.unique(np.argwhere(wrong)[:, 0]) if array.ndim else np.zeros(1, dtype=np.int64)
+        what = "NaN" if np.isnan(array).any() else "infinity"
         raise ValueError(
-            f"{name} must be finite; it contains {kind} (NaN or inf) in {len(rows)} rows, as in row {rows[0]}"
+            f"{name} must be finite; it contains {what} (NaN or inf) in {len(rows)} rows, as in row {rows[0]}"
         )
     return array
 
 
-def validated(estimator: Any, name: str, values: Any, *, reset: bool) -> NDArray[np.float64]:
+def validated(estimator: Any, name: str, values: Any, *, reset: bool) -> Array:
     """The features of a scikit-learn estimator as float64 ``(B, P)``, or with three dimensions as they are.
 
     ``reset`` notes their number, as `sklearn.utils.validation.validate_data` does, which checks matrices.
     """
     from sklearn.utils.validation import validate_data
 
-    array: NDArray[np.float64]
+    array: Array
     if getattr(values, "ndim", None) != 3:
         values = to_array(name, values) if isinstance(values, torch.Tensor) else values
         array = validate_data(estimator, values, reset=reset, dtype=np.float64)

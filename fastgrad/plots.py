@@ -16,8 +16,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fastgrad import metrics
-from fastgrad.checks import extra
-from fastgrad.metrics.arrays import numbers
+from fastgrad.checks import extra, to_array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +64,7 @@ def score_histograms(
     if reference not in scores:
         raise ValueError(f"reference must be one of {', '.join(scores)}; it was {reference!r}")
     axes = axes or new_axes()
-    arrays = {name: numbers(values) for name, values in scores.items()}
+    arrays = {name: to_array(f"scores[{name!r}]", values, finite=False) for name, values in scores.items()}
     together = np.concatenate(list(arrays.values()))
     # The outermost half per cent would squeeze everything else into a few bins.
     low, high = np.quantile(together, [0.005, 0.995])
@@ -140,7 +139,7 @@ def layer_norms(sqnorms: Mapping[str, ArrayLike | Tensor], names: Sequence[str],
     # Of many names some are written, so that they can be read.
     step = -(-len(names) // 16)
     for i, (name, values) in enumerate(sqnorms.items()):
-        matrix = numbers(values)
+        matrix = to_array(f"sqnorms[{name!r}]", values, finite=False)
         if matrix.ndim != 2 or matrix.shape[1] != len(names):
             raise ValueError(
                 f"sqnorms[{name!r}] must have shape (B, {len(names)}), column per name; it was {matrix.shape}"
@@ -188,7 +187,7 @@ def manifold(
     reach = margin * (high - low)
     xs, ys = (torch.linspace(float(low[i] - reach[i]), float(high[i] + reach[i]), resolution) for i in range(2))
     grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2).to(points)
-    values = numbers(score(grid)).reshape(resolution, resolution)
+    values = to_array("score", score(grid), finite=False).reshape(resolution, resolution)
     image = axes.pcolormesh(xs.numpy(), ys.numpy(), values, cmap="viridis", shading="nearest", rasterized=True)
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -214,7 +213,8 @@ def contrast_sparsity(gradients: Mapping[str, ArrayLike | Tensor], *, axes: Axes
     """
     axes = axes or new_axes(4.4, 3.4)
     for i, (name, values) in enumerate(gradients.items()):
-        energy = np.sort(numbers(values).reshape(-1, np.shape(values)[-1]) ** 2, axis=1)[:, ::-1]
+        rows = to_array(f"gradients[{name!r}]", values, finite=False)
+        energy = np.sort(rows.reshape(-1, rows.shape[-1]) ** 2, axis=1)[:, ::-1]
         energy = energy[energy.sum(1) > 0]
         if not len(energy):
             raise ValueError(f"gradients[{name!r}] must hold a vector that is not zero; all were")

@@ -130,6 +130,7 @@ class DriftMonitor:
         form: Literal["ever", "average"] = "ever",
         seed: int = 0,
     ) -> None:
+        checks.is_number(false_alarm_rate=false_alarm_rate)
         if not 0 < false_alarm_rate < 1:
             raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
         checks.one_of("form", form, ("ever", "average"))

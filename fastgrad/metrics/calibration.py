@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad.metrics.arrays import Array
+from fastgrad.checks import Array
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad.metrics.arrays import Array
+from fastgrad.checks import Array
 
 
 def _two_samples(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> tuple[Array, NDArray[np.int64]]:
@@ -51,8 +51,9 @@ def aupr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
 def fpr_at_tpr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor, tpr: float = 0.95) -> float:
     """Share of clean samples flagged at the largest threshold that flags ``tpr`` of the challenging.
 
-    Arguments are as for :func:`auroc`; ``tpr`` lies in (0, 1], else ValueError.
+    Arguments are as for :func:`auroc`; ``tpr`` is a number in (0, 1], else TypeError or ValueError.
     """
+    checks.is_number(tpr=tpr)
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr must be in (0, 1]; it was {tpr}")
     scores, labels = _two_samples(clean, challenging)

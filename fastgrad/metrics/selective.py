@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad.metrics.arrays import Array, numbers
+from fastgrad.checks import Array
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _samples(name: str, uncertainty: ArrayLike | Tensor, errors: ArrayLike | Ten
         raise ValueError(f"errors must be a non-empty vector; its shape was {losses.shape}")
     if losses.min() < 0:
         raise ValueError(f"errors must be at least 0; the smallest was {losses.min():g}")
-    scores = numbers(uncertainty)
+    scores = checks.to_array(name, uncertainty, finite=False)
     if scores.shape != losses.shape:
         raise ValueError(f"{name} must have shape {losses.shape}, one score per error; it was {scores.shape}")
     if not (scores > -np.inf).all():
@@ -133,8 +133,7 @@ def threshold_for(
         ValueError: As for :func:`risk_coverage`, or a cost is not positive.
     """
     for name, cost in (("cost_of_error", cost_of_error), ("cost_of_review", cost_of_review)):
-        if isinstance(cost, bool) or not isinstance(cost, (int, float, np.integer, np.floating)):
-            raise TypeError(f"{name} must be a number; it was {cost!r}")
+        checks.is_number(**{name: cost})
         if not 0 < cost < math.inf:
             raise ValueError(f"{name} must be positive and finite; it was {cost!r}")
     curve = _curve(*_samples("risk", risk, errors))

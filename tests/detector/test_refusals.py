@@ -36,6 +36,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "folds": (lambda: UncertaintyDetector(folds=1).fit(ROWS), ValueError, "folds .* it was 1"),
     "half a fold": (lambda: UncertaintyDetector(folds=2.5).fit(ROWS), ValueError, "folds must"),  # type: ignore[arg-type]
     "fraction": (lambda: UncertaintyDetector(calibration_fraction=1.0).fit(ROWS), ValueError, "_fraction must"),
+    "half": (lambda: UncertaintyDetector(calibration_fraction="half").fit(ROWS), TypeError, "_fraction must"),
+    "a list": (lambda: UncertaintyDetector(calibration_fraction=[0.5]).fit(ROWS), TypeError, "_fraction must"),
     "alarms": (lambda: UncertaintyDetector(false_alarm_rate=0.0).fit(ROWS), ValueError, "false_alarm_rate must"),
     "kinds": (lambda: fitted().fit(ROWS, np.tile([0, 1], 30), kinds=[1]), ValueError, "kinds must"),
     "held out": (lambda: fitted().fit(ROWS, held_out=np.zeros(60, dtype=bool)), ValueError, "held_out must"),

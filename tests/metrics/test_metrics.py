@@ -112,9 +112,41 @@ def test_brier_and_nll() -> None:
         (lambda: metrics.brier([[0.5, 0.5]], [0.5]), "class indices"),
         (lambda: metrics.reliability([[0.5, 0.5]], [0], bins=0), "bins"),
         (lambda: metrics.reliability([[0.5, 0.5]], [0], bins=2.5), "bins must be an integer"),
-        (lambda: metrics.auroc([1j], [1.0]), "clean must be real"),
     ],
 )
 def test_errors_name_the_argument(call, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+NO_NUMBERS = {
+    "complex": ([1j, 2], "Complex data not supported"),
+    "complex tensor": (torch.tensor([1j, 2]), "Complex data not supported"),
+    "sparse tensor": (torch.tensor([1.0, 2.0]).to_sparse(), "Sparse layout"),
+    "meta tensor": (torch.zeros(2, device="meta"), "meta tensor"),
+    "ragged": ([[1.0], [1.0, 2.0]], "inhomogeneous"),
+    "words": (["a", "b"], "could not convert"),
+}
+
+
+@pytest.mark.parametrize("what", NO_NUMBERS)
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("clean", lambda value: metrics.auroc(value, [1.0])),
+        ("probabilities", lambda value: metrics.ece(value, [0, 1])),
+        ("errors", lambda value: metrics.aurc([0.1, 0.2], value)),
+        ("uncertainty", lambda value: metrics.aurc(value, [0, 1])),
+        ("risk", lambda value: metrics.threshold_for(value, [0, 1], cost_of_error=1, cost_of_review=1)),
+    ],
+)
+def test_what_holds_no_real_numbers_is_refused_by_name(name: str, call, what: str) -> None:
+    value, why = NO_NUMBERS[what]
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be numeric; .*{why}"):
+        call(value)
+
+
+@pytest.mark.parametrize("tpr", [None, "0.95", True, [0.95]])
+def test_a_rate_that_is_no_number_is_refused_by_name(tpr: object) -> None:
+    with pytest.raises(TypeError, match="tpr must be a number; it was"):
+        metrics.fpr_at_tpr([1.0], [2.0], tpr)  # type: ignore[arg-type]
