@@ -62,7 +62,7 @@ def challenging_of(y: ArrayLike | None, count: int) -> tuple[NDArray[np.bool_], 
     """Which of ``count`` samples ``y`` calls challenging, and the two labels, the clean one first.
 
     Raises:
-        ValueError: y has another length, is not finite, or does not hold 0 alone or two labels.
+        ValueError: y has another length, holds no finite numbers, or not 0 alone or two labels.
     """
     neither = np.zeros(count, dtype=bool), np.array([0, 1])
     if y is None:
@@ -74,8 +74,8 @@ def challenging_of(y: ArrayLike | None, count: int) -> tuple[NDArray[np.bool_], 
         values = column_or_1d(values, warn=True)
     if values.shape != (count,):
         raise ValueError(f"y must have shape ({count},), one label per row of X; it was {values.shape}")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError("y must be finite; it contains NaN or infinity")
+    # Of two words nothing says which is clean: the first of the alphabet would be.
+    to_array("y", values)
     classes = np.unique(values)
     if classes.tolist() == [-1, 1]:
         raise ValueError("y must be 0 (in-distribution) or 1 (challenging); it was scikit-learn's -1 and 1")

@@ -174,6 +174,15 @@ def test_model_selection_uses_auroc():
     assert cross_val_score(UncertaintyDetector(folds=2), X, y, cv=folds).mean() > 0.9
 
 
+def test_score_refuses_labels_that_fit_did_not_see():
+    X, y = network_like(60, 0)["gradients"], np.tile([0, 1], 30)
+    detector = UncertaintyDetector(folds=2).fit(X, y)
+    assert detector.score(X, y > 0) == detector.score(X, y)
+    # With scikit-learn's -1 for what is odd, 1 is what is clean.
+    with pytest.raises(ValueError, match=r"y must hold labels of fit, \[0, 1\]; it held \[-1  1\]"):
+        detector.score(X, 1 - 2 * y)
+
+
 GOOD = network_like(60, 0)
 BAD = {
     "NaN": ({"logits": np.full((60, 5), np.nan)}, None, "X\\['logits'\\] must be finite; it contains NaN"),
@@ -188,6 +197,8 @@ BAD = {
     "labels": (GOOD, np.zeros(5), "y must have shape \\(60,\\)"),
     "three labels": (GOOD, np.arange(60) % 3, "two labels"),
     "other labels": (GOOD, np.tile([-1, 1], 30), "scikit-learn's -1 and 1"),
+    "words for labels": (GOOD, np.tile(["attack", "clean"], 30), "y must be numeric"),
+    "a label that is none": (GOOD, np.tile([0, None], 30), "y must be finite"),
     "one challenging class": (GOOD, np.ones(60), "two labels"),
     "few": (GOOD, np.repeat([0, 1], [3, 57]), "at least 4 in-distribution"),
 }
