@@ -50,7 +50,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         folds: Folds of the clean data, each scored by a fit on the others. None for ten below 300 samples, five from
             there on, three where a part is held out.
         calibration_fraction: Share of the clean data used for calibration alone: the false-alarm rate is then exact.
-            None for a fifth from 1,000 clean samples on, and none below.
+            None for a fifth from 1,000 clean samples on, and none below. Where samples share sources (``groups``), it
+            is one of the sources, of each of which one sample calibrates.
         false_alarm_rate: Share of clean data that `predict` flags.
         random_state: Seed of the folds and the held-out part.
 
@@ -127,7 +128,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         challenging, self.classes_ = challenging_of(y, count)
         codes, numbers = kinds_of(kinds, challenging), checks.groups_of(groups, count)
         random = check_random_state(self.random_state)
-        apart = held_out_of(held_out, challenging, self.calibration_fraction, random)
+        apart = held_out_of(held_out, challenging, numbers, self.calibration_fraction, random)
         folds = self.folds
         if folds is None and apart.any():
             folds = constants.FOLDS_OF_SPLIT

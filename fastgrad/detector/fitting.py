@@ -194,7 +194,7 @@ def _checked(
         held_out = np.repeat([False, True], [count, len(sample.calibration)])
     else:
         random = np.random.RandomState(two_stage.seed)
-        held_out = held_out_of(None, np.zeros(count, bool), base.calibration_fraction, random)
+        held_out = held_out_of(None, np.zeros(count, bool), np.arange(count), base.calibration_fraction, random)
     images, pixels, each = sample.clean.images(), None, 0
     if images:
         collect.check_images("clean", images)

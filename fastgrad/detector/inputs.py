@@ -104,12 +104,13 @@ def kinds_of(kinds: ArrayLike | None, challenging: NDArray[np.bool_]) -> NDArray
 def held_out_of(
     held_out: ArrayLike | None,
     challenging: NDArray[np.bool_],
+    groups: NDArray[np.intp],
     share: float | None,
     random: np.random.RandomState,
 ) -> NDArray[np.bool_]:
-    """Which clean samples calibrate and nothing else: as told, or a random ``share`` of all.
+    """Which clean samples calibrate and nothing else: as told, or one of each of a random ``share`` of their sources.
 
-    A share of None is a fifth where there are many clean samples, and none where there are few.
+    A share of None is a fifth where there are many sources, and none where there are few.
 
     Raises:
         ValueError: There are fewer than 4 clean samples, or a side would have too few.
@@ -132,11 +133,14 @@ def held_out_of(
                 f"{kept} and left {len(clean) - kept}"
             )
         return mask
-    if share is None and len(clean) >= constants.SPLIT_FROM:
+    # Of one source one sample alone: others of it would repeat what it says, and count as if they did not.
+    sources = len(np.unique(groups[clean]))
+    if share is None and sources >= constants.SPLIT_FROM:
         share = constants.SPLIT_SHARE
     if share is not None:
-        count = min(max(1, round(share * len(clean))), len(clean) - 3)
-        mask[random.permutation(clean)[:count]] = True
+        order = random.permutation(clean)
+        each = order[np.sort(np.unique(groups[order], return_index=True)[1])]
+        mask[each[: max(1, min(round(share * sources), sources - 3))]] = True
     return mask
 
 

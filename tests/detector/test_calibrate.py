@@ -180,6 +180,31 @@ def test_a_thousand_samples_hold_a_part_out() -> None:
     assert not detector.module_.options["exact"]
 
 
+@pytest.mark.parametrize("each", [4, 20])
+def test_of_a_source_that_is_held_out_one_sample_calibrates(each: int) -> None:
+    """One sample in five would leave almost no source to fit on, and samples of one source repeat what it says."""
+    groups = np.random.default_rng(0).permutation(np.arange(1000) // each)
+    X = clean(np.random.default_rng(0), 1000)
+    detector = UncertaintyDetector(log=False, calibration_fraction=0.2, folds=2)
+    found = detector.fit_table(X, None, kinds=None, held_out=None, groups=groups)
+    own = groups[found.table.held_out]
+    assert len(own) == len(set(own)) == len(detector.module_.calibration_scores) == 200 // each
+    # By default it takes 1,000 sources for a split.
+    assert not UncertaintyDetector(log=False).fit(X, groups=groups).module_.options["exact"]
+
+
+def test_the_flagged_share_of_a_split_by_sources_is_what_it_says() -> None:
+    found = np.empty((60, len(RATES)))
+    for number in range(len(found)):
+        rng = np.random.default_rng(number)
+        X = {name: np.repeat(value, 20, 0) for name, value in clean(rng, 50).items()}
+        X = {name: value + 0.05 * rng.normal(size=value.shape) for name, value in X.items()}
+        detector = UncertaintyDetector(log=False, calibration_fraction=0.4, folds=2, random_state=number)
+        scores = detector.fit(X, groups=np.arange(1000) // 20).decision_function(clean(rng, 200))
+        found[number] = [(scores > detector.threshold(rate)).mean() for rate in RATES]
+    check_exact(found, 20)
+
+
 def test_a_rate_that_cannot_be_promised_warns() -> None:
     detector = fitted(np.random.default_rng(0), 50, folds=2)
     with pytest.warns(
