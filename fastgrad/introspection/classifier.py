@@ -117,7 +117,8 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         sources = np.unique(checks.groups_of(groups, len(codes)), return_inverse=True)[1]
         place = np.argsort(random.permutation(sources.max() + 1))[sources]
         order = torch.as_tensor(np.argsort(place, kind="stable"))
-        held_out = int((place < round(self.validation_fraction * (sources.max() + 1))).sum())
+        # Some source is trained on, however few there are.
+        held_out = int((place < min(round(self.validation_fraction * (sources.max() + 1)), sources.max())).sum())
         # A handful of held-out samples says nothing about when to stop.
         held_out = held_out if held_out >= 20 else 0
         parameters, self.history_ = train(self, inputs, targets, order[held_out:], order[:held_out], seed)
@@ -189,7 +190,11 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         checks.at_least(1, batch_size=self.batch_size, max_epochs=self.max_epochs, patience=self.patience)
         if np.ndim(self.hidden) != 1 or any(not isinstance(n, (int, np.integer)) or n < 1 for n in self.hidden):
             raise ValueError(f"hidden must hold widths of at least 1; it was {self.hidden!r}")
-        checks.is_number(validation_fraction=self.validation_fraction)
+        checks.is_number(
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            validation_fraction=self.validation_fraction,
+        )
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1); it was {self.validation_fraction!r}")
 

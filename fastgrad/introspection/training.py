@@ -69,6 +69,8 @@ def train(
             waited += 1
             if waited >= given.patience:
                 break
+    if best_loss == float("inf"):
+        raise ValueError(f"R must hold numbers that float32 can train on; the loss was never finite: {history[:3]}")
     return _folded(best, mean, scale), history
 
 

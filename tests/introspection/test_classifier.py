@@ -159,12 +159,25 @@ def test_bad_input_is_named(case):
     ("name", "value"),
     [
         ("activation", "sine"), ("loss", "hinge"), ("batch_size", 0), ("hidden", (0,)), ("validation_fraction", 1.0),
-        ("max_epochs", 1.5), ("hidden", 30),
+        ("max_epochs", 1.5), ("hidden", 30), ("learning_rate", None), ("validation_fraction", "a"),
     ],
 )  # fmt: skip
 def test_bad_parameters_are_named(name, value):
-    with pytest.raises(ValueError, match=f"{name} must"):
+    with pytest.raises((TypeError, ValueError), match=f"{name} must"):
         IntrospectiveClassifier(**{name: value}).fit(FEATURES, LABELS)
+
+
+@pytest.mark.parametrize("R", [1e200 * FEATURES, {"features": 1e30 * FEATURES, "logits": 1e10 * LOGITS}])
+def test_what_float32_cannot_train_on_is_refused(R):
+    with pytest.raises(ValueError, match="R must hold numbers that float32 can train on; the loss was never finite"):
+        IntrospectiveClassifier(hidden=(4,), max_epochs=2).fit(R, LABELS)
+
+
+@pytest.mark.parametrize("groups", [None, np.zeros(len(LABELS), int)])
+def test_some_source_is_trained_on_whatever_the_share(groups):
+    """Of forty samples .99 are all of them, and of one source so is .6."""
+    classifier = IntrospectiveClassifier(hidden=(4,), max_epochs=2, validation_fraction=0.99 if groups is None else 0.6)
+    assert np.isfinite(classifier.fit(FEATURES, LABELS, groups=groups).history_).all()
 
 
 def test_other_shapes_than_in_fit_are_refused():
