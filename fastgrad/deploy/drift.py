@@ -90,8 +90,7 @@ class ScoreReference:
         values = _finite(scores)
         if len(values) < 20:
             raise ValueError(f"scores must hold at least 20 in-distribution scores; there were {len(values)}")
-        if bins < 2:
-            raise ValueError(f"bins must be at least 2; it was {bins}")
+        checks.at_least(2, bins=bins)
         shuffled = np.random.default_rng(seed).permutation(values)
         half = len(values) // 2
         levels = np.linspace(0, 1, min(bins, half) + 1)[1:-1]
@@ -241,7 +240,7 @@ class DriftMonitor:
 
 
 def _finite(scores: ArrayLike) -> FloatArray:
-    values = np.atleast_1d(np.asarray(scores, dtype=np.float64))
+    values = np.atleast_1d(checks.to_array("scores", scores, finite=False))
     if values.ndim != 1:
         raise ValueError(f"scores must be one number or one-dimensional; the shape was {values.shape}")
     if not np.isfinite(values).all():

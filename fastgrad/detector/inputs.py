@@ -97,7 +97,8 @@ def kinds_of(kinds: ArrayLike | None, challenging: NDArray[np.bool_]) -> NDArray
     if values.shape != challenging.shape:
         raise ValueError(f"kinds must have shape {challenging.shape}, like y; it was {values.shape}")
     codes = np.zeros(len(values), dtype=np.intp)
-    codes[challenging] = 1 + np.unique(values[challenging], return_inverse=True)[1]
+    told = values[challenging].astype(str) if values.dtype == object else values[challenging]
+    codes[challenging] = 1 + np.unique(told, return_inverse=True)[1]
     return codes
 
 

@@ -38,8 +38,8 @@ class NoiseScale:
     """
 
     def __init__(self, decay: float | None = None) -> None:
-        if decay is not None and (isinstance(decay, bool) or not isinstance(decay, (int, float))):
-            raise TypeError(f"decay must be a number or None; it was {decay!r}")
+        if decay is not None:
+            checks.is_number(decay=decay)
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1; it was {decay}")
         self._decay = decay
@@ -61,9 +61,10 @@ class NoiseScale:
         checks.is_float("sqnorms", sqnorms)
         if sqnorms.dim() != 1 or len(sqnorms) < 2:
             raise ValueError(f"sqnorms must have shape (B,) with B at least 2; it was {tuple(sqnorms.shape)}")
-        if isinstance(batch_sqnorm, Tensor) and batch_sqnorm.numel() != 1:
-            raise ValueError(f"batch_sqnorm must be one number; it had shape {tuple(batch_sqnorm.shape)}")
-        norms, total, count = sqnorms.detach().double(), float(batch_sqnorm), len(sqnorms)
+        given = checks.to_array("batch_sqnorm", batch_sqnorm, finite=False)
+        if given.size != 1:
+            raise ValueError(f"batch_sqnorm must be one number; it had shape {given.shape}")
+        norms, total, count = sqnorms.detach().double(), given.item(), len(sqnorms)
         low, high = (float(edge) for edge in norms.aminmax())
         for name, value in (("sqnorms", low), ("sqnorms", high), ("batch_sqnorm", total)):
             if not 0 <= value < math.inf:

@@ -62,8 +62,8 @@ class SampleTable:
             ValueError: For any other ``by``, or a negative ``count``.
         """
         checks.one_of("by", by, _KEYS)
-        if count is not None and count < 0:
-            raise ValueError(f"count must not be negative; it was {count}")
+        if count is not None:
+            checks.at_least(0, count=count)
         values = getattr(self, by)
         order = np.argsort(-values if _KEYS[by] else values, kind="stable")[:count]
         return SampleTable(*(getattr(self, field.name)[order] for field in dataclasses.fields(self)))
@@ -131,7 +131,7 @@ def _labelled(batch: Any) -> tuple[Tensor | dict[str, Any], Tensor]:
     if labels is None:
         raise ValueError("loader must give labels beside the inputs: (x, labels) or a mapping with 'labels'")
     labels = torch.as_tensor(labels)
-    if labels.is_floating_point() or labels.dim() != 1 or len(labels) != batch_size(x):
+    if labels.is_floating_point() or labels.is_complex() or labels.dim() != 1 or len(labels) != batch_size(x):
         raise ValueError(
             f"loader must give integer labels of shape ({batch_size(x)},); they were {labels.dtype}, "
             f"{tuple(labels.shape)}"

@@ -209,3 +209,8 @@ def test_bad_input_is_named(case):
     X, y, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         UncertaintyDetector().fit(X, y)
+
+
+def test_kinds_may_be_names_and_numbers():
+    detector = UncertaintyDetector().fit(GOOD, np.tile([0, 1], 30), kinds=[None, "a", None, 3] * 15)
+    assert detector.module_.classifier_blocks() == list(GOOD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,8 @@ def test_no_estimate_and_no_gradient() -> None:
         ((torch.tensor([1.0, math.nan]), 1.0), ValueError, "sqnorms must be finite"),
         ((torch.tensor([1.0, math.inf]), 1.0), ValueError, "sqnorms must be finite and not negative; it held inf"),
         ((torch.ones(2), torch.ones(2)), ValueError, "batch_sqnorm must be one number"),
+        ((torch.ones(2), "much"), ValueError, "batch_sqnorm must be numeric"),
+        ((torch.ones(2), torch.tensor(1j)), ValueError, "batch_sqnorm must be numeric"),
         ((torch.ones(2), math.inf), ValueError, "batch_sqnorm must be finite"),
         ((torch.ones(2), 4.1), ValueError, "batch_sqnorm must be that of the sum .* at most 4 .*it was 4.1"),
     ],
@@ -89,8 +92,12 @@ def test_what_is_refused(given: Any, kind: type[Exception], message: str) -> Non
         fastgrad.NoiseScale().update(*given)
 
 
+def test_decay_may_be_a_number_of_numpy() -> None:
+    fastgrad.NoiseScale(np.float32(0.5))  # type: ignore[arg-type]
+
+
 def test_decay_that_is_refused() -> None:
     with pytest.raises(ValueError, match="decay must be at least 0 and below 1; it was 1"):
         fastgrad.NoiseScale(1)
-    with pytest.raises(TypeError, match="decay must be a number or None; it was 'all'"):
+    with pytest.raises(TypeError, match="decay must be a number; it was 'all'"):
         fastgrad.NoiseScale("all")  # type: ignore[arg-type]

@@ -85,6 +85,7 @@ def test_one_layer_and_mappings() -> None:
         (DataLoader(TensorDataset(X, Y), shuffle=True), ValueError, "loader must give samples in the order"),
         ([X], ValueError, "loader must give labels beside the inputs"),
         ([(X, Y.float())], ValueError, r"loader must give integer labels of shape \(300,\); they were torch.float32"),
+        ([(X, Y * 1j)], ValueError, r"loader must give integer labels of shape \(300,\); they were torch.complex64"),
         ([(X, Y[:5])], ValueError, r"loader must give integer labels of shape \(300,\); .* \(5,\)"),
         ([(X, Y + 1)], ValueError, "loader must give labels that are classes of the model: .* from 0 to 2; it held 3"),
         ([], ValueError, "loader must hold at least one batch"),
@@ -100,5 +101,5 @@ def test_sorting_that_is_refused(model: nn.Module) -> None:
     table = fastgrad.rank_samples(model, [(X[:2], Y[:2])], verbose=False)
     with pytest.raises(ValueError, match="by must be one of 'grand', 'el2n', 'loss', 'confidence'; it was 'index'"):
         table.sort("index")
-    with pytest.raises(ValueError, match="count must not be negative; it was -1"):
+    with pytest.raises(ValueError, match="count must be an integer of at least 0; it was -1"):
         table.sort(count=-1)
