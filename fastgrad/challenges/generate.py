@@ -300,6 +300,11 @@ def _check(model: nn.Module | None, images: Tensor, names: Sequence[str], batch_
     needing = sorted({name.partition("-")[0] for name in names if _row(name)[0].passes})
     if model is None and needing:
         raise ValueError(f"model must be given for {', '.join(needing)}; it was None")
+    if model is not None and needing and any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            f"model must hold tensors that gradients pass for {', '.join(needing)}; it was made in inference "
+            "mode: give copy.deepcopy(model), made outside of it"
+        )
     if batch_size is not None:
         checks.at_least(1, batch_size=batch_size)
 

@@ -31,6 +31,7 @@ from fastgrad.detector.presets import preset
 from fastgrad.detector.price import PriceReport, fit_to_budget
 from fastgrad.detector.report import Report, gains
 from fastgrad.detector.risk import Risk, doubt
+from fastgrad.engine.refusals import refuse_empty
 
 if TYPE_CHECKING:
     from fastgrad.detector.model import TwoStageModel
@@ -80,6 +81,7 @@ def fit(
     options: FitOptions,
 ) -> None:
     """Fit ``two_stage``, which changes once everything has worked."""
+    refuse_empty(two_stage.model)
     base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
     sample = _drawn(clean, challenges, calibration, two_stage.seed, options)
     x = to_device(sample.clean.batches[0], two_stage.device)

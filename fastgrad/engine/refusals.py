@@ -21,6 +21,13 @@ def refuse_scripted(model: nn.Module) -> None:
             )
 
 
+def refuse_empty(model: nn.Module) -> None:
+    """Raise ValueError for a model whose parameters hold no values."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"model must hold values; its parameter {name!r} was on the meta device")
+
+
 def refuse_parts(model: nn.Module) -> None:
     """Raise for a model that has no squared norm of each parameter here.
 
@@ -30,6 +37,7 @@ def refuse_parts(model: nn.Module) -> None:
         ValueError: If a parameter holds no values.
     """
     refuse_scripted(model)
+    refuse_empty(model)
     for name, parameter in model.named_parameters():
         kinds = {cls.__name__ for kind in (type(parameter), type(parameter.data)) for cls in kind.__mro__}
         found = sorted(kinds & _PARTS)
@@ -43,8 +51,6 @@ def refuse_parts(model: nn.Module) -> None:
                 f"model must have real parameters; {name!r} was {parameter.dtype}. Hold its two parts in one real "
                 "parameter and view that as complex (torch.view_as_complex)"
             )
-        if parameter.is_meta:
-            raise ValueError(f"model must hold values; its parameter {name!r} was on the meta device")
 
 
 def refuse_mixing(model: nn.Module, *, training: bool) -> None:

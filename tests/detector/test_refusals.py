@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,11 @@ def fitted(X: Any = ROWS) -> UncertaintyDetector:
 def scripted() -> nn.Module:
     traced: nn.Module = torch.jit.trace(NET, IMAGES)
     return traced
+
+
+def made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return copy.deepcopy(NET)
 
 
 HEADLESS = r"the network can serve, .*'logits'.*; 'features': .*linear layer"
@@ -67,6 +73,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "risk": (lambda: TwoStageModel(NET).fit([IMAGES], None, risk="yes"), TypeError, "risk must be .* 'yes'"),  # type: ignore[arg-type]
     "verbose": (lambda: TwoStageModel(NET).fit([IMAGES], None, verbose=2), TypeError, "verbose must be .* 2"),  # type: ignore[arg-type]
     "scripted": (lambda: TwoStageModel(nn.Sequential(scripted())), TypeError, "ordinary modules; '0' was a"),
+    "meta": (lambda: TwoStageModel(copy.deepcopy(NET).to("meta")).fit([IMAGES], None), ValueError, "0.weight.* meta"),
+    "inference": (lambda: TwoStageModel(made_in_inference_mode()).fit([IMAGES]), ValueError, "model .* inference mode"),
     "unknown file": (lambda: TwoStageModel.load("no/such.safetensors", NET), FileNotFoundError, "no/such"),
 }  # fmt: skip
 
