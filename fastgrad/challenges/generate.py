@@ -280,17 +280,19 @@ def _altered(
     unit = pixels.to_unit(inputs[torch.tensor([place for place, _ in chosen], device=inputs.device)])
     function = rows[0][0].function
     if not rows[0][0].passes:
-        return pixels.from_unit(function(unit, chosen[0][1], generator).clamp(0, 1))
-    assert model is not None  # checked before
-    strengths = unit.new_tensor([strength for _, strength in chosen]).view(-1, 1, 1, 1)
-    with attacks.evaluating(model):
-        made = function(model, unit, strengths, generator, pixels=pixels)
-    made = made[begun.cumsum(0).to(made.device) - 1]
-    low, high = _QUALITIES
-    qualities = torch.randint(low, high + 1, (len(made),), generator=generator)
-    if through.any():
-        made[through] = corruptions.compression(made[through], qualities[through], generator)
-    return pixels.from_unit(made)
+        made = function(unit, chosen[0][1], generator).clamp(0, 1)
+    else:
+        assert model is not None  # checked before
+        strengths = unit.new_tensor([strength for _, strength in chosen]).view(-1, 1, 1, 1)
+        with attacks.evaluating(model):
+            made = function(model, unit, strengths, generator, pixels=pixels)
+        made = made[begun.cumsum(0).to(made.device) - 1]
+        low, high = _QUALITIES
+        qualities = torch.randint(low, high + 1, (len(made),), generator=generator)
+        if through.any():
+            made[through] = corruptions.compression(made[through], qualities[through], generator)
+    # White may come back one rounding above itself.
+    return pixels.from_unit(made).clamp(pixels.low, pixels.high)
 
 
 def _check(model: nn.Module | None, images: Tensor, names: Sequence[str], batch_size: int | None) -> None:
