@@ -4,7 +4,8 @@ Two forms say what the sum means.
 
 *Split*: clean inputs on which nothing was fitted and nothing chosen. Of n of them and a new clean input, all
 exchangeable, the new one's p-value is below a with probability a at every multiple of ``1 / (n + 1)`` (split conformal
-prediction: Papadopoulos et al., 2002; Vovk, Gammerman and Shafer, 2005). This is exact, whatever the scores.
+prediction: Papadopoulos et al., 2002; Vovk, Gammerman and Shafer, 2005). This is exact, whatever the scores, but for
+those that nearly coincide: their p-values are raised (`fastgrad.scores.conformal.STEEPEST`), and fewer are below a.
 
 *Folds and refit*, where there are too few inputs to hold any out: each clean input is scored by what was fitted without
 its fold, new inputs by what was fitted on all. For stable scores its error vanishes as n grows (Steinberger and Leeb,

@@ -2,9 +2,10 @@
 
 Of n calibration scores and a new clean one, all exchangeable, the new one lies above the k-th highest with
 probability ``k / (n + 1)``, whatever the score (Vovk, Gammerman and Shafer, "Algorithmic learning in a random
-world", 2005). So that is the p-value of the k-th highest score: a share a of clean samples has p-values below a, on
-average over calibration sets, exactly where a is a multiple of ``1 / (n + 1)`` and by interpolation between them. The
-share itself scatters around a as a Beta distribution does. All p-values are kept as logarithms.
+world", 2005). So that is the p-value of the k-th highest score. Where every score is counted, a share of at most a of
+clean samples has p-values below a, on average over calibration sets, for every multiple a of ``1 / (n + 1)``; it is a
+unless scores lie close together. Elsewhere that is so by interpolation. The share itself scatters around a as a Beta
+distribution does. All p-values are kept as logarithms.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def _spread(ordered: Tensor) -> float:
 class PValues(Fitted):
     """Natural logarithms of the p-values of K scores, large ones being unusual, and of some of them small ones, too.
 
-    In the body p is counted at scores that are a few ranks apart and the logarithm interpolated between them, so
-    that it is strictly monotone and two scores that happen to lie close together make no cliff, where the
-    rounding of the network's float32 arithmetic would show in the p-value.
+    In the body p is counted at every score, or at scores that are a few ranks apart, and the logarithm interpolated
+    between them, so that it is strictly monotone and two scores that happen to lie close together make no cliff, where
+    the rounding of the network's float32 arithmetic would show in the p-value.
 
     Beyond the k-th highest score s, or beyond the highest where all are counted, the counts are too small to tell
     extreme values apart. Were the excesses over s exponential, with mean e, then a new score would exceed s by t with
@@ -70,7 +71,7 @@ class PValues(Fitted):
 
     @classmethod
     def fit(cls, scores: Tensor, two_sided: Sequence[bool], *, counted: bool = False) -> PValues:
-        """From calibration ``scores`` ``(K, n)``; ``counted`` counts up to the highest, and describes what is above."""
+        """From calibration ``scores`` ``(K, n)``; ``counted`` counts every one, and describes what is above all."""
         both = torch.tensor(two_sided)
         lower, rows = both.nonzero().flatten(), torch.arange(len(both))
         tails = [_tail(row, counted) for row in torch.cat([scores, -scores[lower]]).double()]
@@ -103,16 +104,16 @@ def _tail(scores: Tensor, counted: bool) -> dict[str, Tensor]:
     count = min(n - 1, max(2, min(_TAIL, n // 10)))
     excess = ordered[n - count :] - ordered[n - 1 - count]
     above = 0 if counted else count
-    # Counts of scores at or above a knot: from all down to a fifth in equal steps, from there in equal ratios.
+    # Counts of scores at or above some knots: from all down to a fifth in equal steps, from there in equal ratios.
     fifth = max(n / 5, above + 1)
     steps = math.ceil(math.log(fifth / (above + 1)) / _STEP) + 1
-    counts = torch.cat(
+    some = torch.cat(
         [
             torch.linspace(n, fifth, 1 + round(4 / _STEP), dtype=torch.float64),
             torch.linspace(math.log(fifth), math.log(above + 1), steps, dtype=torch.float64).exp(),
         ]
     ).round()
-    knots = ordered[(n - counts).long().unique()]
+    knots = ordered if counted else ordered[(n - some).long().unique()]
     # Of tied scores the first counts all the others.
     log_p = torch.log((n - torch.searchsorted(ordered, knots)).double() / (n + 1))
     # The lowest map above this one that falls nowhere faster. A long line rounds: never below for that.
