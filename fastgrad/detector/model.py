@@ -108,6 +108,8 @@ class TwoStageModel(nn.Module):
                 f"it was {budget!r}"
             )
         checks.at_least(0, seed=seed)
+        if seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, as NumPy's are; it was {seed}")
         self.model = model
         self.detector, self.classifier = detector, classifier
         self.budget, self.seed = float(budget), int(seed)
