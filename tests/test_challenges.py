@@ -351,7 +351,9 @@ def test_blur_and_compression_do_what_they_say() -> None:
         ({"names": ["fog"]}, ValueError, "names must be one of"),
         ({"names": ["noise-9"]}, ValueError, "noise-9"),
         ({"names": "noise"}, TypeError, "sequence"),
+        ({"names": [3]}, ValueError, "names must be one of .* it was '3'"),
         ({"severities": [4]}, ValueError, "severities"),
+        ({"severities": 2}, TypeError, "severities must be a sequence; it was 2"),
         ({"clip": (1, 0)}, ValueError, "clip"),
         ({"mean": [0.5] * 3}, ValueError, "together"),
         ({"mean": [0.5], "std": [0.5]}, ValueError, "per channel"),
@@ -360,6 +362,7 @@ def test_blur_and_compression_do_what_they_say() -> None:
         ({"model": None}, ValueError, "compressed_fgsm, compressed_pgd, fgsm, pgd; it was None"),
         ({"model": "resnet"}, TypeError, "model"),
         ({"images": torch.zeros(3, 8, 8)}, ValueError, "B, C, H, W"),
+        ({"images": torch.zeros(2, 3, 0, 8)}, ValueError, "B, C, H, W"),
         ({"images": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, TypeError, "images"),
         ({"images": torch.full((1, 3, 8, 8), torch.nan)}, ValueError, "finite"),
     ],
@@ -368,6 +371,12 @@ def test_errors_name_the_argument(kwargs: dict, error: type[Exception], words: s
     arguments = {"model": small_net(), "images": photos()} | kwargs
     with pytest.raises(error, match=words):
         generate_challenges(arguments.pop("model"), arguments.pop("images"), **arguments)
+
+
+@pytest.mark.parametrize("given", [{"names": []}, {"first": 1.5}, {"seed": None}, {"each": 0}])
+def test_turns_that_are_refused(given: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(given))} must"):
+        iter_challenges(None, photos(), **{"names": ["noise"], **given})
 
 
 class Wrapped(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -95,16 +95,18 @@ def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int
             severities give the ones they have.
 
     Raises:
+        TypeError: ``names`` or ``severities`` is no sequence.
         ValueError: for a name that is neither, naming those that exist.
     """
+    for what, given in (("names", names), ("severities", severities)):
+        if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
+            raise TypeError(f"{what} must be a sequence; it was {given!r}")
     wanted = None if severities is None else set(severities)
     if wanted is not None and not wanted <= {1, 2, 3}:
         raise ValueError(f"severities must be among 1, 2 and 3; they were {list(severities or ())!r}")
-    if isinstance(names, str):
-        raise TypeError(f"names must be a sequence of names; it was the string {names!r}")
     full: list[str] = []
     for name in CHALLENGES if names is None else names:
-        kind, _, level = name.partition("-")
+        kind, _, level = str(name).partition("-")
         checks.one_of("names", kind, CHALLENGES)
         levels = range(1, len(CHALLENGES[kind].strengths) + 1)
         if level:
@@ -172,6 +174,9 @@ def iter_challenges(
     full = challenge_names(names)
     _check(model, inputs, full, batch_size)
     checks.at_least(1, each=each)
+    checks.at_least(0, first=first, seed=seed)
+    if not full:
+        raise ValueError("names must hold at least one challenge; it was empty")
     if pixels is None:
         pixels = PixelRange.of(inputs)
     attacked, others, share = _turns(full)

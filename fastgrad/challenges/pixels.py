@@ -129,7 +129,7 @@ def _words(low: Tensor, high: Tensor) -> str:
 def check_images(images: Tensor) -> None:
     """Raise unless ``images`` is a finite floating tensor ``(B, C, H, W)``."""
     checks.is_float("images", images)
-    if images.dim() != 4:
+    if images.dim() != 4 or 0 in images.shape[1:]:
         raise ValueError(f"images must have shape (B, C, H, W); it was {tuple(images.shape)}")
     if not bool(torch.isfinite(images).all()):
         raise ValueError("images must be finite; it held NaN or infinity")
