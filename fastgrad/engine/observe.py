@@ -113,7 +113,7 @@ def _reached(outputs: Sequence[Tensor], parameters: dict[int, str]) -> set[str]:
 class Observation:
     """What a model does with a few samples; what differs from ``fewer``, with one of them less, is the batch.
 
-    ``recorded`` as in `fastgrad.engine.copy`.
+    ``recorded`` as in `fastgrad.engine.copy`. ``rounded`` changes every parameter by a last place or so.
 
     Attributes:
         output: What the model returned.
@@ -140,6 +140,7 @@ class Observation:
         *,
         training: bool = False,
         recorded: bool = False,
+        rounded: bool = False,
     ) -> None:
         self.calls: list[Call] = []
         self.parameters: dict[str, Tensor] = {}
@@ -159,6 +160,9 @@ class Observation:
         def leaf(parameter: nn.Parameter) -> Tensor:
             value = detach_plain(parameter)
             if value.is_floating_point():
+                if rounded:
+                    signs = torch.arange(value.numel(), device=value.device).cos().sign().reshape(value.shape)
+                    value = value * (1 + torch.finfo(value.dtype).eps * signs.to(value.dtype))
                 value.requires_grad_()
             name = names[id(parameter)]
             self.parameters[name] = value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,10 @@ from fastgrad.engine.state import NotRepeatableError, undone
 
 if TYPE_CHECKING:
     from fastgrad.engine.network import Network
+
+
+#: Observations of some of the samples among others, and which of a trial's these are.
+_Others = Sequence[tuple[Observation, range]]
 
 
 class _Check(NamedTuple):
@@ -54,21 +59,22 @@ class Trial:
         self._more, self._less, self._last = (take(inputs, i, samples, known.carriers) for i in indices)
         self._alone = samples == 1
         with torch.enable_grad():
-            seen = self._observe(training=False)
+            seen, others = self._observe(training=False)
             self._planners = [Planner(seen, known)]
             if known.training:
                 # What may be used is planned in evaluation mode, which skips no layer by chance. Whether it holds is
                 # seen in the mode that will run, with the same random numbers as the trial.
-                seen = self._observe(training=True)
+                seen, others = self._observe(training=True)
                 self._planners.append(Planner(seen, known))
             outputs = network.tensors(seen.output)
             self._checks, unseen = self._gradients(seen, outputs)
+            self._require_own_gradients(others, training=known.training)
             self._linear = self._is_linear(seen, outputs)
             zeros = [p for p in network.model.parameters() if not p.any()] if unseen else []
             self._zeros = tuple(map(weakref.ref, zeros))
 
-    def _observe(self, *, training: bool) -> Observation:
-        """What the model does with the samples.
+    def _observe(self, *, training: bool) -> tuple[Observation, _Others]:
+        """What the model does with the samples, and with some of them among others.
 
         Raises:
             ValueError: If the other samples change what it returns for one.
@@ -91,32 +97,57 @@ class Trial:
             find_layout(tuple(a.shape), tuple(b.shape), None, self._count) for a, b in zip(outputs, less, strict=True)
         )
         if self._alone:
-            return seen
+            return seen, []
         # One sample may decide for all, as the largest: it is not among both the first samples and the last alone.
         last = observe(self._last, self._count)
-        for other, rows in ((fewer, slice(0, self._count - 1)), (last, slice(self._count - 1, self._count))):
-            self._require_alone(seen, other, rows)
-        return seen
+        others = [(fewer, range(self._count - 1)), (last, range(self._count - 1, self._count))]
+        # Values of a batch may choose another path; random numbers come in another order.
+        others = [pair for pair in others if not seen.drew and seen.functions == pair[0].functions]
+        self._require_own_outputs(seen, others)
+        return seen, others
 
-    def _require_alone(self, seen: Observation, other: Observation, rows: slice) -> None:
-        """Raise ValueError unless the samples in ``rows`` have the same outputs in both, among other samples.
+    def _require_own_outputs(self, seen: Observation, others: _Others) -> None:
+        """Raise ValueError unless samples have the same outputs among other samples.
 
         Gradients do not tell where they do not lead to the others: by statistics of the inputs, or detached ones.
         """
-        # Values of a batch may choose another path; random numbers come in another order.
-        if seen.drew or seen.functions != other.functions:
-            return
         precision = max(seen.precision, torch.finfo(torch.float32).eps)
-        outputs, again = (self._network.tensors(each.output) for each in (seen, other))
-        for out, one, layout in zip(outputs, again, self._layouts, strict=True):
-            if layout is None or layout.kind == "single":
-                continue
-            own = layout.batch_first(out.detach(), seen.samples)[rows]
-            if not agree(layout.batch_first(one.detach(), other.samples)[rows], own, precision):
-                raise ValueError(
-                    "model must treat the samples of a batch independently; what it returns for a sample changes with "
-                    "the other samples of the batch"
-                )
+        for other, samples in others:
+            rows = slice(samples.start, samples.stop)
+            outputs, again = (self._network.tensors(each.output) for each in (seen, other))
+            for out, one, layout in zip(outputs, again, self._layouts, strict=True):
+                if layout is None or layout.kind == "single":
+                    continue
+                own = layout.batch_first(out.detach(), seen.samples)[rows]
+                if not agree(layout.batch_first(one.detach(), other.samples)[rows], own, precision):
+                    raise ValueError(
+                        "model must treat the samples of a batch independently; what it returns for a sample changes "
+                        "with the other samples of the batch"
+                    )
+
+    def _require_own_gradients(self, others: _Others, *, training: bool) -> None:
+        """Raise ValueError unless a sample has the same gradients among other samples, and among fewer."""
+        for other, samples in others:
+            check = next(check for check in self._checks if check.sample in samples)
+            changed = _changed(check.truth, self._back(other, check))
+            if changed:
+                # Gradients that vanish in exact arithmetic, as those of a saturated softmax, are rounding alone.
+                model, inputs = self._network.model, unwritten(self._more)
+                with undone(model):
+                    rounded = Observation(
+                        model, inputs, self._count, training=training, recorded=self._network.shared, rounded=True
+                    )
+                _refuse(changed - _changed(check.truth, self._back(rounded, check)))
+
+    def _back(self, seen: Observation, check: _Check) -> dict[str, Tensor]:
+        """The gradients of a check's sample among others, as many or fewer."""
+        outputs = self._network.tensors(seen.output)
+        cotangents = [
+            torch.zeros_like(out) if layout is None else rows.narrow(layout.dim, 0, out.shape[layout.dim])
+            for out, rows, layout in zip(outputs, check.cotangents, self._layouts, strict=True)
+        ]
+        with undone(self._network.model):
+            return seen.backward(outputs, cotangents)
 
     def _cotangents(self, outputs: Sequence[Tensor], samples: int, chosen: int) -> list[Tensor]:
         """What is sent back for one of the samples that the outputs hold."""
@@ -136,7 +167,7 @@ class Trial:
         checks = []
         idle = {name for name, p in seen.parameters.items() if p.requires_grad}
         idle &= set(self._known.names.values())
-        for sample in (CHOSEN, *(i for i in range(min(self._count, SAMPLES)) if i != CHOSEN)):
+        for sample in dict.fromkeys((CHOSEN, self._count - 1, *range(min(self._count, SAMPLES)))):
             cotangents = self._cotangents(outputs, self._count, sample)
             # A checkpoint runs a part of the model again.
             with undone(self._network.model):
@@ -151,13 +182,32 @@ class Trial:
         return checks, bool(idle) and not all(bool(gradient.any()) for gradient in gradients)
 
     def _is_linear(self, seen: Observation, outputs: Sequence[Tensor]) -> bool:
-        """Whether larger gradients of the outputs give gradients of parameters that are larger by the same factor."""
-        check, factor = self._checks[0], 8 if seen.precision > 1e-6 else 1024
-        with undone(self._network.model):
-            scaled = seen.backward(outputs, [factor * rows for rows in check.cotangents])
-        sizes = [(_size(check.truth[name]), _size(gradient) / factor**2) for name, gradient in scaled.items()]
-        floor = _floor(check.truth)
-        return not any(abs(other - one) > 0.1 * one + floor for one, other in sizes)
+        """Whether larger gradients of the outputs give gradients of parameters that are larger by the same factor.
+
+        Raises:
+            ValueError: If they are not, and other samples decide, as where gradients are divided by their largest.
+        """
+        factor = 8 if seen.precision > 1e-6 else 1024
+        # Of another size each, so that one decides.
+        one, other = (
+            [size * rows for rows in check.cotangents]
+            for size, check in zip((factor, 2 * factor), self._checks, strict=False)
+        )
+
+        def back(cotangents: Iterable[Tensor]) -> dict[str, Tensor]:
+            with undone(self._network.model):
+                return seen.backward(outputs, list(cotangents))
+
+        truth, larger = self._checks[0].truth, back(one)
+        sizes = [(_size(truth[name]), _size(gradient) / factor**2) for name, gradient in larger.items()]
+        floor = _floor(truth)
+        if not any(abs(again - size) > 0.1 * size + floor for size, again in sizes):
+            return True
+        if self._alone:
+            return False
+        both = back(map(operator.add, one, other))
+        _refuse(_changed(both, {name: larger[name] + gradient for name, gradient in back(other).items()}))
+        return False
 
     def plan(self, older: Plan | None = None) -> Plan:
         """A plan that agrees with autograd.
@@ -271,6 +321,22 @@ class Trial:
 def _apart(parameter: nn.Parameter) -> Tensor:
     """A copy that shares memory, and needs gradients where ``parameter`` does."""
     return detach_plain(parameter).requires_grad_(parameter.requires_grad)
+
+
+def _changed(truth: dict[str, Tensor], found: dict[str, Tensor]) -> set[str]:
+    """Names of gradients that differ by more than a hundredth or so."""
+    floor = _floor(truth)
+    pairs = {name: (found.get(name, torch.zeros_like(gradient)), gradient) for name, gradient in truth.items()}
+    return {name for name, (other, one) in pairs.items() if _size(other - one) > 0.01 * _size(one) + floor}
+
+
+def _refuse(changed: set[str]) -> None:
+    """Raise ValueError if there are any."""
+    if changed:
+        raise ValueError(
+            "model must treat the samples of a batch independently; a sample's gradients of "
+            f"{', '.join(sorted(changed))} change with the other samples of the batch, or with their number"
+        )
 
 
 def _precision(truth: dict[str, Tensor]) -> float:

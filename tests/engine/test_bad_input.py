@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -113,13 +114,23 @@ def test_a_mean_divides_every_gradient() -> None:
     assert_exact(tuple(25 * norms for norms in found), loop(model, x))
 
 
-def test_samples_that_interact_before_a_head_of_zeros_are_refused_once_it_has_learned() -> None:
+def test_samples_that_interact_before_a_head_of_zeros_are_refused() -> None:
     model, x = Interacting().double(), vectors(5)
     nn.init.zeros_(model.head.weight)
+    with pytest.raises(ValueError, match=r"gradients of head\.weight change with the other samples"):
+        recorded(model, x)
+
+
+def test_samples_that_interact_before_heads_of_zeros_are_refused_once_they_have_learned() -> None:
+    model, x = nn.Sequential(Interacting(), nn.Linear(3, 3)).double(), vectors(5)
+    heads = model[0].head.weight, model[1].weight
+    for weight in heads:
+        nn.init.zeros_(weight)
     features = fastgrad.GradientFeatures(model)
     features(x)
     recorded(model, x)
-    nn.init.normal_(model.head.weight)
+    for weight in heads:
+        nn.init.normal_(weight)
     with pytest.raises(ValueError, match="samples of a batch independently"):
         features(x)
     with pytest.raises(ValueError, match="samples of a batch independently"):
@@ -262,22 +273,22 @@ def test_one_output_for_each_sample_is_refused() -> None:
         model(vectors(5))
 
 
-class Clamped(nn.Module):
-    """Gradients of hidden states that are clamped, as for recurrent networks."""
+class Hooked(nn.Module):
+    """Gradients of hidden states that a hook changes, as for recurrent networks."""
 
-    def __init__(self) -> None:
+    def __init__(self, hook: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.first, self.head, self.hook = nn.Linear(4, 4), nn.Linear(4, 3), hook
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x))
-        h.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+        h.register_hook(self.hook)
         out: Tensor = self.head(h)
         return out
 
 
 def test_gradients_that_are_not_in_proportion_to_the_loss() -> None:
-    model, x = Clamped().double().eval(), vectors(5)
+    model, x = Hooked(lambda gradient: gradient.clamp(-0.1, 0.1)).double().eval(), vectors(5)
     truth = torch.stack(
         [
             torch.stack([g.square().sum() for g in torch.autograd.grad(squares(model(row)).sum(), model.parameters())])
@@ -292,3 +303,35 @@ def test_gradients_that_are_not_in_proportion_to_the_loss() -> None:
         pytest.raises(ValueError, match="model must have gradients in proportion to its losses"),
     ):
         clipped.backward(squares(model(x)))
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda gradient: gradient / len(gradient),
+        lambda gradient: gradient / gradient.norm(),
+        lambda gradient: gradient / gradient.abs().max(),
+        lambda gradient: gradient * (0.1 / gradient.norm()).clamp(max=1),
+    ],
+    ids=["the size of the batch", "its norm", "its largest", "its norm above a limit"],
+)
+def test_gradients_that_the_batch_divides_are_refused(hook: Callable[[Tensor], Tensor]) -> None:
+    model, x = Hooked(hook).double().eval(), vectors(5)
+    recorded(model, vectors(1))  # alone, a sample is the batch
+    for take in (recorded, lambda model, x: fastgrad.GradientFeatures(model)(x)):
+        with pytest.raises(ValueError, match=r"gradients of first\.bias, first\.weight change with the other samples"):
+            take(model, x)
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_that_are_rounding_alone_are_no_samples_that_interact() -> None:
+    torch.manual_seed(0)
+    saturated = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model = nn.Sequential(saturated, Mean(), nn.Linear(16, 3)).eval()
+    _, norms = fastgrad.GradientFeatures(model)(1e4 * torch.randn(6, 7, 16))
+    assert norms.isfinite().all()
