@@ -22,6 +22,7 @@ from fastgrad.engine.given import Given
 from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.engine.plan import Known, Plan, Route
+from fastgrad.engine.refusals import refuse_parts
 from fastgrad.engine.run import OffPlanError, Reading, Run, Site
 from fastgrad.engine.state import Snapshot, Versions, devices_of
 from fastgrad.engine.steps import Steps, layer_as_one_step
@@ -243,6 +244,8 @@ class Network:
                 if known is not None and known.lives() and (known.plans or one is keys[-1]):
                     self._known.move_to_end(one)
                     return known
+        # They may have become parts since the model was given.
+        refuse_parts(self.model)
         known = Known(
             any(modes),
             names,

@@ -8,7 +8,7 @@ from torch import nn
 from fastgrad._torch import BatchNorm
 
 #: Names of the classes that hold a part of a parameter, or of several.
-_PARTS = frozenset({"DTensor", "FlatParameter", "ShardedTensor"})
+_PARTS = frozenset({"DTensor", "FullyShardedDataParallel", "ShardedTensor"})
 
 
 def refuse_scripted(model: nn.Module) -> None:
@@ -38,14 +38,14 @@ def refuse_parts(model: nn.Module) -> None:
     """
     refuse_scripted(model)
     refuse_empty(model)
-    for name, parameter in model.named_parameters():
-        kinds = {cls.__name__ for kind in (type(parameter), type(parameter.data)) for cls in kind.__mro__}
-        found = sorted(kinds & _PARTS)
+    for name, part in (*model.named_modules(), *model.named_parameters()):
+        found = sorted({cls.__name__ for cls in type(part).__mro__} & _PARTS)
         if found:
             raise TypeError(
-                f"model must hold whole parameters; {name!r} was a {found[0]} (FSDP, tensor parallelism), of which "
-                "each process holds a part. Use DistributedDataParallel, or norms before the model is sharded"
+                f"model must hold whole parameters; {name or 'it'!r} was a {found[0]} (FSDP, tensor parallelism), of "
+                "which each process holds a part. Use DistributedDataParallel, or norms before the model is sharded"
             )
+    for name, parameter in model.named_parameters():
         if parameter.is_complex():
             raise TypeError(
                 f"model must have real parameters; {name!r} was {parameter.dtype}. Hold its two parts in one real "

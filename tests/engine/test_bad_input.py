@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from gradient_oracle import relative_error, true_norms
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import fastgrad
 
@@ -181,6 +183,29 @@ def test_parameters_that_are_not_seen_whole(entry: Any) -> None:
     ):
         with pytest.raises(error, match=message):
             entry(part)
+
+
+@pytest.fixture
+def process() -> Iterator[None]:
+    """One process of a group of one."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("process")
+def test_parameters_that_become_parts() -> None:
+    whole, x = nn.Linear(4, 3).double(), vectors(5)
+    features = fastgrad.GradientFeatures(whole)
+    features(x)
+    fully_shard(whole, mesh=init_device_mesh("cpu", (1,)))
+    for sharded in (whole, FullyShardedDataParallel(nn.Linear(4, 3), device_id=torch.device("cpu"))):
+        for entry in (fastgrad.GradientFeatures, fastgrad.record):
+            with pytest.raises(TypeError, match=r"must hold whole parameters; .* was a (DTensor|FullySharded)"):
+                entry(sharded)
+    with pytest.raises(TypeError, match="must hold whole parameters; 'weight' was a DTensor"):
+        features(x)
 
 
 def test_transforms_of_functions_inside_a_recording() -> None:
