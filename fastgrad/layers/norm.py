@@ -81,10 +81,9 @@ def layer_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
 def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for RMS norm over the last dimensions."""
     assert isinstance(module, nn.RMSNorm)
-    eps = module.eps if module.eps is not None else torch.finfo(a.dtype).eps
     a, g = upcast(a, g)
     shape = list(module.normalized_shape)
-    return _positionwise(F.rms_norm(a, shape, eps=eps), g, len(shape))
+    return _positionwise(F.rms_norm(a, shape, eps=module.eps), g, len(shape))
 
 
 def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:

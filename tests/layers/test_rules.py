@@ -173,6 +173,12 @@ def test_norms_and_activations(module: nn.Module, shape: tuple[int, ...], dtype:
     check_module(_random_statistics(module.to(dtype)), torch.randn(shape, dtype=dtype) + 0.3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rms_norm_in_half_precision_adds_the_rounding_error_of_float32(dtype: torch.dtype) -> None:
+    x = 1e-2 * torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
+    check_module(nn.RMSNorm(64).to(dtype), x.to(dtype), eps=1e-4)
+
+
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)], ids=repr)
 def test_norms_of_channels_last_tensors(norm: nn.Module) -> None:
     torch.manual_seed(1)
