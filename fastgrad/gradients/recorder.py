@@ -134,6 +134,12 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Run one call from outside with probes."""
+        keys = {name: id(p) for name, p in module.named_parameters()}
+        for name in (name for name, p in module.named_parameters() if p.grad_fn is not None):
+            raise ValueError(
+                f"model must be called with parameters of its own; {name!r} was computed (torch.func.functional_call), "
+                "and no gradient per sample is known of what it was computed from"
+            )
         with _lock:
             network = _networks.get(module)
             if network is None:
@@ -144,7 +150,6 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         with suspended():
             plan = network.plan(args, kwargs, samples, training=True) if samples else None
             output = network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
-        keys = {name: id(p) for name, p in module.named_parameters()}
         if run.plan is not None and run.plan.untracked:
             # Modules that a closure calls are the user's own, and such calls are recorded like any other.
             inner = [call for call in self.calls if not any(call is other for other in earlier)]

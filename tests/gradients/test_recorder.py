@@ -143,6 +143,9 @@ def test_what_is_refused(model: nn.Sequential) -> None:
             fastgrad.grad_sqnorm(z.sum(), parameters, is_grads_batched=True)
         with pytest.raises(ValueError, match=r"'0.weight' took part in several"):
             fastgrad.grad_sqnorm((z + model(X)).sum(), parameters)
+        computed = {name: 2 * p for name, p in model.named_parameters()}
+        with pytest.raises(ValueError, match=r"parameters of its own; '0.weight' was computed"):
+            torch.func.functional_call(model, computed, (X,))
 
 
 def test_a_replayed_module_in_training_mode_is_refused() -> None:
