@@ -159,13 +159,15 @@ class Fallback:
         self, forward: Forward, inputs: list[Tensor], gradients: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs and gradients of each sample of a chunk, ``(B, *shape)``."""
+        if not self.vectorize:
+            wanted = [leaf(detach_plain(p)) for p in self.parameters]
+            alone = [out.unsqueeze(0) for out in forward(wanted, [t[0] for t in inputs])]
+            outputs, found = _differentiated(alone, wanted, gradients)
+            return outputs, [f.unsqueeze(0) for f in found]
         count = gradients[0].shape[0]
         wanted = [leaf(detach_plain(p).unsqueeze(0).expand(count, *p.shape)) for p in self.parameters]
-        if self.vectorize:
-            with _PaddedRows():
-                outputs = torch.func.vmap(forward)(wanted, inputs)
-        else:
-            outputs = [out.unsqueeze(0) for out in forward([w[0] for w in wanted], [t[0] for t in inputs])]
+        with _PaddedRows():
+            outputs = torch.func.vmap(forward)(wanted, inputs)
         return _differentiated(outputs, wanted, gradients)
 
     def _compare(
@@ -213,7 +215,7 @@ def _differentiated(
         found = torch.autograd.grad(reached, wanted, at, allow_unused=True)
     return (
         [out.detach() for out in outputs],
-        [torch.zeros_like(w) if f is None else f for f, w in zip(found, wanted, strict=True)],
+        [torch.zeros_like(w) if f is None else f.to_dense() for f, w in zip(found, wanted, strict=True)],
     )
 
 

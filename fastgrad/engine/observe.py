@@ -219,7 +219,7 @@ class Observation:
             return {}
         reached, at = zip(*pairs, strict=True)
         found = torch.autograd.grad(reached, list(leaves.values()), at, allow_unused=True, retain_graph=True)
-        return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+        return {name: g.to_dense() for name, g in zip(leaves, found, strict=True) if g is not None}
 
     def once(self, call: Call) -> bool:
         """Whether the call's module is called no other time."""

@@ -138,7 +138,11 @@ class PlanConstraints:
         if any(isinstance(site, LayerSite) and site.layout.kind == "single" for site in plan.sites):
             return replace(self, single=False)
         mapped = {site.path for site in plan.sites if isinstance(site, FallbackSite) and site.vectorize}
-        return replace(self, no_vmap=self.no_vmap | mapped) if mapped else None
+        if mapped:
+            return replace(self, no_vmap=self.no_vmap | mapped)
+        # One sample's rows may be no input for a part alone, as offsets into those of all.
+        parts = {p for site in plan.sites if isinstance(site, FallbackSite) and site.path for p in site.parameters}
+        return replace(self, at_root=self.at_root | parts) if parts else None
 
     def after_disagreement(self, wrong: frozenset[str]) -> PlanConstraints | None:
         """The next step after the squared norms of ``wrong`` were not autograd's; None if nothing is left."""

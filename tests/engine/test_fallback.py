@@ -142,3 +142,30 @@ def test_a_model_that_takes_gradients() -> None:
         found = fastgrad.grad_sqnorm(model(x).square().sum(), list(model.parameters()))
     truth = loss_norms((model(row).square().sum() for row in x.split(1)), model)
     torch.testing.assert_close(torch.stack(found, 1), truth)
+
+
+class Bag(nn.Module):
+    """A bag of embeddings whose offsets are those of all samples together."""
+
+    def __init__(self, *, sparse: bool, offsets: bool) -> None:
+        super().__init__()
+        self.table, self.head = nn.EmbeddingBag(5, 4, mode="sum", sparse=sparse), nn.Linear(4, 3)
+        self.offsets = offsets
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        starts = torch.arange(len(tokens)) * tokens.shape[1]
+        h = self.table(tokens.flatten(), starts) if self.offsets else self.table(tokens)
+        out: Tensor = self.head(h.tanh())
+        return out
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("offsets", [False, True])
+def test_bags_of_embeddings(sparse: bool, offsets: bool) -> None:
+    torch.manual_seed(0)
+    model, tokens = Bag(sparse=sparse, offsets=offsets).double(), torch.randint(0, 5, (6, 7))
+    with fastgrad.record(model):
+        found = fastgrad.grad_sqnorm(square(model, tokens).sum(), list(model.parameters()))
+    model.table.sparse = False
+    truth = loss_norms((square(model, one[None]).sum() for one in tokens), model)
+    assert relative_error(torch.stack(found, 1), truth, 2e-16).max() < 1e-10
