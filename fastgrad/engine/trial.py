@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastgrad._torch import pytree
 from fastgrad.batches import take
 from fastgrad.engine.backward import order_by_parameter, probe_grads
-from fastgrad.engine.copy import detach_plain
+from fastgrad.engine.copy import Shadow, detach_plain
 from fastgrad.engine.fallback import agree
 from fastgrad.engine.given import unwritten
 from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
@@ -57,7 +57,7 @@ class Trial:
         inputs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
         indices = (index, index[:-1], index[-1:].expand(count))
         self._more, self._less, self._last = (take(inputs, i, samples, known.carriers) for i in indices)
-        self._alone = samples == 1
+        self._alone, self._whole = samples == 1, (inputs, samples)
         with torch.enable_grad():
             seen, others = self._observe(training=False)
             self._planners = [Planner(seen, known)]
@@ -82,8 +82,16 @@ class Trial:
         options = {"training": training, "recorded": self._network.shared}
 
         def observe(inputs: Any, count: int, fewer: Observation | None = None) -> Observation:
-            with undone(self._network.model):
-                return Observation(self._network.model, unwritten(inputs), count, fewer, **options)
+            try:
+                with undone(self._network.model):
+                    return Observation(self._network.model, unwritten(inputs), count, fewer, **options)
+            except Exception as error:
+                self._require_broken(training=training)
+                raise ValueError(
+                    "model must take any number of samples, and be followed on its way (no torch.cond, no nested "
+                    f"tensors but jagged ones); given {count} of {self._whole[1]} samples in a trial it raised "
+                    f"{type(error).__name__}: {error}"
+                ) from error
 
         fewer = observe(self._less, self._count - 1)
         seen = observe(self._more, self._count, fewer)
@@ -105,6 +113,12 @@ class Trial:
         others = [pair for pair in others if not seen.drew and seen.functions == pair[0].functions]
         self._require_own_outputs(seen, others)
         return seen, others
+
+    def _require_broken(self, *, training: bool) -> None:
+        """Raise what the model raises for all samples, if it does."""
+        args, kwargs = unwritten(self._whole[0])
+        with undone(self._network.model):
+            Shadow(self._network.model, training=training, recorded=self._network.shared).root(*args, **kwargs)
 
     def _require_own_outputs(self, seen: Observation, others: _Others) -> None:
         """Raise ValueError unless samples have the same outputs among other samples.
@@ -246,7 +260,12 @@ class Trial:
             else:
                 constraints = constraints.after_error(plan)
                 if constraints is None:
-                    raise failure
+                    if isinstance(failure, ValueError):
+                        raise failure
+                    raise ValueError(
+                        "model must bear to run again on single samples, or with one copy of a parameter for each of "
+                        f"them; in a trial it raised {type(failure).__name__}: {failure}"
+                    ) from failure
         if not all(gradient.isfinite().all() for check in self._checks for gradient in check.truth.values()):
             raise ValueError(
                 "model must have finite gradients on the samples of a first call, which it is checked with; those of "

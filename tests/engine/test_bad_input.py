@@ -360,3 +360,52 @@ def test_gradients_that_are_rounding_alone_are_no_samples_that_interact() -> Non
     model = nn.Sequential(saturated, Mean(), nn.Linear(16, 3)).eval()
     _, norms = fastgrad.GradientFeatures(model)(1e4 * torch.randn(6, 7, 16))
     assert norms.isfinite().all()
+
+
+class Crops(nn.Module):
+    """Three crops of each image stand one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x).unflatten(0, (-1, 3)).mean(1)
+        return out
+
+
+class Conditional(nn.Module):
+    """A branch of PyTorch's own, whose functions cannot be watched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def sine(x: Tensor) -> Tensor:
+            out: Tensor = self.layer(x).sin()
+            return out
+
+        branch: Tensor = torch.cond(x.sum() > 0, sine, self.layer, (x,))
+        return branch
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (Crops, r"take any number of samples.* given 4 of 9 samples in a trial it raised RuntimeError: unflatten"),
+        (Conditional, r"no torch\.cond.* given 3 of 9 samples in a trial it raised"),
+    ],
+)
+def test_what_fails_in_a_trial_alone_is_refused_by_name(made: type[nn.Module], message: str) -> None:
+    model = made().double()
+    assert model(vectors(9)).isfinite().all()
+    for take in (recorded, lambda model, x: fastgrad.GradientFeatures(model)(x)):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            take(model, vectors(9))
+
+
+def test_what_all_samples_fail_with_is_the_models_own_error() -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        recorded(Crops().double(), torch.ones(9, 5).double())
