@@ -202,7 +202,7 @@ def _require_separate(
                 "losses must be computed from outputs that carry the batch in one dimension; they depend on one of "
                 f"shape {tuple(out.shape)}, in which it was not found"
             )
-        own, other = (layout.batch_first(x, samples).flatten(1) for x in (g, h))
+        own, other = (layout.batch_first(x, samples).reshape(samples, -1) for x in (g, h))
         expected = own * factors.to(own).unsqueeze(1)
         allowed = _UNITS * torch.finfo(own.dtype).eps * expected.abs().amax(1, keepdim=True)
         if bool(((other - expected).abs() > allowed).any()):

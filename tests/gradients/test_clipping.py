@@ -396,3 +396,13 @@ def test_nothing_stays_on_the_model() -> None:
     with pytest.raises(ValueError, match="losses"), fastgrad.clip_gradients(model, 1.0) as clipped:
         clipped.backward(losses_of(model, x, y).mean())
     assert [dict(vars(m)) for m in model.modules()] == before
+
+
+def test_a_model_that_returns_losses() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1), nn.Flatten(0)).double()
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
+    with fastgrad.clip_gradients(model, 1e9) as clipped:
+        norms = clipped.backward(model(x))
+    wanted = [torch.autograd.grad(model(row)[0], list(model.parameters())) for row in x.split(1)]
+    lengths = [torch.stack([g.square().sum() for g in grads]).sum().sqrt() for grads in wanted]
+    torch.testing.assert_close(norms, torch.stack(lengths))
