@@ -122,7 +122,8 @@ class _Loop(nn.Module):
 
 def _export(graph: nn.Module, one: Tensor, max_batch: int) -> Any:
     batch = one.expand(3, *one.shape[1:]).contiguous()
-    size = torch.export.Dim("batch", min=1, max=max_batch)
+    # The batch that it is recorded with must be one of those that it is for.
+    size = torch.export.Dim("batch", min=1, max=max(max_batch, len(batch)))
     try:
         return torch.export.export(graph, (batch,), dynamic_shapes=({0: size},))
     except Exception as error:
