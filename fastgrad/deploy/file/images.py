@@ -76,8 +76,9 @@ def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = M
                 if image.width * image.height > max_pixels:
                     size = f"{image.width} x {image.height}"
                     raise ImageTooLargeError(f"the image has {size} pixels; at most {max_pixels} are allowed")
-                # JPEG files are decoded at half, a quarter or an eighth where that is enough.
-                image.draft("RGB" if channels == 3 else "L", (2 * width, 2 * height))
+                # JPEG files are decoded at half, a quarter or an eighth where that is enough, upright or on its side.
+                least = 2 * max(width, height)
+                image.draft("RGB" if channels == 3 else "L", (least, least))
                 upright: Any = ImageOps.exif_transpose(image)
                 if upright.mode.startswith("I"):
                     upright = _to_eight_bits(upright)

@@ -1,10 +1,14 @@
-"""What decoding refuses, with an error that says what was wrong."""
+"""What decoding gives, and what it refuses with an error that says what was wrong."""
 
 from __future__ import annotations
 
-import pytest
+import io
 
-from fastgrad.deploy.file.images import ImageError, decode_image
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from fastgrad.deploy.file.images import ImageError, decode_image, decode_pixels
 from fastgrad.deploy.file.package import Description
 
 
@@ -15,3 +19,17 @@ from fastgrad.deploy.file.package import Description
 def test_the_error_says_what_was_wrong(shape: tuple[int, ...], content: bytes, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         decode_image(content, Description(shape, "float32", 4, 8, "cpu"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_large_jpeg_on_its_side_keeps_its_details(orientation: int) -> None:
+    """A decoding at a part of its size comes near to the whole file, upright and scaled at once."""
+    squares = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    turned, out = Image.Exif(), io.BytesIO()
+    turned[0x0112] = orientation
+    picture = Image.fromarray(squares)
+    picture.save(out, "JPEG", quality=95, exif=turned)
+    for height, width in ((16, 64), (64, 16), (32, 32)):
+        whole = ImageOps.fit(ImageOps.exif_transpose(Image.open(out)), (width, height), Image.Resampling.BILINEAR)
+        found = decode_pixels(out.getvalue(), (3, height, width)).transpose(1, 2, 0)
+        assert np.abs(found - np.asarray(whole, dtype=float)).max() < 20
