@@ -241,6 +241,32 @@ def test_odd_names_large_files_and_unreadable_ones(tiny_package: Path, tmp_path:
     assert "none of JPEG, PNG, WEBP" in rows[2000]["old.tif"]["error"]
 
 
+def test_no_image_is_left_out_without_a_word(
+    tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "images"
+    (base / "closed").mkdir(parents=True)
+    (base / "0.png").write_bytes(image(0))
+    (base / "1.png").symlink_to("nowhere")
+    (base / "2.png").symlink_to("0.png")
+    (base / "3.png").symlink_to("closed")
+    os.mkfifo(base / "4.png")
+    score(tiny_package, base, tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out").to_pylist()
+    missing = "the file cannot be read: No such file or directory"
+    assert [(row["name"], row["error"]) for row in rows] == [("0.png", None), ("1.png", missing), ("2.png", None)]
+    plain = os.scandir
+
+    def closed(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError, match="closed"):
+        score(tiny_package, base, tmp_path / "again")
+
+
 def test_large_cells_are_not_read(tiny_package: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
     cells = [image(1), bytes(5000), None]

@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from fastgrad.checks import extra
 
@@ -34,11 +34,22 @@ class Source(NamedTuple):
 
 
 def list_folder(folder: Path) -> tuple[list[Source], str]:
-    """All image files below a folder in the order of their names, and a digest of names, sizes and times."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    """All image files below a folder in the order of their names, and a digest of names, sizes and times.
+
+    Links to files count, also where there is no such file; links to folders are not followed.
+
+    Raises:
+        OSError: a folder cannot be read, whose images would be missing.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    paths = (Path(where, name) for where, _, names in os.walk(folder, onerror=refuse) for name in names)
+    images = (path for path in paths if path.suffix.lower() in SUFFIXES)
     sources, digest = [], hashlib.sha256()
-    for path in sorted(found):
-        name, stat = os.fsencode(path.relative_to(folder)), path.stat()
+    for path in sorted(path for path in images if path.is_file() or not path.exists()):
+        name, stat = os.fsencode(path.relative_to(folder)), path.stat() if path.exists() else path.lstat()
         digest.update(b"%s\0%d %d\0" % (name, stat.st_size, stat.st_mtime_ns))
         sources.append(Source(name.decode("utf-8", "backslashreplace"), path))
     return sources, digest.hexdigest()
