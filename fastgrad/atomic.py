@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+#: How the names of files begin that are being written; a process that was killed leaves its own.
+UNFINISHED = ".fastgrad-"
+
 
 @contextlib.contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
     """Give a new file of a random name beside ``target``; move it there if nothing went wrong, else remove it."""
-    temporary = target.with_name(f".fastgrad-{secrets.token_hex(8)}")
+    temporary = target.with_name(UNFINISHED + secrets.token_hex(8))
     # O_EXCL: never through a file or link that somebody has put there.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:

@@ -175,6 +175,8 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(
     pq.write_table(pq.read_table(parts / "part-00000000.parquet").replace_schema_metadata({}), parts / "x")
     os.replace(parts / "x", parts / "part-00000000.parquet")
     (parts / "part-00000003.parquet").write_bytes(b"torn")
+    # A process that was killed while it wrote has left what it had.
+    (parts / ".fastgrad-0123456789abcdef").write_bytes(b"torn")
     counts = score(tiny_package, folder, out, batch=2, part=4)
     assert counts["continued"] == 4
     assert written == [f"part-{i:08d}.parquet" for i in (0, 1, 0, 2, 3, 4, 5)]
@@ -194,6 +196,9 @@ def test_a_folder_that_no_job_made_is_left_as_it_is(
         with pytest.raises(ValueError, match=r"was not made by fastgrad score|parts of another job"):
             score(tiny_package, folder, out)
         assert (parts / "thesis.txt").read_text() == "the only copy"
+    # An empty one may be a job's, which was ended before it noted what it is, as by a full disk.
+    (tmp_path / "e.parts").mkdir()
+    assert score(tiny_package, folder, tmp_path / "e")["images"] == 23
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "l.parts").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="was not made by"):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastgrad.atomic import written_beside
+from fastgrad.atomic import UNFINISHED, written_beside
 from fastgrad.checks import extra
 from fastgrad.deploy.file.description import Description
 from fastgrad.deploy.file.package import ModelPackage, digest_of
@@ -128,6 +128,9 @@ class Job:
     def _open(self, job: dict[str, Any]) -> str:
         """Make the folder, or check that this job has made it; return the job's random id."""
         note = self.folder / "job.json"
+        # A job that was ended before its note was written, or after it was removed, has left an empty folder.
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
             identity = secrets.token_hex(16)
@@ -178,11 +181,12 @@ def count_rows(parts: Iterable[Path]) -> dict[str, int]:
 
 
 def join_parts(job: Job, out: Path, schema: Any) -> None:
-    """Make one Parquet file of all parts, then remove them, and the folder if nothing else is in it."""
+    """Make one Parquet file of all parts, then remove what the job wrote, and the folder if nothing else is in it."""
     with written_beside(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for part in job.paths:
             writer.write_table(pq.read_table(part).cast(schema))
-    for path in (*job.paths, job.folder / "job.json"):
+    # What was being written when a process of the job was killed still has its temporary name.
+    for path in (*job.paths, *job.folder.glob(UNFINISHED + "*"), job.folder / "job.json"):
         path.unlink()
     with contextlib.suppress(OSError):
         job.folder.rmdir()
