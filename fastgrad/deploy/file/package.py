@@ -192,6 +192,7 @@ class ModelPackage:
         Raises:
             ValueError: a wrong shape or batch size.
             TypeError: a wrong dtype.
+            PackageError: the graph gives something else than the description says.
         """
         return self.explain(x)[0]
 
@@ -218,7 +219,13 @@ class ModelPackage:
             )
         if x.dtype != DTYPES[self.description.input_dtype]:
             raise TypeError(f"x must have dtype {self.description.input_dtype}; it was {x.dtype}")
-        logits, probabilities, uncertainty, *more = self._run(x.to(self.description.device).contiguous())
+        found = self._run(x.to(self.description.device).contiguous())
+        rows: list[tuple[int, ...]] = [(self.description.classes,)] * 2 + [()] * (1 + self.description.risk)
+        rows += [] if self.description.evidence is None else [(len(self.description.evidence),)]
+        if [tuple(value.shape[1:]) for value in found] != rows:
+            shapes = [tuple(value.shape) for value in found]
+            raise PackageError(f"{self.path} gives {shapes}, where the description inside says {rows} an input")
+        logits, probabilities, uncertainty, *more = found
         risk = more.pop(0) if self.description.risk else None
         evidence = more.pop(0) if self.description.evidence is not None else None
         return Prediction(logits, probabilities, uncertainty, risk), evidence

@@ -180,6 +180,17 @@ def test_code_for_another_processor_is_refused(tiny_package: Path, monkeypatch: 
         ModelPackage(tiny_package)
 
 
+@pytest.mark.parametrize("change", [{"classes": 3, "labels": None}, {"risk": True}, {"evidence": {"a": "words"}}])
+def test_a_description_of_another_graph_is_refused(change: dict[str, Any], tiny_package: Path, tmp_path: Path) -> None:
+    """With three classes for four, the last probability would pass for the uncertainty."""
+    with zipfile.ZipFile(tiny_package) as old, zipfile.ZipFile(tmp_path / "m.pt2", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, json.dumps(json.loads(content) | change) if name.endswith(MEMBER) else content)
+    with pytest.raises(PackageError, match=r"m\.pt2 gives .* says"):
+        ModelPackage(tmp_path / "m.pt2").rows(torch.zeros(1, 3, 8, 8))
+
+
 def test_rows_are_what_explain_gives(tiny_explained: Path) -> None:
     model, x = ModelPackage(tiny_explained), torch.randn(3, 3, 8, 8)
     prediction, evidence = model.explain(x)
