@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class FakeChild:
         self.poison: int | None = None
         self.die_on: set[int] = set()
         self.constant, self.alive, self.starts = constant, False, 0
+        self.on_end: Callable[[], None] = lambda: None
 
     async def start(self, seconds: float) -> None:
         self.alive, self.starts = True, self.starts + 1
@@ -73,11 +74,18 @@ class FakeChild:
     async def stop(self, patience: float = 0.0) -> None:
         self.alive = False
 
+    def end(self) -> None:
+        self.alive = False
+        self.on_end()
+
     async def ask(self, parts: Sequence[bytes], seconds: float) -> bytes:
         await asyncio.sleep(0)
+        if not self.alive:
+            raise ChildDiedError("its process is not there")
         batch = [part[0] for part in parts]
         self.batches.append(batch)
         if self.poison in batch or len(self.batches) in self.die_on:
+            self.end()
             raise ChildDiedError("killed")
         last = [value if self.constant is None else self.constant for value in batch]
         return np.array([[0.25] * 4 + [value] for value in last]).tobytes()

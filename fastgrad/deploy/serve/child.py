@@ -89,6 +89,7 @@ class Child:
         process: once it was started.
         alive: whether it has started and can be asked.
         starts: how often it was started.
+        on_end: called when it has ended, for whatever reason.
     """
 
     def __init__(self, module: str, arguments: Sequence[object], *, most: int, small: bool = False) -> None:
@@ -96,6 +97,7 @@ class Child:
         self._most = most
         self.process: Process | None = None
         self.alive, self.starts = False, 0
+        self.on_end: Callable[[], None] = lambda: None
 
     async def start(self, seconds: float) -> None:
         """Start it.
@@ -109,8 +111,15 @@ class Child:
             sys.executable, "-I", "-c", _START, self._start, stdin=PIPE, stdout=PIPE, stderr=None,
             env=environment, start_new_session=True, limit=2**20,
         )  # fmt: skip
-        self.alive = True
+        self._end = asyncio.ensure_future(self.process.wait())
+        self._end.add_done_callback(self._ended)
         await self.ask((), seconds)
+        self.alive = True
+
+    def _ended(self, end: asyncio.Future[int]) -> None:
+        if end is self._end:
+            self.alive = False
+            self.on_end()
 
     async def restart(self, seconds: float) -> None:
         """Start it anew, again and again until it can be asked."""
@@ -132,7 +141,7 @@ class Child:
             ChildDiedError: it ended, or did not answer in time; then it is killed, as it is when this is cancelled.
         """
         process = self.process
-        if process is None or process.stdin is None or process.stdout is None or not self.alive:
+        if process is None or process.stdin is None or process.stdout is None or (parts and not self.alive):
             raise ChildDiedError("its process is not there")
         done = False
         try:

@@ -53,6 +53,8 @@ class Pool:
         self.hang_timeout, self.load_timeout = hang_timeout, load_timeout
         self._queue: deque[_Item] = deque()
         self._arrived = asyncio.Event()
+        for worker in workers:
+            worker.on_end = self._arrived.set
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -109,14 +111,19 @@ class Pool:
 
     async def _serve(self, worker: Child) -> None:
         while True:
-            if batch := await self._next_batch():
+            if batch := await self._next_batch(worker):
                 await self._run(worker, batch)
                 # While nothing comes, what was asked and answered must not fill the memory.
                 del batch
+            if not worker.alive:
+                await worker.restart(self.load_timeout)
 
-    async def _next_batch(self) -> list[_Item]:
-        """Wait for an input, and a moment for others; what was run before comes first, and alone."""
-        while not self._queue:
+    async def _next_batch(self, worker: Child) -> list[_Item]:
+        """Wait for an input, and a moment for others; what was run before comes first, and alone.
+
+        A process that ends meanwhile gets none: an input must not answer for that.
+        """
+        while worker.alive and not self._queue:
             self._arrived.clear()
             await self._arrived.wait()
         if self.max_batch > 1:
@@ -124,6 +131,9 @@ class Pool:
                 while self._queue and len(self._queue) < self.max_batch and not self._queue[0].attempts:
                     self._arrived.clear()
                     await self._arrived.wait()
+        if not worker.alive:
+            _log.warning("a process is replaced: it ended while it waited")
+            return []
         most = 1 if self._queue and self._queue[0].attempts else self.max_batch
         batch: list[_Item] = []
         while self._queue and len(batch) < most:
@@ -142,7 +152,6 @@ class Pool:
         except ChildDiedError as error:
             _log.warning("a process is replaced: %s", error)
             self._give_back(batch, error)
-            await worker.restart(self.load_timeout)
         except RequestError as error:
             for item in batch:
                 _settle(item, error)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from anyio import fail_after
 from serve_stub import FakeChild
 
 from fastgrad.deploy.file.package import ModelPackage
@@ -61,6 +62,25 @@ def test_a_dead_worker_loses_nothing() -> None:
         assert pool.restarts == 2
 
     with_fakes(1, body, max_batch=8)
+
+
+def test_processes_that_end_while_they_wait_come_back_and_no_input_answers_for_it() -> None:
+    async def body(pool: Pool, fakes: list[FakeChild]) -> None:
+        await asyncio.sleep(0)  # until all wait
+        for fake in fakes:
+            fake.end()
+        assert not pool.ready
+        (answer,) = await submit_all(pool, [5])
+        assert answer[4] == 5
+        for fake in fakes:
+            fake.end()
+        with fail_after(10):
+            while not all(fake.alive for fake in fakes):
+                await asyncio.sleep(0)
+        assert pool.restarts == 2 * len(fakes)
+        assert sum(len(fake.batches) for fake in fakes) == 1
+
+    with_fakes(MAX_ATTEMPTS, body)
 
 
 def test_a_poisonous_input_fails_alone() -> None:
@@ -139,6 +159,15 @@ def test_real_workers(model_file: Path) -> None:
             await asyncio.sleep(0.01)
         pool.hang_timeout = 30.0
         np.testing.assert_allclose(numbers(await hanging), direct[:16], rtol=1e-5, atol=1e-5)
+        # Killed while it waits: the pool says so, and it comes back by itself.
+        process = pool.workers[0].process
+        assert process is not None
+        os.kill(process.pid, signal.SIGKILL)
+        with fail_after(60):
+            for ready in (True, False):
+                while pool.ready == ready:
+                    await asyncio.sleep(0.01)
+        assert pool.workers[0].process is not process
         await pool.close()
         last = pool.workers[0].process
         assert last is not None
