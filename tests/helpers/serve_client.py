@@ -29,7 +29,8 @@ if os.environ.get("PAUSES"):
     # The longest that anything has kept the event loop: in seconds of the processor, and of the clock.
     longest, plain, asked = [0.0, 0.0], asyncio.events.Handle._run, 0
     def tell(what):
-        with open(os.environ["PAUSES"] + ".new", "w") as file:
+        # Of a name that no other call has: the signal may come in the middle of one.
+        with open(os.environ["PAUSES"] + f".{time.perf_counter_ns()}", "w") as file:
             print(asked, *longest, what, file=file)
         os.replace(file.name, os.environ["PAUSES"])
     def run(handle):
