@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
 import os
 import signal
 import sys
@@ -68,8 +69,11 @@ def run(args: argparse.Namespace) -> int:
 
     for name, *_ in _POSITIVE:
         value = getattr(args, name[2:].replace("-", "_"))
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive; it was {value:g}")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite; it was {value:g}")
+    for name, value, most in (("--port", args.port, 65_535), ("--batch-wait-ms", args.batch_wait_ms, 60_000)):
+        if not 0 <= value <= most:
+            raise ValueError(f"{name} must be from 0 to {most}; it was {value:g}")
     body = int(args.max_body_mb * 2**20)
     limits = Limits(
         body=body, pixels=args.max_pixels, queue=args.max_queue, seconds=args.timeout,
