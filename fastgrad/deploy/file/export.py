@@ -149,8 +149,8 @@ def _describe(
         raise ValueError(f"example_input must be a batch (B, ...) of at least one input; its shape was {shape}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in {' or '.join(SUFFIXES)}; it was {str(path)!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"path must lie in an existing folder; there is no {str(path.parent)!r}")
+    if not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f"path must be a file's in an existing folder, and no folder; it was {str(path)!r}")
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
     evaluates = getattr(two_stage, "evaluates", False)

@@ -180,6 +180,14 @@ def test_bad_arguments(change: dict, error: type[Exception], message: str, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_in_the_files_place_is_seen_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "m.pt2").mkdir()
+    with pytest.raises(
+        ValueError, match=r"path must be a file's in an existing folder, and no folder; it was .*m\.pt2"
+    ):
+        export(TinyTwoStage(), X, tmp_path / "m.pt2")
+
+
 def test_no_compiler_is_said_plainly(tmp_path: Path) -> None:
     import torch._inductor.config
 
