@@ -124,7 +124,9 @@ class Description:
 
 def normalize_pixels(description: Description, pixels: Tensor) -> Tensor:
     """The network's input for pixels ``(..., C, H, W)`` from 0 to 255."""
-    return description.normalize(pixels.to(DTYPES[description.input_dtype]) / 255)
+    dtype = DTYPES[description.input_dtype]
+    # In float32 at least, as the pixels of training were: in bfloat16 each step would lose a level of a pixel.
+    return description.normalize(pixels.to(torch.promote_types(dtype, torch.float32)) / 255).to(dtype)
 
 
 @functools.lru_cache(64)

@@ -13,6 +13,7 @@ from deploy_models import TinyTwoStage
 from exported_models import X, shapes, two_stage_model
 from torch import nn
 
+from fastgrad.deploy.file.description import DTYPES, normalize_pixels
 from fastgrad.deploy.file.export import compile_function, export, trace
 from fastgrad.deploy.file.package import Description, ModelPackage, PackageError, read_description
 from fastgrad.detector.constants import WEIGHT
@@ -100,6 +101,15 @@ def test_normalization() -> None:
     description = Description((3, 1, 1), "float32", 2, 8, "cpu", mean=[0.5, 0.0, 1.0], std=[0.5, 1.0, 2.0])
     pixels = torch.tensor([1.0, 0.25, 0.0]).view(3, 1, 1)
     assert description.normalize(pixels).flatten().tolist() == [1.0, 0.25, -0.5]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_pixels_are_normalized_before_they_are_rounded(dtype: str) -> None:
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    pixels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+    exact = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    found = normalize_pixels(Description((3, 1, 256), dtype, 2, 8, "cpu", mean=mean, std=std), pixels)
+    torch.testing.assert_close(found, exact.to(DTYPES[dtype]), rtol=1e-6, atol=1e-6)
 
 
 def test_wrong_inputs_to_the_loaded_model(model_file: Path) -> None:
