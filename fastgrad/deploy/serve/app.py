@@ -22,7 +22,7 @@ from fastgrad.checks import at_least, extra
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.serve.bodies import Budget, Limits, Readers, read_body
 from fastgrad.deploy.serve.child import ChildDiedError, RequestError
-from fastgrad.deploy.serve.guard import Guard, refusal
+from fastgrad.deploy.serve.guard import Guard, check_key, refusal
 from fastgrad.deploy.serve.schema import Answer, refusals, request_body
 from fastgrad.deploy.serve.served import Model, Served
 from fastgrad.deploy.serve.status import status_routes
@@ -89,8 +89,8 @@ def create_app(
 
     Raises:
         PackageError: not an exported model, or one that ``pins`` does not name.
-        ValueError: the file has no threshold for that rate, an empty key, no model, a name that fits no address, or a
-            number that must be positive.
+        ValueError: the file has no threshold for that rate, a key that no request can carry, no model, a name that fits
+            no address, or a number that must be positive.
     """
     paths = {Path(path).stem: path} if isinstance(path, str) else dict(path)
     if not paths:
@@ -98,8 +98,7 @@ def create_app(
     at_least(1, workers=workers, max_batch=max_batch, decoders=1 if decoders is None else decoders)
     if not reload_every > 0:
         raise ValueError(f"reload_every must be positive; it was {reload_every:g}")
-    if api_key is not None and not api_key:
-        raise ValueError("api_key must not be empty")
+    check_key(api_key)
     for name in paths if not isinstance(path, str) else ():
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"path must have names of letters, digits and _.-; one was {name!r}")

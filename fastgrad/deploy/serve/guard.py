@@ -31,6 +31,12 @@ def refusal(error: RequestError, headers: dict[str, str] | None = None) -> JSONR
     return JSONResponse({"detail": error.message}, error.status, headers)
 
 
+def check_key(key: str | None) -> None:
+    """Raise ValueError for a key that no request can carry in a header; all would be refused, or none."""
+    if key is not None and not re.fullmatch("[!-~]([ -~]*[!-~])?", key):
+        raise ValueError("api_key must not be empty, and of printable ASCII without spaces at its ends")
+
+
 class Guard:
     """Middleware that refuses before anything else of a request is looked at.
 
@@ -42,6 +48,9 @@ class Guard:
         key: that requests must carry, as ``Authorization: Bearer KEY``; None for none.
         hosts: names under which the server may be asked, beside ``localhost``.
         refused: told the status of each refusal.
+
+    Raises:
+        ValueError: a key that no request can carry.
     """
 
     def __init__(
@@ -52,6 +61,7 @@ class Guard:
         hosts: Collection[str],
         refused: Callable[[int], None] = lambda status: None,
     ) -> None:
+        check_key(key)
         self._app, self._refused = app, refused
         self._digest = None if key is None else hashlib.sha256(key.encode()).digest()
         self._hosts = {"localhost", *(host.lower() for host in hosts)}

@@ -64,8 +64,11 @@ def test_key(tiny_package: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert call(app, method, path, right, [])[0] in (200, 404, 422)
     for open_path in ("/", "/health", "/ready"):
         assert call(app, "GET", open_path, {}, [])[0] in (200, 503)
-    with pytest.raises(ValueError, match="api_key"):
-        create_app(str(tiny_package), api_key="")
+    for key in ("", " ", "secret\n", "sécret"):
+        with pytest.raises(ValueError, match="api_key must not be empty, and of printable ASCII"):
+            create_app(str(tiny_package), api_key=key)
+        with pytest.raises(ValueError, match="api_key"):
+            Guard(None, key=key, hosts=())
     # One line for the first, and the others are counted for a later one.
     assert caplog.text.count("without the right API key, the last from 127.0.0.1") == 1
     assert 'fastgrad_requests_total{status="401"} 80.0' in the_one(app).metrics.render().decode()
