@@ -73,7 +73,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "risk": (lambda: TwoStageModel(NET).fit([IMAGES], None, risk="yes"), TypeError, "risk must be .* 'yes'"),  # type: ignore[arg-type]
     "verbose": (lambda: TwoStageModel(NET).fit([IMAGES], None, verbose=2), TypeError, "verbose must be .* 2"),  # type: ignore[arg-type]
     "scripted": (lambda: TwoStageModel(nn.Sequential(scripted())), TypeError, "ordinary modules; '0' was a"),
-    "seed": (lambda: TwoStageModel(NET, seed=2**32), ValueError, "seed must be below .* it was 4294967296"),
+    "large seed": (lambda: TwoStageModel(NET, seed=2**32), ValueError, "seed must be below .* it was 4294967296"),
     "meta": (lambda: TwoStageModel(copy.deepcopy(NET).to("meta")).fit([IMAGES], None), ValueError, "0.weight.* meta"),
     "inference": (lambda: TwoStageModel(made_in_inference_mode()).fit([IMAGES]), ValueError, "model .* inference mode"),
     "unknown file": (lambda: TwoStageModel.load("no/such.safetensors", NET), FileNotFoundError, "no/such"),
