@@ -185,7 +185,8 @@ def _describe(
         max_batch=max_batch,
         # ONNX is no compiled code: the runtime chooses.
         device=example_input.device.type if path.suffix == ".pt2" else "cpu",
-        labels=None if labels is None else [str(label) for label in labels],
+        # One string is refused there.
+        labels=labels if labels is None or isinstance(labels, str) else [str(label) for label in labels],  # type: ignore[arg-type]
         mean=None if mean is None else [float(value) for value in mean],
         std=None if std is None else [float(value) for value in std],
         false_alarm_rate=None if threshold is None else false_alarm_rate,

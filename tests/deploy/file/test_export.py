@@ -170,6 +170,7 @@ class Mute(nn.Module):
         ({"path": "model.pth"}, ValueError, r"end in \.pt2 or \.onnx"),
         ({"path": "no/such/folder/model.pt2"}, ValueError, "existing folder"),
         ({"labels": ["a"]}, ValueError, "labels must be None or 4 names, one a class; it was"),
+        ({"labels": "abcd"}, ValueError, "labels must be None or 4 names, one a class; it was .abcd."),
         ({"mean": [0.5]}, ValueError, r"mean must be None or a finite number a channel of images \(3, 8, 8\)"),
         ({"std": [0.5, 0.0, 0.5]}, ValueError, "std must be None or a positive number a channel"),
         ({"std": [1, 1, float("nan")]}, ValueError, "std must be None or a positive number a channel"),
