@@ -204,6 +204,12 @@ class Fallback:
         )
 
 
+def dense(gradient: Tensor) -> Tensor:
+    """``gradient`` with its zeros, which those of embeddings may leave out."""
+    # Not of all: vmap has no rule for it.
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
 def _differentiated(
     outputs: Sequence[Tensor], wanted: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -215,7 +221,7 @@ def _differentiated(
         found = torch.autograd.grad(reached, wanted, at, allow_unused=True)
     return (
         [out.detach() for out in outputs],
-        [torch.zeros_like(w) if f is None else f.to_dense() for f, w in zip(found, wanted, strict=True)],
+        [torch.zeros_like(w) if f is None else dense(f) for f, w in zip(found, wanted, strict=True)],
     )
 
 

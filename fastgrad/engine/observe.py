@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import pytree
 from fastgrad.engine.copy import Shadow, attach, detach_plain
-from fastgrad.engine.fallback import floating
+from fastgrad.engine.fallback import dense, floating
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.probe import nodes_behind
 from fastgrad.engine.rows import Rows
@@ -219,7 +219,7 @@ class Observation:
             return {}
         reached, at = zip(*pairs, strict=True)
         found = torch.autograd.grad(reached, list(leaves.values()), at, allow_unused=True, retain_graph=True)
-        return {name: g.to_dense() for name, g in zip(leaves, found, strict=True) if g is not None}
+        return {name: dense(g) for name, g in zip(leaves, found, strict=True) if g is not None}
 
     def once(self, call: Call) -> bool:
         """Whether the call's module is called no other time."""
