@@ -117,8 +117,8 @@ class DetectorModule(Fitted):
         return [name for name, _ in self.scores.get_submodule(f"{CHALLENGE_CLASSIFIER}.rows.parts").named_children()]
 
     def threshold(self, false_alarm_rate: float) -> float:
-        """-log of the rate; warns where the calibration cannot promise so small a one."""
-        rate, n = check_rate(false_alarm_rate), len(self.calibration_scores)
+        """-log of the rate; warns where the sources of the calibration are too few to promise so small a one."""
+        rate, n = check_rate(false_alarm_rate), self.options["sources"]
         if rate < 1 / (n + 1):
             warnings.warn(
                 f"false_alarm_rate={rate:g} is below what {n} calibration inputs can promise, {1 / (n + 1):.2g}: the "
@@ -272,10 +272,13 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
         others = module if number < 0 else mapped(clean & fitting & (fold != number))
         evidence[chosen] = others.evidence(raw[:, chosen])
     # What the sum means: counted on what was held out, or else on every clean sample.
-    calibrating = evidence[torch.as_tensor(table.held_out if table.held_out.any() else clean & fitting)]
+    calibrates = table.held_out if table.held_out.any() else clean & fitting
+    calibrating = evidence[torch.as_tensor(calibrates)]
     module.add_module("final", PValues.fit(calibrating.sum(-1).unsqueeze(0), [False], counted=True))
     module.register_buffer("calibration_scores", module.total(calibrating))
     module.options["exact"] = bool(table.held_out.any())
+    # Samples of one source may all say the same: no smaller rate can be promised than from one of each.
+    module.options["sources"] = len(np.unique(table.groups[calibrates]))
     return Calibrated(module.eval(), module.by_source(evidence), log_p, table)
 
 

@@ -162,8 +162,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         """The `decision_function` value that a share ``false_alarm_rate`` of clean data exceeds.
 
         Args:
-            false_alarm_rate: In (0, 1); the estimator's own when None. A rate below ``1 / (n + 1)`` for n calibration
-                samples warns, as they cannot promise it.
+            false_alarm_rate: In (0, 1); the estimator's own when None. A rate below ``1 / (n + 1)`` for calibration
+                samples of n sources warns, as they cannot promise it.
         """
         check_is_fitted(self, "module_")
         return self.module_.threshold(self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate)

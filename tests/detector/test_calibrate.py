@@ -214,6 +214,18 @@ def test_a_rate_that_cannot_be_promised_warns() -> None:
     assert detector.threshold(0.02) == pytest.approx(-math.log(0.02))
 
 
+def test_no_rate_is_promised_for_samples_that_repeat_their_source() -> None:
+    rng = np.random.default_rng(0)
+    X = {name: np.repeat(value, 20, 0) for name, value in clean(rng, 50).items()}
+    groups = np.arange(1000) // 20
+    for held_out in (None, groups < 20):
+        detector = UncertaintyDetector(log=False, folds=2).fit(X, groups=groups, held_out=held_out)
+        least = 1 / (51 if held_out is None else 21)
+        with pytest.warns(RuntimeWarning, match="extrapolated"):
+            detector.threshold(0.99 * least)
+        assert detector.threshold(least) == pytest.approx(-math.log(least))
+
+
 def module() -> tuple[DetectorModule, dict[str, torch.Tensor]]:
     rng = np.random.default_rng(3)
     new = {name: torch.tensor(value) for name, value in clean(rng, 30).items()}
