@@ -22,7 +22,8 @@ from fastgrad.atomic import written_beside
 from fastgrad.batches import bytes_of
 from fastgrad.scores.fitted import Fitted, rebuild
 
-FORMAT = 1
+#: 2: `Risk` in the place of a `NoisyOr` for the risk.
+FORMAT = 2
 _KEY = "fastgrad"
 _EMPTY = "0" * 64
 
@@ -79,7 +80,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Fitted], dict[str, Any
     if hashlib.sha256(original).hexdigest() != digest:
         raise ValueError(f"{str(path)!r} has been changed or damaged since it was saved: its digest does not match")
     if number != FORMAT:
-        raise ValueError(f"{str(path)!r} has format {number!r}; this version of fastgrad reads format {FORMAT}")
+        raise ValueError(f"{str(path)!r} has format {number!r}; this version of fastgrad reads {FORMAT}: fit again")
     try:
         tensors: dict[str, Tensor] = deserialise(data)
     except SafetensorError as error:

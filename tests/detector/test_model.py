@@ -17,7 +17,7 @@ from fastgrad.blocks import BLOCKS, Block, Features, Gradients, Image, View, reg
 from fastgrad.blocks.extraction import Extraction, arguments
 from fastgrad.blocks.subject import watch
 from fastgrad.deploy.file.package import ModelPackage
-from fastgrad.detector import fitting
+from fastgrad.detector import fitting, storage
 
 CLASSES = 4
 ALL = ["logits", "features", "activations", "gradients", "view", "image"]
@@ -218,6 +218,15 @@ def test_blocks_hold_what_they_say():
     torch.testing.assert_close(blocks["gradients"][:, 0, names.index("6.weight")], ones, rtol=1e-4, atol=0)
 
 
+def test_a_file_of_another_format_is_refused(fitted, tmp_path, monkeypatch):
+    # That of a risk without kinds of challenge.
+    with monkeypatch.context() as before:
+        before.setattr(storage, "FORMAT", 1)
+        path = fitted.save(tmp_path / "old.safetensors")
+    with pytest.raises(ValueError, match="has format 1; this version of fastgrad reads 2: fit again"):
+        TwoStageModel.load(path, fitted.model)
+
+
 def test_given_loaders_are_used():
     challenges = [(1 - x, [f"kind {i % 3}" for i in range(len(x))]) for x in images(90, 4).split(30)]
     two_stage = TwoStageModel(small_network(), blocks=["logits", "image"])
@@ -380,8 +389,9 @@ def test_gains_are_measured_on_demand(tmp_path):
 
 
 def test_a_limit_binds():
-    with pytest.warns(RuntimeWarning, match="the budget must be at least"):
+    with pytest.warns(RuntimeWarning, match="the budget must be at least") as warned:
         two_stage = TwoStageModel(small_network(), budget=1.0).fit(loader(60), None)
+    assert [warning.filename for warning in warned] == [__file__]
     assert two_stage.report().kept == ["logits"]
     assert [name for name, _ in two_stage.report().price.dropped][-3:] == ["roughness", "image", "activations"]
     assert [TwoStageModel(small_network(), budget=kind(2)).budget for kind in (np.float32, np.int64)] == [2, 2]
