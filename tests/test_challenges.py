@@ -76,6 +76,14 @@ def test_same_seed_same_challenges_whatever_else_is_made() -> None:
     assert not any(torch.equal(challenge, everything[name]) for name, challenge in other.items())
 
 
+def test_challenges_do_not_depend_on_the_batch_size() -> None:
+    net, images = small_net(), photos()
+    attacked = ["pgd", "fgsm", "compressed_pgd"]
+    together, apart = (generate_challenges(net, images, names=attacked, batch_size=size) for size in (6, 2))
+    for name, challenge in together.items():
+        torch.testing.assert_close(challenge, apart[name], rtol=0, atol=1e-6, msg=name)
+
+
 def test_severity_orders_the_distance() -> None:
     images = photos(batch=12)
     made = generate_challenges(small_net(), images, names=["noise", "contrast", "brightness", "pgd", "mixture"])

@@ -200,7 +200,7 @@ def iter_challenges(
             for start in range(0, len(group), size):
                 places, names = zip(*group[start : start + size], strict=True)
                 generator = _generator(f"{seed}/{first + places[0]}/{names[0]}")
-                made.append(_altered(model, inputs, places, names, generator, pixels))
+                made.append(_altered(model, inputs, places, names, generator, pixels, size))
                 kinds += [name.partition("-")[0] for name in names]
                 sources += [first + place for place in places]
                 # Groups of few images wait for others: a network is slow on small batches.
@@ -255,12 +255,8 @@ def generate_challenges(
     for name in full:
         # A seed for every name: what one challenge looks like does not depend on which others are made.
         generator = _generator(f"{seed}/{name}")
-        size = (batch_size or _fitting(images)) if _row(name)[0].passes else max(1, len(images))
-        parts = [
-            _altered(model, part, range(len(part)), [name] * len(part), generator, pixels)
-            for part in images.detach().split(size)
-        ]
-        found[name] = torch.cat(parts)
+        places, size = range(len(images)), batch_size or _fitting(images)
+        found[name] = _altered(model, images.detach(), places, [name] * len(images), generator, pixels, size)
     return found
 
 
@@ -272,8 +268,9 @@ def _altered(
     names: Sequence[str],
     generator: Generator,
     pixels: PixelRange,
+    size: int,
 ) -> Tensor:
-    """The inputs at ``places`` altered as ``names`` say: one name, or names of one attack."""
+    """The inputs at ``places`` altered as ``names`` say: one name, or names of one attack, on ``size`` at a time."""
     if not places:
         return inputs[:0]
     rows = [_row(name) for name in names]
@@ -290,7 +287,8 @@ def _altered(
         assert model is not None  # checked before
         strengths = unit.new_tensor([strength for _, strength in chosen]).view(-1, 1, 1, 1)
         with attacks.evaluating(model):
-            made = function(model, unit, strengths, generator, pixels=pixels)
+            pairs = zip(unit.split(size), strengths.split(size), strict=True)
+            made = torch.cat([function(model, x, own, generator, pixels=pixels) for x, own in pairs])
         made = made[begun.cumsum(0).to(made.device) - 1]
         low, high = _QUALITIES
         qualities = torch.randint(low, high + 1, (len(made),), generator=generator)
