@@ -195,6 +195,10 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             weight_decay=self.weight_decay,
             validation_fraction=self.validation_fraction,
         )
+        try:
+            torch.zeros(1, device=torch.device(self.device)).cpu()
+        except (TypeError, RuntimeError, AssertionError) as error:
+            raise ValueError(f"device must be one that PyTorch computes on; it was {self.device!r}: {error}") from error
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1); it was {self.validation_fraction!r}")
 
