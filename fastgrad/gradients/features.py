@@ -119,6 +119,8 @@ class GradientFeatures:
                 raise ValueError(f"{name} must be a positive integer or None; it was {value!r}")
         self.reduction, self.log, self.impl = reduction, log, impl
         self.chunk_size, self.memory_budget = chunk_size, memory_budget
+        if layers is not None and not isinstance(layers, Iterable):
+            raise TypeError(f"layers must be names of parameters or modules, or None; it was {layers!r}")
         self.layers = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
         self._names()
         refuse_parts(self.model)
@@ -137,7 +139,7 @@ class GradientFeatures:
             wanted = found
         else:
             for pattern in self.layers:
-                if not any(_matches(name, pattern) for name in found.values()):
+                if not isinstance(pattern, str) or not any(_matches(name, pattern) for name in found.values()):
                     raise ValueError(f"layers must name parameters or modules of the model; nothing is {pattern!r}")
             wanted = {i: n for i, n in found.items() if any(_matches(n, pattern) for pattern in self.layers)}
         if not wanted:
