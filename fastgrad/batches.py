@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import pytree
-from fastgrad.checks import extra
+from fastgrad.checks import extra, holds_values
 
 Tree = TypeVar("Tree")
 
@@ -73,8 +73,10 @@ def split_batch(name: str, batch: Any) -> tuple[Tensor | dict[str, Any], Any]:
     """The inputs in the batch of a loader, a tensor or a mapping, and what stands beside them.
 
     That is the second of a tuple, or what a mapping has under "labels"; None if there is neither. TypeError for other
-    inputs.
+    inputs, ValueError for tensors that are sparse or hold no values.
     """
+    for tensor in input_tensors(batch):
+        holds_values(f"tensors of {name}", tensor)
     pair = isinstance(batch, (tuple, list)) and len(batch) > 0
     x = batch[0] if pair else batch
     beside = batch[1] if pair and len(batch) > 1 else None

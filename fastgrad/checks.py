@@ -47,6 +47,19 @@ def is_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False; it was {value!r}")
 
 
+def holds_values(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError for a sparse tensor, or one on the meta device."""
+    if value.is_meta or value.layout not in (torch.strided, torch.jagged):
+        what = "a tensor on the meta device" if value.is_meta else f"of layout {value.layout}"
+        raise ValueError(f"{name} must be dense and hold values; it was {what}")
+
+
+def is_loader(name: str, value: object) -> None:
+    """Raise TypeError for what gives no batches."""
+    if isinstance(value, (str, torch.Tensor)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a loader of batches; it was {type(value).__name__}")
+
+
 def at_least(least: int, **values: object) -> None:
     """Raise ValueError for an argument that is no integer or is below ``least``."""
     for name, value in values.items():

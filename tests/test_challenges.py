@@ -373,6 +373,8 @@ def test_blur_and_compression_do_what_they_say() -> None:
         ({"images": torch.zeros(2, 3, 0, 8)}, ValueError, "B, C, H, W"),
         ({"images": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, TypeError, "images"),
         ({"images": torch.full((1, 3, 8, 8), torch.nan)}, ValueError, "finite"),
+        ({"images": torch.ones(1, 3, 8, 8, device="meta")}, ValueError, "images must be dense and hold values"),
+        ({"images": torch.ones(1, 3, 8, 8).to_sparse()}, ValueError, "images must be dense .* layout torch.sparse_coo"),
     ],
 )
 def test_errors_name_the_argument(kwargs: dict, error: type[Exception], words: str) -> None:

@@ -131,5 +131,6 @@ def check_images(images: Tensor) -> None:
     checks.is_float("images", images)
     if images.dim() != 4 or 0 in images.shape[1:]:
         raise ValueError(f"images must have shape (B, C, H, W); it was {tuple(images.shape)}")
+    checks.holds_values("images", images)
     if not bool(torch.isfinite(images).all()):
         raise ValueError("images must be finite; it held NaN or infinity")

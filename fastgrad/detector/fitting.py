@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import clone
-from torch import Tensor
 
 from fastgrad import checks
 from fastgrad.batches import batch_size, to_device
@@ -143,8 +142,7 @@ def _drawn(
         raise ValueError(f"challenges must be 'generate', None or a loader; it was {challenges!r}")
 
     def draw(name: str, loader: Iterable[Any], shift: int) -> Drawn:
-        if isinstance(loader, (str, Tensor)) or not isinstance(loader, Iterable):
-            raise TypeError(f"{name} must be a loader of batches; it was {type(loader).__name__}")
+        checks.is_loader(name, loader)
         return collect.draw(name, loader, options.max_samples, seed + shift, verbose=options.verbose)
 
     own = draw("clean", clean, 0)
@@ -217,7 +215,10 @@ def _checked(
 def _require_labelled(count: int) -> None:
     """Raise ValueError where there are too few for a risk."""
     if count < constants.FEWEST_LABELLED:
-        raise ValueError(f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs; there were {count}")
+        raise ValueError(
+            f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs that the answer was not trained on; "
+            f"there were {count}"
+        )
 
 
 def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
@@ -247,7 +248,16 @@ def _read(extraction: Extraction, two_stage: TwoStageModel, sample: Sample, verb
     if sample.each:
         chosen = ~sample.held_out[: len(sample.clean)]
         reader.generated(two_stage.model, sample.clean, chosen, sample.each, sample.pixels, two_stage.seed)
-    return reader.features()
+    features = reader.features()
+    counts = {"clean": len(sample.clean), "calibration": len(sample.calibration or ())}
+    counts["challenges"] = len(features.logits) - sum(counts.values())
+    for (name, count), logits in zip(counts.items(), features.logits.split(list(counts.values())), strict=True):
+        failed = int(logits.isnan().any(1).sum())
+        if failed:
+            raise ValueError(
+                f"{name} must give inputs that the network has an answer to; for {failed} of {count} it gave NaN"
+            )
+    return features
 
 
 def _price(

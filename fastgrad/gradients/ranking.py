@@ -95,6 +95,7 @@ def rank_samples(
     """
     if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
         raise ValueError("loader must give samples in the order of the data set; it shuffles (shuffle=True)")
+    checks.is_loader("loader", loader)
     checks.is_bool("verbose", verbose)
     extractor = GradientFeatures(model, loss="cross_entropy", layers=layers)
     device = next(model.parameters()).device
@@ -130,7 +131,11 @@ def _labelled(batch: Any) -> tuple[Tensor | dict[str, Any], Tensor]:
     x, labels = split_batch("loader", batch)
     if labels is None:
         raise ValueError("loader must give labels beside the inputs: (x, labels) or a mapping with 'labels'")
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels)
+    # Of words, None and ragged lists.
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"loader must give integer labels of shape ({batch_size(x)},): {error}") from error
     if labels.is_floating_point() or labels.is_complex() or labels.dim() != 1 or len(labels) != batch_size(x):
         raise ValueError(
             f"loader must give integer labels of shape ({batch_size(x)},); they were {labels.dtype}, "

@@ -19,6 +19,7 @@ from fastgrad.blocks import Logits
 ROWS = np.random.default_rng(0).random((60, 6))
 BLOCKS = {"logits": ROWS, "image": ROWS}
 IMAGES = torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+WITHOUT = IMAGES * torch.nan
 NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)).eval()
 
 
@@ -76,6 +77,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "large seed": (lambda: TwoStageModel(NET, seed=2**32), ValueError, "seed must be below .* it was 4294967296"),
     "meta": (lambda: TwoStageModel(copy.deepcopy(NET).to("meta")).fit([IMAGES], None), ValueError, "0.weight.* meta"),
     "inference": (lambda: TwoStageModel(made_in_inference_mode()).fit([IMAGES]), ValueError, "model .* inference mode"),
+    "meta inputs": (lambda: TwoStageModel(NET).fit([IMAGES.to("meta")], None), ValueError, "of clean must be dense"),
+    "sparse": (lambda: TwoStageModel(NET).fit([IMAGES], [IMAGES.to_sparse()]), ValueError, "challenges must be dense"),
+    "no answer": (lambda: TwoStageModel(NET).fit([IMAGES], [WITHOUT]), ValueError, "challenges must .* 60 of 60"),
+    "no answers": (lambda: TwoStageModel(NET).fit([IMAGES], None, [WITHOUT]), ValueError, "calibration must .* 60"),
     "unknown file": (lambda: TwoStageModel.load("no/such.safetensors", NET), FileNotFoundError, "no/such"),
 }  # fmt: skip
 

@@ -90,6 +90,10 @@ def test_one_layer_and_mappings() -> None:
         ([(X, Y + 1)], ValueError, "loader must give labels that are classes of the model: .* from 0 to 2; it held 3"),
         ([], ValueError, "loader must hold at least one batch"),
         (["x"], TypeError, "loader must give tensors"),
+        (None, TypeError, "loader must be a loader of batches; it was NoneType"),
+        ([(X[:2], ["cat", "dog"])], ValueError, r"loader must give integer labels of shape \(2,\): .*'str'"),
+        ([(X[:2], [0, None])], ValueError, r"loader must give integer labels of shape \(2,\): .*NoneType"),
+        ([(X.to("meta"), Y)], ValueError, "tensors of loader must be dense and hold values; .* meta device"),
     ],
 )
 def test_what_is_refused(model: nn.Module, loader: Any, kind: type[Exception], message: str) -> None:
