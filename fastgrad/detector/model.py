@@ -37,7 +37,9 @@ class Explanation(NamedTuple):
         evidence: ``(B,)`` by name of block: the capped, weighted sum of -log p of its scores. ``"challenges"`` is the
             challenge classifier. 0 is none; infinite where it cannot be computed. The uncertainty is -log of the share
             of clean inputs with at least this sum of all evidence.
-        raised: ``(B,)`` by the same names: how much the evidence raises the risk; None without risk.
+        raised: ``(B,)`` by the same names: how much higher the risk is than it would be without this evidence; of
+            ``"challenges"`` without any resemblance to a challenge. None without risk. Where two cannot be computed
+            each is 0, because without either alone the risk would still be 1.
     """
 
     prediction: Prediction
