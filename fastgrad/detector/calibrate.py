@@ -193,13 +193,16 @@ class Calibrated(NamedTuple):
 def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str, Score]:
     """One score or more a block on the clean samples among the ``chosen``, and the classifier of challenges on all.
 
-    ``count`` as in `Settings`.
+    ``count`` as in `Settings`. Raises ValueError where two scores have one name.
     """
     settings = Settings(table.log, count)
     clean = take(table.blocks, chosen & (table.kinds == 0))
     scores: dict[str, Score] = {}
     for source in clean:
         for name, rows, score in table.known[source].scores(clean, settings):
+            if name in scores:
+                other = scores[name].options["source"]
+                raise ValueError(f"blocks must name their scores apart; {other!r} and {source!r} both have {name!r}")
             scores[name] = Score(rows=rows, score=score, source=source, weight=1.0)
     if (chosen & (table.kinds > 0)).any():
         joint = JointRows.fit(clean, table.known, settings)

@@ -27,6 +27,12 @@ def fitted(X: Any = ROWS) -> UncertaintyDetector:
     return UncertaintyDetector(folds=2).fit(X)
 
 
+class Weighed(Logits):
+    """A block of the user's with the scores of another."""
+
+    name = "weighed"
+
+
 def scripted() -> nn.Module:
     traced: nn.Module = torch.jit.trace(NET, IMAGES)
     return traced
@@ -67,6 +73,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no block": (lambda: TwoStageModel(NET, blocks=[]), ValueError, "blocks must name at least one block"),
     "one name": (lambda: TwoStageModel(NET, blocks="logits"), TypeError, "blocks must be a sequence"),
     "a number": (lambda: TwoStageModel(NET, blocks=[3]), TypeError, "blocks must be names or blocks; one was 3"),  # type: ignore[list-item]
+    "one score": (lambda: TwoStageModel(NET, blocks=["logits", Weighed()]).fit([IMAGES], None), ValueError, "'energy'"),
     "headless": (lambda: TwoStageModel(NET[:4], blocks=["features"]).fit([IMAGES], None), ValueError, HEADLESS),
     **{f"budget {budget}": (lambda budget=budget: TwoStageModel(NET, budget=budget), ValueError, BUDGET)
        for budget in (0.9, math.nan, "1.2", True)},
