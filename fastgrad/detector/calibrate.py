@@ -201,8 +201,7 @@ def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str,
     for source in clean:
         for name, rows, score in table.known[source].scores(clean, settings):
             if name in scores:
-                other = scores[name].options["source"]
-                raise ValueError(f"blocks must name their scores apart; {other!r} and {source!r} both have {name!r}")
+                raise ValueError(f"blocks must name their scores apart; {source!r} and another one both have {name!r}")
             scores[name] = Score(rows=rows, score=score, source=source, weight=1.0)
     if (chosen & (table.kinds > 0)).any():
         joint = JointRows.fit(clean, table.known, settings)

@@ -186,9 +186,12 @@ class Reader:
         self._kinds: list[str] = []
         self._groups: list[int] = []
 
-    def add(self, x: Inputs, kinds: Iterable[str], groups: Iterable[int]) -> None:
-        """Read one batch."""
+    def add(self, x: Inputs, kinds: Sequence[str], groups: Iterable[int]) -> None:
+        """Read one batch; raise ValueError where the network gives NaN."""
         logits, blocks = self.extraction(to_device(x, self.device))
+        if failed := int(logits.isnan().any(1).sum()):
+            what = "challenges" if kinds[0] else "clean and calibration"
+            raise ValueError(f"{what} must give inputs that the network has an answer to; for {failed} it gave NaN")
         self._parts.append((logits.float().cpu(), {name: value.float().cpu() for name, value in blocks.items()}))
         self._kinds += kinds
         self._groups += groups

@@ -42,6 +42,5 @@ FEWEST_CLEAN = 20
 FEWEST_LABELLED = 30
 #: Steps of L-BFGS for the risk, at most; a dozen are enough as a rule.
 RISK_STEPS = 200
-#: Odds of an error, as the classifier of challenges has them, from which on they count as evidence in the risk. Units
-#: from .01 to .00001 gave the same.
+#: Odds of an error by the kinds of challenge that make one unit of evidence for the risk; .01 to .00001 gave the same.
 UNIT = 1e-3

@@ -212,8 +212,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"folds must be an integer of at least 2 or None; it was {self.folds!r}")
         if self.calibration_fraction is not None:
             checks.is_number(calibration_fraction=self.calibration_fraction)
-        if self.calibration_fraction is not None and not 0 < self.calibration_fraction < 1:
-            raise ValueError(f"calibration_fraction must lie in (0, 1); it was {self.calibration_fraction!r}")
+            if not 0 < self.calibration_fraction < 1:
+                raise ValueError(f"calibration_fraction must lie in (0, 1); it was {self.calibration_fraction!r}")
         check_rate(self.false_alarm_rate)
 
     def _blocks(self, X: Features, *, reset: bool) -> dict[str, Array]:

@@ -248,16 +248,7 @@ def _read(extraction: Extraction, two_stage: TwoStageModel, sample: Sample, verb
     if sample.each:
         chosen = ~sample.held_out[: len(sample.clean)]
         reader.generated(two_stage.model, sample.clean, chosen, sample.each, sample.pixels, two_stage.seed)
-    features = reader.features()
-    counts = {"clean": len(sample.clean), "calibration": len(sample.calibration or ())}
-    counts["challenges"] = len(features.logits) - sum(counts.values())
-    for (name, count), logits in zip(counts.items(), features.logits.split(list(counts.values())), strict=True):
-        failed = int(logits.isnan().any(1).sum())
-        if failed:
-            raise ValueError(
-                f"{name} must give inputs that the network has an answer to; for {failed} of {count} it gave NaN"
-            )
-    return features
+    return reader.features()
 
 
 def _price(
@@ -290,8 +281,7 @@ def _risk(
         why = "not asked for" if options.risk is False else "no labels" if classes > 1 else "the network has one logit"
         return None, f"none: {why}"
     labels = labels_of_rows(sample, features, fresh)
-    challenging = features.kinds != ""
-    usual = int(((labels >= 0) & ~challenging).sum())
+    usual = int(((labels >= 0) & (features.kinds == "")).sum())
     if usual < constants.FEWEST_LABELLED:
         if options.risk:
             _require_labelled(usual)

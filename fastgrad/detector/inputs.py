@@ -97,8 +97,7 @@ def kinds_of(kinds: ArrayLike | None, challenging: NDArray[np.bool_]) -> NDArray
     if values.shape != challenging.shape:
         raise ValueError(f"kinds must have shape {challenging.shape}, like y; it was {values.shape}")
     codes = np.zeros(len(values), dtype=np.intp)
-    told = values[challenging].astype(str) if values.dtype == object else values[challenging]
-    codes[challenging] = 1 + np.unique(told, return_inverse=True)[1]
+    codes[challenging] = 1 + np.unique(values[challenging].astype(str), return_inverse=True)[1]
     return codes
 
 

@@ -116,8 +116,7 @@ class Risk(Fitted):
         classes = log_p.shape[1]
         counts, errors = (torch.bincount(kinds[rows], minlength=classes)[:classes] for rows in (kinds >= 0, wrong))
         # By Laplace's rule, so that few inputs make nothing certain.
-        rates = (errors + 1) / (counts + 2) * (torch.arange(classes) > 0)
-        rates = rates.to(evidence.dtype)
+        rates = ((errors + 1) / (counts + 2) * (torch.arange(classes) > 0)).to(evidence.dtype)
         return cls(rates=rates, cause=NoisyOr.fit(doubt, misleading(evidence, log_p, rates), wrong, kinds > 0))
 
     def forward(self, doubt: Tensor, evidence: Tensor, log_p: Tensor) -> Tensor:

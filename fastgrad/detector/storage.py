@@ -22,8 +22,7 @@ from fastgrad.atomic import written_beside
 from fastgrad.batches import bytes_of
 from fastgrad.scores.fitted import Fitted, rebuild
 
-#: 2: `Risk` in the place of a `NoisyOr` for the risk.
-FORMAT = 2
+FORMAT = 1
 _KEY = "fastgrad"
 _EMPTY = "0" * 64
 
@@ -80,7 +79,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Fitted], dict[str, Any
     if hashlib.sha256(original).hexdigest() != digest:
         raise ValueError(f"{str(path)!r} has been changed or damaged since it was saved: its digest does not match")
     if number != FORMAT:
-        raise ValueError(f"{str(path)!r} has format {number!r}; this version of fastgrad reads {FORMAT}: fit again")
+        raise ValueError(f"{str(path)!r} has format {number!r}; this version of fastgrad reads format {FORMAT}")
     try:
         tensors: dict[str, Tensor] = deserialise(data)
     except SafetensorError as error:

@@ -219,11 +219,10 @@ def test_blocks_hold_what_they_say():
 
 
 def test_a_file_of_another_format_is_refused(fitted, tmp_path, monkeypatch):
-    # That of a risk without kinds of challenge.
-    with monkeypatch.context() as before:
-        before.setattr(storage, "FORMAT", 1)
-        path = fitted.save(tmp_path / "old.safetensors")
-    with pytest.raises(ValueError, match="has format 1; this version of fastgrad reads 2: fit again"):
+    with monkeypatch.context() as later:
+        later.setattr(storage, "FORMAT", 2)
+        path = fitted.save(tmp_path / "later.safetensors")
+    with pytest.raises(ValueError, match="has format 2; this version of fastgrad reads format 1"):
         TwoStageModel.load(path, fitted.model)
 
 

@@ -86,8 +86,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "inference": (lambda: TwoStageModel(made_in_inference_mode()).fit([IMAGES]), ValueError, "model .* inference mode"),
     "meta inputs": (lambda: TwoStageModel(NET).fit([IMAGES.to("meta")], None), ValueError, "of clean must be dense"),
     "sparse": (lambda: TwoStageModel(NET).fit([IMAGES], [IMAGES.to_sparse()]), ValueError, "challenges must be dense"),
-    "no answer": (lambda: TwoStageModel(NET).fit([IMAGES], [WITHOUT]), ValueError, "challenges must .* 60 of 60"),
-    "no answers": (lambda: TwoStageModel(NET).fit([IMAGES], None, [WITHOUT]), ValueError, "calibration must .* 60"),
+    "no answer": (lambda: TwoStageModel(NET).fit([IMAGES], [WITHOUT]), ValueError, "challenges must .* 60 it"),
+    "no answers": (lambda: TwoStageModel(NET).fit([IMAGES], None, [WITHOUT]), ValueError, "calibration must .* 60 it"),
     "unknown file": (lambda: TwoStageModel.load("no/such.safetensors", NET), FileNotFoundError, "no/such"),
 }  # fmt: skip
 
