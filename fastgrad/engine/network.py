@@ -78,7 +78,7 @@ class Network:
         """
         known = self._structure(args, kwargs, samples, training=training)
         with self._lock:
-            if known.plans and not known.plans[0].outdated():
+            if known.plans and not known.plans[0].outdated(self.model):
                 return known.plans[0]
             known.plans.clear()
         plan = Trial(self, known, args, kwargs, samples).plan()
@@ -250,7 +250,6 @@ class Network:
             any(modes),
             names,
             list(map(weakref.ref, modules)),
-            list(map(weakref.ref, self.model.parameters())),
             find_carriers(self.model, args, kwargs, samples, self.tensors, training=any(modes), recorded=self.shared),
             devices_of(self.model),
         )

@@ -37,8 +37,8 @@ class Known:
     Attributes:
         training: Whether a module runs in training mode.
         names: The wanted parameters, names by id.
-        modules: The model's modules. As long as they and its parameters live, their ids are theirs.
-        parameters: Its parameters.
+        modules: The model's modules. As long as they live, their ids are theirs. Its parameters are known by name: a
+            weak reference would keep torch.utils.swap_tensors from them.
         carriers: For each leaf of the inputs, whether it carries the batch.
         devices: Those beside the CPU on which the model may draw random numbers.
         plans: Most recently used first.
@@ -47,14 +47,13 @@ class Known:
     training: bool
     names: dict[int, str]
     modules: list[weakref.ref[nn.Module]]
-    parameters: list[weakref.ref[nn.Parameter]]
     carriers: tuple[bool, ...]
     devices: list[torch.device]
     plans: list[Plan] = field(default_factory=list)
 
     def lives(self) -> bool:
-        """Whether no module and no parameter is gone, whose id another one may have now."""
-        return all(ref() is not None for ref in self.modules) and all(ref() is not None for ref in self.parameters)
+        """Whether no module is gone, whose id another one may have now."""
+        return all(ref() is not None for ref in self.modules)
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Plan:
         known: What else is known of the model for inputs of this structure.
         outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
         paths: Those on which it agreed with autograd, see `fastgrad.engine.steps`.
-        zeros: Parameters that were zero in the trial, if others that were used had no gradient there.
+        zeros: Names of parameters that were zero in the trial, if others that were used had no gradient there.
         linear: Whether gradients are in proportion to those of the outputs; not behind a hook that clamps them.
     """
 
@@ -83,12 +82,14 @@ class Plan:
     known: Known = field(compare=False, repr=False)
     outputs: tuple[Layout | None, ...] = ()
     paths: set[int] = field(default_factory=set, compare=False, repr=False)
-    zeros: tuple[weakref.ref[nn.Parameter], ...] = field(default=(), compare=False, repr=False)
+    zeros: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     linear: bool = True
 
-    def outdated(self) -> bool:
+    def outdated(self, model: nn.Module) -> bool:
         """Whether gradients flow by now that the trial could not see: behind a layer that began with zeros."""
-        return not is_traced() and any(bool(p.any()) for ref in self.zeros if (p := ref()) is not None)
+        if is_traced() or not self.zeros:
+            return False
+        return any(bool(p.any()) for name, p in model.named_parameters() if name in self.zeros)
 
     @property
     def replaces(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -70,8 +69,8 @@ class Trial:
             self._checks, unseen = self._gradients(seen, outputs)
             self._require_own_gradients(others, training=known.training)
             self._linear = self._is_linear(seen, outputs)
-            zeros = [p for p in network.model.parameters() if not p.any()] if unseen else []
-            self._zeros = tuple(map(weakref.ref, zeros))
+            named = network.model.named_parameters() if unseen else []
+            self._zeros = frozenset(name for name, p in named if not p.any())
 
     def _observe(self, *, training: bool) -> tuple[Observation, _Others]:
         """What the model does with the samples, and with some of them among others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from gradient_oracle import relative_error, true_norms
@@ -100,3 +101,17 @@ def test_lists_and_dicts_of_the_model_are_its_own() -> None:
     # The user's own call fills them, once.
     assert torch.allclose(found, truth)
     assert len(model.seen) == 1
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_parameters_can_be_swapped_once_they_were_used(zero: bool) -> None:
+    model, other = (nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double().eval() for _ in range(2))
+    x = torch.randn(5, 4, dtype=torch.float64)
+    if zero:
+        nn.init.zeros_(model[2].weight)
+    features = fastgrad.GradientFeatures(model)
+    features(x)
+    expected = fastgrad.GradientFeatures(other)(x)[1]
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.utils.swap_tensors(one, two)
+    torch.testing.assert_close(features(x)[1], expected)
