@@ -409,3 +409,29 @@ def test_what_fails_in_a_trial_alone_is_refused_by_name(made: type[nn.Module], m
 def test_what_all_samples_fail_with_is_the_models_own_error() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         recorded(Crops().double(), torch.ones(9, 5).double())
+
+
+class Gated(nn.Module):
+    """Residual layers whose gates sum over all features, and so cancel much of what was rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), nn.Linear(8, 5)
+        self.gates = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for gate, layer in zip(self.gates, self.layers, strict=True):
+            x = x + gate * layer(x).relu()
+        out: Tensor = self.head(x)
+        return out
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_gradients_that_autocast_rounds_are_no_samples_that_interact(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x = Gated(), torch.randn(6, 8)
+    features = fastgrad.GradientFeatures(model)
+    _, truth = features(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, norms = features(x)
+    assert ((norms - truth).abs().amax(0) <= 0.1 * truth.amax(0)).all()
