@@ -145,6 +145,14 @@ def test_a_range_of_rows_is_the_same_range(tmp_path: Path) -> None:
         assert [item.name for item in found] == [str(i) for i in range(start, stop)]
 
 
+def test_keys_of_any_type_are_names(tmp_path: Path) -> None:
+    keys = {"binary": [b"k0", None, b"\xff"], "text": ["k0", None, "\\xff"], "number": [7, None, 9]}
+    names = {"binary": ["k0", "1", "\\xff"], "text": ["k0", "1", "\\xff"], "number": ["7", "1", "9"]}
+    pq.write_table(pa.table({"img": [b""] * 3, **keys}), tmp_path / "in.parquet")
+    for key, expected in names.items():
+        assert [item.name for item in read_parquet(tmp_path / "in.parquet", None, key)] == expected
+
+
 def test_an_interrupted_run_goes_on_and_repeats_nothing(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

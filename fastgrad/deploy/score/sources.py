@@ -64,7 +64,7 @@ def read_parquet(
         path: the file.
         column: with the images, bytes or structs with a field ``bytes``; None takes the first of ``image``,
             ``img``, ``bytes``, ``content``.
-        key: with the names; None takes ``path``, ``name``, ``id`` if there is one, else the row's number.
+        key: with the names; None takes ``path``, ``name``, ``id`` if there is one. Without a key a row has its number.
         start: first row.
         stop: row after the last; None: to the end.
         most: bytes of a cell; of a larger one no more than one byte beyond comes.
@@ -88,8 +88,15 @@ def read_parquet(
         keys = part.column(key).to_pylist() if key else range(row, row + len(images))
         for number, (name, content) in enumerate(zip(keys, images, strict=True), start=row):
             if start <= number < stop:
-                yield Source(str(name), content)
+                yield Source(_name(name, number), content)
         row += len(images)
+
+
+def _name(key: Any, number: int) -> str:
+    """A row's key as text; the row's number where it has none."""
+    if isinstance(key, bytes):
+        return key.decode("utf-8", "backslashreplace")
+    return str(number if key is None else key)
 
 
 def _cells(column: Any, most: int) -> list[bytes]:
