@@ -133,7 +133,9 @@ def _json_input(body: bytes, shape: tuple[int, ...], dtype: str) -> bytes:
         values = np.array(content["inputs"])
     except (ValueError, TypeError, OverflowError, RecursionError):
         raise RequestError(422, f"{expected}; the lists were ragged or nested too deeply") from None
-    if values.dtype.kind not in "iuf":
+    # NumPy takes true for 1 where numbers are beside it.
+    words = b"true" in body or b"false" in body
+    if values.dtype.kind not in "iuf" or (words and bool in map(type, np.array(content["inputs"], object).flat)):
         raise RequestError(422, f"{expected}; something else was among them")
     if values.shape == (1, *shape):
         values = values[0]

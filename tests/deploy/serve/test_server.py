@@ -113,6 +113,7 @@ BAD = {
     "ragged": (b'{"inputs": [[1, 2], [3]]}', "application/json", 422, "ragged"),
     "text inside": (nested('"a"'), "application/json", 422, "something else"),
     "null inside": (nested("null"), "application/json", 422, "something else"),
+    "truth inside": (nested("true"), "application/json", 422, "something else"),
     "NaN": (nested("NaN"), "application/json", 422, "finite"),
     "infinity": (nested("-Infinity"), "application/json", 422, "finite"),
     "beyond float64": (nested("1e999"), "application/json", 422, "finite"),
