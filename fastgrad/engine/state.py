@@ -160,13 +160,17 @@ class Repeatable:
         self._buffers = list(module.buffers())
         self._versions = Versions(self._buffers)
 
+    def differs(self) -> str | None:
+        """What another call would do, if the module drew numbers or changed a buffer since."""
+        if not self._random.same():
+            return "draw other random numbers"
+        replaced = [id(b) for b in self._module.buffers()] != [id(b) for b in self._buffers]
+        return "find its buffers changed" if replaced or self._versions.modified() else None
+
     def require(self, name: str) -> None:
         """Raise NotRepeatableError if the module, called ``name`` in messages, drew numbers or changed a buffer."""
-        drew = not self._random.same()
-        replaced = [id(b) for b in self._module.buffers()] != [id(b) for b in self._buffers]
-        if drew or replaced or self._versions.modified():
+        if differs := self.differs():
             raise NotRepeatableError(
                 f"model must be in evaluation mode, because {name!r} is computed again in the backward pass and "
-                f"would {'draw other random numbers' if drew else 'find its buffers changed'}; call model.eval()"
-                + (", or set its dropout to 0" if drew else "")
+                f"would {differs}; call model.eval()" + (", or set its dropout to 0" if "random" in differs else "")
             )

@@ -26,6 +26,7 @@ from fastgrad.deploy.drift import ScoreReference
 from fastgrad.deploy.file import onnx_export
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.package import SUFFIXES, Description, write_description
+from fastgrad.engine.state import Repeatable
 
 #: What compiled code would round in another way. With PyTorch's own kernels the features of a convolutional network
 #: or vision transformer are those of the live one, bit for bit or nearly: the detector has no difference to magnify.
@@ -94,7 +95,8 @@ def export(
 
     Raises:
         TypeError: ``two_stage`` is no module or ``example_input`` no floating tensor.
-        ValueError: an argument does not fit the model; the module is in training mode.
+        ValueError: an argument does not fit the model; the module is in training mode, draws random numbers, changes
+            its buffers, or gives an input another answer where another is beside it.
         MissingExtraError: an ``.onnx`` needs ``pip install 'fastgrad[onnx]'``.
         RuntimeError: no C++ compiler is installed for a ``.pt2``, or the module's graph depends on the batch size. For
             an ``.onnx``: an operation has no ONNX form, or the answers differ by more than ``tolerance``.
@@ -167,6 +169,7 @@ def _describe(
             "evidence must be False for a module that cannot explain its answers as a TwoStageModel does; "
             f"two_stage was a {type(two_stage).__name__}"
         )
+    _check_steady(two_stage, example_input, outputs[0])
 
     calibration = _scores(two_stage, scores)
     threshold, thresholds = _thresholds(two_stage, calibration, false_alarm_rate)
@@ -202,6 +205,23 @@ def _describe(
             "cpu": torch.backends.cpu.get_cpu_capability(),
         },
     )
+
+
+def _check_steady(two_stage: nn.Module, example_input: Tensor, alone: Tensor) -> None:
+    """Refuse a module whose answer to an input, with logits ``alone``, is another in another call or batch."""
+    first, last = example_input[:1], example_input[-1:]
+    repeatable = Repeatable(two_stage)
+    # The other input is another one also where the example is a single one.
+    together = two_stage(torch.cat([first, last.flatten(1).flip(1).view(last.shape)]))[0][:1]
+    if differs := repeatable.differs():
+        raise ValueError(f"two_stage must give the same answers at every call; after one, the next would {differs}")
+    worst = float((together - alone).detach().abs().max() / alone.detach().abs().max())
+    # Far above the rounding of any batch size, TF32 included.
+    if worst > max(0.01, torch.finfo(alone.dtype).eps ** 0.5):
+        raise ValueError(
+            "two_stage must give an input the same answer whatever other inputs are in its batch; with another one its "
+            f"logits differed by {worst:.2g} of the largest"
+        )
 
 
 def _scores(two_stage: nn.Module, scores: Any) -> np.ndarray[Any, Any] | None:

@@ -161,6 +161,26 @@ class Mute(nn.Module):
         return self.inner(x)
 
 
+class Unsteady(TinyTwoStage):
+    """What an input is answered depends on more than the input."""
+
+    how = "plain"
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        beside = {
+            "plain": lambda: 0,
+            "random": lambda: torch.rand(()),
+            "buffer": lambda: self.calls.add_(1),
+            "batch": lambda: x.mean(0),
+        }
+        return super().forward(x + beside[self.how]())
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -182,6 +202,9 @@ class Mute(nn.Module):
         ({"two_stage": nn.Flatten().train()}, ValueError, "evaluation mode"),
         ({"evidence": 1}, TypeError, "evidence must be True or False; it was 1"),
         ({"two_stage": Mute(), "evidence": True}, ValueError, "evidence must be False for .* a Mute"),
+        ({"two_stage": Unsteady("random")}, ValueError, "same answers at every call; .* draw other random numbers"),
+        ({"two_stage": Unsteady("buffer")}, ValueError, "same answers at every call; .* find its buffers changed"),
+        ({"two_stage": Unsteady("batch"), "example_input": shapes(1, 0)[0]}, ValueError, "whatever other inputs"),
     ],
 )
 def test_bad_arguments(change: dict, error: type[Exception], message: str, tmp_path: Path) -> None:
