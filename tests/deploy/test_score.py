@@ -192,6 +192,25 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(
     assert not parts.exists()
 
 
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_of_two_runs_at_once_the_later_says_so(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    out, plain, counts = tmp_path / "o.parquet", job.Job.write, []
+
+    def write(self, model, index, *more):
+        if index == at:
+            monkeypatch.setattr(job.Job, "write", plain)
+            counts.append(score(tiny_package, folder, out, part=4))
+        return plain(self, model, index, *more)
+
+    monkeypatch.setattr(job.Job, "write", write)
+    with pytest.raises(ValueError, match=r"o\.parquet\.parts was removed meanwhile, as by another run with this out"):
+        score(tiny_package, folder, out, part=4)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("o")] == ["o.parquet"]
+    assert pq.read_table(out).num_rows == counts[0]["images"]
+
+
 def test_a_folder_that_no_job_made_is_left_as_it_is(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ class Job:
     `fastgrad.deploy.score.local.score`.
 
     Attributes:
+        note: the file in the folder that says which job this is.
         paths: where each part belongs.
         missing: numbers of the parts that are not there yet.
         done: how many images the parts hold that were there from the beginning.
@@ -88,6 +89,7 @@ class Job:
     ) -> None:
         self.threshold = description.threshold_at(false_alarm_rate)
         self.images, self.folder, self.batch, self.part = images.resolve(), folder, batch, part
+        self.note = folder / "job.json"
         self.columns, self.max_pixels, self.max_bytes = (image_column, key_column), max_pixels, max_bytes
         self.listed: list[Source] | None = None
         identity = self._look()
@@ -127,18 +129,17 @@ class Job:
 
     def _open(self, job: dict[str, Any]) -> str:
         """Make the folder, or check that this job has made it; return the job's random id."""
-        note = self.folder / "job.json"
         # A job that was ended before its note was written, or after it was removed, has left an empty folder.
         with contextlib.suppress(OSError):
             self.folder.rmdir()
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
             identity = secrets.token_hex(16)
-            with written_beside(note) as temporary:
+            with written_beside(self.note) as temporary:
                 temporary.write_text(json.dumps({**job, "id": identity}, sort_keys=True, indent=1), "utf-8")
             return identity
         try:
-            found = json.loads(note.read_text("utf-8"))
+            found = json.loads(self.note.read_text("utf-8"))
             identity = str(found.pop("id"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
@@ -186,7 +187,7 @@ def join_parts(job: Job, out: Path, schema: Any) -> None:
         for part in job.paths:
             writer.write_table(pq.read_table(part).cast(schema))
     # What was being written when a process of the job was killed still has its temporary name.
-    for path in (*job.paths, *job.folder.glob(UNFINISHED + "*"), job.folder / "job.json"):
+    for path in (*job.paths, *job.folder.glob(UNFINISHED + "*"), job.note):
         path.unlink()
     with contextlib.suppress(OSError):
         job.folder.rmdir()

@@ -55,8 +55,8 @@ def score(
         earlier run.
 
     Raises:
-        ValueError: arguments that do not fit, no images, parts of another job beside ``out``, or a file of another
-            program's in its place.
+        ValueError: arguments that do not fit, no images, parts of another job beside ``out``, a file of another
+            program's in its place, or another run with this ``out`` that ended first.
         PackageError: not an exported model.
     """
     decoders = os.cpu_count() or 1 if decoders is None else decoders
@@ -70,10 +70,15 @@ def score(
         max_pixels=max_pixels, max_bytes=max_bytes,
     )  # fmt: skip
     bar = progress_bar(job, progress)
-    with ThreadPoolExecutor(decoders) as pool:
-        for index in job.missing:
-            job.write(model, index, pool, bar.update)
-    bar.close()
-    counts = count_rows(job.paths)
-    join_parts(job, target, schema)
+    try:
+        with ThreadPoolExecutor(decoders) as pool:
+            for index in job.missing:
+                job.write(model, index, pool, bar.update)
+        bar.close()
+        counts = count_rows(job.paths)
+        join_parts(job, target, schema)
+    except FileNotFoundError:
+        if job.note.exists():
+            raise
+        raise ValueError(f"{job.folder} was removed meanwhile, as by another run with this out that ended") from None
     return {**counts, "continued": job.done}
