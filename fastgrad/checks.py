@@ -67,6 +67,13 @@ def at_least(least: int, **values: object) -> None:
             raise ValueError(f"{name} must be an integer of at least {least}; it was {value!r}")
 
 
+def is_seed(seed: object) -> None:
+    """Raise ValueError unless NumPy takes ``seed``."""
+    at_least(0, seed=seed)
+    if seed >= 2**32:  # type: ignore[operator]
+        raise ValueError(f"seed must be below 2**32, as NumPy's are; it was {seed}")
+
+
 def is_number(**values: object) -> None:
     """Raise TypeError for an argument that is no real number."""
     for name, value in values.items():

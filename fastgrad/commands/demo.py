@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 import fastgrad
+from fastgrad import checks
 from fastgrad.batches import bar
 from fastgrad.challenges import PixelRange, fgsm
 from fastgrad.detector.report import Report
@@ -218,6 +219,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.epochs < 1:
         raise ValueError(f"--epochs must be at least 1; it was {arguments.epochs}")
+    checks.is_seed(arguments.seed)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

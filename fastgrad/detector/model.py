@@ -109,9 +109,7 @@ class TwoStageModel(nn.Module):
                 "budget must be at least 1, the forward pass that gives the logits, in forward passes; "
                 f"it was {budget!r}"
             )
-        checks.at_least(0, seed=seed)
-        if seed >= 2**32:
-            raise ValueError(f"seed must be below 2**32, as NumPy's are; it was {seed}")
+        checks.is_seed(seed)
         self.model = model
         self.detector, self.classifier = detector, classifier
         self.budget, self.seed = float(budget), int(seed)

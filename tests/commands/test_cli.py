@@ -25,6 +25,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["dance"], "invalid choice: 'dance'"),
         (["demo", "--epochs", "0"], "--epochs must be at least 1; it was 0"),
         (["demo", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
+        (["demo", "--seed", "-1"], "fastgrad demo: seed must be an integer of at least 0; it was -1"),
+        (["demo", "--seed", str(2**64)], "fastgrad demo: seed must be below 2**32"),
         (["serve"], "fastgrad serve: give one MODEL, or --model NAME=PATH"),
         (["serve", "none.pt2"], "none.pt2: there is no such file"),
         (["score", "none.pt2", "."], "the following arguments are required: --out"),
