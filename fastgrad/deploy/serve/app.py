@@ -6,6 +6,7 @@ import asyncio
 import functools
 import gc
 import json
+import math
 import os
 import re
 import time
@@ -22,7 +23,7 @@ from fastgrad.checks import at_least, extra
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.serve.bodies import Budget, Limits, Readers, read_body
 from fastgrad.deploy.serve.child import ChildDiedError, RequestError
-from fastgrad.deploy.serve.guard import Guard, check_key, refusal
+from fastgrad.deploy.serve.guard import Guard, check_access, refusal
 from fastgrad.deploy.serve.schema import Answer, refusals, request_body
 from fastgrad.deploy.serve.served import Model, Served
 from fastgrad.deploy.serve.status import status_routes
@@ -90,15 +91,18 @@ def create_app(
     Raises:
         PackageError: not an exported model, or one that ``pins`` does not name.
         ValueError: the file has no threshold for that rate, a key that no request can carry, no model, a name that fits
-            no address, or a number that must be positive.
+            no address, one string for ``allowed_hosts``, or a number out of its range.
     """
     paths = {Path(path).stem: path} if isinstance(path, str) else dict(path)
     if not paths:
         raise ValueError("path must name at least one model; it was empty")
-    at_least(1, workers=workers, max_batch=max_batch, decoders=1 if decoders is None else decoders)
+    given = {name: value for name, value in (("decoders", decoders), ("threads", threads)) if value is not None}
+    at_least(1, workers=workers, max_batch=max_batch, **given)
+    if not 0 <= batch_wait < math.inf:
+        raise ValueError(f"batch_wait must be finite and not negative; it was {batch_wait:g}")
     if not reload_every > 0:
         raise ValueError(f"reload_every must be positive; it was {reload_every:g}")
-    check_key(api_key)
+    check_access(api_key, allowed_hosts)
     for name in paths if not isinstance(path, str) else ():
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"path must have names of letters, digits and _.-; one was {name!r}")

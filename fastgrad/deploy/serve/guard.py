@@ -31,10 +31,12 @@ def refusal(error: RequestError, headers: dict[str, str] | None = None) -> JSONR
     return JSONResponse({"detail": error.message}, error.status, headers)
 
 
-def check_key(key: str | None) -> None:
-    """Raise ValueError for a key that no request can carry in a header; all would be refused, or none."""
+def check_access(key: str | None, hosts: Collection[str]) -> None:
+    """Raise ValueError for a key that no request can carry in a header, or one string for names of hosts."""
     if key is not None and not re.fullmatch("[!-~]([ -~]*[!-~])?", key):
         raise ValueError("api_key must not be empty, and of printable ASCII without spaces at its ends")
+    if isinstance(hosts, str):
+        raise ValueError(f"allowed_hosts must be a list of names; it was the string {hosts!r}")
 
 
 class Guard:
@@ -50,7 +52,7 @@ class Guard:
         refused: told the status of each refusal.
 
     Raises:
-        ValueError: a key that no request can carry.
+        ValueError: a key that no request can carry, or one string for names.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Guard:
         hosts: Collection[str],
         refused: Callable[[int], None] = lambda status: None,
     ) -> None:
-        check_key(key)
+        check_access(key, hosts)
         self._app, self._refused = app, refused
         self._digest = None if key is None else hashlib.sha256(key.encode()).digest()
         self._hosts = {"localhost", *(host.lower() for host in hosts)}

@@ -213,6 +213,20 @@ def test_threshold_at_another_rate(tiny_package: Path) -> None:
         create_app(str(tiny_package), false_alarm_rate=0.33)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"threads": 0}, "threads must be an integer of at least 1; it was 0"),
+        ({"batch_wait": float("nan")}, "batch_wait must be finite and not negative; it was nan"),
+        ({"batch_wait": -1.0}, "batch_wait must be finite and not negative; it was -1"),
+        ({"allowed_hosts": "example.com"}, "allowed_hosts must be a list of names; it was the string 'example.com'"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str, tiny_package: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_app(str(tiny_package), **change)
+
+
 def test_several_models_answer_by_name(tiny_package: Path) -> None:
     app = create_app({"small": str(tiny_package), "second": str(tiny_package)}, false_alarm_rate=0.01)
     stub(app, {name: (0.1, 0.2, 0.3, 0.4, len(name)) for name in ("small", "second")})
