@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrad import checks
 from fastgrad.checks import extra
 from fastgrad.detector.model import TwoStageModel
 
@@ -30,8 +31,11 @@ def as_pytorch_ood(two_stage: TwoStageModel, **fit_options: Any) -> Any:
         from pytorch_ood.api import Detector
 
     def inside(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, labels in loader:
-            known = torch.as_tensor(labels) >= 0
+        for x, given in loader:
+            labels = torch.as_tensor(given)
+            checks.is_tensor("x", x)
+            checks.shape_is("labels", labels, (len(x),), "one a sample")
+            known = labels >= 0
             if known.any():
                 yield x[known], labels[known]
 

@@ -24,6 +24,11 @@ def test_works_as_a_pytorch_ood_detector():
     assert isinstance(detector, Detector)
     assert detector.fit(DataLoader(known, batch_size=40)) is detector
     assert detector.two_stage.report().drawn == 200
+    detector.fit([(clean, [0, 1, -1] * 80)])
+    assert detector.two_stage.report().drawn == 160
+    with pytest.raises(ValueError, match=r"labels must have shape \(240,\) \(one a sample\); it was \(240, 3\)"):
+        detector.fit([(clean, torch.rand(240, 3))])
+    detector.fit(DataLoader(known, batch_size=40))
 
     metrics = OODMetrics()
     for x, label in ((clean[200:], 0), (odd, -1)):
