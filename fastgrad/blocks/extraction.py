@@ -95,6 +95,8 @@ class Extraction:
         return other
 
     def _extract(self, subject: Subject, args: Any, kwargs: Any, samples: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if subject.mask is not None and subject.mask not in kwargs:
+            raise ValueError(f"inputs must have {subject.mask!r}, as those of fit had")
         mask = None if subject.mask is None else kwargs[subject.mask]
         readings = {block.name: block.readings(subject, mask) for block in self.blocks}
         signals = {block.name: block.signals(subject) for block in self.blocks}

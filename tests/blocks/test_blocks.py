@@ -144,6 +144,10 @@ def test_padding_says_nothing() -> None:
     (_, padded), (_, plain) = Extraction(net, blocks)(long), Extraction(net, blocks)(short)
     for name, value in plain.items():
         torch.testing.assert_close(padded[name], value, rtol=1e-8, atol=1e-8)
+    extraction = Extraction(net, [Activations()])
+    extraction(long)
+    with pytest.raises(ValueError, match="inputs must have 'attention_mask', as those of fit had"):
+        extraction({"input_ids": ids})
 
 
 def test_a_network_without_normalisation_is_read_at_its_layers() -> None:
