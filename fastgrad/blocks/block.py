@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from fastgrad.checks import Array as Array
 from fastgrad.scores.fitted import Fitted, Sequence
 from fastgrad.scores.gaussian_mixture import GaussianMixture
 from fastgrad.scores.mahalanobis import Mahalanobis
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from fastgrad.blocks.subject import Subject
     from fastgrad.engine.run import Reading
 
-Array = NDArray[np.float64]
 #: The classifier of challenges among the sources of evidence, where the others are blocks.
 CHALLENGE_CLASSIFIER = "challenges"
 #: Standardised columns are cut here: no single one decides alone.

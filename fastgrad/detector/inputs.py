@@ -10,11 +10,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fastgrad.blocks import Block
+from fastgrad.checks import Array as Array
 from fastgrad.checks import to_array
 from fastgrad.detector import constants
 from fastgrad.scores.rows import as_tensor
 
-Array = NDArray[np.float64]
 Blocks = Mapping[str, Block | type[Block]]
 
 

@@ -172,5 +172,5 @@ class Repeatable:
         if differs := self.differs():
             raise NotRepeatableError(
                 f"model must be in evaluation mode, because {name!r} is computed again in the backward pass and "
-                f"would {differs}; call model.eval()" + (", or set its dropout to 0" if "random" in differs else "")
+                f"would {differs}; call model.eval()" + ("" if self._random.same() else ", or set its dropout to 0")
             )

@@ -134,12 +134,14 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Run one call from outside with probes."""
-        keys = {name: id(p) for name, p in module.named_parameters()}
-        for name in (name for name, p in module.named_parameters() if p.grad_fn is not None):
-            raise ValueError(
-                f"model must be called with parameters of its own; {name!r} was computed (torch.func.functional_call), "
-                "and no gradient per sample is known of what it was computed from"
-            )
+        keys: dict[str, int] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.grad_fn is not None:
+                raise ValueError(
+                    f"model must be called with parameters of its own; {name!r} was computed "
+                    "(torch.func.functional_call), and no gradient per sample is known of what it was computed from"
+                )
+            keys[name] = id(parameter)
         with _lock:
             network = _networks.get(module)
             if network is None:

@@ -15,14 +15,13 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad.checks import to_array
+from fastgrad.checks import Array, to_array
 from fastgrad.introspection.network import ACTIVATIONS, CHUNK, Inputs, IntrospectiveNetwork
 from fastgrad.introspection.training import train
 from fastgrad.losses import LOSSES
 from fastgrad.scores.rows import as_tensor
 from fastgrad.scores.temperature import Temperature
 
-Array = NDArray[np.float64]
 Pairs = Mapping[str, ArrayLike]
 # Above this many weights in the first layer, prediction stays in float32.
 _DOUBLE_LIMIT = 10_000_000

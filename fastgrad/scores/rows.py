@@ -6,13 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from fastgrad.checks import Array
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.spectrum import principal
-
-Array = NDArray[np.float64]
 
 # Squared norms that underflowed to zero get the logarithm of the smallest normal float32, a value no
 # measured norm lies below: they stay extreme without being infinite.

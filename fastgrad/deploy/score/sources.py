@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -46,11 +47,13 @@ def list_folder(folder: Path) -> tuple[list[Source], str]:
         raise error
 
     paths = (Path(where, name) for where, _, names in os.walk(folder, onerror=refuse) for name in names)
-    images = (path for path in paths if path.suffix.lower() in SUFFIXES)
     sources, digest = [], hashlib.sha256()
-    for path in sorted(path for path in images if path.is_file() or not path.exists()):
-        name, stat = os.fsencode(path.relative_to(folder)), path.stat() if path.exists() else path.lstat()
-        digest.update(b"%s\0%d %d\0" % (name, stat.st_size, stat.st_mtime_ns))
+    for path in sorted(path for path in paths if path.suffix.lower() in SUFFIXES):
+        status = path.stat() if path.exists() else path.lstat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
+            continue
+        name = os.fsencode(path.relative_to(folder))
+        digest.update(b"%s\0%d %d\0" % (name, status.st_size, status.st_mtime_ns))
         sources.append(Source(name.decode("utf-8", "backslashreplace"), path))
     return sources, digest.hexdigest()
 
