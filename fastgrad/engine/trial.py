@@ -78,10 +78,12 @@ class Trial:
                         "model must bear to run again on single samples, or with one copy of a parameter for each of "
                         f"them; in a trial it raised {type(failure).__name__}: {failure}"
                     ) from failure
-        if not all(gradient.isfinite().all() for check in self._samples.checks for gradient in check.truth.values()):
+        gradients = [gradient for check in self._samples.checks for gradient in check.truth.values()]
+        if not all(g.to(torch.promote_types(g.dtype, torch.float32)).square().sum().isfinite() for g in gradients):
             raise ValueError(
                 "model must have finite gradients on the samples of a first call, which it is checked with; those of "
-                f"{', '.join(sorted(wrong))} held NaN or infinity. Look at the first samples of the batch"
+                f"{', '.join(sorted(wrong))} held NaN or infinity, or have squared norms above 3e38. Look at the first "
+                "samples of the batch"
             )
         raise ValueError(
             "model must treat the samples of a batch independently, alike each time: squared norms of "

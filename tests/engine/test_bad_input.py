@@ -171,6 +171,8 @@ def test_a_first_batch_that_is_not_finite() -> None:
     recorded(model, x)
     found = torch.stack(recorded(model, bad), 1)
     assert found.isnan().all(1).tolist() == [i == 1 for i in range(6)]
+    with pytest.raises(ValueError, match=r"finite gradients .* weight held NaN or infinity, or have squared"):
+        fastgrad.GradientFeatures(nn.Linear(4, 3))(vectors(6).float() * 1e20)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
