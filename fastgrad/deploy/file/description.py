@@ -82,11 +82,6 @@ class Description:
                 raise ValueError(f"{name} must be {expected}; it was {repr(value)[:80]}")
 
     @property
-    def outputs(self) -> int:
-        """How many tensors the graph gives."""
-        return 3 + self.risk + (self.evidence is not None)
-
-    @property
     def columns(self) -> int:
         """Numbers in a row of `ModelPackage.rows`."""
         return self.classes + 1 + self.risk + len(self.evidence or ())
