@@ -37,15 +37,16 @@ class Activations(Block):
         return None if subject.channels else "the network has no normalisation, convolutional or linear layer"
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
-        """Every place's mean squares."""
+        """Every place's mean squares; of maps a sample, whose squares cost less once no layer is left to run."""
         return tuple(
-            Reading(place.path, functools.partial(mean_square, place, mask), copied=False) for place in subject.channels
+            Reading(place.path, functools.partial(_read, place, mask), copied=False) for place in subject.channels
         )
 
     def values(self, found: Pass) -> Tensor:
         """The logarithms side by side, in the order of the forward pass."""
-        columns = torch.cat(found.readings(self.name), 1)
-        return columns.clamp_min(torch.finfo(torch.float32).tiny).log()
+        seen = zip(found.subject.channels, found.readings(self.name), strict=True)
+        columns = [mean_square(value, place.dim) if place.grid else value for place, value in seen]
+        return torch.cat(columns, 1).clamp_min(torch.finfo(torch.float32).tiny).log()
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
@@ -58,14 +59,16 @@ class Activations(Block):
         return cls.rows(blocks, settings, clip=CLIP, dimensions=COMPONENTS)
 
 
-def mean_square(place: Channels, mask: Tensor | None, inputs: tuple[Any, ...], output: Any) -> Tensor:
-    """Each channel's mean square over positions ``(B, C)``, float32, of a module's output."""
+def mean_square(value: Tensor, dim: int, weights: Tensor | None = None) -> Tensor:
+    """Each channel's mean square over positions ``(B, C)``, float32; ``weights`` ``(B, T, 1)`` of positions."""
+    if weights is not None:
+        return channel_square_sums(value * weights.to(value.dtype), dim) / weights.sum(1).clamp_min(1)
+    return channel_square_sums(value, dim) / max(1, math.prod(value.shape[1:]) // value.shape[dim])
+
+
+def _read(place: Channels, mask: Tensor | None, inputs: tuple[Any, ...], output: Any) -> Tensor:
     value = output_of(output)
     assert value is not None  # the place was found by it
-    weights = positions(value, place.dim, mask)
-    if weights is not None:
-        squares = channel_square_sums(value * weights.to(value.dtype), place.dim)
-        return squares / weights.sum(1).clamp_min(1)
     if place.grid:
-        value = sampled(value, place.grid)
-    return channel_square_sums(value, place.dim) / max(1, math.prod(value.shape[1:]) // place.count)
+        return sampled(value, place.grid)
+    return mean_square(value, place.dim, positions(value, place.dim, mask))

@@ -119,17 +119,17 @@ def choose(seen: Sequence[tuple[nn.Module, Channels, int]], operations: float) -
 
 
 def sampled(value: Tensor, grid: int) -> Tensor:
-    """A map ``(B, C, ...)`` at less than ``grid`` positions along each longer axis, evenly spaced within it.
+    """A copy of a map ``(B, C, ...)`` at less than ``grid`` positions along each longer axis, evenly spaced within it.
 
     The first of an axis is left out: it saw the padding. In a graph single positions are taken by a pooling, through
     which exported files keep to the layout of their convolutions; elsewhere a copy of them is several times as fast.
     """
     steps = tuple(-(-length // grid) for length in value.shape[2:])
-    if all(step == 1 for step in steps) or len(steps) > 3:
-        return value
+    inside = (..., *(slice(None if step == 1 else step, None, step) for step in steps))
     if not is_traced():
-        inside = (..., *(slice(None if step == 1 else step, None, step) for step in steps))
-        return value[inside].contiguous()
+        return value.detach()[inside].clone(memory_format=torch.contiguous_format)
+    if all(step == 1 for step in steps) or len(steps) > 3:
+        return value[inside]
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(steps) - 1]
     inside = (..., *(slice(None if step == 1 else 1, None) for step in steps))
     result: Tensor = pool(value, 1, steps)[inside]
