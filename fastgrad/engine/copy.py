@@ -102,7 +102,8 @@ class Shadow:
         # a copy, by name, and what the original has there.
         self._places: defaultdict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
         self._holders: list[tuple[dict[str, Any], str, Any]] = []
-        # Plain attributes in which something was replaced.
+        # Plain attributes that may hold parts of the tree; those in which something was replaced.
+        self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._followed: set[tuple[int, str]] = set()
         #: The copy of each module by the id of the original, in the order they were met.
         self.modules: dict[int, nn.Module] = {}
@@ -111,8 +112,8 @@ class Shadow:
         self.root: nn.Module = self._module(model, "")
         if recorded:
             self._without_hooks(self.root.__dict__)
-        for pair in self._pairs:
-            self._attributes(*pair)
+        for held in self._attributes:
+            self._follow(*held)
 
     def submodule(self, path: str) -> nn.Module:
         """The copy of a module by its name within the model, empty for the model itself."""
@@ -201,13 +202,13 @@ class Shadow:
         compiled = _torch.original(module)
         if compiled is not module:
             state["forward"] = self._module(compiled, f"{prefix}_orig_mod.")
-        for name in _HOOK_TABLES:
-            table = state.get(name)
-            if table:
-                state[name] = table.copy()
-        for name in _BACKWARD_HOOKS:
-            if state.get(name) and not self.recorded:
-                state[name] = OrderedDict()
+        for name, value in module.__dict__.items():
+            if type(value) in PLAIN:
+                continue
+            if name not in _TABLES:
+                self._attributes.append((state, name, value))
+            elif value and name in _HOOK_TABLES:
+                state[name] = OrderedDict() if name in _BACKWARD_HOOKS and not self.recorded else value.copy()
         tensors: dict[str, Any] = {}
         for name, value in state["_parameters"].items():
             tensors[name] = None
@@ -235,19 +236,15 @@ class Shadow:
             value = self._copies[id(parameter)] = self._parameter(parameter)
         return value
 
-    def _attributes(self, original: nn.Module, copy: nn.Module) -> None:
-        """Follow modules, parameters and methods which plain attributes hold."""
-        state = copy.__dict__
-        for name, value in original.__dict__.items():
-            if type(value) in PLAIN or name in _TABLES:
-                continue
-            self._met_parameter = False
-            replaced = self._replace(value)
-            if replaced is not value:
-                state[name] = replaced
-                self._followed.add((id(state), name))
-            if self._met_parameter:
-                self._holders.append((state, name, value))
+    def _follow(self, state: dict[str, Any], name: str, value: Any) -> None:
+        """Replace modules, parameters and methods which a plain attribute holds."""
+        self._met_parameter = False
+        replaced = self._replace(value)
+        if replaced is not value:
+            state[name] = replaced
+            self._followed.add((id(state), name))
+        if self._met_parameter:
+            self._holders.append((state, name, value))
 
     def _replace(self, value: Any) -> Any:
         """``value`` with everything of the tree inside it replaced; ``value`` itself if there is nothing."""
