@@ -8,13 +8,19 @@ from collections.abc import Iterator
 
 import fastgrad
 
-#: What a dotted name is made of, in contrast to an attribute of a call's result.
-DOTTED = {ast.Attribute, ast.Name, ast.Load, ast.Store, ast.Del}
 ROOT = pathlib.Path(fastgrad.__file__).parent
 
 
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
+
+
+def dotted(node: ast.expr) -> str:
+    """A name with its dots; empty for an attribute of anything else, as of a call's result."""
+    if isinstance(node, ast.Attribute):
+        owner = dotted(node.value)
+        return owner and f"{owner}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def private_names(tree: ast.AST) -> Iterator[str]:
@@ -25,8 +31,8 @@ def private_names(tree: ast.AST) -> Iterator[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Attribute) and set(map(type, ast.walk(node))) <= DOTTED:
-            names = [ast.unparse(node)]
+        elif isinstance(node, ast.Attribute):
+            names = [dotted(node)]
         for name in names:
             parts = name.split(".")
             # ATen's operators are no private names, whatever they are called.

@@ -177,7 +177,8 @@ def test_lengths_beyond_the_end_are_no_reason_to_read_them(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's, of attention and several gradients
-@pytest.mark.parametrize("network", ["max pooling", pytest.param("attention", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["max pooling", "attention"])
 def test_backward_passes_of_other_layers(network: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     if network == "max pooling":
