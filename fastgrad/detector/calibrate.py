@@ -103,12 +103,10 @@ class DetectorModule(Fitted):
     def by_source(self, evidence: Tensor) -> Tensor:
         """The evidence ``(B, K)`` of scores, summed over those of one source: ``(B, S)``."""
         each = [score.options["source"] for score in self.scores]
-        columns = evidence.unbind(-1)
-        return torch.stack(
-            [sum((c for c, s in zip(columns, each, strict=True) if s == source), start=torch.zeros_like(columns[0]))
-             for source in self.sources],
-            -1,
-        )  # fmt: skip
+        columns: dict[str, Tensor] = {}
+        for source, column in zip(each, evidence.unbind(-1), strict=True):
+            columns[source] = columns[source] + column if source in columns else column
+        return torch.stack(list(columns.values()), -1)
 
     def classifier_blocks(self) -> list[str]:
         """The blocks that the classifier of challenges reads; none without it."""
