@@ -21,24 +21,24 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-#: Processes for the whole suite, at most.
+#: Processes for the whole suite, at most: one more than cores, as tests of servers wait.
 PROCESSES = 4
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # A core for each of them.
+    # A core for each of them, or less.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run the whole suite in a process for each core; named tests, which start sooner so, in this one."""
+    """Run the whole suite in several processes; named tests, which start sooner so, in this one."""
     # A process of these runs the whole suite's hooks as well, and must start none of its own.
     whole = config.args_source is config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
     options = config.option
     # pytest-cov must know of processes before this.
     whole = whole and not getattr(options, "cov_source", None)
     if whole and getattr(options, "numprocesses", 0) is None and not (options.usepdb or options.collectonly):
-        options.numprocesses = min(PROCESSES, os.cpu_count() or 1)
+        options.numprocesses = min(PROCESSES, 1 + (os.cpu_count() or 1))
         # Tests of one file share servers and exported models.
         options.dist = "loadfile"
 
