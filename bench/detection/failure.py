@@ -21,23 +21,23 @@ from bench.detection import resampled, runner
 from bench.detection.methods_ours import answer, fitted
 from bench.detection.registry import CASES, METHODS, Method, NotRun, Options, Protocol
 from bench.detection.subject import BATCH, Fit, Seen, Subject
-from bench.detection.tables import ALIKE, UNALIKE
+from bench.detection.tables import ALIKE, CIFAR, LITE, UNALIKE
 from bench.detection.train import EPOCHS, Recipe, trained
 from bench.report import pages
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 from fastgrad.metrics import aurc, calibration_report
 
 Values = NDArray[np.float64]
-DEFAULT_NETWORKS = ("lite0", "lite1", "lite2", "resnet20", "resnet18", "resnet56", "densenet", "news")
+DEFAULT_NETWORKS = (*LITE, *CIFAR, "news", "magika")
 #: Published scores, of one pass.
 RIVALS = (
     "softmax", "entropy", "margin", "energy", "MaxLogit", "GEN", "pNormSoftmax", "GradTrust", "KNN", "ViM",
     "fastgrad, clean only", "fastgrad, default",
 )  # fmt: skip
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "clean": (), "clean and corruptions": (ALIKE, UNALIKE, "changed texts"),
+    "clean": (), "clean and corruptions": (ALIKE, UNALIKE, "changed texts", "changed files"),
     "clean and attacks": ("attacks", "attacks after JPEG"),
-    "clean and other sets": ("other sets", "near sets", "far sets", "other texts"),
+    "clean and other sets": ("other sets", "near sets", "far sets", "other texts", "foreign files"),
 }  # fmt: skip
 PROBABILITIES = ("softmax", "softmax, temperature", "ensemble of five", "fastgrad, risk")
 #: Networks small enough to be trained five times.

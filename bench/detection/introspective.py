@@ -47,7 +47,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 NETWORK = "network"
 #: What H reads and on how many images was chosen on the first.
-DEFAULT_NETWORKS = ("resnet20", "resnet18", "resnet56", "densenet")
+DEFAULT_NETWORKS = ("resnet20", "resnet18", "resnet56", "densenet", "vit")
 Answers = dict[str, dict[str, Tensor]]
 
 

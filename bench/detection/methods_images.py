@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastgrad
-from bench.detection.registry import TEXTS, NotRun, Protocol, Score, method
+from bench.detection.registry import IMAGES, NotRun, Protocol, Score, method
 from bench.detection.subject import BATCH, Fit, Seen
 
 Columns = Callable[..., Callable[[Seen], Tensor]]
@@ -26,8 +26,8 @@ def _batched(predict: Callable[[Tensor], Tensor]) -> Score:
 def odin(fit: Fit) -> Score:
     from pytorch_ood.detector import ODIN
 
-    if fit.subject.kind == TEXTS:
-        raise NotRun("moves inputs along their gradient, and a text has none")
+    if fit.subject.kind not in IMAGES:
+        raise NotRun("moves inputs along their gradient, and tokens have none")
     return _batched(ODIN(fit.model).predict)
 
 

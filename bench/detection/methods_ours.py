@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.detection.methods_images import logistic
-from bench.detection.registry import METHODS, TEXTS, NotRun, Protocol, Score, method
+from bench.detection.registry import IMAGES, METHODS, TEXTS, NotRun, Protocol, Score, method
 from bench.detection.subject import BATCH, Fit, Seen, Subject, packed
 from fastgrad import TwoStageModel
 from fastgrad.blocks import BLOCKS, Gradients
@@ -92,7 +92,7 @@ def fitted(
     """Return a model fitted on named blocks, those that can be had, read from the cache where they are."""
     subject = fit.subject
     clean, labels = subject.parts["fit"]
-    if subject.kind == TEXTS and challenges == "generate":
+    if subject.kind not in IMAGES and challenges == "generate":
         raise NotRun("challenges are generated from images alone")
     known = watch(fit.model, (clean[:BATCH],), {})
     blocks = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
@@ -144,9 +144,9 @@ def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: An
 
     def make(fit: Fit) -> Score:
         subject = fit.subject
-        once = subject.draw == 0 and subject.network not in ("lite1", "lite2")
+        once = subject.draw == 0 and subject.network not in ("lite1", "lite2", "magika")
         if subject.quick and not once and not set(extra) <= {*READINGS[0], "view"}:
-            raise NotRun("quick mode reads gradients of one draw, and of one network on photographs")
+            raise NotRun("quick mode reads gradients of one draw, and not of every network")
         two_stage = fitted(fit, (*DEFAULT_BLOCKS, *extra), challenges)
         return lambda seen: answer(two_stage, seen).uncertainty
 

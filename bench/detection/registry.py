@@ -106,8 +106,8 @@ class Options:
     draws: int = 1
 
 
-#: Kinds of data: photographs, of which a class has one or two; images of 32 pixels; texts.
-PHOTOGRAPHS, SMALL, TEXTS = "photographs", "small images", "texts"
+#: Kinds of data: photographs, of which a class has one or two; images of 32 pixels; texts; files.
+PHOTOGRAPHS, SMALL, TEXTS, FILES = "photographs", "small images", "texts", "files"
 IMAGES = (PHOTOGRAPHS, SMALL)
 METHODS: dict[str, Method] = {}
 CASES: dict[str, Case] = {}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bench.detection import cache
-from bench.detection.registry import CASES, PHOTOGRAPHS, NotRun, Shown
+from bench.detection.registry import CASES, FILES, PHOTOGRAPHS, NotRun, Shown
 
 #: Images at a time.
 BATCH = 16
@@ -64,8 +64,8 @@ class Subject:
 
     @property
     def few(self) -> bool:
-        """Whether a class has at most a few images in ``fit``: nothing is fitted to a class then."""
-        return self.kind == PHOTOGRAPHS
+        """Whether classes have at most a few images in ``fit``: nothing is fitted to a class then."""
+        return self.kind in (PHOTOGRAPHS, FILES)
 
     @cached_property
     def layer(self) -> nn.Linear:
@@ -114,7 +114,7 @@ class Seen:
         with torch.enable_grad():
             found = CASES[self.case].make(self.subject, self.part, self.subject.count)
         if not len(found.images):
-            raise NotRun("no image misleads the network")
+            raise NotRun("no input misleads the network")
         return found
 
     @property

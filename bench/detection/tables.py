@@ -31,7 +31,7 @@ class Table:
 
 
 LITE = ("lite0", "lite1", "lite2")
-CIFAR = ("resnet20", "resnet18", "resnet56", "densenet")
+CIFAR = ("resnet20", "resnet18", "resnet56", "densenet", "vit")
 ALIKE, UNALIKE = "corruptions like generated ones", "corruptions unlike generated ones"
 
 TABLES = {
@@ -39,7 +39,9 @@ TABLES = {
         "Unusual photographs", LITE, ("attacks", "attacks after JPEG", "other sets", ALIKE, UNALIKE, "control")
     ),
     "other-sets": Table(
-        "Other data sets", (*CIFAR, "news"), ("near sets", "far sets", "other texts", "changed texts", "control")
+        "Other data sets",
+        (*CIFAR, "news", "magika"),
+        ("near sets", "far sets", "other texts", "changed texts", "foreign files", "changed files", "control"),
     ),
     "attacks": Table("Attacks", CIFAR, ("attacks", "attacks after JPEG", "control")),
     "corruptions": Table("Corruptions", CIFAR, (ALIKE, UNALIKE)),

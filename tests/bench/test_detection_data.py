@@ -1,4 +1,4 @@
-"""Data sets of the detection tables: compression histories, missing files; networks of published sizes; texts."""
+"""Data sets of the detection tables: compression histories, missing files; published sizes; texts and files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from bench.detection import cache
 from bench.detection.architectures import residual_network
-from bench.detection.data import news, sets
+from bench.detection.data import files, news, sets
 
 
 def test_other_sets_share_the_compression_of_the_first(tmp_path: Path) -> None:
@@ -64,6 +64,39 @@ def test_words_are_dropped_and_mistyped_but_keep_their_letters() -> None:
     shuffled = news._shuffled(words, rng)
     assert shuffled != words
     assert sorted(shuffled) == sorted(words)
+
+
+def test_files_are_read_from_both_ends() -> None:
+    found = files.tokens(b"\n\x00 short file\n")
+    assert found is not None
+    assert bytes(found[:12]) == b"\x00 short file"[:12]
+    assert bytes(found[-13:]) == b"\n\x00 short file"[-13:]
+    assert set(found[13:-14]) == {files.PADDING}
+    assert files.tokens(b" \nseven.\n") == files.tokens(b"") is None
+
+
+@pytest.mark.parametrize("name", [*files.CHANGED, *files.DISGUISED])
+def test_files_are_changed(name: str) -> None:
+    content, rng = "".join(map(str, range(2000))).encode(), np.random.default_rng(0)
+    changed = (files.CHANGED | files.DISGUISED)[name](content, b"another", rng)  # type: ignore[operator]
+    assert changed
+    assert changed != content
+
+
+def test_the_network_of_files_answers_as_its_onnx_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    try:
+        source = files.Files(0)
+    except ModuleNotFoundError:
+        pytest.skip("magika is not installed")
+    everything = list(files._folders())
+    monkeypatch.setattr(files, "_folders", lambda: iter(everything[:20]))
+    inputs, labels = source.files("test", 64)
+    assert inputs.shape == (len(labels), 2 * files.ENDS)
+    assert (source.model(inputs).argmax(1) == labels).double().mean() > 0.5
+    kept, places = source.case("UTF-16", "test", 30)
+    assert len(kept) == len(places) <= 30
+    assert not {content for content, _ in source._parts["fit"]} & {content for content, _ in source._parts["test"]}
 
 
 def _truncate(path: Path) -> None:
