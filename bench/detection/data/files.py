@@ -39,11 +39,8 @@ Change = Callable[[bytes, bytes, np.random.Generator], bytes | None]
 
 def _flipped(content: bytes, other: bytes, rng: np.random.Generator) -> bytes:
     """One byte of ten is another."""
-    return np.where(rng.random(len(content)) < 0.1, _random(content, rng), np.frombuffer(content, np.uint8)).tobytes()
-
-
-def _random(content: bytes, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    return rng.integers(0, 256, len(content), np.uint8)
+    chosen, found = rng.random(len(content)) < 0.1, rng.integers(0, 256, len(content), np.uint8)
+    return np.where(chosen, found, np.frombuffer(content, np.uint8)).tobytes()
 
 
 def _overwritten(content: bytes, other: bytes, rng: np.random.Generator) -> bytes:
