@@ -264,7 +264,7 @@ class Planner:
                 return FallbackSite(call.path, (name,), batched, places, vectorize, self.seen.gathers or not vectorize)
         raise ValueError(
             "model must treat the samples of a batch independently, batch in dimension 0 of inputs; no part of it that "
-            f"contains all uses of {name!r} does"
+            f"contains all uses of {name!r} does, with the batch in all its outputs (a loss of all samples has none)"
         )
 
 

@@ -15,6 +15,8 @@ from fastgrad.ops.dispatch import full_precision
 #: ``(saved tensors, output gradients) -> (B, m)`` squared norms.
 Norms = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
+# Operations that add up, and those by a constant, by the names of their nodes.
+_SUMS, _FACTORS = frozenset({"Add", "Sub"}), frozenset({"Mul", "Div", "Neg", "ToCopy"})
 # Ids of the probes whose gradients backward passes under way ask for. A pass to an early probe crosses the nodes of
 # later ones, and autograd does not tell a node which of its inputs' gradients are wanted.
 _requested: set[int] = set()
@@ -76,7 +78,8 @@ class _Graphed(torch.autograd.Function):
         if id(ctx.probe) in _requested:
             raise GraphedError(
                 "outputs must not be computed from gradients that passed the recorded model (create_graph=True, as for "
-                "a gradient penalty): its layers then have a part in them of which no gradient per sample is known"
+                "a gradient penalty): its layers then have a part in them of which no gradient per sample is known. "
+                "Take these gradients in the forward of a module of your own, and record this"
             )
         return None, *gradients
 
@@ -107,7 +110,24 @@ def tap(
 
 def nodes_behind(outputs: Iterable[Tensor], stops: Container[int] = ()) -> Iterator[Any]:
     """Nodes of the graph of ``outputs``, where it is not behind the taps of probes with these ids."""
-    waiting, seen = [out.grad_fn for out in outputs], set()
+    return _from([out.grad_fn for out in outputs], stops)
+
+
+def nodes_by_term(outputs: Iterable[Tensor]) -> Iterator[Iterator[Any]]:
+    """The same for each term alone of what is a sum of numbers, as of a loss and a weight decay."""
+    waiting: list[tuple[Any, bool]] = [(out.grad_fn, not out.dim()) for out in outputs]
+    while waiting:
+        node, number = waiting.pop()
+        terms = [] if node is None else [other for other, _ in node.next_functions if other is not None]
+        # What these give is a number without dimensions only where all that they are given is.
+        if number and terms and node.name().removesuffix("Backward0") in (_SUMS if terms[1:] else _SUMS | _FACTORS):
+            waiting += [(other, True) for other in terms]
+        else:
+            yield _from([node], ())
+
+
+def _from(waiting: list[Any], stops: Container[int]) -> Iterator[Any]:
+    seen = set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen or probe_of(node) in stops:

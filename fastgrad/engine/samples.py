@@ -149,7 +149,7 @@ class Samples:
                 if not agree(layout.batch_first(one.detach(), other.samples)[rows], own, precision):
                     raise ValueError(
                         "model must treat the samples of a batch independently; what it returns for a sample changes "
-                        "with the other samples of the batch"
+                        "with the other samples of the batch. A sample is a row of dimension 0 of the inputs"
                     )
 
     def _require_own_gradients(self, others: _Others, *, training: bool) -> None:
@@ -179,7 +179,10 @@ class Samples:
         Others follow as long as a parameter is left that none of them has a gradient of, beyond rounding.
         """
         if all(layout is None or layout.kind == "single" for layout in self.layouts):
-            raise ValueError("model must return a floating-point tensor that carries the batch; it returned none")
+            raise ValueError(
+                "model must return a floating-point tensor that carries the batch in one dimension; it returned none, "
+                "as a model does that returns one loss of all samples"
+            )
         checks = []
         idle = {name for name, p in seen.parameters.items() if p.requires_grad}
         idle &= set(self._known.names.values())

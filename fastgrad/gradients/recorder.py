@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ from fastgrad.engine.backward import looped, probe_grads
 from fastgrad.engine.copy import Redirect
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
-from fastgrad.engine.probe import nodes_behind, probe_of
+from fastgrad.engine.probe import nodes_behind, nodes_by_term, probe_of
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.replay import RecomputedSite
 from fastgrad.engine.run import Run
@@ -216,13 +216,15 @@ def grad_sqnorm(
     Returns:
         One tensor per parameter, ``(B,)``, or ``(S, B)`` for batched gradients; float32 (float64 for a float64
         model). Zeros for a parameter the outputs do not depend on. Only gradients that flow through calls of the
-        model count: a weight decay added to the loss has no gradient per sample.
+        model count: a weight decay added to the loss has no gradient per sample. Where the loss of one sample depends
+        on others, as a contrastive one, a norm is that of the sample's share of the batch's gradient.
 
     Raises:
         RuntimeError: Outside of ``record``, or if no recorded call leads to ``outputs``.
-        ValueError: If a parameter is not the recorded model's, or took part in several calls. Also for a gradient
-            penalty: outputs that depend on gradients (``create_graph=True``) which passed the model. And for a
-            parameter without a layer's rule, if outputs depend on it past what modules return, as by an attribute.
+        ValueError: If a parameter is not the recorded model's, took part in several calls, or is used outside of
+            calls as well, other than in a term of its own like a weight decay. Also for a gradient penalty: outputs
+            that depend on gradients (``create_graph=True``) which passed the model. And for a parameter without a
+            layer's rule, if outputs depend on it past what modules return, as by an attribute.
     """
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     wanted = [params] if isinstance(params, Tensor) else list(params)
@@ -269,6 +271,7 @@ def recorded_sqnorms(
         outputs, [probe for _, _, probe, _ in probes], gradients,
         batched=batched, looped=one_by_one, keep=keep,
     )  # fmt: skip
+    _require_called(outputs, {key: names[key] for key in asked}, [call for call, _ in alive])
     for _, run in alive:
         run.held.require(
             {
@@ -288,7 +291,8 @@ def recorded_sqnorms(
             if key in by_key:
                 raise ValueError(
                     f"params must each take part in one call of the recorded model; {names[key]!r} took part in "
-                    "several, so its gradients would have to be added before the norm is taken"
+                    "several, so its gradients would have to be added before the norm is taken. Make these calls in "
+                    "the forward of a module of your own, and record this"
                 )
             by_key[key] = norms[..., column]
     # Gradients of parameters that the outputs do not depend on are zero, in rows of the calls that they depend on.
@@ -325,3 +329,31 @@ def _require_returned(
                     "also in tuples, lists and dicts. They reach it in another way (an attribute, a hook, a complex "
                     "tensor, an object, a gradient with create_graph=True), where its gradients per sample are not seen"
                 )
+
+
+def _require_called(outputs: Sequence[Tensor], names: Mapping[int, str], calls: Sequence[_Call]) -> None:
+    """Raise ValueError where ``outputs`` reach one of these parameters past the calls that they reach beside it.
+
+    Alone in a term, as in a weight decay, a parameter has no gradient per sample.
+    """
+
+    def look(nodes: Iterable[Any]) -> tuple[bool, set[int]]:
+        """Whether calls are among ``nodes``, and keys of parameters that others use."""
+        called, beside = False, set()
+        for node in nodes:
+            inside = any(number_of(node) in call.numbers for call in calls)
+            called |= inside
+            if not inside:
+                beside |= {id(getattr(following, "variable", None)) for following, _ in node.next_functions}
+        return called, beside & names.keys()
+
+    if not look(nodes_behind(outputs))[1]:
+        return
+    for nodes in nodes_by_term(outputs):
+        called, beside = look(nodes)
+        if called and beside:
+            raise ValueError(
+                f"outputs must depend on {next(names[key] for key in names if key in beside)!r} through calls of the "
+                "recorded model or of its modules alone; it is used outside of them as well, as in another method than "
+                "forward. Call that from the forward of a module of your own, and record this"
+            )

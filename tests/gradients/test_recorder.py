@@ -281,3 +281,59 @@ def test_what_a_module_does_not_return(way: str) -> None:
     for parameter, norms in found.items():
         each = [torch.autograd.grad(row, parameter, retain_graph=True)[0].square().sum() for row in rows]
         torch.testing.assert_close(norms, torch.stack(each))
+
+
+class Prompted(nn.Module):
+    """Parameters that other methods than forward use, before calls of modules and behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt, self.scale = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(()))
+        self.body = nn.Linear(4, 4)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.body(x + self.prompt))
+
+    def decode(self, h: Tensor) -> Tensor:
+        return self.scale * (h @ self.body.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
+
+@pytest.mark.parametrize("name", ["prompt", "scale", "body.weight"])
+def test_a_parameter_that_another_method_uses_is_refused(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Prompted().double(), torch.randn(5, 4, dtype=torch.float64)
+    parameters = list(model.parameters())
+    with fastgrad.record(model):
+        loss = model.decode(model.encode(x)).square().sum()
+        with pytest.raises(ValueError, match=f"outputs must depend on '{name}' through calls"):
+            fastgrad.grad_sqnorm(loss, model.get_parameter(name), retain_graph=True)
+        (bias,) = fastgrad.grad_sqnorm(loss, model.body.bias)
+        # A decay is a term of its own, which is left out, also of what no call uses.
+        loss = model(x).square().sum() / 2 - 3 * sum(p.square().sum() for p in parameters)
+        found = fastgrad.grad_sqnorm(loss, parameters)
+    rows = [torch.autograd.grad(model(x[i : i + 1]).square().sum(), parameters) for i in range(5)]
+    truth = torch.stack([torch.stack([g.square().sum() for g in row]) for row in rows])
+    assert_close(found, truth / 4)
+    assert_close((bias,), truth[:, -1:])
+
+
+def test_a_parameter_of_a_decay_alone_has_zeros() -> None:
+    model, x = Prompted().double(), torch.randn(5, 4, dtype=torch.float64)
+    with fastgrad.record(model):
+        loss = model.body(x).sum() + model.prompt.square().sum()
+        (found,) = fastgrad.grad_sqnorm(loss, model.prompt)
+    assert torch.equal(found, torch.zeros(5, dtype=torch.float64))
+
+
+def test_where_samples_meet_in_the_loss_norms_are_of_their_shares(model: nn.Sequential) -> None:
+    parameters = list(model.parameters())
+    with fastgrad.record(model):
+        z = model(X)
+        loss = (z @ z.T).logsumexp(1).sum()
+        (delta,) = torch.autograd.grad(loss, z, retain_graph=True)
+        found = fastgrad.grad_sqnorm(loss, parameters)
+    rows = [torch.autograd.grad(model(X[i : i + 1]), parameters, delta[i : i + 1]) for i in range(len(X))]
+    assert_close(found, torch.stack([torch.stack([g.square().sum() for g in row]) for row in rows]))
