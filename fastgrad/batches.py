@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
@@ -37,6 +38,8 @@ def take(tree: Tree, index: Tensor | slice, samples: int, carriers: Sequence[boo
     leaves, spec = pytree.tree_flatten(tree)
     if carriers is None:
         carriers = carrying(leaves, samples)
+    for leaf in itertools.compress(leaves, carriers):
+        holds_values("inputs with a row for each sample", leaf)
     rows = [
         leaf[index.to(leaf.device) if isinstance(index, Tensor) else index] if carries else leaf
         for leaf, carries in zip(leaves, carriers, strict=True)

@@ -29,6 +29,10 @@ def test_only_what_carries_the_batch_is_taken() -> None:
     assert moved["more"][1].device.type == "meta"
     with pytest.raises(ValueError, match="inputs must hold a tensor"):
         batches.batch_size({"x": torch.tensor(1.0)})
+    with pytest.raises(ValueError, match=r"inputs with a row for each sample must be dense .* torch\.sparse_coo"):
+        batches.take(X.to_sparse(), slice(1, 3), 4)
+    shared = shared.to_sparse()
+    assert batches.take({"x": X, "shared": shared}, slice(1, 3), 4)["shared"] is shared
 
 
 def test_inputs_of_a_loaders_batch() -> None:

@@ -101,9 +101,9 @@ class Samples:
             except Exception as error:
                 self._require_broken(training=training)
                 raise ValueError(
-                    "model must take any number of samples, and be followed on its way (no torch.cond, no nested "
-                    f"tensors but jagged ones); given {count} of {self._whole[1]} samples in a trial it raised "
-                    f"{type(error).__name__}: {error}"
+                    "model must take any number of samples, rows of dimension 0 of its first tensor, and be followed "
+                    f"on its way (no torch.cond, no nested tensors but jagged ones); given {count} of "
+                    f"{self._whole[1]} samples in a trial it raised {type(error).__name__}: {error}"
                 ) from error
 
         fewer = observe(self._less, self.count - 1)

@@ -406,3 +406,28 @@ def test_a_model_that_returns_losses() -> None:
     wanted = [torch.autograd.grad(model(row)[0], list(model.parameters())) for row in x.split(1)]
     lengths = [torch.stack([g.square().sum() for g in grads]).sum().sqrt() for grads in wanted]
     torch.testing.assert_close(norms, torch.stack(lengths))
+
+
+def test_modules_that_a_closure_calls_are_part_of_the_call() -> None:
+    class Block(nn.Module):
+        """As the blocks of minGPT are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = inner, head = nn.Linear(4, 4), nn.Linear(4, 1)
+            self.both = lambda x: head(torch.tanh(inner(x)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.both(x).flatten()
+            return out
+
+    torch.manual_seed(0)
+    model, x = Block().double(), torch.randn(6, 4).double()
+    with fastgrad.clip_gradients(model, 1.0) as clipped:
+        norms = clipped.backward(model(x))
+    rows = [torch.autograd.grad(model(row).sum(), list(model.parameters())) for row in x.split(1)]
+    lengths = torch.stack([torch.stack([g.square().sum() for g in row]).sum().sqrt() for row in rows])
+    torch.testing.assert_close(norms, lengths)
+    for p, *each in zip(model.parameters(), *rows, strict=True):
+        total = sum(g * min(1.0, 1 / float(length)) for g, length in zip(each, lengths, strict=True))
+        torch.testing.assert_close(p.grad, total)
