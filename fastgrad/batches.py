@@ -108,7 +108,7 @@ def logits_of(output: Any) -> Tensor:
         found = output[0]
     if not isinstance(found, Tensor):
         raise TypeError(
-            "model must return logits as a tensor, as .logits, or first in a tuple; "
+            "model must return logits as a tensor, as .logits, under 'logits' or first in a tuple; "
             f"it returned {type(output).__name__}"
         )
     return found
@@ -120,6 +120,17 @@ def class_logits(output: Any) -> Tensor:
     if logits.dim() != 2:
         raise ValueError(f"model must return logits of shape (B, N); it returned {tuple(logits.shape)}")
     return logits
+
+
+def refuse_probabilities(logits: Tensor) -> None:
+    """Raise ValueError where all rows of ``logits`` are distributions, of which a softmax would be another."""
+    tolerance = min(1e-3, 32 * torch.finfo(logits.dtype).eps)
+    sums = logits.double().sum(1)
+    if len(logits) and logits.shape[1] > 1 and bool(((sums - 1).abs() <= tolerance).all() and (logits >= 0).all()):
+        raise ValueError(
+            "model must return logits; it returned probabilities, whose rows sum to 1. Leave out its last softmax, or "
+            "return their logarithms"
+        )
 
 
 def bar(items: Iterable[Any], name: str, verbose: bool | None, *, unit: str = "batch") -> Iterable[Any]:

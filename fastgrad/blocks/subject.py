@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from fastgrad._torch import DispatchMode, original, pytree
-from fastgrad.batches import batch_size, class_logits, take
+from fastgrad.batches import batch_size, class_logits, refuse_probabilities, take
 from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
 from fastgrad.engine.copy import Shadow, attach
@@ -110,11 +110,12 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
         kwargs: Its inputs by keyword.
 
     Raises:
-        ValueError: It does not return logits ``(B, N)``.
+        ValueError: It does not return logits ``(B, N)``, or probabilities in their place.
     """
     model, samples = original(model), batch_size(args, kwargs)
     three, two = (_Watch(model, *take((args, kwargs), torch.arange(count) % samples, samples)) for count in (3, 2))
     logits = three.logits
+    refuse_probabilities(logits)
     head = next(
         (
             (path, module)

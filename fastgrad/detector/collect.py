@@ -136,6 +136,11 @@ def labels_of(name: str, drawn: Drawn, classes: int) -> NDArray[np.int64] | None
     wanted = f"{name} must give (x, labels), labels class indices from 0 to {classes - 1}, or inputs x alone"
     if len(given) < len(drawn):
         raise ValueError(f"{wanted}; {len(drawn) - len(given)} of {len(drawn)} inputs had no label")
+    if classes < 2:
+        raise ValueError(
+            f"{name} must give inputs x alone for a network with one output, which has no classes to confuse; "
+            "for two classes return two, torch.cat([torch.zeros_like(z), z], 1)"
+        )
     values = np.asarray(given)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise ValueError(f"{wanted}; they were of shape {values.shape[1:]} each and {values.dtype}")

@@ -175,8 +175,6 @@ def _checked(
         raise ValueError(f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out")
     if options.risk:
         _require_labelled(count)
-    if options.risk and subject.classes < 2:
-        raise ValueError("risk=True needs a network of at least two classes; it has one logit")
     if classifier is not None and labels is not None:
         missing = np.setdiff1d(np.arange(subject.classes), labels)
         if len(missing):
@@ -205,7 +203,7 @@ def _checked(
         if not images:
             raise ValueError(
                 "challenges can be generated from images (B, C, H, W) only; give challenges=None to fit on clean data "
-                "alone, or a loader of challenges"
+                "alone, or a loader of challenges. Images must have a floating dtype"
             )
         most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
         each = options.challenges_per_input or min(constants.EACH, most)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from fastgrad import checks
-from fastgrad.batches import as_call, bar, batch_size, split_batch, to_device
+from fastgrad.batches import as_call, bar, batch_size, refuse_probabilities, split_batch, to_device
 from fastgrad.gradients.contrasts import NoClassError
 from fastgrad.gradients.features import GradientFeatures
 
@@ -91,7 +91,7 @@ def rank_samples(
     Raises:
         TypeError: If the loader gives something else.
         ValueError: If it shuffles, gives no labels or no samples, or a label is no class of the model. Also for unknown
-            ``layers``, or a model that mixes samples.
+            ``layers``, or a model that mixes samples or returns probabilities.
     """
     if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
         raise ValueError("loader must give samples in the order of the data set; it shuffles (shuffle=True)")
@@ -108,6 +108,7 @@ def rank_samples(
             logits, sqnorms = extractor(*args, target=labels, **kwargs)
         except NoClassError as error:
             raise ValueError(f"loader must give labels that are classes of the model: {error}") from error
+        refuse_probabilities(logits)
         logp = logits.double().log_softmax(1)
         own = logp.gather(1, labels.unsqueeze(1)).squeeze(1)
         residual = logp.exp() - F.one_hot(labels, logits.shape[1])

@@ -101,6 +101,13 @@ def test_what_is_refused(model: nn.Module, loader: Any, kind: type[Exception], m
         fastgrad.rank_samples(model, loader, verbose=False)
 
 
+def test_probabilities_in_place_of_logits_are_refused(model: nn.Module) -> None:
+    logarithms, table = nn.Sequential(model, nn.LogSoftmax(1)), fastgrad.rank_samples(model, [(X, Y)])
+    np.testing.assert_allclose(fastgrad.rank_samples(logarithms, [(X, Y)]).loss, table.loss, rtol=1e-4)
+    with pytest.raises(ValueError, match="model must return logits; it returned probabilities, whose rows sum to 1"):
+        fastgrad.rank_samples(nn.Sequential(model, nn.Softmax(1)), [(X, Y)])
+
+
 def test_sorting_that_is_refused(model: nn.Module) -> None:
     table = fastgrad.rank_samples(model, [(X[:2], Y[:2])], verbose=False)
     with pytest.raises(ValueError, match="by must be one of 'grand', 'el2n', 'loss', 'confidence'; it was 'index'"):
