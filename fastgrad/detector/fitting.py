@@ -203,7 +203,13 @@ def _checked(
         if not images:
             raise ValueError(
                 "challenges can be generated from images (B, C, H, W) only; give challenges=None to fit on clean data "
-                "alone, or a loader of challenges. Images must have a floating dtype"
+                "alone, or a loader of challenges. Images are tensors of a floating dtype, in no mapping"
+            )
+        last = next((tuple(x.shape) for x in images if x.shape[3] in (1, 3, 4) and min(x.shape[1:3]) >= 8), None)
+        if last is not None:
+            raise ValueError(
+                f"challenges can be generated from images (B, C, H, W) only; these had their channels last, {last}. "
+                "Move them to dimension 1 (x.movedim(-1, 1)), and back in a module around the network"
             )
         most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
         each = options.challenges_per_input or min(constants.EACH, most)

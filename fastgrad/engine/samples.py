@@ -180,8 +180,8 @@ class Samples:
         """
         if all(layout is None or layout.kind == "single" for layout in self.layouts):
             raise ValueError(
-                "model must return a floating-point tensor that carries the batch in one dimension; it returned none, "
-                "as a model does that returns one loss of all samples"
+                "model must return a floating-point tensor that carries the batch in one dimension, alone or in "
+                "tuples, lists and dicts; it returned none, as a model does that returns one loss of all samples"
             )
         checks = []
         idle = {name for name, p in seen.parameters.items() if p.requires_grad}

@@ -45,6 +45,7 @@ def made_in_inference_mode() -> nn.Module:
 
 HEADLESS = r"the network can serve, .*'logits'.*; 'features': .*linear layer"
 ONE = nn.Sequential(NET, nn.Linear(4, 1))
+FLAT = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
 SOFTMAX = "model must return logits; it returned probabilities"
 BUDGET = "budget must be at least 1, the forward pass .* it was"
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -81,6 +82,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
        for budget in (0.9, math.nan, "1.2", True)},
     "softmax": (lambda: TwoStageModel(nn.Sequential(NET, nn.Softmax(1))).fit([IMAGES], None), ValueError, SOFTMAX),
     "one output": (lambda: TwoStageModel(ONE).fit([(IMAGES, torch.ones(60))], None), ValueError, "with one output"),
+    "last": (lambda: TwoStageModel(FLAT).fit([IMAGES.movedim(1, -1)]), ValueError, r"last, \(60, 8, 8, 3\). Move"),
     "few": (lambda: TwoStageModel(NET).fit([IMAGES[:3]], None), ValueError, "at least"),
     "risk": (lambda: TwoStageModel(NET).fit([IMAGES], None, risk="yes"), TypeError, "risk must be .* 'yes'"),  # type: ignore[arg-type]
     "verbose": (lambda: TwoStageModel(NET).fit([IMAGES], None, verbose=2), TypeError, "verbose must be .* 2"),  # type: ignore[arg-type]
