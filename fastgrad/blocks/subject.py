@@ -16,6 +16,8 @@ from fastgrad.batches import batch_size, class_logits, refuse_probabilities, tak
 from fastgrad.blocks import channels
 from fastgrad.blocks.channels import Channels
 from fastgrad.engine.copy import Shadow, attach
+from fastgrad.engine.fallback import agree
+from fastgrad.engine.state import RandomState, devices_of
 
 #: Writing one number costs about as much as this many of a product's operations.
 _WRITE = 16
@@ -52,11 +54,11 @@ class Subject:
 
 
 class _Operations(DispatchMode):
-    """Counts operations, of products and of writing, while it lasts."""
+    """Counts operations, of products and of writing, while it lasts, and notes the coarsest precision."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0.0
+        self.total = self.precision = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -66,6 +68,10 @@ class _Operations(DispatchMode):
         for tensor in pytree.tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.total += _WRITE * tensor.numel()
+                if tensor.is_floating_point():
+                    # Eight bits that are scaled by the batch come out in the precision they came in.
+                    quantized = 2**-8 if func.namespace == "quantized" else 0.0
+                    self.precision = max(self.precision, quantized, torch.finfo(tensor.dtype).eps)
         return out
 
 
@@ -87,7 +93,7 @@ class _Watch:
                 attach(shadow.modules[id(module)], functools.partial(leave, path, module))
         with torch.no_grad(), operations:
             self.logits = class_logits(shadow.root(*args, **kwargs))
-        self.operations = max(1.0, operations.total)
+        self.operations, self.precision = max(1.0, operations.total), operations.precision
 
 
 def is_image(value: object) -> bool:
@@ -110,12 +116,18 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
         kwargs: Its inputs by keyword.
 
     Raises:
-        ValueError: It does not return logits ``(B, N)``, or probabilities in their place.
+        ValueError: It does not return logits ``(B, N)``, or probabilities in their place, or mixes samples.
     """
     model, samples = original(model), batch_size(args, kwargs)
+    before = RandomState(devices_of(model))
     three, two = (_Watch(model, *take((args, kwargs), torch.arange(count) % samples, samples)) for count in (3, 2))
     logits = three.logits
     refuse_probabilities(logits)
+    # Random numbers come in another order.
+    if before.same() and not agree(two.logits, logits[:2], three.precision):
+        raise ValueError(
+            "model must treat the samples of a batch independently; its logits of a sample change with other samples"
+        )
     head = next(
         (
             (path, module)

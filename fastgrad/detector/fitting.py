@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 
 from fastgrad import checks
-from fastgrad.batches import batch_size, to_device
+from fastgrad.batches import batch_size, take, to_device
 from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
@@ -30,10 +30,16 @@ from fastgrad.detector.presets import preset
 from fastgrad.detector.price import PriceReport, fit_to_budget
 from fastgrad.detector.report import Report, gains
 from fastgrad.detector.risk import Risk, doubt
+from fastgrad.engine.fallback import agree
 from fastgrad.engine.refusals import refuse_empty
+from fastgrad.engine.state import RandomState, devices_of
 
 if TYPE_CHECKING:
     from fastgrad.detector.model import TwoStageModel
+
+
+#: Two computations of a block agree to the root of it: networks in half precision round to some hundredths.
+_ROUNDING = 2.5e-3
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ def fit(
     if two_stage.classifier is not None and all(block.name != Features.name for block in reading):
         reading.append(Features())
     extraction = two_stage._extraction(reading, subject)
+    _require_own(extraction, x)
     features = _read(extraction, two_stage, sample, options.verbose)
     held_out = np.zeros(len(features.kinds), bool)
     held_out[: len(sample.held_out)] = sample.held_out
@@ -241,6 +248,22 @@ def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
             possible = ", ".join(repr(name) for name, kind in BLOCKS.items() if kind().refusal(subject) is None)
             raise ValueError(f"blocks must be ones that the network can serve, {possible}; {block.name!r}: {why}")
     return list(two_stage.blocks)
+
+
+def _require_own(extraction: Extraction, x: Inputs) -> None:
+    """Raise ValueError where a block of some inputs changes with others in their batch."""
+    samples, before = batch_size(x), RandomState(devices_of(extraction.model))
+    pieces = [take(x, slice(*ends), samples) for ends in ((0, 8), (0, 2), (2, 8))]
+    blocks = [extraction(piece)[1] for piece in pieces]
+    # Random numbers come in another order.
+    for name in blocks[0] if before.same() else ():
+        whole, *parts = (block[name].float() for block in blocks)
+        rows = all(len(piece) == batch_size(own) for piece, own in zip((whole, *parts), pieces, strict=True))
+        if not rows or not agree(torch.cat(parts), whole, _ROUNDING):
+            raise ValueError(
+                f"blocks must hold a row for each sample that is its own; {name!r} has other rows, or other values "
+                "with other samples in the batch"
+            )
 
 
 def _read(extraction: Extraction, two_stage: TwoStageModel, sample: Sample, verbose: bool | None) -> collect.Features:

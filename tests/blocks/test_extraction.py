@@ -6,6 +6,7 @@ from torch import nn
 
 from fastgrad.blocks import Activations, Contrasts, Features, Gradients
 from fastgrad.blocks.extraction import Extraction
+from fastgrad.blocks.subject import watch
 from fastgrad.layers import register_rule
 
 
@@ -83,3 +84,14 @@ def test_attention_rounds_as_it_does_with_gradients(layer: str) -> None:
     assert not any(module.training for module in model.modules())
     if layer == "attention":
         assert model.mix.dropout == 0.5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_eight_bits_round_by_the_batch_is_no_mixing() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3)).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(net, {nn.Linear})
+    x = torch.randn(7, 6)
+    x[2] *= 20
+    assert not torch.allclose(quantized(x[:3])[:2], quantized(x[:2]), rtol=1e-3)
+    assert watch(quantized, (x,), {}).classes == 3

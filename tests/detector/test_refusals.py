@@ -33,6 +33,22 @@ class Weighed(Logits):
     name = "weighed"
 
 
+class Ranked(Logits):
+    """A block of the user's that compares inputs of a batch."""
+
+    name = "ranked"
+
+    def values(self, found: Any) -> torch.Tensor:
+        return super().values(found).argsort(0).float()
+
+
+class Centred(nn.Module):
+    """Scales inputs by what is usual in their batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean()) / x.std()
+
+
 def scripted() -> nn.Module:
     traced: nn.Module = torch.jit.trace(NET, IMAGES)
     return traced
@@ -83,6 +99,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "softmax": (lambda: TwoStageModel(nn.Sequential(NET, nn.Softmax(1))).fit([IMAGES], None), ValueError, SOFTMAX),
     "one output": (lambda: TwoStageModel(ONE).fit([(IMAGES, torch.ones(60))], None), ValueError, "with one output"),
     "last": (lambda: TwoStageModel(FLAT).fit([IMAGES.movedim(1, -1)]), ValueError, r"last, \(60, 8, 8, 3\). Move"),
+    "mixing": (lambda: TwoStageModel(nn.Sequential(Centred(), NET)).fit([IMAGES]), ValueError, "its logits of a s"),
+    "ranked": (lambda: TwoStageModel(NET, blocks=[Logits(), Ranked()]).fit([IMAGES]), ValueError, "'ranked' has other"),
     "few": (lambda: TwoStageModel(NET).fit([IMAGES[:3]], None), ValueError, "at least"),
     "risk": (lambda: TwoStageModel(NET).fit([IMAGES], None, risk="yes"), TypeError, "risk must be .* 'yes'"),  # type: ignore[arg-type]
     "verbose": (lambda: TwoStageModel(NET).fit([IMAGES], None, verbose=2), TypeError, "verbose must be .* 2"),  # type: ignore[arg-type]
