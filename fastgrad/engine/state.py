@@ -170,7 +170,8 @@ class Repeatable:
     def require(self, name: str) -> None:
         """Raise NotRepeatableError if the module, called ``name`` in messages, drew numbers or changed a buffer."""
         if differs := self.differs():
+            advice = "" if self._random.same() else ", set its dropout to 0, or give it what it draws as an input"
             raise NotRepeatableError(
                 f"model must be in evaluation mode, because {name!r} is computed again in the backward pass and "
-                f"would {differs}; call model.eval()" + ("" if self._random.same() else ", or set its dropout to 0")
+                f"would {differs}; call model.eval(){advice}"
             )
