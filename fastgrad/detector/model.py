@@ -244,6 +244,7 @@ class TwoStageModel(nn.Module):
         Raises:
             TypeError, ValueError: A loader is empty, malformed or too small. Labels are missing or no classes. Images
                 are outside the given range, or challenges cannot be made from the inputs. A named block is impossible.
+                The network returns probabilities in place of logits. In it or in a block the samples of a batch meet.
                 All of it is checked before the first challenge is made.
         """
         for name, value in (("risk", risk), ("verbose", verbose)):
