@@ -6,6 +6,7 @@ A message about an argument names it, what it must be and what it was; one about
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ Array = NDArray[np.float64]
 def one_of(name: str, value: object, choices: Iterable[object]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     allowed = tuple(choices)
-    if value not in allowed:
+    if isinstance(value, np.ndarray) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; it was {value!r}")
 
 
@@ -39,6 +40,20 @@ def is_float(name: str, value: torch.Tensor) -> None:
     if value.dtype not in FLOAT_DTYPES:
         supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
         raise TypeError(f"{name} must have a floating dtype ({supported}); it was {value.dtype}")
+
+
+def is_a(kind: type, **values: object) -> None:
+    """Raise TypeError for an argument that is no ``kind``."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}; it was {type(value).__name__}")
+
+
+def is_path(**values: object) -> None:
+    """Raise TypeError for an argument that names no file or folder."""
+    for name, value in values.items():
+        if not isinstance(value, (str, os.PathLike)):
+            raise TypeError(f"{name} must be a path; it was {value!r}")
 
 
 def is_bool(name: str, value: object) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrad import checks
+from fastgrad.batches import split_batch
 from fastgrad.checks import extra
 from fastgrad.detector.model import TwoStageModel
 
@@ -26,18 +27,25 @@ def as_pytorch_ood(two_stage: TwoStageModel, **fit_options: Any) -> Any:
 
     Raises:
         MissingExtraError: pytorch-ood is not installed.
+        TypeError: ``two_stage`` is none.
     """
     with extra("interop"):
         from pytorch_ood.api import Detector
 
+    checks.is_a(TwoStageModel, two_stage=two_stage)
+
     def inside(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, given in loader:
-            labels = torch.as_tensor(given)
+        checks.is_loader("data_loader", loader)
+        for batch in loader:
+            x, given = split_batch("data_loader", batch)
             checks.is_tensor("x", x)
-            checks.shape_is("labels", labels, (len(x),), "one a sample")
-            known = labels >= 0
+            assert isinstance(x, Tensor)
+            if given is None:
+                raise ValueError("data_loader must give (x, labels); it gave inputs alone")
+            known = torch.from_numpy(checks.to_array("labels", given)) >= 0
+            checks.shape_is("labels", known, (len(x),), "one a sample")
             if known.any():
-                yield x[known], labels[known]
+                yield x[known], torch.as_tensor(given)[known]
 
     class FastgradDetector(Detector):  # type: ignore[misc]
         requires_fit = True

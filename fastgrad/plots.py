@@ -6,7 +6,7 @@ Every function draws on the given axes, or on a new figure, and returns the axes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fastgrad import metrics
-from fastgrad.checks import extra, to_array
+from fastgrad.checks import Array, at_least, extra, is_a, is_number, is_tensor, one_of, shape_is, to_array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,9 +40,31 @@ def new_axes(width: float = 5.0, height: float = 3.4) -> Axes:
 
 def save(axes: Axes, path: str | Path, *, dpi: int = 110) -> None:
     """Write the figure that ``axes`` belong to; the suffix of ``path`` chooses the format."""
-    figure = axes.get_figure(root=True)
+    figure = _axes(axes).get_figure(root=True)
     assert figure is not None
     figure.savefig(path, dpi=dpi)
+
+
+def _axes(axes: Axes | None, width: float = 5.0, height: float = 3.4) -> Axes:
+    """The given axes, or new ones."""
+    if axes is None:
+        return new_axes(width, height)
+    if not hasattr(axes, "get_figure"):
+        raise TypeError(f"axes must be one of matplotlib's Axes, or None; it was {type(axes).__name__}")
+    return axes
+
+
+def _arrays(
+    argument: str, given: Mapping[str, ArrayLike | Tensor], shape: str, dimensions: Container[int], finite: bool = True
+) -> dict[str, Array]:
+    """Named arrays, each of a ``shape`` of so many dimensions, with at least one number."""
+    if not isinstance(given, Mapping) or not given:
+        raise ValueError(f"{argument} must map at least one name to an array; it was {repr(given)[:80]}")
+    arrays = {name: to_array(f"{argument}[{name!r}]", values, finite=finite) for name, values in given.items()}
+    for name, array in arrays.items():
+        if array.ndim not in dimensions or not array.size:
+            raise ValueError(f"{argument}[{name!r}] must have shape {shape}, not empty; it was {array.shape}")
+    return arrays
 
 
 def score_histograms(
@@ -56,15 +78,12 @@ def score_histograms(
         axes: where to draw; a new figure if None.
 
     Raises:
-        ValueError: no scores, or a reference that is not among them.
+        ValueError: no scores, not finite ones, or a reference that is not among them.
     """
-    if not scores:
-        raise ValueError("scores must hold at least one set; it was empty")
+    arrays = _arrays("scores", scores, "(n,)", (1,))
     reference = next(iter(scores)) if reference is None else reference
-    if reference not in scores:
-        raise ValueError(f"reference must be one of {', '.join(scores)}; it was {reference!r}")
-    axes = axes or new_axes()
-    arrays = {name: to_array(f"scores[{name!r}]", values, finite=False) for name, values in scores.items()}
+    one_of("reference", reference, list(scores))
+    axes = _axes(axes)
     together = np.concatenate(list(arrays.values()))
     # The outermost half per cent would squeeze everything else into a few bins.
     low, high = np.quantile(together, [0.005, 0.995])
@@ -103,9 +122,10 @@ def reliability_diagram(
         bins: bins of equal width.
         axes: where to draw; a new figure if None.
     """
-    axes = axes or new_axes(3.8, 3.6)
+    arrays = _arrays("probabilities", probabilities, "(B, N)", (2,))
+    axes = _axes(axes, 3.8, 3.6)
     axes.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--", label="perfect")
-    for i, (name, values) in enumerate(probabilities.items()):
+    for i, (name, values) in enumerate(arrays.items()):
         found = metrics.reliability(values, labels, bins=bins)
         filled = found.counts > 0
         colour = COLOURS[i % len(COLOURS)]
@@ -132,15 +152,17 @@ def layer_norms(sqnorms: Mapping[str, ArrayLike | Tensor], names: Sequence[str],
         axes: where to draw; a new figure if None.
 
     Raises:
-        ValueError: a matrix whose number of columns differs from the number of names.
+        TypeError, ValueError: no names, or a matrix whose number of columns differs from theirs.
     """
-    axes = axes or new_axes(5.0, 4.8)
+    arrays = _arrays("sqnorms", sqnorms, "(B, P)", (2,), finite=False)
+    axes = _axes(axes, 5.0, 4.8)
+    is_a(Collection, names=names)
+    names = list(names)
     positions = np.arange(len(names))
     # Of many names some are written, so that they can be read.
     step = -(-len(names) // 16)
-    for i, (name, values) in enumerate(sqnorms.items()):
-        matrix = to_array(f"sqnorms[{name!r}]", values, finite=False)
-        if matrix.ndim != 2 or matrix.shape[1] != len(names):
+    for i, (name, matrix) in enumerate(arrays.items()):
+        if matrix.shape[1] != len(names):
             raise ValueError(
                 f"sqnorms[{name!r}] must have shape (B, {len(names)}), column per name; it was {matrix.shape}"
             )
@@ -178,16 +200,26 @@ def manifold(
         axes: where to draw; a new figure if None.
 
     Raises:
-        ValueError: points that are not two-dimensional.
+        TypeError, ValueError: points that are not finite or not two-dimensional, labels or scores that are not one a
+            point, or a margin or resolution that is no number.
     """
-    if points.dim() != 2 or points.shape[1] != 2:
-        raise ValueError(f"points must have shape (n, 2); it was {tuple(points.shape)}")
-    axes = axes or new_axes(4.4, 3.6)
+    is_a(Callable, score=score)  # type: ignore[arg-type]
+    is_tensor("points", points)
+    is_tensor("labels", labels)
+    if points.dim() != 2 or points.shape[1] != 2 or not len(points) or not points.isfinite().all():
+        raise ValueError(f"points must be finite, of shape (n, 2), not empty; its shape was {tuple(points.shape)}")
+    shape_is("labels", labels, (len(points),), "one a point")
+    is_number(margin=margin)
+    at_least(2, resolution=resolution)
+    axes = _axes(axes, 4.4, 3.6)
     low, high = points.amin(0), points.amax(0)
     reach = margin * (high - low)
     xs, ys = (torch.linspace(float(low[i] - reach[i]), float(high[i] + reach[i]), resolution) for i in range(2))
     grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2).to(points)
-    values = to_array("score", score(grid), finite=False).reshape(resolution, resolution)
+    values = to_array("score", score(grid), finite=False)
+    if values.shape != (len(grid),):
+        raise ValueError(f"score must give one number a point, shape ({len(grid)},); it gave {values.shape}")
+    values = values.reshape(resolution, resolution)
     image = axes.pcolormesh(xs.numpy(), ys.numpy(), values, cmap="viridis", shading="nearest", rasterized=True)
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -211,9 +243,9 @@ def contrast_sparsity(gradients: Mapping[str, ArrayLike | Tensor], *, axes: Axes
 
     The legend gives the Gini index of the squared entries: 0 if all are equal, near 1 if one carries all.
     """
-    axes = axes or new_axes(4.4, 3.4)
-    for i, (name, values) in enumerate(gradients.items()):
-        rows = to_array(f"gradients[{name!r}]", values, finite=False)
+    arrays = _arrays("gradients", gradients, "(..., E)", range(1, 65))
+    axes = _axes(axes, 4.4, 3.4)
+    for i, (name, rows) in enumerate(arrays.items()):
         energy = np.sort(rows.reshape(-1, rows.shape[-1]) ** 2, axis=1)[:, ::-1]
         energy = energy[energy.sum(1) > 0]
         if not len(energy):

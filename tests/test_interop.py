@@ -28,6 +28,16 @@ def test_works_as_a_pytorch_ood_detector():
     assert detector.two_stage.report().drawn == 160
     with pytest.raises(ValueError, match=r"labels must have shape \(240,\) \(one a sample\); it was \(240, 3\)"):
         detector.fit([(clean, torch.rand(240, 3))])
+    for bad, message in (
+        (None, "data_loader must be a loader"),
+        ([3], "data_loader must give tensors"),
+        ([clean], r"data_loader must give \(x, labels\); it gave inputs alone"),
+        ([(clean, ["cat"] * 240)], "labels must be numeric"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            detector.fit(bad)
+    with pytest.raises(TypeError, match="two_stage must be a TwoStageModel; it was Flatten"):
+        as_pytorch_ood(network[0])
     detector.fit(DataLoader(known, batch_size=40))
 
     metrics = OODMetrics()

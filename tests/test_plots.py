@@ -85,3 +85,37 @@ def test_contrast_sparsity_curves(tmp_path: Path) -> None:
     assert sparse.get_label() == "sparse (Gini 0.98)"
     with pytest.raises(ValueError, match="not zero"):
         plots.contrast_sparsity({"zero": torch.zeros(2, 5)})
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: plots.score_histograms([1.0, 2.0]), "scores must map at least one name to an array"),
+        (lambda: plots.score_histograms({"a": 3.0}), r"scores\['a'\] must have shape \(n,\), not empty; it was \(\)"),
+        (lambda: plots.score_histograms({"a": [1.0, np.nan]}), r"scores\['a'\] must be finite"),
+        (lambda: plots.score_histograms({"a": [1.0]}, reference=["a"]), "reference must be one of 'a'"),
+        (
+            lambda: plots.score_histograms({"a": [1.0]}, axes=np.array(["axes"])),
+            "axes must be one of matplotlib's Axes",
+        ),
+        (lambda: plots.save("axes", "figure.png"), "axes must be one of matplotlib's Axes"),
+        (lambda: plots.reliability_diagram(np.ones((3, 2)), [0, 0, 1]), "probabilities must map"),
+        (
+            lambda: plots.layer_norms({"a": np.ones((0, 2))}, ["x", "y"]),
+            r"sqnorms\['a'\] must have shape \(B, P\), not",
+        ),
+        (lambda: plots.layer_norms({"a": np.ones((3, 2))}, 2), "names must be a Collection; it was int"),
+        (lambda: plots.manifold(None, torch.rand(3, 2), torch.zeros(3)), "score must be a Callable; it was NoneType"),
+        (lambda: plots.manifold(len, [[0.0, 1.0]], torch.zeros(1)), "points must be a torch.Tensor; it was list"),
+        (lambda: plots.manifold(len, torch.full((3, 2), torch.nan), torch.zeros(3)), "points must be finite"),
+        (lambda: plots.manifold(len, torch.rand(3, 2), torch.zeros(4)), r"labels must have shape \(3,\)"),
+        (lambda: plots.manifold(len, torch.rand(3, 2), torch.zeros(3), margin="1"), "margin must be a number"),
+        (lambda: plots.manifold(len, torch.rand(3, 2), torch.zeros(3), resolution=1), "resolution must be an integer"),
+        (lambda: plots.manifold(len, torch.rand(3, 2), torch.zeros(3)), r"score must give .* \(14400,\); it gave \(\)"),
+        (lambda: plots.contrast_sparsity({"a": 1.0}), r"gradients\['a'\] must have shape \(..., E\)"),
+        (lambda: plots.contrast_sparsity({"a": [[1.0, 2.0], [np.nan, 1.0]]}), r"gradients\['a'\] must be finite"),
+    ],
+)
+def test_bad_arguments(draw, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        draw()

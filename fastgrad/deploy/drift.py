@@ -60,11 +60,10 @@ class ScoreReference:
     counts: FloatArray
 
     def __post_init__(self) -> None:
-        edges = np.asarray(self.edges, dtype=np.float64)
-        counts = np.asarray(self.counts, dtype=np.float64)
-        if edges.ndim != 1 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
+        edges, counts = checks.to_array("edges", self.edges), checks.to_array("counts", self.counts)
+        if edges.ndim != 1 or (np.diff(edges) <= 0).any():
             raise ValueError(f"edges must be finite and increasing in one dimension; they had shape {edges.shape}")
-        if counts.shape != (len(edges) + 1,) or (counts < 0).any() or not np.isfinite(counts).all():
+        if counts.shape != (len(edges) + 1,) or (counts < 0).any():
             raise ValueError(
                 f"counts must be {len(edges) + 1} non-negative numbers, one more than edges; "
                 f"their shape was {counts.shape}"
@@ -91,6 +90,7 @@ class ScoreReference:
         if len(values) < 20:
             raise ValueError(f"scores must hold at least 20 in-distribution scores; there were {len(values)}")
         checks.at_least(2, bins=bins)
+        checks.is_seed(seed)
         shuffled = np.random.default_rng(seed).permutation(values)
         half = len(values) // 2
         levels = np.linspace(0, 1, min(bins, half) + 1)[1:-1]
@@ -133,6 +133,7 @@ class DriftMonitor:
         if not 0 < false_alarm_rate < 1:
             raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
         checks.one_of("form", form, ("ever", "average"))
+        checks.is_seed(seed)
         self.reference = reference if isinstance(reference, ScoreReference) else ScoreReference.from_scores(reference)
         self.false_alarm_rate = float(false_alarm_rate)
         self.form = form

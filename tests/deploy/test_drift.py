@@ -160,6 +160,11 @@ def test_reference_counts_all_of_the_second_half() -> None:
         (lambda: ScoreReference(np.array([1.0, 1.0]), np.zeros(3)), "increasing"),
         (lambda: ScoreReference(np.array([1.0]), np.zeros(3)), "counts must be 2"),
         (lambda: DriftMonitor(np.zeros(30)).update([0.0, np.inf]), "1 of 2"),
+        (lambda: ScoreReference([0.0, 1j], np.zeros(3)), "edges must be numeric"),
+        (lambda: ScoreReference([0.0, 1.0], ["a", "b", "c"]), "counts must be numeric"),
+        (lambda: ScoreReference.from_scores(np.zeros(30), seed="a"), "seed must be an integer"),
+        (lambda: DriftMonitor(np.zeros(30), seed=-1), "seed must be an integer"),
+        (lambda: DriftMonitor(np.zeros(30), form=np.zeros(2)), "form must be one of"),
     ],
 )
 def test_bad_arguments(make, message: str) -> None:

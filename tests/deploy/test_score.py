@@ -372,6 +372,8 @@ def test_what_cannot_be_scored(tiny_package: Path, tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_arrays([pa.array([b""])] * 2, ["image", "image"]), source)
     with pytest.raises(ValueError, match="the file has image, image"):
         score(tiny_package, source, tmp_path / "out")
+    with pytest.raises(TypeError, match="images must be a path; it was None"):
+        score(tiny_package, None, tmp_path / "out.parquet")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="decoders must be an integer of at least 1; it was 0"):
         score(tiny_package, source, tmp_path / "out", decoders=0)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrad.checks import is_number
 from fastgrad.deploy.drift import ScoreReference
 
 #: Of the description.
@@ -90,8 +91,10 @@ class Description:
         """The threshold at a false-alarm rate, one of those in the file (None: the file's own).
 
         Raises:
-            ValueError: the file holds no threshold for this rate.
+            TypeError, ValueError: it is no number, or the file holds no threshold for this rate.
         """
+        if rate is not None:
+            is_number(false_alarm_rate=rate)
         if rate is None or rate == self.false_alarm_rate:
             return self.threshold
         for known, threshold in self.thresholds:

@@ -94,13 +94,14 @@ def export(
         The path.
 
     Raises:
-        TypeError: ``two_stage`` is no module or ``example_input`` no floating tensor.
+        TypeError: ``two_stage`` is no module, ``example_input`` no floating tensor or ``path`` no path.
         ValueError: an argument does not fit the model; the module is in training mode, draws random numbers, changes
             its buffers, or gives an input another answer where another is beside it.
         MissingExtraError: an ``.onnx`` needs ``pip install 'fastgrad[onnx]'``.
         RuntimeError: no C++ compiler is installed for a ``.pt2``, or the module's graph depends on the batch size. For
             an ``.onnx``: an operation has no ONNX form, or the answers differ by more than ``tolerance``.
     """
+    checks.is_path(path=path)
     target = Path(path)
     description = _describe(
         two_stage, example_input, target, labels, mean, std, false_alarm_rate, scores, max_batch, evidence

@@ -11,7 +11,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fastgrad.checks import at_least
+from fastgrad.checks import at_least, is_path
 from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.deploy.score.job import Job, check_out, count_rows, join_parts, progress_bar
@@ -55,10 +55,11 @@ def score(
         earlier run.
 
     Raises:
-        ValueError: arguments that do not fit, no images, parts of another job beside ``out``, a file of another
-            program's in its place, or another run with this ``out`` that ended first.
+        TypeError, ValueError: arguments that do not fit, no images, parts of another job beside ``out``, a file of
+            another program's in its place, or another run with this ``out`` that ended first.
         PackageError: not an exported model.
     """
+    is_path(model_path=model_path, images=images, out=out)
     decoders = os.cpu_count() or 1 if decoders is None else decoders
     at_least(1, batch=batch, part=part, max_pixels=max_pixels, max_bytes=max_bytes, decoders=decoders)
     target, model = Path(out), ModelPackage(model_path)

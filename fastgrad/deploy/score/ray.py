@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastgrad.checks import at_least, extra
+from fastgrad.checks import at_least, extra, is_path
 from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage, read_description
 from fastgrad.deploy.score.job import Job, count_rows, progress_bar
@@ -71,12 +71,13 @@ def score_dataset(
         ``images``, ``unreadable``, ``unreliable``, ``continued``, as `fastgrad.deploy.score.local.score`.
 
     Raises:
-        ValueError: arguments that do not fit, no images, or parts of another job in ``out``.
+        TypeError, ValueError: arguments that do not fit, no images, or parts of another job in ``out``.
         PackageError: not an exported model.
     """
     with extra("cluster"):
         import ray
 
+    is_path(model=model, images=images, out=out)
     at_least(1, workers=workers, batch=batch, part=part, max_pixels=max_pixels, max_bytes=max_bytes)
     path, folder = Path(model).resolve(), Path(out).resolve()
     job = Job(

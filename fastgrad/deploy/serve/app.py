@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgrad import __version__
-from fastgrad.checks import at_least, extra
+from fastgrad.checks import at_least, extra, is_a, is_number, is_path
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.serve.bodies import Budget, Limits, Readers, read_body
 from fastgrad.deploy.serve.child import ChildDiedError, RequestError
@@ -48,7 +48,7 @@ _PAGE_HEADERS = {
 
 
 def create_app(
-    path: str | Mapping[str, str],
+    path: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
     *,
     workers: int = 1,
     threads: int | None = None,
@@ -90,28 +90,35 @@ def create_app(
 
     Raises:
         PackageError: not an exported model, or one that ``pins`` does not name.
-        ValueError: the file has no threshold for that rate, a key that no request can carry, no model, a name that fits
-            no address, one string for ``allowed_hosts``, or a number out of its range.
+        TypeError, ValueError: the file has no threshold for that rate, a key that no request can carry, no model, a
+            name that fits no address, no list for ``allowed_hosts``, a number out of its range, or what is no number,
+            path or `Limits`.
     """
-    paths = {Path(path).stem: path} if isinstance(path, str) else dict(path)
+    for file in path.values() if isinstance(path, Mapping) else (path,):
+        is_path(path=file)
+    paths = dict(path) if isinstance(path, Mapping) else {Path(path).stem: path}
     if not paths:
         raise ValueError("path must name at least one model; it was empty")
     given = {name: value for name, value in (("decoders", decoders), ("threads", threads)) if value is not None}
     at_least(1, workers=workers, max_batch=max_batch, **given)
+    is_number(batch_wait=batch_wait, reload_every=reload_every)
     if not 0 <= batch_wait < math.inf:
         raise ValueError(f"batch_wait must be finite and not negative; it was {batch_wait:g}")
     if not reload_every > 0:
         raise ValueError(f"reload_every must be positive; it was {reload_every:g}")
     check_access(api_key, allowed_hosts)
-    for name in paths if not isinstance(path, str) else ():
-        if not re.fullmatch(r"[\w.-]+", name):
+    if pins is not None:
+        is_path(pins=pins)
+    is_a(Limits, limits=limits)
+    for name in path if isinstance(path, Mapping) else ():
+        if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
             raise ValueError(f"path must have names of letters, digits and _.-; one was {name!r}")
 
     load = functools.partial(
         Served, workers=workers, threads=threads, max_batch=max_batch, batch_wait=batch_wait, limits=limits,
         false_alarm_rate=false_alarm_rate, drift_false_alarm_rate=drift_false_alarm_rate, pins=pins,
     )  # fmt: skip
-    models = {name: Model(name, file, load) for name, file in paths.items()}
+    models = {name: Model(name, Path(file), load) for name, file in paths.items()}
     first = next(iter(models.values()))
     tracer = None if tracer_provider is None else tracer_provider.get_tracer("fastgrad.serve")
     budget = Budget(limits.memory)

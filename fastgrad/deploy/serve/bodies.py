@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fastgrad.checks import extra
+from fastgrad.checks import extra, is_number
 from fastgrad.deploy.file.description import Description
 from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.serve.child import Bytes, Child, ChildDiedError, RequestError
@@ -42,7 +42,7 @@ class Limits:
         header_seconds: in which a request's headers must have come; then the connection is closed.
 
     Raises:
-        ValueError: one is not positive.
+        TypeError, ValueError: one is no number, or not positive.
     """
 
     body: int = 16 * 2**20
@@ -57,6 +57,7 @@ class Limits:
     header_seconds: float = 10.0
 
     def __post_init__(self) -> None:
+        is_number(**vars(self))
         for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"{name} must be positive; it was {value:g}")

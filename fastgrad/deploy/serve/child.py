@@ -93,7 +93,8 @@ class Child:
     """
 
     def __init__(self, module: str, arguments: Sequence[object], *, most: int, small: bool = False) -> None:
-        self._start = json.dumps([sys.path, _PACKAGE, module, small, list(arguments)])
+        # Integers of NumPy too, where a limit is one.
+        self._start = json.dumps([sys.path, _PACKAGE, module, small, list(arguments)], default=int)
         self._most = most
         self.process: Process | None = None
         self.alive, self.starts = False, 0

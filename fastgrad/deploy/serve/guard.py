@@ -32,11 +32,11 @@ def refusal(error: RequestError, headers: dict[str, str] | None = None) -> JSONR
 
 
 def check_access(key: str | None, hosts: Collection[str]) -> None:
-    """Raise ValueError for a key that no request can carry in a header, or one string for names of hosts."""
-    if key is not None and not re.fullmatch("[!-~]([ -~]*[!-~])?", key):
+    """Raise ValueError for a key that no request can carry in a header, or what is no list of names of hosts."""
+    if key is not None and not (isinstance(key, str) and re.fullmatch("[!-~]([ -~]*[!-~])?", key)):
         raise ValueError("api_key must not be empty, and of printable ASCII without spaces at its ends")
-    if isinstance(hosts, str):
-        raise ValueError(f"allowed_hosts must be a list of names; it was the string {hosts!r}")
+    if not isinstance(hosts, Collection) or isinstance(hosts, str) or not all(isinstance(host, str) for host in hosts):
+        raise ValueError(f"allowed_hosts must be a list of names; it was {hosts!r}")
 
 
 class Guard:
@@ -52,7 +52,7 @@ class Guard:
         refused: told the status of each refusal.
 
     Raises:
-        ValueError: a key that no request can carry, or one string for names.
+        ValueError: a key that no request can carry, or no list of names.
     """
 
     def __init__(

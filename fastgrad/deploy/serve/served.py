@@ -55,7 +55,7 @@ class Served:
         self.copy = copy = folder / Path(path).name
         shutil.copyfile(path, copy)
         # Of the copy, and before anything else reads it: the file itself may change at any time.
-        if pins is not None and digest_of(copy) not in Path(pins).read_text("utf-8").lower().split():
+        if pins is not None and digest_of(copy) not in Path(pins).read_text("utf-8", "replace").lower().split():
             raise PackageError(f"{path} is not a file that {pins} names: its SHA-256 is {digest_of(copy)}")
         try:
             self.description = description = read_description(copy)
@@ -114,7 +114,7 @@ class Model:
         failures: how often one could not be loaded.
     """
 
-    def __init__(self, name: str, path: str, load: Callable[[str], Served]) -> None:
+    def __init__(self, name: str, path: Path, load: Callable[[Path], Served]) -> None:
         self.name, self.path, self._load = name, path, load
         self.reloads = self.failures = 0
         self._stamp = _stamp(path)
@@ -168,7 +168,7 @@ class Model:
         await asyncio.gather(self.served.retire(), *self._retiring)
 
 
-def _stamp(path: str) -> tuple[int, int, int] | None:
+def _stamp(path: Path) -> tuple[int, int, int] | None:
     """What changes with a file; None where there is none at the moment."""
     try:
         found = os.stat(path)

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi")
@@ -21,7 +22,7 @@ from serve_stub import PNG, make, stub, the_one
 
 from fastgrad.deploy.file.package import Description, PackageError, write_description
 from fastgrad.deploy.serve.app import create_app
-from fastgrad.deploy.serve.bodies import Limits
+from fastgrad.deploy.serve.bodies import Limits, Readers
 from fastgrad.deploy.serve.child import ChildDiedError, RequestError
 from fastgrad.deploy.serve.guard import Guard
 
@@ -219,12 +220,30 @@ def test_threshold_at_another_rate(tiny_package: Path) -> None:
         ({"threads": 0}, "threads must be an integer of at least 1; it was 0"),
         ({"batch_wait": float("nan")}, "batch_wait must be finite and not negative; it was nan"),
         ({"batch_wait": -1.0}, "batch_wait must be finite and not negative; it was -1"),
-        ({"allowed_hosts": "example.com"}, "allowed_hosts must be a list of names; it was the string 'example.com'"),
+        ({"allowed_hosts": "example.com"}, "allowed_hosts must be a list of names; it was 'example.com'"),
+        ({"allowed_hosts": [1]}, r"allowed_hosts must be a list of names; it was \[1\]"),
+        ({"api_key": 3}, "api_key must not be empty, and of printable ASCII"),
+        ({"path": None}, "path must be a path; it was None"),
+        ({"path": {"small": 3}}, "path must be a path; it was 3"),
+        ({"path": {3: "model.pt2"}}, "path must have names of letters"),
+        ({"batch_wait": "1"}, "batch_wait must be a number; it was '1'"),
+        ({"reload_every": None}, "reload_every must be a number; it was None"),
+        ({"false_alarm_rate": "5 %"}, "false_alarm_rate must be a number; it was '5 %'"),
+        ({"pins": 3}, "pins must be a path; it was 3"),
+        ({"limits": {}}, "limits must be a Limits; it was dict"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str, tiny_package: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        create_app(str(tiny_package), **change)
+    with pytest.raises((TypeError, ValueError), match=message):
+        create_app(**{"path": tiny_package, **change})
+
+
+def test_limits_are_numbers() -> None:
+    for value in ("1", None, True, float("nan"), 0):
+        with pytest.raises((TypeError, ValueError), match="seconds must be"):
+            Limits(seconds=value)  # type: ignore[arg-type]
+    # As JSON, which the processes get them as, does not have them.
+    assert Readers(1, Limits(pixels=np.int64(7))).workers  # type: ignore[arg-type]
 
 
 def test_several_models_answer_by_name(tiny_package: Path) -> None:
