@@ -25,6 +25,40 @@ from fastgrad.deploy.serve.pool import Pool
 
 # Of the server, whose command sets it up.
 _log = logging.getLogger("uvicorn.error")
+#: How the names of folders with copies begin.
+_PREFIX = "fastgrad-served-"
+
+
+def _own_folder() -> tuple[Path, int | None]:
+    """A new temporary folder and the lock on it; those are removed first whose process was killed."""
+    for left in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
+        if (lock := _lock(left)) is not None:
+            _remove(left, lock)
+    new = Path(tempfile.mkdtemp(prefix="fastgrad-new-"))
+    lock = _lock(new)
+    # With its lock already, when another server may find it.
+    return new.rename(new.with_name(_PREFIX + new.name.rpartition("-")[2])), lock
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold a folder until this process ends, however it does; None where another one holds it."""
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(place)
+            raise
+        return place
+    return None
+
+
+def _remove(folder: Path, lock: int | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
 
 
 class Served:
@@ -50,8 +84,8 @@ class Served:
     ) -> None:
         if not Path(path).is_file():
             raise PackageError(f"{path}: there is no such file")
-        folder = Path(tempfile.mkdtemp(prefix="fastgrad-serve-"))
-        self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        folder, lock = _own_folder()
+        self._remove = weakref.finalize(self, _remove, folder, lock)
         self.copy = copy = folder / Path(path).name
         shutil.copyfile(path, copy)
         # Of the copy, and before anything else reads it: the file itself may change at any time.

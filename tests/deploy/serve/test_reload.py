@@ -7,6 +7,9 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -179,3 +182,31 @@ def test_a_swap_under_load(served: Any) -> None:
     assert "is not a file that" in reasons[0]
     assert all("not a readable" in reason for reason in reasons[1:3])
     assert "is damaged" in reasons[3]
+
+
+def test_copies_of_servers_that_were_killed_are_removed(
+    tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def folders() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "fastgrad-served-link").symlink_to("elsewhere")
+    script = "import os, sys; from fastgrad.deploy.serve.served import Served; s = Served(sys.argv[1]); print(s.copy)"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", f"{script}; sys.stdout.flush(); os.kill(os.getpid(), 9)", str(tiny_package)]
+    killed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    assert Path(killed.stdout.strip()).exists()
+    first, second = Served(tiny_package), Served(tiny_package)
+    # Its own, and nothing that another process holds or that is no folder.
+    assert not Path(killed.stdout.strip()).exists()
+    assert folders() == sorted(["elsewhere", "fastgrad-served-link", first.copy.parent.name, second.copy.parent.name])
+    left = [path.name for path in map(Path, subprocess.check_output(
+        [sys.executable, "-c", f"{script}; print(*os.listdir({str(tmp_path)!r}))", str(tiny_package)],
+        env=environment, text=True,
+    ).split())]  # fmt: skip
+    assert {first.copy.parent.name, second.copy.parent.name} < set(left)
+    for served in (first, second):
+        asyncio.run(served.retire())
+    assert folders() == ["elsewhere", "fastgrad-served-link"]
