@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -15,7 +16,7 @@ from serve_client import image
 
 from fastgrad.commands import cli
 from fastgrad.deploy.file.images import decode_image
-from fastgrad.deploy.file.package import ModelPackage, PackageError
+from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
 from fastgrad.deploy.score import job
 from fastgrad.deploy.score import local as score_module
 from fastgrad.deploy.score import rows as rows_module
@@ -209,6 +210,56 @@ def test_of_two_runs_at_once_the_later_says_so(
         score(tiny_package, folder, out, part=4)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("o")] == ["o.parquet"]
     assert pq.read_table(out).num_rows == counts[0]["images"]
+
+
+def test_of_two_jobs_that_begin_at_once_one_begins(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, found = Path.rename, []
+
+    def rename(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", plain)
+        found.append(begin(5).id)
+        return plain(path, target)
+
+    def begin(part: int) -> job.Job:
+        description = read_description(tiny_package)
+        return job.Job(tiny_package, description, folder, tmp_path / "o.parts", part=part, **rest)
+
+    rest = {
+        "batch": 4, "false_alarm_rate": None, "image_column": None, "key_column": None, "max_pixels": 100,
+        "max_bytes": 10**6,
+    }  # fmt: skip
+    for part, out in ((4, "another job"), (5, None)):
+        monkeypatch.setattr(Path, "rename", rename)
+        with pytest.raises(ValueError, match=out) if out else contextlib.nullcontext():
+            made = job.Job(
+                tiny_package, read_description(tiny_package), folder, tmp_path / "o.parts", part=part, **rest
+            )
+            assert made.id == found[-1]
+        assert [path.name for path in (tmp_path / "o.parts").iterdir()] == ["job.json"]
+        assert not list(tmp_path.glob(".fastgrad-*"))
+        shutil.rmtree(tmp_path / "o.parts")
+
+
+def test_parts_of_another_job_are_not_joined(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, plain = tmp_path / "o.parquet", score_module.join_parts
+
+    def join(done: job.Job, *more: Any) -> None:
+        # One that was ended meanwhile, and begun anew with another model.
+        part = done.paths[1]
+        pq.write_table(pq.read_table(part).replace_schema_metadata({b"fastgrad.job": b"another"}), part)
+        plain(done, *more)
+
+    monkeypatch.setattr(score_module, "join_parts", join)
+    with pytest.raises(ValueError, match=r"part-00000001\.parquet was written by another run"):
+        score(tiny_package, folder, out, part=4)
+    assert not out.exists()
+    monkeypatch.setattr(score_module, "join_parts", plain)
+    assert score(tiny_package, folder, out, part=4)["continued"] == 19
+    check(pq.read_table(out).to_pylist(), folder, tiny_package)
 
 
 def test_a_folder_that_no_job_made_is_left_as_it_is(

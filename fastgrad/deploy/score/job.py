@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -129,15 +130,19 @@ class Job:
 
     def _open(self, job: dict[str, Any]) -> str:
         """Make the folder, or check that this job has made it; return the job's random id."""
-        # A job that was ended before its note was written, or after it was removed, has left an empty folder.
+        # A job that was ended after its note was removed has left an empty folder.
         with contextlib.suppress(OSError):
             self.folder.rmdir()
-        if not self.folder.exists():
-            self.folder.mkdir(parents=True)
-            identity = secrets.token_hex(16)
-            with written_beside(self.note) as temporary:
-                temporary.write_text(json.dumps({**job, "id": identity}, sort_keys=True, indent=1), "utf-8")
-            return identity
+        if not os.path.lexists(self.folder):
+            # It appears with its note inside; of several runs at once the first makes it.
+            fresh = self.folder.with_name(UNFINISHED + secrets.token_hex(8))
+            fresh.mkdir(parents=True)
+            noted = {**job, "id": secrets.token_hex(16)}
+            (fresh / self.note.name).write_text(json.dumps(noted, sort_keys=True, indent=1), "utf-8")
+            try:
+                fresh.rename(self.folder)
+            except OSError:
+                shutil.rmtree(fresh)
         try:
             found = json.loads(self.note.read_text("utf-8"))
             identity = str(found.pop("id"))
@@ -185,7 +190,10 @@ def join_parts(job: Job, out: Path, schema: Any) -> None:
     """Make one Parquet file of all parts, then remove what the job wrote, and the folder if nothing else is in it."""
     with written_beside(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for part in job.paths:
-            writer.write_table(pq.read_table(part).cast(schema))
+            table = pq.read_table(part)
+            if (table.schema.metadata or {}).get(_JOB) != job.id.encode():
+                raise ValueError(f"{part} was written by another run with this out; the same command writes it anew")
+            writer.write_table(table.cast(schema))
     # What was being written when a process of the job was killed still has its temporary name.
     for path in (*job.paths, *job.folder.glob(UNFINISHED + "*"), job.note):
         path.unlink()
