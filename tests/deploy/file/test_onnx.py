@@ -197,3 +197,25 @@ def test_backward_passes_of_other_layers(network: str, tmp_path: Path) -> None:
     package = ModelPackage(export(live, shapes(8, 3)[0], tmp_path / "m.onnx", tolerance=1e-4))
     for ours, theirs in zip(package(x[:5])[:3], live(x[:5])[:3], strict=True):
         assert onnx_export.difference(ours, theirs) <= 1e-4
+
+
+def test_a_network_that_looks_words_up(tmp_path: Path) -> None:
+    """Its live module has no answer to the input of NaN that other files are asked."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.last = nn.Embedding(20, 8, padding_idx=0), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            words = x.round().long()
+            known = (words != 0).unsqueeze(-1)
+            logits = self.last((self.table(words) * known).sum(1) / known.sum(1).clamp(min=1))
+            return logits, logits.softmax(1), -logits.amax(1)
+
+    torch.manual_seed(0)
+    live, texts = Words().eval().requires_grad_(False), torch.randint(0, 20, (7, 12)).float()
+    package = ModelPackage(export(live, texts[:3], tmp_path / "m.onnx"))
+    for x in (texts[:1], texts[:2], texts, torch.zeros(2, 12)):
+        for ours, theirs in zip(package(x)[:3], live(x), strict=True):
+            assert onnx_export.difference(ours, theirs) <= ROUNDING
