@@ -358,6 +358,11 @@ def test_large_cells_are_not_read(tiny_package: Path, tmp_path: Path) -> None:
         score(tiny_package, source, out, max_bytes=1000)
         errors = [row["error"] for row in pq.read_table(out).to_pylist()]
         assert errors == [None, "the image is too large; at most 1000 bytes are read", "the image is empty"]
+    # More than the system can count is no limit.
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(image(1))
+    for images in (source, tmp_path / "images"):
+        assert score(tiny_package, images, out, max_bytes=2**63)["images"] == len(pq.read_table(out))
 
 
 def test_images_are_decoded_while_the_network_runs(

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,7 +92,9 @@ class Job:
         self.threshold = description.threshold_at(false_alarm_rate)
         self.images, self.folder, self.batch, self.part = images.resolve(), folder, batch, part
         self.note = folder / "job.json"
-        self.columns, self.max_pixels, self.max_bytes = (image_column, key_column), max_pixels, max_bytes
+        # One more byte is read, and of no more than the system counts.
+        self.max_bytes = min(max_bytes, sys.maxsize - 1)
+        self.columns, self.max_pixels = (image_column, key_column), max_pixels
         self.listed: list[Source] | None = None
         identity = self._look()
         self.id = self._open(

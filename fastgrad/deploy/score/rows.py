@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -80,7 +81,8 @@ def _decode(source: Source, description: Description, max_pixels: int, max_bytes
         content = source.content
         if isinstance(content, Path):
             with content.open("rb") as file:
-                content = file.read(max_bytes + 1)
+                # Python takes the memory for all that may be read.
+                content = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
         if len(content) > max_bytes:
             return f"the image is too large; at most {max_bytes} bytes are read"
         return decode_pixels(content, description.input_shape, max_pixels=max_pixels)

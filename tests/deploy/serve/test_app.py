@@ -330,6 +330,9 @@ def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.
         ([file, "--false-alarm-rate", "0.5"], "false_alarm_rate must be one"),
         ([file, "--api-key-file", str(tmp_path / "key")], "No such file"),
         ([file, "--api-key-file", os.devnull], "api_key must not be empty"),
+        # Of bytes that are no text.
+        ([file, "--api-key-file", file], "api_key must not be empty"),
+        ([file, "--pins", file], "is not a file that"),
     ):
         assert cli.main(["serve", *arguments]) == 2
         assert message in capsys.readouterr().err
