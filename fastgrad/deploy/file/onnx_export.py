@@ -101,11 +101,11 @@ def operators(program: Any) -> set[str]:
 
 
 def _decomposed(function: Callable[[Tensor], Any], example_input: Tensor, max_batch: int) -> Any:
-    # A fused attention's backward pass is one operation, which nothing translates.
-    with sdpa_kernel(SDPBackend.MATH):
-        program = trace(function, example_input, max_batch=max_batch, one_by_one=False)
+    # A fused attention's backward pass is one operation, which nothing translates, and so is oneDNN's LSTM.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+            program = trace(function, example_input, max_batch=max_batch, one_by_one=False)
         return program.run_decompositions(decompositions())
 
 

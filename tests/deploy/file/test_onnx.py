@@ -219,3 +219,21 @@ def test_a_network_that_looks_words_up(tmp_path: Path) -> None:
     for x in (texts[:1], texts[:2], texts, torch.zeros(2, 12)):
         for ours, theirs in zip(package(x)[:3], live(x), strict=True):
             assert onnx_export.difference(ours, theirs) <= ROUNDING
+
+
+def test_an_lstm_is_translated_step_by_step(tmp_path: Path) -> None:
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps, self.last = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            logits = self.last(self.steps(x)[0][:, -1])
+            return logits, logits.softmax(1), -logits.amax(1)
+
+    torch.manual_seed(0)
+    live, x = Sequence().eval().requires_grad_(False), torch.randn(7, 5, 6)
+    package = ModelPackage(export(live, x[:3], tmp_path / "m.onnx"))
+    for batch in (1, 2, 7):
+        for ours, theirs in zip(package(x[:batch])[:3], live(x[:batch]), strict=True):
+            assert onnx_export.difference(ours, theirs) <= ROUNDING
