@@ -326,7 +326,8 @@ def _risk(
     kinds = torch.from_numpy(found.table.kinds)[chosen]
     risk = Risk.fit(doubt(log_p), found.evidence[chosen], found.log_p[chosen], wrong, kinds)
     made = int((kinds > 0).sum())
-    text = f"from {usual} clean inputs, {int(wrong[kinds == 0].sum())} answered wrongly, and {made} of their challenges"
+    others = f"and {made} of their challenges" if made else "without challenges: unusual inputs do not raise it"
+    text = f"from {usual} clean inputs, {int(wrong[kinds == 0].sum())} answered wrongly, {others}"
     return risk.to(device), text
 
 

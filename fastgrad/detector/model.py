@@ -225,7 +225,8 @@ class TwoStageModel(nn.Module):
             clean: Batches of clean inputs, ``x`` or ``(x, labels)``, or mappings with the key ``"labels"``; read once.
                 Prefer data that the network was not trained on: it is more certain of its training data.
             challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`), None fits on clean data
-                alone, else batches of challenging inputs, ``x`` or ``(x, kinds)``.
+                alone, where unusual inputs do not raise the risk, else batches of challenging inputs, ``x`` or
+                ``(x, kinds)``.
             calibration: Clean batches on which nothing is fitted: false-alarm rates are then exact. None holds out a
                 fifth of ``clean`` from 1,000 inputs on; below, it cross-validates (`fastgrad.detector.calibrate`).
             max_samples: Clean inputs used of each loader, drawn uniformly; as many challenges of the user's.

@@ -385,6 +385,7 @@ def test_gains_are_measured_on_demand(tmp_path):
     plain = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(80), None)
     with pytest.raises(ValueError, match="at least two blocks and two families"):
         plain.report(gains=True)
+    assert "without challenges: unusual inputs do not raise it" in str(plain.report())
 
 
 def test_a_limit_binds():
