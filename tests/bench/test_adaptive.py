@@ -19,7 +19,7 @@ def images(count: int, seed: int) -> Tensor:
     return 0.9 * nn.functional.interpolate(coarse, (16, 16), mode="bilinear") + grain
 
 
-@pytest.fixture(scope="module", params=list(FORMS))
+@pytest.fixture(scope="module", params=["default", pytest.param("second pass", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> TwoStageModel:
     torch.manual_seed(0)
     layers = [

@@ -14,7 +14,7 @@ from tests.fuzz.programs import shrunk, standalone, verdicts
 
 PARTS = 10
 #: Those that run each time.
-QUICK = range(3)
+QUICK = range(2)
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def _rank(rank: int, file: str, out: str, limits: Any) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("limits", [0.5, {"": 0.5, "5": 1e9}])
+@pytest.mark.parametrize("limits", [pytest.param(0.5, marks=pytest.mark.slow), {"": 0.5, "5": 1e9}])
 def test_distributed_data_parallel_averages_the_clipped_sums(tmp_path: Path, limits: Any) -> None:
     torch.multiprocessing.spawn(_rank, (str(tmp_path / "file"), str(tmp_path / "out"), limits), nprocs=2)
     (norms, grads), (others, same) = (torch.load(tmp_path / f"out{rank}") for rank in (0, 1))

@@ -269,7 +269,11 @@ def assert_equal(ours: tuple, theirs: tuple) -> None:
 
 @pytest.mark.parametrize(
     ("form", "one_by_one"),
-    [("forward", False), ("view", False), ("gradients", False), ("gradients", True), ("contrasts", False)],
+    [
+        ("forward", False),
+        ("gradients", True),
+        *(pytest.param(form, False, marks=pytest.mark.slow) for form in ("view", "gradients", "contrasts")),
+    ],
 )
 def test_a_two_stage_model_unrolls_to_one_graph(form: str, one_by_one: bool) -> None:
     live = two_stage_model(form)

@@ -96,7 +96,7 @@ def test_bytes_written_count_results_but_not_views() -> None:
     assert unroll.written(graph) == 2 * 6 * 4
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("one_by_one", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_signals_of_a_network_with_attention(one_by_one: bool) -> None:
     """Its rule differentiates within the backward pass, which batched tensors do not allow a tracer to follow."""
     torch.manual_seed(0)
