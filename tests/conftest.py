@@ -102,33 +102,42 @@ def _quiet_numpy() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_package() -> pathlib.Path:
+def exports(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder that the processes of one run of the suite share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "exports"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_package(exports: pathlib.Path) -> pathlib.Path:
     """A small exported model, compiled once."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("compiling a model needs a C++ compiler")
     from deploy_models import export_tiny
 
-    return export_tiny()
+    return export_tiny(exports, "tiny.pt2")
 
 
 @pytest.fixture(scope="session")
-def tiny_explained() -> pathlib.Path:
+def tiny_explained(exports: pathlib.Path) -> pathlib.Path:
     """The same model in an ONNX file that gives the evidence."""
     from deploy_models import export_tiny
     from onnx_needed import skip_without_onnx
 
     skip_without_onnx()
-    return export_tiny("explained.onnx", evidence=True)
+    return export_tiny(exports, "explained.onnx", evidence=True)
 
 
 @pytest.fixture(scope="session")
-def tiny_onnx() -> pathlib.Path:
+def tiny_onnx(exports: pathlib.Path) -> pathlib.Path:
     """The same model as an ONNX file."""
     from deploy_models import export_tiny
     from onnx_needed import skip_without_onnx
 
     skip_without_onnx()
-    return export_tiny("tiny.onnx")
+    return export_tiny(exports, "tiny.onnx")
 
 
 @pytest.fixture(scope="module", params=["tiny_package", "tiny_onnx"], ids=["pt2", "onnx"])

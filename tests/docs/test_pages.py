@@ -28,11 +28,9 @@ def test_there_are_pages_to_run() -> None:
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.parametrize("page", parameters(PAGES))
-def test_the_page_runs_as_printed(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_the_page_runs_as_printed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: Path) -> None:
     if "<!-- needs: model.pt2 -->" in page.read_text():
-        shutil.copy(export_tiny(evidence=True), tmp_path / "model.pt2")
+        shutil.copy(export_tiny(exports, "explained.pt2", evidence=True), tmp_path / "model.pt2")
     for package, version in re.findall(r"^<!-- needs: (\w+)(?: ([\d.]+))? -->$", page.read_text(), re.MULTILINE):
         pytest.importorskip(package, minversion=version or None)
     monkeypatch.chdir(tmp_path)

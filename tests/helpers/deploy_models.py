@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 
@@ -57,21 +54,21 @@ class TinyTwoStage(nn.Module):
         return float(torch.quantile(scores, 1 - false_alarm_rate))
 
 
-@functools.cache
-def export_tiny(name: str = "tiny.pt2", evidence: bool = False) -> Path:
-    """Export `TinyTwoStage` once for all test modules; compiling takes seconds."""
+def export_tiny(folder: Path, name: str, evidence: bool = False) -> Path:
+    """Export `TinyTwoStage` to a folder of all processes, in the first that asks; compiling takes seconds."""
     import torch._inductor.config
 
     from fastgrad.deploy.file.export import export
 
-    folder = Path(tempfile.mkdtemp(prefix="fastgrad-test-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with warnings.catch_warnings(), torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+    path, own = folder / name, torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"})
+    with FileLock(folder / f"{name}.lock"), warnings.catch_warnings(), own:
         warnings.simplefilter("ignore")
+        if path.exists():
+            return path
         return export(
             TinyTwoStage(),
             torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
-            folder / name,
+            path,
             labels=["cat", "dog", "cow", "hen"],
             mean=[0.5] * 3,
             std=[0.25] * 3,
