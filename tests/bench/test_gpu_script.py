@@ -26,6 +26,7 @@ def _script(*words: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_dry_run(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("triton")
     done = _script("--out", str(tmp_path / "out"), "--dry-run")

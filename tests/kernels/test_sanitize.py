@@ -24,7 +24,7 @@ from fastgrad.ops.triton import devices  # noqa: E402
 GROUPS = ("memory", "orders", "offsets")
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", [pytest.param("memory", marks=pytest.mark.slow), *GROUPS[1:]])
 def test_a_case_of_every_path(group: str) -> None:
     rows = checks.run(True, group)
     assert [row["fault"] for row in rows] == [None] * len(rows)

@@ -28,7 +28,6 @@ pytestmark = WARNINGS
 
 #: What `export` allows: a p-value map magnifies the rounding of a score.
 ROUNDING = 1e-4
-QUICK = ("forward", "contrasts")
 
 
 @functools.cache
@@ -40,7 +39,7 @@ def in_onnx(form: str) -> tuple[TwoStageModel, ModelPackage]:
 
 
 @pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[] if form in QUICK else pytest.mark.slow) for form in FORMS]
+    "form", [pytest.param(form, marks=[] if form == "forward" else pytest.mark.slow) for form in FORMS]
 )
 def test_every_block_has_an_onnx_form(form: str) -> None:
     live, package = in_onnx(form)
