@@ -253,13 +253,11 @@ def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
 def _require_own(extraction: Extraction, x: Inputs) -> None:
     """Raise ValueError where a block of some inputs changes with others in their batch."""
     samples, before = batch_size(x), RandomState(devices_of(extraction.model))
-    pieces = [take(x, slice(*ends), samples) for ends in ((0, 8), (0, 2), (2, 8))]
-    blocks = [extraction(piece)[1] for piece in pieces]
+    whole, *parts = (extraction(take(x, slice(*ends), samples))[1] for ends in ((0, 8), (0, 2), (2, 8)))
     # Random numbers come in another order.
-    for name in blocks[0] if before.same() else ():
-        whole, *parts = (block[name].float() for block in blocks)
-        rows = all(len(piece) == batch_size(own) for piece, own in zip((whole, *parts), pieces, strict=True))
-        if not rows or not agree(torch.cat(parts), whole, _ROUNDING):
+    for name, values in whole.items() if before.same() else ():
+        apart = torch.cat([part[name] for part in parts]).float()
+        if len(values) != min(8, samples) or apart.shape != values.shape or not agree(apart, values.float(), _ROUNDING):
             raise ValueError(
                 f"blocks must hold a row for each sample that is its own; {name!r} has other rows, or other values "
                 "with other samples in the batch"
