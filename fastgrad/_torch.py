@@ -168,11 +168,7 @@ def disable_mha_fastpath(module: nn.Module) -> None:
 
 
 def flat_graph(
-    function: Callable[..., Any],
-    tensors: Sequence[Tensor],
-    carries: Sequence[bool],
-    *,
-    functional: bool = False,
+    function: Callable[..., Any], tensors: Sequence[Tensor], carries: Sequence[bool], *, functional: bool = False
 ) -> torch.fx.GraphModule:
     """Record every operation of ``function(*tensors)``, backward passes among them, as one flat graph.
 

@@ -256,11 +256,6 @@ def contrast_sparsity(gradients: Mapping[str, ArrayLike | Tensor], *, axes: Axes
         gini = 2 * float(((curve[1:] + curve[:-1]) / 2).mean()) - 1
         axes.plot(entries, curve, color=COLOURS[i % len(COLOURS)], lw=1.5, label=f"{name} (Gini {gini:.2f})")
     axes.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--")
-    axes.set(
-        xlabel="share of the entries, largest first",
-        ylabel="share of the squared norm",
-        xlim=(0, 1),
-        ylim=(0, 1),
-    )
+    axes.set(xlabel="share of the entries, largest first", ylabel="share of the squared norm", xlim=(0, 1), ylim=(0, 1))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     return axes

@@ -96,10 +96,7 @@ class PixelRange:
 
 
 def _told(
-    like: Tensor,
-    clip: tuple[float, float] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    like: Tensor, clip: tuple[float, float] | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> PixelRange | None:
     """The range that the arguments give, or None."""
     channels = like.shape[1]

@@ -12,11 +12,7 @@ from fastgrad.checks import MissingExtraError, extra
 
 # Command: module with add_arguments(parser) and run(arguments), the extra it needs, one line of help.
 COMMANDS = {
-    "demo": (
-        "fastgrad.commands.demo",
-        "demo",
-        "train on real digits, detect what the network does not know, draw it",
-    ),
+    "demo": ("fastgrad.commands.demo", "demo", "train on real digits, detect what the network does not know, draw it"),
     "doctor": ("fastgrad.commands.doctor", None, "print versions, devices and which implementation would run, and why"),
     "serve": ("fastgrad.commands.serve", "serve", "serve an exported file over HTTP"),
     "score": ("fastgrad.commands.score", "score", "score a folder or a Parquet file of images"),

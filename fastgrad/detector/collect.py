@@ -216,13 +216,7 @@ class Reader:
             start += batch_size(x)
 
     def generated(
-        self,
-        model: nn.Module,
-        clean: Drawn,
-        chosen: NDArray[np.bool_],
-        each: int,
-        pixels: PixelRange | None,
-        seed: int,
+        self, model: nn.Module, clean: Drawn, chosen: NDArray[np.bool_], each: int, pixels: PixelRange | None, seed: int
     ) -> None:
         """Generate ``each`` challenges of every chosen clean input, and read them."""
         waiting: list[Tensor] = []

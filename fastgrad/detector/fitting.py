@@ -316,9 +316,7 @@ def _risk(
     with torch.no_grad():
         device = two_stage.device
         log_p = answers.log_probabilities(
-            features.logits[chosen].to(device),
-            None if h is None else h.to(device),
-            found.evidence[chosen].to(device),
+            features.logits[chosen].to(device), None if h is None else h.to(device), found.evidence[chosen].to(device)
         ).cpu()
     wrong = log_p.argmax(-1) != torch.from_numpy(labels)[chosen]
     kinds = torch.from_numpy(found.table.kinds)[chosen]

@@ -106,11 +106,7 @@ def e_aurc(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> float
 
 
 def threshold_for(
-    risk: ArrayLike | Tensor,
-    errors: ArrayLike | Tensor,
-    *,
-    cost_of_error: float,
-    cost_of_review: float,
+    risk: ArrayLike | Tensor, errors: ArrayLike | Tensor, *, cost_of_error: float, cost_of_review: float
 ) -> float:
     """Return the risk threshold of least cost: samples above it are reviewed, the others answered.
 

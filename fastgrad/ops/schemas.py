@@ -73,9 +73,7 @@ def _columns_agree(features: Tensor, weight: Tensor) -> None:
 
 
 _define(
-    "contrast_sqnorm",
-    "(Tensor features, Tensor logits, str loss, bool bias, bool log, bool mean) -> Tensor",
-    _contrast,
+    "contrast_sqnorm", "(Tensor features, Tensor logits, str loss, bool bias, bool log, bool mean) -> Tensor", _contrast
 )
 _define(
     "target_sqnorm",

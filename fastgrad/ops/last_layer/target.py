@@ -9,14 +9,7 @@ from fastgrad.ops.dispatch import launcher, operator
 
 
 def eager(
-    features: Tensor,
-    logits: Tensor,
-    target: Tensor | None,
-    kind: str,
-    loss: str,
-    bias: bool,
-    log: bool,
-    mean: bool,
+    features: Tensor, logits: Tensor, target: Tensor | None, kind: str, loss: str, bias: bool, log: bool, mean: bool
 ) -> Tensor:
     """The definition in plain torch, ``(B,)``; differentiable to any order. ``kind`` names a label without tensor."""
     label = kind if target is None else target
