@@ -39,7 +39,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = whole and not getattr(options, "cov_source", None)
     if whole and getattr(options, "numprocesses", 0) is None and not (options.usepdb or options.collectonly):
         options.numprocesses = min(PROCESSES, 1 + (os.cpu_count() or 1))
-        # Tests of one file share servers and exported models.
+        # Tests of one file share servers.
         options.dist = "loadfile"
 
 

@@ -302,7 +302,7 @@ def _risk(
 ) -> tuple[Risk | None, str]:
     """The risk, from labelled clean inputs that the answer was not trained on and challenges made from them."""
     classes = features.logits.shape[1]
-    if options.risk is False or sample.labels is None or classes < 2:
+    if options.risk is False or sample.labels is None:
         why = "not asked for" if options.risk is False else "no labels" if classes > 1 else "the network has one logit"
         return None, f"none: {why}"
     labels = labels_of_rows(sample, features, fresh)
