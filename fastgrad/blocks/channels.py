@@ -32,7 +32,8 @@ _SPREAD, _GRID = 12, 8
 _CHANNELS_FIRST = (BatchNorm, InstanceNorm, nn.GroupNorm, nn.LocalResponseNorm, ConvNd)
 #: In a class's name; what brings pixels to another scale, "Normalize", is no layer of the network.
 _NORM = re.compile("Norm(?!s|alize)")
-_LAYERS = (ConvNd, nn.Linear, nn.RNNBase, nn.MultiheadAttention)
+#: Layers that are read where a network does not normalise.
+LAYERS = (ConvNd, nn.Linear, nn.RNNBase, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,13 @@ def is_normalization(module: nn.Module) -> bool:
     """Whether a module normalises, by its class's name: torch's layers, timm's and Hugging Face's are all named so."""
     named = _NORM.search(type(module).__name__) or isinstance(module, (BatchNorm, nn.LayerNorm))
     # A container of a convolution and its normalisation is named after both.
-    return bool(named) and not any(is_layer(part) or is_normalization(part) for part in module.children())
+    return bool(named) and not any(isinstance(part, LAYERS) or is_normalization(part) for part in module.children())
 
 
 def is_layer_norm(module: nn.Module) -> bool:
     """Whether a module normalises each position by itself."""
     name = type(module).__name__
     return isinstance(module, nn.LayerNorm) or "LayerNorm" in name or "RMSNorm" in name
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is read where a network does not normalise."""
-    return isinstance(module, _LAYERS)
 
 
 def channel_dim(module: nn.Module, shape: tuple[int, ...]) -> int | None:
@@ -102,7 +98,7 @@ def choose(seen: Sequence[tuple[nn.Module, Channels, int]], operations: float) -
     """
     norms = [found for found in seen if is_normalization(found[0])]
     steady = [found for found in norms if not is_layer_norm(found[0])]
-    layers = [found for found in seen if is_layer(found[0])]
+    layers = [found for found in seen if isinstance(found[0], LAYERS)]
     picked = next((places for places in (steady, layers) if len(places) >= _LEAST), layers or norms)
     if all(place.dim == 1 for _, place, _ in picked):
         step = -(-len(picked) // _SPREAD) or 1

@@ -6,16 +6,14 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part, Settings
+from fastgrad.blocks.block import Array, Part, Settings
 from fastgrad.blocks.features import Features
 from fastgrad.blocks.passes import Pass
-from fastgrad.blocks.subject import Subject
-from fastgrad.engine.run import Reading
 from fastgrad.gradients import contrasts as functional
 from fastgrad.scores.rows import Rows
 
 
-class Contrasts(Block):
+class Contrasts(Features):
     """`fastgrad.contrast_sqnorm` of h and the logits, ``(B, N)``: a function of the softmax and ``||h||`` alone."""
 
     name = "contrasts"
@@ -23,14 +21,6 @@ class Contrasts(Block):
     ranks = (2, 3, 4)
     shapes = "(B, N), (B, N, P) or (B, S, N, P)"
     squared_norms = True
-
-    def refusal(self, subject: Subject) -> str | None:
-        """A network that does not end in a linear layer."""
-        return Features().refusal(subject)
-
-    def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
-        """The last layer's input."""
-        return Features().readings(subject, mask)
 
     def values(self, found: Pass) -> Tensor:
         """Norms or their logarithms, as the pass is asked for."""

@@ -15,8 +15,6 @@ from fastgrad.blocks.subject import Subject
 
 #: Backward pass and norms of one signal: about a training step's backward pass.
 BACKWARD = 2.5
-
-
 #: Three losses, each against a fixed target, whose gradients say different things about a sample.
 JOINED: tuple[Signal, ...] = tuple(
     partial(losses.delta, target=target, loss=loss)

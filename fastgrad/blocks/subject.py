@@ -89,7 +89,7 @@ class _Watch:
                 self.seen.append((path, module, inputs, value))
 
         for path, module in model.named_modules():
-            if path and (channels.is_normalization(module) or channels.is_layer(module)):
+            if path and (channels.is_normalization(module) or isinstance(module, channels.LAYERS)):
                 attach(shadow.modules[id(module)], functools.partial(leave, path, module))
         with torch.no_grad(), operations:
             self.logits = class_logits(shadow.root(*args, **kwargs))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,15 +40,6 @@ class Drawn:
         """The batches where they are images ``(B, C, H, W)``, floating; none where they are not."""
         found = [x for x in self.batches if isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()]
         return found if len(found) == len(self.batches) else []
-
-    def some(self, chosen: NDArray[np.bool_]) -> Iterator[tuple[Inputs, NDArray[np.intp]]]:
-        """The chosen inputs, batch by batch, and their numbers."""
-        start = 0
-        for x in self.batches:
-            places = np.flatnonzero(chosen[start : start + batch_size(x)])
-            if len(places):
-                yield take(x, torch.from_numpy(places), batch_size(x)), places + start
-            start += batch_size(x)
 
 
 def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bool | None = False) -> Drawn:
@@ -219,26 +211,19 @@ class Reader:
         self, model: nn.Module, clean: Drawn, chosen: NDArray[np.bool_], each: int, pixels: PixelRange | None, seed: int
     ) -> None:
         """Generate ``each`` challenges of every chosen clean input, and read them."""
-        waiting: list[Tensor] = []
-        numbers: list[NDArray[np.intp]] = []
         first = 0
         if pixels is not None:
             pixels = PixelRange(pixels.low.to(self.device), pixels.high.to(self.device))
-        parts = list(clean.some(chosen))
-        for place, (x, own) in enumerate(bar(parts, "challenges", self.verbose)):
-            assert isinstance(x, Tensor)  # challenges are made of tensors alone, as was checked
-            waiting.append(x)
-            numbers.append(own)
-            joined = all(x.shape[1:] == other.shape[1:] for other in waiting)
-            last = place == len(parts) - 1 or parts[place + 1][0].shape[1:] != x.shape[1:]  # type: ignore[union-attr]
-            # An attack is fast on many inputs at once.
-            if joined and not last and sum(map(len, waiting)) < CHALLENGED_TOGETHER:
-                continue
-            inputs, sources = torch.cat(waiting).to(self.device), np.concatenate(numbers)
+        rows = [row for x in clean.images() for row in x.split(1)]
+        parts: list[NDArray[np.intp]] = []
+        for _, group in itertools.groupby(np.flatnonzero(chosen), key=lambda number: rows[number].shape):
+            alike = np.array(list(group))
+            parts += np.split(alike, range(CHALLENGED_TOGETHER, len(alike), CHALLENGED_TOGETHER))
+        for numbers in bar(parts, "challenges", self.verbose):
+            inputs = torch.cat([rows[number] for number in numbers]).to(self.device)
             for made in iter_challenges(model, inputs, each=each, first=first, seed=seed, pixels=pixels):
-                self.add(made.inputs, made.kinds, sources[made.sources.cpu().numpy() - first].tolist())
+                self.add(made.inputs, made.kinds, numbers[made.sources.cpu().numpy() - first].tolist())
             first += len(inputs)
-            waiting, numbers = [], []
 
     def features(self) -> Features:
         """All that was read."""

@@ -37,7 +37,6 @@ from fastgrad.engine.state import RandomState, devices_of
 if TYPE_CHECKING:
     from fastgrad.detector.model import TwoStageModel
 
-
 #: Two computations of a block agree to the root of it: networks in half precision round to some hundredths.
 _ROUNDING = 2.5e-3
 

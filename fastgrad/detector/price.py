@@ -166,15 +166,10 @@ def _error(ratios: Sequence[float]) -> float:
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """Of one call; on a CPU with one thread, of that thread alone: what else the machine does is left out."""
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    on_device = nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
-    with on_device:
-        _wait(device)
+    backend = torch.get_device_module(device)
+    with nullcontext() if device.type == "cpu" else backend.device(device):
+        backend.synchronize(device)
         begun = clock()
         run()
-        _wait(device)
+        backend.synchronize(device)
         return clock() - begun
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
