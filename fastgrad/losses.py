@@ -139,7 +139,8 @@ def _brier_scaled(z: Tensor, target: str | Tensor) -> tuple[Tensor, Tensor]:
     step = torch.where(loo.top, y, 0).sum(-1, keepdim=True) - y  # y_i - y_l, exactly 0 at i
     e_others = loo.f * loo.log_rho.exp()
     near = loo.gap - loo.a * step
-    far = (1 - step) - e_others - (loo.a - 1) * step  # the same number, arranged for step near 1
+    # The same number, arranged for step near 1; a - 1 would be 0 where the others are below the dtype's precision.
+    far = (1 - step) - e_others - e_others.sum(-1, keepdim=True) * step
     difference = torch.where(loo.top, 0, torch.where(step > 0.5, far, near)) / loo.a
     p = loo.f / loo.a  # without rho
     mean = (p * difference).sum(-1, keepdim=True)

@@ -86,7 +86,7 @@ def test_deltas_equal_float64_autograd(loss: str, N: int) -> None:
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES)
-@pytest.mark.parametrize("target", ["ones", "uniform", "predicted", "indices", "soft"])
+@pytest.mark.parametrize("target", ["ones", "uniform", "predicted", "indices", "soft", "one hot"])
 @pytest.mark.parametrize("margin", [0, 10, 40])
 def test_targets_are_relatively_accurate(loss: str, target: str, margin: int) -> None:
     z = oracles.confident_logits(4, 9, margin, torch.Generator().manual_seed(torch.seed() % 2**31))
@@ -100,6 +100,9 @@ def test_targets_are_relatively_accurate(loss: str, target: str, margin: int) ->
         y = torch.nn.functional.one_hot(label, 9)
     elif target == "soft":
         label = y = torch.rand(4, 9)
+    elif target == "one hot":
+        # From delta itself, as in a whole network; class indices have a formula of their own.
+        label = y = torch.nn.functional.one_hot(k, 9).float()
     assert y is not None
     pairs = zip(z.double().tolist(), y.double().tolist(), strict=True)
     exact = [oracles.target_norms(row, goal, loss) for row, goal in pairs]
