@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -18,6 +19,8 @@ UNFINISHED = ".fastgrad-"
 @contextlib.contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
     """Give a new file of a random name beside ``target``; move it there if nothing went wrong, else remove it."""
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
     temporary = target.with_name(UNFINISHED + secrets.token_hex(8))
     # O_EXCL: never through a file or link that somebody has put there.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

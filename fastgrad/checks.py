@@ -34,6 +34,14 @@ def is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor; it was {type(value).__name__}")
 
 
+def tensors(name: str, value: object) -> list[torch.Tensor]:
+    """A tensor, or several, as a list; TypeError for anything else."""
+    found = [value] if isinstance(value, torch.Tensor) else list(value) if isinstance(value, Iterable) else None
+    if found is None or not all(isinstance(item, torch.Tensor) for item in found):
+        raise TypeError(f"{name} must be a tensor or a sequence of tensors; it was {value!r}")
+    return found
+
+
 def is_float(name: str, value: torch.Tensor) -> None:
     """Raise TypeError unless ``value`` is a tensor of a supported floating dtype."""
     is_tensor(name, value)

@@ -17,6 +17,7 @@ from fastgrad.challenges import (
     fgsm,
     generate_challenges,
     iter_challenges,
+    pgd,
 )
 from fastgrad.challenges.generate import STEPS
 
@@ -367,6 +368,7 @@ def test_blur_and_compression_do_what_they_say() -> None:
         ({"mean": [0.5], "std": [0.5]}, ValueError, "per channel"),
         ({"mean": [0.5] * 3, "std": [0.0] * 3}, ValueError, "std"),
         ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"seed": "x"}, ValueError, "seed must be an integer of at least 0; it was 'x'"),
         ({"model": None}, ValueError, "compressed_fgsm, compressed_pgd, fgsm, pgd; it was None"),
         ({"model": "resnet"}, TypeError, "model"),
         ({"images": torch.zeros(3, 8, 8)}, ValueError, "B, C, H, W"),
@@ -383,10 +385,17 @@ def test_errors_name_the_argument(kwargs: dict, error: type[Exception], words: s
         generate_challenges(arguments.pop("model"), arguments.pop("images"), **arguments)
 
 
-@pytest.mark.parametrize("given", [{"names": []}, {"first": 1.5}, {"seed": None}, {"each": 0}])
+@pytest.mark.parametrize("given", [{"names": []}, {"first": 1.5}, {"seed": None}, {"each": 0}, {"pixels": (0, 1)}])
 def test_turns_that_are_refused(given: dict) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(given))} must"):
+    with pytest.raises((TypeError, ValueError), match=f"{next(iter(given))} must"):
         iter_challenges(None, photos(), **{"names": ["noise"], **given})
+
+
+def test_numbers_that_are_refused() -> None:
+    with pytest.raises(ValueError, match="each must be an integer of at least 1; it was 0"):
+        challenge_cost(0)
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1; it was 0"):
+        pgd(small_net(), photos(), 0.1, torch.Generator(), pixels=PixelRange.of(photos()), steps=0)
 
 
 class Wrapped(nn.Module):

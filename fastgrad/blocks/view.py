@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgrad import checks
 from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
@@ -42,6 +43,7 @@ class View(Block):
     shapes = "(B, 1)"
 
     def __init__(self, zoom: float = 0.9) -> None:
+        checks.is_number(zoom=zoom)
         if not 0.5 <= zoom < 1:
             raise ValueError(f"zoom must lie in [0.5, 1); it was {zoom!r}")
         self.zoom = zoom

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor, nn
 
+from fastgrad import checks
 from fastgrad.batches import class_logits
 from fastgrad.challenges.pixels import PixelRange
 
@@ -111,6 +112,7 @@ def pgd(
 
     Arguments and result as for :func:`fgsm`; ``generator`` draws the start.
     """
+    checks.at_least(1, steps=steps)
     offset = (2 * torch.rand(unit.shape, generator=generator, dtype=torch.float32) - 1).to(unit)
     start = (unit + epsilon * offset).clamp(0, 1)
     return _ascend(model, unit, start, pixels, epsilon, 2.5 * epsilon / steps, steps)

@@ -119,6 +119,7 @@ def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int
 
 def challenge_cost(each: int = 3, *, names: Sequence[str] | None = None) -> float:
     """Forward passes for each clean input that it takes to make ``each`` challenges and to read them."""
+    checks.at_least(1, each=each)
     attacked, _, share = _turns(challenge_names(names))
     made = {(row.function, strength): row.passes for row, strength in map(_row, attacked)}
     return each * (1 + share * sum(made.values()) / max(1, len(attacked)))
@@ -175,6 +176,8 @@ def iter_challenges(
     _check(model, inputs, full, batch_size)
     checks.at_least(1, each=each)
     checks.at_least(0, first=first, seed=seed)
+    if pixels is not None:
+        checks.is_a(PixelRange, pixels=pixels)
     if not full:
         raise ValueError("names must hold at least one challenge; it was empty")
     if pixels is None:
@@ -250,6 +253,7 @@ def generate_challenges(
     """
     full = challenge_names(names, severities)
     _check(model, images, full, batch_size)
+    checks.at_least(0, seed=seed)
     pixels = PixelRange.of(images, clip=clip, mean=mean, std=std)
     found = {}
     for name in full:

@@ -266,6 +266,7 @@ class TwoStageModel(nn.Module):
             RuntimeError: Before `fit`, or ``gains`` in another process.
             ValueError: ``gains`` without challenges of two families.
         """
+        checks.is_bool("gains", gains)
         if self.report_ is None:
             raise RuntimeError("a report needs a fit: call fit(clean)")
         if gains and self.report_.gains is None:
@@ -329,9 +330,10 @@ class TwoStageModel(nn.Module):
             ValueError: The file is foreign, changed or damaged, ``model`` is not the network it was saved with, or a
                 block's class is not registered.
         """
-        modules, extra = storage.load(path)
+        checks.is_path(path=path)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
+        modules, extra = storage.load(path)
         if storage.fingerprint(model) != extra["network"]:
             raise ValueError(f"model must be the network that {str(path)!r} was saved with; its parameters differ")
         unknown = [entry["name"] for entry in extra["blocks"] if entry["name"] not in BLOCKS]
@@ -370,7 +372,7 @@ def named_blocks(blocks: Sequence[str | Block]) -> list[Block]:
         TypeError: One is neither.
         ValueError: There is none, one has an unknown name, or two have the same.
     """
-    if isinstance(blocks, (str, Block)):
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise TypeError(f"blocks must be a sequence of names or blocks; it was {blocks!r}")
     result: list[Block] = []
     for block in blocks:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrad import checks
 from fastgrad._torch import original
 from fastgrad.atomic import written_beside
 from fastgrad.batches import bytes_of
@@ -46,6 +47,7 @@ def save(path: str | os.PathLike[str], modules: Mapping[str, Fitted], extra: Map
     }
     data = serialise(tensors, {_KEY: json.dumps(content)})
     digest = hashlib.sha256(data).hexdigest()
+    checks.is_path(path=path)
     target = Path(path)
     with written_beside(target) as file:
         file.write_bytes(data.replace(_EMPTY.encode(), digest.encode(), 1))

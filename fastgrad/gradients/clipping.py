@@ -59,6 +59,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         limits = dict(max_norm) if isinstance(max_norm, Mapping) else {"": max_norm}
         for name, limit in limits.items():
             subject = f"max_norm[{name!r}]" if isinstance(max_norm, Mapping) else "max_norm"
+            if not isinstance(name, str):
+                raise TypeError(f"max_norm must name parameters or modules; one name was {name!r}")
             if isinstance(limit, bool) or not isinstance(limit, (int, float)):
                 raise TypeError(f"{subject} must be a positive number; it was {limit!r}")
             if not 0 < limit < math.inf:

@@ -271,6 +271,7 @@ def _features_and_options(features: Tensor, loss: str, reduction: str, flags: di
     for name, value in flags.items():
         checks.is_bool(name, value)
     checks.is_float("features", features)
+    checks.holds_values("features", features)
     if features.dim() < 1:
         raise ValueError("features must have shape (..., D); it was a scalar")
 
@@ -294,6 +295,7 @@ def _head_pair(
             f"it was {tuple(features.shape[:-1])} (features {tuple(features.shape)}, logits {tuple(logits.shape)})"
         )
     checks.same_device("features", features, "logits", logits)
+    checks.holds_values("logits", logits)
     if (features.dtype == torch.float64) != (logits.dtype == torch.float64):
         raise TypeError(
             f"features and logits must both be float64 or neither; they were {features.dtype} and {logits.dtype}"

@@ -96,6 +96,9 @@ class GradientFeatures:
         is_bool("compile", compile)
         self.contrast = signals is None and isinstance(target, str) and target == "contrast"
         self.joint = signals is not None
+        for name, given in (("signals", signals), ("layers", layers)):
+            if given is not None and not isinstance(given, Iterable):
+                raise TypeError(f"{name} must be a sequence, or None; it was {given!r}")
         pairs = [(loss, target)] if signals is None else list(signals)
         if not pairs:
             raise ValueError("signals must name at least one (loss, target) pair; it was empty")
@@ -119,8 +122,6 @@ class GradientFeatures:
                 raise ValueError(f"{name} must be a positive integer or None; it was {value!r}")
         self.reduction, self.log, self.impl = reduction, log, impl
         self.chunk_size, self.memory_budget = chunk_size, memory_budget
-        if layers is not None and not isinstance(layers, Iterable):
-            raise TypeError(f"layers must be names of parameters or modules, or None; it was {layers!r}")
         self.layers = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
         self._names()
         refuse_parts(self.model)
@@ -143,7 +144,7 @@ class GradientFeatures:
                     raise ValueError(f"layers must name parameters or modules of the model; nothing is {pattern!r}")
             wanted = {i: n for i, n in found.items() if any(_matches(n, pattern) for pattern in self.layers)}
         if not wanted:
-            raise ValueError("model must have parameters; it had none")
+            raise ValueError(f"{'layers must name' if found else 'model must have'} parameters; it had none")
         return wanted
 
     def __call__(self, *args: Any, target: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastgrad import checks
 from fastgrad._torch import is_transformed, next_number, number_of, original, outside_of_compilation
 from fastgrad.batches import batch_size
 from fastgrad.engine.backward import looped, probe_grads
@@ -226,9 +227,8 @@ def grad_sqnorm(
             that depend on gradients (``create_graph=True``) which passed the model. And for a parameter without a
             layer's rule, if outputs depend on it past what modules return, as by an attribute.
     """
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    wanted = [params] if isinstance(params, Tensor) else list(params)
-    gradients = [grad_outputs] if isinstance(grad_outputs, Tensor) else grad_outputs
+    outputs, wanted = checks.tensors("outputs", outputs), checks.tensors("params", params)
+    gradients = None if grad_outputs is None else checks.tensors("grad_outputs", grad_outputs)
     if is_grads_batched and gradients is None:
         raise ValueError("grad_outputs must be given when is_grads_batched is True; it was None")
     if not _active.stack:

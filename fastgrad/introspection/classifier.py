@@ -186,6 +186,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     def _check_parameters(self) -> None:
         checks.one_of("activation", self.activation, ACTIVATIONS)
         checks.one_of("loss", self.loss, LOSSES)
+        checks.is_bool("verbose", self.verbose)
         checks.at_least(1, batch_size=self.batch_size, max_epochs=self.max_epochs, patience=self.patience)
         if np.ndim(self.hidden) != 1 or any(not isinstance(n, (int, np.integer)) or n < 1 for n in self.hidden):
             raise ValueError(f"hidden must hold widths of at least 1; it was {self.hidden!r}")
@@ -198,6 +199,9 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             torch.zeros(1, device=torch.device(self.device)).cpu()
         except (TypeError, RuntimeError, AssertionError) as error:
             raise ValueError(f"device must be one that PyTorch computes on; it was {self.device!r}: {error}") from error
+        for name in ("learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ValueError(f"{name} must be finite and not negative; it was {getattr(self, name)!r}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1); it was {self.validation_fraction!r}")
 

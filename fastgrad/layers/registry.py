@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastgrad import checks
+
 #: ``(module, input, output gradient) -> {parameter name: (B,) squared norms}``, batch in dimension 0.
 RuleFunction = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
 #: ``(module, args, kwargs, output gradients) -> {parameter name: (B,) squared norms}``.
@@ -98,6 +100,7 @@ def register_rule(
 
 def find_rule(module: nn.Module) -> tuple[Rule | None, str]:
     """Return the rule for a module and an empty string, or None and why the general fallback is needed."""
+    checks.is_a(nn.Module, module=module)
     if "forward" in vars(module):
         return None, "its forward method was replaced on the instance"
     for cls in type(module).__mro__:

@@ -220,6 +220,8 @@ def test_nothing_of_the_model_is_changed_also_after_an_error(name: str) -> None:
 def test_bad_options_are_named() -> None:
     with pytest.raises(ValueError, match=r"zoom must lie in .*; it was 1"):
         View(zoom=1)
+    with pytest.raises(TypeError, match=r"zoom must be a number; it was '0\.9'"):
+        View(zoom="0.9")  # type: ignore[arg-type]
 
 
 def test_signals_are_the_losses_gradients() -> None:

@@ -91,6 +91,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "twice": (lambda: TwoStageModel(NET, blocks=["logits", Logits()]), ValueError, "differ; 'logits' was there twice"),
     "no block": (lambda: TwoStageModel(NET, blocks=[]), ValueError, "blocks must name at least one block"),
     "one name": (lambda: TwoStageModel(NET, blocks="logits"), TypeError, "blocks must be a sequence"),
+    "no blocks": (lambda: TwoStageModel(NET, blocks=5), TypeError, "blocks must be a sequence .* it was 5"),  # type: ignore[arg-type]
+    "gains": (lambda: TwoStageModel(NET).report(gains="all"), TypeError, "gains must be .* 'all'"),  # type: ignore[arg-type]
     "a number": (lambda: TwoStageModel(NET, blocks=[3]), TypeError, "blocks must be names or blocks; one was 3"),  # type: ignore[list-item]
     "one score": (lambda: TwoStageModel(NET, blocks=["logits", Weighed()]).fit([IMAGES], None), ValueError, "'energy'"),
     "headless": (lambda: TwoStageModel(NET[:4], blocks=["features"]).fit([IMAGES], None), ValueError, HEADLESS),
@@ -112,6 +114,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "sparse": (lambda: TwoStageModel(NET).fit([IMAGES], [IMAGES.to_sparse()]), ValueError, "challenges must be dense"),
     "no answer": (lambda: TwoStageModel(NET).fit([IMAGES], [WITHOUT]), ValueError, "challenges must .* 60 it"),
     "no answers": (lambda: TwoStageModel(NET).fit([IMAGES], None, [WITHOUT]), ValueError, "calibration must .* 60 it"),
+    "swapped": (lambda: TwoStageModel.load(NET, "file"), TypeError, "path must be a path"),  # type: ignore[arg-type]
     "unknown file": (lambda: TwoStageModel.load("no/such.safetensors", NET), FileNotFoundError, "no/such"),
 }  # fmt: skip
 

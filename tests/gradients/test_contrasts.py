@@ -236,6 +236,9 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: fastgrad.contrast_sqnorm(H.tolist(), Z), TypeError, "features.*list"),  # type: ignore[arg-type]
     (lambda: fastgrad.contrast_sqnorm(H, Z.double()), TypeError, "float64"),
     (lambda: fastgrad.contrast_sqnorm(H, Z.to("meta")), ValueError, "features.*meta.*cpu"),
+    (lambda: fastgrad.contrast_sqnorm(H.to("meta"), Z.to("meta")), ValueError, "features must be dense .* meta device"),
+    (lambda: fastgrad.linear_contrast_stats(H.to_sparse(), W), ValueError, "features must be dense .*sparse_coo"),
+    (lambda: fastgrad.contrast_sqnorm(H, Z.to_sparse()), ValueError, "logits must be dense .*sparse_coo"),
     (lambda: fastgrad.contrast_sqnorm(H, Z, loss="hinge"), ValueError, "loss.*brier.*hinge"),
     (lambda: fastgrad.contrast_sqnorm(H, Z, reduction="none"), ValueError, "reduction.*none"),
     (lambda: fastgrad.contrast_sqnorm(H, Z, bias=1), TypeError, "bias"),  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What `GradientFeatures`, `record`, `clip_gradients` and `register_rule` refuse, naming the argument."""
+"""What `GradientFeatures`, `record`, `grad_sqnorm`, `clip_gradients` and the rules refuse, naming the argument."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastgrad import GradientFeatures, clip_gradients, record
-from fastgrad.layers import register_rule
+from fastgrad import GradientFeatures, clip_gradients, grad_sqnorm, record
+from fastgrad.layers import find_rule, register_rule
 
 NET, X = nn.Linear(3, 4), torch.rand(5, 3)
 TWO, BATCH_NORM = nn.Sequential(nn.Linear(3, 3), NET), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -27,9 +27,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "log": (lambda: GradientFeatures(NET, log=1), TypeError, "log must be .* it was 1"),  # type: ignore[arg-type]
     "signals": (lambda: GradientFeatures(NET, signals=["bce"]), ValueError, "signals .* 'bce'"),  # type: ignore[list-item]
     "no signal": (lambda: GradientFeatures(NET, signals=[]), ValueError, "signals must name"),
+    "no signals": (lambda: GradientFeatures(NET, signals=5), TypeError, "signals must be a sequence, .* it was 5"),  # type: ignore[arg-type]
     "contrasts": (lambda: GradientFeatures(NET, signals=[("bce", "contrast")]), ValueError, "target must be one of"),
-    "layers": (lambda: GradientFeatures(NET, layers=3), TypeError, "layers must be names .* it was 3"),  # type: ignore[arg-type]
+    "layers": (lambda: GradientFeatures(NET, layers=3), TypeError, "layers must be a sequence, .* it was 3"),  # type: ignore[arg-type]
     "a layer": (lambda: GradientFeatures(NET, layers=[3]), ValueError, "layers must name .* nothing is 3"),  # type: ignore[list-item]
+    "no layers": (lambda: GradientFeatures(NET, layers=[]), ValueError, "layers must name parameters; it had none"),
     "reduction": (lambda: GradientFeatures(NET, reduction="max"), ValueError, "reduction must be one of"),
     "chunk": (lambda: GradientFeatures(NET, chunk_size=0), ValueError, "chunk_size must be a positive integer"),
     "impl": (lambda: GradientFeatures(NET, impl="cuda"), ValueError, "impl must be one of"),
@@ -45,6 +47,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "one norm": (lambda: clip_gradients(TWO, {"0": -1.0}), ValueError, r"max_norm\['0'\] must be positive"),
     "no norm": (lambda: clip_gradients(TWO, {"0": 1.0}), ValueError, "cover every .* nothing for '1.weight'"),
     "nowhere": (lambda: clip_gradients(TWO, {"": 1.0, "no": 1.0}), ValueError, "max_norm must name .*'no' had none"),
+    "named by": (lambda: clip_gradients(TWO, {1: 1.0}), TypeError, "max_norm must name .* one name was 1"),  # type: ignore[dict-item]
+    **{f"{name} {value!r}": (lambda given=given: grad_sqnorm(**given), TypeError, f"{name} must be a tensor or a seq")
+       for name, value in (("outputs", None), ("outputs", ["x"]), ("params", NET), ("grad_outputs", 5))
+       for given in [{"outputs": X, "params": NET.weight, name: value}]},
+    "a class": (lambda: find_rule(nn.Linear), TypeError, "module must be a Module; it was type"),  # type: ignore[arg-type]
     "rule": (lambda: register_rule(NET), TypeError, "module_types must be .*; one was Linear"),  # type: ignore[arg-type]
 }  # fmt: skip
 

@@ -154,6 +154,7 @@ def _describe(
         raise ValueError(f"path must end in {' or '.join(SUFFIXES)}; it was {str(path)!r}")
     if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"path must be a file's in an existing folder, and no folder; it was {str(path)!r}")
+    checks.is_number(false_alarm_rate=false_alarm_rate)
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
     evaluates = getattr(two_stage, "evaluates", False)
@@ -191,8 +192,8 @@ def _describe(
         device=example_input.device.type if path.suffix == ".pt2" else "cpu",
         # One string is refused there.
         labels=labels if labels is None or isinstance(labels, str) else [str(label) for label in labels],  # type: ignore[arg-type]
-        mean=None if mean is None else [float(value) for value in mean],
-        std=None if std is None else [float(value) for value in std],
+        mean=None if mean is None else checks.to_array("mean", mean, finite=False).tolist(),
+        std=None if std is None else checks.to_array("std", std, finite=False).tolist(),
         false_alarm_rate=None if threshold is None else false_alarm_rate,
         threshold=threshold,
         thresholds=thresholds,

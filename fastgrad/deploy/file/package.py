@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrad import checks
 from fastgrad._torch import load_package
 from fastgrad.deploy.file import onnx_file
 from fastgrad.deploy.file.description import DTYPES, FORMAT, description_text
@@ -72,6 +73,7 @@ def read_description(path: str | os.PathLike[str]) -> Description:
     Raises:
         PackageError: no such file, one of neither kind, no description inside, a damaged one, or one of a newer format.
     """
+    checks.is_path(path=path)
     if not Path(path).is_file():
         raise PackageError(f"{path}: there is no such file")
     onnx = Path(path).suffix == ".onnx"
@@ -172,8 +174,8 @@ class ModelPackage:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
         self.description = read_description(path)
+        self.path = Path(path)
         if self.description.device == "cuda" and not torch.cuda.is_available():
             raise PackageError(f"{path} was compiled for a CUDA device; there is none here")
         if self.description.device == "cpu" and self.path.suffix == ".pt2":

@@ -204,6 +204,8 @@ def test_planted_links_are_not_followed(tmp_path: Path) -> None:
     victim.write_bytes(b"precious")
     (tmp_path / f".model.pt2.{os.getpid()}").symlink_to(victim)
     replace_atomically(lambda path: path.write_bytes(b"new"), target)
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*'.*none'"):
+        replace_atomically(lambda path: path.write_bytes(b"new"), tmp_path / "none" / "file")
     assert (target.read_bytes(), victim.read_bytes()) == (b"new", b"precious")
     assert not target.is_symlink()
     mask = os.umask(0)
