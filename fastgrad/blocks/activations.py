@@ -37,7 +37,7 @@ class Activations(Block):
         return None if subject.channels else "the network has no normalisation, convolutional or linear layer"
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
-        """Every place's mean squares; of maps a sample, whose squares cost less once no layer is left to run."""
+        """The mean squares of every place; of large maps a sample of positions, squared after the forward pass."""
         return tuple(
             Reading(place.path, functools.partial(_read, place, mask), copied=False) for place in subject.channels
         )

@@ -51,7 +51,7 @@ class Settings:
 
 
 class Block:
-    """Base of all blocks; a subclass a file.
+    """Base class of all blocks.
 
     Attributes:
         name: The block's key in feature mappings; a part of the detector has it, too.

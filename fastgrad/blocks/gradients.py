@@ -26,7 +26,7 @@ class Gradients(Block):
     """``||dL/dtheta||^2`` of all P parameters, ``(B, 3, P)``.
 
     The features of Lee, Lehman, Prabhushankar and AlRegib, "Probing the Purview of Neural Networks via Gradient
-    Analysis" (2023), for two losses more than the paper's.
+    Analysis" (2023), with two more losses than there.
     """
 
     name = "gradients"

@@ -24,11 +24,11 @@ _FLOOR = 1e-3
 
 
 class Roughness(Block):
-    """Local contrast of every channel of the first normalised, or convolved, maps, ``(B, D)``.
+    """Local contrast of up to 16 channels of the first normalised, or convolved, maps, ``(B, D)``.
 
-    Of each channel the mixed differences along the diagonals and the first differences, the roots of their sizes and
-    how those are distributed over positions: what `fastgrad.blocks.image` reads of pixels, read through the filters
-    that the network learned to see its inputs with.
+    Of each channel it takes differences of neighbouring positions, along rows and columns and along both. The roots of
+    their sizes are summarised by how they are distributed over positions. `fastgrad.blocks.image` reads the same of
+    pixels; here the network's first filters come before.
     """
 
     name = "roughness"

@@ -37,7 +37,7 @@ class Kind(NamedTuple):
         family: Kinds of one family resemble each other: what finds one finds the others.
         function: From unit images, strength and generator to altered ones; of an attack also from the model.
         passes: Forward passes that it takes for each image; 0 for what needs no model.
-        jpeg: Whether JPEG follows: what is left of an attack is then in the network's answer rather than in pixels.
+        jpeg: Whether JPEG compression follows, which removes most of an attack's traces in the pixels.
     """
 
     strengths: tuple[float, ...]

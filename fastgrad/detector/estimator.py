@@ -51,7 +51,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             there on, three where a part is held out.
         calibration_fraction: Share of the clean data used for calibration alone: the false-alarm rate is then exact.
             None for a fifth from 1,000 clean samples on, and none below. Where samples share sources (``groups``), it
-            is one of the sources, of each of which one sample calibrates.
+            is a share of the sources, and one sample of each calibrates.
         false_alarm_rate: Share of clean data that `predict` flags.
         random_state: Seed of the folds and the held-out part.
 

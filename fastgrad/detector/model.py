@@ -37,9 +37,9 @@ class Explanation(NamedTuple):
         evidence: ``(B,)`` by name of block: the capped, weighted sum of -log p of its scores. ``"challenges"`` is the
             challenge classifier. 0 is none; infinite where it cannot be computed. The uncertainty is -log of the share
             of clean inputs with at least this sum of all evidence.
-        raised: ``(B,)`` by the same names: how much higher the risk is than it would be without this evidence; of
-            ``"challenges"`` without any resemblance to a challenge. None without risk. Where two cannot be computed
-            each is 0, because without either alone the risk would still be 1.
+        raised: ``(B,)`` by the same names: by how much this evidence raises the risk; ``"challenges"``, by how much
+            the resemblance to a challenge does. None without risk. Where two pieces of evidence cannot be computed,
+            both are 0: without either one alone the risk would still be 1.
     """
 
     prediction: Prediction
@@ -245,7 +245,7 @@ class TwoStageModel(nn.Module):
         Raises:
             TypeError, ValueError: A loader is empty, malformed or too small. Labels are missing or no classes. Images
                 are outside the given range, or challenges cannot be made from the inputs. A named block is impossible.
-                The network returns probabilities in place of logits. In it or in a block the samples of a batch meet.
+                The network returns probabilities in place of logits. The network or a block mixes samples of a batch.
                 All of it is checked before the first challenge is made.
         """
         for name, value in (("risk", risk), ("verbose", verbose)):

@@ -39,7 +39,7 @@ class PriceReport:
         predicted: Price by counted operations.
         measured: Price by the clock: a median over rounds.
         dropped: Names of the other blocks, each with the reason.
-        limit: What the price may be.
+        limit: The largest price allowed, the budget.
         error: Standard error of ``measured``.
         batch: Inputs at a time while it was measured.
         single: The price of one input at a time.

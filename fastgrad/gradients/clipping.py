@@ -31,7 +31,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
     Noise and privacy accounting are not done here; Opacus' optimizers take this ``.grad``.
 
     Modules keep their mode: with dropout, norms and gradients have the same mask. Frozen parameters are left out of
-    norms and gradients. Under ``DistributedDataParallel`` ranks average, as always. Lengths hold up to rounding:
+    norms and gradients. Under ``DistributedDataParallel`` ranks average, as always. The limit holds up to rounding:
     compute the losses in float32 where the model runs in half precision.
 
     Args:

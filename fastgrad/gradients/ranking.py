@@ -74,8 +74,8 @@ def rank_samples(
 ) -> SampleTable:
     """Compute loss, confidence, EL2N and gradient norm (GraNd) of every sample (Paul et al., 2021).
 
-    The loss is the cross-entropy. The model runs as a private copy in evaluation mode on its own device. Averages over
-    several models of one kind, or over several times in training, say more than one table.
+    The loss is the cross-entropy. The model runs as a private copy in evaluation mode on its own device. A mean over
+    several trainings, or several epochs of one, is more reliable than one table.
 
     Args:
         model: Maps a batch to logits ``(B, N)``.

@@ -69,9 +69,8 @@ def export(
     moves an activation across the kink of a ReLU changes the backward pass, and the answer with it.
 
     Args:
-        two_stage: a fitted `TwoStageModel` (whole network or last layer only), or any module in evaluation
-            mode that returns ``(logits (B, N), probabilities (B, N), uncertainty (B,))`` and, if it has one, ``risk
-            (B,)``.
+        two_stage: a fitted `TwoStageModel`, or any module in evaluation mode that returns ``(logits (B, N),
+            probabilities (B, N), uncertainty (B,))`` and, if it has one, ``risk (B,)``.
         example_input: ``(B, ...)``, at least one input. To a ``.pt2`` only its shape, dtype and device matter; an
             ``.onnx`` is checked on it, so real inputs serve best.
         path: where to write, ending in ``.pt2`` or ``.onnx``. The file appears whole or not at all.

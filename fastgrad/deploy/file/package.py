@@ -205,7 +205,7 @@ class ModelPackage:
         return prediction, dict(zip(self.description.evidence or (), columns, strict=True))
 
     def rows(self, x: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Run a batch as `__call__` does; a row an input: N probabilities, uncertainty, risk and evidence if given."""
+        """Run a batch as `__call__` does; a row per input: probabilities, uncertainty, risk and evidence if given."""
         prediction, evidence = self._outputs(x)
         columns = [prediction.probabilities, prediction.uncertainty[:, None]]
         columns += [] if prediction.risk is None else [prediction.risk[:, None]]

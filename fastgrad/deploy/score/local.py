@@ -56,7 +56,7 @@ def score(
 
     Raises:
         TypeError, ValueError: arguments that do not fit, no images, parts of another job beside ``out``, a file of
-            another program's in its place, or another run with this ``out`` that ended first.
+            another program in its place, or another run that wrote ``out`` in the meantime.
         PackageError: not an exported model.
     """
     is_path(model_path=model_path, images=images, out=out)
