@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import fastgrad
+
+ROOT = Path(__file__).parents[1]
 
 _BLOCKED = """
 import sys
@@ -67,3 +70,11 @@ def test_a_checkout_hides_no_other_project() -> None:
     probe = "import kernels as k; assert getattr(k, '__version__', None) is getattr(k, '__file__', None) is None"
     assert in_checkout(probe).returncode == 0
     assert in_checkout("import kernels.contrast").returncode != 0
+
+
+def test_workflows_name_files_that_exist() -> None:
+    """pytest ends at once where one of its paths is not there."""
+    files = [*ROOT.glob(".github/workflows/*.yml"), ROOT / ".ci" / "run", ROOT / "CONTRIBUTING.md"]
+    named = {path for file in files for path in re.findall(r"\b(?:tests|bench|docs)/[\w./-]*\w", file.read_text())}
+    assert len(named) > 10
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
