@@ -104,10 +104,10 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         Raises:
             ValueError: X or y is malformed, or there are fewer than 4 in-distribution samples.
         """
-        self.fit_table(X, y, kinds=kinds, held_out=held_out, groups=groups)
+        self._fit_table(X, y, kinds=kinds, held_out=held_out, groups=groups)
         return self
 
-    def fit_table(
+    def _fit_table(
         self,
         X: Features,
         y: ArrayLike | None,

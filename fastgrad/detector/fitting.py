@@ -108,7 +108,7 @@ def fit(
         """What would answer with these blocks, what its detector was made of, and where its risk comes from."""
         names = [block.name for block in chosen]
         detector: UncertaintyDetector = clone(base)
-        found = detector.fit_table(
+        found = detector._fit_table(
             {name: features.blocks[name] for name in names},
             (features.kinds != "").astype(int),
             kinds=features.kinds,

@@ -184,16 +184,12 @@ class TwoStageModel(nn.Module):
         logits, blocks = self.extraction_(x)
         with torch.no_grad():
             uncertainty, evidence, kinds = detector.judge(blocks)
-            log_p = self.log_probabilities(logits, blocks.get(Features.name), evidence)
+            answers = Answers(self.classifier_, self.gate_, self.temperature_)
+            log_p = answers.log_probabilities(logits, blocks.get(Features.name), evidence)
             own = doubt(log_p)
             risk = None if self.risk_ is None else self.risk_(own, evidence, kinds).to(log_p.dtype)
             prediction = Prediction(logits, log_p.exp(), uncertainty.to(log_p.dtype), risk)
         return prediction, own, evidence, kinds
-
-    def log_probabilities(self, logits: Tensor, h: Tensor | None, evidence: Tensor) -> Tensor:
-        """Return log probabilities ``(B, N)`` of the answer: the network's and the classifier's, mixed by the gate."""
-        answers = Answers(self.classifier_, self.gate_, self.temperature_)
-        return answers.log_probabilities(logits, h, evidence)
 
     @property
     def alarms(self) -> dict[str, str]:

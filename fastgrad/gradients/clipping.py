@@ -70,11 +70,11 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         self._outputs: list[Tensor] = []
         self._count = 0
 
-    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """As `record`; also keep the outputs, from which the losses are computed."""
         # Calls of modules that a closure makes on the way, as in the blocks of minGPT, are part of this one.
         before = self._count
-        output = super().call(module, args, kwargs)
+        output = super()._call(module, args, kwargs)
         self._count = before + 1
         self._outputs = floating(output)
         return output

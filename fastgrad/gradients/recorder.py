@@ -129,11 +129,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
                 else:
                     redirect.restore(module.__dict__)
 
-    def owns(self, module: nn.Module) -> bool:
-        """Whether ``module`` belongs to the recorded model."""
-        return any(module is own for own in self._modules)
-
-    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Run one call from outside with probes."""
         keys: dict[str, int] = {}
         for name, parameter in module.named_parameters():
@@ -174,14 +170,14 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
 def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
     for recording in reversed(_active.stack):
-        if recording.owns(module):
+        if any(module is own for own in recording._modules):
             if not torch.is_grad_enabled() or not any(True for _ in module.parameters()):
                 break
             # A compiler that follows this call takes the look at transforms for one of them.
             if not torch.compiler.is_compiling() and is_transformed():
                 break
             # torch.compile cannot follow a recorded call, which builds modules.
-            return outside_of_compilation(recording.call)(module, args, kwargs)
+            return outside_of_compilation(recording._call)(module, args, kwargs)
     return forward(*args, **kwargs)
 
 

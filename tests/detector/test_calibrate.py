@@ -186,7 +186,7 @@ def test_of_a_source_that_is_held_out_one_sample_calibrates(each: int) -> None:
     groups = np.random.default_rng(0).permutation(np.arange(1000) // each)
     X = clean(np.random.default_rng(0), 1000)
     detector = UncertaintyDetector(log=False, calibration_fraction=0.2, folds=2)
-    found = detector.fit_table(X, None, kinds=None, held_out=None, groups=groups)
+    found = detector._fit_table(X, None, kinds=None, held_out=None, groups=groups)
     own = groups[found.table.held_out]
     assert len(own) == len(set(own)) == len(detector.module_.calibration_scores) == 200 // each
     # By default it takes 1,000 sources for a split.
