@@ -186,7 +186,6 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     def _check_parameters(self) -> None:
         checks.one_of("activation", self.activation, ACTIVATIONS)
         checks.one_of("loss", self.loss, LOSSES)
-        checks.is_bool("verbose", self.verbose)
         checks.at_least(1, batch_size=self.batch_size, max_epochs=self.max_epochs, patience=self.patience)
         if np.ndim(self.hidden) != 1 or any(not isinstance(n, (int, np.integer)) or n < 1 for n in self.hidden):
             raise ValueError(f"hidden must hold widths of at least 1; it was {self.hidden!r}")

@@ -161,7 +161,6 @@ def test_bad_input_is_named(case):
         ("activation", "sine"), ("loss", "hinge"), ("batch_size", 0), ("hidden", (0,)), ("validation_fraction", 1.0),
         ("max_epochs", 1.5), ("hidden", 30), ("learning_rate", None), ("validation_fraction", "a"),
         ("device", "gpu"), ("device", None), ("device", "meta"), ("learning_rate", -1.0), ("weight_decay", -1),
-        ("verbose", 2),
     ],
 )  # fmt: skip
 def test_bad_parameters_are_named(name, value):

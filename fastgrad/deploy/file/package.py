@@ -213,6 +213,7 @@ class ModelPackage:
         return torch.cat([column.double() for column in columns], 1).cpu().numpy()
 
     def _outputs(self, x: Tensor) -> tuple[Prediction, Tensor | None]:
+        checks.is_tensor("x", x)
         expected = self.description.input_shape
         if tuple(x.shape[1:]) != expected or not 1 <= len(x) <= self.description.max_batch:
             raise ValueError(

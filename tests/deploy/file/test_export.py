@@ -119,6 +119,8 @@ def test_wrong_inputs_to_the_loaded_model(model_file: Path) -> None:
             package(x)
     with pytest.raises(TypeError, match="float64"):
         package(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor; it was ndarray"):
+        package(np.zeros((1, 3, 8, 8), np.float32))
 
 
 def test_foreign_and_broken_files_are_refused(model_file: Path, tmp_path: Path) -> None:
