@@ -61,9 +61,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     without_gpu = pytest.mark.skip(reason="needs a GPU")
     slow = pytest.mark.skip(reason="slow; run with -m slow")
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        # Keywords hold the names of folders as well, of the checkout's among them.
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(without_gpu)
-        if "slow" in item.keywords and not config.option.markexpr:
+        if item.get_closest_marker("slow") and not config.option.markexpr:
             item.add_marker(slow)
 
 
