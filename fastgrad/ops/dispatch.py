@@ -49,10 +49,12 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the kernels compute in float32, and the dtype was {str(dtype).removeprefix('torch.')}"
     if not TRITON_INSTALLED:
         return "Triton is not installed"
-    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
-        return None
+    if device.type == "cuda":
+        # Triton has no matrix units of earlier ones. AMD's numbers begin with a 9 or more.
+        old = torch.cuda.is_available() and torch.cuda.get_device_properties(device).major < 8
+        return "the kernels need compute capability 8.0" if old else None
     if device.type == "cpu":
-        return "the device was cpu, where kernels only run with TRITON_INTERPRET=1"
+        return None if interpreting() else "the device was cpu, where kernels only run with TRITON_INTERPRET=1"
     return f"the device was {device.type}, and kernels run on cuda (NVIDIA and AMD)"
 
 
@@ -121,9 +123,7 @@ def operator(name: str, eager: Callable[..., _T], kernel: Callable[..., Any]) ->
     """
 
     def chosen(first: Tensor, *arguments: Any) -> Any:
-        # On a CPU the kernel serves only where Triton interprets.
-        serves = first.device.type == "cuda" or triton_refusal(first.device, first.dtype) is None
-        return (kernel if serves else eager)(first, *arguments)
+        return (eager if triton_refusal(first.device, first.dtype) else kernel)(first, *arguments)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))

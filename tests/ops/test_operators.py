@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.library import opcheck
 
 from fastgrad.losses import LOSSES
+from fastgrad.ops.dispatch import triton_refusal
 from fastgrad.ops.last_layer import contrast, linear_contrast, target
 
 OPS = torch.ops.fastgrad
@@ -76,6 +78,17 @@ def test_triton_equals_eager_and_so_do_the_gradients(name: str, loss: str, devic
     for eager, triton in zip(*results, strict=True):
         # Two orders of summation of a dozen float32 terms.
         torch.testing.assert_close(triton, eager, rtol=2e-5, atol=2e-5)
+
+
+def test_a_gpu_before_ampere_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    refusals = []
+    for major in (7, 8):
+        properties = SimpleNamespace(major=major)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        refusals.append(triton_refusal(torch.device("cuda"), torch.float32))
+    assert refusals == ["the kernels need compute capability 8.0", None]
 
 
 def test_shape_contract_refuses_what_does_not_fit() -> None:
