@@ -20,6 +20,13 @@ def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
     return (fill,) * (3 - len(values)) + tuple(values)
 
 
+def _along_channels(x: Tensor, dim: int, groups: int) -> Tensor:
+    """``x`` with its channels side by side, where a group has a tile of them: a warp's loads run along the channels."""
+    if x.stride(dim) == 1 or x.shape[dim] < 16 * groups:
+        return x
+    return x.movedim(dim, -1).contiguous().movedim(-1, dim)
+
+
 def _direct(
     a: Tensor,
     g: Tensor,
@@ -30,6 +37,7 @@ def _direct(
     groups: int,
     flag: Tensor | None,
 ) -> Tensor:
+    a, g = _along_channels(a, 1, groups), _along_channels(g, 2, groups)
     count, batch = g.shape[:2]
     axes = a.dim() - 2
     inputs, outputs = a.shape[1] // groups, g.shape[2] // groups
@@ -64,7 +72,7 @@ def conv_sqnorm(
     """Squared norm of every sample's weight gradient of a convolution, ``(K, B)`` float32.
 
     The input is ``(B, G * C, *spatial)``, the gradients at the output ``(K, B, G * O, *spatial)`` of the same dtype;
-    channels-last is fastest. Positions past either end, ``padding`` before each axis, read as zero.
+    what is not channels-last is copied so. Positions past either end, ``padding`` before each axis, read as zero.
     """
     devices.check(a=a, g=g)
     return _direct(a, g, kernel, stride, padding, dilation, groups, None)
