@@ -92,8 +92,8 @@ def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Archit
         return ContrastConfig("rows", block, block_d, rows=rows, num_warps=warps)
     # Sigmoids and squares of unbounded logits need a few registers more than eight warps have before sm_90, and
     # squares since sm_100.
-    block = 4096 if loss == "brier" or (loss == "bce" and arch.version == 80) else 8192
-    crowded = (arch.version == 80 and loss in ("bce", "mse")) or (arch.version >= 100 and loss == "mse")
+    block = 4096 if loss == "brier" or (loss == "bce" and arch.version < 90) else 8192
+    crowded = (arch.version < 90 and loss in ("bce", "mse")) or (arch.version >= 100 and loss == "mse")
     warps = 16 if crowded and arch.backend == "cuda" else 8
     block_d = _block(D, 2048)
     wanted = cdiv(2 * arch.processors, max(B, 1))
