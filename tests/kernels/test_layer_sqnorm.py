@@ -38,8 +38,6 @@ def test_convolution(case, dtype, device):
     weight = torch.zeros(outputs, shape[1] // options.get("groups", 1), *kernel)
     like = CONVOLUTIONS[False][a.dim() - 3](a.float(), weight, **options)
     g = torch.randn(2, *like.shape, generator=generator).to(dtype)
-    if a.dim() == 4:
-        a = a.to(memory_format=torch.channels_last)
     g = g.transpose(1, 2).contiguous().transpose(1, 2)
     with configured(**SMALL):
         result = conv_sqnorm(a.to(device), g.to(device), kernel, impl="triton", **options)
@@ -75,7 +73,8 @@ def test_cancelling_samples_are_computed_again(device):
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=0)
     with configured(**SMALL, layer_prefers_gram=False):
         direct = launch_linear(a.to(device), g.to(device)).double().cpu()
-    assert (result[:, 1] == direct[:, 1]).all()
+    # Without the last bit, which a compiler may contract differently in two variants of a kernel.
+    torch.testing.assert_close(result[:, 1], direct[:, 1], rtol=1e-6, atol=0)
     # The others keep the Gram route's rounding, which is seldom the same.
     others = torch.arange(9) != 1
     assert (result[:, others] != direct[:, others]).any()
