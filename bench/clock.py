@@ -58,7 +58,7 @@ def timer(device: str) -> Callable[[Call], float]:
     if device == "cpu":
         return partial(timeit, number=1)
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flush = torch.empty(max(4 * size, 1 << 28), dtype=torch.int8, device="cuda")
+    flush = torch.empty(max(4 * size, 1 << 29), dtype=torch.int8, device="cuda")
 
     def by_events(call: Call) -> float:
         flush.zero_()
@@ -110,7 +110,8 @@ def floor(device: str, small: bool = False) -> dict[str, Any]:
     edge = 128 if small else 1024 if device == "cpu" else 8192
     rates = {}
     for name in ["float32"] if device == "cpu" else ["float32", "float16", "bfloat16"]:
-        a = torch.ones(edge, edge, device=device, dtype=getattr(torch, name))
+        # Ones would need less power, and a GPU would clock higher.
+        a = torch.randn(edge, edge, device=device).to(getattr(torch, name))
         out = a.clone()
         rates[name] = 2 * edge**3 / fastest(lambda a=a, out=out: torch.mm(a, a, out=out))  # type: ignore[misc]
     return {"copy_bytes_per_s": copied, "matrix_per_s": rates, "launch_s": fastest(lambda: one.add_(1))}
