@@ -113,7 +113,7 @@ def contrast_moments_kernel(
     store_part(work_ptr + rows * splits + split, tl.num_programs(0).to(tl.int64), valid, moments, features)
 
 
-@triton.jit(do_not_specialize=["N_units", "parts", "splits"])
+@triton.jit(do_not_specialize=["N_units", "parts", "stride_row", "stride_part", "plane", "splits"])
 def contrast_finish_kernel(
     z_ptr, work_ptr, out_ptr, N_units, stride_zb, stride_zn, parts, stride_row, stride_part, plane, splits, chunk_n,
     LOSS: tl.constexpr, BIAS: tl.constexpr, LOG: tl.constexpr, MEAN: tl.constexpr,

@@ -132,7 +132,7 @@ def linear_contrast_kernel(
                 write_values(z_rows, 1, out_rows, 0, N, valid, factor, moments, LOSS, LOG, BLOCK_F, True)
 
 
-@triton.jit(do_not_specialize=["B", "N", "splits"])
+@triton.jit(do_not_specialize=["B", "N", "splits", "tiles_per_split"])
 def linear_stats_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, work_ptr, sync_ptr,
     B, N, D, stride_xb, stride_xd, stride_wn, stride_wd, splits, tiles_per_split, slice_d,
