@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastgrad._torch import is_transformed
 from fastgrad.checks import KERNEL_DTYPES
 from fastgrad.ops import schemas  # noqa: F401  (defines the operators)
 
@@ -67,6 +68,9 @@ def choose(impl: str, tensor: torch.Tensor) -> str:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}; it was {impl!r}")
     if impl == "eager" or (impl == "auto" and tensor.device.type != "cuda"):
+        return "eager"
+    # To torch.func the derivative of an operator of ours is none.
+    if impl == "auto" and not torch.compiler.is_compiling() and is_transformed():
         return "eager"
     refusal = triton_refusal(tensor.device, tensor.dtype)
     if refusal is None:

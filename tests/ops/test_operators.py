@@ -11,7 +11,7 @@ import torch
 from torch.library import opcheck
 
 from fastgrad.losses import LOSSES
-from fastgrad.ops.dispatch import triton_refusal
+from fastgrad.ops.dispatch import choose, triton_refusal
 from fastgrad.ops.last_layer import contrast, linear_contrast, target
 
 OPS = torch.ops.fastgrad
@@ -89,6 +89,15 @@ def test_a_gpu_before_ampere_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
         refusals.append(triton_refusal(torch.device("cuda"), torch.float32))
     assert refusals == ["the kernels need compute capability 8.0", None]
+
+
+def test_what_torch_func_transforms_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tensor: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    found = []
+    torch.func.grad(lambda x: (found.append(choose("auto", tensor)), x)[1])(torch.ones(()))
+    assert [*found, choose("auto", tensor)] == ["eager", "triton"]
 
 
 def test_shape_contract_refuses_what_does_not_fit() -> None:
