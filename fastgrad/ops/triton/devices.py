@@ -30,10 +30,7 @@ def _architecture(index: int) -> Architecture:
 
 def architecture(tensor: torch.Tensor) -> Architecture:
     """The architecture of the tensor's device; the interpreter's for a CPU tensor."""
-    if tensor.device.type == "cpu":
-        return INTERPRETER
-    index = tensor.device.index
-    return _architecture(torch.cuda.current_device() if index is None else index)
+    return INTERPRETER if tensor.device.type == "cpu" else _architecture(tensor.device.index)
 
 
 def check(**tensors: torch.Tensor) -> None:
