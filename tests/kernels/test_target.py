@@ -77,7 +77,7 @@ def test_strides_bias_mean_and_dtype(kind: str, device: torch.device) -> None:
     target, dense = targets(kind, logits, generator)
     if kind == "soft":
         assert target is not None
-        target = target.T.contiguous().T
+        target = target.double().T.contiguous().T
     out = target_sqnorm(
         features.to(device), logits.to(device), None if target is None else target.to(device), kind, "bce", False,
         False, True,

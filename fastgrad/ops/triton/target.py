@@ -29,8 +29,6 @@ def target_sqnorm(
     devices.check(features=features, logits=logits)
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; it was {kind!r}")
-    if kind == "soft" and target is not None:
-        devices.check(target=target)
     (B, D), N = features.shape, logits.shape[1]
     out = devices.empty((B,), torch.float32, logits)
     if B == 0:
