@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["before", "B"])
 def direct_kernel(
     a_ptr, g_ptr, out_ptr, flag_ptr,
-    B, groups, C, O,  # noqa: E741
+    before, B, groups, C, O,  # noqa: E741
     size_d, size_h, size_w, out_d, out_h, out_w, kernel_d, kernel_h, kernel_w,
     step_d, step_h, step_w, dil_d, dil_h, dil_w, pad_d, pad_h, pad_w,
     stride_ab, stride_ac, stride_ad, stride_ah, stride_aw,
@@ -31,12 +31,13 @@ def direct_kernel(
 ):  # fmt: skip
     """Grid ``(K * B * groups * tiles_o * taps * tiles_c,)``; ``out`` float32, one place per program.
 
-    With ``FLAGGED`` only samples whose ``flag`` (int32 ``(K, B)``) is set are computed; others get 0.
+    A launch may have a piece of it, after ``before`` programs. With ``FLAGGED`` only samples whose ``flag`` (int32
+    ``(K, B)``) is set are computed; others get 0.
     """
     tiles_c = tl.cdiv(C, BLOCK_C)
     taps = kernel_d * kernel_h * kernel_w
     tiles_o = tl.cdiv(O, BLOCK_O)
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0).to(tl.int64) + before
     rest = pid
     tile_c = (rest % tiles_c).to(tl.int32)
     rest = rest // tiles_c

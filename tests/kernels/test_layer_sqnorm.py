@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 from bench.gpu.compile_cases import configured  # noqa: E402
 from bench.gpu.sanitize.cases import LAYERS as SMALL  # noqa: E402
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, linear_sqnorm  # noqa: E402
-from fastgrad.ops.triton.layer_sqnorm import linear_sqnorm as launch_linear  # noqa: E402
+from fastgrad.ops.triton import layer_sqnorm  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -69,15 +69,25 @@ def test_cancelling_samples_are_computed_again(device):
     g[:, 1] -= g[:, 1].mean(1, keepdim=True)
     expected = torch.einsum("kbto,btc->kboc", g.double(), a.double()).square().sum((2, 3))
     with configured(**SMALL, layer_prefers_gram=True):
-        result = launch_linear(a.to(device), g.to(device)).double().cpu()
+        result = layer_sqnorm.linear_sqnorm(a.to(device), g.to(device)).double().cpu()
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=0)
     with configured(**SMALL, layer_prefers_gram=False):
-        direct = launch_linear(a.to(device), g.to(device)).double().cpu()
+        direct = layer_sqnorm.linear_sqnorm(a.to(device), g.to(device)).double().cpu()
     # Without the last bit, which a compiler may contract differently in two variants of a kernel.
     torch.testing.assert_close(result[:, 1], direct[:, 1], rtol=1e-6, atol=0)
     # The others keep the Gram route's rounding, which is seldom the same.
     others = torch.arange(9) != 1
     assert (result[:, others] != direct[:, others]).any()
+
+
+def test_a_grid_in_pieces(device, monkeypatch):
+    a, g = torch.randn(2, 20, 4, 4, device=device), torch.randn(3, 2, 17, 4, 4, device=device)
+    found = []
+    for programs in (layer_sqnorm.PROGRAMS, 7):
+        monkeypatch.setattr(layer_sqnorm, "PROGRAMS", programs)
+        with configured(**SMALL):
+            found.append(conv_sqnorm(a, g, 3, padding=1, impl="triton"))
+    assert torch.equal(*found)
 
 
 def test_nan_stays_in_its_sample(device):

@@ -14,6 +14,9 @@ from fastgrad.ops.conv.routes import CANCELLATION_LIMIT
 from fastgrad.ops.triton import devices
 from fastgrad.ops.tune import cdiv
 
+#: Programs of one launch; of eight waves each they have half of the 2^32 threads that HIP takes.
+PROGRAMS = 1 << 22
+
 
 def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
     """Per-axis values for (d, h, w), missing axes first."""
@@ -45,10 +48,10 @@ def _direct(
     config = tune.layer_direct(inputs, outputs, positions, a.dtype, devices.architecture(a))
     tiles = (cdiv(outputs, config.block_o), math.prod(kernel), cdiv(inputs, config.block_c))
     out = devices.empty((count, batch, groups * math.prod(tiles)), torch.float32, a)
-    if out.numel():
-        with devices.device_guard(a):
-            kernels.direct_kernel[(out.numel(),)](
-                a, g, out, flag, batch, groups, inputs, outputs,
+    with devices.device_guard(a):
+        for before in range(0, out.numel(), PROGRAMS):
+            kernels.direct_kernel[(min(PROGRAMS, out.numel() - before),)](
+                a, g, out, flag, before, batch, groups, inputs, outputs,
                 *_three(a.shape[2:], 1), *_three(g.shape[3:], 1), *_three(kernel, 1), *_three(stride, 1),
                 *_three(dilation, 1), *_three(padding, 0),
                 a.stride(0), a.stride(1), *_three(a.stride()[-axes:], 0),
