@@ -25,6 +25,8 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/../.." || exit 2
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=${PYTHON:-$(command -v python3 || command -v python)}
+# What an installation warns of is no error here, as it is in the suite.
+pytest=("$python" -m pytest -q -p no:cacheprovider -W default)
 
 tiny=
 if [ -n "$dry" ]; then
@@ -70,7 +72,7 @@ if imports pytest && imports hypothesis; then
     [ -z "$dry" ] || tests=(tests/gradients/test_contrasts.py -k "bad_input or bad_row" -x)
     # Most of it is the compilation of some 300 variants of the kernels.
     ! imports xdist || tests+=(-n 4)
-    step "test suite" 600 "$out/tests.txt" "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
+    step "test suite" 600 "$out/tests.txt" "${pytest[@]}" "${tests[@]}"
 else
     skip "test suite" "pytest or hypothesis is not installed: nothing says that the kernels are right"
 fi
@@ -79,7 +81,7 @@ if imports pytest_benchmark; then
     cases=(--size gpu -k "not compile")
     [ -z "$dry" ] || cases=(--size tiny -k rows)
     step "micro benchmarks" 300 /dev/null \
-        "$python" -m pytest -q -p no:cacheprovider bench/micro --out "$out" --threads 1 "${cases[@]}"
+        "${pytest[@]}" bench/micro --out "$out" --threads 1 "${cases[@]}"
 else
     skip "micro benchmarks" "pytest-benchmark is not installed"
 fi
