@@ -96,7 +96,7 @@ if [ -n "$dry" ]; then
 else
     if have ncu; then
         step "profiler counters" 150 /dev/null ncu --csv --log-file "$out/ncu.csv" --metrics "$metrics" \
-            --kernel-name "regex:contrast|linear|target" --launch-count 40 "${once[@]}"
+            --kernel-name "regex:contrast|linear|target|direct|gram" --launch-count 40 "${once[@]}"
     else
         skip "profiler counters" "ncu is not installed"
     fi

@@ -17,8 +17,9 @@ import torch
 import fastgrad
 from bench import clock, results_file
 from bench.micro.last_layer_peers import normals
+from fastgrad.ops.conv import sqnorm as layers
 
-#: Operator, samples, classes, features, dtype.
+#: Operator, samples, classes, features, dtype. Layers have as many channels out and in, at 14 by 14 positions.
 CASES = (
     ("contrast_sqnorm", 4096, 1000, 512, "bfloat16"),
     ("contrast_sqnorm", 4096, 16384, 4096, "float32"),
@@ -33,16 +34,26 @@ CASES = (
     ("linear_contrast_sqnorm", 1024, 1000, 2048, "float32"),
     ("linear_contrast_stats", 8, 128256, 4096, "bfloat16"),
     ("linear_contrast_stats", 1024, 128256, 4096, "bfloat16"),
+    ("conv_sqnorm", 64, 256, 256, "bfloat16"),
+    ("conv_sqnorm", 64, 256, 256, "float32"),
+    ("linear_sqnorm", 64, 768, 768, "bfloat16"),
+    ("linear_sqnorm", 64, 3072, 768, "bfloat16"),
 )
+#: Multiplications for each sample, class and feature; of a layer whose gradients are formed.
+PRODUCTS = {"linear_contrast_sqnorm": 1, "linear_contrast_stats": 1, "conv_sqnorm": 9 * 196, "linear_sqnorm": 196}
 TINY = tuple((operator, 3, 40, 16, "float32") for operator in dict.fromkeys(case[0] for case in CASES))
 
 
 def prepared(operator: str, B: int, N: int, D: int, dtype: str, device: str) -> partial[Any]:
     """Return the operator on random tensors."""
-    shapes = ((B, D), (N, D), (N,)) if "linear" in operator else ((B, D), (B, N))
-    target = ("ones",) if operator == "target_sqnorm" else ()
-    operands = normals(device, *shapes, dtype=getattr(torch, dtype))
-    return partial(getattr(fastgrad, operator), *operands, *target, impl="triton")
+    shapes: dict[str, tuple[tuple[int, ...], ...]] = {
+        "contrast_sqnorm": ((B, D), (B, N)), "target_sqnorm": ((B, D), (B, N)),
+        "conv_sqnorm": ((B, D, 14, 14), (B, N, 14, 14)), "linear_sqnorm": ((B, 196, D), (B, 196, N)),
+    }  # fmt: skip
+    rest = {"target_sqnorm": ("ones",), "conv_sqnorm": (3, 1, 1)}.get(operator, ())
+    operands = normals(device, *shapes.get(operator, ((B, D), (N, D), (N,))), dtype=getattr(torch, dtype))
+    function = getattr(layers if operator in ("conv_sqnorm", "linear_sqnorm") else fastgrad, operator)
+    return partial(function, *operands, *rest, impl="triton")
 
 
 def measure(operator: str, B: int, N: int, D: int, dtype: str, *, device: str, floor: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +69,7 @@ def measure(operator: str, B: int, N: int, D: int, dtype: str, *, device: str, f
     return {
         "case": f"{operator} B={B} N={N} D={D} {dtype}", "median_s": cut[4], "p10_s": cut[0], "p90_s": cut[8],
         "of_copy_rate": moved / cut[4] / floor["copy_bytes_per_s"],
-        "of_matrix_rate": 2 * B * N * D / cut[4] / rate if rate and "linear" in operator else None,
+        "of_matrix_rate": 2 * B * N * D * PRODUCTS[operator] / cut[4] / rate if rate and operator in PRODUCTS else None,
     }  # fmt: skip
 
 
