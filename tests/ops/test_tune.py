@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastgrad.losses import LOSSES
 from fastgrad.ops import tune
 
 ARCHITECTURES = [*tune.KNOWN_ARCHITECTURES.values(), tune.INTERPRETER]
@@ -44,6 +48,16 @@ def test_every_path_is_chosen_somewhere() -> None:
     assert tune.linear_contrast(32, 1000, 2048, half, arch).chunks == 0
     assert tune.linear_contrast(1024, 32_000, 4096, half, arch).chunks > 0
     assert tune.linear_stats(1024, 128_256, 4096, half, arch).tiles_per_split > 1
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_gpu_with_the_registers_of_sm_80_has_its_blocks(loss: str) -> None:
+    known = tune.KNOWN_ARCHITECTURES["sm_80"]
+    first, second = (
+        tune.contrast(4096, 262_144, 4096, loss, torch.bfloat16, arch)
+        for arch in (known, dataclasses.replace(known, version=86))
+    )
+    assert first == second
 
 
 def test_a_serving_batch_fills_the_device() -> None:
