@@ -40,6 +40,8 @@ def device(request: pytest.FixtureRequest) -> str:
     torch.set_num_threads(request.config.option.threads)
     # The same setting for every implementation: see the function.
     keep_freed_memory()
+    # PyTorch's default for convolutions on a GPU leaves three digits, in a training step too.
+    torch.backends.cudnn.allow_tf32 = False
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
