@@ -82,10 +82,10 @@ def test_micro(benchmark: Any, device: str, measured: Rows, case: Case, name: st
             _by_events(benchmark, case.implementations(device)[name].graph, call)
         else:
             benchmark(call)
+        row["peak_bytes"] = memory.peak_bytes(call, device)
     cut = clock.deciles(benchmark.stats.stats.data)
     row |= {"correct": True, "median_s": cut[4], "p10_s": cut[0], "p90_s": cut[8]}
     measured[case.table].append(row)
-    row["peak_bytes"] = memory.peak_bytes(call, device)
 
 
 def _by_events(benchmark: Any, graph: bool, call: clock.Call) -> None:
