@@ -80,8 +80,9 @@ def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = M
                 least = 2 * max(width, height)
                 image.draft("RGB" if channels == 3 else "L", (least, least))
                 upright: Any = ImageOps.exif_transpose(image)
-                if upright.mode.startswith("I"):
-                    upright = _to_eight_bits(upright)
+                if upright.mode == "I;16":
+                    # As 255 / 65535, rounded; Pillow's convert would clip at 255.
+                    upright = Image.fromarray(((np.asarray(upright).astype(np.int32) + 128) // 257).astype(np.uint8))
                 upright = upright.convert("L" if channels == 1 else "RGB")
         upright = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
     except ImageError:
@@ -98,14 +99,3 @@ def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = M
         raise ImageError(f"the image cannot be read: {reason}") from None
     pixels = np.array(upright, dtype=np.uint8).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _to_eight_bits(image: Any) -> Any:
-    """Sixteen-bit gray, which Pillow's convert would clip at 255."""
-    from PIL import Image
-
-    values = np.asarray(image)
-    if values.max(initial=0) > 255:
-        # As 255 / 65535, rounded.
-        values = (values.clip(0, 65535).astype(np.int32) + 128) // 257
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8), "L")

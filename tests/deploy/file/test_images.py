@@ -33,3 +33,14 @@ def test_a_large_jpeg_on_its_side_keeps_its_details(orientation: int) -> None:
         whole = ImageOps.fit(ImageOps.exif_transpose(Image.open(out)), (width, height), Image.Resampling.BILINEAR)
         found = decode_pixels(out.getvalue(), (3, height, width)).transpose(1, 2, 0)
         assert np.abs(found - np.asarray(whole, dtype=float)).max() < 20
+
+
+@pytest.mark.parametrize("most", [200, 1000, 65535])
+def test_sixteen_bits_are_a_part_of_white_however_dark_the_image(most: int) -> None:
+    """A frame of a covered camera is black: at most 200 of 65,535."""
+    values = np.random.default_rng(0).integers(0, most + 1, (8, 8), dtype=np.uint16)
+    turned, out = Image.Exif(), io.BytesIO()
+    turned[0x0112] = 3
+    Image.fromarray(values).save(out, "PNG", exif=turned)
+    expected = np.floor(values[::-1, ::-1] * (255 / 65535) + 0.5)
+    assert (decode_pixels(out.getvalue(), (3, 8, 8)) == expected).all()
