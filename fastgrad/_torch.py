@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from torch.utils import _python_dispatch, _pytree
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+
+#: Instruction sets of PyTorch's code for x86, each with those before it, and what compilers call them.
+X86 = {"DEFAULT": "x86-64", "AVX2": "haswell", "AVX512": "skylake-avx512"}
 
 #: Nested inputs and outputs. Without, classes that libraries registered with it (outputs of Hugging Face's models)
 #: would be leaves and their tensors lost.
@@ -245,7 +249,7 @@ def require_cpp_compiler(what: str) -> None:
 
 def compile_package(program: torch.export.ExportedProgram, file: Path, *, keep_layout: bool) -> None:
     """Compile ``program`` to native code in a ``.pt2``; ``keep_layout`` leaves convolutions in the layout they have."""
-    import torch._inductor
+    import torch._inductor.config
 
     options: dict[str, Any] = {
         # Otherwise the number of this machine's cores would be compiled in.
@@ -258,6 +262,9 @@ def compile_package(program: torch.export.ExportedProgram, file: Path, *, keep_l
     }
     if keep_layout:
         options["layout_optimization"] = False
+    # Otherwise it would be all the instructions of this very machine. Early PyTorch has no such option.
+    if platform.machine() in ("x86_64", "AMD64") and getattr(torch._inductor.config.cpp, "march", "") is None:
+        options["cpp.march"] = X86.get(torch.backends.cpu.get_cpu_capability())
     torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
 
 

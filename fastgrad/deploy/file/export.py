@@ -63,10 +63,11 @@ def export(
     fitted with labels, risk. For contiguous inputs they equal those of the live module up to float32 rounding. On an
     untrained network all images are nearly the same, and the detector magnifies the rounding.
 
-    A ``.pt2`` runs on the kind of device that holds ``example_input``, and on processors with at least this one's
-    vector instructions. An ``.onnx`` runs wherever ONNX Runtime does. It is checked by ``onnx.checker``, and its
-    answers on ``example_input`` are compared with the live module's before it appears. With gradients, rounding that
-    moves an activation across the kink of a ReLU changes the backward pass, and the answer with it.
+    A ``.pt2`` runs on the kind of device that holds ``example_input``, on processors with at least the vector
+    instructions that PyTorch uses here (``ATEN_CPU_CAPABILITY`` sets fewer), and under this PyTorch or a newer one. An
+    ``.onnx`` runs wherever ONNX Runtime does. It is checked by ``onnx.checker``, and its answers on ``example_input``
+    are compared with the live module's before it appears. With gradients, rounding that moves an activation across the
+    kink of a ReLU changes the backward pass, and the answer with it.
 
     Args:
         two_stage: a fitted `TwoStageModel`, or any module in evaluation mode that returns ``(logits (B, N),

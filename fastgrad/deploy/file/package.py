@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad._torch import load_package
+from fastgrad._torch import X86, load_package
 from fastgrad.deploy.file import onnx_file
 from fastgrad.deploy.file.description import DTYPES, FORMAT, description_text
 from fastgrad.deploy.file.description import Description as Description
@@ -52,8 +52,6 @@ MEMBER = "extra/fastgrad.json"
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 #: Of the kinds of file, as their names end.
 SUFFIXES = (".pt2", ".onnx")
-#: Instruction sets of PyTorch's code for x86, each with those before it.
-_X86 = ("DEFAULT", "AVX2", "AVX512")
 
 
 class PackageError(ValueError):
@@ -157,7 +155,7 @@ def _load_archive(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
 def _check_processor(path: str | os.PathLike[str], description: Description) -> None:
     """Refuse native code for instructions that this machine lacks, which would end the process."""
     needed, here = description.versions.get("cpu", "DEFAULT"), torch.backends.cpu.get_cpu_capability()
-    levels = [_X86.index(name) if name in _X86 else None for name in (needed, here)]
+    levels = [list(X86).index(name) if name in X86 else None for name in (needed, here)]
     fits = levels[0] <= levels[1] if None not in levels else needed in ("DEFAULT", here)  # type: ignore[operator]
     if not fits:
         raise PackageError(f"{path} was compiled for a processor with {needed}; this one has {here}")
@@ -186,7 +184,9 @@ class ModelPackage:
             load = onnx_file.load if self.path.suffix == ".onnx" else _load_archive
             self._run: Callable[[Tensor], Sequence[Tensor]] = load(self.path)
         except DAMAGED as error:
-            raise PackageError(f"{path} cannot be loaded: {str(error).partition(chr(10))[0]}") from error
+            made, here = self.description.versions.get("torch", "?"), str(torch.__version__)
+            hint = f"; it was made with PyTorch {made}, and here is {here}" * (made != here)
+            raise PackageError(f"{path} cannot be loaded: {str(error).partition(chr(10))[0]}{hint}") from error
 
     def __call__(self, x: Tensor) -> Prediction:
         """Run a batch ``(B, *input_shape)``, already normalized, ``1 <= B <= max_batch``.

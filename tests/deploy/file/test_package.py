@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import random
+import re
 import stat
 import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 
+from fastgrad._torch import X86, compile_package
 from fastgrad.atomic import replace_atomically
+from fastgrad.deploy.file import package
 from fastgrad.deploy.file.package import (
     MEMBER,
     Description,
@@ -177,6 +182,37 @@ def test_code_for_another_processor_is_refused(tiny_package: Path, monkeypatch: 
     if read_description(tiny_package).versions["cpu"] == "DEFAULT":
         pytest.skip("compiled for every processor")
     with pytest.raises(PackageError, match="this one has DEFAULT"):
+        ModelPackage(tiny_package)
+
+
+def test_code_is_for_the_instructions_that_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for all that this machine has; a file with fewer runs on more processors."""
+    given: dict[str, Any] = {}
+
+    def keep(*_: Any, inductor_configs: dict[str, Any], **__: Any) -> None:
+        given.update(inductor_configs)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", keep)
+    for name, compiled in (("AVX2", "haswell"), ("AVX512", "skylake-avx512"), ("DEFAULT", "x86-64"), ("SVE256", None)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=name: name)
+        monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+        compile_package(cast(Any, None), tmp_path / "m.pt2", keep_layout=False)
+        assert given.get("cpp.march") == (compiled if hasattr(torch._inductor.config.cpp, "march") else None)
+        assert name in X86 or compiled is None
+
+
+def test_a_file_that_another_pytorch_wrote_says_so(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of a newer one calls what an older one lacks."""
+
+    def lacks(path: Path) -> None:
+        raise RuntimeError("undefined symbol: aoti_torch_is_defined")
+
+    monkeypatch.setattr(package, "load_package", lacks)
+    with pytest.raises(PackageError, match=r"aoti_torch_is_defined$"):
+        ModelPackage(tiny_package)
+    made = str(torch.__version__)
+    monkeypatch.setattr(torch, "__version__", "2.8.0")
+    with pytest.raises(PackageError, match=rf"it was made with PyTorch {re.escape(made)}, and here is 2\.8\.0$"):
         ModelPackage(tiny_package)
 
 
