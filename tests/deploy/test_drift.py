@@ -159,7 +159,7 @@ def test_reference_counts_all_of_the_second_half() -> None:
         (lambda: DriftMonitor(np.zeros(30), form="sometimes"), "form must be one of"),
         (lambda: ScoreReference(np.array([1.0, 1.0]), np.zeros(3)), "increasing"),
         (lambda: ScoreReference(np.array([1.0]), np.zeros(3)), "counts must be 2"),
-        (lambda: DriftMonitor(np.zeros(30)).update([0.0, np.inf]), "1 of 2"),
+        (lambda: DriftMonitor(np.zeros(30)).update([0.0, np.inf]), "in 1 rows, as in row 1"),
         (lambda: ScoreReference([0.0, 1j], np.zeros(3)), "edges must be numeric"),
         (lambda: ScoreReference([0.0, 1.0], ["a", "b", "c"]), "counts must be numeric"),
         (lambda: ScoreReference.from_scores(np.zeros(30), seed="a"), "seed must be an integer"),

@@ -173,16 +173,19 @@ def _describe(
         )
     _check_steady(two_stage, example_input, outputs[0])
 
-    calibration = _scores(two_stage, scores)
-    threshold, thresholds = _thresholds(two_stage, calibration, false_alarm_rate)
+    if scores is None:
+        scores = getattr(two_stage, "calibration_scores", None)
+        scores = None if scores is None or len(scores) < 20 else scores
+    calibration = None if scores is None else checks.to_array("scores", scores)
     histogram = reference = None
     if calibration is not None:
+        bins = ScoreReference.from_scores(calibration)
+        reference = {"edges": bins.edges.tolist(), "counts": bins.counts.tolist()}
         # The most extreme scores join the outermost bins, or one of them could leave all others in one bin.
         bulk = np.clip(calibration, *np.quantile(calibration, (0.002, 0.998)))
         counts, edges = np.histogram(bulk, bins=40)
         histogram = {"edges": edges.tolist(), "counts": counts.tolist()}
-        bins = ScoreReference.from_scores(calibration)
-        reference = {"edges": bins.edges.tolist(), "counts": bins.counts.tolist()}
+    threshold, thresholds = _thresholds(two_stage, calibration, false_alarm_rate)
     return Description(
         input_shape=tuple(example_input.shape[1:]),
         input_dtype=str(example_input.dtype).removeprefix("torch."),
@@ -224,19 +227,6 @@ def _check_steady(two_stage: nn.Module, example_input: Tensor, alone: Tensor) ->
             "two_stage must give an input the same answer whatever other inputs are in its batch; with another one its "
             f"logits differed by {worst:.2g} of the largest"
         )
-
-
-def _scores(two_stage: nn.Module, scores: Any) -> np.ndarray[Any, Any] | None:
-    if scores is None:
-        scores = getattr(two_stage, "calibration_scores", None)
-        if scores is None or len(scores) < 20:
-            return None
-    if isinstance(scores, Tensor):
-        scores = scores.detach().cpu().numpy()
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1 or len(values) < 20 or not np.isfinite(values).all():
-        raise ValueError(f"scores must be at least 20 finite numbers in one dimension; the shape was {values.shape}")
-    return values
 
 
 def _thresholds(

@@ -203,6 +203,8 @@ class Unsteady(TinyTwoStage):
         ({"false_alarm_rate": "5 %"}, TypeError, "false_alarm_rate must be a number; it was '5 %'"),
         ({"max_batch": 0}, ValueError, "max_batch"),
         ({"scores": np.zeros(3)}, ValueError, "at least 20"),
+        ({"scores": np.zeros((30, 2))}, ValueError, "one-dimensional"),
+        ({"scores": torch.full((30,), torch.nan, dtype=torch.bfloat16)}, ValueError, "scores must be finite"),
         ({"two_stage": nn.Flatten().eval()}, ValueError, "must return"),
         ({"two_stage": nn.Flatten().train()}, ValueError, "evaluation mode"),
         ({"evidence": 1}, TypeError, "evidence must be True or False; it was 1"),
