@@ -38,7 +38,8 @@ class Limits:
         rate: bytes a second that a body must bring, after the first five seconds; else 408.
         decode_seconds: to read one body; then 422, and the process that does it is ended.
         load_seconds: to load a model.
-        connections: open at once; with one more, the one that has waited longest for its client is closed.
+        connections: open at once, or fewer where a process may open few files; with one more, the one that has waited
+            longest for its client is closed.
         header_seconds: until a request's headers must have arrived; then the connection is closed.
 
     Raises:

@@ -8,6 +8,7 @@ import ctypes
 import socket
 import struct
 import time
+from dataclasses import replace
 from typing import Any
 
 from fastgrad.checks import extra
@@ -27,6 +28,8 @@ _LEAST, _MOST = 1.0, 5.0
 #: Of the GNU C library's ``mallopt``: blocks above the first size come from the system and go back when they are freed,
 #: the heap goes back above the second.
 _HEAP = {-3: 2**20, -1: 2**24}
+#: Connections that are taken at once, and files that a process has open beside all connections.
+_AT_ONCE, _FILES = 2048, 128
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 #: Of Linux: SO_ATTACH_FILTER, and a program for it that drops what asks for a new connection (SYN) and nothing else.
 _ATTACH_FILTER = 26
@@ -100,11 +103,14 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Any, *, host: str, port: int, limits: Limits) -> None:
         self._app = app
+        connections, at_once = _room(int(limits.connections))
+        limits = replace(limits, connections=connections)
         # The limits of `Protocol` need asyncio's own transports: uvloop's read as much at once as they like.
         config = uvicorn.Config(
             app, host=host, port=port, http=type("Protocol", (Protocol,), {"limits": limits}), ws="none",
-            loop="asyncio", access_log=False, server_header=False, log_level="info", timeout_keep_alive=30,
-            timeout_graceful_shutdown=int(limits.seconds) + 5, h11_max_incomplete_event_size=_HEADERS,
+            backlog=at_once, loop="asyncio", access_log=False, server_header=False, log_level="info",
+            timeout_keep_alive=30, timeout_graceful_shutdown=int(limits.seconds) + 5,
+            h11_max_incomplete_event_size=_HEADERS,
         )  # fmt: skip
         super().__init__(config)
 
@@ -132,6 +138,23 @@ class Server(uvicorn.Server):
                 break
             await asyncio.sleep(0.05)
         await super().shutdown(sockets)
+
+
+def _room(connections: int) -> tuple[int, int]:
+    """How many connections may be open, and how many are taken at once, by the files that the system lets be opened.
+
+    Where these run out, asyncio fills the log with megabytes a second and answers nobody.
+    """
+    files = needed = connections + _AT_ONCE + _FILES
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        soft, hard = (needed if most < 0 else most for most in resource.getrlimit(resource.RLIMIT_NOFILE))
+        files = min(needed, hard)
+        if soft < files:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    connections = max(1, min(connections, (files - _FILES) // 2))
+    return connections, max(1, min(_AT_ONCE, files - _FILES - connections))
 
 
 def _refuse_new(listener: Any) -> None:

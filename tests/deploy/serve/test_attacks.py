@@ -30,6 +30,8 @@ pytest.importorskip("PIL")
 
 from serve_client import Server, form, image, png, running, wait_for, workers_of
 
+from fastgrad.deploy.serve.server import _room
+
 #: Of this machine; an answer may quote what was sent, but no path.
 FOLDERS = (tempfile.gettempdir(), sys.prefix, str(Path(__file__).parents[3]))
 #: What the web process may take above its idle size, and how long one callback may keep the event loop.
@@ -310,6 +312,39 @@ def test_connections_beyond_the_limit_close_the_one_that_waits_longest(tiny_onnx
         assert b"200 OK" in idle[7].recv(1000)
         for each in idle:
             each.close()
+
+
+def test_more_connections_than_open_files(tiny_onnx: Any) -> None:
+    """The server asks for as many as its limit of connections needs; asyncio's log would grow without end."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        server = Server(tiny_onnx)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with contextlib.ExitStack() as opened:
+        opened.callback(server.stop)
+        for _ in range(100):
+            opened.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        assert server.predict(image(), "image/png")[0] == 200
+        assert len(server.log) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("limit", "asked", "room"),
+    [((1024, 4096), (2688, 4096), (512, 2048)), ((-1, -1), None, (512, 2048)), ((256, 256), None, (64, 64)),
+     ((20, 20), None, (1, 1)), ((64, -1), (2688, -1), (512, 2048))],
+)  # fmt: skip
+def test_connections_fit_the_open_files(
+    limit: tuple[int, int], asked: tuple[int, int] | None, room: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource")
+    found: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limit)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, most: found.append(most))
+    assert _room(512) == room
+    assert found == ([] if asked is None else [asked])
 
 
 def test_clients_that_do_not_read_are_closed_where_connections_run_out(tiny_onnx: Any) -> None:
