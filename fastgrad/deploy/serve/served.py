@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -89,8 +90,9 @@ class Served:
         self.copy = copy = folder / Path(path).name
         shutil.copyfile(path, copy)
         # Of the copy, and before anything else reads it: the file itself may change at any time.
-        if pins is not None and digest_of(copy) not in Path(pins).read_text("utf-8", "replace").lower().split():
-            raise PackageError(f"{path} is not a file that {pins} names: its SHA-256 is {digest_of(copy)}")
+        self.digest = digest_of(copy)
+        if pins is not None and self.digest not in Path(pins).read_text("utf-8", "replace").lower().split():
+            raise PackageError(f"{path} is not a file that {pins} names: its SHA-256 is {self.digest}")
         try:
             self.description = description = read_description(copy)
         except PackageError as error:
@@ -179,9 +181,12 @@ class Model:
 
     async def reload(self) -> None:
         """Load the file anew and let it take over; where that fails, say why and go on."""
-        fresh = None
+        fresh, run = None, functools.partial(asyncio.get_running_loop().run_in_executor, None)
         try:
-            fresh = await asyncio.get_running_loop().run_in_executor(None, self._version)
+            # The same again, copied or touched, would end the drift monitor and its alarm.
+            if await run(digest_of, self.path) == self.served.digest:
+                return
+            fresh = await run(self._version)
             await fresh.pool.start()
         except Exception as error:
             self.failures += 1
