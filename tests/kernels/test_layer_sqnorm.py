@@ -73,8 +73,8 @@ def test_cancelling_samples_are_computed_again(device):
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=0)
     with configured(**SMALL, layer_prefers_gram=False):
         direct = layer_sqnorm.linear_sqnorm(a.to(device), g.to(device)).double().cpu()
-    # Without the last bit, which a compiler may contract differently in two variants of a kernel.
-    torch.testing.assert_close(result[:, 1], direct[:, 1], rtol=1e-6, atol=0)
+    # A compiler for GPUs may contract two variants of a kernel differently, which moves the last bit.
+    torch.testing.assert_close(result[:, 1], direct[:, 1], rtol=1e-6 * (device.type != "cpu"), atol=0)
     # The others keep the Gram route's rounding, which is seldom the same.
     others = torch.arange(9) != 1
     assert (result[:, others] != direct[:, others]).any()
