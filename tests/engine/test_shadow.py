@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from gradient_oracle import relative_error, true_norms
+from gradient_oracle import loss_norms, relative_error, true_norms
 from torch import Tensor, nn
 
 import fastgrad
@@ -49,6 +49,18 @@ def test_broadcast_parameters_in_plain_attributes_are_exact() -> None:
     assert [r.route for r in extractor.report()[:2]] == ["broadcast", "broadcast"]
     truth = true_norms(model, (x,), lambda i, _: 2 * (logits[i : i + 1] - 1))
     assert relative_error(features, truth, 2.0**-52).max() <= 500 * 2.0**-52
+
+
+def test_a_recording_leaves_lists_of_parameters_as_they_are() -> None:
+    torch.manual_seed(0)
+    model, x = Scattered().double(), torch.randn(5, 4).double()
+    for samples in (5, 3):
+        with fastgrad.record(model):
+            found = fastgrad.grad_sqnorm(model(x[:samples]).square().sum(), list(model.parameters()))
+        assert model.plain[0] is model.scale
+        assert model.plain[1]["shift"] is model.shift  # type: ignore[index]
+        truth = loss_norms((row.square().sum() for row in model(x[:samples])), model)
+        torch.testing.assert_close(torch.stack(found, 1), truth)
 
 
 class Own(nn.TransformerEncoderLayer):
