@@ -55,6 +55,10 @@ class Redirect:
         """Run as ``forward`` of the module."""
         return self._call(self._module, self._forward, args, kwargs)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies of the module, and files, hold its own ``forward``: nothing would put it back there."""
+        return (getattr, (self._module, "forward")) if self._own is None else (functools.partial, (self._own,))
+
     def restore(self, state: dict[str, Any]) -> None:
         """Put back the ``forward`` which ``state``, a module's ``__dict__``, had before."""
         if self._own is None:
@@ -132,11 +136,11 @@ class Shadow:
             table[name] = value
         for state, name, original in self._holders:
             state[name] = self._replace(original)
+            self._followed.add((id(state), name))
 
     def stand_ins(self, *, apart: bool) -> dict[int, int]:
         """The number of every parameter, by its id and its copy's; ``apart`` gives the two different numbers."""
         found = {key: 2 * i + apart for i, key in enumerate(self._copies)}
-            self._followed.add((id(state), name))
         return found | {id(value): 2 * i for i, value in enumerate(self._copies.values())}
 
     def settings(self, module: nn.Module) -> Settings:
@@ -162,7 +166,9 @@ class Shadow:
     def write_back(self) -> None:
         """Give the user's modules the attributes and buffers that the forward pass set on their copies."""
         for original, copy in self._pairs:
-            if type(original).__module__.startswith("torch.nn."):
+            if type(original).__module__.startswith("torch.nn.") and not (
+                original._forward_hooks or original._forward_pre_hooks
+            ):
                 continue
             state, before = copy.__dict__, original.__dict__
             for name, value in state.items():
@@ -198,12 +204,15 @@ class Shadow:
         forward = state.get("forward")
         if isinstance(forward, Redirect):
             forward.restore(state)
+        if "forward" in state and state["forward"] == types.MethodType(type(module).forward, module):
+            # The class's own, as libraries leave it that replaced it for a while.
+            del state["forward"]
         # What torch.compile made of a module runs the user's own module and its tensors.
         state.pop("_compiled_call_impl", None)
         compiled = _torch.original(module)
         if compiled is not module:
             state["forward"] = self._module(compiled, f"{prefix}_orig_mod.")
-        for name, value in module.__dict__.items():
+        for name, value in state.items():
             if type(value) in PLAIN:
                 continue
             if name not in _TABLES:

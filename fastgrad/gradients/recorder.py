@@ -101,28 +101,33 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         self.calls: list[_Call] = []
         #: B of the latest call.
         self.samples: int | None = None
+        #: For each time that it was entered and not left, the thread's recordings and the modules redirected.
+        self._entered: list[tuple[list[record], list[nn.Module]]] = []
 
     def __enter__(self: _Recording) -> _Recording:
         refuse_mixing(self.model, training=True)
-        self._modules = list(self.model.modules())
+        modules = list(self.model.modules())
         with _lock:
-            for module in self._modules:
+            for module in modules:
                 redirect, count = _open.get(id(module), (None, 0))
                 if redirect is None:
                     redirect = Redirect(module, _dispatch)
                     module.__dict__["forward"] = redirect
                 _open[id(module)] = (redirect, count + 1)
+        self._entered.append((_active.stack, modules))
         _active.stack.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _active.stack.remove(self)
+        # Another thread may be the one to leave, as where it collects a generator that nobody went on with.
+        stack, modules = self._entered.pop()
+        stack.remove(self)
         self.calls.clear()
         self.samples = None
         with _lock:
-            for module in self._modules:
+            for module in modules:
                 redirect, count = _open.pop(id(module))
                 if count > 1:
                     _open[id(module)] = (redirect, count - 1)
@@ -141,7 +146,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             keys[name] = id(parameter)
         with _lock:
             network = _networks.get(module)
-            if network is None:
+            # Modules may call themselves equal to others.
+            if network is None or network.model is not module:
                 network = _networks[module] = Network(module, shared=True)
         samples = batch_size(args, kwargs)
         # An empty batch, which random sampling may draw, has nothing to be planned on and no norms.
@@ -170,7 +176,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
 
 def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
     for recording in reversed(_active.stack):
-        if any(module is own for own in recording._modules):
+        if any(module is own for _, modules in recording._entered for own in modules):
             if not torch.is_grad_enabled() or not any(True for _ in module.parameters()):
                 break
             # A compiler that follows this call takes the look at transforms for one of them.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
+import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -115,6 +119,70 @@ def test_other_threads_run_through(model: nn.Sequential) -> None:
         thread.start()
         thread.join()
     assert seen == [True]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_made_inside_are_ordinary_models(model: nn.Sequential, copied: Callable[[nn.Module], Any]) -> None:
+    with fastgrad.record(model):
+        other = copied(model)
+    with fastgrad.record(other):
+        found = fastgrad.grad_sqnorm(F.cross_entropy(other(X), Y, reduction="sum"), list(other.parameters()))
+    assert_close(found, loop(model))
+    extractor = fastgrad.GradientFeatures(other)
+    extractor(X)
+    assert not any("replaced" in route.reason for route in extractor.report())
+
+
+def test_a_forward_method_of_the_instance(model: nn.Sequential) -> None:
+    model[4].forward = types.MethodType(lambda own, x: F.linear(x, 2 * own.weight, own.bias), model[4])
+    with fastgrad.record(model):
+        found = fastgrad.grad_sqnorm(F.cross_entropy(model(X), Y, reduction="sum"), list(model.parameters()))
+    assert_close(found, loop(model))
+
+
+def test_models_that_are_equal() -> None:
+    class Equal(nn.Linear):
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Equal)
+
+        def __hash__(self) -> int:
+            return 1
+
+    x = torch.ones(2, 4)
+    for model in (Equal(4, 1), Equal(4, 1)) * 2:
+        with fastgrad.record(model):
+            out = model(x)
+            fastgrad.grad_sqnorm(out.sum(), model.weight)
+        assert torch.equal(out, F.linear(x, model.weight, model.bias))
+
+
+def test_what_a_hook_keeps_on_a_layer(model: nn.Sequential) -> None:
+    def keep(layer: nn.Module, _: Any, output: Tensor) -> None:
+        layer.kept = output.detach()  # type: ignore[assignment]
+
+    model[4].register_forward_hook(keep)
+    model(torch.zeros_like(X))
+    with fastgrad.record(model):
+        out = model(X)
+    assert torch.equal(model[4].kept, out)
+
+
+def test_another_thread_may_leave_and_layers_may_go(model: nn.Sequential) -> None:
+    before = [dict(vars(m)) for m in model.modules()]
+    layer = model[4]
+    recording = fastgrad.record(model)
+    recording.__enter__()
+    model[4] = nn.Linear(36, 3)
+    recording.__enter__()
+    for _ in range(2):
+        thread = threading.Thread(target=recording.__exit__, args=(None, None, None))
+        thread.start()
+        thread.join()
+    with pytest.raises(RuntimeError, match="inside record"):
+        fastgrad.grad_sqnorm(model(X).sum(), model[4].weight)
+    assert "forward" not in vars(model[4])
+    model[4] = layer
+    assert [dict(vars(m)) for m in model.modules()] == before
 
 
 def test_dropout_keeps_the_users_mode() -> None:
