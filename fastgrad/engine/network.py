@@ -22,7 +22,7 @@ from fastgrad.engine.given import Given
 from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.engine.plan import Known, Plan, Route
-from fastgrad.engine.refusals import refuse_parts
+from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import OffPlanError, Reading, Run, Site
 from fastgrad.engine.state import Snapshot, Versions, devices_of
 from fastgrad.engine.steps import Steps, layer_as_one_step
@@ -76,6 +76,8 @@ class Network:
         Raises:
             ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
         """
+        # A layer may have been given another mode, or lost its statistics, since the model was given.
+        refuse_mixing(self.model, training=training)
         known = self._structure(args, kwargs, samples, training=training)
         with self._lock:
             if known.plans and not known.plans[0].outdated(self.model):
@@ -235,7 +237,8 @@ class Network:
         """What is known for inputs of this structure, and of a model with these modules and modes."""
         names, modules = self.names(), list(self.model.modules())
         modes = tuple(module.training and training for module in modules)
-        key = (_kind(args, kwargs, samples), tuple(map(id, modules)), tuple(names.items()), modes)
+        hooks = tuple(_hooks(modules)) if self.shared else ()
+        key = (_kind(args, kwargs, samples), tuple(map(id, modules)), tuple(names.items()), modes, hooks)
         # A trial of one sample does not see whether others change what it gives. A graph makes no trial.
         keys = [(*key, False), (*key, True)] if is_traced() or samples == 1 else [(*key, False)]
         with self._lock:
@@ -265,6 +268,14 @@ class Network:
         if not plans or plans[0] is not plan:
             with self._lock:
                 plans[:] = [plan, *(other for other in plans if other is not plan)][:_PLANS_KEPT]
+
+
+def _hooks(modules: Sequence[nn.Module]) -> Iterator[tuple[int, object]]:
+    """Backward hooks, which no function of a forward pass tells of, by their modules and what they run."""
+    for module in modules:
+        for table in (module._backward_pre_hooks, module._backward_hooks):
+            for hook in table.values():
+                yield id(module), getattr(hook, "__code__", type(hook))
 
 
 def _kind(args: Any, kwargs: Any, samples: int) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from fastgrad._torch import has_modes, without_modes
 
@@ -45,8 +46,8 @@ _current = _Current()
 class Steps(TorchFunctionMode):
     """Notes every function that gives a tensor: its name, the dimensions that it is told, and those of what it gives.
 
-    Sizes are not noted: a plan that was tried on a few samples serves batches of any size. ``parameters`` tells by id
-    which parameter a tensor is.
+    So are hooks of tensors, which may change gradients. Sizes are not noted: a plan that was tried on a few samples
+    serves batches of any size. ``parameters`` tells by id which parameter a tensor is.
     """
 
     def __init__(self, parameters: dict[int, int]) -> None:
@@ -87,7 +88,7 @@ class Steps(TorchFunctionMode):
             return result
         if isinstance(result, Tensor):
             rank = result.dim()
-        elif result is None or isinstance(result, (tuple, list)):
+        elif result is None or isinstance(result, (tuple, list, RemovableHandle)):
             rank = -1
         else:
             return result
@@ -108,6 +109,8 @@ class Steps(TorchFunctionMode):
             noted.append(_shape_of_index(args[1]))
         elif name in _OF_DIMENSIONS:
             noted.append(_whole_numbers(values[1:]))
+        elif name == "einsum":
+            noted.append(args[0])
         return result
 
 

@@ -322,6 +322,52 @@ def test_the_batch_in_another_place() -> None:
     check(Transposed(), [*calls, ((inputs(6, 6, 3), True), {}), ((inputs(6, 6, 3), False), {})])
 
 
+class Told(nn.Module):
+    """One layer before or after its batch was moved, which one equation says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head, self.moved = nn.Linear(3, 3), nn.Linear(3, 2), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.einsum("btd->tbd" if self.moved else "btd->btd", x)
+        return self.head(torch.einsum("tbd->bd" if self.moved else "btd->bd", torch.tanh(self.layer(h))))
+
+
+def test_an_equation_moves_the_batch() -> None:
+    model = Told()
+
+    def prepare(number: int) -> None:
+        model.moved = number == 1
+
+    check(model, [((inputs(6, 6, 3),), {})] * 3, prepare=prepare)
+
+
+class Hooked(nn.Module):
+    """A layer whose gradients a hook may divide by the largest in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head, self.on = nn.Linear(3, 3), nn.Linear(3, 2), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        if self.on:
+            h.register_hook(lambda g: g / g.abs().max())
+        return self.head(torch.tanh(h))
+
+
+def test_a_hook_under_a_branch_is_refused_where_samples_meet() -> None:
+    model = Hooked().double().eval()
+    extractor = fastgrad.GradientFeatures(model)
+    check(model, [((inputs(5, 3),), {})])
+    extractor(inputs(5, 3))
+    model.on = True
+    for call in (lambda: recorded(model, (inputs(5, 3),), {}), lambda: extractor(inputs(5, 3))):
+        with pytest.raises(ValueError, match=r"gradients of .* change with the other samples"):
+            call()
+
+
 class Reversed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

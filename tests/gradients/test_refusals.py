@@ -61,3 +61,12 @@ def test_the_error_names_the_argument(case: str) -> None:
     call, error, message = BAD[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_batch_norm_that_lost_its_statistics() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    extractor = GradientFeatures(model)
+    extractor(torch.rand(5, 2))
+    model[1].running_mean = model[1].running_var = None
+    with pytest.raises(ValueError, match="'1' keeps no running statistics"):
+        extractor(torch.rand(5, 2))
