@@ -65,8 +65,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                 raise TypeError(f"{subject} must be a positive number; it was {limit!r}")
             if not 0 < limit < math.inf:
                 raise ValueError(f"{subject} must be positive and finite; it was {limit}")
-        self._joint = not isinstance(max_norm, Mapping)
-        self._groups = _groups(self.model, limits)
+        self._joint, self._limits = not isinstance(max_norm, Mapping), limits
+        _groups(self.model, limits)
         self._outputs: list[Tensor] = []
         self._count = 0
 
@@ -123,7 +123,9 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                 "model must have gradients in proportion to its losses, to be clipped by a factor on these; they were "
                 "not, as behind a hook or a function of autograd that clamps them"
             )
-        parameters = [p for group, _ in self._groups for p in group]
+        # Parameters may have been frozen, released or replaced since the last step.
+        groups = _groups(self.model, self._limits)
+        parameters = [p for group, _ in groups for p in group]
         for name, p in self.model.named_parameters():
             if p.requires_grad and p._backward_hooks:
                 raise ValueError(
@@ -132,10 +134,10 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                 )
         sqnorms = recorded_sqnorms(self, [losses], parameters, [torch.ones_like(losses)], False, True)
         found, columns = iter(sqnorms), []
-        for group, _ in self._groups:
+        for group, _ in groups:
             own = [next(found).to(losses.device) for _ in group]
             columns.append(torch.stack(own).sum(0).sqrt())
-        for (group, limit), norms in zip(self._groups, columns, strict=True):
+        for (group, limit), norms in zip(groups, columns, strict=True):
             factors = (limit / norms).clamp(max=1).to(losses.dtype)
             keep = norms is not columns[-1]
             torch.autograd.backward([losses], [factors], retain_graph=keep, inputs=group)

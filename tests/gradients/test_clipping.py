@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gradient_oracle import clipped_gradients
+from gradient_oracle import clipped_gradients, loss_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -296,6 +296,41 @@ def test_losses_that_are_refused(spoil: Callable[[Tensor], Tensor], message: str
     with fastgrad.clip_gradients(model, 1.0) as clipped, pytest.raises((ValueError, TypeError), match=message):
         clipped.backward(spoil(losses_of(model, x, y)))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_is_trained_may_change_between_steps() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)
+    clipped = fastgrad.clip_gradients(model, 1e-3)
+    for change in (lambda: model[0].requires_grad_(False), lambda: model.requires_grad_(True)):
+        change()
+        model.zero_grad()
+        truth = loss_norms(model(x).square().sum(1), model).sum(1).sqrt()
+        with clipped:
+            norms = clipped.backward(model(x).square().sum(1))
+        torch.testing.assert_close(norms.double(), truth, rtol=1e-5, atol=0)
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["full_backward", "forward"])
+def test_a_hook_that_clamps_is_refused_where_it_came_later(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)
+
+    def clamp(_: nn.Module, given: Any, output: Any) -> Any:
+        if kind == "forward":
+            output.register_hook(lambda g: g.clamp(-1e-2, 1e-2))
+            return None
+        return tuple(g.clamp(-1e-2, 1e-2) for g in given)
+
+    place = 0 if kind == "forward" else 2
+    watching = getattr(model[place], f"register_{kind}_hook")(lambda *_: None)
+    with fastgrad.clip_gradients(model, 1e-3) as clipped:
+        clipped.backward(model(x).square().sum(1))
+        watching.remove()
+        getattr(model[place], f"register_{kind}_hook")(clamp)
+        with pytest.raises(ValueError, match="in proportion to its losses"):
+            clipped.backward(model(x).square().sum(1))
 
 
 def test_hooks_of_parameters_are_refused_as_they_come_after_clipping() -> None:
