@@ -237,7 +237,7 @@ class Network:
         """What is known for inputs of this structure, and of a model with these modules and modes."""
         names, modules = self.names(), list(self.model.modules())
         modes = tuple(module.training and training for module in modules)
-        hooks = tuple(_hooks(modules)) if self.shared else ()
+        hooks = tuple(_hooks(modules, backward=self.shared))
         key = (_kind(args, kwargs, samples), tuple(map(id, modules)), tuple(names.items()), modes, hooks)
         # A trial of one sample does not see whether others change what it gives. A graph makes no trial.
         keys = [(*key, False), (*key, True)] if is_traced() or samples == 1 else [(*key, False)]
@@ -270,10 +270,11 @@ class Network:
                 plans[:] = [plan, *(other for other in plans if other is not plan)][:_PLANS_KEPT]
 
 
-def _hooks(modules: Sequence[nn.Module]) -> Iterator[tuple[int, object]]:
-    """Backward hooks, which no function of a forward pass tells of, by their modules and what they run."""
+def _hooks(modules: Sequence[nn.Module], *, backward: bool) -> Iterator[tuple[int, object]]:
+    """Hooks by their modules and what they run: what they do to gradients, no function of a forward pass tells."""
     for module in modules:
-        for table in (module._backward_pre_hooks, module._backward_hooks):
+        tables = (module._forward_pre_hooks, module._forward_hooks)
+        for table in (*tables, module._backward_pre_hooks, module._backward_hooks) if backward else tables:
             for hook in table.values():
                 yield id(module), getattr(hook, "__code__", type(hook))
 

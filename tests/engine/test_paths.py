@@ -357,6 +357,23 @@ class Hooked(nn.Module):
         return self.head(torch.tanh(h))
 
 
+def test_a_later_hook_where_gradients_alone_pass() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(3, 2)).double()
+    extractor = fastgrad.GradientFeatures(model, loss="mse", target=lambda z: torch.zeros_like(z))
+    extractor(inputs(5, 3))
+
+    def triple(_: nn.Module, __: Any, output: Tensor) -> None:
+        # Without gradients of parameters the forward pass does not come to it; what is computed again does.
+        if output.requires_grad:
+            output.register_hook(lambda g: 3 * g)
+
+    layer.register_forward_hook(triple)
+    with pytest.raises(ValueError, match="disagree with autograd"):
+        extractor(inputs(5, 3))
+
+
 def test_a_hook_under_a_branch_is_refused_where_samples_meet() -> None:
     model = Hooked().double().eval()
     extractor = fastgrad.GradientFeatures(model)
