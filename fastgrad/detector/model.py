@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import checks
+from fastgrad._torch import original
 from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.blocks.extraction import Extraction, Inputs
@@ -348,6 +349,8 @@ class TwoStageModel(nn.Module):
     def _fitted(self) -> DetectorModule:
         if self.detector_ is None:
             raise RuntimeError("TwoStageModel must be fitted first: call fit(clean)")
+        if self.extraction_ is None or self.extraction_.model is not original(self.model):
+            raise RuntimeError("model must be the network that TwoStageModel was fitted with: call fit(clean) again")
         return self.detector_
 
     def _extraction(self, blocks: Sequence[Block], subject: Subject | None) -> Extraction:

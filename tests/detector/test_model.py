@@ -271,6 +271,13 @@ def test_copies_and_pickles_score_alike(fitted):
         assert twin.extraction_.model is twin.model
 
 
+def test_another_network_needs_another_fit(fitted):
+    other = copy.deepcopy(fitted)
+    other.model = small_network(1)
+    with pytest.raises(RuntimeError, match="model must be the network that TwoStageModel was fitted with"):
+        other(images(4))
+
+
 def test_threads_share_one_module(fitted):
     inputs = [images(6, seed) for seed in range(4)]
     expected = [fitted(x).uncertainty for x in inputs]
