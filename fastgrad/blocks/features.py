@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -15,12 +14,6 @@ from fastgrad.scores.rows import Rows
 
 #: Principal components that the classifier of challenges sees.
 _COMPONENTS = 64
-
-
-def head_input(inputs: tuple[Any, ...], output: Any) -> Tensor:
-    """The last layer's input ``(B, D)``."""
-    value: Tensor = inputs[0]
-    return value.detach()
 
 
 class Features(Block):
@@ -36,7 +29,7 @@ class Features(Block):
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
         """The last layer's input."""
-        return () if subject.head is None else (Reading(subject.head, head_input),)
+        return () if subject.head is None else (Reading(subject.head, lambda inputs, _: inputs[0]),)
 
     def values(self, found: Pass) -> Tensor:
         """The last layer's input."""
