@@ -52,8 +52,9 @@ class Run:
         self.readings: dict[Reading, Tensor] = {}
         #: The plan that the forward pass kept to; None for a pass without one.
         self.plan = plan
-        #: Whether a part of it will be computed again to get at what autograd did not save.
-        self.checkpointed = False
+        #: Whether gradients cannot go back together: a part of it will be computed again to get at what autograd did
+        #: not save, or parameters may have another dtype than activations, which batch norm on a CPU then refuses.
+        self.one_by_one = False
         #: Why the forward pass left its plan.
         self.left: OffPlanError | None = None
         #: Whether the forward pass is over.
@@ -78,8 +79,9 @@ class Run:
 
         Zeros ``(B, m)`` for the site's m parameters, float32 (float64 for a float64 output), that require gradients.
         """
-        self.checkpointed = self.checkpointed or saves_elsewhere()
         dtype = compute_dtype(output.dtype)
+        reduced = dtype != output.dtype and output.device.type == "cpu"
+        self.one_by_one = self.one_by_one or reduced or saves_elsewhere()
         probe = torch.zeros(self.samples, len(site.parameters), dtype=dtype, device=output.device, requires_grad=True)
         if not self.closed:  # else a checkpoint computes a part again
             self.probes.append((site, probe))

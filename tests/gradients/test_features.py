@@ -287,6 +287,23 @@ def test_autocast(model: Net, x: Tensor) -> None:
     assert ((features - truth).abs() <= 40 * torch.finfo(torch.bfloat16).eps * truth).all()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_several_signals_where_parameters_have_another_dtype_than_activations(x: Tensor, *, whole: bool) -> None:
+    """PyTorch's batched backward pass of batch norm on a CPU raises there: TwoStageModel called every input unusual."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)).eval()
+    model(x)
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=whole)
+    if not whole:
+        model.to(torch.bfloat16)[1].float()
+        x = x.to(torch.bfloat16)
+    signals = [("bce", "ones"), ("cross_entropy", "predicted")]
+    with cast:
+        _, joined = fastgrad.GradientFeatures(model, signals=signals)(x)
+        alone = [fastgrad.GradientFeatures(model, loss=loss, target=target)(x)[1] for loss, target in signals]
+    assert torch.equal(joined, torch.stack(alone, 1))
+
+
 def test_channels_last(model: Net, x: Tensor) -> None:
     _, truth = fastgrad.GradientFeatures(model)(x)
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
