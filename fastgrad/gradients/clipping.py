@@ -73,15 +73,23 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
     def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """As `record`; also keep the outputs, from which the losses are computed."""
         # Calls of modules that a closure makes on the way, as in the blocks of minGPT, are part of this one.
-        before = self._count
-        output = super()._call(module, args, kwargs)
-        self._count = before + 1
+        after = self._count
+        try:
+            output = super()._call(module, args, kwargs)
+            after += 1
+        finally:
+            self._count = after
         self._outputs = floating(output)
         return output
 
+    def _forget(self) -> None:
+        """Begin a new step."""
+        self.calls.clear()
+        self._outputs, self._count = [], 0
+
     def __exit__(self, *error: Any) -> None:
         """See `record`."""
-        self._outputs, self._count = [], 0
+        self._forget()
         super().__exit__(*error)
 
     def backward(self, losses: Tensor) -> Tensor:
@@ -103,7 +111,20 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                 (``Tensor.register_hook``), which changes gradients after they are clipped.
             RuntimeError: If the model was not called exactly once since the last `backward`, or without gradients.
         """
-        return outside_of_compilation(self._backward)(losses)
+        return outside_of_compilation(self._step)(losses)
+
+    def _step(self, losses: Tensor) -> Tensor:
+        """`backward`; the call is over, also where it failed."""
+        try:
+            norms = self._backward(losses)
+        except (TypeError, ValueError):
+            # Refused: other losses of the same call may do.
+            raise
+        except BaseException:
+            self._forget()
+            raise
+        self._forget()
+        return norms
 
     def _backward(self, losses: Tensor) -> Tensor:
         checks.is_float("losses", losses)
@@ -141,8 +162,6 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
             factors = (limit / norms).clamp(max=1).to(losses.dtype)
             keep = norms is not columns[-1]
             torch.autograd.backward([losses], [factors], retain_graph=keep, inputs=group)
-        self.calls.clear()
-        self._outputs, self._count = [], 0
         return columns[0] if self._joint else torch.stack(columns, 1)
 
 

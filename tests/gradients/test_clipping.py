@@ -345,6 +345,38 @@ def test_hooks_of_parameters_are_refused_as_they_come_after_clipping() -> None:
         assert clipped.backward(losses).shape == (5,)
 
 
+class Closure(nn.Module):
+    """As the blocks of minGPT are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = inner, head = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.both = lambda x: head(torch.tanh(inner(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.both(x).flatten()
+        return out
+
+
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("forward", [True, False])
+def test_a_step_that_fails_leaves_the_next_one_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, failure: type[BaseException], *, forward: bool
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise failure("once")
+
+    torch.manual_seed(0)
+    model, x = Closure(), torch.randn(6, 4)
+    with fastgrad.clip_gradients(model, 0.5) as clipped:
+        truth = clipped.backward(model(x))
+        with monkeypatch.context() as patched:
+            patched.setattr(*((torch, "tanh") if forward else (torch.autograd, "backward")), fail)
+            with pytest.raises(failure, match="once"):
+                clipped.backward(model(x))
+        assert torch.equal(clipped.backward(model(x)), truth)
+
+
 def test_what_else_is_refused() -> None:
     model, (x, y) = IMAGES["convolution"](), inputs("convolution", 4, 0)
     with fastgrad.clip_gradients(model, 1.0) as clipped:
@@ -444,20 +476,8 @@ def test_a_model_that_returns_losses() -> None:
 
 
 def test_modules_that_a_closure_calls_are_part_of_the_call() -> None:
-    class Block(nn.Module):
-        """As the blocks of minGPT are."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.head = inner, head = nn.Linear(4, 4), nn.Linear(4, 1)
-            self.both = lambda x: head(torch.tanh(inner(x)))
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.both(x).flatten()
-            return out
-
     torch.manual_seed(0)
-    model, x = Block().double(), torch.randn(6, 4).double()
+    model, x = Closure().double(), torch.randn(6, 4).double()
     with fastgrad.clip_gradients(model, 1.0) as clipped:
         norms = clipped.backward(model(x))
     rows = [torch.autograd.grad(model(row).sum(), list(model.parameters())) for row in x.split(1)]
