@@ -15,6 +15,7 @@ from fastgrad.batches import carrying, take
 from fastgrad.engine.copy import Shadow, detach_plain
 from fastgrad.engine.given import unwritten
 from fastgrad.engine.layout import SAMPLES
+from fastgrad.engine.memory import lacks_memory
 from fastgrad.engine.state import undone
 
 #: Inputs in doubt up to which every choice is tried.
@@ -69,8 +70,9 @@ def find_carriers(
                 if all(_same_rows(out, batch, some) for some, out in found):
                     return carriers
                 borne = carriers if borne is None else borne
-            except Exception:
-                continue
+            except Exception as error:
+                if lacks_memory(error):
+                    raise
     return every if borne is None else borne
 
 

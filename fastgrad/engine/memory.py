@@ -1,4 +1,4 @@
-"""Scratch memory that one call leaves for the next.
+"""Scratch memory that one call leaves for the next, and what is raised where there is none.
 
 PyTorch takes a CPU's memory from the C library. That of Linux gives freed memory back to the system above a limit, and
 gets it again page by page, each of which the system clears: a tenth to a quarter of the time of a network with large
@@ -23,3 +23,10 @@ def keep_freed_memory() -> None:
     Any program that frees such a block does the same, and the plain network and its training profit as well.
     """
     torch.empty(_BLOCK, dtype=torch.uint8, device="cpu")
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether memory ran out, which tells nothing about a model and may not happen again."""
+    words = ("out of memory", "allocate memory", "not enough memory")
+    told = isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
+    return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))

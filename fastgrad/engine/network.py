@@ -20,7 +20,7 @@ from fastgrad.engine.copy import Shadow, detach_plain
 from fastgrad.engine.fallback import floating
 from fastgrad.engine.given import Given
 from fastgrad.engine.layout import SAMPLES
-from fastgrad.engine.memory import keep_freed_memory
+from fastgrad.engine.memory import keep_freed_memory, lacks_memory
 from fastgrad.engine.plan import Known, Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import OffPlanError, Reading, Run, Site
@@ -156,7 +156,7 @@ class Network:
             except OffPlanError:
                 pass
             except Exception as error:
-                if not candidate.replaces or is_traced():
+                if not candidate.replaces or is_traced() or lacks_memory(error):
                     raise
                 # It may be that the model does not bear what the plan gives it in place of a parameter.
                 raised, reason = error, f"raises {type(error).__name__}: {error}"

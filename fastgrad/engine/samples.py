@@ -15,6 +15,7 @@ from fastgrad.engine.copy import Shadow, detach_plain
 from fastgrad.engine.fallback import agree
 from fastgrad.engine.given import unwritten
 from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
+from fastgrad.engine.memory import lacks_memory
 from fastgrad.engine.observe import Observation
 from fastgrad.engine.state import undone
 
@@ -99,6 +100,8 @@ class Samples:
             try:
                 return self.observed(inputs, count, fewer, training=training)
             except Exception as error:
+                if lacks_memory(error):
+                    raise
                 self._require_broken(training=training)
                 raise ValueError(
                     "model must take any number of samples, rows of dimension 0 of its first tensor, and be followed "

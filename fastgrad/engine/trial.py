@@ -14,6 +14,7 @@ from fastgrad.engine.backward import order_by_parameter, probe_grads
 from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.given import unwritten
 from fastgrad.engine.layout import SAMPLES
+from fastgrad.engine.memory import lacks_memory
 from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
 from fastgrad.engine.probe import GraphedError
 from fastgrad.engine.run import OffPlanError, Run
@@ -61,6 +62,8 @@ class Trial:
                 # The model itself takes gradients, as forces are those of an energy.
                 wrong = frozenset(plan.names)
             except Exception as error:
+                if lacks_memory(error):
+                    raise
                 # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
                 failure = error
             if failure is None and not wrong:

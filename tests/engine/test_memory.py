@@ -67,3 +67,40 @@ def test_a_plan_leaves_nothing_of_its_trial_alive(train: bool) -> None:
         assert len(graphs()) == before
     finally:
         gc.enable()
+
+
+OUT_OF_MEMORY = [
+    MemoryError("none"), torch.OutOfMemoryError("none"), RuntimeError("CUDA error: out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_memory_that_ran_out_is_no_fault_of_the_model(error: Exception) -> None:
+    """Wherever it ran out, the error comes out as it is, and the next call is like a first one."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift, self.twice = nn.Parameter(torch.randn(4)), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise error
+            out: torch.Tensor = self.twice(self.twice(x + self.shift) * mask).tanh()
+            return out
+
+    torch.manual_seed(0)
+    # The mask may carry the batch, or positions.
+    model, x, mask, left = Model(), torch.randn(4, 4), torch.randn(4, 4), -1
+    truth, routes = (extractor := fastgrad.GradientFeatures(model))(x, mask)[1], extractor.report()
+    assert {route.route for route in routes} == {"broadcast", "fallback"}
+    for calls in range(1, -left):
+        extractor, left = fastgrad.GradientFeatures(model), calls
+        with pytest.raises(type(error)) as raised:
+            extractor(x, mask)
+        assert raised.value is error
+        assert torch.equal(extractor(x, mask)[1], truth)
+        assert extractor.report() == routes
