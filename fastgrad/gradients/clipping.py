@@ -70,6 +70,10 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         self._outputs: list[Tensor] = []
         self._count = 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See `record`."""
+        return type(self), (self.model, self._limits[""] if self._joint else self._limits)
+
     def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """As `record`; also keep the outputs, from which the losses are computed."""
         # Calls of modules that a closure makes on the way, as in the blocks of minGPT, are part of this one.

@@ -126,8 +126,19 @@ class GradientFeatures:
         self._names()
         refuse_parts(self.model)
         refuse_mixing(self.model, training=False)
+        self._setup(compiled=compile)
+
+    def _setup(self, *, compiled: bool) -> None:
         self._network = Network(self.model, self._names, lambda output: [logits_of(output)])
-        self._compiled = CompiledPasses() if compile else None
+        self._compiled = CompiledPasses() if compiled else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without plans and graphs, which are made anew: copies and pickles work."""
+        return {**self.__dict__, "_network": None, "_compiled": self._compiled is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._setup(compiled=state["_compiled"])
 
     @property
     def names(self) -> list[str]:

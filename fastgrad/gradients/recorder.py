@@ -104,6 +104,10 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         #: For each time that it was entered and not left, the thread's recordings and the modules redirected.
         self._entered: list[tuple[list[record], list[nn.Module]]] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles, of the model as well, begin outside of the context."""
+        return type(self), (self.model,)
+
     def __enter__(self: _Recording) -> _Recording:
         refuse_mixing(self.model, training=True)
         modules = list(self.model.modules())

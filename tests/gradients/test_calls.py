@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -135,3 +138,24 @@ def test_a_parameter_of_two_recorded_models(model: nn.Sequential) -> None:
         loss = model(X).sum() + other(X).sum()
         with pytest.raises(ValueError, match="took part in several"):
             fastgrad.grad_sqnorm(loss, [model[0].weight])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_copies_and_pickles(model: nn.Sequential, copied: Callable[[Any], Any]) -> None:
+    """They do what the original does, also those made in the middle of its work, which they take no part in."""
+    extractor, noise = fastgrad.GradientFeatures(model, log=True), fastgrad.NoiseScale()
+    truth = extractor(X)[1]
+    noise.update(truth.exp().sum(1), 1e-9)
+    assert torch.equal(copied(extractor)(X)[1], truth)
+    assert copied(noise).scale == noise.scale
+    limits = {"0": 0.5, "2": 0.1}
+    for make in (fastgrad.record, lambda model: fastgrad.clip_gradients(model, limits)):
+        with make(model) as recording:
+            model(X)
+            other = copied(recording)
+        with other:
+            loss = F.cross_entropy(other.model(X), Y, reduction="none")
+            norms = fastgrad.grad_sqnorm(loss.sum(), list(other.model.parameters()), retain_graph=True)
+            if isinstance(other, fastgrad.clip_gradients):
+                joined = torch.stack(norms, 1).unflatten(1, (2, 2)).sum(2).sqrt()
+                torch.testing.assert_close(other.backward(loss), joined)
