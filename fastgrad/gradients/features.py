@@ -304,6 +304,7 @@ class GradientFeatures:
         return None if chunk is None or chunk >= samples else chunk
 
     def _empty(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+        refuse_mixing(self.model, training=False)
         with torch.no_grad():
             logits = logits_of(self._network.forward(None, Run(1), *one_for_none((args, kwargs))))[:0]
         middle = (logits.shape[1],) if self.contrast else (len(self.signals),) if self.joint else ()
