@@ -10,6 +10,7 @@ import contextlib
 import logging
 import platform
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -125,6 +126,34 @@ def unwrapped(tensor: Tensor) -> Tensor:
     while not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+_mapping = 0
+_mapping_lock = threading.Lock()
+
+
+def vmap(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """``torch.func.vmap``. Without, it would warn of operators that it calls for one sample after the other.
+
+    The switch is the process's; filters of warnings, which are as well, would show what another thread put back.
+    """
+
+    def mapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        _count_mapping(1)
+        try:
+            result: _Result = torch.func.vmap(function)(*args, **kwargs)
+        finally:
+            _count_mapping(-1)
+        return result
+
+    return mapped
+
+
+def _count_mapping(step: int) -> None:
+    global _mapping
+    with _mapping_lock:
+        _mapping += step
+        _functorch._set_vmap_fallback_warning_enabled(not _mapping)  # type: ignore[attr-defined]
 
 
 def is_traced() -> bool:

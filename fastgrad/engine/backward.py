@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastgrad._torch import is_fake
+from fastgrad._torch import is_fake, vmap
 from fastgrad.engine.probe import requesting_norms
 from fastgrad.engine.replay import FallbackSite, RecomputedSite
 from fastgrad.engine.run import Run, Site
@@ -63,7 +63,7 @@ def probe_grads(
             reached.extend(found)
             return list(found.values())
 
-        values = dict(zip(reached, torch.func.vmap(some)(*gradients), strict=True))
+        values = dict(zip(reached, vmap(some)(*gradients), strict=True))
         return [values.get(i) for i in range(len(probes))]
 
 

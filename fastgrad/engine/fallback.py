@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastgrad._torch import disable_mha_fastpath, is_readable, pytree
+from fastgrad._torch import disable_mha_fastpath, is_readable, pytree, vmap
 from fastgrad.engine.copy import Settings, Shadow, detach_plain
 from fastgrad.engine.given import apart
 from fastgrad.engine.tracing import is_symbolic
@@ -167,7 +167,7 @@ class Fallback:
         count = gradients[0].shape[0]
         wanted = [leaf(detach_plain(p).unsqueeze(0).expand(count, *p.shape)) for p in self.parameters]
         with _PaddedRows():
-            outputs = torch.func.vmap(forward)(wanted, inputs)
+            outputs = vmap(forward)(wanted, inputs)
         return _differentiated(outputs, wanted, gradients)
 
     def _compare(

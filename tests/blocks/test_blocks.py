@@ -132,7 +132,6 @@ def test_view_is_a_divergence_under_the_same_network() -> None:
 
 
 # Attention has no batching rule for its backward pass in PyTorch: slower, not wrong.
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_padding_says_nothing() -> None:
     torch.manual_seed(0)
     net = Tokens().double().eval()

@@ -515,10 +515,6 @@ def test_the_last_layer_is_found():
     assert head_of(nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.Sigmoid()), images(2)) == (None, 3)
 
 
-# Attention has no batching rule for its backward pass in PyTorch: slower, not wrong.
-SLOW_ATTENTION = pytest.mark.filterwarnings("ignore:There is a performance drop")
-
-
 def test_a_compiled_network_is_the_one_that_was_compiled(tmp_path):
     plain, options = small_network(), {"blocks": ["logits", "activations", "features"]}
     one = TwoStageModel(plain, **options).fit(loader(60), None)
@@ -529,7 +525,6 @@ def test_a_compiled_network_is_the_one_that_was_compiled(tmp_path):
     torch.testing.assert_close(TwoStageModel.load(tmp_path / "compiled", plain)(images(5)), one(images(5)))
 
 
-@SLOW_ATTENTION
 def test_hugging_face_and_timm_classifiers_need_no_adapter():
     transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -546,7 +541,6 @@ def test_hugging_face_and_timm_classifiers_need_no_adapter():
         assert torch.isfinite(two_stage(data[0]).uncertainty).all()
 
 
-@SLOW_ATTENTION
 def test_text_classifier_takes_a_mapping():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

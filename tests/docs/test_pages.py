@@ -19,8 +19,6 @@ def test_there_are_pages_to_run() -> None:
     assert {page.stem for page in DOCS.rglob("*.md")} >= SLOW - {"compare-detectors", "introspection"}
 
 
-# Of PyTorch: attention's backward pass has no batching rule of its own on a CPU.
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 # Of Opacus' accountant: the order that bounds best is the largest it tries.
 @pytest.mark.filterwarnings("ignore:Optimal order is the")
 # Of Lightning: it asks PyTorch in an old way, and advises more workers.

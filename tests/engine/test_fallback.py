@@ -169,3 +169,29 @@ def test_bags_of_embeddings(sparse: bool, offsets: bool) -> None:
     model.table.sparse = False
     truth = loss_norms((square(model, one[None]).sum() for one in tokens), model)
     assert relative_error(torch.stack(found, 1), truth, 2e-16).max() < 1e-10
+
+
+class Unmapped(nn.Module):
+    """Layers of which PyTorch has no form for several samples under ``vmap``, each called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.cell = nn.EmbeddingBag(5, 4), nn.GRUCell(4, 4)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.cell(self.bag(tokens), self.cell(self.bag(tokens[:, :2]), tokens[:, :1].expand(-1, 4) / 5))
+        out: Tensor = self.normed(h) + self.normed(h.tanh())
+        return out
+
+
+def test_pytorch_warns_of_its_own_vmaps_alone(recwarn: pytest.WarningsRecorder) -> None:
+    torch.manual_seed(0)
+    model, tokens = Unmapped(), torch.randint(5, (6, 3))
+    pairs = [("bce", "ones"), ("cross_entropy", "ones")]
+    extractor = fastgrad.GradientFeatures(model, signals=pairs)
+    extractor(tokens)
+    assert {route.route for route in extractor.report()} == {"fallback"}
+    assert not recwarn
+    torch.func.vmap(lambda one: model.bag(one[None]))(tokens)
+    assert "performance drop" in str(recwarn.pop().message)

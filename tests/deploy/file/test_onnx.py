@@ -175,7 +175,6 @@ def test_lengths_beyond_the_end_are_no_reason_to_read_them(tmp_path: Path) -> No
             read_description(tmp_path / "long.onnx")
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's, of attention and several gradients
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["max pooling", "attention"])
 def test_backward_passes_of_other_layers(network: str, tmp_path: Path) -> None:
