@@ -207,22 +207,27 @@ class Samples:
         Raises:
             ValueError: If they are not, and other samples decide, as where gradients are divided by their largest.
         """
-        factor = 8 if seen.precision > 1e-6 else 1024
-        # Of another size each, so that one decides.
-        one, other = (
-            [size * rows for rows in check.cotangents]
-            for size, check in zip((factor, 2 * factor), self.checks, strict=False)
-        )
-        truth, larger = self.checks[0].truth, self.backward(seen, one)
-        sizes = [(_size(truth[name]), _size(gradient) / factor**2) for name, gradient in larger.items()]
-        floor = rounding(truth)
+        # The last one shows what begins at a size.
+        factors = (1, 8) if seen.precision > 1e-6 else (1, 32, 1024)
+
+        def at(factor: int, check: Check) -> list[Tensor]:
+            return [factor * rows for rows in check.cotangents]
+
+        first, *others = self.checks
+        larger = self.backward(seen, at(factors[-1], first))
+        sizes = [(_size(first.truth[name]), _size(gradient) / factors[-1] ** 2) for name, gradient in larger.items()]
+        floor = rounding(first.truth)
         if not any(abs(again - size) > 0.1 * size + floor for size, again in sizes):
             return True
         if self._alone:
             return False
-        both = self.backward(seen, list(map(operator.add, one, other)))
-        apart = {name: larger[name] + gradient for name, gradient in self.backward(seen, other).items()}
-        _refuse(_changed(both, apart))
+        # At one size alone, what mixes may be saturated, or less than the rounding of parameters that it spares.
+        for factor in factors:
+            # Of another size each, so that one decides.
+            one, other = at(factor, first), at(2 * factor, others[0])
+            apart = self.backward(seen, one)
+            apart = {name: apart[name] + gradient for name, gradient in self.backward(seen, other).items()}
+            _refuse(_changed(self.backward(seen, list(map(operator.add, one, other))), apart))
         return False
 
 
