@@ -146,6 +146,17 @@ def test_a_range_of_rows_is_the_same_range(tmp_path: Path) -> None:
         assert [item.name for item in found] == [str(i) for i in range(start, stop)]
 
 
+def test_a_damaged_page_is_said_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"img": [os.urandom(50) for _ in range(200)]}), path, row_group_size=100)
+    place = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[place : place + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{path} is damaged in or after row (64|100): "):
+        list(read_parquet(path, None, None))
+
+
 def test_keys_of_any_type_are_names(tmp_path: Path) -> None:
     keys = {"binary": [b"k0", None, b"\xff"], "text": ["k0", None, "\\xff"], "number": [7, None, 9]}
     names = {"binary": ["k0", "1", "\\xff"], "text": ["k0", "1", "\\xff"], "number": ["7", "1", "9"]}

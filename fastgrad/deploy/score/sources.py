@@ -73,7 +73,7 @@ def read_parquet(
         most: bytes of a cell; of a larger one no more than one byte beyond comes.
 
     Raises:
-        ValueError: there is no such column, or several, or it holds no bytes.
+        ValueError: there is no such column, or several, or it holds no bytes, or the file is damaged.
     """
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
@@ -86,13 +86,16 @@ def read_parquet(
     row = ends[groups[0]] - sizes[groups[0]] if groups else 0
     columns = [column] + ([key] if key else [])
     _cells(pa.nulls(0, file.schema_arrow.field(column).type), most)  # before the first image is read
-    for part in file.iter_batches(batch_size=64, row_groups=groups, columns=columns):
-        images = _cells(part.column(column), most)
-        keys = part.column(key).to_pylist() if key else range(row, row + len(images))
-        for number, (name, content) in enumerate(zip(keys, images, strict=True), start=row):
-            if start <= number < stop:
-                yield Source(_name(name, number), content)
-        row += len(images)
+    try:
+        for part in file.iter_batches(batch_size=64, row_groups=groups, columns=columns):
+            images = _cells(part.column(column), most)
+            keys = part.column(key).to_pylist() if key else range(row, row + len(images))
+            for number, (name, content) in enumerate(zip(keys, images, strict=True), start=row):
+                if start <= number < stop:
+                    yield Source(_name(name, number), content)
+            row += len(images)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged in or after row {row}: {error}") from None
 
 
 def _name(key: Any, number: int) -> str:
