@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -396,6 +397,41 @@ def test_numbers_that_are_refused() -> None:
         challenge_cost(0)
     with pytest.raises(ValueError, match="steps must be an integer of at least 1; it was 0"):
         pgd(small_net(), photos(), 0.1, torch.Generator(), pixels=PixelRange.of(photos()), steps=0)
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"model": print}, TypeError, "model must be a Module"),
+        ({"unit": [0.5]}, TypeError, "unit must be a torch.Tensor"),
+        ({"unit": torch.zeros(3, 8, 8)}, ValueError, "unit must have shape"),
+        ({"unit": 255 * photos()}, ValueError, r"unit must lie in \[0, 1\] .*; it reached \["),
+        ({"unit": photos() - torch.nan}, ValueError, "unit must be finite"),
+        ({"epsilon": "8/255"}, TypeError, "epsilon must be a number"),
+        ({"epsilon": torch.tensor(8)}, TypeError, "epsilon must have a floating dtype"),
+        ({"epsilon": -0.1}, ValueError, "epsilon must not be negative"),
+        ({"pixels": (0, 1)}, TypeError, "pixels must be a PixelRange"),
+    ],
+)
+def test_attacks_that_are_refused(attack: Any, given: dict, error: type[Exception], words: str) -> None:
+    arguments = {"model": small_net(), "unit": photos(), "epsilon": 0.1, "generator": torch.Generator()}
+    with pytest.raises(error, match=words):
+        attack(**{**arguments, "pixels": PixelRange.of(photos()), **given})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "error", "words"),
+    [
+        (1, 0, TypeError, "low must be a torch.Tensor"),
+        (torch.zeros(1), 1.0, TypeError, "high must be a torch.Tensor"),
+        (torch.zeros(1), torch.ones(3), ValueError, r"high must have shape \(1,\)"),
+        (torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]), ValueError, "low must be below high everywhere"),
+    ],
+)
+def test_ranges_that_are_none(low: Any, high: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        PixelRange(low, high)
 
 
 class Wrapped(nn.Module):

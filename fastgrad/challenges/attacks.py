@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from fastgrad import checks
 from fastgrad.batches import class_logits
-from fastgrad.challenges.pixels import PixelRange
+from fastgrad.challenges.pixels import PixelRange, check_images
 
 
 @contextmanager
@@ -38,6 +38,22 @@ def away_from(logits: Tensor, predicted: Tensor) -> Tensor:
     own = logits.gather(1, predicted[:, None])[:, 0]
     others = logits.scatter(1, predicted[:, None], -torch.inf)
     return others.logsumexp(1) - own
+
+
+def _check(model: nn.Module, unit: Tensor, epsilon: float | Tensor, pixels: PixelRange) -> None:
+    checks.is_a(nn.Module, model=model)
+    checks.is_a(PixelRange, pixels=pixels)
+    check_images(unit, "unit")
+    if unit.numel() and not bool((unit.amin() >= 0) & (unit.amax() <= 1)):
+        raise ValueError(
+            f"unit must lie in [0, 1] (PixelRange.to_unit); it reached [{float(unit.amin()):g}, {float(unit.amax()):g}]"
+        )
+    if isinstance(epsilon, Tensor):
+        checks.is_float("epsilon", epsilon)
+    else:
+        checks.is_number(epsilon=epsilon)
+    if not bool(torch.as_tensor(epsilon >= 0).all()):
+        raise ValueError(f"epsilon must not be negative; it was {epsilon}")
 
 
 def _prediction(logits: Tensor) -> Tensor:
@@ -95,7 +111,11 @@ def fgsm(
 
     Returns:
         Attacked images in the unit range.
+
+    Raises:
+        TypeError, ValueError: for anything else.
     """
+    _check(model, unit, epsilon, pixels)
     return _ascend(model, unit, unit, pixels, epsilon, epsilon, 1)
 
 
@@ -113,6 +133,7 @@ def pgd(
     Arguments and result as for :func:`fgsm`; ``generator`` draws the start.
     """
     checks.at_least(1, steps=steps)
+    _check(model, unit, epsilon, pixels)
     offset = (2 * torch.rand(unit.shape, generator=generator, dtype=torch.float32) - 1).to(unit)
     start = (unit + epsilon * offset).clamp(0, 1)
     return _ascend(model, unit, start, pixels, epsilon, 2.5 * epsilon / steps, steps)

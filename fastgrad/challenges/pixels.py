@@ -26,6 +26,15 @@ class PixelRange:
     low: Tensor
     high: Tensor
 
+    def __post_init__(self) -> None:
+        """Refuse what is no range."""
+        checks.is_float("low", self.low)
+        checks.is_float("high", self.high)
+        checks.same_device("high", self.high, "low", self.low)
+        checks.shape_is("high", self.high, tuple(self.low.shape), "that of low")
+        if not bool((self.low < self.high).all()):
+            raise ValueError(f"low must be below high everywhere; they were {_words(self.low, self.high)}")
+
     def to_unit(self, images: Tensor) -> Tensor:
         """Images ``(B, C, H, W)`` with black at 0 and white at 1, clipped to that range."""
         return ((images - self.low) / (self.high - self.low)).clamp(0, 1)
@@ -123,11 +132,11 @@ def _words(low: Tensor, high: Tensor) -> str:
     return f"[{float(low.min()):.4g}, {float(high.max()):.4g}]"
 
 
-def check_images(images: Tensor) -> None:
+def check_images(images: Tensor, name: str = "images") -> None:
     """Raise unless ``images`` is a finite floating tensor ``(B, C, H, W)``."""
-    checks.is_float("images", images)
+    checks.is_float(name, images)
     if images.dim() != 4 or 0 in images.shape[1:]:
-        raise ValueError(f"images must have shape (B, C, H, W); it was {tuple(images.shape)}")
-    checks.holds_values("images", images)
+        raise ValueError(f"{name} must have shape (B, C, H, W); it was {tuple(images.shape)}")
+    checks.holds_values(name, images)
     if not bool(torch.isfinite(images).all()):
-        raise ValueError("images must be finite; it held NaN or infinity")
+        raise ValueError(f"{name} must be finite; it held NaN or infinity")

@@ -45,17 +45,23 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
         ``input_shape``, of the model's dtype.
 
     Raises:
+        TypeError, ValueError: an argument of another kind.
         ImageTooLargeError: more than ``max_pixels``.
         ImageError: not an image, a truncated one, or the model takes no images.
     """
     import torch
 
-    from fastgrad.checks import extra
-    from fastgrad.deploy.file.description import normalize_pixels
+    from fastgrad.checks import at_least, extra, is_a
+    from fastgrad.deploy.file.description import Description, normalize_pixels
 
     with extra("serve"):
         import PIL  # noqa: F401
 
+    given: object = content
+    if not isinstance(given, (bytes, bytearray, memoryview)):
+        raise TypeError(f"content must be bytes; it was {type(given).__name__}")
+    is_a(Description, description=description)
+    at_least(1, max_pixels=max_pixels)
     pixels = torch.from_numpy(decode_pixels(content, description.input_shape, max_pixels=max_pixels))
     return normalize_pixels(description, pixels)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,20 @@ from fastgrad.deploy.file.package import Description
 def test_the_error_says_what_was_wrong(shape: tuple[int, ...], content: bytes, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         decode_image(content, Description(shape, "float32", 4, 8, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"content": None}, TypeError, "content must be bytes; it was NoneType"),
+        ({"description": None}, TypeError, "description must be a Description; it was NoneType"),
+        ({"max_pixels": 0}, ValueError, "max_pixels must be an integer of at least 1; it was 0"),
+    ],
+)
+def test_arguments_that_are_refused(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"content": b"", "description": Description((3, 8, 8), "float32", 4, 8, "cpu"), **given}
+    with pytest.raises(error, match=message):
+        decode_image(**arguments)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
