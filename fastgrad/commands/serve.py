@@ -63,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM, then finish what was accepted; return the exit status."""
     from fastgrad.deploy.serve.app import create_app
     from fastgrad.deploy.serve.bodies import Limits
-    from fastgrad.deploy.serve.child import ChildError
     from fastgrad.deploy.serve.server import Server
     from fastgrad.deploy.serve.traces import otlp_provider
 
@@ -100,9 +99,6 @@ def run(args: argparse.Namespace) -> int:
         server.run()
     except KeyboardInterrupt:
         return 0
-    except ChildError as error:
-        print(f"fastgrad serve: a process did not start: {error}", file=sys.stderr)
-        return 1
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0 if server.started else 1

@@ -75,7 +75,8 @@ class Server:
         )
         while not (match := re.search(r"running on http://127\.0\.0\.1:(\d+)", self.log)):
             if self.process.poll() is not None:
-                raise RuntimeError("the server did not start:\n" + self.log)
+                with self._printed:
+                    raise RuntimeError("the server did not start:\n" + self.log)
             time.sleep(0.02)
         self.port = int(match.group(1))
 

@@ -21,12 +21,13 @@ import numpy as np
 from fastgrad import __version__
 from fastgrad.checks import at_least, extra, is_a, is_number, is_path
 from fastgrad.deploy.file.answer import ResultError, answer
+from fastgrad.deploy.file.package import PackageError
 from fastgrad.deploy.serve.bodies import Budget, Limits, Readers, read_body
-from fastgrad.deploy.serve.child import ChildDiedError, RequestError
+from fastgrad.deploy.serve.child import ChildDiedError, ChildError, RequestError
 from fastgrad.deploy.serve.guard import Guard, check_access, refusal
 from fastgrad.deploy.serve.schema import Answer, refusals, request_body
 from fastgrad.deploy.serve.served import Model, Served
-from fastgrad.deploy.serve.status import status_routes
+from fastgrad.deploy.serve.status import add_status_routes
 from fastgrad.deploy.serve.traces import Trace
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
 with extra("serve"):
     import python_multipart  # noqa: F401 - the processes that read bodies need it
     from anyio import current_time, fail_after
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI, HTTPException, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Match
 
 # The page is one file; nothing it shows can load or run anything else.
 _PAGE_HEADERS = {
@@ -133,7 +135,11 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.gather(readers.start(), *(model.served.pool.start() for model in models.values()))
+        try:
+            await asyncio.gather(readers.start(), *(model.served.start() for model in models.values()))
+        except (ChildError, PackageError) as error:
+            app.state.failure = f"the server cannot start: {error}"
+            raise
         watching = [asyncio.create_task(model.watch(reload_every)) for model in models.values() if pins is not None]
         app.openapi()
         # What is there now stays; going through it again and again would stop the event loop for a tenth of a second.
@@ -152,7 +158,7 @@ def create_app(
         title="fastgrad", description="Class, uncertainty and whether to rely on it.", version=__version__,
         docs_url=None, redoc_url=None, lifespan=lifespan,
     )  # fmt: skip
-    app.state.ready, app.state.draining, app.state.active = False, False, 0
+    app.state.ready, app.state.draining, app.state.active, app.state.failure = False, False, 0, None
     app.state.models, app.state.readers = models, readers
     app.add_middleware(
         Guard, key=api_key, hosts=allowed_hosts,
@@ -193,6 +199,13 @@ def create_app(
     async def refused(_: Request, error: RequestError) -> JSONResponse:
         return refusal(error)
 
+    @app.exception_handler(405)
+    async def other_methods(request: Request, error: HTTPException) -> JSONResponse:
+        # The first route of a path knows its own method alone.
+        found = [route for route in app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+        allowed = sorted({method for route in found for method in getattr(route, "methods", ())})
+        return JSONResponse({"detail": error.detail}, 405, {"Allow": ", ".join(allowed)})
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         found = error.errors()[0]
@@ -229,7 +242,7 @@ def create_app(
             trace.answered(status)
             return Response(json.dumps(content, allow_nan=False), status, headers, "application/json")
 
-    app.include_router(status_routes(named, models, limits.queue))
+    add_status_routes(app, named, models, limits.queue)
     page = (files("fastgrad.deploy.serve") / "page.html").read_text("utf-8")
 
     @app.get("/", include_in_schema=False)

@@ -17,7 +17,7 @@ from fastgrad.deploy.serve.child import RequestError
 with extra("serve"):
     from starlette.datastructures import Headers
     from starlette.responses import JSONResponse
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 #: What needs no key: the page, which holds nothing, and what balancers ask.
 OPEN = ("/", "/health", "/ready")
@@ -80,7 +80,7 @@ class Guard:
                 await refusal(error, headers)(scope, receive, send)
                 return
         assert self._app is not None
-        await self._app(scope, receive, send)
+        await self._app(scope, receive, _without_traceback(scope, send) if scope["type"] == "lifespan" else send)
 
     def check(self, scope: Scope, without_key: Collection[str] = ()) -> None:
         """Look at the headers of one request, which needs no key on some paths.
@@ -109,8 +109,21 @@ class Guard:
         self._wrong += 1
         if time.monotonic() >= self._quiet_until:
             client = (scope.get("client") or ("unknown",))[0]
-            _log.warning("%d requests without the right API key, the last from %s", self._wrong, client)
+            requests = "1 request" if self._wrong == 1 else f"{self._wrong} requests"
+            _log.warning("%s without the right API key, the last from %s", requests, client)
             self._wrong, self._quiet_until = 0, time.monotonic() + _QUIET
+
+
+def _without_traceback(scope: Scope, send: Send) -> Send:
+    """Why the server does not start, in place of where in its code, if that is known."""
+
+    async def told(message: Message) -> None:
+        failure = scope["app"].state.failure
+        if message["type"] == "lifespan.startup.failed" and failure is not None:
+            message = {**message, "message": failure}
+        await send(message)
+
+    return told
 
 
 def _host_of(origin: str) -> str | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fastgrad.deploy.file.package import PackageError, digest_of, read_description
 from fastgrad.deploy.serve.bodies import Limits
-from fastgrad.deploy.serve.child import Child
+from fastgrad.deploy.serve.child import Child, ChildError
 from fastgrad.deploy.serve.metrics import Metrics
 from fastgrad.deploy.serve.pool import Pool
 
@@ -87,7 +87,7 @@ class Served:
             raise PackageError(f"{path}: there is no such file")
         folder, lock = _own_folder()
         self._remove = weakref.finalize(self, _remove, folder, lock)
-        self.copy = copy = folder / Path(path).name
+        self.path, self.copy = path, (copy := folder / Path(path).name)
         shutil.copyfile(path, copy)
         # Of the copy, and before anything else reads it: the file itself may change at any time.
         self.digest = digest_of(copy)
@@ -96,7 +96,7 @@ class Served:
         try:
             self.description = description = read_description(copy)
         except PackageError as error:
-            raise PackageError(str(error).replace(str(copy), str(path))) from None
+            raise self._failure(error) from None
         self.threshold = description.threshold_at(false_alarm_rate)
         self.false_alarm_rate = false_alarm_rate or description.false_alarm_rate
         self.metrics = metrics = Metrics(
@@ -128,6 +128,22 @@ class Served:
             self._users -= 1
             if not self._users:
                 self._free.set()
+
+    async def start(self) -> None:
+        """Start the processes.
+
+        Raises:
+            PackageError: they cannot load the file.
+        """
+        try:
+            await self.pool.start()
+        except ChildError as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: Exception) -> PackageError:
+        """The same of the file itself: nobody knows the copy."""
+        said = str(error).replace(str(self.copy), str(self.path))
+        return PackageError(said if str(self.path) in said else f"{self.path} cannot be loaded: {said}")
 
     async def retire(self) -> None:
         """End when the last request is answered."""
@@ -187,7 +203,7 @@ class Model:
             if await run(digest_of, self.path) == self.served.digest:
                 return
             fresh = await run(self._version)
-            await fresh.pool.start()
+            await fresh.start()
         except Exception as error:
             self.failures += 1
             message = "model %s: %s has changed and cannot be loaded: %s; the one before goes on"

@@ -12,27 +12,29 @@ from fastgrad.deploy.serve.schema import Status, refusals
 from fastgrad.deploy.serve.served import Model
 
 with extra("serve"):
-    from fastapi import APIRouter, Query, Request
+    from fastapi import FastAPI, Query, Request
     from fastapi.responses import JSONResponse, Response
 
 _log = logging.getLogger("uvicorn.error")
 
 
-def status_routes(named: Callable[[str | None], Model], models: Mapping[str, Model], queue: int) -> APIRouter:
-    """The routes.
+def add_status_routes(
+    app: FastAPI, named: Callable[[str | None], Model], models: Mapping[str, Model], queue: int
+) -> None:
+    """Add the routes.
 
     Args:
+        app: the application.
         named: gives the model of a name, or the first.
         models: by name.
         queue: requests in progress from which on the server is not ready for more.
     """
-    router = APIRouter()
 
-    @router.get("/health", summary="Whether the process lives", responses=refusals())
+    @app.get("/health", summary="Whether the process lives", responses=refusals())
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @router.get(
+    @app.get(
         "/ready",
         summary="Whether to send requests here",
         responses={200: {"model": Status}, 503: {"model": Status}, **refusals()},
@@ -47,16 +49,16 @@ def status_routes(named: Callable[[str | None], Model], models: Mapping[str, Mod
         "response_class": Response, "responses": {200: {"content": {"text/plain": {}}}, **refusals(404)},
     }  # fmt: skip
 
-    @router.get("/metrics", summary="For Prometheus", **prometheus)
-    @router.get("/metrics/{name}", summary="For Prometheus, of one of several models", **prometheus)
+    @app.get("/metrics", summary="For Prometheus", **prometheus)
+    @app.get("/metrics/{name}", summary="For Prometheus, of one of several models", **prometheus)
     async def metrics_route(name: str | None = None) -> Response:
         text = named(name).served.metrics.render()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     told: dict[str, Any] = {"responses": refusals(404)}
 
-    @router.get("/model", summary="What travels with the model: shape, labels, threshold, scores", **told)
-    @router.get("/model/{name}", summary="The same of one of several models", **told)
+    @app.get("/model", summary="What travels with the model: shape, labels, threshold, scores", **told)
+    @app.get("/model/{name}", summary="The same of one of several models", **told)
     async def model_route(name: str | None = None) -> dict[str, Any]:
         served = named(name).served
         return {
@@ -83,20 +85,18 @@ def status_routes(named: Callable[[str | None], Model], models: Mapping[str, Mod
             _log.warning("drift: %s, because %r", action, reason)
         return monitor.state() | {"history": list(monitor.history)}
 
-    @router.get("/drift", summary="Whether inputs have drifted, on how many, with which error rate", **told)
-    @router.get("/drift/{name}", summary="The same of one of several models", **told)
+    @app.get("/drift", summary="Whether inputs have drifted, on how many, with which error rate", **told)
+    @app.get("/drift/{name}", summary="The same of one of several models", **told)
     async def drift_route(name: str | None = None) -> dict[str, Any]:
         return drift(name)
 
     noted: dict[str, Any] = {"responses": refusals(404, 409, 422)}
 
-    @router.post("/drift", summary="Acknowledge the drift alarm, or start anew; the reason is kept", **noted)
-    @router.post("/drift/{name}", summary="The same of one of several models", **noted)
+    @app.post("/drift", summary="Acknowledge the drift alarm, or start anew; the reason is kept", **noted)
+    @app.post("/drift/{name}", summary="The same of one of several models", **noted)
     async def drift_note_route(
         action: Literal["acknowledge", "reset"],
         reason: Annotated[str, Query(min_length=1, max_length=500, pattern=r"\S")],
         name: str | None = None,
     ) -> dict[str, Any]:
         return drift(name, action, reason)
-
-    return router

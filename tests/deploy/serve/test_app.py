@@ -71,7 +71,8 @@ def test_key(tiny_package: Path, caplog: pytest.LogCaptureFixture) -> None:
         with pytest.raises(ValueError, match="api_key"):
             Guard(None, key=key, hosts=())
     # One line for the first, and the others are counted for a later one.
-    assert caplog.text.count("without the right API key, the last from 127.0.0.1") == 1
+    assert caplog.text.count("without the right API key") == 1
+    assert " 1 request without the right API key, the last from 127.0.0.1" in caplog.text
     assert 'fastgrad_requests_total{status="401"} 80.0' in the_one(app).metrics.render().decode()
 
 
@@ -159,6 +160,13 @@ def test_bodies_of_all_requests_together_are_bounded(tiny_package: Path) -> None
 
     assert sorted(asyncio.run(both())) == [200, 400, 503]
     assert post(app)[0] == 200
+
+
+def test_another_method_is_told_which_there_are(tiny_package: Path) -> None:
+    app = make(tiny_package)
+    for path, methods in (("/drift", "GET, POST"), ("/drift/any", "GET, POST"), ("/predict", "POST"), ("/", "GET")):
+        status, sent, body = call(app, "DELETE", path, {}, [])
+        assert (status, sent["allow"], json.loads(body)) == (405, methods, {"detail": "Method Not Allowed"}), path
 
 
 def test_full_queue_is_503_with_retry_after(tiny_package: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
-from serve_client import wait_for
+from serve_client import Server, wait_for
 from serve_load import Load
 from serve_stub import FakeChild, stub
 
@@ -143,6 +143,19 @@ def archive(path: Path, classes: int) -> Path:
         file.writestr("model/version", "1")
     write_description(path, Description((3, 8, 8), "float32", classes, 8, "cpu"))
     return path
+
+
+def test_a_file_that_cannot_be_run_is_named_and_its_copy_is_not(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    path = archive(tmp_path / "model.pt2", 4)
+    with pytest.raises(RuntimeError, match=rf"ERROR: +the server cannot start: {path} cannot be loaded: ") as raised:
+        Server(path)
+    assert "Traceback" not in str(raised.value)
+    assert "fastgrad-served" not in str(raised.value)
+    served = Served(path)
+    served.pool.load_timeout = 0.0
+    with pytest.raises(PackageError, match=rf"^{path} cannot be loaded: no answer within 0 s$"):
+        asyncio.run(served.start())
 
 
 def another(path: Path) -> bytes:
