@@ -48,7 +48,7 @@ def test_coefficients_of_grey_images_are_those_of_libjpeg(quality: int) -> None:
     assert other.double().mean() < (1 / (8 * steps)).mean()
 
 
-@pytest.mark.parametrize("size", [32, 37])
+@pytest.mark.parametrize("size", [8, 32, 37])
 def test_colours_are_those_of_libjpeg(size: int) -> None:
     x, qualities = images(3, size), torch.full((16,), 75)
     found, expected = recompressed(x, qualities), by_libjpeg(x, qualities)

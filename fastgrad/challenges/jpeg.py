@@ -42,7 +42,7 @@ def recompressed(levels: Tensor, quality: Tensor) -> Tensor:
     x.round_()
     luma = _plane(x[:, :1], _quantization(quality, 0).to(x))
     chroma = _plane(_halved(x[:, 1:]), _quantization(quality, 1).to(x))
-    chroma = _doubled(chroma)[..., : x.shape[2], : x.shape[3]] - 128
+    chroma = _doubled(chroma[..., : (x.shape[3] + 1) // 2])[..., : x.shape[2], : x.shape[3]] - 128
     rgb = F.conv2d(torch.cat([luma, chroma], 1), x.new_tensor(_RGB).view(3, 3, 1, 1))
     return rgb.round_().clamp_(0, 255).to(levels)
 
@@ -79,8 +79,8 @@ def _cosines() -> Tensor:
 
 
 def _halved(plane: Tensor) -> Tensor:
-    """Return the means of 2 x 2 pixels; halves round up in every other column, as libjpeg has it."""
-    plane = F.pad(plane, (0, plane.shape[3] % 2, 0, plane.shape[2] % 2), mode="replicate")
+    """Return the means of 2 x 2 pixels, of whole blocks; halves round up in every other column, as libjpeg has it."""
+    plane = F.pad(plane, (0, -plane.shape[3] % 16, 0, plane.shape[2] % 2), mode="replicate")
     bias = torch.arange(plane.shape[3] // 2, dtype=plane.dtype, device=plane.device) % 2 * 0.25 + 0.25
     return (F.avg_pool2d(plane, 2) + bias).floor()
 
