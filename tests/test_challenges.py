@@ -65,6 +65,13 @@ def test_all_challenges_have_the_form_of_the_images_and_differ_from_them() -> No
         assert bool(((challenge - images).abs().amax((1, 2, 3)) > 1e-3).all()), name
 
 
+@pytest.mark.parametrize("size", [3, 8])
+def test_blur_alters_small_images(size: int) -> None:
+    images = photos(size=size)
+    for name, challenge in generate_challenges(None, images, names=["blur"]).items():
+        assert bool(((challenge - images).abs().amax((1, 2, 3)) > 0.05).all()), name
+
+
 def test_same_seed_same_challenges_whatever_else_is_made() -> None:
     net, images = small_net(), photos()
     everything = generate_challenges(net, images, seed=5)

@@ -26,9 +26,10 @@ def noise(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
 
 
 def blur(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
-    """Gaussian blur; ``sigma`` in pixels of an image 32 pixels wide, larger images in proportion."""
+    """Gaussian blur; ``sigma`` in pixels of an image 32 pixels wide, others in proportion, as of 24 at least."""
     height, width = unit.shape[-2:]
-    pixels = sigma * min(height, width) / 32
+    # A Gaussian much narrower than a pixel alters nothing.
+    pixels = sigma * max(24, min(height, width)) / 32
     # As products with matrices, whose price does not depend on sigma.
     down, along = (_gaussian(length, pixels).to(unit) for length in (height, width))
     return down @ unit @ along.T
