@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from fastgrad import checks
 from fastgrad.batches import as_call, bar, batch_size, refuse_probabilities, split_batch, to_device
@@ -90,11 +90,17 @@ def rank_samples(
 
     Raises:
         TypeError: If the loader gives something else.
-        ValueError: If it shuffles, gives no labels or no samples, or a label is no class of the model. Also for unknown
-            ``layers``, or a model that mixes samples or returns probabilities.
+        ValueError: If its sampler may give another order, it gives no labels or no samples, or a label is no class of
+            the model. Also for unknown ``layers``, or a model that mixes samples or returns probabilities.
     """
-    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
-        raise ValueError("loader must give samples in the order of the data set; it shuffles (shuffle=True)")
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        batches = loader.batch_sampler
+        sampler = loader.sampler if batches is None else getattr(batches, "sampler", batches)
+        if not isinstance(sampler, SequentialSampler):
+            raise ValueError(
+                "loader must give samples in the order of the data set (shuffle=False); its sampler was a "
+                f"{type(sampler).__name__}"
+            )
     checks.is_loader("loader", loader)
     checks.is_bool("verbose", verbose)
     extractor = GradientFeatures(model, loss="cross_entropy", layers=layers)

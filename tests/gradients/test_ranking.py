@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import fastgrad
 
@@ -83,6 +83,12 @@ def test_one_layer_and_mappings() -> None:
     ("loader", "kind", "message"),
     [
         (DataLoader(TensorDataset(X, Y), shuffle=True), ValueError, "loader must give samples in the order"),
+        (
+            DataLoader(TensorDataset(X, Y), batch_sampler=BatchSampler(RandomSampler(X), 8, False)),
+            ValueError,
+            "loader must give samples in the order .* its sampler was a RandomSampler",
+        ),
+        (DataLoader(TensorDataset(X, Y), sampler=[1, 0]), ValueError, "loader must give .* its sampler was a list"),
         ([X], ValueError, "loader must give labels beside the inputs"),
         ([(X, Y.float())], ValueError, r"loader must give integer labels of shape \(300,\); they were torch.float32"),
         ([(X, Y * 1j)], ValueError, r"loader must give integer labels of shape \(300,\); they were torch.complex64"),
