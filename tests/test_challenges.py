@@ -119,6 +119,18 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in net.modules())
 
 
+def test_modes_change_without_what_a_module_does_on_their_change() -> None:
+    class Merging(nn.Linear):
+        def train(self, mode: bool = True) -> nn.Module:
+            self.weight.data.add_(1 if mode else -1)
+            return super().train(mode)
+
+    net = nn.Sequential(nn.Flatten(), Merging(768, 5))
+    before = net[1].weight.detach().clone()
+    generate_challenges(net, photos(), names=["fgsm"])
+    assert torch.equal(net[1].weight, before)
+
+
 def test_modes_return_after_an_error() -> None:
     class Broken(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,9 @@ from fastgrad.challenges.pixels import PixelRange, check_images
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module's own mode again afterwards, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    # Not by eval(): in a module's own train() it may change weights, as that of loralib merges them.
+    for module, _ in modes:
+        module.training = False
     try:
         yield
     finally:
