@@ -194,10 +194,11 @@ def test_range_is_read_from_the_data() -> None:
     for scaled, low, high in ((unit, 0, 1), (unit * 255, 0, 255), (unit * 0.3, 0, 1)):
         pixels = PixelRange.of(scaled)
         assert (float(pixels.low), float(pixels.high)) == (low, high)
-    ready = normalised(unit)
-    pixels = PixelRange.of(ready)
-    assert torch.equal(pixels.low.flatten(), ready.amin((0, 2, 3)))
-    assert torch.equal(pixels.high.flatten(), ready.amax((0, 2, 3)))
+    # Levels of four bits, and what overshoots white, are no bytes.
+    for ready in (unit * 16, unit * 1.02, normalised(unit)):
+        pixels = PixelRange.of(ready)
+        assert torch.equal(pixels.low.flatten(), ready.amin((0, 2, 3)))
+        assert torch.equal(pixels.high.flatten(), ready.amax((0, 2, 3)))
     flat = PixelRange.of(torch.full((2, 1, 4, 4), -3.0))
     assert float(flat.high - flat.low) == 1
     told = PixelRange.of(2 * unit - 1, clip=(0, 255), mean=[127.5] * 3, std=[127.5] * 3)

@@ -61,9 +61,9 @@ class PixelRange:
             mean: per-channel mean that was subtracted from images whose black is 0 and white 1 (or ``clip``).
             std: per-channel standard deviation by which they were divided afterwards.
 
-        Without any of them: values within [0, 1] are unit images. Values up to 255 are bytes. All others are
-        normalised images, with every channel's smallest and largest value as its range. A constant channel gets a
-        range of width one around its value.
+        Without any of them: values within [0, 1] are unit images. Values from 0 on are bytes where the largest lies
+        above 16, up to 255. All others are normalised images, with every channel's smallest and largest value as its
+        range. A constant channel gets a range of width one around its value.
 
         Raises:
             ValueError: for a lone ``mean`` or ``std``, lengths other than C, or an empty range. Also for images
@@ -82,7 +82,8 @@ class PixelRange:
         if told is not None:
             told.check(low, high)
             return told
-        if low.min() < 0 or high.max() > 255:
+        # Four bits or an overshoot above 1 are no bytes, of which a whole sample has brighter ones.
+        if low.min() < 0 or 1 < high.max() <= 16 or high.max() > 255:
             flat = high <= low
             return cls(torch.where(flat, low - 0.5, low), torch.where(flat, high + 0.5, high))
         white = 1.0 if high.max() <= 1 else 255.0
