@@ -87,7 +87,8 @@ def score_histograms(
     together = np.concatenate(list(arrays.values()))
     # The outermost half per cent would squeeze everything else into a few bins.
     low, high = np.quantile(together, [0.005, 0.995])
-    edges = np.linspace(low, high if high > low else low + 1, 41).tolist()
+    # Between scores that differ by rounding alone there is no room for bins.
+    edges = np.linspace(low, high if high - low > 1e-12 * abs(low) else low + max(1, abs(low)), 41).tolist()
     for i, (name, array) in enumerate(arrays.items()):
         label = name if name == reference else f"{name} ({metrics.auroc(arrays[reference], array):.2f})"
         clipped = np.clip(array, edges[0], edges[-1])
@@ -213,7 +214,8 @@ def manifold(
     at_least(2, resolution=resolution)
     axes = _axes(axes, 4.4, 3.6)
     low, high = points.amin(0), points.amax(0)
-    reach = margin * (high - low)
+    # Points on a line have no range across it.
+    reach = margin * torch.where(high > low, high - low, 1)
     xs, ys = (torch.linspace(float(low[i] - reach[i]), float(high[i] + reach[i]), resolution) for i in range(2))
     grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2).to(points)
     values = to_array("score", score(grid), finite=False)
@@ -225,7 +227,7 @@ def manifold(
     assert figure is not None
     figure.colorbar(image, ax=axes, label="uncertainty")
     for i, label in enumerate(torch.unique(labels).tolist()):
-        inside = points[labels == label].cpu()
+        inside = to_array("points", points[labels == label])
         colour = ("white", "#E69F00", "#CC79A7", "#56B4E9")[i % 4]
         axes.scatter(inside[:, 0], inside[:, 1], s=7, color=colour, edgecolors="black", linewidths=0.3)
     axes.set(title=title, xticks=[], yticks=[])

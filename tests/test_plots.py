@@ -33,7 +33,10 @@ def test_score_histograms_show_the_auroc(rng: np.random.Generator, tmp_path: Pat
     drawn(axes, tmp_path)
     texts = [t.get_text() for t in axes.get_legend().get_texts()]
     assert texts == ["clean", f"noise ({metrics.auroc(sets['clean'], sets['noise']):.2f})"]
-    plots.score_histograms({"same": [1.0, 1.0]})
+    for value in (1.0, 1e20):
+        axes = plots.score_histograms({"same": np.nextafter(value, [value, 1e21])})
+        outline = axes.patches[0].get_xy()
+        assert np.ptp(outline[:, 0]) * outline[:, 1].max() == pytest.approx(40), "all in one of 40 bins"
     with pytest.raises(ValueError, match="reference"):
         plots.score_histograms(sets, reference="fog")
     with pytest.raises(ValueError, match="scores"):
@@ -69,6 +72,9 @@ def test_manifold_maps_the_plane(tmp_path: Path) -> None:
     xs, ys = torch.linspace(-0.6, 1.6, 20), torch.linspace(-1.2, 3.2, 20)
     expected = xs.square()[None, :] + ys.square()[:, None]
     np.testing.assert_allclose(values, expected.numpy(), rtol=1e-5)
+    # On a line, and of a dtype that NumPy lacks.
+    axes = plots.manifold(lambda x: x.sum(1), points.bfloat16() * torch.tensor([1, 0]), torch.ones(3), resolution=3)
+    assert np.ptp(axes.collections[0].get_coordinates()[..., 1]) > 1
     with pytest.raises(ValueError, match="points"):
         plots.manifold(lambda x: x, torch.zeros(3, 3), torch.zeros(3))
 
