@@ -18,6 +18,7 @@ from fastgrad.blocks.extraction import Extraction, arguments
 from fastgrad.blocks.gradients import JOINED
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject, watch
+from fastgrad.engine import tracing
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -330,3 +331,19 @@ def test_tokens_are_read_at_every_position() -> None:
 def test_a_grid_takes_evenly_spaced_positions_inside_any_map(shape: tuple[int, ...], inside: tuple[Any, ...]) -> None:
     value = torch.randn(shape)
     assert torch.equal(channels.sampled(value, 8), value[inside])
+
+
+@pytest.mark.parametrize("size", [6, 20])
+def test_a_traced_map_is_read_before_the_network_overwrites_it(size: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    for width in (2, 4):
+        net.extend([nn.Conv2d(width, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)])
+    net.extend([nn.Flatten(), nn.Linear(4 * size * size, 3)]).eval()
+    x, extraction = torch.randn(5, 2, size, size), Extraction(net, [Activations()])
+
+    def read(x: torch.Tensor) -> torch.Tensor:
+        return extraction(x)[1]["activations"]
+
+    expected = read(x)
+    torch.testing.assert_close(tracing.trace(read, (x[:2],), 2)(x), expected)
