@@ -121,7 +121,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_modes_change_without_what_a_module_does_on_their_change() -> None:
     class Merging(nn.Linear):
-        def train(self, mode: bool = True) -> nn.Module:
+        def train(self, mode: bool = True) -> Any:
             self.weight.data.add_(1 if mode else -1)
             return super().train(mode)
 
