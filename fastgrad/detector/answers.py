@@ -47,6 +47,10 @@ class Answers(NamedTuple):
             return first
         assert h is not None  # read for it
         second = self.classifier.answer(h.to(precise.dtype), precise).log_softmax(-1)
+        if second.shape[1] != first.shape[1]:
+            raise ValueError(
+                f"classifier must be fitted on every class of the network, {first.shape[1]}; it has {second.shape[1]}"
+            )
         if self.gate is None:
             return second
         odds = self.gate.log_odds(evidence).to(first.dtype).unsqueeze(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
@@ -126,14 +127,20 @@ class TwoStageModel(nn.Module):
         self._adopt()
 
     def _adopt(self) -> None:
-        """Take over what was given fitted."""
+        """Take over copies of what was given fitted."""
         if self.detector is not None and hasattr(self.detector, "module_"):
             known: dict[str, Block] = {block.name: block for block in self.blocks or ()}
             names = list(self.detector.shapes_)
             self.extraction_ = self._extraction([known.get(name) or BLOCKS[name]() for name in names], None)
-            self.detector_ = self.detector.module_.to(self.device)
+            self.detector_ = copy.deepcopy(self.detector.module_).to(self.device)
         if self.classifier is not None and hasattr(self.classifier, "network_"):
-            self.classifier_ = self.classifier.to_module().to(self.device)
+            labels = self.classifier.classes_
+            if not np.array_equal(labels, np.arange(len(labels))):
+                raise ValueError(
+                    "classifier must be fitted on labels that are the network's class indices, none missing from 0 on; "
+                    f"they were {labels.tolist()[:20]}"
+                )
+            self.classifier_ = copy.deepcopy(self.classifier.to_module()).to(self.device)
             if self.extraction_ is not None and all(b.name != Features.name for b in self.extraction_.blocks):
                 self.extraction_ = self._extraction([*self.extraction_.blocks, Features()], None)
 

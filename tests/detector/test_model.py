@@ -439,6 +439,12 @@ def test_what_the_user_passed_is_honoured_and_not_changed():
     # What is held out has no challenges.
     assert sum(two_stage.report().challenges.values()) == 120
     assert two_stage.threshold() == pytest.approx(-math.log(0.1))
+    detector.fit({"logits": torch.randn(60, CLASSES)})
+    classifier = IntrospectiveClassifier(hidden=(), max_epochs=1).fit(torch.randn(60, 8), torch.arange(60) % CLASSES)
+    buffers = [copy.deepcopy(module.state_dict()) for module in (detector.module_, classifier.network_)]
+    TwoStageModel(small_network(), detector=detector, classifier=classifier).half()
+    for module, own in zip((detector.module_, classifier.network_), buffers, strict=True):
+        assert all(module.state_dict()[name].dtype == value.dtype for name, value in own.items())
 
 
 class Brightness(Block):

@@ -13,7 +13,7 @@ import torch
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from fastgrad import TwoStageModel, UncertaintyDetector
+from fastgrad import IntrospectiveClassifier, TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import Logits
 
 ROWS = np.random.default_rng(0).random((60, 6))
@@ -47,6 +47,12 @@ class Centred(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x - x.mean()) / x.std()
+
+
+def classifying(labels: Any) -> TwoStageModel:
+    """A model of a detector and a classifier that were fitted before, the latter on these ``labels`` of 60 inputs."""
+    classifier = IntrospectiveClassifier(hidden=(), max_epochs=1).fit(ROWS[:, :4], labels)
+    return TwoStageModel(NET, detector=fitted({"logits": ROWS[:, :4]}), classifier=classifier)
 
 
 def scripted() -> nn.Module:
@@ -84,6 +90,9 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "model": (lambda: TwoStageModel("resnet18"), TypeError, r"model must be a torch\.nn\.Module"),  # type: ignore[arg-type]
     "detector": (lambda: TwoStageModel(NET, detector=NET), TypeError, "detector must be"),  # type: ignore[arg-type]
     "classifier": (lambda: TwoStageModel(NET, classifier=fitted()), TypeError, "classifier must be"),  # type: ignore[arg-type]
+    "words": (lambda: classifying(["b", "a"] * 30), ValueError, r"class indices, .* they were \['a', 'b'\]"),
+    "a gap": (lambda: classifying([0, 1, 3] * 20), ValueError, r"class indices, .* they were \[0, 1, 3\]"),
+    "classes": (lambda: classifying([0, 1, 2] * 20)(IMAGES), ValueError, "every class of the network, 4; it has 3"),
     "seed": (lambda: TwoStageModel(NET, seed=-1), ValueError, "seed must be an integer"),
     "no fit": (lambda: TwoStageModel(NET)(IMAGES), RuntimeError, "must be fitted first"),
     "no report": (lambda: TwoStageModel(NET).report(), RuntimeError, "a report needs a fit"),
