@@ -62,11 +62,6 @@ def _prediction(logits: Tensor) -> Tensor:
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
-def _predicted(model: nn.Module, unit: Tensor, pixels: PixelRange) -> Tensor:
-    with torch.no_grad():
-        return _prediction(class_logits(model(pixels.from_unit(unit))))
-
-
 def _slope(model: nn.Module, unit: Tensor, predicted: Tensor | None, pixels: PixelRange) -> tuple[Tensor, Tensor]:
     """Gradient of how far predictions have been pushed, and the predictions, those at ``unit`` where None."""
     with torch.enable_grad():
@@ -90,8 +85,10 @@ def _ascend(
 ) -> Tensor:
     """``steps`` sign steps of size ``step`` within ``epsilon`` of ``unit``, from ``start``."""
     # The first step from the images themselves finds the prediction on its way.
-    predicted = None if start is unit else _predicted(model, unit, pixels)
-    current = start
+    predicted, current = None, start
+    if start is not unit:
+        with torch.no_grad():
+            predicted = _prediction(class_logits(model(pixels.from_unit(unit))))
     for _ in range(steps):
         slope, predicted = _slope(model, current, predicted, pixels)
         moved = current + step * slope.sign()

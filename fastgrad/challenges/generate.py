@@ -321,7 +321,7 @@ def _check(model: nn.Module | None, images: Tensor, names: Sequence[str], batch_
 def _fitting(images: Tensor) -> int:
     """Images in a batch."""
     numbers = _NUMBERS if images.device.type == "cpu" else 8 * _NUMBERS
-    return max(8, min(256, numbers // max(1, images[:1].numel() or 1)))
+    return max(8, min(256, numbers // max(1, images[:1].numel())))
 
 
 def _generator(text: str) -> Generator:

@@ -40,8 +40,8 @@ class NoiseScale:
     def __init__(self, decay: float | None = None) -> None:
         if decay is not None:
             checks.is_number(decay=decay)
-        if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"decay must be at least 0 and below 1; it was {decay}")
+            if not 0 <= decay < 1:
+                raise ValueError(f"decay must be at least 0 and below 1; it was {decay}")
         self._decay = decay
         # Weighted sums over batches of the estimates and of the weights; all three decay alike.
         self._gradient = self._trace = self._weight = 0.0
@@ -76,8 +76,7 @@ class NoiseScale:
                 f"sqnorms; it was {total:.6g}"
             )
         single, batch = float(norms.mean()), total / count**2
-        keep = 1.0 if self._decay is None else self._decay
-        add = 1.0 if self._decay is None else 1 - self._decay
+        keep, add = (1.0, 1.0) if self._decay is None else (self._decay, 1 - self._decay)
         self._gradient = keep * self._gradient + add * (count * batch - single) / (count - 1)
         self._trace = keep * self._trace + add * count * (single - batch) / (count - 1)
         self._weight = keep * self._weight + add

@@ -1,4 +1,4 @@
-"""Training of the introspective network: Adam, early stopping, a progress bar, seeds."""
+"""Training of the introspective network: AdamW, early stopping, a progress bar, seeds."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def train(
         history.append(found)
         if given.verbose:
             epochs.set_postfix(loss=f"{found:.4f}")
-        if found < best_loss - 1e-4 * abs(best_loss if best_loss < float("inf") else 0.0):
+        if found < best_loss * (1 - 1e-4):
             best, best_loss, waited = snapshot(), found, 0
         else:
             waited += 1
