@@ -127,8 +127,8 @@ def rank_samples(
             "grand": sqnorms.double().sum(1).sqrt(),
         }
         parts.append({name: value.detach().cpu() for name, value in found.items()})
-    if not parts:
-        raise ValueError("loader must hold at least one batch; it was empty")
+    if not any(len(part["label"]) for part in parts):
+        raise ValueError("loader must hold at least one sample; it was empty")
     columns = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
     return SampleTable(index=np.arange(len(columns["label"])), **columns)
 
