@@ -263,6 +263,12 @@ def test_kinds_take_turns_over_all_inputs_in_whatever_parts_they_come(parts: int
         assert abs(counts[name] - turns * len(kind.strengths)) <= len(kind.strengths)
 
 
+def test_no_image_is_mixed_with_itself() -> None:
+    images = photos(4)
+    for batch in iter_challenges(None, images, names=["mixture"], each=9):
+        assert bool(((batch.inputs - images[batch.sources]).abs().amax((1, 2, 3)) > 0.05).all())
+
+
 def test_challenges_come_from_the_inputs_that_they_name() -> None:
     images = photos(8)
     made = list(iter_challenges(None, images, names=["contrast"], each=3, pixels=PixelRange.of(images)))

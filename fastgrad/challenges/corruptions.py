@@ -93,14 +93,13 @@ def inversion(unit: Tensor, amount: float, generator: Generator) -> Tensor:
 def mixture(unit: Tensor, share: float, generator: Generator) -> Tensor:
     """Each image mixed with another one of the batch, which keeps ``1 - share``.
 
-    A batch of one has no other image; its own mirror image takes that place.
+    Where the other is the same image, as in a batch of one, its mirror image takes that place.
     """
-    batch = unit.shape[0]
-    if batch < 2:
-        return (1 - share) * unit + share * unit.flip(-1)
-    order = torch.randperm(batch, generator=generator)
+    order = torch.randperm(unit.shape[0], generator=generator)
     partner = torch.empty_like(order).scatter_(0, order, order.roll(1)).to(unit.device)
-    return (1 - share) * unit + share * unit[partner]
+    other = unit[partner]
+    same = (other == unit).all(dim=(1, 2, 3), keepdim=True)
+    return (1 - share) * unit + share * torch.where(same, unit.flip(-1), other)
 
 
 def phase(unit: Tensor, share: float, generator: Generator) -> Tensor:
