@@ -100,15 +100,15 @@ def _cross_entropy_delta(z: Tensor, target: str | Tensor) -> Tensor:
     y = _soft_target(z, target)
     y_others = torch.where(loo.top, 0, y)
     mass = y.sum(-1, keepdim=True)
-    # sum_j delta_j = 0 gives the entry i without forming Y p_i - y_i.
+    # sum_j delta_j = 0 gives the entry i without forming Y p_i - y_i, where p_i is more than half of it.
     at_top = y_others.sum(-1, keepdim=True) - mass * p_others.sum(-1, keepdim=True)
+    at_top = torch.where(loo.a > 2, mass / loo.a - y, at_top)
     delta = torch.where(loo.top, at_top, mass * p_others - y)
-    if isinstance(target, str) and target in ("ones", "uniform"):
-        # N p_j - 1 cancels where the logits are nearly equal; centring 1 - exp(z_j - z_i) does not.
-        scale = 1.0 if target == "ones" else 1 / z.shape[-1]
-        centred = (loo.gap.mean(-1, keepdim=True) - loo.gap) * (scale * z.shape[-1] / loo.a)
-        delta = torch.where(loo.gap.amax(-1, keepdim=True) < 0.4, centred, delta)
-    return delta
+    # N p_j - 1 cancels where both logits and labels are nearly equal; differences to the entry i do not.
+    size, step = z.shape[-1], y - torch.where(loo.top, y, 0).sum(-1, keepdim=True)
+    centred = y * loo.gap.sum(-1, keepdim=True) - mass * loo.gap + (step.sum(-1, keepdim=True) - size * step)
+    equal = (2 * loo.a > size) & (size * step.abs().amax(-1, keepdim=True) < 0.4 * mass.abs())
+    return torch.where(equal, centred / loo.a, delta)
 
 
 def _cross_entropy_diagonal(z: Tensor) -> Tensor:
@@ -136,11 +136,12 @@ def _brier_scaled(z: Tensor, target: str | Tensor) -> tuple[Tensor, Tensor]:
     # With g = p - y: delta_j = 2 p_j sum_l p_l (g_j - g_l). Seen from i, only D_l = g_i - g_l is needed.
     loo = _leave_one_out(z)
     y = _soft_target(z, target)
-    step = torch.where(loo.top, y, 0).sum(-1, keepdim=True) - y  # y_i - y_l, exactly 0 at i
+    y_top = torch.where(loo.top, y, 0).sum(-1, keepdim=True)
+    step = y_top - y  # y_i - y_l, exactly 0 at i
     e_others = loo.f * loo.log_rho.exp()
     near = loo.gap - loo.a * step
     # The same number, arranged for step near 1; a - 1 would be 0 where the others are below the dtype's precision.
-    far = (1 - step) - e_others - e_others.sum(-1, keepdim=True) * step
+    far = ((1 - y_top) + y) - e_others - e_others.sum(-1, keepdim=True) * step
     difference = torch.where(loo.top, 0, torch.where(step > 0.5, far, near)) / loo.a
     p = loo.f / loo.a  # without rho
     mean = (p * difference).sum(-1, keepdim=True)

@@ -35,15 +35,27 @@ def cross_entropy_soft(
 ):  # fmt: skip
     """Sum of ``(p_j sum y - y_j)^2``."""
     a = 1.0 + tail
+    size = tl.zeros([ROWS], tl.float32) + N
     rest = tl.zeros([ROWS], tl.float32)
     tops = tl.zeros([ROWS], tl.float32)
+    # Of the differences to the maximum and to the first label, and the largest of these.
+    gaps = tl.zeros([ROWS], tl.float32)
+    steps = tl.zeros([ROWS], tl.float32)
+    widest = tl.zeros([ROWS], tl.float32)
+    first = tl.load(ys, mask=valid, other=0.0).to(tl.float32)
     for n in range(0, N, BLOCK_N):
-        z, _ = load_block(zs, stride_zn, n, N, valid, BLOCK_N, float("-inf"))
+        z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, float("-inf"))
         y, _ = load_block(ys, stride_yn, n, N, valid, BLOCK_N, 0.0)
         is_top = z == top[:, None]
         rest += tl.sum(tl.where(is_top, 0.0, y), 1)
         tops += tl.sum(tl.where(is_top, y, 0.0), 1)
+        x = z - finite(top)[:, None]
+        gaps += tl.sum(tl.where(inside, one_minus(x, exp(x)), 0.0), 1)
+        step = tl.where(inside, y - first[:, None], 0.0)
+        steps += tl.sum(step, 1)
+        widest = tl.maximum(widest, tl.max(tl.abs(step), 1))
     total = rest + tops
+    equal = (2.0 * a > size) & (size * widest < 0.4 * tl.abs(total))
     value = tl.zeros([ROWS], tl.float32)
     for n in range(0, N, BLOCK_N):
         z, inside = load_block(zs, stride_zn, n, N, valid, BLOCK_N, float("-inf"))
@@ -52,7 +64,13 @@ def cross_entropy_soft(
         other = total[:, None] * p - y
         # p_top - 1 is minus the other probabilities, and y_top - sum y minus the other targets.
         at_top = (rest[:, None] + (tops[:, None] - y)) - (total * tail / a)[:, None]
-        delta = tl.where(inside, tl.where(z == top[:, None], at_top, other), 0.0)
+        at_top = tl.where((a > 2.0)[:, None], (total / a)[:, None] - y, at_top)
+        delta = tl.where(z == top[:, None], at_top, other)
+        # Where both logits and labels are nearly equal, differences do not cancel.
+        x = z - finite(top)[:, None]
+        centred = y * gaps[:, None] - total[:, None] * one_minus(x, exp(x))
+        centred += steps[:, None] - size[:, None] * (y - first[:, None])
+        delta = tl.where(inside, tl.where(equal[:, None], centred / a[:, None], delta), 0.0)
         value += tl.sum(delta * delta, 1)
     return value
 
@@ -102,7 +120,7 @@ def brier_terms(
     is_top = z == top[:, None]
     drop = reference[:, None] - y
     near = one_minus(x, e) * inv - drop
-    far = (1.0 - drop) - (tail[:, None] + e) * inv
+    far = ((1.0 - reference)[:, None] + y) - (tail[:, None] + e) * inv
     h = tl.where(is_top, -drop, tl.where(drop > 0.5, far, near))
     p = tl.where(is_top, inv, exp(z - base[:, None]) * (rho[:, None] * inv))
     return tl.where(inside, p, 0.0), tl.where(inside, h, 0.0)

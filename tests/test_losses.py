@@ -86,8 +86,8 @@ def test_deltas_equal_float64_autograd(loss: str, N: int) -> None:
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES)
-@pytest.mark.parametrize("target", ["ones", "uniform", "predicted", "indices", "soft", "one hot"])
-@pytest.mark.parametrize("margin", [0, 10, 40])
+@pytest.mark.parametrize("target", ["ones", "uniform", "predicted", "indices", "soft", "one hot", "nearly one hot"])
+@pytest.mark.parametrize("margin", [0, 10, 16, 20, 40])
 def test_targets_are_relatively_accurate(loss: str, target: str, margin: int) -> None:
     z = oracles.confident_logits(4, 9, margin, torch.Generator().manual_seed(torch.seed() % 2**31))
     k = z.argmax(-1)
@@ -103,6 +103,9 @@ def test_targets_are_relatively_accurate(loss: str, target: str, margin: int) ->
     elif target == "one hot":
         # From delta itself, as in a whole network; class indices have a formula of their own.
         label = y = torch.nn.functional.one_hot(k, 9).float()
+    elif target == "nearly one hot":
+        # Far from 1 - p_k at every margin, and near enough to 1 for y_k - y_j to lose it.
+        label = y = torch.nn.functional.one_hot(k, 9) * (1 - 1e-6) + torch.nn.functional.one_hot((k + 1) % 9, 9) * 1e-6
     assert y is not None
     pairs = zip(z.double().tolist(), y.double().tolist(), strict=True)
     exact = [oracles.target_norms(row, goal, loss) for row, goal in pairs]
@@ -123,13 +126,40 @@ def test_logarithm_where_the_gradient_itself_underflows(target: str, margin: flo
     torch.testing.assert_close(losses.target_norms(z, target, loss="brier", log=True), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("target", ["ones", "uniform"])
+@pytest.mark.parametrize("target", ["ones", "uniform", "equal labels", "nearly equal labels"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "brier"])
 def test_nearly_equal_logits_do_not_cancel(loss: str, target: str) -> None:
     z = 1e-3 * torch.randn(6, 50)
-    y = [1.0 if target == "ones" else 1 / 50] * 50
-    exact = torch.tensor([float(oracles.target_norms(row, y, loss)) for row in z.double().tolist()])
-    got = losses.target_norms(z, target, loss=loss)
+    label: str | torch.Tensor = target
+    y = torch.full((6, 50), 1.0 if target == "ones" else 1 / 50, dtype=torch.float64)
+    if target.endswith("labels"):
+        label = y.float() if target == "equal labels" else y.float() + 1e-5 * torch.randn(6, 50)
+        y = label.double()
+    exact = torch.tensor(
+        [
+            float(oracles.target_norms(row, goal, loss))
+            for row, goal in zip(z.double().tolist(), y.tolist(), strict=True)
+        ]
+    )
+    got = losses.target_norms(z, label, loss=loss)
+    assert ((got - exact).abs() / exact).max() <= 64 * EPS
+
+
+@pytest.mark.parametrize("target", ["ones", "uniform", "indices", "smoothed"])
+@pytest.mark.parametrize("step", [-1.0, -0.5, 0.5, 0.8, 3.0])
+def test_one_of_very_many_logits_stands_out(target: str, step: float) -> None:
+    classes = 50_000
+    z = torch.zeros(1, classes)
+    z[0, 7] = step
+    y = torch.nn.functional.one_hot(torch.tensor([7]), classes).double()
+    label: str | torch.Tensor = target
+    if target in ("ones", "uniform"):
+        y = torch.full_like(y, 1 if target == "ones" else 1 / classes)
+    else:
+        label = torch.tensor([7]) if target == "indices" else (y * 0.9 + 0.1 / classes).float()
+        y = y if target == "indices" else label.double()
+    exact = (z.double().softmax(1) * y.sum(1, keepdim=True) - y).square().sum(1)
+    got = losses.target_norms(z, label, loss="cross_entropy")
     assert ((got - exact).abs() / exact).max() <= 64 * EPS
 
 

@@ -84,7 +84,8 @@ def target_sqnorm(
 
     ``target`` is ``"ones"``, ``"uniform"`` (1/N), ``"predicted"``, class indices ``(...)`` or soft targets
     ``(..., N)``. ``"ones"`` is the confounding label, 1 for every class. The other arguments are those of
-    :func:`contrast_sqnorm`. The norm of a soft target may underflow before ``log`` takes its logarithm.
+    :func:`contrast_sqnorm`. The norm of a soft target may underflow before ``log`` takes its logarithm. Where the
+    probabilities are close to a soft target with unequal entries, digits are lost in proportion to their difference.
 
     Returns:
         ``(...)``, float32 (float64 for float64 logits).

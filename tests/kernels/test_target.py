@@ -35,11 +35,12 @@ def targets(kind: str, logits: torch.Tensor, generator: torch.Generator) -> tupl
         k = torch.randint(N, (B,), generator=generator)
         k[::2] = top[::2]
         return k, F.one_hot(k, N).double()
-    # One-hot at the maximum, smoothed there, one-hot elsewhere, then distributions.
+    # One-hot at the maximum, smoothed there, one-hot elsewhere, nearly one-hot, and distributions.
     y = torch.rand(B, N, generator=generator).softmax(-1)
     y[0] = F.one_hot(top[0], N)
     y[1] = 0.9 * F.one_hot(top[1], N) + 0.1 / N
     y[2] = F.one_hot(logits[2].argmin(), N)
+    y[4] = F.one_hot(top[4], N) * (1 - 1e-6) + F.one_hot(logits[4].argmin(), N) * 1e-6
     return y, y.double()
 
 
@@ -67,6 +68,21 @@ def test_accuracy(loss: str, kind: str, log: bool, path: str, device: torch.devi
         exact = exact * oracles.square_norm(features[b].tolist())
         if not log or kind != "soft" or exact > oracles.SMALLEST_NORMAL:  # a soft target has no form in log space
             oracles.check(got, exact, log, b)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("scale", [0.0, 1e-5])
+def test_logits_and_labels_that_are_nearly_equal(scale: float, path: str, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = 1e-3 * torch.randn(3, 21, generator=generator)
+    target = 1 / 21 + scale * torch.randn(3, 21, generator=generator)
+    with configured(target=PATHS[path]):
+        out = target_sqnorm(
+            torch.zeros(3, 2, device=device), logits.to(device), target.to(device), "soft", "cross_entropy", True,
+            False, False,
+        )  # fmt: skip
+    for b, got in enumerate(out.cpu().tolist()):
+        oracles.check(got, oracles.target_norms(logits[b].tolist(), target[b].tolist(), "cross_entropy"), False, b)
 
 
 @pytest.mark.parametrize("kind", KINDS)
