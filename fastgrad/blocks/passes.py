@@ -68,7 +68,8 @@ class Pass:
         assert self.plan is not None  # made because this block has signals
         signals = self._signals[name]
         self._left.remove(signals)
-        delta = torch.stack([signal(self.logits) for signal in signals])
+        logits = self.logits.double() if self.log else self.logits
+        delta = torch.stack([signal(logits) for signal in signals])
         names, keep = self.plan.names, bool(self._left)
         return signal_sqnorms(self.run, self._output, delta, names, log=self.log, keep=keep).movedim(0, 1)
 

@@ -115,20 +115,22 @@ def signal_sqnorms(
 ) -> Tensor:
     """Squared norms ``(S, B, P)`` of the named parameters' gradients, or their logarithms, finite for vanishing ones.
 
-    ``delta`` ``(S, B, N)`` are S gradients of a run's output; ``keep`` keeps the graph for another call.
+    ``delta`` ``(S, B, N)`` are S gradients of a run's output, in float64 for logarithms, whose squares may lie below
+    float32's range; ``keep`` keeps the graph for another call.
     """
     # Where the backward pass is linear in delta, a unit-sized one keeps every intermediate square in range.
-    scale = delta.abs().amax(-1, keepdim=True)
-    linear = run.plan is None or run.plan.linear
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale)) if linear else torch.ones_like(scale)
+    scale = delta.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
+    if run.plan is not None and not run.plan.linear:
+        scale = torch.ones_like(scale)
     unit = (delta / scale).to(output.dtype)
     with torch.enable_grad():
         found = backward_signals(run, output, unit, keep=keep)
     norms = order_by_parameter(run.probes, found, names, unit, run.samples)
-    scale = scale.to(norms.dtype)
     if log:
-        return norms.clamp_min(torch.finfo(norms.dtype).tiny).log() + 2 * scale.log()
-    return norms * scale.square()
+        return norms.clamp_min(torch.finfo(norms.dtype).tiny).log() + (2 * scale.log()).to(norms.dtype)
+    scale = scale.to(norms.dtype)
+    # In this order a product within the dtype's range does not leave it on the way.
+    return norms * scale * scale
 
 
 def _stacked(column: Sequence[Tensor | None]) -> Tensor | None:

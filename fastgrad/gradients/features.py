@@ -276,13 +276,14 @@ class GradientFeatures:
         return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
 
     def _deltas(self, logits: Tensor, target: Tensor | None) -> Tensor:
-        """Output gradients of all signals, ``(S, B, N)``."""
+        """Output gradients of all signals, ``(S, B, N)``, in float64 where logarithms of their norms are wanted."""
+        z = logits.double() if self.log else logits
         if self.contrast:
-            return losses.contrast_delta(logits, loss=self.signals[0][0], reduction=self.reduction).movedim(-2, 0)
+            return losses.contrast_delta(z, loss=self.signals[0][0], reduction=self.reduction).movedim(-2, 0)
         deltas = []
         for loss, given in self.signals:
             value = _checked(given if target is None else target, logits)
-            deltas.append(losses.delta(logits, value, loss=loss, reduction=self.reduction))
+            deltas.append(losses.delta(z, value, loss=loss, reduction=self.reduction))
         return torch.stack(deltas)
 
     def _chunk(self, plan: Plan, args: Any, kwargs: Any, samples: int) -> int | None:

@@ -157,15 +157,19 @@ def test_empty_and_single_batches(model: Net, x: Tensor) -> None:
         assert torch.allclose(extractor(x[:1])[1], extractor(x)[1][:1], rtol=1e-4)
 
 
-def test_logarithms_reach_below_the_smallest_float(model: Net, x: Tensor) -> None:
+@pytest.mark.parametrize("margin", [60, 100, 130, 300])
+def test_logarithms_reach_below_the_smallest_float(model: Net, x: Tensor, margin: int) -> None:
     with torch.no_grad():
-        model.head.bias[1] += 60  # delta near 1e-26, squares near 1e-52
+        model.head.bias[1] += margin  # delta near 1e-26 for 60; for 130 it is no float32 either
     kwargs: dict[str, Any] = {"loss": "cross_entropy", "target": "predicted"}
     _, logs = fastgrad.GradientFeatures(model, log=True, **kwargs)(x)
     truth = true_norms(model, (x,), lambda i, z: losses.delta(z, "predicted", loss="cross_entropy"))
     used = truth.sum(0) > 0
     assert torch.isfinite(logs).all()
     assert torch.allclose(logs[:, used].double(), truth[:, used].log(), rtol=1e-5)
+    with torch.no_grad():
+        model.head.bias[1] += 1e4
+    assert (fastgrad.GradientFeatures(model, log=True, **kwargs)(x)[1][:, used] < logs[:, used]).all()
 
 
 def _state(model: nn.Module) -> list[Any]:
