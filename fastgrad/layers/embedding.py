@@ -12,8 +12,8 @@ from fastgrad.layers.registry import LayerRule
 def embedding(module: nn.Module, index: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for ``torch.nn.Embedding``: positions with the same index add up before the norm is taken.
 
-    The sum over pairs of positions with one index, ``sum_{i_t = i_t'} g_t . g_t'``, is a masked Gram matrix;
-    its last reduction runs in float64 because its terms have both signs.
+    Each position takes the sum ``s_t`` of its index, whose c_t positions count ``||s_t||^2 / c_t`` each. Unlike the sum
+    over pairs of positions, that has no terms of both signs.
     """
     assert isinstance(module, nn.Embedding)
     (g,) = upcast(g)
@@ -23,9 +23,8 @@ def embedding(module: nn.Module, index: Tensor, g: Tensor) -> dict[str, Tensor]:
         g = g * (index != module.padding_idx).unsqueeze(-1)
     if g.shape[1] == 1:
         return {"weight": sqnorm(g[:, 0])}
-    same = index.unsqueeze(1) == index.unsqueeze(2)
-    gram = torch.bmm(g, g.transpose(1, 2)) * same
-    return {"weight": gram.sum((1, 2), dtype=torch.float64).to(g.dtype)}
+    same = (index.unsqueeze(1) == index.unsqueeze(2)).to(g.dtype)
+    return {"weight": (torch.bmm(same, g).square().sum(2) / same.sum(2)).sum(1)}
 
 
 EMBEDDING = LayerRule("embedding", embedding, positions=True, in_place=True)

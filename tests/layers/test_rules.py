@@ -395,6 +395,16 @@ def test_cancelling_positions_keep_their_accuracy() -> None:
     # The terms are about 1e6 times the result in square; float32 keeps 1e-7 of them in the direct form.
     assert ((found - truth).abs() / truth).max() < 1e-3
 
+    table, index = nn.Embedding(3, 5), torch.tensor([[0, 0, 0, 0], [1, 2, 1, 2], [2, 0, 2, 2]])
+    gradient = torch.randn(3, 4, 5)
+    for word in range(3):
+        same = (index == word).unsqueeze(2) * 1.0
+        gradient -= same * (gradient * same).sum(1, keepdim=True) / same.sum(1, keepdim=True).clamp(min=1) * (1 - 1e-3)
+    with fastgrad.record(table):
+        found = fastgrad.grad_sqnorm(table(index), list(table.parameters()), grad_outputs=gradient)[0]
+    truth = true_norms(table, (index,), lambda i, _: gradient[i : i + 1])[:, 0]
+    assert ((found - truth).abs() / truth).max() < 1e-3
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("affine", [True, False])
