@@ -76,6 +76,8 @@ class NoiseScale:
                 f"sqnorms; it was {total:.6g}"
             )
         single, batch = float(norms.mean()), total / count**2
+        # The mean of squares is at least the square of the mean; where samples are nearly alike, rounding may deny it.
+        single = max(single, batch)
         keep, add = (1.0, 1.0) if self._decay is None else (self._decay, 1 - self._decay)
         self._gradient = keep * self._gradient + add * (count * batch - single) / (count - 1)
         self._trace = keep * self._trace + add * count * (single - batch) / (count - 1)

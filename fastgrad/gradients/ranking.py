@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from fastgrad import checks
+from fastgrad import checks, losses
 from fastgrad.batches import as_call, bar, batch_size, refuse_probabilities, split_batch, to_device
 from fastgrad.gradients.contrasts import NoClassError
 from fastgrad.gradients.features import GradientFeatures
@@ -103,7 +103,7 @@ def rank_samples(
             )
     checks.is_loader("loader", loader)
     checks.is_bool("verbose", verbose)
-    extractor = GradientFeatures(model, loss="cross_entropy", layers=layers)
+    extractor = GradientFeatures(model, loss="cross_entropy", layers=layers, log=True)
     device = next(model.parameters()).device
     parts: list[dict[str, Tensor]] = []
     for batch in bar(loader, "samples", verbose):
@@ -111,20 +111,21 @@ def rank_samples(
         labels = labels.to(device)
         args, kwargs = as_call(to_device(x, device))
         try:
-            logits, sqnorms = extractor(*args, target=labels, **kwargs)
+            logits, logs = extractor(*args, target=labels, **kwargs)
         except NoClassError as error:
             raise ValueError(f"loader must give labels that are classes of the model: {error}") from error
         refuse_probabilities(logits)
-        logp = logits.double().log_softmax(1)
-        own = logp.gather(1, labels.unsqueeze(1)).squeeze(1)
-        residual = logp.exp() - F.one_hot(labels, logits.shape[1])
+        z = logits.double()
+        # From the other classes' logits: 1 - p has no digits left where p is nearly 1.
+        others = z.scatter(1, labels.unsqueeze(1), -torch.inf).logsumexp(1)
+        own = F.logsigmoid(z.gather(1, labels.unsqueeze(1)).squeeze(1) - others)
         found = {
             "label": labels,
             "predicted": logits.argmax(1),
             "loss": -own,
             "confidence": own.exp(),
-            "el2n": residual.norm(dim=1),
-            "grand": sqnorms.double().sum(1).sqrt(),
+            "el2n": losses.target_norms(z, labels, loss="cross_entropy").sqrt(),
+            "grand": (logs.double().logsumexp(1) / 2).exp(),
         }
         parts.append({name: value.detach().cpu() for name, value in found.items()})
     if not any(len(part["label"]) for part in parts):

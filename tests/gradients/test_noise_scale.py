@@ -71,6 +71,14 @@ def test_no_estimate_and_no_gradient() -> None:
     assert noise.scale == math.inf
 
 
+def test_samples_that_are_alike_have_no_negative_noise() -> None:
+    noise = fastgrad.NoiseScale()
+    noise.update(torch.ones(4), 16 * (1 + 1e-6))
+    assert noise.trace == 0
+    assert noise.scale == 0
+    assert noise.gradient_sqnorm == pytest.approx(1)
+
+
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [

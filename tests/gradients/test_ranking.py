@@ -51,6 +51,21 @@ def test_columns_are_their_definitions(model: nn.Module) -> None:
         assert table.predicted[i] == int(p.argmax())
 
 
+@pytest.mark.parametrize("margin", [20.0, 60.0, 200.0])
+def test_the_confident_have_an_order_too(margin: float) -> None:
+    model = nn.Linear(3, 3)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(3))
+        model.bias.zero_()
+    x = torch.tensor([[margin, 0.0, 0.0], [margin + 1, 0.0, 0.0]])
+    table = fastgrad.rank_samples(model, [(x, torch.zeros(2, dtype=torch.long))])
+    rest = 2 * np.exp(-x[:, 0].double().numpy())  # 1 - p, up to its square
+    assert table.loss == pytest.approx(rest, rel=1e-6, abs=0)
+    assert table.el2n == pytest.approx(np.sqrt(1.5) * rest, rel=1e-6, abs=0)
+    grand = np.sqrt(1.5) * rest * np.sqrt(x.double().square().sum(1).numpy() + 1)
+    assert table.grand == pytest.approx(grand, rel=1e-4, abs=0)
+
+
 def test_the_suspicious_come_first(model: nn.Module) -> None:
     table = fastgrad.rank_samples(model, [(X[:9], Y[:9])], verbose=False)
     for by in ("grand", "el2n", "loss"):
