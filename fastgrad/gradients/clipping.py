@@ -106,7 +106,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
 
         Returns:
             The norms before clipping, ``(B,)``, or ``(B, G)`` for G groups, in the order of ``max_norm``; float32
-            (float64 for a float64 model).
+            (float64 for a float64 model). A norm whose square is beyond the dtype's range is 0 (its sample is not
+            clipped) or infinite (its sample counts nothing).
 
         Raises:
             TypeError: If ``losses`` is no floating-point tensor.

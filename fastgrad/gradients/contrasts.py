@@ -54,11 +54,13 @@ def contrast_sqnorm(
         loss: ``"cross_entropy"``, ``"bce"`` (with logits), ``"mse"`` (on logits) or ``"brier"`` (mse on softmax).
         bias: Whether the layer's bias gradient belongs to the norm: ``||delta||^2 (||h||^2 + 1)`` or without the 1.
         reduction: Of the loss over classes, ``"sum"`` or ``"mean"``.
-        log: Return the natural logarithm, computed in log space, so that nothing underflows.
+        log: Return the natural logarithm. ``||delta||^2`` is computed in log space, so that it does not underflow;
+            ``||h||^2`` is not.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``; an explicit choice never falls back.
 
     Returns:
-        ``(..., N)``, float32 (float64 for float64 logits). NaN or infinity in one row reaches that row only.
+        ``(..., N)``, float32 (float64 for float64 logits). NaN or infinity in one row reaches that row only. Where
+        ``||h||^2`` is beyond the dtype's range (a feature of 1.8e19 in float32), all of the row is infinite or NaN.
 
     Raises:
         TypeError: A tensor is missing or not floating, or only one of them is float64.

@@ -35,11 +35,13 @@ class Temperature(Fitted):
             labels: ``(n,)``, class indices; checked, as the loaders' are.
         """
         z = logits.detach().double()
-        own = z.gather(1, labels.to(z.device).long().unsqueeze(1)).sum()
+        # A class that is masked out has probability 0 at any temperature.
+        finite = z.masked_fill(z == -torch.inf, 0)
+        own = finite.gather(1, labels.to(z.device).long().unsqueeze(1)).sum()
 
         def slope(inverse: float) -> float:
             """Of the objective, rising in ``inverse``."""
-            expected = (torch.softmax(inverse * z, 1) * z).sum()
+            expected = (torch.softmax(inverse * z, 1) * finite).sum()
             return float(expected - own) + 1 - 1 / inverse
 
         low, high = -math.log(_WIDEST), math.log(_WIDEST)

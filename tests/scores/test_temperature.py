@@ -40,6 +40,12 @@ def test_minimises_what_it_says(count):
     assert float(Temperature.fit(torch.tensor(z), labels).temperature) == pytest.approx(np.exp(-best), rel=1e-6)
 
 
+def test_a_class_that_is_masked_out_changes_nothing():
+    logits, labels = drawn(300, 2)
+    masked = torch.nn.functional.pad(3 * logits, (0, 1), value=-torch.inf)
+    assert float(Temperature.fit(masked, labels).temperature) == float(Temperature.fit(3 * logits, labels).temperature)
+
+
 def test_extremes_stay_finite():
     logits, labels = drawn(500, 1)
     for values in (
