@@ -40,7 +40,7 @@ def targets(kind: str, logits: torch.Tensor, generator: torch.Generator) -> tupl
     y[0] = F.one_hot(top[0], N)
     y[1] = 0.9 * F.one_hot(top[1], N) + 0.1 / N
     y[2] = F.one_hot(logits[2].argmin(), N)
-    y[4] = F.one_hot(top[4], N) * (1 - 1e-6) + F.one_hot(logits[4].argmin(), N) * 1e-6
+    y[-2] = F.one_hot(top[-2], N) * (1 - 1e-6) + F.one_hot(logits[-2].argmin(), N) * 1e-6
     return y, y.double()
 
 
