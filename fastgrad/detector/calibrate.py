@@ -88,7 +88,9 @@ class DetectorModule(Fitted):
         """As `explain`, and log probabilities ``(B, C)`` of the classifier of challenges, "clean" first."""
         raw, log_p = values_of(self.scores, blocks)
         evidence = self.evidence(raw)
-        return infinite_where_nan(self.total(evidence)), infinite_where_nan(self.by_source(evidence)), log_p
+        # A comparison with NaN is false, and would pass for reliable.
+        total, parts = (v.where(~v.isnan(), torch.inf) for v in (self.total(evidence), self.by_source(evidence)))
+        return total, parts, log_p
 
     def total(self, evidence: Tensor) -> Tensor:
         """-log p ``(B,)`` of the sum of ``evidence`` ``(B, K)``."""
@@ -138,11 +140,6 @@ def values_of(scores: Iterable[Score], blocks: Mapping[str, Tensor]) -> tuple[Te
         values.append(value)
     raw = torch.stack(values)
     return raw, raw.new_empty(raw.shape[1], 0) if log_p is None else log_p
-
-
-def infinite_where_nan(values: Tensor) -> Tensor:
-    """A comparison with NaN is false, and would pass for reliable."""
-    return torch.where(values.isnan(), torch.inf, values)
 
 
 @dataclass(frozen=True)

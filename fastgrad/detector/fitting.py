@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,14 @@ def fit(
         result.risk_, why = _risk(two_stage, own, sample, features, found, fresh, options)
         return result, found, why
 
-    price = _price(two_stage, blocks, x, subject, lambda chosen: complete(chosen)[0])
+    if two_stage.blocks is None:
+        price = fit_to_budget(
+            two_stage.model, blocks, x, two_stage.budget, subject=subject, answer=lambda some: complete(some)[0]
+        )
+    else:
+        # What was named is kept at whatever price.
+        names, predicted = tuple(block.name for block in blocks), 1 + sum(block.price(subject) for block in blocks)
+        price = PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x), math.nan)
     result, found, why = complete(tuple(block for block in blocks if block.name in price.blocks))
     for name in ("extraction_", "detector_", "classifier_", "gate_", "temperature_", "risk_"):
         setattr(two_stage, name, getattr(result, name))
@@ -273,21 +280,6 @@ def _read(extraction: Extraction, two_stage: TwoStageModel, sample: Sample, verb
         chosen = ~sample.held_out[: len(sample.clean)]
         reader.generated(two_stage.model, sample.clean, chosen, sample.each, sample.pixels, two_stage.seed)
     return reader.features()
-
-
-def _price(
-    two_stage: TwoStageModel,
-    blocks: Sequence[Block],
-    x: Inputs,
-    subject: Subject,
-    answer: Callable[[tuple[Block, ...]], Callable[[Inputs], object]],
-) -> PriceReport:
-    """The blocks that fit the budget, measured as they will run; those that were named, at whatever price."""
-    if two_stage.blocks is None:
-        return fit_to_budget(two_stage.model, blocks, x, two_stage.budget, subject=subject, answer=answer)
-    predicted = 1 + sum(block.price(subject) for block in blocks)
-    names = tuple(block.name for block in blocks)
-    return PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x), math.nan)
 
 
 def _risk(

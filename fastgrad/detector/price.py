@@ -97,7 +97,7 @@ def fit_to_budget(
             f"the budget must be at least {measured:.2f} for the block {kept[0].name!r}, which is kept alone; it was "
             f"{limit:g}. Each call has a fixed cost: larger batches or a larger network bring the price down",
             RuntimeWarning,
-            stacklevel=6,  # whoever calls `TwoStageModel.fit`
+            stacklevel=5,  # whoever calls `TwoStageModel.fit`
         )
     predicted = 1 + sum(block.price(subject) for block in kept)
     names = tuple(block.name for block in kept)
