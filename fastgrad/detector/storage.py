@@ -32,6 +32,8 @@ def save(path: str | os.PathLike[str], modules: Mapping[str, Fitted], extra: Map
     """Write ``modules`` and ``extra`` (JSON) to ``path``; the file appears whole or not at all."""
     from safetensors.torch import save as serialise
 
+    checks.is_path(path=path)
+    target = Path(path)
     tensors = {
         f"{name}.{key}": value.detach().cpu().contiguous().clone()
         for name, module in modules.items()
@@ -47,8 +49,6 @@ def save(path: str | os.PathLike[str], modules: Mapping[str, Fitted], extra: Map
     }
     data = serialise(tensors, {_KEY: json.dumps(content)})
     digest = hashlib.sha256(data).hexdigest()
-    checks.is_path(path=path)
-    target = Path(path)
     with written_beside(target) as file:
         file.write_bytes(data.replace(_EMPTY.encode(), digest.encode(), 1))
     return target
