@@ -5,9 +5,10 @@
 #     bash bench/gpu/gpu.sh --out DIR --dry-run      # every step on a CPU, in Triton's interpreter, at tiny sizes
 #
 # Needs a checkout, Python with PyTorch, Triton, pytest, pytest-benchmark and hypothesis, and the C compiler and Python
-# headers that Triton builds its launcher with: no installation, no network. What is missing, ncu and compute-sanitizer too,
-# its step says. A step that fails or takes too long does not stop the next; the exit status is 0 only if all passed. Written to DIR: environment.txt, tests.txt, kernels.json, one JSON file a table,
-# ncu.csv, sanitizer.txt and, last, summary.md.
+# headers that Triton builds its launcher with: no installation, no network. What is missing, ncu and compute-sanitizer
+# too, its step says. A step that fails or takes too long does not stop the next; the exit status is 0 only if all passed.
+# Written to DIR: environment.txt, tests.txt, kernels.json, one JSON file a table, ncu.csv, sanitizer.txt and, last,
+# summary.md.
 set -u
 
 out=

@@ -26,7 +26,7 @@ def noise(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
 
 
 def blur(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
-    """Gaussian blur; ``sigma`` in pixels of an image 32 pixels wide, others in proportion, as of 24 at least."""
+    """Gaussian blur; ``sigma`` in pixels of an image 32 pixels wide, in proportion to the size from 24 pixels on."""
     height, width = unit.shape[-2:]
     # A Gaussian much narrower than a pixel alters nothing.
     pixels = sigma * max(24, min(height, width)) / 32

@@ -271,7 +271,7 @@ class Network:
 
 
 def _hooks(modules: Sequence[nn.Module], *, backward: bool) -> Iterator[tuple[int, object]]:
-    """Hooks by their modules and what they run: what they do to gradients, no function of a forward pass tells."""
+    """The hooks of modules, by module and code. What they do to gradients shows in no function that a model calls."""
     for module in modules:
         tables = (module._forward_pre_hooks, module._forward_hooks)
         for table in (*tables, module._backward_pre_hooks, module._backward_hooks) if backward else tables:

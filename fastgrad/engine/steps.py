@@ -46,8 +46,8 @@ _current = _Current()
 class Steps(TorchFunctionMode):
     """Notes every function that gives a tensor: its name, the dimensions that it is told, and those of what it gives.
 
-    So are hooks of tensors, which may change gradients. Sizes are not noted: a plan that was tried on a few samples
-    serves batches of any size. ``parameters`` tells by id which parameter a tensor is.
+    It notes hooks of tensors, too, which may change gradients. Sizes are not noted: a plan that was tried on a few
+    samples serves batches of any size. ``parameters`` tells by id which parameter a tensor is.
     """
 
     def __init__(self, parameters: dict[int, int]) -> None:
