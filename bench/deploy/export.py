@@ -26,6 +26,7 @@ from bench.deploy.networks import NETWORKS, Images, network
 from bench.report import pages
 from bench.results_file import parser
 from fastgrad.deploy.file import onnx_export, onnx_file
+from fastgrad.deploy.file.comparison import difference
 from fastgrad.deploy.file.export import compile_function, export
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.detector.model import TwoStageModel
@@ -79,7 +80,7 @@ def loaded(live: TwoStageModel | Run, images: Images, file: Path, tolerance: flo
         [out] if isinstance(out, Tensor) else [value for value in out if value is not None]
         for out in (run(example), live(example))
     )
-    found = max(onnx_export.difference(one, other) for one, other in zip(ours, theirs, strict=True))
+    found = max(difference(one, other) for one, other in zip(ours, theirs, strict=True))
     assert found <= tolerance, (file.name, found)
     return run
 

@@ -24,6 +24,7 @@ from fastgrad import _torch, checks
 from fastgrad.atomic import replace_atomically
 from fastgrad.deploy.drift import ScoreReference
 from fastgrad.deploy.file import onnx_export
+from fastgrad.deploy.file.comparison import compare
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.package import SUFFIXES, Description, write_description
 from fastgrad.engine.state import Repeatable
@@ -65,15 +66,14 @@ def export(
 
     A ``.pt2`` runs on the kind of device that holds ``example_input``, on processors with at least the vector
     instructions that PyTorch uses here (``ATEN_CPU_CAPABILITY`` sets fewer), and under this PyTorch or a newer one. An
-    ``.onnx`` runs wherever ONNX Runtime does. It is checked by ``onnx.checker``, and its answers on ``example_input``
-    are compared with the live module's before it appears. With gradients, rounding that moves an activation across the
-    kink of a ReLU changes the backward pass, and the answer with it.
+    ``.onnx`` runs wherever ONNX Runtime does, and is checked by ``onnx.checker``. The answers of either on
+    ``example_input`` are compared with the live module's before the file appears. With gradients, rounding that moves
+    an activation across the kink of a ReLU changes the backward pass, and the answer with it.
 
     Args:
         two_stage: a fitted `TwoStageModel`, or any module in evaluation mode that returns ``(logits (B, N),
             probabilities (B, N), uncertainty (B,))`` and, if it has one, ``risk (B,)``.
-        example_input: ``(B, ...)``, at least one input. To a ``.pt2`` only its shape, dtype and device matter; an
-            ``.onnx`` is checked on it, so real inputs serve best.
+        example_input: ``(B, ...)``, at least one input. The file is checked on it, so real inputs serve best.
         path: where to write, ending in ``.pt2`` or ``.onnx``. The file appears whole or not at all.
         labels: N class names.
         mean: per-channel mean of the normalization that turned pixels (0 to 1) into inputs.
@@ -85,8 +85,9 @@ def export(
         max_batch: largest batch size.
         one_by_one: whether the file works through a batch one input after another, which on a CPU is faster
             for whole-network gradients of large inputs; None chooses. ONNX files never do.
-        tolerance: largest difference of an ONNX file's outputs from the live module's, relative to their size or 1.
-            The detector may turn 4e-6 of rounding into 1e-4 of evidence.
+        tolerance: largest difference of the file's outputs from the live module's, relative to their size or 1. A
+            larger one passes where rounding explains it: the live module's own answer moves as far when each number of
+            its input moves by 100 units of rounding.
         evidence: whether the graph also returns ``evidence`` ``(B, E)``: which of the E parts of the detector raised
             an alarm (`TwoStageModel.explain`). The server then says so.
 
@@ -98,8 +99,8 @@ def export(
         ValueError: an argument does not fit the model; the module is in training mode, draws random numbers, changes
             its buffers, or gives an input another answer where another is beside it.
         MissingExtraError: an ``.onnx`` needs ``pip install 'fastgrad[onnx]'``.
-        RuntimeError: no C++ compiler is installed for a ``.pt2``, or the module's graph depends on the batch size. For
-            an ``.onnx``: an operation has no ONNX form, or the answers differ by more than ``tolerance``.
+        RuntimeError: no C++ compiler is installed for a ``.pt2``, the module's graph depends on the batch size, the
+            answers differ by more than ``tolerance``, or an operation has no ONNX form.
     """
     checks.is_path(path=path)
     target = Path(path)
@@ -116,18 +117,25 @@ def export(
     onnx = target.suffix == ".onnx"
     if onnx and one_by_one:
         raise ValueError("one_by_one must be None or False for an .onnx, which has no loop; it was True")
-    if onnx and not tolerance > 0:
+    if not tolerance > 0:
         raise ValueError(f"tolerance must be positive; it was {tolerance!r}")
 
     def write(file: Path) -> None:
         if onnx:
-            onnx_export.write(two_stage, answers, example_input, file, description, tolerance=tolerance)
+            onnx_export.write(two_stage, answers, example_input, file, description)
         else:
             compile_function(answers, example_input, file, max_batch=max_batch, one_by_one=one_by_one)
             write_description(file, description)
+        compare(file, answers, example_input, tolerance, _rounding(two_stage, example_input))
 
     replace_atomically(write, target)
     return target
+
+
+def _rounding(two_stage: nn.Module, x: Tensor) -> float:
+    """The relative rounding of the coarsest dtype of inputs and parameters."""
+    values = (x, *(value for value in two_stage.parameters() if value.is_floating_point()))
+    return max(torch.finfo(value.dtype).eps for value in values)
 
 
 def _describe(

@@ -17,7 +17,7 @@ from exported_models import FORMS, X, shapes, two_stage_model
 from onnx_needed import WARNINGS, skip_without_onnx
 from torch import nn
 
-from fastgrad.deploy.file import onnx_export
+from fastgrad.deploy.file.comparison import difference
 from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
 from fastgrad.detector.model import TwoStageModel
@@ -50,13 +50,13 @@ def test_every_block_has_an_onnx_form(form: str) -> None:
         (prediction, evidence), (expected, reasons, _) = package.explain(x), live.explain(x)
         assert list(evidence) == list(reasons)
         for ours, theirs in zip(prediction[:3], expected[:3], strict=True):
-            assert onnx_export.difference(ours, theirs) <= ROUNDING
+            assert difference(ours, theirs) <= ROUNDING
         for block, found in evidence.items():
             # What is sent back for a confident answer is small: an absolute difference of its logits is a relative one
             # of the signal, and twice that of a squared norm, of which the logarithm is read.
             squared = block == "gradients"
             rounding = 2 * float((prediction.logits - expected.logits).abs().max()) if squared else 0.0
-            assert onnx_export.difference(found, reasons[block]) <= ROUNDING + rounding
+            assert difference(found, reasons[block]) <= ROUNDING + rounding
 
 
 def test_what_is_not_finite_is_so_in_the_file() -> None:
@@ -64,7 +64,7 @@ def test_what_is_not_finite_is_so_in_the_file() -> None:
     for value in (torch.nan, torch.inf, -torch.inf, 1e20, 1e38, 0.0):
         x = torch.full((2, 3, 8, 8), value)
         for ours, theirs in zip(package(x)[:3], live(x)[:3], strict=True):
-            assert onnx_export.difference(ours, theirs) <= ROUNDING, value
+            assert difference(ours, theirs) <= ROUNDING, value
 
 
 # Numpy and ONNX Runtime alone, as in a service that has no PyTorch.
@@ -104,7 +104,7 @@ def test_answers_where_only_numpy_and_onnx_runtime_are(tiny_onnx: Path, tmp_path
     found = np.load(tmp_path / "out.npz")
     for name, x in batches.items():
         for part, theirs in zip(("logits", "p", "u"), live(x), strict=True):
-            assert onnx_export.difference(torch.from_numpy(found[f"{name}-{part}"]), theirs) <= ROUNDING
+            assert difference(torch.from_numpy(found[f"{name}-{part}"]), theirs) <= ROUNDING
 
 
 def test_nothing_of_the_machine_travels_in_the_file(tiny_onnx: Path) -> None:
@@ -194,7 +194,7 @@ def test_backward_passes_of_other_layers(network: str, tmp_path: Path) -> None:
     live = TwoStageModel(net.eval(), blocks=["logits", "gradients"]).fit([x], None)
     package = ModelPackage(export(live, shapes(8, 3)[0], tmp_path / "m.onnx", tolerance=1e-4))
     for ours, theirs in zip(package(x[:5])[:3], live(x[:5])[:3], strict=True):
-        assert onnx_export.difference(ours, theirs) <= 1e-4
+        assert difference(ours, theirs) <= 1e-4
 
 
 def test_a_network_that_looks_words_up(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_network_that_looks_words_up(tmp_path: Path) -> None:
     package = ModelPackage(export(live, texts[:3], tmp_path / "m.onnx"))
     for x in (texts[:1], texts[:2], texts, torch.zeros(2, 12)):
         for ours, theirs in zip(package(x)[:3], live(x), strict=True):
-            assert onnx_export.difference(ours, theirs) <= ROUNDING
+            assert difference(ours, theirs) <= ROUNDING
 
 
 def test_an_lstm_is_translated_step_by_step(tmp_path: Path) -> None:
@@ -234,4 +234,4 @@ def test_an_lstm_is_translated_step_by_step(tmp_path: Path) -> None:
     package = ModelPackage(export(live, x[:3], tmp_path / "m.onnx"))
     for batch in (1, 2, 7):
         for ours, theirs in zip(package(x[:batch])[:3], live(x[:batch]), strict=True):
-            assert onnx_export.difference(ours, theirs) <= ROUNDING
+            assert difference(ours, theirs) <= ROUNDING

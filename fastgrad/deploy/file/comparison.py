@@ -1,0 +1,77 @@
+"""A new file's answers beside the live module's, before it appears under its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgrad.deploy.file.package import ModelPackage
+
+#: Of the dtype, by which an input moves in place of the rounding of all layers.
+_UNITS = 100
+#: What a convolution on a GPU rounds its operands to, by PyTorch's own settings.
+_TF32 = 2.0**-11
+
+
+@torch.no_grad()
+def compare(
+    path: Path, answers: Callable[[Tensor], tuple[Tensor, ...]], example_input: Tensor, tolerance: float, unit: float
+) -> None:
+    """Raise RuntimeError where the file's answers are not the live module's.
+
+    Asked are the inputs together, one alone, three, and one of NaN, which must not pass for reliable; which blocks say
+    so may differ, as a gradient passes a ReLU of NaN or becomes NaN there. A network that looks its input up in a
+    table, as of words, has no answer to NaN.
+
+    Args:
+        path: The file.
+        answers: What the file should give, of the live module: logits, probabilities, uncertainty, and the others.
+        example_input: ``(B, ...)``.
+        tolerance: Largest difference. A larger one passes where the live module's own answer moves as far when each
+            number of its input moves by rounding: a detector of a network that was not trained magnifies it.
+        unit: The relative rounding of the network's coarsest dtype.
+    """
+    package = ModelPackage(path)
+    example_input = example_input[: package.description.max_batch]
+    three = example_input[torch.arange(3) % len(example_input)]
+    unknown = torch.full_like(three[:1], torch.nan)
+    for x in (example_input, three[:1], three[: package.description.max_batch], unknown):
+        try:
+            expected = answers(x)
+        except IndexError:
+            if x is unknown:
+                continue
+            raise
+        prediction, evidence = package.explain(x)
+        found = {name: value for name, value in prediction._asdict().items() if value is not None}
+        if evidence and x is not unknown:
+            found["evidence"] = torch.stack(list(evidence.values()), -1)
+        for i, (name, ours) in enumerate(found.items()):
+            worst = difference(ours, expected[i])
+            if worst <= tolerance or any(worst <= difference(answers(y)[i], expected[i]) for y in _moved(x, unit)):
+                continue
+            raise RuntimeError(
+                f"the file's {name} differ from the live module's by {worst:.2g}, relative, in a batch of {len(x)} "
+                f"like example_input; at most {tolerance:g} is allowed (tolerance), more than rounding explains. "
+                "Give real inputs as example_input, or allow more"
+            )
+
+
+def _moved(x: Tensor, unit: float) -> Iterator[Tensor]:
+    """The inputs with rounding in each number, twice."""
+    step = _UNITS * max(unit, _TF32 if x.is_cuda else 0.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        yield x + x.abs() * step * (2 * torch.rand(x.shape, generator=generator) - 1).to(x)
+
+
+def difference(ours: Tensor, live: Tensor) -> float:
+    """Largest difference relative to the live value's size or 1; infinite where only one is finite, or NaN."""
+    ours, live = ours.double().cpu(), live.double().cpu()
+    apart = (ours - live).abs() / live.abs().clamp(min=1)
+    # Equal infinities and NaN in the same place are no difference.
+    same = (ours == live) | (ours.isnan() & live.isnan())
+    return float(torch.where(same, 0.0, apart.nan_to_num(nan=torch.inf)).max())
