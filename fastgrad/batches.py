@@ -101,17 +101,17 @@ def logits_of(output: Any) -> Tensor:
     """The logits in a model's output: a tensor, ``.logits``, ``["logits"]``, or the first of a tuple."""
     if isinstance(output, Tensor):
         return output
-    found = getattr(output, "logits", None)
-    if found is None and isinstance(output, dict):
-        found = output.get("logits")
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, dict):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, (tuple, list)) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
         raise TypeError(
             "model must return logits as a tensor, as .logits, under 'logits' or first in a tuple; "
             f"it returned {type(output).__name__}"
         )
-    return found
+    return logits
 
 
 def class_logits(output: Any) -> Tensor:

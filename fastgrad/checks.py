@@ -36,10 +36,10 @@ def is_tensor(name: str, value: object) -> None:
 
 def tensors(name: str, value: object) -> list[torch.Tensor]:
     """A tensor, or several, as a list; TypeError for anything else."""
-    found = [value] if isinstance(value, torch.Tensor) else list(value) if isinstance(value, Iterable) else None
-    if found is None or not all(isinstance(item, torch.Tensor) for item in found):
+    items = [value] if isinstance(value, torch.Tensor) else list(value) if isinstance(value, Iterable) else None
+    if items is None or not all(isinstance(item, torch.Tensor) for item in items):
         raise TypeError(f"{name} must be a tensor or a sequence of tensors; it was {value!r}")
-    return found
+    return items
 
 
 def is_float(name: str, value: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ kernel is decorated.
 
 from __future__ import annotations
 
+import collections
 import importlib.metadata
 import importlib.util
 import os
@@ -40,7 +41,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if whole and getattr(options, "numprocesses", 0) is None and not (options.usepdb or options.collectonly):
         options.numprocesses = min(PROCESSES, 1 + (os.cpu_count() or 1))
         # Tests of one file share servers.
-        options.dist = "loadfile"
+        options.dist, options.loadscopereorder = "loadfile", False
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,6 +59,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Of files that take turns at the processes, long ones begin, or one of them would go on alone at the end.
+        count = collections.Counter(item.path for item in items)
+        items.sort(key=lambda item: ("deploy" not in item.path.parts, -count[item.path]))
     without_gpu = pytest.mark.skip(reason="needs a GPU")
     slow = pytest.mark.skip(reason="slow; run with -m slow")
     for item in items:

@@ -255,13 +255,13 @@ def generate_challenges(
     _check(model, images, full, batch_size)
     checks.at_least(0, seed=seed)
     pixels = PixelRange.of(images, clip=clip, mean=mean, std=std)
-    found = {}
+    challenges = {}
     for name in full:
         # A seed for every name: what one challenge looks like does not depend on which others are made.
         generator = _generator(f"{seed}/{name}")
         places, size = range(len(images)), batch_size or _fitting(images)
-        found[name] = _altered(model, images.detach(), places, [name] * len(images), generator, pixels, size)
-    return found
+        challenges[name] = _altered(model, images.detach(), places, [name] * len(images), generator, pixels, size)
+    return challenges
 
 
 @torch.inference_mode(False)

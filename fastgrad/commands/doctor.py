@@ -54,7 +54,7 @@ def examine() -> dict[str, Any]:
 
 
 def _implementations(device: torch.device) -> dict[str, dict[str, str]]:
-    found = {}
+    dtypes = {}
     for dtype in FLOAT_DTYPES:
         refusal = triton_refusal(device, dtype)
         runs = choose("auto", torch.empty(0, device=device, dtype=dtype))
@@ -64,8 +64,8 @@ def _implementations(device: torch.device) -> dict[str, dict[str, str]]:
             reason = "the interpreter is for tests; impl='triton' uses it"
         else:
             reason = refusal
-        found[str(dtype).removeprefix("torch.")] = {"auto": runs, "why": reason}
-    return found
+        dtypes[str(dtype).removeprefix("torch.")] = {"auto": runs, "why": reason}
+    return dtypes
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -110,13 +110,13 @@ def _paths(model: str | None, named: list[str]) -> str | dict[str, str]:
         raise ValueError("give one MODEL, or --model NAME=PATH as often as there are models")
     if model is not None:
         return model
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for pair in named:
         name, equals, path = pair.partition("=")
-        if not (name and equals and path) or name in found:
+        if not (name and equals and path) or name in paths:
             raise ValueError(f"--model must be NAME=PATH, each name once; it was {pair!r}")
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 def _is_loopback(host: str) -> bool:

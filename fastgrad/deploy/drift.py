@@ -231,13 +231,13 @@ class DriftMonitor:
 
     def summary(self) -> str:
         """In one sentence: whether there is an alarm, on how many inputs, and with which error rate."""
-        found = f"Drift was shown at input {self.alarm_at} of" if self.alarm else "No drift was shown in"
+        verdict = f"Drift was shown at input {self.alarm_at} of" if self.alarm else "No drift was shown in"
         if self.form == "average":
             rate = f"without drift a false alarm comes once in {1 / self.false_alarm_rate:g} inputs or later on average"
         else:
             rate = f"the probability of ever raising this alarm without drift is at most {self.false_alarm_rate:g}"
         compared = f"compared with {self.reference.counts.sum():g} clean ones"
-        return f"{found} {self.count} inputs, {compared}; {rate}."
+        return f"{verdict} {self.count} inputs, {compared}; {rate}."
 
 
 def _finite(scores: ArrayLike) -> FloatArray:

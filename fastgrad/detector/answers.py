@@ -88,21 +88,21 @@ def fit_answers(
 
     classes = features.logits.shape[1]
     random = np.random.default_rng(two_stage.seed)
-    kept = labelled & (sample.held_out | (random.random(count) < constants.UNSEEN))
-    trained = labelled & ~kept
-    enough = kept.sum() >= constants.FEWEST_LABELLED and len(np.unique(sample.labels[trained])) == classes
+    unseen = labelled & (sample.held_out | (random.random(count) < constants.UNSEEN))
+    trained = labelled & ~unseen
+    enough = unseen.sum() >= constants.FEWEST_LABELLED and len(np.unique(sample.labels[trained])) == classes
     if not enough:
-        kept, trained = np.zeros(count, bool), labelled
+        unseen, trained = np.zeros(count, bool), labelled
     classifier: IntrospectiveClassifier = clone(two_stage.classifier)
     places = places_of(trained)
     classifier.fit(*rows(places), groups=features.groups[places])
     if enough:
-        classifier.calibrate(*rows(places_of(kept)))
-    return Answers(classifier.to_module().to(device), None, temperature), kept
+        classifier.calibrate(*rows(places_of(unseen)))
+    return Answers(classifier.to_module().to(device), None, temperature), unseen
 
 
 def gated(
-    answers: Answers, sample: Sample, features: collect.Features, found: Calibrated, device: torch.device
+    answers: Answers, sample: Sample, features: collect.Features, calibrated: Calibrated, device: torch.device
 ) -> Answers:
     """Return the answers with a gate by a detector's evidence, where the classifier was trained on challenges."""
     if answers.classifier is None or sample.labels is None:
@@ -111,7 +111,7 @@ def gated(
     if not (challenging & (labels_of_rows(sample, features, sample.labels >= 0) >= 0)).any():
         return answers
     unusual = torch.from_numpy(challenging)
-    return answers._replace(gate=NoisyOr.fit(None, found.evidence, unusual, unusual).to(device))
+    return answers._replace(gate=NoisyOr.fit(None, calibrated.evidence, unusual, unusual).to(device))
 
 
 def labels_of_rows(sample: Sample, features: collect.Features, counted: NDArray[np.bool_]) -> NDArray[np.int64]:

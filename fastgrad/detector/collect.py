@@ -38,8 +38,8 @@ class Drawn:
 
     def images(self) -> list[Tensor]:
         """The batches where they are images ``(B, C, H, W)``, floating; none where they are not."""
-        found = [x for x in self.batches if isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()]
-        return found if len(found) == len(self.batches) else []
+        images = [x for x in self.batches if isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()]
+        return images if len(images) == len(self.batches) else []
 
 
 def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bool | None = False) -> Drawn:

@@ -128,18 +128,18 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         challenging, self.classes_ = challenging_of(y, count)
         codes, numbers = kinds_of(kinds, challenging), checks.groups_of(groups, count)
         random = check_random_state(self.random_state)
-        apart = held_out_of(held_out, challenging, numbers, self.calibration_fraction, random)
+        calibrating = held_out_of(held_out, challenging, numbers, self.calibration_fraction, random)
         folds = self.folds
-        if folds is None and apart.any():
+        if folds is None and calibrating.any():
             folds = constants.FOLDS_OF_SPLIT
         elif folds is None:
             folds = constants.FOLDS_OF_FEW if count - challenging.sum() < constants.FEW else constants.FOLDS
-        table = Table(blocks, self._known, codes, numbers, apart, self.log)
+        table = Table(blocks, self._known, codes, numbers, calibrating, self.log)
         # Of small products. NumPy's threads and PyTorch's, which spin, would wait for each other: three times as long.
         with threadpool_limits(limits=1):
-            found = fit_detector(table, int(folds), random)
-        self.module_ = found.module
-        return found
+            calibrated = fit_detector(table, int(folds), random)
+        self.module_ = calibrated.module
+        return calibrated
 
     def decision_function(self, X: Features) -> Array:
         """Uncertainty ``(B,)``: -log of the p-value. Higher is less reliable; compare with `threshold`."""

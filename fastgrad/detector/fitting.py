@@ -108,7 +108,7 @@ def fit(
         """What would answer with these blocks, what its detector was made of, and where its risk comes from."""
         names = [block.name for block in chosen]
         detector: UncertaintyDetector = clone(base)
-        found = detector._fit_table(
+        calibrated = detector._fit_table(
             {name: features.blocks[name] for name in names},
             (features.kinds != "").astype(int),
             kinds=features.kinds,
@@ -116,14 +116,14 @@ def fit(
             groups=features.groups,
             known={block.name: block for block in blocks},
         )
-        own = gated(answers, sample, features, found, two_stage.device)
+        answering = gated(answers, sample, features, calibrated, two_stage.device)
         result = copy.copy(two_stage)
         result._modules = dict(two_stage._modules)
         result.extraction_ = extraction.of([one for one in reading if one.name in names or one not in blocks])
-        result.detector_ = found.module.to(two_stage.device)
-        result.classifier_, result.gate_, result.temperature_ = own
-        result.risk_, why = _risk(two_stage, own, sample, features, found, fresh, options)
-        return result, found, why
+        result.detector_ = calibrated.module.to(two_stage.device)
+        result.classifier_, result.gate_, result.temperature_ = answering
+        result.risk_, why = _risk(two_stage, answering, sample, features, calibrated, fresh, options)
+        return result, calibrated, why
 
     if two_stage.blocks is None:
         price = fit_to_budget(
@@ -133,11 +133,11 @@ def fit(
         # What was named is kept at whatever price.
         names, predicted = tuple(block.name for block in blocks), 1 + sum(block.price(subject) for block in blocks)
         price = PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x), math.nan)
-    result, found, why = complete(tuple(block for block in blocks if block.name in price.blocks))
+    result, calibrated, why = complete(tuple(block for block in blocks if block.name in price.blocks))
     for name in ("extraction_", "detector_", "classifier_", "gate_", "temperature_", "risk_"):
         setattr(two_stage, name, getattr(result, name))
-    two_stage.report_ = _report(sample, features, price, found, why)
-    two_stage._gains = functools.partial(gains, found.table, features.kinds)
+    two_stage.report_ = _report(sample, features, price, calibrated, why)
+    two_stage._gains = functools.partial(gains, calibrated.table, features.kinds)
 
 
 def _drawn(
@@ -158,17 +158,17 @@ def _drawn(
         checks.is_loader(name, loader)
         return collect.draw(name, loader, options.max_samples, seed + shift, verbose=options.verbose)
 
-    own = draw("clean", clean, 0)
-    if len(own) < constants.FEWEST_CLEAN:
+    drawn = draw("clean", clean, 0)
+    if len(drawn) < constants.FEWEST_CLEAN:
         raise ValueError(
             f"clean must give at least {constants.FEWEST_CLEAN} inputs, with which a false-alarm rate of "
-            f"{1 / (constants.FEWEST_CLEAN + 1):.2f} is possible; it gave {len(own)}"
+            f"{1 / (constants.FEWEST_CLEAN + 1):.2f} is possible; it gave {len(drawn)}"
         )
-    apart = None if calibration is None else draw("calibration", calibration, 1)
-    if apart is not None and len(apart) < constants.FEWEST_CLEAN:
-        raise ValueError(f"calibration must give at least {constants.FEWEST_CLEAN} inputs; it gave {len(apart)}")
+    calibrating = None if calibration is None else draw("calibration", calibration, 1)
+    if calibrating is not None and len(calibrating) < constants.FEWEST_CLEAN:
+        raise ValueError(f"calibration must give at least {constants.FEWEST_CLEAN} inputs; it gave {len(calibrating)}")
     given = None if challenges is None or isinstance(challenges, str) else draw("challenges", challenges, 2)
-    return Sample(own, apart, given, None, np.zeros(0, bool), 0, None)
+    return Sample(drawn, calibrating, given, None, np.zeros(0, bool), 0, None)
 
 
 def _checked(
@@ -262,8 +262,8 @@ def _require_own(extraction: Extraction, x: Inputs) -> None:
     whole, *parts = (extraction(take(x, slice(*ends), samples))[1] for ends in ((0, 8), (0, 2), (2, 8)))
     # Random numbers come in another order.
     for name, values in whole.items() if before.same() else ():
-        apart = torch.cat([part[name] for part in parts]).float()
-        if len(values) != min(8, samples) or apart.shape != values.shape or not agree(apart, values.float(), _ROUNDING):
+        alone = torch.cat([part[name] for part in parts]).float()
+        if len(values) != min(8, samples) or alone.shape != values.shape or not agree(alone, values.float(), _ROUNDING):
             raise ValueError(
                 f"blocks must hold a row for each sample that is its own; {name!r} has other rows, or other values "
                 "with other samples in the batch"
@@ -287,7 +287,7 @@ def _risk(
     answers: Answers,
     sample: Sample,
     features: collect.Features,
-    found: Calibrated,
+    calibrated: Calibrated,
     fresh: NDArray[np.bool_],
     options: FitOptions,
 ) -> tuple[Risk | None, str]:
@@ -307,18 +307,22 @@ def _risk(
     with torch.no_grad():
         device = two_stage.device
         log_p = answers.log_probabilities(
-            features.logits[chosen].to(device), None if h is None else h.to(device), found.evidence[chosen].to(device)
+            features.logits[chosen].to(device),
+            None if h is None else h.to(device),
+            calibrated.evidence[chosen].to(device),
         ).cpu()
     wrong = log_p.argmax(-1) != torch.from_numpy(labels)[chosen]
-    kinds = torch.from_numpy(found.table.kinds)[chosen]
-    risk = Risk.fit(doubt(log_p), found.evidence[chosen], found.log_p[chosen], wrong, kinds)
+    kinds = torch.from_numpy(calibrated.table.kinds)[chosen]
+    risk = Risk.fit(doubt(log_p), calibrated.evidence[chosen], calibrated.log_p[chosen], wrong, kinds)
     made = int((kinds > 0).sum())
     others = f"and {made} of their challenges" if made else "without challenges: unusual inputs do not raise it"
     text = f"from {usual} clean inputs, {int(wrong[kinds == 0].sum())} answered wrongly, {others}"
     return risk.to(device), text
 
 
-def _report(sample: Sample, features: collect.Features, price: PriceReport, found: Calibrated, risk: str) -> Report:
+def _report(
+    sample: Sample, features: collect.Features, price: PriceReport, calibrated: Calibrated, risk: str
+) -> Report:
     made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
     drawn = [one for one in (sample.clean, sample.calibration) if one is not None]
     return Report(
@@ -327,7 +331,7 @@ def _report(sample: Sample, features: collect.Features, price: PriceReport, foun
         seen=sum(one.seen for one in drawn),
         challenges=dict(zip(made.tolist(), counts.tolist(), strict=True)),
         passes=price.predicted + (challenge_cost(sample.each) if sample.each else 0.0),
-        calibrating=len(found.module.calibration_scores),
-        exact=bool(found.module.options["exact"]),
+        calibrating=len(calibrated.module.calibration_scores),
+        exact=bool(calibrated.module.options["exact"]),
         risk=risk,
     )

@@ -126,11 +126,11 @@ def held_out_of(
         if given.shape != challenging.shape or given.dtype != bool:
             raise ValueError(f"held_out must be bool of shape {challenging.shape}; it was {given.dtype}, {given.shape}")
         mask = given & ~challenging
-        kept = int(mask.sum())
-        if kept < 1 or len(clean) - kept < 3:
+        used = int(mask.sum())
+        if used < 1 or len(clean) - used < 3:
             raise ValueError(
                 "held_out must hold at least 1 in-distribution sample out and leave 3 to fit on; it held out "
-                f"{kept} and left {len(clean) - kept}"
+                f"{used} and left {len(clean) - used}"
             )
         return mask
     # Of one source one sample alone: others of it would repeat what it says, and count as if they did not.

@@ -175,14 +175,14 @@ class TwoStageModel(nn.Module):
         Raises:
             RuntimeError: Before `fit`.
         """
-        prediction, own, evidence, kinds = self._predict(x)
+        prediction, doubts, evidence, kinds = self._predict(x)
         names, dtype = self._fitted().sources, prediction.uncertainty.dtype
 
         def named(columns: Tensor) -> dict[str, Tensor]:
             return dict(zip(names, columns.to(dtype).unbind(-1), strict=True))
 
         with torch.no_grad():
-            raised = None if self.risk_ is None else named(self.risk_.raised(own, evidence, kinds))
+            raised = None if self.risk_ is None else named(self.risk_.raised(doubts, evidence, kinds))
         return Explanation(prediction, named(evidence), raised)
 
     def _predict(self, x: Inputs) -> tuple[Prediction, Tensor, Tensor, Tensor]:
@@ -194,10 +194,10 @@ class TwoStageModel(nn.Module):
             uncertainty, evidence, kinds = detector.judge(blocks)
             answers = Answers(self.classifier_, self.gate_, self.temperature_)
             log_p = answers.log_probabilities(logits, blocks.get(Features.name), evidence)
-            own = doubt(log_p)
-            risk = None if self.risk_ is None else self.risk_(own, evidence, kinds).to(log_p.dtype)
+            doubts = doubt(log_p)
+            risk = None if self.risk_ is None else self.risk_(doubts, evidence, kinds).to(log_p.dtype)
             prediction = Prediction(logits, log_p.exp(), uncertainty.to(log_p.dtype), risk)
-        return prediction, own, evidence, kinds
+        return prediction, doubts, evidence, kinds
 
     @property
     def alarms(self) -> dict[str, str]:

@@ -123,12 +123,12 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
         sums = _sums(table, fold, number, family, families, sets)
         judged = np.flatnonzero(fold == number)
         for left_out in families:
-            own = judged[family[judged] == left_out]
+            challenged = judged[family[judged] == left_out]
             clean = judged[family[judged] == ""]
-            sources.append(table.groups[own])
+            sources.append(table.groups[challenged])
             for name in sets:
-                found = sums[name, left_out]
-                placed[name].append(_placements(found[clean], found[own]))
+                sum_ = sums[name, left_out]
+                placed[name].append(_placements(sum_[clean], sum_[challenged]))
     _, source = np.unique(np.concatenate(sources), return_inverse=True)
     joined = {name: np.concatenate(values) for name, values in placed.items()}
     result = {}
@@ -166,15 +166,15 @@ def _sums(
             source = score.options["source"]
             evidence[source] = evidence.get(source, 0) + evidence_of(score(tensors), score.two_sided, 1.0)
         parts = {name: rows(tensors) for name, rows in joint.named_children()}
-        found = {}
+        sums = {}
         for name, chosen in sets.items():
             rows = torch.cat([parts[block] for block in chosen], 1)
             total = sum((evidence[block] for block in chosen if block in evidence), torch.zeros(len(fold)))
             for left_out in families:
                 picked = inside & (family != left_out)
                 classifier = ChallengeClassifier.fit(rows[torch.as_tensor(picked)], table.kinds[picked], table.classes)
-                found[name, left_out] = (total + evidence_of(-classifier(rows)[:, 0], False, WEIGHT)).numpy()
-    return found
+                sums[name, left_out] = (total + evidence_of(-classifier(rows)[:, 0], False, WEIGHT)).numpy()
+    return sums
 
 
 def _placements(clean: NDArray[np.float64], challenging: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -124,8 +124,8 @@ def signal_sqnorms(
         scale = torch.ones_like(scale)
     unit = (delta / scale).to(output.dtype)
     with torch.enable_grad():
-        found = backward_signals(run, output, unit, keep=keep)
-    norms = order_by_parameter(run.probes, found, names, unit, run.samples)
+        signals = backward_signals(run, output, unit, keep=keep)
+    norms = order_by_parameter(run.probes, signals, names, unit, run.samples)
     if log:
         return norms.clamp_min(torch.finfo(norms.dtype).tiny).log() + (2 * scale.log()).to(norms.dtype)
     scale = scale.to(norms.dtype)
@@ -140,13 +140,13 @@ def _stacked(column: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def order_by_parameter(
-    probes: Probes, found: Sequence[Tensor], names: Sequence[str], like: Tensor, samples: int
+    probes: Probes, signals: Sequence[Tensor], names: Sequence[str], like: Tensor, samples: int
 ) -> Tensor:
     """Order the probes' gradients by parameter.
 
     Args:
         probes: Site and probe.
-        found: Gradient of each, ``(S, B, m)``.
+        signals: Gradient of each, ``(S, B, m)``.
         names: P wanted parameters; those no probe reports have gradient zero.
         like: ``(S, ...)``, gives device and dtype.
         samples: B.
@@ -155,7 +155,7 @@ def order_by_parameter(
         ``(S, B, P)``, float32 (float64 for float64).
     """
     dtype = compute_dtype(like.dtype)
-    served = [(site.parameters, f) for (site, _), f in zip(probes, found, strict=True)]
+    served = [(site.parameters, f) for (site, _), f in zip(probes, signals, strict=True)]
     columns = [name for parameters, _ in served for name in parameters]
     place = {name: i for i, name in enumerate(columns)}
     zeros = like.new_zeros((like.shape[0], samples, 1), dtype=dtype)

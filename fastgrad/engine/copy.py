@@ -140,8 +140,8 @@ class Shadow:
 
     def stand_ins(self, *, apart: bool) -> dict[int, int]:
         """The number of every parameter, by its id and its copy's; ``apart`` gives the two different numbers."""
-        found = {key: 2 * i + apart for i, key in enumerate(self._copies)}
-        return found | {id(value): 2 * i for i, value in enumerate(self._copies.values())}
+        numbers = {key: 2 * i + apart for i, key in enumerate(self._copies)}
+        return numbers | {id(value): 2 * i for i, value in enumerate(self._copies.values())}
 
     def settings(self, module: nn.Module) -> Settings:
         """What the copies of ``module`` and its descendants hold at present in attributes that are no tensors.

@@ -110,14 +110,14 @@ class Fallback:
         )
         with torch.enable_grad():
             for part in self._chunks(samples):
-                again, found = self._each(forward, [t[part] for t in split_inputs], [g[part] for g in split_gradients])
+                again, grads = self._each(forward, [t[part] for t in split_inputs], [g[part] for g in split_gradients])
                 same = same and all(map(agree, again, [out[part] for out in split_outputs]))
-                rows.append(torch.stack([sqnorm(f) for f in upcast(*found)], 1))
+                rows.append(torch.stack([sqnorm(f) for f in upcast(*grads)], 1))
                 if verify:
-                    weights = _weights(samples, found[0].device)[part]
+                    weights = _weights(samples, grads[0].device)[part]
                     weighted = [
                         total + torch.tensordot(weights.to(each.dtype), each.detach(), 1)
-                        for total, each in zip(weighted, found, strict=True)
+                        for total, each in zip(weighted, grads, strict=True)
                     ]
             norms = rows[0] if len(rows) == 1 else torch.cat(rows)
             if verify:
@@ -130,9 +130,9 @@ class Fallback:
 
     def _forward(self, values: Sequence[Tensor], args: Any, kwargs: Any) -> list[Tensor]:
         """The module's outputs, batch first, with these values of the parameters."""
-        own = {id(p): v for p, v in zip(self.parameters, values, strict=True)}
+        value_of = {id(p): v for p, v in zip(self.parameters, values, strict=True)}
         shadow = Shadow(
-            self.module, lambda p: own.get(id(p), detach_plain(p)),
+            self.module, lambda p: value_of.get(id(p), detach_plain(p)),
             training=self.training, recorded=self.recorded,
         )  # fmt: skip
         shadow.restore(self.settings)
@@ -162,8 +162,8 @@ class Fallback:
         if not self.vectorize:
             wanted = [leaf(detach_plain(p)) for p in self.parameters]
             alone = [out.unsqueeze(0) for out in forward(wanted, [t[0] for t in inputs])]
-            outputs, found = _differentiated(alone, wanted, gradients)
-            return outputs, [f.unsqueeze(0) for f in found]
+            outputs, grads = _differentiated(alone, wanted, gradients)
+            return outputs, [f.unsqueeze(0) for f in grads]
         count = gradients[0].shape[0]
         wanted = [leaf(detach_plain(p).unsqueeze(0).expand(count, *p.shape)) for p in self.parameters]
         with _PaddedRows():
@@ -186,14 +186,14 @@ class Fallback:
         ]
         with _Precision() as seen:
             outputs = forward(wanted, inputs)
-        again, found = _differentiated(outputs, wanted, at)
-        precision = max(seen.eps, *(torch.finfo(t.dtype).eps for t in (*self.outputs, *found)))
+        again, grads = _differentiated(outputs, wanted, at)
+        precision = max(seen.eps, *(torch.finfo(t.dtype).eps for t in (*self.outputs, *grads)))
         if not all(agree(one, other, precision) for one, other in zip(again, self.outputs, strict=True)):
             raise self._refusal("gives other outputs when it is computed again")
         # In the dtype of the norms: squares of gradients in float64 leave the range of float32.
         scales = (weights.to(norms).square() @ norms).sqrt()
         floor = 1e3 * precision * scales.max()
-        for scale, one, other in zip(scales, weighted, found, strict=True):
+        for scale, one, other in zip(scales, weighted, grads, strict=True):
             if not (one - other).norm() <= math.sqrt(precision) * scale + floor:
                 raise self._refusal("gives other gradients for a sample alone than for the batch")
 
@@ -215,13 +215,13 @@ def _differentiated(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs without their graph, and the gradients of ``wanted`` where ``gradients`` are sent back."""
     pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
-    found: Sequence[Tensor | None] = [None] * len(wanted)
+    grads: Sequence[Tensor | None] = [None] * len(wanted)
     if pairs:
         reached, at = zip(*pairs, strict=True)
-        found = torch.autograd.grad(reached, wanted, at, allow_unused=True)
+        grads = torch.autograd.grad(reached, wanted, at, allow_unused=True)
     return (
         [out.detach() for out in outputs],
-        [torch.zeros_like(w) if f is None else dense(f) for f, w in zip(found, wanted, strict=True)],
+        [torch.zeros_like(w) if f is None else dense(f) for f, w in zip(grads, wanted, strict=True)],
     )
 
 

@@ -86,6 +86,6 @@ def probe_cotangent(out: Tensor, layout: Layout | None, samples: int, chosen: in
         return pattern
     rows = out.shape[layout.dim] // samples
     place = (layout.dim, chosen * rows, rows)
-    found = torch.zeros_like(out)
-    found.narrow(*place).copy_(pattern.narrow(*place))
-    return found
+    cotangent = torch.zeros_like(out)
+    cotangent.narrow(*place).copy_(pattern.narrow(*place))
+    return cotangent

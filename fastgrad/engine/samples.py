@@ -148,8 +148,8 @@ class Samples:
             for out, one, layout in zip(outputs, again, self.layouts, strict=True):
                 if layout is None or layout.kind == "single":
                     continue
-                own = layout.batch_first(out.detach(), seen.samples)[rows]
-                if not agree(layout.batch_first(one.detach(), other.samples)[rows], own, precision):
+                expected = layout.batch_first(out.detach(), seen.samples)[rows]
+                if not agree(layout.batch_first(one.detach(), other.samples)[rows], expected, precision):
                     raise ValueError(
                         "model must treat the samples of a batch independently; what it returns for a sample changes "
                         "with the other samples of the batch. A sample is a row of dimension 0 of the inputs"
@@ -225,16 +225,16 @@ class Samples:
         for factor in factors:
             # Of another size each, so that one decides.
             one, other = at(factor, first), at(2 * factor, others[0])
-            apart = self.backward(seen, one)
-            apart = {name: apart[name] + gradient for name, gradient in self.backward(seen, other).items()}
-            _refuse(_changed(self.backward(seen, list(map(operator.add, one, other))), apart))
+            sums = self.backward(seen, one)
+            sums = {name: sums[name] + gradient for name, gradient in self.backward(seen, other).items()}
+            _refuse(_changed(self.backward(seen, list(map(operator.add, one, other))), sums))
         return False
 
 
-def _changed(truth: dict[str, Tensor], found: dict[str, Tensor]) -> set[str]:
+def _changed(truth: dict[str, Tensor], sums: dict[str, Tensor]) -> set[str]:
     """Names of gradients that differ by more than a hundredth or so."""
     floor = rounding(truth)
-    pairs = {name: (found.get(name, torch.zeros_like(gradient)), gradient) for name, gradient in truth.items()}
+    pairs = {name: (sums.get(name, torch.zeros_like(gradient)), gradient) for name, gradient in truth.items()}
     return {name for name, (other, one) in pairs.items() if _size(other - one) > 0.01 * _size(one) + floor}
 
 

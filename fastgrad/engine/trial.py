@@ -146,11 +146,11 @@ class Trial:
         pairs = [(out, rows) for out, rows in zip(outputs, cotangents, strict=True) if out.requires_grad]
         probes = run.probes if pairs else []
         norms = probe_grads([out for out, _ in pairs], [probe for _, probe in probes], [row for _, row in pairs])
-        found = [
+        signals = [
             (torch.zeros_like(probe) if value is None else value).unsqueeze(0)
             for (_, probe), value in zip(probes, norms, strict=True)
         ]
-        return order_by_parameter(probes, found, plan.names, outputs[0].detach()[None], count)[0]
+        return order_by_parameter(probes, signals, plan.names, outputs[0].detach()[None], count)[0]
 
 
 def _apart(parameter: nn.Parameter) -> Tensor:

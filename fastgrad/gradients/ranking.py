@@ -118,16 +118,16 @@ def rank_samples(
         z = logits.double()
         # From the other classes' logits: 1 - p has no digits left where p is nearly 1.
         others = z.scatter(1, labels.unsqueeze(1), -torch.inf).logsumexp(1)
-        own = F.logsigmoid(z.gather(1, labels.unsqueeze(1)).squeeze(1) - others)
-        found = {
+        log_p = F.logsigmoid(z.gather(1, labels.unsqueeze(1)).squeeze(1) - others)
+        batch_columns = {
             "label": labels,
             "predicted": logits.argmax(1),
-            "loss": -own,
-            "confidence": own.exp(),
+            "loss": -log_p,
+            "confidence": log_p.exp(),
             "el2n": losses.target_norms(z, labels, loss="cross_entropy").sqrt(),
             "grand": (logs.double().logsumexp(1) / 2).exp(),
         }
-        parts.append({name: value.detach().cpu() for name, value in found.items()})
+        parts.append({name: value.detach().cpu() for name, value in batch_columns.items()})
     if not any(len(part["label"]) for part in parts):
         raise ValueError("loader must hold at least one sample; it was empty")
     columns = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}

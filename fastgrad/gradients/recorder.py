@@ -239,8 +239,8 @@ def grad_sqnorm(
         raise ValueError("grad_outputs must be given when is_grads_batched is True; it was None")
     if not _active.stack:
         raise RuntimeError("grad_sqnorm must be called inside record(model)")
-    found = outside_of_compilation(recorded_sqnorms)
-    return found(_active.stack[-1], outputs, wanted, gradients, is_grads_batched, bool(retain_graph))
+    compute = outside_of_compilation(recorded_sqnorms)
+    return compute(_active.stack[-1], outputs, wanted, gradients, is_grads_batched, bool(retain_graph))
 
 
 def recorded_sqnorms(
@@ -273,7 +273,7 @@ def recorded_sqnorms(
     taps = {id(probe) for _, site, probe, _ in probes if isinstance(site, RecomputedSite)}
     _require_returned(outputs, {key: names[key] for key in asked - ruled}, taps, [call for call, _ in alive])
     one_by_one = looped((run for _, run in alive), [site for _, site, _, _ in probes], outputs[0])
-    found = probe_grads(
+    sqnorms = probe_grads(
         outputs, [probe for _, _, probe, _ in probes], gradients,
         batched=batched, looped=one_by_one, keep=keep,
     )  # fmt: skip
@@ -282,13 +282,13 @@ def recorded_sqnorms(
         run.held.require(
             {
                 site.path
-                for (_, site, _, of), norms in zip(probes, found, strict=True)
+                for (_, site, _, of), norms in zip(probes, sqnorms, strict=True)
                 if of is run and norms is not None
             }
         )
     by_key: dict[int, Tensor] = {}
     reached: set[int] = set()
-    for (served, _, _, run), norms in zip(probes, found, strict=True):
+    for (served, _, _, run), norms in zip(probes, sqnorms, strict=True):
         if norms is not None:
             reached.add(run.samples)
         for column, key in enumerate(served):

@@ -57,14 +57,14 @@ def train(
     history: list[float] = []
     epochs: Any = bar(range(given.max_epochs), "introspective network", bool(given.verbose), unit="epoch")
     for _ in epochs:
-        found = epoch()
+        loss = epoch()
         if len(watched):
-            found = held_out()
-        history.append(found)
+            loss = held_out()
+        history.append(loss)
         if given.verbose:
-            epochs.set_postfix(loss=f"{found:.4f}")
-        if found < best_loss * (1 - 1e-4):
-            best, best_loss, waited = snapshot(), found, 0
+            epochs.set_postfix(loss=f"{loss:.4f}")
+        if loss < best_loss * (1 - 1e-4):
+            best, best_loss, waited = snapshot(), loss, 0
         else:
             waited += 1
             if waited >= given.patience:

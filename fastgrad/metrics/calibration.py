@@ -97,11 +97,11 @@ def brier(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> floa
     Arguments are as for :func:`reliability`.
     """
     p, y = _probabilities(probabilities, labels)
-    own = p[np.arange(len(p)), y]
+    true_p = p[np.arange(len(p)), y]
     # Leaving p_y out of the sum of squares keeps the digits of a nearly perfect forecast.
     others = p.copy()
     others[np.arange(len(p)), y] = 0
-    return float(((1 - own) ** 2 + (others**2).sum(1)).mean())
+    return float(((1 - true_p) ** 2 + (others**2).sum(1)).mean())
 
 
 def nll(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
@@ -110,9 +110,9 @@ def nll(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
     Arguments are as for :func:`reliability`.
     """
     p, y = _probabilities(probabilities, labels)
-    own = p[np.arange(len(p)), y]
+    true_p = p[np.arange(len(p)), y]
     tiny = np.finfo(np.float64).tiny
-    return float((np.log(np.maximum(p.sum(1), tiny)) - np.log(np.maximum(own, tiny))).mean())
+    return float((np.log(np.maximum(p.sum(1), tiny)) - np.log(np.maximum(true_p, tiny))).mean())
 
 
 def calibration_report(
@@ -120,11 +120,11 @@ def calibration_report(
 ) -> dict[str, float]:
     """Return ``accuracy``, ``ece``, ``mce``, ``brier`` and ``nll``; arguments as for :func:`reliability`."""
     p, y = _probabilities(probabilities, labels)
-    found = reliability(p, y, bins=bins)
+    curve = reliability(p, y, bins=bins)
     return {
         "accuracy": float((p.argmax(1) == y).mean()),
-        "ece": found.ece,
-        "mce": found.mce,
+        "ece": curve.ece,
+        "mce": curve.mce,
         "brier": brier(p, y),
         "nll": nll(p, y),
     }

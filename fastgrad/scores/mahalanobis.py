@@ -48,14 +48,14 @@ class Mahalanobis(Fitted):
         rho, average = shrinkage(variances, centred)
         # Where nothing varies, any scale does.
         floor = max(rho * average, 1e-10 * float(variances[0])) or 1.0
-        kept = leading.shape[1]
-        outside = (d * average - variances[:kept].sum()).clamp(min=0) / max(1, d - kept)
+        rank = leading.shape[1]
+        outside = (d * average - variances[:rank].sum()).clamp(min=0) / max(1, d - rank)
         rest = 1 / ((1 - rho) * outside + floor)
         return cls(
             mean=mean,
             directions=leading,
-            weights=1 / ((1 - rho) * variances[:kept] + floor),
-            rest=rest if kept < d else torch.zeros_like(rest),
+            weights=1 / ((1 - rho) * variances[:rank] + floor),
+            rest=rest if rank < d else torch.zeros_like(rest),
         )
 
     def forward(self, rows: Tensor) -> Tensor:

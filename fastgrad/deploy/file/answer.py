@@ -54,10 +54,10 @@ def answer(
 
 def reason(words: Mapping[str, str], evidence: Mapping[str, float]) -> str | None:
     """The words of the fewest parts that hold two thirds of the evidence, the strongest first; None without any."""
-    enough, held, found = _MOST * sum(evidence.values()), 0.0, []
+    enough, held, named = _MOST * sum(evidence.values()), 0.0, []
     for name, value in sorted(evidence.items(), key=lambda part: -part[1]):
         if held >= enough:
             break
         held += value
-        found.append(words[name])
-    return "; ".join(found) or None
+        named.append(words[name])
+    return "; ".join(named) or None

@@ -46,16 +46,16 @@ def compare(
                 continue
             raise
         prediction, evidence = package.explain(x)
-        found = {name: value for name, value in prediction._asdict().items() if value is not None}
+        values = {name: value for name, value in prediction._asdict().items() if value is not None}
         if evidence and x is not unknown:
-            found["evidence"] = torch.stack(list(evidence.values()), -1)
-        for i, (name, ours) in enumerate(found.items()):
+            values["evidence"] = torch.stack(list(evidence.values()), -1)
+        for i, (name, ours) in enumerate(values.items()):
             worst = difference(ours, expected[i])
             if worst <= tolerance or any(worst <= difference(answers(y)[i], expected[i]) for y in _moved(x, unit)):
                 continue
             raise RuntimeError(
                 f"the file's {name} differ from the live module's by {worst:.2g}, relative, in a batch of {len(x)} "
-                f"like example_input; at most {tolerance:g} is allowed (tolerance), more than rounding explains. "
+                f"like example_input, and more than rounding explains; at most {tolerance:g} is allowed (tolerance). "
                 "Give real inputs as example_input, or allow more"
             )
 
@@ -71,7 +71,7 @@ def _moved(x: Tensor, unit: float) -> Iterator[Tensor]:
 def difference(ours: Tensor, live: Tensor) -> float:
     """Largest difference relative to the live value's size or 1; infinite where only one is finite, or NaN."""
     ours, live = ours.double().cpu(), live.double().cpu()
-    apart = (ours - live).abs() / live.abs().clamp(min=1)
+    relative = (ours - live).abs() / live.abs().clamp(min=1)
     # Equal infinities and NaN in the same place are no difference.
     same = (ours == live) | (ours.isnan() & live.isnan())
-    return float(torch.where(same, 0.0, apart.nan_to_num(nan=torch.inf)).max())
+    return float(torch.where(same, 0.0, relative.nan_to_num(nan=torch.inf)).max())

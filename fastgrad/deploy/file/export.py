@@ -243,9 +243,9 @@ def _thresholds(
     # Rates that the calibration cannot promise are left out; the one that was asked for warns.
     least = 0.0 if scores is None else 1 / (len(scores) + 1)
     rates = sorted({*(value for value in RATES if value >= least), rate})
-    own = getattr(two_stage, "threshold", None)
-    if callable(own):
-        pairs = [(value, float(own(value))) for value in rates]
+    threshold = getattr(two_stage, "threshold", None)
+    if callable(threshold):
+        pairs = [(value, float(threshold(value))) for value in rates]
     elif scores is not None:
         # The conformal quantile: the smallest score with at most rate * (n + 1) - 1 scores at or above it.
         n = len(scores)
@@ -273,8 +273,8 @@ def compile_function(
     loop = any("while_loop" in str(node.target) for node in program.graph.nodes)
     on_cpu = example_input.device.type == "cpu"
 
-    own = _torch.keeping(*OWN_KERNELS) if on_cpu else contextlib.nullcontext()
-    with warnings.catch_warnings(), own:
+    kernels = _torch.keeping(*OWN_KERNELS) if on_cpu else contextlib.nullcontext()
+    with warnings.catch_warnings(), kernels:
         warnings.simplefilter("ignore")
         # Channels-last convolutions suit a forward pass. The products of a gradient's norms read channels one
         # by one: each would begin with a copy.

@@ -115,14 +115,14 @@ def _is_foreign(name: str) -> bool:
 
 def _named(error: BaseException | None) -> list[str]:
     """The operations that an error of the translation is about, by its text or by its causes'."""
-    found: list[str] = []
+    names: list[str] = []
     while error is not None:
-        found += [
+        names += [
             f"{name}.{overload}"
             for name, overload in re.findall(r"OpOverload\(op='([^']+)', overload='([^']+)'\)", str(error))
         ]
         error = error.__cause__ or error.__context__
-    return found
+    return names
 
 
 def _tidy(model: Any) -> None:
@@ -170,8 +170,8 @@ def _source(two_stage: nn.Module, example_input: Tensor, names: list[str]) -> st
         return ""
     from fastgrad.batches import logits_of
 
-    own = operators(_decomposed(lambda x: logits_of(network(x)).detach(), example_input, 4))
-    if own.intersection(names):
+    needed = operators(_decomposed(lambda x: logits_of(network(x)).detach(), example_input, 4))
+    if needed.intersection(names):
         return ", which the network itself needs"
     backward = [block.name for block in extraction.blocks if block.signals(extraction.known)]
     return f", which the blocks {', '.join(backward)} need; fit with blocks=[...] that need no gradients" * bool(

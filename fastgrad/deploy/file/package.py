@@ -222,13 +222,13 @@ class ModelPackage:
             )
         if x.dtype != DTYPES[self.description.input_dtype]:
             raise TypeError(f"x must have dtype {self.description.input_dtype}; it was {x.dtype}")
-        found = self._run(x.to(self.description.device).contiguous())
+        outputs = self._run(x.to(self.description.device).contiguous())
         rows: list[tuple[int, ...]] = [(self.description.classes,)] * 2 + [()] * (1 + self.description.risk)
         rows += [] if self.description.evidence is None else [(len(self.description.evidence),)]
-        if [tuple(value.shape[1:]) for value in found] != rows:
-            shapes = [tuple(value.shape) for value in found]
+        if [tuple(value.shape[1:]) for value in outputs] != rows:
+            shapes = [tuple(value.shape) for value in outputs]
             raise PackageError(f"{self.path} gives {shapes}, where the description inside says {rows} an input")
-        logits, probabilities, uncertainty, *more = found
+        logits, probabilities, uncertainty, *more = outputs
         risk = more.pop(0) if self.description.risk else None
         evidence = more.pop(0) if self.description.evidence is not None else None
         return Prediction(logits, probabilities, uncertainty, risk), evidence

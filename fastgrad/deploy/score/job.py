@@ -147,13 +147,13 @@ class Job:
             except OSError:
                 shutil.rmtree(fresh)
         try:
-            found = json.loads(self.note.read_text("utf-8"))
-            identity = str(found.pop("id"))
+            note = json.loads(self.note.read_text("utf-8"))
+            identity = str(note.pop("id"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
                 f"{self.folder} was not made by fastgrad score and is left as it is; choose another --out"
             ) from None
-        if found != job:
+        if note != job:
             raise ValueError(
                 f"{self.folder} holds the parts of another job (other model, images or options); remove it or "
                 "choose another --out"
@@ -168,12 +168,12 @@ class Job:
             sources = iter(self.listed[start:stop])
         else:
             sources = read_parquet(self.images, *self.columns, start, stop, self.max_bytes)
-        for found in score_sources(
+        for scored in score_sources(
             model, sources, batch=self.batch, threshold=self.threshold, max_pixels=self.max_pixels,
             max_bytes=self.max_bytes, pool=pool,
         ):  # fmt: skip
-            rows += found
-            told(len(found))
+            rows += scored
+            told(len(scored))
         write_part(rows, self.paths[index], arrow_schema(model.description), self.id)
         return len(rows)
 

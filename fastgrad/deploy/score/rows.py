@@ -68,11 +68,11 @@ def _score(
         pixels = torch.from_numpy(np.stack([value for _, value in good]))
         for (row, _), values in zip(good, model.rows(normalize_pixels(description, pixels)), strict=True):
             try:
-                found = answer(description, threshold, values)
+                fields = answer(description, threshold, values)
             except ResultError as error:
                 row["error"] = str(error)
                 continue
-            row |= {"probability": found.pop("probabilities")[found["class"]], **found}
+            row |= {"probability": fields.pop("probabilities")[fields["class"]], **fields}
     return rows
 
 

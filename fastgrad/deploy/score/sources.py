@@ -123,8 +123,8 @@ def _column(names: list[str], given: str | None, guesses: Iterable[str], what: s
             listed = ", ".join(names)
             raise ValueError(f"--{what}-column must be one column of the file's ({listed}); it was {given!r}")
         return given
-    found = next((guess for guess in guesses if names.count(guess) == 1), None)
-    if found is None and required:
+    guessed = next((guess for guess in guesses if names.count(guess) == 1), None)
+    if guessed is None and required:
         listed = ", ".join(names)
         raise ValueError(f"name the column with the images (--{what}-column); the file has {listed}")
-    return found
+    return guessed

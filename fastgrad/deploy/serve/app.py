@@ -202,14 +202,14 @@ def create_app(
     @app.exception_handler(405)
     async def other_methods(request: Request, error: HTTPException) -> JSONResponse:
         # The first route of a path knows its own method alone.
-        found = [route for route in app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
-        allowed = sorted({method for route in found for method in getattr(route, "methods", ())})
+        partial = [route for route in app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+        allowed = sorted({method for route in partial for method in getattr(route, "methods", ())})
         return JSONResponse({"detail": error.detail}, 405, {"Allow": ", ".join(allowed)})
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        found = error.errors()[0]
-        return refusal(RequestError(422, f"{found['loc'][-1]}: {found['msg']}"))
+        first = error.errors()[0]
+        return refusal(RequestError(422, f"{first['loc'][-1]}: {first['msg']}"))
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:

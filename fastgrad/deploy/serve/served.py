@@ -174,25 +174,25 @@ class Model:
         self._retiring: set[asyncio.Task[None]] = set()
 
     def _version(self) -> Served:
-        found = self._load(self.path)
-        gauge = found.metrics.gauge
+        version = self._load(self.path)
+        gauge = version.metrics.gauge
         gauge("model_reloads", "Changed files that took over since the start", lambda: self.reloads)
         gauge("model_reload_failures", "Changed files that could not be loaded", lambda: self.failures)
-        return found
+        return version
 
     async def watch(self, seconds: float) -> None:
         """Look at the file every so many seconds, for ever."""
         pending = self._stamp
         while True:
             await asyncio.sleep(seconds)
-            found = _stamp(self.path)
-            if found is None or found == self._stamp:
+            stamp = _stamp(self.path)
+            if stamp is None or stamp == self._stamp:
                 continue
-            if found != pending:
+            if stamp != pending:
                 # It may be in the middle of being written: look once more.
-                pending = found
+                pending = stamp
                 continue
-            self._stamp = found
+            self._stamp = stamp
             await self.reload()
 
     async def reload(self) -> None:
@@ -226,7 +226,7 @@ class Model:
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     """What changes with a file; None where there is none at the moment."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return status.st_mtime_ns, status.st_size, status.st_ino
