@@ -77,7 +77,7 @@ def small(name: str, options: Options, draw: int) -> Subject:
     else:
         recipe = Recipe(name, 0, EPOCHS[name])
         if options.quick and name in LONG and not (options.cache / recipe.file()).exists():
-            raise NotRun("its training takes an hour or two on one core, and quick mode leaves it out")
+            raise NotRun("its training takes hours on one core, and quick mode leaves it out")
         model = trained(recipe, options.data, options.cache)
     model = model.requires_grad_(False).to(memory_format=torch.channels_last)
     fit = sets.load(options.data, "cifar10", unseen(name), count, draw * count - HELD_OUT)

@@ -28,7 +28,7 @@ NETWORKS: Mapping[str, Callable[[], Classifier]] = {
 #: Passes over the data, and highest learning rates.
 EPOCHS: Mapping[str, int] = {"resnet": 8, "resnet18": 8, "resnet20": 12}
 RATES: Mapping[str, float] = {"resnet": 0.3, "resnet18": 0.15, "resnet20": 0.3}
-#: Those whose training takes an hour or more on one core.
+#: Those whose training takes hours on one core.
 LONG = ("resnet18",)
 #: Pixels of the images, each for an equal share of the passes: coarse shapes are learned from small ones in less time.
 SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32), "resnet20": (16, 16, 24, 32)}
