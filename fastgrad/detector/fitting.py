@@ -287,7 +287,7 @@ def _risk(
     answers: Answers,
     sample: Sample,
     features: collect.Features,
-    calibrated: Calibrated,
+    fitted: Calibrated,
     fresh: NDArray[np.bool_],
     options: FitOptions,
 ) -> tuple[Risk | None, str]:
@@ -307,22 +307,18 @@ def _risk(
     with torch.no_grad():
         device = two_stage.device
         log_p = answers.log_probabilities(
-            features.logits[chosen].to(device),
-            None if h is None else h.to(device),
-            calibrated.evidence[chosen].to(device),
+            features.logits[chosen].to(device), None if h is None else h.to(device), fitted.evidence[chosen].to(device)
         ).cpu()
     wrong = log_p.argmax(-1) != torch.from_numpy(labels)[chosen]
-    kinds = torch.from_numpy(calibrated.table.kinds)[chosen]
-    risk = Risk.fit(doubt(log_p), calibrated.evidence[chosen], calibrated.log_p[chosen], wrong, kinds)
+    kinds = torch.from_numpy(fitted.table.kinds)[chosen]
+    risk = Risk.fit(doubt(log_p), fitted.evidence[chosen], fitted.log_p[chosen], wrong, kinds)
     made = int((kinds > 0).sum())
     others = f"and {made} of their challenges" if made else "without challenges: unusual inputs do not raise it"
     text = f"from {usual} clean inputs, {int(wrong[kinds == 0].sum())} answered wrongly, {others}"
     return risk.to(device), text
 
 
-def _report(
-    sample: Sample, features: collect.Features, price: PriceReport, calibrated: Calibrated, risk: str
-) -> Report:
+def _report(sample: Sample, features: collect.Features, price: PriceReport, fitted: Calibrated, risk: str) -> Report:
     made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
     drawn = [one for one in (sample.clean, sample.calibration) if one is not None]
     return Report(
@@ -331,7 +327,7 @@ def _report(
         seen=sum(one.seen for one in drawn),
         challenges=dict(zip(made.tolist(), counts.tolist(), strict=True)),
         passes=price.predicted + (challenge_cost(sample.each) if sample.each else 0.0),
-        calibrating=len(calibrated.module.calibration_scores),
-        exact=bool(calibrated.module.options["exact"]),
+        calibrating=len(fitted.module.calibration_scores),
+        exact=bool(fitted.module.options["exact"]),
         risk=risk,
     )
