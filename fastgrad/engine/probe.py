@@ -57,7 +57,7 @@ class _Tap(torch.autograd.Function):
             if id(ctx.probe) in _requested:
                 norms = ctx.norms(ctx.saved_tensors, gradients)
         if torch.is_grad_enabled():
-            gradients = _Graphed.apply(ctx.probe, *gradients)  # type: ignore[no-untyped-call]
+            gradients = _Graphed.apply(ctx.probe, *gradients)
         return (None, None, None, *gradients, norms, *[None] * ctx.saved_count)
 
 
@@ -104,7 +104,7 @@ def tap(
     saved = [t.detach() for t in saved]
     if in_place:
         outputs = [drop_view_base(t) for t in outputs]
-    passed = _Tap.apply(norms, len(outputs), in_place, *outputs, probe, *saved)  # type: ignore[no-untyped-call]
+    passed = _Tap.apply(norms, len(outputs), in_place, *outputs, probe, *saved)
     return [passed] if len(outputs) == 1 else list(passed)
 
 

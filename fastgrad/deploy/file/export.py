@@ -185,7 +185,8 @@ def _describe(
         scores = getattr(two_stage, "calibration_scores", None)
         scores = None if scores is None or len(scores) < 20 else scores
     calibration = None if scores is None else checks.to_array("scores", scores)
-    histogram = reference = None
+    histogram: dict[str, Any] | None = None
+    reference: dict[str, Any] | None = None
     if calibration is not None:
         bins = ScoreReference.from_scores(calibration)
         reference = {"edges": bins.edges.tolist(), "counts": bins.counts.tolist()}
