@@ -247,9 +247,9 @@ def _refuse(changed: set[str]) -> None:
         )
 
 
-def precision_of(truth: dict[str, Tensor]) -> float:
-    """The relative rounding error of the coarsest of the gradients."""
-    return max((torch.finfo(gradient.dtype).eps for gradient in truth.values()), default=0.0)
+def precision_of(tensors: dict[str, Tensor]) -> float:
+    """The relative rounding error of the coarsest of the tensors."""
+    return max((torch.finfo(tensor.dtype).eps for tensor in tensors.values()), default=0.0)
 
 
 def rounding(truth: dict[str, Tensor]) -> float:

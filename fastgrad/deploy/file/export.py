@@ -27,6 +27,7 @@ from fastgrad.deploy.file import onnx_export
 from fastgrad.deploy.file.comparison import compare
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.package import SUFFIXES, Description, write_description
+from fastgrad.engine.samples import precision_of
 from fastgrad.engine.state import Repeatable
 
 #: What compiled code would round in another way. With PyTorch's own kernels the features of a convolutional network
@@ -126,16 +127,11 @@ def export(
         else:
             compile_function(answers, example_input, file, max_batch=max_batch, one_by_one=one_by_one)
             write_description(file, description)
-        compare(file, answers, example_input, tolerance, _rounding(two_stage, example_input))
+        floating = {name: value for name, value in two_stage.named_parameters() if value.is_floating_point()}
+        compare(file, answers, example_input, tolerance, precision_of({**floating, "": example_input}))
 
     replace_atomically(write, target)
     return target
-
-
-def _rounding(two_stage: nn.Module, x: Tensor) -> float:
-    """The relative rounding of the coarsest dtype of inputs and parameters."""
-    values = (x, *(value for value in two_stage.parameters() if value.is_floating_point()))
-    return max(torch.finfo(value.dtype).eps for value in values)
 
 
 def _describe(
