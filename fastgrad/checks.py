@@ -18,6 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 KERNEL_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
+#: Types of devices that have no float64.
+_NARROW_DEVICES = ("mps",)
+
 Array = NDArray[np.float64]
 
 
@@ -75,6 +78,12 @@ def holds_values(name: str, value: torch.Tensor) -> None:
     if value.is_meta or value.layout not in (torch.strided, torch.jagged):
         what = "a tensor on the meta device" if value.is_meta else f"of layout {value.layout}"
         raise ValueError(f"{name} must be dense and hold values; it was {what}")
+
+
+def has_float64(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError for a tensor on a device without float64, in which parts of the work are computed."""
+    if value.device.type in _NARROW_DEVICES:
+        raise ValueError(f"{name} must be on a device with float64, such as the CPU; it was on {value.device}")
 
 
 def is_loader(name: str, value: object) -> None:

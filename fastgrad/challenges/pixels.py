@@ -139,5 +139,6 @@ def check_images(images: Tensor, name: str = "images") -> None:
     if images.dim() != 4 or 0 in images.shape[1:]:
         raise ValueError(f"{name} must have shape (B, C, H, W); it was {tuple(images.shape)}")
     checks.holds_values(name, images)
+    checks.has_float64(name, images)
     if not bool(torch.isfinite(images).all()):
         raise ValueError(f"{name} must be finite; it held NaN or infinity")

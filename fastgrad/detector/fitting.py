@@ -31,7 +31,7 @@ from fastgrad.detector.price import PriceReport, fit_to_budget
 from fastgrad.detector.report import Report, gains
 from fastgrad.detector.risk import Risk, doubt
 from fastgrad.engine.fallback import agree
-from fastgrad.engine.refusals import refuse_empty
+from fastgrad.engine.refusals import refuse_devices
 from fastgrad.engine.state import RandomState, devices_of
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def fit(
     options: FitOptions,
 ) -> None:
     """Fit ``two_stage``, which changes once everything has worked."""
-    refuse_empty(two_stage.model)
+    refuse_devices(two_stage.model)
     base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
     sample = _drawn(clean, challenges, calibration, two_stage.seed, options)
     x = to_device(sample.clean.batches[0], two_stage.device)
@@ -301,7 +301,7 @@ def _risk(
     if usual < constants.FEWEST_LABELLED:
         if options.risk:
             _require_labelled(usual)
-        return None, f"none: {usual} labelled clean inputs are too few"
+        return None, f"none: {usual} labelled clean inputs that the answer was not trained on are too few"
     chosen = torch.from_numpy(labels >= 0)
     h = features.blocks[Features.name][chosen] if two_stage.classifier is not None else None
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastgrad import checks
 from fastgrad._torch import BatchNorm
 
 #: Names of the classes that hold a part of a parameter, or of several.
@@ -21,11 +22,12 @@ def refuse_scripted(model: nn.Module) -> None:
             )
 
 
-def refuse_empty(model: nn.Module) -> None:
-    """Raise ValueError for a model whose parameters hold no values."""
+def refuse_devices(model: nn.Module) -> None:
+    """Raise ValueError for a model whose parameters hold no values, or lie where nothing can be float64."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"model must hold values; its parameter {name!r} was on the meta device")
+        checks.has_float64(f"parameter {name!r} of model", parameter)
 
 
 def refuse_parts(model: nn.Module) -> None:
@@ -34,10 +36,10 @@ def refuse_parts(model: nn.Module) -> None:
     Raises:
         TypeError: If a parameter is one part of several, as under FSDP or tensor parallelism, of which one process
             alone knows no norm, or complex, or if a module was scripted or traced.
-        ValueError: If a parameter holds no values.
+        ValueError: If a parameter holds no values, or its device has no float64.
     """
     refuse_scripted(model)
-    refuse_empty(model)
+    refuse_devices(model)
     for name, part in (*model.named_modules(), *model.named_parameters()):
         found = sorted({cls.__name__ for cls in type(part).__mro__} & _PARTS)
         if found:

@@ -78,8 +78,8 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         TypeError: If ``model`` is not an ordinary ``torch.nn.Module``, or holds scripted modules, complex parameters or
             parts of parameters.
         ValueError: If it has batch norm in training mode, was compiled in place, is replicated on several devices, or
-            holds no values (the meta device). A call raises it for a module that is recomputed in the backward pass
-            and draws random numbers, such as attention with dropout.
+            lies where nothing is held (the meta device) or float64 (mps). A call raises it for a module that is
+            recomputed in the backward pass and draws random numbers, such as attention with dropout.
 
     Example::
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastgrad
+from fastgrad import checks
 
 # Processes that are spawned import this file by its name.
 
@@ -444,6 +445,12 @@ def test_instance_norm_with_running_statistics_in_training_mode() -> None:
     # Planning has left no trace: the statistics moved by one batch.
     assert all(map(torch.equal, model.buffers(), before.buffers()))
     assert_clipped(model, norms, x, y, 0.3)
+
+
+def test_records_refuse_devices_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_NARROW_DEVICES", ("cpu",))
+    with pytest.raises(ValueError, match=r"parameter .weight. of model must be on a device with float64, .* on cpu"):
+        fastgrad.record(nn.Linear(2, 2))
 
 
 def test_records_refuse_models_without_values_and_compiled_ones() -> None:

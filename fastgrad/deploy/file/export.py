@@ -154,6 +154,8 @@ def _describe(
     if example_input.ndim < 2 or example_input.numel() == 0:
         shape = tuple(example_input.shape)
         raise ValueError(f"example_input must be a batch (B, ...) of at least one input; its shape was {shape}")
+    if path.suffix == ".pt2" and example_input.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"example_input must be on the CPU or a GPU for a .pt2; it was on {example_input.device}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in {' or '.join(SUFFIXES)}; it was {str(path)!r}")
     if not path.parent.is_dir() or path.is_dir():
