@@ -45,7 +45,7 @@ def as_pytorch_ood(two_stage: TwoStageModel, **fit_options: Any) -> Any:
             known = torch.from_numpy(checks.to_array("labels", given)) >= 0
             checks.shape_is("labels", known, (len(x),), "one a sample")
             if known.any():
-                yield x[known], torch.as_tensor(given)[known]
+                yield x[known], torch.as_tensor(given, device="cpu")[known]
 
     class FastgradDetector(Detector):  # type: ignore[misc]
         requires_fit = True

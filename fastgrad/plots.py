@@ -216,7 +216,9 @@ def manifold(
     low, high = points.amin(0), points.amax(0)
     # Points on a line have no range across it.
     reach = margin * torch.where(high > low, high - low, 1)
-    xs, ys = (torch.linspace(float(low[i] - reach[i]), float(high[i] + reach[i]), resolution) for i in range(2))
+    xs, ys = (
+        torch.linspace(float(low[i] - reach[i]), float(high[i] + reach[i]), resolution, device="cpu") for i in range(2)
+    )
     grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2).to(points)
     values = to_array("score", score(grid), finite=False)
     if values.shape != (len(grid),):

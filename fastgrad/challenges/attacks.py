@@ -54,7 +54,7 @@ def _check(model: nn.Module, unit: Tensor, epsilon: float | Tensor, pixels: Pixe
         checks.is_float("epsilon", epsilon)
     else:
         checks.is_number(epsilon=epsilon)
-    if not bool(torch.as_tensor(epsilon >= 0).all()):
+    if not bool(torch.as_tensor(epsilon >= 0, device="cpu").all()):
         raise ValueError(f"epsilon must not be negative; it was {epsilon}")
 
 
@@ -133,6 +133,6 @@ def pgd(
     """
     checks.at_least(1, steps=steps)
     _check(model, unit, epsilon, pixels)
-    offset = (2 * torch.rand(unit.shape, generator=generator, dtype=torch.float32) - 1).to(unit)
+    offset = (2 * torch.rand(unit.shape, generator=generator, dtype=torch.float32, device="cpu") - 1).to(unit)
     start = (unit + epsilon * offset).clamp(0, 1)
     return _ascend(model, unit, start, pixels, epsilon, 2.5 * epsilon / steps, steps)

@@ -17,12 +17,12 @@ from fastgrad.challenges.jpeg import recompressed
 
 def _uniform(unit: Tensor, shape: tuple[int, ...], generator: Generator) -> Tensor:
     """Random numbers drawn on the CPU, so that a seed means the same on every device."""
-    return torch.rand(shape, generator=generator, dtype=torch.float32).to(unit)
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu").to(unit)
 
 
 def noise(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
     """White Gaussian noise of standard deviation ``sigma``."""
-    return unit + sigma * torch.randn(unit.shape, generator=generator, dtype=torch.float32).to(unit)
+    return unit + sigma * torch.randn(unit.shape, generator=generator, dtype=torch.float32, device="cpu").to(unit)
 
 
 def blur(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
@@ -38,12 +38,11 @@ def blur(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
 def _gaussian(length: int, pixels: float) -> Tensor:
     """Weights ``(length, length)`` of every position for every blurred one, borders replicated."""
     radius = max(1, math.ceil(3 * pixels))
-    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / pixels) ** 2)
+    steps = torch.arange(-radius, radius + 1, dtype=torch.int64, device="cpu")
+    taps = torch.exp(-0.5 * (steps.double() / pixels) ** 2)
     # No dark frame that a detector could learn instead of the blur.
-    places = (torch.arange(length)[:, None] + torch.arange(-radius, radius + 1)).clamp(0, length - 1)
-    return torch.zeros(length, length, dtype=torch.float64).scatter_add_(
-        1, places, (taps / taps.sum()).expand(length, -1)
-    )
+    places = (torch.arange(length, device="cpu")[:, None] + steps).clamp(0, length - 1)
+    return taps.new_zeros(length, length).scatter_add_(1, places, (taps / taps.sum()).expand(length, -1))
 
 
 def contrast(unit: Tensor, factor: float, generator: Generator) -> Tensor:
@@ -76,7 +75,7 @@ def shuffle(unit: Tensor, grid: float, generator: Generator) -> Tensor:
     patches = inner.reshape(batch, channels, cells, h, cells, w).permute(0, 2, 4, 1, 3, 5)
     patches = patches.reshape(batch, cells * cells, channels, h, w)
     # One random cyclic order per image: no patch keeps its place by chance.
-    order = torch.rand((batch, cells * cells), generator=generator, dtype=torch.float32).argsort(1)
+    order = torch.rand((batch, cells * cells), generator=generator, dtype=torch.float32, device="cpu").argsort(1)
     source = torch.empty_like(order).scatter_(1, order, order.roll(1, 1)).to(unit.device)
     moved = patches.gather(1, source[:, :, None, None, None].expand_as(patches))
     moved = moved.view(batch, cells, cells, channels, h, w).permute(0, 3, 1, 4, 2, 5)
@@ -95,7 +94,7 @@ def mixture(unit: Tensor, share: float, generator: Generator) -> Tensor:
 
     Where the other is the same image, as in a batch of one, its mirror image takes that place.
     """
-    order = torch.randperm(unit.shape[0], generator=generator)
+    order = torch.randperm(unit.shape[0], generator=generator, device="cpu")
     partner = torch.empty_like(order).scatter_(0, order, order.roll(1)).to(unit.device)
     other = unit[partner]
     same = (other == unit).all(dim=(1, 2, 3), keepdim=True)
@@ -118,8 +117,8 @@ def magnification(unit: Tensor, factor: float, generator: Generator) -> Tensor:
     """A random part of each image, enlarged ``factor`` times, as images of a lower resolution are."""
     height, width = unit.shape[-2:]
     h, w = max(1, round(height / factor)), max(1, round(width / factor))
-    corners = torch.rand((unit.shape[0], 2), generator=generator, dtype=torch.float32)
-    corners *= torch.tensor([height - h + 1, width - w + 1])
+    corners = torch.rand((unit.shape[0], 2), generator=generator, dtype=torch.float32, device="cpu")
+    corners *= torch.tensor([height - h + 1, width - w + 1], device="cpu")
     parts = [
         image[:, top : top + h, left : left + w]
         for image, (top, left) in zip(unit, corners.long().tolist(), strict=True)

@@ -183,7 +183,7 @@ def iter_challenges(
     if pixels is None:
         pixels = PixelRange.of(inputs)
     attacked, others, share = _turns(full)
-    order = torch.randperm(len(others), generator=Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(others), generator=Generator().manual_seed(seed), device="cpu").tolist()
     groups: defaultdict[Any, list[tuple[int, str]]] = defaultdict(list)
     for number in range(first, first + len(inputs)):
         before = int(share * number)
@@ -208,10 +208,10 @@ def iter_challenges(
                 sources += [first + place for place in places]
                 # Groups of few images wait for others: a network is slow on small batches.
                 if len(kinds) >= size:
-                    yield Challenges(torch.cat(made), kinds, torch.tensor(sources))
+                    yield Challenges(torch.cat(made), kinds, torch.tensor(sources, device="cpu"))
                     made, kinds, sources = [], [], []
         if kinds:
-            yield Challenges(torch.cat(made), kinds, torch.tensor(sources))
+            yield Challenges(torch.cat(made), kinds, torch.tensor(sources, device="cpu"))
 
     return batches()
 
@@ -279,9 +279,9 @@ def _altered(
         return inputs[:0]
     rows = [_row(name) for name in names]
     own = [(place, strength) for place, (_, strength) in zip(places, rows, strict=True)]
-    through = torch.tensor([kind.jpeg for kind, _ in rows])
+    through = torch.tensor([kind.jpeg for kind, _ in rows], device="cpu")
     # What goes through JPEG is the attacked image before it, where that is of the same input and strength.
-    begun = ~through | torch.tensor([i == 0 or own[i] != own[i - 1] for i in range(len(own))])
+    begun = ~through | torch.tensor([i == 0 or own[i] != own[i - 1] for i in range(len(own))], device="cpu")
     chosen = [pair for pair, new in zip(own, begun.tolist(), strict=True) if new]
     unit = pixels.to_unit(inputs[torch.tensor([place for place, _ in chosen], device=inputs.device)])
     function = rows[0][0].function
@@ -295,7 +295,7 @@ def _altered(
             made = torch.cat([function(model, x, own, generator, pixels=pixels) for x, own in pairs])
         made = made[begun.cumsum(0).to(made.device) - 1]
         low, high = _QUALITIES
-        qualities = torch.randint(low, high + 1, (len(made),), generator=generator)
+        qualities = torch.randint(low, high + 1, (len(made),), generator=generator, device="cpu")
         if through.any():
             made[through] = corruptions.compression(made[through], qualities[through], generator)
     # White may come back one rounding above itself.

@@ -72,7 +72,7 @@ def _plane(plane: Tensor, tables: Tensor) -> Tensor:
 @functools.cache
 def _cosines() -> Tensor:
     """Return the transform of a block's 64 pixels, ``(64, 64)``; exact where coefficients are multiples of 1/8."""
-    place = torch.arange(8, dtype=torch.float64)
+    place = torch.arange(8, dtype=torch.float64, device="cpu")
     cosines = torch.cos(math.pi * (2 * place + 1) * place.unsqueeze(1) / 16) / 2
     cosines[0] /= math.sqrt(2)
     return torch.kron(cosines, cosines)

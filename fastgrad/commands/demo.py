@@ -47,7 +47,7 @@ def digits(generator: torch.Generator) -> LabelledImages:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    order = torch.randperm(len(data.target), generator=generator)
+    order = torch.randperm(len(data.target), generator=generator, device="cpu")
     pixels = torch.from_numpy(data.images.astype(np.float32) / 16)[order, None]
     images = interpolate(pixels, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
     return LabelledImages(images, torch.from_numpy(data.target.astype(np.int64))[order])
@@ -59,7 +59,7 @@ def photographs(count: int) -> Tensor:
 
     grey = torch.from_numpy(np.stack(load_sample_images().images).astype(np.float32) / 255).mean(-1)
     pieces = grey.unfold(1, SIDE, SIDE).unfold(2, SIDE, SIDE).reshape(-1, 1, SIDE, SIDE)
-    return pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[:count]]
+    return pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0), device="cpu")[:count]]
 
 
 def digit_network() -> nn.Sequential:
@@ -91,7 +91,7 @@ def train(network: nn.Module, data: LabelledImages, *, epochs: int, generator: t
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=4e-3, total_steps=steps)
     network.train()
     for _ in bar(range(epochs), "training the network", None):
-        order = torch.randperm(len(data.images), generator=generator)
+        order = torch.randperm(len(data.images), generator=generator, device="cpu")
         for pick in order[: len(order) // _BATCH * _BATCH].split(_BATCH):
             loss = cross_entropy(network(data.images[pick]), data.labels[pick])
             optimiser.zero_grad()
@@ -162,10 +162,10 @@ def challenging(
 ) -> dict[str, Tensor]:
     """Four sets that the network should not be trusted on, ``(n, 1, 24, 24)`` in [0, 1]."""
     pixels = PixelRange.of(digits, clip=(0.0, 1.0))
-    noise = 0.25 * torch.randn(digits.shape, generator=generator)
+    noise = 0.25 * torch.randn(digits.shape, generator=generator, device="cpu")
     return {
         "photographs": photographs,
-        "uniform noise": torch.rand(digits.shape, generator=generator),
+        "uniform noise": torch.rand(digits.shape, generator=generator, device="cpu"),
         "noisy digits": (digits + noise).clamp(0, 1),
         "FGSM attack (0.1)": fgsm(network, digits, 0.1, generator, pixels=pixels),
     }

@@ -242,15 +242,15 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
     names = [name for name in final if all(name in scores for _, scores in parts)]
     if not names:
         raise ValueError("blocks must have at least one score, or there must be challenges; there was neither")
-    raw = torch.full((len(names), len(fold)), torch.nan, dtype=torch.float64)
-    log_p = torch.empty(len(fold), table.classes if CHALLENGE_CLASSIFIER in names else 0, dtype=torch.float64)
+    raw = torch.full((len(names), len(fold)), torch.nan, dtype=torch.float64, device="cpu")
+    log_p = raw.new_empty(len(fold), table.classes if CHALLENGE_CLASSIFIER in names else 0)
     for chosen, scores in [*parts, (~fitting, final)]:
         if chosen.any():
-            rows = torch.as_tensor(chosen)
+            rows = torch.from_numpy(chosen)
             raw[:, rows], log_p[rows] = _values(table, chosen, [scores[name] for name in names])
     failed = {
         name: int(values.isnan().sum())
-        for name, values in zip(names, raw[:, torch.as_tensor(clean)], strict=True)
+        for name, values in zip(names, raw[:, torch.from_numpy(clean)], strict=True)
         if values.isnan().any()
     }
     if failed:
@@ -258,19 +258,19 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
 
     def mapped(counted: NDArray[np.bool_]) -> DetectorModule:
         own = {name: final[name] for name in names}
-        p_values = PValues.fit(raw[:, torch.as_tensor(counted)], [score.two_sided for score in own.values()])
+        p_values = PValues.fit(raw[:, torch.from_numpy(counted)], [score.two_sided for score in own.values()])
         return DetectorModule(scores=Sequence(**own), p_values=p_values)
 
     # p-values come from the clean samples of the other folds, so that none helps to call itself usual.
-    evidence = torch.empty(len(fold), len(names), dtype=torch.float64)
+    evidence = raw.new_empty(len(fold), len(names))
     module = mapped(clean & fitting)
     for number in range(-1, fold.max() + 1):
-        chosen = torch.as_tensor(fold == number)
+        chosen = torch.from_numpy(fold == number)
         others = module if number < 0 else mapped(clean & fitting & (fold != number))
         evidence[chosen] = others.evidence(raw[:, chosen])
     # What the sum means: counted on what was held out, or else on every clean sample.
     calibrates = table.held_out if table.held_out.any() else clean & fitting
-    calibrating = evidence[torch.as_tensor(calibrates)]
+    calibrating = evidence[torch.from_numpy(calibrates)]
     module.add_module("final", PValues.fit(calibrating.sum(-1).unsqueeze(0), [False], counted=True))
     module.register_buffer("calibration_scores", module.total(calibrating))
     module.options["exact"] = bool(table.held_out.any())

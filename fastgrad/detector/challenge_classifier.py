@@ -67,7 +67,7 @@ class ChallengeClassifier(Fitted):
         """
         from scipy.optimize import minimize
 
-        codes = torch.as_tensor(kinds).unsqueeze(1)
+        codes = torch.from_numpy(kinds).unsqueeze(1)
         absent = torch.where(torch.bincount(codes[:, 0], minlength=classes) == 0, -torch.inf, 0.0)
         challenging = (codes > 0).float()
         shares = torch.where(codes > 0, 0.5 / challenging.sum(), 0.5 / (1 - challenging).sum())

@@ -154,7 +154,7 @@ def _sums(
     scores = fit_scores(table, inside, count)
     tensors = as_tensors(table.blocks)
     joint = scores.pop(CHALLENGE_CLASSIFIER).rows.get_submodule("parts")
-    clean = torch.as_tensor((fold == number) & (table.kinds == 0))
+    clean = torch.from_numpy((fold == number) & (table.kinds == 0))
     evidence: dict[str, torch.Tensor] = {}
 
     def evidence_of(raw: torch.Tensor, two_sided: bool, weight: float) -> torch.Tensor:
@@ -169,10 +169,12 @@ def _sums(
         sums = {}
         for name, chosen in sets.items():
             rows = torch.cat([parts[block] for block in chosen], 1)
-            total = sum((evidence[block] for block in chosen if block in evidence), torch.zeros(len(fold)))
+            total = sum(
+                (evidence[block] for block in chosen if block in evidence), torch.zeros(len(fold), device="cpu")
+            )
             for left_out in families:
                 picked = inside & (family != left_out)
-                classifier = ChallengeClassifier.fit(rows[torch.as_tensor(picked)], table.kinds[picked], table.classes)
+                classifier = ChallengeClassifier.fit(rows[torch.from_numpy(picked)], table.kinds[picked], table.classes)
                 sums[name, left_out] = (total + evidence_of(-classifier(rows)[:, 0], False, WEIGHT)).numpy()
     return sums
 

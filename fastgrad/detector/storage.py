@@ -40,7 +40,7 @@ def save(path: str | os.PathLike[str], modules: Mapping[str, Fitted], extra: Map
         for key, value in module.state_dict().items()
     }
     # A file without tensors has no header to speak of.
-    tensors[_KEY] = torch.zeros(1, dtype=torch.uint8)
+    tensors[_KEY] = torch.zeros(1, dtype=torch.uint8, device="cpu")
     content = {
         "digest": _EMPTY,
         "format": FORMAT,

@@ -54,7 +54,7 @@ def find_carriers(
         with undone(model), torch.no_grad():
             return tensors(Shadow(model, training=mode, recorded=recorded).root(*given[0], **given[1]))
 
-    index = torch.arange(SAMPLES) % samples
+    index = torch.arange(SAMPLES, device="cpu") % samples
     batch: list[Tensor] | None = None
     borne: tuple[bool, ...] | None = None
     for count in range(len(doubts) + 1):

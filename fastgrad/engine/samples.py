@@ -60,7 +60,7 @@ class Samples:
 
     def __init__(self, network: Network, known: Known, args: Any, kwargs: Any, samples: int, count: int) -> None:
         self._network, self._known, self.count = network, known, count
-        index = torch.arange(count) % samples
+        index = torch.arange(count, device="cpu") % samples
         inputs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
         indices = (index, index[:-1], index[-1:].expand(count))
         self.inputs, self._less, self._last = (take(inputs, i, samples, known.carriers) for i in indices)

@@ -218,7 +218,7 @@ def _require_separate(
         raise ValueError("losses must be computed from the output of the model's latest call; they were not")
     # Powers of two scale without rounding: a sample's gradient that is its own is scaled by exactly its own factor.
     samples = losses.shape[0]
-    exponents = torch.randint(1, 4, (samples,), generator=torch.Generator().manual_seed(0))
+    exponents = torch.randint(1, 4, (samples,), generator=torch.Generator().manual_seed(0), device="cpu")
     exponents[:1] = 0
     factors = (2.0**exponents).to(losses)
     ordered = [(outputs[i], layouts[i]) for i in sorted(reached)]

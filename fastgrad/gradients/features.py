@@ -317,7 +317,7 @@ def _checked(target: Target, logits: Tensor) -> str | Tensor:
     """A target for each row of ``logits``; refused before any kernel reads what it has no class for."""
     value = target(logits) if callable(target) else target
     if isinstance(value, int):
-        value = torch.tensor(value)
+        value = torch.tensor(value, device="cpu")
     if isinstance(value, Tensor):
         rows, classes = logits.shape
         if not value.is_floating_point() and value.dtype != torch.bool and value.numel() and not is_traced():

@@ -140,7 +140,7 @@ def _labelled(batch: Any) -> tuple[Tensor | dict[str, Any], Tensor]:
     if labels is None:
         raise ValueError("loader must give labels beside the inputs: (x, labels) or a mapping with 'labels'")
     try:
-        labels = torch.as_tensor(labels)
+        labels = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
     # Of words, None and ragged lists.
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"loader must give integer labels of shape ({batch_size(x)},): {error}") from error

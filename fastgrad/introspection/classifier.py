@@ -112,10 +112,10 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         self.classes_, codes = np.unique(labels, return_inverse=True)
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
-        targets = torch.as_tensor(codes.astype(np.int64))
+        targets = torch.from_numpy(codes.astype(np.int64))
         sources = np.unique(checks.groups_of(groups, len(codes)), return_inverse=True)[1]
         place = np.argsort(random.permutation(sources.max() + 1))[sources]
-        order = torch.as_tensor(np.argsort(place, kind="stable"))
+        order = torch.from_numpy(np.argsort(place, kind="stable"))
         # Some source is trained on, however few there are.
         held_out = int((place < min(round(self.validation_fraction * (sources.max() + 1)), sources.max())).sum())
         # A handful of held-out samples says nothing about when to stop.
@@ -145,11 +145,11 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         Raises:
             ValueError: A label is not one of `fit`, or shapes do not fit.
         """
-        logits = torch.as_tensor(self._logits(R))
+        logits = torch.from_numpy(self._logits(R))
         labels = self._labels(y, len(logits))
         if not np.isin(labels, self.classes_).all():
             raise ValueError(f"y must hold labels of fit, {self.classes_.tolist()[:20]}; it held others")
-        codes = torch.as_tensor(np.searchsorted(self.classes_, labels))
+        codes = torch.from_numpy(np.searchsorted(self.classes_, labels))
         temperature = Temperature.fit(logits, codes).temperature
         for name in ("weight", "bias"):
             self.network_.get_buffer(f"{name}{self.network_.options['layers'] - 1}").div_(temperature)
@@ -164,7 +164,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
     def predict_proba(self, R: ArrayLike | Pairs) -> Array:
         """Return class probabilities ``(B, classes)``."""
         logits = self._logits(R)
-        result: Array = torch.as_tensor(logits).softmax(-1).numpy()
+        result: Array = torch.from_numpy(logits).softmax(-1).numpy()
         return result
 
     def predict(self, R: ArrayLike | Pairs) -> NDArray[Any]:

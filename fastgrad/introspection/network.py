@@ -73,8 +73,8 @@ def new_layers(sizes: list[int], activation: str, seed: int) -> list[Tensor]:
     for index, (inputs, outputs) in enumerate(pairwise(sizes)):
         gain = GAINS[activation] if index > 0 else 1.0
         bound = gain * math.sqrt(6 / (inputs + outputs))
-        parameters.append((torch.rand(outputs, inputs, generator=generator, dtype=torch.float32) * 2 - 1) * bound)
-        parameters.append(torch.zeros(outputs, dtype=torch.float32))
+        weight = torch.rand(outputs, inputs, generator=generator, dtype=torch.float32, device="cpu")
+        parameters += [(weight * 2 - 1) * bound, weight.new_zeros(outputs)]
     return parameters
 
 
@@ -84,7 +84,7 @@ def mean_and_scale(inputs: Inputs, loss: str) -> tuple[Tensor, Tensor]:
     Of features and logits they need no rows: the entry of class k and feature j is d_k h_j, so over a batch its sum is
     (d^T h)[k, j] and the sum of its squares (d*d)^T (h*h).
     """
-    total, squares = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    total = squares = torch.zeros(1, dtype=torch.float64, device="cpu")
     for rows, *logits in zip(*(torch.split(value.double(), CHUNK) for value in inputs), strict=True):
         if logits:
             d = contrast_diagonal(logits[0], loss=loss)

@@ -38,7 +38,7 @@ def train(
 
     def epoch() -> float:
         total = 0.0
-        for samples in chosen[torch.randperm(len(chosen), generator=generator)].split(given.batch_size):
+        for samples in chosen[torch.randperm(len(chosen), generator=generator, device="cpu")].split(given.batch_size):
             value = batch_loss(samples, "mean")
             optimizer.zero_grad(set_to_none=True)
             value.backward()

@@ -72,12 +72,12 @@ class PValues(Fitted):
     @classmethod
     def fit(cls, scores: Tensor, two_sided: Sequence[bool], *, counted: bool = False) -> PValues:
         """From calibration ``scores`` ``(K, n)``; ``counted`` counts every one, and describes what is above all."""
-        both = torch.tensor(two_sided)
-        lower, rows = both.nonzero().flatten(), torch.arange(len(both))
+        both = torch.tensor(two_sided, device="cpu")
+        lower, rows = both.nonzero().flatten(), torch.arange(len(both), device="cpu")
         tails = [_tail(row, counted) for row in torch.cat([scores, -scores[lower]]).double()]
         # Beyond the last counted score, s, no table is read.
         tables = {name: pad_sequence([tail[name] for tail in tails], True, math.inf) for name in tails[0]}
-        other = rows.index_copy(0, lower, len(both) + torch.arange(len(lower)))
+        other = rows.index_copy(0, lower, len(both) + torch.arange(len(lower), device="cpu"))
         return cls(**tables, two_sided=lower, other=other, factor=both.double().unsqueeze(1) * math.log(2.0))
 
     def forward(self, scores: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ def _tail(scores: Tensor, counted: bool) -> dict[str, Tensor]:
     steps = math.ceil(math.log(fifth / (above + 1)) / _STEP) + 1
     some = torch.cat(
         [
-            torch.linspace(n, fifth, 1 + round(4 / _STEP), dtype=torch.float64),
-            torch.linspace(math.log(fifth), math.log(above + 1), steps, dtype=torch.float64).exp(),
+            torch.linspace(n, fifth, 1 + round(4 / _STEP), dtype=torch.float64, device="cpu"),
+            torch.linspace(math.log(fifth), math.log(above + 1), steps, dtype=torch.float64, device="cpu").exp(),
         ]
     ).round()
     knots = ordered if counted else ordered[(n - some).long().unique()]

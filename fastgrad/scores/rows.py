@@ -77,7 +77,7 @@ class Rows(Fitted):
             "block": block, "rank": rank, "log": log, "top": top, "by_logits": by_logits, "clip": clip,
         }  # fmt: skip
         rows = cls(**options)
-        flat = rows.flat({name: torch.as_tensor(array) for name, array in blocks.items()})
+        flat = rows.flat({name: torch.as_tensor(array, device="cpu") for name, array in blocks.items()})
         mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
         # Squared norms are logarithms by now: a relative error became an absolute one, stored once more.
         size = flat.abs().mean(0)
@@ -139,7 +139,7 @@ class Rows(Fitted):
 
 def as_tensor(array: Array) -> Tensor:
     """``array`` as a tensor, copied only where it is read-only memory or runs backwards."""
-    return torch.as_tensor(array if array.flags.writeable and min(array.strides) >= 0 else array.copy())
+    return torch.as_tensor(array if array.flags.writeable and min(array.strides) >= 0 else array.copy(), device="cpu")
 
 
 def clipped(rows: Tensor, limit: float) -> Tensor:
@@ -158,5 +158,5 @@ def whitening(rows: Tensor, dimensions: int, rounding: Tensor) -> Tensor:
     noise = (directions.square().T @ rounding.square()).sqrt()
     keep = spread > (_LEAST * noise).clamp(min=1e-6 * max(float(spread[0]), 1e-300))
     if not keep.any():
-        return torch.zeros(rows.shape[1], 1, dtype=torch.float64)
+        return torch.zeros(rows.shape[1], 1, dtype=torch.float64, device="cpu")
     return directions[:, keep] / spread[keep]

@@ -48,7 +48,7 @@ class Temperature(Fitted):
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (low, middle) if slope(math.exp(middle)) > 0 else (middle, high)
-        return cls(temperature=torch.tensor(math.exp(-(low + high) / 2), dtype=torch.float64))
+        return cls(temperature=torch.tensor(math.exp(-(low + high) / 2), dtype=torch.float64, device="cpu"))
 
     def forward(self, logits: Tensor) -> Tensor:
         """Calibrated logits ``(B, N)`` of ``logits`` ``(B, N)``, in their dtype."""

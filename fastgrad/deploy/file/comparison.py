@@ -36,7 +36,7 @@ def compare(
     """
     package = ModelPackage(path)
     example_input = example_input[: package.description.max_batch]
-    three = example_input[torch.arange(3) % len(example_input)]
+    three = example_input[torch.arange(3, device="cpu") % len(example_input)]
     unknown = torch.full_like(three[:1], torch.nan)
     for x in (example_input, three[:1], three[: package.description.max_batch], unknown):
         try:
@@ -70,7 +70,7 @@ def _moved(x: Tensor, unit: float) -> Iterator[Tensor]:
     step = _UNITS * max(unit, _TF32 if x.is_cuda else 0.0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
-        yield x + x.abs() * step * (2 * torch.rand(x.shape, generator=generator) - 1).to(x)
+        yield x + x.abs() * step * (2 * torch.rand(x.shape, generator=generator, device="cpu") - 1).to(x)
 
 
 def difference(ours: Tensor, live: Tensor) -> float:

@@ -129,7 +129,7 @@ def normalize_pixels(description: Description, pixels: Tensor) -> Tensor:
 
 @functools.lru_cache(64)
 def _per_channel(values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, dtype=dtype).view(-1, 1, 1)
+    return torch.tensor(values, dtype=dtype, device="cpu").view(-1, 1, 1)
 
 
 def _count(value: Any, most: int) -> bool:

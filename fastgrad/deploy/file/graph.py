@@ -104,7 +104,7 @@ class _Loop(nn.Module):
         self.rows = [(value.shape[1:], value.dtype) for value in ((outputs,) if self.single else outputs)]
 
     def forward(self, x: Tensor) -> Any:
-        start = torch.zeros((), dtype=torch.int64)
+        start = torch.zeros((), dtype=torch.int64, device="cpu")
         results = [x.new_zeros((x.shape[0], *shape), dtype=dtype) for shape, dtype in self.rows]
 
         def more(i: Tensor, *results: Tensor) -> Tensor:

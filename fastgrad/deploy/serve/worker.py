@@ -25,7 +25,7 @@ def start(path: str, threads: int | None) -> Callable[[bytearray], bytes]:
     model = ModelPackage(path)
     description = model.description
     # The first run allocates and starts threads; no request should wait for that.
-    model.rows(torch.zeros(1, *description.input_shape, dtype=DTYPES[description.input_dtype]))
+    model.rows(torch.zeros(1, *description.input_shape, dtype=DTYPES[description.input_dtype], device="cpu"))
     return lambda request: model.rows(batch_of(request, description)).astype("<f8").tobytes()
 
 

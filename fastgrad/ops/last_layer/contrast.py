@@ -38,7 +38,7 @@ def _cross_entropy(scale: Tensor, logits: Tensor) -> Tensor:
     rows = max(1, _CHUNK // logits.shape[-1])
     if logits.device.type != "cpu" or torch.compiler.is_compiling() or logits.shape[0] <= rows:
         return _in_place(torch.softmax(logits, -1, dtype=dtype), scale)
-    out = torch.empty(logits.shape, dtype=dtype)
+    out = torch.empty(logits.shape, dtype=dtype, device="cpu")
     for p, s, z in zip(out.split(rows), scale.split(rows), logits.split(rows), strict=True):
         _in_place(torch.softmax(z, -1, dtype=dtype, out=p), s)
     return out
@@ -79,7 +79,7 @@ def _argmax(p: Tensor) -> Tensor:
     best = p[:, :whole].unflatten(-1, (-1, width)).amax(-1)
     if whole < classes:
         best = torch.cat([best, p[:, whole:].amax(-1, keepdim=True)], -1)
-    columns: Tensor = best.argmax(-1, keepdim=True) * width + torch.arange(width)
+    columns: Tensor = best.argmax(-1, keepdim=True) * width + torch.arange(width, device="cpu")
     # The last block may be short; repeating the last column does not move the first maximum.
     columns.clamp_(max=classes - 1)
     inside: Tensor = p.gather(-1, columns).argmax(-1, keepdim=True)

@@ -1,0 +1,89 @@
+"""Nothing lands on PyTorch's default device, which is the user's (``torch.set_default_device``)."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import pathlib
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._device import _device_constructors
+
+import fastgrad
+from fastgrad.challenges import CHALLENGES, generate_challenges
+
+NETWORK = nn.Sequential(
+    nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+).eval()
+IMAGES = torch.rand(60, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(60) % 3
+
+
+def fitted(classifier: fastgrad.IntrospectiveClassifier | None) -> list[Tensor]:
+    blocks: list[str] = ["logits", "activations", "image", "roughness", "features", "gradients"]
+    model = fastgrad.TwoStageModel(NETWORK, blocks=blocks, classifier=classifier, seed=1)
+    model.fit([(IMAGES, LABELS)], verbose=False)
+    model.report(gains=True)
+    return [value for value in model(IMAGES[:5]) if value is not None]
+
+
+def recorded() -> list[Tensor]:
+    with fastgrad.record(NETWORK):
+        loss = F.cross_entropy(NETWORK(IMAGES[:5]), LABELS[:5], reduction="sum")
+        return list(fastgrad.grad_sqnorm(loss, list(NETWORK.parameters())))
+
+
+def clipped() -> list[Tensor]:
+    model = copy.deepcopy(NETWORK)
+    with fastgrad.clip_gradients(model, 0.1) as clip:
+        return [clip.backward(F.cross_entropy(model(IMAGES[:5]), LABELS[:5], reduction="none"))]
+
+
+def ranked() -> list[Tensor]:
+    table = fastgrad.rank_samples(NETWORK, [(IMAGES, LABELS.tolist())], verbose=False)
+    return [torch.from_numpy(table.grand)]
+
+
+def contrasts() -> list[Tensor]:
+    h, z = IMAGES[:, 0, 0], IMAGES.flatten(1)[:, :300]
+    return [fastgrad.contrast_sqnorm(h, z, log=log) for log in (False, True)]
+
+
+WORK: dict[str, Callable[[], list[Tensor]]] = {
+    "detector": lambda: fitted(None),
+    "classifier": lambda: fitted(fastgrad.IntrospectiveClassifier(max_epochs=2, hidden=(4,))),
+    "challenges": lambda: list(generate_challenges(NETWORK, IMAGES[:4], names=list(CHALLENGES)).values()),
+    "features": lambda: list(fastgrad.GradientFeatures(NETWORK, target=lambda z: z.argmax(1))(IMAGES[:5])),
+    "record": recorded,
+    "clipping": clipped,
+    "ranking": ranked,
+    "contrasts": contrasts,
+}
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_the_default_device_changes_nothing(work: str) -> None:
+    expected = WORK[work]()
+    with torch.device("meta"):
+        found = WORK[work]()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_every_new_tensor_names_its_device() -> None:
+    makers = {function.__name__ for function in _device_constructors()}
+    nameless = [
+        f"{file}:{node.lineno}"
+        for file in pathlib.Path(fastgrad.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func.value) == "torch"
+        and node.func.attr in makers
+        and not any(keyword.arg == "device" for keyword in node.keywords)
+    ]
+    assert nameless == []
