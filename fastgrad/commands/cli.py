@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import sys
 
 import fastgrad
@@ -21,6 +22,9 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit status, 2 for unusable arguments or a missing extra."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files that it cannot encode are escaped, as on standard error: an error would come after the work.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="fastgrad", description="Try fastgrad; serve or score an exported model.")
     parser.add_argument("--version", action="version", version=f"fastgrad {fastgrad.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

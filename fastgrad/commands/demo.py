@@ -262,9 +262,9 @@ def run(arguments: argparse.Namespace) -> int:
         "blocks": str(report),
         "total_s": time.perf_counter() - start,
     }
-    (out / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
+    (out / "demo.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     text = markdown(record)
-    (out / "demo.md").write_text(text)
+    (out / "demo.md").write_text(text, "utf-8")
     print(f"\n{text}\n{out.resolve()}")
     return 0
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +43,17 @@ def test_bad_calls_are_named(arguments: list[str], message: str, capsys: pytest.
         status = stopped.code
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_name_that_the_console_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cp1252, in which Windows writes to files and pipes: an error after the work would say that it failed."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "cp1252"))
+    monkeypatch.setitem(cli.COMMANDS, "serve", (__name__, None, "help"))
+    monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(add_arguments=id, run=lambda _: print("\u65e5") or 0))
+    assert cli.main(["serve"]) == 0
+    sys.stdout.flush()
+    assert written.getvalue() == b"\\u65e5\n"
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
