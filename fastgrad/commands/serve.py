@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         )
     server = Server(app, host=args.host, port=args.port, limits=limits)
     # When all is finished uvicorn raises the signal once more, with the handler found here.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in {"SIGTERM", "SIGBREAK"}.intersection(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     try:
         server.run()
     except KeyboardInterrupt:

@@ -178,8 +178,9 @@ class Child:
         self.alive = False
         # Not by `Process.kill`, which may take the exit status before asyncio's own thread does.
         if self.process is not None and self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGKILL)
+            # Windows ends a process by any signal, and denies it where it has just ended.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(self.process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
 
     async def stop(self, patience: float = 1.0) -> None:
         """End it, kindly first; it is gone afterwards."""
@@ -199,8 +200,8 @@ class Child:
 def answer_requests(module: str, arguments: Sequence[object]) -> None:
     """In a child: reply that the function is there which ``start`` of the module gives, then to requests with it."""
     # A service manager may signal all processes at a stop; the server alone decides when these end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in {"SIGINT", "SIGTERM", "SIGBREAK"}.intersection(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     # What anything prints goes to standard error.
     os.dup2(2, 1)

@@ -190,6 +190,30 @@ def test_a_model_that_cannot_be_loaded_or_takes_too_long(tmp_path: Path) -> None
     asyncio.run(run())
 
 
+def test_a_process_is_ended_where_there_is_no_such_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, which ends it by any other, and denies that to one that has just ended."""
+    sent: list[int] = []
+
+    async def run(child: Child) -> None:
+        await child.start(30)
+        kill = signal.SIGKILL
+
+        def end(pid: int, number: int) -> None:
+            sent.append(number)
+            plain(pid, kill)
+            raise PermissionError
+
+        plain = os.kill
+        monkeypatch.setattr(os, "kill", end)
+        monkeypatch.delattr(signal, "SIGKILL")
+        with pytest.raises(ChildDiedError, match="no answer within 0 s"):
+            await child.ask([b"{}"], 0)
+        await child.stop()
+
+    asyncio.run(run(Child("fastgrad.deploy.serve.decoder", (100,), most=2**20, small=True)))
+    assert sent == [signal.SIGTERM]
+
+
 def test_a_worker_has_none_of_the_servers_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTGRAD_API_KEY", "k-4711")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "token=k-4711")
