@@ -265,6 +265,8 @@ def while_loop(
 
 def require_cpp_compiler(what: str) -> None:
     """Raise RuntimeError unless a C++ compiler is installed. Without, the error would name neither cause nor remedy."""
+    if sys.platform == "win32" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+        raise RuntimeError(f"{what} compiles native code, on Windows from PyTorch 2.9 on; it was {torch.__version__}")
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
@@ -272,7 +274,8 @@ def require_cpp_compiler(what: str) -> None:
     except Exception as error:
         raise RuntimeError(
             f"{what} compiles native code and found no C++ compiler; install one (Debian and Ubuntu: "
-            "apt-get install g++) or name it in the environment variable CXX"
+            "apt-get install g++; macOS: xcode-select --install; Windows: Visual Studio's build tools) or name "
+            "it in the environment variable CXX"
         ) from error
 
 

@@ -35,7 +35,8 @@ def replace_atomically(make: Callable[[Path], Any], path: str | os.PathLike[str]
     """Call ``make(temporary_path)`` and move what it wrote to ``path``: never a half-written file."""
     target = Path(path)
     with tempfile.TemporaryDirectory() as folder:
-        temporary = Path(folder) / target.name
+        # PyTorch opens a name by its UTF-8, which on Windows, and in some locales, is another one if not ASCII.
+        temporary = Path(folder) / f"file{target.suffix}"
         make(temporary)
         # A copy into the target's own folder first: a rename across file systems is not atomic.
         with written_beside(target) as beside:

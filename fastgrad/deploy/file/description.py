@@ -44,7 +44,7 @@ class Description:
             None.
         reference: the same scores as the drift monitor reads them: ``{"edges": (K-1), "counts": (K)}``, or
             None.
-        versions: of fastgrad and torch, and the processor's instruction set the graph was compiled for.
+        versions: of fastgrad and torch, and the processor's instruction set and system the graph was compiled for.
         evidence: of a file that gives the evidence: the name of each column, with the meaning of its alarm in words;
             else None.
         risk: whether the file gives the probability that an answer is wrong.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,11 +66,11 @@ def export(
     fitted with labels, risk. For contiguous inputs they equal those of the live module up to float32 rounding. On an
     untrained network all images are nearly the same, and the detector magnifies the rounding.
 
-    A ``.pt2`` runs on the kind of device that holds ``example_input``, on processors with at least the vector
-    instructions that PyTorch uses here (``ATEN_CPU_CAPABILITY`` sets fewer), and under this PyTorch or a newer one. An
-    ``.onnx`` runs wherever ONNX Runtime does, and is checked by ``onnx.checker``. The answers of either on
-    ``example_input`` are compared with the live module's before the file appears. With gradients, rounding that moves
-    an activation across the kink of a ReLU changes the backward pass, and the answer with it.
+    A ``.pt2`` runs on this operating system, on the kind of device that holds ``example_input``, on processors with at
+    least the vector instructions that PyTorch uses here (``ATEN_CPU_CAPABILITY`` sets fewer), and under this PyTorch or
+    a newer one. An ``.onnx`` runs wherever ONNX Runtime does, and is checked by ``onnx.checker``. The answers of either
+    on ``example_input`` are compared with the live module's before the file appears. With gradients, rounding that
+    moves an activation across the kink of a ReLU changes the backward pass, and the answer with it.
 
     Args:
         two_stage: a fitted `TwoStageModel`, or any module in evaluation mode that returns ``(logits (B, N),
@@ -100,8 +101,9 @@ def export(
         ValueError: an argument does not fit the model; the module is in training mode, draws random numbers, changes
             its buffers, or gives an input another answer where another is beside it.
         MissingExtraError: an ``.onnx`` needs ``pip install 'fastgrad[onnx]'``.
-        RuntimeError: no C++ compiler is installed for a ``.pt2``, the module's graph depends on the batch size, the
-            answers differ by more than ``tolerance``, or an operation has no ONNX form.
+        RuntimeError: no C++ compiler is installed for a ``.pt2``, PyTorch compiles none here (Windows before 2.9), the
+            module's graph depends on the batch size, the answers differ by more than ``tolerance``, or an operation has
+            no ONNX form.
     """
     checks.is_path(path=path)
     target = Path(path)
@@ -215,6 +217,7 @@ def _describe(
             "fastgrad": fastgrad.__version__,
             "torch": str(torch.__version__),
             "cpu": torch.backends.cpu.get_cpu_capability(),
+            "system": sys.platform,
         },
     )
 

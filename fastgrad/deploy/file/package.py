@@ -28,7 +28,10 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import stat
+import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -143,6 +146,16 @@ def _read_member(path: str | os.PathLike[str]) -> bytes | None:
         return archive.read(members[0])
 
 
+@contextlib.contextmanager
+def _named_in_ascii(path: Path) -> Iterator[Path]:
+    """The file, or a copy: PyTorch and ONNX Runtime open names by their UTF-8, which is not each system's form."""
+    if str(path).isascii():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(shutil.copyfile(path, Path(folder) / f"model{path.suffix}"))
+
+
 def _load_archive(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
     """The function in a ``.pt2``; PyTorch would run code of which a bit is another."""
     with _archive(path) as archive:
@@ -152,8 +165,13 @@ def _load_archive(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
     return load_package(path)
 
 
-def _check_processor(path: str | os.PathLike[str], description: Description) -> None:
-    """Refuse native code for instructions that this machine lacks, which would end the process."""
+def _check_machine(path: str | os.PathLike[str], description: Description) -> None:
+    """Refuse native code for another system, and for instructions that this machine lacks and that would end it."""
+    made = description.versions.get("system", sys.platform)
+    if made != sys.platform:
+        raise PackageError(f"{path} was compiled on {made}; this system is {sys.platform}; an .onnx runs on both")
+    if description.device != "cpu":
+        return
     needed, here = description.versions.get("cpu", "DEFAULT"), torch.backends.cpu.get_cpu_capability()
     levels = [list(X86).index(name) if name in X86 else None for name in (needed, here)]
     fits = levels[0] <= levels[1] if None not in levels else needed in ("DEFAULT", here)  # type: ignore[operator]
@@ -176,13 +194,14 @@ class ModelPackage:
         self.path = Path(path)
         if self.description.device == "cuda" and not torch.cuda.is_available():
             raise PackageError(f"{path} was compiled for a CUDA device; there is none here")
-        if self.description.device == "cpu" and self.path.suffix == ".pt2":
-            _check_processor(path, self.description)
+        if self.path.suffix == ".pt2":
+            _check_machine(path, self.description)
         # Else a process that only runs files clears pages for half of a small network's time.
         keep_freed_memory()
         try:
             load = onnx_file.load if self.path.suffix == ".onnx" else _load_archive
-            self._run: Callable[[Tensor], Sequence[Tensor]] = load(self.path)
+            with _named_in_ascii(self.path) as file:
+                self._run: Callable[[Tensor], Sequence[Tensor]] = load(file)
         except DAMAGED as error:
             made, here = self.description.versions.get("torch", "?"), str(torch.__version__)
             hint = f"; it was made with PyTorch {made}, and here is {here}" * (made != here)

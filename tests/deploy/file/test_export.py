@@ -238,6 +238,13 @@ def test_no_compiler_is_said_plainly(tmp_path: Path) -> None:
         export(TinyTwoStage(), X, tmp_path / "m.pt2")
 
 
+def test_a_system_for_which_this_pytorch_compiles_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(torch, "__version__", "2.8.0+cpu")
+    with pytest.raises(RuntimeError, match=r"on Windows from PyTorch 2\.9 on; it was 2\.8\.0"):
+        compile_function(TinyTwoStage(), X, "m.pt2")
+
+
 def test_a_graph_that_depends_on_the_batch_size_is_refused() -> None:
     class Loop(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import platform
 import random
 import re
+import shutil
 import stat
 import struct
+import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -183,6 +186,32 @@ def test_code_for_another_processor_is_refused(tiny_package: Path, monkeypatch: 
         pytest.skip("compiled for every processor")
     with pytest.raises(PackageError, match="this one has DEFAULT"):
         ModelPackage(tiny_package)
+
+
+def test_code_for_another_system_is_refused(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = sys.platform
+    monkeypatch.setattr(sys, "platform", "plan9")
+    with pytest.raises(PackageError, match=rf"was compiled on {made}; this system is plan9; an \.onnx runs on both$"):
+        ModelPackage(tiny_package)
+
+
+def test_what_is_not_python_gets_names_in_ascii(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows, and some locales, open another name than Python's; a name that is no UTF-8 ends the process."""
+    given: list[Path] = []
+
+    def load(path: Path, plain: Any) -> Any:
+        given.append(path)
+        return plain(path)
+
+    monkeypatch.setattr(package, "_load_archive", functools.partial(load, plain=package._load_archive))
+    monkeypatch.setattr(package.onnx_file, "load", functools.partial(load, plain=package.onnx_file.load))
+    x, odd = torch.randn(2, 3, 8, 8), tmp_path / f"\u65e5{model_file.suffix}"
+    replace_atomically(lambda path: given.append(shutil.copyfile(model_file, path)), odd)
+    np.testing.assert_array_equal(ModelPackage(odd).rows(x), ModelPackage(model_file).rows(x))
+    assert [path.suffix for path in given if str(path).isascii()] == [model_file.suffix] * 3
+    assert len(given) == 3
 
 
 def test_code_is_for_the_instructions_that_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
