@@ -207,7 +207,7 @@ def test_what_is_not_python_gets_names_in_ascii(
 
     monkeypatch.setattr(package, "_load_archive", functools.partial(load, plain=package._load_archive))
     monkeypatch.setattr(package.onnx_file, "load", functools.partial(load, plain=package.onnx_file.load))
-    x, odd = torch.randn(2, 3, 8, 8), tmp_path / f"\u65e5{model_file.suffix}"
+    x, odd = torch.randn(2, 3, 8, 8), tmp_path / f"\u00e9{model_file.suffix}"
     replace_atomically(lambda path: given.append(shutil.copyfile(model_file, path)), odd)
     np.testing.assert_array_equal(ModelPackage(odd).rows(x), ModelPackage(model_file).rows(x))
     assert [path.suffix for path in given if str(path).isascii()] == [model_file.suffix] * 3
