@@ -150,9 +150,11 @@ def _room(connections: int) -> tuple[int, int]:
         import resource
 
         soft, hard = (needed if most < 0 else most for most in resource.getrlimit(resource.RLIMIT_NOFILE))
-        files = min(needed, hard)
-        if soft < files:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        files = min(needed, soft)
+        if files < (most := min(needed, hard)):
+            # macOS may refuse what it names as the limit.
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            files = most
     connections = max(1, min(connections, (files - _FILES) // 2))
     return connections, max(1, min(_AT_ONCE, files - _FILES - connections))
 

@@ -347,6 +347,18 @@ def test_connections_fit_the_open_files(
     assert found == ([] if asked is None else [asked])
 
 
+def test_connections_fit_the_open_files_where_no_more_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hard limit of macOS is none, and more than the kernel's own is refused."""
+    resource = pytest.importorskip("resource")
+
+    def refuse(*_: object) -> None:
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 2**63 - 1))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert _room(20_000) == (64, 64)
+
+
 def test_clients_that_do_not_read_are_closed_where_connections_run_out(tiny_onnx: Any) -> None:
     with running(tiny_onnx, "--max-connections", "8") as server:
         idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(8)]
