@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         memory=max(Limits.memory, 3 * body), connections=args.max_connections,
     )  # fmt: skip
     file = args.api_key_file
-    key = os.environ.get("FASTGRAD_API_KEY") if file is None else file.read_text("utf-8", "replace").strip()
+    key = os.environ.get("FASTGRAD_API_KEY") if file is None else file.read_text("utf-8-sig", "replace").strip()
     app = create_app(
         _paths(args.model, args.models), workers=args.workers, threads=args.threads, decoders=args.decoders,
         max_batch=args.max_batch, batch_wait=args.batch_wait_ms / 1000, limits=limits, api_key=key,

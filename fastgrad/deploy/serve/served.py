@@ -91,7 +91,7 @@ class Served:
         shutil.copyfile(path, copy)
         # Of the copy, and before anything else reads it: the file itself may change at any time.
         self.digest = digest_of(copy)
-        if pins is not None and self.digest not in Path(pins).read_text("utf-8", "replace").lower().split():
+        if pins is not None and self.digest not in Path(pins).read_text("utf-8-sig", "replace").lower().split():
             raise PackageError(f"{path} is not a file that {pins} names: its SHA-256 is {self.digest}")
         try:
             self.description = description = read_description(copy)

@@ -316,7 +316,8 @@ def test_risk_reaches_the_answer(tmp_path: Path) -> None:
 def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fastgrad.commands import cli
 
-    file = str(tiny_package)
+    file, marked = str(tiny_package), tmp_path / "marked"
+    marked.write_text("secret\r\n", "utf-8-sig")
     for arguments, message in (
         ([str(tmp_path / "none.pt2")], "no such file"),
         ([file, "--workers", "0"], "--workers must be positive and finite; it was 0"),
@@ -341,6 +342,8 @@ def test_command_line_errors(tiny_package: Path, tmp_path: Path, capsys: pytest.
         # Of bytes that are no text.
         ([file, "--api-key-file", file], "api_key must not be empty"),
         ([file, "--pins", file], "is not a file that"),
+        # A key in a file that Windows marks as UTF-8 is one.
+        ([file, "--api-key-file", str(marked), "--pins", file], "is not a file that"),
     ):
         assert cli.main(["serve", *arguments]) == 2
         assert message in capsys.readouterr().err

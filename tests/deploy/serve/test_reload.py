@@ -106,7 +106,8 @@ def test_only_pinned_files_are_loaded(tmp_path: Path, caplog: pytest.LogCaptureF
     pins.write_text("# none yet\n")
     with pytest.raises(PackageError, match=r"is not a file that .*pins names: its SHA-256 is"):
         create_app(str(path), pins=pins)
-    pins.write_text(f"{digest_of(path).upper()}  {path.name}\n")
+    # As Windows writes it: capitals, and marked as UTF-8.
+    pins.write_text(f"{digest_of(path).upper()}  {path.name}\n", "utf-8-sig")
     app = create_app(str(path), pins=pins)
     (model,) = app.state.models.values()
     model.served = with_fakes(model.served, 1.0)
