@@ -17,7 +17,7 @@ from serve_client import image
 from fastgrad.commands import cli
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
-from fastgrad.deploy.score import job
+from fastgrad.deploy.score import job, sources
 from fastgrad.deploy.score import local as score_module
 from fastgrad.deploy.score import rows as rows_module
 from fastgrad.deploy.score.local import score
@@ -344,7 +344,8 @@ def test_no_image_is_left_out_without_a_word(
     (base / "1.png").symlink_to("nowhere")
     (base / "2.png").symlink_to("0.png")
     (base / "3.png").symlink_to("closed")
-    os.mkfifo(base / "4.png")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(base / "4.png")
     score(tiny_package, base, tmp_path / "out")
     rows = pq.read_table(tmp_path / "out").to_pylist()
     missing = "the file cannot be read: No such file or directory"
@@ -359,6 +360,20 @@ def test_no_image_is_left_out_without_a_word(
     monkeypatch.setattr(os, "scandir", closed)
     with pytest.raises(PermissionError, match="closed"):
         score(tiny_package, base, tmp_path / "again")
+
+
+def test_names_have_slashes_on_every_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of Windows is that of Linux."""
+
+    class Windows(type(tmp_path)):  # type: ignore[misc]
+        def __fspath__(self) -> str:
+            return str(self) if self.is_absolute() else str(self).replace("/", "\\")
+
+    monkeypatch.setattr(sources, "Path", Windows)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "0.png").write_bytes(image(0))
+    found, _ = sources.list_folder(tmp_path)
+    assert [source.name for source in found] == ["a/b/0.png"]
 
 
 def test_large_cells_are_not_read(tiny_package: Path, tmp_path: Path) -> None:

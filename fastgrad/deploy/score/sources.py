@@ -52,7 +52,7 @@ def list_folder(folder: Path) -> tuple[list[Source], str]:
         status = path.stat() if path.exists() else path.lstat()
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
             continue
-        name = os.fsencode(path.relative_to(folder))
+        name = os.fsencode(path.relative_to(folder).as_posix())
         digest.update(b"%s\0%d %d\0" % (name, status.st_size, status.st_mtime_ns))
         sources.append(Source(name.decode("utf-8", "backslashreplace"), path))
     return sources, digest.hexdigest()
