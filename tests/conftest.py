@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import importlib.metadata
 import importlib.util
+import locale
 import os
 import pathlib
 import shutil
@@ -45,6 +46,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if (encoding := locale.getpreferredencoding(False)).lower() not in ("utf-8", "utf8"):
+        raise pytest.UsageError(f"the pages that tests read are UTF-8: set PYTHONUTF8=1; the encoding was {encoding}")
     # numpy, on which the interpreter runs, warns where a device computes a NaN or an infinity.
     for message in ("invalid value", "divide by zero", "overflow", "underflow", "All-NaN"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import re
 import subprocess
 import sys
@@ -70,6 +71,16 @@ def test_a_checkout_hides_no_other_project() -> None:
     probe = "import kernels as k; assert getattr(k, '__version__', None) is getattr(k, '__file__', None) is None"
     assert in_checkout(probe).returncode == 0
     assert in_checkout("import kernels.contrast").returncode != 0
+
+
+def test_another_encoding_is_named_before_any_test_runs(
+    pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows has cp1252 where Python has no other word."""
+    monkeypatch.setattr(locale, "getpreferredencoding", lambda *_: "cp1252")
+    plugin = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    with pytest.raises(pytest.UsageError, match="set PYTHONUTF8=1; the encoding was cp1252"):
+        plugin.pytest_configure(pytestconfig)
 
 
 def test_workflows_name_files_that_exist() -> None:

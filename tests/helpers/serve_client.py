@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 COMMAND = """
 import argparse, asyncio.events, os, signal, sys, time
@@ -53,12 +54,21 @@ if __name__ == "__main__":
 """
 
 
+def proc(pid: int | str = "") -> Path:
+    """What Linux says of processes, or of one; the test is skipped on other systems."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("looks at processes in /proc")
+    return Path("/proc") / str(pid)
+
+
 class Server:
-    """``fastgrad serve`` on a free port."""
+    """``fastgrad serve`` on a free port; Windows, which cannot ask it to end, skips the test."""
 
     def __init__(
         self, package: Path | None, *options: str, env: dict[str, str] | None = None, probe: Path | None = None
     ) -> None:
+        if sys.platform == "win32":
+            pytest.skip("ends a server by SIGTERM")
         files = [] if package is None else [str(package)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         self.probe, self._forgotten = probe, 0
@@ -114,13 +124,13 @@ class Server:
 
     def memory(self, name: str = "VmRSS") -> float:
         """MiB of the web process: now, or with ``VmHWM`` at most since `forget`."""
-        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        text = (proc(self.process.pid) / "status").read_text()
         return int(re.search(rf"{name}:\s+(\d+) kB", text).group(1)) / 1024  # type: ignore[union-attr]
 
     def forget(self) -> None:
         """Begin anew with the most memory, and the longest pause so far."""
         assert self.probe is not None
-        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        (proc(self.process.pid) / "clear_refs").write_text("5")
         self._forgotten += 1
         self.process.send_signal(signal.SIGUSR1)
         while not (self.probe.exists() and int(self.probe.read_text().split()[0]) == self._forgotten):
@@ -150,7 +160,7 @@ def running(package: Path | None, *options: str, probe: Path | None = None) -> I
 def workers_of(pid: int, module: bytes = b"serve.worker") -> list[int]:
     """Process ids of the model's processes below a server, or of those that read bodies (``serve.decoder``)."""
     found = []
-    for entry in Path("/proc").iterdir():
+    for entry in proc().iterdir():
         with contextlib.suppress(OSError, ValueError, IndexError):
             parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
             if parent == pid and module in (entry / "cmdline").read_bytes():

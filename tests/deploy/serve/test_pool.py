@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from anyio import fail_after
+from serve_client import proc
 from serve_stub import FakeChild
 
 from fastgrad.deploy.file.package import ModelPackage
@@ -125,6 +127,7 @@ def test_an_exception_beside_the_model_fails_its_batch_and_the_task_goes_on(capl
     assert "in a callback" in caplog.text
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="stops a process by SIGSTOP")
 def test_real_workers(model_file: Path) -> None:
     """One process: load, answer in batches, be killed, come back, hang, be closed."""
 
@@ -193,10 +196,10 @@ def test_a_model_that_cannot_be_loaded_or_takes_too_long(tmp_path: Path) -> None
 def test_a_process_is_ended_where_there_is_no_such_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows, which ends it by any other, and denies that to one that has just ended."""
     sent: list[int] = []
+    kill = getattr(signal, "SIGKILL", signal.SIGTERM)
 
     async def run(child: Child) -> None:
         await child.start(30)
-        kill = signal.SIGKILL
 
         def end(pid: int, number: int) -> None:
             sent.append(number)
@@ -205,7 +208,7 @@ def test_a_process_is_ended_where_there_is_no_such_signal(monkeypatch: pytest.Mo
 
         plain = os.kill
         monkeypatch.setattr(os, "kill", end)
-        monkeypatch.delattr(signal, "SIGKILL")
+        monkeypatch.delattr(signal, "SIGKILL", raising=False)
         with pytest.raises(ChildDiedError, match="no answer within 0 s"):
             await child.ask([b"{}"], 0)
         await child.stop()
@@ -224,8 +227,8 @@ def test_a_worker_has_none_of_the_servers_secrets(monkeypatch: pytest.MonkeyPatc
         child = Child("fastgrad.deploy.serve.decoder", (100,), most=2**20, small=True)
         await child.start(30)
         assert child.process is not None
-        environment = Path(f"/proc/{child.process.pid}/environ").read_bytes()
-        maps = Path(f"/proc/{child.process.pid}/maps").read_bytes()
+        environment = (proc(child.process.pid) / "environ").read_bytes()
+        maps = (proc(child.process.pid) / "maps").read_bytes()
         assert b"torch" not in maps
         await child.stop()
         return environment

@@ -218,6 +218,8 @@ def test_a_swap_under_load(served: Any, tmp_path: Path) -> None:
 def test_copies_of_servers_that_were_killed_are_removed(
     tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("fcntl")
+
     def folders() -> list[str]:
         return sorted(path.name for path in tmp_path.iterdir())
 
