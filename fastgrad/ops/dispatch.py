@@ -28,15 +28,15 @@ _TENSOR = object()
 IMPLEMENTATIONS = ("auto", "triton", "eager")
 
 
-def _triton_installed() -> bool:
-    """Whether it can be found, without importing it; a broken or blocked one cannot."""
+def _found(name: str) -> bool:
+    """Whether a module can be found, without importing it; a broken or blocked one cannot."""
     try:
-        return importlib.util.find_spec("triton") is not None
+        return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
         return False
 
 
-TRITON_INSTALLED = _triton_installed()
+TRITON_INSTALLED, KERNELS_FOUND = _found("triton"), _found("fastgrad.kernels")
 
 
 def interpreting() -> bool:
@@ -50,6 +50,8 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the kernels compute in float32, and the dtype was {str(dtype).removeprefix('torch.')}"
     if not TRITON_INSTALLED:
         return "Triton is not installed"
+    if not KERNELS_FOUND:
+        return "fastgrad/kernels is no folder, as in a checkout without symbolic links"
     if device.type == "cuda":
         # Triton has no matrix units of earlier ones. AMD's numbers begin with a 9 or more.
         old = torch.cuda.is_available() and torch.cuda.get_device_properties(device).major < 8

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 import fastgrad
 from fastgrad.losses import LOSSES
+from fastgrad.ops import dispatch
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -273,6 +274,9 @@ def test_bad_input_is_named(call: Callable[[], Any], error: type[Exception], mes
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match=r"impl.*cpu.*TRITON_INTERPRET"):
-        fastgrad.contrast_sqnorm(H, Z, impl="triton")
+    for found, message in ((True, r"impl.*cpu.*TRITON_INTERPRET"), (False, "checkout without symbolic links")):
+        monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
+        monkeypatch.setattr(dispatch, "KERNELS_FOUND", found)
+        with pytest.raises(ValueError, match=message):
+            fastgrad.contrast_sqnorm(H, Z, impl="triton")
     assert fastgrad.contrast_sqnorm(H, Z, impl="auto").shape == Z.shape

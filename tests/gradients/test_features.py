@@ -402,6 +402,7 @@ def test_the_kernels_on_request(model: Net, x: Tensor) -> None:
     _, truth = fastgrad.GradientFeatures(model, impl="eager")(x)
     with pytest.raises(ValueError, match="float64"):
         fastgrad.GradientFeatures(copy.deepcopy(model).double(), impl="triton")(x.double())
+    pytest.importorskip("triton")
     if not (torch.cuda.is_available() or interpreting()):
         pytest.skip("needs a GPU or the interpreter")
     _, features = fastgrad.GradientFeatures(model, impl="triton")(x)
