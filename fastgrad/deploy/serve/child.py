@@ -108,10 +108,14 @@ class Child:
         """
         environment = {key: value for key, value in os.environ.items() if key.upper().startswith(_SHOWN)}
         self.starts += 1
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-c", _START, self._start, stdin=PIPE, stdout=PIPE, stderr=None,
-            env=environment, start_new_session=True, limit=2**20,
-        )  # fmt: skip
+        try:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-I", "-c", _START, self._start, stdin=PIPE, stdout=PIPE, stderr=None,
+                env=environment, start_new_session=True, limit=2**20,
+            )  # fmt: skip
+        except NotImplementedError:
+            loop = type(asyncio.get_running_loop()).__name__
+            raise ChildError(f"the event loop {loop} starts no processes; on Windows ProactorEventLoop does") from None
         self._end = asyncio.ensure_future(self.process.wait())
         self._end.add_done_callback(self._ended)
         await self.ask((), seconds)

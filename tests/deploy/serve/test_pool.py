@@ -217,6 +217,20 @@ def test_a_process_is_ended_where_there_is_no_such_signal(monkeypatch: pytest.Mo
     assert sent == [signal.SIGTERM]
 
 
+def test_an_event_loop_without_processes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows has for web servers that reload, or run several processes."""
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError
+
+    async def run() -> None:
+        await Pool([Child("none", (), most=1)], hang_timeout=1.0, load_timeout=1.0).start()
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse)
+    with pytest.raises(ChildError, match=r"event loop \w+ starts no processes; on Windows ProactorEventLoop does"):
+        asyncio.run(run())
+
+
 def test_a_worker_has_none_of_the_servers_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTGRAD_API_KEY", "k-4711")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "token=k-4711")
