@@ -131,7 +131,7 @@ def rank_samples(
     if not any(len(part["label"]) for part in parts):
         raise ValueError("loader must hold at least one sample; it was empty")
     columns = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
-    return SampleTable(index=np.arange(len(columns["label"])), **columns)
+    return SampleTable(index=np.arange(len(columns["label"]), dtype=np.int64), **columns)
 
 
 def _labelled(batch: Any) -> tuple[Tensor | dict[str, Any], Tensor]:

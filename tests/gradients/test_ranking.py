@@ -66,6 +66,14 @@ def test_the_confident_have_an_order_too(margin: float) -> None:
     assert table.grand == pytest.approx(grand, rel=1e-4, abs=0)
 
 
+def test_positions_have_64_bits(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy before 2 gives integers 32 on Windows."""
+    plain = np.arange
+    monkeypatch.setattr(np, "arange", lambda *numbers, dtype=np.int32: plain(*numbers, dtype=dtype))
+    table = fastgrad.rank_samples(model, [(X[:9], Y[:9])], verbose=False)
+    assert table.index.dtype == table.label.dtype == table.predicted.dtype == np.int64
+
+
 def test_the_suspicious_come_first(model: nn.Module) -> None:
     table = fastgrad.rank_samples(model, [(X[:9], Y[:9])], verbose=False)
     for by in ("grand", "el2n", "loss"):
