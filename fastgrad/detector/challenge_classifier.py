@@ -68,8 +68,9 @@ class ChallengeClassifier(Fitted):
         from scipy.optimize import minimize
 
         codes = torch.from_numpy(kinds).unsqueeze(1)
-        absent = torch.where(torch.bincount(codes[:, 0], minlength=classes) == 0, -torch.inf, 0.0)
         challenging = (codes > 0).float()
+        absent = challenging.new_zeros(classes)
+        absent[torch.bincount(codes[:, 0], minlength=classes) == 0] = -torch.inf
         shares = torch.where(codes > 0, 0.5 / challenging.sum(), 0.5 / (1 - challenging).sum())
         x = rows.detach().float().contiguous()
         shape = (x.shape[1] + 1, classes)

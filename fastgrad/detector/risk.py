@@ -53,7 +53,7 @@ class NoisyOr(Fitted):
         usable = evidence.isfinite().all(1)
         other, evidence, event, challenging = (v[usable] for v in (other, evidence, event, challenging))
         rows = torch.cat([evidence.log1p(), torch.ones_like(evidence[:, :1])], 1)
-        shares = torch.where(challenging, 0.5 / challenging.sum(), 0.5 / (~challenging).sum())
+        shares = torch.where(challenging, 0.5 / challenging.sum().double(), 0.5 / (~challenging).sum().double())
 
         def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             values = torch.from_numpy(flat)
@@ -117,7 +117,8 @@ class Risk(Fitted):
         classes = log_p.shape[1]
         counts, errors = (torch.bincount(kinds[rows], minlength=classes)[:classes] for rows in (kinds >= 0, wrong))
         # By Laplace's rule, so that few inputs make nothing certain.
-        rates = ((errors + 1) / (counts + 2) * (torch.arange(classes, device="cpu") > 0)).to(evidence.dtype)
+        rates = (errors + 1).to(evidence.dtype) / (counts + 2)
+        rates[:1] = 0.0
         return cls(rates=rates, cause=NoisyOr.fit(doubt, misleading(evidence, log_p, rates), wrong, kinds > 0))
 
     def forward(self, doubt: Tensor, evidence: Tensor, log_p: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""Nothing lands on PyTorch's default device, which is the user's (``torch.set_default_device``)."""
+"""PyTorch's default device and dtype are the user's: no answer depends on them."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -65,13 +66,24 @@ WORK: dict[str, Callable[[], list[Tensor]]] = {
 }
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("work", WORK)
-def test_the_default_device_changes_nothing(work: str) -> None:
+def test_defaults_of_pytorch_change_nothing(work: str) -> None:
     expected = WORK[work]()
-    with torch.device("meta"):
-        found = WORK[work]()
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    for default in (torch.device("meta"), default_dtype(torch.float64), default_dtype(torch.bfloat16)):
+        with default:
+            found = WORK[work]()
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def test_every_new_tensor_names_its_device() -> None:
