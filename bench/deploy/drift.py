@@ -9,7 +9,7 @@ on the true distribution, to the monitor's own measured false-alarm rate, which 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import NormalDist
 from typing import Any
 
@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.report import pages
-from bench.results_file import parser
 from fastgrad.deploy.drift import DriftMonitor, ScoreReference
 
 Scores = NDArray[np.float64]
@@ -83,9 +82,8 @@ def false_alarms(streams: int, length: int, seed: int) -> tuple[list[dict[str, A
     return rows, float(np.sort(peaks)[-max(alarms["fastgrad, ever"], 1)])
 
 
-def delays(tuned: float, streams: int, longest: int, seed: int) -> list[dict[str, Any]]:
-    """Return a row for each shift and method: images from the change to the alarm."""
-    rows = []
+def delays(tuned: float, streams: int, longest: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield a row for each shift and method: images from the change to the alarm."""
     for name, draw in SHIFTS.items():
         found: dict[str, list[float]] = {"fastgrad, ever": [], "fastgrad, average": [], "tuned mean": []}
         random = np.random.default_rng(seed)
@@ -109,22 +107,19 @@ def delays(tuned: float, streams: int, longest: int, seed: int) -> list[dict[str
                 None if np.isinf(value) else int(value)
                 for value in (np.quantile(values, q, method="higher") for q in (0.5, 0.9))
             )
-            rows.append(
-                {"kind": "delay", "shift": name, "method": method, "streams": len(values), "median": median, "p90": p90,
-                 "missed": int(np.isinf(values).sum()), "longest": longest}
-            )  # fmt: skip
-    return rows
+            yield {
+                "kind": "delay", "shift": name, "method": method, "streams": len(values), "median": median, "p90": p90,
+                "missed": int(np.isinf(values).sum()), "longest": longest,
+            }  # fmt: skip
 
 
-def main() -> None:
-    found = parser(__doc__)
-    found.add_argument("--quick", action="store_true")
-    args = found.parse_args()
-    streams, length, shifted, longest = (60, 2000, 10, 2000) if args.quick else (500, 5000, 60, 4000)
+def measure(quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield all rows."""
+    streams, length, shifted, longest = (60, 2000, 10, 2000) if quick else (500, 5000, 60, 4000)
     alarms, tuned = false_alarms(streams, length, seed=0)
-    delay_rows = delays(tuned, shifted, longest, seed=1)
-    pages.save("drift", alarms + delay_rows, packages=("numpy",), folder=args.out)
+    yield from alarms
+    yield from delays(tuned, shifted, longest, seed=1)
 
 
 if __name__ == "__main__":
-    main()
+    pages.command("drift", __doc__, measure, packages=("numpy",), quick={"action": "store_true"})

@@ -12,8 +12,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 from bench.clock import deciles, in_turns
 from bench.deploy.networks import NETWORKS, Images, network
 from bench.report import pages
-from bench.results_file import parser
 from fastgrad.deploy.file import onnx_export, onnx_file
 from fastgrad.deploy.file.comparison import difference
 from fastgrad.deploy.file.export import compile_function, export
@@ -99,56 +97,44 @@ def equality(live: TwoStageModel, run: Run, images: Images) -> dict[str, float]:
     return worst | {"live": float((theirs.uncertainty - single).abs().max())}
 
 
-def timed(runs: Mapping[str, Run], x: Tensor) -> list[dict[str, Any]]:
-    """Return a row of times for each case, interleaved, with its ratio to the plain network in the same runtime."""
+def timed(runs: Mapping[str, Run], x: Tensor) -> Iterator[dict[str, Any]]:
+    """Yield a row of times for each case, interleaved, with its ratio to the plain network in the same runtime."""
     calls = {case: partial(run, x) for case, run in runs.items()}
     once = sum(times[0] for times in in_turns(calls, 1, time.perf_counter).values())
     taken = in_turns(calls, max(4, round(SECONDS / once)), time.perf_counter)
-    rows = []
     for case, times in taken.items():
         median, cut = statistics.median(times), [1e3 * t for t in deciles(times)]
-        rows.append(
-            {"case": case, "images_per_s": len(x) / median, "ratio": median / statistics.median(taken["plain"]),
-             "ms": f"{cut[4]:.1f} ({cut[0]:.1f} to {cut[8]:.1f})"}
-        )  # fmt: skip
-    return rows
+        yield {
+            "case": case, "images_per_s": len(x) / median, "ratio": median / statistics.median(taken["plain"]),
+            "ms": f"{cut[4]:.1f} ({cut[0]:.1f} to {cut[8]:.1f})",
+        }  # fmt: skip
 
 
-def measure(name: str, root: Path, cache: Path) -> list[dict[str, Any]]:
-    """Return the rows of one network."""
-    net, images, clean = network(name, root, cache)
+def measure(name: str, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one network."""
+    cache.mkdir(parents=True, exist_ok=True)
+    net, images, clean = network(name, data, cache)
     stem = lambda case: cache / f"{name}-{case.replace(' ', '-')}"  # noqa: E731
     live: dict[str, TwoStageModel | Run] = {"plain": lambda x: net(x).detach()}
     live |= {form: fitted(net, clean, form, stem(form).with_suffix(".safetensors")) for form in FORMS}
-    rows: list[dict[str, Any]] = []
     for suffix, runtime in RUNTIMES.items():
         runs = {}
         for case, model in live.items():
             file = stem(case).with_suffix(f".{suffix}")
             runs[case] = loaded(model, images, file, allowed(name, case))
             if isinstance(model, TwoStageModel):
-                rows.append(
-                    {"kind": "equality", "network": name, "form": case, "runtime": runtime, "batches": CHECKED,
-                     **equality(model, runs[case], images)}
-                )  # fmt: skip
-                print(rows[-1], flush=True)
+                yield {
+                    "kind": "equality", "network": name, "form": case, "runtime": runtime, "batches": CHECKED,
+                    **equality(model, runs[case], images),
+                }  # fmt: skip
         for batch in BATCHES:
             for row in timed(runs, images(batch, 250)):
-                rows.append({"kind": "time", "network": name, "runtime": runtime, "batch": batch, **row})
-                print(rows[-1], flush=True)
-    return rows
-
-
-def main() -> None:
-    found = parser(__doc__, NETWORKS)
-    found.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10 and the photographs")
-    found.add_argument("--cache", type=Path, required=True, help="folder for networks and files")
-    args = found.parse_args()
-    args.cache.mkdir(parents=True, exist_ok=True)
-    warnings.simplefilter("ignore")
-    rows = [row for name in args.networks for row in measure(name, args.data, args.cache)]
-    pages.save("export", rows, packages=("torch", "onnxruntime", "torchvision", "numpy"), folder=args.out)
+                yield {"kind": "time", "network": name, "runtime": runtime, "batch": batch, **row}
 
 
 if __name__ == "__main__":
-    main()
+    pages.command(
+        "export", __doc__, measure, NETWORKS, packages=("torch", "onnxruntime", "torchvision", "numpy"),
+        data={"type": Path, "required": True, "help": "folder with CIFAR-10 and the photographs"},
+        cache={"type": Path, "required": True, "help": "folder for networks and files"},
+    )  # fmt: skip

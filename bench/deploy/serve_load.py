@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bench.report import pages
-from bench.results_file import parser
 from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import Description, ModelPackage
@@ -82,7 +81,7 @@ def pictures(count: int, side: int) -> list[bytes]:
     return found
 
 
-def prepare(name: str, folder: Path) -> dict[str, Path]:
+def exported(name: str, folder: Path) -> dict[str, Path]:
     """Export both forms of a network."""
     torch.manual_seed(0)
     net, side = network(name), SIDES[name]
@@ -162,17 +161,23 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body:
     return int(answer.split(b" ", 2)[1]), json.loads(await reader.readexactly(length))
 
 
-def measure(name: str, files: dict[str, Path], requests: int) -> list[dict[str, Any]]:
-    """Return the rows of one network: both servers loaded in turn."""
+def measure(name: str, requests: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one network."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield from loaded(name, exported(name, Path(folder)), requests)
+
+
+def loaded(name: str, files: dict[str, Path], requests: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a network's files: both servers loaded in turn."""
     running = {form: serve(file) for form, file in files.items()}
     try:
         clients = {form: Clients(file, running[form][1]) for form, file in files.items()}
-        rows: list[dict[str, Any]] = []
         for one in clients.values():
             one.load(8, 20)
         for count in CONNECTIONS:
             each = max(1, requests // ROUNDS // count)
             turns = [{form: one.load(count, each) for form, one in clients.items()} for _ in range(ROUNDS)]
+            rows: list[dict[str, Any]] = []
             for form in files:
                 cut = statistics.quantiles([t for turn in turns for t in turn[form][0]], n=100)
                 rows.append(
@@ -180,25 +185,17 @@ def measure(name: str, files: dict[str, Path], requests: int) -> list[dict[str, 
                      "per_s": statistics.median(turn[form][1] for turn in turns), "p50_ms": 1e3 * cut[49],
                      "p99_ms": 1e3 * cut[98], "throughput": None, "p99": None}
                 )  # fmt: skip
-            plain, ours = rows[-2:]
+            plain, ours = rows
             ours |= {"throughput": ours["per_s"] / plain["per_s"], "p99": ours["p99_ms"] / plain["p99_ms"]}
-            print(rows[-2:], flush=True)
+            yield from rows
     finally:
         for process, _ in running.values():
             process.send_signal(signal.SIGTERM)
     assert all(process.wait(60) == 0 for process, _ in running.values())
-    return rows
-
-
-def main() -> None:
-    found = parser(__doc__, SIDES)
-    found.add_argument("--requests", type=int, default=3000, help="in all, at each number of connections")
-    args = found.parse_args()
-    warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [row for name in args.networks for row in measure(name, prepare(name, Path(folder)), args.requests)]
-    pages.save("serve", rows, packages=("torch", "fastapi", "uvicorn", "numpy"), folder=args.out)
 
 
 if __name__ == "__main__":
-    main()
+    versions, number = ("torch", "fastapi", "uvicorn", "numpy"), "in all, at each number of connections"
+    pages.command(
+        "serve", __doc__, measure, SIDES, packages=versions, requests={"type": int, "default": 3000, "help": number}
+    )

@@ -8,7 +8,6 @@ The acceptance is a pick within 20 % of the measured best for at least 90 % of t
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from functools import partial
 from typing import Any
@@ -19,7 +18,6 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from bench.report import pages
-from bench.results_file import parser
 from fastgrad.ops.conv import cost
 from fastgrad.ops.conv.geometry import canonical
 from fastgrad.ops.conv.sqnorm import conv_sqnorm, shape_of
@@ -33,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def shapes() -> dict[tuple[Any, ...], list[str]]:
+def convolutions() -> dict[tuple[Any, ...], list[str]]:
     """Return every distinct convolution of the zoo, with the models it occurs in."""
     zoo = {name: torchvision.models.get_model(name, weights=None, **options) for name, options in MODELS.items()}
     size, channels, blocks = (IMAGE, IMAGE), [64, 128, 256, 512], [2, 2, 5, 2]
@@ -56,7 +54,7 @@ def shapes() -> dict[tuple[Any, ...], list[str]]:
     return found
 
 
-def measure(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
+def measured(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
     """Return a row: the pick, and all routes on one shape."""
     channels, height, width, outputs, kernel, stride, padding, dilation, groups = key
     torch.manual_seed(0)
@@ -66,33 +64,28 @@ def measure(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
     shape = shape_of(canonical(a, g.unsqueeze(0), kernel, stride, padding, dilation, groups, False))
     predicted = {route: cost.seconds(route, shape) for route in cost.candidates(shape)}
     picked = cost.choose_route(shape)
-    measured: dict[str, float] = {}
+    taken: dict[str, float] = {}
     for route, seconds in predicted.items():
         if seconds <= HOPELESS * predicted[picked]:
             call = partial(conv_sqnorm, a, g, kernel, stride, padding, dilation, groups, route=route)
             timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-            measured[route] = min(timer.blocked_autorange(min_run_time=0.03).times)
-    best = min(measured, key=measured.__getitem__)
+            taken[route] = min(timer.blocked_autorange(min_run_time=0.03).times)
+    best = min(taken, key=taken.__getitem__)
     return {
         "shape": f"{channels} to {outputs}, {height}x{width}, kernel {'x'.join(map(str, kernel))}, "
         f"stride {stride[0]}" + (f", groups {groups}" if groups > 1 else ""),
         "models": ", ".join(models), "picked": picked, "predicted_ms": 1e3 * predicted[picked],
-        "measured_ms": 1e3 * measured[picked], "best": best, "best_ms": 1e3 * measured[best],
-        "ratio": measured[picked] / measured[best], **{f"{route}_ms": 1e3 * t for route, t in measured.items()},
+        "measured_ms": 1e3 * taken[picked], "best": best, "best_ms": 1e3 * taken[best],
+        "ratio": taken[picked] / taken[best], **{f"{route}_ms": 1e3 * t for route, t in taken.items()},
     }  # fmt: skip
 
 
-def main() -> None:
-    given = parser(__doc__)
-    given.add_argument("--shapes", type=int, help="measure the first so many alone")
-    args = given.parse_args()
-    rows = []
-    for key, models in list(shapes().items())[: args.shapes]:
-        rows.append(measure(key, models))
-        print(rows[-1]["shape"], file=sys.stderr)
-    rows.sort(key=lambda row: -row["ratio"])
-    pages.save("conv-routes", rows, packages=("torch", "torchvision"), folder=args.out)
+def measure(shapes: int | None) -> list[dict[str, Any]]:
+    """Return the rows of the first shapes, the worst pick first."""
+    rows = [measured(key, models) for key, models in list(convolutions().items())[:shapes]]
+    return sorted(rows, key=lambda row: -row["ratio"])
 
 
 if __name__ == "__main__":
-    main()
+    only = {"type": int, "help": "measure the first so many alone"}
+    pages.command("conv-routes", __doc__, measure, packages=("torch", "torchvision"), shapes=only)

@@ -7,7 +7,10 @@ template has the JSON's keys and the functions of `bench.report.text` and `bench
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,34 @@ def save(
     """Write rows with machine, versions, revision and facts as a JSON file, and its page; returns the page's path."""
     results_file.store(folder / f"{name}.json", {**results_file.origin(packages), **(facts or {}), "rows": list(rows)})
     return write(name, folder)
+
+
+def command(
+    name: str, doc: str | None, measure: Callable[..., Iterable[Row]], networks: Iterable[str] = (), *,
+    packages: Sequence[str], **options: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Run the command line of a table: keep the rows that ``measure`` yields, of each network where there are several.
+
+    Args:
+        name: Of the table.
+        doc: Of the module.
+        measure: Takes a network, where there are several, and the options by name.
+        networks: That one may choose from.
+        packages: Whose versions matter.
+        **options: Further ones, each with what argparse says of it.
+    """
+    found = results_file.parser(doc, networks)
+    for option, how in options.items():
+        found.add_argument(f"--{option}", **how)
+    given = vars(found.parse_args())
+    folder, chosen = given.pop("out"), given.pop("networks", None)
+    warnings.simplefilter("ignore")
+    rows = []
+    calls = [(network,) for network in chosen] if networks else [()]
+    for row in chain.from_iterable(measure(*one, **given) for one in calls):
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
+    save(name, rows, packages=packages, folder=folder)
 
 
 def add(
