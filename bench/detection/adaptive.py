@@ -48,10 +48,10 @@ WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {"": lambda images: images, " a
 def measure(subject: Subject) -> list[dict[str, Any]]:
     """Return a row for each radius and detector: how many images mislead, how many of those are found."""
     fit, model, (count, starts, batch) = Fit(subject), subject.model, EFFORTS[subject.kind]
-    places = subject.right["test"][: FEW if subject.quick and subject.few else count]
+    places = subject.right["test"][: FEW if subject.options.quick and subject.few else count]
     x, labels = (value[places] for value in subject.parts["test"])
     boxes = {}
-    for form, blocks in list(FORMS.items())[: 1 if subject.quick and subject.few else None]:
+    for form, blocks in list(FORMS.items())[: 1 if subject.options.quick and subject.few else None]:
         boxes[form] = white_box(fitted(fit, blocks), x[:3], FALSE_ALARMS)
 
     def every(make: Callable[..., Tensor], seen: Any, *settings: Any) -> Tensor:

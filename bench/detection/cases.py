@@ -54,7 +54,7 @@ def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, pa
     """Attacked images that mislead the network, as they are or once more through JPEG."""
     places = subject.right[part][:count]
     clean, labels = (value[places] for value in subject.parts[part])
-    how = {**how, **BRIEF.get(how["name"], {})} if subject.quick else how
+    how = {**how, **BRIEF.get(how["name"], {})} if subject.options.quick else how
 
     def make() -> dict[str, NDArray[Any]]:
         model = subject.model
@@ -101,10 +101,10 @@ def other(name: str, subject: Subject, part: str, count: int) -> Shown:
     """Images of another set; of two draws other ones."""
     start = subject.draw * count
     if subject.few:
-        images = stranger(subject.root, name, count, start)
+        images = stranger(subject.options.data, name, count, start)
     else:
-        like = sets.load(subject.root, "cifar10", "test", 1)
-        images = sets.stranger(subject.root, name, like, count, start)
+        like = sets.load(subject.options.data, "cifar10", "test", 1)
+        images = sets.stranger(subject.options.data, name, like, count, start)
     return Shown(images, torch.full((len(images),), -1), len(images))
 
 

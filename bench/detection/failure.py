@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.detection import resampled, runner
+from bench.detection import resampled, runner, train
 from bench.detection.methods_ours import answer, fitted
 from bench.detection.registry import CASES, METHODS, Method, NotRun, Options, Protocol
 from bench.detection.subject import BATCH, Fit, Seen, Subject
 from bench.detection.tables import ALIKE, CIFAR, LITE, UNALIKE
-from bench.detection.train import EPOCHS, Recipe, trained
 from bench.report import pages
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 from fastgrad.metrics import aurc, calibration_report
@@ -74,10 +73,10 @@ def ensemble(fit: Fit) -> Callable[[Seen], torch.Tensor]:
     subject = fit.subject
     if subject.network not in ENSEMBLES:
         raise NotRun("needs four more trainings of the network")
-    recipes = [Recipe(subject.network, seed, EPOCHS[subject.network]) for seed in range(1, 5)]
-    if subject.quick and not all((subject.folder / recipe.file()).exists() for recipe in recipes):
+    name, options, seeds = subject.network, subject.options, range(1, 5)
+    if options.quick and not all(train.file(name, seed, options.cache).exists() for seed in seeds):
         raise NotRun("needs four more trainings of the network, which quick mode leaves out")
-    models = [subject.model, *(trained(recipe, subject.root, subject.folder) for recipe in recipes)]
+    models = [subject.model, *(train.trained(name, seed, options.data, options.cache) for seed in seeds)]
 
     @torch.no_grad()
     def score(seen: Seen) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -110,36 +111,30 @@ def labelled(name: str, year: int, paper: str) -> Callable[[Columns], Columns]:
     return register
 
 
-@labelled("gradient norms, labelled", 2022, "Lee et al.: all parameters")
-def gradient_columns(fit: Fit) -> Callable[[Seen], Tensor]:
-    return _norms(fit)
+#: What a labelled method may read, given a fit.
+COLUMNS: Mapping[str, Columns] = {
+    "stages": lambda fit: lambda seen: torch.cat(seen.stages, 1),
+    "logits": lambda fit: lambda seen: seen.logits.sort(1, descending=True).values[:, :50],
+    "h": lambda fit: lambda seen: seen.h,
+    "gradients": _norms,
+}
 
 
-@labelled("activations, labelled", 2022, "control: means of every stage")
-def stage_columns(fit: Fit) -> Callable[[Seen], Tensor]:
-    return lambda seen: torch.cat(seen.stages, 1)
-
-
-@labelled("logits, labelled", 2022, "control")
-def logit_columns(fit: Fit) -> Callable[[Seen], Tensor]:
-    return lambda seen: seen.logits.sort(1, descending=True).values[:, :50]
-
-
-@labelled("h, labelled", 2022, "control")
-def h_columns(fit: Fit) -> Callable[[Seen], Tensor]:
-    return lambda seen: seen.h
-
-
-@labelled("all but gradients, labelled", 2026, "control: stages, logits and h")
-def other_columns(fit: Fit) -> Callable[[Seen], Tensor]:
-    parts = [of(fit) for of in (stage_columns, logit_columns, h_columns)]
+def joined(names: Sequence[str], fit: Fit) -> Callable[[Seen], Tensor]:
+    """Return several of `COLUMNS` side by side."""
+    parts = [COLUMNS[name](fit) for name in names]
     return lambda seen: torch.cat([part(seen) for part in parts], 1)
 
 
-@labelled("all with gradients, labelled", 2026, "control: the same and gradient norms")
-def all_columns(fit: Fit) -> Callable[[Seen], Tensor]:
-    parts = [other_columns(fit), gradient_columns(fit)]
-    return lambda seen: torch.cat([part(seen) for part in parts], 1)
+for _name, _year, _paper, _names in (
+    ("gradient norms", 2022, "Lee et al.: all parameters", ["gradients"]),
+    ("activations", 2022, "control: means of every stage", ["stages"]),
+    ("logits", 2022, "control", ["logits"]),
+    ("h", 2022, "control", ["h"]),
+    ("all but gradients", 2026, "control: stages, logits and h", ["stages", "logits", "h"]),
+    ("all with gradients", 2026, "control: the same and gradient norms", [*COLUMNS]),
+):
+    labelled(f"{_name}, labelled", _year, _paper)(partial(joined, _names))
 
 
 @labelled("LID", 2018, "Ma et al., ICLR")

@@ -141,7 +141,7 @@ def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: An
     def make(fit: Fit) -> Score:
         subject = fit.subject
         once = subject.draw == 0 and subject.network not in ("lite1", "lite2", "magika")
-        if subject.quick and not once and not set(extra) <= {*READINGS[0], "view"}:
+        if subject.options.quick and not once and not set(extra) <= {*READINGS[0], "view"}:
             raise NotRun("quick mode reads gradients of one draw, and not of every network")
         two_stage = fitted(fit, (*DEFAULT_BLOCKS, *extra), challenges)
         return lambda seen: answer(two_stage, seen).uncertainty

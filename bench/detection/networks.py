@@ -12,7 +12,7 @@ from bench.detection.data import news as data
 from bench.detection.published import PUBLISHED
 from bench.detection.registry import FILES, PHOTOGRAPHS, SMALL, TEXTS, NotRun, Options, network
 from bench.detection.subject import Subject
-from bench.detection.train import EPOCHS, HELD_OUT, LONG, Recipe, trained
+from bench.detection.train import HELD_OUT, LONG, file, trained
 
 #: Photographs to fit and to test on, and images of a case: of each draw from the 1,000, and in quick mode.
 DRAWS = ((600, 400, 120), (400, 200, 60), (400, 200, 60), (240, 160, 40))
@@ -34,9 +34,7 @@ def photographed(size: int, options: Options, draw: int) -> Subject:
         labels = torch.from_numpy(split.labels[places])
         parts[name] = (sets.to_tensor(split.images[places]), labels)
     model = photographs.network(pixels=True, size=size).requires_grad_(False).to(memory_format=torch.channels_last)
-    stages = photographs.stages(model)
-    network = f"lite{size}"
-    return Subject(network, draw, model, parts, options.cache, stages, options.data, PHOTOGRAPHS, case, options.quick)
+    return Subject(f"lite{size}", draw, model, parts, options, PHOTOGRAPHS, case, photographs.stages(model))
 
 
 for _size, _tuned in ((0, True), (1, True), (2, False)):
@@ -50,8 +48,7 @@ def news(options: Options, draw: int) -> Subject:
     source = data.News(options.data, options.cache, draw)
     count, test, case = NEWS_QUICK if options.quick else NEWS
     parts = {"fit": source.news("fit", count), "test": source.news("test", test)}
-    model = source.model.requires_grad_(False)
-    return Subject("news", draw, model, parts, options.cache, [], options.data, TEXTS, case, options.quick, source)
+    return Subject("news", draw, source.model.requires_grad_(False), parts, options, TEXTS, case, source=source)
 
 
 @network("magika", "Magika on files of this installation")
@@ -60,8 +57,7 @@ def magika(options: Options, draw: int) -> Subject:
     source = files.Files(draw)
     parts = {part: source.files(part, NEWS[0]) for part in ("fit", "test")}
     count = (NEWS_QUICK if options.quick else NEWS)[2]
-    model = source.model.requires_grad_(False)
-    return Subject("magika", draw, model, parts, options.cache, [], options.data, FILES, count, options.quick, source)
+    return Subject("magika", draw, source.model.requires_grad_(False), parts, options, FILES, count, source=source)
 
 
 def unseen(name: str) -> str:
@@ -75,15 +71,13 @@ def small(name: str, options: Options, draw: int) -> Subject:
     if name in PUBLISHED:
         model = PUBLISHED[name].load(options.cache / f"{name}-cifar10.pth.tar")
     else:
-        recipe = Recipe(name, 0, EPOCHS[name])
-        if options.quick and name in LONG and not (options.cache / recipe.file()).exists():
+        if options.quick and name in LONG and not file(name, 0, options.cache).exists():
             raise NotRun("its training takes hours on one core, and quick mode leaves it out")
-        model = trained(recipe, options.data, options.cache)
+        model = trained(name, 0, options.data, options.cache)
     model = model.requires_grad_(False).to(memory_format=torch.channels_last)
     fit = sets.load(options.data, "cifar10", unseen(name), count, draw * count - HELD_OUT)
     parts = {"fit": fit.labelled(), "test": sets.load(options.data, "cifar10", "test", test, draw * test).labelled()}
-    stages = [model.stem, *model.stages]
-    return Subject(name, draw, model, parts, options.cache, stages, options.data, SMALL, case, options.quick)
+    return Subject(name, draw, model, parts, options, SMALL, case, [model.stem, *model.stages])
 
 
 for _name, _title in (

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bench.detection import cache
-from bench.detection.registry import CASES, FILES, PHOTOGRAPHS, NotRun, Shown
+from bench.detection.registry import CASES, FILES, PHOTOGRAPHS, NotRun, Options, Shown
 
 #: Images at a time.
 BATCH = 16
@@ -31,12 +30,10 @@ class Subject:
         draw: Which sample of the data, or seed of the training.
         model: From images in [0, 1] to logits; evaluation mode, without gradients.
         parts: ``fit`` and ``test``: clean images and labels.
-        folder: Of the cache.
-        stages: Modules whose maps are read, from the first to the last, which is pooled.
-        root: Folder with the data.
+        options: Of the command.
         kind: Of data, which says what cases there are.
         count: Images of a case.
-        quick: Whether attacks are shortened.
+        stages: Modules whose maps are read, from the first to the last, which is pooled.
         source: What else its cases are made from.
     """
 
@@ -44,12 +41,10 @@ class Subject:
     draw: int
     model: nn.Module
     parts: Mapping[str, tuple[Tensor, Tensor]]
-    folder: Path
-    stages: Sequence[nn.Module]
-    root: Path
+    options: Options
     kind: str
     count: int
-    quick: bool = False
+    stages: Sequence[nn.Module] = ()
     source: Any = None
     _seen: dict[tuple[str, str], Seen] = field(default_factory=dict)
 
@@ -75,7 +70,7 @@ class Subject:
     def kept(self, name: str, make: Callable[[], Mapping[str, NDArray[Any]]]) -> cache.Arrays:
         """Return arrays from the cache, or those made now and kept there."""
         slug = re.sub(r"[^A-Za-z0-9/]+", "-", name)
-        return cache.arrays(self.folder / f"{self.network}-{self.draw}-{self.key}" / f"{slug}.npz", make)
+        return cache.arrays(self.options.cache / f"{self.network}-{self.draw}-{self.key}" / f"{slug}.npz", make)
 
     def seen(self, case: str, part: str = "test") -> Seen:
         """Return what is read of a case's images; ``clean`` gives those of the part themselves."""

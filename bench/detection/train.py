@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,17 +33,9 @@ LONG = ("resnet18",)
 SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32), "resnet20": (16, 16, 24, 32)}
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How one network is trained; its fields name the cached file and are written into it."""
-
-    network: str
-    seed: int
-    epochs: int
-
-    def file(self) -> str:
-        """The name of the cached weights."""
-        return "-".join(str(value) for value in asdict(self).values()) + ".pt"
+def file(network: str, seed: int, folder: Path) -> Path:
+    """Where the weights are kept."""
+    return folder / f"{network}-{seed}-{EPOCHS[network]}.pt"
 
 
 def augment_crop(x: Tensor, padded: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
@@ -143,8 +134,9 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float(sum(right)) / len(labels)
 
 
-def trained(recipe: Recipe, root: Path, folder: Path) -> Classifier:
-    """The network of ``recipe`` from the cache's ``folder``, or trained now and kept there. Evaluation mode."""
+def trained(network: str, seed: int, root: Path, folder: Path) -> Classifier:
+    """A network from the cache's ``folder``, or trained now and kept there. Evaluation mode."""
+    epochs = EPOCHS[network]
 
     def train(model: nn.Module) -> None:
         assert isinstance(model, Classifier)
@@ -155,15 +147,15 @@ def trained(recipe: Recipe, root: Path, folder: Path) -> Classifier:
         stem = next(m for m in model.stem.modules() if isinstance(m, nn.Conv2d))
         whiten(stem, model.normalize(images[:2000]))
         fit(
-            model.to(device), images[:seen], labels[:seen], epochs=recipe.epochs, seed=recipe.seed,
-            rate=RATES[recipe.network], sizes=SIZES.get(recipe.network, ()),
+            model.to(device), images[:seen], labels[:seen], epochs=epochs, seed=seed, rate=RATES[network],
+            sizes=SIZES.get(network, ()),
         )  # fmt: skip
         seconds = time.perf_counter() - start
         images, labels = sets.load(root, "cifar10", "test").labelled()
         score = accuracy(model.cpu(), images, labels)
         words = f"{score:.1%} on {len(labels):,} test images, {seconds:.0f} s"
-        print(f"{recipe.file()}: {words}", file=sys.stderr, flush=True)
+        print(f"{network}, seed {seed}: {words}", file=sys.stderr, flush=True)
 
-    torch.manual_seed(recipe.seed)
-    model = NETWORKS[recipe.network]()
-    return cache.weights(folder / recipe.file(), model, asdict(recipe), train)  # type: ignore[return-value]
+    torch.manual_seed(seed)
+    recipe = {"network": network, "seed": seed, "epochs": epochs}
+    return cache.weights(file(network, seed, folder), NETWORKS[network](), recipe, train)  # type: ignore[return-value]

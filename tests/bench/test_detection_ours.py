@@ -17,7 +17,7 @@ from bench.detection import methods_ours, registry
 from bench.detection.architectures import residual_network
 from bench.detection.data import news
 from bench.detection.methods_ours import AllNorms, NormalisationNorms, answer, blocks_of, fitted
-from bench.detection.registry import CASES, SMALL, TEXTS, NotRun, Shown
+from bench.detection.registry import CASES, SMALL, TEXTS, NotRun, Options, Shown
 from bench.detection.subject import Fit, Subject
 from fastgrad import TwoStageModel
 from fastgrad.blocks.extraction import Extraction
@@ -37,7 +37,7 @@ def subject(tmp_path: Path) -> Iterator[Subject]:
     def darker(subject: Subject, part: str, count: int) -> Shown:
         return Shown(0.3 * subject.parts[part][0][:count], torch.full((count,), -1), count)
 
-    yield Subject("trial", 0, model, parts, tmp_path, [model.stem, *model.stages], Path(), SMALL, 6)
+    yield Subject("trial", 0, model, parts, Options(tmp_path, tmp_path), SMALL, 6, [model.stem, *model.stages])
     del CASES["darker"]
 
 
@@ -109,7 +109,7 @@ def test_padding_is_no_part_of_a_text(tmp_path: Path) -> None:
     padded = nn.functional.pad(alone, (0, 4))
     torch.testing.assert_close(model(padded), model(alone))
     parts = {"fit": (padded, torch.zeros(6)), "test": (padded, torch.zeros(6))}
-    subject = Subject("trial", 0, model.requires_grad_(False), parts, tmp_path, [], Path(), TEXTS, 6)
+    subject = Subject("trial", 0, model.requires_grad_(False), parts, Options(tmp_path, tmp_path), TEXTS, 6)
     found = blocks_of(subject, "padded", padded, DEFAULT_BLOCKS)
     for name, value in blocks_of(subject, "alone", alone, DEFAULT_BLOCKS).items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)

@@ -28,7 +28,7 @@ def _subject(options: Options, draw: int) -> Subject:
     torch.manual_seed(draw)
     model = residual_network(width=4).eval().requires_grad_(False)
     parts = {part: (torch.rand(20, 3, 8, 8), torch.arange(20) % 10) for part in ("fit", "test")}
-    return Subject("trial", draw, model, parts, options.cache, [model.stem, *model.stages], Path(), SMALL, 6)
+    return Subject("trial", draw, model, parts, options, SMALL, 6, [model.stem, *model.stages])
 
 
 @pytest.fixture
