@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.profiler._utils import traverse_dfs
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
@@ -26,7 +27,8 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         return int(torch.cuda.max_memory_allocated() - before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         call()
-    allocations = _allocations(trace.profiler.kineto_results.experimental_event_tree())
+    events = traverse_dfs(trace.profiler.kineto_results.experimental_event_tree())
+    allocations = [event for event in events if event.tag.name == "Allocation"]
     held: dict[int, int] = {}
     live = peak = 0
     for event in sorted(allocations, key=lambda event: event.start_time_ns):
@@ -38,10 +40,3 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
             live -= held.pop(pointer, 0)
         peak = max(peak, live)
     return peak
-
-
-def _allocations(events: list[Any]) -> Iterator[Any]:
-    for event in events:
-        if event.tag.name == "Allocation":
-            yield event
-        yield from _allocations(event.children)

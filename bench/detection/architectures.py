@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -76,16 +77,12 @@ class Classifier(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, classes)
 
-    def features(self, x: Tensor) -> Tensor:
-        """Penultimate features h ``(B, D)``."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, N)``."""
         x = self.stem(self.normalize(x))
         for stage in self.stages:
             x = stage(x)
-        return self.pool(x).flatten(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, N)``."""
-        return self.fc(self.features(x))
+        return self.fc(self.pool(x).flatten(1))
 
 
 def residual_network(
@@ -129,16 +126,10 @@ class DenseLayer(nn.Module):
         return torch.cat([x, self.conv2(F.relu(self.bn2(out)))], 1)
 
 
-class Transition(nn.Module):
+def transition(inputs: int) -> nn.Module:
     """Half of the channels on a map of half the height and width."""
-
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv(inputs, inputs // 2, kernel=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to ``(B, C / 2, H / 2, W / 2)``."""
-        return F.avg_pool2d(self.conv1(F.relu(self.bn1(x))), 2)
+    layers = {"bn1": nn.BatchNorm2d(inputs), "relu": nn.ReLU(), "conv1": conv(inputs, inputs // 2, kernel=1)}
+    return nn.Sequential(OrderedDict(layers, pool=nn.AvgPool2d(2)))
 
 
 def dense_network(growth: int = 12, layers: int = 16, classes: int = 10) -> Classifier:
@@ -151,6 +142,6 @@ def dense_network(growth: int = 12, layers: int = 16, classes: int = 10) -> Clas
         if last:
             parts.append(nn.Sequential(block, nn.BatchNorm2d(width), nn.ReLU()))
         else:
-            parts.append(nn.Sequential(block, Transition(width)))
+            parts.append(nn.Sequential(block, transition(width)))
             width //= 2
     return Classifier(conv(3, 2 * growth), parts, width, classes, std=(0.2023, 0.1994, 0.2010))

@@ -16,20 +16,14 @@ from bench.detection.subject import BATCH, Fit, Seen
 Columns = Callable[..., Callable[[Seen], Tensor]]
 
 
-def _batched(predict: Callable[[Tensor], Tensor]) -> Score:
-    def score(seen: Seen) -> Tensor:
-        return torch.cat([predict(x).detach() for x in seen.images.split(BATCH)])
-
-    return score
-
-
 @method("ODIN", 2018, "Liang et al., ICLR", slow=True)
 def odin(fit: Fit) -> Score:
     from pytorch_ood.detector import ODIN
 
     if fit.subject.kind not in IMAGES:
         raise NotRun("moves inputs along their gradient, and tokens have none")
-    return _batched(ODIN(fit.model).predict)
+    detector = ODIN(fit.model)
+    return lambda seen: torch.cat([detector.predict(x).detach() for x in seen.images.split(BATCH)])
 
 
 @method("NAC", 2024, "Liu et al., ICLR")

@@ -14,27 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.detection.registry import NotRun, Score, method
-from bench.detection.subject import Fit
+from bench.detection.subject import Fit, Seen
 from fastgrad.scores.mahalanobis import Mahalanobis
-
-
-@method("softmax", 2017, "Hendrycks and Gimpel, ICLR")
-def softmax(fit: Fit) -> Score:
-    return lambda seen: 1 - seen.logits.softmax(1).amax(1)
-
-
-@method("entropy", 2020, "Chan et al., ICCV 2021")
-def entropy(fit: Fit) -> Score:
-    return lambda seen: torch.special.entr(seen.logits.double().softmax(1)).sum(1)
-
-
-@method("margin", 2001, "Scheffer et al., IDA")
-def margin(fit: Fit) -> Score:
-    def score(logits: Tensor) -> Tensor:
-        two = logits.softmax(1).topk(2, 1).values
-        return two[:, 1] - two[:, 0]
-
-    return lambda seen: score(seen.logits)
 
 
 @method("energy", 2020, "Liu et al., NeurIPS")
@@ -42,25 +23,20 @@ def energy(fit: Fit) -> Score:
     return lambda seen: -seen.logits.logsumexp(1)
 
 
-@method("MaxLogit", 2022, "Hendrycks et al., ICML")
-def max_logit(fit: Fit) -> Score:
-    return lambda seen: -seen.logits.amax(1)
+def margin(logits: Tensor) -> Tensor:
+    two = logits.softmax(1).topk(2, 1).values
+    return two[:, 1] - two[:, 0]
 
 
-@method("GEN", 2023, "Liu et al., CVPR")
-def gen(fit: Fit) -> Score:
+def gen(logits: Tensor) -> Tensor:
     from pytorch_ood.detector import GEN
 
-    return lambda seen: GEN.score(seen.logits, M=min(100, seen.logits.shape[1]))
+    return GEN.score(logits, M=min(100, logits.shape[1]))
 
 
-@method("pNormSoftmax", 2024, "Cattelan and Silva, UAI; p = 5 of their grid, nothing is tuned")
-def p_norm(fit: Fit) -> Score:
-    def score(logits: Tensor) -> Tensor:
-        centred = logits - logits.mean(1, keepdim=True)
-        return -(centred / centred.norm(p=5, dim=1, keepdim=True)).amax(1)
-
-    return lambda seen: score(seen.logits)
+def p_norm(logits: Tensor) -> Tensor:
+    centred = logits - logits.mean(1, keepdim=True)
+    return -(centred / centred.norm(p=5, dim=1, keepdim=True)).amax(1)
 
 
 def grad_trust(logits: Tensor) -> Tensor:
@@ -69,17 +45,23 @@ def grad_trust(logits: Tensor) -> Tensor:
     return fourth.amax(1) / fourth.mean(1)
 
 
-@method("GradTrust", 2024, "Prabhushankar and AlRegib, IEEE MIPR; in closed form")
-def trust(fit: Fit) -> Score:
-    return lambda seen: -grad_trust(seen.logits)
+# What is read of the logits alone needs no fit.
+for _name, _year, _paper, _read in (
+    ("softmax", 2017, "Hendrycks and Gimpel, ICLR", lambda logits: 1 - logits.softmax(1).amax(1)),
+    ("entropy", 2020, "Chan et al., ICCV 2021", lambda logits: torch.special.entr(logits.double().softmax(1)).sum(1)),
+    ("margin", 2001, "Scheffer et al., IDA", margin),
+    ("MaxLogit", 2022, "Hendrycks et al., ICML", lambda logits: -logits.amax(1)),
+    ("GEN", 2023, "Liu et al., CVPR", gen),
+    ("pNormSoftmax", 2024, "Cattelan and Silva, UAI; p = 5 of their grid, nothing is tuned", p_norm),
+    ("GradTrust", 2024, "Prabhushankar and AlRegib, IEEE MIPR; in closed form", lambda logits: -grad_trust(logits)),
+):
+    method(_name, _year, _paper)(lambda fit, read=_read: lambda seen: read(seen.logits))
 
 
 @method("GradNorm", 2021, "Huang et al., NeurIPS; in closed form")
 def grad_norm(fit: Fit) -> Score:
-    def score(logits: Tensor, h: Tensor) -> Tensor:
-        return -(logits.softmax(1) - 1 / logits.shape[1]).abs().sum(1) * h.abs().sum(1)
-
-    return lambda seen: score(seen.logits, seen.h)
+    classes = fit.layer.out_features
+    return lambda seen: -(seen.logits.softmax(1) - 1 / classes).abs().sum(1) * seen.h.abs().sum(1)
 
 
 @method("Catalyst", 2026, "Hassan et al., CVPR Findings; deviations, capped at their clean 90th percentile")
@@ -93,11 +75,11 @@ def catalyst(fit: Fit) -> Score:
 def ras(fit: Fit) -> Score:
     profile = fit.clean.h.sort(1).values.mean(0)
 
-    def score(h: Tensor) -> Tensor:
-        shifted = torch.empty_like(h).scatter_(1, h.argsort(1), profile.expand_as(h))
+    def score(seen: Seen) -> Tensor:
+        shifted = torch.empty_like(seen.h).scatter_(1, seen.h.argsort(1), profile.expand_as(seen.h))
         return -fit.layer(shifted).logsumexp(1)
 
-    return lambda seen: score(seen.h)
+    return score
 
 
 @method("WeiPer", 2024, "Granz et al., NeurIPS; softmax of 50 perturbed heads, distance 2.1")
@@ -109,13 +91,11 @@ def weiper(fit: Fit) -> Score:
         noise = F.normalize(torch.randn(weight.shape, generator=made), dim=1)
         heads.append(weight + 2.1 * noise * weight.norm(dim=1, keepdim=True))
 
-    def score(h: Tensor) -> Tensor:
-        total = torch.zeros(len(h))
-        for head in heads:
-            total += F.linear(h, head, bias).softmax(1).amax(1)
-        return -total / len(heads)
+    def score(seen: Seen) -> Tensor:
+        largest = (F.linear(seen.h, head, bias).softmax(1).amax(1) for head in heads)
+        return -sum(largest, torch.zeros(())) / len(heads)
 
-    return lambda seen: score(seen.h)
+    return score
 
 
 @method("Mahalanobis", 2018, "Lee et al., NeurIPS; h alone; one Gaussian with shrinkage where classes have few images")
@@ -211,7 +191,8 @@ def recovery(fit: Fit) -> Score:
     ridge = gram + 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     maps = [(torch.linalg.solve(ridge, inputs.T @ (x - x.mean(0)).double()), x.mean(0)) for x in early]
 
-    def score(stages: list[Tensor]) -> Tensor:
+    def score(seen: Seen) -> Tensor:
+        stages = seen.stages
         inputs = (stages[-1] - centre).double()
         errors = torch.stack(
             [(x - mean - inputs @ weight).square().sum(1) for x, (weight, mean) in zip(stages, maps, strict=False)], 1
@@ -220,4 +201,4 @@ def recovery(fit: Fit) -> Score:
         uneven = torch.tensor(float(errors.shape[1])).log() - torch.special.entr(share).sum(1)
         return uneven * (errors.mean(1) + 1e-8).log()
 
-    return lambda seen: score(seen.stages)
+    return score

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastgrad import TwoStageModel
-from fastgrad.detector.calibrate import DetectorModule
 from fastgrad.engine.tracing import trace
 
 #: Steps of each objective.
@@ -46,17 +45,13 @@ def white_box(model: TwoStageModel, example: Tensor, false_alarms: float) -> Whi
 
     def scores(x: Tensor) -> tuple[Tensor, Tensor]:
         logits, blocks = extraction(x)
-        return logits, _uncapped(detector, blocks)
+        return logits, detector.evidence(detector.raw(blocks), cap=math.inf).sum(-1)
 
     def answer(x: Tensor) -> tuple[Tensor, Tensor]:
         found = model(x)
         return found.logits, found.uncertainty
 
     return WhiteBox(_differentiable(scores, example), answer, model.threshold(false_alarms))
-
-
-def _uncapped(detector: DetectorModule, blocks: Mapping[str, Tensor]) -> Tensor:
-    return detector.evidence(detector.raw(blocks), cap=math.inf).sum(-1)
 
 
 def _differentiable(
