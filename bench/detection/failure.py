@@ -1,6 +1,6 @@
 """Which answers are wrong: risk beside what a user has without it, judged by the network's errors.
 
-    python -m bench.detection.failure --quick --data DIR --cache CACHE
+    python -m bench.detection failure --quick --data DIR --cache CACHE
 
 Clean images, and clean ones together with those of each group of cases; every answer to an image of another set is
 wrong. AUROC of wrong against right answers, the area under the risk-coverage curve, and of what is a probability of an
@@ -9,8 +9,7 @@ error the calibration error and the log loss. Resampled intervals draw all copie
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,6 @@ from bench.detection.methods_ours import answer, fitted
 from bench.detection.registry import CASES, METHODS, Method, NotRun, Options, Protocol
 from bench.detection.subject import BATCH, Fit, Seen, Subject
 from bench.detection.tables import ALIKE, CIFAR, LITE, UNALIKE
-from bench.report import pages
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 from fastgrad.metrics import aurc, calibration_report
 
@@ -163,17 +161,7 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Command line."""
-    from bench.detection.__main__ import PACKAGES, facts, parser
-
-    given = parser(__doc__, DEFAULT_NETWORKS).parse_args()
-    start = time.perf_counter()
-    options = Options(given.data, given.cache, given.quick, given.draws)
-    rows = runner.over(given.networks or DEFAULT_NETWORKS, options, measure)
-    said = facts("Which answers are wrong", given, start, {**METHODS, **OWN})
-    pages.save("failure", rows, packages=PACKAGES, folder=given.out, facts=said)
-
-
-if __name__ == "__main__":
-    main()
+def run(options: Options, networks: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows, and what the page says beside them."""
+    rows = runner.over(networks, options, measure)
+    return rows, runner.facts("Which answers are wrong", options, {**METHODS, **OWN})

@@ -1,10 +1,8 @@
-"""The figures of the gallery.
-
-python -m bench.detection.gallery --data DIR --cache CACHE
-"""
+"""The figures of the gallery."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +10,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from bench.detection import cases  # noqa: F401
 from bench.detection.methods_ours import answer, fitted
 from bench.detection.networks import small
 from bench.detection.registry import Options
@@ -81,17 +78,10 @@ def manifold(out: Path) -> None:
     plots.save(below, out / "gallery-manifold.png", dpi=80)
 
 
-def main() -> None:
-    """Draw all figures."""
-    from bench.detection.__main__ import parser
-
-    given = parser(__doc__).parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    manifold(given.out)
-    subject = small("resnet20", Options(given.data, given.cache, True), 0)
-    histograms(subject, given.out)
-    layers(subject, given.out)
-
-
-if __name__ == "__main__":
-    main()
+def draw(options: Options, out: Path) -> None:
+    """Draw all figures; the network is always one of quick mode."""
+    out.mkdir(parents=True, exist_ok=True)
+    manifold(out)
+    subject = small("resnet20", replace(options, quick=True), 0)
+    histograms(subject, out)
+    layers(subject, out)

@@ -1,6 +1,6 @@
 """Introspection where it gains: a second answer from what the last layer reads, trained on generated challenges.
 
-    python -m bench.detection.introspective --quick --data DIR --cache CACHE
+    python -m bench.detection introspective --quick --data DIR --cache CACHE
 
 H learns the clean image's label from clean images and from challenges made of them; the network stays as it is. What
 H reads: h, the contrast rows of the published method, their norms, h and the norms, or the logits. How its answer joins
@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,6 @@ from bench.detection.registry import NETWORKS, Options
 from bench.detection.runner import ABSENT
 from bench.detection.subject import BATCH, Fit, Seen, Subject
 from bench.detection.train import HELD_OUT
-from bench.report import pages
 from fastgrad import IntrospectiveClassifier, TwoStageModel, contrast_sqnorm
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 from fastgrad.metrics import calibration_report
@@ -190,20 +189,8 @@ def _right(
     return [torch.cat([own[case].argmax(1) == truth[case] for case in cases]).double().numpy() for own in splits]
 
 
-def main() -> None:
-    """Command line."""
-    from bench.detection.__main__ import PACKAGES, parser
-
-    given = parser(__doc__, DEFAULT_NETWORKS).parse_args()
-    start = time.perf_counter()
-    options = Options(given.data, given.cache, given.quick)
-    rows = [row for name in given.networks or DEFAULT_NETWORKS for row in measure(options, name)]
-    facts = {
-        "seconds": round(time.perf_counter() - start), "fitted": FITTED, "tested": TESTED, "copies": COPIES,
-        "networks": {name: [NETWORKS[name].title, name == DEFAULT_NETWORKS[0]] for name in DEFAULT_NETWORKS},
-    }  # fmt: skip
-    pages.save("introspective", rows, packages=PACKAGES, folder=given.out, facts=facts)
-
-
-if __name__ == "__main__":
-    main()
+def run(options: Options, networks: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows, and what the page says beside them."""
+    rows = [row for name in networks for row in measure(options, name)]
+    about = {name: [NETWORKS[name].title, NETWORKS[name].tuned] for name in DEFAULT_NETWORKS}
+    return rows, {"fitted": FITTED, "tested": TESTED, "copies": COPIES, "networks": about}

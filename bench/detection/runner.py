@@ -66,7 +66,7 @@ def measure(subject: Subject, method: Method, cases: Sequence[str]) -> Found:
     return Found(scores, absent)
 
 
-def rows(table: Table, subject: Subject, method: Method, quick: bool, known: dict[str, Groups]) -> list[Row]:
+def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups]) -> list[Row]:
     """Return a row for each case, and one for each group whose cases all have a number.
 
     ``known`` holds the groups of the methods before; those of this one are added. A method named ``A + B`` has rows of
@@ -74,7 +74,8 @@ def rows(table: Table, subject: Subject, method: Method, quick: bool, known: dic
     """
     cases = table.cases(subject.kind)
     slow = dict.fromkeys(("clean", *cases), "left out of quick mode: several passes an image")
-    found = Found({}, slow) if quick and method.slow and subject.few else measure(subject, method, cases)
+    left_out = subject.options.quick and method.slow and subject.few
+    found = Found({}, slow) if left_out else measure(subject, method, cases)
     head = {
         "network": subject.network, "draw": subject.draw, "method": method.name, "protocol": method.protocol.value,
     }  # fmt: skip
@@ -162,6 +163,15 @@ def over(networks: Sequence[str], options: Options, measured: Callable[[Subject]
     return made
 
 
+def facts(title: str, options: Options, methods: Mapping[str, Method]) -> dict[str, Any]:
+    """Return what a page says of a table."""
+    return {
+        "title": title, "merit": "auroc", "quick": options.quick,
+        "networks": {key: [one.title, one.tuned] for key, one in NETWORKS.items()},
+        "methods": {key: [one.year, one.paper] for key, one in methods.items()},
+    }  # fmt: skip
+
+
 def run(table: Table, options: Options, networks: Sequence[str] = (), methods: Sequence[str] = ()) -> list[Row]:
     """Return all rows of a table."""
 
@@ -170,7 +180,7 @@ def run(table: Table, options: Options, networks: Sequence[str] = (), methods: S
         known: dict[str, Groups] = {}
         for method in chosen(table, methods):
             begun = time.perf_counter()
-            made += rows(table, subject, method, options.quick, known)
+            made += rows(table, subject, method, known)
             taken = time.perf_counter() - begun
             words = f"{subject.network}, draw {subject.draw}, {method.name}: {taken:.1f} s"
             print(words, file=sys.stderr, flush=True)

@@ -59,8 +59,7 @@ def test_a_table_runs(folder: Path, table: str) -> None:
 def test_the_table_of_errors_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failure, "DEFAULT_NETWORKS", ("resnet",))
     words = ["failure", "--quick", "--data", str(folder / "data"), "--cache", str(folder / "cache")]
-    monkeypatch.setattr("sys.argv", [*words, "--out", str(folder / "out")])
-    failure.main()
+    assert command.main([*words, "--out", str(folder / "out")]) == 0
     rows = json.loads((folder / "out" / "failure.json").read_text())["rows"]
     found = {(row["method"], row["case"]): row for row in rows if "case" in row}
     assert 0 <= found["fastgrad, risk", "clean and corruptions"]["auroc"] <= 1
