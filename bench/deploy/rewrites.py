@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from bench.clock import in_turns, rounded_ratio
 from bench.deploy.price import NETWORKS as PRICED
@@ -30,17 +31,11 @@ FORMS = {"default": (), "all parameters": ("gradients",)}
 BATCHES, ROUNDS = (1, 8), 15
 
 
-def _small_vit() -> nn.Module:
-    from torchvision.models import VisionTransformer
-
-    return VisionTransformer(224, 16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
-
-
 #: How each network is built, and the shape of its inputs.
 NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "EfficientNet-Lite0": (PRICED["EfficientNet-Lite0"][0], (3, 224, 224)),
     "ResNet-18": (PRICED["ResNet-18"][0], (3, 224, 224)),
-    "ViT-Tiny/16": (_small_vit, (3, 224, 224)),
+    "ViT-Tiny/16": (partial(VisionTransformer, 224, 16, 12, 3, 192, 768), (3, 224, 224)),
     "the demo's network": (digit_network, (1, 24, 24)),
 }
 

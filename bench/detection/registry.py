@@ -22,7 +22,7 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -114,33 +114,26 @@ CASES: dict[str, Case] = {}
 NETWORKS: dict[str, Network] = {}
 
 
-def method(
-    name: str, year: int, paper: str, protocol: Protocol = Protocol.CLEAN, *, slow: bool = False
-) -> Callable[[Callable[[Fit], Score]], Callable[[Fit], Score]]:
-    """Register what returns a score, fitted."""
-
-    def register(function: Callable[[Fit], Score]) -> Callable[[Fit], Score]:
-        METHODS[name] = Method(name, year, paper, protocol, function, slow)
+def _registering(entries: dict[str, Any], name: str, entry: Callable[[Any_], object]) -> Callable[[Any_], Any_]:
+    def register(function: Any_) -> Any_:
+        entries[name] = entry(function)
         return function
 
     return register
+
+
+def method(
+    name: str, year: int, paper: str, protocol: Protocol = Protocol.CLEAN, *, slow: bool = False
+) -> Callable[[Any_], Any_]:
+    """Register what returns a score, fitted."""
+    return _registering(METHODS, name, lambda fit: Method(name, year, paper, protocol, fit, slow))
 
 
 def case(name: str, group: str, kinds: tuple[str, ...]) -> Callable[[Any_], Any_]:
     """Register what makes inputs from ``(subject, part, count)``."""
-
-    def register(function: Any_) -> Any_:
-        CASES[name] = Case(group, kinds, function)  # type: ignore[arg-type]
-        return function
-
-    return register
+    return _registering(CASES, name, lambda make: Case(group, kinds, make))
 
 
 def network(name: str, title: str, *, tuned: bool = False) -> Callable[[Any_], Any_]:
     """Register what makes a `Subject` from ``(options, draw)``."""
-
-    def register(function: Any_) -> Any_:
-        NETWORKS[name] = Network(title, tuned, function)  # type: ignore[arg-type]
-        return function
-
-    return register
+    return _registering(NETWORKS, name, lambda make: Network(title, tuned, make))

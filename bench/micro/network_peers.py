@@ -191,31 +191,20 @@ def vmap(task: Task) -> Norms:
 
 
 def loop(task: Task) -> Norms:
-    def call() -> Tensor:
-        return torch.stack([sqnorms(task.loss(task.model(sample[None])), task.model) for sample in task.x])
-
-    return call
+    return lambda: torch.stack([sqnorms(task.loss(task.model(sample[None])), task.model) for sample in task.x])
 
 
 def clipped(task: ClippedTask) -> Gradients:
-    def call() -> list[Tensor]:
-        task.model.zero_grad()
+    def backward() -> None:
         with fastgrad.clip_gradients(task.model, task.max_norm) as clipped:
             clipped.backward(task.losses(task.model))
-        return _gradients(task.model)
 
-    return call
+    return _gradients(task.model, backward)
 
 
 def whole_step(task: ClippedTask) -> Gradients:
     """The same without clipping."""
-
-    def call() -> list[Tensor]:
-        task.model.zero_grad()
-        task.losses(task.model).sum().backward()
-        return _gradients(task.model)
-
-    return call
+    return _gradients(task.model, lambda: task.losses(task.model).sum().backward())
 
 
 def clipped_by_hooks(task: ClippedTask) -> Gradients:
@@ -246,12 +235,9 @@ def clipped_by_ghosts(task: ClippedTask) -> Gradients:
     )
     optimizer = _optimizer(DPOptimizerFastGradientClipping, model, task)
 
-    def call() -> list[Tensor]:
-        model.zero_grad(set_to_none=True)
-        DPTensorFastGradientClipping(model, optimizer, task.losses(model), "sum").backward()
-        return _gradients(model)
-
-    return call
+    return _gradients(
+        model, lambda: DPTensorFastGradientClipping(model, optimizer, task.losses(model), "sum").backward()
+    )
 
 
 def clipped_by_vmap(task: ClippedTask) -> Gradients:
@@ -294,8 +280,15 @@ def _batching(call: Callable[[], Any]) -> Callable[[], Any]:
     return batched
 
 
-def _gradients(model: nn.Module) -> list[Tensor]:
-    return [p.grad for p in model.parameters() if p.grad is not None]
+def _gradients(model: nn.Module, backward: Callable[[], None]) -> Gradients:
+    """Return what makes all gradients anew."""
+
+    def call() -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    return call
 
 
 def _optimizer(kind: Any, model: nn.Module, task: ClippedTask) -> Any:
