@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import zipfile
 import zlib
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+
+from fastgrad.atomic import written_beside
 
 Arrays = dict[str, NDArray[Any]]
 #: What the readers of NumPy and PyTorch raise where a file was cut off or overwritten.
@@ -91,7 +92,5 @@ def digest(*parts: object) -> str:
 def _write(path: Path, write: Callable[[Any], object]) -> None:
     """Write a file so that another process never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    with open(partial, "wb") as file:
+    with written_beside(path) as beside, beside.open("wb") as file:
         write(file)
-    partial.replace(path)

@@ -96,20 +96,12 @@ def fitted(
         raise NotRun("challenges are generated from images alone")
     known = watch(fit.model, (clean[:BATCH],), {})
     blocks = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
-    where = "clean" if challenges is None else fit.case or "generated"
+    where, read_anew = "clean" if challenges is None else fit.case or "generated", fitting._read
 
     def read(extraction: Extraction, model: Any, sample: Any, verbose: bool) -> collect.Features:
         def shown() -> dict[str, Any]:
             # In place of what reads blocks: the inputs themselves.
-            inputs: Any = lambda x: (x.flatten(1)[:, :1], {"inputs": x})  # noqa: E731
-            reader = collect.Reader(inputs, model.device, verbose=False)
-            reader.clean(sample.clean)
-            if sample.challenges is not None:
-                reader.given(sample.challenges)
-            if sample.each:
-                chosen = ~sample.held_out[: len(sample.clean)]
-                reader.generated(model.model, sample.clean, chosen, sample.each, sample.pixels, model.seed)
-            made = reader.features()
+            made = read_anew(lambda x: (x.flatten(1)[:, :1], {"inputs": x}), model, sample, False)
             return {"inputs": made.blocks["inputs"].numpy(), "kinds": made.kinds, "groups": made.groups}
 
         made = subject.kept(f"inputs/{where}/fit", shown)
