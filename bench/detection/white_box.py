@@ -51,12 +51,6 @@ def white_box(model: TwoStageModel, example: Tensor, false_alarms: float) -> Whi
         found = model(x)
         return found.logits, found.uncertainty
 
-    return WhiteBox(_differentiable(scores, example), answer, model.threshold(false_alarms))
-
-
-def _differentiable(
-    scores: Callable[[Tensor], tuple[Tensor, Tensor]], example: Tensor
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     graph = trace(scores, (example,), len(example), functional=True)
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
@@ -65,7 +59,7 @@ def _differentiable(
             graph.graph.erase_node(node)
     graph.recompile()
     graph.requires_grad_(False)
-    return graph
+    return WhiteBox(graph, answer, model.threshold(false_alarms))
 
 
 def unaware_of(model: nn.Module) -> WhiteBox:

@@ -272,12 +272,7 @@ def _chunk(task: Task) -> int:
 
 def _batching(call: Callable[[], Any]) -> Callable[[], Any]:
     """The fused attention of a CPU has no batching rule and would run sample by sample."""
-
-    def batched() -> Any:
-        with sdpa_kernel(SDPBackend.MATH):
-            return call()
-
-    return batched
+    return sdpa_kernel(SDPBackend.MATH)(call)  # type: ignore[operator, no-any-return]
 
 
 def _gradients(model: nn.Module, backward: Callable[[], None]) -> Gradients:
