@@ -33,15 +33,9 @@ def in_turns(
     return taken
 
 
-def ratio_quartiles(taken: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
-    """Return the lower quartile, the median and the upper quartile of the ratios, round by round."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(taken, base, strict=True)], n=4)
-    return low, middle, high
-
-
 def rounded_ratio(taken: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
-    """Return the columns ``ratio`` and ``quartiles`` of a row."""
-    low, middle, high = ratio_quartiles(taken, base)
+    """Return the columns ``ratio`` and ``quartiles`` of a row, of the ratios round by round."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(taken, base, strict=True)], n=4)
     return {"ratio": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
 
 

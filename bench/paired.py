@@ -4,7 +4,7 @@
     python -m bench.paired REV --only network --rounds 15
 
 Both run this checkout's cases, each in a process of its own, as many calls each in turns. Every other turn begins with
-the other revision, which is checked out to a temporary worktree. Ratios are of processor time on one thread. A ratio
+the other revision, which is unpacked to a temporary folder. Ratios are of processor time on one thread. A ratio
 below 1 says that this revision takes less time.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from bench import registry
-from bench.clock import ratio_quartiles
+from bench.clock import rounded_ratio
 from bench.report.text import table
 
 ROOT = Path(__file__).parents[1]
@@ -59,39 +59,36 @@ def _seconds(size: str, case: str, name: str, calls: int) -> float:
     return (time.process_time() - start) / calls
 
 
-def compare(revision: str, size: str, only: str, rounds: int) -> list[dict[str, str]]:
+def compare(revision: str, size: str, only: str, rounds: int) -> list[dict[str, Any]]:
     """Return a row for each of fastgrad's implementations."""
     pool = functools.partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), _begin)
-    git = functools.partial(subprocess.run, cwd=ROOT, check=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder).resolve() / "tree"
-        git(["git", "worktree", "add", "-q", "--detach", str(tree), revision])
-        try:
-            with pool((ROOT,)) as here, pool((tree,)) as there:
-                for case in registry.cases(size):
-                    if only and not any(word in case.table for word in only.split(",")):
+        tree = Path(folder).resolve()
+        archive = subprocess.run(["git", "archive", revision], cwd=ROOT, check=True, capture_output=True).stdout
+        subprocess.run(["tar", "x"], cwd=tree, check=True, input=archive)
+        with pool((ROOT,)) as here, pool((tree,)) as there:
+            for case in registry.cases(size):
+                if only and not any(word in case.table for word in only.split(",")):
+                    continue
+                for name in case.names:
+                    if not name.startswith("fastgrad") or name.endswith("Triton"):
                         continue
-                    for name in case.names:
-                        if not name.startswith("fastgrad") or name.endswith("Triton"):
-                            continue
-                        row = {"table": case.table, "case": case.name, "implementation": name}
-                        try:
-                            low, middle, high = _ratios(here, there, (size, case.name, name), rounds)
-                            row |= {"ratio": f"{middle:.3f}", "quartiles": f"{low:.3f} to {high:.3f}"}
-                        except Exception as problem:  # the other cases are still worth measuring
-                            row |= {"ratio": f"{type(problem).__name__}: {problem}", "quartiles": ""}
-                        rows.append(row)
-                        print(row, file=sys.stderr, flush=True)
-        finally:
-            git(["git", "worktree", "remove", "--force", str(tree)])
+                    row = {"table": case.table, "case": case.name, "implementation": name}
+                    try:
+                        ratio = _ratios(here, there, (size, case.name, name), rounds)
+                        row |= {column: str(value) for column, value in ratio.items()}
+                    except Exception as problem:  # the other cases are still worth measuring
+                        row |= {"ratio": f"{type(problem).__name__}: {problem}", "quartiles": ""}
+                    rows.append(row)
+                    print(row, file=sys.stderr, flush=True)
     return rows
 
 
 def _ratios(
     here: ProcessPoolExecutor, there: ProcessPoolExecutor, case: tuple[str, str, str], rounds: int
-) -> tuple[float, float, float]:
-    """Return quartiles of the first process's time over the second's."""
+) -> dict[str, Any]:
+    """Return the first process's time over the second's."""
 
     def seconds(pool: ProcessPoolExecutor, calls: int) -> float:
         return pool.submit(_seconds, *case, calls).result()
@@ -102,7 +99,7 @@ def _ratios(
     for turn in range(rounds):
         for pool in (here, there) if turn % 2 else (there, here):
             taken[pool].append(seconds(pool, calls))
-    return ratio_quartiles(taken[here], taken[there])
+    return rounded_ratio(taken[here], taken[there])
 
 
 def main() -> None:

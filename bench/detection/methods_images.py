@@ -22,7 +22,7 @@ def odin(fit: Fit) -> Score:
 
     if fit.subject.kind not in IMAGES:
         raise NotRun("moves inputs along their gradient, and tokens have none")
-    detector = ODIN(fit.model)
+    detector = ODIN(fit.subject.model)
     return lambda seen: torch.cat([detector.predict(x).detach() for x in seen.images.split(BATCH)])
 
 
@@ -51,7 +51,7 @@ def gradient_norms(fit: Fit) -> Score:
 
 def _norms(fit: Fit) -> Callable[[Seen], Tensor]:
     """Logarithms of the squared norm of every parameter's gradient ``(n, P)``."""
-    model = fit.model
+    model = fit.subject.model
     extractor = fastgrad.GradientFeatures(model, loss="bce", target="ones")
 
     def norms(seen: Seen) -> Tensor:

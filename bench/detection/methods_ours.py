@@ -94,7 +94,7 @@ def fitted(
     clean, labels = subject.parts["fit"]
     if subject.kind not in IMAGES and challenges == "generate":
         raise NotRun("challenges are generated from images alone")
-    known = watch(fit.model, (clean[:BATCH],), {})
+    known = watch(fit.subject.model, (clean[:BATCH],), {})
     blocks = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
     where, read_anew = "clean" if challenges is None else fit.case or "generated", fitting._read
 
@@ -110,7 +110,7 @@ def fitted(
         values = blocks_of(subject, f"{where}/fit", inputs, wanted)
         return collect.Features(values, values["logits"], made["kinds"], made["groups"])
 
-    two_stage = TwoStageModel(fit.model, blocks=blocks, seed=subject.draw, classifier=classifier)
+    two_stage = TwoStageModel(fit.subject.model, blocks=blocks, seed=subject.draw, classifier=classifier)
     with mock.patch.object(fitting, "_read", read), torch.enable_grad():
         two_stage.fit(fit.loader(clean, labels), challenges, **options)
     return two_stage

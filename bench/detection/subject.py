@@ -161,18 +161,17 @@ def read(subject: Subject, images: Tensor) -> dict[str, NDArray[np.float32]]:
     parts: list[dict[str, Tensor]] = []
     with ExitStack() as stack:
 
-        def keep(name: str) -> Callable[..., None]:
+        def keep(name: str, module: nn.Module, value: Callable[[Tensor, Tensor], Tensor]) -> None:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                value = args[0] if name == "h" else output
-                parts[-1][name] = value if name == "h" else value.mean((2, 3))
-                if name == f"stage{len(subject.stages) - 1}":
-                    parts[-1]["spread"] = value.std((2, 3), correction=0)
+                parts[-1][name] = value(args[0], output)
 
-            return hook
+            stack.callback(module.register_forward_hook(hook).remove)
 
-        stack.callback(subject.layer.register_forward_hook(keep("h")).remove)
+        keep("h", subject.layer, lambda h, output: h)
         for place, stage in enumerate(subject.stages):
-            stack.callback(stage.register_forward_hook(keep(f"stage{place}")).remove)
+            keep(f"stage{place}", stage, lambda x, output: output.mean((2, 3)))
+        for stage in subject.stages[-1:]:
+            keep("spread", stage, lambda x, output: output.std((2, 3), correction=0))
         for x in images.split(BATCH):
             parts.append({})
             parts[-1]["logits"] = subject.model(x)
@@ -192,13 +191,8 @@ class Fit:
     case: str = ""
 
     @property
-    def model(self) -> nn.Module:
-        """The network."""
-        return self.subject.model
-
-    @property
     def layer(self) -> nn.Linear:
-        """Its last layer."""
+        """The network's last layer."""
         return self.subject.layer
 
     @property
