@@ -103,7 +103,6 @@ def serve(file: Path) -> tuple[subprocess.Popen[str], int]:
         [sys.executable, "-m", "fastgrad", "serve", str(file), "--port", "0", "--threads", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert process.stdout is not None
     for line in process.stdout:
         if match := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
             return process, int(match.group(1))

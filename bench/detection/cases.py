@@ -65,17 +65,15 @@ def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, pa
         change = (torch.cat(parts) - clean).contiguous()
         return {"change": change.half().numpy()} if how["name"] in FINE else {"images": sets.to_bytes(clean + change)}
 
-    images = _pixels(subject.kept(f"images/{name}/{part}", make), clean)
+    kept = subject.kept(f"images/{name}/{part}", make)
+    if "images" in kept:
+        images = sets.to_tensor(kept["images"])
+    else:
+        images = (clean + torch.from_numpy(kept["change"]).float()).clamp(0, 1)
     if jpeg:
         images = sets.compress(images)
     misled = predicted(subject, images) != labels
     return Shown(images[misled], places[misled], len(places))
-
-
-def _pixels(kept: Mapping[str, NDArray[Any]], clean: Tensor) -> Tensor:
-    if "images" in kept:
-        return sets.to_tensor(kept["images"])
-    return (clean + torch.from_numpy(kept["change"]).float()).clamp(0, 1)
 
 
 @torch.no_grad()

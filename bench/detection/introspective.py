@@ -136,9 +136,6 @@ def answers(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
 @torch.no_grad()
 def gated(two_stage: TwoStageModel, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the network's calibrated probabilities ``(n, N)``, and the probabilities ``(n, 1)`` of a challenge."""
-    assert two_stage.detector_ is not None
-    assert two_stage.gate_ is not None
-    assert two_stage.temperature_ is not None
     odds = two_stage.gate_.log_odds(two_stage.detector_.explain(dict(values))[1])
     return two_stage.temperature_(values["logits"]).softmax(1).float(), odds.sigmoid().float().unsqueeze(1)
 

@@ -118,9 +118,7 @@ def fitted(
 
 def answer(two_stage: TwoStageModel, seen: Seen) -> Prediction:
     """Return what a fitted model says of the inputs of a case."""
-    extraction = two_stage.extraction_
-    assert extraction is not None
-    wanted = [*(block.name for block in extraction.blocks), "logits"]
+    wanted = [*(block.name for block in two_stage.extraction_.blocks), "logits"]
     values = blocks_of(seen.subject, f"{seen.case}/{seen.part}", seen.images, wanted)
     with torch.no_grad(), mock.patch.object(Extraction, "__call__", return_value=(values["logits"], values)):
         found: Prediction = two_stage(seen.images)

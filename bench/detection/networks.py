@@ -28,7 +28,6 @@ def photographed(size: int, options: Options, draw: int) -> Subject:
     count, test, case = QUICK if options.quick else DRAWS[draw]
     split = photographs.photographs(options.data)
     order = np.random.default_rng(draw if size == 0 else 3).permutation(len(split.images))
-    assert split.labels is not None
     parts = {}
     for name, places in {"fit": order[:count], "test": order[count : count + test]}.items():
         labels = torch.from_numpy(split.labels[places])

@@ -86,7 +86,6 @@ def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups
         if why is None:
             try:
                 clean = found.scores.get(f"clean/{case}", found.scores.get("clean"))
-                assert clean is not None
                 values[case] = resampled.auroc(clean, found.scores[case])
             except ABSENT as reason:
                 why = str(reason)

@@ -139,7 +139,6 @@ def trained(network: str, seed: int, root: Path, folder: Path) -> Classifier:
     epochs = EPOCHS[network]
 
     def train(model: nn.Module) -> None:
-        assert isinstance(model, Classifier)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         images, labels = sets.load(root, "cifar10", "train").labelled()
         seen = len(images) - sets.held_out(len(images), HELD_OUT)

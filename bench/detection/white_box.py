@@ -40,8 +40,6 @@ class WhiteBox(NamedTuple):
 def white_box(model: TwoStageModel, example: Tensor, false_alarms: float) -> WhiteBox:
     """A fitted model's, with everything cut out that stops a derivative."""
     extraction, detector = model.extraction_, model.detector_
-    assert extraction is not None
-    assert detector is not None
 
     def scores(x: Tensor) -> tuple[Tensor, Tensor]:
         logits, blocks = extraction(x)

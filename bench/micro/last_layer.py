@@ -60,9 +60,7 @@ def _softmax(head_: Head) -> Implementation:
 
 
 def _linear(head_: Head) -> Implementation:
-    def check(out: Tensor) -> float:
-        return scaled_error(out, head_.exact)
-
+    check = partial(scaled_error, reference=head_.exact)
     return Implementation("linear alone", lambda: partial(F.linear, *head_.layer), check, head_.unit)
 
 
@@ -190,18 +188,13 @@ def rows(device: str, B: int, N: int, D: int, U: int, name: str) -> Iterator[Imp
     exact = 2 * (z.double() - 1).unsqueeze(-1) * h.double().unsqueeze(-2)
     wanted = F.linear(exact.flatten(-2), weight.double(), bias.double())
     tolerance = 2.0**-6 if dtype != torch.float32 else 2.0**-23 * (N * D) ** 0.5
-
-    def check(out: Tensor) -> float:
-        return scaled_error(out, wanted)
-
+    check = partial(scaled_error, reference=wanted)
     stored = (2 * (z.float() - 1).unsqueeze(-1) * h.float().unsqueeze(-2)).flatten(-2).to(dtype)
 
     def written() -> Tensor:
         return F.linear(fastgrad.contrast_rows(h, z).flatten(-2).to(dtype), weight, bias)
 
-    def ours() -> Tensor:
-        return fastgrad.contrast_rows_linear(h, z, weight, bias)
-
+    ours = partial(fastgrad.contrast_rows_linear, h, z, weight, bias)
     yield Implementation("fastgrad", lambda: ours, check, tolerance)
     yield Implementation("stored rows", lambda: lambda: F.linear(stored, weight, bias), check, tolerance)
     yield Implementation("rows written, then linear", lambda: written, check, tolerance)

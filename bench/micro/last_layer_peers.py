@@ -127,7 +127,6 @@ def openood(head_: Head) -> Callable[[], Tensor]:
             targets = torch.ones_like(logits) / logits.shape[1]
             loss = torch.mean(torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1))
             loss.backward()
-            assert layer.weight.grad is not None
             confs.append(layer.weight.grad.abs().sum())
         return torch.stack(confs)
 
