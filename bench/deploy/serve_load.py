@@ -46,8 +46,7 @@ def network(name: str) -> nn.Module:
     if name == "resnet18":
         from torchvision.models import resnet18
 
-        net: nn.Module = resnet18(num_classes=10)
-        return net
+        return resnet18(num_classes=10)
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise((3, 32, 64, 128)):
         convolution = nn.Conv2d(inputs, outputs, 3, padding=1)

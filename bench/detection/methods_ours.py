@@ -121,8 +121,7 @@ def answer(two_stage: TwoStageModel, seen: Seen) -> Prediction:
     wanted = [*(block.name for block in two_stage.extraction_.blocks), "logits"]
     values = blocks_of(seen.subject, f"{seen.case}/{seen.part}", seen.images, wanted)
     with torch.no_grad(), mock.patch.object(Extraction, "__call__", return_value=(values["logits"], values)):
-        found: Prediction = two_stage(seen.images)
-    return found
+        return two_stage(seen.images)
 
 
 def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: Any = "generate") -> None:

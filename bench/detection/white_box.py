@@ -129,5 +129,4 @@ def auto_attack(model: nn.Module, images: Tensor, labels: Tensor, radius: float,
     # Other memory layouts stop it.
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     strongest = AutoAttack(model, eps=radius, norm="Linf", version="standard", seed=seed)
-    found: Tensor = strongest.run_standard_evaluation(images.contiguous(), labels, batch_size=len(images))[0]
-    return found
+    return strongest.run_standard_evaluation(images.contiguous(), labels, batch_size=len(images))[0]

@@ -41,8 +41,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` in and out."""
-        out: Tensor = self.relu(self.body(x) + self.shortcut(x))
-        return out
+        return self.relu(self.body(x) + self.shortcut(x))
 
 
 def normalisation(kind: type[nn.Module], channels: int) -> nn.Module:
@@ -108,8 +107,7 @@ class Attention(nn.Module):
         B, T, W = x.shape
         q, k, v = self.qkv(x).reshape(B, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        out: Tensor = self.out(mixed.transpose(1, 2).reshape(B, T, W))
-        return out
+        return self.out(mixed.transpose(1, 2).reshape(B, T, W))
 
 
 class Layer(nn.Module):
@@ -124,8 +122,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, T, width)`` in and out."""
         x = x + self.attention(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+        return x + self.mlp(self.norm2(x))
 
 
 class ViT(nn.Module):
@@ -146,8 +143,7 @@ class ViT(nn.Module):
         """``(B, 3, H, W)`` to ``(B, classes)``."""
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
-        out: Tensor = self.head(self.norm(self.layers(x)[:, 0].contiguous()))
-        return out
+        return self.head(self.norm(self.layers(x)[:, 0].contiguous()))
 
 
 class GPT(nn.Module):
@@ -166,8 +162,7 @@ class GPT(nn.Module):
         """``(B, T)`` token indices to ``(B, classes)``."""
         places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         x = self.tokens(x) + self.positions(places)
-        out: Tensor = self.head(self.norm(self.layers(x)[:, -1].contiguous()))
-        return out
+        return self.head(self.norm(self.layers(x)[:, -1].contiguous()))
 
 
 def images(size: int) -> Inputs:

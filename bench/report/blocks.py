@@ -40,8 +40,7 @@ def load(name: str, folder: Path) -> dict[str, Any]:
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
         raise ValueError(f"a block must name one of {known}; it was {name!r}")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    return json.loads(path.read_text())
 
 
 def table(words: str, folder: Path = RESULTS) -> str:

@@ -85,8 +85,7 @@ class Network(nn.Module):
         """Logits ``(B, N)`` of tokens ``(B, 2048)``."""
         groups = F.gelu(self.embedding(x), approximate="tanh").view(len(x), 512, 256).transpose(1, 2)
         found = F.gelu(self.conv(self.norm(groups)), approximate="tanh").amax(2)
-        logits: Tensor = self.head(self.last_norm(found))
-        return logits
+        return self.head(self.last_norm(found))
 
 
 #: Names of its weights in the ONNX file, in their order.

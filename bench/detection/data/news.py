@@ -71,8 +71,7 @@ class Classifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits ``(B, N)``."""
-        logits: Tensor = self.head(self.encoded(input_ids, attention_mask))
-        return logits
+        return self.head(self.encoded(input_ids, attention_mask))
 
 
 class News:
@@ -109,10 +108,9 @@ class News:
         return AutoTokenizer.from_pretrained(get_model_path())
 
     def _inputs(self, texts: Sequence[str]) -> Tensor:
-        made: Tensor = self._tokenizer(
-            texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
-        )["input_ids"]
-        return made
+        return self._tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")[
+            "input_ids"
+        ]
 
     def news(self, part: str, count: int | None = None) -> tuple[Tensor, Tensor]:
         """Inputs ``(n, LENGTH)`` and labels ``(n,)`` of the first news of ``train``, ``fit`` or ``test``."""
