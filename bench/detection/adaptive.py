@@ -1,7 +1,5 @@
 """Attacks that know the detector: they seek an image that misleads the network *and* that the detector lets pass.
 
-    python -m bench.detection adaptive --data DIR --cache CACHE
-
 How they see it, and how they seek, is in `bench.detection.white_box`. The attacks: on the network alone (*unaware*;
 AutoAttack); on the margin less lambda times the detector's score; selective. An image is *protected* if every one of
 its attacks fails or is found (Granese et al., MEAD, 2022), at a threshold that flags a twentieth of clean photographs.

@@ -1,7 +1,5 @@
 """Introspection where it gains: a second answer from what the last layer reads, trained on generated challenges.
 
-    python -m bench.detection introspective --quick --data DIR --cache CACHE
-
 H learns the clean image's label from clean images and from challenges made of them; the network stays as it is. What
 H reads: h, the contrast rows of the published method, their norms, h and the norms, or the logits. How its answer joins
 the network's: by the gate of `TwoStageModel`, the probability that the image is a challenge; by their mean; not at all,
