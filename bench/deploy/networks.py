@@ -34,7 +34,7 @@ def photographed(root: Path, count: int, start: int) -> Tensor:
 
 def small(root: Path, part: str, count: int, start: int) -> Tensor:
     """Return images of CIFAR-10, normalized and enlarged."""
-    return prepared(sets.load(root, "cifar10", part, count, start).tensor())
+    return prepared(sets.to_tensor(sets.load(root, "cifar10", part, count, start).images))
 
 
 def prepared(pixels: Tensor, size: int = 224) -> Tensor:

@@ -98,17 +98,7 @@ def weiper(fit: Fit) -> Score:
     return score
 
 
-@method("Mahalanobis", 2018, "Lee et al., NeurIPS; h alone; one Gaussian with shrinkage where classes have few images")
-def mahalanobis(fit: Fit) -> Score:
-    return _gaussians(fit, lambda h: h)
-
-
-@method("Mahalanobis++", 2025, "Mueller and Hein, ICML: h of unit length")
-def mahalanobis_normalised(fit: Fit) -> Score:
-    return _gaussians(fit, lambda h: F.normalize(h, dim=1))
-
-
-def _gaussians(fit: Fit, change: Callable[[Tensor], Tensor]) -> Score:
+def _gaussians(change: Callable[[Tensor], Tensor], fit: Fit) -> Score:
     h = change(fit.clean.h)
     try:
         labels = fit.labels
@@ -120,6 +110,14 @@ def _gaussians(fit: Fit, change: Callable[[Tensor], Tensor]) -> Score:
     several = Gaussians(None)
     several.fit_features(h, labels)
     return lambda seen: several.predict_features(change(seen.h))
+
+
+for _name, _year, _paper, _change in (
+    ("Mahalanobis", 2018, "Lee et al., NeurIPS; h alone; one Gaussian with shrinkage where classes have few images",
+     lambda h: h),
+    ("Mahalanobis++", 2025, "Mueller and Hein, ICML: h of unit length", partial(F.normalize, dim=1)),
+):  # fmt: skip
+    method(_name, _year, _paper)(partial(_gaussians, _change))
 
 
 @method("KNN", 2022, "Sun et al., ICML: h of unit length")

@@ -26,12 +26,14 @@ def networks(rows: Sequence[Row]) -> list[str]:
 
 def means(rows: Sequence[Row], merit: str, network: str, protocol: str) -> dict[str, dict[str, Row]]:
     """Return by method and group the mean over draws, or why there is none."""
+    own = [row for row in rows if (row.get("network"), row.get("protocol")) == (network, protocol) and "group" in row]
+    return _means([(row, row["group"]) for row in own if merit in row or "not run" in row], merit)
+
+
+def _means(rows: Sequence[tuple[Row, str]], merit: str) -> dict[str, dict[str, Row]]:
     found: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
-        if (row.get("network"), row.get("protocol")) != (network, protocol) or "group" not in row:
-            continue
-        if merit in row or "not run" in row:
-            found.setdefault(row["method"], {}).setdefault(row["group"], []).append(row)
+    for row, group in rows:
+        found.setdefault(row["method"], {}).setdefault(group, []).append(row)
     return {method: {group: _joined(own, merit) for group, own in groups.items()} for method, groups in found.items()}
 
 
@@ -88,16 +90,12 @@ def _cell(value: Row, merit: str) -> str:
 
 def gains(rows: Sequence[Row], network: str) -> str:
     """Return what a block adds to a form of fastgrad's, by group, with the interval of the difference or over draws."""
-    found: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
-        if row.get("network") == network and "gain" in row:
-            group = row["case"].removeprefix("gain in ")
-            found.setdefault(row["method"], {}).setdefault(group, []).append(row)
-    lines = [
-        {"method": method} | {group: _cell(_joined(own, "gain"), "gain") for group, own in groups.items()}
+    own = [row for row in rows if row.get("network") == network and "gain" in row]
+    found = _means([(row, row["case"].removeprefix("gain in ")) for row in own], "gain")
+    return table(
+        {"method": method} | {group: _cell(cell, "gain") for group, cell in groups.items()}
         for method, groups in found.items()
-    ]
-    return table(lines)
+    )
 
 
 def strongest(rows: Sequence[Row], merit: str, network: str) -> str:

@@ -1,11 +1,14 @@
-"""The attacks of the tables, made by foolbox (Rauber et al. 2020)."""
+"""Attacks, by foolbox (Rauber et al. 2020), and corruptions (Hendrycks and Dietterich 2019), by imagecorruptions."""
 
 from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from bench.detection.data.sets import to_bytes, to_tensor
 
 #: L-infinity radius of the gradient attacks in the unit range.
 EPSILON = 8 / 255
@@ -62,3 +65,21 @@ def attack(
     }[name]()
     _, attacked, _ = method(wrapped, images, criterion, epsilons=epsilon if name in _BOUNDED else None)
     return attacked.detach()
+
+
+def corrupt(images: Tensor, name: str, severity: int, *, seed: int) -> Tensor:
+    """Commonly corrupted copies of colour ``images`` ``(B, 3, H, W)`` in [0, 1].
+
+    The strengths are those of ImageNet-C, made for images of 224 pixels: on 32 pixels blurs and weather weigh
+    more than in CIFAR-10-C.
+    """
+    import imagecorruptions
+
+    # The library draws from NumPy's global generator.
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        made = [imagecorruptions.corrupt(image, severity, name) for image in to_bytes(images)]
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+    return to_tensor(np.stack(made).astype(np.uint8)) if made else torch.empty_like(images)

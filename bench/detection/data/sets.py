@@ -49,18 +49,14 @@ class Split:
     compressed: bool
 
     def labelled(self) -> tuple[Tensor, Tensor]:
-        """Images as `tensor` gives them, and their labels.
+        """The images as `to_tensor` gives them, and their labels.
 
         Raises:
             ValueError: The set has none.
         """
         if self.labels is None:
             raise ValueError(f"the set {self.name!r} must have labels for this table; its file has none")
-        return self.tensor(), torch.from_numpy(self.labels)
-
-    def tensor(self) -> Tensor:
-        """The images as floats ``(n, C, H, W)`` in [0, 1]."""
-        return to_tensor(self.images)
+        return to_tensor(self.images), torch.from_numpy(self.labels)
 
 
 def to_tensor(images: Bytes) -> Tensor:
