@@ -126,12 +126,8 @@ def whiten(convolution: nn.Conv2d, images: Tensor) -> None:
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of right predictions."""
-    device = next(model.parameters()).device
-    right = [
-        (model(x.to(device)).argmax(1).cpu() == y).sum()
-        for x, y in zip(images.split(500), labels.split(500), strict=True)
-    ]
-    return float(sum(right)) / len(labels)
+    parts = zip(images.split(500), labels.split(500), strict=True)
+    return float(sum((model(x).argmax(1) == y).sum() for x, y in parts)) / len(labels)
 
 
 def trained(network: str, seed: int, root: Path, folder: Path) -> Classifier:
