@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from bench.detection import resampled
 from bench.detection.cases import FAMILIAR, FOREIGN
@@ -82,13 +83,7 @@ def retrained(layer: nn.Linear, h: Tensor, labels: Tensor, seed: int) -> Callabl
 def adapted(model: nn.Module, images: Tensor) -> Tensor:
     """Return probabilities with batch norm's statistics of the very images (Schneider et al., 2020)."""
     own = copy.deepcopy(model)
-    for module in own.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-    own.train()
-    own(images)
-    own.eval()
+    update_bn([images], own)
     return torch.cat([own(x).softmax(1) for x in images.split(BATCH)])
 
 
