@@ -133,7 +133,10 @@ def main() -> None:
     options.add_argument("--epochs", type=int, nargs="+", default=[1, 4, 30], help="when scores are taken")
     given = options.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    images, truth = sets.load(given.data, "fashion", "train").labelled()
+    try:
+        images, truth = sets.load(given.data, "fashion", "train").labelled()
+    except (ValueError, FileNotFoundError) as error:
+        options.error(str(error))
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for seed in range(given.seeds):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("foolbox")
 pytest.importorskip("imagecorruptions")
@@ -14,6 +15,8 @@ pytest.importorskip("pytorch_ood")
 
 from bench.detection import __main__ as command
 from bench.detection import failure, networks
+from bench.detection.cases import FAMILIAR, FOREIGN
+from bench.detection.data.attacks import corrupt
 from bench.detection.train import EPOCHS
 
 pytestmark = pytest.mark.slow
@@ -65,3 +68,9 @@ def test_the_table_of_errors_runs(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert 0 <= found["fastgrad, risk", "clean and corruptions"]["auroc"] <= 1
     assert found["fastgrad, risk", "clean"]["log loss"] > 0
     assert "tinyimagenet" in found["softmax", "everything"]["not run"]
+
+
+def test_corruptions_repeat() -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for name in (*FAMILIAR, *FOREIGN):
+        assert torch.equal(corrupt(images, name, 3, seed=1), corrupt(images, name, 3, seed=1)), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -75,11 +76,12 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int) -> Tensor:
     """
     import imagecorruptions
 
-    # The library draws from NumPy's global generator.
-    state = np.random.get_state()  # noqa: NPY002
+    # The library draws from NumPy's global generator, and scikit-image in it from a new one.
+    state, generator = np.random.get_state(), np.random.default_rng(seed)  # noqa: NPY002
     np.random.seed(seed)  # noqa: NPY002
     try:
-        made = [imagecorruptions.corrupt(image, severity, name) for image in to_bytes(images)]
+        with patch.object(np.random, "default_rng", lambda *_: generator):
+            made = [imagecorruptions.corrupt(image, severity, name) for image in to_bytes(images)]
     finally:
         np.random.set_state(state)  # noqa: NPY002
     return to_tensor(np.stack(made).astype(np.uint8)) if made else torch.empty_like(images)
