@@ -120,9 +120,8 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
     """
     model, samples = original(model), batch_size(args, kwargs)
     before = RandomState(devices_of(model))
-    three, two = (
-        _Watch(model, *take((args, kwargs), torch.arange(count, device="cpu") % samples, samples)) for count in (3, 2)
-    )
+    places = torch.arange(3, device="cpu") % samples
+    three, two = (_Watch(model, *take((args, kwargs), places[:count], samples)) for count in (3, 2))
     logits = three.logits
     refuse_probabilities(logits)
     # Random numbers come in another order.

@@ -69,9 +69,8 @@ class ChallengeClassifier(Fitted):
 
         codes = torch.from_numpy(kinds).unsqueeze(1)
         challenging = (codes > 0).float()
-        absent = challenging.new_zeros(classes)
-        absent[torch.bincount(codes[:, 0], minlength=classes) == 0] = -torch.inf
         shares = torch.where(codes > 0, 0.5 / challenging.sum(), 0.5 / (1 - challenging).sum())
+        absent = torch.where(torch.bincount(codes[:, 0], minlength=classes) == 0, -torch.inf, shares.new_zeros(()))
         x = rows.detach().float().contiguous()
         shape = (x.shape[1] + 1, classes)
         decay = 1 / (INVERSE_PENALTY * len(x))

@@ -169,9 +169,7 @@ def _sums(
         sums = {}
         for name, chosen in sets.items():
             rows = torch.cat([parts[block] for block in chosen], 1)
-            total = sum(
-                (evidence[block] for block in chosen if block in evidence), torch.zeros(len(fold), device="cpu")
-            )
+            total = sum((evidence[block] for block in chosen if block in evidence), rows.new_zeros(len(fold)))
             for left_out in families:
                 picked = inside & (family != left_out)
                 classifier = ChallengeClassifier.fit(rows[torch.from_numpy(picked)], table.kinds[picked], table.classes)

@@ -61,8 +61,7 @@ class NoisyOr(Fitted):
             p = (other + (1 - other) * misled).clamp(1e-12, 1 - 1e-12)
             loss = -(shares * torch.where(event, p.log(), (1 - p).log())).sum()
             error = shares * torch.where(event, -(1 - p) * misled / p, misled)
-            penalty = values / len(rows)
-            penalty[count] = 0.0
+            penalty = values * values.new_tensor([1.0] * count + [0.0]) / len(rows)
             return float(loss + penalty @ values / 2), (rows.T @ error + penalty).numpy()
 
         with torch.inference_mode(False), torch.no_grad():
@@ -117,8 +116,7 @@ class Risk(Fitted):
         classes = log_p.shape[1]
         counts, errors = (torch.bincount(kinds[rows], minlength=classes)[:classes] for rows in (kinds >= 0, wrong))
         # By Laplace's rule, so that few inputs make nothing certain.
-        rates = (errors + 1).to(evidence.dtype) / (counts + 2)
-        rates[:1] = 0.0
+        rates = (torch.arange(classes, device="cpu") > 0) * (errors + 1).to(evidence.dtype) / (counts + 2)
         return cls(rates=rates, cause=NoisyOr.fit(doubt, misleading(evidence, log_p, rates), wrong, kinds > 0))
 
     def forward(self, doubt: Tensor, evidence: Tensor, log_p: Tensor) -> Tensor:
