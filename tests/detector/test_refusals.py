@@ -42,6 +42,16 @@ class Ranked(Logits):
         return super().values(found).argsort(0).float()
 
 
+class Silent(Logits):
+    """A block of the user's without a score."""
+
+    name = "silent"
+
+    @classmethod
+    def scores(cls, blocks: Any, settings: Any) -> Any:
+        return iter(())
+
+
 class Centred(nn.Module):
     """Scales inputs by what is usual in their batch."""
 
@@ -67,6 +77,8 @@ def made_in_inference_mode() -> nn.Module:
 
 HEADLESS = r"the network can serve, .*'logits'.*; 'features': .*linear layer"
 ONE = nn.Sequential(NET, nn.Linear(4, 1))
+HEAD = nn.Sequential(NET, nn.Softplus()).eval()
+LABELS = torch.arange(60) % 4
 FLAT = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
 SOFTMAX = "model must return logits; it returned probabilities"
 BUDGET = "budget must be at least 1, the forward pass .* it was"
@@ -115,6 +127,17 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "few": (lambda: TwoStageModel(NET).fit([IMAGES[:3]], None), ValueError, "at least"),
     "risk": (lambda: TwoStageModel(NET).fit([IMAGES], None, risk="yes"), TypeError, "risk must be .* 'yes'"),  # type: ignore[arg-type]
     "verbose": (lambda: TwoStageModel(NET).fit([IMAGES], None, verbose=2), TypeError, "verbose must be .* 2"),  # type: ignore[arg-type]
+    "no score": (lambda: TwoStageModel(NET, blocks=[Silent()]).fit([IMAGES], None), ValueError, "at least one score"),
+    "risk of few": (
+        lambda: TwoStageModel(NET, classifier=IntrospectiveClassifier(max_epochs=1)).fit(
+            [(IMAGES, LABELS)], None, risk=True
+        ),
+        ValueError, "risk=True needs at least .* labelled inputs that the answer was not trained on; there were 0",
+    ),
+    "classifier without a layer": (
+        lambda: TwoStageModel(HEAD, classifier=IntrospectiveClassifier()).fit([(IMAGES, LABELS)]),
+        ValueError, "classifier needs a model that ends in a linear layer",
+    ),
     "scripted": (lambda: TwoStageModel(nn.Sequential(scripted())), TypeError, "ordinary modules; '0' was a"),
     "large seed": (lambda: TwoStageModel(NET, seed=2**32), ValueError, "seed must be below .* it was 4294967296"),
     "meta": (lambda: TwoStageModel(copy.deepcopy(NET).to("meta")).fit([IMAGES], None), ValueError, "0.weight.* meta"),
