@@ -110,9 +110,9 @@ def nll(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
     Arguments are as for :func:`reliability`.
     """
     p, y = _probabilities(probabilities, labels)
-    true_p = p[np.arange(len(p)), y]
-    tiny = np.finfo(np.float64).tiny
-    return float((np.log(np.maximum(p.sum(1), tiny)) - np.log(np.maximum(true_p, tiny))).mean())
+    total = p.sum(1)
+    share = np.divide(p[np.arange(len(p)), y], total, out=np.zeros(len(p)), where=total > 0)
+    return float((0 - np.log(np.maximum(share, np.finfo(np.float64).tiny))).mean())
 
 
 def calibration_report(
