@@ -297,9 +297,13 @@ class Counting(nn.Module):
     [
         (["pgd"], 3, 3 * STEPS, 3),
         (["pgd", "compressed_pgd"], 3, STEPS, 1),
+        (["pgd", "compressed_pgd"], 1, STEPS, 1),
+        (["pgd", "compressed_pgd"], 2, 4 * STEPS / 3, 4 / 3),
+        (["compressed_pgd"], 1, STEPS, 1),
         (["compressed_pgd-2"], 2, STEPS, 1),
         (["fgsm", "compressed_fgsm"], 3, 1, 0),
         (None, 3, 0.3 * (1 + STEPS) / 2, 0.3 / 2),
+        (None, 1, 0.3 * (1 + STEPS) / 2, 0.3 / 2),
     ],
 )
 def test_what_goes_through_jpeg_shares_its_attack(

@@ -121,8 +121,16 @@ def challenge_cost(each: int = 3, *, names: Sequence[str] | None = None) -> floa
     """Forward passes for each clean input that it takes to make ``each`` challenges and to read them."""
     checks.at_least(1, each=each)
     attacked, _, share = _turns(challenge_names(names))
-    made = {(row.function, strength): row.passes for row, strength in map(_row, attacked)}
-    return each * (1 + share * sum(made.values()) / max(1, len(attacked)))
+    passes = 0.0
+    for turn in range(len(attacked)):
+        made: dict[Any, float] = {}
+        for place in range(turn * each, (turn + 1) * each):
+            kind, strength = _row(attacked[place % len(attacked)])
+            # As `_altered` has it: JPEG takes what has just been attacked as strongly.
+            if not kind.jpeg or made.get(kind.function) != strength:
+                passes += kind.passes
+            made[kind.function] = strength
+    return each + share * passes / max(1, len(attacked))
 
 
 def _row(name: str) -> tuple[Kind, float]:
