@@ -16,6 +16,7 @@ from fastgrad import IntrospectiveClassifier, TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import BLOCKS, Block, Features, Gradients, Image, View, register_block
 from fastgrad.blocks.extraction import Extraction, arguments
 from fastgrad.blocks.subject import watch
+from fastgrad.challenges import challenge_cost
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.detector import fitting, storage
 
@@ -234,6 +235,8 @@ def test_given_loaders_are_used():
     assert two_stage.report().exact
     assert two_stage.detector_.scores.challenges.score.bias.shape == (4,)
     assert two_stage.report().challenges == {f"kind kind {i}": 30 for i in range(3)}
+    # Each is read once, as the 250 clean inputs are.
+    assert two_stage.report().passes == pytest.approx(1 + 90 / 250)
 
 
 def test_a_bad_input_is_never_called_reliable(fitted):
@@ -367,7 +370,8 @@ def test_the_report_says_price_samples_and_promises(fitted):
     assert report.price.measured > 1
     assert (report.drawn, report.seen, report.calibrating, report.exact) == (200, 200, 200, False)
     assert sum(report.challenges.values()) == 600
-    assert report.passes < 14
+    # Challenges are read at the price of an answer, as clean inputs are.
+    assert report.passes == pytest.approx(4 * report.price.predicted + challenge_cost(3) - 3)
     text = str(report)
     for words in (
         "logits, activations",
