@@ -25,7 +25,8 @@ COMPONENTS = 64
 class Activations(Block):
     """``log mean_t o_bct^2`` of every channel c of places that `fastgrad.blocks.channels` names, ``(B, D)``.
 
-    Its score is the shrunk Mahalanobis distance of the standardised columns.
+    Of large maps, t runs over a coarse grid of positions. Its score is the shrunk Mahalanobis distance of the
+    standardised columns.
     """
 
     name = "activations"

@@ -26,9 +26,9 @@ _FLOOR = 1e-3
 class Roughness(Block):
     """Local contrast of up to 16 channels of the first normalised, or convolved, maps, ``(B, D)``.
 
-    Of each channel it takes differences of neighbouring positions, along rows and columns and along both. The roots of
-    their sizes are summarised by how they are distributed over positions. `fastgrad.blocks.image` reads the same of
-    pixels; here the network's first filters come before.
+    Of each channel it takes differences of neighbouring positions, along rows and columns and along both. A thousandth
+    of their mean size is added to each size. The roots are summarised by how they are distributed over positions.
+    `fastgrad.blocks.image` reads the same of pixels; here the network's first filters come before.
     """
 
     name = "roughness"
@@ -44,7 +44,7 @@ class Roughness(Block):
         return () if subject.first is None else (Reading(subject.first, _of_output, copied=False),)
 
     def values(self, found: Pass) -> Tensor:
-        """The fourth roots side by side."""
+        """The statistics of the maps."""
         return found.readings(self.name)[0]
 
     @classmethod

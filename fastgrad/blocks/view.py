@@ -30,7 +30,7 @@ class Plain(Fitted):
 
 
 class View(Block):
-    """``log KL(p(x) || p(view of x))``, ``(B, 1)``: one more forward pass, on the image's centre enlarged.
+    """``log(KL(p(x) || p(view of x)) + 1e-6)``, ``(B, 1)``: one more forward pass, on the image's centre enlarged.
 
     What misleads a network by design or sits between its classes rarely survives a small change of geometry.
 

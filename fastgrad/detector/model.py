@@ -236,7 +236,7 @@ class TwoStageModel(nn.Module):
             max_samples: Clean inputs used of each loader, drawn uniformly; as many challenges of the user's.
             challenges_per_input: How many challenges are generated from one clean input; None: three, or fewer where
                 there are many inputs.
-            risk: True refuses data without labels, False fits no risk; None fits it where there are labels.
+            risk: True refuses data without labels, False fits no risk; None fits it where 30 inputs have labels.
             clip: Values of black and white of the images, before ``mean`` and ``std``. None: 0 and 1 with ``mean``,
                 else read from all drawn images.
             mean: Of the normalisation of the images, one a channel.

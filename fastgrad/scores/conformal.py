@@ -1,11 +1,11 @@
 """Conformal p-values: what a score means, measured on clean data that took no part in fitting it.
 
-Of n calibration scores and a new clean one, all exchangeable, the new one lies above the k-th highest with
-probability ``k / (n + 1)``, whatever the score (Vovk, Gammerman and Shafer, "Algorithmic learning in a random
-world", 2005). So that is the p-value of the k-th highest score. Where every score is counted, a share of at most a of
-clean samples has p-values below a, on average over calibration sets, for every multiple a of ``1 / (n + 1)``; it is a
-unless scores lie close together. Elsewhere that is so by interpolation. The share itself scatters around a as a Beta
-distribution does. All p-values are kept as logarithms.
+Of n calibration scores and a new clean one, all exchangeable, the new one lies above the k-th highest with probability
+``k / (n + 1)``, or less where scores are equal, whatever the score (Vovk, Gammerman and Shafer, "Algorithmic learning
+in a random world", 2005). So that is the p-value of the k-th highest score. Where every score is counted, a share of at
+most a of clean samples has p-values below a, on average over calibration sets, for every multiple a of ``1 / (n + 1)``;
+it is a unless scores lie close together. Elsewhere that is so by interpolation. The share itself scatters around a as a
+Beta distribution does. All p-values are kept as logarithms.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ class PValues(Fitted):
     the rounding of the network's float32 arithmetic would show in the p-value.
 
     Beyond the k-th highest score s, or beyond the highest where all are counted, the counts are too small to tell
-    extreme values apart. Were the excesses over s exponential, with mean e, then a new score would exceed s by t with
-    probability ``(1 + t / (k e))^-k``, the uncertainty about their mean included: strictly monotone, and no promise of
-    one in a million from k scores.
+    extreme values apart. k is 10, or a tenth of the scores if that is fewer, but at least 2; e is the mean excess of
+    the k highest over the next one. Were excesses over s exponential, with mean e, then a new score would exceed s by t
+    with probability ``(1 + t / (k e))^-k``, the uncertainty about their mean included: strictly monotone, and no
+    promise of one in a million from k scores.
 
     Where scores truly lie close together (a lump, an end of their range) the slope of log p is limited to
-    `STEEPEST`, by raising p-values, never by lowering them.
+    `STEEPEST` over the width of the middle half of the scores, by raising p-values, never by lowering them.
 
     A two-sided score, unusual when high or low, has the typicality 2 min(p, 1 - p): an attack may make the network more
     certain than any clean input does.

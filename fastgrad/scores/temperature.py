@@ -19,7 +19,7 @@ class Temperature(Fitted):
     Guo, Pleiss, Sun and Weinberger, "On calibration of modern neural networks", 2017. The inverse temperature b
     minimises ``sum_i NLL(b z_i, y_i) + b - 1 - log b``, which is convex in b. The last terms, a Gamma prior with its
     mode at b = 1, weigh about as much as one sample: without them b would be infinite where every held-out
-    sample is classified right, and 0 where the logits say nothing.
+    sample is classified right, and 0 where the logits say nothing. T is kept within 1/1000 and 1000.
 
     Buffers: ``temperature`` ``()``.
     """
