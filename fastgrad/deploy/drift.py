@@ -8,7 +8,8 @@ The monitor reads a stream of uncertainty scores, one an image, and raises an al
 - A family of Beta densities *bets* against uniformity: each multiplies its capital by its density at the p-value.
   Under uniformity no bet gains on average. High scores, low scores, both tails and a pile-up in one place each have
   bets that grow exponentially on them.
-- A fresh share of capital starts at every image: a change after a million images is found as fast as an early one.
+- A fresh share of capital starts at every image, so late changes are found too. Of ``form="ever"`` the shares shrink:
+  the delay grows with the logarithm of the number of images before the change.
 
 ``form="ever"``: the total capital is a martingale that starts at 1. By Ville's inequality the probability of *ever*
 raising a false alarm, on a stream of any length, is at most ``false_alarm_rate``.
@@ -111,7 +112,8 @@ class DriftMonitor:
 
     Attributes:
         count: scores seen since the start or the last `reset`.
-        evidence: the capital ``e`` now: how much a bet of 1 against "nothing has changed" has become.
+        evidence: the capital ``e`` now: how much a bet of 1 against "nothing has changed" has become; for
+        ``form="average"`` a bet of 1 on each image.
         alarm_at: number of the score (from 1) at which the alarm was raised, or None. An alarm stays until `reset`.
         acknowledged: the reason for which somebody has taken note of the alarm, or None.
         history: the last 100 acknowledgements and resets, a dictionary each: ``action``, ``reason``, and ``count``,
@@ -189,8 +191,12 @@ class DriftMonitor:
 
     @property
     def p_value(self) -> float:
-        """Bound on the probability of evidence this high if nothing has changed, valid at any time."""
-        return 1.0 / max(self._peak, 1.0)
+        """Bound on the probability that evidence was ever this high if nothing has changed.
+
+        Valid at any time; for ``form="average"``, whose evidence grows by 1 an image on average, at any fixed one.
+        """
+        expected = float(max(self.count, 1)) if self.form == "average" else 1.0
+        return expected / max(self._peak, expected)
 
     def update(self, scores: ArrayLike) -> bool:
         """Read one score or a one-dimensional array of scores, in their order of arrival; return `alarm`.

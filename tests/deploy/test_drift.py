@@ -82,6 +82,17 @@ def test_shifts_are_found(name: str, shift, longest: int, before: int) -> None:
     assert monitor.p_value <= 0.01
 
 
+@pytest.mark.parametrize("form", ["ever", "average"])
+def test_p_value_bounds_the_evidence_of_streams_without_drift(form: str) -> None:
+    random = np.random.default_rng(0)
+    monitors = [DriftMonitor(random.normal(size=100), form=form, seed=i) for i in range(60)]
+    for monitor in monitors:
+        assert monitor.p_value == 1
+        monitor.update(random.normal(size=300))
+    # Of 60 at most 6 on average; 14 with a probability below one in a thousand.
+    assert sum(monitor.p_value <= 0.1 for monitor in monitors) < 14
+
+
 def test_one_by_one_equals_in_one_piece_and_reset_starts_over() -> None:
     random = np.random.default_rng(0)
     calibration, stream = random.normal(size=100), random.normal(size=60) + 0.4
