@@ -150,10 +150,11 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         if not np.isin(labels, self.classes_).all():
             raise ValueError(f"y must hold labels of fit, {self.classes_.tolist()[:20]}; it held others")
         codes = torch.from_numpy(np.searchsorted(self.classes_, labels))
-        temperature = Temperature.fit(logits, codes).temperature
+        temperature = float(Temperature.fit(logits * self.temperature_, codes).temperature)
+        last = self.network_.options["layers"] - 1
         for name in ("weight", "bias"):
-            self.network_.get_buffer(f"{name}{self.network_.options['layers'] - 1}").div_(temperature)
-        self.temperature_ *= float(temperature)
+            self.network_.get_buffer(f"{name}{last}").div_(temperature / self.temperature_)
+        self.temperature_ = temperature
         return self
 
     def decision_function(self, R: ArrayLike | Pairs) -> Array:

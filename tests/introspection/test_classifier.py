@@ -112,7 +112,10 @@ def test_calibration_on_new_samples():
     assert classifier.temperature_ == 1
     codes = np.searchsorted(classifier.classes_, labels)
     assert classifier.calibrate(*noisy(500, 2)) is classifier
-    assert classifier.temperature_ > 1.5
+    found = classifier.temperature_
+    assert found > 1.5
+    # An earlier temperature does not count.
+    assert classifier.calibrate(*noisy(500, 2)).temperature_ == pytest.approx(found, rel=1e-6)
     np.testing.assert_array_equal(classifier.predict(R), before)
     assert metrics.nll(classifier.predict_proba(R), codes) < metrics.nll(sure, codes)
     assert metrics.ece(classifier.predict_proba(R), codes) < metrics.ece(sure, codes)
