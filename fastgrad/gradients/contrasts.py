@@ -55,7 +55,7 @@ def contrast_sqnorm(
         bias: Whether the layer's bias gradient belongs to the norm: ``||delta||^2 (||h||^2 + 1)`` or without the 1.
         reduction: Of the loss over classes, ``"sum"`` or ``"mean"``.
         log: Return the natural logarithm. ``||delta||^2`` is computed in log space, so that it does not underflow;
-            ``||h||^2`` is not.
+            ``||h||^2`` is not. With ``"brier"`` it may where logits tie for the highest and all others are 40 below.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``; an explicit choice never falls back.
 
     Returns:
