@@ -172,7 +172,7 @@ def iter_challenges(
         each: challenges of one clean input; of an attacked one all come from attacks.
         names: kinds or full names (see :func:`challenge_names`); None for every kind.
         first: how many clean inputs came in earlier calls: kinds go on with their turns, ``sources`` count on.
-        seed: same seed, same challenges.
+        seed: same seed, same kinds; with the same ``batch_size`` and calls, same challenges.
         pixels: range of the images; None to read it from ``inputs``, which then must be the whole sample.
         batch_size: images at a time; None for what fits the device's caches.
 

@@ -67,7 +67,7 @@ class TwoStageModel(nn.Module):
         budget: Cost limit of an answer, in forward passes of this network as measured by `fit`. The forward pass that
             gives the logits is the first. ``math.inf`` for no limit.
         blocks: Names or instances of the blocks, without a cost limit; None for the preset of the budget.
-        seed: Of all random numbers.
+        seed: Of all random numbers; a detector or classifier that is given keeps its own ``random_state``.
 
     Attributes:
         detector_: The fitted `DetectorModule`.
@@ -230,13 +230,14 @@ class TwoStageModel(nn.Module):
                 Prefer data that the network was not trained on: it is more certain of its training data.
             challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`), None fits on clean data
                 alone, where unusual inputs do not raise the risk, else batches of challenging inputs, ``x`` or
-                ``(x, kinds)``.
+                ``(x, kinds)``. These have no labels, so they do not raise the risk either.
             calibration: Clean batches on which nothing is fitted: false-alarm rates are then exact. None holds out a
                 fifth of ``clean`` from 1,000 inputs on; below, it cross-validates (`fastgrad.detector.calibrate`).
             max_samples: Clean inputs used of each loader, drawn uniformly; as many challenges of the user's.
             challenges_per_input: How many challenges are generated from one clean input; None: three, or fewer where
                 there are many inputs.
-            risk: True refuses data without labels, False fits no risk; None fits it where 30 inputs have labels.
+            risk: True refuses data without labels, False fits no risk; None fits it where there are labels of at
+                least 30 inputs that the answer was not trained on.
             clip: Values of black and white of the images, before ``mean`` and ``std``. None: 0 and 1 with ``mean``,
                 else read from all drawn images.
             mean: Of the normalisation of the images, one a channel.

@@ -43,8 +43,8 @@ class GradientFeatures:
     tensors. Frozen parameters get features too, and several threads may use one model. Forward hooks of modules run,
     backward hooks do not.
 
-    The first call on a new structure of inputs runs the model on four of the samples and chooses a route for each
-    parameter. It compares the result with autograd once.
+    The first call on a new structure of inputs runs the model a few times, on four of the samples or three, and
+    chooses a route for each parameter. It compares the result with autograd once.
 
     Args:
         model: Maps a batch to logits ``(B, N)``; see `fastgrad.batches.logits_of` for the kinds of outputs it may have.
