@@ -51,8 +51,8 @@ def image_statistics(images: Tensor) -> Tensor:
         images: ``(B, C, H, W)`` floating, H and W at least 3, pixels or normalized inputs.
 
     Returns:
-        ``(B, 28)`` in at least float32, in units of the root of the input's for the first 21, in the input's
-        for the last 7.
+        ``(B, 28)`` in at least float32: seven statistics of these four in turn. The contrasts are in units of the root
+        of the input's, every fourth column, intensity, in the input's.
 
     Raises:
         ValueError: ``images`` has another rank, dtype or fewer than 3 x 3 pixels.

@@ -77,7 +77,8 @@ def risk_coverage(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -
         errors: ``(n,)``, whether each prediction was wrong, or its loss, at least 0.
 
     Raises:
-        ValueError: Shapes differ, nothing is given, a loss is negative or not finite, or an uncertainty is NaN.
+        ValueError: Shapes differ, nothing is given, a loss is negative or not finite, or an uncertainty is NaN
+            or minus infinity.
     """
     return _curve(*_samples("uncertainty", uncertainty, errors))
 
