@@ -45,11 +45,15 @@ def order_by_rank(contrasts: Tensor, logits: Tensor) -> Tensor:
 class Rows(Fitted):
     """Rows ``(B, d)`` for a score, from the named blocks.
 
-    Options: ``block``, the block's name; ``rank``, whether to order its class axis by logit rank; ``log``, whether to
-    take logarithms; ``top``, how many of the largest entries to keep, in falling order (0 for all, as they come);
-    ``clip``, where standardised values are cut, None for nowhere.
+    Options: ``block``, the block's name; ``rank``, whether to order its class axis by logit rank, and ``by_logits``,
+    whether by the block of logits or else by the norms of the last parameter; ``log``, whether to take logarithms;
+    ``top``, how many of the largest entries to keep, in falling order (0 for all, as they come); ``clip``, where
+    standardised values are cut, None for nowhere.
     Buffers: ``mean`` and ``scale`` ``(d,)`` of the clean rows after the logarithm; ``projection`` ``(d, e)`` and
     ``shift`` ``(e,)``, what a clean row's projection is on average.
+
+    ``scale`` is the standard deviation, or 1 of a constant column. It is at least about a hundredth of the column's
+    mean size, of logarithms of norms at least .01, for less may be rounding.
     """
 
     mean: Tensor
