@@ -291,7 +291,7 @@ class TwoStageModel(nn.Module):
 
     @property
     def calibration_scores(self) -> Tensor:
-        """Uncertainties ``(n,)`` of the clean inputs of the calibration."""
+        """Uncertainties ``(n,)`` of the clean inputs of the calibration, each by what was fitted without it."""
         return self._fitted().calibration_scores
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -92,7 +92,7 @@ def mce(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor, *, bins: 
 
 
 def brier(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
-    """Mean over samples of ``sum_j (p_j - [j = y])^2``, from 0 to 2 (Brier 1950).
+    """Mean over samples of ``sum_j (p_j - [j = y])^2``, from 0 to 2 for rows that sum to 1 (Brier 1950).
 
     Arguments are as for :func:`reliability`.
     """
