@@ -67,7 +67,7 @@ class PixelRange:
 
         Raises:
             ValueError: for a lone ``mean`` or ``std``, lengths other than C, or an empty range. Also for images
-                outside the given range, or a mixture of bytes and unit images.
+                outside the given range by more than a hundredth of it, or a mixture of bytes and unit images.
         """
         batches = [images] if isinstance(images, Tensor) else list(images)
         like, told = batches[0], _told(batches[0], clip, mean, std)
