@@ -8,10 +8,11 @@ prediction: Papadopoulos et al., 2002; Vovk, Gammerman and Shafer, 2005). This i
 those that nearly coincide: their p-values are raised (`fastgrad.scores.conformal.STEEPEST`), and fewer are below a.
 
 *Folds and refit*, where there are too few inputs to hold any out: each clean input is scored by what was fitted without
-its fold, new inputs by what was fitted on all. For stable scores its error vanishes as n grows (Steinberger and Leeb,
-"Conditional predictive inference for stable algorithms", 2023); for few inputs it is conservative as a rule, because
-more inputs to fit on make a clean one look less unusual (Barber, Candes, Ramdas and Tibshirani, "Predictive inference
-with the jackknife+", 2021, compare both). There is no promise for every distribution, as there is with a split.
+its fold, new inputs by what was fitted on all. Its p-values before the sum come from the inputs of the other folds. For
+stable scores its error vanishes as n grows (Steinberger and Leeb, "Conditional predictive inference for stable
+algorithms", 2023); for few inputs it is conservative as a rule, because more inputs to fit on make a clean one look
+less unusual (Barber, Candes, Ramdas and Tibshirani, "Predictive inference with the jackknife+", 2021, compare both).
+There is no promise for every distribution, as there is with a split.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The classifier of challenges: one multinomial logistic regression of clean inputs and kinds of challenge.
 
-Telling the kinds apart makes a better "clean or not" than that question alone. Clean and challenging samples weigh the
-same in all, however many there are. It is linear: its weights can be read, and the objective has one minimum, so that
-no seed decides anything.
+Its score is minus the log probability of "clean". Telling the kinds apart makes a better "clean or not" than that
+question alone. Clean and challenging samples weigh the same in all, however many there are. It is linear: its weights
+can be read, and the objective has one minimum, so that no seed decides anything.
 """
 
 from __future__ import annotations
