@@ -25,8 +25,7 @@ COMPONENTS = 64
 class Activations(Block):
     """``log mean_t o_bct^2`` of every channel c of places that `fastgrad.blocks.channels` names, ``(B, D)``.
 
-    Of large maps, t runs over a coarse grid of positions. Its score is the shrunk Mahalanobis distance of the
-    standardised columns.
+    Its score is the shrunk Mahalanobis distance of the standardised columns. Large maps are read on a coarse grid.
     """
 
     name = "activations"

@@ -29,8 +29,7 @@ class Subject:
 
     Attributes:
         classes: N.
-        head: Name of the linear layer that gave the logits, its input one row ``(B, D)`` a sample; None where
-            there is none.
+        head: Name of the linear layer that gave the logits, its input one row ``(B, D)`` a sample; or None.
         bias: Whether that layer has a bias.
         channels: Where channels are read, in the order of the forward pass.
         image: Place among the inputs of the one image tensor ``(B, C, H, W)``, an index or a keyword; None

@@ -321,14 +321,13 @@ def _risk(
 def _report(sample: Sample, features: collect.Features, price: PriceReport, fitted: Calibrated, risk: str) -> Report:
     made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
     drawn = [one for one in (sample.clean, sample.calibration) if one is not None]
-    # Of one challenge: that of reading it, and of generating it.
-    each = price.predicted + (challenge_cost(sample.each) / sample.each - 1 if sample.each else 0)
+    read_and_made = price.predicted + (challenge_cost(sample.each) / sample.each - 1 if sample.each else 0)
     return Report(
         price=price,
         drawn=sum(map(len, drawn)),
         seen=sum(one.seen for one in drawn),
         challenges=dict(zip(made.tolist(), counts.tolist(), strict=True)),
-        passes=price.predicted + each * int(counts.sum()) / sum(map(len, drawn)),
+        passes=price.predicted + read_and_made * int(counts.sum()) / sum(map(len, drawn)),
         calibrating=len(fitted.module.calibration_scores),
         exact=bool(fitted.module.options["exact"]),
         risk=risk,

@@ -51,10 +51,9 @@ def check_blocks(X: Mapping[str, Any], known: Blocks, *, log: bool) -> dict[str,
 def check_squared(name: str, array: Array) -> None:
     """Raise ValueError where a squared norm is negative."""
     if (array < 0).any():
-        row = int(np.argwhere(array < 0)[0][0])
         raise ValueError(
             f"Negative values in data passed to UncertaintyDetector: {name} must hold squared norms, or set "
-            f"log=False for features of any sign; the first is in row {row}"
+            f"log=False for features of any sign; the first is in row {np.argwhere(array < 0)[0][0]}"
         )
 
 

@@ -62,8 +62,7 @@ class TwoStageModel(nn.Module):
             blocks serves without `fit`. None for the default one.
         classifier: An `IntrospectiveClassifier` that answers unusual inputs; it is not changed. `fit` trains it on
             h, the last layer's input, of clean inputs and challenges, with the clean input's label. One that is fitted,
-            on h or on pairs of h and logits, serves without `fit`, and then answers all inputs. None for the network's
-            softmax alone.
+            on h or on pairs of h and logits, serves without `fit`, and then answers all inputs. None for the softmax.
         budget: Cost limit of an answer, in forward passes of this network as measured by `fit`. The forward pass that
             gives the logits is the first. ``math.inf`` for no limit.
         blocks: Names or instances of the blocks, without a cost limit; None for the preset of the budget.
@@ -236,8 +235,7 @@ class TwoStageModel(nn.Module):
             max_samples: Clean inputs used of each loader, drawn uniformly; as many challenges of the user's.
             challenges_per_input: How many challenges are generated from one clean input; None: three, or fewer where
                 there are many inputs.
-            risk: True refuses data without labels, False fits no risk; None fits it where there are labels of at
-                least 30 inputs that the answer was not trained on.
+            risk: True refuses data without labels, False fits no risk; None fits it where at least 30 labels allow it.
             clip: Values of black and white of the images, before ``mean`` and ``std``. None: 0 and 1 with ``mean``,
                 else read from all drawn images.
             mean: Of the normalisation of the images, one a channel.

@@ -4,8 +4,7 @@ Of n calibration scores and a new clean one, all exchangeable, the new one lies 
 ``k / (n + 1)``, or less where scores are equal, whatever the score (Vovk, Gammerman and Shafer, "Algorithmic learning
 in a random world", 2005). So that is the p-value of the k-th highest score. Where every score is counted, a share of at
 most a of clean samples has p-values below a, on average over calibration sets, for every multiple a of ``1 / (n + 1)``;
-it is a unless scores lie close together. Elsewhere that is so by interpolation. The share itself scatters around a as a
-Beta distribution does. All p-values are kept as logarithms.
+it is a unless scores lie close together. Elsewhere that is so by interpolation. The share has a Beta distribution.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _EPS = float(np.finfo(np.float32).eps)
 _ROUNDING = 8 * _EPS
 #: Projections of blocks with more columns are held, and multiplied, in float32: nothing cancels in them.
 WIDE = 1024
-# Variation of clean data below so many times their rounding is not magnified to unit variance.
+# Variation of clean data below so many times their rounding, a hundredth of the values, is not magnified to variance 1.
 _LEAST = 1e4
 
 
@@ -51,9 +51,6 @@ class Rows(Fitted):
     standardised values are cut, None for nowhere.
     Buffers: ``mean`` and ``scale`` ``(d,)`` of the clean rows after the logarithm; ``projection`` ``(d, e)`` and
     ``shift`` ``(e,)``, what a clean row's projection is on average.
-
-    ``scale`` is the standard deviation, or 1 of a constant column. It is at least about a hundredth of the column's
-    mean size, of logarithms of norms at least .01, for less may be rounding.
     """
 
     mean: Tensor
