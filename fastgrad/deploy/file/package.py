@@ -194,7 +194,7 @@ class ModelPackage:
         self.path = Path(path)
         if self.description.device == "cuda" and not torch.cuda.is_available():
             raise PackageError(f"{path} was compiled for a CUDA device; there is none here")
-        if self.path.suffix == ".pt2":
+        if self.path.suffix != ".onnx":  # whatever its name, it is native code
             _check_machine(path, self.description)
         # Else a process that only runs files clears pages for half of a small network's time.
         keep_freed_memory()

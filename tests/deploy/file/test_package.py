@@ -188,11 +188,16 @@ def test_code_for_another_processor_is_refused(tiny_package: Path, monkeypatch: 
         ModelPackage(tiny_package)
 
 
-def test_code_for_another_system_is_refused(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_for_another_system_is_refused(
+    tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = sys.platform
     monkeypatch.setattr(sys, "platform", "plan9")
     with pytest.raises(PackageError, match=rf"was compiled on {made}; this system is plan9; an \.onnx runs on both$"):
         ModelPackage(tiny_package)
+    renamed = shutil.copyfile(tiny_package, tmp_path / "model.bin")
+    with pytest.raises(PackageError, match="this system is plan9"):
+        ModelPackage(renamed)
 
 
 def test_what_is_not_python_gets_names_in_ascii(
