@@ -39,7 +39,7 @@ class Description:
         mean, std: per channel, in units of a pixel from 0 to 1; the input is ``(pixel - mean) / std``.
         false_alarm_rate: the rate that ``threshold`` belongs to.
         threshold: an input is called unreliable when its uncertainty exceeds it; None without calibration.
-        thresholds: further pairs of rate and threshold.
+        thresholds: pairs of rate and threshold, the file's own among them.
         histogram: in-distribution scores in bins of equal width: ``{"edges": (K+1), "counts": (K)}``, or
             None.
         reference: the same scores as the drift monitor reads them: ``{"edges": (K-1), "counts": (K)}``, or

@@ -33,7 +33,8 @@ class Limits:
         body: bytes of a request body; more is answered 413.
         pixels: of an image; more is answered 413, before anything is decoded.
         queue: requests to /predict in progress at once whose body is there; more are answered 503 with Retry-After.
-        seconds: from the first byte of a request to its answer; then 504, and what works on it is ended.
+        seconds: from a request's headers to its answer; then 504, or 408 where its body is still coming, and what works
+            on it is ended.
         memory: bytes of all bodies and inputs together; more are answered 503.
         rate: bytes a second that a body must bring, after the first five seconds; else 408.
         decode_seconds: to read one body; then 422, and the process that does it is ended.

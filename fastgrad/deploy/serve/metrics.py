@@ -45,14 +45,17 @@ class Metrics:
             return Histogram(f"fastgrad_{name}", text, buckets=buckets, registry=self.registry)
 
         self.requests = Counter(
-            "fastgrad_requests", "Answers of /predict by HTTP status", ["status"], registry=self.registry
+            "fastgrad_requests",
+            "Answers of /predict and refused access by HTTP status",
+            ["status"],
+            registry=self.registry,
         )
         self.predictions = Counter(
             "fastgrad_predictions", "Predictions by reliability", ["reliable"], registry=self.registry
         )
         self.latency = histogram(
             "request_seconds",
-            "Time from the first byte of a request to its answer",
+            "Time from a request's headers to its answer",
             (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
         )
         self.batch_size = histogram("batch_size", "Inputs in a batch", (1, 2, 4, 8, 16, 32, 64, 128, 256))
