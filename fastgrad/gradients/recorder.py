@@ -215,7 +215,7 @@ def grad_sqnorm(
         outputs: A loss that is a *sum* over samples, or any tensors computed from the recorded model's outputs. A mean
             divides every gradient by B.
         params: Parameters of the recorded model, in any order.
-        grad_outputs: As in ``torch.autograd.grad``.
+        grad_outputs: As in ``torch.autograd.grad``, but a tensor for each of ``outputs``, or None for all.
         is_grads_batched: Whether ``grad_outputs`` has a leading dimension S of several gradients; what depends
             on activations alone is then computed once for all of them.
         retain_graph: Whether to keep the graph for another call.
@@ -277,7 +277,8 @@ def recorded_sqnorms(
         outputs, [probe for _, _, probe, _ in probes], gradients,
         batched=batched, looped=one_by_one, keep=keep,
     )  # fmt: skip
-    _require_called(outputs, {key: names[key] for key in asked}, [call for call, _ in alive])
+    empty = recording.samples == 0
+    _require_called(outputs, {key: names[key] for key in asked}, [call for call, _ in alive], empty=empty)
     for _, run in alive:
         run.held.require(
             {
@@ -337,10 +338,13 @@ def _require_returned(
                 )
 
 
-def _require_called(outputs: Sequence[Tensor], names: Mapping[int, str], calls: Sequence[_Call]) -> None:
-    """Raise ValueError where ``outputs`` reach one of these parameters past the calls that they reach beside it.
+def _require_called(
+    outputs: Sequence[Tensor], names: Mapping[int, str], calls: Sequence[_Call], *, empty: bool
+) -> None:
+    """Raise RuntimeError where ``outputs`` reach no call; those of an ``empty`` batch show none.
 
-    Alone in a term, as in a weight decay, a parameter has no gradient per sample.
+    Raise ValueError where they reach one of these parameters past the calls that they reach beside it. Alone in a term,
+    as in a weight decay, a parameter has no gradient per sample.
     """
 
     def look(nodes: Iterable[Any]) -> tuple[bool, set[int]]:
@@ -353,7 +357,10 @@ def _require_called(outputs: Sequence[Tensor], names: Mapping[int, str], calls: 
                 beside |= {id(getattr(following, "variable", None)) for following, _ in node.next_functions}
         return called, beside & names.keys()
 
-    if not look(nodes_behind(outputs))[1]:
+    called, beside = look(nodes_behind(outputs))
+    if not called and not empty:
+        raise RuntimeError("outputs must be computed from calls of the recorded model; they reach none")
+    if not beside:
         return
     for nodes in nodes_by_term(outputs):
         called, beside = look(nodes)

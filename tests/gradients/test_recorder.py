@@ -201,10 +201,14 @@ def test_what_is_refused(model: nn.Sequential) -> None:
     parameters = list(model.parameters())
     with pytest.raises(RuntimeError, match="inside record"):
         fastgrad.grad_sqnorm(model(X).sum(), parameters)
+    before = model(X)
     with fastgrad.record(model):
         with pytest.raises(RuntimeError, match="calls of the recorded model"):
             fastgrad.grad_sqnorm(torch.zeros(()), parameters)
         z = model(X)
+        for other in (before.sum(), before.sum() + parameters[0].square().sum(), parameters[0].square().sum()):
+            with pytest.raises(RuntimeError, match="calls of the recorded model; they reach none"):
+                fastgrad.grad_sqnorm(other, parameters, retain_graph=True)
         with pytest.raises(ValueError, match="number 0 is not one"):
             fastgrad.grad_sqnorm(z.sum(), [nn.Parameter(torch.zeros(2))])
         with pytest.raises(ValueError, match="grad_outputs must be given"):
