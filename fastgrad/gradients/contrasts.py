@@ -21,7 +21,7 @@ from fastgrad.ops.last_layer import target as target_op
 
 
 class ContrastStats(NamedTuple):
-    """Statistics over the N contrasts of a sample's squared norms; each of the leading shape, float32.
+    """Statistics over the N contrasts of a sample's squared norms; each of the leading shape.
 
     ``expected`` weighs contrast k by its softmax probability; ``predicted`` is the contrast of the predicted class.
     """
@@ -153,8 +153,8 @@ def linear_contrast_stats(
 ) -> ContrastStats:
     """Statistics over all contrasts without ever storing ``(..., N)``: for vocabularies of 128k and more.
 
-    The Triton kernel needs memory in proportion to B; the eager form holds a few rows of logits at a time. The
-    arguments are those of :func:`linear_contrast_sqnorm`.
+    The Triton kernel needs memory in proportion to B. The eager form holds 4 million logits at a time, or one row;
+    compiled, all of them. The arguments are those of :func:`linear_contrast_sqnorm`.
 
     Returns:
         :class:`ContrastStats` of tensors ``(...)``, float32 (float64 for float64).
@@ -262,7 +262,8 @@ class NoClassError(ValueError):
 
 def require_classes(target: Tensor, classes: int) -> None:
     """Raise NoClassError unless all indices are of classes. Waits for the device."""
-    low, high = (int(edge) for edge in target.aminmax())
+    # PyTorch finds no extremes of wider unsigned integers.
+    low, high = (int(edge) for edge in target.long().aminmax())
     if low < 0 or high >= classes:
         worst = low if low < 0 else high
         raise NoClassError(f"target must hold class indices from 0 to {classes - 1}; it held {worst}")

@@ -272,6 +272,12 @@ def test_bad_input_is_named(call: Callable[[], Any], error: type[Exception], mes
         call()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    labels = torch.arange(4).to(dtype)
+    torch.testing.assert_close(fastgrad.target_sqnorm(H, Z, labels), fastgrad.contrast_sqnorm(H, Z).diagonal())
+
+
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     for found, message in ((True, r"impl.*cpu.*TRITON_INTERPRET"), (False, "checkout without symbolic links")):
