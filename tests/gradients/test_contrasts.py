@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -207,6 +208,16 @@ def test_labels_of_samples_under_vmap() -> None:
     torch.testing.assert_close(mapped(h, z, y), fastgrad.target_sqnorm(h, z, y))
     with pytest.raises(ValueError, match="class indices from 0 to 4; it held 5"):
         mapped(h, z, torch.full((6,), 5))
+
+
+@pytest.mark.parametrize("places", [(0, None), (None, 0)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_features_or_logits_alone_under_vmap(loss: str, places: tuple[int | None, int | None]) -> None:
+    h, z = torch.randn(2, 3, 7), torch.randn(2, 3, 5)
+    expected = [h if places[0] == 0 else h[0].expand_as(h), z if places[1] == 0 else z[0].expand_as(z)]
+    given = [h if places[0] == 0 else h[0], z if places[1] == 0 else z[0]]
+    mapped = torch.func.vmap(functools.partial(fastgrad.contrast_sqnorm, loss=loss), places)
+    torch.testing.assert_close(mapped(*given), fastgrad.contrast_sqnorm(*expected, loss=loss))
 
 
 def test_compiles_without_graph_breaks_at_dynamic_batch() -> None:

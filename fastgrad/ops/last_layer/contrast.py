@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgrad import losses
+from fastgrad._torch import is_transformed
 from fastgrad.ops.dispatch import launcher, operator
 
 # Rows are worked on in pieces of at most this many elements (8 MiB), which stay in the outer cache of a CPU.
@@ -22,7 +23,9 @@ def eager(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, me
     The definition, differentiable to any order; for inference in fewer passes, in place where the memory is ours.
     """
     inference = not (torch.is_grad_enabled() and (features.requires_grad or logits.requires_grad))
-    if inference and loss == "cross_entropy" and not log and logits.numel():
+    # vmap may map the features alone, which the softmax has then no room for.
+    plain = torch.compiler.is_compiling() or not is_transformed()
+    if inference and plain and loss == "cross_entropy" and not log and logits.numel():
         h = features.to(losses.compute_dtype(features.dtype))
         scale = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square()
         scale = scale + 1 if bias else scale
