@@ -43,8 +43,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If a norm is not positive and finite, a group has no trainable parameter or a trainable parameter
-            no group. Also for a model that `record` refuses, such as batch norm in training mode: there one sample
-            changes the gradients of all others.
+            no group. Also for ``DistributedDataParallel`` with ``static_graph=True``, and for a model that `record`
+            refuses, such as batch norm in training mode: there one sample changes the gradients of all others.
 
     Example::
 
@@ -56,6 +56,11 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
 
     def __init__(self, model: nn.Module, max_norm: float | Mapping[str, float]) -> None:
         super().__init__(model)
+        if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
+            raise ValueError(
+                "model must not be DistributedDataParallel with static_graph=True: it averages in the first backward "
+                "pass alone, before gradients are clipped"
+            )
         limits = dict(max_norm) if isinstance(max_norm, Mapping) else {"": max_norm}
         for name, limit in limits.items():
             subject = f"max_norm[{name!r}]" if isinstance(max_norm, Mapping) else "max_norm"

@@ -263,6 +263,15 @@ def test_distributed_data_parallel_averages_the_clipped_sums(tmp_path: Path, lim
     assert_clipped(model, torch.cat([norms, others]), x, y, 0.5)
 
 
+def test_distributed_data_parallel_of_a_static_graph_is_refused() -> None:
+    # Without the processes that its own constructor asks for.
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.module, wrapper.static_graph = nn.Linear(3, 2), True
+    with pytest.raises(ValueError, match="static_graph=True: it averages in the first"):
+        fastgrad.clip_gradients(wrapper, 1.0)
+
+
 # Dynamo looks at .grad of all that it meets.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_a_compiled_training_step() -> None:
