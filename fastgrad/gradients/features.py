@@ -217,8 +217,9 @@ class GradientFeatures:
     def trace(self, *args: Any, **kwargs: Any) -> torch.fx.GraphModule:
         """Trace the extraction, backward pass included, to one flat graph that can be compiled or exported.
 
-        The batch stays dynamic, other sizes are those of the example. The graph holds the model's present parameters.
-        Joined signals and contrasts become one backward pass each.
+        The batch stays dynamic where the model reads its size as ``x.shape[0]``, not as ``len(x)``. Other sizes are
+        those of the example. The graph holds the model's present parameters. Joined signals and contrasts become one
+        backward pass each.
 
         Args:
             *args: An example batch of at least two samples on the model's device.
