@@ -22,7 +22,7 @@ with extra("serve"):
 #: Bytes of a request's headers.
 _HEADERS = 16 * 2**10
 #: Bytes that are read at once, and so held for a connection whose request waits.
-_READ = 2**15
+_READ = 2**14
 #: Seconds for which connections that have just come, or were in use, may still send a request at the end.
 _LEAST, _MOST = 1.0, 5.0
 #: Of the GNU C library's ``mallopt``: blocks above the first size come from the system and go back when they are freed,
