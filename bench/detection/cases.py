@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.detection.data import files, news, sets
-from bench.detection.data.attacks import attack, corrupt
+from bench.detection.data.attacks import attack
+from bench.detection.data.corruptions import corrupt
 from bench.detection.data.photographs import stranger
 from bench.detection.registry import FILES, IMAGES, PHOTOGRAPHS, SMALL, TEXTS, Shown, case
 from bench.detection.subject import BATCH, Subject, packed

@@ -38,7 +38,7 @@ def blur(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
 def _gaussian(length: int, pixels: float) -> Tensor:
     """Weights ``(length, length)`` of every position for every blurred one, borders replicated."""
     radius = max(1, math.ceil(3 * pixels))
-    steps = torch.arange(-radius, radius + 1, dtype=torch.int64, device="cpu")
+    steps = torch.arange(-radius, radius + 1, device="cpu")
     taps = torch.exp(-0.5 * (steps.double() / pixels) ** 2)
     # No dark frame that a detector could learn instead of the blur.
     places = (torch.arange(length, device="cpu")[:, None] + steps).clamp(0, length - 1)

@@ -6,7 +6,6 @@ import argparse
 import ipaddress
 import math
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -63,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM, then finish what was accepted; return the exit status."""
     from fastgrad.deploy.serve.app import create_app
     from fastgrad.deploy.serve.bodies import Limits
+    from fastgrad.deploy.serve.child import ignore_signals
     from fastgrad.deploy.serve.server import Server
     from fastgrad.deploy.serve.traces import otlp_provider
 
@@ -94,8 +94,7 @@ def run(args: argparse.Namespace) -> int:
         )
     server = Server(app, host=args.host, port=args.port, limits=limits)
     # When all is finished uvicorn raises the signal once more, with the handler found here.
-    for name in {"SIGTERM", "SIGBREAK"}.intersection(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ignore_signals("SIGTERM", "SIGBREAK")
     try:
         server.run()
     except KeyboardInterrupt:

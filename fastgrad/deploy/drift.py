@@ -113,7 +113,7 @@ class DriftMonitor:
     Attributes:
         count: scores seen since the start or the last `reset`.
         evidence: the capital ``e`` now: how much a bet of 1 against "nothing has changed" has become; for
-        ``form="average"`` a bet of 1 on each image.
+            ``form="average"`` a bet of 1 on each image.
         alarm_at: number of the score (from 1) at which the alarm was raised, or None. An alarm stays until `reset`.
         acknowledged: the reason for which somebody has taken note of the alarm, or None.
         history: the last 100 acknowledgements and resets, a dictionary each: ``action``, ``reason``, and ``count``,

@@ -61,7 +61,7 @@ class NoisyOr(Fitted):
             p = (other + (1 - other) * misled).clamp(1e-12, 1 - 1e-12)
             loss = -(shares * torch.where(event, p.log(), (1 - p).log())).sum()
             error = shares * torch.where(event, -(1 - p) * misled / p, misled)
-            penalty = values * values.new_tensor([1.0] * count + [0.0]) / len(rows)
+            penalty = torch.cat([values[:-1], values.new_zeros(1)]) / len(rows)
             return float(loss + penalty @ values / 2), (rows.T @ error + penalty).numpy()
 
         with torch.inference_mode(False), torch.no_grad():

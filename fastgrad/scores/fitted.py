@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 def as_buffer(values: object) -> Tensor:
     """``values`` as a float64 tensor with memory of its own, for a buffer."""
-    return torch.as_tensor(np.array(values, dtype=np.float64), device="cpu")
+    return torch.from_numpy(np.array(values, dtype=np.float64))
 
 
 class Fitted(nn.Module):

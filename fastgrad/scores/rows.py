@@ -78,7 +78,7 @@ class Rows(Fitted):
             "block": block, "rank": rank, "log": log, "top": top, "by_logits": by_logits, "clip": clip,
         }  # fmt: skip
         rows = cls(**options)
-        flat = rows.flat({name: torch.as_tensor(array, device="cpu") for name, array in blocks.items()})
+        flat = rows.flat({name: as_tensor(array) for name, array in blocks.items()})
         mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
         # Squared norms are logarithms by now: a relative error became an absolute one, stored once more.
         size = flat.abs().mean(0)
@@ -140,7 +140,7 @@ class Rows(Fitted):
 
 def as_tensor(array: Array) -> Tensor:
     """``array`` as a tensor, copied only where it is read-only memory or runs backwards."""
-    return torch.as_tensor(array if array.flags.writeable and min(array.strides) >= 0 else array.copy(), device="cpu")
+    return torch.from_numpy(array if array.flags.writeable and min(array.strides) >= 0 else array.copy())
 
 
 def clipped(rows: Tensor, limit: float) -> Tensor:

@@ -16,7 +16,7 @@ pytest.importorskip("pytorch_ood")
 from bench.detection import __main__ as command
 from bench.detection import failure, networks
 from bench.detection.cases import FAMILIAR, FOREIGN
-from bench.detection.data.attacks import corrupt
+from bench.detection.data.corruptions import corrupt
 from bench.detection.train import EPOCHS
 
 pytestmark = pytest.mark.slow

@@ -201,11 +201,17 @@ class Child:
             await self.process.wait()
 
 
+def ignore_signals(*names: str) -> None:
+    """Ignore those of the named signals that the system has."""
+    for name in names:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def answer_requests(module: str, arguments: Sequence[object]) -> None:
     """In a child: reply that the function is there which ``start`` of the module gives, then to requests with it."""
     # A service manager may signal all processes at a stop; the server alone decides when these end.
-    for name in {"SIGINT", "SIGTERM", "SIGBREAK"}.intersection(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ignore_signals("SIGINT", "SIGTERM", "SIGBREAK")
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     # What anything prints goes to standard error.
     os.dup2(2, 1)
