@@ -77,10 +77,24 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def optimizers_name_their_device() -> bool:
+    """Whether PyTorch's do: those of 2.8 count steps on the default device, which is none that holds numbers here."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    with torch.device("meta"):
+        try:
+            torch.optim.AdamW([parameter]).step()
+        except RuntimeError:
+            return False
+    return True
+
+
 @pytest.mark.parametrize("work", WORK)
 def test_defaults_of_pytorch_change_nothing(work: str) -> None:
     expected = WORK[work]()
     for device, dtype in (("meta", torch.float64), ("cpu", torch.bfloat16)):
+        if work == "classifier" and not optimizers_name_their_device():
+            device = "cpu"
         with torch.device(device), default_dtype(dtype):
             found = WORK[work]()
         for one, other in zip(found, expected, strict=True):
