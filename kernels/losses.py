@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, assignment"
 # ruff: noqa: RET505, SIM108 - choices between constants at compile time: a branch not taken is not compiled
 """Everything the kernels know of a loss, as device functions with a constant ``LOSS``.
 

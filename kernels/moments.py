@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, assignment"
 """From logits to moments, tile by tile and part by part, and from moments to the squared norms of all contrasts.
 
 ``losses`` says what the moments are; here they are tuples of any length.

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
 """Elementary functions that stay relatively accurate where the obvious form cancels or overflows."""
 
 import triton

@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
-
 """Sweeps over rows of logits beside a fixed target, as device functions: sums that need the row more than once.
 
 Every difference is formed where it does not cancel: against the maximum for softmax losses, against
