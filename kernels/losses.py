@@ -4,7 +4,7 @@
 A new loss is a branch in each of them: which sums over a row it needs (``empty_moments``, ``reduce_moments``), the
 squared norm of a contrast from these sums (``contrast_coefficients``, ``rest_value``), statistics over all contrasts
 (``contrast_statistics``) and an entry of delta for a fixed target (``delta_entry``; a softmax loss has a sweep of its
-own in ``sweeps``). ``fastgrad.losses`` defines a loss; ``fastgrad.ops.tune`` gives it smaller tiles where they must fit
+own in ``target``). ``fastgrad.losses`` defines a loss; ``fastgrad.ops.tune`` gives it smaller tiles where they must fit
 the registers; the launcher of the statistics sweeps twice where the extremes do not follow the logits.
 
 Confident rows are the common case, and there ``p_k - 1`` and ``|p|^2 - 2 p_k + 1`` cancel to nothing. So a row is

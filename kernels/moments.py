@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from .losses import contrast_coefficients, empty_moments, reduce_moments, rest_value
-from .sweeps import load_block
 
 
 @triton.jit
@@ -30,6 +29,21 @@ def merge_moments(moments, others, LOSS: tl.constexpr, LOG: tl.constexpr, STATS:
 def add_tile(moments, z, valid, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl.constexpr):
     """Moments ``[R]`` of rows that a tile of logits ``[R, C]`` continues."""
     return merge_moments(moments, tile_moments(z, valid, LOSS, LOG, STATS), LOSS, LOG, STATS)
+
+
+@triton.jit
+def load_block(
+    ptrs, stride, n, stop, valid, BLOCK_N: tl.constexpr, other: tl.constexpr, KEEP: tl.constexpr = False
+):  # fmt: skip
+    """Columns ``[n, n + BLOCK_N)`` of the rows at ``ptrs`` as float32, and which of them exist before ``stop``.
+
+    With ``KEEP`` they stay in the cache for a next sweep.
+    """
+    cols = n + tl.arange(0, BLOCK_N)
+    inside = valid[:, None] & (cols < stop)[None, :]
+    at = ptrs[:, None] + cols.to(tl.int64)[None, :] * stride
+    block = tl.load(at, mask=inside, other=other, eviction_policy="evict_last" if KEEP else "")
+    return block.to(tl.float32), inside
 
 
 @triton.jit
