@@ -19,7 +19,7 @@ from fastgrad.engine.sites import RuledSite, columns
 from fastgrad.engine.state import Repeatable, Unchanged
 from fastgrad.engine.tracing import is_fixed
 from fastgrad.layers.registry import ReplayRule
-from fastgrad.ops.dispatch import using
+from fastgrad.ops.dispatch import bind_contextvar, implementation
 
 #: ``(args, kwargs, output gradients) -> (B, m)`` of a module computed again.
 Replay = Callable[[Any, Any, Sequence[Tensor]], Tensor]
@@ -106,7 +106,7 @@ class ReplaySite(RecomputedSite, RuledSite):
         module = shadow.submodule(self.path)
 
         def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
-            with using(run.impl):
+            with bind_contextvar(implementation, run.impl):
                 return columns(self.rule.function(module, args, kwargs, gradients), self.local)
 
         return replay

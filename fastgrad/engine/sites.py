@@ -16,7 +16,7 @@ from fastgrad.engine.probe import tap
 from fastgrad.engine.run import Run, Site
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
-from fastgrad.ops.dispatch import using
+from fastgrad.ops.dispatch import bind_contextvar, implementation
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class LayerSite(RuledSite):
     def _norms(self, run: Run, module: nn.Module, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         a = self.layout.batch_first(saved[0], run.samples)
         g = self.layout.batch_first(gradients[0], run.samples)
-        with using(run.impl):
+        with bind_contextvar(implementation, run.impl):
             return columns(self.rule.function(module, a, g), self.local)
 
 

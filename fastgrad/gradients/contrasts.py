@@ -17,7 +17,6 @@ from fastgrad.ops.dispatch import choose, full_precision
 from fastgrad.ops.last_layer import contrast as contrast_op
 from fastgrad.ops.last_layer import linear_contrast as linear_op
 from fastgrad.ops.last_layer import rows as rows_op
-from fastgrad.ops.last_layer import target as target_op
 
 
 class ContrastStats(NamedTuple):
@@ -104,7 +103,7 @@ def target_sqnorm(
         kind, label = "soft", _matrix(target)
     else:
         kind, label = "indices", target.reshape(-1)
-    norms = target_op.target_sqnorm(
+    norms = contrast_op.target_sqnorm(
         _matrix(features), _matrix(logits), label, kind, loss, bias, log, reduction == "mean", impl
     )
     return norms.reshape(leading)

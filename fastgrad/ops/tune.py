@@ -63,12 +63,17 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def share(n: int, parts: int, step: int) -> int:
+    """What each of ``parts`` programs has of ``n``: whole steps, so that vector loads stay aligned."""
+    return cdiv(cdiv(n, max(parts, 1)), step) * step
+
+
 def _block(size: int, largest: int) -> int:
     """The power of two from 16 to ``largest`` that covers ``size``, if one does."""
     return min(max(power_of_two(size), 16), largest)
 
 
-def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Architecture) -> ContrastConfig:
+def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> ContrastConfig:
     """Choose for features ``(B, D)`` and logits ``(B, N)``.
 
     A row up to ``LONGEST_ROW`` stays on chip, with 8 to 32 logits a thread (one or more 16-byte accesses), and
@@ -227,7 +232,7 @@ class TargetConfig:
     num_warps: int
 
 
-def target(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> TargetConfig:
+def target(B: int, N: int, D: int, arch: Architecture) -> TargetConfig:
     """Choose for features ``(B, D)`` and logits ``(B, N)``; rows up to 2048 logits are one block."""
     block = _block(N, 2048)
     rows = max(1, 512 // block)

@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 from fastgrad.losses import LOSSES
 from fastgrad.ops.dispatch import choose, triton_refusal
-from fastgrad.ops.last_layer import contrast, linear_contrast, target
+from fastgrad.ops.last_layer import contrast, linear_contrast
 
 OPS = torch.ops.fastgrad
 
@@ -32,7 +32,7 @@ def arguments(name: str, device: torch.device, requires_grad: bool, loss: str) -
 
 FUNCTIONS = {
     "contrast_sqnorm": contrast.contrast_sqnorm,
-    "target_sqnorm": target.target_sqnorm,
+    "target_sqnorm": contrast.target_sqnorm,
     "linear_contrast_sqnorm": linear_contrast.linear_contrast_sqnorm,
     "linear_contrast_stats": linear_contrast.linear_contrast_stats,
 }

@@ -12,7 +12,6 @@ is asked for.
 from __future__ import annotations
 
 import contextvars
-import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad._torch import is_exporting, is_readable
+from fastgrad._torch import check, is_exporting, is_readable
+from fastgrad.losses import compute_dtype
 from fastgrad.ops.conv import cost, routes
 from fastgrad.ops.conv.geometry import Problem, canonical, per_axis
 from fastgrad.ops.dispatch import bind_contextvar, choose, launcher
@@ -121,12 +121,9 @@ def _eager(
     return norms.reshape(count, batch)
 
 
-_composition = torch.ops.fastgrad.conv_sqnorm.default
-_whole_operator = torch.ops.fastgrad.conv_sqnorm_whole.default
-
-
 def _composed(a: Tensor, *rest: Any) -> Tensor:
-    return (_whole_operator if _whole.get() and a.device.type == "cpu" else _eager)(a, *rest)
+    opaque = _whole.get() and a.device.type == "cpu"
+    return (torch.ops.fastgrad.conv_sqnorm_whole.default if opaque else _eager)(a, *rest)
 
 
 def _batched(info: Any, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *rest: object) -> tuple[Tensor, int]:
@@ -143,13 +140,26 @@ def _batched(info: Any, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *
     return norms.reshape(count, size, batch), 1
 
 
+def _fake(a: Tensor, g: Tensor, *options: Any) -> Tensor:
+    check(g.dim() == a.dim() + 1, lambda: f"g must be {a.dim() + 1}-D; it was {g.dim()}-D")
+    return g.new_empty(g.shape[:2], dtype=compute_dtype(a.dtype, g.dtype))
+
+
+_OPTIONS = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
+_SCHEMA = f"(Tensor a, Tensor g, {_OPTIONS}, bool transposed, str? route, str impl) -> Tensor"
+torch.library.define("fastgrad::conv_sqnorm", _SCHEMA)
 torch.library.impl("fastgrad::conv_sqnorm", "CompositeImplicitAutograd", _composed)
 torch.library.register_vmap("fastgrad::conv_sqnorm", _batched)
+_composition = torch.ops.fastgrad.conv_sqnorm.default
+torch.library.define("fastgrad::conv_sqnorm_whole", _SCHEMA)
+torch.library.register_fake("fastgrad::conv_sqnorm_whole", _fake)
 # A compiler relies on the strides of the fake form, and several gradients a sample come transposed.
 torch.library.impl("fastgrad::conv_sqnorm_whole", "CPU", lambda *arguments: _eager(*arguments).contiguous())
-for _name, _key in itertools.product(("conv_sqnorm", "linear_sqnorm"), ("CUDA", "CPU")):
+for _name, _inputs in (("conv_sqnorm", f"Tensor a, Tensor g, {_OPTIONS}"), ("linear_sqnorm", "Tensor a, Tensor g")):
+    torch.library.define(f"fastgrad::{_name}_kernel", f"({_inputs}) -> Tensor")
+    torch.library.register_fake(f"fastgrad::{_name}_kernel", _fake)
     # On the CPU the launcher accepts Triton's interpreter alone.
-    torch.library.impl(f"fastgrad::{_name}_kernel", _key, launcher("layer_sqnorm", _name))
+    torch.library.impl(f"fastgrad::{_name}_kernel", ("CUDA", "CPU"), launcher("layer_sqnorm", _name))
 
 
 def conv_sqnorm(

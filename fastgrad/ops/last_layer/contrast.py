@@ -1,13 +1,15 @@
-"""All-contrast squared norms of the last layer from its input and its logits."""
+"""Squared norms of the last layer's gradients from its input and its logits: of every contrast, or of one label."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgrad import losses
-from fastgrad._torch import is_transformed
-from fastgrad.ops.dispatch import launcher, operator
+from fastgrad._torch import check, is_transformed
+from fastgrad.ops.dispatch import operator
 
 # Rows are worked on in pieces of at most this many elements (8 MiB), which stay in the outer cache of a CPU.
 _CHUNK = 1 << 21
@@ -89,4 +91,30 @@ def _argmax(p: Tensor) -> Tensor:
     return columns.gather(-1, inside)
 
 
-contrast_sqnorm = operator("contrast_sqnorm", eager, launcher("contrast", "contrast_sqnorm"))
+def eager_target(
+    features: Tensor, logits: Tensor, target: Tensor | None, kind: str, loss: str, bias: bool, log: bool, mean: bool
+) -> Tensor:
+    """The same of one label a sample, ``(B,)``, by definition. ``kind`` names a label without tensor."""
+    label = kind if target is None else target
+    norms = losses.target_norms(logits, label, loss=loss, reduction=losses.REDUCTIONS[mean], log=log)
+    scale = features.to(norms.dtype).square().sum(-1) + (1 if bias else 0)
+    return norms + scale.log() if log else norms * scale
+
+
+def _fake(features: Tensor, logits: Tensor, *options: Any) -> Tensor:
+    check(
+        features.dim() == logits.dim() == 2 and features.shape[0] == logits.shape[0],
+        lambda: (
+            "features and logits must be matrices with one row a sample; "
+            f"their shapes were {tuple(features.shape)} and {tuple(logits.shape)}"
+        ),
+    )
+    return logits.new_empty(logits.shape, dtype=losses.compute_dtype(logits.dtype))
+
+
+def _fake_target(features: Tensor, logits: Tensor, *options: Any) -> Tensor:
+    return _fake(features, logits).new_empty(logits.shape[:1])
+
+
+contrast_sqnorm = operator("contrast_sqnorm", "contrast", eager, _fake)
+target_sqnorm = operator("target_sqnorm", "target", eager_target, _fake_target)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
-from fastgrad.ops.dispatch import launcher, operator
+from fastgrad._torch import check
+from fastgrad.losses import compute_dtype
+from fastgrad.ops.dispatch import operator
 from fastgrad.ops.last_layer import contrast
+from fastgrad.ops.last_layer.rows import in_pieces
 
 # Statistics never hold more than this many logits at a time (or one row, where a row is longer).
 _CHUNK = 1 << 22
@@ -33,24 +37,28 @@ def _statistics(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str
 
 
 def eager_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, mean: bool) -> Tensor:
-    """``(B, 5)``: min, max, mean, expected and predicted, a few rows at a time.
-
-    With gradients wanted, each piece is computed again in the backward pass instead of being kept.
-    """
+    """``(B, 5)``: min, max, mean, expected and predicted, a few rows at a time."""
     rows = max(1, _CHUNK // max(weight.shape[0], 1))
     if torch.compiler.is_compiling() or features.shape[0] <= rows:
         return _statistics(features, weight, bias, loss, mean)
-    pieces = features.split(rows)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (features, weight, bias)):
-        parts = [checkpoint(_statistics, piece, weight, bias, loss, mean, use_reentrant=False) for piece in pieces]
-    else:
-        parts = [_statistics(piece, weight, bias, loss, mean) for piece in pieces]
-    return torch.cat(parts)
+    return torch.cat(in_pieces(_statistics, features.split(rows), weight, bias, loss, mean))
 
 
-linear_contrast_sqnorm = operator(
-    "linear_contrast_sqnorm", eager, launcher("linear_contrast", "linear_contrast_sqnorm")
-)
-linear_contrast_stats = operator(
-    "linear_contrast_stats", eager_stats, launcher("linear_contrast", "linear_contrast_stats")
-)
+def _fake(features: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    check(
+        features.dim() == weight.dim() == 2 and features.shape[1] == weight.shape[1],
+        lambda: (
+            "features and weight must be matrices with one column a feature; "
+            f"their shapes were {tuple(features.shape)} and {tuple(weight.shape)}"
+        ),
+    )
+    logits = features.new_empty((features.shape[0], weight.shape[0]))
+    return logits, torch.empty_like(logits, dtype=compute_dtype(logits.dtype))
+
+
+def _fake_stats(features: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    return _fake(features, weight)[1].new_empty((features.shape[0], 5))
+
+
+linear_contrast_sqnorm = operator("linear_contrast_sqnorm", "linear_contrast", eager, _fake)
+linear_contrast_stats = operator("linear_contrast_stats", "linear_contrast", eager_stats, _fake_stats)

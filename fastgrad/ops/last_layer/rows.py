@@ -6,6 +6,10 @@ multiplied with ``V`` seen as ``(U N, D)``, and the classes are summed with the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -31,17 +35,24 @@ def rows_linear(features: Tensor, diagonal: Tensor, weight: Tensor, bias: Tensor
     if not torch.compiler.is_compiling() and d.numel() * h.shape[1] <= _CHUNK:
         out = (d.unsqueeze(-1) * h.unsqueeze(-2)).flatten(1) @ weight.to(dtype).t()
     elif torch.compiler.is_compiling() or weight.shape[0] <= units:
-        out = _some_units(h, d, weight)
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in (features, diagonal, weight)):
-        # Each part is computed again in the backward pass instead of being kept.
-        parts = [checkpoint(_some_units, h, d, part, use_reentrant=False) for part in weight.split(units)]
-        out = torch.cat(parts, 1)
+        out = _some_units(weight, h, d)
     else:
-        out = torch.cat([_some_units(h, d, part) for part in weight.split(units)], 1)
+        out = torch.cat(in_pieces(_some_units, weight.split(units), h, d), 1)
     return out if bias is None else out + bias.to(dtype)
 
 
-def _some_units(h: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+def in_pieces(function: Callable[..., Tensor], pieces: Sequence[Tensor], *others: Any) -> list[Tensor]:
+    """``function(piece, *others)`` of each; where gradients are wanted it runs again in the backward pass.
+
+    So nothing of a piece is kept but its result.
+    """
+    tensors = [x for x in (*pieces, *others) if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        function = partial(checkpoint, function, use_reentrant=False)
+    return [function(piece, *others) for piece in pieces]
+
+
+def _some_units(weight: Tensor, h: Tensor, d: Tensor) -> Tensor:
     units, classes = weight.shape[0], d.shape[1]
     matrix = weight.to(h.dtype).unflatten(1, (classes, h.shape[1])).flatten(0, 1)
     products: Tensor = (h @ matrix.t()).unflatten(1, (units, classes)) * d.unsqueeze(1)

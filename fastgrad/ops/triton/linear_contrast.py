@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastgrad.kernels import linear_contrast as kernels
 from fastgrad.kernels.losses import PLANES
 from fastgrad.ops import tune
 from fastgrad.ops.triton import devices
 from fastgrad.ops.triton.contrast import finish
-
-
-def _check(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    devices.check(features=features, weight=weight)
-    if bias is not None:
-        devices.check(bias=bias)
-    if weight.dtype != features.dtype:
-        raise ValueError(
-            f"weight must have the dtype of features, {features.dtype}, for impl='triton'; it was {weight.dtype}"
-        )
-
-
-def _slice(D: int, parts: int, step: int) -> int:
-    """Features whose squares each of ``parts`` programs adds up: whole steps, so that vector loads stay aligned."""
-    return tune.cdiv(tune.cdiv(D, max(parts, 1)), step) * step
+from fastgrad.ops.tune import LinearConfig, cdiv, share
 
 
 def linear_contrast_sqnorm(
-    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, loss: str, log: bool, mean: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, log: bool, mean: bool
+) -> tuple[Tensor, Tensor]:
     """Logits of a linear layer and the squared norms of its gradients for every one-hot contrast.
 
     The norms are those of the logits as returned, after rounding to their dtype: the result equals
@@ -42,36 +31,25 @@ def linear_contrast_sqnorm(
     if B == 0 or N == 0:
         return logits, out
     config = tune.linear_contrast(B, N, D, features.dtype, devices.architecture(features))
-    tiles_m, tiles_n = tune.cdiv(B, config.block_m), tune.cdiv(N, config.block_n)
-    groups = tune.cdiv(tiles_m, config.group_m)
-    stride_xb, align_x = devices.rows_alignment(features)
-    stride_wn, align_w = devices.rows_alignment(weight)
+    tensors, strides, options = _operands(features, weight, bias, config)
+    tiles_m, tiles_n = cdiv(B, config.block_m), cdiv(N, config.block_n)
     align_n = devices.alignment(N)
-    with devices.device_guard(features):
-        work = devices.empty((PLANES, tiles_n, B), torch.float32, features)
-        sync = work if config.chunks else torch.zeros(tiles_m, dtype=torch.int32, device=features.device)
-        kernels.linear_contrast_kernel[(groups * config.group_m * tiles_n,)](
-            features, weight, bias.contiguous() if bias is not None else weight, logits, out, work, sync,
-            B, N // align_n, D, stride_xb, features.stride(1), stride_wn, weight.stride(1),
-            _slice(D, tiles_n, config.block_k),
-            LOSS=loss, LOG=log, MEAN=mean, HAS_BIAS=bias is not None,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-            BLOCK_F=config.block_f, PARTS=config.parts, LAST=config.chunks == 0,
-            NORM_IN_LOOP=config.norm_in_loop, EVEN_K=D % config.block_k == 0, PRECISION=config.precision,
-            UPCAST=devices.upcast(features), ALIGN_X=align_x, ALIGN_W=align_w, ALIGN_N=align_n,
-            num_warps=config.num_warps, num_stages=config.num_stages, **devices.OPTIONS,
+    work = devices.empty((PLANES, tiles_n, B), torch.float32, features)
+    sync = work if config.chunks else torch.zeros(tiles_m, dtype=torch.int32, device=features.device)
+    kernels.linear_contrast_kernel[(cdiv(tiles_m, config.group_m) * config.group_m * tiles_n,)](
+        *tensors, logits, out, work, sync, B, N // align_n, D, *strides, share(D, tiles_n, config.block_k),
+        LOSS=loss, LOG=log, MEAN=mean, GROUP_M=config.group_m, BLOCK_F=config.block_f, LAST=config.chunks == 0,
+        NORM_IN_LOOP=config.norm_in_loop, ALIGN_N=align_n, **options,
+    )  # fmt: skip
+    if config.chunks:
+        finish(
+            logits, work, out, tiles_n, (1, B), config.chunks, config.block_f,
+            LOSS=loss, BIAS=bias is not None, LOG=log, MEAN=mean, PARTS=config.parts, num_warps=config.num_warps,
         )  # fmt: skip
-        if config.chunks:
-            finish(
-                logits, work, out, tiles_n, (1, B), config.chunks, config.block_f,
-                LOSS=loss, BIAS=bias is not None, LOG=log, MEAN=mean, PARTS=config.parts, num_warps=config.num_warps,
-            )  # fmt: skip
     return logits, out
 
 
-def linear_contrast_stats(
-    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, loss: str, mean: bool
-) -> torch.Tensor:
+def linear_contrast_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, mean: bool) -> Tensor:
     """Statistics of the contrast norms of a linear layer whose logits are never written.
 
     ``(B, 5)`` float32: minimum, maximum, mean, expectation under ``softmax(logits)``, predicted class. Brier takes a
@@ -83,23 +61,40 @@ def linear_contrast_stats(
     if B == 0:
         return out
     config = tune.linear_stats(B, N, D, features.dtype, devices.architecture(features), loss)
-    tiles_m, tiles_n = tune.cdiv(B, config.block_m), tune.cdiv(N, config.block_n)
-    splits = tune.cdiv(tiles_n, config.tiles_per_split)
-    stride_xb, align_x = devices.rows_alignment(features)
-    stride_wn, align_w = devices.rows_alignment(weight)
+    tensors, strides, options = _operands(features, weight, bias, config)
+    tiles_m, splits = cdiv(B, config.block_m), cdiv(cdiv(N, config.block_n), config.tiles_per_split)
     passes = (0, PLANES) if loss == "brier" else (0,)
-    with devices.device_guard(features):
-        work = devices.empty((PLANES + 2, splits, B), torch.float32, features)
-        sync = torch.zeros(len(passes), tiles_m, dtype=torch.int32, device=features.device)
-        for i, extremes in enumerate(passes):
-            kernels.linear_stats_kernel[(tiles_m * splits,)](
-                features, weight, bias.contiguous() if bias is not None else weight, out, work, sync[i],
-                B, N, D, stride_xb, features.stride(1), stride_wn, weight.stride(1),
-                splits, config.tiles_per_split, _slice(D, splits, config.block_k),
-                LOSS=loss, MEAN=mean, HAS_BIAS=bias is not None, EXTREMES=extremes,
-                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, PARTS=config.parts,
-                EVEN_K=D % config.block_k == 0, PRECISION=config.precision, UPCAST=devices.upcast(features),
-                ALIGN_X=align_x, ALIGN_W=align_w, num_warps=config.num_warps, num_stages=config.num_stages,
-                **devices.OPTIONS,
-            )  # fmt: skip
+    work = devices.empty((PLANES + 2, splits, B), torch.float32, features)
+    sync = torch.zeros(len(passes), tiles_m, dtype=torch.int32, device=features.device)
+    for arrivals, extremes in zip(sync, passes, strict=True):
+        kernels.linear_stats_kernel[(tiles_m * splits,)](
+            *tensors, out, work, arrivals, B, N, D, *strides,
+            splits, config.tiles_per_split, share(D, splits, config.block_k),
+            LOSS=loss, MEAN=mean, EXTREMES=extremes, **options,
+        )  # fmt: skip
     return out
+
+
+def _check(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    devices.check(features=features, weight=weight)
+    if bias is not None:
+        devices.check(bias=bias)
+    if weight.dtype != features.dtype:
+        raise ValueError(
+            f"weight must have the dtype of features, {features.dtype}, for impl='triton'; it was {weight.dtype}"
+        )
+
+
+def _operands(
+    features: Tensor, weight: Tensor, bias: Tensor | None, config: LinearConfig
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
+    """What both kernels take: tensors, strides, constants."""
+    strides_x, align_x = devices.strides(features)
+    strides_w, align_w = devices.strides(weight)
+    options = {
+        "HAS_BIAS": bias is not None, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "PARTS": config.parts, "EVEN_K": features.shape[1] % config.block_k == 0, "PRECISION": config.precision,
+        "UPCAST": devices.upcast(features), "ALIGN_X": align_x, "ALIGN_W": align_w,
+        "num_warps": config.num_warps, "num_stages": config.num_stages, **devices.OPTIONS,
+    }  # fmt: skip
+    return (features, weight, weight if bias is None else bias.contiguous()), (*strides_x, *strides_w), options
