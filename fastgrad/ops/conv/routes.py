@@ -73,7 +73,7 @@ def grouped(p: Problem) -> Tensor:
     x, pads = p.a, [before for before, _ in p.pads]
     left_over = [
         s - (t - 1) * step - d * (k - 1) - 1 + 2 * pad
-        for s, t, step, d, k, pad in zip(x.shape[2:], p.g.shape[3:], p.stride, p.dilation, p.kernel, pads, strict=True)
+        for s, t, step, d, k, pad in zip(x.shape[2:], p.positions, p.stride, p.dilation, p.kernel, pads, strict=True)
     ]
     if any(not 0 <= rest < step for rest, step in zip(left_over, p.stride, strict=True)):
         x, pads = p.padded(), [0] * len(pads)
@@ -118,7 +118,7 @@ def _box_filter(gram: Tensor, p: Problem, axis: int) -> Tensor:
     Pixels outside the image are zero, so a copy only reaches the positions whose pixel lies inside.
     """
     axes, step = len(p.kernel), p.stride[axis]
-    size, positions = int(gram.shape[1 + axis]), int(p.g.shape[3 + axis])
+    size, positions = int(gram.shape[1 + axis]), p.positions[axis]
 
     def at(places: slice) -> tuple[slice, ...]:
         index = [slice(None)] * (1 + 2 * axes)
@@ -161,7 +161,7 @@ def _overlapping_gram(p: Problem, wide: bool) -> Tensor:
     matrix = torch.bmm(x.transpose(1, 2), x).view(-1, *size, *size)
     for axis in range(axes):
         matrix = _box_filter(matrix, p, axis)
-    positions = math.prod(p.g.shape[3:])
+    positions = math.prod(p.positions)
     return matrix.view(-1, positions, positions)
 
 
@@ -178,18 +178,11 @@ DIRECT = {"patch": patch, "grouped": grouped}
 ROUTES = (*DIRECT, "gram")
 
 
-def run(route: str, p: Problem, *, guarded: bool, fallback: str = "patch") -> Tensor:
-    """Squared norms of one chunk.
+def run(route: str, p: Problem, *, guarded: bool, fallback: str) -> Tensor:
+    """Squared norms ``(K, B)`` of one chunk, in its dtype, float32 or float64.
 
-    Args:
-        route: One of `ROUTES`.
-        p: The chunk, in float32 or float64.
-        guarded: Whether values may be looked at, to take another route for samples whose gradient nearly
-            cancels.
-        fallback: The direct route for those.
-
-    Returns:
-        ``(K, B)`` in the dtype of ``p.a``.
+    With ``guarded`` values may be looked at: samples whose gradient nearly cancels take the direct route
+    ``fallback``.
     """
     if route in DIRECT:
         return DIRECT[route](p)

@@ -2,17 +2,16 @@
 
 ``fastgrad::conv_sqnorm`` is a composition of ATen operators, which compilers see through. It is an operator for its
 batching rule: under ``vmap`` the gradients of one sample stay the K of one call, which shares what depends on the
-activation alone. `opaque_ops` makes one node of it for a compilation in this process, where it chooses its route by
-looking at values.
+activation alone. `opaque_ops` makes one node of it, which chooses its route by looking at values.
 
-On a GPU it is one node of a Triton kernel. That has no derivative, so ``impl="auto"`` takes ATen's operators where one
-is asked for.
+On a GPU a Triton kernel takes its place. That has no derivative, so ``impl="auto"`` takes ATen's operators where one is
+asked for.
 """
 
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,7 +22,7 @@ from fastgrad import checks
 from fastgrad._torch import check, is_exporting, is_readable
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.conv import cost, routes
-from fastgrad.ops.conv.geometry import Problem, canonical, per_axis
+from fastgrad.ops.conv.geometry import Problem, canonical
 from fastgrad.ops.dispatch import bind_contextvar, choose, launcher
 
 #: Batch size assumed by the cost model where a tracer keeps the batch symbolic.
@@ -49,12 +48,12 @@ def shape_of(p: Problem, *, guarded: bool = True) -> cost.Shape:
         groups=p.groups,
         inputs=int(p.a.shape[1]) // p.groups,
         outputs=int(p.g.shape[2]) // p.groups,
-        size=tuple(int(n) + sum(pair) for n, pair in zip(p.a.shape[2:], p.pads, strict=True)),
+        pixels=p.pixels,
         image=tuple(int(n) + min(0, after) for n, (_, after) in zip(p.a.shape[2:], p.pads, strict=True)),
-        positions=tuple(int(n) for n in p.g.shape[3:]),
+        positions=p.positions,
         kernel=p.kernel,
         overlaps=p.overlaps,
-        itemsize=8 if torch.float64 in (p.a.dtype, p.g.dtype) else 4,
+        itemsize=compute_dtype(p.a.dtype, p.g.dtype).itemsize,
         guarded=guarded,
         budget=None if symbolic else cost.CHUNK_BYTES if guarded else TRACED_CHUNK_BYTES,
     )
@@ -68,56 +67,41 @@ def _solve(p: Problem, route: str | None) -> Tensor:
         route = cost.choose_route(shape)
     else:
         checks.one_of("route", route, routes.ROUTES)
-    dtype = torch.float64 if shape.itemsize == 8 else torch.float32
+    dtype = compute_dtype(p.a.dtype, p.g.dtype)
     if not shape.batch:
         return p.a.new_zeros((shape.count, 0), dtype=dtype)
-    direct = cost.choose_direct(shape)
     step = cost.chunk_size(route, shape)
-    if step >= shape.batch:
-        return routes.run(route, p._replace(a=p.a.to(dtype), g=p.g.to(dtype)), guarded=guarded, fallback=direct)
-    parts = []
-    for start in range(0, shape.batch, step):
-        part = p._replace(a=p.a[start : start + step].to(dtype), g=p.g[:, start : start + step].to(dtype))
-        parts.append(routes.run(route, part, guarded=guarded, fallback=direct))
-    return torch.cat(parts, 1)
-
-
-def _kernel_operands(a: Tensor, g: Tensor, route: str | None, impl: str) -> tuple[Tensor, Tensor] | None:
-    """``a`` and ``g`` in one dtype if a Triton kernel is to serve them, else None."""
-    differentiated = torch.is_grad_enabled() and (a.requires_grad or g.requires_grad)
-    if impl == "auto" and (route is not None or differentiated):
-        return None
-    dtype = torch.promote_types(a.dtype, g.dtype)
-    if choose(impl, a if dtype == a.dtype else g) == "eager":
-        return None
-    if route is not None:
-        raise ValueError(f"route must be None for impl='triton', which has its own; it was {route!r}")
-    return a.to(dtype), g.to(dtype)
+    whole = step >= shape.batch
+    pieces = [(p.a, p.g)] if whole else zip(p.a.split(step), p.g.split(step, 1), strict=True)
+    direct = cost.choose_direct(shape)
+    parts = [
+        routes.run(route, p._replace(a=a.to(dtype), g=g.to(dtype)), guarded=guarded, fallback=direct) for a, g in pieces
+    ]
+    return parts[0] if whole else torch.cat(parts, 1)
 
 
 def _eager(
-    a: Tensor,
-    g: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    transposed: bool,
-    route: str | None,
-    impl: str,
-) -> Tensor:
+    a: Tensor, g: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, transposed: bool, route: str | None, impl: str,
+) -> Tensor:  # fmt: skip
+    """``(K, B)`` by ATen's operators, or by one of the kernels where `choose` takes Triton."""
     count, batch = g.shape[:2]
     p = canonical(a, g, kernel_size, stride, padding, dilation, groups, transposed)
-    operands = _kernel_operands(p.a, p.g, route, impl)
-    if operands is None:
-        norms = _solve(p, route)
-    elif (p.kernel, p.stride, p.pads, groups) == ((1,), (1,), ((0, 0),), 1):
+    differentiated = torch.is_grad_enabled() and (a.requires_grad or g.requires_grad)
+    dtype = torch.promote_types(a.dtype, g.dtype)
+    if impl == "auto" and (route is not None or differentiated):
+        impl = "eager"
+    if choose(impl, a if dtype == a.dtype else g) == "eager":
+        return _solve(p, route).reshape(count, batch)
+    if route is not None:
+        raise ValueError(f"route must be None for impl='triton', which has its own; it was {route!r}")
+    a, g = p.a.to(dtype), p.g.to(dtype)
+    if (p.kernel, p.stride, p.pads, groups) == ((1,), (1,), ((0, 0),), 1):
         # Positions along one axis: a linear layer.
-        norms = torch.ops.fastgrad.linear_sqnorm_kernel(operands[0].mT, operands[1].mT)
+        norms: Tensor = torch.ops.fastgrad.linear_sqnorm_kernel(a.mT, g.mT)
     else:
         before = [pair[0] for pair in p.pads]
-        norms = torch.ops.fastgrad.conv_sqnorm_kernel(*operands, p.kernel, p.stride, before, p.dilation, groups)
+        norms = torch.ops.fastgrad.conv_sqnorm_kernel(a, g, p.kernel, p.stride, before, p.dilation, groups)
     return norms.reshape(count, batch)
 
 
@@ -162,6 +146,14 @@ for _name, _inputs in (("conv_sqnorm", f"Tensor a, Tensor g, {_OPTIONS}"), ("lin
     torch.library.impl(f"fastgrad::{_name}_kernel", ("CUDA", "CPU"), launcher("layer_sqnorm", _name))
 
 
+def _per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """An int for each spatial axis, or a sequence of as many."""
+    result = (value,) * axes if isinstance(value, int) else tuple(value)
+    if len(result) != axes:
+        raise ValueError(f"{name} must be an int or {axes} ints, one per spatial axis; it was {result}")
+    return result
+
+
 def conv_sqnorm(
     a: Tensor,
     g: Tensor,
@@ -181,13 +173,12 @@ def conv_sqnorm(
         a: Input of the layer, ``(B, C_in, *spatial)`` with one to three spatial axes, any strides.
         g: Gradient at its output, ``(B, C_out, *spatial)``, or ``(K, B, C_out, *spatial)`` for K gradients
             per sample, which share whatever depends on ``a`` alone.
-        kernel_size: Kernel size, per axis or one int for all.
+        kernel_size: An int for all axes, or one for each.
         stride: Likewise.
-        padding: Zeros on both sides of each axis, likewise. For other padding modes pad ``a`` beforehand.
+        padding: Zeros on both sides, likewise. For other padding modes pad ``a`` beforehand.
         dilation: Likewise.
         groups: Channel groups.
-        transposed: Whether the layer is a transposed convolution (``a`` its input, ``g`` at its output, which
-            may include output padding).
+        transposed: Whether the layer is a transposed convolution, which may include output padding.
         route: ``"patch"``, ``"grouped"`` or ``"gram"``; the cheapest by the cost model if None.
         impl: ``"auto"`` (a Triton kernel on a GPU), ``"triton"`` or ``"eager"``.
 
@@ -208,38 +199,20 @@ def conv_sqnorm(
             f"g must have as many dimensions as a, or one more in front for several gradients per sample; "
             f"its shape was {tuple(g.shape)} beside {tuple(a.shape)}"
         )
-    op = _eager if is_exporting() else _composition
-    norms = op(
-        a,
-        g if g.dim() > a.dim() else g.unsqueeze(0),
-        per_axis("kernel_size", kernel_size, axes),
-        per_axis("stride", stride, axes),
-        per_axis("padding", padding, axes),
-        per_axis("dilation", dilation, axes),
-        groups,
-        transposed,
-        route,
-        impl,
-    )
-    return norms if g.dim() > a.dim() else norms.squeeze(0)
+    sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    geometry = [_per_axis(name, value, axes) for name, value in sizes.items()]
+    single = g.dim() == a.dim()
+    operator: Callable[..., Tensor] = _eager if is_exporting() else _composition
+    norms = operator(a, g.unsqueeze(0) if single else g, *geometry, groups, transposed, route, impl)
+    return norms.squeeze(0) if single else norms
 
 
 def linear_sqnorm(a: Tensor, g: Tensor, *, route: str | None = None, impl: str = "auto") -> Tensor:
     """Squared L2 norm of each sample's weight gradient ``sum_t g_t a_t^T`` of a linear layer, exact.
 
-    Args:
-        a: Input, ``(B, T, C)`` with T positions.
-        g: Gradient at the output, ``(B, T, O)`` or ``(K, B, T, O)``.
-        route: As in `conv_sqnorm`.
-        impl: ``"auto"`` (a Triton kernel on a GPU), ``"triton"`` or ``"eager"``.
-
-    Returns:
-        ``(B,)`` or ``(K, B)``: float64 if either tensor is, else float32.
+    Takes the input ``(B, T, C)`` with T positions and the gradient at the output, ``(B, T, O)`` or ``(K, B, T, O)``;
+    all else is as in `conv_sqnorm`.
     """
-    checks.is_float("a", a)
-    checks.is_float("g", g)
     if a.dim() != 3:
         raise ValueError(f"a must be (B, T, C); its shape was {tuple(a.shape)}")
-    if g.dim() not in (3, 4):
-        raise ValueError(f"g must be (B, T, O) or (K, B, T, O); its shape was {tuple(g.shape)}")
     return conv_sqnorm(a.mT, g.mT, 1, route=route, impl=impl)
