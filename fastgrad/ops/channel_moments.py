@@ -40,8 +40,8 @@ def _few(positions: torch.Size) -> bool:
 def channel_square_sums(x: Tensor, dim: int = 1) -> Tensor:
     """Return every channel's sum of squares over its positions, for each sample: ``(B, C)``, zeros without positions.
 
-    ``x`` is a floating tensor ``(B, C, ...)`` with its channels in ``dim``, any but dimension 0. All others are positions.
-    Contiguous and channels-last tensors are read where they are. float64 for float64, else float32.
+    ``x`` is a floating tensor ``(B, C, ...)`` with its channels in ``dim``, any but dimension 0; all others are
+    positions. Contiguous and channels-last tensors are read where they are. float64 for float64, else float32.
     """
     if dim not in (1, 1 - x.dim()):
         x = x.movedim(dim, 1)
