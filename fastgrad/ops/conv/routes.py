@@ -175,7 +175,6 @@ def gram(p: Problem, wide: bool = False) -> tuple[Tensor, Tensor]:
 
 
 DIRECT = {"patch": patch, "grouped": grouped}
-ROUTES = (*DIRECT, "gram")
 
 
 def run(route: str, p: Problem, *, guarded: bool, fallback: str) -> Tensor:

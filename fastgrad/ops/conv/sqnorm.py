@@ -59,21 +59,17 @@ def shape_of(p: Problem, *, guarded: bool = True) -> cost.Shape:
     )
 
 
-def _solve(p: Problem, route: str | None) -> Tensor:
-    """``(K, B)`` by the given or the cheapest route, chunk by chunk."""
+def _solve(p: Problem) -> Tensor:
+    """``(K, B)`` by the cheapest route, chunk by chunk."""
     guarded = is_readable(p.a, p.g) and p.a.device.type == "cpu"  # elsewhere a look would wait for the device
     shape = shape_of(p, guarded=guarded)
-    if route is None:
-        route = cost.choose_route(shape)
-    else:
-        checks.one_of("route", route, routes.ROUTES)
     dtype = compute_dtype(p.a.dtype, p.g.dtype)
     if not shape.batch:
         return p.a.new_zeros((shape.count, 0), dtype=dtype)
+    route, direct = cost.choose_route(shape), cost.choose_direct(shape)
     step = cost.chunk_size(route, shape)
     whole = step >= shape.batch
     pieces = [(p.a, p.g)] if whole else zip(p.a.split(step), p.g.split(step, 1), strict=True)
-    direct = cost.choose_direct(shape)
     parts = [
         routes.run(route, p._replace(a=a.to(dtype), g=g.to(dtype)), guarded=guarded, fallback=direct) for a, g in pieces
     ]
@@ -82,19 +78,15 @@ def _solve(p: Problem, route: str | None) -> Tensor:
 
 def _eager(
     a: Tensor, g: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, transposed: bool, route: str | None, impl: str,
+    dilation: Sequence[int], groups: int, transposed: bool, impl: str,
 ) -> Tensor:  # fmt: skip
     """``(K, B)`` by ATen's operators, or by one of the kernels where `choose` takes Triton."""
     count, batch = g.shape[:2]
     p = canonical(a, g, kernel_size, stride, padding, dilation, groups, transposed)
     differentiated = torch.is_grad_enabled() and (a.requires_grad or g.requires_grad)
     dtype = torch.promote_types(a.dtype, g.dtype)
-    if impl == "auto" and (route is not None or differentiated):
-        impl = "eager"
-    if choose(impl, a if dtype == a.dtype else g) == "eager":
-        return _solve(p, route).reshape(count, batch)
-    if route is not None:
-        raise ValueError(f"route must be None for impl='triton', which has its own; it was {route!r}")
+    if (impl == "auto" and differentiated) or choose(impl, a if dtype == a.dtype else g) == "eager":
+        return _solve(p).reshape(count, batch)
     a, g = p.a.to(dtype), p.g.to(dtype)
     if (p.kernel, p.stride, p.pads, groups) == ((1,), (1,), ((0, 0),), 1):
         # Positions along one axis: a linear layer.
@@ -130,7 +122,7 @@ def _fake(a: Tensor, g: Tensor, *options: Any) -> Tensor:
 
 
 _OPTIONS = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
-_SCHEMA = f"(Tensor a, Tensor g, {_OPTIONS}, bool transposed, str? route, str impl) -> Tensor"
+_SCHEMA = f"(Tensor a, Tensor g, {_OPTIONS}, bool transposed, str impl) -> Tensor"
 torch.library.define("fastgrad::conv_sqnorm", _SCHEMA)
 torch.library.impl("fastgrad::conv_sqnorm", "CompositeImplicitAutograd", _composed)
 torch.library.register_vmap("fastgrad::conv_sqnorm", _batched)
@@ -164,7 +156,6 @@ def conv_sqnorm(
     groups: int = 1,
     *,
     transposed: bool = False,
-    route: str | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Squared L2 norm of each sample's weight gradient of a convolution, exact.
@@ -179,7 +170,6 @@ def conv_sqnorm(
         dilation: Likewise.
         groups: Channel groups.
         transposed: Whether the layer is a transposed convolution, which may include output padding.
-        route: ``"patch"``, ``"grouped"`` or ``"gram"``; the cheapest by the cost model if None.
         impl: ``"auto"`` (a Triton kernel on a GPU), ``"triton"`` or ``"eager"``.
 
     Returns:
@@ -203,11 +193,11 @@ def conv_sqnorm(
     geometry = [_per_axis(name, value, axes) for name, value in sizes.items()]
     single = g.dim() == a.dim()
     operator: Callable[..., Tensor] = _eager if is_exporting() else _composition
-    norms = operator(a, g.unsqueeze(0) if single else g, *geometry, groups, transposed, route, impl)
+    norms = operator(a, g.unsqueeze(0) if single else g, *geometry, groups, transposed, impl)
     return norms.squeeze(0) if single else norms
 
 
-def linear_sqnorm(a: Tensor, g: Tensor, *, route: str | None = None, impl: str = "auto") -> Tensor:
+def linear_sqnorm(a: Tensor, g: Tensor, *, impl: str = "auto") -> Tensor:
     """Squared L2 norm of each sample's weight gradient ``sum_t g_t a_t^T`` of a linear layer, exact.
 
     Takes the input ``(B, T, C)`` with T positions and the gradient at the output, ``(B, T, O)`` or ``(K, B, T, O)``;
@@ -215,4 +205,4 @@ def linear_sqnorm(a: Tensor, g: Tensor, *, route: str | None = None, impl: str =
     """
     if a.dim() != 3:
         raise ValueError(f"a must be (B, T, C); its shape was {tuple(a.shape)}")
-    return conv_sqnorm(a.mT, g.mT, 1, route=route, impl=impl)
+    return conv_sqnorm(a.mT, g.mT, 1, impl=impl)
