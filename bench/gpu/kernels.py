@@ -50,7 +50,7 @@ def prepared(operator: str, B: int, N: int, D: int, dtype: str, device: str) -> 
         "contrast_sqnorm": ((B, D), (B, N)), "target_sqnorm": ((B, D), (B, N)),
         "conv_sqnorm": ((B, D, 14, 14), (B, N, 14, 14)), "linear_sqnorm": ((B, 196, D), (B, 196, N)),
     }  # fmt: skip
-    rest = {"target_sqnorm": ("ones",), "conv_sqnorm": (3, 1, 1)}.get(operator, ())
+    rest = {"target_sqnorm": ("ones",), "conv_sqnorm": ((3, 3), (1, 1), (1, 1), (1, 1), 1)}.get(operator, ())
     operands = normals(device, *shapes.get(operator, ((B, D), (N, D), (N,))), dtype=getattr(torch, dtype))
     function = getattr(layers if operator in ("conv_sqnorm", "linear_sqnorm") else fastgrad, operator)
     return partial(function, *operands, *rest, impl="triton")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fastgrad
+from fastgrad.ops.conv import sqnorm
 
 #: By whether they are transposed, of one, two and three dimensions.
 CONVOLUTIONS: dict[bool, tuple[Callable[..., Tensor], ...]] = {
@@ -101,6 +102,12 @@ def weight_norms(a: Tensor, g: Tensor, weight: tuple[int, ...], *, transposed: b
         (gradient,) = torch.autograd.grad(convolution(a[b : b + 1], zero, **options), zero, g[k, b : b + 1])
         norms[k, b] = gradient.square().sum()
     return norms
+
+
+def conv_sqnorm(a, g, kernel, stride=1, padding=0, dilation=1, groups=1, **options):
+    """The operator, which takes a number for each axis, with one for all."""
+    each = [(n,) * (a.dim() - 2) if isinstance(n, int) else n for n in (kernel, stride, padding, dilation)]
+    return sqnorm.conv_sqnorm(a, g, *each, groups, **options)
 
 
 def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:

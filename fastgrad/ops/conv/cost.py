@@ -16,35 +16,21 @@ CHUNK_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class Shape:
-    """What the cost of a route depends on.
-
-    Attributes:
-        batch: Samples.
-        count: K, gradients per sample.
-        groups: Channel groups.
-        inputs, outputs: Channels per group.
-        pixels: Of the padded input.
-        image: Input size per axis without padding, as far as windows reach.
-        positions, kernel: Output and kernel size per axis.
-        overlaps: Whether windows overlap, see `fastgrad.ops.conv.geometry.Problem`.
-        itemsize: Bytes per element of the dtype computed in (4 or 8).
-        guarded: Whether the Gram route may look at values; if not it computes in float64.
-        budget: Bytes of one chunk's intermediates; None if the batch cannot be cut, being symbolic.
-    """
+    """What the cost of a route depends on."""
 
     batch: int
-    count: int
+    count: int  # K, gradients per sample
     groups: int
-    inputs: int
+    inputs: int  # channels per group
     outputs: int
-    pixels: int
-    image: tuple[int, ...]
-    positions: tuple[int, ...]
+    pixels: int  # of the padded input
+    image: tuple[int, ...]  # input size per axis without padding, as far as windows reach
+    positions: tuple[int, ...]  # output size per axis
     kernel: tuple[int, ...]
-    overlaps: bool
-    itemsize: int
-    guarded: bool
-    budget: int | None
+    overlaps: bool  # see `fastgrad.ops.conv.geometry.Problem`
+    itemsize: int  # bytes per element of the dtype computed in, 4 or 8
+    guarded: bool  # whether the Gram route may look at values; if not it computes in float64
+    budget: int | None  # bytes of one chunk's intermediates; None if the batch cannot be cut, being symbolic
 
 
 # Measured on two cores of an AMD EPYC (AVX-512), torch 2.13 with oneDNN convolutions and MKL products.

@@ -19,24 +19,17 @@ Ints = tuple[int, ...]
 
 
 class Problem(NamedTuple):
-    """A correlation of two images per sample.
+    """A correlation of two images per sample."""
 
-    Attributes:
-        a: ``(B, G * C, *size)``, not padded yet: padding a chunk while it is in cache is cheaper.
-        g: ``(K, B, G * O, *T)`` with K gradients (contrasts) per sample.
-        kernel, stride, dilation: Of each axis.
-        pads: zeros before and after each axis of ``a`` (negative crops), after which its size is exactly
-            ``(T - 1) * stride + dilation * (kernel - 1) + 1``.
-        groups: G.
-    """
-
-    a: Tensor
-    g: Tensor
-    kernel: Ints
+    a: Tensor  # (B, G * C, *size), not padded yet: padding a chunk while it is in cache is cheaper
+    g: Tensor  # (K, B, G * O, *T) with K gradients (contrasts) per sample
+    kernel: Ints  # of each axis
     stride: Ints
     dilation: Ints
+    # Zeros before and after each axis of a (negative crops), after which its size is exactly
+    # (T - 1) * stride + dilation * (kernel - 1) + 1.
     pads: tuple[tuple[int, int], ...]
-    groups: int
+    groups: int  # G
 
     @property
     def positions(self) -> Ints:

@@ -138,33 +138,17 @@ for _name, _inputs in (("conv_sqnorm", f"Tensor a, Tensor g, {_OPTIONS}"), ("lin
     torch.library.impl(f"fastgrad::{_name}_kernel", ("CUDA", "CPU"), launcher("layer_sqnorm", _name))
 
 
-def _per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    """An int for each spatial axis, or a sequence of as many."""
-    result = (value,) * axes if isinstance(value, int) else tuple(value)
-    if len(result) != axes:
-        raise ValueError(f"{name} must be an int or {axes} ints, one per spatial axis; it was {result}")
-    return result
-
-
 def conv_sqnorm(
-    a: Tensor,
-    g: Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    *,
-    transposed: bool = False,
-    impl: str = "auto",
-) -> Tensor:
+    a: Tensor, g: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, *, transposed: bool = False, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """Squared L2 norm of each sample's weight gradient of a convolution, exact.
 
     Args:
         a: Input of the layer, ``(B, C_in, *spatial)`` with one to three spatial axes, any strides.
         g: Gradient at its output, ``(B, C_out, *spatial)``, or ``(K, B, C_out, *spatial)`` for K gradients
             per sample, which share whatever depends on ``a`` alone.
-        kernel_size: An int for all axes, or one for each.
+        kernel_size: Of each axis.
         stride: Likewise.
         padding: Zeros on both sides, likewise. For other padding modes pad ``a`` beforehand.
         dilation: Likewise.
@@ -181,19 +165,11 @@ def conv_sqnorm(
     """
     checks.is_float("a", a)
     checks.is_float("g", g)
-    axes = a.dim() - 2
-    if axes not in (1, 2, 3):
-        raise ValueError(f"a must be (B, C, *spatial), 1 to 3 spatial axes; its shape was {tuple(a.shape)}")
-    if g.dim() not in (a.dim(), a.dim() + 1):
-        raise ValueError(
-            f"g must have as many dimensions as a, or one more in front for several gradients per sample; "
-            f"its shape was {tuple(g.shape)} beside {tuple(a.shape)}"
-        )
-    sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
-    geometry = [_per_axis(name, value, axes) for name, value in sizes.items()]
     single = g.dim() == a.dim()
     operator: Callable[..., Tensor] = _eager if is_exporting() else _composition
-    norms = operator(a, g.unsqueeze(0) if single else g, *geometry, groups, transposed, impl)
+    norms = operator(
+        a, g.unsqueeze(0) if single else g, kernel_size, stride, padding, dilation, groups, transposed, impl
+    )
     return norms.squeeze(0) if single else norms
 
 
@@ -203,6 +179,4 @@ def linear_sqnorm(a: Tensor, g: Tensor, *, impl: str = "auto") -> Tensor:
     Takes the input ``(B, T, C)`` with T positions and the gradient at the output, ``(B, T, O)`` or ``(K, B, T, O)``;
     all else is as in `conv_sqnorm`.
     """
-    if a.dim() != 3:
-        raise ValueError(f"a must be (B, T, C); its shape was {tuple(a.shape)}")
-    return conv_sqnorm(a.mT, g.mT, 1, impl=impl)
+    return conv_sqnorm(a.mT, g.mT, (1,), (1,), (0,), (1,), 1, impl=impl)
