@@ -106,8 +106,8 @@ def weight_norms(a: Tensor, g: Tensor, weight: tuple[int, ...], *, transposed: b
 
 def conv_sqnorm(a, g, kernel, stride=1, padding=0, dilation=1, groups=1, **options):
     """The operator, which takes a number for each axis, with one for all."""
-    each = [(n,) * (a.dim() - 2) if isinstance(n, int) else n for n in (kernel, stride, padding, dilation)]
-    return sqnorm.conv_sqnorm(a, g, *each, groups, **options)
+    each = lambda n: (n,) * (a.dim() - 2) if isinstance(n, int) else n  # noqa: E731
+    return sqnorm.conv_sqnorm(a, g, each(kernel), each(stride), each(padding), each(dilation), groups, **options)
 
 
 def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:
