@@ -104,10 +104,11 @@ def weight_norms(a: Tensor, g: Tensor, weight: tuple[int, ...], *, transposed: b
     return norms
 
 
-def conv_sqnorm(a, g, kernel, stride=1, padding=0, dilation=1, groups=1, **options):
+def conv_sqnorm(a: Tensor, g: Tensor, kernel: Any, *, groups: int = 1, **options: Any) -> Tensor:
     """The operator, which takes a number for each axis, with one for all."""
-    each = lambda n: (n,) * (a.dim() - 2) if isinstance(n, int) else n  # noqa: E731
-    return sqnorm.conv_sqnorm(a, g, each(kernel), each(stride), each(padding), each(dilation), groups, **options)
+    sizes = [kernel, options.pop("stride", 1), options.pop("padding", 0), options.pop("dilation", 1)]
+    geometry: Any = [(n,) * (a.dim() - 2) if isinstance(n, int) else n for n in sizes]
+    return sqnorm.conv_sqnorm(a, g, *geometry, groups, **options)
 
 
 def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:
