@@ -108,7 +108,7 @@ def conv_sqnorm(a: Tensor, g: Tensor, kernel: Any, *, groups: int = 1, **options
     """The operator, which takes a number for each axis, with one for all."""
     sizes = [kernel, options.pop("stride", 1), options.pop("padding", 0), options.pop("dilation", 1)]
     geometry: Any = [(n,) * (a.dim() - 2) if isinstance(n, int) else n for n in sizes]
-    return sqnorm.conv_sqnorm(a, g, *geometry, groups, **options)
+    return sqnorm.conv_sqnorm(a, g, *geometry, groups=groups, **options)
 
 
 def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:
