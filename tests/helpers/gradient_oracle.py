@@ -107,8 +107,8 @@ def weight_norms(a: Tensor, g: Tensor, weight: tuple[int, ...], *, transposed: b
 def conv_sqnorm(a: Tensor, g: Tensor, kernel: Any, *, groups: int = 1, **options: Any) -> Tensor:
     """The operator, which takes a number for each axis, with one for all."""
     sizes = [kernel, options.pop("stride", 1), options.pop("padding", 0), options.pop("dilation", 1)]
-    geometry: Any = [(n,) * (a.dim() - 2) if isinstance(n, int) else n for n in sizes]
-    return sqnorm.conv_sqnorm(a, g, *geometry, groups=groups, **options)
+    k, s, p, d = [(n,) * (a.dim() - 2) if isinstance(n, int) else n for n in sizes]
+    return sqnorm.conv_sqnorm(a, g, k, s, p, d, groups, **options)
 
 
 def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:
