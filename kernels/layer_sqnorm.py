@@ -3,14 +3,12 @@
     G[o, c, d] = sum_t g[o, t] a[c, stride * t + dilation * d - padding]        out = ||G||^2
 
 - ``direct_kernel``: an implicit matrix product per (sample, kernel offset); a program owns a tile of (O, C), runs over
-  the positions and sums the squares of its accumulator. A linear layer with T positions is a convolution with one
-  kernel offset.
+  the positions and sums the squares of its accumulator. A linear layer is a convolution with one kernel offset.
 - ``gram_kernel``: the same number as ``sum_{t,t'} (a_t . a_t')(g_t . g_t')`` for a linear layer; a program owns a tile
   of position pairs, of which only those with t <= t' are formed.
 
-Partial sums go to a buffer with one place per program, so that the result does not depend on timing.
-Positions are ``(d, h, w)`` triples; missing axes have size 1. Tiles run along channels, so channels-last
-operands are read with the widest loads.
+``out`` has one place per program, so that the result does not depend on timing. Positions are ``(d, h, w)`` triples;
+missing axes have size 1. Tiles run along channels, so channels-last operands are read with the widest loads.
 """
 
 import triton
@@ -28,10 +26,9 @@ def direct_kernel(
     FLAGGED: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(K * B * groups * tiles_o * taps * tiles_c,)``; ``out`` float32, one place per program.
+    """Grid ``(K * B * groups * tiles_o * taps * tiles_c,)``, or a piece of it after ``before`` programs.
 
-    A launch may have a piece of it, after ``before`` programs. With ``FLAGGED`` only samples whose ``flag`` (int32
-    ``(K, B)``) is set are computed; others get 0.
+    With ``FLAGGED`` only samples whose ``flag`` (int32 ``(K, B)``) is set are computed; others get 0.
     """
     tiles_c = tl.cdiv(C, BLOCK_C)
     taps = kernel_d * kernel_h * kernel_w
@@ -120,8 +117,7 @@ def gram_kernel(
 ):  # fmt: skip
     """Grid ``(K * B * pairs,)`` with ``pairs = tiles (tiles + 1) / 2`` pairs of position tiles, first <= second.
 
-    ``out`` and ``diagonal`` are float32 with one place per program: its share of the norm, and of the terms
-    with t = t', which tells how far the others cancel.
+    A program writes its share of the norm, and of the terms with t = t', which tells how far the others cancel.
     """
     pid = tl.program_id(0).to(tl.int64)
     pair = (pid % pairs).to(tl.int32)

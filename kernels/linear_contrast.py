@@ -1,19 +1,13 @@
 """The last layer fused with its contrast norms: features and weight in, logits and squared norms out.
 
 A program owns a ``BLOCK_M x BLOCK_N`` tile of ``x W^T + b``. It rounds the tile to the logits' dtype, writes it, and
-reduces *the rounded values* to leave-one-out moments (see ``losses``), so that the result equals that of the unfused
-``contrast`` kernels on the logits written. The features' squared norm comes from the product's own loads where a row
-block has few tiles; where it has many, each tile squares one slice of the features, which the product has just put
-into the cache.
+reduces *the rounded values* to moments (see ``losses``), so that the result equals that of the ``contrast`` kernels on
+the logits written. The features' squared norm comes from the product's own loads where a row block has few tiles; where
+it has many, each tile squares one slice of the features.
 
-Whoever turns the logits of a row block into norms merges the partial moments in the order of the tiles, so results do
-not depend on timing. It is
-
-- ``LAST``: the last tile of the row block to arrive (a counter in ``sync``, zero before the launch), right for the few
-  rows of a request;
-- otherwise ``contrast_finish_kernel`` in a second launch, many programs a row.
-
-No program ever waits for another.
+The partial moments of a row block are merged in the order of the tiles, so results do not depend on timing. With
+``LAST``, right for the few rows of a request, the last tile to arrive does it (a counter in ``sync``), and no program
+waits for another; else ``contrast_finish_kernel`` in a second launch, many programs a row.
 """
 
 import triton
@@ -87,8 +81,7 @@ def linear_contrast_kernel(
 ):  # fmt: skip
     """Grid ``(groups * GROUP_M * tiles_n,)`` with ``groups = cdiv(cdiv(B, BLOCK_M), GROUP_M)``.
 
-    ``work`` is float32 ``(PLANES, tiles_n, B)``. ``sync`` is int32 ``(tiles_m,)``, zero: the arrivals at each row
-    block; it is not used without ``LAST``.
+    ``work`` is float32 ``(PLANES, tiles_n, B)``; with ``LAST`` ``sync`` is int32 ``(tiles_m,)``, zero.
     """
     N = N_units * ALIGN_N
     tiles_m = tl.cdiv(B, BLOCK_M)
@@ -142,12 +135,11 @@ def linear_stats_kernel(
 ):  # fmt: skip
     """Grid ``(tiles_m * splits,)``: statistics over the contrasts; neither logits nor norms are ever written.
 
-    A program merges the moments of ``tiles_per_split`` tiles as it goes. ``out`` is float32 ``(B, 5)``: minimum,
-    maximum, mean, softmax expectation, value of the predicted class. ``work`` is float32 ``(PLANES, splits, B)``
-    and ``sync`` int32 ``(tiles_m,)``, zero.
+    A program merges the moments of ``tiles_per_split`` tiles as it goes. ``out`` is float32 ``(B, 5)``, ``work``
+    float32 ``(PLANES, splits, B)`` and ``sync`` int32 ``(tiles_m,)``, zero.
 
-    For brier the extremes are not those of the logits: a second launch finds the moments of the first in ``work``,
-    repeats the product and takes the extremes of the values, in two planes from ``EXTREMES`` on (0: first launch).
+    For brier a second launch finds the moments of the first in ``work``, repeats the product and takes the extremes of
+    the values, in two planes from ``EXTREMES`` on (0: first launch).
     """
     tile_m = tl.program_id(0) // splits
     split = tl.program_id(0) % splits

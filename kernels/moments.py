@@ -35,10 +35,7 @@ def add_tile(moments, z, valid, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl
 def load_block(
     ptrs, stride, n, stop, valid, BLOCK_N: tl.constexpr, other: tl.constexpr, KEEP: tl.constexpr = False
 ):  # fmt: skip
-    """Columns ``[n, n + BLOCK_N)`` of the rows at ``ptrs`` as float32, and which of them exist before ``stop``.
-
-    With ``KEEP`` they stay in the cache for a next sweep.
-    """
+    """Columns ``[n, n + BLOCK_N)`` of the rows at ``ptrs`` in float32, and which exist; ``KEEP`` keeps them cached."""
     cols = n + tl.arange(0, BLOCK_N)
     inside = valid[:, None] & (cols < stop)[None, :]
     at = ptrs[:, None] + cols.to(tl.int64)[None, :] * stride
@@ -123,10 +120,7 @@ def write_values(
     z_rows, stride_n, out_rows, start, stop, valid, factor, moments,
     LOSS: tl.constexpr, LOG: tl.constexpr, BLOCK_N: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Turn the columns ``[start, stop)`` of rows of logits into squared norms.
-
-    With ``SHARED`` the logits come from other programs of the same launch, and are read past the first-level cache.
-    """
+    """Turn the columns ``[start, stop)`` of rows of logits into squared norms; ``SHARED``: logits of this launch."""
     coefficients = contrast_coefficients(moments, LOSS, LOG)
     for n in range(start, stop, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
