@@ -98,10 +98,7 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[No
 
 
 def launcher(module: str, name: str) -> Callable[..., Any]:
-    """A function of ``fastgrad.ops.triton``, which is imported, and Triton with it, when it is first called.
-
-    It runs with the device of its first argument as the current one, as a launch needs.
-    """
+    """A function of ``fastgrad.ops.triton``, imported when first called, on the device of its first argument."""
 
     def launch(first: Tensor, *rest: Any) -> Any:
         function = getattr(importlib.import_module(f"fastgrad.ops.triton.{module}"), name)
@@ -114,15 +111,9 @@ def launcher(module: str, name: str) -> Callable[..., Any]:
 def operator(name: str, module: str, eager: Callable[..., _T], fake: Callable[..., _T]) -> Callable[..., _T]:
     """Define an operator with the signature of ``eager``, whose derivative is its own, run again in the backward pass.
 
-    Args:
-        name: Of the operator and of its launcher.
-        module: The launcher's, in ``fastgrad.ops.triton``.
-        eager: The same in plain torch.
-        fake: Shapes and dtypes of the results, without values.
-
-    Returns:
-        ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, as `choose` says for the first
-        argument.
+    ``name`` is also that of its launcher, in a ``module`` of ``fastgrad.ops.triton``; ``fake`` makes results without
+    values. Returns ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, as `choose` says for
+    the first argument.
     """
     kernel, qualified = launcher(module, name), f"fastgrad::{name}"
 
