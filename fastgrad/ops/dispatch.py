@@ -58,11 +58,7 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def choose(impl: str, tensor: torch.Tensor) -> str:
-    """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``; an explicit choice is never replaced.
-
-    Raises:
-        ValueError: ``impl`` is unknown, or is ``"triton"`` where Triton cannot run.
-    """
+    """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``; ValueError where it is unknown or cannot run."""
     one_of("impl", impl, IMPLEMENTATIONS)
     if impl == "eager" or (impl == "auto" and tensor.device.type != "cuda"):
         return "eager"

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from fastgrad.ops.conv.geometry import Problem
 
-#: Largest D / ||G||^2 a float32 Gram result is kept for. One rounding is 6e-8 and errors of different terms
-#: are independent, so the relative error stays near 6e-8 * 40 = 2.4e-6. Where all patches are nearly alike it is four
-#: times that, 1e-5.
+#: Largest D / ||G||^2 a float32 Gram result is kept for. Errors of different terms are independent, so the relative
+#: error stays near a rounding's 6e-8 * 40 = 2.4e-6. Where all patches are nearly alike it is four times that, 1e-5.
 CANCELLATION_LIMIT = 40.0
 
 
@@ -71,11 +70,8 @@ def patch(p: Problem) -> Tensor:
 def grouped(p: Problem) -> Tensor:
     """One weight gradient, by the library's own kernels, of a convolution whose groups are the samples."""
     x, pads = p.a, [before for before, _ in p.pads]
-    left_over = [
-        s - (t - 1) * step - d * (k - 1) - 1 + 2 * pad
-        for s, t, step, d, k, pad in zip(x.shape[2:], p.positions, p.stride, p.dilation, p.kernel, pads, strict=True)
-    ]
-    if any(not 0 <= rest < step for rest, step in zip(left_over, p.stride, strict=True)):
+    # The library pads both sides alike, and leaves over less than a stride.
+    if any(not 0 <= before - after < step for (before, after), step in zip(p.pads, p.stride, strict=True)):
         x, pads = p.padded(), [0] * len(pads)
     count, batch, channels = p.g.shape[:3]
     inputs, outputs = x.shape[1] // p.groups, channels // p.groups
@@ -145,10 +141,9 @@ def _box_filter(gram: Tensor, p: Problem, axis: int) -> Tensor:
 
 
 def _overlapping_gram(p: Problem, wide: bool) -> Tensor:
-    """Gram matrix of overlapping patches as a diagonal box filter of that of the pixels.
+    """Gram matrix of overlapping patches as a diagonal box filter of that of the pixels, for any stride and dilation.
 
-    ``p_t . p_t' = sum_d a[s t + d] . a[s t' + d]``: one pixel Gram matrix, then k shifted copies of it added
-    along each axis. Any stride and dilation.
+    ``p_t . p_t' = sum_d a[s t + d] . a[s t' + d]``: k shifted copies of it are added along each axis.
     """
     x, axes = p.a, len(p.kernel)
     for axis, (_, after) in enumerate(p.pads):

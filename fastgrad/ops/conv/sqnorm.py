@@ -144,20 +144,10 @@ def conv_sqnorm(
 ) -> Tensor:  # fmt: skip
     """Squared L2 norm of each sample's weight gradient of a convolution, exact.
 
-    Args:
-        a: Input of the layer, ``(B, C_in, *spatial)`` with one to three spatial axes, any strides.
-        g: Gradient at its output, ``(B, C_out, *spatial)``, or ``(K, B, C_out, *spatial)`` for K gradients
-            per sample, which share whatever depends on ``a`` alone.
-        kernel_size: Of each axis.
-        stride: Likewise.
-        padding: Zeros on both sides, likewise. For other padding modes pad ``a`` beforehand.
-        dilation: Likewise.
-        groups: Channel groups.
-        transposed: Whether the layer is a transposed convolution, which may include output padding.
-        impl: ``"auto"`` (a Triton kernel on a GPU), ``"triton"`` or ``"eager"``.
-
-    Returns:
-        ``(B,)`` or ``(K, B)``: float64 if either tensor is, else float32.
+    Takes the layer's input ``(B, C_in, *spatial)`` with one to three spatial axes, and the gradient at its output,
+    ``(B, C_out, *spatial)``, or ``(K, B, C_out, *spatial)`` for K gradients per sample, which share whatever depends on
+    ``a`` alone; any strides. Kernel, stride, padding (with zeros, on both sides) and dilation are of each axis. A
+    ``transposed`` convolution may have output padding. ``(B,)`` or ``(K, B)``, float64 for float64, else float32.
 
     Raises:
         TypeError: If ``a`` or ``g`` is no floating tensor.

@@ -37,9 +37,8 @@ def conv_sqnorm(
 ) -> Tensor:  # fmt: skip
     """Squared norm of every sample's weight gradient of a convolution, ``(K, B)`` float32.
 
-    The input is ``(B, G * C, *spatial)``, the gradients at the output ``(K, B, G * O, *spatial)`` of the same dtype;
-    what is not channels-last is copied so. Positions past either end, ``padding`` before each axis, read as zero.
-    With ``flag``, int32 ``(K, B)``, the others get 0.
+    Input ``(B, G * C, *spatial)`` and gradients ``(K, B, G * O, *spatial)`` are of one dtype. Positions past either
+    end, ``padding`` before each axis, read as zero. With ``flag``, int32 ``(K, B)``, the others get 0.
     """
     devices.check(a=a, g=g)
     a, g = _along_channels(a, 1, groups), _along_channels(g, 2, groups)
@@ -65,8 +64,8 @@ def conv_sqnorm(
 def linear_sqnorm(a: Tensor, g: Tensor) -> Tensor:
     """Squared norm of every sample's weight gradient, ``(K, B)`` float32, of ``a (B, T, C)`` and ``g (K, B, T, O)``.
 
-    Takes the direct kernel, or the Gram kernel where its products are fewer; samples whose gradient nearly cancels over
-    positions are then computed again by the direct kernel, without a look from the host.
+    Where the Gram kernel takes fewer products, the direct one computes samples whose gradient nearly cancels over
+    positions again, without a look from the host.
     """
     devices.check(a=a, g=g)
     count, batch, positions, outputs = g.shape

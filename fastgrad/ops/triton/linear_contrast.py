@@ -20,9 +20,8 @@ def linear_contrast_sqnorm(
 ) -> tuple[Tensor, Tensor]:
     """Logits of a linear layer and the squared norms of its gradients for every one-hot contrast.
 
-    The norms are those of the logits as returned, after rounding to their dtype: the result equals
-    ``contrast_sqnorm(features, logits)`` up to the order of sums. Features are ``(B, D)``, the weight ``(N, D)`` and
-    the logits ``(B, N)`` of one dtype, the norms ``(B, N)`` float32.
+    Features are ``(B, D)``, the weight ``(N, D)`` and the logits ``(B, N)`` of one dtype, the norms ``(B, N)`` float32:
+    those of the logits as returned, after rounding to their dtype.
     """
     _check(features, weight, bias)
     (B, D), N = features.shape, weight.shape[0]
@@ -50,10 +49,9 @@ def linear_contrast_sqnorm(
 
 
 def linear_contrast_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, mean: bool) -> Tensor:
-    """Statistics of the contrast norms of a linear layer whose logits are never written.
+    """Statistics ``(B, 5)`` float32 of the contrast norms of a linear layer whose logits are never written.
 
-    ``(B, 5)`` float32: minimum, maximum, mean, expectation under ``softmax(logits)``, predicted class. Brier takes a
-    second launch that repeats the product.
+    They are minimum, maximum, mean, softmax expectation and predicted class. Brier takes a second launch.
     """
     _check(features, weight, bias)
     (B, D), N = features.shape, weight.shape[0]
