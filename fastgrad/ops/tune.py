@@ -159,13 +159,13 @@ def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architectu
     block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
     # One program converts some 64 thousand logits in a few microseconds; more of them are shared out.
-    share = block_m * N > 1 << 16
+    shared = block_m * N > 1 << 16
     # Rows that are finished together, and columns a step such that neither the product's operands nor the step's
     # values leave the registers.
-    rows = 1 if share else block_m
+    rows = 1 if shared else block_m
     block_f = (512 if rows == 1 or 90 <= arch.version < 100 else 256) * warps // rows
     block_f = max(16, min(power_of_two(N), block_f))
-    chunks = min(cdiv(N, block_f), cdiv(2 * arch.processors, max(B, 1))) if share else 0
+    chunks = min(cdiv(N, block_f), cdiv(2 * arch.processors, max(B, 1))) if shared else 0
     parts = _parts(tiles_n, rows, warps)
     if arch.backend == "cuda" and arch.version >= 100:
         # Two per thread, beside the product's addresses; one beside float32's three pairs of operands.
