@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from fastgrad.deploy.score.sources import Source, list_folder, read_parquet
 
 with extra("score"):
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
+    from pyarrow.dataset import dataset, field
     from tqdm import tqdm
 
 #: In a part's metadata: the random id of the job that wrote it.
@@ -32,7 +32,7 @@ _JOB = b"fastgrad.job"
 
 
 def write_part(rows: list[dict[str, Any]], path: Path, schema: Any, job: str) -> None:
-    """Write one part of a job: whole under its name, or not at all."""
+    """Write one part of the job of this id: whole under its name, or not at all."""
     with written_beside(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata({_JOB: job})), temporary)
 
@@ -177,16 +177,16 @@ class Job:
         write_part(rows, self.paths[index], arrow_schema(model.description), self.id)
         return len(rows)
 
+    def progress_bar(self, show: bool) -> Any:
+        """A progress bar over the images."""
+        return tqdm(total=self.total, initial=self.done, unit="image", disable=not show)
 
-def count_rows(parts: Iterable[Path]) -> dict[str, int]:
+
+def count_rows(parts: Sequence[Path]) -> dict[str, int]:
     """How many images, unreadable and unreliable ones the parts hold."""
-    counts = {"images": 0, "unreadable": 0, "unreliable": 0}
-    for path in parts:
-        table = pq.read_table(path, columns=["reliable", "error"])
-        counts["images"] += table.num_rows
-        counts["unreadable"] += table.num_rows - table.column("error").null_count
-        counts["unreliable"] += pc.sum(pc.equal(table.column("reliable"), False)).as_py() or 0
-    return counts
+    table = dataset(parts)
+    counted = {"images": None, "unreadable": field("error").is_valid(), "unreliable": ~field("reliable")}
+    return {name: table.count_rows(filter=condition) for name, condition in counted.items()}
 
 
 def join_parts(job: Job, out: Path, schema: Any) -> None:
@@ -202,8 +202,3 @@ def join_parts(job: Job, out: Path, schema: Any) -> None:
         path.unlink()
     with contextlib.suppress(OSError):
         job.folder.rmdir()
-
-
-def progress_bar(job: Job, show: bool) -> Any:
-    """A progress bar over the images of a job."""
-    return tqdm(total=job.total, initial=job.done, unit="image", disable=not show)

@@ -16,14 +16,12 @@ import torch
 from fastgrad.checks import extra
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.description import Description, normalize_pixels
-from fastgrad.deploy.file.images import ImageError, decode_pixels
+from fastgrad.deploy.file.images import Array, ImageError, ImageTooLargeError, decode_pixels
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.deploy.score.sources import Source
 
 with extra("score"):
     import pyarrow as pa
-
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def score_sources(
@@ -38,12 +36,10 @@ def score_sources(
 ) -> Iterator[list[dict[str, Any]]]:
     """Score images; the rows of one batch after another, in their order. The next ones are decoded meanwhile.
 
-    Returns:
-        Rows with ``name``, ``class``, ``label``, ``probability`` (of that class), ``uncertainty``, ``risk``,
-        ``reliable``, ``evidence`` and ``alarm``, as the server's answers have them (`answer`), and ``error``; where the
-        image cannot be read, ``error`` says why and the others are None.
+    A row has the columns of `arrow_schema`: the image's name, what the server answers (`answer`), with the probability
+    of the class alone, and ``error``. Where the image cannot be read, ``error`` says why and the others are None.
     """
-    waiting: deque[tuple[str, Future[Pixels | str]]] = deque()
+    waiting: deque[tuple[str, Future[Array]]] = deque()
     size = min(batch, model.description.max_batch)
     while True:
         for source in itertools.islice(sources, 2 * size - len(waiting)):
@@ -54,43 +50,41 @@ def score_sources(
 
 
 def _score(
-    model: ModelPackage, items: list[tuple[str, Future[Pixels | str]]], threshold: float | None
+    model: ModelPackage, items: list[tuple[str, Future[Array]]], threshold: float | None
 ) -> list[dict[str, Any]]:
     description = model.description
-    columns = arrow_schema(description).names
-    decoded = [future.result() for _, future in items]
-    rows: list[dict[str, Any]] = [
-        dict.fromkeys(columns) | {"name": name, "error": value if isinstance(value, str) else None}
-        for (name, _), value in zip(items, decoded, strict=True)
-    ]
-    good = [(row, value) for row, value in zip(rows, decoded, strict=True) if not isinstance(value, str)]
-    if good:
-        pixels = torch.from_numpy(np.stack([value for _, value in good]))
-        for (row, _), values in zip(good, model.rows(normalize_pixels(description, pixels)), strict=True):
+    rows: list[dict[str, Any]] = [dict.fromkeys(arrow_schema(description).names) | {"name": name} for name, _ in items]
+    readable, images = [], []
+    for row, (_, decoded) in zip(rows, items, strict=True):
+        try:
+            images.append(decoded.result())
+            readable.append(row)
+        except ImageError as error:
+            row["error"] = str(error)
+    if images:
+        pixels = torch.from_numpy(np.stack(images))
+        for row, values in zip(readable, model.rows(normalize_pixels(description, pixels)), strict=True):
             try:
                 fields = answer(description, threshold, values)
+                row |= {"probability": fields.pop("probabilities")[fields["class"]], **fields}
             except ResultError as error:
                 row["error"] = str(error)
-                continue
-            row |= {"probability": fields.pop("probabilities")[fields["class"]], **fields}
     return rows
 
 
-def _decode(source: Source, description: Description, max_pixels: int, max_bytes: int) -> Pixels | str:
-    try:
-        content = source.content
-        if isinstance(content, Path):
+def _decode(source: Source, description: Description, max_pixels: int, max_bytes: int) -> Array:
+    content = source.content
+    if isinstance(content, Path):
+        try:
             with content.open("rb") as file:
                 # Python takes the memory for all that may be read.
                 content = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
-        if len(content) > max_bytes:
-            return f"the image is too large; at most {max_bytes} bytes are read"
-        return decode_pixels(content, description.input_shape, max_pixels=max_pixels)
-    except ImageError as error:
-        return str(error)
-    except OSError as error:
-        # Without the path, which an error's own text has.
-        return f"the file cannot be read: {error.strerror or type(error).__name__}"
+        except OSError as error:
+            # Without the path, which an error's own text has.
+            raise ImageError(f"the file cannot be read: {error.strerror or type(error).__name__}") from None
+    if len(content) > max_bytes:
+        raise ImageTooLargeError(f"the image is too large; at most {max_bytes} bytes are read")
+    return decode_pixels(content, description.input_shape, max_pixels=max_pixels)
 
 
 def arrow_schema(description: Description) -> Any:
