@@ -58,7 +58,7 @@ def read_parquet(
 ) -> Iterator[Source]:
     """Rows ``start`` to ``stop`` (None: the end) of a Parquet file; row groups that hold none of them are not read.
 
-    ``column`` has the images, bytes or structs with a field ``bytes``; of a cell with more than ``most`` bytes, one byte
+    ``column`` has the images, bytes or structs with a field ``bytes``; of a cell with more than ``most``, one byte
     more comes. ``key`` has the names; without one a row has its number. Where either is None, usual names are tried.
 
     Raises:

@@ -24,7 +24,7 @@ from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.package import PackageError
 from fastgrad.deploy.serve.bodies import Budget, Limits, Readers, read_body
 from fastgrad.deploy.serve.child import ChildDiedError, ChildError, RequestError
-from fastgrad.deploy.serve.guard import Guard, check_access, refusal
+from fastgrad.deploy.serve.guard import Guard, refusal
 from fastgrad.deploy.serve.schema import Answer, refusals, request_body
 from fastgrad.deploy.serve.served import Model, Served
 from fastgrad.deploy.serve.status import add_status_routes
@@ -108,7 +108,7 @@ def create_app(
         raise ValueError(f"batch_wait must be finite and not negative; it was {batch_wait:g}")
     if not reload_every > 0:
         raise ValueError(f"reload_every must be positive; it was {reload_every:g}")
-    check_access(api_key, allowed_hosts)
+    guard = Guard(api_key, allowed_hosts)
     if pins is not None:
         is_path(pins=pins)
     is_a(Limits, limits=limits)
@@ -160,10 +160,7 @@ def create_app(
     )  # fmt: skip
     app.state.ready, app.state.draining, app.state.active, app.state.failure = False, False, 0, None
     app.state.models, app.state.readers = models, readers
-    app.add_middleware(
-        Guard, key=api_key, hosts=allowed_hosts,
-        refused=lambda status: first.served.metrics.requests.labels(str(status)).inc(),
-    )  # fmt: skip
+    app.add_middleware(guard.middleware, refused=lambda status: first.served.metrics.requests.labels(str(status)).inc())
 
     async def predict(request: Request, served: Served, trace: Trace) -> dict[str, Any]:
         if not app.state.ready:

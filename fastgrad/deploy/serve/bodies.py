@@ -73,11 +73,7 @@ class Budget:
 
     @contextmanager
     def hold(self) -> Iterator[Callable[[int], None]]:
-        """For one request; gives a function to say how many bytes it holds now.
-
-        Raises:
-            RequestError: 503, they would be too many.
-        """
+        """For one request; gives a function to say how many bytes it holds now. RequestError 503 for too many."""
         own = 0
 
         def resize(size: int) -> None:
@@ -96,8 +92,7 @@ class Budget:
 async def read_body(request: Request, limits: Limits, hold: Callable[[int], None]) -> bytearray:
     """Read a body within ``body``, ``rate`` and ``seconds`` of the limits; ``hold`` is told how many bytes there are.
 
-    Raises:
-        RequestError: 400 empty or broken off, 408 too slow, 413 too large, 503 too many at once.
+    RequestError 400 where it is empty or broken off, 408 too slow, 413 too large, 503 too many at once.
     """
     declared = request.headers.get("content-length", "")
     too_large = declared.isdecimal() and int(declared[:20]) > limits.body
@@ -136,11 +131,7 @@ class Readers(Pool):
         super().__init__(children, hang_timeout=limits.decode_seconds, load_timeout=60.0)
 
     async def read(self, content_type: str, body: Bytes, description: Description) -> bytes:
-        """Read one body, as `decoder.read_input` does.
-
-        Raises:
-            RequestError: what that raises; 422 if it takes too long, or ends three processes.
-        """
+        """Read one body, as `decoder.read_input` does; RequestError 422 too if it takes too long, or ends processes."""
         arguments = (content_type, description.input_shape, description.input_dtype)
         try:
             return await self.submit((json.dumps(arguments).encode() + b"\n", body))

@@ -73,11 +73,7 @@ class Pool:
         return len(self._queue)
 
     async def start(self) -> None:
-        """Start all processes.
-
-        Raises:
-            ChildError: one cannot do its work.
-        """
+        """Start all processes; ChildError where one cannot do its work."""
         try:
             await asyncio.gather(*(worker.start(self.load_timeout) for worker in self.workers))
         except BaseException:
@@ -87,15 +83,11 @@ class Pool:
         self._tasks = [loop.create_task(self._serve(worker)) for worker in self.workers]
 
     async def submit(self, parts: Sequence[Bytes], on_run: Callable[[int], None] = lambda size: None) -> bytes:
-        """Have one input answered. Cancelling it takes it out of the queue.
+        """Have one input answered, which the parts make together. Cancelling it takes it out of the queue.
 
-        Args:
-            parts: what makes the input, one after another.
-            on_run: called with the size of its batch when that goes to a process, again where it has to be run again.
-
-        Raises:
-            RequestError: it is refused, or failed for a reason that the log has.
-            ChildDiedError: its process ended repeatedly, or did not answer in time.
+        ``on_run`` is called with the size of its batch when that goes to a process, again where it has to be run again.
+        RequestError where it is refused, or failed for a reason that the log has; ChildDiedError where its process
+        ended repeatedly, or did not answer in time.
         """
         item = _Item(parts, asyncio.get_running_loop().create_future(), on_run)
         self._queue.append(item)

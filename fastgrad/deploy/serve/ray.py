@@ -63,7 +63,7 @@ def deployment(
     description = read_description(path)
     threshold = description.threshold_at(false_alarm_rate)
 
-    guard = Guard(None, key=api_key, hosts=allowed_hosts)
+    guard = Guard(api_key, allowed_hosts)
 
     @serve.deployment(
         num_replicas=replicas,

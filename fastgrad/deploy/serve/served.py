@@ -130,11 +130,7 @@ class Served:
                 self._free.set()
 
     async def start(self) -> None:
-        """Start the processes.
-
-        Raises:
-            PackageError: they cannot load the file.
-        """
+        """Start the processes; PackageError where they cannot load the file."""
         try:
             await self.pool.start()
         except ChildError as error:
@@ -154,11 +150,6 @@ class Served:
 
 class Model:
     """What answers under one name.
-
-    Args:
-        name: for the log.
-        path: the file.
-        load: makes a `Served` of a file.
 
     Attributes:
         served: what new requests go to.

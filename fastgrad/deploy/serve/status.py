@@ -21,14 +21,7 @@ _log = logging.getLogger("uvicorn.error")
 def add_status_routes(
     app: FastAPI, named: Callable[[str | None], Model], models: Mapping[str, Model], queue: int
 ) -> None:
-    """Add the routes.
-
-    Args:
-        app: the application.
-        named: gives the model of a name, or the first.
-        models: by name.
-        queue: requests in progress from which on the server is not ready for more.
-    """
+    """Add the routes; ``named`` gives the model of a name, or the first; with ``queue`` requests it is not ready."""
 
     @app.get("/health", summary="Whether the process lives", responses=refusals())
     async def health() -> dict[str, str]:

@@ -69,7 +69,7 @@ def test_key(tiny_package: Path, caplog: pytest.LogCaptureFixture) -> None:
         with pytest.raises(ValueError, match="api_key must not be empty, and of printable ASCII"):
             create_app(str(tiny_package), api_key=key)
         with pytest.raises(ValueError, match="api_key"):
-            Guard(None, key=key, hosts=())
+            Guard(key, ())
     # One line for the first, and the others are counted for a later one.
     assert caplog.text.count("without the right API key") == 1
     assert " 1 request without the right API key, the last from 127.0.0.1" in caplog.text
@@ -78,7 +78,7 @@ def test_key(tiny_package: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_guard_of_one_route_asks_for_the_key_under_every_path() -> None:
     """Ray Serve's deployment answers where it is put, also at ``/``."""
-    guard = Guard(None, key="secret", hosts=())
+    guard = Guard("secret", ())
     for path in ("/", "/ready", "/predict"):
         with pytest.raises(RequestError, match="API key"):
             guard.check({"type": "http", "method": "POST", "path": path, "headers": []})
