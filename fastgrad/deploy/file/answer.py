@@ -20,17 +20,12 @@ class ResultError(ValueError):
 def answer(
     description: Description, threshold: float | None, row: np.ndarray[Any, np.dtype[np.float64]]
 ) -> dict[str, Any]:
-    """The answer to one input, by its row of `ModelPackage.rows` and the threshold in use.
+    """The answer to one input, by its row of `ModelPackage.rows` and the threshold in use; ResultError if not finite.
 
-    Returns:
-        ``class`` (index), ``label`` (its name, or None), ``probabilities`` (N), ``uncertainty``, ``risk``: the
-        probability that the class is wrong (None if the file does not give it), ``reliable``: whether the uncertainty
-        is at most the threshold (None without one), ``evidence``: by name, what the uncertainty rests on (None if the
-        file does not give it), and ``alarm``: in words, what the most of it means (`reason`) where the answer is not
-        reliable, else None.
-
-    Raises:
-        ResultError: The result is not finite.
+    ``class`` (index), ``label`` (its name), ``probabilities`` (N), ``uncertainty``, ``risk``: the probability that the
+    class is wrong, ``reliable``: whether the uncertainty is at most the threshold, ``evidence``: by name, what the
+    uncertainty rests on, and ``alarm``: in words, what the most of it means (`reason`) where the answer is not
+    reliable. What the file does not give is None.
     """
     if not np.isfinite(row).all():
         raise ResultError("the model's result for this input is not a finite number")

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -45,12 +45,23 @@ _NOT_WHOLE = "it is not a whole ONNX file"
 def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
     """The function in an ONNX file, on the CPU, with as many threads as PyTorch uses.
 
-    Raises:
-        MissingExtraError: The extra ``onnx`` is not installed.
-        RuntimeError: It is damaged, or ONNX Runtime cannot read or run it; the message says why.
+    RuntimeError where it is damaged, or ONNX Runtime cannot read or run it; the message says why.
     """
+    with extra("onnx"):
+        import onnxruntime
+
     _check_sum(path)
-    session = _session(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # It would lay out all that a pass writes, for each batch size that it has seen, as if nothing of it could share a
+    # place: of a vision transformer's backward pass twice the memory, for no time.
+    options.enable_mem_pattern = False
+    # Its warnings are about its own optimizations.
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise RuntimeError(f"ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
 
     def run(x: Tensor) -> list[Tensor]:
         return [torch.from_numpy(value) for value in session.run(None, {INPUT: x.cpu().numpy()})]
@@ -79,11 +90,7 @@ def _check_sum(path: str | os.PathLike[str]) -> None:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> bytes | None:
-    """The text that travels in an ONNX file, or None, without loading the graph.
-
-    Raises:
-        RuntimeError: It is no such file, or not a whole one.
-    """
+    """The text that travels in an ONNX file, or None, without loading the graph; RuntimeError for no whole file."""
     size, texts = os.path.getsize(path), []
     if size == 0:
         raise RuntimeError("it is empty")
@@ -128,20 +135,3 @@ def _varint(file: BinaryIO) -> int:
         if byte[0] < 128:
             return result
     raise RuntimeError(_NOT_WHOLE)
-
-
-def _session(path: str | os.PathLike[str]) -> Any:
-    with extra("onnx"):
-        import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # It would lay out all that a pass writes, for each batch size that it has seen, as if nothing of it could share a
-    # place: of a vision transformer's backward pass twice the memory, for no time.
-    options.enable_mem_pattern = False
-    # Its warnings are about its own optimizations.
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise RuntimeError(f"ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error

@@ -219,19 +219,19 @@ class ModelPackage:
 
     def explain(self, x: Tensor) -> tuple[Prediction, dict[str, Tensor]]:
         """Run a batch as `__call__` does; also give the evidence ``(B,)`` by name, none where the file has none."""
-        prediction, evidence = self._outputs(x)
-        columns = () if evidence is None else evidence.unbind(-1)
-        return prediction, dict(zip(self.description.evidence or (), columns, strict=True))
+        logits, probabilities, uncertainty, *more = self._outputs(x)
+        risk = more.pop(0) if self.description.risk else None
+        columns = more[0].unbind(-1) if more else ()
+        evidence = dict(zip(self.description.evidence or (), columns, strict=True))
+        return Prediction(logits, probabilities, uncertainty, risk), evidence
 
     def rows(self, x: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Run a batch as `__call__` does; a row per input: probabilities, uncertainty, risk and evidence if given."""
-        prediction, evidence = self._outputs(x)
-        columns = [prediction.probabilities, prediction.uncertainty[:, None]]
-        columns += [] if prediction.risk is None else [prediction.risk[:, None]]
-        columns += [] if evidence is None else [evidence]
-        return torch.cat([column.double() for column in columns], 1).cpu().numpy()
+        _, *columns = self._outputs(x)
+        return torch.cat([column.double().view(len(x), -1) for column in columns], 1).cpu().numpy()
 
-    def _outputs(self, x: Tensor) -> tuple[Prediction, Tensor | None]:
+    def _outputs(self, x: Tensor) -> Sequence[Tensor]:
+        """Logits, probabilities, uncertainty, risk and evidence if given, as the description says."""
         checks.is_tensor("x", x)
         expected = self.description.input_shape
         if tuple(x.shape[1:]) != expected or not 1 <= len(x) <= self.description.max_batch:
@@ -247,7 +247,4 @@ class ModelPackage:
         if [tuple(value.shape[1:]) for value in outputs] != rows:
             shapes = [tuple(value.shape) for value in outputs]
             raise PackageError(f"{self.path} gives {shapes}, where the description inside says {rows} an input")
-        logits, probabilities, uncertainty, *more = outputs
-        risk = more.pop(0) if self.description.risk else None
-        evidence = more.pop(0) if self.description.evidence is not None else None
-        return Prediction(logits, probabilities, uncertainty, risk), evidence
+        return outputs

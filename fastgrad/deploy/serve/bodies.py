@@ -126,8 +126,7 @@ class Readers(Pool):
     """Turns bodies into inputs, each in a process that is killed when it takes too long."""
 
     def __init__(self, count: int, limits: Limits) -> None:
-        module, arguments = "fastgrad.deploy.serve.decoder", (limits.pixels,)
-        children = [Child(module, arguments, most=_INPUT, small=True) for _ in range(count)]
+        children = [Child("fastgrad.deploy.serve.decoder", (limits.pixels,), most=_INPUT) for _ in range(count)]
         super().__init__(children, hang_timeout=limits.decode_seconds, load_timeout=60.0)
 
     async def read(self, content_type: str, body: Bytes, description: Description) -> bytes:

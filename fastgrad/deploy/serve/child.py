@@ -37,15 +37,14 @@ _SHOWN = (
     "ROCR_", "HSA_", "MIOPEN_",
 )  # fmt: skip
 _PACKAGE = str(Path(__file__).parents[2])
-# Isolated (-I), so that no file of the working folder takes a module's place; then the server's own path. A small
-# child does not import PyTorch, as the package's __init__ would.
+# Isolated (-I), so that no file of the working folder takes a module's place; then the server's own path. The package's
+# __init__ is left out: it would import PyTorch, which not every child needs.
 _START = """
 import json, sys, types
-path, package, module, small, arguments = json.loads(sys.argv[1])
+path, package, module, arguments = json.loads(sys.argv[1])
 sys.path[:] = path
-if small:
-    sys.modules["fastgrad"] = types.ModuleType("fastgrad")
-    sys.modules["fastgrad"].__path__ = [package]
+sys.modules["fastgrad"] = types.ModuleType("fastgrad")
+sys.modules["fastgrad"].__path__ = [package]
 from fastgrad.deploy.serve.child import answer_requests
 answer_requests(module, arguments)
 """
@@ -78,7 +77,6 @@ class Child:
         module: its name.
         arguments: what JSON can hold.
         most: bytes of a reply.
-        small: whether ``fastgrad`` itself is left out, and PyTorch with it.
 
     Attributes:
         alive: whether it has started and can be asked.
@@ -86,9 +84,9 @@ class Child:
         on_end: called when it has ended, for whatever reason.
     """
 
-    def __init__(self, module: str, arguments: Sequence[object], *, most: int, small: bool = False) -> None:
+    def __init__(self, module: str, arguments: Sequence[object], *, most: int) -> None:
         # Integers of NumPy too, where a limit is one.
-        self._start = json.dumps([sys.path, _PACKAGE, module, small, list(arguments)], default=int)
+        self._start = json.dumps([sys.path, _PACKAGE, module, list(arguments)], default=int)
         self._most = most
         self.process: Process | None = None
         self.alive, self.starts = False, 0

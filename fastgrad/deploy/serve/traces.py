@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Trace:
     """Of one request to ``route``, while it lasts; without a tracer there are no spans.
 
-    Its span is below the one that the web framework has begun, or below the caller's, as ``traceparent`` (W3C) among its
+    Its span is below the one that the web framework has begun, or the caller's, as ``traceparent`` (W3C) among its
     ``headers`` says.
     """
 
