@@ -26,9 +26,9 @@ def compare(
     so may differ, as a gradient passes a ReLU of NaN or becomes NaN there. A network that looks its input up in a
     table, as of words, has no answer to NaN.
 
-    A difference above ``tolerance`` passes where the live module's own answer moves as far when each number of its input
-    moves by rounding: a detector of a network that was not trained magnifies it. ``unit`` is the relative rounding of
-    the network's coarsest dtype.
+    A difference above ``tolerance`` passes where the live module's own answer moves as far when each number of its
+    input moves by rounding: a detector of a network that was not trained magnifies it. ``unit`` is the relative
+    rounding of the network's coarsest dtype.
     """
     package = ModelPackage(path)
     example_input = example_input[: package.description.max_batch]
