@@ -34,9 +34,9 @@ from fastgrad import checks
 
 FloatArray = NDArray[np.float64]
 
-# Beta(a, b) shapes. a < 1 grows on small p-values (scores too high), b < 1 on large ones (too low), both below 1 on both
-# tails, both above 1 on a pile-up in the middle. Small exponents find extreme shifts in a few images, exponents near 1
-# slight ones over many.
+# Beta(a, b) shapes. a < 1 grows on small p-values (scores too high), b < 1 on large ones (too low), both on both tails,
+# both above 1 on a pile-up in the middle. Small exponents find extreme shifts in a few images, those near 1 slight ones
+# over many.
 _BETS = np.array(
     [(k, 1.0) for k in (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)]
     + [(1.0, k) for k in (0.3, 0.5, 0.7, 0.9)]
@@ -140,6 +140,7 @@ class DriftMonitor:
         self.false_alarm_rate = float(false_alarm_rate)
         self.form = form
         self._seed = seed
+        self.acknowledged: str | None = None
         self.history: deque[dict[str, Any]] = deque(maxlen=100)
         self._start()
 
@@ -181,7 +182,7 @@ class DriftMonitor:
         self.count = 0
         self.evidence = 0.0 if self.form == "average" else 1.0
         self.alarm_at: int | None = None
-        self.acknowledged: str | None = None
+        self.acknowledged = None
 
     @property
     def alarm(self) -> bool:

@@ -1,19 +1,11 @@
 """What an ONNX file of this package holds, and how it is run.
 
-It takes ``input`` ``(batch, ...)`` and gives ``logits``, ``probabilities``, ``uncertainty``, where it was fitted with
-labels ``risk``, and where it was asked for ``evidence``. What travels with it is
-one JSON text under the key ``fastgrad`` of the file's ``metadata_props``, so neither PyTorch nor this package is needed
-to run it::
+It takes ``input`` ``(batch, ...)``, normalized, and gives ``logits``, ``probabilities``, ``uncertainty``, where it was
+fitted with labels ``risk``, and where it was asked for ``evidence``. What travels with it is one JSON text under the
+key ``fastgrad`` of the file's ``metadata_props``, so neither PyTorch nor this package is needed to run it.
 
-    import json, onnxruntime
-    session = onnxruntime.InferenceSession("model.onnx")
-    description = json.loads(session.get_modelmeta().custom_metadata_map["fastgrad"])
-    found = session.run(None, {"input": x})    # a numpy array, normalized
-    answer = dict(zip((output.name for output in session.get_outputs()), found))
-
-The columns of ``evidence`` are named in the description, which also says whether there is a ``risk``. The last entry of
- ``metadata_props``, ``fastgrad.sha256``, is the sum of all bytes before it: ONNX has none of its own, and a weight of
-which one bit is another would answer like any. A user who changes a file on purpose removes that entry.
+The last entry, ``fastgrad.sha256``, is the sum of all bytes before it: ONNX has none of its own, and a weight of which
+one bit is another would answer like any. A user who changes a file on purpose removes that entry.
 """
 
 from __future__ import annotations

@@ -2,23 +2,12 @@
 
 `fastgrad.deploy.file.onnx_file` says what is in an ``.onnx``.
 
-A ``.pt2`` is a zip. Its member ``<name>/extra/fastgrad.json`` is the description::
+A ``.pt2`` is a zip. Its member ``<name>/extra/fastgrad.json`` is the description. The graph runs without this package,
+by ``torch._inductor.aoti_load_package("model.pt2")(x)``. It gives logits, probabilities, uncertainty, where the
+description says so the risk ``(B,)``, and last the evidence ``(B, E)`` of a file exported with it.
 
-    import json, zipfile
-    with zipfile.ZipFile("model.pt2") as archive:
-        member = next(name for name in archive.namelist() if name.endswith("/extra/fastgrad.json"))
-        description = json.loads(archive.read(member))
-
-The graph runs without this package::
-
-    import torch
-    model = torch._inductor.aoti_load_package("model.pt2")
-    logits, probabilities, uncertainty = model(x)     # x (B, *input shape), normalized with mean and std
-
-A file whose description says ``risk`` gives the risk ``(B,)`` next. One exported with ``evidence=True`` gives the
-evidence ``(B, E)`` last; the description names its columns. ``x`` must have the dtype and shape of the description
-and be contiguous (``x.contiguous()``): native code reads memory as it is and checks nothing. `ModelPackage` checks all
-that. The graph is native code: load only files that you would also run as programs.
+``x`` must have the dtype and shape of the description and be contiguous: native code reads memory as it is and checks
+nothing. `ModelPackage` checks all that. Load only files that you would also run as programs.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class Served:
             batch_wait=batch_wait, hang_timeout=limits.seconds, load_timeout=limits.load_seconds,
             on_batch=metrics.batch_size.observe,
         )  # fmt: skip
-        metrics.gauge("queue_length", "Inputs that wait for a worker", lambda: pool.queued)
+        metrics.gauge("queue_length", "Inputs that wait for a worker", lambda: len(pool.queue))
         metrics.gauge("worker_restarts", "Worker processes replaced since the start", lambda: pool.restarts)
         self._users = 0
         self._free = asyncio.Event()
