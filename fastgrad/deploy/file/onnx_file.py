@@ -104,16 +104,14 @@ def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
     """Each field of a message of protocol buffers that has a length: its number, and where it ends."""
     while file.tell() < end:
         field, kind = divmod(_varint(file), 8)
-        if kind == 0:
-            _varint(file)
-            continue
-        length = _varint(file) if kind == 2 else {1: 8, 5: 4}.get(kind, -1)
-        stop = file.tell() + length
-        if length < 0 or field == 0 or stop > end:
-            raise RuntimeError(_NOT_WHOLE)
-        if kind == 2:
+        number = _varint(file)
+        if kind == 2 and field and file.tell() + number <= end:
+            stop = file.tell() + number
             yield field, stop
-        file.seek(stop)
+            file.seek(stop)
+        # ONNX has integers beside, and nothing else.
+        elif kind != 0:
+            raise RuntimeError(_NOT_WHOLE)
 
 
 def _varint(file: BinaryIO) -> int:

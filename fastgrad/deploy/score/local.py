@@ -13,8 +13,7 @@ from pathlib import Path
 from fastgrad.checks import at_least, is_path
 from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage
-from fastgrad.deploy.score.job import Job, check_out, count_rows, join_parts
-from fastgrad.deploy.score.rows import arrow_schema
+from fastgrad.deploy.score.job import Job, arrow_schema, check_out, count_rows, join_parts
 from fastgrad.deploy.score.sources import MAX_BYTES
 
 

@@ -210,7 +210,7 @@ def create_app(
                     headers["Retry-After"] = "1"
             served.metrics.latency.observe(time.perf_counter() - start)
             served.metrics.requests.labels(str(status)).inc()
-            trace.answered(status)
+            trace.status = status
             return Response(json.dumps(content, allow_nan=False), status, headers, "application/json")
 
     add_status_routes(app, named)

@@ -36,12 +36,8 @@ class Guard:
     A page of another site can make a browser send requests here. Its name in ``Origin`` or, where it lets its own name
     point here, in ``Host`` gives it away. Addresses are no names and always fit.
 
-    Args:
-        key: that requests must carry, as ``Authorization: Bearer KEY``; None for none.
-        hosts: names under which the server may be asked, beside ``localhost``.
-
-    Raises:
-        ValueError: a key that no request can carry in a header, or no list of names.
+    ``key`` is what requests must carry, as ``Authorization: Bearer KEY``, and ``hosts`` under which names they may ask,
+    beside ``localhost``. ValueError for a key that no header can carry, or no list of names.
     """
 
     def __init__(self, key: str | None, hosts: Collection[str]) -> None:

@@ -63,12 +63,7 @@ def _remove(folder: Path, lock: int | None) -> None:
 
 
 class Served:
-    """One version of a file, with the processes that run it and its metrics; the arguments are those of `create_app`.
-
-    Raises:
-        PackageError: not an exported model, or one that ``pins`` does not name.
-        ValueError: the file has no threshold for that rate.
-    """
+    """One version of a file, with the processes that run it and its metrics; the arguments are `create_app`'s."""
 
     def __init__(
         self,
@@ -173,18 +168,14 @@ class Model:
 
     async def watch(self, seconds: float) -> None:
         """Look at the file every so many seconds, for ever."""
-        pending = self._stamp
+        tried = now = self._stamp
         while True:
             await asyncio.sleep(seconds)
-            stamp = _stamp(self.path)
-            if stamp is None or stamp == self._stamp:
-                continue
-            if stamp != pending:
-                # It may be in the middle of being written: look once more.
-                pending = stamp
-                continue
-            self._stamp = stamp
-            await self.reload()
+            before, now = now, _stamp(self.path)
+            # What is in the middle of being written is another one at the next look.
+            if now is not None and now == before and now != tried:
+                tried = now
+                await self.reload()
 
     async def reload(self) -> None:
         """Load the file anew and let it take over; where that fails, say why and go on."""

@@ -20,6 +20,8 @@ class Trace:
 
     def __init__(self, tracer: Tracer | None, route: str, headers: Mapping[str, str]) -> None:
         self._tracer, self._route, self._headers = tracer, route, headers
+        #: Of the answer; unless it is set, there was none.
+        self.status = 500
         self._span: Any = None
         self._stage: Any = None
 
@@ -38,11 +40,15 @@ class Trace:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
-        """Both spans end."""
+        """Both spans end; what the caller did wrong is no error of the server's."""
         if self._span is not None:
+            from opentelemetry.trace import StatusCode
+
             if error is not None:
                 self._span.record_exception(error)
-                self.answered(500)
+            if self.status >= 500:
+                self._span.set_status(StatusCode.ERROR)
+            self._span.set_attribute("http.response.status_code", self.status)
             if self._stage is not None:
                 self._stage.end()
             self._span.end()
@@ -53,15 +59,6 @@ class Trace:
             if self._stage is not None:
                 self._stage.end()
             self._stage = self._tracer.start_span(name, context=self._context, attributes=attributes)
-
-    def answered(self, status: int) -> None:
-        """With this HTTP status; what the caller did wrong is no error of the server's."""
-        if self._span is not None:
-            from opentelemetry.trace import StatusCode
-
-            self._span.set_attribute("http.response.status_code", status)
-            if status >= 500:
-                self._span.set_status(StatusCode.ERROR)
 
 
 def otlp_provider() -> TracerProvider:
