@@ -115,7 +115,7 @@ def export(
     checks.is_number(false_alarm_rate=false_alarm_rate)
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
-    _check_places(example_input, target)
+    _check_example(example_input, target)
     outputs = _check_model(two_stage, example_input, evidence)
     description = Description(
         input_shape=tuple(example_input.shape[1:]),
@@ -158,7 +158,8 @@ def export(
     return target
 
 
-def _check_places(example_input: Tensor, path: Path) -> None:
+def _check_example(example_input: Tensor, path: Path) -> None:
+    """Refuse what is no batch, and a path that no file of it can have."""
     checks.is_float("example_input", example_input)
     if example_input.ndim < 2 or example_input.numel() == 0:
         shape = tuple(example_input.shape)
@@ -219,9 +220,7 @@ def _calibration(
         scores = getattr(two_stage, "calibration_scores", None)
         scores = None if scores is None or len(scores) < 20 else scores
     fields: dict[str, Any] = {}
-    # Rates that the calibration cannot promise are left out; the one that was asked for warns.
-    rates = {*RATES, false_alarm_rate}
-    threshold = getattr(two_stage, "threshold", None)
+    rates, threshold = {*RATES, false_alarm_rate}, getattr(two_stage, "threshold", None)
     if scores is not None:
         calibration = checks.to_array("scores", scores)
         bins = ScoreReference.from_scores(calibration)
@@ -231,6 +230,7 @@ def _calibration(
         counts, edges = np.histogram(bulk, bins=40)
         fields["histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
         n, ordered = len(calibration), np.sort(calibration)
+        # Those that the calibration cannot promise are left out; the one that was asked for warns.
         rates = {rate for rate in rates if rate >= 1 / (n + 1) or rate == false_alarm_rate}
 
         def conformal(rate: float) -> float:
