@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgrad.checks import Array
 from fastgrad.deploy.file.description import Description
 
 #: Share of all evidence that the parts named as the reason hold.
@@ -17,9 +18,7 @@ class ResultError(ValueError):
     """The model's result is not finite: the input lies outside what its arithmetic can hold."""
 
 
-def answer(
-    description: Description, threshold: float | None, row: np.ndarray[Any, np.dtype[np.float64]]
-) -> dict[str, Any]:
+def answer(description: Description, threshold: float | None, row: Array) -> dict[str, Any]:
     """The answer to one input, by its row of `ModelPackage.rows` and the threshold in use; ResultError if not finite.
 
     ``class`` (index), ``label`` (its name), ``probabilities`` (N), ``uncertainty``, ``risk``: the probability that the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -70,7 +71,7 @@ class Guard:
         headers = Headers(scope=scope)
         host = headers.get("host", "localhost").lower()
         name = re.sub(r":\d*$", "", host)
-        if name not in self._hosts and not _is_address(name):
+        if name not in self._hosts and address_of(name) is None:
             raise RequestError(400, "the server does not answer under this Host; name it with --allowed-host")
         origin = headers.get("origin")
         if scope["method"] not in ("GET", "HEAD") and origin is not None and origin.lower().partition("://")[2] != host:
@@ -105,9 +106,8 @@ def _without_traceback(scope: Scope, send: Send) -> Send:
     return told
 
 
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return False
-    return True
+def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is; None for a name."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    return None
