@@ -162,9 +162,8 @@ def _check_machine(path: str | os.PathLike[str], description: Description) -> No
     if description.device != "cpu":
         return
     needed, here = description.versions.get("cpu", "DEFAULT"), torch.backends.cpu.get_cpu_capability()
-    levels = [list(X86).index(name) if name in X86 else None for name in (needed, here)]
-    fits = levels[0] <= levels[1] if None not in levels else needed in ("DEFAULT", here)  # type: ignore[operator]
-    if not fits:
+    known = list(X86)
+    if needed not in (known[: known.index(here) + 1] if here in known else ("DEFAULT", here)):
         raise PackageError(f"{path} was compiled for a processor with {needed}; this one has {here}")
 
 
