@@ -48,6 +48,15 @@ InstanceNorm = instancenorm._InstanceNorm
 #: Sees every operation. Without, what a forward pass costs up to a layer would have to be measured.
 DispatchMode = _python_dispatch.TorchDispatchMode
 
+#: Passes by what watches a model's operations. Without, every look of a hook at a shape would cost a step.
+without_modes: Callable[[], contextlib.AbstractContextManager[None]] = torch._C.DisableTorchFunction
+
+#: The number of this thread's next operation in a graph. Without, what a call did would be unknown among other work.
+next_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
+
+#: Whether a tensor runs under ``torch.func.vmap``. Without, rules would take forms that it cannot follow.
+is_batched: Callable[[Tensor], bool] = _functorch.is_batchedtensor
+
 
 def padding_pairs(module: ConvNd) -> list[int]:
     """What a convolution that pads with other than zeros adds at both ends of each axis, last axis first."""
@@ -70,17 +79,6 @@ def drop_view_base(tensor: Tensor) -> Tensor:
         return tensor
     own: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
     return own
-
-
-def without_modes() -> contextlib.AbstractContextManager[None]:
-    """Pass by what watches a model's operations. Without, every look of a hook at a shape would cost a step."""
-    context: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunction()
-    return context
-
-
-def next_number() -> int:
-    """That of this thread's next operation in a graph. Without, what a call did would be unknown among other work."""
-    return int(torch._C._autograd._get_sequence_nr())
 
 
 def number_of(node: Any) -> int:
@@ -106,11 +104,6 @@ def storage_key(tensor: Tensor) -> int:
 def is_fake(tensor: Tensor) -> bool:
     """Whether ``tensor`` has no values, as while a graph is recorded. Without, a look at them would fail."""
     return isinstance(tensor, FakeTensor)
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether ``tensor`` runs under ``torch.func.vmap``. Without, rules would take forms that it cannot follow."""
-    return bool(_functorch.is_batchedtensor(tensor))
 
 
 def is_transformed() -> bool:
@@ -164,14 +157,6 @@ def is_traced() -> bool:
 def is_readable(*tensors: Tensor) -> bool:
     """Whether Python may look at values. Without, a choice by values would fail in a trace, or be fixed in a graph."""
     return not (is_traced() or any(is_fake(t) or _functorch.is_functorch_wrapped_tensor(t) for t in tensors))
-
-
-def is_exporting() -> bool:
-    """Whether ``torch.export`` is recording. Without, its program would call operators that only this package has.
-
-    Not in strict mode, whose frontend cannot follow the cost model: it keeps them until ``run_decompositions``.
-    """
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def outside_of_compilation(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

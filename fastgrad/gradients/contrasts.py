@@ -318,22 +318,16 @@ def _linear(
             f"weight must have shape (N, D) with N >= 1 and D = {features.shape[-1]}, the features' last size; "
             f"it was {tuple(weight.shape)}"
         )
-    _same_dtype("weight", weight, features)
     checks.same_device("weight", weight, "features", features)
     _bias(bias, weight)
-    if bias is not None:
-        _same_dtype("bias", bias, features)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != features.dtype:
+            raise TypeError(f"{name} must have the dtype of features, {features.dtype}; it was {tensor.dtype}")
     choose(impl, features)
 
 
 def _bias(bias: Tensor | None, weight: Tensor) -> None:
-    if bias is None:
-        return
-    checks.is_float("bias", bias)
-    checks.shape_is("bias", bias, (weight.shape[0],), "one entry for each row of weight")
-    checks.same_device("bias", bias, "weight", weight)
-
-
-def _same_dtype(name: str, tensor: Tensor, features: Tensor) -> None:
-    if tensor.dtype != features.dtype:
-        raise TypeError(f"{name} must have the dtype of features, {features.dtype}; it was {tensor.dtype}")
+    if bias is not None:
+        checks.is_float("bias", bias)
+        checks.shape_is("bias", bias, (weight.shape[0],), "one entry for each row of weight")
+        checks.same_device("bias", bias, "weight", weight)

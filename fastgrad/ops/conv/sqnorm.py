@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad._torch import is_exporting, is_readable
+from fastgrad._torch import is_readable
 from fastgrad.ops.conv import cost, routes
 from fastgrad.ops.conv.geometry import Problem, canonical, per_axis
 from fastgrad.ops.dispatch import bind_contextvar, choose, launcher
@@ -198,7 +198,10 @@ def conv_sqnorm(
             f"g must have as many dimensions as a, or one more in front for several gradients per sample; "
             f"its shape was {tuple(g.shape)} beside {tuple(a.shape)}"
         )
-    op = _eager if is_exporting() else _composition
+    # An exported program must not call operators that only this package has. Strict mode, whose frontend cannot follow
+    # the cost model, keeps them until `run_decompositions`.
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    op = _eager if exporting else _composition
     norms = op(
         a,
         g if g.dim() > a.dim() else g.unsqueeze(0),
