@@ -193,14 +193,9 @@ def flat_graph(
     Without, there is no exported file and no compiled extraction: ``torch.export`` and ``torch.compile`` do not follow
     a backward pass inside of ``forward``.
 
-    Args:
-        function: What to record; it runs once, on fake tensors.
-        tensors: Its inputs.
-        carries: For each input, whether its dimension 0 is the batch, 2 at least, whose size becomes a symbol.
-        functional: Whether to replace operations that write in place, which a loop's body must not.
-
-    Raises:
-        ValueError: What runs depends on values, which a graph cannot follow.
+    The function runs once, on fake tensors; ValueError if what it runs depends on values. ``carries`` says for each
+    input whether its dimension 0 is the batch, 2 at least, whose size becomes a symbol. ``functional`` replaces
+    operations that write in place, which a loop's body must not.
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch._subclasses.fake_tensor import DataDependentOutputException

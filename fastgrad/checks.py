@@ -126,17 +126,9 @@ def shape_is(name: str, value: torch.Tensor, expected: tuple[int, ...], meaning:
 
 
 def to_array(name: str, value: Any, *, single: bool = False, finite: bool = True) -> Array:
-    """``value`` as a float64 array; tensors of any device and dtype are accepted.
+    """``value``, also a tensor of any device and dtype, as a float64 array; ``single`` leaves float32 what it is.
 
-    Args:
-        name: Of the argument, for the errors.
-        value: Numbers.
-        single: Whether float32 stays what it is, which halves the memory of wide blocks.
-        finite: Whether NaN and infinity are refused.
-
-    Raises:
-        TypeError: It is sparse or not numeric.
-        ValueError: It is complex or ragged, or holds NaN or infinity.
+    TypeError if it is sparse or not numeric; ValueError if it is complex or ragged, or not ``finite``.
     """
     if hasattr(value, "toarray") and not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be dense; it was a sparse {type(value).__name__}: use .toarray()")
@@ -201,11 +193,7 @@ class MissingExtraError(ModuleNotFoundError):
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Imports inside are of packages that ``pip install 'fastgrad[name]'`` brings.
-
-    Raises:
-        MissingExtraError: One of them is not installed.
-    """
+    """Imports inside are of packages that ``pip install 'fastgrad[name]'`` brings; MissingExtraError if one is not."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -40,21 +40,13 @@ _lock = threading.Lock()
 
 
 class _Call(NamedTuple):
-    """One call from outside.
+    """One call from outside."""
 
-    Attributes:
-        keys: Ids of the recorded model's parameters by their names within the called module.
-        run: Its probes, as long as the graph of its outputs.
-        outputs: Where the batch lies in its outputs.
-        samples: B.
-        numbers: Of the operations in its graph; none of an empty batch.
-    """
-
-    keys: dict[str, int]
-    run: weakref.ref[Run]
-    outputs: tuple[Layout | None, ...]
+    keys: dict[str, int]  # ids of the recorded model's parameters by their names within the called module
+    run: weakref.ref[Run]  # its probes, as long as the graph of its outputs
+    outputs: tuple[Layout | None, ...]  # where the batch lies in them
     samples: int
-    numbers: range
+    numbers: range  # of the operations in its graph; none of an empty batch
 
 
 _Recording = TypeVar("_Recording", bound="record")

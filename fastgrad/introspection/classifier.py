@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -164,15 +165,14 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
     def predict_proba(self, R: ArrayLike | Pairs) -> Array:
         """Return class probabilities ``(B, classes)``."""
-        logits = self._logits(R)
-        result: Array = torch.from_numpy(logits).softmax(-1).numpy()
+        result: Array = torch.from_numpy(self._logits(R)).softmax(-1).numpy()
         return result
 
     def predict(self, R: ArrayLike | Pairs) -> NDArray[Any]:
         """Return labels ``(B,)``."""
-        logits = self._logits(R)
-        result: NDArray[Any] = self.classes_[logits.argmax(-1)]
-        return result
+        codes = self._logits(R).argmax(-1)
+        labels: NDArray[Any] = self.classes_[codes]
+        return labels
 
     def to_module(self) -> IntrospectiveNetwork:
         """Return the fitted network as a traceable module."""
@@ -190,20 +190,15 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         checks.at_least(1, batch_size=self.batch_size, max_epochs=self.max_epochs, patience=self.patience)
         if np.ndim(self.hidden) != 1 or any(not isinstance(n, (int, np.integer)) or n < 1 for n in self.hidden):
             raise ValueError(f"hidden must hold widths of at least 1; it was {self.hidden!r}")
-        checks.is_number(
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            validation_fraction=self.validation_fraction,
-        )
+        for name, limit in (("learning_rate", np.inf), ("weight_decay", np.inf), ("validation_fraction", 1)):
+            value = getattr(self, name)
+            checks.is_number(**{name: value})
+            if not 0 <= value < limit:
+                raise ValueError(f"{name} must lie in [0, {limit}); it was {value!r}")
         try:
             torch.zeros(1, device=torch.device(self.device)).cpu()
         except (TypeError, RuntimeError, AssertionError) as error:
             raise ValueError(f"device must be one that PyTorch computes on; it was {self.device!r}: {error}") from error
-        for name in ("learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise ValueError(f"{name} must be finite and not negative; it was {getattr(self, name)!r}")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie in [0, 1); it was {self.validation_fraction!r}")
 
     def _inputs(self, R: ArrayLike | Pairs, *, reset: bool) -> Inputs:
         """R as one tensor of rows or as features and logits, float64."""
@@ -220,23 +215,21 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             array = checks.validated(self, "R", R, reset=reset)
             arrays = [array.reshape(len(array), -1)]
         shapes = tuple(array.shape[1:] for array in arrays)
-        width = int(np.prod([np.prod(shape) for shape in shapes]))
+        width = math.prod(array.shape[1] for array in arrays)
         if reset:
             self.shapes_, self.n_features_in_ = shapes, width
-        pairs = len(shapes) == len(self.shapes_) == 2
-        if width != self.n_features_in_ or (pairs and shapes != self.shapes_):
+        if width != self.n_features_in_ or (len(shapes) == len(self.shapes_) and shapes != self.shapes_):
             raise ValueError(f"R must have the shape of fit, {self.shapes_} per sample; it had {shapes}")
         return tuple(as_tensor(array) for array in arrays)
 
     def _labels(self, y: ArrayLike, count: int) -> NDArray[Any]:
-        values = column_or_1d(np.asarray(y.cpu() if isinstance(y, Tensor) else y), warn=True)
+        values: NDArray[Any] = column_or_1d(np.asarray(y.cpu() if isinstance(y, Tensor) else y), warn=True)
         if len(values) != count:
             raise ValueError(f"y must have one label per row of R, {count}; it had {len(values)}")
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError("y must be finite; it contains NaN or infinity")
         check_classification_targets(values)
-        result: NDArray[Any] = values
-        return result
+        return values
 
     @torch.no_grad()
     def _logits(self, R: ArrayLike | Pairs) -> Array:

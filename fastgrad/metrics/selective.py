@@ -54,8 +54,8 @@ class RiskCoverage:
         return float((self.risk - self.best).mean())
 
 
-def _samples(name: str, uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> tuple[Array, Array]:
-    """Both as vectors, the first of them under its name in errors; infinite uncertainty is what comes last."""
+def _curve(name: str, uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> RiskCoverage:
+    """The curve of an uncertainty that errors call ``name``; what is infinite comes last."""
     losses = checks.to_array("errors", errors)
     if losses.ndim != 1 or not len(losses):
         raise ValueError(f"errors must be a non-empty vector; its shape was {losses.shape}")
@@ -66,7 +66,16 @@ def _samples(name: str, uncertainty: ArrayLike | Tensor, errors: ArrayLike | Ten
         raise ValueError(f"{name} must have shape {losses.shape}, one score per error; it was {scores.shape}")
     if not (scores > -np.inf).all():
         raise ValueError(f"{name} must not hold NaN or minus infinity")
-    return scores, losses
+    values, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
+    # Each sample of a tie carries the mean error of all of them.
+    means = np.bincount(group, losses) / sizes
+    counts = np.arange(1, len(losses) + 1)
+    return RiskCoverage(
+        coverage=counts / len(losses),
+        risk=np.repeat(means, sizes).cumsum() / counts,
+        best=np.sort(losses).cumsum() / counts,
+        thresholds=np.repeat(values, sizes),
+    )
 
 
 def risk_coverage(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> RiskCoverage:
@@ -80,20 +89,7 @@ def risk_coverage(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -
         ValueError: Shapes differ, nothing is given, a loss is negative or not finite, or an uncertainty is NaN
             or minus infinity.
     """
-    return _curve(*_samples("uncertainty", uncertainty, errors))
-
-
-def _curve(scores: Array, losses: Array) -> RiskCoverage:
-    values, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    # Each sample of a tie carries the mean error of all of them.
-    means = np.bincount(group, losses) / sizes
-    counts = np.arange(1, len(losses) + 1)
-    return RiskCoverage(
-        coverage=counts / len(losses),
-        risk=np.repeat(means, sizes).cumsum() / counts,
-        best=np.sort(losses).cumsum() / counts,
-        thresholds=np.repeat(values, sizes),
-    )
+    return _curve("uncertainty", uncertainty, errors)
 
 
 def aurc(uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tensor) -> float:
@@ -133,7 +129,7 @@ def threshold_for(
         checks.is_number(**{name: cost})
         if not 0 < cost < math.inf:
             raise ValueError(f"{name} must be positive and finite; it was {cost!r}")
-    curve = _curve(*_samples("risk", risk, errors))
+    curve = _curve("risk", risk, errors)
     # The last sample of each tie: a threshold lets all of them pass.
     ends = np.append(curve.thresholds[1:] != curve.thresholds[:-1], True) & np.isfinite(curve.thresholds)
     coverage = np.append(0.0, curve.coverage[ends])
