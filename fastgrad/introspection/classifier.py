@@ -14,11 +14,20 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from fastgrad import checks
+from fastgrad.batches import bar
 from fastgrad.checks import Array, to_array
-from fastgrad.introspection.network import ACTIVATIONS, CHUNK, Inputs, IntrospectiveNetwork
-from fastgrad.introspection.training import train
+from fastgrad.introspection.network import (
+    ACTIVATIONS,
+    CHUNK,
+    Inputs,
+    IntrospectiveNetwork,
+    class_logits,
+    mean_and_scale,
+    new_layers,
+)
 from fastgrad.losses import LOSSES
 from fastgrad.scores.rows import as_tensor
 from fastgrad.scores.temperature import Temperature
@@ -121,7 +130,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         held_out = int((place < min(round(self.validation_fraction * (sources.max() + 1)), sources.max())).sum())
         # A handful of held-out samples says nothing about when to stop.
         held_out = held_out if held_out >= 20 else 0
-        parameters, self.history_ = train(self, inputs, targets, order[held_out:], order[:held_out], seed)
+        parameters, self.history_ = self._train(inputs, targets, order[held_out:], order[:held_out], seed)
         self.n_iter_ = len(self.history_)
         tensors = {f"{'bias' if index % 2 else 'weight'}{index // 2}": value for index, value in enumerate(parameters)}
         self.network_ = IntrospectiveNetwork(
@@ -231,6 +240,59 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         check_classification_targets(values)
         return values
 
+    def _train(
+        self, inputs: Inputs, targets: Tensor, chosen: Tensor, watched: Tensor, seed: int
+    ) -> tuple[list[Tensor], list[float]]:
+        """Train on the samples ``chosen``; those ``watched`` decide when to stop.
+
+        Returns:
+            Weights and biases in turn of the best epoch, the rows' standardisation inside the first layer, and the
+            watched loss of every epoch: the training loss itself where no samples are watched.
+        """
+        device, generator = torch.device(self.device), torch.Generator().manual_seed(seed)
+        mean, scale = (value.float() for value in mean_and_scale(inputs, self.loss))
+        there = mean.to(device), scale.to(device)
+        sizes = [len(mean), *map(int, self.hidden), len(self.classes_)]
+        parameters = [value.to(device).requires_grad_() for value in new_layers(sizes, self.activation, seed)]
+        optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=self.weight_decay)
+
+        def batch_loss(samples: Tensor, reduction: str) -> Tensor:
+            moved = tuple(value[samples].to(device, torch.float32) for value in inputs)
+            logits = class_logits(_folded(parameters, *there), moved, self.activation, self.loss)
+            return cross_entropy(logits, targets[samples].to(device), reduction=reduction)
+
+        def snapshot() -> list[Tensor]:
+            return [value.detach().cpu().clone() for value in parameters]
+
+        best, best_loss, waited = snapshot(), float("inf"), 0
+        history: list[float] = []
+        epochs: Any = bar(range(self.max_epochs), "introspective network", bool(self.verbose), unit="epoch")
+        for _ in epochs:
+            total = 0.0
+            order = torch.randperm(len(chosen), generator=generator, device="cpu")
+            for samples in chosen[order].split(self.batch_size):
+                value = batch_loss(samples, "mean")
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                total += float(value.detach()) * len(samples)
+            if len(watched):
+                with torch.no_grad():
+                    total = sum(float(batch_loss(samples, "sum")) for samples in watched.split(self.batch_size))
+            loss = total / len(watched if len(watched) else chosen)
+            history.append(loss)
+            if self.verbose:
+                epochs.set_postfix(loss=f"{loss:.4f}")
+            if loss < best_loss * (1 - 1e-4):
+                best, best_loss, waited = snapshot(), loss, 0
+            else:
+                waited += 1
+                if waited >= self.patience:
+                    break
+        if best_loss == float("inf"):
+            raise ValueError(f"R must hold numbers that float32 can train on; the loss was never finite: {history[:3]}")
+        return _folded(best, mean, scale), history
+
     @torch.no_grad()
     def _logits(self, R: ArrayLike | Pairs) -> Array:
         """Class logits ``(B, classes)``; a wide first layer runs in float32."""
@@ -238,6 +300,11 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         inputs = self._inputs(R, reset=False)
         wide = self.network_.get_buffer("weight0").numel() > _DOUBLE_LIMIT
         parts = zip(*(torch.split(value.float() if wide else value, CHUNK) for value in inputs), strict=True)
-        forward = self.network_ if len(inputs) == 1 else self.network_.from_features
-        result: Array = torch.cat([forward(*part).double() for part in parts]).numpy()
+        result: Array = torch.cat([self.network_(*part).double() for part in parts]).numpy()
         return result
+
+
+def _folded(parameters: list[Tensor], mean: Tensor, scale: Tensor) -> list[Tensor]:
+    """The parameters with the standardisation inside the first layer."""
+    weight = parameters[0] / scale
+    return [weight, parameters[1] - weight @ mean, *parameters[2:]]
