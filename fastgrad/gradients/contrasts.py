@@ -93,8 +93,7 @@ def target_sqnorm(
         ``(...)``, float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: A tensor is missing or has the wrong kind of dtype.
-        ValueError: A label is out of range, or as in :func:`contrast_sqnorm`.
+        TypeError, ValueError: As in :func:`contrast_sqnorm`, or a label is out of range.
     """
     leading = _head_pair(features, logits, loss, reduction, impl, bias=bias, log=log)
     check_target(target, logits)
@@ -131,8 +130,7 @@ def linear_contrast_sqnorm(
         float32 (float64 for float64).
 
     Raises:
-        TypeError: A tensor is missing, not floating, or of another dtype than the features.
-        ValueError: As in :func:`contrast_sqnorm`.
+        TypeError, ValueError: As in :func:`contrast_sqnorm`, or a tensor has another dtype than the features.
     """
     _linear(features, weight, bias, loss, reduction, impl, log=log)
     logits, norms = linear_op.linear_contrast_sqnorm(
@@ -154,13 +152,10 @@ def linear_contrast_stats(
     """Statistics over all contrasts without ever storing ``(..., N)``: for vocabularies of 128k and more.
 
     The Triton kernel needs memory in proportion to B. The eager form holds 4 million logits at a time, or one row;
-    compiled, all of them. The arguments are those of :func:`linear_contrast_sqnorm`.
+    compiled, all of them. Arguments and errors are those of :func:`linear_contrast_sqnorm`.
 
     Returns:
         :class:`ContrastStats` of tensors ``(...)``, float32 (float64 for float64).
-
-    Raises:
-        TypeError, ValueError: As in :func:`linear_contrast_sqnorm`.
     """
     _linear(features, weight, bias, loss, reduction, impl)
     stats = linear_op.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction == "mean", impl)
@@ -171,23 +166,13 @@ def contrast_rows(features: Tensor, logits: Tensor, *, loss: str = "mse", rows: 
     """Introspective features: for every contrast k the row k of its weight gradient, ``delta^(k)_k h``.
 
     For ``bce`` and ``mse`` these rows are exactly the rows of the one gradient under the all-ones label; for
-    ``cross_entropy`` and ``brier`` they are not. The rows left out are not small in general: ``rows="full"`` gives
-    the whole gradient of every contrast.
-
-    The source is Prabhushankar and AlRegib, "Introspective Learning", 2022.
-
-    Args:
-        features: ``(..., D)``.
-        logits: ``(..., N)``.
-        loss: As in :func:`contrast_sqnorm`.
-        rows: ``"diagonal"`` or ``"full"``.
+    ``cross_entropy`` and ``brier`` they are not. The rows left out are not small in general: ``rows="full"``, not
+    ``"diagonal"``, gives the whole gradient of every contrast. The other arguments and the errors are those of
+    :func:`contrast_sqnorm`. The source is Prabhushankar and AlRegib, "Introspective Learning", 2022.
 
     Returns:
         ``(..., N, D)``, or ``(..., N, N, D)`` for ``"full"`` with ``[..., k, j, :]`` the row j of contrast k; float32
         (float64 for float64 logits).
-
-    Raises:
-        TypeError, ValueError: As in :func:`contrast_sqnorm`, or ``rows`` is unknown.
     """
     checks.one_of("rows", rows, ("diagonal", "full"))
     _head_pair(features, logits, loss)
@@ -203,14 +188,8 @@ def contrast_rows_linear(
     """A linear layer over the flattened :func:`contrast_rows`, which are stored only where they are small.
 
     Equal to ``linear(contrast_rows(features, logits).flatten(-2), weight, bias)``. In place of many rows the features
-    are multiplied with the weight, some units at a time, in the backward pass too.
-
-    Args:
-        features: ``(..., D)``.
-        logits: ``(..., N)``.
-        weight: ``(U, N * D)``, on the same device.
-        bias: ``(U,)`` or None.
-        loss: As in :func:`contrast_sqnorm`.
+    are multiplied with the weight, some units at a time, in the backward pass too. The weight is ``(U, N * D)`` and the
+    bias ``(U,)`` or None, on the device of the features. The other arguments are those of :func:`contrast_sqnorm`.
 
     Returns:
         ``(..., U)``, float32 (float64 for float64 features).
@@ -245,15 +224,13 @@ def check_target(target: str | Tensor, logits: Tensor) -> None:
     if target.dtype == torch.bool or target.dtype.is_complex:
         raise TypeError(f"target must hold class indices (integers) or soft targets (floats); it was {target.dtype}")
     checks.shape_is("target", target, tuple(logits.shape[:-1]), "class indices, the leading shape of logits")
-    if target.numel() == 0:
-        return
     classes, target = logits.shape[-1], unwrapped(target)
     if target.device.type != "cpu" or is_traced() or type(target) is not torch.Tensor:
         # Reading the labels here would synchronise with the device or break the graph; this check runs with them.
         inside = ((target >= 0) & (target < classes)).all()
         check_later(inside, f"target must hold class indices from 0 to {classes - 1}")
-        return
-    require_classes(target, classes)
+    else:
+        require_classes(target, classes)
 
 
 class NoClassError(ValueError):
@@ -262,8 +239,8 @@ class NoClassError(ValueError):
 
 def require_classes(target: Tensor, classes: int) -> None:
     """Raise NoClassError unless all indices are of classes. Waits for the device."""
-    # PyTorch finds no extremes of wider unsigned integers.
-    low, high = (int(edge) for edge in target.long().aminmax())
+    # PyTorch finds no extremes of wider unsigned integers, nor of none.
+    low, high = map(int, target.long().aminmax()) if target.numel() else (0, 0)
     if low < 0 or high >= classes:
         worst = low if low < 0 else high
         raise NoClassError(f"target must hold class indices from 0 to {classes - 1}; it held {worst}")

@@ -317,7 +317,7 @@ def _checked(target: Target, logits: Tensor) -> str | Tensor:
         value = torch.tensor(value, device="cpu")
     if isinstance(value, Tensor):
         rows, classes = logits.shape
-        if not value.is_floating_point() and value.dtype != torch.bool and value.numel() and not is_traced():
+        if not value.is_floating_point() and value.dtype != torch.bool and not is_traced():
             require_classes(value, classes)
         value = value.to(logits.device)
         if value.dim() == 0:
