@@ -270,10 +270,10 @@ def _head_pair(
     checks.is_float("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape (..., N) with N >= 1; it was {tuple(logits.shape)}")
-    if features.shape[:-1] != logits.shape[:-1]:
+    leading = tuple(logits.shape[:-1])
+    if features.shape[:-1] != leading:
         raise ValueError(
-            f"features must have the leading shape of logits, {tuple(logits.shape[:-1])}; "
-            f"it was {tuple(features.shape[:-1])} (features {tuple(features.shape)}, logits {tuple(logits.shape)})"
+            f"features must have the leading shape of logits, {leading}; it was {tuple(features.shape[:-1])}"
         )
     checks.same_device("features", features, "logits", logits)
     checks.holds_values("logits", logits)
@@ -282,7 +282,7 @@ def _head_pair(
             f"features and logits must both be float64 or neither; they were {features.dtype} and {logits.dtype}"
         )
     choose(impl, logits)
-    return tuple(logits.shape[:-1])
+    return leading
 
 
 def _linear(
@@ -290,11 +290,9 @@ def _linear(
 ) -> None:
     _features_and_options(features, loss, reduction, flags)
     checks.is_float("weight", weight)
-    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != features.shape[-1]:
-        raise ValueError(
-            f"weight must have shape (N, D) with N >= 1 and D = {features.shape[-1]}, the features' last size; "
-            f"it was {tuple(weight.shape)}"
-        )
+    size = features.shape[-1]
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != size:
+        raise ValueError(f"weight must have shape (N, D) with N >= 1 and D = {size}; it was {tuple(weight.shape)}")
     checks.same_device("weight", weight, "features", features)
     _bias(bias, weight)
     for name, tensor in (("weight", weight), ("bias", bias)):

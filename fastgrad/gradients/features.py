@@ -193,10 +193,7 @@ class GradientFeatures:
             raise ValueError("target of a call must be left out where signals or contrasts name theirs; it was given")
         checks.is_tensor("target", target)
         if target.dim() == 0 or target.shape[0] != samples:
-            raise ValueError(
-                f"target must have shape ({samples},) or ({samples}, N), one for each sample; it was "
-                f"{tuple(target.shape)}"
-            )
+            raise ValueError(f"target must have shape ({samples},) or ({samples}, N); it was {tuple(target.shape)}")
         return detach_plain(target)
 
     def report(self) -> list[Route]:

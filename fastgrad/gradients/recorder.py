@@ -129,8 +129,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         for name, parameter in module.named_parameters():
             if parameter.grad_fn is not None:
                 raise ValueError(
-                    f"model must be called with parameters of its own; {name!r} was computed "
-                    "(torch.func.functional_call), and no gradient per sample is known of what it was computed from"
+                    f"model must be called with parameters of its own; {name!r} was computed (functional_call)"
                 )
             keys[name] = id(parameter)
         with _lock:
@@ -274,8 +273,7 @@ def recorded_sqnorms(
             if key in by_key:
                 raise ValueError(
                     f"params must each take part in one call of the recorded model; {names[key]!r} took part in "
-                    "several, so its gradients would have to be added before the norm is taken. Make these calls in "
-                    "the forward of a module of your own, and record this"
+                    "several. Make these calls in the forward of a module of your own, and record this"
                 )
             if key in asked:
                 by_key[key] = norms[..., column]
