@@ -119,7 +119,7 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; it was on {value.device}")
 
 
-def shape_is(name: str, value: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
+def shape_is(name: str, value: torch.Tensor | NDArray[Any], expected: tuple[int, ...], meaning: str) -> None:
     """Raise ValueError unless ``value`` has exactly the ``expected`` shape; ``meaning`` says where it comes from."""
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {tuple(expected)} ({meaning}); it was {tuple(value.shape)}")

@@ -47,10 +47,7 @@ def auroc(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
 
 
 def aupr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor) -> float:
-    """Average precision, the area under the precision-recall curve, challenging as the positive class.
-
-    Arguments are as for :func:`auroc`.
-    """
+    """Average precision, the area under the precision-recall curve; arguments as for :func:`auroc`."""
     from sklearn.metrics import average_precision_score
 
     scores, labels = _two_samples(clean, challenging)
@@ -128,8 +125,7 @@ def _probabilities(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor
     y: NDArray[Any] = checks.to_array("labels", labels)
     if p.ndim != 2 or not len(p) or p.shape[1] < 2:
         raise ValueError(f"probabilities must have shape (B, N), B >= 1, N >= 2; it was {p.shape}")
-    if y.shape != (len(p),):
-        raise ValueError(f"labels must have shape ({len(p)},), one per row; it was {y.shape}")
+    checks.shape_is("labels", y, (len(p),), "one per row")
     if p.min() < 0 or p.max() > 1 + 1e-6:
         raise ValueError(f"probabilities must lie in [0, 1]; they were in [{p.min():g}, {p.max():g}]")
     indices = y.astype(np.int64)
@@ -256,8 +252,7 @@ def _curve(name: str, uncertainty: ArrayLike | Tensor, errors: ArrayLike | Tenso
     if losses.min() < 0:
         raise ValueError(f"errors must be at least 0; the smallest was {losses.min():g}")
     scores = checks.to_array(name, uncertainty, finite=False)
-    if scores.shape != losses.shape:
-        raise ValueError(f"{name} must have shape {losses.shape}, one score per error; it was {scores.shape}")
+    checks.shape_is(name, scores, losses.shape, "one score per error")
     if not (scores > -np.inf).all():
         raise ValueError(f"{name} must not hold NaN or minus infinity")
     values, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)

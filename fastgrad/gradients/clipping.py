@@ -76,19 +76,17 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         self._count = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """See `record`."""
         return type(self), (self.model, self._limits[""] if self._joint else self._limits)
 
     def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """As `record`; also keep the outputs, from which the losses are computed."""
         # Calls of modules that a closure makes on the way, as in the blocks of minGPT, are part of this one.
-        after = self._count
+        before = self._count
         try:
             output = super()._call(module, args, kwargs)
-            after += 1
         finally:
-            self._count = after
-        self._outputs = floating(output)
+            self._count = before
+        self._outputs, self._count = floating(output), before + 1
         return output
 
     def _forget(self) -> None:
@@ -96,8 +94,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         self.calls.clear()
         self._outputs, self._count = [], 0
 
-    def __exit__(self, *error: Any) -> None:
-        """See `record`."""
+    def __exit__(self, *error: object) -> None:
         self._forget()
         super().__exit__(*error)
 
@@ -121,12 +118,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                 (``Tensor.register_hook``), which changes gradients after they are clipped.
             RuntimeError: If the model was not called exactly once since the last `backward`, or without gradients.
         """
-        return outside_of_compilation(self._step)(losses)
-
-    def _step(self, losses: Tensor) -> Tensor:
-        """`backward`; the call is over, also where it failed."""
         try:
-            norms = self._backward(losses)
+            norms = outside_of_compilation(self._backward)(losses)
         except (TypeError, ValueError):
             # Refused: other losses of the same call may do.
             raise
@@ -183,11 +176,9 @@ def _groups(model: nn.Module, limits: Mapping[str, float]) -> list[list[nn.Param
         groups[max(prefixes, key=len)].append(p)
     for name, group in groups.items():
         if not group:
-            raise ValueError(
-                f"max_norm must name parameters or modules that are trained; {name!r} had none of its own"
-                if name
-                else "model must have parameters that require gradients; it had none"
-            )
+            if not name:
+                raise ValueError("model must have parameters that require gradients; it had none")
+            raise ValueError(f"max_norm must name parameters or modules that are trained; {name!r} had none of its own")
     return list(groups.values())
 
 
