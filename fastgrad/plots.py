@@ -153,10 +153,7 @@ def layer_norms(sqnorms: Mapping[str, ArrayLike | Tensor], names: Sequence[str],
     # Of many names some are written, so that they can be read.
     step = -(-len(names) // 16)
     for colour, (name, matrix) in zip(cycle(COLOURS), arrays.items(), strict=False):
-        if matrix.shape[1] != len(names):
-            raise ValueError(
-                f"sqnorms[{name!r}] must have shape (B, {len(names)}), column per name; it was {matrix.shape}"
-            )
+        shape_is(f"sqnorms[{name!r}]", matrix, (len(matrix), len(names)), "a column per name")
         low, middle, high = np.quantile(matrix, [0.1, 0.5, 0.9], axis=0)
         axes.plot(positions, middle, color=colour, lw=1.4, marker="o", ms=3, label=name)
         axes.fill_between(positions, low, high, color=colour, alpha=0.15, lw=0)

@@ -200,9 +200,7 @@ def contrast_rows_linear(
     leading = _head_pair(features, logits, loss)
     checks.is_float("weight", weight)
     checks.same_device("weight", weight, "features", features)
-    width = features.shape[-1] * logits.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(f"weight must have shape (U, N * D) with N * D = {width}; it was {tuple(weight.shape)}")
+    checks.shape_is("weight", weight, (*weight.shape[:1], features.shape[-1] * logits.shape[-1]), "U rows of N * D")
     _bias(bias, weight)
     diagonal = losses.contrast_diagonal(_matrix(logits), loss=loss)
     with full_precision(features.device):
