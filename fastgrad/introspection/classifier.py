@@ -19,15 +19,8 @@ from torch.nn.functional import cross_entropy
 from fastgrad import checks
 from fastgrad.batches import bar
 from fastgrad.checks import Array, to_array
-from fastgrad.introspection.network import (
-    ACTIVATIONS,
-    CHUNK,
-    Inputs,
-    IntrospectiveNetwork,
-    class_logits,
-    mean_and_scale,
-    new_layers,
-)
+from fastgrad.introspection import network
+from fastgrad.introspection.network import Inputs, IntrospectiveNetwork
 from fastgrad.losses import LOSSES
 from fastgrad.scores.rows import as_tensor
 from fastgrad.scores.temperature import Temperature
@@ -194,7 +187,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         return tags
 
     def _check_parameters(self) -> None:
-        checks.one_of("activation", self.activation, ACTIVATIONS)
+        checks.one_of("activation", self.activation, network.ACTIVATIONS)
         checks.one_of("loss", self.loss, LOSSES)
         checks.at_least(1, batch_size=self.batch_size, max_epochs=self.max_epochs, patience=self.patience)
         if np.ndim(self.hidden) != 1 or any(not isinstance(n, (int, np.integer)) or n < 1 for n in self.hidden):
@@ -250,15 +243,15 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             watched loss of every epoch: the training loss itself where no samples are watched.
         """
         device, generator = torch.device(self.device), torch.Generator().manual_seed(seed)
-        mean, scale = (value.float() for value in mean_and_scale(inputs, self.loss))
+        mean, scale = (value.float() for value in network.mean_and_scale(inputs, self.loss))
         there = mean.to(device), scale.to(device)
         sizes = [len(mean), *map(int, self.hidden), len(self.classes_)]
-        parameters = [value.to(device).requires_grad_() for value in new_layers(sizes, self.activation, seed)]
+        parameters = [value.to(device).requires_grad_() for value in network.new_layers(sizes, self.activation, seed)]
         optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=self.weight_decay)
 
         def batch_loss(samples: Tensor, reduction: str) -> Tensor:
             moved = tuple(value[samples].to(device, torch.float32) for value in inputs)
-            logits = class_logits(_folded(parameters, *there), moved, self.activation, self.loss)
+            logits = network.class_logits(_folded(parameters, *there), moved, self.activation, self.loss)
             return cross_entropy(logits, targets[samples].to(device), reduction=reduction)
 
         def snapshot() -> list[Tensor]:
@@ -299,7 +292,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         check_is_fitted(self, "network_")
         inputs = self._inputs(R, reset=False)
         wide = self.network_.get_buffer("weight0").numel() > _DOUBLE_LIMIT
-        parts = zip(*(torch.split(value.float() if wide else value, CHUNK) for value in inputs), strict=True)
+        parts = zip(*(torch.split(value.float() if wide else value, network.CHUNK) for value in inputs), strict=True)
         result: Array = torch.cat([self.network_(*part).double() for part in parts]).numpy()
         return result
 
