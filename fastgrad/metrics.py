@@ -174,11 +174,10 @@ def brier(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> floa
     Arguments are as for :func:`reliability`.
     """
     p, y = _probabilities(probabilities, labels)
-    true_p = p[np.arange(len(p)), y]
-    # Leaving p_y out of the sum of squares keeps the digits of a nearly perfect forecast.
-    others = p.copy()
-    others[np.arange(len(p)), y] = 0
-    return float(((1 - true_p) ** 2 + (others**2).sum(1)).mean())
+    # Expanded squares would cancel in a nearly perfect forecast.
+    gaps = p.copy()
+    gaps[np.arange(len(p)), y] -= 1
+    return float((gaps**2).sum(1).mean())
 
 
 def nll(probabilities: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
