@@ -49,8 +49,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         batch_size: Samples in a step.
         max_epochs: Passes over the data, at most.
         patience: Epochs without improvement before training stops.
-        validation_fraction: Share of an array's samples held out to decide when to stop; 0 watches the
-            training loss.
+        validation_fraction: Share of samples held out to decide when to stop; 0 watches the training loss.
         device: Where to train, ``"cpu"`` or ``"cuda"``; the fitted network lies on the CPU.
         verbose: Whether to show a progress bar.
         random_state: Seed of the initial weights, the split and the order of the samples.
@@ -93,16 +92,13 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
     @torch.inference_mode(False)
     def fit(self, R: ArrayLike | Pairs, y: ArrayLike, *, groups: ArrayLike | None = None) -> IntrospectiveClassifier:
-        """Train the network on labelled samples.
+        """Train the network on labelled samples; return the classifier itself.
 
         Args:
             R: Rows ``(B, N*D)`` or ``(B, N, D)``, or ``{"features": (B, D), "logits": (B, N)}``.
             y: Labels ``(B,)``.
             groups: ``(B,)``, integers of sources, such as a clean image and its challenges: those of one source are
                 either trained on or decide when to stop. Negative ones and None: each sample its own.
-
-        Returns:
-            The classifier itself.
 
         Raises:
             ValueError: A parameter is out of range, or shapes of R, y and groups do not fit.
@@ -133,7 +129,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         return self
 
     def calibrate(self, R: ArrayLike | Pairs, y: ArrayLike) -> IntrospectiveClassifier:
-        """Calibrate the probabilities by a temperature (`fastgrad.scores.Temperature`).
+        """Calibrate the probabilities by a temperature (`fastgrad.scores.Temperature`); return the classifier itself.
 
         The network and the classifier are more certain of their training samples, so give samples that neither was
         trained on. The temperature becomes part of ``network_``; the predicted labels stay as they are.
@@ -141,9 +137,6 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         Args:
             R: As for `fit`.
             y: Labels ``(B,)``, all among those of `fit`.
-
-        Returns:
-            The classifier itself.
 
         Raises:
             ValueError: A label is not one of `fit`, or shapes do not fit.
