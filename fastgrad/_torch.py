@@ -48,6 +48,15 @@ InstanceNorm = instancenorm._InstanceNorm
 #: Sees every operation. Without, what a forward pass costs up to a layer would have to be measured.
 DispatchMode = _python_dispatch.TorchDispatchMode
 
+#: Passes by what watches a model's operations. Without, every look of a hook at a shape would cost a step.
+without_modes: Callable[[], contextlib.AbstractContextManager[None]] = torch._C.DisableTorchFunction
+
+#: The number of this thread's next operation in a graph. Without, what a call did would be unknown among other work.
+next_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
+
+#: Whether a tensor runs under ``torch.func.vmap``. Without, rules would take forms that it cannot follow.
+is_batched: Callable[[Tensor], bool] = _functorch.is_batchedtensor
+
 
 def padding_pairs(module: ConvNd) -> list[int]:
     """What a convolution that pads with other than zeros adds at both ends of each axis, last axis first."""
@@ -70,17 +79,6 @@ def drop_view_base(tensor: Tensor) -> Tensor:
         return tensor
     own: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
     return own
-
-
-def without_modes() -> contextlib.AbstractContextManager[None]:
-    """Pass by what watches a model's operations. Without, every look of a hook at a shape would cost a step."""
-    context: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunction()
-    return context
-
-
-def next_number() -> int:
-    """That of this thread's next operation in a graph. Without, what a call did would be unknown among other work."""
-    return int(torch._C._autograd._get_sequence_nr())
 
 
 def number_of(node: Any) -> int:
@@ -106,11 +104,6 @@ def storage_key(tensor: Tensor) -> int:
 def is_fake(tensor: Tensor) -> bool:
     """Whether ``tensor`` has no values, as while a graph is recorded. Without, a look at them would fail."""
     return isinstance(tensor, FakeTensor)
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether ``tensor`` runs under ``torch.func.vmap``. Without, rules would take forms that it cannot follow."""
-    return bool(_functorch.is_batchedtensor(tensor))
 
 
 def is_transformed() -> bool:
@@ -166,14 +159,6 @@ def is_readable(*tensors: Tensor) -> bool:
     return not (is_traced() or any(is_fake(t) or _functorch.is_functorch_wrapped_tensor(t) for t in tensors))
 
 
-def is_exporting() -> bool:
-    """Whether ``torch.export`` is recording. Without, its program would call operators that only this package has.
-
-    Not in strict mode, whose frontend cannot follow the cost model: it keeps them until ``run_decompositions``.
-    """
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-
-
 def outside_of_compilation(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """``torch.compiler.disable(function)``. Without the look at modules, the first call would import the compiler."""
     if "torch._dynamo" not in sys.modules:
@@ -208,14 +193,9 @@ def flat_graph(
     Without, there is no exported file and no compiled extraction: ``torch.export`` and ``torch.compile`` do not follow
     a backward pass inside of ``forward``.
 
-    Args:
-        function: What to record; it runs once, on fake tensors.
-        tensors: Its inputs.
-        carries: For each input, whether its dimension 0 is the batch, 2 at least, whose size becomes a symbol.
-        functional: Whether to replace operations that write in place, which a loop's body must not.
-
-    Raises:
-        ValueError: What runs depends on values, which a graph cannot follow.
+    The function runs once, on fake tensors; ValueError if what it runs depends on values. ``carries`` says for each
+    input whether its dimension 0 is the batch, 2 at least, whose size becomes a symbol. ``functional`` replaces
+    operations that write in place, which a loop's body must not.
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch._subclasses.fake_tensor import DataDependentOutputException

@@ -114,11 +114,14 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def class_logits(output: Any) -> Tensor:
-    """The logits ``(B, N)`` in a classifier's output; ValueError for another shape."""
+def class_logits(output: Any, samples: int | None = None) -> Tensor:
+    """The logits ``(B, N)`` in a classifier's output, with B ``samples`` if given; ValueError for other tensors."""
     logits = logits_of(output)
-    if logits.dim() != 2:
-        raise ValueError(f"model must return logits of shape (B, N); it returned {tuple(logits.shape)}")
+    if logits.dim() != 2 or not logits.is_floating_point() or samples not in (None, logits.shape[0]):
+        wanted = "(B, N)" if samples is None else f"(B, N) with B = {samples}"
+        raise ValueError(
+            f"model must return logits of shape {wanted}; it returned {tuple(logits.shape)}, {logits.dtype}"
+        )
     return logits
 
 

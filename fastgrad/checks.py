@@ -119,24 +119,16 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; it was on {value.device}")
 
 
-def shape_is(name: str, value: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
+def shape_is(name: str, value: torch.Tensor | NDArray[Any], expected: tuple[int, ...], meaning: str) -> None:
     """Raise ValueError unless ``value`` has exactly the ``expected`` shape; ``meaning`` says where it comes from."""
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {tuple(expected)} ({meaning}); it was {tuple(value.shape)}")
 
 
 def to_array(name: str, value: Any, *, single: bool = False, finite: bool = True) -> Array:
-    """``value`` as a float64 array; tensors of any device and dtype are accepted.
+    """``value``, also a tensor of any device and dtype, as a float64 array; ``single`` leaves float32 what it is.
 
-    Args:
-        name: Of the argument, for the errors.
-        value: Numbers.
-        single: Whether float32 stays what it is, which halves the memory of wide blocks.
-        finite: Whether NaN and infinity are refused.
-
-    Raises:
-        TypeError: It is sparse or not numeric.
-        ValueError: It is complex or ragged, or holds NaN or infinity.
+    TypeError if it is sparse or not numeric; ValueError if it is complex or ragged, or not ``finite``.
     """
     if hasattr(value, "toarray") and not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be dense; it was a sparse {type(value).__name__}: use .toarray()")
@@ -201,11 +193,7 @@ class MissingExtraError(ModuleNotFoundError):
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Imports inside are of packages that ``pip install 'fastgrad[name]'`` brings.
-
-    Raises:
-        MissingExtraError: One of them is not installed.
-    """
+    """Imports inside are of packages that ``pip install 'fastgrad[name]'`` brings; MissingExtraError if one is not."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -221,17 +221,11 @@ def _brier_norms(z: Tensor, log: bool) -> Tensor:
 
 
 class _Loss(NamedTuple):
-    """A loss: three functions of logits ``z`` in the dtype they are computed in.
+    """A loss: three functions of logits ``z`` in the dtype they are computed in, each to ``(..., N)``."""
 
-    Attributes:
-        delta: Of ``z`` and a target: the gradient, ``(..., N)``.
-        diagonal: Of ``z``: the entry k of contrast k's gradient, ``(..., N)``.
-        norms: Of ``z`` and whether to take logarithms: ``||delta||^2`` of every contrast, ``(..., N)``.
-    """
-
-    delta: Callable[[Tensor, str | Tensor], Tensor]
-    diagonal: Callable[[Tensor], Tensor]
-    norms: Callable[[Tensor, bool], Tensor]
+    delta: Callable[[Tensor, str | Tensor], Tensor]  # of z and a target: the gradient
+    diagonal: Callable[[Tensor], Tensor]  # of z: the entry k of contrast k's gradient
+    norms: Callable[[Tensor, bool], Tensor]  # of z and whether to take logarithms: every contrast's ||delta||^2
 
 
 _TABLE = {
@@ -281,11 +275,11 @@ def target_norms(
     logits: Tensor, target: str | Tensor, *, loss: str, reduction: str = "sum", log: bool = False
 ) -> Tensor:
     """``||delta||^2`` for one label a sample: ``(...)``, or its logarithm; ``target`` as in :func:`delta`."""
+    if isinstance(target, str) and target == "predicted":
+        target = logits.detach().argmax(-1)
     if isinstance(target, Tensor) and not target.is_floating_point():
         every = contrast_norms(logits, loss=loss, reduction=reduction, log=log)
         return every.gather(-1, target.long().unsqueeze(-1)).squeeze(-1)
-    if isinstance(target, str) and target == "predicted":
-        return target_norms(logits, logits.detach().argmax(-1), loss=loss, reduction=reduction, log=log)
     z = _upcast(logits)
     if not log:
         result = _TABLE[loss].delta(z, target).square().sum(-1)

@@ -7,8 +7,9 @@ Every function draws on the given axes, or on a new figure, and returns the axes
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Blue for clean data, then colours that differ in grey too (Okabe and Ito 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+#: Of legends.
+_PLAIN: dict[str, Any] = {"frameon": False, "fontsize": 8}
 
 
 def new_axes(width: float = 5.0, height: float = 3.4) -> Axes:
@@ -89,22 +92,15 @@ def score_histograms(
     low, high = np.quantile(together, [0.005, 0.995])
     # Between scores that differ by rounding alone there is no room for bins.
     edges = np.linspace(low, high if high - low > 1e-12 * abs(low) else low + max(1, abs(low)), 41).tolist()
-    for i, (name, array) in enumerate(arrays.items()):
+    for colour, (name, array) in zip(cycle(COLOURS), arrays.items(), strict=False):
         label = name if name == reference else f"{name} ({metrics.auroc(arrays[reference], array):.2f})"
         clipped = np.clip(array, edges[0], edges[-1])
         style = {"histtype": "stepfilled", "alpha": 0.35} if name == reference else {"histtype": "step"}
-        axes.hist(clipped, edges, density=True, color=COLOURS[i % len(COLOURS)], label=label, lw=1.5, **style)
+        axes.hist(clipped, edges, density=True, color=colour, label=label, lw=1.5, **style)
     axes.set(xlabel="uncertainty score", ylabel="density")
+    columns = 1 + (len(scores) > 3)
     # Above the axes: on them it would cover a bar.
-    axes.legend(
-        ncols=1 + (len(scores) > 3),
-        frameon=False,
-        fontsize=8,
-        title="set (AUROC)",
-        title_fontsize=8,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-    )
+    axes.legend(ncols=columns, title="set (AUROC)", title_fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), **_PLAIN)
     return axes
 
 
@@ -126,21 +122,15 @@ def reliability_diagram(
     arrays = _arrays("probabilities", probabilities, "(B, N)", (2,))
     axes = _axes(axes, 3.8, 3.6)
     axes.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--", label="perfect")
-    for i, (name, values) in enumerate(arrays.items()):
-        found = metrics.reliability(values, labels, bins=bins)
-        filled = found.counts > 0
-        colour = COLOURS[i % len(COLOURS)]
-        axes.plot(
-            found.confidence[filled],
-            found.accuracy[filled],
-            color=colour,
-            lw=1.3,
-            label=f"{name} (ECE {found.ece:.3f})",
-        )
-        area = 120 * found.counts[filled] / found.counts.sum()
-        axes.scatter(found.confidence[filled], found.accuracy[filled], s=area + 4, color=colour)
+    for colour, (name, values) in zip(cycle(COLOURS), arrays.items(), strict=False):
+        bars = metrics.reliability(values, labels, bins=bins)
+        filled = bars.counts > 0
+        confidence, accuracy = bars.confidence[filled], bars.accuracy[filled]
+        axes.plot(confidence, accuracy, color=colour, lw=1.3, label=f"{name} (ECE {bars.ece:.3f})")
+        area = 120 * bars.counts[filled] / bars.counts.sum()
+        axes.scatter(confidence, accuracy, s=area + 4, color=colour)
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(loc="upper left", **_PLAIN)
     return axes
 
 
@@ -162,20 +152,16 @@ def layer_norms(sqnorms: Mapping[str, ArrayLike | Tensor], names: Sequence[str],
     positions = np.arange(len(names))
     # Of many names some are written, so that they can be read.
     step = -(-len(names) // 16)
-    for i, (name, matrix) in enumerate(arrays.items()):
-        if matrix.shape[1] != len(names):
-            raise ValueError(
-                f"sqnorms[{name!r}] must have shape (B, {len(names)}), column per name; it was {matrix.shape}"
-            )
+    for colour, (name, matrix) in zip(cycle(COLOURS), arrays.items(), strict=False):
+        shape_is(f"sqnorms[{name!r}]", matrix, (len(matrix), len(names)), "a column per name")
         low, middle, high = np.quantile(matrix, [0.1, 0.5, 0.9], axis=0)
-        colour = COLOURS[i % len(COLOURS)]
         axes.plot(positions, middle, color=colour, lw=1.4, marker="o", ms=3, label=name)
         axes.fill_between(positions, low, high, color=colour, alpha=0.15, lw=0)
     axes.set_yscale("log")
     axes.set(ylabel="squared norm of the gradient", title="squared norms by parameter")
     axes.set_xticks(positions[::step], names[::step], rotation=90, fontsize=9)
     axes.margins(x=0.01)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_PLAIN)
     return axes
 
 
@@ -225,12 +211,9 @@ def manifold(
         raise ValueError(f"score must give one number a point, shape ({len(grid)},); it gave {values.shape}")
     values = values.reshape(resolution, resolution)
     image = axes.pcolormesh(xs.numpy(), ys.numpy(), values, cmap="viridis", shading="nearest", rasterized=True)
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.colorbar(image, ax=axes, label="uncertainty")
-    for i, label in enumerate(torch.unique(labels).tolist()):
+    axes.figure.colorbar(image, ax=axes, label="uncertainty")
+    for colour, label in zip(cycle(("white", "#E69F00", "#CC79A7", "#56B4E9")), torch.unique(labels), strict=False):
         inside = to_array("points", points[labels == label])
-        colour = ("white", "#E69F00", "#CC79A7", "#56B4E9")[i % 4]
         axes.scatter(inside[:, 0], inside[:, 1], s=7, color=colour, edgecolors="black", linewidths=0.3)
     axes.set(title=title, xticks=[], yticks=[])
     return axes
@@ -249,7 +232,7 @@ def contrast_sparsity(gradients: Mapping[str, ArrayLike | Tensor], *, axes: Axes
     """
     arrays = _arrays("gradients", gradients, "(..., E)", range(1, 65))
     axes = _axes(axes, 4.4, 3.4)
-    for i, (name, rows) in enumerate(arrays.items()):
+    for colour, (name, rows) in zip(cycle(COLOURS), arrays.items(), strict=False):
         energy = np.sort(rows.reshape(-1, rows.shape[-1]) ** 2, axis=1)[:, ::-1]
         energy = energy[energy.sum(1) > 0]
         if not len(energy):
@@ -258,8 +241,8 @@ def contrast_sparsity(gradients: Mapping[str, ArrayLike | Tensor], *, axes: Axes
         curve = np.concatenate([[0.0], shares.mean(0)])
         entries = np.linspace(0, 1, len(curve))
         gini = 2 * float(((curve[1:] + curve[:-1]) / 2).mean()) - 1
-        axes.plot(entries, curve, color=COLOURS[i % len(COLOURS)], lw=1.5, label=f"{name} (Gini {gini:.2f})")
+        axes.plot(entries, curve, color=colour, lw=1.5, label=f"{name} (Gini {gini:.2f})")
     axes.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--")
     axes.set(xlabel="share of the entries, largest first", ylabel="share of the squared norm", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(loc="lower right", **_PLAIN)
     return axes

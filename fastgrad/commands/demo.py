@@ -64,24 +64,12 @@ def photographs(count: int) -> Tensor:
 
 def digit_network() -> nn.Sequential:
     """Three convolutions with batch norm and a linear last layer: ``(B, 1, 24, 24)`` to logits ``(B, 10)``."""
-
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [
-            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(2),
-        ]
-
-    return nn.Sequential(
-        *block(1, 32),
-        *block(32, 64),
-        *block(64, 128),
-        nn.Flatten(),
-        nn.Linear(128 * (SIDE // 8) ** 2, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((1, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
+        layers += [nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    width = 128 * (SIDE // 8) ** 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def train(network: nn.Module, data: LabelledImages, *, epochs: int, generator: torch.Generator) -> None:
@@ -114,15 +102,9 @@ SIGNALS = (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predic
 
 
 def methods(network: nn.Sequential, clean: LabelledImages, seed: int) -> tuple[dict[str, Method], Report]:
-    """Fit each method on clean images that the network was not trained on.
+    """Fit each method on clean images that the network, which ends in ``nn.Linear``, was not trained on.
 
-    Args:
-        network: ends in ``nn.Linear``.
-        clean: images ``(n, 1, 24, 24)`` with their labels, which only the probabilities need.
-        seed: of the detectors' splits.
-
-    Returns:
-        Name to a function from images to scores ``(n,)``, and what the default is made of.
+    Gives by name a function from images to scores ``(n,)``, and what the default is made of.
     """
     two_stage = fastgrad.TwoStageModel(network, budget=BUDGET, seed=seed)
     pairs = list(zip(clean.images.split(250), clean.labels.split(250), strict=True))
@@ -157,14 +139,12 @@ def methods(network: nn.Sequential, clean: LabelledImages, seed: int) -> tuple[d
     return found, two_stage.report()
 
 
-def challenging(
-    network: nn.Module, digits: Tensor, photographs: Tensor, generator: torch.Generator
-) -> dict[str, Tensor]:
+def challenging(network: nn.Module, digits: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """Four sets that the network should not be trusted on, ``(n, 1, 24, 24)`` in [0, 1]."""
     pixels = PixelRange.of(digits, clip=(0.0, 1.0))
     noise = 0.25 * torch.randn(digits.shape, generator=generator, device="cpu")
     return {
-        "photographs": photographs,
+        "photographs": photographs(len(digits)),
         "uniform noise": torch.rand(digits.shape, generator=generator, device="cpu"),
         "noisy digits": (digits + noise).clamp(0, 1),
         "FGSM attack (0.1)": fgsm(network, digits, 0.1, generator, pixels=pixels),
@@ -172,14 +152,7 @@ def challenging(
 
 
 def draw(path: Path, scores: dict[str, NDArray[np.float64]], images: dict[str, Tensor], threshold: float) -> None:
-    """Write the figure.
-
-    Args:
-        path: of the PNG.
-        scores: of the clean digits, and of the four challenging sets after them.
-        images: of the same sets, ``(n, 1, 24, 24)``.
-        threshold: the score above which 5 % of clean images lie.
-    """
+    """Write a PNG of the scores of the clean digits and of the four challenging sets after them, with some images."""
     from matplotlib.figure import Figure
 
     # Two columns, so that a phone shows readable text.
@@ -197,8 +170,7 @@ def draw(path: Path, scores: dict[str, NDArray[np.float64]], images: dict[str, T
         grid[0, column].set_title(name.replace(" ", "\n", 1), fontsize=11)
         for axis, image, score in zip(grid[:, column], images[name], values, strict=False):
             axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.set_xticks([])
-            axis.set_yticks([])
+            axis.set(xticks=[], yticks=[])
             colour = COLOURS[1] if score > threshold else "black"
             axis.set_xlabel(f"{score:.1f}", fontsize=12, color=colour)
     figure.savefig(path, dpi=110)
@@ -236,18 +208,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     clean = data.part(_TRAINED, _TRAINED + _FITTED)
     scorers, report = methods(network, clean, arguments.seed)
-    photos = photographs(len(test.images))
-    challenges = challenging(network, test.images, photos, generator)
+    challenges = challenging(network, test.images, generator)
     shown = {"clean digits": test.images, **challenges}
-    table: dict[str, dict[str, float]] = {}
-    for name, score in scorers.items():
-        scores = {challenge: score(images) for challenge, images in shown.items()}
-        usual = scores["clean digits"]
-        table[name] = {challenge: auroc(usual, scores[challenge]) for challenge in challenges}
-    # The loop ends with the default, whose scores the figure shows.
-    assert name == DEFAULT
+    scores = {name: {which: score(images) for which, images in shown.items()} for name, score in scorers.items()}
+    table = {name: {c: auroc(found["clean digits"], found[c]) for c in challenges} for name, found in scores.items()}
     threshold = -np.log(0.05)
-    draw(out / "demo.png", scores, shown, threshold)
+    draw(out / "demo.png", scores[DEFAULT], shown, threshold)
 
     gains = {c: table[WHOLE_NETWORK][c] - table[LAST_LAYER][c] for c in challenges}
     record = {
@@ -257,7 +223,7 @@ def run(arguments: argparse.Namespace) -> int:
         "test_accuracy": accuracy,
         "auroc": table,
         "whole_network_adds": gains,
-        "clean_flagged_at_5_percent": float((usual > threshold).mean()),
+        "clean_flagged_at_5_percent": float((scores[DEFAULT]["clean digits"] > threshold).mean()),
         "training_s": trained - start,
         "blocks": str(report),
         "total_s": time.perf_counter() - start,
@@ -271,33 +237,26 @@ def run(arguments: argparse.Namespace) -> int:
 
 def markdown(record: dict[str, Any]) -> str:
     """The report as Markdown, from the demo's own record."""
-    table, gains = record["auroc"], record["whole_network_adds"]
-    challenges = list(gains)
-    lines = [
-        f"Network: {record['test_accuracy']:.1%} of the test digits right, trained in {record['training_s']:.1f} s.",
-        "Detection AUROC (1 is perfect, 0.5 is chance), one seed. All methods were fitted on clean digits; fastgrad "
-        "generates challenges from them, including noise and FGSM:",
-        "",
-        "| method | " + " | ".join(challenges) + " | mean |",
-        "|---|" + "---|" * (len(challenges) + 1),
-    ]
-    for name, row in table.items():
-        cells = [f"{row[c]:.3f}" for c in challenges]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {np.mean(list(row.values())):.3f} |")
-    lines += [
-        "",
-        "AUROC gain of the whole network's gradients over its last layer's: "
-        + ", ".join(f"{c} {gain:+.3f}" for c, gain in gains.items())
-        + ".",
-        f"At a false-alarm rate of 5 % fastgrad flags "
-        f"{record['clean_flagged_at_5_percent']:.1%} of the clean test digits.",
-        "",
-        "Features and their cost in forward passes:",
-        "",
-        "```",
-        str(record["blocks"]),
-        "```",
-        f"{record['total_s']:.0f} s in all on {record['machine']}.",
-        "",
-    ]
-    return "\n".join(lines)
+    gains = record["whole_network_adds"]
+    table = [f"| method | {' | '.join(gains)} | mean |", "|---|" + "---|" * (len(gains) + 1)]
+    for name, row in record["auroc"].items():
+        values = [*row.values(), np.mean(list(row.values()))]
+        table.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    rows, adds = "\n".join(table), ", ".join(f"{c} {gain:+.3f}" for c, gain in gains.items())
+    return f"""\
+Network: {record["test_accuracy"]:.1%} of the test digits right, trained in {record["training_s"]:.1f} s.
+Detection AUROC (1 is perfect, 0.5 is chance), one seed. All methods were fitted on clean digits; fastgrad generates \
+challenges from them, including noise and FGSM:
+
+{rows}
+
+AUROC gain of the whole network's gradients over its last layer's: {adds}.
+At a false-alarm rate of 5 % fastgrad flags {record["clean_flagged_at_5_percent"]:.1%} of the clean test digits.
+
+Features and their cost in forward passes:
+
+```
+{record["blocks"]}
+```
+{record["total_s"]:.0f} s in all on {record["machine"]}.
+"""

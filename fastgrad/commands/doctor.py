@@ -56,15 +56,12 @@ def examine() -> dict[str, Any]:
 def _implementations(device: torch.device) -> dict[str, dict[str, str]]:
     dtypes = {}
     for dtype in FLOAT_DTYPES:
-        refusal = triton_refusal(device, dtype)
         runs = choose("auto", torch.empty(0, device=device, dtype=dtype))
+        reason = "the interpreter is for tests; impl='triton' uses it"
         if runs == "triton":
             reason = "the kernels serve this device and dtype"
-        elif refusal is None:
-            reason = "the interpreter is for tests; impl='triton' uses it"
-        else:
-            reason = refusal
-        dtypes[str(dtype).removeprefix("torch.")] = {"auto": runs, "why": reason}
+        why = triton_refusal(device, dtype) or reason
+        dtypes[str(dtype).removeprefix("torch.")] = {"auto": runs, "why": why}
     return dtypes
 
 

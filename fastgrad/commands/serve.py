@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import math
 import os
 import sys
@@ -63,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from fastgrad.deploy.serve.app import create_app
     from fastgrad.deploy.serve.bodies import Limits
     from fastgrad.deploy.serve.child import ignore_signals
+    from fastgrad.deploy.serve.guard import address_of
     from fastgrad.deploy.serve.server import Server
     from fastgrad.deploy.serve.traces import otlp_provider
 
@@ -87,11 +87,10 @@ def run(args: argparse.Namespace) -> int:
         drift_false_alarm_rate=args.drift_false_alarm_rate, pins=args.pins, reload_every=args.reload_seconds,
         tracer_provider=otlp_provider() if args.traces else None,
     )  # fmt: skip
-    if key is None and not _is_loopback(args.host):
-        print(
-            f"fastgrad serve: listening on {args.host} without an API key; anyone who reaches it can use it",
-            file=sys.stderr,
-        )
+    address = address_of(args.host)
+    if key is None and not (args.host == "localhost" if address is None else address.is_loopback):
+        warning = f"listening on {args.host} without an API key; anyone who reaches it can use it"
+        print(f"fastgrad serve: {warning}", file=sys.stderr)
     server = Server(app, host=args.host, port=args.port, limits=limits)
     # When all is finished uvicorn raises the signal once more, with the handler found here.
     ignore_signals("SIGTERM", "SIGBREAK")
@@ -117,10 +116,3 @@ def _paths(model: str | None, named: list[str]) -> str | dict[str, str]:
             raise ValueError(f"--model must be NAME=PATH, each name once; it was {pair!r}")
         paths[name] = path
     return paths
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

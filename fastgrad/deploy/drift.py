@@ -34,9 +34,9 @@ from fastgrad import checks
 
 FloatArray = NDArray[np.float64]
 
-# Beta(a, b) shapes. a < 1 grows on small p-values (scores too high), b < 1 on large ones (too low), both
-# below 1 on both tails, both above 1 on a pile-up in the middle. Small exponents find extreme shifts in a
-# few images, exponents near 1 find slight shifts over many.
+# Beta(a, b) shapes. a < 1 grows on small p-values (scores too high), b < 1 on large ones (too low), both on both tails,
+# both above 1 on a pile-up in the middle. Small exponents find extreme shifts in a few images, those near 1 slight ones
+# over many.
 _BETS = np.array(
     [(k, 1.0) for k in (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)]
     + [(1.0, k) for k in (0.3, 0.5, 0.7, 0.9)]
@@ -220,10 +220,10 @@ class DriftMonitor:
         factors = np.exp(_LOG_NORMALIZER + (_BETS[:, 0] - 1) * log_p + (_BETS[:, 1] - 1) * log_1p)
 
         self.count += 1
-        # Ever: shares 1/(t (t + 1)) sum to 1, what has not started yet, 1/(t + 1), lies idle. Average: 1 at
-        # each step.
-        share = 1.0 if self.form == "average" else 1.0 / (self.count * (self.count + 1))
-        idle = 0.0 if self.form == "average" else 1.0 / (self.count + 1)
+        # Ever: shares 1/(t (t + 1)) sum to 1, what has not started yet, 1/(t + 1), lies idle. Average: 1 at each step.
+        share, idle = 1.0, 0.0
+        if self.form == "ever":
+            share, idle = 1.0 / (self.count * (self.count + 1)), 1.0 / (self.count + 1)
         self._capital = np.minimum((self._capital + share * _PRIOR) * factors, _LARGEST)
         self.evidence = float(self._capital.sum()) + idle
         self._peak = max(self._peak, self.evidence)

@@ -61,34 +61,32 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                 "model must not be DistributedDataParallel with static_graph=True: it averages in the first backward "
                 "pass alone, before gradients are clipped"
             )
-        limits = dict(max_norm) if isinstance(max_norm, Mapping) else {"": max_norm}
-        for name, limit in limits.items():
-            subject = f"max_norm[{name!r}]" if isinstance(max_norm, Mapping) else "max_norm"
+        self._joint = not isinstance(max_norm, Mapping)
+        self._limits = dict(max_norm) if isinstance(max_norm, Mapping) else {"": max_norm}
+        for name, limit in self._limits.items():
+            subject = "max_norm" if self._joint else f"max_norm[{name!r}]"
             if not isinstance(name, str):
                 raise TypeError(f"max_norm must name parameters or modules; one name was {name!r}")
             if isinstance(limit, bool) or not isinstance(limit, (int, float)):
                 raise TypeError(f"{subject} must be a positive number; it was {limit!r}")
             if not 0 < limit < math.inf:
                 raise ValueError(f"{subject} must be positive and finite; it was {limit}")
-        self._joint, self._limits = not isinstance(max_norm, Mapping), limits
-        _groups(self.model, limits)
+        _groups(self.model, self._limits)
         self._outputs: list[Tensor] = []
         self._count = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """See `record`."""
         return type(self), (self.model, self._limits[""] if self._joint else self._limits)
 
     def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """As `record`; also keep the outputs, from which the losses are computed."""
         # Calls of modules that a closure makes on the way, as in the blocks of minGPT, are part of this one.
-        after = self._count
+        before = self._count
         try:
             output = super()._call(module, args, kwargs)
-            after += 1
         finally:
-            self._count = after
-        self._outputs = floating(output)
+            self._count = before
+        self._outputs, self._count = floating(output), before + 1
         return output
 
     def _forget(self) -> None:
@@ -96,8 +94,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
         self.calls.clear()
         self._outputs, self._count = [], 0
 
-    def __exit__(self, *error: Any) -> None:
-        """See `record`."""
+    def __exit__(self, *error: object) -> None:
         self._forget()
         super().__exit__(*error)
 
@@ -121,12 +118,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                 (``Tensor.register_hook``), which changes gradients after they are clipped.
             RuntimeError: If the model was not called exactly once since the last `backward`, or without gradients.
         """
-        return outside_of_compilation(self._step)(losses)
-
-    def _step(self, losses: Tensor) -> Tensor:
-        """`backward`; the call is over, also where it failed."""
         try:
-            norms = self._backward(losses)
+            norms = outside_of_compilation(self._backward)(losses)
         except (TypeError, ValueError):
             # Refused: other losses of the same call may do.
             raise
@@ -144,9 +137,8 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                 f"it had been called {self._count} times"
             )
         call = self.calls[-1]
-        samples = call.samples
-        checks.shape_is("losses", losses, (samples,), 'one loss a sample, as with reduction="none"')
-        if samples:
+        checks.shape_is("losses", losses, (call.samples,), 'one loss a sample, as with reduction="none"')
+        if call.samples:
             _require_separate(self.model, losses, self._outputs, call.outputs)
         run = call.run()
         if run is not None and run.plan is not None and not run.plan.linear:
@@ -156,7 +148,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
             )
         # Parameters may have been frozen, released or replaced since the last step.
         groups = _groups(self.model, self._limits)
-        parameters = [p for group, _ in groups for p in group]
+        parameters = [p for group in groups for p in group]
         for name, p in self.model.named_parameters():
             if p.requires_grad and p._backward_hooks:
                 raise ValueError(
@@ -164,19 +156,16 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
                     "change a gradient after it is clipped. Remove it, or change .grad after backward"
                 )
         sqnorms = recorded_sqnorms(self, [losses], parameters, [torch.ones_like(losses)], False, True)
-        found, columns = iter(sqnorms), []
-        for group, _ in groups:
-            own = [next(found).to(losses.device) for _ in group]
-            columns.append(torch.stack(own).sum(0).sqrt())
-        for (group, limit), norms in zip(groups, columns, strict=True):
+        sqnorm_of = dict(zip(parameters, sqnorms, strict=True))
+        columns = [torch.stack([sqnorm_of[p].to(losses.device) for p in group]).sum(0).sqrt() for group in groups]
+        for group, limit, norms in zip(groups, self._limits.values(), columns, strict=True):
             factors = (limit / norms).clamp(max=1).to(losses.dtype)
-            keep = norms is not columns[-1]
-            torch.autograd.backward([losses], [factors], retain_graph=keep, inputs=group)
+            torch.autograd.backward([losses], [factors], retain_graph=norms is not columns[-1], inputs=group)
         return columns[0] if self._joint else torch.stack(columns, 1)
 
 
-def _groups(model: nn.Module, limits: Mapping[str, float]) -> list[tuple[list[nn.Parameter], float]]:
-    """The trainable parameters under each name, with its limit."""
+def _groups(model: nn.Module, limits: Mapping[str, float]) -> list[list[nn.Parameter]]:
+    """The trainable parameters under each name, in the order of ``limits``."""
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in limits}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -187,12 +176,10 @@ def _groups(model: nn.Module, limits: Mapping[str, float]) -> list[tuple[list[nn
         groups[max(prefixes, key=len)].append(p)
     for name, group in groups.items():
         if not group:
-            raise ValueError(
-                f"max_norm must name parameters or modules that are trained; {name!r} had none of its own"
-                if name
-                else "model must have parameters that require gradients; it had none"
-            )
-    return [(groups[name], limit) for name, limit in limits.items()]
+            if not name:
+                raise ValueError("model must have parameters that require gradients; it had none")
+            raise ValueError(f"max_norm must name parameters or modules that are trained; {name!r} had none of its own")
+    return list(groups.values())
 
 
 def _require_separate(
@@ -213,11 +200,11 @@ def _require_separate(
         elif edge[0] not in seen and edge[0] is not None:
             seen.add(edge[0])
             waiting += edge[0].next_functions
-            variable = getattr(edge[0], "variable", None)
-            if id(variable) in names:
+            name = names.get(id(getattr(edge[0], "variable", None)))
+            if name is not None:
                 raise ValueError(
-                    f"losses must depend on parameters through the model's output alone; they reach "
-                    f"{names[id(variable)]!r} in another way, so no gradient per sample is known there"
+                    f"losses must depend on parameters through the model's output alone; they reach {name!r} in "
+                    "another way, so no gradient per sample is known there"
                 )
     if not reached:
         raise ValueError("losses must be computed from the output of the model's latest call; they were not")
@@ -226,16 +213,17 @@ def _require_separate(
     exponents = torch.randint(1, 4, (samples,), generator=torch.Generator().manual_seed(0), device="cpu")
     exponents[:1] = 0
     factors = (2.0**exponents).to(losses)
-    ordered = [(outputs[i], layouts[i]) for i in sorted(reached)]
+    order = sorted(reached)
     plain, scaled = (
-        torch.autograd.grad([losses], [out for out, _ in ordered], [weights], retain_graph=True)
+        torch.autograd.grad([losses], [outputs[i] for i in order], [weights], retain_graph=True)
         for weights in (torch.ones_like(factors), factors)
     )
-    for (out, layout), g, h in zip(ordered, plain, scaled, strict=True):
+    for i, g, h in zip(order, plain, scaled, strict=True):
+        layout = layouts[i]
         if layout is None or layout.kind == "single":
             raise ValueError(
                 "losses must be computed from outputs that carry the batch in one dimension; they depend on one of "
-                f"shape {tuple(out.shape)}, in which it was not found"
+                f"shape {tuple(g.shape)}, in which it was not found"
             )
         own, other = (layout.batch_first(x, samples).reshape(samples, -1) for x in (g, h))
         expected = own * factors.to(own).unsqueeze(1)

@@ -90,8 +90,7 @@ def target_sqnorm(
         ``(...)``, float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: A tensor is missing or has the wrong kind of dtype.
-        ValueError: A label is out of range, or as in :func:`contrast_sqnorm`.
+        TypeError, ValueError: As in :func:`contrast_sqnorm`, or a label is out of range.
     """
     leading = _head_pair(features, logits, loss, reduction, impl, bias=bias, log=log)
     check_target(target, logits)
@@ -128,8 +127,7 @@ def linear_contrast_sqnorm(
         float32 (float64 for float64).
 
     Raises:
-        TypeError: A tensor is missing, not floating, or of another dtype than the features.
-        ValueError: As in :func:`contrast_sqnorm`.
+        TypeError, ValueError: As in :func:`contrast_sqnorm`, or a tensor has another dtype than the features.
     """
     _linear(features, weight, bias, loss, reduction, impl, log=log)
     logits, norms = last_layer.linear_contrast_sqnorm(
@@ -151,13 +149,10 @@ def linear_contrast_stats(
     """Statistics over all contrasts without ever storing ``(..., N)``: for vocabularies of 128k and more.
 
     The Triton kernel needs memory in proportion to B. The eager form holds 4 million logits at a time, or one row;
-    compiled, all of them. The arguments are those of :func:`linear_contrast_sqnorm`.
+    compiled, all of them. Arguments and errors are those of :func:`linear_contrast_sqnorm`.
 
     Returns:
         :class:`ContrastStats` of tensors ``(...)``, float32 (float64 for float64).
-
-    Raises:
-        TypeError, ValueError: As in :func:`linear_contrast_sqnorm`.
     """
     _linear(features, weight, bias, loss, reduction, impl)
     stats = last_layer.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction == "mean", impl)
@@ -168,23 +163,13 @@ def contrast_rows(features: Tensor, logits: Tensor, *, loss: str = "mse", rows: 
     """Introspective features: for every contrast k the row k of its weight gradient, ``delta^(k)_k h``.
 
     For ``bce`` and ``mse`` these rows are exactly the rows of the one gradient under the all-ones label; for
-    ``cross_entropy`` and ``brier`` they are not. The rows left out are not small in general: ``rows="full"`` gives
-    the whole gradient of every contrast.
-
-    The source is Prabhushankar and AlRegib, "Introspective Learning", 2022.
-
-    Args:
-        features: ``(..., D)``.
-        logits: ``(..., N)``.
-        loss: As in :func:`contrast_sqnorm`.
-        rows: ``"diagonal"`` or ``"full"``.
+    ``cross_entropy`` and ``brier`` they are not. The rows left out are not small in general: ``rows="full"``, not
+    ``"diagonal"``, gives the whole gradient of every contrast. The other arguments and the errors are those of
+    :func:`contrast_sqnorm`. The source is Prabhushankar and AlRegib, "Introspective Learning", 2022.
 
     Returns:
         ``(..., N, D)``, or ``(..., N, N, D)`` for ``"full"`` with ``[..., k, j, :]`` the row j of contrast k; float32
         (float64 for float64 logits).
-
-    Raises:
-        TypeError, ValueError: As in :func:`contrast_sqnorm`, or ``rows`` is unknown.
     """
     checks.one_of("rows", rows, ("diagonal", "full"))
     _head_pair(features, logits, loss)
@@ -200,14 +185,8 @@ def contrast_rows_linear(
     """A linear layer over the flattened :func:`contrast_rows`, which are stored only where they are small.
 
     Equal to ``linear(contrast_rows(features, logits).flatten(-2), weight, bias)``. In place of many rows the features
-    are multiplied with the weight, some units at a time, in the backward pass too.
-
-    Args:
-        features: ``(..., D)``.
-        logits: ``(..., N)``.
-        weight: ``(U, N * D)``, on the same device.
-        bias: ``(U,)`` or None.
-        loss: As in :func:`contrast_sqnorm`.
+    are multiplied with the weight, some units at a time, in the backward pass too. The weight is ``(U, N * D)`` and the
+    bias ``(U,)`` or None, on the device of the features. The other arguments are those of :func:`contrast_sqnorm`.
 
     Returns:
         ``(..., U)``, float32 (float64 for float64 features).
@@ -218,9 +197,7 @@ def contrast_rows_linear(
     leading = _head_pair(features, logits, loss)
     checks.is_float("weight", weight)
     checks.same_device("weight", weight, "features", features)
-    width = features.shape[-1] * logits.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(f"weight must have shape (U, N * D) with N * D = {width}; it was {tuple(weight.shape)}")
+    checks.shape_is("weight", weight, (*weight.shape[:1], features.shape[-1] * logits.shape[-1]), "U rows of N * D")
     _bias(bias, weight)
     diagonal = losses.contrast_diagonal(_matrix(logits), loss=loss)
     with full_precision(features.device):
@@ -242,15 +219,13 @@ def check_target(target: str | Tensor, logits: Tensor) -> None:
     if target.dtype == torch.bool or target.dtype.is_complex:
         raise TypeError(f"target must hold class indices (integers) or soft targets (floats); it was {target.dtype}")
     checks.shape_is("target", target, tuple(logits.shape[:-1]), "class indices, the leading shape of logits")
-    if target.numel() == 0:
-        return
     classes, target = logits.shape[-1], unwrapped(target)
     if target.device.type != "cpu" or is_traced() or type(target) is not torch.Tensor:
         # Reading the labels here would synchronise with the device or break the graph; this check runs with them.
         inside = ((target >= 0) & (target < classes)).all()
         check_later(inside, f"target must hold class indices from 0 to {classes - 1}")
-        return
-    require_classes(target, classes)
+    else:
+        require_classes(target, classes)
 
 
 class NoClassError(ValueError):
@@ -259,8 +234,8 @@ class NoClassError(ValueError):
 
 def require_classes(target: Tensor, classes: int) -> None:
     """Raise NoClassError unless all indices are of classes. Waits for the device."""
-    # PyTorch finds no extremes of wider unsigned integers.
-    low, high = (int(edge) for edge in target.long().aminmax())
+    # PyTorch finds no extremes of wider unsigned integers, nor of none.
+    low, high = map(int, target.long().aminmax()) if target.numel() else (0, 0)
     if low < 0 or high >= classes:
         worst = low if low < 0 else high
         raise NoClassError(f"target must hold class indices from 0 to {classes - 1}; it held {worst}")
@@ -290,10 +265,10 @@ def _head_pair(
     checks.is_float("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape (..., N) with N >= 1; it was {tuple(logits.shape)}")
-    if features.shape[:-1] != logits.shape[:-1]:
+    leading = tuple(logits.shape[:-1])
+    if features.shape[:-1] != leading:
         raise ValueError(
-            f"features must have the leading shape of logits, {tuple(logits.shape[:-1])}; "
-            f"it was {tuple(features.shape[:-1])} (features {tuple(features.shape)}, logits {tuple(logits.shape)})"
+            f"features must have the leading shape of logits, {leading}; it was {tuple(features.shape[:-1])}"
         )
     checks.same_device("features", features, "logits", logits)
     checks.holds_values("logits", logits)
@@ -302,7 +277,7 @@ def _head_pair(
             f"features and logits must both be float64 or neither; they were {features.dtype} and {logits.dtype}"
         )
     choose(impl, logits)
-    return tuple(logits.shape[:-1])
+    return leading
 
 
 def _linear(
@@ -310,27 +285,19 @@ def _linear(
 ) -> None:
     _features_and_options(features, loss, reduction, flags)
     checks.is_float("weight", weight)
-    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != features.shape[-1]:
-        raise ValueError(
-            f"weight must have shape (N, D) with N >= 1 and D = {features.shape[-1]}, the features' last size; "
-            f"it was {tuple(weight.shape)}"
-        )
-    _same_dtype("weight", weight, features)
+    size = features.shape[-1]
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != size:
+        raise ValueError(f"weight must have shape (N, D) with N >= 1 and D = {size}; it was {tuple(weight.shape)}")
     checks.same_device("weight", weight, "features", features)
     _bias(bias, weight)
-    if bias is not None:
-        _same_dtype("bias", bias, features)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != features.dtype:
+            raise TypeError(f"{name} must have the dtype of features, {features.dtype}; it was {tensor.dtype}")
     choose(impl, features)
 
 
 def _bias(bias: Tensor | None, weight: Tensor) -> None:
-    if bias is None:
-        return
-    checks.is_float("bias", bias)
-    checks.shape_is("bias", bias, (weight.shape[0],), "one entry for each row of weight")
-    checks.same_device("bias", bias, "weight", weight)
-
-
-def _same_dtype(name: str, tensor: Tensor, features: Tensor) -> None:
-    if tensor.dtype != features.dtype:
-        raise TypeError(f"{name} must have the dtype of features, {features.dtype}; it was {tensor.dtype}")
+    if bias is not None:
+        checks.is_float("bias", bias)
+        checks.shape_is("bias", bias, (weight.shape[0],), "one entry for each row of weight")
+        checks.same_device("bias", bias, "weight", weight)

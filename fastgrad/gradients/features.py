@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastgrad import checks, losses
 from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
-from fastgrad.batches import batch_size, input_tensors, logits_of, one_for_none, take
+from fastgrad.batches import batch_size, class_logits, input_tensors, logits_of, one_for_none, take
 from fastgrad.checks import is_bool, one_of
 from fastgrad.engine.backward import signal_sqnorms
 from fastgrad.engine.compile import CompiledPasses
@@ -24,6 +24,7 @@ from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import Run
 from fastgrad.engine.tracing import is_symbolic, trace
 from fastgrad.gradients.contrasts import check_target, require_classes
+from fastgrad.gradients.recorder import refuse_untracked
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.
@@ -84,39 +85,28 @@ class GradientFeatures:
         impl: str = "auto",
         compile: bool = False,  # noqa: A002  (as the modules of PyTorch call it)
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
-        if isinstance(model, torch.jit.ScriptModule):
-            raise TypeError("model must be an ordinary torch.nn.Module; it was a torch.jit.ScriptModule")
+        checks.is_a(nn.Module, model=model)
+        refuse_parts(model)
         self.model: nn.Module = original(model)
         one_of("loss", loss, losses.LOSSES)
-        one_of("reduction", reduction, ("sum", "mean"))
+        one_of("reduction", reduction, losses.REDUCTIONS)
         one_of("impl", impl, IMPLEMENTATIONS)
         is_bool("log", log)
         is_bool("compile", compile)
-        self.contrast = signals is None and isinstance(target, str) and target == "contrast"
-        self.joint = signals is not None
         for name, given in (("signals", signals), ("layers", layers)):
             if given is not None and not isinstance(given, Iterable):
                 raise TypeError(f"{name} must be a sequence, or None; it was {given!r}")
-        pairs = [(loss, target)] if signals is None else list(signals)
-        if not pairs:
-            raise ValueError("signals must name at least one (loss, target) pair; it was empty")
+        self.joint = signals is not None
         self.signals: list[tuple[str, Target]] = []
-        for pair in pairs:
+        for pair in [(loss, target)] if signals is None else signals:
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
                 raise ValueError(f"signals must be (loss, target) pairs; one was {pair!r}")
             one_of("loss", pair[0], losses.LOSSES)
-            if isinstance(pair[1], str) and not self.contrast:
-                one_of("target", pair[1], losses.TARGETS if self.joint else (*losses.TARGETS, "contrast"))
-            elif isinstance(pair[1], bool) or not (isinstance(pair[1], (str, int, Tensor)) or callable(pair[1])):
-                raise TypeError(f"target must be a name, an index, a tensor or a function; it was {pair[1]!r}")
-            elif isinstance(pair[1], Tensor) and pair[1].dim() > pair[1].is_floating_point():
-                raise ValueError(
-                    "target must be one for all samples, a class index or (N,); give those of a batch to the call, "
-                    f"extractor(x, target=y); it had shape {tuple(pair[1].shape)}"
-                )
+            _check_target(pair[1], losses.TARGETS if self.joint else (*losses.TARGETS, "contrast"))
             self.signals.append((pair[0], pair[1]))
+        if not self.signals:
+            raise ValueError("signals must name at least one (loss, target) pair; it was empty")
+        self.contrast = not self.joint and isinstance(target, str) and target == "contrast"
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a positive integer or None; it was {value!r}")
@@ -124,7 +114,6 @@ class GradientFeatures:
         self.chunk_size, self.memory_budget = chunk_size, memory_budget
         self.layers = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
         self._names()
-        refuse_parts(self.model)
         refuse_mixing(self.model, training=False)
         self._setup(compiled=compile)
 
@@ -204,10 +193,7 @@ class GradientFeatures:
             raise ValueError("target of a call must be left out where signals or contrasts name theirs; it was given")
         checks.is_tensor("target", target)
         if target.dim() == 0 or target.shape[0] != samples:
-            raise ValueError(
-                f"target must have shape ({samples},) or ({samples}, N), one for each sample; it was "
-                f"{tuple(target.shape)}"
-            )
+            raise ValueError(f"target must have shape ({samples},) or ({samples}, N); it was {tuple(target.shape)}")
         return detach_plain(target)
 
     def report(self) -> list[Route]:
@@ -263,15 +249,9 @@ class GradientFeatures:
         samples = batch_size(args, kwargs)
         run = Run(samples, self.impl)
         with torch.enable_grad():
-            logits = logits_of(self._network.forward(plan, run, args, kwargs))
+            logits = class_logits(self._network.forward(plan, run, args, kwargs), samples)
             assert run.plan is not None
-            if run.plan.untracked:
-                raise ValueError(
-                    f"model must reach {run.plan.untracked[0]!r} through an attribute of one of its modules; it used "
-                    "it from elsewhere (a closure, a global name, a tensor that an earlier call kept), where no copy "
-                    "can stand in for it"
-                )
-            _check_logits(logits, samples)
+            refuse_untracked(run.plan.untracked)
             z = logits.detach()
             features = signal_sqnorms(run, logits, self._deltas(z, target), plan.names, log=self.log)
         return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
@@ -314,6 +294,19 @@ class GradientFeatures:
         return logits, logits.new_zeros((0, *middle, len(self._names())), dtype=dtype)
 
 
+def _check_target(target: object, names: Sequence[str]) -> None:
+    """Raise unless ``target`` is one of ``names``, or can be one target for all samples."""
+    if isinstance(target, str):
+        one_of("target", target, names)
+    elif isinstance(target, bool) or not (isinstance(target, (int, Tensor)) or callable(target)):
+        raise TypeError(f"target must be a name, an index, a tensor or a function; it was {target!r}")
+    elif isinstance(target, Tensor) and target.dim() > target.is_floating_point():
+        raise ValueError(
+            "target must be one for all samples, a class index or (N,); give those of a batch to the call, "
+            f"extractor(x, target=y); it had shape {tuple(target.shape)}"
+        )
+
+
 def _checked(target: Target, logits: Tensor) -> str | Tensor:
     """A target for each row of ``logits``; refused before any kernel reads what it has no class for."""
     value = target(logits) if callable(target) else target
@@ -321,7 +314,7 @@ def _checked(target: Target, logits: Tensor) -> str | Tensor:
         value = torch.tensor(value, device="cpu")
     if isinstance(value, Tensor):
         rows, classes = logits.shape
-        if not value.is_floating_point() and value.dtype != torch.bool and value.numel() and not is_traced():
+        if not value.is_floating_point() and value.dtype != torch.bool and not is_traced():
             require_classes(value, classes)
         value = value.to(logits.device)
         if value.dim() == 0:
@@ -334,14 +327,6 @@ def _checked(target: Target, logits: Tensor) -> str | Tensor:
 
 def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
-
-
-def _check_logits(logits: Tensor, samples: int) -> None:
-    if logits.dim() != 2 or logits.shape[0] != samples or not logits.is_floating_point():
-        raise ValueError(
-            f"model must return logits of shape (B, N) with B = {samples}; it returned {tuple(logits.shape)}, "
-            f"{logits.dtype}"
-        )
 
 
 __all__ = ["GradientFeatures", "Route", "logits_of"]

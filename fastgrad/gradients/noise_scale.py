@@ -72,8 +72,7 @@ class NoiseScale:
         largest = float(norms.sqrt().sum()) ** 2
         if total > largest * (1 + 1e3 * torch.finfo(sqnorms.dtype).eps):
             raise ValueError(
-                f"batch_sqnorm must be that of the sum of the samples' gradients, at most {largest:.6g} for these "
-                f"sqnorms; it was {total:.6g}"
+                f"batch_sqnorm must be that of the sum of gradients, at most {largest:.6g} here; it was {total:.6g}"
             )
         single, batch = float(norms.mean()), total / count**2
         # The mean of squares is at least the square of the mean; where samples are nearly alike, rounding may deny it.

@@ -5,9 +5,8 @@ A sample whose gradient is large long after training has begun is rare, hard, or
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -66,7 +65,7 @@ class SampleTable:
             checks.at_least(0, count=count)
         values = getattr(self, by)
         order = np.argsort(-values if _KEYS[by] else values, kind="stable")[:count]
-        return SampleTable(*(getattr(self, field.name)[order] for field in dataclasses.fields(self)))
+        return SampleTable(*(getattr(self, field.name)[order] for field in fields(self)))
 
 
 def rank_samples(
@@ -139,14 +138,12 @@ def _labelled(batch: Any) -> tuple[Tensor | dict[str, Any], Tensor]:
     x, labels = split_batch("loader", batch)
     if labels is None:
         raise ValueError("loader must give labels beside the inputs: (x, labels) or a mapping with 'labels'")
+    wanted = f"loader must give integer labels of shape ({batch_size(x)},)"
     try:
         labels = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
     # Of words, None and ragged lists.
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"loader must give integer labels of shape ({batch_size(x)},): {error}") from error
-    if labels.is_floating_point() or labels.is_complex() or labels.dim() != 1 or len(labels) != batch_size(x):
-        raise ValueError(
-            f"loader must give integer labels of shape ({batch_size(x)},); they were {labels.dtype}, "
-            f"{tuple(labels.shape)}"
-        )
+        raise ValueError(f"{wanted}: {error}") from error
+    if labels.is_floating_point() or labels.is_complex() or labels.shape != (batch_size(x),):
+        raise ValueError(f"{wanted}; they were {labels.dtype}, {tuple(labels.shape)}")
     return x, labels.long()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Container, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,7 +17,7 @@ from fastgrad.engine.backward import looped, probe_grads
 from fastgrad.engine.copy import Redirect
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
-from fastgrad.engine.probe import nodes_behind, nodes_by_term, probe_of
+from fastgrad.engine.probe import nodes_behind, nodes_by_term
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.replay import RecomputedSite
 from fastgrad.engine.run import Run
@@ -41,21 +40,13 @@ _lock = threading.Lock()
 
 
 class _Call(NamedTuple):
-    """One call from outside.
+    """One call from outside."""
 
-    Attributes:
-        keys: Ids of the recorded model's parameters by their names within the called module.
-        run: Its probes, as long as the graph of its outputs.
-        outputs: Where the batch lies in its outputs.
-        samples: B.
-        numbers: Of the operations in its graph; none of an empty batch.
-    """
-
-    keys: dict[str, int]
-    run: weakref.ref[Run]
-    outputs: tuple[Layout | None, ...]
+    keys: dict[str, int]  # ids of the recorded model's parameters by their names within the called module
+    run: weakref.ref[Run]  # its probes, as long as the graph of its outputs
+    outputs: tuple[Layout | None, ...]  # where the batch lies in them
     samples: int
-    numbers: range
+    numbers: range  # of the operations in its graph; none of an empty batch
 
 
 _Recording = TypeVar("_Recording", bound="record")
@@ -89,18 +80,15 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-            raise TypeError(f"model must be an ordinary torch.nn.Module; it was {type(model).__name__}")
+        checks.is_a(nn.Module, model=model)
+        refuse_parts(model)
         if original(model) is not model:
             raise TypeError("model must be the module that was given to torch.compile, not its compiled form")
         self.model: nn.Module = _unwrapped(model)
         if getattr(self.model, "_compiled_call_impl", None) is not None:
             raise ValueError("model must not be compiled in place (model.compile()); compile its parts instead")
-        refuse_parts(self.model)
-        #: Those whose graph lives.
+        #: Those whose graph lives, and the latest.
         self.calls: list[_Call] = []
-        #: B of the latest call.
-        self.samples: int | None = None
         #: For each time that it was entered and not left, the thread's recordings and the modules redirected.
         self._entered: list[tuple[list[record], list[nn.Module]]] = []
 
@@ -122,14 +110,11 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         _active.stack.append(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         # Another thread may be the one to leave, as where it collects a generator that nobody went on with.
         stack, modules = self._entered.pop()
         stack.remove(self)
         self.calls.clear()
-        self.samples = None
         with _lock:
             for module in modules:
                 redirect, count = _open.pop(id(module))
@@ -144,8 +129,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         for name, parameter in module.named_parameters():
             if parameter.grad_fn is not None:
                 raise ValueError(
-                    f"model must be called with parameters of its own; {name!r} was computed "
-                    "(torch.func.functional_call), and no gradient per sample is known of what it was computed from"
+                    f"model must be called with parameters of its own; {name!r} was computed (functional_call)"
                 )
             keys[name] = id(parameter)
         with _lock:
@@ -163,18 +147,11 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             # Modules that a closure calls are the user's own, and such calls are recorded like any other.
             inner = [call for call in self.calls if not any(call is other for other in earlier)]
             seen = {key for call in inner for key in call.keys.values()}
-            missed = [name for name in run.plan.untracked if keys[name] not in seen]
-            if missed:
-                raise ValueError(
-                    f"model must reach {missed[0]!r} through an attribute of one of its modules; it used it from "
-                    "elsewhere (a closure, a global name, a tensor that an earlier call kept), where its gradients per "
-                    "sample are not seen"
-                )
+            refuse_untracked([name for name in run.plan.untracked if keys[name] not in seen])
         self.calls = [call for call in self.calls if call.run() is not None]
         outputs = () if run.plan is None else run.plan.outputs
         numbers = range(first, next_number() if samples else first)
         self.calls.append(_Call(keys, weakref.ref(run), outputs, samples, numbers))
-        self.samples = samples
         return output
 
 
@@ -189,6 +166,15 @@ def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
             # torch.compile cannot follow a recorded call, which builds modules.
             return outside_of_compilation(recording._call)(module, args, kwargs)
     return forward(*args, **kwargs)
+
+
+def refuse_untracked(parameters: Sequence[str]) -> None:
+    """Raise ValueError where a forward pass used ``parameters`` that no module of the model gave it."""
+    if parameters:
+        raise ValueError(
+            f"model must reach {parameters[0]!r} through an attribute of one of its modules; it used it from elsewhere "
+            "(a closure, a global name, a tensor that an earlier call kept), where its gradients are not seen"
+        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -256,13 +242,14 @@ def recorded_sqnorms(
     for i, p in enumerate(wanted):
         if id(p) not in names:
             raise ValueError(f"params must be parameters of the recorded model; number {i} is not one")
-    if recording.samples is None or not any(out.requires_grad for out in outputs):
+    if not recording.calls or not any(out.requires_grad for out in outputs):
         raise RuntimeError("outputs must be computed from calls of the recorded model, with gradients enabled")
     # Only the probes of sites that serve a wanted parameter: the backward pass need not go further. Calls of other
     # models that are being recorded count, too, where they share a parameter.
-    asked = {id(p) for p in wanted}
-    recordings = {id(each): each for each in (*_active.stack, recording)}
-    alive = [(call, run) for each in recordings.values() for call in each.calls if (run := call.run()) is not None]
+    asked = {id(p): names[id(p)] for p in wanted}
+    recordings = dict.fromkeys((*_active.stack, recording))
+    alive = [(call, run) for each in recordings for call in each.calls if (run := call.run()) is not None]
+    calls = [call for call, _ in alive]
     probes = [
         ([call.keys[name] for name in site.parameters], site, probe, run)
         for call, run in alive
@@ -271,52 +258,38 @@ def recorded_sqnorms(
     ]
     ruled = {key for keys, site, _, _ in probes if not isinstance(site, RecomputedSite) for key in keys}
     taps = {id(probe) for _, site, probe, _ in probes if isinstance(site, RecomputedSite)}
-    _require_returned(outputs, {key: names[key] for key in asked - ruled}, taps, [call for call, _ in alive])
-    one_by_one = looped((run for _, run in alive), [site for _, site, _, _ in probes], outputs[0])
+    _require_returned(outputs, {key: name for key, name in asked.items() if key not in ruled}, taps, calls)
     sqnorms = probe_grads(
-        outputs, [probe for _, _, probe, _ in probes], gradients,
-        batched=batched, looped=one_by_one, keep=keep,
+        outputs, [probe for _, _, probe, _ in probes], gradients, batched=batched, keep=keep,
+        looped=looped((run for _, run in alive), [site for _, site, _, _ in probes], outputs[0]),
     )  # fmt: skip
-    empty = recording.samples == 0
-    _require_called(outputs, {key: names[key] for key in asked}, [call for call, _ in alive], empty=empty)
+    sizes = _require_called(outputs, asked, calls, empty=recording.calls[-1].samples == 0)
+    reached = [(*probe, norms) for probe, norms in zip(probes, sqnorms, strict=True) if norms is not None]
     for _, run in alive:
-        run.held.require(
-            {
-                site.path
-                for (_, site, _, of), norms in zip(probes, sqnorms, strict=True)
-                if of is run and norms is not None
-            }
-        )
+        run.held.require({site.path for _, site, _, of, _ in reached if of is run})
     by_key: dict[int, Tensor] = {}
-    reached: set[int] = set()
-    for (served, _, _, run), norms in zip(probes, sqnorms, strict=True):
-        if norms is not None:
-            reached.add(run.samples)
-        for column, key in enumerate(served):
-            if norms is None or key not in asked:
-                continue
+    for keys, _, _, _, norms in reached:
+        for column, key in enumerate(keys):
             if key in by_key:
                 raise ValueError(
                     f"params must each take part in one call of the recorded model; {names[key]!r} took part in "
-                    "several, so its gradients would have to be added before the norm is taken. Make these calls in "
-                    "the forward of a module of your own, and record this"
+                    "several. Make these calls in the forward of a module of your own, and record this"
                 )
-            by_key[key] = norms[..., column]
+            if key in asked:
+                by_key[key] = norms[..., column]
     # Gradients of parameters that the outputs do not depend on are zero, in rows of the calls that they depend on.
-    idle = [p for p in wanted if id(p) not in by_key]
-    rows = reached if len(reached) == 1 else {run.samples for _, run in alive}
-    if idle and len(rows) > 1:
-        at = set(map(probe_of, nodes_behind(outputs)))
-        rows = {run.samples for _, run in alive if not at.isdisjoint(id(probe) for _, probe in run.probes)}
-        if len(rows) > 1:
-            raise ValueError(
-                f"params must each take part in a call that outputs depend on, where calls had batches of "
-                f"{' and '.join(map(str, sorted(rows)))} samples; {names[id(idle[0])]!r} takes part in none"
-            )
+    rows = {run.samples for _, _, _, run, _ in reached}
+    rows = rows if len(rows) == 1 else sizes
     leading = (gradients[0].shape[0],) if batched and gradients is not None else ()
-    count = next(iter(rows), recording.samples)
-    for p in idle:
-        by_key[id(p)] = torch.zeros((*leading, count), dtype=compute_dtype(p.dtype), device=p.device)
+    for p in wanted:
+        if id(p) not in by_key:
+            if len(rows) > 1:
+                raise ValueError(
+                    f"params must each take part in a call that outputs depend on, where calls had batches of "
+                    f"{' and '.join(map(str, sorted(rows)))} samples; {names[id(p)]!r} takes part in none"
+                )
+            shape = (*leading, next(iter(rows), recording.calls[-1].samples))
+            by_key[id(p)] = torch.zeros(shape, dtype=compute_dtype(p.dtype), device=p.device)
     return tuple(by_key[id(p)] for p in wanted)
 
 
@@ -328,45 +301,50 @@ def _require_returned(
     What a call does not compute, as a weight decay, has other numbers.
     """
     for node in nodes_behind(outputs, taps) if names else ():
-        for following, _ in node.next_functions:
-            key = id(getattr(following, "variable", None))
-            if key in names and any(number_of(node) in call.numbers for call in calls):
-                raise ValueError(
-                    f"outputs must depend on {names[key]!r} through what the recorded model returns: real tensors, "
-                    "also in tuples, lists and dicts. They reach it in another way (an attribute, a hook, a complex "
-                    "tensor, an object, a gradient with create_graph=True), where its gradients per sample are not seen"
-                )
+        used = _variables(node) & names.keys()
+        if used and any(number_of(node) in call.numbers for call in calls):
+            raise ValueError(
+                f"outputs must depend on {names[used.pop()]!r} through what the recorded model returns: real tensors, "
+                "also in tuples, lists and dicts. They reach it in another way (an attribute, a hook, a complex "
+                "tensor, an object, a gradient with create_graph=True), where its gradients per sample are not seen"
+            )
 
 
 def _require_called(
     outputs: Sequence[Tensor], names: Mapping[int, str], calls: Sequence[_Call], *, empty: bool
-) -> None:
-    """Raise RuntimeError where ``outputs`` reach no call; those of an ``empty`` batch show none.
+) -> set[int]:
+    """The sizes of the batches of calls that ``outputs`` reach.
 
-    Raise ValueError where they reach one of these parameters past the calls that they reach beside it. Alone in a term,
-    as in a weight decay, a parameter has no gradient per sample.
+    Raise RuntimeError where they reach none; those of an ``empty`` batch show none. Raise ValueError where they reach
+    one of these parameters past the calls that they reach beside it. Alone in a term, as in a weight decay, a parameter
+    has no gradient per sample.
     """
 
-    def look(nodes: Iterable[Any]) -> tuple[bool, set[int]]:
-        """Whether calls are among ``nodes``, and keys of parameters that others use."""
-        called, beside = False, set()
+    def look(nodes: Iterable[Any]) -> tuple[set[int], set[int]]:
+        """Batch sizes of the calls that ``nodes`` belong to, and keys of parameters that other nodes use."""
+        sizes: set[int] = set()
+        beside: set[int] = set()
         for node in nodes:
-            inside = any(number_of(node) in call.numbers for call in calls)
-            called |= inside
+            inside = {call.samples for call in calls if number_of(node) in call.numbers}
+            sizes |= inside
             if not inside:
-                beside |= {id(getattr(following, "variable", None)) for following, _ in node.next_functions}
-        return called, beside & names.keys()
+                beside |= _variables(node)
+        return sizes, beside & names.keys()
 
-    called, beside = look(nodes_behind(outputs))
-    if not called and not empty:
+    sizes, beside = look(nodes_behind(outputs))
+    if not sizes and not empty:
         raise RuntimeError("outputs must be computed from calls of the recorded model; they reach none")
-    if not beside:
-        return
-    for nodes in nodes_by_term(outputs):
+    for nodes in nodes_by_term(outputs) if beside else ():
         called, beside = look(nodes)
         if called and beside:
             raise ValueError(
-                f"outputs must depend on {next(names[key] for key in names if key in beside)!r} through calls of the "
-                "recorded model or of its modules alone; it is used outside of them as well, as in another method than "
-                "forward. Call that from the forward of a module of your own, and record this"
+                f"outputs must depend on {names[beside.pop()]!r} through calls of the recorded model or of its modules "
+                "alone; it is used outside of them as well, as in another method than forward. Call that from the "
+                "forward of a module of your own, and record this"
             )
+    return sizes
+
+
+def _variables(node: Any) -> set[int]:
+    """Ids of the parameters that an operation in a graph uses."""
+    return {id(getattr(following, "variable", None)) for following, _ in node.next_functions}

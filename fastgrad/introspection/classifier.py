@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,13 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from fastgrad import checks
+from fastgrad.batches import bar
 from fastgrad.checks import Array, to_array
-from fastgrad.introspection.network import ACTIVATIONS, CHUNK, Inputs, IntrospectiveNetwork
-from fastgrad.introspection.training import train
+from fastgrad.introspection import network
+from fastgrad.introspection.network import Inputs, IntrospectiveNetwork
 from fastgrad.losses import LOSSES
 from fastgrad.scores.rows import as_tensor
 from fastgrad.scores.temperature import Temperature
@@ -46,8 +49,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         batch_size: Samples in a step.
         max_epochs: Passes over the data, at most.
         patience: Epochs without improvement before training stops.
-        validation_fraction: Share of an array's samples held out to decide when to stop; 0 watches the
-            training loss.
+        validation_fraction: Share of samples held out to decide when to stop; 0 watches the training loss.
         device: Where to train, ``"cpu"`` or ``"cuda"``; the fitted network lies on the CPU.
         verbose: Whether to show a progress bar.
         random_state: Seed of the initial weights, the split and the order of the samples.
@@ -90,16 +92,13 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
     @torch.inference_mode(False)
     def fit(self, R: ArrayLike | Pairs, y: ArrayLike, *, groups: ArrayLike | None = None) -> IntrospectiveClassifier:
-        """Train the network on labelled samples.
+        """Train the network on labelled samples; return the classifier itself.
 
         Args:
             R: Rows ``(B, N*D)`` or ``(B, N, D)``, or ``{"features": (B, D), "logits": (B, N)}``.
             y: Labels ``(B,)``.
             groups: ``(B,)``, integers of sources, such as a clean image and its challenges: those of one source are
                 either trained on or decide when to stop. Negative ones and None: each sample its own.
-
-        Returns:
-            The classifier itself.
 
         Raises:
             ValueError: A parameter is out of range, or shapes of R, y and groups do not fit.
@@ -120,7 +119,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         held_out = int((place < min(round(self.validation_fraction * (sources.max() + 1)), sources.max())).sum())
         # A handful of held-out samples says nothing about when to stop.
         held_out = held_out if held_out >= 20 else 0
-        parameters, self.history_ = train(self, inputs, targets, order[held_out:], order[:held_out], seed)
+        parameters, self.history_ = self._train(inputs, targets, order[held_out:], order[:held_out], seed)
         self.n_iter_ = len(self.history_)
         tensors = {f"{'bias' if index % 2 else 'weight'}{index // 2}": value for index, value in enumerate(parameters)}
         self.network_ = IntrospectiveNetwork(
@@ -130,7 +129,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         return self
 
     def calibrate(self, R: ArrayLike | Pairs, y: ArrayLike) -> IntrospectiveClassifier:
-        """Calibrate the probabilities by a temperature (`fastgrad.scores.Temperature`).
+        """Calibrate the probabilities by a temperature (`fastgrad.scores.Temperature`); return the classifier itself.
 
         The network and the classifier are more certain of their training samples, so give samples that neither was
         trained on. The temperature becomes part of ``network_``; the predicted labels stay as they are.
@@ -138,9 +137,6 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         Args:
             R: As for `fit`.
             y: Labels ``(B,)``, all among those of `fit`.
-
-        Returns:
-            The classifier itself.
 
         Raises:
             ValueError: A label is not one of `fit`, or shapes do not fit.
@@ -164,15 +160,14 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
     def predict_proba(self, R: ArrayLike | Pairs) -> Array:
         """Return class probabilities ``(B, classes)``."""
-        logits = self._logits(R)
-        result: Array = torch.from_numpy(logits).softmax(-1).numpy()
+        result: Array = torch.from_numpy(self._logits(R)).softmax(-1).numpy()
         return result
 
     def predict(self, R: ArrayLike | Pairs) -> NDArray[Any]:
         """Return labels ``(B,)``."""
-        logits = self._logits(R)
-        result: NDArray[Any] = self.classes_[logits.argmax(-1)]
-        return result
+        codes = self._logits(R).argmax(-1)
+        labels: NDArray[Any] = self.classes_[codes]
+        return labels
 
     def to_module(self) -> IntrospectiveNetwork:
         """Return the fitted network as a traceable module."""
@@ -185,25 +180,20 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         return tags
 
     def _check_parameters(self) -> None:
-        checks.one_of("activation", self.activation, ACTIVATIONS)
+        checks.one_of("activation", self.activation, network.ACTIVATIONS)
         checks.one_of("loss", self.loss, LOSSES)
         checks.at_least(1, batch_size=self.batch_size, max_epochs=self.max_epochs, patience=self.patience)
         if np.ndim(self.hidden) != 1 or any(not isinstance(n, (int, np.integer)) or n < 1 for n in self.hidden):
             raise ValueError(f"hidden must hold widths of at least 1; it was {self.hidden!r}")
-        checks.is_number(
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            validation_fraction=self.validation_fraction,
-        )
+        for name, limit in (("learning_rate", np.inf), ("weight_decay", np.inf), ("validation_fraction", 1)):
+            value = getattr(self, name)
+            checks.is_number(**{name: value})
+            if not 0 <= value < limit:
+                raise ValueError(f"{name} must lie in [0, {limit}); it was {value!r}")
         try:
             torch.zeros(1, device=torch.device(self.device)).cpu()
         except (TypeError, RuntimeError, AssertionError) as error:
             raise ValueError(f"device must be one that PyTorch computes on; it was {self.device!r}: {error}") from error
-        for name in ("learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise ValueError(f"{name} must be finite and not negative; it was {getattr(self, name)!r}")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie in [0, 1); it was {self.validation_fraction!r}")
 
     def _inputs(self, R: ArrayLike | Pairs, *, reset: bool) -> Inputs:
         """R as one tensor of rows or as features and logits, float64."""
@@ -220,23 +210,74 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
             array = checks.validated(self, "R", R, reset=reset)
             arrays = [array.reshape(len(array), -1)]
         shapes = tuple(array.shape[1:] for array in arrays)
-        width = int(np.prod([np.prod(shape) for shape in shapes]))
+        width = math.prod(array.shape[1] for array in arrays)
         if reset:
             self.shapes_, self.n_features_in_ = shapes, width
-        pairs = len(shapes) == len(self.shapes_) == 2
-        if width != self.n_features_in_ or (pairs and shapes != self.shapes_):
+        if width != self.n_features_in_ or (len(shapes) == len(self.shapes_) and shapes != self.shapes_):
             raise ValueError(f"R must have the shape of fit, {self.shapes_} per sample; it had {shapes}")
         return tuple(as_tensor(array) for array in arrays)
 
     def _labels(self, y: ArrayLike, count: int) -> NDArray[Any]:
-        values = column_or_1d(np.asarray(y.cpu() if isinstance(y, Tensor) else y), warn=True)
+        values: NDArray[Any] = column_or_1d(np.asarray(y.cpu() if isinstance(y, Tensor) else y), warn=True)
         if len(values) != count:
             raise ValueError(f"y must have one label per row of R, {count}; it had {len(values)}")
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError("y must be finite; it contains NaN or infinity")
         check_classification_targets(values)
-        result: NDArray[Any] = values
-        return result
+        return values
+
+    def _train(
+        self, inputs: Inputs, targets: Tensor, chosen: Tensor, watched: Tensor, seed: int
+    ) -> tuple[list[Tensor], list[float]]:
+        """Train on the samples ``chosen``; those ``watched`` decide when to stop.
+
+        Returns:
+            Weights and biases in turn of the best epoch, the rows' standardisation inside the first layer, and the
+            watched loss of every epoch: the training loss itself where no samples are watched.
+        """
+        device, generator = torch.device(self.device), torch.Generator().manual_seed(seed)
+        mean, scale = (value.float() for value in network.mean_and_scale(inputs, self.loss))
+        there = mean.to(device), scale.to(device)
+        sizes = [len(mean), *map(int, self.hidden), len(self.classes_)]
+        parameters = [value.to(device).requires_grad_() for value in network.new_layers(sizes, self.activation, seed)]
+        optimizer = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=self.weight_decay)
+
+        def batch_loss(samples: Tensor, reduction: str) -> Tensor:
+            moved = tuple(value[samples].to(device, torch.float32) for value in inputs)
+            logits = network.class_logits(_folded(parameters, *there), moved, self.activation, self.loss)
+            return cross_entropy(logits, targets[samples].to(device), reduction=reduction)
+
+        def snapshot() -> list[Tensor]:
+            return [value.detach().cpu().clone() for value in parameters]
+
+        best, best_loss, waited = snapshot(), float("inf"), 0
+        history: list[float] = []
+        epochs: Any = bar(range(self.max_epochs), "introspective network", bool(self.verbose), unit="epoch")
+        for _ in epochs:
+            total = 0.0
+            order = torch.randperm(len(chosen), generator=generator, device="cpu")
+            for samples in chosen[order].split(self.batch_size):
+                value = batch_loss(samples, "mean")
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                total += float(value.detach()) * len(samples)
+            if len(watched):
+                with torch.no_grad():
+                    total = sum(float(batch_loss(samples, "sum")) for samples in watched.split(self.batch_size))
+            loss = total / len(watched if len(watched) else chosen)
+            history.append(loss)
+            if self.verbose:
+                epochs.set_postfix(loss=f"{loss:.4f}")
+            if loss < best_loss * (1 - 1e-4):
+                best, best_loss, waited = snapshot(), loss, 0
+            else:
+                waited += 1
+                if waited >= self.patience:
+                    break
+        if best_loss == float("inf"):
+            raise ValueError(f"R must hold numbers that float32 can train on; the loss was never finite: {history[:3]}")
+        return _folded(best, mean, scale), history
 
     @torch.no_grad()
     def _logits(self, R: ArrayLike | Pairs) -> Array:
@@ -244,7 +285,12 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         check_is_fitted(self, "network_")
         inputs = self._inputs(R, reset=False)
         wide = self.network_.get_buffer("weight0").numel() > _DOUBLE_LIMIT
-        parts = zip(*(torch.split(value.float() if wide else value, CHUNK) for value in inputs), strict=True)
-        forward = self.network_ if len(inputs) == 1 else self.network_.from_features
-        result: Array = torch.cat([forward(*part).double() for part in parts]).numpy()
+        parts = zip(*(torch.split(value.float() if wide else value, network.CHUNK) for value in inputs), strict=True)
+        result: Array = torch.cat([self.network_(*part).double() for part in parts]).numpy()
         return result
+
+
+def _folded(parameters: list[Tensor], mean: Tensor, scale: Tensor) -> list[Tensor]:
+    """The parameters with the standardisation inside the first layer."""
+    weight = parameters[0] / scale
+    return [weight, parameters[1] - weight @ mean, *parameters[2:]]

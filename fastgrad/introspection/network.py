@@ -31,24 +31,20 @@ class IntrospectiveNetwork(Fitted):
     ``activation``, ``loss`` (of the rows).
     """
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Class logits ``(B, classes)`` of ``rows`` ``(B, N*D)`` or ``(B, N, D)``, in the rows' dtype."""
-        return self._logits((rows.flatten(1),))
+    def forward(self, rows: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Class logits ``(B, classes)`` of ``rows`` ``(B, N*D)`` or ``(B, N, D)``, in the rows' dtype.
 
-    def from_features(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Class logits ``(B, classes)`` of the rows of ``features`` ``(B, D)`` and ``logits`` ``(B, N)``."""
-        return self._logits((features, logits))
+        With ``logits`` ``(B, N)`` the first argument is the features ``(B, D)`` that make the rows.
+        """
+        names = [f"{kind}{index}" for index in range(self.options["layers"]) for kind in ("weight", "bias")]
+        parameters = [self.get_buffer(name).to(rows.dtype) for name in names]
+        inputs = (rows.flatten(1),) if logits is None else (rows, logits)
+        return class_logits(parameters, inputs, self.options["activation"], self.options["loss"])
 
     def answer(self, features: Tensor, logits: Tensor) -> Tensor:
         """Class logits from ``features`` alone where it was fitted on them, else from the rows."""
         alone = self.get_buffer("weight0").shape[1] == features.shape[-1]
-        result: Tensor = self(features) if alone else self.from_features(features, logits)
-        return result
-
-    def _logits(self, inputs: Inputs) -> Tensor:
-        names = [f"{kind}{index}" for index in range(self.options["layers"]) for kind in ("weight", "bias")]
-        parameters = [self.get_buffer(name).to(inputs[0].dtype) for name in names]
-        return class_logits(parameters, inputs, self.options["activation"], self.options["loss"])
+        return self.forward(features, None if alone else logits)
 
 
 def class_logits(parameters: Sequence[Tensor], inputs: Inputs, activation: str, loss: str) -> Tensor:

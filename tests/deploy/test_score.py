@@ -19,7 +19,6 @@ from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
 from fastgrad.deploy.score import job, sources
 from fastgrad.deploy.score import local as score_module
-from fastgrad.deploy.score import rows as rows_module
 from fastgrad.deploy.score.local import score
 from fastgrad.deploy.score.sources import read_parquet
 
@@ -395,7 +394,7 @@ def test_images_are_decoded_while_the_network_runs(
     folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running, beside = threading.Event(), threading.Event()
-    rows, decode = ModelPackage.rows, rows_module.decode_pixels
+    rows, decode = ModelPackage.rows, job.decode_pixels
 
     def slow(self: ModelPackage, x: Any) -> Any:
         running.set()
@@ -413,7 +412,7 @@ def test_images_are_decoded_while_the_network_runs(
         return decode(*args, **options)
 
     monkeypatch.setattr(ModelPackage, "rows", slow)
-    monkeypatch.setattr(rows_module, "decode_pixels", watched)
+    monkeypatch.setattr(job, "decode_pixels", watched)
     score(tiny_package, folder, tmp_path / "o", batch=2, decoders=1)
     assert beside.is_set()
 

@@ -121,9 +121,7 @@ def test_calibration_on_new_samples():
     assert metrics.ece(classifier.predict_proba(R), codes) < metrics.ece(sure, codes)
     # The temperature is part of the network's last layer: whoever runs the module has it.
     tensors = (torch.tensor(R["features"]), torch.tensor(R["logits"]))
-    np.testing.assert_allclose(
-        classifier.to_module().from_features(*tensors).softmax(-1), classifier.predict_proba(R), rtol=1e-12
-    )
+    np.testing.assert_allclose(classifier.to_module()(*tensors).softmax(-1), classifier.predict_proba(R), rtol=1e-12)
     # A second calibration on the same samples changes nothing but what the prior of one sample does.
     first = classifier.temperature_
     assert classifier.calibrate(*noisy(500, 2)).temperature_ == pytest.approx(first, rel=0.01)

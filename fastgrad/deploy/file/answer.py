@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgrad.checks import Array
 from fastgrad.deploy.file.description import Description
 
 #: Share of all evidence that the parts named as the reason hold.
@@ -17,20 +18,13 @@ class ResultError(ValueError):
     """The model's result is not finite: the input lies outside what its arithmetic can hold."""
 
 
-def answer(
-    description: Description, threshold: float | None, row: np.ndarray[Any, np.dtype[np.float64]]
-) -> dict[str, Any]:
-    """The answer to one input, by its row of `ModelPackage.rows` and the threshold in use.
+def answer(description: Description, threshold: float | None, row: Array) -> dict[str, Any]:
+    """The answer to one input, by its row of `ModelPackage.rows` and the threshold in use; ResultError if not finite.
 
-    Returns:
-        ``class`` (index), ``label`` (its name, or None), ``probabilities`` (N), ``uncertainty``, ``risk``: the
-        probability that the class is wrong (None if the file does not give it), ``reliable``: whether the uncertainty
-        is at most the threshold (None without one), ``evidence``: by name, what the uncertainty rests on (None if the
-        file does not give it), and ``alarm``: in words, what the most of it means (`reason`) where the answer is not
-        reliable, else None.
-
-    Raises:
-        ResultError: The result is not finite.
+    ``class`` (index), ``label`` (its name), ``probabilities`` (N), ``uncertainty``, ``risk``: the probability that the
+    class is wrong, ``reliable``: whether the uncertainty is at most the threshold, ``evidence``: by name, what the
+    uncertainty rests on, and ``alarm``: in words, what the most of it means (`reason`) where the answer is not
+    reliable. What the file does not give is None.
     """
     if not np.isfinite(row).all():
         raise ResultError("the model's result for this input is not a finite number")

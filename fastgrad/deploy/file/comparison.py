@@ -20,19 +20,15 @@ _TF32 = 2.0**-11
 def compare(
     path: Path, answers: Callable[[Tensor], tuple[Tensor, ...]], example_input: Tensor, tolerance: float, unit: float
 ) -> None:
-    """Raise RuntimeError where the file's answers are not the live module's.
+    """Raise RuntimeError where the file's answers are not the live module's, which ``answers`` gives.
 
     Asked are the inputs together, one alone, three, and one of NaN, which must not pass for reliable; which blocks say
     so may differ, as a gradient passes a ReLU of NaN or becomes NaN there. A network that looks its input up in a
     table, as of words, has no answer to NaN.
 
-    Args:
-        path: The file.
-        answers: What the file should give, of the live module: logits, probabilities, uncertainty, and the others.
-        example_input: ``(B, ...)``.
-        tolerance: Largest difference. A larger one passes where the live module's own answer moves as far when each
-            number of its input moves by rounding: a detector of a network that was not trained magnifies it.
-        unit: The relative rounding of the network's coarsest dtype.
+    A difference above ``tolerance`` passes where the live module's own answer moves as far when each number of its
+    input moves by rounding: a detector of a network that was not trained magnifies it. ``unit`` is the relative
+    rounding of the network's coarsest dtype.
     """
     package = ModelPackage(path)
     example_input = example_input[: package.description.max_batch]

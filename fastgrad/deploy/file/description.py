@@ -166,22 +166,16 @@ def _rate(value: Any) -> bool:
     return _number(value) and 0 < value < 1
 
 
-def _histogram(value: Any) -> bool:
+def _bins(value: Any, more: int) -> bool:
+    """Edges that do not fall, and counts of bins, so many more than edges."""
     edges, counts = value["edges"], value["counts"]
     return (
         set(value) == {"edges", "counts"}
         and _numbers(edges)
-        and _numbers(counts, len(edges) - 1)
+        and _numbers(counts, len(edges) + more)
         and all(a <= b for a, b in itertools.pairwise(edges))
         and min(counts) >= 0
     )
-
-
-def _reference(value: Any) -> bool:
-    if set(value) != {"edges", "counts"} or not (_numbers(value["edges"]) and _numbers(value["counts"])):
-        return False
-    ScoreReference(np.array(value["edges"]), np.array(value["counts"]))
-    return True
 
 
 #: What each field must be where it is not None, in an order in which a later one may rest on those before.
@@ -202,8 +196,8 @@ _FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
     "thresholds": (lambda _, v: isinstance(v, list) and len(v) <= 1000
                    and all(_rate(rate) and _number(value) for rate, value in v),
                    "pairs of a rate between 0 and 1 and a finite number"),
-    "histogram": (lambda _, v: _histogram(v), "increasing edges and a count between each two"),
-    "reference": (lambda _, v: _reference(v), "increasing edges and one count more"),
+    "histogram": (lambda _, v: _bins(v, -1), "increasing edges and a count between each two"),
+    "reference": (lambda d, v: _bins(v, 1) and d.score_reference() is not None, "increasing edges and one count more"),
     "versions": (lambda _, v: _mapping(v), "names and versions"),
     "evidence": (lambda _, v: bool(v) and _mapping(v), "names and what an alarm of them means"),
     "risk": (lambda _, v: isinstance(v, bool), "true or false"),

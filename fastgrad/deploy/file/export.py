@@ -107,8 +107,36 @@ def export(
     """
     checks.is_path(path=path)
     target = Path(path)
-    description = _describe(
-        two_stage, example_input, target, labels, mean, std, false_alarm_rate, scores, max_batch, evidence
+    onnx = target.suffix == ".onnx"
+    if onnx and one_by_one:
+        raise ValueError("one_by_one must be None or False for an .onnx, which has no loop; it was True")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be positive; it was {tolerance!r}")
+    checks.is_number(false_alarm_rate=false_alarm_rate)
+    if not 0 < false_alarm_rate < 1:
+        raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
+    _check_example(example_input, target)
+    outputs = _check_model(two_stage, example_input, evidence)
+    description = Description(
+        input_shape=tuple(example_input.shape[1:]),
+        input_dtype=str(example_input.dtype).removeprefix("torch."),
+        classes=outputs[0].shape[1],
+        max_batch=max_batch,
+        # ONNX is no compiled code: the runtime chooses.
+        device="cpu" if onnx else example_input.device.type,
+        # One string is refused there.
+        labels=labels if labels is None or isinstance(labels, str) else [str(label) for label in labels],  # type: ignore[arg-type]
+        mean=None if mean is None else checks.to_array("mean", mean, finite=False).tolist(),
+        std=None if std is None else checks.to_array("std", std, finite=False).tolist(),
+        risk=len(outputs) == 4,
+        evidence=dict(two_stage.alarms) if evidence else None,  # type: ignore[arg-type]
+        versions={
+            "fastgrad": fastgrad.__version__,
+            "torch": str(torch.__version__),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "system": sys.platform,
+        },
+        **_calibration(two_stage, scores, false_alarm_rate),
     )
 
     def answers(x: Tensor) -> tuple[Tensor, ...]:
@@ -116,12 +144,6 @@ def export(
         # Without labels there is no risk.
         given = tuple(value for value in prediction if value is not None)
         return given if parts is None else (*given, torch.stack(list(parts.values()), -1))
-
-    onnx = target.suffix == ".onnx"
-    if onnx and one_by_one:
-        raise ValueError("one_by_one must be None or False for an .onnx, which has no loop; it was True")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive; it was {tolerance!r}")
 
     def write(file: Path) -> None:
         if onnx:
@@ -136,22 +158,8 @@ def export(
     return target
 
 
-def _describe(
-    two_stage: nn.Module,
-    example_input: Tensor,
-    path: Path,
-    labels: Sequence[str] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    false_alarm_rate: float,
-    scores: Tensor | np.ndarray[Any, Any] | None,
-    max_batch: int,
-    evidence: bool,
-) -> Description:
-    """Check the arguments, run the model once, and collect what travels in the file, which checks itself."""
-    checks.is_bool("evidence", evidence)
-    if not isinstance(two_stage, nn.Module):
-        raise TypeError(f"two_stage must be a torch.nn.Module; it was {type(two_stage).__name__}")
+def _check_example(example_input: Tensor, path: Path) -> None:
+    """Refuse what is no batch, and a path that no file of it can have."""
     checks.is_float("example_input", example_input)
     if example_input.ndim < 2 or example_input.numel() == 0:
         shape = tuple(example_input.shape)
@@ -162,9 +170,13 @@ def _describe(
         raise ValueError(f"path must end in {' or '.join(SUFFIXES)}; it was {str(path)!r}")
     if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"path must be a file's in an existing folder, and no folder; it was {str(path)!r}")
-    checks.is_number(false_alarm_rate=false_alarm_rate)
-    if not 0 < false_alarm_rate < 1:
-        raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
+
+
+def _check_model(two_stage: nn.Module, example_input: Tensor, evidence: bool) -> list[Tensor]:
+    """Run the model once; return what it gives for the first input."""
+    checks.is_bool("evidence", evidence)
+    if not isinstance(two_stage, nn.Module):
+        raise TypeError(f"two_stage must be a torch.nn.Module; it was {type(two_stage).__name__}")
     evaluates = getattr(two_stage, "evaluates", False)
     if not evaluates and any(module.training for module in two_stage.modules()):
         raise ValueError("two_stage must be in evaluation mode; call two_stage.eval() first")
@@ -180,46 +192,7 @@ def _describe(
             f"two_stage was a {type(two_stage).__name__}"
         )
     _check_steady(two_stage, example_input, outputs[0])
-
-    if scores is None:
-        scores = getattr(two_stage, "calibration_scores", None)
-        scores = None if scores is None or len(scores) < 20 else scores
-    calibration = None if scores is None else checks.to_array("scores", scores)
-    histogram: dict[str, Any] | None = None
-    reference: dict[str, Any] | None = None
-    if calibration is not None:
-        bins = ScoreReference.from_scores(calibration)
-        reference = {"edges": bins.edges.tolist(), "counts": bins.counts.tolist()}
-        # The most extreme scores join the outermost bins, or one of them could leave all others in one bin.
-        bulk = np.clip(calibration, *np.quantile(calibration, (0.002, 0.998)))
-        counts, edges = np.histogram(bulk, bins=40)
-        histogram = {"edges": edges.tolist(), "counts": counts.tolist()}
-    threshold, thresholds = _thresholds(two_stage, calibration, false_alarm_rate)
-    return Description(
-        input_shape=tuple(example_input.shape[1:]),
-        input_dtype=str(example_input.dtype).removeprefix("torch."),
-        classes=outputs[0].shape[1],
-        max_batch=max_batch,
-        # ONNX is no compiled code: the runtime chooses.
-        device=example_input.device.type if path.suffix == ".pt2" else "cpu",
-        # One string is refused there.
-        labels=labels if labels is None or isinstance(labels, str) else [str(label) for label in labels],  # type: ignore[arg-type]
-        mean=None if mean is None else checks.to_array("mean", mean, finite=False).tolist(),
-        std=None if std is None else checks.to_array("std", std, finite=False).tolist(),
-        false_alarm_rate=None if threshold is None else false_alarm_rate,
-        threshold=threshold,
-        thresholds=thresholds,
-        histogram=histogram,
-        reference=reference,
-        risk=len(given) == 4,
-        evidence=dict(two_stage.alarms) if evidence else None,  # type: ignore[arg-type]
-        versions={
-            "fastgrad": fastgrad.__version__,
-            "torch": str(torch.__version__),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "system": sys.platform,
-        },
-    )
+    return given
 
 
 def _check_steady(two_stage: nn.Module, example_input: Tensor, alone: Tensor) -> None:
@@ -239,23 +212,36 @@ def _check_steady(two_stage: nn.Module, example_input: Tensor, alone: Tensor) ->
         )
 
 
-def _thresholds(
-    two_stage: nn.Module, scores: np.ndarray[Any, Any] | None, rate: float
-) -> tuple[float | None, list[tuple[float, float]]]:
-    # Rates that the calibration cannot promise are left out; the one that was asked for warns.
-    least = 0.0 if scores is None else 1 / (len(scores) + 1)
-    rates = sorted({*(value for value in RATES if value >= least), rate})
-    threshold = getattr(two_stage, "threshold", None)
+def _calibration(
+    two_stage: nn.Module, scores: Tensor | np.ndarray[Any, Any] | None, false_alarm_rate: float
+) -> dict[str, Any]:
+    """What a description says of in-distribution scores; nothing without any, or a threshold of the module."""
+    if scores is None:
+        scores = getattr(two_stage, "calibration_scores", None)
+        scores = None if scores is None or len(scores) < 20 else scores
+    fields: dict[str, Any] = {}
+    rates, threshold = {*RATES, false_alarm_rate}, getattr(two_stage, "threshold", None)
+    if scores is not None:
+        calibration = checks.to_array("scores", scores)
+        bins = ScoreReference.from_scores(calibration)
+        fields["reference"] = {"edges": bins.edges.tolist(), "counts": bins.counts.tolist()}
+        # The most extreme scores join the outermost bins, or one of them could leave all others in one bin.
+        bulk = np.clip(calibration, *np.quantile(calibration, (0.002, 0.998)))
+        counts, edges = np.histogram(bulk, bins=40)
+        fields["histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
+        n, ordered = len(calibration), np.sort(calibration)
+        # Those that the calibration cannot promise are left out; the one that was asked for warns.
+        rates = {rate for rate in rates if rate >= 1 / (n + 1) or rate == false_alarm_rate}
+
+        def conformal(rate: float) -> float:
+            """The smallest score with at most rate * (n + 1) - 1 scores at or above it."""
+            return float(ordered[min(n, int(np.ceil((1 - rate) * (n + 1)))) - 1])
+
+        threshold = threshold if callable(threshold) else conformal
     if callable(threshold):
-        pairs = [(value, float(threshold(value))) for value in rates]
-    elif scores is not None:
-        # The conformal quantile: the smallest score with at most rate * (n + 1) - 1 scores at or above it.
-        n = len(scores)
-        ordered = np.sort(scores)
-        pairs = [(value, float(ordered[min(n - 1, int(np.ceil((1 - value) * (n + 1))) - 1)])) for value in rates]
-    else:
-        return None, []
-    return dict(pairs)[rate], pairs
+        fields["thresholds"] = [(rate, float(threshold(rate))) for rate in sorted(rates)]
+        fields |= {"false_alarm_rate": false_alarm_rate, "threshold": dict(fields["thresholds"])[false_alarm_rate]}
+    return fields
 
 
 def compile_function(
@@ -266,16 +252,11 @@ def compile_function(
     max_batch: int = 1024,
     one_by_one: bool | None = None,
 ) -> None:
-    """Trace ``function`` of one batch of any size, compile it, write it to ``path``.
-
-    Arguments are those of `fastgrad.deploy.file.graph.trace`, and the errors are those of `export`.
-    """
+    """Trace ``function`` of one batch of any size, compile it, write it to ``path``; the arguments are `trace`'s."""
     _torch.require_cpp_compiler("export")
     program = trace(function, example_input, max_batch=max_batch, one_by_one=one_by_one)
     loop = any("while_loop" in str(node.target) for node in program.graph.nodes)
-    on_cpu = example_input.device.type == "cpu"
-
-    kernels = _torch.keeping(*OWN_KERNELS) if on_cpu else contextlib.nullcontext()
+    kernels = _torch.keeping(*OWN_KERNELS) if example_input.device.type == "cpu" else contextlib.nullcontext()
     with warnings.catch_warnings(), kernels:
         warnings.simplefilter("ignore")
         # Channels-last convolutions suit a forward pass. The products of a gradient's norms read channels one

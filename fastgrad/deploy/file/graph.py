@@ -28,14 +28,12 @@ def trace(
     """Unroll ``function`` with its backward pass; return a `torch.export.ExportedProgram` of dynamic batch.
 
     Args:
-        function: From a tensor ``(B, ...)`` to a tensor or tuple of tensors with B rows.
+        function: From a tensor ``(B, ...)`` to a tensor or tuple of tensors with B rows, each of its own input alone.
         example_input: Gives shape, dtype, device.
         max_batch: Largest batch size.
-        one_by_one: Whether a loop takes the inputs one after another; None for what is faster. What comes out
-            for an input must not depend on the others of its batch.
+        one_by_one: Whether a loop takes the inputs one after another; None for what is faster.
 
-    Raises:
-        RuntimeError: The graph depends on the batch size.
+    RuntimeError where the graph depends on the batch size.
     """
     one = example_input.detach()[:1].contiguous()
     with warnings.catch_warnings():
@@ -44,14 +42,11 @@ def trace(
             # A loop's body may not write in place.
             single = tracing.trace(function, (one,), None, functional=True)
             _share_constants(single)
-            if one_by_one or (_has_backward(single) and written(single) > LOOP_BYTES):
+            backward = any("backward" in str(node.target) for node in single.graph.nodes)
+            if one_by_one or (backward and written(single) > LOOP_BYTES):
                 return _export(_Loop(single, one), one, max_batch)
         graph = tracing.trace(function, (one.expand(3, *one.shape[1:]).contiguous(),), 3)
         return _export(graph, one, max_batch)
-
-
-def _has_backward(graph: torch.fx.GraphModule) -> bool:
-    return any("backward" in str(node.target) for node in graph.graph.nodes if node.op == "call_function")
 
 
 def written(graph: torch.fx.GraphModule) -> int:

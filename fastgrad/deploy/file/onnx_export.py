@@ -20,9 +20,8 @@ from fastgrad.checks import extra
 from fastgrad.deploy.file.description import Description, description_text
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.onnx_file import EVIDENCE, INPUT, KEY, OUTPUTS, RISK, sum_entry
-from fastgrad.deploy.file.onnx_layout import sample_apart
 from fastgrad.deploy.file.onnx_operators import decompositions
-from fastgrad.deploy.file.onnx_optimizer import optimize
+from fastgrad.deploy.file.onnx_optimizer import optimize, sample_apart
 
 #: The oldest version of the operators that PyTorch translates to; every runtime since 2022 reads it.
 OPSET = 18
@@ -41,10 +40,8 @@ def convert(
 ) -> Any:
     """Translate ``function`` as `trace` takes it to an ``onnx.ModelProto``, checked by ``onnx.checker``.
 
-    Raises:
-        MissingExtraError: The extra ``onnx`` is not installed.
-        RuntimeError: The graph depends on the batch size, is larger than 2 GB, or an operation has no ONNX form; or
-            PyTorch is older than 2.9.
+    RuntimeError where the graph depends on the batch size, is larger than 2 GB, or an operation has no ONNX form; or
+    PyTorch is older than 2.9.
     """
     if not TRANSLATES:
         raise RuntimeError(f"ONNX files need PyTorch 2.9 or newer; it was {torch.__version__}; export to .pt2")
@@ -53,15 +50,15 @@ def convert(
         import onnxscript  # noqa: F401 - torch.onnx writes with it
 
     program = _decomposed(function, example_input, max_batch)
-    _refuse(name for name in operators(program) if _is_foreign(name))
+    known = ("aten.", "prims.", "<built-in")
+    _refuse(name for name in operators(program) if "backward" in name or not name.startswith(known))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = torch.onnx.export(
+            result: Any = torch.onnx.export(
                 program, (), input_names=[INPUT], output_names=list(outputs), opset_version=OPSET,
                 dynamo=True, verbose=False, optimize=False,
             )  # fmt: skip
-        assert result is not None  # dynamo=True gives a program
         optimize(result.model)
         model = result.model_proto
     except torch.onnx.errors.OnnxExporterError as error:
@@ -84,11 +81,7 @@ def _refuse(names: Iterable[str]) -> None:
 
 
 class UntranslatableError(RuntimeError):
-    """Operations have no ONNX form.
-
-    Attributes:
-        names: Theirs.
-    """
+    """Operations of these names have no ONNX form."""
 
     def __init__(self, names: list[str], source: str = "") -> None:
         super().__init__(f"no ONNX form exists of {', '.join(names)}{source}; export to .pt2")
@@ -109,18 +102,11 @@ def _decomposed(function: Callable[[Tensor], Any], example_input: Tensor, max_ba
         return program.run_decompositions(decompositions())
 
 
-def _is_foreign(name: str) -> bool:
-    return "backward" in name or not name.startswith(("aten.", "prims.", "<built-in"))
-
-
 def _named(error: BaseException | None) -> list[str]:
     """The operations that an error of the translation is about, by its text or by its causes'."""
     names: list[str] = []
     while error is not None:
-        names += [
-            f"{name}.{overload}"
-            for name, overload in re.findall(r"OpOverload\(op='([^']+)', overload='([^']+)'\)", str(error))
-        ]
+        names += map(".".join, re.findall(r"OpOverload\(op='([^']+)', overload='([^']+)'\)", str(error)))
         error = error.__cause__ or error.__context__
     return names
 
@@ -146,10 +132,7 @@ def write(
     path: Path,
     description: Description,
 ) -> None:
-    """Write ``two_stage``, with ``description`` inside; ``answers`` gives what the file returns, of the live module.
-
-    The errors are those of `convert`.
-    """
+    """Write ``two_stage``, with ``description`` inside; ``answers`` gives what the file returns, of the live module."""
     with extra("onnx"):
         import onnxruntime  # noqa: F401 - the file is run before it appears
     outputs = (*OUTPUTS, *[RISK] * description.risk, *[EVIDENCE] * (description.evidence is not None))
@@ -164,8 +147,7 @@ def write(
 
 def _source(two_stage: nn.Module, example_input: Tensor, names: list[str]) -> str:
     """Where operations come from, and what would work without them."""
-    network = getattr(two_stage, "model", None)
-    extraction = getattr(two_stage, "extraction_", None)
+    network, extraction = getattr(two_stage, "model", None), getattr(two_stage, "extraction_", None)
     if network is None or extraction is None:
         return ""
     from fastgrad.batches import logits_of
@@ -173,7 +155,5 @@ def _source(two_stage: nn.Module, example_input: Tensor, names: list[str]) -> st
     needed = operators(_decomposed(lambda x: logits_of(network(x)).detach(), example_input, 4))
     if needed.intersection(names):
         return ", which the network itself needs"
-    backward = [block.name for block in extraction.blocks if block.signals(extraction.known)]
-    return f", which the blocks {', '.join(backward)} need; fit with blocks=[...] that need no gradients" * bool(
-        backward
-    )
+    blocks = ", ".join(block.name for block in extraction.blocks if block.signals(extraction.known))
+    return f", which the blocks {blocks} need; fit with blocks=[...] that need no gradients" if blocks else ""

@@ -1,19 +1,11 @@
 """What an ONNX file of this package holds, and how it is run.
 
-It takes ``input`` ``(batch, ...)`` and gives ``logits``, ``probabilities``, ``uncertainty``, where it was fitted with
-labels ``risk``, and where it was asked for ``evidence``. What travels with it is
-one JSON text under the key ``fastgrad`` of the file's ``metadata_props``, so neither PyTorch nor this package is needed
-to run it::
+It takes ``input`` ``(batch, ...)``, normalized, and gives ``logits``, ``probabilities``, ``uncertainty``, where it was
+fitted with labels ``risk``, and where it was asked for ``evidence``. What travels with it is one JSON text under the
+key ``fastgrad`` of the file's ``metadata_props``, so neither PyTorch nor this package is needed to run it.
 
-    import json, onnxruntime
-    session = onnxruntime.InferenceSession("model.onnx")
-    description = json.loads(session.get_modelmeta().custom_metadata_map["fastgrad"])
-    found = session.run(None, {"input": x})    # a numpy array, normalized
-    answer = dict(zip((output.name for output in session.get_outputs()), found))
-
-The columns of ``evidence`` are named in the description, which also says whether there is a ``risk``. The last entry of
- ``metadata_props``, ``fastgrad.sha256``, is the sum of all bytes before it: ONNX has none of its own, and a weight of
-which one bit is another would answer like any. A user who changes a file on purpose removes that entry.
+The last entry, ``fastgrad.sha256``, is the sum of all bytes before it: ONNX has none of its own, and a weight of which
+one bit is another would answer like any. A user who changes a file on purpose removes that entry.
 """
 
 from __future__ import annotations
@@ -21,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -45,12 +37,23 @@ _NOT_WHOLE = "it is not a whole ONNX file"
 def load(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
     """The function in an ONNX file, on the CPU, with as many threads as PyTorch uses.
 
-    Raises:
-        MissingExtraError: The extra ``onnx`` is not installed.
-        RuntimeError: It is damaged, or ONNX Runtime cannot read or run it; the message says why.
+    RuntimeError where it is damaged, or ONNX Runtime cannot read or run it; the message says why.
     """
+    with extra("onnx"):
+        import onnxruntime
+
     _check_sum(path)
-    session = _session(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # It would lay out all that a pass writes, for each batch size that it has seen, as if nothing of it could share a
+    # place: of a vision transformer's backward pass twice the memory, for no time.
+    options.enable_mem_pattern = False
+    # Its warnings are about its own optimizations.
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise RuntimeError(f"ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
 
     def run(x: Tensor) -> list[Tensor]:
         return [torch.from_numpy(value) for value in session.run(None, {INPUT: x.cpu().numpy()})]
@@ -79,11 +82,7 @@ def _check_sum(path: str | os.PathLike[str]) -> None:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> bytes | None:
-    """The text that travels in an ONNX file, or None, without loading the graph.
-
-    Raises:
-        RuntimeError: It is no such file, or not a whole one.
-    """
+    """The text that travels in an ONNX file, or None, without loading the graph; RuntimeError for no whole file."""
     size, texts = os.path.getsize(path), []
     if size == 0:
         raise RuntimeError("it is empty")
@@ -105,16 +104,14 @@ def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
     """Each field of a message of protocol buffers that has a length: its number, and where it ends."""
     while file.tell() < end:
         field, kind = divmod(_varint(file), 8)
-        if kind == 0:
-            _varint(file)
-            continue
-        length = _varint(file) if kind == 2 else {1: 8, 5: 4}.get(kind, -1)
-        stop = file.tell() + length
-        if length < 0 or field == 0 or stop > end:
-            raise RuntimeError(_NOT_WHOLE)
-        if kind == 2:
+        number = _varint(file)
+        if kind == 2 and field and file.tell() + number <= end:
+            stop = file.tell() + number
             yield field, stop
-        file.seek(stop)
+            file.seek(stop)
+        # ONNX has integers beside, and nothing else.
+        elif kind != 0:
+            raise RuntimeError(_NOT_WHOLE)
 
 
 def _varint(file: BinaryIO) -> int:
@@ -128,20 +125,3 @@ def _varint(file: BinaryIO) -> int:
         if byte[0] < 128:
             return result
     raise RuntimeError(_NOT_WHOLE)
-
-
-def _session(path: str | os.PathLike[str]) -> Any:
-    with extra("onnx"):
-        import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # It would lay out all that a pass writes, for each batch size that it has seen, as if nothing of it could share a
-    # place: of a vision transformer's backward pass twice the memory, for no time.
-    options.enable_mem_pattern = False
-    # Its warnings are about its own optimizations.
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise RuntimeError(f"ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error

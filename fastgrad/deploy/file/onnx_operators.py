@@ -112,27 +112,15 @@ def _convolution_backward(
     extra = [0] * len(stride)
     if not transposed:
         # What the stride cut off at the end of the input.
-        extra = [
-            x.shape[2 + i]
-            - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
-            for i in range(len(stride))
-        ]
+        sizes = zip(x.shape[2:], grad.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        extra = [size - ((out - 1) * s - 2 * p + d * (kernel - 1) + 1) for size, out, kernel, s, p, d in sizes]
     back = aten.convolution.default(grad, weight, None, stride, padding, dilation, not transposed, extra, groups)
     return back if mask[0] else None, None, bias
 
 
-def _max_pool2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    indices: Tensor,
-) -> Tensor:
-    """Each output's gradient goes to the pixel that it was taken from."""
-    flat = torch.zeros_like(x).flatten(2)
+def _max_pool2d_backward(grad: Tensor, x: Tensor, *window: Any) -> Tensor:
+    """Each output's gradient goes to the pixel that it was taken from, as the last argument says."""
+    indices, flat = window[-1], torch.zeros_like(x).flatten(2)
     return flat.scatter_add(2, indices.flatten(2), grad.flatten(2)).view(x.shape)
 
 

@@ -2,23 +2,12 @@
 
 `fastgrad.deploy.file.onnx_file` says what is in an ``.onnx``.
 
-A ``.pt2`` is a zip. Its member ``<name>/extra/fastgrad.json`` is the description::
+A ``.pt2`` is a zip. Its member ``<name>/extra/fastgrad.json`` is the description. The graph runs without this package,
+by ``torch._inductor.aoti_load_package("model.pt2")(x)``. It gives logits, probabilities, uncertainty, where the
+description says so the risk ``(B,)``, and last the evidence ``(B, E)`` of a file exported with it.
 
-    import json, zipfile
-    with zipfile.ZipFile("model.pt2") as archive:
-        member = next(name for name in archive.namelist() if name.endswith("/extra/fastgrad.json"))
-        description = json.loads(archive.read(member))
-
-The graph runs without this package::
-
-    import torch
-    model = torch._inductor.aoti_load_package("model.pt2")
-    logits, probabilities, uncertainty = model(x)     # x (B, *input shape), normalized with mean and std
-
-A file whose description says ``risk`` gives the risk ``(B,)`` next. One exported with ``evidence=True`` gives the
-evidence ``(B, E)`` last; the description names its columns. ``x`` must have the dtype and shape of the description
-and be contiguous (``x.contiguous()``): native code reads memory as it is and checks nothing. `ModelPackage` checks all
-that. The graph is native code: load only files that you would also run as programs.
+``x`` must have the dtype and shape of the description and be contiguous: native code reads memory as it is and checks
+nothing. `ModelPackage` checks all that. Load only files that you would also run as programs.
 """
 
 from __future__ import annotations
@@ -173,9 +162,8 @@ def _check_machine(path: str | os.PathLike[str], description: Description) -> No
     if description.device != "cpu":
         return
     needed, here = description.versions.get("cpu", "DEFAULT"), torch.backends.cpu.get_cpu_capability()
-    levels = [list(X86).index(name) if name in X86 else None for name in (needed, here)]
-    fits = levels[0] <= levels[1] if None not in levels else needed in ("DEFAULT", here)  # type: ignore[operator]
-    if not fits:
+    known = list(X86)
+    if needed not in (known[: known.index(here) + 1] if here in known else ("DEFAULT", here)):
         raise PackageError(f"{path} was compiled for a processor with {needed}; this one has {here}")
 
 
@@ -219,19 +207,19 @@ class ModelPackage:
 
     def explain(self, x: Tensor) -> tuple[Prediction, dict[str, Tensor]]:
         """Run a batch as `__call__` does; also give the evidence ``(B,)`` by name, none where the file has none."""
-        prediction, evidence = self._outputs(x)
-        columns = () if evidence is None else evidence.unbind(-1)
-        return prediction, dict(zip(self.description.evidence or (), columns, strict=True))
+        logits, probabilities, uncertainty, *more = self._outputs(x)
+        risk = more.pop(0) if self.description.risk else None
+        columns = more[0].unbind(-1) if more else ()
+        evidence = dict(zip(self.description.evidence or (), columns, strict=True))
+        return Prediction(logits, probabilities, uncertainty, risk), evidence
 
     def rows(self, x: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Run a batch as `__call__` does; a row per input: probabilities, uncertainty, risk and evidence if given."""
-        prediction, evidence = self._outputs(x)
-        columns = [prediction.probabilities, prediction.uncertainty[:, None]]
-        columns += [] if prediction.risk is None else [prediction.risk[:, None]]
-        columns += [] if evidence is None else [evidence]
-        return torch.cat([column.double() for column in columns], 1).cpu().numpy()
+        _, *columns = self._outputs(x)
+        return torch.cat([column.double().view(len(x), -1) for column in columns], 1).cpu().numpy()
 
-    def _outputs(self, x: Tensor) -> tuple[Prediction, Tensor | None]:
+    def _outputs(self, x: Tensor) -> Sequence[Tensor]:
+        """Logits, probabilities, uncertainty, risk and evidence if given, as the description says."""
         checks.is_tensor("x", x)
         expected = self.description.input_shape
         if tuple(x.shape[1:]) != expected or not 1 <= len(x) <= self.description.max_batch:
@@ -247,7 +235,4 @@ class ModelPackage:
         if [tuple(value.shape[1:]) for value in outputs] != rows:
             shapes = [tuple(value.shape) for value in outputs]
             raise PackageError(f"{self.path} gives {shapes}, where the description inside says {rows} an input")
-        logits, probabilities, uncertainty, *more = outputs
-        risk = more.pop(0) if self.description.risk else None
-        evidence = more.pop(0) if self.description.evidence is not None else None
-        return Prediction(logits, probabilities, uncertainty, risk), evidence
+        return outputs

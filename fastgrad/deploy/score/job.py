@@ -1,38 +1,45 @@
-"""A job of scoring many images, cut into parts that are whole or absent."""
+"""A job of scoring many images: a row for each, in parts that are whole or absent."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from fastgrad.atomic import UNFINISHED, written_beside
 from fastgrad.checks import extra
-from fastgrad.deploy.file.description import Description
+from fastgrad.deploy.file.answer import ResultError, answer
+from fastgrad.deploy.file.description import Description, normalize_pixels
+from fastgrad.deploy.file.images import Array, ImageError, ImageTooLargeError, decode_pixels
 from fastgrad.deploy.file.package import ModelPackage, digest_of
-from fastgrad.deploy.score.rows import arrow_schema, score_sources
 from fastgrad.deploy.score.sources import Source, list_folder, read_parquet
 
 with extra("score"):
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
+    from pyarrow.dataset import dataset, field
     from tqdm import tqdm
 
 #: In a part's metadata: the random id of the job that wrote it.
 _JOB = b"fastgrad.job"
+_FOREIGN = "was not made by fastgrad score and is left as it is; choose another --out"
 
 
 def write_part(rows: list[dict[str, Any]], path: Path, schema: Any, job: str) -> None:
-    """Write one part of a job: whole under its name, or not at all."""
+    """Write one part of the job of this id: whole under its name, or not at all."""
     with written_beside(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata({_JOB: job})), temporary)
 
@@ -55,23 +62,33 @@ def check_out(path: Path, schema: Any) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"out must lie in an existing folder; there is no {str(path.parent)!r}")
     if os.path.lexists(path) and _schema(path).names != schema.names:
-        raise ValueError(f"{path} was not made by fastgrad score and is left as it is; choose another --out")
+        raise ValueError(f"{path} {_FOREIGN}")
+
+
+def arrow_schema(description: Description) -> Any:
+    """The columns: as the server answers (`answer`), but the probability of the class alone; and an image's error."""
+    names = description.evidence
+    evidence = pa.struct([(name, pa.float64()) for name in names]) if names else pa.null()
+    return pa.schema(
+        [
+            ("name", pa.string()), ("class", pa.int64()), ("label", pa.string()), ("probability", pa.float64()),
+            ("uncertainty", pa.float64()), ("risk", pa.float64()), ("reliable", pa.bool_()), ("evidence", evidence),
+            ("alarm", pa.string()), ("error", pa.string()),
+        ]
+    )  # fmt: skip
 
 
 class Job:
-    """Images to score, cut into parts, and a folder of the parts that are there.
+    """Images to score, cut into parts, and a folder of the parts that are there; the options are those of `score`.
 
-    The folder is made, or continued where this very job has made it. The options are those of
-    `fastgrad.deploy.score.local.score`.
+    The folder is made, or continued where this very job has made it. ValueError where there is nothing to score, a file
+    cannot be read, or the folder is another job's, or not made by one.
 
     Attributes:
         note: the file in the folder that says which job this is.
         paths: where each part belongs.
         missing: numbers of the parts that are not there yet.
         done: how many images the parts hold that were there from the beginning.
-
-    Raises:
-        ValueError: nothing to score, an unreadable file, or a folder of another job, or not made by one.
     """
 
     def __init__(
@@ -150,43 +167,86 @@ class Job:
             note = json.loads(self.note.read_text("utf-8"))
             identity = str(note.pop("id"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f"{self.folder} was not made by fastgrad score and is left as it is; choose another --out"
-            ) from None
+            raise ValueError(f"{self.folder} {_FOREIGN}") from None
         if note != job:
-            raise ValueError(
-                f"{self.folder} holds the parts of another job (other model, images or options); remove it or "
-                "choose another --out"
-            )
+            other = "the parts of another job (other model, images or options)"
+            raise ValueError(f"{self.folder} holds {other}; remove it or choose another --out")
         return identity
 
     def write(self, model: ModelPackage, index: int, pool: ThreadPoolExecutor, told: Callable[[int], Any] = int) -> int:
         """Score part ``index`` and write it; return how many images it holds. Each batch's number is ``told``."""
-        start, rows = index * self.part, list[dict[str, Any]]()
-        stop = min(start + self.part, self.total)
-        if self.listed is not None:
-            sources = iter(self.listed[start:stop])
-        else:
-            sources = read_parquet(self.images, *self.columns, start, stop, self.max_bytes)
-        for scored in score_sources(
-            model, sources, batch=self.batch, threshold=self.threshold, max_pixels=self.max_pixels,
-            max_bytes=self.max_bytes, pool=pool,
-        ):  # fmt: skip
+        rows: list[dict[str, Any]] = []
+        for scored in self._scored(model, index * self.part, pool):
             rows += scored
             told(len(scored))
         write_part(rows, self.paths[index], arrow_schema(model.description), self.id)
         return len(rows)
 
+    def _scored(self, model: ModelPackage, start: int, pool: ThreadPoolExecutor) -> Iterator[list[dict[str, Any]]]:
+        """The rows of a part, one batch after another, in their order. The next images are decoded meanwhile."""
+        stop, size = min(start + self.part, self.total), min(self.batch, model.description.max_batch)
+        if self.listed is not None:
+            sources = iter(self.listed[start:stop])
+        else:
+            sources = read_parquet(self.images, *self.columns, start, stop, self.max_bytes)
+        waiting: deque[tuple[str, Future[Array]]] = deque()
+        while True:
+            for source in itertools.islice(sources, 2 * size - len(waiting)):
+                decoded = pool.submit(_decode, source, model.description, self.max_pixels, self.max_bytes)
+                waiting.append((source.name, decoded))
+            if not waiting:
+                return
+            yield _score(model, [waiting.popleft() for _ in range(min(size, len(waiting)))], self.threshold)
 
-def count_rows(parts: Iterable[Path]) -> dict[str, int]:
+    def progress_bar(self, show: bool) -> Any:
+        """A progress bar over the images."""
+        return tqdm(total=self.total, initial=self.done, unit="image", disable=not show)
+
+
+def _decode(source: Source, description: Description, max_pixels: int, max_bytes: int) -> Array:
+    content = source.content
+    if isinstance(content, Path):
+        try:
+            with content.open("rb") as file:
+                # Python takes the memory for all that may be read.
+                content = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
+        except OSError as error:
+            # Without the path, which an error's own text has.
+            raise ImageError(f"the file cannot be read: {error.strerror or type(error).__name__}") from None
+    if len(content) > max_bytes:
+        raise ImageTooLargeError(f"the image is too large; at most {max_bytes} bytes are read")
+    return decode_pixels(content, description.input_shape, max_pixels=max_pixels)
+
+
+def _score(
+    model: ModelPackage, items: list[tuple[str, Future[Array]]], threshold: float | None
+) -> list[dict[str, Any]]:
+    """Rows with the columns of `arrow_schema`. Where an image cannot be read, ``error`` says why; others are None."""
+    description = model.description
+    rows: list[dict[str, Any]] = [dict.fromkeys(arrow_schema(description).names) | {"name": name} for name, _ in items]
+    readable, images = [], []
+    for row, (_, decoded) in zip(rows, items, strict=True):
+        try:
+            images.append(decoded.result())
+            readable.append(row)
+        except ImageError as error:
+            row["error"] = str(error)
+    if images:
+        pixels = torch.from_numpy(np.stack(images))
+        for row, values in zip(readable, model.rows(normalize_pixels(description, pixels)), strict=True):
+            try:
+                fields = answer(description, threshold, values)
+                row |= {"probability": fields.pop("probabilities")[fields["class"]], **fields}
+            except ResultError as error:
+                row["error"] = str(error)
+    return rows
+
+
+def count_rows(parts: Sequence[Path]) -> dict[str, int]:
     """How many images, unreadable and unreliable ones the parts hold."""
-    counts = {"images": 0, "unreadable": 0, "unreliable": 0}
-    for path in parts:
-        table = pq.read_table(path, columns=["reliable", "error"])
-        counts["images"] += table.num_rows
-        counts["unreadable"] += table.num_rows - table.column("error").null_count
-        counts["unreliable"] += pc.sum(pc.equal(table.column("reliable"), False)).as_py() or 0
-    return counts
+    table = dataset(parts)
+    counted = {"images": None, "unreadable": field("error").is_valid(), "unreliable": ~field("reliable")}
+    return {name: table.count_rows(filter=condition) for name, condition in counted.items()}
 
 
 def join_parts(job: Job, out: Path, schema: Any) -> None:
@@ -202,8 +262,3 @@ def join_parts(job: Job, out: Path, schema: Any) -> None:
         path.unlink()
     with contextlib.suppress(OSError):
         job.folder.rmdir()
-
-
-def progress_bar(job: Job, show: bool) -> Any:
-    """A progress bar over the images of a job."""
-    return tqdm(total=job.total, initial=job.done, unit="image", disable=not show)

@@ -1,8 +1,7 @@
 """Scoring on this machine: one row an image, whatever the image.
 
-Images come from a folder (recursively, every file with an image's name) or from a Parquet file with a
-column of image bytes. Rows are written in parts, each under its final name only when it is complete. So a
-stopped run continues where it stopped. An unreadable image gets a row whose ``error`` says why.
+Rows are written in parts, each under its final name only when it is complete, so a stopped run continues where it
+stopped. An unreadable image gets a row whose ``error`` says why.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from pathlib import Path
 from fastgrad.checks import at_least, is_path
 from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage
-from fastgrad.deploy.score.job import Job, check_out, count_rows, join_parts, progress_bar
-from fastgrad.deploy.score.rows import arrow_schema
+from fastgrad.deploy.score.job import Job, arrow_schema, check_out, count_rows, join_parts
 from fastgrad.deploy.score.sources import MAX_BYTES
 
 
@@ -38,7 +36,7 @@ def score(
 
     Args:
         model_path: file written by `fastgrad.export`.
-        images: folder, or ``.parquet`` file.
+        images: folder, of which every file with an image's name counts, also in folders below; or ``.parquet`` file.
         out: the Parquet file to write. Until it is whole, its parts lie beside it in ``<out>.parts``.
         batch: images in one run of the model.
         part: images in one part, the most that an interrupted run loses.
@@ -70,12 +68,10 @@ def score(
         part=part, false_alarm_rate=false_alarm_rate, image_column=image_column, key_column=key_column,
         max_pixels=max_pixels, max_bytes=max_bytes,
     )  # fmt: skip
-    bar = progress_bar(job, progress)
     try:
-        with ThreadPoolExecutor(decoders) as pool:
+        with job.progress_bar(progress) as bar, ThreadPoolExecutor(decoders) as pool:
             for index in job.missing:
                 job.write(model, index, pool, bar.update)
-        bar.close()
         counts = count_rows(job.paths)
         join_parts(job, target, schema)
     except FileNotFoundError:

@@ -1,10 +1,6 @@
-"""Scoring on Ray: from a laptop to a cluster without another line of code.
+"""Scoring on Ray: the parts of a job go to Ray Data, on this machine or on a cluster.
 
-`score_dataset` hands the parts of a job to Ray Data. A worker process loads the model once and writes each
-part it finishes under the part's own name, atomically. That makes a repetition harmless: if a worker is
-killed, Ray runs its part again elsewhere, and the same file appears once. What was written stays written,
-so a second run does only what is missing. On several nodes, model, images and output must lie where all
-of them can read and write, such as a network file system.
+If a worker is killed, Ray runs its part again elsewhere. That is harmless: a part appears whole, and once.
 """
 
 from __future__ import annotations
@@ -17,18 +13,18 @@ from typing import Any
 from fastgrad.checks import at_least, extra, is_path
 from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.file.package import ModelPackage, read_description
-from fastgrad.deploy.score.job import Job, count_rows, progress_bar
+from fastgrad.deploy.score.job import Job, count_rows
 from fastgrad.deploy.score.sources import MAX_BYTES
 
 
 class PartScorer:
-    """The stateful worker of `score_dataset`: loads the model once, then scores and writes whole parts."""
+    """Loads the model once, then scores and writes whole parts."""
 
     def __init__(self, model: str, job: Job) -> None:
         self.model, self.job, self.pool = ModelPackage(model), job, ThreadPoolExecutor(2)
 
     def __call__(self, parts: dict[str, Any]) -> dict[str, Any]:
-        """Score the parts whose numbers are ``parts["id"]``; return how many images each held."""
+        """Score the parts of these numbers; return how many images each held."""
         sizes = [self.job.write(self.model, index, self.pool) for index in parts["id"].tolist()]
         return {"id": parts["id"], "size": sizes}
 
@@ -50,6 +46,9 @@ def score_dataset(
     progress: bool = False,
 ) -> dict[str, int]:
     """Score a folder or Parquet file on a Ray cluster (or on this machine, if no cluster is connected).
+
+    On several nodes, model, images and output must lie where all of them can read and write, such as a network file
+    system.
 
     Args:
         model: file written by `fastgrad.export`.
@@ -84,7 +83,6 @@ def score_dataset(
         path, read_description(path), Path(images), folder, batch=batch, part=part, false_alarm_rate=false_alarm_rate,
         image_column=image_column, key_column=key_column, max_pixels=max_pixels, max_bytes=max_bytes,
     )  # fmt: skip
-    bar = progress_bar(job, progress)
     if job.missing:
         if not ray.is_initialized():
             ray.init(log_to_driver=False, include_dashboard=False)
@@ -94,7 +92,7 @@ def score_dataset(
             PartScorer, fn_constructor_args=(str(path), job), batch_size=1, num_gpus=gpus_per_worker or None,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
         )  # fmt: skip
-        for row in done.iter_rows():
-            bar.update(row["size"])
-    bar.close()
+        with job.progress_bar(progress) as bar:
+            for row in done.iter_rows():
+                bar.update(row["size"])
     return {**count_rows(job.paths), "continued": job.done}

@@ -23,12 +23,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 
 
 class Source(NamedTuple):
-    """One image to score.
-
-    Attributes:
-        name: its path, or its key in the Parquet file.
-        content: its bytes, or the file that holds them.
-    """
+    """One image to score: its path or key in the Parquet file, and its bytes or the file that holds them."""
 
     name: str
     content: bytes | Path
@@ -61,16 +56,10 @@ def list_folder(folder: Path) -> tuple[list[Source], str]:
 def read_parquet(
     path: Path, column: str | None, key: str | None, start: int = 0, stop: int | None = None, most: int = MAX_BYTES
 ) -> Iterator[Source]:
-    """Rows ``start`` to ``stop`` of a Parquet file; row groups that hold none of them are not read.
+    """Rows ``start`` to ``stop`` (None: the end) of a Parquet file; row groups that hold none of them are not read.
 
-    Args:
-        path: the file.
-        column: with the images, bytes or structs with a field ``bytes``; None takes the first of ``image``,
-            ``img``, ``bytes``, ``content``.
-        key: with the names; None takes ``path``, ``name``, ``id`` if there is one. Without a key a row has its number.
-        start: first row.
-        stop: row after the last; None: to the end.
-        most: bytes of a cell; of a larger one no more than one byte beyond comes.
+    ``column`` has the images, bytes or structs with a field ``bytes``; of a cell with more than ``most``, one byte
+    more comes. ``key`` has the names; without one a row has its number. Where either is None, usual names are tried.
 
     Raises:
         ValueError: there is no such column, or several, or it holds no bytes, or the file is damaged.
@@ -118,13 +107,9 @@ def _cells(column: Any, most: int) -> list[bytes]:
 
 
 def _column(names: list[str], given: str | None, guesses: Iterable[str], what: str, *, required: bool) -> Any:
-    if given is not None:
-        if names.count(given) != 1:
-            listed = ", ".join(names)
-            raise ValueError(f"--{what}-column must be one column of the file's ({listed}); it was {given!r}")
-        return given
-    guessed = next((guess for guess in guesses if names.count(guess) == 1), None)
-    if guessed is None and required:
-        listed = ", ".join(names)
-        raise ValueError(f"name the column with the images (--{what}-column); the file has {listed}")
-    return guessed
+    found = next((name for name in (guesses if given is None else [given]) if names.count(name) == 1), None)
+    if found is None and given is not None:
+        raise ValueError(f"--{what}-column must be one column of the file's ({', '.join(names)}); it was {given!r}")
+    if found is None and required:
+        raise ValueError(f"name the column with the images (--{what}-column); the file has {', '.join(names)}")
+    return found

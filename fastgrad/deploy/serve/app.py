@@ -20,11 +20,10 @@ import numpy as np
 
 from fastgrad import __version__
 from fastgrad.checks import at_least, extra, is_a, is_number, is_path
-from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.package import PackageError
-from fastgrad.deploy.serve.bodies import Budget, Limits, Readers, read_body
-from fastgrad.deploy.serve.child import ChildDiedError, ChildError, RequestError
-from fastgrad.deploy.serve.guard import Guard, check_access, refusal
+from fastgrad.deploy.serve.bodies import Limits, Readers
+from fastgrad.deploy.serve.child import ChildError, RequestError
+from fastgrad.deploy.serve.guard import Guard, refusal
 from fastgrad.deploy.serve.schema import Answer, refusals, request_body
 from fastgrad.deploy.serve.served import Model, Served
 from fastgrad.deploy.serve.status import add_status_routes
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 with extra("serve"):
     import python_multipart  # noqa: F401 - the processes that read bodies need it
-    from anyio import current_time, fail_after
     from fastapi import FastAPI, HTTPException, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -108,7 +106,7 @@ def create_app(
         raise ValueError(f"batch_wait must be finite and not negative; it was {batch_wait:g}")
     if not reload_every > 0:
         raise ValueError(f"reload_every must be positive; it was {reload_every:g}")
-    check_access(api_key, allowed_hosts)
+    guard = Guard(api_key, allowed_hosts)
     if pins is not None:
         is_path(pins=pins)
     is_a(Limits, limits=limits)
@@ -123,7 +121,6 @@ def create_app(
     models = {name: Model(name, Path(file), load) for name, file in paths.items()}
     first = next(iter(models.values()))
     tracer = None if tracer_provider is None else tracer_provider.get_tracer("fastgrad.serve")
-    budget = Budget(limits.memory)
     readers = Readers(decoders or min(4, os.cpu_count() or 1), limits)
 
     def named(name: str | None) -> Model:
@@ -158,42 +155,9 @@ def create_app(
         title="fastgrad", description="Class, uncertainty and whether to rely on it.", version=__version__,
         docs_url=None, redoc_url=None, lifespan=lifespan,
     )  # fmt: skip
-    app.state.ready, app.state.draining, app.state.active, app.state.failure = False, False, 0, None
+    app.state.ready, app.state.draining, app.state.failure = False, False, None
     app.state.models, app.state.readers = models, readers
-    app.add_middleware(
-        Guard, key=api_key, hosts=allowed_hosts,
-        refused=lambda status: first.served.metrics.requests.labels(str(status)).inc(),
-    )  # fmt: skip
-
-    async def predict(request: Request, served: Served, trace: Trace) -> dict[str, Any]:
-        if not app.state.ready:
-            raise RequestError(503, "the server is starting or shutting down")
-        end = current_time() + limits.seconds
-        with budget.hold() as hold:
-            trace.stage("read")
-            body = await read_body(request, limits, hold)
-            if app.state.active >= limits.queue:
-                raise RequestError(503, "too many requests are waiting; try again in a moment")
-            app.state.active += 1
-            try:
-                with fail_after(end - current_time()):
-                    trace.stage("decode")
-                    kind = request.headers.get("content-type", "")
-                    value = await readers.read(kind, body, served.description)
-                    del body
-                    hold(len(value))
-                    trace.stage("queue")
-                    row = await served.pool.submit((value,), lambda size: trace.stage("run", batch_size=size))
-                trace.stage("answer")
-                return answer(served.description, served.threshold, np.frombuffer(row))
-            except TimeoutError:
-                raise RequestError(504, f"no answer within {limits.seconds:g} s") from None
-            except ChildDiedError as error:
-                raise RequestError(500, f"the model failed on this input: {error}") from None
-            except ResultError as error:
-                raise RequestError(422, str(error)) from None
-            finally:
-                app.state.active -= 1
+    app.add_middleware(guard.middleware, refused=lambda status: first.served.metrics.requests.labels(str(status)).inc())
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
@@ -230,19 +194,26 @@ def create_app(
         route = "/predict" if name is None else "/predict/{name}"
         # One version of the file from here to the answer, whatever takes over meanwhile.
         with named(name).served.in_use() as served, Trace(tracer, route, request.headers) as trace:
+
+            async def run(value: bytes) -> np.ndarray[Any, Any]:
+                return np.frombuffer(await served.pool.submit((value,), lambda n: trace.stage("run", batch_size=n)))
+
             try:
-                status, content = 200, await predict(request, served, trace)
+                if not app.state.ready:
+                    raise RequestError(503, "the server is starting or shutting down")
+                content = await readers.answer(request, served.description, served.threshold, run, trace.stage)
                 served.metrics.observe(content)
+                status = 200
             except RequestError as error:
                 status, content = error.status, {"detail": error.message}
                 if status == 503:
                     headers["Retry-After"] = "1"
             served.metrics.latency.observe(time.perf_counter() - start)
             served.metrics.requests.labels(str(status)).inc()
-            trace.answered(status)
+            trace.status = status
             return Response(json.dumps(content, allow_nan=False), status, headers, "application/json")
 
-    add_status_routes(app, named, models, limits.queue)
+    add_status_routes(app, named)
     page = (files("fastgrad.deploy.serve") / "page.html").read_text("utf-8")
 
     @app.get("/", include_in_schema=False)

@@ -1,20 +1,22 @@
-"""What a request may cost, and bodies that are read within it."""
+"""What a request may cost, and how it is answered within that."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from fastgrad.checks import extra, is_number
+from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.description import Description
 from fastgrad.deploy.file.images import MAX_PIXELS
 from fastgrad.deploy.serve.child import Bytes, Child, ChildDiedError, RequestError
 from fastgrad.deploy.serve.pool import Pool
 
 with extra("serve"):
-    from anyio import current_time, move_on_after
+    from anyio import current_time, fail_after, move_on_after
     from starlette.requests import ClientDisconnect, Request
 
 #: A body that is too large is read on and thrown away up to here, so that the client gets to read the refusal.
@@ -65,39 +67,10 @@ class Limits:
                 raise ValueError(f"{name} must be positive; it was {value:g}")
 
 
-class Budget:
-    """Bytes that all requests together hold."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.used = total, 0
-
-    @contextmanager
-    def hold(self) -> Iterator[Callable[[int], None]]:
-        """For one request; gives a function to say how many bytes it holds now.
-
-        Raises:
-            RequestError: 503, they would be too many.
-        """
-        own = 0
-
-        def resize(size: int) -> None:
-            nonlocal own
-            if size > own and self.used + size - own > self.total:
-                raise RequestError(503, "the bodies of other requests fill the memory; try again in a moment")
-            self.used += size - own
-            own = size
-
-        try:
-            yield resize
-        finally:
-            self.used -= own
-
-
 async def read_body(request: Request, limits: Limits, hold: Callable[[int], None]) -> bytearray:
     """Read a body within ``body``, ``rate`` and ``seconds`` of the limits; ``hold`` is told how many bytes there are.
 
-    Raises:
-        RequestError: 400 empty or broken off, 408 too slow, 413 too large, 503 too many at once.
+    RequestError 400 where it is empty or broken off, 408 too slow, 413 too large, 503 too many at once.
     """
     declared = request.headers.get("content-length", "")
     too_large = declared.isdecimal() and int(declared[:20]) > limits.body
@@ -128,19 +101,74 @@ async def read_body(request: Request, limits: Limits, hold: Callable[[int], None
 
 
 class Readers(Pool):
-    """Turns bodies into inputs, each in a process that is killed when it takes too long."""
+    """Has requests answered within the limits. Processes turn bodies into inputs, and are killed if it takes too long.
+
+    Attributes:
+        active: requests in progress whose body is there.
+    """
 
     def __init__(self, count: int, limits: Limits) -> None:
-        module, arguments = "fastgrad.deploy.serve.decoder", (limits.pixels,)
-        children = [Child(module, arguments, most=_INPUT, small=True) for _ in range(count)]
+        self.limits, self.active, self._held = limits, 0, 0
+        children = [Child("fastgrad.deploy.serve.decoder", (limits.pixels,), most=_INPUT) for _ in range(count)]
         super().__init__(children, hang_timeout=limits.decode_seconds, load_timeout=60.0)
 
-    async def read(self, content_type: str, body: Bytes, description: Description) -> bytes:
-        """Read one body, as `decoder.read_input` does.
+    @contextmanager
+    def _hold(self) -> Iterator[Callable[[int], None]]:
+        """For one request; gives a function to say how many bytes it holds now. RequestError 503 for too many."""
+        own = 0
 
-        Raises:
-            RequestError: what that raises; 422 if it takes too long, or ends three processes.
+        def resize(size: int) -> None:
+            nonlocal own
+            if size > own and self._held + size - own > self.limits.memory:
+                raise RequestError(503, "the bodies of other requests fill the memory; try again in a moment")
+            self._held += size - own
+            own = size
+
+        try:
+            yield resize
+        finally:
+            self._held -= own
+
+    async def answer(
+        self,
+        request: Request,
+        description: Description,
+        threshold: float | None,
+        run: Callable[[bytes], Awaitable[Any]],
+        stage: Callable[[str], None] = lambda name: None,
+    ) -> dict[str, Any]:
+        """The answer to a request by its input's row, which ``run`` gives; ``stage`` hears what begins.
+
+        RequestError where there is none: for its body, a result that is not finite, too many requests or too much time.
         """
+        limits, end = self.limits, current_time() + self.limits.seconds
+        with self._hold() as hold:
+            stage("read")
+            body = await read_body(request, limits, hold)
+            if self.active >= limits.queue:
+                raise RequestError(503, "too many requests are waiting; try again in a moment")
+            self.active += 1
+            try:
+                with fail_after(end - current_time()):
+                    stage("decode")
+                    value = await self.read(request.headers.get("content-type", ""), body, description)
+                    del body
+                    hold(len(value))
+                    stage("queue")
+                    row = await run(value)
+                stage("answer")
+                return answer(description, threshold, row)
+            except TimeoutError:
+                raise RequestError(504, f"no answer within {limits.seconds:g} s") from None
+            except ChildDiedError as error:
+                raise RequestError(500, f"the model failed on this input: {error}") from None
+            except ResultError as error:
+                raise RequestError(422, str(error)) from None
+            finally:
+                self.active -= 1
+
+    async def read(self, content_type: str, body: Bytes, description: Description) -> bytes:
+        """Read one body, as `decoder.read_input` does; RequestError 422 too if it takes too long, or ends processes."""
         arguments = (content_type, description.input_shape, description.input_dtype)
         try:
             return await self.submit((json.dumps(arguments).encode() + b"\n", body))

@@ -37,27 +37,21 @@ _SHOWN = (
     "ROCR_", "HSA_", "MIOPEN_",
 )  # fmt: skip
 _PACKAGE = str(Path(__file__).parents[2])
-# Isolated (-I), so that no file of the working folder takes a module's place; then the server's own path. A small
-# child does not import PyTorch, as the package's __init__ would.
+# Isolated (-I), so that no file of the working folder takes a module's place; then the server's own path. The package's
+# __init__ is left out: it would import PyTorch, which not every child needs.
 _START = """
 import json, sys, types
-path, package, module, small, arguments = json.loads(sys.argv[1])
+path, package, module, arguments = json.loads(sys.argv[1])
 sys.path[:] = path
-if small:
-    sys.modules["fastgrad"] = types.ModuleType("fastgrad")
-    sys.modules["fastgrad"].__path__ = [package]
+sys.modules["fastgrad"] = types.ModuleType("fastgrad")
+sys.modules["fastgrad"].__path__ = [package]
 from fastgrad.deploy.serve.child import answer_requests
 answer_requests(module, arguments)
 """
 
 
 class RequestError(Exception):
-    """A request that cannot be answered.
-
-    Attributes:
-        status: the HTTP status that says so.
-        message: for the person who sent it.
-    """
+    """A request that cannot be answered, with the HTTP status that says so, and why for the person who sent it."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -77,35 +71,29 @@ class ChildTimeoutError(ChildDiedError):
 
 
 class Child:
-    """One process.
+    """One process, which answers with what ``start(*arguments)`` of a module gives.
 
     Args:
-        module: whose ``main(*arguments)`` it runs.
+        module: its name.
         arguments: what JSON can hold.
         most: bytes of a reply.
-        small: whether ``fastgrad`` itself is left out, and PyTorch with it.
 
     Attributes:
-        process: once it was started.
         alive: whether it has started and can be asked.
         starts: how often it was started.
         on_end: called when it has ended, for whatever reason.
     """
 
-    def __init__(self, module: str, arguments: Sequence[object], *, most: int, small: bool = False) -> None:
+    def __init__(self, module: str, arguments: Sequence[object], *, most: int) -> None:
         # Integers of NumPy too, where a limit is one.
-        self._start = json.dumps([sys.path, _PACKAGE, module, small, list(arguments)], default=int)
+        self._start = json.dumps([sys.path, _PACKAGE, module, list(arguments)], default=int)
         self._most = most
         self.process: Process | None = None
         self.alive, self.starts = False, 0
         self.on_end: Callable[[], None] = lambda: None
 
     async def start(self, seconds: float) -> None:
-        """Start it.
-
-        Raises:
-            ChildError: it cannot do its work, ended, or said nothing in time.
-        """
+        """Start it; ChildError where it cannot do its work, ended, or said nothing in time."""
         environment = {key: value for key, value in os.environ.items() if key.upper().startswith(_SHOWN)}
         self.starts += 1
         try:
@@ -140,10 +128,8 @@ class Child:
     async def ask(self, parts: Sequence[Bytes], seconds: float) -> bytes:
         """Send what the parts make together, if there are any; return the reply.
 
-        Raises:
-            RequestError: the process refuses what was sent.
-            ChildError: it failed.
-            ChildDiedError: it ended, or did not answer in time; then it is killed, as it is when this is cancelled.
+        RequestError where the process refuses what was sent, ChildError where it failed, ChildDiedError where it ended
+        or did not answer in time. Then it is killed, as it is when this is cancelled.
         """
         process = self.process
         if process is None or process.stdin is None or process.stdout is None or (parts and not self.alive):

@@ -55,14 +55,10 @@ def _limit_memory() -> None:
 
 
 def read_input(content_type: str, body: bytes, shape: Sequence[int], dtype: str, *, max_pixels: int) -> bytes:
-    """Read an image, a form with a ``file``, or JSON ``{"inputs": [...]}``.
+    """Read an image, a form with a ``file``, or JSON ``{"inputs": [...]}``, which the client has normalized.
 
-    Returns:
-        `PIXELS` or `NUMBERS`, and the input. JSON inputs are what the model takes, so the client has normalized
-        them.
-
-    Raises:
-        RequestError: 400 unreadable, 413 too large, 415 another content type, 422 not this model's input.
+    `PIXELS` or `NUMBERS` is before the input. RequestError 400 where it is unreadable, 413 too large, 415 of another
+    content type, 422 not this model's input.
     """
     shape = tuple(shape)
     kind = content_type.split(";", 1)[0].strip().lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -9,7 +10,6 @@ import logging
 import re
 import time
 from collections.abc import Callable, Collection
-from urllib.parse import urlsplit
 
 from fastgrad.checks import extra
 from fastgrad.deploy.serve.child import RequestError
@@ -31,70 +31,50 @@ def refusal(error: RequestError, headers: dict[str, str] | None = None) -> JSONR
     return JSONResponse({"detail": error.message}, error.status, headers)
 
 
-def check_access(key: str | None, hosts: Collection[str]) -> None:
-    """Raise ValueError for a key that no request can carry in a header, or what is no list of names of hosts."""
-    if key is not None and not (isinstance(key, str) and re.fullmatch("[!-~]([ -~]*[!-~])?", key)):
-        raise ValueError("api_key must not be empty, and of printable ASCII without spaces at its ends")
-    if not isinstance(hosts, Collection) or isinstance(hosts, str) or not all(isinstance(host, str) for host in hosts):
-        raise ValueError(f"allowed_hosts must be a list of names; it was {hosts!r}")
-
-
 class Guard:
-    """Middleware that refuses before anything else of a request is looked at.
+    """Refuses before anything else of a request is looked at.
 
     A page of another site can make a browser send requests here. Its name in ``Origin`` or, where it lets its own name
     point here, in ``Host`` gives it away. Addresses are no names and always fit.
 
-    Args:
-        app: what it stands before; None where only `check` is asked for.
-        key: that requests must carry, as ``Authorization: Bearer KEY``; None for none.
-        hosts: names under which the server may be asked, beside ``localhost``.
-        refused: told the status of each refusal.
-
-    Raises:
-        ValueError: a key that no request can carry, or no list of names.
+    ``key`` is what requests must carry, as ``Authorization: Bearer KEY``, and ``hosts`` under which names they may ask,
+    beside ``localhost``. ValueError for a key that no header can carry, or no list of names.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp | None,
-        *,
-        key: str | None,
-        hosts: Collection[str],
-        refused: Callable[[int], None] = lambda status: None,
-    ) -> None:
-        check_access(key, hosts)
-        self._app, self._refused = app, refused
+    def __init__(self, key: str | None, hosts: Collection[str]) -> None:
+        if key is not None and not (isinstance(key, str) and re.fullmatch("[!-~]([ -~]*[!-~])?", key)):
+            raise ValueError("api_key must not be empty, and of printable ASCII without spaces at its ends")
+        if not isinstance(hosts, Collection) or isinstance(hosts, str) or not all(isinstance(h, str) for h in hosts):
+            raise ValueError(f"allowed_hosts must be a list of names; it was {hosts!r}")
         self._digest = None if key is None else hashlib.sha256(key.encode()).digest()
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
         self._wrong, self._quiet_until = 0, 0.0
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on."""
-        if scope["type"] == "http":
-            try:
-                self.check(scope, OPEN)
-            except RequestError as error:
-                self._refused(error.status)
-                headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-                await refusal(error, headers)(scope, receive, send)
-                return
-        assert self._app is not None
-        await self._app(scope, receive, _without_traceback(scope, send) if scope["type"] == "lifespan" else send)
+    def middleware(self, app: ASGIApp, refused: Callable[[int], None]) -> ASGIApp:
+        """``app``, which hears of no request that is refused; ``refused`` is told the status."""
+
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                try:
+                    self.check(scope, OPEN)
+                except RequestError as error:
+                    refused(error.status)
+                    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+                    await refusal(error, headers)(scope, receive, send)
+                    return
+            await app(scope, receive, _without_traceback(scope, send) if scope["type"] == "lifespan" else send)
+
+        return guarded
 
     def check(self, scope: Scope, without_key: Collection[str] = ()) -> None:
-        """Look at the headers of one request, which needs no key on some paths.
-
-        Raises:
-            RequestError: 400, 401 or 403.
-        """
+        """Look at the headers of one request, which needs no key on some paths; RequestError 400, 401 or 403."""
         headers = Headers(scope=scope)
         host = headers.get("host", "localhost").lower()
         name = re.sub(r":\d*$", "", host)
-        if name not in self._hosts and not _is_address(name):
+        if name not in self._hosts and address_of(name) is None:
             raise RequestError(400, "the server does not answer under this Host; name it with --allowed-host")
         origin = headers.get("origin")
-        if scope["method"] not in ("GET", "HEAD") and origin is not None and _host_of(origin) != host:
+        if scope["method"] not in ("GET", "HEAD") and origin is not None and origin.lower().partition("://")[2] != host:
             raise RequestError(403, "pages of other sites must not send requests here")
         if self._digest is None or scope["path"] in without_key:
             return
@@ -126,16 +106,8 @@ def _without_traceback(scope: Scope, send: Send) -> Send:
     return told
 
 
-def _host_of(origin: str) -> str | None:
-    try:
-        return urlsplit(origin).netloc.lower()
-    except ValueError:
-        return None
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return False
-    return True
+def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is; None for a name."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    return None

@@ -16,55 +16,38 @@ with extra("serve"):
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 RECENT = 1000
+#: Bounds of histograms: seconds, and inputs.
+_TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """Counts and distributions of one server; each server has a registry of its own.
+    """Counts and distributions of one version of a file, in a registry of their own.
 
-    Args:
-        description: of the model; its in-distribution scores give the uncertainty's buckets and the drift
-            monitor.
-        false_alarm_rate: share of in-distribution inputs that the threshold in use flags, or None.
-        drift_false_alarm_rate: bound on the probability that the drift alarm is ever raised without cause.
-
-    Attributes:
-        monitor: of drift; None where the file has no scores to compare with.
+    The description's in-distribution scores give the uncertainty's buckets and the drift monitor; without them the
+    monitor is None. ``false_alarm_rate`` belongs to the threshold in use, and is None without one.
     """
 
     def __init__(
         self, description: Description, *, false_alarm_rate: float | None, drift_false_alarm_rate: float
     ) -> None:
-        self.registry = CollectorRegistry()
-        reference = description.score_reference()
-        self.monitor = monitor = (
-            None if reference is None else DriftMonitor(reference, false_alarm_rate=drift_false_alarm_rate)
-        )
+        own: dict[str, Any] = {"namespace": "fastgrad", "registry": CollectorRegistry()}
+        self._own = own
         self._recent: deque[bool] = deque(maxlen=RECENT)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
-            return Histogram(f"fastgrad_{name}", text, buckets=buckets, registry=self.registry)
-
-        self.requests = Counter(
-            "fastgrad_requests",
-            "Answers of /predict and refused access by HTTP status",
-            ["status"],
-            registry=self.registry,
-        )
-        self.predictions = Counter(
-            "fastgrad_predictions", "Predictions by reliability", ["reliable"], registry=self.registry
-        )
-        self.latency = histogram(
-            "request_seconds",
-            "Time from a request's headers to its answer",
-            (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
-        )
-        self.batch_size = histogram("batch_size", "Inputs in a batch", (1, 2, 4, 8, 16, 32, 64, 128, 256))
-        self.uncertainty = histogram("uncertainty", "Uncertainty of predictions", _buckets(reference))
-        gauge = self.gauge
+        self.requests = Counter("requests", "Answers of /predict and refused access by HTTP status", ["status"], **own)
+        self.predictions = Counter("predictions", "Predictions by reliability", ["reliable"], **own)
+        text = "Time from a request's headers to its answer"
+        self.latency = Histogram("request_seconds", text, buckets=_TIMES, **own)
+        self.batch_size = Histogram("batch_size", "Inputs in a batch", buckets=_SIZES, **own)
+        reference, gauge = description.score_reference(), self.gauge
+        scores = _buckets(reference)
+        self.uncertainty = Histogram("uncertainty", "Uncertainty of predictions", buckets=scores, **own)
         gauge("share_flagged", f"Share called unreliable among the last {RECENT} predictions", self._share)
         if false_alarm_rate is not None:
             gauge("expected_share_flagged", "That share on in-distribution inputs", lambda: false_alarm_rate)
-        if monitor is not None:
+        self.monitor: DriftMonitor | None = None
+        if reference is not None:
+            self.monitor = monitor = DriftMonitor(reference, false_alarm_rate=drift_false_alarm_rate)
             gauge("drift_evidence", "Wealth of the bet that inputs have drifted", lambda: monitor.evidence)
             gauge("drift_scores", "Scores that the drift monitor has read", lambda: monitor.count)
             shown = f"1 once drift is shown; probability of ever being wrong <= {drift_false_alarm_rate:g}"
@@ -73,7 +56,7 @@ class Metrics:
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a number, which is asked for when Prometheus does."""
-        Gauge(f"fastgrad_{name}", text, registry=self.registry).set_function(value)
+        Gauge(name, text, **self._own).set_function(value)
 
     def observe(self, answer: dict[str, Any]) -> None:
         """Take note of one answer."""
@@ -87,7 +70,7 @@ class Metrics:
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""
-        return bytes(generate_latest(self.registry))
+        return bytes(generate_latest(self._own["registry"]))
 
     def _share(self) -> float:
         return sum(self._recent) / len(self._recent) if self._recent else 0.0

@@ -51,7 +51,7 @@ class Pool:
     ) -> None:
         self.workers, self.max_batch, self.batch_wait, self.on_batch = workers, max_batch, batch_wait, on_batch
         self.hang_timeout, self.load_timeout = hang_timeout, load_timeout
-        self._queue: deque[_Item] = deque()
+        self.queue: deque[_Item] = deque()
         self._arrived = asyncio.Event()
         for worker in workers:
             worker.on_end = self._arrived.set
@@ -67,17 +67,8 @@ class Pool:
         """How often a process was replaced."""
         return sum(max(0, worker.starts - 1) for worker in self.workers)
 
-    @property
-    def queued(self) -> int:
-        """Inputs that wait for a process."""
-        return len(self._queue)
-
     async def start(self) -> None:
-        """Start all processes.
-
-        Raises:
-            ChildError: one cannot do its work.
-        """
+        """Start all processes; ChildError where one cannot do its work."""
         try:
             await asyncio.gather(*(worker.start(self.load_timeout) for worker in self.workers))
         except BaseException:
@@ -87,18 +78,14 @@ class Pool:
         self._tasks = [loop.create_task(self._serve(worker)) for worker in self.workers]
 
     async def submit(self, parts: Sequence[Bytes], on_run: Callable[[int], None] = lambda size: None) -> bytes:
-        """Have one input answered. Cancelling it takes it out of the queue.
+        """Have one input answered, which the parts make together. Cancelling it takes it out of the queue.
 
-        Args:
-            parts: what makes the input, one after another.
-            on_run: called with the size of its batch when that goes to a process, again where it has to be run again.
-
-        Raises:
-            RequestError: it is refused, or failed for a reason that the log has.
-            ChildDiedError: its process ended repeatedly, or did not answer in time.
+        ``on_run`` is called with the size of its batch when that goes to a process, again where it has to be run again.
+        RequestError where it is refused, or failed for a reason that the log has; ChildDiedError where its process
+        ended repeatedly, or did not answer in time.
         """
         item = _Item(parts, asyncio.get_running_loop().create_future(), on_run)
-        self._queue.append(item)
+        self.queue.append(item)
         self._arrived.set()
         return await item.future
 
@@ -123,21 +110,21 @@ class Pool:
 
         A process that ends meanwhile gets none: an input must not answer for that.
         """
-        while worker.alive and not self._queue:
+        while worker.alive and not self.queue:
             self._arrived.clear()
             await self._arrived.wait()
         if self.max_batch > 1:
             with move_on_after(self.batch_wait):
-                while self._queue and len(self._queue) < self.max_batch and not self._queue[0].attempts:
+                while self.queue and len(self.queue) < self.max_batch and not self.queue[0].attempts:
                     self._arrived.clear()
                     await self._arrived.wait()
         if not worker.alive:
             _log.warning("a process is replaced: it ended while it waited")
             return []
-        most = 1 if self._queue and self._queue[0].attempts else self.max_batch
+        most = 1 if self.queue and self.queue[0].attempts else self.max_batch
         batch: list[_Item] = []
-        while self._queue and len(batch) < most:
-            item = self._queue.popleft()
+        while self.queue and len(batch) < most:
+            item = self.queue.popleft()
             # Else its request timed out or went away.
             if not item.future.done():
                 batch.append(item)
@@ -172,7 +159,7 @@ class Pool:
             elif item.attempts >= MAX_ATTEMPTS:
                 _settle(item, ChildDiedError(f"its process ended {item.attempts} times"))
             else:
-                self._queue.appendleft(item)
+                self.queue.appendleft(item)
         self._arrived.set()
 
 

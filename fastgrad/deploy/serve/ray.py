@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgrad.checks import extra
-from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.package import ModelPackage, read_description
-from fastgrad.deploy.serve.bodies import Budget, Limits, Readers, read_body
+from fastgrad.deploy.serve.bodies import Limits, Readers
 from fastgrad.deploy.serve.child import RequestError
 from fastgrad.deploy.serve.guard import Guard, refusal
 from fastgrad.deploy.serve.worker import batch_of
@@ -54,7 +53,6 @@ def deployment(
         ValueError: the file has no threshold for that rate.
     """
     with extra("cluster"):
-        from anyio import current_time, fail_after
         from ray import serve
         from starlette.requests import Request
         from starlette.responses import JSONResponse
@@ -63,7 +61,7 @@ def deployment(
     description = read_description(path)
     threshold = description.threshold_at(false_alarm_rate)
 
-    guard = Guard(None, key=api_key, hosts=allowed_hosts)
+    guard = Guard(api_key, allowed_hosts)
 
     @serve.deployment(
         num_replicas=replicas,
@@ -75,7 +73,6 @@ def deployment(
         def __init__(self) -> None:
             self.model = ModelPackage(path)
             self.readers = Readers(2, limits)
-            self.budget = Budget(limits.memory)
             self.starting: asyncio.Task[None] | None = None
 
         @serve.batch(max_batch_size=min(max_batch, description.max_batch), batch_wait_timeout_s=batch_wait)
@@ -88,19 +85,9 @@ def deployment(
                 guard.check(request.scope)
                 self.starting = self.starting or asyncio.ensure_future(self.readers.start())
                 await asyncio.shield(self.starting)
-                end = current_time() + limits.seconds
-                with self.budget.hold() as hold:
-                    body = await read_body(request, limits, hold)
-                    with fail_after(end - current_time()):
-                        kind = request.headers.get("content-type", "")
-                        row = await self.run(await self.readers.read(kind, body, description))
-                return JSONResponse(answer(description, threshold, row))
+                return JSONResponse(await self.readers.answer(request, description, threshold, self.run))
             except RequestError as error:
                 return refusal(error)
-            except ResultError as error:
-                return refusal(RequestError(422, str(error)))
-            except TimeoutError:
-                return refusal(RequestError(504, f"no answer within {limits.seconds:g} s"))
 
     application: Any = Model
     return application.bind()

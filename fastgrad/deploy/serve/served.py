@@ -63,12 +63,7 @@ def _remove(folder: Path, lock: int | None) -> None:
 
 
 class Served:
-    """One version of a file, with the processes that run it and its metrics; the arguments are those of `create_app`.
-
-    Raises:
-        PackageError: not an exported model, or one that ``pins`` does not name.
-        ValueError: the file has no threshold for that rate.
-    """
+    """One version of a file, with the processes that run it and its metrics; the arguments are `create_app`'s."""
 
     def __init__(
         self,
@@ -111,7 +106,7 @@ class Served:
             batch_wait=batch_wait, hang_timeout=limits.seconds, load_timeout=limits.load_seconds,
             on_batch=metrics.batch_size.observe,
         )  # fmt: skip
-        metrics.gauge("queue_length", "Inputs that wait for a worker", lambda: pool.queued)
+        metrics.gauge("queue_length", "Inputs that wait for a worker", lambda: len(pool.queue))
         metrics.gauge("worker_restarts", "Worker processes replaced since the start", lambda: pool.restarts)
         self._users = 0
         self._free = asyncio.Event()
@@ -130,11 +125,7 @@ class Served:
                 self._free.set()
 
     async def start(self) -> None:
-        """Start the processes.
-
-        Raises:
-            PackageError: they cannot load the file.
-        """
+        """Start the processes; PackageError where they cannot load the file."""
         try:
             await self.pool.start()
         except ChildError as error:
@@ -154,11 +145,6 @@ class Served:
 
 class Model:
     """What answers under one name.
-
-    Args:
-        name: for the log.
-        path: the file.
-        load: makes a `Served` of a file.
 
     Attributes:
         served: what new requests go to.
@@ -182,18 +168,14 @@ class Model:
 
     async def watch(self, seconds: float) -> None:
         """Look at the file every so many seconds, for ever."""
-        pending = self._stamp
+        tried = now = self._stamp
         while True:
             await asyncio.sleep(seconds)
-            stamp = _stamp(self.path)
-            if stamp is None or stamp == self._stamp:
-                continue
-            if stamp != pending:
-                # It may be in the middle of being written: look once more.
-                pending = stamp
-                continue
-            self._stamp = stamp
-            await self.reload()
+            before, now = now, _stamp(self.path)
+            # What is in the middle of being written is another one at the next look.
+            if now is not None and now == before and now != tried:
+                tried = now
+                await self.reload()
 
     async def reload(self) -> None:
         """Load the file anew and let it take over; where that fails, say why and go on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastgrad.checks import extra
@@ -18,17 +18,9 @@ with extra("serve"):
 _log = logging.getLogger("uvicorn.error")
 
 
-def add_status_routes(
-    app: FastAPI, named: Callable[[str | None], Model], models: Mapping[str, Model], queue: int
-) -> None:
-    """Add the routes.
-
-    Args:
-        app: the application.
-        named: gives the model of a name, or the first.
-        models: by name.
-        queue: requests in progress from which on the server is not ready for more.
-    """
+def add_status_routes(app: FastAPI, named: Callable[[str | None], Model]) -> None:
+    """Add the routes; ``named`` gives the model of a name, or the first."""
+    models, readers = app.state.models, app.state.readers
 
     @app.get("/health", summary="Whether the process lives", responses=refusals())
     async def health() -> dict[str, str]:
@@ -42,7 +34,7 @@ def add_status_routes(
     async def ready(request: Request) -> JSONResponse:
         state = request.app.state
         loaded = all(model.served.pool.ready for model in models.values())
-        fine = state.ready and not state.draining and loaded and state.active < queue
+        fine = state.ready and not state.draining and loaded and readers.active < readers.limits.queue
         return JSONResponse({"ready": fine}, 200 if fine else 503)
 
     prometheus: dict[str, Any] = {

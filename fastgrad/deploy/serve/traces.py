@@ -12,17 +12,16 @@ if TYPE_CHECKING:
 
 
 class Trace:
-    """Of one request, while it lasts.
+    """Of one request to ``route``, while it lasts; without a tracer there are no spans.
 
-    Args:
-        tracer: makes the spans; None makes none.
-        route: path of the request, names of models as ``{name}``.
-        headers: of the request; a caller's ``traceparent`` (W3C) makes it part of the caller's trace. Where the
-            web framework has begun a span already, that one does.
+    Its span is below the one that the web framework has begun, or the caller's, as ``traceparent`` (W3C) among its
+    ``headers`` says.
     """
 
     def __init__(self, tracer: Tracer | None, route: str, headers: Mapping[str, str]) -> None:
         self._tracer, self._route, self._headers = tracer, route, headers
+        #: Of the answer; unless it is set, there was none.
+        self.status = 500
         self._span: Any = None
         self._stage: Any = None
 
@@ -41,32 +40,25 @@ class Trace:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
-        """Both spans end."""
+        """Both spans end; what the caller did wrong is no error of the server's."""
         if self._span is not None:
+            from opentelemetry.trace import StatusCode
+
             if error is not None:
                 self._span.record_exception(error)
-                self.answered(500)
-            self._end_stage()
+            if self.status >= 500:
+                self._span.set_status(StatusCode.ERROR)
+            self._span.set_attribute("http.response.status_code", self.status)
+            if self._stage is not None:
+                self._stage.end()
             self._span.end()
-
-    def _end_stage(self) -> None:
-        if self._stage is not None:
-            self._stage.end()
 
     def stage(self, name: str, **attributes: int) -> None:
         """The stage before is over, this one begins."""
         if self._tracer is not None:
-            self._end_stage()
+            if self._stage is not None:
+                self._stage.end()
             self._stage = self._tracer.start_span(name, context=self._context, attributes=attributes)
-
-    def answered(self, status: int) -> None:
-        """With this HTTP status; what the caller did wrong is no error of the server's."""
-        if self._span is not None:
-            from opentelemetry.trace import StatusCode
-
-            self._span.set_attribute("http.response.status_code", status)
-            if status >= 500:
-                self._span.set_status(StatusCode.ERROR)
 
 
 def otlp_provider() -> TracerProvider:

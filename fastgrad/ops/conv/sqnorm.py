@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad._torch import check, is_exporting, is_readable
+from fastgrad._torch import check, is_readable
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.conv import cost, routes
 from fastgrad.ops.conv.geometry import Problem, canonical
@@ -156,7 +156,10 @@ def conv_sqnorm(
     checks.is_float("a", a)
     checks.is_float("g", g)
     single = g.dim() == a.dim()
-    operator: Callable[..., Tensor] = _eager if is_exporting() else _composition
+    # An exported program must not call operators that only this package has. Strict mode, whose frontend cannot follow
+    # the cost model, keeps them until `run_decompositions`.
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    operator: Callable[..., Tensor] = _eager if exporting else _composition
     norms = operator(
         a, g.unsqueeze(0) if single else g, kernel_size, stride, padding, dilation, groups, transposed, impl
     )

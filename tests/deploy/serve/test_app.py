@@ -69,7 +69,7 @@ def test_key(tiny_package: Path, caplog: pytest.LogCaptureFixture) -> None:
         with pytest.raises(ValueError, match="api_key must not be empty, and of printable ASCII"):
             create_app(str(tiny_package), api_key=key)
         with pytest.raises(ValueError, match="api_key"):
-            Guard(None, key=key, hosts=())
+            Guard(key, ())
     # One line for the first, and the others are counted for a later one.
     assert caplog.text.count("without the right API key") == 1
     assert " 1 request without the right API key, the last from 127.0.0.1" in caplog.text
@@ -78,7 +78,7 @@ def test_key(tiny_package: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_guard_of_one_route_asks_for_the_key_under_every_path() -> None:
     """Ray Serve's deployment answers where it is put, also at ``/``."""
-    guard = Guard(None, key="secret", hosts=())
+    guard = Guard("secret", ())
     for path in ("/", "/ready", "/predict"):
         with pytest.raises(RequestError, match="API key"):
             guard.check({"type": "http", "method": "POST", "path": path, "headers": []})
@@ -136,14 +136,14 @@ def test_no_answer_in_time_is_504_and_no_body_408(tiny_package: Path) -> None:
     assert status == 504
     assert "0.1 s" in answer["detail"]
     assert post(app, chunks=[b"a", b"b"], pause=0.3)[0] == 408
-    assert app.state.active == 0
+    assert app.state.readers.active == 0
 
 
 def test_a_slow_body_takes_no_slot_and_is_cut_off(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgrad.deploy.serve.bodies._GRACE", 0.2)
     app = make(tiny_package, limits=Limits(queue=1, rate=1000))
     seen = []
-    status, _, answer = post(app, chunks=[b"x"] * 10, pause=0.1, watch=lambda: seen.append(app.state.active))
+    status, _, answer = post(app, chunks=[b"x"] * 10, pause=0.1, watch=lambda: seen.append(app.state.readers.active))
     assert (status, set(seen)) == (408, {0})
     assert "slower than 1000 bytes a second" in answer["detail"]
     # A body that keeps up may take longer than that.
@@ -171,13 +171,13 @@ def test_another_method_is_told_which_there_are(tiny_package: Path) -> None:
 
 def test_full_queue_is_503_with_retry_after(tiny_package: Path) -> None:
     app = make(tiny_package, limits=Limits(queue=2))
-    app.state.active = 2
+    app.state.readers.active = 2
     status, sent, answer = post(app)
     assert status == 503
     assert sent["retry-after"] == "1"
     assert "too many" in answer["detail"]
     assert call(app, "GET", "/ready", {}, [])[0] == 503
-    app.state.active = 0
+    app.state.readers.active = 0
     assert post(app)[0] == 200
 
 

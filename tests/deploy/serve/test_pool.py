@@ -213,7 +213,7 @@ def test_a_process_is_ended_where_there_is_no_such_signal(monkeypatch: pytest.Mo
             await child.ask([b"{}"], 0)
         await child.stop()
 
-    asyncio.run(run(Child("fastgrad.deploy.serve.decoder", (100,), most=2**20, small=True)))
+    asyncio.run(run(Child("fastgrad.deploy.serve.decoder", (100,), most=2**20)))
     assert sent == [signal.SIGTERM]
 
 
@@ -238,7 +238,7 @@ def test_a_worker_has_none_of_the_servers_secrets(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("OMP_DYNAMIC", "FALSE")
 
     async def run() -> bytes:
-        child = Child("fastgrad.deploy.serve.decoder", (100,), most=2**20, small=True)
+        child = Child("fastgrad.deploy.serve.decoder", (100,), most=2**20)
         await child.start(30)
         assert child.process is not None
         environment = (proc(child.process.pid) / "environ").read_bytes()
