@@ -86,15 +86,11 @@ def channel_dim(module: nn.Module, shape: tuple[int, ...]) -> int | None:
     return -1
 
 
-def choose(seen: Sequence[tuple[nn.Module, Channels, int]], operations: float) -> tuple[Channels, ...]:
-    """Of all places seen in a forward pass, in order, those that are read of this network.
+def choose(seen: Sequence[tuple[nn.Module, Channels, Tensor]], operations: float) -> tuple[Channels, ...]:
+    """Of all places seen in a forward pass of one sample, with their outputs and in order, those that are read.
 
     Of maps these are a few from the first to the last, on a grid. Of tokens, whose first layers are words, they are the
-    last ones: as many as the network's operations bear, and two in any case.
-
-    Args:
-        seen: The module, the place and how many numbers it puts out for one sample.
-        operations: Those of one sample's forward pass.
+    last ones: as many as the pass's ``operations`` bear, and two in any case.
     """
     norms = [found for found in seen if is_normalization(found[0])]
     steady = [found for found in norms if not is_layer_norm(found[0])]
@@ -106,8 +102,8 @@ def choose(seen: Sequence[tuple[nn.Module, Channels, int]], operations: float) -
         return tuple(dataclasses.replace(place, grid=_GRID) for _, place, _ in few)
     found: list[Channels] = []
     numbers = 0
-    for _, place, count in reversed(picked):
-        numbers += count
+    for _, place, value in reversed(picked):
+        numbers += value.numel()
         if numbers > _READ * operations and len(found) >= _LEAST:
             break
         found.append(place)

@@ -31,11 +31,13 @@ class Extraction:
         model: Any classifier; outputs as `fastgrad.gradients.features.logits_of` reads them.
         blocks: What to extract, see `fastgrad.blocks`; no two of one name.
         log: Whether squared norms are given as logarithms.
+        known: What is known of the network and its inputs; None watches it at the first call.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], *, log: bool = True) -> None:
-        self.model, self.blocks, self.log = original(model), tuple(blocks), log
-        self.known: Subject | None = None
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[Block], *, log: bool = True, known: Subject | None = None
+    ) -> None:
+        self.model, self.blocks, self.log, self.known = original(model), tuple(blocks), log, known
         self._setup()
 
     def _setup(self) -> None:
@@ -68,15 +70,13 @@ class Extraction:
             if empty:
                 args, kwargs = one_for_none((args, kwargs))
             subject = self.subject(args, kwargs)
-            logits, values = self._extract(subject, args, kwargs, 1 if empty else samples)
+            found = Pass(self._network, self.blocks, subject, args, kwargs, 1 if empty else samples, log=self.log)
+            with torch.no_grad():
+                logits, values = found.logits, {block.name: self._values(block, found) for block in self.blocks}
         return (logits[:0], {n: v[:0] for n, v in values.items()}) if empty else (logits, values)
 
     def subject(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Subject:
-        """What is known of the network and inputs like these, watched at the first call.
-
-        Raises:
-            ValueError: The network cannot serve a block.
-        """
+        """What is known of the network and inputs like these; ValueError where it cannot serve a block."""
         with self._lock:
             if self.known is None:
                 subject = watch(self.model, args, kwargs)
@@ -90,20 +90,9 @@ class Extraction:
 
     def of(self, blocks: Sequence[Block]) -> Extraction:
         """The extraction of other blocks from the same network, which is neither watched nor planned again."""
-        other = Extraction(self.model, blocks, log=self.log)
-        other.known, other._network, other._shapes = self.known, self._network, self._shapes
+        other = Extraction(self.model, blocks, log=self.log, known=self.known)
+        other._network, other._shapes = self._network, self._shapes
         return other
-
-    def _extract(self, subject: Subject, args: Any, kwargs: Any, samples: int) -> tuple[Tensor, dict[str, Tensor]]:
-        if subject.mask is not None and subject.mask not in kwargs:
-            raise ValueError(f"inputs must have {subject.mask!r}, as those of fit had")
-        mask = None if subject.mask is None else kwargs[subject.mask]
-        readings = {block.name: block.readings(subject, mask) for block in self.blocks}
-        signals = {block.name: block.signals(subject) for block in self.blocks}
-        plan = self._network.plan(args, kwargs, samples) if any(signals.values()) else None
-        found = Pass(self._network, plan, subject, readings, signals, args, kwargs, samples, log=self.log)
-        with torch.no_grad():
-            return found.logits, {block.name: self._values(block, found) for block in self.blocks}
 
     def _values(self, block: Block, found: Pass) -> Tensor:
         """A block's values; NaN, which no score takes for usual, where it fails after it has worked before."""

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.local_contrast import EXTREMES, differences, mean_extremes
+from fastgrad.blocks.local_contrast import differences, mean_extremes
 from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject, is_image
 from fastgrad.losses import compute_dtype
 
-#: Four measures a pixel: differences along the diagonals, down and to the side, and the intensity.
-STATISTICS = 4 * EXTREMES
 # More pixels than these say no more about a distribution; larger images are read on a regular grid.
 _PIXELS = 1024
 
@@ -60,7 +58,7 @@ def image_statistics(images: Tensor) -> Tensor:
     if not is_image(images):
         kind = f"{tuple(images.shape)}, {images.dtype}"
         raise ValueError(f"images must be floating, (B, C, H, W) with H and W at least 3; it was {kind}")
-    found = differences(images.detach().to(compute_dtype(images.dtype)), _PIXELS)
-    contrasts = torch.stack([found.diagonal, found.vertical, found.horizontal], 1).square().mean(2)
-    intensity = found.centre.mean(1, keepdim=True)
+    centre, neighbours = differences(images.detach().to(compute_dtype(images.dtype)), _PIXELS)
+    contrasts = torch.stack(neighbours, 1).square().mean(2)
+    intensity = centre.mean(1, keepdim=True)
     return mean_extremes(torch.cat([contrasts.sqrt().sqrt(), intensity], 1).flatten(2))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgrad.batches import logits_of
+from fastgrad.blocks.block import Block
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.backward import signal_sqnorms
 from fastgrad.engine.network import Network
-from fastgrad.engine.plan import Plan
-from fastgrad.engine.run import Reading, Run
+from fastgrad.engine.run import Run
 
 #: What is sent back through a network: from logits ``(B, N)`` one gradient at them ``(B, N)``.
 Signal = Callable[[Tensor], Tensor]
@@ -24,37 +24,41 @@ class Pass:
 
     Args:
         network: The network.
-        plan: How the norms of parameters are found; None where no block asks for them.
+        blocks: Who reads, or asks for norms of gradients.
         subject: What is known of the network and its inputs.
-        readings: What to keep of what modules see, by the name of the block that reads it.
-        signals: What to send back for it.
         args: The batch, positional.
         kwargs: The batch, by keyword.
         samples: B.
         log: Whether squared norms are to be given as logarithms.
+
+    Raises:
+        ValueError: The mask that the inputs of the fit had is missing.
     """
 
     def __init__(
         self,
         network: Network,
-        plan: Plan | None,
+        blocks: Sequence[Block],
         subject: Subject,
-        readings: Mapping[str, tuple[Reading, ...]],
-        signals: Mapping[str, tuple[Signal, ...]],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         samples: int,
         *,
         log: bool,
     ) -> None:
-        self.network, self.plan, self.subject, self.log = network, plan, subject, log
+        if subject.mask is not None and subject.mask not in kwargs:
+            raise ValueError(f"inputs must have {subject.mask!r}, as those of fit had")
+        mask = None if subject.mask is None else kwargs[subject.mask]
+        self.network, self.subject, self.log = network, subject, log
         self.args, self.kwargs, self.samples = args, kwargs, samples
-        self._readings, self._signals = readings, signals
-        self._left = [own for own in signals.values() if own]
+        self._readings = {block.name: block.readings(subject, mask) for block in blocks}
+        self._signals = {block.name: block.signals(subject) for block in blocks}
+        self._left = [signals for signals in self._signals.values() if signals]
+        self.plan = network.plan(args, kwargs, samples) if self._left else None
         self.run = Run(samples)
         with torch.set_grad_enabled(bool(self._left)):
-            every = [reading for own in readings.values() for reading in own]
-            output = network.forward(plan, self.run, args, kwargs, readings=every)
+            every = [reading for own in self._readings.values() for reading in own]
+            output = network.forward(self.plan, self.run, args, kwargs, readings=every)
         self._output = logits_of(output)
         #: ``(B, N)``.
         self.logits = self._output.detach()

@@ -63,8 +63,8 @@ def roughness(maps: Tensor) -> Tensor:
         ``(B, 3 * C * 7)`` in at least float32, in units of the root of the input's.
     """
     x = maps[:, :: -(-maps.shape[1] // _CHANNELS)]
-    found = differences(x.to(compute_dtype(x.dtype)), _POSITIONS)
-    sizes = torch.cat([found.diagonal, found.vertical, found.horizontal], 1).flatten(2).abs_()
+    _, neighbours = differences(x.to(compute_dtype(x.dtype)), _POSITIONS)
+    sizes = torch.cat(neighbours, 1).flatten(2).abs_()
     return mean_extremes((sizes + _FLOOR * sizes.mean(-1, keepdim=True)).sqrt_())
 
 

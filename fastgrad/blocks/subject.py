@@ -128,7 +128,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
         raise ValueError(
             "model must treat the samples of a batch independently; its logits of a sample change with other samples"
         )
-    head = next(
+    path, head = next(
         (
             (path, module)
             for path, module, inputs, value in reversed(three.seen)
@@ -138,18 +138,17 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
             and value.shape == logits.shape
             and torch.equal(value.to(logits.dtype), logits)
         ),
-        None,
+        (None, None),
     )
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     images = [place for place, value in given if is_image(value)]
-    found = _places(three, two, None if head is None else head[0])
-    seen = [(module, place, value.numel()) for module, place, value in found]
+    found = _places(three, two, path)
     mask = kwargs.get("attention_mask")
     return Subject(
         classes=logits.shape[1],
-        head=None if head is None else head[0],
-        bias=head is not None and getattr(head[1], "bias", None) is not None,
-        channels=channels.choose(seen, three.operations / 3),
+        head=path,
+        bias=getattr(head, "bias", None) is not None,
+        channels=channels.choose(found, three.operations / 3),
         image=images[0] if len(images) == 1 else None,
         mask="attention_mask" if isinstance(mask, Tensor) and mask.dim() == 2 else None,
         first=_first(found),
@@ -180,5 +179,5 @@ def _first(found: list[tuple[nn.Module, Channels, Tensor]]) -> str | None:
         for module, place, value in found
         if place.dim == 1 and value.dim() == 3 and min(value.shape[1:]) >= 3
     ]
-    normalised = [path for module, path in maps if channels.is_normalization(module)]
-    return next(iter([*normalised, *(path for _, path in maps)]), None)
+    maps.sort(key=lambda seen: not channels.is_normalization(seen[0]))
+    return maps[0][1] if maps else None

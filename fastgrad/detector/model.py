@@ -345,8 +345,8 @@ class TwoStageModel(nn.Module):
         result = cls(model, budget=extra["budget"], seed=extra["seed"])
         known = extra["subject"]
         blocks = [BLOCKS[entry["name"]](**entry["options"]) for entry in extra["blocks"]]
-        result.extraction_ = Extraction(model, blocks, log=extra["log"])
-        result.extraction_.known = None if known is None else Subject.from_json(known)
+        subject = None if known is None else Subject.from_json(known)
+        result.extraction_ = Extraction(model, blocks, log=extra["log"], known=subject)
         result.report_ = None if extra["report"] is None else Report.from_json(extra["report"])
         for name, module in modules.items():
             setattr(result, f"{name}_", module.eval().to(result.device))
@@ -361,9 +361,7 @@ class TwoStageModel(nn.Module):
 
     def _extraction(self, blocks: Sequence[Block], subject: Subject | None) -> Extraction:
         # Logarithms of norms keep their range; a detector of the user's may want the norms themselves.
-        extraction = Extraction(self.model, blocks, log=self.detector is None or not self.detector.log)
-        extraction.known = subject
-        return extraction
+        return Extraction(self.model, blocks, log=self.detector is None or not self.detector.log, known=subject)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the features of the fit."""
