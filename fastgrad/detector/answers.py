@@ -13,7 +13,6 @@ from torch.nn.functional import logsigmoid
 
 from fastgrad.blocks import Features
 from fastgrad.detector import collect, constants
-from fastgrad.detector.calibrate import Calibrated
 from fastgrad.detector.risk import NoisyOr
 from fastgrad.introspection import IntrospectiveClassifier
 from fastgrad.introspection.network import IntrospectiveNetwork
@@ -21,7 +20,6 @@ from fastgrad.losses import compute_dtype
 from fastgrad.scores.temperature import Temperature
 
 if TYPE_CHECKING:
-    from fastgrad.detector.fitting import Sample
     from fastgrad.detector.model import TwoStageModel
 
 
@@ -56,66 +54,57 @@ class Answers(NamedTuple):
         odds = self.gate.log_odds(evidence).to(first.dtype).unsqueeze(-1)
         return torch.logaddexp(first + logsigmoid(-odds), second + logsigmoid(odds))
 
+    def gated(
+        self, features: collect.Features, labels: NDArray[np.int64], evidence: Tensor, device: torch.device
+    ) -> Answers:
+        """Return the same with a gate by a detector's evidence, where the classifier was trained on challenges."""
+        challenging = features.kinds != ""
+        if self.classifier is None or not (challenging & (labels >= 0)).any():
+            return self
+        unusual = torch.from_numpy(challenging)
+        return self._replace(gate=NoisyOr.fit(None, evidence, unusual, unusual).to(device))
+
 
 def fit_answers(
-    two_stage: TwoStageModel, sample: Sample, features: collect.Features
+    two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64], held_out: NDArray[np.bool_]
 ) -> tuple[Answers, NDArray[np.bool_]]:
-    """Fit the temperature, and the classifier on clean inputs and challenges with the clean input's label.
+    """Fit the temperature, and the classifier on clean inputs and challenges.
+
+    Args:
+        two_stage: Whose classifier it is.
+        features: Of n clean inputs and challenges.
+        labels: ``(n,)``, a challenge's being its source's; -1 for none.
+        held_out: ``(n,)``: what the detector is only calibrated on, and the classifier, too.
 
     Returns:
-        What was fitted, without a gate, and ``(n,)``: the clean inputs that none of it was trained on.
+        What was fitted, without a gate, and of each clean input whether none of it was trained on it.
     """
-    count, device = len(sample.held_out), two_stage.device
-    everything = np.ones(count, bool)
-    if sample.labels is None:
-        return Answers(None, None, None), everything
-    labelled = sample.labels >= 0
+    count = int((features.kinds == "").sum())
+    clean_labels = labels[:count]
+    labelled, everything = clean_labels >= 0, np.ones(count, bool)
     temperature = None
     if labelled.sum() >= constants.FEWEST_LABELLED:
         chosen = torch.from_numpy(labelled)
-        temperature = Temperature.fit(features.logits[:count][chosen], torch.from_numpy(sample.labels)[chosen])
-        temperature = temperature.to(device)
+        temperature = Temperature.fit(features.logits[:count][chosen], torch.from_numpy(clean_labels)[chosen])
+        temperature = temperature.to(two_stage.device)
     if two_stage.classifier is None:
         return Answers(None, None, temperature), everything
-    labels = labels_of_rows(sample, features, labelled)
-
-    def places_of(sources: NDArray[np.bool_]) -> NDArray[np.intp]:
-        return np.flatnonzero((labels >= 0) & sources[np.maximum(features.groups, 0)])
-
-    def rows(places: NDArray[np.intp]) -> tuple[Tensor, NDArray[np.int64]]:
-        # h alone: on challenges the contrast rows gained less, on three networks of CIFAR-10.
-        return features.blocks[Features.name][torch.from_numpy(places)], labels[places]
-
-    classes = features.logits.shape[1]
     random = np.random.default_rng(two_stage.seed)
-    unseen = labelled & (sample.held_out | (random.random(count) < constants.UNSEEN))
+    unseen = labelled & (held_out[:count] | (random.random(count) < constants.UNSEEN))
     trained = labelled & ~unseen
-    enough = unseen.sum() >= constants.FEWEST_LABELLED and len(np.unique(sample.labels[trained])) == classes
+    classes = features.logits.shape[1]
+    enough = unseen.sum() >= constants.FEWEST_LABELLED and len(np.unique(clean_labels[trained])) == classes
     if not enough:
-        unseen, trained = np.zeros(count, bool), labelled
+        unseen, trained = ~everything, labelled
+
+    def rows(sources: NDArray[np.bool_]) -> tuple[Tensor, NDArray[np.int64], NDArray[np.intp]]:
+        places = np.flatnonzero((labels >= 0) & sources[features.groups])
+        # h alone: on challenges the contrast rows gained less, on three networks of CIFAR-10.
+        return features.blocks[Features.name][torch.from_numpy(places)], labels[places], features.groups[places]
+
+    h, targets, groups = rows(trained)
     classifier: IntrospectiveClassifier = clone(two_stage.classifier)
-    places = places_of(trained)
-    classifier.fit(*rows(places), groups=features.groups[places])
+    classifier.fit(h, targets, groups=groups)
     if enough:
-        classifier.calibrate(*rows(places_of(unseen)))
-    return Answers(classifier.to_module().to(device), None, temperature), unseen
-
-
-def gated(
-    answers: Answers, sample: Sample, features: collect.Features, calibrated: Calibrated, device: torch.device
-) -> Answers:
-    """Return the answers with a gate by a detector's evidence, where the classifier was trained on challenges."""
-    if answers.classifier is None or sample.labels is None:
-        return answers
-    challenging = features.kinds != ""
-    if not (challenging & (labels_of_rows(sample, features, sample.labels >= 0) >= 0)).any():
-        return answers
-    unusual = torch.from_numpy(challenging)
-    return answers._replace(gate=NoisyOr.fit(None, calibrated.evidence, unusual, unusual).to(device))
-
-
-def labels_of_rows(sample: Sample, features: collect.Features, counted: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return each row's label, a challenge's being its source's; -1 where there is none, or it is not counted."""
-    assert sample.labels is not None
-    source = np.maximum(features.groups, 0)
-    return np.where((features.groups >= 0) & counted[source], sample.labels[source], -1)
+        classifier.calibrate(*rows(unseen)[:2])
+    return Answers(classifier.to_module().to(two_stage.device), None, temperature), unseen

@@ -254,8 +254,12 @@ class TwoStageModel(nn.Module):
         for name, value in (("risk", risk), ("verbose", verbose)):
             if value is not None:
                 checks.is_bool(name, value)
-        options = fitting.FitOptions(max_samples, challenges_per_input, risk, clip, mean, std, verbose)
-        fitting.fit(self, clean, challenges, calibration, options)
+        fitting.fit(
+            self,
+            fitting.FitOptions(
+                clean, challenges, calibration, max_samples, challenges_per_input, risk, clip, mean, std, verbose
+            ),
+        )
         return self
 
     def report(self, *, gains: bool = False) -> Report:
