@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,8 +12,6 @@ from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.passes import Pass, Signal
 from fastgrad.blocks.subject import Subject
 
-#: Backward pass and norms of one signal: about a training step's backward pass.
-BACKWARD = 2.5
 #: Three losses, each against a fixed target, whose gradients say different things about a sample.
 JOINED: tuple[Signal, ...] = tuple(
     partial(losses.delta, target=target, loss=loss)
@@ -31,13 +28,13 @@ class Gradients(Block):
 
     name = "gradients"
     alarm = "an unusual pattern of what the network would have to learn from it"
-    ranks: ClassVar[tuple[int, ...]] = (2, 3)
+    ranks = (2, 3)
     shapes = "(B, P) or (B, S, P)"
     squared_norms = True
 
     def price(self, subject: Subject) -> float:
-        """Backward passes with the norms of every parameter."""
-        return BACKWARD * len(self.signals(subject))
+        """Backward pass and norms of a signal: about a training step's backward pass."""
+        return 2.5 * len(JOINED)
 
     def signals(self, subject: Subject) -> tuple[Signal, ...]:
         """The joined three."""

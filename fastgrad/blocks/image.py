@@ -13,7 +13,7 @@ from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject, is_image
 from fastgrad.losses import compute_dtype
 
-# More pixels than these say no more about a distribution; larger images are read on a regular grid.
+#: More pixels than these say no more about a distribution.
 _PIXELS = 1024
 
 
@@ -41,19 +41,16 @@ class Image(Block):
 def image_statistics(images: Tensor) -> Tensor:
     """How local contrast and intensity are distributed over the pixels of each image.
 
-    For each pixel the mixed difference along the diagonals and the first differences, root mean squares over channels,
-    and the intensity (see `fastgrad.blocks.local_contrast`). The contrasts are taken as square roots of amplitudes:
-    near a normal distribution over images and free of the singularity that a logarithm has in flat regions.
+    Of each pixel the differences from its neighbours (`fastgrad.blocks.local_contrast`), root mean squares over
+    channels, and the intensity. The contrasts are taken as square roots of amplitudes: near a normal distribution over
+    images and free of the singularity that a logarithm has in flat regions.
 
     Args:
-        images: ``(B, C, H, W)`` floating, H and W at least 3, pixels or normalized inputs.
+        images: ``(B, C, H, W)`` floating, H and W at least 3; ValueError for anything else.
 
     Returns:
         ``(B, 28)`` in at least float32: seven statistics of these four in turn. The contrasts are in units of the root
         of the input's, every fourth column, intensity, in the input's.
-
-    Raises:
-        ValueError: ``images`` has another rank, dtype or fewer than 3 x 3 pixels.
     """
     if not is_image(images):
         kind = f"{tuple(images.shape)}, {images.dtype}"

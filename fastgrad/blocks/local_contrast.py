@@ -38,9 +38,9 @@ def differences(x: Tensor, most: int) -> tuple[Tensor, tuple[Tensor, Tensor, Ten
 def mean_extremes(values: Tensor) -> Tensor:
     """How the n values of each row are distributed, ``(B, K, n)`` to ``(B, 7 K)``.
 
-    K columns each: their mean, and of 4, 16 and 64 of them the mean largest and minus the mean smallest. These tell
-    what quantiles tell, without a sort, which would be half of the price of the default blocks. Values i, i + n // 4
-    and so on make one group, and groups likewise; those left over when all groups are full count in the mean alone.
+    K columns each: their mean, and of 4, 16 and 64 of them the mean largest and minus the mean smallest; for quantiles,
+    the sort would be half of the price of the default blocks. Values i, i + n // 4 and so on make one group, and groups
+    likewise; those left over when all groups are full count in the mean alone.
     """
     groups = _grouped(values)
     both = torch.cat([groups.amax(-2), -groups.amin(-2)], 1)

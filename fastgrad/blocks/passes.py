@@ -22,17 +22,8 @@ Signal = Callable[[Tensor], Tensor]
 class Pass:
     """A forward pass with what blocks want to read in it.
 
-    Args:
-        network: The network.
-        blocks: Who reads, or asks for norms of gradients.
-        subject: What is known of the network and its inputs.
-        args: The batch, positional.
-        kwargs: The batch, by keyword.
-        samples: B.
-        log: Whether squared norms are to be given as logarithms.
-
-    Raises:
-        ValueError: The mask that the inputs of the fit had is missing.
+    ``samples`` is B; ``log`` says whether squared norms are to be given as logarithms. ValueError where the mask that
+    the inputs of the fit had is missing.
     """
 
     def __init__(

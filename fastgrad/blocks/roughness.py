@@ -26,9 +26,8 @@ _FLOOR = 1e-3
 class Roughness(Block):
     """Local contrast of up to 16 channels of the first normalised, or convolved, maps, ``(B, D)``.
 
-    Of each channel it takes differences of neighbouring positions, along rows and columns and along both. A thousandth
-    of their mean size is added to each size. The roots are summarised by how they are distributed over positions.
-    `fastgrad.blocks.image` reads the same of pixels; here the network's first filters come before.
+    How the roots of each channel's differences between neighbours are distributed over positions, a thousandth of their
+    mean size added to each. `fastgrad.blocks.image` reads the same of pixels, before the network's first filters.
     """
 
     name = "roughness"
@@ -54,13 +53,10 @@ class Roughness(Block):
 
 
 def roughness(maps: Tensor) -> Tensor:
-    """How local contrast of each channel is distributed.
+    """How local contrast of each channel is distributed, ``(B, 3 * C * 7)`` in at least float32.
 
-    Args:
-        maps: ``(B, C, H, W)`` floating, H and W at least 3; of more than 16 channels some, evenly spaced, are read.
-
-    Returns:
-        ``(B, 3 * C * 7)`` in at least float32, in units of the root of the input's.
+    Its unit is the root of the input's. Of ``maps`` ``(B, C, H, W)``, H and W at least 3, up to 16 channels are read,
+    evenly spaced.
     """
     x = maps[:, :: -(-maps.shape[1] // _CHANNELS)]
     _, neighbours = differences(x.to(compute_dtype(x.dtype)), _POSITIONS)

@@ -97,25 +97,16 @@ class _Watch:
 
 def is_image(value: object) -> bool:
     """Whether ``value`` is a batch of images ``(B, C, H, W)`` whose pixels have neighbours."""
-    return (
-        isinstance(value, Tensor)
-        and value.dim() == 4
-        and value.is_floating_point()
-        and min(value.shape[2:]) >= 3
-        and value.shape[1] > 0
-    )
+    if not (isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()):
+        return False
+    return min(value.shape[2:]) >= 3 and value.shape[1] > 0
 
 
 def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Subject:
     """Run ``model`` on three samples and on two, and say what blocks can read of it; it is left as it was.
 
-    Args:
-        model: The network.
-        args: Its positional inputs, a batch of at least one sample.
-        kwargs: Its inputs by keyword.
-
-    Raises:
-        ValueError: It does not return logits ``(B, N)``, or probabilities in their place, or mixes samples.
+    ``args`` and ``kwargs`` hold at least one sample. ValueError where it does not return logits ``(B, N)``, or
+    probabilities in their place, or mixes samples.
     """
     model, samples = original(model), batch_size(args, kwargs)
     before = RandomState(devices_of(model))
