@@ -9,9 +9,8 @@ from torch import Tensor
 def principal(centred: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Eigenvalues and leading eigenvectors of ``centred^T centred / n``, largest first.
 
-    They come from the products of rows where those are fewer than the columns, so nothing is larger than
-    ``(min(n, d), min(n, d))`` or the rows themselves. Each vector's largest entry is positive, so that the same
-    rows give the same directions.
+    They come from the products of rows where those are fewer than the columns. Each vector's largest entry is positive,
+    so that the same rows give the same directions.
 
     Args:
         centred: Rows ``(n, d)`` of mean zero, float64.
@@ -34,17 +33,10 @@ def principal(centred: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def shrinkage(values: Tensor, centred: Tensor) -> tuple[float, float]:
-    """How far a covariance is shrunk towards a multiple of the identity, as by Ledoit and Wolf (2004).
+    """Rho in [0, 1] and m, the mean variance, by which a covariance S is shrunk as by Ledoit and Wolf (2004).
 
-    ``(1 - rho) S + rho m I`` is nearest to the true covariance in expected Frobenius norm. The trace of ``S^2``
-    is the sum of its squared eigenvalues, so S itself, ``(d, d)``, is not needed.
-
-    Args:
-        values: Variances of `principal`, all of them.
-        centred: The rows ``(n, d)`` that they are of.
-
-    Returns:
-        rho in [0, 1], and m, the mean variance of the d columns.
+    ``(1 - rho) S + rho m I`` is nearest to the true covariance in expected Frobenius norm. The trace of ``S^2`` is the
+    sum of its squared eigenvalues, the ``values`` of `principal` of the rows ``centred`` ``(n, d)``: S is not needed.
     """
     n, d = centred.shape
     mean = float(values.sum()) / d

@@ -28,12 +28,7 @@ class Temperature(Fitted):
 
     @classmethod
     def fit(cls, logits: Tensor, labels: Tensor) -> Temperature:
-        """From samples that the network was not trained on.
-
-        Args:
-            logits: ``(n, N)``, of any floating dtype.
-            labels: ``(n,)``, class indices; checked, as the loaders' are.
-        """
+        """From ``logits`` ``(n, N)`` and class indices ``(n,)`` of samples that the network was not trained on."""
         z = logits.detach().double()
         # A class that is masked out has probability 0 at any temperature.
         finite = z.masked_fill(z == -torch.inf, 0)
