@@ -188,7 +188,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         """
         check_is_fitted(self, "module_")
         with torch.no_grad():
-            _, evidence = self.module_.explain(as_tensors(self._blocks(X, reset=False)))
+            _, evidence, _ = self.module_.explain(as_tensors(self._blocks(X, reset=False)))
         return {name: values.numpy() for name, values in zip(self.module_.sources, evidence.T, strict=True)}
 
     def to_module(self) -> DetectorModule:

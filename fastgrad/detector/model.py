@@ -190,7 +190,7 @@ class TwoStageModel(nn.Module):
         assert self.extraction_ is not None  # a fitted model has one
         logits, blocks = self.extraction_(x)
         with torch.no_grad():
-            uncertainty, evidence, kinds = detector.judge(blocks)
+            uncertainty, evidence, kinds = detector.explain(blocks)
             answers = Answers(self.classifier_, self.gate_, self.temperature_)
             log_p = answers.log_probabilities(logits, blocks.get(Features.name), evidence)
             doubts = doubt(log_p)

@@ -235,7 +235,7 @@ def module() -> tuple[DetectorModule, dict[str, torch.Tensor]]:
 def test_evidence_is_the_weighted_capped_sum_of_log_p_values() -> None:
     detector, new = module()
     raw = detector.raw(new)
-    uncertainty, evidence = detector.explain(new)
+    uncertainty, evidence, _ = detector.explain(new)
     assert detector.sources == ["logits", "activations", "challenges"]
     by_hand = dict.fromkeys(detector.sources, torch.zeros(30, dtype=torch.float64))
     for score, log_p in zip(detector.scores, detector.p_values(raw), strict=True):
