@@ -38,6 +38,8 @@ from fastgrad.engine.state import RandomState, devices_of
 if TYPE_CHECKING:
     from fastgrad.detector.model import TwoStageModel
 
+#: The modules that a fit makes, or None for what it has no use for.
+FITTED = ("detector", "classifier", "gate", "temperature", "risk")
 #: Two computations of a block agree to the root of it: networks in half precision round to some hundredths.
 _ROUNDING = 2.5e-3
 
@@ -109,8 +111,8 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
         names, predicted = tuple(block.name for block in blocks), 1 + sum(block.price(subject) for block in blocks)
         price = PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x), math.nan)
     result, calibrated, why = complete(tuple(block for block in blocks if block.name in price.blocks))
-    for name in ("extraction_", "detector_", "classifier_", "gate_", "temperature_", "risk_"):
-        setattr(two_stage, name, getattr(result, name))
+    for name in ("extraction", *FITTED):
+        setattr(two_stage, f"{name}_", getattr(result, f"{name}_"))
     two_stage.report_ = _report(sample, features, price, calibrated, why)
     two_stage._gains = functools.partial(gains, calibrated.table, features.kinds)
 

@@ -22,6 +22,7 @@ from fastgrad.blocks.subject import Subject
 from fastgrad.detector import UncertaintyDetector, challenge_classifier, constants, fitting, storage
 from fastgrad.detector.answers import Answers
 from fastgrad.detector.calibrate import DetectorModule
+from fastgrad.detector.price import device_of
 from fastgrad.detector.report import Gain, Report
 from fastgrad.detector.risk import NoisyOr, Risk, doubt
 from fastgrad.engine.refusals import refuse_scripted
@@ -146,7 +147,7 @@ class TwoStageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the network's parameters are."""
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return device_of(self.model)
 
     def forward(self, x: Inputs) -> Prediction:
         """Predict a batch.
@@ -175,7 +176,7 @@ class TwoStageModel(nn.Module):
             RuntimeError: Before `fit`.
         """
         prediction, doubts, evidence, kinds = self._predict(x)
-        names, dtype = self._fitted().sources, prediction.uncertainty.dtype
+        names, dtype = self._fitted()[0].sources, prediction.uncertainty.dtype
 
         def named(columns: Tensor) -> dict[str, Tensor]:
             return dict(zip(names, columns.to(dtype).unbind(-1), strict=True))
@@ -186,9 +187,8 @@ class TwoStageModel(nn.Module):
 
     def _predict(self, x: Inputs) -> tuple[Prediction, Tensor, Tensor, Tensor]:
         """The prediction, 1 - its largest probability ``(B,)``, evidence ``(B, S)``, log p of kinds ``(B, C)``."""
-        detector = self._fitted()
-        assert self.extraction_ is not None  # a fitted model has one
-        logits, blocks = self.extraction_(x)
+        detector, extraction = self._fitted()
+        logits, blocks = extraction(x)
         with torch.no_grad():
             uncertainty, evidence, kinds = detector.explain(blocks)
             answers = Answers(self.classifier_, self.gate_, self.temperature_)
@@ -201,9 +201,8 @@ class TwoStageModel(nn.Module):
     @property
     def alarms(self) -> dict[str, str]:
         """The meaning of each alarm in words, by the names of the evidence."""
-        detector = self._fitted()
-        assert self.extraction_ is not None  # a fitted model has one
-        words = {block.name: block.alarm for block in self.extraction_.blocks}
+        detector, extraction = self._fitted()
+        words = {block.name: block.alarm for block in extraction.blocks}
         words[CHALLENGE_CLASSIFIER] = challenge_classifier.alarm(detector.classifier_blocks())
         return {name: words.get(name) or name for name in detector.sources}
 
@@ -289,12 +288,12 @@ class TwoStageModel(nn.Module):
         """
         if false_alarm_rate is None:
             false_alarm_rate = 0.05 if self.detector is None else self.detector.false_alarm_rate
-        return self._fitted().threshold(false_alarm_rate)
+        return self._fitted()[0].threshold(false_alarm_rate)
 
     @property
     def calibration_scores(self) -> Tensor:
         """Uncertainties ``(n,)`` of the clean inputs of the calibration, each by what was fitted without it."""
-        return self._fitted().calibration_scores
+        return self._fitted()[0].calibration_scores
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything but the network to ``path``, a safetensors file with a digest (no pickle).
@@ -302,15 +301,7 @@ class TwoStageModel(nn.Module):
         Raises:
             ValueError: A block's class is not registered (`fastgrad.blocks.register_block`).
         """
-        modules: dict[str, Any] = {
-            "detector": self._fitted(),
-            "classifier": self.classifier_,
-            "gate": self.gate_,
-            "temperature": self.temperature_,
-            "risk": self.risk_,
-        }
-        extraction = self.extraction_
-        assert extraction is not None  # a fitted model has one
+        _, extraction = self._fitted()
         for block in extraction.blocks:
             if BLOCKS.get(block.name) is not type(block):
                 raise ValueError(
@@ -325,7 +316,8 @@ class TwoStageModel(nn.Module):
             "subject": None if extraction.known is None else asdict(extraction.known),
             "report": None if self.report_ is None else asdict(self.report_),
         }
-        return storage.save(path, {name: module for name, module in modules.items() if module is not None}, extra)
+        modules = {name: module for name in fitting.FITTED if (module := getattr(self, f"{name}_")) is not None}
+        return storage.save(path, modules, extra)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> TwoStageModel:
@@ -338,15 +330,14 @@ class TwoStageModel(nn.Module):
                 block's class is not registered.
         """
         checks.is_path(path=path)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
+        result = cls(model)
         modules, extra = storage.load(path)
         if storage.fingerprint(model) != extra["network"]:
             raise ValueError(f"model must be the network that {str(path)!r} was saved with; its parameters differ")
         unknown = [entry["name"] for entry in extra["blocks"] if entry["name"] not in BLOCKS]
         if unknown:
             raise ValueError(f"blocks of {str(path)!r} must be registered (register_block); unknown: {unknown}")
-        result = cls(model, budget=extra["budget"], seed=extra["seed"])
+        result.budget, result.seed = extra["budget"], extra["seed"]
         known = extra["subject"]
         blocks = [BLOCKS[entry["name"]](**entry["options"]) for entry in extra["blocks"]]
         subject = None if known is None else Subject.from_json(known)
@@ -356,12 +347,12 @@ class TwoStageModel(nn.Module):
             setattr(result, f"{name}_", module.eval().to(result.device))
         return result
 
-    def _fitted(self) -> DetectorModule:
+    def _fitted(self) -> tuple[DetectorModule, Extraction]:
         if self.detector_ is None:
             raise RuntimeError("TwoStageModel must be fitted first: call fit(clean)")
         if self.extraction_ is None or self.extraction_.model is not original(self.model):
             raise RuntimeError("model must be the network that TwoStageModel was fitted with: call fit(clean) again")
-        return self.detector_
+        return self.detector_, self.extraction_
 
     def _extraction(self, blocks: Sequence[Block], subject: Subject | None) -> Extraction:
         # Logarithms of norms keep their range; a detector of the user's may want the norms themselves.

@@ -64,21 +64,10 @@ def fit_to_budget(
     subject: Subject,
     answer: Callable[[tuple[Block, ...]], Callable[[Inputs], object]],
 ) -> PriceReport:
-    """Take blocks off the end until the measured price of the others is at most ``limit``.
+    """Take blocks off the end until the measured price of the others, as what ``answer`` makes of them, fits the limit.
 
-    Blocks that the network or its inputs cannot serve are dropped first. The first block stays in any case; a
-    warning says so where it is above the limit.
-
-    Args:
-        model: The network.
-        blocks: In the order of the preset.
-        x: A batch on the network's device; of one that takes longer than a tenth of a second, a part is measured.
-        limit: In forward passes.
-        subject: What is known of the network.
-        answer: From blocks to what will run, a function of a batch.
-
-    Raises:
-        ValueError: There is no block that the network can serve.
+    Blocks that the network or its inputs cannot serve are dropped first; ValueError where that leaves none. The first
+    block stays in any case; a warning says so where it is above the limit. ``x`` is a batch on the network's device.
     """
     refusals = [(block.name, block.refusal(subject)) for block in blocks]
     dropped = [(name, why) for name, why in refusals if why is not None]
@@ -112,7 +101,7 @@ def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs, limit: f
 
     Measuring ends earlier where the price is certainly above ``limit``.
     """
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with evaluating(model), torch.no_grad():
         # Watching, planning and warming up are no part of the price.
         _seconds(lambda: run(x), device), _plain(model, x, device)
@@ -133,6 +122,11 @@ def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs, limit: f
     return statistics.median(ratios), _error(ratios)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the network's parameters are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def _plain(model: nn.Module, x: Inputs, device: torch.device) -> float:
     """Seconds of the plain network."""
     args, kwargs = as_call(x)
@@ -141,8 +135,7 @@ def _plain(model: nn.Module, x: Inputs, device: torch.device) -> float:
 
 def _part(model: nn.Module, x: Inputs) -> Inputs:
     """The first 1, 2, 4, ... inputs of a batch that the plain network takes at most a tenth of a second for."""
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    samples = batch_size(x)
+    device, samples = device_of(model), batch_size(x)
     part: Inputs = take(x, slice(0, 1), samples)
     with evaluating(model), torch.no_grad():
         _plain(model, part, device)
