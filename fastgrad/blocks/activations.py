@@ -33,7 +33,6 @@ class Activations(Block):
     shapes = "(B, D)"
 
     def refusal(self, subject: Subject) -> str | None:
-        """A network without a layer whose channels could be read."""
         return None if subject.channels else "the network has no normalisation, convolutional or linear layer"
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
@@ -50,12 +49,10 @@ class Activations(Block):
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """One distance."""
         yield cls.distance(blocks, settings)
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
-        """The leading principal components."""
         return cls.rows(blocks, settings, clip=CLIP, dimensions=COMPONENTS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,8 @@ class Extraction:
     The model is only read: it runs as a private copy in evaluation mode.
 
     Args:
-        model: Any classifier; outputs as `fastgrad.gradients.features.logits_of` reads them.
-        blocks: What to extract, see `fastgrad.blocks`; no two of one name.
+        model: Any classifier; outputs as `fastgrad.batches.logits_of` reads them.
+        blocks: What to extract; no two of one name.
         log: Whether squared norms are given as logarithms.
         known: What is known of the network and its inputs; None watches it at the first call.
     """
@@ -38,27 +39,16 @@ class Extraction:
         self, model: nn.Module, blocks: Sequence[Block], *, log: bool = True, known: Subject | None = None
     ) -> None:
         self.model, self.blocks, self.log, self.known = original(model), tuple(blocks), log, known
-        self._setup()
-
-    def _setup(self) -> None:
         self._lock = threading.Lock()
         self._network = Network(self.model)
         self._shapes: dict[str, torch.Size] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without lock and plans, which are made anew: copies and pickles work."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_network", "_shapes")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._setup()
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles make lock and plans anew."""
+        return functools.partial(Extraction, log=self.log, known=self.known), (self.model, self.blocks)
 
     def __call__(self, x: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits ``(B, N)`` and blocks of a batch, a tensor or a mapping of the model's keyword arguments.
-
-        Raises:
-            ValueError: A block cannot be had of this network or input; the message says why.
-        """
+        """Logits ``(B, N)`` and blocks of a batch; ValueError where a block cannot be had of this network or input."""
         # torch.compile cannot follow an extraction, which builds modules; `fastgrad.export` gives it a graph.
         return outside_of_compilation(self._run)(x)
 

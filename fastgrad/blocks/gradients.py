@@ -12,7 +12,7 @@ from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.passes import Pass, Signal
 from fastgrad.blocks.subject import Subject
 
-#: Three losses, each against a fixed target, whose gradients say different things about a sample.
+#: Losses and targets whose gradients say different things about a sample.
 JOINED: tuple[Signal, ...] = tuple(
     partial(losses.delta, target=target, loss=loss)
     for loss, target in (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"))
@@ -20,10 +20,9 @@ JOINED: tuple[Signal, ...] = tuple(
 
 
 class Gradients(Block):
-    """``||dL/dtheta||^2`` of all P parameters, ``(B, 3, P)``.
+    """``||dL/dtheta||^2`` of all P parameters, ``(B, 3, P)``, with two more losses than the source has.
 
-    The features of Lee, Lehman, Prabhushankar and AlRegib, "Probing the Purview of Neural Networks via Gradient
-    Analysis" (2023), with two more losses than there.
+    Lee, Lehman, Prabhushankar and AlRegib, "Probing the Purview of Neural Networks via Gradient Analysis", 2023.
     """
 
     name = "gradients"
@@ -37,14 +36,11 @@ class Gradients(Block):
         return 2.5 * len(JOINED)
 
     def signals(self, subject: Subject) -> tuple[Signal, ...]:
-        """The joined three."""
         return JOINED
 
     def values(self, found: Pass) -> Tensor:
-        """Norms or their logarithms, as the pass is asked for."""
         return found.squared_norms(self.name)
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """A mixture on the logarithms."""
         yield cls.mixture(blocks, settings)

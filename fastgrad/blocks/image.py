@@ -25,16 +25,13 @@ class Image(Block):
     shapes = "(B, K)"
 
     def refusal(self, subject: Subject) -> str | None:
-        """Inputs that hold no image, or several."""
         return None if subject.image is not None else "the input is not one image (B, C, H, W)"
 
     def values(self, found: Pass) -> Tensor:
-        """The statistics."""
         return image_statistics(found.image())
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """A mixture."""
         yield cls.mixture(blocks, settings)
 
 

@@ -27,12 +27,10 @@ class Logits(Block):
     shapes = "(B, N)"
 
     def values(self, found: Pass) -> Tensor:
-        """The logits."""
         return found.logits
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """Energy, and the margin where there are two classes."""
         yield "energy", Rows.fit(blocks, cls.name, standardise=False), Energy(two_sided=True)
         if blocks[cls.name].shape[1] > 1:
             yield "margin", Rows.fit(blocks, cls.name, top=2, standardise=False), Margin()

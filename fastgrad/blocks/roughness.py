@@ -35,20 +35,16 @@ class Roughness(Block):
     shapes = "(B, D)"
 
     def refusal(self, subject: Subject) -> str | None:
-        """A network whose first layers put out no maps."""
         return None if subject.first is not None else "the network's first layers put out no maps (B, C, H, W)"
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
-        """The first maps."""
         return () if subject.first is None else (Reading(subject.first, _of_output, copied=False),)
 
     def values(self, found: Pass) -> Tensor:
-        """The statistics of the maps."""
         return found.readings(self.name)[0]
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """A mixture."""
         yield cls.mixture(blocks, settings)
 
 

@@ -32,8 +32,7 @@ class Subject:
         head: Name of the linear layer that gave the logits, its input one row ``(B, D)`` a sample; or None.
         bias: Whether that layer has a bias.
         channels: Where channels are read, in the order of the forward pass.
-        image: Place among the inputs of the one image tensor ``(B, C, H, W)``, an index or a keyword; None
-            where there is none or several.
+        image: Index or keyword of the one image tensor ``(B, C, H, W)``; None where there is none or several.
         mask: Keyword of the input that marks the positions of a text ``(B, T)``, or None.
         first: The module whose output are the first normalised, or else convolved, maps ``(B, C, H, W)``, or None.
     """
@@ -147,10 +146,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
 
 
 def _places(three: _Watch, two: _Watch, head: str | None) -> list[tuple[nn.Module, Channels, Tensor]]:
-    """The places whose outputs carry one sample a row, called once, with one sample's output.
-
-    The layer of the logits says nothing new.
-    """
+    """The places called once whose outputs have a row a sample, with one sample's; but the layer of the logits."""
     calls = [path for path, *_ in three.seen]
     fewer = {path: value for path, _, _, value in two.seen}
     found = []

@@ -24,13 +24,7 @@ if TYPE_CHECKING:
 
 
 class Answers(NamedTuple):
-    """What turns logits into probabilities.
-
-    Attributes:
-        classifier: The introspective classifier, or None.
-        gate: The probability that an input is a challenge: so much the classifier counts; None without challenges.
-        temperature: Of the softmax, or None.
-    """
+    """What turns logits into probabilities; ``gate`` is how much the introspective classifier counts, None for all."""
 
     classifier: IntrospectiveNetwork | None
     gate: NoisyOr | None
@@ -68,16 +62,10 @@ class Answers(NamedTuple):
 def fit_answers(
     two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64], held_out: NDArray[np.bool_]
 ) -> tuple[Answers, NDArray[np.bool_]]:
-    """Fit the temperature, and the classifier on clean inputs and challenges.
+    """Fit the temperature, and the classifier on clean inputs and challenges; what is ``held_out`` calibrates it.
 
-    Args:
-        two_stage: Whose classifier it is.
-        features: Of n clean inputs and challenges.
-        labels: ``(n,)``, a challenge's being its source's; -1 for none.
-        held_out: ``(n,)``: what the detector is only calibrated on, and the classifier, too.
-
-    Returns:
-        What was fitted, without a gate, and of each clean input whether none of it was trained on it.
+    ``labels`` ``(n,)`` are -1 for none. Returns what was fitted, without a gate, and which clean inputs trained none of
+    it.
     """
     count = int((features.kinds == "").sum())
     clean_labels = labels[:count]

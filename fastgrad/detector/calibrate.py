@@ -181,10 +181,7 @@ class Calibrated(NamedTuple):
 
 
 def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str, Score]:
-    """One score or more a block on the clean samples among the ``chosen``, and the classifier of challenges on all.
-
-    ``count`` as in `Settings`. Raises ValueError where two scores have one name.
-    """
+    """One score or more a block on the clean samples among the ``chosen``, and the classifier of challenges on all."""
     settings = Settings(table.log, count)
     clean = take(table.blocks, chosen & (table.kinds == 0))
     scores: dict[str, Score] = {}
@@ -202,10 +199,7 @@ def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str,
 
 
 def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.intp]:
-    """The fold ``(n,)`` of each sample, all of one source in one fold; -1 for those held out and their challenges.
-
-    Raises ValueError where the clean samples come from fewer than 2 sources.
-    """
+    """The fold ``(n,)`` of each sample, all of one source in one fold; -1 for those held out and their challenges."""
     apart = np.isin(table.groups, table.groups[table.held_out])
     clean = np.unique(table.groups[(table.kinds == 0) & ~apart])
     if len(clean) < 2:
@@ -226,10 +220,7 @@ def compared(scores: Mapping[str, Score], raw: Tensor, counted: NDArray[np.bool_
 
 
 def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Calibrated:
-    """Fit scores by folds and once more on all, and calibrate their sum.
-
-    Raises ValueError where there is no score, or one is NaN for a clean sample.
-    """
+    """Fit scores by folds and once more on all, and calibrate their sum."""
     fold = deal(table, folds, random)
     fitting, clean = fold >= 0, table.kinds == 0
     # What scores each fold is fitted without it; what scores those in none, and new samples, on all.

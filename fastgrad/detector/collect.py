@@ -45,15 +45,7 @@ class Drawn:
 def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bool | None = False) -> Drawn:
     """At most ``limit`` inputs of a loader, each as likely as any other, in one pass (a reservoir; Vitter, 1985).
 
-    Args:
-        name: Of the loader, for errors.
-        loader: Batches, ``x`` or ``(x, something beside each input)``, or mappings with labels among the inputs.
-        limit: Inputs that are kept.
-        seed: Of the choice.
-        verbose: Whether to show a progress bar; None: in a terminal.
-
-    Raises:
-        TypeError, ValueError: The loader is empty, or a batch is malformed.
+    Its batches are ``x``, ``(x, something beside each input)``, or mappings with labels among the inputs.
     """
     rng = np.random.default_rng(seed)
     kept: list[tuple[int, str, tuple[bool, ...], Inputs, Any]] = []
@@ -147,11 +139,7 @@ def _joined(rows: list[Inputs], carriers: tuple[bool, ...]) -> Inputs:
 
 
 def labels_of(name: str, drawn: Drawn, classes: int) -> NDArray[np.int64]:
-    """Class indices ``(n,)``, all -1 where the loader gave no labels.
-
-    Raises:
-        ValueError: Some inputs have none, or they are no class indices of at least two classes.
-    """
+    """Class indices ``(n,)``, checked; all -1 where the loader gave no labels."""
     given = [value for value in drawn.beside if value is not None]
     if not given:
         return np.full(len(drawn), -1)

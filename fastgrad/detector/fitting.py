@@ -204,11 +204,7 @@ def _require_labelled(count: int) -> None:
 
 
 def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
-    """The blocks that were asked for, or those of the preset.
-
-    Raises:
-        ValueError: The network cannot serve one that was asked for; the message says which it can.
-    """
+    """The blocks that were asked for, or those of the preset."""
     if two_stage.classifier is not None and subject.head is None:
         raise ValueError("the introspective classifier needs a model that ends in a linear layer")
     if two_stage.blocks is None:

@@ -364,12 +364,7 @@ class TwoStageModel(nn.Module):
 
 
 def named_blocks(blocks: Sequence[str | Block]) -> list[Block]:
-    """Blocks from names and instances.
-
-    Raises:
-        TypeError: One is neither.
-        ValueError: There is none, one has an unknown name, or two have the same.
-    """
+    """Blocks from names and instances, checked."""
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise TypeError(f"blocks must be a sequence of names or blocks; it was {blocks!r}")
     result: list[Block] = []

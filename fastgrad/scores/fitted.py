@@ -71,11 +71,7 @@ class Sequence(Fitted):
 
 
 def rebuild(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> Fitted:
-    """The module that `Fitted.spec` described, around ``tensors`` named as in its state dictionary.
-
-    Raises:
-        ValueError: The description names an unknown kind or a tensor that is not there.
-    """
+    """The module of a `Fitted.spec` around ``tensors``; ValueError for an unknown kind or a tensor that is missing."""
     kind = Fitted.kinds.get(str(spec.get("kind")))
     if kind is None:
         raise ValueError(f"the stored estimator has an unknown part {spec.get('kind')!r}")

@@ -25,8 +25,7 @@ class Mahalanobis(Fitted):
         ``s(z) = sum_i w_i (v_i z)^2 + w (||z||^2 - sum_i (v_i z)^2)``, ``w_i = 1 / ((1 - rho) lambda_i + rho m)``,
 
     z being the row minus the mean. The second term holds all directions but the r leading ones; they share the
-    mean of their eigenvalues (Tipping and Bishop, "Probabilistic principal component analysis", 1999). With all
-    directions of n < d rows, w is ``1 / (rho m)``: the distance of Ledoit and Wolf, without a ``(d, d)`` matrix.
+    mean of their eigenvalues (Tipping and Bishop, "Probabilistic principal component analysis", 1999).
 
     Buffers: ``mean`` ``(d,)``; ``directions`` ``(d, r)``; ``weights`` ``(r,)``; ``rest`` ``()``, the weight of what
     lies outside the directions, 0 where they span everything.

@@ -139,7 +139,7 @@ def clipped(rows: Tensor, limit: float) -> Tensor:
 
 
 def whitening(rows: Tensor, dimensions: int, rounding: Tensor) -> Tensor:
-    """Projection ``(d, e)`` of standardised ``rows`` on their principal components, each of unit variance.
+    """Projection ``(d, e)`` of standardised ``rows`` on principal components, each of unit variance.
 
     Components in which the rows vary by little more than their ``rounding`` ``(d,)`` are left out.
     """

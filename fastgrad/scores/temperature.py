@@ -1,4 +1,4 @@
-"""Temperature: the number that logits are divided by to calibrate their softmax (Guo et al., 2017)."""
+"""Temperature: the number that logits are divided by to calibrate their softmax."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Temperature(Fitted):
 
     Guo, Pleiss, Sun and Weinberger, "On calibration of modern neural networks", 2017. The inverse temperature b
     minimises ``sum_i NLL(b z_i, y_i) + b - 1 - log b``, which is convex in b. The last terms, a Gamma prior with its
-    mode at b = 1, weigh about as much as one sample: without them b would be infinite where every held-out
-    sample is classified right, and 0 where the logits say nothing. T is kept within 1/1000 and 1000.
+    mode at b = 1, weigh about as much as one sample: without them b would be infinite where every sample is classified
+    right, and 0 where the logits say nothing. T is kept within 1/1000 and 1000.
 
     Buffers: ``temperature`` ``()``.
     """
