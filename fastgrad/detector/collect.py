@@ -85,11 +85,10 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """All clean inputs, those of ``clean`` before those of ``calibration``, and challenges.
+    """Clean inputs and challenges.
 
     Attributes:
-        clean: Drawn from the first loader.
-        calibration: From the second, or None.
+        clean: Drawn from the first loader, and from that of the calibration, if there is one.
         challenges: Challenges of the user's, or None.
         labels: ``(n,)`` of all clean inputs, -1 for none.
         held_out: ``(n,)``: those that calibrate and nothing else.
@@ -97,18 +96,12 @@ class Sample:
         pixels: Their range, of images.
     """
 
-    clean: Drawn
-    calibration: Drawn | None
+    clean: list[Drawn]
     challenges: Drawn | None
     labels: NDArray[np.int64]
     held_out: NDArray[np.bool_]
     each: int
     pixels: PixelRange | None
-
-    @property
-    def drawn(self) -> list[Drawn]:
-        """What clean inputs were drawn."""
-        return [self.clean] if self.calibration is None else [self.clean, self.calibration]
 
 
 def _beside(name: str, value: Any, count: int) -> list[Any]:
@@ -185,7 +178,7 @@ Batch = tuple[Inputs, Sequence[str], Sequence[int]]
 def clean_batches(sample: Sample, verbose: bool | None) -> Iterator[Batch]:
     """Clean inputs."""
     first = 0
-    for x in bar([x for drawn in sample.drawn for x in drawn.batches], "clean inputs", verbose):
+    for x in bar([x for drawn in sample.clean for x in drawn.batches], "clean inputs", verbose):
         count = batch_size(x)
         yield x, [""] * count, range(first, first + count)
         first += count
@@ -209,7 +202,7 @@ def generated_batches(
     if not sample.each or sample.pixels is None:
         return
     first, pixels = 0, PixelRange(sample.pixels.low.to(device), sample.pixels.high.to(device))
-    rows = [row for x in sample.clean.images() for row in x.split(1)]
+    rows = [row for x in sample.clean[0].images() for row in x.split(1)]
     parts: list[NDArray[np.intp]] = []
     fitting = np.flatnonzero(~sample.held_out[: len(rows)])
     for _, group in itertools.groupby(fitting, key=lambda number: rows[number].shape):

@@ -65,7 +65,7 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     refuse_devices(two_stage.model)
     base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
     sample = _drawn(options, two_stage.seed)
-    x = to_device(sample.clean.batches[0], two_stage.device)
+    x = to_device(sample.clean[0].batches[0], two_stage.device)
     subject = watch(two_stage.model, *arguments(x))
     blocks = _blocks(two_stage, subject)
     sample = _checked(sample, subject.classes, base.calibration_fraction, two_stage, options)
@@ -130,25 +130,28 @@ def _drawn(options: FitOptions, seed: int) -> Sample:
         checks.is_loader(name, loader)
         return collect.draw(name, loader, options.max_samples, seed + shift, verbose=options.verbose)
 
-    drawn = draw("clean", options.clean, 0)
-    if len(drawn) < constants.FEWEST_CLEAN:
+    least = constants.FEWEST_CLEAN
+    clean = [draw("clean", options.clean, 0)]
+    if len(clean[0]) < least:
         raise ValueError(
-            f"clean must give at least {constants.FEWEST_CLEAN} inputs, with which a false-alarm rate of "
-            f"{1 / (constants.FEWEST_CLEAN + 1):.2f} is possible; it gave {len(drawn)}"
+            f"clean must give at least {least} inputs, with which a false-alarm rate of {1 / (least + 1):.2f} is "
+            f"possible; it gave {len(clean[0])}"
         )
-    calibrating = None if options.calibration is None else draw("calibration", options.calibration, 1)
-    if calibrating is not None and len(calibrating) < constants.FEWEST_CLEAN:
-        raise ValueError(f"calibration must give at least {constants.FEWEST_CLEAN} inputs; it gave {len(calibrating)}")
+    if options.calibration is not None:
+        clean.append(draw("calibration", options.calibration, 1))
+        if len(clean[1]) < least:
+            raise ValueError(f"calibration must give at least {least} inputs; it gave {len(clean[1])}")
     given = None if challenges is None or isinstance(challenges, str) else draw("challenges", challenges, 2)
-    return Sample(drawn, calibrating, given, np.zeros(0, np.int64), np.zeros(0, bool), 0, None)
+    return Sample(clean, given, np.zeros(0, np.int64), np.zeros(0, bool), 0, None)
 
 
 def _checked(
     sample: Sample, classes: int, share: float | None, two_stage: TwoStageModel, options: FitOptions
 ) -> Sample:
     """Labels, images, the held-out part and the number of challenges, before any is made."""
-    count = len(sample.clean)
-    labels = collect.labels_of("clean", sample.clean, classes)
+    clean, *others = sample.clean
+    count = len(clean)
+    labels = collect.labels_of("clean", clean, classes)
     classifier = two_stage.classifier
     if labels[0] < 0 and (options.risk or classifier is not None):
         what = "risk=True" if options.risk else "the classifier"
@@ -162,13 +165,13 @@ def _checked(
                 f"labels must take every value from 0 to {classes - 1}, the network's classes, to fit the "
                 f"classifier; {missing[:10].tolist()} were not there"
             )
-    if sample.calibration is not None:
-        labels = np.concatenate([labels, collect.labels_of("calibration", sample.calibration, classes)])
+    if others:
+        labels = np.concatenate([labels, collect.labels_of("calibration", others[0], classes)])
         held_out = np.arange(len(labels)) >= count
     else:
         random = np.random.RandomState(two_stage.seed)
         held_out = held_out_of(None, np.zeros(count, bool), np.arange(count), share, random)
-    images, pixels, each = sample.clean.images(), None, 0
+    images, pixels, each = clean.images(), None, 0
     if images:
         if not all(bool(x.isfinite().all()) for x in images):
             raise ValueError("clean must give finite images; some held NaN or infinity")
@@ -281,7 +284,7 @@ def _report(sample: Sample, features: collect.Features, price: PriceReport, fitt
     return Report(
         price=price,
         drawn=len(sample.labels),
-        seen=sum(one.seen for one in sample.drawn),
+        seen=sum(one.seen for one in sample.clean),
         challenges=dict(zip(made.tolist(), counts.tolist(), strict=True)),
         passes=price.predicted + read_and_made * int(counts.sum()) / len(sample.labels),
         calibrating=len(fitted.module.calibration_scores),

@@ -76,7 +76,7 @@ def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int) -> N
     drawn = collect.draw("clean", images(240).split(batch), 240, 0)
     device, chosen = torch.device("cpu"), np.arange(240) < 200
     pixels = PixelRange.of(drawn.images())
-    sample = collect.Sample(drawn, None, None, np.full(240, -1), ~chosen, 3, pixels)
+    sample = collect.Sample([drawn], None, np.full(240, -1), ~chosen, 3, pixels)
     batches = (collect.clean_batches(sample, False), collect.generated_batches(sample, model, device, 0, False))
     features = collect.read(Extraction(model, [Logits()]), device, itertools.chain(*batches))
     made = features.kinds != ""
