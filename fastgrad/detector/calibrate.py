@@ -29,7 +29,7 @@ from torch import Tensor
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER, Settings
 from fastgrad.detector.challenge_classifier import ChallengeClassifier, JointRows
 from fastgrad.detector.constants import CAP, WEIGHT
-from fastgrad.detector.inputs import Array, Blocks, as_tensors, check_rate, take
+from fastgrad.detector.inputs import Blocks, check_rate, take
 from fastgrad.scores.conformal import PValues, weighted
 from fastgrad.scores.fitted import Fitted, Sequence
 
@@ -150,7 +150,7 @@ class Table:
         log: Whether the logarithms of squared norms are to be taken.
     """
 
-    blocks: dict[str, Array]
+    blocks: dict[str, Tensor]
     known: Blocks
     kinds: NDArray[np.intp]
     groups: NDArray[np.intp]
@@ -183,7 +183,7 @@ class Calibrated(NamedTuple):
 def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str, Score]:
     """One score or more a block on the clean samples among the ``chosen``, and the classifier of challenges on all."""
     settings = Settings(table.log, count)
-    clean = take(table.blocks, chosen & (table.kinds == 0))
+    clean = {name: values.numpy() for name, values in take(table.blocks, chosen & (table.kinds == 0)).items()}
     scores: dict[str, Score] = {}
     for source in clean:
         for name, rows, score in table.known[source].scores(clean, settings):
@@ -192,7 +192,7 @@ def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str,
             scores[name] = Score(rows=rows, score=score, source=source, weight=1.0)
     if (chosen & (table.kinds > 0)).any():
         joint = JointRows.fit(clean, table.known, settings)
-        rows = joint(as_tensors(take(table.blocks, chosen)))
+        rows = joint(take(table.blocks, chosen))
         classifier = ChallengeClassifier.fit(rows, table.kinds[chosen], table.classes)
         scores[CHALLENGE_CLASSIFIER] = Score(rows=joint, score=classifier, source=CHALLENGE_CLASSIFIER, weight=WEIGHT)
     return scores
@@ -260,5 +260,5 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
 def _values(table: Table, chosen: NDArray[np.bool_], scores: list[Score]) -> tuple[Tensor, Tensor]:
     """`values_of` the m chosen samples, a few at a time, so that a large set needs little memory."""
     parts = np.array_split(np.flatnonzero(chosen), -(-int(chosen.sum()) // 1024))
-    raw, log_p = zip(*(values_of(scores, as_tensors(take(table.blocks, part))) for part in parts), strict=True)
+    raw, log_p = zip(*(values_of(scores, take(table.blocks, part)) for part in parts), strict=True)
     return torch.cat(raw, 1), torch.cat(log_p)

@@ -13,6 +13,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 
 from fastgrad import checks
 from fastgrad.blocks import BLOCKS
@@ -21,7 +22,6 @@ from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table, fit_d
 from fastgrad.detector.inputs import (
     Array,
     Blocks,
-    as_tensors,
     challenging_of,
     check_blocks,
     check_rate,
@@ -30,6 +30,7 @@ from fastgrad.detector.inputs import (
     kinds_of,
     take,
 )
+from fastgrad.scores.rows import as_tensor
 
 Features = ArrayLike | Mapping[str, ArrayLike]
 
@@ -148,8 +149,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         with torch.no_grad():
             count = len(next(iter(blocks.values())))
             # A few at a time, so that a large set needs little memory.
-            parts = [take(blocks, slice(start, start + 4096)) for start in range(0, count, 4096)]
-            result: Array = torch.cat([self.module_(as_tensors(part)) for part in parts]).numpy()
+            parts = [self.module_(take(blocks, slice(start, start + 4096))) for start in range(0, count, 4096)]
+            result: Array = torch.cat(parts).numpy()
         return result
 
     def predict(self, X: Features) -> NDArray[Any]:
@@ -188,7 +189,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         """
         check_is_fitted(self, "module_")
         with torch.no_grad():
-            _, evidence, _ = self.module_.explain(as_tensors(self._blocks(X, reset=False)))
+            _, evidence, _ = self.module_.explain(self._blocks(X, reset=False))
         return {name: values.numpy() for name, values in zip(self.module_.sources, evidence.T, strict=True)}
 
     def to_module(self) -> DetectorModule:
@@ -216,7 +217,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                 raise ValueError(f"calibration_fraction must lie in (0, 1); it was {self.calibration_fraction!r}")
         check_rate(self.false_alarm_rate)
 
-    def _blocks(self, X: Features, *, reset: bool) -> dict[str, Array]:
+    def _blocks(self, X: Features, *, reset: bool) -> dict[str, Tensor]:
         """X as named blocks, checked against those seen in `fit` unless ``reset``."""
         # One of SciPy's sparse formats is a dictionary.
         if isinstance(X, Mapping) and not issparse(X):
@@ -231,4 +232,4 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             self.shapes_ = shapes
         elif shapes != self.shapes_:
             raise ValueError(f"X must have the blocks and shapes of fit, {self.shapes_}; it had {shapes}")
-        return blocks
+        return {name: as_tensor(array) for name, array in blocks.items()}

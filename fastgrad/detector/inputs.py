@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -13,7 +14,6 @@ from fastgrad.blocks import Block
 from fastgrad.checks import Array as Array
 from fastgrad.checks import to_array
 from fastgrad.detector import constants
-from fastgrad.scores.rows import as_tensor
 
 Blocks = Mapping[str, Block | type[Block]]
 
@@ -139,11 +139,7 @@ def check_rate(rate: float) -> float:
     return float(rate)
 
 
-def take(blocks: Mapping[str, Array], indices: NDArray[Any] | slice) -> dict[str, Array]:
+def take(blocks: Mapping[str, Tensor], chosen: NDArray[Any] | slice) -> dict[str, Tensor]:
     """The chosen rows of every block."""
-    return {name: array[indices] for name, array in blocks.items()}
-
-
-def as_tensors(blocks: Mapping[str, Array]) -> dict[str, Tensor]:
-    """Every block as a tensor."""
-    return {name: as_tensor(array) for name, array in blocks.items()}
+    rows = chosen if isinstance(chosen, slice) else torch.from_numpy(chosen)
+    return {name: values[rows] for name, values in blocks.items()}

@@ -107,10 +107,7 @@ class TwoStageModel(nn.Module):
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{name} must be an {kind.__name__} or None; it was {type(value).__name__}")
         if isinstance(budget, bool) or not isinstance(budget, (int, float, np.integer, np.floating)) or not budget >= 1:
-            raise ValueError(
-                "budget must be at least 1, the forward pass that gives the logits, in forward passes; "
-                f"it was {budget!r}"
-            )
+            raise ValueError(f"budget must be at least 1, the forward pass that gives the logits; it was {budget!r}")
         checks.is_seed(seed)
         self.model = model
         self.detector, self.classifier = detector, classifier
@@ -150,10 +147,7 @@ class TwoStageModel(nn.Module):
         return device_of(self.model)
 
     def forward(self, x: Inputs) -> Prediction:
-        """Predict a batch.
-
-        Args:
-            x: What the network takes, ``(B, ...)``, or a mapping of its keyword arguments.
+        """Predict a batch ``(B, ...)`` of what the network takes, or a mapping of its keyword arguments.
 
         Returns:
             The `Prediction`: logits and probabilities ``(B, N)``, uncertainty and risk ``(B,)``.
@@ -166,14 +160,7 @@ class TwoStageModel(nn.Module):
     def explain(self, x: Inputs) -> Explanation:
         """Predict a batch, and say what makes it unusual and what raises the risk.
 
-        Args:
-            x: As for a call.
-
-        Returns:
-            The `Explanation`, evidence ``(B,)`` by name of block.
-
-        Raises:
-            RuntimeError: Before `fit`.
+        Argument and errors are those of a call. The `Explanation` has evidence ``(B,)`` by name of block.
         """
         prediction, doubts, evidence, kinds = self._predict(x)
         names, dtype = self._fitted()[0].sources, prediction.uncertainty.dtype
@@ -264,12 +251,10 @@ class TwoStageModel(nn.Module):
     def report(self, *, gains: bool = False) -> Report:
         """Return the summary of the last fit; it prints as text.
 
-        Args:
-            gains: Whether to measure what each block adds to the AUROC on kinds of challenge left out of training; it
-                needs the process that fitted.
+        ``gains`` measures what each block adds to the AUROC on kinds of challenge left out of training.
 
         Raises:
-            RuntimeError: Before `fit`, or ``gains`` in another process.
+            RuntimeError: Before `fit`, or ``gains`` in another process than that of the fit.
             ValueError: ``gains`` without challenges of two families.
         """
         checks.is_bool("gains", gains)

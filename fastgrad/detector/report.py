@@ -16,7 +16,6 @@ from fastgrad.challenges import CHALLENGES
 from fastgrad.detector.calibrate import Table, compared, deal, fit_scores, values_of
 from fastgrad.detector.challenge_classifier import ChallengeClassifier
 from fastgrad.detector.constants import CAP, WEIGHT
-from fastgrad.detector.inputs import as_tensors
 from fastgrad.detector.price import PriceReport
 from fastgrad.scores.conformal import PValues, weighted
 
@@ -113,18 +112,17 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
         )
     sets = {"": list(table.blocks), **{name: [b for b in table.blocks if b != name] for name in table.blocks}}
     fold = deal(table, 2, np.random.RandomState(0))
-    tensors = as_tensors(table.blocks)
     placed: dict[str, list[NDArray[np.float64]]] = {name: [] for name in sets}
     sources: list[NDArray[np.intp]] = []
     for number in (0, 1):
         inside, clean = (fold >= 0) & (fold != number), (fold == number) & (table.kinds == 0)
         scores = fit_scores(table, inside, int((inside & (table.kinds == 0)).sum()))
         with torch.no_grad():
-            raw, _ = values_of(scores.values(), tensors)
+            raw, _ = values_of(scores.values(), table.blocks)
             module = compared(scores, raw, clean)
             evidence = dict(zip(module.sources, module.by_source(module.evidence(raw)).T, strict=True))
             joint = scores[CHALLENGE_CLASSIFIER].rows.get_submodule("parts")
-            parts = {name: rows(tensors) for name, rows in joint.named_children()}
+            parts = {name: rows(table.blocks) for name, rows in joint.named_children()}
         for left_out in families:
             learned, challenged = inside & (family != left_out), (fold == number) & (family == left_out)
             sources.append(table.groups[challenged])
