@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgrad.blocks.block import CLIP, Array, Block, Part, Settings
 from fastgrad.blocks.channels import Channels, output_of, sampled
-from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
 from fastgrad.ops.channel_moments import channel_square_sums

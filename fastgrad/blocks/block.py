@@ -19,7 +19,7 @@ from fastgrad.scores.mahalanobis import Mahalanobis
 from fastgrad.scores.rows import Rows
 
 if TYPE_CHECKING:
-    from fastgrad.blocks.passes import Pass, Signal
+    from fastgrad.blocks.extraction import Pass, Signal
     from fastgrad.blocks.subject import Subject
     from fastgrad.engine.run import Reading
 

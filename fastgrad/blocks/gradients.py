@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgrad import losses
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.passes import Pass, Signal
+from fastgrad.blocks.extraction import Pass, Signal
 from fastgrad.blocks.subject import Subject
 
 #: Losses and targets whose gradients say different things about a sample.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.extraction import Pass
 from fastgrad.scores.logits import Energy, Margin
 from fastgrad.scores.rows import Rows
 

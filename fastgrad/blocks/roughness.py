@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.channels import output_of
+from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.local_contrast import differences, mean_extremes
-from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
 from fastgrad.losses import compute_dtype

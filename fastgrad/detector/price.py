@@ -114,10 +114,8 @@ def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs, limit: f
             else:
                 base, taken = _plain(model, x, device), _seconds(lambda: run(x), device)
             ratios.append(taken / base)
-            if len(ratios) < ROUNDS:
-                continue
-            error = _error(ratios)
-            if error < ERROR or statistics.median(ratios) - 3 * error > limit:
+            known = _error(ratios) < ERROR or statistics.median(ratios) - 3 * _error(ratios) > limit
+            if known and len(ratios) >= ROUNDS:
                 break
     return statistics.median(ratios), _error(ratios)
 

@@ -135,7 +135,10 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
                 log_p = PValues.fit(resemblance[:, torch.from_numpy(clean)], [False])(resemblance)
                 total = sum(evidence[block] for block in chosen if block in evidence)
                 total = (total + weighted(log_p, CAP, [WEIGHT])[0]).numpy()
-                placed[name].append(_placements(total[clean], total[challenged]))
+                # The share of clean samples that each challenge lies above, ties counted half: their mean is the AUROC.
+                ordered = np.sort(total[clean])
+                below, upto = (np.searchsorted(ordered, total[challenged], side) for side in ("left", "right"))
+                placed[name].append((below + upto) / (2 * len(ordered)))
     _, source = np.unique(np.concatenate(sources), return_inverse=True)
     joined = {name: np.concatenate(values) for name, values in placed.items()}
     result = {}
@@ -144,12 +147,4 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
         # Challenges of one source are no independent samples.
         error = np.sqrt(np.square(np.bincount(source, difference - difference.mean())).sum()) / len(difference)
         result[name] = Gain(float(difference.mean()), float(_INTERVAL * error))
-    return result
-
-
-def _placements(clean: NDArray[np.float64], challenging: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each challenge the share of clean samples that it lies above, ties counted half; their mean is the AUROC."""
-    ordered = np.sort(clean)
-    below, upto = np.searchsorted(ordered, challenging), np.searchsorted(ordered, challenging, side="right")
-    result: NDArray[np.float64] = (below + upto) / (2 * len(clean))
     return result

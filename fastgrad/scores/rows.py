@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgrad.checks import Array
 from fastgrad.scores.fitted import Fitted
-from fastgrad.scores.spectrum import principal
+from fastgrad.scores.mahalanobis import principal
 
 #: Squared norms that underflowed to zero get the logarithm of this: they stay extreme without being infinite.
 SMALLEST = float(np.finfo(np.float32).tiny)

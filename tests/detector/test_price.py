@@ -9,8 +9,7 @@ from torch import nn
 
 from fastgrad.batches import take
 from fastgrad.blocks import BLOCKS, Block, Logits
-from fastgrad.blocks.extraction import Extraction, arguments
-from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.extraction import Extraction, Pass, arguments
 from fastgrad.blocks.subject import watch
 from fastgrad.detector.model import TwoStageModel
 from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS, preset
