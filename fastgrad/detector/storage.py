@@ -62,10 +62,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Fitted], dict[str, Any
     data = Path(path).read_bytes()
     foreign = f"path must be a file written by TwoStageModel.save; {str(path)!r} is not one"
     try:
-        length = int.from_bytes(data[:8], "little")
-        if length > len(data) - 8:
-            raise ValueError("header longer than the file")
-        header = json.loads(data[8 : 8 + length])
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         content = json.loads(header["__metadata__"][_KEY])
         digest, number = content["digest"], content["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
