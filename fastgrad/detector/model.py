@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from fastgrad import checks
 from fastgrad._torch import original
@@ -20,7 +21,6 @@ from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
 from fastgrad.detector import UncertaintyDetector, challenge_classifier, constants, fitting, storage
-from fastgrad.detector.answers import Answers
 from fastgrad.detector.calibrate import DetectorModule
 from fastgrad.detector.price import device_of
 from fastgrad.detector.report import Gain, Report
@@ -28,6 +28,7 @@ from fastgrad.detector.risk import NoisyOr, Risk, doubt
 from fastgrad.engine.refusals import refuse_scripted
 from fastgrad.introspection import IntrospectiveClassifier
 from fastgrad.introspection.network import IntrospectiveNetwork
+from fastgrad.losses import compute_dtype
 from fastgrad.prediction import Prediction
 from fastgrad.scores.temperature import Temperature
 
@@ -178,12 +179,29 @@ class TwoStageModel(nn.Module):
         logits, blocks = extraction(x)
         with torch.no_grad():
             uncertainty, evidence, kinds = detector.explain(blocks)
-            answers = Answers(self.classifier_, self.gate_, self.temperature_)
-            log_p = answers.log_probabilities(logits, blocks.get(Features.name), evidence)
+            log_p = self._log_probabilities(logits, blocks.get(Features.name), evidence)
             doubts = doubt(log_p)
             risk = None if self.risk_ is None else self.risk_(doubts, evidence, kinds).to(log_p.dtype)
             prediction = Prediction(logits, log_p.exp(), uncertainty.to(log_p.dtype), risk)
         return prediction, doubts, evidence, kinds
+
+    def _log_probabilities(self, logits: Tensor, h: Tensor | None, evidence: Tensor) -> Tensor:
+        """Log probabilities ``(B, N)``: the network's and the classifier's, mixed by the gate."""
+        precise = logits.to(compute_dtype(logits.dtype))
+        network = precise if self.temperature_ is None else self.temperature_(precise)
+        first: Tensor = network.log_softmax(-1)
+        if self.classifier_ is None:
+            return first
+        assert h is not None  # read for it
+        second = self.classifier_.answer(h.to(precise.dtype), precise).log_softmax(-1)
+        if second.shape[1] != first.shape[1]:
+            raise ValueError(
+                f"classifier must be fitted on every class of the network, {first.shape[1]}; it has {second.shape[1]}"
+            )
+        if self.gate_ is None:
+            return second
+        odds = self.gate_.log_odds(evidence).to(first.dtype).unsqueeze(-1)
+        return torch.logaddexp(first + logsigmoid(-odds), second + logsigmoid(odds))
 
     @property
     def alarms(self) -> dict[str, str]:
