@@ -259,7 +259,7 @@ def test_a_score_that_fails_makes_its_samples_unreliable_and_no_others() -> None
 
 
 def test_clean_samples_that_a_score_fails_on_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.scores.logits import Margin
+    from fastgrad.blocks.logits import Margin
 
     monkeypatch.setattr(Margin, "forward", lambda self, rows: rows[:, 0] * torch.nan)
     with pytest.raises(ValueError, match=r"these were NaN: \{'margin': 40\}"):
