@@ -213,7 +213,7 @@ def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.
     return np.where(apart, -1, fold[table.groups])
 
 
-def compared(scores: Mapping[str, Score], raw: Tensor, counted: NDArray[np.bool_]) -> DetectorModule:
+def with_p_values(scores: Mapping[str, Score], raw: Tensor, counted: NDArray[np.bool_]) -> DetectorModule:
     """A detector with the p-values of ``raw`` scores ``(K, n)`` among those ``counted``; its sum means nothing yet."""
     p_values = PValues.fit(raw[:, torch.from_numpy(counted)], [score.two_sided for score in scores.values()])
     return DetectorModule(scores=Sequence(**scores), p_values=p_values)
@@ -241,7 +241,7 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
         raise ValueError(f"clean samples must have finite scores to calibrate on; these were NaN: {failed}")
     # p-values come from the clean samples of the other folds, so that none helps to call itself usual.
     evidence = raw.new_empty(len(fold), len(final))
-    modules = {number: compared(final, raw, clean & chosen) for number, chosen in fits.items()}
+    modules = {number: with_p_values(final, raw, clean & chosen) for number, chosen in fits.items()}
     for number, others in modules.items():
         rows = torch.from_numpy(fold == number)
         evidence[rows] = others.evidence(raw[:, rows])

@@ -325,7 +325,7 @@ def _risk(
     made = int((kinds > 0).sum())
     others = f"and {made} of their challenges" if made else "without challenges: unusual inputs do not raise it"
     text = f"from {usual} clean inputs, {int(wrong[kinds == 0].sum())} answered wrongly, {others}"
-    return risk.to(two_stage.device), text
+    return risk.to(device), text
 
 
 def _report(sample: Sample, features: collect.Features, price: PriceReport, fitted: Calibrated, risk: str) -> Report:

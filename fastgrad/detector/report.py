@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.challenges import CHALLENGES
-from fastgrad.detector.calibrate import Table, compared, deal, fit_scores, values_of
+from fastgrad.detector.calibrate import Table, deal, fit_scores, values_of, with_p_values
 from fastgrad.detector.challenge_classifier import ChallengeClassifier
 from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.price import PriceReport
@@ -119,7 +119,7 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
         scores = fit_scores(table, inside, int((inside & (table.kinds == 0)).sum()))
         with torch.no_grad():
             raw, _ = values_of(scores.values(), table.blocks)
-            module = compared(scores, raw, clean)
+            module = with_p_values(scores, raw, clean)
             evidence = dict(zip(module.sources, module.by_source(module.evidence(raw)).T, strict=True))
             joint = scores[CHALLENGE_CLASSIFIER].rows.get_submodule("parts")
             parts = {name: rows(table.blocks) for name, rows in joint.named_children()}
