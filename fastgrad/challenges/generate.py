@@ -101,8 +101,8 @@ def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int
     for what, given in (("names", names), ("severities", severities)):
         if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
             raise TypeError(f"{what} must be a sequence; it was {given!r}")
-    wanted = None if severities is None else set(severities)
-    if wanted is not None and not wanted <= {1, 2, 3}:
+    wanted = {1, 2, 3} if severities is None else set(severities)
+    if not wanted <= {1, 2, 3}:
         raise ValueError(f"severities must be among 1, 2 and 3; they were {list(severities or ())!r}")
     full: list[str] = []
     for name in CHALLENGES if names is None else names:
@@ -113,7 +113,7 @@ def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int
             checks.one_of("names", name, [f"{kind}-{n}" for n in levels])
             full.append(name)
         else:
-            full += [f"{kind}-{n}" for n in levels if wanted is None or n in wanted]
+            full += [f"{kind}-{n}" for n in levels if n in wanted]
     return full
 
 

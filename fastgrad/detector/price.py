@@ -101,18 +101,17 @@ def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs, limit: f
 
     Measuring ends earlier where the price is certainly above ``limit``.
     """
-    device = device_of(model)
     with evaluating(model), torch.no_grad():
         # Watching, planning and warming up are no part of the price.
-        _seconds(lambda: run(x), device), _plain(model, x, device)
+        _seconds(lambda: run(x), model), _plain(model, x)
         ratios: list[float] = []
         begun = time.perf_counter()
         while len(ratios) < 3 or time.perf_counter() - begun < SECONDS:
             # Whichever comes second finds memory and caches as the first has left them.
             if len(ratios) % 2:
-                taken, base = _seconds(lambda: run(x), device), _plain(model, x, device)
+                taken, base = _seconds(lambda: run(x), model), _plain(model, x)
             else:
-                base, taken = _plain(model, x, device), _seconds(lambda: run(x), device)
+                base, taken = _plain(model, x), _seconds(lambda: run(x), model)
             ratios.append(taken / base)
             known = _error(ratios) < ERROR or statistics.median(ratios) - 3 * _error(ratios) > limit
             if known and len(ratios) >= ROUNDS:
@@ -125,22 +124,22 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _plain(model: nn.Module, x: Inputs, device: torch.device) -> float:
+def _plain(model: nn.Module, x: Inputs) -> float:
     """Seconds of the plain network."""
     args, kwargs = as_call(x)
-    return _seconds(lambda: logits_of(model(*args, **kwargs)), device)
+    return _seconds(lambda: logits_of(model(*args, **kwargs)), model)
 
 
 def _part(model: nn.Module, x: Inputs) -> Inputs:
     """The first 1, 2, 4, ... inputs of a batch that the plain network takes at most a tenth of a second for."""
-    device, samples = device_of(model), batch_size(x)
+    samples = batch_size(x)
     part: Inputs = take(x, slice(0, 1), samples)
     with evaluating(model), torch.no_grad():
-        _plain(model, part, device)
+        _plain(model, part)
         while (size := 2 * batch_size(part)) <= samples:
             larger: Inputs = take(x, slice(0, size), samples)
             # The smaller of two: a busy machine only adds to a time.
-            if min(_plain(model, larger, device) for _ in range(2)) > PASS:
+            if min(_plain(model, larger) for _ in range(2)) > PASS:
                 break
             part = larger
     return part
@@ -154,8 +153,9 @@ def _error(ratios: Sequence[float]) -> float:
     return (ordered[high] - ordered[low]) / 2
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of one call; on a CPU with one thread, of that thread alone: what else the machine does is left out."""
+def _seconds(run: Callable[[], object], model: nn.Module) -> float:
+    """Of one call where ``model`` is; on a CPU with one thread, of that thread alone, whatever else the machine does."""
+    device = device_of(model)
     # Windows counts a thread's time in steps of 16 ms, in which a small network takes none.
     alone = device.type == "cpu" and torch.get_num_threads() == 1 and hasattr(time, "CLOCK_THREAD_CPUTIME_ID")
     clock = time.thread_time if alone else time.perf_counter

@@ -54,7 +54,7 @@ class Counted(nn.Flatten):
 def counting(monkeypatch):
     """A clock that ticks once a forward pass, so that no machine is too busy for a price."""
 
-    def ticks(run, device):
+    def ticks(run, model):
         before = Counted.passes
         run()
         return Counted.passes - before
