@@ -51,35 +51,14 @@ class Subject:
         return cls(**{**stored, "channels": tuple(Channels(**place) for place in stored["channels"])})
 
 
-class _Operations(DispatchMode):
-    """Counts operations, of products and of writing, while it lasts, and notes the coarsest precision."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = self.precision = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
-        for tensor in pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.total += _WRITE * tensor.numel()
-                if tensor.is_floating_point():
-                    # Eight bits that are scaled by the batch come out in the precision they came in.
-                    quantized = 2**-8 if func.namespace == "quantized" else 0.0
-                    self.precision = max(self.precision, quantized, torch.finfo(tensor.dtype).eps)
-        return out
-
-
-class _Watch:
-    """One forward pass with what every module put out."""
+class _Watch(DispatchMode):
+    """One forward pass: what modules put out, operations of products and of writing, and the coarsest precision."""
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[tuple[str, nn.Module, Any, Tensor]] = []
+        self.operations = self.precision = 0.0
         shadow = Shadow(model)
-        operations = _Operations()
 
         def leave(path: str, module: nn.Module, _: nn.Module, inputs: Any, __: Any, output: Any) -> None:
             value = channels.output_of(output)
@@ -89,9 +68,22 @@ class _Watch:
         for path, module in model.named_modules():
             if path and (channels.is_normalization(module) or isinstance(module, channels.LAYERS)):
                 attach(shadow.modules[id(module)], functools.partial(leave, path, module))
-        with torch.no_grad(), operations:
+        with torch.no_grad(), self:
             self.logits = class_logits(shadow.root(*args, **kwargs))
-        self.operations, self.precision = max(1.0, operations.total), operations.precision
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.operations += count(*args, **(kwargs or {}), out_val=out)
+        for tensor in pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.operations += _WRITE * tensor.numel()
+                if tensor.is_floating_point():
+                    # Eight bits that are scaled by the batch come out in the precision they came in.
+                    quantized = 2**-8 if func.namespace == "quantized" else 0.0
+                    self.precision = max(self.precision, quantized, torch.finfo(tensor.dtype).eps)
+        return out
 
 
 def is_image(value: object) -> bool:

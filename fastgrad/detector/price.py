@@ -154,7 +154,7 @@ def _error(ratios: Sequence[float]) -> float:
 
 
 def _seconds(run: Callable[[], object], model: nn.Module) -> float:
-    """Of one call where ``model`` is; on a CPU with one thread, of that thread alone, whatever else the machine does."""
+    """Of one call where ``model`` is; on a CPU with one thread, of that thread alone, whatever else is running."""
     device = device_of(model)
     # Windows counts a thread's time in steps of 16 ms, in which a small network takes none.
     alone = device.type == "cpu" and torch.get_num_threads() == 1 and hasattr(time, "CLOCK_THREAD_CPUTIME_ID")
