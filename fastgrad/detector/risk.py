@@ -62,11 +62,10 @@ class NoisyOr(Fitted):
             penalty = torch.cat([values[:-1], values.new_zeros(1)]) / len(rows)
             return float(loss + penalty @ values / 2), (rows.T @ error + penalty).numpy()
 
-        bounds = [(0, None)] * count + [(None, None)]
-        options = {"maxiter": RISK_STEPS}
+        start, bounds = np.zeros(count + 1), [(0, None)] * count + [(None, None)]
         with torch.inference_mode(False), torch.no_grad():
             found = minimize(
-                objective, np.zeros(count + 1), jac=True, method="L-BFGS-B", bounds=bounds, options=options
+                objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": RISK_STEPS}
             )
         values = torch.from_numpy(found.x)
         return cls(weight=values[:count], bias=values[-1])
