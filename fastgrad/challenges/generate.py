@@ -212,11 +212,11 @@ def iter_challenges(
         sources: list[int] = []
         for group in groups.values():
             for start in range(0, len(group), size):
-                places, names = zip(*group[start : start + size], strict=True)
-                draw = f"{seed}/{first + places[0]}/{names[0]}"
-                made.append(_altered(model, inputs, places, names, draw, pixels, size))
-                kinds += [name.partition("-")[0] for name in names]
-                sources += [first + place for place in places]
+                wanted = group[start : start + size]
+                place, name = wanted[0]
+                made.append(_altered(model, inputs, wanted, f"{seed}/{first + place}/{name}", pixels, size))
+                kinds += [name.partition("-")[0] for _, name in wanted]
+                sources += [first + place for place, _ in wanted]
                 # Groups of few images wait for others: a network is slow on small batches.
                 if len(kinds) >= size:
                     yield Challenges(torch.cat(made), kinds, torch.tensor(sources, device="cpu"))
@@ -265,33 +265,24 @@ def generate_challenges(
     _check(model, images, full, batch_size)
     checks.at_least(0, seed=seed)
     pixels = PixelRange.of(images, clip=clip, mean=mean, std=std)
-    places, size = range(len(images)), batch_size or _fitting(images)
+    inputs, size = images.detach(), batch_size or _fitting(images)
     # A seed for every name: what one challenge looks like does not depend on which others are made.
     return {
-        name: _altered(model, images.detach(), places, [name] * len(images), f"{seed}/{name}", pixels, size)
+        name: _altered(model, inputs, [(place, name) for place in range(len(images))], f"{seed}/{name}", pixels, size)
         for name in full
     }
 
 
 @torch.inference_mode(False)
 def _altered(
-    model: nn.Module | None,
-    inputs: Tensor,
-    places: Sequence[int],
-    names: Sequence[str],
-    draw: str,
-    pixels: PixelRange,
-    size: int,
+    model: nn.Module | None, inputs: Tensor, wanted: Sequence[tuple[int, str]], draw: str, pixels: PixelRange, size: int
 ) -> Tensor:
-    """The inputs at ``places`` altered as ``names`` say: one name, or names of one attack, on ``size`` at a time.
-
-    ``draw`` names the random numbers.
-    """
-    if not places:
+    """Inputs at places altered as names say, of one kind or one attack, on ``size`` at a time; ``draw`` is the seed."""
+    if not wanted:
         return inputs[:0]
     generator = Generator().manual_seed(zlib.crc32(draw.encode()))
-    rows = [_row(name) for name in names]
-    own = [(place, strength) for place, (_, strength) in zip(places, rows, strict=True)]
+    rows = [_row(name) for _, name in wanted]
+    own = [(place, strength) for (place, _), (_, strength) in zip(wanted, rows, strict=True)]
     through = torch.tensor([kind.jpeg for kind, _ in rows], device="cpu")
     # What goes through JPEG is the attacked image before it, where that is of the same input and strength.
     begun = ~through | torch.tensor([i == 0 or own[i] != own[i - 1] for i in range(len(own))], device="cpu")

@@ -258,12 +258,10 @@ class TwoStageModel(nn.Module):
         for name, value in (("risk", risk), ("verbose", verbose)):
             if value is not None:
                 checks.is_bool(name, value)
-        fitting.fit(
-            self,
-            fitting.FitOptions(
-                clean, challenges, calibration, max_samples, challenges_per_input, risk, clip, mean, std, verbose
-            ),
+        options = fitting.FitOptions(
+            clean, challenges, calibration, max_samples, challenges_per_input, risk, clip, mean, std, verbose
         )
+        fitting.fit(self, options)
         return self
 
     def report(self, *, gains: bool = False) -> Report:
