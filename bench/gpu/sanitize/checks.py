@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu.compile_cases import as_if_on
-from bench.gpu.sanitize.cases import HEADS, Case, cases, huge, made, pinned
+from bench.gpu.compile_cases import Case, as_if_on, configured, prepared, tensors
+from bench.gpu.sanitize.cases import SPLIT, cases, huge, made
 from bench.gpu.sanitize.interpreter import watching
 from bench.gpu.sanitize.watchers import Addresses, Memory, SanitizerError
 from fastgrad.ops import tune
@@ -77,17 +77,15 @@ def check_addresses(call: Callable[[], object], architecture: tune.Architecture,
 
 
 def arriving(programs: int, quick: bool = False) -> Iterator[Case]:
-    """Return the reductions that the last program to arrive finishes, with so many programs a row block."""
-    N, D = 16 * programs, 3
-    x, w, b = made(2, D), made(N, D, seed=1), made(N, seed=2)
-    one = dataclasses.replace(HEADS["last"], group_m=1, tiles_per_split=1)
+    """Yield the reductions that the last program to arrive finishes, with so many programs a row block."""
+    config = dataclasses.replace(SPLIT, group_m=1)
     for loss in ("cross_entropy",) if quick else ("cross_entropy", "bce", "brier"):
-        for name, function, rest, config in (
-            ("head", linear_contrast.linear_contrast_sqnorm, (False, False), "linear_contrast"),
-            ("statistics", linear_contrast.linear_contrast_stats, (False,), "linear_stats"),
+        for name, launcher, choice in (
+            ("head", linear_contrast.linear_contrast_sqnorm, "linear_contrast"),
+            ("statistics", linear_contrast.linear_contrast_stats, "linear_stats"),
         ):
-            call = pinned(function, x, w, b, loss, *rest, **{config: one})
-            yield Case(f"{name}, {programs} programs, {loss}", (x, w, b), call)
+            call = prepared(launcher, made, 2, 16 * programs, 3, loss)
+            yield Case(f"{name}, {programs} programs, {loss}", tensors(call), configured(**{choice: config})(call))
 
 
 def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], int]]]:
