@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from timeit import timeit
 from typing import Any
@@ -15,21 +15,29 @@ import torch
 Call = Callable[[], Any]
 
 
-def in_turns(
-    calls: Mapping[str, Call], rounds: int, clock: Callable[[], float] = time.process_time, each: int = 1
-) -> dict[str, list[float]]:
-    """Return the seconds of ``each`` calls of a kind in every round, after a first round that plans and warms up.
+def seconds(call: Call, calls: int, clock: Callable[[], float] = time.process_time) -> float:
+    """Return the time of one of so many calls; processor time leaves out what else runs."""
+    start = clock()
+    for _ in range(calls):
+        call()
+    return (clock() - start) / calls
 
-    Processor time leaves out what else runs; a slow minute of the machine hits all calls.
+
+def in_turns(measures: Sequence[Callable[[int], float]], rounds: int, least: float = 0.0) -> list[list[float]]:
+    """Return for each measure the seconds of a call in every round: a slow minute of the machine hits all.
+
+    Args:
+        measures: Take a number of calls, and return the seconds of one.
+        rounds: Every other one goes backwards.
+        least: Seconds that so many calls last: those of one short call are the clock's.
     """
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = clock()
-            for _ in range(each):
-                call()
-            if turn:
-                taken[name].append(clock() - start)
+    # The first calls plan and warm up.
+    once = min(measure(1) for measure in (*measures, *measures))
+    calls = max(1, min(1000, int(least / max(once, 1e-7))))
+    taken: list[list[float]] = [[] for _ in measures]
+    for turn in range(rounds):
+        for place in range(len(measures))[:: -1 if turn % 2 else 1]:
+            taken[place].append(measures[place](calls))
     return taken
 
 

@@ -58,6 +58,15 @@ def origin(packages: Sequence[str], *device: str) -> dict[str, Any]:
     return {"machine": ", ".join([machine(), *device]), "versions": versions(*packages), "revision": revision()}
 
 
+def printed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows, each printed as soon as it is there."""
+    found = []
+    for row in rows:
+        found.append(row)
+        print(row, file=sys.stderr, flush=True)
+    return found
+
+
 def store(path: Path, document: Mapping[str, Any]) -> None:
     """Write a document as JSON, a line for each of its ``rows`` or, of speed, its ``cases``."""
     key = "cases" if "cases" in document else "rows"

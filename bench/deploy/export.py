@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.clock import deciles, in_turns
+from bench.clock import deciles, in_turns, seconds
 from bench.deploy.networks import NETWORKS, Images, network
 from bench.report import pages
 from fastgrad.deploy.file import onnx_export, onnx_file
@@ -99,9 +99,9 @@ def equality(live: TwoStageModel, run: Run, images: Images) -> dict[str, float]:
 
 def timed(runs: Mapping[str, Run], x: Tensor) -> Iterator[dict[str, Any]]:
     """Yield a row of times for each case, interleaved, with its ratio to the plain network in the same runtime."""
-    calls = {case: partial(run, x) for case, run in runs.items()}
-    once = sum(times[0] for times in in_turns(calls, 1, time.perf_counter).values())
-    taken = in_turns(calls, max(4, round(SECONDS / once)), time.perf_counter)
+    measures = [partial(seconds, partial(run, x), clock=time.perf_counter) for run in runs.values()]
+    once = sum(times[0] for times in in_turns(measures, 1))
+    taken = dict(zip(runs, in_turns(measures, max(4, round(SECONDS / once))), strict=True))
     for case, times in taken.items():
         median, cut = statistics.median(times), [1e3 * t for t in deciles(times)]
         yield {

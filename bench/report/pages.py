@@ -7,7 +7,6 @@ template has the JSON's keys and the functions of `bench.report.text` and `bench
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -76,11 +75,8 @@ def command(
     given = vars(found.parse_args())
     folder, chosen = given.pop("out"), given.pop("networks", None)
     warnings.simplefilter("ignore")
-    rows = []
     calls = [(network,) for network in chosen] if networks else [()]
-    for row in chain.from_iterable(measure(*one, **given) for one in calls):
-        rows.append(row)
-        print(row, file=sys.stderr, flush=True)
+    rows = results_file.printed(chain.from_iterable(measure(*one, **given) for one in calls))
     save(name, rows, packages=packages, folder=folder)
 
 
