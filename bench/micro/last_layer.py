@@ -53,9 +53,7 @@ def _forms(
 
 
 def _softmax(head_: Head) -> Implementation:
-    def check(out: Tensor) -> float:
-        return scaled_error(out, head_.z.double().softmax(-1))
-
+    check = partial(scaled_error, reference=head_.z.double().softmax(-1))
     return Implementation("torch.softmax", lambda: partial(torch.softmax, head_.z, -1), check, head_.unit)
 
 
@@ -75,7 +73,11 @@ def _linear(head_: Head) -> Implementation:
 def contrasts(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Implementation]:
     """Squared norms of all contrasts, from features and logits; peers that differentiate start from the features."""
     head_ = Head(B, N, D, dtype, device)
-    h, z, check = head_.h, head_.z, head_.error
+    h, z = head_.h, head_.z
+
+    def check(norms: Tensor) -> float:
+        return relative_error(norms, head_.norms(z))
+
     yield from _forms(partial(fastgrad.contrast_sqnorm, h, z), check, OURS, device)
     yield _softmax(head_)
     yield Implementation("closed form, textbook", lambda: partial(peers.textbook, h, z), check, PEERS)
@@ -125,11 +127,10 @@ def uniform(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Impleme
     head_ = Head(B, N, D, dtype, device)
     h, z = head_.h, head_.z
     delta = z.double().softmax(-1) - 1 / N
-    squared = delta.square().sum(-1) * head_.factor.squeeze(-1)
-    absolute = delta.abs().sum(-1) * h.double().abs().sum(-1)
-    check = partial(relative_error, reference=squared)
+    check = partial(relative_error, reference=delta.square().sum(-1) * head_.factor.squeeze(-1))
     yield from _forms(partial(fastgrad.target_sqnorm, h, z, "uniform"), check, OURS, device)
     yield _softmax(head_)
+    absolute = delta.abs().sum(-1) * h.double().abs().sum(-1)
     tolerance = PEERS if dtype == "float32" else 0.1
     # OpenOOD's confidence is the norm itself; pytorch-ood's score, higher for outliers, is minus the norm.
     for name, peer, limit, reference in (

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.registry import SEED, relative_error
+from bench.registry import SEED
 
 
 def normals(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
@@ -52,10 +52,6 @@ class Head:
         norms = (1 - rest).square() + (p.square().sum(-1, keepdim=True) - rest.square())
         return norms.scatter(-1, top, s1.square() + s2) * self.factor
 
-    def error(self, found: Tensor) -> float:
-        """Return the relative error of all contrasts for the case's own logits."""
-        return relative_error(found, self.norms(self.z))
-
     def module(self) -> torch.nn.Linear:
         """Return the last layer as a module, in float32."""
         layer = torch.nn.Linear(self.h.shape[1], len(self.bias), device=self.h.device)
@@ -81,19 +77,16 @@ def loop(head_: Head) -> Callable[[], Tensor]:
     bias = head_.bias.float().requires_grad_()
     h = head_.h.float()
 
-    def call() -> Tensor:
-        rows = []
-        for sample in h:
-            logits = F.linear(sample, weight, bias)
-            norms = []
-            for k in range(logits.shape[-1]):
-                loss = F.cross_entropy(logits, torch.tensor(k, device=h.device))
-                grads = torch.autograd.grad(loss, (weight, bias), retain_graph=True)
-                norms.append(sum(g.square().sum() for g in grads))
-            rows.append(torch.stack(norms))  # type: ignore[arg-type]
-        return torch.stack(rows)
+    def norm(logits: Tensor, k: int) -> Tensor:
+        loss = F.cross_entropy(logits, torch.tensor(k, device=h.device))
+        g_weight, g_bias = torch.autograd.grad(loss, (weight, bias), retain_graph=True)
+        return g_weight.square().sum() + g_bias.square().sum()
 
-    return call
+    def norms(sample: Tensor) -> Tensor:
+        logits = F.linear(sample, weight, bias)
+        return torch.stack([norm(logits, k) for k in range(len(logits))])
+
+    return lambda: torch.stack([norms(sample) for sample in h])
 
 
 def vmap(head_: Head, memory: int = 1 << 28) -> Callable[[], Tensor]:
@@ -108,8 +101,7 @@ def vmap(head_: Head, memory: int = 1 << 28) -> Callable[[], Tensor]:
         g_weight, g_bias = torch.func.grad(loss, argnums=(0, 1))(weight, bias, sample, k)
         return g_weight.square().sum() + g_bias.square().sum()
 
-    chunk = max(1, min(B * N, memory // (4 * N * D)))
-    batched = torch.func.vmap(norm, chunk_size=chunk)
+    batched = torch.func.vmap(norm, chunk_size=max(1, min(B * N, memory // (4 * N * D))))
     samples = torch.arange(B, device=h.device).repeat_interleave(N)
     classes = torch.arange(N, device=h.device).repeat(B)
     return lambda: batched(h[samples], classes).reshape(B, N)
@@ -119,18 +111,14 @@ def openood(head_: Head) -> Callable[[], Tensor]:
     """OpenOOD's postprocessor: one backward pass a sample through the last layer, L1 norm of its weight gradient."""
     h, layer = head_.h.float(), head_.module()
 
-    def call() -> Tensor:
-        confs = []
-        for sample in h:
-            layer.zero_grad()
-            logits = layer(sample[None])
-            targets = torch.ones_like(logits) / logits.shape[1]
-            loss = torch.mean(torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1))
-            loss.backward()
-            confs.append(layer.weight.grad.abs().sum())
-        return torch.stack(confs)
+    def norm(sample: Tensor) -> Tensor:
+        layer.zero_grad()
+        logits = layer(sample[None])
+        targets = torch.ones_like(logits) / logits.shape[1]
+        torch.mean(torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1)).backward()
+        return layer.weight.grad.abs().sum()
 
-    return call
+    return lambda: torch.stack([norm(sample) for sample in h])
 
 
 def pytorch_ood(head_: Head) -> Callable[[], Tensor]:

@@ -57,7 +57,7 @@ def save(
 
 def command(
     name: str, doc: str | None, measure: Callable[..., Iterable[Row]], networks: Iterable[str] = (), *,
-    packages: Sequence[str], **options: Mapping[str, Any],
+    packages: Sequence[str], facts: Mapping[str, Any] | None = None, **options: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Run the command line of a table: keep the rows that ``measure`` yields, of each network where there are several.
 
@@ -67,6 +67,7 @@ def command(
         measure: Takes a network, where there are several, and the options by name.
         networks: That one may choose from.
         packages: Whose versions matter.
+        facts: What the page says beside the rows.
         **options: Further ones, each with what argparse says of it.
     """
     found = results_file.parser(doc, networks)
@@ -77,7 +78,7 @@ def command(
     warnings.simplefilter("ignore")
     calls = [(network,) for network in chosen] if networks else [()]
     rows = results_file.printed(chain.from_iterable(measure(*one, **given) for one in calls))
-    save(name, rows, packages=packages, folder=folder)
+    save(name, rows, packages=packages, folder=folder, facts=facts)
 
 
 def add(
@@ -116,6 +117,8 @@ def write(name: str, folder: Path = RESULTS) -> Path:
         drawn = figures.draw(document["cases"])
     elif "merit" in document:
         drawn = detection.bars(document["rows"], document["merit"], document["networks"])
+    elif "epochs" in document:
+        drawn = figures.over_epochs(document["rows"], document["epochs"])
     if drawn is not None:
         drawn.savefig(folder / f"{name}.png", dpi=figures.DPI)
     rendered = page(name, document, [f"{name}.png"] if drawn is not None else [])
