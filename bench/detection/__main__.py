@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from bench import results_file
-from bench.detection import adaptive, failure, gallery, introspective, methods_outputs, networks, runner  # noqa: F401
+from bench.detection import adaptive, failure, gallery, introspective, methods_images, methods_outputs, networks, runner  # noqa: F401
 from bench.detection.registry import METHODS, NETWORKS, Options
 from bench.detection.tables import TABLES
 from bench.report import pages
@@ -35,7 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--quick", action="store_true", help="small sets; the page says so")
     options.add_argument("--draws", type=int, default=1, help="samples of the data")
     options.add_argument("--networks", nargs="+", choices=NETWORKS, default=[], help="default: those of the table")
-    options.add_argument("--methods", nargs="+", choices=METHODS, default=[], metavar="NAME", help="default: all")
     given = options.parse_args(arguments)
     start = time.perf_counter()
     how = Options(given.data, given.cache, given.quick, given.draws)
@@ -49,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows, facts = own.run(how, given.networks or own.DEFAULT_NETWORKS)
     else:
         table = TABLES[given.table]
-        rows = runner.run(table, how, given.networks, given.methods)
+        rows = runner.run(table, how, given.networks)
         facts = runner.facts(table.title, how, METHODS)
     facts |= {"seconds": round(time.perf_counter() - start)}
     pages.save(given.table, rows, packages=PACKAGES, folder=given.out, facts=facts)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-import fastgrad
+from bench.detection.methods_ours import log_norms, logistic
 from bench.detection.registry import IMAGES, NotRun, Protocol, Score, method
 from bench.detection.subject import BATCH, Fit, Seen
+from fastgrad.scores.mahalanobis import Mahalanobis
 
 Columns = Callable[..., Callable[[Seen], Tensor]]
 
@@ -41,31 +41,9 @@ def grad_uncertainty(fit: Fit) -> Score:
 
 @method("gradient norms", 2022, "Lee et al.: all parameters, scored from clean data by a Gaussian", slow=True)
 def gradient_norms(fit: Fit) -> Score:
-    norms = _norms(fit)
-    clean = norms(fit.clean)
-    from fastgrad.scores.mahalanobis import Mahalanobis
-
+    clean = log_norms(fit.clean)
     gaussian = Mahalanobis.fit(clean.double().numpy(), directions=clean.shape[1])
-    return lambda seen: gaussian(norms(seen).double())
-
-
-def _norms(fit: Fit) -> Callable[[Seen], Tensor]:
-    """Logarithms of the squared norm of every parameter's gradient ``(n, P)``."""
-    model = fit.subject.model
-    extractor = fastgrad.GradientFeatures(model, loss="bce", target="ones")
-
-    def norms(seen: Seen) -> Tensor:
-        def make() -> dict[str, np.ndarray]:
-            model.requires_grad_(True)
-            try:
-                parts = [extractor(x)[1] for x in seen.images.split(BATCH)]
-            finally:
-                model.requires_grad_(False)
-            return {"norms": torch.cat(parts).clamp_min(1e-30).log().float().numpy()}
-
-        return torch.from_numpy(fit.subject.kept(f"gradients/{seen.case}/{seen.part}", make)["norms"])
-
-    return norms
+    return lambda seen: gaussian(log_norms(seen).double())
 
 
 @method("MultiMahalanobis", 2018, "Lee et al., NeurIPS: every stage")
@@ -75,19 +53,6 @@ def several_stages(fit: Fit) -> Score:
     made = MultiMahalanobis([nn.Identity() for _ in fit.clean.stages])
     made.fit_structured(fit.clean.stages, fit.labels)
     return lambda seen: made.predict_structured(seen.stages)
-
-
-def logistic(clean: Tensor, other: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the score of a logistic regression, of standardised columns and both classes weighing the same."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    rows = torch.cat([clean, other]).double().nan_to_num().numpy()
-    labels = np.repeat([0, 1], [len(clean), len(other)])
-    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
-    model.fit(rows, labels)
-    return lambda values: torch.from_numpy(model.decision_function(values.double().nan_to_num().numpy()))
 
 
 def labelled(name: str, year: int, paper: str) -> Callable[[Columns], Columns]:
@@ -110,7 +75,7 @@ COLUMNS: Mapping[str, Columns] = {
     "stages": lambda fit: lambda seen: torch.cat(seen.stages, 1),
     "logits": lambda fit: lambda seen: seen.logits.sort(1, descending=True).values[:, :50],
     "h": lambda fit: lambda seen: seen.h,
-    "gradients": _norms,
+    "gradients": lambda fit: log_norms,
 }
 
 

@@ -74,9 +74,7 @@ class Subject:
 
     def seen(self, case: str, part: str = "test") -> Seen:
         """Return what is read of a case's images; ``clean`` gives those of the part themselves."""
-        if (case, part) not in self._seen:
-            self._seen[case, part] = Seen(self, case, part)
-        return self._seen[case, part]
+        return self._seen.setdefault((case, part), Seen(self, case, part))
 
     @cached_property
     def right(self) -> dict[str, Tensor]:
@@ -97,11 +95,7 @@ class Seen:
 
     @cached_property
     def shown(self) -> Shown:
-        """The images.
-
-        Raises:
-            NotRun: The case makes none.
-        """
+        """The images."""
         if self.case == "clean":
             images = self.subject.parts[self.part][0]
             return Shown(images, torch.arange(len(images)), len(images))
@@ -136,18 +130,18 @@ class Seen:
     @property
     def spread(self) -> Tensor:
         """Standard deviation of every channel of the map before pooling ``(n, D)``."""
-        return self._map("spread")
+        return self._maps("spread")[0]
 
     @property
     def stages(self) -> list[Tensor]:
         """Means of every channel after each stage ``(n, C_i)``."""
-        self._map("stage0")
-        return [value for name, value in self._read.items() if name.startswith("stage")]
+        return self._maps("stage")
 
-    def _map(self, name: str) -> Tensor:
-        if name not in self._read:
+    def _maps(self, kind: str) -> list[Tensor]:
+        found = [value for name, value in self._read.items() if name.startswith(kind)]
+        if not found:
             raise NotRun("needs a network with maps")
-        return self._read[name]
+        return found
 
 
 def packed(images: Tensor) -> Tensor:
@@ -180,12 +174,7 @@ def read(subject: Subject, images: Tensor) -> dict[str, NDArray[np.float32]]:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a method is fitted on.
-
-    Attributes:
-        subject: The network.
-        case: Of labelled challenges; empty for none.
-    """
+    """What a method is fitted on; ``case`` is of labelled challenges, empty for none."""
 
     subject: Subject
     case: str = ""
@@ -202,11 +191,7 @@ class Fit:
 
     @property
     def labels(self) -> Tensor:
-        """Their classes, for what is fitted to every class.
-
-        Raises:
-            NotRun: There are too few images of a class.
-        """
+        """Their classes, for what is fitted to every class."""
         if self.subject.few:
             raise NotRun("needs several images of every class")
         return self.subject.parts["fit"][1]
