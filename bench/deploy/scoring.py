@@ -3,8 +3,7 @@
 ``python -m bench.deploy.scoring --model MODEL.pt2 --data DIR`` lays the photographs out as a folder of many JPEG files,
 each several times under other names, starts ``fastgrad score`` on it, kills it with SIGKILL when a third of the parts
 is there, starts it again, and reads the result: every file has one row, and copies of a photograph have one score.
-Resident memory of the process is read twice a second. ``MODEL.pt2`` is a file for photographs with the default blocks,
-such as `bench.deploy.export` leaves in its cache.
+``MODEL.pt2`` is a file for photographs with the default blocks, such as `bench.deploy.export` leaves in its cache.
 """
 
 from __future__ import annotations
@@ -48,11 +47,7 @@ def resident(pid: int) -> float:
 
 
 def run(command: list[str], parts: Path, until: int | None) -> tuple[float, list[tuple[int, float]]]:
-    """Run to the end, or kill as soon as ``until`` parts are there.
-
-    Returns:
-        Seconds from the first finished batch on, and pairs of finished parts and MiB.
-    """
+    """Run to the end, or until so many parts are there; return seconds, and pairs of finished parts and MiB."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     start, seen = time.perf_counter(), []
     while process.poll() is None:

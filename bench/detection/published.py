@@ -30,12 +30,7 @@ class Published(NamedTuple):
     places: Mapping[str, str]
 
     def load(self, path: Path) -> Classifier:
-        """Return the network in evaluation mode, its weights kept in ``path``.
-
-        Raises:
-            NotRun: They are not there and cannot be downloaded.
-            ValueError: The file is not the one that was published; the message names it.
-        """
+        """Return the network in evaluation mode, its weights kept in ``path``."""
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             try:

@@ -91,14 +91,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Options:
-    """What a command was asked for.
-
-    Attributes:
-        data: Folder with the data sets.
-        cache: Folder for networks, images, features and scores; safe to delete.
-        quick: Whether sets are small.
-        draws: Samples of photographs, or networks of other seeds.
-    """
+    """What a command was asked for: folders of data and cache, small sets, samples of the data or seeds of networks."""
 
     data: Path
     cache: Path

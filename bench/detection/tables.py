@@ -11,14 +11,7 @@ BOTH = (Protocol.CLEAN, Protocol.GENERATED)
 
 @dataclass(frozen=True)
 class Table:
-    """One table: the AUROC of clean against other images.
-
-    Attributes:
-        title: Of the page.
-        networks: Keys of the registry.
-        groups: Of cases, in order; a control enters no mean.
-        protocols: Blocks of methods.
-    """
+    """The AUROC of clean against other images: networks, groups of cases, blocks of methods. A control enters no mean."""
 
     title: str
     networks: tuple[str, ...]

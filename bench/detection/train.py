@@ -61,17 +61,10 @@ def fit(
     batch: int = 128,
     sizes: Sequence[int] = (),
 ) -> nn.Module:
-    """SGD with one cycle of the learning rate.
+    """Train a model in place by SGD with one cycle of the learning rate.
 
-    Args:
-        model: Trained in place.
-        images: ``(n, C, H, W)`` in [0, 1].
-        labels: ``(n,)``.
-        epochs: Passes over the data.
-        seed: Of order, crops and flips.
-        rate: Highest learning rate.
-        batch: Images of a step.
-        sizes: Pixels that images are brought to, each for an equal share of the passes; none for their own.
+    Images ``(n, C, H, W)`` in [0, 1] are brought to each of ``sizes`` for an equal share of the passes, if there are
+    any. The seed is that of order, crops and flips.
     """
     device = next(model.parameters()).device
     model = model.to(memory_format=torch.channels_last)
@@ -106,14 +99,10 @@ def fit(
 
 @torch.no_grad()
 def whiten(convolution: nn.Conv2d, images: Tensor) -> None:
-    """Begin with filters that whiten patches, and their negatives; what filters are left over stay as they are.
+    """Begin a network's first convolution with filters that whiten patches of ``images``, and their negatives.
 
     A network that is trained briefly learns faster by it (Page, "How to train your ResNet", 2019; Jordan, "94% on
-    CIFAR-10 in 3.29 seconds on a single GPU", 2024).
-
-    Args:
-        convolution: The network's first, changed in place.
-        images: ``(n, C, H, W)`` as they enter it.
+    CIFAR-10 in 3.29 seconds on a single GPU", 2024). What filters are left over stay as they are.
     """
     weight = convolution.weight
     patches = F.unfold(images, weight.shape[-1]).transpose(1, 2).flatten(0, 1)

@@ -24,13 +24,7 @@ STEPS = 20
 
 
 class WhiteBox(NamedTuple):
-    """What an attack sees of a detector.
-
-    Attributes:
-        differentiable: From images to logits ``(B, N)`` and the detector's uncapped score ``(B,)``.
-        uncertainty: From images to what the detector answers.
-        threshold: From which on it is an alarm.
-    """
+    """Logits ``(B, N)`` and uncapped score ``(B,)`` with derivatives; logits and uncertainty; where an alarm begins."""
 
     differentiable: Callable[[Tensor], tuple[Tensor, Tensor]]
     uncertainty: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -78,22 +72,11 @@ def away_from(logits: Tensor, predicted: Tensor) -> Tensor:
 def attack(
     box: WhiteBox, images: Tensor, labels: Tensor, radius: float, weight: float | None, starts: int, seed: int
 ) -> Tensor:
-    """The most usual-looking image that misleads, for each of ``images`` ``(B, 3, H, W)`` in [0, 1].
+    """Return for each of ``images`` in [0, 1] the most usual-looking one that misleads; as it was, where none does.
 
-    Projected gradient steps on the sign (Madry et al., 2018).
-
-    Args:
-        box: The detector.
-        images: To begin with.
-        labels: Their classes ``(B,)``.
-        radius: Largest change of a pixel.
-        weight: Of the detector's score beside the margin; 0 is unaware of it, None is selective: the margin until the
-            image misleads, from there on the score (Bryniarski et al., 2021).
-        starts: Random ones, of which the best image counts.
-        seed: Of them.
-
-    Returns:
-        Images; as it was, where none misleads.
+    Projected gradient steps on the sign (Madry et al., 2018), at most ``radius`` from each pixel; the best of several
+    random starts counts. ``weight`` is that of the detector's score beside the margin: 0 is unaware of it, None is
+    selective, the margin until the image misleads, from there on the score (Bryniarski et al., 2021).
     """
     generator = torch.Generator().manual_seed(seed)
     best, least = images.clone(), torch.full((len(images),), math.inf, dtype=torch.float64)

@@ -8,14 +8,11 @@ A result is checked on the first and the last sample against a float64 backward 
 the norm itself, or to a millionth of a millionth of the sample's total where the true gradient is zero (the key's bias
 of an attention, say). Allowed: 1e-4 for fastgrad, 1e-3 for the peers.
 
-``private`` is a training step whose gradients are clipped sample by sample, up to the noise, beside a plain step. The
-error is the distance from the sum of clipped float64 gradients, all parameters together, relative to its length. Opacus
-adds 1e-6 to every norm on purpose; vmap(grad) is off by 2e-4 on the residual network.
+``private`` is a training step whose gradients are clipped sample by sample, up to the noise. Opacus adds 1e-6 to every
+norm on purpose; vmap(grad) is off by 2e-4 on the residual network.
 
 ``end-to-end`` is images per second with and without uncertainty, at fixed batch sizes; at batch 1 the spread is the
-latency. The plain network is the yardstick. Beside it: logits and all contrasts of the last layer; logits and the
-squared gradient norm of every parameter, for one signal and for three at once; and a backward pass for each sample,
-the usual way to the same numbers. The last layer's norms are judged by 1e-3: they follow logits that rounded.
+latency. The plain network is the yardstick. The last layer's norms are judged by 1e-3: they follow logits that rounded.
 """
 
 from __future__ import annotations

@@ -87,12 +87,7 @@ class ClippedTask(Task):
         return F.cross_entropy(model(self.x), self.y, reduction="none")
 
     def distance(self, gradients: Sequence[Tensor], limit: float = 1.0) -> float:
-        """Return the distance from the sum of clipped gradients of a float64 loop, relative to its length.
-
-        Args:
-            gradients: All parameters'.
-            limit: The norm to clip to; infinite for gradients as they are.
-        """
+        """Return the relative distance from the sum of a float64 loop's gradients, each clipped to ``limit``."""
         exact = self.double()
         model, parameters = exact.model, list(exact.model.parameters())
         wanted = [torch.zeros_like(p) for p in parameters]

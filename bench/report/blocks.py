@@ -31,11 +31,7 @@ BLOCK = re.compile(r"<!-- (table|value): ([^>]+?) -->(.*?)<!-- end -->", re.DOTA
 
 
 def load(name: str, folder: Path) -> dict[str, Any]:
-    """Return a file of results.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
+    """Return a file of results; that there is none of that name is a ValueError."""
     path = folder / f"{name}.json"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
@@ -55,11 +51,7 @@ def table(words: str, folder: Path = RESULTS) -> str:
 
 
 def value(words: str, folder: Path = RESULTS) -> str:
-    """Return the text of a value block; ``words`` is what stands after ``value:``.
-
-    Raises:
-        ValueError: The words do not name a number of the results.
-    """
+    """Return the text of a value block; ``words`` is what stands after ``value:``, and must name a number."""
     parts = [part.strip() for part in re.split("[|;]", words)]
     if len(parts) != 5:
         raise ValueError(f"a value must be FILE | CASE | IMPLEMENTATION | FIELD | FORMAT; it was {words!r}")

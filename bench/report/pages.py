@@ -61,14 +61,8 @@ def command(
 ) -> None:  # fmt: skip
     """Run the command line of a table: keep the rows that ``measure`` yields, of each network where there are several.
 
-    Args:
-        name: Of the table.
-        doc: Of the module.
-        measure: Takes a network, where there are several, and the options by name.
-        networks: That one may choose from.
-        packages: Whose versions matter.
-        facts: What the page says beside the rows.
-        **options: Further ones, each with what argparse says of it.
+    ``measure`` takes a network, where there are several, and the options by name; each option has what argparse says of
+    it. ``facts`` is what the page says beside the rows.
     """
     found = results_file.parser(doc, networks)
     for option, how in options.items():

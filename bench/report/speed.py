@@ -77,11 +77,7 @@ def standing(cases: Sequence[Row]) -> str:
 
 
 def tables(cases: Sequence[Row], words: str = "") -> str:
-    """Return who is ahead and one table for each task: cases whose first word and yardstick are the same.
-
-    Raises:
-        ValueError: No case contains the words.
-    """
+    """Return who is ahead and one table for each task: cases whose first word and yardstick are the same."""
     cases = [r for r in cases if words in r["case"]]
     if not cases:
         raise ValueError(f"a table must keep at least one case; {words!r} kept none")

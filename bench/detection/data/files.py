@@ -96,12 +96,7 @@ WEIGHTS = (
 
 
 class Files:
-    """The files of one seed, split by folder, and the network.
-
-    Raises:
-        ModuleNotFoundError: magika is not installed.
-        FileNotFoundError: It has another model.
-    """
+    """The files of one seed, split by folder, and the network."""
 
     def __init__(self, seed: int) -> None:
         self.seed, self.folder = seed, Path(str(distribution("magika").locate_file("magika")))
@@ -165,11 +160,7 @@ class Files:
 
     @cached_property
     def model(self) -> Network:
-        """The network with the weights of the ONNX file.
-
-        Raises:
-            ValueError: It answers otherwise than the file.
-        """
+        """The network with the weights of the ONNX file, whose answers it must give."""
         import onnx
         import onnxruntime
 

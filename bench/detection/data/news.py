@@ -75,15 +75,10 @@ class Classifier(nn.Module):
 
 
 class News:
-    """The news of one seed: split, tokenised, and classified.
-
-    Args:
-        root: Folder with the data; its folder ``text`` has the files.
-        folder: Where trained layers are kept.
-        seed: Of the split.
+    """The news of one seed, split, tokenised, and classified by a linear layer that is kept in ``folder``.
 
     Raises:
-        FileNotFoundError: Files are missing; the message names them.
+        FileNotFoundError: The folder ``text`` of ``root`` lacks files; the message names them.
     """
 
     def __init__(self, root: Path, folder: Path, seed: int) -> None:

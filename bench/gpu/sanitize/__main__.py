@@ -1,10 +1,8 @@
-"""Run the sanitizer on every case.
+"""Run the sanitizer on every case; exit status 1 if there was a fault.
 
-    python -m bench.gpu.sanitize             # everything: some minutes
-    python -m bench.gpu.sanitize --quick     # one case for each path of each kernel
-    python -m bench.gpu.sanitize --save      # also bench/results/sanitize.json and sanitize.md
-
-Exit status 1 if there was a fault.
+python -m bench.gpu.sanitize             # everything: some minutes
+python -m bench.gpu.sanitize --quick     # one case for each path of each kernel
+python -m bench.gpu.sanitize --save      # also bench/results/sanitize.json and sanitize.md
 """
 
 from __future__ import annotations

@@ -38,10 +38,7 @@ def every_order(programs: int) -> list[Order]:
 def check_memory(case: Case, orders: Iterable[Order] = (range, lambda n: range(n)[::-1])) -> int:
     """Check every memory operation of a case, and that its results have equal bits in all orders of its programs.
 
-    Returns how many orders were run.
-
-    Raises:
-        SanitizerError: What is wrong, with the kernel's name.
+    Returns how many orders were run; a fault is a `SanitizerError`, with the kernel's name.
     """
     expected, count = None, 0
     for count, order in enumerate(orders, 1):  # noqa: B007
@@ -59,16 +56,10 @@ def check_memory(case: Case, orders: Iterable[Order] = (range, lambda n: range(n
 
 
 def check_addresses(call: Callable[[], object], architecture: tune.Architecture, integer: int = 1) -> int:
-    """Run a launcher on meta tensors; returns how many addresses were checked.
+    """Run a launcher on meta tensors, configured as for an architecture; returns how many addresses were checked.
 
-    Args:
-        call: Runs it.
-        architecture: Whose configuration is taken.
-        integer: What integers in memory are: flags, class indices.
-
-    Raises:
-        SanitizerError: An address lies outside every operand.
-        Exception: Integer arithmetic leaves 32 bits; the interpreter's own.
+    ``integer`` is what integers in memory are: flags, class indices. An address outside every operand is a
+    `SanitizerError`; arithmetic that leaves 32 bits is the interpreter's own error.
     """
     watcher = Addresses(integer)
     with as_if_on(architecture), torch.no_grad(), watching(watcher), watcher.checking_overflow():

@@ -65,11 +65,8 @@ class Memory:
     since. A program makes one atomic operation a launch at most. So whatever else it does is ordered by the arrivals
     alone, and running whole programs in every order is every schedule.
 
-    What a program does before and after its arrival is numbered ``2 * program`` and ``2 * program + 1``.
-
-    Args:
-        inputs: Tensors that no kernel may write.
-        order: From the number of programs to the order in which they run.
+    What a program does before and after its arrival is numbered ``2 * program`` and ``2 * program + 1``. No kernel may
+    write ``inputs``; ``order`` gives the order in which so many programs run.
     """
 
     def __init__(self, inputs: Sequence[Tensor], order: Callable[[int], Sequence[int]] = range) -> None:
@@ -168,10 +165,7 @@ class Memory:
 class Addresses:
     """Checks the addresses and the 32-bit arithmetic of the first, the middle and the last program of a launch.
 
-    Operands are meta tensors; each gets addresses of its own. Programs read made-up values and write nothing.
-
-    Args:
-        integer: What integers in memory are: flags, class indices.
+    Operands are meta tensors; each gets addresses of its own. Programs read ``integer`` and write nothing.
     """
 
     def __init__(self, integer: int) -> None:
