@@ -11,7 +11,7 @@ BOTH = (Protocol.CLEAN, Protocol.GENERATED)
 
 @dataclass(frozen=True)
 class Table:
-    """The AUROC of clean against other images: networks, groups of cases, blocks of methods. A control enters no mean."""
+    """The AUROC of clean against other images, by network, group of cases and protocol; a control enters no mean."""
 
     title: str
     networks: tuple[str, ...]

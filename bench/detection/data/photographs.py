@@ -67,7 +67,7 @@ def photographs(root: Path) -> sets.Split:
 
 
 def stranger(root: Path, name: str, count: int, start: int) -> Tensor:
-    """Return ``count`` images ``(n, 3, 224, 224)`` of another set in [0, 1], from number ``start`` on, compressed alike."""
+    """Return ``count`` images ``(n, 3, 224, 224)`` of another set, from number ``start`` on, compressed alike."""
     if name == "large textures":
         # The file is in the order of its kinds.
         split = sets.load(root, name)

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from random import Random
 from typing import Any
+from unittest import mock
 
 import torch
+from triton.runtime.interpreter import interpreter_builder
 
 from bench.gpu.compile_cases import Case, as_if_on, configured, prepared, tensors
 from bench.gpu.sanitize.cases import SPLIT, cases, huge, made
@@ -29,10 +31,8 @@ def shuffled(count: int) -> list[Order]:
 
 def every_order(programs: int) -> list[Order]:
     """Return every order of so many programs; a launch of another number runs in the usual one."""
-    return [
-        lambda n, order=order: order if n == programs else range(n)  # type: ignore[misc]
-        for order in itertools.permutations(range(programs))
-    ]
+    orders = itertools.permutations(range(programs))
+    return [lambda n, order=order: order if n == programs else range(n) for order in orders]  # type: ignore[misc]
 
 
 def check_memory(case: Case, orders: Iterable[Order] = (range, lambda n: range(n)[::-1])) -> int:
@@ -62,7 +62,9 @@ def check_addresses(call: Callable[[], object], architecture: tune.Architecture,
     `SanitizerError`; arithmetic that leaves 32 bits is the interpreter's own error.
     """
     watcher = Addresses(integer)
-    with as_if_on(architecture), torch.no_grad(), watching(watcher), watcher.checking_overflow():
+    # The interpreter then refuses every sum and product of integers that leaves 32 bits.
+    options = dataclasses.replace(interpreter_builder.options, debug=True)
+    with as_if_on(architecture), watching(watcher), mock.patch.object(interpreter_builder, "options", options):
         call()
     return watcher.count
 

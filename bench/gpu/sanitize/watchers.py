@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -30,12 +29,6 @@ class SanitizerError(AssertionError):
 def reach(tensor: Tensor) -> int:
     """Return how many elements lie between the first of a view and its last, both included."""
     return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def addresses_of(tensor: Tensor) -> np.ndarray:
-    """Return the address of every element."""
-    offsets = torch.arange(reach(tensor)).as_strided(tensor.shape, tensor.stride()).flatten().numpy()
-    return tensor.data_ptr() + offsets * tensor.itemsize
 
 
 class _Region:
@@ -94,7 +87,8 @@ class Memory:
                 base = tensor.untyped_storage().data_ptr()
                 if base not in self.regions:
                     self.regions[base] = _Region(tensor, fresh=False, constant=base in self.inputs)
-                self.regions[base].width[addresses_of(tensor) - base] = tensor.itemsize
+                offsets = torch.arange(reach(tensor)).as_strided(tensor.shape, tensor.stride()).flatten().numpy()
+                self.regions[base].width[tensor.data_ptr() - base + offsets * tensor.itemsize] = tensor.itemsize
         for region in self.regions.values():
             region.begin()
         self.bases = np.array(sorted(self.regions))
@@ -170,13 +164,6 @@ class Addresses:
 
     def __init__(self, integer: int) -> None:
         self.integer, self.count = integer, 0
-
-    @contextlib.contextmanager
-    def checking_overflow(self) -> Iterator[None]:
-        """Have the interpreter refuse every sum and product of integers that leaves 32 bits."""
-        options = dataclasses.replace(interpreter_builder.options, debug=True)
-        with mock.patch.object(interpreter_builder, "options", options):
-            yield
 
     def launch(self, kernel: str, arguments: dict[str, Any], programs: int) -> Sequence[int]:
         """Give the operands addresses."""
