@@ -1,6 +1,6 @@
 """Measurements. Modules import only those named before them.
 
-- ``registry``, ``clock``, ``memory``, ``results_file``: cases of speed, and what pytest-benchmark cannot do.
+- ``registry``, ``clock``, ``results_file``: cases of speed, and what pytest-benchmark cannot do.
 - ``report``: pages, figures and the blocks of README and documentation from ``results``.
 - ``micro``: operators and networks against the alternatives; ``conftest`` has the options, ``paired`` the comparison
   with another revision.

@@ -1,7 +1,8 @@
-"""What pytest-benchmark cannot do: calls in turns, the time of a GPU, and what a machine can do at best."""
+"""What pytest-benchmark cannot do: calls in turns, a GPU's time, peak memory, and what a machine can do at best."""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
 import time
@@ -11,6 +12,8 @@ from timeit import timeit
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.profiler._utils import traverse_dfs
 
 Call = Callable[[], Any]
 
@@ -91,6 +94,36 @@ def graphed(call: Call) -> Call:
         torch.cuda.synchronize()
         return call
     return lambda: graph.replay()
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """Return the bytes that the framework's allocator held at most during the call, less those it held before.
+
+    On a GPU from ``torch.cuda.max_memory_allocated``, on a CPU from the profiler's record of every allocation. Scratch
+    that a C library allocates by itself is in neither.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        call()
+    events = traverse_dfs(trace.profiler.kineto_results.experimental_event_tree())
+    held: dict[int, int] = {}
+    peak = 0
+    for event in sorted(events, key=lambda event: event.start_time_ns):
+        if event.tag.name == "Allocation":
+            pointer, size = event.typed[1].ptr, event.typed[1].alloc_size
+            if size > 0:
+                held[pointer] = size
+                peak = max(peak, sum(held.values()))
+            else:  # blocks older than the call do not count
+                held.pop(pointer, None)
+    return peak
 
 
 def floor(device: str, small: bool = False) -> dict[str, Any]:
