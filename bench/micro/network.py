@@ -175,32 +175,26 @@ def end_to_end(device: str, name: str, batch: int) -> Iterator[Implementation]:
     task = Task(NETWORKS[name], batch, device)
 
     def whole(signals: list[tuple[str, str]]) -> Callable[[], Any]:
-        features = fastgrad.GradientFeatures(task.model, signals=signals)
-        return lambda: features(task.x)
+        return partial(fastgrad.GradientFeatures(task.model, signals=signals), task.x)
 
     def whole_error(out: Any) -> float:
         return task.error(out[1][:, 0])
 
     def last_error(out: tuple[Tensor, Tensor]) -> float:
-        exact = task.double()
-        return relative_error(out[1], last_layer(exact.model, exact.x)[1])
+        return relative_error(out[1], last_layer(task.double())[1])
 
-    last = partial(last_layer, task.model, task.x)
     yield one("network alone", partial(peers.forward, task), task.against(peers.forward), UNIT)
-    yield one("fastgrad, last layer", lambda: last, last_error, PEERS)
+    yield one("fastgrad, last layer", lambda: partial(last_layer, task), last_error, PEERS)
     yield one("fastgrad, whole network", partial(whole, SIGNALS[:1]), whole_error, OURS)
     yield one("fastgrad, three signals", partial(whole, SIGNALS), whole_error, OURS)
     yield one("gradient per sample", partial(peers.loop, task), task.error, PEERS)
 
 
-def last_layer(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def last_layer(task: Task) -> tuple[Tensor, Tensor]:
     """Return logits and all contrasts of the last linear layer, whose input is caught on the way."""
-    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    head = [m for m in task.model.modules() if isinstance(m, nn.Linear)][-1]
     caught: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-    try:
-        with torch.no_grad():
-            z = model(x)
-            return z, fastgrad.contrast_sqnorm(caught[0], z)
-    finally:
-        handle.remove()
+    with head.register_forward_pre_hook(lambda module, args: caught.append(args[0])):
+        z = task.model(task.x)
+    return z, fastgrad.contrast_sqnorm(caught[0], z)

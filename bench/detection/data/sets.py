@@ -9,6 +9,7 @@ holds JPEG files back to back instead: image i is ``test_jpeg[test_offsets[i]:te
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +70,8 @@ def jpeg(images: Bytes, quality: int = 75, subsampling: str = "4:2:0") -> Bytes:
     """Every colour image once through JPEG, by default with half the chroma in each direction."""
     result = np.empty_like(images)
     for i, image in enumerate(images):
-        buffer = io.BytesIO()
-        Image.fromarray(image.squeeze()).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
-        result[i] = np.asarray(Image.open(buffer)).reshape(image.shape)
+        Image.fromarray(image).save(buffer := io.BytesIO(), "JPEG", quality=quality, subsampling=subsampling)
+        result[i] = np.asarray(Image.open(buffer))
     return result
 
 
@@ -83,26 +83,24 @@ def compress(images: Tensor) -> Tensor:
 def _from_npz(path: Path, name: str, part: str, limit: int | None, start: int) -> Split | None:
     """None where the file has no such part."""
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        jpegs, labels = f"{part}_jpeg", None
-        key = f"{part}_images" if f"{part}_images" in archive else "images"
-        if jpegs not in archive and key not in archive:
-            return None
-        total = len(archive[f"{part}_offsets"]) - 1 if jpegs in archive else len(archive[key])
-        chosen = np.arange(total)
-        if jpegs not in archive and key == "images":
+        labels = archive[f"{part}_labels"].astype(np.int64) if f"{part}_labels" in archive else None
+        compressed = f"{part}_jpeg" in archive
+        if compressed:
+            files, ends = archive[f"{part}_jpeg"].tobytes(), archive[f"{part}_offsets"]
+            window = _window(len(ends) - 1, start, limit)
+            pairs = itertools.pairwise(ends[window.start : window.stop + 1])
+            images = np.stack([np.asarray(Image.open(io.BytesIO(files[first:last]))) for first, last in pairs])
+        elif f"{part}_images" in archive:
+            images = archive[f"{part}_images"]
+            images = images[window := _window(len(images), start, limit)]
+        elif "images" in archive:
+            images, labels = archive["images"], None
             # Sets without parts are often sorted by class: a fixed shuffle makes any prefix a fair sample.
-            chosen = np.random.default_rng(0).permutation(total)
-        elif own := [k for k in (f"{part}_labels", "labels") if k in archive]:
-            labels = archive[own[0]].astype(np.int64)
-        chosen = chosen[_window(total, start, limit)]
-        if jpegs in archive:
-            files, offsets = archive[jpegs].tobytes(), archive[f"{part}_offsets"]
-            pictures = [Image.open(io.BytesIO(files[offsets[i] : offsets[i + 1]])) for i in chosen]
-            images = np.stack([np.asarray(picture) for picture in pictures])
+            images = images[np.random.default_rng(0).permutation(len(images))[_window(len(images), start, limit)]]
         else:
-            images = archive[key][chosen]
+            return None
         images = images if images.ndim == 4 else images[..., None]
-        return Split(name, images, None if labels is None else labels[chosen], jpegs in archive)
+        return Split(name, images, None if labels is None else labels[window], compressed)
 
 
 def _from_torchvision(root: Path, loader: str, name: str, part: str, limit: int | None, start: int) -> Split | None:
@@ -181,12 +179,8 @@ def stranger(
     if images.shape[3] == 3 and channels == 1:
         images = grey(images)[..., :1]
     if images.shape[1] != size:
-        images = np.stack([_resize(image, size) for image in images])
+        enlarged = [Image.fromarray(x.squeeze()).resize((size, size), Image.Resampling.BICUBIC) for x in images]
+        images = np.stack(enlarged).reshape(-1, size, size, channels)
     if like.compressed and channels == 3 and not split.compressed:
         images = recompress(images)
     return to_tensor(images)
-
-
-def _resize(image: Bytes, size: int) -> Bytes:
-    resized = Image.fromarray(image.squeeze()).resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(resized).reshape(size, size, image.shape[2])
