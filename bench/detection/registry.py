@@ -46,17 +46,13 @@ class Protocol(enum.Enum):
 
 
 class Shown(NamedTuple):
-    """Images of a case.
+    """Images of a case ``(n, C, H, W)`` in [0, 1]; of an attack only those that mislead the network.
 
-    Attributes:
-        images: ``(n, C, H, W)`` in [0, 1]; of an attack only those that mislead the network.
-        source: Places of the clean images of the part that they are made from ``(n,)``; -1 for other sets.
-        tried: How many were attacked; ``n`` where it is no attack.
+    ``source`` are the places of the clean images of the part that they are made from ``(n,)``; -1 for other sets.
     """
 
     images: Tensor
     source: Tensor
-    tried: int
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class Seen:
         """The images."""
         if self.case == "clean":
             images = self.subject.parts[self.part][0]
-            return Shown(images, torch.arange(len(images)), len(images))
+            return Shown(images, torch.arange(len(images)))
         # A score asks for the images where it wants no gradients; an attack needs them.
         with torch.enable_grad():
             found = CASES[self.case].make(self.subject, self.part, self.subject.count)
@@ -152,24 +153,23 @@ def packed(images: Tensor) -> Tensor:
 @torch.no_grad()
 def read(subject: Subject, images: Tensor) -> dict[str, NDArray[np.float32]]:
     """Return logits, h, spread and the stages' means from one pass."""
-    parts: list[dict[str, Tensor]] = []
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if module is subject.layer:
+            parts["h"].append(args[0])
+            parts["logits"].append(output)
+        else:
+            parts[f"stage{subject.stages.index(module)}"].append(output.mean((2, 3)))
+        if module in subject.stages[-1:]:
+            parts["spread"].append(output.std((2, 3), correction=0))
+
     with ExitStack() as stack:
-
-        def keep(name: str, module: nn.Module, value: Callable[[Tensor, Tensor], Tensor]) -> None:
-            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                parts[-1][name] = value(args[0], output)
-
-            stack.callback(module.register_forward_hook(hook).remove)
-
-        keep("h", subject.layer, lambda h, output: h)
-        for place, stage in enumerate(subject.stages):
-            keep(f"stage{place}", stage, lambda x, output: output.mean((2, 3)))
-        for stage in subject.stages[-1:]:
-            keep("spread", stage, lambda x, output: output.std((2, 3), correction=0))
+        for module in (*subject.stages, subject.layer):
+            stack.enter_context(module.register_forward_hook(keep))
         for x in images.split(BATCH):
-            parts.append({})
-            parts[-1]["logits"] = subject.model(x)
-    return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
+            subject.model(x)
+    return {name: torch.cat(values).float().numpy() for name, values in parts.items()}
 
 
 @dataclass(frozen=True)
