@@ -74,7 +74,7 @@ def network(name: str, root: Path, folder: Path) -> tuple[nn.Module, Images, Ten
     torch.manual_seed(0)
     if name == "efficientnet_lite0":
         images = partial(photographed, root)
-        return photographs.network(pixels=True).eval(), images, images(FITTED_ON, -FITTED_ON)
+        return photographs.network(), images, images(FITTED_ON, -FITTED_ON)
 
     def learn(net: Any) -> None:
         if name == "resnet18":

@@ -32,7 +32,7 @@ def photographed(size: int, options: Options, draw: int) -> Subject:
     for name, places in {"fit": order[:count], "test": order[count : count + test]}.items():
         labels = torch.from_numpy(split.labels[places])
         parts[name] = (sets.to_tensor(split.images[places]), labels)
-    model = photographs.network(pixels=True, size=size).requires_grad_(False).to(memory_format=torch.channels_last)
+    model = photographs.network(size).requires_grad_(False).to(memory_format=torch.channels_last)
     return Subject(f"lite{size}", draw, model, parts, options, PHOTOGRAPHS, case, photographs.stages(model))
 
 

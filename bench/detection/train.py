@@ -51,16 +51,9 @@ def augment_crop(x: Tensor, padded: Tensor, index: Tensor, generator: torch.Gene
 
 
 def fit(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    epochs: int,
-    seed: int,
-    rate: float = 0.3,
-    batch: int = 128,
+    model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int, rate: float = 0.3, batch: int = 128,
     sizes: Sequence[int] = (),
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """Train a model in place by SGD with one cycle of the learning rate.
 
     Images ``(n, C, H, W)`` in [0, 1] are brought to each of ``sizes`` for an equal share of the passes, if there are
@@ -127,18 +120,12 @@ def trained(network: str, seed: int, root: Path, folder: Path) -> Classifier:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         images, labels = sets.load(root, "cifar10", "train").labelled()
         seen = len(images) - sets.held_out(len(images), HELD_OUT)
-        start = time.perf_counter()
         stem = next(m for m in model.stem.modules() if isinstance(m, nn.Conv2d))
         whiten(stem, model.normalize(images[:2000]))
-        fit(
-            model.to(device), images[:seen], labels[:seen], epochs=epochs, seed=seed, rate=RATES[network],
-            sizes=SIZES.get(network, ()),
-        )  # fmt: skip
-        seconds = time.perf_counter() - start
-        images, labels = sets.load(root, "cifar10", "test").labelled()
-        score = accuracy(model.cpu(), images, labels)
-        words = f"{score:.1%} on {len(labels):,} test images, {seconds:.0f} s"
-        print(f"{network}, seed {seed}: {words}", file=sys.stderr, flush=True)
+        how = {"epochs": epochs, "seed": seed, "rate": RATES[network], "sizes": SIZES.get(network, ())}
+        fit(model.to(device), images[:seen], labels[:seen], **how)
+        score = accuracy(model.cpu(), *sets.load(root, "cifar10", "test").labelled())
+        print(f"{network}, seed {seed}: {score:.1%} of test images right", file=sys.stderr, flush=True)
 
     torch.manual_seed(seed)
     recipe = {"network": network, "seed": seed, "epochs": epochs}

@@ -26,11 +26,8 @@ SIDE, CROP = 256, 224
 same_jpeg: Callable[[sets.Bytes], sets.Bytes] = partial(sets.jpeg, quality=90, subsampling="4:4:4")
 
 
-def network(*, pixels: bool = False, size: int = 0) -> nn.Module:
-    """Return EfficientNet-Lite0, 1 or 2 with its published weights, from two packages; evaluation mode.
-
-    With ``pixels`` it takes images in [0, 1] of 224 pixels, else normalized ones of its own number of pixels.
-    """
+def network(size: int = 0) -> nn.Module:
+    """Return EfficientNet-Lite0, 1 or 2 of images in [0, 1] with its published weights, in evaluation mode."""
     from efficientnet_lite_pytorch import EfficientNet
 
     name = f"efficientnet-lite{size}"
@@ -38,15 +35,13 @@ def network(*, pixels: bool = False, size: int = 0) -> nn.Module:
     file = getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()
     net = EfficientNet.from_name(name)
     net.load_state_dict(torch.load(file, weights_only=True))
-    if not pixels:
-        return net.eval()  # type: ignore[no-any-return]
     side = EfficientNet.get_image_size(name)
     enlarge = [] if side == CROP else [nn.Upsample((side, side), mode="bicubic")]
     return nn.Sequential(*enlarge, Normalize([MEAN] * 3, [STD] * 3), net).eval()
 
 
 def stages(model: Any) -> list[nn.Module]:
-    """Of a `network` of pixels the last block of each size of maps, and what gives the map that is pooled."""
+    """Of a `network` the last block of each size of maps, and what gives the map that is pooled."""
     net = model[-1]
     halved = [place for place, block in enumerate(net._blocks) if max(block._depthwise_conv.stride) == 2]
     return [*(net._blocks[place - 1] for place in halved), net._bn1]
