@@ -25,18 +25,17 @@ from torchvision.models import get_model
 from torchvision.transforms.functional import normalize
 
 from bench.clock import deciles, in_turns, seconds
+from bench.deploy.serve_load import Plain
 from bench.detection import cache
 from bench.detection.data import photographs, sets
 from bench.detection.train import accuracy, fit
 from bench.report import pages
-from fastgrad.deploy.file import onnx_export, onnx_file
 from fastgrad.deploy.file.comparison import difference
-from fastgrad.deploy.file.export import compile_function, export
+from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.detector.model import TwoStageModel
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 
-Run = Callable[[Tensor], Any]
 #: Returns so many test images ``(n, 3, 224, 224)``, from the one of a number on.
 Images = Callable[[int, int], Tensor]
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
@@ -129,34 +128,22 @@ def fitted(net: nn.Module, clean: Tensor, form: str, saved: Path) -> TwoStageMod
     return TwoStageModel.load(saved, net)
 
 
-def loaded(live: TwoStageModel | Run, images: Images, file: Path, tolerance: float) -> Run:
-    """Return what runs a file, which is made unless it is there, and compared with what it is made from."""
-    compiled = file.suffix == ".pt2"
-    example = images(2 if compiled else 8, 200)
+def loaded(live: nn.Module, images: Images, file: Path, tolerance: float) -> ModelPackage:
+    """Return a file, which is made unless it is there, and compared with what it is made from."""
+    example = images(2 if file.suffix == ".pt2" else 8, 200)
     if not file.exists():
         start = time.perf_counter()
-        if isinstance(live, TwoStageModel):
-            export(live, example, file, tolerance=tolerance)
-        elif compiled:
-            compile_function(live, example, file)
-        else:
-            file.write_bytes(onnx_export.convert(live, example, outputs=("logits",)).SerializeToString())
+        export(live, example, file, tolerance=tolerance)
         print(f"{file.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    if isinstance(live, TwoStageModel):
-        run: Run = ModelPackage(file)
-    else:
-        run = torch._inductor.aoti_load_package(str(file)) if compiled else onnx_file.load(file)
-    # The plain network's answer is one tensor, or a list of one; without labels an answer has no risk.
-    ours, theirs = (
-        [out] if isinstance(out, Tensor) else [value for value in out if value is not None]
-        for out in (run(example), live(example))
-    )
-    found = max(difference(one, other) for one, other in zip(ours, theirs, strict=True))
+    package = ModelPackage(file)
+    # Without labels an answer has no risk.
+    pairs = [pair for pair in zip(package(example), live(example), strict=False) if None not in pair]
+    found = max(difference(ours, theirs) for ours, theirs in pairs)
     assert found <= tolerance, (file.name, found)
-    return run
+    return package
 
 
-def equality(live: TwoStageModel, run: Run, images: Images) -> dict[str, float]:
+def equality(live: TwoStageModel, run: ModelPackage, images: Images) -> dict[str, float]:
     """Return the largest differences between a file's answers and the live model's, and the largest uncertainty."""
     worst = {"logits": 0.0, "probabilities": 0.0, "uncertainty": 0.0, "at": 0.0}
     for i, batch in enumerate(CHECKED):
@@ -170,7 +157,7 @@ def equality(live: TwoStageModel, run: Run, images: Images) -> dict[str, float]:
     return worst | {"live": float((theirs.uncertainty - single).abs().max())}
 
 
-def timed(runs: Mapping[str, Run], x: Tensor) -> Iterator[dict[str, Any]]:
+def timed(runs: Mapping[str, ModelPackage], x: Tensor) -> Iterator[dict[str, Any]]:
     """Yield a row of times for each case, interleaved, with its ratio to the plain network in the same runtime."""
     measures = [partial(seconds, partial(run, x), clock=time.perf_counter) for run in runs.values()]
     once = sum(times[0] for times in in_turns(measures, 1))
@@ -188,7 +175,7 @@ def measure(name: str, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
     cache.mkdir(parents=True, exist_ok=True)
     net, images, clean = network(name, data, cache)
     stem = lambda case: cache / f"{name}-{case.replace(' ', '-')}"  # noqa: E731
-    live: dict[str, TwoStageModel | Run] = {"plain": lambda x: net(x).detach()}
+    live: dict[str, nn.Module] = {"plain": Plain(net).eval()}
     live |= {form: fitted(net, clean, form, stem(form).with_suffix(".safetensors")) for form in FORMS}
     for suffix, runtime in RUNTIMES.items():
         runs = {}

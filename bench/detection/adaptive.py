@@ -8,7 +8,7 @@ its attacks fails or is found (Granese et al., MEAD, 2022), at a threshold that 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from bench.detection.methods_ours import fitted
 from bench.detection.registry import NETWORKS, PHOTOGRAPHS, SMALL, Options
 from bench.detection.subject import Fit, Subject
 from bench.detection.white_box import STEPS, WhiteBox, attack, auto_attack, unaware_of, white_box
+from bench.results_file import printed
 from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS
 
 FALSE_ALARMS = 0.05
@@ -38,8 +39,8 @@ FEW = 8
 WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {"": lambda images: images, " after JPEG": sets.compress}
 
 
-def measure(subject: Subject) -> list[dict[str, Any]]:
-    """Return a row for each radius and detector: how many images mislead, how many of those are found."""
+def measure(subject: Subject) -> Iterator[dict[str, Any]]:
+    """Yield a row for each radius and detector: how many images mislead, how many of those are found."""
     fit, model, (count, starts, batch) = Fit(subject), subject.model, EFFORTS[subject.kind]
     places = subject.right["test"][: FEW if subject.options.quick and subject.few else count]
     x, labels = (value[places] for value in subject.parts["test"])
@@ -52,10 +53,9 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
         return torch.cat([make(seen, *part, *settings, seed=seed) for seed, part in enumerate(parts)])
 
     def answers(box: WhiteBox, images: Tensor) -> tuple[Tensor, Tensor]:
-        logits, uncertainty = zip(*(box.uncertainty(part) for part in images.split(batch)), strict=True)
-        return torch.cat(logits), torch.cat(uncertainty)
+        found = [box.model(part) for part in images.split(batch)]
+        return torch.cat([one.logits for one in found]), torch.cat([one.uncertainty for one in found])
 
-    rows = []
     for radius in RADII:
         # What does not depend on the detector is made once.
         shared = {"unaware": every(attack, unaware_of(model), radius, 0.0, starts)}
@@ -65,10 +65,8 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
             print(f"AutoAttack is not run: {absent}", file=sys.stderr)
         for form, box in boxes.items():
             made = shared | {name: every(attack, box, radius, weight, starts) for name, weight in LAMBDAS.items()}
-            row: dict[str, Any] = {
-                "network": subject.network, "case": f"{round(255 * radius)}/255", "method": form, "images": len(x),
-                "starts": starts,
-            }  # fmt: skip
+            row: dict[str, Any] = {"network": subject.network, "case": f"{round(255 * radius)}/255", "method": form}
+            row |= {"images": len(x), "starts": starts}
             for way, change in WAYS.items():
                 safe = np.ones(len(x), dtype=bool)
                 for name, attacked in made.items():
@@ -80,12 +78,10 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
                     safe &= ~misled | found
                 row["protected" + way] = float(safe.mean())
                 row["alarms" + way] = float((answers(box, change(x))[1] > box.threshold).double().mean())
-            rows.append(row)
-            print(row, file=sys.stderr, flush=True)
-    return rows
+            yield row
 
 
-def run(options: Options, networks: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def run(options: Options, networks: Sequence[str]) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
     """Return the rows, and what the page says beside them."""
-    rows = [row for name in networks for row in measure(NETWORKS[name].make(options, 0))]
+    rows = printed(row for name in networks for row in measure(NETWORKS[name].make(options, 0)))
     return rows, {"steps": STEPS, "networks": {name: NETWORKS[name].title for name in networks}}

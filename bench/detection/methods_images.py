@@ -70,19 +70,18 @@ def labelled(name: str, year: int, paper: str) -> Callable[[Columns], Columns]:
     return register
 
 
-#: What a labelled method may read, given a fit.
-COLUMNS: Mapping[str, Columns] = {
-    "stages": lambda fit: lambda seen: torch.cat(seen.stages, 1),
-    "logits": lambda fit: lambda seen: seen.logits.sort(1, descending=True).values[:, :50],
-    "h": lambda fit: lambda seen: seen.h,
-    "gradients": lambda fit: log_norms,
+#: What a labelled method may read.
+COLUMNS: Mapping[str, Callable[[Seen], Tensor]] = {
+    "stages": lambda seen: torch.cat(seen.stages, 1),
+    "logits": lambda seen: seen.logits.sort(1, descending=True).values[:, :50],
+    "h": lambda seen: seen.h,
+    "gradients": log_norms,
 }
 
 
 def joined(names: Sequence[str], fit: Fit) -> Callable[[Seen], Tensor]:
     """Return several of `COLUMNS` side by side."""
-    parts = [COLUMNS[name](fit) for name in names]
-    return lambda seen: torch.cat([part(seen) for part in parts], 1)
+    return lambda seen: torch.cat([COLUMNS[name](seen) for name in names], 1)
 
 
 for _name, _year, _paper, _names in (

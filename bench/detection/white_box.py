@@ -24,10 +24,10 @@ STEPS = 20
 
 
 class WhiteBox(NamedTuple):
-    """Logits ``(B, N)`` and uncapped score ``(B,)`` with derivatives; logits and uncertainty; where an alarm begins."""
+    """Logits ``(B, N)`` and uncapped score ``(B,)`` with derivatives; what answers; from where on it is an alarm."""
 
     differentiable: Callable[[Tensor], tuple[Tensor, Tensor]]
-    uncertainty: Callable[[Tensor], tuple[Tensor, Tensor]]
+    model: nn.Module
     threshold: float
 
 
@@ -39,10 +39,6 @@ def white_box(model: TwoStageModel, example: Tensor, false_alarms: float) -> Whi
         logits, blocks = extraction(x)
         return logits, detector.evidence(detector.raw(blocks), cap=math.inf).sum(-1)
 
-    def answer(x: Tensor) -> tuple[Tensor, Tensor]:
-        found = model(x)
-        return found.logits, found.uncertainty
-
     graph = trace(scores, (example,), len(example), functional=True)
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
@@ -51,16 +47,12 @@ def white_box(model: TwoStageModel, example: Tensor, false_alarms: float) -> Whi
             graph.graph.erase_node(node)
     graph.recompile()
     graph.requires_grad_(False)
-    return WhiteBox(graph, answer, model.threshold(false_alarms))
+    return WhiteBox(graph, model, model.threshold(false_alarms))
 
 
 def unaware_of(model: nn.Module) -> WhiteBox:
     """The network's alone: a detector that says nothing."""
-
-    def silent(x: Tensor) -> tuple[Tensor, Tensor]:
-        return model(x), torch.zeros(len(x), dtype=torch.float64)
-
-    return WhiteBox(silent, silent, math.inf)
+    return WhiteBox(lambda x: (model(x), torch.zeros(len(x), dtype=torch.float64)), model, math.inf)
 
 
 def away_from(logits: Tensor, predicted: Tensor) -> Tensor:
@@ -86,15 +78,13 @@ def attack(
         for step in range(STEPS + 1):
             x.requires_grad_(True)
             logits, score = box.differentiable(x)
-            towards = away_from(logits, labels)
+            towards = away_from(logits, labels).double()
             misled = (towards > 0).detach()
-            if weight is None:
-                objective = torch.where(misled, -score, towards.double())
-            else:
-                objective = towards.double() - weight * score
+            selective = torch.where(misled, -score, towards)
+            objective = selective if weight is None else towards - weight * score
             (gradient,) = torch.autograd.grad(objective.sum(), x)
             # Of an attack that does not know the detector, the surest image counts, not the most usual one.
-            value = -towards.detach().double() if weight == 0 else score.detach()
+            value = -towards.detach() if weight == 0 else score.detach()
             better = misled & (value < least)
             least = torch.where(better, value, least)
             best[better] = x.detach()[better]
