@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ def parser(doc: str | None, networks: Iterable[str] = ()) -> argparse.ArgumentPa
 
 
 def machine() -> str:
-    """One line: processor, cores, memory, system."""
+    """Return processor, cores, memory and system."""
     listed = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.*)$", listed.read_text() if listed.exists() else "", re.MULTILINE)
     name = model[1].strip() if model else platform.processor() or platform.machine()
@@ -35,27 +36,16 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Python's version and those of the named packages that are installed."""
-    found = {"python": platform.python_version()}
+def origin(packages: Sequence[str], *device: str) -> dict[str, Any]:
+    """Return machine and device, versions of what is installed, and the commit, with a plus sign if files differ."""
+    versions = {"python": platform.python_version()}
     for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def revision() -> str:
-    """The commit the checkout stands at, with a plus sign if files differ from it."""
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
     # Commits by their number alone, whatever tags there are.
     command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
-    return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def origin(packages: Sequence[str], *device: str) -> dict[str, Any]:
-    """Return machine and device, versions and revision."""
-    return {"machine": ", ".join([machine(), *device]), "versions": versions(*packages), "revision": revision()}
+    revision = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
+    return {"machine": ", ".join([machine(), *device]), "versions": versions, "revision": revision}
 
 
 def printed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

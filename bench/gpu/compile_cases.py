@@ -98,19 +98,6 @@ def tensors(call: partial[Any]) -> list[Tensor]:
     return [value for value in call.args if isinstance(value, Tensor)]
 
 
-def cases(make: Make = meta) -> Iterator[Case]:
-    """Yield the shapes that `tune` treats differently, for every kernel."""
-    yield from _contrasts(make)
-    yield from _heads(make)
-    yield from _targets(make)
-    yield from _layers(make)
-    # Sizes of 1 are constants to the compiler, and take other branches of the language.
-    yield _case(contrast.contrast_sqnorm, make, 1, 1, 1, SINGLE, "mse", log=True, mean=True, wide=False)
-    yield _case(linear_contrast.linear_contrast_sqnorm, make, 1, 1, 1, SINGLE, "mse", log=True, mean=True, wide=False)
-    yield _case(linear_contrast.linear_contrast_stats, make, 1, 1, 1, SINGLE, "mse", mean=True, wide=False)
-    yield _case(target.target_sqnorm, make, 1, 1, 1, SINGLE, "mse", kind="soft", log=True, mean=True, wide=False)
-
-
 def _case(
     launcher: Any, make: Make, B: int, N: int, D: int, dtype: torch.dtype, loss: str, *, wide: bool = True,
     **options: Any,
@@ -122,39 +109,41 @@ def _case(
     return Case(name, tensors(call), call, wide=wide, products=products)
 
 
-def _contrasts(make: Make) -> Iterator[Case]:
-    case = partial(_case, contrast.contrast_sqnorm, make)
+def cases(make: Make = meta) -> Iterator[Case]:
+    """Yield the shapes that `tune` treats differently, for every kernel."""
+    norms = partial(_case, contrast.contrast_sqnorm, make)
     for loss in LOSSES:
-        yield case(4096, 1000, 512, HALF, loss)
-        yield case(4096, 1000, 512, HALF, loss, log=True)
-        yield case(4096, 8192 if loss == "brier" else 16384, 4096, SINGLE, loss)
-        yield case(4096, 262144, 4096, HALF, loss)
-        yield case(8, 131072, 4096, HALF, loss, log=True)
+        yield norms(4096, 1000, 512, HALF, loss)
+        yield norms(4096, 1000, 512, HALF, loss, log=True)
+        yield norms(4096, 8192 if loss == "brier" else 16384, 4096, SINGLE, loss)
+        yield norms(4096, 262144, 4096, HALF, loss)
+        yield norms(8, 131072, 4096, HALF, loss, log=True)
     for N, dtype in ((16, SINGLE), (128, HALF), (1000, SINGLE), (4096, HALF), (8192, SINGLE)):
-        yield case(4096, N, 512, dtype, "cross_entropy")
-    yield case(4096, 10, 512, SINGLE, "cross_entropy", wide=False)
-
-
-def _heads(make: Make) -> Iterator[Case]:
-    case = partial(_case, linear_contrast.linear_contrast_sqnorm, make)
+        yield norms(4096, N, 512, dtype, "cross_entropy")
+    yield norms(4096, 10, 512, SINGLE, "cross_entropy", wide=False)
+    head = partial(_case, linear_contrast.linear_contrast_sqnorm, make)
     statistics = partial(_case, linear_contrast.linear_contrast_stats, make)
     for loss in LOSSES:
         for B, N, D in ((1, 1000, 2048), (32, 1000, 2048), (64, 32000, 4096), (1024, 32000, 4096)):
-            yield case(B, N, D, HALF, loss)
-        yield case(32, 1000, 2048, SINGLE, loss)
-        yield case(1024, 1000, 2048, SINGLE, loss)
-        yield case(32, 1000, 2048, HALF, loss, log=True)
+            yield head(B, N, D, HALF, loss)
+        yield head(32, 1000, 2048, SINGLE, loss)
+        yield head(1024, 1000, 2048, SINGLE, loss)
+        yield head(32, 1000, 2048, HALF, loss, log=True)
         yield statistics(8, 128256, 4096, HALF, loss)
         yield statistics(1024, 128256, 4096, HALF, loss)
         yield statistics(256, 32000, 4096, SINGLE, loss)
-
-
-def _targets(make: Make) -> Iterator[Case]:
-    case = partial(_case, target.target_sqnorm, make)
+    one = partial(_case, target.target_sqnorm, make)
     for loss in LOSSES:
         for kind in ("ones", "predicted", "soft"):
-            yield case(4096, 1000, 512, HALF, loss, kind=kind)
-    yield case(256, 128256, 4096, HALF, "brier", log=True, kind="indices")
+            yield one(4096, 1000, 512, HALF, loss, kind=kind)
+    yield one(256, 128256, 4096, HALF, "brier", log=True, kind="indices")
+    yield from _layers(make)
+    # Sizes of 1 are constants to the compiler, and take other branches of the language.
+    ones = (1, 1, 1, SINGLE, "mse")
+    yield norms(*ones, log=True, mean=True, wide=False)
+    yield head(*ones, log=True, mean=True, wide=False)
+    yield statistics(*ones, mean=True, wide=False)
+    yield one(*ones, kind="soft", log=True, mean=True, wide=False)
 
 
 def _layers(make: Make) -> Iterator[Case]:

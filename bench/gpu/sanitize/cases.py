@@ -57,55 +57,39 @@ def made(*shape: int, pad: int = 0, seed: int = 0, dtype: torch.dtype = torch.fl
     return numbers.new_empty_strided(shape, (first + pad if rest else first, *rest)).copy_(numbers)
 
 
-def cases(make: Make = made) -> Iterator[Case]:
-    """Yield all of them; `Case.quick` marks one for each path of each kernel."""
-    yield from _contrasts(make)
-    yield from _targets(make)
-    yield from _heads(make)
-    yield from _layers(make)
-
-
 def _case(title: str, loss: str, sizes: tuple[int, ...], call: partial[Any], quick: bool, **configs: object) -> Case:
     name = "{} {} B={} N={} D={}".format(title, loss, *sizes)
     return Case(name, tensors(call), configured(**configs)(call), quick)
 
 
-def _contrasts(make: Make) -> Iterator[Case]:
+def cases(make: Make = made) -> Iterator[Case]:
+    """Yield all of them; `Case.quick` marks one for each path of each kernel."""
+    some, alone = ((5, 37, 19), 3), ((1, 1, 1), 0)
     for (path, config), loss, (sizes, pad) in itertools.product(
-        CONTRAST.items(), LOSSES, (((5, 37, 19), 3), ((3, 64, 16), 0), ((1, 1, 1), 0), ((2, 33, 1), 1))
+        CONTRAST.items(), LOSSES, (some, ((3, 64, 16), 0), alone, ((2, 33, 1), 1))
     ):
         log = loss in ("bce", "brier")
         call = prepared(contrast.contrast_sqnorm, partial(make, pad=pad), *sizes, loss, log=log)
-        quick = loss == "brier" and sizes[0] == 5
-        yield _case(f"contrast {path}", loss, sizes, call, quick, contrast=config)
+        yield _case(f"contrast {path}", loss, sizes, call, loss == "brier" and sizes == some[0], contrast=config)
 
-
-def _targets(make: Make) -> Iterator[Case]:
     quick = (("indices", "bce"), ("soft", "brier"), ("ones", "cross_entropy"))
     config = TargetConfig(rows=2, block_n=16, block_d=16, num_warps=1)
-    for kind, loss, (sizes, pad) in itertools.product(
-        target.KINDS, LOSSES, (((5, 37, 19), 3), ((2, 16, 16), 0), ((1, 1, 1), 0))
-    ):
+    for kind, loss, (sizes, pad) in itertools.product(target.KINDS, LOSSES, (some, ((2, 16, 16), 0), alone)):
         call = prepared(target.target_sqnorm, partial(make, pad=pad), *sizes, loss, kind=kind)
-        yield _case(f"target {kind}", loss, sizes, call, (kind, loss) in quick and sizes[0] == 5, target=config)
+        yield _case(f"target {kind}", loss, sizes, call, (kind, loss) in quick and sizes == some[0], target=config)
 
-
-def _heads(make: Make) -> Iterator[Case]:
-    for loss, (sizes, pad) in itertools.product(
-        LOSSES, (((35, 37, 21), 3), ((16, 16, 16), 0), ((1, 1, 1), 0), ((17, 33, 5), 1))
-    ):
-        of, quick = partial(make, pad=pad), sizes[0] == 17
+    shapes = (((35, 37, 21), 3), ((16, 16, 16), 0), alone, ((17, 33, 5), 1))
+    for loss, (sizes, pad) in itertools.product(LOSSES, shapes):
+        of, last = partial(make, pad=pad), sizes == shapes[-1][0]
         for path, config in HEADS.items():
             call = prepared(linear_contrast.linear_contrast_sqnorm, of, *sizes, loss, bias=path != "launch", mean=True)
-            yield _case(f"head {path}", loss, sizes, call, quick and loss == "cross_entropy", linear_contrast=config)
+            yield _case(f"head {path}", loss, sizes, call, last and loss == "cross_entropy", linear_contrast=config)
         call = prepared(linear_contrast.linear_contrast_stats, of, *sizes, loss)
-        yield _case("statistics", loss, sizes, call, quick and loss == "brier", linear_stats=SPLIT)
+        yield _case("statistics", loss, sizes, call, last and loss == "brier", linear_stats=SPLIT)
 
-
-def _layers(make: Make) -> Iterator[Case]:
     for name, (shape, outputs, *each) in CONVOLUTIONS.items():
-        sizes = zip(shape[2:], *each[:4], strict=True)
-        out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+        along = zip(shape[2:], *each[:4], strict=True)
+        out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in along]
         a, g = make(*shape, pad=3), make(2, shape[0], outputs, *out, pad=5, seed=1)
         call = configured(**LAYERS)(partial(layer_sqnorm.conv_sqnorm, a, g, *each))
         yield Case(f"convolution {name}", (a, g), call, name in ("strided", "dilated groups"))
