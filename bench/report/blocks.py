@@ -59,12 +59,10 @@ def value(words: str, folder: Path = RESULTS) -> str:
     document = load(name, folder)
     network, _, case = case.rpartition(": ")
     rows = [
-        row
-        for row in document.get("cases", document.get("rows"))
-        if row.get("case") == case
-        and network in ("", row.get("network"))
+        row for row in document.get("cases", document.get("rows"))
+        if row.get("case") == case and network in ("", row.get("network"))
         and implementation in (row.get("implementation"), row.get("method"))
-    ]
+    ]  # fmt: skip
     if not rows:
         raise ValueError(f"a value must name a case and an implementation of {name}; it was {words!r}")
     drawn = "draw" in rows[0] and len(rows) > 1

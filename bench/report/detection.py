@@ -107,7 +107,7 @@ def strongest(rows: Sequence[Row], merit: str, network: str) -> str:
                 {"group": group, "strongest published": f"{best} {_cell(values[best], merit)}"}
                 | {m: _cell(values[m], merit) for m in sorted(beside, key=lambda m: not ours(m))}
             )
-    return table(lines, {key: key for line in lines for key in line})
+    return table(lines)
 
 
 def bars(rows: Sequence[Row], merit: str, about: Mapping[str, tuple[str, bool]]) -> Any:

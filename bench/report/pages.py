@@ -25,10 +25,7 @@ def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | N
     """Return the page of a document; None where no template is meant for it."""
     import jinja2
 
-    kind = "speed" if "cases" in document else "detection" if "merit" in document else None
-    own = (TEMPLATES / f"{name}.md.j2").exists()
-    if not own and kind is None:
-        return None
+    kind = "speed" if "cases" in document else "detection" if "merit" in document else name
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
@@ -36,20 +33,17 @@ def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | N
     environment.globals |= vars(text) | vars(speed) | vars(detection)
     # A document of detection has networks of its own.
     environment.globals |= {"detection_networks": detection.networks, "protocols": detection.PROTOCOLS}
-    template = environment.get_template(f"{name}.md.j2" if own else f"{kind}.md.j2")
-    return template.render(
-        **document, name=name, document=document, pictures=pictures, environment=text.environment(document)
-    )
+    try:
+        template = environment.select_template([f"{name}.md.j2", f"{kind}.md.j2"])
+    except jinja2.TemplatesNotFound:
+        return None
+    return template.render(**document, name=name, pictures=pictures, environment=text.environment(document))
 
 
 def save(
-    name: str,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    packages: Sequence[str],
-    folder: Path = RESULTS,
+    name: str, rows: Sequence[Row], *, packages: Sequence[str], folder: Path = RESULTS,
     facts: Mapping[str, Any] | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write rows with machine, versions, revision and facts as a JSON file, and its page; returns the page's path."""
     results_file.store(folder / f"{name}.json", {**results_file.origin(packages), **(facts or {}), "rows": list(rows)})
     return write(name, folder)
@@ -76,7 +70,13 @@ def command(
 
 
 def add(
-    name: str, rows: Sequence[Row], device: str, *, packages: Sequence[str], folder: Path, facts: Mapping[str, Any]
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    device: str,
+    *,
+    packages: Sequence[str],
+    folder: Path,
+    facts: Mapping[str, Any],
 ) -> None:
     """Add rows of speed to a table's JSON file, in place of those of the same case and implementation.
 
@@ -87,26 +87,24 @@ def add(
     Raises:
         ValueError: The file is of another machine, other versions or another seed.
     """
-    new: dict[str, Any] = {**results_file.origin(packages, device), **facts, "cases": list(rows)}
-    path = folder / f"{name}.json"
+    new: dict[str, Any] = {**results_file.origin(packages, device), **facts}
+    path, old = folder / f"{name}.json", {"cases": []}
     if path.exists():
         old = json.loads(path.read_text())
         for key in ("machine", "versions", "seed"):
             if old[key] != new[key]:
                 raise ValueError(f"{key} of {path} must be {new[key]!r} to be extended; it was {old[key]!r}")
-        renewed = {(r["case"], r["implementation"]) for r in rows}
-        new["cases"] = [r for r in old["cases"] if (r["case"], r["implementation"]) not in renewed] + new["cases"]
-    medians = {(r["case"], r["implementation"]): r["median_s"] for r in new["cases"]}
-    for one in new["cases"]:
-        base = medians.get((one["case"], one["relative_to"]))
-        one["ratio"] = one["median_s"] / base if one["median_s"] and base else None
-    results_file.store(path, new)
+    cases = {(row["case"], row["implementation"]): row for row in (*old["cases"], *rows)}
+    for row in cases.values():
+        base = cases.get((row["case"], row["relative_to"]), {}).get("median_s")
+        row["ratio"] = row["median_s"] / base if row["median_s"] and base else None
+    results_file.store(path, {**new, "cases": list(cases.values())})
 
 
 def write(name: str, folder: Path = RESULTS) -> Path:
     """Write the page, if there is a template, and the figure of a JSON file; returns the page's path."""
     document = json.loads((folder / f"{name}.json").read_text())
-    drawn = None
+    drawn, path = None, folder / f"{name}.md"
     if "cases" in document:
         drawn = figures.draw(document["cases"])
     elif "merit" in document:
@@ -115,8 +113,6 @@ def write(name: str, folder: Path = RESULTS) -> Path:
         drawn = figures.over_epochs(document["rows"], document["epochs"])
     if drawn is not None:
         drawn.savefig(folder / f"{name}.png", dpi=figures.DPI)
-    rendered = page(name, document, [f"{name}.png"] if drawn is not None else [])
-    path = folder / f"{name}.md"
-    if rendered is not None:
+    if rendered := page(name, document, [f"{name}.png"] if drawn is not None else []):
         path.write_text(rendered)
     return path
