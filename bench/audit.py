@@ -98,7 +98,6 @@ def draw(images: Tensor, truth: Tensor, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def measure(data: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of every draw."""
     torch.set_num_threads(1)
     images, truth = sets.load(data, "fashion", "train").labelled()
     for seed in range(SEEDS):

@@ -102,7 +102,6 @@ def case(
 
 
 def cases(size: str) -> list[Case]:
-    """Return all cases of a size."""
     from bench.micro import last_layer, network  # noqa: F401  (they register themselves)
 
     return _CASES[size]

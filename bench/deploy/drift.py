@@ -44,7 +44,6 @@ def moving_mean(calibration: Scores, stream: Scores) -> Scores:
 
 
 def monitors(calibration: Scores, seed: int) -> dict[str, DriftMonitor]:
-    """Return a monitor of each form."""
     reference = ScoreReference.from_scores(calibration, seed=seed)
     return {
         "fastgrad, ever": DriftMonitor(reference, false_alarm_rate=ALPHA, seed=seed),
@@ -112,7 +111,6 @@ def delays(tuned: float) -> Iterator[dict[str, Any]]:
 
 
 def measure() -> Iterator[dict[str, Any]]:
-    """Yield all rows."""
     alarms, tuned = false_alarms()
     yield from alarms
     yield from delays(tuned)

@@ -171,7 +171,6 @@ def timed(runs: Mapping[str, ModelPackage], x: Tensor) -> Iterator[dict[str, Any
 
 
 def measure(name: str, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one network."""
     cache.mkdir(parents=True, exist_ok=True)
     net, images, clean = network(name, data, cache)
     stem = lambda case: cache / f"{name}-{case.replace(' ', '-')}"  # noqa: E731

@@ -59,13 +59,11 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] 
 
 
 def plain(net: nn.Module, x: Inputs) -> Tensor:
-    """Return the network's logits."""
     with torch.no_grad():
         return logits_of(net(x) if isinstance(x, Tensor) else net(**x))
 
 
 def measure(name: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one network."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     build, inputs = NETWORKS[name]

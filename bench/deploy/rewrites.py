@@ -47,7 +47,6 @@ REWRITES: Mapping[str, Callable[[], Any]] = {
 
 
 def translated(model: TwoStageModel, example: Tensor) -> bytes:
-    """Return the file."""
 
     def answers(x: Tensor) -> tuple[Tensor, ...]:
         return tuple(value for value in model(x) if value is not None)
@@ -56,7 +55,6 @@ def translated(model: TwoStageModel, example: Tensor) -> bytes:
 
 
 def loaded(content: bytes) -> Any:
-    """Return what runs a file."""
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
         file.write(content)
         file.flush()
@@ -64,7 +62,6 @@ def loaded(content: bytes) -> Any:
 
 
 def measure(name: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one network."""
     torch.set_num_threads(1)
     for form, extra in FORMS.items():
         torch.manual_seed(0)

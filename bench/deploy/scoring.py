@@ -63,7 +63,6 @@ def run(command: Sequence[str | Path], parts: Path, until: int | None) -> tuple[
 
 
 def measure(model: Path, data: Path, images: int) -> Iterator[dict[str, Any]]:
-    """One row: what was scored, how fast, in how much memory."""
     import pyarrow.parquet as pq
 
     with tempfile.TemporaryDirectory() as name:

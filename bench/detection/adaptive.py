@@ -82,6 +82,5 @@ def measure(subject: Subject) -> Iterator[dict[str, Any]]:
 
 
 def run(options: Options, networks: Sequence[str]) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
-    """Return the rows, and what the page says beside them."""
     rows = printed(row for name in networks for row in measure(NETWORKS[name].make(options, 0)))
     return rows, {"steps": STEPS, "networks": {name: NETWORKS[name].title for name in networks}}

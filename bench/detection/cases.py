@@ -77,13 +77,11 @@ def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, pa
 
 @torch.no_grad()
 def predicted(subject: Subject, images: Tensor) -> Tensor:
-    """Return the network's classes ``(n,)``."""
     parts = packed(images).split(BATCH)
     return torch.cat([subject.model(x).argmax(1) for x in parts])
 
 
 def corrupted(name: str, severity: int, subject: Subject, part: str, count: int) -> Shown:
-    """One of imagecorruptions' kinds."""
     clean = subject.parts[part][0][:count]
 
     def make() -> dict[str, NDArray[Any]]:

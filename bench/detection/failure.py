@@ -94,7 +94,6 @@ def judged(subject: Subject, case: str) -> Judged:
 
 
 def row(scores: Values, found: Judged, probability: bool) -> dict[str, Any]:
-    """Return the figures of one method on some images."""
     values = resampled.grouped_auroc(scores, found.wrong, found.source)
     made = resampled.columns("auroc", values) | {"aurc": round(1000 * aurc(scores, found.wrong), 1)}
     if probability:
@@ -112,7 +111,6 @@ def _error(scores: Values, wrong: Values, bins: int = 15) -> float:
 
 
 def measure(subject: Subject) -> list[dict[str, Any]]:
-    """Return a row for each method and group of images."""
     groups = {name: case.group for name, case in CASES.items() if subject.kind in case.kinds}
     wanted = {group: [part for part in parts if part in groups.values()] for group, parts in GROUPS.items()}
     wanted = {group: parts for group, parts in wanted.items() if parts or group == "clean"}
@@ -143,6 +141,5 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
 
 
 def run(options: Options, networks: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the rows, and what the page says beside them."""
     rows = runner.over(networks, options, measure)
     return rows, runner.facts("Which answers are wrong", options, {**METHODS, **{one.name: one for one in OWN}})

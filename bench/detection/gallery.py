@@ -40,7 +40,6 @@ def layers(subject: Subject, out: Path) -> None:
 
 
 def moons(seed: int) -> tuple[Tensor, Tensor]:
-    """Return two interleaved half circles ``(1200, 2)`` and their labels."""
     points, labels = make_moons(1200, noise=0.1, random_state=seed)
     return torch.from_numpy(points).float(), torch.from_numpy(labels)
 

@@ -57,7 +57,6 @@ def reads(h: Tensor, logits: Tensor, layer: nn.Linear) -> dict[str, Any]:
 
 
 def chosen(value: Any, places: Tensor | slice) -> Any:
-    """Return rows of what H reads."""
     if isinstance(value, dict):
         return {name: part[places].numpy() for name, part in value.items()}
     return value[places].numpy()
@@ -171,7 +170,6 @@ def measure(options: Options, network: str) -> list[dict[str, Any]]:
 
 
 def run(options: Options, networks: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the rows, and what the page says beside them."""
     rows = [row for name in networks for row in measure(options, name)]
     about = {name: [NETWORKS[name].title, NETWORKS[name].tuned] for name in DEFAULT_NETWORKS}
     return rows, {"fitted": FITTED, "tested": TESTED, "copies": COPIES, "networks": about}

@@ -67,7 +67,6 @@ def measure(subject: Subject, method: Method, cases: Sequence[str]) -> Found:
 
 
 def head_of(subject: Subject, method: Method) -> Row:
-    """Return what every row of a method says."""
     return {"network": subject.network, "draw": subject.draw, "method": method.name, "protocol": method.protocol.value}
 
 
@@ -155,7 +154,6 @@ def facts(title: str, options: Options, methods: Mapping[str, Method]) -> dict[s
 
 
 def run(table: Table, options: Options, networks: Sequence[str] = ()) -> list[Row]:
-    """Return all rows of a table."""
     methods = [method for method in METHODS.values() if method.protocol in table.protocols]
     # Those of one pass first, and ours last: the control needs the scores of others.
     methods.sort(key=lambda method: (method.slow, method.name.startswith("fastgrad")))

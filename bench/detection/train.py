@@ -34,7 +34,6 @@ SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32), "resnet20"
 
 
 def file(network: str, seed: int, folder: Path) -> Path:
-    """Where the weights are kept."""
     return folder / f"{network}-{seed}-{EPOCHS[network]}.pt"
 
 
@@ -107,7 +106,6 @@ def whiten(convolution: nn.Conv2d, images: Tensor) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of right predictions."""
     parts = zip(images.split(500), labels.split(500), strict=True)
     return float(sum((model(x).argmax(1) == y).sum() for x, y in parts)) / len(labels)
 

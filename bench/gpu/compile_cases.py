@@ -94,7 +94,6 @@ def prepared(
 
 
 def tensors(call: partial[Any]) -> list[Tensor]:
-    """Return the tensors among the arguments of a call."""
     return [value for value in call.args if isinstance(value, Tensor)]
 
 

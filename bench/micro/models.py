@@ -49,7 +49,6 @@ class Block(nn.Module):
 def resnet(
     depth: int = 18, classes: int = 10, *, small: bool = True, norm: type[nn.Module] = nn.BatchNorm2d
 ) -> nn.Module:
-    """ResNet-18 or -50."""
     counts, bottleneck = {18: ((2, 2, 2, 2), False), 50: ((3, 4, 6, 3), True)}[depth]
     layers = convolved(3, 64, 3, 1, norm) if small else [*convolved(3, 64, 7, 2, norm), nn.MaxPool2d(3, 2, 1)]
     channels = 64

@@ -59,7 +59,6 @@ def features(task: Task, signal: str = "", compiled: bool = False) -> Callable[[
 
 
 def same_for_all(task: Task) -> Iterator[Implementation]:
-    """Yield fastgrad's norms and the training step."""
     yield one("fastgrad", partial(features, task), task.error, OURS)
     yield one("training step", partial(peers.step, task), task.against(peers.step), UNIT)
 

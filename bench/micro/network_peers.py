@@ -100,7 +100,6 @@ class ClippedTask(Task):
 
 
 def sqnorms(loss: Tensor, model: nn.Module) -> Tensor:
-    """Return the squared gradient norm of every parameter."""
     return torch.stack([g.square().sum() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
@@ -231,7 +230,6 @@ def clipped_by_ghosts(task: ClippedTask) -> Gradients:
 
 
 def clipped_by_vmap(task: ClippedTask) -> Gradients:
-    """PyTorch's tutorial on per-sample gradients, in chunks that keep the gradients within `MEMORY`."""
     parameters, buffers = _state(task.model)
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

@@ -36,7 +36,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
-    """Where all cases run."""
     torch.set_num_threads(request.config.option.threads)
     # The same setting for every implementation: see the function.
     keep_freed_memory()

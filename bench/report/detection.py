@@ -15,7 +15,6 @@ PROTOCOLS = ("clean data only", "with generated challenges", "with labelled chal
 
 
 def published(method: str) -> bool:
-    """Whether a method is a published detector."""
     return not ours(method) and not method.startswith("published")
 
 

@@ -23,7 +23,6 @@ NOISE = 1.02
 
 
 def ours(implementation: str) -> bool:
-    """Whether an implementation is fastgrad's."""
     return implementation.startswith("fastgrad")
 
 

@@ -76,7 +76,6 @@ def jpeg(images: Bytes, quality: int = 75, subsampling: str = "4:2:0") -> Bytes:
 
 
 def compress(images: Tensor) -> Tensor:
-    """Floats once through `jpeg`."""
     return to_tensor(jpeg(to_bytes(images)))
 
 

@@ -25,7 +25,6 @@ Order = Callable[[int], Sequence[int]]
 
 
 def shuffled(count: int) -> list[Order]:
-    """Return random orders of the programs."""
     return [lambda n, seed=seed: Random(seed).sample(range(n), n) for seed in range(count)]  # type: ignore[misc]
 
 
@@ -82,7 +81,6 @@ def arriving(programs: int, quick: bool = False) -> Iterator[Case]:
 
 
 def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], int]]]:
-    """Return every check by name."""
     for case in cases():
         if case.quick or not quick:
             orders = [range, lambda n: range(n)[::-1], *shuffled(1 if quick else 2)]
