@@ -28,10 +28,7 @@ def photographed(size: int, options: Options, draw: int) -> Subject:
     count, test, case = QUICK if options.quick else DRAWS[draw]
     split = photographs.photographs(options.data)
     order = np.random.default_rng(draw if size == 0 else 3).permutation(len(split.images))
-    parts = {}
-    for name, places in {"fit": order[:count], "test": order[count : count + test]}.items():
-        labels = torch.from_numpy(split.labels[places])
-        parts[name] = (sets.to_tensor(split.images[places]), labels)
+    parts = {"fit": split.at(order[:count]).labelled(), "test": split.at(order[count : count + test]).labelled()}
     model = photographs.network(size).requires_grad_(False).to(memory_format=torch.channels_last)
     return Subject(f"lite{size}", draw, model, parts, options, PHOTOGRAPHS, case, photographs.stages(model))
 

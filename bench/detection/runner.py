@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,21 +39,18 @@ def measure(subject: Subject, method: Method, cases: Sequence[str]) -> Found:
     """Return a method's scores of the clean test images and of every case, from the cache where they are."""
     scores: dict[str, Values] = {}
     absent: dict[str, str] = {}
-    fitted: dict[str, Any] = {}
+    fitted = cache(lambda of: method.fit(Fit(subject, of)))
 
     def score(case: str, of: str) -> Values:
         def make() -> dict[str, Values]:
-            if of not in fitted:
-                fitted[of] = method.fit(Fit(subject, of))
-            return {"score": fitted[of](subject.seen(case)).detach().double().numpy()}
+            return {"score": fitted(of)(subject.seen(case)).detach().double().numpy()}
 
         return subject.kept(f"scores/{method.name}/{of}/{case}", make)["score"]
 
-    for case in ("clean", *cases):
+    labelled = method.protocol is Protocol.LABELLED
+    for case in cases if labelled else ("clean", *cases):
         # A detector that is trained on labels has one fit, and one set of clean scores, for each case.
-        of = case if method.protocol is Protocol.LABELLED else ""
-        if of == "clean":
-            continue
+        of = case if labelled else ""
         try:
             scores[case] = score(case, of)
             if of:

@@ -79,7 +79,7 @@ def configured(**configs: object) -> Iterator[None]:
 
 
 def prepared(
-    launcher: Call, make: Make, B: int, N: int, D: int, loss: str, *, kind: str = "", bias: bool = True,
+    launcher: Any, make: Make, B: int, N: int, D: int, loss: str, *, kind: str = "", bias: bool = True,
     log: bool = False, mean: bool = False,
 ) -> partial[Any]:  # fmt: skip
     """Return the call of a launcher of the last layer; ``kind`` is of a target."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,7 @@ def crop(images: Any) -> Any:
 def photographs(root: Path) -> sets.Split:
     """All photographs in the order of their classes, cropped, with labels."""
     split = sets.load(root, "photographs")
-    split.labelled()
-    return sets.Split(split.name, crop(split.images), split.labels, split.compressed)
+    return replace(split, images=crop(split.images))
 
 
 def stranger(root: Path, name: str, count: int, start: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Split:
     images: Bytes
     labels: NDArray[np.int64] | None
     compressed: bool
+
+    def at(self, places: slice | NDArray[np.int64]) -> Split:
+        """Return the images at some places."""
+        return replace(self, images=self.images[places], labels=None if self.labels is None else self.labels[places])
 
     def labelled(self) -> tuple[Tensor, Tensor]:
         """Return the images as `to_tensor` gives them, and their labels; a set without labels is a ValueError."""
@@ -115,8 +119,7 @@ def _from_torchvision(root: Path, loader: str, name: str, part: str, limit: int 
         images = images.transpose(0, 2, 3, 1)
     labels = np.asarray(loaded.labels if loader == "SVHN" else loaded.targets, dtype=np.int64)
     images = images if images.ndim == 4 else images[..., None]
-    window = _window(len(images), start, limit)
-    return Split(name, images[window], labels[window], False)
+    return Split(name, images, labels, False).at(_window(len(images), start, limit))
 
 
 def held_out(total: int, wanted: int) -> int:
