@@ -24,9 +24,7 @@ def summary(folder: Path, steps: Sequence[str], dry: bool) -> str:
     lines += [environment(kernels)] if kernels else []
     lines += ["## Steps", outcomes]
     if kernels:
-        heads = {"case": "kernel", "median_s": "seconds", "of_copy_rate": "of measured copy rate"}
-        heads |= {"of_matrix_rate": "of measured matrix rate"}
-        lines += ["## Kernels", table(kernels["rows"], heads)]
+        lines += ["## Kernels", table(kernels["rows"])]
     if cases:
         lines += ["## Cases", tables(cases)]
     for path in (folder / "tests.txt", folder / "sanitizer.txt"):
