@@ -1,9 +1,9 @@
 """Drift monitor: measured false-alarm rate and delay, beside a threshold on the moving mean.
 
-``python -m bench.deploy.drift`` takes two minutes on one core. The scores are standard normal in distribution; the
-monitor sees ranks only, so its false alarms do not depend on that choice. The thresholds on the mean know mean and
-spread of the calibration scores; "tuned" ones have moreover been set, on the true distribution, to the monitor's own
-measured false-alarm rate, which nobody can do in production.
+The scores are standard normal in distribution; the monitor sees ranks only, so its false alarms do not depend on that.
+The thresholds on the mean know mean and spread of the calibration scores; "tuned" ones have moreover been set, on the
+true distribution, to the monitor's own measured false-alarm rate, which nobody can do in production.
+``python -m bench.deploy.drift`` takes two minutes on one core.
 """
 
 from __future__ import annotations

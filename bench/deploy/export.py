@@ -99,10 +99,9 @@ def fit_head(net: nn.Module, head: nn.Linear, x: Tensor, y: Tensor) -> None:
     a large part of what they differ in, stay out of the logits, as they do in a trained network.
     """
     seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    for part in x.split(8):
-        net(part)
-    hook.remove()
+    with head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        for part in x.split(8):
+            net(part)
     features = torch.cat(seen).double().numpy()
     ridge = Ridge(10 * len(features) * features.var(0).mean())
     weight = ridge.fit(features, nn.functional.one_hot(y, head.out_features).numpy()).coef_
@@ -173,14 +172,13 @@ def timed(runs: Mapping[str, ModelPackage], x: Tensor) -> Iterator[dict[str, Any
 def measure(name: str, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
     cache.mkdir(parents=True, exist_ok=True)
     net, images, clean = network(name, data, cache)
-    stem = lambda case: cache / f"{name}-{case.replace(' ', '-')}"  # noqa: E731
+    stems = {case: f"{name}-{case.replace(' ', '-')}" for case in ("plain", *FORMS)}
     live: dict[str, nn.Module] = {"plain": Plain(net).eval()}
-    live |= {form: fitted(net, clean, form, stem(form).with_suffix(".safetensors")) for form in FORMS}
+    live |= {form: fitted(net, clean, form, cache / f"{stems[form]}.safetensors") for form in FORMS}
     for suffix, runtime in RUNTIMES.items():
         runs = {}
         for case, model in live.items():
-            file = stem(case).with_suffix(f".{suffix}")
-            runs[case] = loaded(model, images, file, allowed(name, case))
+            runs[case] = loaded(model, images, cache / f"{stems[case]}.{suffix}", allowed(name, case))
             if isinstance(model, TwoStageModel):
                 yield {
                     "kind": "equality", "network": name, "form": case, "runtime": runtime, "batches": CHECKED,

@@ -2,8 +2,8 @@
 
 ``python -m bench.deploy.serve_load`` trains nothing: networks with random weights are exported twice, with the
 uncertainty of the default blocks and plain. Both files run behind servers of their own, which the same clients load in
-turn, round by round, so that a slow minute of the machine hits both. The clients are many connections of a process of
-their own, which compare each answer with the direct call. One that is missing, refused or wrong ends the run.
+turn: many connections, which compare each answer with the direct call. One that is missing, refused or wrong ends the
+run.
 """
 
 from __future__ import annotations

@@ -33,8 +33,6 @@ DEFAULT_NETWORKS = ("lite0", "resnet20")
 #: By kind of data: attacked images, random starts of each objective, images at a time.
 #: A photograph takes a hundred times as long as a small image.
 EFFORTS = {PHOTOGRAPHS: (100, 1, 8), SMALL: (100, 5, 25)}
-#: Photographs in quick mode.
-FEW = 8
 #: What happens to images between the attack and the network.
 WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {"": lambda images: images, " after JPEG": sets.compress}
 
@@ -42,11 +40,11 @@ WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {"": lambda images: images, " a
 def measure(subject: Subject) -> Iterator[dict[str, Any]]:
     """Yield a row for each radius and detector: how many images mislead, how many of those are found."""
     fit, model, (count, starts, batch) = Fit(subject), subject.model, EFFORTS[subject.kind]
-    places = subject.right["test"][: FEW if subject.options.quick and subject.few else count]
-    x, labels = (value[places] for value in subject.parts["test"])
-    boxes = {}
-    for form, blocks in list(FORMS.items())[: 1 if subject.options.quick and subject.few else None]:
-        boxes[form] = white_box(fitted(fit, blocks), x[:3], FALSE_ALARMS)
+    forms = list(FORMS)
+    if subject.options.quick and subject.few:
+        count, forms = 8, forms[:1]
+    x, labels = (value[subject.right["test"][:count]] for value in subject.parts["test"])
+    boxes = {form: white_box(fitted(fit, FORMS[form]), x[:3], FALSE_ALARMS) for form in forms}
 
     def every(make: Callable[..., Tensor], seen: Any, *settings: Any) -> Tensor:
         parts = zip(x.split(batch), labels.split(batch), strict=True)

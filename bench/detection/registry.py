@@ -4,14 +4,6 @@
     def energy(fit: Fit) -> Score:
         return lambda seen: -seen.logits.logsumexp(1)
 
-    @case("grey", "control", IMAGES)
-    def grey(subject: Subject, part: str, count: int) -> Shown:
-        ...
-
-    @network("resnet18", "ResNet-18 on CIFAR-10")
-    def resnet18(options: Options, draw: int) -> Subject:
-        ...
-
 A score is higher for what is less reliable. What cannot run raises `NotRun`, or lacks a package or a file: its rows say
 so, and no mean leaves it out.
 """

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from bench.detection.registry import CASES, Protocol
 
-BOTH = (Protocol.CLEAN, Protocol.GENERATED)
-
 
 @dataclass(frozen=True)
 class Table:
@@ -16,7 +14,7 @@ class Table:
     title: str
     networks: tuple[str, ...]
     groups: tuple[str, ...]
-    protocols: tuple[Protocol, ...] = BOTH
+    protocols: tuple[Protocol, ...] = (Protocol.CLEAN, Protocol.GENERATED)
 
     def cases(self, kind: str) -> list[str]:
         """Return the names of the cases that there are of a kind of data."""

@@ -1,7 +1,5 @@
 """The marked blocks of README and documentation, filled from ``bench/results``: no figure is typed by hand.
 
-A block is a table or a single number:
-
     <!-- table: network -->
     ...
     <!-- end -->

@@ -7,7 +7,6 @@ other set is enlarged to that size and passes once through the same compression;
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,8 +22,6 @@ from bench.detection.data import sets
 #: What the network takes: pixels in [0, 1] less the mean, over the deviation.
 MEAN, STD = 0.498, 0.502
 SIDE, CROP = 256, 224
-#: The compression that both files of large images have been through.
-same_jpeg: Callable[[sets.Bytes], sets.Bytes] = partial(sets.jpeg, quality=90, subsampling="4:4:4")
 
 
 def network(size: int = 0) -> nn.Module:
@@ -70,7 +67,9 @@ def stranger(root: Path, name: str, count: int, start: int) -> Tensor:
         images = sets.to_tensor(crop(split.images[order[start : start + count]]))
     else:
         like = sets.load(root, "photographs", limit=1)
-        images = crop(sets.stranger(root, name, like, count, start, same_jpeg)).contiguous()
+        # Both files of large images have been through this compression.
+        same = partial(sets.jpeg, quality=90, subsampling="4:4:4")
+        images = crop(sets.stranger(root, name, like, count, start, same)).contiguous()
     if len(images) < count:
         raise ValueError(f"the set {name!r} in {root} must have {start + count} images; it has {start + len(images)}")
     return images
