@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from bench import clock, registry
+from bench.report.pages import printed
 from bench.report.text import table
-from bench.results_file import printed
 
 ROOT = Path(__file__).parents[1]
 

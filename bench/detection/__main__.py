@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-from bench import results_file
 from bench.detection import adaptive, failure, gallery, introspective, methods_images, methods_outputs, networks, runner  # noqa: F401
 from bench.detection.registry import METHODS, NETWORKS, Options
 from bench.detection.tables import TABLES
@@ -27,7 +26,7 @@ APART = {"failure": failure, "introspective": introspective, "adaptive": adaptiv
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = results_file.parser(__doc__)
+    options = pages.parser(__doc__)
     options.add_argument("table", choices=[*TABLES, *APART, "gallery"])
     options.add_argument("--data", type=Path, required=True, help="folder with the .npz files or torchvision's")
     options.add_argument("--cache", type=Path, default=Path("detection-cache"), help="networks, images, scores")

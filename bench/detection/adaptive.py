@@ -20,7 +20,7 @@ from bench.detection.methods_ours import fitted
 from bench.detection.registry import NETWORKS, PHOTOGRAPHS, SMALL, Options
 from bench.detection.subject import Fit, Subject
 from bench.detection.white_box import STEPS, WhiteBox, attack, auto_attack, unaware_of, white_box
-from bench.results_file import printed
+from bench.report.pages import printed
 from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS
 
 FALSE_ALARMS = 0.05

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from bench import clock, results_file
+from bench import clock
 from bench.gpu import compile_cases
 from bench.gpu.compile_cases import Case
 from bench.gpu.sanitize import cases as small
+from bench.report import pages
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -61,8 +62,8 @@ def main() -> int:
             failed = True
             print(f"FAILED {case.name}: {type(problem).__name__}: {problem}", file=sys.stderr)
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "interpreter"
-    origin = results_file.origin(("torch", "triton"), name)
-    results_file.store(options.out / "kernels.json", {**origin, "floor": floor, "rows": rows})
+    origin = pages.origin(("torch", "triton"), name)
+    pages.store(options.out / "kernels.json", {**origin, "floor": floor, "rows": rows})
     return int(failed)
 
 

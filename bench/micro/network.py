@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parameters_to_vector
 
 import fastgrad
 from bench.micro.models import NETWORKS, Network, images, plain
@@ -126,9 +125,13 @@ class ClippedTask(Task):
         wanted: Any = 0
         for x, y in zip(exact.x, self.y, strict=True):
             loss = F.cross_entropy(exact.model(x[None]), y[None])
-            gradient = parameters_to_vector(torch.autograd.grad(loss, list(exact.model.parameters())))
+            gradient = _flat(torch.autograd.grad(loss, list(exact.model.parameters())))
             wanted = wanted + min(1.0, limit / float(gradient.norm())) * gradient
-        return float((parameters_to_vector(gradients).double() - wanted).norm() / wanted.norm())
+        return float((_flat(gradients).double() - wanted).norm() / wanted.norm())
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def sqnorms(loss: Tensor, model: nn.Module) -> Tensor:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import detection, speed
+from bench.report.pages import RESULTS
 from bench.report.text import environment
 from bench.report.text import table as markdown
-from bench.results_file import RESULTS
 
 BLOCK = re.compile(r"<!-- (table|value): ([^>]+?) -->(.*?)<!-- end -->", re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""The page of a table: a template over its JSON.
+"""A file of results, with machine, versions and revision at its head, and its page: a template over its JSON.
 
 ``bench/report/pages/NAME.md.j2`` makes ``NAME.md``; speed cases without a template of their own have ``speed.md.j2``. A
 template has the JSON's keys and the functions of `bench.report.text` and `bench.report.speed`.
@@ -6,19 +6,75 @@ template has the JSON's keys and the functions of `bench.report.text` and `bench
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import os
+import platform
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from bench import results_file
 from bench.report import detection, figures, speed, text
 from bench.report.text import Row
-from bench.results_file import RESULTS
 
 TEMPLATES = Path(__file__).parent / "pages"
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def parser(doc: str | None, networks: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """Return a command line that says where the results go and, where there are several, of which networks."""
+    found = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
+    if networks:
+        found.add_argument("--networks", nargs="+", choices=list(networks), default=list(networks))
+    found.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: bench/results)")
+    return found
+
+
+def machine() -> str:
+    """Return processor, cores, memory and system."""
+    listed = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.*)$", listed.read_text() if listed.exists() else "", re.MULTILINE)
+    name = model[1].strip() if model else platform.processor() or platform.machine()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
+
+
+def origin(packages: Sequence[str], *device: str) -> dict[str, Any]:
+    """Return machine and device, versions of what is installed, and the commit, with a plus sign if files differ."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    # Commits by their number alone, whatever tags there are.
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    revision = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
+    return {"machine": ", ".join([machine(), *device]), "versions": versions, "revision": revision}
+
+
+def printed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows, each printed as soon as it is there."""
+    found = []
+    for row in rows:
+        found.append(row)
+        print(row, file=sys.stderr, flush=True)
+    return found
+
+
+def store(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a document as JSON, a line for each of its ``rows`` or, of speed, its ``cases``."""
+    key = "cases" if "cases" in document else "rows"
+    rows = ",\n  ".join(json.dumps(row) for row in document[key])
+    head = json.dumps({name: value for name, value in document.items() if name != key}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head[:-2]},\n "{key}": [\n  {rows}\n ]\n}}\n')
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | None:
@@ -45,7 +101,7 @@ def save(
     facts: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Write rows with machine, versions, revision and facts as a JSON file, and its page; returns the page's path."""
-    results_file.store(folder / f"{name}.json", {**results_file.origin(packages), **(facts or {}), "rows": list(rows)})
+    store(folder / f"{name}.json", {**origin(packages), **(facts or {}), "rows": list(rows)})
     return write(name, folder)
 
 
@@ -58,14 +114,14 @@ def command(
     ``measure`` takes a network, where there are several, and the options by name; each option has what argparse says of
     it. ``facts`` is what the page says beside the rows.
     """
-    found = results_file.parser(doc, networks)
+    found = parser(doc, networks)
     for option, how in options.items():
         found.add_argument(f"--{option}", **how)
     given = vars(found.parse_args())
     folder, chosen = given.pop("out"), given.pop("networks", None)
     warnings.simplefilter("ignore")
     calls = [(network,) for network in chosen] if networks else [()]
-    rows = results_file.printed(chain.from_iterable(measure(*one, **given) for one in calls))
+    rows = printed(chain.from_iterable(measure(*one, **given) for one in calls))
     save(name, rows, packages=packages, folder=folder, facts=facts)
 
 
@@ -87,7 +143,7 @@ def add(
     Raises:
         ValueError: The file is of another machine, other versions or another seed.
     """
-    new: dict[str, Any] = {**results_file.origin(packages, device), **facts}
+    new: dict[str, Any] = {**origin(packages, device), **facts}
     path, old = folder / f"{name}.json", {"cases": []}
     if path.exists():
         old = json.loads(path.read_text())
@@ -98,7 +154,7 @@ def add(
     for row in cases.values():
         base = cases.get((row["case"], row["relative_to"]), {}).get("median_s")
         row["ratio"] = row["median_s"] / base if row["median_s"] and base else None
-    results_file.store(path, {**new, "cases": list(cases.values())})
+    store(path, {**new, "cases": list(cases.values())})
 
 
 def write(name: str, folder: Path = RESULTS) -> Path:
