@@ -129,9 +129,7 @@ def peak_bytes(call: Call, device: str) -> int:
 def floor(device: str, small: bool = False) -> dict[str, Any]:
     """Measure a large copy, a large product in every dtype of the device, and the smallest call; fastest of nine.
 
-    Returns:
-        ``copy_bytes_per_s``: bytes read plus bytes written; ``matrix_per_s``: floating-point operations, by dtype;
-        ``launch_s``: seconds.
+    The copy counts bytes read plus bytes written, the product floating-point operations.
     """
     clock = timer(device)
 

@@ -58,12 +58,7 @@ class Case:
         return {item.name: item for item in self.build(device)}
 
     def ready(self, name: str, device: str) -> Callable[[], Any]:
-        """Return the call of an implementation, whose result was checked.
-
-        Raises:
-            LookupError: The case has no such implementation at this size.
-            ValueError: The result is wrong.
-        """
+        """Return the call of an implementation, whose result was checked: a ValueError if it is wrong."""
         found = self.implementations(device).get(name)
         if found is None:
             raise LookupError(f"{self.name} has no {name}")

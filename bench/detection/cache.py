@@ -49,8 +49,7 @@ def arrays(path: Path, make: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays
 def weights(path: Path, model: nn.Module, recipe: Mapping[str, Any], train: Callable[[nn.Module], object]) -> nn.Module:
     """Return ``model`` in evaluation mode with the weights in ``path``, or trained by ``train`` and kept there.
 
-    Raises:
-        ValueError: The file is damaged or holds a network of another recipe; the message names it.
+    A file that is damaged or holds a network of another recipe is a ValueError; the message names it.
     """
     if not path.exists():
         train(model)

@@ -15,14 +15,7 @@ from bench.detection.registry import NotRun
 
 
 class Published(NamedTuple):
-    """Weights, and where they belong.
-
-    Attributes:
-        url: Of a file with a state dictionary.
-        digest: Its SHA-256.
-        make: The untrained network.
-        places: The beginnings of its own names, by those of the file.
-    """
+    """Weights: where a file of them is, its SHA-256, the untrained network, its own names' beginnings by the file's."""
 
     url: str
     digest: str

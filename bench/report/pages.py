@@ -139,9 +139,7 @@ def add(
     ``{"machine", "versions", "revision", "seed", "floor", "cases": [{"case", "implementation", "median_s", "p10_s",
     "p90_s", "peak_bytes", "relative_to", "ratio", "correct", "note"}]}``, where ``ratio`` is the median over that of
     ``relative_to`` in the same case; times are null where an implementation was not correct or did not accept the task.
-
-    Raises:
-        ValueError: The file is of another machine, other versions or another seed.
+    A file of another machine, other versions or another seed is a ValueError.
     """
     new: dict[str, Any] = {**origin(packages, device), **facts}
     path, old = folder / f"{name}.json", {"cases": []}

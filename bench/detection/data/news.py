@@ -75,11 +75,7 @@ class Classifier(nn.Module):
 
 
 class News:
-    """The news of one seed, split, tokenised, and classified by a linear layer that is kept in ``folder``.
-
-    Raises:
-        FileNotFoundError: The folder ``text`` of ``root`` lacks files; the message names them.
-    """
+    """The news of one seed, split, tokenised, and classified by a linear layer that is kept in ``folder``."""
 
     def __init__(self, root: Path, folder: Path, seed: int) -> None:
         self.root, self.folder, self.seed = root / "text", folder, seed

@@ -136,11 +136,8 @@ def _window(total: int, start: int, limit: int | None) -> slice:
 def load(root: Path, name: str, part: str = "test", limit: int | None = None, start: int = 0) -> Split:
     """Return ``limit`` images of a set in `SETS`, from its ``part``, ``"train"`` or ``"test"``.
 
-    ``start`` is the first one's place; a negative one counts from the end (see `held_out`).
-
-    Raises:
-        ValueError: Unknown name, or a damaged file, which the message names.
-        FileNotFoundError: Neither a ``.npz`` file nor torchvision's files are in ``root``.
+    ``start`` is the first one's place; a negative one counts from the end (see `held_out`). What is unknown, damaged or
+    not in ``root`` is named by the error.
     """
     if name not in SETS:
         raise ValueError(f"name must be one of {', '.join(SETS)}; it was {name!r}")
