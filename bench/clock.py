@@ -29,10 +29,8 @@ def seconds(call: Call, calls: int, clock: Callable[[], float] = time.process_ti
 def in_turns(measures: Sequence[Callable[[int], float]], rounds: int, least: float = 0.0) -> list[list[float]]:
     """Return for each measure the seconds of a call in every round: a slow minute of the machine hits all.
 
-    Args:
-        measures: Take a number of calls, and return the seconds of one.
-        rounds: Every other one goes backwards.
-        least: Seconds that so many calls last: those of one short call are the clock's.
+    A measure takes a number of calls, which last at least ``least`` seconds together, and returns the seconds of one.
+    Every other round goes backwards.
     """
     # The first calls plan and warm up.
     once = min(measure(1) for measure in (*measures, *measures))

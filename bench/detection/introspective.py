@@ -62,7 +62,7 @@ def chosen(value: Any, places: Tensor | slice) -> Any:
     return value[places].numpy()
 
 
-def retrained(layer: nn.Linear, h: Tensor, labels: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
+def retrained(layer: nn.Linear, h: Tensor, labels: Tensor, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the probabilities of the last layer, trained further on h."""
     torch.manual_seed(seed)
     own = copy.deepcopy(layer).requires_grad_(True)
@@ -73,7 +73,7 @@ def retrained(layer: nn.Linear, h: Tensor, labels: Tensor, seed: int) -> Callabl
             F.cross_entropy(own(h[index]), labels[index]).backward()
             optimizer.step()
     own.requires_grad_(False)
-    return lambda values: own(values).softmax(1)
+    return lambda h, logits: own(h).softmax(1)
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
 
         seconds[f"H on {name}"] = second
     again = retrained(subject.layer, rows["features"][trained], labels[trained], seed)
-    seconds["last layer, trained again"] = lambda h, z: again(h)
+    seconds["last layer, trained again"] = again
     found: Answers = {}
     for case, seen in tests.items():
         values = blocks_of(seen.subject, f"{case}/test", seen.images, (*DEFAULT_BLOCKS, "features"))

@@ -1,6 +1,6 @@
 """What is compiled: one call of a launcher for every shape that `tune` treats differently.
 
-To add a kernel, add its calls to ``cases()`` and the most telling one to ``QUICK``.
+To add a kernel, add its calls to ``cases()`` and mark the most telling one ``quick``.
 """
 
 from __future__ import annotations
@@ -21,17 +21,6 @@ from fastgrad.ops.triton import contrast, devices, layer_sqnorm, linear_contrast
 from fastgrad.ops.tune import Architecture
 
 HALF, SINGLE = torch.bfloat16, torch.float32
-#: One case for each kernel: what every test run compiles, and what is timed on a device.
-QUICK = (
-    "contrast_sqnorm B=4096 N=1000 D=512 bf16 cross_entropy",
-    "contrast_sqnorm B=4096 N=262144 D=4096 bf16 cross_entropy",
-    "contrast_sqnorm B=8 N=131072 D=4096 bf16 brier log",
-    "linear_contrast_sqnorm B=1024 N=32000 D=4096 bf16 brier",
-    "linear_contrast_stats B=1024 N=128256 D=4096 bf16 bce",
-    "target_sqnorm B=4096 N=1000 D=512 bf16 soft brier",
-    "conv_sqnorm B=64 256 to 512 8x8 kernel 3 stride 2 bf16",
-    "linear_sqnorm B=64 T=196 C=768 O=3072 bf16",
-)
 #: Makes a tensor of a shape, of a ``dtype`` and from a ``seed``.
 Make = Callable[..., Tensor]
 Call = Callable[[], Any]
@@ -44,7 +33,7 @@ class Case(NamedTuple):
         name: What tables say.
         inputs: Its tensors, which no kernel may write.
         call: Runs the launcher on them.
-        quick: Whether every test run sanitizes it.
+        quick: Whether it is the one of its kernel and path that every test run takes, and that is timed on a device.
         wide: Whether 16-byte loads and stores must appear; they need rows of a multiple of 16 bytes.
         products: Multiplications on the matrix units.
     """
@@ -98,25 +87,25 @@ def tensors(call: partial[Any]) -> list[Tensor]:
 
 
 def _case(
-    launcher: Any, make: Make, B: int, N: int, D: int, dtype: torch.dtype, loss: str, *, wide: bool = True,
-    **options: Any,
+    launcher: Any, make: Make, B: int, N: int, D: int, dtype: torch.dtype, loss: str, *, quick: bool = False,
+    wide: bool = True, **options: Any,
 ) -> Case:  # fmt: skip
     call = prepared(launcher, partial(make, dtype=dtype), B, N, D, loss, **options)
     words = (KERNEL_DTYPES[dtype], options.get("kind"), loss, "log" if options.get("log") else "")
     name = " ".join((launcher.__name__, f"B={B} N={N} D={D}", *filter(None, words)))
     products = B * N * D if launcher.__name__.startswith("linear") else 0
-    return Case(name, tensors(call), call, wide=wide, products=products)
+    return Case(name, tensors(call), call, quick, wide, products)
 
 
 def cases(make: Make = meta) -> Iterator[Case]:
     """Yield the shapes that `tune` treats differently, for every kernel."""
     norms = partial(_case, contrast.contrast_sqnorm, make)
     for loss in LOSSES:
-        yield norms(4096, 1000, 512, HALF, loss)
+        yield norms(4096, 1000, 512, HALF, loss, quick=loss == "cross_entropy")
         yield norms(4096, 1000, 512, HALF, loss, log=True)
         yield norms(4096, 8192 if loss == "brier" else 16384, 4096, SINGLE, loss)
-        yield norms(4096, 262144, 4096, HALF, loss)
-        yield norms(8, 131072, 4096, HALF, loss, log=True)
+        yield norms(4096, 262144, 4096, HALF, loss, quick=loss == "cross_entropy")
+        yield norms(8, 131072, 4096, HALF, loss, log=True, quick=loss == "brier")
     for N, dtype in ((16, SINGLE), (128, HALF), (1000, SINGLE), (4096, HALF), (8192, SINGLE)):
         yield norms(4096, N, 512, dtype, "cross_entropy")
     yield norms(4096, 10, 512, SINGLE, "cross_entropy", wide=False)
@@ -124,17 +113,17 @@ def cases(make: Make = meta) -> Iterator[Case]:
     statistics = partial(_case, linear_contrast.linear_contrast_stats, make)
     for loss in LOSSES:
         for B, N, D in ((1, 1000, 2048), (32, 1000, 2048), (64, 32000, 4096), (1024, 32000, 4096)):
-            yield head(B, N, D, HALF, loss)
+            yield head(B, N, D, HALF, loss, quick=loss == "brier" and B == 1024)
         yield head(32, 1000, 2048, SINGLE, loss)
         yield head(1024, 1000, 2048, SINGLE, loss)
         yield head(32, 1000, 2048, HALF, loss, log=True)
         yield statistics(8, 128256, 4096, HALF, loss)
-        yield statistics(1024, 128256, 4096, HALF, loss)
+        yield statistics(1024, 128256, 4096, HALF, loss, quick=loss == "bce")
         yield statistics(256, 32000, 4096, SINGLE, loss)
     one = partial(_case, target.target_sqnorm, make)
     for loss in LOSSES:
         for kind in ("ones", "predicted", "soft"):
-            yield one(4096, 1000, 512, HALF, loss, kind=kind)
+            yield one(4096, 1000, 512, HALF, loss, kind=kind, quick=(kind, loss) == ("soft", "brier"))
     yield one(256, 128256, 4096, HALF, "brier", log=True, kind="indices")
     yield from _layers(make)
     # Sizes of 1 are constants to the compiler, and take other branches of the language.
@@ -152,8 +141,10 @@ def _layers(make: Make) -> Iterator[Case]:
             a, g = make(64, C, size, size, dtype=dtype), make(1, 64, O, out, out, dtype=dtype)
             call = partial(layer_sqnorm.conv_sqnorm, a, g, (k, k), (stride,) * 2, (k // 2,) * 2, (1, 1), 1)
             name = f"conv_sqnorm B=64 {C} to {O} {size}x{size} kernel {k} stride {stride} {word}"
-            yield Case(name, (a, g), call, wide=C % 16 == 0, products=C * k**2 * g.numel())
+            quick = stride == 2 and dtype == HALF
+            yield Case(name, (a, g), call, quick, wide=C % 16 == 0, products=C * k**2 * g.numel())
         for T, C, O in ((196, 768, 3072), (1024, 256, 256)):  # noqa: E741
             a, g = make(64, T, C, dtype=dtype), make(1, 64, T, O, dtype=dtype)
             name = f"linear_sqnorm B=64 T={T} C={C} O={O} {word}"
-            yield Case(name, (a, g), partial(layer_sqnorm.linear_sqnorm, a, g), products=C * g.numel())
+            call = partial(layer_sqnorm.linear_sqnorm, a, g)
+            yield Case(name, (a, g), call, quick=T == 196 and dtype == HALF, products=C * g.numel())

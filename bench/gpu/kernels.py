@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="the small cases that every test run sanitizes")
     options = parser.parse_args()
     made = (small if options.tiny else compile_cases).cases(partial(small.made, device=DEVICE))
-    cases = (case for case in made if case.quick or case.name in compile_cases.QUICK)
+    cases = (case for case in made if case.quick)
     if options.once:
         for case in cases:
             case.call()

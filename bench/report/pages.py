@@ -126,14 +126,9 @@ def command(
 
 
 def add(
-    name: str,
-    rows: Sequence[dict[str, Any]],
-    device: str,
-    *,
-    packages: Sequence[str],
-    folder: Path,
+    name: str, rows: list[dict[str, Any]], device: str, *, packages: Sequence[str], folder: Path,
     facts: Mapping[str, Any],
-) -> None:
+) -> None:  # fmt: skip
     """Add rows of speed to a table's JSON file, in place of those of the same case and implementation.
 
     ``{"machine", "versions", "revision", "seed", "floor", "cases": [{"case", "implementation", "median_s", "p10_s",

@@ -7,22 +7,13 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-#: L-infinity radius of the gradient attacks in the unit range.
-EPSILON = 8 / 255
 _BOUNDED = ("FGSM", "BIM", "IterLL", "PGD")
 
 
 def attack(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    name: str,
-    *,
-    seed: int,
-    epsilon: float = EPSILON,
-    carlini: tuple[int, int, float, float] = (2, 30, 0.05, 0.1),
-    deepfool: tuple[int, int] = (20, 10),
-) -> Tensor:
+    model: nn.Module, images: Tensor, labels: Tensor, name: str, *, seed: int, epsilon: float = 8 / 255,
+    carlini: tuple[int, int, float, float] = (2, 30, 0.05, 0.1), deepfool: tuple[int, int] = (20, 10),
+) -> Tensor:  # fmt: skip
     """Return attacked copies of ``images`` ``(B, C, H, W)`` in [0, 1], which the network classifies as ``labels``.
 
     FGSM (Goodfellow et al. 2015), BIM and IterLL (Kurakin et al. 2017; IterLL steps towards the least likely
