@@ -76,7 +76,7 @@ def exported(name: str, folder: Path) -> dict[str, Path]:
     for part in x[:192].split(64):  # running statistics that fit the pictures
         net.train()(part)
     net.eval()
-    model = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit([(part,) for part in x.split(50)], None)
+    model = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit(x.split(50), None)
     export(model, x[:1], files["with uncertainty"], max_batch=64)
     export(Plain(net).eval(), x[:1], files["plain"], max_batch=64)
     return files
@@ -120,12 +120,7 @@ class Clients:
         return times, len(times) / (time.perf_counter() - start)
 
     async def connection(self, number: int, count: int) -> list[float]:
-        """Send ``count`` images, one after another; return the seconds of each.
-
-        Raises:
-            OSError, EOFError: An answer is missing.
-            RuntimeError: An answer is a refusal, or wrong.
-        """
+        """Send so many images, one after another; return the seconds of each, if all are answered rightly."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         times = []
         try:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -20,9 +17,6 @@ from torch import nn
 from fastgrad.atomic import written_beside
 
 Arrays = dict[str, NDArray[Any]]
-#: What the readers of NumPy and PyTorch raise where a file was cut off or overwritten.
-DAMAGED = (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error,
-           pickle.UnpicklingError)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -30,7 +24,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Name a file that is there and cannot be read."""
     try:
         yield
-    except DAMAGED as error:
+    except Exception as error:  # readers raise many kinds where a file was cut off or overwritten
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         message = f"{path} must be a whole file; it cannot be read ({reason}). Delete it to have it made again"
         raise ValueError(message) from error

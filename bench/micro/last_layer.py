@@ -22,8 +22,6 @@ import fastgrad
 from bench.registry import SEED, Implementation, case, relative_error, scaled_error
 
 OURS, PEERS = 1e-5, 1e-3
-#: Contrasts times samples up to which the slow peers take part: a call of theirs takes seconds beyond.
-SLOW = 2_000
 FORMS = ("fastgrad Triton", "fastgrad eager")
 TITLE = " B={0} N={1} D={2} {3}"
 TINY = [(3, 5, 8), (2, 33, 16)]
@@ -193,7 +191,8 @@ def contrasts(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Imple
     yield _softmax(head_)
     yield Implementation("closed form, textbook", lambda: partial(textbook, h, z), check, PEERS)
     yield Implementation("closed form, torch.compile", partial(compiled, textbook, h, z), check, PEERS)
-    if B * N <= SLOW and (dtype == "float32" or device == "cuda"):
+    # Beyond, a call of theirs takes seconds.
+    if B * N <= 2_000 and (dtype == "float32" or device == "cuda"):
         tolerance = PEERS if dtype == "float32" else 1.0
         yield Implementation("vmap(grad)", partial(vmap, head_), check, tolerance, graph=False)
         yield Implementation("autograd loop", partial(loop, head_), check, tolerance, graph=False)

@@ -53,8 +53,6 @@ GPU = [
 ]  # fmt: skip
 #: A batch beyond which peers that run or hold sample by sample are left out on a GPU.
 SLOW = 64
-#: Batch, image, width.
-GROWTH = (16, 32, 32)
 SIGNALS = [("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted")]
 one = partial(Implementation, graph=False)
 
@@ -365,8 +363,8 @@ def compiled(device: str, name: str, batch: int, signal: str) -> Iterator[Implem
 
 @case(
     "network-growth", "B={0} image={1} width={2}", against="training step", names=("fastgrad", "training step"),
-    tiny=[(2, 8, 4)], quick=[GROWTH],
-    full=[(1, 32, 32), (4, 32, 32), GROWTH, (64, 32, 32), (16, 16, 32), (16, 64, 32), (16, 32, 16), (16, 32, 64),
+    tiny=[(2, 8, 4)], quick=[(16, 32, 32)],
+    full=[(1, 32, 32), (4, 32, 32), (16, 32, 32), (64, 32, 32), (16, 16, 32), (16, 64, 32), (16, 32, 16), (16, 32, 64),
           (16, 32, 128)],
 )  # fmt: skip
 def growth(device: str, batch: int, image: int, width: int) -> Iterator[Implementation]:

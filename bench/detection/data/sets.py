@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from bench.detection.cache import DAMAGED
-
 Bytes = NDArray[np.uint8]
 
 #: File names tried for every set, in order, and the loader of torchvision that knows the set.
@@ -147,7 +145,7 @@ def load(root: Path, name: str, part: str = "test", limit: int | None = None, st
             continue
         try:
             split = _from_npz(path, name, part, limit, start)
-        except DAMAGED as error:
+        except Exception as error:  # readers raise many kinds where a file was cut off or overwritten
             raise ValueError(f"{path} must be a whole .npz file; it cannot be read ({error})") from error
         if split is not None:
             return split
