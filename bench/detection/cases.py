@@ -57,9 +57,8 @@ def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, pa
     how = {**how, **BRIEF.get(how["name"], {})} if subject.options.quick else how
 
     def make() -> dict[str, NDArray[Any]]:
-        model = subject.model
         parts = [
-            attack(model, x.contiguous(memory_format=torch.channels_last), y, seed=_seed(subject, name, part), **how)
+            attack(subject.model, packed(x), y, seed=_seed(subject, name, part), **how)
             for x, y in zip(clean.split(BATCH), labels.split(BATCH), strict=True)
         ]
         change = (torch.cat(parts) - clean).contiguous()

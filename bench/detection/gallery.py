@@ -32,11 +32,10 @@ def histograms(subject: Subject, out: Path) -> None:
 
 def layers(subject: Subject, out: Path) -> None:
     """Squared norms of every parameter's gradient, confounding label, clean against challenging."""
+    shown = {case: log_norms(subject.seen(case)).double() for case in ("clean", "PGD", "textures", "grey")}
     names = [name for name, _ in subject.model.named_parameters()]
-    found = {
-        case: log_norms(subject.seen(case)).double().exp().numpy() for case in ("clean", "PGD", "textures", "grey")
-    }
-    plots.save(plots.layer_norms(found, names), out / "gallery-layers.png", dpi=90)
+    axes = plots.layer_norms({case: norms.exp() for case, norms in shown.items()}, names)
+    plots.save(axes, out / "gallery-layers.png", dpi=90)
 
 
 def moons(seed: int) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,6 @@ from bench.detection.registry import IMAGES, NotRun, Protocol, Score, method
 from bench.detection.subject import BATCH, Fit, Seen
 from fastgrad.scores.mahalanobis import Mahalanobis
 
-Columns = Callable[..., Callable[[Seen], Tensor]]
-
 
 @method("ODIN", 2018, "Liang et al., ICLR", slow=True)
 def odin(fit: Fit) -> Score:
@@ -55,19 +53,14 @@ def several_stages(fit: Fit) -> Score:
     return lambda seen: made.predict_structured(seen.stages)
 
 
-def labelled(name: str, year: int, paper: str) -> Callable[[Columns], Columns]:
-    """Register columns ``(n, k)`` on which a logistic regression is trained, with labelled images of the case."""
+def labelled(name: str, year: int, paper: str, columns: Callable[[Fit], Callable[[Seen], Tensor]]) -> None:
+    """Register a logistic regression on columns ``(n, k)``, trained with labelled images of the case."""
 
-    def register(columns: Columns) -> Columns:
-        def fitted(fit: Fit) -> Score:
-            of = columns(fit)
-            score = logistic(of(fit.clean), of(fit.challenges))
-            return lambda seen: score(of(seen))
-
-        method(name, year, paper, Protocol.LABELLED)(fitted)
-        return columns
-
-    return register
+    @method(name, year, paper, Protocol.LABELLED)
+    def fitted(fit: Fit) -> Score:
+        of = columns(fit)
+        score = logistic(of(fit.clean), of(fit.challenges))
+        return lambda seen: score(of(seen))
 
 
 #: What a labelled method may read.
@@ -92,10 +85,9 @@ for _name, _year, _paper, _names in (
     ("all but gradients", 2026, "control: stages, logits and h", ["stages", "logits", "h"]),
     ("all with gradients", 2026, "control: the same and gradient norms", [*COLUMNS]),
 ):
-    labelled(f"{_name}, labelled", _year, _paper)(partial(joined, _names))
+    labelled(f"{_name}, labelled", _year, _paper, partial(joined, _names))
 
 
-@labelled("LID", 2018, "Ma et al., ICLR")
 def local_dimensionality(fit: Fit, neighbours: int = 20, bank: int = 100) -> Callable[[Seen], Tensor]:
     """Of every stage ``-1 / mean(log(d_i / d_k))`` over the k nearest clean images of a batch."""
     clean = [stage[:bank] for stage in fit.clean.stages]
@@ -111,3 +103,6 @@ def local_dimensionality(fit: Fit, neighbours: int = 20, bank: int = 100) -> Cal
         return torch.stack(columns, 1)
 
     return of
+
+
+labelled("LID", 2018, "Ma et al., ICLR", local_dimensionality)

@@ -118,22 +118,19 @@ def bars(rows: Sequence[Row], merit: str, about: Mapping[str, tuple[str, bool]])
         return None
     network = min(networks(rows), key=lambda name: about[name][1])
     title, tuned = about[network]
-    found: dict[str, dict[str, Row]] = {}
-    for protocol in PROTOCOLS:
-        found |= means(rows, merit, network, protocol)
+    found = {m: own for protocol in PROTOCOLS for m, own in means(rows, merit, network, protocol).items()}
     groups = [g for g in dict.fromkeys(g for own in found.values() for g in own) if "MEAD" not in g]
-    pick = max if merit == "auroc" else min
     shown = [m for m in found if ours(m) and " + " not in m]
     for group in groups:
         values = {m: own[group][merit] for m, own in found.items() if published(m) and merit in own.get(group, {})}
-        shown += [pick(values, key=values.__getitem__)] if values else []
+        shown += [max(values, key=values.__getitem__)] if values else []
     shown += [m for m in found if m == "softmax"]
     shown = [m for m in dict.fromkeys(shown) if all(merit in found[m].get(group, {}) for group in groups)]
     if not shown:
         return None
     blocks = {group: [(m, found[m][group][merit]) for m in shown] for group in groups}
     made, panel = stacked(blocks, colours(shown), ".3f")
-    panel.set_xlabel("AUROC" if merit == "auroc" else "area under the risk-coverage curve", fontsize=TEXT)
+    panel.set_xlabel("AUROC", fontsize=TEXT)
     # The form of the risk was chosen with every network in view.
     standing = "tuned on" if tuned else "held out but for the risk" if "fastgrad, risk" in shown else "held out"
     panel.set_title(f"{title}, {standing}", fontsize=TEXT)

@@ -100,11 +100,12 @@ def _scaling(rows: list[Row]) -> Any:
     rows = [r for r in rows if r["median_s"] and r["case"].split()[-1] == rows[0]["case"].split()[-1]]
     if len(cases := {r["case"] for r in rows}) < 3:
         return None
-    colour = colours(list(dict.fromkeys(r["implementation"] for r in rows)))
+    names = list(dict.fromkeys(r["implementation"] for r in rows))
+    colour = colours(names)
     made, panels = figure(8.4, 2)
     for panel, along, fixed in ((panels[0], "N", "B"), (panels[1], "B", "N")):
         value = statistics.mode(sorted(sizes(case)[fixed] for case in cases))
-        for name in colour:
+        for name in names:
             line = sorted(
                 (sizes(r["case"])[along], r["median_s"]) for r in rows
                 if r["implementation"] == name and sizes(r["case"])[fixed] == value
