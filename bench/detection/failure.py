@@ -120,16 +120,16 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
     cases = list(judgements)[1:]
     rows = []
     for method in (*(METHODS[name] for name in RIVALS), *OWN):
-        found = runner.measure(subject, method, cases)
+        found, left = runner.measure(subject, method, cases)
         for group, parts in wanted.items():
             own = ["clean", *(case for case in cases if groups[case] in parts)]
             head = runner.head_of(subject, method) | {"case": group, "group": group}
-            absent = [why for case, why in (lost | found.absent).items() if case in own or groups.get(case) in parts]
+            absent = [why for case, why in (lost | left).items() if case in own or groups.get(case) in parts]
             if absent:
                 rows.append(head | {"not run": "; ".join(dict.fromkeys(absent))})
                 continue
             together = Judged(*(np.concatenate(values) for values in zip(*(judgements[c] for c in own), strict=True)))
-            scores = np.concatenate([found.scores[case] for case in own])
+            scores = np.concatenate([found[case] for case in own])
             rows.append(head | row(scores, together, method.name in PROBABILITIES))
     return rows
 

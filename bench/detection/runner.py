@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,15 +28,8 @@ WORST = "worst of the attacks (MEAD)"
 ONE_DRAW = ("lite1", "lite2", "densenet")
 
 
-class Found(NamedTuple):
-    """Scores of a method by case, and why cases have none."""
-
-    scores: dict[str, Values]
-    absent: dict[str, str]
-
-
-def measure(subject: Subject, method: Method, cases: Sequence[str]) -> Found:
-    """Return a method's scores of the clean test images and of every case, from the cache where they are."""
+def measure(subject: Subject, method: Method, cases: Sequence[str]) -> tuple[dict[str, Values], dict[str, str]]:
+    """Return a method's scores of the clean test images and of every case, and why cases have none."""
     scores: dict[str, Values] = {}
     absent: dict[str, str] = {}
     fitted = cache(lambda of: method.fit(Fit(subject, of)))
@@ -61,7 +54,7 @@ def measure(subject: Subject, method: Method, cases: Sequence[str]) -> Found:
             if method.name.startswith("fastgrad"):
                 raise
             absent[case] = f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
-    return Found(scores, absent)
+    return scores, absent
 
 
 def head_of(subject: Subject, method: Method) -> Row:
@@ -77,16 +70,15 @@ def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups
     cases = table.cases(subject.kind)
     slow = dict.fromkeys(("clean", *cases), "left out of quick mode: several passes an image")
     left_out = subject.options.quick and method.slow and subject.few
-    found = Found({}, slow) if left_out else measure(subject, method, cases)
+    scores, absent = ({}, slow) if left_out else measure(subject, method, cases)
     head = head_of(subject, method)
     made: list[Row] = []
     values: dict[str, Values] = {}
     for case in cases:
-        if why := found.absent.get(case) or found.absent.get("clean"):
+        if why := absent.get(case) or absent.get("clean"):
             made.append(head | {"case": case, "not run": why})
             continue
-        clean = found.scores.get(f"clean/{case}", found.scores.get("clean"))
-        values[case] = resampled.auroc(clean, found.scores[case])
+        values[case] = resampled.auroc(scores.get(f"clean/{case}", scores.get("clean")), scores[case])
         made.append(head | {"case": case} | resampled.columns("auroc", values[case]))
     groups = known.setdefault(method.name, {})
     beside = known.get(method.name.split(" + ")[0], {}) if " + " in method.name else {}
@@ -108,7 +100,7 @@ def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups
             gain = resampled.columns("gain", groups[group] - beside[group])
             made.append(head | {"case": f"gain in {group}"} | gain)
         for whole in wholes[1:]:
-            worst = _worst(subject, found.scores, [case for case in names if case in values])
+            worst = _worst(subject, scores, [case for case in names if case in values])
             made.append(whole | resampled.columns("auroc", worst))
     return made
 

@@ -36,19 +36,14 @@ def stale(folder: Path = RESULTS, documents: Sequence[Path] = DOCUMENTS) -> list
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.report", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if a block or page is stale")
-    options = parser.parse_args()
-    try:
-        if options.check:
-            found = stale()
-            print("\n".join(f"stale: {name}" for name in found))
-            return 1 if found else 0
-        for path in sorted(RESULTS.glob("*.json")):
-            pages.write(path.stem)
-        for file in DOCUMENTS:
-            file.write_text(blocks.fill(file.read_text()))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"bench.report: {error}", file=sys.stderr)
-        return 2
+    if parser.parse_args().check:
+        found = stale()
+        print("\n".join(f"stale: {name}" for name in found))
+        return 1 if found else 0
+    for path in sorted(RESULTS.glob("*.json")):
+        pages.write(path.stem)
+    for file in DOCUMENTS:
+        file.write_text(blocks.fill(file.read_text()))
     return 0
 
 
