@@ -2,9 +2,9 @@
 
     python -m bench.audit --data FOLDER
 
-A draw is a subset of the data, the flips, and the networks' beginnings. In every draw one network sees all samples; it
-ranks what it was trained on. Three more see two thirds each and rank the third that they have not seen; that is what
-cleanlab is made for, and what the other columns are given too. Every score is taken after several epochs.
+A draw is a subset of the data, the flips, and the networks' beginnings. One network sees all samples and ranks what it
+was trained on. Three more see two thirds each and rank the third that they have not seen; that is what cleanlab is made
+for, and what the other columns are given too. Every score is taken after several epochs.
 """
 
 from __future__ import annotations

@@ -97,8 +97,7 @@ def graphed(call: Call) -> Call:
 def peak_bytes(call: Call, device: str) -> int:
     """Return the bytes that the framework's allocator held at most during the call, less those it held before.
 
-    On a GPU from ``torch.cuda.max_memory_allocated``, on a CPU from the profiler's record of every allocation. Scratch
-    that a C library allocates by itself is in neither.
+    On a CPU from the profiler's record of every allocation. Scratch that a C library allocates by itself is not in it.
     """
     gc.collect()
     if device == "cuda":

@@ -3,8 +3,8 @@
     python -m bench.paired REV                       # quick sizes of all tables
     python -m bench.paired REV --only network --rounds 15
 
-Both run this checkout's cases in turns, each in a process of its own; the other revision is unpacked to a temporary
-folder. Ratios are of processor time on one thread. A ratio below 1 says that this revision takes less time.
+Both run this checkout's cases, each in a process of its own. Ratios are of processor time on one thread; below 1 this
+revision takes less time.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
     @case("rows", "rows B={0} N={1} D={2}", against="stored rows", names=("fastgrad eager", "stored rows"),
           tiny=[(3, 5, 8)], quick=[(64, 10, 512)], full=[...], gpu=[...])
     def rows(device: str, B: int, N: int, D: int) -> Iterator[Implementation]:
-        ...
         yield Implementation("stored rows", lambda: call, check, tolerance)
 
 ``pytest bench/micro`` collects every case at one size, checks each implementation against float64 and times it.

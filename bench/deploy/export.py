@@ -131,9 +131,7 @@ def loaded(live: nn.Module, images: Images, file: Path, tolerance: float) -> Mod
     """Return a file, which is made unless it is there, and compared with what it is made from."""
     example = images(2 if file.suffix == ".pt2" else 8, 200)
     if not file.exists():
-        start = time.perf_counter()
         export(live, example, file, tolerance=tolerance)
-        print(f"{file.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     package = ModelPackage(file)
     # Without labels an answer has no risk.
     pairs = [pair for pair in zip(package(example), live(example), strict=False) if None not in pair]

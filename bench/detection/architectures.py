@@ -80,7 +80,7 @@ class Classifier(nn.Module):
 def residual_network(
     width: int = 32, stages: int = 3, blocks: int = 1, stride: int = 2, *, padded: bool = False, **pixels: Pixel
 ) -> Classifier:
-    """A residual network of ``stages`` with ``blocks`` each; the defaults make the small one of seven convolutions.
+    """Return a residual network; the defaults make the small one of seven convolutions.
 
     ``width=64, stages=4, blocks=2, stride=1`` is ResNet-18 as it is used on CIFAR-10; ``width=16, stages=3, blocks=3,
     stride=1`` is ResNet-20, with a convolution where a shortcut widens. ``pixels``: the mean and standard deviation.

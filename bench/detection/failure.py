@@ -1,8 +1,7 @@
 """Which answers are wrong: risk beside what a user has without it, judged by the network's errors.
 
 Clean images, and clean ones together with those of each group of cases; every answer to an image of another set is
-wrong. AUROC of wrong against right answers, the area under the risk-coverage curve, and of what is a probability of an
-error the calibration error and the log loss. Resampled intervals draw all copies of an image together.
+wrong. Resampled intervals draw all copies of an image together.
 """
 
 from __future__ import annotations

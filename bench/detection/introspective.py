@@ -1,9 +1,8 @@
 """Introspection where it gains: a second answer from what the last layer reads, trained on generated challenges.
 
-H learns the clean image's label from clean images and from challenges made of them; the network stays as it is. Its
-answer joins the network's by the gate of `TwoStageModel`, the probability that the image is a challenge; by their mean;
-or not at all. Beside it what one would try first: the last layer trained again on the same images, and batch norm's
-statistics adapted.
+H learns the clean image's label from clean images and from challenges made of them. Its answer joins the network's by
+the gate of `TwoStageModel`, the probability that the image is a challenge; by their mean; or not at all. Beside it what
+one would try first: the last layer trained again on the same images, and batch norm's statistics adapted.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ from fastgrad.detector import collect, fitting
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 from fastgrad.prediction import Prediction
 
-GENERATED, LABELLED = Protocol.GENERATED, Protocol.LABELLED
 #: Labelled challenges that every fold has one of.
 FEWEST = 16
 #: What a logistic regression on published scores reads: those of one pass that need no classes.
@@ -143,7 +142,7 @@ def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: An
         two_stage = fitted(fit, (*DEFAULT_BLOCKS, *extra), challenges)
         return lambda seen: answer(two_stage, seen).uncertainty
 
-    protocol = Protocol.CLEAN if challenges is None else GENERATED
+    protocol = Protocol.CLEAN if challenges is None else Protocol.GENERATED
     method(f"fastgrad{name}", 2026, paper, protocol)(make)
 
 
@@ -158,7 +157,7 @@ for _what, _block in {
     _registered(f", clean only + {_what}", "the same, challenges=None", (_block,), None)
 
 
-@method("fastgrad, labelled", 2026, "the default, challenges=the case", LABELLED)
+@method("fastgrad, labelled", 2026, "the default, challenges=the case", Protocol.LABELLED)
 def labelled(fit: Fit) -> Score:
     images = fit.challenges.images
     if len(images) < FEWEST:
@@ -180,13 +179,13 @@ class _Generated(Seen):
 
 @method(
     "published scores, generated challenges", 2026, "control: logistic regression on the scores of one pass",
-    GENERATED,
+    Protocol.GENERATED,
 )  # fmt: skip
 def control(fit: Fit) -> Score:
     return _regression(fit, _Generated(fit.subject, "generated", "fit"))
 
 
-@method("published scores, labelled", 2026, "control: logistic regression on them", LABELLED)
+@method("published scores, labelled", 2026, "control: logistic regression on them", Protocol.LABELLED)
 def labelled_control(fit: Fit) -> Score:
     return _regression(fit, fit.challenges)
 

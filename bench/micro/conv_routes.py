@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import partial
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -76,8 +77,7 @@ def measured(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
 
 def measure() -> list[dict[str, Any]]:
     """Return the rows, the worst pick first."""
-    rows = [measured(key, models) for key, models in convolutions().items()]
-    return sorted(rows, key=lambda row: -row["ratio"])
+    return sorted(starmap(measured, convolutions().items()), key=lambda row: -row["ratio"])
 
 
 if __name__ == "__main__":

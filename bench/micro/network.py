@@ -51,8 +51,6 @@ GPU = [
     ("ResNet-18 32x32", 512, BCE), ("ViT-B/16 224x224", 128, BCE), ("ResNet-18 32x32", 64, BCE),
     ("plain CNN 32x32", 512, BCE), ("ResNet-50 224x224", 64, BCE), ("GPT T=128", 256, CE),
 ]  # fmt: skip
-#: A batch beyond which peers that run or hold sample by sample are left out on a GPU.
-SLOW = 64
 SIGNALS = [("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted")]
 one = partial(Implementation, graph=False)
 
@@ -343,7 +341,8 @@ def network(device: str, name: str, batch: int, signal: str) -> Iterator[Impleme
     yield one("forward and data gradients", partial(data_gradients, task), data_error(data_gradients), OURS)
     yield one("BackPACK BatchL2Grad", partial(backpack, task), task.error, PEERS)
     yield one("Opacus ghost norms", partial(opacus, task), task.error, PEERS)
-    if device == "cpu" or batch <= SLOW:
+    # They run or hold sample by sample.
+    if device == "cpu" or batch <= 64:
         yield one("vmap(grad)", partial(vmap, task), task.error, PEERS)
         yield one("per-sample loop", partial(loop, task), task.error, PEERS)
 

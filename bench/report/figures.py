@@ -12,8 +12,6 @@ from bench.report.text import Row, sizes
 
 #: Pixels of a figure's width at `DPI`, and points of its text: a phone shows 350 pixels.
 WIDTH, DPI, TEXT = 600, 100, 12
-#: Bars of a case beside fastgrad's and its baseline's.
-RIVALS = 2
 OURS = ("#c1272d", "#e8703a", "#f0a04b", "#7d1128", "#f6cf8b")
 OTHERS = (
     "#1f4e79", "#5b8db8", "#6a9a5b", "#8c6bb1", "#7f7f7f", "#b8a13a", "#3b9c9c", "#a05a7a", "#2f2f2f", "#a9c9e8",
@@ -136,7 +134,7 @@ def _bars(cases: Sequence[Row]) -> Any:
         # Rivals first, then what does less than the task.
         others.sort(key=lambda r: (r["implementation"] in YARDSTICKS, r["median_s"]))
         base = [r for r in others if r["implementation"] == r["relative_to"]]
-        shown = [mine, *base, *[r for r in others if r not in base][:RIVALS]]
+        shown = [mine, *base, *[r for r in others if r not in base][:2]]
         blocks[case] = [(r["implementation"], r["median_s"] / mine["median_s"]) for r in shown]
     if not blocks:
         return None

@@ -86,9 +86,9 @@ def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | N
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    environment.globals |= vars(text) | vars(speed) | vars(detection)
     # A document of detection has networks of its own.
-    environment.globals |= {"detection_networks": detection.networks, "protocols": detection.PROTOCOLS}
+    named = {"detection_networks": detection.networks, "protocols": detection.PROTOCOLS}
+    environment.globals |= vars(text) | vars(speed) | vars(detection) | named
     try:
         template = environment.select_template([f"{name}.md.j2", f"{kind}.md.j2"])
     except jinja2.TemplatesNotFound:

@@ -164,10 +164,9 @@ def grey(images: Bytes) -> Bytes:
 def stranger(
     root: Path, name: str, like: Split, limit: int, start: int = 0, recompress: Callable[[Bytes], Bytes] = jpeg
 ) -> Tensor:
-    """``limit`` images of another set in the shape and with the compression history of ``like``.
+    """Return ``limit`` images of another set in the shape and with the compression history of ``like``.
 
-    The blocks of JPEG alone tell a set that was never compressed from one that was; so where ``like`` is
-    compressed and the other set is not, it passes through ``recompress``.
+    The blocks of JPEG alone would tell a set that was never compressed, so it passes through ``recompress`` there.
     """
     split = load(root, name, limit=limit, start=start)
     images, (size, channels) = split.images, like.images.shape[2:]
