@@ -57,7 +57,7 @@ class Case:
         return {item.name: item for item in self.build(device)}
 
     def ready(self, name: str, device: str) -> Callable[[], Any]:
-        """Return the call of an implementation, whose result was checked: a ValueError if it is wrong."""
+        """Return the call of an implementation; a ValueError if its result is wrong, a LookupError if there is none."""
         found = self.implementations(device).get(name)
         if found is None:
             raise LookupError(f"{self.name} has no {name}")

@@ -29,7 +29,7 @@ BLOCK = re.compile(r"<!-- (table|value): ([^>]+?) -->(.*?)<!-- end -->", re.DOTA
 
 
 def load(name: str, folder: Path) -> dict[str, Any]:
-    """Return a file of results; that there is none of that name is a ValueError."""
+    """Return a file of results, or raise a ValueError that names those that there are."""
     path = folder / f"{name}.json"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
