@@ -19,28 +19,20 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgrad
-from bench.micro.models import NETWORKS, Network, images, plain
-from bench.registry import SEED, Implementation, case, relative_error, scaled_error
+from bench.micro import network_peers as peers
+from bench.micro.models import NETWORKS, images, plain
+from bench.micro.network_peers import BCE, CE, UNIT, ClippedTask, Task, error, sqnorms
+from bench.registry import Implementation, case, relative_error
 
-Norms = Callable[[], Tensor]
-Gradients = Callable[[], list[Tensor]]
-#: Bytes of gradients that ``vmap`` may hold at once.
-MEMORY = 1 << 30
-BCE, CE = "bce ones", "cross_entropy predicted"
-#: What a plain product of float32 may lose, relative to its largest entry.
-UNIT = 256 * torch.finfo(torch.float32).eps
 OURS, PEERS = 1e-4, 1e-3
 FULL = [
     ("plain CNN 32x32", 64, BCE), ("ResNet-18 32x32", 64, BCE), ("ResNet-18 32x32", 8, CE),
@@ -55,264 +47,6 @@ SIGNALS = [("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predic
 one = partial(Implementation, graph=False)
 
 
-class Task:
-    """A network in evaluation mode, a batch, and the loss of a signal, `BCE` or `CE`."""
-
-    def __init__(self, network: Network, batch: int, device: str, signal: str = BCE) -> None:
-        build, inputs = network
-        torch.manual_seed(SEED)
-        self.model = build().eval().to(device)
-        self.x = inputs(batch, torch.Generator().manual_seed(SEED)).to(device)
-        self.signal = signal
-
-    def loss(self, logits: Tensor) -> Tensor:
-        """Return the sum over samples."""
-        if self.signal == BCE:
-            return F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits), reduction="sum")
-        return F.cross_entropy(logits, logits.detach().argmax(-1), reduction="sum")
-
-    def double(self) -> Task:
-        """Return the same in float64."""
-        one = copy.copy(self)
-        one.model = copy.deepcopy(self.model).double()
-        one.x = self.x.double() if self.x.is_floating_point() else self.x
-        return one
-
-    @cached_property
-    def _wanted(self) -> list[Tensor]:
-        exact = self.double()
-        return [sqnorms(exact.loss(exact.model(x)), exact.model) for x in (exact.x[:1], exact.x[-1:])]
-
-    def error(self, norms: Tensor) -> float:
-        """Return the relative error of ``(B, P)`` on the first and last sample."""
-        worst = max(map(error, (norms[0], norms[-1]), self._wanted))
-        return worst if bool(torch.isfinite(norms).all()) else float("inf")
-
-    def against(self, call: Callable[[Task], Callable[[], Tensor]]) -> Callable[[Tensor], float]:
-        """Return the check against the same call in float64."""
-        return lambda found: scaled_error(found, call(self.double())())
-
-    def sample_by_sample(self, call: Callable[[Task], Callable[[], Tensor]]) -> Callable[[Tensor], float]:
-        """Return the check against the same call in float64, of the samples' errors the middle one.
-
-        Where a rectifier lies within rounding of its corner, a sample's gradient is another.
-        """
-        return lambda found: statistics.median(map(scaled_error, found, call(self.double())()))
-
-
-class ClippedTask(Task):
-    """The same in training mode, with a label for every sample and the norm to clip to."""
-
-    def __init__(self, network: Network, batch: int, device: str) -> None:
-        super().__init__(network, batch, device)
-        self.model.train()
-        with torch.no_grad():
-            classes = self.model(self.x[:1]).shape[1]
-        self.y = torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(SEED)).to(device)
-        self.max_norm = 1.0
-
-    def losses(self, model: nn.Module) -> Tensor:
-        """``(B,)``."""
-        return F.cross_entropy(model(self.x), self.y, reduction="none")
-
-    def distance(self, gradients: Iterable[Tensor], limit: float = 1.0) -> float:
-        """Return the relative distance from the sum of a float64 loop's gradients, each clipped to ``limit``."""
-        exact = self.double()
-        wanted: Any = 0
-        for x, y in zip(exact.x, self.y, strict=True):
-            loss = F.cross_entropy(exact.model(x[None]), y[None])
-            gradient = _flat(torch.autograd.grad(loss, list(exact.model.parameters())))
-            wanted = wanted + min(1.0, limit / float(gradient.norm())) * gradient
-        return float((_flat(gradients).double() - wanted).norm() / wanted.norm())
-
-
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def sqnorms(loss: Tensor, model: nn.Module) -> Tensor:
-    return torch.stack([g.square().sum() for g in torch.autograd.grad(loss, list(model.parameters()))])
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    """Return the relative error, or that relative to a millionth of a millionth of the sum."""
-    return float(((found.double() - wanted).abs() / (wanted + 1e-12 * wanted.sum())).max())
-
-
-def step(task: Task, compiled: bool = False) -> Norms:
-    parameters = list(task.model.parameters())
-    model = torch.compile(task.model, dynamic=False) if compiled else task.model
-    return lambda: torch.autograd.grad(task.loss(model(task.x)), parameters)[-1]
-
-
-def forward(task: Task) -> Norms:
-    return torch.no_grad()(lambda: task.model(task.x))
-
-
-def data_gradients(task: Task) -> Norms:
-    """What every exact method begins with: the forward pass, and the backward pass without a parameter's gradient.
-
-    It goes back to the images, or to the first parameter, the embedding, where the input are tokens.
-    """
-    model = copy.deepcopy(task.model).requires_grad_(False)
-    if task.x.is_floating_point():
-        x = leaf = task.x.detach().requires_grad_()
-    else:
-        x, leaf = task.x, next(model.parameters()).requires_grad_()
-    return lambda: torch.autograd.grad(task.loss(model(x)), leaf)[0]
-
-
-def backpack(task: Task) -> Norms:
-    """As in BackPACK's documentation: extend the model and the loss, backward inside the context."""
-    from backpack import backpack, extend
-    from backpack.extensions import BatchL2Grad
-
-    model = extend(copy.deepcopy(task.model))
-    loss = extend((nn.BCEWithLogitsLoss if task.signal == BCE else nn.CrossEntropyLoss)(reduction="sum"))
-
-    def call() -> Tensor:
-        model.zero_grad(set_to_none=True)
-        logits = model(task.x)
-        labels = torch.ones_like(logits) if task.signal == BCE else logits.detach().argmax(-1)
-        with backpack(BatchL2Grad()):
-            loss(logits, labels).backward()
-        return torch.stack([p.batch_l2 for p in model.parameters()], -1)
-
-    return call
-
-
-def opacus(task: Task) -> Norms:
-    """Opacus's ghost clipping up to the norms; its hooks work in training mode, so networks with batch norm fail."""
-    from opacus.grad_sample import GradSampleModuleFastGradientClipping
-
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in task.model.modules()):
-        raise ValueError("Opacus refuses batch norm")
-    net = copy.deepcopy(task.model).train()
-    model = GradSampleModuleFastGradientClipping(net, loss_reduction="sum", use_ghost_clipping=True)
-
-    def call() -> Tensor:
-        model.zero_grad(set_to_none=True)
-        task.loss(model(task.x)).backward()
-        return torch.stack([p._norm_sample for p in model.trainable_parameters], -1).square()
-
-    return call
-
-
-def vmap(task: Task) -> Norms:
-    """PyTorch's tutorial on per-sample gradients, in chunks that keep the gradients within `MEMORY`."""
-    parameters, buffers = _state(task.model)
-
-    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return task.loss(functional_call(task.model, (parameters, buffers), (sample.unsqueeze(0),)))
-
-    def norms(sample: Tensor) -> Tensor:
-        return torch.stack([g.square().sum() for g in grad(loss)(parameters, sample).values()])
-
-    batched = torch.func.vmap(norms, randomness="different", chunk_size=_chunk(task))
-    return _batching(lambda: batched(task.x))
-
-
-def loop(task: Task) -> Norms:
-    return lambda: torch.stack([sqnorms(task.loss(task.model(sample[None])), task.model) for sample in task.x])
-
-
-def clipped(task: ClippedTask) -> Gradients:
-    def backward() -> None:
-        with fastgrad.clip_gradients(task.model, task.max_norm) as clipped:
-            clipped.backward(task.losses(task.model))
-
-    return _gradients(task.model, backward)
-
-
-def whole_step(task: ClippedTask) -> Gradients:
-    """The same without clipping."""
-    return _gradients(task.model, lambda: task.losses(task.model).sum().backward())
-
-
-def clipped_by_hooks(task: ClippedTask) -> Gradients:
-    """Per-sample gradients from hooks, clipped by Opacus' optimizer."""
-    from opacus.grad_sample import GradSampleModule
-    from opacus.optimizers import DPOptimizer
-
-    model = GradSampleModule(copy.deepcopy(task.model), loss_reduction="sum")
-    optimizer = _optimizer(DPOptimizer, model, task)
-
-    def call() -> list[Tensor]:
-        optimizer.zero_grad(set_to_none=True)
-        task.losses(model).sum().backward()
-        optimizer.clip_and_accumulate()
-        return [p.summed_grad for p in model.parameters()]
-
-    return call
-
-
-def clipped_by_ghosts(task: ClippedTask) -> Gradients:
-    """Opacus' ghost clipping, which is two backward passes as well."""
-    from opacus.grad_sample import GradSampleModuleFastGradientClipping
-    from opacus.optimizers import DPOptimizerFastGradientClipping
-    from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
-
-    how = {"loss_reduction": "sum", "max_grad_norm": task.max_norm, "use_ghost_clipping": True}
-    model = GradSampleModuleFastGradientClipping(copy.deepcopy(task.model), **how)
-    optimizer = _optimizer(DPOptimizerFastGradientClipping, model, task)
-    return _gradients(
-        model, lambda: DPTensorFastGradientClipping(model, optimizer, task.losses(model), "sum").backward()
-    )
-
-
-def clipped_by_vmap(task: ClippedTask) -> Gradients:
-    parameters, buffers = _state(task.model)
-
-    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(task.model, (parameters, buffers), (x[None],)), y[None])
-
-    each, chunk = torch.func.vmap(grad(loss), in_dims=(None, 0, 0)), _chunk(task)
-
-    def call() -> list[Tensor]:
-        totals = [torch.zeros_like(p) for p in parameters.values()]
-        for x, y in zip(task.x.split(chunk), task.y.split(chunk), strict=True):
-            found = list(each(parameters, x, y).values())
-            norms = torch.stack([g.flatten(1).square().sum(1) for g in found]).sum(0).sqrt()
-            factors = (task.max_norm / norms).clamp(max=1)
-            for total, g in zip(totals, found, strict=True):
-                total += torch.einsum("b,b...->...", factors, g)
-        return totals
-
-    return _batching(call)
-
-
-def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return {name: p.detach() for name, p in model.named_parameters()}, dict(model.named_buffers())
-
-
-def _chunk(task: Task) -> int:
-    return max(1, min(len(task.x), MEMORY // sum(p.nbytes for p in task.model.parameters())))
-
-
-def _batching(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The fused attention of a CPU has no batching rule and would run sample by sample."""
-    return sdpa_kernel(SDPBackend.MATH)(call)  # type: ignore[operator, no-any-return]
-
-
-def _gradients(model: nn.Module, backward: Callable[[], None]) -> Gradients:
-    """Return what makes all gradients anew."""
-
-    def call() -> list[Tensor]:
-        model.zero_grad(set_to_none=True)
-        backward()
-        return [p.grad for p in model.parameters() if p.grad is not None]
-
-    return call
-
-
-def _optimizer(kind: Any, model: nn.Module, task: ClippedTask) -> Any:
-    """Opacus' optimizer, without noise."""
-    return kind(
-        torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=0.0, max_grad_norm=task.max_norm,
-        expected_batch_size=len(task.x), loss_reduction="sum",
-    )  # fmt: skip
-
-
 def features(task: Task, signal: str = "", compiled: bool = False) -> Callable[[], Tensor]:
     """Return fastgrad's norms of a task, or of another signal."""
     loss, target = (signal or task.signal).split()
@@ -322,7 +56,7 @@ def features(task: Task, signal: str = "", compiled: bool = False) -> Callable[[
 
 def same_for_all(task: Task) -> Iterator[Implementation]:
     yield one("fastgrad", partial(features, task), task.error, OURS)
-    yield one("training step", partial(step, task), task.against(step), UNIT)
+    yield one("training step", partial(peers.step, task), task.against(peers.step), UNIT)
 
 
 @case(
@@ -337,14 +71,14 @@ def network(device: str, name: str, batch: int, signal: str) -> Iterator[Impleme
     task = Task(NETWORKS[name], batch, device, signal)
     yield from same_for_all(task)
     data_error = task.sample_by_sample if task.x.is_floating_point() else task.against
-    yield one("forward", partial(forward, task), task.against(forward), UNIT)
-    yield one("forward and data gradients", partial(data_gradients, task), data_error(data_gradients), OURS)
-    yield one("BackPACK BatchL2Grad", partial(backpack, task), task.error, PEERS)
-    yield one("Opacus ghost norms", partial(opacus, task), task.error, PEERS)
+    yield one("forward", partial(peers.forward, task), task.against(peers.forward), UNIT)
+    yield one("forward and data gradients", partial(peers.data_gradients, task), data_error(peers.data_gradients), OURS)
+    yield one("BackPACK BatchL2Grad", partial(peers.backpack, task), task.error, PEERS)
+    yield one("Opacus ghost norms", partial(peers.opacus, task), task.error, PEERS)
     # They run or hold sample by sample.
     if device == "cpu" or batch <= 64:
-        yield one("vmap(grad)", partial(vmap, task), task.error, PEERS)
-        yield one("per-sample loop", partial(loop, task), task.error, PEERS)
+        yield one("vmap(grad)", partial(peers.vmap, task), task.error, PEERS)
+        yield one("per-sample loop", partial(peers.loop, task), task.error, PEERS)
 
 
 @case(
@@ -357,7 +91,7 @@ def compiled(device: str, name: str, batch: int, signal: str) -> Iterator[Implem
     task = Task(NETWORKS[name], batch, device, signal)
     yield one("fastgrad, compiled", partial(features, task, compiled=True), task.error, OURS)
     yield from same_for_all(task)
-    yield one("training step, compiled", partial(step, task, compiled=True), task.against(step), UNIT)
+    yield one("training step, compiled", partial(peers.step, task, compiled=True), task.against(peers.step), UNIT)
 
 
 @case(
@@ -379,7 +113,7 @@ def growth(device: str, batch: int, image: int, width: int) -> Iterator[Implemen
 def contrasts(device: str, name: str, batch: int) -> Iterator[Implementation]:
     """All N contrasts through the whole network, ``(B, N, P)``, with cross-entropy."""
     task = Task(NETWORKS[name], batch, device)
-    classes = int(forward(task)().shape[1])
+    classes = int(peers.forward(task)().shape[1])
 
     def against(k: int, logits: Tensor) -> Tensor:
         labels = torch.full(logits.shape[:1], k, device=device)
@@ -402,9 +136,9 @@ def contrasts(device: str, name: str, batch: int) -> Iterator[Implementation]:
         return lambda: torch.stack([call() for call in calls], 1)
 
     yield one("fastgrad", partial(features, task, "cross_entropy contrast"), check, OURS)
-    yield one("training step", partial(step, task), task.against(step), UNIT)
-    yield one("vmap(grad)", partial(looped, vmap), check, PEERS)
-    yield one("per-sample loop", partial(looped, loop), check, PEERS)
+    yield one("training step", partial(peers.step, task), task.against(peers.step), UNIT)
+    yield one("vmap(grad)", partial(looped, peers.vmap), check, PEERS)
+    yield one("per-sample loop", partial(looped, peers.loop), check, PEERS)
 
 
 @case(
@@ -416,11 +150,11 @@ def contrasts(device: str, name: str, batch: int) -> Iterator[Implementation]:
 def private(device: str, name: str, batch: int) -> Iterator[Implementation]:
     """The sum of clipped gradients."""
     task = ClippedTask(NETWORKS[name], batch, device)
-    yield one("fastgrad", partial(clipped, task), task.distance, OURS)
-    yield one("training step", partial(whole_step, task), partial(task.distance, limit=math.inf), OURS)
-    yield one("Opacus hooks", partial(clipped_by_hooks, task), task.distance, PEERS)
-    yield one("Opacus ghost clipping", partial(clipped_by_ghosts, task), task.distance, PEERS)
-    yield one("vmap(grad)", partial(clipped_by_vmap, task), task.distance, PEERS)
+    yield one("fastgrad", partial(peers.clipped, task), task.distance, OURS)
+    yield one("training step", partial(peers.whole_step, task), partial(task.distance, limit=math.inf), OURS)
+    yield one("Opacus hooks", partial(peers.clipped_by_hooks, task), task.distance, PEERS)
+    yield one("Opacus ghost clipping", partial(peers.clipped_by_ghosts, task), task.distance, PEERS)
+    yield one("vmap(grad)", partial(peers.clipped_by_vmap, task), task.distance, PEERS)
 
 
 @case(
@@ -445,11 +179,11 @@ def end_to_end(device: str, name: str, batch: int) -> Iterator[Implementation]:
     def last_error(out: tuple[Tensor, Tensor]) -> float:
         return relative_error(out[1], last_layer(task.double())[1])
 
-    yield one("network alone", partial(forward, task), task.against(forward), UNIT)
+    yield one("network alone", partial(peers.forward, task), task.against(peers.forward), UNIT)
     yield one("fastgrad, last layer", lambda: partial(last_layer, task), last_error, PEERS)
     yield one("fastgrad, whole network", partial(whole, SIGNALS[:1]), whole_error, OURS)
     yield one("fastgrad, three signals", partial(whole, SIGNALS), whole_error, OURS)
-    yield one("gradient per sample", partial(loop, task), task.error, PEERS)
+    yield one("gradient per sample", partial(peers.loop, task), task.error, PEERS)
 
 
 @torch.no_grad()
