@@ -1,35 +1,44 @@
-"""What pytest-benchmark cannot do: calls in turns, the time of a GPU, and what a machine can do at best."""
+"""What pytest-benchmark cannot do: calls in turns, a GPU's time, peak memory, and what a machine can do at best."""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from timeit import timeit
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.profiler._utils import traverse_dfs
 
 Call = Callable[[], Any]
 
 
-def in_turns(
-    calls: Mapping[str, Call], rounds: int, clock: Callable[[], float] = time.process_time, each: int = 1
-) -> dict[str, list[float]]:
-    """Return the seconds of ``each`` calls of a kind in every round, after a first round that plans and warms up.
+def seconds(call: Call, calls: int, clock: Callable[[], float] = time.process_time) -> float:
+    """Return the time of one of so many calls; processor time leaves out what else runs."""
+    start = clock()
+    for _ in range(calls):
+        call()
+    return (clock() - start) / calls
 
-    Processor time leaves out what else runs; a slow minute of the machine hits all calls.
+
+def in_turns(measures: Sequence[Callable[[int], float]], rounds: int, least: float = 0.0) -> list[list[float]]:
+    """Return for each measure the seconds of a call in every round: a slow minute of the machine hits all.
+
+    A measure takes a number of calls, which last at least ``least`` seconds together, and returns the seconds of one.
+    Every other round goes backwards.
     """
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = clock()
-            for _ in range(each):
-                call()
-            if turn:
-                taken[name].append(clock() - start)
+    # The first calls plan and warm up.
+    once = min(measure(1) for measure in (*measures, *measures))
+    calls = max(1, min(1000, int(least / max(once, 1e-7))))
+    taken: list[list[float]] = [[] for _ in measures]
+    for turn in range(rounds):
+        for place in range(len(measures))[:: -1 if turn % 2 else 1]:
+            taken[place].append(measures[place](calls))
     return taken
 
 
@@ -85,12 +94,39 @@ def graphed(call: Call) -> Call:
     return lambda: graph.replay()
 
 
+def peak_bytes(call: Call, device: str) -> int:
+    """Return the bytes that the framework's allocator held at most during the call, less those it held before.
+
+    On a CPU from the profiler's record of every allocation. Scratch that a C library allocates by itself is not in it.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        call()
+    events = traverse_dfs(trace.profiler.kineto_results.experimental_event_tree())
+    held: dict[int, int] = {}
+    peak = 0
+    for event in sorted(events, key=lambda event: event.start_time_ns):
+        if event.tag.name == "Allocation":
+            pointer, size = event.typed[1].ptr, event.typed[1].alloc_size
+            if size > 0:
+                held[pointer] = size
+                peak = max(peak, sum(held.values()))
+            else:  # blocks older than the call do not count
+                held.pop(pointer, None)
+    return peak
+
+
 def floor(device: str, small: bool = False) -> dict[str, Any]:
     """Measure a large copy, a large product in every dtype of the device, and the smallest call; fastest of nine.
 
-    Returns:
-        ``copy_bytes_per_s``: bytes read plus bytes written; ``matrix_per_s``: floating-point operations, by dtype;
-        ``launch_s``: seconds.
+    The copy counts bytes read plus bytes written, the product floating-point operations.
     """
     clock = timer(device)
 

@@ -11,7 +11,6 @@ from bench.registry import SIZES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Declare the options."""
     group = parser.getgroup("bench")
     group.addoption("--size", choices=SIZES, help="of the cases (default: quick, on a GPU gpu)")
     group.addoption("--out", type=Path, metavar="DIR", help="add what is measured to the JSON files in DIR")

@@ -3,7 +3,6 @@
     @case("rows", "rows B={0} N={1} D={2}", against="stored rows", names=("fastgrad eager", "stored rows"),
           tiny=[(3, 5, 8)], quick=[(64, 10, 512)], full=[...], gpu=[...])
     def rows(device: str, B: int, N: int, D: int) -> Iterator[Implementation]:
-        ...
         yield Implementation("stored rows", lambda: call, check, tolerance)
 
 ``pytest bench/micro`` collects every case at one size, checks each implementation against float64 and times it.
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 SIZES = ("tiny", "quick", "full", "gpu")
 #: Of models and inputs.
 SEED = 0
+Build = Callable[..., Iterable["Implementation"]]
 
 
 class Implementation(NamedTuple):
@@ -30,8 +30,7 @@ class Implementation(NamedTuple):
     Attributes:
         name: As the table says it.
         prepare: Returns the call that is measured; what it does first (wrapping a model, compiling) is not.
-        check: Returns the relative error of the call's result.
-        tolerance: Largest relative error; the case says why.
+        check: Returns the relative error of the call's result, at most ``tolerance``; the case says why.
         graph: Whether the call can be captured in a CUDA graph.
     """
 
@@ -42,20 +41,9 @@ class Implementation(NamedTuple):
     graph: bool = True
 
 
-Build = Callable[..., Iterable[Implementation]]
-
-
 @dataclass(frozen=True)
 class Case:
-    """One task at one size.
-
-    Attributes:
-        table: The results file.
-        name: Task and sizes, e.g. ``contrasts B=256 N=1000 D=512 float32``.
-        against: The implementation that ratios refer to.
-        names: Implementations; some may be left out at a size.
-        build: Makes inputs and implementations on a device, ``"cpu"`` or ``"cuda"``.
-    """
+    """One task at one size: ``build`` makes inputs and implementations on a device, ``"cpu"`` or ``"cuda"``."""
 
     table: str
     name: str
@@ -63,28 +51,21 @@ class Case:
     names: tuple[str, ...]
     build: Build
 
-    @lru_cache(maxsize=1)  # noqa: B019 - of one case, the latest
+    @lru_cache(maxsize=1)  # noqa: B019 - the inputs of one case, the latest
     def implementations(self, device: str) -> dict[str, Implementation]:
-        """Return the implementations by name; the inputs of the latest case are kept."""
+        """Return the implementations by name."""
         return {item.name: item for item in self.build(device)}
 
     def ready(self, name: str, device: str) -> Callable[[], Any]:
-        """Return the call of an implementation, whose result was checked.
-
-        Raises:
-            LookupError: The case has no such implementation at this size.
-            ValueError: The result is wrong.
-        """
-        found = self.implementations(device)
-        if name not in found:
+        """Return the call of an implementation; a ValueError if its result is wrong, a LookupError if there is none."""
+        found = self.implementations(device).get(name)
+        if found is None:
             raise LookupError(f"{self.name} has no {name}")
-        call = found[name].prepare()
-        error = float(found[name].check(call()))
-        if not error <= found[name].tolerance:
-            raise ValueError(
-                f"{self.name}, {name}: the relative error must be at most {found[name].tolerance:.1e} to be timed; "
-                f"it was {error:.1e}"
-            )
+        call = found.prepare()
+        error, allowed = float(found.check(call())), found.tolerance
+        if not error <= allowed:
+            message = f"the relative error must be at most {allowed:.1e} to be timed; it was {error:.1e}"
+            raise ValueError(f"{self.name}, {name}: {message}")
         return call
 
 
@@ -98,9 +79,9 @@ def case(
 
     Args:
         table: The results file.
-        title: Format of a case's name, given the arguments.
+        title: Format of a case's name, given the arguments: ``contrasts B=256 N=1000 D=512 float32``.
         against: The implementation that ratios refer to.
-        names: All implementations that the function may yield.
+        names: All implementations that the function may yield; some may be left out at a size.
         **sizes: For each of `SIZES` the arguments of its cases.
     """
 
@@ -115,27 +96,21 @@ def case(
 
 
 def cases(size: str) -> list[Case]:
-    """Return all cases of a size."""
     from bench.micro import last_layer, network  # noqa: F401  (they register themselves)
 
     return _CASES[size]
 
 
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Largest elementwise relative error; infinite where shapes differ or a value is not finite."""
-    return _worst(value, reference, reference.double().abs())
+def relative_error(value: Tensor, reference: Tensor, scaled: bool = False) -> float:
+    """Return the largest relative error; infinite where shapes differ or a value is not finite.
 
-
-def scaled_error(value: Tensor, reference: Tensor) -> float:
-    """Largest error relative to the largest magnitude in the reference: for sums that may cancel."""
-    return _worst(value, reference, reference.double().abs().max())
-
-
-def _worst(value: Tensor, reference: Tensor, scale: Tensor) -> float:
-    if tuple(value.shape) != tuple(reference.shape):
+    It is relative to each element or, ``scaled``, to the largest magnitude in the reference: for sums that may cancel.
+    """
+    if value.shape != reference.shape or not bool(value.isfinite().all()):
         return float("inf")
-    value = value.detach().to(reference.device).double()
-    if not bool(torch.isfinite(value).all()):
-        return float("inf")
-    tiny = torch.finfo(torch.float64).tiny
-    return float(((value - reference.double()).abs() / scale.clamp_min(tiny)).max())
+    exact = reference.double()
+    scale = exact.abs().max() if scaled else exact.abs()
+    return float(((value.detach().double() - exact).abs() / scale.clamp_min(torch.finfo(exact.dtype).tiny)).max())
+
+
+scaled_error = partial(relative_error, scaled=True)

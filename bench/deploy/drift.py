@@ -1,9 +1,9 @@
 """Drift monitor: measured false-alarm rate and delay, beside a threshold on the moving mean.
 
-Run ``python -m bench.deploy.drift`` (two minutes on one core; ``--quick`` for a look). The scores are standard
-normal in distribution; the monitor sees ranks only, so its false alarms do not depend on that choice. The
-thresholds on the mean know mean and spread of the calibration scores; "tuned" ones have moreover been set,
-on the true distribution, to the monitor's own measured false-alarm rate, which nobody can do in production.
+The scores are standard normal in distribution; the monitor sees ranks only, so its false alarms do not depend on that.
+The thresholds on the mean know mean and spread of the calibration scores; "tuned" ones have moreover been set, on the
+true distribution, to the monitor's own measured false-alarm rate, which nobody can do in production.
+``python -m bench.deploy.drift`` takes two minutes on one core.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from fastgrad.deploy.drift import DriftMonitor, ScoreReference
 Scores = NDArray[np.float64]
 #: Scores to calibrate on and before the change, the mean's window, the rate of false alarms.
 CALIBRATION, BEFORE, WINDOW, ALPHA = 2000, 1000, 100, 0.01
+#: Streams and their length, in distribution; the same with a change, from it on.
+STREAMS, LENGTH, SHIFTED, LONGEST = 500, 5000, 60, 4000
 
 SHIFTS: dict[str, Callable[[np.random.Generator, int], Scores]] = {
-    "mean +0.25 sd": lambda r, n: r.normal(size=n) + 0.25,
-    "mean +0.5 sd": lambda r, n: r.normal(size=n) + 0.5,
-    "mean +1 sd": lambda r, n: r.normal(size=n) + 1,
-    "mean +2 sd": lambda r, n: r.normal(size=n) + 2,
-    "mean +4 sd": lambda r, n: r.normal(size=n) + 4,
+    **{f"mean +{rise} sd": lambda r, n, rise=rise: r.normal(size=n) + rise for rise in (0.25, 0.5, 1, 2, 4)},
     "1 image in 10 at +4 sd": lambda r, n: r.normal(size=n) + 4 * (r.random(n) < 0.1),
     "slow rise, +1 sd after 2,000": lambda r, n: r.normal(size=n) + np.arange(n) / 2000,
     "mean -1 sd (too certain)": lambda r, n: r.normal(size=n) - 1,
@@ -39,14 +37,12 @@ SHIFTS: dict[str, Callable[[np.random.Generator, int], Scores]] = {
 
 def moving_mean(calibration: Scores, stream: Scores) -> Scores:
     """Standardised mean of the last WINDOW scores at every step (-inf before the window is full)."""
-    sums = np.cumsum(np.concatenate([[0.0], stream]))
-    means = (sums[WINDOW:] - sums[:-WINDOW]) / WINDOW
+    means = np.lib.stride_tricks.sliding_window_view(stream, WINDOW).mean(1)
     z = (means - calibration.mean()) / (calibration.std() / WINDOW**0.5)
     return np.concatenate([np.full(WINDOW - 1, -np.inf), z])
 
 
 def monitors(calibration: Scores, seed: int) -> dict[str, DriftMonitor]:
-    """Return a monitor of each form."""
     reference = ScoreReference.from_scores(calibration, seed=seed)
     return {
         "fastgrad, ever": DriftMonitor(reference, false_alarm_rate=ALPHA, seed=seed),
@@ -54,24 +50,24 @@ def monitors(calibration: Scores, seed: int) -> dict[str, DriftMonitor]:
     }
 
 
-def false_alarms(streams: int, length: int, seed: int) -> tuple[list[dict[str, Any]], float]:
+def false_alarms() -> tuple[list[dict[str, Any]], float]:
     """Return rows, and the threshold on the mean that raises as many alarms as the monitor did."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     nominal = NormalDist().inv_cdf(1 - ALPHA)
     alarms: Counter[str] = Counter()
     peaks, run_lengths = [], []
-    for i in range(streams):
-        calibration, stream = random.normal(size=CALIBRATION), random.normal(size=length)
+    for i in range(STREAMS):
+        calibration, stream = random.normal(size=CALIBRATION), random.normal(size=LENGTH)
         for method, monitor in monitors(calibration, i).items():
             alarms[method] += monitor.update(stream)
-        run_lengths.append(monitor.alarm_at or length)
+        run_lengths.append(monitor.alarm_at or LENGTH)
         peaks.append(moving_mean(calibration, stream).max())
     mean = f"mean of {WINDOW} at {ALPHA:.0%}"
     alarms[mean] = int((np.array(peaks) >= nominal).sum())
-    bound = ALPHA * streams + 4 * (streams * ALPHA * (1 - ALPHA)) ** 0.5
+    bound = ALPHA * STREAMS + 4 * (STREAMS * ALPHA * (1 - ALPHA)) ** 0.5
     rows = [
-        {"kind": "false alarms", "method": method, "streams": streams, "length": length, "stated": stated,
-         "alarms": alarms[method], "rate": alarms[method] / streams,
+        {"kind": "false alarms", "method": method, "streams": STREAMS, "length": LENGTH, "stated": stated,
+         "alarms": alarms[method], "rate": alarms[method] / STREAMS,
          "within": bool(np.mean(run_lengths) >= 1000) if method == "fastgrad, average" else alarms[method] <= bound}
         for method, stated in (
             ("fastgrad, ever", f"at most {ALPHA:.0%} ever"), ("fastgrad, average", "1 in 1,000 images or fewer"),
@@ -82,21 +78,21 @@ def false_alarms(streams: int, length: int, seed: int) -> tuple[list[dict[str, A
     return rows, float(np.sort(peaks)[-max(alarms["fastgrad, ever"], 1)])
 
 
-def delays(tuned: float, streams: int, longest: int, seed: int) -> Iterator[dict[str, Any]]:
+def delays(tuned: float) -> Iterator[dict[str, Any]]:
     """Yield a row for each shift and method: images from the change to the alarm."""
     for name, draw in SHIFTS.items():
         found: dict[str, list[float]] = {"fastgrad, ever": [], "fastgrad, average": [], "tuned mean": []}
-        random = np.random.default_rng(seed)
-        for i in range(streams):
+        random = np.random.default_rng(1)
+        for i in range(SHIFTED):
             calibration, good = random.normal(size=CALIBRATION), random.normal(size=BEFORE)
-            bad = draw(random, longest)
+            bad = draw(random, LONGEST)
             for method, monitor in monitors(calibration, i).items():
                 if monitor.update(good):
                     if method == "fastgrad, ever":
                         continue  # a false alarm has no delay
                     monitor.reset("the alarm was counted")
                 begin = monitor.count
-                any(monitor.update(bad[start : start + 50]) for start in range(0, longest, 50))
+                any(monitor.update(bad[start : start + 50]) for start in range(0, LONGEST, 50))
                 found[method].append(np.inf if monitor.alarm_at is None else monitor.alarm_at - begin)
             late = moving_mean(calibration, np.concatenate([good, bad])) >= tuned
             if not late[:BEFORE].any():
@@ -109,17 +105,15 @@ def delays(tuned: float, streams: int, longest: int, seed: int) -> Iterator[dict
             )
             yield {
                 "kind": "delay", "shift": name, "method": method, "streams": len(values), "median": median, "p90": p90,
-                "missed": int(np.isinf(values).sum()), "longest": longest,
+                "missed": int(np.isinf(values).sum()), "longest": LONGEST,
             }  # fmt: skip
 
 
-def measure(quick: bool) -> Iterator[dict[str, Any]]:
-    """Yield all rows."""
-    streams, length, shifted, longest = (60, 2000, 10, 2000) if quick else (500, 5000, 60, 4000)
-    alarms, tuned = false_alarms(streams, length, seed=0)
+def measure() -> Iterator[dict[str, Any]]:
+    alarms, tuned = false_alarms()
     yield from alarms
-    yield from delays(tuned, shifted, longest, seed=1)
+    yield from delays(tuned)
 
 
 if __name__ == "__main__":
-    pages.command("drift", __doc__, measure, packages=("numpy",), quick={"action": "store_true"})
+    pages.command("drift", __doc__, measure, packages=("numpy",))

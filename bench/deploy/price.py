@@ -1,9 +1,9 @@
 """What an answer costs live: `TwoStageModel` over the plain network, beside the price that the plan predicts.
 
 ``python -m bench.deploy.price`` measures the blocks that the default budget keeps, and those with a second pass at
-the image, on five networks. Each round times every form of one network and batch in turn, on the processor's clock
-and one thread, so that what else the machine does hits all; the ratio is the median over rounds. Prices do not depend
-on the weights, which are untrained, nor on how well the detector is fitted: a few dozen random inputs do.
+the image, on five networks. Every form of one network and batch is timed in turn, on the processor's clock and one
+thread; the ratio is the median over rounds. Prices do not depend on the weights, which are untrained, nor on how well
+the detector is fitted: a few dozen random inputs do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from bench.clock import in_turns, rounded_ratio
+from bench.clock import in_turns, rounded_ratio, seconds
 from bench.detection.data import photographs
 from bench.report import pages
 from fastgrad import TwoStageModel
@@ -25,11 +25,9 @@ from fastgrad.batches import logits_of
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 
 Inputs = Tensor | dict[str, Tensor]
-FORMS = {"default": (), "with the view": ("view",)}
-#: What `TwoStageModel` promises for each form, in forward passes.
-AIMS = {"default": 1.2, "with the view": 2.5}
+#: What each form reads beside the default blocks, and what `TwoStageModel` promises for it, in forward passes.
+FORMS = {"default": ((), 1.2), "with the view": (("view",), 2.5)}
 BATCHES, ROUNDS = (1, 8, 32), 15
-_FIT = 48
 
 
 def images(count: int) -> Tensor:
@@ -59,39 +57,33 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] 
 }
 
 
-def fitted(net: nn.Module, inputs: Callable[[int], Inputs], form: str) -> TwoStageModel:
-    """A two-stage model on clean inputs alone."""
-    of_images = () if inputs is images else ("image", "roughness", "view")
-    blocks = [block for block in (*DEFAULT_BLOCKS, *FORMS[form]) if block not in of_images]
-    return TwoStageModel(net, blocks=blocks).fit([inputs(_FIT // 2) for _ in range(2)], None)
+def plain(net: nn.Module, x: Inputs) -> Tensor:
+    with torch.no_grad():
+        return logits_of(net(x) if isinstance(x, Tensor) else net(**x))
 
 
 def measure(name: str) -> Iterator[dict[str, Any]]:
-    """Rows of one network."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     build, inputs = NETWORKS[name]
-    net = build().eval()
-    forms = {form: fitted(net, inputs, form) for form in FORMS if form == "default" or inputs is images}
+    net, models = build().eval(), {}
+    of_images = () if inputs is images else ("image", "roughness", "view")
+    for form, (extra, _) in FORMS.items():
+        if not set(extra) & set(of_images):
+            blocks = [block for block in (*DEFAULT_BLOCKS, *extra) if block not in of_images]
+            models[form] = TwoStageModel(net, blocks=blocks).fit([inputs(24) for _ in range(2)], None)
     for batch in BATCHES:
         x = inputs(batch)
-
-        def plain(x: Inputs = x) -> Tensor:
-            with torch.no_grad():
-                return logits_of(net(x) if isinstance(x, Tensor) else net(**x))
-
-        calls: dict[str, Callable[[], object]] = {"plain": plain}
-        for form, model in forms.items():
+        calls: list[Callable[[], Any]] = [partial(plain, net, x), *(partial(model, x) for model in models.values())]
+        for call in calls[1:]:
             # Logits of another value would mean that something else is timed.
-            torch.testing.assert_close(model(x).logits, plain(), rtol=1e-3, atol=1e-3)
-            calls[form] = partial(model, x)
-        taken = in_turns(calls, ROUNDS)
-        for form, model in forms.items():
+            torch.testing.assert_close(call().logits, calls[0](), rtol=1e-3, atol=1e-3)
+        base, *taken = in_turns([partial(seconds, call) for call in calls], ROUNDS)
+        for (form, model), times in zip(models.items(), taken, strict=True):
             yield {
-                "network": name, "batch": batch, "form": form,
-                "plain_ms": round(1e3 * statistics.median(taken["plain"]), 1),
-                **rounded_ratio(taken[form], taken["plain"]),
-                "predicted": round(model.report().price.predicted, 2), "aim": AIMS[form],
+                "network": name, "batch": batch, "form": form, "plain_ms": round(1e3 * statistics.median(base), 1),
+                **rounded_ratio(times, base), "predicted": round(model.report().price.predicted, 2),
+                "aim": FORMS[form][1],
             }  # fmt: skip
 
 

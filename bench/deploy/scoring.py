@@ -3,8 +3,7 @@
 ``python -m bench.deploy.scoring --model MODEL.pt2 --data DIR`` lays the photographs out as a folder of many JPEG files,
 each several times under other names, starts ``fastgrad score`` on it, kills it with SIGKILL when a third of the parts
 is there, starts it again, and reads the result: every file has one row, and copies of a photograph have one score.
-Resident memory of the process is read twice a second. ``MODEL.pt2`` is a file for photographs with the default blocks,
-such as `bench.deploy.export` leaves in its cache.
+``MODEL.pt2`` is a file for photographs with the default blocks, such as `bench.deploy.export` leaves in its cache.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def lay_out(root: Path, folder: Path, count: int) -> None:
     photographs = [content[start:stop] for start, stop in itertools.pairwise(ends)]
     for number in range(count):
         part, photograph = folder / f"{number // PART:04d}", number % len(photographs)
-        part.mkdir(exist_ok=True)
+        part.mkdir(parents=True, exist_ok=True)
         (part / f"{photograph:04d}-{number:07d}.jpg").write_bytes(photographs[photograph])
 
 
@@ -47,12 +47,8 @@ def resident(pid: int) -> float:
     return next((float(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
 
 
-def run(command: list[str], parts: Path, until: int | None) -> tuple[float, list[tuple[int, float]]]:
-    """Run to the end, or kill as soon as ``until`` parts are there.
-
-    Returns:
-        Seconds from the first finished batch on, and pairs of finished parts and MiB.
-    """
+def run(command: Sequence[str | Path], parts: Path, until: int | None) -> tuple[float, list[tuple[int, float]]]:
+    """Run to the end, or until so many parts are there; return seconds, and pairs of finished parts and MiB."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     start, seen = time.perf_counter(), []
     while process.poll() is None:
@@ -60,8 +56,6 @@ def run(command: list[str], parts: Path, until: int | None) -> tuple[float, list
         seen.append((done, resident(process.pid)))
         if until is not None and done >= until:
             process.kill()
-            process.wait()
-            break
         time.sleep(0.5)
     if until is None and process.returncode:
         raise RuntimeError(f"fastgrad score ended with status {process.returncode}")
@@ -69,16 +63,13 @@ def run(command: list[str], parts: Path, until: int | None) -> tuple[float, list
 
 
 def measure(model: Path, data: Path, images: int) -> Iterator[dict[str, Any]]:
-    """One row: what was scored, how fast, in how much memory."""
     import pyarrow.parquet as pq
 
     with tempfile.TemporaryDirectory() as name:
         folder, out = Path(name) / "images", Path(name) / "scores.parquet"
-        folder.mkdir()
         lay_out(data, folder, images)
         parts = out.with_name(f"{out.name}.parts")
-        command = [sys.executable, "-m", "fastgrad", "score", str(model), str(folder), "--out", str(out),
-                   "--part", str(PART)]  # fmt: skip
+        command = [sys.executable, "-m", "fastgrad", "score", model, folder, "--out", out, "--part", str(PART)]
         until = images // PART // 3
         _, first = run(command, parts, until)
         kept = len(list(parts.glob("part-*.parquet")))
@@ -88,17 +79,17 @@ def measure(model: Path, data: Path, images: int) -> Iterator[dict[str, Any]]:
     assert kept >= until
     assert [row["name"] for row in rows] == expected, "a row is missing, doubled or out of order"
     assert not any(row["error"] for row in rows)
-    scores: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = defaultdict(list)
     for row in rows:
-        scores.setdefault(Path(row["name"]).name[:4], []).append(row["uncertainty"])
-    apart = max(max(values) - min(values) for values in scores.values())
+        scores[Path(row["name"]).name[:4]].append(row["uncertainty"])
     # Memory after the first part of the second run and at its end.
     early = statistics.median(mib for done, mib in second if done == kept + 1)
     late = statistics.median(mib for done, mib in second if done == second[-1][0])
     yield {
         "images": images, "kept of the killed run": kept * PART,
         "images_per_s": (images - kept * PART) / seconds, "early_mib": early, "late_mib": late,
-        "peak_mib": max(mib for _, mib in first + second), "apart": apart,
+        "peak_mib": max(mib for _, mib in first + second),
+        "apart": max(max(values) - min(values) for values in scores.values()),
     }  # fmt: skip
 
 

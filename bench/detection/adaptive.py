@@ -1,27 +1,38 @@
 """Attacks that know the detector: they seek an image that misleads the network *and* that the detector lets pass.
 
-How they see it, and how they seek, is in `bench.detection.white_box`. The attacks: on the network alone (*unaware*;
-AutoAttack); on the margin less lambda times the detector's score; selective. An image is *protected* if every one of
-its attacks fails or is found (Granese et al., MEAD, 2022), at a threshold that flags a twentieth of clean photographs.
+The white box is the detector's own computation, recorded as one graph whose results keep their derivatives. Two parts
+of it have none, or hide it: p-values are counted, and the line between two counts stands for their slope; what a score
+may say is capped, and the attack follows the uncapped sum (BPDA; Athalye, Carlini and Wagner, 2018). Where the detector
+reads a backward pass, the attack differentiates it a second time.
+
+The attacks: on the network alone (*unaware*; AutoAttack); on the margin less lambda times the detector's score;
+selective. An image is *protected* if every one of its attacks fails or is found (Granese et al., MEAD, 2022), at a
+threshold that flags a twentieth of clean photographs.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.detection.data import sets
 from bench.detection.methods_ours import fitted
 from bench.detection.registry import NETWORKS, PHOTOGRAPHS, SMALL, Options
 from bench.detection.subject import Fit, Subject
-from bench.detection.white_box import STEPS, WhiteBox, attack, auto_attack, unaware_of, white_box
+from bench.report.pages import printed
+from fastgrad import TwoStageModel
 from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS
+from fastgrad.engine.tracing import trace
 
+#: Steps of each objective.
+STEPS = 20
 FALSE_ALARMS = 0.05
 RADII = (2 / 255, 8 / 255)
 #: The blocks of the attacked detectors.
@@ -29,35 +40,111 @@ FORMS: Mapping[str, Sequence[str]] = {"default": DEFAULT_BLOCKS, "second pass": 
 #: Weights of the detector's score beside the margin; None is selective.
 LAMBDAS: Mapping[str, float | None] = {"lambda 0.1": 0.1, "lambda 1": 1.0, "selective": None}
 DEFAULT_NETWORKS = ("lite0", "resnet20")
-
-
-#: By kind of data: attacked images, random starts of each objective, images at a time.
-#: A photograph takes a hundred times as long as a small image.
+#: By kind of data, photographs being slow: attacked images, random starts of each objective, images at a time.
 EFFORTS = {PHOTOGRAPHS: (100, 1, 8), SMALL: (100, 5, 25)}
-#: Photographs in quick mode.
-FEW = 8
 #: What happens to images between the attack and the network.
 WAYS: Mapping[str, Callable[[Tensor], Tensor]] = {"": lambda images: images, " after JPEG": sets.compress}
 
 
-def measure(subject: Subject) -> list[dict[str, Any]]:
-    """Return a row for each radius and detector: how many images mislead, how many of those are found."""
+class WhiteBox(NamedTuple):
+    """Logits ``(B, N)`` and uncapped score ``(B,)`` with derivatives; what answers; from where on it is an alarm."""
+
+    differentiable: Callable[[Tensor], tuple[Tensor, Tensor]]
+    model: nn.Module
+    threshold: float
+
+
+def white_box(model: TwoStageModel, example: Tensor, false_alarms: float) -> WhiteBox:
+    """A fitted model's, with everything cut out that stops a derivative."""
+    extraction, detector = model.extraction_, model.detector_
+
+    def scores(x: Tensor) -> tuple[Tensor, Tensor]:
+        logits, blocks = extraction(x)
+        return logits, detector.evidence(detector.raw(blocks), cap=math.inf).sum(-1)
+
+    graph = trace(scores, (example,), len(example), functional=True)
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.target in (aten.detach.default, aten.lift_fresh_copy.default, aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    graph.requires_grad_(False)
+    return WhiteBox(graph, model, model.threshold(false_alarms))
+
+
+def unaware_of(model: nn.Module) -> WhiteBox:
+    """The network's alone: a detector that says nothing."""
+    return WhiteBox(lambda x: (model(x), torch.zeros(len(x), dtype=torch.float64)), model, math.inf)
+
+
+def away_from(logits: Tensor, predicted: Tensor) -> Tensor:
+    """Return by how much the nearest other class leads over ``predicted``, ``(B,)``."""
+    others = logits.scatter(1, predicted[:, None], -torch.inf)
+    return others.amax(1) - logits.gather(1, predicted[:, None])[:, 0]
+
+
+def attack(
+    box: WhiteBox, images: Tensor, labels: Tensor, radius: float, weight: float | None, starts: int, seed: int
+) -> Tensor:
+    """Return for each of ``images`` in [0, 1] the most usual-looking one that misleads; as it was, where none does.
+
+    Projected gradient steps on the sign (Madry et al., 2018), at most ``radius`` from each pixel; the best of several
+    random starts counts. ``weight`` is that of the detector's score beside the margin: 0 is unaware of it, None is
+    selective, the margin until the image misleads, from there on the score (Bryniarski et al., 2021).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    best, least = images.clone(), torch.full((len(images),), math.inf, dtype=torch.float64)
+    for _ in range(starts):
+        start = torch.empty_like(images).uniform_(-radius, radius, generator=generator)
+        x = (images + start).clamp(0, 1)
+        for step in range(STEPS + 1):
+            x.requires_grad_(True)
+            logits, score = box.differentiable(x)
+            towards = away_from(logits, labels).double()
+            misled = (towards > 0).detach()
+            selective = torch.where(misled, -score, towards)
+            objective = selective if weight is None else towards - weight * score
+            (gradient,) = torch.autograd.grad(objective.sum(), x)
+            # Of an attack that does not know the detector, the surest image counts, not the most usual one.
+            value = -towards.detach() if weight == 0 else score.detach()
+            better = misled & (value < least)
+            least = torch.where(better, value, least)
+            best[better] = x.detach()[better]
+            # Steps shrink, so that the last ones settle between the two aims.
+            size = 2.5 * radius / STEPS * (1.5 - step / STEPS)
+            x = x.detach() + size * gradient.nan_to_num().sign()
+            x = torch.maximum(torch.minimum(x, images + radius), images - radius).clamp(0, 1)
+    return best
+
+
+def auto_attack(model: nn.Module, images: Tensor, labels: Tensor, radius: float, seed: int) -> Tensor:
+    """AutoAttack on the network alone, standard version (Croce and Hein, 2020), as its authors wrote it."""
+    from pyautoattack import AutoAttack
+
+    # Other memory layouts stop it.
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    strongest = AutoAttack(model, eps=radius, norm="Linf", version="standard", seed=seed)
+    return strongest.run_standard_evaluation(images.contiguous(), labels, batch_size=len(images))[0]
+
+
+def measure(subject: Subject) -> Iterator[dict[str, Any]]:
+    """Yield a row for each radius and detector: how many images mislead, how many of those are found."""
     fit, model, (count, starts, batch) = Fit(subject), subject.model, EFFORTS[subject.kind]
-    places = subject.right["test"][: FEW if subject.options.quick and subject.few else count]
-    x, labels = (value[places] for value in subject.parts["test"])
-    boxes = {}
-    for form, blocks in list(FORMS.items())[: 1 if subject.options.quick and subject.few else None]:
-        boxes[form] = white_box(fitted(fit, blocks), x[:3], FALSE_ALARMS)
+    forms = list(FORMS)
+    if subject.options.quick and subject.few:
+        count, forms = 8, forms[:1]
+    x, labels = (value[subject.right["test"][:count]] for value in subject.parts["test"])
+    boxes = {form: white_box(fitted(fit, FORMS[form]), x[:3], FALSE_ALARMS) for form in forms}
 
     def every(make: Callable[..., Tensor], seen: Any, *settings: Any) -> Tensor:
         parts = zip(x.split(batch), labels.split(batch), strict=True)
         return torch.cat([make(seen, *part, *settings, seed=seed) for seed, part in enumerate(parts)])
 
     def answers(box: WhiteBox, images: Tensor) -> tuple[Tensor, Tensor]:
-        logits, uncertainty = zip(*(box.uncertainty(part) for part in images.split(batch)), strict=True)
-        return torch.cat(logits), torch.cat(uncertainty)
+        found = [box.model(part) for part in images.split(batch)]
+        return torch.cat([one.logits for one in found]), torch.cat([one.uncertainty for one in found])
 
-    rows = []
     for radius in RADII:
         # What does not depend on the detector is made once.
         shared = {"unaware": every(attack, unaware_of(model), radius, 0.0, starts)}
@@ -67,10 +154,8 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
             print(f"AutoAttack is not run: {absent}", file=sys.stderr)
         for form, box in boxes.items():
             made = shared | {name: every(attack, box, radius, weight, starts) for name, weight in LAMBDAS.items()}
-            row: dict[str, Any] = {
-                "network": subject.network, "case": f"{round(255 * radius)}/255", "method": form, "images": len(x),
-                "starts": starts,
-            }  # fmt: skip
+            row: dict[str, Any] = {"network": subject.network, "case": f"{round(255 * radius)}/255", "method": form}
+            row |= {"images": len(x), "starts": starts}
             for way, change in WAYS.items():
                 safe = np.ones(len(x), dtype=bool)
                 for name, attacked in made.items():
@@ -82,12 +167,9 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
                     safe &= ~misled | found
                 row["protected" + way] = float(safe.mean())
                 row["alarms" + way] = float((answers(box, change(x))[1] > box.threshold).double().mean())
-            rows.append(row)
-            print(row, file=sys.stderr, flush=True)
-    return rows
+            yield row
 
 
-def run(options: Options, networks: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the rows, and what the page says beside them."""
-    rows = [row for name in networks for row in measure(NETWORKS[name].make(options, 0))]
+def run(options: Options, networks: Sequence[str]) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
+    rows = printed(row for name in networks for row in measure(NETWORKS[name].make(options, 0)))
     return rows, {"steps": STEPS, "networks": {name: NETWORKS[name].title for name in networks}}

@@ -59,23 +59,15 @@ class ResidualBlock(nn.Module):
 
 
 class Classifier(nn.Module):
-    """``normalize``, ``stem``, three ``stages``, global average pooling, ``fc``."""
+    """``normalize``, ``stem``, three or four ``stages``, global average pooling, ``fc`` to ten classes."""
 
     def __init__(
-        self,
-        stem: nn.Module,
-        stages: list[nn.Module],
-        width: int,
-        classes: int,
-        mean: Pixel = (0.491, 0.482, 0.447),
+        self, stem: nn.Module, stages: list[nn.Module], width: int, mean: Pixel = (0.491, 0.482, 0.447),
         std: Pixel = (0.247, 0.243, 0.262),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.normalize = Normalize(mean, std)
-        self.stem = stem
-        self.stages = nn.ModuleList(stages)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(width, classes)
+        self.normalize, self.stem, self.stages = Normalize(mean, std), stem, nn.ModuleList(stages)
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, N)``."""
@@ -86,16 +78,9 @@ class Classifier(nn.Module):
 
 
 def residual_network(
-    width: int = 32,
-    stages: int = 3,
-    blocks: int = 1,
-    stride: int = 2,
-    classes: int = 10,
-    *,
-    padded: bool = False,
-    **pixels: Pixel,
+    width: int = 32, stages: int = 3, blocks: int = 1, stride: int = 2, *, padded: bool = False, **pixels: Pixel
 ) -> Classifier:
-    """A residual network of ``stages`` with ``blocks`` each; the defaults make the small one of seven convolutions.
+    """Return a residual network; the defaults make the small one of seven convolutions.
 
     ``width=64, stages=4, blocks=2, stride=1`` is ResNet-18 as it is used on CIFAR-10; ``width=16, stages=3, blocks=3,
     stride=1`` is ResNet-20, with a convolution where a shortcut widens. ``pixels``: the mean and standard deviation.
@@ -109,7 +94,7 @@ def residual_network(
         made += [ResidualBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
         parts.append(made[0] if blocks == 1 else nn.Sequential(*made))
         inputs = outputs
-    return Classifier(stem, parts, inputs, classes, **pixels)
+    return Classifier(stem, parts, inputs, **pixels)
 
 
 class DenseLayer(nn.Module):
@@ -132,16 +117,14 @@ def transition(inputs: int) -> nn.Module:
     return nn.Sequential(OrderedDict(layers, pool=nn.AvgPool2d(2)))
 
 
-def dense_network(growth: int = 12, layers: int = 16, classes: int = 10) -> Classifier:
+def dense_network(growth: int = 12, layers: int = 16) -> Classifier:
     """DenseNet-BC of three blocks; the defaults make the one of 100 layers, as its published weights expect pixels."""
     width = 2 * growth
     parts: list[nn.Module] = []
     for last in (False, False, True):
         block = nn.Sequential(*[DenseLayer(width + i * growth, growth) for i in range(layers)])
         width += layers * growth
-        if last:
-            parts.append(nn.Sequential(block, nn.BatchNorm2d(width), nn.ReLU()))
-        else:
-            parts.append(nn.Sequential(block, transition(width)))
-            width //= 2
-    return Classifier(conv(3, 2 * growth), parts, width, classes, std=(0.2023, 0.1994, 0.2010))
+        after = [nn.BatchNorm2d(width), nn.ReLU()] if last else [transition(width)]
+        parts.append(nn.Sequential(block, *after))
+        width = width if last else width // 2
+    return Classifier(conv(3, 2 * growth), parts, width, std=(0.2023, 0.1994, 0.2010))

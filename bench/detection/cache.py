@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -20,9 +17,6 @@ from torch import nn
 from fastgrad.atomic import written_beside
 
 Arrays = dict[str, NDArray[Any]]
-#: What the readers of NumPy and PyTorch raise where a file was cut off or overwritten.
-DAMAGED = (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error,
-           pickle.UnpicklingError)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -30,19 +24,14 @@ def _reading(path: Path) -> Iterator[None]:
     """Name a file that is there and cannot be read."""
     try:
         yield
-    except DAMAGED as error:
+    except Exception as error:  # readers raise many kinds where a file was cut off or overwritten
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path} must be a whole file; it cannot be read ({reason}). Delete it to have it made again"
-        ) from error
+        message = f"{path} must be a whole file; it cannot be read ({reason}). Delete it to have it made again"
+        raise ValueError(message) from error
 
 
 def arrays(path: Path, make: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays:
-    """The arrays in ``path``, or those that ``make`` returns, kept there.
-
-    Raises:
-        ValueError: The file is damaged; the message names it.
-    """
+    """Return the arrays in ``path``, or those that ``make`` returns, kept there."""
     if path.exists():
         with _reading(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return dict(archive)
@@ -52,10 +41,9 @@ def arrays(path: Path, make: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays
 
 
 def weights(path: Path, model: nn.Module, recipe: Mapping[str, Any], train: Callable[[nn.Module], object]) -> nn.Module:
-    """``model`` in evaluation mode with the weights in ``path``, or trained by ``train`` and kept there.
+    """Return ``model`` in evaluation mode with the weights in ``path``, or trained by ``train`` and kept there.
 
-    Raises:
-        ValueError: The file is damaged or holds a network of another recipe; the message names it.
+    A file that is damaged or holds a network of another recipe is a ValueError; the message names it.
     """
     if not path.exists():
         train(model)
@@ -75,15 +63,14 @@ def weights(path: Path, model: nn.Module, recipe: Mapping[str, Any], train: Call
 
 
 def digest(*parts: object) -> str:
-    """Twelve hexadecimal digits of modules' weights, arrays, and whatever JSON can write."""
+    """Return twelve hexadecimal digits of modules' weights, arrays, and whatever JSON can write."""
     total = sha256()
     for part in parts:
         if isinstance(part, nn.Module):
             for name, value in part.state_dict().items():
-                total.update(name.encode())
-                total.update(np.ascontiguousarray(value.cpu().numpy()).tobytes())
+                total.update(name.encode() + value.cpu().numpy().tobytes())
         elif isinstance(part, np.ndarray):
-            total.update(np.ascontiguousarray(part).tobytes())
+            total.update(part.tobytes())
         else:
             total.update(json.dumps(part, sort_keys=True).encode())
     return total.hexdigest()[:12]

@@ -57,9 +57,8 @@ def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, pa
     how = {**how, **BRIEF.get(how["name"], {})} if subject.options.quick else how
 
     def make() -> dict[str, NDArray[Any]]:
-        model = subject.model
         parts = [
-            attack(model, x.contiguous(memory_format=torch.channels_last), y, seed=_seed(subject, name, part), **how)
+            attack(subject.model, packed(x), y, seed=_seed(subject, name, part), **how)
             for x, y in zip(clean.split(BATCH), labels.split(BATCH), strict=True)
         ]
         change = (torch.cat(parts) - clean).contiguous()
@@ -70,29 +69,25 @@ def attacked(name: str, how: Mapping[str, Any], jpeg: bool, subject: Subject, pa
         images = sets.to_tensor(kept["images"])
     else:
         images = (clean + torch.from_numpy(kept["change"]).float()).clamp(0, 1)
-    if jpeg:
-        images = sets.compress(images)
+    images = sets.compress(images) if jpeg else images
     misled = predicted(subject, images) != labels
-    return Shown(images[misled], places[misled], len(places))
+    return Shown(images[misled], places[misled])
 
 
 @torch.no_grad()
 def predicted(subject: Subject, images: Tensor) -> Tensor:
-    """Return the network's classes ``(n,)``."""
     parts = packed(images).split(BATCH)
     return torch.cat([subject.model(x).argmax(1) for x in parts])
 
 
 def corrupted(name: str, severity: int, subject: Subject, part: str, count: int) -> Shown:
-    """One of imagecorruptions' kinds."""
     clean = subject.parts[part][0][:count]
 
     def make() -> dict[str, NDArray[Any]]:
-        made = corrupt(clean, name, severity, seed=_seed(subject, name, part))
-        return {"images": sets.to_bytes(made)}
+        return {"images": sets.to_bytes(corrupt(clean, name, severity, seed=_seed(subject, name, part)))}
 
     images = sets.to_tensor(subject.kept(f"images/{name}-{severity}/{part}", make)["images"])
-    return Shown(images, torch.arange(len(images)), len(images))
+    return Shown(images, torch.arange(len(images)))
 
 
 def other(name: str, subject: Subject, part: str, count: int) -> Shown:
@@ -103,7 +98,7 @@ def other(name: str, subject: Subject, part: str, count: int) -> Shown:
     else:
         like = sets.load(subject.options.data, "cifar10", "test", 1)
         images = sets.stranger(subject.options.data, name, like, count, start)
-    return Shown(images, torch.full((len(images),), -1), len(images))
+    return Shown(images, torch.full((len(images),), -1))
 
 
 for _kind, _attacks in ((PHOTOGRAPHS, PHOTOGRAPHED), (SMALL, TESTED)):
@@ -121,28 +116,19 @@ for _group, _sets in (("near sets", NEAR), ("far sets", FAR)):
 
 
 def text(name: str, subject: Subject, part: str, count: int) -> Shown:
-    """Other texts than news."""
-    inputs = subject.source.case(name, count)
-    return Shown(inputs, torch.full((len(inputs),), -1), len(inputs))
+    """Other texts than news, or news with their words changed, whose labels stay."""
+    return Shown(*subject.source.case(name, part, count))
 
 
-def rewritten(name: str, subject: Subject, part: str, count: int) -> Shown:
-    """News with their words changed, whose labels stay."""
-    inputs = subject.source.corrupted(name, part, count)
-    return Shown(inputs, torch.arange(len(inputs)), len(inputs))
-
-
-for _name in news.CASES:
-    case(_name, "other texts", (TEXTS,))(partial(text, _name))
-for _name in news.CORRUPTED:
-    case(_name, "changed texts", (TEXTS,))(partial(rewritten, _name))
+for _name in (*news.CASES, *news.CORRUPTED):
+    case(_name, "other texts" if _name in news.CASES else "changed texts", (TEXTS,))(partial(text, _name))
 
 
 def file(name: str, subject: Subject, part: str, count: int) -> Shown:
     """Changed files, whose kind stays; of those of no kind the ones that the network does not call so."""
     inputs, source = subject.source.case(name, part, count)
     kept = (source >= 0) | ~torch.isin(predicted(subject, inputs), subject.source.none)
-    return Shown(inputs[kept], source[kept], len(inputs))
+    return Shown(inputs[kept], source[kept])
 
 
 for _name in (*files.CHANGED, *files.DISGUISED, *files.UNKNOWN):
@@ -153,11 +139,11 @@ for _name in (*files.CHANGED, *files.DISGUISED, *files.UNKNOWN):
 def compressed(subject: Subject, part: str, count: int) -> Shown:
     """What the compression of attacked images does alone."""
     images = sets.compress(subject.parts[part][0][:count])
-    return Shown(images, torch.arange(len(images)), len(images))
+    return Shown(images, torch.arange(len(images)))
 
 
 @case("grey", "control", IMAGES)
 def grey(subject: Subject, part: str, count: int) -> Shown:
     """Clean images without colour, for other sets that have none."""
     images = sets.to_tensor(sets.grey(sets.to_bytes(subject.parts[part][0][:count])))
-    return Shown(images, torch.arange(len(images)), len(images))
+    return Shown(images, torch.arange(len(images)))

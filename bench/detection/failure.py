@@ -1,8 +1,7 @@
 """Which answers are wrong: risk beside what a user has without it, judged by the network's errors.
 
 Clean images, and clean ones together with those of each group of cases; every answer to an image of another set is
-wrong. AUROC of wrong against right answers, the area under the risk-coverage curve, and of what is a probability of an
-error the calibration error and the log loss. Resampled intervals draw all copies of an image together.
+wrong. Resampled intervals draw all copies of an image together.
 """
 
 from __future__ import annotations
@@ -35,8 +34,6 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "clean and other sets": ("other sets", "near sets", "far sets", "other texts", "foreign files"),
 }  # fmt: skip
 PROBABILITIES = ("softmax", "softmax, temperature", "ensemble of five", "fastgrad, risk")
-#: Networks small enough to be trained five times.
-ENSEMBLES = ("resnet20",)
 
 
 class Judged(NamedTuple):
@@ -61,9 +58,9 @@ def scaled(fit: Fit) -> Callable[[Seen], torch.Tensor]:
 def ensemble(fit: Fit) -> Callable[[Seen], torch.Tensor]:
     """1 - the probability of the network's answer, over it and four others of other seeds."""
     subject = fit.subject
-    if subject.network not in ENSEMBLES:
-        raise NotRun("needs four more trainings of the network")
     name, options, seeds = subject.network, subject.options, range(1, 5)
+    if name != "resnet20":  # the one small enough to be trained five times
+        raise NotRun("needs four more trainings of the network")
     if options.quick and not all(train.file(name, seed, options.cache).exists() for seed in seeds):
         raise NotRun("needs four more trainings of the network, which quick mode leaves out")
     models = [subject.model, *(train.trained(name, seed, options.data, options.cache) for seed in seeds)]
@@ -76,14 +73,11 @@ def ensemble(fit: Fit) -> Callable[[Seen], torch.Tensor]:
     return score
 
 
-OWN = {
-    one.name: one
-    for one in (
-        Method("ensemble of five", 2017, "Lakshminarayanan et al., NeurIPS", Protocol.CLEAN, ensemble),
-        Method("softmax, temperature", 2017, "Guo et al., ICML", Protocol.CLEAN, scaled),
-        Method("fastgrad, risk", 2026, "the default", Protocol.GENERATED, risk),
-    )
-}
+OWN = (
+    Method("ensemble of five", 2017, "Lakshminarayanan et al., NeurIPS", Protocol.CLEAN, ensemble),
+    Method("softmax, temperature", 2017, "Guo et al., ICML", Protocol.CLEAN, scaled),
+    Method("fastgrad, risk", 2026, "the default", Protocol.GENERATED, risk),
+)
 
 
 def judged(subject: Subject, case: str) -> Judged:
@@ -97,63 +91,48 @@ def judged(subject: Subject, case: str) -> Judged:
 
 
 def row(scores: Values, found: Judged, probability: bool) -> dict[str, Any]:
-    """Return the figures of one method on some images."""
     values = resampled.grouped_auroc(scores, found.wrong, found.source)
-    made: dict[str, Any] = {
-        "auroc": round(float(values[0]), 4), "interval": resampled.interval(values),
-        "aurc": round(1000 * aurc(scores, found.wrong), 1),
-    }  # fmt: skip
+    made = resampled.columns("auroc", values) | {"aurc": round(1000 * aurc(scores, found.wrong), 1)}
     if probability:
         p = np.stack([scores, 1 - scores], 1)
         report = calibration_report(p, (1 - found.wrong).astype(int))
-        made |= {"ece": round(_error(scores, found.wrong), 4), "log loss": round(float(report["nll"]), 4)}
+        # Between the risk that is said and the share of errors, over 15 bins of what is said.
+        differences = np.bincount(np.minimum((scores * 15).astype(int), 14), scores - found.wrong)
+        made["ece"] = round(float(np.abs(differences).sum() / len(scores)), 4)
+        made["log loss"] = round(float(report["nll"]), 4)
     return made
 
 
-def _error(scores: Values, wrong: Values, bins: int = 15) -> float:
-    """Mean difference between the risk that is said and the share of errors, over bins of what is said."""
-    place = np.minimum((scores * bins).astype(int), bins - 1)
-    total = np.bincount(place, scores - wrong, minlength=bins)
-    return float(np.abs(total).sum() / len(scores))
-
-
 def measure(subject: Subject) -> list[dict[str, Any]]:
-    """Return a row for each method and group of images."""
-    known = {case.group for case in CASES.values() if subject.kind in case.kinds}
-    wanted = {group: tuple(part for part in parts if part in known) for group, parts in GROUPS.items()}
+    groups = {name: case.group for name, case in CASES.items() if subject.kind in case.kinds}
+    wanted = {group: [part for part in parts if part in groups.values()] for group, parts in GROUPS.items()}
     wanted = {group: parts for group, parts in wanted.items() if parts or group == "clean"}
-    wanted["everything"] = tuple(part for parts in wanted.values() for part in parts)
-    cases = [name for name, case in CASES.items() if case.group in wanted["everything"] and subject.kind in case.kinds]
+    wanted["everything"] = [part for parts in wanted.values() for part in parts]
     judgements: dict[str, Judged] = {"clean": judged(subject, "clean")}
     lost: dict[str, str] = {}
-    for case in cases:
+    for case in (case for case, group in groups.items() if group in wanted["everything"]):
         try:
             judgements[case] = judged(subject, case)
         except runner.ABSENT as why:
             # Where no image misleads the network, there is nothing to judge.
             lost |= {} if "misleads" in str(why) else {case: str(why)}
+    cases = list(judgements)[1:]
     rows = []
-    for name in (*RIVALS, *OWN):
-        method = OWN.get(name) or METHODS[name]
-        found = runner.measure(subject, method, [case for case in judgements if case != "clean"])
+    for method in (*(METHODS[name] for name in RIVALS), *OWN):
+        found, left = runner.measure(subject, method, cases)
         for group, parts in wanted.items():
-            own = ["clean", *(case for case in judgements if case != "clean" and CASES[case].group in parts)]
-            head = {
-                "network": subject.network, "draw": subject.draw, "method": name, "protocol": method.protocol.value,
-                "case": group, "group": group,
-            }  # fmt: skip
-            absent = [why for case, why in lost.items() if CASES[case].group in parts]
-            absent = list(dict.fromkeys(absent + [found.absent[case] for case in own if case in found.absent]))
+            own = ["clean", *(case for case in cases if groups[case] in parts)]
+            head = runner.head_of(subject, method) | {"case": group, "group": group}
+            absent = [why for case, why in (lost | left).items() if case in own or groups.get(case) in parts]
             if absent:
-                rows.append(head | {"not run": "; ".join(absent)})
+                rows.append(head | {"not run": "; ".join(dict.fromkeys(absent))})
                 continue
             together = Judged(*(np.concatenate(values) for values in zip(*(judgements[c] for c in own), strict=True)))
-            scores = np.concatenate([found.scores[case] for case in own])
-            rows.append(head | row(scores, together, name in PROBABILITIES))
+            scores = np.concatenate([found[case] for case in own])
+            rows.append(head | row(scores, together, method.name in PROBABILITIES))
     return rows
 
 
 def run(options: Options, networks: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the rows, and what the page says beside them."""
     rows = runner.over(networks, options, measure)
-    return rows, runner.facts("Which answers are wrong", options, {**METHODS, **OWN})
+    return rows, runner.facts("Which answers are wrong", options, {**METHODS, **{one.name: one for one in OWN}})

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from sklearn.datasets import make_moons
 from torch import Tensor, nn
 
-from bench.detection.methods_ours import answer, fitted
+from bench.detection.methods_ours import answer, fitted, log_norms
 from bench.detection.networks import small
 from bench.detection.registry import Options
-from bench.detection.subject import BATCH, Fit, Subject
-from fastgrad import GradientFeatures, TwoStageModel, plots
+from bench.detection.subject import Fit, Subject
+from fastgrad import TwoStageModel, plots
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 
 
@@ -31,30 +32,21 @@ def histograms(subject: Subject, out: Path) -> None:
 
 def layers(subject: Subject, out: Path) -> None:
     """Squared norms of every parameter's gradient, confounding label, clean against challenging."""
+    shown = {case: log_norms(subject.seen(case)).double() for case in ("clean", "PGD", "textures", "grey")}
     names = [name for name, _ in subject.model.named_parameters()]
-    extractor = GradientFeatures(subject.model.requires_grad_(True), loss="bce", target="ones")
-    found = {
-        case: torch.cat([extractor(x)[1] for x in subject.seen(case).images.split(BATCH)]).double().numpy()
-        for case in ("clean", "PGD", "textures", "grey")
-    }
-    subject.model.requires_grad_(False)
-    plots.save(plots.layer_norms(found, names), out / "gallery-layers.png", dpi=90)
+    axes = plots.layer_norms({case: norms.exp() for case, norms in shown.items()}, names)
+    plots.save(axes, out / "gallery-layers.png", dpi=90)
 
 
-def moons(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Two interleaved half circles ``(count, 2)`` and their labels."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 2
-    angle = torch.pi * torch.rand(count, generator=generator)
-    side = 1.0 - 2.0 * labels
-    points = torch.stack([side * angle.cos() + labels, side * angle.sin() + 0.5 * labels], 1)
-    return points + 0.1 * torch.randn(count, 2, generator=generator), labels
+def moons(seed: int) -> tuple[Tensor, Tensor]:
+    points, labels = make_moons(1200, noise=0.1, random_state=seed)
+    return torch.from_numpy(points).float(), torch.from_numpy(labels)
 
 
 def manifold(out: Path) -> None:
     """A 2-D classifier: where its softmax is unsure, and where the detector is."""
     torch.manual_seed(0)
-    points, labels = moons(1200, 0)
+    points, labels = moons(0)
     model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     for _ in range(400):
@@ -62,7 +54,7 @@ def manifold(out: Path) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    two_stage = TwoStageModel(model.eval()).fit([moons(1200, 1)[0]], None)
+    two_stage = TwoStageModel(model.eval()).fit([moons(1)[0]], None)
 
     def softmax(x: Tensor) -> Tensor:
         with torch.no_grad():

@@ -1,17 +1,14 @@
 """Introspection where it gains: a second answer from what the last layer reads, trained on generated challenges.
 
-H learns the clean image's label from clean images and from challenges made of them; the network stays as it is. What
-H reads: h, the contrast rows of the published method, their norms, h and the norms, or the logits. How its answer joins
-the network's: by the gate of `TwoStageModel`, the probability that the image is a challenge; by their mean; not at all,
-H alone. Beside it what one would try first: the last layer trained again on the same images, and batch norm's
-statistics adapted.
+H learns the clean image's label from clean images and from challenges made of them. Its answer joins the network's by
+the gate of `TwoStageModel`, the probability that the image is a challenge; by their mean; or not at all. Beside it what
+one would try first: the last layer trained again on the same images, and batch norm's statistics adapted.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,7 +47,7 @@ Answers = dict[str, dict[str, Tensor]]
 
 
 def reads(h: Tensor, logits: Tensor, layer: nn.Linear) -> dict[str, Any]:
-    """Return by name what H may read."""
+    """Return by name what H may read; contrast rows are those of the published method."""
     norms = contrast_sqnorm(h, logits, bias=layer.bias is not None, log=True)
     return {
         "h": h, "contrast rows": {"features": h, "logits": logits}, "contrast norms": norms,
@@ -58,14 +55,13 @@ def reads(h: Tensor, logits: Tensor, layer: nn.Linear) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def chosen(value: Any, places: Tensor) -> Any:
-    """Return rows of what H reads."""
+def chosen(value: Any, places: Tensor | slice) -> Any:
     if isinstance(value, dict):
         return {name: part[places].numpy() for name, part in value.items()}
     return value[places].numpy()
 
 
-def retrained(layer: nn.Linear, h: Tensor, labels: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
+def retrained(layer: nn.Linear, h: Tensor, labels: Tensor, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the probabilities of the last layer, trained further on h."""
     torch.manual_seed(seed)
     own = copy.deepcopy(layer).requires_grad_(True)
@@ -76,7 +72,7 @@ def retrained(layer: nn.Linear, h: Tensor, labels: Tensor, seed: int) -> Callabl
             F.cross_entropy(own(h[index]), labels[index]).backward()
             optimizer.step()
     own.requires_grad_(False)
-    return lambda values: own(values).softmax(1)
+    return lambda h, logits: own(h).softmax(1)
 
 
 @torch.no_grad()
@@ -87,7 +83,7 @@ def adapted(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([own(x).softmax(1) for x in images.split(BATCH)])
 
 
-def answers(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
+def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
     """Return probabilities by method and case, of everything fitted on one split."""
     fit = Fit(subject)
     # The detector and its gate are those of `TwoStageModel.fit`; H is trained below on each thing that it may read.
@@ -108,11 +104,11 @@ def answers(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
 
         def second(h: Tensor, z: Tensor, name: str = name, H: Any = H) -> Tensor:
             value = reads(h, z, subject.layer)[name]
-            return torch.from_numpy(H.predict_proba(chosen(value, torch.arange(len(h))))).float()
+            return torch.from_numpy(H.predict_proba(chosen(value, slice(None)))).float()
 
         seconds[f"H on {name}"] = second
     again = retrained(subject.layer, rows["features"][trained], labels[trained], seed)
-    seconds["last layer, trained again"] = lambda h, z: again(h)
+    seconds["last layer, trained again"] = again
     found: Answers = {}
     for case, seen in tests.items():
         values = blocks_of(seen.subject, f"{case}/test", seen.images, (*DEFAULT_BLOCKS, "features"))
@@ -146,41 +142,33 @@ def measure(options: Options, network: str) -> list[dict[str, Any]]:
     truth = {case: clean[1][seen.shown.source] for case, seen in tests.items()}
     found: dict[str, list[dict[str, Tensor]]] = {}
     for seed in range(SEEDS):
-        start = time.perf_counter()
         places = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:FITTED]
         subject = replace(base, draw=seed, parts={"fit": (images[places], labels[places]), "test": clean}, _seen={})
-        for name, own in answers(subject, tests, seed).items():
+        for name, own in answered(subject, tests, seed).items():
             found.setdefault(name, []).append(own)
-        print(f"{network}, split {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        print(f"{network}, split {seed}", file=sys.stderr, flush=True)
     found["batch norm adapted"] = [{case: adapted(base.model, seen.images) for case, seen in tests.items()}]
     rows = []
+    right: dict[tuple[str, str], NDArray[np.float64]] = {}
     for name, splits in found.items():
         for group, cases in GROUPS.items():
             known = np.concatenate([truth[case].numpy() for case in cases])
-            row: dict[str, Any] = {"network": network, "method": name, "case": group, "splits": len(splits)}
-            reports = [
-                calibration_report(torch.cat([own[case] for case in cases]).double().numpy(), known) for own in splits
-            ]
+            row: dict[str, Any] = {"network": network, "method": name, "case": group}
+            answers = [torch.cat([own[case] for case in cases]).double().numpy() for own in splits]
+            reports = [calibration_report(probabilities, known) for probabilities in answers]
             for metric in ("accuracy", "ece"):
                 values = [float(report[metric]) for report in reports]
                 row[metric] = round(float(np.mean(values)), 4)
                 row[f"{metric} spread"] = round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None
-            gain = sum(_right(splits, truth, cases)) / len(splits)
-            gain = gain - sum(_right(found[NETWORK], truth, cases)) / SEEDS
+            right[name, group] = np.mean([one.argmax(1) == known for one in answers], 0)
+            gain = right[name, group] - right[NETWORK, group]
             # All copies of an image are drawn together.
             change = resampled.mean(gain.reshape(len(cases), -1).mean(0))
-            rows.append(row | {"gain": round(float(change[0]), 4), "interval": resampled.interval(change)})
+            rows.append(row | resampled.columns("gain", change))
     return rows
 
 
-def _right(
-    splits: list[dict[str, Tensor]], truth: Mapping[str, Tensor], cases: tuple[str, ...]
-) -> list[NDArray[np.float64]]:
-    return [torch.cat([own[case].argmax(1) == truth[case] for case in cases]).double().numpy() for own in splits]
-
-
 def run(options: Options, networks: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the rows, and what the page says beside them."""
     rows = [row for name in networks for row in measure(options, name)]
     about = {name: [NETWORKS[name].title, NETWORKS[name].tuned] for name in DEFAULT_NETWORKS}
     return rows, {"fitted": FITTED, "tested": TESTED, "copies": COPIES, "networks": about}

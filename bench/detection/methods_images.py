@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-import fastgrad
+from bench.detection.methods_ours import log_norms, logistic
 from bench.detection.registry import IMAGES, NotRun, Protocol, Score, method
 from bench.detection.subject import BATCH, Fit, Seen
-
-Columns = Callable[..., Callable[[Seen], Tensor]]
+from fastgrad.scores.mahalanobis import Mahalanobis
 
 
 @method("ODIN", 2018, "Liang et al., ICLR", slow=True)
@@ -41,31 +39,9 @@ def grad_uncertainty(fit: Fit) -> Score:
 
 @method("gradient norms", 2022, "Lee et al.: all parameters, scored from clean data by a Gaussian", slow=True)
 def gradient_norms(fit: Fit) -> Score:
-    norms = _norms(fit)
-    clean = norms(fit.clean)
-    from fastgrad.scores.mahalanobis import Mahalanobis
-
+    clean = log_norms(fit.clean)
     gaussian = Mahalanobis.fit(clean.double().numpy(), directions=clean.shape[1])
-    return lambda seen: gaussian(norms(seen).double())
-
-
-def _norms(fit: Fit) -> Callable[[Seen], Tensor]:
-    """Logarithms of the squared norm of every parameter's gradient ``(n, P)``."""
-    model = fit.subject.model
-    extractor = fastgrad.GradientFeatures(model, loss="bce", target="ones")
-
-    def norms(seen: Seen) -> Tensor:
-        def make() -> dict[str, np.ndarray]:
-            model.requires_grad_(True)
-            try:
-                parts = [extractor(x)[1] for x in seen.images.split(BATCH)]
-            finally:
-                model.requires_grad_(False)
-            return {"norms": torch.cat(parts).clamp_min(1e-30).log().float().numpy()}
-
-        return torch.from_numpy(fit.subject.kept(f"gradients/{seen.case}/{seen.part}", make)["norms"])
-
-    return norms
+    return lambda seen: gaussian(log_norms(seen).double())
 
 
 @method("MultiMahalanobis", 2018, "Lee et al., NeurIPS: every stage")
@@ -77,47 +53,28 @@ def several_stages(fit: Fit) -> Score:
     return lambda seen: made.predict_structured(seen.stages)
 
 
-def logistic(clean: Tensor, other: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the score of a logistic regression, of standardised columns and both classes weighing the same."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+def labelled(name: str, year: int, paper: str, columns: Callable[[Fit], Callable[[Seen], Tensor]]) -> None:
+    """Register a logistic regression on columns ``(n, k)``, trained with labelled images of the case."""
 
-    rows = torch.cat([clean, other]).double().nan_to_num().numpy()
-    labels = np.repeat([0, 1], [len(clean), len(other)])
-    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
-    model.fit(rows, labels)
-    return lambda values: torch.from_numpy(model.decision_function(values.double().nan_to_num().numpy()))
+    @method(name, year, paper, Protocol.LABELLED)
+    def fitted(fit: Fit) -> Score:
+        of = columns(fit)
+        score = logistic(of(fit.clean), of(fit.challenges))
+        return lambda seen: score(of(seen))
 
 
-def labelled(name: str, year: int, paper: str) -> Callable[[Columns], Columns]:
-    """Register columns ``(n, k)`` on which a logistic regression is trained, with labelled images of the case."""
-
-    def register(columns: Columns) -> Columns:
-        def fitted(fit: Fit) -> Score:
-            of = columns(fit)
-            score = logistic(of(fit.clean), of(fit.challenges))
-            return lambda seen: score(of(seen))
-
-        method(name, year, paper, Protocol.LABELLED)(fitted)
-        return columns
-
-    return register
-
-
-#: What a labelled method may read, given a fit.
-COLUMNS: Mapping[str, Columns] = {
-    "stages": lambda fit: lambda seen: torch.cat(seen.stages, 1),
-    "logits": lambda fit: lambda seen: seen.logits.sort(1, descending=True).values[:, :50],
-    "h": lambda fit: lambda seen: seen.h,
-    "gradients": _norms,
+#: What a labelled method may read.
+COLUMNS: Mapping[str, Callable[[Seen], Tensor]] = {
+    "stages": lambda seen: torch.cat(seen.stages, 1),
+    "logits": lambda seen: seen.logits.sort(1, descending=True).values[:, :50],
+    "h": lambda seen: seen.h,
+    "gradients": log_norms,
 }
 
 
 def joined(names: Sequence[str], fit: Fit) -> Callable[[Seen], Tensor]:
     """Return several of `COLUMNS` side by side."""
-    parts = [COLUMNS[name](fit) for name in names]
-    return lambda seen: torch.cat([part(seen) for part in parts], 1)
+    return lambda seen: torch.cat([COLUMNS[name](seen) for name in names], 1)
 
 
 for _name, _year, _paper, _names in (
@@ -128,10 +85,9 @@ for _name, _year, _paper, _names in (
     ("all but gradients", 2026, "control: stages, logits and h", ["stages", "logits", "h"]),
     ("all with gradients", 2026, "control: the same and gradient norms", [*COLUMNS]),
 ):
-    labelled(f"{_name}, labelled", _year, _paper)(partial(joined, _names))
+    labelled(f"{_name}, labelled", _year, _paper, partial(joined, _names))
 
 
-@labelled("LID", 2018, "Ma et al., ICLR")
 def local_dimensionality(fit: Fit, neighbours: int = 20, bank: int = 100) -> Callable[[Seen], Tensor]:
     """Of every stage ``-1 / mean(log(d_i / d_k))`` over the k nearest clean images of a batch."""
     clean = [stage[:bank] for stage in fit.clean.stages]
@@ -147,3 +103,6 @@ def local_dimensionality(fit: Fit, neighbours: int = 20, bank: int = 100) -> Cal
         return torch.stack(columns, 1)
 
     return of
+
+
+labelled("LID", 2018, "Ma et al., ICLR", local_dimensionality)

@@ -6,14 +6,17 @@ for users. Blocks are named, so that a busy machine, on which blocks seem dear, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from bench.detection.methods_images import logistic
 from bench.detection.registry import IMAGES, METHODS, TEXTS, NotRun, Protocol, Score, method
 from bench.detection.subject import BATCH, Fit, Seen, Subject, packed
 from fastgrad import TwoStageModel
@@ -24,7 +27,6 @@ from fastgrad.detector import collect, fitting
 from fastgrad.detector.presets import DEFAULT_BLOCKS
 from fastgrad.prediction import Prediction
 
-GENERATED, LABELLED = Protocol.GENERATED, Protocol.LABELLED
 #: Labelled challenges that every fold has one of.
 FEWEST = 16
 #: What a logistic regression on published scores reads: those of one pass that need no classes.
@@ -69,6 +71,11 @@ def blocks_of(subject: Subject, where: str, images: Tensor, names: Sequence[str]
         vectors = torch.tensor([parameter.dim() == 1 for parameter in subject.model.parameters()])
         found[NormalisationNorms.name] = found["all_norms"][..., vectors]
     return {name: found[name] for name in names if name in found}
+
+
+def log_norms(seen: Seen) -> Tensor:
+    """Return the logarithms of the squared norm of every parameter's gradient ``(n, P)``."""
+    return blocks_of(seen.subject, f"{seen.case}/{seen.part}", seen.images, [AllNorms.name])[AllNorms.name][:, 0]
 
 
 def _read(subject: Subject, images: Tensor, names: Sequence[str]) -> dict[str, Any]:
@@ -135,7 +142,7 @@ def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: An
         two_stage = fitted(fit, (*DEFAULT_BLOCKS, *extra), challenges)
         return lambda seen: answer(two_stage, seen).uncertainty
 
-    protocol = Protocol.CLEAN if challenges is None else GENERATED
+    protocol = Protocol.CLEAN if challenges is None else Protocol.GENERATED
     method(f"fastgrad{name}", 2026, paper, protocol)(make)
 
 
@@ -150,7 +157,7 @@ for _what, _block in {
     _registered(f", clean only + {_what}", "the same, challenges=None", (_block,), None)
 
 
-@method("fastgrad, labelled", 2026, "the default, challenges=the case", LABELLED)
+@method("fastgrad, labelled", 2026, "the default, challenges=the case", Protocol.LABELLED)
 def labelled(fit: Fit) -> Score:
     images = fit.challenges.images
     if len(images) < FEWEST:
@@ -172,15 +179,23 @@ class _Generated(Seen):
 
 @method(
     "published scores, generated challenges", 2026, "control: logistic regression on the scores of one pass",
-    GENERATED,
+    Protocol.GENERATED,
 )  # fmt: skip
 def control(fit: Fit) -> Score:
     return _regression(fit, _Generated(fit.subject, "generated", "fit"))
 
 
-@method("published scores, labelled", 2026, "control: logistic regression on them", LABELLED)
+@method("published scores, labelled", 2026, "control: logistic regression on them", Protocol.LABELLED)
 def labelled_control(fit: Fit) -> Score:
     return _regression(fit, fit.challenges)
+
+
+def logistic(clean: Tensor, other: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the score of a logistic regression, of standardised columns and both classes weighing the same."""
+    rows = torch.cat([clean, other]).double().nan_to_num().numpy()
+    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
+    model.fit(rows, np.repeat([0, 1], [len(clean), len(other)]))
+    return lambda values: torch.from_numpy(model.decision_function(values.double().nan_to_num().numpy()))
 
 
 def _regression(fit: Fit, challenges: Seen) -> Score:

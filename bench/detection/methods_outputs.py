@@ -126,8 +126,14 @@ def knn(fit: Fit) -> Score:
     return lambda seen: torch.cdist(F.normalize(seen.h, dim=1), bank).kthvalue(k, 1).values
 
 
-def _library(name: str, fit: Fit, *, classes: bool = False, maps: bool = False, of_logits: bool = False) -> Score:
-    """A detector of pytorch-ood, fitted on h or logits."""
+#: What a detector of pytorch-ood reads, by the end of the names of its methods.
+READS: Mapping[str, Callable[[Seen], Tensor]] = {
+    "features": lambda seen: seen.h, "feature_maps": lambda seen: seen.h[:, :, None, None],
+    "logits": lambda seen: seen.logits,
+}  # fmt: skip
+
+
+def _library(name: str, fit: Fit, *, classes: bool = False, reads: str = "features") -> Score:
     from pytorch_ood import detector as ood
 
     weight, bias, h = fit.layer.weight.detach(), fit.layer.bias.detach(), fit.clean.h
@@ -135,7 +141,6 @@ def _library(name: str, fit: Fit, *, classes: bool = False, maps: bool = False, 
     def head(values: Tensor) -> Tensor:
         return values.flatten(1) @ weight.T + bias
 
-    labels = fit.labels if classes else torch.zeros(len(h), dtype=torch.long)
     make: Mapping[str, Callable[[], Any]] = {
         "ViM": lambda: ood.ViM(None, min(h.shape[1] // 2, len(h) // 4), weight, bias),
         "DICE": lambda: ood.DICE(None, weight, bias, p=0.9),
@@ -145,16 +150,12 @@ def _library(name: str, fit: Fit, *, classes: bool = False, maps: bool = False, 
         **{kind: partial(getattr(ood, kind), None, head) for kind in ("NNGuide", "PNML", "SHE", "LTS")},
     }
     made = make[name]() if name in make else getattr(ood, name)(None)
-    if of_logits:
-        with torch.enable_grad():
-            made.fit_logits(fit.clean.logits, *([fit.labels] if classes else []))
-        return lambda seen: made.predict_logits(seen.logits).detach()
-    if maps:
-        made.fit_feature_maps(h[:, :, None, None], labels)
-        return lambda seen: made.predict_feature_maps(seen.h[:, :, None, None])
     if name != "LTS":
-        made.fit_features(h, labels)
-    return lambda seen: made.predict_features(seen.h)
+        labels = fit.labels if classes else torch.zeros(len(h), dtype=torch.long)
+        given = [] if name == "KLMatching" else [labels]
+        with torch.enable_grad():
+            getattr(made, f"fit_{reads}")(READS[reads](fit.clean), *given)
+    return lambda seen: getattr(made, f"predict_{reads}")(READS[reads](seen)).detach()
 
 
 for _name, _year, _paper, _how in (
@@ -168,13 +169,13 @@ for _name, _year, _paper, _how in (
     ("RMD", 2021, "Ren et al., ICML workshop", {"classes": True}),
     ("SHE", 2023, "Zhang et al., ICLR", {"classes": True}),
     ("GMM", 2018, "Lee et al., a mixture for every class", {"classes": True}),
-    ("ReAct", 2021, "Sun et al., NeurIPS", {"maps": True}),
-    ("ASH", 2023, "Djurisic et al., ICLR", {"maps": True}),
-    ("SCALE", 2024, "Xu et al., ICLR", {"maps": True}),
-    ("VRA", 2023, "Xu et al., NeurIPS", {"maps": True}),
-    ("KLMatching", 2022, "Hendrycks et al., ICML", {"of_logits": True}),
-    ("TemperatureScaling", 2017, "Guo et al., ICML", {"of_logits": True, "classes": True}),
-    ("OpenMax", 2016, "Bendale and Boult, CVPR", {"of_logits": True, "classes": True}),
+    ("ReAct", 2021, "Sun et al., NeurIPS", {"reads": "feature_maps"}),
+    ("ASH", 2023, "Djurisic et al., ICLR", {"reads": "feature_maps"}),
+    ("SCALE", 2024, "Xu et al., ICLR", {"reads": "feature_maps"}),
+    ("VRA", 2023, "Xu et al., NeurIPS", {"reads": "feature_maps"}),
+    ("KLMatching", 2022, "Hendrycks et al., ICML", {"reads": "logits"}),
+    ("TemperatureScaling", 2017, "Guo et al., ICML", {"reads": "logits", "classes": True}),
+    ("OpenMax", 2016, "Bendale and Boult, CVPR", {"reads": "logits", "classes": True}),
 ):
     method(_name, _year, _paper)(partial(_library, _name, **_how))
 

@@ -4,14 +4,6 @@
     def energy(fit: Fit) -> Score:
         return lambda seen: -seen.logits.logsumexp(1)
 
-    @case("grey", "control", IMAGES)
-    def grey(subject: Subject, part: str, count: int) -> Shown:
-        ...
-
-    @network("resnet18", "ResNet-18 on CIFAR-10")
-    def resnet18(options: Options, draw: int) -> Subject:
-        ...
-
 A score is higher for what is less reliable. What cannot run raises `NotRun`, or lacks a package or a file: its rows say
 so, and no mean leaves it out.
 """
@@ -46,17 +38,13 @@ class Protocol(enum.Enum):
 
 
 class Shown(NamedTuple):
-    """Images of a case.
+    """Images of a case ``(n, C, H, W)`` in [0, 1]; of an attack only those that mislead the network.
 
-    Attributes:
-        images: ``(n, C, H, W)`` in [0, 1]; of an attack only those that mislead the network.
-        source: Places of the clean images of the part that they are made from ``(n,)``; -1 for other sets.
-        tried: How many were attacked; ``n`` where it is no attack.
+    ``source`` are the places of the clean images of the part that they are made from ``(n,)``; -1 for other sets.
     """
 
     images: Tensor
     source: Tensor
-    tried: int
 
 
 @dataclass(frozen=True)
@@ -91,14 +79,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Options:
-    """What a command was asked for.
-
-    Attributes:
-        data: Folder with the data sets.
-        cache: Folder for networks, images, features and scores; safe to delete.
-        quick: Whether sets are small.
-        draws: Samples of photographs, or networks of other seeds.
-    """
+    """What a command was asked for: folders of data and cache, small sets, samples of the data or seeds of networks."""
 
     data: Path
     cache: Path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,6 +40,7 @@ def mean(values: Scores) -> Scores:
     return np.concatenate([[values.mean()], values[drawn].mean(1)])
 
 
-def interval(values: Scores) -> list[float]:
-    """95 % of the resampled values ``(1 + R,)`` lie between these two, as a file of results keeps them."""
-    return [round(float(bound), 4) for bound in np.nanquantile(values[1:], [0.025, 0.975])]
+def columns(name: str, values: Scores) -> dict[str, Any]:
+    """Return the columns of a row: the value as found, and the interval that 95 % of the resampled ones lie in."""
+    bounds = np.nanquantile(values[1:], [0.025, 0.975])
+    return {name: round(float(values[0]), 4), "interval": [round(float(bound), 4) for bound in bounds]}

@@ -6,7 +6,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,32 +28,22 @@ WORST = "worst of the attacks (MEAD)"
 ONE_DRAW = ("lite1", "lite2", "densenet")
 
 
-class Found(NamedTuple):
-    """Scores of a method by case, and why cases have none."""
-
-    scores: dict[str, Values]
-    absent: dict[str, str]
-
-
-def measure(subject: Subject, method: Method, cases: Sequence[str]) -> Found:
-    """Return a method's scores of the clean test images and of every case, from the cache where they are."""
+def measure(subject: Subject, method: Method, cases: Sequence[str]) -> tuple[dict[str, Values], dict[str, str]]:
+    """Return a method's scores of the clean test images and of every case, and why cases have none."""
     scores: dict[str, Values] = {}
     absent: dict[str, str] = {}
-    fitted: dict[str, Any] = {}
+    fitted = cache(lambda of: method.fit(Fit(subject, of)))
 
     def score(case: str, of: str) -> Values:
         def make() -> dict[str, Values]:
-            if of not in fitted:
-                fitted[of] = method.fit(Fit(subject, of))
-            return {"score": fitted[of](subject.seen(case)).detach().double().numpy()}
+            return {"score": fitted(of)(subject.seen(case)).detach().double().numpy()}
 
         return subject.kept(f"scores/{method.name}/{of}/{case}", make)["score"]
 
-    for case in ("clean", *cases):
+    labelled = method.protocol is Protocol.LABELLED
+    for case in cases if labelled else ("clean", *cases):
         # A detector that is trained on labels has one fit, and one set of clean scores, for each case.
-        of = case if method.protocol is Protocol.LABELLED else ""
-        if of == "clean":
-            continue
+        of = case if labelled else ""
         try:
             scores[case] = score(case, of)
             if of:
@@ -63,7 +54,11 @@ def measure(subject: Subject, method: Method, cases: Sequence[str]) -> Found:
             if method.name.startswith("fastgrad"):
                 raise
             absent[case] = f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
-    return Found(scores, absent)
+    return scores, absent
+
+
+def head_of(subject: Subject, method: Method) -> Row:
+    return {"network": subject.network, "draw": subject.draw, "method": method.name, "protocol": method.protocol.value}
 
 
 def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups]) -> list[Row]:
@@ -75,45 +70,38 @@ def rows(table: Table, subject: Subject, method: Method, known: dict[str, Groups
     cases = table.cases(subject.kind)
     slow = dict.fromkeys(("clean", *cases), "left out of quick mode: several passes an image")
     left_out = subject.options.quick and method.slow and subject.few
-    found = Found({}, slow) if left_out else measure(subject, method, cases)
-    head = {
-        "network": subject.network, "draw": subject.draw, "method": method.name, "protocol": method.protocol.value,
-    }  # fmt: skip
+    scores, absent = ({}, slow) if left_out else measure(subject, method, cases)
+    head = head_of(subject, method)
     made: list[Row] = []
     values: dict[str, Values] = {}
     for case in cases:
-        why = found.absent.get(case) or found.absent.get("clean")
-        if why is None:
-            try:
-                clean = found.scores.get(f"clean/{case}", found.scores.get("clean"))
-                values[case] = resampled.auroc(clean, found.scores[case])
-            except ABSENT as reason:
-                why = str(reason)
-        made.append(head | {"case": case} | ({"not run": why} if why else _shown(values[case])))
+        if why := absent.get(case) or absent.get("clean"):
+            made.append(head | {"case": case, "not run": why})
+            continue
+        values[case] = resampled.auroc(scores.get(f"clean/{case}", scores.get("clean")), scores[case])
+        made.append(head | {"case": case} | resampled.columns("auroc", values[case]))
     groups = known.setdefault(method.name, {})
     beside = known.get(method.name.split(" + ")[0], {}) if " + " in method.name else {}
     for group in dict.fromkeys(CASES[case].group for case in cases if CASES[case].group != "control"):
         names = [case for case in cases if CASES[case].group == group]
-        own = [row for row in made[: len(cases)] if row["case"] in names]
-        left = {row["case"]: row["not run"] for row in own if "not run" in row}
+        left = [row["not run"] for row in made[: len(cases)] if row["case"] in names and "not run" in row]
         # No image of an attack may mislead the network any more: that is a property of the case, not of a method.
-        lacking = {case: why for case, why in left.items() if "misleads" not in why}
+        lacking = [why for why in left if "misleads" not in why]
         present = [values[case] for case in names if case in values]
         wholes = [head | {"case": f"mean of {group}", "group": group}]
         if "attacks" in group and method.protocol is not Protocol.LABELLED:
             wholes.append(head | {"case": f"{WORST}, {group}", "group": f"{WORST}, {group}"})
         if lacking or not present:
-            made += [whole | {"not run": "; ".join(dict.fromkeys(left.values()))} for whole in wholes]
+            made += [whole | {"not run": "; ".join(dict.fromkeys(left))} for whole in wholes]
             continue
         groups[group] = np.mean(present, 0)
-        made.append(wholes[0] | {"cases": len(present)} | _shown(groups[group]))
+        made.append(wholes[0] | {"cases": len(present)} | resampled.columns("auroc", groups[group]))
         if group in beside:
-            gain = groups[group] - beside[group]
-            made.append(head | {"case": f"gain in {group}", "gain": round(float(gain[0]), 4),
-                                "interval": resampled.interval(gain)})  # fmt: skip
+            gain = resampled.columns("gain", groups[group] - beside[group])
+            made.append(head | {"case": f"gain in {group}"} | gain)
         for whole in wholes[1:]:
-            worst = _worst(subject, found.scores, [case for case in names if case in values])
-            made.append(whole | _shown(worst))
+            worst = _worst(subject, scores, [case for case in names if case in values])
+            made.append(whole | resampled.columns("auroc", worst))
     return made
 
 
@@ -126,19 +114,6 @@ def _worst(subject: Subject, scores: Mapping[str, Values], cases: Sequence[str])
     return resampled.auroc(scores["clean"], np.array(list(least.values())))
 
 
-def _shown(values: Values) -> Row:
-    return {"auroc": round(float(values[0]), 4), "interval": resampled.interval(values)}
-
-
-def chosen(table: Table, names: Sequence[str] = ()) -> list[Method]:
-    """Return the methods of a table, those of one pass first; of ``names`` alone if there are any."""
-    found = [
-        method for method in METHODS.values()
-        if method.protocol in table.protocols and (not names or method.name in names)
-    ]  # fmt: skip
-    return sorted(found, key=lambda method: (method.slow, method.name.startswith("fastgrad")))
-
-
 def over(networks: Sequence[str], options: Options, measured: Callable[[Subject], list[Row]]) -> list[Row]:
     """Return the rows of each draw of each network; a network whose files are missing has one that says so."""
     made: list[Row] = []
@@ -146,19 +121,16 @@ def over(networks: Sequence[str], options: Options, measured: Callable[[Subject]
     torch.set_num_threads(1)
     for name in networks:
         for draw in range(1 if name in ONE_DRAW else options.draws):
-            start = time.perf_counter()
+            head = {"network": name, "draw": draw}
             try:
                 subject = NETWORKS[name].make(options, draw)
             except ABSENT as why:
-                made.append({"network": name, "draw": draw, "not run": str(why)})
+                made.append(head | {"not run": str(why)})
                 continue
             made += measured(subject)
-            right = len(subject.right["test"]) / len(subject.parts["test"][1])
-            made.append(
-                {"network": name, "draw": draw, "accuracy": right, "fit": len(subject.parts["fit"][1]),
-                 "test": len(subject.parts["test"][1]), "count": subject.count,
-                 "seconds": round(time.perf_counter() - start)}
-            )  # fmt: skip
+            fit, test = (len(subject.parts[part][1]) for part in ("fit", "test"))
+            right = len(subject.right["test"]) / test
+            made.append(head | {"accuracy": right, "fit": fit, "test": test, "count": subject.count})
     return made
 
 
@@ -171,17 +143,18 @@ def facts(title: str, options: Options, methods: Mapping[str, Method]) -> dict[s
     }  # fmt: skip
 
 
-def run(table: Table, options: Options, networks: Sequence[str] = (), methods: Sequence[str] = ()) -> list[Row]:
-    """Return all rows of a table."""
+def run(table: Table, options: Options, networks: Sequence[str] = ()) -> list[Row]:
+    methods = [method for method in METHODS.values() if method.protocol in table.protocols]
+    # Those of one pass first, and ours last: the control needs the scores of others.
+    methods.sort(key=lambda method: (method.slow, method.name.startswith("fastgrad")))
 
     def measured(subject: Subject) -> list[Row]:
         made: list[Row] = []
         known: dict[str, Groups] = {}
-        for method in chosen(table, methods):
+        for method in methods:
             begun = time.perf_counter()
             made += rows(table, subject, method, known)
-            taken = time.perf_counter() - begun
-            words = f"{subject.network}, draw {subject.draw}, {method.name}: {taken:.1f} s"
+            words = f"{subject.network}, draw {subject.draw}, {method.name}: {time.perf_counter() - begun:.1f} s"
             print(words, file=sys.stderr, flush=True)
         return made
 

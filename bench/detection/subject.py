@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -74,9 +75,7 @@ class Subject:
 
     def seen(self, case: str, part: str = "test") -> Seen:
         """Return what is read of a case's images; ``clean`` gives those of the part themselves."""
-        if (case, part) not in self._seen:
-            self._seen[case, part] = Seen(self, case, part)
-        return self._seen[case, part]
+        return self._seen.setdefault((case, part), Seen(self, case, part))
 
     @cached_property
     def right(self) -> dict[str, Tensor]:
@@ -97,14 +96,10 @@ class Seen:
 
     @cached_property
     def shown(self) -> Shown:
-        """The images.
-
-        Raises:
-            NotRun: The case makes none.
-        """
+        """The images."""
         if self.case == "clean":
             images = self.subject.parts[self.part][0]
-            return Shown(images, torch.arange(len(images)), len(images))
+            return Shown(images, torch.arange(len(images)))
         # A score asks for the images where it wants no gradients; an attack needs them.
         with torch.enable_grad():
             found = CASES[self.case].make(self.subject, self.part, self.subject.count)
@@ -136,18 +131,18 @@ class Seen:
     @property
     def spread(self) -> Tensor:
         """Standard deviation of every channel of the map before pooling ``(n, D)``."""
-        return self._map("spread")
+        return self._maps("spread")[0]
 
     @property
     def stages(self) -> list[Tensor]:
         """Means of every channel after each stage ``(n, C_i)``."""
-        self._map("stage0")
-        return [value for name, value in self._read.items() if name.startswith("stage")]
+        return self._maps("stage")
 
-    def _map(self, name: str) -> Tensor:
-        if name not in self._read:
+    def _maps(self, kind: str) -> list[Tensor]:
+        found = [value for name, value in self._read.items() if name.startswith(kind)]
+        if not found:
             raise NotRun("needs a network with maps")
-        return self._read[name]
+        return found
 
 
 def packed(images: Tensor) -> Tensor:
@@ -158,34 +153,28 @@ def packed(images: Tensor) -> Tensor:
 @torch.no_grad()
 def read(subject: Subject, images: Tensor) -> dict[str, NDArray[np.float32]]:
     """Return logits, h, spread and the stages' means from one pass."""
-    parts: list[dict[str, Tensor]] = []
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if module is subject.layer:
+            parts["h"].append(args[0])
+            parts["logits"].append(output)
+        else:
+            parts[f"stage{subject.stages.index(module)}"].append(output.mean((2, 3)))
+        if module in subject.stages[-1:]:
+            parts["spread"].append(output.std((2, 3), correction=0))
+
     with ExitStack() as stack:
-
-        def keep(name: str, module: nn.Module, value: Callable[[Tensor, Tensor], Tensor]) -> None:
-            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                parts[-1][name] = value(args[0], output)
-
-            stack.callback(module.register_forward_hook(hook).remove)
-
-        keep("h", subject.layer, lambda h, output: h)
-        for place, stage in enumerate(subject.stages):
-            keep(f"stage{place}", stage, lambda x, output: output.mean((2, 3)))
-        for stage in subject.stages[-1:]:
-            keep("spread", stage, lambda x, output: output.std((2, 3), correction=0))
+        for module in (*subject.stages, subject.layer):
+            stack.enter_context(module.register_forward_hook(keep))
         for x in images.split(BATCH):
-            parts.append({})
-            parts[-1]["logits"] = subject.model(x)
-    return {name: torch.cat([part[name] for part in parts]).float().numpy() for name in parts[0]}
+            subject.model(x)
+    return {name: torch.cat(values).float().numpy() for name, values in parts.items()}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a method is fitted on.
-
-    Attributes:
-        subject: The network.
-        case: Of labelled challenges; empty for none.
-    """
+    """What a method is fitted on; ``case`` is of labelled challenges, empty for none."""
 
     subject: Subject
     case: str = ""
@@ -202,11 +191,7 @@ class Fit:
 
     @property
     def labels(self) -> Tensor:
-        """Their classes, for what is fitted to every class.
-
-        Raises:
-            NotRun: There are too few images of a class.
-        """
+        """Their classes, for what is fitted to every class."""
         if self.subject.few:
             raise NotRun("needs several images of every class")
         return self.subject.parts["fit"][1]

@@ -6,24 +6,15 @@ from dataclasses import dataclass
 
 from bench.detection.registry import CASES, Protocol
 
-BOTH = (Protocol.CLEAN, Protocol.GENERATED)
-
 
 @dataclass(frozen=True)
 class Table:
-    """One table: the AUROC of clean against other images.
-
-    Attributes:
-        title: Of the page.
-        networks: Keys of the registry.
-        groups: Of cases, in order; a control enters no mean.
-        protocols: Blocks of methods.
-    """
+    """The AUROC of clean against other images, by network, group of cases and protocol; a control enters no mean."""
 
     title: str
     networks: tuple[str, ...]
     groups: tuple[str, ...]
-    protocols: tuple[Protocol, ...] = BOTH
+    protocols: tuple[Protocol, ...] = (Protocol.CLEAN, Protocol.GENERATED)
 
     def cases(self, kind: str) -> list[str]:
         """Return the names of the cases that there are of a kind of data."""

@@ -34,7 +34,6 @@ SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32), "resnet20"
 
 
 def file(network: str, seed: int, folder: Path) -> Path:
-    """Where the weights are kept."""
     return folder / f"{network}-{seed}-{EPOCHS[network]}.pt"
 
 
@@ -51,27 +50,13 @@ def augment_crop(x: Tensor, padded: Tensor, index: Tensor, generator: torch.Gene
 
 
 def fit(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    epochs: int,
-    seed: int,
-    rate: float = 0.3,
-    batch: int = 128,
+    model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int, rate: float = 0.3, batch: int = 128,
     sizes: Sequence[int] = (),
-) -> nn.Module:
-    """SGD with one cycle of the learning rate.
+) -> nn.Module:  # fmt: skip
+    """Train a model in place by SGD with one cycle of the learning rate.
 
-    Args:
-        model: Trained in place.
-        images: ``(n, C, H, W)`` in [0, 1].
-        labels: ``(n,)``.
-        epochs: Passes over the data.
-        seed: Of order, crops and flips.
-        rate: Highest learning rate.
-        batch: Images of a step.
-        sizes: Pixels that images are brought to, each for an equal share of the passes; none for their own.
+    Images ``(n, C, H, W)`` in [0, 1] are brought to each of ``sizes`` for an equal share of the passes, if there are
+    any. The seed is that of order, crops and flips.
     """
     device = next(model.parameters()).device
     model = model.to(memory_format=torch.channels_last)
@@ -106,14 +91,10 @@ def fit(
 
 @torch.no_grad()
 def whiten(convolution: nn.Conv2d, images: Tensor) -> None:
-    """Begin with filters that whiten patches, and their negatives; what filters are left over stay as they are.
+    """Begin a network's first convolution with filters that whiten patches of ``images``, and their negatives.
 
     A network that is trained briefly learns faster by it (Page, "How to train your ResNet", 2019; Jordan, "94% on
-    CIFAR-10 in 3.29 seconds on a single GPU", 2024).
-
-    Args:
-        convolution: The network's first, changed in place.
-        images: ``(n, C, H, W)`` as they enter it.
+    CIFAR-10 in 3.29 seconds on a single GPU", 2024). What filters are left over stay as they are.
     """
     weight = convolution.weight
     patches = F.unfold(images, weight.shape[-1]).transpose(1, 2).flatten(0, 1)
@@ -125,7 +106,6 @@ def whiten(convolution: nn.Conv2d, images: Tensor) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of right predictions."""
     parts = zip(images.split(500), labels.split(500), strict=True)
     return float(sum((model(x).argmax(1) == y).sum() for x, y in parts)) / len(labels)
 
@@ -138,18 +118,12 @@ def trained(network: str, seed: int, root: Path, folder: Path) -> Classifier:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         images, labels = sets.load(root, "cifar10", "train").labelled()
         seen = len(images) - sets.held_out(len(images), HELD_OUT)
-        start = time.perf_counter()
         stem = next(m for m in model.stem.modules() if isinstance(m, nn.Conv2d))
         whiten(stem, model.normalize(images[:2000]))
-        fit(
-            model.to(device), images[:seen], labels[:seen], epochs=epochs, seed=seed, rate=RATES[network],
-            sizes=SIZES.get(network, ()),
-        )  # fmt: skip
-        seconds = time.perf_counter() - start
-        images, labels = sets.load(root, "cifar10", "test").labelled()
-        score = accuracy(model.cpu(), images, labels)
-        words = f"{score:.1%} on {len(labels):,} test images, {seconds:.0f} s"
-        print(f"{network}, seed {seed}: {words}", file=sys.stderr, flush=True)
+        how = {"epochs": epochs, "seed": seed, "rate": RATES[network], "sizes": SIZES.get(network, ())}
+        fit(model.to(device), images[:seen], labels[:seen], **how)
+        score = accuracy(model.cpu(), *sets.load(root, "cifar10", "test").labelled())
+        print(f"{network}, seed {seed}: {score:.1%} of test images right", file=sys.stderr, flush=True)
 
     torch.manual_seed(seed)
     recipe = {"network": network, "seed": seed, "epochs": epochs}

@@ -1,17 +1,18 @@
 """What is compiled: one call of a launcher for every shape that `tune` treats differently.
 
-To add a kernel, add its calls to ``cases()`` and the most telling one to ``QUICK``.
+To add a kernel, add its calls to ``cases()`` and mark the most telling one ``quick``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from fastgrad.checks import KERNEL_DTYPES
 from fastgrad.losses import LOSSES
@@ -20,34 +21,32 @@ from fastgrad.ops.triton import contrast, devices, layer_sqnorm, linear_contrast
 from fastgrad.ops.tune import Architecture
 
 HALF, SINGLE = torch.bfloat16, torch.float32
-#: One case for each kernel: what every test run compiles.
-QUICK = (
-    "contrast_sqnorm B=4096 N=1000 D=512 bf16 cross_entropy",
-    "contrast_sqnorm B=4096 N=262144 D=4096 bf16 cross_entropy",
-    "contrast_sqnorm B=8 N=131072 D=4096 bf16 brier log",
-    "linear_contrast_sqnorm B=1024 N=32000 D=4096 bf16 brier",
-    "linear_contrast_stats B=1024 N=128256 D=4096 bf16 bce",
-    "target_sqnorm B=4096 N=1000 D=512 bf16 soft brier",
-    "conv_sqnorm B=64 256 to 512 8x8 kernel 3 stride 2 bf16",
-    "linear_sqnorm B=64 T=196 C=768 O=3072 bf16",
-)
+#: Makes a tensor of a shape, of a ``dtype`` and from a ``seed``.
+Make = Callable[..., Tensor]
+Call = Callable[[], Any]
 
 
 class Case(NamedTuple):
     """One call of a launcher.
 
     Attributes:
-        name: What the table says; starts with the operator's name.
-        call: Runs the launcher on meta tensors.
+        name: What tables say.
+        inputs: Its tensors, which no kernel may write.
+        call: Runs the launcher on them.
+        quick: Whether it is the one of its kernel and path that every test run takes, and that is timed on a device.
         wide: Whether 16-byte loads and stores must appear; they need rows of a multiple of 16 bytes.
+        products: Multiplications on the matrix units.
     """
 
     name: str
-    call: Callable[[], object]
+    inputs: Sequence[Tensor]
+    call: Call
+    quick: bool = False
     wide: bool = True
+    products: int = 0
 
 
-def meta(*shape: int, dtype: torch.dtype = SINGLE) -> torch.Tensor:
+def meta(*shape: int, dtype: torch.dtype = SINGLE, seed: int = 0) -> Tensor:
     """Return a tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -61,92 +60,91 @@ def as_if_on(architecture: Architecture) -> Iterator[None]:
 
 @contextlib.contextmanager
 def configured(**configs: object) -> Iterator[None]:
-    """Let launchers run as these say, by name of the function of `tune` that would choose."""
+    """Let launchers run as these say, by name of the function of `tune` that would choose; decorates calls as well."""
     with contextlib.ExitStack() as stack:
         for name, config in configs.items():
             stack.enter_context(mock.patch.object(tune, name, return_value=config))
         yield
 
 
-def cases() -> list[Case]:
-    """Return the shapes that `tune` treats differently, for every kernel."""
-    return [*_contrasts(), *_heads(), *_targets(), *_layers(), *_ones()]
+def prepared(
+    launcher: Any, make: Make, B: int, N: int, D: int, loss: str, *, kind: str = "", bias: bool = True,
+    log: bool = False, mean: bool = False,
+) -> partial[Any]:  # fmt: skip
+    """Return the call of a launcher of the last layer; ``kind`` is of a target."""
+    h = make(B, D)
+    if launcher in (contrast.contrast_sqnorm, target.target_sqnorm):
+        z = make(B, N, seed=1)
+        y = {"indices": (torch.arange(B) % N).to(z.device), "soft": make(B, N, seed=2)}.get(kind)
+        return partial(launcher, h, z, *((y, kind) if kind else ()), loss, bias, log, mean)
+    layer = (h, make(N, D, seed=1), make(N, seed=2) if bias else None)
+    statistics = launcher is linear_contrast.linear_contrast_stats
+    return partial(launcher, *layer, loss, *(() if statistics else (log,)), mean)
+
+
+def tensors(call: partial[Any]) -> list[Tensor]:
+    return [value for value in call.args if isinstance(value, Tensor)]
 
 
 def _case(
-    launcher: Callable[..., object], B: int, N: int, D: int, dtype: torch.dtype, loss: str, log: bool = False, *,
-    kind: str = "", wide: bool = True,
+    launcher: Any, make: Make, B: int, N: int, D: int, dtype: torch.dtype, loss: str, *, quick: bool = False,
+    wide: bool = True, **options: Any,
 ) -> Case:  # fmt: skip
-    words = (launcher.__name__, f"B={B} N={N} D={D}", KERNEL_DTYPES[dtype], kind, loss, "log" if log else "")
-    h, z, w, b = (meta(*shape, dtype=dtype) for shape in ((B, D), (B, N), (N, D), (N,)))
-    y = {"indices": meta(B, dtype=torch.int64), "soft": meta(B, N)}.get(kind)
-    arguments = {
-        contrast.contrast_sqnorm: (h, z, loss, True, log, False),
-        linear_contrast.linear_contrast_sqnorm: (h, w, b, loss, log, False),
-        linear_contrast.linear_contrast_stats: (h, w, b, loss, False),
-        target.target_sqnorm: (h, z, y, kind, loss, True, log, False),
-    }[launcher]
-    return Case(" ".join(filter(None, words)), functools.partial(launcher, *arguments), wide)
+    call = prepared(launcher, partial(make, dtype=dtype), B, N, D, loss, **options)
+    words = (KERNEL_DTYPES[dtype], options.get("kind"), loss, "log" if options.get("log") else "")
+    name = " ".join((launcher.__name__, f"B={B} N={N} D={D}", *filter(None, words)))
+    products = B * N * D if launcher.__name__.startswith("linear") else 0
+    return Case(name, tensors(call), call, quick, wide, products)
 
 
-def _contrasts() -> Iterator[Case]:
-    case = functools.partial(_case, contrast.contrast_sqnorm)
+def cases(make: Make = meta) -> Iterator[Case]:
+    """Yield the shapes that `tune` treats differently, for every kernel."""
+    norms = partial(_case, contrast.contrast_sqnorm, make)
     for loss in LOSSES:
-        yield case(4096, 1000, 512, HALF, loss)
-        yield case(4096, 1000, 512, HALF, loss, True)
-        yield case(4096, 8192 if loss == "brier" else 16384, 4096, SINGLE, loss)
-        yield case(4096, 262144, 4096, HALF, loss)
-        yield case(8, 131072, 4096, HALF, loss, True)
+        yield norms(4096, 1000, 512, HALF, loss, quick=loss == "cross_entropy")
+        yield norms(4096, 1000, 512, HALF, loss, log=True)
+        yield norms(4096, 8192 if loss == "brier" else 16384, 4096, SINGLE, loss)
+        yield norms(4096, 262144, 4096, HALF, loss, quick=loss == "cross_entropy")
+        yield norms(8, 131072, 4096, HALF, loss, log=True, quick=loss == "brier")
     for N, dtype in ((16, SINGLE), (128, HALF), (1000, SINGLE), (4096, HALF), (8192, SINGLE)):
-        yield case(4096, N, 512, dtype, "cross_entropy")
-    yield case(4096, 10, 512, SINGLE, "cross_entropy", wide=False)
-
-
-def _heads() -> Iterator[Case]:
-    case = functools.partial(_case, linear_contrast.linear_contrast_sqnorm)
-    statistics = functools.partial(_case, linear_contrast.linear_contrast_stats)
+        yield norms(4096, N, 512, dtype, "cross_entropy")
+    yield norms(4096, 10, 512, SINGLE, "cross_entropy", wide=False)
+    head = partial(_case, linear_contrast.linear_contrast_sqnorm, make)
+    statistics = partial(_case, linear_contrast.linear_contrast_stats, make)
     for loss in LOSSES:
         for B, N, D in ((1, 1000, 2048), (32, 1000, 2048), (64, 32000, 4096), (1024, 32000, 4096)):
-            yield case(B, N, D, HALF, loss)
-        yield case(32, 1000, 2048, SINGLE, loss)
-        yield case(1024, 1000, 2048, SINGLE, loss)
-        yield case(32, 1000, 2048, HALF, loss, True)
+            yield head(B, N, D, HALF, loss, quick=loss == "brier" and B == 1024)
+        yield head(32, 1000, 2048, SINGLE, loss)
+        yield head(1024, 1000, 2048, SINGLE, loss)
+        yield head(32, 1000, 2048, HALF, loss, log=True)
         yield statistics(8, 128256, 4096, HALF, loss)
-        yield statistics(1024, 128256, 4096, HALF, loss)
+        yield statistics(1024, 128256, 4096, HALF, loss, quick=loss == "bce")
         yield statistics(256, 32000, 4096, SINGLE, loss)
-
-
-def _targets() -> Iterator[Case]:
-    case = functools.partial(_case, target.target_sqnorm)
+    one = partial(_case, target.target_sqnorm, make)
     for loss in LOSSES:
         for kind in ("ones", "predicted", "soft"):
-            yield case(4096, 1000, 512, HALF, loss, kind=kind)
-    yield case(256, 128256, 4096, HALF, "brier", True, kind="indices")
+            yield one(4096, 1000, 512, HALF, loss, kind=kind, quick=(kind, loss) == ("soft", "brier"))
+    yield one(256, 128256, 4096, HALF, "brier", log=True, kind="indices")
+    yield from _layers(make)
+    # Sizes of 1 are constants to the compiler, and take other branches of the language.
+    ones = (1, 1, 1, SINGLE, "mse")
+    yield norms(*ones, log=True, mean=True, wide=False)
+    yield head(*ones, log=True, mean=True, wide=False)
+    yield statistics(*ones, mean=True, wide=False)
+    yield one(*ones, kind="soft", log=True, mean=True, wide=False)
 
 
-def _layers() -> Iterator[Case]:
-    for dtype in (HALF, torch.float16, SINGLE):
-        for C, O, size, kernel, stride in ((64, 64, 32, 3, 1), (256, 512, 8, 3, 2), (3, 64, 32, 3, 1)):  # noqa: E741
+def _layers(make: Make) -> Iterator[Case]:
+    for dtype, word in KERNEL_DTYPES.items():
+        for C, O, size, k, stride in ((64, 64, 32, 3, 1), (256, 512, 8, 3, 2), (3, 64, 32, 3, 1)):  # noqa: E741
             out = (size - 1) // stride + 1
-            a, g = meta(64, C, size, size, dtype=dtype), meta(1, 64, O, out, out, dtype=dtype)
-            each = ((kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1), 1)
-            shape = f"{C} to {O} {size}x{size} kernel {kernel} stride {stride}"
-            call = functools.partial(layer_sqnorm.conv_sqnorm, a, g, *each)
-            yield Case(f"conv_sqnorm B=64 {shape} {KERNEL_DTYPES[dtype]}", call, wide=C % 16 == 0)
+            a, g = make(64, C, size, size, dtype=dtype), make(1, 64, O, out, out, dtype=dtype)
+            call = partial(layer_sqnorm.conv_sqnorm, a, g, (k, k), (stride,) * 2, (k // 2,) * 2, (1, 1), 1)
+            name = f"conv_sqnorm B=64 {C} to {O} {size}x{size} kernel {k} stride {stride} {word}"
+            quick = stride == 2 and dtype == HALF
+            yield Case(name, (a, g), call, quick, wide=C % 16 == 0, products=C * k**2 * g.numel())
         for T, C, O in ((196, 768, 3072), (1024, 256, 256)):  # noqa: E741
-            a, g = meta(64, T, C, dtype=dtype), meta(1, 64, T, O, dtype=dtype)
-            call = functools.partial(layer_sqnorm.linear_sqnorm, a, g)
-            yield Case(f"linear_sqnorm B=64 T={T} C={C} O={O} {KERNEL_DTYPES[dtype]}", call)
-
-
-def _ones() -> Iterator[Case]:
-    """Sizes of 1 are constants to the compiler, and take other branches of the language."""
-    one, ones = meta(1, 1), meta(1)
-    for function, arguments in (
-        (contrast.contrast_sqnorm, (one, one, "mse", True, True, True)),
-        (linear_contrast.linear_contrast_sqnorm, (one, one, ones, "mse", True, True)),
-        (linear_contrast.linear_contrast_stats, (one, one, ones, "mse", True)),
-        (target.target_sqnorm, (one, one, one, "soft", "mse", True, True, True)),
-    ):
-        name = f"{function.__name__} B=1 N=1 D=1 fp32 mse"
-        yield Case(name, functools.partial(function, *arguments), wide=False)
+            a, g = make(64, T, C, dtype=dtype), make(1, 64, T, O, dtype=dtype)
+            name = f"linear_sqnorm B=64 T={T} C={C} O={O} {word}"
+            call = partial(layer_sqnorm.linear_sqnorm, a, g)
+            yield Case(name, (a, g), call, quick=T == 196 and dtype == HALF, products=C * g.numel())

@@ -4,14 +4,14 @@
     python -m bench.gpu.compile_report --out                  # also bench/results/compile.json and compile.md
     python -m bench.gpu.compile_report --only contrast --arch sm_90
 
-A case calls a launcher on meta tensors, which have a shape but no memory. Triton compiles each of its
-launches as on a device, and launches none. Registers, spills, memory, the widest loads and stores and the matrix
-instructions are then read from the machine code.
+A case calls a launcher on meta tensors. Triton compiles each of its launches as on a device, and launches none. What
+the table says is read from the machine code.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -33,12 +33,11 @@ os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench.gpu.compile_cases import QUICK, as_if_on, cases
+from bench.gpu.compile_cases import as_if_on, cases
 from bench.report import pages
 from bench.report.text import table
 from fastgrad.ops import tune
 
-Row = dict[str, Any]
 #: Kernels whose products must run on the matrix units.
 PRODUCTS = {"linear_contrast_kernel", "linear_stats_kernel", "direct_kernel", "gram_kernel"}
 #: Kernels that write whole rows; the others write one number per row or tile, or, on AMD, a tile of a product straight
@@ -64,12 +63,6 @@ def compiled(call: Callable[[], object], arch: str) -> list[Any]:
     with as_if_on(tune.KNOWN_ARCHITECTURES[arch]), mock.patch.object(JITFunction, "run", compile_alone):
         call()
     return kernels
-
-
-def measured(kernel: Any) -> dict[str, int]:
-    """Return the warps and shared memory of a kernel, and what its machine code holds."""
-    read = _amdgcn(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _cubin(kernel.asm["cubin"])
-    return {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared, **read}
 
 
 def _cubin(cubin: bytes) -> dict[str, int]:
@@ -121,7 +114,7 @@ def _counted(code: str, **patterns: str) -> dict[str, int]:
     return {name: len(re.findall(pattern, code)) for name, pattern in patterns.items()}
 
 
-def faults(row: Row, wide: bool) -> list[str]:
+def faults(row: dict[str, Any], wide: bool) -> list[str]:
     """Return what a row does not keep of the promises made for every kernel; ``wide``: rows are whole 16 bytes."""
     found = []
     if row["spills"] or row["local"]:
@@ -139,41 +132,38 @@ def faults(row: Row, wide: bool) -> list[str]:
     return found
 
 
-def report(only: str = "", archs: tuple[str, ...] = tuple(TARGETS), quick: bool = False) -> list[Row]:
+def report(only: str, archs: list[str], quick: bool) -> list[dict[str, Any]]:
     """Compile the cases whose name contains ``only``; equal launches are compiled once."""
-    rows, seen = [], set()
-    for case in cases():
-        if only not in case.name or (quick and case.name not in QUICK):
-            continue
-        for arch in archs:
-            try:
-                kernels = compiled(case.call, arch)
-            except Exception as error:
-                raise RuntimeError(f"{case.name} does not compile for {arch}") from error
-            for kernel in kernels:
-                if (arch, kernel.hash) in seen:
-                    continue
-                seen.add((arch, kernel.hash))
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    wanted = [case for case in cases() if only in case.name and (case.quick or not quick)]
+    for arch, case in itertools.product(archs, wanted):
+        try:
+            kernels = compiled(case.call, arch)
+        except Exception as error:
+            raise RuntimeError(f"{case.name} does not compile for {arch}") from error
+        for kernel in kernels:
+            if (arch, kernel.hash) not in rows:
                 print(f"{arch} {case.name} {kernel.name}", file=sys.stderr)
-                row = {"case": case.name, "kernel": kernel.name, "arch": arch, **measured(kernel)}
-                rows.append(row | {"faults": faults(row, case.wide)})
-    return rows
+                row = {"case": case.name, "kernel": kernel.name, "arch": arch, "warps": kernel.metadata.num_warps}
+                row |= {"shared": kernel.metadata.shared}
+                row |= _amdgcn(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _cubin(kernel.asm["cubin"])
+                rows[arch, kernel.hash] = row | {"faults": faults(row, case.wide)}
+    return list(rows.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="may be repeated; default all")
-    parser.add_argument("--quick", action="store_true", help="the cases of QUICK alone")
+    parser.add_argument("--quick", action="store_true", help="one case of each kernel")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", action="store_true", help="write bench/results/compile.json and its page")
     options = parser.parse_args()
     if options.out and (options.only or options.arch or options.quick):
         parser.error("--out writes the whole table: leave out --only, --arch and --quick")
-    rows = report(options.only, tuple(options.arch or TARGETS), options.quick)
+    rows = report(options.only, options.arch or list(TARGETS), options.quick)
     print(json.dumps({"rows": rows}, indent=1) if options.json else table(rows))
     if options.out:
-        rows.sort(key=lambda row: list(TARGETS).index(row["arch"]))
         pages.save("compile", rows, packages=("triton", "torch"))
 
 

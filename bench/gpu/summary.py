@@ -7,35 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from bench.report.speed import tables
 from bench.report.text import environment, table
-
-
-def summary(folder: Path, steps: Sequence[str], dry: bool) -> str:
-    """Return the page; a step that failed has left no file."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    kernels = found.pop("kernels", None)
-    cases = [row for document in found.values() for row in document.get("cases", [])]
-    lines = ["# GPU run" + (": dry run, in the interpreter at tiny sizes" if dry else "")]
-    outcomes = table(dict(zip(("step", "status"), step.split("=", 1), strict=True)) for step in steps)
-    lines += [environment(kernels)] if kernels else []
-    lines += ["## Steps", outcomes]
-    if kernels:
-        heads = {
-            "case": "kernel", "median_s": "seconds", "of_copy_rate": "of measured copy rate",
-            "of_matrix_rate": "of measured matrix rate",
-        }  # fmt: skip
-        lines += ["## Kernels", table(kernels["rows"], heads)]
-    if cases:
-        lines += ["## Cases", tables(cases)]
-    for path in (folder / "tests.txt", folder / "sanitizer.txt"):
-        if path.exists():
-            tail = "\n".join(path.read_text().splitlines()[-12:])
-            lines.append(f"## End of {path.name}\n\n```\n{tail}\n```")
-    return "\n\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -44,7 +19,23 @@ def main() -> None:
     parser.add_argument("--step", action="append", default=[], metavar="NAME=STATUS")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
-    (options.out / "summary.md").write_text(summary(options.out, options.step, options.dry_run))
+    # A step that failed has left no file.
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))}
+    kernels = found.pop("kernels", None)
+    cases = [row for document in found.values() for row in document.get("cases", [])]
+    lines = ["# GPU run" + (": dry run, in the interpreter at tiny sizes" if options.dry_run else "")]
+    lines += [environment(kernels)] if kernels else []
+    outcomes = (dict(zip(("step", "status"), step.split("=", 1), strict=True)) for step in options.step)
+    lines += ["## Steps", table(outcomes)]
+    if kernels:
+        lines += ["## Kernels", table(kernels["rows"])]
+    if cases:
+        lines += ["## Cases", tables(cases)]
+    for path in (options.out / "tests.txt", options.out / "sanitizer.txt"):
+        if path.exists():
+            tail = "\n".join(path.read_text().splitlines()[-12:])
+            lines.append(f"## End of {path.name}\n\n```\n{tail}\n```")
+    (options.out / "summary.md").write_text("\n\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

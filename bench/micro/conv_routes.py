@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import partial
+from itertools import starmap
 from typing import Any
 from unittest import mock
 
@@ -37,31 +38,25 @@ def convolutions() -> dict[tuple[Any, ...], list[str]]:
     zoo = {name: torchvision.models.get_model(name, weights=None, **options) for name, options in MODELS.items()}
     size, channels, blocks = (IMAGE, IMAGE), [64, 128, 256, 512], [2, 2, 5, 2]
     zoo["maxvit"] = torchvision.models.maxvit.MaxVit(size, 64, 2, channels, blocks, 32, 0.2)
-    found: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    found: dict[tuple[Any, ...], dict[str, None]] = defaultdict(dict)
     for name, model in zoo.items():
 
         def note(module: nn.Conv2d, args: Any, output: Any, name: str = name) -> None:
-            key = (
-                *args[0].shape[1:], output.shape[1], module.kernel_size, module.stride, module.padding,
-                module.dilation, module.groups,
-            )  # fmt: skip
-            if name not in found[key]:
-                found[key].append(name)
+            how = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+            found[(*args[0].shape[1:], *output.shape[1:], *how)][name] = None
 
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(note)
         model.eval().to("meta")(torch.empty(2, 3, IMAGE, IMAGE, device="meta"))
-    return found
+    return {key: list(names) for key, names in found.items()}
 
 
 def measured(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
     """Return a row: the pick, and all routes on one shape."""
-    channels, height, width, outputs, kernel, stride, padding, dilation, groups = key
+    channels, height, width, *out, kernel, stride, padding, dilation, groups = key
     torch.manual_seed(0)
-    a = torch.randn(BATCH, channels, height, width)
-    layer = nn.Conv2d(channels, outputs, kernel, stride, padding, dilation, groups, device="meta")
-    g = torch.randn(layer(a.to("meta")).shape)
+    a, g = torch.randn(BATCH, channels, height, width), torch.randn(BATCH, *out)
     shape = shape_of(canonical(a, g.unsqueeze(0), kernel, stride, padding, dilation, groups, False))
     predicted = {route: cost.seconds(route, shape) for route in cost.candidates(shape)}
     picked = cost.choose_route(shape)
@@ -74,7 +69,7 @@ def measured(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
                 taken[route] = min(timer.blocked_autorange(min_run_time=0.03).times)
     best = min(taken, key=taken.__getitem__)
     return {
-        "shape": f"{channels} to {outputs}, {height}x{width}, kernel {'x'.join(map(str, kernel))}, "
+        "shape": f"{channels} to {out[0]}, {height}x{width}, kernel {'x'.join(map(str, kernel))}, "
         f"stride {stride[0]}" + (f", groups {groups}" if groups > 1 else ""),
         "models": ", ".join(models), "picked": picked, "predicted_ms": 1e3 * predicted[picked],
         "measured_ms": 1e3 * taken[picked], "best": best, "best_ms": 1e3 * taken[best],
@@ -82,12 +77,10 @@ def measured(key: tuple[Any, ...], models: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(shapes: int | None) -> list[dict[str, Any]]:
-    """Return the rows of the first shapes, the worst pick first."""
-    rows = [measured(key, models) for key, models in list(convolutions().items())[:shapes]]
-    return sorted(rows, key=lambda row: -row["ratio"])
+def measure() -> list[dict[str, Any]]:
+    """Return the rows, the worst pick first."""
+    return sorted(starmap(measured, convolutions().items()), key=lambda row: -row["ratio"])
 
 
 if __name__ == "__main__":
-    only = {"type": int, "help": "measure the first so many alone"}
-    pages.command("conv-routes", __doc__, measure, packages=("torch", "torchvision"), shapes=only)
+    pages.command("conv-routes", __doc__, measure, packages=("torch", "torchvision"))

@@ -1,8 +1,5 @@
 """The last layer: squared gradient norms of all contrasts, of one target, and the layer fused with them.
 
-``contrasts``: features and logits in, ``(B, N)`` out. ``uniform target``: one norm a sample, the task of GradNorm.
-``head``: features and weights in, logits and ``(B, N)`` out. ``statistics``: the same, five numbers a sample out.
-
 Errors allowed, relative to float64: 1e-5 for fastgrad, 1e-3 for the peers, whose float32 autograd loses digits where
 a probability is near one; 64 units of the dtype, relative to the largest entry, for logits and other plain products.
 
@@ -14,7 +11,7 @@ whose rows are rounded once more than in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,13 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastgrad
-from bench.micro import last_layer_peers as peers
-from bench.micro.last_layer_peers import Head
-from bench.registry import Implementation, case, relative_error, scaled_error
+from bench.registry import SEED, Implementation, case, relative_error, scaled_error
 
 OURS, PEERS = 1e-5, 1e-3
-#: Contrasts times samples up to which the slow peers take part: a call of theirs takes seconds beyond.
-SLOW = 2_000
 FORMS = ("fastgrad Triton", "fastgrad eager")
 TITLE = " B={0} N={1} D={2} {3}"
 TINY = [(3, 5, 8), (2, 33, 16)]
@@ -37,6 +30,122 @@ FULL = [
     (1, 10, 512), (64, 10, 512), (4096, 10, 512), (1, 1000, 512), (8, 1000, 512), (32, 1000, 512), (256, 1000, 512),
     (4096, 1000, 512), (1, 32000, 768), (32, 32000, 768), (256, 32000, 768), (1, 128256, 1024), (8, 128256, 1024),
 ]  # fmt: skip
+
+
+def normals(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    """Yield seeded normal numbers of each shape."""
+    made = torch.Generator(device).manual_seed(SEED)
+    for shape in shapes:
+        yield torch.randn(shape, generator=made, device=device).to(dtype)
+
+
+class Head:
+    """Seeded features, weights and logits of spread 3, and what float64 makes of them."""
+
+    def __init__(self, B: int, N: int, D: int, dtype: str, device: str) -> None:
+        kind = getattr(torch, dtype)
+        h, weight, bias = normals(device, (B, D), (N, D), (N,))
+        self.h, self.weight, self.bias = h.to(kind), (weight * 3 / D**0.5).to(kind), bias.to(kind)
+        self.layer = (self.h, self.weight, self.bias)
+        self.z = F.linear(*self.layer)
+        #: What a plain product may lose, relative to its largest entry.
+        self.unit = 64 * torch.finfo(kind).eps
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """The logits in float64."""
+        return F.linear(*(t.double() for t in self.layer))
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """``||h||^2 + 1`` in float64, ``(B, 1)``."""
+        return self.h.double().square().sum(-1, keepdim=True) + 1
+
+    def norms(self, logits: Tensor) -> Tensor:
+        """Return all contrasts' squared norms in float64, by leave-one-out sums."""
+        p = logits.double().softmax(-1)
+        top = p.argmax(-1, keepdim=True)
+        rest = p.scatter(-1, top, 0.0)
+        s1, s2 = rest.sum(-1, keepdim=True), rest.square().sum(-1, keepdim=True)
+        # 1 - p_k keeps its digits in float64 for every k but the largest.
+        norms = (1 - rest).square() + (p.square().sum(-1, keepdim=True) - rest.square())
+        return norms.scatter(-1, top, s1.square() + s2) * self.factor
+
+    def module(self) -> torch.nn.Linear:
+        """Return the last layer as a module, in float32."""
+        layer = torch.nn.Linear(self.h.shape[1], len(self.bias), device=self.h.device)
+        layer.load_state_dict({"weight": self.weight.float(), "bias": self.bias.float()})
+        return layer
+
+
+def textbook(h: Tensor, z: Tensor) -> Tensor:
+    """``(||p||^2 - 2 p_k + 1)(||h||^2 + 1)``, the textbook form."""
+    p = z.float().softmax(-1)
+    squares = p.square().sum(-1, keepdim=True)
+    return (squares - 2 * p + 1) * (h.float().square().sum(-1, keepdim=True) + 1)
+
+
+def compiled(function: Callable[..., Any], *tensors: Tensor) -> Callable[[], Any]:
+    torch._dynamo.reset()
+    return partial(torch.compile(function, fullgraph=True, dynamic=False), *tensors)
+
+
+def loop(head_: Head) -> Callable[[], Tensor]:
+    """One backward pass for every sample and contrast."""
+    weight = head_.weight.float().requires_grad_()
+    bias = head_.bias.float().requires_grad_()
+    h = head_.h.float()
+
+    def norm(logits: Tensor, k: int) -> Tensor:
+        loss = F.cross_entropy(logits, torch.tensor(k, device=h.device))
+        g_weight, g_bias = torch.autograd.grad(loss, (weight, bias), retain_graph=True)
+        return g_weight.square().sum() + g_bias.square().sum()
+
+    def norms(sample: Tensor) -> Tensor:
+        logits = F.linear(sample, weight, bias)
+        return torch.stack([norm(logits, k) for k in range(len(logits))])
+
+    return lambda: torch.stack([norms(sample) for sample in h])
+
+
+def vmap(head_: Head, memory: int = 1 << 28) -> Callable[[], Tensor]:
+    """``vmap`` over samples and contrasts of ``grad``, in chunks that keep the gradients within ``memory`` bytes."""
+    weight, bias, h = head_.weight.float(), head_.bias.float(), head_.h.float()
+    (N, D), B = weight.shape, len(h)
+
+    def loss(weight: Tensor, bias: Tensor, sample: Tensor, k: Tensor) -> Tensor:
+        return -F.linear(sample, weight, bias).log_softmax(-1).gather(-1, k.unsqueeze(-1)).squeeze(-1)
+
+    def norm(sample: Tensor, k: Tensor) -> Tensor:
+        g_weight, g_bias = torch.func.grad(loss, argnums=(0, 1))(weight, bias, sample, k)
+        return g_weight.square().sum() + g_bias.square().sum()
+
+    batched = torch.func.vmap(norm, chunk_size=max(1, min(B * N, memory // (4 * N * D))))
+    samples = torch.arange(B, device=h.device).repeat_interleave(N)
+    classes = torch.arange(N, device=h.device).repeat(B)
+    return lambda: batched(h[samples], classes).reshape(B, N)
+
+
+def openood(head_: Head) -> Callable[[], Tensor]:
+    """OpenOOD's postprocessor: one backward pass a sample through the last layer, L1 norm of its weight gradient."""
+    h, layer = head_.h.float(), head_.module()
+
+    def norm(sample: Tensor) -> Tensor:
+        layer.zero_grad()
+        logits = layer(sample[None])
+        targets = torch.ones_like(logits) / logits.shape[1]
+        torch.mean(torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1)).backward()
+        return layer.weight.grad.abs().sum()
+
+    return lambda: torch.stack([norm(sample) for sample in h])
+
+
+def pytorch_ood(head_: Head) -> Callable[[], Tensor]:
+    from pytorch_ood.detector import GradNorm
+
+    h = head_.h.float()
+    detector = GradNorm(head_.module(), param_filter=lambda name: name == "weight").to(h.device)
+    return lambda: detector.predict(h)
 
 
 def _at(shapes: list[tuple[int, int, int]], dtype: str = "float32") -> list[tuple[Any, ...]]:
@@ -53,9 +162,7 @@ def _forms(
 
 
 def _softmax(head_: Head) -> Implementation:
-    def check(out: Tensor) -> float:
-        return scaled_error(out, head_.z.double().softmax(-1))
-
+    check = partial(scaled_error, reference=head_.z.double().softmax(-1))
     return Implementation("torch.softmax", lambda: partial(torch.softmax, head_.z, -1), check, head_.unit)
 
 
@@ -75,16 +182,20 @@ def _linear(head_: Head) -> Implementation:
 def contrasts(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Implementation]:
     """Squared norms of all contrasts, from features and logits; peers that differentiate start from the features."""
     head_ = Head(B, N, D, dtype, device)
-    h, z, check = head_.h, head_.z, head_.error
+    h, z = head_.h, head_.z
+
+    def check(norms: Tensor) -> float:
+        return relative_error(norms, head_.norms(z))
+
     yield from _forms(partial(fastgrad.contrast_sqnorm, h, z), check, OURS, device)
     yield _softmax(head_)
-    yield Implementation("closed form, textbook", lambda: partial(peers.textbook, h, z), check, PEERS)
-    compiled = partial(peers.compiled, peers.textbook, h, z)
-    yield Implementation("closed form, torch.compile", compiled, check, PEERS)
-    if B * N <= SLOW and (dtype == "float32" or device == "cuda"):
+    yield Implementation("closed form, textbook", lambda: partial(textbook, h, z), check, PEERS)
+    yield Implementation("closed form, torch.compile", partial(compiled, textbook, h, z), check, PEERS)
+    # Beyond, a call of theirs takes seconds.
+    if B * N <= 2_000 and (dtype == "float32" or device == "cuda"):
         tolerance = PEERS if dtype == "float32" else 1.0
-        yield Implementation("vmap(grad)", partial(peers.vmap, head_), check, tolerance, graph=False)
-        yield Implementation("autograd loop", partial(peers.loop, head_), check, tolerance, graph=False)
+        yield Implementation("vmap(grad)", partial(vmap, head_), check, tolerance, graph=False)
+        yield Implementation("autograd loop", partial(loop, head_), check, tolerance, graph=False)
 
 
 @case(
@@ -105,13 +216,13 @@ def head(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Implementa
 
     def unfused(h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         z = F.linear(h, weight, bias)
-        return z, peers.textbook(h, z)
+        return z, textbook(h, z)
 
     layer = head_.layer
     yield from _forms(partial(fastgrad.linear_contrast_sqnorm, *layer), check, OURS, device)
     yield _linear(head_)
     yield Implementation("linear, softmax, closed form", lambda: partial(unfused, *layer), check, PEERS)
-    yield Implementation("the same, torch.compile", partial(peers.compiled, unfused, *layer), check, PEERS)
+    yield Implementation("the same, torch.compile", partial(compiled, unfused, *layer), check, PEERS)
 
 
 @case(
@@ -125,16 +236,15 @@ def uniform(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Impleme
     head_ = Head(B, N, D, dtype, device)
     h, z = head_.h, head_.z
     delta = z.double().softmax(-1) - 1 / N
-    squared = delta.square().sum(-1) * head_.factor.squeeze(-1)
-    absolute = delta.abs().sum(-1) * h.double().abs().sum(-1)
-    check = partial(relative_error, reference=squared)
+    check = partial(relative_error, reference=delta.square().sum(-1) * head_.factor.squeeze(-1))
     yield from _forms(partial(fastgrad.target_sqnorm, h, z, "uniform"), check, OURS, device)
     yield _softmax(head_)
+    absolute = delta.abs().sum(-1) * h.double().abs().sum(-1)
     tolerance = PEERS if dtype == "float32" else 0.1
     # OpenOOD's confidence is the norm itself; pytorch-ood's score, higher for outliers, is minus the norm.
     for name, peer, limit, reference in (
-        ("GradNorm, as OpenOOD", peers.openood, 64, absolute),
-        ("GradNorm, pytorch-ood", peers.pytorch_ood, 256, -absolute),
+        ("GradNorm, as OpenOOD", openood, 64, absolute),
+        ("GradNorm, pytorch-ood", pytorch_ood, 256, -absolute),
     ):
         if limit >= B:
             check = partial(relative_error, reference=reference)
@@ -161,7 +271,7 @@ def statistics(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Impl
 
     def unfused() -> Tensor:
         z = F.linear(*head_.layer)
-        return summed(peers.textbook(head_.h, z), z.float())
+        return summed(textbook(head_.h, z), z.float())
 
     def check(out: Any) -> float:
         return relative_error(torch.stack(list(out), -1) if isinstance(out, tuple) else out, wanted)
@@ -184,7 +294,7 @@ def statistics(device: str, B: int, N: int, D: int, dtype: str) -> Iterator[Impl
 def rows(device: str, B: int, N: int, D: int, U: int, name: str) -> Iterator[Implementation]:
     """``contrast_rows_linear`` beside a product with rows in memory."""
     dtype = getattr(torch, name)
-    h, z, weight, bias = peers.normals(device, (B, D), (B, N), (U, N * D), (U,), dtype=dtype)
+    h, z, weight, bias = normals(device, (B, D), (B, N), (U, N * D), (U,), dtype=dtype)
     exact = 2 * (z.double() - 1).unsqueeze(-1) * h.double().unsqueeze(-2)
     wanted = F.linear(exact.flatten(-2), weight.double(), bias.double())
     tolerance = 2.0**-6 if dtype != torch.float32 else 2.0**-23 * (N * D) ** 0.5

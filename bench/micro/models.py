@@ -18,6 +18,12 @@ Inputs = Callable[[int, torch.Generator], Tensor]
 Network = tuple[Callable[[], nn.Module], Inputs]
 
 
+def convolved(inputs: int, outputs: int, kernel: int, stride: int, norm: type[nn.Module]) -> list[nn.Module]:
+    """Return a convolution, its normalisation (group norm of 32 channels or fewer a group) and its rectifier."""
+    normalised = nn.GroupNorm(max(1, outputs // 32), outputs) if norm is nn.GroupNorm else norm(outputs)
+    return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), normalised, nn.ReLU()]
+
+
 class Block(nn.Module):
     """Residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1 with ``bottleneck``."""
 
@@ -28,15 +34,11 @@ class Block(nn.Module):
             shapes = [(inputs, width, 1, 1), (width, width, 3, stride), (width, outputs, 1, 1)]
         else:
             shapes = [(inputs, width, 3, stride), (width, outputs, 3, 1)]
-        layers: list[nn.Module] = []
-        for a, b, kernel, step in shapes:
-            convolution = nn.Conv2d(a, b, kernel, step, kernel // 2, bias=False)
-            layers += [convolution, normalisation(norm, b), nn.ReLU()]
+        layers = [layer for shape in shapes for layer in convolved(*shape, norm)]
         self.body = nn.Sequential(*layers[:-1])
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(convolution, normalisation(norm, outputs))
+            self.shortcut = nn.Sequential(*convolved(inputs, outputs, 1, stride, norm)[:-1])
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,28 +46,18 @@ class Block(nn.Module):
         return self.relu(self.body(x) + self.shortcut(x))
 
 
-def normalisation(kind: type[nn.Module], channels: int) -> nn.Module:
-    """Batch norm, or group norm with 32 channels or fewer a group."""
-    return nn.GroupNorm(max(1, channels // 32), channels) if kind is nn.GroupNorm else kind(channels)
-
-
 def resnet(
     depth: int = 18, classes: int = 10, *, small: bool = True, norm: type[nn.Module] = nn.BatchNorm2d
 ) -> nn.Module:
-    """ResNet-18 or -50."""
     counts, bottleneck = {18: ((2, 2, 2, 2), False), 50: ((3, 4, 6, 3), True)}[depth]
-    stem = nn.Conv2d(3, 64, 3, 1, 1, bias=False) if small else nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-    layers: list[nn.Module] = [stem, normalisation(norm, 64), nn.ReLU()]
-    if not small:
-        layers.append(nn.MaxPool2d(3, 2, 1))
+    layers = convolved(3, 64, 3, 1, norm) if small else [*convolved(3, 64, 7, 2, norm), nn.MaxPool2d(3, 2, 1)]
     channels = 64
     for stage, count in enumerate(counts):
+        width = 64 << stage
         for i in range(count):
-            inner = 64 << stage
-            layers.append(Block(channels, inner, 2 if i == 0 and stage else 1, bottleneck, norm))
-            channels = 4 * inner if bottleneck else inner
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
-    return nn.Sequential(*layers)
+            layers.append(Block(channels, width, 2 if i == 0 and stage else 1, bottleneck, norm))
+            channels = 4 * width if bottleneck else width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
 def plain(classes: int = 10, width: int = 32, norm: bool = False) -> nn.Module:
@@ -77,9 +69,11 @@ def plain(classes: int = 10, width: int = 32, norm: bool = False) -> nn.Module:
     channels = 3
     for stage in range(3):
         for stride in (1, 2) if not norm else (2 if stage else 1, 1):
-            layers.append(nn.Conv2d(channels, width << stage, 3, stride, 1, bias=not norm))
-            channels = width << stage
-            layers += [nn.BatchNorm2d(channels), nn.ReLU()] if norm else [nn.ReLU()]
+            inputs, channels = channels, width << stage
+            if norm:
+                layers += convolved(inputs, channels, 3, stride, nn.BatchNorm2d)
+            else:
+                layers += [nn.Conv2d(inputs, channels, 3, stride, 1), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 

@@ -8,14 +8,11 @@ A result is checked on the first and the last sample against a float64 backward 
 the norm itself, or to a millionth of a millionth of the sample's total where the true gradient is zero (the key's bias
 of an attention, say). Allowed: 1e-4 for fastgrad, 1e-3 for the peers.
 
-``private`` is a training step whose gradients are clipped sample by sample, up to the noise, beside a plain step. The
-error is the distance from the sum of clipped float64 gradients, all parameters together, relative to its length. Opacus
-adds 1e-6 to every norm on purpose; vmap(grad) is off by 2e-4 on the residual network.
+``private`` is a training step whose gradients are clipped sample by sample, up to the noise. Opacus adds 1e-6 to every
+norm on purpose; vmap(grad) is off by 2e-4 on the residual network.
 
 ``end-to-end`` is images per second with and without uncertainty, at fixed batch sizes; at batch 1 the spread is the
-latency. The plain network is the yardstick. Beside it: logits and all contrasts of the last layer; logits and the
-squared gradient norm of every parameter, for one signal and for three at once; and a backward pass for each sample,
-the usual way to the same numbers. The last layer's norms are judged by 1e-3: they follow logits that rounded.
+latency. The plain network is the yardstick. The last layer's norms are judged by 1e-3: they follow logits that rounded.
 """
 
 from __future__ import annotations
@@ -46,10 +43,6 @@ GPU = [
     ("ResNet-18 32x32", 512, BCE), ("ViT-B/16 224x224", 128, BCE), ("ResNet-18 32x32", 64, BCE),
     ("plain CNN 32x32", 512, BCE), ("ResNet-50 224x224", 64, BCE), ("GPT T=128", 256, CE),
 ]  # fmt: skip
-#: A batch beyond which peers that run or hold sample by sample are left out on a GPU.
-SLOW = 64
-#: Batch, image, width.
-GROWTH = (16, 32, 32)
 SIGNALS = [("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted")]
 one = partial(Implementation, graph=False)
 
@@ -62,7 +55,6 @@ def features(task: Task, signal: str = "", compiled: bool = False) -> Callable[[
 
 
 def same_for_all(task: Task) -> Iterator[Implementation]:
-    """Yield fastgrad's norms and the training step."""
     yield one("fastgrad", partial(features, task), task.error, OURS)
     yield one("training step", partial(peers.step, task), task.against(peers.step), UNIT)
 
@@ -83,7 +75,8 @@ def network(device: str, name: str, batch: int, signal: str) -> Iterator[Impleme
     yield one("forward and data gradients", partial(peers.data_gradients, task), data_error(peers.data_gradients), OURS)
     yield one("BackPACK BatchL2Grad", partial(peers.backpack, task), task.error, PEERS)
     yield one("Opacus ghost norms", partial(peers.opacus, task), task.error, PEERS)
-    if device == "cpu" or batch <= SLOW:
+    # They run or hold sample by sample.
+    if device == "cpu" or batch <= 64:
         yield one("vmap(grad)", partial(peers.vmap, task), task.error, PEERS)
         yield one("per-sample loop", partial(peers.loop, task), task.error, PEERS)
 
@@ -103,8 +96,8 @@ def compiled(device: str, name: str, batch: int, signal: str) -> Iterator[Implem
 
 @case(
     "network-growth", "B={0} image={1} width={2}", against="training step", names=("fastgrad", "training step"),
-    tiny=[(2, 8, 4)], quick=[GROWTH],
-    full=[(1, 32, 32), (4, 32, 32), GROWTH, (64, 32, 32), (16, 16, 32), (16, 64, 32), (16, 32, 16), (16, 32, 64),
+    tiny=[(2, 8, 4)], quick=[(16, 32, 32)],
+    full=[(1, 32, 32), (4, 32, 32), (16, 32, 32), (64, 32, 32), (16, 16, 32), (16, 64, 32), (16, 32, 16), (16, 32, 64),
           (16, 32, 128)],
 )  # fmt: skip
 def growth(device: str, batch: int, image: int, width: int) -> Iterator[Implementation]:
@@ -178,32 +171,26 @@ def end_to_end(device: str, name: str, batch: int) -> Iterator[Implementation]:
     task = Task(NETWORKS[name], batch, device)
 
     def whole(signals: list[tuple[str, str]]) -> Callable[[], Any]:
-        features = fastgrad.GradientFeatures(task.model, signals=signals)
-        return lambda: features(task.x)
+        return partial(fastgrad.GradientFeatures(task.model, signals=signals), task.x)
 
     def whole_error(out: Any) -> float:
         return task.error(out[1][:, 0])
 
     def last_error(out: tuple[Tensor, Tensor]) -> float:
-        exact = task.double()
-        return relative_error(out[1], last_layer(exact.model, exact.x)[1])
+        return relative_error(out[1], last_layer(task.double())[1])
 
-    last = partial(last_layer, task.model, task.x)
     yield one("network alone", partial(peers.forward, task), task.against(peers.forward), UNIT)
-    yield one("fastgrad, last layer", lambda: last, last_error, PEERS)
+    yield one("fastgrad, last layer", lambda: partial(last_layer, task), last_error, PEERS)
     yield one("fastgrad, whole network", partial(whole, SIGNALS[:1]), whole_error, OURS)
     yield one("fastgrad, three signals", partial(whole, SIGNALS), whole_error, OURS)
     yield one("gradient per sample", partial(peers.loop, task), task.error, PEERS)
 
 
-def last_layer(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def last_layer(task: Task) -> tuple[Tensor, Tensor]:
     """Return logits and all contrasts of the last linear layer, whose input is caught on the way."""
-    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    head = [m for m in task.model.modules() if isinstance(m, nn.Linear)][-1]
     caught: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-    try:
-        with torch.no_grad():
-            z = model(x)
-            return z, fastgrad.contrast_sqnorm(caught[0], z)
-    finally:
-        handle.remove()
+    with head.register_forward_pre_hook(lambda module, args: caught.append(args[0])):
+        z = task.model(task.x)
+    return z, fastgrad.contrast_sqnorm(caught[0], z)

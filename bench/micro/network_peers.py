@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ class Task:
         self.model = build().eval().to(device)
         self.x = inputs(batch, torch.Generator().manual_seed(SEED)).to(device)
         self.signal = signal
-        self._wanted: dict[int, Tensor] = {}
 
     def loss(self, logits: Tensor) -> Tensor:
         """Return the sum over samples."""
@@ -50,13 +50,14 @@ class Task:
         one.x = self.x.double() if self.x.is_floating_point() else self.x
         return one
 
+    @cached_property
+    def _wanted(self) -> list[Tensor]:
+        exact = self.double()
+        return [sqnorms(exact.loss(exact.model(x)), exact.model) for x in (exact.x[:1], exact.x[-1:])]
+
     def error(self, norms: Tensor) -> float:
         """Return the relative error of ``(B, P)`` on the first and last sample."""
-        if not self._wanted:
-            exact = self.double()
-            for b in (0, len(exact.x) - 1):
-                self._wanted[b] = sqnorms(exact.loss(exact.model(exact.x[b : b + 1])), exact.model)
-        worst = max(error(norms[b], wanted) for b, wanted in self._wanted.items())
+        worst = max(map(error, (norms[0], norms[-1]), self._wanted))
         return worst if bool(torch.isfinite(norms).all()) else float("inf")
 
     def against(self, call: Callable[[Task], Callable[[], Tensor]]) -> Callable[[Tensor], float]:
@@ -86,28 +87,22 @@ class ClippedTask(Task):
         """``(B,)``."""
         return F.cross_entropy(model(self.x), self.y, reduction="none")
 
-    def distance(self, gradients: Sequence[Tensor], limit: float = 1.0) -> float:
-        """Return the distance from the sum of clipped gradients of a float64 loop, relative to its length.
-
-        Args:
-            gradients: All parameters'.
-            limit: The norm to clip to; infinite for gradients as they are.
-        """
+    def distance(self, gradients: Iterable[Tensor], limit: float = 1.0) -> float:
+        """Return the relative distance from the sum of a float64 loop's gradients, each clipped to ``limit``."""
         exact = self.double()
-        model, parameters = exact.model, list(exact.model.parameters())
-        wanted = [torch.zeros_like(p) for p in parameters]
+        wanted: Any = 0
         for x, y in zip(exact.x, self.y, strict=True):
-            found = torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), parameters)
-            norm = float(torch.stack([g.square().sum() for g in found]).sum().sqrt())
-            for total, g in zip(wanted, found, strict=True):
-                total += min(1.0, limit / norm) * g
-        pairs = list(zip(gradients, wanted, strict=True))
-        off = torch.stack([(g.double() - w).square().sum() for g, w in pairs]).sum()
-        return float((off / torch.stack([w.square().sum() for w in wanted]).sum()).sqrt())
+            loss = F.cross_entropy(exact.model(x[None]), y[None])
+            gradient = _flat(torch.autograd.grad(loss, list(exact.model.parameters())))
+            wanted = wanted + min(1.0, limit / float(gradient.norm())) * gradient
+        return float((_flat(gradients).double() - wanted).norm() / wanted.norm())
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def sqnorms(loss: Tensor, model: nn.Module) -> Tensor:
-    """Return the squared gradient norm of every parameter."""
     return torch.stack([g.square().sum() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
@@ -164,9 +159,8 @@ def opacus(task: Task) -> Norms:
 
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in task.model.modules()):
         raise ValueError("Opacus refuses batch norm")
-    model = GradSampleModuleFastGradientClipping(
-        copy.deepcopy(task.model).train(), loss_reduction="sum", use_ghost_clipping=True
-    )
+    net = copy.deepcopy(task.model).train()
+    model = GradSampleModuleFastGradientClipping(net, loss_reduction="sum", use_ghost_clipping=True)
 
     def call() -> Tensor:
         model.zero_grad(set_to_none=True)
@@ -230,18 +224,15 @@ def clipped_by_ghosts(task: ClippedTask) -> Gradients:
     from opacus.optimizers import DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
-    model = GradSampleModuleFastGradientClipping(
-        copy.deepcopy(task.model), loss_reduction="sum", max_grad_norm=task.max_norm, use_ghost_clipping=True
-    )
+    how = {"loss_reduction": "sum", "max_grad_norm": task.max_norm, "use_ghost_clipping": True}
+    model = GradSampleModuleFastGradientClipping(copy.deepcopy(task.model), **how)
     optimizer = _optimizer(DPOptimizerFastGradientClipping, model, task)
-
     return _gradients(
         model, lambda: DPTensorFastGradientClipping(model, optimizer, task.losses(model), "sum").backward()
     )
 
 
 def clipped_by_vmap(task: ClippedTask) -> Gradients:
-    """PyTorch's tutorial on per-sample gradients, in chunks that keep the gradients within `MEMORY`."""
     parameters, buffers = _state(task.model)
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

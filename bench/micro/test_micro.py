@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import clock, memory
+from bench import clock
 from bench.registry import SEED, Case, cases
 from bench.report import pages
 from fastgrad.engine.memory import keep_freed_memory
@@ -36,7 +36,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
-    """Where all cases run."""
     torch.set_num_threads(request.config.option.threads)
     # The same setting for every implementation: see the function.
     keep_freed_memory()
@@ -82,7 +81,7 @@ def test_micro(benchmark: Any, device: str, measured: Rows, case: Case, name: st
             _by_events(benchmark, case.implementations(device)[name].graph, call)
         else:
             benchmark(call)
-        row["peak_bytes"] = memory.peak_bytes(call, device)
+        row["peak_bytes"] = clock.peak_bytes(call, device)
     cut = clock.deciles(benchmark.stats.stats.data)
     row |= {"correct": True, "median_s": cut[4], "p10_s": cut[0], "p90_s": cut[8]}
     measured[case.table].append(row)

@@ -1,7 +1,6 @@
 """Make pages, figures and the blocks of README and documentation anew from ``bench/results``.
 
 python -m bench.report                  # everything
-python -m bench.report network          # the page and figure of one table, and all blocks
 python -m bench.report --check          # change nothing; exit status 1 and a list if a block or page is stale
 """
 
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.report import blocks, pages
-from bench.results_file import RESULTS
+from bench.report.pages import RESULTS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "docs/results.md", "docs/explanation/what-it-finds.md")]
@@ -24,7 +23,7 @@ def stale(folder: Path = RESULTS, documents: Sequence[Path] = DOCUMENTS) -> list
     """Return what does not say what the results say: pages, and blocks of documents."""
     found = []
     for path in sorted(folder.glob("*.json")):
-        pictures = [p.name for p in folder.glob(f"{path.stem}.png")]
+        pictures = [picture.name for picture in folder.glob(f"{path.stem}.png")]
         rendered = pages.page(path.stem, json.loads(path.read_text()), pictures)
         target = path.with_suffix(".md")
         if rendered is not None and (not target.exists() or target.read_text() != rendered):
@@ -36,21 +35,15 @@ def stale(folder: Path = RESULTS, documents: Sequence[Path] = DOCUMENTS) -> list
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.report", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("names", nargs="*", metavar="TABLE", help="default: all")
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if a block or page is stale")
-    options = parser.parse_args()
-    try:
-        if options.check:
-            found = stale()
-            print("\n".join(f"stale: {name}" for name in found))
-            return 1 if found else 0
-        for name in options.names or sorted(path.stem for path in RESULTS.glob("*.json")):
-            pages.write(name)
-        for file in DOCUMENTS:
-            file.write_text(blocks.fill(file.read_text()))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"bench.report: {error}", file=sys.stderr)
-        return 2
+    if parser.parse_args().check:
+        found = stale()
+        print("\n".join(f"stale: {name}" for name in found))
+        return 1 if found else 0
+    for path in sorted(RESULTS.glob("*.json")):
+        pages.write(path.stem)
+    for file in DOCUMENTS:
+        file.write_text(blocks.fill(file.read_text()))
     return 0
 
 

@@ -1,7 +1,5 @@
 """The marked blocks of README and documentation, filled from ``bench/results``: no figure is typed by hand.
 
-A block is a table or a single number:
-
     <!-- table: network -->
     ...
     <!-- end -->
@@ -23,19 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import detection, speed
+from bench.report.pages import RESULTS
 from bench.report.text import environment
 from bench.report.text import table as markdown
-from bench.results_file import RESULTS
 
 BLOCK = re.compile(r"<!-- (table|value): ([^>]+?) -->(.*?)<!-- end -->", re.DOTALL)
 
 
 def load(name: str, folder: Path) -> dict[str, Any]:
-    """Return a file of results.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
+    """Return a file of results, or raise a ValueError that names those that there are."""
     path = folder / f"{name}.json"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
@@ -55,11 +49,7 @@ def table(words: str, folder: Path = RESULTS) -> str:
 
 
 def value(words: str, folder: Path = RESULTS) -> str:
-    """Return the text of a value block; ``words`` is what stands after ``value:``.
-
-    Raises:
-        ValueError: The words do not name a number of the results.
-    """
+    """Return the text of a value block; ``words`` is what stands after ``value:``, and must name a number."""
     parts = [part.strip() for part in re.split("[|;]", words)]
     if len(parts) != 5:
         raise ValueError(f"a value must be FILE | CASE | IMPLEMENTATION | FIELD | FORMAT; it was {words!r}")
@@ -67,12 +57,10 @@ def value(words: str, folder: Path = RESULTS) -> str:
     document = load(name, folder)
     network, _, case = case.rpartition(": ")
     rows = [
-        row
-        for row in document.get("cases", document.get("rows"))
-        if row.get("case") == case
-        and network in ("", row.get("network"))
+        row for row in document.get("cases", document.get("rows"))
+        if row.get("case") == case and network in ("", row.get("network"))
         and implementation in (row.get("implementation"), row.get("method"))
-    ]
+    ]  # fmt: skip
     if not rows:
         raise ValueError(f"a value must name a case and an implementation of {name}; it was {words!r}")
     drawn = "draw" in rows[0] and len(rows) > 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ PROTOCOLS = ("clean data only", "with generated challenges", "with labelled chal
 
 
 def published(method: str) -> bool:
-    """Whether a method is a published detector."""
     return not ours(method) and not method.startswith("published")
 
 
@@ -24,16 +23,13 @@ def networks(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["network"] for row in rows if "method" in row))
 
 
-def means(rows: Sequence[Row], merit: str, network: str, protocol: str) -> dict[str, dict[str, Row]]:
+def means(rows: Iterable[Row], merit: str, network: str, protocol: str) -> dict[str, dict[str, Row]]:
     """Return by method and group the mean over draws, or why there is none."""
-    own = [row for row in rows if (row.get("network"), row.get("protocol")) == (network, protocol) and "group" in row]
-    return _means([(row, row["group"]) for row in own if merit in row or "not run" in row], merit)
-
-
-def _means(rows: Sequence[tuple[Row, str]], merit: str) -> dict[str, dict[str, Row]]:
     found: dict[str, dict[str, list[Row]]] = {}
-    for row, group in rows:
-        found.setdefault(row["method"], {}).setdefault(group, []).append(row)
+    for row in rows:
+        own = (row.get("network"), row.get("protocol")) == (network, protocol)
+        if own and "group" in row and (merit in row or "not run" in row):
+            found.setdefault(row["method"], {}).setdefault(row["group"], []).append(row)
     return {method: {group: _joined(own, merit) for group, own in groups.items()} for method, groups in found.items()}
 
 
@@ -70,10 +66,7 @@ def block(rows: Sequence[Row], merit: str, network: str, protocol: str, methods:
         else:
             shown = {group: _cell(cell, merit) for group, cell in cells.items()}
             lines.append({"method": method, "year": year, **shown, "source": paper})
-    parts = [table(lines)] if lines else []
-    if left:
-        parts.append("Not run:\n\n" + table(left))
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, (table(lines), "Not run:\n\n" + table(left) if left else "")))
 
 
 def _cell(value: Row, merit: str) -> str:
@@ -90,8 +83,8 @@ def _cell(value: Row, merit: str) -> str:
 
 def gains(rows: Sequence[Row], network: str) -> str:
     """Return what a block adds to a form of fastgrad's, by group, with the interval of the difference or over draws."""
-    own = [row for row in rows if row.get("network") == network and "gain" in row]
-    found = _means([(row, row["case"].removeprefix("gain in ")) for row in own], "gain")
+    own = [{**row, "protocol": "", "group": row["case"].removeprefix("gain in ")} for row in rows if "gain" in row]
+    found = means(own, "gain", network, "")
     return table(
         {"method": method} | {group: _cell(cell, "gain") for group, cell in groups.items()}
         for method, groups in found.items()
@@ -105,17 +98,15 @@ def strongest(rows: Sequence[Row], merit: str, network: str) -> str:
     lines = []
     for group in dict.fromkeys(group for own in clean.values() for group in own):
         values = {m: own[group] for m, own in (clean | generated).items() if merit in own.get(group, {})}
-        rivals = [m for m in values if published(m)]
-        if not rivals:
-            continue
-        best = max(rivals, key=lambda m, values=values: values[m][merit])  # type: ignore[misc]
-        beside = [m for m in values if (ours(m) and " + " not in m) or m.startswith("published")]
-        lines.append(
-            {"group": group, "strongest published": f"{best} {_cell(values[best], merit)}"}
-            | {m: _cell(values[m], merit) for m in sorted(beside, key=lambda m: not ours(m))}
-        )
-    heads = {key: key for line in lines for key in line}
-    return table(lines, heads)
+        rivals = {m: cell[merit] for m, cell in values.items() if published(m)}
+        if rivals:
+            best = max(rivals, key=rivals.__getitem__)
+            beside = [m for m in values if (ours(m) and " + " not in m) or m.startswith("published")]
+            lines.append(
+                {"group": group, "strongest published": f"{best} {_cell(values[best], merit)}"}
+                | {m: _cell(values[m], merit) for m in sorted(beside, key=lambda m: not ours(m))}
+            )
+    return table(lines)
 
 
 def bars(rows: Sequence[Row], merit: str, about: Mapping[str, tuple[str, bool]]) -> Any:
@@ -127,22 +118,19 @@ def bars(rows: Sequence[Row], merit: str, about: Mapping[str, tuple[str, bool]])
         return None
     network = min(networks(rows), key=lambda name: about[name][1])
     title, tuned = about[network]
-    found: dict[str, dict[str, Row]] = {}
-    for protocol in PROTOCOLS:
-        found |= means(rows, merit, network, protocol)
+    found = {m: own for protocol in PROTOCOLS for m, own in means(rows, merit, network, protocol).items()}
     groups = [g for g in dict.fromkeys(g for own in found.values() for g in own) if "MEAD" not in g]
-    pick = max if merit == "auroc" else min
     shown = [m for m in found if ours(m) and " + " not in m]
     for group in groups:
         values = {m: own[group][merit] for m, own in found.items() if published(m) and merit in own.get(group, {})}
-        shown += [pick(values, key=values.__getitem__)] if values else []
+        shown += [max(values, key=values.__getitem__)] if values else []
     shown += [m for m in found if m == "softmax"]
     shown = [m for m in dict.fromkeys(shown) if all(merit in found[m].get(group, {}) for group in groups)]
     if not shown:
         return None
     blocks = {group: [(m, found[m][group][merit]) for m in shown] for group in groups}
     made, panel = stacked(blocks, colours(shown), ".3f")
-    panel.set_xlabel("AUROC" if merit == "auroc" else "area under the risk-coverage curve", fontsize=TEXT)
+    panel.set_xlabel("AUROC", fontsize=TEXT)
     # The form of the risk was chosen with every network in view.
     standing = "tuned on" if tuned else "held out but for the risk" if "fastgrad, risk" in shown else "held out"
     panel.set_title(f"{title}, {standing}", fontsize=TEXT)

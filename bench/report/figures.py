@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,33 +12,23 @@ from bench.report.text import Row, sizes
 
 #: Pixels of a figure's width at `DPI`, and points of its text: a phone shows 350 pixels.
 WIDTH, DPI, TEXT = 600, 100, 12
-#: Bars of a case beside fastgrad's and its baseline's.
-RIVALS = 2
 OURS = ("#c1272d", "#e8703a", "#f0a04b", "#7d1128", "#f6cf8b")
 OTHERS = (
     "#1f4e79", "#5b8db8", "#6a9a5b", "#8c6bb1", "#7f7f7f", "#b8a13a", "#3b9c9c", "#a05a7a", "#2f2f2f", "#a9c9e8",
     "#b5d6a7", "#c9b3dd", "#6b4a2b",
 )  # fmt: skip
 #: A name has one colour in all figures of speed, and in all of detection.
-KNOWN = {
-    name: colour
-    for palette, names in (
-        (OTHERS, (
-            "training step", "forward", "forward and data gradients", "BackPACK BatchL2Grad", "Opacus ghost norms",
-            "vmap(grad)", "per-sample loop", "Opacus hooks", "Opacus ghost clipping", "torch.softmax",
-            "closed form, textbook", "closed form, torch.compile", "autograd loop",
-        )),
-        (OTHERS, (
-            "softmax", "margin", "Mahalanobis", "GradTrust", "all with gradients, labelled", "pNormSoftmax", "ReAct",
-            "RMD", "RAS", "LTS", "Catalyst", "MultiMahalanobis", "Mahalanobis++",
-        )),
-        (OURS, (
-            "fastgrad, default", "fastgrad, clean only", "fastgrad, second pass", "fastgrad, risk",
-            "fastgrad, labelled",
-        )),
-    )
-    for name, colour in zip(names, palette, strict=True)
-}  # fmt: skip
+SPEED = (
+    "training step", "forward", "forward and data gradients", "BackPACK BatchL2Grad", "Opacus ghost norms",
+    "vmap(grad)", "per-sample loop", "Opacus hooks", "Opacus ghost clipping", "torch.softmax",
+    "closed form, textbook", "closed form, torch.compile", "autograd loop",
+)  # fmt: skip
+DETECTION = (
+    "softmax", "margin", "Mahalanobis", "GradTrust", "all with gradients, labelled", "pNormSoftmax", "ReAct", "RMD",
+    "RAS", "LTS", "Catalyst", "MultiMahalanobis", "Mahalanobis++",
+)  # fmt: skip
+FORMS = ("fastgrad, default", "fastgrad, clean only", "fastgrad, second pass", "fastgrad, risk", "fastgrad, labelled")
+KNOWN = dict(zip((*SPEED, *DETECTION, *FORMS), (*OTHERS, *OTHERS, *OURS), strict=True))
 
 
 def draw(cases: Sequence[Row]) -> Any:
@@ -47,7 +38,7 @@ def draw(cases: Sequence[Row]) -> Any:
 
 
 def figure(height: float, panels: int = 1) -> tuple[Any, Any]:
-    """Return a figure of the usual width and its panels, one below the other."""
+    """Return a figure of so many inches, and its panels one below the other."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(WIDTH / DPI, height), layout="constrained")
@@ -87,17 +78,32 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def over_epochs(rows: Sequence[Row], epochs: Sequence[int]) -> Any:
+    """Return the mean AUROC of each score over epochs, of samples that were trained on; every draw is a dot."""
+    made, (panel,) = figure(4.2)
+    seen = [row for row in rows if row["samples"] == "seen"]
+    for name, colour in colours(list(dict.fromkeys(row["score"] for row in seen))).items():
+        drawn = [[r["auroc"] for r in seen if (r["score"], r["epoch"]) == (name, epoch)] for epoch in epochs]
+        panel.plot([statistics.fmean(values) for values in drawn], color=colour, label=name)
+        panel.plot(drawn, ".", color=colour, markersize=4)
+    panel.set_xticks(range(len(epochs)), [f"epoch {epoch}" for epoch in epochs])
+    panel.set_ylabel("AUROC of flipped labels", fontsize=TEXT)
+    panel.tick_params(labelsize=TEXT - 1)
+    made.legend(fontsize=TEXT - 1, loc="outside lower center", ncols=2)
+    return made
+
+
 def _scaling(rows: list[Row]) -> Any:
     """Time of the contrasts against N at the batch with most N, and against B at the N with most B."""
     rows = [r for r in rows if r["median_s"] and r["case"].split()[-1] == rows[0]["case"].split()[-1]]
-    if len({r["case"] for r in rows}) < 3:
+    if len(cases := {r["case"] for r in rows}) < 3:
         return None
-    colour = colours(list(dict.fromkeys(r["implementation"] for r in rows)))
+    names = list(dict.fromkeys(r["implementation"] for r in rows))
+    colour = colours(names)
     made, panels = figure(8.4, 2)
     for panel, along, fixed in ((panels[0], "N", "B"), (panels[1], "B", "N")):
-        values = [sizes(case)[fixed] for case in {r["case"] for r in rows}]
-        value = max(sorted(set(values)), key=lambda v, values=values: (values.count(v), -v))  # type: ignore[misc]
-        for name in dict.fromkeys(r["implementation"] for r in rows):
+        value = statistics.mode(sorted(sizes(case)[fixed] for case in cases))
+        for name in names:
             line = sorted(
                 (sizes(r["case"])[along], r["median_s"]) for r in rows
                 if r["implementation"] == name and sizes(r["case"])[fixed] == value
@@ -105,9 +111,8 @@ def _scaling(rows: list[Row]) -> Any:
             if line:
                 width = 2.4 if ours(name) else 1.2
                 panel.plot(*zip(*line, strict=True), "o-", color=colour[name], label=name, linewidth=width)
-        what = "classes" if along == "N" else "samples"
         panel.set(xscale="log", yscale="log")
-        panel.set_xlabel(f"{along} ({what})", fontsize=TEXT)
+        panel.set_xlabel({"N": "N (classes)", "B": "B (samples)"}[along], fontsize=TEXT)
         panel.set_ylabel("seconds", fontsize=TEXT)
         panel.set_title(f"all contrasts, {fixed} = {value}", fontsize=TEXT)
         panel.tick_params(labelsize=TEXT - 1)
@@ -129,7 +134,7 @@ def _bars(cases: Sequence[Row]) -> Any:
         # Rivals first, then what does less than the task.
         others.sort(key=lambda r: (r["implementation"] in YARDSTICKS, r["median_s"]))
         base = [r for r in others if r["implementation"] == r["relative_to"]]
-        shown = [mine, *base, *[r for r in others if r not in base][:RIVALS]]
+        shown = [mine, *base, *[r for r in others if r not in base][:2]]
         blocks[case] = [(r["implementation"], r["median_s"] / mine["median_s"]) for r in shown]
     if not blocks:
         return None

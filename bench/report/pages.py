@@ -1,4 +1,4 @@
-"""The page of a table: a template over its JSON.
+"""A file of results, with machine, versions and revision at its head, and its page: a template over its JSON.
 
 ``bench/report/pages/NAME.md.j2`` makes ``NAME.md``; speed cases without a template of their own have ``speed.md.j2``. A
 template has the JSON's keys and the functions of `bench.report.text` and `bench.report.speed`.
@@ -6,124 +6,162 @@ template has the JSON's keys and the functions of `bench.report.text` and `bench
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import os
+import platform
+import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from bench import results_file
 from bench.report import detection, figures, speed, text
 from bench.report.text import Row
-from bench.results_file import RESULTS
 
 TEMPLATES = Path(__file__).parent / "pages"
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def parser(doc: str | None, networks: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """Return a command line that says where the results go and, where there are several, of which networks."""
+    found = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
+    if networks:
+        found.add_argument("--networks", nargs="+", choices=list(networks), default=list(networks))
+    found.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: bench/results)")
+    return found
+
+
+def machine() -> str:
+    """Return processor, cores, memory and system."""
+    listed = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.*)$", listed.read_text() if listed.exists() else "", re.MULTILINE)
+    name = model[1].strip() if model else platform.processor() or platform.machine()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
+
+
+def origin(packages: Sequence[str], *device: str) -> dict[str, Any]:
+    """Return machine and device, versions of what is installed, and the commit, with a plus sign if files differ."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    # Commits by their number alone, whatever tags there are.
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    revision = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
+    return {"machine": ", ".join([machine(), *device]), "versions": versions, "revision": revision}
+
+
+def printed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows, each printed as soon as it is there."""
+    found = []
+    for row in rows:
+        found.append(row)
+        print(row, file=sys.stderr, flush=True)
+    return found
+
+
+def store(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a document as JSON, a line for each of its ``rows`` or, of speed, its ``cases``."""
+    key = "cases" if "cases" in document else "rows"
+    rows = ",\n  ".join(json.dumps(row) for row in document[key])
+    head = json.dumps({name: value for name, value in document.items() if name != key}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head[:-2]},\n "{key}": [\n  {rows}\n ]\n}}\n')
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def page(name: str, document: Mapping[str, Any], pictures: list[str]) -> str | None:
     """Return the page of a document; None where no template is meant for it."""
     import jinja2
 
-    kind = "speed" if "cases" in document else "detection" if "merit" in document else None
-    own = (TEMPLATES / f"{name}.md.j2").exists()
-    if not own and kind is None:
-        return None
+    kind = "speed" if "cases" in document else "detection" if "merit" in document else name
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    environment.globals |= vars(text) | vars(speed) | vars(detection)
     # A document of detection has networks of its own.
-    environment.globals |= {"detection_networks": detection.networks, "protocols": detection.PROTOCOLS}
-    template = environment.get_template(f"{name}.md.j2" if own else f"{kind}.md.j2")
-    return template.render(
-        **document, name=name, document=document, pictures=pictures, environment=text.environment(document)
-    )
+    named = {"detection_networks": detection.networks, "protocols": detection.PROTOCOLS}
+    environment.globals |= vars(text) | vars(speed) | vars(detection) | named
+    try:
+        template = environment.select_template([f"{name}.md.j2", f"{kind}.md.j2"])
+    except jinja2.TemplatesNotFound:
+        return None
+    return template.render(**document, name=name, pictures=pictures, environment=text.environment(document))
 
 
 def save(
-    name: str,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    packages: Sequence[str],
-    folder: Path = RESULTS,
+    name: str, rows: Sequence[Row], *, packages: Sequence[str], folder: Path = RESULTS,
     facts: Mapping[str, Any] | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write rows with machine, versions, revision and facts as a JSON file, and its page; returns the page's path."""
-    results_file.store(folder / f"{name}.json", {**results_file.origin(packages), **(facts or {}), "rows": list(rows)})
+    store(folder / f"{name}.json", {**origin(packages), **(facts or {}), "rows": list(rows)})
     return write(name, folder)
 
 
 def command(
     name: str, doc: str | None, measure: Callable[..., Iterable[Row]], networks: Iterable[str] = (), *,
-    packages: Sequence[str], **options: Mapping[str, Any],
+    packages: Sequence[str], facts: Mapping[str, Any] | None = None, **options: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Run the command line of a table: keep the rows that ``measure`` yields, of each network where there are several.
 
-    Args:
-        name: Of the table.
-        doc: Of the module.
-        measure: Takes a network, where there are several, and the options by name.
-        networks: That one may choose from.
-        packages: Whose versions matter.
-        **options: Further ones, each with what argparse says of it.
+    ``measure`` takes a network, where there are several, and the options by name; each option has what argparse says of
+    it. ``facts`` is what the page says beside the rows.
     """
-    found = results_file.parser(doc, networks)
+    found = parser(doc, networks)
     for option, how in options.items():
         found.add_argument(f"--{option}", **how)
     given = vars(found.parse_args())
     folder, chosen = given.pop("out"), given.pop("networks", None)
     warnings.simplefilter("ignore")
-    rows = []
     calls = [(network,) for network in chosen] if networks else [()]
-    for row in chain.from_iterable(measure(*one, **given) for one in calls):
-        rows.append(row)
-        print(row, file=sys.stderr, flush=True)
-    save(name, rows, packages=packages, folder=folder)
+    rows = printed(chain.from_iterable(measure(*one, **given) for one in calls))
+    save(name, rows, packages=packages, folder=folder, facts=facts)
 
 
 def add(
-    name: str, rows: Sequence[Row], device: str, *, packages: Sequence[str], folder: Path, facts: Mapping[str, Any]
-) -> None:
+    name: str, rows: list[dict[str, Any]], device: str, *, packages: Sequence[str], folder: Path,
+    facts: Mapping[str, Any],
+) -> None:  # fmt: skip
     """Add rows of speed to a table's JSON file, in place of those of the same case and implementation.
 
     ``{"machine", "versions", "revision", "seed", "floor", "cases": [{"case", "implementation", "median_s", "p10_s",
     "p90_s", "peak_bytes", "relative_to", "ratio", "correct", "note"}]}``, where ``ratio`` is the median over that of
     ``relative_to`` in the same case; times are null where an implementation was not correct or did not accept the task.
-
-    Raises:
-        ValueError: The file is of another machine, other versions or another seed.
+    A file of another machine, other versions or another seed is a ValueError.
     """
-    new: dict[str, Any] = {**results_file.origin(packages, device), **facts, "cases": list(rows)}
-    path = folder / f"{name}.json"
+    new: dict[str, Any] = {**origin(packages, device), **facts}
+    path, old = folder / f"{name}.json", {"cases": []}
     if path.exists():
         old = json.loads(path.read_text())
         for key in ("machine", "versions", "seed"):
             if old[key] != new[key]:
                 raise ValueError(f"{key} of {path} must be {new[key]!r} to be extended; it was {old[key]!r}")
-        renewed = {(r["case"], r["implementation"]) for r in rows}
-        new["cases"] = [r for r in old["cases"] if (r["case"], r["implementation"]) not in renewed] + new["cases"]
-    medians = {(r["case"], r["implementation"]): r["median_s"] for r in new["cases"]}
-    for one in new["cases"]:
-        base = medians.get((one["case"], one["relative_to"]))
-        one["ratio"] = one["median_s"] / base if one["median_s"] and base else None
-    results_file.store(path, new)
+    cases = {(row["case"], row["implementation"]): row for row in (*old["cases"], *rows)}
+    for row in cases.values():
+        base = cases.get((row["case"], row["relative_to"]), {}).get("median_s")
+        row["ratio"] = row["median_s"] / base if row["median_s"] and base else None
+    store(path, {**new, "cases": list(cases.values())})
 
 
 def write(name: str, folder: Path = RESULTS) -> Path:
     """Write the page, if there is a template, and the figure of a JSON file; returns the page's path."""
     document = json.loads((folder / f"{name}.json").read_text())
-    drawn = None
+    drawn, path = None, folder / f"{name}.md"
     if "cases" in document:
         drawn = figures.draw(document["cases"])
     elif "merit" in document:
         drawn = detection.bars(document["rows"], document["merit"], document["networks"])
+    elif "epochs" in document:
+        drawn = figures.over_epochs(document["rows"], document["epochs"])
     if drawn is not None:
         drawn.savefig(folder / f"{name}.png", dpi=figures.DPI)
-    rendered = page(name, document, [f"{name}.png"] if drawn is not None else [])
-    path = folder / f"{name}.md"
-    if rendered is not None:
+    if rendered := page(name, document, [f"{name}.png"] if drawn is not None else []):
         path.write_text(rendered)
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from bench.report.text import Row, duration, size, sizes, table
 
@@ -22,7 +23,6 @@ NOISE = 1.02
 
 
 def ours(implementation: str) -> bool:
-    """Whether an implementation is fastgrad's."""
     return implementation.startswith("fastgrad")
 
 
@@ -36,7 +36,7 @@ def grouped(cases: Sequence[Row]) -> dict[str, list[Row]]:
         of = sizes(case)
         return (of["N"], of["B"]) if "N" in of else (0, 0)
 
-    return {case: found[case] for case in sorted(found, key=by_size)}
+    return dict(sorted(found.items(), key=lambda pair: by_size(pair[0])))
 
 
 def best(group: Sequence[Row]) -> Row | None:
@@ -50,18 +50,17 @@ def standing(cases: Sequence[Row]) -> str:
     peers = {row["implementation"] for row in cases if not ours(row["implementation"])} - YARDSTICKS
     if not peers:
         return "No peer is measured here."
-    faster = {}
+    textbook, behind = [], []
     for case, group in grouped(cases).items():
         mine = best(group)
         for row in group if mine else ():
-            if row["implementation"] in peers and row["median_s"] and NOISE * row["median_s"] < mine["median_s"]:
-                faster[case, row["implementation"]] = mine["median_s"] / row["median_s"]
-    textbook = [factor for (_, name), factor in faster.items() if name in TEXTBOOK]
-    behind = [
-        f"{case}: {name} is {factor:.2f} times faster"
-        for (case, name), factor in faster.items()
-        if name not in TEXTBOOK
-    ]
+            name, median = row["implementation"], row["median_s"]
+            if name in peers and median and NOISE * median < mine["median_s"]:
+                factor = mine["median_s"] / median
+                if name in TEXTBOOK:
+                    textbook.append(factor)
+                else:
+                    behind.append(f"{case}: {name} is {factor:.2f} times faster")
     if behind:
         text = f"fastgrad is behind in: {'; '.join(behind)}."
     else:
@@ -77,11 +76,7 @@ def standing(cases: Sequence[Row]) -> str:
 
 
 def tables(cases: Sequence[Row], words: str = "") -> str:
-    """Return who is ahead and one table for each task: cases whose first word and yardstick are the same.
-
-    Raises:
-        ValueError: No case contains the words.
-    """
+    """Return who is ahead and one table for each task: cases whose first word and yardstick are the same."""
     cases = [r for r in cases if words in r["case"]]
     if not cases:
         raise ValueError(f"a table must keep at least one case; {words!r} kept none")
@@ -98,21 +93,18 @@ def _beside(rows: Sequence[Row], yardstick: str) -> str:
     """Return time and memory over the yardstick's, and of each other implementation over fastgrad's."""
     names = dict.fromkeys(r["implementation"] for r in rows)
     others = [name for name in names if not ours(name) and name != yardstick]
+    heads = ["case", "fastgrad", "peak memory", f"time over {yardstick}", f"memory over {yardstick}"]
+    heads += [f"{other}, times fastgrad" for other in others]
     shown = []
     for case, group in grouped(rows).items():
-        mine = best(group)
-        by_name = {r["implementation"]: r for r in group}
-        line = {
-            "case": case, "fastgrad": "not timed", "peak memory": None, f"time over {yardstick}": None,
-            f"memory over {yardstick}": None, **{f"{other}, times fastgrad": None for other in others},
-        }  # fmt: skip
+        mine, cells = best(group), [case, "not timed"]
         if mine is not None:
+            by_name = {r["implementation"]: r for r in group}
             memory, base = mine["peak_bytes"], by_name.get(yardstick, {}).get("peak_bytes")
             cells = [case, duration(mine["median_s"]), size(memory), f"{mine['ratio']:.2f}" if mine["ratio"] else "-"]
             cells += [f"{memory / base:.2f}" if base and memory else "-"]
             cells += [_factor(by_name.get(other), mine) for other in others]
-            line = dict(zip(line, cells, strict=True))
-        shown.append(line)
+        shown.append(dict(zip_longest(heads, cells)))
     return table(shown)
 
 

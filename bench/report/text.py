@@ -14,10 +14,8 @@ def duration(seconds: float | None) -> str:
     """Return three significant digits and a unit."""
     if seconds is None:
         return "-"
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+    unit, factor = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
+    return f"{seconds * factor:.3g} {unit}"
 
 
 def size(count: int | None) -> str:
@@ -36,11 +34,11 @@ def sizes(case: str) -> dict[str, int]:
 
 
 def table(rows: Iterable[Row], columns: Mapping[str, str] | None = None) -> str:
-    """Return a Markdown table; ``columns`` maps a row's keys to headings, by default those of the first row."""
+    """Return a Markdown table; ``columns`` maps keys to headings, by default all keys in order of appearance."""
     rows = list(rows)
     if not rows:
         return ""
-    columns = {key: key for key in rows[0]} if columns is None else columns
+    columns = columns or {key: key for row in rows for key in row}
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows]
     return "\n".join(lines)
@@ -49,12 +47,10 @@ def table(rows: Iterable[Row], columns: Mapping[str, str] | None = None) -> str:
 def pivot(rows: Iterable[Row], index: Sequence[str], column: str, value: str, form: str = "") -> str:
     """Return a Markdown table with a column for every value of ``column``, in order of appearance."""
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
-    heads = {key: key for key in index}
     for row in rows:
         line = lines.setdefault(tuple(row[key] for key in index), {key: row[key] for key in index})
         line[row[column]] = format(row[value], form) if row[value] is not None else None
-        heads[row[column]] = row[column]
-    return table(lines.values(), heads)
+    return table(lines.values())
 
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:
@@ -81,11 +77,8 @@ def environment(document: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     line = f"{document['machine']}; {versions}; revision {document['revision']}"
     line += f"; seed {document['seed']}." if "seed" in document else "."
-    if "floor" not in document:
-        return line
-    floor = document["floor"]
-    rates = ", ".join(f"{name} {rate / 1e9:.4g} GFLOP/s" for name, rate in floor["matrix_per_s"].items())
-    return (
-        f"{line}\n\nMeasured floors: copy {floor['copy_bytes_per_s'] / 1e9:.3g} GB/s, matrix product {rates}, smallest "
-        f"call {duration(floor['launch_s'])}."
-    )
+    if floor := document.get("floor"):
+        rates = ", ".join(f"{name} {rate / 1e9:.4g} GFLOP/s" for name, rate in floor["matrix_per_s"].items())
+        line += f"\n\nMeasured floors: copy {floor['copy_bytes_per_s'] / 1e9:.3g} GB/s, matrix product {rates}, "
+        line += f"smallest call {duration(floor['launch_s'])}."
+    return line

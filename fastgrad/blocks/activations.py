@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastgrad.blocks.block import CLIP, Array, Block, Part, Settings
-from fastgrad.blocks.channels import Channels, output_of, positions, sampled
-from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.channels import Channels, output_of, sampled
+from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
 from fastgrad.ops.channel_moments import channel_square_sums
@@ -33,7 +33,6 @@ class Activations(Block):
     shapes = "(B, D)"
 
     def refusal(self, subject: Subject) -> str | None:
-        """A network without a layer whose channels could be read."""
         return None if subject.channels else "the network has no normalisation, convolutional or linear layer"
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
@@ -45,24 +44,20 @@ class Activations(Block):
     def values(self, found: Pass) -> Tensor:
         """The logarithms side by side, in the order of the forward pass."""
         seen = zip(found.subject.channels, found.readings(self.name), strict=True)
-        columns = [mean_square(value, place.dim) if place.grid else value for place, value in seen]
+        columns = [_mean_square(value, place.dim) if place.grid else value for place, value in seen]
         return torch.cat(columns, 1).clamp_min(torch.finfo(torch.float32).tiny).log()
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """One distance."""
         yield cls.distance(blocks, settings)
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
-        """The leading principal components."""
         return cls.rows(blocks, settings, clip=CLIP, dimensions=COMPONENTS)
 
 
-def mean_square(value: Tensor, dim: int, weights: Tensor | None = None) -> Tensor:
-    """Each channel's mean square over positions ``(B, C)``, float32; ``weights`` ``(B, T, 1)`` of positions."""
-    if weights is not None:
-        return channel_square_sums(value * weights.to(value.dtype), dim) / weights.sum(1).clamp_min(1)
+def _mean_square(value: Tensor, dim: int) -> Tensor:
+    """Each channel's mean square over positions ``(B, C)``, float32."""
     return channel_square_sums(value, dim) / max(1, math.prod(value.shape[1:]) // value.shape[dim])
 
 
@@ -71,4 +66,8 @@ def _read(place: Channels, mask: Tensor | None, inputs: tuple[Any, ...], output:
     assert value is not None  # the place was found by it
     if place.grid:
         return sampled(value, place.grid)
-    return mean_square(value, place.dim, positions(value, place.dim, mask))
+    if mask is None or place.dim != -1 or value.dim() != 3 or mask.shape != value.shape[:2]:
+        return _mean_square(value, place.dim)
+    # Padding is no part of a text; what a network computes there says nothing about it.
+    weights = mask.to(torch.float32).unsqueeze(-1)
+    return channel_square_sums(value * weights.to(value.dtype), -1) / weights.sum(1).clamp_min(1)

@@ -1,9 +1,7 @@
 """What a block is: something that a detector reads of an input, with its price and its one-class scores.
 
-A block is added by adding a file to this folder and its class to `fastgrad.blocks.BLOCKS`. It has two sides. On the
-side of the network it says which modules it reads and which gradients it needs, and makes its tensor from them;
-all blocks share one forward pass. On the side of the detector it says which shapes it takes, which one-class scores
-can be fitted on it, and what the classifier of challenges sees of it.
+To the network it says which modules it reads and which gradients it needs; all blocks share one forward pass. To the
+detector it says which one-class scores can be fitted on its tensor, and what the classifier of challenges sees of it.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from fastgrad.scores.mahalanobis import Mahalanobis
 from fastgrad.scores.rows import Rows
 
 if TYPE_CHECKING:
-    from fastgrad.blocks.passes import Pass, Signal
+    from fastgrad.blocks.extraction import Pass, Signal
     from fastgrad.blocks.subject import Subject
     from fastgrad.engine.run import Reading
 
@@ -41,9 +39,8 @@ class Settings:
     """How blocks fit their scores.
 
     Attributes:
-        log: Whether blocks of squared norms hold the norms themselves, whose logarithms are to be taken.
-        count: Clean samples of the smallest fit, from which it follows how many components all fits have: their scores
-            are compared.
+        log: Whether the logarithms of squared norms are to be taken.
+        count: Clean samples of the smallest fit, by which all fits have as many components: their scores are compared.
     """
 
     log: bool
@@ -55,8 +52,7 @@ class Block:
 
     Attributes:
         name: The block's key in feature mappings; a part of the detector has it, too.
-        alarm: What an alarm that it raises means, in words for everyone, to follow "Mostly because:"; empty for its
-            name.
+        alarm: What its alarm means, in words for everyone, to follow "Mostly because:"; empty for its name.
         ranks: Numbers of dimensions that its tensor may have.
         shapes: The same in words.
         squared_norms: Whether it holds squared norms, which detectors take the logarithm of.

@@ -1,20 +1,17 @@
 """Where a network's channels are read: the outputs of its normalisation layers, or of its layers where those say less.
 
-A normalised channel has the same scale in every input of the training distribution, so its mean square over
-positions says how unusual an input is. A network that does not normalise is read at the outputs of its convolutional,
-linear, recurrent and attention layers; and so is one with layer norms, which give every position of every input the
-same scale, however unusual it is.
+A normalised channel has the same scale in every input of the training distribution, so its mean square over positions
+says how unusual an input is. Layer norms give every position of every input the same scale, however unusual it is: a
+network with these, or none, is read at its convolutional, linear, recurrent and attention layers.
 
-Reading is to cost little beside the forward pass. Of a map a coarse grid of positions says enough, and neighbouring
-layers say nearly the same.
+Reading is to cost little: of a map a coarse grid of positions says enough, and neighbouring layers say nearly the same.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,7 +58,7 @@ def output_of(output: Any) -> Tensor | None:
 
 
 def is_normalization(module: nn.Module) -> bool:
-    """Whether a module normalises, by its class's name: torch's layers, timm's and Hugging Face's are all named so."""
+    """Whether a module normalises, by its class's name, in which torch, timm and Hugging Face agree."""
     named = _NORM.search(type(module).__name__) or isinstance(module, (BatchNorm, nn.LayerNorm))
     # A container of a convolution and its normalisation is named after both.
     return bool(named) and not any(isinstance(part, LAYERS) or is_normalization(part) for part in module.children())
@@ -80,21 +77,15 @@ def channel_dim(module: nn.Module, shape: tuple[int, ...]) -> int | None:
     if len(shape) == 2 or isinstance(module, _CHANNELS_FIRST):
         return 1
     weight = getattr(module, "weight", None)
-    count = weight.numel() if isinstance(weight, Tensor) and weight.dim() == 1 else None
-    if count is not None and shape[-1] != count and shape[1] == count:
-        return 1
-    return -1
+    count = len(weight) if isinstance(weight, Tensor) and weight.dim() == 1 else None
+    return 1 if shape[1] == count and shape[-1] != count else -1
 
 
-def choose(seen: Sequence[tuple[nn.Module, Channels, int]], operations: float) -> tuple[Channels, ...]:
-    """Of all places seen in a forward pass, in order, those that are read of this network.
+def choose(seen: Sequence[tuple[nn.Module, Channels, Tensor]], operations: float) -> tuple[Channels, ...]:
+    """Of all places seen in a forward pass of one sample, with their outputs and in order, those that are read.
 
     Of maps these are a few from the first to the last, on a grid. Of tokens, whose first layers are words, they are the
-    last ones: as many as the network's operations bear, and two in any case.
-
-    Args:
-        seen: The module, the place and how many numbers it puts out for one sample.
-        operations: Those of one sample's forward pass.
+    last ones: as many as the pass's ``operations`` bear, and two in any case.
     """
     norms = [found for found in seen if is_normalization(found[0])]
     steady = [found for found in norms if not is_layer_norm(found[0])]
@@ -103,11 +94,11 @@ def choose(seen: Sequence[tuple[nn.Module, Channels, int]], operations: float) -
     if all(place.dim == 1 for _, place, _ in picked):
         step = -(-len(picked) // _SPREAD) or 1
         few = picked[(len(picked) - 1) % step :: step]
-        return tuple(dataclasses.replace(place, grid=_GRID) for _, place, _ in few)
+        return tuple(replace(place, grid=_GRID) for _, place, _ in few)
     found: list[Channels] = []
     numbers = 0
-    for _, place, count in reversed(picked):
-        numbers += count
+    for _, place, value in reversed(picked):
+        numbers += value.numel()
         if numbers > _READ * operations and len(found) >= _LEAST:
             break
         found.append(place)
@@ -128,13 +119,3 @@ def sampled(value: Tensor, grid: int) -> Tensor:
     inside = (..., *(slice(None if step == 1 else 1, None) for step in steps))
     result: Tensor = pool(value, 1, steps)[inside]
     return result
-
-
-def positions(value: Tensor, dim: int, mask: Tensor | None) -> Tensor | None:
-    """Weights ``(B, T, 1)`` of the positions of channels-last ``value`` under a mask ``(B, T)``, or None.
-
-    Padding is no part of a text; what a network computes there says nothing about it.
-    """
-    if mask is None or dim != -1 or value.dim() != 3 or mask.shape != value.shape[:2]:
-        return None
-    return mask.to(torch.float32).unsqueeze(-1)

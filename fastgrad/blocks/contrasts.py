@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from fastgrad.blocks.block import Array, Part, Settings
+from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.features import Features
-from fastgrad.blocks.passes import Pass
 from fastgrad.gradients import contrasts as functional
 from fastgrad.scores.rows import Rows
 
@@ -23,16 +23,13 @@ class Contrasts(Features):
     squared_norms = True
 
     def values(self, found: Pass) -> Tensor:
-        """Norms or their logarithms, as the pass is asked for."""
         (h,) = found.readings(self.name)
         return functional.contrast_sqnorm(h, found.logits, bias=found.subject.bias, log=found.log)
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """A mixture on the logarithms, classes in order of the logits."""
         yield cls.mixture(blocks, settings, rank=True)
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
-        """The logarithms, classes in order of the logits."""
         return cls.rows(blocks, settings, rank=True)

@@ -1,10 +1,11 @@
-"""One pass of a network to all that the estimators read: logits and named blocks."""
+"""From a network and its inputs to logits and named blocks: one run, from which every block takes what it reads."""
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +13,68 @@ from torch import Tensor, nn
 
 from fastgrad import checks
 from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
-from fastgrad.batches import as_call, batch_size, one_for_none
+from fastgrad.batches import as_call, batch_size, logits_of, one_for_none
 from fastgrad.blocks.block import Block
-from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject, watch
+from fastgrad.engine.backward import signal_sqnorms
 from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.network import Network
+from fastgrad.engine.run import Run
 
 Inputs = Tensor | Mapping[str, Any]
+#: What is sent back through a network: from logits ``(B, N)`` one gradient at them ``(B, N)``.
+Signal = Callable[[Tensor], Tensor]
+
+
+class Pass:
+    """A forward pass of B ``samples`` with what the blocks of an extraction want to read in it."""
+
+    def __init__(self, extraction: Extraction, subject: Subject, args: Any, kwargs: Any, samples: int) -> None:
+        if subject.mask is not None and subject.mask not in kwargs:
+            raise ValueError(f"inputs must have {subject.mask!r}, as those of fit had")
+        mask = None if subject.mask is None else kwargs[subject.mask]
+        self.network, self.subject, self.log = extraction._network, subject, extraction.log
+        self.args, self.kwargs, self.samples = args, kwargs, samples
+        self._readings = {block.name: block.readings(subject, mask) for block in extraction.blocks}
+        self._signals = {block.name: block.signals(subject) for block in extraction.blocks}
+        self._left = [signals for signals in self._signals.values() if signals]
+        self.plan = self.network.plan(args, kwargs, samples) if self._left else None
+        self.run = Run(samples)
+        with torch.set_grad_enabled(bool(self._left)):
+            every = [reading for own in self._readings.values() for reading in own]
+            output = self.network.forward(self.plan, self.run, args, kwargs, readings=every)
+        self._output = logits_of(output)
+        #: ``(B, N)``.
+        self.logits = self._output.detach()
+
+    def readings(self, name: str) -> list[Tensor]:
+        """What a block's readings saw, in its order."""
+        return [self.run.readings[reading] for reading in self._readings[name]]
+
+    def squared_norms(self, name: str) -> Tensor:
+        """Squared norms of every parameter's gradient ``(B, S, P)`` for a block's S signals, or their logarithms."""
+        assert self.plan is not None  # made because this block has signals
+        signals = self._signals[name]
+        self._left.remove(signals)
+        logits = self.logits.double() if self.log else self.logits
+        delta = torch.stack([signal(logits) for signal in signals])
+        names, keep = self.plan.names, bool(self._left)
+        return signal_sqnorms(self.run, self._output, delta, names, log=self.log, keep=keep).movedim(0, 1)
+
+    def image(self) -> Tensor:
+        """The one image tensor among the inputs."""
+        place = self.subject.image
+        assert place is not None  # the block's refusal said so
+        image: Tensor = self.args[place] if isinstance(place, int) else self.kwargs[place]
+        return image
+
+    def again(self, image: Tensor) -> Tensor:
+        """Logits ``(B, N)`` of the same batch with another image."""
+        place = self.subject.image
+        args = tuple(image if i == place else value for i, value in enumerate(self.args))
+        kwargs = {name: image if name == place else value for name, value in self.kwargs.items()}
+        with torch.no_grad():
+            return logits_of(self.network.forward(None, Run(self.samples), args, kwargs)).detach()
 
 
 class Extraction:
@@ -28,35 +83,26 @@ class Extraction:
     The model is only read: it runs as a private copy in evaluation mode.
 
     Args:
-        model: Any classifier; outputs as `fastgrad.gradients.features.logits_of` reads them.
-        blocks: What to extract, see `fastgrad.blocks`; no two of one name.
+        model: Any classifier; outputs as `fastgrad.batches.logits_of` reads them.
+        blocks: What to extract; no two of one name.
         log: Whether squared norms are given as logarithms.
+        known: What is known of the network and its inputs; None watches it at the first call.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], *, log: bool = True) -> None:
-        self.model, self.blocks, self.log = original(model), tuple(blocks), log
-        self.known: Subject | None = None
-        self._setup()
-
-    def _setup(self) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[Block], *, log: bool = True, known: Subject | None = None
+    ) -> None:
+        self.model, self.blocks, self.log, self.known = original(model), tuple(blocks), log, known
         self._lock = threading.Lock()
         self._network = Network(self.model)
         self._shapes: dict[str, torch.Size] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without lock and plans, which are made anew: copies and pickles work."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_network", "_shapes")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._setup()
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles make lock and plans anew."""
+        return functools.partial(Extraction, log=self.log, known=self.known), (self.model, self.blocks)
 
     def __call__(self, x: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits ``(B, N)`` and blocks of a batch, a tensor or a mapping of the model's keyword arguments.
-
-        Raises:
-            ValueError: A block cannot be had of this network or input; the message says why.
-        """
+        """Logits ``(B, N)`` and blocks of a batch; ValueError where a block cannot be had of this network or input."""
         # torch.compile cannot follow an extraction, which builds modules; `fastgrad.export` gives it a graph.
         return outside_of_compilation(self._run)(x)
 
@@ -68,15 +114,13 @@ class Extraction:
             if empty:
                 args, kwargs = one_for_none((args, kwargs))
             subject = self.subject(args, kwargs)
-            logits, values = self._extract(subject, args, kwargs, 1 if empty else samples)
+            found = Pass(self, subject, args, kwargs, 1 if empty else samples)
+            with torch.no_grad():
+                logits, values = found.logits, {block.name: self._values(block, found) for block in self.blocks}
         return (logits[:0], {n: v[:0] for n, v in values.items()}) if empty else (logits, values)
 
     def subject(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Subject:
-        """What is known of the network and inputs like these, watched at the first call.
-
-        Raises:
-            ValueError: The network cannot serve a block.
-        """
+        """What is known of the network and inputs like these; ValueError where it cannot serve a block."""
         with self._lock:
             if self.known is None:
                 subject = watch(self.model, args, kwargs)
@@ -90,20 +134,9 @@ class Extraction:
 
     def of(self, blocks: Sequence[Block]) -> Extraction:
         """The extraction of other blocks from the same network, which is neither watched nor planned again."""
-        other = Extraction(self.model, blocks, log=self.log)
-        other.known, other._network, other._shapes = self.known, self._network, self._shapes
+        other = Extraction(self.model, blocks, log=self.log, known=self.known)
+        other._network, other._shapes = self._network, self._shapes
         return other
-
-    def _extract(self, subject: Subject, args: Any, kwargs: Any, samples: int) -> tuple[Tensor, dict[str, Tensor]]:
-        if subject.mask is not None and subject.mask not in kwargs:
-            raise ValueError(f"inputs must have {subject.mask!r}, as those of fit had")
-        mask = None if subject.mask is None else kwargs[subject.mask]
-        readings = {block.name: block.readings(subject, mask) for block in self.blocks}
-        signals = {block.name: block.signals(subject) for block in self.blocks}
-        plan = self._network.plan(args, kwargs, samples) if any(signals.values()) else None
-        found = Pass(self._network, plan, subject, readings, signals, args, kwargs, samples, log=self.log)
-        with torch.no_grad():
-            return found.logits, {block.name: self._values(block, found) for block in self.blocks}
 
     def _values(self, block: Block, found: Pass) -> Tensor:
         """A block's values; NaN, which no score takes for usual, where it fails after it has worked before."""

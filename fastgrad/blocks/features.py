@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
 from fastgrad.scores.rows import Rows
@@ -24,23 +24,18 @@ class Features(Block):
     shapes = "(B, D)"
 
     def refusal(self, subject: Subject) -> str | None:
-        """A network that does not end in a linear layer."""
         return None if subject.head is not None else "the network does not end in a linear layer"
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
-        """The last layer's input."""
         return () if subject.head is None else (Reading(subject.head, lambda inputs, _: inputs[0]),)
 
     def values(self, found: Pass) -> Tensor:
-        """The last layer's input."""
         return found.readings(self.name)[0]
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
-        """Standardised, or the leading principal components where h is wide."""
         return cls.rows(blocks, settings, dimensions=_COMPONENTS)
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """One distance."""
         yield cls.distance(blocks, settings)

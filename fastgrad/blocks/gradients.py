@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import ClassVar
 
 from torch import Tensor
 
 from fastgrad import losses
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.passes import Pass, Signal
+from fastgrad.blocks.extraction import Pass, Signal
 from fastgrad.blocks.subject import Subject
 
-#: Backward pass and norms of one signal: about a training step's backward pass.
-BACKWARD = 2.5
-#: Three losses, each against a fixed target, whose gradients say different things about a sample.
+#: Losses and targets whose gradients say different things about a sample.
 JOINED: tuple[Signal, ...] = tuple(
     partial(losses.delta, target=target, loss=loss)
     for loss, target in (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"))
@@ -23,31 +20,27 @@ JOINED: tuple[Signal, ...] = tuple(
 
 
 class Gradients(Block):
-    """``||dL/dtheta||^2`` of all P parameters, ``(B, 3, P)``.
+    """``||dL/dtheta||^2`` of all P parameters, ``(B, 3, P)``, with two more losses than the source has.
 
-    The features of Lee, Lehman, Prabhushankar and AlRegib, "Probing the Purview of Neural Networks via Gradient
-    Analysis" (2023), with two more losses than there.
+    Lee, Lehman, Prabhushankar and AlRegib, "Probing the Purview of Neural Networks via Gradient Analysis", 2023.
     """
 
     name = "gradients"
     alarm = "an unusual pattern of what the network would have to learn from it"
-    ranks: ClassVar[tuple[int, ...]] = (2, 3)
+    ranks = (2, 3)
     shapes = "(B, P) or (B, S, P)"
     squared_norms = True
 
     def price(self, subject: Subject) -> float:
-        """Backward passes with the norms of every parameter."""
-        return BACKWARD * len(self.signals(subject))
+        """Backward pass and norms of a signal: about a training step's backward pass."""
+        return 2.5 * len(JOINED)
 
     def signals(self, subject: Subject) -> tuple[Signal, ...]:
-        """The joined three."""
         return JOINED
 
     def values(self, found: Pass) -> Tensor:
-        """Norms or their logarithms, as the pass is asked for."""
         return found.squared_norms(self.name)
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """A mixture on the logarithms."""
         yield cls.mixture(blocks, settings)

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.local_contrast import EXTREMES, differences, mean_extremes
-from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.extraction import Pass
+from fastgrad.blocks.local_contrast import differences, mean_extremes
 from fastgrad.blocks.subject import Subject, is_image
 from fastgrad.losses import compute_dtype
 
-#: Four measures a pixel: differences along the diagonals, down and to the side, and the intensity.
-STATISTICS = 4 * EXTREMES
-# More pixels than these say no more about a distribution; larger images are read on a regular grid.
+#: More pixels than these say no more about a distribution.
 _PIXELS = 1024
 
 
@@ -27,40 +25,34 @@ class Image(Block):
     shapes = "(B, K)"
 
     def refusal(self, subject: Subject) -> str | None:
-        """Inputs that hold no image, or several."""
         return None if subject.image is not None else "the input is not one image (B, C, H, W)"
 
     def values(self, found: Pass) -> Tensor:
-        """The statistics."""
         return image_statistics(found.image())
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """A mixture."""
         yield cls.mixture(blocks, settings)
 
 
 def image_statistics(images: Tensor) -> Tensor:
     """How local contrast and intensity are distributed over the pixels of each image.
 
-    For each pixel the mixed difference along the diagonals and the first differences, root mean squares over channels,
-    and the intensity (see `fastgrad.blocks.local_contrast`). The contrasts are taken as square roots of amplitudes:
-    near a normal distribution over images and free of the singularity that a logarithm has in flat regions.
+    Of each pixel the differences from its neighbours (`fastgrad.blocks.local_contrast`), root mean squares over
+    channels, and the intensity. The contrasts are taken as square roots of amplitudes: near a normal distribution over
+    images and free of the singularity that a logarithm has in flat regions.
 
     Args:
-        images: ``(B, C, H, W)`` floating, H and W at least 3, pixels or normalized inputs.
+        images: ``(B, C, H, W)`` floating, H and W at least 3; ValueError for anything else.
 
     Returns:
         ``(B, 28)`` in at least float32: seven statistics of these four in turn. The contrasts are in units of the root
         of the input's, every fourth column, intensity, in the input's.
-
-    Raises:
-        ValueError: ``images`` has another rank, dtype or fewer than 3 x 3 pixels.
     """
     if not is_image(images):
         kind = f"{tuple(images.shape)}, {images.dtype}"
         raise ValueError(f"images must be floating, (B, C, H, W) with H and W at least 3; it was {kind}")
-    found = differences(images.detach().to(compute_dtype(images.dtype)), _PIXELS)
-    contrasts = torch.stack([found.diagonal, found.vertical, found.horizontal], 1).square().mean(2)
-    intensity = found.centre.mean(1, keepdim=True)
+    centre, neighbours = differences(images.detach().to(compute_dtype(images.dtype)), _PIXELS)
+    contrasts = torch.stack(neighbours, 1).square().mean(2)
+    intensity = centre.mean(1, keepdim=True)
     return mean_extremes(torch.cat([contrasts.sqrt().sqrt(), intensity], 1).flatten(2))

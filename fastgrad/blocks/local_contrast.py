@@ -6,8 +6,6 @@ and overlays where it is high (noise estimation as in Immerkaer, "Fast noise var
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -17,26 +15,11 @@ _EACH, _TIMES = 4, 3
 EXTREMES = 1 + 2 * _TIMES
 
 
-class Differences(NamedTuple):
-    """What each inner position of a map differs by from its neighbours, ``(B, C, n, m)`` each.
+def differences(x: Tensor, most: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Inner positions of ``x`` ``(B, C, H, W)`` and what they differ by from their neighbours, ``(B, C, n, m)`` each.
 
-    Attributes:
-        centre: The position itself.
-        vertical: Less the one below.
-        horizontal: Less the one to the right.
-        diagonal: The vertical difference less that of the column to the right.
-    """
-
-    centre: Tensor
-    vertical: Tensor
-    horizontal: Tensor
-    diagonal: Tensor
-
-
-def differences(x: Tensor, most: int) -> Differences:
-    """Differences of ``x`` ``(B, C, H, W)``, H and W at least 3, on a regular grid of at most ``most`` positions.
-
-    They are exactly zero where neighbours are equal.
+    From the one below less the same of the next column, from the one below, and from the one to the right: exactly zero
+    where neighbours are equal. H and W are at least 3, and n m at most ``most``, on a regular grid.
     """
     rows, columns = x.shape[2] - 2, x.shape[3] - 2
     step = 1
@@ -49,15 +32,15 @@ def differences(x: Tensor, most: int) -> Differences:
 
     centre, below, beside = shifted(0, 0), shifted(1, 0), shifted(0, 1)
     vertical = centre - below
-    return Differences(centre, vertical, centre - beside, vertical - (beside - shifted(1, 1)))
+    return centre, (vertical - (beside - shifted(1, 1)), vertical, centre - beside)
 
 
 def mean_extremes(values: Tensor) -> Tensor:
     """How the n values of each row are distributed, ``(B, K, n)`` to ``(B, 7 K)``.
 
-    K columns each: their mean, and of 4, 16 and 64 of them the mean largest and minus the mean smallest. These tell
-    what quantiles tell, without a sort, which would be half of the price of the default blocks. Values i, i + n // 4
-    and so on make one group, and groups likewise; those left over when all groups are full count in the mean alone.
+    K columns each: their mean, and of 4, 16 and 64 of them the mean largest and minus the mean smallest; for quantiles,
+    the sort would be half of the price of the default blocks. Values i, i + n // 4 and so on make one group, and groups
+    likewise; those left over when all groups are full count in the mean alone.
     """
     groups = _grouped(values)
     both = torch.cat([groups.amax(-2), -groups.amin(-2)], 1)

@@ -4,15 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.passes import Pass
-from fastgrad.scores.logits import Energy, Margin
+from fastgrad.blocks.extraction import Pass
+from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.rows import Rows
 
 #: Logits that the challenge classifier reads, in falling order.
 _HIGHEST = 10
+
+
+class Energy(Fitted):
+    """Minus the log-sum-exp of the logits: ``s(z) = -log sum_j exp(z_j)``.
+
+    Liu, Wang, Owens and Li, "Energy-based out-of-distribution detection", 2020.
+    """
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Scores ``(B,)`` of ``logits`` ``(B, N)``."""
+        return -torch.logsumexp(logits, -1)
+
+
+class Margin(Fitted):
+    """Minus the distance between the two highest logits: ``s(z) = z_(2) - z_(1)``.
+
+    Scheffer, Decomain and Wrobel, "Active hidden Markov models for information extraction", 2001, on
+    probabilities; on logits it does not saturate.
+    """
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Scores ``(B,)`` of the two highest ``logits`` ``(B, 2)``, in falling order."""
+        return logits[:, 1] - logits[:, 0]
 
 
 class Logits(Block):
@@ -27,12 +51,10 @@ class Logits(Block):
     shapes = "(B, N)"
 
     def values(self, found: Pass) -> Tensor:
-        """The logits."""
         return found.logits
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """Energy, and the margin where there are two classes."""
         yield "energy", Rows.fit(blocks, cls.name, standardise=False), Energy(two_sided=True)
         if blocks[cls.name].shape[1] > 1:
             yield "margin", Rows.fit(blocks, cls.name, top=2, standardise=False), Margin()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.channels import output_of
+from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.local_contrast import differences, mean_extremes
-from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
 from fastgrad.losses import compute_dtype
@@ -26,9 +26,8 @@ _FLOOR = 1e-3
 class Roughness(Block):
     """Local contrast of up to 16 channels of the first normalised, or convolved, maps, ``(B, D)``.
 
-    Of each channel it takes differences of neighbouring positions, along rows and columns and along both. A thousandth
-    of their mean size is added to each size. The roots are summarised by how they are distributed over positions.
-    `fastgrad.blocks.image` reads the same of pixels; here the network's first filters come before.
+    How the roots of each channel's differences between neighbours are distributed over positions, a thousandth of their
+    mean size added to each. `fastgrad.blocks.image` reads the same of pixels, before the network's first filters.
     """
 
     name = "roughness"
@@ -36,35 +35,28 @@ class Roughness(Block):
     shapes = "(B, D)"
 
     def refusal(self, subject: Subject) -> str | None:
-        """A network whose first layers put out no maps."""
         return None if subject.first is not None else "the network's first layers put out no maps (B, C, H, W)"
 
     def readings(self, subject: Subject, mask: Tensor | None) -> tuple[Reading, ...]:
-        """The first maps."""
         return () if subject.first is None else (Reading(subject.first, _of_output, copied=False),)
 
     def values(self, found: Pass) -> Tensor:
-        """The statistics of the maps."""
         return found.readings(self.name)[0]
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """A mixture."""
         yield cls.mixture(blocks, settings)
 
 
 def roughness(maps: Tensor) -> Tensor:
-    """How local contrast of each channel is distributed.
+    """How local contrast of each channel is distributed, ``(B, 3 * C * 7)`` in at least float32.
 
-    Args:
-        maps: ``(B, C, H, W)`` floating, H and W at least 3; of more than 16 channels some, evenly spaced, are read.
-
-    Returns:
-        ``(B, 3 * C * 7)`` in at least float32, in units of the root of the input's.
+    Its unit is the root of the input's. Of ``maps`` ``(B, C, H, W)``, H and W at least 3, up to 16 channels are read,
+    evenly spaced.
     """
     x = maps[:, :: -(-maps.shape[1] // _CHANNELS)]
-    found = differences(x.to(compute_dtype(x.dtype)), _POSITIONS)
-    sizes = torch.cat([found.diagonal, found.vertical, found.horizontal], 1).flatten(2).abs_()
+    _, neighbours = differences(x.to(compute_dtype(x.dtype)), _POSITIONS)
+    sizes = torch.cat(neighbours, 1).flatten(2).abs_()
     return mean_extremes((sizes + _FLOOR * sizes.mean(-1, keepdim=True)).sqrt_())
 
 

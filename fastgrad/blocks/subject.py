@@ -32,8 +32,7 @@ class Subject:
         head: Name of the linear layer that gave the logits, its input one row ``(B, D)`` a sample; or None.
         bias: Whether that layer has a bias.
         channels: Where channels are read, in the order of the forward pass.
-        image: Place among the inputs of the one image tensor ``(B, C, H, W)``, an index or a keyword; None
-            where there is none or several.
+        image: Index or keyword of the one image tensor ``(B, C, H, W)``; None where there is none or several.
         mask: Keyword of the input that marks the positions of a text ``(B, T)``, or None.
         first: The module whose output are the first normalised, or else convolved, maps ``(B, C, H, W)``, or None.
     """
@@ -52,35 +51,14 @@ class Subject:
         return cls(**{**stored, "channels": tuple(Channels(**place) for place in stored["channels"])})
 
 
-class _Operations(DispatchMode):
-    """Counts operations, of products and of writing, while it lasts, and notes the coarsest precision."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = self.precision = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
-        for tensor in pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.total += _WRITE * tensor.numel()
-                if tensor.is_floating_point():
-                    # Eight bits that are scaled by the batch come out in the precision they came in.
-                    quantized = 2**-8 if func.namespace == "quantized" else 0.0
-                    self.precision = max(self.precision, quantized, torch.finfo(tensor.dtype).eps)
-        return out
-
-
-class _Watch:
-    """One forward pass with what every module put out."""
+class _Watch(DispatchMode):
+    """One forward pass: what modules put out, operations of products and of writing, and the coarsest precision."""
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[tuple[str, nn.Module, Any, Tensor]] = []
+        self.operations = self.precision = 0.0
         shadow = Shadow(model)
-        operations = _Operations()
 
         def leave(path: str, module: nn.Module, _: nn.Module, inputs: Any, __: Any, output: Any) -> None:
             value = channels.output_of(output)
@@ -90,32 +68,36 @@ class _Watch:
         for path, module in model.named_modules():
             if path and (channels.is_normalization(module) or isinstance(module, channels.LAYERS)):
                 attach(shadow.modules[id(module)], functools.partial(leave, path, module))
-        with torch.no_grad(), operations:
+        with torch.no_grad(), self:
             self.logits = class_logits(shadow.root(*args, **kwargs))
-        self.operations, self.precision = max(1.0, operations.total), operations.precision
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.operations += count(*args, **(kwargs or {}), out_val=out)
+        for tensor in pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.operations += _WRITE * tensor.numel()
+                if tensor.is_floating_point():
+                    # Eight bits that are scaled by the batch come out in the precision they came in.
+                    quantized = 2**-8 if func.namespace == "quantized" else 0.0
+                    self.precision = max(self.precision, quantized, torch.finfo(tensor.dtype).eps)
+        return out
 
 
 def is_image(value: object) -> bool:
     """Whether ``value`` is a batch of images ``(B, C, H, W)`` whose pixels have neighbours."""
-    return (
-        isinstance(value, Tensor)
-        and value.dim() == 4
-        and value.is_floating_point()
-        and min(value.shape[2:]) >= 3
-        and value.shape[1] > 0
-    )
+    if not (isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()):
+        return False
+    return min(value.shape[2:]) >= 3 and value.shape[1] > 0
 
 
 def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Subject:
     """Run ``model`` on three samples and on two, and say what blocks can read of it; it is left as it was.
 
-    Args:
-        model: The network.
-        args: Its positional inputs, a batch of at least one sample.
-        kwargs: Its inputs by keyword.
-
-    Raises:
-        ValueError: It does not return logits ``(B, N)``, or probabilities in their place, or mixes samples.
+    ``args`` and ``kwargs`` hold at least one sample. ValueError where it does not return logits ``(B, N)``, or
+    probabilities in their place, or mixes samples.
     """
     model, samples = original(model), batch_size(args, kwargs)
     before = RandomState(devices_of(model))
@@ -128,7 +110,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
         raise ValueError(
             "model must treat the samples of a batch independently; its logits of a sample change with other samples"
         )
-    head = next(
+    path, head = next(
         (
             (path, module)
             for path, module, inputs, value in reversed(three.seen)
@@ -138,18 +120,17 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
             and value.shape == logits.shape
             and torch.equal(value.to(logits.dtype), logits)
         ),
-        None,
+        (None, None),
     )
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     images = [place for place, value in given if is_image(value)]
-    found = _places(three, two, None if head is None else head[0])
-    seen = [(module, place, value.numel()) for module, place, value in found]
+    found = _places(three, two, path)
     mask = kwargs.get("attention_mask")
     return Subject(
         classes=logits.shape[1],
-        head=None if head is None else head[0],
-        bias=head is not None and getattr(head[1], "bias", None) is not None,
-        channels=channels.choose(seen, three.operations / 3),
+        head=path,
+        bias=getattr(head, "bias", None) is not None,
+        channels=channels.choose(found, three.operations / 3),
         image=images[0] if len(images) == 1 else None,
         mask="attention_mask" if isinstance(mask, Tensor) and mask.dim() == 2 else None,
         first=_first(found),
@@ -157,10 +138,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Su
 
 
 def _places(three: _Watch, two: _Watch, head: str | None) -> list[tuple[nn.Module, Channels, Tensor]]:
-    """The places whose outputs carry one sample a row, called once, with one sample's output.
-
-    The layer of the logits says nothing new.
-    """
+    """The places called once whose outputs have a row a sample, with one sample's; but the layer of the logits."""
     calls = [path for path, *_ in three.seen]
     fewer = {path: value for path, _, _, value in two.seen}
     found = []
@@ -180,5 +158,5 @@ def _first(found: list[tuple[nn.Module, Channels, Tensor]]) -> str | None:
         for module, place, value in found
         if place.dim == 1 and value.dim() == 3 and min(value.shape[1:]) >= 3
     ]
-    normalised = [path for module, path in maps if channels.is_normalization(module)]
-    return next(iter([*normalised, *(path for _, path in maps)]), None)
+    maps.sort(key=lambda seen: not channels.is_normalization(seen[0]))
+    return maps[0][1] if maps else None

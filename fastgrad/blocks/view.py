@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgrad import checks
 from fastgrad.blocks.block import Array, Block, Part, Settings
-from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.losses import compute_dtype
 from fastgrad.scores.fitted import Fitted
@@ -49,15 +49,12 @@ class View(Block):
         self.zoom = zoom
 
     def options(self) -> dict[str, Any]:
-        """The zoom."""
         return {"zoom": self.zoom}
 
     def refusal(self, subject: Subject) -> str | None:
-        """Inputs that hold no image, or several."""
         return None if subject.image is not None else "the input is not one image (B, C, H, W)"
 
     def price(self, subject: Subject) -> float:
-        """One forward pass."""
         return 1.0
 
     def of(self, images: Tensor) -> Tensor:
@@ -69,7 +66,6 @@ class View(Block):
         return F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)
 
     def values(self, found: Pass) -> Tensor:
-        """The logarithm of the divergence."""
         image = found.image()
         dtype = compute_dtype(found.logits.dtype)
         first = found.logits.to(dtype).log_softmax(-1)
@@ -79,5 +75,4 @@ class View(Block):
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
-        """The divergence itself."""
         yield cls.name, Rows.fit(blocks, cls.name, standardise=False), Plain()

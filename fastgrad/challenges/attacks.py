@@ -62,18 +62,6 @@ def _prediction(logits: Tensor) -> Tensor:
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
-def _slope(model: nn.Module, unit: Tensor, predicted: Tensor | None, pixels: PixelRange) -> tuple[Tensor, Tensor]:
-    """Gradient of how far predictions have been pushed, and the predictions, those at ``unit`` where None."""
-    with torch.enable_grad():
-        point = unit.detach().requires_grad_()
-        logits = class_logits(model(pixels.from_unit(point)))
-        if predicted is None:
-            predicted = _prediction(logits.detach())
-        # With respect to the input alone: no parameter's .grad is touched.
-        (slope,) = torch.autograd.grad(away_from(logits, predicted).sum(), point)
-    return slope, predicted
-
-
 def _ascend(
     model: nn.Module,
     unit: Tensor,
@@ -90,7 +78,13 @@ def _ascend(
         with torch.no_grad():
             predicted = _prediction(class_logits(model(pixels.from_unit(unit))))
     for _ in range(steps):
-        slope, predicted = _slope(model, current, predicted, pixels)
+        with torch.enable_grad():
+            point = current.detach().requires_grad_()
+            logits = class_logits(model(pixels.from_unit(point)))
+            if predicted is None:
+                predicted = _prediction(logits.detach())
+            # With respect to the input alone: no parameter's .grad is touched.
+            (slope,) = torch.autograd.grad(away_from(logits, predicted).sum(), point)
         moved = current + step * slope.sign()
         current = torch.maximum(torch.minimum(moved, unit + epsilon), unit - epsilon).clamp(0, 1)
     return current.detach()

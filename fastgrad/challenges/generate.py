@@ -101,8 +101,8 @@ def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int
     for what, given in (("names", names), ("severities", severities)):
         if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
             raise TypeError(f"{what} must be a sequence; it was {given!r}")
-    wanted = None if severities is None else set(severities)
-    if wanted is not None and not wanted <= {1, 2, 3}:
+    wanted = {1, 2, 3} if severities is None else set(severities)
+    if not wanted <= {1, 2, 3}:
         raise ValueError(f"severities must be among 1, 2 and 3; they were {list(severities or ())!r}")
     full: list[str] = []
     for name in CHALLENGES if names is None else names:
@@ -113,7 +113,7 @@ def challenge_names(names: Sequence[str] | None = None, severities: Sequence[int
             checks.one_of("names", name, [f"{kind}-{n}" for n in levels])
             full.append(name)
         else:
-            full += [f"{kind}-{n}" for n in levels if wanted is None or n in wanted]
+            full += [f"{kind}-{n}" for n in levels if n in wanted]
     return full
 
 
@@ -124,8 +124,7 @@ def challenge_cost(each: int = 3, *, names: Sequence[str] | None = None) -> floa
     passes = 0.0
     for turn in range(len(attacked)):
         made: dict[Any, float] = {}
-        for place in range(turn * each, (turn + 1) * each):
-            kind, strength = _row(attacked[place % len(attacked)])
+        for kind, strength in map(_row, _of_turn(attacked, turn, each)):
             # As `_altered` has it: JPEG takes what has just been attacked as strongly.
             if not kind.jpeg or made.get(kind.function) != strength:
                 passes += kind.passes
@@ -148,6 +147,11 @@ def _turns(full: Sequence[str]) -> tuple[list[str], list[str], float]:
     attacked.sort(key=lambda name: (name.rpartition("_")[2], _row(name)[0].jpeg))
     others = [name for name in full if not _row(name)[0].passes]
     return attacked, others, ATTACKED if attacked and others else float(bool(attacked))
+
+
+def _of_turn(names: Sequence[str], turn: int, each: int) -> list[str]:
+    """The names that an input gets when it is its turn."""
+    return [names[place % len(names)] for place in range(turn * each, (turn + 1) * each)]
 
 
 def iter_challenges(
@@ -184,21 +188,20 @@ def iter_challenges(
     _check(model, inputs, full, batch_size)
     checks.at_least(1, each=each)
     checks.at_least(0, first=first, seed=seed)
-    if pixels is not None:
-        checks.is_a(PixelRange, pixels=pixels)
     if not full:
         raise ValueError("names must hold at least one challenge; it was empty")
     if pixels is None:
         pixels = PixelRange.of(inputs)
+    checks.is_a(PixelRange, pixels=pixels)
     attacked, others, share = _turns(full)
-    order = torch.randperm(len(others), generator=Generator().manual_seed(seed), device="cpu").tolist()
+    order = torch.randperm(len(others), generator=Generator().manual_seed(seed), device="cpu")
+    others = [others[place] for place in order]
     groups: defaultdict[Any, list[tuple[int, str]]] = defaultdict(list)
     for number in range(first, first + len(inputs)):
         before = int(share * number)
         under_attack = int(share * (number + 1)) > before
-        turn = before if under_attack else number - before
-        for place in range(turn * each, (turn + 1) * each):
-            name = attacked[place % len(attacked)] if under_attack else others[order[place % len(others)]]
+        turn = _of_turn(attacked, before, each) if under_attack else _of_turn(others, number - before, each)
+        for name in turn:
             # All strengths of an attack are made together.
             groups[_row(name)[0].function if under_attack else name].append((number - first, name))
     size, inputs = batch_size or _fitting(inputs), inputs.detach()
@@ -209,11 +212,11 @@ def iter_challenges(
         sources: list[int] = []
         for group in groups.values():
             for start in range(0, len(group), size):
-                places, names = zip(*group[start : start + size], strict=True)
-                generator = _generator(f"{seed}/{first + places[0]}/{names[0]}")
-                made.append(_altered(model, inputs, places, names, generator, pixels, size))
-                kinds += [name.partition("-")[0] for name in names]
-                sources += [first + place for place in places]
+                wanted = group[start : start + size]
+                place, name = wanted[0]
+                made.append(_altered(model, inputs, wanted, f"{seed}/{first + place}/{name}", pixels, size))
+                kinds += [name.partition("-")[0] for _, name in wanted]
+                sources += [first + place for place, _ in wanted]
                 # Groups of few images wait for others: a network is slow on small batches.
                 if len(kinds) >= size:
                     yield Challenges(torch.cat(made), kinds, torch.tensor(sources, device="cpu"))
@@ -241,12 +244,12 @@ def generate_challenges(
     The model is run in evaluation mode and left as it was: modes, gradients, hooks, buffers.
 
     Args:
-        model: classifier ``(B, C, H, W) -> (B, N)`` logits; None where no attack is asked for.
+        model: as for :func:`iter_challenges`.
         images: clean images ``(B, C, H, W)``, any floating dtype, any normalisation.
-        names: kinds or full names (see :func:`challenge_names`); None for every kind.
+        names: as for :func:`challenge_names`, with ``severities``.
         severities: severities of the kinds named without one; None for all.
         seed: same seed, same challenges. Give every batch of a loader a seed of its own.
-        clip: values of black and white; derived from the images when not given (see :meth:`PixelRange.of`).
+        clip: values of black and white; derived from the images when not given, as for :meth:`PixelRange.of`.
         mean: per-channel mean of the normalisation, where there was one; needs ``std``.
         std: per-channel standard deviation of the normalisation.
         batch_size: images attacked at a time; None for what fits the device's caches.
@@ -256,37 +259,30 @@ def generate_challenges(
         the pixel range, and image i of each challenge comes from image i of ``images``.
 
     Raises:
-        TypeError: ``images`` is not floating, or ``model`` is no module.
-        ValueError: unknown names, wrong shapes, non-finite images, attacks without a model.
+        TypeError, ValueError: as of :func:`iter_challenges`.
     """
     full = challenge_names(names, severities)
     _check(model, images, full, batch_size)
     checks.at_least(0, seed=seed)
     pixels = PixelRange.of(images, clip=clip, mean=mean, std=std)
-    challenges = {}
-    for name in full:
-        # A seed for every name: what one challenge looks like does not depend on which others are made.
-        generator = _generator(f"{seed}/{name}")
-        places, size = range(len(images)), batch_size or _fitting(images)
-        challenges[name] = _altered(model, images.detach(), places, [name] * len(images), generator, pixels, size)
-    return challenges
+    inputs, size = images.detach(), batch_size or _fitting(images)
+    # A seed for every name: what one challenge looks like does not depend on which others are made.
+    return {
+        name: _altered(model, inputs, [(place, name) for place in range(len(images))], f"{seed}/{name}", pixels, size)
+        for name in full
+    }
 
 
 @torch.inference_mode(False)
 def _altered(
-    model: nn.Module | None,
-    inputs: Tensor,
-    places: Sequence[int],
-    names: Sequence[str],
-    generator: Generator,
-    pixels: PixelRange,
-    size: int,
+    model: nn.Module | None, inputs: Tensor, wanted: Sequence[tuple[int, str]], draw: str, pixels: PixelRange, size: int
 ) -> Tensor:
-    """The inputs at ``places`` altered as ``names`` say: one name, or names of one attack, on ``size`` at a time."""
-    if not places:
+    """Inputs at places altered as names say, of one kind or one attack, on ``size`` at a time; ``draw`` is the seed."""
+    if not wanted:
         return inputs[:0]
-    rows = [_row(name) for name in names]
-    own = [(place, strength) for place, (_, strength) in zip(places, rows, strict=True)]
+    generator = Generator().manual_seed(zlib.crc32(draw.encode()))
+    rows = [_row(name) for _, name in wanted]
+    own = [(place, strength) for (place, _), (_, strength) in zip(wanted, rows, strict=True)]
     through = torch.tensor([kind.jpeg for kind, _ in rows], device="cpu")
     # What goes through JPEG is the attacked image before it, where that is of the same input and strength.
     begun = ~through | torch.tensor([i == 0 or own[i] != own[i - 1] for i in range(len(own))], device="cpu")
@@ -330,7 +326,3 @@ def _fitting(images: Tensor) -> int:
     """Images in a batch."""
     numbers = _NUMBERS if images.device.type == "cpu" else 8 * _NUMBERS
     return max(8, min(256, numbers // max(1, images[:1].numel())))
-
-
-def _generator(text: str) -> Generator:
-    return Generator().manual_seed(zlib.crc32(text.encode()))

@@ -27,13 +27,10 @@ _RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136286, -0.714136286), (1.0, 1.772, 0.0))
 
 
 def recompressed(levels: Tensor, quality: Tensor) -> Tensor:
-    """Return images ``(B, C, H, W)`` of levels 0 to 255 as they come out of JPEG.
+    """Return images ``(B, C, H, W)`` of whole levels 0 to 255 as they come out of JPEG; ``quality`` is ``(B,)``.
 
-    Between colours it interpolates, as libjpeg does in images of more than four columns.
-
-    Args:
-        levels: whole numbers; three channels are colours, any other number is so many grey images.
-        quality: ``(B,)``, 1 to 100.
+    Three channels are colours, any other number is so many grey images. Between colours it interpolates, as libjpeg
+    does in images of more than four columns.
     """
     x = levels.float()
     if x.shape[1] != 3:

@@ -2,17 +2,16 @@
 
 Two forms say what the sum means.
 
-*Split*: clean inputs on which nothing was fitted and nothing chosen. Of n of them and a new clean input, all
-exchangeable, the new one's p-value is below a with probability a at every multiple of ``1 / (n + 1)`` (split conformal
-prediction: Papadopoulos et al., 2002; Vovk, Gammerman and Shafer, 2005). This is exact, whatever the scores, but for
-those that nearly coincide: their p-values are raised (`fastgrad.scores.conformal.STEEPEST`), and fewer are below a.
+*Split*: clean inputs on which nothing was fitted and nothing chosen. The p-value of a new one is below a with
+probability a at every multiple of ``1 / (n + 1)`` (split conformal prediction: Papadopoulos et al., 2002; Vovk,
+Gammerman and Shafer, 2005). This is exact, whatever the scores, but for those that nearly coincide: their p-values are
+raised (`fastgrad.scores.conformal.STEEPEST`), and fewer are below a.
 
 *Folds and refit*, where there are too few inputs to hold any out: each clean input is scored by what was fitted without
 its fold, new inputs by what was fitted on all. Its p-values before the sum come from the inputs of the other folds. For
 stable scores its error vanishes as n grows (Steinberger and Leeb, "Conditional predictive inference for stable
 algorithms", 2023); for few inputs it is conservative as a rule, because more inputs to fit on make a clean one look
 less unusual (Barber, Candes, Ramdas and Tibshirani, "Predictive inference with the jackknife+", 2021, compare both).
-There is no promise for every distribution, as there is with a split.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from torch import Tensor
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER, Settings
 from fastgrad.detector.challenge_classifier import ChallengeClassifier, JointRows
 from fastgrad.detector.constants import CAP, WEIGHT
-from fastgrad.detector.inputs import Array, Blocks, as_tensors, check_rate, take
+from fastgrad.detector.inputs import Blocks, check_rate, take
 from fastgrad.scores.conformal import PValues, weighted
 from fastgrad.scores.fitted import Fitted, Sequence
 
@@ -59,9 +58,8 @@ class Score(Fitted):
 class DetectorModule(Fitted):
     """Every score's p-value, the weighted sum of their logarithms, and the p-value of the sum.
 
-    Calling it with named blocks of tensors gives ``(B,)`` float64: minus the natural logarithm of the p-value that a
-    clean sample looks at least so unusual. Higher is less reliable, and the threshold at a false-alarm rate a is
-    -log(a). Where a score is NaN, because a block failed, it is infinite.
+    Calling it with named blocks gives the uncertainty ``(B,)``, float64: -log of the probability that a clean sample
+    looks at least so unusual. Where a score is NaN, because a block failed, it is infinite.
     """
 
     scores: Sequence
@@ -81,12 +79,8 @@ class DetectorModule(Fitted):
         """Uncertainty ``(B,)``, at least 0."""
         return self.explain(blocks)[0]
 
-    def explain(self, blocks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Uncertainty ``(B,)``, and the evidence ``(B, S)`` of each of `sources`, whose sum it calibrates."""
-        return self.judge(blocks)[:2]
-
-    def judge(self, blocks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """As `explain`, and log probabilities ``(B, C)`` of the classifier of challenges, "clean" first."""
+    def explain(self, blocks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Uncertainty ``(B,)``, evidence ``(B, S)`` of `sources` and log p ``(B, C)`` of challenges, "clean" first."""
         raw, log_p = values_of(self.scores, blocks)
         evidence = self.evidence(raw)
         # A comparison with NaN is false, and would pass for reliable.
@@ -156,7 +150,7 @@ class Table:
         log: Whether the logarithms of squared norms are to be taken.
     """
 
-    blocks: dict[str, Array]
+    blocks: dict[str, Tensor]
     known: Blocks
     kinds: NDArray[np.intp]
     groups: NDArray[np.intp]
@@ -187,12 +181,9 @@ class Calibrated(NamedTuple):
 
 
 def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str, Score]:
-    """One score or more a block on the clean samples among the ``chosen``, and the classifier of challenges on all.
-
-    ``count`` as in `Settings`. Raises ValueError where two scores have one name.
-    """
+    """One score or more a block on the clean samples among the ``chosen``, and the classifier of challenges on all."""
     settings = Settings(table.log, count)
-    clean = take(table.blocks, chosen & (table.kinds == 0))
+    clean = {name: values.numpy() for name, values in take(table.blocks, chosen & (table.kinds == 0)).items()}
     scores: dict[str, Score] = {}
     for source in clean:
         for name, rows, score in table.known[source].scores(clean, settings):
@@ -201,18 +192,14 @@ def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str,
             scores[name] = Score(rows=rows, score=score, source=source, weight=1.0)
     if (chosen & (table.kinds > 0)).any():
         joint = JointRows.fit(clean, table.known, settings)
-        rows = joint(as_tensors(take(table.blocks, chosen)))
+        rows = joint(take(table.blocks, chosen))
         classifier = ChallengeClassifier.fit(rows, table.kinds[chosen], table.classes)
         scores[CHALLENGE_CLASSIFIER] = Score(rows=joint, score=classifier, source=CHALLENGE_CLASSIFIER, weight=WEIGHT)
     return scores
 
 
 def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.intp]:
-    """The fold ``(n,)`` of each sample, all of one source in one fold; -1 for those held out and their challenges.
-
-    Raises:
-        ValueError: The clean samples come from fewer than 2 sources.
-    """
+    """The fold ``(n,)`` of each sample, all of one source in one fold; -1 for those held out and their challenges."""
     apart = np.isin(table.groups, table.groups[table.held_out])
     clean = np.unique(table.groups[(table.kinds == 0) & ~apart])
     if len(clean) < 2:
@@ -226,49 +213,39 @@ def deal(table: Table, folds: int, random: np.random.RandomState) -> NDArray[np.
     return np.where(apart, -1, fold[table.groups])
 
 
-def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Calibrated:
-    """Fit scores by folds and once more on all, and calibrate their sum.
+def with_p_values(scores: Mapping[str, Score], raw: Tensor, counted: NDArray[np.bool_]) -> DetectorModule:
+    """A detector with the p-values of ``raw`` scores ``(K, n)`` among those ``counted``; its sum means nothing yet."""
+    p_values = PValues.fit(raw[:, torch.from_numpy(counted)], [score.two_sided for score in scores.values()])
+    return DetectorModule(scores=Sequence(**scores), p_values=p_values)
 
-    Raises:
-        ValueError: There is no score, or one is NaN for a clean sample.
-    """
+
+def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Calibrated:
+    """Fit scores by folds and once more on all, and calibrate their sum."""
     fold = deal(table, folds, random)
     fitting, clean = fold >= 0, table.kinds == 0
-    smallest = min(int((clean & fitting & (fold != number)).sum()) for number in range(fold.max() + 1))
-    # Score every sample by what was fitted without its fold, and fit once more on all.
-    parts = [
-        (fold == number, fit_scores(table, fitting & (fold != number), smallest)) for number in range(fold.max() + 1)
-    ]
-    final = fit_scores(table, fitting, smallest)
-    names = [name for name in final if all(name in scores for _, scores in parts)]
-    if not names:
+    # What scores each fold is fitted without it; what scores those in none, and new samples, on all.
+    fits = {number: fitting & (fold != number) for number in (*range(fold.max() + 1), -1)}
+    smallest = min(int((clean & chosen).sum()) for chosen in fits.values())
+    fitted = {number: fit_scores(table, chosen, smallest) for number, chosen in fits.items()}
+    final = {name: score for name, score in fitted[-1].items() if all(name in scores for scores in fitted.values())}
+    if not final:
         raise ValueError("blocks must have at least one score, or there must be challenges; there was neither")
-    raw = torch.full((len(names), len(fold)), torch.nan, dtype=torch.float64, device="cpu")
-    log_p = raw.new_empty(len(fold), table.classes if CHALLENGE_CLASSIFIER in names else 0)
-    for chosen, scores in [*parts, (~fitting, final)]:
-        if chosen.any():
-            rows = torch.from_numpy(chosen)
-            raw[:, rows], log_p[rows] = _values(table, chosen, [scores[name] for name in names])
-    failed = {
-        name: int(values.isnan().sum())
-        for name, values in zip(names, raw[:, torch.from_numpy(clean)], strict=True)
-        if values.isnan().any()
-    }
-    if failed:
+    raw = torch.full((len(final), len(fold)), torch.nan, dtype=torch.float64, device="cpu")
+    log_p = raw.new_empty(len(fold), table.classes if CHALLENGE_CLASSIFIER in final else 0)
+    for number, scores in fitted.items():
+        if (fold == number).any():
+            rows = torch.from_numpy(fold == number)
+            raw[:, rows], log_p[rows] = _values(table, fold == number, [scores[name] for name in final])
+    missing = raw[:, torch.from_numpy(clean)].isnan().sum(1).tolist()
+    if failed := {name: count for name, count in zip(final, missing, strict=True) if count}:
         raise ValueError(f"clean samples must have finite scores to calibrate on; these were NaN: {failed}")
-
-    def mapped(counted: NDArray[np.bool_]) -> DetectorModule:
-        own = {name: final[name] for name in names}
-        p_values = PValues.fit(raw[:, torch.from_numpy(counted)], [score.two_sided for score in own.values()])
-        return DetectorModule(scores=Sequence(**own), p_values=p_values)
-
     # p-values come from the clean samples of the other folds, so that none helps to call itself usual.
-    evidence = raw.new_empty(len(fold), len(names))
-    module = mapped(clean & fitting)
-    for number in range(-1, fold.max() + 1):
-        chosen = torch.from_numpy(fold == number)
-        others = module if number < 0 else mapped(clean & fitting & (fold != number))
-        evidence[chosen] = others.evidence(raw[:, chosen])
+    evidence = raw.new_empty(len(fold), len(final))
+    modules = {number: with_p_values(final, raw, clean & chosen) for number, chosen in fits.items()}
+    for number, others in modules.items():
+        rows = torch.from_numpy(fold == number)
+        evidence[rows] = others.evidence(raw[:, rows])
+    module = modules[-1]
     # What the sum means: counted on what was held out, or else on every clean sample.
     calibrates = table.held_out if table.held_out.any() else clean & fitting
     calibrating = evidence[torch.from_numpy(calibrates)]
@@ -283,5 +260,5 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
 def _values(table: Table, chosen: NDArray[np.bool_], scores: list[Score]) -> tuple[Tensor, Tensor]:
     """`values_of` the m chosen samples, a few at a time, so that a large set needs little memory."""
     parts = np.array_split(np.flatnonzero(chosen), -(-int(chosen.sum()) // 1024))
-    raw, log_p = zip(*(values_of(scores, as_tensors(take(table.blocks, part))) for part in parts), strict=True)
+    raw, log_p = zip(*(values_of(scores, take(table.blocks, part)) for part in parts), strict=True)
     return torch.cat(raw, 1), torch.cat(log_p)

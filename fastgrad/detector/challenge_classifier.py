@@ -1,29 +1,29 @@
 """The classifier of challenges: one multinomial logistic regression of clean inputs and kinds of challenge.
 
 Its score is minus the log probability of "clean". Telling the kinds apart makes a better "clean or not" than that
-question alone. Clean and challenging samples weigh the same in all, however many there are. It is linear: its weights
-can be read, and the objective has one minimum, so that no seed decides anything.
+question alone. Clean and challenging samples weigh the same in all. The weights of a linear map can be read, and the
+objective has one minimum, so that no seed decides anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor
 
 from fastgrad.blocks.block import Settings
 from fastgrad.detector.constants import INVERSE_PENALTY, LIMIT, STEPS
 from fastgrad.detector.inputs import Blocks
-from fastgrad.scores import fitted
-from fastgrad.scores.fitted import Fitted
+from fastgrad.scores.fitted import Fitted, Sequence
 from fastgrad.scores.rows import clipped
 
 
-def alarm(blocks: Sequence[str]) -> str:
-    """What an alarm of a classifier means that reads these ``blocks``, as `Block.alarm` says it of a block."""
+def alarm(blocks: Iterable[str]) -> str:
+    """The meaning of an alarm of the classifier that reads these ``blocks``, as `Block.alarm` has it of a block."""
     seen = ", ".join(name.replace("_", " ") for name in blocks)
     return f"resemblance to altered or foreign inputs that the detector was trained on (seen in {seen})"
 
@@ -31,13 +31,12 @@ def alarm(blocks: Sequence[str]) -> str:
 class JointRows(Fitted):
     """Rows of several blocks side by side, ``(B, d)``."""
 
-    parts: fitted.Sequence
+    parts: Sequence
 
     @classmethod
     def fit(cls, clean: Mapping[str, NDArray[np.float64]], known: Blocks, settings: Settings) -> JointRows:
         """Standardised on ``clean`` blocks."""
-        parts: dict[str, Fitted] = {name: known[name].joint(clean, settings) for name in clean}
-        return cls(parts=fitted.Sequence(**parts))
+        return cls(parts=Sequence(**{name: known[name].joint(clean, settings) for name in clean}))
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Standardised rows, cut at 50 standard deviations."""
@@ -55,18 +54,12 @@ class ChallengeClassifier(Fitted):
 
     @classmethod
     def fit(cls, rows: Tensor, kinds: NDArray[np.intp], classes: int) -> ChallengeClassifier:
-        """Minimise the weighted cross-entropy plus ``||W||^2 / (2 C n)``.
+        """Minimise the weighted cross-entropy plus ``||W||^2 / (2 C n)`` of rows ``(n, d)``.
 
-        Products are in float32: L-BFGS (Liu and Nocedal, "On the limited memory BFGS method for large scale
-        optimization", 1989) ends long before their rounding matters.
-
-        Args:
-            rows: ``(n, d)`` of `JointRows`.
-            kinds: ``(n,)``: 0 for clean, others for kinds of challenge; both must be there.
-            classes: C, one more than the largest kind; those that are not there get probability 0.
+        ``kinds`` ``(n,)`` are 0 for clean and others for challenges; both must be there. Of the C ``classes`` those not
+        there get probability 0. Products are in float32: L-BFGS (Liu and Nocedal, "On the limited memory BFGS method
+        for large scale optimization", 1989) ends long before their rounding matters.
         """
-        from scipy.optimize import minimize
-
         codes = torch.from_numpy(kinds).unsqueeze(1)
         challenging = (codes > 0).float()
         shares = torch.where(codes > 0, 0.5 / challenging.sum(), 0.5 / (1 - challenging).sum())

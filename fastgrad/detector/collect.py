@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,18 +45,10 @@ class Drawn:
 def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bool | None = False) -> Drawn:
     """At most ``limit`` inputs of a loader, each as likely as any other, in one pass (a reservoir; Vitter, 1985).
 
-    Args:
-        name: Of the loader, for errors.
-        loader: Batches, ``x`` or ``(x, something beside each input)``, or mappings with labels among the inputs.
-        limit: Inputs that are kept.
-        seed: Of the choice.
-        verbose: Whether to show a progress bar; None: in a terminal.
-
-    Raises:
-        TypeError, ValueError: The loader is empty, or a batch is malformed.
+    Its batches are ``x``, ``(x, something beside each input)``, or mappings with labels among the inputs.
     """
     rng = np.random.default_rng(seed)
-    kept: list[tuple[int, Inputs, Any, tuple[bool, ...], int]] = []
+    kept: list[tuple[int, str, tuple[bool, ...], Inputs, Any]] = []
     seen, size = 0, 1
     for batch in bar(loader, name, verbose):
         x, given = split_batch(name, batch)
@@ -64,33 +56,52 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
         size = max(size, count)
         beside, leaves = _beside(name, given, count), pytree.tree_leaves(x)
         carriers = carrying(leaves, count)
-        constants = [t for t, carries in zip(leaves, carriers, strict=True) if isinstance(t, Tensor) and not carries]
-        same = hash((carriers, *map(bytes_of, constants)))
+        # Inputs of one kind can share a batch: rows have one shape, and all else is the same.
+        kind = str([_kind(t, carries) for t, carries in zip(leaves, carriers, strict=True)])
         for i in range(count):
             place = seen if seen < limit else int(rng.integers(seen + 1))
             seen += 1
             if place < limit:
                 row = take(x, slice(i, i + 1), count, carriers)
                 row = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), row)
-                kept[place : place + 1] = [(seen, row, beside[i], carriers, same)]
+                kept[place : place + 1] = [(seen, kind, carriers, row, beside[i])]
     if not kept:
         raise ValueError(
             f"{name} must hold at least one batch; it was empty (an iterator can be read once: give a loader or list)"
         )
-    # In the loader's order, and inputs of one shape together, with whatever else was the same for their batches.
-    kept.sort(key=lambda entry: entry[0])
-    shapes: dict[str, list[tuple[int, Inputs, Any, tuple[bool, ...], int]]] = {}
-    for entry in kept:
-        leaves = pytree.tree_leaves(entry[1])
-        signature = str([(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in leaves]) + str(entry[-1])
-        shapes.setdefault(signature, []).append(entry)
-    batches, others = [], []
-    for entries in shapes.values():
-        for start in range(0, len(entries), size):
-            part = entries[start : start + size]
-            batches.append(_joined([row for _, row, *_ in part], entries[0][3]))
-            others += [own for _, _, own, *_ in part]
-    return Drawn(batches, others, seen)
+    kinds: dict[str, tuple[tuple[bool, ...], list[Inputs], list[Any]]] = {}
+    # In the loader's order.
+    for _, kind, carriers, inputs, own in sorted(kept, key=lambda entry: entry[0]):
+        _, rows, others = kinds.setdefault(kind, (carriers, [], []))
+        rows.append(inputs)
+        others.append(own)
+    batches = [
+        _joined(rows[start : start + size], carriers)
+        for carriers, rows, _ in kinds.values()
+        for start in range(0, len(rows), size)
+    ]
+    return Drawn(batches, [own for _, _, others in kinds.values() for own in others], seen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Clean inputs and challenges.
+
+    Attributes:
+        clean: Drawn from the first loader, and from that of the calibration, if there is one.
+        challenges: Challenges of the user's, or None.
+        labels: ``(n,)`` of all clean inputs, -1 for none.
+        held_out: ``(n,)``: those that calibrate and nothing else.
+        each: Challenges that are generated of each of the others; 0 for none.
+        pixels: Their range, of images.
+    """
+
+    clean: list[Drawn]
+    challenges: Drawn | None
+    labels: NDArray[np.int64]
+    held_out: NDArray[np.bool_]
+    each: int
+    pixels: PixelRange | None
 
 
 def _beside(name: str, value: Any, count: int) -> list[Any]:
@@ -105,26 +116,26 @@ def _beside(name: str, value: Any, count: int) -> list[Any]:
     return listed
 
 
+def _kind(leaf: Any, carries: bool) -> Any:
+    """What two inputs that can share a batch have alike."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.dtype, leaf.shape[1:] if carries else (leaf.shape, hash(bytes_of(leaf)))
+
+
 def _joined(rows: list[Inputs], carriers: tuple[bool, ...]) -> Inputs:
-    """Rows of one shape as one batch; what carries no batch is the same for all."""
-    flat = [pytree.tree_flatten(row) for row in rows]
-    leaves = [
-        torch.cat(values) if carries else values[0]
-        for *values, carries in zip(*(leaves for leaves, _ in flat), carriers, strict=True)
-    ]
-    joined: Inputs = pytree.tree_unflatten(leaves, flat[0][1])
+    """Rows of one kind as one batch."""
+    columns = zip(*map(pytree.tree_leaves, rows), strict=True)
+    leaves = [torch.cat(column) if carries else column[0] for column, carries in zip(columns, carriers, strict=True)]
+    joined: Inputs = pytree.tree_unflatten(leaves, pytree.tree_structure(rows[0]))
     return joined
 
 
-def labels_of(name: str, drawn: Drawn, classes: int) -> NDArray[np.int64] | None:
-    """Class indices ``(n,)`` where the loader gave labels.
-
-    Raises:
-        ValueError: Some inputs have none, or they are no class indices of at least two classes.
-    """
+def labels_of(name: str, drawn: Drawn, classes: int) -> NDArray[np.int64]:
+    """Class indices ``(n,)``, checked; all -1 where the loader gave no labels."""
     given = [value for value in drawn.beside if value is not None]
     if not given:
-        return None
+        return np.full(len(drawn), -1)
     wanted = f"{name} must give (x, labels), labels class indices from 0 to {classes - 1}, or inputs x alone"
     if len(given) < len(drawn):
         raise ValueError(f"{wanted}; {len(drawn) - len(given)} of {len(drawn)} inputs had no label")
@@ -141,14 +152,6 @@ def labels_of(name: str, drawn: Drawn, classes: int) -> NDArray[np.int64] | None
     if len(np.unique(values)) < 2:
         raise ValueError(f"{wanted}, of at least two classes; all {len(values)} were {values[0]}")
     return values.astype(np.int64)
-
-
-def check_images(name: str, images: Sequence[Tensor]) -> None:
-    """Raise ValueError where images are not finite, or say nothing because each has one colour throughout."""
-    if not all(bool(x.isfinite().all()) for x in images):
-        raise ValueError(f"{name} must give finite images; some held NaN or infinity")
-    if images and all(bool((x.amax((2, 3)) == x.amin((2, 3))).all()) for x in images):
-        raise ValueError(f"{name} must give images that show something; every one was constant")
 
 
 @dataclasses.dataclass
@@ -168,69 +171,66 @@ class Features:
     groups: NDArray[np.intp]
 
 
-class Reader:
-    """Reads blocks batch by batch.
+#: Inputs, the kind of each and the number of its source, both as `Features` has them.
+Batch = tuple[Inputs, Sequence[str], Sequence[int]]
 
-    Args:
-        extraction: Network and blocks.
-        device: Where to.
-        verbose: Whether to show progress bars; None: in a terminal.
-    """
 
-    def __init__(self, extraction: Extraction, device: torch.device, *, verbose: bool | None) -> None:
-        self.extraction, self.device, self.verbose = extraction, device, verbose
-        self._parts: list[tuple[Tensor, dict[str, Tensor]]] = []
-        self._kinds: list[str] = []
-        self._groups: list[int] = []
+def clean_batches(sample: Sample, verbose: bool | None) -> Iterator[Batch]:
+    """Clean inputs."""
+    first = 0
+    for x in bar([x for drawn in sample.clean for x in drawn.batches], "clean inputs", verbose):
+        count = batch_size(x)
+        yield x, [""] * count, range(first, first + count)
+        first += count
 
-    def add(self, x: Inputs, kinds: Sequence[str], groups: Iterable[int]) -> None:
-        """Read one batch; raise ValueError where the network gives NaN."""
-        logits, blocks = self.extraction(to_device(x, self.device))
+
+def given_batches(sample: Sample, verbose: bool | None) -> Iterator[Batch]:
+    """Challenges of the user's, if any; what came beside them tells kinds apart."""
+    if sample.challenges is None:
+        return
+    tags = iter(sample.challenges.beside)
+    for x in bar(sample.challenges.batches, "challenges", verbose):
+        count = batch_size(x)
+        kinds = ["challenge" if tag is None else f"kind {tag}" for tag in itertools.islice(tags, count)]
+        yield x, kinds, [-1] * count
+
+
+def generated_batches(
+    sample: Sample, model: nn.Module, device: torch.device, seed: int, verbose: bool | None
+) -> Iterator[Batch]:
+    """Challenges generated of the images that are not held out, if any."""
+    if not sample.each or sample.pixels is None:
+        return
+    first, pixels = 0, PixelRange(sample.pixels.low.to(device), sample.pixels.high.to(device))
+    rows = [row for x in sample.clean[0].images() for row in x.split(1)]
+    parts: list[NDArray[np.intp]] = []
+    fitting = np.flatnonzero(~sample.held_out[: len(rows)])
+    for _, group in itertools.groupby(fitting, key=lambda number: rows[number].shape):
+        alike = np.array(list(group))
+        parts += np.split(alike, range(CHALLENGED_TOGETHER, len(alike), CHALLENGED_TOGETHER))
+    for numbers in bar(parts, "challenges", verbose):
+        inputs = torch.cat([rows[number] for number in numbers]).to(device)
+        for made in iter_challenges(model, inputs, each=sample.each, first=first, seed=seed, pixels=pixels):
+            yield made.inputs, made.kinds, numbers[made.sources.cpu().numpy() - first].tolist()
+        first += len(inputs)
+
+
+def read(extraction: Extraction, device: torch.device, batches: Iterable[Batch]) -> Features:
+    """Read the blocks of all batches; raise ValueError where the network gives NaN."""
+    parts: list[tuple[Tensor, dict[str, Tensor]]] = []
+    kinds: list[str] = []
+    groups: list[int] = []
+    for x, own_kinds, sources in batches:
+        logits, blocks = extraction(to_device(x, device))
         if failed := int(logits.isnan().any(1).sum()):
-            what = "challenges" if kinds[0] else "clean and calibration"
+            what = "challenges" if own_kinds[0] else "clean and calibration"
             raise ValueError(f"{what} must give inputs that the network has an answer to; for {failed} it gave NaN")
-        self._parts.append((logits.float().cpu(), {name: value.float().cpu() for name, value in blocks.items()}))
-        self._kinds += kinds
-        self._groups += groups
-
-    def clean(self, *samples: Drawn) -> None:
-        """Read clean inputs."""
-        for x in bar([x for drawn in samples for x in drawn.batches], "clean inputs", self.verbose):
-            first = len(self._kinds)
-            self.add(x, [""] * batch_size(x), range(first, first + batch_size(x)))
-
-    def given(self, challenges: Drawn) -> None:
-        """Read challenges of the user's; what came beside them tells kinds apart."""
-        start = 0
-        for x in bar(challenges.batches, "challenges", self.verbose):
-            tags = challenges.beside[start : start + batch_size(x)]
-            self.add(x, ["challenge" if tag is None else f"kind {tag}" for tag in tags], [-1] * batch_size(x))
-            start += batch_size(x)
-
-    def generated(
-        self, model: nn.Module, clean: Drawn, chosen: NDArray[np.bool_], each: int, pixels: PixelRange | None, seed: int
-    ) -> None:
-        """Generate ``each`` challenges of every chosen clean input, and read them."""
-        first = 0
-        if pixels is not None:
-            pixels = PixelRange(pixels.low.to(self.device), pixels.high.to(self.device))
-        rows = [row for x in clean.images() for row in x.split(1)]
-        parts: list[NDArray[np.intp]] = []
-        for _, group in itertools.groupby(np.flatnonzero(chosen), key=lambda number: rows[number].shape):
-            alike = np.array(list(group))
-            parts += np.split(alike, range(CHALLENGED_TOGETHER, len(alike), CHALLENGED_TOGETHER))
-        for numbers in bar(parts, "challenges", self.verbose):
-            inputs = torch.cat([rows[number] for number in numbers]).to(self.device)
-            for made in iter_challenges(model, inputs, each=each, first=first, seed=seed, pixels=pixels):
-                self.add(made.inputs, made.kinds, numbers[made.sources.cpu().numpy() - first].tolist())
-            first += len(inputs)
-
-    def features(self) -> Features:
-        """All that was read."""
-        names = self._parts[0][1]
-        return Features(
-            {name: torch.cat([blocks[name] for _, blocks in self._parts]) for name in names},
-            torch.cat([logits for logits, _ in self._parts]),
-            np.array(self._kinds),
-            np.array(self._groups),
-        )
+        parts.append((logits.float().cpu(), {name: value.float().cpu() for name, value in blocks.items()}))
+        kinds += own_kinds
+        groups += sources
+    return Features(
+        {name: torch.cat([blocks[name] for _, blocks in parts]) for name in parts[0][1]},
+        torch.cat([logits for logits, _ in parts]),
+        np.array(kinds),
+        np.array(groups),
+    )

@@ -13,23 +13,14 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 
 from fastgrad import checks
 from fastgrad.blocks import BLOCKS
-from fastgrad.detector import constants
+from fastgrad.checks import Array
+from fastgrad.detector import constants, inputs
 from fastgrad.detector.calibrate import Calibrated, DetectorModule, Table, fit_detector
-from fastgrad.detector.inputs import (
-    Array,
-    Blocks,
-    as_tensors,
-    challenging_of,
-    check_blocks,
-    check_rate,
-    check_squared,
-    held_out_of,
-    kinds_of,
-    take,
-)
+from fastgrad.scores.rows import as_tensor
 
 Features = ArrayLike | Mapping[str, ArrayLike]
 
@@ -115,7 +106,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         kinds: ArrayLike | None,
         held_out: ArrayLike | None,
         groups: ArrayLike | None,
-        known: Blocks | None = None,
+        known: inputs.Blocks | None = None,
     ) -> Calibrated:
         """As `fit`; returns also what the fitted parts say of each sample without having seen it.
 
@@ -125,10 +116,10 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         self._known = {**BLOCKS, **(known or {})}
         blocks = self._blocks(X, reset=True)
         count = len(next(iter(blocks.values())))
-        challenging, self.classes_ = challenging_of(y, count)
-        codes, numbers = kinds_of(kinds, challenging), checks.groups_of(groups, count)
+        challenging, self.classes_ = inputs.challenging_of(y, count)
+        codes, numbers = inputs.kinds_of(kinds, challenging), checks.groups_of(groups, count)
         random = check_random_state(self.random_state)
-        calibrating = held_out_of(held_out, challenging, numbers, self.calibration_fraction, random)
+        calibrating = inputs.held_out_of(held_out, challenging, numbers, self.calibration_fraction, random)
         folds = self.folds
         if folds is None and calibrating.any():
             folds = constants.FOLDS_OF_SPLIT
@@ -148,13 +139,13 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         with torch.no_grad():
             count = len(next(iter(blocks.values())))
             # A few at a time, so that a large set needs little memory.
-            parts = [take(blocks, slice(start, start + 4096)) for start in range(0, count, 4096)]
-            result: Array = torch.cat([self.module_(as_tensors(part)) for part in parts]).numpy()
+            parts = [self.module_(inputs.take(blocks, slice(start, start + 4096))) for start in range(0, count, 4096)]
+            result: Array = torch.cat(parts).numpy()
         return result
 
     def predict(self, X: Features) -> NDArray[Any]:
         """``(B,)``: the label of "unreliable" above the threshold, else that of "reliable"."""
-        flagged = self.decision_function(X) > -np.log(check_rate(self.false_alarm_rate))
+        flagged = self.decision_function(X) > -np.log(inputs.check_rate(self.false_alarm_rate))
         result: NDArray[Any] = self.classes_[flagged.astype(np.intp)]
         return result
 
@@ -188,7 +179,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         """
         check_is_fitted(self, "module_")
         with torch.no_grad():
-            _, evidence = self.module_.explain(as_tensors(self._blocks(X, reset=False)))
+            _, evidence, _ = self.module_.explain(self._blocks(X, reset=False))
         return {name: values.numpy() for name, values in zip(self.module_.sources, evidence.T, strict=True)}
 
     def to_module(self) -> DetectorModule:
@@ -214,21 +205,21 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             checks.is_number(calibration_fraction=self.calibration_fraction)
             if not 0 < self.calibration_fraction < 1:
                 raise ValueError(f"calibration_fraction must lie in (0, 1); it was {self.calibration_fraction!r}")
-        check_rate(self.false_alarm_rate)
+        inputs.check_rate(self.false_alarm_rate)
 
-    def _blocks(self, X: Features, *, reset: bool) -> dict[str, Array]:
+    def _blocks(self, X: Features, *, reset: bool) -> dict[str, Tensor]:
         """X as named blocks, checked against those seen in `fit` unless ``reset``."""
         # One of SciPy's sparse formats is a dictionary.
         if isinstance(X, Mapping) and not issparse(X):
-            blocks = check_blocks(X, self._known, log=self.log)
+            blocks = inputs.check_blocks(X, self._known, log=self.log)
         else:
             array = checks.validated(self, "X", X, reset=reset)
             if self.log:
-                check_squared("X", array)
+                inputs.check_squared("X", array)
             blocks = {"gradients": array}
         shapes = {name: array.shape[1:] for name, array in blocks.items()}
         if reset:
             self.shapes_ = shapes
         elif shapes != self.shapes_:
             raise ValueError(f"X must have the blocks and shapes of fit, {self.shapes_}; it had {shapes}")
-        return blocks
+        return {name: as_tensor(array) for name, array in blocks.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import clone
+from torch import Tensor
 
 from fastgrad import checks
 from fastgrad.batches import batch_size, take, to_device
@@ -21,22 +23,26 @@ from fastgrad.blocks.extraction import Extraction, Inputs, arguments
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.challenges import PixelRange, challenge_cost
 from fastgrad.detector import collect, constants
-from fastgrad.detector.answers import Answers, fit_answers, gated, labels_of_rows
 from fastgrad.detector.calibrate import Calibrated
-from fastgrad.detector.collect import Drawn
+from fastgrad.detector.collect import Drawn, Sample
 from fastgrad.detector.estimator import UncertaintyDetector
 from fastgrad.detector.inputs import held_out_of
 from fastgrad.detector.presets import preset
 from fastgrad.detector.price import PriceReport, fit_to_budget
 from fastgrad.detector.report import Report, gains
-from fastgrad.detector.risk import Risk, doubt
+from fastgrad.detector.risk import NoisyOr, Risk, doubt
 from fastgrad.engine.fallback import agree
 from fastgrad.engine.refusals import refuse_devices
 from fastgrad.engine.state import RandomState, devices_of
+from fastgrad.introspection import IntrospectiveClassifier
+from fastgrad.introspection.network import IntrospectiveNetwork
+from fastgrad.scores.temperature import Temperature
 
 if TYPE_CHECKING:
     from fastgrad.detector.model import TwoStageModel
 
+#: The modules that a fit makes, or None for what it has no use for.
+FITTED = ("detector", "classifier", "gate", "temperature", "risk")
 #: Two computations of a block agree to the root of it: networks in half precision round to some hundredths.
 _ROUNDING = 2.5e-3
 
@@ -45,6 +51,9 @@ _ROUNDING = 2.5e-3
 class FitOptions:
     """Arguments of `TwoStageModel.fit` of the same names."""
 
+    clean: Iterable[Any]
+    challenges: str | Iterable[Any] | None
+    calibration: Iterable[Any] | None
     max_samples: int
     challenges_per_input: int | None
     risk: bool | None
@@ -54,54 +63,26 @@ class FitOptions:
     verbose: bool | None
 
 
-@dataclass(frozen=True)
-class Sample:
-    """All clean inputs, those of ``clean`` before those of ``calibration``.
-
-    Attributes:
-        clean: Drawn from the first loader.
-        calibration: From the second, or None.
-        challenges: Challenges of the user's, or None.
-        labels: ``(n,)`` of all clean inputs, -1 for none; None without any.
-        held_out: ``(n,)``: those that calibrate and nothing else.
-        each: Challenges that are generated of each of the others; 0 for none.
-        pixels: Their range, of images.
-    """
-
-    clean: Drawn
-    calibration: Drawn | None
-    challenges: Drawn | None
-    labels: NDArray[np.int64] | None
-    held_out: NDArray[np.bool_]
-    each: int
-    pixels: PixelRange | None
-
-
-def fit(
-    two_stage: TwoStageModel,
-    clean: Iterable[Any],
-    challenges: str | Iterable[Any] | None,
-    calibration: Iterable[Any] | None,
-    options: FitOptions,
-) -> None:
+def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     """Fit ``two_stage``, which changes once everything has worked."""
     refuse_devices(two_stage.model)
     base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
-    sample = _drawn(clean, challenges, calibration, two_stage.seed, options)
-    x = to_device(sample.clean.batches[0], two_stage.device)
+    sample = _drawn(options, two_stage.seed)
+    x = to_device(sample.clean[0].batches[0], two_stage.device)
     subject = watch(two_stage.model, *arguments(x))
     blocks = _blocks(two_stage, subject)
-    sample = _checked(sample, challenges, subject, base, two_stage, options)
+    sample = _checked(sample, subject.classes, base.calibration_fraction, two_stage, options)
     reading = [block for block in blocks if block.refusal(subject) is None]
     if two_stage.classifier is not None and all(block.name != Features.name for block in reading):
         reading.append(Features())
     extraction = two_stage._extraction(reading, subject)
     _require_own(extraction, x)
     features = _read(extraction, two_stage, sample, options.verbose)
-    held_out = np.zeros(len(features.kinds), bool)
-    held_out[: len(sample.held_out)] = sample.held_out
-
-    answers, fresh = fit_answers(two_stage, sample, features)
+    # A challenge has the label of the clean input that it was made of; what is held out has no challenges.
+    labels = np.where(features.groups >= 0, sample.labels[features.groups], -1)
+    held_out = (features.kinds == "") & sample.held_out[features.groups]
+    temperature = _temperature(two_stage, features, labels)
+    classifier, fresh = _classifier(two_stage, features, labels, held_out)
 
     @functools.cache
     def complete(chosen: tuple[Block, ...]) -> tuple[TwoStageModel, Calibrated, str]:
@@ -116,13 +97,13 @@ def fit(
             groups=features.groups,
             known={block.name: block for block in blocks},
         )
-        answering = gated(answers, sample, features, calibrated, two_stage.device)
         result = copy.copy(two_stage)
         result._modules = dict(two_stage._modules)
         result.extraction_ = extraction.of([one for one in reading if one.name in names or one not in blocks])
         result.detector_ = calibrated.module.to(two_stage.device)
-        result.classifier_, result.gate_, result.temperature_ = answering
-        result.risk_, why = _risk(two_stage, answering, sample, features, calibrated, fresh, options)
+        result.classifier_, result.temperature_ = classifier, temperature
+        result.gate_ = _gate(two_stage, features, labels, calibrated.evidence)
+        result.risk_, why = _risk(result, features, labels, fresh, calibrated, options.risk)
         return result, calibrated, why
 
     if two_stage.blocks is None:
@@ -134,23 +115,18 @@ def fit(
         names, predicted = tuple(block.name for block in blocks), 1 + sum(block.price(subject) for block in blocks)
         price = PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x), math.nan)
     result, calibrated, why = complete(tuple(block for block in blocks if block.name in price.blocks))
-    for name in ("extraction_", "detector_", "classifier_", "gate_", "temperature_", "risk_"):
-        setattr(two_stage, name, getattr(result, name))
+    for name in ("extraction", *FITTED):
+        setattr(two_stage, f"{name}_", getattr(result, f"{name}_"))
     two_stage.report_ = _report(sample, features, price, calibrated, why)
     two_stage._gains = functools.partial(gains, calibrated.table, features.kinds)
 
 
-def _drawn(
-    clean: Iterable[Any],
-    challenges: str | Iterable[Any] | None,
-    calibration: Iterable[Any] | None,
-    seed: int,
-    options: FitOptions,
-) -> Sample:
+def _drawn(options: FitOptions, seed: int) -> Sample:
     """All loaders, read once."""
     checks.at_least(constants.FEWEST_CLEAN, max_samples=options.max_samples)
     if options.challenges_per_input is not None:
         checks.at_least(1, challenges_per_input=options.challenges_per_input)
+    challenges = options.challenges
     if isinstance(challenges, str) and challenges != "generate":
         raise ValueError(f"challenges must be 'generate', None or a loader; it was {challenges!r}")
 
@@ -158,61 +134,57 @@ def _drawn(
         checks.is_loader(name, loader)
         return collect.draw(name, loader, options.max_samples, seed + shift, verbose=options.verbose)
 
-    drawn = draw("clean", clean, 0)
-    if len(drawn) < constants.FEWEST_CLEAN:
+    least = constants.FEWEST_CLEAN
+    clean = [draw("clean", options.clean, 0)]
+    if len(clean[0]) < least:
         raise ValueError(
-            f"clean must give at least {constants.FEWEST_CLEAN} inputs, with which a false-alarm rate of "
-            f"{1 / (constants.FEWEST_CLEAN + 1):.2f} is possible; it gave {len(drawn)}"
+            f"clean must give at least {least} inputs, with which a false-alarm rate of {1 / (least + 1):.2f} is "
+            f"possible; it gave {len(clean[0])}"
         )
-    calibrating = None if calibration is None else draw("calibration", calibration, 1)
-    if calibrating is not None and len(calibrating) < constants.FEWEST_CLEAN:
-        raise ValueError(f"calibration must give at least {constants.FEWEST_CLEAN} inputs; it gave {len(calibrating)}")
+    if options.calibration is not None:
+        clean.append(draw("calibration", options.calibration, 1))
+        if len(clean[1]) < least:
+            raise ValueError(f"calibration must give at least {least} inputs; it gave {len(clean[1])}")
     given = None if challenges is None or isinstance(challenges, str) else draw("challenges", challenges, 2)
-    return Sample(drawn, calibrating, given, None, np.zeros(0, bool), 0, None)
+    return Sample(clean, given, np.zeros(0, np.int64), np.zeros(0, bool), 0, None)
 
 
 def _checked(
-    sample: Sample,
-    challenges: str | Iterable[Any] | None,
-    subject: Subject,
-    base: UncertaintyDetector,
-    two_stage: TwoStageModel,
-    options: FitOptions,
+    sample: Sample, classes: int, share: float | None, two_stage: TwoStageModel, options: FitOptions
 ) -> Sample:
     """Labels, images, the held-out part and the number of challenges, before any is made."""
-    count = len(sample.clean)
-    labels = collect.labels_of("clean", sample.clean, subject.classes)
+    clean, *others = sample.clean
+    count = len(clean)
+    labels = collect.labels_of("clean", clean, classes)
     classifier = two_stage.classifier
-    if labels is None and (options.risk or classifier is not None):
+    if labels[0] < 0 and (options.risk or classifier is not None):
         what = "risk=True" if options.risk else "the classifier"
         raise ValueError(f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out")
     if options.risk:
         _require_labelled(count)
-    if classifier is not None and labels is not None:
-        missing = np.setdiff1d(np.arange(subject.classes), labels)
+    if classifier is not None:
+        missing = np.setdiff1d(np.arange(classes), labels)
         if len(missing):
             raise ValueError(
-                f"labels must take every value from 0 to {subject.classes - 1}, the network's classes, to fit the "
+                f"labels must take every value from 0 to {classes - 1}, the network's classes, to fit the "
                 f"classifier; {missing[:10].tolist()} were not there"
             )
-    if sample.calibration is not None:
-        others = collect.labels_of("calibration", sample.calibration, subject.classes)
-        nothing = np.full(len(sample.calibration), -1)
-        if labels is not None or others is not None:
-            labels = np.concatenate(
-                [np.full(count, -1) if labels is None else labels, nothing if others is None else others]
-            )
-        held_out = np.repeat([False, True], [count, len(sample.calibration)])
+    if others:
+        labels = np.concatenate([labels, collect.labels_of("calibration", others[0], classes)])
+        held_out = np.arange(len(labels)) >= count
     else:
         random = np.random.RandomState(two_stage.seed)
-        held_out = held_out_of(None, np.zeros(count, bool), np.arange(count), base.calibration_fraction, random)
-    images, pixels, each = sample.clean.images(), None, 0
+        held_out = held_out_of(None, np.zeros(count, bool), np.arange(count), share, random)
+    images, pixels, each = clean.images(), None, 0
     if images:
-        collect.check_images("clean", images)
+        if not all(bool(x.isfinite().all()) for x in images):
+            raise ValueError("clean must give finite images; some held NaN or infinity")
+        if all(bool((x.amax((2, 3)) == x.amin((2, 3))).all()) for x in images):
+            raise ValueError("clean must give images that show something; every one was constant")
         pixels = PixelRange.of(images, clip=options.clip, mean=options.mean, std=options.std)
     elif any(value is not None for value in (options.clip, options.mean, options.std)):
         raise ValueError("clip, mean and std need images (B, C, H, W); clean gave other inputs")
-    if isinstance(challenges, str):
+    if isinstance(options.challenges, str):
         if not images:
             raise ValueError(
                 "challenges can be generated from images (B, C, H, W) only; give challenges=None to fit on clean data "
@@ -239,11 +211,7 @@ def _require_labelled(count: int) -> None:
 
 
 def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
-    """The blocks that were asked for, or those of the preset.
-
-    Raises:
-        ValueError: The network cannot serve one that was asked for; the message says which it can.
-    """
+    """The blocks that were asked for, or those of the preset."""
     if two_stage.classifier is not None and subject.head is None:
         raise ValueError("the introspective classifier needs a model that ends in a linear layer")
     if two_stage.blocks is None:
@@ -272,46 +240,88 @@ def _require_own(extraction: Extraction, x: Inputs) -> None:
 
 def _read(extraction: Extraction, two_stage: TwoStageModel, sample: Sample, verbose: bool | None) -> collect.Features:
     """Blocks of clean inputs, and of challenges, which are generated on the way."""
-    reader = collect.Reader(extraction, two_stage.device, verbose=verbose)
-    reader.clean(*(drawn for drawn in (sample.clean, sample.calibration) if drawn is not None))
-    if sample.challenges is not None:
-        reader.given(sample.challenges)
-    if sample.each:
-        chosen = ~sample.held_out[: len(sample.clean)]
-        reader.generated(two_stage.model, sample.clean, chosen, sample.each, sample.pixels, two_stage.seed)
-    return reader.features()
+    batches = itertools.chain(
+        collect.clean_batches(sample, verbose),
+        collect.given_batches(sample, verbose),
+        collect.generated_batches(sample, two_stage.model, two_stage.device, two_stage.seed, verbose),
+    )
+    return collect.read(extraction, two_stage.device, batches)
+
+
+def _temperature(two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64]) -> Temperature | None:
+    """From the labels of clean inputs, where there are enough."""
+    chosen = torch.from_numpy((labels >= 0) & (features.kinds == ""))
+    if chosen.sum() < constants.FEWEST_LABELLED:
+        return None
+    return Temperature.fit(features.logits[chosen], torch.from_numpy(labels)[chosen]).to(two_stage.device)
+
+
+def _classifier(
+    two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64], held_out: NDArray[np.bool_]
+) -> tuple[IntrospectiveNetwork | None, NDArray[np.bool_]]:
+    """The classifier, trained on clean inputs and challenges, and which clean inputs it was not trained on."""
+    count = int((features.kinds == "").sum())
+    if two_stage.classifier is None:
+        return None, np.ones(count, bool)
+    labelled, random = labels[:count] >= 0, np.random.default_rng(two_stage.seed)
+    unseen = labelled & (held_out[:count] | (random.random(count) < constants.UNSEEN))
+    trained, classes = labelled & ~unseen, features.logits.shape[1]
+    enough = unseen.sum() >= constants.FEWEST_LABELLED and len(np.unique(labels[:count][trained])) == classes
+    if not enough:
+        unseen, trained = np.zeros(count, bool), labelled
+
+    def rows(sources: NDArray[np.bool_]) -> tuple[Tensor, NDArray[np.int64], NDArray[np.intp]]:
+        places = np.flatnonzero((labels >= 0) & sources[features.groups])
+        # h alone: on challenges the contrast rows gained less, on three networks of CIFAR-10.
+        return features.blocks[Features.name][torch.from_numpy(places)], labels[places], features.groups[places]
+
+    h, targets, groups = rows(trained)
+    classifier: IntrospectiveClassifier = clone(two_stage.classifier)
+    classifier.fit(h, targets, groups=groups)
+    if enough:
+        classifier.calibrate(*rows(unseen)[:2])
+    return classifier.to_module().to(two_stage.device), unseen
+
+
+def _gate(
+    two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64], evidence: Tensor
+) -> NoisyOr | None:
+    """How much the classifier counts, where it was trained on challenges."""
+    challenging = features.kinds != ""
+    if two_stage.classifier is None or not (challenging & (labels >= 0)).any():
+        return None
+    unusual = torch.from_numpy(challenging)
+    return NoisyOr.fit(None, evidence, unusual, unusual).to(two_stage.device)
 
 
 def _risk(
     two_stage: TwoStageModel,
-    answers: Answers,
-    sample: Sample,
     features: collect.Features,
-    fitted: Calibrated,
+    labels: NDArray[np.int64],
     fresh: NDArray[np.bool_],
-    options: FitOptions,
+    fitted: Calibrated,
+    asked: bool | None,
 ) -> tuple[Risk | None, str]:
     """The risk, from labelled clean inputs that the answer was not trained on and challenges made from them."""
-    classes = features.logits.shape[1]
-    if options.risk is False or sample.labels is None:
-        why = "not asked for" if options.risk is False else "no labels" if classes > 1 else "the network has one logit"
-        return None, f"none: {why}"
-    labels = labels_of_rows(sample, features, fresh)
-    usual = int(((labels >= 0) & (features.kinds == "")).sum())
+    if asked is False:
+        return None, "none: not asked for"
+    if (labels < 0).all():
+        return None, "none: no labels" if features.logits.shape[1] > 1 else "none: the network has one logit"
+    usable = (labels >= 0) & fresh[features.groups]
+    usual = int((usable & (features.kinds == "")).sum())
     if usual < constants.FEWEST_LABELLED:
-        if options.risk:
+        if asked:
             _require_labelled(usual)
         return None, f"none: {usual} labelled clean inputs that the answer was not trained on are too few"
-    chosen = torch.from_numpy(labels >= 0)
-    h = features.blocks[Features.name][chosen] if two_stage.classifier is not None else None
+    chosen = torch.from_numpy(usable)
+    evidence, device = fitted.evidence[chosen], two_stage.device
+    h = features.blocks.get(Features.name)
     with torch.no_grad():
-        device = two_stage.device
-        log_p = answers.log_probabilities(
-            features.logits[chosen].to(device), None if h is None else h.to(device), fitted.evidence[chosen].to(device)
-        ).cpu()
+        h = None if h is None else h[chosen].to(device)
+        log_p = two_stage._log_probabilities(features.logits[chosen].to(device), h, evidence.to(device)).cpu()
     wrong = log_p.argmax(-1) != torch.from_numpy(labels)[chosen]
     kinds = torch.from_numpy(fitted.table.kinds)[chosen]
-    risk = Risk.fit(doubt(log_p), fitted.evidence[chosen], fitted.log_p[chosen], wrong, kinds)
+    risk = Risk.fit(doubt(log_p), evidence, fitted.log_p[chosen], wrong, kinds)
     made = int((kinds > 0).sum())
     others = f"and {made} of their challenges" if made else "without challenges: unusual inputs do not raise it"
     text = f"from {usual} clean inputs, {int(wrong[kinds == 0].sum())} answered wrongly, {others}"
@@ -320,14 +330,13 @@ def _risk(
 
 def _report(sample: Sample, features: collect.Features, price: PriceReport, fitted: Calibrated, risk: str) -> Report:
     made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
-    drawn = [one for one in (sample.clean, sample.calibration) if one is not None]
     read_and_made = price.predicted + (challenge_cost(sample.each) / sample.each - 1 if sample.each else 0)
     return Report(
         price=price,
-        drawn=sum(map(len, drawn)),
-        seen=sum(one.seen for one in drawn),
+        drawn=len(sample.labels),
+        seen=sum(one.seen for one in sample.clean),
         challenges=dict(zip(made.tolist(), counts.tolist(), strict=True)),
-        passes=price.predicted + read_and_made * int(counts.sum()) / sum(map(len, drawn)),
+        passes=price.predicted + read_and_made * int(counts.sum()) / len(sample.labels),
         calibrating=len(fitted.module.calibration_scores),
         exact=bool(fitted.module.options["exact"]),
         risk=risk,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -13,17 +14,12 @@ from fastgrad.blocks import Block
 from fastgrad.checks import Array as Array
 from fastgrad.checks import to_array
 from fastgrad.detector import constants
-from fastgrad.scores.rows import as_tensor
 
 Blocks = Mapping[str, Block | type[Block]]
 
 
 def check_blocks(X: Mapping[str, Any], known: Blocks, *, log: bool) -> dict[str, Array]:
-    """Named blocks as float64 arrays of one length, in the order of ``known``.
-
-    Raises:
-        ValueError: No block, an unknown one, a wrong rank, different lengths, or a negative squared norm.
-    """
+    """Named blocks as arrays of one length, float64 or float32, in the order of ``known``."""
     unknown = sorted(map(str, set(X) - set(known)))
     if unknown or not X:
         raise ValueError(f"X must have blocks named {', '.join(known)}; it had {', '.join(map(repr, X)) or 'none'}")
@@ -58,11 +54,7 @@ def check_squared(name: str, array: Array) -> None:
 
 
 def challenging_of(y: ArrayLike | None, count: int) -> tuple[NDArray[np.bool_], NDArray[Any]]:
-    """Which of ``count`` samples ``y`` calls challenging, and the two labels, the clean one first.
-
-    Raises:
-        ValueError: y has another length, holds no finite numbers, or not 0 alone or two labels.
-    """
+    """Which of ``count`` samples ``y`` calls challenging, and the two labels, the clean one first."""
     neither = np.zeros(count, dtype=bool), np.array([0, 1])
     if y is None:
         return neither
@@ -110,9 +102,6 @@ def held_out_of(
     """Which clean samples calibrate and nothing else: as told, or one of each of a random ``share`` of their sources.
 
     A share of None is a fifth where there are many sources, and none where there are few.
-
-    Raises:
-        ValueError: There are fewer than 4 clean samples, or a side would have too few.
     """
     clean = np.flatnonzero(~challenging)
     if len(clean) < 4:
@@ -150,11 +139,7 @@ def check_rate(rate: float) -> float:
     return float(rate)
 
 
-def take(blocks: Mapping[str, Array], indices: NDArray[Any] | slice) -> dict[str, Array]:
+def take(blocks: Mapping[str, Tensor], chosen: NDArray[Any] | slice) -> dict[str, Tensor]:
     """The chosen rows of every block."""
-    return {name: array[indices] for name, array in blocks.items()}
-
-
-def as_tensors(blocks: Mapping[str, Array]) -> dict[str, Tensor]:
-    """Every block as a tensor."""
-    return {name: as_tensor(array) for name, array in blocks.items()}
+    rows = chosen if isinstance(chosen, slice) else torch.from_numpy(chosen)
+    return {name: values[rows] for name, values in blocks.items()}

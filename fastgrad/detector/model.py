@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from fastgrad import checks
 from fastgrad._torch import original
@@ -20,13 +21,14 @@ from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
 from fastgrad.detector import UncertaintyDetector, challenge_classifier, constants, fitting, storage
-from fastgrad.detector.answers import Answers
 from fastgrad.detector.calibrate import DetectorModule
+from fastgrad.detector.price import device_of
 from fastgrad.detector.report import Gain, Report
 from fastgrad.detector.risk import NoisyOr, Risk, doubt
 from fastgrad.engine.refusals import refuse_scripted
 from fastgrad.introspection import IntrospectiveClassifier
 from fastgrad.introspection.network import IntrospectiveNetwork
+from fastgrad.losses import compute_dtype
 from fastgrad.prediction import Prediction
 from fastgrad.scores.temperature import Temperature
 
@@ -106,10 +108,7 @@ class TwoStageModel(nn.Module):
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{name} must be an {kind.__name__} or None; it was {type(value).__name__}")
         if isinstance(budget, bool) or not isinstance(budget, (int, float, np.integer, np.floating)) or not budget >= 1:
-            raise ValueError(
-                "budget must be at least 1, the forward pass that gives the logits, in forward passes; "
-                f"it was {budget!r}"
-            )
+            raise ValueError(f"budget must be at least 1, the forward pass that gives the logits; it was {budget!r}")
         checks.is_seed(seed)
         self.model = model
         self.detector, self.classifier = detector, classifier
@@ -146,13 +145,10 @@ class TwoStageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the network's parameters are."""
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return device_of(self.model)
 
     def forward(self, x: Inputs) -> Prediction:
-        """Predict a batch.
-
-        Args:
-            x: What the network takes, ``(B, ...)``, or a mapping of its keyword arguments.
+        """Predict a batch ``(B, ...)`` of what the network takes, or a mapping of its keyword arguments.
 
         Returns:
             The `Prediction`: logits and probabilities ``(B, N)``, uncertainty and risk ``(B,)``.
@@ -165,17 +161,10 @@ class TwoStageModel(nn.Module):
     def explain(self, x: Inputs) -> Explanation:
         """Predict a batch, and say what makes it unusual and what raises the risk.
 
-        Args:
-            x: As for a call.
-
-        Returns:
-            The `Explanation`, evidence ``(B,)`` by name of block.
-
-        Raises:
-            RuntimeError: Before `fit`.
+        Argument and errors are those of a call. The `Explanation` has evidence ``(B,)`` by name of block.
         """
         prediction, doubts, evidence, kinds = self._predict(x)
-        names, dtype = self._fitted().sources, prediction.uncertainty.dtype
+        names, dtype = self._fitted()[0].sources, prediction.uncertainty.dtype
 
         def named(columns: Tensor) -> dict[str, Tensor]:
             return dict(zip(names, columns.to(dtype).unbind(-1), strict=True))
@@ -186,24 +175,39 @@ class TwoStageModel(nn.Module):
 
     def _predict(self, x: Inputs) -> tuple[Prediction, Tensor, Tensor, Tensor]:
         """The prediction, 1 - its largest probability ``(B,)``, evidence ``(B, S)``, log p of kinds ``(B, C)``."""
-        detector = self._fitted()
-        assert self.extraction_ is not None  # a fitted model has one
-        logits, blocks = self.extraction_(x)
+        detector, extraction = self._fitted()
+        logits, blocks = extraction(x)
         with torch.no_grad():
-            uncertainty, evidence, kinds = detector.judge(blocks)
-            answers = Answers(self.classifier_, self.gate_, self.temperature_)
-            log_p = answers.log_probabilities(logits, blocks.get(Features.name), evidence)
+            uncertainty, evidence, kinds = detector.explain(blocks)
+            log_p = self._log_probabilities(logits, blocks.get(Features.name), evidence)
             doubts = doubt(log_p)
             risk = None if self.risk_ is None else self.risk_(doubts, evidence, kinds).to(log_p.dtype)
             prediction = Prediction(logits, log_p.exp(), uncertainty.to(log_p.dtype), risk)
         return prediction, doubts, evidence, kinds
 
+    def _log_probabilities(self, logits: Tensor, h: Tensor | None, evidence: Tensor) -> Tensor:
+        """Log probabilities ``(B, N)``: the network's and the classifier's, mixed by the gate."""
+        precise = logits.to(compute_dtype(logits.dtype))
+        network = precise if self.temperature_ is None else self.temperature_(precise)
+        first: Tensor = network.log_softmax(-1)
+        if self.classifier_ is None:
+            return first
+        assert h is not None  # read for it
+        second = self.classifier_.answer(h.to(precise.dtype), precise).log_softmax(-1)
+        if second.shape[1] != first.shape[1]:
+            raise ValueError(
+                f"classifier must be fitted on every class of the network, {first.shape[1]}; it has {second.shape[1]}"
+            )
+        if self.gate_ is None:
+            return second
+        odds = self.gate_.log_odds(evidence).to(first.dtype).unsqueeze(-1)
+        return torch.logaddexp(first + logsigmoid(-odds), second + logsigmoid(odds))
+
     @property
     def alarms(self) -> dict[str, str]:
         """The meaning of each alarm in words, by the names of the evidence."""
-        detector = self._fitted()
-        assert self.extraction_ is not None  # a fitted model has one
-        words = {block.name: block.alarm for block in self.extraction_.blocks}
+        detector, extraction = self._fitted()
+        words = {block.name: block.alarm for block in extraction.blocks}
         words[CHALLENGE_CLASSIFIER] = challenge_classifier.alarm(detector.classifier_blocks())
         return {name: words.get(name) or name for name in detector.sources}
 
@@ -254,19 +258,19 @@ class TwoStageModel(nn.Module):
         for name, value in (("risk", risk), ("verbose", verbose)):
             if value is not None:
                 checks.is_bool(name, value)
-        options = fitting.FitOptions(max_samples, challenges_per_input, risk, clip, mean, std, verbose)
-        fitting.fit(self, clean, challenges, calibration, options)
+        options = fitting.FitOptions(
+            clean, challenges, calibration, max_samples, challenges_per_input, risk, clip, mean, std, verbose
+        )
+        fitting.fit(self, options)
         return self
 
     def report(self, *, gains: bool = False) -> Report:
         """Return the summary of the last fit; it prints as text.
 
-        Args:
-            gains: Whether to measure what each block adds to the AUROC on kinds of challenge left out of training; it
-                needs the process that fitted.
+        ``gains`` measures what each block adds to the AUROC on kinds of challenge left out of training.
 
         Raises:
-            RuntimeError: Before `fit`, or ``gains`` in another process.
+            RuntimeError: Before `fit`, or ``gains`` in another process than that of the fit.
             ValueError: ``gains`` without challenges of two families.
         """
         checks.is_bool("gains", gains)
@@ -285,12 +289,12 @@ class TwoStageModel(nn.Module):
         """
         if false_alarm_rate is None:
             false_alarm_rate = 0.05 if self.detector is None else self.detector.false_alarm_rate
-        return self._fitted().threshold(false_alarm_rate)
+        return self._fitted()[0].threshold(false_alarm_rate)
 
     @property
     def calibration_scores(self) -> Tensor:
         """Uncertainties ``(n,)`` of the clean inputs of the calibration, each by what was fitted without it."""
-        return self._fitted().calibration_scores
+        return self._fitted()[0].calibration_scores
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything but the network to ``path``, a safetensors file with a digest (no pickle).
@@ -298,15 +302,7 @@ class TwoStageModel(nn.Module):
         Raises:
             ValueError: A block's class is not registered (`fastgrad.blocks.register_block`).
         """
-        modules: dict[str, Any] = {
-            "detector": self._fitted(),
-            "classifier": self.classifier_,
-            "gate": self.gate_,
-            "temperature": self.temperature_,
-            "risk": self.risk_,
-        }
-        extraction = self.extraction_
-        assert extraction is not None  # a fitted model has one
+        _, extraction = self._fitted()
         for block in extraction.blocks:
             if BLOCKS.get(block.name) is not type(block):
                 raise ValueError(
@@ -321,7 +317,8 @@ class TwoStageModel(nn.Module):
             "subject": None if extraction.known is None else asdict(extraction.known),
             "report": None if self.report_ is None else asdict(self.report_),
         }
-        return storage.save(path, {name: module for name, module in modules.items() if module is not None}, extra)
+        modules = {name: module for name in fitting.FITTED if (module := getattr(self, f"{name}_")) is not None}
+        return storage.save(path, modules, extra)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> TwoStageModel:
@@ -334,36 +331,33 @@ class TwoStageModel(nn.Module):
                 block's class is not registered.
         """
         checks.is_path(path=path)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
+        result = cls(model)
         modules, extra = storage.load(path)
         if storage.fingerprint(model) != extra["network"]:
             raise ValueError(f"model must be the network that {str(path)!r} was saved with; its parameters differ")
         unknown = [entry["name"] for entry in extra["blocks"] if entry["name"] not in BLOCKS]
         if unknown:
             raise ValueError(f"blocks of {str(path)!r} must be registered (register_block); unknown: {unknown}")
-        result = cls(model, budget=extra["budget"], seed=extra["seed"])
+        result.budget, result.seed = extra["budget"], extra["seed"]
         known = extra["subject"]
         blocks = [BLOCKS[entry["name"]](**entry["options"]) for entry in extra["blocks"]]
-        result.extraction_ = Extraction(model, blocks, log=extra["log"])
-        result.extraction_.known = None if known is None else Subject.from_json(known)
+        subject = None if known is None else Subject.from_json(known)
+        result.extraction_ = Extraction(model, blocks, log=extra["log"], known=subject)
         result.report_ = None if extra["report"] is None else Report.from_json(extra["report"])
         for name, module in modules.items():
             setattr(result, f"{name}_", module.eval().to(result.device))
         return result
 
-    def _fitted(self) -> DetectorModule:
+    def _fitted(self) -> tuple[DetectorModule, Extraction]:
         if self.detector_ is None:
             raise RuntimeError("TwoStageModel must be fitted first: call fit(clean)")
         if self.extraction_ is None or self.extraction_.model is not original(self.model):
             raise RuntimeError("model must be the network that TwoStageModel was fitted with: call fit(clean) again")
-        return self.detector_
+        return self.detector_, self.extraction_
 
     def _extraction(self, blocks: Sequence[Block], subject: Subject | None) -> Extraction:
         # Logarithms of norms keep their range; a detector of the user's may want the norms themselves.
-        extraction = Extraction(self.model, blocks, log=self.detector is None or not self.detector.log)
-        extraction.known = subject
-        return extraction
+        return Extraction(self.model, blocks, log=self.detector is None or not self.detector.log, known=subject)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the features of the fit."""
@@ -371,12 +365,7 @@ class TwoStageModel(nn.Module):
 
 
 def named_blocks(blocks: Sequence[str | Block]) -> list[Block]:
-    """Blocks from names and instances.
-
-    Raises:
-        TypeError: One is neither.
-        ValueError: There is none, one has an unknown name, or two have the same.
-    """
+    """Blocks from names and instances, checked."""
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise TypeError(f"blocks must be a sequence of names or blocks; it was {blocks!r}")
     result: list[Block] = []

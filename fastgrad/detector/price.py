@@ -64,21 +64,10 @@ def fit_to_budget(
     subject: Subject,
     answer: Callable[[tuple[Block, ...]], Callable[[Inputs], object]],
 ) -> PriceReport:
-    """Take blocks off the end until the measured price of the others is at most ``limit``.
+    """Take blocks off the end until the measured price of the others, as what ``answer`` makes of them, fits the limit.
 
-    Blocks that the network or its inputs cannot serve are dropped first. The first block stays in any case; a
-    warning says so where it is above the limit.
-
-    Args:
-        model: The network.
-        blocks: In the order of the preset.
-        x: A batch on the network's device; of one that takes longer than a tenth of a second, a part is measured.
-        limit: In forward passes.
-        subject: What is known of the network.
-        answer: From blocks to what will run, a function of a batch.
-
-    Raises:
-        ValueError: There is no block that the network can serve.
+    Blocks that the network or its inputs cannot serve are dropped first; ValueError where that leaves none. The first
+    block stays in any case; a warning says so where it is above the limit. ``x`` is a batch on the network's device.
     """
     refusals = [(block.name, block.refusal(subject)) for block in blocks]
     dropped = [(name, why) for name, why in refusals if why is not None]
@@ -112,44 +101,45 @@ def price(model: nn.Module, run: Callable[[Inputs], object], x: Inputs, limit: f
 
     Measuring ends earlier where the price is certainly above ``limit``.
     """
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with evaluating(model), torch.no_grad():
         # Watching, planning and warming up are no part of the price.
-        _seconds(lambda: run(x), device), _plain(model, x, device)
+        _seconds(lambda: run(x), model), _plain(model, x)
         ratios: list[float] = []
         begun = time.perf_counter()
         while len(ratios) < 3 or time.perf_counter() - begun < SECONDS:
             # Whichever comes second finds memory and caches as the first has left them.
             if len(ratios) % 2:
-                taken, base = _seconds(lambda: run(x), device), _plain(model, x, device)
+                taken, base = _seconds(lambda: run(x), model), _plain(model, x)
             else:
-                base, taken = _plain(model, x, device), _seconds(lambda: run(x), device)
+                base, taken = _plain(model, x), _seconds(lambda: run(x), model)
             ratios.append(taken / base)
-            if len(ratios) < ROUNDS:
-                continue
-            error = _error(ratios)
-            if error < ERROR or statistics.median(ratios) - 3 * error > limit:
+            known = _error(ratios) < ERROR or statistics.median(ratios) - 3 * _error(ratios) > limit
+            if known and len(ratios) >= ROUNDS:
                 break
     return statistics.median(ratios), _error(ratios)
 
 
-def _plain(model: nn.Module, x: Inputs, device: torch.device) -> float:
+def device_of(model: nn.Module) -> torch.device:
+    """Where the network's parameters are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _plain(model: nn.Module, x: Inputs) -> float:
     """Seconds of the plain network."""
     args, kwargs = as_call(x)
-    return _seconds(lambda: logits_of(model(*args, **kwargs)), device)
+    return _seconds(lambda: logits_of(model(*args, **kwargs)), model)
 
 
 def _part(model: nn.Module, x: Inputs) -> Inputs:
     """The first 1, 2, 4, ... inputs of a batch that the plain network takes at most a tenth of a second for."""
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     samples = batch_size(x)
     part: Inputs = take(x, slice(0, 1), samples)
     with evaluating(model), torch.no_grad():
-        _plain(model, part, device)
+        _plain(model, part)
         while (size := 2 * batch_size(part)) <= samples:
             larger: Inputs = take(x, slice(0, size), samples)
             # The smaller of two: a busy machine only adds to a time.
-            if min(_plain(model, larger, device) for _ in range(2)) > PASS:
+            if min(_plain(model, larger) for _ in range(2)) > PASS:
                 break
             part = larger
     return part
@@ -163,8 +153,9 @@ def _error(ratios: Sequence[float]) -> float:
     return (ordered[high] - ordered[low]) / 2
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of one call; on a CPU with one thread, of that thread alone: what else the machine does is left out."""
+def _seconds(run: Callable[[], object], model: nn.Module) -> float:
+    """Of one call where ``model`` is; on a CPU with one thread, of that thread alone, whatever else is running."""
+    device = device_of(model)
     # Windows counts a thread's time in steps of 16 ms, in which a small network takes none.
     alone = device.type == "cpu" and torch.get_num_threads() == 1 and hasattr(time, "CLOCK_THREAD_CPUTIME_ID")
     clock = time.thread_time if alone else time.perf_counter

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.challenges import CHALLENGES
-from fastgrad.detector.calibrate import Table, deal, fit_scores
+from fastgrad.detector.calibrate import Table, deal, fit_scores, values_of, with_p_values
 from fastgrad.detector.challenge_classifier import ChallengeClassifier
 from fastgrad.detector.constants import CAP, WEIGHT
-from fastgrad.detector.inputs import as_tensors
 from fastgrad.detector.price import PriceReport
 from fastgrad.scores.conformal import PValues, weighted
 
@@ -101,12 +100,8 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
 
     Half of the sources fit, the other half judges, and the other way round.
 
-    Args:
-        table: All blocks of clean samples and challenges.
-        kinds: ``(n,)``, names of kinds; empty for clean samples.
-
-    Raises:
-        ValueError: There are challenges of less than two families, so that none can be left out.
+    ``kinds`` ``(n,)`` names the kinds of the table; empty for clean samples. ValueError where there are challenges of
+    less than two families, so that none can be left out.
     """
     family = np.array([CHALLENGES[kind].family if kind in CHALLENGES else kind for kind in kinds])
     families = sorted(set(family) - {""})
@@ -120,15 +115,30 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
     placed: dict[str, list[NDArray[np.float64]]] = {name: [] for name in sets}
     sources: list[NDArray[np.intp]] = []
     for number in (0, 1):
-        sums = _sums(table, fold, number, family, families, sets)
-        judged = np.flatnonzero(fold == number)
+        inside, clean = (fold >= 0) & (fold != number), (fold == number) & (table.kinds == 0)
+        scores = fit_scores(table, inside, int((inside & (table.kinds == 0)).sum()))
+        with torch.no_grad():
+            raw, _ = values_of(scores.values(), table.blocks)
+            module = with_p_values(scores, raw, clean)
+            evidence = dict(zip(module.sources, module.by_source(module.evidence(raw)).T, strict=True))
+            joint = scores[CHALLENGE_CLASSIFIER].rows.get_submodule("parts")
+            parts = {name: rows(table.blocks) for name, rows in joint.named_children()}
         for left_out in families:
-            challenged = judged[family[judged] == left_out]
-            clean = judged[family[judged] == ""]
+            learned, challenged = inside & (family != left_out), (fold == number) & (family == left_out)
             sources.append(table.groups[challenged])
-            for name in sets:
-                sum_ = sums[name, left_out]
-                placed[name].append(_placements(sum_[clean], sum_[challenged]))
+            for name, chosen in sets.items():
+                rows = torch.cat([parts[block] for block in chosen], 1)
+                classifier = ChallengeClassifier.fit(
+                    rows[torch.from_numpy(learned)], table.kinds[learned], table.classes
+                )
+                resemblance = -classifier(rows)[:, :1].T
+                log_p = PValues.fit(resemblance[:, torch.from_numpy(clean)], [False])(resemblance)
+                total = sum(evidence[block] for block in chosen if block in evidence)
+                total = (total + weighted(log_p, CAP, [WEIGHT])[0]).numpy()
+                # The share of clean samples that each challenge lies above, ties counted half: their mean is the AUROC.
+                ordered = np.sort(total[clean])
+                below, upto = (np.searchsorted(ordered, total[challenged], side) for side in ("left", "right"))
+                placed[name].append((below + upto) / (2 * len(ordered)))
     _, source = np.unique(np.concatenate(sources), return_inverse=True)
     joined = {name: np.concatenate(values) for name, values in placed.items()}
     result = {}
@@ -137,49 +147,4 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
         # Challenges of one source are no independent samples.
         error = np.sqrt(np.square(np.bincount(source, difference - difference.mean())).sum()) / len(difference)
         result[name] = Gain(float(difference.mean()), float(_INTERVAL * error))
-    return result
-
-
-def _sums(
-    table: Table,
-    fold: NDArray[np.intp],
-    number: int,
-    family: NDArray[np.str_],
-    families: list[str],
-    sets: Mapping[str, list[str]],
-) -> dict[tuple[str, str], NDArray[np.float64]]:
-    """The weighted sum ``(n,)`` of every set of blocks and family left out, by what was fitted on the other fold."""
-    inside = (fold >= 0) & (fold != number)
-    count = int((inside & (table.kinds == 0)).sum())
-    scores = fit_scores(table, inside, count)
-    tensors = as_tensors(table.blocks)
-    joint = scores.pop(CHALLENGE_CLASSIFIER).rows.get_submodule("parts")
-    clean = torch.from_numpy((fold == number) & (table.kinds == 0))
-    evidence: dict[str, torch.Tensor] = {}
-
-    def evidence_of(raw: torch.Tensor, two_sided: bool, weight: float) -> torch.Tensor:
-        log_p = PValues.fit(raw[clean].unsqueeze(0), [two_sided])(raw.unsqueeze(0))
-        return weighted(log_p.t(), CAP, [weight])[:, 0]
-
-    with torch.no_grad():
-        for score in scores.values():
-            source = score.options["source"]
-            evidence[source] = evidence.get(source, 0) + evidence_of(score(tensors), score.two_sided, 1.0)
-        parts = {name: rows(tensors) for name, rows in joint.named_children()}
-        sums = {}
-        for name, chosen in sets.items():
-            rows = torch.cat([parts[block] for block in chosen], 1)
-            total = sum((evidence[block] for block in chosen if block in evidence), rows.new_zeros(len(fold)))
-            for left_out in families:
-                picked = inside & (family != left_out)
-                classifier = ChallengeClassifier.fit(rows[torch.from_numpy(picked)], table.kinds[picked], table.classes)
-                sums[name, left_out] = (total + evidence_of(-classifier(rows)[:, 0], False, WEIGHT)).numpy()
-    return sums
-
-
-def _placements(clean: NDArray[np.float64], challenging: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each challenge the share of clean samples that it lies above, ties counted half; their mean is the AUROC."""
-    ordered = np.sort(clean)
-    below, upto = np.searchsorted(ordered, challenging), np.searchsorted(ordered, challenging, side="right")
-    result: NDArray[np.float64] = (below + upto) / (2 * len(clean))
     return result

@@ -18,6 +18,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor
 
 from fastgrad.detector.constants import RISK_STEPS, UNIT
@@ -38,14 +39,11 @@ class NoisyOr(Fitted):
         """Maximise the penalised likelihood; without challenges the evidence counts nothing.
 
         Args:
-            known: ``(n,)``, the probability of the other cause. None: there is none, and this is a logistic regression
-                of the evidence.
+            known: ``(n,)``, the probability of the other cause; None makes a logistic regression of the evidence.
             evidence: ``(n, S)``, of each input by what was fitted without it and its source.
             event: ``(n,)`` of bool.
             challenging: ``(n,)`` of bool.
         """
-        from scipy.optimize import minimize
-
         count = evidence.shape[1]
         if not challenging.any():
             return cls(weight=evidence.new_zeros(count), bias=evidence.new_tensor(-torch.inf))
@@ -64,20 +62,16 @@ class NoisyOr(Fitted):
             penalty = torch.cat([values[:-1], values.new_zeros(1)]) / len(rows)
             return float(loss + penalty @ values / 2), (rows.T @ error + penalty).numpy()
 
+        start, bounds = np.zeros(count + 1), [(0, None)] * count + [(None, None)]
         with torch.inference_mode(False), torch.no_grad():
             found = minimize(
-                objective,
-                np.zeros(count + 1),
-                jac=True,
-                method="L-BFGS-B",
-                bounds=[(0, None)] * count + [(None, None)],
-                options={"maxiter": RISK_STEPS},
+                objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": RISK_STEPS}
             )
         values = torch.from_numpy(found.x)
         return cls(weight=values[:count], bias=values[-1])
 
     def log_odds(self, evidence: Tensor) -> Tensor:
-        """Log odds ``(B,)`` by the evidence alone; infinite where some is no finite number."""
+        """Log odds ``(B,)`` by the evidence alone; infinite where some is not finite."""
         return torch.where(evidence.isfinite().all(1), evidence.log1p() @ self.weight + self.bias, torch.inf)
 
     def forward(self, known: Tensor, evidence: Tensor) -> Tensor:
@@ -104,14 +98,10 @@ class Risk(Fitted):
 
     @classmethod
     def fit(cls, doubt: Tensor, evidence: Tensor, log_p: Tensor, wrong: Tensor, kinds: Tensor) -> Risk:
-        """Fit on clean inputs and challenges.
+        """Fit on n clean inputs, of kind 0, and challenges.
 
-        Args:
-            doubt: ``(n,)``, 1 less the largest probability.
-            evidence: ``(n, S)``, of each input by what was fitted without it and its source.
-            log_p: ``(n, C)``, the same of kinds of challenge, "clean" first.
-            wrong: ``(n,)`` of bool, whether the answer is.
-            kinds: ``(n,)``, 0 of clean inputs.
+        ``doubt`` is 1 less the largest probability, ``wrong`` whether the answer is. ``evidence`` ``(n, S)`` and
+        ``log_p`` ``(n, C)`` of kinds are by what was fitted without the input and its source.
         """
         classes = log_p.shape[1]
         counts, errors = (torch.bincount(kinds[rows], minlength=classes)[:classes] for rows in (kinds >= 0, wrong))

@@ -1,8 +1,8 @@
 """Fitted modules on disk: safetensors with JSON metadata and a digest over every byte. No pickle, no code.
 
-The file is an ordinary ``.safetensors``. Its metadata has one entry, ``fastgrad``, a JSON text with the
-SHA-256 of the whole file, computed with 64 zeros in the digest's own place, the format number, the description
-of the modules (`fastgrad.scores.fitted.Fitted.spec`), and whatever else the caller stores.
+The metadata of the ``.safetensors`` have one entry, ``fastgrad``, a JSON text with the SHA-256 of the whole file,
+computed with 64 zeros in its own place, the format number, the description of the modules
+(`fastgrad.scores.fitted.Fitted.spec`), and whatever else the caller stores.
 """
 
 from __future__ import annotations
@@ -55,22 +55,14 @@ def save(path: str | os.PathLike[str], modules: Mapping[str, Fitted], extra: Map
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Fitted], dict[str, Any]]:
-    """Modules and extras of a file written by `save`.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file was not written by `save`, by another version of it, or has been changed since.
-    """
+    """Modules and extras of a file; ValueError if `save` did not write it, or another version, or it was changed."""
     from safetensors import SafetensorError
     from safetensors.torch import load as deserialise
 
     data = Path(path).read_bytes()
     foreign = f"path must be a file written by TwoStageModel.save; {str(path)!r} is not one"
     try:
-        length = int.from_bytes(data[:8], "little")
-        if length > len(data) - 8:
-            raise ValueError("header longer than the file")
-        header = json.loads(data[8 : 8 + length])
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         content = json.loads(header["__metadata__"][_KEY])
         digest, number = content["digest"], content["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -95,8 +87,7 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 of a network's parameters and buffers: names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for name, value in sorted(original(model).state_dict().items()):
-        if not isinstance(value, Tensor):
-            continue
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(bytes_of(value))
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+            digest.update(bytes_of(value))
     return digest.hexdigest()

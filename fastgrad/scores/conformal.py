@@ -27,31 +27,22 @@ _STEP = 0.25
 _TAIL = 10
 
 
-def _spread(ordered: Tensor) -> float:
-    """Width of the middle half of sorted scores; of all of them, or one, where that is nothing."""
-    n = len(ordered)
-    middle = float(ordered[(3 * n) // 4] - ordered[n // 4]) if n > 1 else 0.0
-    return middle or float(ordered[-1] - ordered[0]) or 1.0
-
-
 class PValues(Fitted):
     """Natural logarithms of the p-values of K scores, large ones being unusual, and of some of them small ones, too.
 
-    In the body p is counted at every score, or at scores that are a few ranks apart, and the logarithm interpolated
-    between them, so that it is strictly monotone and two scores that happen to lie close together make no cliff, where
-    the rounding of the network's float32 arithmetic would show in the p-value.
+    In the body p is counted at every score, or at scores that are a few ranks apart, and the logarithm interpolated:
+    strictly monotone, without cliffs between close scores, where the network's rounding would show in the p-value.
 
     Beyond the k-th highest score s, or beyond the highest where all are counted, the counts are too small to tell
     extreme values apart. k is 10, or a tenth of the scores if that is fewer, but at least 2; e is the mean excess of
     the k highest over the next one. Were excesses over s exponential, with mean e, then a new score would exceed s by t
-    with probability ``(1 + t / (k e))^-k``, the uncertainty about their mean included: strictly monotone, and no
-    promise of one in a million from k scores.
+    with probability ``(1 + t / (k e))^-k``, the uncertainty about their mean included: no promise of one in a million
+    from k scores.
 
     Where scores truly lie close together (a lump, an end of their range) the slope of log p is limited to
     `STEEPEST` over the width of the middle half of the scores, by raising p-values, never by lowering them.
 
-    A two-sided score, unusual when high or low, has the typicality 2 min(p, 1 - p): an attack may make the network more
-    certain than any clean input does.
+    A two-sided score, unusual when high or low, has the typicality 2 min(p, 1 - p).
 
     Buffers, with a row for the upper tail of each score, then for the lower one of each two-sided score: ``scores`` and
     ``log_p`` ``(T, m)``, the counted ones; ``start``, ``start_log_p``, ``scale``, ``count`` ``(T, 1)``: s, its log p,
@@ -100,7 +91,8 @@ def _tail(scores: Tensor, counted: bool) -> dict[str, Tensor]:
     """One row of each buffer of `PValues`, from calibration scores ``(n,)``."""
     ordered = torch.sort(scores).values
     n = len(ordered)
-    steepest = STEEPEST / _spread(ordered)
+    # Where the middle half has no width, that of all scores is taken, or else any.
+    steepest = STEEPEST / (float(ordered[3 * n // 4] - ordered[n // 4]) or float(ordered[-1] - ordered[0]) or 1.0)
     count = min(n - 1, max(2, min(_TAIL, n // 10)))
     excess = ordered[n - count :] - ordered[n - 1 - count]
     above = 0 if counted else count

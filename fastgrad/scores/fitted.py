@@ -1,7 +1,6 @@
 """Fitted parts as modules: arrays and options in, an ``nn.Module`` that can be traced, moved and stored.
 
-Scikit-learn fits, these modules score. A fitted detector is then one graph for `torch.export`, one state
-dictionary for safetensors, and the scikit-learn estimator scores through the same code.
+A fitted detector is then one graph for `torch.export` and one state dictionary for safetensors.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ def as_buffer(values: object) -> Tensor:
 class Fitted(nn.Module):
     """A module whose whole state is named tensors, JSON options and other `Fitted` children.
 
-    Arguments become buffers (tensors), children (modules) or ``options`` (anything JSON can hold), so a
-    subclass needs no code of its own to be stored and restored. Floating buffers keep their dtype when the
-    module is moved: a detector inside a half-precision network still scores in float64.
+    Arguments become buffers (tensors), children (modules) or ``options`` (anything JSON can hold): a subclass is stored
+    and restored without code of its own. Buffers keep their dtype when the module is moved: a detector inside a
+    half-precision network still scores in float64.
     """
 
     kinds: ClassVar[dict[str, type[Fitted]]] = {}
@@ -46,12 +45,12 @@ class Fitted(nn.Module):
                 self.options[name] = value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fitted:
-        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers(recurse=False)}
         originals = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in list(self.named_buffers(recurse=False)):
-            if buffer.dtype != dtypes[name]:
-                setattr(self, name, originals[name].to(buffer.device))
+        for name, buffer in originals.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
         return self
 
     def spec(self) -> dict[str, Any]:
@@ -72,11 +71,7 @@ class Sequence(Fitted):
 
 
 def rebuild(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> Fitted:
-    """The module that `Fitted.spec` described, around ``tensors`` named as in its state dictionary.
-
-    Raises:
-        ValueError: The description names an unknown kind or a tensor that is not there.
-    """
+    """The module of a `Fitted.spec` around ``tensors``; ValueError for an unknown kind or a tensor that is missing."""
     kind = Fitted.kinds.get(str(spec.get("kind")))
     if kind is None:
         raise ValueError(f"the stored estimator has an unknown part {spec.get('kind')!r}")

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from fastgrad.checks import Array
 from fastgrad.scores.fitted import Fitted
-from fastgrad.scores.spectrum import principal
+from fastgrad.scores.mahalanobis import principal
 
-# Squared norms that underflowed to zero get the logarithm of the smallest normal float32, a value no
-# measured norm lies below: they stay extreme without being infinite.
+#: Squared norms that underflowed to zero get the logarithm of this: they stay extreme without being infinite.
 SMALLEST = float(np.finfo(np.float32).tiny)
 _EPS = float(np.finfo(np.float32).eps)
 # Rounding of what a float32 network computes, relative: some units in the last place.
@@ -25,14 +24,9 @@ _LEAST = 1e4
 
 
 def order_by_rank(contrasts: Tensor, logits: Tensor) -> Tensor:
-    """Contrasts with the classes in the order of falling logits, so that no feature depends on class names.
+    """Contrasts ``(B, N)``, ``(B, N, P)`` or ``(B, S, N, P)`` with the classes in the order of falling logits.
 
-    Args:
-        contrasts: ``(B, N)``, ``(B, N, P)`` or ``(B, S, N, P)``.
-        logits: ``(B, N)``, or anything that orders the classes alike.
-
-    Returns:
-        The shape of ``contrasts``.
+    So no feature depends on class names. ``logits`` ``(B, N)`` may be anything that orders the classes alike.
     """
     order = torch.argsort(logits, dim=-1, descending=True, stable=True)
     if contrasts.dim() == 4:
@@ -73,11 +67,7 @@ class Rows(Fitted):
         dimensions: int | None = None,
     ) -> Rows:
         """From clean ``blocks``; ``norms``: of squared norms; ``dimensions``: so many whitened principal components."""
-        by_logits = "logits" in blocks
-        options = {
-            "block": block, "rank": rank, "log": log, "top": top, "by_logits": by_logits, "clip": clip,
-        }  # fmt: skip
-        rows = cls(**options)
+        rows = cls(block=block, rank=rank, log=log, top=top, by_logits="logits" in blocks, clip=clip)
         flat = rows.flat({name: as_tensor(array) for name, array in blocks.items()})
         mean, scale = torch.zeros_like(flat[0]), torch.ones_like(flat[0])
         # Squared norms are logarithms by now: a relative error became an absolute one, stored once more.
@@ -89,14 +79,16 @@ class Rows(Fitted):
             scale = torch.where(
                 spread > 1e-12 * (1 + mean.abs()), spread.maximum(_LEAST * rounding), torch.ones_like(spread)
             )
-        parts = {"mean": mean, "scale": scale}
-        rows = cls(**options, **parts)
+        rows.register_buffer("mean", mean)
+        rows.register_buffer("scale", scale)
         if dimensions is not None and dimensions < flat.shape[1]:
             values = rows.standardised(flat)
             projection = whitening(values, dimensions, rounding / scale)
-            parts["shift"] = values.mean(0) @ projection
-            parts["projection"] = projection.float() if len(projection) > WIDE else projection
-        return cls(**options, **parts)
+            rows.register_buffer("shift", values.mean(0) @ projection)
+            rows.register_buffer(
+                "projection", (projection.float() if len(projection) > WIDE else projection).contiguous()
+            )
+        return rows
 
     def flat(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """The block before standardisation, ``(B, d)``."""
@@ -105,11 +97,9 @@ class Rows(Fitted):
             if self.options["by_logits"]:
                 order_by = blocks["logits"].double()
             else:
-                # The last parameter set is as a rule the last layer's bias, whose squared norm falls as the
-                # contrast's logit rises.
-                order_by = (
-                    -values.reshape(*values.shape[:2], -1)[..., -1] if values.dim() < 4 else -values[:, -1, :, -1]
-                )
+                # The last parameter is as a rule the last layer's bias, whose norm falls as the contrast's logit rises.
+                norms = values[:, -1] if values.dim() == 4 else values
+                order_by = -norms.reshape(*norms.shape[:2], -1)[..., -1]
             values = order_by_rank(values, order_by)
         values = values.flatten(1)
         if self.options["log"]:
@@ -149,7 +139,7 @@ def clipped(rows: Tensor, limit: float) -> Tensor:
 
 
 def whitening(rows: Tensor, dimensions: int, rounding: Tensor) -> Tensor:
-    """Projection ``(d, e)`` of standardised ``rows`` on their principal components, each of unit variance.
+    """Projection ``(d, e)`` of standardised ``rows`` on principal components, each of unit variance.
 
     Components in which the rows vary by little more than their ``rounding`` ``(d,)`` are left out.
     """

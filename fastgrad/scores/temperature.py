@@ -1,4 +1,4 @@
-"""Temperature: the number that logits are divided by to calibrate their softmax (Guo et al., 2017)."""
+"""Temperature: the number that logits are divided by to calibrate their softmax."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Temperature(Fitted):
 
     Guo, Pleiss, Sun and Weinberger, "On calibration of modern neural networks", 2017. The inverse temperature b
     minimises ``sum_i NLL(b z_i, y_i) + b - 1 - log b``, which is convex in b. The last terms, a Gamma prior with its
-    mode at b = 1, weigh about as much as one sample: without them b would be infinite where every held-out
-    sample is classified right, and 0 where the logits say nothing. T is kept within 1/1000 and 1000.
+    mode at b = 1, weigh about as much as one sample: without them b would be infinite where every sample is classified
+    right, and 0 where the logits say nothing. T is kept within 1/1000 and 1000.
 
     Buffers: ``temperature`` ``()``.
     """
@@ -28,12 +28,7 @@ class Temperature(Fitted):
 
     @classmethod
     def fit(cls, logits: Tensor, labels: Tensor) -> Temperature:
-        """From samples that the network was not trained on.
-
-        Args:
-            logits: ``(n, N)``, of any floating dtype.
-            labels: ``(n,)``, class indices; checked, as the loaders' are.
-        """
+        """From ``logits`` ``(n, N)`` and class indices ``(n,)`` of samples that the network was not trained on."""
         z = logits.detach().double()
         # A class that is masked out has probability 0 at any temperature.
         finite = z.masked_fill(z == -torch.inf, 0)

@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.detection.adaptive import FALSE_ALARMS, FORMS, WAYS
-from bench.detection.white_box import attack, auto_attack, away_from, unaware_of, white_box
+from bench.detection.adaptive import (
+    FALSE_ALARMS,
+    FORMS,
+    WAYS,
+    attack,
+    auto_attack,
+    away_from,
+    unaware_of,
+    white_box,
+)
 from fastgrad import TwoStageModel
 
 

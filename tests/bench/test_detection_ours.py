@@ -35,7 +35,7 @@ def subject(tmp_path: Path) -> Iterator[Subject]:
 
     @registry.case("darker", "sets", (SMALL,))
     def darker(subject: Subject, part: str, count: int) -> Shown:
-        return Shown(0.3 * subject.parts[part][0][:count], torch.full((count,), -1), count)
+        return Shown(0.3 * subject.parts[part][0][:count], torch.full((count,), -1))
 
     yield Subject("trial", 0, model, parts, Options(tmp_path, tmp_path), SMALL, 6, [model.stem, *model.stages])
     del CASES["darker"]

@@ -48,11 +48,11 @@ def _register() -> None:
         @registry.case(f"brighter {strength}", "attacks", (SMALL,))
         def brighter(subject: Subject, part: str, count: int, strength: int = strength) -> Shown:
             places = torch.arange(strength, count)
-            return Shown(subject.parts[part][0][places] + strength, places, count)
+            return Shown(subject.parts[part][0][places] + strength, places)
 
     @registry.case("darker", "sets", (SMALL,))
     def darker(subject: Subject, part: str, count: int) -> Shown:
-        return Shown(0 * subject.parts[part][0][:count], torch.full((count,), -1), count)
+        return Shown(0 * subject.parts[part][0][:count], torch.full((count,), -1))
 
     @registry.case("texts alone", "sets", ("texts",))
     def none(subject: Subject, part: str, count: int) -> Shown:
@@ -85,7 +85,7 @@ def test_an_attack_has_gradients_also_where_a_score_wants_none(options: Options)
         images = subject.parts[part][0][:count].clone().requires_grad_(True)
         subject.model(images).sum().backward()
         assert images.grad is not None
-        return Shown(images.detach() + images.grad.sign(), torch.arange(count), count)
+        return Shown(images.detach() + images.grad.sign(), torch.arange(count))
 
     @registry.method("without gradients", 2026, "here")
     def without(fit: Fit) -> registry.Score:

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from bench import memory
+from bench.clock import peak_bytes
 from bench.registry import SIZES, Case, Implementation, cases
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_implementations_are_those_that_are_named(case: Case) -> None:
 
 def test_peak_memory_is_that_of_the_call_alone() -> None:
     case = next(c for c in cases("tiny") if c.table == "rows")
-    assert memory.peak_bytes(case.ready("stored rows", CPU), CPU) == 4 * 3 * 7
+    assert peak_bytes(case.ready("stored rows", CPU), CPU) == 4 * 3 * 7
 
 
 def test_what_is_older_than_the_call_does_not_count_when_it_is_freed() -> None:
@@ -62,7 +62,7 @@ def test_what_is_older_than_the_call_does_not_count_when_it_is_freed() -> None:
         kept.clear()
         kept.append(torch.ones(1000))
 
-    assert [memory.peak_bytes(call, CPU) for _ in range(3)] == [4000] * 3
+    assert [peak_bytes(call, CPU) for _ in range(3)] == [4000] * 3
 
 
 def test_a_run_writes_its_results(tmp_path: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.detection.published import PUBLISHED
+from bench.detection.networks import PUBLISHED
 from bench.detection.registry import NotRun
 
 

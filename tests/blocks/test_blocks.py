@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from fastgrad import losses
 from fastgrad.blocks import BLOCKS, Activations, Block, Contrasts, Gradients, View, channels, register_block
-from fastgrad.blocks.extraction import Extraction, arguments
+from fastgrad.blocks.extraction import Extraction, Pass, arguments
 from fastgrad.blocks.gradients import JOINED
-from fastgrad.blocks.passes import Pass
 from fastgrad.blocks.subject import Subject, watch
 from fastgrad.engine import tracing
 

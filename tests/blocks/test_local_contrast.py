@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastgrad.blocks import Roughness
 from fastgrad.blocks.extraction import Extraction
-from fastgrad.blocks.image import STATISTICS, image_statistics
+from fastgrad.blocks.image import image_statistics
 from fastgrad.blocks.local_contrast import EXTREMES, mean_extremes
 from fastgrad.blocks.roughness import roughness
 from fastgrad.blocks.subject import is_image, watch
@@ -85,7 +85,7 @@ def test_large_images_and_maps_are_read_on_a_grid_and_of_many_channels_some() ->
     x = torch.rand(2, 3, 400, 300)
     # Every 12th position of 398 x 298.
     torch.testing.assert_close(image_statistics(x)[:, 3], x[:, :, 1:-1:12, 1:-1:12].mean((1, 2, 3)))
-    assert image_statistics(x).shape == (2, STATISTICS)
+    assert image_statistics(x).shape == (2, 4 * EXTREMES)
     maps = torch.randn(2, 90, 70, 50)
     assert roughness(maps).shape == (2, 3 * 15 * EXTREMES)
     assert torch.equal(roughness(maps), roughness(maps[:, ::6].contiguous()))

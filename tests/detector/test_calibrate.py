@@ -235,7 +235,7 @@ def module() -> tuple[DetectorModule, dict[str, torch.Tensor]]:
 def test_evidence_is_the_weighted_capped_sum_of_log_p_values() -> None:
     detector, new = module()
     raw = detector.raw(new)
-    uncertainty, evidence = detector.explain(new)
+    uncertainty, evidence, _ = detector.explain(new)
     assert detector.sources == ["logits", "activations", "challenges"]
     by_hand = dict.fromkeys(detector.sources, torch.zeros(30, dtype=torch.float64))
     for score, log_p in zip(detector.scores, detector.p_values(raw), strict=True):
@@ -259,7 +259,7 @@ def test_a_score_that_fails_makes_its_samples_unreliable_and_no_others() -> None
 
 
 def test_clean_samples_that_a_score_fails_on_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.scores.logits import Margin
+    from fastgrad.blocks.logits import Margin
 
     monkeypatch.setattr(Margin, "forward", lambda self, rows: rows[:, 0] * torch.nan)
     with pytest.raises(ValueError, match=r"these were NaN: \{'margin': 40\}"):

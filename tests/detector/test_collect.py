@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fastgrad import IntrospectiveClassifier, TwoStageModel
 from fastgrad.blocks import Logits
 from fastgrad.blocks.extraction import Extraction
-from fastgrad.challenges import CHALLENGES
+from fastgrad.challenges import CHALLENGES, PixelRange
 from fastgrad.detector import collect
 
 
@@ -73,11 +74,11 @@ def test_what_came_beside_a_batch_stays_beside_its_inputs() -> None:
 def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int) -> None:
     model = network()
     drawn = collect.draw("clean", images(240).split(batch), 240, 0)
-    reader = collect.Reader(Extraction(model, [Logits()]), torch.device("cpu"), verbose=False)
-    reader.clean(drawn)
-    chosen = np.arange(240) < 200
-    reader.generated(model, drawn, chosen, 3, None, 0)
-    features = reader.features()
+    device, chosen = torch.device("cpu"), np.arange(240) < 200
+    pixels = PixelRange.of(drawn.images())
+    sample = collect.Sample([drawn], None, np.full(240, -1), ~chosen, 3, pixels)
+    batches = (collect.clean_batches(sample, False), collect.generated_batches(sample, model, device, 0, False))
+    features = collect.read(Extraction(model, [Logits()]), device, itertools.chain(*batches))
     made = features.kinds != ""
     assert made.sum() == 600
     assert set(features.kinds[made]) == set(CHALLENGES)

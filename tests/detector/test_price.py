@@ -9,8 +9,7 @@ from torch import nn
 
 from fastgrad.batches import take
 from fastgrad.blocks import BLOCKS, Block, Logits
-from fastgrad.blocks.extraction import Extraction, arguments
-from fastgrad.blocks.passes import Pass
+from fastgrad.blocks.extraction import Extraction, Pass, arguments
 from fastgrad.blocks.subject import watch
 from fastgrad.detector.model import TwoStageModel
 from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS, preset
@@ -55,7 +54,7 @@ class Counted(nn.Flatten):
 def counting(monkeypatch):
     """A clock that ticks once a forward pass, so that no machine is too busy for a price."""
 
-    def ticks(run, device):
+    def ticks(run, model):
         before = Counted.passes
         run()
         return Counted.passes - before

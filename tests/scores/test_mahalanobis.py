@@ -5,8 +5,7 @@ from scipy.stats import spearmanr
 from sklearn.covariance import ledoit_wolf
 
 from fastgrad.scores.fitted import rebuild
-from fastgrad.scores.mahalanobis import DIRECTIONS, Mahalanobis
-from fastgrad.scores.spectrum import principal, shrinkage
+from fastgrad.scores.mahalanobis import DIRECTIONS, Mahalanobis, principal, shrinkage
 
 EPS = float(np.finfo(np.float64).eps)
 

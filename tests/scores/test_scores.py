@@ -3,8 +3,8 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture as SklearnMixture
 
+from fastgrad.blocks.logits import Energy
 from fastgrad.scores.gaussian_mixture import GaussianMixture
-from fastgrad.scores.logits import Energy
 from fastgrad.scores.rows import SMALLEST, Rows, order_by_rank
 
 RNG = np.random.default_rng(0)

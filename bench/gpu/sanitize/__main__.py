@@ -1,10 +1,7 @@
-"""Run the sanitizer on every case.
+"""Run the sanitizer on every case; exit status 1 if there was a fault.
 
-    python -m bench.gpu.sanitize             # everything: some minutes
-    python -m bench.gpu.sanitize --quick     # one case for each path of each kernel
-    python -m bench.gpu.sanitize --save      # also bench/results/sanitize.json and sanitize.md
-
-Exit status 1 if there was a fault.
+python -m bench.gpu.sanitize             # everything: some minutes
+python -m bench.gpu.sanitize --save      # also bench/results/sanitize.json and sanitize.md
 """
 
 from __future__ import annotations
@@ -21,13 +18,12 @@ def main() -> int:
     from bench.report import pages
 
     parser = argparse.ArgumentParser(prog="bench.gpu.sanitize", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="one case for each path of each kernel")
     parser.add_argument("--only", default="", help="checks and cases whose name contains this")
     parser.add_argument("--save", action="store_true", help="write bench/results/sanitize.json and sanitize.md")
     options = parser.parse_args()
-    if options.save and (options.quick or options.only):
-        parser.error("--save writes the whole table: leave out --quick and --only")
-    rows = run(options.quick, options.only)
+    if options.save and options.only:
+        parser.error("--save writes the whole table: leave out --only")
+    rows = run(False, options.only)
     faults = sum(row["fault"] is not None for row in rows)
     print(f"{len(rows)} checks, {faults} faults")
     if options.save:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from random import Random
 from typing import Any
+from unittest import mock
 
 import torch
+from triton.runtime.interpreter import interpreter_builder
 
-from bench.gpu.compile_cases import as_if_on
-from bench.gpu.sanitize.cases import HEADS, Case, cases, huge, made, pinned
+from bench.gpu.compile_cases import Case, as_if_on, configured, prepared, tensors
+from bench.gpu.sanitize.cases import SPLIT, cases, huge, made
 from bench.gpu.sanitize.interpreter import watching
 from bench.gpu.sanitize.watchers import Addresses, Memory, SanitizerError
 from fastgrad.ops import tune
@@ -23,25 +25,19 @@ Order = Callable[[int], Sequence[int]]
 
 
 def shuffled(count: int) -> list[Order]:
-    """Return random orders of the programs."""
     return [lambda n, seed=seed: Random(seed).sample(range(n), n) for seed in range(count)]  # type: ignore[misc]
 
 
 def every_order(programs: int) -> list[Order]:
     """Return every order of so many programs; a launch of another number runs in the usual one."""
-    return [
-        lambda n, order=order: order if n == programs else range(n)  # type: ignore[misc]
-        for order in itertools.permutations(range(programs))
-    ]
+    orders = itertools.permutations(range(programs))
+    return [lambda n, order=order: order if n == programs else range(n) for order in orders]  # type: ignore[misc]
 
 
 def check_memory(case: Case, orders: Iterable[Order] = (range, lambda n: range(n)[::-1])) -> int:
     """Check every memory operation of a case, and that its results have equal bits in all orders of its programs.
 
-    Returns how many orders were run.
-
-    Raises:
-        SanitizerError: What is wrong, with the kernel's name.
+    Returns how many orders were run; a fault is a `SanitizerError`, with the kernel's name.
     """
     expected, count = None, 0
     for count, order in enumerate(orders, 1):  # noqa: B007
@@ -59,39 +55,32 @@ def check_memory(case: Case, orders: Iterable[Order] = (range, lambda n: range(n
 
 
 def check_addresses(call: Callable[[], object], architecture: tune.Architecture, integer: int = 1) -> int:
-    """Run a launcher on meta tensors; returns how many addresses were checked.
+    """Run a launcher on meta tensors, configured as for an architecture; returns how many addresses were checked.
 
-    Args:
-        call: Runs it.
-        architecture: Whose configuration is taken.
-        integer: What integers in memory are: flags, class indices.
-
-    Raises:
-        SanitizerError: An address lies outside every operand.
-        Exception: Integer arithmetic leaves 32 bits; the interpreter's own.
+    ``integer`` is what integers in memory are: flags, class indices. An address outside every operand is a
+    `SanitizerError`; arithmetic that leaves 32 bits is the interpreter's own error.
     """
     watcher = Addresses(integer)
-    with as_if_on(architecture), torch.no_grad(), watching(watcher), watcher.checking_overflow():
+    # The interpreter then refuses every sum and product of integers that leaves 32 bits.
+    options = dataclasses.replace(interpreter_builder.options, debug=True)
+    with as_if_on(architecture), watching(watcher), mock.patch.object(interpreter_builder, "options", options):
         call()
     return watcher.count
 
 
 def arriving(programs: int, quick: bool = False) -> Iterator[Case]:
-    """Return the reductions that the last program to arrive finishes, with so many programs a row block."""
-    N, D = 16 * programs, 3
-    x, w, b = made(2, D), made(N, D, seed=1), made(N, seed=2)
-    one = dataclasses.replace(HEADS["last"], group_m=1, tiles_per_split=1)
+    """Yield the reductions that the last program to arrive finishes, with so many programs a row block."""
+    config = dataclasses.replace(SPLIT, group_m=1)
     for loss in ("cross_entropy",) if quick else ("cross_entropy", "bce", "brier"):
-        for name, function, rest, config in (
-            ("head", linear_contrast.linear_contrast_sqnorm, (False, False), "linear_contrast"),
-            ("statistics", linear_contrast.linear_contrast_stats, (False,), "linear_stats"),
+        for name, launcher, choice in (
+            ("head", linear_contrast.linear_contrast_sqnorm, "linear_contrast"),
+            ("statistics", linear_contrast.linear_contrast_stats, "linear_stats"),
         ):
-            call = pinned(function, x, w, b, loss, *rest, **{config: one})
-            yield Case(f"{name}, {programs} programs, {loss}", (x, w, b), call)
+            call = prepared(launcher, made, 2, 16 * programs, 3, loss)
+            yield Case(f"{name}, {programs} programs, {loss}", tensors(call), configured(**{choice: config})(call))
 
 
 def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], int]]]:
-    """Return every check by name."""
     for case in cases():
         if case.quick or not quick:
             orders = [range, lambda n: range(n)[::-1], *shuffled(1 if quick else 2)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -30,12 +29,6 @@ class SanitizerError(AssertionError):
 def reach(tensor: Tensor) -> int:
     """Return how many elements lie between the first of a view and its last, both included."""
     return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def addresses_of(tensor: Tensor) -> np.ndarray:
-    """Return the address of every element."""
-    offsets = torch.arange(reach(tensor)).as_strided(tensor.shape, tensor.stride()).flatten().numpy()
-    return tensor.data_ptr() + offsets * tensor.itemsize
 
 
 class _Region:
@@ -65,11 +58,8 @@ class Memory:
     since. A program makes one atomic operation a launch at most. So whatever else it does is ordered by the arrivals
     alone, and running whole programs in every order is every schedule.
 
-    What a program does before and after its arrival is numbered ``2 * program`` and ``2 * program + 1``.
-
-    Args:
-        inputs: Tensors that no kernel may write.
-        order: From the number of programs to the order in which they run.
+    What a program does before and after its arrival is numbered ``2 * program`` and ``2 * program + 1``. No kernel may
+    write ``inputs``; ``order`` gives the order in which so many programs run.
     """
 
     def __init__(self, inputs: Sequence[Tensor], order: Callable[[int], Sequence[int]] = range) -> None:
@@ -97,7 +87,8 @@ class Memory:
                 base = tensor.untyped_storage().data_ptr()
                 if base not in self.regions:
                     self.regions[base] = _Region(tensor, fresh=False, constant=base in self.inputs)
-                self.regions[base].width[addresses_of(tensor) - base] = tensor.itemsize
+                offsets = torch.arange(reach(tensor)).as_strided(tensor.shape, tensor.stride()).flatten().numpy()
+                self.regions[base].width[tensor.data_ptr() - base + offsets * tensor.itemsize] = tensor.itemsize
         for region in self.regions.values():
             region.begin()
         self.bases = np.array(sorted(self.regions))
@@ -168,21 +159,11 @@ class Memory:
 class Addresses:
     """Checks the addresses and the 32-bit arithmetic of the first, the middle and the last program of a launch.
 
-    Operands are meta tensors; each gets addresses of its own. Programs read made-up values and write nothing.
-
-    Args:
-        integer: What integers in memory are: flags, class indices.
+    Operands are meta tensors; each gets addresses of its own. Programs read ``integer`` and write nothing.
     """
 
     def __init__(self, integer: int) -> None:
         self.integer, self.count = integer, 0
-
-    @contextlib.contextmanager
-    def checking_overflow(self) -> Iterator[None]:
-        """Have the interpreter refuse every sum and product of integers that leaves 32 bits."""
-        options = dataclasses.replace(interpreter_builder.options, debug=True)
-        with mock.patch.object(interpreter_builder, "options", options):
-            yield
 
     def launch(self, kernel: str, arguments: dict[str, Any], programs: int) -> Sequence[int]:
         """Give the operands addresses."""
