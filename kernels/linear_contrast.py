@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from .contrast import features_factor, square_sum
-from .losses import contrast_coefficients, contrast_statistics, empty_moments, rest_value
-from .moments import add_tile, columns, load_plane, merge_parts, store_part, tile_moments, write_values
+from .losses import contrast_coefficients, contrast_statistics, empty_moments, reduce_moments, rest_value
+from .moments import add_tile, columns, load_plane, merge_parts, store_part, write_values
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def linear_contrast_kernel(
         rounded = add_bias(acc, bias_ptr, cols, N, HAS_BIAS).to(z_ptr.dtype.element_ty)
         inside = valid[:, None] & (cols < N)[None, :]
         tl.store(z_rows[:, None] + cols.to(tl.int64)[None, :], rounded, mask=inside)
-        moments = tile_moments(rounded.to(tl.float32), inside, LOSS, LOG, False)
+        moments = reduce_moments((rounded.to(tl.float32),), inside, LOSS, LOG, False, False)
         if NORM_IN_LOOP:
             features = tl.where(tile_n == 0, seen, 0.0)
         store_part(work_rows + tile_n.to(tl.int64) * B, plane, valid, moments, features)
@@ -206,9 +206,6 @@ def linear_stats_kernel(
         else:
             moments, features = merge_parts(work_ptr + rows, splits, B, plane, valid, LOSS, False, True, BLOCK_M, PARTS)
             factor = features_factor(features, N, HAS_BIAS, False, MEAN)
-            low, high, mean, expected, predicted = contrast_statistics(moments, N, LOSS)
-            tl.store(out_rows, low * factor, mask=valid)
-            tl.store(out_rows + 1, high * factor, mask=valid)
-            tl.store(out_rows + 2, mean * factor, mask=valid)
-            tl.store(out_rows + 3, expected * factor, mask=valid)
-            tl.store(out_rows + 4, predicted * factor, mask=valid)
+            statistics = contrast_statistics(moments, N, LOSS)
+            for i in tl.static_range(5):
+                tl.store(out_rows + i, statistics[i] * factor, mask=valid)

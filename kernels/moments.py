@@ -10,12 +10,6 @@ from .losses import contrast_coefficients, empty_moments, reduce_moments, rest_v
 
 
 @triton.jit
-def tile_moments(z, valid, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl.constexpr):
-    """Moments of each row of a tile of logits ``[R, C]``; entries outside ``valid`` do not exist."""
-    return reduce_moments((z,), valid, LOSS, LOG, STATS, False)
-
-
-@triton.jit
 def merge_moments(moments, others, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl.constexpr):
     """Moments ``[R]`` of rows of two parts."""
     COUNT: tl.constexpr = len(moments)
@@ -28,7 +22,7 @@ def merge_moments(moments, others, LOSS: tl.constexpr, LOG: tl.constexpr, STATS:
 @triton.jit
 def add_tile(moments, z, valid, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl.constexpr):
     """Moments ``[R]`` of rows that a tile of logits ``[R, C]`` continues."""
-    return merge_moments(moments, tile_moments(z, valid, LOSS, LOG, STATS), LOSS, LOG, STATS)
+    return merge_moments(moments, reduce_moments((z,), valid, LOSS, LOG, STATS, False), LOSS, LOG, STATS)
 
 
 @triton.jit
@@ -120,7 +114,10 @@ def write_values(
     z_rows, stride_n, out_rows, start, stop, valid, factor, moments,
     LOSS: tl.constexpr, LOG: tl.constexpr, BLOCK_N: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Turn the columns ``[start, stop)`` of rows of logits into squared norms; ``SHARED``: logits of this launch."""
+    """Turn the columns ``[start, stop)`` of rows of logits into squared norms.
+
+    With ``SHARED`` other programs of the launch wrote the logits, which are read past the first-level cache.
+    """
     coefficients = contrast_coefficients(moments, LOSS, LOG)
     for n in range(start, stop, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)

@@ -14,7 +14,7 @@ def finite(x):
 def exp(x):
     """e^x for x up to 88, to about two units in the last place; NaN stays NaN.
 
-    The hardware's rounds ``x * log2(e)`` to float32, an error of 2e-6 at x = -40. So the argument is reduced first.
+    Hardware rounds ``x * log2(e)`` to float32, an error of 2e-6 at x = -40: the argument is reduced first.
     """
     x = tl.where(x < -200.0, -200.0, x)
     n = tl.floor(x * 1.4426950408889634 + 0.5)
