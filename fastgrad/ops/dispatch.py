@@ -104,14 +104,14 @@ def launcher(module: str, name: str) -> Callable[..., Any]:
     return launch
 
 
-def operator(name: str, module: str, eager: Callable[..., _T], fake: Callable[..., _T]) -> Callable[..., _T]:
+def operator(name: str, eager: Callable[..., _T], fake: Callable[..., _T]) -> Callable[..., _T]:
     """Define an operator with the signature of ``eager``, whose derivative is its own, run again in the backward pass.
 
-    ``name`` is also that of its launcher, in a ``module`` of ``fastgrad.ops.triton``; ``fake`` makes results without
+    ``name`` is also that of its launcher, in `fastgrad.ops.triton.last_layer`; ``fake`` makes results without
     values. Returns ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, as `choose` says for
     the first argument.
     """
-    kernel, qualified = launcher(module, name), f"fastgrad::{name}"
+    kernel, qualified = launcher("last_layer", name), f"fastgrad::{name}"
 
     def chosen(first: Tensor, *arguments: Any) -> Any:
         return (eager if triton_refusal(first.device, first.dtype) else kernel)(first, *arguments)

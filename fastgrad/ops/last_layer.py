@@ -198,7 +198,7 @@ def _stats_shape(features: Tensor, weight: Tensor, *options: Any) -> Tensor:
     return _linear_shapes(features, weight)[1].new_empty((features.shape[0], 5))
 
 
-contrast_sqnorm = operator("contrast_sqnorm", "contrast", _contrasts, _contrast_shape)
-target_sqnorm = operator("target_sqnorm", "target", _target, _target_shape)
-linear_contrast_sqnorm = operator("linear_contrast_sqnorm", "linear_contrast", _linear, _linear_shapes)
-linear_contrast_stats = operator("linear_contrast_stats", "linear_contrast", _linear_stats, _stats_shape)
+contrast_sqnorm = operator("contrast_sqnorm", _contrasts, _contrast_shape)
+target_sqnorm = operator("target_sqnorm", _target, _target_shape)
+linear_contrast_sqnorm = operator("linear_contrast_sqnorm", _linear, _linear_shapes)
+linear_contrast_stats = operator("linear_contrast_stats", _linear_stats, _stats_shape)
