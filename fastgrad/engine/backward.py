@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import is_fake, vmap
+from fastgrad.engine.fallback import FallbackSite
 from fastgrad.engine.probe import requesting_norms
-from fastgrad.engine.replay import FallbackSite, RecomputedSite
 from fastgrad.engine.run import Run, Site
+from fastgrad.engine.sites import RecomputedSite
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.losses import compute_dtype
 
@@ -92,11 +93,7 @@ def backward_signals(run: Run, output: Tensor, gradients: Tensor, *, keep: bool 
 
     Returns:
         ``(S, B, m)`` for each of ``run.probes``; zeros where the output does not depend on it.
-
-    Raises:
-        RuntimeError: A parameter was modified since.
     """
-    run.held.require()
     wanted = [probe for _, probe in run.probes]
     count = gradients.shape[0]
     if not output.requires_grad:

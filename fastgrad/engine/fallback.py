@@ -15,17 +15,19 @@ import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import disable_mha_fastpath, is_readable, pytree, vmap
 from fastgrad.engine.copy import Settings, Shadow, detach_plain
 from fastgrad.engine.given import apart
-from fastgrad.engine.tracing import is_symbolic
+from fastgrad.engine.run import Run
+from fastgrad.engine.sites import RecomputedSite, Replay
+from fastgrad.engine.tracing import is_fixed, is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
 
 #: Bytes of per-sample gradients held at once.
@@ -50,40 +52,56 @@ def batch_first(outputs: Sequence[Tensor], places: Sequence[int]) -> list[Tensor
 
 
 @dataclass(frozen=True)
-class Fallback:
-    """One call of a module that is computed again, sample by sample.
+class FallbackSite(RecomputedSite):
+    """A module of any kind, computed again sample by sample.
 
     Attributes:
-        module: The user's module; only read.
-        parameters: Those of the module or its descendants whose gradients are wanted.
         batched: For each leaf of the inputs, whether its dimension 0 is the batch (or a multiple of it, sample by
             sample).
-        outputs: The floating-point outputs of the call, with the batch moved to dimension 0.
         places: The dimension in which each output has the batch, a multiple of it in dimension 0 alone.
-        settings: Of the module and its descendants when the call began.
-        name: The module's name in messages.
         vectorize: Whether samples of a chunk run together under ``vmap``; else one after the other, for modules
             which ``vmap`` cannot take.
         verify: Whether to compare the gradients with those of the whole batch. It happens in any case where a sample
             alone gives other outputs than in its batch.
-        training: Whether modules keep their own mode instead of evaluation mode.
-        recorded: Whether the user's own call is under way, see `fastgrad.engine.copy`.
     """
 
-    module: nn.Module
-    parameters: Sequence[nn.Parameter]
-    batched: Sequence[bool]
-    outputs: Sequence[Tensor]
-    places: Sequence[int]
-    settings: Settings
-    name: str
+    batched: tuple[bool, ...]
+    places: tuple[int, ...]
     vectorize: bool
     verify: bool
-    training: bool
-    recorded: bool
+
+    def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
+        again, device = _Again(self, shadow, outputs, settings), outputs[0].device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+        def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
+            fixed_before = is_fixed(run.samples)
+            with torch.autocast(device, dtype, enabled, cache_enabled=False):
+                norms = again.sqnorms(args, kwargs, batch_first(gradients, self.places), run.samples, self.verify)
+            if is_fixed(run.samples) and not fixed_before:
+                raise RuntimeError(
+                    f"layer {self.path!r} ({type(again.module).__name__}) has no rule of its own and is run again for "
+                    "each sample, in operations whose computation depends on the batch size, so its gradients have no "
+                    "graph of dynamic batch. Register a rule (fastgrad.layers.register_rule) or leave out what reads "
+                    "its gradients; a .pt2 can be exported with one_by_one=True"
+                )
+            return norms
+
+        return replay
+
+
+class _Again:
+    """One call of a fallback's module, with its ``outputs`` and the ``settings`` with which it began."""
+
+    def __init__(self, site: FallbackSite, shadow: Shadow, outputs: Sequence[Tensor], settings: Settings) -> None:
+        self.site, self.settings, self.outputs = site, settings, batch_first(outputs, site.places)
+        # The user's module rather than its copy, whose hooks belong to this forward pass.
+        self.module = shadow.model.get_submodule(site.path)
+        self.parameters = [shadow.model.get_parameter(name) for name in site.parameters]
+        self.training, self.recorded = shadow.training, shadow.recorded
 
     def sqnorms(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor], samples: int
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor], samples: int, verify: bool
     ) -> Tensor:
         """Squared norms ``(B, P)`` of each sample's gradient of the parameters, with all their uses inside the module.
 
@@ -91,18 +109,18 @@ class Fallback:
             ValueError: If a sample alone has other gradients than in its batch.
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        inputs = [value for value, is_batched in zip(leaves, self.batched, strict=True) if is_batched]
+        inputs = [value for value, is_batched in zip(leaves, self.site.batched, strict=True) if is_batched]
 
         def forward(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
             carried = iter(tensors)
             filled = [
                 next(carried) if is_batched else value if isinstance(value, Tensor) else apart(value, Tensor.clone)
-                for value, is_batched in zip(leaves, self.batched, strict=True)
+                for value, is_batched in zip(leaves, self.site.batched, strict=True)
             ]
             return self._forward(values, *pytree.tree_unflatten(filled, spec))
 
         readable = is_readable(*gradients, *self.outputs)
-        verify = self.verify and readable
+        verify = verify and readable
         rows, same = [], True
         weighted = [torch.zeros_like(p) for p in self.parameters] if verify else []
         split_inputs, split_gradients, split_outputs = (
@@ -125,7 +143,7 @@ class Fallback:
             elif not same:
                 if not readable:
                     raise self._refusal("gives other outputs for a sample alone than for the batch")
-                return replace(self, verify=True).sqnorms(args, kwargs, gradients, samples)
+                return self.sqnorms(args, kwargs, gradients, samples, True)
         return norms
 
     def _forward(self, values: Sequence[Tensor], args: Any, kwargs: Any) -> list[Tensor]:
@@ -145,21 +163,21 @@ class Fallback:
         # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
         for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             shadow.root.__dict__[table] = OrderedDict()
-        return batch_first(floating(shadow.root(*args, **kwargs)), self.places)
+        return batch_first(floating(shadow.root(*args, **kwargs)), self.site.places)
 
     def _chunks(self, samples: int) -> list[slice]:
         """Which samples are computed at once. A symbolic batch, in a graph being traced, stays in one piece."""
         if is_symbolic(samples):
             return [slice(None)]
         size = sum(p.numel() * p.element_size() for p in self.parameters)
-        chunk = max(1, CHUNK_BYTES // max(1, size)) if self.vectorize else 1
+        chunk = max(1, CHUNK_BYTES // max(1, size)) if self.site.vectorize else 1
         return [slice(i, i + chunk) for i in range(0, samples, chunk)]
 
     def _each(
         self, forward: Forward, inputs: list[Tensor], gradients: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs and gradients of each sample of a chunk, ``(B, *shape)``."""
-        if not self.vectorize:
+        if not self.site.vectorize:
             wanted = [leaf(detach_plain(p)) for p in self.parameters]
             alone = [out.unsqueeze(0) for out in forward(wanted, [t[0] for t in inputs])]
             outputs, grads = _differentiated(alone, wanted, gradients)
@@ -198,7 +216,7 @@ class Fallback:
                 raise self._refusal("gives other gradients for a sample alone than for the batch")
 
     def _refusal(self, what: str) -> ValueError:
-        name = self.name or type(self.module).__name__
+        name = self.site.path or type(self.module).__name__
         return ValueError(
             f"model must treat the samples of a batch independently and alike each time; its module {name!r} {what}"
         )

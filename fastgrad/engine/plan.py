@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fastgrad._torch import is_traced
+from fastgrad.engine.fallback import FallbackSite
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.observe import Observation
-from fastgrad.engine.replay import FallbackSite, ReplaySite
-from fastgrad.engine.sites import BroadcastSite, LayerSite, RuledSite
+from fastgrad.engine.sites import BroadcastSite, LayerSite, ReplaySite
 from fastgrad.layers.registry import ReplayRule, find_rule
 
 PlannedSite = LayerSite | ReplaySite | FallbackSite | BroadcastSite
@@ -102,7 +102,11 @@ class Plan:
     def joined(self, other: Plan) -> Plan:
         """This plan, with the sites of ``other`` for parameters that this one takes for unused."""
         idle = {name for name in self.names if self.routes[name].route == "zero"}
-        sites = [_restricted(site, idle) for site in other.sites if not idle.isdisjoint(site.parameters)]
+        sites = [
+            replace(site, parameters=tuple(name for name in site.parameters if name in idle))
+            for site in other.sites
+            if not idle.isdisjoint(site.parameters)
+        ]
         if not sites:
             return self
         routes = self.routes | {name: other.routes[name] for name in idle}
@@ -173,7 +177,8 @@ class Planner:
             site, routes[name] = self._choose(name, constraints)
             # One module has one site for all the parameters that it serves in the same way.
             key = name if isinstance(site, BroadcastSite) else (type(site), site.path)
-            sites[key] = _joined(sites[key], site) if key in sites else site
+            joined = sites[key].parameters + site.parameters if key in sites else site.parameters
+            sites[key] = replace(site, parameters=joined)
         elements = sum(math.prod(shape) for shape in self.seen.calls[0].inputs if shape is not None)
         return Plan(
             tuple(self.names.values()),
@@ -213,8 +218,8 @@ class Planner:
         if rule is None:
             return None, reason
         children = rule.children if isinstance(rule, ReplayRule) else ()
-        local = next((local for local, p in call.module.named_parameters() if self.names.get(id(p)) == name), None)
-        if local is None or local not in {*call.module._parameters, *children}:
+        local = {self.names[id(p)]: own for own, p in call.module.named_parameters() if id(p) in self.names}
+        if local.get(name) not in {*call.module._parameters, *children}:
             return None, f"it is used by {type(call.module).__name__}, whose rule does not know it"
         if not self.seen.once(call):
             return None, "its module is called more than once"
@@ -229,12 +234,12 @@ class Planner:
             place = 0 if getattr(call.module, "batch_first", True) else 1
             if layout != (Layout("moved", place) if place else Layout("plain")):
                 return None, f"its module gets the batch in another layout ({layout.kind})"
-            return ReplaySite(call.path, (name,), (local,), layout, rank, rule), ""
+            return ReplaySite(call.path, (name,), local, layout, rank, rule), ""
         if layout.kind == "single" and not constraints.single:
             return None, "its module's output does not carry the batch"
         if layout.kind in ("folded", "moved") and not rule.positions:
             return None, f"its module gets the batch in another layout ({layout.kind})"
-        return LayerSite(call.path, (name,), (local,), layout, rank, rule), ""
+        return LayerSite(call.path, (name,), local, layout, rank, rule), ""
 
     def _broadcast(self, name: str) -> BroadcastSite | None:
         """A site for a parameter that every use broadcasts over the batch: one copy per sample serves as well."""
@@ -266,23 +271,6 @@ class Planner:
             "model must treat the samples of a batch independently, batch in dimension 0 of inputs; no part of it that "
             f"contains all uses of {name!r} does, with the batch in all its outputs (a loss of all samples has none)"
         )
-
-
-def _restricted(site: PlannedSite, names: set[str]) -> PlannedSite:
-    """A site for those of its parameters that are among ``names``."""
-    kept = [i for i, name in enumerate(site.parameters) if name in names]
-    parameters = tuple(site.parameters[i] for i in kept)
-    if isinstance(site, RuledSite):
-        return replace(site, parameters=parameters, local=tuple(site.local[i] for i in kept))
-    return replace(site, parameters=parameters)
-
-
-def _joined(site: PlannedSite, other: PlannedSite) -> PlannedSite:
-    """One site for the parameters of two that are alike in all else."""
-    parameters = site.parameters + other.parameters
-    if isinstance(site, RuledSite) and isinstance(other, RuledSite):
-        return replace(site, parameters=parameters, local=site.local + other.local)
-    return replace(site, parameters=parameters)
 
 
 def _outermost(sites: list[PlannedSite], routes: dict[str, Route]) -> list[PlannedSite]:

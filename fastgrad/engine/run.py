@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fastgrad._torch import saves_elsewhere
 from fastgrad.engine.copy import Shadow, attach
-from fastgrad.engine.state import Unchanged
 from fastgrad.engine.steps import Steps
 from fastgrad.losses import compute_dtype
 
@@ -61,8 +60,6 @@ class Run:
         self.closed = False
         #: Where the path is noted.
         self.steps: Steps | None = None
-        #: What layers with a rule held when they were called.
-        self.held = Unchanged()
 
     def leave_plan(self, parameters: tuple[str, ...], reason: str) -> NoReturn:
         """Raise OffPlanError, which the model may catch but the pass remembers."""

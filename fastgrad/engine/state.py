@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import random
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-_version = operator.attrgetter("_version")
-
 
 class Versions:
     """Tensors at one time, to see which of them were modified in place since.
 
-    Args:
-        tensors: Those made in inference mode, which count no modifications, are left out, and so is None.
+    Those made in inference mode, which count no modifications, are left out, and so is None.
     """
 
     def __init__(self, tensors: Iterable[Tensor | None]) -> None:
-        self._tensors = [t for t in tensors if t is not None]
-        try:
-            self._versions = [*map(_version, self._tensors)]
-        except RuntimeError:
-            self._tensors = [t for t in self._tensors if not t.is_inference()]
-            self._versions = [*map(_version, self._tensors)]
+        self._tensors = [t for t in tensors if t is not None and not t.is_inference()]
+        self._versions = [t._version for t in self._tensors]
 
     def modified(self) -> list[Tensor]:
         """Those that were modified."""
-        now = [*map(_version, self._tensors)]
-        if now == self._versions:
-            return []
-        return [t for t, one, other in zip(self._tensors, now, self._versions, strict=True) if one != other]
+        return [t for t, version in zip(self._tensors, self._versions, strict=True) if t._version != version]
 
 
 def devices_of(module: nn.Module) -> list[torch.device]:
@@ -126,25 +115,24 @@ def undone(model: nn.Module) -> Iterator[None]:
 
 
 class Unchanged:
-    """Parameters and buffers of modules at the time of their calls: the backward pass must read the same."""
+    """A module's own parameters and buffers at the time of its call: the backward pass must read the same.
 
-    def __init__(self) -> None:
-        self._held: list[tuple[str, nn.Module, Versions]] = []
+    ``path`` is the module's name in messages.
+    """
 
-    def hold(self, path: str, module: nn.Module) -> None:
-        """Take up a module's own, as they are now; ``path`` is its name in messages."""
-        self._held.append((path, module, Versions([*module._parameters.values(), *module._buffers.values()])))
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self._path, self._module = path, module
+        self._versions = Versions([*module._parameters.values(), *module._buffers.values()])
 
-    def require(self, paths: Container[str] | None = None) -> None:
-        """Raise RuntimeError, as autograd does, if one was modified in place since; of ``paths`` alone where given."""
-        for path, module, versions in self._held:
-            if (paths is None or path in paths) and (modified := versions.modified()):
-                own = {**module._parameters, **module._buffers}
-                name = next((name for name, tensor in own.items() if tensor is modified[0]), "a tensor")
-                raise RuntimeError(
-                    f"{name!r} of {path or type(module).__name__!r} must not be modified in place between the forward "
-                    "pass and its gradients; it was. Ask for the norms before the optimizer's step"
-                )
+    def require(self) -> None:
+        """Raise RuntimeError, as autograd does, if one was modified in place since."""
+        if modified := self._versions.modified():
+            own = {**self._module._parameters, **self._module._buffers}
+            name = next((name for name, tensor in own.items() if tensor is modified[0]), "a tensor")
+            raise RuntimeError(
+                f"{name!r} of {self._path or type(self._module).__name__!r} must not be modified in place between the "
+                "forward pass and its gradients; it was. Ask for the norms before the optimizer's step"
+            )
 
 
 class NotRepeatableError(ValueError):

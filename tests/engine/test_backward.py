@@ -45,10 +45,10 @@ def counting(model: nn.Module, path: str, count: Counter[str]) -> LayerSite:
         count[path] += 1
         return dict(rule.function(module, a, g))
 
-    names = tuple(name for name, _ in layer.named_parameters())
+    names = {f"{path}.{name}": name for name, _ in layer.named_parameters()}
     return LayerSite(
         path,
-        tuple(f"{path}.{name}" for name in names),
+        tuple(names),
         names,
         Layout("plain"),
         2 if isinstance(layer, nn.Linear) else 4,
