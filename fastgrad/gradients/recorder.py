@@ -19,8 +19,8 @@ from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
 from fastgrad.engine.probe import nodes_behind, nodes_by_term
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
-from fastgrad.engine.replay import RecomputedSite
 from fastgrad.engine.run import Run
+from fastgrad.engine.sites import RecomputedSite
 from fastgrad.engine.steps import suspended
 from fastgrad.losses import compute_dtype
 
@@ -263,10 +263,8 @@ def recorded_sqnorms(
         outputs, [probe for _, _, probe, _ in probes], gradients, batched=batched, keep=keep,
         looped=looped((run for _, run in alive), [site for _, site, _, _ in probes], outputs[0]),
     )  # fmt: skip
-    sizes = _require_called(outputs, asked, calls, empty=recording.calls[-1].samples == 0)
-    reached = [(*probe, norms) for probe, norms in zip(probes, sqnorms, strict=True) if norms is not None]
-    for _, run in alive:
-        run.held.require({site.path for _, site, _, of, _ in reached if of is run})
+    empty = recording.samples == 0
+    _require_called(outputs, {key: names[key] for key in asked}, [call for call, _ in alive], empty=empty)
     by_key: dict[int, Tensor] = {}
     for keys, _, _, _, norms in reached:
         for column, key in enumerate(keys):
