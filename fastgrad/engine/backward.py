@@ -82,26 +82,29 @@ def looped(runs: Iterable[Run], sites: Sequence[Site], output: Tensor) -> bool:
     )
 
 
-def backward_signals(run: Run, output: Tensor, gradients: Tensor, *, keep: bool = False) -> list[Tensor]:
-    """Send S gradients of a run's output back to its sites.
+def backward_signals(
+    run: Run, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, keep: bool = False
+) -> list[Tensor]:
+    """Send S gradients of a run's outputs back to its sites.
 
     Args:
         run: The forward pass.
-        output: Its output ``(B, ...)``.
-        gradients: ``(S, B, ...)``, in the output's dtype.
+        outputs: Its outputs ``(B, ...)``.
+        gradients: For each ``(S, B, ...)``, in the output's dtype.
         keep: Whether to keep the graph for another call.
 
     Returns:
-        ``(S, B, m)`` for each of ``run.probes``; zeros where the output does not depend on it.
+        ``(S, B, m)`` for each of ``run.probes``; zeros where the outputs do not depend on it.
     """
     wanted = [probe for _, probe in run.probes]
-    count = gradients.shape[0]
-    if not output.requires_grad:
-        return [probe.new_zeros(count, *probe.shape) for probe in wanted]
-    one_by_one = looped([run], [site for site, _ in run.probes], output)
-    parts = probe_grads([output], wanted, [gradients], batched=True, looped=one_by_one, keep=keep)
+    pairs = [(out, at) for out, at in zip(outputs, gradients, strict=True) if out.requires_grad]
+    parts: list[Tensor | None] = [None] * len(wanted)
+    if pairs:
+        reached, at = zip(*pairs, strict=True)
+        one_by_one = looped([run], [site for site, _ in run.probes], reached[0])
+        parts = probe_grads(reached, wanted, at, batched=True, looped=one_by_one, keep=keep)
     return [
-        probe.new_zeros(count, *probe.shape) if part is None else part
+        probe.new_zeros(len(gradients[0]), *probe.shape) if part is None else part
         for part, probe in zip(parts, wanted, strict=True)
     ]
 
@@ -121,7 +124,7 @@ def signal_sqnorms(
         scale = torch.ones_like(scale)
     unit = (delta / scale).to(output.dtype)
     with torch.enable_grad():
-        signals = backward_signals(run, output, unit, keep=keep)
+        signals = backward_signals(run, [output], [unit], keep=keep)
     norms = order_by_parameter(run.probes, signals, names, unit, run.samples)
     if log:
         return norms.clamp_min(torch.finfo(norms.dtype).tiny).log() + (2 * scale.log()).to(norms.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +116,6 @@ class Observation:
     ``recorded`` as in `fastgrad.engine.copy`. ``rounded`` changes every parameter by a last place or so.
 
     Attributes:
-        output: What the model returned.
         calls: All calls of modules.
         bytes: Of all calls' outputs.
         parameters: By name, the leaf that stood in for each parameter.
@@ -134,6 +133,7 @@ class Observation:
     def __init__(
         self,
         model: nn.Module,
+        tensors: Callable[[Any], list[Tensor]],
         inputs: tuple[Any, Any],
         samples: int,
         fewer: Observation | None = None,
@@ -142,6 +142,7 @@ class Observation:
         recorded: bool = False,
         rounded: bool = False,
     ) -> None:
+        self._tensors = tensors
         self.calls: list[Call] = []
         self.parameters: dict[str, Tensor] = {}
         self.bytes = 0
@@ -175,11 +176,16 @@ class Observation:
 
         before = RandomState(devices_of(model))
         with torch.enable_grad(), _Uses(tracked, names, self._stack, self._rows, samples) as uses:
-            self.output = shadow.root(*inputs[0], **inputs[1])
+            self._output = shadow.root(*inputs[0], **inputs[1])
         self.drew = not before.same()
         self.uses, self.ranks, self.functions = uses.uses, uses.ranks, uses.functions
-        self.untracked = uses.untracked | _reached(floating(self.output), names)
+        self.untracked = uses.untracked | _reached(floating(self._output), names)
         self.gathers = self._rows.gathers
+
+    @functools.cached_property
+    def outputs(self) -> list[Tensor]:
+        """The tensors that matter in what the model returned."""
+        return self._tensors(self._output)
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:
         # Weakly: the calls hold the copy, and so its hooks.
@@ -210,11 +216,11 @@ class Observation:
         attach(copy, enter, before=True)
         attach(copy, leave)
 
-    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    def backward(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
         """Send one sample's gradient back, first that of the chosen one; returns its gradient of every parameter."""
         self._passes.append(None)
         leaves = {n: p for n, p in self.parameters.items() if p.requires_grad}
-        pairs = [(out, row) for out, row in zip(outputs, gradients, strict=True) if out.requires_grad]
+        pairs = [(out, row) for out, row in zip(self.outputs, gradients, strict=True) if out.requires_grad]
         if not leaves or not pairs:
             return {}
         reached, at = zip(*pairs, strict=True)

@@ -85,10 +85,10 @@ def test_each_pass_computes_what_it_asks_for_and_no_more(model: nn.Sequential) -
         everything = order_by_parameter(pairs, found, names, gradients, 4)
         expected = true * torch.tensor([name.split(".")[0] in asked for name in names])
         torch.testing.assert_close(everything, expected, rtol=1e-10, atol=0)
-    found = backward_signals(run, logits, gradients)
+    found = backward_signals(run, [logits], [gradients])
     torch.testing.assert_close(order_by_parameter(run.probes, found, names, gradients, 4), true, rtol=1e-10, atol=0)
     with pytest.raises(RuntimeError, match="second time"):
-        backward_signals(run, logits, gradients)
+        backward_signals(run, [logits], [gradients])
 
 
 def test_a_pass_stops_at_the_earliest_site_asked_for(model: nn.Sequential) -> None:
@@ -111,7 +111,7 @@ def test_a_pass_stops_at_the_earliest_site_asked_for(model: nn.Sequential) -> No
 def test_two_rules_at_one_layer(model: nn.Sequential) -> None:
     count: Counter[str] = Counter()
     run, logits = forward(model, [counting(model, "1", count), counting(model, "1", count)])
-    first, second = backward_signals(run, logits, torch.randn(1, 4, 3, dtype=torch.float64))
+    first, second = backward_signals(run, [logits], [torch.randn(1, 4, 3, dtype=torch.float64)])
     assert first.all()
     assert torch.equal(first, second)
 
@@ -119,10 +119,10 @@ def test_two_rules_at_one_layer(model: nn.Sequential) -> None:
 def test_outputs_and_probes_that_do_not_meet(model: nn.Sequential) -> None:
     run, logits = forward(model, [counting(model, "1", Counter())])
     gradients = torch.ones(2, 4, 3, dtype=torch.float64)
-    (zeros,) = backward_signals(run, logits.detach(), gradients)
+    (zeros,) = backward_signals(run, [logits.detach()], [gradients])
     assert torch.equal(zeros, torch.zeros(2, 4, 2, dtype=torch.float64))
     other = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True) * 1
-    (zeros,) = backward_signals(run, other, gradients)
+    (zeros,) = backward_signals(run, [other], [gradients])
     assert torch.equal(zeros, torch.zeros(2, 4, 2, dtype=torch.float64))
     assert probe_grads([other], [run.probes[0][1]], [gradients], batched=True, keep=True) == [None]
 
