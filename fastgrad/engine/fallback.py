@@ -24,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import disable_mha_fastpath, is_readable, pytree, vmap
 from fastgrad.engine.copy import Settings, Shadow, detach_plain
-from fastgrad.engine.given import apart
 from fastgrad.engine.run import Run
 from fastgrad.engine.sites import RecomputedSite, Replay
+from fastgrad.engine.state import apart
 from fastgrad.engine.tracing import is_fixed, is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
 

@@ -14,19 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import disable_mha_fastpath, is_traced, pytree
-from fastgrad.batches import input_tensors
-from fastgrad.engine.carriers import find_carriers
 from fastgrad.engine.copy import Shadow, detach_plain
 from fastgrad.engine.fallback import floating
-from fastgrad.engine.given import Given
 from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import keep_freed_memory, lacks_memory
 from fastgrad.engine.plan import Known, Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import OffPlanError, Reading, Run, Site
-from fastgrad.engine.state import Snapshot, Versions, devices_of
+from fastgrad.engine.state import Snapshot, devices_of
 from fastgrad.engine.steps import Steps, layer_as_one_step
-from fastgrad.engine.trial import Trial
+from fastgrad.engine.trial import Trial, find_carriers
 
 #: Structures of inputs whose plans are kept, and plans kept for one: paths that no single plan serves.
 _STRUCTURES_KEPT = 16
@@ -140,9 +137,7 @@ class Network:
     ) -> tuple[Any, Shadow]:
         """Make the pass ``once`` by ``plan``, or by others until it keeps to one."""
         modules = [module for ref in plan.known.modules if (module := ref()) is not None]
-        before = Snapshot(modules, plan.known.devices, training=training)
-        given = Given((args, kwargs))
-        inputs = Versions([*input_tensors(args, kwargs), *given.tensors])
+        before = Snapshot(modules, plan.known.devices, training=training, inputs=(args, kwargs))
         tried: list[Plan] = []
         raised: Exception | None = None
         reason = ""
@@ -166,12 +161,6 @@ class Network:
                     f"model must take the path of an ordinary call while its graph is recorded; it {reason}"
                 )
             before.restore()
-            given.restore()
-            if inputs.modified():
-                raise ValueError(
-                    f"model must not write to its inputs in a call whose path was not seen before; it {reason}. Make "
-                    "the same call again with the inputs as they were"
-                )
             tried.append(candidate)
         raise raised or ValueError(
             "model must take the same path each time it is given the same inputs; a call that was planned "
@@ -253,7 +242,7 @@ class Network:
             any(modes),
             names,
             list(map(weakref.ref, modules)),
-            find_carriers(self.model, args, kwargs, samples, self.tensors, training=any(modes), recorded=self.shared),
+            find_carriers(self, args, kwargs, samples, training=any(modes)),
             devices_of(self.model),
         )
         with self._lock:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from fastgrad._torch import pytree
 from fastgrad.engine.copy import Settings, Shadow, attach, detach_plain
-from fastgrad.engine.given import apart
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.probe import tap
 from fastgrad.engine.run import Run, Site
-from fastgrad.engine.state import Repeatable, Unchanged
+from fastgrad.engine.state import Repeatable, Unchanged, apart
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule, ReplayRule
 from fastgrad.ops.dispatch import using

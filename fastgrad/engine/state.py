@@ -1,15 +1,21 @@
-"""What a forward pass depends on, and may change, beside its inputs: random numbers, parameters and buffers."""
+"""What a forward pass depends on, and may change: random numbers, parameters, buffers, objects among its inputs."""
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import random
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy as shallow_copy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from fastgrad._torch import pytree
+from fastgrad.engine.copy import CONTAINERS, PLAIN, detach_plain
 
 
 class Versions:
@@ -64,18 +70,77 @@ class RandomState:
         random.setstate(self._python)
 
 
+def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: dict[int, Any] | None = None) -> Any:
+    """A copy of an object that a module is given and may write to, as a cache of keys and values, at all depths.
+
+    ``tensor`` gives what it holds in place of each tensor. Modules, functions and classes are shared.
+    """
+    if isinstance(value, Tensor):
+        return tensor(value)
+    if type(value) in PLAIN or isinstance(value, (nn.Module, type, enum.Enum)) or callable(value):
+        return value
+    known = {} if known is None else known
+    if id(value) in known:
+        return known[id(value)]
+    held = getattr(value, "__dict__", None)
+    if type(value) not in (*CONTAINERS, defaultdict) and type(held) is not dict:
+        return value
+    try:
+        made = shallow_copy(value)
+    except Exception:
+        # What cannot be copied is shared, as a handle of the system's.
+        return value
+    # Objects may lead back to themselves.
+    known[id(value)] = made
+    if type(value) is tuple:
+        made = known[id(value)] = tuple(apart(item, tensor, known) for item in value)
+    else:
+        _fill(made, value, lambda item: apart(item, tensor, known))
+    return made
+
+
+def _fill(target: Any, source: Any, each: Callable[[Any], Any]) -> None:
+    """Have an object hold what another of its type holds, item by item."""
+    if type(getattr(source, "__dict__", None)) is dict:
+        held = {name: each(item) for name, item in source.__dict__.items()}
+        target.__dict__.clear()
+        target.__dict__.update(held)
+    if isinstance(source, dict):
+        items = {key: each(item) for key, item in source.items()}
+        target.clear()
+        target.update(items)
+    elif isinstance(source, list):
+        target[:] = [each(item) for item in source]
+    elif isinstance(source, set):
+        members = set(source)
+        target.clear()
+        target.update(members)
+
+
+def unwritten(inputs: Any) -> Any:
+    """Inputs of a pass that leaves the user's objects as they are: see `apart`; tensors among them are the same."""
+    return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else apart(leaf, detach_plain), inputs)
+
+
 class Snapshot:
-    """Random numbers and buffers before a forward pass, to take back what it does to them.
+    """Random numbers, buffers and inputs before a forward pass, to take back what it does to them.
 
     Args:
         modules: All modules of the model.
         devices: Its `devices_of`.
         training: Whether modules run in their own mode; buffers of those in training mode are expected to change.
         every: Whether to copy the other buffers as well.
+        inputs: Those of the pass. Objects among them, as a cache of keys and values, get back what they held.
     """
 
     def __init__(
-        self, modules: Iterable[nn.Module], devices: list[torch.device], *, training: bool, every: bool = False
+        self,
+        modules: Iterable[nn.Module],
+        devices: list[torch.device],
+        *,
+        training: bool = True,
+        every: bool = False,
+        inputs: Any = (),
     ) -> None:
         self._random = RandomState(devices)
         copied: list[Tensor | None] = []
@@ -86,12 +151,22 @@ class Snapshot:
         self._copied = Versions(copied)
         self._values = {id(b): b.detach().clone() for b in copied if b is not None}
         self._kept = Versions(kept)
+        leaves = pytree.tree_leaves(inputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+        def hold(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        copies = [(leaf, apart(leaf, hold)) for leaf in leaves if not isinstance(leaf, Tensor)]
+        self._objects = [(leaf, kept) for leaf, kept in copies if kept is not leaf]
+        self._inputs = Versions(tensors)
 
     def restore(self) -> None:
         """Put everything back.
 
         Raises:
-            ValueError: A buffer was written that had not been copied.
+            ValueError: A buffer was written that had not been copied, or a tensor among the inputs.
         """
         self._random.restore()
         with torch.no_grad():
@@ -102,12 +177,21 @@ class Snapshot:
                 "model must not write to its buffers in a call whose path was not seen before; "
                 f"a buffer of shape {tuple(buffer.shape)} was written. Make the same call again"
             )
+        # Objects may lead back to themselves.
+        known = {id(copy): leaf for leaf, copy in self._objects}
+        for leaf, copy in self._objects:
+            _fill(leaf, copy, lambda item: apart(item, lambda tensor: tensor, known))
+        for tensor in self._inputs.modified():
+            raise ValueError(
+                "model must not write to its inputs in a call whose path was not seen before; a tensor of shape "
+                f"{tuple(tensor.shape)} was written. Make the same call again with the inputs as they were"
+            )
 
 
 @contextlib.contextmanager
 def undone(model: nn.Module) -> Iterator[None]:
     """Take back what forward passes do to random numbers and buffers."""
-    before = Snapshot(model.modules(), devices_of(model), training=True, every=True)
+    before = Snapshot(model.modules(), devices_of(model), every=True)
     try:
         yield
     finally:

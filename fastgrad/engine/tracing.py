@@ -1,15 +1,26 @@
-"""Recording a function, backward pass included, as one flat graph of operations."""
+"""Recording a function, backward pass included, as one flat graph of operations; passes compiled from such graphs."""
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastgrad._torch import flat_graph, pytree
+from fastgrad._torch import flat_graph, pytree, require_cpp_compiler
 from fastgrad.batches import input_tensors
+from fastgrad.ops.conv.sqnorm import opaque_ops
+
+#: Graphs kept. Inputs of ever new sizes are not worth a compilation each.
+GRAPHS = 16
+
+#: ``(*inputs) -> tensors``.
+Pass = Callable[..., tuple[Tensor, ...]]
+#: Of plain attributes, the types of what a forward pass may choose its path by.
+_SWITCHES = frozenset((bool, int, float, str, type(None)))
 
 
 def is_symbolic(size: object) -> bool:
@@ -47,3 +58,59 @@ def trace(
     tensors = input_tensors(inputs)
     carries = [tensor.dim() > 0 and tensor.shape[0] == batch for tensor in tensors]
     return flat_graph(flat, tensors, carries, functional=functional)
+
+
+class CompiledPasses:
+    """Compiles a pass at its first call on inputs of a size, and calls what it compiled from then on.
+
+    What is pointwise is fused across layers and Python's part of every layer is gone. The operators of norms stay
+    whole: at run time they choose their route and see where one would lose digits, as they do without compilation.
+
+    A graph reads the model's tensors where they lie, so steps of an optimizer and ``load_state_dict`` change what it
+    computes; where tensors, modules, or numbers and names that modules hold were replaced, another one is compiled.
+    What a forward pass takes from elsewhere is as it was at the first call.
+    """
+
+    def __init__(self) -> None:
+        #: What their keys name by id stands beside the graphs, so that nothing else has that id.
+        self._graphs: OrderedDict[Any, tuple[object, Callable[..., Any]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, model: nn.Module, structure: object, make: Callable[[], Pass], inputs: Any
+    ) -> tuple[Tensor, ...]:
+        """Compile or find the graph of a pass, and call it.
+
+        ``structure`` stands for the model's modules and the structure of the inputs, by its identity. ``make`` gives
+        the pass that is to be compiled, which uses nothing but the model and the inputs.
+        """
+        tensors = input_tensors(inputs)
+        device = tensors[0].device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        switches = tuple(
+            value for module in model.modules() for value in vars(module).values() if type(value) in _SWITCHES
+        )
+        looks = tuple(
+            (tuple(leaf.shape), leaf.stride()) if isinstance(leaf, Tensor) else repr(leaf)
+            for leaf in pytree.tree_leaves(inputs)
+        )
+        places = tuple((tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers()))
+        key = (id(structure), cast, torch.get_num_threads(), switches, looks, places)
+        with self._lock:
+            if key not in self._graphs:
+                if device == "cpu":
+                    require_cpp_compiler("compile=True")
+                function = make()
+                with opaque_ops():
+                    graph = trace(function, inputs, None)
+                # Norms of convolutions gather from channels first.
+                options: dict[str, Any] = {"layout_optimization": False}
+                self._graphs[key] = structure, torch.compile(graph, dynamic=False, options=options)
+            self._graphs.move_to_end(key)
+            compiled = self._graphs[key][1]
+            while len(self._graphs) > GRAPHS:
+                self._graphs.popitem(last=False)
+        # The casts are in the graph.
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            found: tuple[Tensor, ...] = compiled(*tensors)
+        return found
