@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -102,10 +102,6 @@ class Shadow:
         self.training = training
         self._parameter, self._apart, self._graded = parameter, apart, torch.is_grad_enabled()
         self._copies: dict[int, Any] = {}
-        # Where the copies hold a parameter: tables and keys by its id; plain attributes with parameters of the tree, of
-        # a copy, by name, and what the original has there.
-        self._places: defaultdict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
-        self._holders: list[tuple[dict[str, Any], str, Any]] = []
         # Plain attributes that may hold parts of the tree; those in which something was replaced.
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._followed: set[tuple[int, str]] = set()
@@ -116,27 +112,17 @@ class Shadow:
         self.root: nn.Module = self._module(model, "")
         if recorded:
             self._without_hooks(self.root.__dict__)
-        for held in self._attributes:
-            self._follow(*held)
+        # Modules, parameters and methods which a plain attribute holds.
+        for state, name, value in self._attributes:
+            replaced = self._replace(value)
+            if replaced is not value:
+                state[name] = replaced
+                self._followed.add((id(state), name))
 
     def submodule(self, path: str) -> nn.Module:
         """The copy of a module by its name within the model, empty for the model itself."""
         # PyTorch's own walks the tree for each, which for all layers takes as long as the copying.
         return self._named[path] if path in self._named else self.root.get_submodule(path)
-
-    def tensor(self, parameter: nn.Parameter) -> Tensor:
-        """What the copy holds in place of a parameter."""
-        value: Tensor = self._copies[id(parameter)]
-        return value
-
-    def substitute(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Let the copy hold ``value`` in place of a parameter, wherever it occurs."""
-        self._copies[id(parameter)] = value
-        for table, name in self._places[id(parameter)]:
-            table[name] = value
-        for state, name, original in self._holders:
-            state[name] = self._replace(original)
-            self._followed.add((id(state), name))
 
     def stand_ins(self, *, apart: bool) -> dict[int, int]:
         """The number of every parameter, by its id and its copy's; ``apart`` gives the two different numbers."""
@@ -219,13 +205,9 @@ class Shadow:
                 self._attributes.append((state, name, value))
             elif value and name in _HOOK_TABLES:
                 state[name] = OrderedDict() if name in _BACKWARD_HOOKS and not self.recorded else value.copy()
-        tensors: dict[str, Any] = {}
-        for name, value in state["_parameters"].items():
-            tensors[name] = None
-            if value is not None:
-                tensors[name] = self._tensor(value)
-                self._places[id(value)].append((tensors, name))
-        state["_parameters"] = tensors
+        state["_parameters"] = {
+            name: None if value is None else self._tensor(value) for name, value in state["_parameters"].items()
+        }
         state["_buffers"] = {
             name: detach_plain(value) if isinstance(value, Tensor) and value.is_inference() else value
             for name, value in state["_buffers"].items()
@@ -246,16 +228,6 @@ class Shadow:
             value = self._copies[id(parameter)] = self._parameter(parameter)
         return value
 
-    def _follow(self, state: dict[str, Any], name: str, value: Any) -> None:
-        """Replace modules, parameters and methods which a plain attribute holds."""
-        self._met_parameter = False
-        replaced = self._replace(value)
-        if replaced is not value:
-            state[name] = replaced
-            self._followed.add((id(state), name))
-        if self._met_parameter:
-            self._holders.append((state, name, value))
-
     def _replace(self, value: Any) -> Any:
         """``value`` with everything of the tree inside it replaced; ``value`` itself if there is nothing."""
         if type(value) in PLAIN:
@@ -265,7 +237,6 @@ class Shadow:
         if isinstance(value, nn.Module):
             return self.modules.get(id(value), value)
         if isinstance(value, nn.Parameter):
-            self._met_parameter = True
             return self._copies.get(id(value), value)
         if type(value) in CONTAINERS:
             if isinstance(value, dict):

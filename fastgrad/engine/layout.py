@@ -28,11 +28,12 @@ class Layout:
 
     def holds(self, x: Tensor, samples: int) -> bool:
         """Whether ``x`` may hold that many samples there."""
-        if self.kind == "single":
-            return bool(x.shape[0] == 1)
+        if x.dim() <= self.dim:
+            return False
+        rows = x.shape[self.dim]
         if self.kind == "folded":
-            return bool(x.shape[0] % samples == 0)
-        return bool(x.shape[self.dim] == samples)
+            return bool(rows % samples == 0)
+        return bool(rows == (1 if self.kind == "single" else samples))
 
     def batch_first(self, x: Tensor, samples: int) -> Tensor:
         """``x`` as a tensor with the batch in dimension 0, further rows of a sample in dimension 1."""

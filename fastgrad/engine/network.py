@@ -20,7 +20,8 @@ from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import keep_freed_memory, lacks_memory
 from fastgrad.engine.plan import Known, Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
-from fastgrad.engine.run import OffPlanError, Reading, Run, Site
+from fastgrad.engine.run import OffPlanError, Reading, Run
+from fastgrad.engine.sites import BroadcastSite
 from fastgrad.engine.state import Snapshot, devices_of
 from fastgrad.engine.steps import Steps, layer_as_one_step
 from fastgrad.engine.trial import Trial, find_carriers
@@ -200,14 +201,20 @@ class Network:
     ) -> tuple[Any, Shadow]:
         """One try at a forward pass; its output and the copy that ran. ``apart`` as for `Shadow`."""
         run.begin(plan)
-        shadow = Shadow(self.model, parameter, training=training, recorded=self.shared, apart=apart)
-        if not training:
-            for copy in shadow.modules.values():
-                disable_mha_fastpath(copy)
-        # Of two hooks on a module the one attached later runs earlier: readings read what the module returned.
-        places: tuple[Site | Reading, ...] = (*(() if plan is None else plan.sites), *readings)
+        sites = () if plan is None else plan.sites
+        spread = {id(self.model.get_parameter(s.parameters[0])): s for s in sites if isinstance(s, BroadcastSite)}
+
+        def stand_in(original: nn.Parameter) -> Tensor:
+            value, site = parameter(original), spread.get(id(original))
+            return value if site is None else site.spread(run, value)
+
         with torch.set_grad_enabled(plan is not None or torch.is_grad_enabled()):
-            for place in places:
+            shadow = Shadow(self.model, stand_in, training=training, recorded=self.shared, apart=apart)
+            if not training:
+                for copy in shadow.modules.values():
+                    disable_mha_fastpath(copy)
+            # Of two hooks on a module the one attached later runs earlier: readings read what the module returned.
+            for place in (*sites, *readings):
                 place.attach(run, shadow)
             if plan is None or is_traced():
                 output = shadow.root(*args, **kwargs)

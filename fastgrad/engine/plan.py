@@ -229,17 +229,16 @@ class Planner:
         layout = layouts[0] if layouts else None
         if layout is None or (len(layouts) > 1 and not isinstance(rule, ReplayRule)):
             return None, "the batch was not found in its module's output"
-        rank = len(call.outputs[0])
         if isinstance(rule, ReplayRule):
             place = 0 if getattr(call.module, "batch_first", True) else 1
             if layout != (Layout("moved", place) if place else Layout("plain")):
                 return None, f"its module gets the batch in another layout ({layout.kind})"
-            return ReplaySite(call.path, (name,), local, layout, rank, rule), ""
+            return ReplaySite(call.path, (name,), local, layout, rule), ""
         if layout.kind == "single" and not constraints.single:
             return None, "its module's output does not carry the batch"
         if layout.kind in ("folded", "moved") and not rule.positions:
             return None, f"its module gets the batch in another layout ({layout.kind})"
-        return LayerSite(call.path, (name,), local, layout, rank, rule), ""
+        return LayerSite(call.path, (name,), local, layout, rule), ""
 
     def _broadcast(self, name: str) -> BroadcastSite | None:
         """A site for a parameter that every use broadcasts over the batch: one copy per sample serves as well."""

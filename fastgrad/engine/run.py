@@ -98,8 +98,7 @@ class Site:
     parameters: tuple[str, ...]
 
     def attach(self, run: Run, shadow: Shadow) -> None:
-        """Have the forward pass of ``shadow`` register this site's probe with ``run``."""
-        raise NotImplementedError
+        """Have calls of ``shadow``'s modules register this site's probe with ``run``; by default none does."""
 
 
 @dataclass(frozen=True)

@@ -31,16 +31,14 @@ class RuledSite(Site):
     Attributes:
         local: Of all the module's parameters, the names that the rule gives them by those within the model.
         layout: Where the batch lies in the layer's input and first output.
-        rank: The number of dimensions of that output.
     """
 
     local: Mapping[str, str]
     layout: Layout
-    rank: int
 
     def require_layout(self, run: Run, output: Tensor) -> None:
         """Leave the plan if the batch is not where it was."""
-        if output.dim() != self.rank or not self.layout.holds(output, run.samples):
+        if not self.layout.holds(output, run.samples):
             run.leave_plan(self.parameters, f"gives {self.path!r} inputs with the batch in another place than before")
 
     def columns(self, norms: Mapping[str, Tensor]) -> Tensor:
@@ -90,15 +88,11 @@ class BroadcastSite(Site):
 
     rank: int
 
-    def attach(self, run: Run, shadow: Shadow) -> None:
-        """See `Site`."""
-        parameter = shadow.model.get_parameter(self.parameters[0])
-        value = shadow.tensor(parameter)
+    def spread(self, run: Run, value: Tensor) -> Tensor:
+        """The copies of ``value``, which stand in for the parameter."""
         shape = (1,) * (self.rank - value.dim()) + tuple(value.shape)
         copies = value.reshape(shape).expand(run.samples, *shape[1:])
-        probe = run.probe(self, copies)
-        passed = tap([copies], [], probe, functools.partial(_squares, run), in_place=False)[0]
-        shadow.substitute(parameter, passed)
+        return tap([copies], [], run.probe(self, copies), functools.partial(_squares, run), in_place=False)[0]
 
 
 def _squares(run: Run, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:

@@ -53,8 +53,6 @@ class Steps(TorchFunctionMode):
     def __init__(self, parameters: dict[int, int]) -> None:
         super().__init__()
         self.parameters = parameters
-        #: Whether functions are noted.
-        self.on = True
         self._noted: list[Hashable] = []
         self._outer: Steps | None = None
 
@@ -84,7 +82,7 @@ class Steps(TorchFunctionMode):
     ) -> Any:
         """Note the call, and make it."""
         result = func(*args, **kwargs) if kwargs else func(*args)
-        if not self.on:
+        if _current.steps is not self:
             return result
         if isinstance(result, Tensor):
             rank = result.dim()
@@ -123,7 +121,7 @@ def layer_as_one_step(copy: nn.Module) -> None:
 
 def _one_step(ref: Callable[[], Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     layer, steps = ref(), _current.steps
-    if steps is None or not (steps.on and steps.alone and args and type(args[0]) is Tensor):
+    if steps is None or not (steps.alone and args and type(args[0]) is Tensor):
         return forward(layer, *args, **kwargs)
     with without_modes():
         output: Tensor = forward(layer, *args, **kwargs)
@@ -135,15 +133,11 @@ def _one_step(ref: Callable[[], Any], forward: Callable[..., Any], *args: Any, *
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
     """While it lasts, the pass under way notes nothing: another one, which notes its own path, runs within it."""
-    outer = _current.steps
-    on = outer is not None and outer.on
-    if outer is not None:
-        outer.on = False
+    outer, _current.steps = _current.steps, None
     try:
         yield
     finally:
-        if outer is not None:
-            outer.on = on
+        _current.steps = outer
 
 
 def unnoted(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -51,7 +51,6 @@ def counting(model: nn.Module, path: str, count: Counter[str]) -> LayerSite:
         tuple(names),
         names,
         Layout("plain"),
-        2 if isinstance(layer, nn.Linear) else 4,
         LayerRule(rule.name, function, in_place=rule.in_place),
     )
 
