@@ -98,7 +98,7 @@ class _Again:
         # The user's module rather than its copy, whose hooks belong to this forward pass.
         self.module = shadow.model.get_submodule(site.path)
         self.parameters = [shadow.model.get_parameter(name) for name in site.parameters]
-        self.training, self.recorded = shadow.training, shadow.recorded
+        self.recorded = shadow.recorded
 
     def sqnorms(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor], samples: int, verify: bool
@@ -151,7 +151,7 @@ class _Again:
         value_of = {id(p): v for p, v in zip(self.parameters, values, strict=True)}
         shadow = Shadow(
             self.module, lambda p: value_of.get(id(p), detach_plain(p)),
-            training=self.training, recorded=self.recorded,
+            training=self.recorded, recorded=self.recorded,
         )  # fmt: skip
         shadow.restore(self.settings)
         for copy in shadow.modules.values():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 import threading
 import weakref
 from collections import OrderedDict
@@ -34,14 +33,12 @@ _PLANS_KEPT = 4
 class Network:
     """Runs a model with probes; only reads it.
 
-    ``training`` lets modules keep their own mode; else they run in evaluation mode.
-
     Args:
         model: The user's model; held weakly.
         names: Gives the wanted parameters, name by id, in order; all by default.
         tensors: The tensors in an output whose gradients matter.
-        shared: Whether passes use the user's own parameters, which a trial has copies of, in a call of the
-            user's own.
+        recorded: Whether passes are calls of the user's own, with the model's own parameters and in its mode, instead
+            of evaluation mode.
     """
 
     def __init__(
@@ -50,10 +47,10 @@ class Network:
         names: Callable[[], dict[int, str]] | None = None,
         tensors: Callable[[Any], list[Tensor]] = floating,
         *,
-        shared: bool = False,
+        recorded: bool = False,
     ) -> None:
         self._model = weakref.ref(model)
-        self.names, self.tensors, self.shared = names or self._all_names, tensors, shared
+        self.names, self.tensors, self.recorded = names or self._all_names, tensors, recorded
         self._known: OrderedDict[Any, Known] = OrderedDict()
         self._lock = threading.Lock()
         keep_freed_memory()
@@ -68,15 +65,15 @@ class Network:
     def _all_names(self) -> dict[int, str]:
         return {id(p): name for name, p in self.model.named_parameters()}
 
-    def plan(self, args: Any, kwargs: Any, samples: int, *, training: bool = False) -> Plan:
+    def plan(self, args: Any, kwargs: Any, samples: int) -> Plan:
         """The plan for inputs of this structure, made and checked at their first appearance.
 
         Raises:
             ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
         """
         # A layer may have been given another mode, or lost its statistics, since the model was given.
-        refuse_mixing(self.model, training=training)
-        known = self._structure(args, kwargs, samples, training=training)
+        refuse_mixing(self.model, training=self.recorded)
+        known = self._structure(args, kwargs, samples)
         with self._lock:
             if known.plans and not known.plans[0].outdated(self.model):
                 return known.plans[0]
@@ -93,59 +90,35 @@ class Network:
             raise RuntimeError("a report needs one call first: routes depend on the structure of the inputs")
         return [plans[0].routes[name] for name in plans[0].names]
 
-    def forward(
-        self,
-        plan: Plan | None,
-        run: Run,
-        args: Any,
-        kwargs: Any,
-        *,
-        readings: Sequence[Reading] = (),
-        parameter: Callable[[nn.Parameter], Tensor] = detach_plain,
-        training: bool = False,
-    ) -> Any:
-        """One forward pass of a private copy, with probes and readings.
+    def forward(self, plan: Plan | None, run: Run, args: Any, kwargs: Any, *, readings: Sequence[Reading] = ()) -> Any:
+        """One forward pass of a private copy, with probes and readings, which ``run`` takes up.
 
         Where the pass leaves its plan, another plan is taken or made, and the pass begins again. Without a plan it has
-        no sites, and needs no observation and no trial. ``run`` takes up the probes and readings, and the plan that the
-        pass kept to. ``parameter`` gives what the copy holds in place of each parameter.
+        no sites, and needs no observation and no trial.
 
         Raises:
             RuntimeError: If a module that was to be read was not called.
             ValueError: If no plan holds for the path that the pass takes.
         """
-        once = functools.partial(
-            self.once, run=run, args=args, kwargs=kwargs, readings=readings, parameter=parameter,
-            training=training, apart=not self.shared,
-        )  # fmt: skip
         if plan is None:
-            output, shadow = once(None)
+            output, shadow = self.once(None, run, args, kwargs, readings)
         else:
-            output, shadow = self._on_plan(once, plan, run, args, kwargs, training=training)
-        if parameter is not detach_plain:
+            output, shadow = self._on_plan(plan, run, args, kwargs, readings)
+        if self.recorded:
             shadow.write_back()
         return output
 
-    def _on_plan(
-        self,
-        once: Callable[[Plan], tuple[Any, Shadow]],
-        plan: Plan,
-        run: Run,
-        args: Any,
-        kwargs: Any,
-        *,
-        training: bool,
-    ) -> tuple[Any, Shadow]:
-        """Make the pass ``once`` by ``plan``, or by others until it keeps to one."""
+    def _on_plan(self, plan: Plan, run: Run, args: Any, kwargs: Any, readings: Sequence[Reading]) -> tuple[Any, Shadow]:
+        """Make a pass by ``plan``, or by others until it keeps to one."""
         modules = [module for ref in plan.known.modules if (module := ref()) is not None]
-        before = Snapshot(modules, plan.known.devices, training=training, inputs=(args, kwargs))
+        before = Snapshot(modules, plan.known.devices, training=self.recorded, inputs=(args, kwargs))
         tried: list[Plan] = []
         raised: Exception | None = None
         reason = ""
         for candidate in self._candidates(plan, tried, args, kwargs, run.samples):
             raised, reason = None, "calls other functions, or on other parameters, than when it was planned"
             try:
-                output, shadow = once(candidate)
+                output, shadow = self.once(candidate, run, args, kwargs, readings)
                 if run.left is None and (run.steps is None or run.steps.path() in candidate.paths):
                     self._keep(candidate)
                     return output, shadow
@@ -193,24 +166,26 @@ class Network:
         run: Run,
         args: Any,
         kwargs: Any,
-        *,
         readings: Sequence[Reading] = (),
-        parameter: Callable[[nn.Parameter], Tensor] = detach_plain,
-        training: bool = False,
-        apart: bool = True,
+        *,
+        trial: bool = False,
     ) -> tuple[Any, Shadow]:
-        """One try at a forward pass; its output and the copy that ran. ``apart`` as for `Shadow`."""
+        """One try at a forward pass; its output and the copy that ran. A ``trial`` leaves parameters as they are."""
         run.begin(plan)
         sites = () if plan is None else plan.sites
         spread = {id(self.model.get_parameter(s.parameters[0])): s for s in sites if isinstance(s, BroadcastSite)}
+        own = self.recorded and not trial
 
-        def stand_in(original: nn.Parameter) -> Tensor:
-            value, site = parameter(original), spread.get(id(original))
-            return value if site is None else site.spread(run, value)
+        def stand_in(parameter: nn.Parameter) -> Tensor:
+            value = parameter if own else detach_plain(parameter)
+            if self.recorded and trial:
+                # PyTorch's layers take the path of parameters that need gradients, as in the user's own call.
+                value.requires_grad_(parameter.requires_grad)
+            return spread[id(parameter)].spread(run, value) if id(parameter) in spread else value
 
         with torch.set_grad_enabled(plan is not None or torch.is_grad_enabled()):
-            shadow = Shadow(self.model, stand_in, training=training, recorded=self.shared, apart=apart)
-            if not training:
+            shadow = Shadow(self.model, stand_in, training=self.recorded, recorded=self.recorded, apart=not own)
+            if not self.recorded:
                 for copy in shadow.modules.values():
                     disable_mha_fastpath(copy)
             # Of two hooks on a module the one attached later runs earlier: readings read what the module returned.
@@ -221,7 +196,7 @@ class Network:
             else:
                 for copy in shadow.modules.values():
                     layer_as_one_step(copy)
-                with Steps(shadow.stand_ins(apart=not self.shared)) as run.steps:
+                with Steps(shadow.stand_ins(apart=not self.recorded)) as run.steps:
                     output = shadow.root(*args, **kwargs)
         run.closed = True
         for reading in readings:
@@ -229,11 +204,11 @@ class Network:
                 raise RuntimeError(f"the forward pass did not call {reading.path!r}, which was to be read")
         return output, shadow
 
-    def _structure(self, args: Any, kwargs: Any, samples: int, *, training: bool) -> Known:
+    def _structure(self, args: Any, kwargs: Any, samples: int) -> Known:
         """What is known for inputs of this structure, and of a model with these modules and modes."""
         names, modules = self.names(), list(self.model.modules())
-        modes = tuple(module.training and training for module in modules)
-        hooks = tuple(_hooks(modules, backward=self.shared))
+        modes = tuple(module.training and self.recorded for module in modules)
+        hooks = tuple(_hooks(modules, backward=self.recorded))
         key = (_kind(args, kwargs, samples), tuple(map(id, modules)), tuple(names.items()), modes, hooks)
         # A trial of one sample does not see whether others change what it gives. A graph makes no trial.
         keys = [(*key, False), (*key, True)] if is_traced() or samples == 1 else [(*key, False)]

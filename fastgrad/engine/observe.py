@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from fastgrad.engine.fallback import dense, floating
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.probe import nodes_behind
 from fastgrad.engine.state import RandomState, devices_of
+
+if TYPE_CHECKING:
+    from fastgrad.engine.network import Network
 
 # Functions that broadcast a parameter over the batch, by name without underscores.
 _BROADCASTING = frozenset({"add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "div", "expand"})
@@ -66,17 +69,15 @@ class Rows:
         return any(id(leaf) in self._gathered for leaf in pytree.tree_leaves(tree))
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Take up one call of a function."""
+        """Take up a call of a function."""
         name = getattr(function, "__name__", "").strip("_")
-        computed = name in _DRAWING or self._computed_in((args, kwargs))
-        if not computed:
+        if name not in _DRAWING and not self._computed_in((args, kwargs)):
             return
         # What is written to in place comes from what is written.
         first = args[0] if args else None
-        scatters = name in _SCATTERING
         written = (result, first) if name == "setitem" or getattr(function, "__name__", "").endswith("_") else result
         self._add(self._computed, written)
-        if self.gathered(first if scatters else (args, kwargs)) or self._gathers(name, args, kwargs):
+        if self.gathered(first if name in _SCATTERING else (args, kwargs)) or self._gathers(name, args, kwargs):
             self._add(self._gathered, result)
 
     def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -125,8 +126,7 @@ class Call:
 
     Attributes:
         index: Its number among all calls, in the order they began.
-        module: The user's module.
-        copy: The module that ran in its place.
+        module: The user's module, in whose place ``copy`` ran.
         path: The module's name within the model.
         parent: Number of the call it was made in; -1 for the model's own.
         ordinal: How many calls of the module came before.
@@ -143,47 +143,40 @@ class Call:
     parent: int
     ordinal: int
     inputs: list[tuple[int, ...] | None]
+    gathered: bool
     outputs: list[tuple[int, ...]] = field(default_factory=list)
     gradients: dict[int, Tensor] = field(default_factory=dict)
-    gathered: bool = False
 
 
 class _Uses(TorchFunctionMode):
-    """Notes which calls hand a parameter to a differentiable function."""
+    """Notes in ``seen`` which calls hand a parameter to a differentiable function.
 
-    def __init__(
-        self, parameters: dict[int, str], originals: dict[int, str], stack: list[int], rows: Rows, samples: int
-    ) -> None:
+    By id, ``tracked`` are the names of what stands in for parameters, ``originals`` those of the user's own.
+    """
+
+    def __init__(self, seen: Observation, tracked: dict[int, str], originals: dict[int, str]) -> None:
         super().__init__()
-        self.parameters, self.originals, self.stack = parameters, originals, stack
-        self.rows, self.samples = rows, samples
-        #: Names of the functions that gave tensors.
-        self.functions: list[str] = []
-        #: Parameters of the user's model that were used themselves, not through its copy.
-        self.untracked: set[str] = set()
-        self.uses: dict[str, set[int]] = {name: set() for name in parameters.values()}
-        #: Number of dimensions in which a parameter is broadcast over the batch, None where it is used otherwise.
-        self.ranks: dict[str, set[int | None]] = {name: set() for name in parameters.values()}
+        self.seen, self.tracked, self.originals = seen, tracked, originals
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result, seen = func(*args, **(kwargs or {})), self.seen
         leaves = pytree.tree_leaves((args, kwargs))
-        found = [self.parameters[id(leaf)] for leaf in leaves if id(leaf) in self.parameters]
+        found = [self.tracked[id(leaf)] for leaf in leaves if id(leaf) in self.tracked]
         tensors = [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
         if tensors:
-            self.functions.append(getattr(func, "__name__", ""))
-            self.untracked |= {self.originals[id(leaf)] for leaf in leaves if id(leaf) in self.originals}
-        gathered = bool(found) and self.rows.gathered((args, kwargs))
-        self.rows.note(func, args, kwargs or {}, result)
+            seen.functions.append(getattr(func, "__name__", ""))
+            seen.untracked |= {self.originals[id(leaf)] for leaf in leaves if id(leaf) in self.originals}
+        gathered = bool(found) and seen.rows.gathered((args, kwargs))
+        seen.rows.note(func, args, kwargs or {}, result)
         if found and tensors:
             name = getattr(func, "__name__", "").strip("_")
-            broadcast = name in _BROADCASTING and result.shape[:1] == (self.samples,) and not gathered
+            broadcast = name in _BROADCASTING and result.shape[:1] == (seen.samples,) and not gathered
             for name in found:
-                self.ranks[name].add(result.dim() if broadcast else None)
+                seen.ranks[name].add(result.dim() if broadcast else None)
                 if any(r.requires_grad for r in tensors):
-                    self.uses[name].add(self.stack[-1])
+                    seen.uses[name].add(seen.stack[-1])
         return result
 
 
@@ -194,59 +187,51 @@ def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradi
         gradients[position] = gradient if known is None else known + gradient
 
 
-def _reached(outputs: Sequence[Tensor], parameters: dict[int, str]) -> set[str]:
-    """Names of those parameters, by id, that the graph of ``outputs`` leads to."""
-    reached = (id(getattr(node, "variable", None)) for node in nodes_behind(outputs))
-    return {parameters[key] for key in reached if key in parameters}
-
-
 class Observation:
-    """What a model does with a few samples; what differs from ``fewer``, with one of them less, is the batch.
+    """What a network's model does with a few samples; what differs from ``fewer``, with one less, is the batch.
 
-    ``recorded`` as in `fastgrad.engine.copy`. ``rounded`` changes every parameter by a last place or so.
+    ``training`` as for `Shadow`. ``rounded`` changes every parameter by a last place or so.
 
     Attributes:
-        calls: All calls of modules.
+        calls: All calls of modules; ``stack`` has the numbers of those under way.
         bytes: Of all calls' outputs.
+        precision: The relative rounding error of the coarsest of them.
         parameters: By name, the leaf that stood in for each parameter.
         uses: By name, the numbers of the calls that use a parameter.
         ranks: By name, the numbers of dimensions in which a parameter is broadcast over the batch, None among
             them where it is used otherwise.
-        gathers: Whether rows were gathered or reordered, see `Rows`.
+        rows: Whose rows tensors hold.
         functions: Names of all functions that gave tensors, in order.
         drew: Whether random numbers were drawn.
-        precision: The relative rounding error of the coarsest output of a call.
         untracked: Names of parameters that the model used from elsewhere than its modules' attributes: from a closure,
             or through a tensor that an earlier call computed of them and kept.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        tensors: Callable[[Any], list[Tensor]],
+        network: Network,
         inputs: tuple[Any, Any],
         samples: int,
         fewer: Observation | None = None,
         *,
         training: bool = False,
-        recorded: bool = False,
         rounded: bool = False,
     ) -> None:
-        self._tensors = tensors
+        model, self._tensors, self.samples = network.model, network.tensors, samples
         self.calls: list[Call] = []
+        self.stack = [-1]
+        self.bytes, self.precision = 0, 0.0
         self.parameters: dict[str, Tensor] = {}
-        self.bytes = 0
-        self.precision = 0.0
-        self.samples = samples
+        self.rows = Rows(inputs)
+        self.functions: list[str] = []
+        self.untracked: set[str] = set()
         # One entry for each backward pass that has begun.
         self._passes: list[None] = []
-        self._rows = Rows(inputs)
-        # Numbers of the calls under way.
-        self._stack = [-1]
         self._times: Counter[str] = Counter()
         self._fewer = {} if fewer is None else {(call.path, call.ordinal): call for call in fewer.calls}
         names = {id(p): name for name, p in model.named_parameters()}
-        tracked: dict[int, str] = {}
+        self.uses: dict[str, set[int]] = {name: set() for name in names.values()}
+        self.ranks: dict[str, set[int | None]] = {name: set() for name in names.values()}
 
         def leaf(parameter: nn.Parameter) -> Tensor:
             value = detach_plain(parameter)
@@ -255,22 +240,19 @@ class Observation:
                     signs = torch.arange(value.numel(), device=value.device).cos().sign().reshape(value.shape)
                     value = value * (1 + torch.finfo(value.dtype).eps * signs.to(value.dtype))
                 value.requires_grad_()
-            name = names[id(parameter)]
-            self.parameters[name] = value
-            tracked[id(value)] = name
+            self.parameters[names[id(parameter)]] = value
             return value
 
-        shadow = Shadow(model, leaf, training=training, recorded=recorded)
+        shadow = Shadow(model, leaf, training=training, recorded=network.recorded)
         for path, original in model.named_modules():
             self._watch(original, shadow.modules[id(original)], path)
-
+        tracked = {id(value): name for name, value in self.parameters.items()}
         before = RandomState(devices_of(model))
-        with torch.enable_grad(), _Uses(tracked, names, self._stack, self._rows, samples) as uses:
+        with torch.enable_grad(), _Uses(self, tracked, names):
             self._output = shadow.root(*inputs[0], **inputs[1])
         self.drew = not before.same()
-        self.uses, self.ranks, self.functions = uses.uses, uses.ranks, uses.functions
-        self.untracked = uses.untracked | _reached(floating(self._output), names)
-        self.gathers = self._rows.gathers
+        reached = (id(getattr(node, "variable", None)) for node in nodes_behind(floating(self._output)))
+        self.untracked |= {names[key] for key in reached if key in names}
 
     @functools.cached_property
     def outputs(self) -> list[Tensor]:
@@ -282,18 +264,16 @@ class Observation:
         own = weakref.proxy(self)
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-            index = len(own.calls)
-            inputs = [
-                tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves((args, kwargs))
-            ]
-            own.calls.append(Call(index, original, copy, path, own._stack[-1], own._times[path], inputs))
-            own.calls[-1].gathered = own._rows.gathered((args, kwargs))
+            index, leaves = len(own.calls), pytree.tree_leaves((args, kwargs))
+            inputs = [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves]
+            gathered = own.rows.gathered(leaves)
+            own.calls.append(Call(index, original, copy, path, own.stack[-1], own._times[path], inputs, gathered))
             own._times[path] += 1
-            own._stack.append(index)
+            own.stack.append(index)
 
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            call = own.calls[own._stack.pop()]
-            call.gathered = call.gathered or own._rows.gathered(output)
+            call = own.calls[own.stack.pop()]
+            call.gathered = call.gathered or own.rows.gathered(output)
             for position, tensor in enumerate(floating(output)):
                 call.outputs.append(tuple(tensor.shape))
                 own.bytes += tensor.numel() * tensor.element_size()
@@ -350,11 +330,9 @@ class Observation:
             return None
         flags = []
         for more, less in zip(call.inputs, other.inputs, strict=True):
-            if more is None or less is None or more == less:
-                flags.append(False)
-                continue
-            layout = find_layout(more, less, None, self.samples)
-            if layout is None or layout.kind not in ("plain", "folded"):
-                return None
-            flags.append(True)
+            flags.append(more is not None and less is not None and more != less)
+            if more is not None and less is not None and more != less:
+                layout = find_layout(more, less, None, self.samples)
+                if layout is None or layout.kind not in ("plain", "folded"):
+                    return None
         return tuple(flags)

@@ -265,7 +265,9 @@ class Planner:
             if layouts and len(places) == len(layouts):
                 vectorize = call.path not in constraints.no_vmap
                 # A function that vmap cannot take may look at values.
-                return FallbackSite(call.path, (name,), batched, places, vectorize, self.seen.gathers or not vectorize)
+                return FallbackSite(
+                    call.path, (name,), batched, places, vectorize, self.seen.rows.gathers or not vectorize
+                )
         raise ValueError(
             "model must treat the samples of a batch independently, batch in dimension 0 of inputs; no part of it that "
             f"contains all uses of {name!r} does, with the batch in all its outputs (a loss of all samples has none)"

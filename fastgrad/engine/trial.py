@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgrad._torch import is_traced, pytree
 from fastgrad.batches import carrying, take
@@ -79,7 +79,8 @@ def _outputs(network: Network, inputs: Any, *, training: bool = False) -> list[T
     """What the model returns; it and the inputs are left as they were."""
     args, kwargs = unwritten(inputs)
     with undone(network.model), torch.no_grad():
-        return network.tensors(Shadow(network.model, training=training, recorded=network.shared).root(*args, **kwargs))
+        shadow = Shadow(network.model, training=training, recorded=network.recorded)
+        return network.tensors(shadow.root(*args, **kwargs))
 
 
 def _same_rows(some: Sequence[Tensor], batch: Sequence[Tensor], index: Tensor) -> bool:
@@ -138,11 +139,8 @@ class Samples:
 
     def observed(self, inputs: Any, count: int, fewer: Observation | None = None, **options: bool) -> Observation:
         """What the model does with ``inputs``; ``options`` as for `Observation`. It is left as it was."""
-        model = self._network.model
-        with undone(model):
-            return Observation(
-                model, self._network.tensors, unwritten(inputs), count, fewer, recorded=self._network.shared, **options
-            )
+        with undone(self._network.model):
+            return Observation(self._network, unwritten(inputs), count, fewer, **options)
 
     def backward(self, seen: Observation, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
         """The gradients by name of what was observed. The model is left as it was: a checkpoint runs a part again."""
@@ -407,12 +405,7 @@ class Trial:
     def _features(self, plan: Plan, cotangents: Sequence[Tensor], inputs: Any, count: int) -> Tensor:
         """Squared norms ``(B, P)`` as the plan finds them; its path becomes one of the plan's."""
         run = Run(count)
-        # With the user's own parameters, PyTorch's layers take the path of parameters that need gradients.
-        shared = self._network.shared
-        output, _ = self._network.once(
-            plan, run, *unwritten(inputs),
-            parameter=_apart if shared else detach_plain, training=shared or self._known.training,
-        )  # fmt: skip
+        output, _ = self._network.once(plan, run, *unwritten(inputs), trial=True)
         if run.left is not None:
             raise run.left
         assert run.steps is not None
@@ -420,11 +413,6 @@ class Trial:
         outputs = self._network.tensors(output)
         signals = backward_signals(run, outputs, [rows[None] for rows in cotangents])
         return order_by_parameter(run.probes, signals, plan.names, outputs[0].detach()[None], count)[0]
-
-
-def _apart(parameter: nn.Parameter) -> Tensor:
-    """A copy that shares memory, and needs gradients where ``parameter`` does."""
-    return detach_plain(parameter).requires_grad_(parameter.requires_grad)
 
 
 def precision_of(tensors: dict[str, Tensor]) -> float:
