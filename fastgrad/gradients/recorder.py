@@ -136,13 +136,13 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             network = _networks.get(module)
             # Modules may call themselves equal to others.
             if network is None or network.model is not module:
-                network = _networks[module] = Network(module, shared=True)
+                network = _networks[module] = Network(module, recorded=True)
         samples = batch_size(args, kwargs)
         # An empty batch, which random sampling may draw, has nothing to be planned on and no norms.
         run, earlier, first = Run(samples), list(self.calls), next_number()
         with suspended():
-            plan = network.plan(args, kwargs, samples, training=True) if samples else None
-            output = network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
+            plan = network.plan(args, kwargs, samples) if samples else None
+            output = network.forward(plan, run, args, kwargs)
         if run.plan is not None and run.plan.untracked:
             # Modules that a closure calls are the user's own, and such calls are recorded like any other.
             inner = [call for call in self.calls if not any(call is other for other in earlier)]
