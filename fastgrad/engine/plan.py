@@ -37,8 +37,8 @@ class Known:
     Attributes:
         training: Whether a module runs in training mode.
         names: The wanted parameters, names by id.
-        modules: The model's modules. As long as they live, their ids are theirs. Its parameters are known by name: a
-            weak reference would keep torch.utils.swap_tensors from them.
+        modules: As long as they live, their ids are theirs. Parameters are known by name: a weak reference would keep
+            torch.utils.swap_tensors from them.
         carriers: For each leaf of the inputs, whether it carries the batch.
         devices: Those beside the CPU on which the model may draw random numbers.
         plans: Most recently used first.
@@ -63,15 +63,13 @@ class Plan:
     Attributes:
         names: The wanted parameters.
         sites: What serves them.
-        routes: By name, what the report says.
+        routes: By name.
         bytes_per_element: Bytes of layer outputs per input element, to estimate memory.
-        untracked: Names of those parameters that the model used from elsewhere than its modules' attributes: a copy
-            of the modules does not see that.
-        known: What else is known of the model for inputs of this structure.
+        untracked: Names of those that the model used from elsewhere than its modules' attributes, past a copy.
         outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
         paths: Those on which it agreed with autograd, see `fastgrad.engine.steps`.
         zeros: Names of parameters that were zero in the trial, if others that were used had no gradient there.
-        linear: Whether gradients are in proportion to those of the outputs; not behind a hook that clamps them.
+        linear: Whether gradients are in proportion to those of the outputs.
     """
 
     names: tuple[str, ...]
@@ -92,12 +90,14 @@ class Plan:
         return any(bool(p.any()) for name, p in model.named_parameters() if name in self.zeros)
 
     @property
+    def broadcasts(self) -> bool:
+        """Whether the model is given copies in place of a parameter, which it may not bear."""
+        return any(isinstance(site, BroadcastSite) for site in self.sites)
+
+    @property
     def replaces(self) -> bool:
-        """Whether the model is given something else in place of a parameter or an output, which it may not bear."""
-        return any(
-            isinstance(site, BroadcastSite) or (isinstance(site, LayerSite) and site.layout.kind == "single")
-            for site in self.sites
-        )
+        """The same, or an output broadcast over the batch."""
+        return self.broadcasts or any(isinstance(s, LayerSite) and s.layout.kind == "single" for s in self.sites)
 
     def joined(self, other: Plan) -> Plan:
         """This plan, with the sites of ``other`` for parameters that this one takes for unused."""
@@ -124,8 +124,7 @@ class PlanConstraints:
     """What a plan does without, because a trial failed.
 
     Attributes:
-        broadcast: Whether parameters that are broadcast may get one copy per sample. A model that looks at their
-            shape may not bear it.
+        broadcast: Whether parameters that are broadcast may get one copy per sample.
         single: Whether an output whose dimension 0 has size 1 may be broadcast over the batch.
         no_vmap: Paths of modules which ``vmap`` cannot take.
         at_root: Parameters that must take the fallback at the model itself.
@@ -138,9 +137,9 @@ class PlanConstraints:
 
     def after_error(self, plan: Plan) -> PlanConstraints | None:
         """The next step after the trial of ``plan`` raised; None if nothing that may raise is left."""
-        if any(isinstance(site, BroadcastSite) for site in plan.sites):
+        if plan.broadcasts:
             return replace(self, broadcast=False)
-        if any(isinstance(site, LayerSite) and site.layout.kind == "single" for site in plan.sites):
+        if plan.replaces:
             return replace(self, single=False)
         mapped = {site.path for site in plan.sites if isinstance(site, FallbackSite) and site.vectorize}
         if mapped:
@@ -192,19 +191,18 @@ class Planner:
     def _choose(self, name: str, constraints: PlanConstraints) -> tuple[PlannedSite, Route]:
         """A site for one parameter: its layer's rule, a copy per sample, or the fallback."""
         uses = self.seen.uses[name]
-        site: PlannedSite | None = None
         if name in constraints.at_root:
-            site = self._fallback({0}, name, constraints)
-            return site, Route(name, "fallback", site.path, "its rule disagreed with autograd on this model")
-        if len(uses) > 1:
+            uses, reason = {0}, "its rule disagreed with autograd on this model"
+        elif len(uses) > 1:
             reason = "it is used by more than one module call; its gradients add up before the norm"
         else:
             ruled, reason = self._ruled(next(iter(uses)), name, constraints)
             if ruled is not None:
                 return ruled, Route(name, ruled.rule.name, ruled.path, "")
-        site = self._broadcast(name) if constraints.broadcast else None
-        if site is not None:
-            return site, Route(name, "broadcast", site.path, reason)
+        if constraints.broadcast and name not in constraints.at_root:
+            copies = self._broadcast(name)
+            if copies is not None:
+                return copies, Route(name, "broadcast", copies.path, reason)
         site = self._fallback(uses, name, constraints)
         return site, Route(name, "fallback", site.path, reason)
 
@@ -242,12 +240,9 @@ class Planner:
 
     def _broadcast(self, name: str) -> BroadcastSite | None:
         """A site for a parameter that every use broadcasts over the batch: one copy per sample serves as well."""
-        ranks = self.seen.ranks[name]
+        rank, *others = self.seen.ranks[name] or [None]
         parameter = self.seen.parameters[name]
-        if len(ranks) != 1:
-            return None
-        rank = next(iter(ranks))
-        if rank is None or not (rank > parameter.dim() or (rank == parameter.dim() and parameter.shape[0] == 1)):
+        if others or rank is None or rank < parameter.dim() or (rank == parameter.dim() and parameter.shape[0] != 1):
             return None
         return BroadcastSite(name.rpartition(".")[0], (name,), rank)
 
@@ -265,9 +260,8 @@ class Planner:
             if layouts and len(places) == len(layouts):
                 vectorize = call.path not in constraints.no_vmap
                 # A function that vmap cannot take may look at values.
-                return FallbackSite(
-                    call.path, (name,), batched, places, vectorize, self.seen.rows.gathers or not vectorize
-                )
+                verify = self.seen.rows.gathers or not vectorize
+                return FallbackSite(call.path, (name,), batched, places, vectorize, verify)
         raise ValueError(
             "model must treat the samples of a batch independently, batch in dimension 0 of inputs; no part of it that "
             f"contains all uses of {name!r} does, with the batch in all its outputs (a loss of all samples has none)"

@@ -87,19 +87,15 @@ class _Graphed(torch.autograd.Function):
 def tap(
     outputs: Sequence[Tensor], saved: Sequence[Tensor], probe: Tensor, norms: Norms, *, in_place: bool
 ) -> list[Tensor]:
-    """Route ``outputs`` through an identity node.
+    """Route a layer's floating-point ``outputs`` through an identity node, and return those to go on with.
 
     Args:
-        outputs: A layer's floating-point outputs.
+        outputs: See above.
         saved: What ``norms`` needs of the forward pass; kept by reference, checked against later modification.
-        probe: Zeros of shape ``(B, m)`` that require gradients; their gradient will be the squared norms, where a
-            backward pass asks for them (`requesting_norms`).
+        probe: Zeros ``(B, m)`` that require gradients. Their gradient will be the squared norms, where a backward pass
+            asks for them (`requesting_norms`).
         norms: Computes them from ``saved`` and the output gradients; may run under ``vmap`` over gradients.
-        in_place: Whether the outputs may be passed on as they are. Only where the operation that made them did
-            not save them for its own backward; otherwise they are copied.
-
-    Returns:
-        The outputs to go on with.
+        in_place: Whether to pass outputs on without a copy: the operation that made them must not need them.
     """
     saved = [t.detach() for t in saved]
     if in_place:

@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 
 class OffPlanError(Exception):
-    """A forward pass uses parameters in a way that its plan does not know.
-
-    Attributes:
-        parameters: Their names.
-        reason: What it does.
-    """
+    """A forward pass uses ``parameters`` in a way that its plan does not know."""
 
     def __init__(self, parameters: tuple[str, ...], reason: str) -> None:
         super().__init__(reason)
@@ -33,12 +28,7 @@ class OffPlanError(Exception):
 
 
 class Run:
-    """The probes and readings of one forward pass.
-
-    Args:
-        samples: B.
-        impl: What the rules' operators run on.
-    """
+    """The probes and readings of one forward pass of B ``samples``; ``impl`` is what the rules' operators run on."""
 
     def __init__(self, samples: int, impl: str = "auto") -> None:
         self.samples, self.impl = samples, impl
