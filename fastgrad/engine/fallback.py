@@ -1,8 +1,7 @@
 """The exact general fallback: per-sample gradients of one module alone, a few samples at a time.
 
-It serves parameters which a module holds directly (class tokens, position embeddings, layer scale, relative
-position tables), layers without a rule, and parameters used more than once: all uses lie within the module
-that is computed again, so their gradients add up before the norm is taken.
+It serves layers without a rule, and parameters that a module holds directly or that are used more than once: all uses
+lie within the module that is computed again, so their gradients add up before the norm is taken.
 
 Whether a sample alone has the gradients that it has in its batch is seen where a model might make a difference, as one
 that reorders samples or looks at values: with random weights, the gradients of the samples must add up to the gradient
@@ -56,13 +55,11 @@ class FallbackSite(RecomputedSite):
     """A module of any kind, computed again sample by sample.
 
     Attributes:
-        batched: For each leaf of the inputs, whether its dimension 0 is the batch (or a multiple of it, sample by
-            sample).
+        batched: For each leaf of the inputs, whether its dimension 0 is the batch, or a multiple of it.
         places: The dimension in which each output has the batch, a multiple of it in dimension 0 alone.
-        vectorize: Whether samples of a chunk run together under ``vmap``; else one after the other, for modules
-            which ``vmap`` cannot take.
-        verify: Whether to compare the gradients with those of the whole batch. It happens in any case where a sample
-            alone gives other outputs than in its batch.
+        vectorize: Whether samples of a chunk run together under ``vmap``, which cannot take all modules.
+        verify: Whether to compare the gradients with those of the whole batch, also where a sample alone gives the
+            outputs that it gives in its batch.
     """
 
     batched: tuple[bool, ...]
@@ -100,9 +97,7 @@ class _Again:
         self.parameters = [shadow.model.get_parameter(name) for name in site.parameters]
         self.recorded = shadow.recorded
 
-    def sqnorms(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor], samples: int, verify: bool
-    ) -> Tensor:
+    def sqnorms(self, args: Any, kwargs: Any, gradients: list[Tensor], samples: int, verify: bool) -> Tensor:
         """Squared norms ``(B, P)`` of each sample's gradient of the parameters, with all their uses inside the module.
 
         Raises:
@@ -189,12 +184,7 @@ class _Again:
         return _differentiated(outputs, wanted, gradients)
 
     def _compare(
-        self,
-        forward: Forward,
-        inputs: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        weighted: Sequence[Tensor],
-        norms: Tensor,
+        self, forward: Forward, inputs: list[Tensor], gradients: list[Tensor], weighted: list[Tensor], norms: Tensor
     ) -> None:
         """Raise ValueError where ``weighted`` gradients of single samples are not those of the batch."""
         wanted, weights = [leaf(detach_plain(p)) for p in self.parameters], _weights(len(norms), norms.device)
@@ -222,25 +212,25 @@ class _Again:
         )
 
 
-def dense(gradient: Tensor) -> Tensor:
-    """``gradient`` with its zeros, which those of embeddings may leave out."""
-    # Not of all: vmap has no rule for it.
-    return gradient.to_dense() if gradient.is_sparse else gradient
+def dense_grads(
+    outputs: Sequence[Tensor], wanted: Sequence[Tensor], gradients: Sequence[Tensor], *, keep: bool = False
+) -> list[Tensor | None]:
+    """The gradient of each of ``wanted`` where ``gradients`` are sent back from those outputs that have a graph."""
+    pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(wanted)
+    reached, at = zip(*pairs, strict=True)
+    found = torch.autograd.grad(reached, wanted, at, allow_unused=True, retain_graph=keep)
+    # Those of embeddings may leave out zeros. Not all are made dense: vmap has no rule for it.
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
 
 
 def _differentiated(
-    outputs: Sequence[Tensor], wanted: Sequence[Tensor], gradients: Sequence[Tensor]
+    outputs: list[Tensor], wanted: list[Tensor], gradients: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs without their graph, and the gradients of ``wanted`` where ``gradients`` are sent back."""
-    pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
-    grads: Sequence[Tensor | None] = [None] * len(wanted)
-    if pairs:
-        reached, at = zip(*pairs, strict=True)
-        grads = torch.autograd.grad(reached, wanted, at, allow_unused=True)
-    return (
-        [out.detach() for out in outputs],
-        [torch.zeros_like(w) if f is None else dense(f) for f, w in zip(grads, wanted, strict=True)],
-    )
+    """The outputs without their graph, and the gradients of ``wanted``."""
+    found = zip(dense_grads(outputs, wanted, gradients), wanted, strict=True)
+    return [out.detach() for out in outputs], [torch.zeros_like(w) if g is None else g for g, w in found]
 
 
 def _weights(samples: int, device: torch.device) -> Tensor:

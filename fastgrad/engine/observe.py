@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import pytree
 from fastgrad.engine.copy import Shadow, attach, detach_plain
-from fastgrad.engine.fallback import dense, floating
+from fastgrad.engine.fallback import dense_grads, floating
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.probe import nodes_behind
 from fastgrad.engine.state import RandomState, devices_of
@@ -290,12 +290,8 @@ class Observation:
         """Send one sample's gradient back, first that of the chosen one; returns its gradient of every parameter."""
         self._passes.append(None)
         leaves = {n: p for n, p in self.parameters.items() if p.requires_grad}
-        pairs = [(out, row) for out, row in zip(self.outputs, gradients, strict=True) if out.requires_grad]
-        if not leaves or not pairs:
-            return {}
-        reached, at = zip(*pairs, strict=True)
-        found = torch.autograd.grad(reached, list(leaves.values()), at, allow_unused=True, retain_graph=True)
-        return {name: dense(g) for name, g in zip(leaves, found, strict=True) if g is not None}
+        found = dense_grads(self.outputs, list(leaves.values()), gradients, keep=True)
+        return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
     def once(self, call: Call) -> bool:
         """Whether the call's module is called no other time."""

@@ -89,13 +89,10 @@ def tap(
 ) -> list[Tensor]:
     """Route a layer's floating-point ``outputs`` through an identity node, and return those to go on with.
 
-    Args:
-        outputs: See above.
-        saved: What ``norms`` needs of the forward pass; kept by reference, checked against later modification.
-        probe: Zeros ``(B, m)`` that require gradients. Their gradient will be the squared norms, where a backward pass
-            asks for them (`requesting_norms`).
-        norms: Computes them from ``saved`` and the output gradients; may run under ``vmap`` over gradients.
-        in_place: Whether to pass outputs on without a copy: the operation that made them must not need them.
+    The gradient of ``probe``, zeros ``(B, m)`` that require gradients, will be the squared norms, where a backward pass
+    asks for them (`requesting_norms`). ``norms`` computes them from ``saved``, which is kept by reference and checked
+    against later modification, and the output gradients; it may run under ``vmap`` over gradients. ``in_place`` passes
+    outputs on without a copy, which the operation that made them must not need for its own backward.
     """
     saved = [t.detach() for t in saved]
     if in_place:

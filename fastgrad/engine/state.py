@@ -125,12 +125,8 @@ def unwritten(inputs: Any) -> Any:
 class Snapshot:
     """Random numbers, buffers and inputs before a forward pass, to take back what it does to them.
 
-    Args:
-        modules: All modules of the model.
-        devices: Its `devices_of`.
-        training: Whether modules run in their own mode; buffers of those in training mode are expected to change.
-        every: Whether to copy the other buffers as well.
-        inputs: Those of the pass. Objects among them, as a cache of keys and values, get back what they held.
+    In ``training``, buffers of modules in that mode are expected to change; the others are copied only with ``every``.
+    Objects among the inputs, as a cache of keys and values, get back what they held.
     """
 
     def __init__(

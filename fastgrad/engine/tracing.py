@@ -36,19 +36,11 @@ def is_fixed(size: object) -> bool:
 def trace(
     function: Callable[..., Any], inputs: Any, batch: int | None, *, functional: bool = False
 ) -> torch.fx.GraphModule:
-    """Run ``function(*inputs)`` once on tensors without data and record every operation.
+    """Run ``function(*inputs)`` once on tensors without data and record every operation, also of backward passes.
 
-    Operations of `torch.autograd.grad` inside the function are recorded like all others.
-
-    Args:
-        function: What to record.
-        inputs: Tuple of example inputs of any structure.
-        batch: Size of dimension 0 that marks a tensor as one that carries the batch, whose size becomes a symbol;
-            at least 2, since sizes 0 and 1 are special to the tracer. None records constant sizes.
-        functional: Whether operations that write in place become ones that do not.
-
-    Returns:
-        A module that takes the inputs' tensors positionally.
+    Tensors whose dimension 0 is ``batch``, 2 at least, carry the batch, whose size becomes a symbol; None records
+    constant sizes. ``functional`` replaces operations that write in place. The result takes the inputs' tensors
+    positionally.
     """
 
     def flat(*tensors: Tensor) -> Any:
@@ -79,10 +71,9 @@ class CompiledPasses:
     def __call__(
         self, model: nn.Module, structure: object, make: Callable[[], Pass], inputs: Any
     ) -> tuple[Tensor, ...]:
-        """Compile or find the graph of a pass, and call it.
+        """Compile or find the graph of the pass that ``make`` gives, which uses nothing but model and inputs; call it.
 
-        ``structure`` stands for the model's modules and the structure of the inputs, by its identity. ``make`` gives
-        the pass that is to be compiled, which uses nothing but the model and the inputs.
+        ``structure`` stands for the model's modules and the structure of the inputs, by its identity.
         """
         tensors = input_tensors(inputs)
         device = tensors[0].device.type
