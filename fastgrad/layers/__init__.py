@@ -9,17 +9,16 @@ from __future__ import annotations
 from torch import nn
 
 from fastgrad._torch import BatchNorm, InstanceNorm
-from fastgrad.layers.activation import PRELU
 from fastgrad.layers.attention import ATTENTION
 from fastgrad.layers.conv import CONVOLUTION, SAME_CONVOLUTION, STORED_CONVOLUTION
-from fastgrad.layers.embedding import EMBEDDING
-from fastgrad.layers.linear import LINEAR
+from fastgrad.layers.linear import EMBEDDING, LINEAR
 from fastgrad.layers.norm import (
     BATCH_NORM,
     GROUP_NORM,
     INSTANCE_NORM,
     LAYER_NORM,
     LAYER_NORM_2D,
+    PRELU,
     RMS_NORM,
     RMS_NORM_OF_TRANSFORMERS,
 )

@@ -59,23 +59,19 @@ def multihead_attention(
         leaves = [leaf(F.linear(x.detach(), w.to(dtype), b)) for x, w, b in zip(inputs, weights, biases, strict=True)]
         query, key, value = leaves
         extra: dict[str, Tensor] = {}
-        padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
-        scores_mask = None if mask is None else _additive(mask, dtype)
-        if scores_mask is not None and scores_mask.dim() == 3:
-            scores_mask = scores_mask.reshape(samples, heads, *scores_mask.shape[1:])
-        appended = 0
         if module.bias_k is not None and module.bias_v is not None:
             for name, row in (("bias_k", module.bias_k), ("bias_v", module.bias_v)):
                 extra[name] = leaf(row.to(dtype).expand(samples, 1, -1))
             key, value = torch.cat([key, extra["bias_k"]], 1), torch.cat([value, extra["bias_v"]], 1)
-            appended += 1
         if module.add_zero_attn:
             key, value = (torch.cat([x, x.new_zeros(samples, 1, x.shape[2])], 1) for x in (key, value))
-            appended += 1
+        appended = key.shape[1] - inputs[1].shape[1]
         query, key, value = (_heads(x, heads) for x in (query, key, value))
         scores = query @ key.transpose(-1, -2) / math.sqrt(module.head_dim)
-        if scores_mask is not None:
-            scores = scores + F.pad(scores_mask, (0, appended))
+        padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
+        if mask is not None:
+            mask = mask.reshape(samples, heads, *mask.shape[1:]) if mask.dim() == 3 else mask
+            scores = scores + F.pad(_additive(mask, dtype), (0, appended))
         if padding is not None:
             scores = scores + F.pad(_additive(padding, dtype), (0, appended))[:, None, None, :]
         attended = scores.softmax(-1)

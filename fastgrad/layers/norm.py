@@ -1,4 +1,7 @@
-"""Normalisation layers: the weight's gradient is the sum over positions of ``g * xhat``, the bias's that of ``g``."""
+"""Normalisation layers: the weight's gradient is the sum over positions of ``g * xhat``, the bias's that of ``g``.
+
+PReLU's slope is such a weight, too.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,23 @@ from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
 
 
+def _channel_sqnorm(x: Tensor) -> Tensor:
+    """Squared norms ``(B,)`` of ``(B, C, *)``, summed over positions."""
+    return sqnorm(x.flatten(2).sum(2) if x.dim() > 2 else x)
+
+
 def _channel_norms(xhat: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Norms of per-channel affine parameters from ``(B, C, *)`` tensors."""
-    if g.dim() == 2:
-        return {"weight": sqnorm(g * xhat), "bias": sqnorm(g)}
-    g = g.flatten(2)
-    return {"weight": sqnorm((g * xhat.flatten(2)).sum(2)), "bias": sqnorm(g.sum(2))}
+    return {"weight": _channel_sqnorm(g * xhat), "bias": _channel_sqnorm(g)}
+
+
+def prelu(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Rule for PReLU: the slope's gradient is the sum of ``g * a`` where ``a`` is negative."""
+    assert isinstance(module, nn.PReLU)
+    a, g = upcast(a, g)
+    product = g * a.clamp(max=0)
+    if module.num_parameters == 1:
+        return {"weight": product.reshape(product.shape[0], -1).sum(1).square()}
+    return {"weight": _channel_sqnorm(product)}
 
 
 def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -99,6 +113,7 @@ def rms_norm_of_transformers(module: nn.Module, a: Tensor, g: Tensor) -> dict[st
     return {"weight": _positionwise(F.rms_norm(a, [a.shape[-1]], eps=eps), g, 1)["weight"]}
 
 
+PRELU = LayerRule("PReLU", prelu, in_place=True)
 BATCH_NORM = LayerRule("batch norm (evaluation)", batch_norm, in_place=True)
 INSTANCE_NORM = LayerRule("instance norm", instance_norm, in_place=True)
 GROUP_NORM = LayerRule("group norm", group_norm, in_place=True)
