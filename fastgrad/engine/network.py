@@ -22,7 +22,7 @@ from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import OffPlanError, Reading, Run
 from fastgrad.engine.sites import BroadcastSite
 from fastgrad.engine.state import Snapshot, devices_of
-from fastgrad.engine.steps import Steps, layer_as_one_step
+from fastgrad.engine.steps import Steps, layer_as_one_step, noting
 from fastgrad.engine.trial import Trial, find_carriers
 
 #: Structures of inputs whose plans are kept, and plans kept for one: paths that no single plan serves.
@@ -196,7 +196,7 @@ class Network:
             else:
                 for copy in shadow.modules.values():
                     layer_as_one_step(copy)
-                with Steps(shadow.stand_ins(apart=not self.recorded)) as run.steps:
+                with noting(Steps(shadow.stand_ins(apart=not self.recorded))) as run.steps:
                     output = shadow.root(*args, **kwargs)
         run.closed = True
         for reading in readings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -51,21 +51,13 @@ class Run:
         #: Where the path is noted.
         self.steps: Steps | None = None
 
-    def leave_plan(self, parameters: tuple[str, ...], reason: str) -> NoReturn:
-        """Raise OffPlanError, which the model may catch but the pass remembers."""
-        self.left = OffPlanError(parameters, reason)
-        raise self.left
-
     def reach(self, site: Site) -> None:
         """Note that the forward pass comes to a site of its plan."""
         if self.steps is not None:
             self.steps.note(type(site).__name__, site.path, site.parameters)
 
     def probe(self, site: Site, output: Tensor) -> Tensor:
-        """A new probe of a site, on the device of ``output``.
-
-        Zeros ``(B, m)`` for the site's m parameters, float32 (float64 for a float64 output), that require gradients.
-        """
+        """A new probe of a site: zeros ``(B, m)`` for m parameters, float32 (float64 for a float64 ``output``)."""
         dtype = compute_dtype(output.dtype)
         reduced = dtype != output.dtype and output.device.type == "cpu"
         self.one_by_one = self.one_by_one or reduced or saves_elsewhere()
@@ -95,13 +87,12 @@ class Site:
 class Reading:
     """What a module saw in the forward pass of a batch, in the order of the logits' rows.
 
-    ``function`` is called right after the module has run, while its output is in cache. Only the batch itself
-    counts: trials and replays are never read. Of several calls of the module the last one counts.
+    Only the batch itself counts: trials and replays are never read. Of several calls of the module the last one counts.
 
     Attributes:
         path: The module's name within the model (empty for the model itself).
-        function: ``(inputs, output) -> (B, ...)``, without gradients; positional inputs come before those given
-            by keyword.
+        function: ``(inputs, output) -> (B, ...)``, without gradients, called right after the module has run; positional
+            inputs come before those given by keyword.
         copied: Whether the result may share memory with what the module saw, which the network may overwrite.
     """
 
@@ -110,7 +101,7 @@ class Reading:
     copied: bool = True
 
     def attach(self, run: Run, shadow: Shadow) -> None:
-        """Have the forward pass of ``shadow`` add this reading to those of ``run``."""
+        """See `Site`."""
 
         def read(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             # As few operations as can be: the samples of a small batch are read layer by layer, in a cold cache.

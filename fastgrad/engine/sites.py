@@ -14,7 +14,7 @@ from fastgrad._torch import pytree
 from fastgrad.engine.copy import Settings, Shadow, attach, detach_plain
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.probe import tap
-from fastgrad.engine.run import Run, Site
+from fastgrad.engine.run import OffPlanError, Run, Site
 from fastgrad.engine.state import Repeatable, Unchanged, apart
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule, ReplayRule
@@ -39,7 +39,10 @@ class RuledSite(Site):
     def require_layout(self, run: Run, output: Tensor) -> None:
         """Leave the plan if the batch is not where it was."""
         if not self.layout.holds(output, run.samples):
-            run.leave_plan(self.parameters, f"gives {self.path!r} inputs with the batch in another place than before")
+            # The model may catch it, but the pass remembers.
+            reason = f"gives {self.path!r} inputs with the batch in another place than before"
+            run.left = OffPlanError(self.parameters, reason)
+            raise run.left
 
     def columns(self, norms: Mapping[str, Tensor]) -> Tensor:
         """A rule's answer as ``(B, m)``."""

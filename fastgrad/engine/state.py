@@ -44,7 +44,7 @@ class RandomState:
     def __init__(self, devices: list[torch.device]) -> None:
         self._devices = devices
         self._torch = self._read()
-        self._numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002  (the state that models draw from)
+        self._numpy: Any = np.random.get_state()  # noqa: NPY002  (the state that models draw from)
         self._python = random.getstate()
 
     def _read(self) -> list[Tensor]:
@@ -52,13 +52,12 @@ class RandomState:
 
     def same(self) -> bool:
         """Whether nothing was drawn since."""
-        numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
-        one, two = numpy["state"], self._numpy["state"]
+        _, keys, *rest = np.random.get_state()  # noqa: NPY002
         return (
             all(map(torch.equal, self._read(), self._torch))
             and random.getstate() == self._python
-            and one["pos"] == two["pos"]
-            and np.array_equal(one["key"], two["key"])
+            and rest == list(self._numpy[2:])
+            and np.array_equal(keys, self._numpy[1])
         )
 
     def restore(self) -> None:

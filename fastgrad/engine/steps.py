@@ -53,21 +53,9 @@ class Steps(TorchFunctionMode):
     def __init__(self, parameters: dict[int, int]) -> None:
         super().__init__()
         self.parameters = parameters
-        self._noted: list[Hashable] = []
-        self._outer: Steps | None = None
-
-    def __enter__(self) -> Steps:
-        """Begin."""
-        self._outer, _current.steps = _current.steps, self
         #: Whether no mode of the user's wants to see the functions, too.
         self.alone = not has_modes()
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """End."""
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        _current.steps = self._outer
+        self._noted: list[Hashable] = []
 
     def note(self, *what: Hashable) -> None:
         """Take up what else belongs to the path."""
@@ -131,11 +119,12 @@ def _one_step(ref: Callable[[], Any], forward: Callable[..., Any], *args: Any, *
 
 
 @contextlib.contextmanager
-def suspended() -> Iterator[None]:
-    """While it lasts, the pass under way notes nothing: another one, which notes its own path, runs within it."""
-    outer, _current.steps = _current.steps, None
+def noting(steps: Steps | None) -> Iterator[Steps | None]:
+    """While it lasts, functions are noted in ``steps`` alone, also where another pass is under way; for None nowhere."""
+    outer, _current.steps = _current.steps, steps
     try:
-        yield
+        with steps or contextlib.nullcontext():
+            yield steps
     finally:
         _current.steps = outer
 
