@@ -21,7 +21,7 @@ from fastgrad.engine.probe import nodes_behind, nodes_by_term
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import Run
 from fastgrad.engine.sites import RecomputedSite
-from fastgrad.engine.steps import suspended
+from fastgrad.engine.steps import noting
 from fastgrad.losses import compute_dtype
 
 
@@ -140,7 +140,7 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         samples = batch_size(args, kwargs)
         # An empty batch, which random sampling may draw, has nothing to be planned on and no norms.
         run, earlier, first = Run(samples), list(self.calls), next_number()
-        with suspended():
+        with noting(None):
             plan = network.plan(args, kwargs, samples) if samples else None
             output = network.forward(plan, run, args, kwargs)
         if run.plan is not None and run.plan.untracked:
