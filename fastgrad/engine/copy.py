@@ -33,7 +33,7 @@ _HOOK_TABLES = frozenset(
 )
 _TABLES = _HOOK_TABLES | {"_parameters", "_buffers", "_modules"}
 _ABSENT = object()
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def detach_plain(x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Shadow:
         if recorded:
             # The work of these hooks on inputs, outputs and gradients is done around the copy.
             state = self.root.__dict__
-            for name in ("_forward_hooks", *_BACKWARD_HOOKS):
+            for name in ("_forward_hooks", *BACKWARD_HOOKS):
                 state[name] = OrderedDict()
             # Those that run before may make weights of parameters, as for weight norm, which the copy needs of its own.
             hooks = state["_forward_pre_hooks"]
@@ -195,7 +195,7 @@ class Shadow:
             if name not in _TABLES:
                 self._attributes.append((state, name, value))
             elif value and name in _HOOK_TABLES:
-                state[name] = OrderedDict() if name in _BACKWARD_HOOKS and not self.recorded else value.copy()
+                state[name] = OrderedDict() if name in BACKWARD_HOOKS and not self.recorded else value.copy()
         state["_parameters"] = {
             name: None if value is None else self._tensor(value) for name, value in state["_parameters"].items()
         }

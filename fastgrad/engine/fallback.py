@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import disable_mha_fastpath, is_readable, pytree, vmap
-from fastgrad.engine.copy import Settings, Shadow, detach_plain
+from fastgrad.engine.copy import BACKWARD_HOOKS, Settings, Shadow, detach_plain
 from fastgrad.engine.run import Run
 from fastgrad.engine.sites import RecomputedSite, Replay
 from fastgrad.engine.state import apart
@@ -156,7 +156,7 @@ class _Again:
             else:
                 disable_mha_fastpath(copy)
         # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
-        for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for table in ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS):
             shadow.root.__dict__[table] = OrderedDict()
         return batch_first(floating(shadow.root(*args, **kwargs)), self.site.places)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import disable_mha_fastpath, is_traced, pytree
-from fastgrad.engine.copy import Shadow, detach_plain
+from fastgrad.engine.copy import BACKWARD_HOOKS, Shadow, detach_plain
 from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import keep_freed_memory, lacks_memory
@@ -208,7 +208,14 @@ class Network:
         """What is known for inputs of this structure, and of a model with these modules and modes."""
         names, modules = self.names(), list(self.model.modules())
         modes = tuple(module.training and self.recorded for module in modules)
-        hooks = tuple(_hooks(modules, backward=self.recorded))
+        # What hooks do to gradients shows in no function that a model calls.
+        tables = ("_forward_pre_hooks", "_forward_hooks", *(BACKWARD_HOOKS if self.recorded else ()))
+        hooks = tuple(
+            (id(module), getattr(hook, "__code__", type(hook)))
+            for module in modules
+            for table in tables
+            for hook in vars(module)[table].values()
+        )
         key = (_kind(args, kwargs, samples), tuple(map(id, modules)), tuple(names.items()), modes, hooks)
         # A trial of one sample does not see whether others change what it gives. A graph makes no trial.
         keys = [(*key, False), (*key, True)] if is_traced() or samples == 1 else [(*key, False)]
@@ -239,15 +246,6 @@ class Network:
         if not plans or plans[0] is not plan:
             with self._lock:
                 plans[:] = [plan, *(other for other in plans if other is not plan)][:_PLANS_KEPT]
-
-
-def _hooks(modules: Sequence[nn.Module], *, backward: bool) -> Iterator[tuple[int, object]]:
-    """The hooks of modules, by module and code. What they do to gradients shows in no function that a model calls."""
-    for module in modules:
-        tables = (module._forward_pre_hooks, module._forward_hooks)
-        for table in (*tables, module._backward_pre_hooks, module._backward_hooks) if backward else tables:
-            for hook in table.values():
-                yield id(module), getattr(hook, "__code__", type(hook))
 
 
 def _kind(args: Any, kwargs: Any, samples: int) -> Any:

@@ -57,12 +57,9 @@ class Rows:
         self._held: list[Tensor] = []
         self._computed: set[int] = set()
         self._gathered: set[int] = set()
+        #: Whether rows were gathered or reordered at all.
+        self.gathers = False
         self._add(self._computed, inputs)
-
-    @property
-    def gathers(self) -> bool:
-        """Whether rows were gathered or reordered at all."""
-        return bool(self._gathered)
 
     def gathered(self, tree: Any) -> bool:
         """Whether a tensor in ``tree`` holds gathered rows."""
@@ -79,6 +76,7 @@ class Rows:
         self._add(self._computed, written)
         if self.gathered(first if name in _SCATTERING else (args, kwargs)) or self._gathers(name, args, kwargs):
             self._add(self._gathered, result)
+            self.gathers = True
 
     def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if name == "einsum":
@@ -125,10 +123,9 @@ class Call:
     """One call of a module.
 
     Attributes:
-        index: Its number among all calls, in the order they began.
         module: The user's module, in whose place ``copy`` ran.
         path: The module's name within the model.
-        parent: Number of the call it was made in; -1 for the model's own.
+        chain: Numbers of the calls that it was made in, outermost first, and its own.
         ordinal: How many calls of the module came before.
         inputs: Shape of every leaf of its inputs, None for what is no tensor.
         outputs: Shapes of its floating-point outputs.
@@ -136,11 +133,10 @@ class Call:
         gathered: Whether rows of inputs or outputs were gathered, see `Rows`.
     """
 
-    index: int
     module: nn.Module
     copy: nn.Module
     path: str
-    parent: int
+    chain: tuple[int, ...]
     ordinal: int
     inputs: list[tuple[int, ...] | None]
     gathered: bool
@@ -264,12 +260,12 @@ class Observation:
         own = weakref.proxy(self)
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-            index, leaves = len(own.calls), pytree.tree_leaves((args, kwargs))
+            own.stack.append(len(own.calls))
+            leaves = pytree.tree_leaves((args, kwargs))
             inputs = [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves]
-            gathered = own.rows.gathered(leaves)
-            own.calls.append(Call(index, original, copy, path, own.stack[-1], own._times[path], inputs, gathered))
+            gathered, chain = own.rows.gathered(leaves), tuple(own.stack[1:])
+            own.calls.append(Call(original, copy, path, chain, own._times[path], inputs, gathered))
             own._times[path] += 1
-            own.stack.append(index)
 
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = own.calls[own.stack.pop()]
@@ -299,15 +295,8 @@ class Observation:
 
     def enclosing(self, uses: set[int]) -> list[Call]:
         """Calls that contain all of ``uses``, innermost first."""
-        first, *rest = [self._chain(index) for index in uses]
-        return [self.calls[index] for index in first if all(index in chain for chain in rest)]
-
-    def _chain(self, index: int) -> list[int]:
-        chain = []
-        while index >= 0:
-            chain.append(index)
-            index = self.calls[index].parent
-        return chain
+        first, *rest = [self.calls[index].chain if index >= 0 else () for index in uses]
+        return [self.calls[index] for index in reversed(first) if all(index in chain for chain in rest)]
 
     def output_layouts(self, call: Call) -> list[Layout | None]:
         """Where the batch lies in each floating-point output of a call."""

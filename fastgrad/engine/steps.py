@@ -120,7 +120,7 @@ def _one_step(ref: Callable[[], Any], forward: Callable[..., Any], *args: Any, *
 
 @contextlib.contextmanager
 def noting(steps: Steps | None) -> Iterator[Steps | None]:
-    """While it lasts, functions are noted in ``steps`` alone, also where another pass is under way; for None nowhere."""
+    """While it lasts, functions are noted in ``steps`` alone, also within another pass; for None nowhere."""
     outer, _current.steps = _current.steps, steps
     try:
         with steps or contextlib.nullcontext():
