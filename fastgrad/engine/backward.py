@@ -10,8 +10,7 @@ from torch import Tensor
 from fastgrad._torch import is_fake, vmap
 from fastgrad.engine.fallback import FallbackSite
 from fastgrad.engine.probe import requesting_norms
-from fastgrad.engine.run import Run, Site
-from fastgrad.engine.sites import RecomputedSite
+from fastgrad.engine.run import RecomputedSite, Run, Site
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.losses import compute_dtype
 

@@ -23,8 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import disable_mha_fastpath, is_readable, pytree, vmap
 from fastgrad.engine.copy import BACKWARD_HOOKS, Settings, Shadow, detach_plain
-from fastgrad.engine.run import Run
-from fastgrad.engine.sites import RecomputedSite, Replay
+from fastgrad.engine.run import RecomputedSite, Replay, Run
 from fastgrad.engine.state import apart
 from fastgrad.engine.tracing import is_fixed, is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast

@@ -19,8 +19,7 @@ from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import keep_freed_memory, lacks_memory
 from fastgrad.engine.plan import Known, Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
-from fastgrad.engine.run import OffPlanError, Reading, Run
-from fastgrad.engine.sites import BroadcastSite
+from fastgrad.engine.run import BroadcastSite, OffPlanError, Reading, Run
 from fastgrad.engine.state import Snapshot, devices_of
 from fastgrad.engine.steps import Steps, layer_as_one_step, noting
 from fastgrad.engine.trial import Trial, find_carriers

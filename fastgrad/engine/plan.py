@@ -14,7 +14,7 @@ from fastgrad._torch import is_traced
 from fastgrad.engine.fallback import FallbackSite
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.observe import Observation
-from fastgrad.engine.sites import BroadcastSite, LayerSite, ReplaySite
+from fastgrad.engine.run import BroadcastSite, LayerSite, ReplaySite
 from fastgrad.layers.registry import ReplayRule, find_rule
 
 PlannedSite = LayerSite | ReplaySite | FallbackSite | BroadcastSite

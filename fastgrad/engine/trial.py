@@ -54,21 +54,21 @@ def find_carriers(network: Network, args: Any, kwargs: Any, samples: int, *, tra
     if not doubts or len(doubts) > _DOUBTS or samples not in sizes or is_traced():
         return every
     index = torch.arange(SAMPLES, device="cpu") % samples
-    batch: list[Tensor] | None = None
     borne: tuple[bool, ...] | None = None
+    batch = _outputs(network, inputs)
     for count in range(len(doubts) + 1):
         for left_out in itertools.combinations(doubts, count):
             carriers = tuple(carries and i not in left_out for i, carries in enumerate(every))
-            batch = _outputs(network, inputs) if batch is None else batch
             try:
-                parts = [(some, take(inputs, some, samples, carriers)) for some in (index, index[:-1])]
-                found = [(some, _outputs(network, part)) for some, part in parts]
-                if training:
-                    for _, part in parts:
+                same = True
+                for some in (index, index[:-1]):
+                    part = take(inputs, some, samples, carriers)
+                    same = _same_rows(_outputs(network, part), batch, some) and same
+                    if training:
                         _outputs(network, part, training=True)
-                if all(_same_rows(out, batch, some) for some, out in found):
+                if same:
                     return carriers
-                borne = carriers if borne is None else borne
+                borne = borne or carriers
             except Exception as error:
                 if lacks_memory(error):
                     raise
@@ -330,14 +330,12 @@ class Trial:
                 "tuples, lists and dicts; it returned none, as a model does that returns one loss of all samples"
             )
         checks = []
-        idle = {name for name, p in seen.parameters.items() if p.requires_grad}
+        idle = {name for name, p in seen.parameters.items() if p.requires_grad and seen.uses[name]}
         idle &= set(self._known.names.values())
         for sample in dict.fromkeys((CHOSEN, self._count - 1, *range(min(self._count, SAMPLES)))):
             checks.append(self._check(seen, sample))
-            truth = checks[-1].truth
-            floor = rounding(truth)
+            truth, floor = checks[-1].truth, rounding(checks[-1].truth)
             idle -= {name for name, gradient in truth.items() if bool(gradient.square().sum() > floor)}
-            idle = {name for name in idle if seen.uses[name]}
             if len(checks) > 1 and self._count >= SAMPLES and not idle:
                 break
         gradients = [check.truth[name] for check in checks for name in idle if name in check.truth]

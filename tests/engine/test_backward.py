@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from fastgrad.engine.backward import backward_signals, order_by_parameter, probe_grads
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
-from fastgrad.engine.run import Run, Site
-from fastgrad.engine.sites import LayerSite
+from fastgrad.engine.run import LayerSite, Run, Site
 from fastgrad.layers import LayerRule, find_rule
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
