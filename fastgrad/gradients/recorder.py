@@ -19,8 +19,7 @@ from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
 from fastgrad.engine.probe import nodes_behind, nodes_by_term
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
-from fastgrad.engine.run import Run
-from fastgrad.engine.sites import RecomputedSite
+from fastgrad.engine.run import RecomputedSite, Run
 from fastgrad.engine.steps import noting
 from fastgrad.losses import compute_dtype
 
