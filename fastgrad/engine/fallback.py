@@ -97,11 +97,7 @@ class _Again:
         self.recorded = shadow.recorded
 
     def sqnorms(self, args: Any, kwargs: Any, gradients: list[Tensor], samples: int, verify: bool) -> Tensor:
-        """Squared norms ``(B, P)`` of each sample's gradient of the parameters, with all their uses inside the module.
-
-        Raises:
-            ValueError: If a sample alone has other gradients than in its batch.
-        """
+        """Squared norms ``(B, P)``; ValueError if a sample alone has other gradients than in its batch."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         inputs = [value for value, is_batched in zip(leaves, self.site.batched, strict=True) if is_batched]
 

@@ -65,11 +65,7 @@ class Network:
         return {id(p): name for name, p in self.model.named_parameters()}
 
     def plan(self, args: Any, kwargs: Any, samples: int) -> Plan:
-        """The plan for inputs of this structure, made and checked at their first appearance.
-
-        Raises:
-            ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
-        """
+        """The plan for inputs of this structure, made and checked at their first appearance; ValueError for none."""
         # A layer may have been given another mode, or lost its statistics, since the model was given.
         refuse_mixing(self.model, training=self.recorded)
         known = self._structure(args, kwargs, samples)
@@ -93,11 +89,8 @@ class Network:
         """One forward pass of a private copy, with probes and readings, which ``run`` takes up.
 
         Where the pass leaves its plan, another plan is taken or made, and the pass begins again. Without a plan it has
-        no sites, and needs no observation and no trial.
-
-        Raises:
-            RuntimeError: If a module that was to be read was not called.
-            ValueError: If no plan holds for the path that the pass takes.
+        no sites, and needs no observation and no trial. ValueError if no plan holds for its path, RuntimeError if a
+        module that was to be read was not called.
         """
         if plan is None:
             output, shadow = self.once(None, run, args, kwargs, readings)
@@ -221,7 +214,8 @@ class Network:
         with self._lock:
             for one in keys:
                 known = self._known.get(one)
-                if known is not None and known.lives() and (known.plans or one is keys[-1]):
+                # A module that is gone may have left its id to another one.
+                if known and all(ref() is not None for ref in known.modules) and (known.plans or one is keys[-1]):
                     self._known.move_to_end(one)
                     return known
         # They may have become parts since the model was given.

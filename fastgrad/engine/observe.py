@@ -1,7 +1,6 @@
 """Watching a network: which module calls use which parameter, and where in their tensors the batch lies.
 
-It runs once on some samples and once on one less, and what changes between them is the batch. One gradient, that of a
-chosen sample, is sent back.
+It runs on some samples and on one less: what changes is the batch. The gradient of a chosen sample is sent back.
 """
 
 from __future__ import annotations
@@ -194,13 +193,12 @@ class Observation:
         precision: The relative rounding error of the coarsest of them.
         parameters: By name, the leaf that stood in for each parameter.
         uses: By name, the numbers of the calls that use a parameter.
-        ranks: By name, the numbers of dimensions in which a parameter is broadcast over the batch, None among
-            them where it is used otherwise.
+        ranks: By name, the numbers of dimensions in which it is broadcast over the batch, and None where it is not.
         rows: Whose rows tensors hold.
         functions: Names of all functions that gave tensors, in order.
         drew: Whether random numbers were drawn.
-        untracked: Names of parameters that the model used from elsewhere than its modules' attributes: from a closure,
-            or through a tensor that an earlier call computed of them and kept.
+        untracked: Names of parameters used from elsewhere than modules' attributes: from a closure, or through a tensor
+            that an earlier call computed of them and kept.
     """
 
     def __init__(

@@ -37,8 +37,8 @@ class Known:
     Attributes:
         training: Whether a module runs in training mode.
         names: The wanted parameters, names by id.
-        modules: As long as they live, their ids are theirs. Parameters are known by name: a weak reference would keep
-            torch.utils.swap_tensors from them.
+        modules: The model's. As long as they live, their ids are theirs. Parameters are known by name: a weak reference
+            would keep torch.utils.swap_tensors from them.
         carriers: For each leaf of the inputs, whether it carries the batch.
         devices: Those beside the CPU on which the model may draw random numbers.
         plans: Most recently used first.
@@ -50,10 +50,6 @@ class Known:
     carriers: tuple[bool, ...]
     devices: list[torch.device]
     plans: list[Plan] = field(default_factory=list)
-
-    def lives(self) -> bool:
-        """Whether no module is gone, whose id another one may have now."""
-        return all(ref() is not None for ref in self.modules)
 
 
 @dataclass(frozen=True)
@@ -148,23 +144,18 @@ class PlanConstraints:
         parts = {p for site in plan.sites if isinstance(site, FallbackSite) and site.path for p in site.parameters}
         return replace(self, at_root=self.at_root | parts) if parts else None
 
-    def after_disagreement(self, wrong: frozenset[str]) -> PlanConstraints | None:
-        """The next step after the squared norms of ``wrong`` were not autograd's; None if nothing is left."""
-        return None if wrong <= self.at_root else replace(self, at_root=self.at_root | wrong)
-
 
 class Planner:
-    """Makes the plans of one model, from what it does with a few samples, gradients included."""
+    """Makes the plans of one model, from what it does with a few samples, gradients included.
+
+    ValueError if no part of the model that uses a parameter treats samples independently.
+    """
 
     def __init__(self, observation: Observation, known: Known) -> None:
         self.seen, self.known, self.names = observation, known, known.names
 
     def plan(self, constraints: PlanConstraints, names: Iterable[str] | None = None) -> Plan:
-        """Choose a route for every wanted parameter, or for those of ``names``; the others count as unused.
-
-        Raises:
-            ValueError: If no part of the model that uses a parameter treats samples independently.
-        """
+        """Choose a route for every wanted parameter, or for those of ``names``; the others count as unused."""
         sites: dict[object, PlannedSite] = {}
         routes: dict[str, Route] = {}
         chosen = set(self.names.values() if names is None else names)

@@ -158,11 +158,7 @@ class Snapshot:
         self._inputs = Versions(tensors)
 
     def restore(self) -> None:
-        """Put everything back.
-
-        Raises:
-            ValueError: A buffer was written that had not been copied, or a tensor among the inputs.
-        """
+        """Put everything back; ValueError where a buffer was written that had not been copied, or a tensor given."""
         self._random.restore()
         with torch.no_grad():
             for buffer in self._copied.modified():

@@ -100,8 +100,7 @@ class Check(NamedTuple):
 class Trial:
     """What a model does with ``count`` samples of its inputs, the first ones again where there are fewer.
 
-    Raises:
-        ValueError: If other samples change what the model returns for one, or its gradients.
+    ValueError if other samples change what the model returns for one, or its gradients.
     """
 
     def __init__(
@@ -128,12 +127,9 @@ class Trial:
         self._zeros = frozenset(name for name, p in named if not p.any())
 
     def plan(self, older: Plan | None = None) -> Plan:
-        """A plan that agrees with autograd.
+        """A plan that agrees with autograd; ValueError if the model mixes samples, or is not alike each time.
 
         ``older`` serves parameters which the present path does not use; it is left out if it does not agree.
-
-        Raises:
-            ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
         """
         constraints: PlanConstraints | None = PlanConstraints()
         wrong: frozenset[str] = frozenset()
@@ -161,7 +157,8 @@ class Trial:
             if older is not None:
                 older = None
             elif failure is None:
-                constraints = constraints.after_disagreement(wrong)
+                at_root = constraints.at_root | wrong
+                constraints = None if at_root == constraints.at_root else replace(constraints, at_root=at_root)
             else:
                 constraints = constraints.after_error(plan)
                 if constraints is None:
@@ -282,10 +279,7 @@ class Trial:
         return seen, others
 
     def _require_own_outputs(self, seen: Observation, others: _Others) -> None:
-        """Raise ValueError unless samples have the same outputs among other samples.
-
-        Gradients do not tell where they do not lead to the others: by statistics of the inputs, or detached ones.
-        """
+        """Raise ValueError unless samples have the same outputs among others: gradients show no detached statistics."""
         precision = max(seen.precision, torch.finfo(torch.float32).eps)
         for other, samples in others:
             rows = slice(samples.start, samples.stop)
@@ -344,8 +338,7 @@ class Trial:
     def _is_linear(self, seen: Observation) -> bool:
         """Whether larger gradients of the outputs give gradients of parameters that are larger by the same factor.
 
-        Raises:
-            ValueError: If they are not, and other samples decide, as where gradients are divided by their largest.
+        ValueError if not, and other samples decide, as where gradients are divided by their largest.
         """
         # The last one shows what begins at a size.
         factors = (1, 8) if seen.precision > 1e-6 else (1, 32, 1024)

@@ -29,12 +29,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype)
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """``(B, T, H E)`` to ``(B, H, T, E)``."""
-    split: Tensor = x.unflatten(-1, (heads, -1))
-    return split.transpose(1, 2)
-
-
 def multihead_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor]
 ) -> dict[str, Tensor]:
@@ -66,7 +60,7 @@ def multihead_attention(
         if module.add_zero_attn:
             key, value = (torch.cat([x, x.new_zeros(samples, 1, x.shape[2])], 1) for x in (key, value))
         appended = key.shape[1] - inputs[1].shape[1]
-        query, key, value = (_heads(x, heads) for x in (query, key, value))
+        query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
         scores = query @ key.transpose(-1, -2) / math.sqrt(module.head_dim)
         padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
         if mask is not None:
@@ -82,8 +76,7 @@ def multihead_attention(
             averaged = given.get("average_attn_weights", True)
             outputs.append(attended.mean(1) if averaged else attended)
             grads.append(gradients[1].to(dtype))
-        wanted = [*leaves, *extra.values()]
-        found = torch.autograd.grad(outputs, wanted, grads)
+        found = torch.autograd.grad(outputs, [*leaves, *extra.values()], grads)
     per_projection = [weight_sqnorm(x, g) for x, g in zip(inputs, found[:3], strict=True)]
     norms = {
         "out_proj.weight": weight_sqnorm(context.detach(), grad),

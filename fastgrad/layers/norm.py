@@ -5,6 +5,8 @@ PReLU's slope is such a weight, too.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -78,26 +80,26 @@ def group_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     return _channel_norms(F.group_norm(a, module.num_groups, eps=module.eps), g)
 
 
-def _positionwise(xhat: Tensor, g: Tensor, trailing: int) -> dict[str, Tensor]:
-    """Norms of affine parameters over the last ``trailing`` dimensions."""
-    g, product = positions_first(g, trailing), positions_first(g * xhat, trailing)
+def _over_last(
+    normalized: Callable[..., Tensor], shape: Sequence[int], eps: float | None, a: Tensor, g: Tensor
+) -> dict[str, Tensor]:
+    """Norms of affine parameters over the last dimensions, which are of this ``shape``."""
+    a, g = upcast(a, g)
+    product = g * normalized(a, list(shape), eps=eps)
+    g, product = positions_first(g, len(shape)), positions_first(product, len(shape))
     return {"weight": sqnorm(product.sum(1)), "bias": sqnorm(g.sum(1))}
 
 
 def layer_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for layer norm over the last dimensions."""
     assert isinstance(module, nn.LayerNorm)
-    a, g = upcast(a, g)
-    shape = list(module.normalized_shape)
-    return _positionwise(F.layer_norm(a, shape, eps=module.eps), g, len(shape))
+    return _over_last(F.layer_norm, module.normalized_shape, module.eps, a, g)
 
 
 def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for RMS norm over the last dimensions."""
     assert isinstance(module, nn.RMSNorm)
-    a, g = upcast(a, g)
-    shape = list(module.normalized_shape)
-    return _positionwise(F.rms_norm(a, shape, eps=module.eps), g, len(shape))
+    return _over_last(F.rms_norm, module.normalized_shape, module.eps, a, g)
 
 
 def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -106,11 +108,9 @@ def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
 
 
 def rms_norm_of_transformers(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for the RMS norms which language models define; no bias, statistics in float32."""
-    a, g = upcast(a, g)
-    eps = module.variance_epsilon
-    assert isinstance(eps, float)
-    return {"weight": _positionwise(F.rms_norm(a, [a.shape[-1]], eps=eps), g, 1)["weight"]}
+    """Rule for the RMS norms which language models define, with statistics in float32."""
+    assert isinstance(module.variance_epsilon, float)
+    return _over_last(F.rms_norm, a.shape[-1:], module.variance_epsilon, a, g)
 
 
 PRELU = LayerRule("PReLU", prelu, in_place=True)
