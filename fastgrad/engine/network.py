@@ -68,12 +68,12 @@ class Network:
         """The plan for inputs of this structure, made and checked at their first appearance; ValueError for none."""
         # A layer may have been given another mode, or lost its statistics, since the model was given.
         refuse_mixing(self.model, training=self.recorded)
-        known = self._structure(args, kwargs, samples)
+        known = self._structure((args, kwargs), samples)
         with self._lock:
             if known.plans and not known.plans[0].outdated(self.model):
                 return known.plans[0]
             known.plans.clear()
-        plan = Trial(self, known, args, kwargs, samples).plan()
+        plan = Trial(self, known, (args, kwargs), samples).plan()
         self._keep(plan)
         return plan
 
@@ -93,24 +93,24 @@ class Network:
         module that was to be read was not called.
         """
         if plan is None:
-            output, shadow = self.once(None, run, args, kwargs, readings)
+            output, shadow = self.once(None, run, (args, kwargs), readings)
         else:
-            output, shadow = self._on_plan(plan, run, args, kwargs, readings)
+            output, shadow = self._on_plan(plan, run, (args, kwargs), readings)
         if self.recorded:
             shadow.write_back()
         return output
 
-    def _on_plan(self, plan: Plan, run: Run, args: Any, kwargs: Any, readings: Sequence[Reading]) -> tuple[Any, Shadow]:
+    def _on_plan(self, plan: Plan, run: Run, inputs: Any, readings: Sequence[Reading]) -> tuple[Any, Shadow]:
         """Make a pass by ``plan``, or by others until it keeps to one."""
         modules = [module for ref in plan.known.modules if (module := ref()) is not None]
-        before = Snapshot(modules, plan.known.devices, training=self.recorded, inputs=(args, kwargs))
+        before = Snapshot(modules, plan.known.devices, training=self.recorded, inputs=inputs)
         tried: list[Plan] = []
         raised: Exception | None = None
         reason = ""
-        for candidate in self._candidates(plan, tried, args, kwargs, run.samples):
+        for candidate in self._candidates(plan, tried, inputs, run.samples):
             raised, reason = None, "calls other functions, or on other parameters, than when it was planned"
             try:
-                output, shadow = self.once(candidate, run, args, kwargs, readings)
+                output, shadow = self.once(candidate, run, inputs, readings)
                 if run.left is None and (run.steps is None or run.steps.path() in candidate.paths):
                     self._keep(candidate)
                     return output, shadow
@@ -133,14 +133,14 @@ class Network:
             f"on its own {run.samples} samples {reason}"
         )
 
-    def _candidates(self, plan: Plan, tried: Sequence[Plan], args: Any, kwargs: Any, samples: int) -> Iterator[Plan]:
+    def _candidates(self, plan: Plan, tried: Sequence[Plan], inputs: Any, samples: int) -> Iterator[Plan]:
         """``plan``, others that are known, and at last new ones, none of them twice on the paths that it has."""
         yield plan
         while others := [other for other in plan.known.plans if all(other is not one for one in tried)]:
             yield others[0]
         # The few samples that a plan is tried on may take another path than the batch.
         for count in (SAMPLES, samples + 1, max(2, samples)):
-            trial = Trial(self, plan.known, args, kwargs, samples, count)
+            trial = Trial(self, plan.known, inputs, samples, count)
             made = trial.plan(older=plan)
             same = next((other for other in tried if other == made), None)
             if same is None:
@@ -153,14 +153,7 @@ class Network:
             yield made
 
     def once(
-        self,
-        plan: Plan | None,
-        run: Run,
-        args: Any,
-        kwargs: Any,
-        readings: Sequence[Reading] = (),
-        *,
-        trial: bool = False,
+        self, plan: Plan | None, run: Run, inputs: Any, readings: Sequence[Reading] = (), *, trial: bool = False
     ) -> tuple[Any, Shadow]:
         """One try at a forward pass; its output and the copy that ran. A ``trial`` leaves parameters as they are."""
         run.begin(plan)
@@ -184,19 +177,19 @@ class Network:
             for place in (*sites, *readings):
                 place.attach(run, shadow)
             if plan is None or is_traced():
-                output = shadow.root(*args, **kwargs)
+                output = shadow.root(*inputs[0], **inputs[1])
             else:
                 for copy in shadow.modules.values():
                     layer_as_one_step(copy)
                 with noting(Steps(shadow.stand_ins(apart=not self.recorded))) as run.steps:
-                    output = shadow.root(*args, **kwargs)
+                    output = shadow.root(*inputs[0], **inputs[1])
         run.closed = True
         for reading in readings:
             if reading not in run.readings and run.left is None:
                 raise RuntimeError(f"the forward pass did not call {reading.path!r}, which was to be read")
         return output, shadow
 
-    def _structure(self, args: Any, kwargs: Any, samples: int) -> Known:
+    def _structure(self, inputs: Any, samples: int) -> Known:
         """What is known for inputs of this structure, and of a model with these modules and modes."""
         names, modules = self.names(), list(self.model.modules())
         modes = tuple(module.training and self.recorded for module in modules)
@@ -208,7 +201,7 @@ class Network:
             for table in tables
             for hook in vars(module)[table].values()
         )
-        key = (_kind(args, kwargs, samples), tuple(map(id, modules)), tuple(names.items()), modes, hooks)
+        key = (_kind(inputs, samples), tuple(map(id, modules)), tuple(names.items()), modes, hooks)
         # A trial of one sample does not see whether others change what it gives. A graph makes no trial.
         keys = [(*key, False), (*key, True)] if is_traced() or samples == 1 else [(*key, False)]
         with self._lock:
@@ -224,7 +217,7 @@ class Network:
             any(modes),
             names,
             list(map(weakref.ref, modules)),
-            find_carriers(self, args, kwargs, samples, training=any(modes)),
+            find_carriers(self, inputs, samples, training=any(modes)),
             devices_of(self.model),
         )
         with self._lock:
@@ -241,9 +234,9 @@ class Network:
                 plans[:] = [plan, *(other for other in plans if other is not plan)][:_PLANS_KEPT]
 
 
-def _kind(args: Any, kwargs: Any, samples: int) -> Any:
+def _kind(inputs: Any, samples: int) -> Any:
     """What a plan depends on: the structure of the inputs, not their sizes; switches, not numbers."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = pytree.tree_flatten(inputs)
     kinds = tuple(
         (leaf.dim(), leaf.dtype, leaf.device, leaf.dim() > 0 and bool(leaf.shape[0] == samples))
         if isinstance(leaf, Tensor)

@@ -38,14 +38,14 @@ _DOUBTS = 4
 _Others = Sequence[tuple[Observation, range]]
 
 
-def find_carriers(network: Network, args: Any, kwargs: Any, samples: int, *, training: bool) -> tuple[bool, ...]:
+def find_carriers(network: Network, inputs: Any, samples: int, *, training: bool) -> tuple[bool, ...]:
     """For each leaf of the inputs, whether it carries the batch: a mask of B by B positions has B rows, too.
 
     The first tensor with B rows does. Of others with B rows, those do with which some of the samples alone give the
     rows that they have in the batch; where no choice does, as in a model that mixes samples, those that the model bears
     without an error. Where a module will run in training mode, the model must bear the choice in that mode as well.
     """
-    inputs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
+    inputs = pytree.tree_map_only(Tensor, detach_plain, inputs)
     leaves = pytree.tree_leaves(inputs)
     every = carrying(leaves, samples)
     _, *doubts = [i for i, carries in enumerate(every) if carries] or [0]
@@ -72,7 +72,7 @@ def find_carriers(network: Network, args: Any, kwargs: Any, samples: int, *, tra
             except Exception as error:
                 if lacks_memory(error):
                     raise
-    return every if borne is None else borne
+    return borne or every
 
 
 def _outputs(network: Network, inputs: Any, *, training: bool = False) -> list[Tensor]:
@@ -103,12 +103,10 @@ class Trial:
     ValueError if other samples change what the model returns for one, or its gradients.
     """
 
-    def __init__(
-        self, network: Network, known: Known, args: Any, kwargs: Any, samples: int, count: int = SAMPLES
-    ) -> None:
+    def __init__(self, network: Network, known: Known, inputs: Any, samples: int, count: int = SAMPLES) -> None:
         self._network, self._known, self._count = network, known, count
         index = torch.arange(count, device="cpu") % samples
-        inputs = pytree.tree_map_only(Tensor, detach_plain, (args, kwargs))
+        inputs = pytree.tree_map_only(Tensor, detach_plain, inputs)
         indices = (index, index[:-1], index[-1:].expand(count))
         self._inputs, self._less, self._last = (take(inputs, i, samples, known.carriers) for i in indices)
         self._alone, self._whole = samples == 1, (inputs, samples)
@@ -206,7 +204,7 @@ class Trial:
         """
         run = Run(count)
         with torch.enable_grad(), undone(self._network.model):
-            output, _ = self._network.once(plan, run, *unwritten(inputs), trial=True)
+            output, _ = self._network.once(plan, run, unwritten(inputs), trial=True)
             if run.left is not None:
                 raise run.left
             assert run.steps is not None

@@ -58,7 +58,7 @@ def forward(model: nn.Module, sites: list[Site]) -> tuple[Run, Tensor]:
     network, run = Network(model), Run(len(X))
     plan = replace(network.plan((X,), {}, len(X)), sites=tuple(sites))
     with torch.no_grad():
-        output, _ = network.once(plan, run, (X,), {})
+        output, _ = network.once(plan, run, ((X,), {}))
     return run, output
 
 
