@@ -116,8 +116,12 @@ class _Again:
         split_inputs, split_gradients, split_outputs = (
             [t.reshape(samples, -1, *t.shape[1:]) for t in tensors] for tensors in (inputs, gradients, self.outputs)
         )
+        chunk = max(1, CHUNK_BYTES // max(1, sum(p.numel() * p.element_size() for p in self.parameters)))
+        chunk = chunk if self.site.vectorize else 1
+        # A symbolic batch, in a graph being traced, stays in one piece.
+        parts = [slice(None)] if is_symbolic(samples) else [slice(i, i + chunk) for i in range(0, samples, chunk)]
         with torch.enable_grad():
-            for part in self._chunks(samples):
+            for part in parts:
                 again, grads = self._each(forward, [t[part] for t in split_inputs], [g[part] for g in split_gradients])
                 same = same and all(map(agree, again, [out[part] for out in split_outputs]))
                 rows.append(torch.stack([sqnorm(f) for f in upcast(*grads)], 1))
@@ -154,14 +158,6 @@ class _Again:
         for table in ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS):
             shadow.root.__dict__[table] = OrderedDict()
         return batch_first(floating(shadow.root(*args, **kwargs)), self.site.places)
-
-    def _chunks(self, samples: int) -> list[slice]:
-        """Which samples are computed at once. A symbolic batch, in a graph being traced, stays in one piece."""
-        if is_symbolic(samples):
-            return [slice(None)]
-        size = sum(p.numel() * p.element_size() for p in self.parameters)
-        chunk = max(1, CHUNK_BYTES // max(1, size)) if self.site.vectorize else 1
-        return [slice(i, i + chunk) for i in range(0, samples, chunk)]
 
     def _each(
         self, forward: Forward, inputs: list[Tensor], gradients: list[Tensor]
@@ -245,9 +241,7 @@ def agree(again: Tensor, output: Tensor, precision: float = 0.0) -> bool:
 class _PaddedRows(TorchFunctionMode):
     """Lets the row of an embedding's padding have no gradient: under ``vmap`` PyTorch does so for one sample alone."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.nn.functional.embedding:
             return func(*args, **(kwargs or {}))
         call = _EMBEDDING.bind(*args, **(kwargs or {}))
@@ -265,9 +259,7 @@ class _Precision(TorchFunctionMode):
 
     eps = 0.0
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         # A mask of zeros is no computation.
         if floating(result) and floating(args):

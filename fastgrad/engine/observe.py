@@ -78,8 +78,12 @@ class Rows:
             self.gathers = True
 
     def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if name == "einsum":
-            return self._sums_over_rows(*args)
+        if name == "einsum" and isinstance(args[0], str):
+            # Whether rows of several tensors computed from the batch are multiplied and added up.
+            terms, _, kept = args[0].replace(" ", "").partition("->")
+            pairs = zip(terms.split(","), pytree.tree_leaves(args[1:]), strict=True)
+            first = [term[0] for term, tensor in pairs if term and id(tensor) in self._computed]
+            return any(first.count(letter) > 1 and letter not in kept for letter in first)
         if not args or id(args[0]) not in self._computed:
             return False
         if name == "masked_select":
@@ -97,15 +101,6 @@ class Rows:
             rest = [*args[1:], *kwargs.values()]
             return given["dim"] in (0, -args[0].dim()) and self._computed_in(rest)
         return False
-
-    def _sums_over_rows(self, equation: object, *operands: Any) -> bool:
-        """Whether rows of several tensors computed from the batch are multiplied and added up."""
-        if not isinstance(equation, str):
-            return False
-        terms, _, kept = equation.replace(" ", "").partition("->")
-        tensors = pytree.tree_leaves(operands)
-        first = [term[0] for term, t in zip(terms.split(","), tensors, strict=True) if term and id(t) in self._computed]
-        return any(first.count(letter) > 1 and letter not in kept for letter in first)
 
     def _computed_in(self, tree: Any) -> bool:
         return any(id(leaf) in self._computed for leaf in pytree.tree_leaves(tree))
@@ -153,9 +148,7 @@ class _Uses(TorchFunctionMode):
         super().__init__()
         self.seen, self.tracked, self.originals = seen, tracked, originals
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result, seen = func(*args, **(kwargs or {})), self.seen
         leaves = pytree.tree_leaves((args, kwargs))
         found = [self.tracked[id(leaf)] for leaf in leaves if id(leaf) in self.tracked]
@@ -313,9 +306,11 @@ class Observation:
             return None
         flags = []
         for more, less in zip(call.inputs, other.inputs, strict=True):
-            flags.append(more is not None and less is not None and more != less)
-            if more is not None and less is not None and more != less:
-                layout = find_layout(more, less, None, self.samples)
-                if layout is None or layout.kind not in ("plain", "folded"):
-                    return None
+            if more is None or less is None or more == less:
+                flags.append(False)
+                continue
+            layout = find_layout(more, less, None, self.samples)
+            if layout is None or layout.kind not in ("plain", "folded"):
+                return None
+            flags.append(True)
         return tuple(flags)

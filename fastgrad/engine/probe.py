@@ -101,9 +101,16 @@ def tap(
     return [passed] if len(outputs) == 1 else list(passed)
 
 
-def nodes_behind(outputs: Iterable[Tensor], stops: Container[int] = ()) -> Iterator[Any]:
-    """Nodes of the graph of ``outputs``, where it is not behind the taps of probes with these ids."""
-    return _from([out.grad_fn for out in outputs], stops)
+def nodes_behind(outputs: Iterable[Any], stops: Container[int] = ()) -> Iterator[Any]:
+    """Nodes of the graph of ``outputs``, tensors or nodes, where it is not behind the taps of probes with these ids."""
+    waiting, seen = [out.grad_fn if isinstance(out, Tensor) else out for out in outputs], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or probe_of(node) in stops:
+            continue
+        seen.add(node)
+        yield node
+        waiting += [following for following, _ in node.next_functions]
 
 
 def nodes_by_term(outputs: Iterable[Tensor]) -> Iterator[Iterator[Any]]:
@@ -116,18 +123,7 @@ def nodes_by_term(outputs: Iterable[Tensor]) -> Iterator[Iterator[Any]]:
         if number and terms and node.name().removesuffix("Backward0") in (_SUMS if terms[1:] else _SUMS | _FACTORS):
             waiting += [(other, True) for other in terms]
         else:
-            yield _from([node], ())
-
-
-def _from(waiting: list[Any], stops: Container[int]) -> Iterator[Any]:
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen or probe_of(node) in stops:
-            continue
-        seen.add(node)
-        yield node
-        waiting += [following for following, _ in node.next_functions]
+            yield nodes_behind([node])
 
 
 def probe_of(node: Any) -> int | None:

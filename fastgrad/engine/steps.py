@@ -65,9 +65,7 @@ class Steps(TorchFunctionMode):
         """What distinguishes one path from another."""
         return hash(tuple(self._noted))
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the call, and make it."""
         result = func(*args, **kwargs) if kwargs else func(*args)
         if _current.steps is not self:

@@ -17,8 +17,6 @@ from fastgrad.ops.conv.sqnorm import opaque_ops
 #: Graphs kept. Inputs of ever new sizes are not worth a compilation each.
 GRAPHS = 16
 
-#: ``(*inputs) -> tensors``.
-Pass = Callable[..., tuple[Tensor, ...]]
 #: Of plain attributes, the types of what a forward pass may choose its path by.
 _SWITCHES = frozenset((bool, int, float, str, type(None)))
 
@@ -69,7 +67,7 @@ class CompiledPasses:
         self._lock = threading.Lock()
 
     def __call__(
-        self, model: nn.Module, structure: object, make: Callable[[], Pass], inputs: Any
+        self, model: nn.Module, structure: object, make: Callable[[], Callable[..., Any]], inputs: Any
     ) -> tuple[Tensor, ...]:
         """Compile or find the graph of the pass that ``make`` gives, which uses nothing but model and inputs; call it.
 

@@ -138,15 +138,13 @@ class Trial:
             try:
                 found = [self._disagreeing(plan, check, self._inputs, self._count) for check in self._checks]
                 wrong = frozenset().union(*found)
-            except NotRepeatableError:
-                raise
             except OffPlanError as error:
                 wrong = frozenset(error.parameters)
             except GraphedError:
                 # The model itself takes gradients, as forces are those of an energy.
                 wrong = frozenset(plan.names)
             except Exception as error:
-                if lacks_memory(error):
+                if lacks_memory(error) or isinstance(error, NotRepeatableError):
                     raise
                 # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
                 failure = error

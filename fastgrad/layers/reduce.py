@@ -25,9 +25,7 @@ def positions_first(x: Tensor, trailing: int) -> Tensor:
     ``T`` is 1 where there is nothing between.
     """
     keep = x.dim() - trailing
-    if keep == 1:
-        return x.unsqueeze(1)
-    return x if keep == 2 else x.flatten(1, keep - 1)
+    return x.unsqueeze(1) if keep == 1 else x.flatten(1, keep - 1)
 
 
 def leaf(x: Tensor) -> Tensor:
