@@ -75,14 +75,10 @@ class Shadow:
     lists, tuples, dicts and ``functools.partial``. Forward hooks of the user stay: they may change outputs. Backward
     hooks, which may change gradients, stay on request.
 
-    Args:
-        model: The module to copy; it is only read.
-        parameter: Gives what the copy holds in place of a parameter; by default the detached one, so that autograd
-            computes no weight gradient.
-        training: Whether modules keep their own mode.
-        recorded: Whether the user's own call of ``model`` is under way. Its hooks on ``model`` itself are then at work
-            already, and its parts keep their backward hooks.
-        apart: Whether lists, dicts and sets in attributes are copies.
+    ``parameter`` gives what the copy holds in place of a parameter; by default the detached one, so that autograd
+    computes no weight gradient. With ``training``, modules keep their own mode. ``recorded`` says that the user's own
+    call of ``model`` is under way: its hooks on ``model`` itself are at work already, and its parts keep their backward
+    hooks. Lists, dicts and sets in attributes are copies, unless ``apart`` is False.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ _BLOCK = (32 << 20) - (64 << 10)
 def keep_freed_memory() -> None:
     """Have the C library keep up to 64 MiB: free a block of the size that it learns most from, untouched, once.
 
-    Any program that frees such a block does the same, and the plain network and its training profit as well.
+    Any program that frees such a block does the same; the plain network and its training profit as well.
     """
     torch.empty(_BLOCK, dtype=torch.uint8, device="cpu")
 

@@ -30,14 +30,11 @@ _PLANS_KEPT = 4
 
 
 class Network:
-    """Runs a model with probes; only reads it.
+    """Runs a model with probes; only reads it, and holds it weakly.
 
-    Args:
-        model: The user's model; held weakly.
-        names: Gives the wanted parameters, name by id, in order; all by default.
-        tensors: The tensors in an output whose gradients matter.
-        recorded: Whether passes are calls of the user's own, with the model's own parameters and in its mode, instead
-            of evaluation mode.
+    ``names`` gives the wanted parameters, name by id, in order; all by default. ``tensors`` gives the tensors in an
+    output whose gradients matter. Where they are ``recorded``, passes are calls of the user's own, with the model's own
+    parameters and in its mode instead of evaluation mode.
     """
 
     def __init__(

@@ -45,10 +45,9 @@ def refuse_parts(model: nn.Module) -> None:
                 f"model must hold whole parameters; {name or 'it'!r} was a {found[0]} (FSDP, tensor parallelism), of "
                 "which each process holds a part. Use DistributedDataParallel, or norms before the model is sharded"
             )
-    for name, parameter in model.named_parameters():
-        if parameter.is_complex():
+        if isinstance(part, nn.Parameter) and part.is_complex():
             raise TypeError(
-                f"model must have real parameters; {name!r} was {parameter.dtype}. Hold its two parts in one real "
+                f"model must have real parameters; {name!r} was {part.dtype}. Hold its two parts in one real "
                 "parameter and view that as complex (torch.view_as_complex)"
             )
 

@@ -62,13 +62,10 @@ class Run:
         #: Where the path is noted.
         self.steps: Steps | None = None
 
-    def reach(self, site: Site) -> None:
-        """Note that the forward pass comes to a site of its plan."""
-        if self.steps is not None:
-            self.steps.note(type(site).__name__, site.path, site.parameters)
-
     def probe(self, site: Site, output: Tensor) -> Tensor:
         """A new probe of a site: zeros ``(B, m)`` for m parameters, float32 (float64 for a float64 ``output``)."""
+        if self.steps is not None:
+            self.steps.note(type(site).__name__, site.path, site.parameters)
         dtype = compute_dtype(output.dtype)
         reduced = dtype != output.dtype and output.device.type == "cpu"
         self.one_by_one = self.one_by_one or reduced or saves_elsewhere()
@@ -132,7 +129,6 @@ class LayerSite(RuledSite):
 
     def _tap(self, run: Run, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         value = args[0] if args else next(iter(kwargs.values()))
-        run.reach(self)
         self.require_layout(run, output)
         single = self.layout.kind == "single"
         if single:
@@ -195,7 +191,6 @@ class RecomputedSite(Site):
             begun.append((leaves, spec, shadow.settings(original), Repeatable(copy) if trains else None))
 
         def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
-            run.reach(self)
             leaves, spec, settings, state = begun.pop()
             if state is not None:
                 state.require(self.path or type(copy).__name__)
