@@ -33,8 +33,8 @@ class Network:
     """Runs a model with probes; only reads it, and holds it weakly.
 
     ``names`` gives the wanted parameters, name by id, in order; all by default. ``tensors`` gives the tensors in an
-    output whose gradients matter. Where they are ``recorded``, passes are calls of the user's own, with the model's own
-    parameters and in its mode instead of evaluation mode.
+    output whose gradients matter. With ``recorded``, passes are calls of the user's own: with the model's own
+    parameters, and in its mode instead of evaluation mode.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class Network:
         recorded: bool = False,
     ) -> None:
         self._model = weakref.ref(model)
-        self.names, self.tensors, self.recorded = names or self._all_names, tensors, recorded
+        self.names = names or (lambda: {id(p): name for name, p in self.model.named_parameters()})
+        self.tensors, self.recorded = tensors, recorded
         self._known: OrderedDict[Any, Known] = OrderedDict()
         self._lock = threading.Lock()
         keep_freed_memory()
@@ -57,9 +58,6 @@ class Network:
         model = self._model()
         assert model is not None
         return model
-
-    def _all_names(self) -> dict[int, str]:
-        return {id(p): name for name, p in self.model.named_parameters()}
 
     def plan(self, args: Any, kwargs: Any, samples: int) -> Plan:
         """The plan for inputs of this structure, made and checked at their first appearance; ValueError for none."""

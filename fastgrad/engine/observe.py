@@ -266,8 +266,7 @@ class Observation:
                 own.bytes += tensor.numel() * tensor.element_size()
                 own.precision = max(own.precision, torch.finfo(tensor.dtype).eps)
                 if tensor.requires_grad:
-                    # The graph holds the hook, so the hook must hold nothing that leads to the graph: neither
-                    # sees the other's garbage.
+                    # The hook must not lead to the graph, which holds it: neither sees the other's garbage.
                     tensor.register_hook(functools.partial(_keep, own._passes, call.gradients, position))
 
         attach(copy, enter, before=True)

@@ -146,10 +146,7 @@ class PlanConstraints:
 
 
 class Planner:
-    """Makes the plans of one model, from what it does with a few samples, gradients included.
-
-    ValueError if no part of the model that uses a parameter treats samples independently.
-    """
+    """Makes the plans of one model, from what it does with a few samples, gradients included."""
 
     def __init__(self, observation: Observation, known: Known) -> None:
         self.seen, self.known, self.names = observation, known, known.names

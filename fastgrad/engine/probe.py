@@ -43,8 +43,7 @@ class _Tap(torch.autograd.Function):
         ctx.norms, ctx.probe, ctx.saved_count = norms, probe, len(saved)
         ctx.save_for_backward(*saved)
         if in_place:
-            # Returned as if modified in place: neither a copy nor a view, so a later in-place activation may
-            # overwrite it.
+            # Returned as if modified in place: neither a copy nor a view, so a later activation may overwrite it.
             ctx.mark_dirty(*outputs)
         else:
             outputs = tuple(output.clone() for output in outputs)

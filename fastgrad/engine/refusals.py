@@ -53,10 +53,7 @@ def refuse_parts(model: nn.Module) -> None:
 
 
 def refuse_mixing(model: nn.Module, *, training: bool) -> None:
-    """Raise ValueError for a layer that computes with the statistics of the batch.
-
-    ``training``: modules run in their own mode rather than in evaluation mode.
-    """
+    """Raise ValueError for a layer that uses statistics of the batch; with ``training``, in the modules' own modes."""
     mixes = "normalises with the statistics of the batch"
     for path, module in model.named_modules():
         name, norm = path or type(model).__name__, isinstance(module, BatchNorm)

@@ -133,18 +133,16 @@ class LayerSite(RuledSite):
         single = self.layout.kind == "single"
         if single:
             output = output.expand(run.samples, *output.shape[1:])
-        norms = functools.partial(self._norms, run, module, Unchanged(self.path, module))
+        held = Unchanged(self.path, module)
+
+        def norms(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+            held.require()
+            a, g = (self.layout.batch_first(x[0], run.samples) for x in (saved, gradients))
+            with using(run.impl):
+                return self.columns(self.rule.function(module, a, g))
+
         in_place = self.rule.in_place and not single
         return tap([output], [value], run.probe(self, output), norms, in_place=in_place)[0]
-
-    def _norms(
-        self, run: Run, module: nn.Module, held: Unchanged, saved: Sequence[Tensor], gradients: Sequence[Tensor]
-    ) -> Tensor:
-        held.require()
-        a = self.layout.batch_first(saved[0], run.samples)
-        g = self.layout.batch_first(gradients[0], run.samples)
-        with using(run.impl):
-            return self.columns(self.rule.function(module, a, g))
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,7 @@ from fastgrad.engine.copy import CONTAINERS, PLAIN, detach_plain
 
 
 class Versions:
-    """Tensors at one time, to see which of them were modified in place since.
-
-    Those made in inference mode, which count no modifications, are left out, and so is None.
-    """
+    """Tensors at one time, to see which were modified in place since; without those of inference mode, and None."""
 
     def __init__(self, tensors: Iterable[Tensor | None]) -> None:
         self._tensors = [t for t in tensors if t is not None and not t.is_inference()]
@@ -190,10 +187,7 @@ def undone(model: nn.Module) -> Iterator[None]:
 
 
 class Unchanged:
-    """A module's own parameters and buffers at the time of its call: the backward pass must read the same.
-
-    ``path`` is the module's name in messages.
-    """
+    """A module's own parameters and buffers at its call: the backward pass must read the same. ``path`` names it."""
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self._path, self._module = path, module

@@ -52,10 +52,9 @@ def multihead_attention(
     with torch.enable_grad():
         leaves = [leaf(F.linear(x.detach(), w.to(dtype), b)) for x, w, b in zip(inputs, weights, biases, strict=True)]
         query, key, value = leaves
-        extra: dict[str, Tensor] = {}
-        if module.bias_k is not None and module.bias_v is not None:
-            for name, row in (("bias_k", module.bias_k), ("bias_v", module.bias_v)):
-                extra[name] = leaf(row.to(dtype).expand(samples, 1, -1))
+        rows = {"bias_k": module.bias_k, "bias_v": module.bias_v}
+        extra = {name: leaf(row.to(dtype).expand(samples, 1, -1)) for name, row in rows.items() if row is not None}
+        if extra:
             key, value = torch.cat([key, extra["bias_k"]], 1), torch.cat([value, extra["bias_v"]], 1)
         if module.add_zero_attn:
             key, value = (torch.cat([x, x.new_zeros(samples, 1, x.shape[2])], 1) for x in (key, value))
@@ -87,9 +86,7 @@ def multihead_attention(
         norms["in_proj_weight"] = per_projection[0] + per_projection[1] + per_projection[2]
     else:
         norms |= dict(zip(_SEPARATE, per_projection, strict=True))
-    for name, g in zip(extra, found[3:], strict=True):
-        norms[name] = bias_sqnorm(g)
-    return norms
+    return norms | {name: bias_sqnorm(g) for name, g in zip(extra, found[3:], strict=True)}
 
 
 ATTENTION = ReplayRule("multi-head attention", multihead_attention, children=("out_proj.weight", "out_proj.bias"))

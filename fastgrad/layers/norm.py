@@ -49,17 +49,10 @@ def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     samples, channels = a.shape[:2]
     # Samples folded into channels, the ordinary reduction over (batch, positions) becomes one per sample, and
     # one pass over the two tensors gives both sums.
+    g, a = (x.reshape(1, samples * channels, -1) for x in (g, a))
+    mean, var = (x.expand(samples, -1).reshape(-1) for x in (mean, var))
     _, weight, bias = torch.ops.aten.native_batch_norm_backward(
-        g.reshape(1, samples * channels, -1),
-        a.reshape(1, samples * channels, -1),
-        None,
-        mean.expand(samples, -1).reshape(-1),
-        var.expand(samples, -1).reshape(-1),
-        None,
-        None,
-        False,
-        module.eps,
-        [False, True, True],
+        g, a, None, mean, var, None, None, False, module.eps, [False, True, True]
     )
     return {"weight": sqnorm(weight.view(samples, channels)), "bias": sqnorm(bias.view(samples, channels))}
 

@@ -20,10 +20,7 @@ def sqnorm(x: Tensor) -> Tensor:
 
 
 def positions_first(x: Tensor, trailing: int) -> Tensor:
-    """Flatten what stands between the batch and the last ``trailing`` dimensions: ``(B, T, *trailing)``.
-
-    ``T`` is 1 where there is nothing between.
-    """
+    """Flatten what stands between the batch and the last ``trailing`` dimensions: ``(B, T, *trailing)``; T may be 1."""
     keep = x.dim() - trailing
     return x.unsqueeze(1) if keep == 1 else x.flatten(1, keep - 1)
 
