@@ -102,10 +102,11 @@ def tap(
 
 def nodes_behind(outputs: Iterable[Any], stops: Container[int] = ()) -> Iterator[Any]:
     """Nodes of the graph of ``outputs``, tensors or nodes, where it is not behind the taps of probes with these ids."""
-    waiting, seen = [out.grad_fn if isinstance(out, Tensor) else out for out in outputs], set()
+    waiting: list[Any] = [out.grad_fn if isinstance(out, Tensor) else out for out in outputs]
+    seen = set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen or probe_of(node) in stops:
+        if node is None or node in seen or (node.name() == f"{_Tap.__name__}Backward" and id(node.probe) in stops):
             continue
         seen.add(node)
         yield node
@@ -123,8 +124,3 @@ def nodes_by_term(outputs: Iterable[Tensor]) -> Iterator[Iterator[Any]]:
             waiting += [(other, True) for other in terms]
         else:
             yield nodes_behind([node])
-
-
-def probe_of(node: Any) -> int | None:
-    """The id of the probe of a tap; None for another node."""
-    return id(node.probe) if node.name() == f"{_Tap.__name__}Backward" else None
