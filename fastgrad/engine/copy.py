@@ -168,7 +168,7 @@ class Shadow:
             return known
         copy = module.__class__.__new__(module.__class__)
         state = module.__dict__.copy()
-        # Past nn.Module's own, which looks at what is set.
+        # Past nn.Module's own, which looks at what is set: a copy is made for every forward pass.
         object.__setattr__(copy, "__dict__", state)
         self.modules[id(module)] = copy
         self._pairs.append((module, copy))
@@ -234,9 +234,10 @@ class Shadow:
             owner = self._replace(value.__self__) if isinstance(value.__self__, nn.Module) else value.__self__
             return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
         if type(value) is functools.partial:
-            held = value.func, value.args, value.keywords
-            function, args, keywords = replaced = [self._replace(one) for one in held]
-            return value if all(map(operator.is_, replaced, held)) else functools.partial(function, *args, **keywords)
+            function, args, keywords = map(self._replace, (value.func, value.args, value.keywords))
+            if function is value.func and args is value.args and keywords is value.keywords:
+                return value
+            return functools.partial(function, *args, **keywords)
         return value
 
 

@@ -323,9 +323,10 @@ class Trial:
         idle = {name for name, p in seen.parameters.items() if p.requires_grad and seen.uses[name]}
         idle &= set(self._known.names.values())
         for sample in dict.fromkeys((CHOSEN, self._count - 1, *range(min(self._count, SAMPLES)))):
-            checks.append(self._check(seen, sample))
-            truth, floor = checks[-1].truth, rounding(checks[-1].truth)
-            idle -= {name for name, gradient in truth.items() if bool(gradient.square().sum() > floor)}
+            check = self._check(seen, sample)
+            checks.append(check)
+            floor = rounding(check.truth)
+            idle -= {name for name, gradient in check.truth.items() if bool(gradient.square().sum() > floor)}
             if len(checks) > 1 and self._count >= SAMPLES and not idle:
                 break
         gradients = [check.truth[name] for check in checks for name in idle if name in check.truth]
