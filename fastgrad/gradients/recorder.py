@@ -262,8 +262,8 @@ def recorded_sqnorms(
         outputs, [probe for _, _, probe, _ in probes], gradients, batched=batched, keep=keep,
         looped=looped((run for _, run in alive), [site for _, site, _, _ in probes], outputs[0]),
     )  # fmt: skip
-    empty = recording.samples == 0
-    _require_called(outputs, {key: names[key] for key in asked}, [call for call, _ in alive], empty=empty)
+    sizes = _require_called(outputs, asked, calls, empty=recording.calls[-1].samples == 0)
+    reached = [(*probe, norms) for probe, norms in zip(probes, sqnorms, strict=True) if norms is not None]
     by_key: dict[int, Tensor] = {}
     for keys, _, _, _, norms in reached:
         for column, key in enumerate(keys):
