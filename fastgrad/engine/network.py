@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import disable_mha_fastpath, is_traced, pytree
+from fastgrad.engine.carriers import find_carriers
 from fastgrad.engine.copy import BACKWARD_HOOKS, Shadow, detach_plain
 from fastgrad.engine.fallback import floating
 from fastgrad.engine.layout import SAMPLES
@@ -22,7 +23,7 @@ from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import BroadcastSite, OffPlanError, Reading, Run
 from fastgrad.engine.state import Snapshot, devices_of
 from fastgrad.engine.steps import Steps, layer_as_one_step, noting
-from fastgrad.engine.trial import Trial, find_carriers
+from fastgrad.engine.trial import Trial
 
 #: Structures of inputs whose plans are kept, and plans kept for one: paths that no single plan serves.
 _STRUCTURES_KEPT = 16

@@ -5,7 +5,6 @@ None of the samples may change what the model does with another.
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrad._torch import is_traced, pytree
-from fastgrad.batches import carrying, take
+from fastgrad._torch import pytree
+from fastgrad.batches import take
 from fastgrad.engine.backward import backward_signals, order_by_parameter
-from fastgrad.engine.copy import Shadow, detach_plain
+from fastgrad.engine.carriers import outputs_of
+from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.fallback import agree
 from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.memory import lacks_memory
@@ -31,62 +31,8 @@ if TYPE_CHECKING:
     from fastgrad.engine.network import Network
 
 
-#: Inputs in doubt up to which every choice is tried.
-_DOUBTS = 4
-
 #: Observations of some of the samples among others, and which of all samples these are.
 _Others = Sequence[tuple[Observation, range]]
-
-
-def find_carriers(network: Network, inputs: Any, samples: int, *, training: bool) -> tuple[bool, ...]:
-    """For each leaf of the inputs, whether it carries the batch: a mask of B by B positions has B rows, too.
-
-    The first tensor with B rows does. Of others with B rows, those do with which some of the samples alone give the
-    rows that they have in the batch; where no choice does, as in a model that mixes samples, those that the model bears
-    without an error. Where a module will run in training mode, the model must bear the choice in that mode as well.
-    """
-    inputs = pytree.tree_map_only(Tensor, detach_plain, inputs)
-    leaves = pytree.tree_leaves(inputs)
-    every = carrying(leaves, samples)
-    _, *doubts = [i for i, carries in enumerate(every) if carries] or [0]
-    # A tensor whose rows are as many as nothing else in the inputs has rows for samples.
-    sizes = [size for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape[1:]]
-    if not doubts or len(doubts) > _DOUBTS or samples not in sizes or is_traced():
-        return every
-    index = torch.arange(SAMPLES, device="cpu") % samples
-    borne: tuple[bool, ...] | None = None
-    batch = _outputs(network, inputs)
-    for count in range(len(doubts) + 1):
-        for left_out in itertools.combinations(doubts, count):
-            carriers = tuple(carries and i not in left_out for i, carries in enumerate(every))
-            try:
-                same = True
-                for some in (index, index[:-1]):
-                    part = take(inputs, some, samples, carriers)
-                    same = _same_rows(_outputs(network, part), batch, some) and same
-                    if training:
-                        _outputs(network, part, training=True)
-                if same:
-                    return carriers
-                borne = borne or carriers
-            except Exception as error:
-                if lacks_memory(error):
-                    raise
-    return borne or every
-
-
-def _outputs(network: Network, inputs: Any, *, training: bool = False) -> list[Tensor]:
-    """What the model returns; it and the inputs are left as they were."""
-    args, kwargs = unwritten(inputs)
-    with undone(network.model), torch.no_grad():
-        shadow = Shadow(network.model, training=training, recorded=network.recorded)
-        return network.tensors(shadow.root(*args, **kwargs))
-
-
-def _same_rows(some: Sequence[Tensor], batch: Sequence[Tensor], index: Tensor) -> bool:
-    """Whether outputs of some samples are their rows of the batch's."""
-    rows = [(part, whole[index.to(whole.device)]) for part, whole in zip(some, batch, strict=True) if whole.dim()]
-    return all(part.shape == expected.shape and agree(part, expected) for part, expected in rows)
 
 
 class Check(NamedTuple):
@@ -246,7 +192,7 @@ class Trial:
                 if lacks_memory(error):
                     raise
                 # Raises what the model raises for all samples, if it does.
-                _outputs(self._network, self._whole[0], training=training)
+                outputs_of(self._network, self._whole[0], training=training)
                 raise ValueError(
                     "model must take any number of samples, rows of dimension 0 of its first tensor, and be followed "
                     f"on its way (no torch.cond, no nested tensors but jagged ones); given {count} of "
