@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import is_fake, vmap
+from fastgrad.engine.fallback import FallbackSite
 from fastgrad.engine.probe import requesting_norms
-from fastgrad.engine.replay import FallbackSite, RecomputedSite
-from fastgrad.engine.run import Run, Site
+from fastgrad.engine.run import RecomputedSite, Run, Site
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.losses import compute_dtype
 
@@ -26,18 +26,11 @@ def probe_grads(
     looped: bool = False,
     keep: bool | None = None,
 ) -> list[Tensor | None]:
-    """The gradient of each probe; like `torch.autograd.grad`, but what is not asked for is not computed.
+    """The gradient of each probe, ``(B, m)``; like `torch.autograd.grad`, but what is not asked for is not computed.
 
-    Args:
-        outputs: What is differentiated.
-        probes: Probes of any runs; the pass goes back to the earliest of them and no further.
-        gradients: One for each output; None for scalars.
-        batched: Whether each has a leading dimension S of several gradients, which then go back together.
-        looped: Whether they go back one after the other all the same, see `looped`.
-        keep: Whether to keep the graph for another call.
-
-    Returns:
-        ``(B, m)`` for each probe, ``(S, B, m)`` if batched; None where the outputs do not depend on it.
+    The pass goes back to the earliest of the probes, which may be of any runs. None for one that the outputs do not
+    depend on. ``batched`` gradients have a leading dimension S, and so has the answer; they go back together, unless
+    they must be `looped`. ``keep`` keeps the graph for another call.
     """
     if not probes:
         return []
@@ -55,7 +48,11 @@ def probe_grads(
                 probe_grads(outputs, probes, [g[i] for g in gradients], keep=keep or i < count - 1)
                 for i in range(count)
             ]
-            return [_stacked(column) for column in zip(*rows, strict=True)]
+            # A probe has gradients for all output gradients or for none.
+            return [
+                None if first is None else torch.stack([first, *rest]) if rest else first.unsqueeze(0)
+                for first, *rest in zip(*rows, strict=True)
+            ]
         reached: list[int] = []
 
         def some(*grads: Tensor) -> list[Tensor]:
@@ -81,32 +78,19 @@ def looped(runs: Iterable[Run], sites: Sequence[Site], output: Tensor) -> bool:
     )
 
 
-def backward_signals(run: Run, output: Tensor, gradients: Tensor, *, keep: bool = False) -> list[Tensor]:
-    """Send S gradients of a run's output back to its sites.
+def backward_signals(
+    run: Run, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, keep: bool = False
+) -> list[Tensor | None]:
+    """Send S gradients ``(S, B, ...)`` of each output of a run back to its sites.
 
-    Args:
-        run: The forward pass.
-        output: Its output ``(B, ...)``.
-        gradients: ``(S, B, ...)``, in the output's dtype.
-        keep: Whether to keep the graph for another call.
-
-    Returns:
-        ``(S, B, m)`` for each of ``run.probes``; zeros where the output does not depend on it.
-
-    Raises:
-        RuntimeError: A parameter was modified since.
+    Gives ``(S, B, m)`` for each of ``run.probes``; None where the outputs do not depend on it.
     """
-    run.held.require()
-    wanted = [probe for _, probe in run.probes]
-    count = gradients.shape[0]
-    if not output.requires_grad:
-        return [probe.new_zeros(count, *probe.shape) for probe in wanted]
-    one_by_one = looped([run], [site for site, _ in run.probes], output)
-    parts = probe_grads([output], wanted, [gradients], batched=True, looped=one_by_one, keep=keep)
-    return [
-        probe.new_zeros(count, *probe.shape) if part is None else part
-        for part, probe in zip(parts, wanted, strict=True)
-    ]
+    pairs = [(out, at) for out, at in zip(outputs, gradients, strict=True) if out.requires_grad]
+    if not pairs:
+        return [None] * len(run.probes)
+    reached, at = zip(*pairs, strict=True)
+    one_by_one = looped([run], [site for site, _ in run.probes], reached[0])
+    return probe_grads(reached, [probe for _, probe in run.probes], at, batched=True, looped=one_by_one, keep=keep)
 
 
 @torch.no_grad()
@@ -124,7 +108,7 @@ def signal_sqnorms(
         scale = torch.ones_like(scale)
     unit = (delta / scale).to(output.dtype)
     with torch.enable_grad():
-        signals = backward_signals(run, output, unit, keep=keep)
+        signals = backward_signals(run, [output], [unit], keep=keep)
     norms = order_by_parameter(run.probes, signals, names, unit, run.samples)
     if log:
         return norms.clamp_min(torch.finfo(norms.dtype).tiny).log() + (2 * scale.log()).to(norms.dtype)
@@ -133,29 +117,15 @@ def signal_sqnorms(
     return norms * scale * scale
 
 
-def _stacked(column: Sequence[Tensor | None]) -> Tensor | None:
-    """One probe's gradients, which it has for all output gradients or for none."""
-    present = [value for value in column if value is not None]
-    return None if not present else present[0].unsqueeze(0) if len(column) == 1 else torch.stack(present)
-
-
 def order_by_parameter(
-    probes: Probes, signals: Sequence[Tensor], names: Sequence[str], like: Tensor, samples: int
+    probes: Probes, signals: Sequence[Tensor | None], names: Sequence[str], like: Tensor, samples: int
 ) -> Tensor:
-    """Order the probes' gradients by parameter.
+    """``(S, B, P)``, the ``signals`` that probes yielded ordered by the names of parameters.
 
-    Args:
-        probes: Site and probe.
-        signals: Gradient of each, ``(S, B, m)``.
-        names: P wanted parameters; those no probe reports have gradient zero.
-        like: ``(S, ...)``, gives device and dtype.
-        samples: B.
-
-    Returns:
-        ``(S, B, P)``, float32 (float64 for float64).
+    Float32 (float64 for float64), on the device of ``like`` ``(S, ...)``; zero for what no signal is of.
     """
     dtype = compute_dtype(like.dtype)
-    served = [(site.parameters, f) for (site, _), f in zip(probes, signals, strict=True)]
+    served = [(site.parameters, f) for (site, _), f in zip(probes, signals, strict=True) if f is not None]
     columns = [name for parameters, _ in served for name in parameters]
     place = {name: i for i, name in enumerate(columns)}
     zeros = like.new_zeros((like.shape[0], samples, 1), dtype=dtype)

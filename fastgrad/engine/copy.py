@@ -7,8 +7,9 @@ nothing to restore after an exception, and threads cannot disturb one another.
 from __future__ import annotations
 
 import functools
+import operator
 import types
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ _HOOK_TABLES = frozenset(
 )
 _TABLES = _HOOK_TABLES | {"_parameters", "_buffers", "_modules"}
 _ABSENT = object()
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def detach_plain(x: Tensor) -> Tensor:
@@ -74,15 +75,10 @@ class Shadow:
     lists, tuples, dicts and ``functools.partial``. Forward hooks of the user stay: they may change outputs. Backward
     hooks, which may change gradients, stay on request.
 
-    Args:
-        model: The module to copy; it is only read.
-        parameter: Called with each parameter once; what the copy holds in its place. By default the detached
-            parameter, so that autograd computes no weight gradient.
-        training: Whether modules keep their own mode instead of evaluation mode.
-        recorded: Whether the user's own call of ``model`` is under way. Its hooks on ``model`` itself are then at work
-            already, and its parts keep their backward hooks.
-        apart: Whether lists, dicts and sets in attributes are the copy's own, so that the pass leaves the user's as
-            they are.
+    ``parameter`` gives what the copy holds in place of a parameter; by default the detached one, so that autograd
+    computes no weight gradient. With ``training``, modules keep their own mode. ``recorded`` says that the user's own
+    call of ``model`` is under way: its hooks on ``model`` itself are at work already, and its parts keep their backward
+    hooks. Lists, dicts and sets in attributes are copies, unless ``apart`` is False.
     """
 
     def __init__(
@@ -94,18 +90,9 @@ class Shadow:
         recorded: bool = False,
         apart: bool = True,
     ) -> None:
-        #: The user's model.
-        self.model = model
-        #: Whether the user's own call of it is under way.
-        self.recorded = recorded
-        #: Whether modules keep their own mode instead of evaluation mode.
-        self.training = training
+        self.model, self.training, self.recorded = model, training, recorded
         self._parameter, self._apart, self._graded = parameter, apart, torch.is_grad_enabled()
         self._copies: dict[int, Any] = {}
-        # Where the copies hold a parameter: tables and keys by its id; plain attributes with parameters of the tree, of
-        # a copy, by name, and what the original has there.
-        self._places: defaultdict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
-        self._holders: list[tuple[dict[str, Any], str, Any]] = []
         # Plain attributes that may hold parts of the tree; those in which something was replaced.
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._followed: set[tuple[int, str]] = set()
@@ -115,28 +102,26 @@ class Shadow:
         self._named: dict[str, nn.Module] = {}
         self.root: nn.Module = self._module(model, "")
         if recorded:
-            self._without_hooks(self.root.__dict__)
-        for held in self._attributes:
-            self._follow(*held)
+            # The work of these hooks on inputs, outputs and gradients is done around the copy.
+            state = self.root.__dict__
+            for name in ("_forward_hooks", *BACKWARD_HOOKS):
+                state[name] = OrderedDict()
+            # Those that run before may make weights of parameters, as for weight norm, which the copy needs of its own.
+            hooks = state["_forward_pre_hooks"]
+            state["_forward_pre_hooks"] = OrderedDict(
+                (key, functools.partial(_run, hook)) for key, hook in hooks.items()
+            )
+        # Modules, parameters and methods which a plain attribute holds.
+        for state, name, value in self._attributes:
+            replaced = self._replace(value)
+            if replaced is not value:
+                state[name] = replaced
+                self._followed.add((id(state), name))
 
     def submodule(self, path: str) -> nn.Module:
-        """The copy of a module by its name within the model, empty for the model itself."""
+        """The copy of a module by its name within the model."""
         # PyTorch's own walks the tree for each, which for all layers takes as long as the copying.
         return self._named[path] if path in self._named else self.root.get_submodule(path)
-
-    def tensor(self, parameter: nn.Parameter) -> Tensor:
-        """What the copy holds in place of a parameter."""
-        value: Tensor = self._copies[id(parameter)]
-        return value
-
-    def substitute(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Let the copy hold ``value`` in place of a parameter, wherever it occurs."""
-        self._copies[id(parameter)] = value
-        for table, name in self._places[id(parameter)]:
-            table[name] = value
-        for state, name, original in self._holders:
-            state[name] = self._replace(original)
-            self._followed.add((id(state), name))
 
     def stand_ins(self, *, apart: bool) -> dict[int, int]:
         """The number of every parameter, by its id and its copy's; ``apart`` gives the two different numbers."""
@@ -144,10 +129,7 @@ class Shadow:
         return numbers | {id(value): 2 * i for i, value in enumerate(self._copies.values())}
 
     def settings(self, module: nn.Module) -> Settings:
-        """What the copies of ``module`` and its descendants hold at present in attributes that are no tensors.
-
-        Lists, dicts and sets with nothing of a module tree are among them, as they are now.
-        """
+        """What the copies of ``module`` and its descendants hold in attributes without tensors or modules."""
         return {
             id(part): {
                 name: _own(value)
@@ -159,7 +141,7 @@ class Shadow:
         }
 
     def restore(self, settings: Settings) -> None:
-        """Give the copies the attributes that `settings` of another copy of the same modules had."""
+        """Give the copies what `settings` of another copy held."""
         for key, values in settings.items():
             self.modules[key].__dict__.update({name: _own(value) for name, value in values.items()})
 
@@ -179,15 +161,6 @@ class Shadow:
                 known = before["_buffers"].get(name)
                 if value is not known and not (isinstance(known, Tensor) and known.is_inference()):
                     before["_buffers"][name] = value
-
-    @staticmethod
-    def _without_hooks(state: dict[str, Any]) -> None:
-        """Leave out the hooks whose work on inputs, outputs and gradients is done around the copy."""
-        for name in ("_forward_hooks", *_BACKWARD_HOOKS):
-            state[name] = OrderedDict()
-        # Those that run before may make weights of parameters, as for weight norm, which the copy needs of its own.
-        before = state["_forward_pre_hooks"]
-        state["_forward_pre_hooks"] = OrderedDict((key, functools.partial(_run, hook)) for key, hook in before.items())
 
     def _module(self, module: nn.Module, prefix: str) -> nn.Module:
         known = self.modules.get(id(module))
@@ -218,43 +191,26 @@ class Shadow:
             if name not in _TABLES:
                 self._attributes.append((state, name, value))
             elif value and name in _HOOK_TABLES:
-                state[name] = OrderedDict() if name in _BACKWARD_HOOKS and not self.recorded else value.copy()
-        tensors: dict[str, Any] = {}
-        for name, value in state["_parameters"].items():
-            tensors[name] = None
-            if value is not None:
-                tensors[name] = self._tensor(value)
-                self._places[id(value)].append((tensors, name))
-        state["_parameters"] = tensors
+                state[name] = OrderedDict() if name in BACKWARD_HOOKS and not self.recorded else value.copy()
+        state["_parameters"] = {
+            name: None if value is None else self._tensor(value) for name, value in state["_parameters"].items()
+        }
         state["_buffers"] = {
             name: detach_plain(value) if isinstance(value, Tensor) and value.is_inference() else value
             for name, value in state["_buffers"].items()
         }
-        children: dict[str, nn.Module | None] = {}
-        for name, child in state["_modules"].items():
-            children[name] = None
+        state["_modules"] = children = dict(state["_modules"])
+        for name, child in children.items():
             if child is not None:
                 children[name] = self._named[prefix + name] = self._module(child, f"{prefix}{name}.")
-        state["_modules"] = children
         if self._graded and isinstance(copy, _torch.BatchNorm):
             attach(copy, _lay_out_gradient)
         return copy
 
-    def _tensor(self, parameter: nn.Parameter) -> Tensor:
-        value = self._copies.get(id(parameter))
-        if value is None:
-            value = self._copies[id(parameter)] = self._parameter(parameter)
-        return value
-
-    def _follow(self, state: dict[str, Any], name: str, value: Any) -> None:
-        """Replace modules, parameters and methods which a plain attribute holds."""
-        self._met_parameter = False
-        replaced = self._replace(value)
-        if replaced is not value:
-            state[name] = replaced
-            self._followed.add((id(state), name))
-        if self._met_parameter:
-            self._holders.append((state, name, value))
+    def _tensor(self, parameter: nn.Parameter) -> Any:
+        if id(parameter) not in self._copies:
+            self._copies[id(parameter)] = self._parameter(parameter)
+        return self._copies[id(parameter)]
 
     def _replace(self, value: Any) -> Any:
         """``value`` with everything of the tree inside it replaced; ``value`` itself if there is nothing."""
@@ -265,7 +221,6 @@ class Shadow:
         if isinstance(value, nn.Module):
             return self.modules.get(id(value), value)
         if isinstance(value, nn.Parameter):
-            self._met_parameter = True
             return self._copies.get(id(value), value)
         if type(value) in CONTAINERS:
             if isinstance(value, dict):
@@ -273,14 +228,13 @@ class Shadow:
                 same = all(items[key] is item for key, item in value.items())
                 return value if same and not self._apart else type(value)(items)
             elements = [self._replace(item) for item in value]
-            same = all(new is old for new, old in zip(elements, value, strict=True))
+            same = all(map(operator.is_, elements, value))
             return value if same and (not self._apart or type(value) is tuple) else type(value)(elements)
         if isinstance(value, types.MethodType):
             owner = self._replace(value.__self__) if isinstance(value.__self__, nn.Module) else value.__self__
             return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
         if type(value) is functools.partial:
-            function, args = self._replace(value.func), self._replace(value.args)
-            keywords = self._replace(value.keywords)
+            function, args, keywords = map(self._replace, (value.func, value.args, value.keywords))
             if function is value.func and args is value.args and keywords is value.keywords:
                 return value
             return functools.partial(function, *args, **keywords)
@@ -307,8 +261,8 @@ def _run(hook: Callable[..., Any], *args: Any) -> None:
 def _lay_out_gradient(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
     """Have the gradient of one sample reach a batch norm in the layout that PyTorch's kernel for CPUs takes it for.
 
-    It takes one that lies channels last for one that does not, where the only sample has a stride of its own, as behind
-    a transposition. Its gradients then are silently those of other channels.
+    That takes channels last for contiguous, where the only sample has a stride of its own, as behind a transposition.
+    Its gradients then are silently those of other channels.
     """
     if isinstance(output, Tensor) and output.requires_grad and not _torch.is_traced() and output.shape[0] == 1:
         output.register_hook(Tensor.contiguous)

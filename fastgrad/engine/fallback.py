@@ -1,8 +1,7 @@
 """The exact general fallback: per-sample gradients of one module alone, a few samples at a time.
 
-It serves parameters which a module holds directly (class tokens, position embeddings, layer scale, relative
-position tables), layers without a rule, and parameters used more than once: all uses lie within the module
-that is computed again, so their gradients add up before the norm is taken.
+It serves layers without a rule, and parameters that a module holds directly or that are used more than once: all uses
+lie within the module that is computed again, so their gradients add up before the norm is taken.
 
 Whether a sample alone has the gradients that it has in its batch is seen where a model might make a difference, as one
 that reorders samples or looks at values: with random weights, the gradients of the samples must add up to the gradient
@@ -15,17 +14,18 @@ import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import disable_mha_fastpath, is_readable, pytree, vmap
-from fastgrad.engine.copy import Settings, Shadow, detach_plain
-from fastgrad.engine.given import apart
-from fastgrad.engine.tracing import is_symbolic
+from fastgrad.engine.copy import BACKWARD_HOOKS, Settings, Shadow, detach_plain
+from fastgrad.engine.run import RecomputedSite, Replay, Run
+from fastgrad.engine.state import apart
+from fastgrad.engine.tracing import is_fixed, is_symbolic
 from fastgrad.layers.reduce import leaf, sqnorm, upcast
 
 #: Bytes of per-sample gradients held at once.
@@ -50,66 +50,78 @@ def batch_first(outputs: Sequence[Tensor], places: Sequence[int]) -> list[Tensor
 
 
 @dataclass(frozen=True)
-class Fallback:
-    """One call of a module that is computed again, sample by sample.
+class FallbackSite(RecomputedSite):
+    """A module of any kind, computed again sample by sample.
 
     Attributes:
-        module: The user's module; only read.
-        parameters: Those of the module or its descendants whose gradients are wanted.
-        batched: For each leaf of the inputs, whether its dimension 0 is the batch (or a multiple of it, sample by
-            sample).
-        outputs: The floating-point outputs of the call, with the batch moved to dimension 0.
+        batched: For each leaf of the inputs, whether its dimension 0 is the batch, or a multiple of it.
         places: The dimension in which each output has the batch, a multiple of it in dimension 0 alone.
-        settings: Of the module and its descendants when the call began.
-        name: The module's name in messages.
-        vectorize: Whether samples of a chunk run together under ``vmap``; else one after the other, for modules
-            which ``vmap`` cannot take.
-        verify: Whether to compare the gradients with those of the whole batch. It happens in any case where a sample
-            alone gives other outputs than in its batch.
-        training: Whether modules keep their own mode instead of evaluation mode.
-        recorded: Whether the user's own call is under way, see `fastgrad.engine.copy`.
+        vectorize: Whether samples of a chunk run together under ``vmap``, which cannot take all modules.
+        verify: Whether to compare the gradients with those of the whole batch, also where a sample alone gives the
+            outputs that it gives in its batch.
     """
 
-    module: nn.Module
-    parameters: Sequence[nn.Parameter]
-    batched: Sequence[bool]
-    outputs: Sequence[Tensor]
-    places: Sequence[int]
-    settings: Settings
-    name: str
+    batched: tuple[bool, ...]
+    places: tuple[int, ...]
     vectorize: bool
     verify: bool
-    training: bool
-    recorded: bool
 
-    def sqnorms(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor], samples: int
-    ) -> Tensor:
-        """Squared norms ``(B, P)`` of each sample's gradient of the parameters, with all their uses inside the module.
+    def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
+        again, device = _Again(self, shadow, outputs, settings), outputs[0].device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
-        Raises:
-            ValueError: If a sample alone has other gradients than in its batch.
-        """
+        def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
+            fixed_before = is_fixed(run.samples)
+            with torch.autocast(device, dtype, enabled, cache_enabled=False):
+                norms = again.sqnorms(args, kwargs, batch_first(gradients, self.places), run.samples, self.verify)
+            if is_fixed(run.samples) and not fixed_before:
+                raise RuntimeError(
+                    f"layer {self.path!r} ({type(again.module).__name__}) has no rule of its own and is run again for "
+                    "each sample, in operations whose computation depends on the batch size, so its gradients have no "
+                    "graph of dynamic batch. Register a rule (fastgrad.layers.register_rule) or leave out what reads "
+                    "its gradients; a .pt2 can be exported with one_by_one=True"
+                )
+            return norms
+
+        return replay
+
+
+class _Again:
+    """One call of a fallback's module, with its ``outputs`` and the ``settings`` with which it began."""
+
+    def __init__(self, site: FallbackSite, shadow: Shadow, outputs: Sequence[Tensor], settings: Settings) -> None:
+        self.site, self.settings, self.outputs = site, settings, batch_first(outputs, site.places)
+        # The user's module rather than its copy, whose hooks belong to this forward pass.
+        self.module = shadow.model.get_submodule(site.path)
+        self.parameters = [shadow.model.get_parameter(name) for name in site.parameters]
+        self.recorded = shadow.recorded
+
+    def sqnorms(self, args: Any, kwargs: Any, gradients: list[Tensor], samples: int, verify: bool) -> Tensor:
+        """Squared norms ``(B, P)``; ValueError if a sample alone has other gradients than in its batch."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        inputs = [value for value, is_batched in zip(leaves, self.batched, strict=True) if is_batched]
+        inputs = [value for value, is_batched in zip(leaves, self.site.batched, strict=True) if is_batched]
 
         def forward(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
             carried = iter(tensors)
             filled = [
                 next(carried) if is_batched else value if isinstance(value, Tensor) else apart(value, Tensor.clone)
-                for value, is_batched in zip(leaves, self.batched, strict=True)
+                for value, is_batched in zip(leaves, self.site.batched, strict=True)
             ]
             return self._forward(values, *pytree.tree_unflatten(filled, spec))
 
         readable = is_readable(*gradients, *self.outputs)
-        verify = self.verify and readable
+        verify = verify and readable
         rows, same = [], True
         weighted = [torch.zeros_like(p) for p in self.parameters] if verify else []
         split_inputs, split_gradients, split_outputs = (
             [t.reshape(samples, -1, *t.shape[1:]) for t in tensors] for tensors in (inputs, gradients, self.outputs)
         )
+        chunk = max(1, CHUNK_BYTES // max(1, sum(p.numel() * p.element_size() for p in self.parameters)))
+        chunk = chunk if self.site.vectorize else 1
+        # A symbolic batch, in a graph being traced, stays in one piece.
+        parts = [slice(None)] if is_symbolic(samples) else [slice(i, i + chunk) for i in range(0, samples, chunk)]
         with torch.enable_grad():
-            for part in self._chunks(samples):
+            for part in parts:
                 again, grads = self._each(forward, [t[part] for t in split_inputs], [g[part] for g in split_gradients])
                 same = same and all(map(agree, again, [out[part] for out in split_outputs]))
                 rows.append(torch.stack([sqnorm(f) for f in upcast(*grads)], 1))
@@ -125,7 +137,7 @@ class Fallback:
             elif not same:
                 if not readable:
                     raise self._refusal("gives other outputs for a sample alone than for the batch")
-                return replace(self, verify=True).sqnorms(args, kwargs, gradients, samples)
+                return self.sqnorms(args, kwargs, gradients, samples, True)
         return norms
 
     def _forward(self, values: Sequence[Tensor], args: Any, kwargs: Any) -> list[Tensor]:
@@ -133,7 +145,7 @@ class Fallback:
         value_of = {id(p): v for p, v in zip(self.parameters, values, strict=True)}
         shadow = Shadow(
             self.module, lambda p: value_of.get(id(p), detach_plain(p)),
-            training=self.training, recorded=self.recorded,
+            training=self.recorded, recorded=self.recorded,
         )  # fmt: skip
         shadow.restore(self.settings)
         for copy in shadow.modules.values():
@@ -143,23 +155,15 @@ class Fallback:
             else:
                 disable_mha_fastpath(copy)
         # The inputs come from behind the user's own hooks on the module, and its outputs from before them.
-        for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for table in ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS):
             shadow.root.__dict__[table] = OrderedDict()
-        return batch_first(floating(shadow.root(*args, **kwargs)), self.places)
-
-    def _chunks(self, samples: int) -> list[slice]:
-        """Which samples are computed at once. A symbolic batch, in a graph being traced, stays in one piece."""
-        if is_symbolic(samples):
-            return [slice(None)]
-        size = sum(p.numel() * p.element_size() for p in self.parameters)
-        chunk = max(1, CHUNK_BYTES // max(1, size)) if self.vectorize else 1
-        return [slice(i, i + chunk) for i in range(0, samples, chunk)]
+        return batch_first(floating(shadow.root(*args, **kwargs)), self.site.places)
 
     def _each(
         self, forward: Forward, inputs: list[Tensor], gradients: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs and gradients of each sample of a chunk, ``(B, *shape)``."""
-        if not self.vectorize:
+        if not self.site.vectorize:
             wanted = [leaf(detach_plain(p)) for p in self.parameters]
             alone = [out.unsqueeze(0) for out in forward(wanted, [t[0] for t in inputs])]
             outputs, grads = _differentiated(alone, wanted, gradients)
@@ -171,12 +175,7 @@ class Fallback:
         return _differentiated(outputs, wanted, gradients)
 
     def _compare(
-        self,
-        forward: Forward,
-        inputs: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        weighted: Sequence[Tensor],
-        norms: Tensor,
+        self, forward: Forward, inputs: list[Tensor], gradients: list[Tensor], weighted: list[Tensor], norms: Tensor
     ) -> None:
         """Raise ValueError where ``weighted`` gradients of single samples are not those of the batch."""
         wanted, weights = [leaf(detach_plain(p)) for p in self.parameters], _weights(len(norms), norms.device)
@@ -198,31 +197,31 @@ class Fallback:
                 raise self._refusal("gives other gradients for a sample alone than for the batch")
 
     def _refusal(self, what: str) -> ValueError:
-        name = self.name or type(self.module).__name__
+        name = self.site.path or type(self.module).__name__
         return ValueError(
             f"model must treat the samples of a batch independently and alike each time; its module {name!r} {what}"
         )
 
 
-def dense(gradient: Tensor) -> Tensor:
-    """``gradient`` with its zeros, which those of embeddings may leave out."""
-    # Not of all: vmap has no rule for it.
-    return gradient.to_dense() if gradient.is_sparse else gradient
+def dense_grads(
+    outputs: Sequence[Tensor], wanted: Sequence[Tensor], gradients: Sequence[Tensor], *, keep: bool = False
+) -> list[Tensor | None]:
+    """The gradient of each of ``wanted`` where ``gradients`` are sent back from those outputs that have a graph."""
+    pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(wanted)
+    reached, at = zip(*pairs, strict=True)
+    found = torch.autograd.grad(reached, wanted, at, allow_unused=True, retain_graph=keep)
+    # Those of embeddings may leave out zeros. Not all are made dense: vmap has no rule for it.
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
 
 
 def _differentiated(
-    outputs: Sequence[Tensor], wanted: Sequence[Tensor], gradients: Sequence[Tensor]
+    outputs: list[Tensor], wanted: list[Tensor], gradients: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs without their graph, and the gradients of ``wanted`` where ``gradients`` are sent back."""
-    pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
-    grads: Sequence[Tensor | None] = [None] * len(wanted)
-    if pairs:
-        reached, at = zip(*pairs, strict=True)
-        grads = torch.autograd.grad(reached, wanted, at, allow_unused=True)
-    return (
-        [out.detach() for out in outputs],
-        [torch.zeros_like(w) if f is None else dense(f) for f, w in zip(grads, wanted, strict=True)],
-    )
+    """The outputs without their graph, and the gradients of ``wanted``."""
+    found = zip(dense_grads(outputs, wanted, gradients), wanted, strict=True)
+    return [out.detach() for out in outputs], [torch.zeros_like(w) if g is None else g for g, w in found]
 
 
 def _weights(samples: int, device: torch.device) -> Tensor:
@@ -242,9 +241,7 @@ def agree(again: Tensor, output: Tensor, precision: float = 0.0) -> bool:
 class _PaddedRows(TorchFunctionMode):
     """Lets the row of an embedding's padding have no gradient: under ``vmap`` PyTorch does so for one sample alone."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.nn.functional.embedding:
             return func(*args, **(kwargs or {}))
         call = _EMBEDDING.bind(*args, **(kwargs or {}))
@@ -262,9 +259,7 @@ class _Precision(TorchFunctionMode):
 
     eps = 0.0
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         # A mask of zeros is no computation.
         if floating(result) and floating(args):

@@ -28,11 +28,12 @@ class Layout:
 
     def holds(self, x: Tensor, samples: int) -> bool:
         """Whether ``x`` may hold that many samples there."""
-        if self.kind == "single":
-            return bool(x.shape[0] == 1)
+        if x.dim() <= self.dim:
+            return False
+        rows = x.shape[self.dim]
         if self.kind == "folded":
-            return bool(x.shape[0] % samples == 0)
-        return bool(x.shape[self.dim] == samples)
+            return bool(rows % samples == 0)
+        return bool(rows == (1 if self.kind == "single" else samples))
 
     def batch_first(self, x: Tensor, samples: int) -> Tensor:
         """``x`` as a tensor with the batch in dimension 0, further rows of a sample in dimension 1."""
@@ -48,7 +49,7 @@ class Layout:
 def find_layout(shape: tuple[int, ...], other: tuple[int, ...], gradient: Tensor | None, samples: int) -> Layout | None:
     """Where the batch lies in a tensor of this shape at ``samples``, 2 at least, and the other at one less.
 
-    ``gradient`` is the tensor's when that of the chosen sample is sent back.
+    ``gradient`` is the tensor's when that of the chosen sample is sent back: zero outside of its rows.
     """
     if len(shape) != len(other) or not shape:
         return None
@@ -61,18 +62,14 @@ def find_layout(shape: tuple[int, ...], other: tuple[int, ...], gradient: Tensor
     rows, remainder = divmod(shape[dim], samples)
     if remainder or other[dim] != rows * (samples - 1):
         return None
-    if gradient is not None and not _block_only(gradient, dim, rows):
-        return None
+    if gradient is not None:
+        outside = gradient.detach().clone()
+        outside.narrow(dim, CHOSEN * rows, rows).zero_()
+        if bool(outside.any()):
+            return None
     if rows == 1:
         return Layout("plain") if dim == 0 else Layout("moved", dim)
     return Layout("folded") if dim == 0 else None
-
-
-def _block_only(gradient: Tensor, dim: int, rows: int) -> bool:
-    """Whether the gradient vanishes outside the chosen sample's rows of one dimension."""
-    outside = gradient.detach().clone()
-    outside.narrow(dim, CHOSEN * rows, rows).zero_()
-    return not bool(outside.any())
 
 
 def probe_cotangent(out: Tensor, layout: Layout | None, samples: int, chosen: int) -> Tensor:
@@ -82,8 +79,6 @@ def probe_cotangent(out: Tensor, layout: Layout | None, samples: int, chosen: in
     numbers = torch.arange(out.numel(), device=out.device, dtype=torch.float64)
     # No two alike.
     pattern = torch.cos(numbers * 1.7 + 0.3).reshape(out.shape).to(out.dtype)
-    if samples == 1:
-        return pattern
     rows = out.shape[layout.dim] // samples
     place = (layout.dim, chosen * rows, rows)
     cotangent = torch.zeros_like(out)

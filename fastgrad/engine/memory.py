@@ -1,9 +1,8 @@
 """Scratch memory that one call leaves for the next, and what is raised where there is none.
 
 PyTorch takes a CPU's memory from the C library. That of Linux gives freed memory back to the system above a limit, and
-gets it again page by page, each of which the system clears: a tenth to a quarter of the time of a network with large
-activations. It raises the limit by itself, to twice the size of the largest block that the program freed, of at most
-32 MiB.
+gets it again page by page, each cleared: a tenth to a quarter of the time of a network with large activations. It
+raises the limit by itself to twice the largest block that the program freed, of at most 32 MiB.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _BLOCK = (32 << 20) - (64 << 10)
 def keep_freed_memory() -> None:
     """Have the C library keep up to 64 MiB: free a block of the size that it learns most from, untouched, once.
 
-    Any program that frees such a block does the same, and the plain network and its training profit as well.
+    Any program that frees such a block does the same; the plain network and its training profit as well.
     """
     torch.empty(_BLOCK, dtype=torch.uint8, device="cpu")
 

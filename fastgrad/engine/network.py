@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 import threading
 import weakref
 from collections import OrderedDict
@@ -14,18 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad._torch import disable_mha_fastpath, is_traced, pytree
-from fastgrad.batches import input_tensors
 from fastgrad.engine.carriers import find_carriers
-from fastgrad.engine.copy import Shadow, detach_plain
+from fastgrad.engine.copy import BACKWARD_HOOKS, Shadow, detach_plain
 from fastgrad.engine.fallback import floating
-from fastgrad.engine.given import Given
 from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import keep_freed_memory, lacks_memory
 from fastgrad.engine.plan import Known, Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
-from fastgrad.engine.run import OffPlanError, Reading, Run, Site
-from fastgrad.engine.state import Snapshot, Versions, devices_of
-from fastgrad.engine.steps import Steps, layer_as_one_step
+from fastgrad.engine.run import BroadcastSite, OffPlanError, Reading, Run
+from fastgrad.engine.state import Snapshot, devices_of
+from fastgrad.engine.steps import Steps, layer_as_one_step, noting
 from fastgrad.engine.trial import Trial
 
 #: Structures of inputs whose plans are kept, and plans kept for one: paths that no single plan serves.
@@ -34,16 +31,11 @@ _PLANS_KEPT = 4
 
 
 class Network:
-    """Runs a model with probes; only reads it.
+    """Runs a model with probes; only reads it, and holds it weakly.
 
-    ``training`` lets modules keep their own mode; else they run in evaluation mode.
-
-    Args:
-        model: The user's model; held weakly.
-        names: Gives the wanted parameters, name by id, in order; all by default.
-        tensors: The tensors in an output whose gradients matter.
-        shared: Whether passes use the user's own parameters, which a trial has copies of, in a call of the
-            user's own.
+    ``names`` gives the wanted parameters, name by id, in order; all by default. ``tensors`` gives the tensors in an
+    output whose gradients matter. With ``recorded``, passes are calls of the user's own: with the model's own
+    parameters, and in its mode instead of evaluation mode.
     """
 
     def __init__(
@@ -52,10 +44,11 @@ class Network:
         names: Callable[[], dict[int, str]] | None = None,
         tensors: Callable[[Any], list[Tensor]] = floating,
         *,
-        shared: bool = False,
+        recorded: bool = False,
     ) -> None:
         self._model = weakref.ref(model)
-        self.names, self.tensors, self.shared = names or self._all_names, tensors, shared
+        self.names = names or (lambda: {id(p): name for name, p in self.model.named_parameters()})
+        self.tensors, self.recorded = tensors, recorded
         self._known: OrderedDict[Any, Known] = OrderedDict()
         self._lock = threading.Lock()
         keep_freed_memory()
@@ -67,23 +60,16 @@ class Network:
         assert model is not None
         return model
 
-    def _all_names(self) -> dict[int, str]:
-        return {id(p): name for name, p in self.model.named_parameters()}
-
-    def plan(self, args: Any, kwargs: Any, samples: int, *, training: bool = False) -> Plan:
-        """The plan for inputs of this structure, made and checked at their first appearance.
-
-        Raises:
-            ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
-        """
+    def plan(self, args: Any, kwargs: Any, samples: int) -> Plan:
+        """The plan for inputs of this structure, made and checked at their first appearance; ValueError for none."""
         # A layer may have been given another mode, or lost its statistics, since the model was given.
-        refuse_mixing(self.model, training=training)
-        known = self._structure(args, kwargs, samples, training=training)
+        refuse_mixing(self.model, training=self.recorded)
+        known = self._structure((args, kwargs), samples)
         with self._lock:
             if known.plans and not known.plans[0].outdated(self.model):
                 return known.plans[0]
             known.plans.clear()
-        plan = Trial(self, known, args, kwargs, samples).plan()
+        plan = Trial(self, known, (args, kwargs), samples).plan()
         self._keep(plan)
         return plan
 
@@ -95,61 +81,32 @@ class Network:
             raise RuntimeError("a report needs one call first: routes depend on the structure of the inputs")
         return [plans[0].routes[name] for name in plans[0].names]
 
-    def forward(
-        self,
-        plan: Plan | None,
-        run: Run,
-        args: Any,
-        kwargs: Any,
-        *,
-        readings: Sequence[Reading] = (),
-        parameter: Callable[[nn.Parameter], Tensor] = detach_plain,
-        training: bool = False,
-    ) -> Any:
-        """One forward pass of a private copy, with probes and readings.
+    def forward(self, plan: Plan | None, run: Run, args: Any, kwargs: Any, *, readings: Sequence[Reading] = ()) -> Any:
+        """One forward pass of a private copy, with probes and readings, which ``run`` takes up.
 
         Where the pass leaves its plan, another plan is taken or made, and the pass begins again. Without a plan it has
-        no sites, and needs no observation and no trial. ``run`` takes up the probes and readings, and the plan that the
-        pass kept to. ``parameter`` gives what the copy holds in place of each parameter.
-
-        Raises:
-            RuntimeError: If a module that was to be read was not called.
-            ValueError: If no plan holds for the path that the pass takes.
+        no sites, and needs no observation and no trial. ValueError if no plan holds for its path, RuntimeError if a
+        module that was to be read was not called.
         """
-        once = functools.partial(
-            self.once, run=run, args=args, kwargs=kwargs, readings=readings, parameter=parameter,
-            training=training, apart=not self.shared,
-        )  # fmt: skip
         if plan is None:
-            output, shadow = once(None)
+            output, shadow = self.once(None, run, (args, kwargs), readings)
         else:
-            output, shadow = self._on_plan(once, plan, run, args, kwargs, training=training)
-        if parameter is not detach_plain:
+            output, shadow = self._on_plan(plan, run, (args, kwargs), readings)
+        if self.recorded:
             shadow.write_back()
         return output
 
-    def _on_plan(
-        self,
-        once: Callable[[Plan], tuple[Any, Shadow]],
-        plan: Plan,
-        run: Run,
-        args: Any,
-        kwargs: Any,
-        *,
-        training: bool,
-    ) -> tuple[Any, Shadow]:
-        """Make the pass ``once`` by ``plan``, or by others until it keeps to one."""
+    def _on_plan(self, plan: Plan, run: Run, inputs: Any, readings: Sequence[Reading]) -> tuple[Any, Shadow]:
+        """Make a pass by ``plan``, or by others until it keeps to one."""
         modules = [module for ref in plan.known.modules if (module := ref()) is not None]
-        before = Snapshot(modules, plan.known.devices, training=training)
-        given = Given((args, kwargs))
-        inputs = Versions([*input_tensors(args, kwargs), *given.tensors])
+        before = Snapshot(modules, plan.known.devices, training=self.recorded, inputs=inputs)
         tried: list[Plan] = []
         raised: Exception | None = None
         reason = ""
-        for candidate in self._candidates(plan, tried, args, kwargs, run.samples):
+        for candidate in self._candidates(plan, tried, inputs, run.samples):
             raised, reason = None, "calls other functions, or on other parameters, than when it was planned"
             try:
-                output, shadow = once(candidate)
+                output, shadow = self.once(candidate, run, inputs, readings)
                 if run.left is None and (run.steps is None or run.steps.path() in candidate.paths):
                     self._keep(candidate)
                     return output, shadow
@@ -166,26 +123,20 @@ class Network:
                     f"model must take the path of an ordinary call while its graph is recorded; it {reason}"
                 )
             before.restore()
-            given.restore()
-            if inputs.modified():
-                raise ValueError(
-                    f"model must not write to its inputs in a call whose path was not seen before; it {reason}. Make "
-                    "the same call again with the inputs as they were"
-                )
             tried.append(candidate)
         raise raised or ValueError(
             "model must take the same path each time it is given the same inputs; a call that was planned "
             f"on its own {run.samples} samples {reason}"
         )
 
-    def _candidates(self, plan: Plan, tried: Sequence[Plan], args: Any, kwargs: Any, samples: int) -> Iterator[Plan]:
+    def _candidates(self, plan: Plan, tried: Sequence[Plan], inputs: Any, samples: int) -> Iterator[Plan]:
         """``plan``, others that are known, and at last new ones, none of them twice on the paths that it has."""
         yield plan
         while others := [other for other in plan.known.plans if all(other is not one for one in tried)]:
             yield others[0]
         # The few samples that a plan is tried on may take another path than the batch.
         for count in (SAMPLES, samples + 1, max(2, samples)):
-            trial = Trial(self, plan.known, args, kwargs, samples, count)
+            trial = Trial(self, plan.known, inputs, samples, count)
             made = trial.plan(older=plan)
             same = next((other for other in tried if other == made), None)
             if same is None:
@@ -198,53 +149,62 @@ class Network:
             yield made
 
     def once(
-        self,
-        plan: Plan | None,
-        run: Run,
-        args: Any,
-        kwargs: Any,
-        *,
-        readings: Sequence[Reading] = (),
-        parameter: Callable[[nn.Parameter], Tensor] = detach_plain,
-        training: bool = False,
-        apart: bool = True,
+        self, plan: Plan | None, run: Run, inputs: Any, readings: Sequence[Reading] = (), *, trial: bool = False
     ) -> tuple[Any, Shadow]:
-        """One try at a forward pass; its output and the copy that ran. ``apart`` as for `Shadow`."""
+        """One try at a forward pass; its output and the copy that ran. A ``trial`` leaves parameters as they are."""
         run.begin(plan)
-        shadow = Shadow(self.model, parameter, training=training, recorded=self.shared, apart=apart)
-        if not training:
-            for copy in shadow.modules.values():
-                disable_mha_fastpath(copy)
-        # Of two hooks on a module the one attached later runs earlier: readings read what the module returned.
-        places: tuple[Site | Reading, ...] = (*(() if plan is None else plan.sites), *readings)
+        sites = () if plan is None else plan.sites
+        spread = {id(self.model.get_parameter(s.parameters[0])): s for s in sites if isinstance(s, BroadcastSite)}
+        own = self.recorded and not trial
+
+        def stand_in(parameter: nn.Parameter) -> Tensor:
+            value = parameter if own else detach_plain(parameter)
+            if self.recorded and trial:
+                # PyTorch's layers take the path of parameters that need gradients, as in the user's own call.
+                value.requires_grad_(parameter.requires_grad)
+            return spread[id(parameter)].spread(run, value) if id(parameter) in spread else value
+
         with torch.set_grad_enabled(plan is not None or torch.is_grad_enabled()):
-            for place in places:
+            shadow = Shadow(self.model, stand_in, training=self.recorded, recorded=self.recorded, apart=not own)
+            if not self.recorded:
+                for copy in shadow.modules.values():
+                    disable_mha_fastpath(copy)
+            # Of two hooks on a module the one attached later runs earlier: readings read what the module returned.
+            for place in (*sites, *readings):
                 place.attach(run, shadow)
             if plan is None or is_traced():
-                output = shadow.root(*args, **kwargs)
+                output = shadow.root(*inputs[0], **inputs[1])
             else:
                 for copy in shadow.modules.values():
                     layer_as_one_step(copy)
-                with Steps(shadow.stand_ins(apart=not self.shared)) as run.steps:
-                    output = shadow.root(*args, **kwargs)
+                with noting(Steps(shadow.stand_ins(apart=not self.recorded))) as run.steps:
+                    output = shadow.root(*inputs[0], **inputs[1])
         run.closed = True
         for reading in readings:
             if reading not in run.readings and run.left is None:
                 raise RuntimeError(f"the forward pass did not call {reading.path!r}, which was to be read")
         return output, shadow
 
-    def _structure(self, args: Any, kwargs: Any, samples: int, *, training: bool) -> Known:
+    def _structure(self, inputs: Any, samples: int) -> Known:
         """What is known for inputs of this structure, and of a model with these modules and modes."""
         names, modules = self.names(), list(self.model.modules())
-        modes = tuple(module.training and training for module in modules)
-        hooks = tuple(_hooks(modules, backward=self.shared))
-        key = (_kind(args, kwargs, samples), tuple(map(id, modules)), tuple(names.items()), modes, hooks)
+        modes = tuple(module.training and self.recorded for module in modules)
+        # What hooks do to gradients shows in no function that a model calls.
+        tables = ("_forward_pre_hooks", "_forward_hooks", *(BACKWARD_HOOKS if self.recorded else ()))
+        hooks = tuple(
+            (id(module), getattr(hook, "__code__", type(hook)))
+            for module in modules
+            for table in tables
+            for hook in vars(module)[table].values()
+        )
+        key = (_kind(inputs, samples), tuple(map(id, modules)), tuple(names.items()), modes, hooks)
         # A trial of one sample does not see whether others change what it gives. A graph makes no trial.
         keys = [(*key, False), (*key, True)] if is_traced() or samples == 1 else [(*key, False)]
         with self._lock:
             for one in keys:
                 known = self._known.get(one)
-                if known is not None and known.lives() and (known.plans or one is keys[-1]):
+                # A module that is gone may have left its id to another one.
+                if known and all(ref() is not None for ref in known.modules) and (known.plans or one is keys[-1]):
                     self._known.move_to_end(one)
                     return known
         # They may have become parts since the model was given.
@@ -253,7 +213,7 @@ class Network:
             any(modes),
             names,
             list(map(weakref.ref, modules)),
-            find_carriers(self.model, args, kwargs, samples, self.tensors, training=any(modes), recorded=self.shared),
+            find_carriers(self, inputs, samples, training=any(modes)),
             devices_of(self.model),
         )
         with self._lock:
@@ -270,18 +230,9 @@ class Network:
                 plans[:] = [plan, *(other for other in plans if other is not plan)][:_PLANS_KEPT]
 
 
-def _hooks(modules: Sequence[nn.Module], *, backward: bool) -> Iterator[tuple[int, object]]:
-    """The hooks of modules, by module and code. What they do to gradients shows in no function that a model calls."""
-    for module in modules:
-        tables = (module._forward_pre_hooks, module._forward_hooks)
-        for table in (*tables, module._backward_pre_hooks, module._backward_hooks) if backward else tables:
-            for hook in table.values():
-                yield id(module), getattr(hook, "__code__", type(hook))
-
-
-def _kind(args: Any, kwargs: Any, samples: int) -> Any:
+def _kind(inputs: Any, samples: int) -> Any:
     """What a plan depends on: the structure of the inputs, not their sizes; switches, not numbers."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = pytree.tree_flatten(inputs)
     kinds = tuple(
         (leaf.dim(), leaf.dtype, leaf.device, leaf.dim() > 0 and bool(leaf.shape[0] == samples))
         if isinstance(leaf, Tensor)

@@ -1,7 +1,6 @@
 """Watching a network: which module calls use which parameter, and where in their tensors the batch lies.
 
-It runs once on some samples and once on one less, and what changes between them is the batch. One gradient, that of a
-chosen sample, is sent back.
+It runs on some samples and on one less: what changes is the batch. The gradient of a chosen sample is sent back.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,98 @@ from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import pytree
 from fastgrad.engine.copy import Shadow, attach, detach_plain
-from fastgrad.engine.fallback import dense, floating
+from fastgrad.engine.fallback import dense_grads, floating
 from fastgrad.engine.layout import Layout, find_layout
 from fastgrad.engine.probe import nodes_behind
-from fastgrad.engine.rows import Rows
 from fastgrad.engine.state import RandomState, devices_of
+
+if TYPE_CHECKING:
+    from fastgrad.engine.network import Network
 
 # Functions that broadcast a parameter over the batch, by name without underscores.
 _BROADCASTING = frozenset({"add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "div", "expand"})
+#: By name without underscores, functions whose first argument takes up rows and keeps its own.
+_SCATTERING = frozenset(
+    {
+        "setitem", "index_add", "index_put", "index_copy", "index_reduce", "masked_scatter",
+        "scatter", "scatter_add", "scatter_reduce",
+    }
+)  # fmt: skip
+#: Those that gather along a dimension by an index.
+_GATHERING = frozenset({"index_select", "gather", "take_along_dim"})
+#: Those that reorder along dimensions, with the place of these among their arguments.
+_REORDERING = {"flip": 1, "flipud": 1, "roll": 2}
+#: Those that draw.
+_DRAWING = frozenset({"randperm", "randint", "rand", "randn", "multinomial", "bernoulli"})
+
+
+class Rows:
+    """Whose rows the tensors of a forward pass on ``inputs`` hold: some are reordered, or gathered by a computed index.
+
+    A mixture of experts hands each expert the tokens that chose it, of whichever samples, by an index or by a product
+    with zeros and ones; a model may sort its samples by length. How many rows such a tensor has, and in what order,
+    says nothing about where a sample lies in it.
+    """
+
+    def __init__(self, inputs: Any) -> None:
+        # Held, so that no other tensor gets the id of one.
+        self._held: list[Tensor] = []
+        self._computed: set[int] = set()
+        self._gathered: set[int] = set()
+        #: Whether rows were gathered or reordered at all.
+        self.gathers = False
+        self._add(self._computed, inputs)
+
+    def gathered(self, tree: Any) -> bool:
+        """Whether a tensor in ``tree`` holds gathered rows."""
+        return any(id(leaf) in self._gathered for leaf in pytree.tree_leaves(tree))
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Take up a call of a function."""
+        name = getattr(function, "__name__", "").strip("_")
+        if name not in _DRAWING and not self._computed_in((args, kwargs)):
+            return
+        # What is written to in place comes from what is written.
+        first = args[0] if args else None
+        written = (result, first) if name == "setitem" or getattr(function, "__name__", "").endswith("_") else result
+        self._add(self._computed, written)
+        if self.gathered(first if name in _SCATTERING else (args, kwargs)) or self._gathers(name, args, kwargs):
+            self._add(self._gathered, result)
+            self.gathers = True
+
+    def _gathers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if name == "einsum" and isinstance(args[0], str):
+            # Whether rows of several tensors computed from the batch are multiplied and added up.
+            terms, _, kept = args[0].replace(" ", "").partition("->")
+            pairs = zip(terms.split(","), pytree.tree_leaves(args[1:]), strict=True)
+            first = [term[0] for term, tensor in pairs if term and id(tensor) in self._computed]
+            return any(first.count(letter) > 1 and letter not in kept for letter in first)
+        if not args or id(args[0]) not in self._computed:
+            return False
+        if name == "masked_select":
+            return True
+        if name == "getitem":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            return self._computed_in(next((i for i in index if i is not None), ()))
+        if name in ("matmul", "mm") and isinstance(args[1], Tensor):
+            return args[1].dim() == 2 and self._computed_in(args[1])
+        if name in _REORDERING:
+            told = pytree.tree_leaves((args[_REORDERING[name] :], kwargs.get("dims")))
+            return name == "flipud" or any(dim in (0, -args[0].dim()) for dim in told)
+        if name in _GATHERING:
+            given = {"dim": args[1] if len(args) > 1 else None} | kwargs
+            rest = [*args[1:], *kwargs.values()]
+            return given["dim"] in (0, -args[0].dim()) and self._computed_in(rest)
+        return False
+
+    def _computed_in(self, tree: Any) -> bool:
+        return any(id(leaf) in self._computed for leaf in pytree.tree_leaves(tree))
+
+    def _add(self, known: set[int], tree: Any) -> None:
+        for leaf in pytree.tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                self._held.append(leaf)
+                known.add(id(leaf))
 
 
 @dataclass
@@ -34,66 +117,54 @@ class Call:
     """One call of a module.
 
     Attributes:
-        index: Its number among all calls, in the order they began.
-        module: The user's module.
-        copy: The module that ran in its place.
+        module: The user's module, in whose place ``copy`` ran.
         path: The module's name within the model.
-        parent: Number of the call it was made in; -1 for the model's own.
+        chain: Numbers of the calls that it was made in, outermost first, and its own.
         ordinal: How many calls of the module came before.
         inputs: Shape of every leaf of its inputs, None for what is no tensor.
         outputs: Shapes of its floating-point outputs.
         gradients: Of outputs, by their number, the gradient of the chosen sample, once that was sent back.
-        gathered: Whether rows of inputs or outputs were gathered, see `fastgrad.engine.rows`.
+        gathered: Whether rows of inputs or outputs were gathered, see `Rows`.
     """
 
-    index: int
     module: nn.Module
     copy: nn.Module
     path: str
-    parent: int
+    chain: tuple[int, ...]
     ordinal: int
     inputs: list[tuple[int, ...] | None]
+    gathered: bool
     outputs: list[tuple[int, ...]] = field(default_factory=list)
     gradients: dict[int, Tensor] = field(default_factory=dict)
-    gathered: bool = False
 
 
 class _Uses(TorchFunctionMode):
-    """Notes which calls hand a parameter to a differentiable function."""
+    """Notes in ``seen`` which calls hand a parameter to a differentiable function.
 
-    def __init__(
-        self, parameters: dict[int, str], originals: dict[int, str], stack: list[int], rows: Rows, samples: int
-    ) -> None:
+    By id, ``tracked`` are the names of what stands in for parameters, ``originals`` those of the user's own.
+    """
+
+    def __init__(self, seen: Observation, tracked: dict[int, str], originals: dict[int, str]) -> None:
         super().__init__()
-        self.parameters, self.originals, self.stack = parameters, originals, stack
-        self.rows, self.samples = rows, samples
-        #: Names of the functions that gave tensors.
-        self.functions: list[str] = []
-        #: Parameters of the user's model that were used themselves, not through its copy.
-        self.untracked: set[str] = set()
-        self.uses: dict[str, set[int]] = {name: set() for name in parameters.values()}
-        #: Number of dimensions in which a parameter is broadcast over the batch, None where it is used otherwise.
-        self.ranks: dict[str, set[int | None]] = {name: set() for name in parameters.values()}
+        self.seen, self.tracked, self.originals = seen, tracked, originals
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, seen = func(*args, **(kwargs or {})), self.seen
         leaves = pytree.tree_leaves((args, kwargs))
-        found = [self.parameters[id(leaf)] for leaf in leaves if id(leaf) in self.parameters]
+        found = [self.tracked[id(leaf)] for leaf in leaves if id(leaf) in self.tracked]
         tensors = [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
         if tensors:
-            self.functions.append(getattr(func, "__name__", ""))
-            self.untracked |= {self.originals[id(leaf)] for leaf in leaves if id(leaf) in self.originals}
-        gathered = bool(found) and self.rows.gathered((args, kwargs))
-        self.rows.note(func, args, kwargs or {}, result)
+            seen.functions.append(getattr(func, "__name__", ""))
+            seen.untracked |= {self.originals[id(leaf)] for leaf in leaves if id(leaf) in self.originals}
+        gathered = bool(found) and seen.rows.gathered((args, kwargs))
+        seen.rows.note(func, args, kwargs or {}, result)
         if found and tensors:
             name = getattr(func, "__name__", "").strip("_")
-            broadcast = name in _BROADCASTING and result.shape[:1] == (self.samples,) and not gathered
+            broadcast = name in _BROADCASTING and result.shape[:1] == (seen.samples,) and not gathered
             for name in found:
-                self.ranks[name].add(result.dim() if broadcast else None)
+                seen.ranks[name].add(result.dim() if broadcast else None)
                 if any(r.requires_grad for r in tensors):
-                    self.uses[name].add(self.stack[-1])
+                    seen.uses[name].add(seen.stack[-1])
         return result
 
 
@@ -104,58 +175,50 @@ def _keep(passes: list[None], gradients: dict[int, Tensor], position: int, gradi
         gradients[position] = gradient if known is None else known + gradient
 
 
-def _reached(outputs: Sequence[Tensor], parameters: dict[int, str]) -> set[str]:
-    """Names of those parameters, by id, that the graph of ``outputs`` leads to."""
-    reached = (id(getattr(node, "variable", None)) for node in nodes_behind(outputs))
-    return {parameters[key] for key in reached if key in parameters}
-
-
 class Observation:
-    """What a model does with a few samples; what differs from ``fewer``, with one of them less, is the batch.
+    """What a network's model does with a few samples; what differs from ``fewer``, with one less, is the batch.
 
-    ``recorded`` as in `fastgrad.engine.copy`. ``rounded`` changes every parameter by a last place or so.
+    ``training`` as for `Shadow`. ``rounded`` changes every parameter by a last place or so.
 
     Attributes:
-        output: What the model returned.
-        calls: All calls of modules.
+        calls: All calls of modules; ``stack`` has the numbers of those under way.
         bytes: Of all calls' outputs.
+        precision: The relative rounding error of the coarsest of them.
         parameters: By name, the leaf that stood in for each parameter.
         uses: By name, the numbers of the calls that use a parameter.
-        ranks: By name, the numbers of dimensions in which a parameter is broadcast over the batch, None among
-            them where it is used otherwise.
-        gathers: Whether rows were gathered or reordered, see `fastgrad.engine.rows`.
+        ranks: By name, the numbers of dimensions in which it is broadcast over the batch, and None where it is not.
+        rows: Whose rows tensors hold.
         functions: Names of all functions that gave tensors, in order.
         drew: Whether random numbers were drawn.
-        precision: The relative rounding error of the coarsest output of a call.
-        untracked: Names of parameters that the model used from elsewhere than its modules' attributes: from a closure,
-            or through a tensor that an earlier call computed of them and kept.
+        untracked: Names of parameters used from elsewhere than modules' attributes: from a closure, or through a tensor
+            that an earlier call computed of them and kept.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        network: Network,
         inputs: tuple[Any, Any],
         samples: int,
         fewer: Observation | None = None,
         *,
         training: bool = False,
-        recorded: bool = False,
         rounded: bool = False,
     ) -> None:
+        model, self._tensors, self.samples = network.model, network.tensors, samples
         self.calls: list[Call] = []
+        self.stack = [-1]
+        self.bytes, self.precision = 0, 0.0
         self.parameters: dict[str, Tensor] = {}
-        self.bytes = 0
-        self.precision = 0.0
-        self.samples = samples
+        self.rows = Rows(inputs)
+        self.functions: list[str] = []
+        self.untracked: set[str] = set()
         # One entry for each backward pass that has begun.
         self._passes: list[None] = []
-        self._rows = Rows(inputs)
-        # Numbers of the calls under way.
-        self._stack = [-1]
         self._times: Counter[str] = Counter()
         self._fewer = {} if fewer is None else {(call.path, call.ordinal): call for call in fewer.calls}
         names = {id(p): name for name, p in model.named_parameters()}
-        tracked: dict[int, str] = {}
+        self.uses: dict[str, set[int]] = {name: set() for name in names.values()}
+        self.ranks: dict[str, set[int | None]] = {name: set() for name in names.values()}
 
         def leaf(parameter: nn.Parameter) -> Tensor:
             value = detach_plain(parameter)
@@ -164,62 +227,57 @@ class Observation:
                     signs = torch.arange(value.numel(), device=value.device).cos().sign().reshape(value.shape)
                     value = value * (1 + torch.finfo(value.dtype).eps * signs.to(value.dtype))
                 value.requires_grad_()
-            name = names[id(parameter)]
-            self.parameters[name] = value
-            tracked[id(value)] = name
+            self.parameters[names[id(parameter)]] = value
             return value
 
-        shadow = Shadow(model, leaf, training=training, recorded=recorded)
+        shadow = Shadow(model, leaf, training=training, recorded=network.recorded)
         for path, original in model.named_modules():
             self._watch(original, shadow.modules[id(original)], path)
-
+        tracked = {id(value): name for name, value in self.parameters.items()}
         before = RandomState(devices_of(model))
-        with torch.enable_grad(), _Uses(tracked, names, self._stack, self._rows, samples) as uses:
-            self.output = shadow.root(*inputs[0], **inputs[1])
+        with torch.enable_grad(), _Uses(self, tracked, names):
+            self._output = shadow.root(*inputs[0], **inputs[1])
         self.drew = not before.same()
-        self.uses, self.ranks, self.functions = uses.uses, uses.ranks, uses.functions
-        self.untracked = uses.untracked | _reached(floating(self.output), names)
-        self.gathers = self._rows.gathers
+        reached = (id(getattr(node, "variable", None)) for node in nodes_behind(floating(self._output)))
+        self.untracked |= {names[key] for key in reached if key in names}
+
+    @functools.cached_property
+    def outputs(self) -> list[Tensor]:
+        """The tensors that matter in what the model returned."""
+        return self._tensors(self._output)
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:
         # Weakly: the calls hold the copy, and so its hooks.
         own = weakref.proxy(self)
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-            index = len(own.calls)
-            inputs = [
-                tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves((args, kwargs))
-            ]
-            own.calls.append(Call(index, original, copy, path, own._stack[-1], own._times[path], inputs))
-            own.calls[-1].gathered = own._rows.gathered((args, kwargs))
+            own.stack.append(len(own.calls))
+            leaves = pytree.tree_leaves((args, kwargs))
+            inputs = [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves]
+            gathered, chain = own.rows.gathered(leaves), tuple(own.stack[1:])
+            own.calls.append(Call(original, copy, path, chain, own._times[path], inputs, gathered))
             own._times[path] += 1
-            own._stack.append(index)
 
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            call = own.calls[own._stack.pop()]
-            call.gathered = call.gathered or own._rows.gathered(output)
+            call = own.calls[own.stack.pop()]
+            call.gathered = call.gathered or own.rows.gathered(output)
             for position, tensor in enumerate(floating(output)):
                 call.outputs.append(tuple(tensor.shape))
                 own.bytes += tensor.numel() * tensor.element_size()
                 own.precision = max(own.precision, torch.finfo(tensor.dtype).eps)
                 if tensor.requires_grad:
-                    # The graph holds the hook, so the hook must hold nothing that leads to the graph: neither
-                    # sees the other's garbage.
+                    # The hook must not lead to the graph, which holds it: neither sees the other's garbage.
                     tensor.register_hook(functools.partial(_keep, own._passes, call.gradients, position))
 
         attach(copy, enter, before=True)
         attach(copy, leave)
 
-    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    def backward(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
         """Send one sample's gradient back, first that of the chosen one; returns its gradient of every parameter."""
         self._passes.append(None)
         leaves = {n: p for n, p in self.parameters.items() if p.requires_grad}
-        pairs = [(out, row) for out, row in zip(outputs, gradients, strict=True) if out.requires_grad]
-        if not leaves or not pairs:
-            return {}
-        reached, at = zip(*pairs, strict=True)
-        found = torch.autograd.grad(reached, list(leaves.values()), at, allow_unused=True, retain_graph=True)
-        return {name: dense(g) for name, g in zip(leaves, found, strict=True) if g is not None}
+        found = dense_grads(self.outputs, list(leaves.values()), gradients, keep=True)
+        return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
     def once(self, call: Call) -> bool:
         """Whether the call's module is called no other time."""
@@ -227,15 +285,8 @@ class Observation:
 
     def enclosing(self, uses: set[int]) -> list[Call]:
         """Calls that contain all of ``uses``, innermost first."""
-        first, *rest = [self._chain(index) for index in uses]
-        return [self.calls[index] for index in first if all(index in chain for chain in rest)]
-
-    def _chain(self, index: int) -> list[int]:
-        chain = []
-        while index >= 0:
-            chain.append(index)
-            index = self.calls[index].parent
-        return chain
+        first, *rest = [self.calls[index].chain if index >= 0 else () for index in uses]
+        return [self.calls[index] for index in reversed(first) if all(index in chain for chain in rest)]
 
     def output_layouts(self, call: Call) -> list[Layout | None]:
         """Where the batch lies in each floating-point output of a call."""

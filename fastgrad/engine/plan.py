@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fastgrad._torch import is_traced
+from fastgrad.engine.fallback import FallbackSite
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.observe import Observation
-from fastgrad.engine.replay import FallbackSite, ReplaySite
-from fastgrad.engine.sites import BroadcastSite, LayerSite, RuledSite
+from fastgrad.engine.run import BroadcastSite, LayerSite, ReplaySite
 from fastgrad.layers.registry import ReplayRule, find_rule
 
 PlannedSite = LayerSite | ReplaySite | FallbackSite | BroadcastSite
@@ -37,8 +37,8 @@ class Known:
     Attributes:
         training: Whether a module runs in training mode.
         names: The wanted parameters, names by id.
-        modules: The model's modules. As long as they live, their ids are theirs. Its parameters are known by name: a
-            weak reference would keep torch.utils.swap_tensors from them.
+        modules: The model's. As long as they live, their ids are theirs. Parameters are known by name: a weak reference
+            would keep torch.utils.swap_tensors from them.
         carriers: For each leaf of the inputs, whether it carries the batch.
         devices: Those beside the CPU on which the model may draw random numbers.
         plans: Most recently used first.
@@ -51,10 +51,6 @@ class Known:
     devices: list[torch.device]
     plans: list[Plan] = field(default_factory=list)
 
-    def lives(self) -> bool:
-        """Whether no module is gone, whose id another one may have now."""
-        return all(ref() is not None for ref in self.modules)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -63,15 +59,13 @@ class Plan:
     Attributes:
         names: The wanted parameters.
         sites: What serves them.
-        routes: By name, what the report says.
+        routes: By name.
         bytes_per_element: Bytes of layer outputs per input element, to estimate memory.
-        untracked: Names of those parameters that the model used from elsewhere than its modules' attributes: a copy
-            of the modules does not see that.
-        known: What else is known of the model for inputs of this structure.
+        untracked: Names of those that the model used from elsewhere than its modules' attributes, past a copy.
         outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
         paths: Those on which it agreed with autograd, see `fastgrad.engine.steps`.
         zeros: Names of parameters that were zero in the trial, if others that were used had no gradient there.
-        linear: Whether gradients are in proportion to those of the outputs; not behind a hook that clamps them.
+        linear: Whether gradients are in proportion to those of the outputs.
     """
 
     names: tuple[str, ...]
@@ -92,17 +86,23 @@ class Plan:
         return any(bool(p.any()) for name, p in model.named_parameters() if name in self.zeros)
 
     @property
+    def broadcasts(self) -> bool:
+        """Whether the model is given copies in place of a parameter, which it may not bear."""
+        return any(isinstance(site, BroadcastSite) for site in self.sites)
+
+    @property
     def replaces(self) -> bool:
-        """Whether the model is given something else in place of a parameter or an output, which it may not bear."""
-        return any(
-            isinstance(site, BroadcastSite) or (isinstance(site, LayerSite) and site.layout.kind == "single")
-            for site in self.sites
-        )
+        """The same, or an output broadcast over the batch."""
+        return self.broadcasts or any(isinstance(s, LayerSite) and s.layout.kind == "single" for s in self.sites)
 
     def joined(self, other: Plan) -> Plan:
         """This plan, with the sites of ``other`` for parameters that this one takes for unused."""
         idle = {name for name in self.names if self.routes[name].route == "zero"}
-        sites = [_restricted(site, idle) for site in other.sites if not idle.isdisjoint(site.parameters)]
+        sites = [
+            replace(site, parameters=tuple(name for name in site.parameters if name in idle))
+            for site in other.sites
+            if not idle.isdisjoint(site.parameters)
+        ]
         if not sites:
             return self
         routes = self.routes | {name: other.routes[name] for name in idle}
@@ -120,8 +120,7 @@ class PlanConstraints:
     """What a plan does without, because a trial failed.
 
     Attributes:
-        broadcast: Whether parameters that are broadcast may get one copy per sample. A model that looks at their
-            shape may not bear it.
+        broadcast: Whether parameters that are broadcast may get one copy per sample.
         single: Whether an output whose dimension 0 has size 1 may be broadcast over the batch.
         no_vmap: Paths of modules which ``vmap`` cannot take.
         at_root: Parameters that must take the fallback at the model itself.
@@ -134,9 +133,9 @@ class PlanConstraints:
 
     def after_error(self, plan: Plan) -> PlanConstraints | None:
         """The next step after the trial of ``plan`` raised; None if nothing that may raise is left."""
-        if any(isinstance(site, BroadcastSite) for site in plan.sites):
+        if plan.broadcasts:
             return replace(self, broadcast=False)
-        if any(isinstance(site, LayerSite) and site.layout.kind == "single" for site in plan.sites):
+        if plan.replaces:
             return replace(self, single=False)
         mapped = {site.path for site in plan.sites if isinstance(site, FallbackSite) and site.vectorize}
         if mapped:
@@ -144,10 +143,6 @@ class PlanConstraints:
         # One sample's rows may be no input for a part alone, as offsets into those of all.
         parts = {p for site in plan.sites if isinstance(site, FallbackSite) and site.path for p in site.parameters}
         return replace(self, at_root=self.at_root | parts) if parts else None
-
-    def after_disagreement(self, wrong: frozenset[str]) -> PlanConstraints | None:
-        """The next step after the squared norms of ``wrong`` were not autograd's; None if nothing is left."""
-        return None if wrong <= self.at_root else replace(self, at_root=self.at_root | wrong)
 
 
 class Planner:
@@ -157,11 +152,7 @@ class Planner:
         self.seen, self.known, self.names = observation, known, known.names
 
     def plan(self, constraints: PlanConstraints, names: Iterable[str] | None = None) -> Plan:
-        """Choose a route for every wanted parameter, or for those of ``names``; the others count as unused.
-
-        Raises:
-            ValueError: If no part of the model that uses a parameter treats samples independently.
-        """
+        """Choose a route for every wanted parameter, or for those of ``names``; the others count as unused."""
         sites: dict[object, PlannedSite] = {}
         routes: dict[str, Route] = {}
         chosen = set(self.names.values() if names is None else names)
@@ -173,7 +164,8 @@ class Planner:
             site, routes[name] = self._choose(name, constraints)
             # One module has one site for all the parameters that it serves in the same way.
             key = name if isinstance(site, BroadcastSite) else (type(site), site.path)
-            sites[key] = _joined(sites[key], site) if key in sites else site
+            joined = sites[key].parameters + site.parameters if key in sites else site.parameters
+            sites[key] = replace(site, parameters=joined)
         elements = sum(math.prod(shape) for shape in self.seen.calls[0].inputs if shape is not None)
         return Plan(
             tuple(self.names.values()),
@@ -187,19 +179,18 @@ class Planner:
     def _choose(self, name: str, constraints: PlanConstraints) -> tuple[PlannedSite, Route]:
         """A site for one parameter: its layer's rule, a copy per sample, or the fallback."""
         uses = self.seen.uses[name]
-        site: PlannedSite | None = None
         if name in constraints.at_root:
-            site = self._fallback({0}, name, constraints)
-            return site, Route(name, "fallback", site.path, "its rule disagreed with autograd on this model")
-        if len(uses) > 1:
+            uses, reason = {0}, "its rule disagreed with autograd on this model"
+        elif len(uses) > 1:
             reason = "it is used by more than one module call; its gradients add up before the norm"
         else:
             ruled, reason = self._ruled(next(iter(uses)), name, constraints)
             if ruled is not None:
                 return ruled, Route(name, ruled.rule.name, ruled.path, "")
-        site = self._broadcast(name) if constraints.broadcast else None
-        if site is not None:
-            return site, Route(name, "broadcast", site.path, reason)
+        if constraints.broadcast and name not in constraints.at_root:
+            copies = self._broadcast(name)
+            if copies is not None:
+                return copies, Route(name, "broadcast", copies.path, reason)
         site = self._fallback(uses, name, constraints)
         return site, Route(name, "fallback", site.path, reason)
 
@@ -213,8 +204,8 @@ class Planner:
         if rule is None:
             return None, reason
         children = rule.children if isinstance(rule, ReplayRule) else ()
-        local = next((local for local, p in call.module.named_parameters() if self.names.get(id(p)) == name), None)
-        if local is None or local not in {*call.module._parameters, *children}:
+        local = {self.names[id(p)]: own for own, p in call.module.named_parameters() if id(p) in self.names}
+        if local.get(name) not in {*call.module._parameters, *children}:
             return None, f"it is used by {type(call.module).__name__}, whose rule does not know it"
         if not self.seen.once(call):
             return None, "its module is called more than once"
@@ -224,26 +215,22 @@ class Planner:
         layout = layouts[0] if layouts else None
         if layout is None or (len(layouts) > 1 and not isinstance(rule, ReplayRule)):
             return None, "the batch was not found in its module's output"
-        rank = len(call.outputs[0])
         if isinstance(rule, ReplayRule):
             place = 0 if getattr(call.module, "batch_first", True) else 1
             if layout != (Layout("moved", place) if place else Layout("plain")):
                 return None, f"its module gets the batch in another layout ({layout.kind})"
-            return ReplaySite(call.path, (name,), (local,), layout, rank, rule), ""
+            return ReplaySite(call.path, (name,), local, layout, rule), ""
         if layout.kind == "single" and not constraints.single:
             return None, "its module's output does not carry the batch"
         if layout.kind in ("folded", "moved") and not rule.positions:
             return None, f"its module gets the batch in another layout ({layout.kind})"
-        return LayerSite(call.path, (name,), (local,), layout, rank, rule), ""
+        return LayerSite(call.path, (name,), local, layout, rule), ""
 
     def _broadcast(self, name: str) -> BroadcastSite | None:
         """A site for a parameter that every use broadcasts over the batch: one copy per sample serves as well."""
-        ranks = self.seen.ranks[name]
+        rank, *others = self.seen.ranks[name] or [None]
         parameter = self.seen.parameters[name]
-        if len(ranks) != 1:
-            return None
-        rank = next(iter(ranks))
-        if rank is None or not (rank > parameter.dim() or (rank == parameter.dim() and parameter.shape[0] == 1)):
+        if others or rank is None or rank < parameter.dim() or (rank == parameter.dim() and parameter.shape[0] != 1):
             return None
         return BroadcastSite(name.rpartition(".")[0], (name,), rank)
 
@@ -261,28 +248,12 @@ class Planner:
             if layouts and len(places) == len(layouts):
                 vectorize = call.path not in constraints.no_vmap
                 # A function that vmap cannot take may look at values.
-                return FallbackSite(call.path, (name,), batched, places, vectorize, self.seen.gathers or not vectorize)
+                verify = self.seen.rows.gathers or not vectorize
+                return FallbackSite(call.path, (name,), batched, places, vectorize, verify)
         raise ValueError(
             "model must treat the samples of a batch independently, batch in dimension 0 of inputs; no part of it that "
             f"contains all uses of {name!r} does, with the batch in all its outputs (a loss of all samples has none)"
         )
-
-
-def _restricted(site: PlannedSite, names: set[str]) -> PlannedSite:
-    """A site for those of its parameters that are among ``names``."""
-    kept = [i for i, name in enumerate(site.parameters) if name in names]
-    parameters = tuple(site.parameters[i] for i in kept)
-    if isinstance(site, RuledSite):
-        return replace(site, parameters=parameters, local=tuple(site.local[i] for i in kept))
-    return replace(site, parameters=parameters)
-
-
-def _joined(site: PlannedSite, other: PlannedSite) -> PlannedSite:
-    """One site for the parameters of two that are alike in all else."""
-    parameters = site.parameters + other.parameters
-    if isinstance(site, RuledSite) and isinstance(other, RuledSite):
-        return replace(site, parameters=parameters, local=site.local + other.local)
-    return replace(site, parameters=parameters)
 
 
 def _outermost(sites: list[PlannedSite], routes: dict[str, Route]) -> list[PlannedSite]:

@@ -43,8 +43,7 @@ class _Tap(torch.autograd.Function):
         ctx.norms, ctx.probe, ctx.saved_count = norms, probe, len(saved)
         ctx.save_for_backward(*saved)
         if in_place:
-            # Returned as if modified in place: neither a copy nor a view, so a later in-place activation may
-            # overwrite it.
+            # Returned as if modified in place: neither a copy nor a view, so a later activation may overwrite it.
             ctx.mark_dirty(*outputs)
         else:
             outputs = tuple(output.clone() for output in outputs)
@@ -87,19 +86,12 @@ class _Graphed(torch.autograd.Function):
 def tap(
     outputs: Sequence[Tensor], saved: Sequence[Tensor], probe: Tensor, norms: Norms, *, in_place: bool
 ) -> list[Tensor]:
-    """Route ``outputs`` through an identity node.
+    """Route a layer's floating-point ``outputs`` through an identity node, and return those to go on with.
 
-    Args:
-        outputs: A layer's floating-point outputs.
-        saved: What ``norms`` needs of the forward pass; kept by reference, checked against later modification.
-        probe: Zeros of shape ``(B, m)`` that require gradients; their gradient will be the squared norms, where a
-            backward pass asks for them (`requesting_norms`).
-        norms: Computes them from ``saved`` and the output gradients; may run under ``vmap`` over gradients.
-        in_place: Whether the outputs may be passed on as they are. Only where the operation that made them did
-            not save them for its own backward; otherwise they are copied.
-
-    Returns:
-        The outputs to go on with.
+    The gradient of ``probe``, zeros ``(B, m)`` that require gradients, will be the squared norms, where a backward pass
+    asks for them (`requesting_norms`). ``norms`` computes them from ``saved``, which is kept by reference and checked
+    against later modification, and the output gradients; it may run under ``vmap`` over gradients. ``in_place`` passes
+    outputs on without a copy, which the operation that made them must not need for its own backward.
     """
     saved = [t.detach() for t in saved]
     if in_place:
@@ -108,9 +100,17 @@ def tap(
     return [passed] if len(outputs) == 1 else list(passed)
 
 
-def nodes_behind(outputs: Iterable[Tensor], stops: Container[int] = ()) -> Iterator[Any]:
-    """Nodes of the graph of ``outputs``, where it is not behind the taps of probes with these ids."""
-    return _from([out.grad_fn for out in outputs], stops)
+def nodes_behind(outputs: Iterable[Any], stops: Container[int] = ()) -> Iterator[Any]:
+    """Nodes of the graph of ``outputs``, tensors or nodes, where it is not behind the taps of probes with these ids."""
+    waiting: list[Any] = [out.grad_fn if isinstance(out, Tensor) else out for out in outputs]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or (node.name() == f"{_Tap.__name__}Backward" and id(node.probe) in stops):
+            continue
+        seen.add(node)
+        yield node
+        waiting += [following for following, _ in node.next_functions]
 
 
 def nodes_by_term(outputs: Iterable[Tensor]) -> Iterator[Iterator[Any]]:
@@ -123,20 +123,4 @@ def nodes_by_term(outputs: Iterable[Tensor]) -> Iterator[Iterator[Any]]:
         if number and terms and node.name().removesuffix("Backward0") in (_SUMS if terms[1:] else _SUMS | _FACTORS):
             waiting += [(other, True) for other in terms]
         else:
-            yield _from([node], ())
-
-
-def _from(waiting: list[Any], stops: Container[int]) -> Iterator[Any]:
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen or probe_of(node) in stops:
-            continue
-        seen.add(node)
-        yield node
-        waiting += [following for following, _ in node.next_functions]
-
-
-def probe_of(node: Any) -> int | None:
-    """The id of the probe of a tap; None for another node."""
-    return id(node.probe) if node.name() == f"{_Tap.__name__}Backward" else None
+            yield nodes_behind([node])

@@ -33,10 +33,8 @@ def refuse_devices(model: nn.Module) -> None:
 def refuse_parts(model: nn.Module) -> None:
     """Raise for a model that has no squared norm of each parameter here.
 
-    Raises:
-        TypeError: If a parameter is one part of several, as under FSDP or tensor parallelism, of which one process
-            alone knows no norm, or complex, or if a module was scripted or traced.
-        ValueError: If a parameter holds no values, or its device has no float64.
+    TypeError if a parameter is complex or one part of several, of which one process alone knows no norm, or a module
+    scripted; ValueError if a parameter holds no values, or its device has no float64.
     """
     refuse_scripted(model)
     refuse_devices(model)
@@ -47,34 +45,24 @@ def refuse_parts(model: nn.Module) -> None:
                 f"model must hold whole parameters; {name or 'it'!r} was a {found[0]} (FSDP, tensor parallelism), of "
                 "which each process holds a part. Use DistributedDataParallel, or norms before the model is sharded"
             )
-    for name, parameter in model.named_parameters():
-        if parameter.is_complex():
+        if isinstance(part, nn.Parameter) and part.is_complex():
             raise TypeError(
-                f"model must have real parameters; {name!r} was {parameter.dtype}. Hold its two parts in one real "
+                f"model must have real parameters; {name!r} was {part.dtype}. Hold its two parts in one real "
                 "parameter and view that as complex (torch.view_as_complex)"
             )
 
 
 def refuse_mixing(model: nn.Module, *, training: bool) -> None:
-    """Raise ValueError for a layer that computes with the statistics of the batch.
-
-    ``training``: modules run in their own mode rather than in evaluation mode.
-    """
+    """Raise ValueError for a layer that uses statistics of the batch; with ``training``, in the modules' own modes."""
+    mixes = "normalises with the statistics of the batch"
     for path, module in model.named_modules():
+        name, norm = path or type(model).__name__, isinstance(module, BatchNorm)
         if module.__dict__.get("scale_grad_by_freq"):
-            raise ValueError(
-                "model must not mix the samples of a batch, or there is no gradient per sample; its embedding "
-                f"{path or type(model).__name__!r} divides gradients by counts over the batch (scale_grad_by_freq=True)"
-            )
-        if not isinstance(module, BatchNorm):
-            continue
-        if training and module.training:
-            why, advice = "is in training mode", " (call model.eval())"
-        elif module.running_mean is None:
-            why, advice = "keeps no running statistics", ""
+            how = f"embedding {name!r} divides gradients by counts over the batch (scale_grad_by_freq=True)"
+        elif norm and training and module.training:
+            how = f"batch norm {name!r} is in training mode, so it {mixes} (call model.eval())"
+        elif norm and module.running_mean is None:
+            how = f"batch norm {name!r} keeps no running statistics, so it {mixes}"
         else:
             continue
-        raise ValueError(
-            "model must not mix the samples of a batch, or there is no gradient per sample; its batch norm "
-            f"{path or type(model).__name__!r} {why}, so it normalises with the statistics of the batch{advice}"
-        )
+        raise ValueError(f"model must not mix the samples of a batch, or there is no gradient per sample; its {how}")

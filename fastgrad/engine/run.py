@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgrad._torch import saves_elsewhere
-from fastgrad.engine.copy import Shadow, attach
-from fastgrad.engine.state import Unchanged
+from fastgrad._torch import pytree, saves_elsewhere
+from fastgrad.engine.copy import Settings, Shadow, attach, detach_plain
+from fastgrad.engine.layout import Layout
+from fastgrad.engine.probe import tap
+from fastgrad.engine.state import Repeatable, Unchanged, apart
 from fastgrad.engine.steps import Steps
+from fastgrad.layers.reduce import sqnorm, upcast
+from fastgrad.layers.registry import LayerRule, ReplayRule
 from fastgrad.losses import compute_dtype
+from fastgrad.ops.dispatch import bind_contextvar, implementation
 
 if TYPE_CHECKING:
     from fastgrad.engine.plan import Plan
 
 
-class OffPlanError(Exception):
-    """A forward pass uses parameters in a way that its plan does not know.
+#: ``(args, kwargs, output gradients) -> (B, m)`` of a module computed again.
+Replay = Callable[[Any, Any, Sequence[Tensor]], Tensor]
 
-    Attributes:
-        parameters: Their names.
-        reason: What it does.
-    """
+
+class OffPlanError(Exception):
+    """A forward pass uses ``parameters`` in a way that its plan does not know."""
 
     def __init__(self, parameters: tuple[str, ...], reason: str) -> None:
         super().__init__(reason)
@@ -34,12 +39,7 @@ class OffPlanError(Exception):
 
 
 class Run:
-    """The probes and readings of one forward pass.
-
-    Args:
-        samples: B.
-        impl: What the rules' operators run on.
-    """
+    """The probes and readings of one forward pass of B ``samples``; ``impl`` is what the rules' operators run on."""
 
     def __init__(self, samples: int, impl: str = "auto") -> None:
         self.samples, self.impl = samples, impl
@@ -61,24 +61,11 @@ class Run:
         self.closed = False
         #: Where the path is noted.
         self.steps: Steps | None = None
-        #: What layers with a rule held when they were called.
-        self.held = Unchanged()
-
-    def leave_plan(self, parameters: tuple[str, ...], reason: str) -> NoReturn:
-        """Raise OffPlanError, which the model may catch but the pass remembers."""
-        self.left = OffPlanError(parameters, reason)
-        raise self.left
-
-    def reach(self, site: Site) -> None:
-        """Note that the forward pass comes to a site of its plan."""
-        if self.steps is not None:
-            self.steps.note(type(site).__name__, site.path, site.parameters)
 
     def probe(self, site: Site, output: Tensor) -> Tensor:
-        """A new probe of a site, on the device of ``output``.
-
-        Zeros ``(B, m)`` for the site's m parameters, float32 (float64 for a float64 output), that require gradients.
-        """
+        """A new probe of a site: zeros ``(B, m)`` for m parameters, float32 (float64 for a float64 ``output``)."""
+        if self.steps is not None:
+            self.steps.note(type(site).__name__, site.path, site.parameters)
         dtype = compute_dtype(output.dtype)
         reduced = dtype != output.dtype and output.device.type == "cpu"
         self.one_by_one = self.one_by_one or reduced or saves_elsewhere()
@@ -101,21 +88,169 @@ class Site:
     parameters: tuple[str, ...]
 
     def attach(self, run: Run, shadow: Shadow) -> None:
-        """Have the forward pass of ``shadow`` register this site's probe with ``run``."""
+        """Have calls of ``shadow``'s modules register this site's probe with ``run``; by default none does."""
+
+
+@dataclass(frozen=True)
+class RuledSite(Site):
+    """A layer with a rule.
+
+    Attributes:
+        local: Of all the module's parameters, the names that the rule gives them by those within the model.
+        layout: Where the batch lies in the layer's input and first output.
+    """
+
+    local: Mapping[str, str]
+    layout: Layout
+
+    def require_layout(self, run: Run, output: Tensor) -> None:
+        """Leave the plan if the batch is not where it was."""
+        if not self.layout.holds(output, run.samples):
+            # The model may catch it, but the pass remembers.
+            reason = f"gives {self.path!r} inputs with the batch in another place than before"
+            run.left = OffPlanError(self.parameters, reason)
+            raise run.left
+
+    def columns(self, norms: Mapping[str, Tensor]) -> Tensor:
+        """A rule's answer as ``(B, m)``."""
+        each = [norms[self.local[name]] for name in self.parameters]
+        return each[0].unsqueeze(1) if len(each) == 1 else torch.stack(each, 1)
+
+
+@dataclass(frozen=True)
+class LayerSite(RuledSite):
+    """A layer whose rule needs its input and the gradient of its output."""
+
+    rule: LayerRule
+
+    def attach(self, run: Run, shadow: Shadow) -> None:
+        """See `Site`."""
+        attach(shadow.submodule(self.path), functools.partial(self._tap, run))
+
+    def _tap(self, run: Run, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        value = args[0] if args else next(iter(kwargs.values()))
+        self.require_layout(run, output)
+        single = self.layout.kind == "single"
+        if single:
+            output = output.expand(run.samples, *output.shape[1:])
+        held = Unchanged(self.path, module)
+
+        def norms(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+            held.require()
+            a, g = (self.layout.batch_first(x[0], run.samples) for x in (saved, gradients))
+            with bind_contextvar(implementation, run.impl):
+                return self.columns(self.rule.function(module, a, g))
+
+        in_place = self.rule.in_place and not single
+        return tap([output], [value], run.probe(self, output), norms, in_place=in_place)[0]
+
+
+@dataclass(frozen=True)
+class BroadcastSite(Site):
+    """A parameter that is only broadcast over the batch: one copy per sample has each sample's own gradient.
+
+    Attributes:
+        rank: The number of dimensions that the copies are given.
+    """
+
+    rank: int
+
+    def spread(self, run: Run, value: Tensor) -> Tensor:
+        """The copies of ``value``, which stand in for the parameter."""
+        shape = (1,) * (self.rank - value.dim()) + tuple(value.shape)
+        copies = value.reshape(shape).expand(run.samples, *shape[1:])
+        return tap([copies], [], run.probe(self, copies), functools.partial(_squares, run), in_place=False)[0]
+
+
+def _squares(run: Run, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    # The pass lives as long as its graph holds this.
+    (g,) = upcast(gradients[0])
+    return sqnorm(g).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class RecomputedSite(Site):
+    """A module that the backward pass computes once more, because its parameters act in the middle of what it does.
+
+    In training mode that must give the same again, see `fastgrad.engine.state.NotRepeatableError`.
+    """
+
+    def attach(self, run: Run, shadow: Shadow) -> None:
+        """See `Site`."""
+        copy, original = shadow.submodule(self.path), shadow.model.get_submodule(self.path)
+        trains = shadow.training and any(m.training for m in copy.modules())
+        # Of calls under way: their inputs, and what else computing them again depends on.
+        begun: list[tuple[list[Any], Any, Settings, Repeatable | None]] = []
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            # Copied: the module may overwrite its inputs, and change its settings, as a counter of calls.
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            leaves = [t.detach().clone() if isinstance(t, Tensor) else apart(t, detach_plain) for t in leaves]
+            begun.append((leaves, spec, shadow.settings(original), Repeatable(copy) if trains else None))
+
+        def after(_: nn.Module, __: Any, ___: Any, output: Any) -> Any:
+            leaves, spec, settings, state = begun.pop()
+            if state is not None:
+                state.require(self.path or type(copy).__name__)
+            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            saved = [leaves[i] for i in places]
+            # The tap's node keeps the tensors; a second reference would hide that they were modified.
+            rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            outputs, out_spec = pytree.tree_flatten(output)
+            taken = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+            replay = self._replay(run, shadow, [outputs[i].detach() for i in taken], settings)
+            held = [Unchanged(path, part) for path, part in original.named_modules(prefix=self.path)]
+
+            def norms(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+                for one in held:
+                    one.require()
+                filled = list(rest)
+                for place, tensor in zip(places, saved, strict=True):
+                    filled[place] = tensor
+                args, kwargs = pytree.tree_unflatten(filled, spec)
+                return replay(args, kwargs, gradients)
+
+            probe = run.probe(self, outputs[taken[0]])
+            passed = tap([outputs[i] for i in taken], saved, probe, norms, in_place=False)
+            for place, tensor in zip(taken, passed, strict=True):
+                outputs[place] = tensor
+            return pytree.tree_unflatten(outputs, out_spec)
+
+        attach(copy, before, before=True)
+        attach(copy, after)
+
+    def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
+        """What the backward pass does, made when the module, of these ``settings`` before, has computed ``outputs``."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ReplaySite(RecomputedSite, RuledSite):
+    """A layer with a replay rule (attention, recurrent)."""
+
+    rule: ReplayRule
+
+    def _replay(self, run: Run, shadow: Shadow, outputs: list[Tensor], settings: Settings) -> Replay:
+        self.require_layout(run, outputs[0])
+        module = shadow.submodule(self.path)
+
+        def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
+            with bind_contextvar(implementation, run.impl):
+                return self.columns(self.rule.function(module, args, kwargs, gradients))
+
+        return replay
 
 
 @dataclass(frozen=True)
 class Reading:
     """What a module saw in the forward pass of a batch, in the order of the logits' rows.
 
-    ``function`` is called right after the module has run, while its output is in cache. Only the batch itself
-    counts: trials and replays are never read. Of several calls of the module the last one counts.
+    Only the batch itself counts: trials and replays are never read. Of several calls of the module the last one counts.
 
     Attributes:
         path: The module's name within the model (empty for the model itself).
-        function: ``(inputs, output) -> (B, ...)``, without gradients; positional inputs come before those given
-            by keyword.
+        function: ``(inputs, output) -> (B, ...)``, without gradients, called right after the module has run; positional
+            inputs come before those given by keyword.
         copied: Whether the result may share memory with what the module saw, which the network may overwrite.
     """
 
@@ -124,7 +259,7 @@ class Reading:
     copied: bool = True
 
     def attach(self, run: Run, shadow: Shadow) -> None:
-        """Have the forward pass of ``shadow`` add this reading to those of ``run``."""
+        """See `Site`."""
 
         def read(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             # As few operations as can be: the samples of a small batch are read layer by layer, in a cold cache.

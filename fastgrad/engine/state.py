@@ -1,41 +1,33 @@
-"""What a forward pass depends on, and may change, beside its inputs: random numbers, parameters and buffers."""
+"""What a forward pass depends on, and may change: random numbers, parameters, buffers, objects among its inputs."""
 
 from __future__ import annotations
 
 import contextlib
-import operator
+import enum
 import random
-from collections.abc import Container, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy as shallow_copy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-_version = operator.attrgetter("_version")
+from fastgrad._torch import pytree
+from fastgrad.engine.copy import CONTAINERS, PLAIN, detach_plain
 
 
 class Versions:
-    """Tensors at one time, to see which of them were modified in place since.
-
-    Args:
-        tensors: Those made in inference mode, which count no modifications, are left out, and so is None.
-    """
+    """Tensors at one time, to see which were modified in place since; without those of inference mode, and None."""
 
     def __init__(self, tensors: Iterable[Tensor | None]) -> None:
-        self._tensors = [t for t in tensors if t is not None]
-        try:
-            self._versions = [*map(_version, self._tensors)]
-        except RuntimeError:
-            self._tensors = [t for t in self._tensors if not t.is_inference()]
-            self._versions = [*map(_version, self._tensors)]
+        self._tensors = [t for t in tensors if t is not None and not t.is_inference()]
+        self._versions = [t._version for t in self._tensors]
 
     def modified(self) -> list[Tensor]:
         """Those that were modified."""
-        now = [*map(_version, self._tensors)]
-        if now == self._versions:
-            return []
-        return [t for t, one, other in zip(self._tensors, now, self._versions, strict=True) if one != other]
+        return [t for t, version in zip(self._tensors, self._versions, strict=True) if t._version != version]
 
 
 def devices_of(module: nn.Module) -> list[torch.device]:
@@ -49,7 +41,7 @@ class RandomState:
     def __init__(self, devices: list[torch.device]) -> None:
         self._devices = devices
         self._torch = self._read()
-        self._numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002  (the state that models draw from)
+        self._numpy: Any = np.random.get_state()  # noqa: NPY002  (the state that models draw from)
         self._python = random.getstate()
 
     def _read(self) -> list[Tensor]:
@@ -57,13 +49,12 @@ class RandomState:
 
     def same(self) -> bool:
         """Whether nothing was drawn since."""
-        numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
-        one, two = numpy["state"], self._numpy["state"]
+        _, keys, *rest = np.random.get_state()  # noqa: NPY002
         return (
             all(map(torch.equal, self._read(), self._torch))
             and random.getstate() == self._python
-            and one["pos"] == two["pos"]
-            and np.array_equal(one["key"], two["key"])
+            and rest == list(self._numpy[2:])
+            and np.array_equal(keys, self._numpy[1])
         )
 
     def restore(self) -> None:
@@ -75,18 +66,73 @@ class RandomState:
         random.setstate(self._python)
 
 
-class Snapshot:
-    """Random numbers and buffers before a forward pass, to take back what it does to them.
+def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: dict[int, Any] | None = None) -> Any:
+    """A copy of an object that a module is given and may write to, as a cache of keys and values, at all depths.
 
-    Args:
-        modules: All modules of the model.
-        devices: Its `devices_of`.
-        training: Whether modules run in their own mode; buffers of those in training mode are expected to change.
-        every: Whether to copy the other buffers as well.
+    ``tensor`` gives what it holds in place of each tensor. Modules, functions and classes are shared.
+    """
+    if isinstance(value, Tensor):
+        return tensor(value)
+    if type(value) in PLAIN or isinstance(value, (nn.Module, type, enum.Enum)) or callable(value):
+        return value
+    known = {} if known is None else known
+    if id(value) in known:
+        return known[id(value)]
+    held = getattr(value, "__dict__", None)
+    if type(value) not in (*CONTAINERS, defaultdict) and type(held) is not dict:
+        return value
+    try:
+        made = shallow_copy(value)
+    except Exception:
+        # What cannot be copied is shared, as a handle of the system's.
+        return value
+    # Objects may lead back to themselves.
+    known[id(value)] = made
+    if type(value) is tuple:
+        made = known[id(value)] = tuple(apart(item, tensor, known) for item in value)
+    else:
+        _fill(made, value, lambda item: apart(item, tensor, known))
+    return made
+
+
+def _fill(target: Any, source: Any, each: Callable[[Any], Any]) -> None:
+    """Have an object hold what another of its type holds, item by item."""
+    if type(getattr(source, "__dict__", None)) is dict:
+        held = {name: each(item) for name, item in source.__dict__.items()}
+        target.__dict__.clear()
+        target.__dict__.update(held)
+    if isinstance(source, dict):
+        items = {key: each(item) for key, item in source.items()}
+        target.clear()
+        target.update(items)
+    elif isinstance(source, list):
+        target[:] = [each(item) for item in source]
+    elif isinstance(source, set):
+        members = set(source)
+        target.clear()
+        target.update(members)
+
+
+def unwritten(inputs: Any) -> Any:
+    """Inputs of a pass that leaves the user's objects as they are: see `apart`; tensors among them are the same."""
+    return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else apart(leaf, detach_plain), inputs)
+
+
+class Snapshot:
+    """Random numbers, buffers and inputs before a forward pass, to take back what it does to them.
+
+    In ``training``, buffers of modules in that mode are expected to change; the others are copied only with ``every``.
+    Objects among the inputs, as a cache of keys and values, get back what they held.
     """
 
     def __init__(
-        self, modules: Iterable[nn.Module], devices: list[torch.device], *, training: bool, every: bool = False
+        self,
+        modules: Iterable[nn.Module],
+        devices: list[torch.device],
+        *,
+        training: bool = True,
+        every: bool = False,
+        inputs: Any = (),
     ) -> None:
         self._random = RandomState(devices)
         copied: list[Tensor | None] = []
@@ -97,13 +143,19 @@ class Snapshot:
         self._copied = Versions(copied)
         self._values = {id(b): b.detach().clone() for b in copied if b is not None}
         self._kept = Versions(kept)
+        leaves = pytree.tree_leaves(inputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+        def hold(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        copies = [(leaf, apart(leaf, hold)) for leaf in leaves if not isinstance(leaf, Tensor)]
+        self._objects = [(leaf, kept) for leaf, kept in copies if kept is not leaf]
+        self._inputs = Versions(tensors)
 
     def restore(self) -> None:
-        """Put everything back.
-
-        Raises:
-            ValueError: A buffer was written that had not been copied.
-        """
+        """Put everything back; ValueError where a buffer was written that had not been copied, or a tensor given."""
         self._random.restore()
         with torch.no_grad():
             for buffer in self._copied.modified():
@@ -113,12 +165,21 @@ class Snapshot:
                 "model must not write to its buffers in a call whose path was not seen before; "
                 f"a buffer of shape {tuple(buffer.shape)} was written. Make the same call again"
             )
+        # Objects may lead back to themselves.
+        known = {id(copy): leaf for leaf, copy in self._objects}
+        for leaf, copy in self._objects:
+            _fill(leaf, copy, lambda item: apart(item, lambda tensor: tensor, known))
+        for tensor in self._inputs.modified():
+            raise ValueError(
+                "model must not write to its inputs in a call whose path was not seen before; a tensor of shape "
+                f"{tuple(tensor.shape)} was written. Make the same call again with the inputs as they were"
+            )
 
 
 @contextlib.contextmanager
 def undone(model: nn.Module) -> Iterator[None]:
     """Take back what forward passes do to random numbers and buffers."""
-    before = Snapshot(model.modules(), devices_of(model), training=True, every=True)
+    before = Snapshot(model.modules(), devices_of(model), every=True)
     try:
         yield
     finally:
@@ -126,25 +187,21 @@ def undone(model: nn.Module) -> Iterator[None]:
 
 
 class Unchanged:
-    """Parameters and buffers of modules at the time of their calls: the backward pass must read the same."""
+    """A module's own parameters and buffers at its call: the backward pass must read the same. ``path`` names it."""
 
-    def __init__(self) -> None:
-        self._held: list[tuple[str, nn.Module, Versions]] = []
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self._path, self._module = path, module
+        self._versions = Versions([*module._parameters.values(), *module._buffers.values()])
 
-    def hold(self, path: str, module: nn.Module) -> None:
-        """Take up a module's own, as they are now; ``path`` is its name in messages."""
-        self._held.append((path, module, Versions([*module._parameters.values(), *module._buffers.values()])))
-
-    def require(self, paths: Container[str] | None = None) -> None:
-        """Raise RuntimeError, as autograd does, if one was modified in place since; of ``paths`` alone where given."""
-        for path, module, versions in self._held:
-            if (paths is None or path in paths) and (modified := versions.modified()):
-                own = {**module._parameters, **module._buffers}
-                name = next((name for name, tensor in own.items() if tensor is modified[0]), "a tensor")
-                raise RuntimeError(
-                    f"{name!r} of {path or type(module).__name__!r} must not be modified in place between the forward "
-                    "pass and its gradients; it was. Ask for the norms before the optimizer's step"
-                )
+    def require(self) -> None:
+        """Raise RuntimeError, as autograd does, if one was modified in place since."""
+        if modified := self._versions.modified():
+            own = {**self._module._parameters, **self._module._buffers}
+            name = next((name for name, tensor in own.items() if tensor is modified[0]), "a tensor")
+            raise RuntimeError(
+                f"{name!r} of {self._path or type(self._module).__name__!r} must not be modified in place between the "
+                "forward pass and its gradients; it was. Ask for the norms before the optimizer's step"
+            )
 
 
 class NotRepeatableError(ValueError):

@@ -53,23 +53,9 @@ class Steps(TorchFunctionMode):
     def __init__(self, parameters: dict[int, int]) -> None:
         super().__init__()
         self.parameters = parameters
-        #: Whether functions are noted.
-        self.on = True
-        self._noted: list[Hashable] = []
-        self._outer: Steps | None = None
-
-    def __enter__(self) -> Steps:
-        """Begin."""
-        self._outer, _current.steps = _current.steps, self
         #: Whether no mode of the user's wants to see the functions, too.
         self.alone = not has_modes()
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """End."""
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        _current.steps = self._outer
+        self._noted: list[Hashable] = []
 
     def note(self, *what: Hashable) -> None:
         """Take up what else belongs to the path."""
@@ -79,12 +65,10 @@ class Steps(TorchFunctionMode):
         """What distinguishes one path from another."""
         return hash(tuple(self._noted))
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the call, and make it."""
         result = func(*args, **kwargs) if kwargs else func(*args)
-        if not self.on:
+        if _current.steps is not self:
             return result
         if isinstance(result, Tensor):
             rank = result.dim()
@@ -123,7 +107,7 @@ def layer_as_one_step(copy: nn.Module) -> None:
 
 def _one_step(ref: Callable[[], Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     layer, steps = ref(), _current.steps
-    if steps is None or not (steps.on and steps.alone and args and type(args[0]) is Tensor):
+    if steps is None or not (steps.alone and args and type(args[0]) is Tensor):
         return forward(layer, *args, **kwargs)
     with without_modes():
         output: Tensor = forward(layer, *args, **kwargs)
@@ -133,17 +117,14 @@ def _one_step(ref: Callable[[], Any], forward: Callable[..., Any], *args: Any, *
 
 
 @contextlib.contextmanager
-def suspended() -> Iterator[None]:
-    """While it lasts, the pass under way notes nothing: another one, which notes its own path, runs within it."""
-    outer = _current.steps
-    on = outer is not None and outer.on
-    if outer is not None:
-        outer.on = False
+def noting(steps: Steps | None) -> Iterator[Steps | None]:
+    """While it lasts, functions are noted in ``steps`` alone, also within another pass; for None nowhere."""
+    outer, _current.steps = _current.steps, steps
     try:
-        yield
+        with steps or contextlib.nullcontext():
+            yield steps
     finally:
-        if outer is not None:
-            outer.on = on
+        _current.steps = outer
 
 
 def unnoted(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,15 +1,24 @@
-"""Recording a function, backward pass included, as one flat graph of operations."""
+"""Recording a function, backward pass included, as one flat graph of operations; passes compiled from such graphs."""
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastgrad._torch import flat_graph, pytree
+from fastgrad._torch import flat_graph, pytree, require_cpp_compiler
 from fastgrad.batches import input_tensors
+from fastgrad.ops.conv.sqnorm import opaque_ops
+
+#: Graphs kept. Inputs of ever new sizes are not worth a compilation each.
+GRAPHS = 16
+
+#: Of plain attributes, the types of what a forward pass may choose its path by.
+_SWITCHES = frozenset((bool, int, float, str, type(None)))
 
 
 def is_symbolic(size: object) -> bool:
@@ -25,19 +34,11 @@ def is_fixed(size: object) -> bool:
 def trace(
     function: Callable[..., Any], inputs: Any, batch: int | None, *, functional: bool = False
 ) -> torch.fx.GraphModule:
-    """Run ``function(*inputs)`` once on tensors without data and record every operation.
+    """Run ``function(*inputs)`` once on tensors without data and record every operation, also of backward passes.
 
-    Operations of `torch.autograd.grad` inside the function are recorded like all others.
-
-    Args:
-        function: What to record.
-        inputs: Tuple of example inputs of any structure.
-        batch: Size of dimension 0 that marks a tensor as one that carries the batch, whose size becomes a symbol;
-            at least 2, since sizes 0 and 1 are special to the tracer. None records constant sizes.
-        functional: Whether operations that write in place become ones that do not.
-
-    Returns:
-        A module that takes the inputs' tensors positionally.
+    Tensors whose dimension 0 is ``batch``, 2 at least, carry the batch, whose size becomes a symbol; None records
+    constant sizes. ``functional`` replaces operations that write in place. The result takes the inputs' tensors
+    positionally.
     """
 
     def flat(*tensors: Tensor) -> Any:
@@ -47,3 +48,58 @@ def trace(
     tensors = input_tensors(inputs)
     carries = [tensor.dim() > 0 and tensor.shape[0] == batch for tensor in tensors]
     return flat_graph(flat, tensors, carries, functional=functional)
+
+
+class CompiledPasses:
+    """Compiles a pass at its first call on inputs of a size, and calls what it compiled from then on.
+
+    What is pointwise is fused across layers and Python's part of every layer is gone. The operators of norms stay
+    whole: at run time they choose their route and see where one would lose digits, as they do without compilation.
+
+    A graph reads the model's tensors where they lie, so steps of an optimizer and ``load_state_dict`` change what it
+    computes; where tensors, modules, or numbers and names that modules hold were replaced, another one is compiled.
+    What a forward pass takes from elsewhere is as it was at the first call.
+    """
+
+    def __init__(self) -> None:
+        #: What their keys name by id stands beside the graphs, so that nothing else has that id.
+        self._graphs: OrderedDict[Any, tuple[object, Callable[..., Any]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, model: nn.Module, structure: object, make: Callable[[], Callable[..., Any]], inputs: Any
+    ) -> tuple[Tensor, ...]:
+        """Compile or find the graph of the pass that ``make`` gives, which uses nothing but model and inputs; call it.
+
+        ``structure`` stands for the model's modules and the structure of the inputs, by its identity.
+        """
+        tensors = input_tensors(inputs)
+        device = tensors[0].device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        switches = tuple(
+            value for module in model.modules() for value in vars(module).values() if type(value) in _SWITCHES
+        )
+        looks = tuple(
+            (tuple(leaf.shape), leaf.stride()) if isinstance(leaf, Tensor) else repr(leaf)
+            for leaf in pytree.tree_leaves(inputs)
+        )
+        places = tuple((tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers()))
+        key = (id(structure), cast, torch.get_num_threads(), switches, looks, places)
+        with self._lock:
+            if key not in self._graphs:
+                if device == "cpu":
+                    require_cpp_compiler("compile=True")
+                function = make()
+                with opaque_ops():
+                    graph = trace(function, inputs, None)
+                # Norms of convolutions gather from channels first.
+                options: dict[str, Any] = {"layout_optimization": False}
+                self._graphs[key] = structure, torch.compile(graph, dynamic=False, options=options)
+            self._graphs.move_to_end(key)
+            compiled = self._graphs[key][1]
+            while len(self._graphs) > GRAPHS:
+                self._graphs.popitem(last=False)
+        # The casts are in the graph.
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            found: tuple[Tensor, ...] = compiled(*tensors)
+        return found

@@ -1,49 +1,79 @@
-"""Making a plan: choose routes for what a model does with a few samples, and compare what they find with autograd."""
+"""Making a plan: choose routes for what a model does with a few samples, and compare what they find with autograd.
+
+None of the samples may change what the model does with another.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastgrad._torch import pytree
 from fastgrad.batches import take
-from fastgrad.engine.backward import order_by_parameter, probe_grads
+from fastgrad.engine.backward import backward_signals, order_by_parameter
+from fastgrad.engine.carriers import outputs_of
 from fastgrad.engine.copy import detach_plain
-from fastgrad.engine.given import unwritten
-from fastgrad.engine.layout import SAMPLES
+from fastgrad.engine.fallback import agree
+from fastgrad.engine.layout import CHOSEN, SAMPLES, find_layout, probe_cotangent
 from fastgrad.engine.memory import lacks_memory
+from fastgrad.engine.observe import Observation
 from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
 from fastgrad.engine.probe import GraphedError
 from fastgrad.engine.run import OffPlanError, Run
-from fastgrad.engine.samples import Check, Samples, precision_of, rounding
-from fastgrad.engine.state import NotRepeatableError, undone
+from fastgrad.engine.state import NotRepeatableError, undone, unwritten
 
 if TYPE_CHECKING:
     from fastgrad.engine.network import Network
 
 
-class Trial:
-    """A model on ``count`` samples of its inputs, the first ones again where there are fewer."""
+#: Observations of some of the samples among others, and which of all samples these are.
+_Others = Sequence[tuple[Observation, range]]
 
-    def __init__(
-        self, network: Network, known: Known, args: Any, kwargs: Any, samples: int, count: int = SAMPLES
-    ) -> None:
-        self._network, self._known = network, known
-        self._samples = Samples(network, known, args, kwargs, samples, count)
-        self._planners = [Planner(seen, known) for seen in self._samples.seen]
-        named = network.model.named_parameters() if self._samples.unseen else []
+
+class Check(NamedTuple):
+    """By name, the gradients ``truth`` of one sample, where ``cotangents`` are sent back: zero but in its rows."""
+
+    sample: int
+    cotangents: list[Tensor]
+    truth: dict[str, Tensor]
+
+
+class Trial:
+    """What a model does with ``count`` samples of its inputs, the first ones again where there are fewer.
+
+    ValueError if other samples change what the model returns for one, or its gradients.
+    """
+
+    def __init__(self, network: Network, known: Known, inputs: Any, samples: int, count: int = SAMPLES) -> None:
+        self._network, self._known, self._count = network, known, count
+        index = torch.arange(count, device="cpu") % samples
+        inputs = pytree.tree_map_only(Tensor, detach_plain, inputs)
+        indices = (index, index[:-1], index[-1:].expand(count))
+        self._inputs, self._less, self._last = (take(inputs, i, samples, known.carriers) for i in indices)
+        self._alone, self._whole = samples == 1, (inputs, samples)
+        self._planners = []
+        with torch.enable_grad():
+            # What may be used is planned in evaluation mode, which skips no layer by chance. Whether it holds is seen
+            # in the mode that will run, with the same random numbers as the trial.
+            for training in (False, True) if known.training else (False,):
+                seen, others = self._observe(training=training)
+                self._planners.append(Planner(seen, known))
+            self._precision = seen.precision
+            self._checks, unseen = self._gradients(seen)
+            self._require_own_gradients(others, training=known.training)
+            self._linear = self._is_linear(seen)
+        named = network.model.named_parameters() if unseen else []
         self._zeros = frozenset(name for name, p in named if not p.any())
 
     def plan(self, older: Plan | None = None) -> Plan:
-        """A plan that agrees with autograd.
+        """A plan that agrees with autograd; ValueError if the model mixes samples, or is not alike each time.
 
         ``older`` serves parameters which the present path does not use; it is left out if it does not agree.
-
-        Raises:
-            ValueError: If the model does not treat the samples of a batch independently, or not alike each time.
         """
         constraints: PlanConstraints | None = PlanConstraints()
         wrong: frozenset[str] = frozenset()
@@ -52,17 +82,15 @@ class Trial:
             plan = self._candidate(constraints, older)
             failure: Exception | None = None
             try:
-                inputs, count, checks = self._samples.inputs, self._samples.count, self._samples.checks
-                wrong = frozenset().union(*(self._disagreeing(plan, check, inputs, count) for check in checks))
-            except NotRepeatableError:
-                raise
+                found = [self._disagreeing(plan, check, self._inputs, self._count) for check in self._checks]
+                wrong = frozenset().union(*found)
             except OffPlanError as error:
                 wrong = frozenset(error.parameters)
             except GraphedError:
                 # The model itself takes gradients, as forces are those of an energy.
                 wrong = frozenset(plan.names)
             except Exception as error:
-                if lacks_memory(error):
+                if lacks_memory(error) or isinstance(error, NotRepeatableError):
                     raise
                 # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
                 failure = error
@@ -71,7 +99,8 @@ class Trial:
             if older is not None:
                 older = None
             elif failure is None:
-                constraints = constraints.after_disagreement(wrong)
+                at_root = constraints.at_root | wrong
+                constraints = None if at_root == constraints.at_root else replace(constraints, at_root=at_root)
             else:
                 constraints = constraints.after_error(plan)
                 if constraints is None:
@@ -81,7 +110,7 @@ class Trial:
                         "model must bear to run again on single samples, or with one copy of a parameter for each of "
                         f"them; in a trial it raised {type(failure).__name__}: {failure}"
                     ) from failure
-        gradients = [gradient for check in self._samples.checks for gradient in check.truth.values()]
+        gradients = [gradient for check in self._checks for gradient in check.truth.values()]
         if not all(g.to(torch.promote_types(g.dtype, torch.float32)).square().sum().isfinite() for g in gradients):
             raise ValueError(
                 "model must have finite gradients on the samples of a first call, which it is checked with; those of "
@@ -95,14 +124,11 @@ class Trial:
 
     def serves_one(self, plan: Plan) -> bool:
         """Whether ``plan`` agrees with autograd on one sample alone as well; that path then is one of the plan's."""
-        samples = self._samples
-        one = take(samples.inputs, slice(0, 1), samples.count, self._known.carriers)
+        one = take(self._inputs, slice(0, 1), self._count, self._known.carriers)
         with torch.enable_grad():
-            seen = samples.observed(one, 1, training=self._known.training)
-            cotangents = samples.cotangents(self._network.tensors(seen.output), 1, 0)
-            truth = samples.backward(seen, cotangents)
+            check = self._check(self._observed(one, 1, training=self._known.training), 0)
         try:
-            return not self._disagreeing(plan, Check(0, cotangents, truth), one, 1)
+            return not self._disagreeing(plan, check, one, 1)
         except OffPlanError:
             return False
 
@@ -112,47 +138,202 @@ class Trial:
         for planner in others:
             unused = [name for name in plan.names if plan.routes[name].route == "zero"]
             plan = plan.joined(planner.plan(constraints, unused))
-        plan = replace(plan, outputs=self._samples.layouts, zeros=self._zeros, linear=self._samples.linear)
+        plan = replace(plan, outputs=self._layouts, zeros=self._zeros, linear=self._linear)
         return plan if older is None else plan.joined(older)
 
     def _disagreeing(self, plan: Plan, check: Check, inputs: Any, count: int) -> frozenset[str]:
-        """Parameters whose squared norms are not those of one sample's true gradient, and zero for the others."""
+        """Parameters whose squared norms are not those of one sample's true gradient, and zero for the others.
+
+        The path of a pass by ``plan`` becomes one of the plan's.
+        """
+        run = Run(count)
         with torch.enable_grad(), undone(self._network.model):
-            features = self._features(plan, check.cotangents, inputs, count)
+            output, _ = self._network.once(plan, run, unwritten(inputs), trial=True)
+            if run.left is not None:
+                raise run.left
+            assert run.steps is not None
+            plan.paths.add(run.steps.path())
+            outputs = self._network.tensors(output)
+            signals = backward_signals(run, outputs, [rows[None] for rows in check.cotangents])
+            features = order_by_parameter(run.probes, signals, plan.names, outputs[0].detach()[None], count)[0]
         truth = {name: gradient.to(features.dtype).square().sum() for name, gradient in check.truth.items()}
         zero = features.new_zeros(())
         expected = torch.zeros_like(features)
         expected[check.sample] = torch.stack([truth.get(name, zero) for name in plan.names])
         # A wrong route is wrong by a factor; this is no test of accuracy.
-        precision = max(self._samples.seen[-1].precision, precision_of(check.truth))
+        precision = max(self._precision, precision_of(check.truth))
         tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
-        agree = ((features - expected).abs() <= tolerance * expected + rounding(check.truth)).all(0)
-        return frozenset(name for name, good in zip(plan.names, agree.tolist(), strict=True) if not good)
+        right = ((features - expected).abs() <= tolerance * expected + rounding(check.truth)).all(0)
+        return frozenset(name for name, good in zip(plan.names, right.tolist(), strict=True) if not good)
 
-    def _features(self, plan: Plan, cotangents: Sequence[Tensor], inputs: Any, count: int) -> Tensor:
-        """Squared norms ``(B, P)`` as the plan finds them; its path becomes one of the plan's."""
-        run = Run(count)
-        # With the user's own parameters, PyTorch's layers take the path of parameters that need gradients.
-        shared = self._network.shared
-        output, _ = self._network.once(
-            plan, run, *unwritten(inputs),
-            parameter=_apart if shared else detach_plain, training=shared or self._known.training,
-        )  # fmt: skip
-        if run.left is not None:
-            raise run.left
-        assert run.steps is not None
-        plan.paths.add(run.steps.path())
-        outputs = self._network.tensors(output)
-        pairs = [(out, rows) for out, rows in zip(outputs, cotangents, strict=True) if out.requires_grad]
-        probes = run.probes if pairs else []
-        norms = probe_grads([out for out, _ in pairs], [probe for _, probe in probes], [row for _, row in pairs])
-        signals = [
-            (torch.zeros_like(probe) if value is None else value).unsqueeze(0)
-            for (_, probe), value in zip(probes, norms, strict=True)
+    def _observed(self, inputs: Any, count: int, fewer: Observation | None = None, **options: bool) -> Observation:
+        """What the model does with ``inputs``; ``options`` as for `Observation`. It is left as it was."""
+        with undone(self._network.model):
+            return Observation(self._network, unwritten(inputs), count, fewer, **options)
+
+    def _backward(self, seen: Observation, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The gradients by name of what was observed. The model is left as it was: a checkpoint runs a part again."""
+        with undone(self._network.model):
+            return seen.backward(cotangents)
+
+    def _check(self, seen: Observation, sample: int) -> Check:
+        # A sample alone may give fewer outputs.
+        pairs = zip(seen.outputs, self._layouts, strict=False)
+        cotangents = [probe_cotangent(out, layout, seen.samples, sample) for out, layout in pairs]
+        return Check(sample, cotangents, self._backward(seen, cotangents))
+
+    def _observe(self, *, training: bool) -> tuple[Observation, _Others]:
+        """What the model does with the samples, and with some of them among others."""
+
+        def observe(inputs: Any, count: int, fewer: Observation | None = None) -> Observation:
+            try:
+                return self._observed(inputs, count, fewer, training=training)
+            except Exception as error:
+                if lacks_memory(error):
+                    raise
+                # Raises what the model raises for all samples, if it does.
+                outputs_of(self._network, self._whole[0], training=training)
+                raise ValueError(
+                    "model must take any number of samples, rows of dimension 0 of its first tensor, and be followed "
+                    f"on its way (no torch.cond, no nested tensors but jagged ones); given {count} of "
+                    f"{self._whole[1]} samples in a trial it raised {type(error).__name__}: {error}"
+                ) from error
+
+        fewer = observe(self._less, self._count - 1)
+        seen = observe(self._inputs, self._count, fewer)
+        if len(seen.outputs) != len(fewer.outputs):
+            raise ValueError(
+                "model must return tensors that carry the batch; it returned more of them for more samples, as a list "
+                "with one for each"
+            )
+        self._layouts = tuple(
+            find_layout(tuple(a.shape), tuple(b.shape), None, self._count)
+            for a, b in zip(seen.outputs, fewer.outputs, strict=True)
+        )
+        if self._alone:
+            return seen, []
+        # One sample may decide for all, as the largest: it is not among both the first samples and the last alone.
+        last = observe(self._last, self._count)
+        others = [(fewer, range(self._count - 1)), (last, range(self._count - 1, self._count))]
+        # Values of a batch may choose another path; random numbers come in another order.
+        others = [pair for pair in others if not seen.drew and seen.functions == pair[0].functions]
+        self._require_own_outputs(seen, others)
+        return seen, others
+
+    def _require_own_outputs(self, seen: Observation, others: _Others) -> None:
+        """Raise ValueError unless samples have the same outputs among others: gradients show no detached statistics."""
+        precision = max(seen.precision, torch.finfo(torch.float32).eps)
+        for other, samples in others:
+            rows = slice(samples.start, samples.stop)
+            for out, one, layout in zip(seen.outputs, other.outputs, self._layouts, strict=True):
+                if layout is None or layout.kind == "single":
+                    continue
+                expected = layout.batch_first(out.detach(), seen.samples)[rows]
+                if not agree(layout.batch_first(one.detach(), other.samples)[rows], expected, precision):
+                    raise ValueError(
+                        "model must treat the samples of a batch independently; what it returns for a sample changes "
+                        "with the other samples of the batch. A sample is a row of dimension 0 of the inputs"
+                    )
+
+    def _require_own_gradients(self, others: _Others, *, training: bool) -> None:
+        """Raise ValueError unless a sample has the same gradients among other samples, and among fewer."""
+        for other, samples in others:
+            check = next(check for check in self._checks if check.sample in samples)
+            changed = _changed(check.truth, self._again(other, check))
+            if changed:
+                # Gradients that vanish in exact arithmetic, as those of a saturated softmax, are rounding alone.
+                rounded = self._observed(self._inputs, self._count, training=training, rounded=True)
+                _refuse(changed - _changed(check.truth, self._again(rounded, check)))
+
+    def _again(self, seen: Observation, check: Check) -> dict[str, Tensor]:
+        """The gradients of a check's sample among others, as many or fewer."""
+        cotangents = [
+            torch.zeros_like(out) if layout is None else rows.narrow(layout.dim, 0, out.shape[layout.dim])
+            for out, rows, layout in zip(seen.outputs, check.cotangents, self._layouts, strict=True)
         ]
-        return order_by_parameter(probes, signals, plan.names, outputs[0].detach()[None], count)[0]
+        return self._backward(seen, cotangents)
+
+    def _gradients(self, seen: Observation) -> tuple[list[Check], bool]:
+        """The gradients of some samples, and whether a parameter that is used has none in all of them.
+
+        The chosen sample comes first, whose gradient shows where modules have the batch. A second one follows: where
+        one sample decides for all, as by the largest value in the batch, the gradient of that one reaches no other.
+        Others follow as long as a parameter is left that none of them has a gradient of, beyond rounding.
+        """
+        if all(layout is None or layout.kind == "single" for layout in self._layouts):
+            raise ValueError(
+                "model must return a floating-point tensor that carries the batch in one dimension, alone or in "
+                "tuples, lists and dicts; it returned none, as a model does that returns one loss of all samples"
+            )
+        checks = []
+        idle = {name for name, p in seen.parameters.items() if p.requires_grad and seen.uses[name]}
+        idle &= set(self._known.names.values())
+        for sample in dict.fromkeys((CHOSEN, self._count - 1, *range(min(self._count, SAMPLES)))):
+            check = self._check(seen, sample)
+            checks.append(check)
+            floor = rounding(check.truth)
+            idle -= {name for name, gradient in check.truth.items() if bool(gradient.square().sum() > floor)}
+            if len(checks) > 1 and self._count >= SAMPLES and not idle:
+                break
+        gradients = [check.truth[name] for check in checks for name in idle if name in check.truth]
+        return checks, bool(idle) and not all(bool(gradient.any()) for gradient in gradients)
+
+    def _is_linear(self, seen: Observation) -> bool:
+        """Whether larger gradients of the outputs give gradients of parameters that are larger by the same factor.
+
+        ValueError if not, and other samples decide, as where gradients are divided by their largest.
+        """
+        # The last one shows what begins at a size.
+        factors = (1, 8) if seen.precision > 1e-6 else (1, 32, 1024)
+
+        def at(factor: int, check: Check) -> list[Tensor]:
+            return [factor * rows for rows in check.cotangents]
+
+        first, *others = self._checks
+        larger = self._backward(seen, at(factors[-1], first))
+        sizes = [(_size(first.truth[name]), _size(gradient) / factors[-1] ** 2) for name, gradient in larger.items()]
+        floor = rounding(first.truth)
+        if not any(abs(again - size) > 0.1 * size + floor for size, again in sizes):
+            return True
+        if self._alone:
+            return False
+        # At one size alone, what mixes may be saturated, or less than the rounding of parameters that it spares.
+        for factor in factors:
+            # Of another size each, so that one decides.
+            one, other = at(factor, first), at(2 * factor, others[0])
+            sums = self._backward(seen, one)
+            sums = {name: sums[name] + gradient for name, gradient in self._backward(seen, other).items()}
+            _refuse(_changed(self._backward(seen, list(map(operator.add, one, other))), sums))
+        return False
 
 
-def _apart(parameter: nn.Parameter) -> Tensor:
-    """A copy that shares memory, and needs gradients where ``parameter`` does."""
-    return detach_plain(parameter).requires_grad_(parameter.requires_grad)
+def _changed(truth: dict[str, Tensor], sums: dict[str, Tensor]) -> set[str]:
+    """Names of gradients that differ by more than a hundredth or so."""
+    floor = rounding(truth)
+    pairs = {name: (sums.get(name, torch.zeros_like(gradient)), gradient) for name, gradient in truth.items()}
+    return {name for name, (other, one) in pairs.items() if _size(other - one) > 0.01 * _size(one) + floor}
+
+
+def _refuse(changed: set[str]) -> None:
+    """Raise ValueError if there are any."""
+    if changed:
+        raise ValueError(
+            "model must treat the samples of a batch independently; a sample's gradients of "
+            f"{', '.join(sorted(changed))} change with the other samples of the batch, or with their number"
+        )
+
+
+def precision_of(tensors: dict[str, Tensor]) -> float:
+    """The relative rounding error of the coarsest of the tensors."""
+    return max((torch.finfo(tensor.dtype).eps for tensor in tensors.values()), default=0.0)
+
+
+def rounding(truth: dict[str, Tensor]) -> float:
+    """The squared norm up to which a gradient is rounding, as where it vanishes in exact arithmetic (a key's bias)."""
+    largest = max(map(_size, truth.values()), default=0.0)
+    return (1e3 * precision_of(truth)) ** 2 * largest
+
+
+def _size(gradient: Tensor) -> float:
+    """The squared norm."""
+    return float(gradient.double().square().sum())

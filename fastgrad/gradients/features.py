@@ -16,13 +16,12 @@ from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
 from fastgrad.batches import batch_size, class_logits, input_tensors, logits_of, one_for_none, take
 from fastgrad.checks import is_bool, one_of
 from fastgrad.engine.backward import signal_sqnorms
-from fastgrad.engine.compile import CompiledPasses
 from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.network import Network
 from fastgrad.engine.plan import Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import Run
-from fastgrad.engine.tracing import is_symbolic, trace
+from fastgrad.engine.tracing import CompiledPasses, is_symbolic, trace
 from fastgrad.gradients.contrasts import check_target, require_classes
 from fastgrad.gradients.recorder import refuse_untracked
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose

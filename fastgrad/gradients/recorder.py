@@ -19,9 +19,8 @@ from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
 from fastgrad.engine.probe import nodes_behind, nodes_by_term
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
-from fastgrad.engine.replay import RecomputedSite
-from fastgrad.engine.run import Run
-from fastgrad.engine.steps import suspended
+from fastgrad.engine.run import RecomputedSite, Run
+from fastgrad.engine.steps import noting
 from fastgrad.losses import compute_dtype
 
 
@@ -136,13 +135,13 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
             network = _networks.get(module)
             # Modules may call themselves equal to others.
             if network is None or network.model is not module:
-                network = _networks[module] = Network(module, shared=True)
+                network = _networks[module] = Network(module, recorded=True)
         samples = batch_size(args, kwargs)
         # An empty batch, which random sampling may draw, has nothing to be planned on and no norms.
         run, earlier, first = Run(samples), list(self.calls), next_number()
-        with suspended():
-            plan = network.plan(args, kwargs, samples, training=True) if samples else None
-            output = network.forward(plan, run, args, kwargs, parameter=lambda p: p, training=True)
+        with noting(None):
+            plan = network.plan(args, kwargs, samples) if samples else None
+            output = network.forward(plan, run, args, kwargs)
         if run.plan is not None and run.plan.untracked:
             # Modules that a closure calls are the user's own, and such calls are recorded like any other.
             inner = [call for call in self.calls if not any(call is other for other in earlier)]
@@ -265,8 +264,6 @@ def recorded_sqnorms(
     )  # fmt: skip
     sizes = _require_called(outputs, asked, calls, empty=recording.calls[-1].samples == 0)
     reached = [(*probe, norms) for probe, norms in zip(probes, sqnorms, strict=True) if norms is not None]
-    for _, run in alive:
-        run.held.require({site.path for _, site, _, of, _ in reached if of is run})
     by_key: dict[int, Tensor] = {}
     for keys, _, _, _, norms in reached:
         for column, key in enumerate(keys):

@@ -9,20 +9,10 @@ from __future__ import annotations
 from torch import nn
 
 from fastgrad._torch import BatchNorm, InstanceNorm
-from fastgrad.layers.activation import PRELU
+from fastgrad.layers import norm
 from fastgrad.layers.attention import ATTENTION
 from fastgrad.layers.conv import CONVOLUTION, SAME_CONVOLUTION, STORED_CONVOLUTION
-from fastgrad.layers.embedding import EMBEDDING
-from fastgrad.layers.linear import LINEAR
-from fastgrad.layers.norm import (
-    BATCH_NORM,
-    GROUP_NORM,
-    INSTANCE_NORM,
-    LAYER_NORM,
-    LAYER_NORM_2D,
-    RMS_NORM,
-    RMS_NORM_OF_TRANSFORMERS,
-)
+from fastgrad.layers.linear import EMBEDDING, LINEAR
 from fastgrad.layers.recurrent import RECURRENT
 from fastgrad.layers.registry import RULES, LayerRule, ReplayRule, find_rule, register_rule
 
@@ -42,21 +32,21 @@ RULES.update(
         "efficientnet_lite_pytorch.utils.Conv2dDynamicSamePadding": SAME_CONVOLUTION,
         "efficientnet_lite_pytorch.utils.Conv2dStaticSamePadding": STORED_CONVOLUTION,
         nn.Embedding: EMBEDDING,
-        nn.PReLU: PRELU,
+        nn.PReLU: norm.PRELU,
         # The base class of BatchNorm1d to 3d; synchronised batch norm has a forward of its own.
-        BatchNorm: BATCH_NORM,
-        nn.SyncBatchNorm: BATCH_NORM,
-        InstanceNorm: INSTANCE_NORM,
-        nn.GroupNorm: GROUP_NORM,
-        nn.LayerNorm: LAYER_NORM,
-        "timm.layers.norm.LayerNorm": LAYER_NORM,
-        "timm.layers.norm.LayerNorm2d": LAYER_NORM_2D,
-        "torchvision.models.convnext.LayerNorm2d": LAYER_NORM_2D,
-        nn.RMSNorm: RMS_NORM,
-        "transformers.models.llama.modeling_llama.LlamaRMSNorm": RMS_NORM_OF_TRANSFORMERS,
-        "transformers.models.mistral.modeling_mistral.MistralRMSNorm": RMS_NORM_OF_TRANSFORMERS,
-        "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm": RMS_NORM_OF_TRANSFORMERS,
-        "transformers.models.t5.modeling_t5.T5LayerNorm": RMS_NORM_OF_TRANSFORMERS,
+        BatchNorm: norm.BATCH_NORM,
+        nn.SyncBatchNorm: norm.BATCH_NORM,
+        InstanceNorm: norm.INSTANCE_NORM,
+        nn.GroupNorm: norm.GROUP_NORM,
+        nn.LayerNorm: norm.LAYER_NORM,
+        "timm.layers.norm.LayerNorm": norm.LAYER_NORM,
+        "timm.layers.norm.LayerNorm2d": norm.LAYER_NORM_2D,
+        "torchvision.models.convnext.LayerNorm2d": norm.LAYER_NORM_2D,
+        nn.RMSNorm: norm.RMS_NORM,
+        "transformers.models.llama.modeling_llama.LlamaRMSNorm": norm.RMS_NORM_OF_TRANSFORMERS,
+        "transformers.models.mistral.modeling_mistral.MistralRMSNorm": norm.RMS_NORM_OF_TRANSFORMERS,
+        "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm": norm.RMS_NORM_OF_TRANSFORMERS,
+        "transformers.models.t5.modeling_t5.T5LayerNorm": norm.RMS_NORM_OF_TRANSFORMERS,
         nn.MultiheadAttention: ATTENTION,
         nn.RNN: RECURRENT,
         nn.LSTM: RECURRENT,

@@ -29,12 +29,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype)
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """``(B, T, H E)`` to ``(B, H, T, E)``."""
-    split: Tensor = x.unflatten(-1, (heads, -1))
-    return split.transpose(1, 2)
-
-
 def multihead_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Sequence[Tensor]
 ) -> dict[str, Tensor]:
@@ -58,24 +52,19 @@ def multihead_attention(
     with torch.enable_grad():
         leaves = [leaf(F.linear(x.detach(), w.to(dtype), b)) for x, w, b in zip(inputs, weights, biases, strict=True)]
         query, key, value = leaves
-        extra: dict[str, Tensor] = {}
-        padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
-        scores_mask = None if mask is None else _additive(mask, dtype)
-        if scores_mask is not None and scores_mask.dim() == 3:
-            scores_mask = scores_mask.reshape(samples, heads, *scores_mask.shape[1:])
-        appended = 0
-        if module.bias_k is not None and module.bias_v is not None:
-            for name, row in (("bias_k", module.bias_k), ("bias_v", module.bias_v)):
-                extra[name] = leaf(row.to(dtype).expand(samples, 1, -1))
+        rows = {"bias_k": module.bias_k, "bias_v": module.bias_v}
+        extra = {name: leaf(row.to(dtype).expand(samples, 1, -1)) for name, row in rows.items() if row is not None}
+        if extra:
             key, value = torch.cat([key, extra["bias_k"]], 1), torch.cat([value, extra["bias_v"]], 1)
-            appended += 1
         if module.add_zero_attn:
             key, value = (torch.cat([x, x.new_zeros(samples, 1, x.shape[2])], 1) for x in (key, value))
-            appended += 1
-        query, key, value = (_heads(x, heads) for x in (query, key, value))
+        appended = key.shape[1] - inputs[1].shape[1]
+        query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
         scores = query @ key.transpose(-1, -2) / math.sqrt(module.head_dim)
-        if scores_mask is not None:
-            scores = scores + F.pad(scores_mask, (0, appended))
+        padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
+        if mask is not None:
+            mask = mask.reshape(samples, heads, *mask.shape[1:]) if mask.dim() == 3 else mask
+            scores = scores + F.pad(_additive(mask, dtype), (0, appended))
         if padding is not None:
             scores = scores + F.pad(_additive(padding, dtype), (0, appended))[:, None, None, :]
         attended = scores.softmax(-1)
@@ -86,8 +75,7 @@ def multihead_attention(
             averaged = given.get("average_attn_weights", True)
             outputs.append(attended.mean(1) if averaged else attended)
             grads.append(gradients[1].to(dtype))
-        wanted = [*leaves, *extra.values()]
-        found = torch.autograd.grad(outputs, wanted, grads)
+        found = torch.autograd.grad(outputs, [*leaves, *extra.values()], grads)
     per_projection = [weight_sqnorm(x, g) for x, g in zip(inputs, found[:3], strict=True)]
     norms = {
         "out_proj.weight": weight_sqnorm(context.detach(), grad),
@@ -98,9 +86,7 @@ def multihead_attention(
         norms["in_proj_weight"] = per_projection[0] + per_projection[1] + per_projection[2]
     else:
         norms |= dict(zip(_SEPARATE, per_projection, strict=True))
-    for name, g in zip(extra, found[3:], strict=True):
-        norms[name] = bias_sqnorm(g)
-    return norms
+    return norms | {name: bias_sqnorm(g) for name, g in zip(extra, found[3:], strict=True)}
 
 
 ATTENTION = ReplayRule("multi-head attention", multihead_attention, children=("out_proj.weight", "out_proj.bias"))

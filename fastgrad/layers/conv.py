@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastgrad._torch import ConvNd, ConvTransposeNd, padding_pairs
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
+from fastgrad.ops.conv.geometry import per_axis
 from fastgrad.ops.conv.sqnorm import conv_sqnorm
 from fastgrad.ops.dispatch import implementation
 
@@ -18,15 +19,11 @@ from fastgrad.ops.dispatch import implementation
 Padding = Callable[[ConvNd, Tensor], tuple[Tensor, Sequence[int]]]
 
 
-def _axes(value: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """An attribute for each axis: it may have been set to one number, as PyTorch's functions take."""
-    return (value,) * count if isinstance(value, int) else tuple(value)
-
-
 def _geometry(module: ConvNd) -> tuple[tuple[int, ...], ...]:
-    """Kernel, stride and dilation of each axis, as a call reads them now: they may change after the module is made."""
+    """Kernel, stride and dilation of each axis, as a call reads them now: they may be set after the module is made."""
     kernel = tuple(module.weight.shape[2:])
-    return kernel, _axes(module.stride, len(kernel)), _axes(module.dilation, len(kernel))
+    axes = len(kernel)
+    return kernel, per_axis("stride", module.stride, axes), per_axis("dilation", module.dilation, axes)
 
 
 def _split(totals: Sequence[int]) -> list[int]:
@@ -40,7 +37,7 @@ def _zeros(module: ConvNd) -> list[int]:
     if module.padding == "same":
         return _split([d * (k - 1) for k, d in zip(kernel, dilation, strict=True)])
     both = 0 if isinstance(module.padding, str) else module.padding
-    return _split([2 * size for size in _axes(both, len(kernel))])
+    return _split([2 * size for size in per_axis("padding", both, len(kernel))])
 
 
 def _own(module: ConvNd, a: Tensor) -> tuple[Tensor, Sequence[int]]:

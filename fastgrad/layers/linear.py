@@ -1,7 +1,8 @@
-"""Linear layers with any number of positions."""
+"""Linear layers with any number of positions, and embedding tables."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fastgrad.layers.reduce import positions_first, sqnorm, upcast
@@ -30,4 +31,23 @@ def linear(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"weight": weight_sqnorm(a, g), "bias": bias_sqnorm(g)}
 
 
+def embedding(module: nn.Module, index: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Rule for ``torch.nn.Embedding``: positions with the same index add up before the norm is taken.
+
+    Each position takes the sum ``s_t`` of its index, whose c_t positions count ``||s_t||^2 / c_t`` each. Unlike the sum
+    over pairs of positions, that has no terms of both signs.
+    """
+    assert isinstance(module, nn.Embedding)
+    (g,) = upcast(g)
+    g = positions_first(g, 1)
+    index = index.reshape(g.shape[0], g.shape[1])
+    if module.padding_idx is not None:
+        g = g * (index != module.padding_idx).unsqueeze(-1)
+    if g.shape[1] == 1:
+        return {"weight": sqnorm(g[:, 0])}
+    same = (index.unsqueeze(1) == index.unsqueeze(2)).to(g.dtype)
+    return {"weight": (torch.bmm(same, g).square().sum(2) / same.sum(2)).sum(1)}
+
+
 LINEAR = LayerRule("linear", linear, positions=True, in_place=True)
+EMBEDDING = LayerRule("embedding", embedding, positions=True, in_place=True)

@@ -1,6 +1,11 @@
-"""Normalisation layers: the weight's gradient is the sum over positions of ``g * xhat``, the bias's that of ``g``."""
+"""Normalisation layers: the weight's gradient is the sum over positions of ``g * xhat``, the bias's that of ``g``.
+
+PReLU's slope is such a weight, too.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +16,23 @@ from fastgrad.layers.reduce import positions_first, sqnorm, upcast
 from fastgrad.layers.registry import LayerRule
 
 
+def _channel_sqnorm(x: Tensor) -> Tensor:
+    """Squared norms ``(B,)`` of ``(B, C, *)``, summed over positions."""
+    return sqnorm(x.flatten(2).sum(2) if x.dim() > 2 else x)
+
+
 def _channel_norms(xhat: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Norms of per-channel affine parameters from ``(B, C, *)`` tensors."""
-    if g.dim() == 2:
-        return {"weight": sqnorm(g * xhat), "bias": sqnorm(g)}
-    g = g.flatten(2)
-    return {"weight": sqnorm((g * xhat.flatten(2)).sum(2)), "bias": sqnorm(g.sum(2))}
+    return {"weight": _channel_sqnorm(g * xhat), "bias": _channel_sqnorm(g)}
+
+
+def prelu(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Rule for PReLU: the slope's gradient is the sum of ``g * a`` where ``a`` is negative."""
+    assert isinstance(module, nn.PReLU)
+    a, g = upcast(a, g)
+    product = g * a.clamp(max=0)
+    if module.num_parameters == 1:
+        return {"weight": product.reshape(product.shape[0], -1).sum(1).square()}
+    return {"weight": _channel_sqnorm(product)}
 
 
 def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -33,17 +49,10 @@ def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     samples, channels = a.shape[:2]
     # Samples folded into channels, the ordinary reduction over (batch, positions) becomes one per sample, and
     # one pass over the two tensors gives both sums.
+    g, a = (x.reshape(1, samples * channels, -1) for x in (g, a))
+    mean, var = (x.expand(samples, -1).reshape(-1) for x in (mean, var))
     _, weight, bias = torch.ops.aten.native_batch_norm_backward(
-        g.reshape(1, samples * channels, -1),
-        a.reshape(1, samples * channels, -1),
-        None,
-        mean.expand(samples, -1).reshape(-1),
-        var.expand(samples, -1).reshape(-1),
-        None,
-        None,
-        False,
-        module.eps,
-        [False, True, True],
+        g, a, None, mean, var, None, None, False, module.eps, [False, True, True]
     )
     return {"weight": sqnorm(weight.view(samples, channels)), "bias": sqnorm(bias.view(samples, channels))}
 
@@ -64,26 +73,26 @@ def group_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     return _channel_norms(F.group_norm(a, module.num_groups, eps=module.eps), g)
 
 
-def _positionwise(xhat: Tensor, g: Tensor, trailing: int) -> dict[str, Tensor]:
-    """Norms of affine parameters over the last ``trailing`` dimensions."""
-    g, product = positions_first(g, trailing), positions_first(g * xhat, trailing)
+def _over_last(
+    normalized: Callable[..., Tensor], shape: Sequence[int], eps: float | None, a: Tensor, g: Tensor
+) -> dict[str, Tensor]:
+    """Norms of affine parameters over the last dimensions, which are of this ``shape``."""
+    a, g = upcast(a, g)
+    product = g * normalized(a, list(shape), eps=eps)
+    g, product = positions_first(g, len(shape)), positions_first(product, len(shape))
     return {"weight": sqnorm(product.sum(1)), "bias": sqnorm(g.sum(1))}
 
 
 def layer_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for layer norm over the last dimensions."""
     assert isinstance(module, nn.LayerNorm)
-    a, g = upcast(a, g)
-    shape = list(module.normalized_shape)
-    return _positionwise(F.layer_norm(a, shape, eps=module.eps), g, len(shape))
+    return _over_last(F.layer_norm, module.normalized_shape, module.eps, a, g)
 
 
 def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for RMS norm over the last dimensions."""
     assert isinstance(module, nn.RMSNorm)
-    a, g = upcast(a, g)
-    shape = list(module.normalized_shape)
-    return _positionwise(F.rms_norm(a, shape, eps=module.eps), g, len(shape))
+    return _over_last(F.rms_norm, module.normalized_shape, module.eps, a, g)
 
 
 def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -92,13 +101,12 @@ def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
 
 
 def rms_norm_of_transformers(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for the RMS norms which language models define; no bias, statistics in float32."""
-    a, g = upcast(a, g)
-    eps = module.variance_epsilon
-    assert isinstance(eps, float)
-    return {"weight": _positionwise(F.rms_norm(a, [a.shape[-1]], eps=eps), g, 1)["weight"]}
+    """Rule for the RMS norms which language models define, with statistics in float32."""
+    assert isinstance(module.variance_epsilon, float)
+    return _over_last(F.rms_norm, a.shape[-1:], module.variance_epsilon, a, g)
 
 
+PRELU = LayerRule("PReLU", prelu, in_place=True)
 BATCH_NORM = LayerRule("batch norm (evaluation)", batch_norm, in_place=True)
 INSTANCE_NORM = LayerRule("instance norm", instance_norm, in_place=True)
 GROUP_NORM = LayerRule("group norm", group_norm, in_place=True)

@@ -27,33 +27,26 @@ class _Direction:
         self.inputs: dict[str, Tensor] = {}
         self.added: dict[str, Tensor] = {}
 
-    def _parameter(self, name: str) -> Tensor | None:
+    def _parameter(self, name: str) -> Any:
         value = getattr(self.module, f"{name}_{self.suffix}", None)
         return None if value is None else value.to(self.dtype)
 
-    def run(
-        self, x: Tensor, hidden: Tensor, cell: Tensor | None, reverse: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``x`` ``(B, T, C)`` and the initial state; returns all hidden states and the last state."""
+    def run(self, x: Tensor, hidden: Tensor, cell: Any, reverse: bool) -> Tensor:
+        """All hidden states for ``x`` ``(B, T, C)`` and the initial state; keep the last state in ``hidden, cell``."""
         samples, steps = x.shape[:2]
         w_ih, w_hh, w_hr = (self._parameter(f"weight_{name}") for name in ("ih", "hh", "hr"))
-        assert w_ih is not None
-        assert w_hh is not None
         self.added["ih"] = leaf(x.new_zeros(samples, steps, w_ih.shape[0]))
         projected = F.linear(x, w_ih, self._parameter("bias_ih")) + self.added["ih"]
-        mode = self.module.mode
+        mode, b_hh = self.module.mode, self._parameter("bias_hh")
         if mode == "GRU":
             self.added["hh"] = leaf(torch.zeros_like(self.added["ih"]))
         if w_hr is not None:
             self.added["hr"] = leaf(x.new_zeros(samples, steps, w_hr.shape[0]))
-        b_hh = self._parameter("bias_hh")
-        before, unprojected = [hidden] * steps, [hidden] * steps
-        states = [hidden] * steps
+        before, unprojected, states = [hidden] * steps, [hidden] * steps, [hidden] * steps
         for t in reversed(range(steps)) if reverse else range(steps):
             before[t] = hidden
             recurrent = F.linear(hidden, w_hh, b_hh)
             if mode == "LSTM":
-                assert cell is not None
                 i, f, g, o = (projected[:, t] + recurrent).chunk(4, 1)
                 cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
                 hidden = torch.sigmoid(o) * torch.tanh(cell)
@@ -74,7 +67,8 @@ class _Direction:
         self.inputs = {"ih": x.detach(), "hh": torch.stack(before, 1).detach()}
         if w_hr is not None:
             self.inputs["hr"] = torch.stack(unprojected, 1).detach()
-        return torch.stack(states, 1), hidden, cell
+        self.hidden, self.cell = hidden, cell
+        return torch.stack(states, 1)
 
     def norms(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Squared norms from the gradients of what was added."""
@@ -106,24 +100,18 @@ def recurrent(
     hiddens = state[0].to(dtype).unbind(0)
     cells = state[1].to(dtype).unbind(0) if module.mode == "LSTM" else None
     directions: list[_Direction] = []
-    last_hidden, last_cell = [], []
     with torch.enable_grad():
         for layer in range(module.num_layers):
             parts = []
             for reverse in range(both):
-                direction = _Direction(module, f"l{layer}" + ("_reverse" if reverse else ""), dtype)
-                index = layer * both + reverse
+                index = len(directions)
+                directions.append(_Direction(module, f"l{layer}" + ("_reverse" if reverse else ""), dtype))
                 cell = None if cells is None else cells[index]
-                states, hidden, cell = direction.run(x, hiddens[index], cell, bool(reverse))
-                directions.append(direction)
-                parts.append(states)
-                last_hidden.append(hidden)
-                if cell is not None:
-                    last_cell.append(cell)
+                parts.append(directions[index].run(x, hiddens[index], cell, bool(reverse)))
             x = torch.cat(parts, -1) if both == 2 else parts[0]
-        outputs = [x if module.batch_first else x.transpose(0, 1), torch.stack(last_hidden)]
-        if last_cell:
-            outputs.append(torch.stack(last_cell))
+        outputs = [x if module.batch_first else x.transpose(0, 1), torch.stack([each.hidden for each in directions])]
+        if cells is not None:
+            outputs.append(torch.stack([each.cell for each in directions]))
         leaves = [zeros for direction in directions for zeros in direction.added.values()]
         found = iter(torch.autograd.grad(outputs, leaves, [g.to(dtype) for g in gradients]))
     norms: dict[str, Tensor] = {}

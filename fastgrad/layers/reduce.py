@@ -20,14 +20,9 @@ def sqnorm(x: Tensor) -> Tensor:
 
 
 def positions_first(x: Tensor, trailing: int) -> Tensor:
-    """Flatten what stands between the batch and the last ``trailing`` dimensions: ``(B, T, *trailing)``.
-
-    ``T`` is 1 where there is nothing between.
-    """
+    """Flatten what stands between the batch and the last ``trailing`` dimensions: ``(B, T, *trailing)``; T may be 1."""
     keep = x.dim() - trailing
-    if keep == 1:
-        return x.unsqueeze(1)
-    return x if keep == 2 else x.flatten(1, keep - 1)
+    return x.unsqueeze(1) if keep == 1 else x.flatten(1, keep - 1)
 
 
 def leaf(x: Tensor) -> Tensor:

@@ -108,5 +108,5 @@ def find_rule(module: nn.Module) -> tuple[Rule | None, str]:
         if rule is not None:
             return rule, ""
         if "forward" in vars(cls):
-            return None, f"{cls.__name__} has no rule"
-    return None, f"{type(module).__name__} has no rule"
+            break
+    return None, f"{cls.__name__} has no rule"

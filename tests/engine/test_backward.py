@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from fastgrad.engine.backward import backward_signals, order_by_parameter, probe_grads
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
-from fastgrad.engine.run import Run, Site
-from fastgrad.engine.sites import LayerSite
+from fastgrad.engine.run import LayerSite, Run, Site
 from fastgrad.layers import LayerRule, find_rule
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -45,13 +44,12 @@ def counting(model: nn.Module, path: str, count: Counter[str]) -> LayerSite:
         count[path] += 1
         return dict(rule.function(module, a, g))
 
-    names = tuple(name for name, _ in layer.named_parameters())
+    names = {f"{path}.{name}": name for name, _ in layer.named_parameters()}
     return LayerSite(
         path,
-        tuple(f"{path}.{name}" for name in names),
+        tuple(names),
         names,
         Layout("plain"),
-        2 if isinstance(layer, nn.Linear) else 4,
         LayerRule(rule.name, function, in_place=rule.in_place),
     )
 
@@ -60,7 +58,7 @@ def forward(model: nn.Module, sites: list[Site]) -> tuple[Run, Tensor]:
     network, run = Network(model), Run(len(X))
     plan = replace(network.plan((X,), {}, len(X)), sites=tuple(sites))
     with torch.no_grad():
-        output, _ = network.once(plan, run, (X,), {})
+        output, _ = network.once(plan, run, ((X,), {}))
     return run, output
 
 
@@ -85,10 +83,10 @@ def test_each_pass_computes_what_it_asks_for_and_no_more(model: nn.Sequential) -
         everything = order_by_parameter(pairs, found, names, gradients, 4)
         expected = true * torch.tensor([name.split(".")[0] in asked for name in names])
         torch.testing.assert_close(everything, expected, rtol=1e-10, atol=0)
-    found = backward_signals(run, logits, gradients)
+    found = backward_signals(run, [logits], [gradients])
     torch.testing.assert_close(order_by_parameter(run.probes, found, names, gradients, 4), true, rtol=1e-10, atol=0)
     with pytest.raises(RuntimeError, match="second time"):
-        backward_signals(run, logits, gradients)
+        backward_signals(run, [logits], [gradients])
 
 
 def test_a_pass_stops_at_the_earliest_site_asked_for(model: nn.Sequential) -> None:
@@ -111,7 +109,7 @@ def test_a_pass_stops_at_the_earliest_site_asked_for(model: nn.Sequential) -> No
 def test_two_rules_at_one_layer(model: nn.Sequential) -> None:
     count: Counter[str] = Counter()
     run, logits = forward(model, [counting(model, "1", count), counting(model, "1", count)])
-    first, second = backward_signals(run, logits, torch.randn(1, 4, 3, dtype=torch.float64))
+    first, second = backward_signals(run, [logits], [torch.randn(1, 4, 3, dtype=torch.float64)])
     assert first.all()
     assert torch.equal(first, second)
 
@@ -119,10 +117,10 @@ def test_two_rules_at_one_layer(model: nn.Sequential) -> None:
 def test_outputs_and_probes_that_do_not_meet(model: nn.Sequential) -> None:
     run, logits = forward(model, [counting(model, "1", Counter())])
     gradients = torch.ones(2, 4, 3, dtype=torch.float64)
-    (zeros,) = backward_signals(run, logits.detach(), gradients)
-    assert torch.equal(zeros, torch.zeros(2, 4, 2, dtype=torch.float64))
+    assert backward_signals(run, [logits.detach()], [gradients]) == [None]
     other = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True) * 1
-    (zeros,) = backward_signals(run, other, gradients)
+    assert backward_signals(run, [other], [gradients]) == [None]
+    zeros = order_by_parameter(run.probes, [None], ["1.weight", "1.bias"], gradients, 4)
     assert torch.equal(zeros, torch.zeros(2, 4, 2, dtype=torch.float64))
     assert probe_grads([other], [run.probes[0][1]], [gradients], batched=True, keep=True) == [None]
 

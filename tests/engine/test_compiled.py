@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fastgrad
-from fastgrad.engine import compile as compiled
+from fastgrad.engine import tracing as compiled
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -289,7 +289,7 @@ def test_clipping_and_ranking() -> None:
 def test_graphs_of_the_present_path(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if compiled:
         monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
-        monkeypatch.setattr("fastgrad.engine.compile.require_cpp_compiler", lambda _: None)
+        monkeypatch.setattr("fastgrad.engine.tracing.require_cpp_compiler", lambda _: None)
     model, x = Modes().double().eval(), inputs(5, 3)
     extractor = fastgrad.GradientFeatures(model, compile=compiled)
     plain = fastgrad.GradientFeatures(model)

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import fastgrad
 from fastgrad.ops.conv import sqnorm
+from fastgrad.ops.conv.geometry import per_axis
 
 #: By whether they are transposed, of one, two and three dimensions.
 CONVOLUTIONS: dict[bool, tuple[Callable[..., Tensor], ...]] = {
@@ -107,7 +108,7 @@ def weight_norms(a: Tensor, g: Tensor, weight: tuple[int, ...], *, transposed: b
 def conv_sqnorm(a: Tensor, g: Tensor, kernel: Any, *, groups: int = 1, **options: Any) -> Tensor:
     """The operator, which takes a number for each axis, with one for all."""
     sizes = [kernel, options.pop("stride", 1), options.pop("padding", 0), options.pop("dilation", 1)]
-    k, s, p, d = [(n,) * (a.dim() - 2) if isinstance(n, int) else n for n in sizes]
+    k, s, p, d = (per_axis("size", n, a.dim() - 2) for n in sizes)
     return sqnorm.conv_sqnorm(a, g, k, s, p, d, groups, **options)
 
 

@@ -28,8 +28,8 @@ from fastgrad.deploy.file import onnx_export
 from fastgrad.deploy.file.comparison import compare
 from fastgrad.deploy.file.graph import trace
 from fastgrad.deploy.file.package import SUFFIXES, Description, write_description
-from fastgrad.engine.samples import precision_of
 from fastgrad.engine.state import Repeatable
+from fastgrad.engine.trial import precision_of
 
 #: What compiled code would round in another way. With PyTorch's own kernels the features of a convolutional network
 #: or vision transformer are those of the live one, bit for bit or nearly: the detector has no difference to magnify.

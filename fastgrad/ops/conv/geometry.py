@@ -52,6 +52,14 @@ class Problem(NamedTuple):
         return F.pad(self.a, flat) if any(flat) else self.a
 
 
+def per_axis(name: str, value: int | Sequence[int], axes: int) -> Ints:
+    """Expand an int to one per spatial axis, or check the length of a sequence."""
+    result = (value,) * axes if isinstance(value, int) else tuple(value)
+    if len(result) != axes:
+        raise ValueError(f"{name} must be an int or {axes} ints, one per spatial axis; it was {result}")
+    return result
+
+
 def canonical(
     a: Tensor, g: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, transposed: bool,
