@@ -40,8 +40,7 @@ def trace(
         warnings.simplefilter("ignore")
         if one_by_one or (one_by_one is None and one.device.type == "cpu"):
             # A loop's body may not write in place.
-            single = tracing.trace(function, (one,), None, functional=True)
-            _share_constants(single)
+            single = _share_constants(tracing.trace(function, (one,), None, functional=True))
             backward = any("backward" in str(node.target) for node in single.graph.nodes)
             if one_by_one or (backward and written(single) > LOOP_BYTES):
                 return _export(_Loop(single, one), one, max_batch)
@@ -63,8 +62,8 @@ def written(graph: torch.fx.GraphModule) -> int:
     return total
 
 
-def _share_constants(graph: torch.fx.GraphModule) -> None:
-    """Make every constant one attribute with memory of its own, as a loop's body needs them."""
+def _share_constants(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The same with every constant as one attribute with memory of its own, as a loop's body needs them."""
     names: dict[Any, str] = {}
     memory: set[int] = set()
     for node in graph.graph.nodes:
@@ -81,10 +80,8 @@ def _share_constants(graph: torch.fx.GraphModule) -> None:
             setattr(graph, node.target, nn.Parameter(copy) if isinstance(value, nn.Parameter) else copy)
         memory.add(value.untyped_storage().data_ptr())
     graph.graph.eliminate_dead_code()
-    tensors = (*graph.named_parameters(recurse=False), *graph.named_buffers(recurse=False))
-    for name in {name for name, _ in tensors} - set(names.values()):
-        delattr(graph, name)
-    graph.recompile()
+    # With the attributes alone that it uses.
+    return torch.fx.GraphModule(graph, graph.graph)
 
 
 class _Loop(nn.Module):
