@@ -80,18 +80,13 @@ def read_parquet(
             images = _cells(part.column(column), most)
             keys = part.column(key).to_pylist() if key else range(row, row + len(images))
             for number, (name, content) in enumerate(zip(keys, images, strict=True), start=row):
+                if isinstance(name, bytes):
+                    name = name.decode("utf-8", "backslashreplace")
                 if start <= number < stop:
-                    yield Source(_name(name, number), content)
+                    yield Source(str(number if name is None else name), content)
             row += len(images)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged in or after row {row}: {error}") from None
-
-
-def _name(key: Any, number: int) -> str:
-    """A row's key as text; the row's number where it has none."""
-    if isinstance(key, bytes):
-        return key.decode("utf-8", "backslashreplace")
-    return str(number if key is None else key)
 
 
 def _cells(column: Any, most: int) -> list[bytes]:
