@@ -17,7 +17,6 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO
 
 from anyio import fail_after
 
@@ -202,8 +201,8 @@ def answer_requests(module: str, arguments: Sequence[object]) -> None:
     # What anything prints goes to standard error.
     os.dup2(2, 1)
     answer: Callable[[bytearray], Bytes] | None = None
-    request: bytearray | None = bytearray()
-    while request is not None:
+    request = bytearray()
+    while True:
         status = 0
         content: Bytes = b""
         try:
@@ -218,14 +217,9 @@ def answer_requests(module: str, arguments: Sequence[object]) -> None:
         replies.write(REPLY.pack(status, len(content)))
         replies.write(content)
         replies.flush()
-        request = None if answer is None else _receive(requests)
-
-
-def _receive(requests: BinaryIO) -> bytearray | None:
-    """The next request, None at the end."""
-    head = requests.read(REQUEST.size)
-    if len(head) < REQUEST.size:
-        return None
-    content = bytearray(REQUEST.unpack(head)[0])
-    read = requests.readinto(content)  # type: ignore[attr-defined]
-    return content if read == len(content) else None
+        head = b"" if answer is None else requests.read(REQUEST.size)
+        if len(head) < REQUEST.size:
+            return
+        request = bytearray(REQUEST.unpack(head)[0])
+        if requests.readinto(request) < len(request):  # type: ignore[attr-defined]
+            return
