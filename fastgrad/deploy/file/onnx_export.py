@@ -60,13 +60,13 @@ def convert(
                 dynamo=True, verbose=False, optimize=False,
             )  # fmt: skip
         optimize(result.model)
+        sample_apart(result.model)
         model = result.model_proto
     except torch.onnx.errors.OnnxExporterError as error:
         _refuse(_named(error))
         raise
     if model.ByteSize() >= _LARGEST:
         raise RuntimeError("the model is larger than the 2 GB that one ONNX file can hold; export to .pt2")
-    sample_apart(model.graph)
     _tidy(model)
     try:
         onnx.checker.check_model(model, full_check=True)
