@@ -85,7 +85,7 @@ class Description:
     @property
     def columns(self) -> int:
         """Numbers in a row of `ModelPackage.rows`."""
-        return self.classes + 1 + self.risk + len(self.evidence or ())
+        return sum(map(math.prod, outputs_of(self).values())) - self.classes
 
     def threshold_at(self, rate: float | None) -> float | None:
         """The threshold at a false-alarm rate, one of those in the file (None: the file's own).
@@ -118,6 +118,15 @@ class Description:
         if self.std is not None:
             pixels = pixels / _per_channel(tuple(self.std), pixels.dtype)
         return pixels
+
+
+def outputs_of(description: Description) -> dict[str, tuple[int, ...]]:
+    """What the graph gives, in this order, and its shape for one input."""
+    classes, evidence = (description.classes,), description.evidence
+    return {
+        "logits": classes, "probabilities": classes, "uncertainty": (),
+        **({"risk": ()} if description.risk else {}), **({"evidence": (len(evidence),)} if evidence else {}),
+    }  # fmt: skip
 
 
 def normalize_pixels(description: Description, pixels: Tensor) -> Tensor:
