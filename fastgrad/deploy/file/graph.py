@@ -27,15 +27,13 @@ def trace(
 ) -> Any:
     """Unroll ``function`` with its backward pass; return a `torch.export.ExportedProgram` of dynamic batch.
 
-    Args:
-        function: From a tensor ``(B, ...)`` to a tensor or tuple of tensors with B rows, each of its own input alone.
-        example_input: Gives shape, dtype, device.
-        max_batch: Largest batch size.
-        one_by_one: Whether a loop takes the inputs one after another; None for what is faster.
+    It takes a tensor ``(B, ...)`` like ``example_input`` to one or a tuple with B rows, each of its own input alone.
+    ``one_by_one`` says whether a loop takes the inputs one after another; None for what is faster.
 
     RuntimeError where the graph depends on the batch size.
     """
     one = example_input.detach()[:1].contiguous()
+    batch = one.expand(3, *one.shape[1:]).contiguous()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if one_by_one or (one_by_one is None and one.device.type == "cpu"):
@@ -43,9 +41,8 @@ def trace(
             single = _share_constants(tracing.trace(function, (one,), None, functional=True))
             backward = any("backward" in str(node.target) for node in single.graph.nodes)
             if one_by_one or (backward and written(single) > LOOP_BYTES):
-                return _export(_Loop(single, one), one, max_batch)
-        graph = tracing.trace(function, (one.expand(3, *one.shape[1:]).contiguous(),), 3)
-        return _export(graph, one, max_batch)
+                return _export(_Loop(single, one), batch, max_batch)
+        return _export(tracing.trace(function, (batch,), 3), batch, max_batch)
 
 
 def written(graph: torch.fx.GraphModule) -> int:
@@ -112,8 +109,7 @@ class _Loop(nn.Module):
         return done[0] if self.single else done
 
 
-def _export(graph: nn.Module, one: Tensor, max_batch: int) -> Any:
-    batch = one.expand(3, *one.shape[1:]).contiguous()
+def _export(graph: nn.Module, batch: Tensor, max_batch: int) -> Any:
     # The batch that it is recorded with must be one of those that it is for.
     size = torch.export.Dim("batch", min=1, max=max(max_batch, len(batch)))
     try:

@@ -81,14 +81,9 @@ def arrow_schema(description: Description) -> Any:
 class Job:
     """Images to score, cut into parts, and a folder of the parts that are there; the options are those of `score`.
 
-    The folder is made, or continued where this very job has made it. ValueError where there is nothing to score, a file
-    cannot be read, or the folder is another job's, or not made by one.
-
-    Attributes:
-        note: the file in the folder that says which job this is.
-        paths: where each part belongs.
-        missing: numbers of the parts that are not there yet.
-        done: how many images the parts hold that were there from the beginning.
+    The folder is made, or continued where this very job has made it, as its ``note`` says. ``missing`` has the numbers
+    of the parts that were not there, ``done`` is how many images the others hold. ValueError where there is nothing to
+    score, a file cannot be read, or the folder is another job's, or not made by one.
     """
 
     def __init__(

@@ -32,10 +32,8 @@ class Source(NamedTuple):
 def list_folder(folder: Path) -> tuple[list[Source], str]:
     """All image files below a folder in the order of their names, and a digest of names, sizes and times.
 
-    Links to files count, also where there is no such file; links to folders are not followed.
-
-    Raises:
-        OSError: a folder cannot be read, whose images would be missing.
+    Links to files count, also where there is no such file; links to folders are not followed. OSError where a folder
+    cannot be read, whose images would be missing.
     """
 
     def refuse(error: OSError) -> NoReturn:
@@ -60,9 +58,7 @@ def read_parquet(
 
     ``column`` has the images, bytes or structs with a field ``bytes``; of a cell with more than ``most``, one byte
     more comes. ``key`` has the names; without one a row has its number. Where either is None, usual names are tried.
-
-    Raises:
-        ValueError: there is no such column, or several, or it holds no bytes, or the file is damaged.
+    ValueError where there is no such column, or several, or it holds no bytes, or the file is damaged.
     """
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names

@@ -70,17 +70,10 @@ class ChildTimeoutError(ChildDiedError):
 
 
 class Child:
-    """One process, which answers with what ``start(*arguments)`` of a module gives.
+    """One process, which answers with what ``start(*arguments)`` of a module gives, in ``most`` bytes at most.
 
-    Args:
-        module: its name.
-        arguments: what JSON can hold.
-        most: bytes of a reply.
-
-    Attributes:
-        alive: whether it has started and can be asked.
-        starts: how often it was started.
-        on_end: called when it has ended, for whatever reason.
+    JSON must hold the arguments. ``alive`` says whether it has started and can be asked, ``starts`` how often it was
+    started; ``on_end`` is called when it has ended, for whatever reason.
     """
 
     def __init__(self, module: str, arguments: Sequence[object], *, most: int) -> None:
