@@ -66,8 +66,7 @@ def sample_apart(model: Any) -> None:
 
     for node in model.graph:
         conv = node.inputs[0].producer() if node.op_type == "MaxPool" else None
-        weight = conv.inputs[1].const_value if conv is not None and conv.op_type == "Conv" else None
-        if weight is None:
+        if conv is None or conv.op_type != "Conv" or (weight := conv.inputs[1].const_value) is None:
             continue
         steps = node.attributes["strides"].as_ints()
         single = set(node.attributes["kernel_shape"].as_ints()) == {1}

@@ -214,5 +214,5 @@ def answer_requests(module: str, arguments: Sequence[object]) -> None:
         if len(head) < REQUEST.size:
             return
         request = bytearray(REQUEST.unpack(head)[0])
-        if requests.readinto(request) < len(request):  # type: ignore[attr-defined]
+        if requests.readinto(request) < len(request):  # type: ignore[union-attr]
             return
