@@ -160,7 +160,11 @@ def _numbers(values: Any, length: int | None = None) -> bool:
 
 
 def _words(values: Any, most: int) -> bool:
-    return len(values) <= most and all(isinstance(value, str) and len(value) <= 1000 for value in values)
+    """At most so many texts that UTF-8 can hold: names of files may hold bytes of other encodings."""
+    return len(values) <= most and all(
+        isinstance(value, str) and len(value) <= 1000 and value.encode("utf-8", "ignore").decode() == value
+        for value in values
+    )
 
 
 def _mapping(value: Any) -> bool:
@@ -197,7 +201,7 @@ _FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
     "max_batch": (lambda _, v: _count(v, 2**20), "an integer from 1 to 2**20"),
     "device": (lambda _, v: v in ("cpu", "cuda"), "cpu or cuda"),
     "labels": (lambda d, v: isinstance(v, list) and len(v) == d.classes and _words(v, 2**20),
-               "{classes} names, one a class"),
+               "{classes} names, one a class, in UTF-8"),
     "mean": (_channels, "a finite number a channel of images {shape}"),
     "std": (lambda d, v: _channels(d, v) and min(v) > 0, "a positive number a channel of images {shape}"),
     "false_alarm_rate": (lambda _, v: _rate(v), "a number between 0 and 1"),
