@@ -247,8 +247,7 @@ def require_classes(target: Tensor, classes: int) -> None:
 def _features_and_options(features: Tensor, loss: str, reduction: str, flags: dict[str, object]) -> None:
     checks.one_of("loss", loss, losses.LOSSES)
     checks.one_of("reduction", reduction, losses.REDUCTIONS)
-    for name, value in flags.items():
-        checks.is_bool(name, value)
+    checks.is_bool(**flags)
     checks.is_float("features", features)
     checks.holds_values("features", features)
     if features.dim() < 1:
