@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgrad._torch import is_fake, vmap
 from fastgrad.engine.fallback import FallbackSite
 from fastgrad.engine.probe import requesting_norms
+from fastgrad.engine.refusals import refuse_untracked
 from fastgrad.engine.run import RecomputedSite, Run, Site
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.losses import compute_dtype
@@ -94,22 +95,22 @@ def backward_signals(
 
 
 @torch.no_grad()
-def signal_sqnorms(
-    run: Run, output: Tensor, delta: Tensor, names: Sequence[str], *, log: bool = False, keep: bool = False
-) -> Tensor:
-    """Squared norms ``(S, B, P)`` of the named parameters' gradients, or their logarithms, finite for vanishing ones.
+def signal_sqnorms(run: Run, output: Tensor, delta: Tensor, *, log: bool = False, keep: bool = False) -> Tensor:
+    """Squared norms ``(S, B, P)`` of the gradients of a plan's parameters, or logarithms, finite for vanishing ones.
 
     ``delta`` ``(S, B, N)`` are S gradients of a run's output, in float64 for logarithms, whose squares may lie below
-    float32's range; ``keep`` keeps the graph for another call.
+    float32's range; ``keep`` keeps the graph for another call. ValueError for parameters of which a pass cannot tell.
     """
+    assert run.plan is not None
+    refuse_untracked(run.plan.untracked)
     # Where the backward pass is linear in delta, a unit-sized one keeps every intermediate square in range.
     scale = delta.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
-    if run.plan is not None and not run.plan.linear:
+    if not run.plan.linear:
         scale = torch.ones_like(scale)
     unit = (delta / scale).to(output.dtype)
     with torch.enable_grad():
         signals = backward_signals(run, [output], [unit], keep=keep)
-    norms = order_by_parameter(run.probes, signals, names, unit, run.samples)
+    norms = order_by_parameter(run.probes, signals, run.plan.names, unit, run.samples)
     if log:
         return norms.clamp_min(torch.finfo(norms.dtype).tiny).log() + (2 * scale.log()).to(norms.dtype)
     scale = scale.to(norms.dtype)
