@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import checks, losses
-from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
+from fastgrad._torch import original, outside_of_compilation, pytree
 from fastgrad.batches import batch_size, class_logits, input_tensors, logits_of, one_for_none, take
 from fastgrad.engine.backward import signal_sqnorms
 from fastgrad.engine.copy import detach_plain
@@ -21,7 +21,7 @@ from fastgrad.engine.plan import Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import Run
 from fastgrad.engine.tracing import CompiledPasses, is_symbolic, trace
-from fastgrad.gradients.contrasts import check_target, require_classes
+from fastgrad.gradients.contrasts import check_target
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.
@@ -307,15 +307,10 @@ def _checked(target: Target, logits: Tensor) -> str | Tensor:
     if isinstance(value, int):
         value = torch.tensor(value, device="cpu")
     if isinstance(value, Tensor):
-        rows, classes = logits.shape
-        if not value.is_floating_point() and value.dtype != torch.bool and not is_traced():
-            require_classes(value, classes)
         value = value.to(logits.device)
-        if value.dim() == 0:
-            value = value.expand(rows)
-        elif value.is_floating_point() and value.dim() == 1:
-            value = value.expand(rows, -1)
-    check_target(value, logits)
+        if value.dim() == value.is_floating_point():
+            value = value.expand(logits.shape[0], *value.shape)
+    check_target(value, logits, wait=True)
     return value
 
 
