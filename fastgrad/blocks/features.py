@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part, Settings
+from fastgrad.blocks.block import Arrays, Block, Parts, Settings
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
@@ -33,9 +31,9 @@ class Features(Block):
         return found.readings(self.name)[0]
 
     @classmethod
-    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
+    def joint(cls, blocks: Arrays, settings: Settings) -> Rows:
         return cls.rows(blocks, settings, dimensions=_COMPONENTS)
 
     @classmethod
-    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
+    def scores(cls, blocks: Arrays, settings: Settings) -> Parts:
         yield cls.distance(blocks, settings)
