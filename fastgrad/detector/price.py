@@ -80,8 +80,8 @@ def fit_to_budget(
 ) -> PriceReport:
     """Take blocks off the end until the measured price of the others, as what ``answer`` makes of them, fits the limit.
 
-    Blocks that the network or its inputs cannot serve are dropped first, as no preset's first one is. That one stays in
-    any case; a warning says so where it is above the limit. ``x`` is a batch on the network's device.
+    Blocks that the network or its inputs cannot serve are dropped first. The first of the others stays in any case; a
+    warning says so where it is above the limit. ``x`` is a batch on the network's device.
     """
     refusals = [(block.name, block.refusal(subject)) for block in blocks]
     dropped = [(name, why) for name, why in refusals if why is not None]

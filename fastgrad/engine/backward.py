@@ -105,7 +105,7 @@ def signal_sqnorms(run: Run, output: Tensor, delta: Tensor, *, log: bool = False
     """Squared norms ``(S, B, P)`` of the gradients of a plan's parameters, or logarithms, finite for vanishing ones.
 
     ``delta`` ``(S, B, N)`` are S gradients of a run's output, in float64 for logarithms, whose squares may lie below
-    float32's range; ``keep`` keeps the graph for another call. ValueError for parameters of which a pass cannot tell.
+    float32's range; ``keep`` keeps the graph for another call. ValueError where the pass used parameters past modules.
     """
     assert run.plan is not None
     refuse_untracked(run.plan.untracked)
