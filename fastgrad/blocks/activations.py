@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import CLIP, Arrays, Block, Parts, Settings
+from fastgrad.blocks.block import CLIP, Array, Block, Part, Settings
 from fastgrad.blocks.channels import Channels, output_of, sampled
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
@@ -47,11 +48,11 @@ class Activations(Block):
         return torch.cat(columns, 1).clamp_min(torch.finfo(torch.float32).tiny).log()
 
     @classmethod
-    def scores(cls, blocks: Arrays, settings: Settings) -> Parts:
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         yield cls.distance(blocks, settings)
 
     @classmethod
-    def joint(cls, blocks: Arrays, settings: Settings) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         return cls.rows(blocks, settings, clip=CLIP, dimensions=COMPONENTS)
 
 

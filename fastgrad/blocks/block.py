@@ -32,9 +32,6 @@ CLIP = 8.0
 _COMPONENTS, _DIMENSIONS = 8, 16
 #: Name, rows and fitted score of a one-class score; with the option ``two_sided=True`` it can be too good to be true.
 Part = tuple[str, Rows, Fitted]
-Parts = Iterator[Part]
-#: Blocks of clean samples by name.
-Arrays = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
@@ -101,29 +98,29 @@ class Block:
         raise NotImplementedError
 
     @classmethod
-    def scores(cls, blocks: Arrays, settings: Settings) -> Parts:
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         """The one-class scores that clean ``blocks`` allow."""
         yield from ()
 
     @classmethod
-    def joint(cls, blocks: Arrays, settings: Settings) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         """What the classifier of challenges sees of the block, standardised."""
         return cls.rows(blocks, settings)
 
     @classmethod
-    def rows(cls, blocks: Arrays, settings: Settings, **how: Any) -> Rows:
+    def rows(cls, blocks: Mapping[str, Array], settings: Settings, **how: Any) -> Rows:
         """The block's standardised columns, of norms their logarithms; ``how`` goes to `Rows.fit`."""
         norms = cls.squared_norms
         return Rows.fit(blocks, cls.name, norms=norms, log=norms and settings.log, **how)
 
     @classmethod
-    def distance(cls, blocks: Arrays, settings: Settings, **how: Any) -> Part:
+    def distance(cls, blocks: Mapping[str, Array], settings: Settings, **how: Any) -> Part:
         """The score that is the Mahalanobis distance of `rows`, each column cut at `CLIP`."""
         rows = cls.rows(blocks, settings, clip=CLIP, **how)
         return f"{cls.name}_distance", rows, Mahalanobis.fit(rows.of(blocks))
 
     @classmethod
-    def mixture(cls, blocks: Arrays, settings: Settings, **how: Any) -> Part:
+    def mixture(cls, blocks: Mapping[str, Array], settings: Settings, **how: Any) -> Part:
         """The score that is the density of a Gaussian mixture on the principal components of `rows`."""
         dimensions = min(_DIMENSIONS, max(1, settings.count // 10))
         rows = cls.rows(blocks, settings, dimensions=dimensions, **how)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from torch import Tensor
 
-from fastgrad.blocks.block import Arrays, Parts, Settings
+from fastgrad.blocks.block import Array, Part, Settings
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.features import Features
 from fastgrad.gradients import contrasts as functional
@@ -25,9 +27,9 @@ class Contrasts(Features):
         return functional.contrast_sqnorm(h, found.logits, bias=found.subject.bias, log=found.log)
 
     @classmethod
-    def scores(cls, blocks: Arrays, settings: Settings) -> Parts:
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         yield cls.mixture(blocks, settings, rank=True)
 
     @classmethod
-    def joint(cls, blocks: Arrays, settings: Settings) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         return cls.rows(blocks, settings, rank=True)

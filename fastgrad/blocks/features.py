@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from torch import Tensor
 
-from fastgrad.blocks.block import Arrays, Block, Parts, Settings
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
@@ -31,9 +33,9 @@ class Features(Block):
         return found.readings(self.name)[0]
 
     @classmethod
-    def joint(cls, blocks: Arrays, settings: Settings) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         return cls.rows(blocks, settings, dimensions=_COMPONENTS)
 
     @classmethod
-    def scores(cls, blocks: Arrays, settings: Settings) -> Parts:
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         yield cls.distance(blocks, settings)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from torch import Tensor
 
 from fastgrad import losses
-from fastgrad.blocks.block import Arrays, Block, Parts, Settings
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.extraction import Pass, Signal
 from fastgrad.blocks.subject import Subject
 
@@ -41,5 +42,5 @@ class Gradients(Block):
         return found.squared_norms(self.name)
 
     @classmethod
-    def scores(cls, blocks: Arrays, settings: Settings) -> Parts:
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         yield cls.mixture(blocks, settings)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import Arrays, Block, Parts, Settings
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.local_contrast import differences, mean_extremes
 from fastgrad.blocks.subject import Subject, is_image
@@ -29,7 +31,7 @@ class Image(Block):
         return image_statistics(found.image())
 
     @classmethod
-    def scores(cls, blocks: Arrays, settings: Settings) -> Parts:
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         yield cls.mixture(blocks, settings)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import Arrays, Block, Parts, Settings
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.extraction import Pass
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.rows import Rows
@@ -52,12 +54,12 @@ class Logits(Block):
         return found.logits
 
     @classmethod
-    def scores(cls, blocks: Arrays, settings: Settings) -> Parts:
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         yield "energy", Rows.fit(blocks, cls.name, standardise=False), Energy(two_sided=True)
         if blocks[cls.name].shape[1] > 1:
             yield "margin", Rows.fit(blocks, cls.name, top=2, standardise=False), Margin()
 
     @classmethod
-    def joint(cls, blocks: Arrays, settings: Settings) -> Rows:
+    def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
         """The highest logits in falling order: the classifier must not depend on the order of classes."""
         return cls.rows(blocks, settings, top=_HIGHEST)

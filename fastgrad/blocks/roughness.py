@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import Arrays, Block, Parts, Settings
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.channels import output_of
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.local_contrast import differences, mean_extremes
@@ -43,7 +44,7 @@ class Roughness(Block):
         return found.readings(self.name)[0]
 
     @classmethod
-    def scores(cls, blocks: Arrays, settings: Settings) -> Parts:
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         yield cls.mixture(blocks, settings)
 
 

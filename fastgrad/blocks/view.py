@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrad import checks
-from fastgrad.blocks.block import Arrays, Block, Parts, Settings
+from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.losses import compute_dtype
@@ -71,5 +72,5 @@ class View(Block):
         return torch.log(divergence.clamp_min(0) + _LEAST)
 
     @classmethod
-    def scores(cls, blocks: Arrays, settings: Settings) -> Parts:
+    def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:
         yield cls.name, Rows.fit(blocks, cls.name, standardise=False), Plain()
