@@ -35,6 +35,7 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ViT-Tiny/16": (partial(VisionTransformer, 224, 16, 12, 3, 192, 768), (3, 224, 224)),
     "the demo's network": (digit_network, (1, 24, 24)),
 }
+OUTPUTS = ("logits", "probabilities", "uncertainty")
 #: How to do without each.
 REWRITES: Mapping[str, Callable[[], Any]] = {
     "sample_apart": partial(mock.patch.object, onnx_export, "sample_apart", return_value=None),
@@ -48,7 +49,7 @@ def translated(model: TwoStageModel, example: Tensor) -> bytes:
     def answers(x: Tensor) -> tuple[Tensor, ...]:
         return tuple(value for value in model(x) if value is not None)
 
-    return onnx_export.convert(answers, example, max_batch=64).SerializeToString()  # type: ignore[no-any-return]
+    return onnx_export.convert(answers, example, outputs=OUTPUTS, max_batch=64).SerializeToString()  # type: ignore[no-any-return]
 
 
 def loaded(content: bytes) -> Any:

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,26 +31,18 @@ _BATCH = 50
 _TRAINED, _FITTED = 900, 500
 
 
-class LabelledImages(NamedTuple):
-    """Grey images ``(n, 1, 24, 24)``, float32 in [0, 1], and their classes ``(n,)``, int64."""
+def digits(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The 1,797 digits of 8 x 8 pixels, enlarged, in a random order (E. Alpaydin, C. Kaynak, UCI, 1998).
 
-    images: Tensor
-    labels: Tensor
-
-    def part(self, start: int, stop: int | None = None) -> LabelledImages:
-        """Some of the images."""
-        return LabelledImages(self.images[start:stop], self.labels[start:stop])
-
-
-def digits(generator: torch.Generator) -> LabelledImages:
-    """The 1,797 digits of 8 x 8 pixels, enlarged, in a random order (E. Alpaydin, C. Kaynak, UCI, 1998)."""
+    Grey images ``(n, 1, 24, 24)``, float32 in [0, 1], and their classes ``(n,)``, int64.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
     order = torch.randperm(len(data.target), generator=generator, device="cpu")
     pixels = torch.from_numpy(data.images.astype(np.float32) / 16)[order, None]
     images = interpolate(pixels, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
-    return LabelledImages(images, torch.from_numpy(data.target.astype(np.int64))[order])
+    return images, torch.from_numpy(data.target.astype(np.int64))[order]
 
 
 def photographs(count: int) -> Tensor:
@@ -72,16 +64,16 @@ def digit_network() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-def train(network: nn.Module, data: LabelledImages, *, epochs: int, generator: torch.Generator) -> None:
+def train(network: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, generator: torch.Generator) -> None:
     """Train in place with Adam under a one-cycle schedule, and leave the network in evaluation mode."""
-    steps = epochs * (len(data.images) // _BATCH)
+    steps = epochs * (len(images) // _BATCH)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=4e-3, total_steps=steps)
     network.train()
     for _ in bar(range(epochs), "training the network", None):
-        order = torch.randperm(len(data.images), generator=generator, device="cpu")
+        order = torch.randperm(len(images), generator=generator, device="cpu")
         for pick in order[: len(order) // _BATCH * _BATCH].split(_BATCH):
-            loss = cross_entropy(network(data.images[pick]), data.labels[pick])
+            loss = cross_entropy(network(images[pick]), labels[pick])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -101,13 +93,13 @@ LAST_LAYER = "gradient norms, last layer"
 SIGNALS = (("bce", "ones"), ("cross_entropy", "ones"), ("cross_entropy", "predicted"))
 
 
-def methods(network: nn.Sequential, clean: LabelledImages, seed: int) -> tuple[dict[str, Method], Report]:
+def methods(network: nn.Sequential, clean: Tensor, labels: Tensor, seed: int) -> tuple[dict[str, Method], Report]:
     """Fit each method on clean images that the network, which ends in ``nn.Linear``, was not trained on.
 
     Gives by name a function from images to scores ``(n,)``, and what the default is made of.
     """
     two_stage = fastgrad.TwoStageModel(network, budget=BUDGET, seed=seed)
-    pairs = list(zip(clean.images.split(250), clean.labels.split(250), strict=True))
+    pairs = list(zip(clean.split(250), labels.split(250), strict=True))
     two_stage.fit(pairs, clip=(0.0, 1.0), verbose=None)
     extractor = fastgrad.GradientFeatures(network, signals=SIGNALS)
 
@@ -126,7 +118,7 @@ def methods(network: nn.Sequential, clean: LabelledImages, seed: int) -> tuple[d
         return torch.cat([extractor(batch)[1].detach() for batch in images.split(256)])
 
     def detector(extract: Callable[[Tensor], Tensor]) -> Method:
-        fitted = fastgrad.UncertaintyDetector(random_state=seed).fit(extract(clean.images).numpy())
+        fitted = fastgrad.UncertaintyDetector(random_state=seed).fit(extract(clean).numpy())
         return lambda images: np.asarray(fitted.decision_function(extract(images).numpy()))
 
     found: dict[str, Method] = {
@@ -199,17 +191,17 @@ def run(arguments: argparse.Namespace) -> int:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
         network = digit_network()
-    data = digits(generator)
-    train(network, data.part(0, _TRAINED), epochs=arguments.epochs, generator=generator)
+    images, labels = digits(generator)
+    sizes = [_TRAINED, _FITTED, len(images) - _TRAINED - _FITTED]
+    training, clean, (test, answers) = zip(images.split(sizes), labels.split(sizes), strict=True)
+    train(network, *training, epochs=arguments.epochs, generator=generator)
     trained = time.perf_counter()
-    test = data.part(_TRAINED + _FITTED)
     with torch.no_grad():
-        accuracy = (network(test.images).argmax(-1) == test.labels).double().mean().item()
+        accuracy = (network(test).argmax(-1) == answers).double().mean().item()
 
-    clean = data.part(_TRAINED, _TRAINED + _FITTED)
-    scorers, report = methods(network, clean, arguments.seed)
-    challenges = challenging(network, test.images, generator)
-    shown = {"clean digits": test.images, **challenges}
+    scorers, report = methods(network, *clean, arguments.seed)
+    challenges = challenging(network, test, generator)
+    shown = {"clean digits": test, **challenges}
     scores = {name: {which: score(images) for which, images in shown.items()} for name, score in scorers.items()}
     table = {name: {c: auroc(found["clean digits"], found[c]) for c in challenges} for name, found in scores.items()}
     threshold = -np.log(0.05)

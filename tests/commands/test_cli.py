@@ -80,7 +80,7 @@ def test_demo_writes_table_figure_and_record(
 ) -> None:
     monkeypatch.setattr(demo, "_TRAINED", 600)
     monkeypatch.setattr(demo, "_FITTED", 300)
-    monkeypatch.setattr(demo, "digits", lambda generator, load=demo.digits: load(generator).part(0, 1000))
+    monkeypatch.setattr(demo, "digits", lambda generator, load=demo.digits: [part[:1000] for part in load(generator)])
     out = tmp_path / "demo"
     assert cli.main(["demo", "--out", str(out), "--epochs", "3"]) == 0
     assert capsys.readouterr().out.rstrip().splitlines()[-1] == str(out.resolve())
@@ -104,4 +104,4 @@ def test_images_of_the_demo() -> None:
         assert x.shape[1:] == (1, 24, 24)
         assert 0 <= float(x.min()) < 0.1
         assert 0.9 < float(x.max()) <= 1
-    assert torch.equal(demo.digits(torch.Generator().manual_seed(0)).labels, labels)
+    assert torch.equal(demo.digits(torch.Generator().manual_seed(0))[1], labels)

@@ -95,23 +95,23 @@ def test_threshold_saves_on_digits_that_it_was_not_chosen_on() -> None:
     from fastgrad.commands.demo import digit_network, digits
 
     torch.manual_seed(0)
-    data = digits(torch.Generator().manual_seed(0))
-    train, test = data.part(0, 1200), data.part(1200)
+    digit_images, labels = digits(torch.Generator().manual_seed(0))
+    test, answers = digit_images[1200:], labels[1200:]
     net = digit_network()
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     for pick in torch.cat([torch.randperm(800) for _ in range(4)]).split(50):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(net(train.images[pick]), train.labels[pick]).backward()
+        torch.nn.functional.cross_entropy(net(digit_images[pick]), labels[pick]).backward()
         optimizer.step()
     net.eval()
-    clean = [(train.images[800:], train.labels[800:])]
+    clean = [(digit_images[800:1200], labels[800:1200])]
     model = fastgrad.TwoStageModel(net, blocks=["logits", "activations"]).fit(clean)
-    count = len(test.images)
-    noise = (torch.rand(count, 1, 1, 1) - 0.5).clamp_min(0) * torch.randn(test.images.shape)
-    images = test.images + noise
+    count = len(test)
+    noise = (torch.rand(count, 1, 1, 1) - 0.5).clamp_min(0) * torch.randn(test.shape)
+    images = test + noise
     risk = torch.cat([model(part).risk for part in images.split(250)])
     with torch.no_grad():
-        wrong = net(images).argmax(1) != test.labels
+        wrong = net(images).argmax(1) != answers
     assert 0.03 < wrong.float().mean() < 0.6
     chosen, new = slice(0, count // 2), slice(count // 2, count)
     for error, review in ((10.0, 1.0), (3.0, 1.0)):

@@ -21,10 +21,7 @@ class ResultError(ValueError):
 def answer(description: Description, threshold: float | None, row: Array) -> dict[str, Any]:
     """The answer to one input, by its row of `ModelPackage.rows` and the threshold in use; ResultError if not finite.
 
-    ``class`` (index), ``label`` (its name), ``probabilities`` (N), ``uncertainty``, ``risk``: the probability that the
-    class is wrong, ``reliable``: whether the uncertainty is at most the threshold, ``evidence``: by name, what the
-    uncertainty rests on, and ``alarm``: in words, what the most of it means (`reason`) where the answer is not
-    reliable. What the file does not give is None.
+    `fastgrad.deploy.serve.schema.Answer` says what its fields mean; what the file does not give is None.
     """
     if not np.isfinite(row).all():
         raise ResultError("the model's result for this input is not a finite number")

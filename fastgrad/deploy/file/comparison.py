@@ -42,10 +42,9 @@ def compare(
                 continue
             raise
         prediction, evidence = package.explain(x)
-        values = {name: value for name, value in prediction._asdict().items() if value is not None}
-        if evidence:
-            values["evidence"] = torch.stack(list(evidence.values()), -1)
-        worst = {name: difference(ours, live) for (name, ours), live in zip(values.items(), expected, strict=True)}
+        given = prediction._asdict() | {"evidence": torch.stack(list(evidence.values()), -1) if evidence else None}
+        values = ((name, value) for name, value in given.items() if value is not None)
+        worst = {name: difference(ours, live) for (name, ours), live in zip(values, expected, strict=True)}
         if x is unknown:
             worst.pop("evidence", None)
         if max(worst.values()) <= tolerance:

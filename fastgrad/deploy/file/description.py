@@ -85,7 +85,7 @@ class Description:
     @property
     def columns(self) -> int:
         """Numbers in a row of `ModelPackage.rows`."""
-        return self.classes + 1 + self.risk + len(self.evidence or ())
+        return sum(map(math.prod, outputs_of(self).values())) - self.classes
 
     def threshold_at(self, rate: float | None) -> float | None:
         """The threshold at a false-alarm rate, one of those in the file (None: the file's own).
@@ -120,6 +120,15 @@ class Description:
         return pixels
 
 
+def outputs_of(description: Description) -> dict[str, tuple[int, ...]]:
+    """What the graph gives, in this order, and its shape for one input."""
+    classes, evidence = (description.classes,), description.evidence
+    return {
+        "logits": classes, "probabilities": classes, "uncertainty": (),
+        **({"risk": ()} if description.risk else {}), **({"evidence": (len(evidence),)} if evidence else {}),
+    }  # fmt: skip
+
+
 def normalize_pixels(description: Description, pixels: Tensor) -> Tensor:
     """The network's input for pixels ``(..., C, H, W)`` from 0 to 255."""
     dtype = DTYPES[description.input_dtype]
@@ -151,7 +160,11 @@ def _numbers(values: Any, length: int | None = None) -> bool:
 
 
 def _words(values: Any, most: int) -> bool:
-    return len(values) <= most and all(isinstance(value, str) and len(value) <= 1000 for value in values)
+    """At most so many texts that UTF-8 can hold: names of files may hold bytes of other encodings."""
+    return len(values) <= most and all(
+        isinstance(value, str) and len(value) <= 1000 and value.encode("utf-8", "ignore").decode() == value
+        for value in values
+    )
 
 
 def _mapping(value: Any) -> bool:
@@ -188,7 +201,7 @@ _FIELDS: dict[str, tuple[Callable[[Description, Any], bool], str]] = {
     "max_batch": (lambda _, v: _count(v, 2**20), "an integer from 1 to 2**20"),
     "device": (lambda _, v: v in ("cpu", "cuda"), "cpu or cuda"),
     "labels": (lambda d, v: isinstance(v, list) and len(v) == d.classes and _words(v, 2**20),
-               "{classes} names, one a class"),
+               "{classes} names, one a class, in UTF-8"),
     "mean": (_channels, "a finite number a channel of images {shape}"),
     "std": (lambda d, v: _channels(d, v) and min(v) > 0, "a positive number a channel of images {shape}"),
     "false_alarm_rate": (lambda _, v: _rate(v), "a number between 0 and 1"),

@@ -27,26 +27,22 @@ def trace(
 ) -> Any:
     """Unroll ``function`` with its backward pass; return a `torch.export.ExportedProgram` of dynamic batch.
 
-    Args:
-        function: From a tensor ``(B, ...)`` to a tensor or tuple of tensors with B rows, each of its own input alone.
-        example_input: Gives shape, dtype, device.
-        max_batch: Largest batch size.
-        one_by_one: Whether a loop takes the inputs one after another; None for what is faster.
+    It takes a tensor ``(B, ...)`` like ``example_input`` to one or a tuple with B rows, each of its own input alone.
+    ``one_by_one`` says whether a loop takes the inputs one after another; None for what is faster.
 
     RuntimeError where the graph depends on the batch size.
     """
     one = example_input.detach()[:1].contiguous()
+    batch = one.expand(3, *one.shape[1:]).contiguous()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if one_by_one or (one_by_one is None and one.device.type == "cpu"):
             # A loop's body may not write in place.
-            single = tracing.trace(function, (one,), None, functional=True)
-            _share_constants(single)
+            single = _share_constants(tracing.trace(function, (one,), None, functional=True))
             backward = any("backward" in str(node.target) for node in single.graph.nodes)
             if one_by_one or (backward and written(single) > LOOP_BYTES):
-                return _export(_Loop(single, one), one, max_batch)
-        graph = tracing.trace(function, (one.expand(3, *one.shape[1:]).contiguous(),), 3)
-        return _export(graph, one, max_batch)
+                return _export(_Loop(single, one), batch, max_batch)
+        return _export(tracing.trace(function, (batch,), 3), batch, max_batch)
 
 
 def written(graph: torch.fx.GraphModule) -> int:
@@ -63,8 +59,8 @@ def written(graph: torch.fx.GraphModule) -> int:
     return total
 
 
-def _share_constants(graph: torch.fx.GraphModule) -> None:
-    """Make every constant one attribute with memory of its own, as a loop's body needs them."""
+def _share_constants(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The same with every constant as one attribute with memory of its own, as a loop's body needs them."""
     names: dict[Any, str] = {}
     memory: set[int] = set()
     for node in graph.graph.nodes:
@@ -81,10 +77,8 @@ def _share_constants(graph: torch.fx.GraphModule) -> None:
             setattr(graph, node.target, nn.Parameter(copy) if isinstance(value, nn.Parameter) else copy)
         memory.add(value.untyped_storage().data_ptr())
     graph.graph.eliminate_dead_code()
-    tensors = (*graph.named_parameters(recurse=False), *graph.named_buffers(recurse=False))
-    for name in {name for name, _ in tensors} - set(names.values()):
-        delattr(graph, name)
-    graph.recompile()
+    # With the attributes alone that it uses.
+    return torch.fx.GraphModule(graph, graph.graph)
 
 
 class _Loop(nn.Module):
@@ -115,8 +109,7 @@ class _Loop(nn.Module):
         return done[0] if self.single else done
 
 
-def _export(graph: nn.Module, one: Tensor, max_batch: int) -> Any:
-    batch = one.expand(3, *one.shape[1:]).contiguous()
+def _export(graph: nn.Module, batch: Tensor, max_batch: int) -> Any:
     # The batch that it is recorded with must be one of those that it is for.
     size = torch.export.Dim("batch", min=1, max=max(max_batch, len(batch)))
     try:

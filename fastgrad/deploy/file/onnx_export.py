@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgrad.checks import extra
-from fastgrad.deploy.file.description import Description, description_text
+from fastgrad.deploy.file.description import Description, description_text, outputs_of
 from fastgrad.deploy.file.graph import trace
-from fastgrad.deploy.file.onnx_file import EVIDENCE, INPUT, KEY, OUTPUTS, RISK, sum_entry
+from fastgrad.deploy.file.onnx_file import INPUT, KEY, sum_entry
 from fastgrad.deploy.file.onnx_operators import decompositions
 from fastgrad.deploy.file.onnx_optimizer import optimize, sample_apart
 
@@ -32,11 +32,7 @@ _LARGEST = 2**31
 
 
 def convert(
-    function: Callable[[Tensor], Any],
-    example_input: Tensor,
-    *,
-    outputs: tuple[str, ...] = OUTPUTS,
-    max_batch: int = 1024,
+    function: Callable[[Tensor], Any], example_input: Tensor, *, outputs: Iterable[str], max_batch: int = 1024
 ) -> Any:
     """Translate ``function`` as `trace` takes it to an ``onnx.ModelProto``, checked by ``onnx.checker``.
 
@@ -60,13 +56,13 @@ def convert(
                 dynamo=True, verbose=False, optimize=False,
             )  # fmt: skip
         optimize(result.model)
+        sample_apart(result.model)
         model = result.model_proto
     except torch.onnx.errors.OnnxExporterError as error:
         _refuse(_named(error))
         raise
     if model.ByteSize() >= _LARGEST:
         raise RuntimeError("the model is larger than the 2 GB that one ONNX file can hold; export to .pt2")
-    sample_apart(model.graph)
     _tidy(model)
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -135,9 +131,8 @@ def write(
     """Write ``two_stage``, with ``description`` inside; ``answers`` gives what the file returns, of the live module."""
     with extra("onnx"):
         import onnxruntime  # noqa: F401 - the file is run before it appears
-    outputs = (*OUTPUTS, *[RISK] * description.risk, *[EVIDENCE] * (description.evidence is not None))
     try:
-        model = convert(answers, example_input, outputs=outputs, max_batch=description.max_batch)
+        model = convert(answers, example_input, outputs=outputs_of(description), max_batch=description.max_batch)
     except UntranslatableError as error:
         raise UntranslatableError(error.names, _source(two_stage, example_input, error.names)) from None
     model.metadata_props.add(key=KEY, value=description_text(description))

@@ -21,9 +21,6 @@ from torch import Tensor
 from fastgrad.checks import extra
 
 INPUT = "input"
-OUTPUTS = ("logits", "probabilities", "uncertainty")
-#: And what a file may give beside them, in this order.
-RISK, EVIDENCE = "risk", "evidence"
 KEY = "fastgrad"
 #: Of the entry with the SHA-256, in hexadecimal digits.
 SUM = "fastgrad.sha256"

@@ -35,17 +35,9 @@ def _clamp(x: Tensor, *given: float | None, **named: float | None) -> Any:
     return NotImplemented
 
 
-def _searchsorted(
-    scores: Tensor,
-    values: Tensor,
-    *,
-    out_int32: bool = False,
-    right: bool = False,
-    side: str | None = None,
-    sorter: Tensor | None = None,
-) -> Any:
+def _searchsorted(scores: Tensor, values: Tensor, **how: Any) -> Any:
     """How many ``scores`` ``(..., K)`` lie below each value; of NaN, which ends in NaN whatever the place, none."""
-    if right or side == "right" or sorter is not None:
+    if how.get("right") or how.get("side") == "right" or how.get("sorter") is not None:
         return NotImplemented
     return (scores.unsqueeze(-2) < values.unsqueeze(-1)).sum(-1)
 

@@ -56,35 +56,25 @@ def optimize(model: Any) -> None:
         last(model)
 
 
-def sample_apart(graph: Any) -> None:
+def sample_apart(model: Any) -> None:
     """Give each grid of positions of a convolution's output a convolution that computes no more than the grid.
 
-    A grid is a pooling of single positions; the ``onnx.GraphProto`` is changed in place.
+    A grid is a pooling of single positions; the ``onnx_ir.Model`` is changed in place.
     """
-    makers = {name: node for node in graph.node if node.op_type == "Conv" for name in node.output}
-    shapes = {initializer.name: initializer.dims for initializer in graph.initializer}
-    nodes: list[Any] = []
-    for node in graph.node:
-        ints = {attribute.name: list(attribute.ints) for attribute in node.attribute}
-        rounded = any(attribute.i for attribute in node.attribute if attribute.name == "ceil_mode")
-        grid = node.op_type == "MaxPool" and set(ints["kernel_shape"]) == {1} and not rounded
-        conv = makers.get(node.input[0]) if grid else None
-        weight = shapes.get(conv.input[1]) if conv is not None else None
-        if conv is None or not weight or math.prod(weight[1:]) > _TWICE * math.prod(ints["strides"]):
-            nodes.append(node)
+    import onnx_ir as ir
+    import onnx_ir.passes.common as passes
+
+    for node in model.graph:
+        conv = node.inputs[0].producer() if node.op_type == "MaxPool" else None
+        if conv is None or conv.op_type != "Conv" or (weight := conv.inputs[1].const_value) is None:
             continue
-        copy = type(node)()
-        copy.CopyFrom(conv)
-        copy.name, copy.output[0] = node.name, node.output[0]
-        strides = next(attribute for attribute in copy.attribute if attribute.name == "strides")
-        strides.ints[:] = [one * other for one, other in zip(strides.ints, ints["strides"], strict=True)]
-        nodes.append(copy)
-    # Without what nothing needs any more.
-    needed = {value.name for value in graph.output}
-    kept = []
-    for node in reversed(nodes):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            kept.append(node)
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
+        steps = node.attributes["strides"].as_ints()
+        single = set(node.attributes["kernel_shape"].as_ints()) == {1}
+        rounded = "ceil_mode" in node.attributes and node.attributes["ceil_mode"].as_int()
+        if not single or rounded or math.prod(weight.shape[1:]) > _TWICE * math.prod(steps):
+            continue
+        strides = [one * other for one, other in zip(conv.attributes["strides"].as_ints(), steps, strict=True)]
+        attributes = {**conv.attributes, "strides": ir.AttrInt64s("strides", strides)}
+        apart = ir.Node("", "Conv", conv.inputs, attributes.values(), name=node.name)
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [apart], node.outputs, apart.outputs)
+    passes.RemoveUnusedNodesPass()(model)

@@ -22,7 +22,6 @@ import stat
 import sys
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,14 +33,14 @@ from torch import Tensor
 from fastgrad import checks
 from fastgrad._torch import X86, load_package
 from fastgrad.deploy.file import onnx_file
-from fastgrad.deploy.file.description import DTYPES, FORMAT, description_text
+from fastgrad.deploy.file.description import DTYPES, FORMAT, description_text, outputs_of
 from fastgrad.deploy.file.description import Description as Description
 from fastgrad.engine.memory import keep_freed_memory
 from fastgrad.prediction import Prediction
 
 MEMBER = "extra/fastgrad.json"
 #: What reading a damaged archive raises.
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
+DAMAGED = (zipfile.BadZipFile, EOFError, RuntimeError)
 #: Of the kinds of file, as their names end.
 SUFFIXES = (".pt2", ".onnx")
 
@@ -70,7 +69,7 @@ def read_description(path: str | os.PathLike[str]) -> Description:
     try:
         text = onnx_file.read_metadata(path) if onnx else _read_member(path)
         content = None if text is None else json.loads(text)
-    except (*DAMAGED, OSError, ValueError, RecursionError) as error:
+    except (*DAMAGED, OSError, ValueError) as error:
         kind = ".onnx" if onnx else ".pt2 archive"
         raise PackageError(f"{path} is not a readable {kind}: {error}") from None
     if text is None:
@@ -207,19 +206,17 @@ class ModelPackage:
 
     def explain(self, x: Tensor) -> tuple[Prediction, dict[str, Tensor]]:
         """Run a batch as `__call__` does; also give the evidence ``(B,)`` by name, none where the file has none."""
-        logits, probabilities, uncertainty, *more = self._outputs(x)
-        risk = more.pop(0) if self.description.risk else None
-        columns = more[0].unbind(-1) if more else ()
-        evidence = dict(zip(self.description.evidence or (), columns, strict=True))
-        return Prediction(logits, probabilities, uncertainty, risk), evidence
+        outputs = self._outputs(x)
+        columns = outputs.pop("evidence").unbind(-1) if self.description.evidence else ()
+        return Prediction(**outputs), dict(zip(self.description.evidence or (), columns, strict=True))
 
     def rows(self, x: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Run a batch as `__call__` does; a row per input: probabilities, uncertainty, risk and evidence if given."""
-        _, *columns = self._outputs(x)
+        _, *columns = self._outputs(x).values()
         return torch.cat([column.double().view(len(x), -1) for column in columns], 1).cpu().numpy()
 
-    def _outputs(self, x: Tensor) -> Sequence[Tensor]:
-        """Logits, probabilities, uncertainty, risk and evidence if given, as the description says."""
+    def _outputs(self, x: Tensor) -> dict[str, Tensor]:
+        """All that the graph gives, by name, as the description says."""
         checks.is_tensor("x", x)
         expected = self.description.input_shape
         if tuple(x.shape[1:]) != expected or not 1 <= len(x) <= self.description.max_batch:
@@ -230,9 +227,8 @@ class ModelPackage:
         if x.dtype != DTYPES[self.description.input_dtype]:
             raise TypeError(f"x must have dtype {self.description.input_dtype}; it was {x.dtype}")
         outputs = self._run(x.to(self.description.device).contiguous())
-        rows: list[tuple[int, ...]] = [(self.description.classes,)] * 2 + [()] * (1 + self.description.risk)
-        rows += [] if self.description.evidence is None else [(len(self.description.evidence),)]
-        if [tuple(value.shape[1:]) for value in outputs] != rows:
+        rows = outputs_of(self.description)
+        if [tuple(value.shape[1:]) for value in outputs] != list(rows.values()):
             shapes = [tuple(value.shape) for value in outputs]
             raise PackageError(f"{self.path} gives {shapes}, where the description inside says {rows} an input")
-        return outputs
+        return dict(zip(rows, outputs, strict=True))

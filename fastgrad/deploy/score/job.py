@@ -11,7 +11,7 @@ import secrets
 import shutil
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,9 @@ def arrow_schema(description: Description) -> Any:
 class Job:
     """Images to score, cut into parts, and a folder of the parts that are there; the options are those of `score`.
 
-    The folder is made, or continued where this very job has made it. ValueError where there is nothing to score, a file
-    cannot be read, or the folder is another job's, or not made by one.
-
-    Attributes:
-        note: the file in the folder that says which job this is.
-        paths: where each part belongs.
-        missing: numbers of the parts that are not there yet.
-        done: how many images the parts hold that were there from the beginning.
+    The folder is made, or continued where this very job has made it, as its ``note`` says. ``missing`` has the numbers
+    of the parts that were not there, ``done`` is how many images the others hold. ValueError where there is nothing to
+    score, a file cannot be read, or the folder is another job's, or not made by one.
     """
 
     def __init__(
@@ -174,29 +169,29 @@ class Job:
         return identity
 
     def write(self, model: ModelPackage, index: int, pool: ThreadPoolExecutor, told: Callable[[int], Any] = int) -> int:
-        """Score part ``index`` and write it; return how many images it holds. Each batch's number is ``told``."""
-        rows: list[dict[str, Any]] = []
-        for scored in self._scored(model, index * self.part, pool):
-            rows += scored
-            told(len(scored))
-        write_part(rows, self.paths[index], arrow_schema(model.description), self.id)
-        return len(rows)
+        """Score part ``index`` and write it; return how many images it holds. Each batch's number is ``told``.
 
-    def _scored(self, model: ModelPackage, start: int, pool: ThreadPoolExecutor) -> Iterator[list[dict[str, Any]]]:
-        """The rows of a part, one batch after another, in their order. The next images are decoded meanwhile."""
-        stop, size = min(start + self.part, self.total), min(self.batch, model.description.max_batch)
+        While a batch is scored, the threads of ``pool`` decode the next.
+        """
+        start, size = index * self.part, min(self.batch, model.description.max_batch)
+        stop = min(start + self.part, self.total)
         if self.listed is not None:
             sources = iter(self.listed[start:stop])
         else:
             sources = read_parquet(self.images, *self.columns, start, stop, self.max_bytes)
         waiting: deque[tuple[str, Future[Array]]] = deque()
+        rows: list[dict[str, Any]] = []
         while True:
             for source in itertools.islice(sources, 2 * size - len(waiting)):
                 decoded = pool.submit(_decode, source, model.description, self.max_pixels, self.max_bytes)
                 waiting.append((source.name, decoded))
             if not waiting:
-                return
-            yield _score(model, [waiting.popleft() for _ in range(min(size, len(waiting)))], self.threshold)
+                break
+            batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+            rows += _score(model, batch, self.threshold)
+            told(len(batch))
+        write_part(rows, self.paths[index], arrow_schema(model.description), self.id)
+        return len(rows)
 
     def progress_bar(self, show: bool) -> Any:
         """A progress bar over the images."""
@@ -221,9 +216,9 @@ def _decode(source: Source, description: Description, max_pixels: int, max_bytes
 def _score(
     model: ModelPackage, items: list[tuple[str, Future[Array]]], threshold: float | None
 ) -> list[dict[str, Any]]:
-    """Rows with the columns of `arrow_schema`. Where an image cannot be read, ``error`` says why; others are None."""
+    """Columns of `arrow_schema`, a row an image; where it cannot be read, its name and ``error``, which says why."""
     description = model.description
-    rows: list[dict[str, Any]] = [dict.fromkeys(arrow_schema(description).names) | {"name": name} for name, _ in items]
+    rows: list[dict[str, Any]] = [{"name": name} for name, _ in items]
     readable, images = [], []
     for row, (_, decoded) in zip(rows, items, strict=True):
         try:

@@ -32,10 +32,8 @@ class Source(NamedTuple):
 def list_folder(folder: Path) -> tuple[list[Source], str]:
     """All image files below a folder in the order of their names, and a digest of names, sizes and times.
 
-    Links to files count, also where there is no such file; links to folders are not followed.
-
-    Raises:
-        OSError: a folder cannot be read, whose images would be missing.
+    Links to files count, also where there is no such file; links to folders are not followed. OSError where a folder
+    cannot be read, whose images would be missing.
     """
 
     def refuse(error: OSError) -> NoReturn:
@@ -60,9 +58,7 @@ def read_parquet(
 
     ``column`` has the images, bytes or structs with a field ``bytes``; of a cell with more than ``most``, one byte
     more comes. ``key`` has the names; without one a row has its number. Where either is None, usual names are tried.
-
-    Raises:
-        ValueError: there is no such column, or several, or it holds no bytes, or the file is damaged.
+    ValueError where there is no such column, or several, or it holds no bytes, or the file is damaged.
     """
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
@@ -80,18 +76,13 @@ def read_parquet(
             images = _cells(part.column(column), most)
             keys = part.column(key).to_pylist() if key else range(row, row + len(images))
             for number, (name, content) in enumerate(zip(keys, images, strict=True), start=row):
+                if isinstance(name, bytes):
+                    name = name.decode("utf-8", "backslashreplace")
                 if start <= number < stop:
-                    yield Source(_name(name, number), content)
+                    yield Source(str(number if name is None else name), content)
             row += len(images)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged in or after row {row}: {error}") from None
-
-
-def _name(key: Any, number: int) -> str:
-    """A row's key as text; the row's number where it has none."""
-    if isinstance(key, bytes):
-        return key.decode("utf-8", "backslashreplace")
-    return str(number if key is None else key)
 
 
 def _cells(column: Any, most: int) -> list[bytes]:

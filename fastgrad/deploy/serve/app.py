@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
-import json
 import math
 import os
 import re
@@ -36,7 +35,7 @@ with extra("serve"):
     import python_multipart  # noqa: F401 - the processes that read bodies need it
     from fastapi import FastAPI, HTTPException, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import HTMLResponse, JSONResponse, Response
+    from fastapi.responses import HTMLResponse, JSONResponse
     from starlette.routing import Match
 
 # The page is one file; nothing it shows can load or run anything else.
@@ -188,9 +187,8 @@ def create_app(
 
     @app.post("/predict", **described)
     @app.post("/predict/{name}", **described)
-    async def predict_route(request: Request, name: str | None = None) -> Response:
+    async def predict_route(request: Request, name: str | None = None) -> JSONResponse:
         start = time.perf_counter()
-        headers = {"Connection": "close"} if app.state.draining else {}
         route = "/predict" if name is None else "/predict/{name}"
         # One version of the file from here to the answer, whatever takes over meanwhile.
         with named(name).served.in_use() as served, Trace(tracer, route, request.headers) as trace:
@@ -203,15 +201,15 @@ def create_app(
                     raise RequestError(503, "the server is starting or shutting down")
                 content = await readers.answer(request, served.description, served.threshold, run, trace.stage)
                 served.metrics.observe(content)
-                status = 200
+                response = JSONResponse(content)
             except RequestError as error:
-                status, content = error.status, {"detail": error.message}
-                if status == 503:
-                    headers["Retry-After"] = "1"
+                response = refusal(error)
+            if app.state.draining:
+                response.headers["Connection"] = "close"
             served.metrics.latency.observe(time.perf_counter() - start)
-            served.metrics.requests.labels(str(status)).inc()
-            trace.status = status
-            return Response(json.dumps(content, allow_nan=False), status, headers, "application/json")
+            served.metrics.requests.labels(str(response.status_code)).inc()
+            trace.status = response.status_code
+            return response
 
     add_status_routes(app, named)
     page = (files("fastgrad.deploy.serve") / "page.html").read_text("utf-8")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,26 +108,17 @@ class Readers(Pool):
     """
 
     def __init__(self, count: int, limits: Limits) -> None:
-        self.limits, self.active, self._held = limits, 0, 0
+        self.limits, self.active = limits, 0
+        self._held: dict[Request, int] = {}
         children = [Child("fastgrad.deploy.serve.decoder", (limits.pixels,), most=_INPUT) for _ in range(count)]
         super().__init__(children, hang_timeout=limits.decode_seconds, load_timeout=60.0)
 
-    @contextmanager
-    def _hold(self) -> Iterator[Callable[[int], None]]:
-        """For one request; gives a function to say how many bytes it holds now. RequestError 503 for too many."""
-        own = 0
-
-        def resize(size: int) -> None:
-            nonlocal own
-            if size > own and self._held + size - own > self.limits.memory:
-                raise RequestError(503, "the bodies of other requests fill the memory; try again in a moment")
-            self._held += size - own
-            own = size
-
-        try:
-            yield resize
-        finally:
-            self._held -= own
+    def _hold(self, request: Request, size: int) -> None:
+        """Note how many bytes a request holds now; RequestError 503 where all together would hold too many."""
+        more = size - self._held.get(request, 0)
+        if more > 0 and sum(self._held.values()) + more > self.limits.memory:
+            raise RequestError(503, "the bodies of other requests fill the memory; try again in a moment")
+        self._held[request] = size
 
     async def answer(
         self,
@@ -142,7 +133,8 @@ class Readers(Pool):
         RequestError where there is none: for its body, a result that is not finite, too many requests or too much time.
         """
         limits, end = self.limits, current_time() + self.limits.seconds
-        with self._hold() as hold:
+        hold = functools.partial(self._hold, request)
+        try:
             stage("read")
             body = await read_body(request, limits, hold)
             if self.active >= limits.queue:
@@ -158,14 +150,16 @@ class Readers(Pool):
                     row = await run(value)
                 stage("answer")
                 return answer(description, threshold, row)
-            except TimeoutError:
-                raise RequestError(504, f"no answer within {limits.seconds:g} s") from None
-            except ChildDiedError as error:
-                raise RequestError(500, f"the model failed on this input: {error}") from None
-            except ResultError as error:
-                raise RequestError(422, str(error)) from None
             finally:
                 self.active -= 1
+        except TimeoutError:
+            raise RequestError(504, f"no answer within {limits.seconds:g} s") from None
+        except ChildDiedError as error:
+            raise RequestError(500, f"the model failed on this input: {error}") from None
+        except ResultError as error:
+            raise RequestError(422, str(error)) from None
+        finally:
+            self._held.pop(request, None)
 
     async def read(self, content_type: str, body: Bytes, description: Description) -> bytes:
         """Read one body, as `decoder.read_input` does; RequestError 422 too if it takes too long, or ends processes."""

@@ -17,7 +17,6 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO
 
 from anyio import fail_after
 
@@ -71,17 +70,10 @@ class ChildTimeoutError(ChildDiedError):
 
 
 class Child:
-    """One process, which answers with what ``start(*arguments)`` of a module gives.
+    """One process, which answers with what ``start(*arguments)`` of a module gives, in ``most`` bytes at most.
 
-    Args:
-        module: its name.
-        arguments: what JSON can hold.
-        most: bytes of a reply.
-
-    Attributes:
-        alive: whether it has started and can be asked.
-        starts: how often it was started.
-        on_end: called when it has ended, for whatever reason.
+    JSON must hold the arguments. ``alive`` says whether it has started and can be asked, ``starts`` how often it was
+    started; ``on_end`` is called when it has ended, for whatever reason.
     """
 
     def __init__(self, module: str, arguments: Sequence[object], *, most: int) -> None:
@@ -202,8 +194,8 @@ def answer_requests(module: str, arguments: Sequence[object]) -> None:
     # What anything prints goes to standard error.
     os.dup2(2, 1)
     answer: Callable[[bytearray], Bytes] | None = None
-    request: bytearray | None = bytearray()
-    while request is not None:
+    request = bytearray()
+    while True:
         status = 0
         content: Bytes = b""
         try:
@@ -218,14 +210,9 @@ def answer_requests(module: str, arguments: Sequence[object]) -> None:
         replies.write(REPLY.pack(status, len(content)))
         replies.write(content)
         replies.flush()
-        request = None if answer is None else _receive(requests)
-
-
-def _receive(requests: BinaryIO) -> bytearray | None:
-    """The next request, None at the end."""
-    head = requests.read(REQUEST.size)
-    if len(head) < REQUEST.size:
-        return None
-    content = bytearray(REQUEST.unpack(head)[0])
-    read = requests.readinto(content)  # type: ignore[attr-defined]
-    return content if read == len(content) else None
+        head = b"" if answer is None else requests.read(REQUEST.size)
+        if len(head) < REQUEST.size:
+            return
+        request = bytearray(REQUEST.unpack(head)[0])
+        if requests.readinto(request) < len(request):  # type: ignore[union-attr]
+            return

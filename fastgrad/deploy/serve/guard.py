@@ -26,8 +26,9 @@ _QUIET = 10.0
 _log = logging.getLogger("uvicorn.error")
 
 
-def refusal(error: RequestError, headers: dict[str, str] | None = None) -> JSONResponse:
+def refusal(error: RequestError) -> JSONResponse:
     """The answer that says why there is none."""
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(error.status)
     return JSONResponse({"detail": error.message}, error.status, headers)
 
 
@@ -59,8 +60,7 @@ class Guard:
                     self.check(scope, OPEN)
                 except RequestError as error:
                     refused(error.status)
-                    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-                    await refusal(error, headers)(scope, receive, send)
+                    await refusal(error)(scope, receive, send)
                     return
             await app(scope, receive, _without_traceback(scope, send) if scope["type"] == "lifespan" else send)
 

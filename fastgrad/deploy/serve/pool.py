@@ -28,15 +28,10 @@ class _Item:
 
 
 class Pool:
-    """Has inputs answered by processes, in batches.
+    """Has inputs answered by processes, in batches, of which ``on_batch`` hears the sizes.
 
-    Args:
-        workers: the processes.
-        max_batch: largest batch.
-        batch_wait: seconds an idle process waits for a batch to fill after its first input.
-        hang_timeout: seconds after which a process that does not answer is ended and replaced.
-        load_timeout: seconds in which a process must have started.
-        on_batch: called with the size of every batch.
+    An idle process waits ``batch_wait`` seconds for a batch to fill after its first input. One that does not answer in
+    ``hang_timeout`` seconds is ended and replaced. It must have started in ``load_timeout`` seconds.
     """
 
     def __init__(

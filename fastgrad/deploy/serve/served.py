@@ -144,13 +144,7 @@ class Served:
 
 
 class Model:
-    """What answers under one name.
-
-    Attributes:
-        served: what new requests go to.
-        reloads: how often a changed file took over.
-        failures: how often one could not be loaded.
-    """
+    """What answers under one name: ``served`` is what new requests go to."""
 
     def __init__(self, name: str, path: Path, load: Callable[[Path], Served]) -> None:
         self.name, self.path, self._load = name, path, load

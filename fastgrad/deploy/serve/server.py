@@ -9,7 +9,7 @@ import socket
 import struct
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from fastgrad.checks import extra
 from fastgrad.deploy.serve.bodies import Limits
@@ -50,8 +50,8 @@ class Protocol(H11Protocol):
         transport.max_size = _READ  # type: ignore[attr-defined]
         # The other clock of Windows gives one time to all that come within 16 ms.
         self._since = time.perf_counter()
-        self._timer: asyncio.TimerHandle | None = None
-        self._await_headers()
+        #: Since when headers are awaited: the first, or the rest of some; None where they have come.
+        self.headless: float | None = self._since
         if len(self.connections) <= self.limits.connections:
             return
         others: Any = (other for other in self.connections if other is not self)
@@ -73,39 +73,19 @@ class Protocol(H11Protocol):
         if self.transport.is_closing():
             return
         super().data_received(data)
+        now = time.perf_counter()
         if self.conn.their_state is h11.IDLE:
-            self._await_headers()
+            self.headless = self.headless or now
         else:
-            self._since = time.perf_counter()
-            self._headers_came()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is awaited any more."""
-        self._headers_came()
-        super().connection_lost(exc)
-
-    def _await_headers(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(self.limits.header_seconds, self._too_slow)
-
-    def _headers_came(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _too_slow(self) -> None:
-        self._timer = None
-        if self.conn.their_state is h11.IDLE and self.waits:
-            self.transport.abort()
+            self._since, self.headless = now, None
 
 
 class Server(uvicorn.Server):
     """Serves an application of `create_app` until SIGINT or SIGTERM."""
 
     def __init__(self, app: Any, *, host: str, port: int, limits: Limits) -> None:
-        self._app = app
         connections, at_once = _room(int(limits.connections))
-        limits = replace(limits, connections=connections)
+        self._limits = limits = replace(limits, connections=connections)
         # The limits of `Protocol` need asyncio's own transports: uvloop's read as much at once as they like.
         config = uvicorn.Config(
             app, host=host, port=port, http=type("Protocol", (Protocol,), {"limits": limits}), ws="none",
@@ -122,9 +102,17 @@ class Server(uvicorn.Server):
                 ctypes.CDLL(None).mallopt(option, size)
         super().run(sockets)
 
+    async def on_tick(self, counter: int) -> bool:
+        """Every tenth of a second: close connections whose headers take too long."""
+        latest, connections = time.perf_counter() - self._limits.header_seconds, self.server_state.connections
+        for connection in cast("list[Protocol]", list(connections)):
+            if connection.headless is not None and connection.headless < latest:
+                connection.transport.abort()
+        return await super().on_tick(counter)
+
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Balancers see /ready fail; what still arrives is answered, with Connection: close."""
-        self._app.state.draining = True
+        self.config.app.state.draining = True  # type: ignore[union-attr]
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

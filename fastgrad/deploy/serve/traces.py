@@ -62,11 +62,7 @@ class Trace:
 
 
 def otlp_provider() -> TracerProvider:
-    """Spans go out over OTLP/HTTP, where and how OpenTelemetry's own environment variables say.
-
-    Raises:
-        MissingExtraError: the extra ``traces`` is not installed.
-    """
+    """Spans go out over OTLP/HTTP, where and how OpenTelemetry's own environment variables say."""
     with extra("traces"):
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk import resources, trace
