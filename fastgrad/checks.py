@@ -67,10 +67,11 @@ def is_path(**values: object) -> None:
             raise TypeError(f"{name} must be a path; it was {value!r}")
 
 
-def is_bool(name: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is a plain bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False; it was {value!r}")
+def is_bool(**values: object) -> None:
+    """Raise TypeError for an argument that is no plain bool."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False; it was {value!r}")
 
 
 def holds_values(name: str, value: torch.Tensor) -> None:
@@ -111,6 +112,17 @@ def is_number(**values: object) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
             raise TypeError(f"{name} must be a number; it was {value!r}")
+
+
+def lies_in(interval: str, **values: Any) -> None:
+    """Raise TypeError for an argument that is no real number, ValueError outside of an ``interval`` as "(0, 1]"."""
+    is_number(**values)
+    low, high = map(float, interval[1:-1].split(","))
+    for name, value in values.items():
+        above = low <= value if interval[0] == "[" else low < value
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            raise ValueError(f"{name} must lie in {interval}; it was {value!r}")
 
 
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

@@ -59,9 +59,7 @@ def fpr_at_tpr(clean: ArrayLike | Tensor, challenging: ArrayLike | Tensor, tpr: 
 
     Arguments are as for :func:`auroc`; ``tpr`` is a number in (0, 1], else TypeError or ValueError.
     """
-    checks.is_number(tpr=tpr)
-    if not 0 < tpr <= 1:
-        raise ValueError(f"tpr must be in (0, 1]; it was {tpr}")
+    checks.lies_in("(0, 1]", tpr=tpr)
     scores, labels = _two_samples(clean, challenging)
     # The k-th largest challenging score is the largest threshold that still flags k of them.
     positive = np.sort(scores[labels == 1])[::-1]
@@ -313,10 +311,7 @@ def threshold_for(
         TypeError: A cost is no number.
         ValueError: As for :func:`risk_coverage`, or a cost is not positive.
     """
-    for name, cost in (("cost_of_error", cost_of_error), ("cost_of_review", cost_of_review)):
-        checks.is_number(**{name: cost})
-        if not 0 < cost < math.inf:
-            raise ValueError(f"{name} must be positive and finite; it was {cost!r}")
+    checks.lies_in("(0, inf)", cost_of_error=cost_of_error, cost_of_review=cost_of_review)
     curve = _curve("risk", risk, errors)
     # The last sample of each tie: a threshold lets all of them pass.
     ends = np.append(curve.thresholds[1:] != curve.thresholds[:-1], True) & np.isfinite(curve.thresholds)

@@ -34,7 +34,7 @@ from fastgrad.deploy.file.comparison import difference
 from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.detector.model import TwoStageModel
-from fastgrad.detector.presets import DEFAULT_BLOCKS
+from fastgrad.detector.price import DEFAULT_BLOCKS
 
 #: Returns so many test images ``(n, 3, 224, 224)``, from the one of a number on.
 Images = Callable[[int, int], Tensor]

@@ -22,7 +22,7 @@ from bench.detection.data import photographs
 from bench.report import pages
 from fastgrad import TwoStageModel
 from fastgrad.batches import logits_of
-from fastgrad.detector.presets import DEFAULT_BLOCKS
+from fastgrad.detector.price import DEFAULT_BLOCKS
 
 Inputs = Tensor | dict[str, Tensor]
 #: What each form reads beside the default blocks, and what `TwoStageModel` promises for it, in forward passes.

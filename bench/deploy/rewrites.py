@@ -24,7 +24,7 @@ from bench.report import pages
 from fastgrad import TwoStageModel
 from fastgrad.commands.demo import digit_network
 from fastgrad.deploy.file import onnx_export, onnx_file, onnx_operators
-from fastgrad.detector.presets import DEFAULT_BLOCKS
+from fastgrad.detector.price import DEFAULT_BLOCKS
 
 FORMS = {"default": (), "all parameters": ("gradients",)}
 BATCHES, ROUNDS = (1, 8), 15

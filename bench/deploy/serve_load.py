@@ -37,7 +37,7 @@ from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.images import decode_image
 from fastgrad.deploy.file.package import Description, ModelPackage
 from fastgrad.detector.model import TwoStageModel
-from fastgrad.detector.presets import DEFAULT_BLOCKS
+from fastgrad.detector.price import DEFAULT_BLOCKS
 
 #: What is served, and the size of its images. The small network has some 10 million multiply-adds an image.
 NETWORKS = {"small": (partial(plain, width=16, norm=True), 32), "resnet18": (partial(resnet18, num_classes=10), 112)}

@@ -28,7 +28,7 @@ from bench.detection.registry import NETWORKS, PHOTOGRAPHS, SMALL, Options
 from bench.detection.subject import Fit, Subject
 from bench.report.pages import printed
 from fastgrad import TwoStageModel
-from fastgrad.detector.presets import DEFAULT_BLOCKS, EXTENDED_BLOCKS
+from fastgrad.detector.price import DEFAULT_BLOCKS, EXTENDED_BLOCKS
 from fastgrad.engine.tracing import trace
 
 #: Steps of each objective.

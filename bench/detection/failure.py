@@ -18,7 +18,7 @@ from bench.detection.methods_ours import answer, fitted
 from bench.detection.registry import CASES, METHODS, Method, NotRun, Options, Protocol
 from bench.detection.subject import BATCH, Fit, Seen, Subject
 from bench.detection.tables import ALIKE, CIFAR, LITE, UNALIKE
-from fastgrad.detector.presets import DEFAULT_BLOCKS
+from fastgrad.detector.price import DEFAULT_BLOCKS
 from fastgrad.metrics import aurc, calibration_report
 
 Values = NDArray[np.float64]

@@ -16,7 +16,7 @@ from bench.detection.networks import small
 from bench.detection.registry import Options
 from bench.detection.subject import Fit, Subject
 from fastgrad import TwoStageModel, plots
-from fastgrad.detector.presets import DEFAULT_BLOCKS
+from fastgrad.detector.price import DEFAULT_BLOCKS
 
 
 def histograms(subject: Subject, out: Path) -> None:

@@ -30,7 +30,7 @@ from bench.detection.runner import ABSENT
 from bench.detection.subject import BATCH, Fit, Seen, Subject
 from bench.detection.train import HELD_OUT
 from fastgrad import IntrospectiveClassifier, TwoStageModel, contrast_sqnorm
-from fastgrad.detector.presets import DEFAULT_BLOCKS
+from fastgrad.detector.price import DEFAULT_BLOCKS
 from fastgrad.metrics import calibration_report
 
 #: Splits of the images that the network was not trained on, clean images of each, clean test images, copies of a kind.

@@ -24,7 +24,7 @@ from fastgrad.blocks import BLOCKS, Gradients
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import watch
 from fastgrad.detector import collect, fitting
-from fastgrad.detector.presets import DEFAULT_BLOCKS
+from fastgrad.detector.price import DEFAULT_BLOCKS
 from fastgrad.prediction import Prediction
 
 #: Labelled challenges that every fold has one of.

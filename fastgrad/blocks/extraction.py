@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -36,13 +37,14 @@ class Pass:
         self.network, self.subject, self.log = extraction._network, subject, extraction.log
         self.args, self.kwargs, self.samples = args, kwargs, samples
         self._readings = {block.name: block.readings(subject, mask) for block in extraction.blocks}
-        self._signals = {block.name: block.signals(subject) for block in extraction.blocks}
-        self._left = [signals for signals in self._signals.values() if signals]
-        self.plan = self.network.plan(args, kwargs, samples) if self._left else None
+        every = {block.name: block.signals(subject) for block in extraction.blocks}
+        #: Those that were not sent back yet.
+        self._signals = {name: signals for name, signals in every.items() if signals}
+        plan = self.network.plan(args, kwargs, samples) if self._signals else None
         self.run = Run(samples)
-        with torch.set_grad_enabled(bool(self._left)):
-            every = [reading for own in self._readings.values() for reading in own]
-            output = self.network.forward(self.plan, self.run, args, kwargs, readings=every)
+        with torch.set_grad_enabled(plan is not None):
+            readings = list(itertools.chain(*self._readings.values()))
+            output = self.network.forward(plan, self.run, args, kwargs, readings=readings)
         self._output = logits_of(output)
         #: ``(B, N)``.
         self.logits = self._output.detach()
@@ -53,13 +55,9 @@ class Pass:
 
     def squared_norms(self, name: str) -> Tensor:
         """Squared norms of every parameter's gradient ``(B, S, P)`` for a block's S signals, or their logarithms."""
-        assert self.plan is not None  # made because this block has signals
-        signals = self._signals[name]
-        self._left.remove(signals)
         logits = self.logits.double() if self.log else self.logits
-        delta = torch.stack([signal(logits) for signal in signals])
-        names, keep = self.plan.names, bool(self._left)
-        return signal_sqnorms(self.run, self._output, delta, names, log=self.log, keep=keep).movedim(0, 1)
+        delta = torch.stack([signal(logits) for signal in self._signals.pop(name)])
+        return signal_sqnorms(self.run, self._output, delta, log=self.log, keep=bool(self._signals)).movedim(0, 1)
 
     def image(self) -> Tensor:
         """The one image tensor among the inputs."""

@@ -43,9 +43,7 @@ class View(Block):
     shapes = "(B, 1)"
 
     def __init__(self, zoom: float = 0.9) -> None:
-        checks.is_number(zoom=zoom)
-        if not 0.5 <= zoom < 1:
-            raise ValueError(f"zoom must lie in [0.5, 1); it was {zoom!r}")
+        checks.lies_in("[0.5, 1)", zoom=zoom)
         self.zoom = zoom
 
     def options(self) -> dict[str, Any]:

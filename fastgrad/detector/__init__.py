@@ -3,7 +3,7 @@
 The method in fifteen lines, a module or function each:
 
 1.  `collect.draw`: draw clean inputs uniformly from the whole loader, in one pass.
-2.  `presets`, `price`: take the blocks of the preset that the network can serve, and off its end until the rest fits.
+2.  `price`: take the blocks of the preset that the network can serve, and off its end until the rest fits.
 3.  `collect.read`: read the blocks of each clean input from its forward pass.
 4.  `collect.generated_batches`: generate challenges from the clean inputs, and read the same blocks of them.
 5.  `calibrate.deal`: deal clean inputs into folds; challenges go with the input that they were made from.

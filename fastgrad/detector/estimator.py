@@ -198,13 +198,11 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         return tags
 
     def _check_parameters(self) -> None:
-        checks.is_bool("log", self.log)
+        checks.is_bool(log=self.log)
         if self.folds is not None and (not isinstance(self.folds, (int, np.integer)) or self.folds < 2):
             raise ValueError(f"folds must be an integer of at least 2 or None; it was {self.folds!r}")
         if self.calibration_fraction is not None:
-            checks.is_number(calibration_fraction=self.calibration_fraction)
-            if not 0 < self.calibration_fraction < 1:
-                raise ValueError(f"calibration_fraction must lie in (0, 1); it was {self.calibration_fraction!r}")
+            checks.lies_in("(0, 1)", calibration_fraction=self.calibration_fraction)
         inputs.check_rate(self.false_alarm_rate)
 
     def _blocks(self, X: Features, *, reset: bool) -> dict[str, Tensor]:

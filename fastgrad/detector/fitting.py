@@ -27,8 +27,7 @@ from fastgrad.detector.calibrate import Calibrated
 from fastgrad.detector.collect import Drawn, Sample
 from fastgrad.detector.estimator import UncertaintyDetector
 from fastgrad.detector.inputs import held_out_of
-from fastgrad.detector.presets import preset
-from fastgrad.detector.price import PriceReport, fit_to_budget
+from fastgrad.detector.price import PriceReport, fit_to_budget, preset
 from fastgrad.detector.report import Report, gains
 from fastgrad.detector.risk import NoisyOr, Risk, doubt
 from fastgrad.engine.fallback import agree

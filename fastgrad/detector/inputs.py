@@ -11,8 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fastgrad.blocks import Block
-from fastgrad.checks import Array as Array
-from fastgrad.checks import to_array
+from fastgrad.checks import Array, to_array
 from fastgrad.detector import constants
 
 Blocks = Mapping[str, Block | type[Block]]

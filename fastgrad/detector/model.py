@@ -257,7 +257,7 @@ class TwoStageModel(nn.Module):
         """
         for name, value in (("risk", risk), ("verbose", verbose)):
             if value is not None:
-                checks.is_bool(name, value)
+                checks.is_bool(**{name: value})
         options = fitting.FitOptions(
             clean, challenges, calibration, max_samples, challenges_per_input, risk, clip, mean, std, verbose
         )
@@ -273,7 +273,7 @@ class TwoStageModel(nn.Module):
             RuntimeError: Before `fit`, or ``gains`` in another process than that of the fit.
             ValueError: ``gains`` without challenges of two families.
         """
-        checks.is_bool("gains", gains)
+        checks.is_bool(gains=gains)
         if self.report_ is None:
             raise RuntimeError("a report needs a fit: call fit(clean)")
         if gains and self.report_.gains is None:

@@ -10,11 +10,10 @@ from torch import Tensor
 from fastgrad._torch import is_fake, vmap
 from fastgrad.engine.fallback import FallbackSite
 from fastgrad.engine.probe import requesting_norms
+from fastgrad.engine.refusals import refuse_untracked
 from fastgrad.engine.run import RecomputedSite, Run, Site
 from fastgrad.engine.tracing import is_symbolic
 from fastgrad.losses import compute_dtype
-
-Probes = Sequence[tuple[Site, Tensor]]
 
 
 def probe_grads(
@@ -78,57 +77,47 @@ def looped(runs: Iterable[Run], sites: Sequence[Site], output: Tensor) -> bool:
     )
 
 
-def backward_signals(
-    run: Run, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, keep: bool = False
-) -> list[Tensor | None]:
-    """Send S gradients ``(S, B, ...)`` of each output of a run back to its sites.
+def backward_signals(run: Run, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, keep: bool = False) -> Tensor:
+    """Send S gradients ``(S, B, ...)`` of each output of a run back, for squared norms of its plan's parameters.
 
-    Gives ``(S, B, m)`` for each of ``run.probes``; None where the outputs do not depend on it.
+    These are ``(S, B, P)``, float32 (float64 for float64 gradients); zero for what the outputs do not depend on.
     """
+    assert run.plan is not None
+    sites, probes = [site for site, _ in run.probes], [probe for _, probe in run.probes]
+    signals: list[Tensor | None] = [None] * len(probes)
     pairs = [(out, at) for out, at in zip(outputs, gradients, strict=True) if out.requires_grad]
-    if not pairs:
-        return [None] * len(run.probes)
-    reached, at = zip(*pairs, strict=True)
-    one_by_one = looped([run], [site for site, _ in run.probes], reached[0])
-    return probe_grads(reached, [probe for _, probe in run.probes], at, batched=True, looped=one_by_one, keep=keep)
+    if pairs:
+        reached, at = zip(*pairs, strict=True)
+        one_by_one = looped([run], sites, reached[0])
+        signals = probe_grads(reached, probes, at, batched=True, looped=one_by_one, keep=keep)
+    like, dtype = gradients[0], compute_dtype(gradients[0].dtype)
+    served = [(site.parameters, f) for site, f in zip(sites, signals, strict=True) if f is not None]
+    columns = [name for parameters, _ in served for name in parameters]
+    place = {name: i for i, name in enumerate(columns)}
+    zeros = like.new_zeros((like.shape[0], run.samples, 1), dtype=dtype)
+    parts = [f.to(device=like.device, dtype=dtype) for _, f in served]
+    order = torch.tensor([place.get(name, len(columns)) for name in run.plan.names], device=like.device)
+    return torch.cat([*parts, zeros], -1).index_select(-1, order)
 
 
 @torch.no_grad()
-def signal_sqnorms(
-    run: Run, output: Tensor, delta: Tensor, names: Sequence[str], *, log: bool = False, keep: bool = False
-) -> Tensor:
-    """Squared norms ``(S, B, P)`` of the named parameters' gradients, or their logarithms, finite for vanishing ones.
+def signal_sqnorms(run: Run, output: Tensor, delta: Tensor, *, log: bool = False, keep: bool = False) -> Tensor:
+    """Squared norms ``(S, B, P)`` of the gradients of a plan's parameters, or logarithms, finite for vanishing ones.
 
     ``delta`` ``(S, B, N)`` are S gradients of a run's output, in float64 for logarithms, whose squares may lie below
-    float32's range; ``keep`` keeps the graph for another call.
+    float32's range; ``keep`` keeps the graph for another call. ValueError where the pass used parameters past modules.
     """
+    assert run.plan is not None
+    refuse_untracked(run.plan.untracked)
     # Where the backward pass is linear in delta, a unit-sized one keeps every intermediate square in range.
     scale = delta.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
-    if run.plan is not None and not run.plan.linear:
+    if not run.plan.linear:
         scale = torch.ones_like(scale)
     unit = (delta / scale).to(output.dtype)
     with torch.enable_grad():
-        signals = backward_signals(run, [output], [unit], keep=keep)
-    norms = order_by_parameter(run.probes, signals, names, unit, run.samples)
+        norms = backward_signals(run, [output], [unit], keep=keep)
     if log:
         return norms.clamp_min(torch.finfo(norms.dtype).tiny).log() + (2 * scale.log()).to(norms.dtype)
     scale = scale.to(norms.dtype)
     # In this order a product within the dtype's range does not leave it on the way.
     return norms * scale * scale
-
-
-def order_by_parameter(
-    probes: Probes, signals: Sequence[Tensor | None], names: Sequence[str], like: Tensor, samples: int
-) -> Tensor:
-    """``(S, B, P)``, the ``signals`` that probes yielded ordered by the names of parameters.
-
-    Float32 (float64 for float64), on the device of ``like`` ``(S, ...)``; zero for what no signal is of.
-    """
-    dtype = compute_dtype(like.dtype)
-    served = [(site.parameters, f) for (site, _), f in zip(probes, signals, strict=True) if f is not None]
-    columns = [name for parameters, _ in served for name in parameters]
-    place = {name: i for i, name in enumerate(columns)}
-    zeros = like.new_zeros((like.shape[0], samples, 1), dtype=dtype)
-    parts = [f.to(device=like.device, dtype=dtype) for _, f in served]
-    order = torch.tensor([place.get(name, len(columns)) for name in names], device=like.device)
-    return torch.cat([*parts, zeros], -1).index_select(-1, order)

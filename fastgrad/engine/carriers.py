@@ -15,7 +15,7 @@ from fastgrad.engine.copy import Shadow, detach_plain
 from fastgrad.engine.fallback import agree
 from fastgrad.engine.layout import SAMPLES
 from fastgrad.engine.memory import lacks_memory
-from fastgrad.engine.state import undone, unwritten
+from fastgrad.engine.state import undone
 
 if TYPE_CHECKING:
     from fastgrad.engine.network import Network
@@ -63,8 +63,7 @@ def find_carriers(network: Network, inputs: Any, samples: int, *, training: bool
 
 def outputs_of(network: Network, inputs: Any, *, training: bool = False) -> list[Tensor]:
     """What the model returns; it and the inputs are left as they were."""
-    args, kwargs = unwritten(inputs)
-    with undone(network.model), torch.no_grad():
+    with torch.no_grad(), undone(network.model, inputs) as (args, kwargs):
         shadow = Shadow(network.model, training=training, recorded=network.recorded)
         return network.tensors(shadow.root(*args, **kwargs))
 

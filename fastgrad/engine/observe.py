@@ -190,6 +190,7 @@ class Observation:
         rows: Whose rows tensors hold.
         functions: Names of all functions that gave tensors, in order.
         drew: Whether random numbers were drawn.
+        outputs: The tensors that matter in what the model returned.
         untracked: Names of parameters used from elsewhere than modules' attributes: from a closure, or through a tensor
             that an earlier call computed of them and kept.
     """
@@ -204,7 +205,7 @@ class Observation:
         training: bool = False,
         rounded: bool = False,
     ) -> None:
-        model, self._tensors, self.samples = network.model, network.tensors, samples
+        model, self.samples = network.model, samples
         self.calls: list[Call] = []
         self.stack = [-1]
         self.bytes, self.precision = 0, 0.0
@@ -236,15 +237,11 @@ class Observation:
         tracked = {id(value): name for name, value in self.parameters.items()}
         before = RandomState(devices_of(model))
         with torch.enable_grad(), _Uses(self, tracked, names):
-            self._output = shadow.root(*inputs[0], **inputs[1])
+            output = shadow.root(*inputs[0], **inputs[1])
         self.drew = not before.same()
-        reached = (id(getattr(node, "variable", None)) for node in nodes_behind(floating(self._output)))
+        self.outputs = network.tensors(output)
+        reached = (id(getattr(node, "variable", None)) for node in nodes_behind(floating(output)))
         self.untracked |= {names[key] for key in reached if key in names}
-
-    @functools.cached_property
-    def outputs(self) -> list[Tensor]:
-        """The tensors that matter in what the model returned."""
-        return self._tensors(self._output)
 
     def _watch(self, original: nn.Module, copy: nn.Module, path: str) -> None:
         # Weakly: the calls hold the copy, and so its hooks.

@@ -113,11 +113,6 @@ def _fill(target: Any, source: Any, each: Callable[[Any], Any]) -> None:
         target.update(members)
 
 
-def unwritten(inputs: Any) -> Any:
-    """Inputs of a pass that leaves the user's objects as they are: see `apart`; tensors among them are the same."""
-    return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else apart(leaf, detach_plain), inputs)
-
-
 class Snapshot:
     """Random numbers, buffers and inputs before a forward pass, to take back what it does to them.
 
@@ -177,11 +172,14 @@ class Snapshot:
 
 
 @contextlib.contextmanager
-def undone(model: nn.Module) -> Iterator[None]:
-    """Take back what forward passes do to random numbers and buffers."""
+def undone(model: nn.Module, inputs: Any = ()) -> Iterator[Any]:
+    """Take back what passes do to random numbers and buffers; gives ``inputs`` whose objects they may write to.
+
+    Tensors among these are the same, see `apart`.
+    """
     before = Snapshot(model.modules(), devices_of(model), every=True)
     try:
-        yield
+        yield pytree.tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else apart(leaf, detach_plain), inputs)
     finally:
         before.restore()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from fastgrad._torch import has_modes, without_modes
+from fastgrad.ops.dispatch import bind_contextvar
 
 _INDEXING = frozenset({"__getitem__", "__setitem__"})
 _SEQUENCES = frozenset({tuple, list})
@@ -36,11 +37,8 @@ _LAYERS = frozenset({
 })  # fmt: skip
 
 
-class _Current(threading.local):
-    steps: Steps | None = None
-
-
-_current = _Current()
+#: Where functions are noted now.
+_current: ContextVar[Steps | None] = ContextVar("fastgrad_steps", default=None)
 
 
 class Steps(TorchFunctionMode):
@@ -68,7 +66,7 @@ class Steps(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the call, and make it."""
         result = func(*args, **kwargs) if kwargs else func(*args)
-        if _current.steps is not self:
+        if _current.get() is not self:
             return result
         if isinstance(result, Tensor):
             rank = result.dim()
@@ -106,7 +104,7 @@ def layer_as_one_step(copy: nn.Module) -> None:
 
 
 def _one_step(ref: Callable[[], Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    layer, steps = ref(), _current.steps
+    layer, steps = ref(), _current.get()
     if steps is None or not (steps.alone and args and type(args[0]) is Tensor):
         return forward(layer, *args, **kwargs)
     with without_modes():
@@ -119,19 +117,15 @@ def _one_step(ref: Callable[[], Any], forward: Callable[..., Any], *args: Any, *
 @contextlib.contextmanager
 def noting(steps: Steps | None) -> Iterator[Steps | None]:
     """While it lasts, functions are noted in ``steps`` alone, also within another pass; for None nowhere."""
-    outer, _current.steps = _current.steps, steps
-    try:
-        with steps or contextlib.nullcontext():
-            yield steps
-    finally:
-        _current.steps = outer
+    with bind_contextvar(_current, steps), steps or contextlib.nullcontext():
+        yield steps
 
 
 def unnoted(hook: Callable[..., Any]) -> Callable[..., Any]:
     """``hook``, whose functions are no steps of the model's."""
 
     def run(*args: Any) -> Any:
-        if _current.steps is None:
+        if _current.get() is None:
             return hook(*args)
         with without_modes():
             return hook(*args)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgrad._torch import pytree
 from fastgrad.batches import take
-from fastgrad.engine.backward import backward_signals, order_by_parameter
+from fastgrad.engine.backward import backward_signals
 from fastgrad.engine.carriers import outputs_of
 from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.fallback import agree
@@ -25,7 +25,7 @@ from fastgrad.engine.observe import Observation
 from fastgrad.engine.plan import Known, Plan, PlanConstraints, Planner
 from fastgrad.engine.probe import GraphedError
 from fastgrad.engine.run import OffPlanError, Run
-from fastgrad.engine.state import NotRepeatableError, undone, unwritten
+from fastgrad.engine.state import NotRepeatableError, undone
 
 if TYPE_CHECKING:
     from fastgrad.engine.network import Network
@@ -147,15 +147,14 @@ class Trial:
         The path of a pass by ``plan`` becomes one of the plan's.
         """
         run = Run(count)
-        with torch.enable_grad(), undone(self._network.model):
-            output, _ = self._network.once(plan, run, unwritten(inputs), trial=True)
+        with torch.enable_grad(), undone(self._network.model, inputs) as inputs:
+            output, _ = self._network.once(plan, run, inputs, trial=True)
             if run.left is not None:
                 raise run.left
             assert run.steps is not None
             plan.paths.add(run.steps.path())
             outputs = self._network.tensors(output)
-            signals = backward_signals(run, outputs, [rows[None] for rows in check.cotangents])
-            features = order_by_parameter(run.probes, signals, plan.names, outputs[0].detach()[None], count)[0]
+            features = backward_signals(run, outputs, [rows[None] for rows in check.cotangents])[0]
         truth = {name: gradient.to(features.dtype).square().sum() for name, gradient in check.truth.items()}
         zero = features.new_zeros(())
         expected = torch.zeros_like(features)
@@ -168,8 +167,8 @@ class Trial:
 
     def _observed(self, inputs: Any, count: int, fewer: Observation | None = None, **options: bool) -> Observation:
         """What the model does with ``inputs``; ``options`` as for `Observation`. It is left as it was."""
-        with undone(self._network.model):
-            return Observation(self._network, unwritten(inputs), count, fewer, **options)
+        with undone(self._network.model, inputs) as inputs:
+            return Observation(self._network, inputs, count, fewer, **options)
 
     def _backward(self, seen: Observation, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
         """The gradients by name of what was observed. The model is left as it was: a checkpoint runs a part again."""

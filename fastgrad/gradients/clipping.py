@@ -6,7 +6,6 @@ gradients (Li et al., 2022, arXiv:2110.05679).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,10 +66,7 @@ class clip_gradients(record):  # noqa: N801 - reads as a statement: ``with clip_
             subject = "max_norm" if self._joint else f"max_norm[{name!r}]"
             if not isinstance(name, str):
                 raise TypeError(f"max_norm must name parameters or modules; one name was {name!r}")
-            if isinstance(limit, bool) or not isinstance(limit, (int, float)):
-                raise TypeError(f"{subject} must be a positive number; it was {limit!r}")
-            if not 0 < limit < math.inf:
-                raise ValueError(f"{subject} must be positive and finite; it was {limit}")
+            checks.lies_in("(0, inf)", **{subject: limit})
         _groups(self.model, self._limits)
         self._outputs: list[Tensor] = []
         self._count = 0

@@ -205,8 +205,15 @@ def contrast_rows_linear(
     return out.reshape(*leading, weight.shape[0])
 
 
-def check_target(target: str | Tensor, logits: Tensor) -> None:
-    """Raise unless ``target`` is a known label name, class indices ``(...)`` or soft targets ``(..., N)``."""
+class NoClassError(ValueError):
+    """A target names a class that the model does not have."""
+
+
+def check_target(target: str | Tensor, logits: Tensor, *, wait: bool = False) -> None:
+    """Raise unless ``target`` is a known label name, class indices ``(...)`` or soft targets ``(..., N)``.
+
+    NoClassError for an index of no class; on a GPU only if it may ``wait`` for that, else the device raises an error.
+    """
     if isinstance(target, str):
         checks.one_of("target", target, losses.TARGETS)
         return
@@ -220,32 +227,21 @@ def check_target(target: str | Tensor, logits: Tensor) -> None:
         raise TypeError(f"target must hold class indices (integers) or soft targets (floats); it was {target.dtype}")
     checks.shape_is("target", target, tuple(logits.shape[:-1]), "class indices, the leading shape of logits")
     classes, target = logits.shape[-1], unwrapped(target)
-    if target.device.type != "cpu" or is_traced() or type(target) is not torch.Tensor:
+    wanted = f"target must hold class indices from 0 to {classes - 1}"
+    if is_traced() or type(target) is not torch.Tensor or not (wait or target.device.type == "cpu"):
         # Reading the labels here would synchronise with the device or break the graph; this check runs with them.
-        inside = ((target >= 0) & (target < classes)).all()
-        check_later(inside, f"target must hold class indices from 0 to {classes - 1}")
-    else:
-        require_classes(target, classes)
-
-
-class NoClassError(ValueError):
-    """A target names a class that the model does not have."""
-
-
-def require_classes(target: Tensor, classes: int) -> None:
-    """Raise NoClassError unless all indices are of classes. Waits for the device."""
-    # PyTorch finds no extremes of wider unsigned integers, nor of none.
-    low, high = map(int, target.long().aminmax()) if target.numel() else (0, 0)
-    if low < 0 or high >= classes:
-        worst = low if low < 0 else high
-        raise NoClassError(f"target must hold class indices from 0 to {classes - 1}; it held {worst}")
+        check_later(((target >= 0) & (target < classes)).all(), wanted)
+    elif target.numel():
+        # PyTorch finds no extremes of wider unsigned integers.
+        low, high = map(int, target.long().aminmax())
+        if low < 0 or high >= classes:
+            raise NoClassError(f"{wanted}; it held {low if low < 0 else high}")
 
 
 def _features_and_options(features: Tensor, loss: str, reduction: str, flags: dict[str, object]) -> None:
     checks.one_of("loss", loss, losses.LOSSES)
     checks.one_of("reduction", reduction, losses.REDUCTIONS)
-    for name, value in flags.items():
-        checks.is_bool(name, value)
+    checks.is_bool(**flags)
     checks.is_float("features", features)
     checks.holds_values("features", features)
     if features.dim() < 1:

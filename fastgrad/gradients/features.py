@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad import checks, losses
-from fastgrad._torch import is_traced, original, outside_of_compilation, pytree
+from fastgrad._torch import original, outside_of_compilation, pytree
 from fastgrad.batches import batch_size, class_logits, input_tensors, logits_of, one_for_none, take
-from fastgrad.checks import is_bool, one_of
 from fastgrad.engine.backward import signal_sqnorms
 from fastgrad.engine.copy import detach_plain
 from fastgrad.engine.network import Network
@@ -22,8 +21,7 @@ from fastgrad.engine.plan import Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import Run
 from fastgrad.engine.tracing import CompiledPasses, is_symbolic, trace
-from fastgrad.gradients.contrasts import check_target, require_classes
-from fastgrad.gradients.recorder import refuse_untracked
+from fastgrad.gradients.contrasts import check_target
 from fastgrad.ops.dispatch import IMPLEMENTATIONS, choose
 
 #: A fixed target by name, one class index or soft target for all samples, or a function of the logits.
@@ -87,11 +85,10 @@ class GradientFeatures:
         checks.is_a(nn.Module, model=model)
         refuse_parts(model)
         self.model: nn.Module = original(model)
-        one_of("loss", loss, losses.LOSSES)
-        one_of("reduction", reduction, losses.REDUCTIONS)
-        one_of("impl", impl, IMPLEMENTATIONS)
-        is_bool("log", log)
-        is_bool("compile", compile)
+        checks.one_of("loss", loss, losses.LOSSES)
+        checks.one_of("reduction", reduction, losses.REDUCTIONS)
+        checks.one_of("impl", impl, IMPLEMENTATIONS)
+        checks.is_bool(log=log, compile=compile)
         for name, given in (("signals", signals), ("layers", layers)):
             if given is not None and not isinstance(given, Iterable):
                 raise TypeError(f"{name} must be a sequence, or None; it was {given!r}")
@@ -100,7 +97,7 @@ class GradientFeatures:
         for pair in [(loss, target)] if signals is None else signals:
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
                 raise ValueError(f"signals must be (loss, target) pairs; one was {pair!r}")
-            one_of("loss", pair[0], losses.LOSSES)
+            checks.one_of("loss", pair[0], losses.LOSSES)
             _check_target(pair[1], losses.TARGETS if self.joint else (*losses.TARGETS, "contrast"))
             self.signals.append((pair[0], pair[1]))
         if not self.signals:
@@ -249,10 +246,8 @@ class GradientFeatures:
         run = Run(samples, self.impl)
         with torch.enable_grad():
             logits = class_logits(self._network.forward(plan, run, args, kwargs), samples)
-            assert run.plan is not None
-            refuse_untracked(run.plan.untracked)
             z = logits.detach()
-            features = signal_sqnorms(run, logits, self._deltas(z, target), plan.names, log=self.log)
+            features = signal_sqnorms(run, logits, self._deltas(z, target), log=self.log)
         return z, features.movedim(0, 1) if self.contrast or self.joint else features[0]
 
     def _deltas(self, logits: Tensor, target: Tensor | None) -> Tensor:
@@ -296,7 +291,7 @@ class GradientFeatures:
 def _check_target(target: object, names: Sequence[str]) -> None:
     """Raise unless ``target`` is one of ``names``, or can be one target for all samples."""
     if isinstance(target, str):
-        one_of("target", target, names)
+        checks.one_of("target", target, names)
     elif isinstance(target, bool) or not (isinstance(target, (int, Tensor)) or callable(target)):
         raise TypeError(f"target must be a name, an index, a tensor or a function; it was {target!r}")
     elif isinstance(target, Tensor) and target.dim() > target.is_floating_point():
@@ -312,15 +307,10 @@ def _checked(target: Target, logits: Tensor) -> str | Tensor:
     if isinstance(value, int):
         value = torch.tensor(value, device="cpu")
     if isinstance(value, Tensor):
-        rows, classes = logits.shape
-        if not value.is_floating_point() and value.dtype != torch.bool and not is_traced():
-            require_classes(value, classes)
         value = value.to(logits.device)
-        if value.dim() == 0:
-            value = value.expand(rows)
-        elif value.is_floating_point() and value.dim() == 1:
-            value = value.expand(rows, -1)
-    check_target(value, logits)
+        if value.dim() == value.is_floating_point():
+            value = value.expand(logits.shape[0], *value.shape)
+    check_target(value, logits, wait=True)
     return value
 
 

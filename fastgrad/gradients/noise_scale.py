@@ -39,9 +39,7 @@ class NoiseScale:
 
     def __init__(self, decay: float | None = None) -> None:
         if decay is not None:
-            checks.is_number(decay=decay)
-            if not 0 <= decay < 1:
-                raise ValueError(f"decay must be at least 0 and below 1; it was {decay}")
+            checks.lies_in("[0, 1)", decay=decay)
         self._decay = decay
         # Weighted sums over batches of the estimates and of the weights; all three decay alike.
         self._gradient = self._trace = self._weight = 0.0

@@ -101,7 +101,7 @@ def rank_samples(
                 f"{type(sampler).__name__}"
             )
     checks.is_loader("loader", loader)
-    checks.is_bool("verbose", verbose)
+    checks.is_bool(verbose=verbose)
     extractor = GradientFeatures(model, loss="cross_entropy", layers=layers, log=True)
     device = next(model.parameters()).device
     parts: list[dict[str, Tensor]] = []

@@ -18,7 +18,7 @@ from fastgrad.engine.copy import Redirect
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
 from fastgrad.engine.probe import nodes_behind, nodes_by_term
-from fastgrad.engine.refusals import refuse_mixing, refuse_parts
+from fastgrad.engine.refusals import refuse_mixing, refuse_parts, refuse_untracked
 from fastgrad.engine.run import RecomputedSite, Run
 from fastgrad.engine.steps import noting
 from fastgrad.losses import compute_dtype
@@ -165,15 +165,6 @@ def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
             # torch.compile cannot follow a recorded call, which builds modules.
             return outside_of_compilation(recording._call)(module, args, kwargs)
     return forward(*args, **kwargs)
-
-
-def refuse_untracked(parameters: Sequence[str]) -> None:
-    """Raise ValueError where a forward pass used ``parameters`` that no module of the model gave it."""
-    if parameters:
-        raise ValueError(
-            f"model must reach {parameters[0]!r} through an attribute of one of its modules; it used it from elsewhere "
-            "(a closure, a global name, a tensor that an earlier call kept), where its gradients are not seen"
-        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -185,11 +185,8 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         checks.at_least(1, batch_size=self.batch_size, max_epochs=self.max_epochs, patience=self.patience)
         if np.ndim(self.hidden) != 1 or any(not isinstance(n, (int, np.integer)) or n < 1 for n in self.hidden):
             raise ValueError(f"hidden must hold widths of at least 1; it was {self.hidden!r}")
-        for name, limit in (("learning_rate", np.inf), ("weight_decay", np.inf), ("validation_fraction", 1)):
-            value = getattr(self, name)
-            checks.is_number(**{name: value})
-            if not 0 <= value < limit:
-                raise ValueError(f"{name} must lie in [0, {limit}); it was {value!r}")
+        checks.lies_in("[0, inf)", learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        checks.lies_in("[0, 1)", validation_fraction=self.validation_fraction)
         try:
             torch.zeros(1, device=torch.device(self.device)).cpu()
         except (TypeError, RuntimeError, AssertionError) as error:

@@ -22,7 +22,7 @@ from bench.detection.subject import Fit, Subject
 from fastgrad import TwoStageModel
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.detector import fitting
-from fastgrad.detector.presets import DEFAULT_BLOCKS
+from fastgrad.detector.price import DEFAULT_BLOCKS
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from gradient_oracle import loss_norms
 from torch import Tensor, nn
 
-from fastgrad.engine.backward import backward_signals, order_by_parameter, probe_grads
+from fastgrad.engine.backward import backward_signals, probe_grads
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
 from fastgrad.engine.run import LayerSite, Run, Site
@@ -76,15 +76,13 @@ def test_each_pass_computes_what_it_asks_for_and_no_more(model: nn.Sequential) -
     names = [name for name, _ in model.named_parameters()]
     for asked in (["4"], ["1", "7"], ["0"], []):
         count.clear()
-        pairs = [probes[path] for path in asked]
-        wanted = [probe for _, probe in pairs]
-        found = probe_grads([logits], wanted, [gradients], batched=True, keep=True)
+        run.probes = [probes[path] for path in asked]
+        found = backward_signals(run, [logits], [gradients], keep=True)
         assert set(count) == set(asked)
-        everything = order_by_parameter(pairs, found, names, gradients, 4)
         expected = true * torch.tensor([name.split(".")[0] in asked for name in names])
-        torch.testing.assert_close(everything, expected, rtol=1e-10, atol=0)
-    found = backward_signals(run, [logits], [gradients])
-    torch.testing.assert_close(order_by_parameter(run.probes, found, names, gradients, 4), true, rtol=1e-10, atol=0)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    run.probes = list(probes.values())
+    torch.testing.assert_close(backward_signals(run, [logits], [gradients]), true, rtol=1e-10, atol=0)
     with pytest.raises(RuntimeError, match="second time"):
         backward_signals(run, [logits], [gradients])
 
@@ -109,7 +107,8 @@ def test_a_pass_stops_at_the_earliest_site_asked_for(model: nn.Sequential) -> No
 def test_two_rules_at_one_layer(model: nn.Sequential) -> None:
     count: Counter[str] = Counter()
     run, logits = forward(model, [counting(model, "1", count), counting(model, "1", count)])
-    first, second = backward_signals(run, [logits], [torch.randn(1, 4, 3, dtype=torch.float64)])
+    probes = [probe for _, probe in run.probes]
+    first, second = probe_grads([logits], probes, [torch.randn(1, 4, 3, dtype=torch.float64)], batched=True)
     assert first.all()
     assert torch.equal(first, second)
 
@@ -117,11 +116,10 @@ def test_two_rules_at_one_layer(model: nn.Sequential) -> None:
 def test_outputs_and_probes_that_do_not_meet(model: nn.Sequential) -> None:
     run, logits = forward(model, [counting(model, "1", Counter())])
     gradients = torch.ones(2, 4, 3, dtype=torch.float64)
-    assert backward_signals(run, [logits.detach()], [gradients]) == [None]
+    zeros = torch.zeros(2, 4, len(list(model.parameters())), dtype=torch.float64)
+    assert torch.equal(backward_signals(run, [logits.detach()], [gradients]), zeros)
     other = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True) * 1
-    assert backward_signals(run, [other], [gradients]) == [None]
-    zeros = order_by_parameter(run.probes, [None], ["1.weight", "1.bias"], gradients, 4)
-    assert torch.equal(zeros, torch.zeros(2, 4, 2, dtype=torch.float64))
+    assert torch.equal(backward_signals(run, [other], [gradients], keep=True), zeros)
     assert probe_grads([other], [run.probes[0][1]], [gradients], batched=True, keep=True) == [None]
 
 

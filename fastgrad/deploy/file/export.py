@@ -174,7 +174,7 @@ def _check_example(example_input: Tensor, path: Path) -> None:
 
 def _check_model(two_stage: nn.Module, example_input: Tensor, evidence: bool) -> list[Tensor]:
     """Run the model once; return what it gives for the first input."""
-    checks.is_bool("evidence", evidence)
+    checks.is_bool(evidence=evidence)
     if not isinstance(two_stage, nn.Module):
         raise TypeError(f"two_stage must be a torch.nn.Module; it was {type(two_stage).__name__}")
     evaluates = getattr(two_stage, "evaluates", False)
