@@ -83,8 +83,8 @@ def randomized(model: nn.Module, seed: int) -> nn.Module:
             module.bias.data.uniform_(-0.2, 0.2, generator=generator)
         if isinstance(module, nn.BatchNorm2d):
             # About the variance each layer's input has, so that the signal neither dies out nor explodes.
-            module.running_mean.uniform_(-0.1, 0.1, generator=generator)  # type: ignore[union-attr]
-            module.running_var.uniform_(0.5, 1.5, generator=generator)  # type: ignore[union-attr]
+            module.running_mean.uniform_(-0.1, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
     for name, parameter in model.named_parameters():
         if name.endswith(("layer_scale", "class_token")):
             parameter.data.uniform_(0.3, 0.7, generator=generator)
@@ -112,7 +112,7 @@ def compare(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, **kwa
         return losses.delta(z, "ones", loss="bce")
 
     def output(out: Any) -> Tensor:
-        return out if isinstance(out, Tensor) else out.logits  # type: ignore[no-any-return]
+        return out if isinstance(out, Tensor) else out.logits
 
     truth = true_norms(model, inputs, gradient, output=output, **kwargs)
     eps = torch.finfo(dtype).eps
@@ -166,7 +166,7 @@ def bert(kind: str) -> nn.Module:
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
         max_position_embeddings=12, num_labels=3, attn_implementation=kind,
     )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)  # type: ignore[no-any-return]
+    return transformers.BertForSequenceClassification(config)
 
 
 def gpt(kind: str) -> nn.Module:
@@ -175,7 +175,7 @@ def gpt(kind: str) -> nn.Module:
         vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=12, num_labels=3, pad_token_id=0,
         bos_token_id=1, eos_token_id=1, attn_implementation=kind,
     )  # fmt: skip
-    return transformers.GPT2ForSequenceClassification(config)  # type: ignore[no-any-return]
+    return transformers.GPT2ForSequenceClassification(config)
 
 
 @pytest.mark.parametrize("make", [bert, gpt])
@@ -216,7 +216,7 @@ class LastToken(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.lm(tokens).logits[:, -1]  # type: ignore[no-any-return]
+        return self.lm(tokens).logits[:, -1]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -233,8 +233,7 @@ class Words(nn.Module):
         self.head = nn.Linear(10, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.head(self.lstm(self.embed(tokens))[0].mean(1))
-        return out
+        return self.head(self.lstm(self.embed(tokens))[0].mean(1))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -24,8 +24,7 @@ class Interacting(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x).tanh()
-        out: Tensor = self.head(h - h.mean(0))
-        return out
+        return self.head(h - h.mean(0))
 
 
 class Towers(nn.Module):
@@ -148,8 +147,7 @@ class Divided(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.layer(x)
-        out: Tensor = self.head(h / h.abs().max())
-        return out
+        return self.head(h / h.abs().max())
 
 
 @pytest.mark.parametrize("largest", range(4))
@@ -270,8 +268,7 @@ class Statistics(nn.Module):
         h = self.layer(x)
         if self.of == "detached":
             h = h / h.detach().abs().max()
-        out: Tensor = self.head(h) / (len(x) if self.of == "size" else 1)
-        return out
+        return self.head(h) / (len(x) if self.of == "size" else 1)
 
 
 @pytest.mark.parametrize("of", ["inputs", "detached", "size"])
@@ -310,8 +307,7 @@ class Hooked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x))
         h.register_hook(self.hook)
-        out: Tensor = self.head(h)
-        return out
+        return self.head(h)
 
 
 def test_gradients_that_are_not_in_proportion_to_the_loss() -> None:
@@ -384,8 +380,7 @@ class Crops(nn.Module):
         self.layer = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x).unflatten(0, (-1, 3)).mean(1)
-        return out
+        return self.layer(x).unflatten(0, (-1, 3)).mean(1)
 
 
 class Conditional(nn.Module):
@@ -397,11 +392,9 @@ class Conditional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         def sine(x: Tensor) -> Tensor:
-            out: Tensor = self.layer(x).sin()
-            return out
+            return self.layer(x).sin()
 
-        branch: Tensor = torch.cond(x.sum() > 0, sine, self.layer, (x,))
-        return branch
+        return torch.cond(x.sum() > 0, sine, self.layer, (x,))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -436,8 +429,7 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for gate, layer in zip(self.gates, self.layers, strict=True):
             x = x + gate * layer(x).relu()
-        out: Tensor = self.head(x)
-        return out
+        return self.head(x)
 
 
 @pytest.mark.parametrize("seed", range(8))

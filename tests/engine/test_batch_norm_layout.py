@@ -18,8 +18,7 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(self.convolution(x)).flatten(2).permute(2, 0, 1)
-        out: Tensor = self.head(self.token(tokens).tanh().sum(0))
-        return out
+        return self.head(self.token(tokens).tanh().sum(0))
 
 
 def test_one_sample_has_the_norms_that_it_has_in_a_batch() -> None:

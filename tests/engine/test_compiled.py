@@ -38,7 +38,7 @@ def test_a_compiled_pass_follows_the_model_and_leaves_it_as_it_was() -> None:
     assert model.training
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
-    graphs = fast._compiled._graphs  # type: ignore[union-attr]
+    graphs = fast._compiled._graphs
     with torch.no_grad():  # as an optimizer does
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -68,8 +68,8 @@ def test_a_module_in_another_s_place_is_seen(monkeypatch: pytest.MonkeyPatch) ->
 def test_every_kind_of_pass_can_be_compiled(monkeypatch: pytest.MonkeyPatch, options: dict[str, object]) -> None:
     graphs = _without_compiler(monkeypatch)
     model, x = network().double(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    found = fastgrad.GradientFeatures(model, compile=True, **options)(x)  # type: ignore[arg-type]
-    expected = fastgrad.GradientFeatures(model, **options)(x)  # type: ignore[arg-type]
+    found = fastgrad.GradientFeatures(model, compile=True, **options)(x)
+    expected = fastgrad.GradientFeatures(model, **options)(x)
     torch.testing.assert_close(found, expected)
     names = {str(node.target) for node in graphs[0].graph.nodes}
     assert "fastgrad.conv_sqnorm_whole.default" in names
@@ -102,12 +102,12 @@ def test_graphs_of_sizes_long_past_are_forgotten(monkeypatch: pytest.MonkeyPatch
     features = fastgrad.GradientFeatures(nn.Linear(4, 3), compile=True)
     for samples in (1, 2, 3, 2):
         assert features(torch.randn(samples, 4))[1].shape == (samples, 2)
-    assert len(features._compiled._graphs) == 2  # type: ignore[union-attr]
+    assert len(features._compiled._graphs) == 2
 
 
 def test_compile_must_be_a_flag() -> None:
     with pytest.raises(TypeError, match="compile must be"):
-        fastgrad.GradientFeatures(nn.Linear(4, 3), compile="yes")  # type: ignore[arg-type]
+        fastgrad.GradientFeatures(nn.Linear(4, 3), compile="yes")
 
 
 def _without_compiler(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:

@@ -26,8 +26,7 @@ class Twice(Tied):
     """A table with padding that is asked twice."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.inner(self.table(tokens).mean(1) * self.table(tokens[:, :2]).sum(1))
-        return out
+        return self.inner(self.table(tokens).mean(1) * self.table(tokens[:, :2]).sum(1))
 
 
 class Encoder(nn.Module):
@@ -40,8 +39,7 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.encoder(self.table(tokens), src_key_padding_mask=tokens == 0)
-        out: Tensor = self.head(h[:, -1] + self.table(tokens[:, -1]))
-        return out
+        return self.head(h[:, -1] + self.table(tokens[:, -1]))
 
 
 def square(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -155,8 +153,7 @@ class Bag(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         starts = torch.arange(len(tokens)) * tokens.shape[1]
         h = self.table(tokens.flatten(), starts) if self.offsets else self.table(tokens)
-        out: Tensor = self.head(h.tanh())
-        return out
+        return self.head(h.tanh())
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -181,8 +178,7 @@ class Unmapped(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.cell(self.bag(tokens), self.cell(self.bag(tokens[:, :2]), tokens[:, :1].expand(-1, 4) / 5))
-        out: Tensor = self.normed(h) + self.normed(h.tanh())
-        return out
+        return self.normed(h) + self.normed(h.tanh())
 
 
 def test_pytorch_warns_of_its_own_vmaps_alone(recwarn: pytest.WarningsRecorder) -> None:

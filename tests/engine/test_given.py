@@ -109,8 +109,7 @@ def test_containers_among_the_inputs_are_as_they_were_when_a_call_is_begun_again
         def forward(self, x: Tensor, names: Any) -> Tensor:
             assert names == before
             names.clear()
-            out: Tensor = self.one(x) + self.other(x) if x.sum() > 0 else self.one(x)
-            return out
+            return self.one(x) + self.other(x) if x.sum() > 0 else self.one(x)
 
     before, filled = copy.deepcopy(given), copy.deepcopy(given)
     model, x = Forked().double(), torch.rand(3, 4, dtype=torch.float64)

@@ -63,8 +63,8 @@ class Modes(nn.Module):
     def forward(self, x: Tensor, mode: Any = None) -> Tensor:
         mode = self.mode if mode is None else mode
         if mode == "functional":
-            return self.head(F.linear(x, self.a.weight).tanh())  # type: ignore[no-any-return]
-        return self.head(self.a(x).tanh() if mode in ("a", 0) else self.b(x).tanh())  # type: ignore[no-any-return]
+            return self.head(F.linear(x, self.a.weight).tanh())
+        return self.head(self.a(x).tanh() if mode in ("a", 0) else self.b(x).tanh())
 
 
 @pytest.fixture(autouse=True)
@@ -262,7 +262,7 @@ def test_a_function_of_autograd_under_a_branch() -> None:
 
 class Checkpointed(Modes):
     def forward(self, x: Tensor, mode: Any = None) -> Tensor:
-        return checkpoint(super().forward, x, mode, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(super().forward, x, mode, use_reentrant=False)
 
 
 def test_checkpointing() -> None:

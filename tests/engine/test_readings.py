@@ -40,18 +40,15 @@ class Unmappable(nn.Module):
         h = torch.tanh(self.second(h)) * self.scale
         if h.sum().item() == torch.inf:
             h = h + 1
-        out: Tensor = self.head(h)
-        return out
+        return self.head(h)
 
 
 def entering(inputs: tuple[Any, ...], _: Any) -> Tensor:
-    value: Tensor = inputs[0]
-    return value
+    return inputs[0]
 
 
 def leaving(_: tuple[Any, ...], output: Any) -> Tensor:
-    value: Tensor = output
-    return value
+    return output
 
 
 def plain(model: nn.Module, x: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,8 +100,7 @@ class Nested(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.block(self.block(x) + self.table)
         h.mul_(2)
-        out: Tensor = self.head(input=h)
-        return out
+        return self.head(input=h)
 
 
 def nested() -> Nested:

@@ -26,16 +26,15 @@ class Scattered(nn.Module):
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(torch.tanh(x * self.plain[0] + self.plain[1]["shift"]) * self.same)
-        return out
+        return self.head(torch.tanh(x * self.plain[0] + self.plain[1]["shift"]) * self.same)
 
 
 def test_a_parameter_is_replaced_wherever_it_occurs() -> None:
     model = Scattered()
     value = torch.ones(4)
     copy = Shadow(model, lambda p: value if p is model.scale else p.detach()).root
-    assert copy.scale is copy.same is copy.plain[0] is value  # type: ignore[index]
-    assert copy.plain[1]["shift"] is copy.shift  # type: ignore[index]
+    assert copy.scale is copy.same is copy.plain[0] is value
+    assert copy.plain[1]["shift"] is copy.shift
     assert model.plain[0] is model.scale
 
 
@@ -56,7 +55,7 @@ def test_a_recording_leaves_lists_of_parameters_as_they_are() -> None:
         with fastgrad.record(model):
             found = fastgrad.grad_sqnorm(model(x[:samples]).square().sum(), list(model.parameters()))
         assert model.plain[0] is model.scale
-        assert model.plain[1]["shift"] is model.shift  # type: ignore[index]
+        assert model.plain[1]["shift"] is model.shift
         truth = loss_norms((row.square().sum() for row in model(x[:samples])), model)
         torch.testing.assert_close(torch.stack(found, 1), truth)
 

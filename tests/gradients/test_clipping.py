@@ -36,8 +36,7 @@ class Tokens(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer(self.tokens(x))
         out = out[0] if isinstance(out, tuple) else out
-        logits: Tensor = self.head(out.tanh().mean(1))
-        return logits
+        return self.head(out.tanh().mean(1))
 
 
 class Attended(nn.Module):
@@ -46,8 +45,7 @@ class Attended(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, dropout, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.attention(x, x, x, need_weights=False)[0]
-        return out
+        return self.attention(x, x, x, need_weights=False)[0]
 
 
 class Tied(nn.Module):
@@ -364,8 +362,7 @@ class Closure(nn.Module):
         self.both = lambda x: head(torch.tanh(inner(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.both(x).flatten()
-        return out
+        return self.both(x).flatten()
 
 
 @pytest.mark.parametrize("failure", [torch.OutOfMemoryError, KeyboardInterrupt])
@@ -392,7 +389,7 @@ def test_what_else_is_refused() -> None:
     with fastgrad.clip_gradients(model, 1.0) as clipped:
         losses = losses_of(model, x, y)
         with pytest.raises(ValueError, match=r"reach '0.weight' in another way"):
-            clipped.backward(losses + 1e-4 * model[0].weight.square().sum())  # type: ignore[index,operator]
+            clipped.backward(losses + 1e-4 * model[0].weight.square().sum())
         model(x)
         with pytest.raises(RuntimeError, match="called 2 times"):
             clipped.backward(losses)

@@ -47,8 +47,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block(torch.relu_(self.stem(x)))
-        out: Tensor = self.head(self.drop(x.mean((2, 3))))
-        return out
+        return self.head(self.drop(x.mean((2, 3))))
 
 
 @pytest.fixture
@@ -150,7 +149,7 @@ def test_chunks(model: Net, x: Tensor, options: dict[str, int]) -> None:
 
 def test_empty_and_single_batches(model: Net, x: Tensor) -> None:
     for options, middle in (({}, ()), ({"target": "contrast"}, (4,)), ({"signals": [("bce", "ones")] * 2}, (2,))):
-        extractor = fastgrad.GradientFeatures(model, **options)  # type: ignore[arg-type]
+        extractor = fastgrad.GradientFeatures(model, **options)
         logits, features = extractor(x[:0])
         assert logits.shape == (0, 4)
         assert features.shape == (0, *middle, 10)
@@ -187,7 +186,7 @@ def test_the_model_stays_as_it_was(model: Net, x: Tensor) -> None:
     model.head.weight.requires_grad_(False)
     calls: list[str] = []
     model.head.register_forward_hook(lambda *_: calls.append("forward"))
-    model.head.register_full_backward_hook(lambda *_: calls.append("backward"))  # type: ignore[arg-type]
+    model.head.register_full_backward_hook(lambda *_: calls.append("backward"))
     before = _state(model)
     extractor = fastgrad.GradientFeatures(model)
     rng = torch.get_rng_state()
@@ -331,8 +330,7 @@ class Tied(nn.Module):
     def forward(self, index: Tensor) -> Tensor:
         h = self.embed(index) + self.position
         h = torch.tanh(self.step(torch.tanh(self.step(h))))
-        out: Tensor = self.head(self.hidden[0](h).mean(1))
-        return out
+        return self.head(self.hidden[0](h).mean(1))
 
 
 def test_tied_weights_and_repeated_modules() -> None:
@@ -364,8 +362,7 @@ class Folding(nn.Module):
         windows = self.inner(x.reshape(-1, 1, 3))
         windows = self.conv(windows.reshape(-1, 4, 1).repeat(1, 1, 3)).sum(2)
         sequence = self.time_first(x.transpose(0, 1))
-        out: Tensor = self.head(torch.cat([windows.reshape(len(x), 2, 4).sum(1), sequence.sum(0)], 1))
-        return out
+        return self.head(torch.cat([windows.reshape(len(x), 2, 4).sum(1), sequence.sum(0)], 1))
 
 
 def test_batches_in_other_places() -> None:
@@ -425,7 +422,7 @@ def test_trace_to_one_graph(model: Net, x: Tensor) -> None:
 def test_compiled_models_and_extractors(model: Net, x: Tensor) -> None:
     _, truth = fastgrad.GradientFeatures(model)(x)
     compiled = torch.compile(model, backend="eager")
-    assert torch.allclose(fastgrad.GradientFeatures(compiled)(x)[1], truth, rtol=1e-4)  # type: ignore[arg-type]
+    assert torch.allclose(fastgrad.GradientFeatures(compiled)(x)[1], truth, rtol=1e-4)
     extractor = torch.compile(fastgrad.GradientFeatures(model), backend="eager")
     assert torch.allclose(extractor(x)[1], truth, rtol=1e-4)
 
@@ -434,7 +431,7 @@ def test_compiled_models_and_extractors(model: Net, x: Tensor) -> None:
 def test_models_compiled_in_place_or_in_part(model: Net, x: Tensor, way: str) -> None:
     _, truth = fastgrad.GradientFeatures(model)(x)
     if way == "part":
-        model.block = torch.compile(model.block, backend="eager")  # type: ignore[assignment]
+        model.block = torch.compile(model.block, backend="eager")
     else:
         (model if way == "in place" else model.block).compile(backend="eager")
     assert torch.equal(fastgrad.GradientFeatures(model)(x)[1], truth)
@@ -450,7 +447,7 @@ def test_parameters_out_of_reach_are_refused() -> None:
             self.function = lambda x: model[1](model[0](x))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.function(x)  # type: ignore[no-any-return]
+            return self.function(x)
 
     outer, x = Closure(), torch.randn(2, 3)
     extractor = fastgrad.GradientFeatures(outer)
@@ -475,7 +472,7 @@ def test_a_tensor_of_parameters_that_an_earlier_call_kept_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             if not self.kept:
                 self.kept["twice"] = self.scale * 2
-            return self.layer(x * self.kept["twice"])  # type: ignore[no-any-return]
+            return self.layer(x * self.kept["twice"])
 
     model, x = Kept(), torch.randn(3, 4)
     # A call of the copy keeps nothing in the user's model.

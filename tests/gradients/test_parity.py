@@ -31,8 +31,7 @@ class Language(nn.Module):
         self.body = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 7, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.body(self.tokens(x))
-        return out
+        return self.body(self.tokens(x))
 
 
 Part = tuple[Tensor, Tensor]

@@ -76,8 +76,8 @@ def test_several_outputs_and_parts_called_alone(model: nn.Sequential) -> None:
     def gradient(model: nn.Module) -> Tensor:
         rows = []
         for i in range(4):
-            h = model[:4](X[i : i + 1])  # type: ignore[index]
-            z = model[4](h)  # type: ignore[index]
+            h = model[:4](X[i : i + 1])
+            z = model[4](h)
             grads = torch.autograd.grad([z, h], list(model.parameters()), [z.detach(), h.detach()])
             rows.append(torch.stack([g.double().square().sum() for g in grads]))
         return torch.stack(rows)
@@ -93,8 +93,8 @@ def test_ordinary_backward_works_inside(model: nn.Sequential) -> None:
     model.zero_grad()
     y = X.clone().requires_grad_()
     F.cross_entropy(model(y), Y, reduction="sum").backward()
-    assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6) for a, p in zip(inside, model.parameters(), strict=True))  # type: ignore[arg-type]
-    assert torch.allclose(x.grad, y.grad, atol=1e-6)  # type: ignore[arg-type]
+    assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6) for a, p in zip(inside, model.parameters(), strict=True))
+    assert torch.allclose(x.grad, y.grad, atol=1e-6)
 
 
 def test_nothing_stays_on_the_model(model: nn.Sequential) -> None:
@@ -158,7 +158,7 @@ def test_models_that_are_equal() -> None:
 
 def test_what_a_hook_keeps_on_a_layer(model: nn.Sequential) -> None:
     def keep(layer: nn.Module, _: Any, output: Tensor) -> None:
-        layer.kept = output.detach()  # type: ignore[assignment]
+        layer.kept = output.detach()
 
     model[4].register_forward_hook(keep)
     model(torch.zeros_like(X))
@@ -243,8 +243,7 @@ def test_a_broadcast_parameter_in_training_mode() -> None:
             self.head = nn.Linear(3, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.head(F.dropout(torch.tanh(x + self.shift), 0.5, self.training))
-            return out
+            return self.head(F.dropout(torch.tanh(x + self.shift), 0.5, self.training))
 
     torch.manual_seed(0)
     model = Shift()

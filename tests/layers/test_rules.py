@@ -96,14 +96,14 @@ def _library(name: str) -> type[nn.Conv2d]:
     """A convolution of another library, or one of that name which stores its zeros as the library's does."""
     module, _, cls = name.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), cls)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(module), cls)
     except ModuleNotFoundError:
         if "Static" not in cls:
             pytest.skip(f"{module} is not installed")
 
     class Stored(nn.Conv2d):
         def __init__(self, *args: int, image_size: int, **options: int) -> None:
-            super().__init__(*args, **options)  # type: ignore[arg-type]
+            super().__init__(*args, **options)
             (kernel, _), (stride, _), (dilation, _) = self.kernel_size, self.stride, self.dilation
             places = math.ceil(image_size / stride)
             total = max((places - 1) * stride + dilation * (kernel - 1) + 1 - image_size, 0)
@@ -130,7 +130,7 @@ def test_convolutions_that_pad_in_their_forward(name: str, data: st.DataObject) 
     if "Static" in name:
         options |= {"image_size": size + data.draw(st.integers(-1, 1)), "padding": data.draw(st.integers(0, 1))}
     layer = _library(name)(4, 8, data.draw(st.integers(1, 5)), stride, **options).double()
-    assert "padding" in find_rule(layer)[0].name  # type: ignore[union-attr]
+    assert "padding" in find_rule(layer)[0].name
     check_module(layer, torch.randn(3, 4, size, size + 2, dtype=torch.float64))
 
 
@@ -241,7 +241,7 @@ class Attended(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_attention(attention: dict[str, object], options: dict[str, object], dtype: torch.dtype) -> None:
     torch.manual_seed(2)
-    module = nn.MultiheadAttention(8, 2, **attention)  # type: ignore[arg-type]
+    module = nn.MultiheadAttention(8, 2, **attention)
     if module.in_proj_bias is not None:
         nn.init.normal_(module.in_proj_bias)
     wrapped = Attended(module, 8, **options).to(dtype)
@@ -304,7 +304,7 @@ def test_recurrent(data: st.DataObject) -> None:
         options["nonlinearity"] = data.draw(st.sampled_from(["tanh", "relu"]))
     torch.manual_seed(data.draw(st.integers(0, 99)))
     layer = kind(4, 3, **options)
-    x = torch.randn(3, data.draw(st.integers(1, 4)), 4, dtype=options["dtype"])  # type: ignore[arg-type]
+    x = torch.randn(3, data.draw(st.integers(1, 4)), 4, dtype=options["dtype"])
     check_module(Recurrent(layer, data.draw(st.booleans())), x)
 
 
@@ -325,7 +325,7 @@ class OwnRule(Scale):
 def test_a_registered_rule_is_used() -> None:
     @register_rule(OwnRule, name="own")
     def own(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-        out = torch.sigmoid(module.scale * a)  # type: ignore[operator]
+        out = torch.sigmoid(module.scale * a)
         return {"scale": (g * a * out * (1 - out)).flatten(1).sum(1).square()}
 
     torch.manual_seed(0)
@@ -355,7 +355,7 @@ def test_layers_without_a_rule(module: nn.Module) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             if isinstance(module, nn.EmbeddingBag):
-                return self.inner(x.abs().long().clamp(max=4))  # type: ignore[no-any-return]
+                return self.inner(x.abs().long().clamp(max=4))
             out = self.inner(x, x) if isinstance(module, nn.Bilinear) else self.inner(x)
             return out[0] if isinstance(out, tuple) else out
 
@@ -377,7 +377,7 @@ def test_every_row_of_the_table_names_a_module() -> None:
 
 def test_register_rule_refuses_what_is_no_module() -> None:
     with pytest.raises(TypeError, match="module_types"):
-        register_rule(int)  # type: ignore[arg-type]
+        register_rule(int)
     with pytest.raises(TypeError, match="at least one"):
         register_rule()
 
