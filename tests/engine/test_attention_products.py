@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_nets import Net
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,23 +27,23 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        mixed, _ = self.attention(x, x, x, need_weights=False)
-        return self.head(self.second(x + mixed).mean(1))
+def encoder(net: Any, x: torch.Tensor) -> torch.Tensor:
+    x = net.first(x)
+    mixed, _ = net.attention(x, x, x, need_weights=False)
+    return net.head(net.second(x + mixed).mean(1))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_no_product_a_position(frozen: bool) -> None:
     torch.manual_seed(0)
-    model = Encoder().eval().requires_grad_(not frozen)
+    model = Net(
+        encoder,
+        first=nn.LayerNorm(8),
+        second=nn.LayerNorm(8),
+        attention=nn.MultiheadAttention(8, 2, batch_first=True),
+        head=nn.Linear(8, 3),
+    )
+    model.eval().requires_grad_(not frozen)
     extraction, x = Extraction(model, [Logits()]), torch.randn(4, 7, 8)
     extraction(x)
     with Products() as products:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_nets import Net
 from torch import Tensor, nn
 
 import fastgrad
@@ -79,18 +80,15 @@ def test_the_operators_still_see_where_a_gram_matrix_would_lose_digits(monkeypat
     """Output gradients that cancel over positions: in float32 a Gram route would be off by a factor."""
     _without_compiler(monkeypatch)
 
-    class Cancelling(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(64, 64, 1), nn.Linear(64, 3)
-            sign = torch.ones(16)
-            sign[::2] = -1 + 1e-3
-            self.register_buffer("sign", sign.view(4, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head((self.conv(x) * self.sign).sum((2, 3)))
-
-    model, x = Cancelling().eval(), torch.randn(6, 64, 1, 1).expand(6, 64, 4, 4).contiguous()
+    sign = torch.ones(16)
+    sign[::2] = -1 + 1e-3
+    model = Net(
+        lambda net, x: net.head((net.conv(x) * net.sign).sum((2, 3))),
+        conv=nn.Conv2d(64, 64, 1),
+        head=nn.Linear(64, 3),
+        sign=nn.Buffer(sign.view(4, 4)),
+    ).eval()
+    x = torch.randn(6, 64, 1, 1).expand(6, 64, 4, 4).contiguous()
     found = fastgrad.GradientFeatures(model, compile=True)(x)[1]
     truth = fastgrad.GradientFeatures(model.double())(x.double())[1]
     torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from gradient_oracle import loss_norms, relative_error, true_norms
+from small_nets import Net
 from torch import Tensor, nn
 
 import fastgrad
@@ -14,23 +17,21 @@ from fastgrad.engine.network import Network
 from fastgrad.engine.run import Run
 
 
-class Scattered(nn.Module):
+def scattered() -> Net:
     """One parameter under two names, in a list and in the module of another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.rand(4))
-        self.same = self.scale
-        self.shift = nn.Parameter(torch.rand(1, 4))
-        self.plain = [self.scale, {"shift": self.shift}]
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(x * self.plain[0] + self.plain[1]["shift"]) * self.same)
+    scale, shift = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(1, 4))
+    return Net(
+        lambda net, x: net.head(torch.tanh(x * net.plain[0] + net.plain[1]["shift"]) * net.same),
+        scale=scale,
+        same=scale,
+        shift=shift,
+        plain=[scale, {"shift": shift}],
+        head=nn.Linear(4, 3),
+    )
 
 
 def test_a_parameter_is_replaced_wherever_it_occurs() -> None:
-    model = Scattered()
+    model = scattered()
     value = torch.ones(4)
     copy = Shadow(model, lambda p: value if p is model.scale else p.detach()).root
     assert copy.scale is copy.same is copy.plain[0] is value
@@ -40,7 +41,7 @@ def test_a_parameter_is_replaced_wherever_it_occurs() -> None:
 
 def test_broadcast_parameters_in_plain_attributes_are_exact() -> None:
     torch.manual_seed(0)
-    model, x = Scattered().double().eval(), torch.randn(5, 4, dtype=torch.float64)
+    model, x = scattered().double().eval(), torch.randn(5, 4, dtype=torch.float64)
     extractor = fastgrad.GradientFeatures(model, loss="mse")
     logits, features = extractor(x)
     assert [r.route for r in extractor.report()[:2]] == ["broadcast", "broadcast"]
@@ -50,7 +51,7 @@ def test_broadcast_parameters_in_plain_attributes_are_exact() -> None:
 
 def test_a_recording_leaves_lists_of_parameters_as_they_are() -> None:
     torch.manual_seed(0)
-    model, x = Scattered().double(), torch.randn(5, 4).double()
+    model, x = scattered().double(), torch.randn(5, 4).double()
     for samples in (5, 3):
         with fastgrad.record(model):
             found = fastgrad.grad_sqnorm(model(x[:samples]).square().sum(), list(model.parameters()))
@@ -74,31 +75,18 @@ def test_attention_with_a_forward_of_its_own_keeps_the_mode() -> None:
         assert torch.equal(Network(model).forward(None, Run(3), (x,), {}), model(x))
 
 
-class Keeping(nn.Module):
+def keeping(net: Any, x: Tensor) -> Tensor:
     """Keeps in its attributes what it computes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 2)
-        self.seen: list[Tensor] = []
-        self.cache: dict[str, Tensor] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if "weight" not in self.cache:
-            self.cache["weight"] = self.layer.weight * 2
-        self.seen.append(x)
-        return x @ self.cache["weight"].T + self.layer.bias
+    if "weight" not in net.cache:
+        net.cache["weight"] = net.layer.weight * 2
+    net.seen.append(x)
+    return x @ net.cache["weight"].T + net.layer.bias
 
 
 def test_lists_and_dicts_of_the_model_are_its_own() -> None:
-    model, x = Keeping().double(), torch.randn(5, 3).double()
-    truth = torch.stack(
-        [
-            torch.autograd.grad(model(x)[i].sum(), model.layer.weight)[0].square().sum()
-            for i in range(5)
-            if model.cache.clear() is None
-        ]
-    )
+    model, x = Net(keeping, layer=nn.Linear(3, 2), seen=[], cache={}).double(), torch.randn(5, 3).double()
+    rows = (model(x)[i].sum() for i in range(5) if model.cache.clear() is None)
+    truth = loss_norms(rows, model)[:, 0]
     model.cache.clear()
     model.seen.clear()
     _, features = fastgrad.GradientFeatures(model, loss="mse", target=lambda z: z.detach() - 0.5)(x)
