@@ -33,6 +33,7 @@ def recorded(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
 
 def assert_exact(found: Tensor, truth: Tensor) -> None:
     """Compare norms ``(B, P)`` in float64."""
+    assert found.shape == truth.shape
     assert relative_error(found, truth, 2e-16).max() < 1e-10
 
 
