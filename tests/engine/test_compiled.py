@@ -103,11 +103,6 @@ def test_graphs_of_sizes_long_past_are_forgotten(monkeypatch: pytest.MonkeyPatch
     assert len(features._compiled._graphs) == 2
 
 
-def test_compile_must_be_a_flag() -> None:
-    with pytest.raises(TypeError, match="compile must be"):
-        fastgrad.GradientFeatures(nn.Linear(4, 3), compile="yes")
-
-
 def _without_compiler(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     """Graphs run as they are, and are collected."""
     graphs: list[torch.fx.GraphModule] = []

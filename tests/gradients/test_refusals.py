@@ -52,6 +52,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
        for name, value in (("outputs", None), ("outputs", ["x"]), ("params", NET), ("grad_outputs", 5))
        for given in [{"outputs": X, "params": NET.weight, name: value}]},
     "a class": (lambda: find_rule(nn.Linear), TypeError, "module must be a Module; it was type"),
+    "by frequency": (lambda: GradientFeatures(nn.Embedding(4, 5, scale_grad_by_freq=True)), ValueError,
+                     "'Embedding' divides gradients by counts over the batch"),
+    "compile": (lambda: GradientFeatures(NET, compile="yes"), TypeError, "compile must be"),
+    "no module": (lambda: register_rule(int), TypeError, "module_types"),
+    "no modules": (lambda: register_rule(), TypeError, "at least one"),
     "rule": (lambda: register_rule(NET), TypeError, "module_types must be .*; one was Linear"),
 }  # fmt: skip
 
