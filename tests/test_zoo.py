@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from gradient_oracle import relative_error, true_norms
+from small_nets import Net
 from torch import Tensor, nn
 
 import fastgrad
@@ -203,40 +204,28 @@ def test_llama() -> None:
     compare(model, (), torch.float32, input_ids=torch.randint(2, 40, (3, 7)))
 
 
-class LastToken(nn.Module):
+def last_token() -> nn.Module:
     """A language model's logits for the next token; its head is tied to the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        transformers = pytest.importorskip("transformers")
-        self.lm = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=30, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=1
-            )
-        )
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.lm(tokens).logits[:, -1]
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=30, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=1
+    )
+    return Net(lambda net, tokens: net.lm(tokens).logits[:, -1], lm=transformers.GPT2LMHeadModel(config))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_tied_language_model(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    compare(LastToken().eval(), (torch.randint(0, 30, (3, 6)),), dtype)
-
-
-class Words(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(20, 6)
-        self.lstm = nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True)
-        self.head = nn.Linear(10, 3)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.lstm(self.embed(tokens))[0].mean(1))
+    compare(last_token().eval(), (torch.randint(0, 30, (3, 6)),), dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_lstm_classifier(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    compare(Words().eval(), (torch.randint(0, 20, (3, 6)),), dtype)
+    model = Net(
+        lambda net, tokens: net.head(net.lstm(net.embed(tokens))[0].mean(1)),
+        embed=nn.Embedding(20, 6),
+        lstm=nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True),
+        head=nn.Linear(10, 3),
+    )
+    compare(model.eval(), (torch.randint(0, 20, (3, 6)),), dtype)
