@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import pytest
@@ -223,37 +224,34 @@ def test_threads_share_one_model(model: Net, x: Tensor) -> None:
     extractor = fastgrad.GradientFeatures(model)
     inputs = [x + i for i in range(4)]
     truth = [extractor(v)[1] for v in inputs]
-    wrong: list[int] = []
     stop = threading.Event()
 
-    def work(i: int) -> None:
+    def work(i: int) -> bool:
         found = [extractor(inputs[i])[1] for _ in range(10)]
-        wrong.extend(i for f in found if not torch.allclose(f, truth[i], rtol=1e-5))
+        return all(torch.allclose(f, truth[i], rtol=1e-5) for f in found)
 
     def train() -> None:  # the user's own passes go on in another thread
         while not stop.is_set():
             model.head(torch.randn(2, 6)).sum().backward()
 
-    def record() -> None:
+    def record() -> bool:
         frozen = copy.deepcopy(model).eval()
+        right = []
         for _ in range(10):
             with fastgrad.record(frozen):
                 z = frozen(inputs[0])
-                found = fastgrad.grad_sqnorm(
-                    z, list(frozen.parameters()), grad_outputs=losses.delta(z.detach(), "ones", loss="bce")
-                )
-            if not torch.allclose(torch.stack(found, 1), truth[0], rtol=1e-4):
-                wrong.append(-1)
+                delta = losses.delta(z.detach(), "ones", loss="bce")
+                found = fastgrad.grad_sqnorm(z, list(frozen.parameters()), grad_outputs=delta)
+            right.append(torch.allclose(torch.stack(found, 1), truth[0], rtol=1e-4))
+        return all(right)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)] + [threading.Thread(target=record)]
-    trainer = threading.Thread(target=train)
-    for thread in [trainer, *threads]:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    stop.set()
-    trainer.join()
-    assert not wrong
+    with futures.ThreadPoolExecutor(6) as pool:
+        trained = pool.submit(train)
+        others = [*(pool.submit(work, i) for i in range(4)), pool.submit(record)]
+        futures.wait(others)
+        stop.set()
+    assert trained.exception() is None
+    assert all(other.result() for other in others)
     assert model.training
 
 

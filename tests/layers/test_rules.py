@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import subprocess
@@ -248,11 +249,8 @@ def _routes(module: nn.Module, x: Tensor) -> list[fastgrad.gradients.features.Ro
         model(x)
     extractor = fastgrad.GradientFeatures(model)
     extractor(x)
-    return [
-        fastgrad.gradients.features.Route(r.parameter.removeprefix("0."), r.route, r.module, r.reason)
-        for r in extractor.report()
-        if r.parameter.startswith("0.")
-    ]
+    routes = (r for r in extractor.report() if r.parameter.startswith("0."))
+    return [dataclasses.replace(r, parameter=r.parameter.removeprefix("0.")) for r in routes]
 
 
 def recurrent(net: Any, x: Tensor) -> Tensor:
@@ -302,8 +300,7 @@ class Scale(nn.Module):
 
 
 class OwnRule(Scale):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.scale * x)
+    """A type for which a rule is registered."""
 
 
 def test_a_registered_rule_is_used() -> None:
