@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
 """Squared norms of the last layer's gradients for all N one-hot contrasts, from features and logits.
 
     out[b, k] = ||delta^(k)(z_b)||^2 (||h_b||^2 + bias)        float32, or its logarithm
@@ -16,8 +15,8 @@ is a multiple of 8, and only a factor the compiler can see makes 16-byte accesse
 import triton
 import triton.language as tl
 
-from .losses import contrast_coefficients
-from .moments import contrast_values, merge_parts, store_part, sweep_moments, tile_moments, write_values
+from .losses import contrast_coefficients, reduce_moments
+from .moments import contrast_values, load_block, merge_parts, store_part, sweep_moments, write_values
 
 
 @triton.jit
@@ -38,9 +37,7 @@ def square_sum(h_ptrs, valid, start, stop, stride_d, ROWS: tl.constexpr, BLOCK_D
     """Sum of squares over the columns ``[start, stop)`` of the rows at ``h_ptrs``; ``(ROWS,)`` float32."""
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for d in range(start, stop, BLOCK_D):
-        offs = d + tl.arange(0, BLOCK_D)
-        inside = valid[:, None] & (offs < stop)[None, :]
-        h = tl.load(h_ptrs[:, None] + offs.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
+        h, _ = load_block(h_ptrs, stride_d, d, stop, valid, BLOCK_D, 0.0)
         total += h * h
     return tl.sum(total, 1)
 
@@ -56,15 +53,13 @@ def contrast_rows_kernel(
     N = N_units * ALIGN_N
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = rows < B
-    cols = tl.arange(0, BLOCK_N)
-    inside = valid[:, None] & (cols < N)[None, :]
-    z_ptrs = z_ptr + (rows * stride_zb * ALIGN_Z)[:, None] + cols.to(tl.int64)[None, :] * stride_zn
-    z = tl.load(z_ptrs, mask=inside, other=float("-inf")).to(tl.float32)
+    z, inside = load_block(z_ptr + rows * stride_zb * ALIGN_Z, stride_zn, 0, N, valid, BLOCK_N, float("-inf"))
     square = square_sum(h_ptr + rows * stride_hb * ALIGN_H, valid, 0, D, stride_hd, ROWS, BLOCK_D)
     factor = features_factor(square, N, BIAS, LOG, MEAN)
-    coefficients = contrast_coefficients(tile_moments(z, inside, LOSS, LOG, False), LOSS, LOG)
+    coefficients = contrast_coefficients(reduce_moments((z,), inside, LOSS, LOG, False, False), LOSS, LOG)
     v = contrast_values(z, factor, coefficients, LOSS, LOG)
-    tl.store(out_ptr + (rows * N_units * ALIGN_N)[:, None] + cols.to(tl.int64)[None, :], v, mask=inside)
+    cols = tl.arange(0, BLOCK_N).to(tl.int64)
+    tl.store(out_ptr + (rows * N_units * ALIGN_N)[:, None] + cols[None, :], v, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N_units"])

@@ -1,17 +1,14 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
 """Per-sample squared norms of weight gradients, of which nothing but a number per tile leaves the chip.
 
     G[o, c, d] = sum_t g[o, t] a[c, stride * t + dilation * d - padding]        out = ||G||^2
 
 - ``direct_kernel``: an implicit matrix product per (sample, kernel offset); a program owns a tile of (O, C), runs over
-  the positions and sums the squares of its accumulator. A linear layer with T positions is a convolution with one
-  kernel offset.
+  the positions and sums the squares of its accumulator. A linear layer is a convolution with one kernel offset.
 - ``gram_kernel``: the same number as ``sum_{t,t'} (a_t . a_t')(g_t . g_t')`` for a linear layer; a program owns a tile
   of position pairs, of which only those with t <= t' are formed.
 
-Partial sums go to a buffer with one place per program, so that the result does not depend on timing.
-Positions are ``(d, h, w)`` triples; missing axes have size 1. Tiles run along channels, so channels-last
-operands are read with the widest loads.
+``out`` has one place per program, so that the result does not depend on timing. Positions are ``(d, h, w)`` triples;
+missing axes have size 1. Tiles run along channels, so channels-last operands are read with the widest loads.
 """
 
 import triton
@@ -29,10 +26,9 @@ def direct_kernel(
     FLAGGED: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(K * B * groups * tiles_o * taps * tiles_c,)``; ``out`` float32, one place per program.
+    """Grid ``(K * B * groups * tiles_o * taps * tiles_c,)``, or a piece of it after ``before`` programs.
 
-    A launch may have a piece of it, after ``before`` programs. With ``FLAGGED`` only samples whose ``flag`` (int32
-    ``(K, B)``) is set are computed; others get 0.
+    With ``FLAGGED`` only samples whose ``flag`` (int32 ``(K, B)``) is set are computed; others get 0.
     """
     tiles_c = tl.cdiv(C, BLOCK_C)
     taps = kernel_d * kernel_h * kernel_w
@@ -91,6 +87,27 @@ def direct_kernel(
     tl.store(out_ptr + pid, square)
 
 
+@triton.jit
+def gram_tile(
+    x_ptr, rows, cols, T, K, stride_t, stride_k,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Products over K channels of the positions ``rows`` with the positions ``cols`` of one sample, of T."""
+    row_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_t
+    col_ptrs = x_ptr + cols.to(tl.int64)[:, None] * stride_t
+    acc = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        offs = k.to(tl.int64)[None, :] * stride_k
+        left = tl.load(row_ptrs + offs, mask=(rows < T)[:, None] & (k < K)[None, :], other=0.0)
+        right = tl.load(col_ptrs + offs, mask=(cols < T)[:, None] & (k < K)[None, :], other=0.0)
+        if UPCAST:
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
+        acc = tl.dot(left, tl.trans(right), acc, input_precision=PRECISION)
+    return acc
+
+
 @triton.jit(do_not_specialize=["B", "tiles", "pairs"])
 def gram_kernel(
     a_ptr, g_ptr, out_ptr, diagonal_ptr,
@@ -100,8 +117,7 @@ def gram_kernel(
 ):  # fmt: skip
     """Grid ``(K * B * pairs,)`` with ``pairs = tiles (tiles + 1) / 2`` pairs of position tiles, first <= second.
 
-    ``out`` and ``diagonal`` are float32 with one place per program: its share of the norm, and of the terms
-    with t = t', which tells how far the others cancel.
+    A program writes its share of the norm, and of the terms with t = t', which tells how far the others cancel.
     """
     pid = tl.program_id(0).to(tl.int64)
     pair = (pid % pairs).to(tl.int32)
@@ -115,35 +131,10 @@ def gram_kernel(
 
     rows = first * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = second * BLOCK_T + tl.arange(0, BLOCK_T)
-    row_in = (rows < T)[:, None]
-    col_in = (cols < T)[:, None]
-    ks = tl.arange(0, BLOCK_K)
-    a_base = a_ptr + sample * stride_ab
-    g_base = g_ptr + gradient * stride_gk + sample * stride_gb
-    a_rows = a_base + rows.to(tl.int64)[:, None] * stride_at
-    a_cols = a_base + cols.to(tl.int64)[:, None] * stride_at
-    inputs = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
-    for start in range(0, C, BLOCK_K):
-        k = start + ks
-        offs = k.to(tl.int64)[None, :] * stride_ac
-        left = tl.load(a_rows + offs, mask=row_in & (k < C)[None, :], other=0.0)
-        right = tl.load(a_cols + offs, mask=col_in & (k < C)[None, :], other=0.0)
-        if UPCAST:
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
-        inputs = tl.dot(left, tl.trans(right), inputs, input_precision=PRECISION)
-    g_rows = g_base + rows.to(tl.int64)[:, None] * stride_gt
-    g_cols = g_base + cols.to(tl.int64)[:, None] * stride_gt
-    outputs = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
-    for start in range(0, O, BLOCK_K):
-        k = start + ks
-        offs = k.to(tl.int64)[None, :] * stride_go
-        left = tl.load(g_rows + offs, mask=row_in & (k < O)[None, :], other=0.0)
-        right = tl.load(g_cols + offs, mask=col_in & (k < O)[None, :], other=0.0)
-        if UPCAST:
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
-        outputs = tl.dot(left, tl.trans(right), outputs, input_precision=PRECISION)
+    a = a_ptr + sample * stride_ab
+    g = g_ptr + gradient * stride_gk + sample * stride_gb
+    inputs = gram_tile(a, rows, cols, T, C, stride_at, stride_ac, BLOCK_T, BLOCK_K, PRECISION, UPCAST)
+    outputs = gram_tile(g, rows, cols, T, O, stride_gt, stride_go, BLOCK_T, BLOCK_K, PRECISION, UPCAST)
     product = inputs * outputs
     own = tl.where(rows[:, None] == cols[None, :], product, 0.0)
     weight = tl.where(first == second, 1.0, 2.0)

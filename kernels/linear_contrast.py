@@ -1,28 +1,21 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
 """The last layer fused with its contrast norms: features and weight in, logits and squared norms out.
 
 A program owns a ``BLOCK_M x BLOCK_N`` tile of ``x W^T + b``. It rounds the tile to the logits' dtype, writes it, and
-reduces *the rounded values* to leave-one-out moments (see ``losses``), so that the result equals that of the unfused
-``contrast`` kernels on the logits written. The features' squared norm comes from the product's own loads where a row
-block has few tiles; where it has many, each tile squares one slice of the features, which the product has just put
-into the cache.
+reduces *the rounded values* to moments (see ``losses``), so that the result equals that of the ``contrast`` kernels on
+the logits written. The features' squared norm comes from the product's own loads where a row block has few tiles; where
+it has many, each tile squares one slice of the features.
 
-Whoever turns the logits of a row block into norms merges the partial moments in the order of the tiles, so results do
-not depend on timing. It is
-
-- ``LAST``: the last tile of the row block to arrive (a counter in ``sync``, zero before the launch), right for the few
-  rows of a request;
-- otherwise ``contrast_finish_kernel`` in a second launch, many programs a row.
-
-No program ever waits for another.
+The partial moments of a row block are merged in the order of the tiles, so results do not depend on timing. With
+``LAST``, right for the few rows of a request, the last tile to arrive does it (a counter in ``sync``), and no program
+waits for another; else ``contrast_finish_kernel`` in a second launch, many programs a row.
 """
 
 import triton
 import triton.language as tl
 
 from .contrast import features_factor, square_sum
-from .losses import contrast_coefficients, contrast_statistics, empty_moments, rest_value
-from .moments import add_tile, columns, load_plane, merge_parts, store_part, tile_moments, write_values
+from .losses import contrast_coefficients, contrast_statistics, empty_moments, reduce_moments, rest_value
+from .moments import add_tile, columns, load_plane, merge_parts, store_part, write_values
 
 
 @triton.jit
@@ -88,8 +81,7 @@ def linear_contrast_kernel(
 ):  # fmt: skip
     """Grid ``(groups * GROUP_M * tiles_n,)`` with ``groups = cdiv(cdiv(B, BLOCK_M), GROUP_M)``.
 
-    ``work`` is float32 ``(PLANES, tiles_n, B)``. ``sync`` is int32 ``(tiles_m,)``, zero: the arrivals at each row
-    block; it is not used without ``LAST``.
+    ``work`` is float32 ``(PLANES, tiles_n, B)``; with ``LAST`` ``sync`` is int32 ``(tiles_m,)``, zero.
     """
     N = N_units * ALIGN_N
     tiles_m = tl.cdiv(B, BLOCK_M)
@@ -121,7 +113,7 @@ def linear_contrast_kernel(
         rounded = add_bias(acc, bias_ptr, cols, N, HAS_BIAS).to(z_ptr.dtype.element_ty)
         inside = valid[:, None] & (cols < N)[None, :]
         tl.store(z_rows[:, None] + cols.to(tl.int64)[None, :], rounded, mask=inside)
-        moments = tile_moments(rounded.to(tl.float32), inside, LOSS, LOG, False)
+        moments = reduce_moments((rounded.to(tl.float32),), inside, LOSS, LOG, False, False)
         if NORM_IN_LOOP:
             features = tl.where(tile_n == 0, seen, 0.0)
         store_part(work_rows + tile_n.to(tl.int64) * B, plane, valid, moments, features)
@@ -143,12 +135,11 @@ def linear_stats_kernel(
 ):  # fmt: skip
     """Grid ``(tiles_m * splits,)``: statistics over the contrasts; neither logits nor norms are ever written.
 
-    A program merges the moments of ``tiles_per_split`` tiles as it goes. ``out`` is float32 ``(B, 5)``: minimum,
-    maximum, mean, softmax expectation, value of the predicted class. ``work`` is float32 ``(PLANES, splits, B)``
-    and ``sync`` int32 ``(tiles_m,)``, zero.
+    A program merges the moments of ``tiles_per_split`` tiles as it goes. ``out`` is float32 ``(B, 5)``, ``work``
+    float32 ``(PLANES, splits, B)`` and ``sync`` int32 ``(tiles_m,)``, zero.
 
-    For brier the extremes are not those of the logits: a second launch finds the moments of the first in ``work``,
-    repeats the product and takes the extremes of the values, in two planes from ``EXTREMES`` on (0: first launch).
+    For brier a second launch finds the moments of the first in ``work``, repeats the product and takes the extremes of
+    the values, in two planes from ``EXTREMES`` on (0: first launch).
     """
     tile_m = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -215,9 +206,6 @@ def linear_stats_kernel(
         else:
             moments, features = merge_parts(work_ptr + rows, splits, B, plane, valid, LOSS, False, True, BLOCK_M, PARTS)
             factor = features_factor(features, N, HAS_BIAS, False, MEAN)
-            low, high, mean, expected, predicted = contrast_statistics(moments, N, LOSS)
-            tl.store(out_rows, low * factor, mask=valid)
-            tl.store(out_rows + 1, high * factor, mask=valid)
-            tl.store(out_rows + 2, mean * factor, mask=valid)
-            tl.store(out_rows + 3, expected * factor, mask=valid)
-            tl.store(out_rows + 4, predicted * factor, mask=valid)
+            statistics = contrast_statistics(moments, N, LOSS)
+            for i in tl.static_range(5):
+                tl.store(out_rows + i, statistics[i] * factor, mask=valid)

@@ -1,17 +1,14 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, assignment"
 # ruff: noqa: RET505, SIM108 - choices between constants at compile time: a branch not taken is not compiled
 """Everything the kernels know of a loss, as device functions with a constant ``LOSS``.
 
-A new loss is a branch in each of them: which sums over a row it needs (``empty_moments``, ``reduce_moments``), the
-squared norm of a contrast from these sums (``contrast_coefficients``, ``rest_value``), statistics over all contrasts
-(``contrast_statistics``) and an entry of delta for a fixed target (``delta_entry``; a softmax loss has a sweep of its
-own in ``sweeps``). ``fastgrad.losses`` defines a loss; ``fastgrad.ops.tune`` gives it smaller tiles where they must fit
-the registers; the launcher of the statistics sweeps twice where the extremes do not follow the logits.
+A new loss is a branch in each of them: its sums over a row (``empty_moments``, ``reduce_moments``), the squared norm of
+a contrast from these (``contrast_coefficients``, ``rest_value``), statistics over all contrasts
+(``contrast_statistics``) and an entry of delta for a fixed target (``delta_entry``; softmax losses have sweeps in
+``target``).
 
-Confident rows are the common case, and there ``p_k - 1`` and ``|p|^2 - 2 p_k + 1`` cancel to nothing. So a row is
-summarised by sums that leave its maximum out. Its moments are a tuple: ``top`` and ``second``, the two largest logits
-(equal on a tie), then, with ``f_j = exp(z_j - second)``, ``g_j = 1 - exp(z_j - top)`` and every sum over all entries
-but one maximum,
+For confident rows ``p_k - 1`` and ``|p|^2 - 2 p_k + 1`` cancel to nothing. So sums leave a row's maximum out. Its
+moments are a tuple: ``top`` and ``second``, the two largest logits (equal on a tie), then, with
+``f_j = exp(z_j - second)``, ``g_j = 1 - exp(z_j - top)`` and every sum over all entries but one maximum,
 
     =============  ===================================  ======================================
     loss           always                               with ``STATS``
@@ -22,13 +19,11 @@ but one maximum,
                    sum f g, sum f^2 g, sum f^2 g^2
     =============  ===================================  ======================================
 
-with ``u = sigmoid(z)`` for bce and ``u = z`` for mse. Scaling by the second maximum keeps every sum away from
-underflow at any margin; for the logarithm of bce (``LOG``) the sum of squares is scaled by ``sigmoid(second)^2`` for
-the same reason.
+with ``u = sigmoid(z)`` for bce and ``u = z`` for mse. Scaled by the second maximum, no sum underflows; for the
+logarithm of bce (``LOG``) the sum of squares is scaled by ``sigmoid(second)^2``.
 
 A single logit is a row with ``top = z``, ``second = -inf`` and empty sums, so one associative reduction serves tiles
-of logits and partial moments alike. The empty row (``top = second = -inf``, zero sums, ``min z = inf``) is its
-identity.
+of logits and partial moments alike. Its identity is the empty row: ``top = second = -inf``, zero sums, ``min z = inf``.
 """
 
 import triton
@@ -150,11 +145,9 @@ def reduce_moments(
 
 @triton.jit
 def contrast_coefficients(moments, LOSS: tl.constexpr, LOG: tl.constexpr):
-    """Per-row numbers from which ``rest_value`` gives ``||delta^(k)||^2`` or its logarithm for every k but the top.
+    """Of each row the largest logit, the value of its contrast, and what ``rest_value`` takes for every other contrast.
 
-    Returns ``(top, peak, ...)``: the largest logit, the value of its contrast, and the loss' coefficients. For every
-    other contrast the squares cancel exactly and leave a polynomial in ``exp(z_k - second)``, ``sigmoid(z_k)`` or
-    ``z_k``.
+    There the squares cancel exactly and leave a polynomial in ``exp(z_k - second)``, ``sigmoid(z_k)`` or ``z_k``.
     """
     top, second, square = moments[0], moments[1], moments[2]
     if (LOSS == "cross_entropy") or (LOSS == "brier"):
@@ -241,8 +234,8 @@ def rest_value(z, coefficients, LOSS: tl.constexpr, LOG: tl.constexpr):
 def contrast_statistics(moments, N, LOSS: tl.constexpr):
     """Minimum, maximum, mean, softmax expectation and the predicted class' value over the contrasts of each row.
 
-    For brier the value is a cubic of the probability, so that its extremes are not those of the logits: the first
-    two results are then the predicted class' value, to be combined with a sweep over the other contrasts.
+    Of brier, a cubic of the probability, the extremes are not those of the logits: the first two results are then the
+    predicted class' value, and the other contrasts need a sweep.
     """
     coefficients = contrast_coefficients(moments, LOSS, False)
     top, second, square, mass = moments[0], moments[1], moments[2], moments[3]

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, assignment"
 """From logits to moments, tile by tile and part by part, and from moments to the squared norms of all contrasts.
 
 ``losses`` says what the moments are; here they are tuples of any length.
@@ -8,13 +7,6 @@ import triton
 import triton.language as tl
 
 from .losses import contrast_coefficients, empty_moments, reduce_moments, rest_value
-from .sweeps import load_block
-
-
-@triton.jit
-def tile_moments(z, valid, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl.constexpr):
-    """Moments of each row of a tile of logits ``[R, C]``; entries outside ``valid`` do not exist."""
-    return reduce_moments((z,), valid, LOSS, LOG, STATS, False)
 
 
 @triton.jit
@@ -30,7 +22,19 @@ def merge_moments(moments, others, LOSS: tl.constexpr, LOG: tl.constexpr, STATS:
 @triton.jit
 def add_tile(moments, z, valid, LOSS: tl.constexpr, LOG: tl.constexpr, STATS: tl.constexpr):
     """Moments ``[R]`` of rows that a tile of logits ``[R, C]`` continues."""
-    return merge_moments(moments, tile_moments(z, valid, LOSS, LOG, STATS), LOSS, LOG, STATS)
+    return merge_moments(moments, reduce_moments((z,), valid, LOSS, LOG, STATS, False), LOSS, LOG, STATS)
+
+
+@triton.jit
+def load_block(
+    ptrs, stride, n, stop, valid, BLOCK_N: tl.constexpr, other: tl.constexpr, KEEP: tl.constexpr = False
+):  # fmt: skip
+    """Columns ``[n, n + BLOCK_N)`` of the rows at ``ptrs`` in float32, and which exist; ``KEEP`` keeps them cached."""
+    cols = n + tl.arange(0, BLOCK_N)
+    inside = valid[:, None] & (cols < stop)[None, :]
+    at = ptrs[:, None] + cols.to(tl.int64)[None, :] * stride
+    block = tl.load(at, mask=inside, other=other, eviction_policy="evict_last" if KEEP else "")
+    return block.to(tl.float32), inside
 
 
 @triton.jit
@@ -112,7 +116,7 @@ def write_values(
 ):  # fmt: skip
     """Turn the columns ``[start, stop)`` of rows of logits into squared norms.
 
-    With ``SHARED`` the logits come from other programs of the same launch, and are read past the first-level cache.
+    With ``SHARED`` other programs of the launch wrote the logits, which are read past the first-level cache.
     """
     coefficients = contrast_coefficients(moments, LOSS, LOG)
     for n in range(start, stop, BLOCK_N):

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
 """Elementary functions that stay relatively accurate where the obvious form cancels or overflows."""
 
 import triton
@@ -13,10 +12,9 @@ def finite(x):
 
 @triton.jit
 def exp(x):
-    """e^x for x up to 88, to about two units in the last place everywhere; NaN stays NaN.
+    """e^x for x up to 88, to about two units in the last place; NaN stays NaN.
 
-    The hardware's exponential takes ``x * log2(e)`` rounded to float32, an error of 2e-6 at x = -40 that a square
-    doubles. Reducing the argument first keeps the result's error independent of x.
+    Hardware rounds ``x * log2(e)`` to float32, an error of 2e-6 at x = -40: the argument is reduced first.
     """
     x = tl.where(x < -200.0, -200.0, x)
     n = tl.floor(x * 1.4426950408889634 + 0.5)
@@ -53,11 +51,10 @@ def log_sigmoid(x):
 
 @triton.jit
 def margin(top, second):
-    """``exp(second - top)``, ``second - top`` and the rounding error of that difference.
+    """``exp(second - top)``, ``second - top`` and the rounding error of that difference, known exactly (two-sum).
 
-    The error of the difference is half a unit of a number near 40, which a square of its exponential would show;
-    it is known exactly (two-sum), so it is given back. The softmax of a row whose maximum is infinite (either sign)
-    is undefined, as it is to autograd: the exponential is then NaN.
+    It is half a unit of a number near 40, which a square of the exponential would show. The softmax of a row whose
+    maximum is infinite (either sign) is undefined, as it is to autograd: the exponential is then NaN.
     """
     r = second - top
     back = r - second

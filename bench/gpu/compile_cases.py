@@ -17,7 +17,7 @@ from torch import Tensor
 from fastgrad.checks import KERNEL_DTYPES
 from fastgrad.losses import LOSSES
 from fastgrad.ops import tune
-from fastgrad.ops.triton import contrast, devices, layer_sqnorm, linear_contrast, target
+from fastgrad.ops.triton import devices, last_layer, layer_sqnorm
 from fastgrad.ops.tune import Architecture
 
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -73,12 +73,12 @@ def prepared(
 ) -> partial[Any]:  # fmt: skip
     """Return the call of a launcher of the last layer; ``kind`` is of a target."""
     h = make(B, D)
-    if launcher in (contrast.contrast_sqnorm, target.target_sqnorm):
+    if launcher in (last_layer.contrast_sqnorm, last_layer.target_sqnorm):
         z = make(B, N, seed=1)
         y = {"indices": (torch.arange(B) % N).to(z.device), "soft": make(B, N, seed=2)}.get(kind)
         return partial(launcher, h, z, *((y, kind) if kind else ()), loss, bias, log, mean)
     layer = (h, make(N, D, seed=1), make(N, seed=2) if bias else None)
-    statistics = launcher is linear_contrast.linear_contrast_stats
+    statistics = launcher is last_layer.linear_contrast_stats
     return partial(launcher, *layer, loss, *(() if statistics else (log,)), mean)
 
 
@@ -99,7 +99,7 @@ def _case(
 
 def cases(make: Make = meta) -> Iterator[Case]:
     """Yield the shapes that `tune` treats differently, for every kernel."""
-    norms = partial(_case, contrast.contrast_sqnorm, make)
+    norms = partial(_case, last_layer.contrast_sqnorm, make)
     for loss in LOSSES:
         yield norms(4096, 1000, 512, HALF, loss, quick=loss == "cross_entropy")
         yield norms(4096, 1000, 512, HALF, loss, log=True)
@@ -109,8 +109,8 @@ def cases(make: Make = meta) -> Iterator[Case]:
     for N, dtype in ((16, SINGLE), (128, HALF), (1000, SINGLE), (4096, HALF), (8192, SINGLE)):
         yield norms(4096, N, 512, dtype, "cross_entropy")
     yield norms(4096, 10, 512, SINGLE, "cross_entropy", wide=False)
-    head = partial(_case, linear_contrast.linear_contrast_sqnorm, make)
-    statistics = partial(_case, linear_contrast.linear_contrast_stats, make)
+    head = partial(_case, last_layer.linear_contrast_sqnorm, make)
+    statistics = partial(_case, last_layer.linear_contrast_stats, make)
     for loss in LOSSES:
         for B, N, D in ((1, 1000, 2048), (32, 1000, 2048), (64, 32000, 4096), (1024, 32000, 4096)):
             yield head(B, N, D, HALF, loss, quick=loss == "brier" and B == 1024)
@@ -120,7 +120,7 @@ def cases(make: Make = meta) -> Iterator[Case]:
         yield statistics(8, 128256, 4096, HALF, loss)
         yield statistics(1024, 128256, 4096, HALF, loss, quick=loss == "bce")
         yield statistics(256, 32000, 4096, SINGLE, loss)
-    one = partial(_case, target.target_sqnorm, make)
+    one = partial(_case, last_layer.target_sqnorm, make)
     for loss in LOSSES:
         for kind in ("ones", "predicted", "soft"):
             yield one(4096, 1000, 512, HALF, loss, kind=kind, quick=(kind, loss) == ("soft", "brier"))

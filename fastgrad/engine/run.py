@@ -20,7 +20,7 @@ from fastgrad.engine.steps import Steps
 from fastgrad.layers.reduce import sqnorm, upcast
 from fastgrad.layers.registry import LayerRule, ReplayRule
 from fastgrad.losses import compute_dtype
-from fastgrad.ops.dispatch import using
+from fastgrad.ops.dispatch import bind_contextvar, implementation
 
 if TYPE_CHECKING:
     from fastgrad.engine.plan import Plan
@@ -138,7 +138,7 @@ class LayerSite(RuledSite):
         def norms(saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
             held.require()
             a, g = (self.layout.batch_first(x[0], run.samples) for x in (saved, gradients))
-            with using(run.impl):
+            with bind_contextvar(implementation, run.impl):
                 return self.columns(self.rule.function(module, a, g))
 
         in_place = self.rule.in_place and not single
@@ -235,7 +235,7 @@ class ReplaySite(RecomputedSite, RuledSite):
         module = shadow.submodule(self.path)
 
         def replay(args: Any, kwargs: Any, gradients: Sequence[Tensor]) -> Tensor:
-            with using(run.impl):
+            with bind_contextvar(implementation, run.impl):
                 return self.columns(self.rule.function(module, args, kwargs, gradients))
 
         return replay

@@ -13,11 +13,8 @@ from torch import Tensor
 
 from fastgrad import checks, losses
 from fastgrad._torch import check_later, is_traced, unwrapped
+from fastgrad.ops import last_layer
 from fastgrad.ops.dispatch import choose, full_precision
-from fastgrad.ops.last_layer import contrast as contrast_op
-from fastgrad.ops.last_layer import linear_contrast as linear_op
-from fastgrad.ops.last_layer import rows as rows_op
-from fastgrad.ops.last_layer import target as target_op
 
 
 class ContrastStats(NamedTuple):
@@ -67,7 +64,7 @@ def contrast_sqnorm(
         ValueError: Shapes or devices do not fit, an option is unknown, or ``impl="triton"`` cannot serve the tensors.
     """
     leading = _head_pair(features, logits, loss, reduction, impl, bias=bias, log=log)
-    norms = contrast_op.contrast_sqnorm(_matrix(features), _matrix(logits), loss, bias, log, reduction == "mean", impl)
+    norms = last_layer.contrast_sqnorm(_matrix(features), _matrix(logits), loss, bias, log, reduction == "mean", impl)
     return norms.reshape(*leading, logits.shape[-1])
 
 
@@ -103,7 +100,7 @@ def target_sqnorm(
         kind, label = "soft", _matrix(target)
     else:
         kind, label = "indices", target.reshape(-1)
-    norms = target_op.target_sqnorm(
+    norms = last_layer.target_sqnorm(
         _matrix(features), _matrix(logits), label, kind, loss, bias, log, reduction == "mean", impl
     )
     return norms.reshape(leading)
@@ -133,7 +130,7 @@ def linear_contrast_sqnorm(
         TypeError, ValueError: As in :func:`contrast_sqnorm`, or a tensor has another dtype than the features.
     """
     _linear(features, weight, bias, loss, reduction, impl, log=log)
-    logits, norms = linear_op.linear_contrast_sqnorm(
+    logits, norms = last_layer.linear_contrast_sqnorm(
         _matrix(features), weight, bias, loss, log, reduction == "mean", impl
     )
     shape = (*features.shape[:-1], weight.shape[0])
@@ -158,7 +155,7 @@ def linear_contrast_stats(
         :class:`ContrastStats` of tensors ``(...)``, float32 (float64 for float64).
     """
     _linear(features, weight, bias, loss, reduction, impl)
-    stats = linear_op.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction == "mean", impl)
+    stats = last_layer.linear_contrast_stats(_matrix(features), weight, bias, loss, reduction == "mean", impl)
     return ContrastStats(*stats.reshape(*features.shape[:-1], 5).unbind(-1))
 
 
@@ -204,7 +201,7 @@ def contrast_rows_linear(
     _bias(bias, weight)
     diagonal = losses.contrast_diagonal(_matrix(logits), loss=loss)
     with full_precision(features.device):
-        out = rows_op.rows_linear(_matrix(features), diagonal, weight, bias)
+        out = last_layer.rows_linear(_matrix(features), diagonal, weight, bias)
     return out.reshape(*leading, weight.shape[0])
 
 

@@ -72,7 +72,7 @@ def _norms(padding: Padding, module: nn.Module, a: Tensor, g: Tensor) -> dict[st
     kernel, stride, dilation = _geometry(module)
     norms["weight"] = conv_sqnorm(
         a, g, kernel, stride, before, dilation, module.groups,
-        transposed=isinstance(module, ConvTransposeNd), impl=implementation(),
+        transposed=isinstance(module, ConvTransposeNd), impl=implementation.get(),
     )  # fmt: skip
     return norms
 

@@ -16,7 +16,7 @@ def weight_sqnorm(a: Tensor, g: Tensor) -> Tensor:
     if a.shape[1] == 1:
         a, g = upcast(a, g)
         return sqnorm(a) * sqnorm(g)
-    return linear_sqnorm(a, g, impl=implementation())
+    return linear_sqnorm(a, g, impl=implementation.get())
 
 
 def bias_sqnorm(g: Tensor) -> Tensor:

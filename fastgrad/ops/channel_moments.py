@@ -11,7 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-from fastgrad import checks
 from fastgrad._torch import is_readable, is_traced
 from fastgrad.losses import compute_dtype
 
@@ -21,29 +20,16 @@ HELD = 1 << 20
 LONGEST_RUN = 512
 
 
-def canonical(x: Tensor, dim: int) -> Tensor:
-    """The view ``(B, C, ...)`` with at least one axis of positions."""
-    if dim not in (1, 1 - x.dim()):
-        x = x.movedim(dim, 1)
-    return x.unsqueeze(2) if x.dim() == 2 else x
-
-
-def _in_one_piece(x: Tensor) -> bool:
-    """Whether the operations become nodes of a graph or run on a GPU."""
-    return not is_readable(x) or (torch.is_grad_enabled() and x.requires_grad) or x.device.type != "cpu"
-
-
-def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
-    """``x`` in ``dtype``, without a node in the graph where it is in it already."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def _total(x: Tensor) -> Tensor:
-    """The sum over the positions, of many in two steps: Inductor adds them in a row, where ATen keeps to a tree."""
+def _squares(x: Tensor) -> Tensor:
+    """Squares of ``(B, C, ...)`` summed over the positions."""
+    dtype = compute_dtype(x.dtype)
+    # Without a node in a graph where it is in that dtype.
+    squares = (x if x.dtype == dtype else x.to(dtype)).square()
     others = tuple(range(2, x.dim() - 1))
     if others and is_traced() and x.device.type == "cpu" and not _few(x.shape[2:]):
-        return x.sum(-1).sum(others)
-    return x.sum((*others, -1))
+        # In two steps: Inductor adds numbers in a row, where ATen keeps to a tree.
+        return squares.sum(-1).sum(others)
+    return squares.sum((*others, -1))
 
 
 def _few(positions: torch.Size) -> bool:
@@ -51,39 +37,18 @@ def _few(positions: torch.Size) -> bool:
     return all(isinstance(n, int) for n in positions) and math.prod(positions) <= LONGEST_RUN
 
 
-def _squares(x: Tensor) -> Tensor:
-    dtype = compute_dtype(x.dtype)
-    if _in_one_piece(x) or x.numel() <= HELD:
-        return _total(_in(dtype, x).square())
-    samples = max(1, HELD // x[0].numel())
-    return torch.cat([_total(part.to(dtype).square()) for part in x.split(samples)])
-
-
-def _checked(x: Tensor, dim: int) -> Tensor:
-    """``x`` as ``(B, C, ...)``."""
-    checks.is_float("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x must be (B, C, ...) or (B, ..., C); its shape was {tuple(x.shape)}")
-    if dim == 0 or not -x.dim() < dim < x.dim():
-        raise ValueError(
-            f"dim must be the dimension of the channels, 1 to {x.dim() - 1} or as far from the end; it was {dim!r}"
-        )
-    return canonical(x, dim)
-
-
 def channel_square_sums(x: Tensor, dim: int = 1) -> Tensor:
-    """Return every channel's sum of squares over its positions, for each sample.
+    """Return every channel's sum of squares over its positions, for each sample: ``(B, C)``, zeros without positions.
 
-    Args:
-        x: ``(B, C, ...)``, or with ``dim=-1`` ``(B, ..., C)``: the dimensions other than the batch and the channels
-            are positions, none of them for ``(B, C)``. Contiguous and channels-last tensors are read where they are.
-        dim: Dimension of the channels, any but the batch.
-
-    Returns:
-        ``(B, C)``: float64 for float64, else float32. Zeros without positions.
-
-    Raises:
-        TypeError: If ``x`` is no floating tensor.
-        ValueError: If ``x`` or ``dim`` is not as above.
+    ``x`` is a floating tensor ``(B, C, ...)`` with its channels in ``dim``, any but dimension 0; all others are
+    positions. Contiguous and channels-last tensors are read where they are. float64 for float64, else float32.
     """
-    return _squares(_checked(x, dim))
+    if dim not in (1, 1 - x.dim()):
+        x = x.movedim(dim, 1)
+    if x.dim() == 2:
+        x = x.unsqueeze(2)
+    # As nodes of a graph or on a GPU in one piece.
+    whole = not is_readable(x) or (torch.is_grad_enabled() and x.requires_grad) or x.device.type != "cpu"
+    if whole or x.numel() <= HELD:
+        return _squares(x)
+    return torch.cat([_squares(part) for part in x.split(max(1, HELD // x[0].numel()))])

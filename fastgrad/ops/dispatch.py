@@ -17,13 +17,9 @@ import torch
 from torch import Tensor
 
 from fastgrad._torch import is_transformed
-from fastgrad.checks import KERNEL_DTYPES
-from fastgrad.ops import schemas  # noqa: F401  (defines the operators)
+from fastgrad.checks import KERNEL_DTYPES, one_of
 
 _T = TypeVar("_T")
-
-#: Stands for a tensor among an operator's saved arguments.
-_TENSOR = object()
 
 IMPLEMENTATIONS = ("auto", "triton", "eager")
 
@@ -62,13 +58,8 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def choose(impl: str, tensor: torch.Tensor) -> str:
-    """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``; an explicit choice is never replaced.
-
-    Raises:
-        ValueError: ``impl`` is unknown, or is ``"triton"`` where Triton cannot run.
-    """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}; it was {impl!r}")
+    """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``; ValueError where it is unknown or cannot run."""
+    one_of("impl", impl, IMPLEMENTATIONS)
     if impl == "eager" or (impl == "auto" and tensor.device.type != "cuda"):
         return "eager"
     # To torch.func the derivative of an operator of ours is none.
@@ -92,17 +83,8 @@ def bind_contextvar(variable: ContextVar[_T], value: _T) -> Iterator[None]:
         variable.reset(token)
 
 
-_default: ContextVar[str] = ContextVar("fastgrad_impl", default="auto")
-
-
-def implementation() -> str:
-    """The ``impl`` that a layer rule hands to the operators it calls."""
-    return _default.get()
-
-
-def using(impl: str) -> contextlib.AbstractContextManager[None]:
-    """Let layer rules take ``impl`` inside; set where they run, since a device's backward pass has its own threads."""
-    return bind_contextvar(_default, impl)
+#: The ``impl`` that layer rules hand to operators; bound where rules run, as a device's backward pass has its threads.
+implementation: ContextVar[str] = ContextVar("fastgrad_impl", default="auto")
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -112,33 +94,35 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[No
 
 
 def launcher(module: str, name: str) -> Callable[..., Any]:
-    """A function of ``fastgrad.ops.triton``, which is imported, and Triton with it, when it is first called."""
+    """A function of ``fastgrad.ops.triton``, imported when first called, on the device of its first argument."""
 
-    def launch(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"fastgrad.ops.triton.{module}"), name)(*arguments)
+    def launch(first: Tensor, *rest: Any) -> Any:
+        function = getattr(importlib.import_module(f"fastgrad.ops.triton.{module}"), name)
+        with torch.cuda.device(first.device) if first.device.type == "cuda" else contextlib.nullcontext():
+            return function(first, *rest)
 
     return launch
 
 
-def operator(name: str, eager: Callable[..., _T], kernel: Callable[..., Any]) -> Callable[..., _T]:
-    """Register an operator whose derivative is that of ``eager``, run again in the backward pass.
+def operator(name: str, eager: Callable[..., _T], fake: Callable[..., _T]) -> Callable[..., _T]:
+    """Define an operator with the signature of ``eager``, whose derivative is its own, run again in the backward pass.
 
-    Returns:
-        ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, as `choose` says for the first
-        argument.
+    ``name`` is also that of its launcher, in `fastgrad.ops.triton.last_layer`; ``fake`` makes results without
+    values. Returns ``function(*arguments, impl)``, which calls ``eager`` itself or the operator, as `choose` says for
+    the first argument.
     """
+    kernel, qualified = launcher("last_layer", name), f"fastgrad::{name}"
 
     def chosen(first: Tensor, *arguments: Any) -> Any:
         return (eager if triton_refusal(first.device, first.dtype) else kernel)(first, *arguments)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-        ctx.others = [_TENSOR if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[: len(ctx.others)]
-        saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if other is _TENSOR else other for other in ctx.others]
+        inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
         inputs = [x.detach().requires_grad_() if want else x for x, want in zip(inputs, wanted, strict=True)]
         sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
         with torch.enable_grad():
@@ -146,9 +130,11 @@ def operator(name: str, eager: Callable[..., _T], kernel: Callable[..., Any]) ->
         gradients = iter(torch.autograd.grad(outputs, sources, grads, allow_unused=True))
         return tuple(next(gradients) if want else None for want in wanted)
 
-    torch.library.impl(f"fastgrad::{name}", "CompositeExplicitAutograd", chosen)
+    torch.library.define(qualified, torch.library.infer_schema(eager, mutates_args=()))
+    torch.library.register_fake(qualified, fake)
+    torch.library.impl(qualified, "CompositeExplicitAutograd", chosen)
+    torch.library.register_autograd(qualified, backward, setup_context=setup)
     overload = getattr(torch.ops.fastgrad, name).default
-    torch.library.register_autograd(f"fastgrad::{name}", backward, setup_context=setup)
 
     def function(*arguments: Any) -> _T:
         *inputs, impl = arguments

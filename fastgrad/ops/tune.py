@@ -10,19 +10,12 @@ import torch
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a choice depends on.
+    """What a choice depends on."""
 
-    Attributes:
-        backend: ``"cuda"``, ``"hip"`` or ``"cpu"`` (the interpreter).
-        version: Compute capability times ten (80, 90, 100), the number in ``gfx942``, or 0.
-        processors: Streaming multiprocessors or compute units.
-        shared_memory: Bytes one program may use.
-    """
-
-    backend: str
-    version: int
-    processors: int
-    shared_memory: int
+    backend: Literal["cuda", "hip", "cpu"]  # cpu: the interpreter
+    version: int  # compute capability times ten (80, 90, 100), the number in gfx942, or 0
+    processors: int  # streaming multiprocessors or compute units
+    shared_memory: int  # bytes one program may use
 
 
 KNOWN_ARCHITECTURES = {
@@ -63,12 +56,17 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def share(n: int, parts: int, step: int) -> int:
+    """What each of ``parts`` programs has of ``n``: whole steps, so that vector loads stay aligned."""
+    return cdiv(cdiv(n, max(parts, 1)), step) * step
+
+
 def _block(size: int, largest: int) -> int:
     """The power of two from 16 to ``largest`` that covers ``size``, if one does."""
     return min(max(power_of_two(size), 16), largest)
 
 
-def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Architecture) -> ContrastConfig:
+def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> ContrastConfig:
     """Choose for features ``(B, D)`` and logits ``(B, N)``.
 
     A row up to ``LONGEST_ROW`` stays on chip, with 8 to 32 logits a thread (one or more 16-byte accesses), and
@@ -105,31 +103,24 @@ def contrast(B: int, N: int, D: int, loss: str, dtype: torch.dtype, arch: Archit
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """How a fused last layer runs: product tiles and what becomes of their moments.
+    """How a fused last layer runs: product tiles and what becomes of their moments."""
 
-    Attributes:
-        block_m, block_n, block_k: Tile of samples, classes and features.
-        group_m: Row blocks whose tiles follow each other, so that they share the weight's tiles in the cache.
-        chunks: Ranges of columns in which logits are turned into norms, each range of a row by a program of a second
-            launch; 0: the last tile of a row block to arrive does it.
-        block_f: Columns per step of that.
-        parts: Partial moments merged per step.
-        tiles_per_split: Tiles one program walks through (statistics only).
-        precision: ``input_precision`` of the product; matters for float32 alone.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int
-    chunks: int
-    block_f: int
-    parts: int
-    tiles_per_split: int
-    norm_in_loop: bool
-    precision: str
+    block_m: int  # samples of a tile
+    block_n: int  # classes
+    block_k: int  # features
+    precision: str  # matters for float32 alone
     num_warps: int
     num_stages: int
+    parts: int  # partial moments merged per step
+    # Of the head: row blocks whose tiles follow each other, so that they share the weight's tiles in the cache.
+    group_m: int = 1
+    # Ranges of columns in which a second launch turns logits into norms, a program for each range of a row; with 0 the
+    # last tile of a row block to arrive does it.
+    chunks: int = 0
+    block_f: int = 0  # columns per step of that
+    norm_in_loop: bool = False  # whether the product's loads give the features' norms
+    # Of the statistics: tiles that a program walks through.
+    tiles_per_split: int = 1
 
 
 def _product(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> tuple[int, int, int, int, int]:
@@ -168,22 +159,20 @@ def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architectu
     block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
     # One program converts some 64 thousand logits in a few microseconds; more of them are shared out.
-    share = block_m * N > 1 << 16
+    shared = block_m * N > 1 << 16
     # Rows that are finished together, and columns a step such that neither the product's operands nor the step's
     # values leave the registers.
-    rows = 1 if share else block_m
+    rows = 1 if shared else block_m
     block_f = (512 if rows == 1 or 90 <= arch.version < 100 else 256) * warps // rows
     block_f = max(16, min(power_of_two(N), block_f))
-    chunks = min(cdiv(N, block_f), cdiv(2 * arch.processors, max(B, 1))) if share else 0
-    group_m = min(8, tiles_m)
+    chunks = min(cdiv(N, block_f), cdiv(2 * arch.processors, max(B, 1))) if shared else 0
     parts = _parts(tiles_n, rows, warps)
     if arch.backend == "cuda" and arch.version >= 100:
         # Two per thread, beside the product's addresses; one beside float32's three pairs of operands.
         parts = max(2, parts // (4 if dtype == torch.float32 else 2))
     return LinearConfig(
-        block_m, block_n, block_k, group_m, chunks, block_f, parts=parts, tiles_per_split=1,
-        norm_in_loop=block_m <= 32 or tiles_n <= 4, precision=_precision(dtype, arch),
-        num_warps=warps, num_stages=stages,
+        block_m, block_n, block_k, _precision(dtype, arch), warps, stages, parts, group_m=min(8, tiles_m),
+        chunks=chunks, block_f=block_f, norm_in_loop=block_m <= 32 or tiles_n <= 4,
     )  # fmt: skip
 
 
@@ -192,29 +181,25 @@ def linear_stats(
 ) -> LinearConfig:
     """Choose for features ``(B, D)`` and weight ``(N, D)`` when only statistics over the contrasts are wanted."""
     block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
-    if block_m == 128 and arch.backend == "cuda" and not 90 <= arch.version < 100:
-        # Moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and since
-        # sm_100 a thread holds whole rows. Brier has twice the moments.
-        block_n = 32 if loss == "brier" and arch.version >= 100 else 64
-    elif block_m == 128 and arch.backend == "cuda" and loss in ("mse", "bce"):
-        # With a wider tile Triton before 3.9 lacks registers for bce's.
-        block_n = 64
-    elif block_m == 64 and dtype == torch.float32 and arch.backend == "cuda":
-        if arch.version >= 90:
-            # Three products for each of float32 hold three pairs of operands.
-            block_n = min(block_n, 32)
-        if loss == "brier" and not 90 <= arch.version < 100:
-            # Twice the moments beside them.
-            warps = 8
-    elif block_m == 16 and arch.backend == "cuda" and arch.version < 90 and loss == "bce":
-        block_k = min(block_k, 64)
+    if arch.backend == "cuda":
+        before, after = arch.version < 90, arch.version >= 100
+        if block_m == 128:
+            # Moments of wider tiles do not fit the registers: before sm_90 the product's operands take many, and since
+            # sm_100 a thread holds whole rows, where brier has twice the moments. Triton before 3.9 lacks some for bce.
+            if before or after or loss in ("mse", "bce"):
+                block_n = 32 if loss == "brier" and after else 64
+        elif block_m == 64 and dtype == torch.float32:
+            # Three products for each of float32 hold three pairs of operands, and brier twice the moments beside them.
+            block_n = block_n if before else min(block_n, 32)
+            warps = 8 if loss == "brier" and (before or after) else warps
+        elif block_m == 16 and before and loss == "bce":
+            block_k = min(block_k, 64)
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
     per_split = max(1, tiles_n * tiles_m // (4 * arch.processors))
+    parts = _parts(cdiv(tiles_n, per_split), block_m, warps)
     return LinearConfig(
-        block_m, block_n, block_k, 1, 0, 0,
-        parts=_parts(cdiv(tiles_n, per_split), block_m, warps), tiles_per_split=per_split,
-        norm_in_loop=False, precision=_precision(dtype, arch), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+        block_m, block_n, block_k, _precision(dtype, arch), warps, stages, parts, tiles_per_split=per_split
+    )
 
 
 @dataclass(frozen=True)
@@ -227,7 +212,7 @@ class TargetConfig:
     num_warps: int
 
 
-def target(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> TargetConfig:
+def target(B: int, N: int, D: int, arch: Architecture) -> TargetConfig:
     """Choose for features ``(B, D)`` and logits ``(B, N)``; rows up to 2048 logits are one block."""
     block = _block(N, 2048)
     rows = max(1, 512 // block)

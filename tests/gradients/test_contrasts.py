@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 import fastgrad
 from fastgrad.losses import LOSSES
-from fastgrad.ops import dispatch
+from fastgrad.ops import dispatch, last_layer
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -83,9 +83,7 @@ def test_strides_do_not_matter() -> None:
 
 
 def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.ops.last_layer import linear_contrast
-
-    monkeypatch.setattr(linear_contrast, "_CHUNK", 25)
+    monkeypatch.setattr(last_layer, "_CHUNK", 25)
     for loss in LOSSES:
         h, weight, b = head(2, 3, dtype=torch.float64)
         logits, norms = fastgrad.linear_contrast_sqnorm(h, weight, b, loss=loss)
@@ -100,9 +98,7 @@ def test_statistics_equal_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("chunk", [60, 1 << 22])
 def test_rows(loss: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.ops.last_layer import rows
-
-    monkeypatch.setattr(rows, "_CHUNK", chunk)
+    monkeypatch.setattr(last_layer, "_CHUNK", chunk)
     h, weight, b = head(2, 2, dtype=torch.float64)
     z = linear(h, weight, b)
     full = fastgrad.contrast_rows(h, z, loss=loss, rows="full")
@@ -119,8 +115,6 @@ def test_rows(loss: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_layer_over_rows_a_unit_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgrad.ops.last_layer import rows
-
     h, z, V = torch.randn(9, 33).to(dtype), torch.randn(9, 21).to(dtype), torch.randn(5, 33 * 21).to(dtype)
     inputs = [t.requires_grad_() for t in (h, z, V)]
     wide = [t.detach().double().requires_grad_() for t in inputs]
@@ -129,7 +123,7 @@ def test_a_layer_over_rows_a_unit_at_a_time(dtype: torch.dtype, monkeypatch: pyt
     exact = torch.autograd.grad(expected, wide, cotangent.double())
     expected = expected.detach()
     for chunk in (1 << 22, 1):
-        monkeypatch.setattr(rows, "_CHUNK", chunk)
+        monkeypatch.setattr(last_layer, "_CHUNK", chunk)
         got = fastgrad.contrast_rows_linear(*inputs, loss="brier")
         assert got.dtype == torch.float32
         # Half precision enters, and is computed with in float32; only gradients are rounded to it.

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fastgrad
+from fastgrad.ops.conv import sqnorm
+from fastgrad.ops.conv.geometry import per_axis
 
 #: By whether they are transposed, of one, two and three dimensions.
 CONVOLUTIONS: dict[bool, tuple[Callable[..., Tensor], ...]] = {
@@ -101,6 +103,13 @@ def weight_norms(a: Tensor, g: Tensor, weight: tuple[int, ...], *, transposed: b
         (gradient,) = torch.autograd.grad(convolution(a[b : b + 1], zero, **options), zero, g[k, b : b + 1])
         norms[k, b] = gradient.square().sum()
     return norms
+
+
+def conv_sqnorm(a: Tensor, g: Tensor, kernel: Any, *, groups: int = 1, **options: Any) -> Tensor:
+    """The operator, which takes a number for each axis, with one for all."""
+    sizes = [kernel, options.pop("stride", 1), options.pop("padding", 0), options.pop("dilation", 1)]
+    k, s, p, d = (per_axis("size", n, a.dim() - 2) for n in sizes)
+    return sqnorm.conv_sqnorm(a, g, k, s, p, d, groups, **options)
 
 
 def relative_error(value: Tensor, truth: Tensor, eps: float) -> Tensor:

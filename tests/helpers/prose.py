@@ -1,20 +1,16 @@
-"""Counts of what makes prose hard to read: long sentences, many figures in one, words that only this project knows.
+"""What makes prose hard to read: long sentences, many figures in one, words that only this project knows.
 
-``python tests/helpers/prose.py`` prints each with its page and line; ``--ceiling`` writes the counts as the new
-ceilings of ``tests/data/prose.json``, which only go down.
+``python tests/helpers/prose.py`` prints each with its page and line.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-CEILINGS = ROOT / "tests" / "data" / "prose.json"
 LONGEST, FIGURES = 25, 2
 ROOT_PAGES = (
     "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md", "bench/detection/README.md"
@@ -126,17 +122,6 @@ def findings() -> list[Finding]:
     return found
 
 
-def counts(found: list[Finding]) -> dict[str, int]:
-    """Return how many of each kind there are."""
-    kinds = ("long sentences", "sentences of many figures", "private words")
-    return {kind: sum(finding.kind == kind for finding in found) for kind in kinds}
-
-
 if __name__ == "__main__":
-    everything = findings()
-    if "--ceiling" in sys.argv:
-        CEILINGS.write_text(json.dumps(counts(everything), indent=1) + "\n")
-    for finding in everything:
+    for finding in findings():
         print(f"{finding.page}:{finding.line}: {finding.kind}: {finding.text}")
-    words = sum(len(_WORD.findall(s)) for page in pages() for _, s, _ in sentences(page.read_text()))
-    print(f"{counts(everything)} in {words} words of {len(pages())} pages")

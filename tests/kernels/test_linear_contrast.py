@@ -18,8 +18,11 @@ from bench.gpu.compile_cases import configured  # noqa: E402
 from bench.gpu.sanitize.cases import HEAD as SMALL  # noqa: E402
 from bench.gpu.sanitize.cases import HEADS as PATHS  # noqa: E402
 from fastgrad.ops.triton import devices  # noqa: E402
-from fastgrad.ops.triton.contrast import contrast_sqnorm  # noqa: E402
-from fastgrad.ops.triton.linear_contrast import linear_contrast_sqnorm, linear_contrast_stats  # noqa: E402
+from fastgrad.ops.triton.last_layer import (  # noqa: E402
+    contrast_sqnorm,
+    linear_contrast_sqnorm,
+    linear_contrast_stats,
+)
 
 LOSSES = ("cross_entropy", "bce", "mse", "brier")
 

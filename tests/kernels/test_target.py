@@ -12,7 +12,7 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 
 from bench.gpu.compile_cases import configured  # noqa: E402
-from fastgrad.ops.triton.target import KINDS, target_sqnorm  # noqa: E402
+from fastgrad.ops.triton.last_layer import KINDS, target_sqnorm  # noqa: E402
 from fastgrad.ops.tune import TargetConfig  # noqa: E402
 
 LOSSES = ("cross_entropy", "bce", "mse", "brier")

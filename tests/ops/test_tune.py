@@ -25,7 +25,7 @@ shapes = {
 @settings(deadline=None, max_examples=200)
 @given(**shapes)
 def test_configurations_cover_their_shape(B: int, N: int, D: int, dtype: torch.dtype, arch: tune.Architecture) -> None:
-    contrast = tune.contrast(B, N, D, "brier", dtype, arch)
+    contrast = tune.contrast(B, N, D, "brier", arch)
     assert contrast.kind != "rows" or contrast.block_n >= N
     assert contrast.kind == "split" or contrast.splits == 1
     for value in (contrast.block_n, contrast.block_d, contrast.rows, contrast.num_warps):
@@ -41,10 +41,10 @@ def test_configurations_cover_their_shape(B: int, N: int, D: int, dtype: torch.d
 
 def test_every_path_is_chosen_somewhere() -> None:
     arch, half = tune.KNOWN_ARCHITECTURES["sm_90"], torch.bfloat16
-    assert tune.contrast(4096, 1000, 512, "bce", half, arch).kind == "rows"
-    assert tune.contrast(4096, 10, 512, "bce", half, arch).rows > 1
-    assert tune.contrast(4096, 128_256, 512, "bce", half, arch).kind == "stream"
-    assert tune.contrast(4, 128_256, 512, "bce", half, arch).kind == "split"
+    assert tune.contrast(4096, 1000, 512, "bce", arch).kind == "rows"
+    assert tune.contrast(4096, 10, 512, "bce", arch).rows > 1
+    assert tune.contrast(4096, 128_256, 512, "bce", arch).kind == "stream"
+    assert tune.contrast(4, 128_256, 512, "bce", arch).kind == "split"
     assert tune.linear_contrast(32, 1000, 2048, half, arch).chunks == 0
     assert tune.linear_contrast(1024, 32_000, 4096, half, arch).chunks > 0
     assert tune.linear_stats(1024, 128_256, 4096, half, arch).tiles_per_split > 1
@@ -54,8 +54,7 @@ def test_every_path_is_chosen_somewhere() -> None:
 def test_a_gpu_with_the_registers_of_sm_80_has_its_blocks(loss: str) -> None:
     known = tune.KNOWN_ARCHITECTURES["sm_80"]
     first, second = (
-        tune.contrast(4096, 262_144, 4096, loss, torch.bfloat16, arch)
-        for arch in (known, dataclasses.replace(known, version=86))
+        tune.contrast(4096, 262_144, 4096, loss, arch) for arch in (known, dataclasses.replace(known, version=86))
     )
     assert first == second
 

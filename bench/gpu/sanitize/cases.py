@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.gpu.compile_cases import Call, Case, Make, configured, meta, prepared, tensors
 from fastgrad.losses import LOSSES
-from fastgrad.ops.triton import contrast, layer_sqnorm, linear_contrast, target
+from fastgrad.ops.triton import last_layer, layer_sqnorm
 from fastgrad.ops.tune import ContrastConfig, DirectConfig, GramConfig, LinearConfig, TargetConfig
 
 # Blocks shorter than a row, so that every loop and every merge runs. HEADS: who finishes a row (the last tile of its
@@ -69,22 +69,22 @@ def cases(make: Make = made) -> Iterator[Case]:
         CONTRAST.items(), LOSSES, (some, ((3, 64, 16), 0), alone, ((2, 33, 1), 1))
     ):
         log = loss in ("bce", "brier")
-        call = prepared(contrast.contrast_sqnorm, partial(make, pad=pad), *sizes, loss, log=log)
+        call = prepared(last_layer.contrast_sqnorm, partial(make, pad=pad), *sizes, loss, log=log)
         yield _case(f"contrast {path}", loss, sizes, call, loss == "brier" and sizes == some[0], contrast=config)
 
     quick = (("indices", "bce"), ("soft", "brier"), ("ones", "cross_entropy"))
     config = TargetConfig(rows=2, block_n=16, block_d=16, num_warps=1)
-    for kind, loss, (sizes, pad) in itertools.product(target.KINDS, LOSSES, (some, ((2, 16, 16), 0), alone)):
-        call = prepared(target.target_sqnorm, partial(make, pad=pad), *sizes, loss, kind=kind)
+    for kind, loss, (sizes, pad) in itertools.product(last_layer.KINDS, LOSSES, (some, ((2, 16, 16), 0), alone)):
+        call = prepared(last_layer.target_sqnorm, partial(make, pad=pad), *sizes, loss, kind=kind)
         yield _case(f"target {kind}", loss, sizes, call, (kind, loss) in quick and sizes == some[0], target=config)
 
     shapes = (((35, 37, 21), 3), ((16, 16, 16), 0), alone, ((17, 33, 5), 1))
     for loss, (sizes, pad) in itertools.product(LOSSES, shapes):
         of, last = partial(make, pad=pad), sizes == shapes[-1][0]
         for path, config in HEADS.items():
-            call = prepared(linear_contrast.linear_contrast_sqnorm, of, *sizes, loss, bias=path != "launch", mean=True)
+            call = prepared(last_layer.linear_contrast_sqnorm, of, *sizes, loss, bias=path != "launch", mean=True)
             yield _case(f"head {path}", loss, sizes, call, last and loss == "cross_entropy", linear_contrast=config)
-        call = prepared(linear_contrast.linear_contrast_stats, of, *sizes, loss)
+        call = prepared(last_layer.linear_contrast_stats, of, *sizes, loss)
         yield _case("statistics", loss, sizes, call, last and loss == "brier", linear_stats=SPLIT)
 
     for name, (shape, outputs, *each) in CONVOLUTIONS.items():
@@ -117,7 +117,7 @@ def huge() -> Iterator[tuple[str, Call, int]]:
     tiles = dataclasses.replace(HEAD, block_m=128, block_n=128, block_k=64, parts=16, tiles_per_split=4)
     narrow = dataclasses.replace(tiles, block_m=16, block_n=1 << 13, tiles_per_split=1)
     norms, head, statistics = (
-        contrast.contrast_sqnorm, linear_contrast.linear_contrast_sqnorm, linear_contrast.linear_contrast_stats,
+        last_layer.contrast_sqnorm, last_layer.linear_contrast_sqnorm, last_layer.linear_contrast_stats,
     )  # fmt: skip
     for title, launcher, sizes, configs in (
         ("contrast rows", norms, (4_300_000, 1000, 512), {}),
@@ -131,7 +131,7 @@ def huge() -> Iterator[tuple[str, Call, int]]:
         case = _case(title, "brier", sizes, prepared(launcher, of, *sizes, "brier"), False, **configs)
         yield case.name, case.call, 1
     for kind, B, N in (("soft", 4_300_000, 1000), ("indices", 120_000, 40_000), ("ones", 120_000, 40_000)):
-        yield f"target {kind} B={B} N={N}", prepared(target.target_sqnorm, of, B, N, 16, "brier", kind=kind), N - 1
+        yield f"target {kind} B={B} N={N}", prepared(last_layer.target_sqnorm, of, B, N, 16, "brier", kind=kind), N - 1
     image, each = of(70_000, 64, 32, 32), ((3, 3), (1, 1), (1, 1), (1, 1), 1)
     yield "convolution of 4e9 elements", partial(layer_sqnorm.conv_sqnorm, image, image[None], *each), 1
     for kind in ("direct", "gram"):

@@ -19,7 +19,7 @@ from bench.gpu.sanitize.cases import SPLIT, cases, huge, made
 from bench.gpu.sanitize.interpreter import watching
 from bench.gpu.sanitize.watchers import Addresses, Memory, SanitizerError
 from fastgrad.ops import tune
-from fastgrad.ops.triton import linear_contrast
+from fastgrad.ops.triton import last_layer
 
 Order = Callable[[int], Sequence[int]]
 
@@ -73,8 +73,8 @@ def arriving(programs: int, quick: bool = False) -> Iterator[Case]:
     config = dataclasses.replace(SPLIT, group_m=1)
     for loss in ("cross_entropy",) if quick else ("cross_entropy", "bce", "brier"):
         for name, launcher, choice in (
-            ("head", linear_contrast.linear_contrast_sqnorm, "linear_contrast"),
-            ("statistics", linear_contrast.linear_contrast_stats, "linear_stats"),
+            ("head", last_layer.linear_contrast_sqnorm, "linear_contrast"),
+            ("statistics", last_layer.linear_contrast_stats, "linear_stats"),
         ):
             call = prepared(launcher, made, 2, 16 * programs, 3, loss)
             yield Case(f"{name}, {programs} programs, {loss}", tensors(call), configured(**{choice: config})(call))

@@ -16,37 +16,21 @@ CHUNK_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class Shape:
-    """What the cost of a route depends on.
-
-    Attributes:
-        batch: Samples.
-        count: K, gradients per sample.
-        groups: Channel groups.
-        inputs: Input channels per group.
-        outputs: Output channels per group.
-        size: Padded input size per axis.
-        image: Input size per axis without padding, as far as windows reach.
-        positions: Output size per axis.
-        kernel: Kernel size per axis.
-        overlaps: Whether windows overlap, see `fastgrad.ops.conv.geometry.Problem`.
-        itemsize: Bytes per element of the dtype computed in (4 or 8).
-        guarded: Whether the Gram route may look at values; if not it computes in float64.
-        budget: Bytes of one chunk's intermediates; None if the batch cannot be cut, being symbolic.
-    """
+    """What the cost of a route depends on."""
 
     batch: int
-    count: int
+    count: int  # K, gradients per sample
     groups: int
-    inputs: int
+    inputs: int  # channels per group
     outputs: int
-    size: tuple[int, ...]
-    image: tuple[int, ...]
-    positions: tuple[int, ...]
+    pixels: int  # of the padded input
+    image: tuple[int, ...]  # input size per axis without padding, as far as windows reach
+    positions: tuple[int, ...]  # output size per axis
     kernel: tuple[int, ...]
-    overlaps: bool
-    itemsize: int = 4
-    guarded: bool = True
-    budget: int | None = CHUNK_BYTES
+    overlaps: bool  # see `fastgrad.ops.conv.geometry.Problem`
+    itemsize: int  # bytes per element of the dtype computed in, 4 or 8
+    guarded: bool  # whether the Gram route may look at values; if not it computes in float64
+    budget: int | None  # bytes of one chunk's intermediates; None if the batch cannot be cut, being symbolic
 
 
 # Measured on two cores of an AMD EPYC (AVX-512), torch 2.13 with oneDNN convolutions and MKL products.
@@ -62,18 +46,21 @@ CALL, SAMPLE = 4e-6, 1e-6
 
 def chunk_bytes(route: str, s: Shape) -> int:
     """Bytes of a route's largest intermediates for one sample."""
-    taps, positions, pixels = math.prod(s.kernel), math.prod(s.positions), math.prod(s.size)
-    gradient = s.count * s.outputs * s.inputs * taps
+    taps, positions = math.prod(s.kernel), math.prod(s.positions)
+    gradient, patches = s.count * s.outputs * s.inputs * taps, s.inputs * taps * positions
     if route == "patch":
-        elements = s.inputs * taps * positions + gradient
+        elements = patches + gradient
     elif route == "grouped":
-        elements = gradient + s.inputs * pixels
-    elif s.overlaps:
-        elements = math.prod(s.image) ** 2 + s.count * _form(s)
+        elements = gradient + s.inputs * s.pixels
     else:
-        elements = s.inputs * taps * positions + positions**2 + s.count * _form(s)
-    wide = not s.guarded and route == "gram"
-    return max(1, elements * s.groups * (8 if wide else s.itemsize))
+        elements = math.prod(s.image) ** 2 if s.overlaps else patches + positions**2
+        elements += s.count * _form(s)
+    return max(1, elements * s.groups * 4 * _wide(route, s))
+
+
+def _wide(route: str, s: Shape) -> int:
+    """How many times the bytes of float32 a route's numbers have."""
+    return 2 if s.itemsize == 8 or (route == "gram" and not s.guarded) else 1
 
 
 def _form(s: Shape) -> int:
@@ -102,35 +89,31 @@ def candidates(s: Shape) -> tuple[str, ...]:
 
 def seconds(route: str, s: Shape) -> float:
     """Predicted time of one route for the whole batch."""
-    taps, positions, pixels = math.prod(s.kernel), math.prod(s.positions), math.prod(s.size)
-    units = s.batch * s.groups
-    chunks = math.ceil(s.batch / chunk_size(route, s))
-    direct = s.count * s.outputs * s.inputs * taps * positions
-    gradient = s.count * s.outputs * s.inputs * taps
-    wide = 2.0 if s.itemsize == 8 or (route == "gram" and not s.guarded) else 1.0
-    product = PRODUCT / wide
-    memory = ADD / wide
+    taps, positions = math.prod(s.kernel), math.prod(s.positions)
+    gradient, patches = s.count * s.outputs * s.inputs * taps, s.inputs * taps * positions
+    wide = _wide(route, s)
+    product, memory = PRODUCT / wide, ADD / wide
     if route == "patch":
-        work = direct / product + (s.inputs * taps * positions if taps > 1 else 0) / GATHER
-        work += gradient / memory + SAMPLE
+        work = gradient * positions / product + (patches if taps > 1 else 0) / GATHER + gradient / memory + SAMPLE
         calls = 8
     elif route == "grouped":
-        work = direct / CONVOLUTION + (gradient + s.inputs * pixels + s.outputs * s.count * positions) / STREAM
+        moved = gradient + s.inputs * s.pixels + s.outputs * s.count * positions
+        work = gradient * positions / CONVOLUTION + moved / STREAM
         calls = 12
     else:
+        work = s.count * positions**2 * s.outputs / product + s.count * _form(s) / memory + SAMPLE * 2
         if s.overlaps:
-            added, size = 0.0, list(s.image)
-            for axis in range(len(size)):
-                size[axis] = s.positions[axis]
+            added, size = 0, list(s.image)
+            for axis, places in enumerate(s.positions):
+                size[axis] = places
                 added += math.prod(size) ** 2 * s.kernel[axis]
-            work = math.prod(s.image) ** 2 * s.inputs / product + added * wide / FILTER
+            work += math.prod(s.image) ** 2 * s.inputs / product + added * wide / FILTER
             calls = 16 + sum(s.kernel)
         else:
-            work = positions**2 * s.inputs * taps / product + s.inputs * taps * positions / GATHER
+            work += positions * patches / product + patches / GATHER
             calls = 16
-        form = s.count * positions**2 * s.outputs / product + s.count * _form(s) / memory
-        work += form + SAMPLE * 2
-    return units * work + chunks * calls * CALL
+    chunks = math.ceil(s.batch / chunk_size(route, s))
+    return s.batch * s.groups * work + chunks * calls * CALL
 
 
 @functools.lru_cache(maxsize=4096)

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from fastgrad.ops.conv.geometry import Problem
 
-#: Largest D / ||G||^2 a float32 Gram result is kept for. One rounding is 6e-8 and errors of different terms
-#: are independent, so the relative error stays near 6e-8 * 40 = 2.4e-6. Where all patches are nearly alike it is four
-#: times that, 1e-5.
+#: Largest D / ||G||^2 a float32 Gram result is kept for. Errors of different terms are independent, so the relative
+#: error stays near a rounding's 6e-8 * 40 = 2.4e-6. Where all patches are nearly alike it is four times that, 1e-5.
 CANCELLATION_LIMIT = 40.0
 
 
@@ -71,11 +70,8 @@ def patch(p: Problem) -> Tensor:
 def grouped(p: Problem) -> Tensor:
     """One weight gradient, by the library's own kernels, of a convolution whose groups are the samples."""
     x, pads = p.a, [before for before, _ in p.pads]
-    left_over = [
-        s - (t - 1) * step - d * (k - 1) - 1 + 2 * pad
-        for s, t, step, d, k, pad in zip(x.shape[2:], p.g.shape[3:], p.stride, p.dilation, p.kernel, pads, strict=True)
-    ]
-    if any(not 0 <= rest < step for rest, step in zip(left_over, p.stride, strict=True)):
+    # The library pads both sides alike, and leaves over less than a stride.
+    if any(not 0 <= before - after < step for (before, after), step in zip(p.pads, p.stride, strict=True)):
         x, pads = p.padded(), [0] * len(pads)
     count, batch, channels = p.g.shape[:3]
     inputs, outputs = x.shape[1] // p.groups, channels // p.groups
@@ -118,7 +114,7 @@ def _box_filter(gram: Tensor, p: Problem, axis: int) -> Tensor:
     Pixels outside the image are zero, so a copy only reaches the positions whose pixel lies inside.
     """
     axes, step = len(p.kernel), p.stride[axis]
-    size, positions = int(gram.shape[1 + axis]), int(p.g.shape[3 + axis])
+    size, positions = int(gram.shape[1 + axis]), p.positions[axis]
 
     def at(places: slice) -> tuple[slice, ...]:
         index = [slice(None)] * (1 + 2 * axes)
@@ -145,10 +141,9 @@ def _box_filter(gram: Tensor, p: Problem, axis: int) -> Tensor:
 
 
 def _overlapping_gram(p: Problem, wide: bool) -> Tensor:
-    """Gram matrix of overlapping patches as a diagonal box filter of that of the pixels.
+    """Gram matrix of overlapping patches as a diagonal box filter of that of the pixels, for any stride and dilation.
 
-    ``p_t . p_t' = sum_d a[s t + d] . a[s t' + d]``: one pixel Gram matrix, then k shifted copies of it added
-    along each axis. Any stride and dilation.
+    ``p_t . p_t' = sum_d a[s t + d] . a[s t' + d]``: k shifted copies of it are added along each axis.
     """
     x, axes = p.a, len(p.kernel)
     for axis, (_, after) in enumerate(p.pads):
@@ -161,7 +156,7 @@ def _overlapping_gram(p: Problem, wide: bool) -> Tensor:
     matrix = torch.bmm(x.transpose(1, 2), x).view(-1, *size, *size)
     for axis in range(axes):
         matrix = _box_filter(matrix, p, axis)
-    positions = math.prod(p.g.shape[3:])
+    positions = math.prod(p.positions)
     return matrix.view(-1, positions, positions)
 
 
@@ -175,21 +170,13 @@ def gram(p: Problem, wide: bool = False) -> tuple[Tensor, Tensor]:
 
 
 DIRECT = {"patch": patch, "grouped": grouped}
-ROUTES = (*DIRECT, "gram")
 
 
-def run(route: str, p: Problem, *, guarded: bool, fallback: str = "patch") -> Tensor:
-    """Squared norms of one chunk.
+def run(route: str, p: Problem, *, guarded: bool, fallback: str) -> Tensor:
+    """Squared norms ``(K, B)`` of one chunk, in its dtype, float32 or float64.
 
-    Args:
-        route: One of `ROUTES`.
-        p: The chunk, in float32 or float64.
-        guarded: Whether values may be looked at, to take another route for samples whose gradient nearly
-            cancels.
-        fallback: The direct route for those.
-
-    Returns:
-        ``(K, B)`` in the dtype of ``p.a``.
+    With ``guarded`` values may be looked at: samples whose gradient nearly cancels take the direct route
+    ``fallback``.
     """
     if route in DIRECT:
         return DIRECT[route](p)

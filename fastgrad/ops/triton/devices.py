@@ -1,11 +1,10 @@
-"""What every launcher needs: the architecture, alignment facts, allocation and the device guard."""
+"""What every launcher needs: the architecture, alignment facts and allocation."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -43,28 +42,20 @@ def check(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name} must be on a GPU for impl='triton'; it was on {tensor.device}")
 
 
-def alignment(*values: int) -> int:
-    """The largest power of two up to 16 that divides every value."""
-    for power in (16, 8, 4, 2):
-        if all(value % power == 0 for value in values):
-            return power
-    return 1
+def alignment(value: int) -> int:
+    """The largest power of two up to 16 that divides ``value``."""
+    return math.gcd(value, 16)
 
 
-def rows_alignment(tensor: torch.Tensor) -> tuple[int, int]:
-    """Row stride of a matrix as ``(units, factor)``, the factor a power of two up to 16."""
-    factor = alignment(tensor.stride(0))
-    return tensor.stride(0) // factor, factor
+def strides(rows: torch.Tensor) -> tuple[tuple[int, int], int]:
+    """Strides of a matrix, that of rows in units of the second result, a power of two up to 16."""
+    factor = alignment(rows.stride(0))
+    return (rows.stride(0) // factor, rows.stride(-1)), factor
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
     """An uninitialised contiguous tensor on the device of ``like``; the one place where launchers allocate."""
     return torch.empty(tuple(shape), dtype=dtype, device=like.device)
-
-
-def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the tensor's device current, as a launch needs."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
 def upcast(tensor: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -30,83 +31,57 @@ def _along_channels(x: Tensor, dim: int, groups: int) -> Tensor:
     return x.movedim(dim, -1).contiguous().movedim(-1, dim)
 
 
-def _direct(
-    a: Tensor,
-    g: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    flag: Tensor | None,
-) -> Tensor:
+def conv_sqnorm(
+    a: Tensor, g: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, flag: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Squared norm of every sample's weight gradient of a convolution, ``(K, B)`` float32.
+
+    Input ``(B, G * C, *spatial)`` and gradients ``(K, B, G * O, *spatial)`` are of one dtype. Positions past either
+    end, ``padding`` before each axis, read as zero. With ``flag``, int32 ``(K, B)``, the others get 0.
+    """
+    devices.check(a=a, g=g)
     a, g = _along_channels(a, 1, groups), _along_channels(g, 2, groups)
     count, batch = g.shape[:2]
     axes = a.dim() - 2
     inputs, outputs = a.shape[1] // groups, g.shape[2] // groups
-    positions = math.prod(g.shape[3:])
-    config = tune.layer_direct(inputs, outputs, positions, a.dtype, devices.architecture(a))
+    config = tune.layer_direct(inputs, outputs, math.prod(g.shape[3:]), a.dtype, devices.architecture(a))
     tiles = (cdiv(outputs, config.block_o), math.prod(kernel), cdiv(inputs, config.block_c))
     out = devices.empty((count, batch, groups * math.prod(tiles)), torch.float32, a)
-    with devices.device_guard(a):
-        for before in range(0, out.numel(), PROGRAMS):
-            kernels.direct_kernel[(min(PROGRAMS, out.numel() - before),)](
-                a, g, out, flag, before, batch, groups, inputs, outputs,
-                *_three(a.shape[2:], 1), *_three(g.shape[3:], 1), *_three(kernel, 1), *_three(stride, 1),
-                *_three(dilation, 1), *_three(padding, 0),
-                a.stride(0), a.stride(1), *_three(a.stride()[-axes:], 0),
-                g.stride(0), g.stride(1), g.stride(2), *_three(g.stride()[-axes:], 0),
-                FLAGGED=flag is not None, BLOCK_O=config.block_o, BLOCK_C=config.block_c,
-                BLOCK_T=config.block_t, PRECISION=config.precision, UPCAST=devices.upcast(a),
-                num_warps=config.num_warps, num_stages=config.num_stages, **devices.OPTIONS,
-            )  # fmt: skip
+    for before in range(0, out.numel(), PROGRAMS):
+        kernels.direct_kernel[(min(PROGRAMS, out.numel() - before),)](
+            a, g, out, flag, before, batch, groups, inputs, outputs,
+            *_three(a.shape[2:], 1), *_three(g.shape[3:], 1), *_three(kernel, 1), *_three(stride, 1),
+            *_three(dilation, 1), *_three(padding, 0),
+            *a.stride()[:2], *_three(a.stride()[-axes:], 0), *g.stride()[:3], *_three(g.stride()[-axes:], 0),
+            FLAGGED=flag is not None, BLOCK_O=config.block_o, BLOCK_C=config.block_c, BLOCK_T=config.block_t,
+            PRECISION=config.precision, UPCAST=devices.upcast(a),
+            num_warps=config.num_warps, num_stages=config.num_stages, **devices.OPTIONS,
+        )  # fmt: skip
     return out.sum(2)
-
-
-def conv_sqnorm(
-    a: Tensor,
-    g: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """Squared norm of every sample's weight gradient of a convolution, ``(K, B)`` float32.
-
-    The input is ``(B, G * C, *spatial)``, the gradients at the output ``(K, B, G * O, *spatial)`` of the same dtype;
-    what is not channels-last is copied so. Positions past either end, ``padding`` before each axis, read as zero.
-    """
-    devices.check(a=a, g=g)
-    return _direct(a, g, kernel, stride, padding, dilation, groups, None)
 
 
 def linear_sqnorm(a: Tensor, g: Tensor) -> Tensor:
     """Squared norm of every sample's weight gradient, ``(K, B)`` float32, of ``a (B, T, C)`` and ``g (K, B, T, O)``.
 
-    Takes the direct kernel, or the Gram kernel where its products are fewer; samples whose gradient nearly cancels over
-    positions are then computed again by the direct kernel, without a look from the host.
+    Where the Gram kernel takes fewer products, the direct one computes samples whose gradient nearly cancels over
+    positions again, without a look from the host.
     """
     devices.check(a=a, g=g)
     count, batch, positions, outputs = g.shape
     inputs = a.shape[2]
-
-    def direct(flag: Tensor | None) -> Tensor:
-        return _direct(a.transpose(1, 2), g.transpose(2, 3), (1,), (1,), (0,), (1,), 1, flag)
-
+    direct = functools.partial(conv_sqnorm, a.mT, g.mT, (1,), (1,), (0,), (1,), 1)
     if not tune.layer_prefers_gram(inputs, outputs, positions) or not g.numel():
-        return direct(None)
+        return direct()
     config = tune.layer_gram(positions, a.dtype, devices.architecture(a))
     tiles = cdiv(positions, config.block_t)
     pairs = tiles * (tiles + 1) // 2
     work = devices.empty((2, count, batch, pairs), torch.float32, a)
-    with devices.device_guard(a):
-        kernels.gram_kernel[(count * batch * pairs,)](
-            a, g, work[0], work[1], batch, positions, inputs, outputs, tiles, pairs, *a.stride(), *g.stride(),
-            BLOCK_T=config.block_t, BLOCK_K=config.block_k, PRECISION=config.precision,
-            UPCAST=devices.upcast(a), num_warps=config.num_warps, num_stages=config.num_stages,
-            **devices.OPTIONS,
-        )  # fmt: skip
+    kernels.gram_kernel[(count * batch * pairs,)](
+        a, g, work[0], work[1], batch, positions, inputs, outputs, tiles, pairs, *a.stride(), *g.stride(),
+        BLOCK_T=config.block_t, BLOCK_K=config.block_k, PRECISION=config.precision, UPCAST=devices.upcast(a),
+        num_warps=config.num_warps, num_stages=config.num_stages, **devices.OPTIONS,
+    )  # fmt: skip
     norms, incoherent = work.sum(3, dtype=torch.float64)
     cancelled = norms * CANCELLATION_LIMIT < incoherent
-    return torch.where(cancelled, direct(cancelled.to(torch.int32)), norms.float())
+    return torch.where(cancelled, direct(flag=cancelled.to(torch.int32)), norms.float())

@@ -1,1 +1,0 @@
-"""Operators of the last layer, from features and logits or from features and weight."""

@@ -1,0 +1,189 @@
+"""Launchers of the last layer's kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrad.checks import one_of
+from fastgrad.kernels import contrast, linear_contrast
+from fastgrad.kernels.losses import PLANES
+from fastgrad.kernels.target import target_sqnorm_kernel
+from fastgrad.ops import tune
+from fastgrad.ops.triton import devices
+from fastgrad.ops.tune import LinearConfig, cdiv, share
+
+KINDS = ("ones", "uniform", "predicted", "indices", "soft")
+
+
+def contrast_sqnorm(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, mean: bool) -> Tensor:
+    """Squared norms for every one-hot contrast, ``(B, N)`` float32, of features ``(B, D)`` and logits ``(B, N)``."""
+    devices.check(features=features, logits=logits)
+    (B, D), N = features.shape, logits.shape[1]
+    out = devices.empty((B, N), torch.float32, logits)
+    if B == 0 or N == 0:
+        return out
+    config = tune.contrast(B, N, D, loss, devices.architecture(logits))
+    strides_h, align_h = devices.strides(features)
+    strides_z, align_z = devices.strides(logits)
+    align_n = devices.alignment(N)
+    shape = (N // align_n, D, *strides_h, *strides_z)
+    options: dict[str, Any] = {
+        "LOSS": loss, "LOG": log, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "ALIGN_H": align_h,
+        "ALIGN_Z": align_z, "ALIGN_N": align_n, "num_warps": config.num_warps, **devices.OPTIONS,
+    }  # fmt: skip
+    if config.kind == "rows":
+        contrast.contrast_rows_kernel[(cdiv(B, config.rows),)](
+            features, logits, out, B, *shape, BIAS=bias, MEAN=mean, ROWS=config.rows, **options
+        )
+    elif config.kind == "stream":
+        contrast.contrast_stream_kernel[(B,)](features, logits, out, *shape, BIAS=bias, MEAN=mean, **options)
+    else:
+        chunk_n = share(N, config.splits, config.block_n)
+        splits = cdiv(N, chunk_n)
+        work = devices.empty((PLANES, B, splits), torch.float32, logits)
+        contrast.contrast_moments_kernel[(B * splits,)](
+            features, logits, work, *shape, splits, chunk_n, share(D, splits, 16), **options
+        )
+        finish(
+            logits, work, out, splits, (splits, 1), splits, config.block_n,
+            LOSS=loss, BIAS=bias, LOG=log, MEAN=mean, PARTS=tune.power_of_two(splits), num_warps=config.num_warps,
+        )  # fmt: skip
+    return out
+
+
+def finish(
+    logits: Tensor, work: Tensor, out: Tensor, parts: int, strides: tuple[int, int], chunks: int, block_n: int,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Launch ``contrast_finish_kernel``: from logits and partial moments to norms, all ``(B, N)``.
+
+    ``work`` ``(PLANES, ...)`` holds ``parts`` parts a row, at ``strides`` from a row to the next and from a part to the
+    next. Up to ``chunks`` programs share a row.
+    """
+    B, N = logits.shape
+    strides_z, align_z = devices.strides(logits)
+    align_n = devices.alignment(N)
+    chunk_n = share(N, chunks, block_n)
+    chunks = cdiv(N, chunk_n)
+    contrast.contrast_finish_kernel[(B * chunks,)](
+        logits, work, out, N // align_n, *strides_z, parts, *strides, work.stride(0), chunks, chunk_n,
+        BLOCK_N=block_n, ALIGN_Z=align_z, ALIGN_N=align_n, **options, **devices.OPTIONS,
+    )  # fmt: skip
+
+
+def target_sqnorm(
+    features: Tensor, logits: Tensor, target: Tensor | None, kind: str, loss: str, bias: bool, log: bool, mean: bool
+) -> Tensor:
+    """Squared norm for one target per sample, ``(B,)`` float32, of features ``(B, D)`` and logits ``(B, N)``.
+
+    ``target`` is ``(B,)`` int64 for ``indices``, ``(B, N)`` of a floating dtype for ``soft``, else None. An index
+    outside ``[0, N)`` gives NaN: reading it back to raise would wait for the device.
+    """
+    devices.check(features=features, logits=logits)
+    one_of("kind", kind, KINDS)
+    (B, D), N = features.shape, logits.shape[1]
+    out = devices.empty((B,), torch.float32, logits)
+    if B == 0:
+        return out
+    if target is None and kind in ("indices", "soft"):
+        raise ValueError(f"target must be a tensor for kind={kind!r}; it was None")
+    y = logits if target is None else target
+    config = tune.target(B, N, D, devices.architecture(logits))
+    strides_h, align_h = devices.strides(features)
+    strides_z, align_z = devices.strides(logits)
+    strides_y, align_y = devices.strides(y)
+    align_n = devices.alignment(N)
+    target_sqnorm_kernel[(cdiv(B, config.rows),)](
+        features, logits, y, out, B, N // align_n, D, *strides_h, *strides_z, *strides_y,
+        LOSS=loss, KIND=kind, BIAS=bias, LOG=log, MEAN=mean,
+        ROWS=config.rows, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
+        ALIGN_H=align_h, ALIGN_Z=align_z, ALIGN_Y=align_y, ALIGN_N=align_n,
+        num_warps=config.num_warps, **devices.OPTIONS,
+    )  # fmt: skip
+    return out
+
+
+def linear_contrast_sqnorm(
+    features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, log: bool, mean: bool
+) -> tuple[Tensor, Tensor]:
+    """Logits of a linear layer and the squared norms of its gradients for every one-hot contrast.
+
+    Features are ``(B, D)``, the weight ``(N, D)`` and the logits ``(B, N)`` of one dtype, the norms ``(B, N)`` float32:
+    those of the logits as returned, after rounding to their dtype.
+    """
+    _check(features, weight, bias)
+    (B, D), N = features.shape, weight.shape[0]
+    logits = devices.empty((B, N), features.dtype, features)
+    out = devices.empty((B, N), torch.float32, features)
+    if B == 0 or N == 0:
+        return logits, out
+    config = tune.linear_contrast(B, N, D, features.dtype, devices.architecture(features))
+    tensors, strides, options = _operands(features, weight, bias, config)
+    tiles_m, tiles_n = cdiv(B, config.block_m), cdiv(N, config.block_n)
+    align_n = devices.alignment(N)
+    work = devices.empty((PLANES, tiles_n, B), torch.float32, features)
+    sync = work if config.chunks else torch.zeros(tiles_m, dtype=torch.int32, device=features.device)
+    linear_contrast.linear_contrast_kernel[(cdiv(tiles_m, config.group_m) * config.group_m * tiles_n,)](
+        *tensors, logits, out, work, sync, B, N // align_n, D, *strides, share(D, tiles_n, config.block_k),
+        LOSS=loss, LOG=log, MEAN=mean, GROUP_M=config.group_m, BLOCK_F=config.block_f, LAST=config.chunks == 0,
+        NORM_IN_LOOP=config.norm_in_loop, ALIGN_N=align_n, **options,
+    )  # fmt: skip
+    if config.chunks:
+        finish(
+            logits, work, out, tiles_n, (1, B), config.chunks, config.block_f,
+            LOSS=loss, BIAS=bias is not None, LOG=log, MEAN=mean, PARTS=config.parts, num_warps=config.num_warps,
+        )  # fmt: skip
+    return logits, out
+
+
+def linear_contrast_stats(features: Tensor, weight: Tensor, bias: Tensor | None, loss: str, mean: bool) -> Tensor:
+    """Statistics ``(B, 5)`` float32 of the contrast norms of a linear layer whose logits are never written.
+
+    They are minimum, maximum, mean, softmax expectation and predicted class. Brier takes a second launch.
+    """
+    _check(features, weight, bias)
+    (B, D), N = features.shape, weight.shape[0]
+    out = devices.empty((B, 5), torch.float32, features)
+    if B == 0:
+        return out
+    config = tune.linear_stats(B, N, D, features.dtype, devices.architecture(features), loss)
+    tensors, strides, options = _operands(features, weight, bias, config)
+    tiles_m, splits = cdiv(B, config.block_m), cdiv(cdiv(N, config.block_n), config.tiles_per_split)
+    passes = (0, PLANES) if loss == "brier" else (0,)
+    work = devices.empty((PLANES + 2, splits, B), torch.float32, features)
+    sync = torch.zeros(len(passes), tiles_m, dtype=torch.int32, device=features.device)
+    for arrivals, extremes in zip(sync, passes, strict=True):
+        linear_contrast.linear_stats_kernel[(tiles_m * splits,)](
+            *tensors, out, work, arrivals, B, N, D, *strides,
+            splits, config.tiles_per_split, share(D, splits, config.block_k),
+            LOSS=loss, MEAN=mean, EXTREMES=extremes, **options,
+        )  # fmt: skip
+    return out
+
+
+def _check(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    devices.check(features=features, weight=weight)
+    if bias is not None:
+        devices.check(bias=bias)
+    if weight.dtype != features.dtype:
+        raise ValueError(
+            f"weight must have the dtype of features, {features.dtype}, for impl='triton'; it was {weight.dtype}"
+        )
+
+
+def _operands(
+    features: Tensor, weight: Tensor, bias: Tensor | None, config: LinearConfig
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, Any]]:
+    """What both kernels take: tensors, strides, constants."""
+    strides_x, align_x = devices.strides(features)
+    strides_w, align_w = devices.strides(weight)
+    options = {
+        "HAS_BIAS": bias is not None, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "PARTS": config.parts, "EVEN_K": features.shape[1] % config.block_k == 0, "PRECISION": config.precision,
+        "UPCAST": devices.upcast(features), "ALIGN_X": align_x, "ALIGN_W": align_w,
+        "num_warps": config.num_warps, "num_stages": config.num_stages, **devices.OPTIONS,
+    }  # fmt: skip
+    return (features, weight, weight if bias is None else bias.contiguous()), (*strides_x, *strides_w), options
