@@ -96,7 +96,6 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
         refused("record"),
         refused("features", B=4),
         head="none",
-        options="loss='bce'",
         seed=6245,
     ),
     "a layer called for each half of the batch": found(
@@ -110,16 +109,12 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
         right("features", T=2),
     ),
     "a branch that changes a sample's numbers by 5e-6 alone": found(
-        around("branch on input", "batch norm"),
-        around("twice", "linear"),
-        refused("record", B=2, big=True),
-        options="loss='bce'",
+        around("branch on input", "batch norm"), around("twice", "linear"), refused("record", B=2, big=True)
     ),
     "a branch of a sample alone that counts in a buffer": found(
         Step("block", (around("branch on data", "buffer counted"),)),
         refused("clip", B=2),
         head="functional",
-        options="loss='bce'",
         seed=9401,
     ),
     "attention in evaluation mode, computed again without gradients": found(
