@@ -6,24 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_nets import Net
+from small_nets import Misjudged, Net
 from torch import Tensor, nn
 
 from fastgrad.engine.network import Network
 from fastgrad.engine.run import Reading, Run
-from fastgrad.layers import register_rule
-
-
-class Wrong(nn.Linear):
-    """A layer whose rule disagrees with autograd."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-
-@register_rule(Wrong, name="wrong")
-def wrong(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    return dict.fromkeys(("weight", "bias"), g.square().sum(1) + 1)
 
 
 def unmappable(net: Any, x: Tensor) -> Tensor:
@@ -68,7 +55,7 @@ def read(model: nn.Module, x: Tensor, *readings: Reading, planned: bool = True) 
 @pytest.mark.parametrize("samples", [1, 4, 7])
 def test_beside_a_fallback_at_the_root(samples: int) -> None:
     torch.manual_seed(samples)
-    layers = {"first": Wrong(5, 6), "second": nn.Linear(6, 6)}
+    layers = {"first": Misjudged(5, 6), "second": nn.Linear(6, 6)}
     model = Net(unmappable, **layers, scale=nn.Parameter(torch.rand(6)), head=nn.Linear(6, 3)).double().eval()
     x = torch.randn(samples, 5, dtype=torch.float64)
     readings = [Reading("head", entering), Reading("second", leaving), Reading("", leaving)]

@@ -10,6 +10,7 @@ from gradient_oracle import loss_norms, relative_error
 from torch import Tensor, nn
 
 import fastgrad
+from fastgrad.layers import register_rule
 
 
 class Net(nn.Module):
@@ -23,6 +24,18 @@ class Net(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         return self.function(self, *inputs, **named)
+
+
+class Misjudged(nn.Linear):
+    """A layer whose rule disagrees with autograd, so that the model as a whole is computed again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@register_rule(Misjudged, name="misjudged")
+def misjudged(_: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+    return dict.fromkeys(("weight", "bias"), 1 + g.square().sum(1))
 
 
 def recorded(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
