@@ -53,7 +53,7 @@ def test_inputs_of_a_loaders_batch() -> None:
 @pytest.mark.parametrize("output", [X, {"logits": X}, (X, 1), UserDict(logits=X)])
 def test_kinds_of_outputs(output: Any) -> None:
     if isinstance(output, UserDict):
-        output.logits = X  # type: ignore[attr-defined]
+        output.logits = X
     found: Tensor = batches.logits_of(output)
     assert found is X
     assert batches.class_logits(output) is X

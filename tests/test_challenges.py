@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_nets import Net
 from torch import nn
 
 from fastgrad.challenges import (
@@ -132,11 +133,10 @@ def test_modes_change_without_what_a_module_does_on_their_change() -> None:
 
 
 def test_modes_return_after_an_error() -> None:
-    class Broken(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("no")
+    def broken(net: Any, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no")
 
-    net = nn.Sequential(Broken()).train()
+    net = nn.Sequential(Net(broken)).train()
     with pytest.raises(RuntimeError, match="no"):
         generate_challenges(net, photos(), names=["pgd-1"])
     assert net.training
@@ -177,14 +177,9 @@ def test_attack_is_the_published_step() -> None:
 
 
 def test_normalised_and_unit_images_get_the_same_attack() -> None:
-    class Normalise(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return normalised(x)
-
-    net = small_net()
-    unit = photos()
-    inside = generate_challenges(nn.Sequential(Normalise(), net), unit, names=["pgd-2", "contrast-2"])
-    outside = generate_challenges(net, normalised(unit), names=["pgd-2", "contrast-2"], mean=MEAN, std=STD)
+    net, unit, names = small_net(), photos(), ["pgd-2", "contrast-2"]
+    inside = generate_challenges(Net(lambda own, x: own.net(normalised(x)), net=net), unit, names=names)
+    outside = generate_challenges(net, normalised(unit), names=names, mean=MEAN, std=STD)
     for name, challenge in inside.items():
         torch.testing.assert_close(outside[name], normalised(challenge), rtol=0, atol=2e-5)
 
@@ -280,16 +275,10 @@ def test_challenges_come_from_the_inputs_that_they_name() -> None:
     assert all(torch.equal(one.inputs, other.inputs) for one, other in zip(made, again, strict=True))
 
 
-class Counting(nn.Module):
+def counting(net: Any, x: torch.Tensor) -> torch.Tensor:
     """Counts the images that it sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += len(x)
-        return x.flatten(1)[:, :4]
+    net.calls += len(x)
+    return x.flatten(1)[:, :4]
 
 
 @pytest.mark.parametrize(
@@ -309,7 +298,7 @@ class Counting(nn.Module):
 def test_what_goes_through_jpeg_shares_its_attack(
     names: list[str] | None, each: int, gradients: float, starts: float
 ) -> None:
-    images, net = photos(60), Counting()
+    images, net = photos(60), Net(counting, calls=0)
     made = list(iter_challenges(net, images, names=names, each=each))
     assert sum(len(batch.kinds) for batch in made) == 60 * each
     # The first gradient of FGSM finds the prediction on its way; the random start of PGD needs one more pass.
@@ -319,7 +308,7 @@ def test_what_goes_through_jpeg_shares_its_attack(
 
 def test_attacks_of_all_strengths_are_made_in_one_batch() -> None:
     images = photos(12)
-    (batch,) = iter_challenges(Counting(), images, names=["pgd", "compressed_pgd"], each=3)
+    (batch,) = iter_challenges(Net(counting, calls=0), images, names=["pgd", "compressed_pgd"], each=3)
     change = (batch.inputs - images[batch.sources]).abs().amax((1, 2, 3))
     plain = torch.tensor([kind == "pgd" for kind in batch.kinds])
     assert {round(255 * float(value)) for value in change[plain]} == {2, 4, 8}
@@ -464,23 +453,19 @@ def test_ranges_that_are_none(low: Any, high: Any, error: type[Exception], words
         PixelRange(low, high)
 
 
-class Wrapped(nn.Module):
-    """A network whose logits come in another form."""
-
-    def __init__(self, net: nn.Module, form: str) -> None:
-        super().__init__()
-        self.net, self.form = net, form
-
-    def forward(self, x: torch.Tensor) -> object:
-        logits = self.net(x)
-        return {"tuple": (logits, x), "dict": {"logits": logits}, "flat": logits[0]}[self.form]
+#: Logits in another form.
+FORMS: dict[str, Any] = {
+    "tuple": lambda own, x: (own.net(x), x),
+    "dict": lambda own, x: {"logits": own.net(x)},
+    "flat": lambda own, x: own.net(x)[0],
+}
 
 
 @pytest.mark.parametrize("form", ["tuple", "dict"])
 def test_logits_are_read_from_every_form_that_features_are(form: str) -> None:
     net, images = small_net(), photos()
     plain = generate_challenges(net, images, names=["pgd-2"], seed=1)["pgd-2"]
-    wrapped = generate_challenges(Wrapped(net, form), images, names=["pgd-2"], seed=1)["pgd-2"]
+    wrapped = generate_challenges(Net(FORMS[form], net=net), images, names=["pgd-2"], seed=1)["pgd-2"]
     assert torch.equal(plain, wrapped)
     with pytest.raises(ValueError, match=r"must return logits of shape \(B, N\); it returned \(5,\)"):
-        generate_challenges(Wrapped(net, "flat"), images, names=["pgd-2"])
+        generate_challenges(Net(FORMS["flat"], net=net), images, names=["pgd-2"])

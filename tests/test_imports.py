@@ -1,4 +1,7 @@
-"""Imports run in one direction: a package imports only what stands above it here, and no modules form a circle."""
+"""Imports run in one direction: a package imports only what stands above it here, and no modules form a circle.
+
+PyTorch's private names stand in one module, where a release that changes one can be met.
+"""
 
 from __future__ import annotations
 
@@ -83,3 +86,38 @@ def test_kernels_and_losses_stand_alone() -> None:
             if package(name) == part:
                 found = {other.partition(".")[0] for other in imported(tree)}
                 assert found & {"triton", "torch", "numpy", "fastgrad"} <= allowed, name
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def dotted(node: ast.expr) -> str:
+    """A name with its dots; empty for an attribute of anything else, as of a call's result."""
+    if isinstance(node, ast.Attribute):
+        owner = dotted(node.value)
+        return owner and f"{owner}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """What a module imports of torch, or takes from it as an attribute, under a private name."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [dotted(node)]
+        for name in names:
+            parts = name.split(".")
+            # ATen's operators are no private names, whatever they are called.
+            if parts[0] in ("torch", "nn") and parts[1:2] != ["ops"] and any(map(is_private, parts)):
+                yield name
+
+
+def test_private_names_of_pytorch_stand_in_one_module() -> None:
+    found = {name: sorted(set(private_names(tree))) for name, tree in MODULES.items()}
+    assert found.pop("fastgrad._torch")
+    assert {name: names for name, names in found.items() if names} == {}

@@ -135,12 +135,8 @@ def test_nearly_equal_logits_do_not_cancel(loss: str, target: str) -> None:
     if target.endswith("labels"):
         label = y.float() if target == "equal labels" else y.float() + 1e-5 * torch.randn(6, 50)
         y = label.double()
-    exact = torch.tensor(
-        [
-            float(oracles.target_norms(row, goal, loss))
-            for row, goal in zip(z.double().tolist(), y.tolist(), strict=True)
-        ]
-    )
+    pairs = zip(z.double().tolist(), y.tolist(), strict=True)
+    exact = torch.tensor([float(oracles.target_norms(row, goal, loss)) for row, goal in pairs])
     got = losses.target_norms(z, label, loss=loss)
     assert ((got - exact).abs() / exact).max() <= 64 * EPS
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from gradient_oracle import relative_error, true_norms
+from small_nets import Net
 from torch import Tensor, nn
 
 import fastgrad
@@ -41,37 +42,22 @@ FAST = {
     "vit-tiny": Case(lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=10)),
     "swin-tiny": Case(lambda: torchvision.models.SwinTransformer([4, 4], 12, [1, 1], [2, 2], [2, 2], num_classes=10)),
 }
-ZOO = {
-    "resnet18": vision("resnet18"),
-    "densenet121": vision("densenet121"),
-    "mobilenet_v3_small": vision("mobilenet_v3_small"),
-    "mobilenet_v3_large": vision("mobilenet_v3_large"),
-    "efficientnet_b0": vision("efficientnet_b0"),
-    "shufflenet_v2_x1_0": vision("shufflenet_v2_x1_0"),
+PLAIN = (
+    "resnet18", "densenet121", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "shufflenet_v2_x1_0",
+    "vgg11_bn", "squeezenet1_0", "regnet_y_400mf", "regnet_x_400mf", "mnasnet1_0", "convnext_tiny", "swin_t",
+)  # fmt: skip
+ZOO = {name: vision(name) for name in PLAIN} | {
     "googlenet": vision("googlenet", init_weights=False),
-    "vgg11_bn": vision("vgg11_bn"),
-    "squeezenet1_0": vision("squeezenet1_0"),
-    "regnet_y_400mf": vision("regnet_y_400mf"),
-    "regnet_x_400mf": vision("regnet_x_400mf"),
-    "mnasnet1_0": vision("mnasnet1_0"),
-    "convnext_tiny": vision("convnext_tiny"),
     "vit_b_16": vision("vit_b_16", image_size=32),
-    "swin_t": vision("swin_t"),
     # maxvit_t with windows that fit the small image.
     "maxvit_t": Case(
         lambda: torchvision.models.MaxVit(
-            input_size=(64, 64),
-            stem_channels=64,
-            partition_size=2,
-            block_channels=[64, 128, 256, 512],
-            block_layers=[2, 2, 5, 2],
-            head_dim=32,
-            stochastic_depth_prob=0.2,
-            num_classes=10,
+            input_size=(64, 64), stem_channels=64, partition_size=2, block_channels=[64, 128, 256, 512],
+            block_layers=[2, 2, 5, 2], head_dim=32, stochastic_depth_prob=0.2, num_classes=10,
         ),
         64,
     ),
-}
+}  # fmt: skip
 
 
 def randomized(model: nn.Module, seed: int) -> nn.Module:
@@ -83,8 +69,8 @@ def randomized(model: nn.Module, seed: int) -> nn.Module:
             module.bias.data.uniform_(-0.2, 0.2, generator=generator)
         if isinstance(module, nn.BatchNorm2d):
             # About the variance each layer's input has, so that the signal neither dies out nor explodes.
-            module.running_mean.uniform_(-0.1, 0.1, generator=generator)  # type: ignore[union-attr]
-            module.running_var.uniform_(0.5, 1.5, generator=generator)  # type: ignore[union-attr]
+            module.running_mean.uniform_(-0.1, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
     for name, parameter in model.named_parameters():
         if name.endswith(("layer_scale", "class_token")):
             parameter.data.uniform_(0.3, 0.7, generator=generator)
@@ -112,7 +98,7 @@ def compare(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, **kwa
         return losses.delta(z, "ones", loss="bce")
 
     def output(out: Any) -> Tensor:
-        return out if isinstance(out, Tensor) else out.logits  # type: ignore[no-any-return]
+        return out if isinstance(out, Tensor) else out.logits
 
     truth = true_norms(model, inputs, gradient, output=output, **kwargs)
     eps = torch.finfo(dtype).eps
@@ -160,84 +146,68 @@ def test_zoo(name: str, dtype: torch.dtype) -> None:
     check(ZOO[name], dtype)
 
 
-def bert(kind: str) -> nn.Module:
+#: Families of transformers, and what makes one of them small.
+TEXTS: dict[str, dict[str, int]] = {
+    "Bert": {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20,
+        "max_position_embeddings": 12,
+    },
+    "GPT2": {
+        "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 12, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 1,
+    },
+    "Llama": {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20,
+        "max_position_embeddings": 12, "num_key_value_heads": 1, "pad_token_id": 0,
+    },
+}  # fmt: skip
+
+
+def classifier_of_texts(family: str, **options: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
-        max_position_embeddings=12, num_labels=3, attn_implementation=kind,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)  # type: ignore[no-any-return]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(vocab_size=40, num_labels=3, **TEXTS[family], **options)
+    return getattr(transformers, f"{family}ForSequenceClassification")(config).eval()
 
 
-def gpt(kind: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(
-        vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=12, num_labels=3, pad_token_id=0,
-        bos_token_id=1, eos_token_id=1, attn_implementation=kind,
-    )  # fmt: skip
-    return transformers.GPT2ForSequenceClassification(config)  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("make", [bert, gpt])
+@pytest.mark.parametrize("family", ["Bert", "GPT2"])
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_text_transformers(make: Callable[[str], nn.Module], kind: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = make(kind).eval()
+def test_text_transformers(family: str, kind: str, dtype: torch.dtype) -> None:
+    model = classifier_of_texts(family, attn_implementation=kind)
     tokens = torch.randint(2, 40, (3, 7))
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[1, 5:] = 0
-    tokens = tokens * mask
-    compare(model, (), dtype, input_ids=tokens, attention_mask=mask)
+    compare(model, (), dtype, input_ids=tokens * mask, attention_mask=mask)
 
 
 def test_llama() -> None:
     """In float32 only: the model's own norms compute in float32 whatever the dtype."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=12, num_labels=3, pad_token_id=0,
-    )  # fmt: skip
-    model = transformers.LlamaForSequenceClassification(config).eval()
-    compare(model, (), torch.float32, input_ids=torch.randint(2, 40, (3, 7)))
+    compare(classifier_of_texts("Llama"), (), torch.float32, input_ids=torch.randint(2, 40, (3, 7)))
 
 
-class LastToken(nn.Module):
+def last_token() -> nn.Module:
     """A language model's logits for the next token; its head is tied to the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        transformers = pytest.importorskip("transformers")
-        self.lm = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=30, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=1
-            )
-        )
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.lm(tokens).logits[:, -1]  # type: ignore[no-any-return]
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=30, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=1
+    )
+    return Net(lambda net, tokens: net.lm(tokens).logits[:, -1], lm=transformers.GPT2LMHeadModel(config))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_tied_language_model(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    compare(LastToken().eval(), (torch.randint(0, 30, (3, 6)),), dtype)
-
-
-class Words(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(20, 6)
-        self.lstm = nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True)
-        self.head = nn.Linear(10, 3)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.head(self.lstm(self.embed(tokens))[0].mean(1))
-        return out
+    compare(last_token().eval(), (torch.randint(0, 30, (3, 6)),), dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_lstm_classifier(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    compare(Words().eval(), (torch.randint(0, 20, (3, 6)),), dtype)
+    model = Net(
+        lambda net, tokens: net.head(net.lstm(net.embed(tokens))[0].mean(1)),
+        embed=nn.Embedding(20, 6),
+        lstm=nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True),
+        head=nn.Linear(10, 3),
+    )
+    compare(model.eval(), (torch.randint(0, 20, (3, 6)),), dtype)

@@ -1,38 +1,22 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from small_nets import Misjudged, Net
 from torch import nn
 
 from fastgrad.blocks import Activations, Contrasts, Features, Gradients
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import watch
-from fastgrad.layers import register_rule
 
 
-class Misjudged(nn.Linear):
-    """Its rule is wrong, so that the model as a whole is computed again."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)
-
-
-@register_rule(Misjudged)
-def misjudged(_: nn.Module, a: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
-    return dict.fromkeys(("weight", "bias"), 1 + g.square().sum(1))
-
-
-class Unmappable(nn.Module):
+def unmappable(net: Any, x: torch.Tensor) -> torch.Tensor:
     """``vmap`` refuses ``.item()``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Misjudged(6, 6)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = torch.tanh(self.inner(x))
-        return self.head(h if h.sum().item() < torch.inf else x)
+    h = torch.tanh(net.inner(x))
+    return net.head(h if h.sum().item() < torch.inf else x)
 
 
 class Closure(nn.Module):
@@ -55,7 +39,8 @@ def test_gradients_that_a_pass_cannot_see_are_refused() -> None:
 
 def test_h_where_the_network_runs_more_than_once() -> None:
     torch.manual_seed(0)
-    net, x = Unmappable().double().eval(), torch.randn(7, 6, dtype=torch.float64)
+    net = Net(unmappable, inner=Misjudged(6, 6), head=nn.Linear(6, 3)).double().eval()
+    x = torch.randn(7, 6, dtype=torch.float64)
     expected = Extraction(net, [Features()])(x)[1]["features"]
     _, blocks = Extraction(net, [Features(), Gradients()])(x)
     torch.testing.assert_close(blocks["features"], expected, rtol=1e-13, atol=1e-13)
@@ -72,25 +57,22 @@ def test_a_compiled_network_has_the_same_blocks() -> None:
             torch.testing.assert_close(same[name], value)
 
 
-class Attention(nn.Module):
-    def __init__(self, layer: str) -> None:
-        super().__init__()
-        self.layer = layer
-        if layer == "attention":
-            self.mix = nn.MultiheadAttention(32, 4, dropout=0.5, batch_first=True)
-        else:
-            self.mix = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.5, batch_first=True)
-        self.head = nn.Linear(32, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mixed = self.mix(x, x, x, need_weights=False)[0] if self.layer == "attention" else self.mix(x)
-        return self.head(mixed.mean(1))
+def attended(net: Any, x: torch.Tensor) -> torch.Tensor:
+    mixed = net.mix(x, x, x, need_weights=False)[0] if isinstance(net.mix, nn.MultiheadAttention) else net.mix(x)
+    return net.head(mixed.mean(1))
 
 
-@pytest.mark.parametrize("layer", ["attention", "encoder layer"])
-def test_attention_rounds_as_it_does_with_gradients(layer: str) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.MultiheadAttention(32, 4, dropout=0.5, batch_first=True),
+        lambda: nn.TransformerEncoderLayer(32, 4, 64, dropout=0.5, batch_first=True),
+    ],
+    ids=["attention", "encoder layer"],
+)
+def test_attention_rounds_as_it_does_with_gradients(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    model = Attention(layer)
+    model = Net(attended, mix=make(), head=nn.Linear(32, 5))
     for module in model.modules():
         module.training = False
     x = torch.randn(6, 50, 32)
@@ -100,7 +82,7 @@ def test_attention_rounds_as_it_does_with_gradients(layer: str) -> None:
     logits, _ = extraction(x)
     assert torch.equal(logits, expected)
     assert not any(module.training for module in model.modules())
-    if layer == "attention":
+    if isinstance(model.mix, nn.MultiheadAttention):
         assert model.mix.dropout == 0.5
 
 

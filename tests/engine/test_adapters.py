@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gradient_oracle import loss_norms, relative_error
+from small_nets import Net, recorded
 from torch import Tensor, nn
 
 import fastgrad
@@ -51,29 +52,23 @@ def assert_exact(model: nn.Module, x: Tensor, eps: float = torch.finfo(torch.flo
     torch.testing.assert_close(norms, truth.sum(1).sqrt(), rtol=1e3 * eps, atol=0)
 
 
-class LowRank(nn.Module):
+def low_rank(net: Any, x: Tensor) -> Tensor:
     """A frozen layer and a product of two narrow matrices beside it."""
+    return net.base(x) + net.down(x) @ net.up.T if net.enabled else net.base(x)
 
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Parameter(torch.randn(6, 2))
-        self.enabled = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.base(x)
-        return out + self.down(x) @ self.up.T if self.enabled else out
+def adapted() -> Net:
+    base, down = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 2, bias=False)
+    return Net(low_rank, base=base, down=down, up=nn.Parameter(torch.randn(6, 2)), enabled=True)
 
 
 def test_low_rank_adapters_by_hand_and_switched_off() -> None:
     torch.manual_seed(0)
-    first, second = LowRank(nn.Linear(6, 6)), LowRank(nn.Linear(6, 6))
+    first, second = adapted(), adapted()
     model = nn.Sequential(first, nn.Tanh(), second).double()
-    assert_exact(model, HIDDEN)
-    second.enabled = False
-    assert_exact(model, HIDDEN)
-    second.enabled = True
-    assert_exact(model, HIDDEN)
+    for enabled in (True, False, True):
+        second.enabled = enabled
+        assert_exact(model, HIDDEN)
 
 
 def test_adapters_of_peft_merged_switched_and_disabled() -> None:
@@ -102,14 +97,13 @@ def loop_of_all(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     trained = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(True)
     try:
-        with fastgrad.record(model):
-            found = fastgrad.grad_sqnorm(losses_of(model, x).sum(), list(model.parameters()))
-        assert relative_error(torch.stack(found, 1), loop(model, x), 2e-16).max() < 1e-12
+        found = recorded(model, lambda: losses_of(model, x).sum())
+        assert relative_error(found, loop(model, x), 2e-16).max() < 1e-12
     finally:
         model.requires_grad_(False)
         for p in trained:
             p.requires_grad_(True)
-    return dict(zip((n for n, _ in model.named_parameters()), found, strict=True))
+    return dict(zip((n for n, _ in model.named_parameters()), found.unbind(1), strict=True))
 
 
 def llama(**options: Any) -> Any:
@@ -138,41 +132,38 @@ def test_the_same_as_a_classifier() -> None:
     assert relative_error(features, true, SINGLE).max() < 1e3 * SINGLE
 
 
-class Experts(nn.Module):
-    """Tokens that go to one of three experts each: a linear layer, or a slice of one parameter."""
+def all_experts(net: Any, x: Tensor) -> Tensor:
+    """Every expert, a slice of one parameter, sees every token."""
+    gates = net.route(x).softmax(-1)
+    if net.way == "einsum":
+        return torch.einsum("btd,edo,bte->bto", x, net.weight, gates)
+    tokens = x.reshape(1, -1, 6).expand(3, -1, -1)
+    each = torch.bmm(tokens, net.weight).unflatten(1, x.shape[:2])
+    return (gates.movedim(-1, 0).unsqueeze(-1) * each).sum(0)
 
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.way, self.route = way, nn.Linear(6, 3)
-        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3 if way == "mask" else 0))
-        if way != "mask":
-            self.weight = nn.Parameter(torch.randn(3, 6, 6))
 
-    def forward(self, x: Tensor) -> Tensor:
-        gates = self.route(x).softmax(-1)
-        if self.way == "bmm":  # every expert sees every token
-            tokens = x.reshape(1, -1, 6).expand(3, -1, -1)
-            each = torch.bmm(tokens, self.weight).unflatten(1, x.shape[:2])
-            return (gates.movedim(-1, 0).unsqueeze(-1) * each).sum(0)
-        if self.way == "einsum":
-            return torch.einsum("btd,edo,bte->bto", x, self.weight, gates)
-        out, chosen = torch.zeros_like(x), gates.argmax(-1)
-        for i, expert in enumerate(self.experts):
-            out[chosen == i] = expert(x[chosen == i]) * gates[chosen == i][:, i : i + 1]
-        return out
+def chosen_experts(net: Any, x: Tensor) -> Tensor:
+    """Tokens go to one of three layers each."""
+    gates = net.route(x).softmax(-1)
+    out, chosen = torch.zeros_like(x), gates.argmax(-1)
+    for i, expert in enumerate(net.experts):
+        out[chosen == i] = expert(x[chosen == i]) * gates[chosen == i][:, i : i + 1]
+    return out
 
 
 @pytest.mark.parametrize("way", ["bmm", "einsum"])
 def test_experts_in_one_parameter(way: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 6), Experts(way)).double()
+    experts = Net(all_experts, way=way, route=nn.Linear(6, 3), weight=nn.Parameter(torch.randn(3, 6, 6)))
+    model = nn.Sequential(nn.Linear(6, 6), experts).double()
     assert_exact(model, HIDDEN)
     assert_exact(model, HIDDEN[:1])
 
 
 def test_experts_of_gathered_tokens_are_exact_or_refused_by_name() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 6), Experts("mask")).double()
+    layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+    model = nn.Sequential(nn.Linear(6, 6), Net(chosen_experts, route=nn.Linear(6, 3), experts=layers)).double()
     try:
         assert_exact(model, HIDDEN)
     except ValueError as refusal:
@@ -218,30 +209,24 @@ def test_sharded_parameters_are_refused_by_name_before_any_work(tmp_path: Path) 
             assert "'0.weight'" in message, (call, message)
 
 
-class Dispatched(nn.Module):
+def dispatched(net: Any, x: Tensor) -> Tensor:
     """Every expert gets the samples that chose it in the first places, by a product with zeros and ones."""
-
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.way, self.route = way, nn.Linear(6, 2)
-        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        chosen = nn.functional.one_hot(self.route(x).argmax(-1), 2)
-        place = ((chosen.cumsum(0) - 1) * chosen).sum(-1)
-        dispatch = (chosen.unsqueeze(2) * nn.functional.one_hot(place, len(x)).unsqueeze(1)).to(x)
-        if self.way == "einsum":
-            slots = torch.einsum("bec, bd -> ecd", dispatch, x)
-        else:
-            slots = torch.matmul(dispatch.movedim(0, -1), x)
-        made = torch.stack([expert(each) for expert, each in zip(self.experts, slots, strict=True)])
-        return torch.einsum("bec,ecd->bd", dispatch, made)
+    chosen = nn.functional.one_hot(net.route(x).argmax(-1), 2)
+    place = ((chosen.cumsum(0) - 1) * chosen).sum(-1)
+    dispatch = (chosen.unsqueeze(2) * nn.functional.one_hot(place, len(x)).unsqueeze(1)).to(x)
+    if net.way == "einsum":
+        slots = torch.einsum("bec, bd -> ecd", dispatch, x)
+    else:
+        slots = torch.matmul(dispatch.movedim(0, -1), x)
+    made = torch.stack([expert(each) for expert, each in zip(net.experts, slots, strict=True)])
+    return torch.einsum("bec,ecd->bd", dispatch, made)
 
 
 @pytest.mark.parametrize("way", ["einsum", "matmul"])
 def test_experts_of_dispatched_samples(way: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(Dispatched(way), nn.Linear(6, 3)).double()
+    route, experts = nn.Linear(6, 2), nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+    model = nn.Sequential(Net(dispatched, way=way, route=route, experts=experts), nn.Linear(6, 3)).double()
     # The samples that a plan is tried on come to one expert, which has them in their own places.
     x = torch.randn(9, 6).double()
     with torch.no_grad():

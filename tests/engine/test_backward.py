@@ -45,13 +45,7 @@ def counting(model: nn.Module, path: str, count: Counter[str]) -> LayerSite:
         return dict(rule.function(module, a, g))
 
     names = {f"{path}.{name}": name for name, _ in layer.named_parameters()}
-    return LayerSite(
-        path,
-        tuple(names),
-        names,
-        Layout("plain"),
-        LayerRule(rule.name, function, in_place=rule.in_place),
-    )
+    return LayerSite(path, tuple(names), names, Layout("plain"), LayerRule(rule.name, function, in_place=rule.in_place))
 
 
 def forward(model: nn.Module, sites: list[Site]) -> tuple[Run, Tensor]:

@@ -6,9 +6,11 @@ import gc
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from small_nets import Net
 from torch import nn
 
 import fastgrad
@@ -79,22 +81,17 @@ OUT_OF_MEMORY = [
 def test_memory_that_ran_out_is_no_fault_of_the_model(error: Exception) -> None:
     """Wherever it ran out, the error comes out as it is, and the next call is like a first one."""
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shift, self.twice = nn.Parameter(torch.randn(4)), nn.Linear(4, 4)
-
-        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise error
-            out: torch.Tensor = self.twice(self.twice(x + self.shift) * mask).tanh()
-            return out
+    def function(net: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise error
+        return net.twice(net.twice(x + net.shift) * mask).tanh()
 
     torch.manual_seed(0)
     # The mask may carry the batch, or positions.
-    model, x, mask, left = Model(), torch.randn(4, 4), torch.randn(4, 4), -1
+    model = Net(function, shift=nn.Parameter(torch.randn(4)), twice=nn.Linear(4, 4))
+    x, mask, left = torch.randn(4, 4), torch.randn(4, 4), -1
     truth, routes = (extractor := fastgrad.GradientFeatures(model))(x, mask)[1], extractor.report()
     assert {route.route for route in routes} == {"broadcast", "fallback"}
     for calls in range(1, -left):

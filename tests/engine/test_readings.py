@@ -6,52 +6,28 @@ from typing import Any
 
 import pytest
 import torch
+from small_nets import Misjudged, Net
 from torch import Tensor, nn
 
 from fastgrad.engine.network import Network
 from fastgrad.engine.run import Reading, Run
-from fastgrad.layers import register_rule
 
 
-class Wrong(nn.Linear):
-    """A layer whose rule disagrees with autograd."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-
-@register_rule(Wrong, name="wrong")
-def wrong(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    return dict.fromkeys(("weight", "bias"), g.square().sum(1) + 1)
-
-
-class Unmappable(nn.Module):
+def unmappable(net: Any, x: Tensor) -> Tensor:
     """Falls back at the root, one sample after another: ``vmap`` refuses ``.item()``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = Wrong(5, 6)
-        self.second = nn.Linear(6, 6)
-        self.scale = nn.Parameter(torch.rand(6))
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.first(x))
-        h = torch.tanh(self.second(h)) * self.scale
-        if h.sum().item() == torch.inf:
-            h = h + 1
-        out: Tensor = self.head(h)
-        return out
+    h = torch.tanh(net.first(x))
+    h = torch.tanh(net.second(h)) * net.scale
+    if h.sum().item() == torch.inf:
+        h = h + 1
+    return net.head(h)
 
 
 def entering(inputs: tuple[Any, ...], _: Any) -> Tensor:
-    value: Tensor = inputs[0]
-    return value
+    return inputs[0]
 
 
 def leaving(_: tuple[Any, ...], output: Any) -> Tensor:
-    value: Tensor = output
-    return value
+    return output
 
 
 def plain(model: nn.Module, x: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +55,8 @@ def read(model: nn.Module, x: Tensor, *readings: Reading, planned: bool = True) 
 @pytest.mark.parametrize("samples", [1, 4, 7])
 def test_beside_a_fallback_at_the_root(samples: int) -> None:
     torch.manual_seed(samples)
-    model = Unmappable().double().eval()
+    layers = {"first": Misjudged(5, 6), "second": nn.Linear(6, 6)}
+    model = Net(unmappable, **layers, scale=nn.Parameter(torch.rand(6)), head=nn.Linear(6, 3)).double().eval()
     x = torch.randn(samples, 5, dtype=torch.float64)
     readings = [Reading("head", entering), Reading("second", leaving), Reading("", leaving)]
     logits, found = read(model, x, *readings)
@@ -90,26 +67,17 @@ def test_beside_a_fallback_at_the_root(samples: int) -> None:
     assert torch.equal(found[readings[2]], logits)
 
 
-class Nested(nn.Module):
+def nested() -> Net:
     """Calls one module twice, and one by keyword; a later operation overwrites an output."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-        self.table = nn.Parameter(torch.rand(1, 4))
-        self.head = nn.Linear(4, 3)
-        self.idle = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.block(self.block(x) + self.table)
+    def function(net: Any, x: Tensor) -> Tensor:
+        h = net.block(net.block(x) + net.table)
         h.mul_(2)
-        out: Tensor = self.head(input=h)
-        return out
+        return net.head(input=h)
 
-
-def nested() -> Nested:
     torch.manual_seed(3)
-    return Nested().eval()
+    block, table = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Parameter(torch.rand(1, 4))
+    return Net(function, block=block, table=table, head=nn.Linear(4, 3), idle=nn.Linear(4, 4)).eval()
 
 
 @pytest.mark.parametrize("planned", [False, True])

@@ -1,47 +1,51 @@
-"""The private copy: what it holds in place of parameters, and how its attention computes."""
+"""The private copy: what it holds in place of parameters, and how its attention and batch norms compute."""
 
 from __future__ import annotations
+
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from gradient_oracle import loss_norms, relative_error, true_norms
+from small_nets import Net
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgrad
+from fastgrad.blocks import Logits
+from fastgrad.blocks.extraction import Extraction
 from fastgrad.engine.copy import Shadow
 from fastgrad.engine.network import Network
 from fastgrad.engine.run import Run
 
 
-class Scattered(nn.Module):
+def scattered() -> Net:
     """One parameter under two names, in a list and in the module of another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.rand(4))
-        self.same = self.scale
-        self.shift = nn.Parameter(torch.rand(1, 4))
-        self.plain = [self.scale, {"shift": self.shift}]
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(torch.tanh(x * self.plain[0] + self.plain[1]["shift"]) * self.same)
-        return out
+    scale, shift = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(1, 4))
+    return Net(
+        lambda net, x: net.head(torch.tanh(x * net.plain[0] + net.plain[1]["shift"]) * net.same),
+        scale=scale,
+        same=scale,
+        shift=shift,
+        plain=[scale, {"shift": shift}],
+        head=nn.Linear(4, 3),
+    )
 
 
 def test_a_parameter_is_replaced_wherever_it_occurs() -> None:
-    model = Scattered()
+    model = scattered()
     value = torch.ones(4)
     copy = Shadow(model, lambda p: value if p is model.scale else p.detach()).root
-    assert copy.scale is copy.same is copy.plain[0] is value  # type: ignore[index]
-    assert copy.plain[1]["shift"] is copy.shift  # type: ignore[index]
+    assert copy.scale is copy.same is copy.plain[0] is value
+    assert copy.plain[1]["shift"] is copy.shift
     assert model.plain[0] is model.scale
 
 
 def test_broadcast_parameters_in_plain_attributes_are_exact() -> None:
     torch.manual_seed(0)
-    model, x = Scattered().double().eval(), torch.randn(5, 4, dtype=torch.float64)
+    model, x = scattered().double().eval(), torch.randn(5, 4, dtype=torch.float64)
     extractor = fastgrad.GradientFeatures(model, loss="mse")
     logits, features = extractor(x)
     assert [r.route for r in extractor.report()[:2]] == ["broadcast", "broadcast"]
@@ -51,12 +55,12 @@ def test_broadcast_parameters_in_plain_attributes_are_exact() -> None:
 
 def test_a_recording_leaves_lists_of_parameters_as_they_are() -> None:
     torch.manual_seed(0)
-    model, x = Scattered().double(), torch.randn(5, 4).double()
+    model, x = scattered().double(), torch.randn(5, 4).double()
     for samples in (5, 3):
         with fastgrad.record(model):
             found = fastgrad.grad_sqnorm(model(x[:samples]).square().sum(), list(model.parameters()))
         assert model.plain[0] is model.scale
-        assert model.plain[1]["shift"] is model.shift  # type: ignore[index]
+        assert model.plain[1]["shift"] is model.shift
         truth = loss_norms((row.square().sum() for row in model(x[:samples])), model)
         torch.testing.assert_close(torch.stack(found, 1), truth)
 
@@ -75,31 +79,18 @@ def test_attention_with_a_forward_of_its_own_keeps_the_mode() -> None:
         assert torch.equal(Network(model).forward(None, Run(3), (x,), {}), model(x))
 
 
-class Keeping(nn.Module):
+def keeping(net: Any, x: Tensor) -> Tensor:
     """Keeps in its attributes what it computes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 2)
-        self.seen: list[Tensor] = []
-        self.cache: dict[str, Tensor] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if "weight" not in self.cache:
-            self.cache["weight"] = self.layer.weight * 2
-        self.seen.append(x)
-        return x @ self.cache["weight"].T + self.layer.bias
+    if "weight" not in net.cache:
+        net.cache["weight"] = net.layer.weight * 2
+    net.seen.append(x)
+    return x @ net.cache["weight"].T + net.layer.bias
 
 
 def test_lists_and_dicts_of_the_model_are_its_own() -> None:
-    model, x = Keeping().double(), torch.randn(5, 3).double()
-    truth = torch.stack(
-        [
-            torch.autograd.grad(model(x)[i].sum(), model.layer.weight)[0].square().sum()
-            for i in range(5)
-            if model.cache.clear() is None
-        ]
-    )
+    model, x = Net(keeping, layer=nn.Linear(3, 2), seen=[], cache={}).double(), torch.randn(5, 3).double()
+    rows = (model(x)[i].sum() for i in range(5) if model.cache.clear() is None)
+    truth = loss_norms(rows, model)[:, 0]
     model.cache.clear()
     model.seen.clear()
     _, features = fastgrad.GradientFeatures(model, loss="mse", target=lambda z: z.detach() - 0.5)(x)
@@ -125,3 +116,66 @@ def test_parameters_can_be_swapped_once_they_were_used(zero: bool) -> None:
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         torch.utils.swap_tensors(one, two)
     torch.testing.assert_close(features(x)[1], expected)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def encoder(net: Any, x: Tensor) -> Tensor:
+    x = net.first(x)
+    mixed, _ = net.attention(x, x, x, need_weights=False)
+    return net.head(net.second(x + mixed).mean(1))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_attention_is_one_product_and_not_one_a_position(frozen: bool) -> None:
+    torch.manual_seed(0)
+    model = Net(
+        encoder,
+        first=nn.LayerNorm(8),
+        second=nn.LayerNorm(8),
+        attention=nn.MultiheadAttention(8, 2, batch_first=True),
+        head=nn.Linear(8, 3),
+    )
+    model.eval().requires_grad_(not frozen)
+    extraction, x = Extraction(model, [Logits()]), torch.randn(4, 7, 8)
+    extraction(x)
+    with Products() as products:
+        extraction(x)
+    assert products.seen["bmm"] == 0
+    assert products.seen["addmm"] >= 2
+    assert all(p.requires_grad is not frozen for p in model.parameters())
+
+
+def tokens(net: Any, x: Tensor) -> Tensor:
+    """Convolutional features as a sequence of tokens, tokens first, as PyTorch's attention takes them by default."""
+    tokens = net.norm(net.convolution(x)).flatten(2).permute(2, 0, 1)
+    return net.head(net.token(tokens).tanh().sum(0))
+
+
+def test_one_sample_has_the_norms_that_it_has_in_a_batch() -> None:
+    """Its gradient reaches the batch norm channels last, where PyTorch's own gradients on a CPU are wrong."""
+    torch.manual_seed(0)
+    convolution, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    model = Net(tokens, convolution=convolution, norm=norm, token=nn.Linear(4, 4), head=nn.Linear(4, 3))
+    model.double().eval()
+    x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    extractor = fastgrad.GradientFeatures(model)
+    _, together = extractor(x)
+    alone = torch.cat([extractor(one[None])[1] for one in x])
+    torch.testing.assert_close(alone, together, rtol=1e-10, atol=0)
+    truth = loss_norms(model(x).square().sum(1), model)[:, 0]
+    for one, norm in zip(x, truth, strict=True):
+        with fastgrad.record(model):
+            loss = model(one[None]).square().sum()
+            (found,) = fastgrad.grad_sqnorm(loss, [model.convolution.weight])
+        torch.testing.assert_close(found[0], norm, rtol=1e-10, atol=0)

@@ -66,19 +66,11 @@ def alike(a: Any, b: Any) -> bool:
 def truth(
     model: nn.Module, inputs: Any, losses: Any, seed: int, *, trainable: bool = False, evaluate: bool = False
 ) -> Any:
-    """Run the model without the package.
+    """Run a copy of the model without the package, with the batch as the input ``x``.
 
-    Args:
-        model: Not touched.
-        inputs: By keyword, the batch as ``x``.
-        losses: ``(output, samples) -> (B,)``.
-        seed: Of the random numbers that the model draws.
-        trainable: Whether parameters that require no gradient are left out.
-        evaluate: Whether it runs in evaluation mode.
-
-    Returns:
-        Its output, a copy of the model after the call, the state of the random numbers, and for every sample the
-        gradients of its loss in float64, on the path that the batch takes.
+    Returns its output, the copy after the call, the state of the random numbers, and for every sample the gradients of
+    its loss (``losses(output, samples)`` is ``(B,)``) in float64, on the path that the batch takes; with ``trainable``
+    only of parameters that require one.
     """
     plain = copy.deepcopy(model).eval() if evaluate else copy.deepcopy(model)
     double = copy.deepcopy(plain).double()

@@ -33,13 +33,9 @@ REFUSALS = re.compile(
 
 
 class Session:
-    """A model and the calls made of it.
+    """A model, in training mode and float64, and calls of it; if ``tokens``, it takes indices.
 
-    Args:
-        model: In training mode and float64.
-        tokens: Whether it takes indices.
-        loss: Of `GradientFeatures`.
-        chunk: Its ``chunk_size``.
+    ``loss`` and ``chunk`` are `GradientFeatures`' loss and chunk_size.
     """
 
     def __init__(self, model: nn.Module, *, tokens: bool, loss: str = "bce", chunk: int | None = None) -> None:
@@ -137,11 +133,8 @@ class Session:
     def features(self, *, B: int, T: int, **options: Any) -> None:
         """`GradientFeatures`, of one extractor for all calls."""
         inputs, before = self.inputs(B, T, **options), state(self.model)
-        pieces = range(0, max(B, 1), self.chunk or max(B, 1))
-        parts = []
-        for start in pieces:
-            part = inputs | {"x": inputs["x"][start : start + (self.chunk or B)]}
-            parts.append(truth(self.model, part, self.ones, self.calls, evaluate=True))
+        pieces = inputs["x"].split(self.chunk or max(B, 1))
+        parts = [truth(self.model, inputs | {"x": x}, self.ones, self.calls, evaluate=True) for x in pieces]
 
         def call() -> Any:
             if self.extractor is None:

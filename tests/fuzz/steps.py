@@ -84,33 +84,26 @@ LEAVES: dict[str, tuple[str, str]] = {
         "self.{n} = nn.Linear(4, 4)\nself.register_buffer('{n}m', torch.ones(4, 4).tril())",
         "h = nn.functional.linear(h, self.{n}.weight * self.{n}m, self.{n}.bias)",
     ),
-    "functional use": ("self.{n} = nn.Linear(4, 4)", "h = nn.functional.linear(h, self.{n}.weight)"),
-    "used in two ways": (
-        "self.{n} = nn.Linear(4, 4)",
-        "h = self.{n}(h) + nn.functional.linear(h, self.{n}.weight.t())",
-    ),
+    "functional use": layer("nn.Linear(4, 4)", "nn.functional.linear(h, self.{n}.weight)"),
+    "used in two ways": layer("nn.Linear(4, 4)", "self.{n}(h) + nn.functional.linear(h, self.{n}.weight.t())"),
     "unused": ("self.{n} = nn.Linear(4, 4)", "pass"),
-    "frozen": ("self.{n} = nn.Linear(4, 4).requires_grad_(False)", "h = self.{n}(h)"),
+    "frozen": layer("nn.Linear(4, 4).requires_grad_(False)"),
     "LoRA": (
         "self.{n} = nn.Linear(4, 4).requires_grad_(False)\nself.{n}a = nn.Linear(4, 2, bias=False)\n"
         "self.{n}b = nn.Parameter(torch.randn(4, 2))",
         "h = self.{n}(h) + self.{n}a(h) @ self.{n}b.T",
     ),
-    "list and dictionary": (
-        "self.{n} = nn.ModuleDict({{'a': nn.Linear(4, 4), 'b': nn.ModuleList([nn.Linear(4, 4)])}})",
-        "h = self.{n}['a'](h) if c['mode'] == 'a' else self.{n}['b'][0](h)",
+    "list and dictionary": layer(
+        "nn.ModuleDict({{'a': nn.Linear(4, 4), 'b': nn.ModuleList([nn.Linear(4, 4)])}})",
+        "self.{n}['a'](h) if c['mode'] == 'a' else self.{n}['b'][0](h)",
     ),
-    "parameter list": (
-        "self.{n} = nn.ParameterList([torch.randn(4), torch.randn(4)])",
-        "h = h * self.{n}[c['depth'] % 2]",
-    ),
+    "parameter list": layer("nn.ParameterList([torch.randn(4), torch.randn(4)])", "h * self.{n}[c['depth'] % 2]"),
     "parts called by hand": (
         "self.{n} = nn.Sequential(nn.Linear(4, 4), nn.Tanh())",
         "for part in self.{n}:\n    h = part(h)",
     ),
-    "functional call": (
-        "self.{n} = nn.Linear(4, 4)",
-        "h = torch.func.functional_call(self.{n}, dict(self.{n}.named_parameters()), (h,))",
+    "functional call": layer(
+        "nn.Linear(4, 4)", "torch.func.functional_call(self.{n}, dict(self.{n}.named_parameters()), (h,))"
     ),
     "layer with a hook on its input": (
         "self.{n} = nn.Linear(4, 4)\nself.{n}.register_forward_pre_hook(lambda module, args: (2 * args[0],))",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.fuzz import steps
@@ -15,143 +17,111 @@ def one(api: str, **options: object) -> str:
     return f"session.{api}({', '.join(f'{k}={v!r}' for k, v in (usual | options).items())})"
 
 
+def right(api: str, **options: object) -> tuple[str, str]:
+    return one(api, **options), "right"
+
+
+def refused(api: str, **options: object) -> tuple[str, str]:
+    return one(api, **options), "refused"
+
+
+def found(*parts: Step | str | tuple[str, str], **options: Any) -> tuple[Program, list[str]]:
+    """A program of steps and calls, some of which are followed by what they give."""
+    steps = tuple(part for part in parts if isinstance(part, Step))
+    calls = [(part, None) if isinstance(part, str) else part for part in parts if not isinstance(part, Step)]
+    program = Program(steps, tuple(call for call, _ in calls), **options)
+    return program, [verdict for _, verdict in calls if verdict]
+
+
 def around(kind: str, *inside: str) -> Step:
     return Step(kind, tuple(map(Step, inside)))
 
 
-GATE = around("reversed batch", "experts of samples")
+EVALUATION = "session.model.eval()"
 
 #: What was found, shrunk, and what each call gives now.
 FOUND: dict[str, tuple[Program, list[str]]] = {
-    "rows in reverse": (Program((around("reversed batch", "linear"),), (one("record", B=2),)), ["right"]),
-    "rows in reverse, one of whose gradients is rounding": (
-        Program((around("reversed batch", "group norm"),), (one("record", B=2, big=True),)),
-        ["right"],
+    "rows in reverse": found(around("reversed batch", "linear"), right("record", B=2)),
+    "rows in reverse, behind a norm of one number, one of whose gradients is rounding": found(
+        around("reversed batch", "group norm"), right("record", B=2, big=True)
     ),
-    "rows sorted": (
-        Program((around("sorted batch", "attention with a mask"),), (one("features", B=4, T=4),)),
-        ["right"],
+    "rows sorted": found(around("sorted batch", "attention with a mask"), right("features", B=4, T=4)),
+    "twice the rows": found(around("batch doubled", "LSTM"), right("record")),
+    "every row twice": found(around("batch repeated", "attention"), right("features")),
+    "the batch where another dimension should be": found(
+        around("batch second", "GRU's last state"), refused("clip"), refused("clip", B=3)
     ),
-    "twice the rows": (Program((around("batch doubled", "LSTM"),), (one("record"),)), ["right"]),
-    "every row twice": (Program((around("batch repeated", "attention"),), (one("features"),)), ["right"]),
-    "the batch where another dimension should be": (
-        Program((around("batch second", "GRU's last state"),), (one("clip"), one("clip", B=3))),
-        ["refused", "refused"],
+    "folded, at two lengths": found(around("folded", "layer norm"), right("record"), right("record", B=2, T=2)),
+    "positions of a folded batch": found(around("folded", "positions"), right("features")),
+    "samples that interact, alone first": found(
+        Step("samples mixed"), right("clip"), refused("clip", B=2), input="tokens"
     ),
-    "folded, at two lengths": (
-        Program((around("folded", "layer norm"),), (one("record"), one("record", B=2, T=2))),
-        ["right", "right"],
+    "an attribute that forward writes": found(
+        Step("attribute counted"), Step("linear"), right("record"), right("record")
     ),
-    "positions of a folded batch": (Program((around("folded", "positions"),), (one("features"),)), ["right"]),
-    "samples that interact, alone first": (
-        Program((Step("samples mixed"),), (one("clip"), one("clip", B=2)), input="tokens"),
-        ["right", "refused"],
+    "tokens gathered by expert": found(Step("experts by mask"), right("features", B=2), right("clip", B=2, T=3)),
+    "a mask as long as the batch": found(Step("attention with a mask"), right("features", B=4, T=4, mask=True)),
+    "an output without gradients": found(right("record"), right("clip"), head="functional", output="tuple"),
+    "positions of one, beside a bare weight": found(Step("standardized weight"), Step("positions"), right("features")),
+    "several gradients through a checkpoint": found(around("checkpoint", "attention"), right("record", batched=True)),
+    "several gradients through a function of one's own": found(
+        Step("function of one's own"), around("batch doubled", "PReLU"), right("record", batched=True)
     ),
-    "an attribute that forward writes": (
-        Program((Step("attribute counted"), Step("linear")), (one("record"), one("record"))),
-        ["right", "right"],
+    "a branch on the size of the batch": found(
+        around("branch on batch size", "linear"), refused("features", B=4), refused("record", B=3)
     ),
-    "tokens gathered by expert": (
-        Program((Step("experts by mask"),), (one("features", B=2), one("clip", B=2, T=3))),
-        ["right", "right"],
+    "a branch that the last sample opens": found(
+        around("branch on input", "spectral norm"), refused("features", B=4, big=True)
     ),
-    "a mask as long as the batch": (
-        Program((Step("attention with a mask"),), (one("features", B=4, T=4, mask=True),)),
-        ["right"],
+    "rows in reverse, of which some have no gradient": found(
+        around("reversed batch", "experts of samples"), right("record", B=2), right("features", B=2)
     ),
-    "an output without gradients": (
-        Program((), (one("record"), one("clip")), head="functional", output="tuple"),
-        ["right", "right"],
+    "indices counted over the batch": found(
+        Step("embedding scaled by frequency"), refused("features"), refused("record", B=4)
     ),
-    "positions of one, beside a bare weight": (
-        Program((Step("standardized weight"), Step("positions")), (one("features"),)),
-        ["right"],
+    "a checkpoint around a table by index": found(
+        around("checkpoint", "table by index"), right("features"), right("features", B=3, T=2)
     ),
-    "several gradients through a checkpoint": (
-        Program((around("checkpoint", "attention"),), (one("record", batched=True),)),
-        ["right"],
+    "a mask of one row, on a second path": found(
+        around("branch on mode", "attention with a mask"),
+        Step("linear"),
+        right("record", mask=True),
+        EVALUATION,
+        right("record", mask=True),
     ),
-    "several gradients through a function of one's own": (
-        Program((Step("function of one's own"), around("batch doubled", "PReLU")), (one("record", batched=True),)),
-        ["right"],
+    "a norm of the first sample in a sorted batch": found(
+        Step("convolution 3d"),
+        Step("RMS norm"),
+        Step("sorted batch", (around("first sample", "RMS norm"),)),
+        refused("record"),
+        refused("features", B=4),
+        head="none",
+        seed=6245,
     ),
-    "a branch on the size of the batch": (
-        Program((around("branch on batch size", "linear"),), (one("features", B=4), one("record", B=3))),
-        ["refused", "refused"],
+    "a layer called for each half of the batch": found(
+        around("batch in halves", "linear"), right("record", B=5, T=2), right("features", B=4)
     ),
-    "a branch that the last sample opens": (
-        Program((around("branch on input", "spectral norm"),), (one("features", B=4, big=True),)),
-        ["refused"],
+    "a layer called for each sample": found(
+        around("sample by sample", "bilinear"),
+        right("record", B=3, T=2),
+        right("clip", B=2),
+        right("record"),
+        right("features", T=2),
     ),
-    "rows in reverse, of which some have no gradient": (
-        Program((GATE,), (one("record", B=2), one("features", B=2))),
-        ["right", "right"],
+    "a branch that changes a sample's numbers by 5e-6 alone": found(
+        around("branch on input", "batch norm"), around("twice", "linear"), refused("record", B=2, big=True)
     ),
-    "rows in reverse, behind a norm of one number": (
-        Program((around("reversed batch", "group norm"),), (one("record", B=2, big=True),)),
-        ["right"],
+    "a branch of a sample alone that counts in a buffer": found(
+        Step("block", (around("branch on data", "buffer counted"),)),
+        refused("clip", B=2),
+        head="functional",
+        seed=9401,
     ),
-    "indices counted over the batch": (
-        Program((Step("embedding scaled by frequency"),), (one("features"), one("record", B=4))),
-        ["refused", "refused"],
+    "attention in evaluation mode, computed again without gradients": found(
+        around("batch repeated", "scale", "attention"), EVALUATION, right("clip")
     ),
-    "a checkpoint around a table by index": (
-        Program((around("checkpoint", "table by index"),), (one("features"), one("features", B=3, T=2))),
-        ["right", "right"],
-    ),
-    "a mask of one row, on a second path": (
-        Program(
-            (around("branch on mode", "attention with a mask"), Step("linear")),
-            (one("record", mask=True), "session.model.eval()", one("record", mask=True)),
-        ),
-        ["right", "right"],
-    ),
-    "a norm of the first sample in a sorted batch": (
-        Program(
-            (Step("convolution 3d"), Step("RMS norm"), Step("sorted batch", (around("first sample", "RMS norm"),))),
-            (one("record"), one("features", B=4)),
-            head="none",
-            options="loss='bce'",
-            seed=6245,
-        ),
-        ["refused", "refused"],
-    ),
-    "a layer called for each half of the batch": (
-        Program((around("batch in halves", "linear"),), (one("record", B=5, T=2), one("features", B=4))),
-        ["right", "right"],
-    ),
-    "a layer called for each sample": (
-        Program(
-            (around("sample by sample", "bilinear"),),
-            (one("record", B=3, T=2), one("clip", B=2), one("record"), one("features", T=2)),
-        ),
-        ["right"] * 4,
-    ),
-    "a branch that changes a sample's numbers by 5e-6 alone": (
-        Program(
-            (around("branch on input", "batch norm"), around("twice", "linear")),
-            (one("record", B=2, big=True),),
-            options="loss='bce'",
-        ),
-        ["refused"],
-    ),
-    "a branch of a sample alone that counts in a buffer": (
-        Program(
-            (Step("block", (around("branch on data", "buffer counted"),)),),
-            (one("clip", B=2),),
-            head="functional",
-            options="loss='bce'",
-            seed=9401,
-        ),
-        ["refused"],
-    ),
-    "attention in evaluation mode, computed again without gradients": (
-        Program((around("batch repeated", "scale", "attention"),), ("session.model.eval()", one("clip", B=1, T=1))),
-        ["right"],
-    ),
-    "a gate of another sample": (
-        Program((around("batch second", "functional use", "experts of samples"),), (one("record", B=3),)),
-        ["refused"],
+    "a gate of another sample": found(
+        around("batch second", "functional use", "experts of samples"), refused("record", B=3)
     ),
 }
 
@@ -159,8 +129,8 @@ FOUND: dict[str, tuple[Program, list[str]]] = {
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found(name: str) -> None:
     program, wanted = FOUND[name]
-    found = list(verdicts(program))
-    assert [verdict.partition(":")[0] for verdict in found] == wanted, found
+    given = list(verdicts(program))
+    assert [verdict.partition(":")[0] for verdict in given] == wanted, given
 
 
 #: Steps that are refused, and a word of the reason.
@@ -169,7 +139,7 @@ REFUSED = {"samples mixed": "independently", "embedding scaled by frequency": "s
 
 @pytest.mark.parametrize("kind", steps.LEAVES)
 def test_each_kind_of_step_at_two_lengths_and_batch_sizes(kind: str) -> None:
-    calls = ("session.model.eval()", one("record", B=5, T=3), one("features", B=4, T=2), one("clip", B=2, T=3))
+    calls = (EVALUATION, one("record", B=5, T=3), one("features", B=4, T=2), one("clip", B=2, T=3))
     for verdict in verdicts(Program((Step("linear"), Step(kind)), calls)):
         if kind in REFUSED:
             assert verdict.startswith("refused"), verdict

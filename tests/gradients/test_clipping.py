@@ -14,53 +14,41 @@ import torch.nn.functional as F
 from gradient_oracle import clipped_gradients, loss_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_nets import Net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastgrad
 from fastgrad import checks
 
-# Processes that are spawned import this file by its name.
-
 CLASSES = 5
 
 
-class Tokens(nn.Module):
+def texts(layer: nn.Module, *, sparse: bool = False, width: int = 8) -> Net:
     """Token indices ``(B, 6)`` through a layer ``(B, 6, 8)`` to logits."""
 
-    def __init__(self, layer: nn.Module, *, sparse: bool = False, width: int = 8) -> None:
-        super().__init__()
-        self.tokens, self.layer = nn.Embedding(11, 8, sparse=sparse), layer
-        self.head = nn.Linear(width, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.layer(self.tokens(x))
+    def function(net: Any, x: Tensor) -> Tensor:
+        out = net.layer(net.tokens(x))
         out = out[0] if isinstance(out, tuple) else out
-        logits: Tensor = self.head(out.tanh().mean(1))
-        return logits
+        return net.head(out.tanh().mean(1))
+
+    return Net(function, tokens=nn.Embedding(11, 8, sparse=sparse), layer=layer, head=nn.Linear(width, CLASSES))
 
 
-class Attended(nn.Module):
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, dropout, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.attention(x, x, x, need_weights=False)[0]
-        return out
+def attended(dropout: float = 0.0) -> Net:
+    attention = nn.MultiheadAttention(8, 2, dropout, batch_first=True)
+    return Net(lambda net, x: net.attention(x, x, x, need_weights=False)[0], attention=attention)
 
 
-class Tied(nn.Module):
+def tied() -> Net:
     """One weight for the first and the last layer, another used twice, a parameter that is broadcast."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.twice = nn.Embedding(CLASSES, 8), nn.Linear(8, 8)
-        self.shift = nn.Parameter(torch.randn(1, 1, 8))
+    def function(net: Any, x: Tensor) -> Tensor:
+        hidden = net.twice(net.twice(net.tokens(x % CLASSES) + net.shift).tanh())
+        return F.linear(hidden, net.tokens.weight).mean(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.twice(self.twice(self.tokens(x % CLASSES) + self.shift).tanh())
-        return F.linear(hidden, self.tokens.weight).mean(1)
+    shift = nn.Parameter(torch.randn(1, 1, 8))
+    return Net(function, tokens=nn.Embedding(CLASSES, 8), twice=nn.Linear(8, 8), shift=shift)
 
 
 def image_model(*layers: nn.Module) -> nn.Module:
@@ -77,14 +65,14 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "frozen first layer": lambda: image_model(nn.Conv2d(2, 4, 3).requires_grad_(False), nn.GroupNorm(2, 4)),
 }
 TEXTS: dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: Tokens(nn.Linear(8, 8)),
-    "sparse": lambda: Tokens(nn.Linear(8, 8), sparse=True),
-    "layer norm": lambda: Tokens(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.RMSNorm(8))),
-    "attention": lambda: Tokens(Attended()),
-    "transformer": lambda: Tokens(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)),
-    "LSTM": lambda: Tokens(nn.LSTM(8, 4, 2, batch_first=True), width=4),
-    "GRU": lambda: Tokens(nn.GRU(8, 4, batch_first=True, bidirectional=True)),
-    "tied, twice, broadcast": Tied,
+    "linear": lambda: texts(nn.Linear(8, 8)),
+    "sparse": lambda: texts(nn.Linear(8, 8), sparse=True),
+    "layer norm": lambda: texts(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.RMSNorm(8))),
+    "attention": lambda: texts(attended()),
+    "transformer": lambda: texts(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)),
+    "LSTM": lambda: texts(nn.LSTM(8, 4, 2, batch_first=True), width=4),
+    "GRU": lambda: texts(nn.GRU(8, 4, batch_first=True, bidirectional=True)),
+    "tied, twice, broadcast": tied,
 }
 
 
@@ -116,6 +104,15 @@ def assert_clipped(
         assert (p.grad.to_dense().double() - t).norm() <= 500 * eps * scale
 
 
+def clip(model: nn.Module, limits: Any, x: Tensor, y: Tensor) -> Tensor:
+    with fastgrad.clip_gradients(model, limits) as clipped:
+        return clipped.backward(losses_of(model, x, y))
+
+
+def check_clipping(model: nn.Module, x: Tensor, y: Tensor, limit: float = 0.3) -> None:
+    assert_clipped(model, clip(model, limit, x, y), x, y, limit)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from([*IMAGES, *TEXTS]),
@@ -129,8 +126,7 @@ def test_gradients_are_those_of_a_loop(kind: str, samples: int, limit: float, dt
     model = (IMAGES | TEXTS)[kind]().to(dtype)
     x, y = inputs(kind, samples, seed)
     x = x.to(dtype) if x.is_floating_point() else x
-    with fastgrad.clip_gradients(model, limit) as clipped:
-        norms = clipped.backward(losses_of(model, x, y))
+    norms = clip(model, limit, x, y)
     assert norms.dtype == dtype
     assert_clipped(model, norms, x, y, limit, torch.finfo(dtype).eps)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
@@ -151,8 +147,7 @@ def test_groups_are_clipped_on_their_own() -> None:
     model = TEXTS["layer norm"]()
     x, y = inputs("layer norm", 5, 0)
     limits = {"tokens": 0.1, "layer": 0.2, "layer.1": 0.05, "head.weight": 1.0, "head.bias": 0.3}
-    with fastgrad.clip_gradients(model, limits) as clipped:
-        norms = clipped.backward(losses_of(model, x, y))
+    norms = clip(model, limits, x, y)
     assert norms.shape == (5, 5)
     owners = {name: max((k for k in limits if name == k or name.startswith(k + ".")), key=len)
               for name, _ in model.named_parameters()}  # fmt: skip
@@ -170,8 +165,7 @@ def test_the_draw_of_dropout_is_that_of_the_gradient() -> None:
     model = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 50), nn.Dropout(0.5), nn.Linear(50, 2))
     x, y = torch.randn(3, 4), torch.tensor([0, 1, 1])
     torch.manual_seed(5)
-    with fastgrad.clip_gradients(model, 1e-3) as clipped:
-        norms = clipped.backward(losses_of(model, x, y))
+    norms = clip(model, 1e-3, x, y)
     after = torch.rand(1)
     torch.manual_seed(5)
     losses = losses_of(model, x, y)
@@ -200,22 +194,15 @@ def test_autocast() -> None:
     assert_clipped(model, norms, x, y, 0.5, 8 * torch.finfo(torch.bfloat16).eps / 500)
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, *, reentrant: bool) -> None:
-        super().__init__()
-        self.parts, self.reentrant = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Attended()), reentrant
-
-    def forward(self, x: Tensor) -> Any:
-        return checkpoint(self.parts, x, use_reentrant=self.reentrant)
-
-
 def test_activation_checkpointing() -> None:
+    def checkpointed(reentrant: bool) -> Net:
+        parts = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), attended())
+        return texts(Net(lambda net, x: checkpoint(net.parts, x, use_reentrant=reentrant), parts=parts))
+
     torch.manual_seed(0)
-    model, (x, y) = Tokens(Checkpointed(reentrant=False)), inputs("linear", 4, 0)
-    with fastgrad.clip_gradients(model, 0.3) as clipped:
-        norms = clipped.backward(losses_of(model, x, y))
-    assert_clipped(model, norms, x, y, 0.3)
-    reentrant = Tokens(Checkpointed(reentrant=True))
+    x, y = inputs("linear", 4, 0)
+    check_clipping(checkpointed(False), x, y)
+    reentrant = checkpointed(True)
     with pytest.raises(RuntimeError, match="use_reentrant=False"), fastgrad.record(reentrant):
         reentrant(x)
 
@@ -224,9 +211,7 @@ def test_data_parallel_on_one_device() -> None:
     torch.manual_seed(0)
     model, (x, y) = IMAGES["convolution"](), inputs("convolution", 4, 0)
     wrapper = nn.DataParallel(model)
-    with fastgrad.clip_gradients(wrapper, 0.3) as clipped:
-        norms = clipped.backward(losses_of(wrapper, x, y))
-    assert_clipped(model, norms, x, y, 0.3)
+    assert_clipped(model, clip(wrapper, 0.3, x, y), x, y, 0.3)
     wrapper.device_ids = [0, 1]
     with pytest.raises(ValueError, match="model must not be replicated"):
         fastgrad.record(wrapper)
@@ -240,8 +225,7 @@ def _rank(rank: int, file: str, out: str, limits: Any) -> None:
     mine = slice(3 * rank, 3 * rank + 3)
     for _ in range(2):
         model.zero_grad()
-        with fastgrad.clip_gradients(wrapper, limits) as clipped:
-            norms = clipped.backward(losses_of(wrapper, x[mine], y[mine]))
+        norms = clip(wrapper, limits, x[mine], y[mine])
     torch.save((norms, [p.grad for p in model.parameters()]), f"{out}{rank}")
     # Both leave together and at once: gloo's threads abort one process in twenty that takes its leave, whatever it ran.
     torch.distributed.barrier()
@@ -280,8 +264,7 @@ def test_a_compiled_training_step() -> None:
 
     @torch.compile(backend="eager")
     def step(x: Tensor, y: Tensor) -> Tensor:
-        with fastgrad.clip_gradients(model, 0.3) as clipped:
-            return clipped.backward(losses_of(model, x, y))
+        return clip(model, 0.3, x, y)
 
     assert_clipped(model, step(x, y), x, y, 0.3)
     torch.compiler.reset()
@@ -355,17 +338,11 @@ def test_hooks_of_parameters_are_refused_as_they_come_after_clipping() -> None:
         assert clipped.backward(losses).shape == (5,)
 
 
-class Closure(nn.Module):
+def closure() -> Net:
     """As the blocks of minGPT are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.head = inner, head = nn.Linear(4, 4), nn.Linear(4, 1)
-        self.both = lambda x: head(torch.tanh(inner(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.both(x).flatten()
-        return out
+    inner, head = nn.Linear(4, 4), nn.Linear(4, 1)
+    both = lambda x: head(torch.tanh(inner(x)))  # noqa: E731
+    return Net(lambda net, x: net.both(x).flatten(), inner=inner, head=head, both=both)
 
 
 @pytest.mark.parametrize("failure", [torch.OutOfMemoryError, KeyboardInterrupt])
@@ -377,7 +354,7 @@ def test_a_step_that_fails_leaves_the_next_one_as_it_was(
         raise failure("once")
 
     torch.manual_seed(0)
-    model, x = Closure(), torch.randn(6, 4)
+    model, x = closure(), torch.randn(6, 4)
     with fastgrad.clip_gradients(model, 0.5) as clipped:
         truth = clipped.backward(model(x))
         with monkeypatch.context() as patched:
@@ -392,7 +369,7 @@ def test_what_else_is_refused() -> None:
     with fastgrad.clip_gradients(model, 1.0) as clipped:
         losses = losses_of(model, x, y)
         with pytest.raises(ValueError, match=r"reach '0.weight' in another way"):
-            clipped.backward(losses + 1e-4 * model[0].weight.square().sum())  # type: ignore[index,operator]
+            clipped.backward(losses + 1e-4 * model[0].weight.square().sum())
         model(x)
         with pytest.raises(RuntimeError, match="called 2 times"):
             clipped.backward(losses)
@@ -403,13 +380,13 @@ def test_what_else_is_refused() -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (Attended(0.1), "'layer.attention' is computed again .* other random numbers"),
+        (attended(0.1), "'layer.attention' is computed again .* other random numbers"),
         (nn.LSTM(8, 8, 2, dropout=0.1, batch_first=True), "'layer' is computed again .* other random numbers"),
         (nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), "'layer' is computed again .* buffers changed"),
     ],
 )
 def test_what_training_mode_cannot_compute_again_is_refused(layer: nn.Module, message: str) -> None:
-    model, (x, _) = Tokens(layer), inputs("linear", 4, 0)
+    model, (x, _) = texts(layer), inputs("linear", 4, 0)
     buffers = [b.clone() for b in model.buffers()]
     with fastgrad.record(model), pytest.raises(ValueError, match=message):
         model(x)
@@ -419,20 +396,13 @@ def test_what_training_mode_cannot_compute_again_is_refused(layer: nn.Module, me
 
 
 def test_parameters_of_training_mode_alone_are_found() -> None:
-    class Auxiliary(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.extra = nn.Linear(3, 3), nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.body(x).tanh()
-            return x + self.extra(x) if self.training else x
+    def auxiliary(net: Any, x: Tensor) -> Tensor:
+        x = net.body(x).tanh()
+        return x + net.extra(x) if net.training else x
 
     torch.manual_seed(0)
-    model, x, y = Auxiliary(), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
-    with fastgrad.clip_gradients(model, 0.3) as clipped:
-        norms = clipped.backward(losses_of(model, x, y))
-    assert_clipped(model, norms, x, y, 0.3)
+    model = Net(auxiliary, body=nn.Linear(3, 3), extra=nn.Linear(3, 3))
+    check_clipping(model, torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
 
 
 def test_a_parameter_that_the_copy_cannot_see_is_refused() -> None:
@@ -448,8 +418,7 @@ def test_instance_norm_with_running_statistics_in_training_mode() -> None:
     model = image_model(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True))
     before = copy.deepcopy(model)
     x, y = inputs("convolution", 4, 0)
-    with fastgrad.clip_gradients(model, 0.3) as clipped:
-        norms = clipped.backward(losses_of(model, x, y))
+    norms = clip(model, 0.3, x, y)
     before(x)
     # Planning has left no trace: the statistics moved by one batch.
     assert all(map(torch.equal, model.buffers(), before.buffers()))
@@ -486,14 +455,13 @@ def test_a_model_that_returns_losses() -> None:
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
     with fastgrad.clip_gradients(model, 1e9) as clipped:
         norms = clipped.backward(model(x))
-    wanted = [torch.autograd.grad(model(row)[0], list(model.parameters())) for row in x.split(1)]
-    lengths = [torch.stack([g.square().sum() for g in grads]).sum().sqrt() for grads in wanted]
-    torch.testing.assert_close(norms, torch.stack(lengths))
+    lengths = loss_norms((model(row)[0] for row in x.split(1)), model).sum(1).sqrt()
+    torch.testing.assert_close(norms, lengths)
 
 
 def test_modules_that_a_closure_calls_are_part_of_the_call() -> None:
     torch.manual_seed(0)
-    model, x = Closure().double(), torch.randn(6, 4).double()
+    model, x = closure().double(), torch.randn(6, 4).double()
     with fastgrad.clip_gradients(model, 1.0) as clipped:
         norms = clipped.backward(model(x))
     rows = [torch.autograd.grad(model(row).sum(), list(model.parameters())) for row in x.split(1)]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import pytest
 import torch
 from gradient_oracle import relative_error, true_norms
+from small_nets import Net, recorded
 from torch import Tensor, nn
 
 import fastgrad
@@ -36,25 +38,22 @@ class Block(nn.Module):
         return self.relu(out)
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, stride=2)
-        self.block = Block(6)
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(6, 4)
-        self.unused = nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.block(torch.relu_(self.stem(x)))
-        out: Tensor = self.head(self.drop(x.mean((2, 3))))
-        return out
+def residual(net: Any, x: Tensor) -> Tensor:
+    x = net.block(torch.relu_(net.stem(x)))
+    return net.head(net.drop(x.mean((2, 3))))
 
 
 @pytest.fixture
 def model() -> Net:
     torch.manual_seed(0)
-    net = Net()
+    net = Net(
+        residual,
+        stem=nn.Conv2d(3, 6, 3, stride=2),
+        block=Block(6),
+        drop=nn.Dropout(0.5),
+        head=nn.Linear(6, 4),
+        unused=nn.Linear(2, 2),
+    )
     nn.init.uniform_(net.block.bn.running_mean, -0.5, 0.5)
     nn.init.uniform_(net.block.bn.running_var, 0.5, 1.5)
     return net.eval()
@@ -150,7 +149,7 @@ def test_chunks(model: Net, x: Tensor, options: dict[str, int]) -> None:
 
 def test_empty_and_single_batches(model: Net, x: Tensor) -> None:
     for options, middle in (({}, ()), ({"target": "contrast"}, (4,)), ({"signals": [("bce", "ones")] * 2}, (2,))):
-        extractor = fastgrad.GradientFeatures(model, **options)  # type: ignore[arg-type]
+        extractor = fastgrad.GradientFeatures(model, **options)
         logits, features = extractor(x[:0])
         assert logits.shape == (0, 4)
         assert features.shape == (0, *middle, 10)
@@ -163,7 +162,7 @@ def test_logarithms_reach_below_the_smallest_float(model: Net, x: Tensor, margin
         model.head.bias[1] += margin  # delta near 1e-26 for 60; for 130 it is no float32 either
     kwargs: dict[str, Any] = {"loss": "cross_entropy", "target": "predicted"}
     _, logs = fastgrad.GradientFeatures(model, log=True, **kwargs)(x)
-    truth = true_norms(model, (x,), lambda i, z: losses.delta(z, "predicted", loss="cross_entropy"))
+    truth = expected(model, x, "cross_entropy", "predicted")
     used = truth.sum(0) > 0
     assert torch.isfinite(logs).all()
     assert torch.allclose(logs[:, used].double(), truth[:, used].log(), rtol=1e-5)
@@ -187,7 +186,7 @@ def test_the_model_stays_as_it_was(model: Net, x: Tensor) -> None:
     model.head.weight.requires_grad_(False)
     calls: list[str] = []
     model.head.register_forward_hook(lambda *_: calls.append("forward"))
-    model.head.register_full_backward_hook(lambda *_: calls.append("backward"))  # type: ignore[arg-type]
+    model.head.register_full_backward_hook(lambda *_: calls.append("backward"))
     before = _state(model)
     extractor = fastgrad.GradientFeatures(model)
     rng = torch.get_rng_state()
@@ -225,37 +224,34 @@ def test_threads_share_one_model(model: Net, x: Tensor) -> None:
     extractor = fastgrad.GradientFeatures(model)
     inputs = [x + i for i in range(4)]
     truth = [extractor(v)[1] for v in inputs]
-    wrong: list[int] = []
     stop = threading.Event()
 
-    def work(i: int) -> None:
+    def work(i: int) -> bool:
         found = [extractor(inputs[i])[1] for _ in range(10)]
-        wrong.extend(i for f in found if not torch.allclose(f, truth[i], rtol=1e-5))
+        return all(torch.allclose(f, truth[i], rtol=1e-5) for f in found)
 
     def train() -> None:  # the user's own passes go on in another thread
         while not stop.is_set():
             model.head(torch.randn(2, 6)).sum().backward()
 
-    def record() -> None:
+    def record() -> bool:
         frozen = copy.deepcopy(model).eval()
+        right = []
         for _ in range(10):
             with fastgrad.record(frozen):
                 z = frozen(inputs[0])
-                found = fastgrad.grad_sqnorm(
-                    z, list(frozen.parameters()), grad_outputs=losses.delta(z.detach(), "ones", loss="bce")
-                )
-            if not torch.allclose(torch.stack(found, 1), truth[0], rtol=1e-4):
-                wrong.append(-1)
+                delta = losses.delta(z.detach(), "ones", loss="bce")
+                found = fastgrad.grad_sqnorm(z, list(frozen.parameters()), grad_outputs=delta)
+            right.append(torch.allclose(torch.stack(found, 1), truth[0], rtol=1e-4))
+        return all(right)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)] + [threading.Thread(target=record)]
-    trainer = threading.Thread(target=train)
-    for thread in [trainer, *threads]:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    stop.set()
-    trainer.join()
-    assert not wrong
+    with futures.ThreadPoolExecutor(6) as pool:
+        trained = pool.submit(train)
+        others = [*(pool.submit(work, i) for i in range(4)), pool.submit(record)]
+        futures.wait(others)
+        stop.set()
+    assert trained.exception() is None
+    assert all(other.result() for other in others)
     assert model.training
 
 
@@ -277,7 +273,7 @@ def test_reduced_precision(model: Net, x: Tensor, dtype: torch.dtype) -> None:
     low = copy.deepcopy(model).to(dtype)
     _, features = fastgrad.GradientFeatures(low)(x.to(dtype))
     assert features.dtype == torch.float32
-    truth = true_norms(low, (x.to(dtype),), lambda i, z: losses.delta(z, "ones", loss="bce"))
+    truth = expected(low, x.to(dtype), "bce", "ones")
     assert ((features - truth).abs() <= 40 * torch.finfo(dtype).eps * truth).all()
 
 
@@ -315,30 +311,22 @@ def test_channels_last(model: Net, x: Tensor) -> None:
     assert torch.allclose(features, truth, rtol=1e-4)
 
 
-class Tied(nn.Module):
+def tied() -> Net:
     """One table embeds and classifies; one layer runs twice; one hides in a list."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(6, 5)
-        self.step = nn.Linear(5, 5)
-        self.head = nn.Linear(5, 6, bias=False)
-        self.head.weight = self.embed.weight
-        self.norm = nn.LayerNorm(5)
-        self.hidden = [self.norm]
-        self.position = nn.Parameter(torch.randn(1, 4, 5))
+    def function(net: Any, index: Tensor) -> Tensor:
+        h = net.embed(index) + net.position
+        h = torch.tanh(net.step(torch.tanh(net.step(h))))
+        return net.head(net.hidden[0](h).mean(1))
 
-    def forward(self, index: Tensor) -> Tensor:
-        h = self.embed(index) + self.position
-        h = torch.tanh(self.step(torch.tanh(self.step(h))))
-        out: Tensor = self.head(self.hidden[0](h).mean(1))
-        return out
+    embed, step, head, norm = nn.Embedding(6, 5), nn.Linear(5, 5), nn.Linear(5, 6, bias=False), nn.LayerNorm(5)
+    head.weight, position = embed.weight, nn.Parameter(torch.randn(1, 4, 5))
+    return Net(function, embed=embed, step=step, head=head, norm=norm, hidden=[norm], position=position)
 
 
 def test_tied_weights_and_repeated_modules() -> None:
     torch.manual_seed(0)
-    model = Tied()
-    index = torch.randint(0, 6, (4, 4))
+    model, index = tied(), torch.randint(0, 6, (4, 4))
     extractor = fastgrad.GradientFeatures(model, loss="cross_entropy", target="uniform")
     _, features = extractor(index)
     assert_close(features, expected(model, index, "cross_entropy", "uniform"))
@@ -348,29 +336,26 @@ def test_tied_weights_and_repeated_modules() -> None:
     assert report["norm.weight"].route == "layer norm"
 
 
-class Folding(nn.Module):
-    """Windows folded into the batch, time before batch, and a broadcast position embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(3, 4)
-        self.conv = nn.Conv1d(4, 4, 2)
-        self.time_first = nn.Linear(3, 2)
-        self.position = nn.Embedding(2, 3)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, 2, 3)
-        x = x + self.position(torch.arange(2).unsqueeze(0))
-        windows = self.inner(x.reshape(-1, 1, 3))
-        windows = self.conv(windows.reshape(-1, 4, 1).repeat(1, 1, 3)).sum(2)
-        sequence = self.time_first(x.transpose(0, 1))
-        out: Tensor = self.head(torch.cat([windows.reshape(len(x), 2, 4).sum(1), sequence.sum(0)], 1))
-        return out
+def folding(net: Any, x: Tensor) -> Tensor:
+    """Windows ``(B, 2, 3)`` folded into the batch, time before batch, and a broadcast position embedding."""
+    x = x + net.position(torch.arange(2).unsqueeze(0))
+    windows = net.inner(x.reshape(-1, 1, 3))
+    windows = net.conv(windows.reshape(-1, 4, 1).repeat(1, 1, 3)).sum(2)
+    sequence = net.time_first(x.transpose(0, 1))
+    return net.head(torch.cat([windows.reshape(len(x), 2, 4).sum(1), sequence.sum(0)], 1))
 
 
 def test_batches_in_other_places() -> None:
     torch.manual_seed(0)
-    model, x = Folding(), torch.randn(4, 2, 3)
+    model = Net(
+        folding,
+        inner=nn.Linear(3, 4),
+        conv=nn.Conv1d(4, 4, 2),
+        time_first=nn.Linear(3, 2),
+        position=nn.Embedding(2, 3),
+        head=nn.Linear(6, 3),
+    )
+    x = torch.randn(4, 2, 3)
     extractor = fastgrad.GradientFeatures(model)
     assert_close(extractor(x)[1], expected(model, x, "bce", "ones"))
     routes = {r.parameter: r.route for r in extractor.report()}
@@ -386,15 +371,8 @@ class Output:
 
 @pytest.mark.parametrize("wrap", [Output, lambda z: {"logits": z}, lambda z: (z, z.sum()), lambda z: z])
 def test_kinds_of_outputs_and_keyword_inputs(model: Net, x: Tensor, wrap: Callable[[Tensor], Any]) -> None:
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = model
-
-        def forward(self, *, pixels: Tensor) -> Any:
-            return wrap(self.net(pixels))
-
-    _, features = fastgrad.GradientFeatures(Wrapped())(pixels=x)
+    wrapped = Net(lambda own, *, pixels: wrap(own.net(pixels)), net=model)
+    _, features = fastgrad.GradientFeatures(wrapped)(pixels=x)
     assert torch.equal(features, fastgrad.GradientFeatures(model)(x)[1])
 
 
@@ -425,7 +403,7 @@ def test_trace_to_one_graph(model: Net, x: Tensor) -> None:
 def test_compiled_models_and_extractors(model: Net, x: Tensor) -> None:
     _, truth = fastgrad.GradientFeatures(model)(x)
     compiled = torch.compile(model, backend="eager")
-    assert torch.allclose(fastgrad.GradientFeatures(compiled)(x)[1], truth, rtol=1e-4)  # type: ignore[arg-type]
+    assert torch.allclose(fastgrad.GradientFeatures(compiled)(x)[1], truth, rtol=1e-4)
     extractor = torch.compile(fastgrad.GradientFeatures(model), backend="eager")
     assert torch.allclose(extractor(x)[1], truth, rtol=1e-4)
 
@@ -434,7 +412,7 @@ def test_compiled_models_and_extractors(model: Net, x: Tensor) -> None:
 def test_models_compiled_in_place_or_in_part(model: Net, x: Tensor, way: str) -> None:
     _, truth = fastgrad.GradientFeatures(model)(x)
     if way == "part":
-        model.block = torch.compile(model.block, backend="eager")  # type: ignore[assignment]
+        model.block = torch.compile(model.block, backend="eager")
     else:
         (model if way == "in place" else model.block).compile(backend="eager")
     assert torch.equal(fastgrad.GradientFeatures(model)(x)[1], truth)
@@ -443,43 +421,28 @@ def test_models_compiled_in_place_or_in_part(model: Net, x: Tensor, way: str) ->
 def test_parameters_out_of_reach_are_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
 
-    class Closure(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-            self.function = lambda x: model[1](model[0](x))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.function(x)  # type: ignore[no-any-return]
-
-    outer, x = Closure(), torch.randn(2, 3)
+    outer = Net(lambda net, x: net.closure(x), inner=model, closure=lambda x: model[1](model[0](x)))
+    x = torch.randn(2, 3)
     extractor = fastgrad.GradientFeatures(outer)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"model must reach 'inner.0.weight' through an attribute"):
             extractor(x)
     # A recording sees calls of the user's own modules, wherever they come from.
-    with fastgrad.record(outer):
-        norms = fastgrad.grad_sqnorm(outer(x).sum(), list(outer.parameters()))
+    norms = recorded(outer, lambda: outer(x).sum())
     truth = true_norms(model, (x,), lambda _, z: torch.ones_like(z))
-    assert_close(torch.stack(norms, 1), truth)
+    assert_close(norms, truth)
 
 
 def test_a_tensor_of_parameters_that_an_earlier_call_kept_is_refused() -> None:
-    class Kept(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.rand(4))
-            self.layer = nn.Linear(4, 3)
-            self.kept: dict[str, Tensor] = {}
+    def keeping(net: Any, x: Tensor) -> Tensor:
+        if not net.kept:
+            net.kept["twice"] = net.scale * 2
+        return net.layer(x * net.kept["twice"])
 
-        def forward(self, x: Tensor) -> Tensor:
-            if not self.kept:
-                self.kept["twice"] = self.scale * 2
-            return self.layer(x * self.kept["twice"])  # type: ignore[no-any-return]
-
-    model, x = Kept(), torch.randn(3, 4)
+    model = Net(keeping, scale=nn.Parameter(torch.rand(4)), layer=nn.Linear(4, 3), kept={})
+    x = torch.randn(3, 4)
     # A call of the copy keeps nothing in the user's model.
-    truth = true_norms(model, (x,), lambda _, z: losses.delta(z, "ones", loss="bce"))
+    truth = expected(model, x, "bce", "ones")
     model.kept.clear()
     extractor = fastgrad.GradientFeatures(model, loss="bce", target="ones")
     assert_close(extractor(x)[1], truth)

@@ -37,7 +37,7 @@ def test_the_estimates_average_to_the_definition_over_all_batches() -> None:
                 loss = F.cross_entropy(model(x[pair]), y[pair], reduction="sum")
                 sqnorms = fastgrad.grad_sqnorm(loss, parameters, retain_graph=True)
                 gradients = torch.autograd.grad(loss, parameters)
-            noise.update(torch.stack(sqnorms).sum(0), sum(g.square().sum() for g in gradients))  # type: ignore[arg-type]
+            noise.update(torch.stack(sqnorms).sum(0), sum(g.square().sum() for g in gradients))
     rows = every_sample(model, x, y)
     mean = rows.mean(0)
     trace = (rows - mean).square().sum(1).mean()
@@ -101,11 +101,11 @@ def test_what_is_refused(given: Any, kind: type[Exception], message: str) -> Non
 
 
 def test_decay_may_be_a_number_of_numpy() -> None:
-    fastgrad.NoiseScale(np.float32(0.5))  # type: ignore[arg-type]
+    fastgrad.NoiseScale(np.float32(0.5))
 
 
 def test_decay_that_is_refused() -> None:
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\); it was 1"):
         fastgrad.NoiseScale(1)
     with pytest.raises(TypeError, match="decay must be a number; it was 'all'"):
-        fastgrad.NoiseScale("all")  # type: ignore[arg-type]
+        fastgrad.NoiseScale("all")

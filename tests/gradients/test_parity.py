@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_oracle import clipped_gradients
+from small_nets import Net
 from torch import Tensor, nn
 
 import fastgrad
@@ -22,17 +23,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 LIMIT = 0.5
 
 
-class Language(nn.Module):
+def language() -> Net:
     """Next tokens ``(B, T, 7)``; Opacus' ghost clipping knows all of these layers, and no weight is tied."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(7, 6)
-        self.body = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 7, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.body(self.tokens(x))
-        return out
+    body = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 7, bias=False))
+    return Net(lambda net, x: net.body(net.tokens(x)), tokens=nn.Embedding(7, 6), body=body)
 
 
 Part = tuple[Tensor, Tensor]
@@ -45,7 +39,7 @@ class Case(NamedTuple):
     batches: list[Part]
     losses: Losses
     limit: float = LIMIT
-    model: Callable[[], nn.Module] = Language
+    model: Callable[[], nn.Module] = language
 
 
 def tokens(samples: int, seed: int, masked: bool = False) -> Part:
@@ -99,6 +93,12 @@ def ours(model: nn.Module, case: Case) -> tuple[Tensor, list[Any]]:
     return torch.cat(norms), [p.grad for p in model.parameters()]
 
 
+def sgd(kind: Callable[..., Any], wrapped: nn.Module, limit: float) -> Any:
+    """One of Opacus' optimizers, which clips and adds no noise."""
+    options: dict[str, Any] = {"noise_multiplier": 0.0, "max_grad_norm": limit, "expected_batch_size": 1}
+    return kind(torch.optim.SGD(wrapped.parameters()), **options, loss_reduction="sum")
+
+
 def accumulate(optimizer: Any) -> None:
     """Take up one part of a batch, as Opacus' BatchMemoryManager does."""
     optimizer.signal_skip_step(do_skip=True)
@@ -110,10 +110,7 @@ def hooks(model: nn.Module, case: Case) -> tuple[Tensor, list[Any]]:
     from opacus.optimizers import DPOptimizer
 
     wrapped = GradSampleModule(model, loss_reduction="sum")
-    options: dict[str, Any] = {"noise_multiplier": 0.0, "max_grad_norm": case.limit}
-    optimizer: Any = DPOptimizer(
-        torch.optim.SGD(wrapped.parameters()), **options, expected_batch_size=1, loss_reduction="sum"
-    )
+    optimizer = sgd(DPOptimizer, wrapped, case.limit)
     norms = []
     for batch in case.batches:
         optimizer.zero_grad()
@@ -132,10 +129,7 @@ def ghost(model: nn.Module, case: Case) -> tuple[Tensor, list[Any]]:
     wrapped: Any = GradSampleModuleFastGradientClipping(
         model, loss_reduction="sum", max_grad_norm=case.limit, use_ghost_clipping=True
     )
-    options: dict[str, Any] = {"noise_multiplier": 0.0, "max_grad_norm": case.limit}
-    optimizer: Any = DPOptimizerFastGradientClipping(
-        torch.optim.SGD(wrapped.parameters()), **options, expected_batch_size=1, loss_reduction="sum"
-    )
+    optimizer = sgd(DPOptimizerFastGradientClipping, wrapped, case.limit)
     norms = []
     for batch in case.batches:
         DPTensorFastGradientClipping(wrapped, optimizer, case.losses(wrapped, *batch), "sum").backward()
@@ -161,7 +155,7 @@ def test_norms_and_clipped_gradients_are_those_of_the_loop(name: str, implementa
 
 def test_an_empty_batch_that_random_sampling_drew() -> None:
     torch.manual_seed(0)
-    model, case = Language(), Case([tokens(0, 0)], summed)
+    model, case = language(), Case([tokens(0, 0)], summed)
     norms, grads = ours(copy.deepcopy(model), case)
     assert norms.shape == (0,)
     assert all(g is None or not g.any() for g in grads)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from small_nets import Net
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import fastgrad
@@ -85,16 +86,11 @@ def test_the_suspicious_come_first(model: nn.Module) -> None:
 
 
 def test_one_layer_and_mappings() -> None:
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
-
-        def forward(self, values: Tensor) -> Any:
-            return {"logits": self.head(self.body(values).tanh())}
-
     torch.manual_seed(0)
-    model, x = Named(), torch.randn(6, 5)
+    model = Net(
+        lambda net, values: {"logits": net.head(net.body(values).tanh())}, body=nn.Linear(5, 4), head=nn.Linear(4, 3)
+    )
+    x = torch.randn(6, 5)
     table = fastgrad.rank_samples(model, [{"values": x, "labels": Y[:6]}], layers="head", verbose=False)
     h = model.body(x).tanh()
     error = model.head(h).softmax(1) - F.one_hot(Y[:6], 3)

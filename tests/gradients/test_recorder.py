@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import threading
 import types
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gradient_oracle import relative_error, true_norms
+from gradient_oracle import loss_norms, relative_error, true_norms
+from small_nets import Net, recorded
 from torch import Tensor, nn
 
 import fastgrad
@@ -34,25 +36,30 @@ def loop(model: nn.Module) -> Tensor:
     return true_norms(model, (X,), lambda i, z: z.softmax(1) - F.one_hot(Y[i : i + 1], 3))
 
 
-def assert_close(found: tuple[Tensor, ...], truth: Tensor) -> None:
-    assert relative_error(torch.stack(found, 1), truth, 1e-7).max() < 1e-4
+def cross_entropy(model: nn.Module, x: Tensor = X) -> Tensor:
+    return F.cross_entropy(model(x), Y, reduction="sum")
+
+
+def norms_of(model: nn.Module) -> Tensor:
+    return recorded(model, lambda: cross_entropy(model))
+
+
+def assert_close(found: Tensor, truth: Tensor) -> None:
+    assert found.shape == truth.shape
+    assert relative_error(found, truth, 1e-7).max() < 1e-4
 
 
 def test_a_users_own_loss(model: nn.Sequential) -> None:
-    with fastgrad.record(model):
-        loss = F.cross_entropy(model(X), Y, reduction="sum")
-        found = fastgrad.grad_sqnorm(loss, list(model.parameters()))
-    assert all(f.shape == (4,) for f in found)
-    assert_close(found, loop(model))
+    assert_close(norms_of(model), loop(model))
 
 
 def test_any_order_and_single_parameters(model: nn.Sequential) -> None:
     with fastgrad.record(model):
-        loss = F.cross_entropy(model(X), Y, reduction="sum")
+        loss = cross_entropy(model)
         weight, first = fastgrad.grad_sqnorm(loss, [model[4].weight, model[0].weight], retain_graph=True)
         (only,) = fastgrad.grad_sqnorm(loss, model[4].weight)
     truth = loop(model)
-    assert_close((weight, first), truth[:, [4, 0]])
+    assert_close(torch.stack((weight, first), 1), truth[:, [4, 0]])
     assert torch.equal(only, weight)
 
 
@@ -64,7 +71,7 @@ def test_batched_output_gradients(model: nn.Sequential) -> None:
     assert all(b.shape == (6, 4) for b in batched)
     for s in range(6):
         truth = true_norms(model, (X,), lambda i, _: gradients[s, i : i + 1])  # noqa: B023
-        assert_close(tuple(b[s] for b in batched), truth)
+        assert_close(torch.stack([b[s] for b in batched], 1), truth)
 
 
 def test_several_outputs_and_parts_called_alone(model: nn.Sequential) -> None:
@@ -73,28 +80,24 @@ def test_several_outputs_and_parts_called_alone(model: nn.Sequential) -> None:
         z = model[4](hidden)
         found = fastgrad.grad_sqnorm([z, hidden], list(model.parameters()), grad_outputs=[z.detach(), hidden.detach()])
 
-    def gradient(model: nn.Module) -> Tensor:
-        rows = []
-        for i in range(4):
-            h = model[:4](X[i : i + 1])  # type: ignore[index]
-            z = model[4](h)  # type: ignore[index]
-            grads = torch.autograd.grad([z, h], list(model.parameters()), [z.detach(), h.detach()])
-            rows.append(torch.stack([g.double().square().sum() for g in grads]))
-        return torch.stack(rows)
+    def loss(x: Tensor, z: Tensor, h: Tensor) -> Tensor:
+        h_alone = model[:4](x)
+        return (model[4](h_alone) * z).sum() + (h_alone * h).sum()
 
-    assert_close(found, gradient(model))
+    rows = zip(X.split(1), z.detach().split(1), hidden.detach().split(1), strict=True)
+    assert_close(torch.stack(found, 1), loss_norms(itertools.starmap(loss, rows), model))
 
 
 def test_ordinary_backward_works_inside(model: nn.Sequential) -> None:
     with fastgrad.record(model):
         x = X.clone().requires_grad_()
-        F.cross_entropy(model(x), Y, reduction="sum").backward()
+        cross_entropy(model, x).backward()
     inside = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     y = X.clone().requires_grad_()
-    F.cross_entropy(model(y), Y, reduction="sum").backward()
-    assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6) for a, p in zip(inside, model.parameters(), strict=True))  # type: ignore[arg-type]
-    assert torch.allclose(x.grad, y.grad, atol=1e-6)  # type: ignore[arg-type]
+    cross_entropy(model, y).backward()
+    assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6) for a, p in zip(inside, model.parameters(), strict=True))
+    assert torch.allclose(x.grad, y.grad, atol=1e-6)
 
 
 def test_nothing_stays_on_the_model(model: nn.Sequential) -> None:
@@ -125,9 +128,7 @@ def test_other_threads_run_through(model: nn.Sequential) -> None:
 def test_copies_made_inside_are_ordinary_models(model: nn.Sequential, copied: Callable[[nn.Module], Any]) -> None:
     with fastgrad.record(model):
         other = copied(model)
-    with fastgrad.record(other):
-        found = fastgrad.grad_sqnorm(F.cross_entropy(other(X), Y, reduction="sum"), list(other.parameters()))
-    assert_close(found, loop(model))
+    assert_close(norms_of(other), loop(model))
     extractor = fastgrad.GradientFeatures(other)
     extractor(X)
     assert not any("replaced" in route.reason for route in extractor.report())
@@ -135,9 +136,7 @@ def test_copies_made_inside_are_ordinary_models(model: nn.Sequential, copied: Ca
 
 def test_a_forward_method_of_the_instance(model: nn.Sequential) -> None:
     model[4].forward = types.MethodType(lambda own, x: F.linear(x, 2 * own.weight, own.bias), model[4])
-    with fastgrad.record(model):
-        found = fastgrad.grad_sqnorm(F.cross_entropy(model(X), Y, reduction="sum"), list(model.parameters()))
-    assert_close(found, loop(model))
+    assert_close(norms_of(model), loop(model))
 
 
 def test_models_that_are_equal() -> None:
@@ -158,7 +157,7 @@ def test_models_that_are_equal() -> None:
 
 def test_what_a_hook_keeps_on_a_layer(model: nn.Sequential) -> None:
     def keep(layer: nn.Module, _: Any, output: Tensor) -> None:
-        layer.kept = output.detach()  # type: ignore[assignment]
+        layer.kept = output.detach()
 
     model[4].register_forward_hook(keep)
     model(torch.zeros_like(X))
@@ -221,33 +220,20 @@ def test_what_is_refused(model: nn.Sequential) -> None:
 
 
 def test_a_replayed_module_in_training_mode_is_refused() -> None:
-    class Root(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.root = nn.Parameter(torch.ones(3, 3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.dropout(x @ self.root, 0.5, self.training)
-
-    with fastgrad.record(Root()) as recording:
+    root = Net(lambda net, x: F.dropout(x @ net.root, 0.5, net.training), root=nn.Parameter(torch.ones(3, 3)))
+    with fastgrad.record(root) as recording:
         with pytest.raises(ValueError, match="evaluation mode"):
             recording.model(torch.ones(2, 3))
         assert recording.model.eval()(torch.ones(2, 3)).shape == (2, 3)
 
 
 def test_a_broadcast_parameter_in_training_mode() -> None:
-    class Shift(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shift = nn.Parameter(torch.rand(1, 3))
-            self.head = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.head(F.dropout(torch.tanh(x + self.shift), 0.5, self.training))
-            return out
-
     torch.manual_seed(0)
-    model = Shift()
+    model = Net(
+        lambda net, x: net.head(F.dropout(torch.tanh(x + net.shift), 0.5, net.training)),
+        shift=nn.Parameter(torch.rand(1, 3)),
+        head=nn.Linear(3, 2),
+    )
     assert model.training
     x = torch.randn(4, 3)
     with fastgrad.record(model):
@@ -293,53 +279,42 @@ def test_hooks_of_modules_work_once(place: str, kind: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     HOOKS[kind](model.get_submodule(place))
-    x, parameters = torch.randn(6, 4).double(), list(model.parameters())
+    x = torch.randn(6, 4).double()
     outside = model(x)
-    truth = [torch.autograd.grad(out.square().sum(), parameters, retain_graph=True) for out in outside.split(1)]
+    truth = loss_norms((out.square().sum() for out in outside.split(1)), model)
     with fastgrad.record(model):
         inside = model(x)
-        found = fastgrad.grad_sqnorm(inside.square().sum(), parameters)
+        found = fastgrad.grad_sqnorm(inside.square().sum(), list(model.parameters()))
     assert torch.equal(inside, outside)
-    assert_close(found, torch.stack([torch.stack([g.square().sum() for g in row]) for row in truth]))
+    assert_close(torch.stack(found, 1), truth)
 
 
-class Leaking(nn.Module):
+def leaking(net: Any, x: Tensor) -> Any:
     """A layer without a rule and one with a rule, and what they make, in a place where it is not returned."""
-
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.way, self.weight, self.last = way, nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 3)
-        self.kept: Any = None
-
-    def forward(self, x: Tensor) -> Any:
-        h = x @ self.weight
-        z = self.last(torch.tanh(h))
-        if self.way == "attribute":
-            self.kept = h
-        elif self.way == "complex":
-            return z, torch.fft.fft(h)
-        elif self.way == "object":
-            return z, Cell(h)
-        elif self.way == "behind a rule":
-            self.kept = z * 2
-        return z
-
-
-class Cell:
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
+    h = x @ net.weight
+    z = net.last(torch.tanh(h))
+    if net.way == "attribute":
+        net.kept = h
+    elif net.way == "complex":
+        return z, torch.fft.fft(h)
+    elif net.way == "object":
+        return z, types.SimpleNamespace(value=h)
+    elif net.way == "behind a rule":
+        net.kept = z * 2
+    return z
 
 
 @pytest.mark.parametrize("way", ["attribute", "complex", "object", "behind a rule", "decay"])
 def test_what_a_module_does_not_return(way: str) -> None:
     torch.manual_seed(0)
-    model, x = Leaking(way).double(), torch.randn(5, 4, dtype=torch.float64)
+    model = Net(leaking, way=way, weight=nn.Parameter(torch.randn(4, 4)), last=nn.Linear(4, 3), kept=None).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
     with fastgrad.record(model):
         out = model(x)
         z, other = out if isinstance(out, tuple) else (out, model.kept)
         if way == "decay":
             other = model.weight
-        other = other.value if isinstance(other, Cell) else other
+        other = getattr(other, "value", other)
         loss = z.sum() + other.abs().square().sum()
         found = {model.last.bias: fastgrad.grad_sqnorm(loss, model.last.bias, retain_graph=True)[0]}
         if way == "decay":
@@ -386,10 +361,9 @@ def test_a_parameter_that_another_method_uses_is_refused(name: str) -> None:
         # A decay is a term of its own, which is left out, also of what no call uses.
         loss = model(x).square().sum() / 2 - 3 * sum(p.square().sum() for p in parameters)
         found = fastgrad.grad_sqnorm(loss, parameters)
-    rows = [torch.autograd.grad(model(x[i : i + 1]).square().sum(), parameters) for i in range(5)]
-    truth = torch.stack([torch.stack([g.square().sum() for g in row]) for row in rows])
-    assert_close(found, truth / 4)
-    assert_close((bias,), truth[:, -1:])
+    truth = loss_norms((model(row).square().sum() for row in x.split(1)), model)
+    assert_close(torch.stack(found, 1), truth / 4)
+    assert_close(bias[:, None], truth[:, -1:])
 
 
 def test_a_parameter_of_a_decay_alone_has_zeros() -> None:
@@ -407,5 +381,5 @@ def test_where_samples_meet_in_the_loss_norms_are_of_their_shares(model: nn.Sequ
         loss = (z @ z.T).logsumexp(1).sum()
         (delta,) = torch.autograd.grad(loss, z, retain_graph=True)
         found = fastgrad.grad_sqnorm(loss, parameters)
-    rows = [torch.autograd.grad(model(X[i : i + 1]), parameters, delta[i : i + 1]) for i in range(len(X))]
-    assert_close(found, torch.stack([torch.stack([g.square().sum() for g in row]) for row in rows]))
+    rows = zip(X.split(1), delta.split(1), strict=True)
+    assert_close(torch.stack(found, 1), loss_norms(((model(x) * d).sum() for x, d in rows), model))

@@ -16,29 +16,29 @@ NET, X = nn.Linear(3, 4), torch.rand(5, 3)
 TWO, BATCH_NORM = nn.Sequential(nn.Linear(3, 3), NET), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
 WITHOUT_STATISTICS = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "model": (lambda: GradientFeatures(torch.relu), TypeError, "model must be"),  # type: ignore[arg-type]
+    "model": (lambda: GradientFeatures(torch.relu), TypeError, "model must be"),
     "no parameters": (lambda: GradientFeatures(nn.ReLU()), ValueError, "model must have parameters"),
     "no statistics": (lambda: GradientFeatures(WITHOUT_STATISTICS), ValueError, "'1' keeps no running stat"),
     "images": (lambda: GradientFeatures(nn.Conv2d(3, 4, 1))(torch.rand(5, 3, 2, 2)), ValueError, "logits of shape"),
     "no input": (lambda: GradientFeatures(NET)(), ValueError, "inputs must hold a tensor"),
     "loss": (lambda: GradientFeatures(NET, loss="hinge"), ValueError, "loss must be one of"),
     "target's name": (lambda: GradientFeatures(NET, target="zeros"), ValueError, "target must be one of"),
-    "target": (lambda: GradientFeatures(NET, target=0.5), TypeError, "target must be .* 0.5"),  # type: ignore[arg-type]
-    "log": (lambda: GradientFeatures(NET, log=1), TypeError, "log must be .* it was 1"),  # type: ignore[arg-type]
-    "signals": (lambda: GradientFeatures(NET, signals=["bce"]), ValueError, "signals .* 'bce'"),  # type: ignore[list-item]
+    "target": (lambda: GradientFeatures(NET, target=0.5), TypeError, "target must be .* 0.5"),
+    "log": (lambda: GradientFeatures(NET, log=1), TypeError, "log must be .* it was 1"),
+    "signals": (lambda: GradientFeatures(NET, signals=["bce"]), ValueError, "signals .* 'bce'"),
     "no signal": (lambda: GradientFeatures(NET, signals=[]), ValueError, "signals must name"),
-    "no signals": (lambda: GradientFeatures(NET, signals=5), TypeError, "signals must be a sequence, .* it was 5"),  # type: ignore[arg-type]
+    "no signals": (lambda: GradientFeatures(NET, signals=5), TypeError, "signals must be a sequence, .* it was 5"),
     "contrasts": (lambda: GradientFeatures(NET, signals=[("bce", "contrast")]), ValueError, "target must be one of"),
-    "layers": (lambda: GradientFeatures(NET, layers=3), TypeError, "layers must be a sequence, .* it was 3"),  # type: ignore[arg-type]
-    "a layer": (lambda: GradientFeatures(NET, layers=[3]), ValueError, "layers must name .* nothing is 3"),  # type: ignore[list-item]
+    "layers": (lambda: GradientFeatures(NET, layers=3), TypeError, "layers must be a sequence, .* it was 3"),
+    "a layer": (lambda: GradientFeatures(NET, layers=[3]), ValueError, "layers must name .* nothing is 3"),
     "no layers": (lambda: GradientFeatures(NET, layers=[]), ValueError, "layers must name parameters; it had none"),
     "reduction": (lambda: GradientFeatures(NET, reduction="max"), ValueError, "reduction must be one of"),
     "chunk": (lambda: GradientFeatures(NET, chunk_size=0), ValueError, "chunk_size must be a positive integer"),
     "impl": (lambda: GradientFeatures(NET, impl="cuda"), ValueError, "impl must be one of"),
-    "memory": (lambda: GradientFeatures(NET, memory_budget=1.5), ValueError, "memory_budget .* 1.5"),  # type: ignore[arg-type]
+    "memory": (lambda: GradientFeatures(NET, memory_budget=1.5), ValueError, "memory_budget .* 1.5"),
     "trace": (lambda: GradientFeatures(NET).trace(X[:1]), ValueError, "at least two samples .* held 1"),
     "compiled": (lambda: record(torch.compile(NET)), TypeError, "not its compiled form"),
-    "recorded": (lambda: record(torch.relu), TypeError, "model must be"),  # type: ignore[arg-type]
+    "recorded": (lambda: record(torch.relu), TypeError, "model must be"),
     "training": (lambda: record(BATCH_NORM).__enter__(), ValueError, "batch norm '1' is in training .*model.eval"),
     "clipped": (lambda: clip_gradients(BATCH_NORM, 1.0).__enter__(), ValueError, "batch norm '1' is in training"),
     "frozen": (lambda: clip_gradients(nn.Linear(3, 4).requires_grad_(False), 1.0), ValueError, "require gradients"),
@@ -51,8 +51,13 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     **{f"{name} {value!r}": (lambda given=given: grad_sqnorm(**given), TypeError, f"{name} must be a tensor or a seq")
        for name, value in (("outputs", None), ("outputs", ["x"]), ("params", NET), ("grad_outputs", 5))
        for given in [{"outputs": X, "params": NET.weight, name: value}]},
-    "a class": (lambda: find_rule(nn.Linear), TypeError, "module must be a Module; it was type"),  # type: ignore[arg-type]
-    "rule": (lambda: register_rule(NET), TypeError, "module_types must be .*; one was Linear"),  # type: ignore[arg-type]
+    "a class": (lambda: find_rule(nn.Linear), TypeError, "module must be a Module; it was type"),
+    "by frequency": (lambda: GradientFeatures(nn.Embedding(4, 5, scale_grad_by_freq=True)), ValueError,
+                     "'Embedding' divides gradients by counts over the batch"),
+    "compile": (lambda: GradientFeatures(NET, compile="yes"), TypeError, "compile must be"),
+    "no module": (lambda: register_rule(int), TypeError, "module_types"),
+    "no modules": (lambda: register_rule(), TypeError, "at least one"),
+    "rule": (lambda: register_rule(NET), TypeError, "module_types must be .*; one was Linear"),
 }  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def test_a_vocabulary_of_262144(kind: str, device: torch.device) -> None:
     N = 262144
     logits = torch.randn(1, N, generator=torch.Generator().manual_seed(11))
     logits[0, 200000] = 20.0
-    config = ContrastConfig(kind, block_n=16384, block_d=16, splits=5, num_warps=16)  # type: ignore[arg-type]
+    config = ContrastConfig(kind, block_n=16384, block_d=16, splits=5, num_warps=16)
     with configured(contrast=config):
         out = contrast_sqnorm(torch.ones(1, 3).to(device), logits.to(device), "cross_entropy", True, False, False)
     # Float64 with the maximum left out; the rest needs no care at this margin.

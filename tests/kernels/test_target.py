@@ -44,6 +44,14 @@ def targets(kind: str, logits: torch.Tensor, generator: torch.Generator) -> tupl
     return y, y.double()
 
 
+def run(
+    features: torch.Tensor, logits: torch.Tensor, target: torch.Tensor | None, kind: str, loss: str,
+    device: torch.device, *, bias: bool = True, log: bool = False, mean: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    target = None if target is None else target.to(device)
+    return target_sqnorm(features.to(device), logits.to(device), target, kind, loss, bias, log, mean)
+
+
 # Many blocks sweep alike with and without the logarithm, and for an index as for the predicted class.
 CASES = [(kind, log, "one block") for kind in KINDS for log in (False, True)]
 CASES += [(kind, False, "many blocks") for kind in KINDS if kind != "indices"]
@@ -58,10 +66,7 @@ def test_accuracy(loss: str, kind: str, log: bool, path: str, device: torch.devi
     features = torch.randn(len(margins), 7, generator=generator)
     target, dense = targets(kind, logits, generator)
     with configured(target=PATHS[path]):
-        out = target_sqnorm(
-            features.to(device), logits.to(device), None if target is None else target.to(device), kind, loss, True,
-            log, False,
-        )  # fmt: skip
+        out = run(features, logits, target, kind, loss, device, log=log)
     assert out.dtype == torch.float32
     for b, got in enumerate(out.cpu().tolist()):
         exact = oracles.target_norms(logits[b].tolist(), dense[b].tolist(), loss)
@@ -77,10 +82,7 @@ def test_logits_and_labels_that_are_nearly_equal(scale: float, path: str, device
     logits = 1e-3 * torch.randn(3, 21, generator=generator)
     target = 1 / 21 + scale * torch.randn(3, 21, generator=generator)
     with configured(target=PATHS[path]):
-        out = target_sqnorm(
-            torch.zeros(3, 2, device=device), logits.to(device), target.to(device), "soft", "cross_entropy", True,
-            False, False,
-        )  # fmt: skip
+        out = run(torch.zeros(3, 2), logits, target, "soft", "cross_entropy", device)
     for b, got in enumerate(out.cpu().tolist()):
         oracles.check(got, oracles.target_norms(logits[b].tolist(), target[b].tolist(), "cross_entropy"), False, b)
 
@@ -94,10 +96,7 @@ def test_strides_bias_mean_and_dtype(kind: str, device: torch.device) -> None:
     if kind == "soft":
         assert target is not None
         target = target.double().T.contiguous().T
-    out = target_sqnorm(
-        features.to(device), logits.to(device), None if target is None else target.to(device), kind, "bce", False,
-        False, True,
-    )  # fmt: skip
+    out = run(features, logits, target, kind, "bce", device, bias=False, mean=True)
     for b, got in enumerate(out.cpu().tolist()):
         exact = oracles.target_norms(logits[b].double().tolist(), dense[b].tolist(), "bce")
         exact = exact * oracles.square_norm(features[b].double().tolist(), bias=False) / 400
@@ -109,18 +108,14 @@ def test_bad_rows_stay_alone(device: torch.device) -> None:
     logits[1, 2] = math.nan
     index = torch.tensor([3, 3, 9, -1])
     for loss in LOSSES:
-        out = target_sqnorm(
-            torch.ones(4, 2, device=device), logits.to(device), index.to(device), "indices", loss, True, False, False
-        )
+        out = run(torch.ones(4, 2), logits, index, "indices", loss, device)
         assert out.isnan().tolist() == [False, True, True, True]
 
 
 def test_empty_batch_and_bad_arguments(device: torch.device) -> None:
-    h, z = torch.ones(0, 3, device=device), torch.ones(0, 7, device=device)
-    assert target_sqnorm(h, z, None, "ones", "bce", True, False, False).shape == (0,)
+    h, z = torch.ones(0, 3), torch.ones(0, 7)
+    assert run(h, z, None, "ones", "bce", device).shape == (0,)
     with pytest.raises(ValueError, match="kind must be one of"):
-        target_sqnorm(h, z, None, "zeros", "bce", True, False, False)
+        run(h, z, None, "zeros", "bce", device)
     with pytest.raises(ValueError, match="target must be a tensor"):
-        target_sqnorm(
-            torch.ones(1, 3, device=device), torch.ones(1, 7, device=device), None, "soft", "bce", True, False, False
-        )
+        run(torch.ones(1, 3), torch.ones(1, 7), None, "soft", "bce", device)
