@@ -6,16 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.detection.adaptive import (
-    FALSE_ALARMS,
-    FORMS,
-    WAYS,
-    attack,
-    auto_attack,
-    away_from,
-    unaware_of,
-    white_box,
-)
+from bench.detection.adaptive import FALSE_ALARMS, FORMS, WAYS, attack, auto_attack, away_from, unaware_of, white_box
 from fastgrad import TwoStageModel
 
 
@@ -30,14 +21,8 @@ def images(count: int, seed: int) -> Tensor:
 @pytest.fixture(scope="module", params=["default", pytest.param("second pass", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> TwoStageModel:
     torch.manual_seed(0)
-    layers = [
-        nn.Conv2d(3, 8, 3, 2),
-        nn.BatchNorm2d(8),
-        nn.GELU(),
-        nn.Conv2d(8, 12, 3, 2),
-        nn.BatchNorm2d(12),
-        nn.GELU(),
-    ]
+    layers = [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.GELU()]
+    layers += [nn.Conv2d(8, 12, 3, 2), nn.BatchNorm2d(12), nn.GELU()]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4))
     net.train()(images(64, 1))
     # Of an answer that a zoom hardly changes, the change would be rounding.

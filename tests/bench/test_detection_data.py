@@ -68,7 +68,6 @@ def test_words_are_dropped_and_mistyped_but_keep_their_letters() -> None:
 
 def test_files_are_read_from_both_ends() -> None:
     found = files.tokens(b"\n\x00 short file\n")
-    assert found is not None
     assert bytes(found[:12]) == b"\x00 short file"[:12]
     assert bytes(found[-13:]) == b"\n\x00 short file"[-13:]
     assert set(found[13:-14]) == {files.PADDING}

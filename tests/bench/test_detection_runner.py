@@ -16,7 +16,7 @@ pytest.importorskip("pytorch_ood")
 from bench.detection import registry, runner
 from bench.detection.architectures import residual_network
 from bench.detection.registry import CASES, METHODS, NETWORKS, SMALL, Method, NotRun, Options, Protocol, Shown
-from bench.detection.subject import Fit, Subject
+from bench.detection.subject import Fit, Seen, Subject
 from bench.detection.tables import Table
 from bench.report import pages
 from fastgrad.metrics import auroc
@@ -58,9 +58,24 @@ def _register() -> None:
     def none(subject: Subject, part: str, count: int) -> Shown:
         raise AssertionError("there are no texts")
 
-    @registry.method("brightness", 2026, "here")
-    def brightness(fit: Fit) -> registry.Score:
-        return lambda seen: seen.images.mean((1, 2, 3))
+    _method("brightness", _brightness)
+
+
+def _brightness(seen: Seen) -> torch.Tensor:
+    return seen.images.mean((1, 2, 3))
+
+
+def _method(name: str, score: registry.Score) -> None:
+    """Register a score that needs no fit."""
+    registry.method(name, 2026, "here")(lambda fit: score)
+
+
+def _absent(problem: Exception) -> None:
+    """Register a method, ``absent``, whose fit raises this."""
+
+    @registry.method("absent", 2026, "nowhere")
+    def absent(fit: Fit) -> registry.Score:
+        raise problem
 
 
 def _rows(options: Options) -> dict[tuple[str, str], dict[str, object]]:
@@ -70,8 +85,7 @@ def _rows(options: Options) -> dict[tuple[str, str], dict[str, object]]:
 def test_figures_are_those_of_the_scores(options: Options) -> None:
     rows = _rows(options)
     images = _subject(options, 0).parts["test"][0]
-    clean = images.mean((1, 2, 3)).double().numpy()
-    expected = auroc(clean, (images[1:6] + 1).mean((1, 2, 3)).double().numpy())
+    expected = auroc(images.mean((1, 2, 3)), (images[1:6] + 1).mean((1, 2, 3)))
     assert rows["brightness", "brighter 1"]["auroc"] == pytest.approx(expected, abs=1e-4) == 1
     assert rows["brightness", "darker"]["auroc"] == 0
     assert rows["brightness", "mean of attacks"]["cases"] == 2
@@ -84,23 +98,17 @@ def test_an_attack_has_gradients_also_where_a_score_wants_none(options: Options)
     def steeper(subject: Subject, part: str, count: int) -> Shown:
         images = subject.parts[part][0][:count].clone().requires_grad_(True)
         subject.model(images).sum().backward()
-        assert images.grad is not None
+
         return Shown(images.detach() + images.grad.sign(), torch.arange(count))
 
-    @registry.method("without gradients", 2026, "here")
-    def without(fit: Fit) -> registry.Score:
-        return torch.no_grad()(lambda seen: seen.images.mean((1, 2, 3)))
-
+    _method("without gradients", torch.no_grad()(_brightness))
     METHODS.pop("brightness")
     assert "auroc" in _rows(options)["without gradients", "steeper"]
 
 
 def test_the_worst_attack_of_every_image_counts(options: Options) -> None:
-    @registry.method("mixed", 2026, "here")
-    def mixed(fit: Fit) -> registry.Score:
-        # Tells the stronger attack, and takes the weaker one for the most usual of all.
-        return lambda seen: torch.where(seen.images.mean((1, 2, 3)) > 2, 9.0, -seen.images.mean((1, 2, 3)))
-
+    # Tells the stronger attack, and takes the weaker one for the most usual of all.
+    _method("mixed", lambda seen: torch.where(_brightness(seen) > 2, 9.0, -_brightness(seen)))
     rows = _rows(options)
     assert rows["mixed", "brighter 2"]["auroc"] == 1
     assert rows["mixed", "brighter 1"]["auroc"] == 0
@@ -118,10 +126,7 @@ def test_the_worst_attack_of_every_image_counts(options: Options) -> None:
     ],
 )
 def test_what_cannot_run_says_why_and_is_in_no_mean(options: Options, problem: Exception, words: str) -> None:
-    @registry.method("absent", 2026, "nowhere")
-    def absent(fit: Fit) -> registry.Score:
-        raise problem
-
+    _absent(problem)
     rows = _rows(options)
     assert {rows["absent", case]["not run"] for case in ("brighter 1", "darker", "mean of attacks")} == {words}
     assert not any("auroc" in row for (method, _), row in rows.items() if method == "absent")
@@ -134,11 +139,8 @@ def test_a_case_that_lacks_its_data_leaves_no_smaller_mean(options: Options) -> 
 
     rows = _rows(options)
     assert rows["brightness", "darker"]["auroc"] == 0
-    assert (
-        rows["brightness", "lost"]["not run"]
-        == rows["brightness", "mean of sets"]["not run"]
-        == "DIR must hold lost.npz"
-    )
+    for case in ("lost", "mean of sets"):
+        assert rows["brightness", case]["not run"] == "DIR must hold lost.npz", case
 
 
 def test_an_error_of_this_package_is_not_hidden(options: Options) -> None:
@@ -154,7 +156,7 @@ def test_labelled_methods_have_one_fit_for_each_case(options: Options) -> None:
     def labelled(fit: Fit) -> registry.Score:
         fitted.append(fit.case)
         centre = fit.challenges.images.mean()
-        return lambda seen: -(seen.images.mean((1, 2, 3)) - centre).abs()
+        return lambda seen: -(_brightness(seen) - centre).abs()
 
     table = Table("Labelled", ("trial",), ("attacks",), (Protocol.LABELLED,))
     rows = {row["case"]: row for row in runner.run(table, options) if "case" in row}
@@ -163,14 +165,8 @@ def test_labelled_methods_have_one_fit_for_each_case(options: Options) -> None:
 
 
 def test_what_a_block_adds_is_a_difference_on_the_same_resamples(options: Options) -> None:
-    @registry.method("brightness + nothing", 2026, "here")
-    def same(fit: Fit) -> registry.Score:
-        return lambda seen: seen.images.mean((1, 2, 3))
-
-    @registry.method("brightness + all", 2026, "here")
-    def better(fit: Fit) -> registry.Score:
-        return lambda seen: (seen.images.mean((1, 2, 3)) - 0.5).abs()
-
+    _method("brightness + nothing", _brightness)
+    _method("brightness + all", lambda seen: (_brightness(seen) - 0.5).abs())
     rows = _rows(options)
     nothing, gain = (rows[f"brightness + {name}", "gain in sets"] for name in ("nothing", "all"))
     assert nothing["gain"] == 0
@@ -180,14 +176,8 @@ def test_what_a_block_adds_is_a_difference_on_the_same_resamples(options: Option
 
 
 def test_a_page_names_the_strongest_rival_and_what_was_not_run(options: Options, tmp_path: Path) -> None:
-    @registry.method("absent", 2026, "nowhere")
-    def absent(fit: Fit) -> registry.Score:
-        raise NotRun("needs maps")
-
-    @registry.method("fastgrad, clean only", 2026, "here")
-    def mine(fit: Fit) -> registry.Score:
-        return lambda seen: -seen.images.mean((1, 2, 3))
-
+    _absent(NotRun("needs maps"))
+    _method("fastgrad, clean only", lambda seen: -_brightness(seen))
     facts = {
         "title": "Trial", "merit": "auroc", "quick": True,
         "seconds": 1, "networks": {"trial": ["a network on noise", False]},

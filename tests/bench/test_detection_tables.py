@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,12 +39,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def rows_of(folder: Path, table: str, *words: str) -> list[dict[str, Any]]:
+    """The rows of figures that the command writes."""
+    places = [word for name in ("data", "cache", "out") for word in (f"--{name}", str(folder / name))]
+    assert command.main([table, "--quick", *words, *places]) == 0
+    rows = json.loads((folder / "out" / f"{table}.json").read_text())["rows"]
+    return [row for row in rows if "case" in row]
+
+
 @pytest.mark.parametrize("table", ["other-sets", "attacks", "corruptions", "labelled"])
 def test_a_table_runs(folder: Path, table: str) -> None:
-    words = [table, "--quick", "--networks", "resnet", "--data", str(folder / "data"), "--cache", str(folder / "cache")]
-    assert command.main([*words, "--out", str(folder / "out")]) == 0
-    document = json.loads((folder / "out" / f"{table}.json").read_text())
-    rows = [row for row in document["rows"] if "case" in row]
+    rows = rows_of(folder, table, "--networks", "resnet")
     mine = [row for row in rows if row["method"].startswith("fastgrad") and row["case"] != "mean of near sets"]
     assert mine
     missing = "tinyimagenet"
@@ -61,10 +67,7 @@ def test_a_table_runs(folder: Path, table: str) -> None:
 
 def test_the_table_of_errors_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failure, "DEFAULT_NETWORKS", ("resnet",))
-    words = ["failure", "--quick", "--data", str(folder / "data"), "--cache", str(folder / "cache")]
-    assert command.main([*words, "--out", str(folder / "out")]) == 0
-    rows = json.loads((folder / "out" / "failure.json").read_text())["rows"]
-    found = {(row["method"], row["case"]): row for row in rows if "case" in row}
+    found = {(row["method"], row["case"]): row for row in rows_of(folder, "failure")}
     assert 0 <= found["fastgrad, risk", "clean and corruptions"]["auroc"] <= 1
     assert found["fastgrad, risk", "clean"]["log loss"] > 0
     assert "tinyimagenet" in found["softmax", "everything"]["not run"]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
+from python_process import run_python
 
 from bench.clock import peak_bytes
 from bench.registry import SIZES, Case, Implementation, cases
@@ -66,17 +65,10 @@ def test_what_is_older_than_the_call_does_not_count_when_it_is_freed() -> None:
 
 
 def test_a_run_writes_its_results(tmp_path: pathlib.Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/micro", "--size", "tiny"]
-    done = subprocess.run(
-        [*command, "-k", "rows", "--out", str(tmp_path)],
-        cwd=ROOT,
-        # Within a process of the whole suite the plugin would time nothing.
-        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/micro", "--size", "tiny", "-k", "rows", "--out"]
+    # Within a process of the whole suite the plugin would time nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    run_python(*command, tmp_path, cwd=ROOT, env=environment)
     document = json.loads((tmp_path / "rows.json").read_text())
     by_name = {row["implementation"]: row for row in document["cases"]}
     assert set(by_name) == {"fastgrad", "stored rows", "rows written, then linear"}

@@ -106,14 +106,8 @@ def detection_folder(tmp_path: pathlib.Path) -> pathlib.Path:
         ("a", 0, "fastgrad, budget 1.2", "with generated challenges", 0.9),
         ("a", 1, "fastgrad, budget 1.2", "with generated challenges", 1.0), ("b", 0, "energy", "clean data only", 0.5),
     ):  # fmt: skip
-        row = {
-            "network": network,
-            "draw": draw,
-            "method": method,
-            "protocol": protocol,
-            "case": "mean of attacks",
-            "group": "attacks",
-        }
+        row = {"network": network, "draw": draw, "method": method, "protocol": protocol, "group": "attacks"}
+        row["case"] = "mean of attacks"
         rows.append(row | ({"not run": "no weights"} if figure is None else {"auroc": figure, "interval": [0.4, 1.0]}))
     (tmp_path / "attacks.json").write_text(json.dumps({"merit": "auroc", "rows": rows}))
     return tmp_path

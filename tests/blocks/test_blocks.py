@@ -53,12 +53,8 @@ class Tokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 8)
-        self.first, self.mix, self.second = (
-            nn.LayerNorm(8),
-            nn.MultiheadAttention(8, 2, batch_first=True),
-            nn.LayerNorm(8),
-        )
-        self.head = nn.Linear(8, 3)
+        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.mix, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x = self.first(self.embed(input_ids))
@@ -182,9 +178,8 @@ def test_a_block_of_ones_own_is_known_by_its_name() -> None:
     try:
         assert register_block(Brightness) is BLOCKS["brightness"]
         net, x = residual()
-        torch.testing.assert_close(
-            Extraction(net, [BLOCKS["brightness"]()])(x)[1]["brightness"], x.mean((1, 2, 3))[:, None]
-        )
+        _, values = Extraction(net, [Brightness()])(x)
+        torch.testing.assert_close(values["brightness"], x.mean((1, 2, 3))[:, None])
     finally:
         del BLOCKS["brightness"]
     with pytest.raises(ValueError, match=r"block must have a name of its own; Taken's was 'logits'"):

@@ -77,7 +77,6 @@ def test_shifts_are_found(name: str, shift, longest: int, before: int) -> None:
     monitor = DriftMonitor(random.normal(size=1000), false_alarm_rate=0.01)
     assert not monitor.update(random.normal(size=before))
     assert monitor.update(shift(random.normal(size=longest)))
-    assert monitor.alarm_at is not None
     assert before < monitor.alarm_at <= before + longest
     assert monitor.p_value <= 0.01
 

@@ -2,16 +2,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from python_process import run_python
 from serve_client import image
 
 from fastgrad.commands import cli
@@ -243,10 +243,7 @@ def test_of_two_jobs_that_begin_at_once_one_begins(
     for part, out in ((4, "another job"), (5, None)):
         monkeypatch.setattr(Path, "rename", rename)
         with pytest.raises(ValueError, match=out) if out else contextlib.nullcontext():
-            made = job.Job(
-                tiny_package, read_description(tiny_package), folder, tmp_path / "o.parts", part=part, **rest
-            )
-            assert made.id == found[-1]
+            assert begin(part).id == found[-1]
         assert [path.name for path in (tmp_path / "o.parts").iterdir()] == ["job.json"]
         assert not list(tmp_path.glob(".fastgrad-*"))
         shutil.rmtree(tmp_path / "o.parts")
@@ -516,15 +513,11 @@ def test_ray_writes_every_image_once(tiny_package: Path, tmp_path: Path, kill: s
     folder.mkdir()
     for i in range(400):
         (folder / f"{i:03d}.png").write_bytes(image(i, (300, 300)) if i % 50 else b"bad")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RAY, str(tiny_package), str(folder), str(out), kill],
-        capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    printed = run_python("-W", "ignore", "-c", RAY, tiny_package, folder, out, kill, env=environment)
     if kill == "yes":
-        assert "killed 2" in done.stdout
-    assert '"images": 400, "unreadable": 8' in done.stdout
+        assert "killed 2" in printed
+    assert '"images": 400, "unreadable": 8' in printed
     # Readers of Parquet take the folder as one table; Ray's order of work does not show in it.
     rows = pq.read_table(sorted(out.glob("part-*.parquet"))).to_pylist()
     assert [row["name"] for row in rows] == [f"{i:03d}.png" for i in range(400)]
@@ -558,17 +551,12 @@ ray.shutdown()
 
 @pytest.mark.slow
 def test_ray_serve_answers_as_the_server_does(tiny_package: Path, tmp_path: Path) -> None:
-    import json
-
     pytest.importorskip("ray.serve")
     content = image(3)
     (tmp_path / "a.png").write_bytes(content)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RAY_SERVE, str(tiny_package), str(tmp_path / "a.png")],
-        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("answers"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    printed = run_python("-W", "ignore", "-c", RAY_SERVE, tiny_package, tmp_path / "a.png", env=environment)
+    (line,) = (line for line in printed.splitlines() if line.startswith("answers"))
     good, unreadable, other = json.loads(line.removeprefix("answers"))
     model = ModelPackage(tiny_package)
     direct = model(decode_image(content, model.description)[None])

@@ -53,11 +53,7 @@ def test_a_source_is_in_one_fold(count: int) -> None:
     sizes = np.bincount(fold[kinds == 0])
     assert sizes.max() - sizes.min() <= 1
     # What is held out is in no fold, nor are the challenges made from it.
-    apart = deal(
-        Table({}, BLOCKS, kinds, groups, (groups < 2) & (kinds == 0), False),
-        5,
-        np.random.RandomState(0),
-    )
+    apart = deal(Table({}, BLOCKS, kinds, groups, (groups < 2) & (kinds == 0), False), 5, np.random.RandomState(0))
     assert ((apart == -1) == (groups < 2)).all()
 
 
@@ -112,23 +108,33 @@ def shares(count: int, fits: int, new: int = 200, **options: object) -> np.ndarr
     return found
 
 
-def check_exact(found: np.ndarray, calibrating: int, new: int = 200) -> None:
-    """Flagged counts of one fit follow a beta-binomial law; their mean over fits lies within its interval."""
+def spread(rate: float, calibrating: int, new: int = 200) -> float:
+    """Of the flagged share of new samples over fits, whose counts follow a beta-binomial law."""
+    k = rate * (calibrating + 1)
+    return float(betabinom(new, k, calibrating + 1 - k).std()) / new
+
+
+def check_exact(found: np.ndarray, calibrating: int) -> None:
+    """The mean over fits lies within the interval of the law."""
     for rate, share in zip(RATES, found.T, strict=True):
-        k = rate * (calibrating + 1)
-        law = betabinom(new, k, calibrating + 1 - k)
-        assert abs(share.mean() - rate) < 3.3 * law.std() / new / math.sqrt(len(share))
-        assert share.std() < 1.35 * law.std() / new
+        assert abs(share.mean() - rate) < 3.3 * spread(rate, calibrating) / math.sqrt(len(share))
+        assert share.std() < 1.35 * spread(rate, calibrating)
 
 
-def check_folds(found: np.ndarray, count: int, new: int = 200) -> None:
+def check_folds(found: np.ndarray, count: int) -> None:
     """As if all samples had calibrated, or fewer flagged: more inputs to fit on make a clean one less unusual."""
     for rate, share in zip(RATES, found.T, strict=True):
-        k = rate * (count + 1)
-        law = betabinom(new, k, count + 1 - k)
-        error = 3.3 * 1.35 * law.std() / new / math.sqrt(len(share))
+        error = 3.3 * 1.35 * spread(rate, count) / math.sqrt(len(share))
         assert share.mean() < rate + error
         assert share.mean() > 0.6 * rate - error
+
+
+def check_default(found: np.ndarray, count: int) -> None:
+    """By default a thousand samples hold 200 out."""
+    if count == 1000:
+        check_exact(found, 200)
+    else:
+        check_folds(found, count)
 
 
 @pytest.mark.parametrize(("count", "fits"), [(50, 20), (160, 12)])
@@ -143,11 +149,7 @@ def test_the_flagged_share_of_a_split_is_what_it_says() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [50, 160, 1000])
 def test_the_flagged_share_over_200_fits(count: int) -> None:
-    found = shares(count, 200)
-    if count == 1000:
-        check_exact(found, 200)
-    else:
-        check_folds(found, count)
+    check_default(shares(count, 200), count)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +166,7 @@ def test_the_flagged_share_of_a_fitted_model(count: int, fits: int) -> None:
         model.fit(own[:count].split(50), (2 * odd[:count]).split(50), verbose=False)
         uncertainty = model(new[:200]).uncertainty.numpy()
         found[number] = [(uncertainty > model.threshold(rate)).mean() for rate in RATES]
-    if count == 1000:
-        check_exact(found, 200)
-    else:
-        check_folds(found, count)
+    check_default(found, count)
 
 
 def test_a_thousand_samples_hold_a_part_out() -> None:

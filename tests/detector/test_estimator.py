@@ -1,3 +1,4 @@
+import copy
 import pickle
 
 import numpy as np
@@ -37,6 +38,13 @@ def network_like(count, seed, shift=0.0, classes=5, parameters=4):
     }
 
 
+def joined(*parts):
+    """Rows of matrices, or of blocks, one after another."""
+    if isinstance(parts[0], dict):
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return np.concatenate(parts)
+
+
 SHAPES = {
     "(B, N)": lambda blocks: {"contrasts": blocks["contrasts"][:, :, -1]},
     "(B, P)": lambda blocks: blocks["gradients"],
@@ -55,20 +63,13 @@ def test_higher_is_less_reliable_for_every_feature_matrix(kind, labels):
     clean, odd, new, worse = (make(network_like(300, seed, shift)) for seed, shift in ((0, 0), (1, 2), (2, 0), (3, 2)))
     detector = UncertaintyDetector(folds=3)
     if labels:
-        both = (
-            {name: np.concatenate([clean[name], odd[name]]) for name in clean}
-            if isinstance(clean, dict)
-            else np.concatenate([clean, odd])
-        )
-        detector.fit(both, np.repeat([0, 1], 300))
+        detector.fit(joined(clean, odd), np.repeat([0, 1], 300))
     else:
         detector.fit(clean)
     scores = np.concatenate([detector.decision_function(new), detector.decision_function(worse)])
     assert np.isfinite(scores).all()
     assert roc_auc_score(np.repeat([0, 1], 300), scores) > 0.85
-    np.testing.assert_array_equal(
-        detector.predict(new), (detector.decision_function(new) > detector.threshold()).astype(int)
-    )
+    np.testing.assert_array_equal(detector.predict(new), (scores[:300] > detector.threshold()).astype(int))
 
 
 def test_class_names_do_not_matter():
@@ -77,9 +78,8 @@ def test_class_names_do_not_matter():
     for name in ("contrasts", "logits"):
         permuted[name] = permuted[name][:, order]
     detector = UncertaintyDetector().fit(blocks)
-    np.testing.assert_allclose(
-        detector.decision_function(permuted), detector.decision_function(blocks), rtol=1e-9, atol=1e-9
-    )
+    scores, other = (detector.decision_function(each) for each in (blocks, permuted))
+    np.testing.assert_allclose(other, scores, rtol=1e-9, atol=1e-9)
     alone = [{"contrasts": each["contrasts"]} for each in (blocks, permuted)]
     plain = UncertaintyDetector().fit(alone[0])
     np.testing.assert_allclose(plain.decision_function(alone[1]), plain.decision_function(alone[0]), rtol=1e-9)
@@ -124,16 +124,12 @@ def test_logarithms_give_the_same_scores_as_norms():
 def test_module_equals_estimator_and_seeds_reproduce():
     blocks, new = network_like(200, 0), network_like(40, 1)
     detector = UncertaintyDetector().fit(blocks)
-    module = detector.to_module()
+    module, scores = detector.to_module(), detector.decision_function(new)
     tensors = {name: torch.tensor(value) for name, value in new.items()}
-    np.testing.assert_array_equal(module(tensors).numpy(), detector.decision_function(new))
-    np.testing.assert_array_equal(clone(detector).fit(blocks).decision_function(new), detector.decision_function(new))
-    np.testing.assert_array_equal(
-        pickle.loads(pickle.dumps(detector)).decision_function(new), detector.decision_function(new)
-    )
-    assert (
-        UncertaintyDetector(random_state=1).fit(blocks).decision_function(new) != detector.decision_function(new)
-    ).any()
+    np.testing.assert_array_equal(module(tensors).numpy(), scores)
+    np.testing.assert_array_equal(clone(detector).fit(blocks).decision_function(new), scores)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(detector)).decision_function(new), scores)
+    assert (UncertaintyDetector(random_state=1).fit(blocks).decision_function(new) != scores).any()
     assert module.half().scores.energy.rows.mean.dtype == torch.float64  # stays exact inside a half network
 
 
@@ -146,22 +142,16 @@ def test_arrays_that_run_backwards_are_accepted():
     X = network_like(100, 0)["gradients"]
     detector = UncertaintyDetector(folds=2).fit(X)
     np.testing.assert_array_equal(detector.decision_function(X[::-1])[::-1], detector.decision_function(X))
-    np.testing.assert_array_equal(
-        detector.fit(X.copy()[::-1]).decision_function(X), detector.fit(X[::-1].copy()).decision_function(X)
-    )
-    np.testing.assert_array_equal(
-        detector.fit({"logits": X[:, ::-1]}).decision_function({"logits": X}),
-        detector.fit({"logits": X[:, ::-1].copy()}).decision_function({"logits": X}),
-    )
+    for view, new in ((X[::-1], X), ({"logits": X[:, ::-1]}, {"logits": X})):
+        expected = detector.fit(copy.deepcopy(view)).decision_function(new)
+        np.testing.assert_array_equal(detector.fit(view).decision_function(new), expected)
 
 
 def test_evidence_names_every_source_and_adds_up():
-    blocks = network_like(100, 0)
-    odd = network_like(100, 1, 2.0)
-    both = {name: np.concatenate([blocks[name], odd[name]]) for name in blocks}
+    both = joined(network_like(100, 0), network_like(100, 1, 2.0))
     detector = UncertaintyDetector(folds=2).fit(both, np.repeat([0, 1], 100))
     evidence = detector.explain(both)
-    assert set(evidence) == {*blocks, "challenges"}
+    assert set(evidence) == {*both, "challenges"}
     assert all((values >= 0).all() for values in evidence.values())
     order = np.argsort(sum(evidence.values()))
     assert (np.diff(detector.decision_function(both)[order]) >= -1e-9).all()

@@ -1,14 +1,14 @@
 import copy
 import math
 import pickle
-import subprocess
-import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from onnx_needed import skip_without_onnx
+from python_process import run_python
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import fastgrad
@@ -126,8 +126,6 @@ def test_noise_is_less_reliable_than_clean_images(fitted):
     clean = images(200, 9)
     noise = clean + 0.3 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
     scores = torch.cat([fitted(clean).uncertainty, fitted(noise).uncertainty])
-    from sklearn.metrics import roc_auc_score
-
     assert roc_auc_score(np.repeat([0, 1], 200), scores.numpy()) > 0.8
 
 
@@ -159,7 +157,7 @@ def test_a_new_process_knows_every_stored_part():
         "import fastgrad; fastgrad.TwoStageModel; from fastgrad.scores.fitted import Fitted; "
         "assert {'IntrospectiveNetwork', 'Temperature', 'NoisyOr', 'Risk'} <= set(Fitted.kinds)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", code)
 
 
 def test_every_changed_byte_is_refused(fitted, tmp_path):
@@ -282,20 +280,11 @@ def test_another_network_needs_another_fit(fitted):
 
 
 def test_threads_share_one_module(fitted):
-    inputs = [images(6, seed) for seed in range(4)]
+    inputs = [images(6, seed) for seed in range(4)] * 3
     expected = [fitted(x).uncertainty for x in inputs]
-    results = [None] * 4
-
-    def work(i):
-        for _ in range(3):
-            results[i] = fitted(inputs[i]).uncertainty
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
+    with ThreadPoolExecutor(4) as pool:
+        results = pool.map(lambda x: fitted(x).uncertainty, inputs)
+        assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
 
 
 def test_what_the_classifier_was_not_trained_on_calibrates_it():
@@ -373,14 +362,8 @@ def test_the_report_says_price_samples_and_promises(fitted):
     # Challenges are read at the price of an answer, as clean inputs are.
     assert report.passes == pytest.approx(4 * report.price.predicted + challenge_cost(3) - 3)
     text = str(report)
-    for words in (
-        "logits, activations",
-        "forward passes predicted",
-        "200 of 200",
-        "from 0.005 on",
-        "of their challenges",
-    ):
-        assert words in text
+    parts = ("logits, activations", "forward passes predicted", "200 of 200", "from 0.005 on", "of their challenges")
+    assert all(part in text for part in parts), text
 
 
 def test_gains_are_measured_on_demand(tmp_path):
@@ -469,9 +452,8 @@ def test_a_block_of_the_users_goes_from_fit_to_file(tmp_path):
     two_stage = TwoStageModel(small_network(), blocks=["logits", Brightness()]).fit(loader(120))
     assert two_stage.detector_.sources == ["logits", "brightness", "challenges"]
     x = images(20, 9)
-    assert (
-        two_stage.explain(x + 1).evidence["brightness"].mean() > 4 * two_stage.explain(x).evidence["brightness"].mean()
-    )
+    usual, bright = (two_stage.explain(inputs).evidence["brightness"].mean() for inputs in (x, x + 1))
+    assert bright > 4 * usual
     with pytest.raises(ValueError, match=r"use fastgrad\.blocks\.register_block; 'brightness' is not"):
         two_stage.save(tmp_path / "model.safetensors")
     register_block(Brightness)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from python_process import run_python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 #: What each prints, and what it needs.
@@ -36,9 +35,5 @@ def test_the_example_runs(name: str, tmp_path: Path) -> None:
         pytest.importorskip(package)
     if name in ("client", "score_folder") and shutil.which("g++") is None:
         pytest.skip("compiling a model needs a C++ compiler")
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py")],
-        cwd=tmp_path, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert printed in done.stdout
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    assert printed in run_python(EXAMPLES / f"{name}.py", cwd=tmp_path, env=environment)

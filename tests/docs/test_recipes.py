@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from doc_pages import DOCS, Block, blocks, parameters, programs
+from python_process import run_python
 
 ROOT = DOCS.parent
 RECIPES = sorted(page for page in (DOCS / "contributing").glob("*.md") if page.stem != "site")
@@ -18,7 +17,6 @@ RUN = "import pathlib, sys, doc_pages; doc_pages.run(pathlib.Path(sys.argv[1]))"
 
 def apply(block: Block, root: Path) -> None:
     """Write the file that a block is, or change it as a ``diff`` says: each part of it is found once."""
-    assert block.title is not None
     path = root / block.title
     if block.language != "diff":
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,14 +47,9 @@ def test_the_recipe_works_as_written(page: Path, tmp_path: Path) -> None:
     for block in changed:
         apply(block, copy)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (copy, copy / "tests" / "helpers")))}
-    commands = [[sys.executable, "-c", RUN, str(page)]] if programs(page) else []
-    tests = [block.title for block in changed if (block.title or "").startswith("tests/")]
+    tests = [copy / block.title for block in changed if block.title.startswith("tests/")]
+    assert programs(page) or tests, "a recipe ends in something that runs"
+    if programs(page):
+        run_python("-c", RUN, page, cwd=folder, env=environment)
     if tests:
-        commands.append([sys.executable, "-m", "pytest", "-q", *(str(copy / str(test)) for test in tests)])
-    assert commands, "a recipe ends in something that runs"
-    for command in commands:
-        done = subprocess.run(
-            command, cwd=copy if "pytest" in command else folder, env=environment, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_python("-m", "pytest", "-q", *tests, cwd=copy, env=environment)

@@ -1,14 +1,17 @@
-"""A small model and its exported file for the tests of the outer rooms."""
+"""A small model, its exported file and files of none, for the tests of the outer rooms."""
 
 from __future__ import annotations
 
 import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
+
+from fastgrad.deploy.file.package import Description, write_description
 
 
 class Out(NamedTuple):
@@ -75,3 +78,14 @@ def export_tiny(folder: Path, name: str, evidence: bool = False) -> Path:
             max_batch=64,
             evidence=evidence,
         )
+
+
+def write_archive(path: Path, description: Description | None, *members: tuple[str | zipfile.ZipInfo, bytes]) -> Path:
+    """Write a .pt2 that holds these members and no model."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("model/version", "1")
+        for name, content in members:
+            file.writestr(name, content)
+    if description is not None:
+        write_description(path, description)
+    return path

@@ -149,8 +149,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(package: Path | None, *options: str, probe: Path | None = None) -> Iterator[Server]:
-    server = Server(package, *options, probe=probe)
+def running(package: Path | None, *options: str, **more: Any) -> Iterator[Server]:
+    server = Server(package, *options, **more)
     try:
         yield server
     finally:

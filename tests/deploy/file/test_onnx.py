@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from deploy_models import TinyTwoStage
 from exported_models import FORMS, X, shapes, two_stage_model
 from onnx_needed import WARNINGS, skip_without_onnx
+from python_process import run_python
 from torch import nn
 
 from fastgrad.deploy.file.comparison import difference
@@ -28,6 +27,13 @@ pytestmark = WARNINGS
 
 #: What `export` allows: a p-value map magnifies the rounding of a score.
 ROUNDING = 1e-4
+
+
+def check(package: ModelPackage, live: nn.Module, *batches: torch.Tensor) -> None:
+    """The three outputs of the file are the module's."""
+    for x in batches:
+        for ours, theirs in zip(package(x)[:3], live(x)[:3], strict=True):
+            assert difference(ours, theirs) <= ROUNDING, x
 
 
 @functools.cache
@@ -62,9 +68,7 @@ def test_every_block_has_an_onnx_form(form: str) -> None:
 def test_what_is_not_finite_is_so_in_the_file() -> None:
     live, package = in_onnx("forward")
     for value in (torch.nan, torch.inf, -torch.inf, 1e20, 1e38, 0.0):
-        x = torch.full((2, 3, 8, 8), value)
-        for ours, theirs in zip(package(x)[:3], live(x)[:3], strict=True):
-            assert difference(ours, theirs) <= ROUNDING, value
+        check(package, live, torch.full((2, 3, 8, 8), value))
 
 
 # Numpy and ONNX Runtime alone, as in a service that has no PyTorch.
@@ -92,15 +96,8 @@ def test_answers_where_only_numpy_and_onnx_runtime_are(tiny_onnx: Path, tmp_path
     live = TinyTwoStage()
     batches = {f"{size}": torch.randn(size, *live.shape) for size in (1, 3, 8)}
     np.savez(tmp_path / "x.npz", **{name: x.numpy() for name, x in batches.items()})
-    done = subprocess.run(
-        [sys.executable, "-c", BARE, str(tiny_onnx), "x.npz", "out.npz"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [["cat", "dog", "cow", "hen"], live.threshold(0.05)]
+    printed = run_python("-c", BARE, tiny_onnx, "x.npz", "out.npz", cwd=tmp_path)
+    assert json.loads(printed) == [["cat", "dog", "cow", "hen"], live.threshold(0.05)]
     found = np.load(tmp_path / "out.npz")
     for name, x in batches.items():
         for part, theirs in zip(("logits", "p", "u"), live(x), strict=True):
@@ -193,8 +190,7 @@ def test_backward_passes_of_other_layers(network: str, tmp_path: Path) -> None:
     x, _ = shapes(120, 5)
     live = TwoStageModel(net.eval(), blocks=["logits", "gradients"]).fit([x], None)
     package = ModelPackage(export(live, shapes(8, 3)[0], tmp_path / "m.onnx", tolerance=1e-4))
-    for ours, theirs in zip(package(x[:5])[:3], live(x[:5])[:3], strict=True):
-        assert difference(ours, theirs) <= 1e-4
+    check(package, live, x[:5])
 
 
 def test_a_network_that_looks_words_up(tmp_path: Path) -> None:
@@ -214,9 +210,7 @@ def test_a_network_that_looks_words_up(tmp_path: Path) -> None:
     torch.manual_seed(0)
     live, texts = Words().eval().requires_grad_(False), torch.randint(0, 20, (7, 12)).float()
     package = ModelPackage(export(live, texts[:3], tmp_path / "m.onnx"))
-    for x in (texts[:1], texts[:2], texts, torch.zeros(2, 12)):
-        for ours, theirs in zip(package(x)[:3], live(x), strict=True):
-            assert difference(ours, theirs) <= ROUNDING
+    check(package, live, texts[:1], texts[:2], texts, torch.zeros(2, 12))
 
 
 def test_an_lstm_is_translated_step_by_step(tmp_path: Path) -> None:
@@ -232,6 +226,4 @@ def test_an_lstm_is_translated_step_by_step(tmp_path: Path) -> None:
     torch.manual_seed(0)
     live, x = Sequence().eval().requires_grad_(False), torch.randn(7, 5, 6)
     package = ModelPackage(export(live, x[:3], tmp_path / "m.onnx"))
-    for batch in (1, 2, 7):
-        for ours, theirs in zip(package(x[:batch])[:3], live(x[:batch]), strict=True):
-            assert difference(ours, theirs) <= ROUNDING
+    check(package, live, x[:1], x[:2], x)

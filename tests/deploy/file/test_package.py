@@ -22,18 +22,12 @@ import numpy as np
 import pytest
 import torch
 import torch._inductor.config
+from deploy_models import write_archive
 
 from fastgrad._torch import X86, compile_package
 from fastgrad.atomic import replace_atomically
 from fastgrad.deploy.file import package
-from fastgrad.deploy.file.package import (
-    MEMBER,
-    Description,
-    ModelPackage,
-    PackageError,
-    read_description,
-    write_description,
-)
+from fastgrad.deploy.file.package import MEMBER, Description, ModelPackage, PackageError, read_description
 
 GOOD = Description(
     (3, 8, 8), "float32", 4, 8, "cpu", labels=list("abcd"), mean=[0.5] * 3, std=[0.5] * 3, false_alarm_rate=0.05,
@@ -42,24 +36,14 @@ GOOD = Description(
 )  # fmt: skip
 
 
-def archive(path: Path, *members: tuple[str | zipfile.ZipInfo, bytes], description: Any = GOOD) -> Path:
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("model/version", "1")
-        for name, content in members:
-            file.writestr(name, content)
-    if description is not None:
-        write_description(path, description)
-    return path
-
-
 def with_text(path: Path, content: dict[str, Any]) -> Path:
-    return archive(path, (f"model/{MEMBER}", json.dumps(content).encode()), description=None)
+    return write_archive(path, None, (f"model/{MEMBER}", json.dumps(content).encode()))
 
 
 def test_a_description_is_read_back(tmp_path: Path) -> None:
-    assert read_description(archive(tmp_path / "m.pt2")) == GOOD
+    assert read_description(write_archive(tmp_path / "m.pt2", GOOD)) == GOOD
     plain = Description((5,), "float64", 2, 1, "cpu")
-    assert read_description(archive(tmp_path / "p.pt2", description=plain)) == plain
+    assert read_description(write_archive(tmp_path / "p.pt2", plain)) == plain
 
 
 BAD = [
@@ -133,21 +117,21 @@ def deflated() -> zipfile.ZipInfo:
     ],
 )
 def test_archives_that_pytorch_would_not_write(tmp_path: Path, members: list[Any], message: str) -> None:
-    path = archive(tmp_path / "m.pt2", *members)
+    path = write_archive(tmp_path / "m.pt2", GOOD, *members)
     with pytest.raises(PackageError, match=message):
         read_description(path)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_doubled_entry(tmp_path: Path) -> None:
-    path = archive(tmp_path / "m.pt2", ("model/data", b"checked"), ("model/data", b"loaded"))
+    path = write_archive(tmp_path / "m.pt2", GOOD, ("model/data", b"checked"), ("model/data", b"loaded"))
     with pytest.raises(PackageError, match="'model/data' twice"):
         read_description(path)
 
 
 def test_sizes_that_lie_cost_no_memory(tmp_path: Path) -> None:
-    large = archive(tmp_path / "large.pt2", (f"model/{MEMBER}", bytes(64 * 2**20)), description=None)
-    claims = archive(tmp_path / "claims.pt2")
+    large = write_archive(tmp_path / "large.pt2", None, (f"model/{MEMBER}", bytes(64 * 2**20)))
+    claims = write_archive(tmp_path / "claims.pt2", GOOD)
     content = bytearray(claims.read_bytes())
     end = content.rindex(b"PK\x05\x06")
     struct.pack_into("<II", content, end + 12, 100 * 2**20, 0)  # a table of contents of 100 MiB
@@ -161,7 +145,7 @@ def test_sizes_that_lie_cost_no_memory(tmp_path: Path) -> None:
 
 
 def test_mutated_archives_are_read_or_refused(tmp_path: Path) -> None:
-    rng, whole = random.Random(1), archive(tmp_path / "m.pt2").read_bytes()
+    rng, whole = random.Random(1), write_archive(tmp_path / "m.pt2", GOOD).read_bytes()
     path, read = tmp_path / "mutated.pt2", 0
     for _ in range(400):
         content = bytearray(whole)

@@ -44,7 +44,9 @@ def served(shared: dict[str, Any]) -> Any:
     return shared["onnx"]
 
 
-sizes = pytest.mark.parametrize("size", ["short", pytest.param("long", marks=pytest.mark.slow)])
+def counts(short: int, long: int) -> pytest.MarkDecorator:
+    """Parametrize a test with how often it does what it does."""
+    return pytest.mark.parametrize("count", [short, pytest.param(long, marks=pytest.mark.slow)], ids=["short", "long"])
 
 
 @contextlib.contextmanager
@@ -84,8 +86,20 @@ def watched(served: Any, name: str) -> Iterator[None]:
     assert served.predict(image(), "image/png")[0] == 200
 
 
-def connect(served: Any) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", served.server.port), timeout=60)
+def connect(server: Server) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), timeout=60)
+
+
+@contextlib.contextmanager
+def connections(server: Server, count: int) -> Iterator[list[socket.socket]]:
+    with contextlib.ExitStack() as opened:
+        yield [opened.enter_context(connect(server)) for _ in range(count)]
+
+
+def head(served: Any, header: str) -> bytes:
+    """What comes before the body of an image."""
+    lines = (f"POST /predict/{served.name} HTTP/1.1", "Host: localhost", "Content-Type: image/png", header, "", "")
+    return "\r\n".join(lines).encode()
 
 
 def post(served: Any, body: bytes, kind: str) -> int:
@@ -107,7 +121,7 @@ def drip(served: Any, count: int, head: bytes, seconds: float) -> int:
     sockets = []
     for _ in range(count):
         with contextlib.suppress(OSError):
-            sockets.append(connect(served))
+            sockets.append(connect(served.server))
             sockets[-1].sendall(head)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -128,28 +142,22 @@ def drip(served: Any, count: int, head: bytes, seconds: float) -> int:
     return closed
 
 
-@sizes
-def test_slow_headers(served: Any, size: str) -> None:
-    count = 600 if size == "long" else 60
+@counts(60, 600)
+def test_slow_headers(served: Any, count: int) -> None:
     with watched(served, f"slow headers, {count} connections"):
-        closed = drip(served, count, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-", 14 if size == "long" else 12)
+        closed = drip(served, count, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-", 14 if count > 60 else 12)
     assert closed == count
 
 
-@sizes
-def test_slow_bodies(served: Any, size: str) -> None:
-    count = 600 if size == "long" else 60
-    head = (
-        f"POST /predict/{served.name} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
-        "Content-Length: 1000000\r\n\r\n"
-    ).encode()
+@counts(60, 600)
+def test_slow_bodies(served: Any, count: int) -> None:
     with watched(served, f"slow bodies, {count} connections"):
-        closed = drip(served, count, head, 8)
+        closed = drip(served, count, head(served, "Content-Length: 1000000"), 8)
     assert closed == count
 
 
 def test_headers_without_end(served: Any) -> None:
-    with watched(served, "headers without end"), connect(served) as sent:
+    with watched(served, "headers without end"), connect(served.server) as sent:
         sent.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
         with contextlib.suppress(OSError):
             for number in range(2000):
@@ -161,12 +169,8 @@ def test_headers_without_end(served: Any) -> None:
 
 
 def test_bodies_of_many_small_parts(served: Any) -> None:
-    head = (
-        f"POST /predict/{served.name} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
-        "Transfer-Encoding: chunked\r\n\r\n"
-    ).encode()
-    with watched(served, "a body of 200,000 parts"), connect(served) as sent:
-        sent.sendall(head + b"1\r\nx\r\n" * 200_000 + b"0\r\n\r\n")
+    with watched(served, "a body of 200,000 parts"), connect(served.server) as sent:
+        sent.sendall(head(served, "Transfer-Encoding: chunked") + b"1\r\nx\r\n" * 200_000 + b"0\r\n\r\n")
         assert b" 400 " in sent.recv(1000).split(b"\r\n")[0]
 
 
@@ -177,18 +181,16 @@ def gray(width: int, height: int) -> bytes:
     return png(width, height, 16, 0, rows)
 
 
-@sizes
-def test_images_that_decode_to_much(served: Any, size: str) -> None:
-    count = 100 if size == "long" else 8
+@counts(8, 100)
+def test_images_that_decode_to_much(served: Any, count: int) -> None:
     with watched(served, f"{count} images of 10 megapixels and 16 bits"):
         found = at_once(served, [(gray(4000, 2500), "image/png")] * count, count)
     assert set(found) <= {200, 422, 503, 504}
     assert at_once(served, [(gray(7071, 7071), "image/png")] * 8, 8) == {413: 8}
 
 
-@sizes
-def test_large_bodies(served: Any, size: str) -> None:
-    count = 64 if size == "long" else 8
+@counts(8, 64)
+def test_large_bodies(served: Any, count: int) -> None:
     body = random.Random(0).randbytes(2**20) * 15
     numbers = b'{"inputs": [' + b"1.0," * (15 * 2**18) + b"1]}"
     kinds = [(body, "image/png"), (numbers, "application/json"), (b"[" * len(body), "application/json"),
@@ -199,9 +201,8 @@ def test_large_bodies(served: Any, size: str) -> None:
     assert found[503] < count
 
 
-@sizes
-def test_mutated_bodies(served: Any, size: str) -> None:
-    count = 10_000 if size == "long" else 200
+@counts(200, 10_000)
+def test_mutated_bodies(served: Any, count: int) -> None:
     rng, decoders = random.Random(7), sorted(workers_of(served.server.process.pid, b"serve.decoder"))
     inputs = json.dumps({"inputs": [[[0.5] * 8] * 8] * 3}).encode()
     formats = ("PNG", "PNG", "JPEG", "JPEG", "WEBP", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -268,8 +269,8 @@ def test_processes_stopped_in_the_middle_of_a_send(served: Any, which: str) -> N
     assert served.predict(*make())[0] == 200
 
 
-@sizes
-def test_the_interface_holds_to_its_description(served: Any, size: str) -> None:
+@counts(4, 260)
+def test_the_interface_holds_to_its_description(served: Any, count: int) -> None:
     """Whatever fits the OpenAPI description or does not is answered as the description says."""
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings
@@ -277,14 +278,12 @@ def test_the_interface_holds_to_its_description(served: Any, size: str) -> None:
 
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{served.server.port}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
-    # Of operations without parameters there is one case each.
-    each = 260 if size == "long" else 4
     tried: Counter[int] = Counter()
-    with watched(served, f"schemathesis, {each} cases of each of {len(operations)} operations"):
+    with watched(served, f"schemathesis, {count} cases of each of {len(operations)} operations"):
         for operation in operations:
 
             @settings(
-                max_examples=each, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+                max_examples=count, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
                 suppress_health_check=list(HealthCheck),
             )  # fmt: skip
             @given(case=operation.as_strategy())
@@ -297,7 +296,8 @@ def test_the_interface_holds_to_its_description(served: Any, size: str) -> None:
 
             check()
     print(dict(sorted(tried.items())))
-    assert tried.total() >= (2000 if size == "long" else 2 * len(operations))
+    # Of operations without parameters there is one case each.
+    assert tried.total() >= (2000 if count > 4 else 2 * len(operations))
 
 
 def test_connections_beyond_the_limit_close_the_one_that_waits_longest(
@@ -307,8 +307,7 @@ def test_connections_beyond_the_limit_close_the_one_that_waits_longest(
     clock = "import time; plain = time.monotonic; time.monotonic = lambda: plain() // 0.015625 * 0.015625"
     (tmp_path / "sitecustomize.py").write_text(clock)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    with running(tiny_onnx, "--max-connections", "8") as server:
-        idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(8)]
+    with running(tiny_onnx, "--max-connections", "8") as server, connections(server, 8) as idle:
         assert server.predict(image(), "image/png")[0] == 200
         idle[0].settimeout(10)
         with contextlib.suppress(ConnectionResetError):
@@ -316,8 +315,6 @@ def test_connections_beyond_the_limit_close_the_one_that_waits_longest(
         # The others wait on.
         idle[7].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200 OK" in idle[7].recv(1000)
-        for each in idle:
-            each.close()
 
 
 def test_more_connections_than_open_files(tiny_onnx: Any) -> None:
@@ -331,8 +328,7 @@ def test_more_connections_than_open_files(tiny_onnx: Any) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with contextlib.ExitStack() as opened:
         opened.callback(server.stop)
-        for _ in range(100):
-            opened.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        opened.enter_context(connections(server, 100))
         assert server.predict(image(), "image/png")[0] == 200
         assert len(server.log) < 10_000
 
@@ -366,8 +362,7 @@ def test_connections_fit_the_open_files_where_no_more_are_given(monkeypatch: pyt
 
 
 def test_clients_that_do_not_read_are_closed_where_connections_run_out(tiny_onnx: Any) -> None:
-    with running(tiny_onnx, "--max-connections", "8") as server:
-        idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(8)]
+    with running(tiny_onnx, "--max-connections", "8") as server, connections(server, 8) as idle:
         for each in idle:
             each.setblocking(False)
             # Requests whose answers fill all that lies between the two.
@@ -377,16 +372,12 @@ def test_clients_that_do_not_read_are_closed_where_connections_run_out(tiny_onnx
         # Once the server waits for all of them.
         wait_for(lambda: server.request("GET", "/health")[0] == 200)
         assert [server.request("GET", "/health")[0] for _ in range(8)] == [200] * 8
-        for each in idle:
-            each.close()
 
 
-def test_another_event_loop_is_not_taken(tiny_onnx: Any, tmp_path: Any) -> None:
+def test_another_event_loop_is_not_taken(tiny_onnx: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # uvicorn takes uvloop where it is installed; its transports have no limit of what they read at once.
     (tmp_path / "uvloop.py").write_text("raise RuntimeError('uvloop was imported')")
-    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    server = Server(tiny_onnx, env={"PYTHONPATH": path})
-    try:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with running(tiny_onnx) as server:
         assert server.predict(image(), "image/png")[0] == 200
-    finally:
-        assert server.stop() == 0
+    assert server.process.returncode == 0

@@ -69,10 +69,12 @@ def keep(browser: Any, name: str) -> None:
         browser.save_screenshot(str(Path(SCREENSHOTS) / f"{name}.png"))
 
 
-def wait_until(browser: Any, script: str) -> None:
+def wait_for(browser: Any, part: str) -> None:
+    """Wait until the page shows the part of this id."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(browser, 10).until(lambda driver: driver.execute_script(f"return {script}"))
+    script = f"return !document.getElementById('{part}').hidden"
+    WebDriverWait(browser, 10).until(lambda driver: driver.execute_script(script))
 
 
 DROP = """
@@ -90,12 +92,19 @@ def drop(browser: Any, content: bytes) -> None:
     browser.execute_script(DROP, base64.b64encode(content).decode())
 
 
+def ask(browser: Any, server: Server, content: bytes) -> None:
+    """Open the page, drop an image and wait for the answer."""
+    browser.get(f"http://127.0.0.1:{server.port}/")
+    drop(browser, content)
+    wait_for(browser, "result")
+
+
 def test_a_dropped_image_is_answered(server: Server, browser: Any) -> None:
     browser.get(f"http://127.0.0.1:{server.port}/")
     keep(browser, "start")
     content = image(5, (64, 64))
     drop(browser, content)
-    wait_until(browser, "!document.getElementById('result').hidden")
+    wait_for(browser, "result")
     _, answer = server.predict(content, "image/png")
     assert browser.find_element("id", "class").text == answer["label"]
     verdict = browser.find_element("id", "verdict").text
@@ -112,9 +121,9 @@ def test_a_chosen_file_and_an_unreadable_one(server: Server, browser: Any, tmp_p
     (tmp_path / "b.jpg").write_bytes(b"this is not an image")
     browser.get(f"http://127.0.0.1:{server.port}/")
     browser.find_element("id", "file").send_keys(str(tmp_path / "a.jpg"))
-    wait_until(browser, "!document.getElementById('result').hidden")
+    wait_for(browser, "result")
     browser.find_element("id", "file").send_keys(str(tmp_path / "b.jpg"))
-    wait_until(browser, "!document.getElementById('error').hidden")
+    wait_for(browser, "error")
     assert "cannot be read" in browser.find_element("id", "error").text
     assert not browser.find_element("id", "result").is_displayed()
     keep(browser, "error")
@@ -132,9 +141,7 @@ def odd_one(server: Server) -> tuple[bytes, dict[str, Any]]:
 
 def test_an_alarm_says_what_raised_it(explaining: Server, browser: Any) -> None:
     content, answer = odd_one(explaining)
-    browser.get(f"http://127.0.0.1:{explaining.port}/")
-    drop(browser, content)
-    wait_until(browser, "!document.getElementById('result').hidden")
+    ask(browser, explaining, content)
     assert browser.find_element("id", "verdict").text.endswith("Do not rely on this answer")
     parts = sorted(answer["evidence"].items(), key=lambda part: -part[1])
     total = sum(value for _, value in parts)
@@ -154,9 +161,7 @@ def test_nothing_is_explained_without_an_alarm_or_evidence(server: Server, expla
         if explaining.predict(other, "image/png")[1]["reliable"]
     )
     for asked, sent in ((server, content), (explaining, usual)):
-        browser.get(f"http://127.0.0.1:{asked.port}/")
-        drop(browser, sent)
-        wait_until(browser, "!document.getElementById('result').hidden")
+        ask(browser, asked, sent)
         assert browser.find_element("id", "why").text == ""
         assert not browser.find_element("id", "reasons").is_displayed()
 
@@ -185,7 +190,7 @@ def test_what_a_screen_reader_is_told(explaining: Server, browser: Any) -> None:
     browser.get(f"http://127.0.0.1:{explaining.port}/")
     assert browser.find_element("id", "file").accessible_name == "Drop an image here, or choose one"
     drop(browser, content)
-    wait_until(browser, "!document.getElementById('result').hidden")
+    wait_for(browser, "result")
     chart = browser.find_element("id", "chart")
     assert chart.aria_role in ("img", "image")
     assert f"limit {json.loads(explaining.request('GET', '/model')[1])['threshold']:.2f}" in chart.accessible_name
@@ -209,7 +214,7 @@ def test_axe_finds_nothing(explaining: Server, browser: Any, theme: str, width: 
     for content, shown in ((None, "wait"), (odd_one(explaining)[0], "result"), (b"no image", "error")):
         if content is not None:
             drop(browser, content)
-        wait_until(browser, f"!document.getElementById('{shown}').hidden")
+        wait_for(browser, shown)
         browser.execute_script(AXE.read_text())
         found = browser.execute_async_script("axe.run().then(arguments[0])")
         assert [(each["id"], each["help"]) for each in found["violations"]] == [], shown
@@ -224,18 +229,14 @@ def show_as(browser: Any, theme: str, width: int) -> None:
 
 def test_narrow_and_dark(server: Server, browser: Any) -> None:
     show_as(browser, "dark", 420)
-    browser.get(f"http://127.0.0.1:{server.port}/")
-    drop(browser, image(7, (20, 60)))
-    wait_until(browser, "!document.getElementById('result').hidden")
+    ask(browser, server, image(7, (20, 60)))
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     keep(browser, "narrow-dark")
 
 
 def test_the_console_stays_clean(server: Server, browser: Any) -> None:
     browser.get_log("browser")
-    browser.get(f"http://127.0.0.1:{server.port}/")
-    drop(browser, image(7, (20, 60)))
-    wait_until(browser, "!document.getElementById('result').hidden")
+    ask(browser, server, image(7, (20, 60)))
     browser.execute_script("console.error('the last message')")
     (message,) = [entry["message"] for entry in browser.get_log("browser")]
     assert "the last message" in message

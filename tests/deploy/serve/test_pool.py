@@ -140,7 +140,6 @@ def test_real_workers(model_file: Path) -> None:
         pool = served.pool
         await pool.start()
         process = pool.workers[0].process
-        assert process is not None
         values = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         inputs = [NUMBERS + value.numpy().tobytes() for value in values]
         pixels = [PIXELS + bytes([i]) * 192 for i in range(3)]
@@ -154,7 +153,6 @@ def test_real_workers(model_file: Path) -> None:
         np.testing.assert_allclose(numbers(rows), direct, rtol=1e-5, atol=1e-5)
         # Stopped in the middle of a batch that no pipe holds: it is ended, and the batch runs elsewhere.
         process = pool.workers[0].process
-        assert process is not None
         os.kill(process.pid, signal.SIGSTOP)
         pool.hang_timeout = 0.5
         hanging = asyncio.gather(*(pool.submit([value]) for value in inputs[:16]))
@@ -164,7 +162,6 @@ def test_real_workers(model_file: Path) -> None:
         np.testing.assert_allclose(numbers(await hanging), direct[:16], rtol=1e-5, atol=1e-5)
         # Killed while it waits: the pool says so, and it comes back by itself.
         process = pool.workers[0].process
-        assert process is not None
         os.kill(process.pid, signal.SIGKILL)
         with fail_after(60):
             for ready in (True, False):
@@ -172,9 +169,7 @@ def test_real_workers(model_file: Path) -> None:
                     await asyncio.sleep(0.01)
         assert pool.workers[0].process is not process
         await pool.close()
-        last = pool.workers[0].process
-        assert last is not None
-        assert last.returncode is not None
+        assert pool.workers[0].process.returncode is not None
 
     asyncio.run(run())
 
@@ -187,7 +182,6 @@ def test_a_model_that_cannot_be_loaded_or_takes_too_long(tmp_path: Path) -> None
             child = Child("fastgrad.deploy.serve.worker", (str(tmp_path / "bad.pt2"), None), most=2**20)
             with pytest.raises(ChildError, match=reason):
                 await Pool([child], hang_timeout=30.0, load_timeout=seconds).start()
-            assert child.process is not None
             assert child.process.returncode is not None
 
     asyncio.run(run())
@@ -240,7 +234,6 @@ def test_a_worker_has_none_of_the_servers_secrets(monkeypatch: pytest.MonkeyPatc
     async def run() -> bytes:
         child = Child("fastgrad.deploy.serve.decoder", (100,), most=2**20)
         await child.start(30)
-        assert child.process is not None
         environment = (proc(child.process.pid) / "environ").read_bytes()
         maps = (proc(child.process.pid) / "maps").read_bytes()
         assert b"torch" not in maps

@@ -20,12 +20,14 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
+from deploy_models import write_archive
+from python_process import run_python
 from serve_client import Server, wait_for
 from serve_load import Load
 from serve_stub import FakeChild, stub
 
 from fastgrad.deploy.file.onnx_file import sum_entry
-from fastgrad.deploy.file.package import Description, PackageError, digest_of, write_description
+from fastgrad.deploy.file.package import Description, PackageError, digest_of
 from fastgrad.deploy.serve.app import create_app
 from fastgrad.deploy.serve.served import Model, Served
 
@@ -35,6 +37,14 @@ def with_fakes(served: Served, constant: float) -> Served:
     return served
 
 
+async def started(path: Path) -> Model:
+    """A model whose versions answer 1, then 2."""
+    versions = iter((1.0, 2.0))
+    model = Model("model", str(path), lambda path: with_fakes(Served(path), next(versions)))
+    await model.served.pool.start()
+    return model
+
+
 async def answer(served: Served) -> float:
     return float(np.frombuffer(await served.pool.submit([bytes(193)]))[4])
 
@@ -42,11 +52,9 @@ async def answer(served: Served) -> float:
 def test_a_request_keeps_its_version_and_the_old_one_ends_after_it(tiny_package: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     shutil.copyfile(tiny_package, path)
-    versions = iter((1.0, 2.0))
 
     async def run() -> None:
-        model = Model("model", str(path), lambda path: with_fakes(Served(path), next(versions)))
-        await model.served.pool.start()
+        model = await started(path)
         old = model.served
         copy = old.copy
         another(path)
@@ -70,11 +78,9 @@ def test_a_change_is_seen_and_a_broken_file_is_not_used(
 ) -> None:
     path = tmp_path / f"model{model_file.suffix}"
     shutil.copyfile(model_file, path)
-    versions = iter((1.0, 2.0))
 
     async def run() -> None:
-        model = Model("model", str(path), lambda path: with_fakes(Served(path), next(versions)))
-        await model.served.pool.start()
+        model = await started(path)
         watching = asyncio.create_task(model.watch(0.01))
         path.write_bytes(model_file.read_bytes()[:1000])
         while not model.failures:
@@ -140,10 +146,7 @@ def test_nothing_is_loaded_anew_without_pins(tmp_path: Path) -> None:
 
 
 def archive(path: Path, classes: int) -> Path:
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("model/version", "1")
-    write_description(path, Description((3, 8, 8), "float32", classes, 8, "cpu"))
-    return path
+    return write_archive(path, Description((3, 8, 8), "float32", classes, 8, "cpu"))
 
 
 def test_a_file_that_cannot_be_run_is_named_and_its_copy_is_not(tmp_path: Path) -> None:
@@ -235,10 +238,8 @@ def test_copies_of_servers_that_were_killed_are_removed(
     # Its own, and nothing that another process holds or that is no folder.
     assert not Path(killed.stdout.strip()).exists()
     assert folders() == sorted(["elsewhere", "fastgrad-served-link", first.copy.parent.name, second.copy.parent.name])
-    left = [path.name for path in map(Path, subprocess.check_output(
-        [sys.executable, "-c", f"{script}; print(*os.listdir({str(tmp_path)!r}))", str(tiny_package)],
-        env=environment, text=True,
-    ).split())]  # fmt: skip
+    listing = f"{script}; print(*os.listdir({str(tmp_path)!r}))"
+    left = run_python("-c", listing, tiny_package, env=environment).split()
     assert {first.copy.parent.name, second.copy.parent.name} < set(left)
     for served in (first, second):
         asyncio.run(served.retire())

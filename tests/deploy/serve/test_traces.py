@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import itertools
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
-from serve_client import Server, call, image
+from python_process import run_python
+from serve_client import call, image, running
 from serve_stub import PNG, make, the_one
 
 from fastgrad.deploy.serve.child import ChildDiedError
@@ -57,11 +57,8 @@ def test_a_request_and_its_stages_one_after_another(tiny_package: Path) -> None:
     assert request(app) == 200
     whole, stages = spans(found)
     assert (whole.name, whole.kind) == ("POST /predict", SpanKind.SERVER)
-    assert dict(whole.attributes) == {
-        "http.request.method": "POST",
-        "http.route": "/predict",
-        "http.response.status_code": 200,
-    }
+    expected = {"http.request.method": "POST", "http.route": "/predict", "http.response.status_code": 200}
+    assert dict(whole.attributes) == expected
     assert [stage.name for stage in stages] == STAGES
     assert dict(stages[3].attributes) == {"batch_size": 3}
     assert stages[3].end_time - stages[3].start_time >= 0.04e9
@@ -84,16 +81,14 @@ def test_refusals_and_failures(tiny_package: Path) -> None:
     whole, stages = spans(found)
     assert [stage.name for stage in stages] == STAGES[:2]
     assert (whole.attributes["http.response.status_code"], whole.status.status_code) == (400, StatusCode.UNSET)
-    for error, status in ((ChildDiedError("it failed"), 500), (RuntimeError("unforeseen"), 500)):
+    answered, raised = contextlib.nullcontext(), pytest.raises(RuntimeError, match="unforeseen")
+    for error, outcome in ((ChildDiedError("it failed"), answered), (RuntimeError("unforeseen"), raised)):
         app, found = traced(tiny_package, error=error)
-        if isinstance(error, ChildDiedError):
-            assert request(app) == status
-        else:
-            with pytest.raises(RuntimeError, match="unforeseen"):
-                request(app)
+        with outcome:
+            assert request(app) == 500
         whole, stages = spans(found)
         assert [stage.name for stage in stages] == STAGES[:4]
-        assert (whole.attributes["http.response.status_code"], whole.status.status_code) == (status, StatusCode.ERROR)
+        assert (whole.attributes["http.response.status_code"], whole.status.status_code) == (500, StatusCode.ERROR)
 
 
 def test_spans_arrive_at_a_collector(tiny_package: Path) -> None:
@@ -116,11 +111,8 @@ def test_spans_arrive_at_a_collector(tiny_package: Path) -> None:
             "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
             "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=proof",
         }
-        server = Server(tiny_package, "--traces", env=environment)
-        try:
+        with running(tiny_package, "--traces", env=environment) as server:
             assert server.predict(image(), "image/png")[0] == 200
-        finally:
-            server.stop()
         collector.shutdown()
     assert {path for path, _ in received} == {"/v1/traces"}
     sent = b"".join(body for _, body in received)
@@ -148,6 +140,4 @@ from fastgrad.deploy.serve.app import create_app
 create_app(sys.argv[1])
 print(found() - before)
 """
-    command = [sys.executable, "-c", code, str(tiny_package)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert run_python("-c", code, tiny_package).strip() == "set()"

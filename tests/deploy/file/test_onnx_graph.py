@@ -1,4 +1,4 @@
-"""Grids of positions and backward passes are what they were, in operators that ONNX Runtime computes in blocks."""
+"""Graphs have few operators, which ONNX Runtime computes in blocks, and give the numbers that they gave before."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import torch
 from onnx_needed import WARNINGS, skip_without_onnx
 from torch import Tensor, nn
 
-from fastgrad.deploy.file import onnx_export, onnx_file, onnx_operators
+from fastgrad.deploy.file import onnx_export, onnx_file, onnx_operators, onnx_optimizer
 
 skip_without_onnx()
 pytestmark = WARNINGS
 
 
-def written(model: nn.Module, x: Tensor, outputs: tuple[str, ...], folder: Path) -> tuple[Path, Counter[str]]:
-    """A file that answers as ``model`` does, whose sums have few terms, and its operators."""
+def written(
+    model: nn.Module, x: Tensor, outputs: tuple[str, ...], folder: Path, rtol: float = 1e-5, atol: float = 1e-5
+) -> tuple[Path, Counter[str]]:
+    """A file that answers as ``model`` does, and its operators; the default tolerance is of sums of few terms."""
     import onnx
 
     proto = onnx_export.convert(model, x, outputs=outputs)
     onnx.save(proto, file := folder / "m.onnx")
     for found, expected in zip(onnx_file.load(file)(x), model(x), strict=True):
-        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, expected.detach(), rtol=rtol, atol=atol)
     return file, Counter(node.op_type for node in proto.graph.node)
 
 
@@ -36,7 +38,6 @@ class Gridded(nn.Module):
         self.depthwise = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels)
         self.norms = nn.ModuleList([nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)])
         for norm in self.norms:
-            assert isinstance(norm, nn.BatchNorm2d)
             nn.init.normal_(norm.weight)
             nn.init.normal_(norm.bias)
 
@@ -83,7 +84,7 @@ class Back(nn.Module):
             ]
         )  # fmt: skip
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor]:
         with torch.enable_grad():
             x = self.stem(x)
             first = x = x.detach().requires_grad_()
@@ -91,25 +92,19 @@ class Back(nn.Module):
             for number, layer in enumerate(self.layers):
                 outputs.append(x := layer(x))
                 x = torch.relu(x) if number % 2 else nn.functional.relu6(x)
-            return torch.cat([g.sum((2, 3)) for g in torch.autograd.grad(x.square().sum(), outputs)], 1)
+            return (torch.cat([g.sum((2, 3)) for g in torch.autograd.grad(x.square().sum(), outputs)], 1),)
 
 
 def test_a_backward_pass_has_convolutions_and_steps_alone(tmp_path: Path) -> None:
-    import onnx
-
     torch.manual_seed(0)
     model = Back().eval()
     # Of few bits, so that no order of summation rounds, and none puts a number on the other side of an edge.
     for parameter in model.parameters():
         parameter.data.copy_(torch.randint(-2, 3, parameter.shape) / 2)
     x = torch.randint(-4, 5, (3, 3, 24, 24)).float()
-    proto = onnx_export.convert(model, x, outputs=("sums",))
-    kinds = Counter(node.op_type for node in proto.graph.node)
-    assert kinds["ConvTranspose"] == kinds["Where"] == 0
-    onnx.save(proto, file := tmp_path / "m.onnx")
-    (found,), expected = onnx_file.load(file)(x), model(x)
     # Of sums of up to 144 products of up to 288 terms each, rounded otherwise.
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=float(1e-5 * expected.abs().max()))
+    _, kinds = written(model, x, ("sums",), tmp_path, rtol=1e-4, atol=float(1e-5 * model(x)[0].abs().max()))
+    assert kinds["ConvTranspose"] == kinds["Where"] == 0
 
 
 @pytest.mark.parametrize("edge", [0.0, 6.0])
@@ -135,3 +130,45 @@ def optimized(file: Path, folder: Path) -> Counter[str]:
     if "ReorderOutput" not in kinds:
         pytest.skip("this processor's convolutions have no blocks")
     return kinds
+
+
+class Wasteful(nn.Module):
+    """Zeros on two sides, a clip in two steps, constants that can be computed, reshapes of reshapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(nn.functional.pad(x, (0, 1, 0, 1)))
+        x = torch.minimum(torch.maximum(x, torch.zeros(())), torch.full((), 6.0))
+        x = x * (torch.arange(8.0).square().sum() / 140).view(1, 1, 1, 1)
+        x = x.reshape(x.shape[0], 8, -1).reshape(x.shape[0], 8, 4, -1)
+        return self.head(x.transpose(2, 3).transpose(2, 3).mean((2, 3)))
+
+
+def test_operators_are_joined(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Wasteful().eval(), torch.randn(5, 3, 8, 8)
+    proto = onnx_export.convert(model, x, outputs=("logits",))
+    kinds = [node.op_type for node in proto.graph.node]
+    assert kinds.count("Conv") == kinds.count("Clip") == 1
+    assert not {"Pad", "Transpose", "Shape", "Min", "Max", "Identity", "Constant"}.intersection(kinds)
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    run = onnx_file.load(tmp_path / "m.onnx")
+    for rows in (x, x[:1], x[:2]):
+        (found,) = run(rows)
+        # 27 products of a convolution, 16 of a mean and 8 of a row, each rounded once.
+        bound = 60 * torch.finfo(torch.float32).eps * found.abs().max()
+        assert (found - model(rows)).abs().max() <= bound
+
+
+@pytest.mark.parametrize("name", onnx_optimizer._RULES)
+def test_rules_look_at_the_nodes_before_one_node(name: str) -> None:
+    """A pattern that ends in two nodes would be looked for among all pairs."""
+    from onnxscript.rewriter.rules import common
+
+    rule = getattr(common, name, None)
+    if rule is None:
+        pytest.skip("a rule of newer versions")
+    assert rule._target_pattern.has_single_output_node
