@@ -53,7 +53,7 @@ BAD = [
     ("classes", 0), ("classes", 1e9), ("classes", "4"), ("classes", 5),
     ("max_batch", 0), ("max_batch", -1), ("max_batch", 2**40), ("max_batch", None), ("max_batch", 1.5),
     ("device", "meta"), ("device", None),
-    ("labels", ["a"]), ("labels", [1, 2, 3, 4]), ("labels", "abcd"), 
+    ("labels", ["a"]), ("labels", [1, 2, 3, 4]), ("labels", "abcd"),
     ("labels", ["caf\udce9", "b", "c", "d"]), ("labels", ["x" * 1001, "b", "c", "d"]),
     ("mean", [0.5]), ("mean", [0.5, 0.5, None]), ("mean", [0.5, 0.5, float("nan")]), ("mean", "abc"),
     ("std", [0.5, 0.5, 0]), ("std", [0.5, 0.5, -1]), ("std", [1, 1, float("inf")]),
