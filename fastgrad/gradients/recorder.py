@@ -292,9 +292,10 @@ def _require_returned(
         used = _variables(node) & names.keys()
         if used and any(number_of(node) in call.numbers for call in calls):
             raise ValueError(
-                f"outputs must depend on {names[used.pop()]!r} through what the recorded model returns: real tensors, "
-                "also in tuples, lists and dicts. They reach it in another way (an attribute, a hook, a complex "
-                "tensor, an object, a gradient with create_graph=True), where its gradients per sample are not seen"
+                f"outputs must depend on {next(names[key] for key in names if key in used)!r} through what the "
+                "recorded model returns: real tensors, also in tuples, lists and dicts. They reach it in "
+                "another way (an attribute, a hook, a complex tensor, an object, a gradient with create_graph=True), "
+                "where its gradients per sample are not seen"
             )
 
 
@@ -326,9 +327,9 @@ def _require_called(
         called, beside = look(nodes)
         if called and beside:
             raise ValueError(
-                f"outputs must depend on {names[beside.pop()]!r} through calls of the recorded model or of its modules "
-                "alone; it is used outside of them as well, as in another method than forward. Call that from the "
-                "forward of a module of your own, and record this"
+                f"outputs must depend on {next(names[key] for key in names if key in beside)!r} through calls of the "
+                "recorded model or of its modules alone; it is used outside of them as well, as in another method than "
+                "forward. Call that from the forward of a module of your own, and record this"
             )
     return sizes
 
