@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from bench.report.text import Row, duration, size, sizes, table
+from bench.report.text import Row, digits, duration, size, sizes, table
 
 #: Implementations that do less than the task: nothing is claimed against them.
 YARDSTICKS = {
@@ -122,7 +122,7 @@ def _each(rows: Sequence[Row]) -> str:
     return table(
         {
             "case": row["case"], "implementation": row["implementation"],
-            "per second": f"{sizes(row['case'])['B'] / row['median_s']:.3g}", "median": duration(row["median_s"]),
+            "per second": digits(sizes(row["case"])["B"] / row["median_s"]), "median": duration(row["median_s"]),
             "p10 to p90": f"{duration(row['p10_s'])} to {duration(row['p90_s'])}",
             "ratio": f"{row['ratio']:.2f}" if row["ratio"] else "-", "peak memory": size(row["peak_bytes"]),
         }

@@ -10,12 +10,17 @@ from typing import Any
 Row = Mapping[str, Any]
 
 
+def digits(value: float) -> str:
+    """Return three significant digits, or all digits of a whole number below 10,000."""
+    return f"{value:.0f}" if 999.5 <= abs(value) < 1e4 else f"{value:.3g}"
+
+
 def duration(seconds: float | None) -> str:
     """Return three significant digits and a unit."""
     if seconds is None:
         return "-"
     unit, factor = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
-    return f"{seconds * factor:.3g} {unit}"
+    return f"{digits(seconds * factor)} {unit}"
 
 
 def size(count: int | None) -> str:
@@ -25,7 +30,7 @@ def size(count: int | None) -> str:
     value, units = float(count), ["B", "KiB", "MiB", "GiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
-    return f"{value:.3g} {units[0]}"
+    return f"{digits(value)} {units[0]}"
 
 
 def sizes(case: str) -> dict[str, int]:
@@ -68,7 +73,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
+        return digits(value) if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
     return str(value)
 
 
