@@ -53,7 +53,10 @@ def standing(cases: Sequence[Row]) -> str:
     textbook, behind = [], []
     for case, group in grouped(cases).items():
         mine = best(group)
-        for row in group if mine else ():
+        if mine is None:
+            behind.append(f"{case}: fastgrad is not timed")
+            continue
+        for row in group:
             name, median = row["implementation"], row["median_s"]
             if name in peers and median and NOISE * median < mine["median_s"]:
                 factor = mine["median_s"] / median

@@ -124,6 +124,11 @@ def test_a_peer_that_is_faster_is_named_at_the_top() -> None:
     assert speed.standing(slower) == "fastgrad is behind in: net B=8: vmap(grad) is 2.00 times faster."
 
 
+def test_nothing_is_claimed_of_a_case_in_which_fastgrad_is_not_timed() -> None:
+    wrong = [dict(row, median_s=None) if row["implementation"] == "fastgrad" else row for row in CASES]
+    assert speed.standing(wrong) == "fastgrad is behind in: net B=8: fastgrad is not timed."
+
+
 def test_where_there_is_no_peer_nothing_is_claimed() -> None:
     assert speed.standing(CASES[:2]) == "No peer is measured here."
 
