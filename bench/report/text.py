@@ -15,10 +15,8 @@ def digits(value: float) -> str:
     return f"{value:.0f}" if 999.5 <= abs(value) < 1e4 else f"{value:.3g}"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """Return three significant digits and a unit."""
-    if seconds is None:
-        return "-"
     unit, factor = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
     return f"{digits(seconds * factor)} {unit}"
 
@@ -54,19 +52,16 @@ def pivot(rows: Iterable[Row], index: Sequence[str], column: str, value: str, fo
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         line = lines.setdefault(tuple(row[key] for key in index), {key: row[key] for key in index})
-        line[row[column]] = format(row[value], form) if row[value] is not None else None
+        line[row[column]] = format(row[value], form)
     return table(lines.values())
 
 
-def spread(values: Sequence[float], form: str = ".3f") -> str:
+def spread(values: Sequence[float]) -> str:
     """Return the mean and the half width of the 95 % interval over draws."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return format(mean, form)
     from scipy.special import stdtrit  # here, so that a GPU run needs no more than PyTorch
 
     half = stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:{form}} ± {half:{form}}"
+    return f"{statistics.fmean(values):.3f} ± {half:.3f}"
 
 
 def _cell(value: Any) -> str:
