@@ -69,7 +69,8 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return digits(value) if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
-    return str(value)
+    # An error's message may have lines and bars.
+    return str(value).replace("\n", " ").replace("|", r"\|")
 
 
 def environment(document: Mapping[str, Any]) -> str:

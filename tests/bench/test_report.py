@@ -77,6 +77,10 @@ def test_numbers_below_ten_thousand_have_no_power_of_ten(form: Any, value: float
     assert form(value) == shown
 
 
+def test_no_message_ends_its_cell() -> None:
+    assert text.table([{"note": "expected a | b\ngot c"}]) == "| note |\n| --- |\n| expected a \\| b got c |"
+
+
 def test_no_line_runs_through_the_words_of_a_figure() -> None:
     _, panel = figures.stacked(
         {"head": [("fastgrad", 1.0), ("softmax", 0.9)]}, figures.colours(["fastgrad", "softmax"]), ".2f"
