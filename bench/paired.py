@@ -58,7 +58,7 @@ def compare(revision: str, size: str, only: str, rounds: int) -> Iterator[dict[s
     pool = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), _begin)
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder).resolve()
-        archive = subprocess.run(["git", "archive", revision], cwd=ROOT, check=True, capture_output=True).stdout
+        archive = subprocess.run(["git", "archive", revision], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
         subprocess.run(["tar", "x"], cwd=tree, check=True, input=archive)
         with pool((ROOT,)) as here, pool((tree,)) as there:
             for case, name in chosen:

@@ -1,10 +1,10 @@
 """The exported file against the live model: equality, latency, throughput, and what uncertainty costs.
 
 ``python -m bench.deploy.export --data DIR --cache CACHE --networks resnet18`` makes or fits the network, compiles and
-measures; networks and files are kept in ``--cache``. In one process and interleaved: the plain network and the
-two-stage models with the blocks of `FORMS`, compiled by AOTInductor in the same way; and the same as ONNX files in ONNX
-Runtime. Each file is compared with what it was made from before it is timed. What the live modules cost says
-`bench.deploy.price`.
+measures; networks are kept in ``--cache``, files made anew there. In one process and interleaved: the plain network and
+the two-stage models with the blocks of `FORMS`, compiled by AOTInductor in the same way; and the same as ONNX files in
+ONNX Runtime. `export` compares each file with what it was made from before it is there to be timed. What the live
+modules cost says `bench.deploy.price`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from bench.detection import cache
 from bench.detection.data import photographs, sets
 from bench.detection.train import accuracy, fit
 from bench.report import pages
-from fastgrad.deploy.file.comparison import difference
 from fastgrad.deploy.file.export import export
 from fastgrad.deploy.file.package import ModelPackage
 from fastgrad.detector.model import TwoStageModel
@@ -120,26 +119,6 @@ def allowed(name: str, form: str) -> float:
     return 1e-4 if form != "all parameters" and name in ("resnet18", "efficientnet_lite0") else 1e-2
 
 
-def fitted(net: nn.Module, clean: Tensor, form: str, saved: Path) -> TwoStageModel:
-    """Return the two-stage model of a form, fitted on clean images alone, from the cache or made now."""
-    if not saved.exists():
-        TwoStageModel(net, blocks=(*DEFAULT_BLOCKS, *FORMS[form])).fit(clean.split(16), None).save(saved)
-    return TwoStageModel.load(saved, net)
-
-
-def loaded(live: nn.Module, images: Images, file: Path, tolerance: float) -> ModelPackage:
-    """Return a file, which is made unless it is there, and compared with what it is made from."""
-    example = images(2 if file.suffix == ".pt2" else 8, 200)
-    if not file.exists():
-        export(live, example, file, tolerance=tolerance)
-    package = ModelPackage(file)
-    # Without labels an answer has no risk.
-    pairs = [pair for pair in zip(package(example), live(example), strict=False) if None not in pair]
-    found = max(difference(ours, theirs) for ours, theirs in pairs)
-    assert found <= tolerance, (file.name, found)
-    return package
-
-
 def equality(live: TwoStageModel, run: ModelPackage, images: Images) -> dict[str, float]:
     """Return the largest differences between a file's answers and the live model's, and the largest uncertainty."""
     worst = {"logits": 0.0, "probabilities": 0.0, "uncertainty": 0.0, "at": 0.0}
@@ -170,13 +149,15 @@ def timed(runs: Mapping[str, ModelPackage], x: Tensor) -> Iterator[dict[str, Any
 def measure(name: str, data: Path, cache: Path) -> Iterator[dict[str, Any]]:
     cache.mkdir(parents=True, exist_ok=True)
     net, images, clean = network(name, data, cache)
-    stems = {case: f"{name}-{case.replace(' ', '-')}" for case in ("plain", *FORMS)}
     live: dict[str, nn.Module] = {"plain": Plain(net).eval()}
-    live |= {form: fitted(net, clean, form, cache / f"{stems[form]}.safetensors") for form in FORMS}
+    for form, extra in FORMS.items():
+        live[form] = TwoStageModel(net, blocks=(*DEFAULT_BLOCKS, *extra)).fit(clean.split(16), None)
     for suffix, runtime in RUNTIMES.items():
         runs = {}
         for case, model in live.items():
-            runs[case] = loaded(model, images, cache / f"{stems[case]}.{suffix}", allowed(name, case))
+            file = cache / f"{name}-{case.replace(' ', '-')}.{suffix}"
+            example = images(2 if suffix == "pt2" else 8, 200)
+            runs[case] = ModelPackage(export(model, example, file, tolerance=allowed(name, case)))
             if isinstance(model, TwoStageModel):
                 yield {
                     "kind": "equality", "network": name, "form": case, "runtime": runtime, "batches": CHECKED,

@@ -18,7 +18,6 @@ latency. The plain network is the yardstick. The last layer's norms are judged b
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -151,7 +150,7 @@ def private(device: str, name: str, batch: int) -> Iterator[Implementation]:
     """The sum of clipped gradients."""
     task = ClippedTask(NETWORKS[name], batch, device)
     yield one("fastgrad", partial(peers.clipped, task), task.distance, OURS)
-    yield one("training step", partial(peers.whole_step, task), partial(task.distance, limit=math.inf), OURS)
+    yield one("training step", partial(peers.step, task), task.against(peers.step), UNIT)
     yield one("Opacus hooks", partial(peers.clipped_by_hooks, task), task.distance, PEERS)
     yield one("Opacus ghost clipping", partial(peers.clipped_by_ghosts, task), task.distance, PEERS)
     yield one("vmap(grad)", partial(peers.clipped_by_vmap, task), task.distance, PEERS)

@@ -83,18 +83,22 @@ class ClippedTask(Task):
         self.y = torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(SEED)).to(device)
         self.max_norm = 1.0
 
+    def loss(self, logits: Tensor) -> Tensor:
+        """Return the sum over samples."""
+        return F.cross_entropy(logits, self.y, reduction="sum")
+
     def losses(self, model: nn.Module) -> Tensor:
         """``(B,)``."""
         return F.cross_entropy(model(self.x), self.y, reduction="none")
 
-    def distance(self, gradients: Iterable[Tensor], limit: float = 1.0) -> float:
-        """Return the relative distance from the sum of a float64 loop's gradients, each clipped to ``limit``."""
+    def distance(self, gradients: Iterable[Tensor]) -> float:
+        """Return the relative distance from the sum of a float64 loop's clipped gradients."""
         exact = self.double()
         wanted: Any = 0
         for x, y in zip(exact.x, self.y, strict=True):
             loss = F.cross_entropy(exact.model(x[None]), y[None])
             gradient = _flat(torch.autograd.grad(loss, list(exact.model.parameters())))
-            wanted = wanted + min(1.0, limit / float(gradient.norm())) * gradient
+            wanted = wanted + min(1.0, self.max_norm / float(gradient.norm())) * gradient
         return float((_flat(gradients).double() - wanted).norm() / wanted.norm())
 
 
@@ -194,11 +198,6 @@ def clipped(task: ClippedTask) -> Gradients:
             clipped.backward(task.losses(task.model))
 
     return _gradients(task.model, backward)
-
-
-def whole_step(task: ClippedTask) -> Gradients:
-    """The same without clipping."""
-    return _gradients(task.model, lambda: task.losses(task.model).sum().backward())
 
 
 def clipped_by_hooks(task: ClippedTask) -> Gradients:

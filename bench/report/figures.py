@@ -48,16 +48,17 @@ def figure(height: float, panels: int = 1) -> tuple[Any, Any]:
 def stacked(blocks: Mapping[str, Sequence[tuple[str, float]]], colour: Mapping[str, str], form: str) -> tuple[Any, Any]:
     """Return a figure and its panel with a heading for each block, and its bars below: names and lengths."""
     made, (panel,) = figure(1.8 + sum(0.24 * len(bars) + 0.4 for bars in blocks.values()))
-    place, seen = 0.0, set()
+    place, seen, at = 0.0, set(), panel.get_yaxis_transform()
+    # No line runs through a word.
+    clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     for head, bars in blocks.items():
-        clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        at = panel.get_yaxis_transform()
         panel.text(0.01, place, head, transform=at, fontsize=TEXT, va="center", bbox=clear)
         for name, length in bars:
             place += 1
             label = None if name in seen else name
             panel.barh(place, length, color=colour[name], label=label, height=0.9)
-            panel.annotate(f" {length:{form}}", (length, place), va="center", fontsize=TEXT - 1)
+            offset = {"xytext": (5, 0), "textcoords": "offset points"}
+            panel.annotate(f"{length:{form}}", (length, place), va="center", fontsize=TEXT - 1, bbox=clear, **offset)
             seen.add(name)
         place += 1.6
     panel.set(yticks=[], ylim=(place - 0.9, -0.8))
@@ -141,7 +142,7 @@ def _bars(cases: Sequence[Row]) -> Any:
     made, panel = stacked(blocks, colour, ".3g")
     panel.set(xscale="log")
     least, most = panel.get_xlim()
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if least <= t <= most]
+    ticks = [t for t in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 5, 10, 20) if least <= t <= most]
     panel.set_xticks(ticks, [f"{t:g}" for t in ticks])
     panel.set_xticks([], minor=True)
     panel.set_xlabel("time over fastgrad's: above 1, fastgrad is faster", fontsize=TEXT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from bench.report.text import Row, duration, size, sizes, table
+from bench.report.text import Row, digits, duration, size, sizes, table
 
 #: Implementations that do less than the task: nothing is claimed against them.
 YARDSTICKS = {
@@ -53,7 +53,10 @@ def standing(cases: Sequence[Row]) -> str:
     textbook, behind = [], []
     for case, group in grouped(cases).items():
         mine = best(group)
-        for row in group if mine else ():
+        if mine is None:
+            behind.append(f"{case}: fastgrad is not timed")
+            continue
+        for row in group:
             name, median = row["implementation"], row["median_s"]
             if name in peers and median and NOISE * median < mine["median_s"]:
                 factor = mine["median_s"] / median
@@ -122,7 +125,7 @@ def _each(rows: Sequence[Row]) -> str:
     return table(
         {
             "case": row["case"], "implementation": row["implementation"],
-            "per second": f"{sizes(row['case'])['B'] / row['median_s']:.3g}", "median": duration(row["median_s"]),
+            "per second": digits(sizes(row["case"])["B"] / row["median_s"]), "median": duration(row["median_s"]),
             "p10 to p90": f"{duration(row['p10_s'])} to {duration(row['p90_s'])}",
             "ratio": f"{row['ratio']:.2f}" if row["ratio"] else "-", "peak memory": size(row["peak_bytes"]),
         }

@@ -10,12 +10,15 @@ from typing import Any
 Row = Mapping[str, Any]
 
 
-def duration(seconds: float | None) -> str:
+def digits(value: float) -> str:
+    """Return three significant digits, or all digits of a whole number below 10,000."""
+    return f"{value:.0f}" if 999.5 <= abs(value) < 1e4 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
     """Return three significant digits and a unit."""
-    if seconds is None:
-        return "-"
     unit, factor = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
-    return f"{seconds * factor:.3g} {unit}"
+    return f"{digits(seconds * factor)} {unit}"
 
 
 def size(count: int | None) -> str:
@@ -25,7 +28,7 @@ def size(count: int | None) -> str:
     value, units = float(count), ["B", "KiB", "MiB", "GiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
-    return f"{value:.3g} {units[0]}"
+    return f"{digits(value)} {units[0]}"
 
 
 def sizes(case: str) -> dict[str, int]:
@@ -49,27 +52,25 @@ def pivot(rows: Iterable[Row], index: Sequence[str], column: str, value: str, fo
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         line = lines.setdefault(tuple(row[key] for key in index), {key: row[key] for key in index})
-        line[row[column]] = format(row[value], form) if row[value] is not None else None
+        line[row[column]] = format(row[value], form)
     return table(lines.values())
 
 
-def spread(values: Sequence[float], form: str = ".3f") -> str:
+def spread(values: Sequence[float]) -> str:
     """Return the mean and the half width of the 95 % interval over draws."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return format(mean, form)
     from scipy.special import stdtrit  # here, so that a GPU run needs no more than PyTorch
 
     half = stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:{form}} ± {half:{form}}"
+    return f"{statistics.fmean(values):.3f} ± {half:.3f}"
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
-    return str(value)
+        return digits(value) if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
+    # An error's message may have lines and bars.
+    return str(value).replace("\n", " ").replace("|", r"\|")
 
 
 def environment(document: Mapping[str, Any]) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from bench.report import __main__ as command
-from bench.report import blocks, detection, pages, speed
+from bench.report import blocks, detection, figures, pages, speed, text
 
 ROOT = pathlib.Path(__file__).parents[2]
 CASES = [
@@ -43,6 +44,49 @@ def test_documents_have_blocks_and_no_value_ends_the_cell_that_it_stands_in(docu
     assert blocks.BLOCK.search(text), "no block, so nothing to keep up to date: take it off the list"
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert not [row for row in rows if "|" in "".join(re.findall("<!-- value: (.*?) -->", row))]
+
+
+@pytest.mark.parametrize("document", command.DOCUMENTS, ids=lambda path: path.stem)
+def test_what_stands_as_the_best_published_is_the_best_published(document: pathlib.Path) -> None:
+    for words in re.findall("<!-- value: (.*?) -->", document.read_text(encoding="utf-8")):
+        name, case, method, key, _ = (part.strip() for part in re.split("[|;]", words))
+        network, _, case = case.rpartition(": ")
+        results = blocks.load(name, pages.RESULTS)
+        if key != results.get("merit") or name == "labelled" or method == "softmax" or not detection.published(method):
+            continue
+        found = detection.means(results["rows"], key, network, detection.PROTOCOLS[0])
+        cells = {m: own.get(case.removeprefix("mean of "), {}) for m, own in found.items() if detection.published(m)}
+        merits = {m: cell[key] for m, cell in cells.items() if key in cell}
+        # Single cases stand beside each other, without a claim.
+        assert not merits or merits[method] == max(merits.values()), words
+
+
+def test_every_figure_is_shown_somewhere() -> None:
+    pictures = {path.name for path in pages.RESULTS.glob("*.png")}
+    texts = [path.read_text(encoding="utf-8") for path in (*pages.RESULTS.glob("*.md"), *ROOT.glob("docs/**/*.md"))]
+    assert not [name for name in pictures if not any(f"{name})" in text for text in texts)]
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "shown"),
+    [(text.size, 1002 * 1024, "1002 KiB"), (text.size, 1024, "1 KiB"), (text.size, 1023, "1023 B"),
+     (text.size, None, "-"), (text.duration, 1234.0, "1234 s"), (text.duration, 0.9996, "1000 ms"),
+     (text.duration, 0.0123, "12.3 ms"), (text.digits, 2071.9, "2072"), (text.digits, 12345.0, "1.23e+04")],
+)  # fmt: skip
+def test_numbers_below_ten_thousand_have_no_power_of_ten(form: Any, value: float, shown: str) -> None:
+    assert form(value) == shown
+
+
+def test_no_message_ends_its_cell() -> None:
+    assert text.table([{"note": "expected a | b\ngot c"}]) == "| note |\n| --- |\n| expected a \\| b got c |"
+
+
+def test_no_line_runs_through_the_words_of_a_figure() -> None:
+    _, panel = figures.stacked(
+        {"head": [("fastgrad", 1.0), ("softmax", 0.9)]}, figures.colours(["fastgrad", "softmax"]), ".2f"
+    )
+    assert [label.get_text() for label in panel.texts] == ["head", "1.00", "0.90"]
+    assert all(label.get_bbox_patch().get_facecolor()[:3] == (1, 1, 1) for label in panel.texts)
 
 
 def test_a_page_is_a_template_over_its_results(folder: pathlib.Path) -> None:
@@ -82,6 +126,11 @@ def test_a_peer_that_is_faster_is_named_at_the_top() -> None:
     slower = [dict(row, median_s=0.25) if row["implementation"] == "vmap(grad)" else row for row in CASES]
     assert speed.standing(CASES).startswith("fastgrad is ahead")
     assert speed.standing(slower) == "fastgrad is behind in: net B=8: vmap(grad) is 2.00 times faster."
+
+
+def test_nothing_is_claimed_of_a_case_in_which_fastgrad_is_not_timed() -> None:
+    wrong = [dict(row, median_s=None) if row["implementation"] == "fastgrad" else row for row in CASES]
+    assert speed.standing(wrong) == "fastgrad is behind in: net B=8: fastgrad is not timed."
 
 
 def test_where_there_is_no_peer_nothing_is_claimed() -> None:
