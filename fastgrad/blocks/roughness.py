@@ -21,6 +21,9 @@ from fastgrad.losses import compute_dtype
 _POSITIONS, _CHANNELS = 256, 16
 # Contrast this far below a channel's own is rounding, which the root would otherwise magnify.
 _FLOOR = 1e-3
+# Units of rounding of a channel's largest value, within which its mean contrast is none: a filter that training left at
+# zero puts out a constant, and what another order of sums makes of it would be standardised as any contrast is.
+_ROUNDING = 64
 
 
 class Roughness(Block):
@@ -55,9 +58,11 @@ def roughness(maps: Tensor) -> Tensor:
     evenly spaced.
     """
     x = maps[:, :: -(-maps.shape[1] // _CHANNELS)]
-    _, neighbours = differences(x.to(compute_dtype(x.dtype)), _POSITIONS)
+    centre, neighbours = differences(x.to(compute_dtype(x.dtype)), _POSITIONS)
     sizes = torch.cat(neighbours, 1).flatten(2).abs_()
-    return mean_extremes((sizes + _FLOOR * sizes.mean(-1, keepdim=True)).sqrt_())
+    mean = sizes.mean(-1, keepdim=True)
+    least = _ROUNDING * torch.finfo(sizes.dtype).eps * centre.abs().amax((2, 3)).repeat(1, 3).unsqueeze(-1)
+    return mean_extremes(torch.where(mean < least, 0.0, sizes + _FLOOR * mean).sqrt_())
 
 
 def _of_output(inputs: tuple[Any, ...], output: Any) -> Tensor:

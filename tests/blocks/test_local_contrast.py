@@ -91,6 +91,15 @@ def test_large_images_and_maps_are_read_on_a_grid_and_of_many_channels_some() ->
     assert torch.equal(roughness(maps), roughness(maps[:, ::6].contiguous()))
 
 
+def test_a_channel_that_is_constant_up_to_rounding_has_no_contrast() -> None:
+    maps = torch.randn(3, 4, 12, 12, generator=torch.Generator().manual_seed(0))
+    maps[:, 1] = -3.7
+    noisy = maps.clone()
+    noisy[:, 1] *= 1 + 1e-6 * torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(noisy, maps)
+    assert torch.equal(roughness(noisy), roughness(maps))
+
+
 @pytest.mark.parametrize("function", [image_statistics, roughness])
 def test_no_neighbour_matters_and_flat_inputs_are_zero(function: object) -> None:
     x = torch.rand(6, 3, 16, 16)
