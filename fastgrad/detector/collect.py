@@ -54,10 +54,10 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
         x, given = split_batch(name, batch)
         count = batch_size(x)
         size = max(size, count)
-        beside, leaves = _beside(name, given, count), pytree.tree_leaves(x)
+        beside, (leaves, structure) = _beside(name, given, count), pytree.tree_flatten(x)
         carriers = carrying(leaves, count)
-        # Inputs of one kind can share a batch: rows have one shape, and all else is the same.
-        kind = str([_kind(t, carries) for t, carries in zip(leaves, carriers, strict=True)])
+        # Inputs of one kind can share a batch: keys have one order, rows one shape, and all else is the same.
+        kind = str([structure, *map(_kind, leaves, carriers)])
         for i in range(count):
             place = seen if seen < limit else int(rng.integers(seen + 1))
             seen += 1

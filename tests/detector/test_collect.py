@@ -70,6 +70,14 @@ def test_what_came_beside_a_batch_stays_beside_its_inputs() -> None:
         assert found == {float(i): float(i // 4 % 2) for i in range(12)}
 
 
+def test_inputs_keep_their_names_in_whatever_order_a_batch_has_them() -> None:
+    ids, types = torch.arange(12.0).view(12, 1), -torch.arange(12.0).view(12, 1)
+    pairs = [{"ids": ids[:2], "types": types[:2]}, {"types": types[2:8], "ids": ids[2:8]}, {"types": types[8:]}]
+    drawn = collect.draw("clean", pairs, 100, 0)
+    assert sorted(value for x in drawn.batches for value in x.get("ids", ids[:0]).flatten().tolist()) == list(range(8))
+    assert all(value <= 0 for x in drawn.batches for value in x["types"].flatten().tolist())
+
+
 @pytest.mark.parametrize("batch", [8, 120])
 def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int) -> None:
     model = network()
