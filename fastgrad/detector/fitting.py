@@ -84,9 +84,8 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     classifier, fresh = _classifier(two_stage, features, labels, held_out)
 
     @functools.cache
-    def complete(chosen: tuple[Block, ...]) -> tuple[TwoStageModel, Calibrated, str]:
+    def complete(names: tuple[str, ...]) -> tuple[TwoStageModel, Calibrated, str]:
         """What would answer with these blocks, what its detector was made of, and where its risk comes from."""
-        names = [block.name for block in chosen]
         detector: UncertaintyDetector = clone(base)
         calibrated = detector._fit_table(
             {name: features.blocks[name] for name in names},
@@ -98,26 +97,27 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
         )
         result = copy.copy(two_stage)
         result._modules = dict(two_stage._modules)
-        result.extraction_ = extraction.of([one for one in reading if one.name in names or one not in blocks])
+        result.extraction_ = extraction.of([one for one in reading if one.name in (*names, Features.name)])
         result.detector_ = calibrated.module.to(two_stage.device)
         result.classifier_, result.temperature_ = classifier, temperature
         result.gate_ = _gate(two_stage, features, labels, calibrated.evidence)
         result.risk_, why = _risk(result, features, labels, fresh, calibrated, options.risk)
         return result, calibrated, why
 
+    def answer(some: Iterable[Block]) -> TwoStageModel:
+        return complete(tuple(block.name for block in some))[0]
+
     if two_stage.blocks is None:
-        price = fit_to_budget(
-            two_stage.model, blocks, x, two_stage.budget, subject=subject, answer=lambda some: complete(some)[0]
-        )
+        price = fit_to_budget(two_stage.model, blocks, x, two_stage.budget, subject=subject, answer=answer)
     else:
         # What was named is kept at whatever price.
         names, predicted = tuple(block.name for block in blocks), 1 + sum(block.price(subject) for block in blocks)
         price = PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x), math.nan)
-    result, calibrated, why = complete(tuple(block for block in blocks if block.name in price.blocks))
-    for name in ("extraction", *FITTED):
-        setattr(two_stage, f"{name}_", getattr(result, f"{name}_"))
-    two_stage.report_ = _report(sample, features, price, calibrated, why)
-    two_stage._gains = functools.partial(gains, calibrated.table, features.kinds)
+    result, calibrated, why = complete(price.blocks)
+    result.report_ = _report(sample, features, price, calibrated, why)
+    result._gains = functools.partial(gains, calibrated.table, features.kinds)
+    for name in ("extraction_", "report_", "_gains", *(f"{name}_" for name in FITTED)):
+        setattr(two_stage, name, getattr(result, name))
 
 
 def _drawn(options: FitOptions, seed: int) -> Sample:
