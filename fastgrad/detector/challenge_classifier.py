@@ -18,6 +18,7 @@ from torch import Tensor
 from fastgrad.blocks.block import Settings
 from fastgrad.detector.constants import INVERSE_PENALTY, LIMIT, STEPS
 from fastgrad.detector.inputs import Blocks
+from fastgrad.ops.dispatch import full_precision
 from fastgrad.scores.fitted import Fitted, Sequence
 from fastgrad.scores.rows import clipped
 
@@ -78,7 +79,7 @@ class ChallengeClassifier(Fitted):
             slope = torch.cat([torch.addmm(weight, x.T, error, beta=decay), error.sum(0, keepdim=True)])
             return float(value), slope.flatten().double().numpy()
 
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), full_precision(x.device):
             start = np.zeros(shape[0] * shape[1])
             found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": STEPS})
         values = torch.from_numpy(found.x).view(shape)

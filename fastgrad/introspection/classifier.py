@@ -22,6 +22,7 @@ from fastgrad.checks import Array, to_array
 from fastgrad.introspection import network
 from fastgrad.introspection.network import Inputs, IntrospectiveNetwork
 from fastgrad.losses import LOSSES
+from fastgrad.ops.dispatch import full_precision
 from fastgrad.scores.rows import as_tensor
 from fastgrad.scores.temperature import Temperature
 
@@ -119,7 +120,8 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         held_out = int((place < min(round(self.validation_fraction * (sources.max() + 1)), sources.max())).sum())
         # A handful of held-out samples says nothing about when to stop.
         held_out = held_out if held_out >= 20 else 0
-        parameters, self.history_ = self._train(inputs, targets, order[held_out:], order[:held_out], seed)
+        with full_precision(torch.device(self.device)):
+            parameters, self.history_ = self._train(inputs, targets, order[held_out:], order[:held_out], seed)
         self.n_iter_ = len(self.history_)
         tensors = {f"{'bias' if index % 2 else 'weight'}{index // 2}": value for index, value in enumerate(parameters)}
         self.network_ = IntrospectiveNetwork(
