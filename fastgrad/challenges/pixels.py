@@ -66,10 +66,15 @@ class PixelRange:
         range. A constant channel gets a range of width one around its value.
 
         Raises:
-            ValueError: for a lone ``mean`` or ``std``, lengths other than C, or an empty range. Also for images
-                outside the given range by more than a hundredth of it, or a mixture of bytes and unit images.
+            TypeError: ``images`` holds no floating tensors.
+            ValueError: for other shapes, a lone ``mean`` or ``std``, lengths other than C, or an empty range. Also for
+                images outside the given range by more than a hundredth of it, or a mixture of bytes and unit images.
         """
-        batches = [images] if isinstance(images, Tensor) else list(images)
+        batches = checks.tensors("images", images)
+        if not batches:
+            raise ValueError("images must hold at least one batch; they held none")
+        for batch in batches:
+            check_images(batch)
         like, told = batches[0], _told(batches[0], clip, mean, std)
         filled = [batch for batch in batches if batch.numel()]
         if not filled:
@@ -116,7 +121,7 @@ def _told(
         if values is not None and checks.to_array(name, values).shape != (count,):
             meaning = "black and white" if name == "clip" else "one per channel"
             raise ValueError(f"{name} must have {count} values, {meaning}; it was {values!r}")
-    black, white = clip if clip is not None else (0.0, 1.0)
+    black, white = map(float, (0, 1) if clip is None else clip)
     if not black < white:
         raise ValueError(f"clip must be (black, white) with black < white; it was {clip!r}")
     if mean is None or std is None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
@@ -196,9 +197,10 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
     def _inputs(self, R: ArrayLike | Pairs, *, reset: bool) -> Inputs:
         """R as one tensor of rows or as features and logits, float64."""
-        if isinstance(R, Mapping) and "features" in R:
+        # One of SciPy's sparse formats is a dictionary.
+        if isinstance(R, Mapping) and not issparse(R):
             if set(R) != {"features", "logits"}:
-                raise ValueError(f"R must have the entries 'features' and 'logits'; it had {sorted(R)}")
+                raise ValueError(f"R must have the entries 'features' and 'logits'; it had {list(R)}")
             arrays = [to_array(f"R[{name!r}]", R[name]) for name in ("features", "logits")]
             if any(array.ndim != 2 or array.size == 0 for array in arrays) or len(arrays[0]) != len(arrays[1]):
                 raise ValueError(
@@ -249,13 +251,13 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         def snapshot() -> list[Tensor]:
             return [value.detach().cpu().clone() for value in parameters]
 
-        best, best_loss, waited = snapshot(), float("inf"), 0
+        best, best_loss, waited, size = snapshot(), float("inf"), 0, int(self.batch_size)
         history: list[float] = []
         epochs: Any = bar(range(self.max_epochs), "introspective network", bool(self.verbose), unit="epoch")
         for _ in epochs:
             total = 0.0
             order = torch.randperm(len(chosen), generator=generator, device="cpu")
-            for samples in chosen[order].split(self.batch_size):
+            for samples in chosen[order].split(size):
                 value = batch_loss(samples, "mean")
                 optimizer.zero_grad()
                 value.backward()
@@ -263,7 +265,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
                 total += float(value.detach()) * len(samples)
             if len(watched):
                 with torch.no_grad():
-                    total = sum(float(batch_loss(samples, "sum")) for samples in watched.split(self.batch_size))
+                    total = sum(float(batch_loss(samples, "sum")) for samples in watched.split(size))
             loss = total / len(watched if len(watched) else chosen)
             history.append(loss)
             if self.verbose:
