@@ -111,9 +111,10 @@ class DetectorModule(Fitted):
             return []
         return [name for name, _ in self.scores.get_submodule(f"{CHALLENGE_CLASSIFIER}.rows.parts").named_children()]
 
-    def threshold(self, false_alarm_rate: float) -> float:
-        """-log of the rate; warns where the sources of the calibration are too few to promise so small a one."""
-        rate, n = check_rate(false_alarm_rate), self.options["sources"]
+    def threshold(self, false_alarm_rate: float | None = None) -> float:
+        """-log of the rate, by default the estimator's in `fit`; warns where too few calibrate to promise it."""
+        rate = check_rate(self.options["false_alarm_rate"] if false_alarm_rate is None else false_alarm_rate)
+        n = self.options["sources"]
         if rate < 1 / (n + 1):
             warnings.warn(
                 f"false_alarm_rate={rate:g} is below what {n} calibration inputs can promise, {1 / (n + 1):.2g}: the "

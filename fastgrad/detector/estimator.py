@@ -130,6 +130,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         with threadpool_limits(limits=1):
             calibrated = fit_detector(table, int(folds), random)
         self.module_ = calibrated.module
+        self.module_.options["false_alarm_rate"] = float(self.false_alarm_rate)
         return calibrated
 
     def decision_function(self, X: Features) -> Array:

@@ -287,8 +287,6 @@ class TwoStageModel(nn.Module):
 
         A rate below ``1 / (n + 1)`` for n calibration inputs warns, as they cannot promise it.
         """
-        if false_alarm_rate is None:
-            false_alarm_rate = 0.05 if self.detector is None else self.detector.false_alarm_rate
         return self._fitted()[0].threshold(false_alarm_rate)
 
     @property

@@ -417,7 +417,7 @@ def test_one_seed_decides_all(tmp_path):
     assert file("one") == file("two") != file("three", seed=1)
 
 
-def test_what_the_user_passed_is_honoured_and_not_changed():
+def test_what_the_user_passed_is_honoured_and_not_changed(tmp_path):
     detector = UncertaintyDetector(log=False, folds=3, calibration_fraction=0.5, false_alarm_rate=0.1)
     before = detector.get_params()
     two_stage = TwoStageModel(small_network(), detector=detector, blocks=["logits", "image"]).fit(loader(80))
@@ -427,6 +427,8 @@ def test_what_the_user_passed_is_honoured_and_not_changed():
     # What is held out has no challenges.
     assert sum(two_stage.report().challenges.values()) == 120
     assert two_stage.threshold() == pytest.approx(-math.log(0.1))
+    stored = two_stage.save(tmp_path / "model.safetensors")
+    assert TwoStageModel.load(stored, two_stage.model).threshold() == two_stage.threshold()
     detector.fit({"logits": torch.randn(60, CLASSES)})
     classifier = IntrospectiveClassifier(hidden=(), max_epochs=1).fit(torch.randn(60, 8), torch.arange(60) % CLASSES)
     buffers = [copy.deepcopy(module.state_dict()) for module in (detector.module_, classifier.network_)]
