@@ -92,6 +92,8 @@ class Sample:
         challenges: Challenges of the user's, or None.
         labels: ``(n,)`` of all clean inputs, -1 for none.
         held_out: ``(n,)``: those that calibrate and nothing else.
+        fresh: ``(n,)``: those that the answer is not trained on: with an introspective classifier, which they
+            calibrate, some labelled ones, or none where they are too few.
         each: Challenges that are generated of each of the others; 0 for none.
         pixels: Their range, of images.
     """
@@ -100,6 +102,7 @@ class Sample:
     challenges: Drawn | None
     labels: NDArray[np.int64]
     held_out: NDArray[np.bool_]
+    fresh: NDArray[np.bool_]
     each: int
     pixels: PixelRange | None
 
@@ -144,7 +147,10 @@ def labels_of(name: str, drawn: Drawn, classes: int) -> NDArray[np.int64]:
             f"{name} must give inputs x alone for a network with one output, which has no classes to confuse; "
             "for two classes return two, torch.cat([torch.zeros_like(z), z], 1)"
         )
-    values = np.asarray(given)
+    try:
+        values = np.asarray(given)
+    except ValueError:  # of several shapes
+        values = np.asarray(given, object)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise ValueError(f"{wanted}; they were of shape {values.shape[1:]} each and {values.dtype}")
     if values.min() < 0 or values.max() >= classes:
@@ -222,9 +228,11 @@ def read(extraction: Extraction, device: torch.device, batches: Iterable[Batch])
     groups: list[int] = []
     for x, own_kinds, sources in batches:
         logits, blocks = extraction(to_device(x, device))
+        what = "challenges" if own_kinds[0] else "clean and calibration"
         if failed := int(logits.isnan().any(1).sum()):
-            what = "challenges" if own_kinds[0] else "clean and calibration"
             raise ValueError(f"{what} must give inputs that the network has an answer to; for {failed} it gave NaN")
+        if infinite := [name for name, value in blocks.items() if not value.float().isfinite().all()]:
+            raise ValueError(f"{what} must give inputs whose blocks are finite; {infinite} were not")
         parts.append((logits.float().cpu(), {name: value.float().cpu() for name, value in blocks.items()}))
         kinds += own_kinds
         groups += sources

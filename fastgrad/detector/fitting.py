@@ -81,7 +81,7 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     labels = np.where(features.groups >= 0, sample.labels[features.groups], -1)
     held_out = (features.kinds == "") & sample.held_out[features.groups]
     temperature = _temperature(two_stage, features, labels)
-    classifier, fresh = _classifier(two_stage, features, labels, held_out)
+    classifier = _classifier(two_stage, features, labels, sample.fresh)
 
     @functools.cache
     def complete(names: tuple[str, ...]) -> tuple[TwoStageModel, Calibrated, str]:
@@ -101,7 +101,7 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
         result.detector_ = calibrated.module.to(two_stage.device)
         result.classifier_, result.temperature_ = classifier, temperature
         result.gate_ = _gate(two_stage, features, labels, calibrated.evidence)
-        result.risk_, why = _risk(result, features, labels, fresh, calibrated, options.risk)
+        result.risk_, why = _risk(result, features, labels, sample.fresh, calibrated, options.risk)
         return result, calibrated, why
 
     def answer(some: Iterable[Block]) -> TwoStageModel:
@@ -145,7 +145,8 @@ def _drawn(options: FitOptions, seed: int) -> Sample:
         if len(clean[1]) < least:
             raise ValueError(f"calibration must give at least {least} inputs; it gave {len(clean[1])}")
     given = None if challenges is None or isinstance(challenges, str) else draw("challenges", challenges, 2)
-    return Sample(clean, given, np.zeros(0, np.int64), np.zeros(0, bool), 0, None)
+    nothing = np.zeros(0, bool)
+    return Sample(clean, given, np.zeros(0, np.int64), nothing, nothing, 0, None)
 
 
 def _checked(
@@ -159,8 +160,6 @@ def _checked(
     if labels[0] < 0 and (options.risk or classifier is not None):
         what = "risk=True" if options.risk else "the classifier"
         raise ValueError(f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out")
-    if options.risk:
-        _require_labelled(count)
     if classifier is not None:
         missing = np.setdiff1d(np.arange(classes), labels)
         if len(missing):
@@ -174,6 +173,17 @@ def _checked(
     else:
         random = np.random.RandomState(two_stage.seed)
         held_out = held_out_of(None, np.zeros(count, bool), np.arange(count), share, random)
+    labelled = labels >= 0
+    fresh = np.ones(len(labels), bool)
+    if classifier is not None:
+        fresh = labelled & (held_out | (np.random.default_rng(two_stage.seed).random(len(labels)) < constants.UNSEEN))
+        if fresh.sum() < constants.FEWEST_LABELLED or len(np.unique(labels[labelled & ~fresh])) < classes:
+            fresh[:] = False
+    if options.risk and (usual := int((labelled & fresh).sum())) < constants.FEWEST_LABELLED:
+        raise ValueError(
+            f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs that the answer was not trained on; "
+            f"there were {usual}"
+        )
     images, pixels, each = clean.images(), None, 0
     if images:
         if not all(bool(x.isfinite().all()) for x in images):
@@ -197,16 +207,7 @@ def _checked(
             )
         most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
         each = options.challenges_per_input or min(constants.EACH, most)
-    return replace(sample, labels=labels, held_out=held_out, each=each, pixels=pixels)
-
-
-def _require_labelled(count: int) -> None:
-    """Raise ValueError where there are too few for a risk."""
-    if count < constants.FEWEST_LABELLED:
-        raise ValueError(
-            f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs that the answer was not trained on; "
-            f"there were {count}"
-        )
+    return replace(sample, labels=labels, held_out=held_out, fresh=fresh, each=each, pixels=pixels)
 
 
 def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
@@ -256,30 +257,23 @@ def _temperature(two_stage: TwoStageModel, features: collect.Features, labels: N
 
 
 def _classifier(
-    two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64], held_out: NDArray[np.bool_]
-) -> tuple[IntrospectiveNetwork | None, NDArray[np.bool_]]:
-    """The classifier, trained on clean inputs and challenges, and which clean inputs it was not trained on."""
-    count = int((features.kinds == "").sum())
+    two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64], fresh: NDArray[np.bool_]
+) -> IntrospectiveNetwork | None:
+    """The classifier, trained on clean inputs and challenges, and calibrated on those that it was not trained on."""
     if two_stage.classifier is None:
-        return None, np.ones(count, bool)
-    labelled, random = labels[:count] >= 0, np.random.default_rng(two_stage.seed)
-    unseen = labelled & (held_out[:count] | (random.random(count) < constants.UNSEEN))
-    trained, classes = labelled & ~unseen, features.logits.shape[1]
-    enough = unseen.sum() >= constants.FEWEST_LABELLED and len(np.unique(labels[:count][trained])) == classes
-    if not enough:
-        unseen, trained = np.zeros(count, bool), labelled
+        return None
 
     def rows(sources: NDArray[np.bool_]) -> tuple[Tensor, NDArray[np.int64], NDArray[np.intp]]:
         places = np.flatnonzero((labels >= 0) & sources[features.groups])
         # h alone: on challenges the contrast rows gained less, on three networks of CIFAR-10.
         return features.blocks[Features.name][torch.from_numpy(places)], labels[places], features.groups[places]
 
-    h, targets, groups = rows(trained)
+    h, targets, groups = rows(~fresh)
     classifier: IntrospectiveClassifier = clone(two_stage.classifier)
     classifier.fit(h, targets, groups=groups)
-    if enough:
-        classifier.calibrate(*rows(unseen)[:2])
-    return classifier.to_module().to(two_stage.device), unseen
+    if fresh.any():
+        classifier.calibrate(*rows(fresh)[:2])
+    return classifier.to_module().to(two_stage.device)
 
 
 def _gate(
@@ -309,8 +303,6 @@ def _risk(
     usable = (labels >= 0) & fresh[features.groups]
     usual = int((usable & (features.kinds == "")).sum())
     if usual < constants.FEWEST_LABELLED:
-        if asked:
-            _require_labelled(usual)
         return None, f"none: {usual} labelled clean inputs that the answer was not trained on are too few"
     chosen = torch.from_numpy(usable)
     evidence, device = fitted.evidence[chosen], two_stage.device
