@@ -85,7 +85,12 @@ class PixelRange:
         largest = torch.cat([batch.amax((2, 3)) for batch in filled])
         low, high = (value.view(1, -1, 1, 1) for value in (smallest.amin(0), largest.amax(0)))
         if told is not None:
-            told.check(low, high)
+            room = _ROUNDING * (told.high - told.low)
+            if bool((low < told.low - room).any()) or bool((high > told.high + room).any()):
+                raise ValueError(
+                    f"images must lie in the range that clip, mean and std give, {_words(told.low, told.high)}; they "
+                    f"reached {_words(low, high)}"
+                )
             return told
         # Four bits or an overshoot above 1 are no bytes, of which a whole sample has brighter ones.
         if low.min() < 0 or 1 < high.max() <= 16 or high.max() > 255:
@@ -99,15 +104,6 @@ class PixelRange:
                 f"{float(high.max()):g}: give clip=(black, white) if that is meant"
             )
         return cls(like.new_zeros((1, 1, 1, 1)), like.new_full((1, 1, 1, 1), white))
-
-    def check(self, low: Tensor, high: Tensor) -> None:
-        """Raise ValueError where values from ``low`` to ``high`` ``(1, C, 1, 1)`` leave this range."""
-        room = _ROUNDING * (self.high - self.low)
-        if bool((low < self.low - room).any()) or bool((high > self.high + room).any()):
-            raise ValueError(
-                f"images must lie in the range that clip, mean and std give, {_words(self.low, self.high)}; they "
-                f"reached {_words(low, high)}"
-            )
 
 
 def _told(

@@ -26,10 +26,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastgrad import checks
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER, Settings
 from fastgrad.detector.challenge_classifier import ChallengeClassifier, JointRows
 from fastgrad.detector.constants import CAP, WEIGHT
-from fastgrad.detector.inputs import Blocks, check_rate, take
+from fastgrad.detector.inputs import Blocks, take
 from fastgrad.scores.conformal import PValues, weighted
 from fastgrad.scores.fitted import Fitted, Sequence
 
@@ -113,7 +114,8 @@ class DetectorModule(Fitted):
 
     def threshold(self, false_alarm_rate: float | None = None) -> float:
         """-log of the rate, by default the estimator's in `fit`; warns where too few calibrate to promise it."""
-        rate = check_rate(self.options["false_alarm_rate"] if false_alarm_rate is None else false_alarm_rate)
+        rate = self.options["false_alarm_rate"] if false_alarm_rate is None else false_alarm_rate
+        checks.lies_in("(0, 1)", false_alarm_rate=rate)
         n = self.options["sources"]
         if rate < 1 / (n + 1):
             warnings.warn(

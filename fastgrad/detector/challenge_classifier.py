@@ -7,7 +7,7 @@ objective has one minimum, so that no seed decides anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -21,12 +21,6 @@ from fastgrad.detector.inputs import Blocks
 from fastgrad.ops.dispatch import full_precision
 from fastgrad.scores.fitted import Fitted, Sequence
 from fastgrad.scores.rows import clipped
-
-
-def alarm(blocks: Iterable[str]) -> str:
-    """The meaning of an alarm of the classifier that reads these ``blocks``, as `Block.alarm` has it of a block."""
-    seen = ", ".join(name.replace("_", " ") for name in blocks)
-    return f"resemblance to altered or foreign inputs that the detector was trained on (seen in {seen})"
 
 
 class JointRows(Fitted):

@@ -146,7 +146,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: Features) -> NDArray[Any]:
         """``(B,)``: the label of "unreliable" above the threshold, else that of "reliable"."""
-        flagged = self.decision_function(X) > -np.log(inputs.check_rate(self.false_alarm_rate))
+        checks.lies_in("(0, 1)", false_alarm_rate=self.false_alarm_rate)
+        flagged = self.decision_function(X) > -np.log(self.false_alarm_rate)
         result: NDArray[Any] = self.classes_[flagged.astype(np.intp)]
         return result
 
@@ -204,7 +205,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"folds must be an integer of at least 2 or None; it was {self.folds!r}")
         if self.calibration_fraction is not None:
             checks.lies_in("(0, 1)", calibration_fraction=self.calibration_fraction)
-        inputs.check_rate(self.false_alarm_rate)
+        checks.lies_in("(0, 1)", false_alarm_rate=self.false_alarm_rate)
 
     def _blocks(self, X: Features, *, reset: bool) -> dict[str, Tensor]:
         """X as named blocks, checked against those seen in `fit` unless ``reset``."""

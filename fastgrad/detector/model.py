@@ -20,7 +20,7 @@ from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
-from fastgrad.detector import UncertaintyDetector, challenge_classifier, constants, fitting, storage
+from fastgrad.detector import UncertaintyDetector, constants, fitting, storage
 from fastgrad.detector.calibrate import DetectorModule
 from fastgrad.detector.price import device_of
 from fastgrad.detector.report import Gain, Report
@@ -208,7 +208,9 @@ class TwoStageModel(nn.Module):
         """The meaning of each alarm in words, by the names of the evidence."""
         detector, extraction = self._fitted()
         words = {block.name: block.alarm for block in extraction.blocks}
-        words[CHALLENGE_CLASSIFIER] = challenge_classifier.alarm(detector.classifier_blocks())
+        seen = ", ".join(detector.classifier_blocks()).replace("_", " ")
+        resemblance = "resemblance to altered or foreign inputs that the detector was trained on"
+        words[CHALLENGE_CLASSIFIER] = f"{resemblance} (seen in {seen})"
         return {name: words.get(name) or name for name in detector.sources}
 
     @torch.inference_mode(False)
@@ -255,9 +257,7 @@ class TwoStageModel(nn.Module):
                 The network returns probabilities in place of logits. The network or a block mixes samples of a batch.
                 All of it is checked before the first challenge is made.
         """
-        for name, value in (("risk", risk), ("verbose", verbose)):
-            if value is not None:
-                checks.is_bool(**{name: value})
+        checks.is_bool(**{name: v for name, v in (("risk", risk), ("verbose", verbose)) if v is not None})
         options = fitting.FitOptions(
             clean, challenges, calibration, max_samples, challenges_per_input, risk, clip, mean, std, verbose
         )

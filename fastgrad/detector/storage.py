@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastgrad import checks
@@ -39,8 +38,6 @@ def save(path: str | os.PathLike[str], modules: Mapping[str, Fitted], extra: Map
         for name, module in modules.items()
         for key, value in module.state_dict().items()
     }
-    # A file without tensors has no header to speak of.
-    tensors[_KEY] = torch.zeros(1, dtype=torch.uint8, device="cpu")
     content = {
         "digest": _EMPTY,
         "format": FORMAT,
