@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fastgrad import checks
 from fastgrad.blocks.block import Array, Block, Part, Settings
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.local_contrast import differences, mean_extremes
@@ -44,13 +43,12 @@ def image_statistics(images: Tensor) -> Tensor:
     images and free of the singularity that a logarithm has in flat regions.
 
     Args:
-        images: ``(B, C, H, W)`` floating, H and W at least 3; TypeError or ValueError for anything else.
+        images: ``(B, C, H, W)`` floating, H and W at least 3; ValueError for anything else.
 
     Returns:
         ``(B, 28)`` in at least float32: seven statistics of these four in turn. The contrasts are in units of the root
         of the input's, every fourth column, intensity, in the input's.
     """
-    checks.is_tensor("images", images)
     if not is_image(images):
         kind = f"{tuple(images.shape)}, {images.dtype}"
         raise ValueError(f"images must be floating, (B, C, H, W) with H and W at least 3; it was {kind}")

@@ -229,6 +229,8 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
     # What scores each fold is fitted without it; what scores those in none, and new samples, on all.
     fits = {number: fitting & (fold != number) for number in (*range(fold.max() + 1), -1)}
     smallest = min(int((clean & chosen).sum()) for chosen in fits.values())
+    if smallest < 2:
+        raise ValueError(f"groups must leave 2 clean samples of other sources to each fold; they left {smallest}")
     fitted = {number: fit_scores(table, chosen, smallest) for number, chosen in fits.items()}
     final = {name: score for name, score in fitted[-1].items() if all(name in scores for scores in fitted.values())}
     if not final:

@@ -92,8 +92,7 @@ class Sample:
         challenges: Challenges of the user's, or None.
         labels: ``(n,)`` of all clean inputs, -1 for none.
         held_out: ``(n,)``: those that calibrate and nothing else.
-        fresh: ``(n,)``: those that the answer is not trained on: with an introspective classifier, which they
-            calibrate, some labelled ones, or none where they are too few.
+        fresh: ``(n,)``: those that no introspective classifier is trained on; they calibrate it.
         each: Challenges that are generated of each of the others; 0 for none.
         pixels: Their range, of images.
     """

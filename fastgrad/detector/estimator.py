@@ -76,7 +76,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         held_out: ArrayLike | None = None,
         groups: ArrayLike | None = None,
     ) -> UncertaintyDetector:
-        """Fit on features of clean samples, or of clean and challenging ones.
+        """Fit on features of clean samples, or of clean and challenging ones; return the detector itself.
 
         Args:
             X: Feature matrix ``(B, P)`` or ``(B, S, P)``, or named blocks. Prefer samples that the network was not
@@ -88,9 +88,6 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                 ``calibration_fraction`` says.
             groups: ``(B,)``, integers of sources, such as a clean image and its challenges. One source is never on both
                 sides of a fit. A negative number is its own source. None where all samples are.
-
-        Returns:
-            The detector itself.
 
         Raises:
             ValueError: X or y is malformed, or there are fewer than 4 in-distribution samples.

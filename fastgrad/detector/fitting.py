@@ -1,4 +1,4 @@
-"""`TwoStageModel.fit`, step by step: check, draw, read, calibrate, price, probabilities, risk, report."""
+"""`TwoStageModel.fit`, step by step: draw, check, read, probabilities, calibrate, risk, price, report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,11 +66,11 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     """Fit ``two_stage``, which changes once everything has worked."""
     refuse_devices(two_stage.model)
     base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
-    sample = _drawn(options, two_stage.seed)
-    x = to_device(sample.clean[0].batches[0], two_stage.device)
+    clean, given = _drawn(options, two_stage.seed)
+    x = to_device(clean[0].batches[0], two_stage.device)
     subject = watch(two_stage.model, *arguments(x))
     blocks = _blocks(two_stage, subject)
-    sample = _checked(sample, subject.classes, base.calibration_fraction, two_stage, options)
+    sample = _checked(clean, given, subject.classes, two_stage, options)
     reading = [block for block in blocks if block.refusal(subject) is None]
     if two_stage.classifier is not None and all(block.name != Features.name for block in reading):
         reading.append(Features())
@@ -120,8 +120,8 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
         setattr(two_stage, name, getattr(result, name))
 
 
-def _drawn(options: FitOptions, seed: int) -> Sample:
-    """All loaders, read once."""
+def _drawn(options: FitOptions, seed: int) -> tuple[list[Drawn], Drawn | None]:
+    """All loaders, read once: `Sample.clean` and `Sample.challenges`."""
     checks.at_least(constants.FEWEST_CLEAN, max_samples=options.max_samples)
     if options.challenges_per_input is not None:
         checks.at_least(1, challenges_per_input=options.challenges_per_input)
@@ -145,15 +145,14 @@ def _drawn(options: FitOptions, seed: int) -> Sample:
         if len(clean[1]) < least:
             raise ValueError(f"calibration must give at least {least} inputs; it gave {len(clean[1])}")
     given = None if challenges is None or isinstance(challenges, str) else draw("challenges", challenges, 2)
-    nothing = np.zeros(0, bool)
-    return Sample(clean, given, np.zeros(0, np.int64), nothing, nothing, 0, None)
+    return clean, given
 
 
 def _checked(
-    sample: Sample, classes: int, share: float | None, two_stage: TwoStageModel, options: FitOptions
+    drawn: list[Drawn], given: Drawn | None, classes: int, two_stage: TwoStageModel, options: FitOptions
 ) -> Sample:
     """Labels, images, the held-out part and the number of challenges, before any is made."""
-    clean, *others = sample.clean
+    clean, *others = drawn
     count = len(clean)
     labels = collect.labels_of("clean", clean, classes)
     classifier = two_stage.classifier
@@ -171,6 +170,7 @@ def _checked(
         labels = np.concatenate([labels, collect.labels_of("calibration", others[0], classes)])
         held_out = np.arange(len(labels)) >= count
     else:
+        share = None if two_stage.detector is None else two_stage.detector.calibration_fraction
         random = np.random.RandomState(two_stage.seed)
         held_out = held_out_of(None, np.zeros(count, bool), np.arange(count), share, random)
     labelled = labels >= 0
@@ -207,7 +207,7 @@ def _checked(
             )
         most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
         each = options.challenges_per_input or min(constants.EACH, most)
-    return replace(sample, labels=labels, held_out=held_out, fresh=fresh, each=each, pixels=pixels)
+    return Sample(drawn, given, labels, held_out, fresh, each, pixels)
 
 
 def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:

@@ -101,10 +101,8 @@ class TwoStageModel(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
         refuse_scripted(model)
-        for name, value, kind in (
-            ("detector", detector, UncertaintyDetector),
-            ("classifier", classifier, IntrospectiveClassifier),
-        ):
+        kinds = {"detector": UncertaintyDetector, "classifier": IntrospectiveClassifier}
+        for (name, kind), value in zip(kinds.items(), (detector, classifier), strict=True):
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{name} must be an {kind.__name__} or None; it was {type(value).__name__}")
         if isinstance(budget, bool) or not isinstance(budget, (int, float, np.integer, np.floating)) or not budget >= 1:
