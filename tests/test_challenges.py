@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_nets import Net
@@ -220,12 +221,17 @@ def test_what_is_made_depends_on_no_mode_of_pytorch(inference: bool) -> None:
     [
         ({"clip": (0, 1)}, [photos(), 255 * photos()], r"range that clip, mean and std give, \[0, 1\]; they reached"),
         ({"mean": MEAN, "std": STD}, [photos() - 3], r"reached \[-3, "),
+        ({}, [], "images must hold at least one batch"),
+        ({}, [photos()[0]], r"images must have shape \(B, C, H, W\); it was \(3, "),
+        ({}, [photos() / 0], "images must be finite"),
         ({}, [photos(), 255 * photos(2)], r"share one range; 6 of 8 lie within \[0, 1\], others reach 25\d"),
     ],
 )
 def test_ranges_that_contradict_are_refused(told: dict, images: list[torch.Tensor], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         PixelRange.of(images, **told)
+    with pytest.raises(TypeError, match="images must"):
+        PixelRange.of([*images, None], **told)  # type: ignore[list-item]
     assert float(PixelRange.of([photos(), 255 * photos(2)], clip=(0, 255)).high) == 255
     # The whole sample decides: the first batch alone would pass for unit images.
     black = torch.zeros(1, 3, 8, 8)
@@ -409,6 +415,16 @@ def test_errors_name_the_argument(kwargs: dict, error: type[Exception], words: s
 def test_turns_that_are_refused(given: dict) -> None:
     with pytest.raises((TypeError, ValueError), match=f"{next(iter(given))} must"):
         iter_challenges(None, photos(), **{"names": ["noise"], **given})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    def made(*numbers: Any) -> list[torch.Tensor]:
+        given = dict(zip(("each", "seed", "batch_size"), numbers, strict=True))
+        return [batch.inputs for batch in iter_challenges(small_net(), photos(), names=["fgsm"], **given)]
+
+    assert all(torch.equal(a, b) for a, b in zip(made(3, 1, 2), made(*np.array([3, 1, 2])), strict=True))
+    black_and_white = generate_challenges(None, photos(), names=["noise-1"], clip=(np.float32(0), np.int64(1)))
+    assert torch.equal(black_and_white["noise-1"], generate_challenges(None, photos(), names=["noise-1"])["noise-1"])
 
 
 def test_numbers_that_are_refused() -> None:

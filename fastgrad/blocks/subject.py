@@ -158,5 +158,4 @@ def _first(found: list[tuple[nn.Module, Channels, Tensor]]) -> str | None:
         for module, place, value in found
         if place.dim == 1 and value.dim() == 3 and min(value.shape[1:]) >= 3
     ]
-    maps.sort(key=lambda seen: not channels.is_normalization(seen[0]))
-    return maps[0][1] if maps else None
+    return min(maps, key=lambda seen: not channels.is_normalization(seen[0]), default=(None, None))[1]

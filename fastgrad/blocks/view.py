@@ -44,7 +44,7 @@ class View(Block):
 
     def __init__(self, zoom: float = 0.9) -> None:
         checks.lies_in("[0.5, 1)", zoom=zoom)
-        self.zoom = zoom
+        self.zoom = float(zoom)
 
     def options(self) -> dict[str, Any]:
         return {"zoom": self.zoom}

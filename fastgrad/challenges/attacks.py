@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from fastgrad import checks
 from fastgrad.batches import class_logits
 from fastgrad.challenges.pixels import PixelRange, check_images
+from fastgrad.ops.dispatch import full_precision
 
 
 @contextmanager
@@ -83,8 +84,10 @@ def _ascend(
             logits = class_logits(model(pixels.from_unit(point)))
             if predicted is None:
                 predicted = _prediction(logits.detach())
-            # With respect to the input alone: no parameter's .grad is touched.
-            (slope,) = torch.autograd.grad(away_from(logits, predicted).sum(), point)
+            pushed = away_from(logits, predicted).sum()
+        # With respect to the input alone: no parameter's .grad is touched.
+        with full_precision(point.device):
+            (slope,) = torch.autograd.grad(pushed, point)
         moved = current + step * slope.sign()
         current = torch.maximum(torch.minimum(moved, unit + epsilon), unit - epsilon).clamp(0, 1)
     return current.detach()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from fastgrad.challenges.jpeg import recompressed
+from fastgrad.ops.dispatch import full_precision
 
 
 def _uniform(unit: Tensor, shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -32,7 +33,8 @@ def blur(unit: Tensor, sigma: float, generator: Generator) -> Tensor:
     pixels = sigma * max(24, min(height, width)) / 32
     # As products with matrices, whose price does not depend on sigma.
     down, along = (_gaussian(length, pixels).to(unit) for length in (height, width))
-    return down @ unit @ along.T
+    with full_precision(unit.device):
+        return down @ unit @ along.T
 
 
 def _gaussian(length: int, pixels: float) -> Tensor:
@@ -63,7 +65,8 @@ def compression(unit: Tensor, quality: float | Tensor, generator: Generator) -> 
     Three channels are colours; any other number are grey images.
     """
     levels = (unit.detach().float() * 255).round()
-    return recompressed(levels, torch.as_tensor(quality, device=unit.device).expand(len(unit))).to(unit) / 255
+    with full_precision(unit.device):
+        return recompressed(levels, torch.as_tensor(quality, device=unit.device).expand(len(unit))).to(unit) / 255
 
 
 def shuffle(unit: Tensor, grid: float, generator: Generator) -> Tensor:

@@ -194,7 +194,7 @@ def iter_challenges(
         pixels = PixelRange.of(inputs)
     checks.is_a(PixelRange, pixels=pixels)
     attacked, others, share = _turns(full)
-    order = torch.randperm(len(others), generator=Generator().manual_seed(seed), device="cpu")
+    order = torch.randperm(len(others), generator=Generator().manual_seed(int(seed)), device="cpu")
     others = [others[place] for place in order]
     groups: defaultdict[Any, list[tuple[int, str]]] = defaultdict(list)
     for number in range(first, first + len(inputs)):
@@ -204,7 +204,7 @@ def iter_challenges(
         for name in turn:
             # All strengths of an attack are made together.
             groups[_row(name)[0].function if under_attack else name].append((number - first, name))
-    size, inputs = batch_size or _fitting(inputs), inputs.detach()
+    size, inputs = int(batch_size or _fitting(inputs)), inputs.detach()
 
     def batches() -> Iterator[Challenges]:
         made: list[Tensor] = []
@@ -265,7 +265,7 @@ def generate_challenges(
     _check(model, images, full, batch_size)
     checks.at_least(0, seed=seed)
     pixels = PixelRange.of(images, clip=clip, mean=mean, std=std)
-    inputs, size = images.detach(), batch_size or _fitting(images)
+    inputs, size = images.detach(), int(batch_size or _fitting(images))
     # A seed for every name: what one challenge looks like does not depend on which others are made.
     return {
         name: _altered(model, inputs, [(place, name) for place in range(len(images))], f"{seed}/{name}", pixels, size)

@@ -66,10 +66,15 @@ class PixelRange:
         range. A constant channel gets a range of width one around its value.
 
         Raises:
-            ValueError: for a lone ``mean`` or ``std``, lengths other than C, or an empty range. Also for images
-                outside the given range by more than a hundredth of it, or a mixture of bytes and unit images.
+            TypeError: ``images`` holds no floating tensors.
+            ValueError: for other shapes, a lone ``mean`` or ``std``, lengths other than C, or an empty range. Also for
+                images outside the given range by more than a hundredth of it, or a mixture of bytes and unit images.
         """
-        batches = [images] if isinstance(images, Tensor) else list(images)
+        batches = checks.tensors("images", images)
+        if not batches:
+            raise ValueError("images must hold at least one batch; they held none")
+        for batch in batches:
+            check_images(batch)
         like, told = batches[0], _told(batches[0], clip, mean, std)
         filled = [batch for batch in batches if batch.numel()]
         if not filled:
@@ -80,7 +85,12 @@ class PixelRange:
         largest = torch.cat([batch.amax((2, 3)) for batch in filled])
         low, high = (value.view(1, -1, 1, 1) for value in (smallest.amin(0), largest.amax(0)))
         if told is not None:
-            told.check(low, high)
+            room = _ROUNDING * (told.high - told.low)
+            if bool((low < told.low - room).any()) or bool((high > told.high + room).any()):
+                raise ValueError(
+                    f"images must lie in the range that clip, mean and std give, {_words(told.low, told.high)}; they "
+                    f"reached {_words(low, high)}"
+                )
             return told
         # Four bits or an overshoot above 1 are no bytes, of which a whole sample has brighter ones.
         if low.min() < 0 or 1 < high.max() <= 16 or high.max() > 255:
@@ -95,15 +105,6 @@ class PixelRange:
             )
         return cls(like.new_zeros((1, 1, 1, 1)), like.new_full((1, 1, 1, 1), white))
 
-    def check(self, low: Tensor, high: Tensor) -> None:
-        """Raise ValueError where values from ``low`` to ``high`` ``(1, C, 1, 1)`` leave this range."""
-        room = _ROUNDING * (self.high - self.low)
-        if bool((low < self.low - room).any()) or bool((high > self.high + room).any()):
-            raise ValueError(
-                f"images must lie in the range that clip, mean and std give, {_words(self.low, self.high)}; they "
-                f"reached {_words(low, high)}"
-            )
-
 
 def _told(
     like: Tensor, clip: tuple[float, float] | None, mean: Sequence[float] | None, std: Sequence[float] | None
@@ -116,7 +117,7 @@ def _told(
         if values is not None and checks.to_array(name, values).shape != (count,):
             meaning = "black and white" if name == "clip" else "one per channel"
             raise ValueError(f"{name} must have {count} values, {meaning}; it was {values!r}")
-    black, white = clip if clip is not None else (0.0, 1.0)
+    black, white = map(float, (0, 1) if clip is None else clip)
     if not black < white:
         raise ValueError(f"clip must be (black, white) with black < white; it was {clip!r}")
     if mean is None or std is None:

@@ -26,10 +26,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastgrad import checks
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER, Settings
 from fastgrad.detector.challenge_classifier import ChallengeClassifier, JointRows
 from fastgrad.detector.constants import CAP, WEIGHT
-from fastgrad.detector.inputs import Blocks, check_rate, take
+from fastgrad.detector.inputs import Blocks, take
 from fastgrad.scores.conformal import PValues, weighted
 from fastgrad.scores.fitted import Fitted, Sequence
 
@@ -111,9 +112,11 @@ class DetectorModule(Fitted):
             return []
         return [name for name, _ in self.scores.get_submodule(f"{CHALLENGE_CLASSIFIER}.rows.parts").named_children()]
 
-    def threshold(self, false_alarm_rate: float) -> float:
-        """-log of the rate; warns where the sources of the calibration are too few to promise so small a one."""
-        rate, n = check_rate(false_alarm_rate), self.options["sources"]
+    def threshold(self, false_alarm_rate: float | None = None) -> float:
+        """-log of the rate, by default the estimator's in `fit`; warns where too few calibrate to promise it."""
+        rate = self.options["false_alarm_rate"] if false_alarm_rate is None else false_alarm_rate
+        checks.lies_in("(0, 1)", false_alarm_rate=rate)
+        n = self.options["sources"]
         if rate < 1 / (n + 1):
             warnings.warn(
                 f"false_alarm_rate={rate:g} is below what {n} calibration inputs can promise, {1 / (n + 1):.2g}: the "
@@ -226,6 +229,8 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
     # What scores each fold is fitted without it; what scores those in none, and new samples, on all.
     fits = {number: fitting & (fold != number) for number in (*range(fold.max() + 1), -1)}
     smallest = min(int((clean & chosen).sum()) for chosen in fits.values())
+    if smallest < 2:
+        raise ValueError(f"groups must leave 2 clean samples of other sources to each fold; they left {smallest}")
     fitted = {number: fit_scores(table, chosen, smallest) for number, chosen in fits.items()}
     final = {name: score for name, score in fitted[-1].items() if all(name in scores for scores in fitted.values())}
     if not final:

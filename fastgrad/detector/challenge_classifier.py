@@ -7,7 +7,7 @@ objective has one minimum, so that no seed decides anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -18,14 +18,9 @@ from torch import Tensor
 from fastgrad.blocks.block import Settings
 from fastgrad.detector.constants import INVERSE_PENALTY, LIMIT, STEPS
 from fastgrad.detector.inputs import Blocks
+from fastgrad.ops.dispatch import full_precision
 from fastgrad.scores.fitted import Fitted, Sequence
 from fastgrad.scores.rows import clipped
-
-
-def alarm(blocks: Iterable[str]) -> str:
-    """The meaning of an alarm of the classifier that reads these ``blocks``, as `Block.alarm` has it of a block."""
-    seen = ", ".join(name.replace("_", " ") for name in blocks)
-    return f"resemblance to altered or foreign inputs that the detector was trained on (seen in {seen})"
 
 
 class JointRows(Fitted):
@@ -78,7 +73,7 @@ class ChallengeClassifier(Fitted):
             slope = torch.cat([torch.addmm(weight, x.T, error, beta=decay), error.sum(0, keepdim=True)])
             return float(value), slope.flatten().double().numpy()
 
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), full_precision(x.device):
             start = np.zeros(shape[0] * shape[1])
             found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": STEPS})
         values = torch.from_numpy(found.x).view(shape)

@@ -54,10 +54,10 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
         x, given = split_batch(name, batch)
         count = batch_size(x)
         size = max(size, count)
-        beside, leaves = _beside(name, given, count), pytree.tree_leaves(x)
+        beside, (leaves, structure) = _beside(name, given, count), pytree.tree_flatten(x)
         carriers = carrying(leaves, count)
-        # Inputs of one kind can share a batch: rows have one shape, and all else is the same.
-        kind = str([_kind(t, carries) for t, carries in zip(leaves, carriers, strict=True)])
+        # Inputs of one kind can share a batch: keys have one order, rows one shape, and all else is the same.
+        kind = str([structure, *map(_kind, leaves, carriers)])
         for i in range(count):
             place = seen if seen < limit else int(rng.integers(seen + 1))
             seen += 1
@@ -92,6 +92,7 @@ class Sample:
         challenges: Challenges of the user's, or None.
         labels: ``(n,)`` of all clean inputs, -1 for none.
         held_out: ``(n,)``: those that calibrate and nothing else.
+        fresh: ``(n,)``: those that no introspective classifier is trained on; they calibrate it.
         each: Challenges that are generated of each of the others; 0 for none.
         pixels: Their range, of images.
     """
@@ -100,6 +101,7 @@ class Sample:
     challenges: Drawn | None
     labels: NDArray[np.int64]
     held_out: NDArray[np.bool_]
+    fresh: NDArray[np.bool_]
     each: int
     pixels: PixelRange | None
 
@@ -144,7 +146,10 @@ def labels_of(name: str, drawn: Drawn, classes: int) -> NDArray[np.int64]:
             f"{name} must give inputs x alone for a network with one output, which has no classes to confuse; "
             "for two classes return two, torch.cat([torch.zeros_like(z), z], 1)"
         )
-    values = np.asarray(given)
+    try:
+        values = np.asarray(given)
+    except ValueError:  # of several shapes
+        values = np.asarray(given, object)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise ValueError(f"{wanted}; they were of shape {values.shape[1:]} each and {values.dtype}")
     if values.min() < 0 or values.max() >= classes:
@@ -222,9 +227,11 @@ def read(extraction: Extraction, device: torch.device, batches: Iterable[Batch])
     groups: list[int] = []
     for x, own_kinds, sources in batches:
         logits, blocks = extraction(to_device(x, device))
+        what = "challenges" if own_kinds[0] else "clean and calibration"
         if failed := int(logits.isnan().any(1).sum()):
-            what = "challenges" if own_kinds[0] else "clean and calibration"
             raise ValueError(f"{what} must give inputs that the network has an answer to; for {failed} it gave NaN")
+        if infinite := [name for name, value in blocks.items() if not value.float().isfinite().all()]:
+            raise ValueError(f"{what} must give inputs whose blocks are finite; {infinite} were not")
         parts.append((logits.float().cpu(), {name: value.float().cpu() for name, value in blocks.items()}))
         kinds += own_kinds
         groups += sources

@@ -76,7 +76,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         held_out: ArrayLike | None = None,
         groups: ArrayLike | None = None,
     ) -> UncertaintyDetector:
-        """Fit on features of clean samples, or of clean and challenging ones.
+        """Fit on features of clean samples, or of clean and challenging ones; return the detector itself.
 
         Args:
             X: Feature matrix ``(B, P)`` or ``(B, S, P)``, or named blocks. Prefer samples that the network was not
@@ -88,9 +88,6 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
                 ``calibration_fraction`` says.
             groups: ``(B,)``, integers of sources, such as a clean image and its challenges. One source is never on both
                 sides of a fit. A negative number is its own source. None where all samples are.
-
-        Returns:
-            The detector itself.
 
         Raises:
             ValueError: X or y is malformed, or there are fewer than 4 in-distribution samples.
@@ -130,6 +127,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
         with threadpool_limits(limits=1):
             calibrated = fit_detector(table, int(folds), random)
         self.module_ = calibrated.module
+        self.module_.options["false_alarm_rate"] = float(self.false_alarm_rate)
         return calibrated
 
     def decision_function(self, X: Features) -> Array:
@@ -145,7 +143,8 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: Features) -> NDArray[Any]:
         """``(B,)``: the label of "unreliable" above the threshold, else that of "reliable"."""
-        flagged = self.decision_function(X) > -np.log(inputs.check_rate(self.false_alarm_rate))
+        checks.lies_in("(0, 1)", false_alarm_rate=self.false_alarm_rate)
+        flagged = self.decision_function(X) > -np.log(self.false_alarm_rate)
         result: NDArray[Any] = self.classes_[flagged.astype(np.intp)]
         return result
 
@@ -203,7 +202,7 @@ class UncertaintyDetector(BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"folds must be an integer of at least 2 or None; it was {self.folds!r}")
         if self.calibration_fraction is not None:
             checks.lies_in("(0, 1)", calibration_fraction=self.calibration_fraction)
-        inputs.check_rate(self.false_alarm_rate)
+        checks.lies_in("(0, 1)", false_alarm_rate=self.false_alarm_rate)
 
     def _blocks(self, X: Features, *, reset: bool) -> dict[str, Tensor]:
         """X as named blocks, checked against those seen in `fit` unless ``reset``."""

@@ -1,4 +1,4 @@
-"""`TwoStageModel.fit`, step by step: check, draw, read, calibrate, price, probabilities, risk, report."""
+"""`TwoStageModel.fit`, step by step: draw, check, read, probabilities, calibrate, risk, price, report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,11 +66,11 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     """Fit ``two_stage``, which changes once everything has worked."""
     refuse_devices(two_stage.model)
     base = two_stage.detector or UncertaintyDetector(log=False, random_state=two_stage.seed)
-    sample = _drawn(options, two_stage.seed)
-    x = to_device(sample.clean[0].batches[0], two_stage.device)
+    clean, given = _drawn(options, two_stage.seed)
+    x = to_device(clean[0].batches[0], two_stage.device)
     subject = watch(two_stage.model, *arguments(x))
     blocks = _blocks(two_stage, subject)
-    sample = _checked(sample, subject.classes, base.calibration_fraction, two_stage, options)
+    sample = _checked(clean, given, subject.classes, two_stage, options)
     reading = [block for block in blocks if block.refusal(subject) is None]
     if two_stage.classifier is not None and all(block.name != Features.name for block in reading):
         reading.append(Features())
@@ -81,12 +81,11 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
     labels = np.where(features.groups >= 0, sample.labels[features.groups], -1)
     held_out = (features.kinds == "") & sample.held_out[features.groups]
     temperature = _temperature(two_stage, features, labels)
-    classifier, fresh = _classifier(two_stage, features, labels, held_out)
+    classifier = _classifier(two_stage, features, labels, sample.fresh)
 
     @functools.cache
-    def complete(chosen: tuple[Block, ...]) -> tuple[TwoStageModel, Calibrated, str]:
+    def complete(names: tuple[str, ...]) -> tuple[TwoStageModel, Calibrated, str]:
         """What would answer with these blocks, what its detector was made of, and where its risk comes from."""
-        names = [block.name for block in chosen]
         detector: UncertaintyDetector = clone(base)
         calibrated = detector._fit_table(
             {name: features.blocks[name] for name in names},
@@ -98,30 +97,31 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
         )
         result = copy.copy(two_stage)
         result._modules = dict(two_stage._modules)
-        result.extraction_ = extraction.of([one for one in reading if one.name in names or one not in blocks])
+        result.extraction_ = extraction.of([one for one in reading if one.name in (*names, Features.name)])
         result.detector_ = calibrated.module.to(two_stage.device)
         result.classifier_, result.temperature_ = classifier, temperature
         result.gate_ = _gate(two_stage, features, labels, calibrated.evidence)
-        result.risk_, why = _risk(result, features, labels, fresh, calibrated, options.risk)
+        result.risk_, why = _risk(result, features, labels, sample.fresh, calibrated, options.risk)
         return result, calibrated, why
 
+    def answer(some: Iterable[Block]) -> TwoStageModel:
+        return complete(tuple(block.name for block in some))[0]
+
     if two_stage.blocks is None:
-        price = fit_to_budget(
-            two_stage.model, blocks, x, two_stage.budget, subject=subject, answer=lambda some: complete(some)[0]
-        )
+        price = fit_to_budget(two_stage.model, blocks, x, two_stage.budget, subject=subject, answer=answer)
     else:
         # What was named is kept at whatever price.
         names, predicted = tuple(block.name for block in blocks), 1 + sum(block.price(subject) for block in blocks)
         price = PriceReport(names, predicted, math.nan, (), math.inf, math.nan, batch_size(x), math.nan)
-    result, calibrated, why = complete(tuple(block for block in blocks if block.name in price.blocks))
-    for name in ("extraction", *FITTED):
-        setattr(two_stage, f"{name}_", getattr(result, f"{name}_"))
-    two_stage.report_ = _report(sample, features, price, calibrated, why)
-    two_stage._gains = functools.partial(gains, calibrated.table, features.kinds)
+    result, calibrated, why = complete(price.blocks)
+    result.report_ = _report(sample, features, price, calibrated, why)
+    result._gains = functools.partial(gains, calibrated.table, features.kinds)
+    for name in ("extraction_", "report_", "_gains", *(f"{name}_" for name in FITTED)):
+        setattr(two_stage, name, getattr(result, name))
 
 
-def _drawn(options: FitOptions, seed: int) -> Sample:
-    """All loaders, read once."""
+def _drawn(options: FitOptions, seed: int) -> tuple[list[Drawn], Drawn | None]:
+    """All loaders, read once: `Sample.clean` and `Sample.challenges`."""
     checks.at_least(constants.FEWEST_CLEAN, max_samples=options.max_samples)
     if options.challenges_per_input is not None:
         checks.at_least(1, challenges_per_input=options.challenges_per_input)
@@ -145,22 +145,20 @@ def _drawn(options: FitOptions, seed: int) -> Sample:
         if len(clean[1]) < least:
             raise ValueError(f"calibration must give at least {least} inputs; it gave {len(clean[1])}")
     given = None if challenges is None or isinstance(challenges, str) else draw("challenges", challenges, 2)
-    return Sample(clean, given, np.zeros(0, np.int64), np.zeros(0, bool), 0, None)
+    return clean, given
 
 
 def _checked(
-    sample: Sample, classes: int, share: float | None, two_stage: TwoStageModel, options: FitOptions
+    drawn: list[Drawn], given: Drawn | None, classes: int, two_stage: TwoStageModel, options: FitOptions
 ) -> Sample:
     """Labels, images, the held-out part and the number of challenges, before any is made."""
-    clean, *others = sample.clean
+    clean, *others = drawn
     count = len(clean)
     labels = collect.labels_of("clean", clean, classes)
     classifier = two_stage.classifier
     if labels[0] < 0 and (options.risk or classifier is not None):
         what = "risk=True" if options.risk else "the classifier"
         raise ValueError(f"clean must give (x, labels) for {what}; it gave inputs alone: without labels leave it out")
-    if options.risk:
-        _require_labelled(count)
     if classifier is not None:
         missing = np.setdiff1d(np.arange(classes), labels)
         if len(missing):
@@ -172,8 +170,20 @@ def _checked(
         labels = np.concatenate([labels, collect.labels_of("calibration", others[0], classes)])
         held_out = np.arange(len(labels)) >= count
     else:
+        share = None if two_stage.detector is None else two_stage.detector.calibration_fraction
         random = np.random.RandomState(two_stage.seed)
         held_out = held_out_of(None, np.zeros(count, bool), np.arange(count), share, random)
+    labelled = labels >= 0
+    fresh = np.ones(len(labels), bool)
+    if classifier is not None:
+        fresh = labelled & (held_out | (np.random.default_rng(two_stage.seed).random(len(labels)) < constants.UNSEEN))
+        if fresh.sum() < constants.FEWEST_LABELLED or len(np.unique(labels[labelled & ~fresh])) < classes:
+            fresh[:] = False
+    if options.risk and (usual := int((labelled & fresh).sum())) < constants.FEWEST_LABELLED:
+        raise ValueError(
+            f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs that the answer was not trained on; "
+            f"there were {usual}"
+        )
     images, pixels, each = clean.images(), None, 0
     if images:
         if not all(bool(x.isfinite().all()) for x in images):
@@ -197,16 +207,7 @@ def _checked(
             )
         most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
         each = options.challenges_per_input or min(constants.EACH, most)
-    return replace(sample, labels=labels, held_out=held_out, each=each, pixels=pixels)
-
-
-def _require_labelled(count: int) -> None:
-    """Raise ValueError where there are too few for a risk."""
-    if count < constants.FEWEST_LABELLED:
-        raise ValueError(
-            f"risk=True needs at least {constants.FEWEST_LABELLED} labelled inputs that the answer was not trained on; "
-            f"there were {count}"
-        )
+    return Sample(drawn, given, labels, held_out, fresh, each, pixels)
 
 
 def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
@@ -256,30 +257,23 @@ def _temperature(two_stage: TwoStageModel, features: collect.Features, labels: N
 
 
 def _classifier(
-    two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64], held_out: NDArray[np.bool_]
-) -> tuple[IntrospectiveNetwork | None, NDArray[np.bool_]]:
-    """The classifier, trained on clean inputs and challenges, and which clean inputs it was not trained on."""
-    count = int((features.kinds == "").sum())
+    two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64], fresh: NDArray[np.bool_]
+) -> IntrospectiveNetwork | None:
+    """The classifier, trained on clean inputs and challenges, and calibrated on those that it was not trained on."""
     if two_stage.classifier is None:
-        return None, np.ones(count, bool)
-    labelled, random = labels[:count] >= 0, np.random.default_rng(two_stage.seed)
-    unseen = labelled & (held_out[:count] | (random.random(count) < constants.UNSEEN))
-    trained, classes = labelled & ~unseen, features.logits.shape[1]
-    enough = unseen.sum() >= constants.FEWEST_LABELLED and len(np.unique(labels[:count][trained])) == classes
-    if not enough:
-        unseen, trained = np.zeros(count, bool), labelled
+        return None
 
     def rows(sources: NDArray[np.bool_]) -> tuple[Tensor, NDArray[np.int64], NDArray[np.intp]]:
         places = np.flatnonzero((labels >= 0) & sources[features.groups])
         # h alone: on challenges the contrast rows gained less, on three networks of CIFAR-10.
         return features.blocks[Features.name][torch.from_numpy(places)], labels[places], features.groups[places]
 
-    h, targets, groups = rows(trained)
+    h, targets, groups = rows(~fresh)
     classifier: IntrospectiveClassifier = clone(two_stage.classifier)
     classifier.fit(h, targets, groups=groups)
-    if enough:
-        classifier.calibrate(*rows(unseen)[:2])
-    return classifier.to_module().to(two_stage.device), unseen
+    if fresh.any():
+        classifier.calibrate(*rows(fresh)[:2])
+    return classifier.to_module().to(two_stage.device)
 
 
 def _gate(
@@ -309,8 +303,6 @@ def _risk(
     usable = (labels >= 0) & fresh[features.groups]
     usual = int((usable & (features.kinds == "")).sum())
     if usual < constants.FEWEST_LABELLED:
-        if asked:
-            _require_labelled(usual)
         return None, f"none: {usual} labelled clean inputs that the answer was not trained on are too few"
     chosen = torch.from_numpy(usable)
     evidence, device = fitted.evidence[chosen], two_stage.device

@@ -131,13 +131,6 @@ def held_out_of(
     return mask
 
 
-def check_rate(rate: float) -> float:
-    """``rate`` as a float in (0, 1)."""
-    if not isinstance(rate, (int, float, np.floating)) or not 0 < rate < 1:
-        raise ValueError(f"false_alarm_rate must lie in (0, 1); it was {rate!r}")
-    return float(rate)
-
-
 def take(blocks: Mapping[str, Tensor], chosen: NDArray[Any] | slice) -> dict[str, Tensor]:
     """The chosen rows of every block."""
     rows = chosen if isinstance(chosen, slice) else torch.from_numpy(chosen)

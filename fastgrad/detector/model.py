@@ -20,7 +20,7 @@ from fastgrad.blocks import BLOCKS, Block, Features
 from fastgrad.blocks.block import CHALLENGE_CLASSIFIER
 from fastgrad.blocks.extraction import Extraction, Inputs
 from fastgrad.blocks.subject import Subject
-from fastgrad.detector import UncertaintyDetector, challenge_classifier, constants, fitting, storage
+from fastgrad.detector import UncertaintyDetector, constants, fitting, storage
 from fastgrad.detector.calibrate import DetectorModule
 from fastgrad.detector.price import device_of
 from fastgrad.detector.report import Gain, Report
@@ -101,10 +101,8 @@ class TwoStageModel(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; it was {type(model).__name__}")
         refuse_scripted(model)
-        for name, value, kind in (
-            ("detector", detector, UncertaintyDetector),
-            ("classifier", classifier, IntrospectiveClassifier),
-        ):
+        kinds = {"detector": UncertaintyDetector, "classifier": IntrospectiveClassifier}
+        for (name, kind), value in zip(kinds.items(), (detector, classifier), strict=True):
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{name} must be an {kind.__name__} or None; it was {type(value).__name__}")
         if isinstance(budget, bool) or not isinstance(budget, (int, float, np.integer, np.floating)) or not budget >= 1:
@@ -208,7 +206,9 @@ class TwoStageModel(nn.Module):
         """The meaning of each alarm in words, by the names of the evidence."""
         detector, extraction = self._fitted()
         words = {block.name: block.alarm for block in extraction.blocks}
-        words[CHALLENGE_CLASSIFIER] = challenge_classifier.alarm(detector.classifier_blocks())
+        seen = ", ".join(detector.classifier_blocks()).replace("_", " ")
+        resemblance = "resemblance to altered or foreign inputs that the detector was trained on"
+        words[CHALLENGE_CLASSIFIER] = f"{resemblance} (seen in {seen})"
         return {name: words.get(name) or name for name in detector.sources}
 
     @torch.inference_mode(False)
@@ -255,9 +255,7 @@ class TwoStageModel(nn.Module):
                 The network returns probabilities in place of logits. The network or a block mixes samples of a batch.
                 All of it is checked before the first challenge is made.
         """
-        for name, value in (("risk", risk), ("verbose", verbose)):
-            if value is not None:
-                checks.is_bool(**{name: value})
+        checks.is_bool(**{name: v for name, v in (("risk", risk), ("verbose", verbose)) if v is not None})
         options = fitting.FitOptions(
             clean, challenges, calibration, max_samples, challenges_per_input, risk, clip, mean, std, verbose
         )
@@ -287,8 +285,6 @@ class TwoStageModel(nn.Module):
 
         A rate below ``1 / (n + 1)`` for n calibration inputs warns, as they cannot promise it.
         """
-        if false_alarm_rate is None:
-            false_alarm_rate = 0.05 if self.detector is None else self.detector.false_alarm_rate
         return self._fitted()[0].threshold(false_alarm_rate)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
@@ -22,6 +23,7 @@ from fastgrad.checks import Array, to_array
 from fastgrad.introspection import network
 from fastgrad.introspection.network import Inputs, IntrospectiveNetwork
 from fastgrad.losses import LOSSES
+from fastgrad.ops.dispatch import full_precision
 from fastgrad.scores.rows import as_tensor
 from fastgrad.scores.temperature import Temperature
 
@@ -119,7 +121,8 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         held_out = int((place < min(round(self.validation_fraction * (sources.max() + 1)), sources.max())).sum())
         # A handful of held-out samples says nothing about when to stop.
         held_out = held_out if held_out >= 20 else 0
-        parameters, self.history_ = self._train(inputs, targets, order[held_out:], order[:held_out], seed)
+        with full_precision(torch.device(self.device)):
+            parameters, self.history_ = self._train(inputs, targets, order[held_out:], order[:held_out], seed)
         self.n_iter_ = len(self.history_)
         tensors = {f"{'bias' if index % 2 else 'weight'}{index // 2}": value for index, value in enumerate(parameters)}
         self.network_ = IntrospectiveNetwork(
@@ -194,9 +197,10 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
 
     def _inputs(self, R: ArrayLike | Pairs, *, reset: bool) -> Inputs:
         """R as one tensor of rows or as features and logits, float64."""
-        if isinstance(R, Mapping) and "features" in R:
+        # One of SciPy's sparse formats is a dictionary.
+        if isinstance(R, Mapping) and not issparse(R):
             if set(R) != {"features", "logits"}:
-                raise ValueError(f"R must have the entries 'features' and 'logits'; it had {sorted(R)}")
+                raise ValueError(f"R must have the entries 'features' and 'logits'; it had {list(R)}")
             arrays = [to_array(f"R[{name!r}]", R[name]) for name in ("features", "logits")]
             if any(array.ndim != 2 or array.size == 0 for array in arrays) or len(arrays[0]) != len(arrays[1]):
                 raise ValueError(
@@ -247,13 +251,13 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
         def snapshot() -> list[Tensor]:
             return [value.detach().cpu().clone() for value in parameters]
 
-        best, best_loss, waited = snapshot(), float("inf"), 0
+        best, best_loss, waited, size = snapshot(), float("inf"), 0, int(self.batch_size)
         history: list[float] = []
         epochs: Any = bar(range(self.max_epochs), "introspective network", bool(self.verbose), unit="epoch")
         for _ in epochs:
             total = 0.0
             order = torch.randperm(len(chosen), generator=generator, device="cpu")
-            for samples in chosen[order].split(self.batch_size):
+            for samples in chosen[order].split(size):
                 value = batch_loss(samples, "mean")
                 optimizer.zero_grad()
                 value.backward()
@@ -261,7 +265,7 @@ class IntrospectiveClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[m
                 total += float(value.detach()) * len(samples)
             if len(watched):
                 with torch.no_grad():
-                    total = sum(float(batch_loss(samples, "sum")) for samples in watched.split(self.batch_size))
+                    total = sum(float(batch_loss(samples, "sum")) for samples in watched.split(size))
             loss = total / len(watched if len(watched) else chosen)
             history.append(loss)
             if self.verbose:

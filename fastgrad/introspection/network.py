@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from fastgrad.gradients.contrasts import contrast_rows_linear
 from fastgrad.losses import contrast_diagonal
+from fastgrad.ops.dispatch import full_precision
 from fastgrad.scores.fitted import Fitted
 
 #: What a network reads: rows alone, or features and logits.
@@ -39,7 +40,8 @@ class IntrospectiveNetwork(Fitted):
         names = [f"{kind}{index}" for index in range(self.options["layers"]) for kind in ("weight", "bias")]
         parameters = [self.get_buffer(name).to(rows.dtype) for name in names]
         inputs = (rows.flatten(1),) if logits is None else (rows, logits)
-        return class_logits(parameters, inputs, self.options["activation"], self.options["loss"])
+        with full_precision(rows.device):
+            return class_logits(parameters, inputs, self.options["activation"], self.options["loss"])
 
     def answer(self, features: Tensor, logits: Tensor) -> Tensor:
         """Class logits from ``features`` alone where it was fitted on them, else from the rows."""

@@ -30,6 +30,9 @@ class Fitted(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        known = Fitted.kinds.get(cls.__name__, cls)
+        if known.__module__ != cls.__module__:
+            raise ValueError(f"a class of Fitted must have a name of its own, for files; {known!r} has this one")
         Fitted.kinds[cls.__name__] = cls
 
     def __init__(self, **parts: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrad.checks import Array
+from fastgrad.ops.dispatch import full_precision
 from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.mahalanobis import principal
 
@@ -125,7 +126,8 @@ class Rows(Fitted):
         rows = self.standardised(self.flat(blocks))
         if "projection" not in self._buffers:
             return rows
-        return (rows.to(self.projection.dtype) @ self.projection).double() - self.shift
+        with full_precision(rows.device):
+            return (rows.to(self.projection.dtype) @ self.projection).double() - self.shift
 
 
 def as_tensor(array: Array) -> Tensor:

@@ -216,6 +216,7 @@ def test_bad_options_are_named() -> None:
         View(zoom=1)
     with pytest.raises(TypeError, match=r"zoom must be a number; it was '0\.9'"):
         View(zoom="0.9")  # type: ignore[arg-type]
+    assert json.loads(json.dumps(View(np.float32(0.75)).options())) == {"zoom": 0.75}
 
 
 def test_signals_are_the_losses_gradients() -> None:

@@ -70,13 +70,21 @@ def test_what_came_beside_a_batch_stays_beside_its_inputs() -> None:
         assert found == {float(i): float(i // 4 % 2) for i in range(12)}
 
 
+def test_inputs_keep_their_names_in_whatever_order_a_batch_has_them() -> None:
+    ids, types = torch.arange(12.0).view(12, 1), -torch.arange(12.0).view(12, 1)
+    pairs = [{"ids": ids[:2], "types": types[:2]}, {"types": types[2:8], "ids": ids[2:8]}, {"types": types[8:]}]
+    drawn = collect.draw("clean", pairs, 100, 0)
+    assert sorted(value for x in drawn.batches for value in x.get("ids", ids[:0]).flatten().tolist()) == list(range(8))
+    assert all(value <= 0 for x in drawn.batches for value in x["types"].flatten().tolist())
+
+
 @pytest.mark.parametrize("batch", [8, 120])
 def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int) -> None:
     model = network()
     drawn = collect.draw("clean", images(240).split(batch), 240, 0)
     device, chosen = torch.device("cpu"), np.arange(240) < 200
     pixels = PixelRange.of(drawn.images())
-    sample = collect.Sample([drawn], None, np.full(240, -1), ~chosen, 3, pixels)
+    sample = collect.Sample([drawn], None, np.full(240, -1), ~chosen, chosen, 3, pixels)
     batches = (collect.clean_batches(sample, False), collect.generated_batches(sample, model, device, 0, False))
     features = collect.read(Extraction(model, [Logits()]), device, itertools.chain(*batches))
     made = features.kinds != ""
@@ -129,6 +137,7 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     "one word a batch": (lambda m: m.fit([CLEAN], [(CLEAN[:5], "noise")]), "a batch had 5 inputs and 1"),
     "one mean": (lambda m: m.fit([CLEAN], mean=0.5, std=0.5), "mean must have 3 values, one per channel; it was 0.5"),  # type: ignore[arg-type]
     "no deviation": (lambda m: m.fit([CLEAN], mean=[0.5] * 3, std=[math.nan] * 3), "std must be finite"),
+    "several labels": (lambda m: m.fit([(CLEAN, [[0], [1, 2]] * 30)]), "labels class indices from 0 to 2, .* object"),
     "three bounds": (lambda m: m.fit([CLEAN], clip=(0, 0.5, 1)), "clip must have 2 values, black and white"),  # type: ignore[arg-type]
 }
 
@@ -142,6 +151,25 @@ def test_bad_input_is_refused_before_any_challenge_is_made(case: str, monkeypatc
     fit, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         fit(TwoStageModel(network(), blocks=["logits"]))
+
+
+def test_what_the_answer_needs_is_refused_before_any_challenge_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a challenge was made")
+
+    monkeypatch.setattr(collect, "iter_challenges", never)
+    classifier = IntrospectiveClassifier(max_epochs=1)
+    with pytest.raises(ValueError, match=r"risk=True needs .* that the answer was not trained on; there were 0"):
+        TwoStageModel(network(), classifier=classifier, blocks=["logits"]).fit(pairs(CLEAN), risk=True)
+    masked = nn.Sequential(network(), nn.Threshold(-0.1, -math.inf))
+    with pytest.raises(ValueError, match=r"clean and calibration must give .* blocks are finite; \['logits'\]"):
+        TwoStageModel(masked, blocks=["logits"]).fit([CLEAN])
+
+
+def test_labels_of_the_calibration_count_for_the_risk() -> None:
+    model = TwoStageModel(network(), blocks=["logits"]).fit(pairs(CLEAN[:25]), None, pairs(CLEAN[25:]), risk=True)
+    assert str(model.report()).endswith("without challenges: unusual inputs do not raise it")
+    assert "from 60 clean inputs" in str(model.report())
 
 
 def test_the_classifier_needs_labels_of_every_class() -> None:

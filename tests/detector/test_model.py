@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -416,7 +417,7 @@ def test_one_seed_decides_all(tmp_path):
     assert file("one") == file("two") != file("three", seed=1)
 
 
-def test_what_the_user_passed_is_honoured_and_not_changed():
+def test_what_the_user_passed_is_honoured_and_not_changed(tmp_path):
     detector = UncertaintyDetector(log=False, folds=3, calibration_fraction=0.5, false_alarm_rate=0.1)
     before = detector.get_params()
     two_stage = TwoStageModel(small_network(), detector=detector, blocks=["logits", "image"]).fit(loader(80))
@@ -426,6 +427,8 @@ def test_what_the_user_passed_is_honoured_and_not_changed():
     # What is held out has no challenges.
     assert sum(two_stage.report().challenges.values()) == 120
     assert two_stage.threshold() == pytest.approx(-math.log(0.1))
+    stored = two_stage.save(tmp_path / "model.safetensors")
+    assert TwoStageModel.load(stored, two_stage.model).threshold() == two_stage.threshold()
     detector.fit({"logits": torch.randn(60, CLASSES)})
     classifier = IntrospectiveClassifier(hidden=(), max_epochs=1).fit(torch.randn(60, 8), torch.arange(60) % CLASSES)
     buffers = [copy.deepcopy(module.state_dict()) for module in (detector.module_, classifier.network_)]
@@ -434,8 +437,9 @@ def test_what_the_user_passed_is_honoured_and_not_changed():
         assert all(module.state_dict()[name].dtype == value.dtype for name, value in own.items())
 
 
+@dataclasses.dataclass
 class Brightness(Block):
-    """A block of the user's."""
+    """A block of the user's, which has no hash."""
 
     name = "brightness"
     shapes = "(B, 3)"
@@ -560,7 +564,40 @@ def test_a_fit_that_fails_at_last_changes_nothing(monkeypatch: pytest.MonkeyPatc
     def fails(*_: object) -> None:
         raise RuntimeError("no risk")
 
-    monkeypatch.setattr(fitting, "_risk", fails)
-    with pytest.raises(RuntimeError, match="no risk"):
-        model.fit(loader(80), None)
-    assert all(getattr(model, name) is value for name, value in before.items())
+    for last in ("_risk", "_report"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fitting, last, fails)
+            with pytest.raises(RuntimeError, match="no risk"):
+                model.fit(loader(80), None)
+        assert all(getattr(model, name) is value for name, value in before.items())
+
+
+class Exact(nn.Module):
+    """A network that autocast leaves as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = small_network()
+        # Of so many channels that their projection is held in float32.
+        self.network[0], self.network[1], self.network[6] = (
+            nn.Conv2d(3, 1100, 3, padding=1), nn.BatchNorm2d(1100), nn.Linear(4400, CLASSES),
+        )  # fmt: skip
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.network(x)
+
+
+def test_autocast_is_for_the_network_alone():
+    network, x = Exact(), images(9, 5)
+    blocks = ["logits", "activations", "image"]
+
+    def fit():
+        classifier = IntrospectiveClassifier(max_epochs=2, hidden=(8,))
+        return TwoStageModel(network, classifier=classifier, blocks=blocks).fit(loader(40), verbose=False)
+
+    plain = fit()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, answer = fit(), plain(x)
+    for other in (answer, cast(x)):
+        assert all(torch.equal(a, b) for a, b in zip(plain(x)[:3], other[:3], strict=True))

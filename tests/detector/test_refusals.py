@@ -90,6 +90,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a list": (lambda: UncertaintyDetector(calibration_fraction=[0.5]).fit(ROWS), TypeError, "_fraction must"),
     "alarms": (lambda: UncertaintyDetector(false_alarm_rate=0.0).fit(ROWS), ValueError, "false_alarm_rate must"),
     "kinds": (lambda: fitted().fit(ROWS, np.tile([0, 1], 30), kinds=[1]), ValueError, "kinds must"),
+    "two sources": (lambda: fitted().fit(ROWS[:4], groups=[0, 0, 0, 1]), ValueError, "groups must leave 2 clean"),
     "held out": (lambda: fitted().fit(ROWS, held_out=np.zeros(60, dtype=bool)), ValueError, "held_out must"),
     "threshold": (lambda: fitted().threshold(1.0), ValueError, "false_alarm_rate must lie in"),
     "norms": (lambda: UncertaintyDetector().fit({"gradients": -ROWS}), ValueError, r"X\['gradients'\] must hold"),

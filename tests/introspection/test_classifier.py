@@ -77,11 +77,11 @@ def test_seeds_reproduce():
     features, logits, labels = problem(200, 0)
     R = {"features": features, "logits": logits}
     first, again, other = (
-        IntrospectiveClassifier(max_epochs=3, hidden=(8,), random_state=seed).fit(R, labels).predict_proba(R)
-        for seed in (0, 0, 1)
+        IntrospectiveClassifier(max_epochs=3, hidden=(8,), random_state=seed, batch_size=size).fit(R, labels)
+        for seed, size in ((0, 64), (0, np.int64(64)), (1, 64))
     )
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
+    np.testing.assert_array_equal(first.predict_proba(R), again.predict_proba(R))
+    assert (first.predict_proba(R) != other.predict_proba(R)).any()
 
 
 def test_stops_early_on_held_out_data():
@@ -144,6 +144,7 @@ BAD = {
     "NaN": (np.full((4, 2, 3), np.nan), np.arange(4) % 2, "R must be finite"),
     "NaN pairs": ({"features": FEATURES * np.nan, "logits": LOGITS}, LABELS, r"R\['features'\] must be finite"),
     "one of the pair": ({"features": FEATURES}, LABELS, "'features' and 'logits'"),
+    "other names": ({"h": FEATURES}, LABELS, "R must have the entries 'features' and 'logits'; it had .*'h'"),
     "lengths": ({"features": FEATURES, "logits": LOGITS[:3]}, LABELS, "shapes"),
     "labels": (FEATURES, LABELS[:5], "y must have one label per row"),
 }

@@ -4,7 +4,9 @@ import torch
 from sklearn.mixture import GaussianMixture as SklearnMixture
 
 from fastgrad.blocks.logits import Energy
+from fastgrad.scores.fitted import Fitted
 from fastgrad.scores.gaussian_mixture import GaussianMixture
+from fastgrad.scores.mahalanobis import Mahalanobis
 from fastgrad.scores.rows import SMALLEST, Rows, order_by_rank
 
 RNG = np.random.default_rng(0)
@@ -72,3 +74,13 @@ def test_constant_columns_are_harmless():
     values = np.ones((30, 3))
     rows = Rows.fit({"features": values}, "features", dimensions=2)
     assert torch.isfinite(rows({"features": torch.tensor(values)})).all()
+
+
+def test_a_name_in_files_is_that_of_one_class():
+    """A class of the user's would be what a stored detector is made of in place of ours."""
+    with pytest.raises(ValueError, match=r"name of its own.*scores\.mahalanobis\.Mahalanobis"):
+        type("Mahalanobis", (Fitted,), {"__module__": "theirs"})
+    assert Fitted.kinds["Mahalanobis"] is Mahalanobis
+    for _ in range(2):  # as a cell of a notebook may be run again
+        theirs = type("Theirs", (Fitted,), {"__module__": "theirs"})
+    assert Fitted.kinds.pop("Theirs") is theirs
