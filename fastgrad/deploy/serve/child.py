@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import struct
@@ -21,6 +22,7 @@ from pathlib import Path
 from anyio import fail_after
 
 Bytes = bytes | bytearray | memoryview
+_log = logging.getLogger("uvicorn.error")
 #: Of a reply: a status, 0 for what was asked for, and the number of bytes that follow.
 REPLY = struct.Struct("<HQ")
 #: The status of what the server's log gets to read, and not the client.
@@ -111,8 +113,10 @@ class Child:
         pause = 0.1
         while True:
             await self.stop(0.0)
-            with contextlib.suppress(ChildError, OSError):
+            try:
                 return await self.start(seconds)
+            except (ChildError, OSError) as error:
+                _log.warning("a process cannot be started: %s; it is tried again", error)
             # Memory may be short for a moment.
             await asyncio.sleep(pause)
             pause = min(2 * pause, 5.0)

@@ -187,6 +187,21 @@ def test_a_model_that_cannot_be_loaded_or_takes_too_long(tmp_path: Path) -> None
     asyncio.run(run())
 
 
+def test_a_process_that_cannot_be_started_again_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        child = Child("no_such_module", (), most=2**20)
+        restarting = asyncio.ensure_future(child.restart(60.0))
+        with fail_after(60):
+            while child.starts < 2:
+                await asyncio.sleep(0.01)
+        restarting.cancel()
+        await asyncio.gather(restarting, return_exceptions=True)
+        await child.stop()
+
+    asyncio.run(run())
+    assert "a process cannot be started: No module named 'no_such_module'; it is tried again" in caplog.text
+
+
 def test_a_process_is_ended_where_there_is_no_such_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows, which ends it by any other, and denies that to one that has just ended."""
     sent: list[int] = []
