@@ -101,6 +101,28 @@ def test_a_poisonous_input_fails_alone() -> None:
     with_fakes(1, body, max_batch=16)
 
 
+def test_inputs_whose_batch_failed_are_run_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no process ends: the memory lasts for fewer, and one input fails by itself."""
+
+    async def body(pool: Pool, fakes: list[FakeChild]) -> None:
+        plain = fakes[0].ask
+
+        async def ask(parts: Sequence[bytes], seconds: float) -> bytes:
+            rows = await plain(parts, seconds)
+            if len(parts) > 8 or b"\7" in parts:
+                raise ChildError("not enough memory")
+            return rows
+
+        monkeypatch.setattr(fakes[0], "ask", ask)
+        answers = await submit_all(pool, range(16))
+        assert isinstance(answers.pop(7), RequestError)
+        assert [row[4] for row in answers] == [i for i in range(16) if i != 7]
+        assert [len(batch) for batch in fakes[0].batches] == [16] + [1] * 16
+        assert pool.restarts == 0
+
+    with_fakes(1, body, max_batch=16)
+
+
 def test_cancelled_inputs_are_not_run() -> None:
     async def body(pool: Pool, fakes: list[FakeChild]) -> None:
         gone = asyncio.ensure_future(pool.submit([b"\1"]))
