@@ -30,12 +30,14 @@ _FAILED = 500
 REQUEST = struct.Struct("<Q")
 #: Bytes that are written at once.
 _CHUNK = 2**18
-#: What a child sees of the server's environment, by how a variable's name begins: where things are, and settings of
-#: compute libraries. Keys and passwords may have any other name.
-_SHOWN = (
-    "PATH", "HOME", "LANG", "LC_", "TZ", "TMP", "TEMP", "SYSTEMROOT", "LD_", "DYLD_", "MALLOC_", "OMP_", "GOMP_",
-    "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_", "NVIDIA_", "HIP_",
-    "ROCR_", "HSA_", "MIOPEN_",
+#: What a child sees of the server's environment: where things are, and settings of compute libraries by how their
+#: names begin. Keys and passwords may have any other name.
+_PLACES = {
+    "PATH", "PATHEXT", "HOME", "HOMEDRIVE", "HOMEPATH", "LANG", "LANGUAGE", "TZ", "TMP", "TMPDIR", "TEMP", "SYSTEMROOT",
+}  # fmt: skip
+_SETTINGS = (
+    "LC_", "LD_", "DYLD_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "TORCH_",
+    "TORCHDYNAMO_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "MIOPEN_",
 )  # fmt: skip
 _PACKAGE = str(Path(__file__).parents[2])
 # Isolated (-I), so that no file of the working folder takes a module's place; then the server's own path. The package's
@@ -88,7 +90,7 @@ class Child:
 
     async def start(self, seconds: float) -> None:
         """Start it; ChildError where it cannot do its work, ended, or said nothing in time."""
-        environment = {key: value for key, value in os.environ.items() if key.upper().startswith(_SHOWN)}
+        environment = {k: v for k, v in os.environ.items() if k in _PLACES or k.startswith(_SETTINGS)}
         self.starts += 1
         try:
             self.process = await asyncio.create_subprocess_exec(

@@ -265,7 +265,9 @@ def test_an_event_loop_without_processes_is_named(monkeypatch: pytest.MonkeyPatc
 def test_a_worker_has_none_of_the_servers_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTGRAD_API_KEY", "k-4711")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "token=k-4711")
-    monkeypatch.setenv("DATABASE_PASSWORD", "k-4711")
+    # Some begin like LANG, HOME, TEMP and TORCH.
+    for name in ("DATABASE_PASSWORD", "LANGCHAIN_API_KEY", "HOMEBREW_GITHUB_API_TOKEN", "TEMPORAL_API_KEY", "TORCHKEY"):
+        monkeypatch.setenv(name, "k-4711")
     monkeypatch.setenv("OMP_DYNAMIC", "FALSE")
 
     async def run() -> bytes:
