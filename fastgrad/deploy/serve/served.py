@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -86,7 +87,8 @@ class Served:
         shutil.copyfile(path, copy)
         # Of the copy, and before anything else reads it: the file itself may change at any time.
         self.digest = digest_of(copy)
-        if pins is not None and self.digest not in Path(pins).read_text("utf-8-sig", "replace").lower().split():
+        pinned = "" if pins is None else re.sub(r"(?m)^\s*#.*", "", Path(pins).read_text("utf-8-sig", "replace"))
+        if pins is not None and self.digest not in pinned.lower().split():
             raise PackageError(f"{path} is not a file that {pins} names: its SHA-256 is {self.digest}")
         try:
             self.description = description = read_description(copy)
