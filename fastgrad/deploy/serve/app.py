@@ -201,14 +201,14 @@ def create_app(
                     raise RequestError(503, "the server is starting or shutting down")
                 content = await readers.answer(request, served.description, served.threshold, run, trace.stage)
                 served.metrics.observe(content)
-                response = JSONResponse(content)
+                response, trace.status = JSONResponse(content), 200
             except RequestError as error:
-                response = refusal(error)
+                response, trace.status = refusal(error), error.status
+            finally:
+                served.metrics.latency.observe(time.perf_counter() - start)
+                served.metrics.requests.labels(str(trace.status)).inc()
             if app.state.draining:
                 response.headers["Connection"] = "close"
-            served.metrics.latency.observe(time.perf_counter() - start)
-            served.metrics.requests.labels(str(response.status_code)).inc()
-            trace.status = response.status_code
             return response
 
     add_status_routes(app, named)

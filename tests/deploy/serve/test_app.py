@@ -109,6 +109,7 @@ def test_every_refusal_names_no_path(tiny_package: Path) -> None:
         call(app, "POST", "/predict", PNG, [image()], sent=sent)
     assert [message["status"] for message in sent if "status" in message] == [500]
     assert sent[-1]["body"] == b'{"detail":"the server failed; its log says why"}'
+    assert 'fastgrad_requests_total{status="500"} 2.0' in the_one(app).metrics.render().decode()
 
 
 def test_key_is_compared_in_constant_time(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
