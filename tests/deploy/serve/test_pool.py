@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from anyio import fail_after
-from serve_client import proc
+from serve_client import proc, wait_for
 from serve_stub import FakeChild
 
 from fastgrad.deploy.file.package import ModelPackage
@@ -260,6 +261,30 @@ def test_an_event_loop_without_processes_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse)
     with pytest.raises(ChildError, match=r"event loop \w+ starts no processes; on Windows ProactorEventLoop does"):
         asyncio.run(run())
+
+
+def test_a_process_ends_with_the_server_however_that_ends() -> None:
+    proc()
+    code = """
+import asyncio, os
+from fastgrad.deploy.serve.child import Child
+async def run():
+    child = Child("fastgrad.deploy.serve.decoder", (100,), most=2**20)
+    await child.start(60)
+    print(child.process.pid, flush=True)
+    os.kill(os.getpid(), 9)
+asyncio.run(run())
+"""
+    pid = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False).stdout)
+
+    def ended() -> bool:
+        try:
+            # It may wait for whoever inherits it to ask for its status.
+            return (proc(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        except OSError:
+            return True
+
+    wait_for(ended)
 
 
 def test_a_worker_has_none_of_the_servers_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
