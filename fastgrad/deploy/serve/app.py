@@ -189,9 +189,8 @@ def create_app(
     @app.post("/predict/{name}", **described)
     async def predict_route(request: Request, name: str | None = None) -> JSONResponse:
         start = time.perf_counter()
-        route = "/predict" if name is None else "/predict/{name}"
         # One version of the file from here to the answer, whatever takes over meanwhile.
-        with named(name).served.in_use() as served, Trace(tracer, route, request.headers) as trace:
+        with named(name).served.in_use() as served, Trace(tracer, request) as trace:
 
             async def run(value: bytes) -> np.ndarray[Any, Any]:
                 return np.frombuffer(await served.pool.submit((value,), lambda n: trace.stage("run", batch_size=n)))

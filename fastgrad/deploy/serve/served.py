@@ -203,8 +203,7 @@ class Model:
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     """What changes with a file; None where there is none at the moment."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+        return status.st_mtime_ns, status.st_size, status.st_ino
+    return None
