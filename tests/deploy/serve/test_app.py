@@ -86,6 +86,7 @@ def test_a_guard_of_one_route_asks_for_the_key_under_every_path() -> None:
         ({"host": "192.168.1.7:80"}, 200),
         ({"host": "[::1]:8000"}, 200),
         ({"host": "Models.Example"}, 200),
+        ({"host": "other.example:8000"}, 200),
         ({"host": "localhost", "origin": "http://evil.example"}, 403),
         ({"host": "localhost:8000", "origin": "http://localhost"}, 403),
         ({"host": "localhost", "origin": "null"}, 403),
@@ -96,7 +97,7 @@ def test_a_guard_of_one_route_asks_for_the_key_under_every_path() -> None:
     ],
 )
 def test_pages_of_other_sites_get_nothing(tiny_package: Path, headers: dict[str, str], status: int) -> None:
-    app = make(tiny_package, allowed_hosts=["models.example"])
+    app = make(tiny_package, allowed_hosts=["models.example", "Other.example:8000"])
     assert post(app, {**PNG, **headers})[0] == status
 
 
