@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from anyio import fail_after
+from anyio import fail_after, move_on_after
 
 Bytes = bytes | bytearray | memoryview
 _log = logging.getLogger("uvicorn.error")
@@ -32,9 +32,7 @@ REQUEST = struct.Struct("<Q")
 _CHUNK = 2**18
 #: What a child sees of the server's environment: where things are, and settings of compute libraries by how their
 #: names begin. Keys and passwords may have any other name.
-_PLACES = {
-    "PATH", "PATHEXT", "HOME", "HOMEDRIVE", "HOMEPATH", "LANG", "LANGUAGE", "TZ", "TMP", "TMPDIR", "TEMP", "SYSTEMROOT",
-}  # fmt: skip
+_PLACES = {"PATH", "PATHEXT", "HOME", "HOMEDRIVE", "HOMEPATH", "LANG", "TZ", "TMP", "TMPDIR", "TEMP", "SYSTEMROOT"}
 _SETTINGS = (
     "LC_", "LD_", "DYLD_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "TORCH_",
     "TORCHDYNAMO_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "MIOPEN_",
@@ -132,7 +130,6 @@ class Child:
         process = self.process
         if process is None or process.stdin is None or process.stdout is None or (parts and not self.alive):
             raise ChildDiedError("its process is not there")
-        done = False
         try:
             with fail_after(seconds):
                 whole = [REQUEST.pack(sum(map(len, parts))), *parts] if parts else []
@@ -148,14 +145,13 @@ class Child:
                 if length > self._most:
                     raise ChildDiedError("its reply is too long")
                 reply = await process.stdout.readexactly(length)
-            done = True
-        except TimeoutError:
-            raise ChildTimeoutError(f"no answer within {seconds:g} s") from None
-        except (EOFError, OSError):
-            raise ChildDiedError("its process ended") from None
-        finally:
-            if not done:
-                self.kill()
+        except BaseException as error:
+            self.kill()
+            if isinstance(error, TimeoutError):
+                raise ChildTimeoutError(f"no answer within {seconds:g} s") from None
+            if isinstance(error, EOFError | OSError):
+                raise ChildDiedError("its process ended") from None
+            raise
         if status:
             reason = reply.decode("utf-8", "replace")
             raise ChildError(reason) if status == _FAILED else RequestError(status, reason)
@@ -177,12 +173,10 @@ class Child:
             return
         if self.process.stdin is not None:
             self.process.stdin.close()
-        try:
-            with fail_after(patience):
-                await self.process.wait()
-        except TimeoutError:
-            self.kill()
+        with move_on_after(patience):
             await self.process.wait()
+        self.kill()
+        await self.process.wait()
 
 
 def ignore_signals(*names: str) -> None:

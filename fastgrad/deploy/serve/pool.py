@@ -69,8 +69,7 @@ class Pool:
         except BaseException:
             await self.close()
             raise
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._serve(worker)) for worker in self.workers]
+        self._tasks = [asyncio.create_task(self._serve(worker)) for worker in self.workers]
 
     async def submit(self, parts: Sequence[Bytes], on_run: Callable[[int], None] = lambda size: None) -> bytes:
         """Have one input answered, which the parts make together. Cancelling it takes it out of the queue.

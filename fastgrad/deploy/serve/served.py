@@ -192,7 +192,7 @@ class Model:
         old, self.served = self.served, fresh
         self.reloads += 1
         _log.info("model %s: %s has changed and was loaded", self.name, self.path)
-        task = asyncio.get_running_loop().create_task(old.retire())
+        task = asyncio.create_task(old.retire())
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 

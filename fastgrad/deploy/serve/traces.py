@@ -29,7 +29,6 @@ class Trace:
             from opentelemetry import propagate, trace
 
             below = trace.get_current_span().get_span_context().is_valid
-            # Of all models the same.
             route: str = self._request.scope["route"].path
             self._span = self._tracer.start_span(
                 f"POST {route}",
