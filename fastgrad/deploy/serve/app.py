@@ -189,9 +189,8 @@ def create_app(
     @app.post("/predict/{name}", **described)
     async def predict_route(request: Request, name: str | None = None) -> JSONResponse:
         start = time.perf_counter()
-        route = "/predict" if name is None else "/predict/{name}"
         # One version of the file from here to the answer, whatever takes over meanwhile.
-        with named(name).served.in_use() as served, Trace(tracer, route, request.headers) as trace:
+        with named(name).served.in_use() as served, Trace(tracer, request) as trace:
 
             async def run(value: bytes) -> np.ndarray[Any, Any]:
                 return np.frombuffer(await served.pool.submit((value,), lambda n: trace.stage("run", batch_size=n)))
@@ -201,14 +200,14 @@ def create_app(
                     raise RequestError(503, "the server is starting or shutting down")
                 content = await readers.answer(request, served.description, served.threshold, run, trace.stage)
                 served.metrics.observe(content)
-                response = JSONResponse(content)
+                response, trace.status = JSONResponse(content), 200
             except RequestError as error:
-                response = refusal(error)
+                response, trace.status = refusal(error), error.status
+            finally:
+                served.metrics.latency.observe(time.perf_counter() - start)
+                served.metrics.requests.labels(str(trace.status)).inc()
             if app.state.draining:
                 response.headers["Connection"] = "close"
-            served.metrics.latency.observe(time.perf_counter() - start)
-            served.metrics.requests.labels(str(response.status_code)).inc()
-            trace.status = response.status_code
             return response
 
     add_status_routes(app, named)

@@ -103,8 +103,7 @@ async def read_body(request: Request, limits: Limits, hold: Callable[[int], None
 class Readers(Pool):
     """Has requests answered within the limits. Processes turn bodies into inputs, and are killed if it takes too long.
 
-    Attributes:
-        active: requests in progress whose body is there.
+    ``active`` counts the requests in progress whose body is there.
     """
 
     def __init__(self, count: int, limits: Limits) -> None:

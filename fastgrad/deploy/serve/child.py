@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import struct
@@ -18,9 +19,10 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from anyio import fail_after
+from anyio import fail_after, move_on_after
 
 Bytes = bytes | bytearray | memoryview
+_log = logging.getLogger("uvicorn.error")
 #: Of a reply: a status, 0 for what was asked for, and the number of bytes that follow.
 REPLY = struct.Struct("<HQ")
 #: The status of what the server's log gets to read, and not the client.
@@ -28,12 +30,12 @@ _FAILED = 500
 REQUEST = struct.Struct("<Q")
 #: Bytes that are written at once.
 _CHUNK = 2**18
-#: What a child sees of the server's environment, by how a variable's name begins: where things are, and settings of
-#: compute libraries. Keys and passwords may have any other name.
-_SHOWN = (
-    "PATH", "HOME", "LANG", "LC_", "TZ", "TMP", "TEMP", "SYSTEMROOT", "LD_", "DYLD_", "MALLOC_", "OMP_", "GOMP_",
-    "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_", "NVIDIA_", "HIP_",
-    "ROCR_", "HSA_", "MIOPEN_",
+#: What a child sees of the server's environment: where things are, and settings of compute libraries by how their
+#: names begin. Keys and passwords may have any other name.
+_PLACES = {"PATH", "PATHEXT", "HOME", "HOMEDRIVE", "HOMEPATH", "LANG", "TZ", "TMP", "TMPDIR", "TEMP", "SYSTEMROOT"}
+_SETTINGS = (
+    "LC_", "LD_", "DYLD_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "TORCH_",
+    "TORCHDYNAMO_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "MIOPEN_",
 )  # fmt: skip
 _PACKAGE = str(Path(__file__).parents[2])
 # Isolated (-I), so that no file of the working folder takes a module's place; then the server's own path. The package's
@@ -86,7 +88,7 @@ class Child:
 
     async def start(self, seconds: float) -> None:
         """Start it; ChildError where it cannot do its work, ended, or said nothing in time."""
-        environment = {key: value for key, value in os.environ.items() if key.upper().startswith(_SHOWN)}
+        environment = {k: v for k, v in os.environ.items() if k in _PLACES or k.startswith(_SETTINGS)}
         self.starts += 1
         try:
             self.process = await asyncio.create_subprocess_exec(
@@ -111,8 +113,10 @@ class Child:
         pause = 0.1
         while True:
             await self.stop(0.0)
-            with contextlib.suppress(ChildError, OSError):
+            try:
                 return await self.start(seconds)
+            except (ChildError, OSError) as error:
+                _log.warning("a process cannot be started: %s; it is tried again", error)
             # Memory may be short for a moment.
             await asyncio.sleep(pause)
             pause = min(2 * pause, 5.0)
@@ -126,7 +130,6 @@ class Child:
         process = self.process
         if process is None or process.stdin is None or process.stdout is None or (parts and not self.alive):
             raise ChildDiedError("its process is not there")
-        done = False
         try:
             with fail_after(seconds):
                 whole = [REQUEST.pack(sum(map(len, parts))), *parts] if parts else []
@@ -142,14 +145,13 @@ class Child:
                 if length > self._most:
                     raise ChildDiedError("its reply is too long")
                 reply = await process.stdout.readexactly(length)
-            done = True
-        except TimeoutError:
-            raise ChildTimeoutError(f"no answer within {seconds:g} s") from None
-        except (EOFError, OSError):
-            raise ChildDiedError("its process ended") from None
-        finally:
-            if not done:
-                self.kill()
+        except BaseException as error:
+            self.kill()
+            if isinstance(error, TimeoutError):
+                raise ChildTimeoutError(f"no answer within {seconds:g} s") from None
+            if isinstance(error, EOFError | OSError):
+                raise ChildDiedError("its process ended") from None
+            raise
         if status:
             reason = reply.decode("utf-8", "replace")
             raise ChildError(reason) if status == _FAILED else RequestError(status, reason)
@@ -171,12 +173,10 @@ class Child:
             return
         if self.process.stdin is not None:
             self.process.stdin.close()
-        try:
-            with fail_after(patience):
-                await self.process.wait()
-        except TimeoutError:
-            self.kill()
+        with move_on_after(patience):
             await self.process.wait()
+        self.kill()
+        await self.process.wait()
 
 
 def ignore_signals(*names: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -31,6 +32,8 @@ def start(max_pixels: int) -> Callable[[bytearray], bytes]:
 
     PIL.Image.preinit()
     _limit_memory()
+    # Forms and images are told of in the answer; each part of a form could write a line.
+    logging.disable()
 
     def answer(request: bytearray) -> bytes:
         try:
@@ -119,7 +122,8 @@ def _json_input(body: bytes, shape: tuple[int, ...], dtype: str) -> bytes:
     if any(body.count(sign) > most for sign in (b",", b"[", b"{", b":")):
         raise RequestError(422, f"{expected}; there were more")
     try:
-        content = json.loads(body, parse_constant=refuse)
+        # By the byte, or json would take UTF-16 too, in which no word below is found.
+        content = json.loads(body.decode("utf-8-sig"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise RequestError(400, f"the body is not valid JSON: {reason[:200]}") from None

@@ -23,6 +23,7 @@ with extra("serve"):
 OPEN = ("/", "/health", "/ready")
 #: Seconds between two lines of the log about refused keys.
 _QUIET = 10.0
+_PORT = re.compile(r":\d*$")
 _log = logging.getLogger("uvicorn.error")
 
 
@@ -48,7 +49,7 @@ class Guard:
         if not isinstance(hosts, Collection) or isinstance(hosts, str) or not all(isinstance(h, str) for h in hosts):
             raise ValueError(f"allowed_hosts must be a list of names; it was {hosts!r}")
         self._digest = None if key is None else hashlib.sha256(key.encode()).digest()
-        self._hosts = {"localhost", *(host.lower() for host in hosts)}
+        self._hosts = {"localhost", *(_PORT.sub("", host.lower()) for host in hosts)}
         self._wrong, self._quiet_until = 0, 0.0
 
     def middleware(self, app: ASGIApp, refused: Callable[[int], None]) -> ASGIApp:
@@ -70,7 +71,7 @@ class Guard:
         """Look at the headers of one request, which needs no key on some paths; RequestError 400, 401 or 403."""
         headers = Headers(scope=scope)
         host = headers.get("host", "localhost").lower()
-        name = re.sub(r":\d*$", "", host)
+        name = _PORT.sub("", host)
         if name not in self._hosts and address_of(name) is None:
             raise RequestError(400, "the server does not answer under this Host; name it with --allowed-host")
         origin = headers.get("origin")

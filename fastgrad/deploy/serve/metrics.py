@@ -33,7 +33,7 @@ class Metrics:
     ) -> None:
         own: dict[str, Any] = {"namespace": "fastgrad", "registry": CollectorRegistry()}
         self._own = own
-        self._recent: deque[bool] = deque(maxlen=RECENT)
+        self._recent = recent = deque[bool](maxlen=RECENT)
         self.requests = Counter("requests", "Answers of /predict and refused access by HTTP status", ["status"], **own)
         self.predictions = Counter("predictions", "Predictions by reliability", ["reliable"], **own)
         text = "Time from a request's headers to its answer"
@@ -42,7 +42,8 @@ class Metrics:
         reference, gauge = description.score_reference(), self.gauge
         scores = _buckets(reference)
         self.uncertainty = Histogram("uncertainty", "Uncertainty of predictions", buckets=scores, **own)
-        gauge("share_flagged", f"Share called unreliable among the last {RECENT} predictions", self._share)
+        text = f"Share called unreliable among the last {RECENT} predictions"
+        gauge("share_flagged", text, lambda: sum(recent) / max(1, len(recent)))
         if false_alarm_rate is not None:
             gauge("expected_share_flagged", "That share on in-distribution inputs", lambda: false_alarm_rate)
         self.monitor: DriftMonitor | None = None
@@ -71,9 +72,6 @@ class Metrics:
     def render(self) -> bytes:
         """The text that Prometheus reads."""
         return bytes(generate_latest(self._own["registry"]))
-
-    def _share(self) -> float:
-        return sum(self._recent) / len(self._recent) if self._recent else 0.0
 
 
 def _buckets(reference: ScoreReference | None) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
 """Processes behind one queue: batches form while they are busy, and one that is killed loses nothing.
 
-What a dead process held is run again, each input alone: one that kills its process takes no other with it.
+What a dead process held is run again, each input alone, as is a batch that failed: no input takes another with it.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ class Pool:
         except BaseException:
             await self.close()
             raise
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._serve(worker)) for worker in self.workers]
+        self._tasks = [asyncio.create_task(self._serve(worker)) for worker in self.workers]
 
     async def submit(self, parts: Sequence[Bytes], on_run: Callable[[int], None] = lambda size: None) -> bytes:
         """Have one input answered, which the parts make together. Cancelling it takes it out of the queue.
@@ -131,25 +130,22 @@ class Pool:
             for item in batch:
                 item.on_run(len(batch))
             reply = await worker.ask([part for item in batch for part in item.parts], self.hang_timeout)
-        except ChildDiedError as error:
-            _log.warning("a process is replaced: %s", error)
-            self._give_back(batch, error)
-        except RequestError as error:
-            for item in batch:
-                _settle(item, error)
         except Exception as error:
-            _log.exception("a batch of %d failed", len(batch), exc_info=error)
-            for item in batch:
-                _settle(item, RequestError(500, "the server failed on this input; its log says why"))
+            if isinstance(error, ChildDiedError):
+                _log.warning("a process is replaced: %s", error)
+            elif not isinstance(error, RequestError):
+                _log.exception("a batch of %d failed", len(batch), exc_info=error)
+                error = RequestError(500, "the server failed on this input; its log says why")
+            self._give_back(batch, error)
         else:
             size = len(reply) // len(batch)
             for number, item in enumerate(batch):
                 _settle(item, reply[number * size : (number + 1) * size])
 
-    def _give_back(self, batch: list[_Item], error: ChildDiedError) -> None:
+    def _give_back(self, batch: list[_Item], error: RequestError | ChildDiedError) -> None:
         for item in reversed(batch):
             item.attempts += 1
-            if len(batch) == 1 and isinstance(error, ChildTimeoutError):
+            if len(batch) == 1 and isinstance(error, RequestError | ChildTimeoutError):
                 _settle(item, error)
             elif item.attempts >= MAX_ATTEMPTS:
                 _settle(item, ChildDiedError(f"its process ended {item.attempts} times"))

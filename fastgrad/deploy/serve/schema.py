@@ -39,7 +39,7 @@ class Refusal(BaseModel):
 
 
 class Status(BaseModel):
-    """Whether to send requests here; or why this one was refused."""
+    """Whether to send requests here."""
 
     ready: bool
 

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -86,7 +87,8 @@ class Served:
         shutil.copyfile(path, copy)
         # Of the copy, and before anything else reads it: the file itself may change at any time.
         self.digest = digest_of(copy)
-        if pins is not None and self.digest not in Path(pins).read_text("utf-8-sig", "replace").lower().split():
+        pinned = "" if pins is None else re.sub(r"(?m)^\s*#.*", "", Path(pins).read_text("utf-8-sig", "replace"))
+        if pins is not None and self.digest not in pinned.lower().split():
             raise PackageError(f"{path} is not a file that {pins} names: its SHA-256 is {self.digest}")
         try:
             self.description = description = read_description(copy)
@@ -190,7 +192,7 @@ class Model:
         old, self.served = self.served, fresh
         self.reloads += 1
         _log.info("model %s: %s has changed and was loaded", self.name, self.path)
-        task = asyncio.get_running_loop().create_task(old.retire())
+        task = asyncio.create_task(old.retire())
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
@@ -201,8 +203,7 @@ class Model:
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     """What changes with a file; None where there is none at the moment."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+        return status.st_mtime_ns, status.st_size, status.st_ino
+    return None

@@ -79,6 +79,10 @@ class Protocol(H11Protocol):
         else:
             self._since, self.headless = now, None
 
+    def _should_upgrade(self) -> bool:
+        """Never, and without uvicorn's two lines in the log."""
+        return False
+
 
 class Server(uvicorn.Server):
     """Serves an application of `create_app` until SIGINT or SIGTERM."""

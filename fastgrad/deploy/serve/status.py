@@ -12,7 +12,7 @@ from fastgrad.deploy.serve.schema import Status, refusals
 from fastgrad.deploy.serve.served import Model
 
 with extra("serve"):
-    from fastapi import FastAPI, Query, Request
+    from fastapi import FastAPI, Query
     from fastapi.responses import JSONResponse, Response
 
 _log = logging.getLogger("uvicorn.error")
@@ -20,7 +20,7 @@ _log = logging.getLogger("uvicorn.error")
 
 def add_status_routes(app: FastAPI, named: Callable[[str | None], Model]) -> None:
     """Add the routes; ``named`` gives the model of a name, or the first."""
-    models, readers = app.state.models, app.state.readers
+    state, models, readers = app.state, app.state.models, app.state.readers
 
     @app.get("/health", summary="Whether the process lives", responses=refusals())
     async def health() -> dict[str, str]:
@@ -31,8 +31,7 @@ def add_status_routes(app: FastAPI, named: Callable[[str | None], Model]) -> Non
         summary="Whether to send requests here",
         responses={200: {"model": Status}, 503: {"model": Status}, **refusals()},
     )
-    async def ready(request: Request) -> JSONResponse:
-        state = request.app.state
+    async def ready() -> JSONResponse:
         loaded = all(model.served.pool.ready for model in models.values())
         fine = state.ready and not state.draining and loaded and readers.active < readers.limits.queue
         return JSONResponse({"ready": fine}, 200 if fine else 503)

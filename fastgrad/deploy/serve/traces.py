@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastgrad.checks import extra
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer, TracerProvider
+    from starlette.requests import Request
 
 
 class Trace:
-    """Of one request to ``route``, while it lasts; without a tracer there are no spans.
+    """Of one request, while it lasts; without a tracer there are no spans.
 
-    Its span is below the one that the web framework has begun, or the caller's, as ``traceparent`` (W3C) among its
-    ``headers`` says.
+    Its span is below the one that the web framework has begun, or the caller's, as its ``traceparent`` (W3C) says.
     """
 
-    def __init__(self, tracer: Tracer | None, route: str, headers: Mapping[str, str]) -> None:
-        self._tracer, self._route, self._headers = tracer, route, headers
+    def __init__(self, tracer: Tracer | None, request: Request) -> None:
+        self._tracer, self._request = tracer, request
         #: Of the answer; unless it is set, there was none.
         self.status = 500
         self._span: Any = None
@@ -30,11 +29,12 @@ class Trace:
             from opentelemetry import propagate, trace
 
             below = trace.get_current_span().get_span_context().is_valid
+            route: str = self._request.scope["route"].path
             self._span = self._tracer.start_span(
-                f"POST {self._route}",
-                context=None if below else propagate.extract(self._headers),
+                f"POST {route}",
+                context=None if below else propagate.extract(self._request.headers),
                 kind=trace.SpanKind.INTERNAL if below else trace.SpanKind.SERVER,
-                attributes={"http.request.method": "POST", "http.route": self._route},
+                attributes={"http.request.method": "POST", "http.route": route},
             )
             self._context = trace.set_span_in_context(self._span)
         return self

@@ -17,7 +17,7 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("PIL")
 
 from deploy_models import write_archive
-from serve_client import acall, call, image
+from serve_client import acall, call, image, unhurried
 from serve_stub import PNG, make, stub, the_one
 
 from fastgrad.deploy.file.package import Description, PackageError
@@ -86,6 +86,7 @@ def test_a_guard_of_one_route_asks_for_the_key_under_every_path() -> None:
         ({"host": "192.168.1.7:80"}, 200),
         ({"host": "[::1]:8000"}, 200),
         ({"host": "Models.Example"}, 200),
+        ({"host": "other.example:8000"}, 200),
         ({"host": "localhost", "origin": "http://evil.example"}, 403),
         ({"host": "localhost:8000", "origin": "http://localhost"}, 403),
         ({"host": "localhost", "origin": "null"}, 403),
@@ -96,7 +97,7 @@ def test_a_guard_of_one_route_asks_for_the_key_under_every_path() -> None:
     ],
 )
 def test_pages_of_other_sites_get_nothing(tiny_package: Path, headers: dict[str, str], status: int) -> None:
-    app = make(tiny_package, allowed_hosts=["models.example"])
+    app = make(tiny_package, allowed_hosts=["models.example", "Other.example:8000"])
     assert post(app, {**PNG, **headers})[0] == status
 
 
@@ -109,6 +110,7 @@ def test_every_refusal_names_no_path(tiny_package: Path) -> None:
         call(app, "POST", "/predict", PNG, [image()], sent=sent)
     assert [message["status"] for message in sent if "status" in message] == [500]
     assert sent[-1]["body"] == b'{"detail":"the server failed; its log says why"}'
+    assert 'fastgrad_requests_total{status="500"} 2.0' in the_one(app).metrics.render().decode()
 
 
 def test_key_is_compared_in_constant_time(tiny_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +152,7 @@ def test_bodies_of_all_requests_together_are_bounded(tiny_package: Path) -> None
         answers = [acall(app, "POST", "/predict", PNG, body, pause=0.05) for body in bodies]
         return [status for status, _, _ in await asyncio.gather(*answers)]
 
-    assert sorted(asyncio.run(both())) == [200, 400, 503]
+    assert sorted(unhurried(both())) == [200, 400, 503]
     assert post(app)[0] == 200
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from anyio import fail_after
-from serve_client import proc
+from serve_client import proc, wait_for
 from serve_stub import FakeChild
 
 from fastgrad.deploy.file.package import ModelPackage
@@ -97,6 +98,28 @@ def test_a_poisonous_input_fails_alone() -> None:
                 assert answer[4] == i
         # After the first death it was run alone.
         assert [batch for batch in fakes[0].batches if 7 in batch][1:] == [[7]] * (MAX_ATTEMPTS - 1)
+
+    with_fakes(1, body, max_batch=16)
+
+
+def test_inputs_whose_batch_failed_are_run_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no process ends: the memory lasts for fewer, and one input fails by itself."""
+
+    async def body(pool: Pool, fakes: list[FakeChild]) -> None:
+        plain = fakes[0].ask
+
+        async def ask(parts: Sequence[bytes], seconds: float) -> bytes:
+            rows = await plain(parts, seconds)
+            if len(parts) > 8 or b"\7" in parts:
+                raise ChildError("not enough memory")
+            return rows
+
+        monkeypatch.setattr(fakes[0], "ask", ask)
+        answers = await submit_all(pool, range(16))
+        assert isinstance(answers.pop(7), RequestError)
+        assert [row[4] for row in answers] == [i for i in range(16) if i != 7]
+        assert [len(batch) for batch in fakes[0].batches] == [16] + [1] * 16
+        assert pool.restarts == 0
 
     with_fakes(1, body, max_batch=16)
 
@@ -187,6 +210,21 @@ def test_a_model_that_cannot_be_loaded_or_takes_too_long(tmp_path: Path) -> None
     asyncio.run(run())
 
 
+def test_a_process_that_cannot_be_started_again_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        child = Child("no_such_module", (), most=2**20)
+        restarting = asyncio.ensure_future(child.restart(60.0))
+        with fail_after(60):
+            while child.starts < 2:
+                await asyncio.sleep(0.01)
+        restarting.cancel()
+        await asyncio.gather(restarting, return_exceptions=True)
+        await child.stop()
+
+    asyncio.run(run())
+    assert "a process cannot be started: No module named 'no_such_module'; it is tried again" in caplog.text
+
+
 def test_a_process_is_ended_where_there_is_no_such_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows, which ends it by any other, and denies that to one that has just ended."""
     sent: list[int] = []
@@ -225,10 +263,36 @@ def test_an_event_loop_without_processes_is_named(monkeypatch: pytest.MonkeyPatc
         asyncio.run(run())
 
 
+def test_a_process_ends_with_the_server_however_that_ends() -> None:
+    proc()
+    code = """
+import asyncio, os
+from fastgrad.deploy.serve.child import Child
+async def run():
+    child = Child("fastgrad.deploy.serve.decoder", (100,), most=2**20)
+    await child.start(60)
+    print(child.process.pid, flush=True)
+    os.kill(os.getpid(), 9)
+asyncio.run(run())
+"""
+    pid = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False).stdout)
+
+    def ended() -> bool:
+        try:
+            # It may wait for whoever inherits it to ask for its status.
+            return (proc(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        except OSError:
+            return True
+
+    wait_for(ended)
+
+
 def test_a_worker_has_none_of_the_servers_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTGRAD_API_KEY", "k-4711")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "token=k-4711")
-    monkeypatch.setenv("DATABASE_PASSWORD", "k-4711")
+    # Some begin like LANG, HOME, TEMP and TORCH.
+    for name in ("DATABASE_PASSWORD", "LANGCHAIN_API_KEY", "HOMEBREW_GITHUB_API_TOKEN", "TEMPORAL_API_KEY", "TORCHKEY"):
+        monkeypatch.setenv(name, "k-4711")
     monkeypatch.setenv("OMP_DYNAMIC", "FALSE")
 
     async def run() -> bytes:

@@ -114,6 +114,7 @@ BAD = {
     "text inside": (nested('"a"'), "application/json", 422, "something else"),
     "null inside": (nested("null"), "application/json", 422, "something else"),
     "truth inside": (nested("true"), "application/json", 422, "something else"),
+    "UTF-16": (nested("true").encode("utf-16"), "application/json", 400, "not valid JSON: 'utf-8'"),
     "NaN": (nested("NaN"), "application/json", 422, "finite"),
     "infinity": (nested("-Infinity"), "application/json", 422, "finite"),
     "beyond float64": (nested("1e999"), "application/json", 422, "finite"),
@@ -136,6 +137,14 @@ def test_bad_input_is_refused_with_a_reason(served: Any, name: str) -> None:
     assert "Traceback" not in answer["detail"]
     assert len(answer["detail"]) < 400
     assert served.predict(image(), "image/png")[0] == 200
+
+
+def test_no_request_fills_the_log(served: Any) -> None:
+    part = b'--f\r\nContent-Disposition: form-data; name="a"\r\nContent-Transfer-Encoding: zip\r\n\r\nx\r\n'
+    before = served.server.log
+    assert served.predict(part * 100 + b"--f--\r\n", "multipart/form-data; boundary=f")[0] == 422
+    assert served.server.request("GET", "/health", headers={"Connection": "Upgrade", "Upgrade": "websocket"})[0] == 200
+    assert served.server.log == before
 
 
 def test_wrong_method_and_path(served: Any) -> None:

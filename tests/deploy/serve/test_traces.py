@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.server
 import itertools
@@ -19,7 +20,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from python_process import run_python
-from serve_client import call, image, running
+from serve_client import acall, image, running
 from serve_stub import PNG, make, the_one
 
 from fastgrad.deploy.serve.child import ChildDiedError
@@ -42,7 +43,7 @@ def traced(package: Path, **options: Any) -> tuple[Any, InMemorySpanExporter]:
 
 
 def request(app: Any, headers: dict[str, str] = PNG, body: bytes = image()) -> int:
-    return call(app, "POST", "/predict", headers, [body])[0]
+    return asyncio.run(acall(app, "POST", "/predict", headers, [body]))[0]
 
 
 def spans(found: InMemorySpanExporter) -> tuple[ReadableSpan, list[ReadableSpan]]:
