@@ -121,13 +121,14 @@ def operator(name: str, eager: Callable[..., _T], fake: Callable[..., _T]) -> Ca
         ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[: len(ctx.others)]
+        wanted, again = ctx.needs_input_grad[: len(ctx.others)], torch.is_grad_enabled()
         inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        inputs = [x.detach().requires_grad_() if want else x for x, want in zip(inputs, wanted, strict=True)]
-        sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
         with torch.enable_grad():
+            # One argument may depend on another, or be the same tensor: the derivative is by views of each.
+            inputs = [x.view_as(x) if want else x for x, want in zip(inputs, wanted, strict=True)]
             outputs: Any = eager(*inputs)
-        gradients = iter(torch.autograd.grad(outputs, sources, grads, allow_unused=True))
+        sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        gradients = iter(torch.autograd.grad(outputs, sources, grads, create_graph=again, allow_unused=True))
         return tuple(next(gradients) if want else None for want in wanted)
 
     torch.library.define(qualified, torch.library.infer_schema(eager, mutates_args=()))

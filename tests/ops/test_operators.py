@@ -58,7 +58,7 @@ def test_opcheck_eager(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "loss"), list(itertools.product(NAMES, LOSSES)))
-def test_triton_equals_eager_and_so_do_the_gradients(name: str, loss: str, device: torch.device) -> None:
+def test_triton_equals_eager_and_so_do_its_derivatives(name: str, loss: str, device: torch.device) -> None:
     inputs = arguments(name, device, True, loss)
     leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     results = []
@@ -67,11 +67,24 @@ def test_triton_equals_eager_and_so_do_the_gradients(name: str, loss: str, devic
         outs = out if isinstance(out, tuple) else (out,)
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(o.shape, generator=generator).to(device) for o in outs]
-        grads = torch.autograd.grad(outs, leaves, weights)
-        results.append([*outs, *grads])
+        grads = torch.autograd.grad(outs, leaves, weights, create_graph=True)
+        # As a penalty on gradients has them.
+        second = torch.autograd.grad([grad.tanh().sum() for grad in grads], leaves)
+        results.append([*outs, *grads, *second])
     for eager, triton in zip(*results, strict=True):
         # Two orders of summation of a dozen float32 terms.
         torch.testing.assert_close(triton, eager, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_derivatives_where_one_argument_depends_on_another(same: bool, device: torch.device) -> None:
+    x = torch.randn(3, 5, device=device, requires_grad=True)
+    results = []
+    for impl in ("eager", "triton"):
+        out = last_layer.contrast_sqnorm(x, x if same else x.sin(), "cross_entropy", True, True, False, impl)
+        (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        results.append([grad, *torch.autograd.grad(grad.tanh().sum(), x)])
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
 
 
 def test_a_gpu_before_ampere_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
