@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastgrad._torch import is_transformed
+from fastgrad._torch import is_traced, is_transformed
 from fastgrad.checks import KERNEL_DTYPES, one_of
 
 _T = TypeVar("_T")
@@ -62,9 +62,13 @@ def choose(impl: str, tensor: torch.Tensor) -> str:
     one_of("impl", impl, IMPLEMENTATIONS)
     if impl == "eager" or (impl == "auto" and tensor.device.type != "cuda"):
         return "eager"
-    # To torch.func the derivative of an operator of ours is none.
-    if impl == "auto" and not torch.compiler.is_compiling() and is_transformed():
-        return "eager"
+    if impl == "auto":
+        # Files and recorded graphs hold PyTorch's operators alone: they run without this package.
+        if torch.compiler.is_exporting():
+            return "eager"
+        # To torch.func the derivative of an operator of ours is none.
+        if not torch.compiler.is_compiling() and (is_transformed() or (is_traced() and not opaque.get())):
+            return "eager"
     refusal = triton_refusal(tensor.device, tensor.dtype)
     if refusal is None:
         return "triton"
@@ -83,6 +87,8 @@ def bind_contextvar(variable: ContextVar[_T], value: _T) -> Iterator[None]:
         variable.reset(token)
 
 
+#: Whether a graph recorded inside is compiled and run in this process, where operators of ours may be its nodes.
+opaque: ContextVar[bool] = ContextVar("fastgrad_opaque", default=False)
 #: The ``impl`` that layer rules hand to operators; bound where rules run, as a device's backward pass has its threads.
 implementation: ContextVar[str] = ContextVar("fastgrad_impl", default="auto")
 

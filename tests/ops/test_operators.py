@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
+import fastgrad
 from fastgrad.losses import LOSSES
 from fastgrad.ops import last_layer
+from fastgrad.ops.conv.sqnorm import conv_sqnorm, linear_sqnorm, opaque_ops
 from fastgrad.ops.dispatch import choose, triton_refusal
 
 OPS = torch.ops.fastgrad
@@ -105,6 +109,26 @@ def test_what_torch_func_transforms_is_left_to_torch(monkeypatch: pytest.MonkeyP
     found = []
     torch.func.grad(lambda x: (found.append(choose("auto", tensor)), x)[1])(torch.ones(()))
     assert [*found, choose("auto", tensor)] == ["eager", "triton"]
+
+
+def test_a_graph_that_leaves_the_process_holds_no_operator_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    class Norms(torch.nn.Module):
+        def forward(self, h: torch.Tensor, z: torch.Tensor, a: torch.Tensor) -> Any:
+            layers = conv_sqnorm(a, a, (3,), (1,), (1,), (1,), 1), linear_sqnorm(a, a)
+            given = fastgrad.contrast_sqnorm(h, z), fastgrad.target_sqnorm(h, z, "ones")
+            return layers, given, fastgrad.linear_contrast_sqnorm(h, z), fastgrad.linear_contrast_stats(h, z)
+
+    with FakeTensorMode():
+        inputs = [torch.empty(shape, device="cuda") for shape in ((4, 4), (4, 4), (2, 3, 5))]
+        recorded = make_fx(Norms())(*inputs)
+        with opaque_ops():
+            compiled = make_fx(Norms())(*inputs)
+        exported = torch.export.export(Norms(), tuple(inputs)).graph_module
+    found = [{str(node.target) for node in graph.graph.nodes} for graph in (recorded, compiled, exported)]
+    assert [sum(target.startswith("fastgrad") for target in targets) for targets in found] == [0, 6, 0]
 
 
 def test_shape_contract_refuses_what_does_not_fit() -> None:
