@@ -129,12 +129,12 @@ def operator(name: str, eager: Callable[..., _T], fake: Callable[..., _T]) -> Ca
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wanted, again = ctx.needs_input_grad[: len(ctx.others)], torch.is_grad_enabled()
         inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        with torch.enable_grad():
+        with torch.enable_grad(), full_precision(inputs[0].device):
             # One argument may depend on another, or be the same tensor: the derivative is by views of each.
             inputs = [x.view_as(x) if want else x for x, want in zip(inputs, wanted, strict=True)]
+            sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
             outputs: Any = eager(*inputs)
-        sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
-        gradients = iter(torch.autograd.grad(outputs, sources, grads, create_graph=again, allow_unused=True))
+            gradients = iter(torch.autograd.grad(outputs, sources, grads, create_graph=again, allow_unused=True))
         return tuple(next(gradients) if want else None for want in wanted)
 
     torch.library.define(qualified, torch.library.infer_schema(eager, mutates_args=()))

@@ -91,6 +91,16 @@ def test_derivatives_where_one_argument_depends_on_another(same: bool, device: t
     torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
 
 
+def test_a_backward_pass_under_autocast_keeps_its_digits(device: torch.device) -> None:
+    inputs = arguments("linear_contrast_sqnorm", device, True, "cross_entropy")
+    results = []
+    for enabled in (False, True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            logits, norms = last_layer.linear_contrast_sqnorm(*inputs, "triton")
+            results.append(torch.autograd.grad(logits.sum() + norms.sum(), inputs[:3]))
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
+
+
 def test_a_gpu_before_ampere_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
