@@ -1,7 +1,4 @@
-"""What is compiled: one call of a launcher for every shape that `tune` treats differently.
-
-To add a kernel, add its calls to ``cases()`` and mark the most telling one ``quick``.
-"""
+"""What is compiled: one call of a launcher for every shape that `tune` treats differently."""
 
 from __future__ import annotations
 
@@ -117,6 +114,9 @@ def cases(make: Make = meta) -> Iterator[Case]:
         yield head(32, 1000, 2048, SINGLE, loss)
         yield head(1024, 1000, 2048, SINGLE, loss)
         yield head(32, 1000, 2048, HALF, loss, log=True)
+        # Rows of logits that are no whole 16 bytes.
+        yield head(1024, 50257, 768, HALF, loss, wide=False)
+        yield head(32, 1001, 768, HALF, loss, log=True, wide=False)
         yield statistics(8, 128256, 4096, HALF, loss)
         yield statistics(1024, 128256, 4096, HALF, loss, quick=loss == "bce")
         yield statistics(256, 32000, 4096, SINGLE, loss)

@@ -157,13 +157,16 @@ def _parts(parts: int, block_m: int, warps: int) -> int:
 def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
     """Choose for features ``(B, D)`` and weight ``(N, D)``."""
     block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
+    # Logits of rows that are no whole 16 bytes are stored in parts, each from an address of its own.
+    parted = N * dtype.itemsize % 16 != 0
+    block_n = max(16, block_n // 2) if parted else block_n
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
     # One program converts some 64 thousand logits in a few microseconds; more of them are shared out.
     shared = block_m * N > 1 << 16
     # Rows that are finished together, and columns a step such that neither the product's operands nor the step's
     # values leave the registers.
     rows = 1 if shared else block_m
-    block_f = (512 if rows == 1 or 90 <= arch.version < 100 else 256) * warps // rows
+    block_f = (512 if rows == 1 or (90 <= arch.version < 100 and not parted) else 256) * warps // rows
     block_f = max(16, min(power_of_two(N), block_f))
     chunks = min(cdiv(N, block_f), cdiv(2 * arch.processors, max(B, 1))) if shared else 0
     parts = _parts(tiles_n, rows, warps)

@@ -64,3 +64,10 @@ def test_a_serving_batch_fills_the_device() -> None:
         for B in (1, 32):
             config = tune.linear_contrast(B, 32_000, 4096, torch.bfloat16, arch)
             assert tune.cdiv(32_000, config.block_n) >= arch.processors
+
+
+def test_rows_of_logits_that_are_no_whole_16_bytes_have_smaller_tiles() -> None:
+    """With the others', the compiled kernels spill: see `bench.gpu.compile_cases`."""
+    for arch in tune.KNOWN_ARCHITECTURES.values():
+        whole, parted = (tune.linear_contrast(1024, N, 768, torch.bfloat16, arch).block_n for N in (50_256, 50_257))
+        assert parted == whole // 2
