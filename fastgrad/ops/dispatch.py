@@ -60,21 +60,16 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 def choose(impl: str, tensor: torch.Tensor) -> str:
     """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``; ValueError where it is unknown or cannot run."""
     one_of("impl", impl, IMPLEMENTATIONS)
-    if impl == "eager" or (impl == "auto" and tensor.device.type != "cuda"):
+    if impl == "eager" or (impl == "auto" and (tensor.device.type != "cuda" or torch.compiler.is_exporting())):
         return "eager"
-    if impl == "auto":
-        # Files and recorded graphs hold PyTorch's operators alone: they run without this package.
-        if torch.compiler.is_exporting():
-            return "eager"
-        # To torch.func the derivative of an operator of ours is none.
-        if not torch.compiler.is_compiling() and (is_transformed() or (is_traced() and not opaque.get())):
-            return "eager"
+    # Recorded graphs become files, which run without this package; to torch.func our operators have no derivative.
+    alone = not torch.compiler.is_compiling() and (is_transformed() or (is_traced() and not opaque_ops.get()))
+    if impl == "auto" and alone:
+        return "eager"
     refusal = triton_refusal(tensor.device, tensor.dtype)
-    if refusal is None:
-        return "triton"
-    if impl == "triton":
+    if refusal and impl == "triton":
         raise ValueError(f"impl must be 'auto' or 'eager' here: it was 'triton', but {refusal}")
-    return "eager"
+    return "eager" if refusal else "triton"
 
 
 @contextlib.contextmanager
@@ -87,8 +82,8 @@ def bind_contextvar(variable: ContextVar[_T], value: _T) -> Iterator[None]:
         variable.reset(token)
 
 
-#: Whether a graph recorded inside is compiled and run in this process, where operators of ours may be its nodes.
-opaque: ContextVar[bool] = ContextVar("fastgrad_opaque", default=False)
+#: Whether a graph that is recorded runs in this process: then operators of ours stay whole, as its nodes.
+opaque_ops: ContextVar[bool] = ContextVar("fastgrad_opaque", default=False)
 #: The ``impl`` that layer rules hand to operators; bound where rules run, as a device's backward pass has its threads.
 implementation: ContextVar[str] = ContextVar("fastgrad_impl", default="auto")
 

@@ -11,7 +11,6 @@ asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,17 +21,12 @@ from fastgrad._torch import check, is_readable
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.conv import cost, routes
 from fastgrad.ops.conv.geometry import Problem, canonical
-from fastgrad.ops.dispatch import bind_contextvar, choose, launcher, opaque
+from fastgrad.ops.dispatch import choose, launcher, opaque_ops
 
 #: Batch size assumed by the cost model where a tracer keeps the batch symbolic.
 TRACED_BATCH = 16
 #: While tracing, chunks become copies of the graph: fewer and larger ones.
 TRACED_CHUNK_BYTES = 64 * 2**20
-
-
-def opaque_ops() -> AbstractContextManager[None]:
-    """Graphs traced inside hold the two operators as one node each, on a GPU those of the kernels."""
-    return bind_contextvar(opaque, True)
 
 
 def shape_of(p: Problem, *, guarded: bool = True) -> cost.Shape:
@@ -95,7 +89,7 @@ def _eager(
 
 
 def _composed(a: Tensor, *rest: Any) -> Tensor:
-    whole = opaque.get() and a.device.type == "cpu"
+    whole = opaque_ops.get() and a.device.type == "cpu"
     return (torch.ops.fastgrad.conv_sqnorm_whole.default if whole else _eager)(a, *rest)
 
 
