@@ -103,6 +103,8 @@ def cases(make: Make = meta) -> Iterator[Case]:
         yield norms(4096, 8192 if loss == "brier" else 16384, 4096, SINGLE, loss)
         yield norms(4096, 262144, 4096, HALF, loss, quick=loss == "cross_entropy")
         yield norms(8, 131072, 4096, HALF, loss, log=True, quick=loss == "brier")
+        if loss in ("bce", "mse"):
+            yield norms(16, 50257, 768, HALF, loss, wide=False)
     for N, dtype in ((16, SINGLE), (128, HALF), (1000, SINGLE), (4096, HALF), (8192, SINGLE)):
         yield norms(4096, N, 512, dtype, "cross_entropy")
     yield norms(4096, 10, 512, SINGLE, "cross_entropy", wide=False)
