@@ -1,7 +1,4 @@
-"""What is compiled: one call of a launcher for every shape that `tune` treats differently.
-
-To add a kernel, add its calls to ``cases()`` and mark the most telling one ``quick``.
-"""
+"""What is compiled: one call of a launcher for every shape that `tune` treats differently."""
 
 from __future__ import annotations
 
@@ -106,6 +103,8 @@ def cases(make: Make = meta) -> Iterator[Case]:
         yield norms(4096, 8192 if loss == "brier" else 16384, 4096, SINGLE, loss)
         yield norms(4096, 262144, 4096, HALF, loss, quick=loss == "cross_entropy")
         yield norms(8, 131072, 4096, HALF, loss, log=True, quick=loss == "brier")
+        if loss in ("bce", "mse"):
+            yield norms(16, 50257, 768, HALF, loss, wide=False)
     for N, dtype in ((16, SINGLE), (128, HALF), (1000, SINGLE), (4096, HALF), (8192, SINGLE)):
         yield norms(4096, N, 512, dtype, "cross_entropy")
     yield norms(4096, 10, 512, SINGLE, "cross_entropy", wide=False)
@@ -117,6 +116,9 @@ def cases(make: Make = meta) -> Iterator[Case]:
         yield head(32, 1000, 2048, SINGLE, loss)
         yield head(1024, 1000, 2048, SINGLE, loss)
         yield head(32, 1000, 2048, HALF, loss, log=True)
+        # Rows of logits that are no whole 16 bytes.
+        yield head(1024, 50257, 768, HALF, loss, wide=False)
+        yield head(32, 1001, 768, HALF, loss, log=True, wide=False)
         yield statistics(8, 128256, 4096, HALF, loss)
         yield statistics(1024, 128256, 4096, HALF, loss, quick=loss == "bce")
         yield statistics(256, 32000, 4096, SINGLE, loss)

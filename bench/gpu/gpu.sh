@@ -67,7 +67,7 @@ rm -f "$out"/{environment.txt,tests.txt,last-layer.json,rows.json,network.json,e
 [ -n "$dry" ] || ! have nvidia-smi || step "nvidia-smi" 20 "$out/environment.txt" nvidia-smi
 step "environment" 60 "$out/environment.txt" "$python" -m fastgrad doctor
 
-if imports pytest && imports hypothesis; then
+if imports pytest && imports pytest_benchmark && imports hypothesis; then
     # On a device the tests of kernels and operators run on it, without the interpreter.
     tests=(tests/kernels tests/ops tests/gradients/test_contrasts.py)
     [ -z "$dry" ] || tests=(tests/gradients/test_contrasts.py -k "bad_input or bad_row" -x)
@@ -75,7 +75,7 @@ if imports pytest && imports hypothesis; then
     ! imports xdist || tests+=(-n 4)
     step "test suite" 600 "$out/tests.txt" "${pytest[@]}" "${tests[@]}"
 else
-    skip "test suite" "pytest or hypothesis is not installed: nothing says that the kernels are right"
+    skip "test suite" "pytest, pytest-benchmark or hypothesis is not installed: nothing says that the kernels are right"
 fi
 
 if imports pytest_benchmark; then

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastgrad._torch import flat_graph, pytree, require_cpp_compiler
 from fastgrad.batches import input_tensors
-from fastgrad.ops.conv.sqnorm import opaque_ops
+from fastgrad.ops.dispatch import bind_contextvar, opaque_ops
 
 #: Graphs kept. Inputs of ever new sizes are not worth a compilation each.
 GRAPHS = 16
@@ -90,7 +90,7 @@ class CompiledPasses:
                 if device == "cpu":
                     require_cpp_compiler("compile=True")
                 function = make()
-                with opaque_ops():
+                with bind_contextvar(opaque_ops, True):
                     graph = trace(function, inputs, None)
                 # Norms of convolutions gather from channels first.
                 options: dict[str, Any] = {"layout_optimization": False}

@@ -26,15 +26,11 @@ def _squares(x: Tensor) -> Tensor:
     # Without a node in a graph where it is in that dtype.
     squares = (x if x.dtype == dtype else x.to(dtype)).square()
     others = tuple(range(2, x.dim() - 1))
-    if others and is_traced() and x.device.type == "cpu" and not _few(x.shape[2:]):
+    few = all(isinstance(n, int) for n in x.shape[2:]) and math.prod(x.shape[2:]) <= LONGEST_RUN
+    if others and is_traced() and x.device.type == "cpu" and not few:
         # In two steps: Inductor adds numbers in a row, where ATen keeps to a tree.
         return squares.sum(-1).sum(others)
     return squares.sum((*others, -1))
-
-
-def _few(positions: torch.Size) -> bool:
-    """Whether so few positions may be added one after the other; unknown for a symbolic number."""
-    return all(isinstance(n, int) for n in positions) and math.prod(positions) <= LONGEST_RUN
 
 
 def channel_square_sums(x: Tensor, dim: int = 1) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastgrad._torch import is_transformed
+from fastgrad._torch import is_traced, is_transformed
 from fastgrad.checks import KERNEL_DTYPES, one_of
 
 _T = TypeVar("_T")
@@ -60,17 +60,16 @@ def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 def choose(impl: str, tensor: torch.Tensor) -> str:
     """Resolve ``impl`` to ``"triton"`` or ``"eager"`` for ``tensor``; ValueError where it is unknown or cannot run."""
     one_of("impl", impl, IMPLEMENTATIONS)
-    if impl == "eager" or (impl == "auto" and tensor.device.type != "cuda"):
+    if impl == "eager" or (impl == "auto" and (tensor.device.type != "cuda" or torch.compiler.is_exporting())):
         return "eager"
-    # To torch.func the derivative of an operator of ours is none.
-    if impl == "auto" and not torch.compiler.is_compiling() and is_transformed():
+    # Recorded graphs become files, which run without this package; to torch.func our operators have no derivative.
+    alone = not torch.compiler.is_compiling() and (is_transformed() or (is_traced() and not opaque_ops.get()))
+    if impl == "auto" and alone:
         return "eager"
     refusal = triton_refusal(tensor.device, tensor.dtype)
-    if refusal is None:
-        return "triton"
-    if impl == "triton":
+    if refusal and impl == "triton":
         raise ValueError(f"impl must be 'auto' or 'eager' here: it was 'triton', but {refusal}")
-    return "eager"
+    return "eager" if refusal else "triton"
 
 
 @contextlib.contextmanager
@@ -83,6 +82,8 @@ def bind_contextvar(variable: ContextVar[_T], value: _T) -> Iterator[None]:
         variable.reset(token)
 
 
+#: Whether a graph that is recorded runs in this process: then operators of ours stay whole, as its nodes.
+opaque_ops: ContextVar[bool] = ContextVar("fastgrad_opaque", default=False)
 #: The ``impl`` that layer rules hand to operators; bound where rules run, as a device's backward pass has its threads.
 implementation: ContextVar[str] = ContextVar("fastgrad_impl", default="auto")
 
@@ -121,13 +122,14 @@ def operator(name: str, eager: Callable[..., _T], fake: Callable[..., _T]) -> Ca
         ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[: len(ctx.others)]
+        wanted, again = ctx.needs_input_grad[: len(ctx.others)], torch.is_grad_enabled()
         inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        inputs = [x.detach().requires_grad_() if want else x for x, want in zip(inputs, wanted, strict=True)]
-        sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
-        with torch.enable_grad():
+        with torch.enable_grad(), full_precision(inputs[0].device):
+            # One argument may depend on another, or be the same tensor: the derivative is by views of each.
+            inputs = [x.view_as(x) if want else x for x, want in zip(inputs, wanted, strict=True)]
+            sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
             outputs: Any = eager(*inputs)
-        gradients = iter(torch.autograd.grad(outputs, sources, grads, allow_unused=True))
+            gradients = iter(torch.autograd.grad(outputs, sources, grads, create_graph=again, allow_unused=True))
         return tuple(next(gradients) if want else None for want in wanted)
 
     torch.library.define(qualified, torch.library.infer_schema(eager, mutates_args=()))

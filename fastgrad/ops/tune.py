@@ -88,10 +88,10 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> ContrastC
             warps = max(1, warps // 2)  # 64 threads each
         block_d = _block(D, max(16, 2048 // rows))
         return ContrastConfig("rows", block, block_d, rows=rows, num_warps=warps)
-    # Sigmoids and squares of unbounded logits need a few registers more than eight warps have before sm_90, and
-    # squares since sm_100.
+    # Sigmoids and squares of unbounded logits need a few registers more than eight warps have before sm_90 and where
+    # rows are no whole 16 bytes, and squares since sm_100.
     block = 4096 if loss == "brier" or (loss == "bce" and arch.version < 90) else 8192
-    crowded = (arch.version < 90 and loss in ("bce", "mse")) or (arch.version >= 100 and loss == "mse")
+    crowded = (loss in ("bce", "mse") and (arch.version < 90 or N % 8)) or (loss == "mse" and arch.version >= 100)
     warps = 16 if crowded and arch.backend == "cuda" else 8
     block_d = _block(D, 2048)
     wanted = cdiv(2 * arch.processors, max(B, 1))
@@ -157,13 +157,16 @@ def _parts(parts: int, block_m: int, warps: int) -> int:
 def linear_contrast(B: int, N: int, D: int, dtype: torch.dtype, arch: Architecture) -> LinearConfig:
     """Choose for features ``(B, D)`` and weight ``(N, D)``."""
     block_m, block_n, block_k, warps, stages = _product(B, N, D, dtype, arch)
+    # Logits of rows that are no whole 16 bytes are stored in parts, each from an address of its own.
+    parted = N * dtype.itemsize % 16 != 0
+    block_n = max(16, block_n // 2) if parted else block_n
     tiles_m, tiles_n = cdiv(B, block_m), cdiv(N, block_n)
     # One program converts some 64 thousand logits in a few microseconds; more of them are shared out.
     shared = block_m * N > 1 << 16
     # Rows that are finished together, and columns a step such that neither the product's operands nor the step's
     # values leave the registers.
     rows = 1 if shared else block_m
-    block_f = (512 if rows == 1 or 90 <= arch.version < 100 else 256) * warps // rows
+    block_f = (512 if rows == 1 or (90 <= arch.version < 100 and not parted) else 256) * warps // rows
     block_f = max(16, min(power_of_two(N), block_f))
     chunks = min(cdiv(N, block_f), cdiv(2 * arch.processors, max(B, 1))) if shared else 0
     parts = _parts(tiles_n, rows, warps)

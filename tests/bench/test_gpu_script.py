@@ -15,11 +15,11 @@ FILES = {
 }  # fmt: skip
 
 
-def _script(*words: str, path: str = "") -> subprocess.CompletedProcess[str]:
+def _script(*words: str, path: str = "", python: str = sys.executable) -> subprocess.CompletedProcess[str]:
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("needs bash")
-    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "HOME": "/nonexistent", "PYTHONPATH": path}
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": python, "HOME": "/nonexistent", "PYTHONPATH": path}
     return subprocess.run(
         [bash, str(ROOT / "bench" / "gpu" / "gpu.sh"), *words], capture_output=True, text=True, env=environment,
         timeout=900, check=False,
@@ -38,6 +38,17 @@ def test_dry_run(tmp_path: pathlib.Path) -> None:
     assert "FAILED" not in summary
     for step in ("test suite", "micro benchmarks", "share of the measured rates"):
         assert f"| {step} | passed" in summary
+
+
+@pytest.mark.parametrize("missing", ["pytest", "pytest_benchmark", "hypothesis"])
+def test_a_missing_package_skips_its_steps(missing: str, tmp_path: pathlib.Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$*" != "-c import {missing}" ]\n')
+    python.chmod(0o755)
+    done = _script("--out", str(tmp_path / "out"), "--dry-run", python=str(python))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "== test suite: skipped, pytest, pytest-benchmark or hypothesis is not installed" in done.stdout
+    assert ("== micro benchmarks: skipped" in done.stdout) == (missing == "pytest_benchmark")
 
 
 def test_without_a_folder() -> None:

@@ -75,6 +75,16 @@ def test_accuracy(loss: str, kind: str, log: bool, path: str, device: torch.devi
             oracles.check(got, exact, log, b)
 
 
+@pytest.mark.parametrize("kind", ["ones", "uniform", "predicted"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_class(loss: str, kind: str, device: torch.device) -> None:
+    logits = torch.tensor([[0.5], [-40.0], [17.0], [80.0]])
+    for log in (False, True):
+        out = run(torch.zeros(4, 2), logits, None, kind, loss, device, log=log)
+        for b, got in enumerate(out.cpu().tolist()):
+            oracles.check(got, oracles.target_norms(logits[b].tolist(), [1.0], loss), log, b)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("scale", [0.0, 1e-5])
 def test_logits_and_labels_that_are_nearly_equal(scale: float, path: str, device: torch.device) -> None:

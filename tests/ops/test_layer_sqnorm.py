@@ -183,15 +183,16 @@ def test_bad_arguments(change, word):
         conv_sqnorm(**arguments)
 
 
-@pytest.mark.parametrize("route", [None, "patch", "gram"])
+@pytest.mark.parametrize("route", [None, *ROUTES])
 def test_opcheck(route):
     torch.manual_seed(7)
     a, g = torch.randn(2, 3, 5, 5), torch.randn(2, 2, 4, 5, 5)
     options = ([3, 3], [1, 1], [1, 1], [1, 1], 1, False, "auto")
-    torch.library.opcheck(torch.ops.fastgrad.conv_sqnorm.default, (a, g, *options))
-    # Of several gradients, too, the strides are those that a compiler is promised.
     whole = torch.ops.fastgrad.conv_sqnorm_whole.default
-    torch.library.opcheck(whole, (a, g, *options), test_utils=("test_schema", "test_faketensor"))
+    with by(route):
+        torch.library.opcheck(torch.ops.fastgrad.conv_sqnorm.default, (a, g, *options))
+        # Of several gradients, too, the strides are those that a compiler is promised.
+        torch.library.opcheck(whole, (a, g, *options), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("which", ["g", "a", "both"])

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
+import fastgrad
 from fastgrad.losses import LOSSES
 from fastgrad.ops import last_layer
-from fastgrad.ops.dispatch import choose, triton_refusal
+from fastgrad.ops.conv.sqnorm import conv_sqnorm, linear_sqnorm
+from fastgrad.ops.dispatch import bind_contextvar, choose, opaque_ops, triton_refusal
 
 OPS = torch.ops.fastgrad
 
@@ -58,7 +62,7 @@ def test_opcheck_eager(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "loss"), list(itertools.product(NAMES, LOSSES)))
-def test_triton_equals_eager_and_so_do_the_gradients(name: str, loss: str, device: torch.device) -> None:
+def test_triton_equals_eager_and_so_do_its_derivatives(name: str, loss: str, device: torch.device) -> None:
     inputs = arguments(name, device, True, loss)
     leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     results = []
@@ -67,11 +71,34 @@ def test_triton_equals_eager_and_so_do_the_gradients(name: str, loss: str, devic
         outs = out if isinstance(out, tuple) else (out,)
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(o.shape, generator=generator).to(device) for o in outs]
-        grads = torch.autograd.grad(outs, leaves, weights)
-        results.append([*outs, *grads])
+        grads = torch.autograd.grad(outs, leaves, weights, create_graph=True)
+        # As a penalty on gradients has them.
+        second = torch.autograd.grad([grad.tanh().sum() for grad in grads], leaves)
+        results.append([*outs, *grads, *second])
     for eager, triton in zip(*results, strict=True):
         # Two orders of summation of a dozen float32 terms.
         torch.testing.assert_close(triton, eager, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_derivatives_where_one_argument_depends_on_another(same: bool, device: torch.device) -> None:
+    x = torch.randn(3, 5, device=device, requires_grad=True)
+    results = []
+    for impl in ("eager", "triton"):
+        out = last_layer.contrast_sqnorm(x, x if same else x.sin(), "cross_entropy", True, True, False, impl)
+        (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        results.append([grad, *torch.autograd.grad(grad.tanh().sum(), x)])
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
+
+
+def test_a_backward_pass_under_autocast_keeps_its_digits(device: torch.device) -> None:
+    inputs = arguments("linear_contrast_sqnorm", device, True, "cross_entropy")
+    results = []
+    for enabled in (False, True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            logits, norms = last_layer.linear_contrast_sqnorm(*inputs, "triton")
+            results.append(torch.autograd.grad(logits.sum() + norms.sum(), inputs[:3]))
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
 
 
 def test_a_gpu_before_ampere_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +119,26 @@ def test_what_torch_func_transforms_is_left_to_torch(monkeypatch: pytest.MonkeyP
     found = []
     torch.func.grad(lambda x: (found.append(choose("auto", tensor)), x)[1])(torch.ones(()))
     assert [*found, choose("auto", tensor)] == ["eager", "triton"]
+
+
+def test_a_graph_that_leaves_the_process_holds_no_operator_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    class Norms(torch.nn.Module):
+        def forward(self, h: torch.Tensor, z: torch.Tensor, a: torch.Tensor) -> Any:
+            layers = conv_sqnorm(a, a, (3,), (1,), (1,), (1,), 1), linear_sqnorm(a, a)
+            given = fastgrad.contrast_sqnorm(h, z), fastgrad.target_sqnorm(h, z, "ones")
+            return layers, given, fastgrad.linear_contrast_sqnorm(h, z), fastgrad.linear_contrast_stats(h, z)
+
+    with FakeTensorMode():
+        inputs = [torch.empty(shape, device="cuda") for shape in ((4, 4), (4, 4), (2, 3, 5))]
+        recorded = make_fx(Norms())(*inputs)
+        with bind_contextvar(opaque_ops, True):
+            compiled = make_fx(Norms())(*inputs)
+        exported = torch.export.export(Norms(), tuple(inputs)).graph_module
+    found = [{str(node.target) for node in graph.graph.nodes} for graph in (recorded, compiled, exported)]
+    assert [sum(target.startswith("fastgrad") for target in targets) for targets in found] == [0, 6, 0]
 
 
 def test_shape_contract_refuses_what_does_not_fit() -> None:

@@ -64,3 +64,12 @@ def test_a_serving_batch_fills_the_device() -> None:
         for B in (1, 32):
             config = tune.linear_contrast(B, 32_000, 4096, torch.bfloat16, arch)
             assert tune.cdiv(32_000, config.block_n) >= arch.processors
+
+
+def test_rows_of_logits_that_are_no_whole_16_bytes_have_smaller_tiles() -> None:
+    """With the others', the compiled kernels spill: see `bench.gpu.compile_cases`."""
+    for name, arch in tune.KNOWN_ARCHITECTURES.items():
+        whole, parted = (tune.linear_contrast(1024, N, 768, torch.bfloat16, arch).block_n for N in (50_256, 50_257))
+        assert parted == whole // 2
+        # As many logits by twice the threads.
+        assert tune.contrast(16, 50_257, 768, "bce", arch).num_warps == (16 if name.startswith("sm") else 8)

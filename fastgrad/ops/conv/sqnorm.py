@@ -10,9 +10,7 @@ asked for.
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,19 +21,12 @@ from fastgrad._torch import check, is_readable
 from fastgrad.losses import compute_dtype
 from fastgrad.ops.conv import cost, routes
 from fastgrad.ops.conv.geometry import Problem, canonical
-from fastgrad.ops.dispatch import bind_contextvar, choose, launcher
+from fastgrad.ops.dispatch import choose, launcher, opaque_ops
 
 #: Batch size assumed by the cost model where a tracer keeps the batch symbolic.
 TRACED_BATCH = 16
 #: While tracing, chunks become copies of the graph: fewer and larger ones.
 TRACED_CHUNK_BYTES = 64 * 2**20
-
-_whole: contextvars.ContextVar[bool] = contextvars.ContextVar("fastgrad_sqnorm_whole", default=False)
-
-
-def opaque_ops() -> AbstractContextManager[None]:
-    """Graphs traced inside hold the two operators of tensors on a CPU as one node each."""
-    return bind_contextvar(_whole, True)
 
 
 def shape_of(p: Problem, *, guarded: bool = True) -> cost.Shape:
@@ -98,8 +89,8 @@ def _eager(
 
 
 def _composed(a: Tensor, *rest: Any) -> Tensor:
-    opaque = _whole.get() and a.device.type == "cpu"
-    return (torch.ops.fastgrad.conv_sqnorm_whole.default if opaque else _eager)(a, *rest)
+    whole = opaque_ops.get() and a.device.type == "cpu"
+    return (torch.ops.fastgrad.conv_sqnorm_whole.default if whole else _eager)(a, *rest)
 
 
 def _batched(info: Any, in_dims: tuple[int | None, ...], a: Tensor, g: Tensor, *rest: object) -> tuple[Tensor, int]:

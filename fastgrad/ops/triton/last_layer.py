@@ -91,6 +91,8 @@ def target_sqnorm(
     if target is None and kind in ("indices", "soft"):
         raise ValueError(f"target must be a tensor for kind={kind!r}; it was None")
     y = logits if target is None else target
+    if kind == "uniform" and N == 1:
+        kind = "ones"  # the same label, whose logarithm does not underflow
     config = tune.target(B, N, D, devices.architecture(logits))
     strides_h, align_h = devices.strides(features)
     strides_z, align_z = devices.strides(logits)
