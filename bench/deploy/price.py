@@ -1,10 +1,10 @@
 """What an answer costs live: `TwoStageModel` over the plain network, beside the price that the plan predicts.
 
-``python -m bench.deploy.price`` measures the blocks that the default budget keeps, and those with a second pass at
-the image, on five networks. Each is fitted as users fit it, with labels and, of images, generated challenges, so that an
-answer has a risk. Every form of one network and batch is timed in turn, on the processor's clock and one thread; the ratio is
-the median over rounds. Prices do not depend on the weights, which are untrained, nor on how well the detector is
-fitted: a few dozen random inputs do.
+``python -m bench.deploy.price`` measures the blocks that the default budget keeps, and those with a second pass at the
+image, on five networks. Each is fitted as users fit it, with labels and, of images, generated challenges, so that an
+answer has a risk. Every form of one network and batch is timed in turn, on the processor's clock and one thread; the
+ratio is the median over rounds. Prices do not depend on the weights, which are untrained, nor on how well the detector
+is fitted: a few dozen random inputs do.
 """
 
 from __future__ import annotations
