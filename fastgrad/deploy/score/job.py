@@ -153,11 +153,13 @@ class Job:
             fresh = self.folder.with_name(UNFINISHED + secrets.token_hex(8))
             fresh.mkdir(parents=True)
             noted = {**job, "id": secrets.token_hex(16)}
-            (fresh / self.note.name).write_text(json.dumps(noted, sort_keys=True, indent=1), "utf-8")
             try:
+                (fresh / self.note.name).write_text(json.dumps(noted, sort_keys=True, indent=1), "utf-8")
                 fresh.rename(self.folder)
             except OSError:
                 shutil.rmtree(fresh)
+                if not os.path.lexists(self.folder):
+                    raise
         try:
             note = json.loads(self.note.read_text("utf-8"))
             identity = str(note.pop("id"))
@@ -246,14 +248,18 @@ def count_rows(parts: Sequence[Path]) -> dict[str, int]:
 
 def join_parts(job: Job, out: Path, schema: Any) -> None:
     """Make one Parquet file of all parts, then remove what the job wrote, and the folder if nothing else is in it."""
-    with written_beside(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    # What a process that is killed meanwhile leaves lies in the folder, which a later run removes.
+    with written_beside(out, job.folder) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for part in job.paths:
             table = pq.read_table(part)
             if (table.schema.metadata or {}).get(_JOB) != job.id.encode():
                 raise ValueError(f"{part} was written by another run with this out; the same command writes it anew")
             writer.write_table(table.cast(schema))
-    # What was being written when a process of the job was killed still has its temporary name.
-    for path in (*job.paths, *job.folder.glob(UNFINISHED + "*"), job.note):
+    # Under another name, so that a slower run with this out writes no part beside those that go.
+    gone = job.folder.rename(out.with_name(UNFINISHED + secrets.token_hex(8)))
+    for path in (*(gone / part.name for part in job.paths), *gone.glob(UNFINISHED + "*"), gone / job.note.name):
         path.unlink()
-    with contextlib.suppress(OSError):
-        job.folder.rmdir()
+    try:
+        gone.rmdir()
+    except OSError:
+        gone.rename(job.folder)
