@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -478,6 +479,21 @@ def test_command_line(folder: Path, tiny_package: Path, tmp_path: Path, capsys: 
     ):
         assert cli.main(["score", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_without_a_standard_error_there_is_no_bar(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["score", str(tiny_package), str(folder), "--out", str(tmp_path / "o.parquet")]) == 0
+
+
+def test_an_output_that_pyarrow_cannot_open_is_refused_before_the_work(
+    folder: Path, tiny_package: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"out must be a name in UTF-8, as pyarrow opens no other; it was '.*caf"):
+        score(tiny_package, folder, tmp_path / os.fsdecode(b"caf\xe9.parquet"))
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_what_cannot_be_scored(tiny_package: Path, tmp_path: Path) -> None:

@@ -145,6 +145,8 @@ class Job:
 
     def _open(self, job: dict[str, Any]) -> str:
         """Make the folder, or check that this job has made it; return the job's random id."""
+        if str(self.folder).encode("utf-8", "ignore").decode() != str(self.folder):
+            raise ValueError(f"out must be a name in UTF-8, as pyarrow opens no other; it was {str(self.folder)!r}")
         # A job that was ended after its note was removed has left an empty folder.
         with contextlib.suppress(OSError):
             self.folder.rmdir()
@@ -197,7 +199,8 @@ class Job:
 
     def progress_bar(self, show: bool) -> Any:
         """A progress bar over the images."""
-        return tqdm(total=self.total, initial=self.done, unit="image", disable=not show)
+        # Where there is no standard error, as with ``2>&-``, there is none.
+        return tqdm(total=self.total, initial=self.done, unit="image", disable=not (show and sys.stderr))
 
 
 def _decode(source: Source, description: Description, max_pixels: int, max_bytes: int) -> Array:
