@@ -164,6 +164,8 @@ def _check_example(example_input: Tensor, path: Path) -> None:
         raise ValueError(f"example_input must be a batch (B, ...) of at least one input; its shape was {shape}")
     if path.suffix == ".pt2" and example_input.device.type not in ("cpu", "cuda"):
         raise ValueError(f"example_input must be on the CPU or a GPU for a .pt2; it was on {example_input.device}")
+    if path.suffix == ".onnx" and example_input.dtype == torch.bfloat16:
+        raise ValueError("example_input must have another dtype for an .onnx: ONNX Runtime computes none in bfloat16")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in {' or '.join(SUFFIXES)}; it was {str(path)!r}")
     if not path.parent.is_dir() or path.is_dir():
