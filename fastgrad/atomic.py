@@ -18,10 +18,7 @@ UNFINISHED = ".fastgrad-"
 
 @contextlib.contextmanager
 def written_beside(target: Path, folder: Path | None = None) -> Iterator[Path]:
-    """Give a new file of a random name, beside ``target`` or in a ``folder``; move it there if all went well.
-
-    Else remove it.
-    """
+    """Give a new file of a random name beside ``target``, or in ``folder``; it becomes the target if all goes well."""
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
     temporary = (folder or target.parent) / (UNFINISHED + secrets.token_hex(8))

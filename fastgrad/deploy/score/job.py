@@ -147,7 +147,7 @@ class Job:
         """Make the folder, or check that this job has made it; return the job's random id."""
         if str(self.folder).encode("utf-8", "ignore").decode() != str(self.folder):
             raise ValueError(f"out must be a name in UTF-8, as pyarrow opens no other; it was {str(self.folder)!r}")
-        # A job that was ended after its note was removed has left an empty folder.
+        # An empty folder is nobody's work.
         with contextlib.suppress(OSError):
             self.folder.rmdir()
         if not os.path.lexists(self.folder):
@@ -198,8 +198,7 @@ class Job:
         return len(rows)
 
     def progress_bar(self, show: bool) -> Any:
-        """A progress bar over the images."""
-        # Where there is no standard error, as with ``2>&-``, there is none.
+        """A progress bar over the images; none where there is no standard error, as with ``2>&-``."""
         return tqdm(total=self.total, initial=self.done, unit="image", disable=not (show and sys.stderr))
 
 
