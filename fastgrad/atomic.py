@@ -17,11 +17,11 @@ UNFINISHED = ".fastgrad-"
 
 
 @contextlib.contextmanager
-def written_beside(target: Path) -> Iterator[Path]:
-    """Give a new file of a random name beside ``target``; move it there if nothing went wrong, else remove it."""
+def written_beside(target: Path, folder: Path | None = None) -> Iterator[Path]:
+    """Give a new file of a random name beside ``target``, or in ``folder``; it becomes the target if all goes well."""
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
-    temporary = target.with_name(UNFINISHED + secrets.token_hex(8))
+    temporary = (folder or target.parent) / (UNFINISHED + secrets.token_hex(8))
     # O_EXCL: never through a file or link that somebody has put there.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:

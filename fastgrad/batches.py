@@ -141,7 +141,7 @@ def bar(items: Iterable[Any], name: str, verbose: bool | None, *, unit: str = "b
 
     None shows one where a terminal is attached, or a line where tqdm is not installed.
     """
-    if verbose is None and sys.stderr.isatty():
+    if verbose is None and sys.stderr and sys.stderr.isatty():
         verbose = find_spec("tqdm") is not None
         if not verbose:
             print(f"fastgrad: {name} ...", file=sys.stderr)

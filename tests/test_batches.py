@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import UserDict
 from typing import Any
 
@@ -64,3 +65,8 @@ def test_what_is_no_logits() -> None:
         batches.logits_of(None)
     with pytest.raises(ValueError, match=r"shape \(B, N\); it returned \(12,\)"):
         batches.class_logits(X.flatten())
+
+
+def test_without_a_standard_error_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(batches.bar([1, 2], "name", None)) == [1, 2]

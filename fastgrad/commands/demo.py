@@ -181,8 +181,7 @@ def run(arguments: argparse.Namespace) -> int:
     import matplotlib as mpl  # noqa: F401
     import tqdm  # noqa: F401
 
-    if arguments.epochs < 1:
-        raise ValueError(f"--epochs must be at least 1; it was {arguments.epochs}")
+    checks.at_least(1, epochs=arguments.epochs)
     checks.is_seed(arguments.seed)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)

@@ -57,9 +57,8 @@ def _implementations(device: torch.device) -> dict[str, dict[str, str]]:
     dtypes = {}
     for dtype in FLOAT_DTYPES:
         runs = choose("auto", torch.empty(0, device=device, dtype=dtype))
-        reason = "the interpreter is for tests; impl='triton' uses it"
-        if runs == "triton":
-            reason = "the kernels serve this device and dtype"
+        interpreted = "the interpreter is for tests; impl='triton' uses it"
+        reason = "the kernels serve this device and dtype" if runs == "triton" else interpreted
         why = triton_refusal(device, dtype) or reason
         dtypes[str(dtype).removeprefix("torch.")] = {"auto": runs, "why": why}
     return dtypes

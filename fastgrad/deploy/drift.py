@@ -131,9 +131,7 @@ class DriftMonitor:
         form: Literal["ever", "average"] = "ever",
         seed: int = 0,
     ) -> None:
-        checks.is_number(false_alarm_rate=false_alarm_rate)
-        if not 0 < false_alarm_rate < 1:
-            raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
+        checks.lies_in("(0, 1)", false_alarm_rate=false_alarm_rate)
         checks.one_of("form", form, ("ever", "average"))
         checks.is_seed(seed)
         self.reference = reference if isinstance(reference, ScoreReference) else ScoreReference.from_scores(reference)

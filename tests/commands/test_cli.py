@@ -26,7 +26,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "the following arguments are required: COMMAND"),
         (["dance"], "invalid choice: 'dance'"),
-        (["demo", "--epochs", "0"], "--epochs must be at least 1; it was 0"),
+        (["demo", "--epochs", "0"], "fastgrad demo: epochs must be an integer of at least 1; it was 0"),
         (["demo", "--epochs", "many"], "--epochs: invalid int value: 'many'"),
         (["demo", "--seed", "-1"], "fastgrad demo: seed must be an integer of at least 0; it was -1"),
         (["demo", "--seed", str(2**64)], "fastgrad demo: seed must be below 2**32"),

@@ -165,7 +165,7 @@ def test_reference_counts_all_of_the_second_half() -> None:
         (lambda: DriftMonitor(np.zeros((30, 2))), "one-dimensional"),
         (lambda: DriftMonitor(1j * np.ones(30)), "scores must be numeric; .* Complex"),
         (lambda: ScoreReference.from_scores(np.zeros(30), bins=2.5), "bins must be an integer"),
-        (lambda: DriftMonitor(np.zeros(30), false_alarm_rate=0.0), "between 0 and 1"),
+        (lambda: DriftMonitor(np.zeros(30), false_alarm_rate=0.0), r"false_alarm_rate must lie in \(0, 1\)"),
         (lambda: DriftMonitor(np.zeros(30), form="sometimes"), "form must be one of"),
         (lambda: ScoreReference(np.array([1.0, 1.0]), np.zeros(3)), "increasing"),
         (lambda: ScoreReference(np.array([1.0]), np.zeros(3)), "counts must be 2"),

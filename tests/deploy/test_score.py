@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -158,7 +160,9 @@ def test_a_damaged_page_is_said_of_the_file(tmp_path: Path) -> None:
 
 def test_keys_of_any_type_are_names(tmp_path: Path) -> None:
     keys = {"binary": [b"k0", None, b"\xff"], "text": ["k0", None, "\\xff"], "number": [7, None, 9]}
-    names = {"binary": ["k0", "1", "\\xff"], "text": ["k0", "1", "\\xff"], "number": ["7", "1", "9"]}
+    # Other programs write texts that are no UTF-8.
+    keys["latin"] = pa.array(keys["binary"], pa.binary()).view(pa.string())
+    names = {key: ["k0", "1", "\\xff"] for key in ("binary", "text", "latin")} | {"number": ["7", "1", "9"]}
     pq.write_table(pa.table({"img": [b""] * 3, **keys}), tmp_path / "in.parquet")
     for key, expected in names.items():
         assert [item.name for item in read_parquet(tmp_path / "in.parquet", None, key)] == expected
@@ -201,6 +205,52 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(
     assert written == [f"part-{i:08d}.parquet" for i in (0, 1, 0, 2, 3, 4, 5)]
     check(pq.read_table(out).to_pylist(), folder, tiny_package)
     assert not parts.exists()
+
+
+def test_a_slower_run_writes_nothing_beside_parts_that_go(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, plain, late = tmp_path / "o.parquet", Path.unlink, []
+
+    def unlink(path: Path, *more: Any, **options: Any) -> None:
+        if path.name == "part-00000001.parquet":
+            with pytest.raises(FileNotFoundError):
+                job.write_part([], tmp_path / "o.parquet.parts" / "part-00000000.parquet", pa.schema([]), "slower")
+            late.append(path)
+        plain(path, *more, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    score(tiny_package, folder, out, part=4)
+    assert len(late) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "o.parquet"]
+
+
+def test_what_is_not_finished_lies_in_the_folder_of_the_job(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed there, it is removed by the run that goes on; beside the output nothing would ever remove it."""
+    places, plain = [], pq.ParquetWriter
+
+    def writer(path: Path, *more: Any) -> Any:
+        places.append(path.parent.name)
+        return plain(path, *more)
+
+    monkeypatch.setattr(job.pq, "ParquetWriter", writer)
+    score(tiny_package, folder, tmp_path / "o.parquet")
+    assert places[-1] == "o.parquet.parts"
+
+
+def test_a_full_disk_leaves_nothing(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: Any) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        score(tiny_package, folder, tmp_path / "o.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 @pytest.mark.parametrize("at", [0, 2, 4])
@@ -429,6 +479,21 @@ def test_command_line(folder: Path, tiny_package: Path, tmp_path: Path, capsys: 
     ):
         assert cli.main(["score", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_without_a_standard_error_there_is_no_bar(
+    folder: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["score", str(tiny_package), str(folder), "--out", str(tmp_path / "o.parquet")]) == 0
+
+
+def test_an_output_that_pyarrow_cannot_open_is_refused_before_the_work(
+    folder: Path, tiny_package: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"out must be a name in UTF-8, as pyarrow opens no other; it was '.*caf"):
+        score(tiny_package, folder, tmp_path / os.fsdecode(b"caf\xe9.parquet"))
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_what_cannot_be_scored(tiny_package: Path, tmp_path: Path) -> None:

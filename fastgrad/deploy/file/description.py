@@ -10,19 +10,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrad.checks import is_number
+from fastgrad.checks import FLOAT_DTYPES, is_number
 from fastgrad.deploy.drift import ScoreReference
 
 #: Of the description.
 FORMAT = 1
 #: Types of an input.
-DTYPES = {
-    "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
-}  # fmt: skip
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
 @dataclass(frozen=True)
@@ -107,9 +104,7 @@ class Description:
 
     def score_reference(self) -> ScoreReference | None:
         """The in-distribution scores for a `DriftMonitor`."""
-        if self.reference is None:
-            return None
-        return ScoreReference(np.array(self.reference["edges"]), np.array(self.reference["counts"]))
+        return None if self.reference is None else ScoreReference(**self.reference)  # type: ignore[arg-type]
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """``(pixel - mean) / std`` for pixels ``(..., C, H, W)`` from 0 to 1; the identity without either."""

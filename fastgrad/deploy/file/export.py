@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,22 +110,20 @@ def export(
     onnx = target.suffix == ".onnx"
     if onnx and one_by_one:
         raise ValueError("one_by_one must be None or False for an .onnx, which has no loop; it was True")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive; it was {tolerance!r}")
-    checks.is_number(false_alarm_rate=false_alarm_rate)
-    if not 0 < false_alarm_rate < 1:
-        raise ValueError(f"false_alarm_rate must lie between 0 and 1; it was {false_alarm_rate!r}")
+    checks.lies_in("(0, inf]", tolerance=tolerance)
+    checks.lies_in("(0, 1)", false_alarm_rate=false_alarm_rate)
+    checks.at_least(1, max_batch=max_batch)
     _check_example(example_input, target)
     outputs = _check_model(two_stage, example_input, evidence)
     description = Description(
         input_shape=tuple(example_input.shape[1:]),
         input_dtype=str(example_input.dtype).removeprefix("torch."),
         classes=outputs[0].shape[1],
-        max_batch=max_batch,
+        max_batch=int(max_batch),
         # ONNX is no compiled code: the runtime chooses.
         device="cpu" if onnx else example_input.device.type,
-        # One string is refused there.
-        labels=labels if labels is None or isinstance(labels, str) else [str(label) for label in labels],  # type: ignore[arg-type]
+        # None passes there; a string, and what holds nothing, are refused.
+        labels=list(map(str, labels)) if not isinstance(labels, str) and isinstance(labels, Iterable) else labels,  # type: ignore[arg-type]
         mean=None if mean is None else checks.to_array("mean", mean, finite=False).tolist(),
         std=None if std is None else checks.to_array("std", std, finite=False).tolist(),
         risk=len(outputs) == 4,
@@ -136,7 +134,7 @@ def export(
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "system": sys.platform,
         },
-        **_calibration(two_stage, scores, false_alarm_rate),
+        **_calibration(two_stage, scores, float(false_alarm_rate)),
     )
 
     def answers(x: Tensor) -> tuple[Tensor, ...]:
@@ -166,6 +164,8 @@ def _check_example(example_input: Tensor, path: Path) -> None:
         raise ValueError(f"example_input must be a batch (B, ...) of at least one input; its shape was {shape}")
     if path.suffix == ".pt2" and example_input.device.type not in ("cpu", "cuda"):
         raise ValueError(f"example_input must be on the CPU or a GPU for a .pt2; it was on {example_input.device}")
+    if path.suffix == ".onnx" and example_input.dtype == torch.bfloat16:
+        raise ValueError("example_input must have another dtype for an .onnx: ONNX Runtime computes none in bfloat16")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in {' or '.join(SUFFIXES)}; it was {str(path)!r}")
     if not path.parent.is_dir() or path.is_dir():
@@ -182,7 +182,7 @@ def _check_model(two_stage: nn.Module, example_input: Tensor, evidence: bool) ->
         raise ValueError("two_stage must be in evaluation mode; call two_stage.eval() first")
     outputs = two_stage(example_input[:1])
     given = [value for value in outputs if value is not None] if isinstance(outputs, tuple) else []
-    if [value.ndim for value in given] not in ([2, 2, 1], [2, 2, 1, 1]):
+    if [getattr(value, "ndim", 0) for value in given] not in ([2, 2, 1], [2, 2, 1, 1]):
         raise ValueError(
             "two_stage must return (logits (B, N), probabilities (B, N), uncertainty (B,)), and risk (B,) if it has one"
         )
@@ -226,7 +226,9 @@ def _calibration(
         bins = ScoreReference.from_scores(calibration)
         fields["reference"] = {"edges": bins.edges.tolist(), "counts": bins.counts.tolist()}
         # The most extreme scores join the outermost bins, or one of them could leave all others in one bin.
-        bulk = np.clip(calibration, *np.quantile(calibration, (0.002, 0.998)))
+        low, high = np.quantile(calibration, (0.002, 0.998))
+        # Between scores that differ by rounding alone there is no room for bins.
+        bulk = np.clip(calibration, low, high if high - low > 1e-12 * abs(low) else low)
         counts, edges = np.histogram(bulk, bins=40)
         fields["histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
         n, ordered = len(calibration), np.sort(calibration)

@@ -47,16 +47,11 @@ def trace(
 
 def written(graph: torch.fx.GraphModule) -> int:
     """Bytes of all operations' results, views not counted."""
-    total, seen = 0, set()
+    sizes: dict[int, int] = {}
     for node in graph.graph.nodes:
-        value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, Tensor):
-            continue
-        key = storage_key(value)
-        if key not in seen:
-            seen.add(key)
-            total += value.numel() * value.element_size()
-    return total
+        if node.op == "call_function" and isinstance(value := node.meta.get("val"), Tensor):
+            sizes.setdefault(storage_key(value), value.numel() * value.element_size())
+    return sum(sizes.values())
 
 
 def _share_constants(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -69,7 +69,8 @@ def sample_apart(model: Any) -> None:
         if conv is None or conv.op_type != "Conv" or (weight := conv.inputs[1].const_value) is None:
             continue
         steps = node.attributes["strides"].as_ints()
-        single = set(node.attributes["kernel_shape"].as_ints()) == {1}
+        # With the places beside the values, as for a gradient, it stays.
+        single = set(node.attributes["kernel_shape"].as_ints()) == {1} and len(node.outputs) == 1
         rounded = "ceil_mode" in node.attributes and node.attributes["ceil_mode"].as_int()
         if not single or rounded or math.prod(weight.shape[1:]) > _TWICE * math.prod(steps):
             continue

@@ -228,7 +228,7 @@ class ModelPackage:
             raise TypeError(f"x must have dtype {self.description.input_dtype}; it was {x.dtype}")
         outputs = self._run(x.to(self.description.device).contiguous())
         rows = outputs_of(self.description)
-        if [tuple(value.shape[1:]) for value in outputs] != list(rows.values()):
-            shapes = [tuple(value.shape) for value in outputs]
-            raise PackageError(f"{self.path} gives {shapes}, where the description inside says {rows} an input")
+        shapes = [tuple(value.shape) for value in outputs]
+        if shapes != [(len(x), *row) for row in rows.values()]:
+            raise PackageError(f"{self.path} gives {shapes} for {len(x)} inputs; its description says {rows} an input")
         return dict(zip(rows, outputs, strict=True))

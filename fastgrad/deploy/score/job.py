@@ -145,7 +145,9 @@ class Job:
 
     def _open(self, job: dict[str, Any]) -> str:
         """Make the folder, or check that this job has made it; return the job's random id."""
-        # A job that was ended after its note was removed has left an empty folder.
+        if str(self.folder).encode("utf-8", "ignore").decode() != str(self.folder):
+            raise ValueError(f"out must be a name in UTF-8, as pyarrow opens no other; it was {str(self.folder)!r}")
+        # An empty folder is nobody's work.
         with contextlib.suppress(OSError):
             self.folder.rmdir()
         if not os.path.lexists(self.folder):
@@ -153,11 +155,13 @@ class Job:
             fresh = self.folder.with_name(UNFINISHED + secrets.token_hex(8))
             fresh.mkdir(parents=True)
             noted = {**job, "id": secrets.token_hex(16)}
-            (fresh / self.note.name).write_text(json.dumps(noted, sort_keys=True, indent=1), "utf-8")
             try:
+                (fresh / self.note.name).write_text(json.dumps(noted, sort_keys=True, indent=1), "utf-8")
                 fresh.rename(self.folder)
             except OSError:
                 shutil.rmtree(fresh)
+                if not os.path.lexists(self.folder):
+                    raise
         try:
             note = json.loads(self.note.read_text("utf-8"))
             identity = str(note.pop("id"))
@@ -194,8 +198,8 @@ class Job:
         return len(rows)
 
     def progress_bar(self, show: bool) -> Any:
-        """A progress bar over the images."""
-        return tqdm(total=self.total, initial=self.done, unit="image", disable=not show)
+        """A progress bar over the images; none where there is no standard error, as with ``2>&-``."""
+        return tqdm(total=self.total, initial=self.done, unit="image", disable=not (show and sys.stderr))
 
 
 def _decode(source: Source, description: Description, max_pixels: int, max_bytes: int) -> Array:
@@ -246,14 +250,18 @@ def count_rows(parts: Sequence[Path]) -> dict[str, int]:
 
 def join_parts(job: Job, out: Path, schema: Any) -> None:
     """Make one Parquet file of all parts, then remove what the job wrote, and the folder if nothing else is in it."""
-    with written_beside(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    # What a process that is killed meanwhile leaves lies in the folder, which a later run removes.
+    with written_beside(out, job.folder) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for part in job.paths:
             table = pq.read_table(part)
             if (table.schema.metadata or {}).get(_JOB) != job.id.encode():
                 raise ValueError(f"{part} was written by another run with this out; the same command writes it anew")
             writer.write_table(table.cast(schema))
-    # What was being written when a process of the job was killed still has its temporary name.
-    for path in (*job.paths, *job.folder.glob(UNFINISHED + "*"), job.note):
+    # Under another name, so that a slower run with this out writes no part beside those that go.
+    gone = job.folder.rename(out.with_name(UNFINISHED + secrets.token_hex(8)))
+    for path in (*(gone / part.name for part in job.paths), *gone.glob(UNFINISHED + "*"), gone / job.note.name):
         path.unlink()
-    with contextlib.suppress(OSError):
-        job.folder.rmdir()
+    try:
+        gone.rmdir()
+    except OSError:
+        gone.rename(job.folder)

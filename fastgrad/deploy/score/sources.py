@@ -74,8 +74,10 @@ def read_parquet(
     try:
         for part in file.iter_batches(batch_size=64, row_groups=groups, columns=columns):
             images = _cells(part.column(column), most)
-            keys = part.column(key).to_pylist() if key else range(row, row + len(images))
-            for number, (name, content) in enumerate(zip(keys, images, strict=True), start=row):
+            keys = part.column(key) if key else pa.nulls(len(images))
+            if keys.type in (pa.string(), pa.large_string()):  # which may hold other bytes than UTF-8's
+                keys = keys.cast(pa.large_binary())
+            for number, (name, content) in enumerate(zip(keys.to_pylist(), images, strict=True), start=row):
                 if isinstance(name, bytes):
                     name = name.decode("utf-8", "backslashreplace")
                 if start <= number < stop:

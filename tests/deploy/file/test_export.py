@@ -13,6 +13,7 @@ from exported_models import X, shapes, two_stage_model
 from python_process import run_python
 from torch import nn
 
+import fastgrad.deploy.file.export as export_module
 from fastgrad.deploy.file.description import DTYPES, normalize_pixels
 from fastgrad.deploy.file.export import compile_function, export, trace
 from fastgrad.deploy.file.package import Description, ModelPackage, PackageError, read_description
@@ -92,6 +93,20 @@ def test_the_description_is_where_the_module_says(tiny_package: Path) -> None:
     with zipfile.ZipFile(tiny_package) as archive:
         member = next(name for name in archive.namelist() if name.endswith("/extra/fastgrad.json"))
         assert json.loads(archive.read(member))["classes"] == 4
+
+
+def test_numbers_of_numpy_and_scores_that_differ_by_rounding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written: list[Description] = []
+    monkeypatch.setattr(export_module, "compile_function", lambda *_, **__: None)
+    monkeypatch.setattr(export_module, "compare", lambda path, *_: path.touch())
+    monkeypatch.setattr(export_module, "write_description", lambda _, description: written.append(description))
+    scores = 1 + np.arange(40) * np.finfo(float).eps / 4
+    export(
+        TinyTwoStage(), X, tmp_path / "m.pt2", scores=scores, false_alarm_rate=np.float32(0.1), max_batch=np.int64(8)
+    )
+    assert written[0].false_alarm_rate == pytest.approx(0.1)
+    assert written[0].max_batch == 8
+    assert sum(written[0].histogram["counts"]) == 40
 
 
 def test_normalization() -> None:
@@ -190,15 +205,19 @@ class Unsteady(TinyTwoStage):
         ({"path": "no/such/folder/model.pt2"}, ValueError, "existing folder"),
         ({"labels": ["a"]}, ValueError, "labels must be None or 4 names, one a class, in UTF-8; it was"),
         ({"labels": "abcd"}, ValueError, "labels must be None or 4 names, one a class, in UTF-8; it was .abcd."),
+        ({"labels": 4}, ValueError, "labels must be None or 4 names, one a class, in UTF-8; it was 4"),
         ({"mean": [0.5]}, ValueError, r"mean must be None or a finite number a channel of images \(3, 8, 8\)"),
         ({"mean": "grey"}, ValueError, "mean must be numeric"),
         ({"mean": 0.5}, ValueError, "mean must be None or a finite number a channel"),
         ({"std": [0.5, 0.0, 0.5]}, ValueError, "std must be None or a positive number a channel"),
         ({"std": [1, 1, float("nan")]}, ValueError, "std must be None or a positive number a channel"),
         ({"example_input": [1.0]}, TypeError, r"example_input must be a torch\.Tensor; it was list"),
-        ({"false_alarm_rate": 1.5}, ValueError, "false_alarm_rate"),
+        ({"false_alarm_rate": 1.5}, ValueError, r"false_alarm_rate must lie in \(0, 1\); it was 1\.5"),
+        ({"tolerance": None}, TypeError, "tolerance must be a number; it was None"),
+        ({"tolerance": 0}, ValueError, r"tolerance must lie in \(0, inf\]; it was 0"),
         ({"false_alarm_rate": "5 %"}, TypeError, "false_alarm_rate must be a number; it was '5 %'"),
         ({"max_batch": 0}, ValueError, "max_batch"),
+        ({"max_batch": 2**21}, ValueError, r"max_batch must be an integer from 1 to 2\*\*20; it was 2097152"),
         ({"scores": np.zeros(3)}, ValueError, "at least 20"),
         ({"scores": np.zeros((30, 2))}, ValueError, "one-dimensional"),
         ({"scores": torch.full((30,), torch.nan, dtype=torch.bfloat16)}, ValueError, "scores must be finite"),

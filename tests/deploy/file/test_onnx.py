@@ -142,11 +142,28 @@ def test_a_file_that_answers_otherwise_does_not_appear(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_arguments(tmp_path: Path) -> None:
+def test_what_onnx_runtime_lacks_is_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one_by_one must be None or False for an \.onnx"):
         export(TinyTwoStage(), X, tmp_path / "m.onnx", one_by_one=True)
-    with pytest.raises(ValueError, match="tolerance must be positive; it was 0"):
-        export(TinyTwoStage(), X, tmp_path / "m.onnx", tolerance=0)
+    with pytest.raises(ValueError, match=r"example_input must have another dtype for an \.onnx: .* none in bfloat16"):
+        export(TinyTwoStage(), X.bfloat16(), tmp_path / "m.onnx")
+
+
+def test_a_graph_that_gives_fewer_answers_than_inputs_is_refused(tiny_onnx: Path, tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(tiny_onnx)
+    del model.metadata_props[1:]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "first"))
+    for output in model.graph.output:
+        name, output.name = output.name, f"of one {output.name}"
+        model.graph.node.append(onnx.helper.make_node("Gather", [name, "first"], [output.name]))
+    onnx.save(model, tmp_path / "m.onnx")
+    package = ModelPackage(tmp_path / "m.onnx")
+    assert len(package(torch.zeros(1, 3, 8, 8)).logits) == 1
+    for run in (package, package.explain, package.rows):
+        with pytest.raises(PackageError, match=r"gives \[\(1, 4\), \(1, 4\), \(1,\)\] for 3 inputs"):
+            run(torch.zeros(3, 3, 8, 8))
 
 
 def test_a_file_that_was_changed_is_refused_and_one_without_a_sum_is_not(tiny_onnx: Path, tmp_path: Path) -> None:

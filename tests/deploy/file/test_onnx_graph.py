@@ -71,6 +71,22 @@ def test_a_grid_that_costs_more_than_the_map_is_read_from_the_map() -> None:
     assert Counter(node.op_type for node in proto.graph.node)["Conv"] == 1
 
 
+def test_a_grid_through_which_a_gradient_goes_is_read_from_the_map(tmp_path: Path) -> None:
+    class Back(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(1, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return torch.autograd.grad(self.pool(self.conv(x)).square().sum(), x)
+
+    torch.manual_seed(0)
+    _, kinds = written(Back().eval(), torch.randn(3, 3, 9, 8), ("gradient",), tmp_path)
+    assert kinds["MaxPool"] > 0
+
+
 class Back(nn.Module):
     """The sums of gradients at four layers, sent back through convolutions of all kinds."""
 
