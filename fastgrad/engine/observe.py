@@ -256,7 +256,9 @@ class Observation:
             own._times[path] += 1
 
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            call = own.calls[own.stack.pop()]
+            # Calls that raised, as their callers caught, did not leave.
+            while (call := own.calls[own.stack.pop()]).copy is not copy:
+                pass
             call.gathered = call.gathered or own.rows.gathered(output)
             for position, tensor in enumerate(floating(output)):
                 call.outputs.append(tuple(tensor.shape))

@@ -105,12 +105,14 @@ def layer_as_one_step(copy: nn.Module) -> None:
 
 def _one_step(ref: Callable[[], Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     layer, steps = ref(), _current.get()
-    if steps is None or not (steps.alone and args and type(args[0]) is Tensor):
+    # A model's own parameter, as a layer's input, is a plain tensor in a trial.
+    if steps is None or not (steps.alone and args and type(args[0]) in (Tensor, nn.Parameter)):
         return forward(layer, *args, **kwargs)
     with without_modes():
         output: Tensor = forward(layer, *args, **kwargs)
         rank = output.dim() if torch.is_grad_enabled() else -2 - output.dim()
-        steps.note(type(layer).__name__, rank, *map(steps.parameters.get, map(id, layer._parameters.values())))
+        tensors = (args[0], *layer._parameters.values())
+        steps.note(type(layer).__name__, rank, *map(steps.parameters.get, map(id, tensors)))
     return output
 
 

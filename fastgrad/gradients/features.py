@@ -281,8 +281,8 @@ class GradientFeatures:
 
     def _empty(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         refuse_mixing(self.model, training=False)
-        with torch.no_grad():
-            logits = logits_of(self._network.forward(None, Run(1), *one_for_none((args, kwargs))))[:0]
+        with torch.enable_grad():
+            logits = logits_of(self._network.forward(None, Run(1), *one_for_none((args, kwargs))))[:0].detach()
         middle = (logits.shape[1],) if self.contrast else (len(self.signals),) if self.joint else ()
         dtype = losses.compute_dtype(logits.dtype)
         return logits, logits.new_zeros((0, *middle, len(self._names())), dtype=dtype)

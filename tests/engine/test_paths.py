@@ -93,6 +93,13 @@ def test_an_attribute_chooses(given: Any) -> None:
     check(two_ways(), calls, [{"mode": mode} for mode in given])
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.LayerNorm(3), nn.GELU()])
+def test_an_attribute_chooses_the_parameter_that_a_layer_is_given(layer: nn.Module) -> None:
+    model = Net(lambda net, x: net.head(x * net.layer(net.p if net.on else net.q)), layer=layer, head=nn.Linear(3, 2))
+    model.p, model.q = nn.Parameter(inputs(1, 3)), nn.Parameter(inputs(1, 3, seed=1))
+    check(model, [((inputs(5, 3),), {})] * 3, [{"on": on} for on in (True, False, True)])
+
+
 def deeper(scaled: bool) -> Net:
     """Another layer where a value is large, and a scale that only those calls use."""
 
