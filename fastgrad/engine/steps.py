@@ -19,7 +19,7 @@ from fastgrad.ops.dispatch import bind_contextvar
 
 _INDEXING = frozenset({"__getitem__", "__setitem__"})
 _SEQUENCES = frozenset({tuple, list})
-#: Functions whose whole numbers name dimensions.
+#: Functions whose whole numbers name dimensions, also where they are given by place.
 _OF_DIMENSIONS = frozenset(
     name + end
     for end in ("", "_")
@@ -27,7 +27,9 @@ _OF_DIMENSIONS = frozenset(
         "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "flip", "roll", "rot90", "select",
         "mean", "sum", "prod", "amax", "amin", "max", "min", "var", "std", "norm", "logsumexp", "any", "all", "argmax",
         "softmax", "log_softmax", "cumsum", "cumprod", "sort", "argsort", "cat", "stack", "unbind", "index_select",
-        "gather", "flatten", "unsqueeze", "squeeze",
+        "gather", "flatten", "unsqueeze", "squeeze", "cummax", "cummin", "logcumsumexp", "nansum", "nanmean", "std_mean",
+        "var_mean", "median", "nanmedian", "mode", "kthvalue", "topk", "diff", "trapezoid", "renorm", "chunk",
+        "tensor_split", "cosine_similarity", "linalg_norm", "linalg_vector_norm",
     )
 )  # fmt: skip
 #: Layers that always call the same functions on the parameters that they hold.
@@ -93,6 +95,8 @@ class Steps(TorchFunctionMode):
             noted.append(_whole_numbers(values[1:]))
         elif name == "einsum":
             noted.append(args[0])
+        elif kwargs and "dim" in kwargs:
+            noted.append(_whole_numbers([kwargs["dim"]]))
         return result
 
 

@@ -324,6 +324,26 @@ def test_a_hook_under_a_branch_is_refused_where_samples_meet() -> None:
             call(inputs(5, 3))
 
 
+@pytest.mark.parametrize(
+    "along",
+    [
+        lambda h, dim: F.normalize(h, dim=dim),
+        lambda h, dim: h - h.median(dim, keepdim=True)[0],
+        lambda h, dim: h / torch.linalg.vector_norm(h, dim=dim, keepdim=True),
+        lambda h, dim: h * h.topk(1, dim)[0],
+    ],
+)
+def test_another_dimension_is_refused_where_samples_meet(along: Callable[[Tensor, int], Tensor]) -> None:
+    model = one_layer(lambda net, x: net.head(along(net.layer(x), net.dim)), dim=1).double().eval()
+    extractor = fastgrad.GradientFeatures(model)
+    check(model, [((inputs(5, 3),), {})])
+    extractor(inputs(5, 3))
+    model.dim = 0
+    for call in (functools.partial(norms_of, model), extractor):
+        with pytest.raises(ValueError, match="change.* with the other samples"):
+            call(inputs(5, 3))
+
+
 def in_order(net: Any, x: Tensor) -> Tensor:
     """Works through its samples in the order of their lengths."""
     order = x[..., 0].flatten(1).sum(1).argsort()
