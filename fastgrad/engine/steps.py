@@ -27,8 +27,8 @@ _OF_DIMENSIONS = frozenset(
         "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "flip", "roll", "rot90", "select",
         "mean", "sum", "prod", "amax", "amin", "max", "min", "var", "std", "norm", "logsumexp", "any", "all", "argmax",
         "softmax", "log_softmax", "cumsum", "cumprod", "sort", "argsort", "cat", "stack", "unbind", "index_select",
-        "gather", "flatten", "unsqueeze", "squeeze", "cummax", "cummin", "logcumsumexp", "nansum", "nanmean", "std_mean",
-        "var_mean", "median", "nanmedian", "mode", "kthvalue", "topk", "diff", "trapezoid", "renorm", "chunk",
+        "gather", "flatten", "unsqueeze", "squeeze", "cummax", "cummin", "logcumsumexp", "nansum", "nanmean",
+        "std_mean", "var_mean", "median", "nanmedian", "mode", "kthvalue", "topk", "diff", "trapezoid", "renorm", "chunk",
         "tensor_split", "cosine_similarity", "linalg_norm", "linalg_vector_norm",
     )
 )  # fmt: skip

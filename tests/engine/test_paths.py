@@ -340,7 +340,7 @@ def test_another_dimension_is_refused_where_samples_meet(along: Callable[[Tensor
     extractor(inputs(5, 3))
     model.dim = 0
     for call in (functools.partial(norms_of, model), extractor):
-        with pytest.raises(ValueError, match="change.* with the other samples"):
+        with pytest.raises(ValueError, match=r"change.* with the other samples"):
             call(inputs(5, 3))
 
 
