@@ -28,8 +28,8 @@ _OF_DIMENSIONS = frozenset(
         "mean", "sum", "prod", "amax", "amin", "max", "min", "var", "std", "norm", "logsumexp", "any", "all", "argmax",
         "softmax", "log_softmax", "cumsum", "cumprod", "sort", "argsort", "cat", "stack", "unbind", "index_select",
         "gather", "flatten", "unsqueeze", "squeeze", "cummax", "cummin", "logcumsumexp", "nansum", "nanmean",
-        "std_mean", "var_mean", "median", "nanmedian", "mode", "kthvalue", "topk", "diff", "trapezoid", "renorm", "chunk",
-        "tensor_split", "cosine_similarity", "linalg_norm", "linalg_vector_norm",
+        "std_mean", "var_mean", "median", "nanmedian", "mode", "kthvalue", "topk", "diff", "trapezoid", "renorm",
+        "chunk", "tensor_split", "cosine_similarity", "linalg_norm", "linalg_vector_norm",
     )
 )  # fmt: skip
 #: Layers that always call the same functions on the parameters that they hold.
