@@ -203,7 +203,7 @@ class Shadow:
         for name, child in children.items():
             if child is not None:
                 children[name] = self._named[prefix + name] = self._module(child, f"{prefix}{name}.")
-        if self._graded and isinstance(copy, _torch.BatchNorm):
+        if self._graded and isinstance(copy, _torch.NormBase):
             attach(copy, _lay_out_gradient)
         return copy
 
@@ -258,14 +258,21 @@ def _run(hook: Callable[..., Any], *args: Any) -> None:
     hook(*args)
 
 
-def _lay_out_gradient(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
-    """Have the gradient of one sample reach a batch norm in the layout that PyTorch's kernel for CPUs takes it for.
+def _lay_out_gradient(module: nn.Module, _: Any, __: Any, output: Any) -> None:
+    """Have gradients reach a batch norm in the layout of its output, as PyTorch's kernel for CPUs takes them.
 
-    That takes channels last for contiguous, where the only sample has a stride of its own, as behind a transposition.
-    Its gradients then are silently those of other channels.
+    That takes channels last for contiguous, or the reverse, where a dimension of size 1 has a stride of its own, as
+    behind a transposition. Its gradients then are silently those of other channels. Instance norm is one of one sample.
     """
-    if isinstance(output, Tensor) and output.requires_grad and not _torch.is_traced() and output.shape[0] == 1:
-        output.register_hook(Tensor.contiguous)
+    if not (isinstance(output, Tensor) and output.requires_grad) or _torch.is_traced():
+        return
+    if 1 in output.shape or isinstance(module, _torch.InstanceNorm):
+        stride = output.stride()
+
+        def lay_out(g: Tensor) -> Tensor:
+            return g if g.stride() == stride else g.new_empty_strided(g.shape, stride).copy_(g)
+
+        output.register_hook(lay_out)
 
 
 def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:

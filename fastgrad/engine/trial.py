@@ -53,8 +53,12 @@ class Trial:
         self._network, self._known, self._count = network, known, count
         index = torch.arange(count, device="cpu") % samples
         inputs = pytree.tree_map_only(Tensor, detach_plain, inputs)
-        indices = (index, index[:-1], index[-1:].expand(count))
-        self._inputs, self._less, self._last = (take(inputs, i, samples, known.carriers) for i in indices)
+        # One alone is not enough where it is among the others as well.
+        alone = {i: index[i : i + 1].expand(count) for i in range(count - 1 - (samples < count), count)}
+        self._inputs, self._less, *singles = (
+            take(inputs, i, samples, known.carriers) for i in (index, index[:-1], *alone.values())
+        )
+        self._singles = dict(zip(alone, singles, strict=True))
         self._alone, self._whole = samples == 1, (inputs, samples)
         self._planners = []
         with torch.enable_grad():
@@ -212,8 +216,8 @@ class Trial:
         if self._alone:
             return seen, []
         # One sample may decide for all, as the largest: it is not among both the first samples and the last alone.
-        last = observe(self._last, self._count)
-        others = [(fewer, range(self._count - 1)), (last, range(self._count - 1, self._count))]
+        others = [(fewer, range(self._count - 1))]
+        others += [(observe(inputs, self._count), range(i, i + 1)) for i, inputs in self._singles.items()]
         # Values of a batch may choose another path; random numbers come in another order.
         others = [pair for pair in others if not seen.drew and seen.functions == pair[0].functions]
         self._require_own_outputs(seen, others)
@@ -237,9 +241,9 @@ class Trial:
     def _require_own_gradients(self, others: _Others, *, training: bool) -> None:
         """Raise ValueError unless a sample has the same gradients among other samples, and among fewer."""
         for other, samples in others:
-            check = next(check for check in self._checks if check.sample in samples)
-            changed = _changed(check.truth, self._again(other, check))
-            if changed:
+            check = next((check for check in self._checks if check.sample in samples), None)
+            changed = set() if check is None else _changed(check.truth, self._again(other, check))
+            if check and changed:
                 # Gradients that vanish in exact arithmetic, as those of a saturated softmax, are rounding alone.
                 rounded = self._observed(self._inputs, self._count, training=training, rounded=True)
                 _refuse(changed - _changed(check.truth, self._again(rounded, check)))
