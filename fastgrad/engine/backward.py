@@ -68,10 +68,10 @@ def looped(runs: Iterable[Run], sites: Sequence[Site], output: Tensor) -> bool:
 
     They cannot be traced with a symbolic batch, nor where a replay differentiates; a replay that compares gradients
     must read them; functions of autograd that a checkpoint or a replay without ``vmap`` runs once more may not know
-    them, nor a CPU's batch norm in two precisions.
+    them, nor a CPU's batch norm in two precisions. What else a model does was tried with its plan.
     """
     return (
-        any(is_symbolic(run.samples) or run.one_by_one for run in runs)
+        any(is_symbolic(run.samples) or run.one_by_one or (run.plan and run.plan.looped) for run in runs)
         or any(isinstance(site, FallbackSite) and (site.verify or not site.vectorize) for site in sites)
         or (is_fake(output) and any(isinstance(site, RecomputedSite) for site in sites))
     )

@@ -86,7 +86,7 @@ class Trial:
             plan = self._candidate(constraints, older)
             failure: Exception | None = None
             try:
-                found = [self._disagreeing(plan, check, self._inputs, self._count) for check in self._checks]
+                found = [self._disagreeing(plan, [check], self._inputs, self._count) for check in self._checks]
                 wrong = frozenset().union(*found)
             except OffPlanError as error:
                 wrong = frozenset(error.parameters)
@@ -99,7 +99,7 @@ class Trial:
                 # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
                 failure = error
             if failure is None and not wrong:
-                return plan
+                return replace(plan, looped=not self._together(plan))
             if older is not None:
                 older = None
             elif failure is None:
@@ -132,8 +132,17 @@ class Trial:
         with torch.enable_grad():
             check = self._check(self._observed(one, 1, training=self._known.training), 0)
         try:
-            return not self._disagreeing(plan, check, one, 1)
+            return not self._disagreeing(plan, [check], one, 1)
         except OffPlanError:
+            return False
+
+    def _together(self, plan: Plan) -> bool:
+        """Whether the gradients of all checks can go back together, which functions may not bear, or not do right."""
+        try:
+            return not self._disagreeing(plan, self._checks, self._inputs, self._count)
+        except Exception as error:
+            if lacks_memory(error):
+                raise
             return False
 
     def _candidate(self, constraints: PlanConstraints, older: Plan | None) -> Plan:
@@ -145,10 +154,10 @@ class Trial:
         plan = replace(plan, outputs=self._layouts, zeros=self._zeros, linear=self._linear)
         return plan if older is None else plan.joined(older)
 
-    def _disagreeing(self, plan: Plan, check: Check, inputs: Any, count: int) -> frozenset[str]:
+    def _disagreeing(self, plan: Plan, checks: Sequence[Check], inputs: Any, count: int) -> frozenset[str]:
         """Parameters whose squared norms are not those of one sample's true gradient, and zero for the others.
 
-        The path of a pass by ``plan`` becomes one of the plan's.
+        Gradients of several checks go back together. The path of a pass by ``plan`` becomes one of the plan's.
         """
         run = Run(count)
         with torch.enable_grad(), undone(self._network.model, inputs) as inputs:
@@ -158,16 +167,20 @@ class Trial:
             assert run.steps is not None
             plan.paths.add(run.steps.path())
             outputs = self._network.tensors(output)
-            features = backward_signals(run, outputs, [rows[None] for rows in check.cotangents])[0]
-        truth = {name: gradient.to(features.dtype).square().sum() for name, gradient in check.truth.items()}
-        zero = features.new_zeros(())
-        expected = torch.zeros_like(features)
-        expected[check.sample] = torch.stack([truth.get(name, zero) for name in plan.names])
-        # A wrong route is wrong by a factor; this is no test of accuracy.
-        precision = max(self._precision, precision_of(check.truth))
-        tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
-        right = ((features - expected).abs() <= tolerance * expected + rounding(check.truth)).all(0)
-        return frozenset(name for name, good in zip(plan.names, right.tolist(), strict=True) if not good)
+            cotangents = [torch.stack(rows) for rows in zip(*(check.cotangents for check in checks), strict=True)]
+            signals = backward_signals(run, outputs, cotangents)
+        wrong: set[str] = set()
+        for check, features in zip(checks, signals, strict=True):
+            truth = {name: gradient.to(features.dtype).square().sum() for name, gradient in check.truth.items()}
+            zero = features.new_zeros(())
+            expected = torch.zeros_like(features)
+            expected[check.sample] = torch.stack([truth.get(name, zero) for name in plan.names])
+            # A wrong route is wrong by a factor; this is no test of accuracy.
+            precision = max(self._precision, precision_of(check.truth))
+            tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
+            right = ((features - expected).abs() <= tolerance * expected + rounding(check.truth)).all(0)
+            wrong |= {name for name, good in zip(plan.names, right.tolist(), strict=True) if not good}
+        return frozenset(wrong)
 
     def _observed(self, inputs: Any, count: int, fewer: Observation | None = None, **options: bool) -> Observation:
         """What the model does with ``inputs``; ``options`` as for `Observation`. It is left as it was."""
