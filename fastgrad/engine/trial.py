@@ -53,12 +53,10 @@ class Trial:
         self._network, self._known, self._count = network, known, count
         index = torch.arange(count, device="cpu") % samples
         inputs = pytree.tree_map_only(Tensor, detach_plain, inputs)
-        # One alone is not enough where it is among the others as well.
-        alone = {i: index[i : i + 1].expand(count) for i in range(count - 1 - (samples < count), count)}
-        self._inputs, self._less, *singles = (
-            take(inputs, i, samples, known.carriers) for i in (index, index[:-1], *alone.values())
-        )
-        self._singles = dict(zip(alone, singles, strict=True))
+        self._inputs, self._less = (take(inputs, i, samples, known.carriers) for i in (index, index[:-1]))
+        # Single ones by their place. One is not enough where it is among the others as well.
+        places = range(count - 1 - (samples < count), count)
+        self._singles = {i: take(inputs, index[i].expand(count), samples, known.carriers) for i in places}
         self._alone, self._whole = samples == 1, (inputs, samples)
         self._planners = []
         with torch.enable_grad():
