@@ -268,11 +268,7 @@ def _lay_out_gradient(module: nn.Module, _: Any, __: Any, output: Any) -> None:
         return
     if 1 in output.shape or isinstance(module, _torch.InstanceNorm):
         stride = output.stride()
-
-        def lay_out(g: Tensor) -> Tensor:
-            return g if g.stride() == stride else g.new_empty_strided(g.shape, stride).copy_(g)
-
-        output.register_hook(lay_out)
+        output.register_hook(lambda g: g if g.stride() == stride else g.new_empty_strided(g.shape, stride).copy_(g))
 
 
 def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:

@@ -131,9 +131,7 @@ def unnoted(hook: Callable[..., Any]) -> Callable[..., Any]:
     """``hook``, whose functions are no steps of the model's."""
 
     def run(*args: Any) -> Any:
-        if _current.get() is None:
-            return hook(*args)
-        with without_modes():
+        with without_modes() if _current.get() else contextlib.nullcontext():
             return hook(*args)
 
     return run

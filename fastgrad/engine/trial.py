@@ -97,7 +97,9 @@ class Trial:
                 # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
                 failure = error
             if failure is None and not wrong:
-                return replace(plan, looped=not self._together(plan))
+                # Functions may not bear several gradients at once, or get them wrong.
+                together = self._agrees(plan, self._checks, self._inputs, self._count)
+                return replace(plan, looped=not together)
             if older is not None:
                 older = None
             elif failure is None:
@@ -129,15 +131,12 @@ class Trial:
         one = take(self._inputs, slice(0, 1), self._count, self._known.carriers)
         with torch.enable_grad():
             check = self._check(self._observed(one, 1, training=self._known.training), 0)
-        try:
-            return not self._disagreeing(plan, [check], one, 1)
-        except OffPlanError:
-            return False
+        return self._agrees(plan, [check], one, 1)
 
-    def _together(self, plan: Plan) -> bool:
-        """Whether the gradients of all checks can go back together, which functions may not bear, or not do right."""
+    def _agrees(self, plan: Plan, checks: Sequence[Check], inputs: Any, count: int) -> bool:
+        """Whether a pass by ``plan``, and one back with all of these checks together, give what autograd gives."""
         try:
-            return not self._disagreeing(plan, self._checks, self._inputs, self._count)
+            return not self._disagreeing(plan, checks, inputs, count)
         except Exception as error:
             if lacks_memory(error):
                 raise
@@ -252,12 +251,11 @@ class Trial:
     def _require_own_gradients(self, others: _Others, *, training: bool) -> None:
         """Raise ValueError unless a sample has the same gradients among other samples, and among fewer."""
         for other, samples in others:
-            check = next((check for check in self._checks if check.sample in samples), None)
-            changed = set() if check is None else _changed(check.truth, self._again(other, check))
-            if check and changed:
-                # Gradients that vanish in exact arithmetic, as those of a saturated softmax, are rounding alone.
-                rounded = self._observed(self._inputs, self._count, training=training, rounded=True)
-                _refuse(changed - _changed(check.truth, self._again(rounded, check)))
+            for check in [check for check in self._checks if check.sample in samples][:1]:
+                if changed := _changed(check.truth, self._again(other, check)):
+                    # Gradients that vanish in exact arithmetic, as those of a saturated softmax, are rounding alone.
+                    rounded = self._observed(self._inputs, self._count, training=training, rounded=True)
+                    _refuse(changed - _changed(check.truth, self._again(rounded, check)))
 
     def _again(self, seen: Observation, check: Check) -> dict[str, Tensor]:
         """The gradients of a check's sample among others, as many or fewer."""

@@ -42,13 +42,9 @@ def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for batch norm with running statistics."""
     assert isinstance(module, NormBase)
     a, g = upcast(a, g)
-    mean, var = module.running_mean, module.running_var
-    assert mean is not None
-    assert var is not None
-    mean, var = mean.to(a.dtype), var.to(a.dtype)
+    mean, var = (x.to(a.dtype) for x in (module.running_mean, module.running_var) if x is not None)
     if a.dim() == 2 or is_batched(g) or not a.is_contiguous():
-        shape = (1, -1) + (1,) * (a.dim() - 2)
-        return _channel_norms((a - mean.view(shape)) * torch.rsqrt(var + module.eps).view(shape), g)
+        return _channel_norms(F.batch_norm(a, mean, var, eps=module.eps), g)
     samples, channels = a.shape[:2]
     # Samples folded into channels, the ordinary reduction over (batch, positions) becomes one per sample, and
     # one pass over the two tensors gives both sums.
