@@ -69,8 +69,7 @@ class Trial:
             self._checks, unseen = self._gradients(seen)
             self._require_own_gradients(others, training=known.training)
             self._linear = self._is_linear(seen)
-        named = network.model.named_parameters() if unseen else []
-        self._zeros = frozenset(name for name, p in named if not p.any())
+        self._zeros = frozenset(n for n, p in network.model.named_parameters() if unseen and not p.any())
 
     def plan(self, older: Plan | None = None) -> Plan:
         """A plan that agrees with autograd; ValueError if the model mixes samples, or is not alike each time.

@@ -156,6 +156,7 @@ def test_parameters_that_are_not_seen_whole(entry: Any) -> None:
         (nn.Linear(4, 3, dtype=torch.complex64), TypeError, "real parameters; 'weight' was torch.complex64"),
         (nn.Sequential(nn.Linear(4, 3, device="meta")), ValueError, "'0.weight' was on the meta device"),
         (nn.Sequential(torch.jit.trace(nn.Linear(4, 3), torch.rand(2, 4))), TypeError, "ordinary modules; '0' was a"),
+        (torch.jit.trace(nn.Linear(4, 3), torch.rand(2, 4)), TypeError, "ordinary modules; 'model' was a"),
     ):
         with pytest.raises(error, match=message):
             entry(part)
