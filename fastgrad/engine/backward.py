@@ -66,9 +66,8 @@ def probe_grads(
 def looped(runs: Iterable[Run], sites: Sequence[Site], output: Tensor) -> bool:
     """Whether several gradients must go back one after the other, where functorch's batched tensors cannot go.
 
-    They cannot be traced with a symbolic batch, nor where a replay differentiates; a replay that compares gradients, as
-    all without ``vmap`` do, must read them; functions of autograd that a checkpoint runs once more may not know them.
-    What else a model does was tried with its plan.
+    They cannot be traced with a symbolic batch, nor where a replay differentiates; a replay that compares them must
+    read them; functions of autograd that a checkpoint runs once more may not know them. The rest is tried with plans.
     """
     return (
         any(is_symbolic(run.samples) or run.one_by_one or (run.plan and run.plan.looped) for run in runs)

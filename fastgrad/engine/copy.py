@@ -205,6 +205,7 @@ class Shadow:
                 children[name] = self._named[prefix + name] = self._module(child, f"{prefix}{name}.")
         if self._graded and isinstance(copy, _torch.NormBase):
             attach(copy, _lay_out_gradient)
+            attach(copy, _lay_out_input, before=True)
         return copy
 
     def _tensor(self, parameter: nn.Parameter) -> Any:
@@ -264,11 +265,21 @@ def _lay_out_gradient(module: nn.Module, _: Any, __: Any, output: Any) -> None:
     That takes channels last for contiguous, or the reverse, where a dimension of size 1 has a stride of its own, as
     behind a transposition. Its gradients then are silently those of other channels. Instance norm is one of one sample.
     """
-    if not (isinstance(output, Tensor) and output.requires_grad) or _torch.is_traced():
-        return
-    if 1 in output.shape or isinstance(module, _torch.InstanceNorm):
+    instance = isinstance(module, _torch.InstanceNorm)
+    if isinstance(output, Tensor) and output.requires_grad and (instance or 1 in output.shape):
         stride = output.stride()
-        output.register_hook(lambda g: g if g.stride() == stride else g.new_empty_strided(g.shape, stride).copy_(g))
+        output.register_hook(
+            Tensor.contiguous
+            if _torch.is_traced()
+            else lambda g: g if g.stride() == stride else g.new_empty_strided(g.shape, stride).copy_(g)
+        )
+
+
+def _lay_out_input(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Have a graph give a norm contiguous inputs there: tensors without data do not tell the layout of its output."""
+    if _torch.is_traced() and args and isinstance(args[0], Tensor) and 1 in args[0].shape:
+        return (args[0].contiguous(), *args[1:]), kwargs
+    return None
 
 
 def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:

@@ -122,7 +122,6 @@ class LayerSite(RuledSite):
     rule: LayerRule
 
     def attach(self, run: Run, shadow: Shadow) -> None:
-        """See `Site`."""
         attach(shadow.submodule(self.path), functools.partial(self._tap, run))
 
     def _tap(self, run: Run, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -174,7 +173,6 @@ class RecomputedSite(Site):
     """
 
     def attach(self, run: Run, shadow: Shadow) -> None:
-        """See `Site`."""
         copy, original = shadow.submodule(self.path), shadow.model.get_submodule(self.path)
         trains = shadow.training and any(m.training for m in copy.modules())
         # Of calls under way: their inputs, and what else computing them again depends on.
@@ -257,7 +255,6 @@ class Reading:
     copied: bool = True
 
     def attach(self, run: Run, shadow: Shadow) -> None:
-        """See `Site`."""
 
         def read(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             # As few operations as can be: the samples of a small batch are read layer by layer, in a cold cache.
