@@ -205,16 +205,15 @@ def test_gradients_pass_norms_in_any_layout(kind: type[nn.Module], shape: tuple[
 
 def lying(net: Any, x: Tensor) -> Tensor:
     """A batch norm whose input lies transposed, as does its gradient."""
-    h = net.norm((x * net.scale).permute(1, 0, 2, 3).contiguous().transpose(0, 1))
-    return net.head(h.permute(0, 3, 1, 2).contiguous().tanh().mean((1, 3)))
+    h = net.norm((x * net.scale).transpose(1, 2).contiguous().transpose(1, 2))
+    return net.head(h.transpose(2, 3).contiguous().tanh().transpose(2, 3).flatten(1))
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 1), (3, 1, 4)])
-def test_graphs_pass_norms_in_any_layout(shape: tuple[int, ...]) -> None:
+def test_graphs_pass_norms_in_any_layout() -> None:
     torch.manual_seed(0)
-    model = Net(lying, norm=nn.BatchNorm2d(3), scale=nn.Parameter(torch.rand(3, 1, 1)), head=nn.Linear(3, 2))
-    extractor, x = fastgrad.GradientFeatures(model.double().eval()), torch.randn(5, *shape, dtype=torch.float64)
+    model = Net(lying, norm=nn.BatchNorm2d(3), scale=nn.Parameter(torch.rand(3, 1, 1)), head=nn.Linear(12, 2))
+    extractor, x = fastgrad.GradientFeatures(model.double().eval()), torch.randn(5, 3, 4, 1, dtype=torch.float64)
     graph = extractor.trace(x[:2])
-    truth = torch.stack([extractor(one.expand(2, *shape))[1][0] for one in x])
+    truth = torch.stack([extractor(one.expand(2, 3, 4, 1))[1][0] for one in x])
     for features in (extractor(x)[1], graph(x)[1]):
         torch.testing.assert_close(features, truth, rtol=1e-9, atol=1e-12)
