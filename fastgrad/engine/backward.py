@@ -66,13 +66,12 @@ def probe_grads(
 def looped(runs: Iterable[Run], sites: Sequence[Site], output: Tensor) -> bool:
     """Whether several gradients must go back one after the other, where functorch's batched tensors cannot go.
 
-    They cannot be traced with a symbolic batch, nor where a replay differentiates; a replay that compares gradients
-    must read them; functions of autograd that a checkpoint or a replay without ``vmap`` runs once more may not know
-    them, nor a CPU's batch norm in two precisions.
+    They cannot be traced with a symbolic batch, nor where a replay differentiates; a replay that compares them must
+    read them; functions of autograd that a checkpoint runs once more may not know them. The rest is tried with plans.
     """
     return (
-        any(is_symbolic(run.samples) or run.one_by_one for run in runs)
-        or any(isinstance(site, FallbackSite) and (site.verify or not site.vectorize) for site in sites)
+        any(is_symbolic(run.samples) or run.one_by_one or (run.plan and run.plan.looped) for run in runs)
+        or any(isinstance(site, FallbackSite) and site.verify for site in sites)
         or (is_fake(output) and any(isinstance(site, RecomputedSite) for site in sites))
     )
 

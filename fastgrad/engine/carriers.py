@@ -62,8 +62,8 @@ def find_carriers(network: Network, inputs: Any, samples: int, *, training: bool
 
 
 def outputs_of(network: Network, inputs: Any, *, training: bool = False) -> list[Tensor]:
-    """What the model returns; it and the inputs are left as they were."""
-    with torch.no_grad(), undone(network.model, inputs) as (args, kwargs):
+    """What the model returns; it and the inputs are left as they were. It may take gradients, as of an energy."""
+    with torch.enable_grad(), undone(network.model, inputs) as (args, kwargs):
         shadow = Shadow(network.model, training=training, recorded=network.recorded)
         return network.tensors(shadow.root(*args, **kwargs))
 

@@ -203,8 +203,9 @@ class Shadow:
         for name, child in children.items():
             if child is not None:
                 children[name] = self._named[prefix + name] = self._module(child, f"{prefix}{name}.")
-        if self._graded and isinstance(copy, _torch.BatchNorm):
+        if self._graded and isinstance(copy, _torch.NormBase):
             attach(copy, _lay_out_gradient)
+            attach(copy, _lay_out_input, before=True)
         return copy
 
     def _tensor(self, parameter: nn.Parameter) -> Any:
@@ -258,14 +259,27 @@ def _run(hook: Callable[..., Any], *args: Any) -> None:
     hook(*args)
 
 
-def _lay_out_gradient(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
-    """Have the gradient of one sample reach a batch norm in the layout that PyTorch's kernel for CPUs takes it for.
+def _lay_out_gradient(module: nn.Module, _: Any, __: Any, output: Any) -> None:
+    """Have gradients reach a batch norm in the layout of its output, as PyTorch's kernel for CPUs takes them.
 
-    That takes channels last for contiguous, where the only sample has a stride of its own, as behind a transposition.
-    Its gradients then are silently those of other channels.
+    That takes channels last for contiguous, or the reverse, where a dimension of size 1 has a stride of its own, as
+    behind a transposition. Its gradients then are silently those of other channels. Instance norm is one of one sample.
     """
-    if isinstance(output, Tensor) and output.requires_grad and not _torch.is_traced() and output.shape[0] == 1:
-        output.register_hook(Tensor.contiguous)
+    instance = isinstance(module, _torch.InstanceNorm)
+    if isinstance(output, Tensor) and output.requires_grad and (instance or 1 in output.shape):
+        stride = output.stride()
+        output.register_hook(
+            Tensor.contiguous
+            if _torch.is_traced()
+            else lambda g: g if g.stride() == stride else g.new_empty_strided(g.shape, stride).copy_(g)
+        )
+
+
+def _lay_out_input(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Have a graph give a norm contiguous inputs there: tensors without data do not tell the layout of its output."""
+    if _torch.is_traced() and args and isinstance(args[0], Tensor) and 1 in args[0].shape:
+        return (args[0].contiguous(), *args[1:]), kwargs
+    return None
 
 
 def attach(module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:

@@ -29,12 +29,10 @@ if TYPE_CHECKING:
 # Functions that broadcast a parameter over the batch, by name without underscores.
 _BROADCASTING = frozenset({"add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "div", "expand"})
 #: By name without underscores, functions whose first argument takes up rows and keeps its own.
-_SCATTERING = frozenset(
-    {
-        "setitem", "index_add", "index_put", "index_copy", "index_reduce", "masked_scatter",
-        "scatter", "scatter_add", "scatter_reduce",
-    }
-)  # fmt: skip
+_SCATTERING = frozenset({
+    "setitem", "index_add", "index_put", "index_copy", "index_reduce", "masked_scatter", "scatter", "scatter_add",
+    "scatter_reduce",
+})  # fmt: skip
 #: Those that gather along a dimension by an index.
 _GATHERING = frozenset({"index_select", "gather", "take_along_dim"})
 #: Those that reorder along dimensions, with the place of these among their arguments.
@@ -256,7 +254,9 @@ class Observation:
             own._times[path] += 1
 
         def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            call = own.calls[own.stack.pop()]
+            # Calls that raised, as their callers caught, did not leave.
+            while (call := own.calls[own.stack.pop()]).copy is not copy:
+                pass
             call.gathered = call.gathered or own.rows.gathered(output)
             for position, tensor in enumerate(floating(output)):
                 call.outputs.append(tuple(tensor.shape))

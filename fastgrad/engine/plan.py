@@ -66,6 +66,7 @@ class Plan:
         paths: Those on which it agreed with autograd, see `fastgrad.engine.steps`.
         zeros: Names of parameters that were zero in the trial, if others that were used had no gradient there.
         linear: Whether gradients are in proportion to those of the outputs.
+        looped: Whether several gradients must go back one after the other.
     """
 
     names: tuple[str, ...]
@@ -78,6 +79,7 @@ class Plan:
     paths: set[int] = field(default_factory=set, compare=False, repr=False)
     zeros: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     linear: bool = True
+    looped: bool = False
 
     def outdated(self, model: nn.Module) -> bool:
         """Whether gradients flow by now that the trial could not see: behind a layer that began with zeros."""

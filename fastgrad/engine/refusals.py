@@ -19,8 +19,8 @@ def refuse_scripted(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(
-                f"model must be made of ordinary modules; {name or 'it'!r} was a {type(module).__name__} (torch.jit). "
-                "Use the module that it was made of"
+                f"model must be made of ordinary modules; {name or 'model'!r} was a {type(module).__name__} (torch.jit)"
+                ". Use the module that it was made of"
             )
 
 
@@ -44,8 +44,8 @@ def refuse_parts(model: nn.Module) -> None:
         found = sorted({cls.__name__ for cls in type(part).__mro__} & _PARTS)
         if found:
             raise TypeError(
-                f"model must hold whole parameters; {name or 'it'!r} was a {found[0]} (FSDP, tensor parallelism), of "
-                "which each process holds a part. Use DistributedDataParallel, or norms before the model is sharded"
+                f"model must hold whole parameters; {name or 'model'!r} was a {found[0]} (FSDP, tensor parallelism), "
+                "of which each process holds a part. Use DistributedDataParallel, or norms before the model is sharded"
             )
         if isinstance(part, nn.Parameter) and part.is_complex():
             raise TypeError(

@@ -52,8 +52,7 @@ class Run:
         self.readings: dict[Reading, Tensor] = {}
         #: The plan that the forward pass kept to; None for a pass without one.
         self.plan = plan
-        #: Whether gradients cannot go back together: a part of it will be computed again to get at what autograd did
-        #: not save, or parameters may have another dtype than activations, which batch norm on a CPU then refuses.
+        #: Whether gradients cannot go back together: parts are computed again to get at what autograd did not save.
         self.one_by_one = False
         #: Why the forward pass left its plan.
         self.left: OffPlanError | None = None
@@ -67,8 +66,7 @@ class Run:
         if self.steps is not None:
             self.steps.note(type(site).__name__, site.path, site.parameters)
         dtype = compute_dtype(output.dtype)
-        reduced = dtype != output.dtype and output.device.type == "cpu"
-        self.one_by_one = self.one_by_one or reduced or saves_elsewhere()
+        self.one_by_one = self.one_by_one or saves_elsewhere()
         probe = torch.zeros(self.samples, len(site.parameters), dtype=dtype, device=output.device, requires_grad=True)
         if not self.closed:  # else a checkpoint computes a part again
             self.probes.append((site, probe))
@@ -124,7 +122,6 @@ class LayerSite(RuledSite):
     rule: LayerRule
 
     def attach(self, run: Run, shadow: Shadow) -> None:
-        """See `Site`."""
         attach(shadow.submodule(self.path), functools.partial(self._tap, run))
 
     def _tap(self, run: Run, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -176,7 +173,6 @@ class RecomputedSite(Site):
     """
 
     def attach(self, run: Run, shadow: Shadow) -> None:
-        """See `Site`."""
         copy, original = shadow.submodule(self.path), shadow.model.get_submodule(self.path)
         trains = shadow.training and any(m.training for m in copy.modules())
         # Of calls under way: their inputs, and what else computing them again depends on.
@@ -259,7 +255,6 @@ class Reading:
     copied: bool = True
 
     def attach(self, run: Run, shadow: Shadow) -> None:
-        """See `Site`."""
 
         def read(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             # As few operations as can be: the samples of a small batch are read layer by layer, in a cold cache.

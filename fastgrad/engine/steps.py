@@ -19,7 +19,7 @@ from fastgrad.ops.dispatch import bind_contextvar
 
 _INDEXING = frozenset({"__getitem__", "__setitem__"})
 _SEQUENCES = frozenset({tuple, list})
-#: Functions whose whole numbers name dimensions.
+#: Functions whose whole numbers name dimensions, also where they are given by place.
 _OF_DIMENSIONS = frozenset(
     name + end
     for end in ("", "_")
@@ -27,7 +27,9 @@ _OF_DIMENSIONS = frozenset(
         "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "flip", "roll", "rot90", "select",
         "mean", "sum", "prod", "amax", "amin", "max", "min", "var", "std", "norm", "logsumexp", "any", "all", "argmax",
         "softmax", "log_softmax", "cumsum", "cumprod", "sort", "argsort", "cat", "stack", "unbind", "index_select",
-        "gather", "flatten", "unsqueeze", "squeeze",
+        "gather", "flatten", "unsqueeze", "squeeze", "cummax", "cummin", "logcumsumexp", "nansum", "nanmean",
+        "std_mean", "var_mean", "median", "nanmedian", "mode", "kthvalue", "topk", "diff", "trapezoid", "renorm",
+        "chunk", "tensor_split", "cosine_similarity", "linalg_norm", "linalg_vector_norm",
     )
 )  # fmt: skip
 #: Layers that always call the same functions on the parameters that they hold.
@@ -93,6 +95,8 @@ class Steps(TorchFunctionMode):
             noted.append(_whole_numbers(values[1:]))
         elif name == "einsum":
             noted.append(args[0])
+        elif kwargs and "dim" in kwargs:
+            noted.append(_whole_numbers([kwargs["dim"]]))
         return result
 
 
@@ -105,12 +109,14 @@ def layer_as_one_step(copy: nn.Module) -> None:
 
 def _one_step(ref: Callable[[], Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     layer, steps = ref(), _current.get()
-    if steps is None or not (steps.alone and args and type(args[0]) is Tensor):
+    # A model's own parameter, as a layer's input, is a plain tensor in a trial.
+    if steps is None or not (steps.alone and args and type(args[0]) in (Tensor, nn.Parameter)):
         return forward(layer, *args, **kwargs)
     with without_modes():
         output: Tensor = forward(layer, *args, **kwargs)
         rank = output.dim() if torch.is_grad_enabled() else -2 - output.dim()
-        steps.note(type(layer).__name__, rank, *map(steps.parameters.get, map(id, layer._parameters.values())))
+        tensors = (args[0], *layer._parameters.values())
+        steps.note(type(layer).__name__, rank, *map(steps.parameters.get, map(id, tensors)))
     return output
 
 
@@ -125,9 +131,7 @@ def unnoted(hook: Callable[..., Any]) -> Callable[..., Any]:
     """``hook``, whose functions are no steps of the model's."""
 
     def run(*args: Any) -> Any:
-        if _current.get() is None:
-            return hook(*args)
-        with without_modes():
+        with without_modes() if _current.get() else contextlib.nullcontext():
             return hook(*args)
 
     return run

@@ -53,8 +53,10 @@ class Trial:
         self._network, self._known, self._count = network, known, count
         index = torch.arange(count, device="cpu") % samples
         inputs = pytree.tree_map_only(Tensor, detach_plain, inputs)
-        indices = (index, index[:-1], index[-1:].expand(count))
-        self._inputs, self._less, self._last = (take(inputs, i, samples, known.carriers) for i in indices)
+        self._inputs, self._less = (take(inputs, i, samples, known.carriers) for i in (index, index[:-1]))
+        # Single ones by their place. One is not enough where it is among the others as well.
+        places = range(count - 1 - (samples < count), count)
+        self._singles = {i: take(inputs, index[i].expand(count), samples, known.carriers) for i in places}
         self._alone, self._whole = samples == 1, (inputs, samples)
         self._planners = []
         with torch.enable_grad():
@@ -67,8 +69,7 @@ class Trial:
             self._checks, unseen = self._gradients(seen)
             self._require_own_gradients(others, training=known.training)
             self._linear = self._is_linear(seen)
-        named = network.model.named_parameters() if unseen else []
-        self._zeros = frozenset(name for name, p in named if not p.any())
+        self._zeros = frozenset(n for n, p in network.model.named_parameters() if unseen and not p.any())
 
     def plan(self, older: Plan | None = None) -> Plan:
         """A plan that agrees with autograd; ValueError if the model mixes samples, or is not alike each time.
@@ -82,7 +83,7 @@ class Trial:
             plan = self._candidate(constraints, older)
             failure: Exception | None = None
             try:
-                found = [self._disagreeing(plan, check, self._inputs, self._count) for check in self._checks]
+                found = [self._disagreeing(plan, [check], self._inputs, self._count) for check in self._checks]
                 wrong = frozenset().union(*found)
             except OffPlanError as error:
                 wrong = frozenset(error.parameters)
@@ -95,7 +96,9 @@ class Trial:
                 # Whatever a model raises that is given one copy of a parameter per sample, or mapped over samples.
                 failure = error
             if failure is None and not wrong:
-                return plan
+                # Functions may not bear several gradients at once, or get them wrong.
+                together = self._agrees(plan, self._checks, self._inputs, self._count)
+                return replace(plan, looped=not together)
             if older is not None:
                 older = None
             elif failure is None:
@@ -127,9 +130,15 @@ class Trial:
         one = take(self._inputs, slice(0, 1), self._count, self._known.carriers)
         with torch.enable_grad():
             check = self._check(self._observed(one, 1, training=self._known.training), 0)
+        return self._agrees(plan, [check], one, 1)
+
+    def _agrees(self, plan: Plan, checks: Sequence[Check], inputs: Any, count: int) -> bool:
+        """Whether a pass by ``plan``, and one back with all of these checks together, give what autograd gives."""
         try:
-            return not self._disagreeing(plan, check, one, 1)
-        except OffPlanError:
+            return not self._disagreeing(plan, checks, inputs, count)
+        except Exception as error:
+            if lacks_memory(error):
+                raise
             return False
 
     def _candidate(self, constraints: PlanConstraints, older: Plan | None) -> Plan:
@@ -141,10 +150,10 @@ class Trial:
         plan = replace(plan, outputs=self._layouts, zeros=self._zeros, linear=self._linear)
         return plan if older is None else plan.joined(older)
 
-    def _disagreeing(self, plan: Plan, check: Check, inputs: Any, count: int) -> frozenset[str]:
+    def _disagreeing(self, plan: Plan, checks: Sequence[Check], inputs: Any, count: int) -> frozenset[str]:
         """Parameters whose squared norms are not those of one sample's true gradient, and zero for the others.
 
-        The path of a pass by ``plan`` becomes one of the plan's.
+        Gradients of several checks go back together. The path of a pass by ``plan`` becomes one of the plan's.
         """
         run = Run(count)
         with torch.enable_grad(), undone(self._network.model, inputs) as inputs:
@@ -154,16 +163,20 @@ class Trial:
             assert run.steps is not None
             plan.paths.add(run.steps.path())
             outputs = self._network.tensors(output)
-            features = backward_signals(run, outputs, [rows[None] for rows in check.cotangents])[0]
-        truth = {name: gradient.to(features.dtype).square().sum() for name, gradient in check.truth.items()}
-        zero = features.new_zeros(())
-        expected = torch.zeros_like(features)
-        expected[check.sample] = torch.stack([truth.get(name, zero) for name in plan.names])
-        # A wrong route is wrong by a factor; this is no test of accuracy.
-        precision = max(self._precision, precision_of(check.truth))
-        tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
-        right = ((features - expected).abs() <= tolerance * expected + rounding(check.truth)).all(0)
-        return frozenset(name for name, good in zip(plan.names, right.tolist(), strict=True) if not good)
+            cotangents = [torch.stack(rows) for rows in zip(*(check.cotangents for check in checks), strict=True)]
+            signals = backward_signals(run, outputs, cotangents)
+        wrong: set[str] = set()
+        for check, features in zip(checks, signals, strict=True):
+            truth = {name: gradient.to(features.dtype).square().sum() for name, gradient in check.truth.items()}
+            zero = features.new_zeros(())
+            expected = torch.zeros_like(features)
+            expected[check.sample] = torch.stack([truth.get(name, zero) for name in plan.names])
+            # A wrong route is wrong by a factor; this is no test of accuracy.
+            precision = max(self._precision, precision_of(check.truth))
+            tolerance = min(0.5, 1e4 * precision) if precision > 1e-6 else 1e-2
+            right = ((features - expected).abs() <= tolerance * expected + rounding(check.truth)).all(0)
+            wrong |= {name for name, good in zip(plan.names, right.tolist(), strict=True) if not good}
+        return frozenset(wrong)
 
     def _observed(self, inputs: Any, count: int, fewer: Observation | None = None, **options: bool) -> Observation:
         """What the model does with ``inputs``; ``options`` as for `Observation`. It is left as it was."""
@@ -212,8 +225,8 @@ class Trial:
         if self._alone:
             return seen, []
         # One sample may decide for all, as the largest: it is not among both the first samples and the last alone.
-        last = observe(self._last, self._count)
-        others = [(fewer, range(self._count - 1)), (last, range(self._count - 1, self._count))]
+        others = [(fewer, range(self._count - 1))]
+        others += [(observe(inputs, self._count), range(i, i + 1)) for i, inputs in self._singles.items()]
         # Values of a batch may choose another path; random numbers come in another order.
         others = [pair for pair in others if not seen.drew and seen.functions == pair[0].functions]
         self._require_own_outputs(seen, others)
@@ -237,12 +250,11 @@ class Trial:
     def _require_own_gradients(self, others: _Others, *, training: bool) -> None:
         """Raise ValueError unless a sample has the same gradients among other samples, and among fewer."""
         for other, samples in others:
-            check = next(check for check in self._checks if check.sample in samples)
-            changed = _changed(check.truth, self._again(other, check))
-            if changed:
-                # Gradients that vanish in exact arithmetic, as those of a saturated softmax, are rounding alone.
-                rounded = self._observed(self._inputs, self._count, training=training, rounded=True)
-                _refuse(changed - _changed(check.truth, self._again(rounded, check)))
+            for check in [check for check in self._checks if check.sample in samples][:1]:
+                if changed := _changed(check.truth, self._again(other, check)):
+                    # Gradients that vanish in exact arithmetic, as those of a saturated softmax, are rounding alone.
+                    rounded = self._observed(self._inputs, self._count, training=training, rounded=True)
+                    _refuse(changed - _changed(check.truth, self._again(rounded, check)))
 
     def _again(self, seen: Observation, check: Check) -> dict[str, Tensor]:
         """The gradients of a check's sample among others, as many or fewer."""

@@ -103,9 +103,8 @@ class GradientFeatures:
         if not self.signals:
             raise ValueError("signals must name at least one (loss, target) pair; it was empty")
         self.contrast = not self.joint and isinstance(target, str) and target == "contrast"
-        for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be a positive integer or None; it was {value!r}")
+        sizes = {"chunk_size": chunk_size, "memory_budget": memory_budget}
+        checks.at_least(1, **{name: value for name, value in sizes.items() if value is not None})
         self.reduction, self.log, self.impl = reduction, log, impl
         self.chunk_size, self.memory_budget = chunk_size, memory_budget
         self.layers = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
@@ -281,8 +280,8 @@ class GradientFeatures:
 
     def _empty(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         refuse_mixing(self.model, training=False)
-        with torch.no_grad():
-            logits = logits_of(self._network.forward(None, Run(1), *one_for_none((args, kwargs))))[:0]
+        with torch.enable_grad():
+            logits = logits_of(self._network.forward(None, Run(1), *one_for_none((args, kwargs))))[:0].detach()
         middle = (logits.shape[1],) if self.contrast else (len(self.signals),) if self.joint else ()
         dtype = losses.compute_dtype(logits.dtype)
         return logits, logits.new_zeros((0, *middle, len(self._names())), dtype=dtype)

@@ -20,12 +20,6 @@ RULES.update(
     {
         nn.Linear: LINEAR,
         "transformers.pytorch_utils.Conv1D": LINEAR,
-        nn.Conv1d: CONVOLUTION,
-        nn.Conv2d: CONVOLUTION,
-        nn.Conv3d: CONVOLUTION,
-        nn.ConvTranspose1d: CONVOLUTION,
-        nn.ConvTranspose2d: CONVOLUTION,
-        nn.ConvTranspose3d: CONVOLUTION,
         "timm.layers.conv2d_same.Conv2dSame": SAME_CONVOLUTION,
         "efficientnet_pytorch.utils.Conv2dDynamicSamePadding": SAME_CONVOLUTION,
         "efficientnet_pytorch.utils.Conv2dStaticSamePadding": STORED_CONVOLUTION,
@@ -48,10 +42,10 @@ RULES.update(
         "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm": norm.RMS_NORM_OF_TRANSFORMERS,
         "transformers.models.t5.modeling_t5.T5LayerNorm": norm.RMS_NORM_OF_TRANSFORMERS,
         nn.MultiheadAttention: ATTENTION,
-        nn.RNN: RECURRENT,
-        nn.LSTM: RECURRENT,
-        nn.GRU: RECURRENT,
     }
 )
+RULES.update(dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONVOLUTION))
+RULES.update(dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), CONVOLUTION))
+RULES.update(dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU), RECURRENT))
 
 __all__ = ["RULES", "LayerRule", "ReplayRule", "find_rule", "register_rule"]

@@ -5,7 +5,10 @@ PReLU's slope is such a weight, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +42,9 @@ def batch_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for batch norm with running statistics."""
     assert isinstance(module, NormBase)
     a, g = upcast(a, g)
-    mean, var = module.running_mean, module.running_var
-    assert mean is not None
-    assert var is not None
-    mean, var = mean.to(a.dtype), var.to(a.dtype)
+    mean, var = (x.to(a.dtype) for x in (module.running_mean, module.running_var) if x is not None)
     if a.dim() == 2 or is_batched(g) or not a.is_contiguous():
-        shape = (1, -1) + (1,) * (a.dim() - 2)
-        return _channel_norms((a - mean.view(shape)) * torch.rsqrt(var + module.eps).view(shape), g)
+        return _channel_norms(F.batch_norm(a, mean, var, eps=module.eps), g)
     samples, channels = a.shape[:2]
     # Samples folded into channels, the ordinary reduction over (batch, positions) becomes one per sample, and
     # one pass over the two tensors gives both sums.
@@ -73,44 +72,26 @@ def group_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     return _channel_norms(F.group_norm(a, module.num_groups, eps=module.eps), g)
 
 
-def _over_last(
-    normalized: Callable[..., Tensor], shape: Sequence[int], eps: float | None, a: Tensor, g: Tensor
-) -> dict[str, Tensor]:
-    """Norms of affine parameters over the last dimensions, which are of this ``shape``."""
+def over_last(normalized: Callable[..., Tensor], module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Rule for layer norm and RMS norm over the last dimensions, and for the RMS norms of language models."""
     a, g = upcast(a, g)
+    shape: Any = getattr(module, "normalized_shape", a.shape[-1:])
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     product = g * normalized(a, list(shape), eps=eps)
     g, product = positions_first(g, len(shape)), positions_first(product, len(shape))
     return {"weight": sqnorm(product.sum(1)), "bias": sqnorm(g.sum(1))}
 
 
-def layer_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for layer norm over the last dimensions."""
-    assert isinstance(module, nn.LayerNorm)
-    return _over_last(F.layer_norm, module.normalized_shape, module.eps, a, g)
-
-
-def rms_norm(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for RMS norm over the last dimensions."""
-    assert isinstance(module, nn.RMSNorm)
-    return _over_last(F.rms_norm, module.normalized_shape, module.eps, a, g)
-
-
 def layer_norm_2d(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rule for the layer norms of ``(B, C, H, W)`` over C which image libraries define."""
-    return layer_norm(module, a.movedim(1, -1), g.movedim(1, -1))
-
-
-def rms_norm_of_transformers(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Rule for the RMS norms which language models define, with statistics in float32."""
-    assert isinstance(module.variance_epsilon, float)
-    return _over_last(F.rms_norm, a.shape[-1:], module.variance_epsilon, a, g)
+    return over_last(F.layer_norm, module, a.movedim(1, -1), g.movedim(1, -1))
 
 
 PRELU = LayerRule("PReLU", prelu, in_place=True)
 BATCH_NORM = LayerRule("batch norm (evaluation)", batch_norm, in_place=True)
 INSTANCE_NORM = LayerRule("instance norm", instance_norm, in_place=True)
 GROUP_NORM = LayerRule("group norm", group_norm, in_place=True)
-LAYER_NORM = LayerRule("layer norm", layer_norm, positions=True, in_place=True)
+LAYER_NORM = LayerRule("layer norm", functools.partial(over_last, F.layer_norm), positions=True, in_place=True)
 LAYER_NORM_2D = LayerRule("layer norm over channels", layer_norm_2d)
-RMS_NORM = LayerRule("RMS norm", rms_norm, positions=True, in_place=True)
-RMS_NORM_OF_TRANSFORMERS = LayerRule("RMS norm", rms_norm_of_transformers, positions=True)
+RMS_NORM = LayerRule("RMS norm", functools.partial(over_last, F.rms_norm), positions=True, in_place=True)
+RMS_NORM_OF_TRANSFORMERS = replace(RMS_NORM, in_place=False)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from gradient_oracle import loss_norms
+from small_nets import Net
 from torch import Tensor, nn
 
+import fastgrad
 from fastgrad.engine.backward import backward_signals, probe_grads
 from fastgrad.engine.layout import Layout
 from fastgrad.engine.network import Network
@@ -123,3 +127,36 @@ def test_an_ordinary_backward_pass_computes_no_norms(model: nn.Sequential) -> No
     logits.sum().backward()
     assert not count
     assert run.probes[0][1].grad is None
+
+
+class Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].cos() if g.abs().max().item() > 0 else g
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda net, h: torch.cdist(h[:, None], net.rows.expand(len(h), 4, 4))[:, 0], lambda _, h: Sine.apply(h)],
+)
+def test_several_gradients_through_functions_that_take_one_at_a_time(function: Callable[[Any, Tensor], Tensor]) -> None:
+    """``torch.vmap`` is silently wrong for the gradients of ``cdist``, and refuses what looks at values."""
+    torch.manual_seed(0)
+    rows, layers = nn.Parameter(torch.randn(4, 4)), nn.ModuleList([nn.Linear(5, 4), nn.Linear(4, 3)])
+    model = Net(lambda net, x: net.layers[1](function(net, net.layers[0](x))), layers=layers, rows=rows).double()
+    x, gradients = torch.randn(6, 5, dtype=torch.float64), torch.rand(2, 6, 3, dtype=torch.float64)
+    with fastgrad.record(model):
+        z, parameters = model(x), list(model.parameters())
+        found = fastgrad.grad_sqnorm(z, parameters, grad_outputs=gradients, is_grads_batched=True)
+    for norms, at in zip(torch.stack(found, 2), gradients, strict=True):
+        truth = loss_norms(((model(one[None]) * g).sum() for one, g in zip(x, at, strict=True)), model)
+        torch.testing.assert_close(norms, truth, rtol=1e-9, atol=1e-12)
+    _, contrasts = fastgrad.GradientFeatures(model, loss="mse", target="contrast")(x)
+    for number in range(3):
+        _, alone = fastgrad.GradientFeatures(model, loss="mse", target=number)(x)
+        torch.testing.assert_close(contrasts[:, number], alone)

@@ -107,6 +107,46 @@ def test_a_model_that_takes_gradients() -> None:
     check_losses(model, lambda x: model(x).square().sum(1), x)
 
 
+def plain_forces(net: Any, x: Tensor, weights: Tensor) -> Tensor:
+    """The same where gradients are on, as they are for the callers of such a model."""
+    if net.samples not in (None, len(x)):
+        raise RuntimeError("another number of samples")
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(net.second(torch.tanh(net.first(x))).sum(), x, create_graph=True)[0] @ weights
+
+
+def test_a_model_that_takes_gradients_has_them_in_every_look_at_it() -> None:
+    """Also where inputs with as many rows as samples are in doubt, for no samples, and for the words of a refusal."""
+    torch.manual_seed(0)
+    model = Net(plain_forces, first=nn.Linear(4, 5), second=nn.Linear(5, 1), samples=None).double().eval()
+    x, weights = torch.randn(4, 4).double(), torch.randn(4, 4).double()
+    check_losses(model, lambda x: model(x, weights).square().sum(1), x)
+    assert fastgrad.GradientFeatures(model)(x[:0], weights)[1].shape == (0, 4)
+    model.samples = 4
+    with pytest.raises(ValueError, match="given 3 of 4 samples in a trial it raised RuntimeError: another number"):
+        fastgrad.GradientFeatures(model)(x, weights)
+
+
+def caught(net: Any, x: Tensor) -> Tensor:
+    """What the first part computes leaves it by an exception."""
+    try:
+        h = net.first(x)
+    except LookupError as error:
+        h = error.args[0]
+    return net.head(h.tanh() @ net.weight)
+
+
+def leaving(net: Any, x: Tensor) -> Tensor:
+    raise LookupError(net.layer(x))
+
+
+def test_a_part_that_is_left_by_an_exception() -> None:
+    torch.manual_seed(0)
+    first, weight = Net(leaving, layer=nn.Linear(4, 5)), nn.Parameter(torch.randn(5, 5))
+    model, x = Net(caught, first=first, weight=weight, head=nn.Linear(5, 3)).double(), torch.randn(5, 4).double()
+    check_losses(model, lambda x: model(x).square().sum(1), x)
+
+
 def bag(net: Any, tokens: Tensor) -> Tensor:
     """A bag of embeddings whose offsets are those of all samples together."""
     starts = torch.arange(len(tokens)) * tokens.shape[1]

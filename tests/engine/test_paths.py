@@ -93,6 +93,13 @@ def test_an_attribute_chooses(given: Any) -> None:
     check(two_ways(), calls, [{"mode": mode} for mode in given])
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.LayerNorm(3), nn.GELU()])
+def test_an_attribute_chooses_the_parameter_that_a_layer_is_given(layer: nn.Module) -> None:
+    model = Net(lambda net, x: net.head(x * net.layer(net.p if net.on else net.q)), layer=layer, head=nn.Linear(3, 2))
+    model.p, model.q = nn.Parameter(inputs(1, 3)), nn.Parameter(inputs(1, 3, seed=1))
+    check(model, [((inputs(5, 3),), {})] * 3, [{"on": on} for on in (True, False, True)])
+
+
 def deeper(scaled: bool) -> Net:
     """Another layer where a value is large, and a scale that only those calls use."""
 
@@ -314,6 +321,26 @@ def test_a_hook_under_a_branch_is_refused_where_samples_meet() -> None:
     model.on = True
     for call in (functools.partial(norms_of, model), extractor):
         with pytest.raises(ValueError, match=r"gradients of .* change with the other samples"):
+            call(inputs(5, 3))
+
+
+@pytest.mark.parametrize(
+    "along",
+    [
+        lambda h, dim: F.normalize(h, dim=dim),
+        lambda h, dim: h - h.median(dim, keepdim=True)[0],
+        lambda h, dim: h / torch.linalg.vector_norm(h, dim=dim, keepdim=True),
+        lambda h, dim: h * h.topk(1, dim)[0],
+    ],
+)
+def test_another_dimension_is_refused_where_samples_meet(along: Callable[[Tensor, int], Tensor]) -> None:
+    model = one_layer(lambda net, x: net.head(along(net.layer(x), net.dim)), dim=1).double().eval()
+    extractor = fastgrad.GradientFeatures(model)
+    check(model, [((inputs(5, 3),), {})])
+    extractor(inputs(5, 3))
+    model.dim = 0
+    for call in (functools.partial(norms_of, model), extractor):
+        with pytest.raises(ValueError, match=r"change.* with the other samples"):
             call(inputs(5, 3))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -179,3 +180,40 @@ def test_one_sample_has_the_norms_that_it_has_in_a_batch() -> None:
             loss = model(one[None]).square().sum()
             (found,) = fastgrad.grad_sqnorm(loss, [model.convolution.weight])
         torch.testing.assert_close(found[0], norm, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+@pytest.mark.parametrize("shape", [(2, 3, 1, 4), (1, 3, 4, 2), (2, 3, 4, 2)])
+def test_gradients_pass_norms_in_any_layout(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+    """Where the input or the gradient lies transposed, PyTorch's own gradients on a CPU are wrong."""
+    torch.manual_seed(0)
+    x, g = torch.randn(2, *shape, dtype=torch.float64)
+    z = x.clone().requires_grad_()
+    mean, var = (
+        (0, 1) if kind is nn.BatchNorm2d else (z.mean((2, 3), True), z.var((2, 3), unbiased=False, keepdim=True))
+    )
+    (truth,) = torch.autograd.grad((z - mean) / (torch.zeros_like(z) + var + 1e-5).sqrt(), z, g)
+    for orders in itertools.product(itertools.permutations(range(4)), repeat=2):
+        one, at = (
+            t.permute(order).contiguous().permute(*map(order.index, range(4)))
+            for t, order in zip((x, g), orders, strict=True)
+        )
+        one.requires_grad_()
+        (found,) = torch.autograd.grad(Shadow(kind(3).double()).root(one), one, at)  # type: ignore[call-arg]
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
+
+
+def lying(net: Any, x: Tensor) -> Tensor:
+    """A batch norm whose input lies transposed, as does its gradient."""
+    h = net.norm((x * net.scale).transpose(1, 2).contiguous().transpose(1, 2))
+    return net.head(h.transpose(2, 3).contiguous().tanh().transpose(2, 3).flatten(1))
+
+
+def test_graphs_pass_norms_in_any_layout() -> None:
+    torch.manual_seed(0)
+    model = Net(lying, norm=nn.BatchNorm2d(3), scale=nn.Parameter(torch.rand(3, 1, 1)), head=nn.Linear(12, 2))
+    extractor, x = fastgrad.GradientFeatures(model.double().eval()), torch.randn(5, 3, 4, 1, dtype=torch.float64)
+    graph = extractor.trace(x[:2])
+    truth = torch.stack([extractor(one.expand(2, 3, 4, 1))[1][0] for one in x])
+    for features in (extractor(x)[1], graph(x)[1]):
+        torch.testing.assert_close(features, truth, rtol=1e-9, atol=1e-12)

@@ -33,7 +33,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a layer": (lambda: GradientFeatures(NET, layers=[3]), ValueError, "layers must name .* nothing is 3"),
     "no layers": (lambda: GradientFeatures(NET, layers=[]), ValueError, "layers must name parameters; it had none"),
     "reduction": (lambda: GradientFeatures(NET, reduction="max"), ValueError, "reduction must be one of"),
-    "chunk": (lambda: GradientFeatures(NET, chunk_size=0), ValueError, "chunk_size must be a positive integer"),
+    "chunk": (lambda: GradientFeatures(NET, chunk_size=0), ValueError, "chunk_size must be an integer of at least 1"),
     "impl": (lambda: GradientFeatures(NET, impl="cuda"), ValueError, "impl must be one of"),
     "memory": (lambda: GradientFeatures(NET, memory_budget=1.5), ValueError, "memory_budget .* 1.5"),
     "trace": (lambda: GradientFeatures(NET).trace(X[:1]), ValueError, "at least two samples .* held 1"),
