@@ -67,8 +67,8 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     padded = F.pad(images, (3,) * 4, mode="reflect")
     # bfloat16 halves the time of a step where the processor has it, and takes seven times as long elsewhere; accuracy
-    # changes by less than a seed.
-    native = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    # changes by less than a seed. PyTorch 2.8 does not tell.
+    native = device.type != "cpu" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     for epoch in range(epochs):
         model.train()
         start = time.perf_counter()

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnx_needed import skip_without_onnx
 from torch import Tensor, nn
 
-pytest.importorskip("onnxruntime")
+skip_without_onnx()
 pytest.importorskip("torchvision")
 
 from bench.deploy import export
