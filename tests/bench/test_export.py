@@ -9,10 +9,12 @@ import torch
 from onnx_needed import skip_without_onnx
 from torch import Tensor, nn
 
-skip_without_onnx()
+pytest.importorskip("onnxruntime")
 pytest.importorskip("torchvision")
 
 from bench.deploy import export
+
+skip_without_onnx()
 
 
 def test_a_file_that_an_earlier_revision_left_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
