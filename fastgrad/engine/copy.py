@@ -205,7 +205,8 @@ class Shadow:
                 children[name] = self._named[prefix + name] = self._module(child, f"{prefix}{name}.")
         if self._graded and isinstance(copy, _torch.NormBase):
             attach(copy, _lay_out_gradient)
-            attach(copy, _lay_out_input, before=True)
+            if _torch.is_traced():
+                attach(copy, _lay_out_input, before=True)
         return copy
 
     def _tensor(self, parameter: nn.Parameter) -> Any:
@@ -277,7 +278,7 @@ def _lay_out_gradient(module: nn.Module, _: Any, __: Any, output: Any) -> None:
 
 def _lay_out_input(_: nn.Module, args: Any, kwargs: Any) -> Any:
     """Have a graph give a norm contiguous inputs there: tensors without data do not tell the layout of its output."""
-    if _torch.is_traced() and args and isinstance(args[0], Tensor) and 1 in args[0].shape:
+    if args and isinstance(args[0], Tensor) and 1 in args[0].shape:
         return (args[0].contiguous(), *args[1:]), kwargs
     return None
 

@@ -131,7 +131,9 @@ def unnoted(hook: Callable[..., Any]) -> Callable[..., Any]:
     """``hook``, whose functions are no steps of the model's."""
 
     def run(*args: Any) -> Any:
-        with without_modes() if _current.get() else contextlib.nullcontext():
+        if _current.get() is None:
+            return hook(*args)
+        with without_modes():
             return hook(*args)
 
     return run

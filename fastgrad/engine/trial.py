@@ -250,11 +250,11 @@ class Trial:
     def _require_own_gradients(self, others: _Others, *, training: bool) -> None:
         """Raise ValueError unless a sample has the same gradients among other samples, and among fewer."""
         for other, samples in others:
-            for check in [check for check in self._checks if check.sample in samples][:1]:
-                if changed := _changed(check.truth, self._again(other, check)):
-                    # Gradients that vanish in exact arithmetic, as those of a saturated softmax, are rounding alone.
-                    rounded = self._observed(self._inputs, self._count, training=training, rounded=True)
-                    _refuse(changed - _changed(check.truth, self._again(rounded, check)))
+            check = next((check for check in self._checks if check.sample in samples), None)
+            if check and (changed := _changed(check.truth, self._again(other, check))):
+                # Gradients that vanish in exact arithmetic, as those of a saturated softmax, are rounding alone.
+                rounded = self._observed(self._inputs, self._count, training=training, rounded=True)
+                _refuse(changed - _changed(check.truth, self._again(rounded, check)))
 
     def _again(self, seen: Observation, check: Check) -> dict[str, Tensor]:
         """The gradients of a check's sample among others, as many or fewer."""
