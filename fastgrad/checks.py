@@ -125,6 +125,11 @@ def lies_in(interval: str, **values: Any) -> None:
             raise ValueError(f"{name} must lie in {interval}; it was {value!r}")
 
 
+def fits_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold a text; names of files may hold bytes of other encodings."""
+    return text.encode("utf-8", "ignore").decode() == text
+
+
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Raise ValueError unless both tensors live on one device."""
     if value.device != other.device:

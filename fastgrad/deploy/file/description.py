@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.checks import FLOAT_DTYPES, is_number
+from fastgrad.checks import FLOAT_DTYPES, fits_utf8, is_number
 from fastgrad.deploy.drift import ScoreReference
 
 #: Of the description.
@@ -155,10 +155,9 @@ def _numbers(values: Any, length: int | None = None) -> bool:
 
 
 def _words(values: Any, most: int) -> bool:
-    """At most so many texts that UTF-8 can hold: names of files may hold bytes of other encodings."""
+    """At most so many texts that UTF-8 can hold."""
     return len(values) <= most and all(
-        isinstance(value, str) and len(value) <= 1000 and value.encode("utf-8", "ignore").decode() == value
-        for value in values
+        isinstance(value, str) and len(value) <= 1000 and fits_utf8(value) for value in values
     )
 
 

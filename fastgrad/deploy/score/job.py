@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fastgrad.atomic import UNFINISHED, written_beside
-from fastgrad.checks import extra
+from fastgrad.checks import extra, fits_utf8
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.description import Description, normalize_pixels
 from fastgrad.deploy.file.images import Array, ImageError, ImageTooLargeError, decode_pixels
@@ -145,7 +145,7 @@ class Job:
 
     def _open(self, job: dict[str, Any]) -> str:
         """Make the folder, or check that this job has made it; return the job's random id."""
-        if str(self.folder).encode("utf-8", "ignore").decode() != str(self.folder):
+        if not fits_utf8(str(self.folder)):
             raise ValueError(f"out must be a name in UTF-8, as pyarrow opens no other; it was {str(self.folder)!r}")
         # An empty folder is nobody's work.
         with contextlib.suppress(OSError):
