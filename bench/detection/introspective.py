@@ -147,7 +147,8 @@ def measure(options: Options, network: str) -> list[dict[str, Any]]:
         for name, own in answered(subject, tests, seed).items():
             found.setdefault(name, []).append(own)
         print(f"{network}, split {seed}", file=sys.stderr, flush=True)
-    found["batch norm adapted"] = [{case: adapted(base.model, seen.images) for case, seen in tests.items()}]
+    if any(isinstance(module, nn.BatchNorm2d) for module in base.model.modules()):
+        found["batch norm adapted"] = [{case: adapted(base.model, seen.images) for case, seen in tests.items()}]
     rows = []
     right: dict[tuple[str, str], NDArray[np.float64]] = {}
     for name, splits in found.items():

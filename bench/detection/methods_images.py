@@ -24,11 +24,6 @@ def odin(fit: Fit) -> Score:
     return lambda seen: torch.cat([detector.predict(x).detach() for x in seen.images.split(BATCH)])
 
 
-@method("NAC", 2024, "Liu et al., ICLR")
-def nac(fit: Fit) -> Score:
-    raise NotRun("its bins are set for tens of thousands of training images, read with gradients")
-
-
 @method("GradUncertainty", 2020, "Lee and AlRegib, ICIP; the last layer, as in OpenOOD")
 def grad_uncertainty(fit: Fit) -> Score:
     from pytorch_ood.detector import GradUncertainty

@@ -29,6 +29,8 @@ from fastgrad.prediction import Prediction
 
 #: Labelled challenges that every fold has one of.
 FEWEST = 16
+#: Clean images whose distances from each other fit into memory.
+MOST = 10_000
 #: What a logistic regression on published scores reads: those of one pass that need no classes.
 SCORES = (
     "softmax", "energy", "MaxLogit", "entropy", "GEN", "GradNorm", "KNN", "ViM", "DICE", "NCI", "fDBD", "NNGuide",
@@ -136,7 +138,7 @@ def _registered(name: str, paper: str, extra: Sequence[str] = (), challenges: An
 
     def make(fit: Fit) -> Score:
         subject = fit.subject
-        once = subject.draw == 0 and subject.network not in ("lite1", "lite2", "magika")
+        once = subject.draw == 0 and subject.network not in ("lite1", "lite2", "magika", "resnet56-training")
         if subject.options.quick and not once and not set(extra) <= {*READINGS[0], "view"}:
             raise NotRun("quick mode reads gradients of one draw, and not of every network")
         two_stage = fitted(fit, (*DEFAULT_BLOCKS, *extra), challenges)
@@ -199,6 +201,8 @@ def logistic(clean: Tensor, other: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _regression(fit: Fit, challenges: Seen) -> Score:
+    if len(fit.clean.h) > MOST:
+        raise NotRun("needs the distances between all training images")
     scores = [METHODS[name].fit(Fit(fit.subject)) for name in SCORES]
 
     def columns(seen: Seen) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.detection.registry import NotRun, Score, method
-from bench.detection.subject import Fit, Seen
+from bench.detection.subject import BATCH, Fit, Seen
 from fastgrad.scores.mahalanobis import Mahalanobis
 
 
@@ -178,6 +178,22 @@ for _name, _year, _paper, _how in (
     ("OpenMax", 2016, "Bendale and Boult, CVPR", {"reads": "logits", "classes": True}),
 ):
     method(_name, _year, _paper)(partial(_library, _name, **_how))
+
+
+#: Images that fill the bins of NAC.
+FILLED = 10_000
+
+
+@method("NAC", 2024, "Liu et al., ICLR: h")
+def nac(fit: Fit) -> Score:
+    from pytorch_ood.detector import NACUE
+
+    if len(fit.clean.h) < FILLED:
+        raise NotRun("its bins are set for tens of thousands of training images")
+    neurons = nn.Identity()
+    detector = NACUE(nn.Sequential(neurons, fit.layer), [neurons])
+    detector.fit([h.requires_grad_() for h in fit.clean.h.split(BATCH)])
+    return lambda seen: torch.cat([detector.predict(h.requires_grad_()) for h in seen.h.split(BATCH)])
 
 
 @method("recovery testing", 2025, "Yun et al., arXiv:2505.12586; linear, without its logit test, five passes")

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 ABSENT = (NotRun, ModuleNotFoundError, FileNotFoundError)
 WORST = "worst of the attacks (MEAD)"
 #: Networks that take long: their intervals are over resampled images.
-ONE_DRAW = ("lite1", "lite2", "densenet")
+ONE_DRAW = ("lite1", "lite2", "densenet", "vit", "resnet56-training")
 
 
 def measure(subject: Subject, method: Method, cases: Sequence[str]) -> tuple[dict[str, Values], dict[str, str]]:

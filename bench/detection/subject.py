@@ -160,9 +160,11 @@ def read(subject: Subject, images: Tensor) -> dict[str, NDArray[np.float32]]:
             parts["h"].append(args[0])
             parts["logits"].append(output)
         else:
-            parts[f"stage{subject.stages.index(module)}"].append(output.mean((2, 3)))
-        if module in subject.stages[-1:]:
-            parts["spread"].append(output.std((2, 3), correction=0))
+            # Of maps, or of tokens, which have their channels last.
+            positions = (2, 3) if output.ndim == 4 else 1
+            parts[f"stage{subject.stages.index(module)}"].append(output.mean(positions))
+            if module is subject.stages[-1]:
+                parts["spread"].append(output.std(positions, correction=0))
 
     with ExitStack() as stack:
         for module in (*subject.stages, subject.layer):

@@ -25,12 +25,14 @@ NETWORKS: Mapping[str, Callable[[], Classifier]] = {
     "resnet20": partial(residual_network, width=16, stages=3, blocks=3, stride=1),
 }
 #: Passes over the data, and highest learning rates.
-EPOCHS: Mapping[str, int] = {"resnet": 8, "resnet18": 8, "resnet20": 12}
-RATES: Mapping[str, float] = {"resnet": 0.3, "resnet18": 0.15, "resnet20": 0.3}
+EPOCHS: Mapping[str, int] = {"resnet": 8, "resnet18": 8, "resnet20": 12, "vit": 2}
+RATES: Mapping[str, float] = {"resnet": 0.3, "resnet18": 0.15, "resnet20": 0.3, "vit": 1e-4}
 #: Those whose training takes hours on one core.
-LONG = ("resnet18",)
+LONG = ("resnet18", "vit")
 #: Pixels of the images, each for an equal share of the passes: coarse shapes are learned from small ones in less time.
 SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32), "resnet20": (16, 16, 24, 32)}
+
+SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
 
 def file(network: str, seed: int, folder: Path) -> Path:
@@ -51,9 +53,9 @@ def augment_crop(x: Tensor, padded: Tensor, index: Tensor, generator: torch.Gene
 
 def fit(
     model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int, rate: float = 0.3, batch: int = 128,
-    sizes: Sequence[int] = (),
+    sizes: Sequence[int] = (), optimizer: Callable[..., torch.optim.Optimizer] = SGD,
 ) -> nn.Module:  # fmt: skip
-    """Train a model in place by SGD with one cycle of the learning rate.
+    """Train a model in place with one cycle of the learning rate.
 
     Images ``(n, C, H, W)`` in [0, 1] are brought to each of ``sizes`` for an equal share of the passes, if there are
     any. The seed is that of order, crops and flips.
@@ -62,8 +64,8 @@ def fit(
     model = model.to(memory_format=torch.channels_last)
     batch = min(batch, len(images))
     steps = len(images) // batch
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * steps, pct_start=0.25)
+    descent = optimizer(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(descent, rate, total_steps=epochs * steps, pct_start=0.25)
     generator = torch.Generator().manual_seed(seed)
     padded = F.pad(images, (3,) * 4, mode="reflect")
     # bfloat16 halves the time of a step where the processor has it, and takes seven times as long elsewhere; accuracy
@@ -80,9 +82,9 @@ def fit(
             y = labels[index].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=native):
                 loss = F.cross_entropy(model(x).float(), y)
-            optimizer.zero_grad()
+            descent.zero_grad()
             loss.backward()
-            optimizer.step()
+            descent.step()
             schedule.step()
         if (taken := time.perf_counter() - start) > 60:
             print(f"epoch {epoch + 1} of {epochs}: {taken:.0f} s", file=sys.stderr, flush=True)
