@@ -142,9 +142,11 @@ class PlanConstraints:
         mapped = {site.path for site in plan.sites if isinstance(site, FallbackSite) and site.vectorize}
         if mapped:
             return replace(self, no_vmap=self.no_vmap | mapped)
-        # One sample's rows may be no input for a part alone, as offsets into those of all.
+        # One sample's rows may be no input for a part alone, as offsets into those of all. A function of autograd may
+        # not bear that parameters need no gradient, unless the whole model is computed again.
         parts = {p for site in plan.sites if isinstance(site, FallbackSite) and site.path for p in site.parameters}
-        return replace(self, at_root=self.at_root | parts) if parts else None
+        at_root = self.at_root.union(parts or plan.names)
+        return None if at_root == self.at_root else replace(self, at_root=at_root)
 
 
 class Planner:
@@ -182,7 +184,7 @@ class Planner:
         """A site for one parameter: its layer's rule, a copy per sample, or the fallback."""
         uses = self.seen.uses[name]
         if name in constraints.at_root:
-            uses, reason = {0}, "its rule disagreed with autograd on this model"
+            uses, reason = {0}, "its rule disagreed with autograd on this model, or could not run"
         elif len(uses) > 1:
             reason = "it is used by more than one module call; its gradients add up before the norm"
         else:
