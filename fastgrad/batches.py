@@ -36,8 +36,7 @@ def take(tree: Tree, index: Tensor | slice, samples: int, carriers: Sequence[boo
     ``carriers`` says for each leaf whether it does; by default what has as many rows does.
     """
     leaves, spec = pytree.tree_flatten(tree)
-    if carriers is None:
-        carriers = carrying(leaves, samples)
+    carriers = carrying(leaves, samples) if carriers is None else carriers
     for leaf in itertools.compress(leaves, carriers):
         holds_values("inputs with a row for each sample", leaf)
     rows = [_rows(leaf, index) if carries else leaf for leaf, carries in zip(leaves, carriers, strict=True)]
