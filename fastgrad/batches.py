@@ -36,16 +36,18 @@ def take(tree: Tree, index: Tensor | slice, samples: int, carriers: Sequence[boo
     ``carriers`` says for each leaf whether it does; by default what has as many rows does.
     """
     leaves, spec = pytree.tree_flatten(tree)
-    if carriers is None:
-        carriers = carrying(leaves, samples)
+    carriers = carrying(leaves, samples) if carriers is None else carriers
     for leaf in itertools.compress(leaves, carriers):
         holds_values("inputs with a row for each sample", leaf)
-    rows = [
-        leaf[index.to(leaf.device) if isinstance(index, Tensor) else index] if carries else leaf
-        for leaf, carries in zip(leaves, carriers, strict=True)
-    ]
+    rows = [_rows(leaf, index) if carries else leaf for leaf, carries in zip(leaves, carriers, strict=True)]
     taken: Tree = pytree.tree_unflatten(rows, spec)
     return taken
+
+
+def _rows(tensor: Tensor, index: Tensor | slice) -> Tensor:
+    """Some rows of a tensor, of the same class, which torchvision's images leave when they are indexed."""
+    rows = tensor[index.to(tensor.device) if isinstance(index, Tensor) else index]
+    return rows if type(rows) is type(tensor) else rows.as_subclass(type(tensor))
 
 
 def carrying(leaves: Sequence[object], samples: int) -> tuple[bool, ...]:

@@ -166,7 +166,8 @@ class Shadow:
         known = self.modules.get(id(module))
         if known is not None:
             return known
-        copy = module.__class__.__new__(module.__class__)
+        # Past the class's own, which may make another class, as for graphs of torch.fx, or give one object each time.
+        copy: nn.Module = object.__new__(module.__class__)
         state = module.__dict__.copy()
         # Past nn.Module's own, which looks at what is set: a copy is made for every forward pass.
         object.__setattr__(copy, "__dict__", state)

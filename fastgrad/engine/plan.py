@@ -88,14 +88,12 @@ class Plan:
         return any(bool(p.any()) for name, p in model.named_parameters() if name in self.zeros)
 
     @property
-    def broadcasts(self) -> bool:
-        """Whether the model is given copies in place of a parameter, which it may not bear."""
-        return any(isinstance(site, BroadcastSite) for site in self.sites)
-
-    @property
     def replaces(self) -> bool:
-        """The same, or an output broadcast over the batch."""
-        return self.broadcasts or any(isinstance(s, LayerSite) and s.layout.kind == "single" for s in self.sites)
+        """Whether the model is given copies, one per sample, of a parameter or an output, which it may not bear."""
+        return any(
+            isinstance(site, BroadcastSite) or (isinstance(site, LayerSite) and site.layout.kind == "single")
+            for site in self.sites
+        )
 
     def joined(self, other: Plan) -> Plan:
         """This plan, with the sites of ``other`` for parameters that this one takes for unused."""
@@ -122,29 +120,27 @@ class PlanConstraints:
     """What a plan does without, because a trial failed.
 
     Attributes:
-        broadcast: Whether parameters that are broadcast may get one copy per sample.
-        single: Whether an output whose dimension 0 has size 1 may be broadcast over the batch.
+        copies: Whether parameters that are broadcast, and outputs of one row, may get one copy per sample.
         no_vmap: Paths of modules which ``vmap`` cannot take.
         at_root: Parameters that must take the fallback at the model itself.
     """
 
-    broadcast: bool = True
-    single: bool = True
+    copies: bool = True
     no_vmap: frozenset[str] = frozenset()
     at_root: frozenset[str] = frozenset()
 
     def after_error(self, plan: Plan) -> PlanConstraints | None:
         """The next step after the trial of ``plan`` raised; None if nothing that may raise is left."""
-        if plan.broadcasts:
-            return replace(self, broadcast=False)
         if plan.replaces:
-            return replace(self, single=False)
+            return replace(self, copies=False)
         mapped = {site.path for site in plan.sites if isinstance(site, FallbackSite) and site.vectorize}
         if mapped:
             return replace(self, no_vmap=self.no_vmap | mapped)
-        # One sample's rows may be no input for a part alone, as offsets into those of all.
+        # One sample's rows may be no input for a part alone, as offsets into those of all. A function of autograd may
+        # not bear that parameters need no gradient, unless the whole model is computed again.
         parts = {p for site in plan.sites if isinstance(site, FallbackSite) and site.path for p in site.parameters}
-        return replace(self, at_root=self.at_root | parts) if parts else None
+        at_root = self.at_root.union(parts or plan.names)
+        return None if at_root == self.at_root else replace(self, at_root=at_root)
 
 
 class Planner:
@@ -182,17 +178,15 @@ class Planner:
         """A site for one parameter: its layer's rule, a copy per sample, or the fallback."""
         uses = self.seen.uses[name]
         if name in constraints.at_root:
-            uses, reason = {0}, "its rule disagreed with autograd on this model"
+            uses, reason = {0}, "its rule disagreed with autograd on this model, or could not run"
         elif len(uses) > 1:
             reason = "it is used by more than one module call; its gradients add up before the norm"
         else:
             ruled, reason = self._ruled(next(iter(uses)), name, constraints)
             if ruled is not None:
                 return ruled, Route(name, ruled.rule.name, ruled.path, "")
-        if constraints.broadcast and name not in constraints.at_root:
-            copies = self._broadcast(name)
-            if copies is not None:
-                return copies, Route(name, "broadcast", copies.path, reason)
+        if constraints.copies and name not in constraints.at_root and (copies := self._broadcast(name)):
+            return copies, Route(name, "broadcast", copies.path, reason)
         site = self._fallback(uses, name, constraints)
         return site, Route(name, "fallback", site.path, reason)
 
@@ -222,7 +216,7 @@ class Planner:
             if layout != (Layout("moved", place) if place else Layout("plain")):
                 return None, f"its module gets the batch in another layout ({layout.kind})"
             return ReplaySite(call.path, (name,), local, layout, rule), ""
-        if layout.kind == "single" and not constraints.single:
+        if layout.kind == "single" and not constraints.copies:
             return None, "its module's output does not carry the batch"
         if layout.kind in ("folded", "moved") and not rule.positions:
             return None, f"its module gets the batch in another layout ({layout.kind})"

@@ -273,8 +273,9 @@ class Trial:
         """
         if all(layout is None or layout.kind == "single" for layout in self._layouts):
             raise ValueError(
-                "model must return a floating-point tensor that carries the batch in one dimension, alone or in "
-                "tuples, lists and dicts; it returned none, as a model does that returns one loss of all samples"
+                "model must return a floating-point tensor that carries the batch (the rows of its first input tensor) "
+                "in one dimension, alone or in tuples, lists and dicts; it returned none, as a model does that returns "
+                "one loss of all samples, or takes a tensor for each sample"
             )
         checks = []
         idle = {name for name, p in seen.parameters.items() if p.requires_grad and seen.uses[name]}

@@ -340,6 +340,15 @@ def test_what_fails_in_a_trial_alone_is_refused_by_name(function: Callable[..., 
     assert_refused(model, vectors(9), f"(?s){message}")
 
 
+def test_inputs_of_one_tensor_a_sample_are_refused() -> None:
+    model = Net(lambda net, xs: torch.stack([net.layer(x).mean(0) for x in xs]), layer=nn.Linear(4, 3)).double()
+    with (
+        fastgrad.record(model),
+        pytest.raises(ValueError, match=r"the rows of its first input tensor.* takes a tensor for each sample"),
+    ):
+        model([vectors(5), vectors(6)])
+
+
 def test_what_all_samples_fail_with_is_the_models_own_error() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         norms_of(Net(crops, layer=nn.Linear(4, 3)).double(), torch.ones(9, 5).double())

@@ -127,6 +127,37 @@ def test_a_model_that_takes_gradients_has_them_in_every_look_at_it() -> None:
         fastgrad.GradientFeatures(model)(x, weights)
 
 
+class Again(torch.autograd.Function):
+    """A module that its backward runs again, as reversible networks and solvers do, and asks for all gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x, *parameters)
+        with torch.no_grad():
+            return module(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return None, *torch.autograd.grad(ctx.module(x), (x, *parameters), gradient)
+
+
+def test_a_backward_that_needs_gradients_of_parameters() -> None:
+    """Layers with rules lie on both sides of it, and the copies that run have parameters without gradients."""
+    torch.manual_seed(0)
+    model = Net(
+        lambda net, x: net.head(Again.apply(net.inner, net.first(x), *net.inner.parameters())),
+        first=nn.Linear(4, 5), inner=nn.Sequential(nn.Linear(5, 5), nn.Tanh()), head=nn.Linear(5, 3),
+    ).double()  # fmt: skip
+    x = torch.randn(5, 4).double()
+    check_losses(model, lambda x: model(x).square().sum(1), x)
+    _, features = fastgrad.GradientFeatures(model, loss="mse", target="uniform")(x)
+    assert_exact(features, loss_norms(((model(one[None]) - 1 / 3).square().sum() for one in x), model))
+
+
 def caught(net: Any, x: Tensor) -> Tensor:
     """What the first part computes leaves it by an exception."""
     try:

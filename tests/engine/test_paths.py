@@ -226,6 +226,27 @@ def test_a_function_of_autograd_under_a_branch() -> None:
     check(model, [((inputs(5, 3),), {})] * 4, [{"on": number in (1, 3)} for number in range(4)])
 
 
+class Image(Tensor):
+    """Leaves its class when it is indexed, as images of torchvision do."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        kept = func is Tensor.detach or not isinstance(result, Image)
+        return result if kept else result.as_subclass(Tensor)
+
+
+def test_inputs_of_a_class_of_their_own() -> None:
+    model = Net(
+        lambda net, x: net.head(net.own(x).tanh() if isinstance(x, Image) else x),
+        own=nn.Linear(3, 3), head=nn.Linear(3, 2),
+    ).double()  # fmt: skip
+    for x in (inputs(5, 3), inputs(5, 3).as_subclass(Image)):
+        assert_close(norms_of(model, x), loop(model, (x,), {}))
+        for chunk_size in (None, 2):
+            assert_close(features_of_squares(model, chunk_size)(x)[1], loop(model, (x,), {}))
+
+
 def test_checkpointing() -> None:
     model = two_ways(lambda net, x, mode: checkpoint(functools.partial(modes, net), x, mode, use_reentrant=False))
     model = model.double().eval()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_oracle import loss_norms, relative_error, true_norms
-from small_nets import Net
+from small_nets import Net, check_losses
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,6 +42,13 @@ def test_a_parameter_is_replaced_wherever_it_occurs() -> None:
     assert copy.scale is copy.same is copy.plain[0] is value
     assert copy.plain[1]["shift"] is copy.shift
     assert model.plain[0] is model.scale
+
+
+def test_a_graph_of_torch_fx() -> None:
+    """Its class belongs to this graph alone, and makes another for each new object."""
+    torch.manual_seed(0)
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).double()
+    check_losses(model, lambda x: model(x).square().sum(1), torch.randn(5, 4).double())
 
 
 def test_broadcast_parameters_in_plain_attributes_are_exact() -> None:

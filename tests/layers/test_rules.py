@@ -225,6 +225,8 @@ def attended(net: Any, x: Tensor) -> Tensor:
         ({"kdim": 5, "vdim": 6, "batch_first": True}, {"need_weights": False}),
         ({"batch_first": True}, {"attn_mask": nn.Transformer.generate_square_subsequent_mask(7), "is_causal": True}),
         ({"batch_first": True}, {"attn_mask": torch.eye(7).bool(), "need_weights": False}),
+        # The first position attends to none, as padding on the left does before a causal mask.
+        ({"batch_first": True}, {"attn_mask": torch.ones(7, 7).bool().triu(), "need_weights": False}),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
