@@ -92,7 +92,7 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
             (features.kinds != "").astype(int),
             kinds=features.kinds,
             held_out=held_out if held_out.any() else None,
-            groups=features.groups,
+            groups=np.where(features.groups >= 0, sample.sources[features.groups], -1),
             known={block.name: block for block in blocks},
         )
         result = copy.copy(two_stage)
@@ -166,17 +166,20 @@ def _checked(
                 f"labels must take every value from 0 to {classes - 1}, the network's classes, to fit the "
                 f"classifier; {missing[:10].tolist()} were not there"
             )
+    first: dict[int, int] = {}
+    sources = np.array([first.setdefault(key, len(first)) for one in drawn for key in one.keys])
     if others:
         labels = np.concatenate([labels, collect.labels_of("calibration", others[0], classes)])
         held_out = np.arange(len(labels)) >= count
     else:
         share = None if two_stage.detector is None else two_stage.detector.calibration_fraction
         random = np.random.RandomState(two_stage.seed)
-        held_out = held_out_of(None, np.zeros(count, bool), np.arange(count), share, random)
+        held_out = held_out_of(None, np.zeros(count, bool), sources, share, random)
     labelled = labels >= 0
     fresh = np.ones(len(labels), bool)
     if classifier is not None:
-        fresh = labelled & (held_out | (np.random.default_rng(two_stage.seed).random(len(labels)) < constants.UNSEEN))
+        unseen = np.random.default_rng(two_stage.seed).random(len(labels)) < constants.UNSEEN
+        fresh = labelled & (held_out | unseen[sources])
         if fresh.sum() < constants.FEWEST_LABELLED or len(np.unique(labels[labelled & ~fresh])) < classes:
             fresh[:] = False
     if options.risk and (usual := int((labelled & fresh).sum())) < constants.FEWEST_LABELLED:
@@ -207,7 +210,13 @@ def _checked(
             )
         most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
         each = options.challenges_per_input or min(constants.EACH, most)
-    return Sample(drawn, given, labels, held_out, fresh, each, pixels)
+    # What calibrates is not fitted on.
+    different, least = len(np.setdiff1d(sources[:count], sources[count:])), constants.FEWEST_CLEAN
+    if different < least:
+        raise ValueError(
+            f"clean must give at least {least} different inputs that calibration does not give; it gave {different}"
+        )
+    return Sample(drawn, given, labels, sources, held_out, fresh, each, pixels)
 
 
 def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
@@ -328,7 +337,7 @@ def _report(sample: Sample, features: collect.Features, price: PriceReport, fitt
         seen=sum(one.seen for one in sample.clean),
         challenges=dict(zip(made.tolist(), counts.tolist(), strict=True)),
         passes=price.predicted + read_and_made * int(counts.sum()) / len(sample.labels),
-        calibrating=len(fitted.module.calibration_scores),
+        calibrating=int(fitted.module.options["sources"]),
         exact=bool(fitted.module.options["exact"]),
         risk=risk,
     )
