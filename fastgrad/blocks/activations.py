@@ -63,13 +63,13 @@ def _columns(value: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
     if value.dim() == 2:
         # A copy: an activation in place may follow.
         return value.to(compute_dtype(value.dtype), copy=True)
-    if mask is None or dim != -1 or value.dim() != 3 or mask.shape != value.shape[:2]:
-        squares, count = channel_square_sums(value, dim), max(1, math.prod(value.shape[1:]) // value.shape[dim])
-    else:
+    if mask is not None and dim == -1 and value.dim() == 3 and mask.shape == value.shape[:2]:
         # Padding is no part of a text; what a network computes there says nothing about it.
         weights = mask.to(torch.float32).unsqueeze(-1)
-        squares, count = channel_square_sums(value * weights.to(value.dtype), -1), weights.sum(1).clamp_min(1)
-    return (squares / count).clamp_min(torch.finfo(torch.float32).tiny).log()
+        means = channel_square_sums(value * weights.to(value.dtype), -1) / weights.sum(1).clamp_min(1)
+    else:
+        means = channel_square_sums(value, dim) / max(1, math.prod(value.shape[1:]) // value.shape[dim])
+    return means.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 def _read(place: Channels, mask: Tensor | None, inputs: tuple[Any, ...], output: Any) -> Tensor:

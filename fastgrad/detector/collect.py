@@ -76,8 +76,8 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
     for _, kind, carriers, inputs, own in sorted(kept, key=lambda entry: entry[0]):
         _, rows, others = kinds.setdefault(kind, (carriers, [], []))
         rows.append(inputs)
-        leaves = itertools.compress(pytree.tree_leaves(inputs), carriers)
-        others.append((own, hash((kind, *map(bytes_of, leaves)))))
+        own_bytes = map(bytes_of, itertools.compress(pytree.tree_leaves(inputs), carriers))
+        others.append((own, hash((kind, *own_bytes))))
     batches = [
         _joined(rows[start : start + size], carriers)
         for carriers, rows, _ in kinds.values()
