@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad.blocks.block import CLIP, Array, Block, Part, Settings
+from fastgrad.blocks.block import CLIP, JOINT_DIMENSIONS, Array, Block, Part, Settings
 from fastgrad.blocks.channels import Channels, output_of, sampled
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
@@ -19,16 +19,12 @@ from fastgrad.losses import compute_dtype
 from fastgrad.ops.channel_moments import channel_square_sums
 from fastgrad.scores.rows import Rows
 
-#: Principal components that the challenge classifier reads.
-COMPONENTS = 64
-
 
 class Activations(Block):
     """``log mean_t o_bct^2`` of every channel c of places that `fastgrad.blocks.channels` names, ``(B, D)``.
 
-    An output ``(B, C)``, without positions, is read as it is: the logarithm of one square loses the sign, and is far
-    from normal where the value is near zero. Large maps are read on a coarse grid. The score is the shrunk Mahalanobis
-    distance of the standardised columns.
+    An output ``(B, C)``, without positions, is read as it is: one square would lose its sign. Large maps are read on a
+    coarse grid. The score is the shrunk Mahalanobis distance of the standardised columns.
     """
 
     name = "activations"
@@ -55,7 +51,7 @@ class Activations(Block):
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
-        return cls.rows(blocks, settings, clip=CLIP, dimensions=COMPONENTS)
+        return cls.rows(blocks, settings, clip=CLIP, dimensions=JOINT_DIMENSIONS)
 
 
 def _columns(value: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:

@@ -76,7 +76,10 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
         reading.append(Features())
     extraction = two_stage._extraction(reading, subject)
     _require_own(extraction, x)
-    features = _read(extraction, two_stage, sample, options.verbose)
+    device, verbose = two_stage.device, options.verbose
+    loaded = collect.clean_batches(sample, verbose), collect.given_batches(sample, verbose)
+    generated = collect.generated_batches(sample, two_stage.model, device, two_stage.seed, verbose)
+    features = collect.read(extraction, device, itertools.chain(*loaded, generated))
     # A challenge has the label of the clean input that it was made of; what is held out has no challenges.
     labels = np.where(features.groups >= 0, sample.labels[features.groups], -1)
     held_out = (features.kinds == "") & sample.held_out[features.groups]
@@ -210,7 +213,6 @@ def _checked(
             )
         most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
         each = options.challenges_per_input or min(constants.EACH, most)
-    # What calibrates is not fitted on.
     different, least = len(np.setdiff1d(sources[:count], sources[count:])), constants.FEWEST_CLEAN
     if different < least:
         raise ValueError(
@@ -245,16 +247,6 @@ def _require_own(extraction: Extraction, x: Inputs) -> None:
                 f"blocks must hold a row for each sample that is its own; {name!r} has other rows, or other values "
                 "with other samples in the batch"
             )
-
-
-def _read(extraction: Extraction, two_stage: TwoStageModel, sample: Sample, verbose: bool | None) -> collect.Features:
-    """Blocks of clean inputs, and of challenges, which are generated on the way."""
-    batches = itertools.chain(
-        collect.clean_batches(sample, verbose),
-        collect.given_batches(sample, verbose),
-        collect.generated_batches(sample, two_stage.model, two_stage.device, two_stage.seed, verbose),
-    )
-    return collect.read(extraction, two_stage.device, batches)
 
 
 def _temperature(two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64]) -> Temperature | None:
@@ -324,8 +316,7 @@ def _risk(
     risk = Risk.fit(doubt(log_p), evidence, fitted.log_p[chosen], wrong, kinds)
     made = int((kinds > 0).sum())
     others = f"and {made} of their challenges" if made else "without challenges: unusual inputs do not raise it"
-    text = f"from {usual} clean inputs, {int(wrong[kinds == 0].sum())} answered wrongly, {others}"
-    return risk.to(device), text
+    return risk.to(device), f"from {usual} clean inputs, {int(wrong[kinds == 0].sum())} answered wrongly, {others}"
 
 
 def _report(sample: Sample, features: collect.Features, price: PriceReport, fitted: Calibrated, risk: str) -> Report:

@@ -235,9 +235,8 @@ class TwoStageModel(nn.Module):
             challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`), None fits on clean data
                 alone, where unusual inputs do not raise the risk, else batches of challenging inputs, ``x`` or
                 ``(x, kinds)``. These have no labels, so they do not raise the risk either.
-            calibration: Clean batches on which nothing is fitted, nor on their equals in ``clean``: false-alarm rates
-                are then exact. None holds out a fifth of ``clean`` from 1,000 inputs on; below, it cross-validates
-                (`fastgrad.detector.calibrate`).
+            calibration: Clean batches on which nothing is fitted: false-alarm rates are then exact. None holds out a
+                fifth of ``clean`` from 1,000 inputs on; below, it cross-validates (`fastgrad.detector.calibrate`).
             max_samples: Clean inputs used of each loader, drawn uniformly; as many challenges of the user's.
             challenges_per_input: How many challenges are generated from one clean input; None: three, or fewer where
                 there are many inputs.
