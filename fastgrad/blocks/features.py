@@ -6,14 +6,11 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from fastgrad.blocks.block import Array, Block, Part, Settings
+from fastgrad.blocks.block import JOINT_DIMENSIONS, Array, Block, Part, Settings
 from fastgrad.blocks.extraction import Pass
 from fastgrad.blocks.subject import Subject
 from fastgrad.engine.run import Reading
 from fastgrad.scores.rows import Rows
-
-#: Principal components that the classifier of challenges sees.
-_COMPONENTS = 64
 
 
 class Features(Block):
@@ -34,7 +31,7 @@ class Features(Block):
 
     @classmethod
     def joint(cls, blocks: Mapping[str, Array], settings: Settings) -> Rows:
-        return cls.rows(blocks, settings, dimensions=_COMPONENTS)
+        return cls.rows(blocks, settings, dimensions=JOINT_DIMENSIONS)
 
     @classmethod
     def scores(cls, blocks: Mapping[str, Array], settings: Settings) -> Iterator[Part]:

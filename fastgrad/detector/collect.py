@@ -26,11 +26,13 @@ class Drawn:
     Attributes:
         batches: The inputs, on the CPU; those of one batch have one shape.
         beside: What came beside each input: a label, the kind of a challenge, or None.
+        keys: A hash of each input: equal inputs have one.
         seen: How many inputs the loader gave.
     """
 
     batches: list[Inputs]
     beside: list[Any]
+    keys: list[int]
     seen: int
 
     def __len__(self) -> int:
@@ -69,18 +71,20 @@ def draw(name: str, loader: Iterable[Any], limit: int, seed: int, *, verbose: bo
         raise ValueError(
             f"{name} must hold at least one batch; it was empty (an iterator can be read once: give a loader or list)"
         )
-    kinds: dict[str, tuple[tuple[bool, ...], list[Inputs], list[Any]]] = {}
+    kinds: dict[str, tuple[tuple[bool, ...], list[Inputs], list[tuple[Any, int]]]] = {}
     # In the loader's order.
     for _, kind, carriers, inputs, own in sorted(kept, key=lambda entry: entry[0]):
         _, rows, others = kinds.setdefault(kind, (carriers, [], []))
         rows.append(inputs)
-        others.append(own)
+        own_bytes = map(bytes_of, itertools.compress(pytree.tree_leaves(inputs), carriers))
+        others.append((own, hash((kind, *own_bytes))))
     batches = [
         _joined(rows[start : start + size], carriers)
         for carriers, rows, _ in kinds.values()
         for start in range(0, len(rows), size)
     ]
-    return Drawn(batches, [own for _, _, others in kinds.values() for own in others], seen)
+    given, keys = map(list, zip(*(pair for _, _, others in kinds.values() for pair in others), strict=True))
+    return Drawn(batches, given, keys, seen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Sample:
         clean: Drawn from the first loader, and from that of the calibration, if there is one.
         challenges: Challenges of the user's, or None.
         labels: ``(n,)`` of all clean inputs, -1 for none.
+        sources: ``(n,)``, a number of each: equal inputs have one, and stay on one side of each fit.
         held_out: ``(n,)``: those that calibrate and nothing else.
         fresh: ``(n,)``: those that no introspective classifier is trained on; they calibrate it.
         each: Challenges that are generated of each of the others; 0 for none.
@@ -100,6 +105,7 @@ class Sample:
     clean: list[Drawn]
     challenges: Drawn | None
     labels: NDArray[np.int64]
+    sources: NDArray[np.intp]
     held_out: NDArray[np.bool_]
     fresh: NDArray[np.bool_]
     each: int

@@ -76,7 +76,10 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
         reading.append(Features())
     extraction = two_stage._extraction(reading, subject)
     _require_own(extraction, x)
-    features = _read(extraction, two_stage, sample, options.verbose)
+    device, verbose = two_stage.device, options.verbose
+    loaded = collect.clean_batches(sample, verbose), collect.given_batches(sample, verbose)
+    generated = collect.generated_batches(sample, two_stage.model, device, two_stage.seed, verbose)
+    features = collect.read(extraction, device, itertools.chain(*loaded, generated))
     # A challenge has the label of the clean input that it was made of; what is held out has no challenges.
     labels = np.where(features.groups >= 0, sample.labels[features.groups], -1)
     held_out = (features.kinds == "") & sample.held_out[features.groups]
@@ -92,7 +95,7 @@ def fit(two_stage: TwoStageModel, options: FitOptions) -> None:
             (features.kinds != "").astype(int),
             kinds=features.kinds,
             held_out=held_out if held_out.any() else None,
-            groups=features.groups,
+            groups=np.where(features.groups >= 0, sample.sources[features.groups], -1),
             known={block.name: block for block in blocks},
         )
         result = copy.copy(two_stage)
@@ -166,17 +169,20 @@ def _checked(
                 f"labels must take every value from 0 to {classes - 1}, the network's classes, to fit the "
                 f"classifier; {missing[:10].tolist()} were not there"
             )
+    first: dict[int, int] = {}
+    sources = np.array([first.setdefault(key, len(first)) for one in drawn for key in one.keys])
     if others:
         labels = np.concatenate([labels, collect.labels_of("calibration", others[0], classes)])
         held_out = np.arange(len(labels)) >= count
     else:
         share = None if two_stage.detector is None else two_stage.detector.calibration_fraction
         random = np.random.RandomState(two_stage.seed)
-        held_out = held_out_of(None, np.zeros(count, bool), np.arange(count), share, random)
+        held_out = held_out_of(None, np.zeros(count, bool), sources, share, random)
     labelled = labels >= 0
     fresh = np.ones(len(labels), bool)
     if classifier is not None:
-        fresh = labelled & (held_out | (np.random.default_rng(two_stage.seed).random(len(labels)) < constants.UNSEEN))
+        unseen = np.random.default_rng(two_stage.seed).random(len(labels)) < constants.UNSEEN
+        fresh = labelled & (held_out | unseen[sources])
         if fresh.sum() < constants.FEWEST_LABELLED or len(np.unique(labels[labelled & ~fresh])) < classes:
             fresh[:] = False
     if options.risk and (usual := int((labelled & fresh).sum())) < constants.FEWEST_LABELLED:
@@ -207,7 +213,12 @@ def _checked(
             )
         most = max(1, constants.MOST_CHALLENGES // int((~held_out).sum()))
         each = options.challenges_per_input or min(constants.EACH, most)
-    return Sample(drawn, given, labels, held_out, fresh, each, pixels)
+    different, least = len(np.setdiff1d(sources[:count], sources[count:])), constants.FEWEST_CLEAN
+    if different < least:
+        raise ValueError(
+            f"clean must give at least {least} different inputs that calibration does not give; it gave {different}"
+        )
+    return Sample(drawn, given, labels, sources, held_out, fresh, each, pixels)
 
 
 def _blocks(two_stage: TwoStageModel, subject: Subject) -> list[Block]:
@@ -236,16 +247,6 @@ def _require_own(extraction: Extraction, x: Inputs) -> None:
                 f"blocks must hold a row for each sample that is its own; {name!r} has other rows, or other values "
                 "with other samples in the batch"
             )
-
-
-def _read(extraction: Extraction, two_stage: TwoStageModel, sample: Sample, verbose: bool | None) -> collect.Features:
-    """Blocks of clean inputs, and of challenges, which are generated on the way."""
-    batches = itertools.chain(
-        collect.clean_batches(sample, verbose),
-        collect.given_batches(sample, verbose),
-        collect.generated_batches(sample, two_stage.model, two_stage.device, two_stage.seed, verbose),
-    )
-    return collect.read(extraction, two_stage.device, batches)
 
 
 def _temperature(two_stage: TwoStageModel, features: collect.Features, labels: NDArray[np.int64]) -> Temperature | None:
@@ -315,8 +316,7 @@ def _risk(
     risk = Risk.fit(doubt(log_p), evidence, fitted.log_p[chosen], wrong, kinds)
     made = int((kinds > 0).sum())
     others = f"and {made} of their challenges" if made else "without challenges: unusual inputs do not raise it"
-    text = f"from {usual} clean inputs, {int(wrong[kinds == 0].sum())} answered wrongly, {others}"
-    return risk.to(device), text
+    return risk.to(device), f"from {usual} clean inputs, {int(wrong[kinds == 0].sum())} answered wrongly, {others}"
 
 
 def _report(sample: Sample, features: collect.Features, price: PriceReport, fitted: Calibrated, risk: str) -> Report:
@@ -328,7 +328,7 @@ def _report(sample: Sample, features: collect.Features, price: PriceReport, fitt
         seen=sum(one.seen for one in sample.clean),
         challenges=dict(zip(made.tolist(), counts.tolist(), strict=True)),
         passes=price.predicted + read_and_made * int(counts.sum()) / len(sample.labels),
-        calibrating=len(fitted.module.calibration_scores),
+        calibrating=int(fitted.module.options["sources"]),
         exact=bool(fitted.module.options["exact"]),
         risk=risk,
     )

@@ -230,7 +230,8 @@ class TwoStageModel(nn.Module):
 
         Args:
             clean: Batches of clean inputs, ``x`` or ``(x, labels)``, or mappings with the key ``"labels"``; read once.
-                Prefer data that the network was not trained on: it is more certain of its training data.
+                Prefer data that the network was not trained on: it is more certain of its training data. Equal inputs
+                are one source: all are fitted on, or none.
             challenges: ``"generate"`` makes them from the clean inputs (`fastgrad.challenges`), None fits on clean data
                 alone, where unusual inputs do not raise the risk, else batches of challenging inputs, ``x`` or
                 ``(x, kinds)``. These have no labels, so they do not raise the risk either.

@@ -19,9 +19,6 @@ from fastgrad.detector.constants import CAP, WEIGHT
 from fastgrad.detector.price import PriceReport
 from fastgrad.scores.conformal import PValues, weighted
 
-#: Half the width of a 95 % interval, in standard errors.
-_INTERVAL = 1.96
-
 
 class Gain(NamedTuple):
     """AUROC gain of a block beside all others, and half the width of its 95 % interval over inputs."""
@@ -146,5 +143,5 @@ def gains(table: Table, kinds: NDArray[np.str_]) -> dict[str, Gain]:
         difference = joined[""] - joined[name]
         # Challenges of one source are no independent samples.
         error = np.sqrt(np.square(np.bincount(source, difference - difference.mean())).sum()) / len(difference)
-        result[name] = Gain(float(difference.mean()), float(_INTERVAL * error))
+        result[name] = Gain(float(difference.mean()), float(1.96 * error))
     return result

@@ -108,6 +108,30 @@ def test_activations_are_logarithms_of_mean_squares() -> None:
     torch.testing.assert_close(values["activations"], expected, rtol=0, atol=100 * EPS)
 
 
+def test_an_output_without_positions_is_read_as_it_is() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    x = torch.randn(7, 4)
+    first = F.linear(x, net[0].weight, net[0].bias)
+    expected = torch.cat([first, net[2](first.relu())], 1).detach()
+    torch.testing.assert_close(Extraction(net, [Activations()])(x)[1]["activations"], expected)
+
+    class Pooled(nn.Module):
+        """Words, whose mean goes through a layer in place."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.pooler, self.head = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.pooler(self.words(x).mean(1)).tanh_())
+
+    pooled, x = Pooled().eval(), torch.randn(7, 9, 4)
+    words = pooled.words(x)
+    expected = torch.cat([words.square().mean(1).log(), pooled.pooler(words.mean(1))], 1).detach()
+    torch.testing.assert_close(Extraction(pooled, [Activations()])(x)[1]["activations"], expected)
+
+
 def test_the_logarithms_are_finite_where_norms_underflow() -> None:
     net, x = residual()
     net = net.float()

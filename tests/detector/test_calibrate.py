@@ -11,7 +11,7 @@ from scipy.stats import betabinom
 
 from fastgrad import TwoStageModel, UncertaintyDetector
 from fastgrad.blocks import BLOCKS
-from fastgrad.detector.calibrate import DetectorModule, Table, deal
+from fastgrad.detector.calibrate import DetectorModule, Table, deal, values_of
 
 LOGITS = np.random.default_rng(1).normal(size=(8, 5))
 WIDE = np.random.default_rng(2).normal(size=(8, 40))
@@ -233,7 +233,7 @@ def module() -> tuple[DetectorModule, dict[str, torch.Tensor]]:
 
 def test_evidence_is_the_weighted_capped_sum_of_log_p_values() -> None:
     detector, new = module()
-    raw = detector.raw(new)
+    raw, _ = values_of(detector.scores, new)
     uncertainty, evidence, _ = detector.explain(new)
     assert detector.sources == ["logits", "activations", "challenges"]
     by_hand = dict.fromkeys(detector.sources, torch.zeros(30, dtype=torch.float64))

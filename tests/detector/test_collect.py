@@ -84,7 +84,7 @@ def test_every_kind_of_challenge_is_made_of_the_inputs_that_fit(batch: int) -> N
     drawn = collect.draw("clean", images(240).split(batch), 240, 0)
     device, chosen = torch.device("cpu"), np.arange(240) < 200
     pixels = PixelRange.of(drawn.images())
-    sample = collect.Sample([drawn], None, np.full(240, -1), ~chosen, chosen, 3, pixels)
+    sample = collect.Sample([drawn], None, np.full(240, -1), np.arange(240), ~chosen, chosen, 3, pixels)
     batches = (collect.clean_batches(sample, False), collect.generated_batches(sample, model, device, 0, False))
     features = collect.read(Extraction(model, [Logits()]), device, itertools.chain(*batches))
     made = features.kinds != ""
@@ -108,6 +108,11 @@ BAD: dict[str, tuple[Callable[[TwoStageModel], Any], str]] = {
     "few to calibrate": (
         lambda m: m.fit([CLEAN], None, [CLEAN[:5]]),
         "calibration must give at least 20 inputs; it gave 5",
+    ),
+    "few different": (lambda m: m.fit([CLEAN[:19]] * 3), "at least 20 different inputs .*; it gave 19"),
+    "calibration on itself": (
+        lambda m: m.fit([CLEAN], None, [CLEAN[10:], CLEAN[:31]]),
+        "20 different inputs that calibration does not give; it gave 0",
     ),
     "one class": (
         lambda m: m.fit(pairs(CLEAN, torch.zeros(60, dtype=torch.long))),

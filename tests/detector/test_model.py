@@ -367,6 +367,21 @@ def test_the_report_says_price_samples_and_promises(fitted):
     assert all(part in text for part in parts), text
 
 
+def test_inputs_that_come_twice_are_one_source():
+    x = images(60)
+    twice = TwoStageModel(small_network(), blocks=["logits", "activations"]).fit([x[:40], x, x[40:]], None)
+    # Both are scored by what was fitted on neither.
+    scores = twice.calibration_scores
+    torch.testing.assert_close(torch.cat([scores[:40], scores[100:]]), scores[40:100])
+    assert (twice.report().drawn, twice.report().calibrating) == (120, 60)
+    # Nothing is fitted on what calibrates, though it come among the clean inputs.
+    split, apart = (
+        TwoStageModel(small_network(), blocks=["logits", "activations"]).fit([clean], None, [x[:30]])
+        for clean in (x, x[30:])
+    )
+    torch.testing.assert_close(split(x).uncertainty, apart(x).uncertainty)
+
+
 def test_gains_are_measured_on_demand(tmp_path):
     two_stage = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(80))
     report = two_stage.report(gains=True)
