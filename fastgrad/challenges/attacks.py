@@ -33,6 +33,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@torch.inference_mode(False)
+def reached(model: nn.Module, images: Tensor) -> bool:
+    """Whether gradients of the logits reach the images: not through ``torch.no_grad`` inside the model, or integers."""
+    point = images.detach().clone().requires_grad_()
+    with evaluating(model):
+        try:
+            with torch.enable_grad():
+                logits = class_logits(model(point))
+            return logits.requires_grad and torch.autograd.grad(logits.sum(), point, allow_unused=True)[0] is not None
+        except RuntimeError:
+            with torch.no_grad():
+                model(point)  # the error is another one where it fails here, too
+            return False
+
+
 def away_from(logits: Tensor, predicted: Tensor) -> Tensor:
     """How far each prediction has been pushed: ``logsumexp`` of the other logits minus its own."""
     if logits.shape[1] == 1:
@@ -85,9 +100,16 @@ def _ascend(
             if predicted is None:
                 predicted = _prediction(logits.detach())
             pushed = away_from(logits, predicted).sum()
-        # With respect to the input alone: no parameter's .grad is touched.
-        with full_precision(point.device):
-            (slope,) = torch.autograd.grad(pushed, point)
+        slope = None
+        if pushed.requires_grad:
+            # With respect to the input alone: no parameter's .grad is touched.
+            with full_precision(point.device):
+                (slope,) = torch.autograd.grad(pushed, point, allow_unused=True)
+        if slope is None:
+            raise ValueError(
+                "model must pass gradients of its logits to the images for an attack; none came (torch.no_grad inside, "
+                "or integers): name challenges without attacks"
+            )
         moved = current + step * slope.sign()
         current = torch.maximum(torch.minimum(moved, unit + epsilon), unit - epsilon).clamp(0, 1)
     return current.detach()

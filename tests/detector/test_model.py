@@ -367,6 +367,25 @@ def test_the_report_says_price_samples_and_promises(fitted):
     assert all(part in text for part in parts), text
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_at_the_images_no_attack_is_among_the_challenges(mode):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            *body, self.head = small_network()
+            self.body = nn.Sequential(*body)
+
+        def forward(self, x):
+            with mode():
+                h = self.body(x)
+            return self.head(h)
+
+    report = TwoStageModel(Frozen(), blocks=["logits"]).fit(loader(80)).report()
+    kinds = [name for name, kind in fastgrad.challenges.CHALLENGES.items() if not kind.passes]
+    assert sorted(report.challenges) == sorted(kinds)
+    assert report.passes == pytest.approx(4)
+
+
 def test_gains_are_measured_on_demand(tmp_path):
     two_stage = TwoStageModel(small_network(), blocks=["logits", "image"]).fit(loader(80))
     report = two_stage.report(gains=True)
