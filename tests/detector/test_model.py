@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -376,6 +377,8 @@ def test_without_gradients_at_the_images_no_attack_is_among_the_challenges(mode)
             self.body = nn.Sequential(*body)
 
         def forward(self, x):
+            if x.requires_grad:
+                warnings.warn("no autograd kernel was registered", stacklevel=1)  # as operations on integers do
             with mode():
                 h = self.body(x)
             return self.head(h)
