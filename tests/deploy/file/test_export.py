@@ -271,6 +271,15 @@ def test_a_graph_that_depends_on_the_batch_size_is_refused() -> None:
         trace(Loop(), X)
 
 
+def test_an_operation_that_pytorch_has_for_values_alone_is_named() -> None:
+    # As those of quantised networks are.
+    library = torch.library.Library("fastgrad_tests", "FRAGMENT")
+    library.define("doubled(Tensor x) -> Tensor")
+    library.impl("doubled", lambda x: 2 * x, "CPU")
+    with pytest.raises(ValueError, match=r"for values alone.* PyTorch says: fastgrad_tests\.doubled\.default"):
+        trace(torch.ops.fastgrad_tests.doubled, X)
+
+
 def test_a_layer_whose_gradients_have_no_form_for_every_batch_size_is_named() -> None:
     class Padded(nn.Conv2d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
