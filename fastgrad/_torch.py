@@ -223,7 +223,12 @@ def flat_graph(
             if functional:
                 pure = torch.func.functionalize(graph)
                 graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
-    except (GuardOnDataDependentSymNode, DataDependentOutputException, UnsupportedOperatorException) as error:
+    except (
+        GuardOnDataDependentSymNode,
+        DataDependentOutputException,
+        UnsupportedOperatorException,
+        NotImplementedError,
+    ) as error:
         raise ValueError(
             "model must not choose what it computes by the values of its inputs, or use an operation that PyTorch has "
             f"for values alone, where a graph of it is recorded; PyTorch says: {str(error).splitlines()[0]}"

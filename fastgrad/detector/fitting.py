@@ -321,7 +321,7 @@ def _risk(
 
 def _report(sample: Sample, features: collect.Features, price: PriceReport, fitted: Calibrated, risk: str) -> Report:
     made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
-    read_and_made = price.predicted + (challenge_cost(sample.each, names=made) / sample.each - 1 if sample.each else 0)
+    read_and_made = price.predicted + (challenge_cost(sample.each, names=made.tolist()) / sample.each - 1 if sample.each else 0)
     return Report(
         price=price,
         drawn=len(sample.labels),

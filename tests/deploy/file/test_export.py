@@ -277,7 +277,13 @@ def test_an_operation_that_pytorch_has_for_values_alone_is_named() -> None:
     library.define("doubled(Tensor x) -> Tensor")
     library.impl("doubled", lambda x: 2 * x, "CPU")
     with pytest.raises(ValueError, match=r"for values alone.* PyTorch says: fastgrad_tests\.doubled\.default"):
-        trace(torch.ops.fastgrad_tests.doubled, X)
+        trace(torch.ops.fastgrad_tests.doubled, X, one_by_one=False)
+
+    def without_kernel(x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("could not find kernel for quantized.conv2d")
+
+    with pytest.raises(ValueError, match=r"for values alone.* could not find kernel for quantized\.conv2d"):
+        trace(without_kernel, X, one_by_one=False)
 
 
 def test_a_layer_whose_gradients_have_no_form_for_every_batch_size_is_named() -> None:
