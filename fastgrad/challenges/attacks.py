@@ -47,7 +47,8 @@ def reached(model: nn.Module, images: Tensor) -> bool:
         except RuntimeError:
             with torch.no_grad():
                 model(point)  # the error is another one where it fails here, too
-            return False
+            # One that was made in inference mode can be made again, and is refused for it.
+            return any(parameter.is_inference() for parameter in model.parameters())
 
 
 def away_from(logits: Tensor, predicted: Tensor) -> Tensor:
