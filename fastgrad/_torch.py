@@ -198,7 +198,7 @@ def flat_graph(
     operations that write in place, which a loop's body must not.
     """
     from torch._dispatch.python import enable_python_dispatcher
-    from torch._subclasses.fake_tensor import DataDependentOutputException
+    from torch._subclasses.fake_tensor import DataDependentOutputException, UnsupportedOperatorException
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import (
         DimDynamic,
@@ -223,10 +223,15 @@ def flat_graph(
             if functional:
                 pure = torch.func.functionalize(graph)
                 graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
-    except (GuardOnDataDependentSymNode, DataDependentOutputException) as error:
+    except (
+        GuardOnDataDependentSymNode,
+        DataDependentOutputException,
+        UnsupportedOperatorException,
+        NotImplementedError,
+    ) as error:
         raise ValueError(
-            "model must not choose what it computes by the values of its inputs where a graph of it is recorded; "
-            f"PyTorch says: {str(error).splitlines()[0]}"
+            "model must not choose what it computes by the values of its inputs, or use an operation that PyTorch has "
+            f"for values alone, where a graph of it is recorded; PyTorch says: {str(error).splitlines()[0]}"
         ) from error
     return graph
 

@@ -485,3 +485,16 @@ def test_logits_are_read_from_every_form_that_features_are(form: str) -> None:
     assert torch.equal(plain, wrapped)
     with pytest.raises(ValueError, match=r"must return logits of shape \(B, N\); it returned \(5,\)"):
         generate_challenges(Net(FORMS["flat"], net=net), images, names=["pgd-2"])
+
+
+def test_an_attack_is_refused_where_no_gradient_reaches_the_images() -> None:
+    class Cut(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return small(x.detach())
+
+    small = small_net()
+    for parameters in (True, False):
+        small.requires_grad_(parameters)
+        with pytest.raises(ValueError, match="model must pass gradients of its logits to the images"):
+            generate_challenges(Cut(), photos(), names=["fgsm"])
+    assert generate_challenges(Cut(), photos(), names=["noise"])

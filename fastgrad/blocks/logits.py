@@ -14,6 +14,8 @@ from fastgrad.scores.rows import Rows
 
 #: Logits that the challenge classifier reads, in falling order.
 _HIGHEST = 10
+#: An energy below this is none: of logits that are log probabilities it is 0, and what is left of it rounding.
+_NO_ENERGY = 1e-4
 
 
 class Energy(Fitted):
@@ -24,7 +26,8 @@ class Energy(Fitted):
 
     def forward(self, logits: Tensor) -> Tensor:
         """Scores ``(B,)`` of ``logits`` ``(B, N)``."""
-        return -torch.logsumexp(logits, -1)
+        energy = -torch.logsumexp(logits, -1)
+        return energy.masked_fill(energy.abs() < _NO_ENERGY, 0.0)
 
 
 class Margin(Fitted):

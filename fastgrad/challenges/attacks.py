@@ -7,6 +7,7 @@ but it does not vanish for confident predictions, where float32 cross-entropy ha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@torch.inference_mode(False)
+def reached(model: nn.Module, images: Tensor) -> bool:
+    """Whether gradients of the logits reach the images: not through ``torch.no_grad`` inside the model, or integers."""
+    point = images.detach().clone().requires_grad_()
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that an operation on integers passes none is what is asked
+        try:
+            with torch.enable_grad():
+                logits = class_logits(model(point))
+            return logits.requires_grad and torch.autograd.grad(logits.sum(), point, allow_unused=True)[0] is not None
+        except RuntimeError:
+            with torch.no_grad():
+                model(point)  # the error is another one where it fails here, too
+            # One that was made in inference mode can be made again, and is refused for it.
+            return any(parameter.is_inference() for parameter in model.parameters())
 
 
 def away_from(logits: Tensor, predicted: Tensor) -> Tensor:
@@ -85,9 +103,16 @@ def _ascend(
             if predicted is None:
                 predicted = _prediction(logits.detach())
             pushed = away_from(logits, predicted).sum()
-        # With respect to the input alone: no parameter's .grad is touched.
-        with full_precision(point.device):
-            (slope,) = torch.autograd.grad(pushed, point)
+        slope = None
+        if pushed.requires_grad:
+            # With respect to the input alone: no parameter's .grad is touched.
+            with full_precision(point.device):
+                (slope,) = torch.autograd.grad(pushed, point, allow_unused=True)
+        if slope is None:
+            raise ValueError(
+                "model must pass gradients of its logits to the images for an attack; none came (torch.no_grad inside, "
+                "or integers): name challenges without attacks"
+            )
         moved = current + step * slope.sign()
         current = torch.maximum(torch.minimum(moved, unit + epsilon), unit - epsilon).clamp(0, 1)
     return current.detach()

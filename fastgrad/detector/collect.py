@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fastgrad._torch import pytree
 from fastgrad.batches import bar, batch_size, bytes_of, carrying, split_batch, take, to_device
 from fastgrad.blocks.extraction import Extraction, Inputs
-from fastgrad.challenges import PixelRange, iter_challenges
+from fastgrad.challenges import CHALLENGES, PixelRange, iter_challenges
+from fastgrad.challenges.attacks import reached
 from fastgrad.detector.constants import CHALLENGED_TOGETHER
 
 
@@ -209,11 +210,13 @@ def given_batches(sample: Sample, verbose: bool | None) -> Iterator[Batch]:
 def generated_batches(
     sample: Sample, model: nn.Module, device: torch.device, seed: int, verbose: bool | None
 ) -> Iterator[Batch]:
-    """Challenges generated of the images that are not held out, if any."""
+    """Challenges generated of the images that are not held out, if any; attacks where gradients reach the images."""
     if not sample.each or sample.pixels is None:
         return
     first, pixels = 0, PixelRange(sample.pixels.low.to(device), sample.pixels.high.to(device))
     rows = [row for x in sample.clean[0].images() for row in x.split(1)]
+    attacked = reached(model, rows[0].to(device))
+    names = [name for name, kind in CHALLENGES.items() if attacked or not kind.passes]
     parts: list[NDArray[np.intp]] = []
     fitting = np.flatnonzero(~sample.held_out[: len(rows)])
     for _, group in itertools.groupby(fitting, key=lambda number: rows[number].shape):
@@ -221,7 +224,9 @@ def generated_batches(
         parts += np.split(alike, range(CHALLENGED_TOGETHER, len(alike), CHALLENGED_TOGETHER))
     for numbers in bar(parts, "challenges", verbose):
         inputs = torch.cat([rows[number] for number in numbers]).to(device)
-        for made in iter_challenges(model, inputs, each=sample.each, first=first, seed=seed, pixels=pixels):
+        for made in iter_challenges(
+            model, inputs, each=sample.each, names=names, first=first, seed=seed, pixels=pixels
+        ):
             yield made.inputs, made.kinds, numbers[made.sources.cpu().numpy() - first].tolist()
         first += len(inputs)
 

@@ -321,13 +321,14 @@ def _risk(
 
 def _report(sample: Sample, features: collect.Features, price: PriceReport, fitted: Calibrated, risk: str) -> Report:
     made, counts = np.unique(features.kinds[features.kinds != ""], return_counts=True)
-    read_and_made = price.predicted + (challenge_cost(sample.each) / sample.each - 1 if sample.each else 0)
+    challenges = dict(zip(made.tolist(), counts.tolist(), strict=True))
+    making = challenge_cost(sample.each, names=list(challenges)) / sample.each - 1 if sample.each else 0
     return Report(
         price=price,
         drawn=len(sample.labels),
         seen=sum(one.seen for one in sample.clean),
-        challenges=dict(zip(made.tolist(), counts.tolist(), strict=True)),
-        passes=price.predicted + read_and_made * int(counts.sum()) / len(sample.labels),
+        challenges=challenges,
+        passes=price.predicted + (price.predicted + making) * sum(challenges.values()) / len(sample.labels),
         calibrating=int(fitted.module.options["sources"]),
         exact=bool(fitted.module.options["exact"]),
         risk=risk,

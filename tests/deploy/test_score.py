@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -23,6 +24,12 @@ from fastgrad.deploy.score import job, sources
 from fastgrad.deploy.score import local as score_module
 from fastgrad.deploy.score.local import score
 from fastgrad.deploy.score.sources import read_parquet
+
+#: Of a job.
+OPTIONS: dict[str, Any] = {
+    "batch": 4, "false_alarm_rate": None, "image_column": None, "key_column": None, "max_pixels": 100,
+    "max_bytes": 10**6,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -284,12 +291,8 @@ def test_of_two_jobs_that_begin_at_once_one_begins(
 
     def begin(part: int) -> job.Job:
         description = read_description(tiny_package)
-        return job.Job(tiny_package, description, folder, tmp_path / "o.parts", part=part, **rest)
+        return job.Job(tiny_package, description, folder, tmp_path / "o.parts", part=part, **OPTIONS)
 
-    rest = {
-        "batch": 4, "false_alarm_rate": None, "image_column": None, "key_column": None, "max_pixels": 100,
-        "max_bytes": 10**6,
-    }  # fmt: skip
     for part, out in ((4, "another job"), (5, None)):
         monkeypatch.setattr(Path, "rename", rename)
         with pytest.raises(ValueError, match=out) if out else contextlib.nullcontext():
@@ -508,6 +511,9 @@ def test_what_cannot_be_scored(tiny_package: Path, tmp_path: Path) -> None:
         score(tiny_package, source, tmp_path / "out", image_column="c")
     with pytest.raises(PackageError):
         score(source, source, tmp_path / "out")
+    description = dataclasses.replace(read_description(tiny_package), input_shape=(12,), mean=None, std=None)
+    with pytest.raises(ValueError, match=r"this model takes no images: its inputs have shape \(12,\)"):
+        job.Job(tiny_package, description, source, tmp_path / "parts", part=1, **OPTIONS)
     for column, kind in ((pa.array([[1, 2]]), "list<"), (pa.array([{"path": "a.png"}]), "struct<path")):
         pq.write_table(pa.table({"image": column}), source)
         with pytest.raises(ValueError, match=f"must hold bytes, or structs with bytes; it has {kind}"):

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -380,6 +381,27 @@ def test_inputs_that_come_twice_are_one_source():
         for clean in (x, x[30:])
     )
     torch.testing.assert_close(split(x).uncertainty, apart(x).uncertainty)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_at_the_images_no_attack_is_among_the_challenges(mode):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            *body, self.head = small_network()
+            self.body = nn.Sequential(*body)
+
+        def forward(self, x):
+            if x.requires_grad:
+                warnings.warn("no autograd kernel was registered", stacklevel=1)  # as operations on integers do
+            with mode():
+                h = self.body(x)
+            return self.head(h)
+
+    report = TwoStageModel(Frozen(), blocks=["logits"]).fit(loader(80)).report()
+    kinds = [name for name, kind in fastgrad.challenges.CHALLENGES.items() if not kind.passes]
+    assert sorted(report.challenges) == sorted(kinds)
+    assert report.passes == pytest.approx(4)
 
 
 def test_gains_are_measured_on_demand(tmp_path):

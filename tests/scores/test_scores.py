@@ -25,6 +25,12 @@ def test_energy():
     np.testing.assert_allclose(Energy()(logits), -np.log(np.exp(logits.numpy()).sum(1)), rtol=1e-12)
 
 
+def test_the_energy_of_log_probabilities_is_none_and_not_their_rounding():
+    logits = torch.randn(200, 5).log_softmax(-1).double()
+    assert (Energy()(logits) == 0).all()
+    assert Energy()(torch.full((1, 5), torch.nan)).isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3), (6, 2, 4, 3)])
 def test_order_by_rank(shape):
     contrasts, logits = torch.tensor(RNG.normal(size=shape)), torch.tensor(RNG.normal(size=(6, 4)))

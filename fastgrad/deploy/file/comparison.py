@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgrad.deploy.file.package import ModelPackage
+from fastgrad.deploy.file.package import ModelPackage, PackageError
 
 #: Of the dtype, by which an input moves in place of the rounding of all layers.
 _UNITS = 100
@@ -30,7 +30,11 @@ def compare(
     input moves by rounding: a detector of a network that was not trained magnifies it. ``unit`` is the relative
     rounding of the network's coarsest dtype.
     """
-    package = ModelPackage(path)
+    try:
+        package = ModelPackage(path)
+    except PackageError as error:
+        hint = "; export to .pt2" if path.suffix == ".onnx" else ""
+        raise RuntimeError(f"the file cannot be run: {error.__cause__ or error}{hint}") from error
     example_input = example_input[: package.description.max_batch]
     three = example_input[torch.arange(3, device="cpu") % len(example_input)]
     unknown = torch.full_like(three[:1], torch.nan)

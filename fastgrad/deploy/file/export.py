@@ -158,7 +158,12 @@ def export(
 
 def _check_example(example_input: Tensor, path: Path) -> None:
     """Refuse what is no batch, and a path that no file of it can have."""
-    checks.is_float("example_input", example_input)
+    if not isinstance(example_input, Tensor) or example_input.dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(
+            "example_input must be one torch.Tensor of a floating dtype; it was "
+            f"{getattr(example_input, 'dtype', type(example_input).__name__)}. Before fit, wrap a network with other "
+            "inputs in a module that makes them of one such tensor, integers as x.long()"
+        )
     if example_input.ndim < 2 or example_input.numel() == 0:
         shape = tuple(example_input.shape)
         raise ValueError(f"example_input must be a batch (B, ...) of at least one input; its shape was {shape}")

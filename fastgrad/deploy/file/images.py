@@ -66,12 +66,17 @@ def decode_image(content: bytes, description: Description, *, max_pixels: int = 
     return normalize_pixels(description, pixels)
 
 
+def require_images(shape: tuple[int, ...]) -> None:
+    """Raise ImageError where no image file holds inputs of this shape."""
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ImageError(f"this model takes no images: its inputs have shape {tuple(shape)}")
+
+
 def decode_pixels(content: bytes, shape: tuple[int, ...], *, max_pixels: int = MAX_PIXELS) -> Array:
     """Decode, crop and scale to ``shape``, uint8, as `decode_image` does, without normalizing."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ImageError(f"this model takes no images: its inputs have shape {tuple(shape)}")
+    require_images(shape)
     channels, height, width = shape
     if not content:
         raise ImageError("the image is empty")

@@ -23,7 +23,7 @@ from fastgrad.atomic import UNFINISHED, written_beside
 from fastgrad.checks import extra, fits_utf8
 from fastgrad.deploy.file.answer import ResultError, answer
 from fastgrad.deploy.file.description import Description, normalize_pixels
-from fastgrad.deploy.file.images import Array, ImageError, ImageTooLargeError, decode_pixels
+from fastgrad.deploy.file.images import Array, ImageError, ImageTooLargeError, decode_pixels, require_images
 from fastgrad.deploy.file.package import ModelPackage, digest_of
 from fastgrad.deploy.score.sources import Source, list_folder, read_parquet
 
@@ -82,8 +82,8 @@ class Job:
     """Images to score, cut into parts, and a folder of the parts that are there; the options are those of `score`.
 
     The folder is made, or continued where this very job has made it, as its ``note`` says. ``missing`` has the numbers
-    of the parts that were not there, ``done`` is how many images the others hold. ValueError where there is nothing to
-    score, a file cannot be read, or the folder is another job's, or not made by one.
+    of the parts that were not there, ``done`` is how many images the others hold. ValueError where the model takes no
+    images, there are none, a file cannot be read, or the folder is another job's, or not made by one.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class Job:
         max_pixels: int,
         max_bytes: int,
     ) -> None:
+        require_images(description.input_shape)
         self.threshold = description.threshold_at(false_alarm_rate)
         self.images, self.folder, self.batch, self.part = images.resolve(), folder, batch, part
         self.note = folder / "job.json"

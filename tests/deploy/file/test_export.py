@@ -199,7 +199,8 @@ class Unsteady(TinyTwoStage):
     ("change", "error", "message"),
     [
         ({"two_stage": lambda x: x}, TypeError, "two_stage must be"),
-        ({"example_input": X.long()}, TypeError, "floating"),
+        ({"example_input": X.long()}, TypeError, r"floating dtype; it was torch\.int64\. .* integers as x\.long\(\)"),
+        ({"example_input": {"x": X}}, TypeError, "it was dict. Before fit, wrap a network with other inputs"),
         ({"example_input": X[:0]}, ValueError, "at least one input"),
         ({"path": "model.pth"}, ValueError, r"end in \.pt2 or \.onnx"),
         ({"path": "no/such/folder/model.pt2"}, ValueError, "existing folder"),
@@ -211,7 +212,7 @@ class Unsteady(TinyTwoStage):
         ({"mean": 0.5}, ValueError, "mean must be None or a finite number a channel"),
         ({"std": [0.5, 0.0, 0.5]}, ValueError, "std must be None or a positive number a channel"),
         ({"std": [1, 1, float("nan")]}, ValueError, "std must be None or a positive number a channel"),
-        ({"example_input": [1.0]}, TypeError, r"example_input must be a torch\.Tensor; it was list"),
+        ({"example_input": [1.0]}, TypeError, r"example_input must be one torch\.Tensor .*; it was list"),
         ({"false_alarm_rate": 1.5}, ValueError, r"false_alarm_rate must lie in \(0, 1\); it was 1\.5"),
         ({"tolerance": None}, TypeError, "tolerance must be a number; it was None"),
         ({"tolerance": 0}, ValueError, r"tolerance must lie in \(0, inf\]; it was 0"),
@@ -268,6 +269,21 @@ def test_a_graph_that_depends_on_the_batch_size_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="depends on the batch size"):
         trace(Loop(), X)
+
+
+def test_an_operation_that_pytorch_has_for_values_alone_is_named() -> None:
+    # As those of quantised networks are.
+    library = torch.library.Library("fastgrad_tests", "FRAGMENT")
+    library.define("doubled(Tensor x) -> Tensor")
+    library.impl("doubled", lambda x: 2 * x, "CPU")
+    with pytest.raises(ValueError, match=r"for values alone.* PyTorch says: fastgrad_tests\.doubled\.default"):
+        trace(torch.ops.fastgrad_tests.doubled, X, one_by_one=False)
+
+    def without_kernel(x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("could not find kernel for quantized.conv2d")
+
+    with pytest.raises(ValueError, match=r"for values alone.* could not find kernel for quantized\.conv2d"):
+        trace(without_kernel, X, one_by_one=False)
 
 
 def test_a_layer_whose_gradients_have_no_form_for_every_batch_size_is_named() -> None:

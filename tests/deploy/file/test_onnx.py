@@ -16,8 +16,10 @@ from onnx_needed import WARNINGS, skip_without_onnx
 from python_process import run_python
 from torch import nn
 
-from fastgrad.deploy.file.comparison import difference
+from fastgrad.deploy.file.comparison import compare, difference
+from fastgrad.deploy.file.description import Description, description_text
 from fastgrad.deploy.file.export import export
+from fastgrad.deploy.file.onnx_file import KEY
 from fastgrad.deploy.file.package import ModelPackage, PackageError, read_description
 from fastgrad.detector.model import TwoStageModel
 
@@ -147,6 +149,23 @@ def test_what_onnx_runtime_lacks_is_refused_before_the_work(tmp_path: Path) -> N
         export(TinyTwoStage(), X, tmp_path / "m.onnx", one_by_one=True)
     with pytest.raises(ValueError, match=r"example_input must have another dtype for an \.onnx: .* none in bfloat16"):
         export(TinyTwoStage(), X.bfloat16(), tmp_path / "m.onnx")
+
+
+def test_a_file_that_onnx_runtime_cannot_run_is_refused(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    def value(name: str, *shape: int | str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.DOUBLE, shape)
+
+    conv, x = helper.make_node("Conv", ["input", "input"], ["logits"]), value("input", "batch", 3, 4, 4)
+    graph = helper.make_graph([conv], "graph", [x], [value("logits", "batch", "n", 1, 1)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    description = Description(input_shape=(3, 4, 4), input_dtype="float64", classes=2, max_batch=8, device="cpu")
+    model.metadata_props.add(key=KEY, value=description_text(description))
+    onnx.save(model, file := tmp_path / "m.onnx")
+    with pytest.raises(RuntimeError, match=r"the file cannot be run: .* implementation for Conv.*; export to \.pt2"):
+        compare(file, lambda x: (x,), torch.zeros(1, 3, 4, 4, dtype=torch.float64), ROUNDING, 1e-16)
 
 
 def test_a_graph_that_gives_fewer_answers_than_inputs_is_refused(tiny_onnx: Path, tmp_path: Path) -> None:
