@@ -7,8 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from timeit import timeit
+from timeit import repeat
 from typing import Any
 
 import torch
@@ -48,50 +47,39 @@ def rounded_ratio(taken: Sequence[float], base: Sequence[float]) -> dict[str, An
     return {"ratio": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
 
 
-def deciles(times: Sequence[float]) -> list[float]:
-    """Return the nine cuts of the times of a call: the first decile, ..., the median, ..., the last."""
-    return statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [*times] * 9
+def deciles(times: Sequence[float]) -> dict[str, float]:
+    """Return the columns ``median_s``, ``p10_s`` and ``p90_s`` of a row."""
+    cut = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [*times] * 9
+    return {"median_s": cut[4], "p10_s": cut[0], "p90_s": cut[8]}
 
 
-def timer(device: str) -> Callable[[Call], float]:
-    """Return what times one call: wall time on a CPU, CUDA events on a GPU.
+def timed(call: Call, device: str, graph: bool = False, calls: int = 9) -> list[float]:
+    """Return the seconds of each of some calls: on a CPU of so many, on a GPU of what half a second holds.
 
-    The GPU's cache is overwritten first, which also hides the launch from the host.
+    A GPU's cache is overwritten before each call, which also hides the launch from the host; ``graph`` takes the call's
+    replay as a CUDA graph.
     """
     if device == "cpu":
-        return partial(timeit, number=1)
-    size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flush = torch.empty(max(4 * size, 1 << 29), dtype=torch.int8, device="cuda")
+        return repeat(call, number=1, repeat=calls)
+    from triton.testing import do_bench
 
-    def by_events(call: Call) -> float:
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) * 1e-3
-
-    return by_events
+    return [1e-3 * t for t in do_bench(graphed(call) if graph else call, rep=500, return_mode="all")]
 
 
 def graphed(call: Call) -> Call:
     """Return the replay of a call as a CUDA graph; the call itself where it cannot be captured."""
     try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
             call()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
     except RuntimeError as problem:
         print(f"  not captured in a graph: {str(problem).splitlines()[0]}", file=sys.stderr)
         torch.cuda.synchronize()
         return call
-    return lambda: graph.replay()
+    return graph.replay
 
 
 def peak_bytes(call: Call, device: str) -> int:
@@ -123,21 +111,19 @@ def peak_bytes(call: Call, device: str) -> int:
     return peak
 
 
-def floor(device: str, small: bool = False) -> dict[str, Any]:
-    """Measure a large copy, a large product in every dtype of the device, and the smallest call; fastest of nine.
+def floor(device: str) -> dict[str, Any]:
+    """Measure a large copy, a large product in every dtype of the device, and the smallest call, each at its fastest.
 
     The copy counts bytes read plus bytes written, the product floating-point operations.
     """
-    clock = timer(device)
 
     def fastest(call: Call) -> float:
-        call()
-        return min(clock(call) for _ in range(9))
+        return min(timed(call, device))
 
-    source = torch.ones(1 << (18 if small else 26 if device == "cpu" else 29), device=device)
+    source = torch.ones(1 << (26 if device == "cpu" else 29), device=device)
     target, one = torch.zeros_like(source), torch.zeros(1, device=device)
     copied = 2 * source.nbytes / fastest(lambda: target.copy_(source))
-    edge = 128 if small else 1024 if device == "cpu" else 8192
+    edge = 1024 if device == "cpu" else 8192
     rates = {}
     for name in ["float32"] if device == "cpu" else ["float32", "float16", "bfloat16"]:
         # Ones would need less power, and a GPU would clock higher.

@@ -13,7 +13,7 @@ from bench.registry import SIZES
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--size", choices=SIZES, help="of the cases (default: quick, on a GPU gpu)")
-    group.addoption("--out", type=Path, metavar="DIR", help="add what is measured to the JSON files in DIR")
+    group.addoption("--out", type=Path, metavar="DIR", help="write what is measured to JSON files in DIR, one a table")
     group.addoption("--threads", type=int, default=2, help="on a CPU (default 2)")
 
 

@@ -2,7 +2,7 @@
 
     @case("rows", "rows B={0} N={1} D={2}", against="stored rows", names=("fastgrad eager", "stored rows"),
           tiny=[(3, 5, 8)], quick=[(64, 10, 512)], full=[...], gpu=[...])
-    def rows(device: str, B: int, N: int, D: int) -> Iterator[Implementation]:
+    def rows(B: int, N: int, D: int, device: str) -> Iterator[Implementation]:
         yield Implementation("stored rows", lambda: call, check, tolerance)
 
 ``pytest bench/micro`` collects every case at one size, checks each implementation against float64 and times it.
@@ -53,14 +53,11 @@ class Case:
 
     @lru_cache(maxsize=1)  # noqa: B019 - the inputs of one case, the latest
     def implementations(self, device: str) -> dict[str, Implementation]:
-        """Return the implementations by name."""
         return {item.name: item for item in self.build(device)}
 
     def ready(self, name: str, device: str) -> Callable[[], Any]:
-        """Return the call of an implementation; a ValueError if its result is wrong, a LookupError if there is none."""
-        found = self.implementations(device).get(name)
-        if found is None:
-            raise LookupError(f"{self.name} has no {name}")
+        """Return the call of an implementation; a ValueError if its result is wrong."""
+        found = self.implementations(device)[name]
         call = found.prepare()
         error, allowed = float(found.check(call())), found.tolerance
         if not error <= allowed:
@@ -88,8 +85,7 @@ def case(
     def register(function: Build) -> Build:
         for size, shapes in sizes.items():
             for args in shapes:
-                build = lambda device, args=args: function(device, *args)  # noqa: E731
-                _CASES[size].append(Case(table, title.format(*args), against, tuple(names), build))
+                _CASES[size].append(Case(table, title.format(*args), against, tuple(names), partial(function, *args)))
         return function
 
     return register

@@ -83,7 +83,7 @@ def device() -> Iterator[torch.device]:
         return
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    from bench.gpu.sanitize.interpreter import patching_once
+    from bench.gpu.sanitize.watchers import patching_once
 
     with patching_once():
         yield torch.device("cpu")

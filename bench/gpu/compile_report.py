@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
@@ -43,6 +43,31 @@ PRODUCTS = {"linear_contrast_kernel", "linear_stats_kernel", "direct_kernel", "g
 #: Kernels that write whole rows; the others write one number per row or tile, or, on AMD, a tile of a product straight
 #: from the layout of the matrix units.
 WIDE_STORES = {"contrast_rows_kernel", "contrast_stream_kernel", "contrast_finish_kernel"}
+#: What is read from machine code: the largest number behind a word, and how often a word occurs.
+LARGEST = {
+    "cubin": {"registers": r"\bREG:(\d+)", "local": r"\b(?:STACK|LOCAL):(\d+)"},
+    # Scalar registers spill into lanes of vector registers; memory is touched only by what "local" counts.
+    "amdgcn": {
+        "registers": r"\.vgpr_count:\s+(\d+)", "spills": r"\.vgpr_spill_count:\s+(\d+)",
+        "local": r"\.private_segment_fixed_size:\s+(\d+)",
+    },
+}  # fmt: skip
+COUNTED = {
+    "cubin": {
+        "spills": r"\b(?:LDL|STL)\b",
+        # Asynchronous copies to shared memory are loads too.
+        "wide_loads": r"\b(?:LDG\.E\S*\.128|LDGSTS\S*\.128|UTMALDG|LDG\.E\S*\.ENL2\.256)",
+        "wide_stores": r"\b(?:STG\.E\S*\.128|UTMASTG|STG\.E\S*\.ENL2\.256)",
+        "matrix": r"\b(?:HMMA|HGMMA|QGMMA|UTC\w*MMA)\b",
+        "instructions": r"/\*[0-9a-f]{4,}\*/\s+\S",
+    },
+    "amdgcn": {
+        "wide_loads": r"\b(?:global|buffer|flat)_load_(?:dwordx4|b128)",
+        "wide_stores": r"\b(?:global|buffer|flat)_store_(?:dwordx4|b128)",
+        "matrix": r"\bv_mfma",
+        "instructions": r"(?m)^\t[a-z]\w+",
+    },
+}
 TARGETS = {
     name: GPUTarget("hip", name, 64) if arch.backend == "hip" else GPUTarget("cuda", arch.version, 32)
     for name, arch in tune.KNOWN_ARCHITECTURES.items()
@@ -65,53 +90,21 @@ def compiled(call: Callable[[], object], arch: str) -> list[Any]:
     return kernels
 
 
-def _cubin(cubin: bytes) -> dict[str, int]:
-    # The tools ship with Triton.
-    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage, code = (
-            subprocess.run([tools / tool, option, path], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    return {
-        "registers": _largest(r"\bREG:(\d+)", usage),
-        "local": _largest(r"\bSTACK:(\d+)", usage) + _largest(r"\bLOCAL:(\d+)", usage),
-        **_counted(
-            code,
-            spills=r"\b(?:LDL|STL)\b",
-            # Asynchronous copies to shared memory are loads too.
-            wide_loads=r"\b(?:LDG\.E\S*\.128|LDGSTS\S*\.128|UTMALDG|LDG\.E\S*\.ENL2\.256)",
-            wide_stores=r"\b(?:STG\.E\S*\.128|UTMASTG|STG\.E\S*\.ENL2\.256)",
-            matrix=r"\b(?:HMMA|HGMMA|QGMMA|UTC\w*MMA)\b",
-            instructions=r"/\*[0-9a-f]{4,}\*/\s+\S",
-        ),
-    }
+def read(asm: Mapping[str, Any]) -> dict[str, int]:
+    """Return what the machine code of a kernel says."""
+    kind = "amdgcn" if "amdgcn" in asm else "cubin"
+    code = asm["amdgcn"] if kind == "amdgcn" else _disassembled(asm["cubin"])
+    row = {name: max(map(int, re.findall(pattern, code)), default=0) for name, pattern in LARGEST[kind].items()}
+    return row | {name: len(re.findall(pattern, code)) for name, pattern in COUNTED[kind].items()}
 
 
-def _amdgcn(code: str) -> dict[str, int]:
-    return {
-        "registers": _largest(r"\.vgpr_count:\s+(\d+)", code),
-        # Scalar registers spill into lanes of vector registers; memory is touched only by what "local" counts.
-        "spills": _largest(r"\.vgpr_spill_count:\s+(\d+)", code),
-        "local": _largest(r"\.private_segment_fixed_size:\s+(\d+)", code),
-        **_counted(
-            code,
-            wide_loads=r"\b(?:global|buffer|flat)_load_(?:dwordx4|b128)",
-            wide_stores=r"\b(?:global|buffer|flat)_store_(?:dwordx4|b128)",
-            matrix=r"\bv_mfma",
-            instructions=r"(?m)^\t[a-z]\w+",
-        ),
-    }
-
-
-def _largest(pattern: str, text: str) -> int:
-    return max(map(int, re.findall(pattern, text)), default=0)
-
-
-def _counted(code: str, **patterns: str) -> dict[str, int]:
-    return {name: len(re.findall(pattern, code)) for name, pattern in patterns.items()}
+def _disassembled(cubin: bytes) -> str:
+    # The tool ships with Triton.
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.check_output([tool, "-res-usage", "-sass", file.name], text=True)
 
 
 def faults(row: dict[str, Any], wide: bool) -> list[str]:
@@ -137,16 +130,11 @@ def report(only: str, archs: list[str], quick: bool) -> list[dict[str, Any]]:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     wanted = [case for case in cases() if only in case.name and (case.quick or not quick)]
     for arch, case in itertools.product(archs, wanted):
-        try:
-            kernels = compiled(case.call, arch)
-        except Exception as error:
-            raise RuntimeError(f"{case.name} does not compile for {arch}") from error
-        for kernel in kernels:
+        print(f"{arch} {case.name}", file=sys.stderr)
+        for kernel in compiled(case.call, arch):
             if (arch, kernel.hash) not in rows:
-                print(f"{arch} {case.name} {kernel.name}", file=sys.stderr)
                 row = {"case": case.name, "kernel": kernel.name, "arch": arch, "warps": kernel.metadata.num_warps}
-                row |= {"shared": kernel.metadata.shared}
-                row |= _amdgcn(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _cubin(kernel.asm["cubin"])
+                row |= {"shared": kernel.metadata.shared, **read(kernel.asm)}
                 rows[arch, kernel.hash] = row | {"faults": faults(row, case.wide)}
     return list(rows.values())
 

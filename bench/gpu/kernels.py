@@ -27,14 +27,11 @@ def measure(case: Case, floor: dict[str, Any]) -> dict[str, Any]:
     """Return the median of a case and its shares of the measured rates."""
     result = case.call()
     moved = sum(t.nbytes for t in (*case.inputs, *(result if isinstance(result, tuple) else (result,))))
-    replay, rounds = (case.call, 3) if DEVICE == "cpu" else (clock.graphed(case.call), 50)
-    timer = clock.timer(DEVICE)
-    cut = clock.deciles([timer(replay) for _ in range(rounds)])
+    taken = clock.deciles(clock.timed(case.call, DEVICE, graph=True, calls=3))
     rate = floor["matrix_per_s"].get(str(case.inputs[0].dtype).removeprefix("torch."))
     return {
-        "case": case.name, "median_s": cut[4], "p10_s": cut[0], "p90_s": cut[8],
-        "of_copy_rate": moved / cut[4] / floor["copy_bytes_per_s"],
-        "of_matrix_rate": 2 * case.products / cut[4] / rate if rate and case.products else None,
+        "case": case.name, **taken, "of_copy_rate": moved / taken["median_s"] / floor["copy_bytes_per_s"],
+        "of_matrix_rate": 2 * case.products / taken["median_s"] / rate if rate and case.products else None,
     }  # fmt: skip
 
 
@@ -53,7 +50,7 @@ def main() -> int:
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         return 0
-    floor = clock.floor(DEVICE, options.tiny)
+    floor = clock.floor(DEVICE)
     rows, failed = [], False
     for case in cases:
         try:

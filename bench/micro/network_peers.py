@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from bench.micro.models import Network
 from bench.registry import SEED, scaled_error
 
 Norms = Callable[[], Tensor]
+Check = Callable[[Tensor], float]
 Gradients = Callable[[], list[Tensor]]
 #: Bytes of gradients that ``vmap`` may hold at once.
 MEMORY = 1 << 30
@@ -60,16 +61,9 @@ class Task:
         worst = max(map(error, (norms[0], norms[-1]), self._wanted))
         return worst if bool(torch.isfinite(norms).all()) else float("inf")
 
-    def against(self, call: Callable[[Task], Callable[[], Tensor]]) -> Callable[[Tensor], float]:
+    def against(self, call: Callable[[Task], Norms], error: Callable[..., float] = scaled_error) -> Check:
         """Return the check against the same call in float64."""
-        return lambda found: scaled_error(found, call(self.double())())
-
-    def sample_by_sample(self, call: Callable[[Task], Callable[[], Tensor]]) -> Callable[[Tensor], float]:
-        """Return the check against the same call in float64, of the samples' errors the middle one.
-
-        Where a rectifier lies within rounding of its corner, a sample's gradient is another.
-        """
-        return lambda found: statistics.median(map(scaled_error, found, call(self.double())()))
+        return lambda found: error(found, call(self.double())())
 
 
 class ClippedTask(Task):
@@ -78,18 +72,12 @@ class ClippedTask(Task):
     def __init__(self, network: Network, batch: int, device: str) -> None:
         super().__init__(network, batch, device)
         self.model.train()
-        with torch.no_grad():
-            classes = self.model(self.x[:1]).shape[1]
-        self.y = torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(SEED)).to(device)
+        self.y = torch.arange(batch, device=device) % 10
         self.max_norm = 1.0
 
-    def loss(self, logits: Tensor) -> Tensor:
-        """Return the sum over samples."""
-        return F.cross_entropy(logits, self.y, reduction="sum")
-
-    def losses(self, model: nn.Module) -> Tensor:
-        """``(B,)``."""
-        return F.cross_entropy(model(self.x), self.y, reduction="none")
+    def loss(self, logits: Tensor, reduction: str = "sum") -> Tensor:
+        """Return the sum over samples, or with ``reduction="none"`` each loss."""
+        return F.cross_entropy(logits, self.y, reduction=reduction)
 
     def distance(self, gradients: Iterable[Tensor]) -> float:
         """Return the relative distance from the sum of a float64 loop's clipped gradients."""
@@ -113,6 +101,11 @@ def sqnorms(loss: Tensor, model: nn.Module) -> Tensor:
 def error(found: Tensor, wanted: Tensor) -> float:
     """Return the relative error, or that relative to a millionth of a millionth of the sum."""
     return float(((found.double() - wanted).abs() / (wanted + 1e-12 * wanted.sum())).max())
+
+
+def middle_error(found: Tensor, wanted: Tensor) -> float:
+    """Return the middle one of the samples' errors: at the corner of a rectifier, rounding gives another gradient."""
+    return statistics.median(map(scaled_error, found, wanted))
 
 
 def step(task: Task, compiled: bool = False) -> Norms:
@@ -139,19 +132,16 @@ def data_gradients(task: Task) -> Norms:
 
 
 def backpack(task: Task) -> Norms:
-    """As in BackPACK's documentation: extend the model and the loss, backward inside the context."""
+    """As in BackPACK's documentation: extend the model, backward inside the context."""
     from backpack import backpack, extend
     from backpack.extensions import BatchL2Grad
 
     model = extend(copy.deepcopy(task.model))
-    loss = extend((nn.BCEWithLogitsLoss if task.signal == BCE else nn.CrossEntropyLoss)(reduction="sum"))
 
     def call() -> Tensor:
         model.zero_grad(set_to_none=True)
-        logits = model(task.x)
-        labels = torch.ones_like(logits) if task.signal == BCE else logits.detach().argmax(-1)
         with backpack(BatchL2Grad()):
-            loss(logits, labels).backward()
+            task.loss(model(task.x)).backward()
         return torch.stack([p.batch_l2 for p in model.parameters()], -1)
 
     return call
@@ -195,7 +185,7 @@ def loop(task: Task) -> Norms:
 def clipped(task: ClippedTask) -> Gradients:
     def backward() -> None:
         with fastgrad.clip_gradients(task.model, task.max_norm) as clipped:
-            clipped.backward(task.losses(task.model))
+            clipped.backward(task.loss(task.model(task.x), "none"))
 
     return _gradients(task.model, backward)
 
@@ -210,7 +200,7 @@ def clipped_by_hooks(task: ClippedTask) -> Gradients:
 
     def call() -> list[Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        task.losses(model).sum().backward()
+        task.loss(model(task.x)).backward()
         optimizer.clip_and_accumulate()
         return [p.summed_grad for p in model.parameters()]
 
@@ -226,9 +216,8 @@ def clipped_by_ghosts(task: ClippedTask) -> Gradients:
     how = {"loss_reduction": "sum", "max_grad_norm": task.max_norm, "use_ghost_clipping": True}
     model = GradSampleModuleFastGradientClipping(copy.deepcopy(task.model), **how)
     optimizer = _optimizer(DPOptimizerFastGradientClipping, model, task)
-    return _gradients(
-        model, lambda: DPTensorFastGradientClipping(model, optimizer, task.losses(model), "sum").backward()
-    )
+    wrapped = partial(DPTensorFastGradientClipping, model, optimizer, loss_reduction="sum")
+    return _gradients(model, lambda: wrapped(task.loss(model(task.x), "none")).backward())
 
 
 def clipped_by_vmap(task: ClippedTask) -> Gradients:

@@ -7,7 +7,6 @@ pytest bench/micro --size full -k last-layer --out bench/results
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -46,55 +45,45 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest, device: str) -> Iterator[Rows]:
-    """What was measured, by table; added to the tables' files at the end."""
+    """What was measured, by table; written to the tables' files at the end."""
     found: Rows = defaultdict(list)
     yield found
     if (out := request.config.option.out) is not None:
         name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-        facts = {"seed": SEED, "floor": clock.floor(device)}
+        head = {**pages.origin(PACKAGES, name), "seed": SEED, "floor": clock.floor(device)}
         for table, rows in found.items():
-            pages.add(table, rows, name, packages=PACKAGES, folder=out, facts=facts)
+            medians = {(row["case"], row["implementation"]): row["median_s"] for row in rows}
+            for row in rows:
+                base = medians.get((row["case"], row["relative_to"]))
+                row["ratio"] = row["median_s"] / base if row["median_s"] and base else None
+            pages.store(out / f"{table}.json", {**head, "cases": rows})
 
 
+# Peers warn of hooks and missing batching rules; whether their numbers are right is checked.
+@pytest.mark.filterwarnings("ignore")
 def test_micro(benchmark: Any, device: str, measured: Rows, case: Case, name: str) -> None:
     """An implementation of fastgrad's that is wrong fails, a peer is skipped; their rows have no times."""
     row: dict[str, Any] = {
         "case": case.name, "implementation": name, "median_s": None, "p10_s": None, "p90_s": None, "peak_bytes": None,
         "relative_to": case.against, "ratio": None, "correct": False, "note": "",
     }  # fmt: skip
-    with warnings.catch_warnings():
-        # Peers warn of hooks and missing batching rules; whether their numbers are right is checked.
-        warnings.simplefilter("ignore")
-        try:
-            call = case.ready(name, device)
-        except LookupError as absent:
-            pytest.skip(str(absent))
-        except Exception as problem:  # a peer may refuse a task in any way it likes
-            kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
-            row["note"] = f"{kind}{problem}"
-            measured[case.table].append(row)
-            if name.startswith("fastgrad"):
-                raise
-            pytest.skip(row["note"])
-        benchmark.group = case.name
-        if device == "cuda":
-            _by_events(benchmark, case.implementations(device)[name].graph, call)
-        else:
-            benchmark(call)
-        row["peak_bytes"] = clock.peak_bytes(call, device)
-    cut = clock.deciles(benchmark.stats.stats.data)
-    row |= {"correct": True, "median_s": cut[4], "p10_s": cut[0], "p90_s": cut[8]}
-    measured[case.table].append(row)
-
-
-def _by_events(benchmark: Any, graph: bool, call: clock.Call) -> None:
-    """Have pytest-benchmark read the device's clock instead of the host's."""
-    events, spent = clock.timer("cuda"), [0.0]
-    replay = clock.graphed(call) if graph else call
-
-    def once() -> None:
-        spent[0] += events(replay)
-
-    benchmark._timer = lambda: spent[0]
-    # Some peers take seconds a call.
-    benchmark.pedantic(once, rounds=max(5, min(50, int(2 / events(replay)))))
+    try:
+        if name not in case.implementations(device):
+            pytest.skip(f"{case.name} has no {name}")
+        call = case.ready(name, device)
+    except Exception as problem:  # a peer may refuse a task in any way it likes
+        row["note"] = f"{problem}" if isinstance(problem, ValueError) else f"{type(problem).__name__}: {problem}"
+        measured[case.table].append(row)
+        if name.startswith("fastgrad"):
+            raise
+        pytest.skip(row["note"])
+    benchmark.group = case.name
+    if device == "cuda":
+        # Its own loop would read the host's clock.
+        benchmark._mode, stats = "device", benchmark._make_stats(1)
+        for seconds in clock.timed(call, device, case.implementations(device)[name].graph):
+            stats.update(seconds)
+    else:
+        benchmark(call)
+    row["peak_bytes"] = clock.peak_bytes(call, device)
+    measured[case.table].append(row | {"correct": True, **clock.deciles(benchmark.stats.stats.data)})

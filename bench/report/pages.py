@@ -125,31 +125,6 @@ def command(
     save(name, rows, packages=packages, folder=folder, facts=facts)
 
 
-def add(
-    name: str, rows: list[dict[str, Any]], device: str, *, packages: Sequence[str], folder: Path,
-    facts: Mapping[str, Any],
-) -> None:  # fmt: skip
-    """Add rows of speed to a table's JSON file, in place of those of the same case and implementation.
-
-    ``{"machine", "versions", "revision", "seed", "floor", "cases": [{"case", "implementation", "median_s", "p10_s",
-    "p90_s", "peak_bytes", "relative_to", "ratio", "correct", "note"}]}``, where ``ratio`` is the median over that of
-    ``relative_to`` in the same case; times are null where an implementation was not correct or did not accept the task.
-    A file of another machine, other versions or another seed is a ValueError.
-    """
-    new: dict[str, Any] = {**origin(packages, device), **facts}
-    path, old = folder / f"{name}.json", {"cases": []}
-    if path.exists():
-        old = json.loads(path.read_text())
-        for key in ("machine", "versions", "seed"):
-            if old[key] != new[key]:
-                raise ValueError(f"{key} of {path} must be {new[key]!r} to be extended; it was {old[key]!r}")
-    cases = {(row["case"], row["implementation"]): row for row in (*old["cases"], *rows)}
-    for row in cases.values():
-        base = cases.get((row["case"], row["relative_to"]), {}).get("median_s")
-        row["ratio"] = row["median_s"] / base if row["median_s"] and base else None
-    store(path, {**new, "cases": list(cases.values())})
-
-
 def write(name: str, folder: Path = RESULTS) -> Path:
     """Write the page, if there is a template, and the figure of a JSON file; returns the page's path."""
     document = json.loads((folder / f"{name}.json").read_text())

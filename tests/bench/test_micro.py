@@ -11,6 +11,7 @@ import torch
 from python_process import run_python
 
 from bench.clock import peak_bytes
+from bench.micro import test_micro as micro
 from bench.registry import SIZES, Case, Implementation, cases
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -28,10 +29,27 @@ def test_a_wrong_result_is_not_timed(error: float) -> None:
         _case(error).ready("fastgrad", CPU)
 
 
-def test_a_right_result_is_ready_and_an_absent_one_is_named() -> None:
+def test_a_right_result_is_ready() -> None:
     assert _case(1e-6).ready("fastgrad", CPU)() == 1
-    with pytest.raises(LookupError, match="case B=1 has no peer"):
-        _case(0.0).ready("peer", CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome", "note"),
+    [("fastgrad", KeyError, "KeyError: 'no such layer'"), ("peer", pytest.skip.Exception, "KeyError: 'no such layer'"),
+     ("absent", pytest.skip.Exception, None)],
+)  # fmt: skip
+def test_what_raises_any_error_has_a_row_and_what_is_absent_has_none(
+    name: str, outcome: type[BaseException], note: str | None
+) -> None:
+    def prepare() -> object:
+        raise KeyError("no such layer")
+
+    made = [Implementation(name, prepare, float, 1.0) for name in ("fastgrad", "peer")]
+    case = Case("table", "case B=1", "peer", ("fastgrad", "peer", "absent"), lambda device: made)
+    measured: dict[str, list[dict[str, object]]] = {"table": []}
+    with pytest.raises(outcome):
+        micro.test_micro(None, CPU, measured, case, name)
+    assert [row["note"] for row in measured["table"]] == ([] if note is None else [note])
 
 
 @pytest.mark.parametrize("size", SIZES, ids="size {}".format)
@@ -66,6 +84,7 @@ def test_what_is_older_than_the_call_does_not_count_when_it_is_freed() -> None:
 
 def test_a_run_writes_its_results(tmp_path: pathlib.Path) -> None:
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/micro", "--size", "tiny", "-k", "rows", "--out"]
+    (tmp_path / "rows.json").write_text('{"cases": [{"case": "of another revision"}]}')
     # Within a process of the whole suite the plugin would time nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     run_python(*command, tmp_path, cwd=ROOT, env=environment)

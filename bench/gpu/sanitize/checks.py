@@ -16,8 +16,7 @@ from triton.runtime.interpreter import interpreter_builder
 
 from bench.gpu.compile_cases import Case, as_if_on, configured, prepared, tensors
 from bench.gpu.sanitize.cases import SPLIT, cases, huge, made
-from bench.gpu.sanitize.interpreter import watching
-from bench.gpu.sanitize.watchers import Addresses, Memory, SanitizerError
+from bench.gpu.sanitize.watchers import Addresses, Memory, SanitizerError, watching
 from fastgrad.ops import tune
 from fastgrad.ops.triton import last_layer
 

@@ -1,8 +1,9 @@
-"""Watchers that find faults: every byte of real operands, or the addresses alone of operands that no memory holds."""
+"""Find faults in what programs do to memory: to real operands, or at the addresses of operands that no memory holds."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -12,7 +13,11 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
-from triton.runtime.interpreter import interpreter_builder
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise ImportError("the sanitizer interprets kernels: TRITON_INTERPRET=1 must be set before Triton is imported")
+
+from triton.runtime import interpreter
 
 from fastgrad.ops import tune
 from fastgrad.ops.triton import devices
@@ -20,6 +25,88 @@ from fastgrad.ops.triton import devices
 NOWHERE, RELAXED = -1, 0
 #: Bytes between the addresses of two operands without memory; no operand reaches so far.
 APART = 1 << 50
+
+
+@contextlib.contextmanager
+def patching_once() -> Iterator[None]:
+    """Patch the language once a launch and module inside.
+
+    The interpreter does so in every call of a device function, which takes half the time of a launch.
+    """
+    executor, patch = interpreter.GridExecutor, interpreter._patch_lang
+    launch, patched = executor.__call__, dict[int, Any]()
+
+    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        launch(self, *args, **kwargs)
+
+    def once(function: Any) -> Any:
+        names = id(function.__globals__)
+        if names not in patched:
+            patched[names] = patch(function)
+        return patched[names]
+
+    with mock.patch.object(executor, "__call__", begin), mock.patch.object(interpreter, "_patch_lang", once):
+        yield
+
+
+@contextlib.contextmanager
+def watching(watcher: Any) -> Iterator[None]:
+    """Let a watcher see and steer every launch inside; operands are on the CPU, or what it puts in their place.
+
+    Its ``launch`` may replace arguments, and returns the programs to run, in order. Its ``load`` and ``atomic`` return
+    a number to take instead of what lies in memory, or None; its ``store`` returns whether not to write.
+    """
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    call, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
+    atomic, dim, index = builder.create_atomic_rmw, builder.set_grid_dim, builder.set_grid_idx
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        (size,) = self.grid
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        programs = watcher.launch(self.fn.__name__, named, size)
+        self.grid = (len(programs),)
+        with mock.patch.multiple(
+            builder,
+            set_grid_dim=lambda self, *_: dim(self, size, 1, 1),
+            set_grid_idx=lambda self, x, *_: index(self, programs[x], 0, 0),
+        ):
+            call(self, **named)
+
+    def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        kind = ptrs.get_element_ty()
+        number = watcher.load(ptrs.data[mask.data], kind.primitive_bitwidth // 8)
+        if number is None:
+            return load(self, ptrs, mask, other, *rest)
+        return interpreter.TensorHandle(np.full(ptrs.data.shape, number, interpreter._get_np_dtype(kind)), kind)
+
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        skip = watcher.store(ptrs.data[mask.data], ptrs.get_element_ty().primitive_bitwidth // 8)
+        return None if skip else store(self, ptrs, value, mask, *rest)
+
+    def atomic_rmw(self: Any, operation: Any, ptr: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
+        ordered = "ACQUIRE_RELEASE" in str(sem) and "GPU" in str(scope)
+        width = ptr.get_element_ty().primitive_bitwidth // 8
+        number = watcher.atomic(ptr.data[mask.data], width, ordered)
+        if number is None:
+            return atomic(self, operation, ptr, value, mask, sem, scope)
+        return interpreter.TensorHandle(np.full_like(value.data, number), value.dtype.scalar)
+
+    with (
+        mock.patch.multiple(
+            builder, create_masked_load=masked_load, create_masked_store=masked_store, create_atomic_rmw=atomic_rmw
+        ),
+        # The interpreter would copy operands to the CPU and back.
+        mock.patch.multiple(
+            executor,
+            __call__=launch,
+            _init_args_hst=lambda self, args, kwargs: (args, kwargs),
+            _restore_args_dev=lambda self, *args: None,
+        ),
+        np.errstate(all="ignore"),
+        patching_once(),
+    ):
+        yield
 
 
 class SanitizerError(AssertionError):
@@ -44,10 +131,7 @@ class _Region:
         self.storage = tensor.untyped_storage()  # kept, so that no other allocation takes its place
         self.base, size, self.constant = self.storage.data_ptr(), self.storage.nbytes(), constant
         self.width, self.written = np.zeros(size, np.int8), np.full(size, not fresh)
-        self.begin()
-
-    def begin(self) -> None:
-        self.writer, self.reader = np.full(len(self.width), -1), np.full(len(self.width), -1)
+        self.writer, self.reader = np.full((2, size), -1)
 
 
 class Memory:
@@ -67,8 +151,7 @@ class Memory:
         self.regions: dict[int, _Region] = {}
         self.inputs = {t.untyped_storage().data_ptr() for t in inputs}
 
-    @contextlib.contextmanager
-    def allocating(self) -> Iterator[None]:
+    def allocating(self) -> Any:
         """Count what launchers allocate inside as never written; it holds NaN."""
 
         def empty(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -76,11 +159,9 @@ class Memory:
             self.regions[made.untyped_storage().data_ptr()] = _Region(made, fresh=True, constant=False)
             return made
 
-        with mock.patch.object(devices, "empty", empty):
-            yield
+        return mock.patch.object(devices, "empty", empty)
 
     def launch(self, kernel: str, arguments: dict[str, Any], programs: int) -> Sequence[int]:
-        """Shadow the operands of a launch."""
         self.kernel = kernel
         for tensor in arguments.values():
             if isinstance(tensor, Tensor):
@@ -90,14 +171,13 @@ class Memory:
                 offsets = torch.arange(reach(tensor)).as_strided(tensor.shape, tensor.stride()).flatten().numpy()
                 self.regions[base].width[tensor.data_ptr() - base + offsets * tensor.itemsize] = tensor.itemsize
         for region in self.regions.values():
-            region.begin()
+            region.writer[:] = region.reader[:] = -1
         self.bases = np.array(sorted(self.regions))
         #: The address at which each program has arrived; `RELAXED` where that orders nothing.
         self.counter = np.full(programs, NOWHERE)
         return self.order(programs)
 
     def load(self, addresses: np.ndarray, width: int) -> None:
-        """Check a read."""
         for region, at in self._located(addresses, width, "reads"):
             if not region.written[at].all():
                 self._fault("reads what nobody wrote")
@@ -105,7 +185,6 @@ class Memory:
             region.reader[at] = self._number()
 
     def store(self, addresses: np.ndarray, width: int) -> bool:
-        """Check a write."""
         for region, at in self._located(addresses, width, "writes"):
             if region.constant:
                 self._fault("writes an input")
@@ -125,8 +204,7 @@ class Memory:
 
     @property
     def program(self) -> int:
-        """The program that runs."""
-        return int(interpreter_builder.grid_idx[0])
+        return int(interpreter.interpreter_builder.grid_idx[0])
 
     def _number(self) -> int:
         return 2 * self.program + int(self.counter[self.program] != NOWHERE)
@@ -166,7 +244,6 @@ class Addresses:
         self.integer, self.count = integer, 0
 
     def launch(self, kernel: str, arguments: dict[str, Any], programs: int) -> Sequence[int]:
-        """Give the operands addresses."""
         self.kernel, self.arrivals = kernel, _arrivals(arguments)
         self.spans: list[tuple[int, int]] = []
         for name, tensor in arguments.items():
@@ -183,20 +260,18 @@ class Addresses:
             raise SanitizerError(f"{self.kernel}: an address lies outside every operand")
         self.count += at.size
 
-    def load(self, addresses: np.ndarray, width: int) -> np.ndarray:
-        """Check a read."""
+    def load(self, addresses: np.ndarray, width: int) -> int:
         self._note(addresses)
-        return np.full(addresses.shape, self.integer)
+        return self.integer
 
     def store(self, addresses: np.ndarray, width: int) -> bool:
-        """Check a write."""
         self._note(addresses)
         return True
 
-    def atomic(self, addresses: np.ndarray, width: int, ordered: bool) -> np.ndarray:
+    def atomic(self, addresses: np.ndarray, width: int, ordered: bool) -> int:
         """Check an atomic operation; its program is the last to arrive."""
         self._note(addresses)
-        return np.full(addresses.shape, self.arrivals)
+        return self.arrivals
 
 
 def _arrivals(arguments: dict[str, Any]) -> int:
