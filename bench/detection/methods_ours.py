@@ -23,7 +23,7 @@ from fastgrad import TwoStageModel
 from fastgrad.blocks import BLOCKS, Gradients
 from fastgrad.blocks.extraction import Extraction
 from fastgrad.blocks.subject import watch
-from fastgrad.detector import collect, fitting
+from fastgrad.detector import collect
 from fastgrad.detector.price import DEFAULT_BLOCKS
 from fastgrad.prediction import Prediction
 
@@ -105,12 +105,12 @@ def fitted(
         raise NotRun("challenges are generated from images alone")
     known = watch(fit.subject.model, (clean[:BATCH],), {})
     blocks = [block for block in (MADE[name]() for name in names) if block.refusal(known) is None]
-    where, read_anew = "clean" if challenges is None else fit.case or "generated", fitting._read
+    where, read_anew = "clean" if challenges is None else fit.case or "generated", collect.read
 
-    def read(extraction: Extraction, model: Any, sample: Any, verbose: bool) -> collect.Features:
+    def read(extraction: Extraction, device: Any, batches: Any) -> collect.Features:
         def shown() -> dict[str, Any]:
             # In place of what reads blocks: the inputs themselves.
-            made = read_anew(lambda x: (x.flatten(1)[:, :1], {"inputs": x}), model, sample, False)
+            made = read_anew(lambda x: (x.flatten(1)[:, :1], {"inputs": x}), device, batches)
             return {"inputs": made.blocks["inputs"].numpy(), "kinds": made.kinds, "groups": made.groups}
 
         made = subject.kept(f"inputs/{where}/fit", shown)
@@ -120,7 +120,7 @@ def fitted(
         return collect.Features(values, values["logits"], made["kinds"], made["groups"])
 
     two_stage = TwoStageModel(fit.subject.model, blocks=blocks, seed=subject.draw, classifier=classifier)
-    with mock.patch.object(fitting, "_read", read), torch.enable_grad():
+    with mock.patch.object(collect, "read", read), torch.enable_grad():
         two_stage.fit(fit.loader(clean, labels), challenges, **options)
     return two_stage
 

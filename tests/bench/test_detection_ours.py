@@ -21,7 +21,7 @@ from bench.detection.registry import CASES, SMALL, TEXTS, NotRun, Options, Shown
 from bench.detection.subject import Fit, Subject
 from fastgrad import TwoStageModel
 from fastgrad.blocks.extraction import Extraction
-from fastgrad.detector import fitting
+from fastgrad.detector import collect
 from fastgrad.detector.price import DEFAULT_BLOCKS
 
 
@@ -56,9 +56,9 @@ def test_a_fit_on_kept_blocks_is_the_users(subject: Subject) -> None:
 
 
 def test_challenges_and_their_blocks_are_those_of_a_users_fit(subject: Subject) -> None:
-    fit, read, direct = Fit(subject), fitting._read, []
+    fit, read, direct = Fit(subject), collect.read, []
     fitted(fit, DEFAULT_BLOCKS)
-    with mock.patch.object(fitting, "_read", lambda *given: direct.append(read(*given)) or direct[0]):
+    with mock.patch.object(collect, "read", lambda *given: direct.append(read(*given)) or direct[0]):
         TwoStageModel(subject.model, blocks=DEFAULT_BLOCKS, seed=0).fit(fit.loader(*subject.parts["fit"]))
     kept = subject.kept("inputs/generated/fit", dict)
     found = blocks_of(subject, "generated/fit", torch.from_numpy(kept["inputs"]), DEFAULT_BLOCKS)
