@@ -191,8 +191,8 @@ def fit_scores(table: Table, chosen: NDArray[np.bool_], count: int) -> dict[str,
             scores[name] = Score(rows=rows, score=score, source=source, weight=1.0)
     if (chosen & (table.kinds > 0)).any():
         joint = JointRows.fit(clean, table.known, settings)
-        rows = joint(take(table.blocks, chosen))
-        classifier = ChallengeClassifier.fit(rows, table.kinds[chosen], table.classes)
+        joined = torch.cat([joint(take(table.blocks, part)).float() for part in _parts(chosen)])
+        classifier = ChallengeClassifier.fit(joined, table.kinds[chosen], table.classes)
         scores[CHALLENGE_CLASSIFIER] = Score(rows=joint, score=classifier, source=CHALLENGE_CLASSIFIER, weight=WEIGHT)
     return scores
 
@@ -259,7 +259,11 @@ def fit_detector(table: Table, folds: int, random: np.random.RandomState) -> Cal
 
 
 def _values(table: Table, chosen: NDArray[np.bool_], scores: list[Score]) -> tuple[Tensor, Tensor]:
-    """`values_of` the m chosen samples, a few at a time, so that a large set needs little memory."""
-    parts = np.array_split(np.flatnonzero(chosen), -(-int(chosen.sum()) // 1024))
-    raw, log_p = zip(*(values_of(scores, take(table.blocks, part)) for part in parts), strict=True)
+    """`values_of` the m chosen samples."""
+    raw, log_p = zip(*(values_of(scores, take(table.blocks, part)) for part in _parts(chosen)), strict=True)
     return torch.cat(raw, 1), torch.cat(log_p)
+
+
+def _parts(chosen: NDArray[np.bool_]) -> list[NDArray[np.intp]]:
+    """The places of what is chosen, a few at a time, so that a large set needs little memory."""
+    return np.array_split(np.flatnonzero(chosen), -(-int(chosen.sum()) // 1024))
