@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from bench.detection import resampled
+from bench.detection import recipes, resampled
 from bench.detection.cases import FAMILIAR, FOREIGN
 from bench.detection.data import sets
 from bench.detection.methods_ours import blocks_of, fitted
@@ -42,7 +42,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 NETWORK = "network"
 #: What H reads and on how many images was chosen on the first.
-DEFAULT_NETWORKS = ("resnet20", "resnet18", "resnet56", "densenet", "vit")
+DEFAULT_NETWORKS = ("resnet20", "resnet18", "resnet56", "densenet", "vit", recipes.NETWORK)
 Answers = dict[str, dict[str, Tensor]]
 
 
@@ -80,7 +80,12 @@ def adapted(model: nn.Module, images: Tensor) -> Tensor:
     """Return probabilities with batch norm's statistics of the very images (Schneider et al., 2020)."""
     own = copy.deepcopy(model)
     update_bn([images], own)
-    return torch.cat([own(x).softmax(1) for x in images.split(BATCH)])
+    return probabilities(own, images)
+
+
+@torch.no_grad()
+def probabilities(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([model(x).softmax(1) for x in images.split(BATCH)])
 
 
 def answered(subject: Subject, tests: Mapping[str, Seen], seed: int) -> Answers:
@@ -149,6 +154,8 @@ def measure(options: Options, network: str) -> list[dict[str, Any]]:
         print(f"{network}, split {seed}", file=sys.stderr, flush=True)
     if any(isinstance(module, nn.BatchNorm2d) for module in base.model.modules()):
         found["batch norm adapted"] = [{case: adapted(base.model, seen.images) for case, seen in tests.items()}]
+    for name, model in recipes.networks(options, base.model) if network == recipes.NETWORK else ():
+        found[name] = [{case: probabilities(model, seen.images) for case, seen in tests.items()}]
     rows = []
     right: dict[tuple[str, str], NDArray[np.float64]] = {}
     for name, splits in found.items():

@@ -137,7 +137,7 @@ def small(name: str, options: Options, draw: int) -> Subject:
 
 for _name, _title in (
     ("resnet18", "ResNet-18 on CIFAR-10"), ("resnet20", "ResNet-20 on CIFAR-10"),
-    ("resnet56", "ResNet-56 on CIFAR-10, published weights"), ("resnet", "a small residual network (smoke test)"),
+    ("resnet56", "ResNet-56 on CIFAR-10, published weights"), ("resnet", "a small residual network on CIFAR-10"),
     ("densenet", "DenseNet-BC on CIFAR-10, published weights"), ("vit", "a vision transformer fine-tuned on CIFAR-10"),
 ):  # fmt: skip
     network(_name, _title, tuned=_name == "resnet20")(partial(small, _name))

@@ -54,11 +54,12 @@ def augment_crop(x: Tensor, padded: Tensor, index: Tensor, generator: torch.Gene
 def fit(
     model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int, rate: float = 0.3, batch: int = 128,
     sizes: Sequence[int] = (), optimizer: Callable[..., torch.optim.Optimizer] = SGD,
+    change: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
 ) -> nn.Module:  # fmt: skip
     """Train a model in place with one cycle of the learning rate.
 
     Images ``(n, C, H, W)`` in [0, 1] are brought to each of ``sizes`` for an equal share of the passes, if there are
-    any. The seed is that of order, crops and flips.
+    any, and are then what ``change`` makes of them. The seed is that of order, crops and flips.
     """
     device = next(model.parameters()).device
     model = model.to(memory_format=torch.channels_last)
@@ -80,6 +81,7 @@ def fit(
                 x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
             x = x.to(device, memory_format=torch.channels_last)
             y = labels[index].to(device)
+            x = x if change is None else change(model, x, y)
             with torch.autocast(device.type, torch.bfloat16, enabled=native):
                 loss = F.cross_entropy(model(x).float(), y)
             descent.zero_grad()

@@ -1,0 +1,163 @@
+"""Other trainings, which the published tables of Purview and of introspective learning compare with.
+
+Each is one short function and its network is small, so that all of them take an hour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.detection import cache, train
+from bench.detection.architectures import Classifier
+from bench.detection.data import sets
+from bench.detection.registry import Options
+
+#: The only network that is small enough.
+NETWORK = "resnet"
+
+
+def noise(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Gaussian noise of a random strength."""
+    return (x + 0.2 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)).clamp(0, 1)
+
+
+def augmix(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """AugMix (Hendrycks et al., ICLR 2020) without its consistency loss; sixteen images share what is drawn."""
+    from torchvision.transforms.v2 import AugMix
+
+    parts = [AugMix()(part) for part in (255 * x).byte().split(16)]
+    return torch.cat(parts).float() / 255
+
+
+def adversarial(model: nn.Module, x: Tensor, y: Tensor, radius: float = 4 / 255) -> Tensor:
+    """One step of the sign of the gradient from a random start (Wong et al., "Fast is better than free", ICLR 2020)."""
+    start = (x + radius * (2 * torch.rand_like(x) - 1)).clamp(0, 1).requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(model(start), y), start)
+    return (x + (start.detach() + 1.25 * radius * slope.sign() - x).clamp(-radius, radius)).clamp(0, 1)
+
+
+#: By name in the table: what is done to every batch of a training.
+CHANGES: Mapping[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "trained on noise": noise, "trained on AugMix": augmix, "trained on attacks": adversarial,
+}  # fmt: skip
+
+
+class Denoised(nn.Module):
+    """A network that sees the median of every 3x3 pixels."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, N)``."""
+        windows = F.unfold(F.pad(x, (1,) * 4, mode="reflect"), 3).view(*x.shape[:2], 9, *x.shape[2:])
+        return self.model(windows.median(2).values)
+
+
+def contrastive(model: Any, images: Tensor, labels: Tensor, *, epochs: int = 8) -> None:
+    """SimCLR (Chen et al., ICML 2020): two views of an image attract; then the last layer is trained on labels."""
+    from torchvision.transforms import v2
+
+    view = v2.Compose(
+        [v2.RandomResizedCrop(32, (0.3, 1.0)), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4, 0.1),
+         v2.RandomGrayscale(0.2)]
+    )  # fmt: skip
+    width, head = model.fc.in_features, model.fc
+    model.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 64))
+    descent = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for _ in range(epochs):
+        for index in torch.randperm(len(images)).split(256):
+            both = torch.cat([torch.cat([view(part) for part in images[index].split(16)]) for _ in range(2)])
+            z = F.normalize(model(both), dim=1)
+            likeness = (z @ z.T / 0.5).fill_diagonal_(-torch.inf)
+            loss = F.cross_entropy(likeness, torch.arange(len(z)).roll(len(index)))
+            descent.zero_grad()
+            loss.backward()
+            descent.step()
+    model.fc = nn.Identity()
+    with torch.no_grad():
+        h = torch.cat([model.eval()(x) for x in images.split(500)])
+    model.fc = head
+    descent = torch.optim.AdamW(head.parameters(), 1e-2)
+    for _ in range(20):
+        for index in torch.randperm(len(h)).split(512):
+            descent.zero_grad()
+            F.cross_entropy(head(h[index]), labels[index]).backward()
+            descent.step()
+
+
+def _kept(name: str, options: Options, train_it: Callable[[Any, Tensor, Tensor], object], model: Any) -> Any:
+    def seen(own: nn.Module) -> None:
+        images, labels = sets.load(options.data, "cifar10", "train").labelled()
+        count = len(images) - sets.held_out(len(images), train.HELD_OUT)
+        train_it(own, images[:count], labels[:count])
+
+    torch.manual_seed(0)
+    path = options.cache / f"{NETWORK}-{name.replace(' ', '-')}.pt"
+    return cache.weights(path, model, {"network": NETWORK, "recipe": name}, seen).requires_grad_(False)
+
+
+def networks(options: Options, plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Return the network of each training by its name, and the plain one behind a filter."""
+    how = {"epochs": train.EPOCHS[NETWORK], "seed": 0, "rate": train.RATES[NETWORK]}
+    for name, change in CHANGES.items():
+        yield name, _kept(name, options, partial(train.fit, change=change, **how), train.NETWORKS[NETWORK]())
+    yield "SimCLR", _kept("SimCLR", options, contrastive, train.NETWORKS[NETWORK]())
+    yield "denoised", Denoised(plain)
+
+
+class Centroids(nn.Module):
+    """DUQ (van Amersfoort et al., ICML 2020): kernels around one moving centroid a class, ``(B, N)``."""
+
+    def __init__(self, body: Classifier) -> None:
+        super().__init__()
+        self.classes, width = body.fc.out_features, body.fc.in_features
+        body.fc = nn.Identity()  # type: ignore[assignment]
+        self.body, self.weight = body, nn.Parameter(0.05 * torch.randn(self.classes, width, width))
+        self.register_buffer("sums", 0.05 * torch.randn(self.classes, width))
+        self.register_buffer("counts", torch.ones(self.classes))
+
+    def embedded(self, x: Tensor) -> Tensor:
+        """``(B, N, D)``."""
+        return torch.einsum("nde,be->bnd", self.weight, self.body(x))
+
+    def near(self, z: Tensor) -> Tensor:
+        """Kernels of length .1 ``(B, N)``."""
+        return (-(z - self.sums / self.counts[:, None]).square().mean(2) / 0.02).exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, N)`` in [0, 1]."""
+        return self.near(self.embedded(x))
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss with its penalty on slopes of the input, after the centroids have moved."""
+        z, truth = self.embedded(x.requires_grad_()), F.one_hot(y, self.classes).float()
+        with torch.no_grad():
+            self.counts.lerp_(truth.sum(0), 0.001)
+            self.sums.lerp_(torch.einsum("bnd,bn->nd", z, truth), 0.001)
+        p = self.near(z)
+        (slope,) = torch.autograd.grad(p.sum(), x, create_graph=True)
+        penalty = (slope.flatten(1).square().sum(1) - 1).square().mean()
+        return F.binary_cross_entropy(p, truth, reduction="sum") / len(x) + 0.5 * penalty
+
+
+def centroids(options: Options) -> Centroids:
+    """Return the network of DUQ."""
+
+    def train_it(model: Centroids, images: Tensor, labels: Tensor) -> None:
+        descent = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+        for _ in range(train.EPOCHS[NETWORK]):
+            for index in torch.randperm(len(images)).split(128):
+                descent.zero_grad()
+                model.step(images[index].clone(), labels[index]).backward()
+                descent.step()
+
+    found: Centroids = _kept("DUQ", options, train_it, Centroids(train.NETWORKS[NETWORK]()))
+    return found
