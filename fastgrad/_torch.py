@@ -11,6 +11,7 @@ import logging
 import platform
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -198,14 +199,8 @@ def flat_graph(
     operations that write in place, which a loop's body must not.
     """
     from torch._dispatch.python import enable_python_dispatcher
-    from torch._subclasses.fake_tensor import DataDependentOutputException, UnsupportedOperatorException
     from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import (
-        DimDynamic,
-        GuardOnDataDependentSymNode,
-        ShapeEnv,
-        StatelessSymbolicContext,
-    )
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
@@ -223,15 +218,14 @@ def flat_graph(
             if functional:
                 pure = torch.func.functionalize(graph)
                 graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
-    except (
-        GuardOnDataDependentSymNode,
-        DataDependentOutputException,
-        UnsupportedOperatorException,
-        NotImplementedError,
-    ) as error:
+    except RuntimeError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).startswith("fastgrad."):
+            raise  # it says itself what has no form for every batch size
         raise ValueError(
-            "model must not choose what it computes by the values of its inputs, or use an operation that PyTorch has "
-            f"for values alone, where a graph of it is recorded; PyTorch says: {str(error).splitlines()[0]}"
+            "model must not choose what it computes by the values of its inputs, hand them to NumPy, or use an "
+            "operation that PyTorch has for values alone, where a graph of it is recorded; PyTorch says: "
+            + str(error).partition("\n")[0]
         ) from error
     return graph
 

@@ -112,7 +112,7 @@ def _export(graph: nn.Module, batch: Tensor, max_batch: int) -> Any:
     except Exception as error:
         if "constraint" in str(error).lower() or "speciali" in str(error).lower():
             raise RuntimeError(
-                "the model's computation depends on the batch size, so it cannot be exported for a "
-                f"dynamic batch: {error}"
+                "the model's computation depends on the batch size, so it has no graph for every size. Take the size "
+                "as x.shape[0], without int(), len() or a loop over x; a .pt2 can be exported with one_by_one=True"
             ) from error
         raise

@@ -59,7 +59,7 @@ def convert(
         sample_apart(result.model)
         model = result.model_proto
     except torch.onnx.errors.OnnxExporterError as error:
-        _refuse(_named(error))
+        _refuse(re.findall(r"\btarget=torch\.ops\.([\w.]+)", str(error)))
         raise
     if model.ByteSize() >= _LARGEST:
         raise RuntimeError("the model is larger than the 2 GB that one ONNX file can hold; export to .pt2")
@@ -96,15 +96,6 @@ def _decomposed(function: Callable[[Tensor], Any], example_input: Tensor, max_ba
         with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
             program = trace(function, example_input, max_batch=max_batch, one_by_one=False)
         return program.run_decompositions(decompositions())
-
-
-def _named(error: BaseException | None) -> list[str]:
-    """The operations that an error of the translation is about, by its text or by its causes'."""
-    names: list[str] = []
-    while error is not None:
-        names += map(".".join, re.findall(r"OpOverload\(op='([^']+)', overload='([^']+)'\)", str(error)))
-        error = error.__cause__ or error.__context__
-    return names
 
 
 def _tidy(model: Any) -> None:

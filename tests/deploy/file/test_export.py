@@ -267,8 +267,15 @@ def test_a_graph_that_depends_on_the_batch_size_is_refused() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.stack([row.sum() * i for i, row in enumerate(x)])
 
-    with pytest.raises(RuntimeError, match="depends on the batch size"):
+    with pytest.raises(RuntimeError, match=r"depends on the batch size.*\.pt2 can be exported with one_by_one=True$"):
         trace(Loop(), X)
+
+    def fixed(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1).sum(1) + torch.zeros(int(x.shape[0]))
+
+    with pytest.raises(RuntimeError, match="without int"):
+        trace(fixed, X)
+    torch.testing.assert_close(trace(fixed, X, one_by_one=True).module()(X), fixed(X))
 
 
 def test_an_operation_that_pytorch_has_for_values_alone_is_named() -> None:
@@ -284,6 +291,14 @@ def test_an_operation_that_pytorch_has_for_values_alone_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"for values alone.* could not find kernel for quantized\.conv2d"):
         trace(without_kernel, X, one_by_one=False)
+
+
+def test_a_network_that_leaves_pytorch_is_told_so() -> None:
+    def clipped(x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.clip(x.detach().numpy(), 0, 1))
+
+    with pytest.raises(ValueError, match=r"hand them to NumPy.* PyTorch says: \.numpy\(\) is not supported"):
+        trace(clipped, X, one_by_one=False)
 
 
 def test_a_layer_whose_gradients_have_no_form_for_every_batch_size_is_named() -> None:
