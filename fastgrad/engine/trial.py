@@ -113,13 +113,6 @@ class Trial:
                         "model must bear to run again on single samples, or with one copy of a parameter for each of "
                         f"them; in a trial it raised {type(failure).__name__}: {failure}"
                     ) from failure
-        gradients = [gradient for check in self._checks for gradient in check.truth.values()]
-        if not all(g.to(torch.promote_types(g.dtype, torch.float32)).square().sum().isfinite() for g in gradients):
-            raise ValueError(
-                "model must have finite gradients on the samples of a first call, which it is checked with; those of "
-                f"{', '.join(sorted(wrong))} held NaN or infinity, or have squared norms above 3e38. Look at the first "
-                "samples of the batch"
-            )
         raise ValueError(
             "model must treat the samples of a batch independently, alike each time: squared norms of "
             f"{', '.join(sorted(wrong))} disagree with autograd"
@@ -278,11 +271,12 @@ class Trial:
                 "one loss of all samples, or takes a tensor for each sample"
             )
         checks = []
-        idle = {name for name, p in seen.parameters.items() if p.requires_grad and seen.uses[name]}
-        idle &= set(self._known.names.values())
+        wanted = set(self._known.names.values())
+        idle = {name for name, p in seen.parameters.items() if p.requires_grad and seen.uses[name]} & wanted
         for sample in dict.fromkeys((CHOSEN, self._count - 1, *range(min(self._count, SAMPLES)))):
             check = self._check(seen, sample)
             checks.append(check)
+            _require_finite(check.truth, wanted)
             floor = rounding(check.truth)
             idle -= {name for name, gradient in check.truth.items() if bool(gradient.square().sum() > floor)}
             if len(checks) > 1 and self._count >= SAMPLES and not idle:
@@ -317,6 +311,17 @@ class Trial:
             sums = {name: sums[name] + gradient for name, gradient in self._backward(seen, other).items()}
             _refuse(_changed(self._backward(seen, list(map(operator.add, one, other))), sums))
         return False
+
+
+def _require_finite(truth: dict[str, Tensor], wanted: set[str]) -> None:
+    """Raise ValueError unless the squared norms of all wanted gradients are numbers: nothing agrees with others."""
+    sizes = {n: g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() for n, g in truth.items()}
+    if lost := [name for name, size in sizes.items() if name in wanted and not size.isfinite()]:
+        raise ValueError(
+            "model must have finite gradients on the samples of a first call, which it is checked with; those of "
+            f"{', '.join(sorted(lost))} held NaN or infinity, or have squared norms above 3e38. Look at the first "
+            "samples of the batch"
+        )
 
 
 def _changed(truth: dict[str, Tensor], sums: dict[str, Tensor]) -> set[str]:

@@ -141,12 +141,22 @@ def test_a_first_batch_that_is_not_finite() -> None:
     model, x = nn.Linear(4, 3).double(), vectors(6)
     bad = x.clone()
     bad[1] = torch.nan
-    with pytest.raises(ValueError, match=r"finite gradients .* bias, weight held NaN"):
+    with pytest.raises(ValueError, match=r"finite gradients .*; those of weight held NaN"):
         norms_of(model, bad)
     norms_of(model, x)
     assert norms_of(model, bad).isnan().all(1).tolist() == [i == 1 for i in range(6)]
     with pytest.raises(ValueError, match=r"finite gradients .* weight held NaN or infinity, or have squared"):
         fastgrad.GradientFeatures(nn.Linear(4, 3))(vectors(6).float() * 1e20)
+
+
+def test_gradients_that_are_never_finite_where_rows_are_gathered() -> None:
+    def rooted(net: Any, x: Tensor) -> Tensor:
+        h = net.first(x)
+        h = h + (h - h).sqrt()
+        order = h.sum(1).argsort()
+        return net.head(h[order])[order.argsort()]
+
+    assert_refused(small(rooted).eval(), vectors(6), r"finite gradients .*; those of first.bias, first.weight held NaN")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
