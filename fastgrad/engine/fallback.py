@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fastgrad._torch import disable_mha_fastpath, is_readable, pytree, vmap
@@ -171,8 +170,7 @@ class _Again:
             return outputs, [f.unsqueeze(0) for f in grads]
         count = gradients[0].shape[0]
         wanted = [leaf(detach_plain(p).unsqueeze(0).expand(count, *p.shape)) for p in self.parameters]
-        # Under vmap PyTorch does not see that a bias of attention needs a gradient, which its fused kernels lack.
-        with _PaddedRows(), sdpa_kernel(SDPBackend.MATH):
+        with _PaddedRows():
             outputs = vmap(forward)(wanted, inputs)
         return _differentiated(outputs, wanted, gradients)
 

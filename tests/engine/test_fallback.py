@@ -10,7 +10,7 @@ import torch
 from gradient_oracle import loss_norms
 from small_nets import Net, assert_exact, check_losses, recorded
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
 import fastgrad
 
@@ -214,21 +214,3 @@ def test_pytorch_warns_of_its_own_vmaps_alone(recwarn: pytest.WarningsRecorder) 
     assert not recwarn
     torch.func.vmap(lambda one: model.bag(one[None]))(tokens)
     assert "performance drop" in str(recwarn.pop().message)
-
-
-def test_attention_whose_bias_needs_a_gradient_is_computed_again_for_all_samples_at_once() -> None:
-    calls = []
-
-    def biased(net: Any, x: Tensor) -> Tensor:
-        calls.append(x)
-        heads = x.unsqueeze(1)
-        return scaled_dot_product_attention(heads, heads, heads, attn_mask=net.bias.tanh()).flatten(1)
-
-    model, x = Net(biased, bias=nn.Parameter(torch.randn(3, 3).double())).eval(), torch.randn(5, 3, 4).double()
-    check_losses(model, lambda x: model(x).square().sum(1), x)
-    extractor = fastgrad.GradientFeatures(model)
-    extractor(x)
-    assert [route.route for route in extractor.report()] == ["fallback"]
-    calls.clear()
-    extractor(x)
-    assert len(calls) == 2
