@@ -1,4 +1,4 @@
-"""Other trainings, which the published tables of Purview and of introspective learning compare with.
+"""Other trainings, which the published table of introspective learning compares with.
 
 Each is one short function and its network is small, so that all of them take an hour.
 """
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.detection import cache, train
-from bench.detection.architectures import Classifier
 from bench.detection.data import sets
 from bench.detection.registry import Options
 
@@ -111,53 +110,3 @@ def networks(options: Options, plain: nn.Module) -> Iterator[tuple[str, nn.Modul
         yield name, _kept(name, options, partial(train.fit, change=change, **how), train.NETWORKS[NETWORK]())
     yield "SimCLR", _kept("SimCLR", options, contrastive, train.NETWORKS[NETWORK]())
     yield "denoised", Denoised(plain)
-
-
-class Centroids(nn.Module):
-    """DUQ (van Amersfoort et al., ICML 2020): kernels around one moving centroid a class, ``(B, N)``."""
-
-    def __init__(self, body: Classifier) -> None:
-        super().__init__()
-        self.classes, width = body.fc.out_features, body.fc.in_features
-        body.fc = nn.Identity()  # type: ignore[assignment]
-        self.body, self.weight = body, nn.Parameter(0.05 * torch.randn(self.classes, width, width))
-        self.register_buffer("sums", 0.05 * torch.randn(self.classes, width))
-        self.register_buffer("counts", torch.ones(self.classes))
-
-    def embedded(self, x: Tensor) -> Tensor:
-        """``(B, N, D)``."""
-        return torch.einsum("nde,be->bnd", self.weight, self.body(x))
-
-    def near(self, z: Tensor) -> Tensor:
-        """Kernels of length .1 ``(B, N)``."""
-        return (-(z - self.sums / self.counts[:, None]).square().mean(2) / 0.02).exp()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, N)`` in [0, 1]."""
-        return self.near(self.embedded(x))
-
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss with its penalty on slopes of the input, after the centroids have moved."""
-        z, truth = self.embedded(x.requires_grad_()), F.one_hot(y, self.classes).float()
-        with torch.no_grad():
-            self.counts.lerp_(truth.sum(0), 0.001)
-            self.sums.lerp_(torch.einsum("bnd,bn->nd", z, truth), 0.001)
-        p = self.near(z)
-        (slope,) = torch.autograd.grad(p.sum(), x, create_graph=True)
-        penalty = (slope.flatten(1).square().sum(1) - 1).square().mean()
-        return F.binary_cross_entropy(p, truth, reduction="sum") / len(x) + 0.5 * penalty
-
-
-def centroids(options: Options) -> Centroids:
-    """Return the network of DUQ."""
-
-    def train_it(model: Centroids, images: Tensor, labels: Tensor) -> None:
-        descent = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-        for _ in range(train.EPOCHS[NETWORK]):
-            for index in torch.randperm(len(images)).split(128):
-                descent.zero_grad()
-                model.step(images[index].clone(), labels[index]).backward()
-                descent.step()
-
-    found: Centroids = _kept("DUQ", options, train_it, Centroids(train.NETWORKS[NETWORK]()))
-    return found

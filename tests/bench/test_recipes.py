@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
@@ -53,33 +52,3 @@ def test_views_of_an_image_attract_and_the_last_layer_is_trained() -> None:
     recipes.contrastive(model, images, labels, epochs=1)
     assert isinstance(model.fc, nn.Linear)
     assert train.accuracy(model.eval(), images, labels) == 1
-
-
-def test_kernels_are_one_at_their_centroid_and_the_centroids_move() -> None:
-    torch.manual_seed(0)
-    model, x, y = recipes.Centroids(residual_network(8)), torch.rand(32, 3, 32, 32), torch.arange(32) % 10
-    at = model.sums / model.counts[:, None]
-    torch.testing.assert_close(model.near(at[None])[0], torch.ones(10))
-    before = model.sums.clone()
-    loss = model.step(x, y)
-    loss.backward()
-    assert not torch.equal(model.sums, before)
-    assert model.weight.grad is not None
-    assert model.weight.grad.abs().max() > 0
-    assert 0 <= float(model(x).min().detach()) <= float(model(x).max().detach()) <= 1
-    # The penalty asks for slopes of length 1: without any it is 1/2 of one.
-    with torch.no_grad():
-        model.weight.zero_()
-    assert float(model.step(x, y).detach()) > 0.5 - 1e-6
-
-
-@pytest.mark.parametrize("network", ["vit", "resnet20"])
-def test_a_training_of_its_own_is_named(network: str) -> None:
-    from types import SimpleNamespace
-
-    from bench.detection import methods_images
-    from bench.detection.registry import METHODS, NotRun
-
-    assert methods_images
-    with pytest.raises(NotRun, match="training of its own"):
-        METHODS["DUQ"].fit(SimpleNamespace(subject=SimpleNamespace(network=network)))  # type: ignore[arg-type]
