@@ -67,9 +67,12 @@ def multihead_attention(
             scores = scores + F.pad(_additive(mask, dtype), (0, appended))
         if padding is not None:
             scores = scores + F.pad(_additive(padding, dtype), (0, appended))[:, None, None, :]
-        # Where all keys are masked, PyTorch attends to none, or gives NaN if it returns the weights.
-        none = scores.isneginf().all(-1, keepdim=True) & (len(gradients) == 1)
-        attended = scores.masked_fill(none, 0).softmax(-1).masked_fill(none, 0)
+        if len(gradients) > 1 or (mask is None and padding is None):
+            attended = scores.softmax(-1)
+        else:
+            # Where all keys are masked, PyTorch attends to none. Where it returns the weights, it gives NaN.
+            none = scores.isneginf().all(-1, keepdim=True)
+            attended = scores.masked_fill(none, 0).softmax(-1).masked_fill(none, 0)
         context = (attended @ value).transpose(1, 2).reshape(samples, length, -1)
         out = F.linear(context, module.out_proj.weight.to(dtype), None)
         outputs, grads = [out], [grad]
