@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -28,7 +27,7 @@ from bench.detection.networks import unseen
 from bench.detection.registry import NETWORKS, Options
 from bench.detection.runner import ABSENT
 from bench.detection.subject import BATCH, Fit, Seen, Subject
-from bench.detection.train import HELD_OUT
+from bench.detection.train import HELD_OUT, fit_layer
 from fastgrad import IntrospectiveClassifier, TwoStageModel, contrast_sqnorm
 from fastgrad.detector.price import DEFAULT_BLOCKS
 from fastgrad.metrics import calibration_report
@@ -65,12 +64,7 @@ def retrained(layer: nn.Linear, h: Tensor, labels: Tensor, seed: int) -> Callabl
     """Return the probabilities of the last layer, trained further on h."""
     torch.manual_seed(seed)
     own = copy.deepcopy(layer).requires_grad_(True)
-    optimizer = torch.optim.AdamW(own.parameters(), 1e-3)
-    for _ in range(30):
-        for index in torch.randperm(len(h)).split(128):
-            optimizer.zero_grad()
-            F.cross_entropy(own(h[index]), labels[index]).backward()
-            optimizer.step()
+    fit_layer(own, h, labels, epochs=30, rate=1e-3, batch=128)
     own.requires_grad_(False)
     return lambda h, logits: own(h).softmax(1)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from bench.detection.data import news as data
 from bench.detection.registry import FILES, PHOTOGRAPHS, SMALL, TEXTS, NotRun, Options, network
 from bench.detection.subject import Subject
 from bench.detection.train import HELD_OUT, LONG, file, trained
-from bench.detection.transformer import fine_tuned
 
 #: Photographs to fit and to test on, and images of a case: of each draw from the 1,000, and in quick mode.
 DRAWS = ((600, 400, 120), (400, 200, 60), (400, 200, 60), (240, 160, 40))
@@ -122,13 +121,12 @@ def unseen(name: str) -> str:
 def small(name: str, options: Options, draw: int) -> Subject:
     """A network of CIFAR-10; detectors are fitted on images that it was not trained on."""
     count, test, case = CIFAR_QUICK if options.quick else CIFAR
-    model: Any
     if name in PUBLISHED:
         model = PUBLISHED[name].load(options.cache / f"{name}-cifar10.pth.tar")
-    elif options.quick and name in LONG and not file(name, 0, options.cache).exists():
-        raise NotRun("its training takes long on one core, and quick mode leaves it out")
     else:
-        model = (fine_tuned if name == "vit" else partial(trained, name, 0))(options.data, options.cache)
+        if options.quick and name in LONG and not file(name, 0, options.cache).exists():
+            raise NotRun("its training takes hours on one core, and quick mode leaves it out")
+        model = trained(name, 0, options.data, options.cache)
     model = model.requires_grad_(False).to(memory_format=torch.channels_last)
     fit = sets.load(options.data, "cifar10", unseen(name), count, draw * count - HELD_OUT)
     parts = {"fit": fit.labelled(), "test": sets.load(options.data, "cifar10", "test", test, draw * test).labelled()}

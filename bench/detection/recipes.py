@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.detection import cache, train
-from bench.detection.data import sets
 from bench.detection.registry import Options
 
 #: The only network that is small enough.
@@ -84,29 +83,22 @@ def contrastive(model: Any, images: Tensor, labels: Tensor, *, epochs: int = 8) 
     with torch.no_grad():
         h = torch.cat([model.eval()(x) for x in images.split(500)])
     model.fc = head
-    descent = torch.optim.AdamW(head.parameters(), 1e-2)
-    for _ in range(20):
-        for index in torch.randperm(len(h)).split(512):
-            descent.zero_grad()
-            F.cross_entropy(head(h[index]), labels[index]).backward()
-            descent.step()
-
-
-def _kept(name: str, options: Options, train_it: Callable[[Any, Tensor, Tensor], object], model: Any) -> Any:
-    def seen(own: nn.Module) -> None:
-        images, labels = sets.load(options.data, "cifar10", "train").labelled()
-        count = len(images) - sets.held_out(len(images), train.HELD_OUT)
-        train_it(own, images[:count], labels[:count])
-
-    torch.manual_seed(0)
-    path = options.cache / f"{NETWORK}-{name.replace(' ', '-')}.pt"
-    return cache.weights(path, model, {"network": NETWORK, "recipe": name}, seen).requires_grad_(False)
+    train.fit_layer(head, h, labels, epochs=20, rate=1e-2, batch=512)
 
 
 def networks(options: Options, plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Return the network of each training by its name, and the plain one behind a filter."""
     how = {"epochs": train.EPOCHS[NETWORK], "seed": 0, "rate": train.RATES[NETWORK]}
-    for name, change in CHANGES.items():
-        yield name, _kept(name, options, partial(train.fit, change=change, **how), train.NETWORKS[NETWORK]())
-    yield "SimCLR", _kept("SimCLR", options, contrastive, train.NETWORKS[NETWORK]())
+    trainings: dict[str, Callable[[Any, Tensor, Tensor], object]] = {
+        name: partial(train.fit, change=change, **how) for name, change in CHANGES.items()
+    }
+    for name, training in {**trainings, "SimCLR": contrastive}.items():
+
+        def taught(model: nn.Module, training: Callable[..., object] = training) -> None:
+            training(model, *train.shown(options.data))
+
+        torch.manual_seed(0)
+        path = options.cache / f"{NETWORK}-{name.replace(' ', '-')}.pt"
+        model = cache.weights(path, train.NETWORKS[NETWORK](), {"network": NETWORK, "recipe": name}, taught)
+        yield name, model.requires_grad_(False)
     yield "denoised", Denoised(plain)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +16,16 @@ from torch import Tensor, nn
 from bench.detection import cache
 from bench.detection.architectures import Classifier, residual_network
 from bench.detection.data import sets
+from bench.detection.transformer import Transformer, pretrained
 
 #: Training images at the end of the training part that no network sees: detectors are fitted on them.
 HELD_OUT = 5000
-#: Untrained networks. The first is small, for trials; the others are those of the literature on CIFAR-10.
-NETWORKS: Mapping[str, Callable[[], Classifier]] = {
+#: Untrained networks. The first is small; the others are those of the literature on CIFAR-10.
+NETWORKS: Mapping[str, Callable[[], Classifier | Transformer]] = {
     "resnet": residual_network,
     "resnet18": partial(residual_network, width=64, stages=4, blocks=2, stride=1),
     "resnet20": partial(residual_network, width=16, stages=3, blocks=3, stride=1),
+    "vit": Transformer,
 }
 #: Passes over the data, and highest learning rates.
 EPOCHS: Mapping[str, int] = {"resnet": 8, "resnet18": 8, "resnet20": 12, "vit": 2}
@@ -33,10 +36,19 @@ LONG = ("resnet18", "vit")
 SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32), "resnet20": (16, 16, 24, 32)}
 
 SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True)
+#: Those that are not trained by it.
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {"vit": partial(torch.optim.AdamW, weight_decay=0.05)}
 
 
 def file(network: str, seed: int, folder: Path) -> Path:
     return folder / f"{network}-{seed}-{EPOCHS[network]}.pt"
+
+
+def shown(root: Path) -> tuple[Tensor, Tensor]:
+    """Images and labels that networks are trained on: the training part of CIFAR-10 without its end."""
+    images, labels = sets.load(root, "cifar10", "train").labelled()
+    seen = len(images) - sets.held_out(len(images), HELD_OUT)
+    return images[:seen], labels[:seen]
 
 
 def augment_crop(x: Tensor, padded: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
@@ -93,6 +105,16 @@ def fit(
     return model.to(memory_format=torch.contiguous_format).eval()
 
 
+def fit_layer(layer: nn.Linear, h: Tensor, labels: Tensor, *, epochs: int, rate: float, batch: int) -> None:
+    """Train a layer in place on inputs ``(n, D)`` and labels, by AdamW."""
+    optimizer = torch.optim.AdamW(layer.parameters(), rate)
+    for _ in range(epochs):
+        for index in torch.randperm(len(h)).split(batch):
+            optimizer.zero_grad()
+            F.cross_entropy(layer(h[index]), labels[index]).backward()
+            optimizer.step()
+
+
 @torch.no_grad()
 def whiten(convolution: nn.Conv2d, images: Tensor) -> None:
     """Begin a network's first convolution with filters that whiten patches of ``images``, and their negatives.
@@ -114,21 +136,28 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float(sum((model(x).argmax(1) == y).sum() for x, y in parts)) / len(labels)
 
 
-def trained(network: str, seed: int, root: Path, folder: Path) -> Classifier:
+def start(model: Classifier | Transformer, images: Tensor) -> None:
+    """Set the weights that training starts from: published ones, or a first convolution that whitens images."""
+    if isinstance(model, Transformer):
+        model.encoder.load_state_dict(pretrained())
+    else:
+        stem = next(m for m in model.stem.modules() if isinstance(m, nn.Conv2d))
+        whiten(stem, model.normalize(images[:2000]))
+
+
+def trained(network: str, seed: int, root: Path, folder: Path) -> Any:
     """A network from the cache's ``folder``, or trained now and kept there. Evaluation mode."""
     epochs = EPOCHS[network]
 
-    def train(model: nn.Module) -> None:
+    def train(model: Any) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        images, labels = sets.load(root, "cifar10", "train").labelled()
-        seen = len(images) - sets.held_out(len(images), HELD_OUT)
-        stem = next(m for m in model.stem.modules() if isinstance(m, nn.Conv2d))
-        whiten(stem, model.normalize(images[:2000]))
-        how = {"epochs": epochs, "seed": seed, "rate": RATES[network], "sizes": SIZES.get(network, ())}
-        fit(model.to(device), images[:seen], labels[:seen], **how)
+        images, labels = shown(root)
+        start(model, images)
+        how: dict[str, Any] = {"sizes": SIZES.get(network, ()), "optimizer": OPTIMIZERS.get(network, SGD)}
+        fit(model.to(device), images, labels, epochs=epochs, seed=seed, rate=RATES[network], **how)
         score = accuracy(model.cpu(), *sets.load(root, "cifar10", "test").labelled())
         print(f"{network}, seed {seed}: {score:.1%} of test images right", file=sys.stderr, flush=True)
 
     torch.manual_seed(seed)
     recipe = {"network": network, "seed": seed, "epochs": epochs}
-    return cache.weights(file(network, seed, folder), NETWORKS[network](), recipe, train)  # type: ignore[return-value]
+    return cache.weights(file(network, seed, folder), NETWORKS[network](), recipe, train)

