@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from bench.detection import recipes
 from bench.detection.methods_ours import log_norms, logistic
 from bench.detection.registry import IMAGES, NotRun, Protocol, Score, method
 from bench.detection.subject import BATCH, Fit, Seen
@@ -30,6 +31,14 @@ def grad_uncertainty(fit: Fit) -> Score:
 
     detector = GradUncertainty(nn.Sequential(fit.layer))
     return lambda seen: torch.cat([detector.predict(h).detach() for h in seen.h.split(BATCH)])
+
+
+@method("DUQ", 2020, "van Amersfoort et al., ICML; a training of its own")
+def duq(fit: Fit) -> Score:
+    if fit.subject.network != recipes.NETWORK:
+        raise NotRun("needs a training of its own")
+    model = recipes.centroids(fit.subject.options)
+    return lambda seen: torch.cat([1 - model(x).amax(1) for x in seen.images.split(BATCH)])
 
 
 @method("gradient norms", 2022, "Lee et al.: all parameters, scored from clean data by a Gaussian", slow=True)

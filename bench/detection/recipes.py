@@ -1,4 +1,4 @@
-"""Other trainings, which the published table of introspective learning compares with.
+"""Other trainings, which the published tables of Purview and of introspective learning compare with.
 
 Each is one short function and its network is small, so that all of them take an hour.
 """
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.detection import cache, train
+from bench.detection.architectures import Classifier
 from bench.detection.registry import Options
 
 #: The only network that is small enough.
@@ -86,19 +87,63 @@ def contrastive(model: Any, images: Tensor, labels: Tensor, *, epochs: int = 8) 
     train.fit_layer(head, h, labels, epochs=20, rate=1e-2, batch=512)
 
 
+class Centroids(nn.Module):
+    """DUQ (van Amersfoort et al., ICML 2020): kernels around moving centroids, with its authors' constants."""
+
+    def __init__(self, body: Classifier) -> None:
+        super().__init__()
+        classes, width = body.fc.out_features, body.fc.in_features
+        body.fc = nn.Identity()  # type: ignore[assignment]
+        self.body, self.weight = body, nn.Parameter(torch.randn(classes, width, width) / width**0.5)
+        self.register_buffer("sums", 0.05 * torch.randn(classes, width))
+        self.register_buffer("counts", torch.ones(classes))
+
+    def embedded(self, x: Tensor) -> Tensor:
+        """``(B, N, D)``."""
+        return torch.einsum("nde,be->bnd", self.weight, self.body(x)).float()
+
+    def distances(self, z: Tensor) -> Tensor:
+        """Minus the logarithms of kernels of length .1 ``(B, N)``."""
+        return (z - self.sums / self.counts[:, None]).square().mean(2) / 0.02
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Kernels ``(B, N)`` in [0, 1]."""
+        return (-self.distances(self.embedded(x))).exp()
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Cross entropy of kernels with its penalty on slopes; then the centroids move."""
+        truth = F.one_hot(y, len(self.counts)).float()
+        z = self.embedded(x.requires_grad_())
+        d = self.distances(z)
+        # Of logarithms: a kernel that underflows would have no gradient.
+        loss = torch.where(truth > 0, d, -torch.log(-torch.expm1(-d.clamp_min(1e-6)))).sum(1).mean()
+        (slope,) = torch.autograd.grad((-d).exp().sum(), x, create_graph=True)
+        with torch.no_grad():
+            self.counts.lerp_(truth.sum(0), 0.001)
+            self.sums.lerp_((z * truth[..., None]).sum(0), 0.001)
+        return loss + 0.5 * (slope.flatten(1).square().sum(1) - 1).square().mean()
+
+
+def kept(
+    name: str, options: Options, training: Callable[[Any, Tensor, Tensor], object], make: Callable[[], nn.Module]
+) -> nn.Module:
+    """Return a network from the cache, or after its ``training`` on the images that networks are trained on."""
+    torch.manual_seed(0)
+    path, recipe = options.cache / f"{NETWORK}-{name.replace(' ', '-')}.pt", {"network": NETWORK, "recipe": name}
+    model = cache.weights(path, make(), recipe, lambda own: training(own, *train.shown(options.data)))
+    return model.requires_grad_(False)
+
+
+def centroids(options: Options) -> nn.Module:
+    """Return the network of DUQ."""
+    training = partial(train.fit, loss_of=Centroids.loss, epochs=train.EPOCHS[NETWORK], seed=0, rate=0.05)
+    return kept("DUQ", options, training, lambda: Centroids(train.NETWORKS[NETWORK]()))
+
+
 def networks(options: Options, plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Return the network of each training by its name, and the plain one behind a filter."""
     how = {"epochs": train.EPOCHS[NETWORK], "seed": 0, "rate": train.RATES[NETWORK]}
-    trainings: dict[str, Callable[[Any, Tensor, Tensor], object]] = {
-        name: partial(train.fit, change=change, **how) for name, change in CHANGES.items()
-    }
-    for name, training in {**trainings, "SimCLR": contrastive}.items():
-
-        def taught(model: nn.Module, training: Callable[..., object] = training) -> None:
-            training(model, *train.shown(options.data))
-
-        torch.manual_seed(0)
-        path = options.cache / f"{NETWORK}-{name.replace(' ', '-')}.pt"
-        model = cache.weights(path, train.NETWORKS[NETWORK](), {"network": NETWORK, "recipe": name}, taught)
-        yield name, model.requires_grad_(False)
+    for name, change in CHANGES.items():
+        yield name, kept(name, options, partial(train.fit, change=change, **how), train.NETWORKS[NETWORK])
+    yield "SimCLR", kept("SimCLR", options, contrastive, train.NETWORKS[NETWORK])
     yield "denoised", Denoised(plain)

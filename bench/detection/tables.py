@@ -31,7 +31,7 @@ TABLES = {
     ),
     "other-sets": Table(
         "Other data sets",
-        (*CIFAR, "resnet56-training", "news", "magika"),
+        (*CIFAR, "resnet56-training", "resnet", "news", "magika"),
         ("near sets", "far sets", "other texts", "changed texts", "foreign files", "changed files", "control"),
     ),
     "attacks": Table("Attacks", CIFAR, ("attacks", "attacks after JPEG", "control")),

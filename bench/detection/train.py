@@ -35,6 +35,7 @@ LONG = ("resnet18", "vit")
 #: Pixels of the images, each for an equal share of the passes: coarse shapes are learned from small ones in less time.
 SIZES: Mapping[str, tuple[int, ...]] = {"resnet18": (16, 24, 32, 32), "resnet20": (16, 16, 24, 32)}
 
+Loss = Callable[[Any, Tensor, Tensor], Tensor]
 SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True)
 #: Those that are not trained by it.
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {"vit": partial(torch.optim.AdamW, weight_decay=0.05)}
@@ -63,15 +64,20 @@ def augment_crop(x: Tensor, padded: Tensor, index: Tensor, generator: torch.Gene
     return torch.where(flip[:, None, None, None], images.flip(3), images)
 
 
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x).float(), y)
+
+
 def fit(
     model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int, rate: float = 0.3, batch: int = 128,
     sizes: Sequence[int] = (), optimizer: Callable[..., torch.optim.Optimizer] = SGD,
-    change: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+    change: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None, loss_of: Loss = cross_entropy,
 ) -> nn.Module:  # fmt: skip
     """Train a model in place with one cycle of the learning rate.
 
     Images ``(n, C, H, W)`` in [0, 1] are brought to each of ``sizes`` for an equal share of the passes, if there are
-    any, and are then what ``change`` makes of them. The seed is that of order, crops and flips.
+    any, and are then what ``change`` makes of them. ``loss_of`` takes model, images and labels. The seed is that of
+    order, crops and flips.
     """
     device = next(model.parameters()).device
     model = model.to(memory_format=torch.channels_last)
@@ -95,7 +101,7 @@ def fit(
             y = labels[index].to(device)
             x = x if change is None else change(model, x, y)
             with torch.autocast(device.type, torch.bfloat16, enabled=native):
-                loss = F.cross_entropy(model(x).float(), y)
+                loss = loss_of(model, x, y)
             descent.zero_grad()
             loss.backward()
             descent.step()

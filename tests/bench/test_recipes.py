@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
+import pytest
 import torch
 from torch import nn
 
+import bench.detection.methods_images  # noqa: F401 - registers the methods
 from bench.detection import recipes, train
 from bench.detection.architectures import residual_network
+from bench.detection.registry import METHODS, NotRun
 
 
 def test_what_is_done_to_batches_stays_an_image() -> None:
@@ -52,3 +58,39 @@ def test_views_of_an_image_attract_and_the_last_layer_is_trained() -> None:
     recipes.contrastive(model, images, labels, epochs=1)
     assert isinstance(model.fc, nn.Linear)
     assert train.accuracy(model.eval(), images, labels) == 1
+
+
+def test_kernels_are_one_at_their_centroid_and_the_centroids_move() -> None:
+    torch.manual_seed(0)
+    model, x, y = recipes.Centroids(residual_network(8)), torch.rand(32, 3, 32, 32), torch.arange(32) % 10
+    centroids = model.sums / model.counts[:, None]
+    assert torch.equal(model.distances(centroids[None])[0], torch.zeros(10))
+    before = model.sums.clone()
+    model.loss(x, y).backward()
+    assert not torch.equal(model.sums, before)
+    assert model.weight.grad is not None
+    assert model.weight.grad.abs().max() > 0
+    assert 0 <= model(x).min() <= model(x).max() <= 1
+
+
+def test_kernels_that_underflow_still_learn_and_slopes_of_zero_cost_half() -> None:
+    torch.manual_seed(0)
+    model, y = recipes.Centroids(residual_network(8)), torch.arange(8)
+    with torch.no_grad():
+        model.sums.fill_(10)
+    assert model(torch.rand(8, 3, 32, 32)).max() == 0
+    model.loss(torch.rand(8, 3, 32, 32), y).backward()
+    assert model.weight.grad is not None
+    assert model.weight.grad.abs().max() > 0
+    with torch.no_grad():
+        model.weight.zero_()
+        model.sums.zero_()
+    # Kernels are 1: their own class costs nothing, and the nine others what the smallest distance does.
+    loss = model.loss(torch.rand(8, 3, 32, 32), y)
+    torch.testing.assert_close(float(loss.detach()), 0.5 - 9 * math.log(-math.expm1(-1e-6)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("network", ["vit", "resnet20"])
+def test_a_training_of_its_own_is_named(network: str) -> None:
+    with pytest.raises(NotRun, match="training of its own"):
+        METHODS["DUQ"].fit(SimpleNamespace(subject=SimpleNamespace(network=network)))  # type: ignore[arg-type]
