@@ -98,8 +98,9 @@ def cases(make: Make = meta) -> Iterator[Case]:
         yield norms(4096, 8192 if loss == "brier" else 16384, 4096, SINGLE, loss)
         yield norms(4096, 262144, 4096, HALF, loss, quick=loss == "cross_entropy")
         yield norms(8, 131072, 4096, HALF, loss, log=True, quick=loss == "brier")
-        if loss in ("bce", "mse"):
-            yield norms(16, 50257, 768, HALF, loss)
+        # Rows that are no whole 16 bytes.
+        yield norms(16, 50257, 768, HALF, loss)
+        yield norms(4096, 50257, 768, HALF, loss, log=True)
     for N, dtype in ((16, SINGLE), (128, HALF), (1000, SINGLE), (4096, HALF), (8192, SINGLE), (10, SINGLE)):
         yield norms(4096, N, 512, dtype, "cross_entropy")
     head = partial(_case, last_layer.linear_contrast_sqnorm, make)
@@ -110,7 +111,6 @@ def cases(make: Make = meta) -> Iterator[Case]:
         yield head(32, 1000, 2048, SINGLE, loss)
         yield head(1024, 1000, 2048, SINGLE, loss)
         yield head(32, 1000, 2048, HALF, loss, log=True)
-        # Rows of logits that are no whole 16 bytes.
         yield head(1024, 50257, 768, HALF, loss)
         yield head(32, 1001, 768, HALF, loss, log=True)
         yield statistics(8, 128256, 4096, HALF, loss)

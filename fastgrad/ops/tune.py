@@ -88,10 +88,14 @@ def contrast(B: int, N: int, D: int, loss: str, arch: Architecture) -> ContrastC
             warps = max(1, warps // 2)  # 64 threads each
         block_d = _block(D, max(16, 2048 // rows))
         return ContrastConfig("rows", block, block_d, rows=rows, num_warps=warps)
-    # Sigmoids and squares of unbounded logits need a few registers more than eight warps have before sm_90 and where
-    # rows are no whole 16 bytes, and squares since sm_100.
-    block = 4096 if loss == "brier" or (loss == "bce" and arch.version < 90) else 8192
-    crowded = (loss in ("bce", "mse") and (arch.version < 90 or N % 8)) or (loss == "mse" and arch.version >= 100)
+    # Rows that are no whole 16 bytes take registers for addresses. Sigmoids and squares of unbounded logits need a few
+    # more than eight warps have before sm_90, and squares since sm_100.
+    parted = N % 8 != 0
+    if loss == "cross_entropy":
+        block, crowded = 4096 if parted else 8192, False
+    else:
+        block = 4096 if loss == "brier" or (loss == "bce" and arch.version < 90) else 8192
+        crowded = parted or (loss != "brier" and arch.version < 90) or (loss == "mse" and arch.version >= 100)
     warps = 16 if crowded and arch.backend == "cuda" else 8
     block_d = _block(D, 2048)
     wanted = cdiv(2 * arch.processors, max(B, 1))
