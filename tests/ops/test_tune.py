@@ -71,5 +71,8 @@ def test_rows_of_logits_that_are_no_whole_16_bytes_have_smaller_tiles() -> None:
     for name, arch in tune.KNOWN_ARCHITECTURES.items():
         whole, parted = (tune.linear_contrast(1024, N, 768, torch.bfloat16, arch).block_n for N in (50_256, 50_257))
         assert parted == whole // 2
-        # As many logits by twice the threads.
-        assert tune.contrast(16, 50_257, 768, "bce", arch).num_warps == (16 if name.startswith("sm") else 8)
+        # As many logits by twice the threads, or half of them.
+        for loss in ("bce", "mse", "brier"):
+            assert tune.contrast(16, 50_257, 768, loss, arch).num_warps == (16 if name.startswith("sm") else 8)
+        whole, parted = (tune.contrast(16, N, 768, "cross_entropy", arch).block_n for N in (50_256, 50_257))
+        assert parted == whole // 2
