@@ -22,7 +22,7 @@ from fastgrad.engine.plan import Known, Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import BroadcastSite, OffPlanError, Reading, Run
 from fastgrad.engine.state import Snapshot, devices_of
-from fastgrad.engine.steps import Steps, layer_as_one_step, noting
+from fastgrad.engine.steps import Steps, noting
 from fastgrad.engine.trial import Trial
 
 #: Structures of inputs whose plans are kept, and plans kept for one: paths that no single plan serves.
@@ -175,8 +175,6 @@ class Network:
             if plan is None or is_traced():
                 output = shadow.root(*inputs[0], **inputs[1])
             else:
-                for copy in shadow.modules.values():
-                    layer_as_one_step(copy)
                 with noting(Steps(shadow.stand_ins(apart=not self.recorded))) as run.steps:
                     output = shadow.root(*inputs[0], **inputs[1])
         run.closed = True
