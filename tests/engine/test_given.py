@@ -31,7 +31,8 @@ class Cache:
 
 def cached(net: Any, x: Tensor, cache: Cache | None = None) -> Tensor:
     """A layer without a rule that is given a cache."""
-    keys = x * net.scale
+    # Of a parameter itself a broadcast product would have one copy a sample.
+    keys = x * net.scale.exp()
     return x + (keys.tanh() @ (keys if cache is None else cache.update(keys)).sum(1, keepdim=True).mT) * net.scale
 
 
