@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from fastgrad import _torch
 from fastgrad.engine.steps import unnoted
 
-_SEQUENCES = (list, tuple, set)
 #: Types of containers in which parts of a module tree are looked for.
-CONTAINERS = (*_SEQUENCES, dict, OrderedDict)
+CONTAINERS = (list, tuple, set, dict, OrderedDict)
 #: Values of these types hold nothing of a module tree.
 PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor))
 #: Plain attributes of modules, by id of the user's module.
@@ -219,8 +218,6 @@ class Shadow:
         """``value`` with everything of the tree inside it replaced; ``value`` itself if there is nothing."""
         if type(value) in PLAIN:
             return value
-        if type(value) in _SEQUENCES and PLAIN.issuperset(map(type, value)):
-            return type(value)(value) if self._apart else value
         if isinstance(value, nn.Module):
             return self.modules.get(id(value), value)
         if isinstance(value, nn.Parameter):

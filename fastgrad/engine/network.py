@@ -69,9 +69,7 @@ class Network:
             if known.plans and not known.plans[0].outdated(self.model):
                 return known.plans[0]
             known.plans.clear()
-        plan = Trial(self, known, (args, kwargs), samples).plan()
-        self._keep(plan)
-        return plan
+        return Trial(self, known, (args, kwargs), samples).plan()
 
     def routes(self) -> list[Route]:
         """Routes of the latest plan; RuntimeError where there is none yet."""
@@ -108,7 +106,10 @@ class Network:
             try:
                 output, shadow = self.once(candidate, run, inputs, readings)
                 if run.left is None and (run.steps is None or run.steps.path() in candidate.paths):
-                    self._keep(candidate)
+                    plans = plan.known.plans
+                    with self._lock:
+                        # The first is the first to be tried.
+                        plans[:] = [candidate, *(other for other in plans if other is not candidate)][:_PLANS_KEPT]
                     return output, shadow
             except OffPlanError:
                 pass
@@ -219,13 +220,6 @@ class Network:
             while len(self._known) > _STRUCTURES_KEPT:
                 self._known.popitem(last=False)
         return known
-
-    def _keep(self, plan: Plan) -> None:
-        """Have ``plan`` be the first to be tried."""
-        plans = plan.known.plans
-        if not plans or plans[0] is not plan:
-            with self._lock:
-                plans[:] = [plan, *(other for other in plans if other is not plan)][:_PLANS_KEPT]
 
 
 def _kind(inputs: Any, samples: int) -> Any:

@@ -102,8 +102,6 @@ def unnoted(hook: Callable[..., Any]) -> Callable[..., Any]:
     """``hook``, whose functions are no steps of the model's."""
 
     def run(*args: Any) -> Any:
-        if _current.get() is None:
-            return hook(*args)
         with without_modes():
             return hook(*args)
 

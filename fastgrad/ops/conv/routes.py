@@ -91,13 +91,8 @@ def _quadratic_form(gram: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
     outputs, positions = g.shape[2:]
     if outputs < positions:  # fewer elements in g than in its Gram matrix; one product serves all K
         flat = g.flatten(1, 2)
-        if flat.stride(2) == 1:
-            moved = torch.bmm(flat, gram) * flat
-            norms = moved.view(g.shape).sum(-1).sum(-1, dtype=torch.float64)
-        else:  # positions first; the Gram matrix is symmetric
-            flat = flat.transpose(1, 2)
-            moved = torch.bmm(gram, flat) * flat
-            norms = moved.sum(1).view(g.shape[:3]).sum(-1, dtype=torch.float64)
+        moved = torch.bmm(flat, gram) * flat
+        norms = moved.view(g.shape).sum(-1).sum(-1, dtype=torch.float64)
         squares = g.square().sum(2)
     else:
         flat = g.flatten(0, 1)
