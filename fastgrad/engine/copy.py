@@ -31,7 +31,6 @@ _HOOK_TABLES = frozenset(
     if isinstance(value, dict) and name.endswith(("hooks", "kwargs", "called"))
 )
 _TABLES = _HOOK_TABLES | {"_parameters", "_buffers", "_modules"}
-_ABSENT = object()
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -154,7 +153,7 @@ class Shadow:
             state, before = copy.__dict__, original.__dict__
             for name, value in state.items():
                 followed = name in _TABLES or name == "forward" or (id(state), name) in self._followed
-                if not followed and not isinstance(value, nn.Module) and value is not before.get(name, _ABSENT):
+                if not followed and not isinstance(value, nn.Module) and not (name in before and value is before[name]):
                     before[name] = value
             for name, value in state["_buffers"].items():
                 known = before["_buffers"].get(name)

@@ -21,7 +21,7 @@ from fastgrad.engine.memory import keep_freed_memory, lacks_memory
 from fastgrad.engine.plan import Known, Plan, Route
 from fastgrad.engine.refusals import refuse_mixing, refuse_parts
 from fastgrad.engine.run import BroadcastSite, OffPlanError, Reading, Run
-from fastgrad.engine.state import Snapshot, devices_of
+from fastgrad.engine.state import Snapshot
 from fastgrad.engine.steps import Steps, noting
 from fastgrad.engine.trial import Trial
 
@@ -96,8 +96,7 @@ class Network:
 
     def _on_plan(self, plan: Plan, run: Run, inputs: Any, readings: Sequence[Reading]) -> tuple[Any, Shadow]:
         """Make a pass by ``plan``, or by others until it keeps to one."""
-        modules = [module for ref in plan.known.modules if (module := ref()) is not None]
-        before = Snapshot(modules, plan.known.devices, training=self.recorded, inputs=inputs)
+        before = Snapshot(self.model, training=self.recorded, inputs=inputs)
         tried: list[Plan] = []
         raised: Exception | None = None
         reason = ""
@@ -213,7 +212,6 @@ class Network:
             names,
             list(map(weakref.ref, modules)),
             find_carriers(self, inputs, samples, training=any(modes)),
-            devices_of(self.model),
         )
         with self._lock:
             self._known[keys[-1]] = known

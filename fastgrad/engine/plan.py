@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import nn
 
 from fastgrad._torch import is_traced
@@ -40,7 +39,6 @@ class Known:
         modules: The model's. As long as they live, their ids are theirs. Parameters are known by name: a weak reference
             would keep torch.utils.swap_tensors from them.
         carriers: For each leaf of the inputs, whether it carries the batch.
-        devices: Those beside the CPU on which the model may draw random numbers.
         plans: Most recently used first.
     """
 
@@ -48,7 +46,6 @@ class Known:
     names: dict[int, str]
     modules: list[weakref.ref[nn.Module]]
     carriers: tuple[bool, ...]
-    devices: list[torch.device]
     plans: list[Plan] = field(default_factory=list)
 
 

@@ -120,19 +120,11 @@ class Snapshot:
     Objects among the inputs, as a cache of keys and values, get back what they held.
     """
 
-    def __init__(
-        self,
-        modules: Iterable[nn.Module],
-        devices: list[torch.device],
-        *,
-        training: bool = True,
-        every: bool = False,
-        inputs: Any = (),
-    ) -> None:
-        self._random = RandomState(devices)
+    def __init__(self, model: nn.Module, *, training: bool = True, every: bool = False, inputs: Any = ()) -> None:
+        self._random = RandomState(devices_of(model))
         copied: list[Tensor | None] = []
         kept: list[Tensor | None] = []
-        for module in modules:
+        for module in model.modules():
             if module._buffers:
                 (copied if every or (training and module.training) else kept).extend(module._buffers.values())
         self._copied = Versions(copied)
@@ -177,7 +169,7 @@ def undone(model: nn.Module, inputs: Any = ()) -> Iterator[Any]:
 
     Tensors among these are the same, see `apart`.
     """
-    before = Snapshot(model.modules(), devices_of(model), every=True)
+    before = Snapshot(model, every=True)
     try:
         yield pytree.tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else apart(leaf, detach_plain), inputs)
     finally:
