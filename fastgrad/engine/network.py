@@ -77,7 +77,7 @@ class Network:
             plans = [plan for known in reversed(self._known.values()) for plan in known.plans]
         if not plans:
             raise RuntimeError("a report needs one call first: routes depend on the structure of the inputs")
-        return [plans[0].routes[name] for name in plans[0].names]
+        return list(plans[0].routes.values())
 
     def forward(self, plan: Plan | None, run: Run, args: Any, kwargs: Any, *, readings: Sequence[Reading] = ()) -> Any:
         """One forward pass of a private copy, with probes and readings, which ``run`` takes up.

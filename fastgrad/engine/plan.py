@@ -54,9 +54,8 @@ class Plan:
     """The sites of one model for one structure of inputs, and why.
 
     Attributes:
-        names: The wanted parameters.
-        sites: What serves them.
-        routes: By name.
+        sites: What serves the wanted parameters.
+        routes: Of each of these by name, in their order.
         bytes_per_element: Bytes of layer outputs per input element, to estimate memory.
         untracked: Names of those that the model used from elsewhere than its modules' attributes, past a copy.
         outputs: Where the batch lies in each tensor of the output whose gradient matters; None where it is not found.
@@ -66,7 +65,6 @@ class Plan:
         looped: Whether several gradients must go back one after the other.
     """
 
-    names: tuple[str, ...]
     sites: tuple[PlannedSite, ...]
     routes: dict[str, Route]
     bytes_per_element: float = field(compare=False)
@@ -92,9 +90,13 @@ class Plan:
             for site in self.sites
         )
 
+    def unused(self) -> list[str]:
+        """Names of parameters that no path used so far."""
+        return [name for name, route in self.routes.items() if route.route == "zero"]
+
     def joined(self, other: Plan) -> Plan:
         """This plan, with the sites of ``other`` for parameters that this one takes for unused."""
-        idle = {name for name in self.names if self.routes[name].route == "zero"}
+        idle = set(self.unused())
         sites = [
             replace(site, parameters=tuple(name for name in site.parameters if name in idle))
             for site in other.sites
@@ -136,7 +138,7 @@ class PlanConstraints:
         # One sample's rows may be no input for a part alone, as offsets into those of all. A function of autograd may
         # not bear that parameters need no gradient, unless the whole model is computed again.
         parts = {p for site in plan.sites if isinstance(site, FallbackSite) and site.path for p in site.parameters}
-        at_root = self.at_root.union(parts or plan.names)
+        at_root = self.at_root.union(parts or plan.routes)
         return None if at_root == self.at_root else replace(self, at_root=at_root)
 
 
@@ -163,7 +165,6 @@ class Planner:
             sites[key] = replace(site, parameters=joined)
         elements = sum(math.prod(shape) for shape in self.seen.calls[0].inputs if shape is not None)
         return Plan(
-            tuple(self.names.values()),
             tuple(_outermost(list(sites.values()), routes)),
             routes,
             self.seen.bytes / max(1, elements),
