@@ -122,7 +122,12 @@ class Network:
                 raise ValueError(
                     f"model must take the path of an ordinary call while its graph is recorded; it {reason}"
                 )
-            before.restore()
+            try:
+                before.restore()
+            except ValueError:
+                # The same call again has a plan of its own.
+                plan.known.plans.clear()
+                raise
             tried.append(candidate)
         raise raised or ValueError(
             "model must take the same path each time it is given the same inputs; a call that was planned "
