@@ -111,8 +111,7 @@ class RuledSite(Site):
 
     def columns(self, norms: Mapping[str, Tensor]) -> Tensor:
         """A rule's answer as ``(B, m)``."""
-        each = [norms[self.local[name]] for name in self.parameters]
-        return each[0].unsqueeze(1) if len(each) == 1 else torch.stack(each, 1)
+        return torch.stack([norms[self.local[name]] for name in self.parameters], 1)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,13 @@ class record:  # noqa: N801 - reads as a statement: ``with record(model):``
         refuse_parts(model)
         if original(model) is not model:
             raise TypeError("model must be the module that was given to torch.compile, not its compiled form")
-        self.model: nn.Module = _unwrapped(model)
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise ValueError(
+                "model must not be replicated on several devices by DataParallel; use DistributedDataParallel"
+            )
+        parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        whole: Any = model.module if isinstance(model, parallel) else model
+        self.model: nn.Module = whole
         if getattr(self.model, "_compiled_call_impl", None) is not None:
             raise ValueError("model must not be compiled in place (model.compile()); compile its parts instead")
         #: Those whose graph lives, and the latest.
@@ -165,16 +171,6 @@ def _dispatch(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
             # torch.compile cannot follow a recorded call, which builds modules.
             return outside_of_compilation(recording._call)(module, args, kwargs)
     return forward(*args, **kwargs)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module that a wrapper for data parallelism calls as it is."""
-    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-        raise ValueError("model must not be replicated on several devices by DataParallel; use DistributedDataParallel")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        module: nn.Module = model.module
-        return module
-    return model
 
 
 def grad_sqnorm(
