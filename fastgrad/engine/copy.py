@@ -146,10 +146,6 @@ class Shadow:
     def write_back(self) -> None:
         """Give the user's modules the attributes and buffers that the forward pass set on their copies."""
         for original, copy in self._pairs:
-            if type(original).__module__.startswith("torch.nn.") and not (
-                original._forward_hooks or original._forward_pre_hooks
-            ):
-                continue
             state, before = copy.__dict__, original.__dict__
             for name, value in state.items():
                 followed = name in _TABLES or name == "forward" or (id(state), name) in self._followed
