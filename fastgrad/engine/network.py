@@ -110,14 +110,13 @@ class Network:
                         # The first is the first to be tried.
                         plans[:] = [candidate, *(other for other in plans if other is not candidate)][:_PLANS_KEPT]
                     return output, shadow
-            except OffPlanError:
-                pass
+            except OffPlanError as left:
+                reason = left.reason
             except Exception as error:
                 if not candidate.replaces or is_traced() or lacks_memory(error):
                     raise
                 # It may be that the model does not bear what the plan gives it in place of a parameter.
                 raised, reason = error, f"raises {type(error).__name__}: {error}"
-            reason = reason if run.left is None else run.left.reason
             if is_traced():
                 raise ValueError(
                     f"model must take the path of an ordinary call while its graph is recorded; it {reason}"

@@ -73,7 +73,7 @@ def apart(value: Any, tensor: Callable[[Tensor], Tensor], known: dict[int, Any] 
     """
     if isinstance(value, Tensor):
         return tensor(value)
-    if type(value) in PLAIN or isinstance(value, (nn.Module, type, enum.Enum)) or callable(value):
+    if type(value) in PLAIN or isinstance(value, enum.Enum) or callable(value):
         return value
     known = {} if known is None else known
     if id(value) in known:
@@ -147,20 +147,16 @@ class Snapshot:
         with torch.no_grad():
             for buffer in self._copied.modified():
                 buffer.copy_(self._values[id(buffer)])
-        for buffer in self._kept.modified():
-            raise ValueError(
-                "model must not write to its buffers in a call whose path was not seen before; "
-                f"a buffer of shape {tuple(buffer.shape)} was written. Make the same call again"
-            )
         # Objects may lead back to themselves.
         known = {id(copy): leaf for leaf, copy in self._objects}
         for leaf, copy in self._objects:
             _fill(leaf, copy, lambda item: apart(item, lambda tensor: tensor, known))
-        for tensor in self._inputs.modified():
-            raise ValueError(
-                "model must not write to its inputs in a call whose path was not seen before; a tensor of shape "
-                f"{tuple(tensor.shape)} was written. Make the same call again with the inputs as they were"
-            )
+        for what, tensors in (("buffers", self._kept), ("inputs", self._inputs)):
+            for tensor in tensors.modified():
+                raise ValueError(
+                    f"model must not write to its {what} in a call whose path was not seen before; a tensor of shape "
+                    f"{tuple(tensor.shape)} was written. Make the same call again, with the inputs as they were"
+                )
 
 
 @contextlib.contextmanager
