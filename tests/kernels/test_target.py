@@ -12,10 +12,9 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 
 from bench.gpu.compile_cases import configured  # noqa: E402
-from fastgrad.ops.triton.last_layer import target_sqnorm  # noqa: E402
+from fastgrad.ops.triton.last_layer import KINDS, target_sqnorm  # noqa: E402
 from fastgrad.ops.tune import TargetConfig  # noqa: E402
 
-KINDS = ("ones", "uniform", "predicted", "indices", "soft")
 LOSSES = ("cross_entropy", "bce", "mse", "brier")
 PATHS = {"one block": TargetConfig(8, 64, 32, 1), "many blocks": TargetConfig(4, 16, 16, 1)}
 

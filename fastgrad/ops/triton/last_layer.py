@@ -14,6 +14,9 @@ from fastgrad.ops import tune
 from fastgrad.ops.triton import devices
 from fastgrad.ops.tune import LinearConfig, cdiv, share
 
+#: Those of labels.
+KINDS = ("ones", "uniform", "predicted", "indices", "soft")
+
 
 def contrast_sqnorm(features: Tensor, logits: Tensor, loss: str, bias: bool, log: bool, mean: bool) -> Tensor:
     """Squared norms for every one-hot contrast, ``(B, N)`` float32, of features ``(B, D)`` and logits ``(B, N)``."""
